@@ -1,0 +1,167 @@
+"""Records in and out, and what a record on the input topic means.
+
+Total functions: bytes from outside become a value or a ProtocolError, never anything else.  Every rule about the
+bytes of a record lives here; it must not know instances or tasks.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import msgspec
+
+from kwflow.errors import ProtocolError
+
+__all__ = [
+    "Command",
+    "Output",
+    "Record",
+    "Resume",
+    "Start",
+    "header",
+    "is_engine_id",
+    "json_dumps",
+    "parse",
+    "travelling_headers",
+    "workflow_id",
+]
+
+Headers = tuple[tuple[str, bytes | None], ...]
+_ID_BYTES_MAX = 512  # wire.md §4: an id is a state key and part of a timer key
+_ENGINE_ID = re.compile(r"\d+:\d+\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record as it was read; `offset` identifies it within (topic, partition)."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One record to write; `timestamp_ms` and `partition` None leave the choice to the runner."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Headers = ()
+    timestamp_ms: int | None = None
+    partition: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """`new:<json>`: start a workflow (KW-2); `workflow` None means the default one."""
+
+    options: object
+    workflow: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """`{"ref", "value"|"error"}` (KW-3); `ref` None is ignored by rule (KW-5)."""
+
+    ref: str | None
+    value: object
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A record with header `kwflow-op`."""
+
+    op: str
+    arguments: object
+
+
+def header(record: Record, name: str) -> str | None:
+    """The last header of that name as text (Kafka allows repeats; the last one was added last)."""
+    for key, value in reversed(record.headers):
+        if key == name and value is not None:
+            try:
+                return value.decode("utf-8")
+            except UnicodeDecodeError:
+                raise ProtocolError(f"header {name} is not UTF-8", "bad-header") from None
+    return None
+
+
+def workflow_id(record: Record) -> str:
+    """The record's key as a workflow id: 1-512 UTF-8 bytes without NUL and `|`.  Raises ProtocolError."""
+    key = record.key
+    if key is None:
+        raise ProtocolError("the record has no key", "null-key")
+    if not 1 <= len(key) <= _ID_BYTES_MAX:
+        raise ProtocolError(f"a workflow id has 1 to {_ID_BYTES_MAX} bytes, not {len(key)}", "bad-key")
+    if b"\0" in key or b"|" in key:
+        raise ProtocolError("a workflow id must not contain NUL or |", "bad-key")
+    try:
+        return key.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ProtocolError("the key is not UTF-8", "bad-key") from None
+
+
+def parse(record: Record) -> Start | Resume | Command:
+    """What a record on the input topic asks for.  Raises ProtocolError."""
+    if record.value is None:
+        raise ProtocolError("the record has no value", "null-value")
+    op = header(record, "kwflow-op")
+    if op is not None:
+        return Command(op, _json(record.value))
+    if record.value.startswith(b"new:"):
+        return Start(_json(record.value[4:]), header(record, "kwflow-workflow"))
+    message = _json(record.value)
+    if not isinstance(message, dict):
+        raise ProtocolError("a resume is a JSON object", "bad-message")
+    ref = message.get("ref")
+    failed = "error" in message
+    return Resume(ref if isinstance(ref, str) else None, message["error"] if failed else message.get("value"), failed)
+
+
+def _json(data: bytes) -> object:
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not JSON: {error}", "bad-json") from None
+
+
+def travelling_headers(record: Record) -> Headers:
+    """The input's headers that outputs carry on: all but ours (semantics §9.3)."""
+    return tuple(pair for pair in record.headers if not pair[0].startswith("kwflow-"))
+
+
+def is_engine_id(ref: str) -> bool:
+    """Whether a ref id has the form reserved for `<offset>:<n>` (semantics §9.2)."""
+    return _ENGINE_ID.match(ref) is not None
+
+
+def json_dumps(value: object) -> bytes:
+    """Compact JSON in insertion order; refuses what msgspec would change silently (wire.md §4)."""
+    _check_json(value, 0)
+    return msgspec.json.encode(value)
+
+
+def _check_json(value: object, depth: int) -> None:
+    if depth > 500:
+        raise ValueError("too deeply nested (or cyclic) for JSON")
+    if isinstance(value, float):
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError(f"{value!r} has no JSON form")
+    elif isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError("bytes have no JSON form; decode them first")
+    elif isinstance(value, str):
+        value.encode("utf-8")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_json(key, depth + 1)
+            _check_json(item, depth + 1)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            _check_json(item, depth + 1)

@@ -1,0 +1,129 @@
+"""Every exception kwflow raises, cut by who has to act.  Imports nothing.
+
+    KwflowError
+    ├ UsageError            the author's code: fix it
+    │   ├ NotDurableError       a generator that cannot be saved was handed to the engine
+    │   ├ UnknownWorkflowError  no workflow of that name is registered
+    │   ├ StuckError            nothing is left that could wake the workflow (G9)
+    │   └ WorkflowError         an error that came in with a record; carries its JSON payload
+    ├ ProtocolError         the record: dead-letter it and go on
+    ├ SnapshotError         stored state: park the instance
+    │   ├ CodeChangedError
+    │   └ CorruptSnapshotError
+    ├ TransportError        broker or store; `retryable` tells whether trying again can help
+    │   └ FencedError           another owner took over: stop
+    └ ActivityError         an activity failed for good
+    KwflowBug               our own invariant broke (never the author's fault)
+    Cancelled               a BaseException, so that `except Exception` does not swallow it
+"""
+
+__all__ = [
+    "ActivityError",
+    "CancelToken",
+    "Cancelled",
+    "CodeChangedError",
+    "CorruptSnapshotError",
+    "FencedError",
+    "KwflowBug",
+    "KwflowError",
+    "NotDurableError",
+    "ProtocolError",
+    "SnapshotError",
+    "StuckError",
+    "TransportError",
+    "UnknownWorkflowError",
+    "UsageError",
+    "WorkflowError",
+]
+
+
+class KwflowError(Exception):
+    """Base of everything kwflow raises on purpose, except Cancelled and KwflowBug."""
+
+
+class UsageError(KwflowError):
+    """The author's code used kwflow wrongly; the message says what to write instead."""
+
+
+class NotDurableError(UsageError):
+    """A generator whose module is not durable was handed to the engine; it could not be saved while it waits."""
+
+
+class UnknownWorkflowError(UsageError):
+    """No workflow of that name is registered, or a module has no `main`."""
+
+
+class StuckError(UsageError):
+    """Main waits, but nothing pending could ever wake it (G9); raised at main's wait so that its cleanup runs."""
+
+
+class WorkflowError(UsageError):
+    """A resume record carried `error`; `payload` is that JSON value, unchanged."""
+
+    def __init__(self, payload: object = None) -> None:
+        super().__init__(payload)
+        self.payload = payload
+
+
+class ProtocolError(KwflowError):
+    """A record from outside means nothing to us; `reason` is the short word that counters and dead letters use."""
+
+    def __init__(self, message: str, reason: str = "protocol") -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class SnapshotError(KwflowError):
+    """Stored state cannot be saved or read; the instance is parked and its previous snapshot stays."""
+
+
+class CodeChangedError(SnapshotError):
+    """A snapshot needs code that is neither current nor stored (G10)."""
+
+
+class CorruptSnapshotError(SnapshotError):
+    """Stored bytes are not a snapshot of ours, or their checksum does not match; nothing was unpickled."""
+
+
+class TransportError(KwflowError):
+    """A broker or store failed."""
+
+    def __init__(self, message: str, retryable: bool = True) -> None:
+        super().__init__(message, retryable)
+        self.retryable = retryable
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class FencedError(TransportError):
+    """Another engine owns this partition now; this one must stop writing (G6)."""
+
+    def __init__(self, message: str, retryable: bool = False) -> None:
+        super().__init__(message, retryable)
+
+
+class ActivityError(KwflowError):
+    """An activity failed after its retries; `type` and `details` come from the worker."""
+
+    def __init__(self, message: str, type: str = "", details: object = None) -> None:
+        super().__init__(message, type, details)
+        self.type = type
+        self.details = details
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class KwflowBug(Exception):
+    """An invariant of kwflow broke; aborts the step even if author code swallowed it."""
+
+
+class Cancelled(BaseException):
+    """Raised at the wait of a cancelled task; catch it only to clean up, then re-raise."""
+
+
+CancelToken = Cancelled
