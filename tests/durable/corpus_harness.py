@@ -1,0 +1,173 @@
+"""Run one corpus generator natively and lowered through the same scripts and say where they part.
+
+Owns: scripts, traces, the ways of re-entry. Must not know how lowering works: it uses only what kwflow.durable exports.
+The native run is the oracle; no expected result is written down anywhere.
+"""
+
+import pathlib
+import sys
+import types
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator
+
+CORPUS = pathlib.Path(__file__).parent / "corpus"
+OPS_MAX = 30  # an endless generator is cut here; the longest finite one of the corpus needs fewer
+THROW_POINTS_MAX = 10  # throws at later yields repeat what loops already showed
+KEPT: list[Any] = []  # every generator ever driven: a collected one could run its finally inside another script's log
+
+Op = tuple[str, Any]
+Trip = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a driver does to a generator, in order. ops: ("send", value) | ("throw", factory of an exception) | ("close", None)."""
+
+    name: str
+    ops: tuple[Op, ...]
+
+
+STREAMS: dict[str, Callable[[int], Any]] = {
+    "ints": lambda n: 9 + n,
+    "false": lambda n: False,
+    "none": lambda n: None,
+    "strings": lambda n: "xy"[: 1 + n % 2],
+    "alternating": lambda n: n % 2 == 0,
+}
+THROWN: dict[str, Callable[[], Any]] = {
+    "ValueError": lambda: ValueError("thrown"),
+    "KeyError": lambda: KeyError,
+    "Base": lambda: KeyboardInterrupt("base"),
+}
+
+
+def module_names() -> list[str]:
+    """Names of the corpus files this interpreter can compile."""
+    names = sorted(p.stem for p in CORPUS.glob("*.py"))
+    return [n for n in names if not n.startswith("py3") or sys.version_info >= (3, int(n[3:]))]
+
+
+def source_of(name: str) -> str:
+    return (CORPUS / f"{name}.py").read_text(encoding="utf-8")
+
+
+def load_native(name: str) -> dict[str, Any]:
+    """Exec the corpus file as it is, as a module that classes can be found in."""
+    module = types.ModuleType(f"corpus_native_{name}")
+    sys.modules[module.__name__] = module
+    exec(compile(source_of(name), str(CORPUS / f"{name}.py"), "exec"), module.__dict__)
+    return module.__dict__
+
+
+def load_lowered(name: str) -> dict[str, Any]:
+    """Load the same source through kwflow.durable.load_source and return its namespace."""
+    from kwflow import durable
+
+    loaded = durable.load_source(f"corpus_lowered_{name}", source_of(name), str(CORPUS / f"{name}.py"))
+    return getattr(loaded, "namespace", None) or vars(loaded)
+
+
+def generators_of(namespace: dict[str, Any]) -> list[str]:
+    return [n for n in namespace if n.startswith("g_")]
+
+
+def stream(values: str) -> Iterator[Op]:
+    yield ("send", None)
+    for n in range(1, OPS_MAX):
+        yield ("send", STREAMS[values](n))
+
+
+def scripts_for(start: Callable[[], Any], log: list[str]) -> list[Script]:
+    """Scripts for one generator: each value stream, and for each yield a throw, two throws, and a close there."""
+    scripts = [Script("send before start", (("send", 1), *stream("ints"))), Script("close twice", (("close", None),) * 2)]
+    for values in STREAMS:
+        plain = Script(values, tuple(stream(values)))
+        scripts.append(plain)
+        yields = sum(step[0] == "yield" for step in run(start, plain, log))
+        for k in range(min(yields, THROW_POINTS_MAX) + 1):
+            head, tail = plain.ops[:k], plain.ops[k:]
+            if values in ("ints", "false", "strings"):
+                for thrown, make in THROWN.items():
+                    scripts.append(Script(f"{values}, {thrown} at {k}", (*head, ("throw", make), *tail)))
+                twice = (("throw", THROWN["ValueError"]), ("throw", THROWN["KeyError"]))
+                scripts.append(Script(f"{values}, two throws at {k}", (*head, *twice, *tail)))
+            scripts.append(Script(f"{values}, close at {k}", (*head, ("close", None), *tail)))
+    return scripts
+
+
+def describe_error(error: BaseException | None, depth: int = 6) -> Any:
+    """An exception as comparable data: type, arguments, and the chains that pickle would lose."""
+    if error is None or depth == 0:
+        return None
+    chains = (describe_error(error.__cause__, depth - 1), describe_error(error.__context__, depth - 1))
+    return (type(error).__name__, repr(error.args), *chains, error.__suppress_context__)
+
+
+def apply(generator: Any, op: Op) -> tuple[Any, ...]:
+    kind, argument = op
+    try:
+        if kind == "send":
+            return ("yield", repr(generator.send(argument)))
+        if kind == "throw":
+            return ("yield", repr(generator.throw(argument())))
+        return ("closed", repr(generator.close()))
+    except StopIteration as stop:
+        return ("return", repr(stop.value))
+    except BaseException as error:  # the outcome under test, SystemExit and KeyboardInterrupt included
+        return ("raise", describe_error(error))
+
+
+def run(start: Callable[[], Any], script: Script, log: list[str], trip: Trip | None = None) -> list[tuple[Any, ...]]:
+    """Drive a fresh generator through the script; one entry (outcome, its data, what was logged meanwhile) per op.
+
+    trip is applied before the first op and after every yield; what it raises is an entry of its own and ends the run.
+    """
+    log.clear()
+    generator = start()
+    KEPT.append(generator)
+    trace: list[tuple[Any, ...]] = [("started", "", tuple(log))]
+    ended = 0
+    for op in script.ops:
+        if trip is not None and not ended:
+            try:
+                generator = trip(generator)
+            except BaseException as error:
+                trace.append(("trip failed", describe_error(error), tuple(log)))
+                return trace
+            KEPT.append(generator)
+        log.clear()
+        outcome = apply(generator, op)
+        trace.append((*outcome, tuple(log)))
+        ended += outcome[0] != "yield"
+        if ended == 2:  # one op past the end: an ended generator must stay ended
+            break
+    return trace
+
+
+def shallow(generator: Any) -> Any:
+    from kwflow import durable
+
+    return durable.restore(durable.capture(generator))
+
+
+def deep(generator: Any) -> Any:
+    from kwflow import durable
+
+    return durable.loads(durable.dumps(generator))
+
+
+TRIPS: dict[str, Trip | None] = {"lowered": None, "restored": shallow, "pickled": deep}
+
+
+def difference(native: Callable[[], Any], native_log: list[str], other: Callable[[], Any], other_log: list[str], trip: Trip | None) -> str | None:
+    """The first script and step where the two differ, as text; None when there is none."""
+    for script in scripts_for(native, native_log):
+        expected = run(native, script, native_log)
+        got = run(other, script, other_log, trip)
+        if got != expected:
+            step = next((i for i, (e, g) in enumerate(zip(expected, got)) if e != g), min(len(expected), len(got)))
+            at = [t[step] if step < len(t) else "nothing more" for t in (expected, got)]
+            return f"script {script.name!r}, step {step}:\n  native : {at[0]}\n  lowered: {at[1]}"
+    return None
+
+
