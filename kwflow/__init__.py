@@ -1,0 +1,30 @@
+"""kwflow: durable workflows as plain Python generators.
+
+Lazy on purpose: `import kwflow` loads no driver and no engine, so that a worker or a tool pays only for what it uses.
+"""
+
+from importlib import import_module
+
+from kwflow import errors as _errors
+
+_API = (
+    "Awaitable", "Gen", "Suspension", "Task", "all", "cancel", "declare_topics", "declared_topics", "log", "now", "output", "output_json",
+    "race", "registered_workflows", "shield", "sleep", "spawn", "step_id", "suspend", "timeout", "workflow", "workflow_id",
+)  # fmt: skip
+__version__ = "0.1.0"
+__all__ = sorted([*_API, *_errors.__all__])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    if name in _API:
+        value: object = getattr(import_module("kwflow.api"), name)
+    elif name in _errors.__all__:
+        value = getattr(_errors, name)
+    else:
+        raise AttributeError(f"module 'kwflow' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,151 @@
+"""What authors import as `kwflow`: thin functions over the running step, and the registry that modules fill on import.
+
+The registry (topics, workflows) is process state filled at import time only; everything else acts on the current step
+and raises UsageError outside one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import Any, TypeAlias, TypeVar
+
+from kwflow.core import wire
+from kwflow.core.step import current, in_step
+from kwflow.core.tasks import Awaitable, Suspension, Task
+from kwflow.errors import UsageError
+
+__all__ = [
+    "Awaitable",
+    "Gen",
+    "Suspension",
+    "Task",
+    "all",
+    "cancel",
+    "declare_topics",
+    "declared_topics",
+    "log",
+    "now",
+    "output",
+    "output_json",
+    "race",
+    "registered_workflows",
+    "shield",
+    "sleep",
+    "spawn",
+    "step_id",
+    "suspend",
+    "timeout",
+    "workflow",
+    "workflow_id",
+]
+
+_T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
+Gen: TypeAlias = Generator[Any, Any, _T]
+_topics: set[str] = set()
+_workflows: dict[str, Callable[..., Any]] = {}
+
+
+def suspend(id: str | None = None) -> Suspension:
+    """A wait that a record `{"ref": id, ...}` ends; registered now, so an answer before the `yield` is kept (KW-18)."""
+    return current().suspend(id)
+
+
+def all(items: Iterable[Any] | Mapping[Any, Any], *, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable:
+    """All results in input order (a mapping gives a dict); the first error wins and the rest are cancelled."""
+    return current().all(items, cancel_rest, wait_rest)
+
+
+def race(items: Iterable[Any] | Mapping[Any, Any], *, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable:
+    """The first to settle, value or error (a mapping gives (key, value)); the rest are cancelled."""
+    return current().race(items, cancel_rest, wait_rest)
+
+
+def spawn(gen: Generator[Any, Any, Any]) -> Task:
+    """Start a child task now; its error does not touch the parent unless awaited."""
+    return current().spawn(gen)
+
+
+def cancel(x: object) -> None:
+    """Raise Cancelled at the innermost waits of x, in this step, after the current code has reached its next wait."""
+    current().cancel(x)
+
+
+def sleep(delay: timedelta | float) -> Awaitable:
+    """A timer over the scheduler topic, in seconds or as timedelta; starts now, cancelled when left."""
+    return current().sleep(delay)
+
+
+def timeout(x: object, delay: timedelta | float) -> Awaitable:
+    """x, or TimeoutError after the delay, with x cancelled."""
+    return current().timeout(x, delay)
+
+
+def shield(x: object) -> Awaitable:
+    """x; a cancel of the waiter is held back until x has settled, and raised then."""
+    return current().shield(x)
+
+
+def output(value: str | bytes | None, topic: str, key: str | bytes | None = None, headers: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None, timestamp_ms: int | None = None) -> None:
+    """Write one record with this step; key defaults to this workflow's id, value None is a tombstone."""
+    current().output(value, topic, key, headers, timestamp_ms)
+
+
+def output_json(value: object, topic: str, key: str | bytes | None = None, headers: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None, timestamp_ms: int | None = None) -> None:
+    """`output` of the value as compact JSON."""
+    current().output(wire.json_dumps(value), topic, key, headers, timestamp_ms)
+
+
+def log(*parts: object) -> None:
+    """A line that is written once, after this step is committed."""
+    current().logs.append(" ".join(str(part) for part in parts))
+
+
+def workflow_id() -> str:
+    """The id of this instance."""
+    return current().instance.id
+
+
+def step_id() -> str:
+    """The offset of the record this step applies."""
+    return str(current().record.offset)
+
+
+def now() -> datetime:
+    """Aware UTC: the later of the record's timestamp and the last one this instance saw (semantics §9.1)."""
+    return current().now()
+
+
+def declare_topics(*names: str) -> None:
+    """Allow `output` to these topics.  Import time only: a topic declared in a step would differ between engines."""
+    if in_step():
+        raise UsageError("declare_topics belongs at module level, not inside a step")
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"a topic name is a non-empty str, not {name!r}")
+    _topics.update(names)
+
+
+def declared_topics() -> frozenset[str]:
+    """Every topic declared in this process."""
+    return frozenset(_topics)
+
+
+def workflow(function: _F | None = None, *, name: str | None = None) -> Any:
+    """Register a workflow under a name (default: the function's); header `kwflow-workflow` of `new:` chooses it."""
+
+    def register(target: _F) -> _F:
+        label = name or target.__name__
+        known = _workflows.get(label)
+        if known is not None and (known.__module__, known.__qualname__) != (target.__module__, target.__qualname__):
+            raise UsageError(f"two workflows are named {label!r}: {known.__module__}.{known.__qualname__} and {target.__module__}.{target.__qualname__}")
+        _workflows[label] = target
+        return target
+
+    return register if function is None else register(function)
+
+
+def registered_workflows() -> dict[str, Callable[..., Any]]:
+    """Name -> function of every `@workflow` in this process."""
+    return dict(_workflows)

@@ -1,0 +1,366 @@
+"""One workflow instance: its tasks and waits, and the machine that moves them within a step.
+
+Who is woken, cancelled and started, and in which order (wire.md §2), is decided here and nowhere else.  It must not
+know records, topics or JSON; `step.py` feeds it.  Nothing here recurses over the author's data: chains of waits may be
+thousands deep.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections import deque
+from collections.abc import Generator
+from typing import Any, Protocol
+
+from kwflow.core.tasks import FAILED, OK, PENDING, Awaitable, Combinator, Shield, Suspension, Task, Timer, live_below
+from kwflow.errors import Cancelled, KwflowBug, UsageError
+
+__all__ = ["Instance", "Machine"]
+
+WAITING, CLOSING, ENDED = "waiting", "closing", "ended"
+_ABORTS = (KwflowBug, KeyboardInterrupt, MemoryError)  # never an outcome of author code: the step fails (G4)
+
+
+class Instance:
+    """The state of one running id.  Invariant: `waits` holds exactly the pending suspensions by ref, `tasks` the unsettled tasks."""
+
+    __slots__ = ("_adopted", "applied", "created_ms", "extra", "id", "joins", "main", "now_ms", "start_id", "status", "steps", "task_next", "tasks", "updated_ms", "waits", "workflow")
+
+    def __init__(self, id: str, workflow: str, start_id: str, created_ms: int) -> None:
+        self.id = id
+        self.workflow = workflow
+        self.start_id = start_id
+        self.status = WAITING
+        self.created_ms = self.updated_ms = self.now_ms = created_ms
+        self.applied: tuple[str, int, int] | None = None
+        self.steps = 0
+        self.task_next = 1
+        self.main: Task | None = None
+        self.tasks: dict[int, Task] = {}
+        self.waits: dict[str, Suspension] = {}
+        self.joins: list[Combinator] = []
+        self.extra: dict[str, Any] = {}  # header keys this version does not know: kept
+        self._adopted: weakref.WeakKeyDictionary[Any, Task] = weakref.WeakKeyDictionary()
+
+    def adopted(self) -> weakref.WeakKeyDictionary[Any, Task]:
+        """Generator -> its one task (semantics §1.2); weak, so that a finished generator nobody holds is forgotten."""
+        return self._adopted
+
+    def graph(self) -> dict[str, Any]:
+        """Everything the body of a snapshot holds; the header holds the rest."""
+        finished = [(gen, task) for gen, task in self._adopted.items() if task.settled]
+        return {"main": self.main, "tasks": self.tasks, "waits": self.waits, "joins": self.joins, "finished": finished, "steps": self.steps, "task_next": self.task_next, "now_ms": self.now_ms}
+
+    def set_graph(self, graph: dict[str, Any]) -> None:
+        for name in ("main", "tasks", "waits", "joins", "steps", "task_next", "now_ms"):
+            setattr(self, name, graph[name])
+        pairs = [(task.gen, task) for task in self.tasks.values() if task.gen is not None] + graph["finished"]
+        for gen, task in pairs:
+            self._adopted[gen] = task
+
+
+class Host(Protocol):
+    """What the machine asks of the step that runs it."""
+
+    def classify(self, value: object) -> object:
+        """What author code yielded as a generator, an awaitable or a plain value.  Raises UsageError."""
+
+    def task_failed(self, task: Task) -> None:
+        """A task that nobody awaits has failed."""
+
+    def timer_cancelled(self, timer: Timer) -> None:
+        """Tell the scheduler."""
+
+    def main_ended(self, main: Task) -> None:
+        """Emit the result or error record."""
+
+
+class Machine:
+    """Moves one instance within one step."""
+
+    def __init__(self, instance: Instance, host: Host, nesting_max: int, tasks_max: int) -> None:
+        self.instance = instance
+        self.host = host
+        self.queue: deque[Task | Timer] = deque()
+        self.running: list[Task] = []
+        self.bug: BaseException | None = None
+        self._nesting_max = nesting_max
+        self._tasks_max = tasks_max
+        self._nesting = 0
+        self._join_dirty = False
+
+    # -- tasks ---------------------------------------------------------------------------------------------------
+    def adopt(self, gen: Generator[Any, Any, Any]) -> Task:
+        """The task of this generator, made on first use; not started yet."""
+        instance = self.instance
+        known = instance.adopted().get(gen)
+        if known is not None:
+            return known
+        if gen.gi_frame is None or gen.gi_suspended or gen.gi_running:
+            raise UsageError(f"{gen.__qualname__} has already run outside the engine; give kwflow a fresh call of it")
+        if len(instance.tasks) >= self._tasks_max:
+            raise UsageError(f"more than {self._tasks_max} tasks in one workflow (limit tasks_max)")
+        task = Task(instance.task_next, gen, gen.__qualname__)
+        instance.task_next += 1
+        instance.tasks[task.number] = task
+        instance.adopted()[gen] = task
+        if self.running:
+            creator = self.running[-1]
+            creator.add_below(task)
+            task.shielded = creator.shielded
+        return task
+
+    def begin(self, task: Task) -> None:
+        """Run an unstarted task to its first wait, now (KW-17: ids are numbered in this order)."""
+        if task.started or task.settled:
+            return
+        if self._nesting >= self._nesting_max:
+            raise UsageError(f"combinators and spawns nested over {self._nesting_max} deep inside one another's starts")
+        self._nesting += 1
+        try:
+            task.pending = (OK, None)
+            self._drive(task)
+        finally:
+            self._nesting -= 1
+
+    def drain(self) -> None:
+        """Run until nothing is ready (KW-28)."""
+        while True:
+            while self.queue:
+                item = self.queue.popleft()
+                if isinstance(item, Timer):
+                    self.host.timer_cancelled(item)
+                    self.settle(item, FAILED, Cancelled())
+                else:
+                    self._drive(item)
+                if self._join_dirty:
+                    self.check_joins()
+            if self._join_dirty:
+                self.check_joins()
+            if not self.queue:
+                return
+
+    def _drive(self, task: Task) -> None:
+        """Run a task, and the unstarted generators it yields, until the innermost one waits or all have ended."""
+        base = len(self.running)
+        self.running.append(task)
+        try:
+            while len(self.running) > base:
+                current = self.running[-1]
+                waits_for = self._advance(current)
+                if waits_for is None:  # ended: its creator goes on at once, as with `yield from`
+                    self.running.pop()
+                    if len(self.running) > base:
+                        self.running[-1].pending = (current.state, current.value)
+                elif isinstance(waits_for, Task) and not waits_for.started:
+                    waits_for.pending = (OK, None)
+                    waits_for.observed = True
+                    self.running.append(waits_for)
+                else:
+                    self._block(waits_for, base)
+        except BaseException:
+            del self.running[base:]
+            raise
+
+    def _block(self, waits_for: Awaitable, base: int) -> None:
+        blocked = self.running[base:]
+        del self.running[base:]
+        for task in reversed(blocked):
+            task.waiting_on = waits_for
+            waits_for.waiters.append(task)
+            waits_for.observed = True
+            waits_for = task
+        for task in blocked:  # a cancel that came while it ran is delivered at this wait (semantics §2.1)
+            if task.cancel_requested:
+                task.cancel_requested = False
+                if task.waiting_on is not None:
+                    self.cancel_all([task.waiting_on])
+
+    def _advance(self, task: Task) -> Awaitable | None:
+        """Feed a task until it yields something that would block (returned) or ends (None).  Settled values need no queue (KW-38)."""
+        gen = task.gen
+        if gen is None:
+            raise KwflowBug(f"{task!r} runs without a generator")
+        task.started = True
+        while True:
+            if task.pending is None:
+                raise KwflowBug(f"{task!r} runs with nothing to deliver")
+            (state, value), task.pending = task.pending, None
+            try:
+                yielded = gen.send(value) if state == OK else gen.throw(value)
+            except StopIteration as stop:
+                self._end(task, OK, stop.value)
+                return None
+            except _ABORTS as error:
+                self.bug = self.bug or error
+                raise
+            except BaseException as error:  # Cancelled and SystemExit are outcomes too (semantics §2.5)
+                self._end(task, FAILED, error)
+                return None
+            if self.bug is not None:
+                raise self.bug
+            try:
+                target = self.host.classify(yielded)
+                if isinstance(target, types.GeneratorType):
+                    target = self.adopt(target)
+            except UsageError as error:
+                task.pending = (FAILED, error)
+                continue
+            if not isinstance(target, Awaitable):
+                task.pending = (OK, target)
+            elif target.settled:
+                task.pending = (target.state, target.value)
+            elif target in self.running:
+                task.pending = (FAILED, UsageError(f"{task.name} waits for {target!r}, which is itself or waits for it"))
+            else:
+                return target
+
+    def _end(self, task: Task, state: str, value: Any) -> None:
+        task.gen = None
+        task.cancel_requested = False
+        self.instance.tasks.pop(task.number, None)
+        self._join_dirty = bool(self.instance.joins)
+        self.settle(task, state, value)
+        if task is self.instance.main:
+            self.host.main_ended(task)
+            self.close()
+        elif state == FAILED and not task.observed and not isinstance(value, Cancelled):
+            self.host.task_failed(task)
+
+    # -- settling ------------------------------------------------------------------------------------------------
+    def settle(self, target: Awaitable, state: str, value: Any) -> None:
+        """Settle, wake every waiter, then cancel the losers of the combinators this decided."""
+        self.cancel_all(self._settle_up(target, state, value))
+
+    def combine(self, combinator: Combinator) -> None:
+        """Attach a new combinator to its started children and decide it if one of them already does."""
+        for child in combinator.distinct():
+            child.observed = True
+            if not child.settled:
+                child.waiters.append(combinator)
+        for child in combinator.distinct():
+            if child.settled and combinator.decided is None:
+                self._decide(combinator, child)
+        if combinator.decided is not None:
+            self.cancel_all(self._decided(combinator))
+
+    def _decide(self, combinator: Combinator, child: Awaitable) -> bool:
+        if combinator.decided is not None or combinator.settled:
+            return False
+        combinator.decided = combinator.decide(child)
+        return combinator.decided is not None
+
+    def _settle_up(self, target: Awaitable, state: str, value: Any) -> list[Awaitable]:
+        losers: list[Awaitable] = []
+        work: deque[tuple[Awaitable, str, Any]] = deque([(target, state, value)])
+        while work:
+            item, item_state, item_value = work.popleft()
+            if item.settled:
+                raise KwflowBug(f"{item!r} settled twice")
+            item.state, item.value = item_state, item_value
+            if isinstance(item, Suspension) and self.instance.waits.get(item.ref) is item:
+                del self.instance.waits[item.ref]
+            waiters, item.waiters = item.waiters, []
+            for waiter in waiters:
+                if isinstance(waiter, Combinator):
+                    if self._decide(waiter, item):
+                        losers += self._leave(waiter)
+                        if not self._joins(waiter) and waiter.decided is not None:
+                            work.append((waiter, *waiter.decided))
+                elif waiter.waiting_on is item:
+                    waiter.waiting_on = None
+                    waiter.pending = (item_state, item_value)
+                    self.queue.append(waiter)
+        return losers
+
+    def _decided(self, combinator: Combinator) -> list[Awaitable]:
+        losers = self._leave(combinator)
+        if not self._joins(combinator) and combinator.decided is not None:
+            losers += self._settle_up(combinator, *combinator.decided)
+        return losers
+
+    def _leave(self, combinator: Combinator) -> list[Awaitable]:
+        """Detach a decided combinator from its pending children (else each round of a loop would leave a waiter behind)."""
+        rest = [child for child in combinator.distinct() if not child.settled]
+        for child in rest:
+            child.waiters = [waiter for waiter in child.waiters if waiter is not combinator]
+        return rest if combinator.cancel_rest else []
+
+    def _joins(self, combinator: Combinator) -> bool:
+        """With wait_rest: whether it has to wait for the rest; it is then settled by `check_joins`."""
+        if combinator.wait_rest and self._rest(combinator):
+            self.instance.joins.append(combinator)
+            self._join_dirty = True
+            return True
+        return False
+
+    @staticmethod
+    def _rest(combinator: Combinator) -> bool:
+        return any(not child.settled for child in combinator.children) or bool(live_below(list(combinator.children)))
+
+    def check_joins(self) -> None:
+        """Settle the `wait_rest` combinators below which everything has ended, inner ones first."""
+        self._join_dirty = False
+        for combinator in list(self.instance.joins):
+            if combinator in self.instance.joins and not self._rest(combinator):
+                self.instance.joins.remove(combinator)
+                if combinator.decided is None:
+                    raise KwflowBug(f"{combinator!r} joins undecided")
+                self.settle(combinator, *combinator.decided)
+                self._join_dirty = bool(self.instance.joins)
+
+    # -- cancelling ----------------------------------------------------------------------------------------------
+    def cancel_all(self, targets: list[Awaitable]) -> None:
+        """Cancel in order, down to the innermost waits; handlers are queued, never run here (1.3 rule 13)."""
+        stack = list(reversed(targets))
+        while stack:
+            target = stack.pop()
+            if target.settled:
+                continue
+            if isinstance(target, Task):
+                stack.extend(self._cancel_task(target))
+            elif isinstance(target, Shield):
+                target.held = True
+            elif isinstance(target, Combinator):
+                stack.extend(self._cancel_combinator(target))
+            elif isinstance(target, Timer):
+                if self.instance.waits.pop(target.ref, None) is not None:
+                    self.queue.append(target)
+            else:
+                stack.extend(reversed(self._settle_up(target, FAILED, Cancelled())))
+
+    def _cancel_task(self, task: Task) -> list[Awaitable]:
+        if task.cancel_step == self.instance.steps:  # at most one Cancelled per task and step
+            return []
+        task.cancel_step = self.instance.steps
+        if not task.started and task.pending is None:
+            self._end(task, FAILED, Cancelled())
+            return []
+        if task.waiting_on is None:
+            task.cancel_requested = True
+            return []
+        return [task.waiting_on]
+
+    def _cancel_combinator(self, combinator: Combinator) -> list[Awaitable]:
+        if combinator.decided is not None:  # joining: the waiter must not lose its cancel to a result decided before
+            combinator.decided = (FAILED, Cancelled())
+        elif not combinator.children:
+            return list(reversed(self._settle_up(combinator, FAILED, Cancelled())))
+        return list(reversed(combinator.distinct()))
+
+    def interrupt(self, task: Task, error: BaseException) -> None:
+        """Raise an error at a task's wait without touching what it waits on (G9)."""
+        target, task.waiting_on = task.waiting_on, None
+        if target is not None and target.state == PENDING:
+            target.waiters = [waiter for waiter in target.waiters if waiter is not task]
+        task.pending = (FAILED, error)
+        self.queue.append(task)
+
+    def close(self) -> None:
+        """Main has settled: cancel every other task not yet cancelled, in creation order (semantics §2.4)."""
+        self.instance.status = CLOSING
+        for task in list(self.instance.tasks.values()):
+            if not task.settled and not task.cancel_step and not task.shielded:
+                self.cancel_all([task])
+        self.cancel_all([wait for wait in list(self.instance.waits.values()) if isinstance(wait, Timer) and not wait.waiters])

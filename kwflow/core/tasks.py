@@ -1,0 +1,241 @@
+"""What a workflow can wait for: suspensions, timers, tasks and combinators, as plain picklable data.
+
+Every rule of the form "when this child settles, does the combinator decide, and what?" lives here.  It must not know
+records or queues: who is woken when, and in which order, is `instance.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any
+
+from kwflow.errors import Cancelled
+
+__all__ = ["FAILED", "OK", "PENDING", "All", "Awaitable", "Combinator", "Race", "Shield", "Suspension", "Task", "Timeout", "Timer", "live_below"]
+
+PENDING, OK, FAILED = "pending", "ok", "failed"
+Outcome = tuple[str, Any]
+
+
+class _Wait:
+    """`yield from x` / `await x` as one yield of x: a picklable iterator, so that it needs no lowering (semantics §1.4)."""
+
+    __slots__ = ("target",)
+
+    def __init__(self, target: Awaitable | None) -> None:
+        self.target = target
+
+    def __iter__(self) -> _Wait:
+        return self
+
+    def __next__(self) -> Awaitable:
+        return self.send(None)
+
+    def send(self, value: object) -> Awaitable:
+        target, self.target = self.target, None
+        if target is None:
+            raise StopIteration(value)
+        return target
+
+    def throw(self, error: BaseException, *_: object) -> Awaitable:
+        self.target = None
+        raise error
+
+    def close(self) -> None:
+        self.target = None
+
+
+class Awaitable:
+    """Something that settles once.  Invariant: `waiters` is empty once `state` is not PENDING."""
+
+    __slots__ = ("__weakref__", "observed", "state", "value", "waiters")
+
+    def __init__(self) -> None:
+        self.state = PENDING
+        self.value: Any = None
+        self.waiters: list[Task | Combinator] = []
+        self.observed = False
+
+    @property
+    def settled(self) -> bool:
+        return self.state != PENDING
+
+    def __iter__(self) -> Iterator[Awaitable]:
+        return _Wait(self)
+
+    def __await__(self) -> Iterator[Awaitable]:
+        return _Wait(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for cls in type(self).__mro__ for name in getattr(cls, "__slots__", ()) if name != "__weakref__"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class Suspension(Awaitable):
+    """A wait with a ref id that a record settles."""
+
+    __slots__ = ("ref", "since_ms")
+    kind = "suspension"
+
+    def __init__(self, ref: str, since_ms: int) -> None:
+        super().__init__()
+        self.ref = ref
+        self.since_ms = since_ms
+
+    @property
+    def id(self) -> str:
+        return self.ref
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.ref} {self.state}>"
+
+
+class Timer(Suspension):
+    """A wait for the scheduler topic; cancelling it queues a handler that emits the `0` record (wire.md §2)."""
+
+    __slots__ = ("delay_ms",)
+    kind = "timer"
+
+    def __init__(self, ref: str, since_ms: int, delay_ms: int) -> None:
+        super().__init__(ref, since_ms)
+        self.delay_ms = delay_ms
+
+
+class Task(Awaitable):
+    """A running durable generator.
+
+    Invariant: `number` is never reused in an instance.  `pending` is set while the task is queued, `waiting_on` while
+    it waits, neither while it runs.  `below` holds the tasks it created, for `wait_rest`.
+    """
+
+    __slots__ = ("below", "below_max", "cancel_requested", "cancel_step", "gen", "name", "number", "pending", "shielded", "started", "waiting_on")
+
+    def __init__(self, number: int, gen: Generator[Any, Any, Any] | None, name: str) -> None:
+        super().__init__()
+        self.number = number
+        self.gen = gen
+        self.name = name
+        self.started = False
+        self.pending: Outcome | None = None
+        self.waiting_on: Awaitable | None = None
+        self.cancel_requested = False
+        self.cancel_step = 0  # the instance step of the last cancel; 0 = never cancelled
+        self.shielded = False
+        self.below: list[Task] = []
+        self.below_max = 16
+
+    def add_below(self, task: Task) -> None:
+        """Remember a task made by this one; settled ones are dropped at doubling sizes, so that a loop does not grow."""
+        self.below.append(task)
+        if len(self.below) > self.below_max:
+            self.below = live_below(self.below)
+            self.below_max = max(16, 2 * len(self.below))
+
+    def __repr__(self) -> str:
+        return f"<task {self.number} {self.name} {self.state}>"
+
+
+class Combinator(Awaitable):
+    """A wait over several children.  `decided` is the outcome once known; with `wait_rest` it settles later than that."""
+
+    __slots__ = ("cancel_rest", "children", "decided", "keys", "wait_rest")
+
+    def __init__(self, children: list[Awaitable], keys: list[Any] | None, cancel_rest: bool, wait_rest: bool) -> None:
+        super().__init__()
+        self.children = children
+        self.keys = keys
+        self.cancel_rest = cancel_rest
+        self.wait_rest = wait_rest
+        self.decided: Outcome | None = None
+
+    def distinct(self) -> list[Awaitable]:
+        """The children in input order, each once (the same awaitable may appear several times)."""
+        seen: set[int] = set()
+        return [child for child in self.children if not (id(child) in seen or seen.add(id(child)))]  # type: ignore[func-returns-value]
+
+    def decide(self, child: Awaitable) -> Outcome | None:
+        """The outcome if this settled child decides, else None."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__.lower()} of {len(self.children)} {self.state}>"
+
+
+class All(Combinator):
+    """Results in input order; the first error wins.  Invariant: `left` counts the distinct children still pending."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, children: list[Awaitable], keys: list[Any] | None, cancel_rest: bool, wait_rest: bool) -> None:
+        super().__init__(children, keys, cancel_rest, wait_rest)
+        self.left = len(self.distinct())
+
+    def decide(self, child: Awaitable) -> Outcome | None:
+        if child.state == FAILED:
+            return FAILED, child.value
+        self.left -= 1
+        return self.result() if not self.left else None
+
+    def result(self) -> Outcome:
+        values = [child.value for child in self.children]
+        return OK, values if self.keys is None else dict(zip(self.keys, values, strict=True))
+
+
+class Race(Combinator):
+    """The first settled child, value or error; with keys a pair (key, value), so that "timed out" is not "None"."""
+
+    __slots__ = ()
+
+    def decide(self, child: Awaitable) -> Outcome | None:
+        if child.state == FAILED or self.keys is None:
+            return child.state, child.value
+        index = next(n for n, candidate in enumerate(self.children) if candidate is child)
+        return OK, (self.keys[index], child.value)
+
+
+class Timeout(Combinator):
+    """x, or TimeoutError when the timer is first.  A timer that was only cancelled decides nothing: x is still cleaning up."""
+
+    __slots__ = ()
+
+    def decide(self, child: Awaitable) -> Outcome | None:
+        if child is self.children[0]:
+            return child.state, child.value
+        if child.state == OK:
+            return FAILED, TimeoutError("kw.timeout")
+        return None if isinstance(child.value, Cancelled) else (FAILED, child.value)
+
+
+class Shield(Combinator):
+    """x, but a cancel that arrives meanwhile is held back and raised once x has settled (semantics §1.6)."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, child: Awaitable) -> None:
+        super().__init__([child], None, cancel_rest=False, wait_rest=False)
+        self.held = False
+
+    def decide(self, child: Awaitable) -> Outcome | None:
+        return (FAILED, Cancelled()) if self.held else (child.state, child.value)
+
+
+def live_below(roots: list[Any]) -> list[Task]:
+    """Every unsettled task at or below these awaitables, in input order (iterative: nesting may be deep)."""
+    found: list[Task] = []
+    seen: set[int] = set()
+    stack = list(reversed(roots))
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Task):
+            if not item.settled:
+                found.append(item)
+            stack.extend(reversed(item.below))
+        elif isinstance(item, Combinator):
+            stack.extend(reversed(item.children))
+    return found
