@@ -2,6 +2,7 @@
 
     KwflowError
     ├ UsageError            the author's code: fix it
+    │   ├ UnsupportedError      a construct that a durable module must not hold, found when it is loaded
     │   ├ NotDurableError       a generator that cannot be saved was handed to the engine
     │   ├ UnknownWorkflowError  no workflow of that name is registered
     │   ├ StuckError            nothing is left that could wake the workflow (G9)
@@ -32,6 +33,7 @@ __all__ = [
     "StuckError",
     "TransportError",
     "UnknownWorkflowError",
+    "UnsupportedError",
     "UsageError",
     "WorkflowError",
 ]
@@ -43,6 +45,10 @@ class KwflowError(Exception):
 
 class UsageError(KwflowError):
     """The author's code used kwflow wrongly; the message says what to write instead."""
+
+
+class UnsupportedError(UsageError):
+    """A construct that lowering refuses, with file, line and its name; raised when the module is loaded, never later."""
 
 
 class NotDurableError(UsageError):

@@ -1,0 +1,209 @@
+"""Sequences of lowered statements, labels, temporaries and the guards of the cold twin.
+
+The hot twin runs from the start; the cold one is entered with `@r` set to the label to reach (0: run normally).  The
+invariant that every construct keeps: when a block with labels first..last runs, `@r` is 0 or one of them.  How a list
+of statements keeps it is decided here (`close`) and nowhere else; it must not know the statements themselves.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from kwflow.durable.lower.scopes import Scope
+from kwflow.errors import UnsupportedError
+
+__all__ = ["Block", "Emitter", "Finally", "Label", "assign", "call", "constant", "helper", "load", "store"]
+
+
+def load(name: str) -> ast.Name:
+    return ast.Name(name, ast.Load())
+
+
+def store(name: str) -> ast.Name:
+    return ast.Name(name, ast.Store())
+
+
+def constant(value: object) -> ast.Constant:
+    return ast.Constant(value)
+
+
+def assign(name: str, value: ast.expr) -> ast.Assign:
+    return ast.Assign([store(name)], value)
+
+
+def helper(name: str) -> ast.Attribute:
+    """A function of the module's injected runtime: one global, so that no user name can shadow it."""
+    return ast.Attribute(load("@kw"), name, ast.Load())
+
+
+def call(name: str, *arguments: ast.expr) -> ast.Call:
+    return ast.Call(helper(name), list(arguments), [])
+
+
+@dataclass(frozen=True)
+class Label:
+    """A place to wait at: its name (path in the source) and the temporaries that are needed after it."""
+
+    name: str
+    live: tuple[str, ...]
+
+
+@dataclass
+class Block:
+    """Lowered statements and their labels.  Invariant: no labels inside means first > last."""
+
+    body: list[ast.stmt]
+    first: int
+    last: int
+
+    @property
+    def labelled(self) -> bool:
+        return self.first <= self.last
+
+
+@dataclass
+class Finally:
+    """An enclosing `finally` that waits: every way out of its body has to note itself in `completion` (and `value`)."""
+
+    completion: str
+    value: str
+    breaks: bool = False
+    continues: bool = False
+
+
+LOOP = "loop"
+RAISED, RETURNED, BROKE, CONTINUED = 1, 2, 3, 4
+
+
+@dataclass
+class Emitter:
+    """The state of lowering one function: where statements go, what is live, which labels there are."""
+
+    scope: Scope
+    filename: str
+    cold: bool
+    labels: list[Label] = field(default_factory=list)
+    live: list[str] = field(default_factory=list)
+    temporaries: dict[str, None] = field(default_factory=dict)
+    exits: list[str | Finally] = field(default_factory=list)
+    path: str = ""
+    at: ast.AST | None = None
+    _items: list[Block] = field(default_factory=list)
+
+    # -- refusing ------------------------------------------------------------------------------------------------
+    def refuse(self, node: ast.AST, construct: str) -> UnsupportedError:
+        line = getattr(node, "lineno", getattr(self.at, "lineno", 0))
+        return UnsupportedError(f"{self.filename}:{line}: {construct} is not supported in a durable generator ({self.scope.qualname})")
+
+    # -- emitting ------------------------------------------------------------------------------------------------
+    def emit(self, *statements: ast.stmt) -> None:
+        for statement in statements:
+            self._items.append(Block([self.place(statement)], 1, 0))
+
+    def emit_block(self, block: Block) -> None:
+        for statement in block.body:
+            self.place(statement)
+        self._items.append(block)
+
+    def emit_labelled(self, statement: ast.stmt, first: int) -> None:
+        """A statement that holds every label from `first` to the newest."""
+        self.emit_block(Block([statement], first, len(self.labels)))
+
+    def place(self, statement: ast.stmt) -> ast.stmt:
+        if not hasattr(statement, "lineno") and self.at is not None:
+            ast.copy_location(statement, self.at)
+        return statement
+
+    @contextmanager
+    def collect(self) -> Iterator[Block]:
+        """Statements emitted inside become the yielded block's body, with guards, when the `with` ends."""
+        saved, self._items = self._items, []
+        block = Block([], len(self.labels) + 1, 0)
+        try:
+            yield block
+            block.last = len(self.labels)
+            block.body = self.close(self._items)
+        finally:
+            self._items = saved
+
+    def close(self, items: list[Block]) -> list[ast.stmt]:
+        """One statement list: what is before the last label is skipped while another label is to be reached."""
+        marked = [number for number, item in enumerate(items) if item.labelled]
+        if not self.cold or not marked:
+            return [statement for item in items for statement in item.body] or [self.place(ast.Pass())]
+        result: list[ast.stmt] = []
+        plain: list[ast.stmt] = []
+        for number, item in enumerate(items):
+            if not item.labelled and number < marked[-1]:
+                plain += item.body
+                continue
+            if plain:
+                result.append(self.guard(ast.UnaryOp(ast.Not(), load("@r")), plain))
+                plain = []
+            if item.labelled and number < marked[-1]:
+                result.append(self.guard(self.up_to(item.last), item.body))
+            else:
+                result += item.body
+        return result
+
+    def guard(self, test: ast.expr, body: list[ast.stmt]) -> ast.If:
+        return ast.copy_location(ast.If(test, body, []), body[0])
+
+    @staticmethod
+    def up_to(last: int) -> ast.Compare:
+        return ast.Compare(load("@r"), [ast.LtE()], [constant(last)])
+
+    @staticmethod
+    def within(first: int, last: int) -> ast.Compare:
+        return ast.Compare(constant(first), [ast.LtE(), ast.LtE()], [load("@r"), constant(last)])
+
+    @staticmethod
+    def unless_entering(normally: ast.expr, entering: ast.expr) -> ast.IfExp:
+        """The expression as the author wrote it, or this one while a label is to be reached."""
+        return ast.IfExp(ast.UnaryOp(ast.Not(), load("@r")), normally, entering)
+
+    def branch(self, test: ast.expr, body: Block, orelse: Block | None = None) -> Block:
+        """`if` with labels in either branch."""
+        blocks = [block for block in (body, orelse) if block is not None and block.labelled]
+        if self.cold and blocks:
+            test = self.unless_entering(test, self.up_to(body.last) if body.labelled else constant(False))
+        statement = ast.If(test, body.body, orelse.body if orelse is not None else [])
+        return Block([statement], blocks[0].first if blocks else 1, blocks[-1].last if blocks else 0)
+
+    # -- names ---------------------------------------------------------------------------------------------------
+    def temporary(self, role: str) -> str:
+        """A fresh temporary, named by what it means: its role and the path of its statement (semantics §4.2)."""
+        name = base = f"@{role} {self.path}"
+        number = 1
+        while name in self.temporaries:
+            number += 1
+            name = f"{base} {number}"
+        self.temporaries[name] = None
+        return name
+
+    def label(self) -> int:
+        """A new label here; emits the store that tells `capture` where the generator waits."""
+        number = len(self.labels) + 1
+        same = sum(label.name.split(" ")[0] == self.path for label in self.labels[-20:])
+        self.labels.append(Label(f"{self.path} {same + 1}", tuple(dict.fromkeys(self.live))))
+        self.emit(assign("@l", constant(number)))
+        return number
+
+    # -- provided by the other passes ------------------------------------------------------------------------------
+    def statement(self, node: ast.stmt) -> None:
+        raise NotImplementedError
+
+    def block(self, statements: list[ast.stmt], name: str) -> Block:
+        """Lower a statement list; `name` is the field it stands in, for the paths of what is inside."""
+        outer, outer_at = self.path, self.at
+        with self.collect() as block:
+            for number, node in enumerate(statements):
+                self.path, self.at = f"{outer}{'.' if outer else ''}{name}{number}", node
+                mark = len(self.live)
+                self.statement(node)
+                del self.live[mark:]
+            self.path, self.at = outer, outer_at
+        return block

@@ -1,0 +1,301 @@
+"""Which names a function binds, shares with nested functions and takes from outside; where its yields are.
+
+An analysis of our own, not `symtable`: a comprehension is a scope natively until 3.11 and inlined since 3.12 (PEP 709),
+and what a snapshot holds must not depend on the minor that wrote it.  Every question about names is answered here;
+nothing here changes a tree.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+__all__ = ["FunctionNode", "Scope", "analyze", "has_yield", "mangle"]
+
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.GeneratorExp
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp)
+
+
+@dataclass(eq=False)
+class Scope:
+    """One scope.  `kind` is module, class, function or comprehension (list, set and dict ones; a generator expression is a function).
+
+    Invariant, after `analyze`: `free` are the names taken from enclosing functions, `cells` the names of its own that nested
+    functions take, both as the compiled code spells them (mangled) and sorted.
+    """
+
+    kind: str
+    node: ast.AST
+    parent: Scope | None
+    path: str
+    class_name: str | None = None
+    generator: bool = False
+    arguments: tuple[str, ...] = ()
+    bound: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
+    globals: set[str] = field(default_factory=set)
+    nonlocals: set[str] = field(default_factory=set)
+    children: list[Scope] = field(default_factory=list)
+    free: tuple[str, ...] = ()
+    cells: tuple[str, ...] = ()
+    siblings: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def captured(self) -> tuple[str, ...]:
+        """All cells of the function's frame, in the order in which they are saved."""
+        return tuple(sorted({*self.free, *self.cells}))
+
+    @property
+    def qualname(self) -> str:
+        return self.path.split("#")[0] if "#" not in self.path else ".".join(part.split("#")[0] for part in self.path.split("."))
+
+
+def mangle(name: str, class_name: str | None) -> str:
+    """A private name as the compiler spells it inside that class."""
+    if class_name is None or not name.startswith("__") or name.endswith("__") or "." in name:
+        return name
+    stripped = class_name.lstrip("_")
+    return f"_{stripped}{name}" if stripped else name
+
+
+def has_yield(node: ast.AST | None) -> bool:
+    """Whether evaluating this node in its own scope can suspend; nested functions count only by their defaults and decorators."""
+    if node is None:
+        return False
+    known = getattr(node, "_kw_yields", None)
+    if known is None:
+        known = isinstance(node, (ast.Yield, ast.YieldFrom)) or any(map(has_yield, own_parts(node)))
+        node._kw_yields = known  # type: ignore[attr-defined]
+    return bool(known)
+
+
+def own_parts(node: ast.AST) -> Iterator[ast.AST]:
+    """The child nodes that run in the same scope and activation as the node."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        yield from node.decorator_list
+        yield from _defaults(node.args)
+        yield from _annotations(node)
+    elif isinstance(node, ast.Lambda):
+        yield from _defaults(node.args)
+    elif isinstance(node, ast.ClassDef):
+        yield from [*node.decorator_list, *node.bases, *node.keywords]
+    elif isinstance(node, (*_COMPREHENSIONS, ast.GeneratorExp)):
+        yield node.generators[0].iter
+    else:
+        yield from ast.iter_child_nodes(node)
+
+
+def _defaults(args: ast.arguments) -> Iterator[ast.AST]:
+    yield from args.defaults
+    yield from (default for default in args.kw_defaults if default is not None)
+
+
+def _arguments(args: ast.arguments) -> list[ast.arg]:
+    every = [*args.posonlyargs, *args.args, *args.kwonlyargs]
+    return every + [arg for arg in (args.vararg, args.kwarg) if arg is not None]
+
+
+def _annotations(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.AST]:
+    for arg in _arguments(node.args):
+        if arg.annotation is not None:
+            yield arg.annotation
+    if node.returns is not None:
+        yield node.returns
+
+
+def analyze(tree: ast.Module) -> dict[ast.AST, Scope]:
+    """The scope of every module, class, function, lambda and comprehension node."""
+    builder = _Builder()
+    root = Scope("module", tree, None, "")
+    builder.scopes[tree] = root
+    for statement in tree.body:
+        builder.visit(statement, root)
+    _resolve(root)
+    return builder.scopes
+
+
+class _Builder:
+    """One walk that fills `bound`, `used` and the declarations; names are mangled on the way in."""
+
+    def __init__(self) -> None:
+        self.scopes: dict[ast.AST, Scope] = {}
+
+    def visit(self, node: ast.AST | None, scope: Scope) -> None:
+        if node is None:
+            return
+        handler = getattr(self, f"visit_{type(node).__name__}", None)
+        if handler is not None:
+            handler(node, scope)
+            return
+        for child in ast.iter_child_nodes(node):
+            self.visit(child, scope)
+
+    def _child(self, kind: str, node: ast.AST, scope: Scope, name: str) -> Scope:
+        owner = scope
+        while owner.kind == "comprehension" and owner.parent is not None:
+            owner = owner.parent
+        number = owner.siblings.get(name, 0) + 1
+        owner.siblings[name] = number
+        prefix = "" if owner.kind == "module" else f"{owner.path}." if owner.kind == "class" else f"{owner.path}.<locals>."
+        path = scope.path if kind == "comprehension" else prefix + (name if number == 1 else f"{name}#{number}")
+        child = Scope(kind, node, scope, path, class_name=scope.class_name)
+        scope.children.append(child)
+        self.scopes[node] = child
+        return child
+
+    def bind(self, name: str, scope: Scope) -> None:
+        scope.bound.add(mangle(name, scope.class_name))
+
+    def visit_Name(self, node: ast.Name, scope: Scope) -> None:
+        name = mangle(node.id, scope.class_name)
+        if isinstance(node.ctx, ast.Load):
+            scope.used.add(name)
+            if name == "super" and scope.kind != "module":
+                scope.used.add("__class__")
+        else:
+            scope.bound.add(name)
+
+    def visit_NamedExpr(self, node: ast.NamedExpr, scope: Scope) -> None:
+        self.visit(node.value, scope)
+        owner = scope
+        while owner.kind == "comprehension" or isinstance(owner.node, ast.GeneratorExp):
+            owner.used.add(mangle(node.target.id, scope.class_name))
+            if owner.parent is None:
+                break
+            owner = owner.parent
+        self.bind(node.target.id, owner)
+        if owner is not scope:
+            owner.used.add(mangle(node.target.id, scope.class_name))
+
+    def visit_Global(self, node: ast.Global, scope: Scope) -> None:
+        scope.globals.update(mangle(name, scope.class_name) for name in node.names)
+
+    def visit_Nonlocal(self, node: ast.Nonlocal, scope: Scope) -> None:
+        names = {mangle(name, scope.class_name) for name in node.names}
+        scope.nonlocals |= names
+        scope.used |= names
+
+    def visit_Import(self, node: ast.Import | ast.ImportFrom, scope: Scope) -> None:
+        for alias in node.names:
+            if alias.name != "*":
+                self.bind(alias.asname or alias.name.split(".")[0], scope)
+
+    visit_ImportFrom = visit_Import
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler, scope: Scope) -> None:
+        self.visit(node.type, scope)
+        if node.name:
+            self.bind(node.name, scope)
+        for statement in node.body:
+            self.visit(statement, scope)
+
+    def visit_MatchAs(self, node: ast.MatchAs | ast.MatchStar, scope: Scope) -> None:
+        self.visit(getattr(node, "pattern", None), scope)
+        if node.name:
+            self.bind(node.name, scope)
+
+    visit_MatchStar = visit_MatchAs
+
+    def visit_MatchMapping(self, node: ast.MatchMapping, scope: Scope) -> None:
+        for child in ast.iter_child_nodes(node):
+            self.visit(child, scope)
+        if node.rest:
+            self.bind(node.rest, scope)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef, scope: Scope) -> None:
+        for part in own_parts(node):
+            self.visit(part, scope)
+        self.bind(node.name, scope)
+        self._function(node, scope, node.name, node.body)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_Lambda(self, node: ast.Lambda, scope: Scope) -> None:
+        for part in _defaults(node.args):
+            self.visit(part, scope)
+        self._function(node, scope, "<lambda>", [node.body])
+
+    def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda, scope: Scope, name: str, body: list[ast.stmt] | list[ast.expr]) -> None:
+        child = self._child("function", node, scope, name)
+        arguments = [mangle(arg.arg, scope.class_name) for arg in _arguments(node.args)]
+        child.arguments = tuple(arguments)
+        child.bound.update(arguments)
+        for part in body:
+            self.visit(part, child)
+        child.generator = any(map(has_yield, body))
+
+    def visit_ClassDef(self, node: ast.ClassDef, scope: Scope) -> None:
+        for part in own_parts(node):
+            self.visit(part, scope)
+        self.bind(node.name, scope)
+        child = self._child("class", node, scope, node.name)
+        child.class_name = node.name
+        for statement in node.body:
+            self.visit(statement, child)
+
+    def visit_GeneratorExp(self, node: ast.GeneratorExp, scope: Scope) -> None:
+        self._comprehension(node, scope, "function", [node.elt])
+
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp, scope: Scope) -> None:
+        self._comprehension(node, scope, "comprehension", [node.elt])
+
+    visit_SetComp = visit_ListComp
+
+    def visit_DictComp(self, node: ast.DictComp, scope: Scope) -> None:
+        self._comprehension(node, scope, "comprehension", [node.key, node.value])
+
+    def _comprehension(self, node: ast.GeneratorExp | ast.ListComp | ast.SetComp | ast.DictComp, scope: Scope, kind: str, elements: list[ast.expr]) -> None:
+        self.visit(node.generators[0].iter, scope)
+        child = self._child(kind, node, scope, "<genexpr>" if kind == "function" else "<comprehension>")
+        child.generator = kind == "function"
+        for number, generator in enumerate(node.generators):
+            if number:
+                self.visit(generator.iter, child)
+            self.visit(generator.target, child)
+            for condition in generator.ifs:
+                self.visit(condition, child)
+        for element in elements:
+            self.visit(element, child)
+
+
+def _resolve(root: Scope) -> None:
+    """Fill `free` and `cells` of every scope: a name taken from outside makes a cell in its owner and is free on the way."""
+    free: dict[Scope, set[str]] = {}
+    cells: dict[Scope, set[str]] = {}
+    order = [root]
+    for scope in order:
+        order.extend(scope.children)
+    for scope in order:
+        for name in (scope.used | scope.nonlocals) - scope.globals:
+            if name in scope.bound and name not in scope.nonlocals:
+                continue
+            way = _way_out(scope, name)
+            if way is None:
+                continue
+            owner = way.pop()
+            real = any(step.kind != "comprehension" for step in way)
+            for step in way:
+                free.setdefault(step, set()).add(name)
+            if real:
+                cells.setdefault(owner, set()).add(name)
+    for scope in order:
+        scope.free = tuple(sorted(free.get(scope, ())))
+        scope.cells = tuple(sorted(cells.get(scope, set()) - {"__class__"} if scope.kind == "class" else cells.get(scope, ())))
+
+
+def _way_out(scope: Scope, name: str) -> list[Scope] | None:
+    """The scopes from this one to the one that owns the name, the owner last; None for globals and builtins."""
+    way = [scope]
+    outer = scope.parent
+    while outer is not None:
+        if outer.kind == "class":
+            if name == "__class__":
+                return [*way, outer]
+        elif outer.kind == "module" or name in outer.globals:
+            return None
+        elif name in outer.bound and name not in outer.nonlocals:
+            return [*way, outer]
+        way.append(outer)
+        outer = outer.parent
+    return None
