@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from kwflow.durable.lower.scopes import Scope
+from kwflow.durable.registry import Label
 from kwflow.errors import UnsupportedError
 
 __all__ = ["Block", "Emitter", "Finally", "Label", "assign", "call", "constant", "helper", "load", "store"]
@@ -41,14 +42,6 @@ def helper(name: str) -> ast.Attribute:
 
 def call(name: str, *arguments: ast.expr) -> ast.Call:
     return ast.Call(helper(name), list(arguments), [])
-
-
-@dataclass(frozen=True)
-class Label:
-    """A place to wait at: its name (path in the source) and the temporaries that are needed after it."""
-
-    name: str
-    live: tuple[str, ...]
 
 
 @dataclass
@@ -92,6 +85,7 @@ class Emitter:
     path: str = ""
     at: ast.AST | None = None
     _items: list[Block] = field(default_factory=list)
+    _label_counts: dict[str, int] = field(default_factory=dict)
 
     # -- refusing ------------------------------------------------------------------------------------------------
     def refuse(self, node: ast.AST, construct: str) -> UnsupportedError:
@@ -111,6 +105,13 @@ class Emitter:
     def emit_labelled(self, statement: ast.stmt, first: int) -> None:
         """A statement that holds every label from `first` to the newest."""
         self.emit_block(Block([statement], first, len(self.labels)))
+
+    def emit_compound(self, statement: ast.stmt, first: int) -> None:
+        """A statement whose parts have been lowered since `first` was the next label."""
+        if len(self.labels) >= first:
+            self.emit_labelled(statement, first)
+        else:
+            self.emit(statement)
 
     def place(self, statement: ast.stmt) -> ast.stmt:
         if not hasattr(statement, "lineno") and self.at is not None:
@@ -187,8 +188,8 @@ class Emitter:
     def label(self) -> int:
         """A new label here; emits the store that tells `capture` where the generator waits."""
         number = len(self.labels) + 1
-        same = sum(label.name.split(" ")[0] == self.path for label in self.labels[-20:])
-        self.labels.append(Label(f"{self.path} {same + 1}", tuple(dict.fromkeys(self.live))))
+        same = self._label_counts[self.path] = self._label_counts.get(self.path, 0) + 1
+        self.labels.append(Label(f"{self.path} {same}", tuple(dict.fromkeys(self.live))))
         self.emit(assign("@l", constant(number)))
         return number
 

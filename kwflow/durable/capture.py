@@ -1,0 +1,173 @@
+"""How a suspended generator is read and put back; the only file that knows frames.
+
+`read` copies the frame's user variables and the temporaries that are live at its label; `shell` makes an unstarted
+generator of the cold twin whose state dict is filled later, and `enter` runs it to its yield without author code.
+"""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+from kwflow.durable import registry
+from kwflow.durable.registry import Function
+from kwflow.durable.runtime import set_abandoning
+from kwflow.errors import CodeChangedError, KwflowBug, NotDurableError, UsageError
+
+__all__ = ["Frame", "State", "capture", "describe", "discard", "enter", "is_durable", "read", "restore", "shell"]
+
+Gen = Generator[Any, Any, Any]
+CREATED, SUSPENDED, FINISHED = "created", "suspended", "finished"
+
+
+@dataclass
+class State:
+    """A generator as data.  `slots` maps names to values (`@l` to the label's name); `cells` are as `Function.captured`."""
+
+    function: Function
+    status: str
+    slots: dict[str, Any] = field(default_factory=dict)
+    cells: tuple[types.CellType, ...] = ()
+    name: str = ""
+    qualname: str = ""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where one generator of a chain waits."""
+
+    function: str
+    filename: str
+    lineno: int
+    locals: dict[str, Any]
+
+
+def is_durable(value: Any) -> bool:
+    """Whether a generator function, or a generator, can be saved at its yields."""
+    code = getattr(value, "gi_code", None) or getattr(getattr(value, "__func__", value), "__code__", None)
+    function = registry.function_of(code) if isinstance(code, types.CodeType) else None
+    return function is not None and function.kind == "generator"
+
+
+def _function(gen: Gen) -> Function:
+    function = registry.function_of(gen.gi_code)
+    if function is None:
+        code = gen.gi_code
+        raise NotDurableError(
+            f"the generator {gen.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is not durable; "
+            "load its module with kwflow (name it for the engine, or set __kwflow_durable__ = True in it)"
+        )
+    return function
+
+
+def read(gen: Gen) -> State:
+    """Its state, sharing every value.  Raises NotDurableError; UsageError while it runs."""
+    function = _function(gen)
+    if gen.gi_running:
+        raise UsageError(f"{gen.__qualname__} is running; only a waiting generator can be saved")
+    frame = gen.gi_frame
+    if frame is None:
+        return State(function, FINISHED, {}, (), gen.__name__, gen.__qualname__)
+    names = dict(frame.f_locals)
+    created = not gen.gi_suspended
+    if created and "@S" in names:  # a restored one that has not run yet
+        slots = dict(names["@S"])
+        return State(function, CREATED, slots, slots.pop("@c"), gen.__name__, gen.__qualname__)
+    cells = _created_cells(gen, function, names) if created else names.get("@c", ())
+    captured = set(function.captured)
+    slots = {name: value for name, value in names.items() if name[0] != "@" and name not in captured}
+    if not created:
+        label = function.labels[names["@l"] - 1]
+        slots["@l"] = label.name
+        for name in label.live:
+            if name in names:
+                slots[name] = names[name]
+    return State(function, CREATED if created else SUSPENDED, slots, cells, gen.__name__, gen.__qualname__)
+
+
+def _created_cells(gen: Gen, function: Function, names: dict[str, Any]) -> tuple[types.CellType, ...]:
+    """Before its first line: the free cells are the function object's, its own hold arguments only it can see."""
+    if not function.captured:
+        return ()
+    free: dict[str, types.CellType] = {}
+    if function.free:
+        owner = next((r for r in gc.get_referents(gen) if isinstance(r, types.FunctionType) and r.__code__ is gen.gi_code), None)
+        if owner is None:
+            raise KwflowBug(f"the function of {gen.__qualname__} is not reachable from its frame")
+        free = dict(zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True))
+    own = {name: types.CellType(names[name]) if name in names else types.CellType() for name in function.captured if name not in free}
+    return tuple(free[name] if name in free else own[name] for name in function.captured)
+
+
+def shell(function: Function, cells: tuple[types.CellType, ...], name: str, qualname: str) -> tuple[Gen, dict[str, Any]]:
+    """An unstarted generator and the dict its first step will read; fill it, then `enter` if it was suspended."""
+    slots: dict[str, Any] = {"@c": cells}
+    made = types.FunctionType(function.cold, function.namespace, function.name, None, cells)
+    gen: Gen = made(slots)
+    gen.__name__, gen.__qualname__ = name, qualname
+    return gen, slots
+
+
+def fill(gen: Gen, slots: dict[str, Any], status: str, saved: dict[str, Any]) -> None:
+    """Put the saved slots into a shell's dict; a finished one is closed."""
+    function = _function(gen)
+    slots.update(saved)
+    if status == FINISHED:
+        slots["@l"] = 0
+        gen.close()
+    elif status == CREATED:
+        slots["@l"] = 0
+    else:
+        try:
+            slots["@l"] = function.label_numbers[saved["@l"]]
+        except KeyError:
+            raise CodeChangedError(f"{function.module}.{function.path} has no wait {saved.get('@l')!r} any more") from None
+
+
+def enter(gen: Gen) -> None:
+    """The handshake: run guards only, down to the yield it waited at."""
+    next(gen)
+
+
+def capture(gen: Gen) -> State:
+    """Its state in process, no bytes: values, cells and delegates are shared with the generator."""
+    return read(gen)
+
+
+def restore(state: State) -> Gen:
+    """A generator that goes on from the state as the captured one would have."""
+    gen, slots = shell(state.function, state.cells, state.name, state.qualname)
+    fill(gen, slots, state.status, state.slots)
+    if state.status == SUSPENDED:
+        enter(gen)
+    return gen
+
+
+def discard(gen: Gen) -> None:
+    """Forget it without running the author's cleanup (G8)."""
+    before = set_abandoning(True)
+    try:
+        gen.close()
+    finally:
+        set_abandoning(before)
+
+
+def describe(gen: Gen) -> list[Frame]:
+    """Function, file, line and variables of each generator of a `yield from` chain, outermost first; runs nothing."""
+    frames = []
+    current: Any = gen
+    while isinstance(current, types.GeneratorType) and current.gi_frame is not None and registry.function_of(current.gi_code) is not None:
+        state = read(current)
+        values = {name: value for name, value in state.slots.items() if name[0] != "@"}
+        for name, cell in zip(state.function.captured, state.cells, strict=False):
+            try:
+                values[name] = cell.cell_contents
+            except ValueError:
+                continue
+        line = current.gi_frame.f_lineno if state.status == SUSPENDED else state.function.lineno
+        frames.append(Frame(state.qualname, state.function.filename, line, values))
+        current = next((value for name, value in state.slots.items() if name.startswith("@delegate")), None)
+    return frames

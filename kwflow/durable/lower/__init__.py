@@ -1,0 +1,107 @@
+"""Lowering: source -> a module whose generators can be saved at every yield.  Start reading at `lower_module`.
+
+    scopes.py       which names, cells and yields a function has
+    emit.py         statement lists, labels, temporaries, guards
+    expressions.py  hoisting
+    protected.py    try, with
+    statements.py   the rest
+    functions.py    nested functions, the twins, functions compiled alone
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import __future__
+
+from kwflow.durable.fingerprint import unit_hash
+from kwflow.durable.lower.functions import ModuleLowering
+from kwflow.durable.lower.scopes import Scope, analyze
+from kwflow.durable.registry import Function, Module
+from kwflow.errors import UnsupportedError
+
+__all__ = ["LOWERING_VERSION", "lower_module"]
+
+LOWERING_VERSION = 1
+_DEEP = 5  # nested blocks from which on the cold twin is compiled at load: it may pass CPython's limit of 20
+_BLOCKS = (ast.For, ast.While, ast.Try, ast.With)
+
+
+def lower_module(name: str, source: str | ast.Module, filename: str) -> Module:
+    """Lower one module.  Raises SyntaxError as the compiler does, UnsupportedError for what cannot be durable."""
+    tree = source if isinstance(source, ast.Module) else ast.parse(source, filename)
+    text = source if isinstance(source, str) else ast.unparse(source)
+    version = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    compile(tree, filename, "exec", dont_inherit=True, optimize=0)  # the compiler's own errors come first, in its own words
+    scopes = analyze(tree)
+    lowering = ModuleLowering(name, filename, scopes, _future_flags(tree))
+    try:
+        code = lowering.compile(lowering.module(tree))
+        functions, units = _functions(lowering, scopes, version)
+        for function in functions.values():
+            if function.kind == "generator" and _depth(_node_of(scopes, function.path)) > _DEEP:
+                function.compile_cold()
+    except RecursionError:
+        raise UnsupportedError(f"{filename}: code nested too deeply to be made durable") from None
+    except SyntaxError as error:
+        raise UnsupportedError(f"{filename}:{error.lineno}: {error.msg} once made durable; nest less") from error
+    return Module(name, version, filename, text, code, functions, units)
+
+
+def _future_flags(tree: ast.Module) -> int:
+    flags = 0
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            for alias in node.names:
+                flags |= getattr(__future__, alias.name).compiler_flag
+    return flags
+
+
+def _functions(lowering: ModuleLowering, scopes: dict[ast.AST, Scope], version: str) -> tuple[dict[str, Function], dict[str, str]]:
+    functions: dict[str, Function] = {}
+    units: dict[str, str] = {}
+    for node, scope in scopes.items():
+        if scope.kind != "function" or isinstance(node, (ast.GeneratorExp, ast.AsyncFunctionDef)):
+            continue
+        outermost = _outermost(scope)
+        unit = outermost.path
+        if unit not in units:
+            units[unit] = unit_hash(outermost.node)
+        functions[scope.path] = Function(
+            module=lowering.name,
+            version=version,
+            path=scope.path,
+            unit=unit,
+            name=getattr(node, "name", "<lambda>"),
+            qualname=scope.qualname,
+            kind="generator" if scope.generator else "function",
+            lineno=getattr(node, "lineno", 0),
+            filename=lowering.filename,
+            arguments=scope.arguments,
+            free=scope.free,
+            captured=scope.captured,
+            labels=lowering.labels.get(scope.path, ()),
+            compile_cold=functools.partial(lowering.cold, node, scope),
+            compile_plain=functools.partial(lowering.plain, node, scope),
+        )
+    return functions, units
+
+
+def _outermost(scope: Scope) -> Scope:
+    """The function that is no other function's inside: the unit whose change pins an instance (semantics §8.1)."""
+    found, outer = scope, scope.parent
+    while outer is not None:
+        if outer.kind == "function":
+            found = outer
+        outer = outer.parent
+    return found
+
+
+def _node_of(scopes: dict[ast.AST, Scope], path: str) -> ast.AST:
+    return next(node for node, scope in scopes.items() if scope.path == path and scope.kind == "function")
+
+
+def _depth(node: ast.AST) -> int:
+    inner = max((_depth(child) for child in ast.iter_child_nodes(node)), default=0)
+    return inner + isinstance(node, _BLOCKS)

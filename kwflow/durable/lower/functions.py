@@ -1,0 +1,249 @@
+"""From a module's tree to its lowered code: nested functions, the two twins, and single functions compiled alone.
+
+A function is compiled three ways: in place (hot), alone and cold (to restore a generator), alone and plain (to rebuild
+a closure).  Alone means inside a factory that makes every captured name a free variable, so that saved cells fit.
+"""
+
+from __future__ import annotations
+
+import ast
+import types
+from typing import Any
+
+from kwflow.durable.fingerprint import without_docstring
+from kwflow.durable.lower.emit import assign, call, constant, load
+from kwflow.durable.lower.scopes import Scope, mangle
+from kwflow.durable.lower.statements import Statements
+from kwflow.durable.registry import Label
+from kwflow.errors import UnsupportedError
+
+__all__ = ["ModuleLowering"]
+
+_DEFS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class ModuleLowering:
+    """Lowers the functions of one module; every tree it is given stays as it was."""
+
+    def __init__(self, name: str, filename: str, scopes: dict[ast.AST, Scope], flags: int) -> None:
+        self.name = name
+        self.filename = filename
+        self.scopes = scopes
+        self.flags = flags
+        self.labels: dict[str, tuple[Label, ...]] = {}
+
+    def module(self, tree: ast.Module) -> ast.Module:
+        rewriter = Rewriter(self, self.scopes[tree], None)
+        return ast.fix_missing_locations(ast.Module([rewriter.visit(node) for node in tree.body], tree.type_ignores))
+
+    def compile(self, tree: ast.Module) -> types.CodeType:
+        return compile(tree, self.filename, "exec", flags=self.flags, dont_inherit=True, optimize=0)  # type: ignore[no-any-return]
+
+    # -- one function --------------------------------------------------------------------------------------------
+    def hot(self, node: ast.FunctionDef, scope: Scope, mangled: str | None) -> list[ast.stmt]:
+        """The body of a durable generator in place: it runs from the start and can be captured at every label."""
+        lowering, body = self._lower(node, scope, mangled, cold=False)
+        self.labels[scope.path] = tuple(Label(label.name, label.live) for label in lowering.labels)
+        head: list[ast.stmt] = [*node.body[: len(node.body) - len(without_docstring(node.body))], *self._declarations(scope)]
+        if scope.captured:
+            cells = ast.Lambda(_no_arguments(), ast.Tuple([load(name) for name in scope.captured], ast.Load()))
+            head.append(ast.copy_location(assign("@c", ast.Attribute(cells, "__closure__", ast.Load())), node))
+        return [*head, *body]
+
+    def _declarations(self, scope: Scope) -> list[ast.stmt]:
+        kinds = ((ast.Global, scope.globals), (ast.Nonlocal, scope.nonlocals))
+        return [ast.copy_location(kind(sorted(names)), scope.node) for kind, names in kinds if names]
+
+    def _lower(self, node: ast.FunctionDef, scope: Scope, mangled: str | None, cold: bool) -> tuple[Statements, list[ast.stmt]]:
+        rewriter = Rewriter(self, scope, mangled, lowered=True, cold=cold)
+        statements = [rewriter.visit(statement) for statement in without_docstring(node.body)]
+        lowering = Statements(scope, self.filename, cold, at=node)
+        block = lowering.block(statements, "")
+        return lowering, block.body
+
+    def cold(self, node: ast.FunctionDef, scope: Scope) -> types.CodeType:
+        lowering, body = self._lower(node, scope, scope.class_name, cold=True)
+        captured = set(scope.captured)
+        names = [name for name in sorted(scope.bound) if name not in captured and name not in scope.globals]
+        saved = [name for name in lowering.temporaries if any(name in label.live for label in lowering.labels)]
+        prologue: list[ast.stmt] = [_if_saved(name) for name in [*names, *saved]]
+        prologue.append(assign("@c", _saved("@c")))
+        prologue.append(ast.Assign([ast.Name("@l", ast.Store()), ast.Name("@r", ast.Store())], _saved("@l")))
+        prologue.append(ast.Delete([ast.Name("@S", ast.Del())]))
+        declared: list[ast.stmt] = [ast.Global(sorted(scope.globals))] if scope.globals else []
+        if captured:
+            declared.append(ast.Nonlocal(list(scope.captured)))
+        arguments = ast.arguments([], [ast.arg("@S")], None, [], [], None, [])
+        for statement in (*declared, *prologue):
+            ast.copy_location(statement, node)
+        return self._alone(ast.FunctionDef(node.name, arguments, [*declared, *prologue, *body], [], None), scope, scope.captured, node)
+
+    def plain(self, node: ast.AST, scope: Scope) -> types.CodeType:
+        rewriter = Rewriter(self, scope, scope.class_name)
+        if isinstance(node, ast.Lambda):
+            arguments = rewriter.arguments(node.args, bare=True)
+            inner: ast.AST = ast.Lambda(arguments, rewriter.visit(node.body))
+            return self._alone(inner, scope, scope.free, node)
+        if not isinstance(node, ast.FunctionDef):
+            raise UnsupportedError(f"{self.filename}: {scope.qualname} cannot be compiled alone")
+        arguments = rewriter.arguments(node.args, bare=True)
+        body = self.hot(node, scope, scope.class_name) if scope.generator else [rewriter.visit(statement) for statement in node.body]
+        return self._alone(ast.FunctionDef(node.name, arguments, body, [], None), scope, scope.free, node)
+
+    def _alone(self, inner: Any, scope: Scope, captured: tuple[str, ...], at: ast.AST) -> types.CodeType:
+        ast.copy_location(inner, at)
+        body: list[ast.stmt] = [assign(name, constant(None)) for name in captured]
+        body += [ast.Return(inner)] if isinstance(inner, ast.Lambda) else [inner]
+        factory = ast.copy_location(ast.FunctionDef("@factory", _no_arguments(), body, [], None), at)
+        for definition in (factory, inner):
+            if "type_params" in definition._fields and not hasattr(definition, "type_params"):
+                definition.type_params = []
+        tree = ast.fix_missing_locations(ast.Module([factory], []))
+        outer = next(const for const in self.compile(tree).co_consts if isinstance(const, types.CodeType))
+        code = next(const for const in outer.co_consts if isinstance(const, types.CodeType))
+        first = min([at.lineno, *(d.lineno for d in getattr(at, "decorator_list", []))])  # type: ignore[attr-defined]
+        return code.replace(co_qualname=scope.qualname, co_firstlineno=first)
+
+
+def _no_arguments() -> ast.arguments:
+    return ast.arguments([], [], None, [], [], None, [])
+
+
+def _saved(name: str) -> ast.expr:
+    return ast.Subscript(load("@S"), constant(name), ast.Load())
+
+
+def _if_saved(name: str) -> ast.If:
+    return ast.If(ast.Compare(constant(name), [ast.In()], [load("@S")]), [assign(name, _saved(name))], [])
+
+
+class Rewriter:
+    """Replaces what is inside a function by its lowered form; makes new nodes, never changes one.
+
+    `mangled` is the class whose private names have to be spelled out, because the code is compiled outside it;
+    `lowered` means the function around is a generator being lowered: its declarations move to its top, and with `cold`
+    zero-argument `super()` gets its arguments, since the cold twin's first argument is its state.
+    """
+
+    def __init__(self, module: ModuleLowering, scope: Scope, mangled: str | None, lowered: bool = False, cold: bool = False) -> None:
+        self.module = module
+        self.scope = scope
+        self.mangled = mangled
+        self.lowered = lowered
+        self.cold = cold
+
+    def visit(self, node: Any) -> Any:
+        if isinstance(node, list):
+            return [self.visit(item) for item in node]
+        if not isinstance(node, ast.AST):
+            return node
+        method = getattr(self, f"visit_{type(node).__name__}", None)
+        return method(node) if method is not None else self._rebuilt(node)
+
+    def _rebuilt(self, node: Any, **given: Any) -> Any:
+        changed = dict(given)
+        for name in node._fields:
+            value = getattr(node, name, None)
+            if name not in given and isinstance(value, (ast.AST, list)):
+                new = self.visit(value)
+                if new is not value and (not isinstance(value, list) or any(a is not b for a, b in zip(new, value, strict=True))):
+                    changed[name] = new
+        if not changed:
+            return node
+        fields = {name: changed.get(name, getattr(node, name, None)) for name in node._fields if name in changed or hasattr(node, name)}
+        return ast.copy_location(type(node)(**fields), node)
+
+    def name(self, name: str) -> str:
+        return mangle(name, self.mangled)
+
+    # -- functions -------------------------------------------------------------------------------------------------
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        if _native(node):
+            return self._rebuilt(node, body=node.body)
+        scope = self.module.scopes[node]
+        if scope.generator:
+            if getattr(node, "type_params", None):
+                raise UnsupportedError(f"{self.module.filename}:{node.lineno}: type parameters of a durable generator ({node.name}) are not supported")
+            body = self.module.hot(node, scope, self.mangled)
+        else:
+            inner = Rewriter(self.module, scope, self.mangled)
+            body = [inner.visit(statement) for statement in node.body]
+        mark = ast.copy_location(call("mark", constant(scope.path)), node)
+        return self._rebuilt(node, name=self.name(node.name), args=self.arguments(node.args), body=body, decorator_list=[*self.visit(node.decorator_list), mark])
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
+        if _native(node):
+            return node
+        raise UnsupportedError(
+            f"{self.module.filename}:{node.lineno}: async def {node.name} in a durable module is not supported yet; "
+            "write a generator, or decorate it with @durable.native to leave it as it is"
+        )
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
+        scope = self.module.scopes[node]
+        if scope.generator:
+            raise UnsupportedError(f"{self.module.filename}:{node.lineno}: a yield inside a lambda is not supported; write a def")
+        inner = Rewriter(self.module, scope, self.mangled)
+        rebuilt = ast.copy_location(ast.Lambda(self.arguments(node.args), inner.visit(node.body)), node)
+        return ast.copy_location(call("marked", constant(scope.path), rebuilt), node)
+
+    def arguments(self, args: ast.arguments, bare: bool = False) -> ast.arguments:
+        """The parameters as this code spells them; `bare` without defaults and annotations, for code compiled alone."""
+
+        def one(arg: ast.arg | None) -> ast.arg | None:
+            if arg is None:
+                return None
+            return ast.copy_location(ast.arg(self.name(arg.arg), None if bare else self.visit(arg.annotation)), arg)
+
+        def every(many: list[ast.arg]) -> list[ast.arg]:
+            return [found for found in map(one, many) if found is not None]
+
+        defaults = [] if bare else self.visit(args.defaults)
+        named = [None] * len(args.kwonlyargs) if bare else self.visit(args.kw_defaults)
+        return ast.arguments(every(args.posonlyargs), every(args.args), one(args.vararg), every(args.kwonlyargs), named, one(args.kwarg), defaults)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        inner = Rewriter(self.module, self.module.scopes[node], None)
+        body = [inner.visit(statement) for statement in node.body]
+        return self._rebuilt(node, name=self.name(node.name), body=body)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if self.cold and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args and not node.keywords and self.scope.arguments:
+            return ast.copy_location(ast.Call(node.func, [load("__class__"), load(self.scope.arguments[0])], []), node)
+        return self._rebuilt(node)
+
+    # -- names -----------------------------------------------------------------------------------------------------
+    def visit_Global(self, node: ast.Global | ast.Nonlocal) -> ast.AST:
+        if self.lowered:
+            return ast.copy_location(ast.Pass(), node)
+        return self._rebuilt(node, names=[self.name(name) for name in node.names])
+
+    visit_Nonlocal = visit_Global
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        spelled = self.name(node.id)
+        return node if spelled == node.id else ast.copy_location(ast.Name(spelled, node.ctx), node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        spelled = self.name(node.attr)
+        return self._rebuilt(node) if spelled == node.attr else self._rebuilt(node, attr=spelled)
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler | ast.MatchAs | ast.MatchStar) -> ast.AST:
+        if node.name is None or self.name(node.name) == node.name:
+            return self._rebuilt(node)
+        return self._rebuilt(node, name=self.name(node.name))
+
+    visit_MatchAs = visit_MatchStar = visit_ExceptHandler
+
+    def visit_MatchMapping(self, node: ast.MatchMapping) -> ast.AST:
+        return self._rebuilt(node) if node.rest is None else self._rebuilt(node, rest=self.name(node.rest))
+
+    def visit_alias(self, node: ast.alias) -> ast.AST:
+        bound = node.asname or node.name
+        spelled = self.name(bound)
+        return node if spelled == bound else ast.copy_location(ast.alias(node.name, spelled), node)
+
+
+def _native(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether the function is opted out: `@durable.native`, `@kw.durable.native` or `@native`."""
+    return any(ast.unparse(decorator).split(".")[-1] == "native" for decorator in node.decorator_list if isinstance(decorator, (ast.Name, ast.Attribute)))

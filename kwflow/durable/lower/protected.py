@@ -1,0 +1,223 @@
+"""try and with: entered again natively, so that bare `raise`, sys.exc_info() and `__context__` are the real ones.
+
+To reach a label in a handler the saved exception is raised into the `try` again; to reach one in a `finally`, the
+completion that led there (`Finally`) happens again.  Where GeneratorExit could arrive because somebody forgets the
+generator, the author's cleanup is skipped (G8).  Everything about exceptions lives here.
+"""
+
+from __future__ import annotations
+
+import ast
+
+from kwflow.durable.lower.emit import BROKE, CONTINUED, RAISED, RETURNED, Block, Finally, assign, call, constant, helper, load
+from kwflow.durable.lower.expressions import Expressions
+from kwflow.durable.lower.scopes import has_yield
+
+__all__ = ["Protected"]
+
+
+def _context_of(name: str, context: ast.expr_context) -> ast.Attribute:
+    return ast.Attribute(load(name), "__context__", context)
+
+
+class Protected(Expressions):
+    """The passes over try and with."""
+
+    def assign_to(self, target: ast.expr, value: ast.expr) -> None:
+        raise NotImplementedError
+
+    def escapes(self, statements: list[ast.stmt]) -> bool:
+        """Whether return, break or continue can leave these statements (loops inside keep their own break and continue)."""
+        return any(_escapes(statement, False) for statement in statements)
+
+    # -- try -----------------------------------------------------------------------------------------------------
+    def statement_Try(self, node: ast.Try) -> None:
+        if node.finalbody and node.handlers:
+            inner = ast.copy_location(ast.Try(node.body, node.handlers, node.orelse, []), node)
+            node = ast.copy_location(ast.Try([inner], [], [], node.finalbody), node)
+        if not node.finalbody:
+            self._try_except(node)
+        elif any(map(has_yield, node.finalbody)):
+            self._try_finally_that_waits(node)
+        else:
+            first = len(self.labels) + 1
+            body = self.block(node.body, "try")
+            final = self.block(node.finalbody, "finally").body
+            if body.labelled:
+                final = [ast.copy_location(ast.If(call("kept"), final, []), final[0])]
+            self.emit_compound(ast.copy_location(ast.Try(body.body, [], [], final), node), first)
+
+    def _try_except(self, node: ast.Try) -> None:
+        first = len(self.labels) + 1
+        handled = self.temporary("handled")
+        body = self.block(node.body, "try")
+        blocks = [self._handler(handler, handled, number) for number, handler in enumerate(node.handlers)]
+        orelse = self.block(node.orelse, "else") if node.orelse else Block([], 1, 0)
+        entered = [block for block in blocks if block.labelled]
+        statements = body.body
+        if self.cold and orelse.labelled:
+            statements = [ast.copy_location(ast.If(self.up_to(body.last if body.labelled else first - 1), statements, []), statements[0])]
+        if self.cold and entered:
+            again = [assign(self._saved_context(handled), _context_of(handled, ast.Load())), ast.Raise(load(handled))]
+            statements = [ast.copy_location(ast.If(self.within(entered[0].first, entered[-1].last), again, []), node), *statements]
+        clauses = [self._clause(handler, block, handled, bool(entered)) for handler, block in zip(node.handlers, blocks, strict=True)]
+        if body.labelled:
+            abandoned: ast.expr = call("abandoned")
+            if self.cold and entered:
+                abandoned = self.unless_entering(abandoned, constant(()))
+            clauses.insert(0, ast.copy_location(ast.ExceptHandler(abandoned, None, [ast.Raise()]), node))
+        self.emit_compound(ast.copy_location(ast.Try(statements, clauses, orelse.body, []), node), first)
+
+    def _saved_context(self, handled: str) -> str:
+        """Raising again would put the wrong exception into `__context__`; kept here and put back in the handler."""
+        return handled.replace("@handled", "@context")
+
+    def _handler(self, handler: ast.ExceptHandler, handled: str, number: int) -> Block:
+        """The body; one that waits keeps its exception in `handled`, and the author's name is bound as CPython does."""
+        if has_yield(handler.type):
+            raise self.refuse(handler, "a yield in the type of an except clause")
+        if not any(map(has_yield, handler.body)):
+            return self.block(handler.body, f"except{number}-")
+        self.live.append(handled)
+        with self.collect() as block:
+            if handler.name is None:
+                self.emit_block(self.block(handler.body, f"except{number}-"))
+            else:
+                self.emit(ast.copy_location(assign(handler.name, load(handled)), handler))
+                body = self.block(handler.body, f"except{number}-")
+                unbind: list[ast.stmt] = [assign(handler.name, constant(None)), ast.Delete([ast.Name(handler.name, ast.Del())])]
+                self.emit_block(Block([ast.copy_location(ast.Try(body.body, [], [], unbind), handler)], body.first, body.last))
+        self.live.remove(handled)
+        if self.cold:
+            put_back = ast.Assign([_context_of(handled, ast.Store())], load(self._saved_context(handled)))
+            block.body = [ast.copy_location(ast.If(load("@r"), [put_back], []), handler), *block.body]
+        return block
+
+    def _clause(self, handler: ast.ExceptHandler, block: Block, handled: str, entering: bool) -> ast.ExceptHandler:
+        type_ = handler.type
+        if self.cold and entering:
+            reached: ast.expr = constant(())
+            if block.labelled:
+                reached = ast.IfExp(self.within(block.first, block.last), helper("BaseException"), constant(()))
+            type_ = self.unless_entering(type_ or helper("BaseException"), reached)
+        if block.labelled:
+            return ast.copy_location(ast.ExceptHandler(type_ or helper("BaseException"), handled, block.body), handler)
+        return ast.copy_location(ast.ExceptHandler(type_, handler.name, block.body), handler)
+
+    def _try_finally_that_waits(self, node: ast.Try) -> None:
+        first = len(self.labels) + 1
+        pending = Finally(self.temporary("completion"), self.temporary("completion-value"))
+        self.exits.append(pending)
+        body = self.block(node.body, "try")
+        self.exits.pop()
+        body.body.append(self.place(assign(pending.completion, constant(0))))
+        self.live += [pending.completion, pending.value]
+        final = self.block(node.finalbody, "finally")
+        del self.live[-2:]
+        statements, prologue = body.body, []
+        context = self.temporary("context")
+        if self.cold:
+            again = self._happen_again(pending, context)
+            statements = [ast.copy_location(ast.If(self.within(final.first, final.last), again, statements), node)]
+            raised = ast.BoolOp(ast.And(), [load("@r"), self._is(pending, RAISED)])
+            prologue = [ast.If(raised, [ast.Assign([_context_of(pending.value, ast.Store())], load(context))], [])]
+        raised_as = context.replace("@context", "@raised")
+        noted = [assign(pending.completion, constant(RAISED)), assign(pending.value, load(raised_as)), ast.Raise()]
+        handler = ast.copy_location(ast.ExceptHandler(helper("BaseException"), raised_as, noted), node)
+        inner = ast.copy_location(ast.Try(statements, [handler], [], []), node)
+        kept = ast.copy_location(ast.If(call("kept"), [*prologue, *final.body, assign(pending.value, constant(None))], []), node.finalbody[0])
+        self.emit_compound(ast.copy_location(ast.Try([inner], [], [], [kept]), node), first)
+
+    @staticmethod
+    def _is(pending: Finally, how: int) -> ast.expr:
+        return ast.Compare(load(pending.completion), [ast.Eq()], [constant(how)])
+
+    def _happen_again(self, pending: Finally, context: str) -> list[ast.stmt]:
+        """What led into the `finally`, once more."""
+        raising: list[ast.stmt] = [assign(context, _context_of(pending.value, ast.Load())), ast.Raise(load(pending.value))]
+        again: list[ast.stmt] = [ast.If(self._is(pending, RAISED), raising, []), ast.If(self._is(pending, RETURNED), [ast.Return(load(pending.value))], [])]
+        if pending.breaks:
+            again.append(ast.If(self._is(pending, BROKE), [ast.Break()], []))
+        if pending.continues:
+            again.append(ast.If(self._is(pending, CONTINUED), [ast.Continue()], []))
+        return again
+
+    def statement_TryStar(self, node: ast.stmt) -> None:
+        """`except*`: the groups it splits live where nothing can save them, so its handlers must not wait."""
+        if any(has_yield(handler) for handler in node.handlers):  # type: ignore[attr-defined]
+            raise self.refuse(node, "a yield in a handler of except*")
+        if node.finalbody:  # type: ignore[attr-defined]
+            inner = ast.copy_location(ast.TryStar(node.body, node.handlers, node.orelse, []), node)  # type: ignore[attr-defined]
+            self.statement_Try(ast.copy_location(ast.Try([inner], [], [], node.finalbody), node))  # type: ignore[attr-defined]
+            return
+        first = len(self.labels) + 1
+        body = self.block(node.body, "try")  # type: ignore[attr-defined]
+        orelse = self.block(node.orelse, "else") if node.orelse else Block([], 1, 0)  # type: ignore[attr-defined]
+        statements = body.body
+        if self.cold and orelse.labelled:
+            statements = [ast.copy_location(ast.If(self.up_to(body.last if body.labelled else first - 1), statements, []), statements[0])]
+        handlers = []
+        for number, handler in enumerate(node.handlers):  # type: ignore[attr-defined]
+            type_ = ast.IfExp(call("kept"), handler.type, constant(())) if body.labelled else handler.type
+            block = self.block(handler.body, f"except{number}-")
+            handlers.append(ast.copy_location(ast.ExceptHandler(type_, handler.name, block.body), handler))
+        self.emit_compound(ast.copy_location(ast.TryStar(statements, handlers, orelse.body, []), node), first)
+
+    # -- with ----------------------------------------------------------------------------------------------------
+    def statement_With(self, node: ast.With) -> None:
+        item, *rest = node.items
+        body = node.body
+        if rest:
+            body = [ast.copy_location(ast.With(rest, node.body), node)]
+        if not any(map(has_yield, body)) and not has_yield(item.optional_vars):
+            value = self.value(item.context_expr)
+            inside = self.block(body, "with").body
+            self.emit(ast.copy_location(ast.With([ast.withitem(value, item.optional_vars)], inside), node))
+            return
+        self._with_that_waits(node, item, body)
+
+    def _with_that_waits(self, node: ast.With, item: ast.withitem, body: list[ast.stmt]) -> None:
+        manager, entered, open_ = self.temporary("manager"), self.temporary("entered"), self.temporary("open")
+        mark = len(self.live)
+        self.emit(assign(manager, self.value(item.context_expr)))
+        del self.live[mark:]
+        self.emit(assign(entered, call("enter", load(manager))))
+        leaves = self.escapes(body)
+        self.live.append(manager)
+        if leaves:
+            self.emit(assign(open_, constant(True)))
+            self.live.append(open_)
+        first = len(self.labels) + 1
+        with self.collect() as block:
+            if item.optional_vars is not None:
+                self.live.append(entered)
+                self.assign_to(item.optional_vars, load(entered))
+                self.live.pop()
+            self.emit_block(self.block(body, "with"))
+        del self.live[mark:]
+        failed: list[ast.stmt] = [ast.If(call("leave", load(manager)), [ast.Raise()], [])]
+        done: list[ast.stmt] = [ast.Expr(call("exit", load(manager)))]
+        if leaves:
+            failed.insert(0, assign(open_, constant(False)))
+            done = [ast.If(load(open_), done, [])]
+        for statement in (*failed, *done):
+            ast.copy_location(statement, item.context_expr)
+        handler = ast.copy_location(ast.ExceptHandler(None, None, failed), item.context_expr)
+        guarded = ast.Try(block.body, [handler], [], done) if leaves else ast.Try(block.body, [handler], done, [])
+        self.emit_compound(ast.copy_location(guarded, node), first)
+        self.emit(assign(manager, constant(None)))
+        if item.optional_vars is not None:
+            self.emit(assign(entered, constant(None)))
+
+
+def _escapes(node: ast.AST, in_loop: bool) -> bool:
+    if isinstance(node, ast.Return):
+        return True
+    if isinstance(node, (ast.Break, ast.Continue)):
+        return not in_loop
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.expr)):
+        return False
+    if isinstance(node, (ast.For, ast.While)):
+        return any(_escapes(child, True) for child in node.body) or any(_escapes(child, in_loop) for child in node.orelse)
+    return any(_escapes(child, in_loop) for child in ast.iter_child_nodes(node))
+

@@ -1,0 +1,329 @@
+"""Statements: targets, branches, loops and match, each with its hot form and, while a label is to be reached, its guard."""
+
+from __future__ import annotations
+
+import ast
+
+from kwflow.durable.lower.emit import BROKE, CONTINUED, LOOP, RETURNED, Block, Finally, assign, call, constant, load, store
+from kwflow.durable.lower.expressions import MAPPING, PLAIN
+from kwflow.durable.lower.protected import Protected
+from kwflow.durable.lower.scopes import has_yield
+
+__all__ = ["Statements"]
+
+_WAITS = (ast.Yield, ast.YieldFrom)
+
+
+class Statements(Protected):
+    """The passes over statements; `statement` is the entry."""
+
+    def statement(self, node: ast.stmt) -> None:
+        """Lower one statement.  One without yields stands as it is, unless it leaves a `finally` that has to know."""
+        if not has_yield(node) and not (any(isinstance(exit_, Finally) for exit_ in self.exits) and self.escapes([node])):
+            self.emit(node)
+            return
+        method = getattr(self, f"statement_{type(node).__name__}", None)
+        if method is None:
+            raise self.refuse(node, f"a yield inside {type(node).__name__}")
+        method(node)
+
+    def block_with(self, statements: list[ast.stmt], name: str, loop: bool = False) -> Block:
+        if loop:
+            self.exits.append(LOOP)
+        block = self.block(statements, name)
+        if loop:
+            self.exits.pop()
+        return block
+
+    # -- simple statements -----------------------------------------------------------------------------------------
+    def statement_Expr(self, node: ast.Expr) -> None:
+        if isinstance(node.value, _WAITS):
+            wait = self.suspension(node.value)
+            self.emit_labelled(ast.copy_location(ast.Expr(wait), node), len(self.labels))
+            self._forget_delegate(wait)
+            return
+        value = self.value(node.value)
+        if not isinstance(value, ast.Name):
+            self.emit(ast.copy_location(ast.Expr(value), node))
+
+    def _forget_delegate(self, wait: ast.expr) -> None:
+        """A delegate that has ended must not be kept alive by the frame."""
+        if isinstance(wait, ast.YieldFrom):
+            self.emit(assign(next(name for name in reversed(self.temporaries) if name.startswith("@delegate")), constant(None)))
+
+    def statement_Return(self, node: ast.Return) -> None:
+        pending = [exit_ for exit_ in self.exits if isinstance(exit_, Finally)]
+        if not pending:
+            value = node.value
+            if isinstance(value, _WAITS):
+                wait = self.suspension(value)
+                self.emit_labelled(ast.copy_location(ast.Return(wait), node), len(self.labels))
+            else:
+                self.emit(ast.copy_location(ast.Return(self.value(value) if value is not None else None), node))
+            return
+        first, *rest = [exit_.value for exit_ in pending]
+        self.assign_into(first, node.value or constant(None))
+        self.emit(*(assign(name, load(first)) for name in rest))
+        self.emit(*(assign(exit_.completion, constant(RETURNED)) for exit_ in pending))
+        self.emit(ast.copy_location(ast.Return(load(first)), node))
+
+    def statement_Break(self, node: ast.Break) -> None:
+        self._leave_loop(BROKE)
+        self.emit(node)
+
+    def statement_Continue(self, node: ast.Continue) -> None:
+        self._leave_loop(CONTINUED)
+        self.emit(node)
+
+    def _leave_loop(self, how: int) -> None:
+        for exit_ in reversed(self.exits):
+            if not isinstance(exit_, Finally):
+                return
+            exit_.breaks |= how == BROKE
+            exit_.continues |= how == CONTINUED
+            self.emit(assign(exit_.completion, constant(how)))
+
+    def statement_Assign(self, node: ast.Assign) -> None:
+        if not any(map(has_yield, node.targets)):
+            if isinstance(node.value, _WAITS):
+                wait = self.suspension(node.value)
+                self.emit_labelled(ast.copy_location(ast.Assign(node.targets, wait), node), len(self.labels))
+                self._forget_delegate(wait)
+            else:
+                self.emit(ast.copy_location(ast.Assign(node.targets, self.value(node.value)), node))
+            return
+        value = self.spill(self.value(node.value), len(self.live))
+        for target in node.targets:
+            self.assign_to(target, value)
+
+    def statement_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if has_yield(node.annotation):
+            raise self.refuse(node, "a yield inside an annotation")
+        if node.value is not None:
+            self.statement_Assign(ast.copy_location(ast.Assign([node.target], node.value), node))
+        else:
+            self._places(node.target)
+
+    def _places(self, target: ast.expr) -> list[ast.expr]:
+        """The expressions inside an attribute or subscript target, lowered."""
+        if isinstance(target, ast.Attribute):
+            return [self.value(target.value)]
+        if isinstance(target, ast.Subscript):
+            parts = [(PLAIN, target.value), (PLAIN, self.index(target.slice))]
+            return self.sequence(parts) if any(has_yield(part) for _, part in parts) else [part for _, part in parts]
+        return []
+
+    @staticmethod
+    def _at(target: ast.expr, places: list[ast.expr], context: ast.expr_context) -> ast.expr:
+        if isinstance(target, ast.Attribute):
+            return ast.copy_location(ast.Attribute(places[0], target.attr, context), target)
+        if isinstance(target, ast.Subscript):
+            return ast.copy_location(ast.Subscript(places[0], places[1], context), target)
+        return ast.copy_location(ast.Name(target.id, context), target)  # type: ignore[attr-defined]
+
+    def assign_to(self, target: ast.expr, value: ast.expr) -> None:
+        """Assign an evaluated value; what is inside the target is evaluated now."""
+        mark = len(self.live)
+        if not has_yield(target):
+            self.emit(ast.copy_location(ast.Assign([target], value), target))
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            names = [self.temporary("unpack") for _ in target.elts]
+            parts: list[ast.expr] = [ast.Starred(store(n), ast.Store()) if isinstance(e, ast.Starred) else store(n) for n, e in zip(names, target.elts, strict=True)]
+            self.emit(ast.copy_location(ast.Assign([ast.Tuple(parts, ast.Store())], value), target))
+            for number, (name, element) in enumerate(zip(names, target.elts, strict=True)):
+                self.live[mark:] = names[number + 1 :]
+                self.live.append(name)
+                self.assign_to(element.value if isinstance(element, ast.Starred) else element, load(name))
+        else:
+            self.emit(ast.copy_location(ast.Assign([self._at(target, self._places(target), ast.Store())], value), target))
+        del self.live[mark:]
+
+    def statement_AugAssign(self, node: ast.AugAssign) -> None:
+        """`x += v`: x is read before v is evaluated and stored after; in-place operators and their messages stay."""
+        places = []
+        for part in self._places(node.target):
+            places.append(part if isinstance(part, ast.Constant) else self.spill(part, len(self.live)))
+        old = self.temporary("augment")
+        self.emit(assign(old, self._at(node.target, places, ast.Load())))
+        self.live.append(old)
+        self.emit(ast.copy_location(ast.AugAssign(store(old), node.op, self.value(node.value)), node))
+        self.emit(ast.copy_location(ast.Assign([self._at(node.target, places, ast.Store())], load(old)), node))
+
+    def statement_Delete(self, node: ast.Delete) -> None:
+        for target in node.targets:
+            mark = len(self.live)
+            if isinstance(target, (ast.Tuple, ast.List)):
+                self.statement_Delete(ast.copy_location(ast.Delete(target.elts), node))
+            else:
+                self.emit(ast.copy_location(ast.Delete([self._at(target, self._places(target), ast.Del())]), node))
+            del self.live[mark:]
+
+    def statement_Assert(self, node: ast.Assert) -> None:
+        mark = len(self.live)
+        test = self.value(node.test)
+        if not has_yield(node.msg):
+            self.emit(ast.copy_location(ast.Assert(test, node.msg), node))
+            return
+        del self.live[mark:]
+        with self.collect() as failed:
+            message = self.value(node.msg)  # type: ignore[arg-type]
+            self.emit(ast.copy_location(ast.Assert(constant(False), message), node))
+        self.emit_block(self.branch(ast.UnaryOp(ast.Not(), test), failed))
+
+    def statement_Raise(self, node: ast.Raise) -> None:
+        parts = [part for part in (node.exc, node.cause) if part is not None]
+        self.emit(ast.copy_location(ast.Raise(*self.sequence([(PLAIN, part) for part in parts])), node))
+
+    def statement_FunctionDef(self, node: ast.FunctionDef) -> None:
+        for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]:
+            if argument is not None and has_yield(argument.annotation):
+                raise self.refuse(node, "a yield inside an annotation")
+        if has_yield(node.returns):
+            raise self.refuse(node, "a yield inside an annotation")
+        defaults = [*node.args.defaults, *(d for d in node.args.kw_defaults if d is not None)]
+        values = self.sequence([(PLAIN, part) for part in [*node.decorator_list, *defaults]])
+        decorators, rest = values[: len(node.decorator_list)], iter(values[len(node.decorator_list) :])
+        args = node.args
+        positional = [next(rest) for _ in args.defaults]
+        named = [None if default is None else next(rest) for default in args.kw_defaults]
+        replaced = ast.arguments(args.posonlyargs, args.args, args.vararg, args.kwonlyargs, named, args.kwarg, positional)
+        self.emit(_like(node, args=replaced, decorator_list=decorators))
+
+    def statement_ClassDef(self, node: ast.ClassDef) -> None:
+        keywords = [(PLAIN if keyword.arg is not None else MAPPING, keyword.value) for keyword in node.keywords]
+        bases = [self.element(base) for base in node.bases]
+        values = self.sequence([*((PLAIN, decorator) for decorator in node.decorator_list), *bases, *keywords])
+        first, second = len(node.decorator_list), len(node.decorator_list) + len(bases)
+        named = [ast.copy_location(ast.keyword(old.arg, value), old) for old, value in zip(node.keywords, values[second:], strict=True)]
+        self.emit(_like(node, decorator_list=values[:first], bases=values[first:second], keywords=named))
+
+    # -- branches and loops ------------------------------------------------------------------------------------------
+    def statement_If(self, node: ast.If) -> None:
+        mark = len(self.live)
+        test = self.value(node.test)
+        del self.live[mark:]
+        body = self.block(node.body, "body")
+        orelse = self.block(node.orelse, "else") if node.orelse else None
+        self.emit_block(self.branch(test, body, orelse))
+
+    def statement_While(self, node: ast.While) -> None:
+        first = len(self.labels) + 1
+        if not has_yield(node.test):
+            test = node.test
+            body = self.block_with(node.body, "body", loop=True)
+            statements = body.body
+            if self.cold and len(self.labels) >= first:
+                test = self.unless_entering(test, self.up_to(body.last) if body.labelled else constant(False))
+        else:
+            going = self.temporary("while")
+            self.emit(assign(going, constant(True)))
+            self.live.append(going)
+            with self.collect() as whole:
+                self.assign_into(going, ast.IfExp(node.test, constant(True), constant(False)))
+                self.emit_block(self.branch(load(going), self.block_with(node.body, "body", loop=True)))
+            test, statements = load(going), whole.body
+            if self.cold:
+                test = self.unless_entering(test, self.up_to(whole.last))
+        orelse = self.block(node.orelse, "else").body if node.orelse else []
+        loop = ast.copy_location(ast.While(test, statements, orelse), node)
+        self.emit_compound(loop, first)
+
+    def statement_For(self, node: ast.For) -> None:
+        mark = len(self.live)
+        source = self.value(node.iter)
+        first = len(self.labels) + 1
+        if not has_yield(node.target) and not any(map(has_yield, node.body)):
+            self._for_without_waits(node, source, first)
+            return
+        iterator = self.temporary("for-iterator")
+        self.emit(assign(iterator, call("iter", source)))
+        del self.live[mark:]
+        self.live.append(iterator)
+        moved = self.cold or has_yield(node.target)
+        value = self.temporary("for-value")
+        with self.collect() as body:
+            if moved:
+                self.live.append(value)
+                self.assign_to(node.target, load(value))
+                self.live.pop()
+            self.emit_block(self.block_with(node.body, "body", loop=True))
+        self.live.pop()
+        over: ast.expr = load(iterator)
+        if self.cold:
+            entering = ast.IfExp(self.up_to(body.last), call("chain", constant((None,)), load(iterator)), constant(()))
+            over = self.unless_entering(over, entering)
+        orelse = self.block(node.orelse, "else").body if node.orelse else []
+        target = store(value) if moved else node.target
+        self.emit_compound(ast.copy_location(ast.For(target, over, body.body, orelse), node), first)
+        self.emit(assign(iterator, constant(None)))
+
+    def _for_without_waits(self, node: ast.For, source: ast.expr, first: int) -> None:
+        body = self.block_with(node.body, "body", loop=True).body
+        orelse = self.block(node.orelse, "else").body if node.orelse else []
+        if self.cold and len(self.labels) >= first:
+            source = self.unless_entering(source, constant(()))
+        self.emit_compound(ast.copy_location(ast.For(node.target, source, body, orelse), node), first)
+
+    # -- match ---------------------------------------------------------------------------------------------------------
+    def statement_Match(self, node: ast.Match) -> None:
+        """Bodies stand in place in the hot twin; the cold one notes which case matched and enters bodies by their labels.
+
+        Patterns bind in place and are never run again.  A guard that waits cuts the match in two: the cases after it
+        are tried only if it fails.
+        """
+        mark = len(self.live)
+        subject = self.value(node.subject)
+        waiting_guards = any(has_yield(case.guard) for case in node.cases)
+        if not self.cold and not waiting_guards:
+            cases = [ast.match_case(case.pattern, case.guard, self.block(case.body, f"case{n}-").body) for n, case in enumerate(node.cases)]
+            self.emit(ast.copy_location(ast.Match(subject, cases), node))  # hot: no guards, so its labels need no range
+            return
+        chosen = self.temporary("case")
+        if waiting_guards:
+            subject = self.spill(subject, mark)
+            self.live.append(chosen)
+            self.emit(assign(chosen, constant(0)))
+            self._choose(node, subject, chosen, 0)
+        else:
+            self.emit(assign(chosen, constant(0)), self._chooser(node, subject, chosen, range(len(node.cases))))
+        del self.live[mark:]
+        self.live.append(chosen)
+        self._dispatch(node, chosen)
+
+    def _chooser(self, node: ast.Match, subject: ast.expr, chosen: str, numbers: range) -> ast.stmt:
+        """A native match whose bodies only note the case: n + 1, or -(n + 1) when its guard has still to be asked."""
+        cases = []
+        for number in numbers:
+            case = node.cases[number]
+            waits = has_yield(case.guard)
+            note = assign(chosen, constant(-(number + 1) if waits else number + 1))
+            cases.append(ast.match_case(case.pattern, None if waits else case.guard, [ast.copy_location(note, case.body[0])]))
+        return ast.copy_location(ast.Match(subject, cases), node)
+
+    def _choose(self, node: ast.Match, subject: ast.expr, chosen: str, start: int) -> None:
+        cut = next((n for n in range(start, len(node.cases)) if has_yield(node.cases[n].guard)), None)
+        stop = len(node.cases) if cut is None else cut + 1
+        if start < stop:
+            self.emit(self._chooser(node, subject, chosen, range(start, stop)))
+        if cut is None:
+            return
+        with self.collect() as asking:
+            guard = node.cases[cut].guard
+            self.assign_into(chosen, ast.IfExp(guard, constant(cut + 1), constant(0)))  # type: ignore[arg-type]
+        self.emit_block(self.branch(ast.Compare(load(chosen), [ast.Eq()], [constant(-(cut + 1))]), asking))
+        with self.collect() as rest:
+            self._choose(node, subject, chosen, cut + 1)
+        if cut + 1 < len(node.cases):
+            self.emit_block(self.branch(ast.UnaryOp(ast.Not(), load(chosen)), rest))
+
+    def _dispatch(self, node: ast.Match, chosen: str) -> None:
+        """Bodies one after the other: exactly one of them runs, and it may change `chosen` no more."""
+        for number, case in enumerate(node.cases):
+            body = self.block(case.body, f"case{number}-")
+            self.emit_block(self.branch(ast.Compare(load(chosen), [ast.Eq()], [constant(number + 1)]), body))
+
+
+def _like(node: ast.stmt, **changed: object) -> ast.stmt:
+    """A copy of the node with some fields replaced; the tree that was given is never changed."""
+    fields = {name: changed.get(name, getattr(node, name, None)) for name in node._fields if name in changed or hasattr(node, name)}
+    return ast.copy_location(type(node)(**fields), node)

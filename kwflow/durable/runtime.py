@@ -1,0 +1,185 @@
+"""What lowered code calls: one object per module, its global `@kw`.  Nothing here may raise StopIteration by accident."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import itertools
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kwflow.durable.registry import Function, Module, register_code
+
+__all__ = ["Resume", "Runtime", "abandoning", "delegate", "set_abandoning"]
+
+_forget = threading.local()
+_forget_by_default = False
+
+
+def abandoning() -> bool:
+    """Whether a GeneratorExit that arrives now means "forgotten": cleanup of the author is skipped (G8)."""
+    return getattr(_forget, "value", _forget_by_default)
+
+
+def set_abandoning(value: bool | None, everywhere: bool = False) -> bool | None:
+    """Set it for this thread (None: the process's default again) or as the process's default; returns what it was."""
+    global _forget_by_default
+    if everywhere:
+        before, _forget_by_default = _forget_by_default, bool(value)
+        return before
+    previous: bool | None = getattr(_forget, "value", None)
+    if value is None:
+        _forget.__dict__.pop("value", None)
+    else:
+        _forget.value = value
+    return previous
+
+
+def abandoned() -> type[BaseException] | tuple[()]:
+    """The first except clause around every wait: catches the GeneratorExit of a forgotten generator, else nothing."""
+    return GeneratorExit if abandoning() else ()
+
+
+def kept() -> bool:
+    """Whether a `finally` runs: not when a forgotten generator is being dropped."""
+    return not (sys.exc_info()[0] is GeneratorExit and abandoning())
+
+
+def enter(manager: Any) -> Any:
+    """`__enter__`, looked up as the with statement does: both methods on the type, before either runs."""
+    cls = type(manager)
+    try:
+        enter_, _ = cls.__enter__, cls.__exit__
+    except AttributeError:
+        missed = " (missed __exit__ method)" if hasattr(cls, "__enter__") else ""
+        text = f"'{cls.__qualname__}' object does not support the context manager protocol{missed}"
+        raise TypeError(text) from None
+    return enter_(manager)
+
+
+def leave(manager: Any) -> bool:
+    """`__exit__` with the exception being handled; True when it has to go on."""
+    if not kept():
+        return True
+    return not type(manager).__exit__(manager, *sys.exc_info())
+
+
+def exit_(manager: Any) -> None:
+    type(manager).__exit__(manager, None, None, None)
+
+
+class _Iterable:
+    """An iterator without `__iter__` (legal for `for`), given one."""
+
+    def __init__(self, iterator: Any) -> None:
+        self.iterator = iterator
+
+    def __iter__(self) -> _Iterable:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.iterator)
+
+
+def iterate(source: Any) -> Iterator[Any]:
+    """iter(source) as an object that `for` takes again and again as itself."""
+    iterator = iter(source)
+    try:
+        if iter(iterator) is iterator:
+            return iterator
+    except TypeError:
+        pass
+    return _Iterable(iterator)
+
+
+class _Delegate(_Iterable):
+    """`_Iterable` for `yield from`: send, throw and close go to the iterator if it has them (PEP 380)."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("send", "throw", "close"):
+            return getattr(self.iterator, name)
+        raise AttributeError(name)
+
+
+def delegate(source: Any) -> Any:
+    """What `yield from source` iterates."""
+    if isinstance(source, types.GeneratorType):
+        return source
+    iterator = iter(source)
+    try:
+        if iter(iterator) is iterator:
+            return iterator
+    except TypeError:
+        pass
+    return _Delegate(iterator)
+
+
+class Resume:
+    """A delegate that is already started: swallows the handshake's `next`, then passes everything on (PEP 380)."""
+
+    def __init__(self, target: Any, _reached: int) -> None:
+        self.target = target
+        self.entered = False
+
+    def __iter__(self) -> Resume:
+        return self
+
+    def __next__(self) -> Any:
+        return self.send(None)
+
+    def send(self, value: Any) -> Any:
+        if not self.entered:
+            self.entered = True
+            return None
+        return next(self.target) if value is None else self.target.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        throw = getattr(self.target, "throw", None)
+        if throw is not None:
+            return throw(*error)
+        exception = error[0] if len(error) == 1 else error[1] if isinstance(error[1], BaseException) else error[0](error[1])
+        raise exception
+
+    def close(self) -> None:
+        close = getattr(self.target, "close", None)
+        if close is not None:
+            close()
+
+
+class Runtime:
+    """The helpers as attributes, and `mark`, which tells the registry what each code object is."""
+
+    abandoned = staticmethod(abandoned)
+    kept = staticmethod(kept)
+    enter = staticmethod(enter)
+    leave = staticmethod(leave)
+    exit = staticmethod(exit_)
+    iter = staticmethod(iterate)
+    delegate = staticmethod(delegate)
+    chain = itertools.chain
+    slice = builtins.slice
+    Resume = Resume
+    BaseException = builtins.BaseException
+
+    def __init__(self, module: Module) -> None:
+        self._functions = module.functions
+        self._marks: dict[str, Callable[[Any], Any]] = {}
+
+    def mark(self, path: str) -> Callable[[Any], Any]:
+        """The innermost decorator of every function: registers its code."""
+        found = self._marks.get(path)
+        if found is None:
+            found = self._marks[path] = functools.partial(_mark, self._functions[path])
+        return found
+
+    def marked(self, path: str, function: Any) -> Any:
+        """The same for lambdas."""
+        return _mark(self._functions[path], function)
+
+
+def _mark(function: Function, fn: types.FunctionType) -> types.FunctionType:
+    register_code(fn.__code__, function)
+    return fn
