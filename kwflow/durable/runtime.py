@@ -51,12 +51,10 @@ def kept() -> bool:
 def enter(manager: Any) -> Any:
     """`__enter__`, looked up as the with statement does: both methods on the type, before either runs."""
     cls = type(manager)
-    try:
-        enter_, _ = cls.__enter__, cls.__exit__
-    except AttributeError:
-        missed = " (missed __exit__ method)" if hasattr(cls, "__enter__") else ""
-        text = f"'{cls.__qualname__}' object does not support the context manager protocol{missed}"
-        raise TypeError(text) from None
+    enter_ = getattr(cls, "__enter__", None)
+    if enter_ is None or not hasattr(cls, "__exit__"):
+        missed = " (missed __exit__ method)" if enter_ is not None else ""
+        raise TypeError(f"'{cls.__qualname__}' object does not support the context manager protocol{missed}")
     return enter_(manager)
 
 

@@ -102,7 +102,21 @@ class ModuleLowering:
         outer = next(const for const in self.compile(tree).co_consts if isinstance(const, types.CodeType))
         code = next(const for const in outer.co_consts if isinstance(const, types.CodeType))
         first = min([at.lineno, *(d.lineno for d in getattr(at, "decorator_list", []))])  # type: ignore[attr-defined]
-        return code.replace(co_qualname=scope.qualname, co_firstlineno=first)
+        inside = f"@factory.<locals>.{code.co_name}"
+        return _renamed(code, inside, scope.qualname).replace(co_firstlineno=first)
+
+
+def _renamed(code: types.CodeType, inside: str, real: str) -> types.CodeType:
+    """The code and what is nested in it, with the qualified names they have in the author's module."""
+
+    def one(const: object) -> object:
+        if isinstance(const, types.CodeType):
+            return _renamed(const, inside, real)
+        if isinstance(const, str) and const.startswith(inside):  # the __qualname__ of a class body
+            return real + const[len(inside) :]
+        return const
+
+    return code.replace(co_qualname=real + code.co_qualname[len(inside) :], co_consts=tuple(map(one, code.co_consts)))
 
 
 def _no_arguments() -> ast.arguments:

@@ -133,14 +133,27 @@ class Protected(Expressions):
         return ast.Compare(load(pending.completion), [ast.Eq()], [constant(how)])
 
     def _happen_again(self, pending: Finally, context: str) -> list[ast.stmt]:
-        """What led into the `finally`, once more."""
+        """What led into the `finally`, once more; the `finally`s further out are told again, as on the first way out."""
+        outer = [exit_ for exit_ in self.exits if isinstance(exit_, Finally)]
+        returned = [assign(exit_.value, load(pending.value)) for exit_ in outer] + [assign(exit_.completion, constant(RETURNED)) for exit_ in outer]
         raising: list[ast.stmt] = [assign(context, _context_of(pending.value, ast.Load())), ast.Raise(load(pending.value))]
-        again: list[ast.stmt] = [ast.If(self._is(pending, RAISED), raising, []), ast.If(self._is(pending, RETURNED), [ast.Return(load(pending.value))], [])]
-        if pending.breaks:
-            again.append(ast.If(self._is(pending, BROKE), [ast.Break()], []))
-        if pending.continues:
-            again.append(ast.If(self._is(pending, CONTINUED), [ast.Continue()], []))
+        again: list[ast.stmt] = [ast.If(self._is(pending, RAISED), raising, [])]
+        again.append(ast.If(self._is(pending, RETURNED), [*returned, ast.Return(load(pending.value))], []))
+        for how, used, leave in ((BROKE, pending.breaks, ast.Break()), (CONTINUED, pending.continues, ast.Continue())):
+            if used:
+                again.append(ast.If(self._is(pending, how), [*self.leaving_loop(how), leave], []))
         return again
+
+    def leaving_loop(self, how: int) -> list[ast.stmt]:
+        """What a break or continue tells the `finally`s between it and its loop."""
+        told: list[ast.stmt] = []
+        for exit_ in reversed(self.exits):
+            if not isinstance(exit_, Finally):
+                break
+            exit_.breaks |= how == BROKE
+            exit_.continues |= how == CONTINUED
+            told.append(assign(exit_.completion, constant(how)))
+        return told
 
     def statement_TryStar(self, node: ast.stmt) -> None:
         """`except*`: the groups it splits live where nothing can save them, so its handlers must not wait."""

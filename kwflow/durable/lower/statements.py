@@ -68,20 +68,12 @@ class Statements(Protected):
         self.emit(ast.copy_location(ast.Return(load(first)), node))
 
     def statement_Break(self, node: ast.Break) -> None:
-        self._leave_loop(BROKE)
+        self.emit(*self.leaving_loop(BROKE))
         self.emit(node)
 
     def statement_Continue(self, node: ast.Continue) -> None:
-        self._leave_loop(CONTINUED)
+        self.emit(*self.leaving_loop(CONTINUED))
         self.emit(node)
-
-    def _leave_loop(self, how: int) -> None:
-        for exit_ in reversed(self.exits):
-            if not isinstance(exit_, Finally):
-                return
-            exit_.breaks |= how == BROKE
-            exit_.continues |= how == CONTINUED
-            self.emit(assign(exit_.completion, constant(how)))
 
     def statement_Assign(self, node: ast.Assign) -> None:
         if not any(map(has_yield, node.targets)):
@@ -212,6 +204,7 @@ class Statements(Protected):
             test = node.test
             body = self.block_with(node.body, "body", loop=True)
             statements = body.body
+            orelse = self.block(node.orelse, "else").body if node.orelse else []
             if self.cold and len(self.labels) >= first:
                 test = self.unless_entering(test, self.up_to(body.last) if body.labelled else constant(False))
         else:
@@ -224,7 +217,8 @@ class Statements(Protected):
             test, statements = load(going), whole.body
             if self.cold:
                 test = self.unless_entering(test, self.up_to(whole.last))
-        orelse = self.block(node.orelse, "else").body if node.orelse else []
+            self.live.pop()
+            orelse = self.block(node.orelse, "else").body if node.orelse else []
         loop = ast.copy_location(ast.While(test, statements, orelse), node)
         self.emit_compound(loop, first)
 
@@ -241,16 +235,21 @@ class Statements(Protected):
         self.live.append(iterator)
         moved = self.cold or has_yield(node.target)
         value = self.temporary("for-value")
+        in_target = 0
         with self.collect() as body:
             if moved:
                 self.live.append(value)
                 self.assign_to(node.target, load(value))
                 self.live.pop()
+                in_target = len(self.labels)
             self.emit_block(self.block_with(node.body, "body", loop=True))
         self.live.pop()
         over: ast.expr = load(iterator)
         if self.cold:
-            entering = ast.IfExp(self.up_to(body.last), call("chain", constant((None,)), load(iterator)), constant(()))
+            current: ast.expr = constant(None)  # entered at the value it had, which a target that waits still needs
+            if in_target >= first:
+                current = ast.IfExp(self.up_to(in_target), load(value), current)
+            entering = ast.IfExp(self.up_to(body.last), call("chain", ast.Tuple([current], ast.Load()), load(iterator)), constant(()))
             over = self.unless_entering(over, entering)
         orelse = self.block(node.orelse, "else").body if node.orelse else []
         target = store(value) if moved else node.target
@@ -287,7 +286,6 @@ class Statements(Protected):
         else:
             self.emit(assign(chosen, constant(0)), self._chooser(node, subject, chosen, range(len(node.cases))))
         del self.live[mark:]
-        self.live.append(chosen)
         self._dispatch(node, chosen)
 
     def _chooser(self, node: ast.Match, subject: ast.expr, chosen: str, numbers: range) -> ast.stmt:
@@ -317,10 +315,16 @@ class Statements(Protected):
             self.emit_block(self.branch(ast.UnaryOp(ast.Not(), load(chosen)), rest))
 
     def _dispatch(self, node: ast.Match, chosen: str) -> None:
-        """Bodies one after the other: exactly one of them runs, and it may change `chosen` no more."""
-        for number, case in enumerate(node.cases):
-            body = self.block(case.body, f"case{number}-")
-            self.emit_block(self.branch(ast.Compare(load(chosen), [ast.Eq()], [constant(number + 1)]), body))
+        """An elif chain, so that a body entered by its label is not followed by a question nobody can answer."""
+        bodies = [self.block(case.body, f"case{number}-") for number, case in enumerate(node.cases)]
+        chain: Block | None = None
+        for number in reversed(range(len(bodies))):
+            test = ast.Compare(load(chosen), [ast.Eq()], [constant(number + 1)])
+            chain = self.branch(test, bodies[number], chain)
+            for statement in chain.body:
+                self.place(statement)
+        if chain is not None:
+            self.emit_block(chain)
 
 
 def _like(node: ast.stmt, **changed: object) -> ast.stmt:
