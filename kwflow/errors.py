@@ -10,6 +10,7 @@
     ├ ProtocolError         the record: dead-letter it and go on
     ├ SnapshotError         stored state: park the instance
     │   ├ CodeChangedError
+    │   ├ UnsavableError        a value that cannot be saved; names variable, function, place and type
     │   └ CorruptSnapshotError
     ├ TransportError        broker or store; `retryable` tells whether trying again can help
     │   └ FencedError           another owner took over: stop
@@ -33,6 +34,7 @@ __all__ = [
     "StuckError",
     "TransportError",
     "UnknownWorkflowError",
+    "UnsavableError",
     "UnsupportedError",
     "UsageError",
     "WorkflowError",
@@ -92,6 +94,20 @@ class CodeChangedError(SnapshotError):
 
 class CorruptSnapshotError(SnapshotError):
     """Stored bytes are not a snapshot of ours, or their checksum does not match; nothing was unpickled."""
+
+
+class UnsavableError(SnapshotError):
+    """A value in a waiting generator cannot be saved (G4); the attributes say which."""
+
+    def __init__(self, message: str, variable: str = "", function: str = "", place: str = "", type_name: str = "") -> None:
+        super().__init__(message, variable, function, place, type_name)
+        self.variable = variable
+        self.function = function
+        self.place = place
+        self.type_name = type_name
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class TransportError(KwflowError):

@@ -1,0 +1,30 @@
+"""Generators that survive a process: saved at a yield, they go on from there later, elsewhere, on another minor.
+
+A library of its own: nothing here knows workflows or Kafka.  Reading order: lower/__init__.py (source to two code
+objects), runtime.py (what lowered code calls), frames.py (a frame as data), codec.py (an object graph as bytes),
+loader.py (imports).
+"""
+
+from kwflow.durable.frames import Frame, State, capture, describe, discard, is_durable, restore
+from kwflow.durable.codec import allow_modules, dumps, loads
+from kwflow.durable.loader import install, load_source, native, uninstall
+from kwflow.durable.runtime import abandoning, set_abandoning
+
+__all__ = [
+    "Frame",
+    "State",
+    "abandoning",
+    "allow_modules",
+    "capture",
+    "describe",
+    "discard",
+    "dumps",
+    "install",
+    "is_durable",
+    "load_source",
+    "loads",
+    "native",
+    "restore",
+    "set_abandoning",
+    "uninstall",
+]

@@ -97,9 +97,15 @@ class _Delegate(_Iterable):
     """`_Iterable` for `yield from`: send, throw and close go to the iterator if it has them (PEP 380)."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("send", "throw", "close"):
+        if name in ("send", "throw"):
             return getattr(self.iterator, name)
         raise AttributeError(name)
+
+    def close(self) -> None:
+        """The author's `close` is cleanup: skipped when the generator is only forgotten (G8)."""
+        close = getattr(self.iterator, "close", None)
+        if close is not None and not abandoning():
+            close()
 
 
 def delegate(source: Any) -> Any:
@@ -108,7 +114,7 @@ def delegate(source: Any) -> Any:
         return source
     iterator = iter(source)
     try:
-        if iter(iterator) is iterator:
+        if iter(iterator) is iterator and (isinstance(iterator, types.GeneratorType) or not hasattr(iterator, "close")):
             return iterator
     except TypeError:
         pass

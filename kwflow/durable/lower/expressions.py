@@ -20,6 +20,8 @@ Part = tuple[str, ast.expr]
 
 def _fixed(node: ast.expr) -> bool:
     """Whether evaluating it later, or twice, makes no difference."""
+    if isinstance(node, ast.Call):  # ours: `@kw.mark("path")`
+        return _fixed(node.func) and all(map(_fixed, node.args))
     return isinstance(node, ast.Constant) or (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "@kw")
 
 

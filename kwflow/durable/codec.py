@@ -1,0 +1,336 @@
+"""Object graphs that hold durable generators, to bytes and back.
+
+Shells first (objects whose content is deferred), then their states by repeated `dump` on the same Pickler: its memo is
+shared, so identity and cycles survive and a chain of 20,000 generators does not recurse.  What may be named in a
+snapshot is decided in `allowed`, and the same list holds when saving: it must not know workflows.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import io
+import pickle
+import sys
+import types
+from collections.abc import Generator
+from typing import Any
+
+from kwflow.durable import rebuild, registry
+from kwflow.durable.frames import SUSPENDED, State, discard, enter, fill, read
+from kwflow.errors import CorruptSnapshotError, KwflowError, NotDurableError, SnapshotError, UnsavableError
+
+__all__ = ["allow_modules", "dumps", "loads", "unit_hashes"]
+
+_PROTOCOL = 5
+_BUILTINS = frozenset(
+    "object type int float complex str bytes bytearray bool list tuple dict set frozenset range slice memoryview enumerate zip map filter reversed "
+    "iter NotImplemented Ellipsis property staticmethod classmethod super len min max sum abs sorted repr str print all any isinstance round hash id next".split()
+)
+_STDLIB = frozenset(
+    "collections datetime decimal fractions uuid enum pathlib ipaddress itertools operator functools re types array zoneinfo random "
+    "dataclasses typing contextlib numbers string http copyreg _collections _operator pathlib._local _datetime _decimal".split()
+)
+_FUNCTIONS = {"copyreg": {"_reconstructor", "__newobj__", "__newobj_ex__"}, "re": {"_compile"}, "collections": {"_deque_iterator"}, "uuid": set(), "functools": {"reduce"}, "operator": None}
+_allowed: set[str] = set()
+_atoms = (type(None), bool, int, float, str, bytes)
+
+
+def allow_modules(names: list[str]) -> None:
+    """Modules (and their submodules) whose classes snapshots may hold, beside durable ones (config `snapshot.modules`)."""
+    _allowed.update(names)
+
+
+def allowed(module: str, qualname: str, value: object) -> bool:
+    """Whether a snapshot may name this object: classes of known modules, functions only from fixed tables."""
+    if module == "builtins":
+        return qualname in _BUILTINS or (isinstance(value, type) and issubclass(value, BaseException))
+    if module in ("kwflow.durable.rebuild",):
+        return qualname in rebuild.__all__
+    if module.split(".")[0] == "kwflow":
+        return isinstance(value, type) or module == "kwflow.api"
+    if module in registry.modules() or any(module == name or module.startswith(name + ".") for name in _allowed):
+        return True
+    if module in _FUNCTIONS and not isinstance(value, type):
+        names = _FUNCTIONS[module]
+        return names is None or qualname in names
+    return module in _STDLIB and isinstance(value, type)
+
+
+class _Refused(Exception):
+    """Why one object cannot be saved."""
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, _PROTOCOL)
+        self.deferred: collections.deque[tuple[str, Any, Any]] = collections.deque()
+        self.states: list[State] = []
+
+    def reducer_override(self, value: Any) -> Any:
+        reducer = _REDUCERS.get(type(value))
+        if reducer is not None:
+            return reducer(self, value)
+        if isinstance(value, type):
+            return self.class_(value)
+        if isinstance(value, BaseException):
+            return self.exception(value)
+        name = _sentinels().get(id(value))
+        if name is not None:
+            return rebuild.global_of, name
+        return NotImplemented
+
+    def class_(self, cls: type) -> Any:
+        if cls.__module__ == "builtins" and cls in _TYPES_WITHOUT_A_NAME:
+            return NotImplemented
+        if "<locals>" in cls.__qualname__:
+            raise _Refused(f"the class {cls.__qualname__} is defined inside a function; define it at module level")
+        if not allowed(cls.__module__, cls.__qualname__, cls):
+            raise _Refused(f"a value of class {cls.__module__}.{cls.__qualname__}; list its module under [snapshot] modules in kwflow.toml, or keep plain data")
+        return NotImplemented
+
+    def exception(self, error: BaseException) -> Any:
+        self.class_(type(error))
+        slots = {name: getattr(error, name, None) for cls in type(error).__mro__ for name in EXCEPTION_SLOTS.get(cls, ())}
+        state = (error.__dict__, slots, error.__cause__, error.__context__, error.__suppress_context__)
+        self.deferred.append(("exception", error, state))
+        return rebuild.exception, (type(error), error.args)
+
+    def generator(self, gen: Generator[Any, Any, Any]) -> Any:
+        state = read(gen)
+        self.states.append(state)
+        function = state.function
+        self.deferred.append(("generator", gen, (state.status, state.slots)))
+        return rebuild.generator, (function.module, function.path, state.cells, state.name, state.qualname)
+
+    def cell(self, cell: types.CellType) -> Any:
+        try:
+            self.deferred.append(("cell", cell, cell.cell_contents))
+        except ValueError:
+            pass  # an empty cell stays empty
+        return rebuild.cell, ()
+
+    def function(self, fn: types.FunctionType) -> Any:
+        module, name = fn.__module__, fn.__qualname__
+        if "<" not in name and _named(module, name) is fn:
+            if allowed(module, name, fn) or module in _STDLIB:
+                return NotImplemented
+            raise _Refused(f"the function {module}.{name} of a module that is not durable; list it under [snapshot] modules in kwflow.toml")
+        known = registry.function_of(fn.__code__)
+        if known is None:
+            raise _Refused(f"the function {name} ({fn.__code__.co_filename}:{fn.__code__.co_firstlineno}), which belongs to no durable module")
+        state = (fn.__defaults__, fn.__kwdefaults__, fn.__dict__, fn.__name__, fn.__qualname__, fn.__doc__, module)
+        self.deferred.append(("function", fn, state))
+        return rebuild.function, (known.module, known.path, fn.__closure__ or ())
+
+    def method(self, value: types.MethodType) -> Any:
+        return rebuild.method, (value.__self__, value.__func__)
+
+    def builtin(self, value: types.BuiltinFunctionType) -> Any:
+        owner = value.__self__
+        if owner is None or isinstance(owner, types.ModuleType):
+            return NotImplemented
+        if isinstance(owner, rebuild._BOUND_OF):
+            return rebuild.bound, (owner, value.__name__)
+        return NotImplemented
+
+    def module(self, value: types.ModuleType) -> Any:
+        return rebuild.imported_module, (value.__name__,)
+
+    def mappingproxy(self, value: types.MappingProxyType[Any, Any]) -> Any:
+        return types.MappingProxyType, (dict(value),)
+
+
+EXCEPTION_SLOTS = rebuild.EXCEPTION_ATTRIBUTES
+_TYPES_WITHOUT_A_NAME = (type(None), type(NotImplemented), type(...))
+_REDUCERS: dict[type, Any] = {
+    types.GeneratorType: _Pickler.generator,
+    types.CellType: _Pickler.cell,
+    types.FunctionType: _Pickler.function,
+    types.MethodType: _Pickler.method,
+    types.BuiltinFunctionType: _Pickler.builtin,
+    types.ModuleType: _Pickler.module,
+    types.MappingProxyType: _Pickler.mappingproxy,
+}
+
+
+def _named(module: str | None, qualname: str) -> Any:
+    found: Any = sys.modules.get(module or "")
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _sentinels() -> dict[int, tuple[str, str]]:
+    known: dict[int, tuple[str, str]] = {}
+    for module in registry.modules().values():
+        for identity, name in module.sentinels.items():
+            known[identity] = (module.name, name)
+    return known
+
+
+def _dump(root: Any) -> tuple[bytes, list[State]]:
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(root)
+    while pickler.deferred:
+        batch = []
+        while pickler.deferred:
+            batch.append(pickler.deferred.popleft())
+        for entry in batch:
+            pickler.dump(entry)
+    pickler.dump(None)
+    return file.getvalue(), pickler.states
+
+
+def dumps(root: Any) -> bytes:
+    """The graph below `root` as bytes.
+
+    Raises UnsavableError naming variable, function, file, line and type of what cannot be saved, NotDurableError for a
+    native generator.
+    """
+    try:
+        return _dump(root)[0]
+    except (NotDurableError, UnsavableError) as error:
+        raise _named_error(root, error) from error
+    except Exception as error:  # reducers of any class may raise anything
+        raise _named_error(root, error) from error
+
+
+def _named_error(root: Any, error: Exception) -> SnapshotError:
+    reason = str(error) or type(error).__name__
+    if isinstance(error, RecursionError):
+        reason = "it is nested too deeply"
+    for state in reversed(_generators(root)):
+        values = dict(state.slots)
+        for name, cell in zip(state.function.captured, state.cells, strict=False):
+            try:
+                values[name] = cell.cell_contents
+            except ValueError:
+                continue
+        for name, value in values.items():
+            if isinstance(value, types.GeneratorType) and registry.function_of(value.gi_code) is not None:
+                continue
+            try:
+                _dump(value)
+            except Exception as inner:
+                where = f"{state.function.filename}:{state.function.lineno}"
+                shown = name if name[0] != "@" else f"the {name[1:].split(' ')[0]} in use"
+                text = f"variable {shown!r} of {state.qualname} ({where}) cannot be saved: {type(value).__name__}: {inner or reason}"
+                return UnsavableError(text + "; drop it before the yield, or do this work in an activity", shown, state.qualname, where, type(value).__name__)
+    return UnsavableError(f"cannot be saved: {reason}", "", "", "", type(root).__name__)
+
+
+def _generators(root: Any) -> list[State]:
+    """The durable generators that can be reached through plain containers, for an error message only."""
+    found: list[State] = []
+    seen: set[int] = set()
+    stack = [root]
+    while stack and len(seen) < 100_000:
+        value = stack.pop()
+        if id(value) in seen or isinstance(value, (*_atoms, types.ModuleType, type)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.GeneratorType):
+            if registry.function_of(value.gi_code) is not None and not value.gi_running:
+                state = read(value)
+                found.append(state)
+                stack += [*state.slots.values(), *state.cells]
+        elif isinstance(value, types.CellType):
+            try:
+                stack.append(value.cell_contents)
+            except ValueError:
+                continue
+        elif isinstance(value, dict):
+            stack += value.values()
+        elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+            stack += value
+        elif isinstance(value, types.FunctionType):
+            stack += value.__closure__ or ()
+        else:
+            stack += [getattr(value, name, None) for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ()) if name != "__weakref__"]
+            stack += list(getattr(value, "__dict__", {}).values())
+    return found
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module not in sys.modules and module not in _STDLIB and not any(module == m or module.startswith(m + ".") for m in _allowed):
+            raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is not allowed (or its module is not loaded)")
+        if module not in sys.modules:
+            importlib.import_module(module)
+        found: Any = sys.modules[module]
+        for part in name.split("."):
+            try:
+                found = getattr(found, part)
+            except AttributeError:
+                raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is gone") from None
+        if not allowed(module, name, found):
+            raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is not allowed")
+        return found
+
+
+def loads(data: bytes) -> Any:
+    """The graph again; generators wait at the yields where they were saved.  Raises SnapshotError and nothing else."""
+    waiting: list[Generator[Any, Any, Any]] = []
+    try:
+        unpickler = _Unpickler(io.BytesIO(data))
+        root = unpickler.load()
+        entries = iter(unpickler.load, None)
+        _fill(entries, waiting)
+        return root
+    except KwflowError:
+        _discard(waiting)
+        raise
+    except Exception as error:
+        _discard(waiting)
+        raise CorruptSnapshotError(f"not a snapshot that can be read: {type(error).__name__}: {error}") from error
+
+
+def _fill(entries: Any, waiting: list[Generator[Any, Any, Any]]) -> None:
+    suspended = []
+    for kind, made, state in entries:
+        if kind == "cell":
+            made.cell_contents = state
+        elif kind == "generator":
+            status, slots = state
+            if status == SUSPENDED:
+                suspended.append(made)
+            fill(made, made.gi_frame.f_locals["@S"], status, slots)
+        elif kind == "function":
+            rebuild.set_function(made, state)
+        elif kind == "exception":
+            rebuild.set_exception(made, state)
+        else:
+            raise CorruptSnapshotError(f"unknown kind of state {kind!r}")
+    for gen in suspended:
+        enter(gen)
+        waiting.append(gen)
+
+
+def _discard(generators: list[Generator[Any, Any, Any]]) -> None:
+    for gen in generators:
+        discard(gen)
+
+
+def unit_hashes(root_states: list[State]) -> dict[str, dict[str, Any]]:
+    """{module: {"version", "units": {unit: hash}}} of the code these generators are in (semantics §8.1)."""
+    held: dict[str, dict[str, Any]] = {}
+    for state in root_states:
+        function = state.function
+        module = registry.module(function.module)
+        entry = held.setdefault(function.module, {"version": module.version, "units": {}})
+        entry["units"][function.unit] = module.units[function.unit]
+    return held
+
+
+def dumps_with_code(root: Any) -> tuple[bytes, dict[str, dict[str, Any]]]:
+    """`dumps`, and the hashes of the units whose code the graph holds."""
+    try:
+        data, states = _dump(root)
+    except Exception:
+        dumps(root)
+        raise
+    return data, unit_hashes(states)
+
+

@@ -1,0 +1,155 @@
+"""How a module becomes durable: an import hook, `load_source`, and marks for single functions.
+
+The only file of `durable` that may read files.  A durable module is lowered before it runs; what cannot be lowered
+stops the import (semantics §5).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterable, Sequence
+from importlib.machinery import ModuleSpec
+from typing import Any, TypeVar
+
+from kwflow.durable import registry, runtime
+from kwflow.durable.lower import lower_module
+from kwflow.errors import UnsupportedError, UsageError
+
+__all__ = ["install", "load_source", "native", "uninstall"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_CONTAINERS = (list, dict, set, tuple, frozenset, bytearray)
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.GeneratorType)
+
+
+def native(function: _F) -> _F:
+    """Opt a function of a durable module out: it stays as written and its generators cannot be saved."""
+    return function
+
+
+def load_source(name: str, source: str | bytes | ast.Module, filename: str = "<source>") -> types.ModuleType:
+    """Run a module from its source, durable, and put it into `sys.modules` under this name.
+
+    Raises UnsupportedError, SyntaxError, or what the module's own code raises.
+    """
+    if isinstance(source, bytes):
+        source = importlib.util.decode_source(source)
+    module = types.ModuleType(name)
+    module.__file__ = filename
+    module.__dict__["__kwflow_durable__"] = True
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        run(module, source, filename)
+    except BaseException:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+        raise
+    return module
+
+
+def run(module: types.ModuleType, source: str | ast.Module, filename: str) -> None:
+    """Lower and execute in this module's namespace."""
+    lowered = lower_module(module.__name__, source, filename)
+    lowered.namespace = module.__dict__
+    registry.add_module(lowered)
+    module.__dict__["@kw"] = runtime.Runtime(lowered)
+    exec(lowered.code, module.__dict__)
+    for name, value in module.__dict__.items():
+        if name[:2] != "__" and name[0] != "@" and not isinstance(value, (*_CONTAINERS, *_ATOMS)) and type(value).__module__ != "typing":
+            lowered.sentinels[id(value)] = name
+
+
+class _Loader(importlib.abc.InspectLoader):
+    def __init__(self, inner: Any, filename: str) -> None:
+        self.inner = inner
+        self.filename = filename
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType | None:
+        created: types.ModuleType | None = self.inner.create_module(spec)
+        return created
+
+    def get_source(self, fullname: str) -> str | None:
+        source: str | None = self.inner.get_source(fullname)
+        return source
+
+    def is_package(self, fullname: str) -> bool:
+        return bool(self.inner.is_package(fullname))
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        source = self.get_source(module.__name__)
+        if source is None:
+            raise UnsupportedError(f"{module.__name__} ({self.filename}) has no source, so it cannot be made durable")
+        run(module, source, self.filename)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Asks the other finders for the spec and puts lowering in between."""
+
+    def __init__(self) -> None:
+        self.prefixes: set[str] = set()
+
+    def matches(self, name: str) -> bool:
+        return any(name == prefix or name.startswith(prefix + ".") for prefix in self.prefixes)
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None) -> ModuleSpec | None:
+        if not self.matches(fullname) and not _declares(fullname, path):
+            return None
+        spec = _spec_of_others(fullname, path, target)
+        if spec is None or spec.loader is None or isinstance(spec.loader, (_Loader, importlib.machinery.ExtensionFileLoader)):
+            return spec
+        if not hasattr(spec.loader, "get_source"):
+            raise UnsupportedError(f"{fullname} has no source, so it cannot be made durable")
+        spec.loader = _Loader(spec.loader, spec.origin or fullname)
+        return spec
+
+
+def _spec_of_others(fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None) -> ModuleSpec | None:
+    for finder in sys.meta_path:
+        if not isinstance(finder, _Finder) and hasattr(finder, "find_spec"):
+            spec: ModuleSpec | None = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                return spec
+    return None
+
+
+def _declares(fullname: str, path: Sequence[str] | None) -> bool:
+    """Whether a module says `__kwflow_durable__ = True` in its text; only modules next to durable ones are looked at."""
+    if fullname.partition(".")[0] in sys.stdlib_module_names or fullname.partition(".")[0] == "kwflow":
+        return False
+    spec = _spec_of_others(fullname, path)
+    if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader) or "site-packages" in (spec.origin or ""):
+        return False
+    source = spec.loader.get_source(fullname) or ""
+    return "\n__kwflow_durable__ = True" in "\n" + source
+
+
+_finder = _Finder()
+
+
+def install(prefixes: Iterable[str]) -> None:
+    """Make every module of these packages durable when it is imported.
+
+    Raises UsageError when one of them has been imported before, since its generators are native already.
+    """
+    wanted = set(prefixes)
+    for name, module in list(sys.modules.items()):
+        if any(name == prefix or name.startswith(prefix + ".") for prefix in wanted) and name not in registry.modules() and getattr(module, "__file__", None):
+            raise UsageError(f"{name} was imported before kwflow could make it durable; let kwflow import it (kwflow engine {name})")
+    _finder.prefixes |= wanted
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+
+
+def uninstall() -> None:
+    """Take the hook out again; what was imported stays durable."""
+    _finder.prefixes.clear()
+    if _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)

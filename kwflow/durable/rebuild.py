@@ -1,0 +1,103 @@
+"""Constructors that snapshots name: what an unpickler of ours may call beside a fixed table of builtins.
+
+Cells, functions, exceptions and generators come into being empty; `codec.loads` fills them afterwards, so that cycles
+and chains of any length need no recursion.  Names here are part of the snapshot format.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Generator
+from typing import Any
+
+from kwflow.durable import registry
+from kwflow.durable.frames import shell
+from kwflow.errors import CorruptSnapshotError
+
+__all__ = ["EXCEPTION_ATTRIBUTES", "bound", "cell", "exception", "function", "generator", "global_of", "imported_module", "method", "set_exception", "set_function"]
+
+# what __init__ of a builtin exception stores beside args, which __new__ alone does not
+EXCEPTION_ATTRIBUTES: dict[type[BaseException], tuple[str, ...]] = {
+    StopIteration: ("value",),
+    StopAsyncIteration: (),
+    SystemExit: ("code",),
+    ImportError: ("name", "path", "msg"),
+    OSError: ("errno", "strerror", "filename", "filename2"),
+    UnicodeDecodeError: ("encoding", "object", "start", "end", "reason"),
+    UnicodeEncodeError: ("encoding", "object", "start", "end", "reason"),
+    SyntaxError: ("msg", "filename", "lineno", "offset", "text", "end_lineno", "end_offset"),
+    AttributeError: ("name", "obj"),
+    NameError: ("name",),
+}
+
+
+def cell() -> types.CellType:
+    return types.CellType()
+
+
+def generator(module: str, path: str, cells: tuple[types.CellType, ...], name: str, qualname: str) -> Generator[Any, Any, Any]:
+    return shell(registry.find(module, path), cells, name, qualname)[0]
+
+
+def function(module: str, path: str, cells: tuple[types.CellType, ...]) -> types.FunctionType:
+    found = registry.find(module, path)
+    return types.FunctionType(found.plain, found.namespace, found.name, None, cells)
+
+
+def set_function(made: types.FunctionType, state: tuple[Any, ...]) -> None:
+    made.__defaults__, made.__kwdefaults__, attributes, made.__name__, made.__qualname__, made.__doc__, made.__module__ = state
+    made.__dict__.update(attributes)
+
+
+def method(owner: Any, made: Callable[..., Any]) -> types.MethodType:
+    return types.MethodType(made, owner)
+
+
+_BOUND_OF = (list, dict, set, frozenset, tuple, str, bytes, bytearray, int, float)
+
+
+def bound(owner: Any, name: str) -> Any:
+    """A bound method of a builtin container, such as `undo.append`."""
+    if not isinstance(owner, _BOUND_OF) or name.startswith("_"):
+        raise CorruptSnapshotError(f"a snapshot names {type(owner).__name__}.{name}, which no snapshot of ours does")
+    return getattr(owner, name)
+
+
+def exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    if not (isinstance(cls, type) and issubclass(cls, BaseException)):
+        raise CorruptSnapshotError(f"a snapshot raises {cls!r}, which is no exception class")
+    try:
+        made = cls.__new__(cls, *args)
+    except TypeError:
+        made = BaseException.__new__(cls)
+    made.args = args
+    return made
+
+
+def set_exception(made: BaseException, state: tuple[dict[str, Any], dict[str, Any], Any, Any, bool]) -> None:
+    attributes, slots, cause, context, suppress = state
+    for name, value in slots.items():
+        try:
+            setattr(made, name, value)
+        except (AttributeError, TypeError):
+            continue  # read-only on this minor: args hold it
+    made.__dict__.update(attributes)
+    made.__cause__, made.__context__ = cause, context
+    made.__suppress_context__ = suppress
+
+
+def imported_module(name: str) -> types.ModuleType:
+    """A module by name: only one that is loaded already, since importing runs code."""
+    try:
+        return sys.modules[name]
+    except KeyError:
+        raise CorruptSnapshotError(f"a snapshot holds the module {name!r}, which is not loaded") from None
+
+
+def global_of(module: str, name: str) -> Any:
+    """A sentinel: the object a durable module's global is bound to (semantics §4.3)."""
+    try:
+        return registry.module(module).namespace[name]
+    except KeyError:
+        raise CorruptSnapshotError(f"{module} has no global {name!r} any more") from None

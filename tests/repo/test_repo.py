@@ -1,0 +1,69 @@
+"""The repository's own rules: style, layers, exports, sizes."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = sorted((ROOT / "kwflow").rglob("*.py"))
+LAYERS = {"errors": 0, "durable": 1, "core": 2, "api": 3, "ports": 3, "config": 3, "runners": 4, "client": 5, "worker": 5, "timers": 5, "testing": 6, "gateway": 6, "cli": 7}
+PURE_MUST_NOT_IMPORT = {"time", "random", "logging", "socket", "asyncio", "subprocess", "uuid", "secrets"}
+
+
+def layer_of(path: pathlib.Path) -> int:
+    return LAYERS.get(path.relative_to(ROOT / "kwflow").parts[0].removesuffix(".py"), 7)
+
+
+def imports_of(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "kwflow"}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down_only(path: pathlib.Path) -> None:
+    """ARCHITECTURE §2."""
+    if path == ROOT / "kwflow/__init__.py":
+        return
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "kwflow" and len(parts) > 1:
+            assert LAYERS.get(parts[1], 0) <= layer_of(path), f"{path} imports {name}"
+        if layer_of(path) in (1, 2):
+            assert parts[0] not in PURE_MUST_NOT_IMPORT, f"{path} imports {name}; durable and core are pure"
+        if parts[0] == "confluent_kafka":
+            assert path.parent.name == "runners" or path.name == "client.py", f"{path} imports confluent_kafka"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path: pathlib.Path) -> None:
+    """style.md §3: files under 600 lines, functions under 70."""
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 600
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert (node.end_lineno or 0) - node.lineno < 70, node.name
+
+
+def test_importing_kwflow_loads_no_driver() -> None:
+    """ARCHITECTURE §2."""
+    code = "import sys, kwflow; sys.exit(any(m in sys.modules for m in ('confluent_kafka', 'faust', 'rocksdict')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_ruff_finds_nothing() -> None:
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "kwflow", "tests", "workflows"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_mypy_strict_finds_nothing() -> None:
+    done = subprocess.run([sys.executable, "-m", "mypy", "--cache-dir", "/dev/null"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
