@@ -5,8 +5,8 @@ objects), runtime.py (what lowered code calls), frames.py (a frame as data), cod
 loader.py (imports).
 """
 
-from kwflow.durable.frames import Frame, State, capture, describe, discard, is_durable, restore
 from kwflow.durable.codec import allow_modules, dumps, loads
+from kwflow.durable.frames import Frame, State, capture, describe, discard, is_durable, restore
 from kwflow.durable.loader import install, load_source, native, uninstall
 from kwflow.durable.runtime import abandoning, set_abandoning
 

@@ -7,8 +7,9 @@ The native run is the oracle; no expected result is written down anywhere.
 import pathlib
 import sys
 import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator
+from typing import Any
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
 OPS_MAX = 30  # an endless generator is cut here; the longest finite one of the corpus needs fewer

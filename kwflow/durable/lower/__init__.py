@@ -9,11 +9,11 @@
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import functools
 import hashlib
-import __future__
 
 from kwflow.durable.fingerprint import unit_hash
 from kwflow.durable.lower.functions import ModuleLowering
