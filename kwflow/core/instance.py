@@ -10,7 +10,6 @@ from __future__ import annotations
 import types
 import weakref
 from collections import deque
-from collections.abc import Generator
 from typing import Any, Protocol
 
 from kwflow.core.tasks import FAILED, OK, PENDING, Awaitable, Combinator, Shield, Suspension, Task, Timer, live_below
@@ -91,7 +90,7 @@ class Machine:
         self._join_dirty = False
 
     # -- tasks ---------------------------------------------------------------------------------------------------
-    def adopt(self, gen: Generator[Any, Any, Any]) -> Task:
+    def adopt(self, gen: types.GeneratorType[Any, Any, Any]) -> Task:
         """The task of this generator, made on first use; not started yet."""
         instance = self.instance
         known = instance.adopted().get(gen)

@@ -6,7 +6,8 @@ records or queues: who is woken when, and in which order, is `instance.py`.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import types
+from collections.abc import Iterator
 from typing import Any
 
 from kwflow.errors import Cancelled
@@ -113,7 +114,7 @@ class Task(Awaitable):
 
     __slots__ = ("below", "below_max", "cancel_requested", "cancel_step", "gen", "name", "number", "pending", "shielded", "started", "waiting_on")
 
-    def __init__(self, number: int, gen: Generator[Any, Any, Any] | None, name: str) -> None:
+    def __init__(self, number: int, gen: types.GeneratorType[Any, Any, Any] | None, name: str) -> None:
         super().__init__()
         self.number = number
         self.gen = gen

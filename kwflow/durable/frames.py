@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import types
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +16,9 @@ from kwflow.durable.registry import Function
 from kwflow.durable.runtime import set_abandoning
 from kwflow.errors import CodeChangedError, KwflowBug, NotDurableError, UsageError
 
-__all__ = ["Frame", "State", "capture", "describe", "discard", "enter", "is_durable", "read", "restore", "shell"]
+__all__ = ["Frame", "State", "capture", "describe", "discard", "enter", "is_durable", "read", "restore", "shell", "where"]
 
-Gen = Generator[Any, Any, Any]
+Gen = types.GeneratorType[Any, Any, Any]
 CREATED, SUSPENDED, FINISHED = "created", "suspended", "finished"
 
 
@@ -155,6 +154,21 @@ def discard(gen: Gen) -> None:
         set_abandoning(before)
 
 
+def where(gen: Gen) -> tuple[str, str, int]:
+    """Function, file and line of the innermost wait of a `yield from` chain; cheaper than `describe`."""
+    while True:
+        frame = gen.gi_frame
+        inner = None
+        if frame is not None and gen.gi_suspended:
+            function = _function(gen)
+            names = frame.f_locals
+            live = function.labels[names["@l"] - 1].live
+            inner = next((names.get(name) for name in reversed(live) if name.startswith("@delegate")), None)
+        if not isinstance(inner, types.GeneratorType) or inner.gi_frame is None or registry.function_of(inner.gi_code) is None:
+            return gen.__qualname__, gen.gi_code.co_filename, frame.f_lineno if frame is not None else 0
+        gen = inner
+
+
 def describe(gen: Gen) -> list[Frame]:
     """Function, file, line and variables of each generator of a `yield from` chain, outermost first; runs nothing."""
     frames = []
@@ -169,5 +183,6 @@ def describe(gen: Gen) -> list[Frame]:
                 continue
         line = current.gi_frame.f_lineno if state.status == SUSPENDED else state.function.lineno
         frames.append(Frame(state.qualname, state.function.filename, line, values))
-        current = next((value for name, value in state.slots.items() if name.startswith("@delegate")), None)
+        live = [name for name in state.slots if name.startswith("@delegate")]
+        current = state.slots[live[-1]] if live else None
     return frames

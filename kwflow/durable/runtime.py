@@ -84,7 +84,7 @@ class _Iterable:
 
 def iterate(source: Any) -> Iterator[Any]:
     """iter(source) as an object that `for` takes again and again as itself."""
-    iterator = iter(source)
+    iterator: Iterator[Any] = iter(source)
     try:
         if iter(iterator) is iterator:
             return iterator

@@ -166,7 +166,7 @@ def difference(native: Callable[[], Any], native_log: list[str], other: Callable
         expected = run(native, script, native_log)
         got = run(other, script, other_log, trip)
         if got != expected:
-            step = next((i for i, (e, g) in enumerate(zip(expected, got)) if e != g), min(len(expected), len(got)))
+            step = next((i for i, (e, g) in enumerate(zip(expected, got, strict=False)) if e != g), min(len(expected), len(got)))
             at = [t[step] if step < len(t) else "nothing more" for t in (expected, got)]
             return f"script {script.name!r}, step {step}:\n  native : {at[0]}\n  lowered: {at[1]}"
     return None

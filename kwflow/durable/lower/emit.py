@@ -11,6 +11,7 @@ import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from kwflow.durable.lower.scopes import Scope
 from kwflow.durable.registry import Label
@@ -27,7 +28,7 @@ def store(name: str) -> ast.Name:
     return ast.Name(name, ast.Store())
 
 
-def constant(value: object) -> ast.Constant:
+def constant(value: Any) -> ast.Constant:
     return ast.Constant(value)
 
 

@@ -61,7 +61,7 @@ class ModuleLowering:
         block = lowering.block(statements, "")
         return lowering, block.body
 
-    def cold(self, node: ast.FunctionDef, scope: Scope) -> types.CodeType:
+    def cold(self, node: Any, scope: Scope) -> types.CodeType:
         lowering, body = self._lower(node, scope, scope.class_name, cold=True)
         captured = set(scope.captured)
         names = [name for name in sorted(scope.bound) if name not in captured and name not in scope.globals]
@@ -97,7 +97,7 @@ class ModuleLowering:
         factory = ast.copy_location(ast.FunctionDef("@factory", _no_arguments(), body, [], None), at)
         for definition in (factory, inner):
             if "type_params" in definition._fields and not hasattr(definition, "type_params"):
-                definition.type_params = []
+                setattr(definition, "type_params", [])  # noqa: B010
         tree = ast.fix_missing_locations(ast.Module([factory], []))
         outer = next(const for const in self.compile(tree).co_consts if isinstance(const, types.CodeType))
         code = next(const for const in outer.co_consts if isinstance(const, types.CodeType))
@@ -171,7 +171,7 @@ class Rewriter:
         return mangle(name, self.mangled)
 
     # -- functions -------------------------------------------------------------------------------------------------
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         if _native(node):
             return self._rebuilt(node, body=node.body)
         scope = self.module.scopes[node]
@@ -185,7 +185,7 @@ class Rewriter:
         mark = ast.copy_location(call("mark", constant(scope.path)), node)
         return self._rebuilt(node, name=self.name(node.name), args=self.arguments(node.args), body=body, decorator_list=[*self.visit(node.decorator_list), mark])
 
-    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> Any:
         if _native(node):
             return node
         raise UnsupportedError(
@@ -193,7 +193,7 @@ class Rewriter:
             "write a generator, or decorate it with @durable.native to leave it as it is"
         )
 
-    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
+    def visit_Lambda(self, node: ast.Lambda) -> Any:
         scope = self.module.scopes[node]
         if scope.generator:
             raise UnsupportedError(f"{self.module.filename}:{node.lineno}: a yield inside a lambda is not supported; write a def")
@@ -216,43 +216,43 @@ class Rewriter:
         named = [None] * len(args.kwonlyargs) if bare else self.visit(args.kw_defaults)
         return ast.arguments(every(args.posonlyargs), every(args.args), one(args.vararg), every(args.kwonlyargs), named, one(args.kwarg), defaults)
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+    def visit_ClassDef(self, node: ast.ClassDef) -> Any:
         inner = Rewriter(self.module, self.module.scopes[node], None)
         body = [inner.visit(statement) for statement in node.body]
         return self._rebuilt(node, name=self.name(node.name), body=body)
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
+    def visit_Call(self, node: ast.Call) -> Any:
         if self.cold and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args and not node.keywords and self.scope.arguments:
             return ast.copy_location(ast.Call(node.func, [load("__class__"), load(self.scope.arguments[0])], []), node)
         return self._rebuilt(node)
 
     # -- names -----------------------------------------------------------------------------------------------------
-    def visit_Global(self, node: ast.Global | ast.Nonlocal) -> ast.AST:
+    def visit_Global(self, node: ast.Global | ast.Nonlocal) -> Any:
         if self.lowered:
             return ast.copy_location(ast.Pass(), node)
         return self._rebuilt(node, names=[self.name(name) for name in node.names])
 
     visit_Nonlocal = visit_Global
 
-    def visit_Name(self, node: ast.Name) -> ast.AST:
+    def visit_Name(self, node: ast.Name) -> Any:
         spelled = self.name(node.id)
         return node if spelled == node.id else ast.copy_location(ast.Name(spelled, node.ctx), node)
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+    def visit_Attribute(self, node: ast.Attribute) -> Any:
         spelled = self.name(node.attr)
         return self._rebuilt(node) if spelled == node.attr else self._rebuilt(node, attr=spelled)
 
-    def visit_ExceptHandler(self, node: ast.ExceptHandler | ast.MatchAs | ast.MatchStar) -> ast.AST:
+    def visit_ExceptHandler(self, node: ast.ExceptHandler | ast.MatchAs | ast.MatchStar) -> Any:
         if node.name is None or self.name(node.name) == node.name:
             return self._rebuilt(node)
         return self._rebuilt(node, name=self.name(node.name))
 
     visit_MatchAs = visit_MatchStar = visit_ExceptHandler
 
-    def visit_MatchMapping(self, node: ast.MatchMapping) -> ast.AST:
+    def visit_MatchMapping(self, node: ast.MatchMapping) -> Any:
         return self._rebuilt(node) if node.rest is None else self._rebuilt(node, rest=self.name(node.rest))
 
-    def visit_alias(self, node: ast.alias) -> ast.AST:
+    def visit_alias(self, node: ast.alias) -> Any:
         bound = node.asname or node.name
         spelled = self.name(bound)
         return node if spelled == bound else ast.copy_location(ast.alias(node.name, spelled), node)

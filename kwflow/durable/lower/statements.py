@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 from kwflow.durable.lower.emit import BROKE, CONTINUED, LOOP, RETURNED, Block, Finally, assign, call, constant, load, store
 from kwflow.durable.lower.expressions import MAPPING, PLAIN
@@ -329,5 +330,5 @@ class Statements(Protected):
 
 def _like(node: ast.stmt, **changed: object) -> ast.stmt:
     """A copy of the node with some fields replaced; the tree that was given is never changed."""
-    fields = {name: changed.get(name, getattr(node, name, None)) for name in node._fields if name in changed or hasattr(node, name)}
+    fields: dict[str, Any] = {name: changed.get(name, getattr(node, name, None)) for name in node._fields if name in changed or hasattr(node, name)}
     return ast.copy_location(type(node)(**fields), node)

@@ -1,0 +1,74 @@
+"""One frozen Config: `kwflow.toml` ([app] [topics] [limits] [kafka]) and `KWFLOW_*`; the environment wins over the file."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from kwflow.errors import UsageError
+
+__all__ = ["Config", "load_config"]
+
+
+class Config(BaseSettings):
+    """Everything that can be set.  `kafka` goes to librdkafka as it is (security.protocol, sasl.*, ssl.*)."""
+
+    model_config = SettingsConfigDict(env_prefix="KWFLOW_", frozen=True, extra="forbid")
+
+    application_id: str = "workflow-engine"
+    bootstrap_servers: str = "localhost:9092"
+    state_dir: Path = Path("kwflow-state")
+    resume_topic: str = "workflow-resume"
+    result_topic: str = "workflow-result"
+    error_topic: str = "workflow-error"
+    scheduler_topic: str = "workflow-scheduler"
+    snapshot_modules: list[str] = Field(default_factory=list, description="modules, not durable ones, whose classes snapshots may hold")
+    snapshot_bytes_max: int = Field(default=900_000, gt=0, description="a larger instance is parked; below Kafka's 1 MB default")
+    hold_max: int = Field(default=10_000, gt=0, description="records kept behind one parked instance; more are dead-lettered")
+    batch_records_max: int = Field(default=500, gt=0)
+    ended_retention_ms: int = Field(default=86_400_000, ge=0)
+    kafka: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def dead_letter_topic(self) -> str:
+        return f"{self.application_id}-dead-letter"
+
+    @property
+    def changelog_topic(self) -> str:
+        return f"{self.application_id}-state-changelog"
+
+    @property
+    def timers_changelog_topic(self) -> str:
+        return f"{self.application_id}-timers-changelog"
+
+
+_SECTIONS = {"app": "", "topics": "_topic", "limits": ""}
+
+
+def load_config(path: Path | None = None, **given: Any) -> Config:
+    """The Config of this file (default: `kwflow.toml` here, if there is one); `given` wins over all.  Raises UsageError."""
+    values: dict[str, Any] = {}
+    file = path or Path("kwflow.toml")
+    if path is not None or file.exists():
+        try:
+            sections = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise UsageError(f"{file}: {error}") from None
+        for section, content in sections.items():
+            if section == "kafka":
+                values["kafka"] = content
+            elif section in _SECTIONS:
+                values |= {f"{name}{_SECTIONS[section]}": value for name, value in content.items()}
+            else:
+                raise UsageError(f"{file}: unknown section [{section}]; there are [app] [topics] [limits] [kafka]")
+    values = {name: value for name, value in values.items() if f"KWFLOW_{name.upper()}" not in os.environ}
+    try:
+        return Config(**{**values, **{name: value for name, value in given.items() if value is not None}})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"config {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -1,0 +1,155 @@
+"""An instance as bytes: a readable header, the pickled graph, a checksum (wire.md §3).
+
+`KWF1`, u32 header length, header JSON, body, SHA-256 of all before it.  The header is read without loading code or
+unpickling; a body is unpickled only after the checksum and the code it needs have been checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Any
+
+import msgspec
+
+from kwflow.core.instance import Instance
+from kwflow.core.tasks import Suspension, Task
+from kwflow.durable import codec, frames, registry
+from kwflow.durable.lower import LOWERING_VERSION
+from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError
+
+__all__ = ["ended_header", "load", "park", "read_header", "save", "save_ended", "unpark"]
+
+_MAGIC = b"KWF1"
+_CHECKSUM_BYTES = 32
+_VERSION = 1
+_KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked"}
+
+
+def save(instance: Instance) -> bytes:
+    """The instance as it waits now.  Raises UnsavableError naming what cannot be saved (G4)."""
+    body, code = codec.dumps_with_code(instance.graph())
+    header = {
+        "v": _VERSION,
+        "id": instance.id,
+        "workflow": instance.workflow,
+        "status": instance.status,
+        "start_id": instance.start_id,
+        "applied": instance.applied,
+        "created": instance.created_ms,
+        "updated": instance.updated_ms,
+        "code": code,
+        "lowering": LOWERING_VERSION,
+        "waits": [_wait(wait) for wait in instance.waits.values()],
+        **instance.extra,
+    }
+    return _encode(header, body)
+
+
+def _wait(wait: Suspension) -> dict[str, Any]:
+    """Where the task that waits for it is: function, file (relative to the module's root) and line."""
+    described: dict[str, Any] = {"ref": wait.ref, "kind": wait.kind, "since": wait.since_ms}
+    waiters: list[Any] = list(wait.waiters)
+    for _ in range(1000):
+        if not waiters:
+            return described
+        if isinstance(waiters[0], Task):
+            break
+        waiters = list(waiters[0].waiters)
+    gen = waiters[0].gen
+    if gen is not None:
+        function, filename, line = frames.where(gen)
+        known = registry.function_of(gen.gi_code)
+        depth = len(known.module.split(".")) if known is not None else 1
+        described |= {"function": function, "file": "/".join(filename.split("/")[-depth:]), "line": line}
+    return described
+
+
+def _encode(header: dict[str, Any], body: bytes) -> bytes:
+    encoded = msgspec.json.encode(header)
+    data = _MAGIC + struct.pack(">I", len(encoded)) + encoded + body
+    return data + hashlib.sha256(data).digest()
+
+
+def _parts(data: bytes) -> tuple[dict[str, Any], bytes]:
+    if len(data) < 8 + _CHECKSUM_BYTES or not data.startswith(b"KWF"):
+        raise CorruptSnapshotError("these bytes are no snapshot")
+    if data[:4] != _MAGIC:
+        raise SnapshotError(f"snapshot format {data[:4]!r} is unknown to this version of kwflow")
+    if hashlib.sha256(data[:-_CHECKSUM_BYTES]).digest() != data[-_CHECKSUM_BYTES:]:
+        raise CorruptSnapshotError("the checksum of a snapshot does not match: its bytes are damaged")
+    (length,) = struct.unpack(">I", data[4:8])
+    try:
+        header = msgspec.json.decode(data[8 : 8 + length])
+        if not isinstance(header, dict) or not isinstance(header.get("status"), str):
+            raise TypeError("no status")
+    except (msgspec.DecodeError, TypeError) as error:
+        raise CorruptSnapshotError(f"the header of a snapshot cannot be read: {error}") from None
+    if header.get("v") != _VERSION:
+        raise SnapshotError(f"snapshot version {header.get('v')!r} is unknown to this version of kwflow")
+    return header, data[8 + length : -_CHECKSUM_BYTES]
+
+
+def read_header(data: bytes) -> dict[str, Any]:
+    """The header, with no author code loaded and nothing unpickled.  Raises SnapshotError."""
+    return _parts(data)[0]
+
+
+def load(data: bytes) -> Instance:
+    """The instance, waiting where it was.  Raises CodeChangedError naming a changed unit, CorruptSnapshotError."""
+    header, body = _parts(data)
+    _check_code(header.get("code", {}))
+    instance = Instance(header["id"], header["workflow"], header["start_id"], header["created"])
+    instance.status = header["status"]
+    applied = header.get("applied")
+    instance.applied = (applied[0], applied[1], applied[2]) if applied else None
+    instance.updated_ms = header["updated"]
+    instance.extra = {name: value for name, value in header.items() if name not in _KNOWN}
+    try:
+        instance.set_graph(codec.loads(body))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptSnapshotError(f"the body of a snapshot is not an instance: {error!r}") from error
+    return instance
+
+
+def _check_code(code: dict[str, Any]) -> None:
+    """An instance is refused only if code that it holds changed (semantics §8.1)."""
+    for name, saved in code.items():
+        module = registry.module(name)
+        if module.version == saved["version"]:
+            continue
+        for unit, digest in saved["units"].items():
+            if module.units.get(unit) != digest:
+                change = "is gone" if unit not in module.units else "has changed"
+                raise CodeChangedError(f"{name}.{unit} {change} since this instance went to sleep in it; deploy the old code again, then retry")
+
+
+def park(stored: bytes | None, base: dict[str, Any], reason: str, message: str, offset: int) -> bytes:
+    """The same state, marked: its records are held until somebody retries.  `base` is the header of one never stored."""
+    header, body = dict(base), b""
+    if stored is not None:
+        try:
+            header, body = _parts(stored)
+        except SnapshotError:
+            return _encode({**base, "v": _VERSION, "status": "parked", "parked": {"reason": reason, "message": message, "offset": offset, "was": "damaged"}}, stored)
+    was = header.get("parked", {}).get("was") if header.get("status") == "parked" else header.get("status")
+    parked = {"reason": reason, "message": message, "offset": offset, "was": was}
+    return _encode({**header, "v": _VERSION, "status": "parked", "parked": parked}, body)
+
+
+def unpark(stored: bytes) -> bytes | None:
+    """What was stored before it was parked; None for a start that never was."""
+    header, body = _parts(stored)
+    was = header.pop("parked", {}).get("was")
+    if was == "damaged":
+        return body
+    return _encode({**header, "status": was}, body) if body else None
+
+
+def ended_header(instance: Instance) -> dict[str, Any]:
+    """What the entry that stays after the end holds (K20)."""
+    return {"id": instance.id, "workflow": instance.workflow, "start_id": instance.start_id, "applied": instance.applied, "ended": instance.updated_ms, **instance.extra}
+
+
+def save_ended(header: dict[str, Any]) -> bytes:
+    return _encode({**header, "v": _VERSION, "status": "ended", "waits": []}, b"")

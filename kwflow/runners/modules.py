@@ -1,0 +1,50 @@
+"""From MODULE names on a command line to the workflows they define."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kwflow import api, durable
+from kwflow.core.step import Workflows
+from kwflow.errors import UnknownWorkflowError, UsageError
+
+__all__ = ["load_workflows"]
+
+
+def load_workflows(names: Sequence[str], app_dir: Path | None = None) -> Workflows:
+    """Import each MODULE (dotted name or path.py), durable, and collect `main`s and `@kw.workflow`s.
+
+    Raises UsageError for a name clash or a module without workflows, and what importing it raises.
+    """
+    sys.path.insert(0, str(app_dir or Path.cwd()))
+    functions: dict[str, object] = {}
+    default: str | None = None
+    for name in names:
+        if name.endswith(".py"):
+            path = Path(name)
+            if not path.exists():
+                raise UsageError(f"{name}: no such file")
+            module = durable.load_source(path.stem, path.read_text(encoding="utf-8"), str(path))
+        else:
+            durable.install([name.partition(".")[0]])
+            try:
+                module = importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                raise UsageError(f"cannot import {name}: {error}") from None
+        main = getattr(module, "main", None)
+        if main is not None:
+            short = module.__name__.rpartition(".")[2]
+            if short in functions:
+                raise UsageError(f"two workflows are named {short!r}; give one a name with @kw.workflow(name=...)")
+            functions[short] = main
+            default = default or short
+    for short, function in api.registered_workflows().items():
+        if short in functions and functions[short] is not function:
+            raise UsageError(f"two workflows are named {short!r}")
+        functions[short] = function
+    if not functions:
+        raise UnknownWorkflowError(f"no workflow in {', '.join(names)}: define main(opts) or decorate a function with @kw.workflow")
+    return Workflows(functions, default or (next(iter(functions)) if len(functions) == 1 else None))  # type: ignore[arg-type]

@@ -1,0 +1,136 @@
+"""Drive a workflow by hand in your own tests: start it, resume it, move the clock, look at what it wrote.
+
+Everything is real but the log: each step is saved to bytes and loaded again, as in an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from kwflow import api
+from kwflow.config import Config
+from kwflow.core import snapshot
+from kwflow.core.step import Workflows
+from kwflow.core.wire import Output, Record
+from kwflow.ports import Decision
+from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+
+__all__ = ["MemoryStore", "WorkflowTester"]
+
+
+class MemoryStore:
+    """A Store in a dict."""
+
+    def __init__(self) -> None:
+        self.entries: dict[bytes, bytes] = {}
+
+    def get(self, key: bytes) -> bytes | None:
+        return self.entries.get(key)
+
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        for key in sorted(key for key in self.entries if key.startswith(prefix)):
+            yield key, self.entries[key]
+
+    def apply(self, changes: dict[bytes, bytes | None]) -> None:
+        for key, value in changes.items():
+            if value is None:
+                self.entries.pop(key, None)
+            else:
+                self.entries[key] = value
+
+
+class WorkflowTester:
+    """An engine and a scheduler in memory, on a clock of your own (`now_ms`).
+
+    `outputs` collects every record written, in order; `values(topic)` decodes those of one topic.
+    """
+
+    def __init__(self, main: Any = None, **workflows: Any) -> None:
+        functions = {**api.registered_workflows(), **workflows, **({"main": main} if main is not None else {})}
+        self.config = Config()
+        self.now_ms = 1_700_000_000_000
+        self.outputs: list[Output] = []
+        self.logs: list[str] = []
+        self.counts: list[str] = []
+        default = "main" if main is not None else next(iter(functions), None)
+        self._workflows = WorkflowProcessor(self.config, Workflows(functions, default), api.declared_topics())
+        self._timers = TimerProcessor(self.config)
+        self.state, self.timers = MemoryStore(), MemoryStore()
+        self._offsets: dict[str, int] = {}
+
+    def start(self, id: str, options: Any = None, workflow: str | None = None, **headers: str) -> None:
+        """`new:` for this id; `options` as JSON."""
+        named = {"kwflow-workflow": workflow} if workflow else {}
+        self.send(id, b"new:" + msgspec.json.encode(options), {**headers, **named})
+
+    def resume(self, id: str, ref: str, value: Any = None, **error: Any) -> None:
+        """Answer a wait, with a value or with `error=payload`."""
+        self.send(id, msgspec.json.encode({"ref": ref, **(error if error else {"value": value})}))
+
+    def send(self, id: str | None, value: bytes | None, headers: dict[str, str] | None = None, topic: str | None = None) -> None:
+        """Any record on the resume topic (or another one), processed at once with all that follows from it."""
+        pairs = tuple((name, text.encode()) for name, text in (headers or {}).items())
+        self._log(Output(topic or self.config.resume_topic, id.encode() if id is not None else None, value, pairs, self.now_ms))
+
+    def advance(self, seconds: float) -> None:
+        """Move the clock; timers that become due fire in order."""
+        target = self.now_ms + round(seconds * 1000)
+        while True:
+            due = self._timers.next_due_ms(self.timers)
+            if due is None or due > target:
+                break
+            self.now_ms = max(self.now_ms, due)
+            fired = self._timers.due(self.timers, self.now_ms, 1000)
+            if fired is not None:
+                self._perform(fired, self.timers)
+        self.now_ms = target
+
+    def values(self, topic: str) -> list[Any]:
+        """What was written to a topic: JSON where it is JSON, else text."""
+        return [_decoded(output.value) for output in self.outputs if output.topic == topic]
+
+    def outputs_to(self, topic: str) -> list[str | None]:
+        """The values written to a topic, as text."""
+        return [None if output.value is None else output.value.decode() for output in self.outputs if output.topic == topic]
+
+    def result(self, id: str) -> Any:
+        """The result of an ended workflow.  Raises AssertionError when there is none."""
+        found = [output for output in self.outputs if output.topic == self.config.result_topic and output.key == id.encode()]
+        assert found, f"{id} has no result; errors: {self.values(self.config.error_topic)}, log: {self.logs[-3:]}"
+        return _decoded(found[-1].value)
+
+    def header(self, id: str) -> dict[str, Any] | None:
+        """The header of the stored instance, None when there is none."""
+        stored = self.state.get(id.encode())
+        return snapshot.read_header(stored) if stored is not None else None
+
+    def waits(self, id: str) -> list[str]:
+        """The refs an instance waits for."""
+        return [wait["ref"] for wait in (self.header(id) or {}).get("waits", [])]
+
+    def _log(self, output: Output) -> None:
+        self.outputs.append(output)
+        offset = self._offsets[output.topic] = self._offsets.get(output.topic, -1) + 1
+        for processor, store in ((self._workflows, self.state), (self._timers, self.timers)):
+            if processor.input_topic == output.topic:
+                record = Record(output.topic, 0, offset, output.timestamp_ms or self.now_ms, output.key, output.value, output.headers)
+                self._perform(processor.decide(store, record, self.now_ms), store)
+
+    def _perform(self, made: Decision, store: MemoryStore) -> None:
+        store.apply(made.state)
+        self.logs += made.logs
+        self.counts += made.counts
+        for output in made.outputs:
+            self._log(output)
+
+
+def _decoded(value: bytes | None) -> Any:
+    if value is None:
+        return None
+    try:
+        return msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        return value.decode()

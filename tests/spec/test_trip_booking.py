@@ -1,0 +1,67 @@
+"""T-KW-9: the trip saga, saved to bytes and loaded after every step."""
+
+import pathlib
+
+import pytest
+
+from kwflow import durable
+from kwflow.testing import WorkflowTester
+
+SOURCE = pathlib.Path(__file__).parents[2] / "workflows/trip_booking.py"
+
+
+@pytest.fixture
+def trip() -> WorkflowTester:
+    module = durable.load_source("trip_booking", SOURCE.read_text(encoding="utf-8"), str(SOURCE))
+    tester = WorkflowTester(module.main)
+    tester.start("t", {})
+    return tester
+
+
+def refs(trip: WorkflowTester) -> dict[str, str]:
+    return {kind: trip.outputs_to(f"saga-reserve-{kind}")[0] for kind in ("car", "hotel", "flight")}
+
+
+def test_all_reservations_are_asked_for_at_once_and_numbered_in_order(trip: WorkflowTester) -> None:
+    """KW-17."""
+    assert refs(trip) == {"car": "0:1", "hotel": "0:2", "flight": "0:3"}
+    assert trip.waits("t") == ["0:1", "0:2", "0:3", "0:4"]
+
+
+def test_the_result_holds_the_three_in_input_order_whatever_the_order_of_answers(trip: WorkflowTester) -> None:
+    """T-KW-9, KW-24."""
+    for kind in ("flight", "hotel", "car"):
+        trip.resume("t", refs(trip)[kind], "ok")
+    assert trip.result("t") == {"car": {"id": "0:1"}, "hotel": {"id": "0:2"}, "flight": {"id": "0:3"}}
+    assert trip.header("t") is None
+    assert trip.outputs_to("saga-cancel-car") == []
+
+
+def test_a_refusal_undoes_what_was_booked_and_cancels_what_was_asked_for(trip: WorkflowTester) -> None:
+    """T-KW-9, G9."""
+    trip.resume("t", "0:3", "ok")
+    trip.resume("t", "0:2", error="not available")
+    assert trip.values("workflow-error") == ["not available"]
+    assert trip.outputs_to("saga-cancel-flight") == ["0:3"]
+    assert trip.outputs_to("saga-cancel-car") == ["0:1"]
+    assert trip.header("t") is None
+
+
+def test_a_timeout_undoes_too(trip: WorkflowTester) -> None:
+    """T-KW-9."""
+    trip.resume("t", "0:1", "ok")
+    trip.advance(0.999)
+    assert trip.values("workflow-error") == []
+    trip.advance(0.001)
+    assert trip.values("workflow-error") == ["timeout"]
+    assert trip.outputs_to("saga-cancel-car") == ["0:1"]
+
+
+def test_a_duplicate_start_and_an_unknown_ref_change_nothing(trip: WorkflowTester) -> None:
+    """G5, KW-4."""
+    before = dict(trip.state.entries)
+    trip.start("t", {})
+    trip.resume("t", "9:9", 1)
+    trip.resume("nobody", "0:1", 1)
+    assert trip.state.entries == before
+    assert trip.counts[-3:] == ["duplicate-start", "unknown-ref", "unknown-id"]
