@@ -13,7 +13,6 @@ import io
 import pickle
 import sys
 import types
-from collections.abc import Generator
 from typing import Any
 
 from kwflow.durable import rebuild, registry
@@ -96,7 +95,7 @@ class _Pickler(pickle.Pickler):
         self.deferred.append(("exception", error, state))
         return rebuild.exception, (type(error), error.args)
 
-    def generator(self, gen: Generator[Any, Any, Any]) -> Any:
+    def generator(self, gen: types.GeneratorType[Any, Any, Any]) -> Any:
         state = read(gen)
         self.states.append(state)
         function = state.function
@@ -272,7 +271,7 @@ class _Unpickler(pickle.Unpickler):
 
 def loads(data: bytes) -> Any:
     """The graph again; generators wait at the yields where they were saved.  Raises SnapshotError and nothing else."""
-    waiting: list[Generator[Any, Any, Any]] = []
+    waiting: list[types.GeneratorType[Any, Any, Any]] = []
     try:
         unpickler = _Unpickler(io.BytesIO(data))
         root = unpickler.load()
@@ -287,7 +286,7 @@ def loads(data: bytes) -> Any:
         raise CorruptSnapshotError(f"not a snapshot that can be read: {type(error).__name__}: {error}") from error
 
 
-def _fill(entries: Any, waiting: list[Generator[Any, Any, Any]]) -> None:
+def _fill(entries: Any, waiting: list[types.GeneratorType[Any, Any, Any]]) -> None:
     suspended = []
     for kind, made, state in entries:
         if kind == "cell":
@@ -308,7 +307,7 @@ def _fill(entries: Any, waiting: list[Generator[Any, Any, Any]]) -> None:
         waiting.append(gen)
 
 
-def _discard(generators: list[Generator[Any, Any, Any]]) -> None:
+def _discard(generators: list[types.GeneratorType[Any, Any, Any]]) -> None:
     for gen in generators:
         discard(gen)
 

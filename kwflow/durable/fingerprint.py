@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 __all__ = ["canonical_hash", "unit_hash", "without_docstring"]
 
@@ -49,7 +50,7 @@ def _tokens(node: object) -> Iterator[str]:
         if isinstance(item, ast.AST):
             stack.append(")")
             for name in reversed(item._fields):
-                value = getattr(item, name, None)
+                value: Any = getattr(item, name, None)
                 if name in _SKIPPED or value is None or value == []:
                     if not (name == "value" and isinstance(item, ast.Constant)):
                         continue

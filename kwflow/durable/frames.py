@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import types
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from kwflow.durable import registry
 from kwflow.durable.registry import Function
@@ -18,7 +18,7 @@ from kwflow.errors import CodeChangedError, KwflowBug, NotDurableError, UsageErr
 
 __all__ = ["Frame", "State", "capture", "describe", "discard", "enter", "is_durable", "read", "restore", "shell", "where"]
 
-Gen = types.GeneratorType[Any, Any, Any]
+Gen: TypeAlias = "types.GeneratorType[Any, Any, Any]"
 CREATED, SUSPENDED, FINISHED = "created", "suspended", "finished"
 
 

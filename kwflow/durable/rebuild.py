@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 from kwflow.durable import registry
@@ -36,7 +36,7 @@ def cell() -> types.CellType:
     return types.CellType()
 
 
-def generator(module: str, path: str, cells: tuple[types.CellType, ...], name: str, qualname: str) -> Generator[Any, Any, Any]:
+def generator(module: str, path: str, cells: tuple[types.CellType, ...], name: str, qualname: str) -> types.GeneratorType[Any, Any, Any]:
     return shell(registry.find(module, path), cells, name, qualname)[0]
 
 

@@ -6,6 +6,7 @@ never raises for bad input.  It must not know a log, a store on disk or a clock.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from kwflow.ports import Decision, Store
 __all__ = ["Overlay", "TimerProcessor", "WorkflowProcessor", "dead_letter", "decode_record"]
 
 _HOLD = b"\0hold\0"
+_OWN_START_ID = re.compile(r"\d+-\d+")  # given by the step when the client gave none
 
 
 class Overlay:
@@ -104,7 +106,8 @@ class WorkflowProcessor:
             return self._hold(store, name, record, received_ms)
         if status == "ended":
             start_id = wire.header(record, "kwflow-start-id")
-            if not isinstance(message, wire.Start) or (start_id is not None and header is not None and start_id == header["start_id"]):
+            fresh = header is not None and received_ms - header["ended"] <= self.config.ended_retention_ms
+            if not isinstance(message, wire.Start) or (fresh and header is not None and start_id == header["start_id"]):
                 return Decision(counts=("duplicate-start" if isinstance(message, wire.Start) else "unknown-id",))
             stored = None
         return self._try(store, name, stored, record, received_ms)
@@ -138,9 +141,8 @@ class WorkflowProcessor:
                     raise SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}")
                 state[key] = data
             case Ended(header):
-                keep = header is not None and wire.header(record, "kwflow-start-id") is not None or stored is not None and "-" not in str((header or {}).get("start_id", "-"))
-                if keep and header is not None:
-                    state[key] = snapshot.save_ended(header)
+                if header is not None and _OWN_START_ID.fullmatch(header["start_id"]) is None:
+                    state[key] = snapshot.save_ended(header)  # K20: a client named this start and may repeat it
                 elif stored is not None:
                     state[key] = None
             case Keep():
