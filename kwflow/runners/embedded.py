@@ -1,0 +1,225 @@
+"""The engine with no server: log, state, timers and positions in one RocksDB directory, a transaction is one WriteBatch.
+
+Same records, same offsets rules and the same processors as on Kafka; every topic has one partition.  One process holds
+the directory; others reach it through `submit` (runners/socket.py) or read beside it.  A process killed at any moment
+goes on from its last committed batch.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+from rocksdict import AccessType, Options, Rdict, WriteBatch, WriteOptions
+
+from kwflow.core.wire import Output, Record
+from kwflow.errors import TransportError
+from kwflow.ports import Clock, Processor
+from kwflow.runners.loop import Overlay
+
+__all__ = ["Embedded", "SystemClock", "read_only"]
+
+_LOG, _NEXT, _STATE, _POSITION = b"L", b"N", b"S", b"P"
+_STORE_ID = b"I"
+_IDLE_S = 0.5  # how long an idle engine sleeps when nothing wakes it; appends and timers do
+_FIRED_MAX = 1000
+
+
+class SystemClock:
+    """The wall clock."""
+
+    def now_ms(self) -> int:
+        return time.time_ns() // 1_000_000
+
+
+def _options() -> Options:
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)
+    return options
+
+
+class _Store:
+    """One processor's state in the database."""
+
+    def __init__(self, db: Rdict, name: str) -> None:
+        self._db = db
+        self.prefix = _STATE + name.encode() + b"\0"
+
+    def get(self, key: bytes) -> bytes | None:
+        found: bytes | None = self._db.get(self.prefix + key)
+        return found
+
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        whole = self.prefix + prefix
+        for key, value in self._db.items(from_key=whole):
+            if not key.startswith(whole):
+                return
+            yield key[len(self.prefix) :], value
+
+
+def read_only(directory: Path) -> Rdict:
+    """The database as it is now, also while an engine holds it.  Raises TransportError when there is none."""
+    if not (directory / "CURRENT").exists():
+        raise TransportError(f"{directory} holds no embedded engine")
+    return Rdict(str(directory), Options(raw_mode=True), access_type=AccessType.read_only())
+
+
+def stored(db: Rdict, name: str) -> _Store:
+    return _Store(db, name)
+
+
+class Embedded:
+    """One directory, held.  Raises TransportError naming the holder when another process has it."""
+
+    def __init__(self, directory: Path, sync: bool = True, clock: Clock | None = None, retention_ms: int = 7 * 86_400_000) -> None:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.directory = directory
+        self.clock = clock or SystemClock()
+        self.woken = threading.Condition()
+        self._appended = False
+        self._retention_ms = retention_ms
+        self._lock = threading.RLock()
+        holder = directory / "engine.pid"
+        try:
+            self.db = Rdict(str(directory), _options())
+        except Exception as error:
+            pid = holder.read_text().strip() if holder.exists() else "unknown"
+            raise TransportError(f"{directory} is held by another process (pid {pid}): {error}", retryable=False) from None
+        holder.write_text(str(os.getpid()))
+        self._write = WriteOptions()
+        self._write.sync = sync
+        if self.db.get(_STORE_ID) is None:
+            self.db[_STORE_ID] = uuid.uuid4().hex.encode()
+        self.incarnation: str = self.db[_STORE_ID].decode()
+
+    def close(self) -> None:
+        with self._lock:
+            (self.directory / "engine.pid").unlink(missing_ok=True)
+            self.db.close()
+
+    # -- the log ---------------------------------------------------------------------------------------------------
+    def append(self, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...] = ()) -> int:
+        """Write one record durably; its offset."""
+        with self._lock:
+            batch = WriteBatch(raw_mode=True)
+            offset = self._put(batch, {}, Output(topic, key, value, headers))
+            self.db.write(batch, self._write)
+        self._wake()
+        return offset
+
+    def _put(self, batch: WriteBatch, ends: dict[str, int], output: Output) -> int:
+        topic = output.topic
+        offset = ends[topic] if topic in ends else self.end(topic)
+        ends[topic] = offset + 1
+        timestamp = output.timestamp_ms if output.timestamp_ms is not None else self.clock.now_ms()
+        record = Record(topic, 0, offset, timestamp, output.key, output.value, output.headers)
+        batch.put(_LOG + topic.encode() + b"\0%020d" % offset, msgspec.msgpack.encode(record))
+        batch.put(_NEXT + topic.encode(), b"%d" % ends[topic])
+        return offset
+
+    def end(self, topic: str) -> int:
+        """The offset the next record of this topic gets."""
+        return int(self.db.get(_NEXT + topic.encode()) or 0)
+
+    def read(self, topic: str, offset: int = 0, limit: int = 1000) -> list[Record]:
+        """Records from this offset on."""
+        prefix = _LOG + topic.encode() + b"\0"
+        found = []
+        for key, value in self.db.items(from_key=prefix + b"%020d" % offset):
+            if not key.startswith(prefix) or len(found) >= limit:
+                break
+            found.append(msgspec.msgpack.decode(value, type=Record))
+        return found
+
+    def position(self, topic: str) -> int:
+        """The offset of the first record of an input topic that no committed batch holds."""
+        return int(self.db.get(_POSITION + topic.encode()) or 0)
+
+    # -- the engine ------------------------------------------------------------------------------------------------
+    def step(self, processors: Sequence[Processor], on_log: Callable[[str], None] = print, batch_max: int = 500) -> int:
+        """Apply what is there and fire what is due, each processor in one atomic batch; how much was done."""
+        return sum(self._apply(processor, on_log, batch_max) + self._fire(processor, on_log) for processor in processors)
+
+    def _apply(self, processor: Processor, on_log: Callable[[str], None], batch_max: int) -> int:
+        topic = processor.input_topic
+        records = self.read(topic, self.position(topic), batch_max)
+        if not records:
+            return 0
+        store = _Store(self.db, processor.changelog_topic)
+        overlay = Overlay(store)
+        outputs: list[Output] = []
+        logs: list[str] = []
+        for record in records:
+            made = processor.decide(overlay, record, self.clock.now_ms())
+            overlay.changes |= made.state
+            outputs += made.outputs
+            logs += made.logs
+        self._commit(store, overlay, outputs, (topic, records[-1].offset + 1))
+        for line in logs:
+            on_log(line)
+        return len(records)
+
+    def _fire(self, processor: Processor, on_log: Callable[[str], None]) -> int:
+        """Nothing fires while records wait that may cancel it (K18)."""
+        store = _Store(self.db, processor.changelog_topic)
+        if self.position(processor.input_topic) < self.end(processor.input_topic):
+            return 0
+        made = processor.due(store, self.clock.now_ms(), _FIRED_MAX)
+        if made is None:
+            return 0
+        overlay = Overlay(store)
+        overlay.changes |= made.state
+        self._commit(store, overlay, list(made.outputs), None)
+        for line in made.logs:
+            on_log(line)
+        return len(made.outputs)
+
+    def _commit(self, store: _Store, overlay: Overlay, outputs: list[Output], consumed: tuple[str, int] | None) -> None:
+        with self._lock:
+            batch = WriteBatch(raw_mode=True)
+            for key, value in overlay.changes.items():
+                if value is None:
+                    batch.delete(store.prefix + key)
+                else:
+                    batch.put(store.prefix + key, value)
+            ends: dict[str, int] = {}
+            for output in outputs:
+                self._put(batch, ends, output)
+            if consumed is not None:
+                batch.put(_POSITION + consumed[0].encode(), b"%d" % consumed[1])
+            self.db.write(batch, self._write)
+
+    def run(self, processors: Sequence[Processor], until: Callable[[], bool], on_log: Callable[[str], None] = print) -> None:
+        """Go on until `until()`; it is asked after every batch."""
+        while not until():
+            if self.step(processors, on_log):
+                continue
+            due = [at for at in (processor.next_due_ms(_Store(self.db, processor.changelog_topic)) for processor in processors) if at is not None]
+            wait = min([_IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due)])
+            with self.woken:
+                if not self._appended:
+                    self.woken.wait(wait)
+                self._appended = False
+
+    def trim(self, processors: Sequence[Processor]) -> int:
+        """Delete consumed input records older than the retention; outputs stay for their readers."""
+        deleted = 0
+        for processor in processors:
+            topic = processor.input_topic
+            oldest = self.clock.now_ms() - self._retention_ms
+            for record in self.read(topic, 0, 10_000):
+                if record.offset >= self.position(topic) or record.timestamp_ms >= oldest:
+                    break
+                self.db.delete(_LOG + topic.encode() + b"\0%020d" % record.offset)
+                deleted += 1
+        return deleted
+
+    def _wake(self) -> None:
+        with self.woken:
+            self._appended = True
+            self.woken.notify_all()

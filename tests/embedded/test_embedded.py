@@ -1,0 +1,127 @@
+"""The embedded engine as its user meets it: a process, killed and started again (G1, G6)."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kwflow.errors import TransportError
+from kwflow.runners.embedded import Embedded
+
+ROOT = pathlib.Path(__file__).parents[2]
+TRIP = str(ROOT / "workflows/trip_booking.py")
+
+
+class Shell:
+    """The kwflow command against one directory."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self.engines: list[subprocess.Popen[str]] = []
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        done = subprocess.run(self._command(*arguments), capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+        assert done.returncode == code, done.stderr + done.stdout
+        return done.stdout + done.stderr
+
+    def _command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "kwflow.cli", *arguments, "--embedded", str(self.directory)]
+
+    def engine(self, *modules: str) -> "subprocess.Popen[str]":
+        started = subprocess.Popen(self._command("engine", *modules), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        self.engines.append(started)
+        assert started.stderr is not None
+        assert "runs in" in started.stderr.readline()
+        return started
+
+    def records(self, topic: str) -> list[str]:
+        return self("tail", topic).splitlines()
+
+    def until(self, found: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 30
+        while not found():
+            assert time.monotonic() < deadline, "it did not happen within 30 s"
+
+
+@pytest.fixture
+def shell(tmp_path: pathlib.Path) -> Iterator[Shell]:
+    shell = Shell(tmp_path / "state")
+    yield shell
+    for engine in shell.engines:
+        engine.kill()
+        engine.wait()
+        if engine.stderr is not None:
+            engine.stderr.close()
+
+
+@pytest.mark.slow
+def test_a_saga_goes_on_after_kill_9_and_answers_given_meanwhile_are_applied_once(shell: Shell) -> None:
+    """G1, G6."""
+    engine = shell.engine(TRIP)
+    shell("start", "trip", "--input", '{"timeout": 600000}')
+    shell.until(lambda: len(shell.records("saga-reserve-flight")) == 1)
+    shell("resume", "trip", "0:1", "--value", '"ok"')
+    shell.until(lambda: "0:1" not in shell("show", "trip"))
+    engine.send_signal(signal.SIGKILL)
+    engine.wait()
+    shell("resume", "trip", "0:2", "--value", '"ok"')
+    shell.engine(TRIP)
+    shell("resume", "trip", "0:3", "--value", '"ok"')
+    shell("resume", "trip", "0:3", "--value", '"again"')
+    shell.until(lambda: shell.records("workflow-result"))
+    assert shell.records("workflow-result") == ['0 trip {"car":{"id":"0:1"},"hotel":{"id":"0:2"},"flight":{"id":"0:3"}}']
+    assert len(shell.records("saga-reserve-car")) == 1
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_engine_with_0_and_a_timer_fires_in_the_next_one(shell: Shell) -> None:
+    """SC-1, semantics §2.5."""
+    engine = shell.engine(TRIP)
+    shell("start", "trip", "--input", '{"timeout": 1}')
+    engine.send_signal(signal.SIGTERM)
+    assert engine.wait(20) == 0
+    shell.engine(TRIP)
+    shell.until(lambda: shell.records("workflow-error"))
+    assert shell.records("workflow-error") == ['0 trip "timeout"']
+
+
+@pytest.mark.slow
+def test_show_names_function_file_and_line_of_each_wait(shell: Shell) -> None:
+    shell.engine(TRIP)
+    shell("start", "trip", "--input", '{"timeout": 600000}')
+    shell.until(lambda: shell.records("saga-reserve-flight"))
+    line = next(number for number, text in enumerate(pathlib.Path(TRIP).read_text().splitlines(), 1) if "yield resume" in text)
+    assert f"suspension 0:1  reserve  trip_booking.py:{line}" in shell("show", "trip")
+    assert "trip" in shell("list")
+
+
+def test_a_second_holder_of_the_directory_is_told_who_has_it(tmp_path: pathlib.Path) -> None:
+    held = Embedded(tmp_path)
+    try:
+        with pytest.raises(TransportError, match=f"pid {os.getpid()}"):
+            Embedded(tmp_path)
+    finally:
+        held.close()
+
+
+def test_offsets_count_on_after_the_directory_is_opened_again(tmp_path: pathlib.Path) -> None:
+    for expected in range(3):
+        held = Embedded(tmp_path)
+        assert held.append("t", b"k", b"v") == expected
+        held.close()
+
+
+@pytest.mark.slow
+def test_bad_arguments_get_one_line_and_exit_code_2(shell: Shell, tmp_path: pathlib.Path) -> None:
+    assert "not JSON" in shell("start", "x", "--input", "{", code=2)
+    broken = tmp_path / "broken.py"
+    broken.write_text("def main(opts):\n    f = lambda: (yield)\n    yield f\n")
+    said = shell("engine", str(broken), code=2)
+    assert "broken.py:2" in said
+    assert "lambda" in said
+    assert "Traceback" not in said

@@ -1,0 +1,100 @@
+"""Bad input: applied, ignored by a stated rule, dead-lettered or parked; never lost, never fatal (G3, G4, KW-4..8)."""
+
+import pathlib
+
+import pytest
+
+from kwflow import durable
+from kwflow.testing import WorkflowTester
+
+SOURCE = '''
+import kwflow as kw
+kw.declare_topics("out")
+BROKEN = [True]
+
+def main(opts):
+    first = yield kw.suspend("first")
+    handle = open(__file__) if BROKEN[0] and first == "unsavable" else None
+    second = yield kw.suspend("second")
+    kw.output(str(second), "out")
+    return [first, second]
+
+def undeclared(opts):
+    kw.output("x", "nowhere")
+    yield kw.suspend()
+'''
+
+
+@pytest.fixture
+def engine(tmp_path: pathlib.Path) -> WorkflowTester:
+    file = tmp_path / "bad_input.py"
+    file.write_text(SOURCE)
+    module = durable.load_source("bad_input", SOURCE, str(file))
+    engine = WorkflowTester(module.main, undeclared=module.undeclared)
+    engine.broken = module.BROKEN  # type: ignore[attr-defined]
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("a", b"{", "bad-json"),
+        ("a", b"new:{", "bad-json"),
+        ("a", b"", "bad-json"),
+        ("a", b"[1]", "bad-message"),
+        ("a", None, "null-value"),
+        (None, b"{}", "null-key"),
+        ("a|b", b"{}", "bad-key"),
+        ("", b"{}", "bad-key"),
+    ],
+)
+def test_a_record_that_means_nothing_is_dead_lettered_and_the_next_one_is_processed(engine: WorkflowTester, key: str | None, value: bytes | None, reason: str) -> None:
+    """KW-7, KW-8, G3."""
+    engine.start("a")
+    before = dict(engine.state.entries)
+    engine.send(key, value)
+    letter = next(output for output in engine.outputs if output.topic == "workflow-engine-dead-letter")
+    assert dict(letter.headers)["kwflow-error-reason"] == reason.encode()
+    assert (letter.key, letter.value) == (key.encode() if key is not None else None, value)
+    assert engine.state.entries == before
+    engine.resume("a", "first", 1)
+    assert engine.waits("a") == ["second"]
+
+
+def test_an_unknown_workflow_is_dead_lettered(engine: WorkflowTester) -> None:
+    engine.start("a", None, workflow="nobody")
+    assert "nobody" in dict(engine.outputs[-1].headers)["kwflow-error-message"].decode()
+
+
+def test_an_undeclared_topic_raises_in_the_workflow_naming_it_and_the_remedy(engine: WorkflowTester) -> None:
+    """KW-13."""
+    engine.start("a", None, workflow="undeclared")
+    assert "declare_topics('nowhere')" in engine.values("workflow-error")[0]
+
+
+def test_what_cannot_be_saved_parks_the_instance_naming_variable_function_place_and_type(engine: WorkflowTester) -> None:
+    """G4, semantics §7."""
+    engine.start("a")
+    before = engine.state.get(b"a")
+    engine.resume("a", "first", "unsavable")
+    parked = (engine.header("a") or {})["parked"]
+    assert parked["reason"] == "UnsavableError"
+    for named in ("'handle'", "main", "bad_input.py:", "TextIOWrapper"):
+        assert named in parked["message"]
+    engine.resume("a", "second", 2)
+    assert engine.counts[-1] == "held"
+    assert before is not None
+    engine.broken[0] = False  # type: ignore[attr-defined]
+    engine.send("a", b"null", {"kwflow-op": "retry"})
+    assert engine.result("a") == ["unsavable", 2]
+    assert engine.state.entries == {}
+
+
+def test_discard_drops_the_record_that_parked_it_and_applies_the_rest(engine: WorkflowTester) -> None:
+    """Semantics §7."""
+    engine.start("a")
+    engine.resume("a", "first", "unsavable")
+    engine.resume("a", "first", "fine")
+    engine.send("a", b"null", {"kwflow-op": "discard"})
+    engine.resume("a", "second", 2)
+    assert engine.result("a") == ["fine", 2]
