@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from kwflow import api
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.errors import KwflowError, TransportError, UnsupportedError, UsageError
-from kwflow.runners.embedded import Embedded, read_only, stored
+from kwflow.runners.embedded import Embedded, entries, read_only, stored
 from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.socket import serve, submit
@@ -27,9 +28,15 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Durable workflows as plain Python generators.", rich_markup_mode=None)
 dead = typer.Typer(no_args_is_help=True, help="Records that could not be applied, and parked instances.")
+topics_app = typer.Typer(no_args_is_help=True, help="The Kafka topics of an application.")
 app.add_typer(dead, name="dead-letters")
+app.add_typer(topics_app, name="topics")
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
 
+Bootstrap = Annotated[str | None, typer.Option("--bootstrap-servers", help="H:P of Kafka; default from the config.")]
+Application = Annotated[str | None, typer.Option("--application-id", help="Names the group and its topics.")]
+StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Local state; each engine its own.")]
+MaybeDir = Annotated[Path | None, typer.Option("--embedded", envvar="KWFLOW_EMBEDDED", help="Directory of the embedded engine, instead of Kafka.")]
 Dir = Annotated[Path, typer.Option("--embedded", envvar="KWFLOW_EMBEDDED", help="Directory of the embedded engine.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", envvar="KWFLOW_CONFIG", help="kwflow.toml; default: the one here, if any.")]
 AppDir = Annotated[Path | None, typer.Option("--app-dir", envvar="KWFLOW_APP_DIR", help="Where MODULEs are looked for first; default: here.")]
@@ -64,13 +71,29 @@ def _stopper() -> Callable[[], bool]:
 
 
 @app.command()
-def engine(modules: Modules, embedded: Dir, config: ConfigFile = None, app_dir: AppDir = None) -> None:
-    """Run workflows and their timers until SIGTERM.
+def engine(
+    modules: Modules,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    state_dir: StateDir = None,
+    with_scheduler: Annotated[bool, typer.Option("--with-scheduler", help="Run the timers in this process too.")] = False,
+    config: ConfigFile = None,
+    app_dir: AppDir = None,
+) -> None:
+    """Run workflows until SIGTERM; embedded, their timers too.
 
-    Example: kwflow engine workflows.trip_booking --embedded ./state
+    Example: kwflow engine workflows.trip_booking --bootstrap-servers localhost:9092 --with-scheduler
     """
-    settings = load_config(config)
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir)
     stop = _stopper()
+    if embedded is None:
+        workflows = load_workflows(modules, app_dir)
+        makers: list[tuple[str, Callable[[str], Any]]] = [(settings.application_id, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation))]
+        if with_scheduler:
+            makers.append((f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings)))
+        _run_on_kafka(settings, makers, stop)
+        return
     held = Embedded(embedded)
     try:
         processors = _processors(modules, settings, held, app_dir)
@@ -80,6 +103,94 @@ def engine(modules: Modules, embedded: Dir, config: ConfigFile = None, app_dir: 
             held.trim(processors)
     finally:
         held.close()
+
+
+def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]]], stop: Callable[[], bool]) -> None:
+    """Each processor on a thread of its own with its own clients; the first that fails stops all."""
+    from kwflow.runners import kafka, topics
+
+    problems = topics.missing(topics.admin(settings), settings, api.declared_topics())
+    if problems:
+        raise TransportError("; ".join(problems) + " (kwflow topics create makes them)", retryable=False)
+    failed: list[BaseException] = []
+    log = lambda line: err.print(line, markup=False)
+    runners = [kafka.KafkaRunner(settings, make, group, log) for group, make in makers]
+
+    def run_one(runner: kafka.KafkaRunner) -> None:
+        try:
+            runner.run(lambda: stop() or bool(failed))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run_one, args=(runner,)) for runner in runners[1:]]
+    for thread in threads:
+        thread.start()
+    err.print(f"kwflow engine runs on {settings.bootstrap_servers}", style="green")
+    run_one(runners[0])
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+@app.command()
+def scheduler(bootstrap_servers: Bootstrap = None, application_id: Application = None, state_dir: StateDir = None, config: ConfigFile = None) -> None:
+    """Run the timers on Kafka until SIGTERM; it runs no code of yours.
+
+    Example: kwflow scheduler --bootstrap-servers localhost:9092
+    """
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir)
+    _run_on_kafka(settings, [(f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings))], _stopper())
+
+
+@topics_app.command("create")
+def topics_create(
+    modules: Annotated[list[str] | None, typer.Argument(metavar="MODULE...")] = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    partitions: Annotated[int, typer.Option(help="For input and output topics.")] = 4,
+    replication: Annotated[int, typer.Option(help="Replication factor.")] = 1,
+    config: ConfigFile = None,
+    app_dir: AppDir = None,
+) -> None:
+    """Create the topics that are missing.
+
+    Example: kwflow topics create workflows.trip_booking --bootstrap-servers localhost:9092
+    """
+    from kwflow.runners import topics
+
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    if modules:
+        load_workflows(modules, app_dir)
+    for topic in topics.create(topics.admin(settings), settings, api.declared_topics(), partitions, replication):
+        out.print(f"created {topic}", markup=False)
+
+
+@topics_app.command("check")
+def topics_check(modules: Annotated[list[str] | None, typer.Argument(metavar="MODULE...")] = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None, app_dir: AppDir = None) -> None:
+    """Say what is missing; exit 1 if anything is.
+
+    Example: kwflow topics check workflows.trip_booking
+    """
+    from kwflow.runners import topics
+
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    if modules:
+        load_workflows(modules, app_dir)
+    problems = topics.missing(topics.admin(settings), settings, api.declared_topics())
+    for problem in problems:
+        out.print(problem, markup=False)
+    raise typer.Exit(1 if problems else 0)
+
+
+def _send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
+    """One record on the resume topic, embedded or on Kafka, durable when this returns."""
+    if embedded is not None:
+        submit(embedded, settings.resume_topic, id.encode(), value, headers)
+        return
+    from kwflow.client import send
+
+    send(settings, settings.resume_topic, id.encode(), value, headers)
 
 
 @app.command()
@@ -106,7 +217,7 @@ def run(
             held.append(settings.resume_topic, id.encode(), b"new:" + _json(input, "--input"))
         shown: set[str] = set()
         with serve(held):
-            held.run(processors, lambda: stop() or _ended(held, begun, id) or _show_waits(held, settings, id, shown), lambda line: err.print(line, markup=False))
+            held.run(processors, lambda: stop() or _ended(held, begun, id) is not None or _show_waits(held, settings, id, shown), lambda line: err.print(line, markup=False))
         ended = _ended(held, begun, id)
     finally:
         held.close()
@@ -137,7 +248,8 @@ def _show_waits(held: Embedded, settings: Config, id: str, shown: set[str]) -> b
 @app.command()
 def start(
     id: str,
-    embedded: Dir,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
     workflow: Annotated[str | None, typer.Option("--workflow", help="Name; default: the engine's first MODULE.")] = None,
     input: Annotated[str, typer.Option("--input", help="JSON for the workflow's argument.")] = "null",
     config: ConfigFile = None,
@@ -147,14 +259,15 @@ def start(
     Example: kwflow start order-7 --input '{"items": 3}' --embedded ./state
     """
     headers = (("kwflow-workflow", workflow.encode()),) if workflow else ()
-    submit(embedded, load_config(config).resume_topic, id.encode(), b"new:" + _json(input, "--input"), headers)
+    _send(load_config(config, bootstrap_servers=bootstrap_servers), embedded, id, b"new:" + _json(input, "--input"), headers)
 
 
 @app.command()
 def resume(
     id: str,
     ref: str,
-    embedded: Dir,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
     value: Annotated[str | None, typer.Option("--value", help="JSON that the yield returns.")] = None,
     error: Annotated[str | None, typer.Option("--error", help="JSON that is raised as kw.WorkflowError.")] = None,
     config: ConfigFile = None,
@@ -167,7 +280,7 @@ def resume(
         raise UsageError("give --value or --error, not both")
     name, text = ("error", error) if error is not None else ("value", value or "null")
     message = b'{"ref":' + msgspec.json.encode(ref) + b',"%s":' % name.encode() + _json(text, f"--{name}") + b"}"
-    submit(embedded, load_config(config).resume_topic, id.encode(), message)
+    _send(load_config(config, bootstrap_servers=bootstrap_servers), embedded, id, message)
 
 
 @app.command()
@@ -217,9 +330,8 @@ def tail(topic: str, embedded: Dir, offset: int = 0) -> None:
     """
     db = read_only(embedded)
     try:
-        for key, value in db.items(from_key=b"L" + topic.encode() + b"\0%020d" % offset):
-            if not key.startswith(b"L" + topic.encode() + b"\0"):
-                break
+        prefix = b"L" + topic.encode() + b"\0"
+        for _, value in entries(db, prefix, prefix + b"%020d" % offset):
             record = msgspec.msgpack.decode(value)
             out.print(f"{record['offset']} {_text(record['key'])} {_text(record['value'])}", markup=False, highlight=False)
     finally:
@@ -237,15 +349,15 @@ def dead_list(embedded: Dir, config: ConfigFile = None) -> None:
 
 
 @dead.command("retry")
-def dead_retry(id: str, embedded: Dir, config: ConfigFile = None) -> None:
+def dead_retry(id: str, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, config: ConfigFile = None) -> None:
     """Apply what a parked instance holds, in order."""
-    submit(embedded, load_config(config).resume_topic, id.encode(), b"null", (("kwflow-op", b"retry"),))
+    _send(load_config(config, bootstrap_servers=bootstrap_servers), embedded, id, b"null", (("kwflow-op", b"retry"),))
 
 
 @dead.command("discard")
-def dead_discard(id: str, embedded: Dir, config: ConfigFile = None) -> None:
+def dead_discard(id: str, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, config: ConfigFile = None) -> None:
     """Drop the record that parked an instance, then apply the rest of what it holds."""
-    submit(embedded, load_config(config).resume_topic, id.encode(), b"null", (("kwflow-op", b"discard"),))
+    _send(load_config(config, bootstrap_servers=bootstrap_servers), embedded, id, b"null", (("kwflow-op", b"discard"),))
 
 
 def main() -> None:

@@ -7,12 +7,14 @@ goes on from its last committed batch.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import msgspec
 from rocksdict import AccessType, Options, Rdict, WriteBatch, WriteOptions
@@ -37,6 +39,15 @@ class SystemClock:
         return time.time_ns() // 1_000_000
 
 
+def entries(db: Rdict, prefix: bytes, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+    """Keys with this prefix and their values, in order, from `start` on."""
+    for key, value in db.items(from_key=start or prefix):
+        raw = cast(bytes, key)
+        if not raw.startswith(prefix):
+            return
+        yield raw, cast(bytes, value)
+
+
 def _options() -> Options:
     options = Options(raw_mode=True)
     options.create_if_missing(True)
@@ -55,10 +66,7 @@ class _Store:
         return found
 
     def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        whole = self.prefix + prefix
-        for key, value in self._db.items(from_key=whole):
-            if not key.startswith(whole):
-                return
+        for key, value in entries(self._db, self.prefix + prefix):
             yield key[len(self.prefix) :], value
 
 
@@ -95,7 +103,7 @@ class Embedded:
         self._write.sync = sync
         if self.db.get(_STORE_ID) is None:
             self.db[_STORE_ID] = uuid.uuid4().hex.encode()
-        self.incarnation: str = self.db[_STORE_ID].decode()
+        self.incarnation = cast(bytes, self.db[_STORE_ID]).decode()
 
     def close(self) -> None:
         with self._lock:
@@ -129,12 +137,8 @@ class Embedded:
     def read(self, topic: str, offset: int = 0, limit: int = 1000) -> list[Record]:
         """Records from this offset on."""
         prefix = _LOG + topic.encode() + b"\0"
-        found = []
-        for key, value in self.db.items(from_key=prefix + b"%020d" % offset):
-            if not key.startswith(prefix) or len(found) >= limit:
-                break
-            found.append(msgspec.msgpack.decode(value, type=Record))
-        return found
+        from_here = entries(self.db, prefix, prefix + b"%020d" % offset)
+        return [msgspec.msgpack.decode(value, type=Record) for _, value in itertools.islice(from_here, limit)]
 
     def position(self, topic: str) -> int:
         """The offset of the first record of an input topic that no committed batch holds."""
