@@ -167,7 +167,13 @@ def topics_create(
 
 
 @topics_app.command("check")
-def topics_check(modules: Annotated[list[str] | None, typer.Argument(metavar="MODULE...")] = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None, app_dir: AppDir = None) -> None:
+def topics_check(
+    modules: Annotated[list[str] | None, typer.Argument(metavar="MODULE...")] = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    config: ConfigFile = None,
+    app_dir: AppDir = None,
+) -> None:
     """Say what is missing; exit 1 if anything is.
 
     Example: kwflow topics check workflows.trip_booking

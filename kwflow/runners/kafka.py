@@ -10,10 +10,11 @@ import fcntl
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from confluent_kafka import (
+    OFFSET_BEGINNING,
     OFFSET_INVALID,
     Consumer,
     IsolationLevel,
@@ -145,6 +146,8 @@ class KafkaRunner:
 
     # -- ownership (K2, K5, K7) ------------------------------------------------------------------------------------
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        for partition in partitions:  # any explicit offset: without one a group with no commit is an error before we seek
+            partition.offset = OFFSET_BEGINNING
         consumer.incremental_assign(partitions)
         if partitions:
             consumer.pause(partitions)
@@ -196,10 +199,10 @@ class KafkaRunner:
         return int(found[where].result().offset)
 
     def _end(self, topic: str, number: int) -> int:
-        return self._offset(topic, number, OffsetSpec.latest())
+        return self._offset(topic, number, OffsetSpec.latest())  # type: ignore[no-untyped-call] # the library has no types here
 
     def _start(self, number: int) -> int:
-        return self._offset(self.processor.input_topic, number, OffsetSpec.earliest())
+        return self._offset(self.processor.input_topic, number, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
 
     def _restore(self, store: PartitionStore, number: int) -> None:
         """Read the changelog from where the local copy ends up to its end, aborted records left out."""
@@ -213,7 +216,7 @@ class KafkaRunner:
             topics.client_config(self.config, group_id=f"{self.group}-restore", enable_auto_commit=False, isolation_level="read_committed", auto_offset_reset="error", enable_partition_eof=True)
         )
         try:
-            start = max(store.offset, self._offset(topic, number, OffsetSpec.earliest()))
+            start = max(store.offset, self._offset(topic, number, OffsetSpec.earliest()))  # type: ignore[no-untyped-call]
             consumer.assign([TopicPartition(topic, number, start)])
             reached = start
             while reached < end:
@@ -225,7 +228,7 @@ class KafkaRunner:
                     elif error is not None:
                         raise TransportError(f"restore of {topic}[{number}]: {error.str()}")
                     else:
-                        changes[message.key()] = message.value()
+                        changes[message.key() or b""] = message.value()
                         reached = (message.offset() or 0) + 1
                 reached = max(reached, consumer.position([TopicPartition(topic, number)])[0].offset)
                 store.settle(changes, reached)
@@ -271,8 +274,8 @@ class KafkaRunner:
 
     @staticmethod
     def _record(message: Message) -> Record:
-        pairs = tuple((name, value if value is None or isinstance(value, bytes) else str(value).encode()) for name, value in message.headers() or [])
-        return Record(message.topic() or "", message.partition() or 0, message.offset() or 0, message.timestamp()[1], message.key(), message.value(), pairs)  # type: ignore[arg-type]
+        pairs = tuple((name, value if value is None or isinstance(value, bytes) else str(value).encode()) for name, value in cast(list[tuple[str, Any]], message.headers() or []))
+        return Record(message.topic() or "", message.partition() or 0, message.offset() or 0, message.timestamp()[1], message.key(), message.value(), pairs)
 
     def _process(self, records: list[Record], refused: str | None = None) -> None:
         """Step and commit; what the broker rejects is tried in halves, and alone it is refused (K11)."""
