@@ -7,6 +7,7 @@ from the last consume until the commit has returned (K2), and RocksDB is written
 from __future__ import annotations
 
 import fcntl
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,7 +50,8 @@ _REJECTED = {
 }
 _IDLE_S = 0.25
 _FIRED_MAX = 500
-_TRANSACTION_S = 60
+_TRANSACTION_S = 15  # a dead engine with another identity blocks its partitions for this long (K1)
+_RETRY_S = 0.02
 
 
 class Rejected(Exception):
@@ -386,14 +388,16 @@ class KafkaRunner:
 
 def _again(call: Callable[[], Any]) -> Any:
     """The same call again while it is retriable, for twice the transaction timeout (K4); then the process has to end."""
-    for attempt in range(12 * _TRANSACTION_S):
+    give_up = time.monotonic() + 2 * _TRANSACTION_S
+    while True:
         try:
             return call()
         except KafkaException as error:
             code = error.args[0]
             if code.code() == KafkaError._FENCED:
                 raise FencedError(code.str()) from None
-            if not (code.retriable() or code.code() in (KafkaError._STATE, KafkaError._TIMED_OUT)) or attempt == 12 * _TRANSACTION_S - 1:
+            if not (code.retriable() or code.code() in (KafkaError._STATE, KafkaError._TIMED_OUT)):
                 raise
-    raise TransportError("the outcome of a transaction is unknown")
-
+            if time.monotonic() > give_up:
+                raise TransportError(f"no answer for {2 * _TRANSACTION_S} s: {code.str()}") from None
+        time.sleep(_RETRY_S)
