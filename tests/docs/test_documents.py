@@ -1,0 +1,53 @@
+"""What the documents show is run: Python blocks as they stand, commands by name."""
+
+import pathlib
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from kwflow import durable
+from kwflow.cli import app
+from kwflow.testing import WorkflowTester
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(path: pathlib.Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+PYTHON = [(path, number, text) for path in DOCUMENTS for number, text in enumerate(blocks(path, "python"))]
+
+
+@pytest.mark.parametrize(("path", "number", "text"), PYTHON, ids=[f"{p.name}-{n}" for p, n, _ in PYTHON])
+def test_python_blocks_run_as_they_stand(path: pathlib.Path, number: int, text: str) -> None:
+    durable.load_source(f"document_{path.stem}_{number}", text, str(path))
+
+
+def test_the_example_of_the_readme_does_what_it_says() -> None:
+    module = durable.load_source("approvals", blocks(ROOT / "README.md", "python")[0], "approvals.py")
+    tester = WorkflowTester(module.main)
+    tester.start("a")
+    budget, legal = (text.split()[0] for text in tester.outputs_to("ask") if text)
+    tester.resume("a", legal, True)
+    tester.resume("a", budget, True)
+    assert tester.result("a") == {"budget": True, "legal": True}
+    tester.start("b")
+    tester.advance(86_400)
+    assert tester.values("workflow-error") == ["TimeoutError: kw.timeout"]
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    for line in "\n".join(blocks(ROOT / "README.md", "sh")).splitlines():
+        words = line.split("#")[0].split()
+        if words[:1] == ["kwflow"]:
+            command = [word for word in words[1:3] if word.isalpha()][: 2 if words[1] == "topics" else 1]
+            assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0, line
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_links_between_documents_lead_somewhere(path: pathlib.Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target

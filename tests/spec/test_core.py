@@ -1,0 +1,234 @@
+"""Rules of the core, each driven through real snapshots: combinators, cancelling, ids, errors, ends (semantics §1, §2, §9)."""
+
+from typing import Any
+
+import pytest
+
+from kwflow import durable
+from kwflow.testing import WorkflowTester
+
+HEAD = "import kwflow as kw\nkw.declare_topics('out')\ndef say(x):\n    kw.output(str(x), 'out')\n"
+_count = [0]
+
+
+def run(body: str, options: Any = None) -> WorkflowTester:
+    """A started tester for a module whose text this is."""
+    _count[0] += 1
+    module = durable.load_source(f"core_case_{_count[0]}", HEAD + body, f"core_case_{_count[0]}.py")
+    tester = WorkflowTester(module.main)
+    tester.start("w", options)
+    return tester
+
+
+def error(tester: WorkflowTester) -> Any:
+    return tester.values("workflow-error")[-1]
+
+
+def test_a_value_that_is_no_wait_comes_back_in_the_same_step() -> None:
+    """KW-28, semantics §1.3."""
+    assert run("def main(o):\n    a = yield 1\n    b = yield 'x'\n    return [a, b, o]", 5).result("w") == [1, "x", 5]
+
+
+def test_an_answer_that_comes_before_the_yield_is_kept() -> None:
+    """KW-18."""
+    w = run("def main(o):\n    early = kw.suspend('early')\n    yield kw.suspend('gate')\n    return (yield early)")
+    w.resume("w", "early", "kept")
+    w.resume("w", "gate")
+    assert w.result("w") == "kept"
+
+
+def test_an_error_answer_is_raised_as_workflow_error_and_its_payload_is_the_error_record() -> None:
+    """KW-23, KW-24."""
+    w = run("def main(o):\n    yield kw.suspend('r')")
+    w.resume("w", "r", error={"code": 7})
+    assert error(w) == {"code": 7}
+
+
+@pytest.mark.parametrize(("raised", "text"), [("ValueError('bad')", "ValueError: bad"), ("KeyError", "KeyError"), ("SystemExit(3)", "SystemExit: 3"), ("kw.Cancelled()", "CancelToken")])
+def test_an_uncaught_error_is_type_and_message(raised: str, text: str) -> None:
+    """KW-24, semantics §9.4."""
+    assert error(run(f"def main(o):\n    yield 1\n    raise {raised}")) == text
+
+
+def test_all_gives_results_in_input_order_and_a_mapping_a_dict() -> None:
+    w = run("def main(o):\n    a, b = kw.suspend('a'), kw.suspend('b')\n    return (yield kw.all({'a': a, 'b': b, 'c': 3}))")
+    w.resume("w", "b", 2)
+    w.resume("w", "a", 1)
+    assert w.result("w") == {"a": 1, "b": 2, "c": 3}
+
+
+def test_the_first_error_of_all_wins_and_the_rest_are_cancelled_after_the_waiter_went_on() -> None:
+    """Semantics §1.5."""
+    w = run("""
+def child(name):
+    try:
+        yield kw.suspend(name)
+    except kw.Cancelled:
+        say(name + " cancelled")
+        raise
+def main(o):
+    try:
+        yield kw.all([child("a"), child("b"), child("c")])
+    except kw.WorkflowError as e:
+        say("caught " + e.payload)
+    yield kw.suspend("end")
+""")
+    w.resume("w", "b", error="boom")
+    assert w.outputs_to("out") == ["caught boom", "a cancelled", "c cancelled"]
+    assert w.waits("w") == ["end"]
+
+
+def test_race_takes_the_first_settled_and_cancel_rest_false_lets_the_others_run() -> None:
+    """KW-33."""
+    w = run("def main(o):\n    slow = kw.suspend('slow')\n    first = yield kw.race([slow, kw.suspend('quick')], cancel_rest=False)\n    return [first, (yield slow)]")
+    w.resume("w", "quick", "q")
+    w.resume("w", "slow", "s")
+    assert w.result("w") == ["q", "s"]
+
+
+def test_timeout_raises_timeout_error_and_cancels() -> None:
+    """Semantics §1.6."""
+    w = run("def main(o):\n    try:\n        yield kw.timeout(kw.suspend('r'), 5)\n    except TimeoutError:\n        return 'late'")
+    w.advance(5)
+    assert w.result("w") == "late"
+
+
+def test_a_sleep_that_is_left_is_cancelled_at_the_scheduler() -> None:
+    w = run("def main(o):\n    yield kw.race([kw.sleep(60), kw.suspend('r')])\n    yield kw.suspend('end')")
+    w.resume("w", "r")
+    assert [(o.key, o.value) for o in w.outputs if o.topic == "workflow-scheduler"] == [(b'w|{"ref":"0:1"}', b"60000"), (b'w|{"ref":"0:1"}', b"0")]
+
+
+def test_a_shielded_wait_ends_before_the_cancel_is_raised() -> None:
+    """Semantics §1.6."""
+    w = run("""
+def worker():
+    try:
+        yield kw.shield(kw.suspend("work"))
+        say("not here")
+    except kw.Cancelled:
+        say("cancelled after the work")
+def main(o):
+    t = kw.spawn(worker())
+    yield kw.suspend("go")
+    kw.cancel(t)
+    yield t
+    return "done"
+""")
+    w.resume("w", "go")
+    assert w.outputs_to("out") == []
+    w.resume("w", "work")
+    assert w.outputs_to("out") == ["cancelled after the work"]
+    assert w.result("w") == "done"
+
+
+def test_when_main_ends_the_other_tasks_are_cancelled_and_the_instance_closes_when_they_have_ended() -> None:
+    """KW-26, semantics §2.4."""
+    w = run("""
+def helper():
+    try:
+        yield kw.suspend("never")
+    finally:
+        yield kw.suspend("cleanup")
+        say("cleaned")
+def main(o):
+    kw.spawn(helper())
+    return "early"
+""")
+    assert w.result("w") == "early"
+    assert (w.header("w") or {})["status"] == "closing"
+    w.start("w")
+    assert w.counts[-1] == "duplicate-start"
+    w.resume("w", "cleanup")
+    assert w.outputs_to("out") == ["cleaned"]
+    assert w.header("w") is None
+    assert len(w.values("workflow-result")) == 1
+
+
+def test_a_workflow_with_nothing_left_to_wait_for_ends_with_an_error() -> None:
+    """G9, KW-27."""
+    w = run("def a(box):\n    yield box[0]\ndef main(o):\n    box = []\n    g = a(box)\n    box.append(kw.spawn(b(g)))\n    yield box[0]\ndef b(g):\n    yield g")
+    assert "StuckError" in str(error(w)) or "UsageError" in str(error(w))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("yield kw.all(undo)", "did you mean undo()"),
+        ("yield kw.all([undo])", "did you mean undo()"),
+        ("yield [kw.suspend()]", "kw.all(...)"),
+        ("yield kw.all(kw.suspend())", "not one wait"),
+        ("kw.suspend('1:1')", "reserved"),
+        ("kw.suspend('x'), kw.suspend('x')", "already waited for"),
+        ("kw.output(5, 'out')", "kw.output_json"),
+        ("kw.declare_topics('late')", "module level"),
+        ("kw.cancel(5)", "no wait"),
+        ("kw.sleep('soon')", "timedelta"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_refused_with_what_was_meant(line: str, said: str) -> None:
+    """Semantics §1.3, §1.8, §9."""
+    assert said in error(run(f"def undo():\n    yield\ndef main(o):\n    {line}\n    yield kw.suspend('end')"))
+
+
+def test_closures_cells_and_exceptions_survive_every_step() -> None:
+    w = run("""
+def main(o):
+    total = 0
+    def add(n):
+        nonlocal total
+        total += n
+        return total
+    undo = [lambda: add(-1)]
+    try:
+        add((yield kw.suspend("a")))
+        raise ValueError("held")
+    except ValueError as e:
+        add((yield kw.suspend("b")))
+        text = str(e)
+    undo[0]()
+    for n in range(2):
+        add((yield kw.suspend(f"c{n}")))
+    return [total, text]
+""")
+    for ref, value in (("a", 1), ("b", 10), ("c0", 100), ("c1", 1000)):
+        w.resume("w", ref, value)
+    assert w.result("w") == [1110, "held"]
+
+
+def test_headers_travel_except_ours_and_a_result_names_its_start() -> None:
+    """KW-10, semantics §9.3."""
+    w = run("def main(o):\n    yield kw.suspend('r')\n    say('x')")
+    w.send("w", b'{"ref":"r"}', {"trace": "7", "kwflow-x": "no"})
+    headers = dict(next(o for o in w.outputs if o.topic == "out").headers)
+    assert headers == {"trace": b"7"}
+
+
+def test_a_changed_unit_parks_the_instance_and_a_changed_neighbour_does_not() -> None:
+    """G10, semantics §8.1."""
+    before = "def other():\n    return 1\ndef main(o):\n    yield kw.suspend('r')\n    return other()"
+    name = "core_case_changing"
+    w = WorkflowTester(durable.load_source(name, HEAD + before, f"{name}.py").main)
+    w.start("w")
+    w.start("v")
+    durable.load_source(name, HEAD + "# moved\n" + before.replace("return 1", "return 2"), f"{name}.py")
+    w.resume("w", "r")
+    assert w.result("w") == 2
+    durable.load_source(name, HEAD + before.replace("return other()", "return other() + 1"), f"{name}.py")
+    w.resume("v", "r")
+    assert "main has changed" in (w.header("v") or {})["parked"]["message"]
+    durable.load_source(name, HEAD + before, f"{name}.py")
+    w.send("v", b"null", {"kwflow-op": "retry"})
+    assert w.result("v") == 1
+
+
+def test_damaged_bytes_park_only_that_instance() -> None:
+    w = run("def main(o):\n    yield kw.suspend('r')")
+    w.start("x")
+    w.state.entries[b"w"] = w.state.entries[b"w"][:-1] + b"?"
+    w.resume("w", "r")
+    assert (w.header("w") or {})["parked"]["reason"] == "CorruptSnapshotError"
+    w.resume("x", "r")
+    assert w.header("x") is None
+
+
