@@ -359,6 +359,7 @@ class Step:
         if isinstance(items, Awaitable) or isinstance(items, types.GeneratorType) and items.gi_code.co_name != "<genexpr>":
             raise UsageError("kw.all and kw.race take a list of waits, not one wait; did you mean [...] around it?")
         if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
+            self.classify(items)
             raise UsageError(f"kw.all and kw.race take a list or mapping of waits, not {items!r}")
         keys = list(items) if isinstance(items, Mapping) else None
         values = [self.classify(item) for item in (items.values() if isinstance(items, Mapping) else items)]

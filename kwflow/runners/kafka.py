@@ -253,9 +253,9 @@ class KafkaRunner:
     def turn(self) -> None:
         """One batch of records, then what is due."""
         epoch, messages = self._gather()
-        self._take_over()
         if epoch == self._epoch and messages:
-            self._process([self._record(message) for message in messages if message.partition() in self.owned])
+            self._process([self._record(message) for message in messages])
+        self._take_over()
         self._fire()
 
     def _gather(self) -> tuple[int, list[Message]]:
@@ -269,7 +269,12 @@ class KafkaRunner:
         for message in messages:
             error = message.error()
             if error is None:
-                good.append(message)
+                # 1. a partition is assigned, at an offset that is only a placeholder, and paused
+                # 2. what was fetched before the pause is delivered here, in the same gather
+                # 3. it is restored and owned, and those old records would be stepped again
+                partition = self.owned.get(message.partition() or 0)
+                if partition is not None and (message.offset() or 0) >= partition.position:
+                    good.append(message)
             elif error.fatal() or not error.retriable():
                 raise FencedError(f"{self.group}: {error.str()}") if error.code() == KafkaError._FENCED else TransportError(f"{self.group}: {error.str()}")
         return epoch, good
