@@ -20,6 +20,7 @@ import msgspec
 from rocksdict import AccessType, Options, Rdict, WriteBatch, WriteOptions
 
 from kwflow.core.wire import Output, Record
+from kwflow.durable import set_abandoning
 from kwflow.errors import TransportError
 from kwflow.ports import Clock, Processor
 from kwflow.runners.loop import Overlay
@@ -199,7 +200,8 @@ class Embedded:
             self.db.write(batch, self._write)
 
     def run(self, processors: Sequence[Processor], until: Callable[[], bool], on_log: Callable[[str], None] = print) -> None:
-        """Go on until `until()`; it is asked after every batch."""
+        """Go on until `until()`; it is asked after every batch.  From here on this process is an engine (semantics §3.3)."""
+        set_abandoning(True, everywhere=True)
         while not until():
             if self.step(processors, on_log):
                 continue

@@ -31,6 +31,7 @@ from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record, header
+from kwflow.durable import set_abandoning
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Clock, Decision, Processor
 from kwflow.runners import topics
@@ -239,7 +240,8 @@ class KafkaRunner:
 
     # -- the loop --------------------------------------------------------------------------------------------------
     def run(self, until: Callable[[], bool]) -> None:
-        """Go on until `until()`, asked after each batch; then leave the group."""
+        """Go on until `until()`, asked after each batch; then leave the group.  From here on this process is an engine (semantics §3.3)."""
+        set_abandoning(True, everywhere=True)
         try:
             while not until():
                 self.turn()

@@ -75,7 +75,6 @@ class WorkflowProcessor:
         self._workflows = workflows
         self._topics = Topics(config.resume_topic, config.result_topic or None, config.error_topic or None, config.scheduler_topic, declared)
         allow_modules(config.snapshot_modules)
-        set_abandoning(True, everywhere=True)  # semantics §3.3: only a running step means GeneratorExit as a close
 
     def due(self, store: Store, now_ms: int, limit: int) -> Decision | None:
         return None
@@ -84,6 +83,13 @@ class WorkflowProcessor:
         return None
 
     def decide(self, store: Store, record: Record, received_ms: int) -> Decision:
+        before = set_abandoning(True)  # semantics §3.3: an instance that is dropped here is only forgotten
+        try:
+            return self._decide(store, record, received_ms)
+        finally:
+            set_abandoning(before)
+
+    def _decide(self, store: Store, record: Record, received_ms: int) -> Decision:
         try:
             name = wire.workflow_id(record)
             message = wire.parse(record)

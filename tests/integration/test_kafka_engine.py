@@ -42,8 +42,8 @@ class Site:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def engine(self, name: str = "one") -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "kwflow.cli", "engine", TRIP, "--with-scheduler", "--state-dir", str(self.directory / name)]
+    def engine(self, name: str = "one", module: str = TRIP) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "kwflow.cli", "engine", module, "--with-scheduler", "--state-dir", str(self.directory / name)]
         log = open(self.directory / f"{name}.log", "a")
         process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stderr=log, text=True)
         self.processes.append(process)
@@ -144,3 +144,56 @@ def test_a_timer_fires_on_kafka_and_the_saga_is_undone(site: Site) -> None:
     site.engine()
     site.send(f"{site.application}-t", 'new:{"timeout": 1500}')
     assert site.read(site.topic("error"), 1)[0] == (f"{site.application}-t", '"timeout"')
+
+
+def test_a_frozen_engine_whose_partitions_moved_writes_nothing_when_it_wakes(site: Site) -> None:
+    """K2, K7, G6: trap 1, frozen."""
+    ids = [f"{site.application}-{number}" for number in range(4)]
+    first = site.engine("one")
+    for id in ids:
+        site.send(id, 'new:{"timeout": 600000}')
+    asked = refs(site, ids)
+    first.send_signal(signal.SIGSTOP)
+    for id in ids:
+        answer(site, id, asked[id]["car"])
+    site.engine("two")
+    for id in ids:
+        answer(site, id, asked[id]["hotel"])
+        answer(site, id, asked[id]["flight"])
+    site.read(site.topic("result"), len(ids))
+    first.send_signal(signal.SIGCONT)
+    late = f"{site.application}-late"
+    site.send(late, 'new:{"timeout": 1}')  # ends in an error record, written by whoever owns its partition now
+    site.read(site.topic("error"), 1)
+    assert sorted(id for id, _ in site.read(site.topic("result"), len(ids))) == sorted(ids)
+
+
+LARGE = """
+import kwflow as kw
+kw.declare_topics("saga-reserve-car")
+
+def main(opts):
+    kw.output("small", "saga-reserve-car")
+    kw.output("x" * opts["bytes"], "saga-reserve-car")
+    return opts["bytes"]
+    yield
+"""
+
+
+def test_an_output_larger_than_the_broker_takes_parks_its_instance_and_no_innocent_one(site: Site) -> None:
+    """K11, K15, G4: traps 3 and 4."""
+    module = site.directory / "large.py"
+    module.write_text(LARGE)
+    ids = [f"{site.application}-{number}" for number in range(9)]
+    for number, id in enumerate(ids):
+        site.send(id, f'new:{{"bytes": {3_000_000 if number == 4 else 10}}}')
+    site.engine("one", str(module))
+    results = site.read(site.topic("result"), len(ids) - 1)
+    assert sorted(id for id, _ in results) == sorted(set(ids) - {ids[4]})
+    assert site.read(f"{site.application}-dead-letter", 1)[0][0] == ids[4]
+    mine = [id for id, value in site.read("saga-reserve-car", 2 * len(ids) - 2) if id == ids[4]]
+    assert mine == [], "nothing of the refused step is visible"
+    site.send(ids[4], '{"ref": "held"}')
+    again = f"{site.application}-after"
+    site.send(again, 'new:{"bytes": 10}')
+    assert again in {id for id, _ in site.read(site.topic("result"), len(ids))}
