@@ -13,6 +13,7 @@ from collections import deque
 from typing import Any, Protocol
 
 from kwflow.core.tasks import FAILED, OK, PENDING, Awaitable, Combinator, Shield, Suspension, Task, Timer, live_below
+from kwflow.durable.frames import discard
 from kwflow.errors import Cancelled, KwflowBug, UsageError
 
 __all__ = ["Instance", "Machine"]
@@ -45,6 +46,12 @@ class Instance:
     def adopted(self) -> weakref.WeakKeyDictionary[Any, Task]:
         """Generator -> its one task (semantics §1.2); weak, so that a finished generator nobody holds is forgotten."""
         return self._adopted
+
+    def forget(self) -> None:
+        """Drop the live generators without their cleanup (G8); left to the cyclic collector they could go at any time."""
+        for task in self.tasks.values():
+            if task.gen is not None:
+                discard(task.gen)
 
     def graph(self) -> dict[str, Any]:
         """Everything the body of a snapshot holds; the header holds the rest."""

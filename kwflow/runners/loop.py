@@ -14,7 +14,7 @@ import msgspec
 
 from kwflow.config import Config
 from kwflow.core import snapshot, timers, wire
-from kwflow.core.step import Context, Ended, Keep, Save, Topics, Workflows, step
+from kwflow.core.step import Context, Ended, Keep, Save, Topics, Transition, Workflows, step
 from kwflow.core.wire import Output, Record
 from kwflow.durable import allow_modules, set_abandoning
 from kwflow.errors import KwflowBug, ProtocolError, SnapshotError
@@ -137,12 +137,22 @@ class WorkflowProcessor:
     def _apply(self, name: str, stored: bytes | None, record: Record, received_ms: int) -> Decision:
         instance = snapshot.load(stored) if stored is not None else None
         context = Context(received_ms, self.incarnation, self._topics, workflows=self._workflows)
-        made = step(instance, record, context)
+        try:
+            return self._stored(name, stored, step(instance, record, context))
+        finally:
+            if instance is not None:
+                instance.forget()
+
+    def _stored(self, name: str, stored: bytes | None, made: Transition) -> Decision:
+        """The Transition as changes of the store."""
         key = name.encode()
         state: dict[bytes, bytes | None] = {}
         match made.state:
             case Save(kept):
-                data = snapshot.save(kept)
+                try:
+                    data = snapshot.save(kept)
+                finally:
+                    kept.forget()
                 if len(data) > self.config.snapshot_bytes_max:
                     raise SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}")
                 state[key] = data
