@@ -30,6 +30,8 @@ class Config(BaseSettings):
     snapshot_modules: list[str] = Field(default_factory=list, description="modules, not durable ones, whose classes snapshots may hold")
     snapshot_bytes_max: int = Field(default=900_000, gt=0, description="a larger instance is parked; below Kafka's 1 MB default")
     hold_max: int = Field(default=10_000, gt=0, description="records kept behind one parked instance; more are dead-lettered")
+    step_timeout_ms: int = Field(default=10_000, gt=0, description="a step that runs longer is logged with its line")
+    step_abort_ms: int = Field(default=150_000, gt=0, description="a step that runs longer is ended and its instance parked; half of Kafka's max.poll.interval.ms")
     batch_records_max: int = Field(default=500, gt=0)
     ended_retention_ms: int = Field(default=86_400_000, ge=0)
     kafka: dict[str, Any] = Field(default_factory=dict)

@@ -16,6 +16,7 @@
     │   └ FencedError           another owner took over: stop
     └ ActivityError         an activity failed for good
     KwflowBug               our own invariant broke (never the author's fault)
+    StepTimeout             a BaseException: author code ran too long without a wait; its instance is parked
     Cancelled               a BaseException, so that `except Exception` does not swallow it
 """
 
@@ -31,6 +32,7 @@ __all__ = [
     "NotDurableError",
     "ProtocolError",
     "SnapshotError",
+    "StepTimeout",
     "StuckError",
     "TransportError",
     "UnknownWorkflowError",
@@ -142,6 +144,10 @@ class ActivityError(KwflowError):
 
 class KwflowBug(Exception):
     """An invariant of kwflow broke; aborts the step even if author code swallowed it."""
+
+
+class StepTimeout(BaseException):
+    """Raised by the engine in a step that does not reach a wait; the step is undone and its instance parked."""
 
 
 class Cancelled(BaseException):

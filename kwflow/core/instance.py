@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 from kwflow.core.tasks import FAILED, OK, PENDING, Awaitable, Combinator, Shield, Suspension, Task, Timer, live_below
 from kwflow.durable.frames import discard
-from kwflow.errors import Cancelled, KwflowBug, UsageError
+from kwflow.errors import Cancelled, KwflowBug, StepTimeout, UsageError
 
 __all__ = ["Instance", "Machine"]
 
 WAITING, CLOSING, ENDED = "waiting", "closing", "ended"
-_ABORTS = (KwflowBug, KeyboardInterrupt, MemoryError)  # never an outcome of author code: the step fails (G4)
+_ABORTS = (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout)  # never an outcome of author code: the step fails (G4)
 
 
 class Instance:

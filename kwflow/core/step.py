@@ -24,7 +24,7 @@ from kwflow.core.instance import CLOSING, Instance, Machine
 from kwflow.core.tasks import FAILED, OK, All, Awaitable, Combinator, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.core.wire import Output, Record
 from kwflow.durable.runtime import set_abandoning
-from kwflow.errors import Cancelled, KwflowBug, NotDurableError, ProtocolError, StuckError, UsageError, WorkflowError
+from kwflow.errors import Cancelled, KwflowBug, NotDurableError, ProtocolError, StepTimeout, StuckError, UsageError, WorkflowError
 
 __all__ = ["Context", "Ended", "Keep", "Limits", "Save", "Step", "Topics", "Transition", "Workflows", "current", "in_step", "step"]
 
@@ -220,7 +220,7 @@ class Step:
             made = self.classify(function(options))
             if isinstance(made, Awaitable):
                 raise UsageError(f"{task.name} returned {made!r}; write `return (yield ...)`")
-        except (KwflowBug, KeyboardInterrupt, MemoryError):
+        except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
             raise
         except BaseException as error:
             self._settle_main(FAILED, error)

@@ -7,7 +7,7 @@ never raises for bad input.  It must not know a log, a store on disk or a clock.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -17,8 +17,9 @@ from kwflow.core import snapshot, timers, wire
 from kwflow.core.step import Context, Ended, Keep, Save, Topics, Transition, Workflows, step
 from kwflow.core.wire import Output, Record
 from kwflow.durable import allow_modules, set_abandoning
-from kwflow.errors import KwflowBug, ProtocolError, SnapshotError
+from kwflow.errors import ProtocolError, SnapshotError, StepTimeout
 from kwflow.ports import Decision, Store
+from kwflow.runners.watchdog import Watchdog
 
 __all__ = ["Overlay", "TimerProcessor", "WorkflowProcessor", "dead_letter", "decode_record"]
 
@@ -67,13 +68,14 @@ def decode_record(data: bytes) -> Record:
 class WorkflowProcessor:
     """Runs workflow instances: one step for each record of `workflow-resume`."""
 
-    def __init__(self, config: Config, workflows: Workflows, declared: frozenset[str], incarnation: str = "") -> None:
+    def __init__(self, config: Config, workflows: Workflows, declared: frozenset[str], incarnation: str = "", on_log: Callable[[str], None] = print) -> None:
         self.config = config
         self.input_topic = config.resume_topic
         self.changelog_topic = config.changelog_topic
         self.incarnation = incarnation
         self._workflows = workflows
         self._topics = Topics(config.resume_topic, config.result_topic or None, config.error_topic or None, config.scheduler_topic, declared)
+        self._watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
         allow_modules(config.snapshot_modules)
 
     def due(self, store: Store, now_ms: int, limit: int) -> Decision | None:
@@ -131,14 +133,16 @@ class WorkflowProcessor:
             return self._apply(name, stored, record, received_ms)
         except ProtocolError as error:
             return self._dead(record, error.reason, str(error), received_ms)
-        except (Exception, KwflowBug, MemoryError) as error:
+        except (Exception, StepTimeout) as error:  # KwflowBug and MemoryError too: one instance never stops the others
             return self._park(store, name, stored, record, error, received_ms)
 
     def _apply(self, name: str, stored: bytes | None, record: Record, received_ms: int) -> Decision:
         instance = snapshot.load(stored) if stored is not None else None
         context = Context(received_ms, self.incarnation, self._topics, workflows=self._workflows)
         try:
-            return self._stored(name, stored, step(instance, record, context))
+            with self._watchdog.watching(name):
+                made = step(instance, record, context)
+            return self._stored(name, stored, made)
         finally:
             if instance is not None:
                 instance.forget()

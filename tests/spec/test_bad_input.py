@@ -5,7 +5,12 @@ import pathlib
 import pytest
 
 from kwflow import durable
-from kwflow.testing import WorkflowTester
+from kwflow.config import Config
+from kwflow.core import snapshot
+from kwflow.core.step import Workflows
+from kwflow.core.wire import Record
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.testing import MemoryStore, WorkflowTester
 
 SOURCE = '''
 import kwflow as kw
@@ -98,3 +103,20 @@ def test_discard_drops_the_record_that_parked_it_and_applies_the_rest(engine: Wo
     engine.send("a", b"null", {"kwflow-op": "discard"})
     engine.resume("a", "second", 2)
     assert engine.result("a") == ["fine", 2]
+
+
+def test_an_endless_loop_without_a_wait_is_logged_with_its_line_and_its_instance_is_parked() -> None:
+    """Issue table; K19: also when author code swallows everything."""
+    source = "def main(opts):\n    while opts != 'fine':\n        try:\n            sum(range(100))\n        except BaseException:\n            pass\n    return 'ended'\n    yield\n"
+    module = durable.load_source("endless", source.replace("pass", "break"), "endless.py")
+    lines: list[str] = []
+    config = Config(step_timeout_ms=50, step_abort_ms=200)
+    processor = WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), "i", lines.append)
+    store = MemoryStore()
+    store.apply(processor.decide(store, Record("workflow-resume", 0, 0, 1, b"a", b"new:1"), 1).state)
+    header = snapshot.read_header(store.entries[b"a"])
+    assert header["parked"]["reason"] == "StepTimeout"
+    assert "a: its step runs for" in lines[0]
+    assert "endless.py:" in lines[0]
+    made = processor.decide(store, Record("workflow-resume", 0, 1, 1, b"b", b'new:"fine"'), 1)
+    assert made.outputs[-1].value == b'"ended"'

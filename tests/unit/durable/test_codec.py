@@ -1,0 +1,217 @@
+"""What bytes keep and what they refuse: identity, cycles, long chains, other processes, hostile bytes, named errors."""
+
+import pathlib
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from kwflow import durable
+from kwflow.core.murmur2 import partition_of
+from kwflow.errors import NotDurableError, SnapshotError, UnsavableError, UnsupportedError
+
+SOURCE = '''
+import threading
+SENTINEL = object()
+LOCK = threading.Lock()
+
+class Point:
+    def __init__(self, x):
+        self.x = x
+    def walk(self):
+        while True:
+            self.x += yield self.x
+
+class Odd(Exception):
+    def __init__(self, a, b):
+        super().__init__(f"{a}-{b}")
+        self.a = a
+
+def identity():
+    shared = [1]
+    pair = (shared, shared)
+    mark, lock = SENTINEL, LOCK
+    yield
+    yield pair[0] is pair[1], mark is SENTINEL, lock is LOCK
+
+def holds_itself():
+    me = []
+    def get():
+        return me, get
+    me.append((yield "self?"))
+    yield get()[1] is get and me[0] is me[0]
+
+def chain(inner):
+    yield from inner
+
+def leaf():
+    yield "leaf"
+    yield "end"
+
+def odd():
+    try:
+        try:
+            raise KeyError("first")
+        except KeyError as e:
+            raise Odd(1, 2) from e
+    except Odd as caught:
+        caught.add_note("noted")
+        yield
+        yield type(caught).__name__, caught.args, caught.a, repr(caught.__cause__), caught.__notes__
+
+def bad(value):
+    fine = 1
+    trouble = value
+    yield
+    return fine, trouble
+
+def iterators():
+    held = [iter([1, 2, 3]), iter((1, 2)), iter({"a": 1, "b": 2}), iter(range(5)), enumerate("xyz"), zip("ab", [1, 2]), map(str, [7, 8]), reversed([1, 2, 3]), iter("text")]
+    for it in held:
+        next(it)
+    yield
+    yield [list(it) for it in held]
+'''
+
+
+@pytest.fixture(scope="module")
+def code() -> Any:
+    return durable.load_source("codec_cases", SOURCE, "codec_cases.py")
+
+
+def again(gen: Any) -> Any:
+    return durable.loads(durable.dumps(gen))
+
+
+@pytest.mark.parametrize("name", ["identity", "odd", "iterators"])
+def test_what_a_saved_generator_holds_is_what_a_native_one_holds(code: Any, name: str) -> None:
+    native: dict[str, Any] = {}
+    exec(SOURCE, native)
+    expected = native[name]()
+    next(expected)
+    gen = code.__dict__[name]()
+    next(gen)
+    assert next(again(gen)) == next(expected)
+
+
+def test_a_generator_that_holds_itself_and_a_closure_in_its_own_cell_survive(code: Any) -> None:
+    gen = code.holds_itself()
+    next(gen)
+    gen.send(gen)
+    copy = durable.loads(durable.dumps(gen))
+    assert copy is not gen
+    state = durable.capture(copy)
+    assert any(cell.cell_contents[0] is copy for cell in state.cells if isinstance(cell.cell_contents, list))
+
+
+def test_a_chain_of_20000_generators_is_saved_without_recursion(code: Any) -> None:
+    gens = [code.leaf()]
+    next(gens[0])
+    made = [code.bad(gens[0])]
+    for _ in range(20_000):
+        next(made[-1])
+        made.append(code.bad(made[-1]))
+    next(made[-1])
+    copy = again(made[-1])
+    depth = 0
+    while "trouble" in (slots := durable.capture(copy).slots):
+        copy, depth = slots["trouble"], depth + 1
+    assert depth == 20_001
+
+
+def test_a_bound_generator_method_goes_on_with_its_object(code: Any) -> None:
+    point = code.Point(1)
+    gen = point.walk()
+    assert next(gen) == 1
+    copy, same = durable.loads(durable.dumps((gen, point)))
+    assert copy.send(4) == 5
+    assert same.x == 5
+    assert point.x == 1
+
+
+def test_what_cannot_be_saved_is_named(code: Any) -> None:
+    """G4."""
+    gen = code.bad(open(__file__))
+    next(gen)
+    with pytest.raises(UnsavableError) as caught:
+        durable.dumps(gen)
+    error = caught.value
+    assert (error.variable, error.function, error.type_name) == ("value", "bad", "TextIOWrapper")
+    assert "codec_cases.py:" in str(error)
+    durable.capture(gen).slots["trouble"].close()
+
+
+def test_a_native_generator_is_refused_with_the_way_to_make_it_durable(code: Any) -> None:
+    def native() -> Any:
+        yield 1
+
+    gen = code.bad(native())
+    next(gen)
+    with pytest.raises((UnsavableError, NotDurableError), match="__kwflow_durable__"):
+        durable.dumps(gen)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("def f():\n    g = lambda: (yield)\n    yield g", "lambda"),
+        ("def f():\n    try:\n        yield\n    except* ValueError:\n        yield", "except*"),
+        ("def f():\n    try:\n        yield\n    except (yield):\n        pass", "except clause"),
+        ("async def f():\n    pass", "async def f"),
+        ("def f():\n    x: (yield) = (yield)\n", "annotation"),
+    ],
+)
+def test_what_is_not_supported_is_refused_at_load_with_file_line_and_name(text: str, named: str) -> None:
+    """Semantics §5.3."""
+    with pytest.raises(UnsupportedError, match=r"refused\.py:\d") as caught:
+        durable.load_source("refused", text, "refused.py")
+    assert named in str(caught.value)
+    assert "refused" not in sys.modules
+
+
+def test_a_snapshot_resumes_in_another_process_with_another_hash_seed(code: Any, tmp_path: pathlib.Path) -> None:
+    gen = code.iterators()
+    next(gen)
+    (tmp_path / "saved").write_bytes(durable.dumps(gen))
+    (tmp_path / "code.py").write_text(SOURCE)
+    child = (
+        "import sys, pathlib\nfrom kwflow import durable\nhere = pathlib.Path(sys.argv[1])\n"
+        "durable.load_source('codec_cases', (here / 'code.py').read_text(), 'codec_cases.py')\n"
+        "print(next(durable.loads((here / 'saved').read_bytes())))"
+    )
+    done = subprocess.run([sys.executable, "-c", child, str(tmp_path)], capture_output=True, text=True, check=False, env={"PYTHONHASHSEED": "7", "PATH": ""}, cwd=pathlib.Path(__file__).parents[3])
+    assert done.stdout.strip() == str(next(gen)), done.stderr
+
+
+def test_any_bytes_load_or_are_refused(code: Any) -> None:
+    """Seeded; mutated snapshots load or give SnapshotError, nothing else."""
+    gen = code.odd()
+    next(gen)
+    data = durable.dumps(gen)
+    chance = random.Random(20261124)
+    outcomes = set()
+    for _ in range(2000):
+        mutated = bytearray(data)
+        for _ in range(chance.randint(1, 4)):
+            mutated[chance.randrange(len(mutated))] = chance.randrange(256)
+        try:
+            durable.loads(bytes(mutated))
+            outcomes.add("loaded")
+        except SnapshotError:
+            outcomes.add("refused")
+    assert outcomes == {"loaded", "refused"}
+
+
+@pytest.mark.parametrize("attack", [b"cos\nsystem\n(S'true'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.", b"csubprocess\nPopen\n(S'true'\ntR.", b"cbuiltins\ngetattr\n.", b"ckwflow.durable.codec\nsys\n."])
+def test_names_outside_the_list_are_never_called(attack: bytes) -> None:
+    """Wire.md §3."""
+    with pytest.raises(SnapshotError, match="not allowed|gone|not loaded"):
+        durable.loads(attack)
+
+
+@pytest.mark.parametrize(("key", "hashed"), [(b"21", -973932308), (b"foobar", -790332482), (b"a-little-bit-long-string", -985981536), (b"abc", 479470107)])
+def test_keys_land_where_java_puts_them(key: bytes, hashed: int) -> None:
+    """K6: the hashes of Kafka's own UtilsTest.testMurmur2, modulo 100."""
+    assert partition_of(key, 100) == (hashed & 0x7FFFFFFF) % 100
