@@ -33,6 +33,7 @@ class Config(BaseSettings):
     step_timeout_ms: int = Field(default=10_000, gt=0, description="a step that runs longer is logged with its line")
     step_abort_ms: int = Field(default=150_000, gt=0, description="a step that runs longer is ended and its instance parked; half of Kafka's max.poll.interval.ms")
     batch_records_max: int = Field(default=500, gt=0)
+    instances_cached_max: int = Field(default=1000, ge=0, description="instances kept live after their step, so that the next one need not load them")
     ended_retention_ms: int = Field(default=86_400_000, ge=0)
     kafka: dict[str, Any] = Field(default_factory=dict)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Protocol
+
+import msgspec
 
 from kwflow.core.wire import Output, Record
 
-__all__ = ["Clock", "Decision", "Processor", "Store"]
+__all__ = ["Changes", "Clock", "Decision", "Processor", "Store"]
 
 
 class Store(Protocol):
@@ -20,38 +21,43 @@ class Store(Protocol):
         """Entries whose key starts with the prefix, in key order."""
 
 
+class Changes(Store, Protocol):
+    """A Store that takes changes, which nobody else sees before they are committed."""
+
+    def put(self, key: bytes, value: bytes | None) -> None:
+        """None deletes."""
+
+
 class Clock(Protocol):
     """Wall-clock time, replaceable in tests."""
 
     def now_ms(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What one record (or a due timer) did.  Nothing has happened yet: state, outputs and offset are committed together, or not at all.
+class Decision(msgspec.Struct, frozen=True):
+    """What one record (or time) did beside its changes of state.  Nothing has happened yet: state, outputs and offset are committed together, or not at all.
 
-    `state` maps keys to new values, None deletes; `logs` are written after the commit, `counts` name what was counted.
+    `logs` are written after the commit, `counts` name what was counted.
     """
 
-    state: dict[bytes, bytes | None] = field(default_factory=dict)
     outputs: tuple[Output, ...] = ()
     logs: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
 
 
 class Processor(Protocol):
-    """A pure decider over one input topic and its own state."""
+    """A pure decider over one input topic and its own state; changes of state go to the `Changes` it is given."""
 
     input_topic: str
     changelog_topic: str
 
-    def decide(self, store: Store, record: Record, received_ms: int) -> Decision:
-        """What this record does.  Never raises for bad input."""
+    def decide(self, state: Changes, records: Sequence[Record], received_ms: int) -> list[Decision]:
+        """What these records of one partition do, in order; one Decision each.  Never raises for bad input."""
 
-    def refuse(self, store: Store, record: Record, reason: str) -> Decision:
+    def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
         """What happens to a record whose Decision the log would not take (K11)."""
 
-    def due(self, store: Store, now_ms: int, limit: int) -> Decision | None:
+    def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
         """What has become due by time; None when nothing has."""
 
     def next_due_ms(self, store: Store) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 __all__ = ["partition_of"]
 
 _MASK = 0xFFFFFFFF
@@ -23,6 +25,7 @@ def murmur2(data: bytes) -> int:
     return h ^ h >> 15
 
 
+@functools.lru_cache(maxsize=65_536)  # ids come again and again, and Python takes microseconds for one
 def partition_of(key: bytes, partitions: int) -> int:
     """As Java's default partitioner for a key that is not null."""
     return (murmur2(key) & 0x7FFFFFFF) % partitions

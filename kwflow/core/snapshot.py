@@ -13,17 +13,20 @@ from typing import Any
 import msgspec
 
 from kwflow.core.instance import Instance
-from kwflow.core.tasks import Suspension, Task
+from kwflow.core.tasks import All, Awaitable, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.durable import codec, frames, registry
 from kwflow.durable.lower import LOWERING_VERSION
 from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError
 
-__all__ = ["ended_header", "load", "park", "read_header", "save", "save_ended", "unpark"]
+__all__ = ["ended_header", "load", "park", "read_header", "save", "save_ended", "split", "unpark", "wake"]
 
 _MAGIC = b"KWF1"
 _CHECKSUM_BYTES = 32
 _VERSION = 1
 _KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked"}
+
+for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield)):  # the order is part of the format
+    codec.register_class(_tag, _class)
 
 
 def save(instance: Instance) -> bytes:
@@ -71,7 +74,8 @@ def _encode(header: dict[str, Any], body: bytes) -> bytes:
     return data + hashlib.sha256(data).digest()
 
 
-def _parts(data: bytes) -> tuple[dict[str, Any], bytes]:
+def split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and body, checked but nothing unpickled.  Raises SnapshotError."""
     if len(data) < 8 + _CHECKSUM_BYTES or not data.startswith(b"KWF"):
         raise CorruptSnapshotError("these bytes are no snapshot")
     if data[:4] != _MAGIC:
@@ -92,12 +96,16 @@ def _parts(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 def read_header(data: bytes) -> dict[str, Any]:
     """The header, with no author code loaded and nothing unpickled.  Raises SnapshotError."""
-    return _parts(data)[0]
+    return split(data)[0]
 
 
 def load(data: bytes) -> Instance:
     """The instance, waiting where it was.  Raises CodeChangedError naming a changed unit, CorruptSnapshotError."""
-    header, body = _parts(data)
+    return wake(*split(data))
+
+
+def wake(header: dict[str, Any], body: bytes) -> Instance:
+    """`load` for what `split` gave."""
     _check_code(header.get("code", {}))
     instance = Instance(header["id"], header["workflow"], header["start_id"], header["created"])
     instance.status = header["status"]
@@ -129,7 +137,7 @@ def park(stored: bytes | None, base: dict[str, Any], reason: str, message: str, 
     header, body = dict(base), b""
     if stored is not None:
         try:
-            header, body = _parts(stored)
+            header, body = split(stored)
         except SnapshotError:
             return _encode({**base, "v": _VERSION, "status": "parked", "parked": {"reason": reason, "message": message, "offset": offset, "was": "damaged"}}, stored)
     was = header.get("parked", {}).get("was") if header.get("status") == "parked" else header.get("status")
@@ -139,7 +147,7 @@ def park(stored: bytes | None, base: dict[str, Any], reason: str, message: str, 
 
 def unpark(stored: bytes) -> bytes | None:
     """What was stored before it was parked; None for a start that never was."""
-    header, body = _parts(stored)
+    header, body = split(stored)
     was = header.pop("parked", {}).get("was")
     if was == "damaged":
         return body

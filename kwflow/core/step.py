@@ -15,9 +15,11 @@ import math
 import threading
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
+
+import msgspec
 
 from kwflow.core import wire
 from kwflow.core.instance import CLOSING, Instance, Machine
@@ -33,8 +35,7 @@ _ENDED_VALUE_BYTES_MAX = 65_536  # M4: the entry kept after the end holds the ou
 _STUCK_MAX = 100  # a main that catches StuckError and waits for nothing again would loop in the step for ever
 
 
-@dataclass(frozen=True, slots=True)
-class Topics:
+class Topics(msgspec.Struct, frozen=True):
     """Topic names; None for result or error disables that output (KW-12).  `declared` are those authors may write to."""
 
     resume: str = "workflow-resume"
@@ -44,8 +45,7 @@ class Topics:
     declared: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """What one instance may use; over it the call raises UsageError inside the workflow."""
 
     outputs_max: int = 10_000
@@ -62,39 +62,34 @@ class Workflows:
     default: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(msgspec.Struct, frozen=True):
     """What a step may know beside its record.  `native` accepts generators that cannot be saved (in-process runs)."""
 
     received_ms: int
     incarnation: str = ""
-    topics: Topics = field(default_factory=Topics)
-    limits: Limits = field(default_factory=Limits)
-    workflows: Workflows = field(default_factory=lambda: Workflows({}))
+    topics: Topics = msgspec.field(default_factory=Topics)
+    limits: Limits = msgspec.field(default_factory=Limits)
+    workflows: Workflows = msgspec.field(default_factory=lambda: Workflows({}))
     native: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Keep:
+class Keep(msgspec.Struct, frozen=True):
     """The stored state stays as it is."""
 
 
-@dataclass(frozen=True, slots=True)
-class Save:
+class Save(msgspec.Struct, frozen=True):
     """Store this instance (`snapshot.save`)."""
 
     instance: Instance
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """Delete the stored state; `header` is what the entry that stays after the end (K20) holds."""
 
     header: dict[str, Any] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Transition:
+class Transition(msgspec.Struct, frozen=True):
     """What the record did.  Nothing has happened yet: a runner makes all of it happen in one transaction, or none.
 
     `outputs` become visible in this order, together with state and offset, never before; `logs` are written and

@@ -6,9 +6,10 @@ records or queues: who is woken when, and in which order, is `instance.py`.
 
 from __future__ import annotations
 
+import operator
 import types
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 from kwflow.errors import Cancelled
 
@@ -50,6 +51,13 @@ class Awaitable:
     """Something that settles once.  Invariant: `waiters` is empty once `state` is not PENDING."""
 
     __slots__ = ("__weakref__", "observed", "state", "value", "waiters")
+    _fields: ClassVar[tuple[str, ...]] = ("observed", "state", "value", "waiters")
+    _values: ClassVar[Callable[[Any], tuple[Any, ...]]] = operator.attrgetter("observed", "state", "value", "waiters")
+
+    def __init_subclass__(cls) -> None:
+        own: tuple[str, ...] = cls.__dict__["__slots__"]
+        cls._fields = (*cls._fields, *own)
+        cls._values = operator.attrgetter(*cls._fields)
 
     def __init__(self) -> None:
         self.state = PENDING
@@ -67,11 +75,12 @@ class Awaitable:
     def __await__(self) -> Iterator[Awaitable]:
         return _Wait(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for cls in type(self).__mro__ for name in getattr(cls, "__slots__", ()) if name != "__weakref__"}
+    def __getstate__(self) -> tuple[Any, ...]:
+        """The fields in the order of `_fields`, which is part of the snapshot format."""
+        return type(self)._values(self)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        for name, value in zip(self._fields, state, strict=True):
             setattr(self, name, value)
 
 

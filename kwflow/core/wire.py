@@ -7,7 +7,6 @@ bytes of a record lives here; it must not know instances or tasks.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import msgspec
 
@@ -32,8 +31,7 @@ _ID_BYTES_MAX = 512  # wire.md §4: an id is a state key and part of a timer key
 _ENGINE_ID = re.compile(r"\d+:\d+\Z")
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(msgspec.Struct, frozen=True):
     """One record as it was read; `offset` identifies it within (topic, partition)."""
 
     topic: str
@@ -45,8 +43,7 @@ class Record:
     headers: Headers = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(msgspec.Struct, frozen=True):
     """One record to write; `timestamp_ms` and `partition` None leave the choice to the runner."""
 
     topic: str
@@ -57,16 +54,14 @@ class Output:
     partition: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """`new:<json>`: start a workflow (KW-2); `workflow` None means the default one."""
 
     options: object
     workflow: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Resume:
+class Resume(msgspec.Struct, frozen=True):
     """`{"ref", "value"|"error"}` (KW-3); `ref` None is ignored by rule (KW-5)."""
 
     ref: str | None
@@ -74,8 +69,7 @@ class Resume:
     failed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(msgspec.Struct, frozen=True):
     """A record with header `kwflow-op`."""
 
     op: str

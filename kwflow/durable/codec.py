@@ -19,7 +19,7 @@ from kwflow.durable import rebuild, registry
 from kwflow.durable.frames import SUSPENDED, State, discard, enter, fill, read
 from kwflow.errors import CorruptSnapshotError, KwflowError, NotDurableError, SnapshotError, UnsavableError
 
-__all__ = ["allow_modules", "dumps", "loads", "unit_hashes"]
+__all__ = ["allow_modules", "dumps", "loads", "register_class", "unit_hashes"]
 
 _PROTOCOL = 5
 _BUILTINS = frozenset(
@@ -32,6 +32,9 @@ _STDLIB = frozenset(
 )
 _FUNCTIONS = {"copyreg": {"_reconstructor", "__newobj__", "__newobj_ex__"}, "re": {"_compile"}, "collections": {"_deque_iterator"}, "uuid": set(), "functools": {"reduce"}, "operator": None}
 _allowed: set[str] = set()
+_plain: set[type] = set()  # classes whose objects pickle handles by itself, unless the object is a sentinel
+_checked: set[type] = set()  # classes that may be named; only positive answers, `allow_modules` may add some
+_GENERATOR, _CELL, _FUNCTION, _EXCEPTION, _OBJECT = range(5)  # kinds of deferred states, part of the snapshot format
 _atoms = (type(None), bool, int, float, str, bytes)
 
 
@@ -44,8 +47,8 @@ def allowed(module: str, qualname: str, value: object) -> bool:
     """Whether a snapshot may name this object: classes of known modules, functions only from fixed tables."""
     if module == "builtins":
         return qualname in _BUILTINS or (isinstance(value, type) and issubclass(value, BaseException))
-    if module in ("kwflow.durable.rebuild",):
-        return qualname in rebuild.__all__
+    if module == rebuild.__name__:
+        return qualname in rebuild.CONSTRUCTORS
     if module.split(".")[0] == "kwflow":
         return isinstance(value, type) or module == "kwflow.api"
     if module in registry.modules() or any(module == name or module.startswith(name + ".") for name in _allowed):
@@ -63,54 +66,62 @@ class _Refused(Exception):
 class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, _PROTOCOL)
-        self.deferred: collections.deque[tuple[str, Any, Any]] = collections.deque()
+        self.deferred: list[tuple[int, Any, Any]] = []
         self.states: list[State] = []
 
     def reducer_override(self, value: Any) -> Any:
-        reducer = _REDUCERS.get(type(value))
-        if reducer is not None:
-            return reducer(self, value)
-        if isinstance(value, type):
-            return self.class_(value)
-        if isinstance(value, BaseException):
-            return self.exception(value)
-        name = _sentinels().get(id(value))
-        if name is not None:
-            return rebuild.global_of, name
-        return NotImplemented
+        cls = type(value)
+        if cls not in _plain:
+            reducer = _REDUCERS.get(cls)
+            if reducer is not None:
+                return reducer(self, value)
+            if isinstance(value, type):
+                return self.class_(value)
+            if isinstance(value, BaseException):
+                return self.exception(value)
+            _plain.add(cls)
+        name = registry.sentinel(value)
+        return (rebuild.global_of, name) if name is not None else NotImplemented
+
+    def registered(self, value: Any) -> Any:
+        self.deferred.append((_OBJECT, value, value.__getstate__()))
+        return rebuild.instance, (rebuild.tag_of(type(value)),)
 
     def class_(self, cls: type) -> Any:
-        if cls.__module__ == "builtins" and cls in _TYPES_WITHOUT_A_NAME:
+        if cls in _checked or cls in _TYPES_WITHOUT_A_NAME:
             return NotImplemented
         if "<locals>" in cls.__qualname__:
             raise _Refused(f"the class {cls.__qualname__} is defined inside a function; define it at module level")
         if not allowed(cls.__module__, cls.__qualname__, cls):
             raise _Refused(f"a value of class {cls.__module__}.{cls.__qualname__}; list its module under [snapshot] modules in kwflow.toml, or keep plain data")
+        _checked.add(cls)
         return NotImplemented
 
     def exception(self, error: BaseException) -> Any:
         self.class_(type(error))
         slots = {name: getattr(error, name, None) for cls in type(error).__mro__ for name in EXCEPTION_SLOTS.get(cls, ())}
         state = (error.__dict__, slots, error.__cause__, error.__context__, error.__suppress_context__)
-        self.deferred.append(("exception", error, state))
+        self.deferred.append((_EXCEPTION, error, state))
         return rebuild.exception, (type(error), error.args)
 
     def generator(self, gen: types.GeneratorType[Any, Any, Any]) -> Any:
         state = read(gen)
         self.states.append(state)
         function = state.function
-        self.deferred.append(("generator", gen, (state.status, state.slots)))
+        self.deferred.append((_GENERATOR, gen, (state.status, state.slots)))
         return rebuild.generator, (function.module, function.path, state.cells, state.name, state.qualname)
 
     def cell(self, cell: types.CellType) -> Any:
         try:
-            self.deferred.append(("cell", cell, cell.cell_contents))
+            self.deferred.append((_CELL, cell, cell.cell_contents))
         except ValueError:
             pass  # an empty cell stays empty
         return rebuild.cell, ()
 
     def function(self, fn: types.FunctionType) -> Any:
         module, name = fn.__module__, fn.__qualname__
+        if module == rebuild.__name__:
+            return NotImplemented  # the constructors that our own reducers name
         if "<" not in name and _named(module, name) is fn:
             if allowed(module, name, fn) or module in _STDLIB:
                 return NotImplemented
@@ -119,7 +130,7 @@ class _Pickler(pickle.Pickler):
         if known is None:
             raise _Refused(f"the function {name} ({fn.__code__.co_filename}:{fn.__code__.co_firstlineno}), which belongs to no durable module")
         state = (fn.__defaults__, fn.__kwdefaults__, fn.__dict__, fn.__name__, fn.__qualname__, fn.__doc__, module)
-        self.deferred.append(("function", fn, state))
+        self.deferred.append((_FUNCTION, fn, state))
         return rebuild.function, (known.module, known.path, fn.__closure__ or ())
 
     def method(self, value: types.MethodType) -> Any:
@@ -160,12 +171,10 @@ def _named(module: str | None, qualname: str) -> Any:
     return found
 
 
-def _sentinels() -> dict[int, tuple[str, str]]:
-    known: dict[int, tuple[str, str]] = {}
-    for module in registry.modules().values():
-        for identity, name in module.sentinels.items():
-            known[identity] = (module.name, name)
-    return known
+def register_class(tag: int, cls: type) -> None:
+    """Objects of this class are saved as shells with their `__getstate__` deferred; the tag is part of the snapshot format."""
+    rebuild.register(tag, cls)
+    _REDUCERS[cls] = _Pickler.registered
 
 
 def _dump(root: Any) -> tuple[bytes, list[State]]:
@@ -173,11 +182,8 @@ def _dump(root: Any) -> tuple[bytes, list[State]]:
     pickler = _Pickler(file)
     pickler.dump(root)
     while pickler.deferred:
-        batch = []
-        while pickler.deferred:
-            batch.append(pickler.deferred.popleft())
-        for entry in batch:
-            pickler.dump(entry)
+        states, pickler.deferred = pickler.deferred, []
+        pickler.dump(states)
     pickler.dump(None)
     return file.getvalue(), pickler.states
 
@@ -275,8 +281,10 @@ def loads(data: bytes) -> Any:
     try:
         unpickler = _Unpickler(io.BytesIO(data))
         root = unpickler.load()
-        entries = iter(unpickler.load, None)
-        _fill(entries, waiting)
+        for states in iter(unpickler.load, None):
+            _fill(states, waiting)
+        for gen in waiting:
+            enter(gen)
         return root
     except KwflowError:
         _discard(waiting)
@@ -286,25 +294,23 @@ def loads(data: bytes) -> Any:
         raise CorruptSnapshotError(f"not a snapshot that can be read: {type(error).__name__}: {error}") from error
 
 
-def _fill(entries: Any, waiting: list[types.GeneratorType[Any, Any, Any]]) -> None:
-    suspended = []
-    for kind, made, state in entries:
-        if kind == "cell":
-            made.cell_contents = state
-        elif kind == "generator":
+def _fill(states: Any, waiting: list[types.GeneratorType[Any, Any, Any]]) -> None:
+    for kind, made, state in states:
+        if kind == _GENERATOR:
             status, slots = state
-            if status == SUSPENDED:
-                suspended.append(made)
             fill(made, made.gi_frame.f_locals["@S"], status, slots)
-        elif kind == "function":
+            if status == SUSPENDED:
+                waiting.append(made)
+        elif kind == _OBJECT:
+            made.__setstate__(state)
+        elif kind == _CELL:
+            made.cell_contents = state
+        elif kind == _FUNCTION:
             rebuild.set_function(made, state)
-        elif kind == "exception":
+        elif kind == _EXCEPTION:
             rebuild.set_exception(made, state)
         else:
             raise CorruptSnapshotError(f"unknown kind of state {kind!r}")
-    for gen in suspended:
-        enter(gen)
-        waiting.append(gen)
 
 
 def _discard(generators: list[types.GeneratorType[Any, Any, Any]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from kwflow.durable import registry
 from kwflow.durable.registry import Function
-from kwflow.durable.runtime import set_abandoning
+from kwflow.durable.runtime import Resume, set_abandoning
 from kwflow.errors import CodeChangedError, KwflowBug, NotDurableError, UsageError
 
 __all__ = ["Frame", "State", "capture", "describe", "discard", "enter", "is_durable", "read", "restore", "shell", "where"]
@@ -158,12 +158,9 @@ def where(gen: Gen) -> tuple[str, str, int]:
     """Function, file and line of the innermost wait of a `yield from` chain; cheaper than `describe`."""
     while True:
         frame = gen.gi_frame
-        inner = None
-        if frame is not None and gen.gi_suspended:
-            function = _function(gen)
-            names = frame.f_locals
-            live = function.labels[names["@l"] - 1].live
-            inner = next((names.get(name) for name in reversed(live) if name.startswith("@delegate")), None)
+        inner = gen.gi_yieldfrom
+        if isinstance(inner, Resume):
+            inner = inner.target
         if not isinstance(inner, types.GeneratorType) or inner.gi_frame is None or registry.function_of(inner.gi_code) is None:
             return gen.__qualname__, gen.gi_code.co_filename, frame.f_lineno if frame is not None else 0
         gen = inner

@@ -62,9 +62,8 @@ def run(module: types.ModuleType, source: str | ast.Module, filename: str) -> No
     registry.add_module(lowered)
     module.__dict__["@kw"] = runtime.Runtime(lowered)
     exec(lowered.code, module.__dict__)
-    for name, value in module.__dict__.items():
-        if name[:2] != "__" and name[0] != "@" and not isinstance(value, (*_CONTAINERS, *_ATOMS)) and type(value).__module__ != "typing":
-            lowered.sentinels[id(value)] = name
+    named = {name: value for name, value in module.__dict__.items() if name[:2] != "__" and name[0] != "@"}
+    registry.add_sentinels(module.__name__, {name: value for name, value in named.items() if not isinstance(value, (*_CONTAINERS, *_ATOMS)) and type(value).__module__ != "typing"})
 
 
 class _Loader(importlib.abc.InspectLoader):

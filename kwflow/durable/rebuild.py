@@ -15,7 +15,10 @@ from kwflow.durable import registry
 from kwflow.durable.frames import shell
 from kwflow.errors import CorruptSnapshotError
 
-__all__ = ["EXCEPTION_ATTRIBUTES", "bound", "cell", "exception", "function", "generator", "global_of", "imported_module", "method", "set_exception", "set_function"]
+__all__ = [
+    "CONSTRUCTORS", "EXCEPTION_ATTRIBUTES", "bound", "cell", "exception", "function", "generator", "global_of", "imported_module", "instance", "method", "register",
+    "set_exception", "set_function", "tag_of",
+]  # fmt: skip
 
 # what __init__ of a builtin exception stores beside args, which __new__ alone does not
 EXCEPTION_ATTRIBUTES: dict[type[BaseException], tuple[str, ...]] = {
@@ -30,6 +33,29 @@ EXCEPTION_ATTRIBUTES: dict[type[BaseException], tuple[str, ...]] = {
     AttributeError: ("name", "obj"),
     NameError: ("name",),
 }
+
+
+_classes: dict[int, type[Any]] = {}
+_tags: dict[type[Any], int] = {}
+
+
+def register(tag: int, cls: type[Any]) -> None:
+    """Give a class its number in snapshots."""
+    _classes[tag], _tags[cls] = cls, tag
+
+
+def tag_of(cls: type[Any]) -> int:
+    return _tags[cls]
+
+
+def instance(tag: int) -> Any:
+    """An object of a registered class, still empty."""
+    try:
+        cls = _classes[tag]
+    except KeyError:
+        raise CorruptSnapshotError(f"a snapshot holds an object of class number {tag}, which this version of kwflow does not know") from None
+    made: Any = object.__new__(cls)
+    return made
 
 
 def cell() -> types.CellType:
@@ -101,3 +127,8 @@ def global_of(module: str, name: str) -> Any:
         return registry.module(module).namespace[name]
     except KeyError:
         raise CorruptSnapshotError(f"{module} has no global {name!r} any more") from None
+
+
+CONSTRUCTORS: dict[str, Callable[..., Any]] = {
+    made.__name__: made for made in (bound, cell, exception, function, generator, global_of, imported_module, instance, method)
+}

@@ -14,7 +14,7 @@ from typing import Any
 
 from kwflow.errors import CodeChangedError
 
-__all__ = ["Function", "Label", "Module", "add_module", "find", "function_of", "module", "modules", "register_code"]
+__all__ = ["Function", "Label", "Module", "add_module", "add_sentinels", "find", "function_of", "module", "modules", "register_code", "sentinel"]
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Module:
     functions: dict[str, Function]
     units: Mapping[str, str]
     namespace: dict[str, Any] = field(default_factory=dict)
-    sentinels: dict[int, str] = field(default_factory=dict)
 
 
 _functions: dict[int, tuple[types.CodeType, Function]] = {}
 _modules: dict[str, Module] = {}
+_sentinels: dict[int, tuple[Any, tuple[str, str]]] = {}  # the object is held, so that its id stays its own
 
 
 def register_code(code: types.CodeType, function: Function) -> None:
@@ -105,6 +105,20 @@ def function_of(code: types.CodeType) -> Function | None:
 
 def add_module(loaded: Module) -> None:
     _modules[loaded.name] = loaded
+
+
+def add_sentinels(module: str, named: Mapping[str, Any]) -> None:
+    """Objects that are saved as "the global of this name" (semantics §4.3); replaces what the module had."""
+    for identity in [identity for identity, (_, (owner, _)) in _sentinels.items() if owner == module]:
+        del _sentinels[identity]
+    for name, value in named.items():
+        _sentinels[id(value)] = (value, (module, name))
+
+
+def sentinel(value: Any) -> tuple[str, str] | None:
+    """(module, name) of the global this very object is bound to, if it is one."""
+    entry = _sentinels.get(id(value))
+    return entry[1] if entry is not None else None
 
 
 def modules() -> Mapping[str, Module]:

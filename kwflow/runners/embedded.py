@@ -159,9 +159,7 @@ class Embedded:
         overlay = Overlay(store)
         outputs: list[Output] = []
         logs: list[str] = []
-        for record in records:
-            made = processor.decide(overlay, record, self.clock.now_ms())
-            overlay.changes |= made.state
+        for made in processor.decide(overlay, records, self.clock.now_ms()):
             outputs += made.outputs
             logs += made.logs
         self._commit(store, overlay, outputs, (topic, records[-1].offset + 1))
@@ -174,11 +172,10 @@ class Embedded:
         store = _Store(self.db, processor.changelog_topic)
         if self.position(processor.input_topic) < self.end(processor.input_topic):
             return 0
-        made = processor.due(store, self.clock.now_ms(), _FIRED_MAX)
+        overlay = Overlay(store)
+        made = processor.due(overlay, self.clock.now_ms(), _FIRED_MAX)
         if made is None:
             return 0
-        overlay = Overlay(store)
-        overlay.changes |= made.state
         self._commit(store, overlay, list(made.outputs), None)
         for line in made.logs:
             on_log(line)

@@ -291,14 +291,16 @@ class KafkaRunner:
         if not records:
             return
         batch = Batch()
+        by_partition: dict[int, list[Record]] = {}
         for record in records:
-            overlay = batch.overlays.setdefault(record.partition, Overlay(self.owned[record.partition].store))
-            made = self._decide(overlay, record) if refused is None else self.processor.refuse(overlay, record, refused)
-            overlay.changes |= made.state
-            batch.outputs += made.outputs
-            batch.logs += made.logs
-            batch.first.setdefault(record.partition, record.offset)
-            batch.positions[record.partition] = record.offset + 1
+            by_partition.setdefault(record.partition, []).append(record)
+        for number, mine in by_partition.items():
+            overlay = batch.overlays[number] = Overlay(self.owned[number].store)
+            for made in self._decide(overlay, mine) if refused is None else [self.processor.refuse(overlay, record, refused) for record in mine]:
+                batch.outputs += made.outputs
+                batch.logs += made.logs
+            batch.first[number] = mine[0].offset
+            batch.positions[number] = mine[-1].offset + 1
         try:
             self._commit(batch)
         except Rejected as error:
@@ -311,25 +313,29 @@ class KafkaRunner:
             else:
                 self._process(records, refused=str(error))
 
-    def _decide(self, overlay: Overlay, record: Record) -> Decision:
-        """The processor's decision; a record on the wrong partition goes to the right one first (K6)."""
-        if record.key is not None:
-            right = partition_of(record.key, self.partitions)
-            if right != record.partition:
-                if header(record, "kwflow-forwarded") is not None:
-                    return Decision(outputs=(dead_letter(self.config, record, "wrong-partition", "forwarded once already", self.clock.now_ms()),))
-                headers = (*record.headers, ("kwflow-forwarded", str(record.partition).encode()))
-                return Decision(outputs=(Output(record.topic, record.key, record.value, headers, record.timestamp_ms, right),), counts=("forwarded",))
-        return self.processor.decide(overlay, record, self.clock.now_ms())
+    def _decide(self, overlay: Overlay, records: list[Record]) -> list[Decision]:
+        """The processor's decisions; records on the wrong partition go to the right one first (K6)."""
+        now_ms = self.clock.now_ms()
+        right = [record for record in records if record.key is None or partition_of(record.key, self.partitions) == record.partition]
+        made = self.processor.decide(overlay, right, now_ms)
+        if len(right) < len(records):
+            at_home = set(map(id, right))
+            made += [self._forward(record, now_ms) for record in records if id(record) not in at_home]
+        return made
+
+    def _forward(self, record: Record, now_ms: int) -> Decision:
+        if record.key is None or header(record, "kwflow-forwarded") is not None:
+            return Decision((dead_letter(self.config, record, "wrong-partition", "forwarded once already", now_ms),), counts=("dead-letter",))
+        headers = (*record.headers, ("kwflow-forwarded", str(record.partition).encode()))
+        return Decision((Output(record.topic, record.key, record.value, headers, record.timestamp_ms, partition_of(record.key, self.partitions)),), counts=("forwarded",))
 
     def _fire(self) -> None:
         for partition in list(self.owned.values()):
             if partition.position < partition.fire_from:
                 continue
-            made = self.processor.due(partition.store, self.clock.now_ms(), _FIRED_MAX)
+            overlay = Overlay(partition.store)
+            made = self.processor.due(overlay, self.clock.now_ms(), _FIRED_MAX)
             if made is not None:
-                overlay = Overlay(partition.store)
-                overlay.changes |= made.state
                 number = partition.number
                 self._commit(Batch({number: overlay}, list(made.outputs), {number: partition.position}, {number: partition.position}, list(made.logs)))
 

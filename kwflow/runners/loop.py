@@ -1,29 +1,29 @@
-"""What a record does, failures included: the two processors every runner runs, and the overlay they read through.
+"""What a batch of records does, failures included: the two processors every runner runs, and the overlay they change.
 
-A step that fails parks its instance (semantics §7), a record that means nothing is dead-lettered (G3); `decide` itself
+A record that means nothing is dead-lettered (G3), a step that fails parks its instance (semantics §7); `decide` itself
 never raises for bad input.  It must not know a log, a store on disk or a clock.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import msgspec
 
 from kwflow.config import Config
 from kwflow.core import snapshot, timers, wire
-from kwflow.core.step import Context, Ended, Keep, Save, Topics, Transition, Workflows, step
+from kwflow.core.instance import Instance
+from kwflow.core.step import Context, Ended, Save, Topics, Workflows, step
 from kwflow.core.wire import Output, Record
 from kwflow.durable import allow_modules, set_abandoning
 from kwflow.errors import ProtocolError, SnapshotError, StepTimeout
-from kwflow.ports import Decision, Store
+from kwflow.ports import Changes, Decision, Store
+from kwflow.runners import parked
+from kwflow.runners.parked import dead_letter
 from kwflow.runners.watchdog import Watchdog
 
-__all__ = ["Overlay", "TimerProcessor", "WorkflowProcessor", "dead_letter", "decode_record"]
+__all__ = ["Overlay", "TimerProcessor", "WorkflowProcessor", "dead_letter"]
 
-_HOLD = b"\0hold\0"
 _OWN_START_ID = re.compile(r"\d+-\d+")  # given by the step when the client gave none
 
 
@@ -36,6 +36,9 @@ class Overlay:
 
     def get(self, key: bytes) -> bytes | None:
         return self.changes[key] if key in self.changes else self.below.get(key)
+
+    def put(self, key: bytes, value: bytes | None) -> None:
+        self.changes[key] = value
 
     def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         changed = sorted((key for key in self.changes if key.startswith(prefix)), reverse=True)
@@ -54,15 +57,23 @@ class Overlay:
                 yield mine, new
 
 
-def dead_letter(config: Config, record: Record, reason: str, message: str, received_ms: int) -> Output:
-    """The original key, value and headers, and which record it was, why and when."""
-    said = {"reason": reason, "message": message, "topic": record.topic, "partition": record.partition, "offset": record.offset, "timestamp": record.timestamp_ms, "at": received_ms}
-    headers = tuple((f"kwflow-error-{name}", str(value).encode("utf-8", "replace")) for name, value in said.items())
-    return Output(config.dead_letter_topic, record.key, record.value, (*record.headers, *headers), record.timestamp_ms)
+class _Live:
+    """An instance that may be ahead of its stored bytes.
 
+    `base` is what the state has for it, `ahead` whether a step was made since, `met` the batch's records it met since.
+    """
 
-def decode_record(data: bytes) -> Record:
-    return msgspec.msgpack.decode(data, type=Record)
+    __slots__ = ("ahead", "base", "instance", "met")
+
+    def __init__(self, base: bytes | None, instance: Instance | None) -> None:
+        self.base = base
+        self.instance = instance
+        self.ahead = False
+        self.met: list[int] = []
+
+    def forget(self) -> None:
+        if self.instance is not None:
+            self.instance.forget()
 
 
 class WorkflowProcessor:
@@ -73,149 +84,210 @@ class WorkflowProcessor:
         self.input_topic = config.resume_topic
         self.changelog_topic = config.changelog_topic
         self.incarnation = incarnation
-        self._workflows = workflows
-        self._topics = Topics(config.resume_topic, config.result_topic or None, config.error_topic or None, config.scheduler_topic, declared)
-        self._watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
+        self.workflows = workflows
+        self.topics = Topics(config.resume_topic, config.result_topic or None, config.error_topic or None, config.scheduler_topic, declared)
+        self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
+        self._sleeping: dict[bytes, _Live] = {}  # least recently used first; one is used only if its bytes are still what is stored (K3)
         allow_modules(config.snapshot_modules)
 
-    def due(self, store: Store, now_ms: int, limit: int) -> Decision | None:
+    def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
         return None
 
     def next_due_ms(self, store: Store) -> int | None:
         return None
 
-    def decide(self, store: Store, record: Record, received_ms: int) -> Decision:
+    def decide(self, state: Changes, records: Sequence[Record], received_ms: int) -> list[Decision]:
         before = set_abandoning(True)  # semantics §3.3: an instance that is dropped here is only forgotten
+        batch = _Batch(self, state, records, received_ms)
         try:
-            return self._decide(store, record, received_ms)
+            return batch.run()
         finally:
+            for live in batch.live.values():  # only after a bug or KeyboardInterrupt: nothing of them was saved
+                live.forget()
             set_abandoning(before)
 
-    def _decide(self, store: Store, record: Record, received_ms: int) -> Decision:
-        try:
-            name = wire.workflow_id(record)
-            message = wire.parse(record)
-        except ProtocolError as error:
-            return self._dead(record, error.reason, str(error), received_ms)
-        key = name.encode()
-        stored = store.get(key)
-        try:
-            header = snapshot.read_header(stored) if stored is not None else None
-        except SnapshotError as error:
-            return self._park(store, name, stored, record, error, received_ms)
-        status = header["status"] if header is not None else None
-        if isinstance(message, wire.Command):
-            if message.op not in ("retry", "discard"):
-                return self._dead(record, "unknown-op", f"unknown op {message.op!r}", received_ms)
-            if status != "parked":
-                return Decision(counts=("not-parked",), logs=(f"{name}: {message.op} ignored: it is not parked",))
-            return self._drain(store, name, stored, received_ms, discard=message.op == "discard")
-        if status == "parked":
-            return self._hold(store, name, record, received_ms)
-        if status == "ended":
-            start_id = wire.header(record, "kwflow-start-id")
-            fresh = header is not None and received_ms - header["ended"] <= self.config.ended_retention_ms
-            if not isinstance(message, wire.Start) or (fresh and header is not None and start_id == header["start_id"]):
-                return Decision(counts=("duplicate-start" if isinstance(message, wire.Start) else "unknown-id",))
-            stored = None
-        return self._try(store, name, stored, record, received_ms)
-
-    def refuse(self, store: Store, record: Record, reason: str) -> Decision:
+    def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
         try:
             name = wire.workflow_id(record)
         except ProtocolError:
-            return self._dead(record, "refused", reason, record.timestamp_ms)
-        return self._park(store, name, store.get(name.encode()), record, SnapshotError(reason), record.timestamp_ms)
+            return parked.dead(self.config, record, "refused", reason, record.timestamp_ms)
+        return parked.park(self.config, state, name, state.get(name.encode()), record, SnapshotError(reason), record.timestamp_ms)
 
-    # -- one step --------------------------------------------------------------------------------------------------
-    def _try(self, store: Store, name: str, stored: bytes | None, record: Record, received_ms: int) -> Decision:
+    # -- instances kept alive between batches ------------------------------------------------------------------------
+    def awake(self, key: bytes, stored: bytes) -> _Live | None:
+        """The live instance of exactly these bytes, if it is here; taken out."""
+        live = self._sleeping.pop(key, None)
+        if live is None or live.base == stored:
+            return live
+        live.forget()  # its batch was aborted, or its partition was elsewhere meanwhile
+        return None
+
+    def keep(self, key: bytes, live: _Live) -> None:
+        live.ahead, live.met = False, []
+        self._sleeping[key] = live
+        if len(self._sleeping) > self.config.instances_cached_max:
+            self._sleeping.pop(next(iter(self._sleeping))).forget()
+
+
+class _Batch:
+    """The records of one `decide`.  Instances stay live from record to record and are saved once, at the end (K15).
+
+    Invariant: while an instance is `ahead`, the state holds nothing of what it did since `base`; so when a later step
+    or the save fails, the records it met are done again one by one, and exactly the one at fault parks it.
+    """
+
+    def __init__(self, processor: WorkflowProcessor, state: Changes, records: Sequence[Record], received_ms: int) -> None:
+        self.processor = processor
+        self.config = processor.config
+        self.state = state
+        self.records = records
+        self.live: dict[bytes, _Live] = {}
+        self.context = Context(received_ms, processor.incarnation, processor.topics, workflows=processor.workflows)
+        self.made: list[Decision] = []
+
+    def run(self) -> list[Decision]:
+        self.made = [Decision()] * len(self.records)
+        for number in range(len(self.records)):
+            self.made[number] = self._decide(number)
+        for key in list(self.live):
+            self._save(key)
+        return self.made
+
+    def _decide(self, number: int) -> Decision:
+        record = self.records[number]
         try:
-            return self._apply(name, stored, record, received_ms)
+            name = wire.workflow_id(record)
+            op = wire.header(record, "kwflow-op") if record.headers else None
+            key = name.encode()
+            if op is not None:
+                self._save(key)
+                return self._command(name, key, record)
+            live = self.live.get(key)
+            if live is None:
+                found = self._find(name, key, record)
+                if isinstance(found, Decision):
+                    return found
+                live = self.live[key] = found
         except ProtocolError as error:
-            return self._dead(record, error.reason, str(error), received_ms)
-        except (Exception, StepTimeout) as error:  # KwflowBug and MemoryError too: one instance never stops the others
-            return self._park(store, name, stored, record, error, received_ms)
+            return parked.dead(self.config, record, error.reason, str(error), self.context.received_ms)
+        return self._step(name, key, live, number)
 
-    def _apply(self, name: str, stored: bytes | None, record: Record, received_ms: int) -> Decision:
-        instance = snapshot.load(stored) if stored is not None else None
-        context = Context(received_ms, self.incarnation, self._topics, workflows=self._workflows)
+    def _find(self, name: str, key: bytes, record: Record) -> _Live | Decision:
+        """The instance for this record, or what happens when there is none that could run.  Raises ProtocolError."""
+        stored = self.state.get(key)
+        if stored is None:
+            return _Live(None, None)
+        live = self.processor.awake(key, stored)
+        if live is not None:
+            return live
         try:
-            with self._watchdog.watching(name):
-                made = step(instance, record, context)
-            return self._stored(name, stored, made)
-        finally:
-            if instance is not None:
-                instance.forget()
+            header, body = snapshot.split(stored)
+            if header["status"] == "parked":
+                wire.parse(record)
+                return parked.hold(self.config, self.state, name, record, self.context.received_ms)
+            if header["status"] == "ended":
+                return self._after_end(header, record)
+            return _Live(stored, snapshot.wake(header, body))
+        except SnapshotError as error:
+            return parked.park(self.config, self.state, name, stored, record, error, self.context.received_ms)
 
-    def _stored(self, name: str, stored: bytes | None, made: Transition) -> Decision:
-        """The Transition as changes of the store."""
-        key = name.encode()
-        state: dict[bytes, bytes | None] = {}
-        match made.state:
-            case Save(kept):
-                try:
-                    data = snapshot.save(kept)
-                finally:
-                    kept.forget()
+    def _after_end(self, header: dict[str, Any], record: Record) -> _Live | Decision:
+        """K20: the entry that stays after the end; a start it does not know begins anew."""
+        if not isinstance(wire.parse(record), wire.Start):
+            return Decision(counts=("unknown-id",))
+        fresh = self.context.received_ms - header["ended"] <= self.config.ended_retention_ms
+        if fresh and wire.header(record, "kwflow-start-id") == header["start_id"]:
+            return Decision(counts=("duplicate-start",))
+        return _Live(None, None)
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+    def _step(self, name: str, key: bytes, live: _Live, number: int) -> Decision:
+        record = self.records[number]
+        live.met.append(number)
+        try:
+            with self.processor.watchdog.watching(name):
+                made = step(live.instance, record, self.context)
+        except ProtocolError as error:
+            if live.instance is None:
+                del self.live[key]
+            return parked.dead(self.config, record, error.reason, str(error), self.context.received_ms)
+        except (Exception, StepTimeout) as error:  # KwflowBug and MemoryError too: one instance never stops the others
+            return self._failed(name, key, live, number, error)
+        state = made.state
+        if isinstance(state, Save):
+            live.instance, live.ahead = state.instance, True
+        elif isinstance(state, Ended):
+            self._ended(key, live, state.header)
+        elif live.instance is None:
+            del self.live[key]
+        logs = tuple(f"{name}: {line}" for line in made.logs) if made.logs else ()
+        return Decision(made.outputs, logs, (made.outcome,))
+
+    def _ended(self, key: bytes, live: _Live, header: dict[str, Any] | None) -> None:
+        live.forget()
+        del self.live[key]
+        if header is not None and _OWN_START_ID.fullmatch(header["start_id"]) is None:
+            self.state.put(key, snapshot.save_ended(header))  # K20: a client named this start and may repeat it
+        elif self.state.get(key) is not None:
+            self.state.put(key, None)
+
+    def _failed(self, name: str, key: bytes, live: _Live, number: int, error: BaseException) -> Decision:
+        """G4.  The steps before this one are made again and saved first; the one that failed is not run a second time."""
+        live.forget()
+        del self.live[key]
+        if live.ahead:
+            self._again(key, live.met[:-1])
+        stored = self.state.get(key) if live.ahead else live.base
+        if stored is not None and snapshot.read_header(stored)["status"] == "parked":
+            return parked.hold(self.config, self.state, name, self.records[number], self.context.received_ms)
+        return parked.park(self.config, self.state, name, stored, self.records[number], error, self.context.received_ms)
+
+    def _again(self, key: bytes, numbers: list[int]) -> None:
+        """From the stored bytes on, one by one, each saved."""
+        for number in numbers:
+            self.made[number] = self._decide(number)
+            self._save(key)
+
+    def _save(self, key: bytes) -> None:
+        """Put a live instance's bytes into the state and let it sleep."""
+        live = self.live.pop(key, None)
+        if live is None or live.instance is None:
+            return
+        if live.ahead:
+            try:
+                data = snapshot.save(live.instance)
                 if len(data) > self.config.snapshot_bytes_max:
                     raise SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}")
-                state[key] = data
-            case Ended(header):
-                if header is not None and _OWN_START_ID.fullmatch(header["start_id"]) is None:
-                    state[key] = snapshot.save_ended(header)  # K20: a client named this start and may repeat it
-                elif stored is not None:
-                    state[key] = None
-            case Keep():
-                pass
-        return Decision(state, made.outputs, tuple(f"{name}: {line}" for line in made.logs), (made.outcome,))
+            except Exception as error:  # reducers of author classes may raise anything
+                live.forget()
+                if len(live.met) > 1:
+                    self._again(key, live.met)
+                else:
+                    record = self.records[live.met[0]]
+                    self.made[live.met[0]] = parked.park(self.config, self.state, key.decode(), live.base, record, error, self.context.received_ms)
+                return
+            self.state.put(key, data)
+            live.base = data
+        self.processor.keep(key, live)
 
-    # -- what cannot be applied ------------------------------------------------------------------------------------
-    def _dead(self, record: Record, reason: str, message: str, received_ms: int) -> Decision:
-        where = f"{record.topic}[{record.partition}]@{record.offset}"
-        return Decision(outputs=(dead_letter(self.config, record, reason, message, received_ms),), logs=(f"dead letter {where}: {message}",), counts=("dead-letter",))
-
-    def _park(self, store: Store, name: str, stored: bytes | None, record: Record, error: BaseException, received_ms: int) -> Decision:
-        reason, message = type(error).__name__, str(error) or type(error).__name__
-        base = {"id": name, "workflow": wire.header(record, "kwflow-workflow") or "", "start_id": "", "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
-        state: dict[bytes, bytes | None] = {
-            name.encode(): snapshot.park(stored, base, reason, message, record.offset),
-            self._hold_key(name, record.offset): msgspec.msgpack.encode(record),
-        }
-        told = dead_letter(self.config, record, "parked", f"{reason}: {message}", received_ms)
-        return Decision(state, (told,), (f"{name} is parked: {reason}: {message}",), ("parked",))
-
-    @staticmethod
-    def _hold_key(name: str, offset: int) -> bytes:
-        return _HOLD + name.encode() + b"\0%020d" % offset
-
-    def _hold(self, store: Store, name: str, record: Record, received_ms: int) -> Decision:
-        held = sum(1 for _ in store.scan(_HOLD + name.encode() + b"\0"))
-        if held >= self.config.hold_max:
-            return self._dead(record, "hold-full", f"{name} is parked and holds {held} records already", received_ms)
-        return Decision({self._hold_key(name, record.offset): msgspec.msgpack.encode(record)}, counts=("held",))
-
-    def _drain(self, store: Store, name: str, stored: bytes | None, received_ms: int, discard: bool) -> Decision:
-        """Apply what is held, in order, each with its original offset; a failure parks it again where it is."""
-        overlay = Overlay(store)
-        current = snapshot.unpark(stored) if stored is not None else None
-        overlay.changes[name.encode()] = current
+    # -- commands for parked instances ---------------------------------------------------------------------------------
+    def _command(self, name: str, key: bytes, record: Record) -> Decision:
+        """Retry and discard (K17): what is held is applied in order, each record with its original offset; a failure parks it again."""
+        message = wire.parse(record)
+        if not isinstance(message, wire.Command) or message.op not in ("retry", "discard"):
+            raise ProtocolError(f"unknown op {wire.header(record, 'kwflow-op')!r}", "unknown-op")
+        if not parked.is_parked(self.state.get(key)):
+            return Decision(counts=("not-parked",), logs=(f"{name}: {message.op} ignored: it is not parked",))
+        held = parked.release(self.state, name, discard=message.op == "discard")
+        drained = _Batch(self.processor, self.state, held, self.context.received_ms)
         outputs: list[Output] = []
         logs: list[str] = []
-        counts: list[str] = ["discarded" if discard else "retried"]
-        for key, value in list(store.scan(_HOLD + name.encode() + b"\0")):
-            overlay.changes[key] = None
-            if discard:
-                discard = False
-                continue
-            current = overlay.get(name.encode())
-            made = self._try(overlay, name, current, decode_record(value), received_ms)
-            overlay.changes |= made.state
+        counts = ["discarded" if message.op == "discard" else "retried"]
+        for made in drained.run():
             outputs += made.outputs
             logs += made.logs
             counts += made.counts
-            if "parked" in made.counts:
-                break
-        return Decision(overlay.changes, tuple(outputs), tuple(logs), tuple(counts))
+        return Decision(tuple(outputs), tuple(logs), tuple(counts))
 
 
 class TimerProcessor:
@@ -226,35 +298,35 @@ class TimerProcessor:
         self.input_topic = config.scheduler_topic
         self.changelog_topic = config.timers_changelog_topic
 
-    def decide(self, store: Store, record: Record, received_ms: int) -> Decision:
+    def decide(self, state: Changes, records: Sequence[Record], received_ms: int) -> list[Decision]:
+        return [self._decide(state, record, received_ms) for record in records]
+
+    def _decide(self, state: Changes, record: Record, received_ms: int) -> Decision:
         try:
-            changes = timers.cancel_or_set(record, store.get(record.key) if record.key else None)
+            changes = timers.cancel_or_set(record, state.get(record.key) if record.key else None)
         except ProtocolError as error:
-            told = dead_letter(self.config, record, error.reason, str(error), received_ms)
-            return Decision(outputs=(told,), logs=(f"dead letter {record.topic}@{record.offset}: {error}",), counts=("dead-letter",))
-        return Decision(changes, counts=("timer",))
+            return parked.dead(self.config, record, error.reason, str(error), received_ms)
+        for key, value in changes.items():
+            state.put(key, value)
+        return Decision(counts=("timer",))
 
-    def refuse(self, store: Store, record: Record, reason: str) -> Decision:
-        return Decision(outputs=(dead_letter(self.config, record, "refused", reason, record.timestamp_ms),), counts=("dead-letter",))
+    def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
+        return parked.dead(self.config, record, "refused", reason, record.timestamp_ms)
 
-    def due(self, store: Store, now_ms: int, limit: int) -> Decision | None:
-        state: dict[bytes, bytes | None] = {}
+    def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
         outputs: list[Output] = []
-        for due_key, headers in store.scan(timers.DUE):
+        fired: dict[bytes, bytes | None] = {}
+        for due_key, headers in state.scan(timers.DUE):
             if timers.due_entries(due_key)[0] > now_ms or len(outputs) >= limit:
                 break
             changes, output = timers.fire(due_key, headers, self.config.resume_topic, now_ms)
-            state |= changes
+            fired |= changes
             outputs.append(output)
-        return Decision(state, tuple(outputs), counts=("fired",) * len(outputs)) if outputs else None
+        for key, value in fired.items():
+            state.put(key, value)
+        return Decision(tuple(outputs), counts=("fired",) * len(outputs)) if outputs else None
 
     def next_due_ms(self, store: Store) -> int | None:
         for due_key, _ in store.scan(timers.DUE):
             return timers.due_entries(due_key)[0]
         return None
-
-
-def describe_header(header: dict[str, Any]) -> str:
-    """One line about an instance, from its header alone."""
-    waits = ", ".join(f"{w['ref']} in {w.get('function', '?')} ({w.get('file', '?')}:{w.get('line', '?')})" for w in header.get("waits", []))
-    return f"{header['id']} {header['workflow']} {header['status']} {waits}"

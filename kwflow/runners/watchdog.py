@@ -1,76 +1,89 @@
 """Author code that never reaches a wait: named in the log, then ended, so that the partition goes on (K19).
 
-Python can raise in another thread only between bytecodes, so a call that blocks in C is named but not ended.
+Python can raise in another thread only between bytecodes, so a call that blocks in C is named but not ended.  One
+thread of the process looks at all watchdogs now and then: waking it for each step would cost more than the step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
+from types import TracebackType
 
 from kwflow.errors import StepTimeout
 
 __all__ = ["Watchdog"]
 
 _AGAIN_S = 1.0  # author code may swallow it in a loop; raise again until the step ends
+_LOOK_S = 1.0
+_watched: weakref.WeakSet[Watchdog] = weakref.WeakSet()
+_watcher: list[threading.Thread] = []
 
 
 class Watchdog:
-    """Watches one thread's steps.  `warn_ms` logs where a step is; at `abort_ms` StepTimeout is raised in it."""
+    """Around each step of one thread: `with watchdog.watching(id):`.
+
+    After `warn_ms` the log says where the step is; at `abort_ms` StepTimeout is raised in it, and again at the end of
+    the with block if author code swallowed it.
+    """
 
     def __init__(self, warn_ms: int, abort_ms: int, on_log: Callable[[str], None]) -> None:
         self._warn_s, self._abort_s = warn_ms / 1000, abort_ms / 1000
         self._on_log = on_log
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._step: tuple[str, int, float] | None = None
-        self._fired = False
-        self._thread: threading.Thread | None = None
+        self._name = ""
+        self._ident = 0
+        self._begun = 0.0  # 0: no step runs
+        self._warned = self._raised = 0.0
+        self.look_s = min(_LOOK_S, self._warn_s / 4, self._abort_s / 4)
+        _watched.add(self)
 
-    @contextlib.contextmanager
-    def watching(self, name: str) -> Iterator[None]:
-        """Around one step.  Raises StepTimeout at its end if author code swallowed it."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._watch, name="kwflow-watchdog", daemon=True)
-            self._thread.start()
-        ident = threading.get_ident()
+    def watching(self, name: str) -> Watchdog:
+        if not _watcher:
+            _watcher.append(threading.Thread(target=_watch, name="kwflow-watchdog", daemon=True))
+            _watcher[0].start()
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        self._ident = threading.get_ident()
+        self._warned = self._raised = 0.0
+        self._begun = time.monotonic()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         with self._lock:
-            self._step, self._fired = (name, ident, time.monotonic()), False
-            self._changed.notify()
-        try:
-            yield
-        finally:
+            self._begun = 0.0
+            if not self._raised:
+                return
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._ident), None)
+        raise StepTimeout(f"the step took more than {self._abort_s:g} s without reaching a wait") from None
+
+    def look(self, now: float) -> None:
+        """Warn or raise if the step runs too long."""
+        begun = self._begun
+        passed = now - begun
+        if not begun or passed < min(self._warn_s, self._abort_s):
+            return
+        if passed >= self._warn_s and self._warned != begun:
+            self._warned = begun
+            self._on_log(f"{self._name}: its step runs for {passed:.1f} s, now at {_where(self._ident)}")
+        if passed >= self._abort_s and now - self._raised >= _AGAIN_S:
             with self._lock:
-                self._step = None
-                fired = self._fired
-                if fired:
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), None)
-        if fired:
-            raise StepTimeout(f"the step took more than {self._abort_s:g} s without reaching a wait")
+                if self._begun == begun:
+                    self._raised = now
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._ident), ctypes.py_object(StepTimeout))
 
-    def _watch(self) -> None:
-        warned: tuple[str, int, float] | None = None
-        with self._lock:
-            while True:
-                step = self._step
-                if step is None:
-                    self._changed.wait()
-                    continue
-                name, ident, begun = step
-                passed = time.monotonic() - begun
-                if passed >= self._warn_s and warned != step:
-                    warned = step
-                    self._on_log(f"{name}: its step runs for {passed:.1f} s, now at {_where(ident)}")
-                if passed >= self._abort_s:
-                    self._fired = True
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(StepTimeout))
-                    self._changed.wait(_AGAIN_S)
-                else:
-                    self._changed.wait((self._abort_s if warned == step else min(self._warn_s, self._abort_s)) - passed)
+
+def _watch() -> None:
+    while True:
+        dogs = list(_watched)
+        time.sleep(min([_LOOK_S, *(dog.look_s for dog in dogs)]))
+        for dog in dogs:
+            dog.look(time.monotonic())
 
 
 def _where(ident: int) -> str:

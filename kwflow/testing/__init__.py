@@ -16,7 +16,7 @@ from kwflow.core import snapshot
 from kwflow.core.step import Workflows
 from kwflow.core.wire import Output, Record
 from kwflow.ports import Decision
-from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import Overlay, TimerProcessor, WorkflowProcessor
 
 __all__ = ["MemoryStore", "WorkflowTester"]
 
@@ -50,7 +50,7 @@ class WorkflowTester:
 
     def __init__(self, main: Any = None, **workflows: Any) -> None:
         functions = {**api.registered_workflows(), **workflows, **({"main": main} if main is not None else {})}
-        self.config = Config()
+        self.config = Config(instances_cached_max=0)  # every step starts from bytes
         self.now_ms = 1_700_000_000_000
         self.outputs: list[Output] = []
         self.logs: list[str] = []
@@ -83,9 +83,10 @@ class WorkflowTester:
             if due is None or due > target:
                 break
             self.now_ms = max(self.now_ms, due)
-            fired = self._timers.due(self.timers, self.now_ms, 1000)
+            changes = Overlay(self.timers)
+            fired = self._timers.due(changes, self.now_ms, 1000)
             if fired is not None:
-                self._perform(fired, self.timers)
+                self._perform(fired, changes, self.timers)
         self.now_ms = target
 
     def values(self, topic: str) -> list[Any]:
@@ -117,10 +118,12 @@ class WorkflowTester:
         for processor, store in ((self._workflows, self.state), (self._timers, self.timers)):
             if processor.input_topic == output.topic:
                 record = Record(output.topic, 0, offset, output.timestamp_ms or self.now_ms, output.key, output.value, output.headers)
-                self._perform(processor.decide(store, record, self.now_ms), store)
+                changes = Overlay(store)
+                [made] = processor.decide(changes, [record], self.now_ms)
+                self._perform(made, changes, store)
 
-    def _perform(self, made: Decision, store: MemoryStore) -> None:
-        store.apply(made.state)
+    def _perform(self, made: Decision, changes: Overlay, store: MemoryStore) -> None:
+        store.apply(changes.changes)
         self.logs += made.logs
         self.counts += made.counts
         for output in made.outputs:

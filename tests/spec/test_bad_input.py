@@ -9,7 +9,7 @@ from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.step import Workflows
 from kwflow.core.wire import Record
-from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.testing import MemoryStore, WorkflowTester
 
 SOURCE = '''
@@ -113,10 +113,12 @@ def test_an_endless_loop_without_a_wait_is_logged_with_its_line_and_its_instance
     config = Config(step_timeout_ms=50, step_abort_ms=200)
     processor = WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), "i", lines.append)
     store = MemoryStore()
-    store.apply(processor.decide(store, Record("workflow-resume", 0, 0, 1, b"a", b"new:1"), 1).state)
+    changes = Overlay(store)
+    processor.decide(changes, [Record("workflow-resume", 0, 0, 1, b"a", b"new:1")], 1)
+    store.apply(changes.changes)
     header = snapshot.read_header(store.entries[b"a"])
     assert header["parked"]["reason"] == "StepTimeout"
     assert "a: its step runs for" in lines[0]
     assert "endless.py:" in lines[0]
-    made = processor.decide(store, Record("workflow-resume", 0, 1, 1, b"b", b'new:"fine"'), 1)
+    [made] = processor.decide(Overlay(store), [Record("workflow-resume", 0, 1, 1, b"b", b'new:"fine"')], 1)
     assert made.outputs[-1].value == b'"ended"'

@@ -1,0 +1,77 @@
+"""What cannot be applied: dead letters, and parked instances with their hold (semantics §7, K17).
+
+A parked instance keeps its last good state; the record at fault is the head of its hold, what comes later queues
+behind it, as entries `\\0hold\\0<id>\\0<offset>` of the same state.  It must not run a step.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kwflow.config import Config
+from kwflow.core import snapshot, wire
+from kwflow.core.wire import Output, Record
+from kwflow.errors import SnapshotError
+from kwflow.ports import Changes, Decision
+
+__all__ = ["dead", "dead_letter", "hold", "is_parked", "park", "release"]
+
+_HOLD = b"\0hold\0"
+
+
+def dead_letter(config: Config, record: Record, reason: str, message: str, received_ms: int) -> Output:
+    """The original key, value and headers, and which record it was, why and when."""
+    said = {"reason": reason, "message": message, "topic": record.topic, "partition": record.partition, "offset": record.offset, "timestamp": record.timestamp_ms, "at": received_ms}
+    headers = tuple((f"kwflow-error-{name}", str(value).encode("utf-8", "replace")) for name, value in said.items())
+    return Output(config.dead_letter_topic, record.key, record.value, (*record.headers, *headers), record.timestamp_ms)
+
+
+def dead(config: Config, record: Record, reason: str, message: str, received_ms: int) -> Decision:
+    """The record is dead-lettered alone; nothing else changes."""
+    where = f"{record.topic}[{record.partition}]@{record.offset}"
+    return Decision((dead_letter(config, record, reason, message, received_ms),), (f"dead letter {where}: {message}",), ("dead-letter",))
+
+
+def park(config: Config, state: Changes, name: str, stored: bytes | None, record: Record, error: BaseException, received_ms: int) -> Decision:
+    """The instance goes back to `stored` and waits for somebody; this record is the head of its hold."""
+    reason, message = type(error).__name__, str(error) or type(error).__name__
+    base = {"id": name, "workflow": wire.header(record, "kwflow-workflow") or "", "start_id": "", "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
+    state.put(name.encode(), snapshot.park(stored, base, reason, message, record.offset))
+    state.put(_key(name, record), msgspec.msgpack.encode(record))
+    told = dead_letter(config, record, "parked", f"{reason}: {message}", received_ms)
+    return Decision((told,), (f"{name} is parked: {reason}: {message}",), ("parked",))
+
+
+def is_parked(stored: bytes | None) -> bool:
+    try:
+        return stored is not None and snapshot.read_header(stored)["status"] == "parked"
+    except SnapshotError:
+        return False
+
+
+def hold(config: Config, state: Changes, name: str, record: Record, received_ms: int) -> Decision:
+    """The record waits behind the others."""
+    held = sum(1 for _ in state.scan(_prefix(name)))
+    if held >= config.hold_max:
+        return dead(config, record, "hold-full", f"{name} is parked and holds {held} records already", received_ms)
+    state.put(_key(name, record), msgspec.msgpack.encode(record))
+    return Decision(counts=("held",))
+
+
+def release(state: Changes, name: str, discard: bool) -> list[Record]:
+    """Put the state back as it was before it was parked; what was held, in order, without its head if that is discarded."""
+    stored = state.get(name.encode())
+    state.put(name.encode(), snapshot.unpark(stored) if stored is not None else None)
+    held = []
+    for key, value in list(state.scan(_prefix(name))):
+        state.put(key, None)
+        held.append(msgspec.msgpack.decode(value, type=Record))
+    return held[1:] if discard else held
+
+
+def _prefix(name: str) -> bytes:
+    return _HOLD + name.encode() + b"\0"
+
+
+def _key(name: str, record: Record) -> bytes:
+    return _prefix(name) + b"%020d" % record.offset
