@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +20,9 @@ from rich.table import Table
 
 from kwflow import api
 from kwflow.config import Config, load_config
-from kwflow.core import snapshot
+from kwflow.core import snapshot, wire
+from kwflow.core.wire import Record
+from kwflow.durable.peek import peek
 from kwflow.errors import KwflowError, TransportError, UnsupportedError, UsageError
 from kwflow.runners.embedded import Embedded, entries, read_only, stored
 from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
@@ -40,6 +45,9 @@ MaybeDir = Annotated[Path | None, typer.Option("--embedded", envvar="KWFLOW_EMBE
 Dir = Annotated[Path, typer.Option("--embedded", envvar="KWFLOW_EMBEDDED", help="Directory of the embedded engine.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", envvar="KWFLOW_CONFIG", help="kwflow.toml; default: the one here, if any.")]
 AppDir = Annotated[Path | None, typer.Option("--app-dir", envvar="KWFLOW_APP_DIR", help="Where MODULEs are looked for first; default: here.")]
+AcceptReset = Annotated[bool, typer.Option("--accept-offset-reset", help="Start from the group's offsets although they differ from the stored ones.")]
+WaitForBroker = Annotated[float | None, typer.Option("--wait-for-broker", help="Seconds to wait for the broker and the topics; default 0.")]
+Letter = Annotated[str, typer.Argument(metavar="ID|LETTER", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]
 Modules = Annotated[list[str], typer.Argument(help="Dotted names or path.py", metavar="MODULE...")]
 
 
@@ -77,7 +85,10 @@ def engine(
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     state_dir: StateDir = None,
-    with_scheduler: Annotated[bool, typer.Option("--with-scheduler", help="Run the timers in this process too.")] = False,
+    with_scheduler: Annotated[bool, typer.Option("--with-scheduler", envvar="KWFLOW_WITH_SCHEDULER", help="Run the timers in this process too.")] = False,
+    accept_offset_reset: AcceptReset = False,
+    wait_for_broker: WaitForBroker = None,
+    sync: Annotated[bool, typer.Option("--sync/--no-sync", envvar="KWFLOW_SYNC", help="Embedded: each batch is on disk before it counts.")] = True,
     config: ConfigFile = None,
     app_dir: AppDir = None,
 ) -> None:
@@ -85,7 +96,10 @@ def engine(
 
     Example: kwflow engine workflows.trip_booking --bootstrap-servers localhost:9092 --with-scheduler
     """
-    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir)
+    settings = load_config(
+        config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir,
+        accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker,
+    )  # fmt: skip
     stop = _stopper()
     if embedded is None:
         workflows = load_workflows(modules, app_dir)
@@ -94,7 +108,7 @@ def engine(
             makers.append((f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings)))
         _run_on_kafka(settings, makers, stop)
         return
-    held = Embedded(embedded)
+    held = Embedded(embedded, sync=sync, retention_ms=settings.embedded_retention_ms)
     try:
         processors = _processors(modules, settings, held, app_dir)
         with serve(held):
@@ -105,16 +119,32 @@ def engine(
         held.close()
 
 
+def _wait_for_topics(settings: Config) -> None:
+    """Raises TransportError when broker or topics are not as they must be, after `wait_for_broker_s` of asking again."""
+    from kwflow.runners import topics
+
+    give_up = time.monotonic() + settings.wait_for_broker_s
+    while True:
+        try:
+            found = topics.problems(topics.admin(settings), settings, api.declared_topics())
+            if not found:
+                return
+            problem = TransportError("; ".join(found) + " (kwflow topics create makes what is missing)", retryable=False)
+        except TransportError as error:
+            problem = error
+        if time.monotonic() >= give_up:
+            raise problem
+        time.sleep(0.5)
+
+
 def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]]], stop: Callable[[], bool]) -> None:
     """Each processor on a thread of its own with its own clients; the first that fails stops all."""
-    from kwflow.runners import kafka, topics
+    from kwflow.runners import kafka
 
-    problems = topics.missing(topics.admin(settings), settings, api.declared_topics())
-    if problems:
-        raise TransportError("; ".join(problems) + " (kwflow topics create makes them)", retryable=False)
+    _wait_for_topics(settings)
     failed: list[BaseException] = []
     log = lambda line: err.print(line, markup=False)
-    runners = [kafka.KafkaRunner(settings, make, group, log) for group, make in makers]
+    runners = [kafka.KafkaRunner(settings, make, group, log, outputs=api.declared_topics()) for group, make in makers]
 
     def run_one(runner: kafka.KafkaRunner) -> None:
         try:
@@ -134,12 +164,22 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
 
 
 @app.command()
-def scheduler(bootstrap_servers: Bootstrap = None, application_id: Application = None, state_dir: StateDir = None, config: ConfigFile = None) -> None:
+def scheduler(
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    state_dir: StateDir = None,
+    accept_offset_reset: AcceptReset = False,
+    wait_for_broker: WaitForBroker = None,
+    config: ConfigFile = None,
+) -> None:
     """Run the timers on Kafka until SIGTERM; it runs no code of yours.
 
     Example: kwflow scheduler --bootstrap-servers localhost:9092
     """
-    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir)
+    settings = load_config(
+        config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir,
+        accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker,
+    )  # fmt: skip
     _run_on_kafka(settings, [(f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings))], _stopper())
 
 
@@ -183,7 +223,7 @@ def topics_check(
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     if modules:
         load_workflows(modules, app_dir)
-    problems = topics.missing(topics.admin(settings), settings, api.declared_topics())
+    problems = topics.problems(topics.admin(settings), settings, api.declared_topics())
     for problem in problems:
         out.print(problem, markup=False)
     raise typer.Exit(1 if problems else 0)
@@ -191,12 +231,16 @@ def topics_check(
 
 def _send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
     """One record on the resume topic, embedded or on Kafka, durable when this returns."""
+    _append(settings, embedded, settings.resume_topic, id.encode(), value, headers)
+
+
+def _append(settings: Config, embedded: Path | None, topic: str, key: bytes | None, value: bytes | None, headers: wire.Headers) -> None:
     if embedded is not None:
-        submit(embedded, settings.resume_topic, id.encode(), value, headers)
+        submit(embedded, topic, key, value, headers)
         return
     from kwflow.client import send
 
-    send(settings, settings.resume_topic, id.encode(), value, headers)
+    send(settings, topic, key, value, headers)
 
 
 @app.command()
@@ -289,87 +333,178 @@ def resume(
     _send(load_config(config, bootstrap_servers=bootstrap_servers), embedded, id, message)
 
 
-@app.command()
-def show(id: str, embedded: Dir, config: ConfigFile = None) -> None:
-    """Where an instance waits, from its header alone: no code of yours is loaded.
+def _read(settings: Config, embedded: Path | None, topic: str) -> list[Record]:
+    """Every committed record of a topic that is still there."""
+    if embedded is None:
+        from kwflow.client import read
 
-    Example: kwflow show order-7 --embedded ./state
-    """
+        return list(read(settings, topic))
     db = read_only(embedded)
     try:
-        data = stored(db, load_config(config).changelog_topic).get(id.encode())
+        prefix = b"L" + topic.encode() + b"\0"
+        return [msgspec.msgpack.decode(value, type=Record) for _, value in entries(db, prefix)]
     finally:
         db.close()
+
+
+def _snapshots(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
+    """Id -> stored bytes of every instance."""
+    if embedded is None:
+        latest = {record.key: record.value for record in _read(settings, None, settings.changelog_topic)}
+        return {key: value for key, value in latest.items() if key is not None and value is not None and not key.startswith(b"\0")}
+    db = read_only(embedded)
+    try:
+        return {key: value for key, value in stored(db, settings.changelog_topic).scan(b"") if not key.startswith(b"\0")}
+    finally:
+        db.close()
+
+
+@app.command()
+def show(
+    id: str,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    locals: Annotated[bool, typer.Option("--locals", help="Variables too; objects of your classes are shown as stubs.")] = False,
+    config: ConfigFile = None,
+) -> None:
+    """Where an instance waits, from its header alone: no code of yours is loaded.
+
+    Example: kwflow show order-7 --locals --embedded ./state
+    """
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    if embedded is None:
+        from kwflow.client import state_of
+
+        data = state_of(settings, id)
+    else:
+        data = _snapshots(settings, embedded).get(id.encode())
     if data is None:
         raise UsageError(f"no instance {id!r}")
-    header = snapshot.read_header(data)
+    header, body = snapshot.split(data)
     out.print(f"{id}  {header['workflow']}  {header['status']}", markup=False)
     if "parked" in header:
         out.print(f"parked at offset {header['parked']['offset']}: {header['parked']['reason']}: {header['parked']['message']}", markup=False)
     for wait in header["waits"]:
-        out.print(f"  {wait['kind']} {wait['ref']}  {wait.get('function', '')}  {wait.get('file', '')}:{wait.get('line', '')}  since {wait['since']}", markup=False, highlight=False)
+        since = datetime.fromtimestamp(wait["since"] / 1000, UTC).isoformat(sep=" ", timespec="seconds")
+        out.print(f"  {wait['kind']} {wait['ref']}  {wait.get('function', '')}  {wait.get('file', '')}:{wait.get('line', '')}  since {since}", markup=False, highlight=False)
+    for function, values in peek(body) if locals and body else []:
+        out.print(f"  {function}", markup=False, highlight=False)
+        for name, value in values.items():
+            out.print(f"    {name} = {value!r}"[:500], markup=False, highlight=False)
 
 
 @app.command("list")
-def list_(embedded: Dir, config: ConfigFile = None) -> None:
+def list_(embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
     """All instances.
 
     Example: kwflow list --embedded ./state
     """
-    db = read_only(embedded)
     table = Table("id", "workflow", "status", "waits")
-    try:
-        for key, data in stored(db, load_config(config).changelog_topic).scan(b""):
-            if not key.startswith(b"\0"):
-                header = snapshot.read_header(data)
-                table.add_row(key.decode(), header["workflow"], header["status"], ", ".join(wait["ref"] for wait in header["waits"]))
-    finally:
-        db.close()
+    for key, data in sorted(_snapshots(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded).items()):
+        header = snapshot.read_header(data)
+        table.add_row(key.decode(), header["workflow"], header["status"], ", ".join(wait["ref"] for wait in header["waits"]))
     out.print(table)
 
 
 @app.command()
-def tail(topic: str, embedded: Dir, offset: int = 0) -> None:
-    """Print the records of a topic.
+def tail(topic: str, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, offset: Annotated[int, typer.Option(help="From this offset on.")] = 0, config: ConfigFile = None) -> None:
+    """Print the committed records of a topic.
 
     Example: kwflow tail workflow-result --embedded ./state
     """
-    db = read_only(embedded)
-    try:
-        prefix = b"L" + topic.encode() + b"\0"
-        for _, value in entries(db, prefix, prefix + b"%020d" % offset):
-            record = msgspec.msgpack.decode(value)
-            out.print(f"{record['offset']} {_text(record['key'])} {_text(record['value'])}", markup=False, highlight=False)
-    finally:
-        db.close()
+    for record in _read(load_config(config, bootstrap_servers=bootstrap_servers), embedded, topic):
+        if record.offset >= offset:
+            out.print(f"{record.offset} {_text(record.key)} {_text(record.value)}", markup=False, highlight=False)
 
 
 def _text(data: bytes | None) -> str:
-    return "null" if data is None else bytes(data).decode("utf-8", "backslashreplace")
+    return "null" if data is None else data.decode("utf-8", "backslashreplace")
+
+
+_DONE = "kwflow-dead-letter-done"
+
+
+def _letters(settings: Config, embedded: Path | None) -> dict[str, Record]:
+    """Identity (`<partition>:<offset>`) -> dead letter that nobody has dealt with."""
+    letters: dict[str, Record] = {}
+    done: set[str | None] = set()
+    for record in _read(settings, embedded, settings.dead_letter_topic):
+        if any(name == _DONE for name, _ in record.headers):
+            done.add(wire.header(record, _DONE))
+        else:
+            letters[f"{record.partition}:{record.offset}"] = record
+    return {identity: record for identity, record in letters.items() if identity not in done}
+
+
+def _letter(settings: Config, embedded: Path | None, identity: str) -> Record:
+    found = _letters(settings, embedded).get(identity)
+    if found is None:
+        raise UsageError(f"no dead letter {identity!r} is open; kwflow dead-letters list shows them")
+    return found
 
 
 @dead.command("list")
-def dead_list(embedded: Dir, config: ConfigFile = None) -> None:
-    """What was dead-lettered, and why."""
-    tail(load_config(config).dead_letter_topic, embedded)
+def dead_list(embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+    """What could not be applied, and why.
+
+    Example: kwflow dead-letters list --embedded ./state
+    """
+    table = Table("letter", "id", "reason", "message")
+    for identity, record in _letters(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded).items():
+        table.add_row(identity, _text(record.key), wire.header(record, "kwflow-error-reason"), wire.header(record, "kwflow-error-message"))
+    out.print(table)
+
+
+@dead.command("show")
+def dead_show(letter: str, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+    """One dead letter with its headers.
+
+    Example: kwflow dead-letters show 0:3 --embedded ./state
+    """
+    record = _letter(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded, letter)
+    out.print(f"key    {_text(record.key)}\nvalue  {_text(record.value)}", markup=False, highlight=False)
+    for name, value in record.headers:
+        out.print(f"{name}: {_text(value)}", markup=False, highlight=False)
 
 
 @dead.command("retry")
-def dead_retry(id: str, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, config: ConfigFile = None) -> None:
-    """Apply what a parked instance holds, in order."""
-    _send(load_config(config, bootstrap_servers=bootstrap_servers), embedded, id, b"null", (("kwflow-op", b"retry"),))
+def dead_retry(what: Letter, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+    """Apply what a parked instance holds, in order, or send a dead-lettered record again.
+
+    Example: kwflow dead-letters retry order-7 --embedded ./state
+    """
+    _settle(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded, what, "retry")
 
 
 @dead.command("discard")
-def dead_discard(id: str, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, config: ConfigFile = None) -> None:
-    """Drop the record that parked an instance, then apply the rest of what it holds."""
-    _send(load_config(config, bootstrap_servers=bootstrap_servers), embedded, id, b"null", (("kwflow-op", b"discard"),))
+def dead_discard(what: Letter, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+    """Drop the record that parked an instance and apply the rest, or close a dead letter.
+
+    Example: kwflow dead-letters discard 0:3 --embedded ./state
+    """
+    _settle(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded, what, "discard")
+
+
+def _settle(settings: Config, embedded: Path | None, what: str, op: str) -> None:
+    """K17 for a parked instance; a letter is sent again with its first timestamp in a header (K13), then marked as done."""
+    if re.fullmatch(r"\d+:\d+", what) is None:
+        _append(settings, embedded, settings.resume_topic, what.encode(), b"null", (("kwflow-op", op.encode()),))
+        return
+    record = _letter(settings, embedded, what)
+    if wire.header(record, "kwflow-error-reason") == "parked":
+        _append(settings, embedded, settings.resume_topic, record.key, b"null", (("kwflow-op", op.encode()),))
+    elif op == "retry":
+        headers = tuple(pair for pair in record.headers if not pair[0].startswith("kwflow-error-"))
+        first = ("kwflow-original-timestamp", str(record.timestamp_ms).encode())
+        _append(settings, embedded, wire.header(record, "kwflow-error-topic") or settings.resume_topic, record.key, record.value, (*headers, first))
+    _append(settings, embedded, settings.dead_letter_topic, record.key, None, ((_DONE, what.encode()),))
 
 
 def main() -> None:
     """The entry point: errors become one line."""
     try:
-        app(standalone_mode=True)
+        app(standalone_mode=True, auto_envvar_prefix="KWFLOW")
     except (UsageError, UnsupportedError, SyntaxError) as error:
         err.print(f"kwflow: {error}", style="red", markup=False)
         sys.exit(2)

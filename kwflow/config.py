@@ -22,6 +22,9 @@ class Config(BaseSettings):
 
     application_id: str = "workflow-engine"
     bootstrap_servers: str = "localhost:9092"
+    instance_id: str | None = Field(default=None, description="this engine's identity, such as a pod's name; default: a UUID kept in the state directory (K1)")
+    accept_offset_reset: bool = Field(default=False, description="start although the group's offsets and the stored ones differ, from the group's (K16)")
+    wait_for_broker_s: float = Field(default=0, ge=0, description="how long to wait at start for the broker and the topics")
     state_dir: Path = Path("kwflow-state")
     resume_topic: str = "workflow-resume"
     result_topic: str = "workflow-result"
@@ -34,6 +37,7 @@ class Config(BaseSettings):
     step_abort_ms: int = Field(default=150_000, gt=0, description="a step that runs longer is ended and its instance parked; half of Kafka's max.poll.interval.ms")
     batch_records_max: int = Field(default=500, gt=0)
     instances_cached_max: int = Field(default=1000, ge=0, description="instances kept live after their step, so that the next one need not load them")
+    embedded_retention_ms: int = Field(default=7 * 86_400_000, ge=0, description="applied input records of the embedded log are kept for this long")
     ended_retention_ms: int = Field(default=86_400_000, ge=0)
     kafka: dict[str, Any] = Field(default_factory=dict)
 

@@ -1,7 +1,8 @@
 """The exactly-once loop on Kafka: gather, step, commit, settle (K1-K18; one processor, one consumer, one producer).
 
 A batch's outputs, state changes and offsets are one transaction; author code runs before it begins (K15), nobody polls
-from the last consume until the commit has returned (K2), and RocksDB is written only after it (K8).
+from the last consume until the commit has returned (K2), and RocksDB is written only after it (K8).  A transaction
+that was aborted is made again from its first offset; what is fenced, fatal or unknown ends the process (K4).
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import fcntl
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from confluent_kafka import (
@@ -35,9 +36,11 @@ from kwflow.durable import set_abandoning
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Clock, Decision, Processor
 from kwflow.runners import topics
+from kwflow.runners.attempts import Attempts
 from kwflow.runners.embedded import SystemClock
-from kwflow.runners.kafka_state import PartitionStore
+from kwflow.runners.kafka_state import PartitionStore, Restore
 from kwflow.runners.loop import Overlay, dead_letter
+from kwflow.runners.topics import record_of
 
 __all__ = ["KafkaRunner"]
 
@@ -53,6 +56,13 @@ _IDLE_S = 0.25
 _FIRED_MAX = 500
 _TRANSACTION_S = 15  # a dead engine with another identity blocks its partitions for this long (K1)
 _RETRY_S = 0.02
+_SLICE_S = 0.1  # K5: a restore never keeps the running partitions waiting for longer
+_ABORTS_MAX = 10  # in a row; then this process ends, so that whoever watches it sees the trouble
+_DAY_MS = 86_400_000
+
+
+class Aborted(Exception):
+    """Nothing of the transaction has happened; its records will be read again."""
 
 
 class Rejected(Exception):
@@ -61,29 +71,35 @@ class Rejected(Exception):
 
 @dataclass
 class Partition:
-    """One owned partition.  Invariant: `position` is the offset that the last committed transaction sent."""
+    """One owned partition.  Invariant: `position` is the offset that the last committed transaction sent.
+
+    A revoke takes it out of `owned`, a restore puts it back later: records that were gathered before are of no partition
+    that is owned, or below its position (K2's epoch).
+    """
 
     number: int
     store: PartitionStore
     position: int
     fire_from: int  # K18: nothing fires before this input offset is reached
+    careful_until: int  # K19: records before this offset are taken one by one
 
 
 @dataclass
 class Batch:
-    """What one transaction is to hold, and where each partition's input began."""
+    """What one transaction is to hold; `positions` are the offsets it sends."""
 
     overlays: dict[int, Overlay] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
     positions: dict[int, int] = field(default_factory=dict)
-    first: dict[int, int] = field(default_factory=dict)
     logs: list[str] = field(default_factory=list)
 
 
 class KafkaRunner:
     """Runs one processor.  Raises FencedError or TransportError when this process has to end and be started again."""
 
-    def __init__(self, config: Config, make: Callable[[str], Processor], group: str, on_log: Callable[[str], None] = print, clock: Clock | None = None) -> None:
+    def __init__(
+        self, config: Config, make: Callable[[str], Processor], group: str, on_log: Callable[[str], None] = print, clock: Clock | None = None, outputs: Iterable[str] = ()
+    ) -> None:
         self.config = config
         self.group = group
         self.on_log = on_log
@@ -95,8 +111,11 @@ class KafkaRunner:
         self.processor = make(self.incarnation)
         self.owned: dict[int, Partition] = {}
         self._assigned: list[int] = []
-        self._epoch = 0
+        self._restoring: dict[int, tuple[Restore, int]] = {}  # with the group's committed offset
+        self._aborts = 0
         self._metadata: Any = None
+        self._attempts = Attempts(self.directory)
+        self._sizes, self._age_max_ms = self._limits(topics.needed(config, outputs))
         self._producer = self._new_producer()
         self._consumer = self._new_consumer()
 
@@ -112,6 +131,8 @@ class KafkaRunner:
             raise TransportError(f"another engine uses {self.directory}; give each its own --state-dir", retryable=False) from None
         self._lock.seek(0)
         known = self._lock.read().strip()
+        if self.config.instance_id is not None:
+            return self.config.instance_id
         if not known:
             known = uuid.uuid4().hex[:12]
             self._lock.write(known)
@@ -125,12 +146,20 @@ class KafkaRunner:
             raise TransportError(f"topic {topic} at {self.config.bootstrap_servers}: {error.args[0].str()}; create topics with: kwflow topics create") from None
         return str(found.topic_id), len(found.partitions)
 
+    def _limits(self, names: Iterable[str]) -> tuple[dict[str, int], int]:
+        """Producer sizes that every topic takes (K11), and how old a local copy may be (K8)."""
+        there = topics.partitions_of(self.admin, self.config)
+        settings = topics.settings_of(self.admin, [name for name in names if name in there])
+        sizes = [int(found["max.message.bytes"]) for found in settings.values()]
+        retention = int(settings.get(self.processor.changelog_topic, {}).get("delete.retention.ms", _DAY_MS))
+        return {"message_max_bytes": max(sizes), "batch_size": min(1_000_000, min(sizes) * 9 // 10)}, retention // 2
+
     def _new_producer(self) -> Producer:
         """init_transactions fences the previous run of this identity and ends its dead transaction."""
         producer = Producer(
             topics.client_config(
                 self.config, transactional_id=f"{self.group}-{self.instance}", partitioner="murmur2_random", linger_ms=100, retry_backoff_ms=1, retry_backoff_max_ms=100,
-                transaction_timeout_ms=_TRANSACTION_S * 1000,
+                transaction_timeout_ms=_TRANSACTION_S * 1000, **self._sizes,
             )
         )  # fmt: skip
         _again(lambda: producer.init_transactions(10))
@@ -157,29 +186,59 @@ class KafkaRunner:
             self._assigned += [partition.partition for partition in partitions]
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        if partitions:
-            self._epoch += 1
         for partition in partitions:
             gone = self.owned.pop(partition.partition, None)
             if gone is not None:
                 gone.store.close()
             if partition.partition in self._assigned:
                 self._assigned.remove(partition.partition)
+            if partition.partition in self._restoring:
+                self._cancel_restore(partition.partition)
+
+    def _cancel_restore(self, number: int) -> None:
+        restore, _ = self._restoring.pop(number)
+        restore.close()
+        restore.store.close()
 
     def _take_over(self) -> None:
-        """Restore what was assigned, then read from the committed offset on."""
-        while self._assigned:
-            number = self._assigned.pop(0)
-            here = TopicPartition(self.processor.input_topic, number)
-            committed = _again(lambda here=here: self._consumer.committed([here], timeout=5))[0].offset  # type: ignore[misc]
-            store = PartitionStore(self.directory / str(number), self.incarnation)
-            self._restore(store, number)
-            position = self._position(store, number, committed)
-            end = self._end(self.processor.input_topic, number)
-            self.owned[number] = Partition(number, store, position, end)
-            self._seek(number, position)
-            self._consumer.resume([here])
-            self.on_log(f"{self.group}: owns {self.processor.input_topic}[{number}] from {position}")
+        """Restore what was assigned, a slice at a time, then read from the committed offset on."""
+        for number in list(self._assigned):
+            self._begin_restore(number)
+        until = time.monotonic() + _SLICE_S
+        for number, (restore, committed) in list(self._restoring.items()):
+            if restore.slice(_SLICE_S / 2):
+                del self._restoring[number]
+                self._own(number, restore.store, committed)
+            if time.monotonic() > until:
+                return
+
+    def _begin_restore(self, number: int) -> None:
+        """First what the group has committed, then the changelog's end: the other order could miss the last transaction."""
+        try:
+            committed = self._consumer.committed([TopicPartition(self.processor.input_topic, number)], timeout=1)[0].offset
+        except KafkaException as error:
+            if error.args[0].retriable() or error.args[0].code() == KafkaError._TIMED_OUT:
+                return  # a transaction with offsets is still open; asked again in the next turn
+            raise
+        topic = self.processor.changelog_topic
+        end, start = self._end(topic, number), self._offset(topic, number, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+        store = PartitionStore(self.directory / str(number), self.incarnation, self.clock, self._age_max_ms)
+        self._assigned.remove(number)
+        self._restoring[number] = Restore(store, self._restore_consumer, topic, number, start, end), committed
+
+    def _restore_consumer(self) -> Consumer:
+        return Consumer(
+            topics.client_config(self.config, group_id=f"{self.group}-restore", enable_auto_commit=False, isolation_level="read_committed", auto_offset_reset="error", enable_partition_eof=True)
+        )
+
+    def _own(self, number: int, store: PartitionStore, committed: int) -> None:
+        position = self._position(store, number, committed)
+        end = self._end(self.processor.input_topic, number)
+        careful = min(end, position + self.config.batch_records_max) if self._attempts.unclean else position
+        self.owned[number] = Partition(number, store, position, end, careful)
+        self._seek(number, position)
+        self._consumer.resume([TopicPartition(self.processor.input_topic, number)])
+        self.on_log(f"{self.group}: owns {self.processor.input_topic}[{number}] from {position}")
 
     def _seek(self, number: int, offset: int) -> None:
         _again(lambda: self._consumer.seek(TopicPartition(self.processor.input_topic, number, offset)))
@@ -188,12 +247,17 @@ class KafkaRunner:
         """K16: the group's offset and the one stored with the state must agree."""
         saved = store.get(POSITION)
         known = msgspec.json.decode(saved) if saved is not None else None
+        if self.config.accept_offset_reset:
+            return int(committed) if committed != OFFSET_INVALID else self._start(number)
         if known is not None and (known["topic"] != self.incarnation or known["partitions"] != self.partitions):
-            raise TransportError(f"{self.processor.input_topic} was recreated or its partitions changed since this state was written", retryable=False)
+            raise TransportError(f"{self.processor.input_topic} was recreated or its partitions changed since this state was written; --accept-offset-reset starts all the same", retryable=False)
         if committed == OFFSET_INVALID:
             return int(known["next"]) if known is not None else self._start(number)
         if known is not None and known["next"] != committed:
-            raise TransportError(f"{self.processor.input_topic}[{number}]: the group's offset is {committed}, the state's is {known['next']}: somebody reset one of them", retryable=False)
+            where = f"{self.processor.input_topic}[{number}]"
+            raise TransportError(
+                f"{where}: the group's offset is {committed}, the state's is {known['next']}: somebody reset one of them; --accept-offset-reset starts from the group's", retryable=False
+            )
         return int(committed)
 
     def _offset(self, topic: str, number: int, spec: Any) -> int:
@@ -207,37 +271,6 @@ class KafkaRunner:
     def _start(self, number: int) -> int:
         return self._offset(self.processor.input_topic, number, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
 
-    def _restore(self, store: PartitionStore, number: int) -> None:
-        """Read the changelog from where the local copy ends up to its end, aborted records left out."""
-        topic = self.processor.changelog_topic
-        end = self._end(topic, number)
-        if store.offset > end:
-            store.wipe()
-        if store.offset == end:
-            return
-        consumer = Consumer(
-            topics.client_config(self.config, group_id=f"{self.group}-restore", enable_auto_commit=False, isolation_level="read_committed", auto_offset_reset="error", enable_partition_eof=True)
-        )
-        try:
-            start = max(store.offset, self._offset(topic, number, OffsetSpec.earliest()))  # type: ignore[no-untyped-call]
-            consumer.assign([TopicPartition(topic, number, start)])
-            reached = start
-            while reached < end:
-                changes: dict[bytes, bytes | None] = {}
-                for message in consumer.consume(2000, 0.2):
-                    error = message.error()
-                    if error is not None and error.code() == KafkaError._PARTITION_EOF:
-                        reached = max(reached, message.offset() or 0)
-                    elif error is not None:
-                        raise TransportError(f"restore of {topic}[{number}]: {error.str()}")
-                    else:
-                        changes[message.key() or b""] = message.value()
-                        reached = (message.offset() or 0) + 1
-                reached = max(reached, consumer.position([TopicPartition(topic, number)])[0].offset)
-                store.settle(changes, reached)
-        finally:
-            consumer.close()
-
     # -- the loop --------------------------------------------------------------------------------------------------
     def run(self, until: Callable[[], bool]) -> None:
         """Go on until `until()`, asked after each batch; then leave the group.  From here on this process is an engine (semantics §3.3)."""
@@ -245,27 +278,34 @@ class KafkaRunner:
         try:
             while not until():
                 self.turn()
+            self._attempts.finished()
         finally:
             self._consumer.close()
             for partition in self.owned.values():
                 partition.store.close()
+            for number in list(self._restoring):
+                self._cancel_restore(number)
             self.owned.clear()
             self._lock.close()
 
     def turn(self) -> None:
         """One batch of records, then what is due."""
-        epoch, messages = self._gather()
-        if epoch == self._epoch and messages:
-            self._process([self._record(message) for message in messages])
-        self._take_over()
-        self._fire()
+        records = [record_of(message) for message in self._gather()]
+        try:
+            self._process(records)
+            self._take_over()
+            self._fire()
+        except Aborted as error:
+            self.on_log(f"{self.group}: a transaction was aborted and is made again: {error}")
+            for number in {record.partition for record in records} & self.owned.keys():
+                self._seek(number, self.owned[number].position)
 
-    def _gather(self) -> tuple[int, list[Message]]:
+    def _gather(self) -> list[Message]:
+        """What is here, of partitions that are ours after the last consume (K2): nobody polls again before the commit."""
         due = [self.processor.next_due_ms(partition.store) for partition in self.owned.values()]
-        wait = min([_IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
+        wait = min([0.0 if self._assigned or self._restoring else _IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
         first = self._consumer.poll(wait)
         messages = [first, *self._consumer.consume(self.config.batch_records_max - 1, 0)] if first is not None else []
-        epoch = self._epoch
         self._metadata = self._consumer.consumer_group_metadata()
         good = []
         for message in messages:
@@ -279,15 +319,18 @@ class KafkaRunner:
                     good.append(message)
             elif error.fatal() or not error.retriable():
                 raise FencedError(f"{self.group}: {error.str()}") if error.code() == KafkaError._FENCED else TransportError(f"{self.group}: {error.str()}")
-        return epoch, good
+        return good
 
-    @staticmethod
-    def _record(message: Message) -> Record:
-        pairs = tuple((name, value if value is None or isinstance(value, bytes) else str(value).encode()) for name, value in cast(list[tuple[str, Any]], message.headers() or []))
-        return Record(message.topic() or "", message.partition() or 0, message.offset() or 0, message.timestamp()[1], message.key(), message.value(), pairs)
+    def _process(self, records: list[Record]) -> None:
+        """Step and commit; after an unclean stop one by one where the record that killed us may be (K19)."""
+        careful = [record for record in records if record.offset < self.owned[record.partition].careful_until]
+        for record in careful:
+            fine = self._attempts.another(record.partition, record.offset)
+            self._transact([record], refused=None if fine else "the engine died three times with this record")
+        self._transact([record for record in records if record.offset >= self.owned[record.partition].careful_until] if careful else records)
 
-    def _process(self, records: list[Record], refused: str | None = None) -> None:
-        """Step and commit; what the broker rejects is tried in halves, and alone it is refused (K11)."""
+    def _transact(self, records: list[Record], refused: str | None = None, alone: int = 0) -> None:
+        """One transaction; what the broker rejects is tried in halves, and a record that fails alone, twice, is refused (K11)."""
         if not records:
             return
         batch = Batch()
@@ -299,7 +342,6 @@ class KafkaRunner:
             for made in self._decide(overlay, mine) if refused is None else [self.processor.refuse(overlay, record, refused) for record in mine]:
                 batch.outputs += made.outputs
                 batch.logs += made.logs
-            batch.first[number] = mine[0].offset
             batch.positions[number] = mine[-1].offset + 1
         try:
             self._commit(batch)
@@ -308,10 +350,10 @@ class KafkaRunner:
                 raise TransportError(f"the broker refuses even the dead letter of {records[0]}: {error}", retryable=False) from None
             half = len(records) // 2
             if half:
-                self._process(records[:half])
-                self._process(records[half:])
+                self._transact(records[:half])
+                self._transact(records[half:])
             else:
-                self._process(records, refused=str(error))
+                self._transact(records, str(error) if alone else None, alone + 1)
 
     def _decide(self, overlay: Overlay, records: list[Record]) -> list[Decision]:
         """The processor's decisions; records on the wrong partition go to the right one first (K6)."""
@@ -337,7 +379,7 @@ class KafkaRunner:
             made = self.processor.due(overlay, self.clock.now_ms(), _FIRED_MAX)
             if made is not None:
                 number = partition.number
-                self._commit(Batch({number: overlay}, list(made.outputs), {number: partition.position}, {number: partition.position}, list(made.logs)))
+                self._commit(Batch({number: overlay}, list(made.outputs), {number: partition.position}, list(made.logs)))
 
     # -- commit and settle -----------------------------------------------------------------------------------------
     def _commit(self, batch: Batch) -> None:
@@ -364,7 +406,8 @@ class KafkaRunner:
             _again(lambda: self._producer.send_offsets_to_transaction(offsets, self._metadata, 10))
             _again(lambda: self._producer.commit_transaction(30))
         except KafkaException as error:
-            self._abort(batch, error.args[0], failures)
+            self._abort(error.args[0], failures)
+        self._aborts = 0
         for number, overlay in batch.overlays.items():
             partition = self.owned[number]
             partition.store.settle(overlay.changes, reached.get(number))
@@ -383,20 +426,20 @@ class KafkaRunner:
             except BufferError:
                 self._producer.poll(0.05)
 
-    def _abort(self, batch: Batch, error: KafkaError, failures: list[KafkaError]) -> None:
-        """Nothing of the batch has happened.  Raises Rejected for what the broker will never take, else what ends the process."""
+    def _abort(self, error: KafkaError, failures: list[KafkaError]) -> None:
+        """Nothing of the batch has happened.  Raises Rejected for what the broker will never take, Aborted, or what ends the process."""
         rejected = next((failure for failure in (*failures, error) if failure.code() in _REJECTED), None)
         if error.fatal() and rejected is None:
             raise FencedError(f"{self.group}: {error.str()}")
         if not error.fatal():
             _again(lambda: self._producer.abort_transaction(30))
-        self._producer = self._new_producer()
         if rejected is not None:
+            self._producer = self._new_producer()  # its sequence numbers are lost: the next good transaction would fail
             raise Rejected(rejected.str())
-        for number, offset in batch.first.items():
-            if number in self.owned:
-                self._seek(number, offset)
-        raise TransportError(f"{self.group}: the transaction failed and was aborted: {error.str()}")
+        self._aborts += 1
+        if self._aborts >= _ABORTS_MAX:
+            raise TransportError(f"{self.group}: {_ABORTS_MAX} transactions in a row were aborted: {error.str()}")
+        raise Aborted(error.str())
 
 
 def _again(call: Callable[[], Any]) -> Any:

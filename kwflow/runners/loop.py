@@ -6,6 +6,7 @@ never raises for bad input.  It must not know a log, a store on disk or a clock.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from kwflow.runners.watchdog import Watchdog
 
 __all__ = ["Overlay", "TimerProcessor", "WorkflowProcessor", "dead_letter"]
 
+_EXPIRES = b"\0ended\0"  # entries of ended instances by the time they may be forgotten (K20)
 _OWN_START_ID = re.compile(r"\d+-\d+")  # given by the step when the client gave none
 
 
@@ -91,10 +93,30 @@ class WorkflowProcessor:
         allow_modules(config.snapshot_modules)
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
-        return None
+        """Forget ended instances whose `ended_retention_ms` is over."""
+        expired = 0
+        for entry, key in itertools.islice(state.scan(_EXPIRES), limit):
+            if int(entry[len(_EXPIRES) :][:20]) > now_ms:
+                break
+            state.put(entry, None)
+            stored = state.get(key)
+            if stored is not None and (header := snapshot.read_header(stored))["status"] == "ended" and self._expiry(header) <= now_ms:
+                state.put(key, None)
+            expired += 1
+        return Decision(counts=("forgotten",) * expired) if expired else None
 
     def next_due_ms(self, store: Store) -> int | None:
+        for entry, _ in store.scan(_EXPIRES):
+            return int(entry[len(_EXPIRES) :][:20])
         return None
+
+    def _expiry(self, header: dict[str, Any]) -> int:
+        return int(header["ended"]) + self.config.ended_retention_ms
+
+    def keep_ended(self, state: Changes, key: bytes, header: dict[str, Any]) -> None:
+        """K20: a client named this start and may repeat it; what is left of the instance answers that for a while."""
+        state.put(key, snapshot.save_ended(header))
+        state.put(_EXPIRES + b"%020d\0" % self._expiry(header) + key, key)
 
     def decide(self, state: Changes, records: Sequence[Record], received_ms: int) -> list[Decision]:
         before = set_abandoning(True)  # semantics §3.3: an instance that is dropped here is only forgotten
@@ -227,7 +249,7 @@ class _Batch:
         live.forget()
         del self.live[key]
         if header is not None and _OWN_START_ID.fullmatch(header["start_id"]) is None:
-            self.state.put(key, snapshot.save_ended(header))  # K20: a client named this start and may repeat it
+            self.processor.keep_ended(self.state, key, header)
         elif self.state.get(key) is not None:
             self.state.put(key, None)
 

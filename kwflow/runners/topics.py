@@ -1,19 +1,21 @@
-"""The topics an application needs: what is missing is named, or created (K12).  Auto-creation is never relied on."""
+"""The topics an application needs: what is missing or wrong is named, or created (K12).  Auto-creation is never relied on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
+from confluent_kafka import KafkaException, Message
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
 
 from kwflow.config import Config
+from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 
-__all__ = ["admin", "client_config", "create", "missing", "partitions_of"]
+__all__ = ["admin", "client_config", "create", "needed", "partitions_of", "problems", "record_of", "settings_of"]
 
-_COMPACT = {"cleanup.policy": "compact", "delete.retention.ms": str(7 * 86_400_000), "segment.bytes": str(64 * 1024 * 1024)}
+_DAY_MS = 86_400_000
+_COMPACT = {"cleanup.policy": "compact", "delete.retention.ms": str(7 * _DAY_MS), "segment.bytes": str(64 * 1024 * 1024)}
 
 
 def client_config(config: Config, **settings: Any) -> dict[str, Any]:
@@ -34,28 +36,52 @@ def partitions_of(client: AdminClient, config: Config) -> dict[str, int]:
     return {name: len(topic.partitions) for name, topic in found.topics.items()}
 
 
-def _wanted(config: Config, declared: Iterable[str]) -> list[str]:
-    plain = [config.resume_topic, config.result_topic, config.error_topic, config.scheduler_topic, config.dead_letter_topic]
-    return [topic for topic in dict.fromkeys([*plain, *sorted(declared)]) if topic]
+def settings_of(client: AdminClient, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Topic -> its configuration.  Raises TransportError."""
+    asked = client.describe_configs([ConfigResource(ResourceType.TOPIC, name) for name in names], request_timeout=10)
+    found: dict[str, dict[str, str]] = {}
+    for resource, future in asked.items():
+        try:
+            found[resource.name] = {name: entry.value for name, entry in future.result().items()}
+        except KafkaException as error:
+            raise TransportError(f"cannot read the configuration of topic {resource.name}: {error.args[0].str()}") from None
+    return found
 
 
-def missing(client: AdminClient, config: Config, declared: Iterable[str]) -> list[str]:
-    """What is not as it must be, one sentence each."""
+def _changelogs(config: Config) -> tuple[tuple[str, str], ...]:
+    return (config.changelog_topic, config.resume_topic), (config.timers_changelog_topic, config.scheduler_topic)
+
+
+def _plain(config: Config, declared: Iterable[str]) -> list[str]:
+    own = [config.resume_topic, config.result_topic, config.error_topic, config.scheduler_topic, config.dead_letter_topic]
+    return [topic for topic in dict.fromkeys([*own, *sorted(declared)]) if topic]
+
+
+def needed(config: Config, declared: Iterable[str]) -> list[str]:
+    """Every topic the application reads or writes."""
+    return [*_plain(config, declared), *(changelog for changelog, _ in _changelogs(config))]
+
+
+def problems(client: AdminClient, config: Config, declared: Iterable[str]) -> list[str]:
+    """What is not as it must be, one sentence each; empty when all is well.  Raises TransportError."""
     there = partitions_of(client, config)
-    problems = [f"topic {topic} is missing" for topic in _wanted(config, declared) if topic not in there]
-    for changelog, source in ((config.changelog_topic, config.resume_topic), (config.timers_changelog_topic, config.scheduler_topic)):
-        if changelog not in there:
-            problems.append(f"topic {changelog} is missing")
-        elif source in there and there[changelog] != there[source]:
-            problems.append(f"topic {changelog} has {there[changelog]} partitions, its input {source} has {there[source]}; they must be equal")
-    return problems
+    found = [f"topic {topic} is missing" for topic in needed(config, declared) if topic not in there]
+    for changelog, source in _changelogs(config):
+        if changelog in there and source in there and there[changelog] != there[source]:
+            found.append(f"topic {changelog} has {there[changelog]} partitions, its input {source} has {there[source]}; they must be equal")
+    for changelog, settings in settings_of(client, [changelog for changelog, _ in _changelogs(config) if changelog in there]).items():
+        if settings["cleanup.policy"] != "compact":
+            found.append(f"topic {changelog} has cleanup.policy={settings['cleanup.policy']}; it must be compact alone, or running workflows would be deleted")
+        if int(settings["delete.retention.ms"]) < _DAY_MS:
+            found.append(f"topic {changelog} has delete.retention.ms={settings['delete.retention.ms']}; it must be at least a day ({_DAY_MS}), or ended workflows could come back")
+    return found
 
 
 def create(client: AdminClient, config: Config, declared: Iterable[str], partitions: int, replication: int) -> list[str]:
     """Create the missing ones; changelogs take the partition count of their existing input.  Raises TransportError."""
     there = partitions_of(client, config)
-    new = [NewTopic(topic, partitions, replication) for topic in _wanted(config, declared) if topic not in there]
-    for changelog, source in ((config.changelog_topic, config.resume_topic), (config.timers_changelog_topic, config.scheduler_topic)):
+    new = [NewTopic(topic, partitions, replication) for topic in _plain(config, declared) if topic not in there]
+    for changelog, source in _changelogs(config):
         if changelog not in there:
             new.append(NewTopic(changelog, there.get(source, partitions), replication, config=_COMPACT))
     for topic, future in (client.create_topics(new, operation_timeout=30) if new else {}).items():
@@ -64,3 +90,10 @@ def create(client: AdminClient, config: Config, declared: Iterable[str], partiti
         except KafkaException as error:
             raise TransportError(f"cannot create topic {topic}: {error.args[0].str()}", retryable=False) from None
     return [topic.topic for topic in new]
+
+
+def record_of(message: Message) -> Record:
+    """A consumed message as the core knows records."""
+    headers = cast("list[tuple[str, Any]] | None", message.headers())
+    pairs = tuple((name, value if value is None or isinstance(value, bytes) else str(value).encode()) for name, value in headers) if headers else ()
+    return Record(message.topic() or "", message.partition() or 0, message.offset() or 0, message.timestamp()[1], message.key(), message.value(), pairs)
