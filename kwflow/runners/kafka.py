@@ -317,6 +317,8 @@ class KafkaRunner:
                 partition = self.owned.get(message.partition() or 0)
                 if partition is not None and (message.offset() or 0) >= partition.position:
                     good.append(message)
+            elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
+                self.on_log(f"{self.group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
             elif error.fatal() or not error.retriable():
                 raise FencedError(f"{self.group}: {error.str()}") if error.code() == KafkaError._FENCED else TransportError(f"{self.group}: {error.str()}")
         return good

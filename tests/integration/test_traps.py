@@ -1,0 +1,223 @@
+"""Traps of exactly-once, each made to happen: what an evicted, stalled or replaced engine still tries to write (K1-K5, K14, K16)."""
+
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
+
+from kwflow import api, client, durable
+from kwflow.config import Config
+from kwflow.core.step import Workflows
+from kwflow.errors import FencedError, TransportError
+from kwflow.runners import topics
+from kwflow.runners.kafka import Aborted, KafkaRunner
+from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+
+pytestmark = [pytest.mark.broker, pytest.mark.slow]
+
+SOURCE = """
+import kwflow as kw
+kw.declare_topics("trap-out")
+
+def main(opts):
+    value = yield kw.suspend("r")
+    kw.output(str(value), "trap-out")
+    yield kw.suspend("end")
+"""
+
+
+class Handle:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.ms = time.time_ns() // 1_000_000
+
+    def now_ms(self) -> int:
+        return self.ms
+
+
+class Lab:
+    """Runners of one application in this process, moved turn by turn; evicted after a second without a poll."""
+
+    def __init__(self, broker: str, application: str, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self.clock = Handle()
+        self.base: dict[str, Any] = {
+            "application_id": application, "bootstrap_servers": broker, "kafka": {"session.timeout.ms": 1000, "max.poll.interval.ms": 1000, "heartbeat.interval.ms": 200},
+            **{f"{name}_topic": f"{application}-{name}" for name in ("resume", "result", "error", "scheduler")},
+        }  # fmt: skip
+        self.module = durable.load_source("trap_workflows", SOURCE, "trap_workflows.py")
+        topics.create(topics.admin(self.config("any")), self.config("any"), api.declared_topics(), 1, 1)
+        self.runners: list[KafkaRunner] = []
+        self.producer = Producer({"bootstrap.servers": broker})
+
+    def config(self, name: str, **more: Any) -> Config:
+        return Config(**self.base, state_dir=self.directory / name, **more)
+
+    def engine(self, name: str, **more: Any) -> KafkaRunner:
+        config = self.config(name, **more)
+        workflows = Workflows({"main": self.module.main}, "main")
+        return self._made(KafkaRunner(config, lambda incarnation: WorkflowProcessor(config, workflows, api.declared_topics(), incarnation), config.application_id, clock=self.clock))
+
+    def scheduler(self, name: str) -> KafkaRunner:
+        config = self.config(name)
+        return self._made(KafkaRunner(config, lambda _: TimerProcessor(config), f"{config.application_id}-scheduler", clock=self.clock))
+
+    def _made(self, runner: KafkaRunner) -> KafkaRunner:
+        self.runners.append(runner)
+        return runner
+
+    def send(self, name: str, key: str, value: str) -> None:
+        self.producer.produce(self.base[f"{name}_topic"], value, key)
+        assert self.producer.flush(10) == 0
+
+    def written(self, topic: str, key: str) -> list[str]:
+        records = client.read(self.config("any"), topic)
+        return [(record.value or b"").decode() for record in records if record.key == key.encode()]
+
+
+def turn(runner: KafkaRunner, until: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not until():
+        assert time.monotonic() < deadline, "it did not happen within 20 s"
+        runner.turn()
+
+
+@pytest.fixture
+def lab(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Lab]:
+    lab = Lab(broker, application, tmp_path)
+    yield lab
+    for runner in lab.runners:
+        stop(runner)
+
+
+def stop(runner: KafkaRunner) -> None:
+    """Leave as a killed process does: nothing is finished, but its files are free."""
+    runner._consumer.close()
+    runner._lock.close()
+
+
+def gathered(runner: KafkaRunner) -> list[Any]:
+    deadline = time.monotonic() + 20
+    while not (messages := runner._gather()):
+        assert time.monotonic() < deadline
+    return [topics.record_of(message) for message in messages]
+
+
+def test_a_stalled_engine_whose_partition_moved_commits_nothing_although_it_heartbeats(lab: Lab) -> None:
+    """K2: trap 1.  It stalls between its last poll and its commit; its client goes on in the background."""
+    id = lab.base["application_id"]
+    first = lab.engine("one")
+    turn(first, lambda: first.owned)
+    lab.send("resume", id, "new:{}")
+    turn(first, lambda: first.owned[0].position == 1)
+    lab.send("resume", id, '{"ref": "r", "value": "once"}')
+    records = gathered(first)
+    second = lab.engine("two")
+    turn(second, lambda: second.owned and second.owned[0].position == 2)
+    with pytest.raises(Aborted):
+        first._process(records)
+    assert lab.written("trap-out", id) == ["once"]
+    stop(second)
+    lab.send("resume", id, '{"ref": "end"}')
+    turn(first, lambda: lab.written(lab.base["result_topic"], id))
+    assert lab.written("trap-out", id) == ["once"], "back again, the first goes on from what the second committed"
+
+
+def test_an_evicted_scheduler_fires_nothing(lab: Lab) -> None:
+    """K14: trap 2.  A transaction without offsets would not be refused."""
+    id = lab.base["application_id"]
+    first = lab.scheduler("one")
+    turn(first, lambda: first.owned)
+    lab.send("scheduler", f"{id}|due", "60000")
+    turn(first, lambda: first.owned[0].position == 1)
+    second = lab.scheduler("two")
+    turn(second, lambda: second.owned)
+    lab.clock.ms += 120_000
+    turn(second, lambda: lab.written(lab.base["resume_topic"], id))
+    with pytest.raises((Aborted, FencedError)):
+        first._fire()
+    assert lab.written(lab.base["resume_topic"], id) == ["due"]
+
+
+def test_a_zombie_with_the_same_identity_is_refused(lab: Lab) -> None:
+    """K1, G6."""
+    id = lab.base["application_id"]
+    first = lab.engine("one", instance_id="pod-0")
+    turn(first, lambda: first.owned)
+    lab.send("resume", id, "new:{}")
+    records = gathered(first)
+    lab.engine("two", instance_id="pod-0")
+    with pytest.raises(FencedError):
+        first._process(records)
+
+
+def test_a_first_start_on_an_empty_changelog_applies_what_was_waiting(lab: Lab) -> None:
+    """K5: trap 5; the position of a reader stays -1001 on an empty log."""
+    id = lab.base["application_id"]
+    lab.send("resume", id, "new:{}")
+    lab.send("resume", id, '{"ref": "r", "value": "early"}')
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 2)
+    assert lab.written("trap-out", id) == ["early"]
+
+
+def test_records_that_come_before_the_restore_wait_for_it(lab: Lab) -> None:
+    """K5: trap 5; stepped on an empty state they would be ignored as of unknown ids, and lost."""
+    id = lab.base["application_id"]
+    first = lab.engine("one")
+    lab.send("resume", id, "new:{}")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    first._consumer.close()
+    second = lab.engine("two")
+    deadline = time.monotonic() + 20
+    while not second._assigned:  # assigned, not restored
+        assert second._gather() == []
+        assert time.monotonic() < deadline
+    lab.send("resume", id, '{"ref": "r", "value": "waited"}')
+    assert second._gather() == []
+    turn(second, lambda: second.owned and second.owned[0].position == 2)
+    assert lab.written("trap-out", id) == ["waited"]
+
+
+def test_offsets_that_somebody_reset_stop_the_engine_unless_accepted(lab: Lab) -> None:
+    """K16."""
+    id, topic = lab.base["application_id"], lab.base["resume_topic"]
+    first = lab.engine("one")
+    lab.send("resume", id, "new:{}")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    stop(first)
+    deadline = time.monotonic() + 20
+    while True:  # refused as long as the group has a member
+        [future] = first.admin.alter_consumer_group_offsets([ConsumerGroupTopicPartitions(id, [TopicPartition(topic, 0, 0)])]).values()
+        try:
+            if future.result().topic_partitions[0].error is None:
+                break
+        except KafkaException:
+            assert time.monotonic() < deadline
+    second = lab.engine("two")
+    with pytest.raises(TransportError, match="--accept-offset-reset"):
+        turn(second, lambda: second.owned)
+    stop(second)
+    third = lab.engine("two", accept_offset_reset=True)
+    turn(third, lambda: third.owned and third.owned[0].position == 1)
+
+
+def test_a_record_that_killed_the_engine_three_times_is_refused(lab: Lab) -> None:
+    """K19: each run dies in the same record; then it is dead-lettered and the engine goes on."""
+    id = lab.base["application_id"]
+    lab.send("resume", id, "new:{}")
+    lab.send("resume", f"{id}-other", "new:{}")
+    for run in range(4):  # the first run is not careful yet
+        engine = lab.engine("one")
+        turn(engine, lambda: engine.owned)
+        if run:
+            assert engine._attempts.another(0, 0), "what the loop does before it steps the record that kills it"
+        stop(engine)
+    last = lab.engine("one")
+    turn(last, lambda: last.owned and last.owned[0].position == 2)
+    letters = client.read(lab.config("any"), lab.config("any").dead_letter_topic)
+    assert [record.key for record in letters] == [id.encode()]
