@@ -29,17 +29,20 @@ def deadline(ms):
 
 
 def main(opts):
+    """`opts`: {"timeout": ms, "throwAfterHotel": bool}, both optional.  Returns {"car": {"id"}, "hotel": ..., "flight": ...}."""
+    opts = opts or {}
     undo = []
 
     def book(kind):
         item = yield reserve(kind)
         undo.append(lambda: release(kind, item))
+        if kind == "hotel" and opts.get("throwAfterHotel"):
+            raise kw.WorkflowError("something is wrong")
         return item
 
     try:
         booked = kw.all([book("car"), book("hotel"), book("flight")], wait_rest=True)
-        limit = opts.get("timeout", 1000) if isinstance(opts, dict) else 1000
-        car, hotel, flight = yield kw.race([booked, deadline(limit)], wait_rest=True)
+        car, hotel, flight = yield kw.race([booked, deadline(opts.get("timeout", 1000))], wait_rest=True)
         return {"car": car, "hotel": hotel, "flight": flight}
     except BaseException:
         yield kw.all([u() for u in undo])

@@ -144,7 +144,8 @@ def _start(name: str, message: wire.Start, record: Record, context: Context) -> 
     workflow = message.workflow or context.workflows.default
     function = context.workflows.functions.get(workflow) if workflow is not None else None
     if workflow is None or function is None:
-        raise ProtocolError(f"no workflow {workflow!r} is registered", "unknown-workflow")
+        known = ", ".join(sorted(context.workflows.functions)) or "none"
+        raise ProtocolError(f"no workflow {workflow!r} is registered; known are: {known}", "unknown-workflow")
     start_id = wire.header(record, "kwflow-start-id") or f"{record.partition}-{record.offset}"
     instance = Instance(name, workflow, start_id, record.timestamp_ms)
     running = Step(instance, record, context)

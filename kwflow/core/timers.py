@@ -26,13 +26,16 @@ def _delay_ms(value: bytes | None) -> int:
         delay = int(value)
     except ValueError:
         raise ProtocolError(f"a delay is a whole number of ms, not {value[:40]!r}", "bad-delay") from None
-    if not 0 <= delay <= _DELAY_MS_MAX:
-        raise ProtocolError(f"a delay lies between 0 and {_DELAY_MS_MAX} ms, not {delay}", "bad-delay")
+    if delay > _DELAY_MS_MAX:
+        raise ProtocolError(f"a delay is at most {_DELAY_MS_MAX} ms, not {delay}", "bad-delay")
     return delay
 
 
 def cancel_or_set(record: Record, stored: bytes | None) -> dict[bytes, bytes | None]:
-    """The changes this record makes to the table; `stored` is the due key that its timer has now.  Raises ProtocolError."""
+    """The changes this record makes to the table; `stored` is the due key that its timer has now.  Raises ProtocolError.
+
+    A negative delay is due at once (SC-8).
+    """
     key = record.key
     if key is None or b"|" not in key or key.startswith(b"\0") or not key.partition(b"|")[0]:
         raise ProtocolError("a timer's key is <workflow id>|<value>", "bad-key")
@@ -45,7 +48,7 @@ def cancel_or_set(record: Record, stored: bytes | None) -> dict[bytes, bytes | N
         absolute = header(record, "kwflow-due-ms")
         if absolute is not None and not absolute.isdigit():
             raise ProtocolError(f"kwflow-due-ms is a whole number of ms, not {absolute[:40]!r}", "bad-delay")
-        due_key = _due_key(int(absolute) if absolute is not None else record.timestamp_ms + delay, record.offset, key)
+        due_key = _due_key(int(absolute) if absolute is not None else record.timestamp_ms + max(0, delay), record.offset, key)
         changes[due_key] = b"\0".join(b"%s\1%s" % (name.encode(), value or b"") for name, value in travelling_headers(record))
         changes[key] = due_key
     return changes

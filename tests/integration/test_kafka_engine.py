@@ -1,5 +1,6 @@
 """The trip saga on a real broker, the engine as a process through its command line (T-KW-2..5, G1, G2, G6, K5, K6)."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -12,15 +13,18 @@ from collections.abc import Iterator
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 
+from tests.spec.trips import TRIPS, Trip
+
 ROOT = pathlib.Path(__file__).parents[2]
 TRIP = str(ROOT / "workflows/trip_booking.py")
+SHOP = str(ROOT / "workflows/ecommerce.py")
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
 
 class Site:
     """One application on the broker: its topics, engines, and a reader that sees committed records only."""
 
-    def __init__(self, broker: str, application: str, directory: pathlib.Path) -> None:
+    def __init__(self, broker: str, application: str, directory: pathlib.Path, partitions: int = 4) -> None:
         self.broker = broker
         self.application = application
         self.directory = directory
@@ -32,7 +36,7 @@ class Site:
         }
         self.processes: list[subprocess.Popen[str]] = []
         self.producer = Producer({"bootstrap.servers": broker})  # default settings: CRC32, so most ids land elsewhere (K6)
-        self.run("topics", "create", TRIP, "--partitions", "4")
+        self.run("topics", "create", TRIP, SHOP, "--partitions", str(partitions))
 
     def topic(self, name: str) -> str:
         return f"{self.application}-{name}"
@@ -42,8 +46,13 @@ class Site:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def engine(self, name: str = "one", module: str = TRIP) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "kwflow.cli", "engine", module, "--with-scheduler", "--state-dir", str(self.directory / name)]
+    def refused(self, *arguments: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "kwflow.cli", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2, done.stderr
+        return done.stderr
+
+    def engine(self, name: str = "one", module: str = TRIP, scheduler: bool = True) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "kwflow.cli", "engine", module, "--state-dir", str(self.directory / name), *(["--with-scheduler"] if scheduler else [])]
         log = open(self.directory / f"{name}.log", "a")
         process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stderr=log, text=True)
         self.processes.append(process)
@@ -197,3 +206,76 @@ def test_an_output_larger_than_the_broker_takes_parks_its_instance_and_no_innoce
     again = f"{site.application}-after"
     site.send(again, 'new:{"bytes": 10}')
     assert again in {id for id, _ in site.read(site.topic("result"), len(ids))}
+
+
+@pytest.fixture
+def single(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site]:
+    """One partition, so that offsets, and with them refs, are known beforehand."""
+    site = Site(broker, application, tmp_path, partitions=1)
+    yield site
+    for process in site.processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("case", TRIPS, ids=lambda case: case.name)
+def test_a_saga_of_the_reference_ends_as_it_should_on_a_broker(single: Site, case: Trip) -> None:
+    """T-KW-2..5; no scheduler runs, the timer's answer is given by hand."""
+    id = single.application
+    single.send(id, "new:" + json.dumps(case.options))
+    for ref, failed in case.answers:
+        single.send(id, json.dumps({"ref": ref, **({"error": failed} if failed else {"value": "ok"})}))
+    single.send(id, '{"ref": "nope"}')
+    single.engine(scheduler=False)
+    topic, value = ("result", case.result) if case.error is None else ("error", case.error)
+    assert [(key, json.loads(text)) for key, text in single.read(single.topic(topic), 1)] == [(id, value)]
+    for kind in case.cancelled:
+        seen: list[tuple[str, str]] = []
+        while id not in dict(seen):
+            seen = single.read(f"saga-cancel-{kind}", len(seen) + 1)
+        assert [text for key, text in seen if key == id] == [case.cancelled[kind]]
+    timers = dict(single.read(single.topic("scheduler"), 1))
+    assert timers[f'{id}|{{"ref":"0:4"}}'] in ("1000", "0")
+
+
+def test_a_cart_is_filled_and_checked_out_on_a_broker(single: Site) -> None:
+    """T-KW-1: refs of timers are offsets of records, results and state as in the reference."""
+    one, two = f"{single.application}-1", f"{single.application}-2"
+
+    def say(id: str, **message: object) -> None:
+        single.send(id, json.dumps({"ref": "main", "value": message}))
+
+    single.send(one, 'new:{"abandonedCartTimeoutMS":2000}')
+    say(one, type="updateEmail", email="someone@example.com")
+    say(one, type="addToCart", quantity=10, productId="teapot")
+    single.send(two, 'new:{"abandonedCartTimeoutMS":1000}')
+    say(two, type="updateEmail", email="vitaliy.akimov@gmail.com")
+    single.engine(module=SHOP, scheduler=False)
+    for message in (
+        {"type": "addToCart", "quantity": 11, "productId": "sigar"},
+        {"type": "addToCart", "quantity": 20, "productId": "teapot"},
+        {"type": "updateEmail", "email": "vitaliy.akimov@gmail.com"},
+        {"type": "removeFromCart", "quantity": 11, "productId": "sigar"},
+        {"type": "addToCart", "quantity": 2, "productId": "sugar"},
+        {"type": "checkout"},
+    ):
+        say(one, **message)
+    cart = '{"items":[{"quantity":30,"productId":"teapot"},{"quantity":2,"productId":"sugar"}],"email":"vitaliy.akimov@gmail.com"}'
+    assert single.read(single.topic("result"), 1) == [(one, cart)]
+    timers = single.read(single.topic("scheduler"), 3)
+    assert timers[:3] == [(f'{one}|{{"ref":"0:1"}}', "2000"), (f'{one}|{{"ref":"1:1"}}', "2000"), (f'{one}|{{"ref":"0:1"}}', "0")]
+    assert timers[-1] == (f'{one}|{{"ref":"9:1"}}', "0")
+    assert f"no instance '{one}'" in single.refused("show", one)
+    assert "suspension main" in single.run("show", two)
+    assert two in single.run("list")
+
+
+def test_dead_letters_on_a_broker_are_listed_shown_and_closed(single: Site) -> None:
+    """G3, issue 3 §6."""
+    single.send(single.application, "{not json")
+    single.engine(scheduler=False)
+    single.read(f"{single.application}-dead-letter", 1)
+    assert "bad-json" in single.run("dead-letters", "list")
+    assert "{not json" in single.run("dead-letters", "show", "0:0")
+    single.run("dead-letters", "discard", "0:0")
+    assert "bad-json" not in single.run("dead-letters", "list")

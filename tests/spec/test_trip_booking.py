@@ -6,6 +6,7 @@ import pytest
 
 from kwflow import durable
 from kwflow.testing import WorkflowTester
+from tests.spec.trips import TRIPS, Trip
 
 SOURCE = pathlib.Path(__file__).parents[2] / "workflows/trip_booking.py"
 
@@ -65,3 +66,23 @@ def test_a_duplicate_start_and_an_unknown_ref_change_nothing(trip: WorkflowTeste
     trip.resume("nobody", "0:1", 1)
     assert trip.state.entries == before
     assert trip.counts[-3:] == ["duplicate-start", "unknown-ref", "unknown-id"]
+
+
+@pytest.mark.parametrize("case", TRIPS, ids=lambda case: case.name)
+def test_a_saga_of_the_reference_ends_as_it_should(case: Trip) -> None:
+    """T-KW-2..5; order across topics is free."""
+    module = durable.load_source("trip_booking", SOURCE.read_text(encoding="utf-8"), str(SOURCE))
+    saga = WorkflowTester(module.main)
+    saga.start("thread1", case.options)
+    for ref, failed in case.answers:
+        saga.resume("thread1", ref, None, **({"error": failed} if failed else {}))
+    assert saga.values("workflow-result") == ([case.result] if case.result else [])
+    assert saga.values("workflow-error") == ([case.error] if case.error else [])
+    for kind in ("car", "hotel", "flight"):
+        assert saga.outputs_to(f"saga-cancel-{kind}") == ([case.cancelled[kind]] if kind in case.cancelled else []), kind
+    timers = [(output.key, output.value) for output in saga.outputs if output.topic == "workflow-scheduler"]
+    assert timers == [(b'thread1|{"ref":"0:4"}', b"1000")] + [(b'thread1|{"ref":"0:4"}', b"0")] * (case.error != "timeout")
+    assert saga.state.entries == {}
+    late = len(saga.outputs)
+    saga.resume("thread1", "0:1")
+    assert (saga.counts[-1], len(saga.outputs)) == ("unknown-id", late + 1)

@@ -76,7 +76,7 @@ class ModuleLowering:
         arguments = ast.arguments([], [ast.arg("@S")], None, [], [], None, [])
         for statement in (*declared, *prologue):
             ast.copy_location(statement, node)
-        return self._alone(ast.FunctionDef(node.name, arguments, [*declared, *prologue, *body], [], None), scope, scope.captured, node)
+        return self._alone(ast.FunctionDef(f"@{node.name}", arguments, [*declared, *prologue, *body], [], None), scope, scope.captured, node)
 
     def plain(self, node: ast.AST, scope: Scope) -> types.CodeType:
         rewriter = Rewriter(self, scope, scope.class_name)
@@ -88,9 +88,10 @@ class ModuleLowering:
             raise UnsupportedError(f"{self.filename}: {scope.qualname} cannot be compiled alone")
         arguments = rewriter.arguments(node.args, bare=True)
         body = self.hot(node, scope, scope.class_name) if scope.generator else [rewriter.visit(statement) for statement in node.body]
-        return self._alone(ast.FunctionDef(node.name, arguments, body, [], None), scope, scope.free, node)
+        return self._alone(ast.FunctionDef(f"@{node.name}", arguments, body, [], None), scope, scope.free, node)
 
     def _alone(self, inner: Any, scope: Scope, captured: tuple[str, ...], at: ast.AST) -> types.CodeType:
+        """Its code with `captured` as free variables; `inner` is a lambda, or a def named `@...`: a name of its own that recursive calls do not mean."""
         ast.copy_location(inner, at)
         body: list[ast.stmt] = [assign(name, constant(None)) for name in captured]
         body += [ast.Return(inner)] if isinstance(inner, ast.Lambda) else [inner]
@@ -102,8 +103,8 @@ class ModuleLowering:
         outer = next(const for const in self.compile(tree).co_consts if isinstance(const, types.CodeType))
         code = next(const for const in outer.co_consts if isinstance(const, types.CodeType))
         first = min([at.lineno, *(d.lineno for d in getattr(at, "decorator_list", []))])  # type: ignore[attr-defined]
-        inside = f"@factory.<locals>.{code.co_name}"
-        return _renamed(code, inside, scope.qualname).replace(co_firstlineno=first)
+        name = code.co_name.removeprefix("@")
+        return _renamed(code.replace(co_name=name), f"@factory.<locals>.{code.co_name}", scope.qualname).replace(co_firstlineno=first)
 
 
 def _renamed(code: types.CodeType, inside: str, real: str) -> types.CodeType:

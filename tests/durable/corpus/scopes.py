@@ -385,3 +385,55 @@ def g_class_bases_and_decorator_yield():
         def m(self):
             return self.greet(1)
     return (K().m(), K.__name__)
+
+
+def g_recursive(n=3):
+    yield ("down", n)
+    if n:
+        yield from g_recursive(n - 1)
+    yield ("up", n)
+
+
+def g_recursive_inner():
+    def inner(n):
+        yield n
+        if n:
+            yield from inner(n - 1)
+        yield "g_recursive_inner inner"
+    yield from inner(2)
+    return inner.__name__, inner.__qualname__
+
+
+class Recursive:
+    def __deep(self, n):
+        yield n
+        if n:
+            yield from self.__deep(n - 1)
+
+    def deep(self, n):
+        yield from self.__deep(n)
+
+
+def g_recursive_method():
+    yield from Recursive().deep(2)
+
+
+def plain_recursive(n):
+    return n * plain_recursive(n - 1) if n else 1
+
+
+def g_recursive_function_held():
+    f = plain_recursive
+    yield f(3)
+    yield f(4)
+
+
+def g_mutually_recursive(n=2):
+    yield n
+    if n:
+        yield from other_recursive(n - 1)
+
+
+def other_recursive(n):
+    yield ("other", n)
+    yield from g_mutually_recursive(n)

@@ -1,0 +1,189 @@
+"""Requirements of the reference that no other file states: topics, interleaving, leaks, identity, long chains, T-KW-7, 10, 11."""
+
+from typing import Any
+
+import pytest
+
+from kwflow import durable
+from kwflow.config import Config
+from kwflow.core.step import Context, Topics, Workflows, step
+from kwflow.core.wire import Record
+from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.testing import MemoryStore, WorkflowTester
+
+HEAD = "import kwflow as kw\nkw.declare_topics('out', 'schedule', 'output')\ndef say(x):\n    kw.output(str(x), 'out')\n"
+_count = [0]
+
+
+def load(body: str) -> Any:
+    _count[0] += 1
+    return durable.load_source(f"requirement_{_count[0]}", HEAD + body, f"requirement_{_count[0]}.py")
+
+
+def run(body: str, options: Any = None) -> WorkflowTester:
+    tester = WorkflowTester(load(body).main)
+    tester.start("w", options)
+    return tester
+
+
+@pytest.mark.parametrize(
+    ("value", "delivered"),
+    [(b'{"ref":"r","value":1}', ["value", 1]), (b'{"ref":"r"}', ["value", None]), (b'{"ref":"r","error":null}', ["error", None]), (b'{"ref":"r","value":1,"error":{"a":2}}', ["error", {"a": 2}])],
+)
+def test_a_resume_delivers_value_or_error_of_any_json_type_and_error_wins(value: bytes, delivered: list[Any]) -> None:
+    """KW-2, KW-3."""
+    w = run("def main(o):\n    try:\n        return ['value', (yield kw.suspend('r'))]\n    except kw.WorkflowError as e:\n        return ['error', e.payload]")
+    w.send("w", value)
+    assert w.result("w") == delivered
+
+
+@pytest.mark.parametrize("value", [b'{"ref":"nope"}', b'{"noref":1}', b'{"ref":5}', b'{"ref":null}'])
+def test_a_resume_of_no_known_ref_changes_nothing(value: bytes) -> None:
+    """KW-5."""
+    w = run("def main(o):\n    yield kw.suspend('r')")
+    before = dict(w.state.entries)
+    w.send("w", value)
+    assert (w.state.entries, w.counts[-1]) == (before, "unknown-ref")
+
+
+def test_a_workflow_starts_and_resumes_others_over_the_resume_topic() -> None:
+    """KW-11: always declared."""
+    w = run("def main(o):\n    if o == 'child':\n        return (yield kw.suspend('r'))\n    kw.output('new:\"child\"', 'workflow-resume', key='other')\n    kw.output_json({'ref': 'r', 'value': 7}, 'workflow-resume', 'other')\n    return 'parent'\n    yield")
+    assert (w.result("w"), w.result("other")) == ("parent", 7)
+
+
+def test_an_empty_result_or_error_topic_turns_that_record_off() -> None:
+    """KW-12."""
+    main = load("def main(o):\n    return 1\n    yield").main
+    processor = WorkflowProcessor(Config(result_topic="", error_topic=""), Workflows({"main": main}, "main"), frozenset())
+    [made] = processor.decide(Overlay(MemoryStore()), [Record("workflow-resume", 0, 0, 1, b"w", b"new:1")], 1)
+    assert made.outputs == ()
+
+
+def test_several_instances_take_turns_and_share_nothing() -> None:
+    """KW-16."""
+    w = run("def main(o):\n    for n in range(3):\n        say(f\"{o} {n} {(yield kw.suspend('r'))}\")", "a")
+    w.start("v", "b")
+    for id, value in (("w", 1), ("v", 2), ("v", 3), ("w", 4), ("w", 5), ("v", 6)):
+        w.resume(id, "r", value)
+    assert w.outputs_to("out") == ["a 0 1", "b 0 2", "b 1 3", "a 1 4", "a 2 5", "b 2 6"]
+
+
+def test_workflow_id_and_step_id_are_those_of_the_record() -> None:
+    """KW-22."""
+    w = run("def main(o):\n    say([kw.workflow_id(), kw.step_id()])\n    yield kw.suspend('r')\n    say([kw.workflow_id(), kw.step_id()])")
+    w.send("x", b"{bad")
+    w.resume("w", "r")
+    assert w.outputs_to("out") == ["['w', '0']", "['w', '2']"]
+
+
+def test_no_result_is_json_null_and_the_state_is_gone() -> None:
+    """KW-23."""
+    w = run("def main(o):\n    yield 1")
+    assert (w.outputs_to("workflow-result"), w.state.entries) == (["null"], {})
+
+
+def test_an_error_before_the_first_wait_leaves_no_state() -> None:
+    """KW-25."""
+    w = run("def main(o):\n    raise TypeError('at once')\n    yield")
+    assert (w.values("workflow-error"), w.state.entries) == (["TypeError: at once"], {})
+
+
+def test_the_header_of_the_start_chooses_among_several_workflows_and_an_unknown_one_is_named() -> None:
+    """KW-31, KW-34."""
+    module = load("def main(o):\n    return 'main'\n    yield\ndef other(o):\n    return 'other'\n    yield")
+    w = WorkflowTester(module.main, other=module.other)
+    w.start("a")
+    w.start("b", workflow="other")
+    w.start("c", workflow="nope")
+    assert (w.result("a"), w.result("b")) == ("main", "other")
+    letter = next(output for output in w.outputs if output.topic.endswith("dead-letter"))
+    said = dict(letter.headers)["kwflow-error-message"]
+    assert said is not None
+    assert b"'nope'" in said
+    assert b"main, other" in said
+
+
+def test_a_plain_function_is_a_workflow_whose_value_is_its_result() -> None:
+    """KW-32."""
+    assert run("def main(o):\n    return o * 2", 21).result("w") == 42
+
+
+def test_identity_cycles_and_classes_survive_a_step() -> None:
+    """KW-37."""
+    w = run("class Own(Exception):\n    pass\ndef main(o):\n    a = [1]\n    a.append(a)\n    b = {'a': a, 'own': Own('x'), 'token': kw.Cancelled()}\n    yield kw.suspend('r')\n    return [b['a'] is a, a[1] is a, isinstance(b['own'], Own), isinstance(b['token'], kw.CancelToken)]")
+    w.resume("w", "r")
+    assert w.result("w") == [True] * 4
+
+
+def test_5000_settled_waits_and_1000_nested_tasks_need_no_stack() -> None:
+    """KW-38; nested ones are also saved and loaded."""
+    w = run("def deep(n):\n    if n:\n        return (yield deep(n - 1)) + 1\n    return (yield kw.suspend('r'))\ndef main(o):\n    s = kw.suspend('s')\n    kw.cancel(s)\n    for _ in range(5000):\n        yield 1\n    return (yield deep(1000))")
+    w.resume("w", "r", 1)
+    assert w.result("w") == 1001
+
+
+def test_a_failed_step_leaks_nothing_into_the_steps_of_others() -> None:
+    """KW-36, KW-39: neither its outputs nor its waits."""
+    w = run("def main(o):\n    say('mine')\n    held = kw.suspend('leak') if o == 'bad' else None\n    lock = __import__('threading').Lock() if o == 'bad' else None\n    yield kw.suspend('r')\n    say('end')", "bad")
+    assert (w.header("w") or {})["status"] == "parked"
+    assert w.outputs_to("out") == []
+    w.start("v", "good")
+    assert w.waits("v") == ["r"]
+    w.resume("v", "leak", 1)
+    w.resume("v", "r")
+    assert w.outputs_to("out") == ["mine", "end"]
+
+
+def test_a_stale_resume_leaks_no_waits_into_the_next_start() -> None:
+    """KW-40."""
+    w = run("def main(o):\n    say([kw.workflow_id(), (yield kw.suspend(o))])", "one")
+    w.resume("w", "unknown", 1)
+    w.start("v", "two")
+    w.resume("v", "one", "stolen")
+    assert w.outputs_to("out") == []
+    w.resume("w", "one", "mine")
+    w.resume("v", "two", "mine too")
+    assert w.outputs_to("out") == ["['w', 'mine']", "['v', 'mine too']"]
+
+
+def test_one_explicit_id_is_used_in_one_suspension_after_the_other() -> None:
+    """T-KW-7, with one argument."""
+    w = run("def main(o):\n    for _ in range(2):\n        kw.output(f'msg1:{o[\"name\"]}', 'schedule', key='w|testRef')\n        kw.output((yield kw.suspend('testRef')), 'output')\n    return 'suspendResumeTestRet'", {"name": "arg"})
+    w.resume("w", "testRef", "first")
+    w.resume("w", "testRef", "second")
+    assert w.outputs_to("schedule") == ["msg1:arg"] * 2
+    assert w.outputs_to("output") == ["first", "second"]
+    assert (w.result("w"), w.state.entries) == ("suspendResumeTestRet", {})
+
+
+@pytest.mark.parametrize(("combine", "expected"), [("kw.all([c('a'), c('b')])", ["a CT", "b CT"]), ("kw.race([c('a'), c('b')])", "a CT")])
+def test_children_that_catch_their_cancel_give_the_combinator_its_value(combine: str, expected: Any) -> None:
+    """T-KW-10."""
+    w = run(f"def c(n):\n    try:\n        yield kw.suspend(n)\n    except kw.CancelToken:\n        return n + ' CT'\ndef main(o):\n    x = {combine}\n    yield kw.suspend('go')\n    kw.cancel(x)\n    return (yield x)")
+    w.resume("w", "go")
+    assert w.result("w") == expected
+
+
+def test_all_and_race_settle_in_time_order() -> None:
+    """T-KW-11."""
+    body = "def after(s, v, fail=False):\n    yield kw.sleep(s)\n    if fail:\n        raise kw.WorkflowError(v)\n    return v\n"
+    w = run(body + "def main(o):\n    return (yield kw.all([0, after(0.1, 1), after(0.3, 2), after(0.5, 3)]))")
+    w.advance(0.499)
+    assert w.values("workflow-result") == []
+    w.advance(0.001)
+    assert w.result("w") == [0, 1, 2, 3]
+    w = run(body + "def main(o):\n    return (yield kw.all([after(0.1, 1), after(0.3, 2, True), after(0.5, 3)]))")
+    w.advance(0.3)
+    assert w.values("workflow-error") == [2]
+    w = run(body + "def main(o):\n    return (yield kw.race([after(0.1, 1), after(1, 2), after(0.5, 3), kw.suspend('never')]))")
+    w.advance(0.1)
+    assert w.result("w") == 1
+
+
+def test_the_same_record_on_the_same_bytes_gives_the_same_outputs() -> None:
+    """Architecture §1: a step is a function of its arguments."""
+    module = load("def main(o):\n    yield kw.all([kw.sleep(1), kw.suspend(), kw.suspend('x')])")
+    context = Context(5, "i", Topics(), workflows=Workflows({"main": module.main}, "main"))
+    record = Record("workflow-resume", 0, 3, 5, b"w", b"new:{}")
+    assert step(None, record, context).outputs == step(None, record, context).outputs
