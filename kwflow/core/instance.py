@@ -55,7 +55,9 @@ class Instance:
 
     def graph(self) -> dict[str, Any]:
         """Everything the body of a snapshot holds; the header holds the rest."""
-        finished = [(gen, task) for gen, task in self._adopted.items() if task.settled]
+        finished = []
+        if len(self._adopted) > len(self.tasks):  # author code still holds generators that have ended
+            finished = sorted(((gen, task) for gen, task in self._adopted.items() if task.settled), key=lambda pair: pair[1].number)
         return {"main": self.main, "tasks": self.tasks, "waits": self.waits, "joins": self.joins, "finished": finished, "steps": self.steps, "task_next": self.task_next, "now_ms": self.now_ms}
 
     def set_graph(self, graph: dict[str, Any]) -> None:
@@ -202,6 +204,8 @@ class Machine:
                 self.bug = self.bug or error
                 raise
             except BaseException as error:  # Cancelled and SystemExit are outcomes too (semantics §2.5)
+                if error.__traceback__ is not None:  # without this frame, which would keep the generator alive as long as the error
+                    error.__traceback__ = error.__traceback__.tb_next
                 self._end(task, FAILED, error)
                 return None
             if self.bug is not None:

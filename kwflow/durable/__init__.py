@@ -8,6 +8,7 @@ loader.py (imports).
 from kwflow.durable.codec import allow_modules, dumps, loads
 from kwflow.durable.frames import Frame, State, capture, describe, discard, is_durable, restore
 from kwflow.durable.loader import install, load_source, native, uninstall
+from kwflow.durable.peek import canonical, canonical_bytes, peek
 from kwflow.durable.runtime import abandoning, set_abandoning
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "State",
     "abandoning",
     "allow_modules",
+    "canonical",
+    "canonical_bytes",
     "capture",
     "describe",
     "discard",
@@ -24,6 +27,7 @@ __all__ = [
     "load_source",
     "loads",
     "native",
+    "peek",
     "restore",
     "set_abandoning",
     "uninstall",

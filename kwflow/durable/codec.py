@@ -326,7 +326,7 @@ def unit_hashes(root_states: list[State]) -> dict[str, dict[str, Any]]:
         module = registry.module(function.module)
         entry = held.setdefault(function.module, {"version": module.version, "units": {}})
         entry["units"][function.unit] = module.units[function.unit]
-    return held
+    return {name: {"version": held[name]["version"], "units": dict(sorted(held[name]["units"].items()))} for name in sorted(held)}
 
 
 def dumps_with_code(root: Any) -> tuple[bytes, dict[str, dict[str, Any]]]:

@@ -1,6 +1,7 @@
-"""What a snapshot's body holds, looked at without running or even loading the author's code (semantics §4.4).
+"""What a snapshot's body holds, looked at without running or even loading the author's code (semantics §4.1, §4.4).
 
-Every class and function the bytes name becomes a stub that only remembers what it was given.
+Every class and function the bytes name becomes a stub that only remembers what it was given.  `peek` shows the waiting
+generators, `canonical` is a form of the whole graph that is equal when two graphs are.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import io
 import pickle
 from typing import Any
 
-from kwflow.durable.codec import _CELL, _GENERATOR
+from kwflow.durable.codec import _CELL, _GENERATOR, dumps
 from kwflow.durable.frames import SUSPENDED
 from kwflow.errors import CorruptSnapshotError
 
-__all__ = ["Stub", "peek"]
+__all__ = ["Stub", "canonical", "canonical_bytes", "peek"]
 
 _REAL: dict[str, type] = {cls.__name__: cls for cls in (set, frozenset, bytearray, complex, range, slice, list, dict, tuple)}
 
@@ -62,14 +63,19 @@ class _Unpickler(pickle.Unpickler):
         return type(name, (Stub,), {"name": shown})
 
 
-def peek(body: bytes) -> list[tuple[str, dict[str, Any]]]:
-    """(function, its variables) of each waiting generator, in the order they were met.  Raises CorruptSnapshotError."""
+def _stubs(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
+    """The root and the deferred states, of stubs."""
     try:
         unpickler = _Unpickler(io.BytesIO(body))
-        unpickler.load()
-        states = [state for states in iter(unpickler.load, None) for state in states]
+        root = unpickler.load()
+        return root, [state for states in iter(unpickler.load, None) for state in states]
     except Exception as error:  # damaged bytes may do anything in an unpickler
         raise CorruptSnapshotError(f"the body of a snapshot cannot be read: {type(error).__name__}: {error}") from error
+
+
+def peek(body: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """(function, its variables) of each waiting generator, in the order they were met.  Raises CorruptSnapshotError."""
+    _, states = _stubs(body)
     cells = {id(cell): value for kind, cell, value in states if kind == _CELL}
     found = []
     for kind, made, state in states:
@@ -78,3 +84,49 @@ def peek(body: bytes) -> list[tuple[str, dict[str, Any]]]:
             shared = [cells[id(cell)] for cell in made.args[2] if id(cell) in cells]
             found.append((made.args[4], {**values, **({"(shared with inner functions)": shared} if shared else {})}))
     return found
+
+
+def canonical(root: Any) -> str:
+    """A text that is equal for two graphs that mean the same: nodes numbered as they are met, sets sorted, strings by value.
+
+    Raises UnsavableError, as `dumps`.
+    """
+    return canonical_bytes(dumps(root))
+
+
+def canonical_bytes(body: bytes) -> str:
+    """`canonical` of what these bytes hold.  Raises CorruptSnapshotError."""
+    root, states = _stubs(body)
+    deferred = {id(made): (kind, dict(sorted(state[1].items())) if kind == _GENERATOR else state, state[0] if kind == _GENERATOR else "") for kind, made, state in states}
+    numbers: dict[int, int] = {}
+    nodes: list[Any] = []
+
+    def ref(value: Any) -> str:
+        if isinstance(value, tuple):
+            return f"({' '.join(map(ref, value))})"
+        if isinstance(value, (set, frozenset)):
+            return f"{type(value).__name__}{{{' '.join(sorted(map(flat, value)))}}}"
+        if not isinstance(value, (list, dict, bytearray, Stub)):
+            return value.__qualname__ if isinstance(value, type) else repr(value)
+        if id(value) not in numbers:
+            numbers[id(value)] = len(nodes)
+            nodes.append(value)
+        return f"#{numbers[id(value)]}"
+
+    def flat(value: Any) -> str:  # elements of sets are hashable: no cycle leads through them without an object
+        return f"{value.name}{flat(value.args)}{flat(value.state)}" if isinstance(value, Stub) else ref(value)
+
+    lines = [ref(root)]
+    met = 0
+    while met < len(nodes):
+        node = nodes[met]
+        kind, state, status = deferred.get(id(node), ("", None, ""))
+        if isinstance(node, Stub):
+            text = f"{node.name} {ref(node.args)} {ref(node.state)} {' '.join(map(ref, node.items))} {kind} {status} {ref(state)}"
+        elif isinstance(node, dict):
+            text = "{" + " ".join(f"{ref(key)}: {ref(item)}" for key, item in node.items()) + "}"
+        else:
+            text = f"[{' '.join(map(ref, node))}]"
+        lines.append(f"#{met} {text}")
+        met += 1
+    return "\n".join(lines)

@@ -48,7 +48,15 @@ def test_a_resume_of_no_known_ref_changes_nothing(value: bytes) -> None:
 
 def test_a_workflow_starts_and_resumes_others_over_the_resume_topic() -> None:
     """KW-11: always declared."""
-    w = run("def main(o):\n    if o == 'child':\n        return (yield kw.suspend('r'))\n    kw.output('new:\"child\"', 'workflow-resume', key='other')\n    kw.output_json({'ref': 'r', 'value': 7}, 'workflow-resume', 'other')\n    return 'parent'\n    yield")
+    w = run("""
+def main(o):
+    if o == 'child':
+        return (yield kw.suspend('r'))
+    kw.output('new:"child"', 'workflow-resume', key='other')
+    kw.output_json({'ref': 'r', 'value': 7}, 'workflow-resume', 'other')
+    return 'parent'
+    yield
+""")
     assert (w.result("w"), w.result("other")) == ("parent", 7)
 
 
@@ -111,21 +119,48 @@ def test_a_plain_function_is_a_workflow_whose_value_is_its_result() -> None:
 
 def test_identity_cycles_and_classes_survive_a_step() -> None:
     """KW-37."""
-    w = run("class Own(Exception):\n    pass\ndef main(o):\n    a = [1]\n    a.append(a)\n    b = {'a': a, 'own': Own('x'), 'token': kw.Cancelled()}\n    yield kw.suspend('r')\n    return [b['a'] is a, a[1] is a, isinstance(b['own'], Own), isinstance(b['token'], kw.CancelToken)]")
+    w = run("""
+class Own(Exception):
+    pass
+def main(o):
+    a = [1]
+    a.append(a)
+    b = {'a': a, 'own': Own('x'), 'token': kw.Cancelled()}
+    yield kw.suspend('r')
+    return [b['a'] is a, a[1] is a, isinstance(b['own'], Own), isinstance(b['token'], kw.CancelToken)]
+""")
     w.resume("w", "r")
     assert w.result("w") == [True] * 4
 
 
 def test_5000_settled_waits_and_1000_nested_tasks_need_no_stack() -> None:
     """KW-38; nested ones are also saved and loaded."""
-    w = run("def deep(n):\n    if n:\n        return (yield deep(n - 1)) + 1\n    return (yield kw.suspend('r'))\ndef main(o):\n    s = kw.suspend('s')\n    kw.cancel(s)\n    for _ in range(5000):\n        yield 1\n    return (yield deep(1000))")
+    w = run("""
+def deep(n):
+    if n:
+        return (yield deep(n - 1)) + 1
+    return (yield kw.suspend('r'))
+def main(o):
+    s = kw.suspend('s')
+    kw.cancel(s)
+    for _ in range(5000):
+        yield 1
+    return (yield deep(1000))
+""")
     w.resume("w", "r", 1)
     assert w.result("w") == 1001
 
 
 def test_a_failed_step_leaks_nothing_into_the_steps_of_others() -> None:
     """KW-36, KW-39: neither its outputs nor its waits."""
-    w = run("def main(o):\n    say('mine')\n    held = kw.suspend('leak') if o == 'bad' else None\n    lock = __import__('threading').Lock() if o == 'bad' else None\n    yield kw.suspend('r')\n    say('end')", "bad")
+    w = run("""
+def main(o):
+    say('mine')
+    held = kw.suspend('leak') if o == 'bad' else None
+    lock = __import__('threading').Lock() if o == 'bad' else None
+    yield kw.suspend('r')
+    say('end')
+""", "bad")
     assert (w.header("w") or {})["status"] == "parked"
     assert w.outputs_to("out") == []
     w.start("v", "good")
@@ -149,7 +184,13 @@ def test_a_stale_resume_leaks_no_waits_into_the_next_start() -> None:
 
 def test_one_explicit_id_is_used_in_one_suspension_after_the_other() -> None:
     """T-KW-7, with one argument."""
-    w = run("def main(o):\n    for _ in range(2):\n        kw.output(f'msg1:{o[\"name\"]}', 'schedule', key='w|testRef')\n        kw.output((yield kw.suspend('testRef')), 'output')\n    return 'suspendResumeTestRet'", {"name": "arg"})
+    w = run("""
+def main(o):
+    for _ in range(2):
+        kw.output(f'msg1:{o["name"]}', 'schedule', key='w|testRef')
+        kw.output((yield kw.suspend('testRef')), 'output')
+    return 'suspendResumeTestRet'
+""", {"name": "arg"})
     w.resume("w", "testRef", "first")
     w.resume("w", "testRef", "second")
     assert w.outputs_to("schedule") == ["msg1:arg"] * 2
@@ -160,7 +201,18 @@ def test_one_explicit_id_is_used_in_one_suspension_after_the_other() -> None:
 @pytest.mark.parametrize(("combine", "expected"), [("kw.all([c('a'), c('b')])", ["a CT", "b CT"]), ("kw.race([c('a'), c('b')])", "a CT")])
 def test_children_that_catch_their_cancel_give_the_combinator_its_value(combine: str, expected: Any) -> None:
     """T-KW-10."""
-    w = run(f"def c(n):\n    try:\n        yield kw.suspend(n)\n    except kw.CancelToken:\n        return n + ' CT'\ndef main(o):\n    x = {combine}\n    yield kw.suspend('go')\n    kw.cancel(x)\n    return (yield x)")
+    w = run(f"""
+def c(n):
+    try:
+        yield kw.suspend(n)
+    except kw.CancelToken:
+        return n + ' CT'
+def main(o):
+    x = {combine}
+    yield kw.suspend('go')
+    kw.cancel(x)
+    return (yield x)
+""")
     w.resume("w", "go")
     assert w.result("w") == expected
 
