@@ -30,6 +30,7 @@ __all__ = [
     "KwflowBug",
     "KwflowError",
     "NotDurableError",
+    "NotDurableWarning",
     "ProtocolError",
     "SnapshotError",
     "StepTimeout",
@@ -57,6 +58,10 @@ class UnsupportedError(UsageError):
 
 class NotDurableError(UsageError):
     """A generator whose module is not durable was handed to the engine; it could not be saved while it waits."""
+
+
+class NotDurableWarning(UserWarning):
+    """A durable module uses a generator function that is not durable."""
 
 
 class UnknownWorkflowError(UsageError):

@@ -32,6 +32,7 @@ __all__ = ["Context", "Ended", "Keep", "Limits", "Save", "Step", "Topics", "Tran
 
 _Wait = TypeVar("_Wait", bound=Suspension)
 _ENDED_VALUE_BYTES_MAX = 65_536  # M4: the entry kept after the end holds the outcome up to this
+_AHEAD_MS_MAX = 3_600_000  # K13: Kafka 4 refuses what lies further ahead
 _STUCK_MAX = 100  # a main that catches StuckError and waits for nothing again would loop in the step for ever
 
 
@@ -432,6 +433,8 @@ class Step:
         key_bytes = self.instance.id.encode() if key is None else key.encode() if isinstance(key, str) else key
         if not isinstance(key_bytes, bytes):
             raise TypeError(f"a record key is str or bytes, not {type(key).__name__}")
+        if timestamp_ms is not None and (not isinstance(timestamp_ms, int) or not 0 <= timestamp_ms <= self.context.received_ms + _AHEAD_MS_MAX):
+            raise UsageError(f"timestamp_ms is a whole number of ms since 1970, at most an hour ahead, not {timestamp_ms!r}")
         self._emit(topic, key_bytes, value, self._travelling + self._author_headers(topic, headers), timestamp_ms)
 
     def _author_headers(self, topic: str, headers: Any) -> wire.Headers:

@@ -7,20 +7,23 @@ stops the import (semantics §5).
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib.machinery import ModuleSpec
 from typing import Any, TypeVar
 
 from kwflow.durable import registry, runtime
 from kwflow.durable.lower import lower_module
-from kwflow.errors import UnsupportedError, UsageError
+from kwflow.errors import NotDurableWarning, UnsupportedError, UsageError
 
-__all__ = ["install", "load_source", "native", "uninstall"]
+__all__ = ["durable", "install", "load_source", "native", "uninstall"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CONTAINERS = (list, dict, set, tuple, frozenset, bytearray)
@@ -30,6 +33,51 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleT
 def native(function: _F) -> _F:
     """Opt a function of a durable module out: it stays as written and its generators cannot be saved."""
     return function
+
+
+def durable(function: _F) -> _F:
+    """Make one module-level generator function durable, in a module that is not: `@durable` directly above its def.
+
+    Raises UsageError for methods and inner functions, UnsupportedError for what cannot be lowered or has no source.
+    """
+    raw: Any = function
+    if not isinstance(raw, types.FunctionType) or raw.__qualname__ != raw.__name__:
+        raise UsageError(f"@durable takes a module-level function, not {getattr(raw, '__qualname__', raw)!r}; make the whole module durable instead (__kwflow_durable__ = True)")
+    if registry.function_of(raw.__code__) is not None:
+        return function
+    try:
+        lines, first = inspect.getsourcelines(raw)
+    except OSError:
+        raise UnsupportedError(f"{raw.__module__}.{raw.__name__} has no source, so it cannot be made durable") from None
+    tree = ast.increment_lineno(ast.parse("".join(lines)), first - 1)
+    _bare(tree.body[0])
+    lowered = lower_module(raw.__module__, tree, raw.__code__.co_filename)
+    known = registry.modules().get(raw.__module__)
+    if known is not None:  # others of this module were decorated before
+        lowered.functions, lowered.units = {**known.functions, **lowered.functions}, {**known.units, **lowered.units}
+        lowered.version = hashlib.sha256(f"{known.version} {lowered.version}".encode()).hexdigest()
+    lowered.namespace = raw.__globals__
+    registry.add_module(lowered)
+    raw.__globals__["@kw"] = runtime.Runtime(lowered)
+    exec(lowered.code, raw.__globals__)
+    made = raw.__globals__[raw.__name__]
+    made.__defaults__, made.__kwdefaults__, made.__annotations__, made.__doc__ = raw.__defaults__, raw.__kwdefaults__, raw.__annotations__, raw.__doc__
+    made.__dict__.update(raw.__dict__)
+    result: _F = made
+    return result
+
+
+def _bare(node: ast.stmt) -> None:
+    """Without what ran already when the function was defined: decorators, defaults, annotations."""
+    if not isinstance(node, ast.FunctionDef):
+        raise UnsupportedError(f"@durable takes a def, not {type(node).__name__}")
+    node.decorator_list, node.returns = [], None
+    arguments = node.args
+    for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]:
+        if argument is not None:
+            argument.annotation = None
+    arguments.defaults = [ast.copy_location(ast.Constant(None), default) for default in arguments.defaults]
+    arguments.kw_defaults = [default and ast.copy_location(ast.Constant(None), default) for default in arguments.kw_defaults]
 
 
 def load_source(name: str, source: str | bytes | ast.Module, filename: str = "<source>") -> types.ModuleType:
@@ -62,6 +110,9 @@ def run(module: types.ModuleType, source: str | ast.Module, filename: str) -> No
     registry.add_module(lowered)
     module.__dict__["@kw"] = runtime.Runtime(lowered)
     exec(lowered.code, module.__dict__)
+    for name, value in module.__dict__.items():
+        if inspect.isgeneratorfunction(value) and value.__module__ != module.__name__ and registry.function_of(value.__code__) is None:
+            warnings.warn(f"{module.__name__}.{name} is a generator function of {value.__module__}, which is not durable: a workflow cannot wait in it", NotDurableWarning, stacklevel=2)
     named = {name: value for name, value in module.__dict__.items() if name[:2] != "__" and name[0] != "@"}
     registry.add_sentinels(module.__name__, {name: value for name, value in named.items() if not isinstance(value, (*_CONTAINERS, *_ATOMS)) and type(value).__module__ != "typing"})
 

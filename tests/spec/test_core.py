@@ -182,6 +182,7 @@ def main(o):
         ("kw.declare_topics('late')", "module level"),
         ("kw.cancel(5)", "no wait"),
         ("kw.sleep('soon')", "timedelta"),
+        ("kw.output('x', 'out', timestamp_ms=10 ** 15)", "an hour ahead"),
     ],
 )
 def test_what_would_be_silently_wrong_is_refused_with_what_was_meant(line: str, said: str) -> None:

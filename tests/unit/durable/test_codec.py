@@ -10,7 +10,7 @@ import pytest
 
 from kwflow import durable
 from kwflow.core.murmur2 import partition_of
-from kwflow.errors import NotDurableError, SnapshotError, UnsavableError, UnsupportedError
+from kwflow.errors import NotDurableError, NotDurableWarning, SnapshotError, UnsavableError, UnsupportedError, UsageError
 
 SOURCE = '''
 import threading
@@ -219,3 +219,53 @@ def test_names_outside_the_list_are_never_called(attack: bytes) -> None:
 def test_keys_land_where_java_puts_them(key: bytes, hashed: int) -> None:
     """K6: the hashes of Kafka's own UtilsTest.testMurmur2, modulo 100."""
     assert partition_of(key, 100) == (hashed & 0x7FFFFFFF) % 100
+
+
+def test_one_function_of_a_plain_module_is_made_durable_by_the_decorator(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plain_module.py").write_text("""
+from __future__ import annotations
+from kwflow.durable import durable
+
+def helper(n):
+    return n * 10
+
+@durable
+def first(n: Undefined, step=[1]) -> Undefined:
+    \"\"\"Its text.\"\"\"
+    total = 0
+    for i in range(n):
+        total += (yield i + step[0])
+        yield from second(total)
+    return helper(total)
+
+@durable
+def second(value):
+    yield ("second", value)
+
+def native():
+    yield 1
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = __import__("plain_module")
+    assert (module.first.__doc__, module.first.__defaults__, module.first.__code__.co_firstlineno) == ("Its text.", ([1],), 9)
+    assert durable.is_durable(module.second)
+    assert not durable.is_durable(module.native)
+    gen, met = module.first(2), []
+    send = None
+    while True:
+        try:
+            met.append(gen.send(send))
+        except StopIteration as stop:
+            met.append(stop.value)
+            break
+        send = 3
+        gen = again(gen)
+    assert met == [1, ("second", 3), 2, ("second", 6), 60]
+    with pytest.raises(UsageError, match="module-level"):
+        durable.durable(lambda: (yield))
+
+
+def test_a_native_generator_function_in_a_durable_module_is_warned_about() -> None:
+    """Semantics §5.3."""
+    with pytest.warns(NotDurableWarning, match="findlinestarts is a generator function of dis"):
+        durable.load_source("warned", "from dis import findlinestarts\n")
