@@ -1,0 +1,175 @@
+"""The command line as its user meets it: help, inspection, dead letters, signals in the middle of a step, errors in one line."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from kwflow.cli import app
+from kwflow.runners.socket import submit
+from tests.embedded.test_embedded import ROOT, TRIP, Shell
+
+SLOW = """
+import time
+import kwflow as kw
+kw.declare_topics("slow-out")
+
+def main(opts):
+    try:
+        yield kw.suspend("go")
+        kw.log("step begins")
+        begun = time.monotonic()
+        while time.monotonic() - begun < 2:
+            sum(range(1000))
+        kw.output("done", "slow-out")
+    except BaseException:
+        kw.output("compensated", "slow-out")
+        raise
+    yield kw.suspend("end")
+"""
+
+SHOWN = """
+import kwflow as kw
+
+class Order:
+    def __init__(self):
+        self.items = ["teapot"]
+
+def main(opts):
+    order, count = Order(), 3
+    yield kw.suspend("r")
+    return count
+"""
+
+
+@pytest.fixture
+def shell(tmp_path: pathlib.Path) -> Iterator[Shell]:
+    shell = Shell(tmp_path / "state")
+    yield shell
+    for engine in shell.engines:
+        engine.kill()
+        engine.wait()
+        if engine.stderr is not None:
+            engine.stderr.close()
+
+
+def commands() -> list[list[str]]:
+    found: list[list[str]] = []
+
+    def walk(group: object, path: list[str]) -> None:
+        for name, command in group.commands.items():  # type: ignore[attr-defined]
+            if hasattr(command, "commands"):
+                walk(command, [*path, name])
+            else:
+                found.append([*path, name])
+
+    walk(typer.main.get_command(app), [])
+    return found
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_has_help_with_an_example(command: list[str]) -> None:
+    """Issue 3 §6."""
+    said = CliRunner().invoke(app, [*command, "--help"])
+    assert said.exit_code == 0
+    assert f"Example: kwflow {' '.join(command)}" in said.output
+
+
+def test_options_are_environment_variables_too(tmp_path: pathlib.Path) -> None:
+    """Issue 3 §6."""
+    environment = {**os.environ, "KWFLOW_EMBEDDED": str(tmp_path / "s"), "KWFLOW_RUN_INPUT": "[20, 22]"}
+    (tmp_path / "adding.py").write_text("def main(opts):\n    return sum(opts)\n    yield\n")
+    done = subprocess.run([sys.executable, "-m", "kwflow.cli", "run", str(tmp_path / "adding.py")], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "42\n", done.stderr
+
+
+@pytest.mark.slow
+def test_show_with_locals_shows_variables_without_the_authors_code(shell: Shell, tmp_path: pathlib.Path) -> None:
+    """Semantics §4.4."""
+    module = tmp_path / "shown.py"
+    module.write_text(SHOWN)
+    engine = shell.engine(str(module))
+    shell("start", "x")
+    shell.until(lambda: "suspension r" in shell("list") or "r" in shell("show", "x", code=0))
+    engine.send_signal(signal.SIGTERM)
+    assert engine.wait(20) == 0
+    module.unlink()
+    said = shell("show", "x", "--locals")
+    assert "count = 3" in said
+    assert "order = <shown.Order {'items': ['teapot']}>" in said
+    assert "shown.py:10" in said
+
+
+@pytest.mark.slow
+def test_dead_letters_are_listed_shown_retried_and_discarded(shell: Shell) -> None:
+    """Wire.md §4."""
+    shell.engine(TRIP)
+    submit(shell.directory, "workflow-resume", b"bad", b"{not json")
+    submit(shell.directory, "workflow-resume", b"worse", b"[]")
+    shell.until(lambda: "bad-message" in shell("dead-letters", "list"))
+    assert "{not json" in shell("dead-letters", "show", "0:0")
+    shell("dead-letters", "discard", "0:1")
+    shell("dead-letters", "retry", "0:0")  # still no JSON: a new letter, before or after the mark that closes the old one
+    new: list[str] = []
+    shell.until(lambda: new.extend(letter for letter in ("0:3", "0:4") if letter in shell("dead-letters", "list")) or new)
+    said = shell("dead-letters", "list")
+    assert "bad-message" not in said
+    assert "0:0" not in said
+    assert "kwflow-original-timestamp" in shell("dead-letters", "show", new[0])
+    assert "no dead letter '0:0' is open" in shell("dead-letters", "show", "0:0", code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_a_step_finishes_the_batch_and_author_code_never_sees_it(shell: Shell, tmp_path: pathlib.Path, number: signal.Signals) -> None:
+    """Semantics §2.5: no compensation because of it."""
+    module = tmp_path / "slow.py"
+    module.write_text(SLOW.replace('kw.log("step begins")', f'open({str(tmp_path / "begun")!r}, "w").close()'))
+    engine = shell.engine(str(module))
+    shell("start", "x")
+    shell("resume", "x", "go")
+    shell.until(lambda: (tmp_path / "begun").exists())
+    engine.send_signal(number)
+    assert engine.wait(20) == 0
+    assert shell.records("slow-out") == ["0 x done"]
+    assert "suspension end" in shell("show", "x")
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_engine_at_once_and_nothing_of_the_step_is_kept(shell: Shell, tmp_path: pathlib.Path) -> None:
+    """Issue 3 §6, G1."""
+    module = tmp_path / "slow.py"
+    module.write_text(SLOW.replace("< 2", "< 60").replace('kw.log("step begins")', f'open({str(tmp_path / "begun")!r}, "w").close()'))
+    engine = shell.engine(str(module))
+    shell("start", "x")
+    shell("resume", "x", "go")
+    shell.until(lambda: (tmp_path / "begun").exists())
+    engine.send_signal(signal.SIGTERM)
+    shell.until(lambda: _handled(engine.pid))
+    engine.send_signal(signal.SIGTERM)
+    assert engine.wait(20) == 128 + signal.SIGTERM
+    assert shell.records("slow-out") == []
+    assert "suspension go" in shell("show", "x")
+
+
+def _handled(pid: int) -> bool:
+    """Whether no SIGTERM is pending any more, so that a second one is not merged with the first."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    pending = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
+    return not any(mask >> (signal.SIGTERM - 1) & 1 for mask in pending)
+
+
+def test_no_broker_is_one_line_and_exit_code_3() -> None:
+    """Issue 3, bad input; 3 means: start me again."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kwflow.cli", "engine", TRIP, "--bootstrap-servers", "127.0.0.1:1"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 3
+    assert "no broker at 127.0.0.1:1" in done.stderr
+    assert "Traceback" not in done.stderr
