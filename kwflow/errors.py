@@ -29,6 +29,7 @@ __all__ = [
     "FencedError",
     "KwflowBug",
     "KwflowError",
+    "LostCallWarning",
     "NotDurableError",
     "NotDurableWarning",
     "ProtocolError",
@@ -58,6 +59,10 @@ class UnsupportedError(UsageError):
 
 class NotDurableError(UsageError):
     """A generator whose module is not durable was handed to the engine; it could not be saved while it waits."""
+
+
+class LostCallWarning(UserWarning):
+    """A call of a durable generator function whose result is thrown away: nothing of it runs."""
 
 
 class NotDurableWarning(UserWarning):

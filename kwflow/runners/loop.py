@@ -166,6 +166,7 @@ class _Batch:
         self.live: dict[bytes, _Live] = {}
         self.context = Context(received_ms, processor.incarnation, processor.topics, workflows=processor.workflows)
         self.made: list[Decision] = []
+        self.held: dict[str, int] = {}
 
     def run(self) -> list[Decision]:
         self.made = [Decision()] * len(self.records)
@@ -206,7 +207,7 @@ class _Batch:
             header, body = snapshot.split(stored)
             if header["status"] == "parked":
                 wire.parse(record)
-                return parked.hold(self.config, self.state, name, record, self.context.received_ms)
+                return parked.hold(self.config, self.state, name, record, self.context.received_ms, self.held)
             if header["status"] == "ended":
                 return self._after_end(header, record)
             return _Live(stored, snapshot.wake(header, body))
@@ -261,7 +262,11 @@ class _Batch:
             self._again(key, live.met[:-1])
         stored = self.state.get(key) if live.ahead else live.base
         if stored is not None and snapshot.read_header(stored)["status"] == "parked":
-            return parked.hold(self.config, self.state, name, self.records[number], self.context.received_ms)
+            return parked.hold(self.config, self.state, name, self.records[number], self.context.received_ms, self.held)
+        return self._park(name, stored, number, error)
+
+    def _park(self, name: str, stored: bytes | None, number: int, error: BaseException) -> Decision:
+        self.held.pop(name, None)
         return parked.park(self.config, self.state, name, stored, self.records[number], error, self.context.received_ms)
 
     def _again(self, key: bytes, numbers: list[int]) -> None:
@@ -285,8 +290,7 @@ class _Batch:
                 if len(live.met) > 1:
                     self._again(key, live.met)
                 else:
-                    record = self.records[live.met[0]]
-                    self.made[live.met[0]] = parked.park(self.config, self.state, key.decode(), live.base, record, error, self.context.received_ms)
+                    self.made[live.met[0]] = self._park(key.decode(), live.base, live.met[0], error)
                 return
             self.state.put(key, data)
             live.base = data
@@ -300,6 +304,7 @@ class _Batch:
             raise ProtocolError(f"unknown op {wire.header(record, 'kwflow-op')!r}", "unknown-op")
         if not parked.is_parked(self.state.get(key)):
             return Decision(counts=("not-parked",), logs=(f"{name}: {message.op} ignored: it is not parked",))
+        self.held.pop(name, None)
         held = parked.release(self.state, name, discard=message.op == "discard")
         drained = _Batch(self.processor, self.state, held, self.context.received_ms)
         outputs: list[Output] = []
@@ -309,7 +314,8 @@ class _Batch:
             outputs += made.outputs
             logs += made.logs
             counts += made.counts
-        return Decision(tuple(outputs), tuple(logs), tuple(counts))
+        rest = parked.pause(self.config, self.state, name)
+        return Decision((*outputs, rest) if rest is not None else tuple(outputs), tuple(logs), tuple(counts))
 
 
 class TimerProcessor:

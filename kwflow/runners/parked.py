@@ -6,6 +6,8 @@ behind it, as entries `\\0hold\\0<id>\\0<offset>` of the same state.  It must no
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 
 from kwflow.config import Config
@@ -14,8 +16,9 @@ from kwflow.core.wire import Output, Record
 from kwflow.errors import SnapshotError
 from kwflow.ports import Changes, Decision
 
-__all__ = ["dead", "dead_letter", "hold", "is_parked", "park", "release"]
+__all__ = ["DRAINED_MAX", "dead", "dead_letter", "hold", "is_parked", "park", "pause", "release"]
 
+DRAINED_MAX = 500
 _HOLD = b"\0hold\0"
 
 
@@ -49,24 +52,44 @@ def is_parked(stored: bytes | None) -> bool:
         return False
 
 
-def hold(config: Config, state: Changes, name: str, record: Record, received_ms: int) -> Decision:
-    """The record waits behind the others."""
-    held = sum(1 for _ in state.scan(_prefix(name)))
-    if held >= config.hold_max:
-        return dead(config, record, "hold-full", f"{name} is parked and holds {held} records already", received_ms)
+def hold(config: Config, state: Changes, name: str, record: Record, received_ms: int, counts: dict[str, int]) -> Decision:
+    """The record waits behind the others; `counts` remembers for a batch how many an instance holds."""
+    count = counts.get(name)
+    if count is None:
+        count = sum(1 for _ in state.scan(_prefix(name)))
+    if count >= config.hold_max:
+        return dead(config, record, "hold-full", f"{name} is parked and holds {count} records already", received_ms)
     state.put(_key(name, record), msgspec.msgpack.encode(record))
+    counts[name] = count + 1
     return Decision(counts=("held",))
 
 
 def release(state: Changes, name: str, discard: bool) -> list[Record]:
-    """Put the state back as it was before it was parked; what was held, in order, without its head if that is discarded."""
+    """Put the state back as it was before it was parked; the first of what was held, in order, without its head if that is discarded."""
     stored = state.get(name.encode())
     state.put(name.encode(), snapshot.unpark(stored) if stored is not None else None)
-    held = []
-    for key, value in list(state.scan(_prefix(name))):
+    return held(state, name)[1 if discard else 0 :]
+
+
+def held(state: Changes, name: str) -> list[Record]:
+    """The first records of the hold, taken out; as many as one transaction may apply (K17)."""
+    found = []
+    for key, value in list(itertools.islice(state.scan(_prefix(name)), DRAINED_MAX)):
         state.put(key, None)
-        held.append(msgspec.msgpack.decode(value, type=Record))
-    return held[1:] if discard else held
+        found.append(msgspec.msgpack.decode(value, type=Record))
+    return found
+
+
+def pause(config: Config, state: Changes, name: str) -> Output | None:
+    """If more is held: park the instance again behind it, with the command that goes on; what arrives meanwhile joins the hold."""
+    stored = state.get(name.encode())
+    if next(iter(state.scan(_prefix(name))), None) is None or is_parked(stored):
+        return None
+    header = snapshot.read_header(stored) if stored is not None else None
+    base = {"id": name, "workflow": "", "start_id": "", "waits": []}
+    alive = stored if header is not None and header["status"] != "ended" else None
+    state.put(name.encode(), snapshot.park(alive, base, "draining", "what it held is being applied", -1))
+    return Output(config.resume_topic, name.encode(), b"null", (("kwflow-op", b"retry"),))
 
 
 def _prefix(name: str) -> bytes:

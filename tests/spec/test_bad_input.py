@@ -2,6 +2,7 @@
 
 import pathlib
 
+import msgspec
 import pytest
 
 from kwflow import durable
@@ -9,6 +10,7 @@ from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.step import Workflows
 from kwflow.core.wire import Record
+from kwflow.ports import Decision
 from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.testing import MemoryStore, WorkflowTester
 
@@ -122,3 +124,41 @@ def test_an_endless_loop_without_a_wait_is_logged_with_its_line_and_its_instance
     assert "endless.py:" in lines[0]
     [made] = processor.decide(Overlay(store), [Record("workflow-resume", 0, 1, 1, b"b", b'new:"fine"')], 1)
     assert made.outputs[-1].value == b'"ended"'
+
+
+def test_a_long_hold_is_drained_in_bounded_transactions_and_what_arrives_meanwhile_joins_it(engine: WorkflowTester) -> None:
+    """K17: exactly once and in order, each record with its own offset."""
+    source = 'import kwflow as kw\ndef main(opts):\n    met = []\n    while len(met) < 1200:\n        met.append((yield kw.suspend("r")))\n    return met\n'
+    module = durable.load_source("counting", source, "counting.py")
+    store = MemoryStore()
+    processor = WorkflowProcessor(Config(), Workflows({"main": module.main}, "main"), frozenset())
+    offset = 0
+    sizes: list[int] = []
+
+    def send(value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> Decision:
+        nonlocal offset
+        changes = Overlay(store)
+        [made] = processor.decide(changes, [Record("workflow-resume", 0, offset, 1, b"c", value, headers)], 1)
+        store.apply(changes.changes)
+        offset += 1
+        return made
+
+    send(b"new:{}")
+    good = store.entries[b"c"]
+    store.entries[b"c"] = good[:-1] + b"?"  # damaged, and repaired later
+    for n in range(1198):
+        assert send(b'{"ref":"r","value":%d}' % n).counts[-1] in ("parked", "held")
+    parked, hold = snapshot.split(store.entries[b"c"]), b'{"ref":"r","value":%d}'
+    store.entries[b"c"] = snapshot.park(good, parked[0], "repaired", "by hand", 1)
+    commands = [send(b"null", (("kwflow-op", b"retry"),))]
+    late = 1198
+    while (outputs := [output for output in commands[-1].outputs if output.topic == "workflow-resume"]) and late < 1210:
+        sizes.append(commands[-1].counts.count("resumed"))
+        assert send(hold % late).counts == ("held",), "it joins the hold"
+        late += 1
+        commands.append(send(outputs[0].value or b"", outputs[0].headers))
+    sizes.append(commands[-1].counts.count("resumed"))
+    assert sizes == [500, 500, 200]
+    result = commands[-1].outputs[-1]
+    assert result.value == msgspec.json.encode(list(range(1200)))
+    assert store.entries == {}

@@ -6,6 +6,7 @@
     protected.py    try, with
     statements.py   the rest
     functions.py    nested functions, the twins, functions compiled alone
+    lint.py         calls that are thrown away
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hashlib
 
 from kwflow.durable.fingerprint import unit_hash
 from kwflow.durable.lower.functions import ModuleLowering
+from kwflow.durable.lower.lint import warn_lost_calls
 from kwflow.durable.lower.scopes import Scope, analyze
 from kwflow.durable.registry import Function, Module
 from kwflow.errors import UnsupportedError
@@ -35,6 +37,7 @@ def lower_module(name: str, source: str | ast.Module, filename: str) -> Module:
     version = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     compile(tree, filename, "exec", dont_inherit=True, optimize=0)  # the compiler's own errors come first, in its own words
     scopes = analyze(tree)
+    warn_lost_calls(tree, scopes, filename)
     lowering = ModuleLowering(name, filename, scopes, _future_flags(tree))
     try:
         code = lowering.compile(lowering.module(tree))

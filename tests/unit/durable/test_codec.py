@@ -10,7 +10,7 @@ import pytest
 
 from kwflow import durable
 from kwflow.core.murmur2 import partition_of
-from kwflow.errors import NotDurableError, NotDurableWarning, SnapshotError, UnsavableError, UnsupportedError, UsageError
+from kwflow.errors import LostCallWarning, NotDurableError, NotDurableWarning, SnapshotError, UnsavableError, UnsupportedError, UsageError
 
 SOURCE = '''
 import threading
@@ -269,3 +269,11 @@ def test_a_native_generator_function_in_a_durable_module_is_warned_about() -> No
     """Semantics §5.3."""
     with pytest.warns(NotDurableWarning, match="findlinestarts is a generator function of dis"):
         durable.load_source("warned", "from dis import findlinestarts\n")
+
+
+def test_a_thrown_away_call_of_a_generator_is_warned_about_with_its_line() -> None:
+    """Semantics §1.4."""
+    source = "def book(x):\n    yield x\ndef plain():\n    return 1\ndef main(o):\n    plain()\n    def inner():\n        yield 1\n    inner()\n    yield book(1)\n    book(2)\n"
+    with pytest.warns(LostCallWarning) as met:
+        durable.load_source("thrown", source, "thrown.py")
+    assert sorted(warning.lineno for warning in met) == [9, 11]
