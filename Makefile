@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check nightly bench clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("kwflow needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -16,10 +16,13 @@ demo: $(INSTALLED)
 	$(BIN)/python -m workflows.demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -rs --durations=10
 
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/repo
+
+nightly: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m nightly --durations=10
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks

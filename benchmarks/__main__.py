@@ -1,14 +1,16 @@
 """Figures of durable generators, the embedded engine and, where a broker is, the Kafka engine."""
 
+import contextlib
 import json
 import os
 import pathlib
 import pickle
+import shutil
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from confluent_kafka import Consumer, Producer, TopicPartition
@@ -193,6 +195,8 @@ def kafka(module: Any, bootstrap: str, directory: pathlib.Path, size: int) -> No
         reader.until(1)
         trips.append(time.perf_counter() - one)
     percentiles("Kafka round trip", trips)
+    percentiles("Kafka commit of one record", list(runner.commit_s)[-100:])
+    percentiles("Kafka commit under load", list(runner.commit_s)[1:-100])
     done.set()
     thread.join()
     bare_kafka(bootstrap, config, size)
@@ -222,7 +226,8 @@ class Reader:
 
 def bare_kafka(bootstrap: str, config: Config, size: int) -> None:
     """Gather, produce one output and one state record for each, commit: the loop with no engine in it."""
-    consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": f"{config.application_id}-bare", "isolation.level": "read_committed", "enable.auto.commit": False, "auto.offset.reset": "earliest"})
+    settings = {"group.id": f"{config.application_id}-bare", "isolation.level": "read_committed", "enable.auto.commit": False, "auto.offset.reset": "earliest"}
+    consumer = Consumer({"bootstrap.servers": bootstrap, **settings})
     consumer.subscribe([config.resume_topic])
     producer = Producer({"bootstrap.servers": bootstrap, "transactional.id": f"{config.application_id}-bare", "linger.ms": 100, "retry.backoff.ms": 1, "retry.backoff.max.ms": 100})
     producer.init_transactions(10)
@@ -266,6 +271,20 @@ def lateness(module: Any, directory: pathlib.Path) -> None:
     held.close()
 
 
+@contextlib.contextmanager
+def broker(directory: pathlib.Path) -> Iterator[str | None]:
+    """A Kafka that is there already, or one from Maven's jars; None where there is neither."""
+    given = os.environ.get("KWFLOW_TEST_BOOTSTRAP")
+    if given or not (shutil.which("java") and shutil.which("mvn")):
+        yield given
+        return
+    from tests.integration.conftest import from_jars
+
+    (directory / "broker").mkdir()
+    with contextlib.closing(from_jars(directory / "broker")) as brokers:
+        yield next(brokers)
+
+
 def main() -> None:
     module = durable.load_source("bench_workflows", SOURCE, "bench_workflows.py")
     with tempfile.TemporaryDirectory() as name:
@@ -275,16 +294,16 @@ def main() -> None:
         figures["snapshot bytes"] = size
         bare_rocksdb(directory / "bare", size)
         lateness(module, directory / "timers")
-        bootstrap = os.environ.get("KWFLOW_TEST_BOOTSTRAP")
-        if bootstrap:
-            kafka(module, bootstrap, directory / "kafka", size)
+        with broker(directory) as bootstrap:
+            if bootstrap:
+                kafka(module, bootstrap, directory / "kafka", size)
     table = Table("figure", "value")
     for name, value in figures.items():
         table.add_row(name, f"{value:,.2f}" if value < 100 else f"{value:,.0f}")
     console = Console()
     console.print(table)
     if not bootstrap:
-        console.print("Kafka was not measured: set KWFLOW_TEST_BOOTSTRAP=host:port")
+        console.print("Kafka was not measured: it needs KWFLOW_TEST_BOOTSTRAP=host:port, or Java 17 and Maven")
     pathlib.Path("bench-results.json").write_text(json.dumps(figures, indent=2))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +114,7 @@ class KafkaRunner:
         self._assigned: list[int] = []
         self._restoring: dict[int, tuple[Restore, int]] = {}  # with the group's committed offset
         self._aborts = 0
+        self.commit_s: deque[float] = deque(maxlen=10_000)  # how long the last transactions took
         self._metadata: Any = None
         self._attempts = Attempts(self.directory)
         self._sizes, self._age_max_ms = self._limits(topics.needed(config, outputs))
@@ -396,6 +398,7 @@ class KafkaRunner:
                 reached[message.partition() or 0] = max(reached.get(message.partition() or 0, 0), (message.offset() or 0) + 1)
 
         offsets = [TopicPartition(self.processor.input_topic, number, position) for number, position in batch.positions.items()]
+        begun = time.perf_counter()
         try:
             self._producer.begin_transaction()
             for output in batch.outputs:
@@ -410,6 +413,7 @@ class KafkaRunner:
         except KafkaException as error:
             self._abort(error.args[0], failures)
         self._aborts = 0
+        self.commit_s.append(time.perf_counter() - begun)
         for number, overlay in batch.overlays.items():
             partition = self.owned[number]
             partition.store.settle(overlay.changes, reached.get(number))

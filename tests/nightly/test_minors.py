@@ -1,0 +1,43 @@
+"""G7: the same lowering and the same snapshots on every supported minor that this machine has."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.nightly import minor
+
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
+SUPPORTED = ("3.11", "3.12", "3.13")
+
+
+def interpreter(version: str) -> str:
+    """A python of this minor: on the path, or under pyenv."""
+    found = shutil.which(f"python{version}")
+    if found is not None and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
+        return found
+    under = sorted(pathlib.Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/python"))
+    if not under:
+        pytest.skip(f"NOT TESTED: no Python {version} here")
+    return str(under[-1])
+
+
+def told(version: str, *arguments: str) -> list[str]:
+    done = subprocess.run([interpreter(version), str(pathlib.Path(minor.__file__)), *arguments], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return said
+
+
+@pytest.mark.parametrize("version", [version for version in SUPPORTED if version != f"{sys.version_info[0]}.{sys.version_info[1]}"])
+def test_the_corpus_pickled_at_every_yield_does_there_what_it_does_natively(version: str) -> None:
+    assert told(version, "corpus") == []
+
+
+@pytest.mark.parametrize("version", [version for version in SUPPORTED if version != f"{sys.version_info[0]}.{sys.version_info[1]}"])
+def test_snapshots_of_this_minor_go_on_there(version: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "snapshots.json").write_text(json.dumps(minor.snapshots()))
+    assert told(version, "resume", str(tmp_path / "snapshots.json")) == []
