@@ -516,6 +516,11 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get("KWFLOW_TRACEBACK"):
+            raise
+        err.print(f"kwflow: {type(error).__name__}: {error} (a bug of kwflow's; KWFLOW_TRACEBACK=1 shows where)", style="red", markup=False)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
 from kwflow import api, durable
 from kwflow.core.step import Workflows
-from kwflow.errors import UnknownWorkflowError, UsageError
+from kwflow.errors import KwflowError, UnknownWorkflowError, UsageError
 
 __all__ = ["load_workflows"]
+
+
+def _load(name: str) -> types.ModuleType:
+    if not name.endswith(".py"):
+        durable.install([name.partition(".")[0]])
+        return importlib.import_module(name)
+    path = Path(name)
+    if not path.exists():
+        raise UsageError(f"{name}: no such file")
+    return durable.load_source(path.stem, path.read_text(encoding="utf-8"), str(path))
 
 
 def load_workflows(names: Sequence[str], app_dir: Path | None = None) -> Workflows:
@@ -23,17 +35,13 @@ def load_workflows(names: Sequence[str], app_dir: Path | None = None) -> Workflo
     functions: dict[str, object] = {}
     default: str | None = None
     for name in names:
-        if name.endswith(".py"):
-            path = Path(name)
-            if not path.exists():
-                raise UsageError(f"{name}: no such file")
-            module = durable.load_source(path.stem, path.read_text(encoding="utf-8"), str(path))
-        else:
-            durable.install([name.partition(".")[0]])
-            try:
-                module = importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                raise UsageError(f"cannot import {name}: {error}") from None
+        try:
+            module = _load(name)
+        except (KwflowError, SyntaxError):
+            raise
+        except Exception as error:  # the module's own code may raise anything
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise UsageError(f"cannot import {name}: {type(error).__name__}: {error} ({where.filename}:{where.lineno})") from error
         main = getattr(module, "main", None)
         if main is not None:
             short = module.__name__.rpartition(".")[2]

@@ -38,7 +38,8 @@ def partitions_of(client: AdminClient, config: Config) -> dict[str, int]:
 
 def settings_of(client: AdminClient, names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Topic -> its configuration.  Raises TransportError."""
-    asked = client.describe_configs([ConfigResource(ResourceType.TOPIC, name) for name in names], request_timeout=10)
+    resources = [ConfigResource(ResourceType.TOPIC, name) for name in names]
+    asked = client.describe_configs(resources, request_timeout=10) if resources else {}
     found: dict[str, dict[str, str]] = {}
     for resource, future in asked.items():
         try:

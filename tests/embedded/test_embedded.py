@@ -125,3 +125,8 @@ def test_bad_arguments_get_one_line_and_exit_code_2(shell: Shell, tmp_path: path
     assert "broken.py:2" in said
     assert "lambda" in said
     assert "Traceback" not in said
+    broken.write_text("import json\n\nLIMIT = json.loads('{')\n")
+    said = shell("engine", str(broken), code=2)
+    assert "JSONDecodeError" in said
+    assert "Traceback" not in said
+    assert "cannot import nothing_there" in shell("engine", "nothing_there", code=2)

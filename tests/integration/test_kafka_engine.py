@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from tests.spec.trips import TRIPS, Trip
 
@@ -279,3 +280,23 @@ def test_dead_letters_on_a_broker_are_listed_shown_and_closed(single: Site) -> N
     assert "{not json" in single.run("dead-letters", "show", "0:0")
     single.run("dead-letters", "discard", "0:0")
     assert "bad-json" not in single.run("dead-letters", "list")
+
+
+def test_missing_or_wrong_topics_stop_the_engine_with_one_line(broker: str, application: str, tmp_path: pathlib.Path) -> None:
+    """K12, issue 3, bad input."""
+    admin = AdminClient({"bootstrap.servers": broker})
+
+    def started(*more: str) -> str:
+        command = [sys.executable, "-m", "kwflow.cli", "engine", TRIP, "--bootstrap-servers", broker, "--application-id", application, "--state-dir", str(tmp_path), *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "KWFLOW_RESUME_TOPIC": f"{application}-resume"})
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert f"topic {application}-resume is missing" in started("--wait-for-broker", "0.6")
+    wrong = NewTopic(f"{application}-state-changelog", 3, 1, config={"cleanup.policy": "delete"})
+    for future in admin.create_topics([NewTopic(f"{application}-resume", 2, 1), wrong]).values():
+        future.result()
+    said = started()
+    assert f"topic {application}-state-changelog has 3 partitions, its input {application}-resume has 2" in said
+    assert "it must be compact alone" in said
