@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,8 +116,14 @@ def engine(
             err.print(f"kwflow engine runs in {embedded}", style="green")
             held.run(processors, stop, lambda line: err.print(line, markup=False))
             held.trim(processors)
+            _say_counts(held.counts)
     finally:
         held.close()
+
+
+def _say_counts(counts: Counter[str]) -> None:
+    """What became of the records of this run (G3)."""
+    err.print("records: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"), markup=False, highlight=False)
 
 
 def _wait_for_topics(settings: Config) -> None:
@@ -159,6 +166,7 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
     run_one(runners[0])
     for thread in threads:
         thread.join()
+    _say_counts(sum((runner.counts for runner in runners), Counter()))
     if failed:
         raise failed[0]
 

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -89,6 +90,7 @@ class Embedded:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.directory = directory
         self.clock = clock or SystemClock()
+        self.counts: Counter[str] = Counter()  # what became of records, by the words of Decision.counts
         self.woken = threading.Condition()
         self._appended = False
         self._retention_ms = retention_ms
@@ -159,10 +161,13 @@ class Embedded:
         overlay = Overlay(store)
         outputs: list[Output] = []
         logs: list[str] = []
+        counts: list[str] = []
         for made in processor.decide(overlay, records, self.clock.now_ms()):
             outputs += made.outputs
             logs += made.logs
+            counts += made.counts
         self._commit(store, overlay, outputs, (topic, records[-1].offset + 1))
+        self.counts.update(counts)
         for line in logs:
             on_log(line)
         return len(records)
@@ -177,6 +182,7 @@ class Embedded:
         if made is None:
             return 0
         self._commit(store, overlay, list(made.outputs), None)
+        self.counts.update(made.counts)
         for line in made.logs:
             on_log(line)
         return len(made.outputs)

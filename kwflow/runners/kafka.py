@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +93,7 @@ class Batch:
     outputs: list[Output] = field(default_factory=list)
     positions: dict[int, int] = field(default_factory=dict)
     logs: list[str] = field(default_factory=list)
+    counts: list[str] = field(default_factory=list)
 
 
 class KafkaRunner:
@@ -114,6 +115,7 @@ class KafkaRunner:
         self._assigned: list[int] = []
         self._restoring: dict[int, tuple[Restore, int]] = {}  # with the group's committed offset
         self._aborts = 0
+        self.counts: Counter[str] = Counter()  # what became of records, by the words of Decision.counts
         self.commit_s: deque[float] = deque(maxlen=10_000)  # how long the last transactions took
         self._metadata: Any = None
         self._attempts = Attempts(self.directory)
@@ -346,6 +348,7 @@ class KafkaRunner:
             for made in self._decide(overlay, mine) if refused is None else [self.processor.refuse(overlay, record, refused) for record in mine]:
                 batch.outputs += made.outputs
                 batch.logs += made.logs
+                batch.counts += made.counts
             batch.positions[number] = mine[-1].offset + 1
         try:
             self._commit(batch)
@@ -383,7 +386,7 @@ class KafkaRunner:
             made = self.processor.due(overlay, self.clock.now_ms(), _FIRED_MAX)
             if made is not None:
                 number = partition.number
-                self._commit(Batch({number: overlay}, list(made.outputs), {number: partition.position}, list(made.logs)))
+                self._commit(Batch({number: overlay}, list(made.outputs), {number: partition.position}, list(made.logs), list(made.counts)))
 
     # -- commit and settle -----------------------------------------------------------------------------------------
     def _commit(self, batch: Batch) -> None:
@@ -414,6 +417,7 @@ class KafkaRunner:
             self._abort(error.args[0], failures)
         self._aborts = 0
         self.commit_s.append(time.perf_counter() - begun)
+        self.counts.update(batch.counts)
         for number, overlay in batch.overlays.items():
             partition = self.owned[number]
             partition.store.settle(overlay.changes, reached.get(number))

@@ -26,6 +26,7 @@ from kwflow.runners.watchdog import Watchdog
 __all__ = ["Overlay", "TimerProcessor", "WorkflowProcessor", "dead_letter"]
 
 _EXPIRES = b"\0ended\0"  # entries of ended instances by the time they may be forgotten (K20)
+_IGNORED = ("unknown-id", "unknown-ref", "duplicate-start", "repeated")  # G3: by a stated rule, counted and said once
 _OWN_START_ID = re.compile(r"\d+-\d+")  # given by the step when the client gave none
 
 
@@ -244,6 +245,8 @@ class _Batch:
         elif live.instance is None:
             del self.live[key]
         logs = tuple(f"{name}: {line}" for line in made.logs) if made.logs else ()
+        if made.outcome in _IGNORED:
+            logs = (f"{name}: ignored, {made.outcome}, {record.topic}[{record.partition}]@{record.offset}",)
         return Decision(made.outputs, logs, (made.outcome,))
 
     def _ended(self, key: bytes, live: _Live, header: dict[str, Any] | None) -> None:

@@ -3,9 +3,16 @@
 import functools
 import gc
 import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import corpus_harness as harness
 import pytest
+
+from tests.nightly import minor
 
 CASES = [(m, g) for m in harness.module_names() for g in harness.generators_of(harness.load_native(m))]
 
@@ -80,3 +87,12 @@ def test_forgetting_a_generator_never_runs_its_cleanup(module: str, name: str, w
         gc.collect()
         durable.set_abandoning(before)
         assert space["LOG"] == [], f"{way} at yield {k}"
+
+
+@needs_durable
+def test_every_saved_generator_goes_on_in_another_process(tmp_path: pathlib.Path) -> None:
+    """Saved at the first yield, compared from there on; across minors: make nightly."""
+    (tmp_path / "snapshots.json").write_text(json.dumps(minor.snapshots()))
+    script = [sys.executable, minor.__file__, "resume", str(tmp_path / "snapshots.json")]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=100, env={**os.environ, "PYTHONHASHSEED": "11"})
+    assert json.loads(done.stdout.splitlines()[-1]) == [], done.stderr

@@ -82,9 +82,12 @@ def test_a_saga_goes_on_after_kill_9_and_answers_given_meanwhile_are_applied_onc
 def test_sigterm_ends_the_engine_with_0_and_a_timer_fires_in_the_next_one(shell: Shell) -> None:
     """SC-1, semantics §2.5."""
     engine = shell.engine(TRIP)
-    shell("start", "trip", "--input", '{"timeout": 1}')
+    shell("start", "trip", "--input", '{"timeout": 3000}')
+    shell.until(lambda: "trip" in shell("list"))
     engine.send_signal(signal.SIGTERM)
     assert engine.wait(20) == 0
+    assert engine.stderr is not None
+    assert "records: 1 started" in engine.stderr.read()
     shell.engine(TRIP)
     shell.until(lambda: shell.records("workflow-error"))
     assert shell.records("workflow-error") == ['0 trip "timeout"']

@@ -66,6 +66,9 @@ def test_a_duplicate_start_and_an_unknown_ref_change_nothing(trip: WorkflowTeste
     trip.resume("nobody", "0:1", 1)
     assert trip.state.entries == before
     assert trip.counts[-3:] == ["duplicate-start", "unknown-ref", "unknown-id"]
+    assert trip.logs[-3:] == [
+        "t: ignored, duplicate-start, workflow-resume[0]@1", "t: ignored, unknown-ref, workflow-resume[0]@2", "nobody: ignored, unknown-id, workflow-resume[0]@3",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TRIPS, ids=lambda case: case.name)
