@@ -36,7 +36,7 @@ class Site:
             **{f"KWFLOW_{name.upper()}_TOPIC": self.topic(name) for name in ("resume", "result", "error", "scheduler")},
         }
         self.processes: list[subprocess.Popen[str]] = []
-        self.producer = Producer({"bootstrap.servers": broker})  # default settings: CRC32, so most ids land elsewhere (K6)
+        self.producer = Producer({"bootstrap.servers": broker, "log_level": 0})  # default settings: CRC32, so most ids land elsewhere (K6)
         self.run("topics", "create", TRIP, SHOP, "--partitions", str(partitions))
 
     def topic(self, name: str) -> str:
@@ -65,7 +65,7 @@ class Site:
 
     def read(self, topic: str, count: int, seconds: float = 60) -> list[tuple[str, str]]:
         """The first `count` committed records of a topic, all partitions."""
-        consumer = Consumer({"bootstrap.servers": self.broker, "group.id": "reader", "isolation.level": "read_committed", "auto.offset.reset": "earliest", "enable.auto.commit": False})
+        consumer = Consumer({"bootstrap.servers": self.broker, "group.id": "reader", "log_level": 0, "isolation.level": "read_committed", "auto.offset.reset": "earliest", "enable.auto.commit": False})
         partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
         consumer.assign([TopicPartition(topic, number, 0) for number in partitions])
         found: list[tuple[str, str]] = []
@@ -284,7 +284,7 @@ def test_dead_letters_on_a_broker_are_listed_shown_and_closed(single: Site) -> N
 
 def test_missing_or_wrong_topics_stop_the_engine_with_one_line(broker: str, application: str, tmp_path: pathlib.Path) -> None:
     """K12, issue 3, bad input."""
-    admin = AdminClient({"bootstrap.servers": broker})
+    admin = AdminClient({"bootstrap.servers": broker, "log_level": 0})
 
     def started(*more: str) -> str:
         command = [sys.executable, "-m", "kwflow.cli", "engine", TRIP, "--bootstrap-servers", broker, "--application-id", application, "--state-dir", str(tmp_path), *more]

@@ -46,13 +46,13 @@ class Lab:
         self.directory = directory
         self.clock = Handle()
         self.base: dict[str, Any] = {
-            "application_id": application, "bootstrap_servers": broker, "kafka": {"session.timeout.ms": 1000, "max.poll.interval.ms": 1000, "heartbeat.interval.ms": 200},
+            "application_id": application, "bootstrap_servers": broker, "kafka": {"session.timeout.ms": 1000, "max.poll.interval.ms": 1000, "heartbeat.interval.ms": 200, "log_level": 0},
             **{f"{name}_topic": f"{application}-{name}" for name in ("resume", "result", "error", "scheduler")},
         }  # fmt: skip
         self.module = durable.load_source("trap_workflows", SOURCE, "trap_workflows.py")
         topics.create(topics.admin(self.config("any")), self.config("any"), api.declared_topics(), 1, 1)
         self.runners: list[KafkaRunner] = []
-        self.producer = Producer({"bootstrap.servers": broker})
+        self.producer = Producer({"bootstrap.servers": broker, "log_level": 0})
 
     def config(self, name: str, **more: Any) -> Config:
         return Config(**self.base, state_dir=self.directory / name, **more)
