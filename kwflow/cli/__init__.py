@@ -1,0 +1,50 @@
+"""`kwflow …`: one clear line for every error, an exit code (0, 1 error, 2 usage, 3 start me again, 130 interrupted), never a traceback.
+
+One module for each group of commands; `shared.py` has what they have in common.  The commands are put together here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from kwflow.cli.dead_letters import dead
+from kwflow.cli.engines import engine, run, scheduler
+from kwflow.cli.instances import list_, show
+from kwflow.cli.records import resume, start, tail
+from kwflow.cli.shared import err
+from kwflow.cli.topics import topics_app
+from kwflow.errors import KwflowError, TransportError, UnsupportedError, UsageError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Durable workflows as plain Python generators.", rich_markup_mode=None)
+app.add_typer(dead, name="dead-letters")
+app.add_typer(topics_app, name="topics")
+for _command in (engine, scheduler, run, start, resume, show, tail):
+    app.command()(_command)
+app.command("list")(list_)
+
+
+def main() -> None:
+    """The entry point: errors become one line."""
+    try:
+        app(standalone_mode=True, auto_envvar_prefix="KWFLOW")
+    except (UsageError, UnsupportedError, SyntaxError) as error:
+        err.print(f"kwflow: {error}", style="red", markup=False)
+        sys.exit(2)
+    except TransportError as error:
+        err.print(f"kwflow: {error}", style="red", markup=False)
+        sys.exit(3 if error.retryable else 1)
+    except KwflowError as error:
+        err.print(f"kwflow: {error}", style="red", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("KWFLOW_TRACEBACK"):
+            raise
+        err.print(f"kwflow: {type(error).__name__}: {error} (a bug of kwflow's; KWFLOW_TRACEBACK=1 shows where)", style="red", markup=False)
+        sys.exit(1)

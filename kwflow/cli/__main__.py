@@ -1,0 +1,6 @@
+"""`python -m kwflow.cli`: the same as the `kwflow` script."""
+
+from kwflow.cli import main
+
+if __name__ == "__main__":
+    main()

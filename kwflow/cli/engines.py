@@ -1,0 +1,206 @@
+"""The long-running commands: the engine, the scheduler, and `run` for one workflow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kwflow import api
+from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, MaybeDir, Modules, StateDir, WaitForBroker, err, json_option, out
+from kwflow.config import Config, load_config
+from kwflow.core import snapshot
+from kwflow.errors import TransportError
+from kwflow.runners.embedded import Embedded, stored
+from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.modules import load_workflows
+from kwflow.runners.socket import serve
+
+__all__ = ["engine", "run", "scheduler"]
+
+
+def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: Path | None) -> list[Any]:
+    workflows = load_workflows(modules, app_dir)
+    return [WorkflowProcessor(config, workflows, api.declared_topics(), engine.incarnation), TimerProcessor(config)]
+
+
+def _stopper() -> Callable[[], bool]:
+    """Flag-only signal handlers: the batch is finished whole; a second signal ends at once (semantics §2.5)."""
+    asked: list[int] = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return lambda: bool(asked)
+
+
+def engine(
+    modules: Modules,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    state_dir: StateDir = None,
+    with_scheduler: Annotated[bool, typer.Option("--with-scheduler", envvar="KWFLOW_WITH_SCHEDULER", help="Run the timers in this process too.")] = False,
+    accept_offset_reset: AcceptReset = False,
+    wait_for_broker: WaitForBroker = None,
+    sync: Annotated[bool, typer.Option("--sync/--no-sync", envvar="KWFLOW_SYNC", help="Embedded: each batch is on disk before it counts.")] = True,
+    config: ConfigFile = None,
+    app_dir: AppDir = None,
+) -> None:
+    """Run workflows until SIGTERM; embedded, their timers too.
+
+    Example: kwflow engine workflows.trip_booking --bootstrap-servers localhost:9092 --with-scheduler
+    """
+    settings = load_config(
+        config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir,
+        accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker,
+    )  # fmt: skip
+    stop = _stopper()
+    if embedded is None:
+        workflows = load_workflows(modules, app_dir)
+        makers: list[tuple[str, Callable[[str], Any]]] = [(settings.application_id, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation))]
+        if with_scheduler:
+            makers.append((f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings)))
+        _run_on_kafka(settings, makers, stop)
+        return
+    held = Embedded(embedded, sync=sync, retention_ms=settings.embedded_retention_ms)
+    try:
+        processors = _processors(modules, settings, held, app_dir)
+        with serve(held):
+            err.print(f"kwflow engine runs in {embedded}", style="green")
+            held.run(processors, stop, lambda line: err.print(line, markup=False))
+            held.trim(processors)
+            _say_counts(held.counts)
+    finally:
+        held.close()
+
+
+def _say_counts(counts: Counter[str]) -> None:
+    """What became of the records of this run (G3)."""
+    err.print("records: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"), markup=False, highlight=False)
+
+
+def _wait_for_topics(settings: Config) -> None:
+    """Raises TransportError when broker or topics are not as they must be, after `wait_for_broker_s` of asking again."""
+    from kwflow.runners import topics
+
+    give_up = time.monotonic() + settings.wait_for_broker_s
+    while True:
+        try:
+            found = topics.problems(topics.admin(settings), settings, api.declared_topics())
+            if not found:
+                return
+            problem = TransportError("; ".join(found) + " (kwflow topics create makes what is missing)", retryable=False)
+        except TransportError as error:
+            problem = error
+        if time.monotonic() >= give_up:
+            raise problem
+        time.sleep(0.5)
+
+
+def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]]], stop: Callable[[], bool]) -> None:
+    """Each processor on a thread of its own with its own clients; the first that fails stops all."""
+    from kwflow.runners import kafka
+
+    _wait_for_topics(settings)
+    failed: list[BaseException] = []
+    log = lambda line: err.print(line, markup=False)
+    runners = [kafka.KafkaRunner(settings, make, group, log, outputs=api.declared_topics()) for group, make in makers]
+
+    def run_one(runner: kafka.KafkaRunner) -> None:
+        try:
+            runner.run(lambda: stop() or bool(failed))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run_one, args=(runner,)) for runner in runners[1:]]
+    for thread in threads:
+        thread.start()
+    err.print(f"kwflow engine runs on {settings.bootstrap_servers}", style="green")
+    run_one(runners[0])
+    for thread in threads:
+        thread.join()
+    _say_counts(sum((runner.counts for runner in runners), Counter()))
+    if failed:
+        raise failed[0]
+
+
+def scheduler(
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    state_dir: StateDir = None,
+    accept_offset_reset: AcceptReset = False,
+    wait_for_broker: WaitForBroker = None,
+    config: ConfigFile = None,
+) -> None:
+    """Run the timers on Kafka until SIGTERM; it runs no code of yours.
+
+    Example: kwflow scheduler --bootstrap-servers localhost:9092
+    """
+    settings = load_config(
+        config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir,
+        accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker,
+    )  # fmt: skip
+    _run_on_kafka(settings, [(f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings))], _stopper())
+
+
+def run(
+    module: Annotated[str, typer.Argument(metavar="MODULE")],
+    input: Annotated[str, typer.Option("--input", help="JSON for main's argument.")] = "null",
+    embedded: Annotated[Path, typer.Option("--embedded", envvar="KWFLOW_EMBEDDED")] = Path("kwflow-run"),
+    id: Annotated[str, typer.Option("--id")] = "run",
+    config: ConfigFile = None,
+    app_dir: AppDir = None,
+) -> None:
+    """Start one workflow, run it to its end and print its result; started again, it goes on where it was.
+
+    Example: kwflow run workflows/trip_booking.py --input '{"timeout": 60000}'
+    """
+    settings = load_config(config)
+    stop = _stopper()
+    held = Embedded(embedded)
+    try:
+        processors = _processors([module], settings, held, app_dir)
+        ends = (settings.result_topic, settings.error_topic)
+        begun = {topic: held.end(topic) for topic in ends}
+        if stored(held.db, settings.changelog_topic).get(id.encode()) is None:
+            held.append(settings.resume_topic, id.encode(), b"new:" + json_option(input, "--input"))
+        shown: set[str] = set()
+        with serve(held):
+            held.run(processors, lambda: stop() or _ended(held, begun, id) is not None or _show_waits(held, settings, id, shown), lambda line: err.print(line, markup=False))
+        ended = _ended(held, begun, id)
+    finally:
+        held.close()
+    if ended is None:
+        raise typer.Exit(130)
+    topic, value = ended
+    (out if topic == settings.result_topic else err).print(value, markup=False, highlight=False)
+    raise typer.Exit(0 if topic == settings.result_topic else 1)
+
+
+def _ended(held: Embedded, begun: dict[str, int], id: str) -> tuple[str, str] | None:
+    for topic, offset in begun.items():
+        for record in held.read(topic, offset):
+            if record.key == id.encode():
+                return topic, (record.value or b"null").decode()
+    return None
+
+
+def _show_waits(held: Embedded, settings: Config, id: str, shown: set[str]) -> bool:
+    data = stored(held.db, settings.changelog_topic).get(id.encode())
+    for wait in snapshot.read_header(data)["waits"] if data is not None else []:
+        if wait["ref"] not in shown and wait["kind"] == "suspension":
+            shown.add(wait["ref"])
+            err.print(f"waits for {wait['ref']} in {wait.get('function')} ({wait.get('file')}:{wait.get('line')}); answer with: kwflow resume {id} {wait['ref']}", markup=False)
+    return False

@@ -1,0 +1,87 @@
+"""What every group of commands uses: the options, the consoles, and records in and out, embedded or on Kafka."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+
+from kwflow.config import Config
+from kwflow.core import wire
+from kwflow.core.wire import Record
+from kwflow.errors import UsageError
+from kwflow.runners.embedded import entries, read_only, stored
+from kwflow.runners.socket import submit
+
+__all__ = [
+    "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Letter", "MaybeDir", "Modules", "StateDir", "WaitForBroker",
+    "append", "err", "json_option", "out", "read", "send", "snapshots", "text_of",
+]  # fmt: skip
+
+out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+
+Bootstrap = Annotated[str | None, typer.Option("--bootstrap-servers", help="H:P of Kafka; default from the config.")]
+Application = Annotated[str | None, typer.Option("--application-id", help="Names the group and its topics.")]
+StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Local state; each engine its own.")]
+MaybeDir = Annotated[Path | None, typer.Option("--embedded", envvar="KWFLOW_EMBEDDED", help="Directory of the embedded engine, instead of Kafka.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", envvar="KWFLOW_CONFIG", help="kwflow.toml; default: the one here, if any.")]
+AppDir = Annotated[Path | None, typer.Option("--app-dir", envvar="KWFLOW_APP_DIR", help="Where MODULEs are looked for first; default: here.")]
+AcceptReset = Annotated[bool, typer.Option("--accept-offset-reset", help="Start from the group's offsets although they differ from the stored ones.")]
+WaitForBroker = Annotated[float | None, typer.Option("--wait-for-broker", help="Seconds to wait for the broker and the topics; default 0.")]
+Letter = Annotated[str, typer.Argument(metavar="ID|LETTER", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]
+Modules = Annotated[list[str], typer.Argument(help="Dotted names or path.py", metavar="MODULE...")]
+
+
+def json_option(text: str, option: str) -> bytes:
+    try:
+        msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise UsageError(f"{option} is not JSON: {error}") from None
+    return text.encode()
+
+
+def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
+    """One record on the resume topic, embedded or on Kafka, durable when this returns."""
+    append(settings, embedded, settings.resume_topic, id.encode(), value, headers)
+
+
+def append(settings: Config, embedded: Path | None, topic: str, key: bytes | None, value: bytes | None, headers: wire.Headers) -> None:
+    if embedded is not None:
+        submit(embedded, topic, key, value, headers)
+        return
+    from kwflow.client import send
+
+    send(settings, topic, key, value, headers)
+
+
+def read(settings: Config, embedded: Path | None, topic: str) -> list[Record]:
+    """Every committed record of a topic that is still there."""
+    if embedded is None:
+        from kwflow.client import read
+
+        return list(read(settings, topic))
+    db = read_only(embedded)
+    try:
+        prefix = b"L" + topic.encode() + b"\0"
+        return [msgspec.msgpack.decode(value, type=Record) for _, value in entries(db, prefix)]
+    finally:
+        db.close()
+
+
+def snapshots(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
+    """Id -> stored bytes of every instance."""
+    if embedded is None:
+        latest = {record.key: record.value for record in read(settings, None, settings.changelog_topic)}
+        return {key: value for key, value in latest.items() if key is not None and value is not None and not key.startswith(b"\0")}
+    db = read_only(embedded)
+    try:
+        return {key: value for key, value in stored(db, settings.changelog_topic).scan(b"") if not key.startswith(b"\0")}
+    finally:
+        db.close()
+
+
+def text_of(data: bytes | None) -> str:
+    return "null" if data is None else data.decode("utf-8", "backslashreplace")
