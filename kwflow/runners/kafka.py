@@ -19,12 +19,10 @@ import msgspec
 from confluent_kafka import (
     OFFSET_BEGINNING,
     OFFSET_INVALID,
-    Consumer,
     IsolationLevel,
     KafkaError,
     KafkaException,
     Message,
-    Producer,
     TopicCollection,
     TopicPartition,
 )
@@ -39,6 +37,7 @@ from kwflow.ports import Clock, Decision, Processor
 from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.embedded import SystemClock
+from kwflow.runners.environment import LIVE, Consumer, Environment, Producer
 from kwflow.runners.kafka_state import PartitionStore, Restore
 from kwflow.runners.loop import Overlay, dead_letter
 from kwflow.runners.topics import record_of
@@ -100,15 +99,23 @@ class KafkaRunner:
     """Runs one processor.  Raises FencedError or TransportError when this process has to end and be started again."""
 
     def __init__(
-        self, config: Config, make: Callable[[str], Processor], group: str, on_log: Callable[[str], None] = print, clock: Clock | None = None, outputs: Iterable[str] = ()
+        self,
+        config: Config,
+        make: Callable[[str], Processor],
+        group: str,
+        on_log: Callable[[str], None] = print,
+        clock: Clock | None = None,
+        outputs: Iterable[str] = (),
+        environment: Environment = LIVE,
     ) -> None:
         self.config = config
+        self.environment = environment
         self.group = group
         self.on_log = on_log
         self.clock = clock or SystemClock()
         self.directory = config.state_dir / config.application_id / group
         self.instance = self._instance_id()
-        self.admin = topics.admin(config)
+        self.admin = topics.admin(config, environment)
         self.incarnation, self.partitions = self._describe(make("").input_topic)
         self.processor = make(self.incarnation)
         self.owned: dict[int, Partition] = {}
@@ -160,17 +167,17 @@ class KafkaRunner:
 
     def _new_producer(self) -> Producer:
         """init_transactions fences the previous run of this identity and ends its dead transaction."""
-        producer = Producer(
+        producer = self.environment.producer(
             topics.client_config(
                 self.config, transactional_id=f"{self.group}-{self.instance}", partitioner="murmur2_random", linger_ms=100, retry_backoff_ms=1, retry_backoff_max_ms=100,
                 transaction_timeout_ms=_TRANSACTION_S * 1000, **self._sizes,
             )
         )  # fmt: skip
-        _again(lambda: producer.init_transactions(10))
+        self._again(lambda: producer.init_transactions(10))
         return producer
 
     def _new_consumer(self) -> Consumer:
-        consumer = Consumer(
+        consumer = self.environment.consumer(
             topics.client_config(
                 self.config, group_id=self.group, group_instance_id=f"{self.group}-{self.instance}", enable_auto_commit=False, enable_auto_offset_store=False,
                 isolation_level="read_committed", auto_offset_reset="error", partition_assignment_strategy="cooperative-sticky", session_timeout_ms=6000,
@@ -208,12 +215,12 @@ class KafkaRunner:
         """Restore what was assigned, a slice at a time, then read from the committed offset on."""
         for number in list(self._assigned):
             self._begin_restore(number)
-        until = time.monotonic() + _SLICE_S
+        until = self.environment.monotonic() + _SLICE_S
         for number, (restore, committed) in list(self._restoring.items()):
             if restore.slice(_SLICE_S / 2):
                 del self._restoring[number]
                 self._own(number, restore.store, committed)
-            if time.monotonic() > until:
+            if self.environment.monotonic() > until:
                 return
 
     def _begin_restore(self, number: int) -> None:
@@ -226,12 +233,12 @@ class KafkaRunner:
             raise
         topic = self.processor.changelog_topic
         end, start = self._end(topic, number), self._offset(topic, number, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
-        store = PartitionStore(self.directory / str(number), self.incarnation, self.clock, self._age_max_ms)
+        store = PartitionStore(self.environment, self.directory / str(number), self.incarnation, self.clock, self._age_max_ms)
         self._assigned.remove(number)
         self._restoring[number] = Restore(store, self._restore_consumer, topic, number, start, end), committed
 
     def _restore_consumer(self) -> Consumer:
-        return Consumer(
+        return self.environment.consumer(
             topics.client_config(self.config, group_id=f"{self.group}-restore", enable_auto_commit=False, isolation_level="read_committed", auto_offset_reset="error", enable_partition_eof=True)
         )
 
@@ -245,7 +252,7 @@ class KafkaRunner:
         self.on_log(f"{self.group}: owns {self.processor.input_topic}[{number}] from {position}")
 
     def _seek(self, number: int, offset: int) -> None:
-        _again(lambda: self._consumer.seek(TopicPartition(self.processor.input_topic, number, offset)))
+        self._again(lambda: self._consumer.seek(TopicPartition(self.processor.input_topic, number, offset)))
 
     def _position(self, store: PartitionStore, number: int, committed: int) -> int:
         """K16: the group's offset and the one stored with the state must agree."""
@@ -411,8 +418,8 @@ class KafkaRunner:
                 overlay.changes[POSITION] = msgspec.json.encode(position)
                 for key, value in overlay.changes.items():
                     self._produce(delivered, self.processor.changelog_topic, key, value, (), None, number)
-            _again(lambda: self._producer.send_offsets_to_transaction(offsets, self._metadata, 10))
-            _again(lambda: self._producer.commit_transaction(30))
+            self._again(lambda: self._producer.send_offsets_to_transaction(offsets, self._metadata, 10))
+            self._again(lambda: self._producer.commit_transaction(30))
         except KafkaException as error:
             self._abort(error.args[0], failures)
         self._aborts = 0
@@ -442,7 +449,7 @@ class KafkaRunner:
         if error.fatal() and rejected is None:
             raise FencedError(f"{self.group}: {error.str()}")
         if not error.fatal():
-            _again(lambda: self._producer.abort_transaction(30))
+            self._again(lambda: self._producer.abort_transaction(30))
         if rejected is not None:
             self._producer = self._new_producer()  # its sequence numbers are lost: the next good transaction would fail
             raise Rejected(rejected.str())
@@ -451,19 +458,18 @@ class KafkaRunner:
             raise TransportError(f"{self.group}: {_ABORTS_MAX} transactions in a row were aborted: {error.str()}")
         raise Aborted(error.str())
 
-
-def _again(call: Callable[[], Any]) -> Any:
-    """The same call again while it is retriable, for twice the transaction timeout (K4); then the process has to end."""
-    give_up = time.monotonic() + 2 * _TRANSACTION_S
-    while True:
-        try:
-            return call()
-        except KafkaException as error:
-            code = error.args[0]
-            if code.code() == KafkaError._FENCED:
-                raise FencedError(code.str()) from None
-            if not (code.retriable() or code.code() in (KafkaError._STATE, KafkaError._TIMED_OUT)):
-                raise
-            if time.monotonic() > give_up:
-                raise TransportError(f"no answer for {2 * _TRANSACTION_S} s: {code.str()}") from None
-        time.sleep(_RETRY_S)
+    def _again(self, call: Callable[[], Any]) -> Any:
+        """The same call again while it is retriable, for twice the transaction timeout (K4); then the process has to end."""
+        give_up = self.environment.monotonic() + 2 * _TRANSACTION_S
+        while True:
+            try:
+                return call()
+            except KafkaException as error:
+                code = error.args[0]
+                if code.code() == KafkaError._FENCED:
+                    raise FencedError(code.str()) from None
+                if not (code.retriable() or code.code() in (KafkaError._STATE, KafkaError._TIMED_OUT)):
+                    raise
+                if self.environment.monotonic() > give_up:
+                    raise TransportError(f"no answer for {2 * _TRANSACTION_S} s: {code.str()}") from None
+            self.environment.sleep(_RETRY_S)

@@ -7,16 +7,15 @@ tombstones may have been compacted away is wiped and restored.
 
 from __future__ import annotations
 
-import shutil
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Message, TopicPartition
-from rocksdict import Options, Rdict, WriteBatch
+from confluent_kafka import OFFSET_BEGINNING, KafkaError, Message, TopicPartition
 
 from kwflow.errors import TransportError
 from kwflow.ports import Clock
-from kwflow.runners.embedded import entries
+from kwflow.runners.environment import Consumer, Environment
 
 __all__ = ["PartitionStore", "Restore"]
 
@@ -27,28 +26,22 @@ _SLICE_RECORDS = 2000
 class PartitionStore:
     """A Store; `offset` is the changelog offset that the next restore starts from (0: nothing yet)."""
 
-    def __init__(self, directory: Path, incarnation: str, clock: Clock, age_max_ms: int) -> None:
+    def __init__(self, environment: Environment, directory: Path, incarnation: str, clock: Clock, age_max_ms: int) -> None:
+        self.environment = environment
         self.directory = directory
         self.incarnation = incarnation
         self.clock = clock
         try:
-            self._open()
+            self._db = environment.database(directory)
         except Exception:  # one damaged store is wiped alone
-            shutil.rmtree(directory)
-            self._open()
+            environment.wipe(directory)
+            self._db = environment.database(directory)
         written_ms = int(self._meta("written") or 0)
         if self._meta("incarnation") != incarnation or clock.now_ms() - written_ms > age_max_ms:
             self.wipe()
 
-    def _open(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        options = Options(raw_mode=True)
-        options.create_if_missing(True)
-        self._db = Rdict(str(self.directory), options)
-
     def _meta(self, name: str) -> str:
-        found: bytes | None = self._db.get(_META + name.encode())
-        return (found or b"").decode()
+        return (self._db.get(_META + name.encode()) or b"").decode()
 
     @property
     def offset(self) -> int:
@@ -57,30 +50,23 @@ class PartitionStore:
     def wipe(self) -> None:
         """Start from nothing."""
         self._db.close()
-        shutil.rmtree(self.directory)
-        self._open()
-        self._db[_META + b"incarnation"] = self.incarnation.encode()
+        self.environment.wipe(self.directory)
+        self._db = self.environment.database(self.directory)
+        self._db.write([(_META + b"incarnation", self.incarnation.encode())])
 
     def get(self, key: bytes) -> bytes | None:
-        found: bytes | None = self._db.get(_STATE + key)
-        return found
+        return self._db.get(_STATE + key)
 
     def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        for key, value in entries(self._db, _STATE + prefix):
+        for key, value in self._db.scan(_STATE + prefix):
             yield key[1:], value
 
     def settle(self, changes: dict[bytes, bytes | None], offset: int | None) -> None:
         """The changes, and up to where in the changelog they reach."""
-        batch = WriteBatch(raw_mode=True)
-        for key, value in changes.items():
-            if value is None:
-                batch.delete(_STATE + key)
-            else:
-                batch.put(_STATE + key, value)
+        about = [(_META + b"written", b"%d" % self.clock.now_ms())]
         if offset is not None:
-            batch.put(_META + b"offset", b"%d" % offset)
-        batch.put(_META + b"written", b"%d" % self.clock.now_ms())
-        self._db.write(batch)
+            about.append((_META + b"offset", b"%d" % offset))
+        self._db.write(itertools.chain(((_STATE + key, value) for key, value in changes.items()), about))
 
     def close(self) -> None:
         self._db.close()

@@ -11,6 +11,7 @@ from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, Resourc
 from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError
+from kwflow.runners.environment import LIVE, Environment
 
 __all__ = ["admin", "client_config", "create", "needed", "partitions_of", "problems", "record_of", "settings_of"]
 
@@ -23,8 +24,8 @@ def client_config(config: Config, **settings: Any) -> dict[str, Any]:
     return {"bootstrap.servers": config.bootstrap_servers, "log_level": 3, **{key.replace("_", "."): value for key, value in settings.items()}, **config.kafka}
 
 
-def admin(config: Config) -> AdminClient:
-    return AdminClient(client_config(config))
+def admin(config: Config, environment: Environment = LIVE) -> AdminClient:
+    return environment.admin(client_config(config))
 
 
 def partitions_of(client: AdminClient, config: Config) -> dict[str, int]:

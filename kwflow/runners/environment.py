@@ -1,0 +1,147 @@
+"""What the Kafka runner is given from outside: its clients, its local database, and the passing of time.
+
+`LIVE` makes those of confluent-kafka and RocksDB; the simulated broker of `kwflow.testing` makes others with the same
+surface, so that the unchanged runner is what the simulation tests.  Every object the runner does not write itself is
+made here.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import confluent_kafka
+from confluent_kafka import Message, TopicPartition
+from confluent_kafka.admin import AdminClient
+from rocksdict import Options, Rdict, WriteBatch
+
+__all__ = ["LIVE", "Consumer", "Database", "Environment", "Producer"]
+
+Settings = dict[str, Any]
+Rebalanced = Callable[[Any, list[TopicPartition]], None]
+
+
+class Consumer(Protocol):
+    """`confluent_kafka.Consumer`, as far as it is used.  Callbacks run inside poll and consume; errors come inside the list."""
+
+    def subscribe(self, topics: list[str], on_assign: Rebalanced = ..., on_revoke: Rebalanced = ..., on_lost: Rebalanced = ...) -> None: ...
+    def assign(self, partitions: list[TopicPartition]) -> None: ...
+    def incremental_assign(self, partitions: list[TopicPartition]) -> None: ...
+    def pause(self, partitions: list[TopicPartition]) -> None: ...
+    def resume(self, partitions: list[TopicPartition]) -> None: ...
+    def seek(self, partition: TopicPartition) -> None: ...
+    def poll(self, timeout: float) -> Message | None: ...
+    def consume(self, num_messages: int, timeout: float) -> list[Message]: ...
+    def position(self, partitions: list[TopicPartition]) -> list[TopicPartition]: ...
+    def committed(self, partitions: list[TopicPartition], timeout: float) -> list[TopicPartition]: ...
+    def consumer_group_metadata(self) -> object: ...
+    def close(self) -> None: ...
+
+
+class Producer(Protocol):
+    """`confluent_kafka.Producer`, as far as it is used."""
+
+    def init_transactions(self, timeout: float) -> None: ...
+    def begin_transaction(self) -> None: ...
+    @property
+    def produce(self) -> Callable[..., None]: ...
+    def poll(self, timeout: float) -> int: ...
+    def send_offsets_to_transaction(self, positions: list[TopicPartition], group_metadata: object, timeout: float) -> None: ...
+    def commit_transaction(self, timeout: float) -> None: ...
+    def abort_transaction(self, timeout: float) -> None: ...
+
+
+class Database(Protocol):
+    """An ordered map of bytes that outlives the process; `write` is atomic."""
+
+    def get(self, key: bytes) -> bytes | None: ...
+
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Entries whose key starts with the prefix, in key order."""
+
+    def write(self, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
+        """All of these, or none; None deletes."""
+
+    def close(self) -> None: ...
+
+
+class Environment(Protocol):
+    """Makes the clients (settings are librdkafka's) and the databases, and knows how time passes for waiting."""
+
+    def consumer(self, settings: Settings) -> Consumer: ...
+    def producer(self, settings: Settings) -> Producer: ...
+    def admin(self, settings: Settings) -> AdminClient: ...
+
+    def database(self, directory: Path) -> Database:
+        """Open it, made if missing.  Raises whatever says that it is damaged."""
+
+    def wipe(self, directory: Path) -> None:
+        """Remove a database that nobody has open."""
+
+    def monotonic(self) -> float:
+        """Seconds that only go forward."""
+
+    def sleep(self, seconds: float) -> None: ...
+
+
+class _Rocks:
+    """RocksDB with its WAL on and without sync: the changelog is the truth (K8)."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        options = Options(raw_mode=True)
+        options.create_if_missing(True)
+        self._db = Rdict(str(directory), options)
+
+    def get(self, key: bytes) -> bytes | None:
+        found: bytes | None = self._db.get(key)
+        return found
+
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        for key, value in self._db.items(from_key=prefix):
+            if not key.startswith(prefix):  # type: ignore[union-attr,arg-type] # raw mode: bytes
+                return
+            yield key, value  # type: ignore[misc]
+
+    def write(self, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
+        batch = WriteBatch(raw_mode=True)
+        for key, value in changes:
+            if value is None:
+                batch.delete(key)
+            else:
+                batch.put(key, value)
+        self._db.write(batch)
+
+    def close(self) -> None:
+        self._db.close()
+
+
+class _Live:
+    """The real ones."""
+
+    def consumer(self, settings: Settings) -> Consumer:
+        return confluent_kafka.Consumer(settings)
+
+    def producer(self, settings: Settings) -> Producer:
+        return confluent_kafka.Producer(settings)
+
+    def admin(self, settings: Settings) -> AdminClient:
+        return AdminClient(settings)
+
+    def database(self, directory: Path) -> Database:
+        return _Rocks(directory)
+
+    def wipe(self, directory: Path) -> None:
+        shutil.rmtree(directory)
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+LIVE: Environment = _Live()
