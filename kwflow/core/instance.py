@@ -98,6 +98,17 @@ class Machine:
         self._nesting = 0
         self._join_dirty = False
 
+    # -- what lowered code tells (durable.runtime.Driver) ----------------------------------------------------------
+    def delegating(self, gen: types.GeneratorType[Any, Any, Any]) -> None:
+        """Natively `yield from` would feed None to a generator that has begun (semantics §1.2)."""
+        if gen in self.instance.adopted() or gen.gi_suspended or gen.gi_frame is None:
+            raise UsageError(f"`yield from` of {gen.__qualname__}, which has begun already; write `yield` to wait for its result")
+
+    def catching(self, error: BaseException) -> None:
+        """What must end the step ends it even if author code swallows it (semantics §2.5)."""
+        if isinstance(error, _ABORTS):
+            self.bug = self.bug or error
+
     # -- tasks ---------------------------------------------------------------------------------------------------
     def adopt(self, gen: types.GeneratorType[Any, Any, Any]) -> Task:
         """The task of this generator, made on first use; not started yet."""

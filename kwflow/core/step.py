@@ -25,7 +25,7 @@ from kwflow.core import wire
 from kwflow.core.instance import CLOSING, Instance, Machine
 from kwflow.core.tasks import FAILED, OK, All, Awaitable, Combinator, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.core.wire import Output, Record
-from kwflow.durable.runtime import set_abandoning
+from kwflow.durable.runtime import set_abandoning, set_driver
 from kwflow.errors import Cancelled, KwflowBug, NotDurableError, ProtocolError, StepTimeout, StuckError, UsageError, WorkflowError
 
 __all__ = ["Context", "Ended", "Keep", "Limits", "Save", "Step", "Topics", "Transition", "Workflows", "current", "in_step", "step"]
@@ -191,7 +191,7 @@ class Step:
         instance.steps += 1
         instance.now_ms = max(instance.now_ms, self.record.timestamp_ms)
         collecting = gc.isenabled()
-        forgetting = set_abandoning(False)
+        forgetting, driver = set_abandoning(False), set_driver(self.machine)
         gc.disable()  # semantics §3.3: a collection here could run another workflow's finally inside this step
         _slot.step = self
         try:
@@ -202,6 +202,7 @@ class Step:
         finally:
             _slot.step = None
             set_abandoning(forgetting)
+            set_driver(driver)
             if collecting:
                 gc.enable()
         instance.applied = (self.context.incarnation, self.record.partition, self.record.offset)

@@ -9,14 +9,32 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from kwflow.durable.registry import Function, Module, register_code
 
-__all__ = ["Resume", "Runtime", "abandoning", "delegate", "set_abandoning"]
+__all__ = ["Driver", "Resume", "Runtime", "abandoning", "delegate", "set_abandoning", "set_driver"]
 
 _forget = threading.local()
 _forget_by_default = False
+_driving = threading.local()
+
+
+class Driver(Protocol):
+    """Whoever runs durable generators on this thread may want to know what only lowered code sees."""
+
+    def delegating(self, gen: types.GeneratorType[Any, Any, Any]) -> None:
+        """`yield from gen` is about to begin.  What this raises is raised there."""
+
+    def catching(self, error: BaseException) -> None:
+        """An error has reached a `try` or `with` of the author that holds a wait, and may be swallowed by it."""
+
+
+def set_driver(driver: Driver | None) -> Driver | None:
+    """Tell this driver, on this thread, from now on; returns the one that was told before."""
+    previous: Driver | None = getattr(_driving, "driver", None)
+    _driving.driver = driver
+    return previous
 
 
 def abandoning() -> bool:
@@ -40,11 +58,20 @@ def set_abandoning(value: bool | None, everywhere: bool = False) -> bool | None:
 
 def abandoned() -> type[BaseException] | tuple[()]:
     """The first except clause around every wait: catches the GeneratorExit of a forgotten generator, else nothing."""
+    _tell()
     return GeneratorExit if abandoning() else ()
+
+
+def _tell() -> None:
+    error = sys.exc_info()[1]
+    driver: Driver | None = getattr(_driving, "driver", None)
+    if driver is not None and error is not None:
+        driver.catching(error)
 
 
 def kept() -> bool:
     """Whether a `finally` runs: not when a forgotten generator is being dropped."""
+    _tell()
     return not (sys.exc_info()[0] is GeneratorExit and abandoning())
 
 
@@ -111,6 +138,9 @@ class _Delegate(_Iterable):
 def delegate(source: Any) -> Any:
     """What `yield from source` iterates."""
     if isinstance(source, types.GeneratorType):
+        driver: Driver | None = getattr(_driving, "driver", None)
+        if driver is not None:
+            driver.delegating(source)
         return source
     iterator = iter(source)
     try:

@@ -17,6 +17,7 @@ from kwflow.core.step import Workflows
 from kwflow.core.wire import Output, Record
 from kwflow.ports import Decision
 from kwflow.runners.loop import Overlay, TimerProcessor, WorkflowProcessor
+from kwflow.testing.globals import GlobalsCheck
 
 __all__ = ["MemoryStore", "WorkflowTester"]
 
@@ -45,7 +46,9 @@ class MemoryStore:
 class WorkflowTester:
     """An engine and a scheduler in memory, on a clock of your own (`now_ms`).
 
-    `outputs` collects every record written, in order; `values(topic)` decodes those of one topic.
+    `outputs` collects every record written, in order; `values(topic)` decodes those of one topic.  A step that changes a
+    global of a durable module is an AssertionError (semantics §3.4); `globals_check.active = False` for a module that
+    keeps a cache there.
     """
 
     def __init__(self, main: Any = None, **workflows: Any) -> None:
@@ -60,6 +63,7 @@ class WorkflowTester:
         self._timers = TimerProcessor(self.config)
         self.state, self.timers = MemoryStore(), MemoryStore()
         self._offsets: dict[str, int] = {}
+        self.globals_check = GlobalsCheck()
 
     def start(self, id: str, options: Any = None, workflow: str | None = None, **headers: str) -> None:
         """`new:` for this id; `options` as JSON."""
@@ -119,7 +123,8 @@ class WorkflowTester:
             if processor.input_topic == output.topic:
                 record = Record(output.topic, 0, offset, output.timestamp_ms or self.now_ms, output.key, output.value, output.headers)
                 changes = Overlay(store)
-                [made] = processor.decide(changes, [record], self.now_ms)
+                with self.globals_check:
+                    [made] = processor.decide(changes, [record], self.now_ms)
                 self._perform(made, changes, store)
 
     def _perform(self, made: Decision, changes: Overlay, store: MemoryStore) -> None:

@@ -1,0 +1,46 @@
+"""Module globals are neither saved nor rolled back (semantics §3.4): a step that changes one fails the author's test."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+from kwflow.durable import registry
+
+__all__ = ["GlobalsCheck"]
+
+_DEPTH_MAX = 5
+_CONTAINERS = (list, tuple, dict, set, frozenset)
+
+
+class GlobalsCheck:
+    """`with check:` around a step; raises AssertionError naming each global of a durable module that is bound or filled otherwise afterwards.
+
+    Containers are compared by what they hold, five deep; any other object by identity, so a change inside one of your
+    own classes is not seen.  Invariant: `active` False checks nothing.
+    """
+
+    def __init__(self) -> None:
+        self.active = True
+        self._before: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        self._before = _globals() if self.active else {}
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None) -> None:
+        if error is None and self.active:
+            after = _globals()
+            changed = sorted(name for name in self._before.keys() | after.keys() if self._before.get(name) != after.get(name))
+            assert not changed, f"a step changed {', '.join(changed)}: globals are neither saved nor rolled back; keep state in variables of the workflow"
+
+
+def _globals() -> dict[str, Any]:
+    return {f"{module.name}.{name}": _form(value, 0) for module in registry.modules().values() for name, value in module.namespace.items() if name[0] != "@" and not name.startswith("__")}
+
+
+def _form(value: Any, depth: int) -> Any:
+    if depth < _DEPTH_MAX and isinstance(value, dict):
+        return id(value), [(_form(key, depth + 1), _form(item, depth + 1)) for key, item in value.items()]
+    if depth < _DEPTH_MAX and isinstance(value, _CONTAINERS):
+        return id(value), [_form(item, depth + 1) for item in value]
+    return value if isinstance(value, (str, bytes, int, float, complex, type(None))) else id(value)
