@@ -9,7 +9,7 @@ import msgspec
 
 from kwflow.core.wire import Output, Record
 
-__all__ = ["Changes", "Clock", "Decision", "Processor", "Store"]
+__all__ = ["Budget", "Changes", "Clock", "Decision", "Processor", "Store"]
 
 
 class Store(Protocol):
@@ -45,14 +45,27 @@ class Decision(msgspec.Struct, frozen=True):
     counts: tuple[str, ...] = ()
 
 
+class Budget(Protocol):
+    """What one transaction may hold."""
+
+    def take(self, size: int) -> None:
+        """So many bytes more will be written."""
+
+    def spent(self) -> bool:
+        """Whether there is no room for another record."""
+
+
 class Processor(Protocol):
     """A pure decider over one input topic and its own state; changes of state go to the `Changes` it is given."""
 
     input_topic: str
     changelog_topic: str
 
-    def decide(self, state: Changes, records: Sequence[Record], received_ms: int) -> list[Decision]:
-        """What these records of one partition do, in order; one Decision each.  Never raises for bad input."""
+    def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
+        """What these records of one partition do, in order; one Decision each.  Never raises for bad input.
+
+        Once the budget is spent the rest gets no Decision: it belongs to the next transaction.  The first record always gets one.
+        """
 
     def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
         """What happens to a record whose Decision the log would not take (K11)."""

@@ -74,13 +74,12 @@ def engine(
             makers.append((f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings)))
         _run_on_kafka(settings, makers, stop)
         return
-    held = Embedded(embedded, sync=sync, retention_ms=settings.embedded_retention_ms)
+    held = Embedded(embedded, settings, sync=sync)
     try:
         processors = _processors(modules, settings, held, app_dir)
         with serve(held):
             err.print(f"kwflow engine runs in {embedded}", style="green")
             held.run(processors, stop, lambda line: err.print(line, markup=False))
-            held.trim(processors)
             _say_counts(held.counts)
     finally:
         held.close()
@@ -112,11 +111,13 @@ def _wait_for_topics(settings: Config) -> None:
 def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]]], stop: Callable[[], bool]) -> None:
     """Each processor on a thread of its own with its own clients; the first that fails stops all."""
     from kwflow.runners import kafka
+    from kwflow.runners.environment import live
 
     _wait_for_topics(settings)
     failed: list[BaseException] = []
     log = lambda line: err.print(line, markup=False)
-    runners = [kafka.KafkaRunner(settings, make, group, log, outputs=api.declared_topics()) for group, make in makers]
+    environment = live(settings.rocksdb_bytes_max)
+    runners = [kafka.KafkaRunner(settings, make, group, log, outputs=api.declared_topics(), environment=environment) for group, make in makers]
 
     def run_one(runner: kafka.KafkaRunner) -> None:
         try:
@@ -169,7 +170,7 @@ def run(
     """
     settings = load_config(config)
     stop = _stopper()
-    held = Embedded(embedded)
+    held = Embedded(embedded, settings)
     try:
         processors = _processors([module], settings, held, app_dir)
         ends = (settings.result_topic, settings.error_topic)

@@ -135,7 +135,7 @@ class Machine:
         if task.started or task.settled:
             return
         if self._nesting >= self._nesting_max:
-            raise UsageError(f"combinators and spawns nested over {self._nesting_max} deep inside one another's starts")
+            raise UsageError(f"tasks start inside one another over {self._nesting_max} deep (limit nesting_max)")
         self._nesting += 1
         try:
             task.pending = (OK, None)

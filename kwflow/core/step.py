@@ -50,6 +50,9 @@ class Limits(msgspec.Struct, frozen=True):
     """What one instance may use; over it the call raises UsageError inside the workflow."""
 
     outputs_max: int = 10_000
+    output_bytes_max: int = 8_000_000
+    value_bytes_max: int = 1_000_000
+    header_bytes_max: int = 65_536
     waits_max: int = 100_000
     tasks_max: int = 100_000
     nesting_max: int = 100
@@ -181,6 +184,7 @@ class Step:
         self.machine = Machine(instance, self, context.limits.nesting_max, context.limits.tasks_max)
         self._travelling = wire.travelling_headers(record)
         self._ids = 0
+        self._bytes = 0
 
     # -- the step itself -------------------------------------------------------------------------------------------
     def run(self, first: Callable[[], None], outcome: str) -> Transition:
@@ -297,7 +301,7 @@ class Step:
         self.logs.append(f"{task.name}: nobody awaits it and it failed: {describe_error(task.value)}")
 
     def timer_cancelled(self, timer: Timer) -> None:
-        self._emit(self.context.topics.scheduler, self._timer_key(timer), b"0", self._travelling)
+        self._write(self.context.topics.scheduler, self._timer_key(timer), b"0", self._travelling)
 
     def main_ended(self, main: Task) -> None:
         topics, outcome = self.context.topics, "result"
@@ -306,12 +310,14 @@ class Step:
             if main.state == FAILED:
                 raise main.value
             value, topic = wire.json_dumps(main.value), topics.result
+            if len(value) > self.context.limits.value_bytes_max:
+                raise UsageError(f"the result has {len(value)} bytes, more than {self.context.limits.value_bytes_max} (limit value_bytes_max)")
         except BaseException as error:  # the result may have no JSON form: that is the workflow's error, too
             outcome = "cancelled" if isinstance(error, Cancelled) else "error"
-            value, topic = _error_value(error), topics.error
+            value, topic = _error_value(error, self.context.limits.value_bytes_max), topics.error
             headers += (("kwflow-failure-type", type(error).__name__.encode()), ("kwflow-failure-traceback", _traceback(error)))
         if topic is not None:
-            self._emit(topic, self.instance.id.encode(), value, (*headers, ("kwflow-outcome", outcome.encode())))
+            self._write(topic, self.instance.id.encode(), value, (*headers, ("kwflow-outcome", outcome.encode())))
         self.instance.extra["outcome"] = {"kind": outcome, "value": value.decode() if len(value) <= _ENDED_VALUE_BYTES_MAX else None}
 
     # -- what authors call (api.py) --------------------------------------------------------------------------------
@@ -451,10 +457,29 @@ class Step:
         return tuple(checked)
 
     def _emit(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:
+        """An output that author code asked for.  Raises UsageError naming a limit."""
         if len(self.outputs) >= self.context.limits.outputs_max:
             raise UsageError(f"more than {self.context.limits.outputs_max} outputs in one step (limit outputs_max)")
+        size = self._check_size(f"an output to {topic}", value, headers) + len(key)
+        if self._bytes + size > self.context.limits.output_bytes_max:
+            raise UsageError(f"the outputs of one step have more than {self.context.limits.output_bytes_max} bytes (limit output_bytes_max)")
+        self._bytes += size
+        self._write(topic, key, value, headers, timestamp_ms)
+
+    def _write(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:
+        """Also what the engine says by itself: an end and cancelled timers are told, whatever author code has used up."""
         at = self.record.timestamp_ms if timestamp_ms is None else timestamp_ms  # KW-10
         self.outputs.append(Output(topic, key, value, headers, at))
+
+    def _check_size(self, what: str, value: bytes | None, headers: wire.Headers) -> int:
+        """Bytes of value and headers.  Raises UsageError naming the limit."""
+        limits = self.context.limits
+        value_bytes, header_bytes = len(value or b""), wire.header_bytes(headers)
+        if value_bytes > limits.value_bytes_max:
+            raise UsageError(f"{what} has {value_bytes} bytes, more than {limits.value_bytes_max} (limit value_bytes_max)")
+        if header_bytes > limits.header_bytes_max:
+            raise UsageError(f"the headers of {what} have {header_bytes} bytes, more than {limits.header_bytes_max} (limit header_bytes_max)")
+        return value_bytes + header_bytes
 
     def now(self) -> datetime:
         return datetime.fromtimestamp(self.instance.now_ms / 1000, UTC)
@@ -476,13 +501,16 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _error_value(error: BaseException) -> bytes:
+def _error_value(error: BaseException, bytes_max: int) -> bytes:
     if isinstance(error, WorkflowError):
         try:
-            return wire.json_dumps(error.payload)
+            payload = wire.json_dumps(error.payload)
+            if len(payload) <= bytes_max:
+                return payload
         except (TypeError, ValueError):
             pass
-    return wire.json_dumps(describe_error(error))
+    text = wire.json_dumps(describe_error(error))
+    return text if len(text) <= bytes_max else wire.json_dumps(f"{type(error).__name__}: its text has {len(text)} bytes (limit value_bytes_max)")
 
 
 def _traceback(error: BaseException) -> bytes:

@@ -18,7 +18,9 @@ __all__ = [
     "Record",
     "Resume",
     "Start",
+    "check_size",
     "header",
+    "header_bytes",
     "is_engine_id",
     "json_dumps",
     "parse",
@@ -117,6 +119,19 @@ def parse(record: Record) -> Start | Resume | Command:
     ref = message.get("ref")
     failed = "error" in message
     return Resume(ref if isinstance(ref, str) else None, message["error"] if failed else message.get("value"), failed)
+
+
+def header_bytes(headers: Headers) -> int:
+    """How much all headers have together; names count in characters."""
+    return sum([len(name) + len(value or b"") for name, value in headers]) if headers else 0
+
+
+def check_size(record: Record, value_bytes_max: int, header_bytes_max: int) -> None:
+    """Raises ProtocolError for a record over a limit; it is not parsed."""
+    if record.value is not None and len(record.value) > value_bytes_max:
+        raise ProtocolError(f"the value has {len(record.value)} bytes, more than {value_bytes_max} (limit value_bytes_max)", "too-large")
+    if record.headers and (size := header_bytes(record.headers)) > header_bytes_max:
+        raise ProtocolError(f"the headers have {size} bytes, more than {header_bytes_max} (limit header_bytes_max)", "too-large")
 
 
 def _json(data: bytes) -> object:

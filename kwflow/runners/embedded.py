@@ -20,10 +20,13 @@ from typing import cast
 import msgspec
 from rocksdict import AccessType, Options, Rdict, WriteBatch, WriteOptions
 
+from kwflow.config import Config
 from kwflow.core.wire import Output, Record
 from kwflow.durable import set_abandoning
 from kwflow.errors import TransportError
 from kwflow.ports import Clock, Processor
+from kwflow.runners import rocks
+from kwflow.runners.budget import Budget, bytes_of
 from kwflow.runners.loop import Overlay
 
 __all__ = ["Embedded", "SystemClock", "read_only"]
@@ -32,6 +35,7 @@ _LOG, _NEXT, _STATE, _POSITION = b"L", b"N", b"S", b"P"
 _STORE_ID = b"I"
 _IDLE_S = 0.5  # how long an idle engine sleeps when nothing wakes it; appends and timers do
 _FIRED_MAX = 1000
+_TRIM_S = 5
 
 
 class SystemClock:
@@ -48,12 +52,6 @@ def entries(db: Rdict, prefix: bytes, start: bytes | None = None) -> Iterator[tu
         if not raw.startswith(prefix):
             return
         yield raw, cast(bytes, value)
-
-
-def _options() -> Options:
-    options = Options(raw_mode=True)
-    options.create_if_missing(True)
-    return options
 
 
 class _Store:
@@ -86,18 +84,20 @@ def stored(db: Rdict, name: str) -> _Store:
 class Embedded:
     """One directory, held.  Raises TransportError naming the holder when another process has it."""
 
-    def __init__(self, directory: Path, sync: bool = True, clock: Clock | None = None, retention_ms: int = 7 * 86_400_000) -> None:
+    def __init__(self, directory: Path, config: Config | None = None, sync: bool = True, clock: Clock | None = None) -> None:
+        self.limits = config or Config()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.directory = directory
         self.clock = clock or SystemClock()
         self.counts: Counter[str] = Counter()  # what became of records, by the words of Decision.counts
         self.woken = threading.Condition()
         self._appended = False
-        self._retention_ms = retention_ms
+        self._first: dict[str, int] = {}  # input topic -> its first record that was not trimmed
+        self._trim_next = 0.0
         self._lock = threading.RLock()
         holder = directory / "engine.pid"
         try:
-            self.db = Rdict(str(directory), _options())
+            self.db = Rdict(str(directory), rocks.options(self.limits.rocksdb_bytes_max))
         except Exception as error:
             pid = holder.read_text().strip() if holder.exists() else "unknown"
             raise TransportError(f"{directory} is held by another process (pid {pid}): {error}", retryable=False) from None
@@ -148,29 +148,29 @@ class Embedded:
         return int(self.db.get(_POSITION + topic.encode()) or 0)
 
     # -- the engine ------------------------------------------------------------------------------------------------
-    def step(self, processors: Sequence[Processor], on_log: Callable[[str], None] = print, batch_max: int = 500) -> int:
+    def step(self, processors: Sequence[Processor], on_log: Callable[[str], None] = print) -> int:
         """Apply what is there and fire what is due, each processor in one atomic batch; how much was done."""
-        return sum(self._apply(processor, on_log, batch_max) + self._fire(processor, on_log) for processor in processors)
+        return sum(self._apply(processor, on_log) + self._fire(processor, on_log) for processor in processors)
 
-    def _apply(self, processor: Processor, on_log: Callable[[str], None], batch_max: int) -> int:
+    def _apply(self, processor: Processor, on_log: Callable[[str], None]) -> int:
         topic = processor.input_topic
-        records = self.read(topic, self.position(topic), batch_max)
+        records = self.read(topic, self.position(topic), self.limits.batch_records_max)
         if not records:
             return 0
         store = _Store(self.db, processor.changelog_topic)
-        overlay = Overlay(store)
-        outputs: list[Output] = []
-        logs: list[str] = []
-        counts: list[str] = []
-        for made in processor.decide(overlay, records, self.clock.now_ms()):
-            outputs += made.outputs
-            logs += made.logs
-            counts += made.counts
-        self._commit(store, overlay, outputs, (topic, records[-1].offset + 1))
-        self.counts.update(counts)
-        for line in logs:
-            on_log(line)
-        return len(records)
+        while True:
+            overlay = Overlay(store)
+            made = processor.decide(overlay, records, self.clock.now_ms(), Budget(self.limits.batch_bytes_max, self.limits.batch_ms_max, self.clock))
+            outputs = [output for decision in made for output in decision.outputs]
+            if len(made) == 1 or bytes_of(overlay.changes.items(), outputs) <= self.limits.batch_bytes_max:
+                break
+            records = records[: len(made) // 2]  # what they save turned out to be more than one transaction may hold
+        self._commit(store, overlay, outputs, (topic, records[len(made) - 1].offset + 1))
+        for decision in made:
+            self.counts.update(decision.counts)
+            for line in decision.logs:
+                on_log(line)
+        return len(made)
 
     def _fire(self, processor: Processor, on_log: Callable[[str], None]) -> int:
         """Nothing fires while records wait that may cancel it (K18)."""
@@ -206,7 +206,10 @@ class Embedded:
         """Go on until `until()`; it is asked after every batch.  From here on this process is an engine (semantics §3.3)."""
         set_abandoning(True, everywhere=True)
         while not until():
-            if self.step(processors, on_log):
+            busy = self.step(processors, on_log)
+            if time.monotonic() >= self._trim_next:
+                self.trim(processors)
+            if busy:
                 continue
             due = [at for at in (processor.next_due_ms(_Store(self.db, processor.changelog_topic)) for processor in processors) if at is not None]
             wait = min([_IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due)])
@@ -216,17 +219,33 @@ class Embedded:
                 self._appended = False
 
     def trim(self, processors: Sequence[Processor]) -> int:
-        """Delete consumed input records older than the retention; outputs stay for their readers."""
-        deleted = 0
-        for processor in processors:
-            topic = processor.input_topic
-            oldest = self.clock.now_ms() - self._retention_ms
-            for record in self.read(topic, 0, 10_000):
-                if record.offset >= self.position(topic) or record.timestamp_ms >= oldest:
-                    break
-                self.db.delete(_LOG + topic.encode() + b"\0%020d" % record.offset)
-                deleted += 1
-        return deleted
+        """Delete consumed input records older than the retention, as one range each; outputs stay for their readers.  How many."""
+        self._trim_next = time.monotonic() + _TRIM_S
+        return sum(self._trim(processor.input_topic) for processor in processors)
+
+    def _trim(self, topic: str) -> int:
+        """Timestamps of a log rise with its offsets, so the first record to keep is found by halving."""
+        kept = self.clock.now_ms() - self.limits.embedded_retention_ms
+        first, end = self._first_of(topic), self.position(topic)
+        low, high = first, end
+        while low < high:
+            middle = (low + high) // 2
+            found = self.read(topic, middle, 1)
+            if found and found[0].offset < end and found[0].timestamp_ms <= kept:
+                low = middle + 1
+            else:
+                high = middle
+        if low > first:
+            prefix = _LOG + topic.encode() + b"\0"
+            self.db.delete_range(prefix + b"%020d" % first, prefix + b"%020d" % low)
+            self._first[topic] = low
+        return low - first
+
+    def _first_of(self, topic: str) -> int:
+        if topic not in self._first:
+            there = self.read(topic, 0, 1)
+            self._first[topic] = there[0].offset if there else self.position(topic)
+        return self._first[topic]
 
     def _wake(self) -> None:
         with self.woken:

@@ -16,9 +16,11 @@ from typing import Any, Protocol
 import confluent_kafka
 from confluent_kafka import Message, TopicPartition
 from confluent_kafka.admin import AdminClient
-from rocksdict import Options, Rdict, WriteBatch
+from rocksdict import Rdict, WriteBatch
 
-__all__ = ["LIVE", "Consumer", "Database", "Environment", "Producer"]
+from kwflow.runners import rocks
+
+__all__ = ["LIVE", "Consumer", "Database", "Environment", "Producer", "live"]
 
 Settings = dict[str, Any]
 Rebalanced = Callable[[Any, list[TopicPartition]], None]
@@ -90,11 +92,9 @@ class Environment(Protocol):
 class _Rocks:
     """RocksDB with its WAL on and without sync: the changelog is the truth (K8)."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, bytes_max: int) -> None:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        options = Options(raw_mode=True)
-        options.create_if_missing(True)
-        self._db = Rdict(str(directory), options)
+        self._db = Rdict(str(directory), rocks.options(bytes_max))
 
     def get(self, key: bytes) -> bytes | None:
         found: bytes | None = self._db.get(key)
@@ -120,7 +120,10 @@ class _Rocks:
 
 
 class _Live:
-    """The real ones."""
+    """The real ones; all databases share `rocksdb_bytes_max` bytes of memory."""
+
+    def __init__(self, rocksdb_bytes_max: int) -> None:
+        self._bytes_max = rocksdb_bytes_max
 
     def consumer(self, settings: Settings) -> Consumer:
         return confluent_kafka.Consumer(settings)
@@ -132,7 +135,7 @@ class _Live:
         return AdminClient(settings)
 
     def database(self, directory: Path) -> Database:
-        return _Rocks(directory)
+        return _Rocks(directory, self._bytes_max)
 
     def wipe(self, directory: Path) -> None:
         shutil.rmtree(directory)
@@ -144,4 +147,9 @@ class _Live:
         time.sleep(seconds)
 
 
-LIVE: Environment = _Live()
+def live(rocksdb_bytes_max: int) -> Environment:
+    """The real one."""
+    return _Live(rocksdb_bytes_max)
+
+
+LIVE = live(128 * 1024 * 1024)

@@ -36,6 +36,7 @@ from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Clock, Decision, Processor
 from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
+from kwflow.runners.budget import Budget, bytes_of
 from kwflow.runners.embedded import SystemClock
 from kwflow.runners.environment import LIVE, Consumer, Environment, Producer
 from kwflow.runners.kafka_state import PartitionStore, Restore
@@ -93,6 +94,9 @@ class Batch:
     positions: dict[int, int] = field(default_factory=dict)
     logs: list[str] = field(default_factory=list)
     counts: list[str] = field(default_factory=list)
+
+    def bytes(self) -> int:
+        return bytes_of((change for overlay in self.overlays.values() for change in overlay.changes.items()), self.outputs)
 
 
 class KafkaRunner:
@@ -343,41 +347,57 @@ class KafkaRunner:
         self._transact([record for record in records if record.offset >= self.owned[record.partition].careful_until] if careful else records)
 
     def _transact(self, records: list[Record], refused: str | None = None, alone: int = 0) -> None:
-        """One transaction; what the broker rejects is tried in halves, and a record that fails alone, twice, is refused (K11)."""
-        if not records:
-            return
-        batch = Batch()
+        """One transaction after the other until all are done, each as large as its budget; a record that the broker rejects alone, twice, is refused (K11)."""
+        while records:
+            batch, done = self._step(records, refused)
+            left = {number: mine[-1].offset for number, mine in done.items()}
+            records = [record for record in records if record.offset > left[record.partition]]
+            taken = [record for mine in done.values() for record in mine]
+            try:
+                if len(taken) > 1 and batch.bytes() > self.config.batch_bytes_max:
+                    raise Rejected(f"more than batch_bytes_max = {self.config.batch_bytes_max}")  # known once the states are saved; nothing was produced yet
+                self._commit(batch)
+            except Rejected as error:
+                if refused is not None:
+                    raise TransportError(f"the broker refuses even the dead letter of {taken[0]}: {error}", retryable=False) from None
+                half = len(taken) // 2
+                if half:
+                    self._transact(taken[:half])
+                    self._transact(taken[half:])
+                else:
+                    self._transact(taken, str(error) if alone else None, alone + 1)
+
+    def _step(self, records: list[Record], refused: str | None) -> tuple[Batch, dict[int, list[Record]]]:
+        """What these records do, up to the budget of one transaction; and which of them, by partition."""
+        batch, done = Batch(), {}
         by_partition: dict[int, list[Record]] = {}
         for record in records:
             by_partition.setdefault(record.partition, []).append(record)
+        budget = Budget(self.config.batch_bytes_max, self.config.batch_ms_max, self.clock)
         for number, mine in by_partition.items():
             overlay = batch.overlays[number] = Overlay(self.owned[number].store)
-            for made in self._decide(overlay, mine) if refused is None else [self.processor.refuse(overlay, record, refused) for record in mine]:
+            if refused is None:
+                decisions, done[number] = self._decide(overlay, mine, budget)
+            else:
+                decisions, done[number] = [self.processor.refuse(overlay, record, refused) for record in mine], mine
+            for made in decisions:
                 batch.outputs += made.outputs
                 batch.logs += made.logs
                 batch.counts += made.counts
-            batch.positions[number] = mine[-1].offset + 1
-        try:
-            self._commit(batch)
-        except Rejected as error:
-            if refused is not None:
-                raise TransportError(f"the broker refuses even the dead letter of {records[0]}: {error}", retryable=False) from None
-            half = len(records) // 2
-            if half:
-                self._transact(records[:half])
-                self._transact(records[half:])
-            else:
-                self._transact(records, str(error) if alone else None, alone + 1)
+            batch.positions[number] = done[number][-1].offset + 1
+        return batch, done
 
-    def _decide(self, overlay: Overlay, records: list[Record]) -> list[Decision]:
-        """The processor's decisions; records on the wrong partition go to the right one first (K6)."""
+    def _decide(self, overlay: Overlay, records: list[Record], budget: Budget) -> tuple[list[Decision], list[Record]]:
+        """The processor's decisions, and for which records; those on the wrong partition go to the right one first (K6)."""
         now_ms = self.clock.now_ms()
         right = [record for record in records if record.key is None or partition_of(record.key, self.partitions) == record.partition]
-        made = self.processor.decide(overlay, right, now_ms)
-        if len(right) < len(records):
-            at_home = set(map(id, right))
-            made += [self._forward(record, now_ms) for record in records if id(record) not in at_home]
-        return made
+        made = self.processor.decide(overlay, right, now_ms, budget) if right else []
+        if len(right) == len(records):
+            return made, records[: len(made)]
+        at_home = set(map(id, right))
+        last = right[len(made) - 1].offset if len(made) < len(right) else records[-1].offset
+        done = [record for record in records if record.offset <= last]
+        return made + [self._forward(record, now_ms) for record in done if id(record) not in at_home], done
 
     def _forward(self, record: Record, now_ms: int) -> Decision:
         if record.key is None or header(record, "kwflow-forwarded") is not None:

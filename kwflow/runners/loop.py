@@ -11,15 +11,18 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import msgspec
+
 from kwflow.config import Config
 from kwflow.core import snapshot, timers, wire
 from kwflow.core.instance import Instance
-from kwflow.core.step import Context, Ended, Save, Topics, Workflows, step
+from kwflow.core.step import Context, Ended, Limits, Save, Topics, Workflows, step
 from kwflow.core.wire import Output, Record
 from kwflow.durable import allow_modules, set_abandoning
 from kwflow.errors import ProtocolError, SnapshotError, StepTimeout
-from kwflow.ports import Changes, Decision, Store
+from kwflow.ports import Budget, Changes, Decision, Store
 from kwflow.runners import parked
+from kwflow.runners.budget import bytes_of
 from kwflow.runners.parked import dead_letter
 from kwflow.runners.watchdog import Watchdog
 
@@ -89,8 +92,10 @@ class WorkflowProcessor:
         self.incarnation = incarnation
         self.workflows = workflows
         self.topics = Topics(config.resume_topic, config.result_topic or None, config.error_topic or None, config.scheduler_topic, declared)
+        self.limits = Limits(config.outputs_max, config.output_bytes_max, config.value_bytes_max, config.header_bytes_max, config.waits_max, config.tasks_max, config.nesting_max)
         self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
         self._sleeping: dict[bytes, _Live] = {}  # least recently used first; one is used only if its bytes are still what is stored (K3)
+        self._sleeping_bytes = 0
         allow_modules(config.snapshot_modules)
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
@@ -119,11 +124,11 @@ class WorkflowProcessor:
         state.put(key, snapshot.save_ended(header))
         state.put(_EXPIRES + b"%020d\0" % self._expiry(header) + key, key)
 
-    def decide(self, state: Changes, records: Sequence[Record], received_ms: int) -> list[Decision]:
+    def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
         before = set_abandoning(True)  # semantics §3.3: an instance that is dropped here is only forgotten
         batch = _Batch(self, state, records, received_ms)
         try:
-            return batch.run()
+            return batch.run(budget)
         finally:
             for live in batch.live.values():  # only after a bug or KeyboardInterrupt: nothing of them was saved
                 live.forget()
@@ -140,6 +145,8 @@ class WorkflowProcessor:
     def awake(self, key: bytes, stored: bytes) -> _Live | None:
         """The live instance of exactly these bytes, if it is here; taken out."""
         live = self._sleeping.pop(key, None)
+        if live is not None:
+            self._sleeping_bytes -= len(live.base or b"")
         if live is None or live.base == stored:
             return live
         live.forget()  # its batch was aborted, or its partition was elsewhere meanwhile
@@ -148,8 +155,11 @@ class WorkflowProcessor:
     def keep(self, key: bytes, live: _Live) -> None:
         live.ahead, live.met = False, []
         self._sleeping[key] = live
-        if len(self._sleeping) > self.config.instances_cached_max:
-            self._sleeping.pop(next(iter(self._sleeping))).forget()
+        self._sleeping_bytes += len(live.base or b"")
+        while len(self._sleeping) > self.config.instances_cached_max or self._sleeping_bytes > self.config.instances_cached_bytes_max:
+            oldest = self._sleeping.pop(next(iter(self._sleeping)))
+            self._sleeping_bytes -= len(oldest.base or b"")
+            oldest.forget()
 
 
 class _Batch:
@@ -165,14 +175,24 @@ class _Batch:
         self.state = state
         self.records = records
         self.live: dict[bytes, _Live] = {}
-        self.context = Context(received_ms, processor.incarnation, processor.topics, workflows=processor.workflows)
+        self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows)
         self.made: list[Decision] = []
         self.held: dict[str, int] = {}
 
-    def run(self) -> list[Decision]:
+    def run(self, budget: Budget | None = None) -> list[Decision]:
         self.made = [Decision()] * len(self.records)
         for number in range(len(self.records)):
-            self.made[number] = self._decide(number)
+            known = len(self.live)
+            made = self.made[number] = self._decide(number)
+            if budget is None:
+                continue
+            if made.outputs:
+                budget.take(bytes_of((), made.outputs))
+            if len(self.live) > known:  # saved at the end; about as large as it was
+                budget.take(len(next(reversed(self.live.values())).base or b""))
+            if budget.spent():
+                del self.made[number + 1 :]
+                break
         for key in list(self.live):
             self._save(key)
         return self.made
@@ -181,6 +201,7 @@ class _Batch:
         record = self.records[number]
         try:
             name = wire.workflow_id(record)
+            wire.check_size(record, self.config.value_bytes_max, self.config.header_bytes_max)
             op = wire.header(record, "kwflow-op") if record.headers else None
             key = name.encode()
             if op is not None:
@@ -295,9 +316,18 @@ class _Batch:
                 else:
                     self.made[live.met[0]] = self._park(key.decode(), live.base, live.met[0], error)
                 return
+            self._warn_of_size(live, len(data))
             self.state.put(key, data)
             live.base = data
         self.processor.keep(key, live)
+
+    def _warn_of_size(self, live: _Live, size: int) -> None:
+        """Said when an instance grows over the limit, not each time it is saved."""
+        limit = self.config.snapshot_bytes_warn
+        if size > limit >= len(live.base or b""):
+            last = live.met[-1]
+            said = f"{live.instance.id if live.instance else ''}: its snapshot has {size} bytes now (snapshot_bytes_warn = {limit}); at {self.config.snapshot_bytes_max} it is parked"
+            self.made[last] = msgspec.structs.replace(self.made[last], logs=(*self.made[last].logs, said))
 
     # -- commands for parked instances ---------------------------------------------------------------------------------
     def _command(self, name: str, key: bytes, record: Record) -> Decision:
@@ -329,11 +359,17 @@ class TimerProcessor:
         self.input_topic = config.scheduler_topic
         self.changelog_topic = config.timers_changelog_topic
 
-    def decide(self, state: Changes, records: Sequence[Record], received_ms: int) -> list[Decision]:
-        return [self._decide(state, record, received_ms) for record in records]
+    def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
+        made: list[Decision] = []
+        for record in records:
+            made.append(self._decide(state, record, received_ms))
+            if budget is not None and budget.spent():
+                break
+        return made
 
     def _decide(self, state: Changes, record: Record, received_ms: int) -> Decision:
         try:
+            wire.check_size(record, self.config.value_bytes_max, self.config.header_bytes_max)
             changes = timers.cancel_or_set(record, state.get(record.key) if record.key else None)
         except ProtocolError as error:
             return parked.dead(self.config, record, error.reason, str(error), received_ms)

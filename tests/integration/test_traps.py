@@ -1,5 +1,6 @@
 """Traps of exactly-once, each made to happen: what an evicted, stalled or replaced engine still tries to write (K1-K5, K14, K16)."""
 
+import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -221,3 +222,16 @@ def test_a_record_that_killed_the_engine_three_times_is_refused(lab: Lab) -> Non
     turn(last, lambda: last.owned and last.owned[0].position == 2)
     letters = client.read(lab.config("any"), lab.config("any").dead_letter_topic)
     assert [record.key for record in letters] == [id.encode()]
+
+
+def test_a_batch_is_split_over_transactions_by_its_bytes_and_nothing_is_left_out(lab: Lab) -> None:
+    """Twenty instances whose states turn out larger than a transaction may be; each is stepped once."""
+    for number in range(20):
+        lab.send("resume", f"id-{number}", "new:" + json.dumps("x" * 2000))
+    runner = lab.engine("one", batch_bytes_max=9_000)
+    turn(runner, lambda: runner.counts["started"] == 20)
+    assert len(runner.commit_s) >= 20 * 2000 / 9_000
+    for number in range(20):
+        lab.send("resume", f"id-{number}", '{"ref": "r", "value": "done"}')
+    turn(runner, lambda: runner.counts["resumed"] == 20)
+    assert [lab.written("trap-out", f"id-{number}") for number in range(20)] == [["done"]] * 20

@@ -1,0 +1,37 @@
+"""What one transaction may hold: its bytes and the time its steps take.
+
+Soft where a figure is known only afterwards: a batch stops at the first record past its budget, and one record always
+fits.  It must not know what the records are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kwflow.core.wire import Output
+from kwflow.ports import Clock
+
+__all__ = ["Budget", "bytes_of"]
+
+
+class Budget:
+    """Counts what a batch has made so far.  `spent` once there is no room for another record."""
+
+    __slots__ = ("_bytes_left", "_clock", "_until_ms")
+
+    def __init__(self, bytes_max: int, ms_max: int, clock: Clock) -> None:
+        self._bytes_left = bytes_max
+        self._until_ms = clock.now_ms() + ms_max
+        self._clock = clock
+
+    def take(self, size: int) -> None:
+        self._bytes_left -= size
+
+    def spent(self) -> bool:
+        return self._bytes_left <= 0 or self._clock.now_ms() >= self._until_ms
+
+
+def bytes_of(changes: Iterable[tuple[bytes, bytes | None]], outputs: Iterable[Output]) -> int:
+    """Bytes of keys and values that a transaction writes; headers are few and limited on their own."""
+    states = sum([len(key) + len(value or b"") for key, value in changes])
+    return states + sum([len(output.key or b"") + len(output.value or b"") for output in outputs])

@@ -1,0 +1,52 @@
+"""How kwflow opens RocksDB: one block cache and one write-buffer manager for every store of the process.
+
+A cache per store would multiply by partitions: each brings 32 MB of cache and two memtables of 64 MB by RocksDB's
+defaults.  Here memtables, index and filter blocks are all charged to one cache, so `rocksdb_bytes_max` holds for the
+process however many partitions it owns.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from rocksdict import BlockBasedOptions, Cache, Options, WriteBufferManager
+
+__all__ = ["Memory", "memory", "options"]
+
+_BLOOM_BITS = 10  # one read in a hundred for a key that is not there goes to disk
+_MEMTABLE_BYTES_MAX = 16 * 1024 * 1024
+
+
+class Memory:
+    """What the stores of a process share; `usage` is what they use of it now, in bytes."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self.bytes_max = bytes_max
+        self.cache = Cache(bytes_max)
+        self.buffers = WriteBufferManager.new_write_buffer_manager_with_cache(bytes_max // 2, False, self.cache)
+
+    def usage(self) -> int:
+        return self.cache.get_usage()
+
+
+@functools.cache
+def memory(bytes_max: int) -> Memory:
+    """The one Memory of this process for this limit."""
+    return Memory(bytes_max)
+
+
+def options(bytes_max: int) -> Options:
+    """Options of a store with raw keys and values, created if it is missing."""
+    shared = memory(bytes_max)
+    table = BlockBasedOptions()
+    table.set_block_cache(shared.cache)
+    table.set_bloom_filter(_BLOOM_BITS, False)
+    table.set_cache_index_and_filter_blocks(True)
+    table.set_pin_l0_filter_and_index_blocks_in_cache(True)
+    made = Options(raw_mode=True)
+    made.create_if_missing(True)
+    made.set_block_based_table_factory(table)
+    made.set_write_buffer_manager(shared.buffers)
+    made.set_write_buffer_size(min(_MEMTABLE_BYTES_MAX, max(64 * 1024, bytes_max // 4)))
+    made.set_keep_log_file_num(2)
+    return made

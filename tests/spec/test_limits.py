@@ -1,0 +1,272 @@
+"""Every limit of Config: what is at it passes, one past it is refused by the name of the limit; nothing is lost (G3, G4)."""
+
+import pathlib
+from typing import Any
+
+import msgspec
+import pytest
+
+from kwflow import durable
+from kwflow.config import Config
+from kwflow.core import snapshot
+from kwflow.core.step import Workflows
+from kwflow.core.wire import Output, Record
+from kwflow.ports import Decision
+from kwflow.runners import rocks
+from kwflow.runners.budget import Budget
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.loop import Overlay, TimerProcessor, WorkflowProcessor
+from kwflow.testing import MemoryStore
+
+SOURCE = '''
+import kwflow as kw
+kw.declare_topics("out")
+CLEANED = []
+
+def small():
+    yield kw.suspend()
+
+def deep(n):
+    if n:
+        yield kw.all([deep(n - 1)])
+
+def main(opts):
+    kind, n = opts
+    if kind == "outputs":
+        for _ in range(n):
+            kw.output("x", "out")
+    elif kind == "value":
+        kw.output("x" * n, "out")
+    elif kind == "headers":
+        kw.output("", "out", headers={"h": "x" * (n - 1)})
+    elif kind == "raise":
+        raise ValueError("x" * n)
+    elif kind == "result":
+        return "x" * (n - 2)
+    elif kind == "waits":
+        yield kw.race([kw.suspend(str(i)) for i in range(n)])
+    elif kind == "tasks":
+        yield kw.race([small() for _ in range(n - 1)])
+    elif kind == "nesting":
+        yield from deep(n)
+    elif kind == "state":
+        held = "x" * n
+        try:
+            yield kw.suspend("more")
+        finally:
+            CLEANED.append(kind)
+        held += "y" * n
+        yield kw.suspend("last")
+        return len(held)
+    return "fine"
+'''
+
+
+class Engine:
+    """A processor over a store in memory, a batch at a time."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.module = durable.load_source("limits", SOURCE, "limits.py")
+        self.config = Config(**limits)
+        self.processor = WorkflowProcessor(self.config, Workflows({"main": self.module.main}, "main"), frozenset({"out"}))
+        self.store = MemoryStore()
+        self.offset = 0
+
+    def record(self, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> Record:
+        self.offset += 1
+        return Record("workflow-resume", 0, self.offset - 1, 1_700_000_000_000, id.encode(), value, headers)
+
+    def batch(self, *records: Record, budget: Budget | None = None) -> list[Decision]:
+        overlay = Overlay(self.store)
+        made = self.processor.decide(overlay, records, 1_700_000_000_000, budget)
+        self.store.apply(overlay.changes)
+        return made
+
+    def start(self, kind: str, n: int, id: str = "a") -> Decision:
+        return self.batch(self.record(id, b"new:" + msgspec.json.encode([kind, n])))[0]
+
+
+def result(made: Decision) -> tuple[str, Any]:
+    """(topic, value) of what main ended with."""
+    last = made.outputs[-1]
+    return last.topic, msgspec.json.decode(last.value or b"null")
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "edge"),
+    [("outputs", "outputs_max", 5), ("value", "value_bytes_max", 100), ("headers", "header_bytes_max", 50), ("result", "value_bytes_max", 50), ("nesting", "nesting_max", 6)],
+)
+def test_a_step_at_a_limit_ends_well_and_one_past_it_is_told_the_limit(kind: str, limit: str, edge: int) -> None:
+    """style.md §3.17: named in Config, tested at the edge and one past it."""
+    n = edge - 1 if kind == "nesting" else edge  # deep(n) starts n tasks inside one another, and is one itself
+    assert result(Engine(**{limit: edge}).start(kind, n))[0] == "workflow-result"
+    topic, value = result(Engine(**{limit: edge}).start(kind, n + 1))
+    assert topic == "workflow-error" and limit in value
+
+
+def test_an_error_that_is_too_large_for_a_record_is_told_in_short() -> None:
+    engine = Engine(value_bytes_max=80)
+    assert result(engine.start("raise", 66)) == ("workflow-error", "ValueError: " + "x" * 66)
+    assert result(engine.start("raise", 67, "b")) == ("workflow-error", "ValueError: its text has 81 bytes (limit value_bytes_max)")
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("waits", "waits_max"), ("tasks", "tasks_max")])
+def test_pending_waits_and_tasks_of_an_instance_are_counted(kind: str, limit: str) -> None:
+    engine = Engine(**{limit: 5})
+    assert engine.start(kind, 5).counts == ("started",)
+    assert len(snapshot.read_header(engine.store.entries[b"a"])["waits"]) == (5 if kind == "waits" else 4)
+    topic, value = result(engine.start(kind, 6, "b"))
+    assert topic == "workflow-error" and limit in value
+
+
+def test_the_bytes_of_all_outputs_of_a_step_are_limited() -> None:
+    total = 10 * len("ax")  # key and value; the result is the engine's
+    assert result(Engine(output_bytes_max=total).start("outputs", 10))[0] == "workflow-result"
+    topic, value = result(Engine(output_bytes_max=total - 1).start("outputs", 10))
+    assert topic == "workflow-error" and "output_bytes_max" in value
+
+
+@pytest.mark.parametrize("what", ["value", "headers"])
+def test_an_input_over_its_size_is_dead_lettered_unread(what: str) -> None:
+    engine = Engine(value_bytes_max=60, header_bytes_max=60)
+    long = b"new:" + b'["waits",1]'.ljust(56) if what == "value" else b'new:["waits",1]'
+    headers = (("h", b"x" * 59),) if what == "headers" else ()
+    assert engine.batch(engine.record("a", long, headers))[0].counts == ("started",)
+    over = engine.record("b", long + b" ") if what == "value" else engine.record("b", long, (("h", b"x" * 60),))
+    (made,) = engine.batch(over)
+    assert made.counts == ("dead-letter",) and dict(made.outputs[0].headers)["kwflow-error-reason"] == b"too-large"
+    assert b"b" not in engine.store.entries
+
+
+def test_a_timer_over_its_size_is_dead_lettered() -> None:
+    timers = TimerProcessor(Config(value_bytes_max=5))
+    state = Overlay(MemoryStore())
+    at, over = (Record("workflow-scheduler", 0, n, 0, b"a|x", value) for n, value in enumerate([b"10000", b"100000"]))
+    assert [made.counts for made in timers.decide(state, [at, over], 0)] == [("timer",), ("dead-letter",)]
+
+
+def test_a_snapshot_is_warned_about_once_and_refused_at_its_limit() -> None:
+    """G4: over it the instance keeps what it had, and is parked."""
+    engine = Engine()
+    engine.start("state", 1000)
+    small = len(engine.store.entries[b"a"])
+    quiet, warned = Engine(snapshot_bytes_warn=small), Engine(snapshot_bytes_warn=small - 1)
+    assert quiet.start("state", 1000).logs == ()
+    assert "snapshot_bytes_warn" in warned.start("state", 1000).logs[0]
+    assert warned.batch(warned.record("a", b'{"ref":"more"}'))[0].logs == ()  # it was over it before
+    engine.batch(engine.record("a", b'{"ref":"more"}'))
+    large = len(engine.store.entries[b"a"])
+    for limit, outcome in ((large, "resumed"), (large - 1, "parked")):
+        tight = Engine(snapshot_bytes_max=limit)
+        tight.start("state", 1000)
+        assert tight.batch(tight.record("a", b'{"ref":"more"}'))[0].counts == (outcome,)
+    assert "snapshot_bytes_max" in snapshot.read_header(tight.store.entries[b"a"])["parked"]["message"]
+
+
+def test_the_cache_of_live_instances_is_bounded_by_number_and_by_bytes_and_evicting_runs_no_cleanup() -> None:
+    """G8, K3."""
+    size = 0
+    for limits, kept in (({}, 5), ({"instances_cached_max": 3}, 3), ({"instances_cached_max": 0}, 0), ({"instances_cached_bytes_max": 2}, 2), ({"instances_cached_bytes_max": -1}, 1)):
+        if "instances_cached_bytes_max" in limits:  # as many snapshots, or one byte less than two
+            limits = {"instances_cached_bytes_max": limits["instances_cached_bytes_max"] * size if kept > 1 else 2 * size - 1}
+        engine = Engine(**limits)
+        engine.batch(*(engine.record(f"i{n}", b'new:["state",1000]') for n in range(5)))
+        size = len(engine.store.entries[b"i0"])
+        assert len(engine.processor._sleeping) == kept
+        assert engine.module.CLEANED == []
+        for n in range(5):
+            assert engine.batch(engine.record(f"i{n}", b'{"ref":"more"}'))[0].counts == ("resumed",)
+
+
+class Ticking:
+    """A clock that goes on by a ms with each look."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def now_ms(self) -> int:
+        self.at += 1
+        return self.at
+
+
+def test_a_batch_ends_when_its_time_or_its_bytes_are_spent_and_the_rest_is_left() -> None:
+    engine = Engine()
+    records = [engine.record(f"i{n}", b'new:["outputs",3]') for n in range(10)]
+    one = sum(len(output.key or b"") + len(output.value or b"") for output in engine.batch(engine.record("xx", b'new:["outputs",3]'))[0].outputs)
+    assert len(engine.batch(*records, budget=Budget(10**9, 10**9, Ticking()))) == 10
+    assert len(engine.batch(*records, budget=Budget(10**9, 4, Ticking()))) == 4
+    for left, made in ((one, 1), (one + 1, 2), (2 * one, 2), (2 * one + 9, 3), (1, 1)):
+        assert len(engine.batch(*records, budget=Budget(left, 10**9, Ticking()))) == made, left
+
+
+def test_the_embedded_engine_commits_what_fits_and_goes_on_with_the_rest(tmp_path: pathlib.Path) -> None:
+    """One record always fits; states that turn out larger than the batch may be are halved."""
+    module = durable.load_source("limits", SOURCE, "limits.py")
+    config = Config(batch_bytes_max=10_000, batch_records_max=100)
+    held = Embedded(tmp_path, config, sync=False)
+    try:
+        processors = [WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset({"out"}), held.incarnation)]
+        for n in range(20):
+            held.append(config.resume_topic, b"i%d" % n, b'new:["state",4000]')
+        held.append(config.resume_topic, b"big", b'new:["state",40000]')
+        sizes = []
+        while (made := held.step(processors)) != 0:
+            sizes.append(made)
+        assert sum(sizes) == 21 and max(sizes) <= 2
+        assert held.counts["started"] == 21
+    finally:
+        held.close()
+
+
+def test_a_batch_has_at_most_batch_records_max_records(tmp_path: pathlib.Path) -> None:
+    config = Config(batch_records_max=7)
+    held = Embedded(tmp_path, config, sync=False)
+    try:
+        for _ in range(15):
+            held.append(config.scheduler_topic, b"a|x", b"1000000")
+        timers = [TimerProcessor(config)]
+        assert [held.step(timers), held.step(timers), held.step(timers), held.step(timers)] == [7, 7, 1, 0]
+    finally:
+        held.close()
+
+
+def test_all_stores_of_a_process_share_one_cache_and_one_write_buffer_manager(tmp_path: pathlib.Path) -> None:
+    """Eight stores hold less in memory than half of what was written to them; on their own they would hold all of it."""
+    limit = 4 * 1024 * 1024
+    stores = [Embedded(tmp_path / str(n), Config(rocksdb_bytes_max=limit), sync=False) for n in range(8)]
+    try:
+        for n in range(1000):
+            for held in stores:
+                held.append("topic", b"%d" % n, bytes(4000))
+        assert 0 < rocks.memory(limit).usage() < 8 * 1000 * 4000 / 2  # flushing lags behind a little
+        assert rocks.memory(limit) is rocks.memory(limit)
+    finally:
+        for held in stores:
+            held.close()
+
+
+def test_consumed_input_is_trimmed_while_the_embedded_engine_runs(tmp_path: pathlib.Path) -> None:
+    """Outputs and what is not applied yet stay."""
+    config = Config(embedded_retention_ms=0, batch_records_max=10)
+    held = Embedded(tmp_path, config, sync=False)
+    timers = TimerProcessor(config)
+    try:
+        for n in range(25):
+            held.append(config.scheduler_topic, b"a|%d" % n, b"1000000", ())
+        held.db.write(_output_batch(held))
+        held.run([timers], lambda: held.position(config.scheduler_topic) == 25)
+        held.trim([timers])
+        assert held.read(config.scheduler_topic) == []
+        assert len(held.read("out")) == 1
+        held.append(config.scheduler_topic, b"a|x", b"1000000")
+        assert held.trim([timers]) == 0 and len(held.read(config.scheduler_topic)) == 1
+    finally:
+        held.close()
+
+
+def _output_batch(held: Embedded) -> Any:
+    from rocksdict import WriteBatch
+
+    batch = WriteBatch(raw_mode=True)
+    held._put(batch, {}, Output("out", b"a", b"kept"))
+    return batch
