@@ -20,7 +20,7 @@ from rocksdict import Options, Rdict, WriteBatch, WriteOptions
 
 from kwflow import api, durable
 from kwflow.config import Config
-from kwflow.core.step import Workflows
+from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output
 from kwflow.runners import topics
 from kwflow.runners.embedded import Embedded

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeAlias, TypeVar
 
 from kwflow.core import wire
-from kwflow.core.step import current, in_step
+from kwflow.core.calls import current, in_step
 from kwflow.core.tasks import Awaitable, Suspension, Task
 from kwflow.errors import UsageError
 

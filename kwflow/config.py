@@ -30,6 +30,7 @@ class Config(BaseSettings):
     result_topic: str = "workflow-result"
     error_topic: str = "workflow-error"
     scheduler_topic: str = "workflow-scheduler"
+    reply_topic: str = "workflow-reply"
     snapshot_modules: list[str] = Field(default_factory=list, description="modules, not durable ones, whose classes snapshots may hold")
     snapshot_bytes_warn: int = Field(default=450_000, gt=0, description="an instance that grows over this is logged")
     snapshot_bytes_max: int = Field(default=900_000, gt=0, description="a larger instance is parked; below Kafka's 1 MB default")

@@ -37,12 +37,15 @@ class Clock(Protocol):
 class Decision(msgspec.Struct, frozen=True):
     """What one record (or time) did beside its changes of state.  Nothing has happened yet: state, outputs and offset are committed together, or not at all.
 
-    `logs` are written after the commit, `counts` name what was counted.
+    `replies` are outputs to the partition that somebody waits on; one that is not there (any more) is counted and left
+    out.  `logs` are written and `dispatch` is started after the commit, `counts` name what was counted.
     """
 
     outputs: tuple[Output, ...] = ()
     logs: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
+    replies: tuple[Output, ...] = ()
+    dispatch: tuple[object, ...] = ()
 
 
 class Budget(Protocol):
@@ -72,6 +75,9 @@ class Processor(Protocol):
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
         """What has become due by time; None when nothing has."""
+
+    def dispatch(self, items: Sequence[object]) -> None:
+        """Start what decisions listed, after their commit; must not block."""
 
     def next_due_ms(self, store: Store) -> int | None:
         """When `due` is to be asked next; None for never."""

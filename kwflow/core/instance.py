@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from typing import Any, Protocol
 
-from kwflow.core.tasks import FAILED, OK, PENDING, Awaitable, Combinator, Shield, Suspension, Task, Timer, live_below
+from kwflow.core.tasks import FAILED, OK, PENDING, Awaitable, Combinator, Shield, Suspension, Task, live_below
 from kwflow.durable.frames import discard
 from kwflow.errors import Cancelled, KwflowBug, StepTimeout, UsageError
 
@@ -77,8 +77,8 @@ class Host(Protocol):
     def task_failed(self, task: Task) -> None:
         """A task that nobody awaits has failed."""
 
-    def timer_cancelled(self, timer: Timer) -> None:
-        """Tell the scheduler."""
+    def wait_cancelled(self, wait: Suspension) -> None:
+        """Tell whoever works for it outside: the scheduler, a child."""
 
     def main_ended(self, main: Task) -> None:
         """Emit the result or error record."""
@@ -90,7 +90,7 @@ class Machine:
     def __init__(self, instance: Instance, host: Host, nesting_max: int, tasks_max: int) -> None:
         self.instance = instance
         self.host = host
-        self.queue: deque[Task | Timer] = deque()
+        self.queue: deque[Task | Suspension] = deque()
         self.running: list[Task] = []
         self.bug: BaseException | None = None
         self._nesting_max = nesting_max
@@ -148,8 +148,8 @@ class Machine:
         while True:
             while self.queue:
                 item = self.queue.popleft()
-                if isinstance(item, Timer):
-                    self.host.timer_cancelled(item)
+                if isinstance(item, Suspension):
+                    self.host.wait_cancelled(item)
                     self.settle(item, FAILED, Cancelled())
                 else:
                     self._drive(item)
@@ -345,7 +345,7 @@ class Machine:
                 target.held = True
             elif isinstance(target, Combinator):
                 stack.extend(self._cancel_combinator(target))
-            elif isinstance(target, Timer):
+            elif isinstance(target, Suspension) and target.outside:
                 if self.instance.waits.pop(target.ref, None) is not None:
                     self.queue.append(target)
             else:
@@ -384,4 +384,4 @@ class Machine:
         for task in list(self.instance.tasks.values()):
             if not task.settled and not task.cancel_step and not task.shielded:
                 self.cancel_all([task])
-        self.cancel_all([wait for wait in list(self.instance.waits.values()) if isinstance(wait, Timer) and not wait.waiters])
+        self.cancel_all([wait for wait in list(self.instance.waits.values()) if wait.outside and not wait.waiters])

@@ -18,7 +18,7 @@ from kwflow.durable import codec, frames, registry
 from kwflow.durable.lower import LOWERING_VERSION
 from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError
 
-__all__ = ["ended_header", "load", "park", "read_header", "save", "save_ended", "split", "unpark", "wake"]
+__all__ = ["amend", "ended_header", "load", "park", "read_header", "save", "save_ended", "split", "unpark", "wake"]
 
 _MAGIC = b"KWF1"
 _CHECKSUM_BYTES = 32
@@ -51,7 +51,7 @@ def save(instance: Instance) -> bytes:
 
 def _wait(wait: Suspension) -> dict[str, Any]:
     """Where the task that waits for it is: function, file (relative to the module's root) and line."""
-    described: dict[str, Any] = {"ref": wait.ref, "kind": wait.kind, "since": wait.since_ms}
+    described: dict[str, Any] = {"ref": wait.ref, "kind": wait.kind, "since": wait.since_ms, **wait.described()}
     waiters: list[Any] = list(wait.waiters)
     for _ in range(1000):
         if not waiters:
@@ -152,6 +152,12 @@ def unpark(stored: bytes) -> bytes | None:
     if was == "damaged":
         return body
     return _encode({**header, "status": was}, body) if body else None
+
+
+def amend(stored: bytes, **fields: Any) -> bytes:
+    """The same state with other entries in its header.  Raises SnapshotError."""
+    header, body = split(stored)
+    return _encode({**header, **fields}, body)
 
 
 def ended_header(instance: Instance) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-from kwflow.errors import Cancelled
+from kwflow.errors import Cancelled, WorkflowError
 
 __all__ = ["FAILED", "OK", "PENDING", "All", "Awaitable", "Combinator", "Race", "Shield", "Suspension", "Task", "Timeout", "Timer", "live_below"]
 
@@ -85,10 +85,16 @@ class Awaitable:
 
 
 class Suspension(Awaitable):
-    """A wait with a ref id that a record settles."""
+    """A wait with a ref id that a record settles.
+
+    A kind of its own is a subclass with `kind`, what the header tells of it beside ref and place (`described`), what an
+    answer makes of it (`answer`), and whether somebody outside works for it and is told when it is cancelled (`outside`).
+    """
 
     __slots__ = ("ref", "since_ms")
-    kind = "suspension"
+    kind: ClassVar[str] = "suspension"
+    outside: ClassVar[bool] = False
+    answerable: ClassVar[bool] = True  # whether a resume record may settle it
 
     def __init__(self, ref: str, since_ms: int) -> None:
         super().__init__()
@@ -99,6 +105,14 @@ class Suspension(Awaitable):
     def id(self) -> str:
         return self.ref
 
+    def described(self) -> dict[str, Any]:
+        """Its own entries in the header, JSON; enough to end it without author code (M3)."""
+        return {}
+
+    def answer(self, failed: bool, value: object) -> Outcome:
+        """What a resume record's `value` or `error` makes of it."""
+        return (FAILED, WorkflowError(value)) if failed else (OK, value)
+
     def __repr__(self) -> str:
         return f"<{self.kind} {self.ref} {self.state}>"
 
@@ -108,6 +122,7 @@ class Timer(Suspension):
 
     __slots__ = ("delay_ms",)
     kind = "timer"
+    outside = True
 
     def __init__(self, ref: str, since_ms: int, delay_ms: int) -> None:
         super().__init__(ref, since_ms)

@@ -7,15 +7,20 @@ bytes of a record lives here; it must not know instances or tasks.
 from __future__ import annotations
 
 import re
+from typing import Annotated, Any
 
 import msgspec
 
 from kwflow.errors import ProtocolError
 
 __all__ = [
+    "OPS",
+    "Address",
     "Command",
     "Output",
+    "Reason",
     "Record",
+    "Reply",
     "Resume",
     "Start",
     "check_size",
@@ -24,11 +29,16 @@ __all__ = [
     "is_engine_id",
     "json_dumps",
     "parse",
+    "reply_address",
+    "reply_output",
+    "short_header",
     "travelling_headers",
     "workflow_id",
 ]
 
 Headers = tuple[tuple[str, bytes | None], ...]
+_Text = Annotated[str, msgspec.Meta(max_length=1000)]
+_HEADER_CHARACTERS_MAX = 1200  # ids of runs, requests and commands: a child's start id holds its parent's id and a ref
 _ID_BYTES_MAX = 512  # wire.md §4: an id is a state key and part of a timer key
 _ENGINE_ID = re.compile(r"\d+:\d+\Z")
 
@@ -71,11 +81,45 @@ class Resume(msgspec.Struct, frozen=True):
     failed: bool
 
 
+class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The arguments of cancel, terminate, pause, unpause; the JSON `null` is the same as `{}`."""
+
+    reason: _Text = ""
+
+
+class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """No arguments: `null` or `{}`."""
+
+
+OPS: dict[str, type[msgspec.Struct]] = {
+    "cancel": Reason, "discard": Nothing, "pause": Reason, "query": Nothing, "retry": Nothing, "terminate": Reason, "unpause": Reason,
+}  # fmt: skip
+
+
 class Command(msgspec.Struct, frozen=True):
-    """A record with header `kwflow-op`."""
+    """A record with header `kwflow-op` (M1, M2); `id` makes it idempotent, `start_id` limits it to that run of the workflow id."""
 
     op: str
-    arguments: object
+    arguments: Any
+    id: str | None
+    start_id: str | None
+
+
+class Address(msgspec.Struct, frozen=True, array_like=True):
+    """Who waits for a reply (M1.2)."""
+
+    partition: int
+    process: str
+    request: str
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """What became of a command; `value` is plain JSON."""
+
+    to: Address
+    status: str
+    message: str = ""
+    value: object = None
 
 
 def header(record: Record, name: str) -> str | None:
@@ -108,9 +152,9 @@ def parse(record: Record) -> Start | Resume | Command:
     """What a record on the input topic asks for.  Raises ProtocolError."""
     if record.value is None:
         raise ProtocolError("the record has no value", "null-value")
-    op = header(record, "kwflow-op")
+    op = header(record, "kwflow-op") if record.headers else None
     if op is not None:
-        return Command(op, _json(record.value))
+        return _command(op, record.value, record)
     if record.value.startswith(b"new:"):
         return Start(_json(record.value[4:]), header(record, "kwflow-workflow"))
     message = _json(record.value)
@@ -132,6 +176,46 @@ def check_size(record: Record, value_bytes_max: int, header_bytes_max: int) -> N
         raise ProtocolError(f"the value has {len(record.value)} bytes, more than {value_bytes_max} (limit value_bytes_max)", "too-large")
     if record.headers and (size := header_bytes(record.headers)) > header_bytes_max:
         raise ProtocolError(f"the headers have {size} bytes, more than {header_bytes_max} (limit header_bytes_max)", "too-large")
+
+
+def _command(op: str, value: bytes, record: Record) -> Command:
+    arguments = OPS.get(op)
+    if arguments is None:
+        raise ProtocolError(f"unknown op {op[:100]!r}; known are: {', '.join(OPS)}", "unknown-op")
+    try:
+        decoded = arguments() if value == b"null" and arguments in (Reason, Nothing) else msgspec.json.decode(value, type=arguments)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"op {op}: {error}", "bad-arguments") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"op {op}: not JSON: {error}", "bad-json") from None
+    return Command(op, decoded, short_header(record, "kwflow-id"), short_header(record, "kwflow-start-id"))
+
+
+def short_header(record: Record, name: str) -> str | None:
+    """A header that is an id: 1 to 1,200 characters.  Raises ProtocolError."""
+    text = header(record, name)
+    if text is not None and not 1 <= len(text) <= _HEADER_CHARACTERS_MAX:
+        raise ProtocolError(f"header {name} has 1 to {_HEADER_CHARACTERS_MAX} characters, not {len(text)}", "bad-header")
+    return text
+
+
+def reply_address(record: Record) -> Address | None:
+    """Where the sender waits; None when it does not.  Raises ProtocolError for an address that is none."""
+    if not record.headers:
+        return None
+    request, place = short_header(record, "kwflow-request"), short_header(record, "kwflow-reply-to")
+    if request is None and place is None:
+        return None
+    partition, slash, process = (place or "").partition("/")
+    if request is None or not slash or not process or not partition.isdecimal() or len(partition) > 9:
+        raise ProtocolError("who waits for a reply sends kwflow-request: <uuid> and kwflow-reply-to: <partition>/<process uuid>", "bad-header")
+    return Address(int(partition), process, request)
+
+
+def reply_output(topic: str, reply: Reply) -> Output:
+    """The record that answers; it is keyed by the process that waits on that partition."""
+    value = {"request": reply.to.request, "status": reply.status, "message": reply.message, "value": reply.value}
+    return Output(topic, reply.to.process.encode(), json_dumps(value), (), None, reply.to.partition)
 
 
 def _json(data: bytes) -> object:

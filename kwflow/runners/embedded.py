@@ -24,7 +24,7 @@ from kwflow.config import Config
 from kwflow.core.wire import Output, Record
 from kwflow.durable import set_abandoning
 from kwflow.errors import TransportError
-from kwflow.ports import Clock, Processor
+from kwflow.ports import Clock, Decision, Processor
 from kwflow.runners import rocks
 from kwflow.runners.budget import Budget, bytes_of
 from kwflow.runners.loop import Overlay
@@ -161,15 +161,11 @@ class Embedded:
         while True:
             overlay = Overlay(store)
             made = processor.decide(overlay, records, self.clock.now_ms(), Budget(self.limits.batch_bytes_max, self.limits.batch_ms_max, self.clock))
-            outputs = [output for decision in made for output in decision.outputs]
+            outputs = [output for decision in made for output in (*decision.outputs, *decision.replies)]
             if len(made) == 1 or bytes_of(overlay.changes.items(), outputs) <= self.limits.batch_bytes_max:
                 break
             records = records[: len(made) // 2]  # what they save turned out to be more than one transaction may hold
-        self._commit(store, overlay, outputs, (topic, records[len(made) - 1].offset + 1))
-        for decision in made:
-            self.counts.update(decision.counts)
-            for line in decision.logs:
-                on_log(line)
+        self._perform(processor, made, store, overlay, (topic, records[len(made) - 1].offset + 1), on_log)
         return len(made)
 
     def _fire(self, processor: Processor, on_log: Callable[[str], None]) -> int:
@@ -181,11 +177,28 @@ class Embedded:
         made = processor.due(overlay, self.clock.now_ms(), _FIRED_MAX)
         if made is None:
             return 0
-        self._commit(store, overlay, list(made.outputs), None)
-        self.counts.update(made.counts)
-        for line in made.logs:
-            on_log(line)
+        self._perform(processor, [made], store, overlay, None, on_log)
         return len(made.outputs)
+
+    def _perform(self, processor: Processor, made: Sequence[Decision], store: _Store, overlay: Overlay, consumed: tuple[str, int] | None, on_log: Callable[[str], None]) -> None:
+        """Commit what was decided, then what comes after a commit.  Every topic here has one partition: a reply to another has no address."""
+        outputs: list[Output] = []
+        for decision in made:
+            outputs += decision.outputs
+            for reply in decision.replies:
+                if reply.partition == 0:
+                    outputs.append(reply)
+                else:
+                    self.counts["reply-gone"] += 1
+        self._commit(store, overlay, outputs, consumed)
+        dispatch: list[object] = []
+        for decision in made:
+            self.counts.update(decision.counts)
+            dispatch += decision.dispatch
+            for line in decision.logs:
+                on_log(line)
+        if dispatch:
+            processor.dispatch(dispatch)
 
     def _commit(self, store: _Store, overlay: Overlay, outputs: list[Output], consumed: tuple[str, int] | None) -> None:
         with self._lock:

@@ -60,6 +60,7 @@ _RETRY_S = 0.02
 _SLICE_S = 0.1  # K5: a restore never keeps the running partitions waiting for longer
 _ABORTS_MAX = 10  # in a row; then this process ends, so that whoever watches it sees the trouble
 _DAY_MS = 86_400_000
+_REPLY_ASK_S = 10.0  # a reply topic may get more partitions; how often the broker is asked because of an address it does not have
 
 
 class Aborted(Exception):
@@ -94,6 +95,14 @@ class Batch:
     positions: dict[int, int] = field(default_factory=dict)
     logs: list[str] = field(default_factory=list)
     counts: list[str] = field(default_factory=list)
+    dispatch: list[object] = field(default_factory=list)
+
+    def add(self, made: Decision) -> None:
+        """All of a decision but its replies."""
+        self.outputs += made.outputs
+        self.logs += made.logs
+        self.counts += made.counts
+        self.dispatch += made.dispatch
 
     def bytes(self) -> int:
         return bytes_of((change for overlay in self.overlays.values() for change in overlay.changes.items()), self.outputs)
@@ -164,6 +173,7 @@ class KafkaRunner:
     def _limits(self, names: Iterable[str]) -> tuple[dict[str, int], int]:
         """Producer sizes that every topic takes (K11), and how old a local copy may be (K8)."""
         there = topics.partitions_of(self.admin, self.config)
+        self._reply_partitions, self._reply_asked = there.get(self.config.reply_topic, 0), 0.0
         settings = topics.settings_of(self.admin, [name for name in names if name in there])
         sizes = [int(found["max.message.bytes"]) for found in settings.values()]
         retention = int(settings.get(self.processor.changelog_topic, {}).get("delete.retention.ms", _DAY_MS))
@@ -381,9 +391,9 @@ class KafkaRunner:
             else:
                 decisions, done[number] = [self.processor.refuse(overlay, record, refused) for record in mine], mine
             for made in decisions:
-                batch.outputs += made.outputs
-                batch.logs += made.logs
-                batch.counts += made.counts
+                batch.add(made)
+                if made.replies:
+                    self._reply(batch, made.replies)
             batch.positions[number] = done[number][-1].offset + 1
         return batch, done
 
@@ -412,8 +422,9 @@ class KafkaRunner:
             overlay = Overlay(partition.store)
             made = self.processor.due(overlay, self.clock.now_ms(), _FIRED_MAX)
             if made is not None:
-                number = partition.number
-                self._commit(Batch({number: overlay}, list(made.outputs), {number: partition.position}, list(made.logs), list(made.counts)))
+                batch = Batch({partition.number: overlay}, positions={partition.number: partition.position})
+                batch.add(made)
+                self._commit(batch)
 
     # -- commit and settle -----------------------------------------------------------------------------------------
     def _commit(self, batch: Batch) -> None:
@@ -451,6 +462,20 @@ class KafkaRunner:
             partition.position = batch.positions[number]
         for line in batch.logs:
             self.on_log(line)
+        if batch.dispatch:
+            self.processor.dispatch(batch.dispatch)
+
+    def _reply(self, batch: Batch, replies: Iterable[Output]) -> None:
+        """Replies go with the batch; to a partition that does not exist they would abort it, so they are counted and left out."""
+        for reply in replies:
+            if (reply.partition or 0) >= self._reply_partitions and time.monotonic() - self._reply_asked >= _REPLY_ASK_S:
+                self._reply_asked = time.monotonic()
+                self._reply_partitions = topics.partitions_of(self.admin, self.config).get(self.config.reply_topic, 0)
+            if (reply.partition or 0) < self._reply_partitions:
+                batch.outputs.append(reply)
+            else:
+                batch.counts.append("reply-gone")
+                batch.logs.append(f"a reply to {self.config.reply_topic}[{reply.partition}], which does not exist, was left out")
 
     def _produce(self, delivered: Any, topic: str, key: bytes | None, value: bytes | None, headers: Any, timestamp_ms: int | None, partition: int | None) -> None:
         place: dict[str, Any] = {} if partition is None else {"partition": partition}

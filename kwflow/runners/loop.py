@@ -14,14 +14,15 @@ from typing import Any
 import msgspec
 
 from kwflow.config import Config
-from kwflow.core import snapshot, timers, wire
+from kwflow.core import messages, snapshot, timers, wire
+from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Workflows
 from kwflow.core.instance import Instance
-from kwflow.core.step import Context, Ended, Limits, Save, Topics, Workflows, step
+from kwflow.core.step import step
 from kwflow.core.wire import Output, Record
 from kwflow.durable import allow_modules, set_abandoning
-from kwflow.errors import ProtocolError, SnapshotError, StepTimeout
+from kwflow.errors import KwflowBug, ProtocolError, SnapshotError, StepTimeout
 from kwflow.ports import Budget, Changes, Decision, Store
-from kwflow.runners import parked
+from kwflow.runners import commands, parked
 from kwflow.runners.budget import bytes_of
 from kwflow.runners.parked import dead_letter
 from kwflow.runners.watchdog import Watchdog
@@ -87,6 +88,7 @@ class WorkflowProcessor:
 
     def __init__(self, config: Config, workflows: Workflows, declared: frozenset[str], incarnation: str = "", on_log: Callable[[str], None] = print) -> None:
         self.config = config
+        self.dispatch: Callable[[Sequence[object]], None] = _nobody
         self.input_topic = config.resume_topic
         self.changelog_topic = config.changelog_topic
         self.incarnation = incarnation
@@ -202,11 +204,10 @@ class _Batch:
         try:
             name = wire.workflow_id(record)
             wire.check_size(record, self.config.value_bytes_max, self.config.header_bytes_max)
-            op = wire.header(record, "kwflow-op") if record.headers else None
             key = name.encode()
-            if op is not None:
-                self._save(key)
-                return self._command(name, key, record)
+            op = wire.header(record, "kwflow-op") if record.headers else None
+            if op in commands.OPS:
+                return self._command(name, record)
             live = self.live.get(key)
             if live is None:
                 found = self._find(name, key, record)
@@ -238,12 +239,16 @@ class _Batch:
 
     def _after_end(self, header: dict[str, Any], record: Record) -> _Live | Decision:
         """K20: the entry that stays after the end; a start it does not know begins anew."""
-        if not isinstance(wire.parse(record), wire.Start):
-            return Decision(counts=("unknown-id",))
-        fresh = self.context.received_ms - header["ended"] <= self.config.ended_retention_ms
-        if fresh and wire.header(record, "kwflow-start-id") == header["start_id"]:
-            return Decision(counts=("duplicate-start",))
-        return _Live(None, None)
+        message = wire.parse(record)
+        if isinstance(message, wire.Start):
+            fresh = self.context.received_ms - header["ended"] <= self.config.ended_retention_ms
+            if fresh and wire.short_header(record, "kwflow-start-id") == header["start_id"]:
+                return Decision(counts=("duplicate-start",), replies=parked.answered(self.config, record, "duplicate"))
+            return _Live(None, None)
+        if isinstance(message, wire.Command):
+            status, *said = messages.after_end(header, message)
+            return Decision(counts=("unknown-id",), replies=parked.answered(self.config, record, status, *said))
+        return Decision(counts=("unknown-id",), replies=parked.answered(self.config, record, "not_found"))
 
     # -- one step ----------------------------------------------------------------------------------------------------
     def _step(self, name: str, key: bytes, live: _Live, number: int) -> Decision:
@@ -268,15 +273,13 @@ class _Batch:
         logs = tuple(f"{name}: {line}" for line in made.logs) if made.logs else ()
         if made.outcome in _IGNORED:
             logs = (f"{name}: ignored, {made.outcome}, {record.topic}[{record.partition}]@{record.offset}",)
-        return Decision(made.outputs, logs, (made.outcome,))
+        replies = tuple(wire.reply_output(self.config.reply_topic, reply) for reply in made.replies) if made.replies else ()
+        return Decision(made.outputs, logs, (made.outcome,), replies, made.dispatch)
 
-    def _ended(self, key: bytes, live: _Live, header: dict[str, Any] | None) -> None:
+    def _ended(self, key: bytes, live: _Live, header: dict[str, Any]) -> None:
         live.forget()
         del self.live[key]
-        if header is not None and _OWN_START_ID.fullmatch(header["start_id"]) is None:
-            self.processor.keep_ended(self.state, key, header)
-        elif self.state.get(key) is not None:
-            self.state.put(key, None)
+        self.end(key, header)
 
     def _failed(self, name: str, key: bytes, live: _Live, number: int, error: BaseException) -> Decision:
         """G4.  The steps before this one are made again and saved first; the one that failed is not run a second time."""
@@ -329,26 +332,30 @@ class _Batch:
             said = f"{live.instance.id if live.instance else ''}: its snapshot has {size} bytes now (snapshot_bytes_warn = {limit}); at {self.config.snapshot_bytes_max} it is parked"
             self.made[last] = msgspec.structs.replace(self.made[last], logs=(*self.made[last].logs, said))
 
-    # -- commands for parked instances ---------------------------------------------------------------------------------
-    def _command(self, name: str, key: bytes, record: Record) -> Decision:
-        """Retry and discard (K17): what is held is applied in order, each record with its original offset; a failure parks it again."""
-        message = wire.parse(record)
-        if not isinstance(message, wire.Command) or message.op not in ("retry", "discard"):
-            raise ProtocolError(f"unknown op {wire.header(record, 'kwflow-op')!r}", "unknown-op")
-        if not parked.is_parked(self.state.get(key)):
-            return Decision(counts=("not-parked",), logs=(f"{name}: {message.op} ignored: it is not parked",))
+    # -- commands that run no author code ------------------------------------------------------------------------------
+    def _command(self, name: str, record: Record) -> Decision:
+        command = wire.parse(record)
+        if not isinstance(command, wire.Command):
+            raise KwflowBug("a record with an op is no command")
+        self._save(name.encode())
         self.held.pop(name, None)
-        held = parked.release(self.state, name, discard=message.op == "discard")
-        drained = _Batch(self.processor, self.state, held, self.context.received_ms)
-        outputs: list[Output] = []
-        logs: list[str] = []
-        counts = ["discarded" if message.op == "discard" else "retried"]
-        for made in drained.run():
-            outputs += made.outputs
-            logs += made.logs
-            counts += made.counts
-        rest = parked.pause(self.config, self.state, name)
-        return Decision((*outputs, rest) if rest is not None else tuple(outputs), tuple(logs), tuple(counts))
+        return commands.apply(self, name, record, command)
+
+    def drain(self, records: list[Record]) -> list[Decision]:
+        """Apply what was held, each record with its original offset; a failure parks the instance again (K17)."""
+        return _Batch(self.processor, self.state, records, self.context.received_ms).run()
+
+    def end(self, key: bytes, header: dict[str, Any]) -> None:
+        """Nothing is left of it but the entry that a client's repeated start meets (K20)."""
+        if _OWN_START_ID.fullmatch(header["start_id"]) is None and header["start_id"]:
+            self.processor.keep_ended(self.state, key, header)
+        elif self.state.get(key) is not None:
+            self.state.put(key, None)
+
+
+def _nobody(items: Sequence[object]) -> None:
+    """Until an engine sets `dispatch`: what was to be started is still in the headers of those who wait for it."""
+    raise KwflowBug(f"nothing starts {items[0]!r}")
 
 
 class TimerProcessor:
@@ -392,6 +399,9 @@ class TimerProcessor:
         for key, value in fired.items():
             state.put(key, value)
         return Decision(tuple(outputs), counts=("fired",) * len(outputs)) if outputs else None
+
+    def dispatch(self, items: Sequence[object]) -> None:
+        _nobody(items)
 
     def next_due_ms(self, store: Store) -> int | None:
         for due_key, _ in store.scan(timers.DUE):

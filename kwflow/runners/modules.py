@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kwflow import api, durable
-from kwflow.core.step import Workflows
+from kwflow.core.contract import Workflows
 from kwflow.errors import KwflowError, UnknownWorkflowError, UsageError
 
 __all__ = ["load_workflows"]

@@ -7,16 +7,18 @@ behind it, as entries `\\0hold\\0<id>\\0<offset>` of the same state.  It must no
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
 from kwflow.config import Config
 from kwflow.core import snapshot, wire
-from kwflow.core.wire import Output, Record
-from kwflow.errors import SnapshotError
+from kwflow.core.wire import Output, Record, Reply
+from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 
-__all__ = ["DRAINED_MAX", "dead", "dead_letter", "hold", "is_parked", "park", "pause", "release"]
+__all__ = ["DRAINED_MAX", "all_held", "answered", "dead", "dead_letter", "hold", "is_parked", "is_paused", "park", "park_rest", "release"]
 
 DRAINED_MAX = 500
 _HOLD = b"\0hold\0"
@@ -32,17 +34,42 @@ def dead_letter(config: Config, record: Record, reason: str, message: str, recei
 def dead(config: Config, record: Record, reason: str, message: str, received_ms: int) -> Decision:
     """The record is dead-lettered alone; nothing else changes."""
     where = f"{record.topic}[{record.partition}]@{record.offset}"
-    return Decision((dead_letter(config, record, reason, message, received_ms),), (f"dead letter {where}: {message}",), ("dead-letter",))
+    letter = dead_letter(config, record, reason, message, received_ms)
+    return Decision((letter,), (f"dead letter {where}: {message}",), ("dead-letter",), answered(config, record, reason.replace("-", "_"), message))
+
+
+def answered(config: Config, record: Record, status: str, message: str = "", value: object = None) -> tuple[Output, ...]:
+    """The reply to a record that no step answers, if its sender waits for one."""
+    try:
+        address = wire.reply_address(record)
+    except ProtocolError:
+        return ()
+    return (wire.reply_output(config.reply_topic, Reply(address, status, message, value)),) if address is not None else ()
 
 
 def park(config: Config, state: Changes, name: str, stored: bytes | None, record: Record, error: BaseException, received_ms: int) -> Decision:
     """The instance goes back to `stored` and waits for somebody; this record is the head of its hold."""
     reason, message = type(error).__name__, str(error) or type(error).__name__
-    base = {"id": name, "workflow": wire.header(record, "kwflow-workflow") or "", "start_id": "", "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
+    base = {"id": name, "workflow": _text(record, "workflow"), "start_id": _text(record, "start-id"), "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
+    base |= {entry: value for entry in ("client", "parent") if (value := _text(record, entry))}
     state.put(name.encode(), snapshot.park(stored, base, reason, message, record.offset))
     state.put(_key(name, record), msgspec.msgpack.encode(record))
     told = dead_letter(config, record, "parked", f"{reason}: {message}", received_ms)
     return Decision((told,), (f"{name} is parked: {reason}: {message}",), ("parked",))
+
+
+def _text(record: Record, name: str) -> str:
+    """What a first start would have been called; a header that is no text was not looked at by the step."""
+    try:
+        return wire.header(record, f"kwflow-{name}") or ""
+    except ProtocolError:
+        return ""
+
+
+def is_paused(header: dict[str, Any]) -> bool:
+    """Whether somebody paused it, be it parked besides or not."""
+    mark = header.get("parked") if header["status"] == "parked" else None
+    return mark is not None and (mark["reason"] == "paused" or "paused" in mark)
 
 
 def is_parked(stored: bytes | None) -> bool:
@@ -64,11 +91,11 @@ def hold(config: Config, state: Changes, name: str, record: Record, received_ms:
     return Decision(counts=("held",))
 
 
-def release(state: Changes, name: str, discard: bool) -> list[Record]:
-    """Put the state back as it was before it was parked; the first of what was held, in order, without its head if that is discarded."""
+def release(state: Changes, name: str) -> list[Record]:
+    """Put the state back as it was before it was parked; the first of what was held, in order."""
     stored = state.get(name.encode())
     state.put(name.encode(), snapshot.unpark(stored) if stored is not None else None)
-    return held(state, name)[1 if discard else 0 :]
+    return held(state, name)
 
 
 def held(state: Changes, name: str) -> list[Record]:
@@ -80,7 +107,13 @@ def held(state: Changes, name: str) -> list[Record]:
     return found
 
 
-def pause(config: Config, state: Changes, name: str) -> Output | None:
+def all_held(state: Changes, name: str) -> Iterator[Record]:
+    """Everything of the hold, taken out."""
+    while records := held(state, name):
+        yield from records
+
+
+def park_rest(config: Config, state: Changes, name: str) -> Output | None:
     """If more is held: park the instance again behind it, with the command that goes on; what arrives meanwhile joins the hold."""
     stored = state.get(name.encode())
     if next(iter(state.scan(_prefix(name))), None) is None or is_parked(stored):

@@ -16,6 +16,7 @@ from kwflow.runners.environment import LIVE, Environment
 __all__ = ["admin", "client_config", "create", "needed", "partitions_of", "problems", "record_of", "settings_of"]
 
 _DAY_MS = 86_400_000
+_REPLY_MS = 3_600_000
 _COMPACT = {"cleanup.policy": "compact", "delete.retention.ms": str(7 * _DAY_MS), "segment.bytes": str(64 * 1024 * 1024)}
 
 
@@ -59,9 +60,14 @@ def _plain(config: Config, declared: Iterable[str]) -> list[str]:
     return [topic for topic in dict.fromkeys([*own, *sorted(declared)]) if topic]
 
 
+def _reply(config: Config) -> dict[str, str]:
+    """A reply is read by whoever waits for it, at once."""
+    return {"cleanup.policy": "delete", "retention.ms": str(_REPLY_MS)}
+
+
 def needed(config: Config, declared: Iterable[str]) -> list[str]:
     """Every topic the application reads or writes."""
-    return [*_plain(config, declared), *(changelog for changelog, _ in _changelogs(config))]
+    return [*_plain(config, declared), config.reply_topic, *(changelog for changelog, _ in _changelogs(config))]
 
 
 def problems(client: AdminClient, config: Config, declared: Iterable[str]) -> list[str]:
@@ -76,13 +82,20 @@ def problems(client: AdminClient, config: Config, declared: Iterable[str]) -> li
             found.append(f"topic {changelog} has cleanup.policy={settings['cleanup.policy']}; it must be compact alone, or running workflows would be deleted")
         if int(settings["delete.retention.ms"]) < _DAY_MS:
             found.append(f"topic {changelog} has delete.retention.ms={settings['delete.retention.ms']}; it must be at least a day ({_DAY_MS}), or ended workflows could come back")
-    return found
+    return found + (_reply_problems(client, config) if config.reply_topic in there else [])
+
+
+def _reply_problems(client: AdminClient, config: Config) -> list[str]:
+    policy = settings_of(client, [config.reply_topic])[config.reply_topic]["cleanup.policy"]
+    return [] if policy == "delete" else [f"topic {config.reply_topic} has cleanup.policy={policy}; it must be delete: replies are kept for an hour"]
 
 
 def create(client: AdminClient, config: Config, declared: Iterable[str], partitions: int, replication: int) -> list[str]:
     """Create the missing ones; changelogs take the partition count of their existing input.  Raises TransportError."""
     there = partitions_of(client, config)
     new = [NewTopic(topic, partitions, replication) for topic in _plain(config, declared) if topic not in there]
+    if config.reply_topic not in there:
+        new.append(NewTopic(config.reply_topic, partitions, replication, config=_reply(config)))
     for changelog, source in _changelogs(config):
         if changelog not in there:
             new.append(NewTopic(changelog, there.get(source, partitions), replication, config=_COMPACT))

@@ -13,7 +13,7 @@ import msgspec
 from kwflow import api
 from kwflow.config import Config
 from kwflow.core import snapshot
-from kwflow.core.step import Workflows
+from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output, Record
 from kwflow.ports import Decision
 from kwflow.runners.loop import Overlay, TimerProcessor, WorkflowProcessor
@@ -46,7 +46,8 @@ class MemoryStore:
 class WorkflowTester:
     """An engine and a scheduler in memory, on a clock of your own (`now_ms`).
 
-    `outputs` collects every record written, in order; `values(topic)` decodes those of one topic.  A step that changes a
+    `outputs` collects every record written, in order; `values(topic)` decodes those of one topic.  `command` gives what
+    a client would be replied, `replies` every reply.  A step that changes a
     global of a durable module is an AssertionError (semantics §3.4); `globals_check.active = False` for a module that
     keeps a cache there.
     """
@@ -58,6 +59,7 @@ class WorkflowTester:
         self.outputs: list[Output] = []
         self.logs: list[str] = []
         self.counts: list[str] = []
+        self.replies: list[dict[str, Any]] = []
         default = "main" if main is not None else next(iter(functions), None)
         self._workflows = WorkflowProcessor(self.config, Workflows(functions, default), api.declared_topics())
         self._timers = TimerProcessor(self.config)
@@ -73,6 +75,19 @@ class WorkflowTester:
     def resume(self, id: str, ref: str, value: Any = None, **error: Any) -> None:
         """Answer a wait, with a value or with `error=payload`."""
         self.send(id, msgspec.json.encode({"ref": ref, **(error if error else {"value": value})}))
+
+    def command(self, id: str, op: str, arguments: Any = None, **headers: str) -> dict[str, Any] | None:
+        """A command as a client sends it (`kwflow_id="x"` is header kwflow-id); its reply {"status", "message", "value"}, None if there is none yet."""
+        request = f"request-{len(self.outputs)}"
+        named = {name.replace("_", "-"): text for name, text in headers.items()}
+        self.send(id, msgspec.json.encode(arguments), {"kwflow-op": op, "kwflow-request": request, "kwflow-reply-to": "0/test", **named})
+        return self.reply(request)
+
+    def reply(self, request: str) -> dict[str, Any] | None:
+        """The reply to this request; None if there is none yet."""
+        found = [reply for reply in self.replies if reply["request"] == request]
+        assert len(found) <= 1, f"{request} was answered {len(found)} times"
+        return {name: value for name, value in found[0].items() if name != "request"} if found else None
 
     def send(self, id: str | None, value: bytes | None, headers: dict[str, str] | None = None, topic: str | None = None) -> None:
         """Any record on the resume topic (or another one), processed at once with all that follows from it."""
@@ -131,6 +146,7 @@ class WorkflowTester:
         store.apply(changes.changes)
         self.logs += made.logs
         self.counts += made.counts
+        self.replies += [msgspec.json.decode(reply.value or b"") for reply in made.replies]
         for output in made.outputs:
             self._log(output)
 

@@ -25,7 +25,7 @@ import msgspec
 
 from kwflow import api, durable
 from kwflow.config import Config
-from kwflow.core.step import Workflows
+from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output, Record
 from kwflow.errors import SnapshotError
 from kwflow.runners.loop import Overlay, TimerProcessor, WorkflowProcessor

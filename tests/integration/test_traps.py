@@ -11,7 +11,7 @@ from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, Produc
 
 from kwflow import api, client, durable
 from kwflow.config import Config
-from kwflow.core.step import Workflows
+from kwflow.core.contract import Workflows
 from kwflow.errors import FencedError, TransportError
 from kwflow.runners import topics
 from kwflow.runners.kafka import Aborted, KafkaRunner

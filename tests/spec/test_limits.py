@@ -9,7 +9,7 @@ import pytest
 from kwflow import durable
 from kwflow.config import Config
 from kwflow.core import snapshot
-from kwflow.core.step import Workflows
+from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output, Record
 from kwflow.ports import Decision
 from kwflow.runners import rocks

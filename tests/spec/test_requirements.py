@@ -6,7 +6,8 @@ import pytest
 
 from kwflow import durable
 from kwflow.config import Config
-from kwflow.core.step import Context, Topics, Workflows, step
+from kwflow.core.contract import Context, Topics, Workflows
+from kwflow.core.step import step
 from kwflow.core.wire import Record
 from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.testing import MemoryStore, WorkflowTester

@@ -12,7 +12,8 @@ import pytest
 import kwflow as kw
 from kwflow import durable
 from kwflow.core import snapshot
-from kwflow.core.step import Context, Topics, Workflows, step
+from kwflow.core.contract import Context, Topics, Workflows
+from kwflow.core.step import step
 from kwflow.core.wire import Record
 from kwflow.testing import WorkflowTester
 

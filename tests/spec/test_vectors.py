@@ -8,7 +8,7 @@ import pytest
 
 from kwflow import api, durable
 from kwflow.config import Config
-from kwflow.core.step import Workflows
+from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output, Record
 from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.testing import MemoryStore

@@ -1,0 +1,268 @@
+"""What `kw.*` calls do in a running step: waits, combinators and outputs are made here.
+
+`step.py` decides what a record does and runs the step; calls with rules of their own (messages, children) have modules
+of their own and act on the same `Calls`.  The one process state is the current-step slot, per thread, because author
+code calls `kw.*` without an argument that would lead to its step.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import threading
+import types
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+from kwflow.core import wire
+from kwflow.core.contract import Context
+from kwflow.core.instance import Instance, Machine
+from kwflow.core.tasks import OK, All, Awaitable, Combinator, Race, Shield, Suspension, Task, Timeout, Timer
+from kwflow.core.wire import Output, Record, Reply
+from kwflow.errors import NotDurableError, UsageError
+
+__all__ = ["Calls", "current", "in_step", "slot", "timer_key"]
+
+_Wait = TypeVar("_Wait", bound=Suspension)
+_AHEAD_MS_MAX = 3_600_000  # K13: Kafka 4 refuses what lies further ahead
+slot = threading.local()
+
+
+def in_step() -> bool:
+    """Whether author code of a step is running on this thread."""
+    return getattr(slot, "step", None) is not None
+
+
+def current() -> Calls:
+    """The running step.  Raises UsageError outside one (semantics §1.8)."""
+    running: Calls | None = getattr(slot, "step", None)
+    if running is None:
+        raise UsageError("kw.* functions work only inside a running workflow step, not at import time or on another thread")
+    return running
+
+
+class Calls:
+    """One step while it runs, as author code sees it.  Its buffers are its own, so a failed step leaves nothing (KW-39)."""
+
+    machine: Machine
+
+    def __init__(self, instance: Instance, record: Record, context: Context) -> None:
+        self.instance = instance
+        self.record = record
+        self.context = context
+        self.outputs: list[Output] = []
+        self.logs: list[str] = []
+        self.dispatch: list[object] = []
+        self.replies: list[Reply] = []
+        self.travelling = wire.travelling_headers(record)
+        self._ids = 0
+        self._bytes = 0
+
+    def classify(self, value: object) -> object:
+        if isinstance(value, Awaitable):
+            return value
+        if isinstance(value, types.GeneratorType):
+            return self._durable(value)
+        if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)):
+            raise UsageError(f"{_name(value)} is a function, not a wait; did you mean {_name(value)}()?")
+        if isinstance(value, (list, tuple, set, frozenset, dict)):
+            items = value.values() if isinstance(value, dict) else value
+            if any(isinstance(item, (Awaitable, types.GeneratorType)) for item in items):
+                raise UsageError(f"a {type(value).__name__} of waits is no wait; use kw.all(...) or kw.race(...)")
+        elif inspect.iscoroutine(value) or inspect.isasyncgen(value) or hasattr(value, "_asyncio_future_blocking"):
+            raise UsageError(f"{value!r} belongs to asyncio and cannot be saved; use a generator, kw.sleep, kw.all or kw.race")
+        return value
+
+    def _durable(self, gen: types.GeneratorType[Any, Any, Any]) -> object:
+        code = gen.gi_code
+        if code.co_name == "<genexpr>":
+            raise UsageError("a generator expression is no wait; did you mean kw.all(...) around it?")
+        if self.context.native:
+            return gen
+        from kwflow.durable import is_durable
+
+        if not is_durable(gen):
+            raise NotDurableError(
+                f"{gen.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is not durable; load its module with "
+                "kwflow.durable.install([package]) or load_source, or set __kwflow_durable__ = True in it"
+            )
+        return gen
+
+    def answer(self, status: str, message: str = "", value: object = None) -> None:
+        """Reply to whoever sent the record of this step, if they wait for one."""
+        address = wire.reply_address(self.record)
+        if address is not None:
+            self.replies.append(Reply(address, status, message, value))
+
+    def suspend(self, ref: str | None) -> Suspension:
+        if ref is None:
+            ref = self.next_id()
+        elif not isinstance(ref, str) or not ref:
+            raise UsageError(f"a ref id is a non-empty str, not {ref!r}")
+        elif wire.is_engine_id(ref):
+            raise UsageError(f"ref ids like {ref!r} are reserved for the engine")
+        elif ref in self.instance.waits:
+            raise UsageError(f"{ref!r} is already waited for; a ref id can be pending only once")
+        return self.register(Suspension(ref, self.record.timestamp_ms))
+
+    def sleep(self, delay: timedelta | float) -> Timer:
+        seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
+            raise UsageError(f"a delay is a timedelta or a number of seconds, not {delay!r}")
+        delay_ms = max(1, math.ceil(round(seconds * 1000, 6)))  # never 0: on the scheduler topic 0 means cancel
+        timer = self.register(Timer(self.next_id(), self.record.timestamp_ms, delay_ms))
+        due = ("kwflow-due-ms", str(self.context.received_ms + delay_ms).encode())
+        self.emit(self.context.topics.scheduler, self.timer_key(timer), str(delay_ms).encode(), (*self.travelling, due))
+        return timer
+
+    def register(self, wait: _Wait) -> _Wait:
+        if len(self.instance.waits) >= self.context.limits.waits_max:
+            raise UsageError(f"more than {self.context.limits.waits_max} pending waits (limit waits_max)")
+        self.instance.waits[wait.ref] = wait
+        return wait
+
+    def next_id(self) -> str:
+        while True:
+            self._ids += 1
+            ref = f"{self.record.offset}:{self._ids}"
+            if ref not in self.instance.waits:  # offsets start again when a topic is recreated (semantics §9.2)
+                return ref
+
+    def timer_key(self, timer: Timer) -> bytes:
+        return timer_key(self.instance.id, timer.ref)
+
+    def children(self, items: Iterable[Any] | Mapping[Any, Any]) -> tuple[list[Awaitable], list[Any] | None]:
+        """Check all, then start each unstarted generator in input order; plain values count as settled."""
+        if isinstance(items, Awaitable) or isinstance(items, types.GeneratorType) and items.gi_code.co_name != "<genexpr>":
+            raise UsageError("kw.all and kw.race take a list of waits, not one wait; did you mean [...] around it?")
+        if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
+            self.classify(items)
+            raise UsageError(f"kw.all and kw.race take a list or mapping of waits, not {items!r}")
+        keys = list(items) if isinstance(items, Mapping) else None
+        values = [self.classify(item) for item in (items.values() if isinstance(items, Mapping) else items)]
+        return [self.awaitable(value) for value in values], keys
+
+    def awaitable(self, value: object) -> Awaitable:
+        """Anything as a started awaitable."""
+        value = self.classify(value)
+        if isinstance(value, types.GeneratorType):
+            task = self.machine.adopt(value)
+            task.observed = True
+            self.machine.begin(task)
+            return task
+        if isinstance(value, Awaitable):
+            return value
+        settled = Awaitable()
+        settled.state, settled.value = OK, value
+        return settled
+
+    def all(self, items: Iterable[Any] | Mapping[Any, Any], cancel_rest: bool, wait_rest: bool) -> Awaitable:
+        children, keys = self.children(items)
+        combinator = All(children, keys, cancel_rest, wait_rest)
+        if not children:
+            combinator.state, combinator.value = combinator.result()
+            return combinator
+        return self._combine(combinator)
+
+    def race(self, items: Iterable[Any] | Mapping[Any, Any], cancel_rest: bool, wait_rest: bool) -> Awaitable:
+        children, keys = self.children(items)
+        return self._combine(Race(children, keys, cancel_rest, wait_rest))
+
+    def timeout(self, value: object, delay: timedelta | float) -> Awaitable:
+        return self._combine(Timeout([self.awaitable(value), self.sleep(delay)], None, cancel_rest=True, wait_rest=False))
+
+    def shield(self, value: object) -> Awaitable:
+        value = self.classify(value)
+        if isinstance(value, types.GeneratorType):
+            value = self.machine.adopt(value)
+        if isinstance(value, Task):
+            value.shielded = True  # before it starts, so that the tasks it makes are shielded with it
+            value.observed = True
+            self.machine.begin(value)
+        return self._combine(Shield(self.awaitable(value)))
+
+    def spawn(self, gen: object) -> Task:
+        value = self.classify(gen)
+        if isinstance(value, types.GeneratorType):
+            value = self.machine.adopt(value)
+            self.machine.begin(value)
+        if not isinstance(value, Task):
+            raise UsageError(f"kw.spawn takes a call of a durable generator function, not {gen!r}")
+        return value
+
+    def cancel(self, value: object) -> None:
+        target = self.classify(value)
+        if isinstance(target, types.GeneratorType):
+            target = self.machine.adopt(target)
+        if not isinstance(target, Awaitable):
+            raise UsageError(f"{value!r} is no wait, so it cannot be cancelled")
+        self.machine.cancel_all([target])
+
+    def _combine(self, combinator: Combinator) -> Combinator:
+        self.machine.combine(combinator)
+        return combinator
+
+    def output(self, value: object, topic: str, key: str | bytes | None, headers: object, timestamp_ms: int | None) -> None:
+        topics = self.context.topics
+        if topic not in topics.declared and topic not in (topics.resume, topics.result, topics.error, topics.scheduler):
+            raise UsageError(f"topic {topic!r} is not declared; write kw.declare_topics({topic!r}) at module level")
+        if isinstance(value, str):
+            value = value.encode()
+        elif value is not None and not isinstance(value, bytes):
+            raise TypeError(f"kw.output takes str, bytes or None, not {type(value).__name__}; use kw.output_json")
+        key_bytes = self.instance.id.encode() if key is None else key.encode() if isinstance(key, str) else key
+        if not isinstance(key_bytes, bytes):
+            raise TypeError(f"a record key is str or bytes, not {type(key).__name__}")
+        if timestamp_ms is not None and (not isinstance(timestamp_ms, int) or not 0 <= timestamp_ms <= self.context.received_ms + _AHEAD_MS_MAX):
+            raise UsageError(f"timestamp_ms is a whole number of ms since 1970, at most an hour ahead, not {timestamp_ms!r}")
+        self.emit(topic, key_bytes, value, self.travelling + self._author_headers(topic, headers), timestamp_ms)
+
+    def _author_headers(self, topic: str, headers: Any) -> wire.Headers:
+        pairs = headers.items() if isinstance(headers, Mapping) else headers or ()
+        checked = []
+        for name, value in pairs:
+            engine = name.startswith("kwflow-")
+            if engine and not (topic == self.context.topics.resume and name in ("kwflow-workflow", "kwflow-start-id")):
+                raise UsageError(f"header {name!r}: kwflow-* headers belong to the engine")
+            if value is not None and not isinstance(value, (str, bytes)):
+                raise TypeError(f"header {name!r} is str, bytes or None, not {type(value).__name__}")
+            checked.append((name, value.encode() if isinstance(value, str) else value))
+        return tuple(checked)
+
+    def emit(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:
+        """An output that author code asked for.  Raises UsageError naming a limit."""
+        if len(self.outputs) >= self.context.limits.outputs_max:
+            raise UsageError(f"more than {self.context.limits.outputs_max} outputs in one step (limit outputs_max)")
+        size = self._check_size(f"an output to {topic}", value, headers) + len(key)
+        if self._bytes + size > self.context.limits.output_bytes_max:
+            raise UsageError(f"the outputs of one step have more than {self.context.limits.output_bytes_max} bytes (limit output_bytes_max)")
+        self._bytes += size
+        self.write(topic, key, value, headers, timestamp_ms)
+
+    def write(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:
+        """Also what the engine says by itself: an end and cancelled timers are told, whatever author code has used up."""
+        at = self.record.timestamp_ms if timestamp_ms is None else timestamp_ms  # KW-10
+        self.outputs.append(Output(topic, key, value, headers, at))
+
+    def _check_size(self, what: str, value: bytes | None, headers: wire.Headers) -> int:
+        """Bytes of value and headers.  Raises UsageError naming the limit."""
+        limits = self.context.limits
+        value_bytes, header_bytes = len(value or b""), wire.header_bytes(headers)
+        if value_bytes > limits.value_bytes_max:
+            raise UsageError(f"{what} has {value_bytes} bytes, more than {limits.value_bytes_max} (limit value_bytes_max)")
+        if header_bytes > limits.header_bytes_max:
+            raise UsageError(f"the headers of {what} have {header_bytes} bytes, more than {limits.header_bytes_max} (limit header_bytes_max)")
+        return value_bytes + header_bytes
+
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(self.instance.now_ms / 1000, UTC)
+
+def timer_key(id: str, ref: str) -> bytes:
+    """The scheduler record's key; its value sets or cancels."""
+    return id.encode() + b"|" + wire.json_dumps({"ref": ref})
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__qualname__", None) or getattr(getattr(value, "func", None), "__qualname__", None) or repr(value)

@@ -1,0 +1,87 @@
+"""What a step takes and what it gives: plain frozen data that runners and the core share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from kwflow.core.instance import Instance
+from kwflow.core.wire import Output, Reply
+
+__all__ = ["Context", "Ended", "Keep", "Limits", "Save", "Topics", "Transition", "Workflows"]
+
+
+class Topics(msgspec.Struct, frozen=True):
+    """Topic names; None for result or error disables that output (KW-12).  `declared` are those authors may write to."""
+
+    resume: str = "workflow-resume"
+    result: str | None = "workflow-result"
+    error: str | None = "workflow-error"
+    scheduler: str = "workflow-scheduler"
+    declared: frozenset[str] = frozenset()
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What one instance may use; over it the call raises UsageError inside the workflow."""
+
+    outputs_max: int = 10_000
+    output_bytes_max: int = 8_000_000
+    value_bytes_max: int = 1_000_000
+    header_bytes_max: int = 65_536
+    waits_max: int = 100_000
+    tasks_max: int = 100_000
+    nesting_max: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Workflows:
+    """Name -> workflow function; `default` is the one a `new:` without a name starts."""
+
+    functions: Mapping[str, Callable[[Any], Any]]
+    default: str | None = None
+
+
+class Context(msgspec.Struct, frozen=True):
+    """What a step may know beside its record.  `native` accepts generators that cannot be saved (in-process runs)."""
+
+    received_ms: int
+    incarnation: str = ""
+    topics: Topics = msgspec.field(default_factory=Topics)
+    limits: Limits = msgspec.field(default_factory=Limits)
+    workflows: Workflows = msgspec.field(default_factory=lambda: Workflows({}))
+    native: bool = False
+
+
+class Keep(msgspec.Struct, frozen=True):
+    """The stored state stays as it is."""
+
+
+class Save(msgspec.Struct, frozen=True):
+    """Store this instance (`snapshot.save`)."""
+
+    instance: Instance
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """Delete the stored state; `header` is what the entry that stays after the end (K20) holds."""
+
+    header: dict[str, Any]
+
+
+class Transition(msgspec.Struct, frozen=True):
+    """What the record did.  Nothing has happened yet: a runner makes all of it happen in one transaction, or none.
+
+    `outputs` become visible in this order, together with state and offset, never before; `logs` are written and
+    `dispatch` is started only after the commit; `replies` answer commands, in the same transaction.  `outcome` is the
+    word that counters use: started, resumed, repeated, duplicate-start, unknown-id, unknown-ref, or a command's.
+    """
+
+    state: Keep | Save | Ended
+    outputs: tuple[Output, ...] = ()
+    logs: tuple[str, ...] = ()
+    dispatch: tuple[object, ...] = ()
+    replies: tuple[Reply, ...] = ()
+    outcome: str = ""

@@ -1,0 +1,67 @@
+"""Ops that run no author code: what a query shows, and how an instance is ended, from its header alone (M2, M3).
+
+They work on an instance that is parked, whose code is gone or whose body is damaged.  It must not know state or
+bytes of snapshots: a header goes in, data comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from kwflow.core import outcomes, wire
+from kwflow.core.calls import timer_key
+from kwflow.core.contract import Topics
+from kwflow.core.wire import Output, Record
+
+__all__ = ["Closing", "seen", "terminate"]
+
+_SHOWN = ("id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "mailbox")
+_WAITS_SHOWN_MAX = 100
+
+
+class Closing(msgspec.Struct, frozen=True):
+    """What ending an instance does: records to write, whatever else is told after the commit, and the entry that stays (K20)."""
+
+    outputs: tuple[Output, ...]
+    dispatch: tuple[object, ...]
+    header: dict[str, Any]
+
+
+def seen(header: dict[str, Any]) -> dict[str, Any]:
+    """What a query answers: the header without the engine's own entries; `waits` are the first 100 of `waits_total`."""
+    shown = {name: header[name] for name in _SHOWN if name in header}
+    waits = header.get("waits", [])
+    return {**shown, "waits": waits[:_WAITS_SHOWN_MAX], "waits_total": len(waits)}
+
+
+def _timer(header: dict[str, Any], wait: dict[str, Any], record: Record, topics: Topics) -> tuple[list[Output], list[object]]:
+    return [Output(topics.scheduler, timer_key(header["id"], wait["ref"]), b"0", wire.travelling_headers(record), record.timestamp_ms)], []
+
+
+TELL: dict[str, Callable[[dict[str, Any], dict[str, Any], Record, Topics], tuple[list[Output], list[object]]]] = {"timer": _timer}  # who works for a wait, by its kind
+
+
+def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topics) -> Closing:
+    """End it now: whoever works for its waits is told, an error record says so unless its result is already written."""
+    outputs: list[Output] = []
+    dispatch: list[object] = []
+    for wait in header.get("waits", []):
+        tell = TELL.get(wait["kind"])
+        if tell is not None:
+            told = tell(header, wait, record, topics)
+            outputs += told[0]
+            dispatch += told[1]
+    kept = {name: value for name, value in header.items() if name not in ("v", "status", "waits", "code", "lowering", "parked", "created", "updated", "mailbox", "updates")}
+    if "outcome" not in header:
+        value = wire.json_dumps(f"Terminated: {reason}" if reason else "Terminated")
+        if topics.error is not None:
+            headers = (
+                *wire.travelling_headers(record), *outcomes.run_headers(header["start_id"], header),
+                ("kwflow-failure-type", b"Terminated"), ("kwflow-outcome", b"terminated"),
+            )  # fmt: skip
+            outputs.append(Output(topics.error, header["id"].encode(), value, headers, record.timestamp_ms))
+        kept["outcome"] = outcomes.kept("terminated", value)
+    return Closing(tuple(outputs), tuple(dispatch), {**kept, "ended": record.timestamp_ms})

@@ -1,0 +1,62 @@
+"""How the end of a workflow is written down: its headers, errors as values, tracebacks as text (M4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kwflow.core import wire
+from kwflow.errors import Cancelled, WorkflowError
+
+__all__ = ["describe_error", "error_value", "kept", "run_headers", "traceback_text"]
+
+_KEPT_VALUE_BYTES_MAX = 65_536  # M4: the entry kept after the end holds the outcome up to this
+
+
+def run_headers(start_id: str, extra: dict[str, Any]) -> wire.Headers:
+    """Which run a result or error record is of, and who started it."""
+    client = extra.get("client")
+    run = (("kwflow-start-id", start_id.encode()),)
+    return run if client is None else (*run, ("kwflow-client", client.encode()))
+
+
+def kept(kind: str, value: bytes) -> dict[str, Any]:
+    """The outcome as the entry that stays after the end holds it (K20); `value` is JSON text, None when it is too large."""
+    return {"kind": kind, "value": value.decode() if len(value) <= _KEPT_VALUE_BYTES_MAX else None}
+
+
+def describe_error(error: BaseException) -> str:
+    """`TypeName: message`, `TypeName` without one (semantics §9.4)."""
+    if isinstance(error, Cancelled):
+        return "CancelToken"
+    try:
+        text = str(error)
+    except Exception:  # an author's __str__ must not turn an error record into a parked instance
+        text = "<no message: __str__ failed>"
+    text = text.encode("utf-8", "replace").decode()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def error_value(error: BaseException, bytes_max: int) -> bytes:
+    """The error record's value: a WorkflowError's payload as it is, else the described error."""
+    if isinstance(error, WorkflowError):
+        try:
+            payload = wire.json_dumps(error.payload)
+            if len(payload) <= bytes_max:
+                return payload
+        except (TypeError, ValueError):
+            pass
+    text = wire.json_dumps(describe_error(error))
+    return text if len(text) <= bytes_max else wire.json_dumps(f"{type(error).__name__}: its text has {len(text)} bytes (limit value_bytes_max)")
+
+
+def traceback_text(error: BaseException) -> bytes:
+    """Where in the author's modules it came through, outermost first."""
+    lines = []
+    tb = error.__traceback__
+    while tb is not None:
+        frame = tb.tb_frame
+        module = str(frame.f_globals.get("__name__", ""))
+        if not module.startswith(("kwflow.core", "kwflow.durable")):
+            lines.append(f"{module}:{tb.tb_lineno} {frame.f_code.co_name}")
+        tb = tb.tb_next
+    return "\n".join(lines[-50:]).encode("utf-8", "replace")

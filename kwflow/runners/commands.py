@@ -1,0 +1,138 @@
+"""Commands that run no author code, done on stored bytes: query, terminate, pause and unpause, retry and discard (M2, K17).
+
+They reach an instance that is parked or damaged, which no step could.  It must not run a step itself: what was held is
+applied by the batch that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from kwflow.config import Config
+from kwflow.core import messages, ops, snapshot, wire
+from kwflow.core.contract import Context
+from kwflow.core.wire import Command, Record
+from kwflow.errors import SnapshotError
+from kwflow.ports import Changes, Decision
+from kwflow.runners import parked
+
+__all__ = ["OPS", "apply"]
+
+
+class Batch(Protocol):
+    """What a command needs of the batch it is part of."""
+
+    config: Config
+    state: Changes
+    context: Context
+
+    def drain(self, records: list[Record]) -> list[Decision]:
+        """Apply records that were held."""
+
+    def end(self, key: bytes, header: dict[str, Any]) -> None:
+        """Leave the entry that stays after the end, or nothing."""
+
+
+def apply(batch: Batch, name: str, record: Record, command: Command) -> Decision:
+    """Do it, unless this `kwflow-id` was done before (M1.4) or there is no such run (M1.5).  Raises ProtocolError."""
+    wire.reply_address(record)
+    stored = batch.state.get(name.encode())
+    header = _header(name, stored)
+    if stored is None or (command.start_id is not None and command.start_id != header["start_id"]):
+        return _replied(batch, record, "not_found", count="unknown-id")
+    known = header.get("ids", {}).get(command.id) if command.id is not None else None
+    if known is not None:
+        return _replied(batch, record, known[0], known[1], known[2], "repeated")
+    if command.op == "query":
+        return _replied(batch, record, "ok", value=ops.seen(header), count="queried")
+    if header["status"] == "ended":
+        return _replied(batch, record, "not_found", "it has ended", count="unknown-id")
+    return _CHANGING[command.op](batch, name, header, record, command)
+
+
+def _header(name: str, stored: bytes | None) -> dict[str, Any]:
+    empty = {"id": name, "workflow": "", "status": "damaged", "start_id": "", "waits": []}
+    try:
+        return {**empty, **snapshot.read_header(stored)} if stored is not None else empty
+    except SnapshotError:
+        return empty
+
+
+def _replied(batch: Batch, record: Record, status: str, message: str = "", value: object = None, count: str = "") -> Decision:
+    return Decision(counts=(count,), replies=parked.answered(batch.config, record, status, message, value))
+
+
+def _done(batch: Batch, name: str, record: Record, command: Command, status: str, made: Sequence[Decision] = (), message: str = "") -> Decision:
+    """The reply, remembered in the header if there is still one, and all that was done besides."""
+    key = name.encode()
+    stored = batch.state.get(key)
+    if command.id is not None and stored is not None:
+        ids = snapshot.read_header(stored).get("ids", {})
+        messages.remember(ids, command.id, status, message)
+        batch.state.put(key, snapshot.amend(stored, ids=ids))
+    mine = Decision(counts=(_COUNTED.get(command.op, command.op),), replies=parked.answered(batch.config, record, status, message))
+    return joined([mine, *made])
+
+
+def joined(made: Sequence[Decision]) -> Decision:
+    """Several decisions as one, in order."""
+    return Decision(*(tuple(item for decision in made for item in getattr(decision, field)) for field in Decision.__struct_fields__))
+
+
+def _terminate(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
+    """What is held meets the end: commands are answered, the rest is ignored by rule (G3)."""
+    topics = batch.context.topics
+    closing = ops.terminate(header, command.arguments.reason, record, topics)
+    held = list(parked.all_held(batch.state, name))
+    batch.end(name.encode(), {**closing.header, "applied": [batch.context.incarnation, record.partition, record.offset]})
+    replies = [reply for one in held for reply in parked.answered(batch.config, one, "not_found", "it was terminated before this was applied")]
+    made = Decision(closing.outputs, (f"{name}: terminated",), ("unknown-id",) * len(held), tuple(replies), closing.dispatch)
+    return _done(batch, name, record, command, "ok", [made])
+
+
+def _pause(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
+    """From here on its records join the hold; one that is parked already stays so when it is retried."""
+    key, reason = name.encode(), command.arguments.reason
+    stored = batch.state.get(key)
+    if header["status"] == "parked" and stored is not None:
+        batch.state.put(key, snapshot.amend(stored, parked={**header["parked"], "paused": reason}))
+    else:
+        batch.state.put(key, snapshot.park(stored, header, "paused", reason, record.offset))
+    return _done(batch, name, record, command, "ok", [Decision(logs=(f"{name}: paused",))])
+
+
+def _unpause(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
+    key, stored = name.encode(), batch.state.get(name.encode())
+    if not parked.is_paused(header) or stored is None:
+        return _done(batch, name, record, command, "ok", message="it was not paused")
+    if header["parked"]["reason"] not in ("paused", "draining"):  # it had failed before: retry or discard
+        batch.state.put(key, snapshot.amend(stored, parked={entry: value for entry, value in header["parked"].items() if entry != "paused"}))
+        return _done(batch, name, record, command, "ok", message="it is still parked; retry or discard")
+    return _done(batch, name, record, command, "ok", _drain(batch, name, discard=False))
+
+
+def _retry(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
+    """What is held is applied in order; discard drops its head first."""
+    if header["status"] != "parked":
+        said = (f"{name}: {command.op} ignored: it is not parked",)
+        return joined([_replied(batch, record, "not_found", "it is not parked", count="not-parked"), Decision(logs=said)])
+    if parked.is_paused(header):
+        said = (f"{name}: {command.op} ignored: it is paused",)
+        return joined([_replied(batch, record, "paused", "unpause it first", count="not-parked"), Decision(logs=said)])
+    return _done(batch, name, record, command, "ok", _drain(batch, name, discard=command.op == "discard"))
+
+
+def _drain(batch: Batch, name: str, discard: bool) -> list[Decision]:
+    released = parked.release(batch.state, name)
+    made = [Decision(replies=parked.answered(batch.config, released[0], "discarded"))] if discard and released else []
+    made += batch.drain(released[1 if discard else 0 :])
+    rest = parked.park_rest(batch.config, batch.state, name)
+    return [*made, Decision((rest,))] if rest is not None else made
+
+
+_COUNTED = {"retry": "retried", "discard": "discarded", "terminate": "terminated", "pause": "paused", "unpause": "unpaused"}
+_CHANGING: dict[str, Callable[[Batch, str, dict[str, Any], Record, Command], Decision]] = {
+    "discard": _retry, "pause": _pause, "retry": _retry, "terminate": _terminate, "unpause": _unpause,
+}  # fmt: skip
+OPS = {"query", *_CHANGING}

@@ -1,0 +1,230 @@
+"""Commands and their replies (M1, M2, M4), each driven through real snapshots."""
+
+from typing import Any
+
+import pytest
+
+from kwflow import durable
+from kwflow.testing import WorkflowTester
+
+HEAD = "import kwflow as kw\nkw.declare_topics('out')\ndef say(x):\n    kw.output(str(x), 'out')\n"
+WAITS = """
+def main(o):
+    try:
+        return (yield kw.suspend("r"))
+    except BaseException as e:
+        say(type(e).__name__)
+        raise
+"""
+_count = [0]
+
+
+def run(body: str, options: Any = None, **headers: str) -> WorkflowTester:
+    """A started tester for a module whose text this is."""
+    _count[0] += 1
+    module = durable.load_source(f"message_case_{_count[0]}", HEAD + body, f"message_case_{_count[0]}.py")
+    tester = WorkflowTester(module.main)
+    tester.start("w", options, **headers)
+    return tester
+
+
+def status(reply: dict[str, Any] | None) -> Any:
+    assert reply is not None, "no reply"
+    return reply["status"]
+
+
+def outcomes(tester: WorkflowTester) -> list[tuple[str, str]]:
+    """(kwflow-outcome, kwflow-start-id) of every result and error record."""
+    ends = (tester.config.result_topic, tester.config.error_topic)
+    headers = [dict(output.headers) for output in tester.outputs if output.topic in ends]
+    return [((found["kwflow-outcome"] or b"").decode(), (found["kwflow-start-id"] or b"").decode()) for found in headers]
+
+
+# -- start -----------------------------------------------------------------------------------------------------------
+def test_a_start_is_replied_started_then_duplicate_or_exists_and_duplicate_also_after_the_end() -> None:
+    """M2, K20."""
+    w = run(WAITS, **{"kwflow-start-id": "first"})
+
+    def start(start_id: str) -> Any:
+        request = f"r{len(w.replies)}"
+        w.start("w", **{"kwflow-start-id": start_id, "kwflow-request": request, "kwflow-reply-to": "0/p"})
+        return status(w.reply(request))
+
+    assert [start("first"), start("second")] == ["duplicate", "exists"]
+    w.resume("w", "r", 1)
+    assert [start("first"), start("third"), start("third")] == ["duplicate", "started", "duplicate"]
+
+
+def test_an_unknown_workflow_is_a_dead_letter_and_a_reply_that_names_the_known_ones() -> None:
+    """M2."""
+    w = run(WAITS)
+    w.start("x", workflow="nothing", **{"kwflow-request": "r", "kwflow-reply-to": "0/p"})
+    reply = w.reply("r")
+    assert status(reply) == "unknown_workflow"
+    assert "main" in (reply or {})["message"]
+    assert len(w.outputs_to(w.config.dead_letter_topic)) == 1
+
+
+def test_a_resume_is_replied_delivered_unknown_ref_or_not_found() -> None:
+    w = run(WAITS)
+    for number, (id, ref) in enumerate([("w", "other"), ("w", "r"), ("w", "r"), ("nobody", "r")]):
+        w.send(id, b'{"ref":"%s","value":7}' % ref.encode(), {"kwflow-request": str(number), "kwflow-reply-to": "0/p"})
+    assert [status(w.reply(str(number))) for number in range(4)] == ["unknown_ref", "delivered", "not_found", "not_found"]
+
+
+# -- query -----------------------------------------------------------------------------------------------------------
+def test_a_query_shows_the_header_without_running_author_code() -> None:
+    """M2."""
+    w = run(WAITS, **{"kwflow-start-id": "s", "kwflow-client": "me"})
+    shown = w.command("w", "query")
+    assert status(shown) == "ok"
+    value = (shown or {})["value"]
+    assert (value["id"], value["workflow"], value["status"], value["start_id"], value["client"]) == ("w", "main", "waiting", "s", "me")
+    assert [(wait["ref"], wait["kind"], wait["function"]) for wait in value["waits"]] == [("r", "suspension", "main")]
+    assert "code" not in value
+    assert status(w.command("nobody", "query")) == "not_found"
+
+
+def test_a_query_after_the_end_gives_the_outcome() -> None:
+    """M4, K20."""
+    w = run(WAITS, **{"kwflow-start-id": "s"})
+    w.resume("w", "r", {"answer": 42})
+    value = (w.command("w", "query") or {})["value"]
+    assert (value["status"], value["outcome"]) == ("ended", {"kind": "result", "value": '{"answer":42}'})
+
+
+# -- cancel ------------------------------------------------------------------------------------------------------------
+def test_cancel_raises_cancelled_at_the_innermost_wait_and_its_outcome_is_cancelled() -> None:
+    """M2, M4."""
+    w = run(WAITS, **{"kwflow-start-id": "s"})
+    assert status(w.command("w", "cancel", {"reason": "too late"})) == "ok"
+    assert w.outputs_to("out") == ["Cancelled"]
+    assert outcomes(w) == [("cancelled", "s")]
+    assert status(w.command("w", "cancel")) == "not_found"
+
+
+def test_a_workflow_that_swallows_the_cancel_goes_on() -> None:
+    w = run("def main(o):\n    try:\n        yield kw.suspend('r')\n    except kw.Cancelled:\n        pass\n    return (yield kw.suspend('more'))")
+    w.command("w", "cancel", {"reason": "stop"})
+    assert w.waits("w") == ["more"]
+    assert ((w.command("w", "query") or {})["value"])["cancel"]["reason"] == "stop"
+    w.resume("w", "more", 5)
+    assert w.result("w") == 5
+
+
+# -- terminate -------------------------------------------------------------------------------------------------------
+def test_terminate_ends_without_author_code_and_cancels_timers() -> None:
+    """M2, M3: each wait's header entry has what it takes."""
+    w = run("def main(o):\n    try:\n        yield kw.all([kw.sleep(60), kw.suspend('r')])\n    finally:\n        say('ran')", **{"kwflow-start-id": "s"})
+    assert status(w.command("w", "terminate", {"reason": "by hand"})) == "ok"
+    assert w.outputs_to("out") == []
+    assert w.values("workflow-error") == ["Terminated: by hand"]
+    assert outcomes(w) == [("terminated", "s")]
+    assert [output.value for output in w.outputs if output.topic == "workflow-scheduler"] == [b"60000", b"0"]
+    assert w.timers.entries == {}
+    assert status(w.command("w", "terminate")) == "not_found"
+    assert ((w.command("w", "query") or {})["value"])["outcome"]["kind"] == "terminated"
+
+
+def test_terminate_reaches_an_instance_that_is_parked_and_its_held_commands_are_answered() -> None:
+    """K17, G3."""
+    w = run("import threading\ndef main(o):\n    yield kw.suspend('r')\n    lock = threading.Lock()\n    yield kw.suspend('s')")
+    w.resume("w", "r")
+    assert (w.header("w") or {})["status"] == "parked"
+    w.send("w", b"null", {"kwflow-op": "cancel", "kwflow-request": "held", "kwflow-reply-to": "0/p"})
+    assert w.reply("held") is None
+    assert status(w.command("w", "terminate")) == "ok"
+    assert status(w.reply("held")) == "not_found"
+    assert w.state.entries == {}
+
+
+def test_terminate_of_a_closing_instance_writes_no_second_outcome() -> None:
+    """Semantics §2.4."""
+    w = run("def rest():\n    try:\n        yield kw.suspend('a')\n    finally:\n        yield kw.suspend('b')\ndef main(o):\n    kw.spawn(rest())\n    return 1")
+    assert (w.header("w") or {})["status"] == "closing"
+    w.command("w", "terminate")
+    assert [kind for kind, _ in outcomes(w)] == ["result"]
+    assert w.header("w") is None
+
+
+# -- pause -----------------------------------------------------------------------------------------------------------
+def test_while_paused_records_join_the_hold_and_unpause_applies_them_in_order() -> None:
+    """M2, K17."""
+    w = run("def main(o):\n    said = []\n    for n in range(3):\n        said.append((yield kw.suspend(f'r{n}')))\n    return said")
+    assert status(w.command("w", "pause", {"reason": "audit"})) == "ok"
+    for number in range(3):
+        w.resume("w", f"r{number}", number)
+    value = (w.command("w", "query") or {})["value"]
+    assert (value["status"], value["parked"]["reason"], value["parked"]["message"]) == ("parked", "paused", "audit")
+    assert w.command("w", "retry") == {"status": "paused", "message": "unpause it first", "value": None}
+    assert status(w.command("w", "unpause")) == "ok"
+    assert w.result("w") == [0, 1, 2]
+
+
+def test_a_parked_instance_that_is_paused_stays_parked_when_it_is_unpaused() -> None:
+    w = run("import threading\ndef main(o):\n    yield kw.suspend('r')\n    lock = threading.Lock()\n    yield kw.suspend('s')")
+    w.resume("w", "r")
+    w.command("w", "pause")
+    assert status(w.command("w", "retry")) == "paused"
+    assert (w.command("w", "unpause") or {})["message"] == "it is still parked; retry or discard"
+    assert (w.header("w") or {})["status"] == "parked"
+    assert status(w.command("w", "discard")) == "ok"
+    assert w.waits("w") == ["r"]
+
+
+def test_unpause_of_what_is_not_paused_changes_nothing() -> None:
+    w = run(WAITS)
+    assert w.command("w", "unpause") == {"status": "ok", "message": "it was not paused", "value": None}
+    assert [status(w.command("nobody", op)) for op in ("pause", "unpause", "terminate", "retry", "discard")] == ["not_found"] * 5
+
+
+# -- idempotency (M1.4) and runs (M1.5) --------------------------------------------------------------------------------
+def test_a_command_repeated_with_its_id_changes_nothing_and_gets_the_same_reply() -> None:
+    """M1.4."""
+    w = run("def main(o):\n    while True:\n        try:\n            yield kw.suspend('r')\n        except kw.Cancelled:\n            say('cancelled')")
+    for _ in range(3):
+        assert status(w.command("w", "cancel", kwflow_id="once")) == "ok"
+    assert w.outputs_to("out") == ["cancelled"]
+    w.command("w", "cancel", kwflow_id="twice")
+    assert w.outputs_to("out") == ["cancelled"] * 2
+
+
+def test_the_last_256_ids_are_known_again_and_no_more() -> None:
+    """M1.4, at the edge and one past it."""
+    w = run("def main(o):\n    while True:\n        try:\n            yield kw.suspend('r')\n        except kw.Cancelled:\n            say('cancelled')")
+    for number in range(257):
+        w.command("w", "cancel", kwflow_id=f"id-{number}")
+    w.command("w", "cancel", kwflow_id="id-1")
+    assert len(w.outputs_to("out")) == 257
+    w.command("w", "cancel", kwflow_id="id-0")
+    assert len(w.outputs_to("out")) == 258
+
+
+@pytest.mark.parametrize("op", ["pause", "terminate", "discard"])
+def test_an_op_on_the_header_is_idempotent_too(op: str) -> None:
+    """M1.4: a discard that is repeated must not drop another record, a pause not pause again what was unpaused."""
+    w = run("import threading\ndef main(o):\n    while True:\n        if (yield kw.suspend('r')):\n            lock = threading.Lock()\n            yield kw.suspend('s')", **{"kwflow-start-id": "s"})
+    if op == "discard":
+        w.resume("w", "r", True)
+        w.resume("w", "r", True)
+    first = w.command("w", op, kwflow_id="once")
+    again = (w.command("w", "unpause"), w.header("w"))[1] if op == "pause" else w.header("w")
+    assert w.command("w", op, kwflow_id="once") == first
+    assert w.header("w") == again
+
+
+def test_a_start_id_on_an_op_limits_it_to_that_run() -> None:
+    """M1.5."""
+    w = run(WAITS, **{"kwflow-start-id": "one"})
+    ops = ("query", "cancel", "pause", "terminate")
+    assert [status(w.command("w", op, kwflow_start_id="two")) for op in ops] == ["not_found"] * 4
+    assert w.waits("w") == ["r"]
+    assert status(w.command("w", "query", kwflow_start_id="one")) == "ok"
+
+
+def test_the_outcome_record_names_run_and_client() -> None:
+    """M4."""
+    w = run(WAITS, **{"kwflow-start-id": "s", "kwflow-client": "c"})
+    w.resume("w", "r", 1)
+    headers = dict(next(output for output in w.outputs if output.topic == "workflow-result").headers)
+    assert (headers["kwflow-start-id"], headers["kwflow-client"], headers["kwflow-outcome"]) == (b"s", b"c", b"result")
