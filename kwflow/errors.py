@@ -101,7 +101,14 @@ class SnapshotError(KwflowError):
 
 
 class CodeChangedError(SnapshotError):
-    """A snapshot needs code that is neither current nor stored (G10)."""
+    """A snapshot needs code that is neither current nor stored (G10); `module` is what misses it, if one alone does."""
+
+    def __init__(self, message: str, module: str = "") -> None:
+        super().__init__(message, module)
+        self.module = module
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class CorruptSnapshotError(SnapshotError):

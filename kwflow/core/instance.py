@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from kwflow.core.tasks import FAILED, OK, PENDING, Awaitable, Combinator, Shield, Suspension, Task, live_below
 from kwflow.durable.frames import discard
+from kwflow.durable.registry import Pins
 from kwflow.errors import Cancelled, KwflowBug, StepTimeout, UsageError
 
 __all__ = ["Instance", "Machine"]
@@ -25,7 +26,7 @@ _ABORTS = (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout)  # never an o
 class Instance:
     """The state of one running id.  Invariant: `waits` holds exactly the pending suspensions by ref, `tasks` the unsettled tasks."""
 
-    __slots__ = ("_adopted", "applied", "created_ms", "extra", "id", "joins", "main", "now_ms", "start_id", "status", "steps", "task_next", "tasks", "updated_ms", "waits", "workflow")
+    __slots__ = ("_adopted", "applied", "created_ms", "extra", "id", "joins", "main", "now_ms", "pins", "start_id", "status", "steps", "task_next", "tasks", "updated_ms", "waits", "workflow")
 
     def __init__(self, id: str, workflow: str, start_id: str, created_ms: int) -> None:
         self.id = id
@@ -41,6 +42,7 @@ class Instance:
         self.waits: dict[str, Suspension] = {}
         self.joins: list[Combinator] = []
         self.extra: dict[str, Any] = {}  # header keys this version does not know: kept
+        self.pins: Pins = {}  # the versions of modules it runs that are not current (semantics §8.2)
         self._adopted: weakref.WeakKeyDictionary[Any, Task] = weakref.WeakKeyDictionary()
 
     def adopted(self) -> weakref.WeakKeyDictionary[Any, Task]:

@@ -14,11 +14,12 @@ import msgspec
 
 from kwflow.core.instance import Instance
 from kwflow.core.tasks import All, Awaitable, Race, Shield, Suspension, Task, Timeout, Timer
-from kwflow.durable import codec, frames, registry
+from kwflow.durable import codec, frames, registry, versions
 from kwflow.durable.lower import LOWERING_VERSION
-from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError
+from kwflow.durable.versions import Sources, no_sources
+from kwflow.errors import CorruptSnapshotError, SnapshotError
 
-__all__ = ["amend", "ended_header", "load", "park", "read_header", "save", "save_ended", "split", "unpark", "wake"]
+__all__ = ["amend", "ended_header", "load", "park", "read_header", "save", "save_ended", "save_with_code", "split", "unpark", "wake"]
 
 _MAGIC = b"KWF1"
 _CHECKSUM_BYTES = 32
@@ -31,7 +32,13 @@ for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Ti
 
 def save(instance: Instance) -> bytes:
     """The instance as it waits now.  Raises UnsavableError naming what cannot be saved (G4)."""
-    body, code = codec.dumps_with_code(instance.graph())
+    return save_with_code(instance)[0]
+
+
+def save_with_code(instance: Instance) -> tuple[bytes, list[registry.Module]]:
+    """`save`, and the versions of modules that the snapshot names."""
+    body, held = codec.dumps_with_code(instance.graph(), instance.pins)
+    code = {reference: {"version": module.version, "units": dict(sorted(units.items()))} for reference, (module, units) in sorted(held.items())}
     header = {
         "v": _VERSION,
         "id": instance.id,
@@ -46,7 +53,7 @@ def save(instance: Instance) -> bytes:
         "waits": [_wait(wait) for wait in instance.waits.values()],
         **instance.extra,
     }
-    return _encode(header, body)
+    return _encode(header, body), [module for module, _ in held.values()]
 
 
 def _wait(wait: Suspension) -> dict[str, Any]:
@@ -99,14 +106,13 @@ def read_header(data: bytes) -> dict[str, Any]:
     return split(data)[0]
 
 
-def load(data: bytes) -> Instance:
-    """The instance, waiting where it was.  Raises CodeChangedError naming a changed unit, CorruptSnapshotError."""
-    return wake(*split(data))
+def load(data: bytes, sources: Sources = no_sources) -> Instance:
+    """The instance, waiting where it was, on the code it waits in.  Raises CodeChangedError when that is neither here nor stored, CorruptSnapshotError."""
+    return wake(*split(data), sources)
 
 
-def wake(header: dict[str, Any], body: bytes) -> Instance:
+def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources) -> Instance:
     """`load` for what `split` gave."""
-    _check_code(header.get("code", {}))
     instance = Instance(header["id"], header["workflow"], header["start_id"], header["created"])
     instance.status = header["status"]
     applied = header.get("applied")
@@ -114,22 +120,11 @@ def wake(header: dict[str, Any], body: bytes) -> Instance:
     instance.updated_ms = header["updated"]
     instance.extra = {name: value for name, value in header.items() if name not in _KNOWN}
     try:
-        instance.set_graph(codec.loads(body))
+        graph, instance.pins = versions.loads(body, header.get("code", {}), sources)
+        instance.set_graph(graph)
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptSnapshotError(f"the body of a snapshot is not an instance: {error!r}") from error
     return instance
-
-
-def _check_code(code: dict[str, Any]) -> None:
-    """An instance is refused only if code that it holds changed (semantics §8.1)."""
-    for name, saved in code.items():
-        module = registry.module(name)
-        if module.version == saved["version"]:
-            continue
-        for unit, digest in saved["units"].items():
-            if module.units.get(unit) != digest:
-                change = "is gone" if unit not in module.units else "has changed"
-                raise CodeChangedError(f"{name}.{unit} {change} since this instance went to sleep in it; deploy the old code again, then retry")
 
 
 def park(stored: bytes | None, base: dict[str, Any], reason: str, message: str, offset: int) -> bytes:

@@ -19,7 +19,9 @@ from kwflow.durable import rebuild, registry
 from kwflow.durable.frames import SUSPENDED, State, discard, enter, fill, read
 from kwflow.errors import CorruptSnapshotError, KwflowError, NotDurableError, SnapshotError, UnsavableError
 
-__all__ = ["allow_modules", "dumps", "loads", "register_class", "unit_hashes"]
+__all__ = ["Code", "allow_modules", "dumps", "dumps_with_code", "loads", "register_class"]
+
+Code = dict[str, tuple[registry.Module, dict[str, str]]]  # reference -> the version it stands for, and hashes of its units that are held
 
 _PROTOCOL = 5
 _BUILTINS = frozenset(
@@ -34,6 +36,7 @@ _FUNCTIONS = {"copyreg": {"_reconstructor", "__newobj__", "__newobj_ex__"}, "re"
 _allowed: set[str] = set()
 _plain: set[type] = set()  # classes whose objects pickle handles by itself, unless the object is a sentinel
 _checked: set[type] = set()  # classes that may be named; only positive answers, `allow_modules` may add some
+_METHODS = frozenset(name for name in rebuild.CONSTRUCTORS if hasattr(rebuild.Names, name))
 _GENERATOR, _CELL, _FUNCTION, _EXCEPTION, _OBJECT = range(5)  # kinds of deferred states, part of the snapshot format
 _atoms = (type(None), bool, int, float, str, bytes)
 
@@ -51,7 +54,7 @@ def allowed(module: str, qualname: str, value: object) -> bool:
         return qualname in rebuild.CONSTRUCTORS
     if module.split(".")[0] == "kwflow":
         return isinstance(value, type) or module == "kwflow.api"
-    if module in registry.modules() or any(module == name or module.startswith(name + ".") for name in _allowed):
+    if registry.logical_name(module) in registry.modules() or registry.version(module) or any(module == name or module.startswith(name + ".") for name in _allowed):
         return True
     if module in _FUNCTIONS and not isinstance(value, type):
         names = _FUNCTIONS[module]
@@ -64,10 +67,14 @@ class _Refused(Exception):
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
+    """`pins` are the versions of modules that the graph was loaded with; `held` is the code it holds now (semantics §8.1)."""
+
+    def __init__(self, file: io.BytesIO, pins: registry.Pins) -> None:
         super().__init__(file, _PROTOCOL)
+        self.pins = pins
         self.deferred: list[tuple[int, Any, Any]] = []
-        self.states: list[State] = []
+        self.held: Code = {}
+        self._references: dict[registry.Module, str] = {}
 
     def reducer_override(self, value: Any) -> Any:
         cls = type(value)
@@ -80,8 +87,37 @@ class _Pickler(pickle.Pickler):
             if isinstance(value, BaseException):
                 return self.exception(value)
             _plain.add(cls)
-        name = registry.sentinel(value)
-        return (rebuild.global_of, name) if name is not None else NotImplemented
+        sentinel = registry.sentinel(value)
+        if sentinel is None:
+            return NotImplemented
+        found = registry.reference(*sentinel, value, self.pins)
+        if found is None:
+            return NotImplemented
+        self.held.setdefault(found[0], (found[1], {}))
+        return rebuild.global_of, (found[0], sentinel[1])
+
+    def hold(self, function: registry.Function) -> str:
+        """The reference of the module this function is of; its unit is held from now on."""
+        home = function.home
+        reference = self._references.get(home)
+        if reference is None:
+            plain = self.pins.get(home.name) or registry.modules().get(home.name)
+            reference = self._references[home] = home.name if home is plain else registry.version_name(home.name, home.version)
+        entry = self.held.get(reference)
+        if entry is None:
+            entry = self.held[reference] = (home, {})
+        entry[1][function.unit] = home.units[function.unit]
+        return reference
+
+    def named(self, value: type | types.FunctionType) -> Any:
+        """A class or function of a durable module, by name; None when it is not what the module has there."""
+        found = registry.reference(registry.logical_name(value.__module__), value.__qualname__, value, self.pins)
+        if found is None:
+            return None
+        self.held.setdefault(found[0], (found[1], {}))
+        if found[0] == value.__module__ and found[1] is registry.modules().get(found[0]):
+            return NotImplemented
+        return rebuild.named, (found[0], value.__qualname__)
 
     def registered(self, value: Any) -> Any:
         self.deferred.append((_OBJECT, value, value.__getstate__()))
@@ -94,6 +130,11 @@ class _Pickler(pickle.Pickler):
             raise _Refused(f"the class {cls.__qualname__} is defined inside a function; define it at module level")
         if not allowed(cls.__module__, cls.__qualname__, cls):
             raise _Refused(f"a value of class {cls.__module__}.{cls.__qualname__}; list its module under [snapshot] modules in kwflow.toml, or keep plain data")
+        if registry.is_durable(cls.__module__):
+            named = self.named(cls)
+            if named is None:
+                raise _Refused(f"the class {cls.__module__}.{cls.__qualname__} is not what its module has under that name")
+            return named
         _checked.add(cls)
         return NotImplemented
 
@@ -106,10 +147,9 @@ class _Pickler(pickle.Pickler):
 
     def generator(self, gen: types.GeneratorType[Any, Any, Any]) -> Any:
         state = read(gen)
-        self.states.append(state)
         function = state.function
         self.deferred.append((_GENERATOR, gen, (state.status, state.slots)))
-        return rebuild.generator, (function.module, function.path, state.cells, state.name, state.qualname)
+        return rebuild.generator, (self.hold(function), function.path, state.cells, state.name, state.qualname)
 
     def cell(self, cell: types.CellType) -> Any:
         try:
@@ -122,16 +162,23 @@ class _Pickler(pickle.Pickler):
         module, name = fn.__module__, fn.__qualname__
         if module == rebuild.__name__:
             return NotImplemented  # the constructors that our own reducers name
-        if "<" not in name and _named(module, name) is fn:
+        known = registry.function_of(fn.__code__)
+        if "<" not in name and registry.is_durable(module):
+            named = self.named(fn)
+            if named is not None:
+                if known is not None:
+                    self.hold(known)
+                return named
+        elif "<" not in name and _named(module, name) is fn:
             if allowed(module, name, fn) or module in _STDLIB:
                 return NotImplemented
             raise _Refused(f"the function {module}.{name} of a module that is not durable; list it under [snapshot] modules in kwflow.toml")
-        known = registry.function_of(fn.__code__)
         if known is None:
             raise _Refused(f"the function {name} ({fn.__code__.co_filename}:{fn.__code__.co_firstlineno}), which belongs to no durable module")
-        state = (fn.__defaults__, fn.__kwdefaults__, fn.__dict__, fn.__name__, fn.__qualname__, fn.__doc__, module)
+        elsewhere = None if module == known.namespace["__name__"] else module  # by functools.wraps
+        state = (fn.__defaults__, fn.__kwdefaults__, fn.__dict__, fn.__name__, fn.__qualname__, fn.__doc__, elsewhere)
         self.deferred.append((_FUNCTION, fn, state))
-        return rebuild.function, (known.module, known.path, fn.__closure__ or ())
+        return rebuild.function, (self.hold(known), known.path, fn.__closure__ or ())
 
     def method(self, value: types.MethodType) -> Any:
         return rebuild.method, (value.__self__, value.__func__)
@@ -145,7 +192,12 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
     def module(self, value: types.ModuleType) -> Any:
-        return rebuild.imported_module, (value.__name__,)
+        home = registry.version(value.__name__)
+        if home is None:
+            return rebuild.imported_module, (value.__name__,)
+        reference = home.name if self.pins.get(home.name) is home else value.__name__
+        self.held.setdefault(reference, (home, {}))
+        return rebuild.imported_module, (reference,)
 
     def mappingproxy(self, value: types.MappingProxyType[Any, Any]) -> Any:
         return types.MappingProxyType, (dict(value),)
@@ -177,15 +229,15 @@ def register_class(tag: int, cls: type) -> None:
     _REDUCERS[cls] = _Pickler.registered
 
 
-def _dump(root: Any) -> tuple[bytes, list[State]]:
+def _dump(root: Any, pins: registry.Pins) -> tuple[bytes, Code]:
     file = io.BytesIO()
-    pickler = _Pickler(file)
+    pickler = _Pickler(file, pins)
     pickler.dump(root)
     while pickler.deferred:
         states, pickler.deferred = pickler.deferred, []
         pickler.dump(states)
     pickler.dump(None)
-    return file.getvalue(), pickler.states
+    return file.getvalue(), pickler.held
 
 
 def dumps(root: Any) -> bytes:
@@ -194,8 +246,13 @@ def dumps(root: Any) -> bytes:
     Raises UnsavableError naming variable, function, file, line and type of what cannot be saved, NotDurableError for a
     native generator.
     """
+    return dumps_with_code(root, {})[0]
+
+
+def dumps_with_code(root: Any, pins: registry.Pins) -> tuple[bytes, Code]:
+    """`dumps` of a graph that was loaded with these pins, and the code it holds."""
     try:
-        return _dump(root)[0]
+        return _dump(root, pins)
     except (NotDurableError, UnsavableError) as error:
         raise _named_error(root, error) from error
     except Exception as error:  # reducers of any class may raise anything
@@ -217,7 +274,7 @@ def _named_error(root: Any, error: Exception) -> SnapshotError:
             if isinstance(value, types.GeneratorType) and registry.function_of(value.gi_code) is not None:
                 continue
             try:
-                _dump(value)
+                _dump(value, {})
             except Exception as inner:
                 where = f"{state.function.filename}:{state.function.lineno}"
                 shown = name if name[0] != "@" else f"the {name[1:].split(' ')[0]} in use"
@@ -259,7 +316,15 @@ def _generators(root: Any) -> list[State]:
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, names: rebuild.Names) -> None:
+        super().__init__(file)
+        self.names = names
+
     def find_class(self, module: str, name: str) -> Any:
+        if module == rebuild.__name__ and name in _METHODS:
+            return getattr(self.names, name)
+        if module in self.names.pins or registry.is_durable(module):
+            return self.names.named(module, name)
         if module not in sys.modules and module not in _STDLIB and not any(module == m or module.startswith(m + ".") for m in _allowed):
             raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is not allowed (or its module is not loaded)")
         if module not in sys.modules:
@@ -275,11 +340,17 @@ class _Unpickler(pickle.Unpickler):
         return found
 
 
-def loads(data: bytes) -> Any:
-    """The graph again; generators wait at the yields where they were saved.  Raises SnapshotError and nothing else."""
+_no_pins: registry.Pins = {}
+
+
+def loads(data: bytes, pins: registry.Pins = _no_pins) -> Any:
+    """The graph again; generators wait at the yields where they were saved, in the versions of modules that are pinned, else in the current ones.
+
+    Raises SnapshotError and nothing else; CodeChangedError names the module that misses something.
+    """
     waiting: list[types.GeneratorType[Any, Any, Any]] = []
     try:
-        unpickler = _Unpickler(io.BytesIO(data))
+        unpickler = _Unpickler(io.BytesIO(data), rebuild.Names(pins))
         root = unpickler.load()
         for states in iter(unpickler.load, None):
             _fill(states, waiting)
@@ -316,26 +387,3 @@ def _fill(states: Any, waiting: list[types.GeneratorType[Any, Any, Any]]) -> Non
 def _discard(generators: list[types.GeneratorType[Any, Any, Any]]) -> None:
     for gen in generators:
         discard(gen)
-
-
-def unit_hashes(root_states: list[State]) -> dict[str, dict[str, Any]]:
-    """{module: {"version", "units": {unit: hash}}} of the code these generators are in (semantics §8.1)."""
-    held: dict[str, dict[str, Any]] = {}
-    for state in root_states:
-        function = state.function
-        module = registry.module(function.module)
-        entry = held.setdefault(function.module, {"version": module.version, "units": {}})
-        entry["units"][function.unit] = module.units[function.unit]
-    return {name: {"version": held[name]["version"], "units": dict(sorted(held[name]["units"].items()))} for name in sorted(held)}
-
-
-def dumps_with_code(root: Any) -> tuple[bytes, dict[str, dict[str, Any]]]:
-    """`dumps`, and the hashes of the units whose code the graph holds."""
-    try:
-        data, states = _dump(root)
-    except Exception:
-        dumps(root)
-        raise
-    return data, unit_hashes(states)
-
-

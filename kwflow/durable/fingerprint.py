@@ -11,9 +11,10 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["canonical_hash", "unit_hash", "without_docstring"]
+__all__ = ["canonical_hash", "class_hashes", "imports_of", "source_version", "unit_hash", "without_docstring"]
 
-_SKIPPED = {"ctx", "kind", "type_comment", "type_ignores", "returns", "annotation", "type_params"}
+_POSITIONLESS = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
+_SKIPPED = _POSITIONLESS | {"returns", "annotation", "type_params"}
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -23,11 +24,16 @@ def without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
     return body[1:] if is_doc else body
 
 
-def canonical_hash(*nodes: ast.AST) -> str:
+def source_version(source: str) -> str:
+    """What names a version of a module: the sha256 of its text, 64 hex digits."""
+    return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def canonical_hash(*nodes: ast.AST, annotations: bool = False) -> str:
     """16 hex digits over the canonical form."""
     digest = hashlib.sha256()
     for node in nodes:
-        for token in _tokens(node):
+        for token in _tokens(node, _POSITIONLESS if annotations else _SKIPPED):
             digest.update(token.encode())
             digest.update(b"\0")
     return digest.hexdigest()[:16]
@@ -42,7 +48,31 @@ def unit_hash(node: ast.AST) -> str:
     return canonical_hash(*names, ast.Constant(len(names)), *without_docstring(node.body))
 
 
-def _tokens(node: object) -> Iterator[str]:
+def class_hashes(source: str) -> dict[str, tuple[str, set[str]]]:
+    """Top-level class -> its hash, annotations included (a dataclass is made from them), and the names its bases mention; none for a name defined twice."""
+    classes: dict[str, list[ast.ClassDef]] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            classes.setdefault(node.name, []).append(node)
+    mentioned = {name: {part.id for base in [*found[0].bases, *found[0].keywords] for part in ast.walk(base) if isinstance(part, ast.Name)} for name, found in classes.items()}
+    return {name: (canonical_hash(*found, annotations=True), mentioned[name]) for name, found in classes.items() if len(found) == 1}
+
+
+def imports_of(tree: ast.Module, package: str) -> set[str]:
+    """Every module name that import statements anywhere in it may mean; `package` is its `__package__`."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join(filter(None, [*above, node.module]))
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    parents = {".".join(name.split(".")[:count]) for name in found for count in range(1, name.count(".") + 1)}
+    return found | parents
+
+
+def _tokens(node: object, skipped: frozenset[str]) -> Iterator[str]:
     """Iterative, so that a long chain of operators does not meet the recursion limit."""
     stack: list[object] = [node]
     while stack:
@@ -51,7 +81,7 @@ def _tokens(node: object) -> Iterator[str]:
             stack.append(")")
             for name in reversed(item._fields):
                 value: Any = getattr(item, name, None)
-                if name in _SKIPPED or value is None or value == []:
+                if name in skipped or value is None or value == []:
                     if not (name == "value" and isinstance(item, ast.Constant)):
                         continue
                 if name == "body" and isinstance(item, (*_FUNCTIONS, ast.ClassDef)):

@@ -15,15 +15,16 @@ import inspect
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from kwflow.durable import registry, runtime
 from kwflow.durable.lower import lower_module
-from kwflow.errors import NotDurableWarning, UnsupportedError, UsageError
+from kwflow.errors import CodeChangedError, NotDurableWarning, UnsupportedError, UsageError
 
-__all__ = ["durable", "install", "load_source", "native", "uninstall"]
+__all__ = ["current", "durable", "execute", "exists", "install", "load_source", "native", "uninstall"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CONTAINERS = (list, dict, set, tuple, frozenset, bytearray)
@@ -52,13 +53,16 @@ def durable(function: _F) -> _F:
     tree = ast.increment_lineno(ast.parse("".join(lines)), first - 1)
     _bare(tree.body[0])
     lowered = lower_module(raw.__module__, tree, raw.__code__.co_filename)
+    lowered.whole = False
     known = registry.modules().get(raw.__module__)
     if known is not None:  # others of this module were decorated before
         lowered.functions, lowered.units = {**known.functions, **lowered.functions}, {**known.units, **lowered.units}
+        for other in known.functions.values():
+            other.home = lowered
         lowered.version = hashlib.sha256(f"{known.version} {lowered.version}".encode()).hexdigest()
     lowered.namespace = raw.__globals__
     registry.add_module(lowered)
-    raw.__globals__["@kw"] = runtime.Runtime(lowered)
+    raw.__globals__["@kw"] = runtime.Runtime(lowered, {})
     exec(lowered.code, raw.__globals__)
     made = raw.__globals__[raw.__name__]
     made.__defaults__, made.__kwdefaults__, made.__annotations__, made.__doc__ = raw.__defaults__, raw.__kwdefaults__, raw.__annotations__, raw.__doc__
@@ -107,14 +111,47 @@ def run(module: types.ModuleType, source: str | ast.Module, filename: str) -> No
     """Lower and execute in this module's namespace."""
     lowered = lower_module(module.__name__, source, filename)
     lowered.namespace = module.__dict__
-    registry.add_module(lowered)
-    module.__dict__["@kw"] = runtime.Runtime(lowered)
-    exec(lowered.code, module.__dict__)
+    before = registry.add_module(lowered)
+    try:
+        execute(module, lowered)
+    except BaseException:
+        registry.remove_module(lowered, before)
+        raise
     for name, value in module.__dict__.items():
         if inspect.isgeneratorfunction(value) and value.__module__ != module.__name__ and registry.function_of(value.__code__) is None:
             warnings.warn(f"{module.__name__}.{name} is a generator function of {value.__module__}, which is not durable: a workflow cannot wait in it", NotDurableWarning, stacklevel=2)
+
+
+def execute(module: types.ModuleType, lowered: registry.Module, bound: Mapping[str, type] = MappingProxyType({})) -> None:
+    """Run its code; `bound` are the classes that stand for those of a stored version."""
+    module.__dict__["@kw"] = runtime.Runtime(lowered, bound)
+    exec(lowered.code, module.__dict__)
     named = {name: value for name, value in module.__dict__.items() if name[:2] != "__" and name[0] != "@"}
-    registry.add_sentinels(module.__name__, {name: value for name, value in named.items() if not isinstance(value, (*_CONTAINERS, *_ATOMS)) and type(value).__module__ != "typing"})
+    registry.add_sentinels(lowered, {name: value for name, value in named.items() if not isinstance(value, (*_CONTAINERS, *_ATOMS)) and type(value).__module__ != "typing"})
+
+
+def current(name: str) -> registry.Module | None:
+    """The durable module of this name, imported if `install` made its package durable; None when there is none any more.
+
+    Raises CodeChangedError when its own code fails.
+    """
+    if name not in registry.modules() and _finder.matches(name):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise CodeChangedError(f"{name} cannot be imported: {error}") from error
+        except Exception as error:  # the module's own code may raise anything
+            raise CodeChangedError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+    return registry.modules().get(name)
+
+
+def exists(name: str) -> bool:
+    """Whether `import` would find it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 class _Loader(importlib.abc.InspectLoader):

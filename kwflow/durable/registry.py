@@ -1,7 +1,9 @@
 """Code object -> the function of a durable module it was compiled from, and back from (module, path) to code.
 
-Process state on purpose (wire.md §5): code is what a process has loaded.  Entries keep their code objects alive,
-because code objects compare by value and two functions may have equal ones.
+A module may be loaded in several versions at once: the current one under its name, stored ones as `name@<12 hex>`
+(semantics §8.3).  Snapshots name modules by *reference*: `name` for the version the instance runs, `name@<12 hex>` for
+code of another version that it came to hold.  Process state on purpose (wire.md §5): code is what a process has loaded.
+Entries keep their code objects alive, because code objects compare by value and two functions may have equal ones.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from typing import Any
 
 from kwflow.errors import CodeChangedError
 
-__all__ = ["Function", "Label", "Module", "add_module", "add_sentinels", "find", "function_of", "module", "modules", "register_code", "sentinel"]
+__all__ = [
+    "Function", "Label", "Module", "Pins", "add_module", "add_sentinels", "add_version", "drop_version", "function_of", "is_durable", "logical_name",
+    "lookup", "module", "modules", "reference", "register_code", "remove_module", "sentinel", "version", "version_name", "versions_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Function:
     labels: tuple[Label, ...]
     compile_cold: Callable[[], types.CodeType]
     compile_plain: Callable[[], types.CodeType]
+    home: Module = field(init=False, repr=False)  # set by the Module that takes it in
 
     @functools.cached_property
     def label_numbers(self) -> dict[str, int]:
@@ -69,14 +75,18 @@ class Function:
         register_code(code, self)
         return code
 
-    @functools.cached_property
+    @property
     def namespace(self) -> dict[str, Any]:
-        return module(self.module).namespace
+        return self.home.namespace
 
 
 @dataclass(eq=False)
 class Module:
-    """A durable module: its functions by path, the hashes of its units (semantics §8.1) and the namespace it runs in."""
+    """One version of a durable module: its functions by path, the hashes of its units (semantics §8.1) and the namespace it runs in.
+
+    `name` is the name authors know it by, also when this version is loaded as `name@<12 hex>`; `version` is the sha256 of its
+    source.  `whole` is False when only some functions of the module are durable (`@durable`): its source alone cannot be run.
+    """
 
     name: str
     version: str
@@ -86,10 +96,19 @@ class Module:
     functions: dict[str, Function]
     units: Mapping[str, str]
     namespace: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True
+    stored: Mapping[str, Any] | None = None  # what it was loaded from, if it is a stored version
+
+    def __post_init__(self) -> None:
+        for function in self.functions.values():
+            function.home = self
 
 
+Pins = Mapping[str, Module]  # reference -> the version it stands for, of what is not simply current
 _functions: dict[int, tuple[types.CodeType, Function]] = {}
-_modules: dict[str, Module] = {}
+_modules: dict[str, Module] = {}  # the current ones
+_versions: dict[str, Module] = {}  # stored ones, by `name@<12 hex>`
+_replaced: list[Module] = []  # what was current before a reload: live code of it keeps its metadata (semantics §5.4)
 _sentinels: dict[int, tuple[Any, tuple[str, str]]] = {}  # the object is held, so that its id stays its own
 
 
@@ -103,16 +122,92 @@ def function_of(code: types.CodeType) -> Function | None:
     return entry[1] if entry is not None else None
 
 
-def add_module(loaded: Module) -> None:
+def add_module(loaded: Module) -> Module | None:
+    """This version is the current one from now on; stored ones that bound classes of the one before are loaded anew.  The one before."""
+    before = _modules.get(loaded.name)
+    if before is not None and before.namespace is not loaded.namespace:
+        _replaced.append(before)
+        for name in [name for name, other in _versions.items() if other.name == loaded.name]:
+            _replaced.append(_versions.pop(name))
     _modules[loaded.name] = loaded
+    return before
 
 
-def add_sentinels(module: str, named: Mapping[str, Any]) -> None:
-    """Objects that are saved as "the global of this name" (semantics §4.3); replaces what the module had."""
-    for identity in [identity for identity, (_, (owner, _)) in _sentinels.items() if owner == module]:
+def remove_module(loaded: Module, before: Module | None) -> None:
+    """Its import has failed: the one before is current again."""
+    if before is None:
+        _modules.pop(loaded.name, None)
+    else:
+        _modules[loaded.name] = before
+
+
+def add_version(loaded: Module) -> None:
+    """A stored version, loaded beside the current one."""
+    _versions[version_name(loaded.name, loaded.version)] = loaded
+
+
+def drop_version(name: str) -> None:
+    """It could not be loaded."""
+    _versions.pop(name, None)
+
+
+def version_name(name: str, version: str) -> str:
+    """The name in `sys.modules` of a version that is not current."""
+    return f"{name}@{version[:12]}"
+
+
+def version(name: str) -> Module | None:
+    """The stored version loaded as `name@<12 hex>`."""
+    return _versions.get(name)
+
+
+def versions_of(name: str) -> list[Module]:
+    """Every version of the module that this process has loaded, the current one first."""
+    current = _modules.get(name)
+    others = [loaded for loaded in (*_versions.values(), *reversed(_replaced)) if loaded.name == name]
+    return [current, *others] if current is not None else others
+
+
+def is_durable(name: str) -> bool:
+    """Whether a `__module__` or reference is of a durable module that is loaded, in any version."""
+    return name in _modules or name in _versions
+
+
+def logical_name(name: str) -> str:
+    """The module that authors know for a `__module__` or `__name__`: `name@<12 hex>` is `name`."""
+    found = _versions.get(name)
+    return found.name if found is not None else name
+
+
+def lookup(namespace: Mapping[str, Any], qualname: str) -> Any:
+    """The object at this dotted name.  Raises KeyError or AttributeError."""
+    first, _, rest = qualname.partition(".")
+    found = namespace[first]
+    for part in rest.split(".") if rest else ():
+        found = getattr(found, part)
+    return found
+
+
+def reference(name: str, qualname: str, value: object, pins: Pins) -> tuple[str, Module] | None:
+    """How a snapshot names this very object of a durable module (by its logical name), and in which version; None when no version has it there."""
+    plain = pins.get(name) or _modules.get(name)
+    for home in [plain, *versions_of(name)] if plain is not None else versions_of(name):
+        try:
+            if lookup(home.namespace, qualname) is value:
+                return (name if home is plain else version_name(name, home.version)), home
+        except (KeyError, AttributeError):
+            continue
+    return None
+
+
+def add_sentinels(loaded: Module, named: Mapping[str, Any]) -> None:
+    """Objects that are saved as "the global of this name" (semantics §4.3); those of the current version replace what the module had."""
+    current = _modules.get(loaded.name) is loaded
+    for identity in [identity for identity, (_, (owner, _)) in _sentinels.items() if owner == loaded.name and current]:
         del _sentinels[identity]
     for name, value in named.items():
-        _sentinels[id(value)] = (value, (module, name))
+        if current or id(value) not in _sentinels:  # what a stored version shares with current code goes by its current name
+            _sentinels[id(value)] = (value, (loaded.name, name))
 
 
 def sentinel(value: Any) -> tuple[str, str] | None:
@@ -125,17 +220,9 @@ def modules() -> Mapping[str, Module]:
     return _modules
 
 
-def module(name: str) -> Module:
-    """Raises CodeChangedError when no durable module of that name is loaded."""
-    try:
-        return _modules[name]
-    except KeyError:
-        raise CodeChangedError(f"the durable module {name!r} is not loaded") from None
-
-
-def find(name: str, path: str) -> Function:
-    """Raises CodeChangedError when the module or the function is gone."""
-    try:
-        return module(name).functions[path]
-    except KeyError:
-        raise CodeChangedError(f"{name} has no function {path!r} any more") from None
+def module(reference: str, pins: Pins) -> Module:
+    """What a reference in a snapshot stands for.  Raises CodeChangedError when no durable module of that name is loaded."""
+    found = pins.get(reference) or _modules.get(reference) or _versions.get(reference)
+    if found is None:
+        raise CodeChangedError(f"the durable module {reference!r} is not loaded", reference)
+    return found

@@ -8,7 +8,7 @@ import itertools
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from kwflow.durable.registry import Function, Module, register_code
@@ -198,7 +198,8 @@ class Runtime:
     Resume = Resume
     BaseException = builtins.BaseException
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, bound: Mapping[str, type]) -> None:
+        self.bound = bound  # classes of the current module that a stored version takes as its own
         self._functions = module.functions
         self._marks: dict[str, Callable[[Any], Any]] = {}
 

@@ -14,9 +14,8 @@ import __future__
 
 import ast
 import functools
-import hashlib
 
-from kwflow.durable.fingerprint import unit_hash
+from kwflow.durable.fingerprint import source_version, unit_hash
 from kwflow.durable.lower.functions import ModuleLowering
 from kwflow.durable.lower.lint import warn_lost_calls
 from kwflow.durable.lower.scopes import Scope, analyze
@@ -30,17 +29,20 @@ _DEEP = 5  # nested blocks from which on the cold twin is compiled at load: it m
 _BLOCKS = (ast.For, ast.While, ast.Try, ast.With)
 
 
-def lower_module(name: str, source: str | ast.Module, filename: str) -> Module:
-    """Lower one module.  Raises SyntaxError as the compiler does, UnsupportedError for what cannot be durable."""
+def lower_module(name: str, source: str | ast.Module, filename: str, bound: frozenset[str] = frozenset()) -> Module:
+    """Lower one module; top-level classes in `bound` are not made but taken from the runtime (semantics §8.4).
+
+    Raises SyntaxError as the compiler does, UnsupportedError for what cannot be durable.
+    """
     tree = source if isinstance(source, ast.Module) else ast.parse(source, filename)
     text = source if isinstance(source, str) else ast.unparse(source)
-    version = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    version = source_version(text)
     compile(tree, filename, "exec", dont_inherit=True, optimize=0)  # the compiler's own errors come first, in its own words
     scopes = analyze(tree)
     warn_lost_calls(tree, scopes, filename)
     lowering = ModuleLowering(name, filename, scopes, _future_flags(tree))
     try:
-        code = lowering.compile(lowering.module(tree))
+        code = lowering.compile(lowering.module(tree, bound))
         functions, units = _functions(lowering, scopes, version)
         for function in functions.values():
             if function.kind == "generator" and _depth(_node_of(scopes, function.path)) > _DEEP:

@@ -11,7 +11,7 @@ import types
 from typing import Any
 
 from kwflow.durable.fingerprint import without_docstring
-from kwflow.durable.lower.emit import assign, call, constant, load
+from kwflow.durable.lower.emit import assign, call, constant, helper, load
 from kwflow.durable.lower.scopes import Scope, mangle
 from kwflow.durable.lower.statements import Statements
 from kwflow.durable.registry import Label
@@ -32,9 +32,10 @@ class ModuleLowering:
         self.flags = flags
         self.labels: dict[str, tuple[Label, ...]] = {}
 
-    def module(self, tree: ast.Module) -> ast.Module:
+    def module(self, tree: ast.Module, bound: frozenset[str]) -> ast.Module:
         rewriter = Rewriter(self, self.scopes[tree], None)
-        return ast.fix_missing_locations(ast.Module([rewriter.visit(node) for node in tree.body], tree.type_ignores))
+        body = [_taken(node) if isinstance(node, ast.ClassDef) and node.name in bound else lowered for node, lowered in [(node, rewriter.visit(node)) for node in tree.body]]
+        return ast.fix_missing_locations(ast.Module(body, tree.type_ignores))
 
     def compile(self, tree: ast.Module) -> types.CodeType:
         return compile(tree, self.filename, "exec", flags=self.flags, dont_inherit=True, optimize=0)  # type: ignore[no-any-return]
@@ -105,6 +106,11 @@ class ModuleLowering:
         first = min([at.lineno, *(d.lineno for d in getattr(at, "decorator_list", []))])  # type: ignore[attr-defined]
         name = code.co_name.removeprefix("@")
         return _renamed(code.replace(co_name=name), f"@factory.<locals>.{code.co_name}", scope.qualname).replace(co_firstlineno=first)
+
+
+def _taken(node: ast.ClassDef) -> ast.stmt:
+    """In place of a class statement: the class that the runtime has for it."""
+    return ast.copy_location(assign(node.name, ast.Subscript(helper("bound"), constant(node.name), ast.Load())), node)
 
 
 def _renamed(code: types.CodeType, inside: str, real: str) -> types.CodeType:

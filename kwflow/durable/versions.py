@@ -1,0 +1,199 @@
+"""Old code beside new: which version of each module a snapshot's names mean, and stored versions as modules (semantics §8).
+
+A version of a module is the sha256 of its source.  If every unit of M that a snapshot holds is unchanged, M means the
+current M; otherwise all of M means the stored version, loaded as `M@<12 hex>`.  Whoever keeps the sources hands them in
+as `Sources`; nothing here reads them.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import linecache
+import re
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from kwflow.durable import codec, loader, registry
+from kwflow.durable.fingerprint import class_hashes, imports_of, source_version
+from kwflow.durable.lower import lower_module
+from kwflow.durable.registry import Module, Pins
+from kwflow.errors import CodeChangedError, KwflowError
+
+__all__ = ["Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "no_sources", "pins_of", "resolve", "split_reference", "stored_with"]
+
+Sources = Callable[[str], bytes | None]  # `<module>@<sha256>` -> the stored entry; asked only for what is not loaded
+_REFERENCE = re.compile(r"(.+)@([0-9a-f]{12})")
+
+
+def no_sources(_key: str) -> bytes | None:
+    """Nothing is stored."""
+    return None
+
+
+def entry_key(name: str, version: str) -> str:
+    return f"{name}@{version}"
+
+
+def entry(module: Module) -> bytes:
+    """What is stored of one version: JSON with its source, its file relative to the module's root, and the versions of the durable modules it imports."""
+    imports = {name: found.version for name, found in _imports(module).items()}
+    if module.stored is not None:
+        return json.dumps({**module.stored, "imports": {**module.stored["imports"], **imports}}).encode()
+    package = "__path__" in module.namespace
+    file = "/".join(module.filename.split("/")[-(len(module.name.split(".")) + package) :])
+    return json.dumps({"source": module.source, "file": file, "package": package, "imports": imports}).encode()
+
+
+def _imports(module: Module) -> dict[str, Module]:
+    package = str(module.namespace.get("__package__") or "")
+    loaded = ((name, registry.modules().get(name)) for name in sorted(imports_of(ast.parse(module.source), package)))
+    return {name: found for name, found in loaded if found is not None and found.whole and found is not module}
+
+
+def stored_with(module: Module) -> list[Module]:
+    """The module and the durable ones it imports, all the way down: old code may need them after they are gone."""
+    found = [module] if module.whole else []
+    for known in found:
+        found += [other for other in _imports(known).values() if other not in found]
+    return found
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """Module and 12 hex digits of a reference; none for the version that the instance runs."""
+    explicit = _REFERENCE.fullmatch(reference)
+    return (explicit[1], explicit[2]) if explicit is not None else (reference, "")
+
+
+# -- which version -------------------------------------------------------------------------------------------------
+def loads(body: bytes, code: Mapping[str, Any], sources: Sources) -> tuple[Any, Pins]:
+    """The graph of a snapshot with this `code` header, and the versions it runs.  Raises SnapshotError."""
+    pins = resolve(code, sources)
+    while True:
+        try:
+            return codec.loads(body, pins), pins
+        except CodeChangedError as error:  # something it holds by name is gone, though no unit that it waits in has changed
+            saved = code.get(error.module)
+            pinned = pins.get(error.module)
+            if saved is None or (pinned is not None and pinned.version == saved["version"]):
+                raise
+            pins = {**pins, error.module: _version(split_reference(error.module)[0], saved["version"], sources, str(error))}
+
+
+def resolve(code: Mapping[str, Any], sources: Sources) -> Pins:
+    """What each reference stands for, where it is not simply the current module (semantics §8.2).  Raises CodeChangedError."""
+    pins: dict[str, Module] = {}
+    for reference, saved in code.items():
+        current = registry.modules().get(reference)
+        if current is not None and current.version == saved["version"]:
+            continue
+        name, _ = split_reference(reference)
+        current = loader.current(name)
+        changes = changed_units(current, saved)
+        if current is None or changes:
+            pins[reference] = _version(name, saved["version"], sources, "; ".join(changes))
+        elif reference != name:
+            pins[reference] = current
+    return pins
+
+
+def changed_units(current: Module | None, saved: Mapping[str, Any]) -> list[str]:
+    """What of the code that a snapshot holds is not as it was, one sentence each."""
+    if current is None:
+        return ["the module is gone"]
+    if current.version == saved["version"]:
+        return []
+    return [f"{unit} {'has changed' if unit in current.units else 'is gone'}" for unit, digest in saved["units"].items() if current.units.get(unit) != digest]
+
+
+def pins_of(pins: Pins) -> dict[str, str]:
+    """Module -> 12 hex digits of each version that is not the current one."""
+    return {name: found.version[:12] for name, found in pins.items() if registry.modules().get(found.name) is not found}
+
+
+# -- stored versions as modules --------------------------------------------------------------------------------------
+def _version(name: str, version: str, sources: Sources, why: str) -> Module:
+    known = registry.version(registry.version_name(name, version))
+    if known is not None and known.version == version:
+        return known
+    data = sources(entry_key(name, version))
+    if data is None:
+        raise CodeChangedError(f"{name}: {why} since this instance went to sleep in it, and the source it ran ({version[:12]}) is not stored; deploy that code again, then retry")
+    return _load(name, version, json.loads(data), sources)
+
+
+def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> Module:
+    """Run a stored version as the module `name@<12 hex>`.  Raises CodeChangedError when its own code fails."""
+    hidden = registry.version_name(name, version)
+    source, current = str(stored["source"]), registry.modules().get(name)
+    if source_version(source) != version:
+        raise CodeChangedError(f"the stored source of {hidden} is not the one it should be: its sha256 differs")
+    module = types.ModuleType(hidden)
+    module.__file__ = _file(name, stored, current)
+    module.__package__ = name if stored["package"] else name.rpartition(".")[0]
+    module.__dict__["__kwflow_durable__"] = True
+    if stored["package"]:
+        module.__path__ = list(getattr(sys.modules.get(name), "__path__", []))
+    filename = f"{module.__file__}@{version[:12]}"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # tracebacks show the old lines
+    bound = _unchanged_classes(source, current)
+    gone = [*_stand_in(stored["imports"], sources)]
+    try:
+        sys.modules[hidden] = module
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they were said when this code was new
+            lowered = lower_module(name, source, filename, frozenset(bound))
+        lowered.namespace, lowered.stored = module.__dict__, stored
+        registry.add_version(lowered)
+        loader.execute(module, lowered, bound)
+    except BaseException as error:
+        sys.modules.pop(hidden, None)
+        registry.drop_version(hidden)
+        if isinstance(error, KwflowError) or not isinstance(error, Exception):
+            raise
+        raise CodeChangedError(f"the stored version {version[:12]} of {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    finally:
+        for other in gone:
+            sys.modules.pop(other, None)
+    return lowered
+
+
+def _file(name: str, stored: dict[str, Any], current: Module | None) -> str:
+    """Where the module is here, or would be."""
+    if current is not None:
+        return str(current.namespace.get("__file__") or current.filename)
+    parent = getattr(sys.modules.get(name.rpartition(".")[0]), "__path__", None)
+    return "/".join([parent[0], *stored["file"].split("/")[name.count(".") :]]) if parent else str(stored["file"])
+
+
+def _stand_in(imports: Mapping[str, str], sources: Sources) -> Iterable[str]:
+    """Put stored versions of modules that are gone where `import` finds them; the names, to be taken away afterwards."""
+    for name, version in imports.items():
+        if name in sys.modules or loader.exists(name):
+            continue
+        found = _version(name, version, sources, "the module is gone")
+        sys.modules[name] = sys.modules[found.namespace["__name__"]]
+        package, _, last = name.rpartition(".")
+        if package in sys.modules and not hasattr(sys.modules[package], last):
+            setattr(sys.modules[package], last, sys.modules[name])  # stays: `import a.b` looks there when it runs
+        yield name
+
+
+def _unchanged_classes(source: str, current: Module | None) -> dict[str, Any]:
+    """The top-level classes that bind to the current ones (semantics §8.4): their own AST and that of every class they derive from is the same."""
+    if current is None:
+        return {}
+    names = set(class_hashes(source)) - set(changed_classes(source, current.source))
+    return {name: current.namespace[name] for name in names if isinstance(current.namespace.get(name), type)}
+
+
+def changed_classes(source: str, current: str) -> list[str]:
+    """Top-level classes of the first source that are not the same in the second, or derive from one that is not."""
+    before, now = class_hashes(source), class_hashes(current)
+    changed = {name for name, (digest, _) in before.items() if name not in now or now[name][0] != digest}
+    while more := {name for name, (_, bases) in before.items() if name not in changed and not changed.isdisjoint(bases)}:
+        changed |= more
+    return sorted(changed)

@@ -1,0 +1,260 @@
+"""Old code beside new, in one process: what names in a snapshot mean (semantics §8)."""
+
+import itertools
+import sys
+from typing import Any
+
+import pytest
+
+from kwflow import durable
+from kwflow.durable import codec, registry, versions
+from kwflow.errors import CodeChangedError
+
+_count = itertools.count()
+
+
+class Deployed:
+    """One module, deployed again and again under one name; what ran is kept in `stored`, as an engine keeps it."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name or f"versioned_{next(_count)}"
+        self.stored: dict[str, bytes] = {}
+
+    def deploy(self, source: str) -> Any:
+        return durable.load_source(self.name, source, f"{self.name}.py")
+
+    def save(self, graph: Any, pins: registry.Pins | None = None) -> tuple[bytes, dict[str, Any]]:
+        body, held = codec.dumps_with_code(graph, pins or {})
+        for module, _ in held.values():
+            for found in versions.stored_with(module):
+                self.stored[versions.entry_key(found.name, found.version)] = versions.entry(found)
+        return body, {reference: {"version": module.version, "units": units} for reference, (module, units) in held.items()}
+
+    def load(self, saved: tuple[bytes, dict[str, Any]]) -> tuple[Any, registry.Pins]:
+        return versions.loads(*saved, self.stored.get)
+
+    def again(self, saved: tuple[bytes, dict[str, Any]]) -> Any:
+        """Loaded, saved and loaded once more: what a second step meets."""
+        return self.load(self.save(*self.load(saved)))[0]
+
+
+@pytest.fixture
+def site() -> Deployed:
+    return Deployed()
+
+
+def test_an_unchanged_unit_takes_the_new_module_and_all_that_it_calls(site: Deployed) -> None:
+    """§8.2."""
+    gen = site.deploy("def helper():\n    return 1\ndef main():\n    yield\n    yield helper()").main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy("# moved\n\ndef main():\n    '''told'''\n    yield  # here\n    yield helper()\ndef helper():\n    return 2")
+    restored, pins = site.load(saved)
+    assert not pins
+    assert next(restored) == 2
+
+
+def test_a_changed_unit_stays_on_the_stored_module_with_all_that_it_calls(site: Deployed) -> None:
+    """§8.2: never mixed; the helper is the old one, too."""
+    gen = site.deploy("def helper():\n    return 1\ndef main():\n    yield\n    yield helper()").main()
+    next(gen)
+    saved = site.save(gen)
+    module = site.deploy("def helper():\n    return 2\ndef main():\n    yield\n    yield helper() * 10")
+    assert next(site.again(saved)) == 1
+    fresh = module.main()
+    next(fresh)
+    assert next(fresh) == 20
+
+
+def test_a_change_of_a_unit_that_is_not_held_changes_nothing_a_nested_def_belongs_to_its_outermost(site: Deployed) -> None:
+    """§8.1."""
+    text = "def other():\n    return {}\ndef main():\n    def inner():\n        yield\n        yield {}\n    return inner()\n"
+    gen = site.deploy(text.format(1, 1)).main()
+    next(gen)
+    saved = site.save(gen)
+    assert saved[1][site.name]["units"].keys() == {"main"}
+    site.deploy(text.format(2, 1))
+    assert not site.load(saved)[1]
+    site.deploy(text.format(1, 2))
+    assert site.load(saved)[1]
+
+
+@pytest.mark.parametrize("change", ["def main(x: int = 2) -> None:", "@str\ndef main(x=3):", "def main(x: 'y'):\n    'docs'"])
+def test_docstring_annotations_decorators_and_defaults_are_no_part_of_a_unit(site: Deployed, change: str) -> None:
+    """§8.1."""
+    gen = site.deploy("def main(x=1):\n    yield\n    yield x").main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy(f"{change}\n    yield\n    yield x")
+    restored, pins = site.load(saved)
+    assert not pins
+    assert next(restored) == 1
+
+
+def test_an_old_version_is_a_module_of_its_own_in_sys_modules(site: Deployed) -> None:
+    """§8.3: dataclasses need it; `__package__` and `__file__` are M's."""
+    source = "import sys\nfrom dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n"
+    source += "def main():\n    p = P(1)\n    yield\n    yield p, __name__, __file__, __package__, sys.modules[__name__].P is P"
+    gen = site.deploy(source).main()
+    next(gen)
+    saved = site.save(gen)
+    version = saved[1][site.name]["version"]
+    module = site.deploy("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    y: int = 0\ndef main():\n    yield")
+    p, name, file, package, found = next(site.again(saved))
+    assert (name, file, package, found) == (f"{site.name}@{version[:12]}", f"{site.name}.py", "", True)
+    assert repr(p) == "P(x=1)"
+    assert name in sys.modules
+    assert module.P is not type(p)
+
+
+def test_snapshots_write_logical_names_so_a_version_that_comes_back_is_simply_current(site: Deployed) -> None:
+    """§8.3."""
+    first = "class P:\n    pass\ndef make(p):\n    return lambda: p\ndef main():\n    f = make(P())\n    yield\n    yield f, f()"
+    gen = site.deploy(first).main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy("class P:\n    x = 1\ndef main():\n    yield")
+    on_old = site.save(*site.load(saved))
+    assert on_old[1] == saved[1]
+    assert b"@" not in on_old[0].replace(b"@l", b"").replace(b"@c", b"")
+    module = site.deploy(first)
+    restored, pins = site.load(on_old)
+    f, p = next(restored)
+    assert not pins
+    assert type(p) is module.P
+    assert f.__module__ == site.name
+
+
+def test_unchanged_top_level_classes_are_the_current_ones_changed_ones_and_what_derives_from_them_are_not(site: Deployed) -> None:
+    """§8.4."""
+    first = "class Same(Exception):\n    pass\nclass Changed(Exception):\n    pass\nclass Below(Changed):\n    pass\ndef main():\n    yield\n    yield Same, Changed, Below"
+    gen = site.deploy(first).main()
+    next(gen)
+    saved = site.save(gen)
+    module = site.deploy(first.replace("Changed(Exception):\n    pass", "Changed(Exception):\n    code = 1").replace("yield Same", "yield 0, Same"))
+    same, changed, below = next(site.again(saved))
+    assert same is module.Same
+    assert changed is not module.Changed
+    assert below is not module.Below
+    assert issubclass(below, changed)
+    assert versions.changed_classes(first, registry.modules()[site.name].source) == ["Below", "Changed"]
+
+
+def test_class_changes_alone_pin_nothing(site: Deployed) -> None:
+    """§8.4: `__setstate__` is for them."""
+    text = "class P:\n    def __init__(self):\n        self.x = 1\n{}\ndef main():\n    p = P()\n    yield\n    yield p"
+    gen = site.deploy(text.format("")).main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy(text.format("    def __setstate__(self, state):\n        self.y = state['x'] + 1"))
+    restored, pins = site.load(saved)
+    assert not pins
+    assert next(restored).y == 2
+
+
+def test_a_class_that_is_gone_is_found_in_the_stored_version(site: Deployed) -> None:
+    """G10: no unit that it waits in has changed, but the object could not be read."""
+    gen = site.deploy("class P:\n    pass\ndef hold(p):\n    yield\n    yield type(p).__name__\ndef main():\n    return hold(P())").main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy("def hold(p):\n    yield\n    yield type(p).__name__")
+    assert next(site.again(saved)) == "P"
+
+
+def test_a_function_held_by_name_is_code_that_is_held(site: Deployed) -> None:
+    """§8.1: what it does later is what it did when it was kept."""
+    gen = site.deploy("def undo():\n    return 'old'\ndef main():\n    f = [undo]\n    yield\n    yield f[0]()").main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy("def main():\n    f = [undo]\n    yield\n    yield f[0]()\ndef undo():\n    return 'new'")
+    assert next(site.again(saved)) == "old"
+
+
+def test_code_of_two_versions_in_one_graph_stays_apart(site: Deployed) -> None:
+    """§8.2: a class that did not change is current, and so is the generator its method makes in old code."""
+    text = "LIMIT = {0}\nclass Loop:\n    def steps(self):\n        while True:\n            yield LIMIT\n"
+    text += "def main():\n    inner = Loop().steps()\n    yield\n    yield LIMIT, next(inner)\n    yield LIMIT, next(inner), {0}"
+    gen = site.deploy(text.format(1)).main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy(text.format(2))
+    restored, pins = site.load(saved)
+    assert next(restored) == (1, 1)
+    fresh = next(iter(registry.modules()[site.name].namespace["Loop"]().steps() for _ in [0]))
+    next(fresh)
+    graph, held = site.save([restored, fresh], pins)
+    assert len(held) == 2
+    (old, new), _ = site.load((graph, held))
+    assert next(old) == (1, 1, 1)
+    assert next(new) == 2
+    site.deploy(text.format(3))
+    (old, new), _ = site.load((graph, held))
+    assert (next(old), next(new)) == ((1, 1, 1), 3), "its unit is unchanged, so it takes the newest"
+
+
+def test_a_sentinel_is_the_object_of_the_version_that_runs(site: Deployed) -> None:
+    """§4.3 with §8.2."""
+    text = "MISSING = object()\ndef main():\n    mark = MISSING\n    yield\n    yield mark is MISSING, {}"
+    gen = site.deploy(text.format(1)).main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy(text.format(2))
+    assert next(site.again(saved)) == (True, 1)
+
+
+def test_an_exception_while_old_code_loads_and_a_source_that_is_not_stored_name_the_version(site: Deployed) -> None:
+    """§8.4, G10."""
+    gen = site.deploy("import sys\nif 'broken_now' in sys.modules:\n    raise OSError('not here')\ndef main():\n    yield\n    yield 1").main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy("def main():\n    yield")
+    sys.modules["broken_now"] = sys
+    try:
+        with pytest.raises(CodeChangedError, match="cannot be loaded: OSError: not here"):
+            site.load(saved)
+    finally:
+        del sys.modules["broken_now"]
+    assert next(site.load(saved)[0]) == 1, "tried again"
+    other = Deployed(site.name)
+    site.deploy("def main():\n    yield 3")
+    with pytest.raises(CodeChangedError, match="main has changed .* is not stored"):
+        other.load(saved)
+
+
+def test_old_code_imports_current_modules_and_stored_ones_only_where_they_are_gone(site: Deployed) -> None:
+    """§8.4; a helper module that was deleted or renamed is found with the code that needs it."""
+    helper = Deployed()
+    helper.deploy("def help_():\n    return 'old'")
+    gen = site.deploy(f"from {helper.name} import help_\nimport {helper.name} as h\ndef main():\n    yield\n    yield help_(), h.help_()").main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy("def main():\n    yield 2")
+    del sys.modules[helper.name]
+    del registry.modules()[helper.name]  # type: ignore[attr-defined] # as in a process that never had it
+    assert next(site.again(saved)) == ("old", "old")
+    assert helper.name not in sys.modules
+    site.deploy("def main():\n    yield 3")
+    assert next(site.again(saved)) == ("old", "old"), "what stood in is stored with it again"
+    site.deploy("def main():\n    yield 4")
+    helper.deploy("def help_():\n    return 'new'")
+    assert next(site.again(saved)) == ("new", "new")
+
+
+def test_a_module_that_is_gone_is_found_in_the_store(site: Deployed) -> None:
+    gen = site.deploy("class P:\n    pass\ndef main():\n    p = P()\n    yield\n    yield p").main()
+    next(gen)
+    saved = site.save(gen)
+    del sys.modules[site.name]
+    del registry.modules()[site.name]  # type: ignore[attr-defined] # as in a process that never had it
+    assert type(next(site.again(saved))).__name__ == "P"
+
+
+def test_a_stored_source_that_was_changed_is_refused(site: Deployed) -> None:
+    """The header names it by sha256, and the header is checked."""
+    gen = site.deploy("def main():\n    yield").main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy("def main():\n    yield 2")
+    site.stored = {key: data.replace(b"yield", b"yield 3") for key, data in site.stored.items()}
+    with pytest.raises(CodeChangedError, match="sha256"):
+        site.load(saved)
