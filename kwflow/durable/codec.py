@@ -101,8 +101,7 @@ class _Pickler(pickle.Pickler):
         home = function.home
         reference = self._references.get(home)
         if reference is None:
-            plain = self.pins.get(home.name) or registry.modules().get(home.name)
-            reference = self._references[home] = home.name if home is plain else registry.version_name(home.name, home.version)
+            reference = self._references[home] = registry.reference_of(home, self.pins.get(home.name) or registry.modules().get(home.name))
         entry = self.held.get(reference)
         if entry is None:
             entry = self.held[reference] = (home, {})
@@ -195,7 +194,7 @@ class _Pickler(pickle.Pickler):
         home = registry.version(value.__name__)
         if home is None:
             return rebuild.imported_module, (value.__name__,)
-        reference = home.name if self.pins.get(home.name) is home else value.__name__
+        reference = registry.reference_of(home, self.pins.get(home.name) or registry.modules().get(home.name))
         self.held.setdefault(reference, (home, {}))
         return rebuild.imported_module, (reference,)
 

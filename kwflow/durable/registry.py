@@ -18,7 +18,7 @@ from kwflow.errors import CodeChangedError
 
 __all__ = [
     "Function", "Label", "Module", "Pins", "add_module", "add_sentinels", "add_version", "drop_version", "function_of", "is_durable", "logical_name",
-    "lookup", "module", "modules", "reference", "register_code", "remove_module", "sentinel", "version", "version_name", "versions_of",
+    "lookup", "module", "modules", "reference", "reference_of", "register_code", "remove_module", "sentinel", "version", "version_name", "versions_of",
 ]  # fmt: skip
 
 
@@ -188,13 +188,18 @@ def lookup(namespace: Mapping[str, Any], qualname: str) -> Any:
     return found
 
 
+def reference_of(home: Module, plain: Module | None) -> str:
+    """The name for this version in a snapshot of an instance that runs `plain`."""
+    return home.name if plain is not None and plain.version == home.version else version_name(home.name, home.version)
+
+
 def reference(name: str, qualname: str, value: object, pins: Pins) -> tuple[str, Module] | None:
     """How a snapshot names this very object of a durable module (by its logical name), and in which version; None when no version has it there."""
     plain = pins.get(name) or _modules.get(name)
     for home in [plain, *versions_of(name)] if plain is not None else versions_of(name):
         try:
             if lookup(home.namespace, qualname) is value:
-                return (name if home is plain else version_name(name, home.version)), home
+                return reference_of(home, plain), home
         except (KeyError, AttributeError):
             continue
     return None
