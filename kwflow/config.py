@@ -1,4 +1,4 @@
-"""One frozen Config: `kwflow.toml` ([app] [topics] [limits] [kafka]) and `KWFLOW_*`; the environment wins over the file."""
+"""One frozen Config: `kwflow.toml` ([app] [topics] [limits] [durable] [snapshot] [embedded] [kafka]) and `KWFLOW_*`; the environment wins over the file."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Config(BaseSettings):
     error_topic: str = "workflow-error"
     scheduler_topic: str = "workflow-scheduler"
     reply_topic: str = "workflow-reply"
+    durable_packages: list[str] = Field(default_factory=list, description="more packages to make durable, third-party ones too, beside the MODULEs'")
     snapshot_modules: list[str] = Field(default_factory=list, description="modules, not durable ones, whose classes snapshots may hold")
     snapshot_bytes_warn: int = Field(default=450_000, gt=0, description="an instance that grows over this is logged")
     snapshot_bytes_max: int = Field(default=900_000, gt=0, description="a larger instance is parked; below Kafka's 1 MB default")
@@ -67,7 +68,7 @@ class Config(BaseSettings):
         return f"{self.application_id}-timers-changelog"
 
 
-_SECTIONS = {"app": "", "topics": "_topic", "limits": ""}
+_SECTIONS = {"app": "{}", "topics": "{}_topic", "limits": "{}", "durable": "durable_{}", "snapshot": "snapshot_{}", "embedded": "embedded_{}"}  # a setting's name in the section -> in Config
 
 
 def load_config(path: Path | None = None, **given: Any) -> Config:
@@ -83,9 +84,9 @@ def load_config(path: Path | None = None, **given: Any) -> Config:
             if section == "kafka":
                 values["kafka"] = content
             elif section in _SECTIONS:
-                values |= {f"{name}{_SECTIONS[section]}": value for name, value in content.items()}
+                values |= {_SECTIONS[section].format(name): value for name, value in content.items()}
             else:
-                raise UsageError(f"{file}: unknown section [{section}]; there are [app] [topics] [limits] [kafka]")
+                raise UsageError(f"{file}: unknown section [{section}]; there are {' '.join(f'[{known}]' for known in (*_SECTIONS, 'kafka'))}")
     values = {name: value for name, value in values.items() if f"KWFLOW_{name.upper()}" not in os.environ}
     try:
         return Config(**{**values, **{name: value for name, value in given.items() if value is not None}})

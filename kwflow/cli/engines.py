@@ -27,7 +27,7 @@ __all__ = ["engine", "run", "scheduler"]
 
 
 def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: Path | None) -> list[Any]:
-    workflows = load_workflows(modules, app_dir)
+    workflows = load_workflows(modules, app_dir, config.durable_packages)
     return [WorkflowProcessor(config, workflows, api.declared_topics(), engine.incarnation), TimerProcessor(config)]
 
 
@@ -68,7 +68,7 @@ def engine(
     )  # fmt: skip
     stop = _stopper()
     if embedded is None:
-        workflows = load_workflows(modules, app_dir)
+        workflows = load_workflows(modules, app_dir, settings.durable_packages)
         makers: list[tuple[str, Callable[[str], Any]]] = [(settings.application_id, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation))]
         if with_scheduler:
             makers.append((f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings)))

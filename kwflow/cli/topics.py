@@ -34,7 +34,7 @@ def topics_create(
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     if modules:
-        load_workflows(modules, app_dir)
+        load_workflows(modules, app_dir, settings.durable_packages)
     for topic in topics.create(topics.admin(settings), settings, api.declared_topics(), partitions, replication):
         out.print(f"created {topic}", markup=False)
 
@@ -55,7 +55,7 @@ def topics_check(
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     if modules:
-        load_workflows(modules, app_dir)
+        load_workflows(modules, app_dir, settings.durable_packages)
     problems = topics.problems(topics.admin(settings), settings, api.declared_topics())
     for problem in problems:
         out.print(problem, markup=False)

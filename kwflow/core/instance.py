@@ -7,6 +7,7 @@ thousands deep.
 
 from __future__ import annotations
 
+import contextlib
 import types
 import weakref
 from collections import deque
@@ -105,6 +106,14 @@ class Machine:
         """Natively `yield from` would feed None to a generator that has begun (semantics §1.2)."""
         if gen in self.instance.adopted() or gen.gi_suspended or gen.gi_frame is None:
             raise UsageError(f"`yield from` of {gen.__qualname__}, which has begun already; write `yield` to wait for its result")
+
+    def entered(self, manager: Any, value: Any) -> None:
+        """A wait inside a plain context manager becomes the target of the `with` instead (semantics §5.6)."""
+        if isinstance(value, Awaitable) and isinstance(manager, contextlib._GeneratorContextManager):
+            name = getattr(manager.gen, "__qualname__", "the context manager")
+            error = UsageError(f"{name} yields {value!r}, which `with` gives to its target instead of waiting for it; wait before or after {name}")
+            manager.__exit__(UsageError, error, None)
+            raise error
 
     def catching(self, error: BaseException) -> None:
         """What must end the step ends it even if author code swallows it (semantics §2.5)."""

@@ -38,6 +38,8 @@ def save(instance: Instance) -> bytes:
 def save_with_code(instance: Instance) -> tuple[bytes, list[registry.Module]]:
     """`save`, and the versions of modules that the snapshot names."""
     body, held = codec.dumps_with_code(instance.graph(), instance.pins)
+    if any(module.name == "__main__" for module, _ in held.values()):
+        raise SnapshotError("code of __main__ cannot be found again by another process; put the workflow into a module of its own")
     code = {reference: {"version": module.version, "units": dict(sorted(units.items()))} for reference, (module, units) in sorted(held.items())}
     header = {
         "v": _VERSION,

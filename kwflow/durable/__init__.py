@@ -7,7 +7,7 @@ loader.py (imports).
 
 from kwflow.durable.codec import allow_modules, dumps, loads
 from kwflow.durable.frames import Frame, State, capture, describe, discard, is_durable, restore
-from kwflow.durable.loader import durable, install, load_source, native, uninstall
+from kwflow.durable.loader import durable, install, load_source, native, rewrite_first, uninstall
 from kwflow.durable.peek import canonical, canonical_bytes, peek
 from kwflow.durable.runtime import abandoning, set_abandoning
 
@@ -30,6 +30,7 @@ __all__ = [
     "native",
     "peek",
     "restore",
+    "rewrite_first",
     "set_abandoning",
     "uninstall",
 ]

@@ -12,19 +12,20 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from kwflow.durable import registry, runtime
 from kwflow.durable.lower import lower_module
 from kwflow.errors import CodeChangedError, NotDurableWarning, UnsupportedError, UsageError
 
-__all__ = ["current", "durable", "execute", "exists", "install", "load_source", "native", "uninstall"]
+__all__ = ["current", "durable", "execute", "exists", "install", "load_source", "native", "rewrite_first", "uninstall"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CONTAINERS = (list, dict, set, tuple, frozenset, bytearray)
@@ -164,8 +165,7 @@ class _Loader(importlib.abc.InspectLoader):
         return created
 
     def get_source(self, fullname: str) -> str | None:
-        source: str | None = self.inner.get_source(fullname)
-        return source
+        return _source_of(self.inner, fullname, self.filename)
 
     def is_package(self, fullname: str) -> bool:
         return bool(self.inner.is_package(fullname))
@@ -174,7 +174,31 @@ class _Loader(importlib.abc.InspectLoader):
         source = self.get_source(module.__name__)
         if source is None:
             raise UnsupportedError(f"{module.__name__} ({self.filename}) has no source, so it cannot be made durable")
-        run(module, source, self.filename)
+        if _rewriters and not hasattr(self.inner, "get_source"):
+            tree = ast.parse(source, self.filename)
+            _rewriters[-1](tree, source, self.filename)
+            run(module, tree, self.filename)
+        else:
+            run(module, source, self.filename)
+
+
+def _source_of(loader: Any, fullname: str, filename: str) -> str | None:
+    if hasattr(loader, "get_source"):
+        source: str | None = loader.get_source(fullname)
+        return source
+    if not filename.endswith(".py") or not os.path.exists(filename):
+        return None
+    with open(filename, "rb") as file:  # a loader that rewrites, such as pytest's
+        return importlib.util.decode_source(file.read())
+
+
+Rewriter: TypeAlias = Callable[[ast.Module, str, str], None]
+_rewriters: list[Rewriter] = []
+
+
+def rewrite_first(rewriter: Rewriter) -> None:
+    """Change the tree (tree, source, filename) of modules whose own loader would have rewritten it, before it is lowered (semantics §5.5)."""
+    _rewriters.append(rewriter)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -192,8 +216,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         spec = _spec_of_others(fullname, path, target)
         if spec is None or spec.loader is None or isinstance(spec.loader, (_Loader, importlib.machinery.ExtensionFileLoader)):
             return spec
-        if not hasattr(spec.loader, "get_source"):
-            raise UnsupportedError(f"{fullname} has no source, so it cannot be made durable")
+        if _source_of(spec.loader, fullname, spec.origin or "") is None:
+            raise UnsupportedError(f"{fullname} ({spec.origin}) has no source, so it cannot be made durable")
         spec.loader = _Loader(spec.loader, spec.origin or fullname)
         return spec
 
@@ -208,14 +232,17 @@ def _spec_of_others(fullname: str, path: Sequence[str] | None, target: types.Mod
 
 
 def _declares(fullname: str, path: Sequence[str] | None) -> bool:
-    """Whether a module says `__kwflow_durable__ = True` in its text; only modules next to durable ones are looked at."""
+    """Whether a module says `__kwflow_durable__ = True` at its top level; only modules next to durable ones are looked at."""
     if fullname.partition(".")[0] in sys.stdlib_module_names or fullname.partition(".")[0] == "kwflow":
         return False
     spec = _spec_of_others(fullname, path)
-    if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader) or "site-packages" in (spec.origin or ""):
+    if spec is None or isinstance(spec.loader, importlib.machinery.SourcelessFileLoader) or not (spec.origin or "").endswith(".py") or "site-packages" in (spec.origin or ""):
         return False
-    source = spec.loader.get_source(fullname) or ""
-    return "\n__kwflow_durable__ = True" in "\n" + source
+    source = _source_of(spec.loader, fullname, spec.origin or "") or ""
+    return "__kwflow_durable__" in source and any(
+        isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__kwflow_durable__" and isinstance(node.value, ast.Constant) and node.value.value is True
+        for node in ast.parse(source).body
+    )
 
 
 _finder = _Finder()
@@ -229,10 +256,22 @@ def install(prefixes: Iterable[str]) -> None:
     wanted = set(prefixes)
     for name, module in list(sys.modules.items()):
         if any(name == prefix or name.startswith(prefix + ".") for prefix in wanted) and name not in registry.modules() and getattr(module, "__file__", None):
-            raise UsageError(f"{name} was imported before kwflow could make it durable; let kwflow import it (kwflow engine {name})")
+            by = ", ".join(_importers(module)) or "a module that is gone"
+            raise UsageError(f"{name} was imported (by {by}) before kwflow could make it durable; import it after kwflow.durable.install, or let kwflow do it (kwflow engine {name})")
     _finder.prefixes |= wanted
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
+
+
+def _importers(imported: types.ModuleType) -> list[str]:
+    """Which modules outside it hold it, a module below it, or something that was defined there."""
+    package = imported.__name__ + "."
+
+    def holds(other: types.ModuleType) -> bool:
+        homes = (value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None) for value in list(vars(other).values()))
+        return any(isinstance(home, str) and (home + ".").startswith(package) for home in homes)
+
+    return sorted(name for name, other in list(sys.modules.items()) if isinstance(other, types.ModuleType) and not (name + ".").startswith(package) and holds(other))
 
 
 def uninstall() -> None:

@@ -26,6 +26,9 @@ class Driver(Protocol):
     def delegating(self, gen: types.GeneratorType[Any, Any, Any]) -> None:
         """`yield from gen` is about to begin.  What this raises is raised there."""
 
+    def entered(self, manager: Any, value: Any) -> None:
+        """A `with` that holds a wait has entered this manager and got this value.  What this raises is raised there."""
+
     def catching(self, error: BaseException) -> None:
         """An error has reached a `try` or `with` of the author that holds a wait, and may be swallowed by it."""
 
@@ -82,7 +85,11 @@ def enter(manager: Any) -> Any:
     if enter_ is None or not hasattr(cls, "__exit__"):
         missed = " (missed __exit__ method)" if enter_ is not None else ""
         raise TypeError(f"'{cls.__qualname__}' object does not support the context manager protocol{missed}")
-    return enter_(manager)
+    value = enter_(manager)
+    driver: Driver | None = getattr(_driving, "driver", None)
+    if driver is not None:
+        driver.entered(manager, value)
+    return value
 
 
 def leave(manager: Any) -> bool:

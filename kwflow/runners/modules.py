@@ -26,12 +26,13 @@ def _load(name: str) -> types.ModuleType:
     return durable.load_source(path.stem, path.read_text(encoding="utf-8"), str(path))
 
 
-def load_workflows(names: Sequence[str], app_dir: Path | None = None) -> Workflows:
-    """Import each MODULE (dotted name or path.py), durable, and collect `main`s and `@kw.workflow`s.
+def load_workflows(names: Sequence[str], app_dir: Path | None = None, packages: Sequence[str] = ()) -> Workflows:
+    """Import each MODULE (dotted name or path.py), durable, and collect `main`s and `@kw.workflow`s; `packages` are made durable too.
 
     Raises UsageError for a name clash or a module without workflows, and what importing it raises.
     """
     sys.path.insert(0, str(app_dir or Path.cwd()))
+    durable.install(packages)
     functions: dict[str, object] = {}
     default: str | None = None
     for name in names:

@@ -1,0 +1,207 @@
+"""Which modules are durable, and what is said when one cannot be (semantics §5), each in a process of its own."""
+
+import pathlib
+import subprocess
+import sys
+import textwrap
+import zipfile
+
+import pytest
+
+from kwflow.config import load_config
+from kwflow.errors import UsageError
+
+WORKFLOW = "import kwflow as kw\ndef main(o):\n    yield kw.suspend('a')\n"
+
+
+def python(directory: pathlib.Path, script: str, *options: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, *options, "-c", textwrap.dedent(script)], cwd=directory, capture_output=True, text=True, check=False, timeout=60)
+
+
+def said(directory: pathlib.Path, script: str) -> str:
+    done = python(directory, script)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def package(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "shop/parts").mkdir(parents=True)
+    for name in ("shop/__init__.py", "shop/parts/__init__.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "shop/orders.py").write_text("from shop.parts import helper\n" + WORKFLOW)
+    (tmp_path / "shop/parts/helper.py").write_text("def steps():\n    yield 1\n")
+    (tmp_path / "plain.py").write_text(WORKFLOW)
+    (tmp_path / "marked.py").write_text("__kwflow_durable__ = True\n" + WORKFLOW)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_durable_are_the_packages_of_the_modules_those_that_say_so_and_configured_ones(package: pathlib.Path) -> None:
+    """§5.1."""
+    script = """
+        from kwflow.durable import is_durable
+        from kwflow.runners.modules import load_workflows
+        load_workflows(["shop.orders"], None, ["other"])
+        import marked, other, plain, shop.orders, shop.parts.helper
+        print([is_durable(f) for f in (shop.orders.main, shop.parts.helper.steps, marked.main, other.main, plain.main)])
+    """
+    (package / "other.py").write_text(WORKFLOW)
+    assert said(package, script) == "[True, True, True, True, False]"
+
+
+def test_the_file_of_settings_has_a_section_for_packages_and_for_snapshots(tmp_path: pathlib.Path) -> None:
+    """§5.1, wire.md §3: what the error messages point to."""
+    file = tmp_path / "kwflow.toml"
+    file.write_text('[durable]\npackages = ["vendor"]\n[snapshot]\nmodules = ["money"]\nbytes_max = 5000\n[embedded]\nretention_ms = 7\n[limits]\nhold_max = 3\n[topics]\nresume = "in"\n')
+    config = load_config(file)
+    assert (config.durable_packages, config.snapshot_modules, config.snapshot_bytes_max, config.embedded_retention_ms) == (["vendor"], ["money"], 5000, 7)
+    assert (config.hold_max, config.resume_topic) == (3, "in")
+    file.write_text("[snapshots]\n")
+    with pytest.raises(UsageError, match=r"unknown section \[snapshots\]; there are \[app\]"):
+        load_config(file)
+
+
+@pytest.mark.slow
+def test_a_module_in_a_zip_file_is_durable_and_one_without_source_is_refused(package: pathlib.Path) -> None:
+    """§5.2."""
+    with zipfile.ZipFile(package / "code.zip", "w") as archive:
+        archive.writestr("zipped.py", WORKFLOW)
+    script = """
+        import sys
+        sys.path.insert(0, "code.zip")
+        from kwflow import durable
+        durable.install(["zipped", "compiled"])
+        import zipped
+        print(durable.is_durable(zipped.main))
+        try:
+            import compiled
+        except durable.loader.UnsupportedError as error:
+            print("no source" in str(error))
+    """
+    (package / "compiled.py").write_text(WORKFLOW)
+    python(package, "import py_compile; py_compile.compile('compiled.py', 'compiled.pyc')")
+    (package / "compiled.py").unlink()
+    assert said(package, script).split() == ["True", "True"]
+
+
+@pytest.mark.slow
+def test_a_module_imported_too_early_is_refused_with_who_imported_it(package: pathlib.Path) -> None:
+    """§5.2."""
+    (package / "early.py").write_text("from shop.orders import main\n")
+    script = """
+        import early
+        from kwflow import durable
+        try:
+            durable.install(["shop"])
+        except Exception as error:
+            print(error)
+    """
+    assert "was imported (by" in said(package, script) and "early" in said(package, script)
+
+
+@pytest.mark.slow
+def test_a_stale_pyc_of_the_plain_module_is_not_used(package: pathlib.Path) -> None:
+    """§5.2: pip writes one when it installs."""
+    assert python(package, "import shop.orders").returncode == 0
+    assert said(package, "from kwflow import durable\ndurable.install(['shop'])\nimport shop.orders\nprint(durable.is_durable(shop.orders.main))") == "True"
+
+
+@pytest.mark.slow
+def test_code_of_main_is_refused_for_snapshots_of_an_engine(tmp_path: pathlib.Path) -> None:
+    """§5.4: no other process could find it again."""
+    (tmp_path / "script.py").write_text(
+        "import kwflow as kw\nfrom kwflow import durable\nfrom kwflow.testing import WorkflowTester\n"
+        "@durable.durable\ndef flow(o):\n    yield kw.suspend('a')\n"
+        "tester = WorkflowTester(flow)\ntester.start('w')\nprint(tester.header('w')['parked']['message'])\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert "__main__" in done.stdout and "module of its own" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_durable_test_module_has_rewritten_asserts_and_is_durable_and_saved_in_the_middle_of_one(tmp_path: pathlib.Path) -> None:
+    """§5.5."""
+    (tmp_path / "test_mine.py").write_text('''
+__kwflow_durable__ = True
+import kwflow as kw
+import library
+from kwflow import durable
+from kwflow.testing import WorkflowTester
+
+def flow(o):
+    assert [o, 2] == [1, (yield kw.suspend("a"))]
+    return "ok"
+
+def test_good():
+    tester = WorkflowTester(flow)
+    tester.start("w", 1)
+    tester.resume("w", "a", 2)
+    assert tester.result("w") == "ok"
+    assert durable.is_durable(library.steps)
+
+def test_bad():
+    tester = WorkflowTester(flow)
+    tester.start("w", 1)
+    tester.resume("w", "a", 3)
+    assert tester.values("workflow-error") == ["nothing"]
+''')
+    (tmp_path / "library.py").write_text("def steps():\n    yield 1\n")
+    (tmp_path / "conftest.py").write_text("import library\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nkwflow_durable = library\n")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert "AssertionError: assert [1, 2] == [1, 3]" in done.stdout  # in the error record: pytest's words about a workflow's assert
+
+
+@pytest.mark.slow
+def test_the_lines_of_a_durable_module_are_the_authors() -> None:
+    """§5.5: line coverage is exact; a tracer sees the lines that natively run."""
+    script = """
+        import sys
+        from kwflow import durable
+        source = "def g(n):\\n    for i in range(n):\\n        try:\\n            x = yield i\\n        finally:\\n            x = 2\\n    return x\\n"
+        native = {}
+        exec(compile(source, "m.py", "exec"), native)
+        def lines(g):
+            seen = set()
+            def trace(frame, event, arg):
+                if frame.f_code.co_filename == "m.py" and event == "line":
+                    seen.add(frame.f_lineno)
+                return trace
+            sys.settrace(trace)
+            list(g(2))
+            sys.settrace(None)
+            return sorted(seen)
+        print(lines(native["g"]) == lines(durable.load_source("m", source, "m.py").g))
+    """
+    assert said(pathlib.Path.cwd(), script) == "True"
+
+
+def test_locals_of_a_durable_generator_hide_nothing_but_the_names_that_begin_with_an_at() -> None:
+    """§5.5."""
+    from kwflow import durable
+
+    module = durable.load_source("locals_of", "def g():\n    for i in [1]:\n        x = 2\n        yield {n for n in locals() if n[0] != '@'}\n")
+    assert next(module.g()) == {"i", "x"}
+
+
+def test_a_wait_inside_a_plain_context_manager_is_refused() -> None:
+    """§5.6: it would become the target of the with statement."""
+    from kwflow import durable
+    from kwflow.testing import WorkflowTester
+
+    source = """
+import contextlib
+import kwflow as kw
+@contextlib.contextmanager
+def held():
+    yield kw.suspend("lock")
+def main(o):
+    with held() as lock:
+        yield kw.suspend("a")
+"""
+    module = durable.load_source("managers", source)
+    tester = WorkflowTester(module.main)
+    tester.start("w")
+    assert "UsageError" in tester.values("workflow-error")[0] and "held" in tester.values("workflow-error")[0]
