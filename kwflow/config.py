@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kwflow.errors import UsageError
 
 __all__ = ["Config", "load_config"]
+
+_KEY_CHARS_MIN = 32
 
 
 class Config(BaseSettings):
@@ -33,6 +36,7 @@ class Config(BaseSettings):
     reply_topic: str = "workflow-reply"
     durable_packages: list[str] = Field(default_factory=list, description="more packages to make durable, third-party ones too, beside the MODULEs'")
     snapshot_modules: list[str] = Field(default_factory=list, description="modules, not durable ones, whose classes snapshots may hold")
+    snapshot_keys: list[SecretStr] = Field(default_factory=list, description="they sign snapshots (HMAC-SHA-256): the first signs, all are accepted; what none of them signed is parked")
     snapshot_bytes_warn: int = Field(default=450_000, gt=0, description="an instance that grows over this is logged")
     snapshot_bytes_max: int = Field(default=900_000, gt=0, description="a larger instance is parked; below Kafka's 1 MB default")
     value_bytes_max: int = Field(default=1_000_000, gt=0, description="a larger input record is dead-lettered, a larger output is a UsageError in the workflow")
@@ -54,6 +58,18 @@ class Config(BaseSettings):
     embedded_retention_ms: int = Field(default=7 * 86_400_000, ge=0, description="applied input records of the embedded log are kept for this long")
     ended_retention_ms: int = Field(default=86_400_000, ge=0)
     kafka: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("snapshot_keys")
+    @classmethod
+    def _long_enough(cls, keys: list[SecretStr]) -> list[SecretStr]:
+        if any(len(key.get_secret_value()) < _KEY_CHARS_MIN for key in keys):
+            raise ValueError(f"a key has at least {_KEY_CHARS_MIN} characters; make one with: openssl rand -hex 32")
+        return keys
+
+    @functools.cached_property
+    def signing_keys(self) -> tuple[bytes, ...]:
+        """`snapshot_keys` as bytes."""
+        return tuple(key.get_secret_value().encode() for key in self.snapshot_keys)
 
     @property
     def dead_letter_topic(self) -> str:

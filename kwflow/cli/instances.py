@@ -38,14 +38,15 @@ def show(
         data = snapshots(settings, embedded).get(id.encode())
     if data is None:
         raise UsageError(f"no instance {id!r}")
-    header, body = snapshot.split(data)
-    out.print(f"{id}  {header['workflow']}  {header['status']}", markup=False)
+    header = snapshot.read_header(data)
+    out.print(f"{id}  {header['workflow']}  {header['status']}  ({snapshot.seal_of(data, settings.signing_keys)})", markup=False, highlight=False)
     if "parked" in header:
         out.print(f"parked at offset {header['parked']['offset']}: {header['parked']['reason']}: {header['parked']['message']}", markup=False)
     for wait in header["waits"]:
         since = datetime.fromtimestamp(wait["since"] / 1000, UTC).isoformat(sep=" ", timespec="seconds")
         out.print(f"  {wait['kind']} {wait['ref']}  {wait.get('function', '')}  {wait.get('file', '')}:{wait.get('line', '')}  since {since}", markup=False, highlight=False)
-    for function, values in peek(body) if locals and body else []:
+    body = snapshot.split(data, settings.signing_keys)[1] if locals else b""  # variables only of what is verified, where there are keys
+    for function, values in peek(body) if body else []:
         out.print(f"  {function}", markup=False, highlight=False)
         for name, value in values.items():
             out.print(f"    {name} = {value!r}"[:500], markup=False, highlight=False)

@@ -1,13 +1,17 @@
 """An instance as bytes: a readable header, the pickled graph, a checksum (wire.md §3).
 
-`KWF1`, u32 header length, header JSON, body, SHA-256 of all before it.  The header is read without loading code or
-unpickling; a body is unpickled only after the checksum and the code it needs have been checked.
+`KWF1`, u32 header length, header JSON, body, SHA-256 of all before it, or HMAC-SHA-256 where there are keys (the header's
+`key` says which).  The header is read without loading code or unpickling; a body is unpickled only after the seal and the
+code it needs have been checked.  Of several keys the first one signs, all are accepted.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import hmac
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -19,23 +23,25 @@ from kwflow.durable.lower import LOWERING_VERSION
 from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, SnapshotError
 
-__all__ = ["amend", "ended_header", "load", "park", "read_header", "save", "save_ended", "save_with_code", "split", "unpark", "wake"]
+__all__ = ["Keys", "amend", "ended_header", "key_id", "load", "park", "read_header", "save", "save_ended", "save_with_code", "seal_of", "split", "unpark", "wake"]
+
+Keys = Sequence[bytes]
 
 _MAGIC = b"KWF1"
 _CHECKSUM_BYTES = 32
 _VERSION = 1
-_KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked"}
+_KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked", "key"}
 
 for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield)):  # the order is part of the format
     codec.register_class(_tag, _class)
 
 
-def save(instance: Instance) -> bytes:
+def save(instance: Instance, keys: Keys = ()) -> bytes:
     """The instance as it waits now.  Raises UnsavableError naming what cannot be saved (G4)."""
-    return save_with_code(instance)[0]
+    return save_with_code(instance, keys)[0]
 
 
-def save_with_code(instance: Instance) -> tuple[bytes, list[registry.Module]]:
+def save_with_code(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[registry.Module]]:
     """`save`, and the versions of modules that the snapshot names."""
     body, held = codec.dumps_with_code(instance.graph(), instance.pins)
     if any(module.name == "__main__" for module, _ in held.values()):
@@ -55,7 +61,7 @@ def save_with_code(instance: Instance) -> tuple[bytes, list[registry.Module]]:
         "waits": [_wait(wait) for wait in instance.waits.values()],
         **instance.extra,
     }
-    return _encode(header, body), [module for module, _ in held.values()]
+    return _encode(header, body, keys), [module for module, _ in held.values()]
 
 
 def _wait(wait: Suspension) -> dict[str, Any]:
@@ -77,20 +83,55 @@ def _wait(wait: Suspension) -> dict[str, Any]:
     return described
 
 
-def _encode(header: dict[str, Any], body: bytes) -> bytes:
+def _encode(header: dict[str, Any], body: bytes, keys: Keys) -> bytes:
+    header.pop("key", None)
+    if keys:
+        header["key"] = key_id(keys[0])
     encoded = msgspec.json.encode(header)
     data = _MAGIC + struct.pack(">I", len(encoded)) + encoded + body
-    return data + hashlib.sha256(data).digest()
+    return data + (hmac.digest(keys[0], data, "sha256") if keys else hashlib.sha256(data).digest())
 
 
-def split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and body, checked but nothing unpickled.  Raises SnapshotError."""
+@functools.lru_cache(maxsize=64)
+def key_id(key: bytes) -> str:
+    """A key's public name in headers: 8 hex digits that do not give it away."""
+    return hashlib.sha256(b"kwflow snapshot key\0" + key).hexdigest()[:8]
+
+
+def seal_of(data: bytes, keys: Keys = ()) -> str:
+    """For people: `unsigned`, `verified`, `not verified: …` or `forged`.  Raises SnapshotError for damaged bytes."""
+    name = _split(data)[0].get("key")
+    if name is None:
+        return "unsigned"
+    known = [key for key in keys if key_id(key) == name]
+    if not known:
+        return f"not verified: signed with key {name}, which is not in snapshot_keys"
+    return f"verified with key {name}" if _signed(data, known[0]) else f"forged: key {name} did not sign this"
+
+
+def _signed(data: bytes, key: bytes) -> bool:
+    return hmac.compare_digest(hmac.digest(key, memoryview(data)[:-_CHECKSUM_BYTES], "sha256"), data[-_CHECKSUM_BYTES:])
+
+
+def split(data: bytes, keys: Keys = ()) -> tuple[dict[str, Any], bytes]:
+    """Header and body, checked but nothing unpickled; with keys only what one of them signed.  Raises SnapshotError."""
+    header, body = _split(data)
+    name = header.get("key")
+    if name is None and not keys:
+        return header, body
+    if name is None:
+        raise CorruptSnapshotError("the snapshot is not signed, and snapshot_keys are set; it is not loaded")
+    for key in keys:
+        if key_id(key) == name and _signed(data, key):
+            return header, body
+    raise CorruptSnapshotError(f"the snapshot says that key {name} signed it, which no key of snapshot_keys did; it is not loaded")
+
+
+def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
     if len(data) < 8 + _CHECKSUM_BYTES or not data.startswith(b"KWF"):
         raise CorruptSnapshotError("these bytes are no snapshot")
     if data[:4] != _MAGIC:
         raise SnapshotError(f"snapshot format {data[:4]!r} is unknown to this version of kwflow")
-    if hashlib.sha256(data[:-_CHECKSUM_BYTES]).digest() != data[-_CHECKSUM_BYTES:]:
-        raise CorruptSnapshotError("the checksum of a snapshot does not match: its bytes are damaged")
     (length,) = struct.unpack(">I", data[4:8])
     try:
         header = msgspec.json.decode(data[8 : 8 + length])
@@ -98,19 +139,21 @@ def split(data: bytes) -> tuple[dict[str, Any], bytes]:
             raise TypeError("no status")
     except (msgspec.DecodeError, TypeError) as error:
         raise CorruptSnapshotError(f"the header of a snapshot cannot be read: {error}") from None
+    if "key" not in header and hashlib.sha256(memoryview(data)[:-_CHECKSUM_BYTES]).digest() != data[-_CHECKSUM_BYTES:]:
+        raise CorruptSnapshotError("the checksum of a snapshot does not match: its bytes are damaged")
     if header.get("v") != _VERSION:
         raise SnapshotError(f"snapshot version {header.get('v')!r} is unknown to this version of kwflow")
     return header, data[8 + length : -_CHECKSUM_BYTES]
 
 
 def read_header(data: bytes) -> dict[str, Any]:
-    """The header, with no author code loaded and nothing unpickled.  Raises SnapshotError."""
-    return split(data)[0]
+    """The header for showing it: no author code is loaded, nothing unpickled, no key needed (`seal_of` says what it is worth).  Raises SnapshotError."""
+    return _split(data)[0]
 
 
-def load(data: bytes, sources: Sources = no_sources) -> Instance:
+def load(data: bytes, sources: Sources = no_sources, keys: Keys = ()) -> Instance:
     """The instance, waiting where it was, on the code it waits in.  Raises CodeChangedError when that is neither here nor stored, CorruptSnapshotError."""
-    return wake(*split(data), sources)
+    return wake(*split(data, keys), sources)
 
 
 def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources) -> Instance:
@@ -129,32 +172,32 @@ def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources) -> 
     return instance
 
 
-def park(stored: bytes | None, base: dict[str, Any], reason: str, message: str, offset: int) -> bytes:
+def park(stored: bytes | None, base: dict[str, Any], reason: str, message: str, offset: int, keys: Keys = ()) -> bytes:
     """The same state, marked: its records are held until somebody retries.  `base` is the header of one never stored."""
     header, body = dict(base), b""
     if stored is not None:
         try:
-            header, body = split(stored)
+            header, body = split(stored, keys)
         except SnapshotError:
-            return _encode({**base, "v": _VERSION, "status": "parked", "parked": {"reason": reason, "message": message, "offset": offset, "was": "damaged"}}, stored)
+            return _encode({**base, "v": _VERSION, "status": "parked", "parked": {"reason": reason, "message": message, "offset": offset, "was": "damaged"}}, stored, keys)
     was = header.get("parked", {}).get("was") if header.get("status") == "parked" else header.get("status")
     parked = {"reason": reason, "message": message, "offset": offset, "was": was}
-    return _encode({**header, "v": _VERSION, "status": "parked", "parked": parked}, body)
+    return _encode({**header, "v": _VERSION, "status": "parked", "parked": parked}, body, keys)
 
 
-def unpark(stored: bytes) -> bytes | None:
+def unpark(stored: bytes, keys: Keys = ()) -> bytes | None:
     """What was stored before it was parked; None for a start that never was."""
-    header, body = split(stored)
+    header, body = split(stored, keys)
     was = header.pop("parked", {}).get("was")
     if was == "damaged":
         return body
-    return _encode({**header, "status": was}, body) if body else None
+    return _encode({**header, "status": was}, body, keys) if body else None
 
 
-def amend(stored: bytes, **fields: Any) -> bytes:
+def amend(stored: bytes, keys: Keys = (), **fields: Any) -> bytes:
     """The same state with other entries in its header.  Raises SnapshotError."""
-    header, body = split(stored)
-    return _encode({**header, **fields}, body)
+    header, body = split(stored, keys)
+    return _encode({**header, **fields}, body, keys)
 
 
 def ended_header(instance: Instance) -> dict[str, Any]:
@@ -162,5 +205,5 @@ def ended_header(instance: Instance) -> dict[str, Any]:
     return {"id": instance.id, "workflow": instance.workflow, "start_id": instance.start_id, "applied": instance.applied, "ended": instance.updated_ms, **instance.extra}
 
 
-def save_ended(header: dict[str, Any]) -> bytes:
-    return _encode({**header, "v": _VERSION, "status": "ended", "waits": []}, b"")
+def save_ended(header: dict[str, Any], keys: Keys = ()) -> bytes:
+    return _encode({**header, "v": _VERSION, "status": "ended", "waits": []}, b"", keys)

@@ -38,7 +38,7 @@ def apply(batch: Batch, name: str, record: Record, command: Command) -> Decision
     """Do it, unless this `kwflow-id` was done before (M1.4) or there is no such run (M1.5).  Raises ProtocolError."""
     wire.reply_address(record)
     stored = batch.state.get(name.encode())
-    header = _header(name, stored)
+    header = _header(batch.config, name, stored)
     if stored is None or (command.start_id is not None and command.start_id != header["start_id"]):
         return _replied(batch, record, "not_found", count="unknown-id")
     known = header.get("ids", {}).get(command.id) if command.id is not None else None
@@ -51,10 +51,10 @@ def apply(batch: Batch, name: str, record: Record, command: Command) -> Decision
     return _CHANGING[command.op](batch, name, header, record, command)
 
 
-def _header(name: str, stored: bytes | None) -> dict[str, Any]:
+def _header(config: Config, name: str, stored: bytes | None) -> dict[str, Any]:
     empty = {"id": name, "workflow": "", "status": "damaged", "start_id": "", "waits": []}
     try:
-        return {**empty, **snapshot.read_header(stored)} if stored is not None else empty
+        return {**empty, **snapshot.split(stored, config.signing_keys)[0]} if stored is not None else empty
     except SnapshotError:
         return empty
 
@@ -68,9 +68,9 @@ def _done(batch: Batch, name: str, record: Record, command: Command, status: str
     key = name.encode()
     stored = batch.state.get(key)
     if command.id is not None and stored is not None:
-        ids = snapshot.read_header(stored).get("ids", {})
+        ids = snapshot.split(stored, batch.config.signing_keys)[0].get("ids", {})
         messages.remember(ids, command.id, status, message)
-        batch.state.put(key, snapshot.amend(stored, ids=ids))
+        batch.state.put(key, snapshot.amend(stored, batch.config.signing_keys, ids=ids))
     mine = Decision(counts=(_COUNTED.get(command.op, command.op),), replies=parked.answered(batch.config, record, status, message))
     return joined([mine, *made])
 
@@ -96,9 +96,9 @@ def _pause(batch: Batch, name: str, header: dict[str, Any], record: Record, comm
     key, reason = name.encode(), command.arguments.reason
     stored = batch.state.get(key)
     if header["status"] == "parked" and stored is not None:
-        batch.state.put(key, snapshot.amend(stored, parked={**header["parked"], "paused": reason}))
+        batch.state.put(key, snapshot.amend(stored, batch.config.signing_keys, parked={**header["parked"], "paused": reason}))
     else:
-        batch.state.put(key, snapshot.park(stored, header, "paused", reason, record.offset))
+        batch.state.put(key, snapshot.park(stored, header, "paused", reason, record.offset, batch.config.signing_keys))
     return _done(batch, name, record, command, "ok", [Decision(logs=(f"{name}: paused",))])
 
 
@@ -107,7 +107,7 @@ def _unpause(batch: Batch, name: str, header: dict[str, Any], record: Record, co
     if not parked.is_paused(header) or stored is None:
         return _done(batch, name, record, command, "ok", message="it was not paused")
     if header["parked"]["reason"] not in ("paused", "draining"):  # it had failed before: retry or discard
-        batch.state.put(key, snapshot.amend(stored, parked={entry: value for entry, value in header["parked"].items() if entry != "paused"}))
+        batch.state.put(key, snapshot.amend(stored, batch.config.signing_keys, parked={entry: value for entry, value in header["parked"].items() if entry != "paused"}))
         return _done(batch, name, record, command, "ok", message="it is still parked; retry or discard")
     return _done(batch, name, record, command, "ok", _drain(batch, name, discard=False))
 
@@ -124,7 +124,7 @@ def _retry(batch: Batch, name: str, header: dict[str, Any], record: Record, comm
 
 
 def _drain(batch: Batch, name: str, discard: bool) -> list[Decision]:
-    released = parked.release(batch.state, name)
+    released = parked.release(batch.config, batch.state, name)
     made = [Decision(replies=parked.answered(batch.config, released[0], "discarded"))] if discard and released else []
     made += batch.drain(released[1 if discard else 0 :])
     rest = parked.park_rest(batch.config, batch.state, name)

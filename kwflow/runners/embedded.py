@@ -28,6 +28,7 @@ from kwflow.ports import Clock, Decision, Processor
 from kwflow.runners import rocks
 from kwflow.runners.budget import Budget, bytes_of
 from kwflow.runners.loop import Overlay
+from kwflow.runners.private import private
 
 __all__ = ["Embedded", "SystemClock", "read_only"]
 
@@ -86,8 +87,7 @@ class Embedded:
 
     def __init__(self, directory: Path, config: Config | None = None, sync: bool = True, clock: Clock | None = None) -> None:
         self.limits = config or Config()
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.directory = directory
+        self.directory = private(directory)
         self.clock = clock or SystemClock()
         self.counts: Counter[str] = Counter()  # what became of records, by the words of Decision.counts
         self.woken = threading.Condition()

@@ -19,6 +19,7 @@ from confluent_kafka.admin import AdminClient
 from rocksdict import Rdict, WriteBatch
 
 from kwflow.runners import rocks
+from kwflow.runners.private import private
 
 __all__ = ["LIVE", "Consumer", "Database", "Environment", "Producer", "live"]
 
@@ -93,8 +94,7 @@ class _Rocks:
     """RocksDB with its WAL on and without sync: the changelog is the truth (K8)."""
 
     def __init__(self, directory: Path, bytes_max: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._db = Rdict(str(directory), rocks.options(bytes_max))
+        self._db = Rdict(str(private(directory)), rocks.options(bytes_max))
 
     def get(self, key: bytes) -> bytes | None:
         found: bytes | None = self._db.get(key)

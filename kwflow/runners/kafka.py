@@ -41,6 +41,7 @@ from kwflow.runners.embedded import SystemClock
 from kwflow.runners.environment import LIVE, Consumer, Environment, Producer
 from kwflow.runners.kafka_state import PartitionStore, Restore
 from kwflow.runners.loop import Overlay, dead_letter
+from kwflow.runners.private import private
 from kwflow.runners.topics import record_of
 
 __all__ = ["KafkaRunner"]
@@ -146,8 +147,7 @@ class KafkaRunner:
     # -- who we are (K1) -------------------------------------------------------------------------------------------
     def _instance_id(self) -> str:
         """A UUID in the locked state directory: two processes never share one."""
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = self.directory / "instance-id"
+        path = private(self.directory) / "instance-id"
         self._lock = open(path, "a+", encoding="utf-8")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

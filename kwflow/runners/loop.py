@@ -20,7 +20,7 @@ from kwflow.core.instance import Instance
 from kwflow.core.step import step
 from kwflow.core.wire import Output, Record
 from kwflow.durable import allow_modules, set_abandoning
-from kwflow.errors import KwflowBug, ProtocolError, SnapshotError, StepTimeout
+from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, SnapshotError, StepTimeout
 from kwflow.ports import Budget, Changes, Decision, Store
 from kwflow.runners import commands, parked
 from kwflow.runners.budget import bytes_of
@@ -107,8 +107,7 @@ class WorkflowProcessor:
             if int(entry[len(_EXPIRES) :][:20]) > now_ms:
                 break
             state.put(entry, None)
-            stored = state.get(key)
-            if stored is not None and (header := snapshot.read_header(stored))["status"] == "ended" and self._expiry(header) <= now_ms:
+            if (header := self._ended_header(state.get(key))) is not None and self._expiry(header) <= now_ms:
                 state.put(key, None)
             expired += 1
         return Decision(counts=("forgotten",) * expired) if expired else None
@@ -118,12 +117,19 @@ class WorkflowProcessor:
             return int(entry[len(_EXPIRES) :][:20])
         return None
 
+    def _ended_header(self, stored: bytes | None) -> dict[str, Any] | None:
+        try:
+            header = snapshot.split(stored, self.config.signing_keys)[0] if stored is not None else None
+        except SnapshotError:  # whatever it is, it is not an entry of ours; the next record for it parks it
+            return None
+        return header if header is not None and header["status"] == "ended" else None
+
     def _expiry(self, header: dict[str, Any]) -> int:
         return int(header["ended"]) + self.config.ended_retention_ms
 
     def keep_ended(self, state: Changes, key: bytes, header: dict[str, Any]) -> None:
         """K20: a client named this start and may repeat it; what is left of the instance answers that for a while."""
-        state.put(key, snapshot.save_ended(header))
+        state.put(key, snapshot.save_ended(header, self.config.signing_keys))
         state.put(_EXPIRES + b"%020d\0" % self._expiry(header) + key, key)
 
     def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
@@ -227,7 +233,9 @@ class _Batch:
         if live is not None:
             return live
         try:
-            header, body = snapshot.split(stored)
+            header, body = snapshot.split(stored, self.config.signing_keys)
+            if header["id"] != name:
+                raise CorruptSnapshotError(f"this is the snapshot of {header['id']!r}, stored under another id")
             if header["status"] == "parked":
                 wire.parse(record)
                 return parked.hold(self.config, self.state, name, record, self.context.received_ms, self.held)
@@ -288,7 +296,7 @@ class _Batch:
         if live.ahead:
             self._again(key, live.met[:-1])
         stored = self.state.get(key) if live.ahead else live.base
-        if stored is not None and snapshot.read_header(stored)["status"] == "parked":
+        if stored is not None and snapshot.split(stored, self.config.signing_keys)[0]["status"] == "parked":
             return parked.hold(self.config, self.state, name, self.records[number], self.context.received_ms, self.held)
         return self._park(name, stored, number, error)
 
@@ -309,7 +317,7 @@ class _Batch:
             return
         if live.ahead:
             try:
-                data = snapshot.save(live.instance)
+                data = snapshot.save(live.instance, self.config.signing_keys)
                 if len(data) > self.config.snapshot_bytes_max:
                     raise SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}")
             except Exception as error:  # reducers of author classes may raise anything

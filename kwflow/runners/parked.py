@@ -52,7 +52,7 @@ def park(config: Config, state: Changes, name: str, stored: bytes | None, record
     reason, message = type(error).__name__, str(error) or type(error).__name__
     base = {"id": name, "workflow": _text(record, "workflow"), "start_id": _text(record, "start-id"), "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
     base |= {entry: value for entry in ("client", "parent") if (value := _text(record, entry))}
-    state.put(name.encode(), snapshot.park(stored, base, reason, message, record.offset))
+    state.put(name.encode(), snapshot.park(stored, base, reason, message, record.offset, config.signing_keys))
     state.put(_key(name, record), msgspec.msgpack.encode(record))
     told = dead_letter(config, record, "parked", f"{reason}: {message}", received_ms)
     return Decision((told,), (f"{name} is parked: {reason}: {message}",), ("parked",))
@@ -72,9 +72,9 @@ def is_paused(header: dict[str, Any]) -> bool:
     return mark is not None and (mark["reason"] == "paused" or "paused" in mark)
 
 
-def is_parked(stored: bytes | None) -> bool:
+def is_parked(config: Config, stored: bytes | None) -> bool:
     try:
-        return stored is not None and snapshot.read_header(stored)["status"] == "parked"
+        return stored is not None and snapshot.split(stored, config.signing_keys)[0]["status"] == "parked"
     except SnapshotError:
         return False
 
@@ -91,10 +91,10 @@ def hold(config: Config, state: Changes, name: str, record: Record, received_ms:
     return Decision(counts=("held",))
 
 
-def release(state: Changes, name: str) -> list[Record]:
+def release(config: Config, state: Changes, name: str) -> list[Record]:
     """Put the state back as it was before it was parked; the first of what was held, in order."""
     stored = state.get(name.encode())
-    state.put(name.encode(), snapshot.unpark(stored) if stored is not None else None)
+    state.put(name.encode(), snapshot.unpark(stored, config.signing_keys) if stored is not None else None)
     return held(state, name)
 
 
@@ -116,12 +116,12 @@ def all_held(state: Changes, name: str) -> Iterator[Record]:
 def park_rest(config: Config, state: Changes, name: str) -> Output | None:
     """If more is held: park the instance again behind it, with the command that goes on; what arrives meanwhile joins the hold."""
     stored = state.get(name.encode())
-    if next(iter(state.scan(_prefix(name))), None) is None or is_parked(stored):
+    if next(iter(state.scan(_prefix(name))), None) is None or is_parked(config, stored):
         return None
-    header = snapshot.read_header(stored) if stored is not None else None
+    header = snapshot.split(stored, config.signing_keys)[0] if stored is not None else None
     base = {"id": name, "workflow": "", "start_id": "", "waits": []}
     alive = stored if header is not None and header["status"] != "ended" else None
-    state.put(name.encode(), snapshot.park(alive, base, "draining", "what it held is being applied", -1))
+    state.put(name.encode(), snapshot.park(alive, base, "draining", "what it held is being applied", -1, config.signing_keys))
     return Output(config.resume_topic, name.encode(), b"null", (("kwflow-op", b"retry"),))
 
 

@@ -1,0 +1,35 @@
+"""Nothing that arrives in a record is evaluated: which files may compile, import by name or unpickle at all."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+CALLS = {"eval", "exec", "compile", "__import__", "import_module", "Unpickler", "_Unpickler", "loads", "system", "popen"}
+ALLOWED = {
+    "__init__.py": {"import_module"},  # kwflow.api, when it is first used
+    "durable/loader.py": {"exec"},  # the source of modules that are imported
+    "durable/lower/__init__.py": {"compile"},
+    "durable/lower/functions.py": {"compile"},
+    "durable/codec.py": {"loads", "import_module", "_Unpickler"},  # with the list of allowed names
+    "durable/peek.py": {"_Unpickler"},  # every name becomes a stub
+    "core/snapshot.py": {"loads"},  # codec.loads, after the seal was checked
+    "runners/modules.py": {"import_module"},  # names on the command line
+}
+
+
+def calls(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+            if name in CALLS and not (isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) and node.func.value.id in ("re", "tomllib")):
+                found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kwflow").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT / "kwflow")))
+def test_only_listed_files_compile_import_by_name_or_unpickle(path: pathlib.Path) -> None:
+    """An entry here is a decision: say beside it why what is loaded does not come from a record."""
+    assert calls(path) <= ALLOWED.get(str(path.relative_to(ROOT / "kwflow")), set())

@@ -1,0 +1,192 @@
+"""Signed snapshots: only what one of our keys signed is ever unpickled; everything else parks its instance and waits for a key."""
+
+import hashlib
+import hmac
+import json
+import pathlib
+import pickle
+import struct
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from kwflow import durable
+from kwflow.config import Config, load_config
+from kwflow.core import snapshot
+from kwflow.core.contract import Workflows
+from kwflow.core.wire import Record
+from kwflow.errors import CorruptSnapshotError, UsageError
+from kwflow.ports import Decision
+from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.testing import MemoryStore
+
+ONE, TWO, THREE = "1" * 32, "2" * 32, "3" * 32
+SOURCE = """
+import kwflow as kw
+
+def main(opts):
+    total = opts
+    while True:
+        total += yield kw.suspend("more")
+        if total > 100:
+            return total
+"""
+RAN: list[str] = []
+
+
+class Bomb:
+    """Says so when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RAN.append, ("unpickled",)
+
+
+class Engine:
+    """One after another on the same store, each with its own keys."""
+
+    def __init__(self, store: MemoryStore, offset: int, *keys: str) -> None:
+        module = durable.load_source("signing", SOURCE, "signing.py")
+        self.processor = WorkflowProcessor(Config(snapshot_keys=list(keys)), Workflows({"main": module.main}, "main"), frozenset())
+        self.store = store
+        self.offset = offset
+
+    def send(self, value: bytes, *headers: tuple[str, bytes | None]) -> Decision:
+        overlay = Overlay(self.store)
+        self.offset += 1
+        (made,) = self.processor.decide(overlay, [Record("workflow-resume", 0, self.offset, 0, b"a", value, headers)], 0)
+        self.store.apply(overlay.changes)
+        return made
+
+
+def parked(store: MemoryStore) -> str:
+    """Why."""
+    return str(snapshot.read_header(store.entries[b"a"])["parked"]["message"])
+
+
+@pytest.mark.parametrize(("before", "after", "why"), [((), (ONE,), "not signed"), ((TWO,), (ONE,), "which no key"), ((ONE,), (), "which no key"), ((ONE,), (TWO, THREE), "which no key")])
+def test_what_no_key_of_ours_signed_is_parked_and_goes_on_once_its_key_is_there(before: tuple[str, ...], after: tuple[str, ...], why: str) -> None:
+    """G4, G10's way out: nothing is lost, retry with the right keys drains the hold."""
+    store = MemoryStore()
+    assert Engine(store, 0, *before).send(b"new:1").counts == ("started",)
+    engine = Engine(store, 10, *after)
+    assert engine.send(b'{"ref":"more","value":1}').counts == ("parked",)
+    assert why in parked(store)
+    assert engine.send(b'{"ref":"more","value":200}').counts == ("held",)
+    assert engine.send(b"null", ("kwflow-op", b"retry")).counts == ("retried", "parked", "held")
+    if before and after:
+        repaired = Engine(store, 20, *after, *before)  # the wrapper was signed by a new key, what it holds by the old one
+        made = repaired.send(b"null", ("kwflow-op", b"retry"))
+        assert made.counts == ("retried", "resumed", "resumed")
+        assert made.outputs[-1].value == b"202"
+
+
+def test_the_first_key_signs_and_all_are_accepted_so_that_keys_can_be_rotated() -> None:
+    store = MemoryStore()
+    Engine(store, 0, ONE).send(b"new:1")
+    rotated = Engine(store, 10, TWO, ONE)
+    assert rotated.send(b'{"ref":"more","value":1}').counts == ("resumed",)
+    assert snapshot.seal_of(store.entries[b"a"], [TWO.encode()]).startswith("verified with key ")
+    assert Engine(store, 20, TWO).send(b'{"ref":"more","value":200}').outputs[-1].value == b"202"
+
+
+def forge(header: dict[str, Any], key: bytes | None) -> bytes:
+    """Bytes of a snapshot whose body does something when it is unpickled."""
+    text = json.dumps({"v": 1, "id": "a", "workflow": "main", "status": "waiting", "start_id": "", "created": 0, "updated": 0, "waits": [], **header}).encode()
+    data = b"KWF1" + struct.pack(">I", len(text)) + text + pickle.dumps(Bomb())
+    return data + (hashlib.sha256(data).digest() if key is None else hmac.digest(key, data, "sha256"))
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        forge({}, None),
+        forge({"key": snapshot.key_id(ONE.encode())}, b"guess" * 8),
+        forge({"key": "00000000"}, ONE.encode()),
+        forge({"key": 1}, ONE.encode()),
+        forge({"status": "parked", "parked": {"was": "waiting"}}, None),
+    ],
+    ids=["plain checksum", "wrong key", "another key's name", "no name", "says that it is parked"],
+)
+def test_a_forged_snapshot_is_never_unpickled(forged: bytes) -> None:
+    """The checksum anybody can compute is no proof where keys are set; nor is unpickling ever tried to find out."""
+    RAN.clear()
+    store = MemoryStore()
+    store.entries[b"a"] = forged
+    engine = Engine(store, 0, ONE)
+    assert engine.send(b'{"ref":"more","value":1}').counts == ("parked",)
+    engine.send(b"null", ("kwflow-op", b"retry"))
+    assert RAN == []
+    with pytest.raises(CorruptSnapshotError):
+        snapshot.load(forged, keys=[ONE.encode()])
+    assert RAN == []
+
+
+def test_without_keys_too_nothing_but_the_listed_names_is_called_by_a_snapshot() -> None:
+    """The allow list of the codec: a pickle that names anything else is refused."""
+    RAN.clear()
+    store = MemoryStore()
+    store.entries[b"a"] = forge({}, None)
+    assert Engine(store, 0).send(b'{"ref":"more","value":1}').counts == ("parked",)
+    assert RAN == []
+
+
+def test_one_bit_changed_anywhere_is_noticed() -> None:
+    store = MemoryStore()
+    Engine(store, 0, ONE).send(b"new:1")
+    good = store.entries[b"a"]
+    snapshot.split(good, [ONE.encode()])
+    for place in range(len(good)):
+        bad = bytearray(good)
+        bad[place] ^= 4
+        with pytest.raises(snapshot.SnapshotError):
+            snapshot.split(bytes(bad), [ONE.encode()])
+
+
+def test_a_snapshot_under_another_id_is_not_loaded() -> None:
+    """A good signature says what the state is, not where it belongs."""
+    store = MemoryStore()
+    Engine(store, 0, ONE).send(b"new:1")
+    moved = MemoryStore()
+    moved.entries[b"b"] = store.entries[b"a"]
+    engine = Engine(moved, 5, ONE)
+    (made,) = engine.processor.decide(Overlay(moved), [Record("workflow-resume", 0, 9, 0, b"b", b'{"ref":"more","value":1}')], 0)
+    assert made.counts == ("parked",) and "stored under another id" in made.logs[0]
+
+
+def test_show_needs_no_key_and_says_what_the_header_is_worth(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "signing.py").write_text(SOURCE)
+    command = [sys.executable, "-m", "kwflow.cli"]
+    keyed = {"KWFLOW_SNAPSHOT_KEYS": json.dumps([ONE]), "KWFLOW_EMBEDDED": str(tmp_path / "state")}
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+
+    def kwflow(*arguments: str, **more: str) -> str:
+        done = subprocess.run([*command, *arguments], cwd=tmp_path, env={**environment, **more}, capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout + done.stderr
+
+    running = subprocess.Popen([*command, "engine", "signing.py"], cwd=tmp_path, env={**environment, **keyed}, stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None and "runs in" in running.stderr.readline()
+    kwflow("start", "a", "--input", "1", **keyed)
+    deadline = time.monotonic() + 30
+    while "suspension more" not in kwflow("show", "a", **keyed):
+        assert time.monotonic() < deadline
+    running.terminate()
+    running.communicate(timeout=60)
+    bare = {"KWFLOW_EMBEDDED": keyed["KWFLOW_EMBEDDED"]}
+    assert "verified with key" in kwflow("show", "a", **keyed)
+    assert "not verified" in kwflow("show", "a", **bare) and "suspension more" in kwflow("show", "a", **bare)
+    assert "total = 1" in kwflow("show", "a", "--locals", **keyed)
+    assert "which no key" in kwflow("show", "a", "--locals", **bare)
+
+
+def test_a_key_is_long_enough_and_never_shown(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValidationError):
+        Config(snapshot_keys=["short"])
+    (tmp_path / "kwflow.toml").write_text('[app]\nsnapshot_keys = ["short"]\n')
+    with pytest.raises(UsageError, match="openssl rand") as caught:
+        load_config(tmp_path / "kwflow.toml")
+    assert "'short'" not in str(caught.value)
+    assert ONE not in repr(Config(snapshot_keys=[ONE]))
