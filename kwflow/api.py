@@ -132,14 +132,20 @@ def declared_topics() -> frozenset[str]:
     return frozenset(_topics)
 
 
-def workflow(function: _F | None = None, *, name: str | None = None) -> Any:
-    """Register a workflow under a name (default: the function's); header `kwflow-workflow` of `new:` chooses it."""
+def workflow(function: _F | None = None, *, name: str | None = None, restart: bool = False) -> Any:
+    """Register a workflow under a name (default: the function's); header `kwflow-workflow` of `new:` chooses it.
+
+    With `restart`, a `new:` of an id that runs ends that run, without its author's code, and starts anew; otherwise it
+    changes nothing (G5).
+    """
 
     def register(target: _F) -> _F:
         label = name or target.__name__
         known = _workflows.get(label)
         if known is not None and (known.__module__, known.__qualname__) != (target.__module__, target.__qualname__):
             raise UsageError(f"two workflows are named {label!r}: {known.__module__}.{known.__qualname__} and {target.__module__}.{target.__qualname__}")
+        if restart:
+            target.kwflow_restart = True  # type: ignore[attr-defined]
         _workflows[label] = target
         return target
 

@@ -23,7 +23,7 @@ from kwflow.durable.lower import LOWERING_VERSION
 from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, SnapshotError
 
-__all__ = ["Keys", "amend", "ended_header", "key_id", "load", "park", "read_header", "save", "save_ended", "save_with_code", "seal_of", "split", "unpark", "wake"]
+__all__ = ["Keys", "amend", "ended_header", "key_id", "load", "park", "read_header", "save", "save_ended", "save_with_code", "seal_of", "split", "unpark", "waits_of", "wake"]
 
 Keys = Sequence[bytes]
 
@@ -58,10 +58,15 @@ def save_with_code(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[reg
         "updated": instance.updated_ms,
         "code": code,
         "lowering": LOWERING_VERSION,
-        "waits": [_wait(wait) for wait in instance.waits.values()],
+        "waits": waits_of(instance),
         **instance.extra,
     }
     return _encode(header, body, keys), [module for module, _ in held.values()]
+
+
+def waits_of(instance: Instance) -> list[dict[str, Any]]:
+    """The header's entry of every pending wait."""
+    return [_wait(wait) for wait in instance.waits.values()]
 
 
 def _wait(wait: Suspension) -> dict[str, Any]:

@@ -12,11 +12,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from kwflow.core import messages, outcomes, wire
+import msgspec
+
+from kwflow.core import messages, ops, outcomes, wire
 from kwflow.core.calls import Calls, in_step, slot
 from kwflow.core.contract import Context, Ended, Keep, Save, Transition
 from kwflow.core.instance import CLOSING, Instance, Machine
-from kwflow.core.snapshot import ended_header
+from kwflow.core.snapshot import ended_header, waits_of
 from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task
 from kwflow.core.wire import Record
 from kwflow.durable.runtime import set_abandoning, set_driver
@@ -42,9 +44,11 @@ def step(instance: Instance | None, record: Record, context: Context) -> Transit
     if instance is not None and _applied(instance, record, context):
         return Transition(Keep(), outcome="repeated")
     if isinstance(message, wire.Start):
-        if instance is not None:
-            return _known(instance.start_id, record, address)
-        return _start(name, message, record, context)
+        if instance is None:
+            return _start(name, message, record, context)
+        if _restarts(message, context) and wire.short_header(record, "kwflow-start-id") != instance.start_id:
+            return _restart(instance, message, record, context)
+        return _known(instance.start_id, record, address)
     if isinstance(message, wire.Command):
         return _command(instance, message, record, context)
     wait = instance.waits.get(message.ref) if instance is not None and message.ref is not None else None
@@ -71,6 +75,21 @@ def _known(start_id: str, record: Record, address: wire.Address | None) -> Trans
     same = wire.short_header(record, "kwflow-start-id") == start_id
     replies = (wire.Reply(address, "duplicate" if same else "exists"),) if address is not None else ()
     return Transition(Keep(), replies=replies, outcome="duplicate-start")
+
+
+def _restarts(message: wire.Start, context: Context) -> bool:
+    """Whether the workflow was declared with `restart=True` (KW-6)."""
+    function = context.workflows.functions.get(message.workflow or context.workflows.default or "")
+    return getattr(function, "kwflow_restart", False)
+
+
+def _restart(instance: Instance, message: wire.Start, record: Record, context: Context) -> Transition:
+    """End the run that is there as `terminate` does, without its author's code, and start anew in the same step."""
+    header = {"id": instance.id, "start_id": instance.start_id, "waits": waits_of(instance), **instance.extra}
+    closing = ops.terminate(header, "restarted", record, context.topics)
+    made = _start(instance.id, message, record, context)
+    instance.forget()
+    return msgspec.structs.replace(made, outputs=(*closing.outputs, *made.outputs), dispatch=(*closing.dispatch, *made.dispatch), outcome="restarted")
 
 
 def _start(name: str, message: wire.Start, record: Record, context: Context) -> Transition:

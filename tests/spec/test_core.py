@@ -251,3 +251,28 @@ def test_damaged_bytes_park_only_that_instance() -> None:
     assert w.header("x") is None
 
 
+
+
+def test_a_start_of_a_running_id_begins_anew_only_where_restart_is_declared() -> None:
+    """G5, KW-6: the old run is terminated, its timers are cancelled, its cleanup does not run."""
+    source = HEAD + '''
+@kw.workflow(name="restarting", restart=True)
+def main(o):
+    try:
+        yield kw.race([kw.suspend("r"), kw.sleep(60)])
+    finally:
+        say(f"ended {o}")
+    return o
+'''
+    module = durable.load_source("restarting", source, "restarting.py")
+    w = WorkflowTester(module.main)
+    w.start("w", 1)
+    w.start("w", 2)
+    assert (w.values("workflow-error"), w.outputs_to("out"), w.counts[-3:]) == (["Terminated: restarted"], [], ["restarted", "timer", "timer"])
+    w.resume("w", "r")
+    assert (w.result("w"), w.outputs_to("out")) == (2, ["ended 2"])
+    w.advance(60)
+    assert "unknown-id" not in w.counts  # the first run's timer was cancelled
+    w.start("v", 3, **{"kwflow-start-id": "once"})
+    w.start("v", 3, **{"kwflow-start-id": "once"})
+    assert w.counts[-1] == "duplicate-start"
