@@ -10,32 +10,40 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias, TypeVar
 
-from kwflow.core import wire
-from kwflow.core.calls import current, in_step
+from kwflow.core import messages, wire
+from kwflow.core.current import current, in_step
+from kwflow.core.mailbox import Inbox, Update
 from kwflow.core.tasks import Awaitable, Suspension, Task
 from kwflow.errors import UsageError
 
 __all__ = [
     "Awaitable",
     "Gen",
+    "Inbox",
     "Suspension",
     "Task",
+    "Update",
     "all",
     "cancel",
     "declare_topics",
     "declared_topics",
     "log",
     "now",
+    "on_update",
     "output",
     "output_json",
     "race",
     "registered_workflows",
+    "reply",
+    "set_status",
     "shield",
+    "signals",
     "sleep",
     "spawn",
     "step_id",
     "suspend",
     "timeout",
+    "wait_signal",
     "workflow",
     "workflow_id",
 ]
@@ -85,6 +93,34 @@ def timeout(x: object, delay: timedelta | float) -> Awaitable:
 def shield(x: object) -> Awaitable:
     """x; a cancel of the waiter is held back until x has settled, and raised then."""
     return current().shield(x)
+
+
+def wait_signal(name: str) -> Awaitable:
+    """The next signal of this name; one that came before is kept, in order (M3)."""
+    return messages.wait_signal(current(), name)
+
+
+def signals(name: str) -> Inbox:
+    """The mailbox of this name: `yield inbox` waits for the next signal, `inbox.take()` gives all that are there, `len(inbox)` counts them."""
+    return messages.signals(current(), name)
+
+
+def on_update(name: str, validator: Callable[[Any], object] | None = None) -> Inbox:
+    """Take updates of this name from here on: `update = yield inbox`, then `kw.reply(update, value)`.
+
+    The validator, a plain function of the value, refuses one by raising; kw.* functions do not work in it.
+    """
+    return messages.on_update(current(), name, validator)
+
+
+def reply(update: Update, value: object = None) -> None:
+    """Answer an update with JSON; sent when this step is committed.  What is open at the end is answered `ended`."""
+    messages.reply(current(), update, value)
+
+
+def set_status(value: object) -> None:
+    """JSON that queries and listings show, at most 16 KiB."""
+    messages.set_status(current(), value)
 
 
 def output(value: str | bytes | None, topic: str, key: str | bytes | None = None, headers: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None, timestamp_ms: int | None = None) -> None:

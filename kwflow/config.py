@@ -43,6 +43,8 @@ class Config(BaseSettings):
     header_bytes_max: int = Field(default=65_536, gt=0, description="the same for all headers of a record, names and values together")
     outputs_max: int = Field(default=10_000, gt=0, description="outputs of one step; one more is a UsageError in the workflow")
     output_bytes_max: int = Field(default=8_000_000, gt=0, description="bytes of all outputs of one step; more is a UsageError in the workflow")
+    mailbox_max: int = Field(default=1000, gt=0, description="unread signals and updates of one instance; one more is refused")
+    mailbox_bytes_max: int = Field(default=262_144, gt=0, description="bytes of the records of one instance's unread signals and updates")
     waits_max: int = Field(default=100_000, gt=0, description="pending suspensions and timers of one instance; one more is a UsageError in the workflow")
     tasks_max: int = Field(default=100_000, gt=0, description="unsettled tasks of one instance, main included; one more is a UsageError in the workflow")
     nesting_max: int = Field(default=100, gt=0, description="tasks that start inside one another's start; one more is a UsageError in the workflow")

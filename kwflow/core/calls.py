@@ -1,8 +1,7 @@
 """What `kw.*` calls do in a running step: waits, combinators and outputs are made here.
 
 `step.py` decides what a record does and runs the step; calls with rules of their own (messages, children) have modules
-of their own and act on the same `Calls`.  The one process state is the current-step slot, per thread, because author
-code calls `kw.*` without an argument that would lead to its step.
+of their own and act on the same `Calls`.
 """
 
 from __future__ import annotations
@@ -10,37 +9,23 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import threading
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from kwflow.core import wire
-from kwflow.core.contract import Context
+from kwflow.core.contract import Context, Transition
 from kwflow.core.instance import Instance, Machine
+from kwflow.core.mailbox import Inbox
 from kwflow.core.tasks import OK, All, Awaitable, Combinator, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.core.wire import Output, Record, Reply
 from kwflow.errors import NotDurableError, UsageError
 
-__all__ = ["Calls", "current", "in_step", "slot", "timer_key"]
+__all__ = ["Calls", "timer_key"]
 
 _Wait = TypeVar("_Wait", bound=Suspension)
 _AHEAD_MS_MAX = 3_600_000  # K13: Kafka 4 refuses what lies further ahead
-slot = threading.local()
-
-
-def in_step() -> bool:
-    """Whether author code of a step is running on this thread."""
-    return getattr(slot, "step", None) is not None
-
-
-def current() -> Calls:
-    """The running step.  Raises UsageError outside one (semantics §1.8)."""
-    running: Calls | None = getattr(slot, "step", None)
-    if running is None:
-        raise UsageError("kw.* functions work only inside a running workflow step, not at import time or on another thread")
-    return running
 
 
 class Calls:
@@ -65,6 +50,8 @@ class Calls:
             return value
         if isinstance(value, types.GeneratorType):
             return self._durable(value)
+        if isinstance(value, Inbox):
+            return value.wait()
         if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)):
             raise UsageError(f"{_name(value)} is a function, not a wait; did you mean {_name(value)}()?")
         if isinstance(value, (list, tuple, set, frozenset, dict)):
@@ -89,6 +76,10 @@ class Calls:
                 "kwflow.durable.install([package]) or load_source, or set __kwflow_durable__ = True in it"
             )
         return gen
+
+    def run(self, first: Callable[[], None], outcome: str) -> Transition:
+        """Do `first`, then everything it made ready (step.Step)."""
+        raise NotImplementedError
 
     def answer(self, status: str, message: str = "", value: object = None) -> None:
         """Reply to whoever sent the record of this step, if they wait for one."""

@@ -34,6 +34,8 @@ class Limits(msgspec.Struct, frozen=True):
     waits_max: int = 100_000
     tasks_max: int = 100_000
     nesting_max: int = 100
+    mailbox_max: int = 1000
+    mailbox_bytes_max: int = 262_144
 
 
 @dataclass(frozen=True, slots=True)

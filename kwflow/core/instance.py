@@ -13,7 +13,8 @@ import weakref
 from collections import deque
 from typing import Any, Protocol
 
-from kwflow.core.tasks import FAILED, OK, PENDING, Awaitable, Combinator, Shield, Suspension, Task, live_below
+from kwflow.core.mailbox import Mailbox, SignalWait, give_back, mark_read
+from kwflow.core.tasks import FAILED, OK, PENDING, All, Awaitable, Combinator, Shield, Suspension, Task, live_below
 from kwflow.durable.frames import discard
 from kwflow.durable.registry import Pins
 from kwflow.errors import Cancelled, KwflowBug, StepTimeout, UsageError
@@ -27,7 +28,7 @@ _ABORTS = (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout)  # never an o
 class Instance:
     """The state of one running id.  Invariant: `waits` holds exactly the pending suspensions by ref, `tasks` the unsettled tasks."""
 
-    __slots__ = ("_adopted", "applied", "created_ms", "extra", "id", "joins", "main", "now_ms", "pins", "start_id", "status", "steps", "task_next", "tasks", "updated_ms", "waits", "workflow")
+    __slots__ = ("_adopted", "applied", "created_ms", "extra", "id", "joins", "mailbox", "main", "now_ms", "pins", "start_id", "status", "steps", "task_next", "tasks", "updated_ms", "waits", "workflow")
 
     def __init__(self, id: str, workflow: str, start_id: str, created_ms: int) -> None:
         self.id = id
@@ -42,6 +43,7 @@ class Instance:
         self.tasks: dict[int, Task] = {}
         self.waits: dict[str, Suspension] = {}
         self.joins: list[Combinator] = []
+        self.mailbox: Mailbox | None = None  # made by the first signal, or the first that is waited for
         self.extra: dict[str, Any] = {}  # header keys this version does not know: kept
         self.pins: Pins = {}  # the versions of modules it runs that are not current (semantics §8.2)
         self._adopted: weakref.WeakKeyDictionary[Any, Task] = weakref.WeakKeyDictionary()
@@ -61,11 +63,13 @@ class Instance:
         finished = []
         if len(self._adopted) > len(self.tasks):  # author code still holds generators that have ended
             finished = sorted(((gen, task) for gen, task in self._adopted.items() if task.settled), key=lambda pair: pair[1].number)
-        return {"main": self.main, "tasks": self.tasks, "waits": self.waits, "joins": self.joins, "finished": finished, "steps": self.steps, "task_next": self.task_next, "now_ms": self.now_ms}
+        graph = {"main": self.main, "tasks": self.tasks, "waits": self.waits, "joins": self.joins, "finished": finished, "steps": self.steps, "task_next": self.task_next, "now_ms": self.now_ms}
+        return graph if self.mailbox is None else {**graph, "mailbox": self.mailbox}
 
     def set_graph(self, graph: dict[str, Any]) -> None:
         for name in ("main", "tasks", "waits", "joins", "steps", "task_next", "now_ms"):
             setattr(self, name, graph[name])
+        self.mailbox = graph.get("mailbox")
         pairs = [(task.gen, task) for task in self.tasks.values() if task.gen is not None] + graph["finished"]
         for gen, task in pairs:
             self._adopted[gen] = task
@@ -100,6 +104,7 @@ class Machine:
         self._tasks_max = tasks_max
         self._nesting = 0
         self._join_dirty = False
+        self._mail: list[tuple[str, str]] = []  # kind and name of what was handed back and may be waited for
 
     # -- what lowered code tells (durable.runtime.Driver) ----------------------------------------------------------
     def delegating(self, gen: types.GeneratorType[Any, Any, Any]) -> None:
@@ -166,9 +171,11 @@ class Machine:
                     self._drive(item)
                 if self._join_dirty:
                     self.check_joins()
+            while self._mail:
+                self.deliver(*self._mail.pop(0))
             if self._join_dirty:
                 self.check_joins()
-            if not self.queue:
+            if not self.queue and not self._mail:
                 return
 
     def _drive(self, task: Task) -> None:
@@ -241,7 +248,9 @@ class Machine:
                 continue
             if not isinstance(target, Awaitable):
                 task.pending = (OK, target)
-            elif target.settled:
+            elif target.settled or (isinstance(target, SignalWait) and self._fetch(target)):
+                if self.instance.mailbox is not None:
+                    mark_read(target)
                 task.pending = (target.state, target.value)
             elif target in self.running:
                 task.pending = (FAILED, UsageError(f"{task.name} waits for {target!r}, which is itself or waits for it"))
@@ -267,9 +276,14 @@ class Machine:
 
     def combine(self, combinator: Combinator) -> None:
         """Attach a new combinator to its started children and decide it if one of them already does."""
+        settled = False
         for child in combinator.distinct():
             child.observed = True
-            if not child.settled:
+            if isinstance(child, SignalWait) and not child.settled and (not settled or isinstance(combinator, All)):
+                self._fetch(child)
+            if child.settled:
+                settled = True
+            else:
                 child.waiters.append(combinator)
         for child in combinator.distinct():
             if child.settled and combinator.decided is None:
@@ -281,7 +295,11 @@ class Machine:
         if combinator.decided is not None or combinator.settled:
             return False
         combinator.decided = combinator.decide(child)
-        return combinator.decided is not None
+        if combinator.decided is None:
+            return False
+        if self.instance.mailbox is not None:
+            self._hand_back(combinator.losers(child))
+        return True
 
     def _settle_up(self, target: Awaitable, state: str, value: Any) -> list[Awaitable]:
         losers: list[Awaitable] = []
@@ -301,6 +319,8 @@ class Machine:
                         if not self._joins(waiter) and waiter.decided is not None:
                             work.append((waiter, *waiter.decided))
                 elif waiter.waiting_on is item:
+                    if self.instance.mailbox is not None:
+                        mark_read(item)
                     waiter.waiting_on = None
                     waiter.pending = (item_state, item_value)
                     self.queue.append(waiter)
@@ -342,6 +362,28 @@ class Machine:
                 self.settle(combinator, *combinator.decided)
                 self._join_dirty = bool(self.instance.joins)
 
+    # -- mail (M3) -----------------------------------------------------------------------------------------------
+    def deliver(self, kind: str, name: str) -> None:
+        """Give what is in a box to those who wait for it, in the order in which they were made."""
+        for wait in [wait for wait in self.instance.waits.values() if isinstance(wait, SignalWait)]:
+            if wait.kind == kind and wait.name == name and wait.waiters and not wait.settled and not self._fetch(wait):
+                return
+
+    def _fetch(self, wait: SignalWait) -> bool:
+        """Settle it with the oldest mail, if there is any."""
+        mailbox = self.instance.mailbox
+        mail = mailbox.take(wait.kind, wait.name, self.instance.now_ms) if mailbox is not None else None
+        if mail is None:
+            return False
+        wait.mail = mail
+        self.settle(wait, OK, mail.value)
+        return True
+
+    def _hand_back(self, losers: list[Awaitable]) -> None:
+        if self.instance.mailbox is not None:
+            for loser in losers:
+                self._mail += give_back(loser, self.instance.mailbox)
+
     # -- cancelling ----------------------------------------------------------------------------------------------
     def cancel_all(self, targets: list[Awaitable]) -> None:
         """Cancel in order, down to the innermost waits; handlers are queued, never run here (1.3 rule 13)."""
@@ -375,6 +417,8 @@ class Machine:
         return [task.waiting_on]
 
     def _cancel_combinator(self, combinator: Combinator) -> list[Awaitable]:
+        if self.instance.mailbox is not None:
+            self._hand_back(combinator.distinct())
         if combinator.decided is not None:  # joining: the waiter must not lose its cancel to a result decided before
             combinator.decided = (FAILED, Cancelled())
         elif not combinator.children:

@@ -1,24 +1,42 @@
-"""What a command does in a step (M2): each op is a function of the running step and the command.
+"""What a command does in a step, and the calls by which author code meets messages (M2, M3).
 
-Ops in which author code has no part (query, terminate, pause) are done on the header alone, in `ops.py`.  It must not
-know how tasks are moved.
+Each op is a function of the running step and the command; ops in which author code has no part (query, terminate,
+pause) are done on the header alone, in `ops.py`.  In the header: `ids`, what the last commands were answered;
+`updates`, who waits for the answer to an accepted update; `mailbox`, how much is unread.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
+from kwflow.core import wire
 from kwflow.core.calls import Calls
 from kwflow.core.contract import Keep, Transition
+from kwflow.core.current import slot
 from kwflow.core.instance import CLOSING, Instance
+from kwflow.core.mailbox import Inbox, Mailbox, SignalWait, Update, checked_name
+from kwflow.core.outcomes import describe_error
 from kwflow.core.wire import Address, Command, Reply
+from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
 
-__all__ = ["IDS_MAX", "OPS", "absent", "after_end", "applied_before", "ignored", "remember"]
+__all__ = [
+    "IDS_MAX", "OPS", "absent", "after_end", "applied_before", "close", "describe", "ignored", "mailbox_of", "no_room", "on_update", "remember", "reply", "set_status",
+    "signals", "wait_signal",
+]  # fmt: skip
 
 IDS_MAX = 256  # M1.4: so many commands of an instance are known again
+_VALUES_MAX = 16  # of these, so many keep the value they were answered; an update may be repeated soon, not for ever
+_VALUE_BYTES_MAX = 4096
+_STATUS_BYTES_MAX = 16_384  # it is in the header, which every listing reads
+_ADDRESSES_MAX = 8  # who may wait for one update, having sent it with the same kwflow-id
+_PENDING = "pending"
 
 
+# -- replies ---------------------------------------------------------------------------------------------------------
 def ignored(outcome: str, address: Address | None) -> Transition:
     """Nothing changes, by a stated rule (G3)."""
     status = {"unknown-id": "not_found", "unknown-ref": "unknown_ref"}[outcome]
@@ -26,46 +44,208 @@ def ignored(outcome: str, address: Address | None) -> Transition:
 
 
 def absent(command: Command, address: Address | None) -> Transition:
-    """A command for an id, or a run of it, that is not there."""
+    """A command for an id, or a run of it, that is not there.  Raises ProtocolError for a message nobody would miss otherwise (G3)."""
+    if address is None and command.op in ("signal", "update"):
+        raise ProtocolError(f"{command.op} {command.arguments.name!r} is for a run that is not there, and its sender does not wait for a reply", "not-found")
     return Transition(Keep(), replies=(Reply(address, "not_found"),) if address is not None else (), outcome="unknown-id")
 
 
-def after_end(header: dict[str, Any], command: Command) -> list[Any]:
-    """Status, message and value for a command that comes after the end: what it was answered before, else that nobody is there."""
-    known: list[Any] | None = header.get("ids", {}).get(command.id) if command.id is not None else None
-    return known if known is not None else ["ended" if command.op == "update" else "not_found"]
+def after_end(header: dict[str, Any], command: Command, address: Address | None) -> Transition:
+    """A command that comes after the end: it gets the reply it had before, else that nobody is there."""
+    known = header.get("ids", {}).get(command.id) if command.id is not None else None
+    if known is not None and address is not None:
+        return Transition(Keep(), replies=(Reply(address, *known),), outcome="repeated")
+    if command.op == "update" and address is not None:
+        return Transition(Keep(), replies=(Reply(address, "ended"),), outcome="unknown-id")
+    return absent(command, address)
 
 
-def applied_before(instance: Instance, command: Command, address: Address | None) -> Transition | None:
-    """M1.4: the same `kwflow-id` changes nothing a second time and gets the same reply."""
-    known = instance.extra.get("ids", {}).get(command.id) if command.id is not None else None
+def applied_before(calls: Calls, command: Command) -> Transition | None:
+    """M1.4: the same `kwflow-id` changes nothing a second time and gets the same reply, also one that is still to come."""
+    extra = calls.instance.extra
+    known = extra.get("ids", {}).get(command.id) if command.id is not None else None
     if known is None:
         return None
-    status, message, value = known
-    return Transition(Keep(), replies=(Reply(address, status, message, value),) if address is not None else (), outcome="repeated")
+    address = wire.reply_address(calls.record)
+    if known[0] == _PENDING:
+        for waiting in extra.get("updates", {}).values():
+            if waiting["id"] == command.id and address is not None and len(waiting["to"]) < _ADDRESSES_MAX:
+                waiting["to"].append(msgspec.to_builtins(address))
+        return calls.run(lambda: None, "repeated")
+    return Transition(Keep(), replies=(Reply(address, *known),) if address is not None else (), outcome="repeated")
 
 
-def remember(ids: dict[str, list[object]], id: str, status: str, message: str = "", value: object = None) -> None:
-    """Keep what a command was answered, the last 256 of them."""
+def remember(ids: dict[str, list[Any]], id: str, status: str, message: str = "", value: object = None) -> None:
+    """Keep what a command was answered: the last 256, the values of the last 16."""
+    if value is not None:
+        if len(wire.json_dumps(value)) > _VALUE_BYTES_MAX:
+            status, message, value = "repeated", "it was done before; the value it was answered is too large to be kept", None
+        else:
+            with_value = [known for known in ids.values() if known[2] is not None]
+            for known in with_value[: max(0, len(with_value) - _VALUES_MAX + 1)]:
+                known[:] = "repeated", "it was done before; the value it was answered is no longer kept", None
+    ids.pop(id, None)
     ids[id] = [status, message, value]
     while len(ids) > IDS_MAX:
         del ids[next(iter(ids))]
 
 
-def answer(calls: Calls, command: Command, status: str, message: str = "", value: object = None) -> None:
+def _answer(calls: Calls, command: Command, status: str, message: str = "", value: object = None) -> None:
     """Reply to the command of this step, and remember the reply under its `kwflow-id`."""
     if command.id is not None:
         remember(calls.instance.extra.setdefault("ids", {}), command.id, status, message, value)
     calls.answer(status, message, value)
 
 
+# -- ops -------------------------------------------------------------------------------------------------------------
 def _cancel(calls: Calls, command: Command) -> None:
     """Raise Cancelled at main's innermost waits; in a closing instance at those of what still cleans up."""
     instance = calls.instance
     instance.extra["cancel"] = {"reason": command.arguments.reason, "at": calls.record.timestamp_ms}
     tasks = list(instance.tasks.values()) if instance.status == CLOSING else [instance.main]
     calls.machine.cancel_all([task for task in tasks if task is not None])
-    answer(calls, command, "ok")
+    _answer(calls, command, "ok")
 
 
-OPS: dict[str, Callable[[Calls, Command], None]] = {"cancel": _cancel}
+def _signal(calls: Calls, command: Command) -> None:
+    arguments: wire.Signal = command.arguments
+    mailbox = mailbox_of(calls.instance)
+    expires_ms = calls.record.timestamp_ms + arguments.ttl_ms if arguments.ttl_ms is not None else None
+    mailbox.expire(calls.instance.now_ms)
+    mailbox.put("signal", arguments.name, arguments.value, len(calls.record.value or b""), expires_ms)
+    _answer(calls, command, "delivered")
+    calls.machine.deliver("signal", arguments.name)
+
+
+def _update(calls: Calls, command: Command) -> None:
+    """Accepted by its validator it is mail that will be answered; else it is answered now, and nothing has changed."""
+    arguments: wire.Update = command.arguments
+    instance = calls.instance
+    mailbox = instance.mailbox
+    if instance.status == CLOSING:
+        return _answer(calls, command, "ended")
+    known = mailbox.validators if mailbox is not None else {}
+    if mailbox is None or arguments.name not in known:
+        return _answer(calls, command, "rejected", f"no update {arguments.name!r} is taken; there are: {', '.join(sorted(known)) or 'none'}")
+    refused = _validate(known[arguments.name], arguments.value)
+    if refused is not None:
+        return _answer(calls, command, "rejected", refused)
+    number = mailbox.number_next
+    address = wire.reply_address(calls.record)
+    instance.extra.setdefault("updates", {})[str(number)] = {"id": command.id, "to": [msgspec.to_builtins(address)] if address is not None else []}
+    if command.id is not None:
+        remember(instance.extra.setdefault("ids", {}), command.id, _PENDING)
+    mailbox.put("update", arguments.name, Update(number, arguments.name, arguments.value), len(calls.record.value or b""), None)
+    calls.machine.deliver("update", arguments.name)
+
+
+def _validate(validator: Callable[[Any], object] | None, value: object) -> str | None:
+    """Why the validator refuses it.  It looks at the value only: `kw.*` does not work in it, so that a refusal leaves nothing behind."""
+    if validator is None:
+        return None
+    running, slot.step = slot.step, None
+    try:
+        validator(value)
+    except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
+        raise
+    except BaseException as error:
+        return describe_error(error)[:1000]
+    finally:
+        slot.step = running
+    return None
+
+
+def no_room(calls: Calls, command: Command) -> Transition | None:
+    """What happens to a message when the mailbox is full; it may be sent again.  Raises ProtocolError when its sender does not wait for the reply."""
+    mailbox, limits = calls.instance.mailbox, calls.context.limits
+    if mailbox is None or command.op not in ("signal", "update"):
+        return None
+    count, size = mailbox.unread(max(calls.instance.now_ms, calls.record.timestamp_ms))
+    if count < limits.mailbox_max and size + len(calls.record.value or b"") <= limits.mailbox_bytes_max:
+        return None
+    said = f"the mailbox holds {count} messages of {size} bytes (limits mailbox_max = {limits.mailbox_max}, mailbox_bytes_max = {limits.mailbox_bytes_max})"
+    address = wire.reply_address(calls.record)
+    if address is None:
+        raise ProtocolError(said, "mailbox-full")
+    return Transition(Keep(), replies=(Reply(address, "full", said),), outcome="mailbox-full")
+
+
+OPS: dict[str, Callable[[Calls, Command], None]] = {"cancel": _cancel, "signal": _signal, "update": _update}
+
+
+# -- the calls of authors --------------------------------------------------------------------------------------------
+def mailbox_of(instance: Instance) -> Mailbox:
+    """The mailbox, made when it is first needed."""
+    if instance.mailbox is None:
+        instance.mailbox = Mailbox()
+    return instance.mailbox
+
+
+def wait_signal(calls: Calls, name: str) -> SignalWait:
+    """One signal."""
+    return signals(calls, name).wait()
+
+
+def signals(calls: Calls, name: str) -> Inbox:
+    """All signals of a name, one after the other."""
+    mailbox_of(calls.instance)
+    return Inbox("signal", checked_name(name, "a signal"))
+
+
+def on_update(calls: Calls, name: str, validator: Callable[[Any], object] | None) -> Inbox:
+    """From here on updates of this name are taken, if the validator raises nothing."""
+    if validator is not None and (not callable(validator) or inspect.isgeneratorfunction(validator) or inspect.iscoroutinefunction(validator)):
+        raise UsageError(f"a validator is a plain function of the value that raises what is wrong with it, not {validator!r}")
+    mailbox_of(calls.instance).validators[checked_name(name, "an update")] = validator
+    return Inbox("update", name)
+
+
+def reply(calls: Calls, update: object, value: object) -> None:
+    """Answer an update, in the transaction of this step.  After the end it was answered `ended` and this does nothing."""
+    if not isinstance(update, Update):
+        raise UsageError(f"kw.reply takes an update that kw.on_update gave, not {update!r}")
+    size = len(wire.json_dumps(value))
+    if size > calls.context.limits.value_bytes_max // 2:
+        raise UsageError(f"a reply has at most {calls.context.limits.value_bytes_max // 2} bytes, not {size} (half of limit value_bytes_max)")
+    extra = calls.instance.extra
+    waiting = extra.get("updates", {}).pop(str(update.number), None)
+    if waiting is None:
+        if calls.instance.status == CLOSING:
+            return
+        raise UsageError(f"{update!r} has been answered already")
+    _answer_update(calls, waiting, "ok", msgspec.json.decode(wire.json_dumps(value)))
+    if not extra["updates"]:
+        del extra["updates"]
+
+
+def _answer_update(calls: Calls, waiting: dict[str, Any], status: str, value: object = None) -> None:
+    for address in waiting["to"]:
+        calls.replies.append(Reply(msgspec.convert(address, Address), status, value=value))
+    if waiting["id"] is not None:
+        remember(calls.instance.extra.setdefault("ids", {}), waiting["id"], status, "", value)
+
+
+def set_status(calls: Calls, value: object) -> None:
+    """What a query shows; a copy, so that later changes of the value are not seen."""
+    encoded = wire.json_dumps(value)
+    if len(encoded) > _STATUS_BYTES_MAX:
+        raise UsageError(f"a status has at most {_STATUS_BYTES_MAX} bytes, not {len(encoded)}; it is read by every listing")
+    calls.instance.extra["status_value"] = msgspec.json.decode(encoded)
+
+
+# -- at the end of a step ----------------------------------------------------------------------------------------------
+def describe(calls: Calls, mailbox: Mailbox) -> None:
+    """Into the header: how much is unread; into the log: what expired."""
+    extra = calls.instance.extra
+    if mailbox.lost:
+        calls.logs.append(f"{mailbox.lost} signals expired before they were read (ttl_ms)")
+        mailbox.lost = 0
+    extra.pop("mailbox", None)
+    if mailbox.boxes:
+        extra["mailbox"] = mailbox.sizes()
+
+
+def close(calls: Calls) -> None:
+    """Main has ended: nobody will answer what is open."""
+    for waiting in calls.instance.extra.pop("updates", {}).values():
+        _answer_update(calls, waiting, "ended")

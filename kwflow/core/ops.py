@@ -14,7 +14,7 @@ import msgspec
 from kwflow.core import outcomes, wire
 from kwflow.core.calls import timer_key
 from kwflow.core.contract import Topics
-from kwflow.core.wire import Output, Record
+from kwflow.core.wire import Address, Output, Record, Reply
 
 __all__ = ["Closing", "seen", "terminate"]
 
@@ -23,10 +23,11 @@ _WAITS_SHOWN_MAX = 100
 
 
 class Closing(msgspec.Struct, frozen=True):
-    """What ending an instance does: records to write, whatever else is told after the commit, and the entry that stays (K20)."""
+    """What ending an instance does: records to write, what is told after the commit, who is answered, and the entry that stays (K20)."""
 
     outputs: tuple[Output, ...]
     dispatch: tuple[object, ...]
+    replies: tuple[Reply, ...]
     header: dict[str, Any]
 
 
@@ -54,6 +55,9 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
             told = tell(header, wait, record, topics)
             outputs += told[0]
             dispatch += told[1]
+    replies = [
+        Reply(msgspec.convert(address, Address), "ended", "it was terminated") for waiting in header.get("updates", {}).values() for address in waiting["to"]
+    ]  # fmt: skip
     kept = {name: value for name, value in header.items() if name not in ("v", "status", "waits", "code", "lowering", "parked", "created", "updated", "mailbox", "updates")}
     if "outcome" not in header:
         value = wire.json_dumps(f"Terminated: {reason}" if reason else "Terminated")
@@ -64,4 +68,4 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
             )  # fmt: skip
             outputs.append(Output(topics.error, header["id"].encode(), value, headers, record.timestamp_ms))
         kept["outcome"] = outcomes.kept("terminated", value)
-    return Closing(tuple(outputs), tuple(dispatch), {**kept, "ended": record.timestamp_ms})
+    return Closing(tuple(outputs), tuple(dispatch), tuple(replies), {**kept, "ended": record.timestamp_ms})

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from kwflow.core.instance import Instance
+from kwflow.core.mailbox import SignalWait, UpdateWait
 from kwflow.core.tasks import All, Awaitable, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.durable import codec, frames, registry, versions
 from kwflow.durable.lower import LOWERING_VERSION
@@ -32,7 +33,7 @@ _CHECKSUM_BYTES = 32
 _VERSION = 1
 _KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked", "key"}
 
-for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield)):  # the order is part of the format
+for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield, SignalWait, UpdateWait)):  # the order is part of the format
     codec.register_class(_tag, _class)
 
 
@@ -207,7 +208,8 @@ def amend(stored: bytes, keys: Keys = (), **fields: Any) -> bytes:
 
 def ended_header(instance: Instance) -> dict[str, Any]:
     """What the entry that stays after the end holds (K20)."""
-    return {"id": instance.id, "workflow": instance.workflow, "start_id": instance.start_id, "applied": instance.applied, "ended": instance.updated_ms, **instance.extra}
+    own = {"id": instance.id, "workflow": instance.workflow, "start_id": instance.start_id, "applied": instance.applied, "ended": instance.updated_ms}
+    return {**own, **{name: value for name, value in instance.extra.items() if name != "mailbox"}}
 
 
 def save_ended(header: dict[str, Any], keys: Keys = ()) -> bytes:

@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 
 from kwflow.core import messages, ops, outcomes, wire
-from kwflow.core.calls import Calls, in_step, slot
+from kwflow.core.calls import Calls
 from kwflow.core.contract import Context, Ended, Keep, Save, Transition
+from kwflow.core.current import in_step, slot
 from kwflow.core.instance import CLOSING, Instance, Machine
 from kwflow.core.snapshot import ended_header, waits_of
 from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task
@@ -50,7 +51,7 @@ def step(instance: Instance | None, record: Record, context: Context) -> Transit
             return _restart(instance, message, record, context)
         return _known(instance.start_id, record, address)
     if isinstance(message, wire.Command):
-        return _command(instance, message, record, context)
+        return _command(name, instance, message, record, context)
     wait = instance.waits.get(message.ref) if instance is not None and message.ref is not None else None
     if instance is None or wait is None or not wait.answerable:
         return messages.ignored("unknown-id" if instance is None else "unknown-ref", address)
@@ -89,10 +90,11 @@ def _restart(instance: Instance, message: wire.Start, record: Record, context: C
     closing = ops.terminate(header, "restarted", record, context.topics)
     made = _start(instance.id, message, record, context)
     instance.forget()
-    return msgspec.structs.replace(made, outputs=(*closing.outputs, *made.outputs), dispatch=(*closing.dispatch, *made.dispatch), outcome="restarted")
+    return msgspec.structs.replace(made, outputs=(*closing.outputs, *made.outputs), dispatch=(*closing.dispatch, *made.dispatch), replies=(*closing.replies, *made.replies), outcome="restarted")
 
 
-def _start(name: str, message: wire.Start, record: Record, context: Context) -> Transition:
+def _start(name: str, message: wire.Start, record: Record, context: Context, before: Callable[[Calls], None] = lambda calls: calls.answer("started")) -> Transition:
+    """Start a workflow; `before` is what the record does besides, before its first line."""
     workflow = message.workflow or context.workflows.default
     function = context.workflows.functions.get(workflow) if workflow is not None else None
     if workflow is None or function is None:
@@ -103,23 +105,27 @@ def _start(name: str, message: wire.Start, record: Record, context: Context) -> 
         instance.start_id = wire.short_header(record, "kwflow-start-id") or instance.start_id
         instance.extra |= {header: value for header in ("client", "parent") if (value := wire.short_header(record, f"kwflow-{header}")) is not None}
     running = Step(instance, record, context)
-    running.answer("started")
-    return running.run(lambda: running.start_main(function, message.options), "started")
+
+    def first() -> None:
+        before(running)
+        running.start_main(function, message.options)
+
+    return running.run(first, "started")
 
 
-def _command(instance: Instance | None, command: wire.Command, record: Record, context: Context) -> Transition:
+def _command(name: str, instance: Instance | None, command: wire.Command, record: Record, context: Context) -> Transition:
     """What author code has a part in; the other ops are done on the header alone (ops.py)."""
     apply = messages.OPS.get(command.op)
     if apply is None:
         raise KwflowBug(f"op {command.op} is not for a step")
-    address = wire.reply_address(record)
-    if instance is None or (command.start_id is not None and command.start_id != instance.start_id):
-        return messages.absent(command, address)
-    known = messages.applied_before(instance, command, address)
-    if known is not None:
-        return known
+    start = command.arguments.start if isinstance(command.arguments, wire.Signal) else None
+    if instance is None and start is not None:
+        return _start(name, wire.Start(start.input, start.workflow), record, context, lambda calls: apply(calls, command))
+    if instance is None or (start is None and command.start_id is not None and command.start_id != instance.start_id):
+        return messages.absent(command, wire.reply_address(record))
     running = Step(instance, record, context)
-    return running.run(lambda: apply(running, command), command.op)
+    known = messages.applied_before(running, command) or messages.no_room(running, command)
+    return known if known is not None else running.run(lambda: apply(running, command), command.op)
 
 
 class Step(Calls):
@@ -153,6 +159,8 @@ class Step(Calls):
                 gc.enable()
         instance.applied = (self.context.incarnation, self.record.partition, self.record.offset)
         instance.updated_ms = self.record.timestamp_ms
+        if instance.mailbox is not None:
+            messages.describe(self, instance.mailbox)
         state = self._state()
         return Transition(state, tuple(self.outputs), tuple(self.logs), tuple(self.dispatch), tuple(self.replies), outcome)
 
@@ -230,3 +238,4 @@ class Step(Calls):
         if topic is not None:
             self.write(topic, self.instance.id.encode(), value, (*headers, ("kwflow-outcome", outcome.encode())))
         self.instance.extra["outcome"] = outcomes.kept(outcome, value)
+        messages.close(self)

@@ -185,6 +185,10 @@ class Combinator(Awaitable):
         """The outcome if this settled child decides, else None."""
         raise NotImplementedError
 
+    def losers(self, child: Awaitable) -> list[Awaitable]:
+        """Now that this child has decided: whose values nobody will get from here, if they have any."""
+        return [other for other in self.distinct() if other is not child] if self.cancel_rest else []
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__.lower()} of {len(self.children)} {self.state}>"
 
@@ -203,6 +207,9 @@ class All(Combinator):
             return FAILED, child.value
         self.left -= 1
         return self.result() if not self.left else None
+
+    def losers(self, child: Awaitable) -> list[Awaitable]:
+        return [] if child.state == OK else super().losers(child)
 
     def result(self) -> Outcome:
         values = [child.value for child in self.children]
@@ -245,6 +252,9 @@ class Shield(Combinator):
 
     def decide(self, child: Awaitable) -> Outcome | None:
         return (FAILED, Cancelled()) if self.held else (child.state, child.value)
+
+    def losers(self, child: Awaitable) -> list[Awaitable]:
+        return [child] if self.held else []
 
 
 def live_below(roots: list[Any]) -> list[Task]:

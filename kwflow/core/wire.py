@@ -22,7 +22,10 @@ __all__ = [
     "Record",
     "Reply",
     "Resume",
+    "Signal",
+    "SignalStart",
     "Start",
+    "Update",
     "check_size",
     "header",
     "header_bytes",
@@ -38,6 +41,8 @@ __all__ = [
 
 Headers = tuple[tuple[str, bytes | None], ...]
 _Text = Annotated[str, msgspec.Meta(max_length=1000)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+_Ttl = Annotated[int, msgspec.Meta(gt=0, le=10 * 366 * 24 * 3600 * 1000)]
 _HEADER_CHARACTERS_MAX = 1200  # ids of runs, requests and commands: a child's start id holds its parent's id and a ref
 _ID_BYTES_MAX = 512  # wire.md §4: an id is a state key and part of a timer key
 _ENGINE_ID = re.compile(r"\d+:\d+\Z")
@@ -91,8 +96,32 @@ class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """No arguments: `null` or `{}`."""
 
 
+class SignalStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Signal-with-start: what to start if the id does not run."""
+
+    workflow: _Name | None = None
+    input: Any = None
+
+
+class Signal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The arguments of a signal; it is not delivered any more `ttl_ms` after the record's timestamp."""
+
+    name: _Name
+    value: Any = None
+    ttl_ms: _Ttl | None = None
+    start: SignalStart | None = None
+
+
+class Update(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The arguments of an update."""
+
+    name: _Name
+    value: Any = None
+
+
 OPS: dict[str, type[msgspec.Struct]] = {
-    "cancel": Reason, "discard": Nothing, "pause": Reason, "query": Nothing, "retry": Nothing, "terminate": Reason, "unpause": Reason,
+    "cancel": Reason, "discard": Nothing, "pause": Reason, "query": Nothing, "retry": Nothing, "signal": Signal, "terminate": Reason,
+    "unpause": Reason, "update": Update,
 }  # fmt: skip
 
 

@@ -87,6 +87,7 @@ def _terminate(batch: Batch, name: str, header: dict[str, Any], record: Record, 
     held = list(parked.all_held(batch.state, name))
     batch.end(name.encode(), {**closing.header, "applied": [batch.context.incarnation, record.partition, record.offset]})
     replies = [reply for one in held for reply in parked.answered(batch.config, one, "not_found", "it was terminated before this was applied")]
+    replies += [wire.reply_output(batch.config.reply_topic, reply) for reply in closing.replies]
     made = Decision(closing.outputs, (f"{name}: terminated",), ("unknown-id",) * len(held), tuple(replies), closing.dispatch)
     return _done(batch, name, record, command, "ok", [made])
 

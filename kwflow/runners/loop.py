@@ -15,7 +15,7 @@ import msgspec
 
 from kwflow.config import Config
 from kwflow.core import messages, snapshot, timers, wire
-from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Workflows
+from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Transition, Workflows
 from kwflow.core.instance import Instance
 from kwflow.core.step import step
 from kwflow.core.wire import Output, Record
@@ -94,7 +94,7 @@ class WorkflowProcessor:
         self.incarnation = incarnation
         self.workflows = workflows
         self.topics = Topics(config.resume_topic, config.result_topic or None, config.error_topic or None, config.scheduler_topic, declared)
-        self.limits = Limits(config.outputs_max, config.output_bytes_max, config.value_bytes_max, config.header_bytes_max, config.waits_max, config.tasks_max, config.nesting_max)
+        self.limits = Limits(**{name: getattr(config, name) for name in Limits.__struct_fields__})
         self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
         self._sleeping: dict[bytes, _Live] = {}  # least recently used first; one is used only if its bytes are still what is stored (K3)
         self._sleeping_bytes = 0
@@ -253,10 +253,11 @@ class _Batch:
             if fresh and wire.short_header(record, "kwflow-start-id") == header["start_id"]:
                 return Decision(counts=("duplicate-start",), replies=parked.answered(self.config, record, "duplicate"))
             return _Live(None, None)
+        address = wire.reply_address(record)
         if isinstance(message, wire.Command):
-            status, *said = messages.after_end(header, message)
-            return Decision(counts=("unknown-id",), replies=parked.answered(self.config, record, status, *said))
-        return Decision(counts=("unknown-id",), replies=parked.answered(self.config, record, "not_found"))
+            anew = isinstance(message.arguments, wire.Signal) and message.arguments.start is not None and message.start_id != header["start_id"]
+            return _Live(None, None) if anew else self._decision(header["id"], record, messages.after_end(header, message, address))
+        return self._decision(header["id"], record, messages.ignored("unknown-id", address))
 
     # -- one step ----------------------------------------------------------------------------------------------------
     def _step(self, name: str, key: bytes, live: _Live, number: int) -> Decision:
@@ -278,6 +279,9 @@ class _Batch:
             self._ended(key, live, state.header)
         elif live.instance is None:
             del self.live[key]
+        return self._decision(name, record, made)
+
+    def _decision(self, name: str, record: Record, made: Transition) -> Decision:
         logs = tuple(f"{name}: {line}" for line in made.logs) if made.logs else ()
         if made.outcome in _IGNORED:
             logs = (f"{name}: ignored, {made.outcome}, {record.topic}[{record.partition}]@{record.offset}",)

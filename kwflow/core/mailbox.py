@@ -1,0 +1,225 @@
+"""Signals and updates that wait to be read: the mailbox of an instance, and the waits that read it (M3).
+
+FIFO for each name.  A signal is consumed when its value reaches author code: a wait takes one only when a task or
+combinator waits for it, and a combinator that is decided without it hands it back to its place.  It must not know
+records; who is woken is `instance.py`.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from kwflow.core.current import current
+from kwflow.core.tasks import FAILED, OK, Awaitable, Combinator, Suspension, _Wait
+from kwflow.errors import Cancelled, UsageError
+
+__all__ = ["Inbox", "Mail", "Mailbox", "SignalWait", "Update", "UpdateWait", "checked_name", "give_back", "mark_read"]
+
+_NAME_CHARACTERS_MAX = 200
+
+
+class Mail(msgspec.Struct, frozen=True, order=True):
+    """One signal or update; `number` is its place."""
+
+    number: int
+    value: Any = None
+    bytes: int = 0
+    expires_ms: int | None = None
+
+
+class Mailbox:
+    """What has come and was not read.  Invariant: `count` and `bytes` are those of all mail in `boxes`.
+
+    `validators` are those of the updates that the workflow takes; `lost` counts what expired since it was last told.
+    """
+
+    __slots__ = ("boxes", "bytes", "count", "lost", "number_next", "validators")
+
+    def __init__(self) -> None:
+        self.boxes: dict[tuple[str, str], list[Mail]] = {}
+        self.validators: dict[str, Callable[[Any], object] | None] = {}
+        self.number_next = 1
+        self.count = self.bytes = self.lost = 0
+
+    def put(self, kind: str, name: str, value: object, size: int, expires_ms: int | None) -> None:
+        """Behind all others of that name."""
+        self._insert(kind, name, Mail(self.number_next, value, size, expires_ms))
+        self.number_next += 1
+
+    def put_back(self, kind: str, name: str, mail: Mail) -> None:
+        """Where it was."""
+        self._insert(kind, name, mail)
+
+    def _insert(self, kind: str, name: str, mail: Mail) -> None:
+        insort(self.boxes.setdefault((kind, name), []), mail, key=lambda one: one.number)
+        self.count += 1
+        self.bytes += mail.bytes
+
+    def take(self, kind: str, name: str, now_ms: int) -> Mail | None:
+        """The oldest of that name whose time is not over."""
+        box = self.boxes.get((kind, name))
+        while box:
+            mail = box.pop(0)
+            self.count -= 1
+            self.bytes -= mail.bytes
+            if not box:
+                del self.boxes[kind, name]
+            if mail.expires_ms is None or now_ms < mail.expires_ms:
+                return mail
+            self.lost += 1
+        return None
+
+    def unread(self, now_ms: int) -> tuple[int, int]:
+        """How many, and of how many bytes, whose time is not over."""
+        gone = [mail for box in self.boxes.values() for mail in box if mail.expires_ms is not None and mail.expires_ms <= now_ms]
+        return self.count - len(gone), self.bytes - sum(mail.bytes for mail in gone)
+
+    def expire(self, now_ms: int) -> None:
+        """Forget all whose time is over."""
+        for (kind, name), box in list(self.boxes.items()):
+            kept = [mail for mail in box if mail.expires_ms is None or now_ms < mail.expires_ms]
+            self.count -= len(box) - len(kept)
+            self.lost += len(box) - len(kept)
+            self.bytes -= sum(mail.bytes for mail in box) - sum(mail.bytes for mail in kept)
+            if kept:
+                self.boxes[kind, name] = kept
+            else:
+                del self.boxes[kind, name]
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Kind -> name -> how many, for the header."""
+        found: dict[str, dict[str, int]] = {}
+        for (kind, name), box in self.boxes.items():
+            found.setdefault(kind, {})[name] = len(box)
+        return found
+
+
+class SignalWait(Suspension):
+    """A wait for the next signal of a name.  `mail` is what it took and nobody has read yet."""
+
+    __slots__ = ("mail", "name")
+    kind = "signal"
+    answerable = False
+
+    def __init__(self, ref: str, since_ms: int, name: str) -> None:
+        super().__init__(ref, since_ms)
+        self.name = name
+        self.mail: Mail | None = None
+
+    def described(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+class UpdateWait(SignalWait):
+    """A wait for the next update of a name."""
+
+    __slots__ = ()
+    kind = "update"
+
+
+class Update:
+    """A request that this workflow answers: `kw.reply(update, value)`."""
+
+    __slots__ = ("name", "number", "value")
+
+    def __init__(self, number: int, name: str, value: object) -> None:
+        self.number = number
+        self.name = name
+        self.value: Any = value
+
+    def __repr__(self) -> str:
+        return f"<update {self.number} {self.name}>"
+
+
+class Inbox:
+    """The signals, or updates, of one name: `yield inbox` waits for the next, `take()` gives all that are there, `len()` counts them."""
+
+    __slots__ = ("_kind", "name")
+
+    def __init__(self, kind: str, name: str) -> None:
+        self._kind = kind
+        self.name = name
+
+    def wait(self) -> SignalWait:
+        """A wait for the next one, as `yield inbox` makes it."""
+        running = current()
+        made = (SignalWait if self._kind == "signal" else UpdateWait)(running.next_id(), running.record.timestamp_ms, self.name)
+        return running.register(made)
+
+    def take(self) -> list[Any]:
+        """All that are there now, oldest first; they count as read."""
+        instance = current().instance
+        if instance.mailbox is None:
+            return []
+        found = []
+        while (mail := instance.mailbox.take(self._kind, self.name, instance.now_ms)) is not None:
+            found.append(mail.value)
+        return found
+
+    def __len__(self) -> int:
+        instance = current().instance
+        if instance.mailbox is None:
+            return 0
+        instance.mailbox.expire(instance.now_ms)
+        return len(instance.mailbox.boxes.get((self._kind, self.name), ()))
+
+    def __bool__(self) -> bool:
+        return True  # an empty inbox is still one; ask len()
+
+    def __iter__(self) -> Iterator[Awaitable]:
+        return _Wait(self.wait())
+
+    def __await__(self) -> Iterator[Awaitable]:
+        return _Wait(self.wait())
+
+    def __repr__(self) -> str:
+        return f"<{self._kind}s {self.name}>"
+
+
+def checked_name(name: object, what: str) -> str:
+    """Raises UsageError for what no sender could name."""
+    if not isinstance(name, str) or not 1 <= len(name) <= _NAME_CHARACTERS_MAX:
+        raise UsageError(f"the name of {what} is a str of 1 to {_NAME_CHARACTERS_MAX} characters, not {name!r}")
+    return name
+
+
+def mark_read(target: Awaitable) -> None:
+    """What this wait took has reached author code."""
+    for wait in _below(target):
+        if isinstance(wait, SignalWait):
+            wait.mail = None
+
+
+def give_back(target: Awaitable, mailbox: Mailbox) -> list[tuple[str, str]]:
+    """Put back what was taken below a wait that lost and nobody read; the wait counts as cancelled.  Which names have mail again."""
+    found: list[tuple[str, str]] = []
+    combinators = []
+    for wait in _below(target):
+        if isinstance(wait, SignalWait) and wait.mail is not None:
+            mailbox.put_back(wait.kind, wait.name, wait.mail)
+            found.append((wait.kind, wait.name))
+            wait.mail = None
+            wait.state, wait.value = FAILED, Cancelled()
+        elif isinstance(wait, Combinator) and wait.state == OK:
+            combinators.append(wait)
+    if found:
+        for combinator in combinators:
+            combinator.state, combinator.value = FAILED, Cancelled()
+    return found
+
+
+def _below(target: Awaitable) -> Iterator[Awaitable]:
+    """The wait and all below it that are no tasks: what a task took, its own code has read."""
+    stack, seen = [target], set[int]()
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        yield item
+        if isinstance(item, Combinator):
+            stack.extend(item.children)

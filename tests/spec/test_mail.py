@@ -1,0 +1,371 @@
+"""Signals, updates and status (M3): the mailbox, who reads what in races, validators and replies; each through real snapshots."""
+
+from typing import Any
+
+import pytest
+
+from kwflow.core.wire import json_dumps
+from kwflow.testing import WorkflowTester
+from tests.spec.test_messages import run, status
+
+
+def signal(w: WorkflowTester, name: str, value: Any = None, **more: Any) -> Any:
+    return status(w.command("w", "signal", {"name": name, "value": value, **more}))
+
+
+def mailbox(w: WorkflowTester) -> Any:
+    return ((w.command("w", "query") or {})["value"]).get("mailbox", {})
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+def test_signals_are_kept_in_order_for_each_name_before_anybody_waits() -> None:
+    """M3."""
+    w = run("def main(o):\n    yield kw.suspend('go')\n    a = yield kw.wait_signal('a')\n    b = yield kw.wait_signal('b')\n    return [a, b, (yield kw.wait_signal('a'))]")
+    assert [signal(w, name, value) for name, value in (("a", 1), ("b", 2), ("a", 3))] == ["delivered"] * 3
+    assert mailbox(w) == {"signal": {"a": 2, "b": 1}}
+    w.resume("w", "go")
+    assert w.result("w") == [1, 2, 3]
+
+
+def test_a_signal_wakes_who_waits_for_it() -> None:
+    w = run("def main(o):\n    return (yield kw.wait_signal('a'))")
+    assert ((w.header("w") or {})["waits"][0]["kind"], (w.header("w") or {})["waits"][0]["name"]) == ("signal", "a")
+    signal(w, "a", {"x": 1})
+    assert w.result("w") == {"x": 1}
+
+
+def test_several_waits_of_one_name_are_served_in_the_order_in_which_they_were_made() -> None:
+    w = run("def one(n):\n    say([n, (yield kw.wait_signal('a'))])\ndef main(o):\n    yield kw.all([one(1), one(2), one(3)])")
+    for value in "xyz":
+        signal(w, "a", value)
+    assert w.outputs_to("out") == ["[1, 'x']", "[2, 'y']", "[3, 'z']"]
+
+
+def test_an_inbox_waits_takes_and_counts() -> None:
+    w = run("""
+def main(o):
+    items = kw.signals('item')
+    first = yield items
+    yield kw.suspend('go')
+    n = len(items)
+    rest = items.take()
+    more = yield kw.race({'item': items, 'late': kw.sleep(5)})
+    return [first, n, rest, items.take(), more]
+""")
+    for value in range(4):
+        signal(w, "item", value)
+    w.resume("w", "go")
+    w.advance(5)
+    assert w.result("w") == [0, 3, [1, 2, 3], [], ["late", None]]
+
+
+def test_a_resume_record_does_not_settle_a_wait_for_a_signal() -> None:
+    w = run("def main(o):\n    return (yield kw.wait_signal('a'))")
+    w.resume("w", w.waits("w")[0], "forged")
+    assert w.waits("w")
+    signal(w, "a", "real")
+    assert w.result("w") == "real"
+
+
+def test_a_wait_that_is_made_and_never_waited_for_takes_nothing() -> None:
+    """M3: consumed when the value reaches author code."""
+    w = run("def main(o):\n    kw.wait_signal('a')\n    yield kw.suspend('go')\n    return (yield kw.wait_signal('a'))")
+    signal(w, "a", 1)
+    w.resume("w", "go")
+    assert w.result("w") == 1
+
+
+# -- consumption in races (M3) -----------------------------------------------------------------------------------------
+RACES = {
+    "the loser of a race that had mail when it began": (
+        "first = yield kw.race([kw.wait_signal('a'), kw.wait_signal('b')])\n    return [first, kw.signals('a').take(), kw.signals('b').take()]",
+        ["a1", ["a2"], ["b1"]],
+    ),
+    "a race that a timer wins over an incomplete all": (
+        "got = yield kw.race([kw.all([kw.wait_signal('a'), kw.suspend('never')]), kw.suspend('quick')])\n    return [got, kw.signals('a').take()]",
+        ["q", ["a1", "a2"]],
+    ),
+    "a timeout over an incomplete all": (
+        "try:\n        yield kw.timeout(kw.all([kw.wait_signal('a'), kw.suspend('never')]), 1)\n    except TimeoutError:\n        return kw.signals('a').take()",
+        ["a1", "a2"],
+    ),
+    "an all that fails": (
+        "try:\n        yield kw.all([kw.wait_signal('a'), kw.suspend('bad')])\n    except kw.WorkflowError:\n        return kw.signals('a').take()",
+        ["a1", "a2"],
+    ),
+    "a race inside an all that fails": (
+        "try:\n        yield kw.all([kw.race([kw.wait_signal('a'), kw.wait_signal('z')]), kw.suspend('bad')])\n    except kw.WorkflowError:\n        return kw.signals('a').take()",
+        ["a1", "a2"],
+    ),
+    "two waits of one name go back in order": (
+        "try:\n        yield kw.all([kw.wait_signal('a'), kw.wait_signal('a'), kw.suspend('bad')])\n    except kw.WorkflowError:\n        return kw.signals('a').take()",
+        ["a1", "a2"],
+    ),
+    "a shielded wait whose waiter is cancelled": (
+        "t = kw.spawn(shielded())\n    yield kw.suspend('go')\n    kw.cancel(t)\n    try:\n        yield t\n    except kw.Cancelled:\n        pass\n    return kw.signals('c').take()",
+        ["c1"],
+    ),
+    "what a task of the race has read is read": (
+        "yield kw.race([reader(), kw.suspend('quick')])\n    return kw.signals('a').take()",
+        ["a2"],
+    ),
+    "all of them": (
+        "got = yield kw.all([kw.wait_signal('a'), kw.wait_signal('b')])\n    return [got, kw.signals('a').take(), kw.signals('b').take()]",
+        [["a1", "b1"], ["a2"], []],
+    ),
+    "a loser that is waited for afterwards is cancelled": (
+        "b = kw.wait_signal('b')\n    yield kw.race([kw.wait_signal('a'), b])\n    try:\n        yield b\n    except kw.Cancelled:\n        return kw.signals('b').take()",
+        ["b1"],
+    ),
+    "with cancel_rest=False the loser keeps waiting": (
+        "b = kw.wait_signal('b')\n    got = yield kw.race([kw.wait_signal('a'), b], cancel_rest=False)\n    return [got, (yield b)]",
+        ["a1", "b1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RACES)
+def test_a_race_hands_back_what_its_losers_did_not_read(case: str) -> None:
+    """M3."""
+    body, expected = RACES[case]
+    w = run(f"""
+def shielded():
+    yield kw.shield(kw.wait_signal('c'))
+def reader():
+    say((yield kw.wait_signal('a')))
+    yield kw.suspend('never')
+def main(o):
+    yield kw.suspend('begin')
+    {body}
+""")
+    for name, value in (("a", "a1"), ("b", "b1"), ("a", "a2")):
+        signal(w, name, value)
+    w.resume("w", "begin")
+    w.resume("w", "quick", "q")
+    w.resume("w", "bad", error="boom")
+    w.resume("w", "go")
+    signal(w, "c", "c1")
+    w.advance(1)
+    assert w.result("w") == expected
+
+
+def test_what_is_handed_back_wakes_the_next_who_waits_in_the_same_step() -> None:
+    """M3."""
+    w = run("""
+def other():
+    say((yield kw.wait_signal('a')))
+def main(o):
+    first = kw.all([kw.wait_signal('a'), kw.suspend('bad')])
+    kw.spawn(other())
+    try:
+        yield first
+    except kw.WorkflowError:
+        pass
+    yield kw.suspend('end')
+""")
+    signal(w, "a", "again")
+    assert w.outputs_to("out") == []
+    w.resume("w", "bad", error=1)
+    assert w.outputs_to("out") == ["again"]
+    assert mailbox(w) == {}
+
+
+# -- limits and times ----------------------------------------------------------------------------------------------------
+SLEEPS = "def main(o):\n    yield kw.suspend('go')\n    return len(kw.signals('a').take())"
+
+
+def test_over_1000_messages_the_reply_is_full_or_there_is_a_dead_letter() -> None:
+    """M3, at the edge and one past it."""
+    w = run(SLEEPS)
+    for number in range(1000):
+        w.send("w", b'{"name":"a","value":%d}' % number, {"kwflow-op": "signal"})
+    assert mailbox(w) == {"signal": {"a": 1000}}
+    before = w.state.entries[b"w"]
+    assert signal(w, "a") == "full"
+    assert w.state.entries[b"w"] == before
+    w.send("w", b'{"name":"a"}', {"kwflow-op": "signal"})
+    [letter] = [output for output in w.outputs if output.topic == w.config.dead_letter_topic]
+    assert dict(letter.headers)["kwflow-error-reason"] == b"mailbox-full"
+    w.resume("w", "go")
+    assert w.result("w") == 1000
+
+
+def test_large_signals_fill_the_mailbox_before_they_could_fill_the_snapshot() -> None:
+    w = run(SLEEPS)
+    assert [signal(w, "a", "x" * 100_000) for _ in range(3)] == ["delivered", "delivered", "full"]
+
+
+def test_a_full_signal_may_be_sent_again_under_its_id() -> None:
+    """M1.4: only what was applied is known again."""
+    w = run("def main(o):\n    yield kw.suspend('go')\n    kw.signals('a').take()\n    return (yield kw.wait_signal('a'))")
+    for _ in range(2):
+        signal(w, "a", "x" * 100_000)
+    big = {"name": "a", "value": "y" * 100_000}
+    assert status(w.command("w", "signal", big, kwflow_id="once")) == "full"
+    w.resume("w", "go")
+    assert status(w.command("w", "signal", big, kwflow_id="once")) == "delivered"
+    assert w.result("w") == "y" * 100_000
+
+
+def test_a_signal_whose_ttl_is_over_is_not_delivered_and_that_is_logged() -> None:
+    """M3, AF-32: at the edge and one past it."""
+    w = run("def main(o):\n    yield kw.suspend('go')\n    return kw.signals('a').take()")
+    signal(w, "a", "short", ttl_ms=1000)
+    signal(w, "a", "long", ttl_ms=1001)
+    w.now_ms += 1000
+    w.resume("w", "go")
+    assert w.result("w") == ["long"]
+    assert any("1 signals expired" in line for line in w.logs)
+
+
+def test_expired_signals_do_not_fill_the_mailbox() -> None:
+    w = run(SLEEPS)
+    for _ in range(2):
+        signal(w, "a", "x" * 100_000, ttl_ms=5)
+    w.now_ms += 10
+    assert signal(w, "a", "x" * 100_000) == "delivered"
+    assert mailbox(w) == {"signal": {"a": 1}}
+
+
+# -- signal-with-start ---------------------------------------------------------------------------------------------------
+def test_signal_with_start_starts_what_does_not_run_and_its_first_line_finds_the_signal() -> None:
+    """M2."""
+    w = run("def main(o):\n    return [o, kw.signals('a').take(), (yield kw.wait_signal('a'))]")
+    start = {"name": "a", "value": 1, "start": {"workflow": "main", "input": {"n": 7}}}
+    assert status(w.command("new", "signal", start, kwflow_start_id="s", kwflow_id="1")) == "delivered"
+    assert status(w.command("new", "signal", start, kwflow_start_id="s", kwflow_id="1")) == "delivered"
+    assert status(w.command("new", "signal", {**start, "value": 2}, kwflow_start_id="other", kwflow_id="2")) == "delivered"
+    assert w.result("new") == [{"n": 7}, [1], 2]
+    assert status(w.command("new", "signal", start, kwflow_start_id="s", kwflow_id="1")) == "delivered"
+    assert status(w.command("new", "signal", start, kwflow_start_id="s", kwflow_id="3")) == "not_found"
+    assert w.header("new") == {**(w.header("new") or {}), "status": "ended"}
+    assert status(w.command("new", "signal", start, kwflow_start_id="again")) == "delivered"
+    assert w.waits("new")
+
+
+# -- updates -------------------------------------------------------------------------------------------------------------
+PRICES = """
+def positive(value):
+    if value <= 0:
+        raise ValueError(f"{value} is no price")
+def main(o):
+    price = 1
+    kw.set_status({"price": price})
+    updates = kw.on_update("price", validator=positive)
+    while True:
+        update = yield updates
+        old, price = price, update.value
+        kw.set_status({"price": price})
+        kw.reply(update, {"old": old})
+        if price == 99:
+            return "done"
+"""
+
+
+def update(w: WorkflowTester, value: Any, name: str = "price", **headers: str) -> Any:
+    return w.command("w", "update", {"name": name, "value": value}, **headers)
+
+
+def test_an_update_gets_the_reply_of_the_workflow() -> None:
+    """M3."""
+    w = run(PRICES)
+    assert update(w, 5) == {"status": "ok", "message": "", "value": {"old": 1}}
+    assert update(w, 6) == {"status": "ok", "message": "", "value": {"old": 5}}
+    assert ((w.command("w", "query") or {})["value"])["status_value"] == {"price": 6}
+
+
+def test_an_update_that_its_validator_refuses_changes_nothing_and_says_why() -> None:
+    """M3."""
+    w = run(PRICES)
+    assert update(w, -1) == {"status": "rejected", "message": "ValueError: -1 is no price", "value": None}
+    assert status(update(w, "x")) == "rejected"
+    assert update(w, 5, name="colour") == {"status": "rejected", "message": "no update 'colour' is taken; there are: price", "value": None}
+    assert ((w.command("w", "query") or {})["value"])["status_value"] == {"price": 1}
+    assert mailbox(w) == {}
+
+
+def test_a_validator_cannot_act() -> None:
+    w = run("def check(value):\n    kw.output('x', 'out')\ndef main(o):\n    yield kw.on_update('u', check)")
+    assert "only inside a running workflow step" in (update(w, 1, name="u") or {})["message"]
+    assert w.outputs_to("out") == []
+
+
+def test_an_update_is_answered_in_a_later_step_and_a_repeated_one_too() -> None:
+    """M1.4, M3: whoever repeats it waits for the same answer."""
+    w = run("def main(o):\n    u = yield kw.on_update('u')\n    answer = yield kw.suspend('slow')\n    kw.reply(u, answer)\n    yield kw.suspend('end')")
+    requests = []
+    for _ in range(2):
+        requests.append(f"request-{len(w.outputs)}")
+        assert update(w, 1, name="u", kwflow_id="once") is None
+    w.resume("w", "slow", 42)
+    assert [w.reply(request) for request in requests] == [{"status": "ok", "message": "", "value": 42}] * 2
+    assert update(w, 1, name="u", kwflow_id="once") == {"status": "ok", "message": "", "value": 42}
+
+
+def test_updates_that_are_open_at_the_end_are_answered_ended() -> None:
+    """M3."""
+    w = run("def main(o):\n    kw.on_update('u')\n    yield kw.suspend('go')", **{"kwflow-start-id": "s"})
+    request = f"request-{len(w.outputs)}"
+    assert update(w, 1, name="u", kwflow_id="x") is None
+    w.resume("w", "go")
+    assert status(w.reply(request)) == "ended"
+    assert [status(update(w, 1, name="u", kwflow_id=id)) for id in ("x", "y")] == ["ended", "ended"]
+    assert "updates" not in (w.header("w") or {})
+
+
+def test_updates_that_are_open_when_it_is_terminated_are_answered_ended() -> None:
+    """M3: without author code."""
+    w = run("def main(o):\n    kw.on_update('u')\n    yield kw.suspend('go')")
+    request = f"request-{len(w.outputs)}"
+    update(w, 1, name="u")
+    w.command("w", "terminate")
+    assert status(w.reply(request)) == "ended"
+
+
+def test_an_update_is_answered_once() -> None:
+    w = run("def main(o):\n    u = yield kw.on_update('u')\n    kw.reply(u, 1)\n    try:\n        kw.reply(u, 2)\n    except kw.UsageError as e:\n        return str(e)")
+    update(w, 1, name="u")
+    assert "has been answered already" in w.result("w")
+
+
+def test_an_update_nobody_waits_for_needs_no_address() -> None:
+    w = run("def main(o):\n    u = yield kw.on_update('u')\n    kw.reply(u, 1)\n    return u.value")
+    w.send("w", b'{"name":"u","value":3}', {"kwflow-op": "update"})
+    assert w.result("w") == 3
+
+
+def test_values_that_were_answered_are_kept_for_the_last_16_ids() -> None:
+    """M1.4, at the edge and one past it; a value over 4 KiB is not kept."""
+    w = run("def main(o):\n    updates = kw.on_update('u')\n    while True:\n        u = yield updates\n        kw.reply(u, u.value)")
+    for number in range(17):
+        assert (update(w, number, name="u", kwflow_id=str(number)) or {})["value"] == number
+    assert status(update(w, 0, name="u", kwflow_id="0")) == "repeated"
+    assert update(w, 1, name="u", kwflow_id="1") == {"status": "ok", "message": "", "value": 1}
+    assert len((update(w, "x" * 5000, name="u", kwflow_id="big") or {})["value"]) == 5000
+    assert status(update(w, 0, name="u", kwflow_id="big")) == "repeated"
+
+
+# -- status --------------------------------------------------------------------------------------------------------------
+def test_a_status_is_a_copy_and_has_a_limit() -> None:
+    """M3, at the edge and one past it."""
+    w = run("def main(o):\n    said = ['a']\n    kw.set_status(said)\n    said.append('b')\n    yield kw.suspend('go')\n    kw.set_status('x' * 16382)\n    kw.set_status('x' * 16383)")
+    assert ((w.command("w", "query") or {})["value"])["status_value"] == ["a"]
+    w.resume("w", "go")
+    assert "at most 16384 bytes" in w.values("workflow-error")[0]
+    assert len(json_dumps("x" * 16382)) == 16_384
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("kw.wait_signal('')", "1 to 200 characters"),
+        ("kw.wait_signal('x' * 201)", "1 to 200 characters"),
+        ("kw.signals(5)", "1 to 200 characters"),
+        ("kw.on_update('u', 5)", "a validator is a plain function"),
+        ("kw.on_update('u', gen)", "a validator is a plain function"),
+        ("kw.reply(5)", "takes an update"),
+        ("kw.set_status({1, object()})", "TypeError"),
+    ],
+)
+def test_wrong_calls_are_named(call: str, said: str) -> None:
+    assert said in run(f"def gen(v):\n    yield v\ndef main(o):\n    {call}\n    yield kw.suspend('r')").values("workflow-error")[0]
