@@ -28,7 +28,10 @@ _ABORTS = (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout)  # never an o
 class Instance:
     """The state of one running id.  Invariant: `waits` holds exactly the pending suspensions by ref, `tasks` the unsettled tasks."""
 
-    __slots__ = ("_adopted", "applied", "created_ms", "extra", "id", "joins", "mailbox", "main", "now_ms", "pins", "start_id", "status", "steps", "task_next", "tasks", "updated_ms", "waits", "workflow")
+    __slots__ = (
+        "_adopted", "applied", "created_ms", "extra", "id", "joins", "mailbox", "main",
+        "now_ms", "pins", "start_id", "status", "steps", "task_next", "tasks", "updated_ms", "waits", "workflow",
+    )  # fmt: skip
 
     def __init__(self, id: str, workflow: str, start_id: str, created_ms: int) -> None:
         self.id = id
