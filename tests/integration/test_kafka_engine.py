@@ -106,7 +106,7 @@ def answer(site: Site, id: str, ref: str) -> None:
 
 
 def test_many_sagas_survive_kill_9_and_a_deleted_state_directory(site: Site) -> None:
-    """G1, G6, K5, K6: four partitions, a producer with default settings, bad records in between."""
+    """G1, G6, KW-9, KW-15, K5, K6: four partitions, a producer with default settings, bad records in between."""
     ids = [f"{site.application}-{number}" for number in range(12)]
     engine = site.engine()
     for id in ids:

@@ -25,7 +25,7 @@ def error(tester: WorkflowTester) -> Any:
 
 
 def test_a_value_that_is_no_wait_comes_back_in_the_same_step() -> None:
-    """KW-28, semantics §1.3."""
+    """KW-28, KW-30, semantics §1.3."""
     assert run("def main(o):\n    a = yield 1\n    b = yield 'x'\n    return [a, b, o]", 5).result("w") == [1, "x", 5]
 
 
@@ -186,7 +186,7 @@ def main(o):
     ],
 )
 def test_what_would_be_silently_wrong_is_refused_with_what_was_meant(line: str, said: str) -> None:
-    """Semantics §1.3, §1.8, §9."""
+    """KW-20, semantics §1.3, §1.8, §9."""
     assert said in error(run(f"def undo():\n    yield\ndef main(o):\n    {line}\n    yield kw.suspend('end')"))
 
 

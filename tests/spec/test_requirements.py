@@ -240,3 +240,36 @@ def test_the_same_record_on_the_same_bytes_gives_the_same_outputs() -> None:
     context = Context(5, "i", Topics(), workflows=Workflows({"main": module.main}, "main"))
     record = Record("workflow-resume", 0, 3, 5, b"w", b"new:{}")
     assert step(None, record, context).outputs == step(None, record, context).outputs
+
+
+def test_an_answer_that_comes_before_its_suspension_exists_is_ignored_by_rule() -> None:
+    """KW-19: a ref is known from `kw.suspend` on; for messages that come at any time there are signals."""
+    w = run("def main(o):\n    yield kw.suspend('gate')\n    return (yield kw.suspend('late'))")
+    w.resume("w", "late", "too early")
+    assert w.counts[-1] == "unknown-ref"
+    w.resume("w", "gate")
+    assert w.waits("w") == ["late"]
+
+
+def test_the_defaults_are_those_of_the_reference() -> None:
+    """KW-14."""
+    config = Config()
+    assert (config.application_id, config.bootstrap_servers) == ("workflow-engine", "localhost:9092")
+    assert (config.resume_topic, config.result_topic, config.error_topic, config.scheduler_topic) == ("workflow-resume", "workflow-result", "workflow-error", "workflow-scheduler")
+
+
+def test_the_test_kit_drives_a_workflow_by_hand_with_real_cancelling() -> None:
+    """KW-35: start, resume, reject, the trace of outputs, what is waited for; the reference's mock cannot cancel."""
+    w = run("""
+def child():
+    try:
+        yield kw.suspend('child')
+    except kw.Cancelled:
+        say('undone')
+        raise
+def main(o):
+    yield kw.all([child(), kw.suspend('other')])
+""")
+    assert w.waits("w") == ["other", "child"]
+    w.resume("w", "other", error="refused")
+    assert (w.values("workflow-error"), w.outputs_to("out"), w.waits("w")) == (["refused"], ["undone"], [])

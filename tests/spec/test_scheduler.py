@@ -45,7 +45,7 @@ def test_the_reference_test_of_the_scheduler(scheduler: Scheduler) -> None:
 
 
 def test_a_timer_fires_at_the_time_of_its_record_plus_the_delay_and_not_a_millisecond_before(scheduler: Scheduler) -> None:
-    """SC-1."""
+    """SC-1, SC-4 (the reference: once a minute)."""
     scheduler.set(b"w|v", b"1000", at=500)
     assert scheduler.processor.next_due_ms(scheduler.store) == 1500
     assert scheduler.fire(1499) == []
