@@ -10,19 +10,26 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias, TypeVar
 
+from kwflow.activities import Activity, ActivityInfo, Retry, activity, activity_info, find_activity, registered_activities
 from kwflow.core import messages, wire
 from kwflow.core.current import current, in_step
 from kwflow.core.mailbox import Inbox, Update
 from kwflow.core.tasks import Awaitable, Suspension, Task
-from kwflow.errors import UsageError
+from kwflow.errors import CodeChangedError, UsageError
 
 __all__ = [
+    "Activity",
+    "ActivityInfo",
     "Awaitable",
     "Gen",
     "Inbox",
+    "Retry",
     "Suspension",
     "Task",
     "Update",
+    "activity",
+    "activity_info",
+    "activity_named",
     "all",
     "cancel",
     "declare_topics",
@@ -33,6 +40,7 @@ __all__ = [
     "output",
     "output_json",
     "race",
+    "registered_activities",
     "registered_workflows",
     "reply",
     "set_status",
@@ -191,3 +199,11 @@ def workflow(function: _F | None = None, *, name: str | None = None, restart: bo
 def registered_workflows() -> dict[str, Callable[..., Any]]:
     """Name -> function of every `@workflow` in this process."""
     return dict(_workflows)
+
+
+def activity_named(name: str) -> Activity[Any, Any]:
+    """The activity of this name; how snapshots hold activities.  Raises CodeChangedError when this process has none."""
+    found = find_activity(name)
+    if found is None:
+        raise CodeChangedError(f"no activity {name!r} in this process, and an instance holds it")
+    return found

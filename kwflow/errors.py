@@ -14,7 +14,8 @@
     │   └ CorruptSnapshotError
     ├ TransportError        broker or store; `retryable` tells whether trying again can help
     │   └ FencedError           another owner took over: stop
-    └ ActivityError         an activity failed for good
+    ├ ActivityError         an activity failed for good
+    └ BusinessError         an outcome that the business knows, by its code; passes from an activity to its workflow as it is
     KwflowBug               our own invariant broke (never the author's fault)
     StepTimeout             a BaseException: author code ran too long without a wait; its instance is parked
     Cancelled               a BaseException, so that `except Exception` does not swallow it
@@ -22,6 +23,7 @@
 
 __all__ = [
     "ActivityError",
+    "BusinessError",
     "CancelToken",
     "Cancelled",
     "CodeChangedError",
@@ -148,15 +150,32 @@ class FencedError(TransportError):
 
 
 class ActivityError(KwflowError):
-    """An activity failed after its retries; `type` and `details` come from the worker."""
+    """An activity failed after its retries; `type` and `details` come from the activity.
 
-    def __init__(self, message: str, type: str = "", details: object = None) -> None:
-        super().__init__(message, type, details)
+    Raised by an activity itself, `final` says that trying again cannot help.
+    """
+
+    def __init__(self, message: str, type: str = "", details: object = None, final: bool = False) -> None:
+        super().__init__(message, type, details, final)
         self.type = type
         self.details = details
+        self.final = final
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class BusinessError(KwflowError):
+    """An expected refusal, such as "card declined": never tried again; `code` is for programs, `variables` is any JSON."""
+
+    def __init__(self, code: str, message: str = "", variables: object = None) -> None:
+        super().__init__(code, message, variables)
+        self.code = code
+        self.message = message
+        self.variables = variables
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}" if self.message else self.code
 
 
 class KwflowBug(Exception):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeAlias
 
 import msgspec
 
 from kwflow.core.wire import Output, Record
 
-__all__ = ["Budget", "Changes", "Clock", "Decision", "Processor", "Store"]
+__all__ = ["Budget", "Changes", "Clock", "Decision", "Deliver", "Processor", "Store", "Worker"]
 
 
 class Store(Protocol):
@@ -17,8 +17,8 @@ class Store(Protocol):
 
     def get(self, key: bytes) -> bytes | None: ...
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Entries whose key starts with the prefix, in key order."""
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Entries whose key starts with the prefix, in key order; those before `start` are not even passed over."""
 
 
 class Changes(Store, Protocol):
@@ -58,6 +58,32 @@ class Budget(Protocol):
         """Whether there is no room for another record."""
 
 
+# (partition, key, value, done): puts one record of the input topic into the log, from any thread; `done(None)` once it is
+# there, `done(why)` if it never will be
+Deliver: TypeAlias = Callable[[int, bytes, bytes, Callable[[str | None], None]], None]
+
+
+class Worker(Protocol):
+    """Does what commits hand out, outside of them.  All is called by the engine's thread, and nothing blocks but for a grace period."""
+
+    def own(self, partition: int, store: Store) -> None:
+        """Begin with what lies in this store: once every record that was there at the takeover has been applied, for some hold results."""
+
+    def owns(self, partition: int) -> bool: ...
+
+    def committed(self, partition: int, items: Iterable[object]) -> None:
+        """A commit has made these: start, or stop, in this order."""
+
+    def turn(self) -> None:
+        """Look after what runs, and take more from the stores if there is room; called a few times a second."""
+
+    def disown(self, partition: int, grace_s: float = 0.0) -> None:
+        """Start nothing more of it; what runs may end within the grace period."""
+
+    def close(self, grace_s: float = 0.0) -> None:
+        """End; what runs may end within the grace period."""
+
+
 class Processor(Protocol):
     """A pure decider over one input topic and its own state; changes of state go to the `Changes` it is given."""
 
@@ -76,8 +102,8 @@ class Processor(Protocol):
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
         """What has become due by time; None when nothing has."""
 
-    def dispatch(self, items: Sequence[object]) -> None:
-        """Start what decisions listed, after their commit; must not block."""
+    def work(self, deliver: Deliver) -> Worker | None:
+        """Who does what decisions dispatch, and delivers what comes of it; None when they dispatch nothing."""
 
     def next_due_ms(self, store: Store) -> int | None:
         """When `due` is to be asked next; None for never."""

@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 
 from kwflow.core import wire
 from kwflow.core.contract import Context, Transition
+from kwflow.core.dispatch import Dispatch
 from kwflow.core.instance import Instance, Machine
 from kwflow.core.mailbox import Inbox
-from kwflow.core.tasks import OK, All, Awaitable, Combinator, Race, Shield, Suspension, Task, Timeout, Timer
+from kwflow.core.tasks import OK, ActivityWait, All, Awaitable, Combinator, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.core.wire import Output, Record, Reply
 from kwflow.errors import NotDurableError, UsageError
 
@@ -107,6 +108,19 @@ class Calls:
         due = ("kwflow-due-ms", str(self.context.received_ms + delay_ms).encode())
         self.emit(self.context.topics.scheduler, self.timer_key(timer), str(delay_ms).encode(), (*self.travelling, due))
         return timer
+
+    def activity(self, name: str, arguments: bytes, attempt: int, key: str) -> ActivityWait:
+        """A wait for one attempt of an activity, which is started after the commit; `key` is the first attempt's ref, "" for the first (M6.2)."""
+        if len(arguments) > self.context.limits.activity_bytes_max:
+            raise UsageError(f"the arguments of activity {name} have {len(arguments)} bytes, more than {self.context.limits.activity_bytes_max} (limit activity_bytes_max); pass a reference to them")
+        wait = self.register(ActivityWait(self.next_id(), self.record.timestamp_ms, name, attempt))
+        self.dispatch.append(Dispatch(self.instance.id, wait.ref, name, attempt, key or wait.ref, arguments))
+        return wait
+
+    def abort(self, error: Exception) -> Exception:
+        """End this step with an error that author code cannot swallow: the instance is parked (G4).  Returns it, to be raised."""
+        self.machine.bug = self.machine.bug or error
+        return error
 
     def register(self, wait: _Wait) -> _Wait:
         if len(self.instance.waits) >= self.context.limits.waits_max:

@@ -36,6 +36,7 @@ class Limits(msgspec.Struct, frozen=True):
     nesting_max: int = 100
     mailbox_max: int = 1000
     mailbox_bytes_max: int = 262_144
+    activity_bytes_max: int = 256_000
 
 
 @dataclass(frozen=True, slots=True)

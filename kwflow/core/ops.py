@@ -14,6 +14,7 @@ import msgspec
 from kwflow.core import outcomes, wire
 from kwflow.core.calls import timer_key
 from kwflow.core.contract import Topics
+from kwflow.core.dispatch import Withdraw
 from kwflow.core.wire import Address, Output, Record, Reply
 
 __all__ = ["Closing", "seen", "terminate"]
@@ -42,7 +43,11 @@ def _timer(header: dict[str, Any], wait: dict[str, Any], record: Record, topics:
     return [Output(topics.scheduler, timer_key(header["id"], wait["ref"]), b"0", wire.travelling_headers(record), record.timestamp_ms)], []
 
 
-TELL: dict[str, Callable[[dict[str, Any], dict[str, Any], Record, Topics], tuple[list[Output], list[object]]]] = {"timer": _timer}  # who works for a wait, by its kind
+def _activity(header: dict[str, Any], wait: dict[str, Any], record: Record, topics: Topics) -> tuple[list[Output], list[object]]:
+    return [], [Withdraw(header["id"], wait["ref"])]
+
+
+TELL: dict[str, Callable[[dict[str, Any], dict[str, Any], Record, Topics], tuple[list[Output], list[object]]]] = {"activity": _activity, "timer": _timer}  # who works for a wait, by its kind
 
 
 def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topics) -> Closing:

@@ -18,7 +18,7 @@ import msgspec
 
 from kwflow.core.instance import Instance
 from kwflow.core.mailbox import SignalWait, UpdateWait
-from kwflow.core.tasks import All, Awaitable, Race, Shield, Suspension, Task, Timeout, Timer
+from kwflow.core.tasks import ActivityWait, All, Awaitable, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.durable import codec, frames, registry, versions
 from kwflow.durable.lower import LOWERING_VERSION
 from kwflow.durable.versions import Sources, no_sources
@@ -33,7 +33,7 @@ _CHECKSUM_BYTES = 32
 _VERSION = 1
 _KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked", "key"}
 
-for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield, SignalWait, UpdateWait)):  # the order is part of the format
+for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield, SignalWait, UpdateWait, ActivityWait)):  # the order is part of the format
     codec.register_class(_tag, _class)
 
 
@@ -77,7 +77,7 @@ def _wait(wait: Suspension) -> dict[str, Any]:
     for _ in range(1000):
         if not waiters:
             return described
-        if isinstance(waiters[0], Task):
+        if isinstance(waiters[0], Task) and not (_is_ours(waiters[0]) and waiters[0].waiters):
             break
         waiters = list(waiters[0].waiters)
     gen = waiters[0].gen
@@ -87,6 +87,12 @@ def _wait(wait: Suspension) -> dict[str, Any]:
         depth = len(known.module.split(".")) if known is not None else 1
         described |= {"function": function, "file": "/".join(filename.split("/")[-depth:]), "line": line}
     return described
+
+
+def _is_ours(task: Task) -> bool:
+    """Whether it runs code of kwflow.flows; who waits for it tells an author more."""
+    known = registry.function_of(task.gen.gi_code) if task.gen is not None else None
+    return known is not None and known.module.startswith("kwflow.")
 
 
 def _encode(header: dict[str, Any], body: bytes, keys: Keys) -> bytes:

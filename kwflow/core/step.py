@@ -18,6 +18,7 @@ from kwflow.core import messages, ops, outcomes, wire
 from kwflow.core.calls import Calls
 from kwflow.core.contract import Context, Ended, Keep, Save, Transition
 from kwflow.core.current import in_step, slot
+from kwflow.core.dispatch import Withdraw
 from kwflow.core.instance import CLOSING, Instance, Machine
 from kwflow.core.snapshot import ended_header, waits_of
 from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task
@@ -28,6 +29,7 @@ from kwflow.errors import Cancelled, KwflowBug, ProtocolError, StepTimeout, Stuc
 __all__ = ["Step", "step"]
 
 _TELL: dict[str, Callable[[Calls, Any], None]] = {  # who works for a wait outside, by its kind; told when it is cancelled
+    "activity": lambda calls, wait: calls.dispatch.append(Withdraw(calls.instance.id, wait.ref)),
     "timer": lambda calls, timer: calls.write(calls.context.topics.scheduler, calls.timer_key(timer), b"0", calls.travelling),
 }
 _STUCK_MAX = 100  # a main that catches StuckError and waits for nothing again would loop in the step for ever
@@ -58,6 +60,8 @@ def step(instance: Instance | None, record: Record, context: Context) -> Transit
     running = Step(instance, record, context)
 
     def resume() -> None:
+        if wait.kind == "activity":
+            running.dispatch.append(Withdraw(name, wait.ref))
         running.machine.settle(wait, *wait.answer(message.failed, message.value))
 
     if address is not None:
@@ -212,6 +216,7 @@ class Step(Calls):
         if instance.status == CLOSING and (not instance.tasks or not instance.waits):
             for task in instance.tasks.values():
                 self.logs.append(f"{task.name} was forgotten: main has ended and nothing could wake it")
+            self.dispatch += [Withdraw(instance.id, wait.ref) for wait in instance.waits.values() if wait.kind == "activity"]
             return Ended(ended_header(instance))
         return Save(instance)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from kwflow.errors import Cancelled, WorkflowError
 
-__all__ = ["FAILED", "OK", "PENDING", "All", "Awaitable", "Combinator", "Race", "Shield", "Suspension", "Task", "Timeout", "Timer", "live_below"]
+__all__ = ["FAILED", "OK", "PENDING", "ActivityWait", "All", "Awaitable", "Combinator", "Race", "Shield", "Suspension", "Task", "Timeout", "Timer", "live_below"]
 
 PENDING, OK, FAILED = "pending", "ok", "failed"
 Outcome = tuple[str, Any]
@@ -127,6 +127,22 @@ class Timer(Suspension):
     def __init__(self, ref: str, since_ms: int, delay_ms: int) -> None:
         super().__init__(ref, since_ms)
         self.delay_ms = delay_ms
+
+
+class ActivityWait(Suspension):
+    """A wait for one attempt of an activity, which an engine runs outside (M6)."""
+
+    __slots__ = ("attempt", "name")
+    kind = "activity"
+    outside = True
+
+    def __init__(self, ref: str, since_ms: int, name: str, attempt: int) -> None:
+        super().__init__(ref, since_ms)
+        self.name = name
+        self.attempt = attempt
+
+    def described(self) -> dict[str, Any]:
+        return {"name": self.name, "attempt": self.attempt}
 
 
 class Task(Awaitable):

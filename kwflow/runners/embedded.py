@@ -24,7 +24,7 @@ from kwflow.config import Config
 from kwflow.core.wire import Output, Record
 from kwflow.durable import set_abandoning
 from kwflow.errors import TransportError
-from kwflow.ports import Clock, Decision, Processor
+from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.budget import Budget, bytes_of
 from kwflow.runners.loop import Overlay
@@ -66,8 +66,8 @@ class _Store:
         found: bytes | None = self._db.get(self.prefix + key)
         return found
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        for key, value in entries(self._db, self.prefix + prefix):
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        for key, value in entries(self._db, self.prefix + prefix, self.prefix + max(prefix, start)):
             yield key[len(self.prefix) :], value
 
 
@@ -94,6 +94,7 @@ class Embedded:
         self._appended = False
         self._first: dict[str, int] = {}  # input topic -> its first record that was not trimmed
         self._trim_next = 0.0
+        self._workers: dict[str, tuple[Worker, int]] = {}  # input topic -> who does what commits hand out, and from which position on
         self._lock = threading.RLock()
         holder = directory / "engine.pid"
         try:
@@ -122,6 +123,19 @@ class Embedded:
             self.db.write(batch, self._write)
         self._wake()
         return offset
+
+    def deliver(self, topic: str) -> Deliver:
+        """What puts results of activities into this topic.  Not synced: one that a crash of the machine loses is made again, as its call is still in the state."""
+
+        def write(_partition: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
+            with self._lock:
+                batch = WriteBatch(raw_mode=True)
+                self._put(batch, {}, Output(topic, key, value))
+                self.db.write(batch)
+            done(None)
+            self._wake()
+
+        return write
 
     def _put(self, batch: WriteBatch, ends: dict[str, int], output: Output) -> int:
         topic = output.topic
@@ -197,8 +211,8 @@ class Embedded:
             dispatch += decision.dispatch
             for line in decision.logs:
                 on_log(line)
-        if dispatch:
-            processor.dispatch(dispatch)
+        if dispatch and processor.input_topic in self._workers:
+            self._workers[processor.input_topic][0].committed(0, dispatch)
 
     def _commit(self, store: _Store, overlay: Overlay, outputs: list[Output], consumed: tuple[str, int] | None) -> None:
         with self._lock:
@@ -218,8 +232,31 @@ class Embedded:
     def run(self, processors: Sequence[Processor], until: Callable[[], bool], on_log: Callable[[str], None] = print) -> None:
         """Go on until `until()`; it is asked after every batch.  From here on this process is an engine (semantics §3.3)."""
         set_abandoning(True, everywhere=True)
+        for processor in processors:
+            worker = processor.work(self.deliver(processor.input_topic))
+            if worker is not None:
+                self._workers[processor.input_topic] = worker, self.end(processor.input_topic)
+        try:
+            self._run(processors, until, on_log)
+        finally:
+            for worker, _ in self._workers.values():
+                worker.close(self.limits.activity_grace_s)
+            self._workers.clear()
+
+    def _work(self, processors: Sequence[Processor]) -> None:
+        """Activities begin once all that was in the log at the start has been applied: some of it are results (M6.5)."""
+        for processor in processors:
+            worker, begin = self._workers.get(processor.input_topic, (None, 0))
+            if worker is None:
+                continue
+            if not worker.owns(0) and self.position(processor.input_topic) >= begin:
+                worker.own(0, _Store(self.db, processor.changelog_topic))
+            worker.turn()
+
+    def _run(self, processors: Sequence[Processor], until: Callable[[], bool], on_log: Callable[[str], None]) -> None:
         while not until():
             busy = self.step(processors, on_log)
+            self._work(processors)
             if time.monotonic() >= self._trim_next:
                 self.trim(processors)
             if busy:

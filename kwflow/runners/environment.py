@@ -62,8 +62,8 @@ class Database(Protocol):
 
     def get(self, key: bytes) -> bytes | None: ...
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Entries whose key starts with the prefix, in key order."""
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Entries whose key starts with the prefix, in key order, from `start` on."""
 
     def write(self, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
         """All of these, or none; None deletes."""
@@ -100,8 +100,8 @@ class _Rocks:
         found: bytes | None = self._db.get(key)
         return found
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        for key, value in self._db.items(from_key=prefix):
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        for key, value in self._db.items(from_key=max(prefix, start)):
             if not key.startswith(prefix):  # type: ignore[union-attr,arg-type] # raw mode: bytes
                 return
             yield key, value  # type: ignore[misc]

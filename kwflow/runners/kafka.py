@@ -39,6 +39,7 @@ from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget, bytes_of
 from kwflow.runners.embedded import SystemClock
 from kwflow.runners.environment import LIVE, Consumer, Environment, Producer
+from kwflow.runners.kafka_results import Results
 from kwflow.runners.kafka_state import PartitionStore, Restore
 from kwflow.runners.loop import Overlay, dead_letter
 from kwflow.runners.private import private
@@ -96,14 +97,15 @@ class Batch:
     positions: dict[int, int] = field(default_factory=dict)
     logs: list[str] = field(default_factory=list)
     counts: list[str] = field(default_factory=list)
-    dispatch: list[object] = field(default_factory=list)
+    dispatch: dict[int, list[object]] = field(default_factory=dict)
 
-    def add(self, made: Decision) -> None:
+    def add(self, number: int, made: Decision) -> None:
         """All of a decision but its replies."""
         self.outputs += made.outputs
         self.logs += made.logs
         self.counts += made.counts
-        self.dispatch += made.dispatch
+        if made.dispatch:
+            self.dispatch.setdefault(number, []).extend(made.dispatch)
 
     def bytes(self) -> int:
         return bytes_of((change for overlay in self.overlays.values() for change in overlay.changes.items()), self.outputs)
@@ -132,6 +134,8 @@ class KafkaRunner:
         self.admin = topics.admin(config, environment)
         self.incarnation, self.partitions = self._describe(make("").input_topic)
         self.processor = make(self.incarnation)
+        self.results = Results(config, self.processor.input_topic, environment)
+        self.worker = self.processor.work(self.results.deliver)
         self.owned: dict[int, Partition] = {}
         self._assigned: list[int] = []
         self._restoring: dict[int, tuple[Restore, int]] = {}  # with the group's committed offset
@@ -198,7 +202,7 @@ class KafkaRunner:
                 heartbeat_interval_ms=500, fetch_queue_backoff_ms=10,
             )
         )  # fmt: skip
-        consumer.subscribe([self.processor.input_topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke)
+        consumer.subscribe([self.processor.input_topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
         return consumer
 
     # -- ownership (K2, K5, K7) ------------------------------------------------------------------------------------
@@ -210,8 +214,18 @@ class KafkaRunner:
             consumer.pause(partitions)
             self._assigned += [partition.partition for partition in partitions]
 
-    def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """A clean one: activities that run may end first, so that the next owner need not begin them again (M6.5)."""
+        give_up = self.environment.monotonic() + self.config.activity_grace_s
         for partition in partitions:
+            if self.worker is not None:
+                self.worker.disown(partition.partition, max(0.0, give_up - self.environment.monotonic()))
+        self._on_lost(consumer, partitions)
+
+    def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        for partition in partitions:
+            if self.worker is not None:
+                self.worker.disown(partition.partition)
             gone = self.owned.pop(partition.partition, None)
             if gone is not None:
                 gone.store.close()
@@ -300,11 +314,16 @@ class KafkaRunner:
     def run(self, until: Callable[[], bool]) -> None:
         """Go on until `until()`, asked after each batch; then leave the group.  From here on this process is an engine (semantics §3.3)."""
         set_abandoning(True, everywhere=True)
+        clean = False
         try:
             while not until():
                 self.turn()
+            clean = True
             self._attempts.finished()
         finally:
+            if self.worker is not None:
+                self.worker.close(self.config.activity_grace_s if clean else 0)
+                self.results.close()
             self._consumer.close()
             for partition in self.owned.values():
                 partition.store.close()
@@ -320,10 +339,20 @@ class KafkaRunner:
             self._process(records)
             self._take_over()
             self._fire()
+            self._work()
         except Aborted as error:
             self.on_log(f"{self.group}: a transaction was aborted and is made again: {error}")
             for number in {record.partition for record in records} & self.owned.keys():
                 self._seek(number, self.owned[number].position)
+
+    def _work(self) -> None:
+        """Activities of a partition begin once all that was in its log at the takeover has been applied: some of it are results."""
+        if self.worker is None:
+            return
+        for number, partition in self.owned.items():
+            if partition.position >= partition.fire_from and not self.worker.owns(number):
+                self.worker.own(number, partition.store)
+        self.worker.turn()
 
     def _gather(self) -> list[Message]:
         """What is here, of partitions that are ours after the last consume (K2): nobody polls again before the commit."""
@@ -391,7 +420,7 @@ class KafkaRunner:
             else:
                 decisions, done[number] = [self.processor.refuse(overlay, record, refused) for record in mine], mine
             for made in decisions:
-                batch.add(made)
+                batch.add(number, made)
                 if made.replies:
                     self._reply(batch, made.replies)
             batch.positions[number] = done[number][-1].offset + 1
@@ -423,7 +452,7 @@ class KafkaRunner:
             made = self.processor.due(overlay, self.clock.now_ms(), _FIRED_MAX)
             if made is not None:
                 batch = Batch({partition.number: overlay}, positions={partition.number: partition.position})
-                batch.add(made)
+                batch.add(partition.number, made)
                 self._commit(batch)
 
     # -- commit and settle -----------------------------------------------------------------------------------------
@@ -462,8 +491,9 @@ class KafkaRunner:
             partition.position = batch.positions[number]
         for line in batch.logs:
             self.on_log(line)
-        if batch.dispatch:
-            self.processor.dispatch(batch.dispatch)
+        if self.worker is not None:
+            for number, items in batch.dispatch.items():
+                self.worker.committed(number, items)
 
     def _reply(self, batch: Batch, replies: Iterable[Output]) -> None:
         """Replies go with the batch; to a partition that does not exist they would abort it, so they are counted and left out."""

@@ -57,8 +57,8 @@ class PartitionStore:
     def get(self, key: bytes) -> bytes | None:
         return self._db.get(_STATE + key)
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        for key, value in self._db.scan(_STATE + prefix):
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        for key, value in self._db.scan(_STATE + prefix, _STATE + start):
             yield key[1:], value
 
     def settle(self, changes: dict[bytes, bytes | None], offset: int | None) -> None:

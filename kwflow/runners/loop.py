@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+import kwflow.flows  # noqa: F401 # our own durable code, before any snapshot that waits in it
 from kwflow.config import Config
 from kwflow.core import messages, snapshot, timers, wire
 from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Transition, Workflows
@@ -21,9 +22,10 @@ from kwflow.core.step import step
 from kwflow.core.wire import Output, Record
 from kwflow.durable import allow_modules, set_abandoning
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, SnapshotError, StepTimeout
-from kwflow.ports import Budget, Changes, Decision, Store
+from kwflow.ports import Budget, Changes, Decision, Deliver, Store
 from kwflow.runners import commands, parked
 from kwflow.runners.budget import bytes_of
+from kwflow.runners.dispatch import Dispatcher, keep
 from kwflow.runners.parked import dead_letter
 from kwflow.runners.watchdog import Watchdog
 
@@ -47,9 +49,9 @@ class Overlay:
     def put(self, key: bytes, value: bytes | None) -> None:
         self.changes[key] = value
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        changed = sorted((key for key in self.changes if key.startswith(prefix)), reverse=True)
-        for key, value in self.below.scan(prefix):
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        changed = sorted((key for key in self.changes if key.startswith(prefix) and key >= start), reverse=True)
+        for key, value in self.below.scan(prefix, start):
             while changed and changed[-1] <= key:
                 mine = changed.pop()
                 new = self.changes[mine]
@@ -88,7 +90,7 @@ class WorkflowProcessor:
 
     def __init__(self, config: Config, workflows: Workflows, declared: frozenset[str], incarnation: str = "", on_log: Callable[[str], None] = print) -> None:
         self.config = config
-        self.dispatch: Callable[[Sequence[object]], None] = _nobody
+        self.on_log = on_log
         self.input_topic = config.resume_topic
         self.changelog_topic = config.changelog_topic
         self.incarnation = incarnation
@@ -99,6 +101,9 @@ class WorkflowProcessor:
         self._sleeping: dict[bytes, _Live] = {}  # least recently used first; one is used only if its bytes are still what is stored (K3)
         self._sleeping_bytes = 0
         allow_modules(config.snapshot_modules)
+
+    def work(self, deliver: Deliver) -> Dispatcher:
+        return Dispatcher(deliver, self.on_log, self.config.activity_concurrency, self.config.activity_limit_s, self.config.activity_bytes_max)
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
         """Forget ended instances whose `ended_retention_ms` is over."""
@@ -203,6 +208,9 @@ class _Batch:
                 break
         for key in list(self.live):
             self._save(key)
+        for made in self.made:  # only now: a step that was made again may have handed out something else
+            if made.dispatch:
+                keep(self.state, made.dispatch)
         return self.made
 
     def _decide(self, number: int) -> Decision:
@@ -365,11 +373,6 @@ class _Batch:
             self.state.put(key, None)
 
 
-def _nobody(items: Sequence[object]) -> None:
-    """Until an engine sets `dispatch`: what was to be started is still in the headers of those who wait for it."""
-    raise KwflowBug(f"nothing starts {items[0]!r}")
-
-
 class TimerProcessor:
     """The timer table over the scheduler topic; `due` fires."""
 
@@ -412,8 +415,8 @@ class TimerProcessor:
             state.put(key, value)
         return Decision(tuple(outputs), counts=("fired",) * len(outputs)) if outputs else None
 
-    def dispatch(self, items: Sequence[object]) -> None:
-        _nobody(items)
+    def work(self, deliver: Deliver) -> None:
+        return None
 
     def next_due_ms(self, store: Store) -> int | None:
         for due_key, _ in store.scan(timers.DUE):

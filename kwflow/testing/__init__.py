@@ -5,21 +5,37 @@ Everything is real but the log: each step is saved to bytes and loaded again, as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import asyncio
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import msgspec
 
 from kwflow import api
+from kwflow.activities import Activity, find_activity, registered_activities
 from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
+from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.wire import Output, Record
+from kwflow.errors import UsageError
 from kwflow.ports import Decision
+from kwflow.runners.dispatch import carry_out, info_of
 from kwflow.runners.loop import Overlay, TimerProcessor, WorkflowProcessor
 from kwflow.testing.globals import GlobalsCheck
 
-__all__ = ["MemoryStore", "WorkflowTester"]
+__all__ = ["HANGS", "Call", "MemoryStore", "WorkflowTester"]
+
+
+class Call(NamedTuple):
+    """One attempt of an activity that a WorkflowTester ran."""
+
+    activity: str
+    workflow_id: str
+    attempt: int
+    arguments: dict[str, Any]
 
 
 class MemoryStore:
@@ -31,8 +47,8 @@ class MemoryStore:
     def get(self, key: bytes) -> bytes | None:
         return self.entries.get(key)
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        for key in sorted(key for key in self.entries if key.startswith(prefix)):
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        for key in sorted(key for key in self.entries if key.startswith(prefix) and key >= start):
             yield key, self.entries[key]
 
     def apply(self, changes: dict[bytes, bytes | None]) -> None:
@@ -43,6 +59,10 @@ class MemoryStore:
                 self.entries[key] = value
 
 
+HANGS: Any = object()
+"""What a fake returns that never answers: the activity's timeout is what ends it."""
+
+
 class WorkflowTester:
     """An engine and a scheduler in memory, on a clock of your own (`now_ms`).
 
@@ -50,6 +70,9 @@ class WorkflowTester:
     a client would be replied, `replies` every reply.  A step that changes a
     global of a durable module is an AssertionError (semantics §3.4); `globals_check.active = False` for a module that
     keeps a cache there.
+
+    Activities run where they are called, one after the other, or what `fake` puts in their place; `calls` lists them.
+    Time passes only by `advance` and `finish`.
     """
 
     def __init__(self, main: Any = None, **workflows: Any) -> None:
@@ -66,6 +89,16 @@ class WorkflowTester:
         self.state, self.timers = MemoryStore(), MemoryStore()
         self._offsets: dict[str, int] = {}
         self.globals_check = GlobalsCheck()
+        self.calls: list[Call] = []
+        self._fakes: dict[str, Callable[..., Any]] = {}
+        self._dispatched: deque[Dispatch] = deque()
+
+    def fake(self, activity: str | Activity[Any, Any], function: Callable[..., Any]) -> None:
+        """Call this in place of an activity, by its name or itself; it may raise, or return HANGS."""
+        name = activity if isinstance(activity, str) else activity.name
+        if find_activity(name) is None:
+            raise UsageError(f"no activity {name!r}; known are: {', '.join(sorted(registered_activities())) or 'none'}")
+        self._fakes[name] = function
 
     def start(self, id: str, options: Any = None, workflow: str | None = None, **headers: str) -> None:
         """`new:` for this id; `options` as JSON."""
@@ -93,6 +126,7 @@ class WorkflowTester:
         """Any record on the resume topic (or another one), processed at once with all that follows from it."""
         pairs = tuple((name, text.encode()) for name, text in (headers or {}).items())
         self._log(Output(topic or self.config.resume_topic, id.encode() if id is not None else None, value, pairs, self.now_ms))
+        self._work()
 
     def advance(self, seconds: float) -> None:
         """Move the clock; timers that become due fire in order."""
@@ -106,7 +140,16 @@ class WorkflowTester:
             fired = self._timers.due(changes, self.now_ms, 1000)
             if fired is not None:
                 self._perform(fired, changes, self.timers)
+                self._work()
         self.now_ms = target
+
+    def finish(self, id: str) -> None:
+        """Move the clock from timer to timer until this workflow has ended.  Raises AssertionError when it waits for something else."""
+        while (header := self.header(id)) is not None and header["status"] != "ended":
+            assert header["status"] != "parked", f"{id} is parked: {header['parked']['message']}"
+            due = self._timers.next_due_ms(self.timers)
+            assert due is not None, f"{id} waits for {header['waits']} and no timer is set"
+            self.advance(max(0, due - self.now_ms) / 1000)
 
     def values(self, topic: str) -> list[Any]:
         """What was written to a topic: JSON where it is JSON, else text."""
@@ -142,11 +185,35 @@ class WorkflowTester:
                     [made] = processor.decide(changes, [record], self.now_ms)
                 self._perform(made, changes, store)
 
+    def _work(self) -> None:
+        """Run what was dispatched; not where it was, so that a chain of any length does not recurse."""
+        while self._dispatched:
+            item = self._dispatched.popleft()
+            activity = find_activity(item.name)
+            if activity is None:
+                raise UsageError(f"no activity {item.name!r}")
+            self.calls.append(Call(item.name, item.workflow_id, item.attempt, dict(activity.decode_arguments(item.arguments).arguments)))
+            answered: list[Any] = []
+
+            def run(*args: Any, activity: Activity[Any, Any] = activity, answered: list[Any] = answered, **kwargs: Any) -> Any:
+                value = self._fakes.get(activity.name, activity.function)(*args, **kwargs)
+                answered.append(asyncio.run(value) if inspect.iscoroutine(value) else value)
+                return answered[0] if answered[0] is not HANGS else None
+
+            record = carry_out(item, activity, info_of(item), self.config.activity_bytes_max, run)
+            if not (answered and answered[0] is HANGS):
+                self._log(Output(self.config.resume_topic, item.workflow_id.encode(), record, (), self.now_ms))
+
     def _perform(self, made: Decision, changes: Overlay, store: MemoryStore) -> None:
         store.apply(changes.changes)
         self.logs += made.logs
         self.counts += made.counts
         self.replies += [msgspec.json.decode(reply.value or b"") for reply in made.replies]
+        for item in made.dispatch:
+            if isinstance(item, Dispatch):
+                self._dispatched.append(item)
+            elif isinstance(item, Withdraw):
+                self._dispatched = deque(other for other in self._dispatched if (other.workflow_id, other.ref) != (item.workflow_id, item.ref))
         for output in made.outputs:
             self._log(output)
 

@@ -138,8 +138,8 @@ def test_the_table_is_read_from_its_first_due_entry_only(scheduler: Scheduler) -
     met: list[bytes] = []
 
     class Counting(MemoryStore):
-        def scan(self, prefix):  # type: ignore[no-untyped-def]
-            for entry in super().scan(prefix):
+        def scan(self, prefix, start=b""):  # type: ignore[no-untyped-def]
+            for entry in super().scan(prefix, start):
                 met.append(entry[0])
                 yield entry
 

@@ -266,5 +266,10 @@ class Rewriter:
 
 
 def _native(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether the function is opted out: `@durable.native`, `@kw.durable.native` or `@native`."""
-    return any(ast.unparse(decorator).split(".")[-1] == "native" for decorator in node.decorator_list if isinstance(decorator, (ast.Name, ast.Attribute)))
+    """Whether the function is opted out: `@durable.native`, `@kw.durable.native` or `@native`; and activities, which run outside of steps."""
+    for decorator in node.decorator_list:
+        name = decorator.func if isinstance(decorator, ast.Call) else decorator
+        last = name.attr if isinstance(name, ast.Attribute) else name.id if isinstance(name, ast.Name) else ""
+        if last == "activity" or (last == "native" and name is decorator):
+            return True
+    return False

@@ -1,0 +1,335 @@
+"""Activities: functions with side effects that a workflow calls durably.  What the decorator makes, and how values travel.
+
+In a step a call becomes a wait (`flows/attempts1.py` retries it, an engine's `runners/dispatch.py` runs it); outside one
+it is the plain function.  Arguments and results travel as JSON and are rebuilt by annotations; every rule of that
+travelling lives here.  It must not know threads that run activities, or records.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import math
+import threading
+import traceback
+import typing
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+import msgspec
+
+from kwflow.core import wire
+from kwflow.core.current import current, in_step
+from kwflow.errors import ActivityError, BusinessError, UsageError
+
+__all__ = ["Activity", "ActivityInfo", "Retry", "activity", "activity_info", "failure_payload", "find_activity", "registered_activities", "running_as"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_TEXT_MAX = 2_000  # characters of an error's message that travel
+_DETAILS_BYTES_MAX = 20_000
+_PLAIN = (type(None), bool, int, float, str)
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How often and how fast an activity is tried again: `first`, `first*factor`, ... seconds, at most `max`.
+
+    `max_attempts` counts the first one; None means for ever.  Each pause is shortened by up to `jitter` of itself, so
+    that a thousand workflows that failed together do not come back together.
+    """
+
+    max_attempts: int | None = 5
+    first: float = 1.0
+    factor: float = 2.0
+    max: float = 60.0
+    jitter: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.max_attempts is not None and (isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1):
+            raise UsageError(f"Retry.max_attempts is a whole number from 1 on, or None for no limit, not {self.max_attempts!r}")
+        for name, least in (("first", 0), ("factor", 1), ("max", 0), ("jitter", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+                raise UsageError(f"Retry.{name} is a number from {least} on, not {value!r}")
+        if self.jitter > 1:
+            raise UsageError(f"Retry.jitter is a part of the pause, 0 to 1, not {self.jitter!r}")
+
+    def pause_s(self, attempt: int, key: str) -> float | None:
+        """Seconds to wait after this attempt failed; None when it was the last.  The jitter is a hash of key and attempt: a step draws no chance."""
+        if self.max_attempts is not None and attempt >= self.max_attempts:
+            return None
+        try:
+            pause = min(self.max, self.first * self.factor ** (attempt - 1))
+        except OverflowError:
+            pause = self.max
+        return pause * (1 - self.jitter * zlib.crc32(f"{key}|{attempt}".encode()) / 2**32)
+
+
+@dataclass(frozen=True)
+class ActivityInfo:
+    """Which call an activity is.  `idempotency_key` is the same for every attempt of one call; hand it to services that know such keys."""
+
+    activity: str
+    workflow_id: str
+    attempt: int
+    idempotency_key: str
+    _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the workflow no longer waits for this attempt; a long activity looks now and then, and stops."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        """Tell the activity that nobody waits for it any more."""
+        self._cancelled.set()
+
+    def wait_cancelled(self, seconds: float) -> bool:
+        """Sleep for that long, or less if the workflow stops waiting; whether it has.  For `def` activities that poll."""
+        return self._cancelled.wait(seconds)
+
+
+_info: contextvars.ContextVar[ActivityInfo] = contextvars.ContextVar("kwflow_activity")
+
+
+def activity_info() -> ActivityInfo:
+    """The call that is running here.  Raises UsageError outside an activity."""
+    try:
+        return _info.get()
+    except LookupError:
+        raise UsageError("kw.activity_info() works only inside an activity that a workflow called") from None
+
+
+class running_as:
+    """A with block in which `activity_info()` gives this."""
+
+    def __init__(self, info: ActivityInfo) -> None:
+        self.info = info
+
+    def __enter__(self) -> ActivityInfo:
+        self._token = _info.set(self.info)
+        return self.info
+
+    def __exit__(self, *_: object) -> None:
+        _info.reset(self._token)
+
+
+class Activity(Generic[_P, _R]):
+    """A registered function: in a step its call starts with this step's commit and gives a wait, elsewhere it is the function."""
+
+    __name__: str
+    __qualname__: str
+
+    def __init__(self, function: Callable[_P, _R], name: str, retry: Retry, timeout_s: float | None) -> None:
+        self.function = function
+        self.name = name
+        self.retry = retry
+        self.timeout_s = timeout_s
+        self.is_async = inspect.iscoroutinefunction(function)
+        self.signature = inspect.signature(function)
+        functools.update_wrapper(self, function)
+
+    def __repr__(self) -> str:
+        return f"<activity {self.name}>"
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        from kwflow.api import activity_named  # the one place whose functions a snapshot may name
+
+        return activity_named, (self.name,)
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Any:
+        if not in_step():
+            return self.function(*args, **kwargs)
+        from kwflow.flows import attempts
+
+        gen = attempts(self.name, self.encode_arguments(args, kwargs))
+        gen.__qualname__ = f"activity {self.name}"
+        return current().spawn(gen)
+
+    # -- values to JSON and back -----------------------------------------------------------------------------------
+    @functools.cached_property
+    def hints(self) -> dict[str, Any]:
+        """The annotations, resolved at first use.  Raises UsageError when one names nothing."""
+        try:
+            return typing.get_type_hints(self.function, include_extras=True)
+        except Exception as error:  # an annotation is any expression
+            raise UsageError(f"an annotation of activity {self.name} cannot be resolved: {error}") from None
+
+    def encode_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
+        """The arguments by parameter name.  Raises TypeError as the call would, UsageError for what has no JSON form."""
+        given = self.signature.bind(*args, **kwargs).arguments
+        encoded = []
+        for name, value in given.items():
+            try:
+                encoded.append(wire.json_dumps(name) + b":" + wire.json_dumps(to_plain(value, name in self.hints)))
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                raise UsageError(f"argument {name!r} of activity {self.name} cannot be sent: {error}") from None
+        return b"{" + b",".join(encoded) + b"}"
+
+    def decode_arguments(self, data: bytes) -> inspect.BoundArguments:
+        """What to call the function with.  Raises ActivityError when they no longer fit it."""
+        bound = self.signature.bind_partial()
+        try:
+            for name, value in msgspec.json.decode(data).items():
+                parameter = self.signature.parameters.get(name)
+                if parameter is None:
+                    raise TypeError(f"it has no parameter {name!r} any more")
+                bound.arguments[name] = self._rebuild_argument(parameter, value)
+            self.signature.bind(*bound.args, **bound.kwargs)
+        except Exception as error:  # a model's validators may raise anything
+            raise ActivityError(f"activity {self.name} does not take its arguments: {error}", "BadArguments", final=True) from error
+        return bound
+
+    def _rebuild_argument(self, parameter: inspect.Parameter, value: Any) -> Any:
+        if parameter.name not in self.hints:
+            return tuple(value) if parameter.kind is parameter.VAR_POSITIONAL else value
+        hint = self.hints[parameter.name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return tuple(from_plain(item, hint) for item in value)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            return {name: from_plain(item, hint) for name, item in value.items()}
+        return from_plain(value, hint)
+
+    def encode_result(self, value: Any) -> bytes:
+        """The result as JSON.  Raises ActivityError saying why it cannot be sent."""
+        try:
+            return wire.json_dumps(to_plain(value, "return" in self.hints))
+        except Exception as error:  # serializers of models may raise anything
+            raise ActivityError(f"the result of activity {self.name} cannot be sent: {error}", "BadResult", final=True) from error
+
+    def decode_result(self, value: Any) -> Any:
+        """The result as annotated.  Raises ActivityError when it does not fit."""
+        try:
+            return from_plain(value, self.hints["return"]) if "return" in self.hints else value
+        except Exception as error:  # a model's validators may raise anything
+            raise ActivityError(f"the result of activity {self.name} is not as annotated: {error}", "BadResult", final=True) from error
+
+
+def to_plain(value: Any, annotated: bool) -> Any:
+    """As JSON values.  Without an annotation nothing could rebuild more, so only JSON values are taken.  Raises TypeError or ValueError."""
+    if annotated:
+        return msgspec.to_builtins(value, builtin_types=(), str_keys=True, enc_hook=_dump_model)
+    _check_plain(value, 0)
+    return value
+
+
+def _dump_model(value: Any) -> Any:
+    dump = getattr(value, "model_dump", None)  # pydantic
+    if dump is None:
+        raise TypeError(f"a value of class {type(value).__module__}.{type(value).__qualname__} has no JSON form")
+    return dump(mode="json")
+
+
+def _check_plain(value: Any, depth: int) -> None:
+    if depth > 500:
+        raise ValueError("too deeply nested (or cyclic) for JSON")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r} is no str; annotate it as dict[{type(key).__name__}, ...]")
+            _check_plain(item, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_plain(item, depth + 1)
+    elif type(value) not in _PLAIN:
+        raise TypeError(f"a value of class {type(value).__qualname__} needs an annotation, which rebuilds it on the other side")
+
+
+def from_plain(value: Any, hint: Any) -> Any:
+    """JSON values as this annotation says: dataclasses, msgspec structs, pydantic models, and what they and containers hold."""
+    return msgspec.convert(value, hint, str_keys=True, dec_hook=_load_model)
+
+
+def _load_model(hint: Any, value: Any) -> Any:
+    validate = getattr(hint, "model_validate", None)  # pydantic
+    if validate is not None:
+        return validate(value)
+    if isinstance(hint, type) and isinstance(value, hint):
+        return value
+    raise TypeError(f"the annotation {getattr(hint, '__qualname__', hint)} cannot be rebuilt from JSON")
+
+
+# -- the registry ------------------------------------------------------------------------------------------------------
+_activities: dict[str, Activity[Any, Any]] = {}
+
+
+@overload
+def activity(function: Callable[_P, _R]) -> Activity[_P, _R]: ...
+@overload
+def activity(*, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None) -> Callable[[Callable[_P, _R]], Activity[_P, _R]]: ...
+def activity(function: Callable[..., Any] | None = None, *, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None) -> Any:
+    """Make a `def` or `async def` an activity; `name` (default: the function's) is what waiting calls are found by.
+
+    Each attempt may take `timeout` (seconds or timedelta), from the step that starts it on.  Raises UsageError for
+    what cannot be one, or when another activity has the name.
+    """
+    policy = Retry() if retry is None else retry
+    if not isinstance(policy, Retry):
+        raise UsageError(f"@kw.activity(retry=...) takes a kw.Retry, not {retry!r}")
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds <= 0):
+        raise UsageError(f"@kw.activity(timeout=...) is a timedelta or a number of seconds above 0, not {timeout!r}")
+
+    def register(target: Callable[..., Any]) -> Activity[..., Any]:
+        if not inspect.isroutine(target) or isinstance(target, (staticmethod, classmethod)):
+            raise UsageError(f"@kw.activity takes a function, not {target!r}")
+        if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
+            raise UsageError(f"{target.__qualname__} has a yield: an activity is an ordinary function; a workflow calls it with a yield")
+        made = Activity(target, name or target.__name__, policy, seconds)
+        known = _activities.get(made.name)
+        if known is not None and _place(known.function) != _place(target):
+            raise UsageError(f"two activities are named {made.name!r}: {_place(known.function)} and {_place(target)}; give one another name: @kw.activity(name=...)")
+        if known is None or "@" not in (target.__module__ or ""):  # an old version of the code adds, and replaces nothing
+            _activities[made.name] = made
+        return made
+
+    return register if function is None else register(function)
+
+
+def _place(function: Callable[..., Any]) -> str:
+    return f"{(function.__module__ or '').partition('@')[0]}.{function.__qualname__}"
+
+
+def find_activity(name: str) -> Activity[Any, Any] | None:
+    """The activity of this name, None when this process has none."""
+    return _activities.get(name)
+
+
+def registered_activities() -> dict[str, Activity[Any, Any]]:
+    """Name -> every activity of this process."""
+    return dict(_activities)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+def failure_payload(error: BaseException) -> dict[str, Any]:
+    """What travels as `error` of the resume record; total, whatever the error is.  `final`: trying again cannot help."""
+    if isinstance(error, BusinessError):
+        return {"kind": "business", "code": _text(error.code), "message": _text(error.message), "variables": _sendable(error.variables)}
+    if isinstance(error, ActivityError):
+        return {"kind": "activity", "type": _text(error.type or "ActivityError"), "message": _text(error), "details": _sendable(error.details), "final": error.final}
+    return {"kind": "activity", "type": type(error).__name__, "message": _text(error), "details": {"at": _where(error)}, "final": False}
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value).encode("utf-8", "replace").decode()[:_TEXT_MAX]
+    except Exception:  # an author's __str__ must not hide that there was an error
+        return "<no message: __str__ failed>"
+
+
+def _sendable(value: Any) -> Any:
+    try:
+        encoded = wire.json_dumps(to_plain(value, annotated=True))
+    except Exception as error:
+        return f"<not sent: {error}>"[:_TEXT_MAX]
+    return msgspec.json.decode(encoded) if len(encoded) <= _DETAILS_BYTES_MAX else f"<not sent: {len(encoded)} bytes>"
+
+
+def _where(error: BaseException) -> str | None:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno} {frames[-1].name}" if frames else None

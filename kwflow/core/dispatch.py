@@ -1,0 +1,50 @@
+"""Work that a step hands out and a runner starts after the commit (M6): what it is, and the entry that keeps it meanwhile.
+
+The entry lies beside the state of its partition under `\\0dispatch\\0<offset>\\0<n>\\0<workflow id>`, so that an engine finds what
+is to be done without unpickling an instance, oldest first, and needs no memory for what waits.  `kind` leaves room for
+other workers than the engine's own process.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = ["PREFIX", "Dispatch", "Withdraw", "decode", "encode", "state_key"]
+
+PREFIX = b"\0dispatch\0"
+
+
+class Dispatch(msgspec.Struct, frozen=True):
+    """Start this.  `key` is the ref of the call's first attempt: the same for all its attempts."""
+
+    workflow_id: str
+    ref: str
+    name: str
+    attempt: int
+    key: str
+    arguments: bytes
+    kind: str = "activity"
+
+
+class Withdraw(msgspec.Struct, frozen=True):
+    """Nobody waits for this ref any more: it was answered or cancelled."""
+
+    workflow_id: str
+    ref: str
+
+
+def state_key(workflow_id: str, ref: str) -> bytes:
+    """Of the entry; refs of dispatched waits are the engine's `<offset>:<n>`, so that keys sort as they were made."""
+    offset, _, number = ref.partition(":")
+    return PREFIX + b"%020d\0%010d\0" % (int(offset), int(number)) + workflow_id.encode()
+
+
+_decoder = msgspec.msgpack.Decoder(Dispatch)
+
+
+def encode(item: Dispatch) -> bytes:
+    return msgspec.msgpack.encode(item)
+
+
+def decode(data: bytes) -> Dispatch:
+    return _decoder.decode(data)

@@ -1,0 +1,26 @@
+"""Durable code of kwflow's own, loaded through our own lowering.
+
+A file here is part of the snapshot format: instances wait in it for months, so a released one is never edited.  A
+change is a new file with the next number; calls made from then on use it, and the old one stays for those that wait.
+That is why no upgrade of kwflow ever meets a changed frame of its own, and no author's code is pinned by one
+(`tests/compat` holds the hashes).  What these files call is in `support.py`, whose names are kept as well.
+"""
+
+from __future__ import annotations
+
+import types
+from importlib.resources import files
+from typing import Any
+
+from kwflow.durable import load_source
+
+__all__ = ["attempts", "load"]
+
+
+def load(name: str) -> types.ModuleType:
+    """The module `kwflow.flows.<name>`, durable."""
+    file = files(__name__) / f"{name}.py"
+    return load_source(f"{__name__}.{name}", file.read_text(encoding="utf-8"), str(file))
+
+
+attempts: Any = load("attempts1").attempts

@@ -1,0 +1,31 @@
+"""One call of an activity, from its first attempt to its end.  Part of the snapshot format: never edited once released."""
+
+from collections.abc import Generator
+from typing import Any
+
+from kwflow.errors import WorkflowError
+from kwflow.flows import support
+
+
+def attempts(name: str, arguments: bytes) -> Generator[Any, Any, Any]:
+    """Try until it succeeds, must not be tried again, or has been tried often enough."""
+    attempt: Any
+    failure: Any
+    number, key = 1, ""
+    while True:
+        attempt = support.begin_attempt(name, arguments, number, key)
+        key = key or attempt.ref
+        try:
+            value = yield support.within_limit(name, attempt)
+        except WorkflowError as error:
+            failure = support.failure(name, error.payload)
+        except TimeoutError:
+            failure = support.timed_out(name)
+        else:
+            return support.result(name, value)
+        pause_s = support.pause_s(name, failure, number, key)
+        if pause_s is None:
+            raise failure
+        attempt = failure = None
+        yield support.sleep(pause_s)
+        number += 1

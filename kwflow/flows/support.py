@@ -1,0 +1,60 @@
+"""What the durable files of this package call.  Names and meanings are kept for as long as instances may wait in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kwflow.activities import Activity, find_activity
+from kwflow.core.current import current
+from kwflow.core.tasks import ActivityWait, Awaitable
+from kwflow.errors import ActivityError, BusinessError, CodeChangedError
+
+__all__ = ["begin_attempt", "failure", "pause_s", "result", "sleep", "timed_out", "within_limit"]
+
+
+def _activity(name: str) -> Activity[Any, Any]:
+    """Ends the step when this engine has no activity of that name: the instance is parked until the code is there again (G10)."""
+    found = find_activity(name)
+    if found is None:
+        raise current().abort(CodeChangedError(f"no activity {name!r} in this engine, and a workflow is in a call of it; deploy it again, then retry"))
+    return found
+
+
+def begin_attempt(name: str, arguments: bytes, number: int, key: str) -> ActivityWait:
+    """A wait for one attempt, which an engine starts after this step's commit; the first one's ref is the key of all."""
+    return current().activity(name, arguments, number, key)
+
+
+def within_limit(name: str, attempt: ActivityWait) -> Awaitable:
+    """The attempt, raced with a timer if the activity has a timeout."""
+    limit_s = _activity(name).timeout_s
+    return attempt if limit_s is None else current().timeout(attempt, limit_s)
+
+
+def result(name: str, value: Any) -> Any:
+    """The value as the activity's annotation says."""
+    return _activity(name).decode_result(value)
+
+
+def failure(name: str, payload: Any) -> ActivityError | BusinessError:
+    """The error that travelled, whoever wrote it."""
+    if not isinstance(payload, dict):
+        return ActivityError(f"activity {name}: {payload}", "WorkflowError", payload)
+    if payload.get("kind") == "business":
+        return BusinessError(str(payload.get("code", "")), str(payload.get("message", "")), payload.get("variables"))
+    return ActivityError(str(payload.get("message", "")), str(payload.get("type", "")), payload.get("details"), payload.get("final") is True)
+
+
+def timed_out(name: str) -> ActivityError:
+    return ActivityError(f"activity {name} had no result within {_activity(name).timeout_s} s", "Timeout")
+
+
+def sleep(seconds: float) -> Awaitable:
+    return current().sleep(seconds)
+
+
+def pause_s(name: str, error: BaseException, number: int, key: str) -> float | None:
+    """Seconds until the next attempt; None when there is none."""
+    if isinstance(error, BusinessError) or (isinstance(error, ActivityError) and error.final):
+        return None
+    return _activity(name).retry.pause_s(number, f"{current().instance.id}|{key}")

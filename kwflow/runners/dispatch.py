@@ -1,0 +1,444 @@
+"""Runs activities: a thread each for `def`, one event loop for `async def`, at most `activity_concurrency` at a time.
+
+The store is the queue: what a commit hands out lies there until it is answered, this holds a window of it.  So ten
+thousand waiting calls cost no memory, and a new owner of a partition finds what its predecessor left (at-least-once).
+Author code may block, hang, raise anything: it ends as an error record and never takes a thread of the engine.  The
+engine's thread calls all public methods; it must not know a log: `deliver` puts a result into one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from kwflow.activities import Activity, ActivityInfo, failure_payload, find_activity, running_as
+from kwflow.core import wire
+from kwflow.core.dispatch import PREFIX, Dispatch, Withdraw, decode, encode, state_key
+from kwflow.errors import ActivityError, KwflowBug
+from kwflow.ports import Changes, Deliver, Store
+
+__all__ = ["Dispatcher", "carry_out", "info_of", "keep"]
+
+_LEFT_BEHIND_S = 5.0  # so long a cancelled activity may go on before its slot is given to another
+_LEFT_BEHIND_MAX = 256  # threads of such activities; with more, nothing new is started
+_LOOK_S = 0.2
+_STUCK_S = 10.0
+
+
+def keep(state: Changes, items: Iterable[object]) -> None:
+    """The entries of what a batch hands out, among its changes: made for a start, removed when nobody waits any more."""
+    for item in items:
+        if isinstance(item, Dispatch):
+            state.put(state_key(item.workflow_id, item.ref), encode(item))
+        elif isinstance(item, Withdraw):
+            state.put(state_key(item.workflow_id, item.ref), None)
+
+
+class _Job:
+    """One call that is ready or runs.  `answered`: its record was made; `freed`: its slot was given back; `behind`: while it went on."""
+
+    __slots__ = ("activity", "answered", "behind", "cancelled_at", "deadline", "dispatch", "freed", "info", "loop", "partition", "task", "thread")
+
+    def __init__(self, partition: int, dispatch: Dispatch) -> None:
+        self.partition = partition
+        self.dispatch = dispatch
+        self.info = info_of(dispatch)
+        self.activity: Activity[Any, Any] | None = None
+        self.deadline = self.cancelled_at = float("inf")
+        self.answered = self.freed = self.behind = False
+        self.thread: threading.Thread | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def id(self) -> tuple[int, str, str]:
+        return self.partition, self.dispatch.workflow_id, self.dispatch.ref
+
+    def __str__(self) -> str:
+        return f"activity {self.dispatch.name} of {self.dispatch.workflow_id} (attempt {self.dispatch.attempt})"
+
+
+class _Owned:
+    """A partition: its store, the last entry taken into memory, and whether more lies behind it."""
+
+    __slots__ = ("cursor", "more", "store")
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.cursor = PREFIX
+        self.more = True
+
+
+class Dispatcher:
+    """Starts what commits hand out.  Invariant: what is ready or runs is in `_jobs` once; all else is in the stores."""
+
+    def __init__(self, deliver: Deliver, on_log: Callable[[str], None], concurrency: int = 64, limit_s: float = 600.0, result_bytes_max: int = 500_000) -> None:
+        self._deliver = deliver
+        self._on_log = on_log
+        self._concurrency = concurrency
+        self._limit_s = limit_s
+        self._result_bytes_max = result_bytes_max
+        self._owned: dict[int, _Owned] = {}
+        self._jobs: dict[tuple[int, str, str], _Job] = {}
+        self._ready: deque[_Job] = deque()
+        self._running = 0
+        self._behind = 0
+        self._closed = False
+        self._changed = threading.Condition(threading.RLock())
+        self._threads = _Threads()
+        self._loops = _Loops(on_log)
+        self._unknown: set[str] = set()
+        self._looked = 0.0
+
+    # -- what the engine tells (ports.Worker) ----------------------------------------------------------------------
+    def own(self, partition: int, store: Store) -> None:
+        with self._changed:
+            self._owned[partition] = _Owned(store)
+        self.turn()
+
+    def owns(self, partition: int) -> bool:
+        return partition in self._owned
+
+    def disown(self, partition: int, grace_s: float = 0.0) -> None:
+        with self._changed:
+            self._owned.pop(partition, None)
+            for job in [job for job in self._ready if job.partition == partition]:
+                self._ready.remove(job)
+                del self._jobs[job.id]
+        self._wait(lambda: any(job.partition == partition for job in self._jobs.values()), grace_s)
+
+    def close(self, grace_s: float = 0.0) -> None:
+        """What still runs after the grace period is left behind, on threads that end with the process."""
+        for partition in list(self._owned):
+            self.disown(partition)
+        if self._wait(lambda: bool(self._jobs), grace_s):
+            for job in list(self._jobs.values()):
+                self._on_log(f"{job} still runs; the next engine begins it again")
+        self._closed = True
+        self._threads.close()
+        self._loops.close()
+
+    def _wait(self, busy: Callable[[], bool], seconds: float) -> bool:
+        give_up = time.monotonic() + seconds
+        with self._changed:
+            while busy() and time.monotonic() < give_up:
+                self._changed.wait(min(_LOOK_S, max(0.0, give_up - time.monotonic())))
+            return busy()
+
+    def committed(self, partition: int, items: Iterable[object]) -> None:
+        owned = self._owned.get(partition)
+        if owned is None:
+            return
+        with self._changed:
+            for item in items:
+                if isinstance(item, Dispatch):
+                    self._offer(partition, owned, item)
+                elif isinstance(item, Withdraw):
+                    self._withdraw((partition, item.workflow_id, item.ref))
+            self._start()
+
+    def turn(self) -> None:
+        with self._changed:
+            for partition, owned in self._owned.items():
+                if owned.more and len(self._ready) < self._concurrency:
+                    self._take(partition, owned)
+            self._start()
+            now = time.monotonic()
+            if now - self._looked > _LOOK_S:
+                self._looked = now
+                self._look(now)
+
+    @property
+    def busy(self) -> int:
+        """How many are in memory, ready or running."""
+        return len(self._jobs)
+
+    # -- the queue -------------------------------------------------------------------------------------------------
+    def _offer(self, partition: int, owned: _Owned, item: Dispatch) -> None:
+        """Into memory, or left where it lies; what sorts before the cursor (a record of a hold, applied late) would not be found again."""
+        key = state_key(item.workflow_id, item.ref)
+        if key > owned.cursor:
+            if owned.more or len(self._ready) >= self._concurrency:
+                owned.more = True
+                return
+            owned.cursor = key
+        self._enqueue(partition, item)
+
+    def _take(self, partition: int, owned: _Owned) -> None:
+        for key, data in owned.store.scan(PREFIX, owned.cursor + b"\0"):
+            if len(self._ready) >= self._concurrency:
+                return
+            owned.cursor = key
+            self._enqueue(partition, decode(data))
+        owned.more = False
+
+    def _enqueue(self, partition: int, item: Dispatch) -> None:
+        job = _Job(partition, item)
+        if job.id not in self._jobs:
+            self._jobs[job.id] = job
+            self._ready.append(job)
+
+    def _withdraw(self, id: tuple[int, str, str]) -> None:
+        job = self._jobs.get(id)
+        if job is None:
+            return
+        if job.activity is None:
+            self._ready.remove(job)
+            del self._jobs[id]
+        else:
+            self._cancel(job)
+
+    def _start(self) -> None:
+        while self._ready and self._running < self._concurrency and self._behind < _LEFT_BEHIND_MAX and not self._closed:
+            job = self._ready.popleft()
+            activity = find_activity(job.dispatch.name)
+            if activity is None:
+                del self._jobs[job.id]
+                if job.dispatch.name not in self._unknown:
+                    self._unknown.add(job.dispatch.name)
+                    self._on_log(f"no activity {job.dispatch.name!r} in this engine; {job.dispatch.workflow_id} and maybe others wait for it until an engine is started that has it")
+                continue
+            job.activity = activity
+            job.deadline = time.monotonic() + self._limit_s if activity.timeout_s is None and self._limit_s else float("inf")
+            self._running += 1
+            if activity.is_async:
+                self._loops.run(job, self._run_async, self._finished)
+            else:
+                self._threads.run(lambda job=job: self._run(job))  # type: ignore[misc]
+
+    # -- running ---------------------------------------------------------------------------------------------------
+    def _run(self, job: _Job) -> None:
+        job.thread = threading.current_thread()
+        self._answer(job, contextvars.Context().run(self._call, job))
+
+    def _call(self, job: _Job) -> bytes:
+        return carry_out(job.dispatch, _of(job), job.info, self._result_bytes_max)
+
+    async def _run_async(self, job: _Job) -> None:
+        activity = _of(job)
+        try:
+            with running_as(job.info):
+                bound = activity.decode_arguments(job.dispatch.arguments)
+                record = _result(job.dispatch, activity, await activity.function(*bound.args, **bound.kwargs), self._result_bytes_max)
+        except BaseException as error:
+            record = _failure(job.dispatch, error)
+        self._answer(job, record)
+
+    # -- the answer ------------------------------------------------------------------------------------------------
+    def _answer(self, job: _Job, record: bytes) -> None:
+        """Deliver, once; nobody needs it any more if the call was cancelled."""
+        with self._changed:
+            needed = not job.answered and job.cancelled_at == float("inf")
+            job.answered = True
+        if needed:
+            self._send(job, record)
+        else:
+            self._finished(job)
+
+    def _send(self, job: _Job, record: bytes) -> None:
+        def done(refused: str | None) -> None:
+            if refused is None:
+                self._finished(job)
+            else:
+                error = ActivityError(f"the log does not take the result of activity {job.dispatch.name}: {refused}", "ResultTooLarge", final=True)
+                self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error), lambda _: self._finished(job))
+
+        try:
+            self._deliver(job.partition, job.dispatch.workflow_id.encode(), record, done)
+        except Exception as error:  # the engine is ending; the call lies in the store still
+            if not self._closed:
+                self._on_log(f"the result of {job} could not be delivered: {error}")
+            self._finished(job)
+
+    def _finished(self, job: _Job) -> None:
+        with self._changed:
+            if job.behind:
+                job.behind = False
+                self._behind -= 1
+            self._free(job)
+            self._start()
+
+    def _free(self, job: _Job) -> None:
+        if not job.freed:
+            job.freed = True
+            self._running -= 1
+            if self._jobs.get(job.id) is job:
+                del self._jobs[job.id]
+            self._changed.notify_all()
+
+    # -- what does not end -----------------------------------------------------------------------------------------
+    def _cancel(self, job: _Job) -> None:
+        if job.cancelled_at == float("inf"):
+            job.cancelled_at = time.monotonic()
+            job.info.cancel()
+            self._loops.cancel(job)
+
+    def _look(self, now: float) -> None:
+        """Activities over their time are answered for; the slots of cancelled ones that go on are given to others."""
+        for job in [job for job in self._jobs.values() if job.activity is not None]:
+            if now > job.deadline and not job.answered:
+                job.answered, job.deadline = True, float("inf")
+                error = ActivityError(f"{job} had no result within {self._limit_s:g} s (activity_limit_s; set @kw.activity(timeout=...) for a limit of its own)", "Timeout")
+                self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error), lambda _: None)
+                self._cancel(job)
+            elif now - job.cancelled_at > _LEFT_BEHIND_S and not job.freed:
+                job.behind = True
+                self._behind += 1
+                full = f"; {self._behind} do so, and no more are started until one ends or the engine is restarted" if self._behind >= _LEFT_BEHIND_MAX else "; another takes its slot"
+                self._on_log(f"{job} goes on although nobody waits for it{_place(job.thread)}{full}")
+                self._free(job)
+        self._loops.look(now)
+
+
+def _of(job: _Job) -> Activity[Any, Any]:
+    if job.activity is None:
+        raise KwflowBug(f"{job} runs without an activity")
+    return job.activity
+
+
+def info_of(item: Dispatch) -> ActivityInfo:
+    return ActivityInfo(item.name, item.workflow_id, item.attempt, f"{item.workflow_id}|{item.key}")
+
+
+def carry_out(item: Dispatch, activity: Activity[Any, Any], info: ActivityInfo, bytes_max: int, function: Callable[..., Any] | None = None) -> bytes:
+    """Call it (or `function` in its place) and make the record that answers; whatever it raises is in there."""
+    try:
+        with running_as(info):
+            bound = activity.decode_arguments(item.arguments)
+            return _result(item, activity, (function or activity.function)(*bound.args, **bound.kwargs), bytes_max)
+    except BaseException as error:  # SystemExit too: it ends the activity, not the engine
+        return _failure(item, error)
+
+
+def _result(item: Dispatch, activity: Activity[Any, Any], value: Any, bytes_max: int) -> bytes:
+    if inspect.iscoroutine(value):
+        value.close()
+        raise ActivityError(f"activity {activity.name} returned a coroutine; declare it with `async def`", "BadResult", final=True)
+    encoded = activity.encode_result(value)
+    if len(encoded) > bytes_max:
+        raise ActivityError(f"the result of activity {activity.name} has {len(encoded)} bytes, more than activity_bytes_max = {bytes_max}; return a reference to it", "ResultTooLarge", final=True)
+    return b'{"ref":' + wire.json_dumps(item.ref) + b',"value":' + encoded + b"}"
+
+
+def _failure(item: Dispatch, error: BaseException) -> bytes:
+    return wire.json_dumps({"ref": item.ref, "error": failure_payload(error)})
+
+
+def _place(thread: threading.Thread | None) -> str:
+    """Where a thread is, for a log line."""
+    frame = sys._current_frames().get(thread.ident or 0) if thread is not None else None
+    if frame is None:
+        return ""
+    last = traceback.extract_stack(frame)[-1]
+    return f", in {last.name} ({last.filename}:{last.lineno})"
+
+
+class _Threads:
+    """Threads for calls that may never end: they die with the process, and none is made while an idle one is there."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0
+        self._closed = False
+
+    def run(self, call: Callable[[], None]) -> None:
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+                self._calls.put(call)
+                return
+        threading.Thread(target=self._work, args=(call,), name="kwflow-activity", daemon=True).start()
+
+    def _work(self, call: Callable[[], None] | None) -> None:
+        while call is not None:
+            call()
+            with self._lock:
+                if self._closed:
+                    return
+                self._idle += 1
+            call = self._calls.get()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for _ in range(self._idle):
+                self._calls.put(None)
+            self._idle = 0
+
+
+class _Loop(threading.Thread):
+    """An event loop on a thread of its own."""
+
+    def __init__(self, on_log: Callable[[str], None]) -> None:
+        super().__init__(name="kwflow-activity-loop", daemon=True)
+        self.loop = asyncio.new_event_loop()
+        self.beat = time.monotonic()
+        self.asked = False
+        self.closing = False
+        self._on_log = on_log
+        self.start()
+
+    def run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        while not self.closing:
+            try:
+                self.loop.run_forever()
+            except BaseException as error:  # SystemExit of a task that an activity left behind
+                self._on_log(f"a task that an activity started ended with {type(error).__name__}: {error}")
+
+    def stop(self) -> None:
+        self.closing = True
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+class _Loops:
+    """The loop for `async def`, made when needed; one that an activity blocks is left to it and another takes its place."""
+
+    def __init__(self, on_log: Callable[[str], None]) -> None:
+        self._on_log = on_log
+        self._thread: _Loop | None = None
+
+    def run(self, job: _Job, call: Callable[[_Job], Any], never_begun: Callable[[_Job], None]) -> None:
+        thread = self._thread = self._thread or _Loop(self._on_log)
+        job.thread, job.loop = thread, thread.loop
+
+        def begin() -> None:
+            job.task = thread.loop.create_task(call(job), context=contextvars.Context())
+            job.task.add_done_callback(lambda _: None if job.answered else never_begun(job))  # cancelled before its first line
+            if job.info.cancelled:
+                job.task.cancel()
+
+        thread.loop.call_soon_threadsafe(begin)
+
+    def cancel(self, job: _Job) -> None:
+        if job.loop is not None:
+            job.loop.call_soon_threadsafe(lambda: job.task.cancel() if job.task is not None else None)
+
+    def look(self, now: float) -> None:
+        thread = self._thread
+        if thread is None:
+            return
+        if not thread.asked:
+            thread.asked, thread.beat = True, now
+
+            def answer() -> None:
+                thread.asked = False
+
+            thread.loop.call_soon_threadsafe(answer)
+        elif now - thread.beat > _STUCK_S:
+            self._on_log(f"an async activity blocks the event loop for {now - thread.beat:.0f} s{_place(thread)}; use await, or a plain def; others get a new loop")
+            self._thread = None
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.stop()

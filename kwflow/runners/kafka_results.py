@@ -1,0 +1,75 @@
+"""Results of activities into the input topic: idempotent, outside any transaction (M6.3).
+
+A result may be written twice or by a former owner; the ref it answers is gone then, and it is ignored.  So this
+producer needs no fencing, and one that broke is replaced and its records are written again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from confluent_kafka import KafkaError, Message
+
+from kwflow.config import Config
+from kwflow.runners.environment import Environment, Producer
+from kwflow.runners.topics import client_config
+
+__all__ = ["Results"]
+
+_REFUSED = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_RECORD, KafkaError.TOPIC_AUTHORIZATION_FAILED}
+_POLL_S = 0.1
+
+
+class Results:
+    """A producer that is made with the first result, and the thread that serves its delivery reports."""
+
+    def __init__(self, config: Config, topic: str, environment: Environment) -> None:
+        self.config = config
+        self.topic = topic
+        self.environment = environment
+        self._lock = threading.Lock()
+        self._producer: Producer | None = None
+        self._closed = False
+
+    def deliver(self, _partition: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
+        """Produce until the broker has it or refuses it for good.  Raises KafkaException when this one record cannot even be queued."""
+        producer = self._current()
+
+        def delivered(error: KafkaError | None, _message: Message) -> None:
+            if error is None:
+                done(None)
+            elif error.code() in _REFUSED:
+                done(error.str())
+            elif not self._closed:
+                self._replace(producer if error.fatal() else None)
+                self.deliver(_partition, key, value, done)
+
+        while True:
+            try:
+                producer.produce(self.topic, value, key, on_delivery=delivered)
+                return
+            except BufferError:
+                self.environment.sleep(_POLL_S)
+
+    def _current(self) -> Producer:
+        with self._lock:
+            if self._producer is None:
+                self._producer = self.environment.producer(
+                    client_config(self.config, partitioner="murmur2_random", enable_idempotence=True, linger_ms=2, message_timeout_ms=0, message_max_bytes=self.config.value_bytes_max)
+                )
+                threading.Thread(target=self._serve, args=(self._producer,), name="kwflow-results", daemon=True).start()
+            return self._producer
+
+    def _replace(self, broken: Producer | None) -> None:
+        with self._lock:
+            if broken is not None and self._producer is broken:
+                self._producer = None
+
+    def _serve(self, producer: Producer) -> None:
+        while not self._closed and self._producer is producer:
+            producer.poll(_POLL_S)
+
+    def close(self) -> None:
+        """What is not delivered yet stays with the calls that lie in the store."""
+        self._closed = True

@@ -1,0 +1,263 @@
+"""Calls of activities as a workflow meets them (M6), each step through real snapshots."""
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+
+import kwflow as kw
+from kwflow import activities, durable
+from kwflow.core import snapshot
+from kwflow.core.dispatch import PREFIX
+from kwflow.testing import HANGS, WorkflowTester
+
+_count = itertools.count()
+HEAD = "import dataclasses\nimport kwflow as kw\ndef activity(**options):\n    return kw.activity(name=__name__ + '.work', **options)\n"
+
+
+def run(body: str, options: Any = None, fake: Any = None) -> WorkflowTester:
+    """A started tester for a module with this text, whose one activity is `work`."""
+    name = f"activity_case_{next(_count)}"
+    module = durable.load_source(name, HEAD + body, f"{name}.py")
+    tester = WorkflowTester(module.main)
+    if fake is not None:
+        tester.fake(f"{name}.work", fake)
+    tester.start("w", options)
+    return tester
+
+
+def error(tester: WorkflowTester) -> Any:
+    return tester.values("workflow-error")[-1]
+
+
+def entries(tester: WorkflowTester) -> int:
+    """Calls that lie in the store."""
+    return sum(key.startswith(PREFIX) for key in tester.state.entries)
+
+
+WORK = "@activity()\ndef work(x):\n    return x + 1\n"
+
+
+def fails(*errors: BaseException) -> Any:
+    """Raises these, one a call, then returns its argument."""
+    left = list(errors)
+
+    def fake(x):
+        if left:
+            raise left.pop(0)
+        return x
+
+    return fake
+
+
+def test_a_call_is_started_after_the_step_and_its_result_is_what_the_yield_gives() -> None:
+    """M6.1, M6.2."""
+    w = run(WORK + "def main(o):\n    return (yield work(o)) * 10", 4)
+    assert w.result("w") == 50
+    assert entries(w) == 0
+
+
+def test_a_call_begins_when_it_is_made_like_every_wait() -> None:
+    """Semantics §1.1: a list of calls runs at the same time."""
+    w = run(WORK + "def main(o):\n    a, b = work(1), work(2)\n    yield kw.suspend('gate')\n    return [(yield b), (yield a)]")
+    assert [call.arguments for call in w.calls] == [{"x": 1}, {"x": 2}]
+    w.resume("w", "gate")
+    assert w.result("w") == [3, 2]
+
+
+def test_all_of_them_run_together_and_the_first_error_of_all_cancels_the_rest() -> None:
+    w = run(WORK + "def main(o):\n    return (yield kw.all([work(n) for n in range(5)]))")
+    assert w.result("w") == [1, 2, 3, 4, 5]
+
+
+def test_yield_from_and_async_activities_work_too() -> None:
+    """Semantics §1.4."""
+    w = run("@activity()\nasync def work(x):\n    return x + 1\ndef main(o):\n    return (yield from work(o))", 1)
+    assert w.result("w") == 2
+
+
+def test_the_header_tells_name_attempt_and_the_line_of_the_author_who_waits() -> None:
+    w = run(WORK + "def main(o):\n    return (yield work(1))", fake=lambda x: HANGS)
+    [wait] = w.header("w")["waits"]
+    assert (wait["kind"], wait["name"], wait["attempt"], wait["function"], wait["line"]) == ("activity", w.calls[0].activity, 1, "main", 9)
+    assert entries(w) == 1
+
+
+# -- retries and time-outs -----------------------------------------------------------------------------------------------
+RETRYING = "@activity(retry=kw.Retry(max_attempts=3, first=10, factor=2, max=60, jitter=0))\ndef work(x):\n    return x\n"
+
+
+def test_a_failed_attempt_is_made_again_after_its_pause_with_the_same_arguments() -> None:
+    """M6.4: durable, so the pause is a timer like any other."""
+    w = run(RETRYING + "def main(o):\n    return (yield work(7))", fake=fails(ValueError("1"), SystemExit(2)))
+    assert [call.attempt for call in w.calls] == [1]
+    w.advance(9.9)
+    assert len(w.calls) == 1
+    w.advance(0.1)
+    assert len(w.calls) == 2
+    w.advance(20)
+    assert [call[2:] for call in w.calls] == [(1, {"x": 7}), (2, {"x": 7}), (3, {"x": 7})]
+    assert w.result("w") == 7
+
+
+def test_the_last_attempt_raises_activity_error_with_type_message_and_details() -> None:
+    """M6.3."""
+    body = "def main(o):\n    try:\n        yield work(7)\n    except kw.ActivityError as e:\n        return [str(e), e.type, e.details]"
+    w = run(RETRYING + body, fake=fails(*(kw.ActivityError("no line", "Busy", {"n": n}) for n in range(3))))
+    w.finish("w")
+    assert w.result("w") == ["no line", "Busy", {"n": 2}]
+
+
+def test_uncaught_it_is_the_error_record() -> None:
+    w = run("@activity(retry=kw.Retry(max_attempts=1))\ndef work(x):\n    raise KeyError('k')\ndef main(o):\n    yield work(1)")
+    assert error(w) == "ActivityError: 'k'"
+
+
+def test_a_business_error_passes_as_such_and_is_never_tried_again() -> None:
+    """M6.3."""
+    body = "def main(o):\n    try:\n        yield work(7)\n    except kw.BusinessError as e:\n        return [e.code, e.message, e.variables]"
+    w = run(RETRYING + body, fake=fails(kw.BusinessError("declined", "no funds", {"left": 3})))
+    assert w.result("w") == ["declined", "no funds", {"left": 3}]
+
+
+def test_an_error_that_is_final_is_not_tried_again() -> None:
+    w = run(RETRYING + "def main(o):\n    yield work(7)", fake=fails(kw.ActivityError("key revoked", "Auth", final=True)))
+    assert error(w) == "ActivityError: key revoked"
+
+
+LIMITED = "@activity(timeout=30, retry=kw.Retry(max_attempts=2, first=5, jitter=0))\ndef work(x):\n    return x\n"
+
+
+def test_an_attempt_over_its_time_is_made_again_and_its_late_answer_is_ignored() -> None:
+    """M6.4: a race of result and timer."""
+    answers = iter([HANGS, "second"])
+    w = run(LIMITED + "def main(o):\n    return (yield work(7))", fake=lambda x: next(answers))
+    [first, _timer] = w.waits("w")
+    w.advance(30)
+    assert entries(w) == 0
+    w.resume("w", first, "late")
+    assert w.counts[-1] == "unknown-ref"
+    w.advance(5)
+    assert w.result("w") == "second"
+
+
+def test_when_all_attempts_are_over_their_time_the_error_says_timeout() -> None:
+    w = run(LIMITED + "def main(o):\n    try:\n        yield work(7)\n    except kw.ActivityError as e:\n        return [str(e), e.type, kw.now().timestamp()]", fake=lambda x: HANGS)
+    begun = w.now_ms / 1000
+    w.finish("w")
+    message, kind, ended = w.result("w")
+    assert (kind, ended - begun) == ("Timeout", 65)
+    assert "had no result within 30 s" in message
+
+
+def test_retries_draw_no_chance_two_runs_pause_alike() -> None:
+    """Semantics §4.1: jitter is a hash of workflow id, ref and attempt."""
+    body = "@activity(retry=kw.Retry(jitter=1))\ndef work(x):\n    raise ValueError\ndef main(o):\n    yield kw.all([work(n) for n in range(20)])"
+    delays = []
+    for _ in range(2):
+        w = run(body)
+        delays.append([int(output.value or b"") for output in w.outputs if output.topic == "workflow-scheduler"])
+    assert delays[0] == delays[1]
+    assert len(set(delays[0])) > 10
+
+
+# -- cancelling ----------------------------------------------------------------------------------------------------------
+def test_a_cancelled_call_is_withdrawn_from_the_store_also_while_it_pauses() -> None:
+    w = run(RETRYING + "def main(o):\n    call = work(1)\n    yield kw.suspend('gate')\n    kw.cancel(call)\n    yield kw.suspend('end')", fake=lambda x: HANGS)
+    assert entries(w) == 1
+    w.resume("w", "gate")
+    assert (entries(w), w.waits("w")) == (0, ["end"])
+    w = run(RETRYING + "def main(o):\n    call = work(1)\n    yield kw.suspend('gate')\n    kw.cancel(call)\n    yield kw.suspend('end')", fake=fails(ValueError()))
+    w.resume("w", "gate")
+    assert w.waits("w") == ["end"]
+    assert w.outputs_to("workflow-scheduler") == ["10000", "0"]
+
+
+def test_a_call_made_and_cancelled_in_one_step_never_runs() -> None:
+    w = run(WORK + "def main(o):\n    yield kw.race([work(1), 'at once'])\n    yield kw.suspend('end')")
+    assert (w.calls, entries(w)) == ([], 0)
+
+
+def test_terminate_and_the_end_of_main_leave_no_call_behind() -> None:
+    """M3."""
+    w = run(WORK + "def main(o):\n    yield work(1)", fake=lambda x: HANGS)
+    assert (w.command("w", "terminate") or {})["status"] == "ok"
+    assert entries(w) == 0
+    w = run(WORK + "def main(o):\n    work(1)\n    yield 1\n    return 'done'", fake=lambda x: HANGS)
+    assert (w.result("w"), entries(w), w.header("w")) == ("done", 0, None)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------------
+def test_an_answer_that_somebody_else_sends_is_taken_as_one_and_a_strange_error_is_an_activity_error() -> None:
+    w = run("@activity(retry=kw.Retry(max_attempts=1))\ndef work(x):\n    return x\ndef main(o):\n    yield work(1)", fake=lambda x: HANGS)
+    w.resume("w", w.waits("w")[0], error="strange")
+    assert error(w).endswith("strange")
+
+
+def test_a_result_that_is_not_as_annotated_is_an_activity_error_at_the_yield() -> None:
+    w = run("@activity()\ndef work(x) -> int:\n    return x\ndef main(o):\n    try:\n        yield work(1)\n    except kw.ActivityError as e:\n        return e.type", fake=lambda x: "no int")
+    assert w.result("w") == "BadResult"
+
+
+def test_results_come_back_as_annotated() -> None:
+    points = "@dataclasses.dataclass\nclass P:\n    n: int\n@activity()\ndef work(p: P) -> list[P]:\n    return [p, P(p.n + 1)]\n"
+    w = run(points + "def main(o):\n    ps = yield work(P(1))\n    return [type(p).__name__ + str(p.n) for p in ps]")
+    assert w.result("w") == ["P1", "P2"]
+
+
+@pytest.mark.parametrize(("call", "said"), [
+    ("work()", "TypeError: missing a required argument: 'x'"),
+    ("work(object())", "UsageError: argument 'x' of activity .* cannot be sent: a value of class object needs an annotation"),
+    ("work('x' * 300_000)", "UsageError: the arguments of activity .* more than 256000 .limit activity_bytes_max."),
+])  # fmt: skip
+def test_wrong_arguments_are_an_error_at_the_call(call: str, said: str) -> None:
+    w = run(WORK + f"def main(o):\n    yield {call}")
+    assert re.match(said, error(w)), error(w)
+
+
+def test_a_workflow_whose_activity_is_gone_from_the_code_is_parked_and_goes_on_when_it_is_back() -> None:
+    """G10."""
+    w = run(WORK + "def main(o):\n    return (yield work(1))", fake=lambda x: HANGS)
+    [ref], name = w.waits("w"), w.calls[0].activity
+    kept = activities._activities.pop(name)
+    w.resume("w", ref, 5)
+    header = w.header("w")
+    assert header is not None
+    assert header["status"] == "parked"
+    assert f"no activity '{name}'" in header["parked"]["message"]
+    activities._activities[name] = kept
+    w.command("w", "retry")
+    assert w.result("w") == 5
+
+
+def test_activities_are_values_a_workflow_may_keep_over_a_yield() -> None:
+    """Saved by name: a dict of tools in a local."""
+    w = run(WORK + "def main(o):\n    tools = {'w': work}\n    yield kw.suspend('gate')\n    return (yield tools['w'](1))")
+    w.resume("w", "gate")
+    assert w.result("w") == 2
+
+
+def test_a_waiting_call_takes_few_bytes() -> None:
+    """Fan-out: 1,000 pending calls of one instance fit a snapshot by far."""
+    w = run(WORK + "def main(o):\n    yield kw.all([work(n) for n in range(1000)])", fake=lambda x: HANGS)
+    stored = w.state.get(b"w")
+    assert stored is not None
+    assert len(stored) < 500_000, len(stored)
+    assert entries(w) == 1000
+
+
+def test_an_activity_called_from_an_activity_is_the_plain_function() -> None:
+    """M6.1."""
+    w = run("@activity()\ndef work(x):\n    return x if x == 1 else work(1) + x\ndef main(o):\n    return (yield work(5))")
+    assert w.result("w") == 6
+
+
+def test_the_code_header_names_our_durable_module_beside_the_authors() -> None:
+    """Semantics §8: kwflow's own frames are units of their own module, so that neither pins the other."""
+    w = run(WORK + "def main(o):\n    yield work(1)", fake=lambda x: HANGS)
+    stored = w.state.get(b"w")
+    assert stored is not None
+    code = snapshot.read_header(stored)["code"]
+    assert set(code) == {w.calls[0].activity.removesuffix(".work"), "kwflow.flows.attempts1"}
+    assert list(code["kwflow.flows.attempts1"]["units"]) == ["attempts"]

@@ -1,0 +1,367 @@
+"""The executor of activities, with real threads and a real event loop: whatever an activity does, it ends as a record and the next one runs."""
+
+import asyncio
+import itertools
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+import kwflow as kw
+from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
+from kwflow.runners import dispatch
+from kwflow.runners.dispatch import Dispatcher
+from kwflow.runners.embedded import Embedded, stored
+from kwflow.testing import MemoryStore
+
+_names = itertools.count()
+
+
+class Engine:
+    """What surrounds a dispatcher: a store, commits, and a log of answers."""
+
+    def __init__(self, concurrency: int = 4, limit_s: float = 600.0) -> None:
+        self.store = MemoryStore()
+        self.records: dict[str, Any] = {}  # workflow id -> the answer
+        self.lines: list[str] = []
+        self.refuse: Callable[[bytes], str | None] = lambda value: None
+        self.dispatcher = Dispatcher(self.deliver, self.lines.append, concurrency, limit_s, 10_000)
+
+    def deliver(self, partition: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
+        refused = self.refuse(value)
+        if refused is None:
+            assert key.decode() not in self.records, "answered twice"
+            self.records[key.decode()] = msgspec.json.decode(value)
+        done(refused)
+
+    def start(self, activity: Any, *args: Any, id: str = "w", ref: str = "0:1") -> Dispatch:
+        return self.commit(Dispatch(id, ref, activity.name, 1, ref, activity.encode_arguments(args, {})))
+
+    def commit(self, item: Dispatch) -> Dispatch:
+        self.store.apply({state_key(item.workflow_id, item.ref): encode(item)})
+        self.dispatcher.committed(0, [item])
+        return item
+
+    def withdraw(self, item: Dispatch) -> None:
+        self.store.apply({state_key(item.workflow_id, item.ref): None})
+        self.dispatcher.committed(0, [Withdraw(item.workflow_id, item.ref)])
+
+    def until(self, found: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 20
+        while not found():
+            assert time.monotonic() < deadline, (self.records, self.lines)
+            self.dispatcher.turn()
+            time.sleep(0.001)
+
+    def answer(self, id: str = "w") -> Any:
+        self.until(lambda: id in self.records)
+        return self.records[id]
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = Engine()
+    engine.dispatcher.own(0, engine.store)
+    yield engine
+    engine.dispatcher.close()
+
+
+def make(function: Any, **options: Any) -> Any:
+    return kw.activity(name=f"dispatch-{next(_names)}", **options)(function)
+
+
+def test_a_def_and_an_async_def_answer_with_their_result(engine: Engine) -> None:
+    """M6.2, M6.3."""
+
+    async def later(x):
+        await asyncio.sleep(0)
+        return x + 1
+
+    engine.start(make(lambda x: x * 2), 4, id="a")
+    engine.start(make(later), 4, id="b")
+    assert engine.answer("a") == {"ref": "0:1", "value": 8}
+    assert engine.answer("b") == {"ref": "0:1", "value": 5}
+
+
+def test_an_activity_knows_its_workflow_attempt_and_key(engine: Engine) -> None:
+    """M6.4."""
+
+    def who():
+        info = kw.activity_info()
+        return [info.workflow_id, info.attempt, info.idempotency_key]
+
+    async def later():
+        return who()
+
+    for id, function in (("a", who), ("b", later)):
+        activity = make(function)
+        engine.commit(Dispatch(id, "9:2", activity.name, 3, "5:1", b"{}"))
+        assert engine.answer(id)["value"] == [id, 3, f"{id}|5:1"]
+
+
+def _returns_object():
+    return object()
+
+
+def _exits():
+    raise SystemExit(3)
+
+
+async def _exits_async():
+    raise SystemExit(3)
+
+
+def _interrupts():
+    raise KeyboardInterrupt
+
+
+async def _cancels_itself():
+    raise asyncio.CancelledError
+
+
+def _large():
+    return "x" * 20_000
+
+
+def _coroutine():
+    return asyncio.sleep(0)
+
+
+def _stops():
+    raise StopIteration(1)
+
+
+async def _leaves_a_bomb():
+    async def bomb():
+        raise SystemExit(9)
+
+    asyncio.get_running_loop().create_task(bomb())
+    await asyncio.sleep(0)
+    return "fine"
+
+
+@pytest.mark.parametrize(("function", "type_name", "final"), [
+    (_exits, "SystemExit", False), (_exits_async, "SystemExit", False), (_interrupts, "KeyboardInterrupt", False), (_cancels_itself, "CancelledError", False),
+    (_stops, "StopIteration", False), (_returns_object, "BadResult", True), (_coroutine, "BadResult", True), (_large, "ResultTooLarge", True),
+])  # fmt: skip
+def test_whatever_an_activity_does_it_ends_as_an_error_record_and_the_next_one_runs(engine: Engine, function: Any, type_name: str, final: bool) -> None:
+    """A BaseException would end a thread, and SystemExit an event loop."""
+    engine.start(make(function), id="bad")
+    error = engine.answer("bad")["error"]
+    assert (error["kind"], error["type"], error["final"]) == ("activity", type_name, final)
+    engine.start(make(lambda: "fine"), id="after")
+    assert engine.answer("after")["value"] == "fine"
+
+
+def test_a_task_that_an_activity_left_behind_does_not_end_the_event_loop(engine: Engine) -> None:
+    engine.start(make(_leaves_a_bomb), id="bad")
+
+    async def fine():
+        return "fine"
+
+    engine.start(make(fine), id="after")
+    assert engine.answer("after")["value"] == "fine"
+
+
+def test_an_activity_over_the_limit_is_answered_for_and_told(engine: Engine) -> None:
+    """One that hangs ends as a clear error at the yield."""
+    engine.dispatcher.close()
+    engine = Engine(limit_s=0.05)
+    engine.dispatcher.own(0, engine.store)
+    told = threading.Event()
+
+    def hangs():
+        while not kw.activity_info().wait_cancelled(0.01):
+            continue
+        told.set()
+
+    async def hangs_async():
+        await asyncio.Event().wait()
+
+    for id, function in (("a", hangs), ("b", hangs_async)):
+        engine.start(make(function), id=id)
+        error = engine.answer(id)["error"]
+        assert error["type"] == "Timeout"
+        assert "activity_limit_s" in error["message"]
+    assert told.wait(10)
+    engine.until(lambda: engine.dispatcher.busy == 0)
+    engine.dispatcher.close()
+
+
+def test_the_slot_of_an_activity_that_ignores_its_cancellation_goes_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_LEFT_BEHIND_S", 0.05)
+    engine = Engine(concurrency=1)
+    engine.dispatcher.own(0, engine.store)
+    gate = threading.Event()
+    hung = engine.start(make(lambda: gate.wait()), id="hung", ref="0:1")
+    engine.start(make(lambda: "ran"), id="next", ref="1:1")
+    engine.withdraw(hung)
+    assert engine.answer("next")["value"] == "ran"
+    assert any("goes on although nobody waits for it, in " in line for line in engine.lines)
+    gate.set()
+    engine.until(lambda: engine.dispatcher._behind == 0)
+    assert "hung" not in engine.records
+    engine.dispatcher.close()
+
+
+def test_an_async_activity_that_blocks_the_loop_is_named_and_others_get_a_new_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_STUCK_S", 0.05)
+    gate, began = threading.Event(), threading.Event()
+
+    async def blocks():
+        began.set()
+        gate.wait()
+
+    async def fine():
+        return "fine"
+
+    engine.start(make(blocks), id="blocks")
+    assert began.wait(10)
+    engine.until(lambda: any("blocks the event loop" in line and "blocks (" in line or "wait (" in line for line in engine.lines))
+    engine.start(make(fine), id="fine")
+    assert engine.answer("fine")["value"] == "fine"
+    gate.set()
+    engine.answer("blocks")
+
+
+def test_withdrawn_calls_are_not_begun_and_running_ones_are_told(engine: Engine) -> None:
+    """M6.4."""
+    gate, began, cancelled = threading.Event(), threading.Event(), threading.Event()
+    blockers = [engine.start(make(lambda: gate.wait()), id=f"b{n}", ref=f"{n}:1") for n in range(3)]
+
+    async def patient():
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    running = engine.start(make(patient), id="r", ref="3:1")
+    ran: list[int] = []
+    waiting = engine.start(make(lambda: ran.append(1)), id="q", ref="4:1")
+    assert began.wait(10)
+    engine.withdraw(waiting)
+    engine.withdraw(running)
+    assert cancelled.wait(10)
+    gate.set()
+    for blocker in blockers:
+        engine.answer(blocker.workflow_id)
+    engine.until(lambda: engine.dispatcher.busy == 0)
+    assert ran == []
+    assert not {"q", "r"} & engine.records.keys()
+
+
+def test_an_async_call_withdrawn_before_its_first_line_gives_its_slot_back(engine: Engine) -> None:
+    async def never(): ...
+
+    activity = make(never)
+    for n in range(50):
+        engine.withdraw(engine.start(activity, id=f"w{n}", ref=f"{n}:1"))
+    engine.until(lambda: engine.dispatcher.busy == 0 and engine.dispatcher._running == 0)
+
+
+def test_ten_thousand_waiting_calls_stay_in_the_store_and_run_in_order_at_most_so_many_at_a_time(tmp_path: pathlib.Path) -> None:
+    """M6.2: the queue does not grow in memory."""
+    engine, held = Engine(concurrency=8), Embedded(tmp_path, sync=False)
+    store = stored(held.db, "calls")
+    engine.dispatcher.own(0, store)
+    lock, order, now, most = threading.Lock(), [], [0], [0]
+
+    def work(n):
+        with lock:
+            order.append(n)
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        with lock:
+            now[0] -= 1
+
+    activity = make(work)
+    items = [Dispatch(f"w{n % 100}", f"{n}:1", activity.name, 1, f"{n}:1", activity.encode_arguments((n,), {})) for n in range(10_000)]
+    for item in items:
+        held.db[store.prefix + state_key(item.workflow_id, item.ref)] = encode(item)
+    engine.deliver = lambda partition, key, value, done: done(None)  # type: ignore[method-assign]
+    engine.dispatcher._deliver = engine.deliver
+    engine.dispatcher.committed(0, items)
+    assert engine.dispatcher.busy <= 16
+    while len(order) < 10_000:
+        engine.dispatcher.turn()
+        assert engine.dispatcher.busy <= 16
+    assert most[0] <= 8
+    assert sorted(order) == list(range(10_000))
+    assert all(abs(n - place) < 100 for place, n in enumerate(order)), "oldest first"
+    engine.dispatcher.close()
+    held.close()
+
+
+def test_a_new_owner_begins_what_lies_in_the_store_and_a_former_one_begins_nothing_more() -> None:
+    """M6.5."""
+    first, gate, began = Engine(concurrency=1), threading.Event(), threading.Event()
+    first.dispatcher.own(0, first.store)
+    activity = make(lambda: (began.set(), gate.wait()) and "done")
+    for n in range(3):
+        first.start(activity, id=f"w{n}", ref=f"{n}:1")
+    assert began.wait(10)
+    first.dispatcher.disown(0)
+    second = Engine(concurrency=1)
+    second.store = first.store
+    second.dispatcher.own(0, second.store)
+    gate.set()
+    for n in range(3):
+        assert second.answer(f"w{n}")["value"] == "done"
+    first.until(lambda: first.dispatcher.busy == 0)
+    assert set(first.records) == {"w0"}, "what ran when the partition went may still answer: late or repeated answers are ignored"
+
+
+def test_what_runs_may_end_within_the_grace_period(engine: Engine) -> None:
+    """M6.5."""
+    began = threading.Event()
+
+    def slow():
+        began.set()
+        time.sleep(0.05)
+        return "done"
+
+    engine.start(make(slow))
+    assert began.wait(10)
+    engine.dispatcher.disown(0, 20)
+    assert engine.records["w"]["value"] == "done"
+
+
+def test_a_call_of_an_activity_that_is_not_here_waits_in_the_store_and_is_said_once(engine: Engine) -> None:
+    """G10: nothing is lost when an engine with other code owns the partition for a while."""
+    for n in range(3):
+        engine.commit(Dispatch("w", f"{n}:1", "nowhere", 1, f"{n}:1", b"{}"))
+    assert [line for line in engine.lines if "no activity 'nowhere'" in line] == engine.lines
+    assert len(engine.lines) == 1
+    assert len(engine.store.entries) == 3
+    assert engine.dispatcher.busy == 0
+
+
+def test_a_result_that_the_log_refuses_is_answered_with_the_reason(engine: Engine) -> None:
+    """K11: the broker may take less than we do."""
+    engine.refuse = lambda value: "message too large" if b"value" in value else None
+    engine.start(make(lambda: "result"))
+    error = engine.answer()["error"]
+    assert error["type"] == "ResultTooLarge"
+    assert "message too large" in error["message"]
+
+
+def test_context_variables_of_one_call_are_not_seen_by_the_next(engine: Engine) -> None:
+    import contextvars
+
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="clean")
+
+    def stains():
+        before = variable.get()
+        variable.set("stained")
+        return before
+
+    activity = make(stains)
+    for n in range(5):
+        engine.start(activity, id=f"w{n}", ref=f"{n}:1")
+        assert engine.answer(f"w{n}")["value"] == "clean"
