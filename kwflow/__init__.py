@@ -8,9 +8,9 @@ from importlib import import_module
 from kwflow import errors as _errors
 
 _API = (
-    "Activity", "ActivityInfo", "Awaitable", "Gen", "Inbox", "Retry", "Suspension", "Task", "Update", "activity", "activity_info", "all", "cancel",
+    "Activity", "ActivityInfo", "Awaitable", "Child", "Gen", "Inbox", "Retry", "Suspension", "Task", "Update", "activity", "activity_info", "all", "cancel",
     "declare_topics", "declared_topics", "log", "now", "on_update", "output", "output_json", "race", "registered_activities", "registered_workflows",
-    "reply", "set_status", "shield", "signals", "sleep", "spawn", "step_id", "suspend", "timeout", "wait_signal", "workflow", "workflow_id",
+    "reply", "set_status", "shield", "signals", "sleep", "spawn", "start_child", "step_id", "suspend", "timeout", "wait_signal", "workflow", "workflow_id",
 )  # fmt: skip
 __version__ = "0.1.0"
 __all__ = sorted([*_API, *_errors.__all__])  # noqa: PLE0605

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 from kwflow.activities import Activity, ActivityInfo, Retry, activity, activity_info, find_activity, registered_activities
-from kwflow.core import messages, wire
+from kwflow.core import children, messages, wire
+from kwflow.core.children import Child
 from kwflow.core.current import current, in_step
 from kwflow.core.mailbox import Inbox, Update
 from kwflow.core.tasks import Awaitable, Suspension, Task
@@ -21,6 +22,7 @@ __all__ = [
     "Activity",
     "ActivityInfo",
     "Awaitable",
+    "Child",
     "Gen",
     "Inbox",
     "Retry",
@@ -48,6 +50,7 @@ __all__ = [
     "signals",
     "sleep",
     "spawn",
+    "start_child",
     "step_id",
     "suspend",
     "timeout",
@@ -101,6 +104,19 @@ def timeout(x: object, delay: timedelta | float) -> Awaitable:
 def shield(x: object) -> Awaitable:
     """x; a cancel of the waiter is held back until x has settled, and raised then."""
     return current().shield(x)
+
+
+@overload
+def start_child(workflow: str | Callable[..., Any], input: object = None, *, id: str | None = None, parent_close: str = "cancel", detach: Literal[False] = False) -> Child: ...
+@overload
+def start_child(workflow: str | Callable[..., Any], input: object = None, *, id: str | None = None, parent_close: str = "cancel", detach: Literal[True]) -> str: ...
+def start_child(workflow: str | Callable[..., Any], input: object = None, *, id: str | None = None, parent_close: str = "cancel", detach: bool = False) -> Child | str:
+    """Start another workflow by name or function; `yield` gives its result or raises ChildError (M5).
+
+    `id` defaults to `<this id>/<ref>`.  When this workflow ends or stops waiting, the child is told what `parent_close` says:
+    cancel, terminate, or nothing (abandon).  With `detach=True` nobody waits, and the id is returned.
+    """
+    return children.start(current(), workflow, input, id, parent_close, detach)
 
 
 def wait_signal(name: str) -> Awaitable:

@@ -7,6 +7,7 @@
     │   ├ UnknownWorkflowError  no workflow of that name is registered
     │   ├ StuckError            nothing is left that could wake the workflow (G9)
     │   └ WorkflowError         an error that came in with a record; carries its JSON payload
+    │       └ ChildError            a child workflow ended without a result, or did not start
     ├ ProtocolError         the record: dead-letter it and go on
     ├ SnapshotError         stored state: park the instance
     │   ├ CodeChangedError
@@ -26,6 +27,7 @@ __all__ = [
     "BusinessError",
     "CancelToken",
     "Cancelled",
+    "ChildError",
     "CodeChangedError",
     "CorruptSnapshotError",
     "FencedError",
@@ -85,6 +87,23 @@ class WorkflowError(UsageError):
     def __init__(self, payload: object = None) -> None:
         super().__init__(payload)
         self.payload = payload
+
+
+class ChildError(WorkflowError):
+    """A child workflow has no result.
+
+    `outcome` is error, cancelled, terminated, or why it did not start (exists, unknown_workflow, discarded ...); `error`
+    is the JSON value of its error record, or a text; `id` is the child's.
+    """
+
+    def __init__(self, payload: dict[str, object]) -> None:
+        super().__init__(payload)
+        self.id = str(payload.get("id"))
+        self.outcome = str(payload.get("outcome"))
+        self.error = payload.get("error")
+
+    def __str__(self) -> str:
+        return f"child {self.id}: {self.outcome}: {self.error}"
 
 
 class ProtocolError(KwflowError):

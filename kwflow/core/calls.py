@@ -104,10 +104,19 @@ class Calls:
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
             raise UsageError(f"a delay is a timedelta or a number of seconds, not {delay!r}")
         delay_ms = max(1, math.ceil(round(seconds * 1000, 6)))  # never 0: on the scheduler topic 0 means cancel
-        timer = self.register(Timer(self.next_id(), self.record.timestamp_ms, delay_ms))
+        timer = Timer(self.next_id(), self.record.timestamp_ms, delay_ms)
         due = ("kwflow-due-ms", str(self.context.received_ms + delay_ms).encode())
-        self.emit(self.context.topics.scheduler, self.timer_key(timer), str(delay_ms).encode(), (*self.travelling, due))
-        return timer
+        return self.request(timer, self.context.topics.scheduler, self.timer_key(timer), str(delay_ms).encode(), (*self.travelling, due))
+
+    def request(self, wait: _Wait, topic: str, key: bytes, value: bytes, headers: wire.Headers) -> _Wait:
+        """A wait and the record that asks for its answer, or neither."""
+        self.register(wait)
+        try:
+            self.emit(topic, key, value, headers)
+        except BaseException:
+            del self.instance.waits[wait.ref]
+            raise
+        return wait
 
     def activity(self, name: str, arguments: bytes, attempt: int, key: str) -> ActivityWait:
         """A wait for one attempt of an activity, which is started after the commit; `key` is the first attempt's ref, "" for the first (M6.2)."""

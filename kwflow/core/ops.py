@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from kwflow.core import outcomes, wire
+from kwflow.core import children, outcomes, wire
 from kwflow.core.calls import timer_key
 from kwflow.core.contract import Topics
 from kwflow.core.dispatch import Withdraw
@@ -47,7 +47,13 @@ def _activity(header: dict[str, Any], wait: dict[str, Any], record: Record, topi
     return [], [Withdraw(header["id"], wait["ref"])]
 
 
-TELL: dict[str, Callable[[dict[str, Any], dict[str, Any], Record, Topics], tuple[list[Output], list[object]]]] = {"activity": _activity, "timer": _timer}  # who works for a wait, by its kind
+def _child(header: dict[str, Any], wait: dict[str, Any], record: Record, topics: Topics) -> tuple[list[Output], list[object]]:
+    return children.left_header(header, wait, record, topics.resume), []
+
+
+TELL: dict[str, Callable[[dict[str, Any], dict[str, Any], Record, Topics], tuple[list[Output], list[object]]]] = {
+    "activity": _activity, "child": _child, "timer": _timer,
+}  # fmt: skip  # who works for a wait, by its kind
 
 
 def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topics) -> Closing:
@@ -72,5 +78,7 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
                 ("kwflow-failure-type", b"Terminated"), ("kwflow-outcome", b"terminated"),
             )  # fmt: skip
             outputs.append(Output(topics.error, header["id"].encode(), value, headers, record.timestamp_ms))
+        if "parent" in header:
+            outputs.append(children.answer(header["parent"], header["id"], "terminated", value, topics.resume, len(value) + 10_000, record.timestamp_ms))
         kept["outcome"] = outcomes.kept("terminated", value)
     return Closing(tuple(outputs), tuple(dispatch), tuple(replies), {**kept, "ended": record.timestamp_ms})

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from kwflow.core.children import Child
 from kwflow.core.instance import Instance
 from kwflow.core.mailbox import SignalWait, UpdateWait
 from kwflow.core.tasks import ActivityWait, All, Awaitable, Race, Shield, Suspension, Task, Timeout, Timer
@@ -33,7 +34,7 @@ _CHECKSUM_BYTES = 32
 _VERSION = 1
 _KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked", "key"}
 
-for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield, SignalWait, UpdateWait, ActivityWait)):  # the order is part of the format
+for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield, SignalWait, UpdateWait, ActivityWait, Child)):  # the order is part of the format
     codec.register_class(_tag, _class)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from kwflow.core import messages, ops, outcomes, wire
+from kwflow.core import children, messages, ops, outcomes, wire
 from kwflow.core.calls import Calls
 from kwflow.core.contract import Context, Ended, Keep, Save, Transition
 from kwflow.core.current import in_step, slot
@@ -31,6 +31,7 @@ __all__ = ["Step", "step"]
 _TELL: dict[str, Callable[[Calls, Any], None]] = {  # who works for a wait outside, by its kind; told when it is cancelled
     "activity": lambda calls, wait: calls.dispatch.append(Withdraw(calls.instance.id, wait.ref)),
     "timer": lambda calls, timer: calls.write(calls.context.topics.scheduler, calls.timer_key(timer), b"0", calls.travelling),
+    "child": children.left,
 }
 _STUCK_MAX = 100  # a main that catches StuckError and waits for nothing again would loop in the step for ever
 
@@ -51,7 +52,7 @@ def step(instance: Instance | None, record: Record, context: Context) -> Transit
             return _start(name, message, record, context)
         if _restarts(message, context) and wire.short_header(record, "kwflow-start-id") != instance.start_id:
             return _restart(instance, message, record, context)
-        return _known(instance.start_id, record, address)
+        return _known(instance.start_id, record, address, context)
     if isinstance(message, wire.Command):
         return _command(name, instance, message, record, context)
     wait = instance.waits.get(message.ref) if instance is not None and message.ref is not None else None
@@ -75,11 +76,12 @@ def _applied(instance: Instance, record: Record, context: Context) -> bool:
     return last is not None and last[:2] == (context.incarnation, record.partition) and record.offset <= last[2]
 
 
-def _known(start_id: str, record: Record, address: wire.Address | None) -> Transition:
-    """A start of an id that runs changes nothing (G5); its sender is told whether it is this very start."""
+def _known(start_id: str, record: Record, address: wire.Address | None, context: Context) -> Transition:
+    """A start of an id that runs changes nothing (G5); its sender, or the parent, is told whether it is this very start."""
     same = wire.short_header(record, "kwflow-start-id") == start_id
     replies = (wire.Reply(address, "duplicate" if same else "exists"),) if address is not None else ()
-    return Transition(Keep(), replies=replies, outcome="duplicate-start")
+    told = () if same else children.refused(record, "exists", "another workflow runs under this id", context.topics.resume)
+    return Transition(Keep(), told, replies=replies, outcome="duplicate-start")
 
 
 def _restarts(message: wire.Start, context: Context) -> bool:
@@ -107,7 +109,8 @@ def _start(name: str, message: wire.Start, record: Record, context: Context, bef
     instance = Instance(name, workflow, f"{record.partition}-{record.offset}", record.timestamp_ms)
     if record.headers:
         instance.start_id = wire.short_header(record, "kwflow-start-id") or instance.start_id
-        instance.extra |= {header: value for header in ("client", "parent") if (value := wire.short_header(record, f"kwflow-{header}")) is not None}
+        named = {"client": wire.short_header(record, "kwflow-client"), "parent": wire.parent_of(record)}
+        instance.extra |= {entry: value for entry, value in named.items() if value is not None}
     running = Step(instance, record, context)
 
     def first() -> None:
@@ -216,7 +219,9 @@ class Step(Calls):
         if instance.status == CLOSING and (not instance.tasks or not instance.waits):
             for task in instance.tasks.values():
                 self.logs.append(f"{task.name} was forgotten: main has ended and nothing could wake it")
-            self.dispatch += [Withdraw(instance.id, wait.ref) for wait in instance.waits.values() if wait.kind == "activity"]
+            for wait in instance.waits.values():
+                if wait.outside:  # left in a combinator that no task waits for
+                    self.wait_cancelled(wait)
             return Ended(ended_header(instance))
         return Save(instance)
 
@@ -242,5 +247,8 @@ class Step(Calls):
             headers += (("kwflow-failure-type", type(error).__name__.encode()), ("kwflow-failure-traceback", outcomes.traceback_text(error)))
         if topic is not None:
             self.write(topic, self.instance.id.encode(), value, (*headers, ("kwflow-outcome", outcome.encode())))
-        self.instance.extra["outcome"] = outcomes.kept(outcome, value)
+        extra, limits = self.instance.extra, self.context.limits
+        if "parent" in extra:
+            self.outputs.append(children.answer(extra["parent"], self.instance.id, outcome, value, topics.resume, limits.value_bytes_max, self.record.timestamp_ms))
+        extra["outcome"] = outcomes.kept(outcome, value)
         messages.close(self)

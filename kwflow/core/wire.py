@@ -31,6 +31,7 @@ __all__ = [
     "header_bytes",
     "is_engine_id",
     "json_dumps",
+    "parent_of",
     "parse",
     "reply_address",
     "reply_output",
@@ -239,6 +240,16 @@ def reply_address(record: Record) -> Address | None:
     if request is None or not slash or not process or not partition.isdecimal() or len(partition) > 9:
         raise ProtocolError("who waits for a reply sends kwflow-request: <uuid> and kwflow-reply-to: <partition>/<process uuid>", "bad-header")
     return Address(int(partition), process, request)
+
+
+def parent_of(record: Record) -> str | None:
+    """`<parent id>|<ref>` of a start that a parent made.  Raises ProtocolError."""
+    if not record.headers or record.value is None or not record.value.startswith(b"new:"):
+        return None
+    parent = short_header(record, "kwflow-parent")
+    if parent is not None and ("|" not in parent.strip("|") or "\0" in parent):
+        raise ProtocolError("kwflow-parent is <parent id>|<ref>", "bad-header")
+    return parent
 
 
 def reply_output(topic: str, reply: Reply) -> Output:

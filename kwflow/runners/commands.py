@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from kwflow.config import Config
-from kwflow.core import messages, ops, snapshot, wire
+from kwflow.core import children, messages, ops, snapshot, wire
 from kwflow.core.contract import Context
 from kwflow.core.wire import Command, Record
 from kwflow.errors import SnapshotError
@@ -124,9 +124,14 @@ def _retry(batch: Batch, name: str, header: dict[str, Any], record: Record, comm
     return _done(batch, name, record, command, "ok", _drain(batch, name, discard=command.op == "discard"))
 
 
+def _discarded(batch: Batch, head: Record) -> Decision:
+    told = children.refused(head, "discarded", "its start failed and was discarded", batch.config.resume_topic)
+    return Decision(told, replies=parked.answered(batch.config, head, "discarded"))
+
+
 def _drain(batch: Batch, name: str, discard: bool) -> list[Decision]:
     released = parked.release(batch.config, batch.state, name)
-    made = [Decision(replies=parked.answered(batch.config, released[0], "discarded"))] if discard and released else []
+    made = [_discarded(batch, released[0])] if discard and released else []
     made += batch.drain(released[1 if discard else 0 :])
     rest = parked.park_rest(batch.config, batch.state, name)
     return [*made, Decision((rest,))] if rest is not None else made

@@ -15,7 +15,7 @@ import msgspec
 
 import kwflow.flows  # noqa: F401 # our own durable code, before any snapshot that waits in it
 from kwflow.config import Config
-from kwflow.core import messages, snapshot, timers, wire
+from kwflow.core import children, messages, snapshot, timers, wire
 from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Transition, Workflows
 from kwflow.core.instance import Instance
 from kwflow.core.step import step
@@ -259,7 +259,8 @@ class _Batch:
         if isinstance(message, wire.Start):
             fresh = self.context.received_ms - header["ended"] <= self.config.ended_retention_ms
             if fresh and wire.short_header(record, "kwflow-start-id") == header["start_id"]:
-                return Decision(counts=("duplicate-start",), replies=parked.answered(self.config, record, "duplicate"))
+                again = children.answer_again(header, record, self.config.resume_topic, self.config.value_bytes_max)
+                return Decision(again, counts=("duplicate-start",), replies=parked.answered(self.config, record, "duplicate"))
             return _Live(None, None)
         address = wire.reply_address(record)
         if isinstance(message, wire.Command):

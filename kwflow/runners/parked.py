@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from kwflow.config import Config
-from kwflow.core import snapshot, wire
+from kwflow.core import children, snapshot, wire
 from kwflow.core.wire import Output, Record, Reply
 from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
@@ -35,7 +35,10 @@ def dead(config: Config, record: Record, reason: str, message: str, received_ms:
     """The record is dead-lettered alone; nothing else changes."""
     where = f"{record.topic}[{record.partition}]@{record.offset}"
     letter = dead_letter(config, record, reason, message, received_ms)
-    return Decision((letter,), (f"dead letter {where}: {message}",), ("dead-letter",), answered(config, record, reason.replace("-", "_"), message))
+    status = reason.replace("-", "_")
+    return Decision(
+        (letter, *children.refused(record, status, message, config.resume_topic)), (f"dead letter {where}: {message}",), ("dead-letter",), answered(config, record, status, message)
+    )
 
 
 def answered(config: Config, record: Record, status: str, message: str = "", value: object = None) -> tuple[Output, ...]:
@@ -51,7 +54,7 @@ def park(config: Config, state: Changes, name: str, stored: bytes | None, record
     """The instance goes back to `stored` and waits for somebody; this record is the head of its hold."""
     reason, message = type(error).__name__, str(error) or type(error).__name__
     base = {"id": name, "workflow": _text(record, "workflow"), "start_id": _text(record, "start-id"), "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
-    base |= {entry: value for entry in ("client", "parent") if (value := _text(record, entry))}
+    base |= {entry: value for entry in ("client", "parent") if (value := _text(record, entry))} if stored is None else {}
     state.put(name.encode(), snapshot.park(stored, base, reason, message, record.offset, config.signing_keys))
     state.put(_key(name, record), msgspec.msgpack.encode(record))
     told = dead_letter(config, record, "parked", f"{reason}: {message}", received_ms)
@@ -61,7 +64,7 @@ def park(config: Config, state: Changes, name: str, stored: bytes | None, record
 def _text(record: Record, name: str) -> str:
     """What a first start would have been called; a header that is no text was not looked at by the step."""
     try:
-        return wire.header(record, f"kwflow-{name}") or ""
+        return (wire.parent_of(record) if name == "parent" else wire.header(record, f"kwflow-{name}")) or ""
     except ProtocolError:
         return ""
 

@@ -88,6 +88,7 @@ class WorkflowTester:
         self._timers = TimerProcessor(self.config)
         self.state, self.timers = MemoryStore(), MemoryStore()
         self._offsets: dict[str, int] = {}
+        self._unread: deque[Record] = deque()
         self.globals_check = GlobalsCheck()
         self.calls: list[Call] = []
         self._fakes: dict[str, Callable[..., Any]] = {}
@@ -175,11 +176,19 @@ class WorkflowTester:
         return [wait["ref"] for wait in (self.header(id) or {}).get("waits", [])]
 
     def _log(self, output: Output) -> None:
-        self.outputs.append(output)
+        """Write a record; all that follows from it happens before this returns, in the order in which it was written."""
         offset = self._offsets[output.topic] = self._offsets.get(output.topic, -1) + 1
+        self.outputs.append(output)
+        self._unread.append(Record(output.topic, 0, offset, output.timestamp_ms or self.now_ms, output.key, output.value, output.headers))
+        if len(self._unread) > 1:
+            return
+        while self._unread:
+            self._apply(self._unread[0])
+            self._unread.popleft()
+
+    def _apply(self, record: Record) -> None:
         for processor, store in ((self._workflows, self.state), (self._timers, self.timers)):
-            if processor.input_topic == output.topic:
-                record = Record(output.topic, 0, offset, output.timestamp_ms or self.now_ms, output.key, output.value, output.headers)
+            if processor.input_topic == record.topic:
                 changes = Overlay(store)
                 with self.globals_check:
                     [made] = processor.decide(changes, [record], self.now_ms)

@@ -276,3 +276,9 @@ def main(o):
     w.start("v", 3, **{"kwflow-start-id": "once"})
     w.start("v", 3, **{"kwflow-start-id": "once"})
     assert w.counts[-1] == "duplicate-start"
+
+
+def test_a_timer_that_could_not_be_asked_for_is_not_waited_for() -> None:
+    """G9: a wait that nobody will answer would keep the workflow for ever."""
+    w = run("def main(o):\n    for _ in range(10_000):\n        kw.output('x', 'out')\n    try:\n        kw.sleep(1)\n    except kw.UsageError:\n        pass\n    yield kw.all([kw.suspend('r')])")
+    assert w.waits("w") == ["r"]

@@ -23,7 +23,7 @@ def run(body: str, options: Any = None, **headers: str) -> WorkflowTester:
     """A started tester for a module whose text this is."""
     _count[0] += 1
     module = durable.load_source(f"message_case_{_count[0]}", HEAD + body, f"message_case_{_count[0]}.py")
-    tester = WorkflowTester(module.main)
+    tester = WorkflowTester(module.main, **{name: getattr(module, name) for name in ("big", "broken", "double", "node") if hasattr(module, name)})
     tester.start("w", options, **headers)
     return tester
 

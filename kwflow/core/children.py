@@ -1,0 +1,140 @@
+"""Child workflows (M5): how they are started, how their end reaches the parent, and what becomes of them when it stops waiting.
+
+A child's start id and its `kwflow-parent` header are `<parent id>|<ref>`; what ends it, or refuses to begin it, writes
+the parent's ref record in the same transaction.  So a parent never waits for nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from kwflow.core import wire
+from kwflow.core.calls import Calls
+from kwflow.core.tasks import FAILED, Outcome, Suspension
+from kwflow.core.wire import Output, Record
+from kwflow.errors import ChildError, ProtocolError, UsageError
+
+__all__ = ["POLICIES", "Child", "answer", "answer_again", "left", "left_header", "refused", "start"]
+
+POLICIES = ("cancel", "terminate", "abandon")
+
+
+class Child(Suspension):
+    """A wait for the outcome of a child workflow.  When nobody waits any more, `parent_close` says what the child is told."""
+
+    __slots__ = ("child_id", "parent_close", "workflow")
+    kind = "child"
+    outside = True
+
+    def __init__(self, ref: str, since_ms: int, child_id: str, workflow: str, parent_close: str) -> None:
+        super().__init__(ref, since_ms)
+        self.child_id = child_id
+        self.workflow = workflow
+        self.parent_close = parent_close
+
+    def described(self) -> dict[str, Any]:
+        return {"child": self.child_id, "workflow": self.workflow, "parent_close": self.parent_close}
+
+    def answer(self, failed: bool, value: object) -> Outcome:
+        if failed and isinstance(value, dict) and value.get("kind") == "child":
+            return FAILED, ChildError(value)
+        return super().answer(failed, value)
+
+
+def start(calls: Calls, workflow: object, input: object, id: str | None, parent_close: str, detach: bool) -> Child | str:
+    """The wait for a new child; with `detach` its id, and nobody waits."""
+    name = _name_of(workflow, calls.context.workflows.functions)
+    if parent_close not in POLICIES:
+        raise UsageError(f"parent_close is one of {', '.join(POLICIES)}, not {parent_close!r}")
+    parent, ref = calls.instance.id, calls.next_id()
+    child_id = f"{parent}/{ref}" if id is None else id
+    _check_id(child_id, parent)
+    run = f"{parent}|{ref}".encode()
+    headers = (*calls.travelling, ("kwflow-workflow", name.encode()), ("kwflow-start-id", run))
+    value, topic = b"new:" + wire.json_dumps(input), calls.context.topics.resume
+    if detach:
+        calls.emit(topic, child_id.encode(), value, headers)
+        return child_id
+    wait = Child(ref, calls.record.timestamp_ms, child_id, name, parent_close)
+    return calls.request(wait, topic, child_id.encode(), value, (*headers, ("kwflow-parent", run)))
+
+
+def _name_of(workflow: object, functions: Mapping[str, Callable[..., Any]]) -> str:
+    if isinstance(workflow, str) and workflow:
+        return workflow  # it may be registered in another engine of this application
+    for name, function in functions.items():
+        if function is workflow:
+            return name
+    raise UsageError(f"kw.start_child takes the name of a workflow, or a function that is registered as one, not {workflow!r}; there are: {', '.join(sorted(functions))}")
+
+
+def _check_id(id: object, parent: str) -> None:
+    if not isinstance(id, str):
+        raise UsageError(f"a workflow id is a str, not {id!r}")
+    if id == parent:
+        raise UsageError(f"{id!r} is this workflow; a child has an id of its own")
+    try:
+        wire.workflow_id(Record("", 0, 0, 0, id.encode("utf-8", "surrogatepass"), None))
+    except ProtocolError as error:
+        raise UsageError(f"the id of a child: {error}; give a shorter one with id=") from None
+
+
+# -- what the parent is told -------------------------------------------------------------------------------------------
+def answer(parent: str, child_id: str, outcome: str, value: bytes, topic: str, bytes_max: int, timestamp_ms: int) -> Output:
+    """The parent's ref record: `value` is the JSON of the result, or of the error; too large for a record it is an error itself."""
+    key, _, ref = parent.partition("|")
+    body = b'"value":' + value if outcome == "result" else b'"error":' + _failure(child_id, outcome, value)
+    if len(body) + len(ref) + 20 > bytes_max:
+        body = b'"error":' + _failure(child_id, outcome if outcome != "result" else "too_large", wire.json_dumps(f"its {outcome} has {len(value)} bytes"))
+    return Output(topic, key.encode(), b'{"ref":' + wire.json_dumps(ref) + b"," + body + b"}", (), timestamp_ms)
+
+
+def _failure(child_id: str, outcome: str, error: bytes) -> bytes:
+    return msgspec.json.encode({"kind": "child", "id": child_id, "outcome": outcome, "error": msgspec.Raw(error)})
+
+
+def refused(record: Record, outcome: str, message: str, topic: str) -> tuple[Output, ...]:
+    """The answer to the parent of a start that never ran; nothing for any other record."""
+    try:
+        parent = wire.parent_of(record)
+    except ProtocolError:
+        return ()
+    if parent is None:
+        return ()
+    child_id = (record.key or b"").decode("utf-8", "backslashreplace")
+    return (answer(parent, child_id, outcome, wire.json_dumps(message), topic, 1_000_000, record.timestamp_ms),)
+
+
+def answer_again(header: dict[str, Any], record: Record, topic: str, bytes_max: int) -> tuple[Output, ...]:
+    """A child's start that is repeated after its end: the parent gets what it was answered."""
+    outcome = header.get("outcome")
+    if wire.parent_of(record) is None or outcome is None:
+        return ()
+    if outcome["value"] is None:
+        return refused(record, "too_large", "its outcome is too large to be kept", topic)
+    return (answer(header.get("parent", ""), header["id"], outcome["kind"], outcome["value"].encode(), topic, bytes_max, record.timestamp_ms),)
+
+
+# -- what the child is told --------------------------------------------------------------------------------------------
+def left(calls: Calls, wait: Child) -> None:
+    """Nobody waits for it any more."""
+    for output in _told(calls.instance.id, wait.ref, wait.child_id, wait.parent_close, calls.record, calls.context.topics.resume):
+        calls.write(output.topic, output.key or b"", output.value, output.headers)
+
+
+def left_header(header: dict[str, Any], wait: dict[str, Any], record: Record, topic: str) -> list[Output]:
+    """The same from the parent's header."""
+    return _told(header["id"], wait["ref"], wait["child"], wait["parent_close"], record, topic)
+
+
+def _told(parent: str, ref: str, child_id: str, parent_close: str, record: Record, topic: str) -> list[Output]:
+    """Limited to the run that this parent started, and idempotent."""
+    if parent_close == "abandon":
+        return []
+    run = f"{parent}|{ref}"
+    headers = (("kwflow-op", parent_close.encode()), ("kwflow-start-id", run.encode()), ("kwflow-id", f"{run}|{parent_close}".encode()))
+    value = wire.json_dumps({"reason": f"its parent {parent} no longer waits for it"[:1000]})
+    return [Output(topic, child_id.encode(), value, (*wire.travelling_headers(record), *headers), record.timestamp_ms)]
