@@ -16,6 +16,7 @@ from kwflow.core.children import Child
 from kwflow.core.current import current, in_step
 from kwflow.core.mailbox import Inbox, Update
 from kwflow.core.tasks import Awaitable, Suspension, Task
+from kwflow.durable import registry
 from kwflow.errors import CodeChangedError, UsageError
 
 __all__ = [
@@ -200,6 +201,8 @@ def workflow(function: _F | None = None, *, name: str | None = None, restart: bo
     """
 
     def register(target: _F) -> _F:
+        if registry.version(target.__module__) is not None:  # old code that is loaded beside the new (semantics §8.4)
+            return target
         label = name or target.__name__
         known = _workflows.get(label)
         if known is not None and (known.__module__, known.__qualname__) != (target.__module__, target.__qualname__):

@@ -86,6 +86,10 @@ class Config(BaseSettings):
         return f"{self.application_id}-state-changelog"
 
     @property
+    def code_topic(self) -> str:
+        return f"{self.application_id}-code"
+
+    @property
     def timers_changelog_topic(self) -> str:
         return f"{self.application_id}-timers-changelog"
 

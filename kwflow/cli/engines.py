@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, Confi
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.errors import TransportError
+from kwflow.runners.code import CodeStore
 from kwflow.runners.embedded import Embedded, stored
 from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
 from kwflow.runners.modules import load_workflows
@@ -28,7 +30,9 @@ __all__ = ["engine", "run", "scheduler"]
 
 def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: Path | None) -> list[Any]:
     workflows = load_workflows(modules, app_dir, config.durable_packages)
-    return [WorkflowProcessor(config, workflows, api.declared_topics(), engine.incarnation), TimerProcessor(config)]
+    engine.compact(config.code_topic)
+    sources = CodeStore(lambda offset: engine.read(config.code_topic, offset, engine.end(config.code_topic)))
+    return [WorkflowProcessor(config, workflows, api.declared_topics(), engine.incarnation, sources=sources), TimerProcessor(config)]
 
 
 def _stopper() -> Callable[[], bool]:
@@ -69,7 +73,10 @@ def engine(
     stop = _stopper()
     if embedded is None:
         workflows = load_workflows(modules, app_dir, settings.durable_packages)
-        makers: list[tuple[str, Callable[[str], Any]]] = [(settings.application_id, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation))]
+        sources = functools.cache(lambda: _stored_code(settings))  # read once the topics are known to be there
+        makers: list[tuple[str, Callable[[str], Any]]] = [
+            (settings.application_id, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, sources=sources()))
+        ]
         if with_scheduler:
             makers.append((f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings)))
         _run_on_kafka(settings, makers, stop)
@@ -83,6 +90,12 @@ def engine(
             _say_counts(held.counts)
     finally:
         held.close()
+
+
+def _stored_code(settings: Config) -> CodeStore:
+    from kwflow.runners.kafka_code import CodeTopic
+
+    return CodeStore(CodeTopic(settings).read)
 
 
 def _say_counts(counts: Counter[str]) -> None:

@@ -157,6 +157,17 @@ class Embedded:
         from_here = entries(self.db, prefix, prefix + b"%020d" % offset)
         return [msgspec.msgpack.decode(value, type=Record) for _, value in itertools.islice(from_here, limit)]
 
+    def compact(self, topic: str) -> int:
+        """Keep the newest record of each key, and none of keys whose newest has no value; how many are gone."""
+        newest: dict[bytes | None, int] = {}
+        records = self.read(topic, 0, self.end(topic))
+        for record in records:
+            newest[record.key] = record.offset
+        gone = [record.offset for record in records if record.value is None or newest[record.key] != record.offset]
+        for offset in gone:
+            self.db.delete(_LOG + topic.encode() + b"\0%020d" % offset)
+        return len(gone)
+
     def position(self, topic: str) -> int:
         """The offset of the first record of an input topic that no committed batch holds."""
         return int(self.db.get(_POSITION + topic.encode()) or 0)

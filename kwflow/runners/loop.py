@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 import kwflow.flows  # noqa: F401 # our own durable code, before any snapshot that waits in it
+from kwflow import api
 from kwflow.config import Config
 from kwflow.core import children, messages, snapshot, timers, wire
 from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Transition, Workflows
@@ -21,9 +22,11 @@ from kwflow.core.instance import Instance
 from kwflow.core.step import step
 from kwflow.core.wire import Output, Record
 from kwflow.durable import allow_modules, set_abandoning
+from kwflow.durable.registry import Module
+from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, SnapshotError, StepTimeout
 from kwflow.ports import Budget, Changes, Decision, Deliver, Store
-from kwflow.runners import commands, parked
+from kwflow.runners import code, commands, parked
 from kwflow.runners.budget import bytes_of
 from kwflow.runners.dispatch import Dispatcher, keep
 from kwflow.runners.parked import dead_letter
@@ -88,9 +91,14 @@ class _Live:
 class WorkflowProcessor:
     """Runs workflow instances: one step for each record of `workflow-resume`."""
 
-    def __init__(self, config: Config, workflows: Workflows, declared: frozenset[str], incarnation: str = "", on_log: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, config: Config, workflows: Workflows, declared: frozenset[str], incarnation: str = "", on_log: Callable[[str], None] = print, sources: Sources | None = None
+    ) -> None:
+        """`sources` is the code store's look-up; without one nothing is stored, and an instance whose code changed is parked."""
         self.config = config
         self.on_log = on_log
+        self.keeps_code = sources is not None
+        self.sources = sources or no_sources
         self.input_topic = config.resume_topic
         self.changelog_topic = config.changelog_topic
         self.incarnation = incarnation
@@ -154,6 +162,11 @@ class WorkflowProcessor:
             return parked.dead(self.config, record, "refused", reason, record.timestamp_ms)
         return parked.park(self.config, state, name, state.get(name.encode()), record, SnapshotError(reason), record.timestamp_ms)
 
+    def allow(self, declared: frozenset[str]) -> None:
+        """Stored versions declare topics when they are loaded; what may be written to is the union (semantics §9.6)."""
+        if not declared <= self.topics.declared:
+            self.topics = msgspec.structs.replace(self.topics, declared=self.topics.declared | declared)
+
     # -- instances kept alive between batches ------------------------------------------------------------------------
     def awake(self, key: bytes, stored: bytes) -> _Live | None:
         """The live instance of exactly these bytes, if it is here; taken out."""
@@ -191,6 +204,7 @@ class _Batch:
         self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows)
         self.made: list[Decision] = []
         self.held: dict[str, int] = {}
+        self.named: set[Module] = set()  # versions that the snapshots of this batch name
 
     def run(self, budget: Budget | None = None) -> list[Decision]:
         self.made = [Decision()] * len(self.records)
@@ -211,7 +225,14 @@ class _Batch:
         for made in self.made:  # only now: a step that was made again may have handed out something else
             if made.dispatch:
                 keep(self.state, made.dispatch)
+        self._keep_code()
         return self.made
+
+    def _keep_code(self) -> None:
+        """The sources of what was saved become visible with it (G10)."""
+        entries = [output for module in self.named for output in code.offer(self.config.code_topic, self.state, module, self.context.received_ms)]
+        if entries:
+            self.made[-1] = msgspec.structs.replace(self.made[-1], outputs=(*self.made[-1].outputs, *entries))
 
     def _decide(self, number: int) -> Decision:
         record = self.records[number]
@@ -249,7 +270,11 @@ class _Batch:
                 return parked.hold(self.config, self.state, name, record, self.context.received_ms, self.held)
             if header["status"] == "ended":
                 return self._after_end(header, record)
-            return _Live(stored, snapshot.wake(header, body))
+            instance = snapshot.wake(header, body, self.processor.sources)
+            if instance.pins:
+                self.processor.allow(api.declared_topics())
+                self.context = msgspec.structs.replace(self.context, topics=self.processor.topics)
+            return _Live(stored, instance)
         except SnapshotError as error:
             return parked.park(self.config, self.state, name, stored, record, error, self.context.received_ms)
 
@@ -330,7 +355,7 @@ class _Batch:
             return
         if live.ahead:
             try:
-                data = snapshot.save(live.instance, self.config.signing_keys)
+                data, modules = snapshot.save_with_code(live.instance, self.config.signing_keys)
                 if len(data) > self.config.snapshot_bytes_max:
                     raise SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}")
             except Exception as error:  # reducers of author classes may raise anything
@@ -340,6 +365,8 @@ class _Batch:
                 else:
                     self.made[live.met[0]] = self._park(key.decode(), live.base, live.met[0], error)
                 return
+            if self.processor.keeps_code:
+                self.named.update(modules)
             self._warn_of_size(live, len(data))
             self.state.put(key, data)
             live.base = data

@@ -67,7 +67,7 @@ def _reply(config: Config) -> dict[str, str]:
 
 def needed(config: Config, declared: Iterable[str]) -> list[str]:
     """Every topic the application reads or writes."""
-    return [*_plain(config, declared), config.reply_topic, *(changelog for changelog, _ in _changelogs(config))]
+    return [*_plain(config, declared), config.reply_topic, config.code_topic, *(changelog for changelog, _ in _changelogs(config))]
 
 
 def problems(client: AdminClient, config: Config, declared: Iterable[str]) -> list[str]:
@@ -82,7 +82,15 @@ def problems(client: AdminClient, config: Config, declared: Iterable[str]) -> li
             found.append(f"topic {changelog} has cleanup.policy={settings['cleanup.policy']}; it must be compact alone, or running workflows would be deleted")
         if int(settings["delete.retention.ms"]) < _DAY_MS:
             found.append(f"topic {changelog} has delete.retention.ms={settings['delete.retention.ms']}; it must be at least a day ({_DAY_MS}), or ended workflows could come back")
+    found += _code_problems(client, config, there[config.code_topic]) if config.code_topic in there else []
     return found + (_reply_problems(client, config) if config.reply_topic in there else [])
+
+
+def _code_problems(client: AdminClient, config: Config, partitions: int) -> list[str]:
+    """One partition, so that reading it to its end is reading all of it."""
+    found = [f"topic {config.code_topic} has {partitions} partitions; it must have one"] if partitions != 1 else []
+    policy = settings_of(client, [config.code_topic])[config.code_topic]["cleanup.policy"]
+    return found + ([f"topic {config.code_topic} has cleanup.policy={policy}; it must be compact alone, or the code of waiting workflows would be lost"] if policy != "compact" else [])
 
 
 def _reply_problems(client: AdminClient, config: Config) -> list[str]:
@@ -96,6 +104,8 @@ def create(client: AdminClient, config: Config, declared: Iterable[str], partiti
     new = [NewTopic(topic, partitions, replication) for topic in _plain(config, declared) if topic not in there]
     if config.reply_topic not in there:
         new.append(NewTopic(config.reply_topic, partitions, replication, config=_reply(config)))
+    if config.code_topic not in there:
+        new.append(NewTopic(config.code_topic, 1, replication, config=_COMPACT))
     for changelog, source in _changelogs(config):
         if changelog not in there:
             new.append(NewTopic(changelog, there.get(source, partitions), replication, config=_COMPACT))

@@ -76,15 +76,14 @@ class WorkflowTester:
     """
 
     def __init__(self, main: Any = None, **workflows: Any) -> None:
-        functions = {**api.registered_workflows(), **workflows, **({"main": main} if main is not None else {})}
         self.config = Config(instances_cached_max=0)  # every step starts from bytes
         self.now_ms = 1_700_000_000_000
         self.outputs: list[Output] = []
         self.logs: list[str] = []
         self.counts: list[str] = []
         self.replies: list[dict[str, Any]] = []
-        default = "main" if main is not None else next(iter(functions), None)
-        self._workflows = WorkflowProcessor(self.config, Workflows(functions, default), api.declared_topics())
+        self._code: dict[str, bytes | None] = {}
+        self._workflows = self._engine(main, workflows)
         self._timers = TimerProcessor(self.config)
         self.state, self.timers = MemoryStore(), MemoryStore()
         self._offsets: dict[str, int] = {}
@@ -100,6 +99,15 @@ class WorkflowTester:
         if find_activity(name) is None:
             raise UsageError(f"no activity {name!r}; known are: {', '.join(sorted(registered_activities())) or 'none'}")
         self._fakes[name] = function
+
+    def _engine(self, main: Any, workflows: dict[str, Any]) -> WorkflowProcessor:
+        functions = {**api.registered_workflows(), **workflows, **({"main": main} if main is not None else {})}
+        default = "main" if main is not None else next(iter(functions), None)
+        return WorkflowProcessor(self.config, Workflows(functions, default), api.declared_topics(), sources=self._code.get)
+
+    def deploy(self, main: Any = None, **workflows: Any) -> None:
+        """Go on with other code: new starts take it, instances that wait go on as after a deployment (docs/CODE.md)."""
+        self._workflows = self._engine(main, workflows)
 
     def start(self, id: str, options: Any = None, workflow: str | None = None, **headers: str) -> None:
         """`new:` for this id; `options` as JSON."""
@@ -171,12 +179,19 @@ class WorkflowTester:
         stored = self.state.get(id.encode())
         return snapshot.read_header(stored) if stored is not None else None
 
+    def ids(self) -> list[str]:
+        """The instances that are stored."""
+        return sorted(key.decode() for key in self.state.entries if not key.startswith(b"\0"))
+
     def waits(self, id: str) -> list[str]:
         """The refs an instance waits for."""
         return [wait["ref"] for wait in (self.header(id) or {}).get("waits", [])]
 
     def _log(self, output: Output) -> None:
         """Write a record; all that follows from it happens before this returns, in the order in which it was written."""
+        if output.topic == self.config.code_topic:
+            self._code[(output.key or b"").decode()] = output.value
+            return
         offset = self._offsets[output.topic] = self._offsets.get(output.topic, -1) + 1
         self.outputs.append(output)
         self._unread.append(Record(output.topic, 0, offset, output.timestamp_ms or self.now_ms, output.key, output.value, output.headers))

@@ -94,7 +94,7 @@ def test_what_cannot_be_saved_parks_the_instance_naming_variable_function_place_
     engine.broken[0] = False  # type: ignore[attr-defined]
     engine.send("a", b"null", {"kwflow-op": "retry"})
     assert engine.result("a") == ["unsavable", 2]
-    assert engine.state.entries == {}
+    assert engine.ids() == []
 
 
 def test_discard_drops_the_record_that_parked_it_and_applies_the_rest(engine: WorkflowTester) -> None:

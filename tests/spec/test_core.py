@@ -223,24 +223,6 @@ def test_headers_travel_except_ours_and_a_result_names_its_start() -> None:
     assert headers == {"trace": b"7"}
 
 
-def test_a_changed_unit_parks_the_instance_and_a_changed_neighbour_does_not() -> None:
-    """G10, semantics §8.1."""
-    before = "def other():\n    return 1\ndef main(o):\n    yield kw.suspend('r')\n    return other()"
-    name = "core_case_changing"
-    w = WorkflowTester(durable.load_source(name, HEAD + before, f"{name}.py").main)
-    w.start("w")
-    w.start("v")
-    durable.load_source(name, HEAD + "# moved\n" + before.replace("return 1", "return 2"), f"{name}.py")
-    w.resume("w", "r")
-    assert w.result("w") == 2
-    durable.load_source(name, HEAD + before.replace("return other()", "return other() + 1"), f"{name}.py")
-    w.resume("v", "r")
-    assert "main has changed" in (w.header("v") or {})["parked"]["message"]
-    durable.load_source(name, HEAD + before, f"{name}.py")
-    w.send("v", b"null", {"kwflow-op": "retry"})
-    assert w.result("v") == 1
-
-
 def test_damaged_bytes_park_only_that_instance() -> None:
     w = run("def main(o):\n    yield kw.suspend('r')")
     w.start("x")

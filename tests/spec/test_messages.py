@@ -135,7 +135,7 @@ def test_terminate_reaches_an_instance_that_is_parked_and_its_held_commands_are_
     assert w.reply("held") is None
     assert status(w.command("w", "terminate")) == "ok"
     assert status(w.reply("held")) == "not_found"
-    assert w.state.entries == {}
+    assert w.ids() == []
 
 
 def test_terminate_of_a_closing_instance_writes_no_second_outcome() -> None:

@@ -85,7 +85,7 @@ def test_a_saga_of_the_reference_ends_as_it_should(case: Trip) -> None:
         assert saga.outputs_to(f"saga-cancel-{kind}") == ([case.cancelled[kind]] if kind in case.cancelled else []), kind
     timers = [(output.key, output.value) for output in saga.outputs if output.topic == "workflow-scheduler"]
     assert timers == [(b'thread1|{"ref":"0:4"}', b"1000")] + [(b'thread1|{"ref":"0:4"}', b"0")] * (case.error != "timeout")
-    assert saga.state.entries == {}
+    assert saga.ids() == []
     late = len(saga.outputs)
     saga.resume("thread1", "0:1")
     assert (saga.counts[-1], len(saga.outputs)) == ("unknown-id", late + 1)

@@ -1,0 +1,72 @@
+"""The code store (semantics §8, G10): sources of module versions in the compacted topic `<app>-code`, one record each.
+
+An entry is an output of the batch that stores the first snapshot naming its version, so both are in one transaction.
+Which entries a partition has written is in its own state, so an aborted batch leaves no false memory.  An entry is
+written again when it is a day old and still in use; `kwflow code gc` removes only those that are much older, so that it
+can run beside engines.  It must not know what a source is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kwflow.core.wire import Output, Record
+from kwflow.durable import versions
+from kwflow.durable.registry import Module
+from kwflow.ports import Changes
+
+__all__ = ["LEASE_MS", "CodeStore", "offer"]
+
+LEASE_MS = 86_400_000
+_WRITTEN = b"\0code\0"  # state: when this partition last wrote the entry
+
+
+class CodeStore:
+    """Key -> entry of every version that is stored, held in memory.
+
+    `read(offset)` gives the committed records of the topic from there to its end; it is asked at start, and again when
+    a key is unknown: another engine, with other code, may have written it since.
+    """
+
+    def __init__(self, read: Callable[[int], Sequence[Record]]) -> None:
+        self.entries: dict[str, bytes] = {}
+        self.written_ms: dict[str, int] = {}
+        self._read = read
+        self._next = 0
+        self._follow()
+
+    def _follow(self) -> None:
+        for record in self._read(self._next):
+            self._next = record.offset + 1
+            key = (record.key or b"").decode()
+            if record.value is None:
+                self.entries.pop(key, None)
+                self.written_ms.pop(key, None)
+            else:
+                self.entries[key], self.written_ms[key] = record.value, record.timestamp_ms
+
+    def __call__(self, key: str) -> bytes | None:
+        if key not in self.entries:
+            self._follow()
+        return self.entries.get(key)
+
+
+def offer(topic: str, state: Changes, module: Module, now_ms: int) -> list[Output]:
+    """The entries that are to be committed with a snapshot that names this version, those of modules it imports included."""
+    if _fresh(state, module, now_ms):
+        return []
+    made = []
+    for found in versions.stored_with(module):
+        if not _fresh(state, found, now_ms):
+            state.put(_marker(found), b"%d" % now_ms)
+            made.append(Output(topic, _marker(found)[len(_WRITTEN) :], versions.entry(found), (), now_ms))
+    return made
+
+
+def _marker(module: Module) -> bytes:
+    return _WRITTEN + versions.entry_key(module.name, module.version).encode()
+
+
+def _fresh(state: Changes, module: Module, now_ms: int) -> bool:
+    written = state.get(_marker(module))
+    return written is not None and now_ms < int(written) + LEASE_MS

@@ -1,0 +1,76 @@
+"""Two engines on different code, on a real broker: instances change hands in both directions and none is parked (G10)."""
+
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.test_kafka_engine import Site, answer
+
+pytestmark = [pytest.mark.broker, pytest.mark.slow]
+TEXT = """import kwflow as kw
+class Item:
+    def __init__(self, name):
+        self.name = name{more}
+def main(opts):
+    item = Item("{name}")
+    kw.output("r", "{topic}")
+    yield kw.suspend("r")
+    yield kw.suspend("s")
+    return item.name
+kw.declare_topics("{topic}")
+"""
+
+
+@pytest.fixture
+def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site]:
+    site = Site(broker, application, tmp_path)
+    for name, more in (("old", ""), ("new", "\n        self.price = 1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shop.py").write_text(TEXT.format(name=name, more=more, topic=site.topic("asked")))
+    site.run("topics", "create", "shop", "--app-dir", str(tmp_path / "old"), "--partitions", "4")
+    yield site
+    for process in site.processes:
+        process.kill()
+        process.wait()
+
+
+def engine(site: Site, code: str, name: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "kwflow.cli", "engine", "shop", "--app-dir", str(site.directory / code), "--state-dir", str(site.directory / name)]
+    process = subprocess.Popen(command, env=site.environment, cwd=pathlib.Path(__file__).parents[2], stderr=open(site.directory / f"{name}.log", "a"), text=True)
+    site.processes.append(process)
+    return process
+
+
+def test_instances_of_either_code_finish_on_it_under_engines_of_the_other(site: Site) -> None:
+    """G10, K7: old instances go to the new engine, then all go to an engine that runs the old code again."""
+    old_ids = [f"{site.application}-a{number}" for number in range(8)]
+    new_ids = [f"{site.application}-b{number}" for number in range(8)]
+    first = engine(site, "old", "one")
+    for id in old_ids:
+        site.send(id, "new:null")
+    site.read(site.topic("asked"), 8)
+    first.kill()
+    second = engine(site, "new", "two")
+    for id in new_ids:
+        site.send(id, "new:null")
+    for id in old_ids:
+        answer(site, id, "r")
+    site.read(site.topic("asked"), 16)
+    third = engine(site, "old", "three")  # joins beside the new one: a rolling deployment, backwards
+    for id in new_ids:
+        answer(site, id, "r")
+    for id in old_ids[:4]:
+        answer(site, id, "s")
+    site.read(site.topic("result"), 4)
+    second.kill()
+    for id in (*old_ids[4:], *new_ids):
+        answer(site, id, "s")
+    results = dict(site.read(site.topic("result"), 16))
+    assert results == {id: '"old"' for id in old_ids} | {id: '"new"' for id in new_ids}
+    assert third.poll() is None
+    assert len({key for key, _ in site.read(f"{site.application}-code", 2)}) == 2
+    assert json.loads(site.read(f"{site.application}-code", 1)[0][1])["file"] == "shop.py"

@@ -1,0 +1,315 @@
+"""Code that changes under a running workflow (G10, semantics §8): each deployment meets instances that wait in the middle."""
+
+import itertools
+import linecache
+import pathlib
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from kwflow import api, durable
+from kwflow.config import Config
+from kwflow.core import snapshot
+from kwflow.core.contract import Workflows
+from kwflow.core.wire import Record
+from kwflow.durable import registry
+from kwflow.runners.code import LEASE_MS, CodeStore
+from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.testing import MemoryStore, WorkflowTester
+
+HEAD = "import kwflow as kw\nkw.declare_topics('out')\ndef say(x):\n    kw.output(str(x), 'out')\n"
+_count = itertools.count()
+
+
+class Site:
+    """A module that is deployed again and again, and an instance `w` that was started on its first code."""
+
+    def __init__(self, source: str) -> None:
+        self.name = f"code_case_{next(_count)}"
+        self.w = WorkflowTester(self.load(source))
+        self.w.start("w")
+
+    def load(self, source: str) -> Any:
+        return getattr(durable.load_source(self.name, HEAD + source, f"{self.name}.py"), "main", None)
+
+    def deploy(self, source: str) -> None:
+        self.w.deploy(self.load(source))
+
+    def versions(self, id: str) -> list[str]:
+        return [code["version"][:12] for code in (self.w.header(id) or {})["code"].values()]
+
+
+def test_an_instance_finishes_on_the_code_it_started_on_while_new_ones_take_the_new() -> None:
+    """G10, §8.2: its helpers are the old ones, too."""
+    text = "def price():\n    return {0}\ndef main(o):\n    first = yield kw.suspend('r')\n    yield kw.suspend('s')\n    return ['{1}', first, price()]"
+    site = Site(text.format(1, "old"))
+    site.deploy(text.format(2, "new"))
+    site.w.start("v")
+    for id in ("w", "v"):
+        site.w.resume(id, "r", 5)
+        site.w.resume(id, "s")
+    assert site.w.result("w") == ["old", 5, 1]
+    assert site.w.result("v") == ["new", 5, 2]
+
+
+def test_an_instance_whose_own_units_are_unchanged_takes_the_new_code_around_them() -> None:
+    """§8.2: a changed helper is used from the next step on."""
+    site = Site("def price():\n    return 1\ndef main(o):\n    yield kw.suspend('r')\n    return price()")
+    site.deploy("def price():\n    return 2\ndef main(o):\n    '''Docs.'''\n    yield kw.suspend('r')\n    return price()")
+    site.w.resume("w", "r")
+    assert site.w.result("w") == 2
+
+
+DEPLOYMENTS = {
+    "a renamed function": (
+        "def step_(o):\n    yield kw.suspend('r')\n    return 'old'\ndef main(o):\n    return (yield step_(o))",
+        "def renamed(o):\n    yield kw.suspend('r')\n    return 'new'\ndef main(o):\n    return (yield renamed(o))",
+    ),
+    "a deleted function": ("def step_(o):\n    yield kw.suspend('r')\n    return 'old'\ndef main(o):\n    return (yield step_(o))", "def main(o):\n    yield kw.suspend('q')"),
+    "a workflow that is no longer there": ("def main(o):\n    yield kw.suspend('r')\n    return 'old'", "def other():\n    return 1"),
+    "a changed exception class": (
+        """
+class Refused(Exception):
+    def __init__(self, n):
+        super().__init__(n)
+        self.n = n
+def main(o):
+    try:
+        raise Refused(1)
+    except Refused as e:
+        held = e
+        yield kw.suspend('r')
+    try:
+        raise held
+    except Refused as e:
+        return 'old' if e.n == 1 else 'wrong'
+""",
+        "class Refused(Exception):\n    def __init__(self, n, why):\n        super().__init__(n, why)\ndef main(o):\n    yield kw.suspend('r')\n    raise Refused(1, 2)",
+    ),
+    "a changed enum": (
+        """
+import enum
+class Color(enum.Enum):
+    RED = 1
+    BLUE = 2
+def main(o):
+    held = {Color.RED: 'old'}
+    yield kw.suspend('r')
+    return held[Color.RED] if list(Color) == [Color.RED, Color.BLUE] else 'wrong'
+""",
+        "import enum\nclass Color(enum.Enum):\n    GREEN = 1\ndef main(o):\n    yield kw.suspend('r')\n    return Color.GREEN.name",
+    ),
+    "a changed dataclass": (
+        """
+from dataclasses import dataclass
+@dataclass
+class Order:
+    price: int
+def main(o):
+    order = Order(3)
+    yield kw.suspend('r')
+    return 'old' if order == Order(3) and isinstance(order, Order) else 'wrong'
+""",
+        """
+from dataclasses import dataclass
+@dataclass(frozen=True)
+class Order:
+    price: str
+    currency: str
+def main(o):
+    order = Order('3', 'EUR')
+    yield kw.suspend('r')
+    return order.currency
+""",
+    ),
+    "a changed nested function": (
+        "def main(o):\n    def undo():\n        return 'old'\n    yield kw.suspend('r')\n    return undo()",
+        "def main(o):\n    def undo():\n        return 'new'\n    yield kw.suspend('r')\n    return undo()",
+    ),
+    "a changed function held by name": (
+        "def undo():\n    return 'old'\ndef main(o):\n    held = [undo]\n    yield kw.suspend('r')\n    return held[0]()",
+        "def undo():\n    return 'new'\ndef main(o):\n    held = [undo]\n    yield kw.suspend('r')\n    return held[0]()",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DEPLOYMENTS)
+def test_an_instance_that_waits_in_the_middle_survives(what: str) -> None:
+    """G10, each in an instance that waits, through two more steps of the old code."""
+    before, after = DEPLOYMENTS[what]
+    waits = before.replace("yield kw.suspend('r')", "yield kw.suspend('r'); yield kw.suspend('s')")
+    site = Site(waits)
+    site.deploy(after)
+    site.w.resume("w", "r")
+    assert site.w.waits("w") == ["s"]
+    site.w.resume("w", "s")
+    assert site.w.result("w") == "old"
+
+
+def test_changed_classes_alone_pin_nothing() -> None:
+    """§8.4: what was saved of the old class is given to the new one; `__setstate__` is for that."""
+    text = "class Order:\n    def __init__(self):\n        self.price = 3\n{}\ndef main(o):\n    order = Order()\n    yield kw.suspend('r')\n    return vars(order)"
+    site = Site(text.format(""))
+    site.deploy(text.format("    def __setstate__(self, state):\n        self.cents = state['price'] * 100"))
+    site.w.resume("w", "r")
+    assert site.w.result("w") == {"cents": 300}
+
+
+def test_old_code_sees_an_exception_of_current_code_if_its_class_did_not_change() -> None:
+    """§8.4: top-level classes with unchanged AST are the current ones."""
+    helper = f"code_helper_{next(_count)}"
+    text = f"class Mine(Exception):\n    pass\ndef main(o):\n    yield kw.suspend('r')\n    import {helper}\n    try:\n        {helper}.fail()\n    except Mine:\n        return {{}}"
+    site = Site(text.format("'old'"))
+    site.deploy(text.format("'new'"))
+    durable.load_source(helper, f"from {site.name} import Mine\ndef fail():\n    raise Mine")
+    site.w.resume("w", "r")
+    assert site.w.result("w") == "old"
+
+
+def test_a_module_that_was_renamed_is_found_in_the_store_with_the_helpers_it_imports() -> None:
+    """G10, §8.3."""
+    helper = f"code_helper_{next(_count)}"
+    durable.load_source(helper, "def help_():\n    return 'helped'")
+    site = Site(f"from {helper} import help_\ndef main(o):\n    yield kw.suspend('r')\n    yield kw.suspend('s')\n    return help_()")
+    for gone in (site.name, helper):
+        del sys.modules[gone]
+        del registry.modules()[gone]  # type: ignore[attr-defined] # as in a process that never had it
+    site.w.deploy(durable.load_source(f"{site.name}_renamed", "def main(o):\n    yield").main)
+    site.w.resume("w", "r")
+    site.w.resume("w", "s")
+    assert site.w.result("w") == "helped"
+
+
+def test_what_the_store_cannot_answer_parks_the_instance_and_a_retry_goes_on_with_the_code_that_is_deployed_again(tmp_path: pathlib.Path) -> None:
+    """G10: functions made durable one by one have no module that could be run from its source."""
+    name = f"code_case_{next(_count)}"
+    text = "from kwflow.durable import durable\nimport kwflow as kw\n@durable\ndef main(o):\n    yield kw.suspend('r')\n    return {}\n"
+
+    def load(source: str) -> Any:
+        path = tmp_path / f"{name}.py"
+        path.write_text(source)
+        linecache.clearcache()
+        sys.modules[name] = module = types.ModuleType(name)
+        exec(compile(source, str(path), "exec"), module.__dict__)
+        return module.main
+
+    w = WorkflowTester(load(text.format(1)))
+    w.start("w")
+    w.deploy(load(text.format(2)))
+    w.resume("w", "r")
+    parked = (w.header("w") or {})["parked"]
+    assert parked["reason"] == "CodeChangedError"
+    assert "main has changed" in parked["message"]
+    w.deploy(load(text.format(1)))
+    w.send("w", b"null", {"kwflow-op": "retry"})
+    assert w.result("w") == 1
+
+
+def test_an_exception_while_old_code_loads_parks_the_instance_alone() -> None:
+    """§8.4: it is tried again when somebody retries."""
+    site = Site("import sys\nif 'code_is_broken' in sys.modules:\n    raise OSError('no licence')\ndef main(o):\n    yield kw.suspend('r')\n    return 'old'")
+    site.deploy("def main(o):\n    yield kw.suspend('r')\n    return 'new'")
+    site.w.start("v")
+    sys.modules["code_is_broken"] = sys
+    try:
+        site.w.resume("w", "r")
+    finally:
+        del sys.modules["code_is_broken"]
+    site.w.resume("v", "r")
+    assert "cannot be loaded: OSError: no licence" in (site.w.header("w") or {})["parked"]["message"]
+    assert site.w.result("v") == "new"
+    site.w.send("w", b"null", {"kwflow-op": "retry"})
+    assert site.w.result("w") == "old"
+
+
+def test_registrations_of_old_code_are_ignored_and_its_topics_are_added() -> None:
+    """§8.4, §9.6."""
+    topic = f"only-old-{next(_count)}"
+    head = f"@kw.workflow(name='{topic}')\ndef extra(o):\n    yield\nkw.declare_topics('{topic}')\n"
+    site = Site(f"{head}def main(o):\n    yield kw.suspend('r')\n    kw.output('x', '{topic}')\n    return 'old'")
+    api._topics.discard(topic)  # as in a process that never had the old code
+    api._workflows.pop(topic)
+    site.deploy("def main(o):\n    yield kw.suspend('r')\n    return 'new'")
+    site.w.resume("w", "r")
+    assert site.w.result("w") == "old"
+    assert site.w.outputs_to(topic) == ["x"]
+    assert topic not in api.registered_workflows()
+
+
+def test_a_version_that_is_deployed_again_is_simply_current() -> None:
+    """§8.3: snapshots write logical names."""
+    first = "def main(o):\n    yield kw.suspend('r')\n    yield kw.suspend('s')\n    return __name__"
+    site = Site(first)
+    site.deploy("def main(o):\n    yield kw.suspend('x')")
+    site.w.resume("w", "r")
+    site.deploy(first)
+    site.w.resume("w", "s")
+    assert site.w.result("w") == site.name
+
+
+def test_headers_say_which_version_an_instance_waits_in_and_where() -> None:
+    """Wire §3; the file is the old one."""
+    site = Site("def main(o):\n    yield kw.suspend('r')\n    yield kw.suspend('s')")
+    [version] = site.versions("w")
+    site.deploy("\n\n\ndef main(o):\n    yield kw.suspend('r')\n    yield kw.suspend('other')")
+    site.w.resume("w", "r")
+    assert site.versions("w") == [version]
+    [wait] = (site.w.header("w") or {})["waits"]
+    assert (wait["ref"], wait["file"], wait["line"]) == ("s", f"{site.name}.py@{version}", 7)
+
+
+# -- the store -------------------------------------------------------------------------------------------------------
+class Engine:
+    """One processor and the records it wrote to the code topic; `commit` False is a transaction that was aborted."""
+
+    def __init__(self, log: list[Record], store: MemoryStore, source: str, name: str) -> None:
+        self.log, self.store = log, store
+        main = durable.load_source(name, HEAD + source, f"{name}.py").main
+        code = CodeStore(lambda offset: [record for record in log if record.offset >= offset])
+        self.processor = WorkflowProcessor(Config(instances_cached_max=0), Workflows({"main": main}, "main"), api.declared_topics(), sources=code)
+
+    def batch(self, *values: tuple[str, bytes], at: int = 0, commit: bool = True) -> list[str]:
+        """The values of what was written beside code entries."""
+        overlay = Overlay(self.store)
+        records = [Record("workflow-resume", 0, at + number, at, id.encode(), value) for number, (id, value) in enumerate(values)]
+        made = [output for decision in self.processor.decide(overlay, records, at) for output in decision.outputs]
+        if commit:
+            self.store.apply(overlay.changes)
+            for output in made:
+                if output.topic == self.processor.config.code_topic:
+                    self.log.append(Record(output.topic, 0, len(self.log), at, output.key, output.value))
+        return [(output.value or b"").decode() for output in made if output.topic != self.processor.config.code_topic]
+
+    def code_of(self, id: str) -> dict[str, Any]:
+        code: dict[str, Any] = snapshot.read_header(self.store.entries[id.encode()])["code"]
+        return code
+
+
+def test_a_source_is_written_with_the_first_snapshot_that_names_it_and_again_after_an_abort() -> None:
+    """Wire §4: in that transaction; a false memory of an aborted one would lose the code."""
+    log: list[Record] = []
+    engine = Engine(log, MemoryStore(), "def main(o):\n    yield kw.suspend('r')\n    yield kw.suspend('s')", f"code_case_{next(_count)}")
+    engine.batch(("a", b"new:1"), commit=False)
+    assert log == []
+    engine.batch(("a", b"new:1"), ("b", b"new:1"))
+    engine.batch(("a", b'{"ref":"r"}'), at=10)
+    [(name, code)] = engine.code_of("a").items()
+    assert [record.key for record in log] == [f"{name}@{code['version']}".encode()]
+    engine.batch(("b", b'{"ref":"r"}'), at=LEASE_MS + 20)
+    assert len(log) == 2, "in use for a day: written again, so that gc can tell"
+
+
+def test_an_engine_with_other_code_asks_for_the_version_that_a_snapshot_names() -> None:
+    """G10: after a rebalance an instance arrives that another engine wrote a minute ago; it is not parked."""
+    log: list[Record] = []
+    store, name = MemoryStore(), f"code_case_{next(_count)}"
+    old = "def main(o):\n    yield kw.suspend('r')\n    yield kw.suspend('s')\n    return 'old'"
+    new = "def main(o):\n    yield kw.suspend('r')\n    return 'new'"
+    second = Engine(log, store, new, name)  # it has read the topic to its end: nothing was there
+    first = Engine(log, store, old, name)
+    first.batch(("w", b"new:1"))
+    first.batch(("w", b'{"ref":"r"}'), at=10)
+    durable.load_source(name, HEAD + new, f"{name}.py")
+    assert second.batch(("w", b'{"ref":"s"}'), at=20) == ['"old"']
