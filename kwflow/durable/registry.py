@@ -85,7 +85,7 @@ class Module:
     """One version of a durable module: its functions by path, the hashes of its units (semantics §8.1) and the namespace it runs in.
 
     `name` is the name authors know it by, also when this version is loaded as `name@<12 hex>`; `version` is the sha256 of its
-    source.  `whole` is False when only some functions of the module are durable (`@durable`): its source alone cannot be run.
+    source.  `whole` is False when its source alone cannot be run: only some of its functions are durable (`@durable`), or it was given as a tree.
     """
 
     name: str

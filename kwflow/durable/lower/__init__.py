@@ -51,7 +51,7 @@ def lower_module(name: str, source: str | ast.Module, filename: str, bound: froz
         raise UnsupportedError(f"{filename}: code nested too deeply to be made durable") from None
     except SyntaxError as error:
         raise UnsupportedError(f"{filename}:{error.lineno}: {error.msg} once made durable; nest less") from error
-    return Module(name, version, filename, text, code, functions, units)
+    return Module(name, version, filename, text, code, functions, units, whole=isinstance(source, str))
 
 
 def _future_flags(tree: ast.Module) -> int:
