@@ -7,7 +7,6 @@ of their own and act on the same `Calls`.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from kwflow.core.instance import Instance, Machine
 from kwflow.core.mailbox import Inbox
 from kwflow.core.tasks import OK, ActivityWait, All, Awaitable, Combinator, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.core.wire import Output, Record, Reply
+from kwflow.durable.awaiting import Advance, AsyncGenerator, asyncio_refusal
 from kwflow.errors import NotDurableError, UsageError
 
 __all__ = ["Calls", "timer_key"]
@@ -59,8 +59,14 @@ class Calls:
             items = value.values() if isinstance(value, dict) else value
             if any(isinstance(item, (Awaitable, types.GeneratorType)) for item in items):
                 raise UsageError(f"a {type(value).__name__} of waits is no wait; use kw.all(...) or kw.race(...)")
-        elif inspect.iscoroutine(value) or inspect.isasyncgen(value) or hasattr(value, "_asyncio_future_blocking"):
-            raise UsageError(f"{value!r} belongs to asyncio and cannot be saved; use a generator, kw.sleep, kw.all or kw.race")
+            return value
+        if isinstance(value, AsyncGenerator):
+            raise UsageError(f"{value!r} is no wait; write `async for` over it")
+        if isinstance(value, Advance):
+            raise UsageError(f"a step of {value.agen!r} is no wait of its own; write `await` before it")
+        refusal = asyncio_refusal(value)
+        if refusal is not None:
+            raise refusal
         return value
 
     def _durable(self, gen: types.GeneratorType[Any, Any, Any]) -> object:

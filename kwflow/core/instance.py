@@ -123,6 +123,10 @@ class Machine:
             manager.__exit__(UsageError, error, None)
             raise error
 
+    def owns(self, gen: types.GeneratorType[Any, Any, Any]) -> bool:
+        """Whether it is a task of this instance: one generator, one task (semantics §1.2)."""
+        return gen in self.instance.adopted()
+
     def catching(self, error: BaseException) -> None:
         """What must end the step ends it even if author code swallows it (semantics §2.5)."""
         if isinstance(error, _ABORTS):

@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+from kwflow.durable.awaiting import Once
 from kwflow.errors import Cancelled, WorkflowError
 
 __all__ = ["FAILED", "OK", "PENDING", "ActivityWait", "All", "Awaitable", "Combinator", "Race", "Shield", "Suspension", "Task", "Timeout", "Timer", "live_below"]
@@ -19,32 +20,7 @@ PENDING, OK, FAILED = "pending", "ok", "failed"
 Outcome = tuple[str, Any]
 
 
-class _Wait:
-    """`yield from x` / `await x` as one yield of x: a picklable iterator, so that it needs no lowering (semantics §1.4)."""
-
-    __slots__ = ("target",)
-
-    def __init__(self, target: Awaitable | None) -> None:
-        self.target = target
-
-    def __iter__(self) -> _Wait:
-        return self
-
-    def __next__(self) -> Awaitable:
-        return self.send(None)
-
-    def send(self, value: object) -> Awaitable:
-        target, self.target = self.target, None
-        if target is None:
-            raise StopIteration(value)
-        return target
-
-    def throw(self, error: BaseException, *_: object) -> Awaitable:
-        self.target = None
-        raise error
-
-    def close(self) -> None:
-        self.target = None
+_Wait = Once  # the name that snapshots of 0.1 hold
 
 
 class Awaitable:
@@ -70,10 +46,10 @@ class Awaitable:
         return self.state != PENDING
 
     def __iter__(self) -> Iterator[Awaitable]:
-        return _Wait(self)
+        return Once(self)
 
     def __await__(self) -> Iterator[Awaitable]:
-        return _Wait(self)
+        return Once(self)
 
     def __getstate__(self) -> tuple[Any, ...]:
         """The fields in the order of `_fields`, which is part of the snapshot format."""

@@ -16,7 +16,7 @@ import types
 from typing import Any
 
 from kwflow.durable import rebuild, registry
-from kwflow.durable.frames import SUSPENDED, State, discard, enter, fill, read
+from kwflow.durable.frames import SUSPENDED, State, copied_locals, discard, enter, fill, read
 from kwflow.errors import CorruptSnapshotError, KwflowError, NotDurableError, SnapshotError, UnsavableError
 
 __all__ = ["Code", "allow_modules", "dumps", "dumps_with_code", "loads", "register_class"]
@@ -190,6 +190,10 @@ class _Pickler(pickle.Pickler):
             return rebuild.bound, (owner, value.__name__)
         return NotImplemented
 
+    def traceback(self, value: types.TracebackType) -> Any:
+        """Lost, as exceptions lose theirs; every `__aexit__` that waits is given one."""
+        return type(None), ()
+
     def module(self, value: types.ModuleType) -> Any:
         home = registry.version(value.__name__)
         if home is None:
@@ -211,6 +215,7 @@ _REDUCERS: dict[type, Any] = {
     types.MethodType: _Pickler.method,
     types.BuiltinFunctionType: _Pickler.builtin,
     types.ModuleType: _Pickler.module,
+    types.TracebackType: _Pickler.traceback,
     types.MappingProxyType: _Pickler.mappingproxy,
 }
 
@@ -368,7 +373,7 @@ def _fill(states: Any, waiting: list[types.GeneratorType[Any, Any, Any]]) -> Non
     for kind, made, state in states:
         if kind == _GENERATOR:
             status, slots = state
-            fill(made, made.gi_frame.f_locals["@S"], status, slots)
+            fill(made, copied_locals(made.gi_frame)["@S"], status, slots)
             if status == SUSPENDED:
                 waiting.append(made)
         elif kind == _OBJECT:

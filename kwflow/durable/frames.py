@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from kwflow.durable import registry
+from kwflow.durable.awaiting import below
+from kwflow.durable.lower.scopes import ITERATOR
 from kwflow.durable.registry import Function
 from kwflow.durable.runtime import Resume, set_abandoning
 from kwflow.errors import CodeChangedError, KwflowBug, NotDurableError, UsageError
@@ -70,8 +72,10 @@ def read(gen: Gen) -> State:
     frame = gen.gi_frame
     if frame is None:
         return State(function, FINISHED, {}, (), gen.__name__, gen.__qualname__)
-    names = dict(frame.f_locals)
+    names = copied_locals(frame)
     created = not gen.gi_suspended
+    if ".0" in names:  # the first iterator of a generator expression
+        names[ITERATOR if created else function.labels[0].live[0]] = names.pop(".0")
     if created and "@S" in names:  # a restored one that has not run yet
         slots = dict(names["@S"])
         return State(function, CREATED, slots, slots.pop("@c"), gen.__name__, gen.__qualname__)
@@ -79,12 +83,21 @@ def read(gen: Gen) -> State:
     captured = set(function.captured)
     slots = {name: value for name, value in names.items() if name[0] != "@" and name not in captured}
     if not created:
-        label = function.labels[names["@l"] - 1]
+        label = function.labels[names.get("@l", 1) - 1]  # a generator expression has one
         slots["@l"] = label.name
         for name in label.live:
             if name in names:
                 slots[name] = names[name]
     return State(function, CREATED if created else SUSPENDED, slots, cells, gen.__name__, gen.__qualname__)
+
+
+def copied_locals(frame: types.FrameType) -> dict[str, Any]:
+    """The frame's variables; the copy that frames keep until 3.12 is emptied, or it would hold what the author has dropped."""
+    found = frame.f_locals
+    names = dict(found)
+    if type(found) is dict:
+        found.clear()
+    return names
 
 
 def _created_cells(gen: Gen, function: Function, names: dict[str, Any]) -> tuple[types.CellType, ...]:
@@ -159,8 +172,7 @@ def where(gen: Gen) -> tuple[str, str, int]:
     while True:
         frame = gen.gi_frame
         inner = gen.gi_yieldfrom
-        if isinstance(inner, Resume):
-            inner = inner.target
+        inner = below(inner.target if isinstance(inner, Resume) else inner)
         if not isinstance(inner, types.GeneratorType) or inner.gi_frame is None or registry.function_of(inner.gi_code) is None:
             return gen.__qualname__, gen.gi_code.co_filename, frame.f_lineno if frame is not None else 0
         gen = inner
@@ -181,5 +193,5 @@ def describe(gen: Gen) -> list[Frame]:
         line = current.gi_frame.f_lineno if state.status == SUSPENDED else state.function.lineno
         frames.append(Frame(state.qualname, state.function.filename, line, values))
         live = [name for name in state.slots if name.startswith("@delegate")]
-        current = state.slots[live[-1]] if live else None
+        current = below(state.slots[live[-1]]) if live else None
     return frames

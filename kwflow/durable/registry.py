@@ -32,7 +32,7 @@ class Label:
 
 @dataclass(eq=False)
 class Function:
-    """One function, lambda or generator of a durable module.
+    """One function, lambda or generator of a durable module; `coroutine` is true for a generator written as async def.
 
     `free` are the names of the function object's closure, `captured` all cells of a generator's frame; both sorted, as
     the compiler orders them.  `path` is unique in the module ("main.<locals>.book#2").
@@ -45,6 +45,7 @@ class Function:
     name: str
     qualname: str
     kind: str
+    coroutine: bool
     lineno: int
     filename: str
     arguments: tuple[str, ...]

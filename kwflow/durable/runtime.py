@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import itertools
+import operator
 import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from kwflow.durable.registry import Function, Module, register_code
+from kwflow.durable import awaiting
+from kwflow.durable.registry import Function, Module, function_of, register_code
 
 __all__ = ["Driver", "Resume", "Runtime", "abandoning", "delegate", "set_abandoning", "set_driver"]
 
@@ -28,6 +31,9 @@ class Driver(Protocol):
 
     def entered(self, manager: Any, value: Any) -> None:
         """A `with` that holds a wait has entered this manager and got this value.  What this raises is raised there."""
+
+    def owns(self, gen: types.GeneratorType[Any, Any, Any]) -> bool:
+        """Whether this generator is the driver's already, so that `await` has to wait for it instead of running it."""
 
     def catching(self, error: BaseException) -> None:
         """An error has reached a `try` or `with` of the author that holds a wait, and may be swallowed by it."""
@@ -84,7 +90,7 @@ def enter(manager: Any) -> Any:
     enter_ = getattr(cls, "__enter__", None)
     if enter_ is None or not hasattr(cls, "__exit__"):
         missed = " (missed __exit__ method)" if enter_ is not None else ""
-        raise TypeError(f"'{cls.__qualname__}' object does not support the context manager protocol{missed}")
+        raise TypeError(f"'{cls.__name__}' object does not support the context manager protocol{missed}")
     value = enter_(manager)
     driver: Driver | None = getattr(_driving, "driver", None)
     if driver is not None:
@@ -150,12 +156,30 @@ def delegate(source: Any) -> Any:
             driver.delegating(source)
         return source
     iterator = iter(source)
+    if isinstance(iterator, _OURS):
+        return iterator
     try:
         if iter(iterator) is iterator and (isinstance(iterator, types.GeneratorType) or not hasattr(iterator, "close")):
             return iterator
     except TypeError:
         pass
     return _Delegate(iterator)
+
+
+_OURS = (awaiting.Once, awaiting.Advance, awaiting._Chained)
+
+
+def awaited(value: Any) -> Any:
+    """What `await value` iterates: a fresh durable generator runs here, one that runs elsewhere is waited for (semantics §6.1)."""
+    if isinstance(value, types.GeneratorType):
+        if value.gi_code.co_name == "<genexpr>":
+            raise TypeError("object generator can't be used in 'await' expression")
+        driver: Driver | None = getattr(_driving, "driver", None)
+        if function_of(value.gi_code) is None or not awaiting.is_unstarted(value) or (driver is not None and driver.owns(value)):
+            return awaiting.Once(value)
+        return value
+    iterator = awaiting.iterator_of(value)
+    return iterator if isinstance(iterator, _OURS) else delegate(iterator)
 
 
 class Resume:
@@ -179,10 +203,12 @@ class Resume:
 
     def throw(self, *error: Any) -> Any:
         throw = getattr(self.target, "throw", None)
-        if throw is not None:
-            return throw(*error)
-        exception = error[0] if len(error) == 1 else error[1] if isinstance(error[1], BaseException) else error[0](error[1])
-        raise exception
+        try:
+            if throw is not None:
+                return throw(*error)
+            raise error[0] if len(error) == 1 else error[1] if isinstance(error[1], BaseException) else error[0](error[1])
+        finally:
+            error = ()  # or the error would hold this frame, which holds the error
 
     def close(self) -> None:
         close = getattr(self.target, "close", None)
@@ -204,6 +230,19 @@ class Runtime:
     slice = builtins.slice
     Resume = Resume
     BaseException = builtins.BaseException
+    set = builtins.set
+    append = staticmethod(list.append)
+    add = staticmethod(set.add)
+    setitem = staticmethod(operator.setitem)
+    awaited = staticmethod(awaited)
+    aiter = staticmethod(awaiting.aiter_)
+    anext = staticmethod(awaiting.anext_)
+    aenter = staticmethod(awaiting.aenter)
+    aleave = staticmethod(awaiting.aleave)
+    aexit = staticmethod(awaiting.aexit)
+    StopAsyncIteration = builtins.StopAsyncIteration
+    Item = awaiting.Item
+    async_generator = awaiting.AsyncGenerator
 
     def __init__(self, module: Module, bound: Mapping[str, type]) -> None:
         self.bound = bound  # classes of the current module that a stored version takes as its own
@@ -221,7 +260,31 @@ class Runtime:
         """The same for lambdas."""
         return _mark(self._functions[path], function)
 
+    def mark_coroutine(self, path: str) -> Callable[[Any], Any]:
+        """The same for async functions."""
+        return lambda function: as_coroutine(_mark(self._functions[path], function))
+
+    def generator(self, path: str, made: types.GeneratorType[Any, Any, Any]) -> Any:
+        """The same for generator expressions."""
+        register_code(made.gi_code, self._functions[path])
+        return made
+
+    def closure(self, path: str, lender: types.FunctionType) -> types.FunctionType:
+        """A function without a def, around the cells and defaults that a lambda in its place has."""
+        function = self._functions[path]
+        made = types.FunctionType(function.plain, lender.__globals__, function.name, lender.__defaults__, lender.__closure__)
+        made.__kwdefaults__ = lender.__kwdefaults__
+        return made
+
 
 def _mark(function: Function, fn: types.FunctionType) -> types.FunctionType:
     register_code(fn.__code__, function)
+    return fn
+
+
+def as_coroutine(fn: types.FunctionType) -> types.FunctionType:
+    """`inspect.iscoroutinefunction` says yes, as for the async def it was (from 3.12 on, where it can be told)."""
+    mark: Callable[[Any], Any] | None = getattr(inspect, "markcoroutinefunction", None)
+    if mark is not None:
+        mark(fn)
     return fn

@@ -4,7 +4,9 @@ Owns: scripts, traces, the ways of re-entry. Must not know how lowering works: i
 The native run is the oracle; no expected result is written down anywhere.
 """
 
+import inspect
 import pathlib
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -15,6 +17,8 @@ CORPUS = pathlib.Path(__file__).parent / "corpus"
 OPS_MAX = 30  # an endless generator is cut here; the longest finite one of the corpus needs fewer
 THROW_POINTS_MAX = 10  # throws at later yields repeat what loops already showed
 KEPT: list[Any] = []  # every generator ever driven: a collected one could run its finally inside another script's log
+
+NATIVE_NAME = re.compile(r"\bcoroutine\b")  # what messages of the interpreter call the native twin of an async function
 
 Op = tuple[str, Any]
 Trip = Callable[[Any], Any]
@@ -57,7 +61,45 @@ def load_native(name: str) -> dict[str, Any]:
     module = types.ModuleType(f"corpus_native_{name}")
     sys.modules[module.__name__] = module
     exec(compile(source_of(name), str(CORPUS / f"{name}.py"), "exec"), module.__dict__)
-    return module.__dict__
+    return {n: driven(value) if n.startswith("g_") and inspect.iscoroutinefunction(value) else value for n, value in module.__dict__.items()}
+
+
+class Driven:
+    """A native coroutine behaves as a generator after its end; while it runs they are the same."""
+
+    def __init__(self, coroutine: Any) -> None:
+        self.coroutine = coroutine
+        self.ended = False
+
+    def send(self, value: Any) -> Any:
+        if self.ended:
+            raise StopIteration
+        try:
+            return self.coroutine.send(value)
+        finally:
+            self._note()
+
+    def throw(self, error: Any) -> Any:
+        try:
+            if self.ended:
+                raise error
+            return self.coroutine.throw(error)
+        finally:
+            del error  # or the error would hold this frame, which holds the error
+            self._note()
+
+    def close(self) -> Any:
+        try:
+            self.coroutine.close()
+        finally:
+            self._note()
+
+    def _note(self) -> None:
+        self.ended = inspect.getcoroutinestate(self.coroutine) == inspect.CORO_CLOSED
+
+
+def driven(function: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: Driven(function())
 
 
 def load_lowered(name: str) -> dict[str, Any]:
@@ -101,7 +143,7 @@ def describe_error(error: BaseException | None, depth: int = 6) -> Any:
     if error is None or depth == 0:
         return None
     chains = (describe_error(error.__cause__, depth - 1), describe_error(error.__context__, depth - 1))
-    return (type(error).__name__, repr(error.args), *chains, error.__suppress_context__)
+    return (type(error).__name__, NATIVE_NAME.sub("generator", repr(error.args)), *chains, error.__suppress_context__)
 
 
 def apply(generator: Any, op: Op) -> tuple[Any, ...]:

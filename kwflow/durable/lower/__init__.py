@@ -4,7 +4,9 @@
     emit.py         statement lists, labels, temporaries, guards
     expressions.py  hoisting
     protected.py    try, with
+    asyncs.py       async for, async with
     statements.py   the rest
+    inner.py        functions without a def: lambdas, generator expressions
     functions.py    nested functions, the twins, functions compiled alone
     lint.py         calls that are thrown away
 """
@@ -26,7 +28,7 @@ __all__ = ["LOWERING_VERSION", "lower_module"]
 
 LOWERING_VERSION = 1
 _DEEP = 5  # nested blocks from which on the cold twin is compiled at load: it may pass CPython's limit of 20
-_BLOCKS = (ast.For, ast.While, ast.Try, ast.With)
+_BLOCKS = (ast.For, ast.While, ast.Try, ast.TryStar, ast.With, ast.AsyncFor, ast.AsyncWith, ast.comprehension)
 
 
 def lower_module(name: str, source: str | ast.Module, filename: str, bound: frozenset[str] = frozenset()) -> Module:
@@ -44,8 +46,9 @@ def lower_module(name: str, source: str | ast.Module, filename: str, bound: froz
     try:
         code = lowering.compile(lowering.module(tree, bound))
         functions, units = _functions(lowering, scopes, version)
+        nodes = {scope.frame_path: node for node, scope in scopes.items() if scope.kind == "function"}
         for function in functions.values():
-            if function.kind == "generator" and _depth(_node_of(scopes, function.path)) > _DEEP:
+            if function.kind == "generator" and _depth(nodes[function.path]) > _DEEP:
                 function.compile_cold()
     except RecursionError:
         raise UnsupportedError(f"{filename}: code nested too deeply to be made durable") from None
@@ -67,29 +70,33 @@ def _functions(lowering: ModuleLowering, scopes: dict[ast.AST, Scope], version: 
     functions: dict[str, Function] = {}
     units: dict[str, str] = {}
     for node, scope in scopes.items():
-        if scope.kind != "function" or isinstance(node, (ast.GeneratorExp, ast.AsyncFunctionDef)):
+        if scope.kind != "function" or (scope.generator and scope.frame_path not in lowering.labels):  # a function opted out
             continue
         outermost = _outermost(scope)
         unit = outermost.path
         if unit not in units:
             units[unit] = unit_hash(outermost.node)
-        functions[scope.path] = Function(
-            module=lowering.name,
-            version=version,
-            path=scope.path,
-            unit=unit,
-            name=getattr(node, "name", "<lambda>"),
-            qualname=scope.qualname,
-            kind="generator" if scope.generator else "function",
-            lineno=getattr(node, "lineno", 0),
-            filename=lowering.filename,
-            arguments=scope.arguments,
-            free=scope.free,
-            captured=scope.captured,
-            labels=lowering.labels.get(scope.path, ()),
-            compile_cold=functools.partial(lowering.cold, node, scope),
-            compile_plain=functools.partial(lowering.plain, node, scope),
-        )
+        maker = scope.frame_path != scope.path
+        kinds = [(scope.frame_path, scope.generator, lowering.plain)] + [(scope.path, False, lowering.maker)] * maker
+        for path, generator, plain in kinds:
+            functions[path] = Function(
+                module=lowering.name,
+                version=version,
+                path=path,
+                unit=unit,
+                name=getattr(node, "name", "") or scope.qualname.rpartition(".")[2],
+                qualname=scope.qualname,
+                kind="generator" if generator else "function",
+                coroutine=scope.coroutine and not scope.produces,
+                lineno=getattr(node, "lineno", 0),
+                filename=lowering.filename,
+                arguments=scope.arguments,
+                free=scope.free,
+                captured=scope.captured,
+                labels=lowering.labels.get(path, ()),
+                compile_cold=functools.partial(lowering.cold, node, scope),
+                compile_plain=functools.partial(plain, node, scope),
+            )
     return functions, units
 
 
@@ -101,10 +108,6 @@ def _outermost(scope: Scope) -> Scope:
             found = outer
         outer = outer.parent
     return found
-
-
-def _node_of(scopes: dict[ast.AST, Scope], path: str) -> ast.AST:
-    return next(node for node, scope in scopes.items() if scope.path == path and scope.kind == "function")
 
 
 def _depth(node: ast.AST) -> int:

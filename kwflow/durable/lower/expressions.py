@@ -8,6 +8,7 @@ inside an expression lives here.
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 from kwflow.durable.lower.emit import Emitter, assign, call, constant, helper, load
 from kwflow.durable.lower.scopes import has_yield
@@ -86,12 +87,13 @@ class Expressions(Emitter):
         return (STAR, node.value) if isinstance(node, ast.Starred) else (PLAIN, node)
 
     # -- suspending ------------------------------------------------------------------------------------------------
-    def suspension(self, node: ast.Yield | ast.YieldFrom) -> ast.expr:
+    def suspension(self, node: ast.Yield | ast.YieldFrom | ast.Await) -> ast.expr:
         """Emit up to the wait and return the yield itself; the caller emits its statement with the newest label."""
         mark = len(self.live)
-        if isinstance(node, ast.YieldFrom):
+        if isinstance(node, (ast.YieldFrom, ast.Await)):
             delegate = self.temporary("delegate")
-            self.emit(assign(delegate, call("delegate", self.value(node.value))))
+            begin = "delegate" if isinstance(node, ast.YieldFrom) else "awaited"
+            self.emit(assign(delegate, call(begin, self.value(node.value))))
             del self.live[mark:]
             self.live.append(delegate)
             self.label()
@@ -111,7 +113,7 @@ class Expressions(Emitter):
     def _reached() -> ast.NamedExpr:
         return ast.NamedExpr(ast.Name("@r", ast.Store()), constant(0))
 
-    def value_Yield(self, node: ast.Yield | ast.YieldFrom) -> ast.expr:
+    def value_Yield(self, node: ast.Yield | ast.YieldFrom | ast.Await) -> ast.expr:
         mark = len(self.live)
         wait = self.suspension(node)
         name = self.temporary("spill")
@@ -120,7 +122,7 @@ class Expressions(Emitter):
         self.live.append(name)
         return load(name)
 
-    value_YieldFrom = value_Yield
+    value_YieldFrom = value_Await = value_Yield
 
     # -- operators -------------------------------------------------------------------------------------------------
     def value_BinOp(self, node: ast.BinOp) -> ast.expr:
@@ -261,6 +263,24 @@ class Expressions(Emitter):
     # -- strings ---------------------------------------------------------------------------------------------------
     def value_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
         return ast.JoinedStr(self.sequence([(PIECE if isinstance(piece, ast.FormattedValue) else PLAIN, piece) for piece in node.values]))
+
+    def value_TemplateStr(self, node: Any) -> ast.expr:
+        """Values are evaluated in order and not formatted; format specs are, each after its value (3.14)."""
+        parts: list[Part] = []
+        for piece in node.values:
+            if not isinstance(piece, ast.Constant):
+                parts += [(PLAIN, piece.value), *([(PLAIN, piece.format_spec)] if piece.format_spec is not None else [])]
+        values = iter(self.sequence(parts))
+        pieces = []
+        for piece in node.values:
+            if isinstance(piece, ast.Constant):
+                pieces.append(piece)
+                continue
+            value, spec = next(values), next(values) if piece.format_spec is not None else None
+            if spec is not None and not isinstance(spec, ast.JoinedStr):
+                spec = ast.JoinedStr([ast.FormattedValue(spec, -1, None)])
+            pieces.append(ast.copy_location(type(piece)(value, piece.str, piece.conversion, spec), piece))
+        return type(node)(pieces)  # type: ignore[no-any-return]
 
     def value_FormattedValue(self, node: ast.FormattedValue) -> ast.expr:
         if node.format_spec is None or not has_yield(node.format_spec):

@@ -11,16 +11,13 @@ import types
 from typing import Any
 
 from kwflow.durable.fingerprint import without_docstring
-from kwflow.durable.lower.emit import assign, call, constant, helper, load
-from kwflow.durable.lower.scopes import Scope, mangle
+from kwflow.durable.lower.emit import assign, call, constant, helper, load, store
+from kwflow.durable.lower.inner import as_def, forwarded, no_arguments, template
+from kwflow.durable.lower.scopes import Comprehension, Scope, mangle
 from kwflow.durable.lower.statements import Statements
 from kwflow.durable.registry import Label
-from kwflow.errors import UnsupportedError
 
 __all__ = ["ModuleLowering"]
-
-_DEFS = (ast.FunctionDef, ast.AsyncFunctionDef)
-
 
 class ModuleLowering:
     """Lowers the functions of one module; every tree it is given stays as it was."""
@@ -43,12 +40,13 @@ class ModuleLowering:
     # -- one function --------------------------------------------------------------------------------------------
     def hot(self, node: ast.FunctionDef, scope: Scope, mangled: str | None) -> list[ast.stmt]:
         """The body of a durable generator in place: it runs from the start and can be captured at every label."""
-        lowering, body = self._lower(node, scope, mangled, cold=False)
-        self.labels[scope.path] = tuple(Label(label.name, label.live) for label in lowering.labels)
+        body = self._lower(node, scope, mangled, cold=False)[1]
         head: list[ast.stmt] = [*node.body[: len(node.body) - len(without_docstring(node.body))], *self._declarations(scope)]
+        lent = sorted(scope.lent - scope.globals - scope.nonlocals)
+        if lent:  # bound somewhere else: the compiler must know that they are names of this function
+            head.append(ast.copy_location(ast.If(constant(False), [assign(name, constant(None)) for name in lent], []), node))
         if scope.captured:
-            cells = ast.Lambda(_no_arguments(), ast.Tuple([load(name) for name in scope.captured], ast.Load()))
-            head.append(ast.copy_location(assign("@c", ast.Attribute(cells, "__closure__", ast.Load())), node))
+            head.append(ast.copy_location(assign("@c", cells_of(scope)), node))
         return [*head, *body]
 
     def _declarations(self, scope: Scope) -> list[ast.stmt]:
@@ -59,11 +57,20 @@ class ModuleLowering:
         rewriter = Rewriter(self, scope, mangled, lowered=True, cold=cold)
         statements = [rewriter.visit(statement) for statement in without_docstring(node.body)]
         lowering = Statements(scope, self.filename, cold, at=node)
-        block = lowering.block(statements, "")
-        return lowering, block.body
+        body = lowering.block(statements, "").body
+        if not lowering.labels:  # async code that never waits is a generator all the same
+            body = [ast.copy_location(ast.If(constant(False), [ast.Expr(ast.Yield())], []), node), *body]
+        if not cold:
+            self.labels[scope.frame_path] = tuple(Label(label.name, label.live) for label in lowering.labels)
+        return lowering, body
 
-    def cold(self, node: Any, scope: Scope) -> types.CodeType:
-        lowering, body = self._lower(node, scope, scope.class_name, cold=True)
+    def live(self, node: ast.GeneratorExp, scope: Scope, mangled: str | None) -> tuple[str, ...]:
+        """The iterators of a generator expression's loops, outermost first."""
+        return self._lower(as_def(node), scope, mangled, cold=False)[0].labels[0].live
+
+    def cold(self, node: ast.AST, scope: Scope) -> types.CodeType:
+        definition = as_def(node)
+        lowering, body = self._lower(definition, scope, scope.class_name, cold=True)
         captured = set(scope.captured)
         names = [name for name in sorted(scope.bound) if name not in captured and name not in scope.globals]
         saved = [name for name in lowering.temporaries if any(name in label.live for label in lowering.labels)]
@@ -77,26 +84,28 @@ class ModuleLowering:
         arguments = ast.arguments([], [ast.arg("@S")], None, [], [], None, [])
         for statement in (*declared, *prologue):
             ast.copy_location(statement, node)
-        return self._alone(ast.FunctionDef(f"@{node.name}", arguments, [*declared, *prologue, *body], [], None), scope, scope.captured, node)
+        return self._alone(ast.FunctionDef(f"@{definition.name}", arguments, [*declared, *prologue, *body], [], None), scope, scope.captured, node)
 
     def plain(self, node: ast.AST, scope: Scope) -> types.CodeType:
+        """The function as it stands in the module, alone."""
         rewriter = Rewriter(self, scope, scope.class_name)
-        if isinstance(node, ast.Lambda):
-            arguments = rewriter.arguments(node.args, bare=True)
-            inner: ast.AST = ast.Lambda(arguments, rewriter.visit(node.body))
-            return self._alone(inner, scope, scope.free, node)
-        if not isinstance(node, ast.FunctionDef):
-            raise UnsupportedError(f"{self.filename}: {scope.qualname} cannot be compiled alone")
-        arguments = rewriter.arguments(node.args, bare=True)
-        body = self.hot(node, scope, scope.class_name) if scope.generator else [rewriter.visit(statement) for statement in node.body]
-        return self._alone(ast.FunctionDef(f"@{node.name}", arguments, body, [], None), scope, scope.free, node)
+        if isinstance(node, ast.Lambda) and not scope.generator:
+            return self._alone(ast.Lambda(rewriter.arguments(node.args, bare=True), rewriter.visit(node.body)), scope, scope.free, node)
+        definition = as_def(node)
+        body = self.hot(definition, scope, scope.class_name) if scope.generator else [rewriter.visit(statement) for statement in definition.body]
+        return self._alone(ast.FunctionDef(f"@{definition.name}", rewriter.arguments(definition.args, bare=True), body, [], None), scope, scope.free, node)
+
+    def maker(self, node: ast.AsyncFunctionDef, scope: Scope) -> types.CodeType:
+        """The function that makes async generators, alone."""
+        arguments = Rewriter(self, scope, scope.class_name).arguments(node.args, bare=True)
+        return self._alone(ast.FunctionDef(f"@{node.name}", arguments, forwarded(node, scope, scope.frame_path), [], None), scope, scope.free, node)
 
     def _alone(self, inner: Any, scope: Scope, captured: tuple[str, ...], at: ast.AST) -> types.CodeType:
         """Its code with `captured` as free variables; `inner` is a lambda, or a def named `@...`: a name of its own that recursive calls do not mean."""
         ast.copy_location(inner, at)
         body: list[ast.stmt] = [assign(name, constant(None)) for name in captured]
         body += [ast.Return(inner)] if isinstance(inner, ast.Lambda) else [inner]
-        factory = ast.copy_location(ast.FunctionDef("@factory", _no_arguments(), body, [], None), at)
+        factory = ast.copy_location(ast.FunctionDef("@factory", no_arguments(), body, [], None), at)
         for definition in (factory, inner):
             if "type_params" in definition._fields and not hasattr(definition, "type_params"):
                 setattr(definition, "type_params", [])  # noqa: B010
@@ -126,8 +135,10 @@ def _renamed(code: types.CodeType, inside: str, real: str) -> types.CodeType:
     return code.replace(co_qualname=real + code.co_qualname[len(inside) :], co_consts=tuple(map(one, code.co_consts)))
 
 
-def _no_arguments() -> ast.arguments:
-    return ast.arguments([], [], None, [], [], None, [])
+def cells_of(scope: Scope) -> ast.expr:
+    """An expression for the frame's own cells, in the order of `captured`."""
+    lender = ast.Lambda(no_arguments(), ast.Tuple([load(name) for name in scope.captured], ast.Load()))
+    return ast.Attribute(lender, "__closure__", ast.Load())
 
 
 def _saved(name: str) -> ast.expr:
@@ -183,30 +194,80 @@ class Rewriter:
             return self._rebuilt(node, body=node.body)
         scope = self.module.scopes[node]
         if scope.generator:
-            if getattr(node, "type_params", None):
-                raise UnsupportedError(f"{self.module.filename}:{node.lineno}: type parameters of a durable generator ({node.name}) are not supported")
             body = self.module.hot(node, scope, self.mangled)
         else:
             inner = Rewriter(self.module, scope, self.mangled)
             body = [inner.visit(statement) for statement in node.body]
-        mark = ast.copy_location(call("mark", constant(scope.path)), node)
-        return self._rebuilt(node, name=self.name(node.name), args=self.arguments(node.args), body=body, decorator_list=[*self.visit(node.decorator_list), mark])
+        return self._rebuilt(node, **self._marked(node, "mark", scope, body))
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> Any:
         if _native(node):
-            return node
-        raise UnsupportedError(
-            f"{self.module.filename}:{node.lineno}: async def {node.name} in a durable module is not supported yet; "
-            "write a generator, or decorate it with @durable.native to leave it as it is"
-        )
+            return self._rebuilt(node, body=node.body)
+        scope = self.module.scopes[node]
+        body = self.module.hot(as_def(node), scope, self.mangled)
+        if scope.produces:
+            docstring = node.body[: len(node.body) - len(without_docstring(node.body))]
+            body = [*docstring, *forwarded(node, scope, scope.frame_path)]
+        changed = self._marked(node, "mark" if scope.produces else "mark_coroutine", scope, body)
+        fields = {name: changed[name] if name in changed else self.visit(getattr(node, name)) for name in node._fields if hasattr(node, name)}
+        return ast.copy_location(ast.FunctionDef(**fields), node)
+
+    def _marked(self, node: ast.FunctionDef | ast.AsyncFunctionDef, helper: str, scope: Scope, body: list[ast.stmt]) -> dict[str, Any]:
+        mark = ast.copy_location(call(helper, constant(scope.path)), node)
+        return {"name": self.name(node.name), "args": self.arguments(node.args), "body": body, "decorator_list": [*self.visit(node.decorator_list), mark]}
 
     def visit_Lambda(self, node: ast.Lambda) -> Any:
         scope = self.module.scopes[node]
         if scope.generator:
-            raise UnsupportedError(f"{self.module.filename}:{node.lineno}: a yield inside a lambda is not supported; write a def")
+            self.module.hot(as_def(node), scope, self.mangled)  # for its labels, and to refuse at load what is refused
+            lender = template(scope)
+            lender.args = self.arguments(node.args)
+            return ast.copy_location(call("closure", constant(scope.path), ast.copy_location(lender, node)), node)
         inner = Rewriter(self.module, scope, self.mangled)
         rebuilt = ast.copy_location(ast.Lambda(self.arguments(node.args), inner.visit(node.body)), node)
         return ast.copy_location(call("marked", constant(scope.path), rebuilt), node)
+
+    def visit_GeneratorExp(self, node: ast.GeneratorExp) -> Any:
+        """It stays one; its iterators get names, `.0` natively for the first, so that they can be saved."""
+        scope = self.module.scopes[node]
+        if scope.coroutine:
+            return ast.copy_location(call("async_generator", self._made(node, scope)), node)
+        inner = Rewriter(self.module, scope, self.mangled)
+        clauses: list[ast.comprehension] = []
+        for name, clause in zip(self.module.live(node, scope, self.mangled), node.generators, strict=True):
+            source = (inner if clauses else self).visit(clause.iter)
+            started = ast.copy_location(call("iter", source), clause.iter)
+            target, ifs = inner.visit(clause.target), inner.visit(clause.ifs)
+            if clauses:
+                clauses.append(_binding(name, started))
+                clauses.append(ast.comprehension(target, load(name), ifs, 0))
+            elif scope.captured:
+                clauses.append(ast.comprehension(target, started, [], 0))
+                clauses.append(_binding("@c", cells_of(scope), ifs))
+            else:
+                clauses.append(ast.comprehension(target, started, ifs, 0))
+        rebuilt = ast.copy_location(ast.GeneratorExp(inner.visit(node.elt), clauses), node)
+        return ast.copy_location(call("generator", constant(scope.path), rebuilt), node)
+
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.DictComp) -> Any:
+        scope = self.module.scopes[node]
+        if scope.kind == "comprehension":
+            return self._rebuilt(node)
+        return ast.copy_location(ast.Await(ast.copy_location(self._made(node, scope), node)), node)
+
+    visit_SetComp = visit_DictComp = visit_ListComp
+
+    def _made(self, node: Comprehension, scope: Scope) -> ast.expr:
+        """A call of the function that a comprehension which awaits is."""
+        self.module.hot(as_def(node), scope, self.mangled)
+        first = node.generators[0]
+        started = ast.copy_location(call("aiter" if first.is_async else "iter", self.visit(first.iter)), first.iter)
+        return ast.Call(ast.copy_location(call("closure", constant(scope.path), template(scope)), node), [started], [])
+
+    def visit_Yield(self, node: ast.Yield) -> Any:
+        if not self.scope.produces:
+            return self._rebuilt(node)
+        return ast.copy_location(ast.Yield(call("Item", self.visit(node.value) if node.value is not None else constant(None))), node)
 
     def arguments(self, args: ast.arguments, bare: bool = False) -> ast.arguments:
         """The parameters as this code spells them; `bare` without defaults and annotations, for code compiled alone."""
@@ -263,6 +324,11 @@ class Rewriter:
         bound = node.asname or node.name
         spelled = self.name(bound)
         return node if spelled == bound else ast.copy_location(ast.alias(node.name, spelled), node)
+
+
+def _binding(name: str, value: ast.expr, ifs: Any = ()) -> ast.comprehension:
+    """`for name in [value]`, which the compiler turns into an assignment."""
+    return ast.comprehension(store(name), ast.List([value], ast.Load()), list(ifs), 0)
 
 
 def _native(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

@@ -1,8 +1,8 @@
 """Which names a function binds, shares with nested functions and takes from outside; where its yields are.
 
 An analysis of our own, not `symtable`: a comprehension is a scope natively until 3.11 and inlined since 3.12 (PEP 709),
-and what a snapshot holds must not depend on the minor that wrote it.  Every question about names is answered here;
-nothing here changes a tree.
+and what a snapshot holds must not depend on the minor that wrote it.  A comprehension that awaits is a function on all
+of them, since that is what it is lowered to.  Every question about names is answered here; nothing here changes a tree.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["FunctionNode", "Scope", "analyze", "has_yield", "mangle"]
+__all__ = ["ITERATOR", "RESULT", "Comprehension", "Scope", "analyze", "has_yield", "mangle"]
 
-FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.GeneratorExp
+Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+ITERATOR = ".iterator"  # the argument of a comprehension that is a function: its first iterable, evaluated outside
+RESULT = ".result"  # and what it has collected so far
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp)
+_NAMES = {ast.ListComp: "<listcomp>", ast.SetComp: "<setcomp>", ast.DictComp: "<dictcomp>", ast.GeneratorExp: "<genexpr>"}
+_WAITS = (ast.Yield, ast.YieldFrom, ast.Await, ast.AsyncFor, ast.AsyncWith)
 
 
 @dataclass(eq=False)
 class Scope:
-    """One scope.  `kind` is module, class, function or comprehension (list, set and dict ones; a generator expression is a function).
+    """One scope.  `kind` is module, class, function, types (the type parameters of a def or class) or comprehension.
 
-    Invariant, after `analyze`: `free` are the names taken from enclosing functions, `cells` the names of its own that nested
+    A generator expression, and a comprehension that awaits, is a function.  `coroutine` is true for async code, `produces`
+    for an async generator, `lent` are names that only comprehensions inside bind, from code of their own.  Invariant, after `analyze`: `free` are the names taken from enclosing functions, `cells` the names of its own that nested
     functions take, both as the compiled code spells them (mangled) and sorted.
     """
 
@@ -31,15 +36,23 @@ class Scope:
     path: str
     class_name: str | None = None
     generator: bool = False
+    coroutine: bool = False
+    produces: bool = False
     arguments: tuple[str, ...] = ()
     bound: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
     globals: set[str] = field(default_factory=set)
     nonlocals: set[str] = field(default_factory=set)
+    lent: set[str] = field(default_factory=set)
     children: list[Scope] = field(default_factory=list)
     free: tuple[str, ...] = ()
     cells: tuple[str, ...] = ()
     siblings: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def frame_path(self) -> str:
+        """The path of the function whose frames run this scope: an async generator function only makes them."""
+        return f"{self.path}.<body>" if self.produces and isinstance(self.node, ast.AsyncFunctionDef) else self.path
 
     @property
     def captured(self) -> tuple[str, ...]:
@@ -65,7 +78,7 @@ def has_yield(node: ast.AST | None) -> bool:
         return False
     known = getattr(node, "_kw_yields", None)
     if known is None:
-        known = isinstance(node, (ast.Yield, ast.YieldFrom)) or any(map(has_yield, own_parts(node)))
+        known = isinstance(node, _WAITS) or any(map(has_yield, own_parts(node)))
         node._kw_yields = known  # type: ignore[attr-defined]
     return bool(known)
 
@@ -84,6 +97,29 @@ def own_parts(node: ast.AST) -> Iterator[ast.AST]:
         yield node.generators[0].iter
     else:
         yield from ast.iter_child_nodes(node)
+
+
+def _inner_parts(node: Comprehension) -> Iterator[ast.AST]:
+    """What a comprehension evaluates in its own scope: everything but its first iterable."""
+    yield from [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
+    for number, generator in enumerate(node.generators):
+        yield from [generator.iter, *generator.ifs] if number else generator.ifs
+
+
+def _waits_in_async(node: ast.AST) -> bool:
+    """Whether evaluating it awaits, in a tree that is not lowered yet."""
+    if isinstance(node, ast.Await) or (isinstance(node, _COMPREHENSIONS) and asynchronous(node)):
+        return True
+    return any(map(_waits_in_async, own_parts(node)))
+
+
+def asynchronous(node: Comprehension) -> bool:
+    """Whether a comprehension awaits: it becomes a coroutine, or with parentheses an async generator."""
+    return any(generator.is_async for generator in node.generators) or any(map(_waits_in_async, _inner_parts(node)))
+
+
+def _produces(node: ast.AST) -> bool:
+    return isinstance(node, ast.Yield) or any(map(_produces, own_parts(node)))
 
 
 def _defaults(args: ast.arguments) -> Iterator[ast.AST]:
@@ -133,7 +169,7 @@ class _Builder:
 
     def _child(self, kind: str, node: ast.AST, scope: Scope, name: str) -> Scope:
         owner = scope
-        while owner.kind == "comprehension" and owner.parent is not None:
+        while owner.kind in ("comprehension", "types") and owner.parent is not None:
             owner = owner.parent
         number = owner.siblings.get(name, 0) + 1
         owner.siblings[name] = number
@@ -157,16 +193,23 @@ class _Builder:
             scope.bound.add(name)
 
     def visit_NamedExpr(self, node: ast.NamedExpr, scope: Scope) -> None:
+        """In a comprehension the name belongs to the function around it."""
         self.visit(node.value, scope)
+        name = mangle(node.target.id, scope.class_name)
+        inside: list[Scope] = []
         owner = scope
-        while owner.kind == "comprehension" or isinstance(owner.node, ast.GeneratorExp):
-            owner.used.add(mangle(node.target.id, scope.class_name))
-            if owner.parent is None:
-                break
+        while isinstance(owner.node, (*_COMPREHENSIONS, ast.GeneratorExp)) and owner.parent is not None:
+            inside.append(owner)
             owner = owner.parent
-        self.bind(node.target.id, owner)
-        if owner is not scope:
-            owner.used.add(mangle(node.target.id, scope.class_name))
+        owner.bound.add(name)
+        if inside:
+            owner.used.add(name)
+        for passed in inside:
+            passed.used.add(name)
+            if passed.coroutine:
+                owner.lent.add(name)
+            if passed.kind == "function":
+                (passed.globals if owner.kind == "module" or name in owner.globals else passed.nonlocals).add(name)
 
     def visit_Global(self, node: ast.Global, scope: Scope) -> None:
         scope.globals.update(mangle(name, scope.class_name) for name in node.names)
@@ -207,9 +250,24 @@ class _Builder:
         for part in own_parts(node):
             self.visit(part, scope)
         self.bind(node.name, scope)
-        self._function(node, scope, node.name, node.body)
+        self._function(node, self._type_parameters(node, scope), node.name, node.body)
 
-    visit_AsyncFunctionDef = visit_FunctionDef
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef, scope: Scope) -> None:
+        self.visit_FunctionDef(node, scope)
+        child = self.scopes[node]
+        child.generator = child.coroutine = True
+        child.produces = any(map(_produces, node.body))
+
+    def _type_parameters(self, node: ast.AST, scope: Scope) -> Scope:
+        """The scope that `def f[T]` puts between a function and its surroundings (PEP 695)."""
+        parameters = getattr(node, "type_params", [])
+        if not parameters:
+            return scope
+        child = Scope("types", node, scope, scope.path, class_name=scope.class_name)
+        scope.children.append(child)
+        for parameter in parameters:
+            child.bound.add(mangle(parameter.name, scope.class_name))
+        return child
 
     def visit_Lambda(self, node: ast.Lambda, scope: Scope) -> None:
         for part in _defaults(node.args):
@@ -229,26 +287,30 @@ class _Builder:
         for part in own_parts(node):
             self.visit(part, scope)
         self.bind(node.name, scope)
-        child = self._child("class", node, scope, node.name)
+        child = self._child("class", node, self._type_parameters(node, scope), node.name)
         child.class_name = node.name
         for statement in node.body:
             self.visit(statement, child)
 
     def visit_GeneratorExp(self, node: ast.GeneratorExp, scope: Scope) -> None:
         self._comprehension(node, scope, "function", [node.elt])
+        self.scopes[node].produces = self.scopes[node].coroutine
 
     def visit_ListComp(self, node: ast.ListComp | ast.SetComp, scope: Scope) -> None:
-        self._comprehension(node, scope, "comprehension", [node.elt])
+        self._comprehension(node, scope, "function" if asynchronous(node) else "comprehension", [node.elt])
 
     visit_SetComp = visit_ListComp
 
     def visit_DictComp(self, node: ast.DictComp, scope: Scope) -> None:
-        self._comprehension(node, scope, "comprehension", [node.key, node.value])
+        self._comprehension(node, scope, "function" if asynchronous(node) else "comprehension", [node.key, node.value])
 
-    def _comprehension(self, node: ast.GeneratorExp | ast.ListComp | ast.SetComp | ast.DictComp, scope: Scope, kind: str, elements: list[ast.expr]) -> None:
+    def _comprehension(self, node: Comprehension, scope: Scope, kind: str, elements: list[ast.expr]) -> None:
         self.visit(node.generators[0].iter, scope)
-        child = self._child(kind, node, scope, "<genexpr>" if kind == "function" else "<comprehension>")
+        child = self._child(kind, node, scope, _NAMES[type(node)] if kind == "function" else "<comprehension>")
         child.generator = kind == "function"
+        child.coroutine = asynchronous(node)
+        if child.generator:
+            child.bound |= {ITERATOR, RESULT}
         for number, generator in enumerate(node.generators):
             if number:
                 self.visit(generator.iter, child)

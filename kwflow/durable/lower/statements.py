@@ -7,15 +7,15 @@ from typing import Any
 
 from kwflow.durable.lower.emit import BROKE, CONTINUED, LOOP, RETURNED, Block, Finally, assign, call, constant, load, store
 from kwflow.durable.lower.expressions import MAPPING, PLAIN
-from kwflow.durable.lower.protected import Protected
+from kwflow.durable.lower.asyncs import Asyncs
 from kwflow.durable.lower.scopes import has_yield
 
 __all__ = ["Statements"]
 
-_WAITS = (ast.Yield, ast.YieldFrom)
+_WAITS = (ast.Yield, ast.YieldFrom, ast.Await)
 
 
-class Statements(Protected):
+class Statements(Asyncs):
     """The passes over statements; `statement` is the entry."""
 
     def statement(self, node: ast.stmt) -> None:

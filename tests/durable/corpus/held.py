@@ -259,6 +259,109 @@ def g_generator_expression_looped():
     return "end"
 
 
+def g_generator_expression_unstarted():
+    k = 2
+    e = (x * k for x in log([1, 2]))
+    yield "held"
+    k = 3
+    return list(e)
+
+
+def g_generator_expression_exhausted():
+    e = (x for x in "ab")
+    seen = [*e]
+    yield seen
+    return (list(e), seen)
+
+
+def g_generator_expression_shares_cells():
+    fs = ((lambda: (x, k)) for x in range(3))
+    k = 1
+    first = next(fs)
+    yield first()
+    k = 2
+    second = next(fs)
+    yield (first(), second())
+    return [f() for f in fs]
+
+
+def g_generator_expression_in_generator_expression():
+    e = (list(x + y for y in range(x)) for x in range(3))
+    yield next(e)
+    inner = (y for y in (z * 2 for z in range(4)) if y)
+    yield next(inner)
+    return (list(e), list(inner))
+
+
+def g_generator_expression_in_lambda_and_comprehension():
+    make = lambda n: (n * x for x in range(3))
+    many = [(y + x for x in "ab") for y in "cd"]
+    firsts = [next(e) for e in many]
+    one = make(5)
+    yield (firsts, next(one))
+    return [list(e) for e in [*many, one]]
+
+
+def g_generator_expression_walrus():
+    e = (last := x for x in range(3))
+    yield next(e)
+    yield last
+    return (list(e), last)
+
+
+def g_generator_expression_iterables():
+    seen = []
+    for bad in (5, None):
+        try:
+            (x for x in bad)
+        except TypeError as error:
+            seen.append(str(error))
+        yield len(seen)
+    e = (x for x in [1] for y in x)
+    try:
+        next(e)
+    except TypeError as error:
+        seen.append(str(error))
+    return seen
+
+
+def g_generator_expression_send_and_close():
+    e = (x for x in range(5))
+    yield next(e)
+    got = e.send("ignored")
+    yield got
+    e.close()
+    return list(e)
+
+
+def g_generator_expression_of_yields():
+    e = (x + 1 for x in (yield "iterable") or [7])
+    yield "held"
+    return list(e) if not isinstance(e, str) else e
+
+
+class Holder:
+    factor = 10
+
+    def __init__(self):
+        self.__private = 3
+
+    def values(self):
+        return (self.__private * x for x in range(3))
+
+
+def g_generator_expression_in_class():
+    e = Holder().values()
+    yield next(e)
+    yield next(e)
+    return list(e)
+
+
+def g_generator_expression_from_elsewhere():
+    yield from (log(x) for x in range(3))
+    return sum(x for x in range(4))
+
+
 def g_deque_and_containers():
     from collections import OrderedDict, defaultdict, deque
     q = deque([1, 2, 3])

@@ -437,3 +437,57 @@ def g_mutually_recursive(n=2):
 def other_recursive(n):
     yield ("other", n)
     yield from g_mutually_recursive(n)
+
+
+def g_lambda_that_yields():
+    f = lambda x, *, y=2: [x, (yield x), (yield y)]
+    a = yield from f(1)
+    b = yield from f(3, y=4)
+    return (a, b)
+
+
+def g_lambda_that_yields_closes_over():
+    n = 1
+    f = lambda: (n, (yield n), n)
+    g = f()
+    yield next(g)
+    n = 5
+    try:
+        g.send("sent")
+    except StopIteration as stop:
+        return stop.value
+
+
+def g_lambda_that_yields_default():
+    f = lambda x=(yield "default"): (x, (yield x))
+    return (f.__name__, f.__qualname__, f.__defaults__, (yield from f()))
+
+
+def g_lambda_that_yields_branches():
+    f = lambda x: (yield "true") if x and (yield "and") else (yield from "xy")
+    a = yield from f(1)
+    b = yield from f(0)
+    return (a, b)
+
+
+def g_lambda_that_yields_in_comprehension():
+    fs = [lambda: (n, (yield n)) for n in range(2)]
+    out = []
+    for f in fs:
+        out.append((yield from f()))
+    return out
+
+
+class Secret:
+    __hidden = 4
+    reveal = lambda self, __x=1: (self.__hidden, __x, (yield self.__hidden))
+
+
+def g_lambda_that_yields_in_class():
+    return (yield from Secret().reveal())
+
+
+def g_lambda_that_yields_held():
+    f = lambda: (yield "inner")
+    yield "held"
+    return (yield from f())

@@ -1,0 +1,417 @@
+"""What async code of durable modules calls: `await`, async generators and async context managers, as plain picklable data.
+
+Lowered `async def` is a durable generator; what it awaits is an iterator with `send`, `throw` and `close` (PEP 380), which can
+be saved in the middle.  Coroutines of other code cannot, so they are refused here, asyncio's with the name of what to
+write instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from kwflow.errors import UsageError
+
+__all__ = ["Advance", "AsyncGenerator", "Item", "Once", "aenter", "aexit", "aiter_", "aleave", "anext_", "asyncio_refusal", "below", "is_unstarted", "iterator_of"]
+
+Gen: TypeAlias = "types.GeneratorType[Any, Any, Any]"
+_INSTEAD = {
+    "sleep": "kw.sleep(seconds)",
+    "gather": "kw.all([...])",
+    "_GatheringFuture": "kw.all([...])",
+    "wait": "kw.race([...]) or kw.all([...])",
+    "wait_for": "kw.timeout(x, seconds)",
+    "Timeout": "kw.timeout(x, seconds)",
+    "shield": "kw.shield(x)",
+    "Task": "kw.spawn(x)",
+    "Future": "kw.suspend()",
+    "Queue": "kw.suspend(), which a record answers",
+    "Lock": "nothing: no other code of this workflow runs between two waits",
+    "Semaphore": "kw.all over slices of the list",
+    "Event": "kw.suspend(), which a record answers",
+    "Condition": "kw.suspend(), which a record answers",
+    "TaskGroup": "kw.all([...])",
+    "to_thread": "an activity",
+}
+
+
+def asyncio_refusal(value: object) -> UsageError | None:
+    """Why this value cannot be awaited by a workflow, if it belongs to asyncio or to code that is not durable."""
+    if hasattr(value, "_asyncio_future_blocking"):
+        return _refusal(f"asyncio's {type(value).__name__}", type(value).__name__)
+    if inspect.iscoroutine(value):
+        name, code = value.__qualname__, value.cr_code
+        module = value.cr_frame.f_globals.get("__name__", "") if value.cr_frame is not None else ""
+        value.close()  # or the interpreter would warn that it was never awaited
+        if module.split(".")[0] == "asyncio":
+            return _refusal(f"asyncio's {name}", name.split(".")[0])
+        return UsageError(f"{name} ({code.co_filename}:{code.co_firstlineno}) is a coroutine of code that is not durable and could not be saved; {_DURABLE}")
+    if inspect.isasyncgen(value):
+        code = value.ag_code
+        return UsageError(f"{value.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is an async generator of code that is not durable; {_DURABLE}")
+    return None
+
+
+_DURABLE = "make its module durable (name it for the engine, or set __kwflow_durable__ = True in it)"
+
+
+def _refusal(what: str, name: str) -> UsageError:
+    instead = _INSTEAD.get(name, "kw.suspend(), kw.sleep, kw.all, kw.race, or an activity for work outside")
+    return UsageError(f"{what} cannot be awaited in a workflow, where no event loop runs; use {instead}")
+
+
+# -- await -------------------------------------------------------------------------------------------------------------
+class Once:
+    """Hands its target to whoever drives the generators, once; what is sent back is the value of the `await`."""
+
+    __slots__ = ("target",)
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def __iter__(self) -> Once:
+        return self
+
+    def __next__(self) -> Any:
+        return self.send(None)
+
+    def send(self, value: object) -> Any:
+        target, self.target = self.target, None
+        if target is None:
+            raise StopIteration(value)
+        return target
+
+    def throw(self, error: BaseException, *_: object) -> Any:
+        self.target = None
+        try:
+            raise error
+        finally:
+            del error  # a frame that holds the error which holds the frame would keep much alive
+
+    def close(self) -> None:
+        self.target = None
+
+
+def iterator_of(value: Any) -> Any:
+    """What `await value` iterates, for anything but a generator.  Raises TypeError as natively, UsageError for asyncio's."""
+    refusal = asyncio_refusal(value)
+    if refusal is not None:
+        raise refusal
+    method = getattr(type(value), "__await__", None)
+    if method is None:
+        raise TypeError(f"object {type(value).__name__} can't be used in 'await' expression")
+    iterator = method(value)
+    if not hasattr(type(iterator), "__next__"):
+        raise TypeError(f"__await__() returned non-iterator of type '{type(iterator).__name__}'")
+    return iterator
+
+
+def below(delegate: Any) -> Any:
+    """The generator that runs inside a delegate of ours, or the delegate itself."""
+    while isinstance(delegate, _Chained):
+        delegate = delegate.target
+    return delegate.agen.gen if isinstance(delegate, Advance) else delegate
+
+
+# -- async generators ----------------------------------------------------------------------------------------------------
+class Item:
+    """What an async generator yields, as opposed to what it waits for."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class AsyncGenerator:
+    """A durable async generator: the methods of a native one (PEP 525) over a durable generator.
+
+    Invariant: `running` is true from the first step of an `asend`, `athrow` or `aclose` to its last.
+    """
+
+    __slots__ = ("__weakref__", "gen", "running")
+
+    def __init__(self, gen: Gen) -> None:
+        self.gen = gen
+        self.running = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("__name__", "__qualname__"):
+            return getattr(self.gen, name)
+        raise AttributeError(f"'async_generator' object has no attribute {name!r}")
+
+    def __aiter__(self) -> AsyncGenerator:
+        return self
+
+    def __anext__(self) -> Advance:
+        return Advance(self, "asend", None)
+
+    def asend(self, value: Any) -> Advance:
+        return Advance(self, "asend", value)
+
+    def athrow(self, error: Any, value: Any = None, traceback: Any = None) -> Advance:
+        return Advance(self, "athrow", error if value is None else value)
+
+    def aclose(self) -> Advance:
+        return Advance(self, "aclose", None)
+
+    def __repr__(self) -> str:
+        return f"<async generator {self.gen.__qualname__}>"
+
+
+class Advance:
+    """One `asend`, `athrow` or `aclose` of an async generator while it is awaited."""
+
+    __slots__ = ("agen", "kind", "state", "value")
+
+    def __init__(self, agen: AsyncGenerator, kind: str, value: Any) -> None:
+        self.agen = agen
+        self.kind = kind
+        self.value = value
+        self.state = "new"
+
+    def __await__(self) -> Advance:
+        return self
+
+    __iter__ = __await__
+
+    def __next__(self) -> Any:
+        return self.send(None)
+
+    def send(self, value: Any) -> Any:
+        gen = self.agen.gen
+        if self.state == "new":
+            self._begin()
+            if self.kind == "asend":
+                if self.value is not None and gen.gi_frame is not None and not gen.gi_suspended:
+                    self._end()
+                    raise TypeError("can't send non-None value to a just-started async generator")
+                return self._outcome(gen.send, self.value)
+            if gen.gi_frame is None:
+                self._end()
+                raise StopIteration if self.kind == "aclose" else StopAsyncIteration
+            return self._outcome(gen.throw, GeneratorExit() if self.kind == "aclose" else self.value)
+        if self.state == "ended":
+            raise RuntimeError(f"cannot reuse already awaited {'__anext__()/asend()' if self.kind == 'asend' else 'aclose()/athrow()'}")
+        return self._outcome(gen.send, value)
+
+    def throw(self, error: Any, *rest: Any) -> Any:
+        if self.state == "new":
+            self._begin()
+        elif self.state == "ended":
+            raise RuntimeError("cannot reuse already awaited asend()/athrow()")
+        try:
+            return self._outcome(self.agen.gen.throw, error, *rest)
+        finally:
+            del error, rest
+
+    def close(self) -> None:
+        if self.state == "going":
+            self.state = "ended"
+            if sys.version_info >= (3, 13):  # before, natively, the generator is left as it is until it is dropped
+                self.agen.gen.close()
+                self.agen.running = False
+
+    def _begin(self) -> None:
+        if self.agen.running:
+            raise RuntimeError(f"{'anext()' if self.kind == 'asend' else self.kind + '()'}: asynchronous generator is already running")
+        self.agen.running = True
+        self.state = "going"
+
+    def _end(self) -> None:
+        self.agen.running = False
+        self.state = "ended"
+
+    def _outcome(self, go: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            yielded = go(*arguments)
+        except StopIteration:
+            ended: BaseException | None = StopAsyncIteration()
+        except StopAsyncIteration as error:
+            ended = RuntimeError("async generator raised StopAsyncIteration")
+            ended.__cause__ = error
+        except BaseException as error:
+            ended = error
+        else:
+            if type(yielded) is not Item:
+                return yielded
+            self._end()
+            if self.kind == "aclose":
+                raise RuntimeError("async generator ignored GeneratorExit")
+            raise StopIteration(yielded.value)
+        self._end()
+        try:
+            raise StopIteration if self.kind == "aclose" and isinstance(ended, (StopAsyncIteration, GeneratorExit)) else ended
+        finally:
+            del ended, arguments
+
+
+def aiter_(source: Any) -> Any:
+    """`type(source).__aiter__`, with the checks of `async for`."""
+    refusal = asyncio_refusal(source)
+    if refusal is not None:
+        raise refusal
+    method = getattr(type(source), "__aiter__", None)
+    if method is None:
+        raise TypeError(f"'async for' requires an object with __aiter__ method, got {type(source).__name__}")
+    iterator = method(source)
+    if not hasattr(type(iterator), "__anext__"):
+        raise TypeError(f"'async for' received an object from __aiter__ that does not implement __anext__: {type(iterator).__name__}")
+    return iterator
+
+
+def anext_(iterator: Any) -> Any:
+    """The awaitable for the next value."""
+    found = type(iterator).__anext__(iterator)
+    if not isinstance(found, types.GeneratorType) and not hasattr(type(found), "__await__"):
+        raise TypeError(f"'async for' received an invalid object from __anext__: {type(found).__name__}")
+    return found
+
+
+# -- async context managers ------------------------------------------------------------------------------------------------
+def aenter(manager: Any) -> Any:
+    """The awaitable of `__aenter__`, looked up as `async with` does; contextlib's managers in a form that can be saved."""
+    cls = type(manager)
+    enter = getattr(cls, "__aenter__", None)
+    if enter is None or not hasattr(cls, "__aexit__"):
+        missed = " (missed __aexit__ method)" if enter is not None else ""
+        raise TypeError(f"'{cls.__name__}' object does not support the asynchronous context manager protocol{missed}")
+    if cls is contextlib._AsyncGeneratorContextManager and isinstance(manager.gen, AsyncGenerator):
+        for name in ("args", "kwds", "func"):  # as contextlib does: only needed to make it again
+            manager.__dict__.pop(name, None)
+        return Entering(manager.gen.__anext__())
+    if cls is contextlib.aclosing:
+        return Settled(manager.thing)
+    if cls is contextlib.nullcontext:
+        return Settled(manager.enter_result)
+    return enter(manager)
+
+
+def aleave(manager: Any) -> Any:
+    """The awaitable of `__aexit__` with the exception being handled."""
+    return _exit(manager, *sys.exc_info())
+
+
+def aexit(manager: Any) -> Any:
+    return _exit(manager, None, None, None)
+
+
+def _exit(manager: Any, *exc_info: Any) -> Any:
+    cls = type(manager)
+    if cls is contextlib._AsyncGeneratorContextManager and isinstance(manager.gen, AsyncGenerator):
+        return Leaving(manager.gen, exc_info[1])
+    if cls is contextlib.aclosing:
+        return manager.thing.aclose()
+    if cls is contextlib.nullcontext:
+        return Settled(None)
+    return cls.__aexit__(manager, *exc_info)
+
+
+class Settled(Once):
+    """An awaitable that has its value already."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Settled:
+        return self
+
+    def send(self, value: object) -> Any:
+        raise StopIteration(self.target)
+
+
+class _Chained:
+    """An awaitable around another one: what that ends with decides what comes next."""
+
+    __slots__ = ("target",)
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def __await__(self) -> _Chained:
+        return self
+
+    __iter__ = __await__
+
+    def __next__(self) -> Any:
+        return self.send(None)
+
+    def send(self, value: Any) -> Any:
+        return self._outcome(self.target.send, value)
+
+    def throw(self, error: Any, *rest: Any) -> Any:
+        try:
+            return self._outcome(self.target.throw, error, *rest)
+        finally:
+            del error, rest
+
+    def close(self) -> None:
+        self.target.close()
+
+    def _outcome(self, go: Callable[..., Any], *arguments: Any) -> Any:
+        value: Any = None
+        error: BaseException | None = None
+        try:
+            return go(*arguments)
+        except StopIteration as stop:
+            value = stop.value
+        except BaseException as raised:
+            error = raised
+        try:
+            ending = self.ended(value, error)
+            if ending is not None:
+                raise ending
+        finally:
+            del error, ending, arguments
+        return self.send(None)
+
+    def ended(self, value: Any, error: BaseException | None) -> BaseException | None:
+        """StopIteration with the result, an error to raise, or None to go on with another target."""
+        raise NotImplementedError
+
+
+class Entering(_Chained):
+    """`__aenter__` of an @asynccontextmanager."""
+
+    __slots__ = ()
+
+    def ended(self, value: Any, error: BaseException | None) -> BaseException | None:
+        if isinstance(error, StopAsyncIteration):
+            return RuntimeError("generator didn't yield")
+        return error if error is not None else StopIteration(value)
+
+
+class Leaving(_Chained):
+    """`__aexit__` of an @asynccontextmanager: the rules of contextlib, as a state that can be saved."""
+
+    __slots__ = ("agen", "complaint", "error")
+
+    def __init__(self, agen: AsyncGenerator, error: BaseException | None) -> None:
+        super().__init__(agen.__anext__() if error is None else agen.athrow(error))
+        self.agen = agen
+        self.error = error
+        self.complaint = ""
+
+    def ended(self, value: Any, error: BaseException | None) -> BaseException | None:
+        if self.complaint:
+            return error if error is not None else RuntimeError(self.complaint)
+        if error is None:
+            self.complaint = "generator didn't stop" if self.error is None else "generator didn't stop after athrow()"
+            self.target = self.agen.aclose()
+            return None
+        if isinstance(error, StopAsyncIteration):
+            return StopIteration(self.error is not None and error is not self.error)
+        if self.error is not None and (error is self.error or self._wrapped(error)):
+            return StopIteration(False)
+        return error
+
+    def _wrapped(self, error: BaseException) -> bool:
+        """Our own StopIteration, which left the generator as a RuntimeError."""
+        return isinstance(self.error, (StopIteration, StopAsyncIteration)) and isinstance(error, RuntimeError) and error.__cause__ is self.error
+
+
+def is_unstarted(gen: Gen) -> bool:
+    return gen.gi_frame is not None and not gen.gi_suspended and not gen.gi_running

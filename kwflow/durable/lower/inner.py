@@ -1,0 +1,88 @@
+"""Functions without a def: generator expressions, lambdas that wait, comprehensions that await, bodies of async generators.
+
+Each has a form as a def, `as_def`, which is what the rest of the lowering sees.  A generator expression stays one in place, so
+that creating it costs nothing; the others are made in place from code compiled alone (`template` lends its cells).
+Nothing here rewrites what is inside.
+"""
+
+from __future__ import annotations
+
+import ast
+
+from kwflow.durable.lower.emit import assign, call, constant, load
+from kwflow.durable.lower.scopes import ITERATOR, RESULT, Comprehension, Scope, mangle
+
+__all__ = ["as_def", "forwarded", "no_arguments", "template"]
+
+_RESULTS: dict[type, tuple[ast.expr, str]] = {
+    ast.ListComp: (ast.List([], ast.Load()), "append"),
+    ast.SetComp: (call("set"), "add"),
+    ast.DictComp: (ast.Dict([], []), "setitem"),
+}
+
+
+def no_arguments() -> ast.arguments:
+    return ast.arguments([], [], None, [], [], None, [])
+
+
+def template(scope: Scope) -> ast.Lambda:
+    """A lambda that closes over what this scope takes from outside, in the same order."""
+    return ast.Lambda(no_arguments(), ast.Tuple([load(name) for name in scope.free], ast.Load()))
+
+
+def as_def(node: ast.AST) -> ast.FunctionDef:
+    """The function as a def: same name, same parameters, a body of statements."""
+    if isinstance(node, ast.FunctionDef):
+        return node
+    if isinstance(node, ast.AsyncFunctionDef):
+        return _def(node, node.name, node.args, node.body)
+    if isinstance(node, ast.Lambda):
+        return _def(node, "<lambda>", node.args, [ast.copy_location(ast.Return(node.body), node.body)])
+    if not isinstance(node, Comprehension):
+        raise TypeError(type(node).__name__)
+    iterator = ast.arguments([], [ast.arg(ITERATOR)], None, [], [], None, [])
+    if isinstance(node, ast.GeneratorExp):
+        produced = ast.copy_location(ast.Expr(ast.copy_location(ast.Yield(node.elt), node.elt)), node.elt)
+        return _def(node, "<genexpr>", iterator, [_loops(node, produced)])
+    empty, adding = _RESULTS[type(node)]
+    parts = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
+    added = ast.copy_location(ast.Expr(call(adding, load(RESULT), *parts)), parts[0])
+    begin = ast.copy_location(assign(RESULT, empty), node)
+    end = ast.copy_location(ast.Return(load(RESULT)), node)
+    return _def(node, f"<{type(node).__name__.lower()}>", iterator, [begin, _loops(node, added), end])
+
+
+def _def(node: ast.AST, name: str, arguments: ast.arguments, body: list[ast.stmt]) -> ast.FunctionDef:
+    return ast.copy_location(ast.FunctionDef(name, arguments, body, [], None), node)
+
+
+def _loops(node: Comprehension, innermost: ast.stmt) -> ast.stmt:
+    """The clauses of a comprehension as nested statements; the first iterable is the argument."""
+    statement = innermost
+    for number in reversed(range(len(node.generators))):
+        clause = node.generators[number]
+        for condition in reversed(clause.ifs):
+            statement = ast.copy_location(ast.If(condition, [statement], []), condition)
+        loop = ast.AsyncFor if clause.is_async else ast.For
+        source = clause.iter if number else ast.copy_location(load(ITERATOR), clause.iter)
+        statement = ast.copy_location(loop(clause.target, source, [statement], []), clause.target)
+    return statement
+
+
+def forwarded(node: ast.AsyncFunctionDef, scope: Scope, path: str) -> list[ast.stmt]:
+    """The body of the def that stands for an async generator function: it calls the generator and wraps it."""
+    args = node.args
+
+    def spelled(arg: ast.arg) -> str:
+        return mangle(arg.arg, scope.class_name)
+
+    positional: list[ast.expr] = [load(spelled(arg)) for arg in [*args.posonlyargs, *args.args]]
+    if args.vararg is not None:
+        positional.append(ast.Starred(load(spelled(args.vararg)), ast.Load()))
+    named = [ast.keyword(spelled(arg), load(spelled(arg))) for arg in args.kwonlyargs]
+    if args.kwarg is not None:
+        named.append(ast.keyword(None, load(spelled(args.kwarg))))
+    made = ast.Call(call("closure", constant(path), template(scope)), positional, named)
+    return [ast.copy_location(ast.Return(call("async_generator", made)), node)]
+
+
