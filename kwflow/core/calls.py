@@ -61,7 +61,7 @@ class Calls:
                 raise UsageError(f"a {type(value).__name__} of waits is no wait; use kw.all(...) or kw.race(...)")
             return value
         if isinstance(value, AsyncGenerator):
-            raise UsageError(f"{value!r} is no wait; write `async for` over it")
+            raise UsageError(f"{value!r} is no wait: `yield` in an async def makes an async generator; write `await` in it, or `async for` over it")
         if isinstance(value, Advance):
             raise UsageError(f"a step of {value.agen!r} is no wait of its own; write `await` before it")
         refusal = asyncio_refusal(value)

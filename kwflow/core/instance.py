@@ -17,6 +17,7 @@ from kwflow.core.mailbox import Mailbox, SignalWait, give_back, mark_read
 from kwflow.core.tasks import FAILED, OK, PENDING, All, Awaitable, Combinator, Shield, Suspension, Task, live_below
 from kwflow.durable.frames import discard
 from kwflow.durable.registry import Pins
+from kwflow.durable.runtime import forget_frames
 from kwflow.errors import Cancelled, KwflowBug, StepTimeout, UsageError
 
 __all__ = ["Instance", "Machine"]
@@ -129,6 +130,7 @@ class Machine:
 
     def catching(self, error: BaseException) -> None:
         """What must end the step ends it even if author code swallows it (semantics §2.5)."""
+        forget_frames(error)
         if isinstance(error, _ABORTS):
             self.bug = self.bug or error
 
@@ -242,6 +244,7 @@ class Machine:
             except BaseException as error:  # Cancelled and SystemExit are outcomes too (semantics §2.5)
                 if error.__traceback__ is not None:  # without this frame, which would keep the generator alive as long as the error
                     error.__traceback__ = error.__traceback__.tb_next
+                forget_frames(error)
                 self._end(task, FAILED, error)
                 return None
             if self.bug is not None:

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from kwflow.core.current import current
-from kwflow.core.tasks import FAILED, OK, Awaitable, Combinator, Suspension, _Wait
+from kwflow.core.tasks import FAILED, OK, Awaitable, Combinator, Suspension
+from kwflow.durable.awaiting import Once
 from kwflow.errors import Cancelled, UsageError
 
 __all__ = ["Inbox", "Mail", "Mailbox", "SignalWait", "Update", "UpdateWait", "checked_name", "give_back", "mark_read"]
@@ -171,10 +172,10 @@ class Inbox:
         return True  # an empty inbox is still one; ask len()
 
     def __iter__(self) -> Iterator[Awaitable]:
-        return _Wait(self.wait())
+        return Once(self.wait())
 
     def __await__(self) -> Iterator[Awaitable]:
-        return _Wait(self.wait())
+        return Once(self.wait())
 
     def __repr__(self) -> str:
         return f"<{self._kind}s {self.name}>"

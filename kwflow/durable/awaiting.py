@@ -46,7 +46,9 @@ def asyncio_refusal(value: object) -> UsageError | None:
     if inspect.iscoroutine(value):
         name, code = value.__qualname__, value.cr_code
         module = value.cr_frame.f_globals.get("__name__", "") if value.cr_frame is not None else ""
-        value.close()  # or the interpreter would warn that it was never awaited
+        given = value.cr_frame.f_locals.values() if value.cr_frame is not None else ()
+        for unawaited in (value, *filter(inspect.iscoroutine, given)):
+            unawaited.close()  # or the interpreter would warn that it was never awaited
         if module.split(".")[0] == "asyncio":
             return _refusal(f"asyncio's {name}", name.split(".")[0])
         return UsageError(f"{name} ({code.co_filename}:{code.co_firstlineno}) is a coroutine of code that is not durable and could not be saved; {_DURABLE}")
@@ -230,7 +232,7 @@ class Advance:
         try:
             yielded = go(*arguments)
         except StopIteration:
-            ended: BaseException | None = StopAsyncIteration()
+            ended: BaseException = StopAsyncIteration()
         except StopAsyncIteration as error:
             ended = RuntimeError("async generator raised StopAsyncIteration")
             ended.__cause__ = error

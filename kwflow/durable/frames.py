@@ -71,7 +71,7 @@ def read(gen: Gen) -> State:
         raise UsageError(f"{gen.__qualname__} is running; only a waiting generator can be saved")
     frame = gen.gi_frame
     if frame is None:
-        return State(function, FINISHED, {}, (), gen.__name__, gen.__qualname__)
+        return State(function, FINISHED, {}, tuple(types.CellType() for _ in function.captured), gen.__name__, gen.__qualname__)
     names = copied_locals(frame)
     created = not gen.gi_suspended
     if ".0" in names:  # the first iterator of a generator expression

@@ -74,7 +74,7 @@ def durable(function: _F) -> _F:
 
 def _bare(node: ast.stmt) -> None:
     """Without what ran already when the function was defined: decorators, defaults, annotations."""
-    if not isinstance(node, ast.FunctionDef):
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         raise UnsupportedError(f"@durable takes a def, not {type(node).__name__}")
     node.decorator_list, node.returns = [], None
     arguments = node.args
@@ -119,8 +119,10 @@ def run(module: types.ModuleType, source: str | ast.Module, filename: str) -> No
         registry.remove_module(lowered, before)
         raise
     for name, value in module.__dict__.items():
-        if inspect.isgeneratorfunction(value) and value.__module__ != module.__name__ and registry.function_of(value.__code__) is None:
-            warnings.warn(f"{module.__name__}.{name} is a generator function of {value.__module__}, which is not durable: a workflow cannot wait in it", NotDurableWarning, stacklevel=2)
+        kind = "generator" if inspect.isgeneratorfunction(value) else "coroutine" if inspect.iscoroutinefunction(value) else ""
+        if kind and value.__module__ != module.__name__ and registry.function_of(value.__code__) is None:
+            text = f"{module.__name__}.{name} is a {kind} function of {value.__module__}, which is not durable: a workflow cannot wait in it"
+            warnings.warn(text, NotDurableWarning, stacklevel=2)
 
 
 def execute(module: types.ModuleType, lowered: registry.Module, bound: Mapping[str, type] = MappingProxyType({})) -> None:

@@ -65,6 +65,39 @@ def set_abandoning(value: bool | None, everywhere: bool = False) -> bool | None:
     return previous
 
 
+def forget_frames(error: BaseException) -> None:
+    """Take the frames of this package out of the error's tracebacks, those of its causes and contexts included.
+
+    They say nothing to the author, and each holds its callers, among them whoever drives the generator: an error that is
+    kept would keep generators alive that have ended.
+    """
+    seen: set[int] = set()
+    errors: list[BaseException | None] = [error]
+    while errors:
+        one = errors.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        errors += [one.__cause__, one.__context__]
+        first = _authors(one.__traceback__)
+        if first is not one.__traceback__:
+            one.__traceback__ = first
+        while first is not None:
+            following = _authors(first.tb_next)
+            if following is not first.tb_next:
+                first.tb_next = following
+            first = following
+
+
+def _authors(entry: types.TracebackType | None) -> types.TracebackType | None:
+    while entry is not None and entry.tb_frame.f_globals.get("__name__") in _OUR_MODULES:
+        entry = entry.tb_next
+    return entry
+
+
+_OUR_MODULES = (__name__, awaiting.__name__)
+
+
 def abandoned() -> type[BaseException] | tuple[()]:
     """The first except clause around every wait: catches the GeneratorExit of a forgotten generator, else nothing."""
     _tell()

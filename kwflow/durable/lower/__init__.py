@@ -16,6 +16,8 @@ import __future__
 
 import ast
 import functools
+import types
+from collections.abc import Callable
 
 from kwflow.durable.fingerprint import source_version, unit_hash
 from kwflow.durable.lower.functions import ModuleLowering
@@ -76,8 +78,9 @@ def _functions(lowering: ModuleLowering, scopes: dict[ast.AST, Scope], version: 
         unit = outermost.path
         if unit not in units:
             units[unit] = unit_hash(outermost.node)
-        maker = scope.frame_path != scope.path
-        kinds = [(scope.frame_path, scope.generator, lowering.plain)] + [(scope.path, False, lowering.maker)] * maker
+        kinds: list[tuple[str, bool, Callable[[ast.AST, Scope], types.CodeType]]] = [(scope.frame_path, scope.generator, lowering.plain)]
+        if scope.frame_path != scope.path:
+            kinds.append((scope.path, False, lowering.maker))
         for path, generator, plain in kinds:
             functions[path] = Function(
                 module=lowering.name,

@@ -95,8 +95,10 @@ class ModuleLowering:
         body = self.hot(definition, scope, scope.class_name) if scope.generator else [rewriter.visit(statement) for statement in definition.body]
         return self._alone(ast.FunctionDef(f"@{definition.name}", rewriter.arguments(definition.args, bare=True), body, [], None), scope, scope.free, node)
 
-    def maker(self, node: ast.AsyncFunctionDef, scope: Scope) -> types.CodeType:
+    def maker(self, node: ast.AST, scope: Scope) -> types.CodeType:
         """The function that makes async generators, alone."""
+        if not isinstance(node, ast.AsyncFunctionDef):
+            raise TypeError(type(node).__name__)
         arguments = Rewriter(self, scope, scope.class_name).arguments(node.args, bare=True)
         return self._alone(ast.FunctionDef(f"@{node.name}", arguments, forwarded(node, scope, scope.frame_path), [], None), scope, scope.free, node)
 

@@ -13,7 +13,7 @@ __all__ = ["warn_lost_calls"]
 
 def warn_lost_calls(tree: ast.Module, scopes: dict[ast.AST, Scope], filename: str) -> None:
     """Warn of each call of a generator function of this module whose result is thrown away (semantics §1.4)."""
-    generators = {(scope.parent, node.name): scope for node, scope in scopes.items() if isinstance(node, ast.FunctionDef)}
+    generators = {(scope.parent, node.name): scope for node, scope in scopes.items() if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
 
     def means(name: str, scope: Scope | None) -> Scope | None:
         while scope is not None:
@@ -29,6 +29,7 @@ def warn_lost_calls(tree: ast.Module, scopes: dict[ast.AST, Scope], filename: st
             called = means(node.value.func.id, scope)
             if called is not None and called.generator:
                 name = node.value.func.id
-                warnings.warn_explicit(f"{name}(...) is thrown away: it runs nothing; write `yield {name}(...)` or kw.spawn({name}(...))", LostCallWarning, filename, node.lineno)
+                wait = "await" if scope.coroutine else "yield"
+                warnings.warn_explicit(f"{name}(...) is thrown away: it runs nothing; write `{wait} {name}(...)` or kw.spawn({name}(...))", LostCallWarning, filename, node.lineno)
         inner = scopes.get(node, scope)
         stack += [(child, inner) for child in ast.iter_child_nodes(node)]

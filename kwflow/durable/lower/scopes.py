@@ -26,8 +26,9 @@ class Scope:
     """One scope.  `kind` is module, class, function, types (the type parameters of a def or class) or comprehension.
 
     A generator expression, and a comprehension that awaits, is a function.  `coroutine` is true for async code, `produces`
-    for an async generator, `lent` are names that only comprehensions inside bind, from code of their own.  Invariant, after `analyze`: `free` are the names taken from enclosing functions, `cells` the names of its own that nested
-    functions take, both as the compiled code spells them (mangled) and sorted.
+    for an async generator; `lent` are names of its own that only comprehensions inside bind, from code compiled alone.
+    Invariant, after `analyze`: `free` are the names taken from enclosing functions, `cells` the names of its own that
+    nested functions take, both as the compiled code spells them (mangled) and sorted.
     """
 
     kind: str

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from typing import Any
 
+from kwflow.durable.lower.asyncs import Asyncs
 from kwflow.durable.lower.emit import BROKE, CONTINUED, LOOP, RETURNED, Block, Finally, assign, call, constant, load, store
 from kwflow.durable.lower.expressions import MAPPING, PLAIN
-from kwflow.durable.lower.asyncs import Asyncs
 from kwflow.durable.lower.scopes import has_yield
 
 __all__ = ["Statements"]

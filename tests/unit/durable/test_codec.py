@@ -156,10 +156,11 @@ def test_a_native_generator_is_refused_with_the_way_to_make_it_durable(code: Any
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("def f():\n    g = lambda: (yield)\n    yield g", "lambda"),
         ("def f():\n    try:\n        yield\n    except* ValueError:\n        yield", "except*"),
         ("def f():\n    try:\n        yield\n    except (yield):\n        pass", "except clause"),
-        ("async def f():\n    pass", "async def f"),
+        ("async def f():\n    try:\n        pass\n    except* ValueError:\n        await f()", "except*"),
+        ("async def f():\n    try:\n        pass\n    except (await f()):\n        pass", "except clause"),
+        ("async def f():\n    def g(x: (await f())):\n        pass", "annotation"),
         ("def f():\n    x: (yield) = (yield)\n", "annotation"),
     ],
 )
