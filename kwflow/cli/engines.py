@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import os
 import signal
@@ -10,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -18,14 +19,21 @@ from kwflow import api
 from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, MaybeDir, Modules, StateDir, WaitForBroker, err, json_option, out
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
-from kwflow.errors import TransportError
+from kwflow.errors import TransportError, UsageError
 from kwflow.runners.code import CodeStore
 from kwflow.runners.embedded import Embedded, stored
 from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.socket import serve
 
-__all__ = ["engine", "run", "scheduler"]
+__all__ = ["Runner", "engine", "run", "scheduler"]
+
+
+class Runner(enum.StrEnum):
+    """What runs the steps on Kafka."""
+
+    kafka = "kafka"
+    faust = "faust"
 
 
 def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: Path | None) -> list[Any]:
@@ -55,6 +63,7 @@ def engine(
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     state_dir: StateDir = None,
+    runner: Annotated[Runner, typer.Option("--runner", envvar="KWFLOW_RUNNER", help="faust: in a Faust application, at-least-once (needs kwflow[faust]).")] = Runner.kafka,
     with_scheduler: Annotated[bool, typer.Option("--with-scheduler", envvar="KWFLOW_WITH_SCHEDULER", help="Run the timers in this process too.")] = False,
     accept_offset_reset: AcceptReset = False,
     wait_for_broker: WaitForBroker = None,
@@ -70,6 +79,8 @@ def engine(
         config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir,
         accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker,
     )  # fmt: skip
+    if runner is Runner.faust:
+        _run_in_faust(settings, modules, app_dir, with_scheduler or embedded is not None)
     stop = _stopper()
     if embedded is None:
         workflows = load_workflows(modules, app_dir, settings.durable_packages)
@@ -96,6 +107,26 @@ def _stored_code(settings: Config) -> CodeStore:
     from kwflow.runners.kafka_code import CodeTopic
 
     return CodeStore(CodeTopic(settings).read)
+
+
+def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, more: bool) -> NoReturn:
+    """Faust's own worker handles the signals and ends the process."""
+    if more:
+        raise UsageError("--runner faust runs on Kafka and fires no timers: leave --embedded and --with-scheduler out, and run `kwflow scheduler` beside it")
+    if settings.kafka:
+        raise UsageError("--runner faust takes no [kafka] settings, which are librdkafka's; make a faust.App with its own and give it to kwflow.runners.faust.attach")
+    try:
+        import faust
+    except ImportError:
+        raise UsageError("--runner faust needs faust-streaming: pip install 'kwflow[faust]'") from None
+    from kwflow.runners.faust import application
+
+    workflows = load_workflows(modules, app_dir, settings.durable_packages)
+    _wait_for_topics(settings)
+    log = lambda line: err.print(line, markup=False)
+    app = application(settings, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation), log)
+    err.print(f"kwflow engine runs in Faust on {settings.bootstrap_servers}, at-least-once", style="green")
+    raise SystemExit(faust.Worker(app, loglevel="WARNING").execute_from_commandline())
 
 
 def _say_counts(counts: Counter[str]) -> None:

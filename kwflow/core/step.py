@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -26,7 +26,7 @@ from kwflow.core.wire import Record
 from kwflow.durable.runtime import set_abandoning, set_driver
 from kwflow.errors import Cancelled, KwflowBug, ProtocolError, StepTimeout, StuckError, UsageError
 
-__all__ = ["Step", "step"]
+__all__ = ["Step", "applied_before", "step"]
 
 _TELL: dict[str, Callable[[Calls, Any], None]] = {  # who works for a wait outside, by its kind; told when it is cancelled
     "activity": lambda calls, wait: calls.dispatch.append(Withdraw(calls.instance.id, wait.ref)),
@@ -45,7 +45,7 @@ def step(instance: Instance | None, record: Record, context: Context) -> Transit
     name = wire.workflow_id(record)
     message = wire.parse(record)
     address = wire.reply_address(record) if record.headers else None
-    if instance is not None and _applied(instance, record, context):
+    if instance is not None and applied_before(instance.applied, record, context.incarnation):
         return Transition(Keep(), outcome="repeated")
     if isinstance(message, wire.Start):
         if instance is None:
@@ -70,10 +70,9 @@ def step(instance: Instance | None, record: Record, context: Context) -> Transit
     return running.run(resume, "resumed")
 
 
-def _applied(instance: Instance, record: Record, context: Context) -> bool:
+def applied_before(last: Sequence[Any] | None, record: Record, incarnation: str) -> bool:
     """Whether this record was applied already; offsets compare only within one incarnation and partition (wire.md §3)."""
-    last = instance.applied
-    return last is not None and last[:2] == (context.incarnation, record.partition) and record.offset <= last[2]
+    return last is not None and (last[0], last[1]) == (incarnation, record.partition) and record.offset <= last[2]
 
 
 def _known(start_id: str, record: Record, address: wire.Address | None, context: Context) -> Transition:

@@ -23,14 +23,13 @@ from confluent_kafka import (
     KafkaError,
     KafkaException,
     Message,
-    TopicCollection,
     TopicPartition,
 )
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
-from kwflow.core.wire import Output, Record, header
+from kwflow.core.wire import Output, Record
 from kwflow.durable import set_abandoning
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Clock, Decision, Processor
@@ -41,7 +40,8 @@ from kwflow.runners.embedded import SystemClock
 from kwflow.runners.environment import LIVE, Consumer, Environment, Producer
 from kwflow.runners.kafka_results import Results
 from kwflow.runners.kafka_state import PartitionStore, Restore
-from kwflow.runners.loop import Overlay, dead_letter
+from kwflow.runners.loop import Overlay
+from kwflow.runners.parked import forward
 from kwflow.runners.private import private
 from kwflow.runners.topics import record_of
 
@@ -132,7 +132,7 @@ class KafkaRunner:
         self.directory = config.state_dir / config.application_id / group
         self.instance = self._instance_id()
         self.admin = topics.admin(config, environment)
-        self.incarnation, self.partitions = self._describe(make("").input_topic)
+        self.incarnation, self.partitions = topics.describe(self.admin, config, make("").input_topic)
         self.processor = make(self.incarnation)
         self.results = Results(config, self.processor.input_topic, environment)
         self.worker = self.processor.work(self.results.deliver)
@@ -166,13 +166,6 @@ class KafkaRunner:
             self._lock.write(known)
             self._lock.flush()
         return known
-
-    def _describe(self, topic: str) -> tuple[str, int]:
-        try:
-            found = self.admin.describe_topics(TopicCollection([topic]), request_timeout=10)[topic].result()
-        except KafkaException as error:
-            raise TransportError(f"topic {topic} at {self.config.bootstrap_servers}: {error.args[0].str()}; create topics with: kwflow topics create") from None
-        return str(found.topic_id), len(found.partitions)
 
     def _limits(self, names: Iterable[str]) -> tuple[dict[str, int], int]:
         """Producer sizes that every topic takes (K11), and how old a local copy may be (K8)."""
@@ -436,13 +429,7 @@ class KafkaRunner:
         at_home = set(map(id, right))
         last = right[len(made) - 1].offset if len(made) < len(right) else records[-1].offset
         done = [record for record in records if record.offset <= last]
-        return made + [self._forward(record, now_ms) for record in done if id(record) not in at_home], done
-
-    def _forward(self, record: Record, now_ms: int) -> Decision:
-        if record.key is None or header(record, "kwflow-forwarded") is not None:
-            return Decision((dead_letter(self.config, record, "wrong-partition", "forwarded once already", now_ms),), counts=("dead-letter",))
-        headers = (*record.headers, ("kwflow-forwarded", str(record.partition).encode()))
-        return Decision((Output(record.topic, record.key, record.value, headers, record.timestamp_ms, partition_of(record.key, self.partitions)),), counts=("forwarded",))
+        return made + [forward(self.config, record, self.partitions, now_ms) for record in done if id(record) not in at_home], done
 
     def _fire(self) -> None:
         for partition in list(self.owned.values()):

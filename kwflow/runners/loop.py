@@ -19,7 +19,7 @@ from kwflow.config import Config
 from kwflow.core import children, messages, snapshot, timers, wire
 from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Transition, Workflows
 from kwflow.core.instance import Instance
-from kwflow.core.step import step
+from kwflow.core.step import applied_before, step
 from kwflow.core.wire import Output, Record
 from kwflow.durable import allow_modules, set_abandoning
 from kwflow.durable.registry import Module
@@ -99,6 +99,7 @@ class WorkflowProcessor:
         self.on_log = on_log
         self.keeps_code = sources is not None
         self.sources = sources or no_sources
+        self.at_least_once = False  # set by a runner that may read a record again: what has ended is then remembered for every start
         self.input_topic = config.resume_topic
         self.changelog_topic = config.changelog_topic
         self.incarnation = incarnation
@@ -281,6 +282,8 @@ class _Batch:
     def _after_end(self, header: dict[str, Any], record: Record) -> _Live | Decision:
         """K20: the entry that stays after the end; a start it does not know begins anew."""
         message = wire.parse(record)
+        if applied_before(header.get("applied"), record, self.context.incarnation):
+            return Decision(counts=("repeated",))
         if isinstance(message, wire.Start):
             fresh = self.context.received_ms - header["ended"] <= self.config.ended_retention_ms
             if fresh and wire.short_header(record, "kwflow-start-id") == header["start_id"]:
@@ -395,7 +398,7 @@ class _Batch:
 
     def end(self, key: bytes, header: dict[str, Any]) -> None:
         """Nothing is left of it but the entry that a client's repeated start meets (K20)."""
-        if _OWN_START_ID.fullmatch(header["start_id"]) is None and header["start_id"]:
+        if self.processor.at_least_once or (_OWN_START_ID.fullmatch(header["start_id"]) is None and header["start_id"]):
             self.processor.keep_ended(self.state, key, header)
         elif self.state.get(key) is not None:
             self.state.put(key, None)

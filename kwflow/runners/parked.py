@@ -14,11 +14,12 @@ import msgspec
 
 from kwflow.config import Config
 from kwflow.core import children, snapshot, wire
+from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record, Reply
 from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 
-__all__ = ["DRAINED_MAX", "all_held", "answered", "dead", "dead_letter", "hold", "is_parked", "is_paused", "park", "park_rest", "release"]
+__all__ = ["DRAINED_MAX", "all_held", "answered", "dead", "dead_letter", "forward", "hold", "is_parked", "is_paused", "park", "park_rest", "release"]
 
 DRAINED_MAX = 500
 _HOLD = b"\0hold\0"
@@ -39,6 +40,15 @@ def dead(config: Config, record: Record, reason: str, message: str, received_ms:
     return Decision(
         (letter, *children.refused(record, status, message, config.resume_topic)), (f"dead letter {where}: {message}",), ("dead-letter",), answered(config, record, status, message)
     )
+
+
+def forward(config: Config, record: Record, partitions: int, received_ms: int) -> Decision:
+    """A record on another partition than its key belongs to is sent there, once (K6)."""
+    if record.key is None or wire.header(record, "kwflow-forwarded") is not None:
+        return dead(config, record, "wrong-partition", "forwarded once already", received_ms)
+    headers = (*record.headers, ("kwflow-forwarded", str(record.partition).encode()))
+    home = partition_of(record.key, partitions)
+    return Decision((Output(record.topic, record.key, record.value, headers, record.timestamp_ms, home),), counts=("forwarded",))
 
 
 def answered(config: Config, record: Record, status: str, message: str = "", value: object = None) -> tuple[Output, ...]:

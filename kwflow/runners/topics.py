@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
-from confluent_kafka import KafkaException, Message
+from confluent_kafka import KafkaException, Message, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
 
 from kwflow.config import Config
@@ -13,7 +13,7 @@ from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.runners.environment import LIVE, Environment
 
-__all__ = ["admin", "client_config", "create", "needed", "partitions_of", "problems", "record_of", "settings_of"]
+__all__ = ["admin", "client_config", "create", "describe", "needed", "partitions_of", "problems", "record_of", "settings_of"]
 
 _DAY_MS = 86_400_000
 _REPLY_MS = 3_600_000
@@ -36,6 +36,15 @@ def partitions_of(client: AdminClient, config: Config) -> dict[str, int]:
     except KafkaException as error:
         raise TransportError(f"no broker at {config.bootstrap_servers}: {error.args[0].str()}") from None
     return {name: len(topic.partitions) for name, topic in found.topics.items()}
+
+
+def describe(client: Any, config: Config, topic: str) -> tuple[str, int]:
+    """(topic id, partition count).  Raises TransportError."""
+    try:
+        found = client.describe_topics(TopicCollection([topic]), request_timeout=10)[topic].result()
+    except KafkaException as error:
+        raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.args[0].str()}; create topics with: kwflow topics create") from None
+    return str(found.topic_id), len(found.partitions)
 
 
 def settings_of(client: AdminClient, names: Iterable[str]) -> dict[str, dict[str, str]]:

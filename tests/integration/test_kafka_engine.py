@@ -7,102 +7,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
-from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from tests.integration.site import ROOT, SHOP, TRIP, Site, answer, refs
 from tests.spec.trips import TRIPS, Trip
 
-ROOT = pathlib.Path(__file__).parents[2]
-TRIP = str(ROOT / "workflows/trip_booking.py")
-SHOP = str(ROOT / "workflows/ecommerce.py")
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
-
-
-class Site:
-    """One application on the broker: its topics, engines, and a reader that sees committed records only."""
-
-    def __init__(self, broker: str, application: str, directory: pathlib.Path, partitions: int = 4) -> None:
-        self.broker = broker
-        self.application = application
-        self.directory = directory
-        self.environment = {
-            **os.environ,
-            "KWFLOW_BOOTSTRAP_SERVERS": broker,
-            "KWFLOW_APPLICATION_ID": application,
-            **{f"KWFLOW_{name.upper()}_TOPIC": self.topic(name) for name in ("resume", "result", "error", "scheduler")},
-        }
-        self.processes: list[subprocess.Popen[str]] = []
-        self.producer = Producer({"bootstrap.servers": broker, "log_level": 0})  # default settings: CRC32, so most ids land elsewhere (K6)
-        self.run("topics", "create", TRIP, SHOP, "--partitions", str(partitions))
-
-    def topic(self, name: str) -> str:
-        return f"{self.application}-{name}"
-
-    def run(self, *arguments: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "kwflow.cli", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def refused(self, *arguments: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "kwflow.cli", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 2, done.stderr
-        return done.stderr
-
-    def engine(self, name: str = "one", module: str = TRIP, scheduler: bool = True) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "kwflow.cli", "engine", module, "--state-dir", str(self.directory / name), *(["--with-scheduler"] if scheduler else [])]
-        log = open(self.directory / f"{name}.log", "a")
-        process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stderr=log, text=True)
-        self.processes.append(process)
-        return process
-
-    def send(self, id: str | None, value: str | None) -> None:
-        self.producer.produce(self.topic("resume"), value, id)
-        assert self.producer.flush(20) == 0
-
-    def read(self, topic: str, count: int, seconds: float = 60) -> list[tuple[str, str]]:
-        """The first `count` committed records of a topic, all partitions."""
-        consumer = Consumer({"bootstrap.servers": self.broker, "group.id": "reader", "log_level": 0, "isolation.level": "read_committed", "auto.offset.reset": "earliest", "enable.auto.commit": False})
-        partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
-        consumer.assign([TopicPartition(topic, number, 0) for number in partitions])
-        found: list[tuple[str, str]] = []
-        deadline = time.monotonic() + seconds
-        while len(found) < count and time.monotonic() < deadline:
-            for message in consumer.consume(100, 0.2):
-                if message.error() is None:
-                    found.append(((message.key() or b"").decode(), (message.value() or b"null").decode()))
-        consumer.close()
-        logs = "".join(path.read_text()[-2000:] for path in self.directory.glob("*.log"))
-        assert len(found) >= count, f"{topic}: {found}\n{logs}"
-        return found
 
 
 @pytest.fixture
 def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site]:
     site = Site(broker, application, tmp_path)
     yield site
-    for process in site.processes:
-        process.kill()
-        process.wait()
-
-
-def refs(site: Site, ids: list[str]) -> dict[str, dict[str, str]]:
-    """What each saga asked for; the topics of the sample are shared by all tests, so reading goes on until all ids are there."""
-    asked: dict[str, dict[str, str]] = {}
-    for kind in ("car", "hotel", "flight"):
-        seen: list[tuple[str, str]] = []
-        while not set(ids) <= {id for id, _ in seen}:
-            seen = site.read(f"saga-reserve-{kind}", len(seen) + 1)
-        assert sorted(id for id, _ in seen if id in ids) == sorted(ids), "each is asked for once"
-        asked[kind] = dict(seen)
-    return {id: {kind: asked[kind][id] for kind in asked} for id in ids}
-
-
-def answer(site: Site, id: str, ref: str) -> None:
-    site.send(id, f'{{"ref": "{ref}", "value": "ok"}}')
+    site.end()
 
 
 def test_many_sagas_survive_kill_9_and_a_deleted_state_directory(site: Site) -> None:
@@ -215,9 +135,7 @@ def single(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Si
     """One partition, so that offsets, and with them refs, are known beforehand."""
     site = Site(broker, application, tmp_path, partitions=1)
     yield site
-    for process in site.processes:
-        process.kill()
-        process.wait()
+    site.end()
 
 
 @pytest.mark.parametrize("case", TRIPS, ids=lambda case: case.name)

@@ -162,3 +162,18 @@ def test_a_long_hold_is_drained_in_bounded_transactions_and_what_arrives_meanwhi
     result = commands[-1].outputs[-1]
     assert result.value == msgspec.json.encode(list(range(1200)))
     assert store.entries == {}
+
+
+def test_under_a_runner_that_may_read_a_record_again_an_ended_start_is_not_begun_anew() -> None:
+    """G5; `kwflow engine --runner faust`: the record that started it, and the one that ended it, are known by their offsets."""
+    module = durable.load_source("read_again", "import kwflow as kw\ndef main(o):\n    yield kw.suspend('r')\n")
+    processor, store = WorkflowProcessor(Config(), Workflows({"main": module.main}, "main"), frozenset(), "topic id"), MemoryStore()
+    processor.at_least_once = True
+    start, end = (Record("workflow-resume", 0, offset, 1, b"w", value) for offset, value in enumerate((b"new:null", b'{"ref":"r"}')))
+    counts = []
+    for record in (start, start, end, end, start, Record("workflow-resume", 0, 2, 1, b"w", b"new:null")):
+        changes = Overlay(store)
+        [made] = processor.decide(changes, [record], 1)
+        store.apply(changes.changes)
+        counts.append(made.counts[0])
+    assert counts == ["started", "repeated", "resumed", "repeated", "repeated", "started"]

@@ -1,0 +1,188 @@
+"""The same steps in a Faust agent, for those who run Faust already: at-least-once, and said so.
+
+An event's outputs are acknowledged by the broker before its state is written, its state before its offset may be
+committed.  A crash in between reads the event again: outputs may then appear twice, state does not change twice,
+because a snapshot tells which offset it holds already.  Exactly-once is the other runner (`kafka.py`).
+
+The table is `<application id>-state` and its changelog the one of the other runner, so `kwflow show`, `list` and `topics
+create` work as they do there.  Timers are fired by `kwflow scheduler`, which is exactly-once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import contextvars
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import faust
+
+from kwflow.config import Config
+from kwflow.core.murmur2 import partition_of
+from kwflow.core.wire import Output, Record
+from kwflow.durable import set_abandoning
+from kwflow.ports import Decision
+from kwflow.runners import parked, topics
+from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.private import private
+
+__all__ = ["application", "attach"]
+
+_SESSION_S = 10  # Faust's default of 60 keeps the partitions of a killed engine from the next one for that long
+_FORGOTTEN_MAX = 50  # entries of ended instances that expire with one event
+
+
+def application(config: Config, make: Callable[[str], WorkflowProcessor], on_log: Callable[[str], None] = print) -> faust.App:
+    """A Faust application that runs workflows and nothing else.  Raises TransportError when the broker or the topic is not there."""
+    directory = private(config.state_dir / config.application_id / "faust")
+    app = faust.App(
+        config.application_id,
+        broker=f"kafka://{config.bootstrap_servers.replace(',', ';kafka://')}",
+        store="rocksdb://",
+        datadir=str(directory),
+        web_enabled=False,
+        topic_disable_leader=True,
+        consumer_auto_offset_reset="earliest",
+        autodiscover=False,
+        broker_session_timeout=_SESSION_S,
+        broker_heartbeat_interval=1.0,
+    )
+    attach(app, config, make, on_log)
+    return app
+
+
+def attach(app: faust.App, config: Config, make: Callable[[str], WorkflowProcessor], on_log: Callable[[str], None] = print) -> None:
+    """Add the workflow agent and its table to an application of yours.
+
+    Its id must be `config.application_id`, its store RocksDB.  `make` gets the input topic's id, with which snapshots
+    tell whether they hold an offset already.  Raises TransportError.
+    """
+    incarnation, partitions = topics.describe(topics.admin(config), config, config.resume_topic)
+    _Agent(app, config, make(incarnation), partitions, on_log)
+
+
+class _Agent:
+    """One agent over the resume topic.  Invariant: steps run on one thread, one at a time, in the order of the stream."""
+
+    def __init__(self, app: faust.App, config: Config, processor: WorkflowProcessor, partitions: int, on_log: Callable[[str], None]) -> None:
+        self.app = app
+        self.config = config
+        self.processor = processor
+        processor.at_least_once = True
+        self.partitions = partitions
+        self.on_log = on_log
+        self.table = app.Table("state", key_type=bytes, value_type=bytes, partitions=partitions)
+        self._state = _Table(self.table, partitions)
+        self._steps = ThreadPoolExecutor(1, "kwflow-step")
+        topic = app.topic(config.resume_topic, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
+        app.agent(topic, name="kwflow", concurrency=1)(self._run)
+        app.on_partitions_assigned.connect(self._moved)
+        set_abandoning(True, everywhere=True)
+
+    async def _moved(self, *_: Any, **__: Any) -> None:
+        self._state.forget()
+
+    async def _run(self, stream: Any) -> None:
+        """An error here ends the process: Faust itself would go on with the next event and lose this one."""
+        async for event in stream.noack().events():
+            try:
+                await self._apply(event.message)
+            except Exception as error:
+                await self.app.crash(error)
+                raise
+            event.ack()
+
+    async def _apply(self, message: Any) -> None:
+        record = _record(message)
+        now_ms = time.time_ns() // 1_000_000
+        if record.key is not None and partition_of(record.key, self.partitions) != record.partition:
+            await self._send([parked.forward(self.config, record, self.partitions, now_ms)])
+            return
+        self._state.partition = record.partition
+        overlay = Overlay(self._state)
+        decide = functools.partial(contextvars.copy_context().run, self._decide, overlay, record, now_ms)
+        made = await asyncio.get_running_loop().run_in_executor(self._steps, decide)
+        await self._send(made)
+        for key, value in overlay.changes.items():
+            self._state.put(key, value)
+        await self.app.producer.flush()
+        for decision in made:
+            for line in decision.logs:
+                self.on_log(line)
+            if decision.dispatch:
+                self.processor.dispatch(decision.dispatch)
+
+    def _decide(self, overlay: Overlay, record: Record, now_ms: int) -> list[Decision]:
+        expired = self.processor.due(overlay, now_ms, _FORGOTTEN_MAX)
+        return [*self.processor.decide(overlay, [record], now_ms), *([expired] if expired is not None else [])]
+
+    async def _send(self, made: Iterable[Decision]) -> None:
+        """Acknowledged by the broker when this returns."""
+        sent = [await self._produce(output) for decision in made for output in (*decision.outputs, *decision.replies)]
+        if sent:
+            await asyncio.gather(*sent)
+
+    async def _produce(self, output: Output) -> Any:
+        headers = [(name, value if value is not None else b"") for name, value in output.headers]
+        at = None if output.timestamp_ms is None else (output.timestamp_ms + 0.5) / 1000  # Faust rounds down to ms
+        return await self.app.send(
+            output.topic, output.key, output.value, partition=output.partition, timestamp=at, headers=headers, key_serializer="raw", value_serializer="raw"
+        )  # fmt: skip
+
+
+def _record(message: Any) -> Record:
+    headers = message.headers.items() if hasattr(message.headers, "items") else message.headers or ()
+    return Record(message.topic, message.partition, message.offset, round(message.timestamp * 1000), message.key, message.value, tuple(headers))
+
+
+class _Table:
+    """A Store over the table's entries of the partition that is being stepped.
+
+    Faust's stores cannot be scanned by prefix, so the engine's own keys, the few that begin with NUL, are kept sorted
+    in memory; they are read from the table once after each rebalance.
+    """
+
+    def __init__(self, table: Any, partitions: int) -> None:
+        self._table = table
+        self._partitions = partitions
+        self._own: list[bytes] | None = None
+        self.partition = 0
+
+    def forget(self) -> None:
+        self._own = None
+
+    def get(self, key: bytes) -> bytes | None:
+        found: bytes | None = self._table.get(key)
+        return found
+
+    def put(self, key: bytes, value: bytes | None) -> None:
+        own = self._keys()
+        place = bisect.bisect_left(own, key)
+        known = own[place : place + 1] == [key]
+        if value is None:
+            self._table.pop(key, None)
+            if known:
+                del own[place]
+        else:
+            self._table[key] = value
+            if key.startswith(b"\0") and not known:
+                own.insert(place, key)
+
+    def _keys(self) -> list[bytes]:
+        if self._own is None:
+            self._own = sorted(key for key in self._table.keys() if key.startswith(b"\0"))
+        return self._own
+
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        own = self._keys()
+        place = bisect.bisect_left(own, prefix)
+        for key in own[place:]:
+            if not key.startswith(prefix):
+                return
+            value = self.get(key)  # None: an entry of another partition
+            if value is not None:
+                yield key, value
