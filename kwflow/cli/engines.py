@@ -124,7 +124,7 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
     workflows = load_workflows(modules, app_dir, settings.durable_packages)
     _wait_for_topics(settings)
     log = lambda line: err.print(line, markup=False)
-    app = application(settings, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation), log)
+    app = application(settings, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, _stored_code(settings)), log)
     err.print(f"kwflow engine runs in Faust on {settings.bootstrap_servers}, at-least-once", style="green")
     raise SystemExit(faust.Worker(app, loglevel="WARNING").execute_from_commandline())
 

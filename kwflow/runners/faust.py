@@ -33,6 +33,8 @@ from kwflow.runners.private import private
 __all__ = ["application", "attach"]
 
 _SESSION_S = 10  # Faust's default of 60 keeps the partitions of a killed engine from the next one for that long
+_ALL = 0  # activities of all partitions of this process are one pool
+_TURN_S = 0.2
 _FORGOTTEN_MAX = 50  # entries of ended instances that expire with one event
 
 
@@ -78,16 +80,40 @@ class _Agent:
         self.table = app.Table("state", key_type=bytes, value_type=bytes, partitions=partitions)
         self._state = _Table(self.table, partitions)
         self._steps = ThreadPoolExecutor(1, "kwflow-step")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._worker = processor.work(self._deliver)
         topic = app.topic(config.resume_topic, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
         app.agent(topic, name="kwflow", concurrency=1)(self._run)
         app.on_partitions_assigned.connect(self._moved)
+        app.timer(_TURN_S, name="kwflow-activities")(self._turn)
         set_abandoning(True, everywhere=True)
 
     async def _moved(self, *_: Any, **__: Any) -> None:
         self._state.forget()
+        self._worker.disown(_ALL)
+
+    def _deliver(self, _pool: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
+        """What an activity returned, from its thread; lost with the process, it is made again by the next one."""
+
+        async def send() -> None:
+            try:
+                await (await self._produce(Output(self.config.resume_topic, key, value)))
+                done(None)
+            except Exception as error:  # the broker's or Faust's: the worker decides what becomes of it
+                done(f"{type(error).__name__}: {error}")
+
+        if self._loop is not None:
+            asyncio.run_coroutine_threadsafe(send(), self._loop)
+
+    async def _turn(self) -> None:
+        """Start what the table still holds of activities, at first and after each rebalance; end those that took too long."""
+        if not self._worker.owns(_ALL):
+            self._worker.own(_ALL, self._state)
+        self._worker.turn()
 
     async def _run(self, stream: Any) -> None:
         """An error here ends the process: Faust itself would go on with the next event and lose this one."""
+        self._loop = asyncio.get_running_loop()
         async for event in stream.noack().events():
             try:
                 await self._apply(event.message)
@@ -113,8 +139,7 @@ class _Agent:
         for decision in made:
             for line in decision.logs:
                 self.on_log(line)
-            if decision.dispatch:
-                self.processor.dispatch(decision.dispatch)
+            self._worker.committed(_ALL, decision.dispatch)
 
     def _decide(self, overlay: Overlay, record: Record, now_ms: int) -> list[Decision]:
         expired = self.processor.due(overlay, now_ms, _FORGOTTEN_MAX)
@@ -177,9 +202,9 @@ class _Table:
             self._own = sorted(key for key in self._table.keys() if key.startswith(b"\0"))
         return self._own
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         own = self._keys()
-        place = bisect.bisect_left(own, prefix)
+        place = bisect.bisect_left(own, max(prefix, start))
         for key in own[place:]:
             if not key.startswith(prefix):
                 return

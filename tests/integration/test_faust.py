@@ -61,3 +61,25 @@ def test_sagas_go_on_after_kill_9_of_a_faust_engine_and_no_state_changes_twice(s
 
 def test_a_faust_engine_refuses_what_it_cannot_do(site: Site) -> None:
     assert "kwflow scheduler" in site.refused("engine", TRIP, "--runner", "faust", "--with-scheduler")
+
+
+WITH_ACTIVITY = """
+import kwflow as kw
+
+@kw.activity
+def double(n):
+    return 2 * n
+
+def main(opts):
+    return (yield double(opts))
+"""
+
+
+def test_activities_run_beside_a_faust_agent(site: Site) -> None:
+    """M6: their results come back as records."""
+    module = site.directory / "doubling.py"
+    module.write_text(WITH_ACTIVITY)
+    site.engine("one", str(module), False, "--runner", "faust")
+    for number in range(3):
+        site.send(f"{site.application}-{number}", f"new:{number}")
+    assert {id[-1]: value for id, value in site.read(site.topic("result"), 3)} == {"0": "0", "1": "2", "2": "4"}
