@@ -6,7 +6,7 @@ import functools
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -26,9 +26,13 @@ class Config(BaseSettings):
     application_id: str = "workflow-engine"
     bootstrap_servers: str = "localhost:9092"
     instance_id: str | None = Field(default=None, description="this engine's identity, such as a pod's name; default: a UUID kept in the state directory (K1)")
+    process: int = Field(default=0, ge=0, description="this process's number among those of the same engine; set by --processes")
+    supervisor_pid: int | None = Field(default=None, description="set by --processes: whoever is no longer its parent's child ends")
     accept_offset_reset: bool = Field(default=False, description="start although the group's offsets and the stored ones differ, from the group's (K16)")
     wait_for_broker_s: float = Field(default=0, ge=0, description="how long to wait at start for the broker and the topics")
     state_dir: Path = Path("kwflow-state")
+    http: str | None = Field(default=None, description="HOST:PORT to answer GET /health and /metrics on")
+    log_format: Literal["text", "json"] = Field(default="text", description="json: one object a line, with workflow id, topic, partition and offset")
     resume_topic: str = "workflow-resume"
     result_topic: str = "workflow-result"
     error_topic: str = "workflow-error"

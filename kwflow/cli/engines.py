@@ -6,6 +6,7 @@ import enum
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,7 +17,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from kwflow import api
-from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, MaybeDir, Modules, StateDir, WaitForBroker, err, json_option, out
+from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, MaybeDir, Modules, StateDir, WaitForBroker, err, json_option, out
+from kwflow.cli.watching import RestoreBar, log_of, watched
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.errors import TransportError, UsageError
@@ -25,6 +27,7 @@ from kwflow.runners.embedded import Embedded, stored
 from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.socket import serve
+from kwflow.runners.supervise import orphaned, supervise
 
 __all__ = ["Runner", "engine", "run", "scheduler"]
 
@@ -34,6 +37,8 @@ class Runner(enum.StrEnum):
 
     kafka = "kafka"
     faust = "faust"
+
+_LOOK_S = 0.1  # how often the main thread looks at the runners' threads
 
 
 def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: Path | None) -> list[Any]:
@@ -45,16 +50,22 @@ def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: P
 
 def _stopper() -> Callable[[], bool]:
     """Flag-only signal handlers: the batch is finished whole; a second signal ends at once (semantics §2.5)."""
+    asked = _signals(lambda number: os._exit(128 + number))
+    return lambda: asked() > 0
+
+
+def _signals(on_second: Callable[[int], None]) -> Callable[[], int]:
+    """Count the signals to stop."""
     asked: list[int] = []
 
     def on_signal(number: int, _frame: object) -> None:
         if asked:
-            os._exit(128 + number)
+            on_second(number)
         asked.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    return lambda: bool(asked)
+    return lambda: len(asked)
 
 
 def engine(
@@ -67,6 +78,9 @@ def engine(
     with_scheduler: Annotated[bool, typer.Option("--with-scheduler", envvar="KWFLOW_WITH_SCHEDULER", help="Run the timers in this process too.")] = False,
     accept_offset_reset: AcceptReset = False,
     wait_for_broker: WaitForBroker = None,
+    processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="Kafka: so many engine processes, one a core; each is started again when it dies.")] = 1,
+    http: Http = None,
+    log_format: LogFormat = None,
     sync: Annotated[bool, typer.Option("--sync/--no-sync", envvar="KWFLOW_SYNC", help="Embedded: each batch is on disk before it counts.")] = True,
     config: ConfigFile = None,
     app_dir: AppDir = None,
@@ -77,8 +91,12 @@ def engine(
     """
     settings = load_config(
         config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir,
-        accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker,
+        accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format,
     )  # fmt: skip
+    if processes > 1 and (embedded is not None or runner is Runner.faust):
+        raise UsageError("--processes is for Kafka: one process alone holds an embedded directory, and Faust has its own workers")
+    if processes > 1 and settings.supervisor_pid is None:
+        raise typer.Exit(supervise([sys.executable, "-m", "kwflow.cli", *sys.argv[1:]], processes, _signals(lambda _: None), log_of(settings)))
     if runner is Runner.faust:
         _run_in_faust(settings, modules, app_dir, with_scheduler or embedded is not None)
     stop = _stopper()
@@ -92,13 +110,14 @@ def engine(
             makers.append((f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings)))
         _run_on_kafka(settings, makers, stop)
         return
+    log = log_of(settings)
     held = Embedded(embedded, settings, sync=sync)
     try:
         processors = _processors(modules, settings, held, app_dir)
-        with serve(held):
-            err.print(f"kwflow engine runs in {embedded}", style="green")
-            held.run(processors, stop, lambda line: err.print(line, markup=False))
-            _say_counts(held.counts)
+        with serve(held), watched(settings, [held], log):
+            log(f"kwflow engine runs in {embedded}")
+            held.run(processors, stop, log)
+            _say_counts(held.counts, log)
     finally:
         held.close()
 
@@ -113,6 +132,8 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
     """Faust's own worker handles the signals and ends the process."""
     if more:
         raise UsageError("--runner faust runs on Kafka and fires no timers: leave --embedded and --with-scheduler out, and run `kwflow scheduler` beside it")
+    if settings.http is not None:
+        raise UsageError("--runner faust answers no --http; Faust has a web server and metrics of its own (--web-port)")
     if settings.kafka:
         raise UsageError("--runner faust takes no [kafka] settings, which are librdkafka's; make a faust.App with its own and give it to kwflow.runners.faust.attach")
     try:
@@ -123,15 +144,15 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
 
     workflows = load_workflows(modules, app_dir, settings.durable_packages)
     _wait_for_topics(settings)
-    log = lambda line: err.print(line, markup=False)
+    log = log_of(settings)
     app = application(settings, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, _stored_code(settings)), log)
     err.print(f"kwflow engine runs in Faust on {settings.bootstrap_servers}, at-least-once", style="green")
     raise SystemExit(faust.Worker(app, loglevel="WARNING").execute_from_commandline())
 
 
-def _say_counts(counts: Counter[str]) -> None:
+def _say_counts(counts: Counter[str], log: Callable[[str], None]) -> None:
     """What became of the records of this run (G3)."""
-    err.print("records: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"), markup=False, highlight=False)
+    log("records: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"))
 
 
 def _wait_for_topics(settings: Config) -> None:
@@ -159,24 +180,27 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
 
     _wait_for_topics(settings)
     failed: list[BaseException] = []
-    log = lambda line: err.print(line, markup=False)
+    log, bar = log_of(settings), RestoreBar()
     environment = live(settings.rocksdb_bytes_max)
     runners = [kafka.KafkaRunner(settings, make, group, log, outputs=api.declared_topics(), environment=environment) for group, make in makers]
 
     def run_one(runner: kafka.KafkaRunner) -> None:
         try:
-            runner.run(lambda: stop() or bool(failed))
+            runner.run(lambda: stop() or bool(failed) or orphaned(settings.supervisor_pid))
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=run_one, args=(runner,)) for runner in runners[1:]]
-    for thread in threads:
-        thread.start()
-    err.print(f"kwflow engine runs on {settings.bootstrap_servers}", style="green")
-    run_one(runners[0])
-    for thread in threads:
-        thread.join()
-    _say_counts(sum((runner.counts for runner in runners), Counter()))
+    threads = [threading.Thread(target=run_one, args=(runner,)) for runner in runners]
+    with watched(settings, runners, log):
+        for thread in threads:
+            thread.start()
+        log(f"kwflow engine runs on {settings.bootstrap_servers}")
+        while any(thread.is_alive() for thread in threads):
+            bar.look({where: progress for runner in runners for where, progress in runner.restoring().items()})
+            threads[0].join(_LOOK_S)
+        for thread in threads:
+            thread.join()
+    _say_counts(sum((runner.counts for runner in runners), Counter()), log)
     if failed:
         raise failed[0]
 
@@ -187,6 +211,8 @@ def scheduler(
     state_dir: StateDir = None,
     accept_offset_reset: AcceptReset = False,
     wait_for_broker: WaitForBroker = None,
+    http: Http = None,
+    log_format: LogFormat = None,
     config: ConfigFile = None,
 ) -> None:
     """Run the timers on Kafka until SIGTERM; it runs no code of yours.
@@ -195,7 +221,7 @@ def scheduler(
     """
     settings = load_config(
         config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir,
-        accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker,
+        accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format,
     )  # fmt: skip
     _run_on_kafka(settings, [(f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings))], _stopper())
 

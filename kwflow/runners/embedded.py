@@ -12,7 +12,6 @@ import os
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -27,8 +26,10 @@ from kwflow.errors import TransportError
 from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.budget import Budget, bytes_of
-from kwflow.runners.loop import Overlay
+from kwflow.runners.logs import lines_of
+from kwflow.runners.loop import Overlay, TimerProcessor
 from kwflow.runners.private import private
+from kwflow.runners.stats import Seen, Stats
 
 __all__ = ["Embedded", "SystemClock", "read_only"]
 
@@ -89,7 +90,9 @@ class Embedded:
         self.limits = config or Config()
         self.directory = private(directory)
         self.clock = clock or SystemClock()
-        self.counts: Counter[str] = Counter()  # what became of records, by the words of Decision.counts
+        self.stats = Stats()
+        self.counts = self.stats.counts
+        self.watched_processors: Sequence[Processor] = ()
         self.woken = threading.Condition()
         self._appended = False
         self._first: dict[str, int] = {}  # input topic -> its first record that was not trimmed
@@ -190,7 +193,10 @@ class Embedded:
             if len(made) == 1 or bytes_of(overlay.changes.items(), outputs) <= self.limits.batch_bytes_max:
                 break
             records = records[: len(made) // 2]  # what they save turned out to be more than one transaction may hold
-        self._perform(processor, made, store, overlay, (topic, records[len(made) - 1].offset + 1), on_log)
+        logs = [line for decision, record in zip(made, records, strict=False) if decision.logs for line in lines_of(decision, record)]
+        self._perform(processor, made, store, overlay, (topic, records[len(made) - 1].offset + 1))
+        for line in logs:
+            on_log(line)
         return len(made)
 
     def _fire(self, processor: Processor, on_log: Callable[[str], None]) -> int:
@@ -202,10 +208,12 @@ class Embedded:
         made = processor.due(overlay, self.clock.now_ms(), _FIRED_MAX)
         if made is None:
             return 0
-        self._perform(processor, [made], store, overlay, None, on_log)
+        self._perform(processor, [made], store, overlay, None)
+        for line in made.logs:
+            on_log(line)
         return len(made.outputs)
 
-    def _perform(self, processor: Processor, made: Sequence[Decision], store: _Store, overlay: Overlay, consumed: tuple[str, int] | None, on_log: Callable[[str], None]) -> None:
+    def _perform(self, processor: Processor, made: Sequence[Decision], store: _Store, overlay: Overlay, consumed: tuple[str, int] | None) -> None:
         """Commit what was decided, then what comes after a commit.  Every topic here has one partition: a reply to another has no address."""
         outputs: list[Output] = []
         for decision in made:
@@ -215,13 +223,13 @@ class Embedded:
                     outputs.append(reply)
                 else:
                     self.counts["reply-gone"] += 1
+        begun = time.perf_counter()
         self._commit(store, overlay, outputs, consumed)
+        self.stats.commits.observe(time.perf_counter() - begun)
         dispatch: list[object] = []
         for decision in made:
             self.counts.update(decision.counts)
             dispatch += decision.dispatch
-            for line in decision.logs:
-                on_log(line)
         if dispatch and processor.input_topic in self._workers:
             self._workers[processor.input_topic][0].committed(0, dispatch)
 
@@ -243,6 +251,7 @@ class Embedded:
     def run(self, processors: Sequence[Processor], until: Callable[[], bool], on_log: Callable[[str], None] = print) -> None:
         """Go on until `until()`; it is asked after every batch.  From here on this process is an engine (semantics §3.3)."""
         set_abandoning(True, everywhere=True)
+        self.watched_processors = processors
         for processor in processors:
             worker = processor.work(self.deliver(processor.input_topic))
             if worker is not None:
@@ -266,6 +275,7 @@ class Embedded:
 
     def _run(self, processors: Sequence[Processor], until: Callable[[], bool], on_log: Callable[[str], None]) -> None:
         while not until():
+            self.stats.turned_s = time.monotonic()
             busy = self.step(processors, on_log)
             self._work(processors)
             if time.monotonic() >= self._trim_next:
@@ -278,6 +288,15 @@ class Embedded:
                 if not self._appended:
                     self.woken.wait(wait)
                 self._appended = False
+
+    def seen(self) -> list[Seen]:
+        """How it stands: one partition each, nothing to restore."""
+        made = []
+        for processor in self.watched_processors:
+            topic = processor.input_topic
+            timers = processor.waiting(_Store(self.db, processor.changelog_topic)) if isinstance(processor, TimerProcessor) else None
+            made.append(Seen("embedded", topic, True, [0], [], {}, {0: self.end(topic) - self.position(topic)}, timers))
+        return made
 
     def trim(self, processors: Sequence[Processor]) -> int:
         """Delete consumed input records older than the retention, as one range each; outputs stay for their readers.  How many."""

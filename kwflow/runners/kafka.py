@@ -7,10 +7,11 @@ that was aborted is made again from its first offset; what is fenced, fatal or u
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import time
 import uuid
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,9 +41,11 @@ from kwflow.runners.embedded import SystemClock
 from kwflow.runners.environment import LIVE, Consumer, Environment, Producer
 from kwflow.runners.kafka_results import Results
 from kwflow.runners.kafka_state import PartitionStore, Restore
-from kwflow.runners.loop import Overlay
+from kwflow.runners.logs import lines_of
+from kwflow.runners.loop import Overlay, TimerProcessor
 from kwflow.runners.parked import forward
 from kwflow.runners.private import private
+from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.topics import record_of
 
 __all__ = ["KafkaRunner"]
@@ -99,10 +102,11 @@ class Batch:
     counts: list[str] = field(default_factory=list)
     dispatch: dict[int, list[object]] = field(default_factory=dict)
 
-    def add(self, number: int, made: Decision) -> None:
+    def add(self, number: int, made: Decision, record: Record | None = None) -> None:
         """All of a decision but its replies."""
         self.outputs += made.outputs
-        self.logs += made.logs
+        if made.logs:
+            self.logs += made.logs if record is None else lines_of(made, record)
         self.counts += made.counts
         if made.dispatch:
             self.dispatch.setdefault(number, []).extend(made.dispatch)
@@ -129,7 +133,7 @@ class KafkaRunner:
         self.group = group
         self.on_log = on_log
         self.clock = clock or SystemClock()
-        self.directory = config.state_dir / config.application_id / group
+        self.directory = config.state_dir / config.application_id / str(config.process) / group
         self.instance = self._instance_id()
         self.admin = topics.admin(config, environment)
         self.incarnation, self.partitions = topics.describe(self.admin, config, make("").input_topic)
@@ -140,7 +144,9 @@ class KafkaRunner:
         self._assigned: list[int] = []
         self._restoring: dict[int, tuple[Restore, int]] = {}  # with the group's committed offset
         self._aborts = 0
-        self.counts: Counter[str] = Counter()  # what became of records, by the words of Decision.counts
+        self.stats = Stats()
+        self.counts = self.stats.counts
+        self._joined = False
         self.commit_s: deque[float] = deque(maxlen=10_000)  # how long the last transactions took
         self._metadata: Any = None
         self._attempts = Attempts(self.directory)
@@ -160,12 +166,12 @@ class KafkaRunner:
         self._lock.seek(0)
         known = self._lock.read().strip()
         if self.config.instance_id is not None:
-            return self.config.instance_id
+            return f"{self.config.instance_id}-{self.config.process}"
         if not known:
             known = uuid.uuid4().hex[:12]
             self._lock.write(known)
             self._lock.flush()
-        return known
+        return f"{known}-{self.config.process}"
 
     def _limits(self, names: Iterable[str]) -> tuple[dict[str, int], int]:
         """Producer sizes that every topic takes (K11), and how old a local copy may be (K8)."""
@@ -200,6 +206,7 @@ class KafkaRunner:
 
     # -- ownership (K2, K5, K7) ------------------------------------------------------------------------------------
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._joined = True
         for partition in partitions:  # any explicit offset: without one a group with no commit is an error before we seek
             partition.offset = OFFSET_BEGINNING
         consumer.incremental_assign(partitions)
@@ -327,6 +334,7 @@ class KafkaRunner:
 
     def turn(self) -> None:
         """One batch of records, then what is due."""
+        self.stats.turned_s = time.monotonic()
         records = [record_of(message) for message in self._gather()]
         try:
             self._process(records)
@@ -382,8 +390,7 @@ class KafkaRunner:
         """One transaction after the other until all are done, each as large as its budget; a record that the broker rejects alone, twice, is refused (K11)."""
         while records:
             batch, done = self._step(records, refused)
-            left = {number: mine[-1].offset for number, mine in done.items()}
-            records = [record for record in records if record.offset > left[record.partition]]
+            records = [record for record in records if record.offset >= batch.positions[record.partition]]
             taken = [record for mine in done.values() for record in mine]
             try:
                 if len(taken) > 1 and batch.bytes() > self.config.batch_bytes_max:
@@ -412,15 +419,15 @@ class KafkaRunner:
                 decisions, done[number] = self._decide(overlay, mine, budget)
             else:
                 decisions, done[number] = [self.processor.refuse(overlay, record, refused) for record in mine], mine
-            for made in decisions:
-                batch.add(number, made)
+            for made, record in zip(decisions, done[number], strict=True):
+                batch.add(number, made, record)
                 if made.replies:
                     self._reply(batch, made.replies)
-            batch.positions[number] = done[number][-1].offset + 1
+            batch.positions[number] = max([record.offset for record in done[number]]) + 1
         return batch, done
 
     def _decide(self, overlay: Overlay, records: list[Record], budget: Budget) -> tuple[list[Decision], list[Record]]:
-        """The processor's decisions, and for which records; those on the wrong partition go to the right one first (K6)."""
+        """The processor's decisions, and for which record each; those on the wrong partition go to the right one first (K6)."""
         now_ms = self.clock.now_ms()
         right = [record for record in records if record.key is None or partition_of(record.key, self.partitions) == record.partition]
         made = self.processor.decide(overlay, right, now_ms, budget) if right else []
@@ -428,8 +435,9 @@ class KafkaRunner:
             return made, records[: len(made)]
         at_home = set(map(id, right))
         last = right[len(made) - 1].offset if len(made) < len(right) else records[-1].offset
-        done = [record for record in records if record.offset <= last]
-        return made + [forward(self.config, record, self.partitions, now_ms) for record in done if id(record) not in at_home], done
+        away = [record for record in records if record.offset <= last and id(record) not in at_home]
+        return made + [forward(self.config, record, self.partitions, now_ms) for record in away], right[: len(made)] + away
+
 
     def _fire(self) -> None:
         for partition in list(self.owned.values()):
@@ -441,6 +449,28 @@ class KafkaRunner:
                 batch = Batch({partition.number: overlay}, positions={partition.number: partition.position})
                 batch.add(partition.number, made)
                 self._commit(batch)
+
+    # -- for those who watch ---------------------------------------------------------------------------------------
+    @property
+    def watched_processors(self) -> tuple[Processor]:
+        return (self.processor,)
+
+    def restoring(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """(changelog, partition) -> (offset reached, end)."""
+        return {(self.processor.changelog_topic, number): (restore.reached, restore.end) for number, (restore, _) in self._restoring.copy().items()}
+
+    def seen(self) -> list[Seen]:
+        """How it stands now; asks the broker for the input's committed end."""
+        topic, owned = self.processor.input_topic, dict(self.owned)
+        ends = topics.committed_ends(self.admin, topic, owned)
+        lag = {number: max(0, ends.get(number, 0) - partition.position) for number, partition in owned.items()}
+        timers = None
+        if isinstance(self.processor, TimerProcessor):
+            timers = 0
+            for partition in owned.values():
+                with contextlib.suppress(Exception):  # its store was closed meanwhile
+                    timers += self.processor.waiting(partition.store)
+        return [Seen(self.group, topic, self._joined, sorted(owned), sorted(self._assigned), {number: progress for (_, number), progress in self.restoring().items()}, lag, timers)]
 
     # -- commit and settle -----------------------------------------------------------------------------------------
     def _commit(self, batch: Batch) -> None:
@@ -471,6 +501,7 @@ class KafkaRunner:
             self._abort(error.args[0], failures)
         self._aborts = 0
         self.commit_s.append(time.perf_counter() - begun)
+        self.stats.commits.observe(self.commit_s[-1])
         self.counts.update(batch.counts)
         for number, overlay in batch.overlays.items():
             partition = self.owned[number]

@@ -30,6 +30,7 @@ from kwflow.runners import code, commands, parked
 from kwflow.runners.budget import bytes_of
 from kwflow.runners.dispatch import Dispatcher, keep
 from kwflow.runners.parked import dead_letter
+from kwflow.runners.stats import BYTES, Histogram
 from kwflow.runners.watchdog import Watchdog
 
 __all__ = ["Overlay", "TimerProcessor", "WorkflowProcessor", "dead_letter"]
@@ -109,6 +110,8 @@ class WorkflowProcessor:
         self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
         self._sleeping: dict[bytes, _Live] = {}  # least recently used first; one is used only if its bytes are still what is stored (K3)
         self._sleeping_bytes = 0
+        self.cache_hits = self.cache_misses = 0
+        self.snapshots = Histogram(BYTES)
         allow_modules(config.snapshot_modules)
 
     def work(self, deliver: Deliver) -> Dispatcher:
@@ -178,6 +181,9 @@ class WorkflowProcessor:
             return live
         live.forget()  # its batch was aborted, or its partition was elsewhere meanwhile
         return None
+
+    def live_instances(self) -> int:
+        return len(self._sleeping)
 
     def keep(self, key: bytes, live: _Live) -> None:
         live.ahead, live.met = False, []
@@ -261,7 +267,9 @@ class _Batch:
             return _Live(None, None)
         live = self.processor.awake(key, stored)
         if live is not None:
+            self.processor.cache_hits += 1
             return live
+        self.processor.cache_misses += 1
         try:
             header, body = snapshot.split(stored, self.config.signing_keys)
             if header["id"] != name:
@@ -370,6 +378,7 @@ class _Batch:
                 return
             if self.processor.keeps_code:
                 self.named.update(modules)
+            self.processor.snapshots.observe(len(data))
             self._warn_of_size(live, len(data))
             self.state.put(key, data)
             live.base = data
@@ -414,21 +423,38 @@ class TimerProcessor:
 
     def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
         made: list[Decision] = []
+        before = set_now = self.waiting(state)
         for record in records:
-            made.append(self._decide(state, record, received_ms))
+            decision, more = self._decide(state, record, received_ms)
+            made.append(decision)
+            set_now += more
             if budget is not None and budget.spent():
                 break
+        if set_now != before:
+            self._count(state, set_now)
         return made
 
-    def _decide(self, state: Changes, record: Record, received_ms: int) -> Decision:
+    def waiting(self, state: Store) -> int:
+        """How many timers are set."""
+        known = state.get(timers.COUNT)
+        return int(known) if known is not None else sum(1 for _ in state.scan(timers.DUE))  # once, for a table of an earlier version
+
+    @staticmethod
+    def _count(state: Changes, waiting: int) -> None:
+        state.put(timers.COUNT, b"%d" % waiting if waiting else None)
+
+    def _decide(self, state: Changes, record: Record, received_ms: int) -> tuple[Decision, int]:
+        """What it does, and how many more timers there are then."""
         try:
             wire.check_size(record, self.config.value_bytes_max, self.config.header_bytes_max)
-            changes = timers.cancel_or_set(record, state.get(record.key) if record.key else None)
+            stored = state.get(record.key) if record.key else None
+            changes = timers.cancel_or_set(record, stored)
         except ProtocolError as error:
-            return parked.dead(self.config, record, error.reason, str(error), received_ms)
+            return parked.dead(self.config, record, error.reason, str(error), received_ms), 0
         for key, value in changes.items():
             state.put(key, value)
-        return Decision(counts=("timer",))
+        set_now = changes.get(record.key or b"") is not None
+        return Decision(counts=("timer",)), set_now - (stored is not None)
 
     def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
         return parked.dead(self.config, record, "refused", reason, record.timestamp_ms)
@@ -442,6 +468,8 @@ class TimerProcessor:
             changes, output = timers.fire(due_key, headers, self.config.resume_topic, now_ms)
             fired |= changes
             outputs.append(output)
+        if outputs:
+            self._count(state, self.waiting(state) - len(outputs))
         for key, value in fired.items():
             state.put(key, value)
         return Decision(tuple(outputs), counts=("fired",) * len(outputs)) if outputs else None

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any, cast
 
-from confluent_kafka import KafkaException, Message, TopicCollection
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
+from confluent_kafka import IsolationLevel, KafkaException, Message, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType  # type: ignore[attr-defined]
 
 from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.runners.environment import LIVE, Environment
 
-__all__ = ["admin", "client_config", "create", "describe", "needed", "partitions_of", "problems", "record_of", "settings_of"]
+__all__ = ["admin", "client_config", "committed_ends", "create", "describe", "needed", "partitions_of", "problems", "record_of", "settings_of"]
 
 _DAY_MS = 86_400_000
 _REPLY_MS = 3_600_000
@@ -124,6 +125,16 @@ def create(client: AdminClient, config: Config, declared: Iterable[str], partiti
         except KafkaException as error:
             raise TransportError(f"cannot create topic {topic}: {error.args[0].str()}", retryable=False) from None
     return [topic.topic for topic in new]
+
+
+def committed_ends(client: AdminClient, topic: str, partitions: Iterable[int]) -> dict[int, int]:
+    """Partition -> the offset up to which its transactions are decided; without those that the broker does not tell now."""
+    asked = {TopicPartition(topic, number): OffsetSpec.latest() for number in partitions}  # type: ignore[no-untyped-call] # the library has no types here
+    found: dict[int, int] = {}
+    for where, future in (client.list_offsets(asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=2) if asked else {}).items():
+        with contextlib.suppress(KafkaException):
+            found[where.partition] = int(future.result().offset)
+    return found
 
 
 def record_of(message: Message) -> Record:

@@ -1,0 +1,70 @@
+"""What an engine shows while it runs: its log, its HTTP answers, and a bar while it restores."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from kwflow.cli.shared import err
+from kwflow.config import Config
+from kwflow.runners.logs import as_json
+
+__all__ = ["RestoreBar", "log_of", "watched"]
+
+
+def log_of(settings: Config) -> Callable[[str], None]:
+    """Where log lines go: standard error, as text or as JSON."""
+    if settings.log_format == "json":
+
+        def write(line: str) -> None:
+            sys.stderr.buffer.write(as_json(line) + b"\n")
+            sys.stderr.buffer.flush()
+
+        return write
+    return lambda line: err.print(line, markup=False)
+
+
+@contextlib.contextmanager
+def watched(settings: Config, runners: Sequence[object], log: Callable[[str], None]) -> Iterator[None]:
+    """Answer on `http` while inside, if it is set."""
+    if settings.http is None:
+        yield
+        return
+    from kwflow.runners.watch import serve_http
+
+    host, _, port_text = settings.http.rpartition(":")
+    where = f"{host}:{int(port_text) + settings.process}" if settings.process and port_text.isdigit() and port_text != "0" else settings.http
+    with serve_http(where, runners, settings) as port:  # type: ignore[arg-type] # each is a Watched
+        log(f"GET /health and /metrics are answered on port {port}")
+        yield
+
+
+class RestoreBar:
+    """A progress bar for each partition that is being restored; `look` is cheap while there is none."""
+
+    def __init__(self, console: Console = err) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._tasks: dict[tuple[str, int], TaskID] = {}
+
+    def look(self, restoring: dict[tuple[str, int], tuple[int, int]]) -> None:
+        """(topic, partition) -> (changelog offset reached, its end)."""
+        if not restoring and self._progress is None or not self._console.is_terminal:
+            return
+        if self._progress is None:
+            columns = (TextColumn("restoring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._progress.start()
+        for where, (reached, end) in restoring.items():
+            if where not in self._tasks:
+                self._tasks[where] = self._progress.add_task(f"{where[0]}[{where[1]}]", total=end)
+            self._progress.update(self._tasks[where], completed=reached)
+        for where in self._tasks.keys() - restoring.keys():
+            self._progress.remove_task(self._tasks.pop(where))
+        if not restoring:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,71 @@
+"""What a runner counts while it runs: plain numbers that the loop adds to and other threads only read.
+
+Nothing is formatted here and nothing locks: the loop pays an addition, whoever looks does the rest (runners/watch.py).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+
+__all__ = ["BYTES", "SECONDS", "Histogram", "Seen", "Stats"]
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+BYTES = (256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0)
+
+
+class Histogram:
+    """How many values were at most each bound.  Invariant: `counts` has one more entry than `bounds`, for what is larger."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, int]]:
+        """(upper bound, how many up to it), as Prometheus wants it."""
+        made, so_far = [], 0
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], list(self.counts), strict=True):
+            so_far += count
+            made.append((bound, so_far))
+        return made
+
+
+class Stats:
+    """One runner's.  `turned_s` is when its loop last came round, by the monotonic clock; 0 before the first time."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()  # what became of records, by the words of Decision.counts
+        self.commits = Histogram(SECONDS)
+        self.turned_s = 0.0
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """How a runner stands at one moment.
+
+    `owned` are restored and ours, `restoring` partition -> (changelog offset reached, its end), `waiting` assigned and
+    not begun; `lag` input records that are not applied yet; `timers` None where the runner has none.
+    """
+
+    name: str
+    topic: str
+    joined: bool
+    owned: list[int]
+    waiting: list[int]
+    restoring: dict[int, tuple[int, int]]
+    lag: dict[int, int]
+    timers: int | None = None
+
+    @property
+    def ready(self) -> bool:
+        """It has its share of the partitions and all of them are restored; the share may be none where engines are many."""
+        return self.joined and not self.waiting and not self.restoring

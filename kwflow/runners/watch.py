@@ -1,0 +1,180 @@
+"""`GET /health` and `GET /metrics` of a running engine, on a thread of its own that only reads.
+
+All metrics are made when somebody asks, from numbers the loop keeps anyway (runners/stats.py): an engine that nobody
+looks at pays nothing for being watchable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Protocol
+
+import msgspec
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kwflow.config import Config
+from kwflow.errors import UsageError
+from kwflow.runners import rocks
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.stats import Histogram, Seen, Stats
+
+__all__ = ["Watched", "health", "metrics_registry", "serve_http"]
+
+_STUCK_S = 60  # beyond the longest step: a commit may be asked for twice the transaction timeout
+_REQUEST_S = 10
+
+
+class Watched(Protocol):
+    """A runner, as far as it is watched."""
+
+    @property
+    def stats(self) -> Stats: ...
+
+    @property
+    def watched_processors(self) -> Sequence[object]: ...
+
+    def seen(self) -> list[Seen]:
+        """How it stands now, for each of its inputs.  Called from another thread; it may ask the broker."""
+
+
+def health(runners: Sequence[Watched], config: Config) -> tuple[bool, bool, dict[str, Any]]:
+    """Whether it is live (each loop came round lately), whether ready (restored and owning), and both with details as JSON."""
+    seen = [(runner, one) for runner in runners for one in runner.seen()]
+    now, limit = time.monotonic(), config.step_abort_ms / 1000 + _STUCK_S
+    live = all(now - runner.stats.turned_s < limit for runner in runners if runner.stats.turned_s)
+    ready = bool(seen) and all(one.ready and runner.stats.turned_s > 0 for runner, one in seen)
+    details = [{"name": one.name, "input": one.topic, "owned": one.owned, "restoring": one.restoring, "waiting": one.waiting, "lag": sum(one.lag.values())} for _, one in seen]
+    return live, ready, {"live": live, "ready": ready, "runners": details}
+
+
+class _Metrics(Collector):
+    def __init__(self, runners: Sequence[Watched], config: Config) -> None:
+        self._runners = runners
+        self._config = config
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._counts()
+        yield from self._partitions([one for runner in self._runners for one in runner.seen()])
+        for runner in self._runners:
+            for processor in runner.watched_processors:
+                if isinstance(processor, WorkflowProcessor):
+                    yield from _instances(processor)
+        memory = GaugeMetricFamily("kwflow_rocksdb_bytes", "Block cache and write buffers of all stores of the process.")
+        memory.add_metric([], rocks.memory(self._config.rocksdb_bytes_max).usage())
+        yield memory
+
+    def _counts(self) -> Iterator[Metric]:
+        records = CounterMetricFamily("kwflow_records", "What became of records and timers, by outcome.", labels=["outcome"])
+        total = sum((runner.stats.counts.copy() for runner in self._runners), start=self._runners[0].stats.counts.__class__())
+        for outcome, count in sorted(total.items()):
+            records.add_metric([outcome], count)
+        yield records
+        letters = CounterMetricFamily("kwflow_dead_letters", "Records written to the dead-letter topic: alone, or telling of an instance that was parked.")
+        letters.add_metric([], total["dead-letter"] + total["parked"])
+        yield letters
+        steps = CounterMetricFamily("kwflow_steps", "Steps of author code, by outcome.", labels=["outcome"])
+        for outcome in ("started", "resumed", "parked"):
+            steps.add_metric([outcome], total[outcome])
+        yield steps
+        yield _histogram("kwflow_commit_seconds", "From the begin of a transaction to its committed end.", [runner.stats.commits for runner in self._runners])
+
+    def _partitions(self, seen: list[Seen]) -> Iterator[Metric]:
+        lag = GaugeMetricFamily("kwflow_lag_records", "Input records that are committed and not applied yet.", labels=["topic", "partition"])
+        owned = GaugeMetricFamily("kwflow_partitions", "Partitions by state: owned, restoring, waiting to be restored.", labels=["topic", "state"])
+        restore = GaugeMetricFamily("kwflow_restore_ratio", "How much of a changelog was read, from 0 to 1; 1 once it is owned.", labels=["topic", "partition"])
+        for one in seen:
+            for number, records in one.lag.items():
+                lag.add_metric([one.topic, str(number)], records)
+            for state, count in (("owned", len(one.owned)), ("restoring", len(one.restoring)), ("waiting", len(one.waiting))):
+                owned.add_metric([one.topic, state], count)
+            for number, (reached, end) in one.restoring.items():
+                restore.add_metric([one.topic, str(number)], min(1.0, reached / end) if end else 1.0)
+            for number in one.owned:
+                restore.add_metric([one.topic, str(number)], 1.0)
+        yield from (lag, owned, restore)
+        waiting = [one.timers for one in seen if one.timers is not None]
+        if waiting:
+            yield GaugeMetricFamily("kwflow_timers_waiting", "Timers that are set and not due yet, of the partitions owned here.", value=sum(waiting))
+
+
+def _instances(processor: WorkflowProcessor) -> Iterator[Metric]:
+    yield _histogram("kwflow_snapshot_bytes", "Sizes of saved snapshots.", [processor.snapshots])
+    looked = CounterMetricFamily("kwflow_instance_cache", "Whether an instance was still live when its next record came.", labels=["result"])
+    looked.add_metric(["hit"], processor.cache_hits)
+    looked.add_metric(["miss"], processor.cache_misses)
+    yield looked
+    yield GaugeMetricFamily("kwflow_instances_live", "Instances kept live.", value=processor.live_instances())
+
+
+def _histogram(name: str, text: str, parts: Sequence[Histogram]) -> Metric:
+    whole = Histogram(parts[0].bounds)
+    for part in parts:
+        whole.counts = [one + other for one, other in zip(whole.counts, part.counts, strict=True)]
+        whole.total += part.total
+    return HistogramMetricFamily(name, text, buckets=whole.buckets(), sum_value=whole.total)
+
+
+def metrics_registry(runners: Sequence[Watched], config: Config) -> CollectorRegistry:
+    """A registry of its own, so that two engines in one process do not meet."""
+    registry = CollectorRegistry()
+    registry.register(_Metrics(runners, config))
+    for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        collector(registry=registry)
+    return registry
+
+
+def _address(where: str) -> tuple[str, int]:
+    host, _, port = where.rpartition(":")
+    if not port.isdigit() or int(port) > 65_535:
+        raise UsageError(f"--http takes HOST:PORT, such as 127.0.0.1:9100 or :9100, not {where!r}")
+    return host.strip("[]"), int(port)
+
+
+@contextlib.contextmanager
+def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterator[int]:
+    """Answer while inside; gives the port.  Raises UsageError if the address cannot be listened on."""
+    registry = metrics_registry(runners, config)
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = _REQUEST_S
+
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
+            if path == "/metrics":
+                self._answer(200, "text/plain; version=0.0.4; charset=utf-8", generate_latest(registry))
+            elif path in ("/health", "/health/live", "/health/ready"):
+                live, ready, said = health(runners, config)
+                good = {"/health": live and ready, "/health/live": live, "/health/ready": ready}[path]
+                self._answer(200 if good else 503, "application/json", msgspec.json.encode(said, order="deterministic"))
+            else:
+                self._answer(404, "text/plain", b"there are /health, /health/live, /health/ready and /metrics\n")
+
+        def _answer(self, status: int, kind: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Probes come every few seconds; they are not worth a line."""
+
+    try:
+        server = ThreadingHTTPServer(_address(where), Handler)
+    except OSError as error:
+        raise UsageError(f"--http {where}: {error.strerror}") from None
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, name="kwflow-http", kwargs={"poll_interval": 0.2}, daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)

@@ -1,0 +1,176 @@
+"""GET /health and /metrics of an engine with no broker; what they say is what happened."""
+
+import http.client
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+
+from kwflow import durable
+from kwflow.config import Config
+from kwflow.core.contract import Workflows
+from kwflow.errors import UsageError
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.watch import serve_http
+from tests.embedded.test_embedded import ROOT
+
+SOURCE = """
+import kwflow as kw
+
+def main(opts):
+    timer = kw.sleep(opts)
+    kw.log("it sleeps")
+    first = yield kw.race([timer, kw.suspend("first")])
+    held = None if first != "unsavable" else open(__file__)
+    return (yield kw.suspend("last"))
+"""
+
+
+class Place:
+    def __init__(self, directory: pathlib.Path) -> None:
+        (directory / "watched.py").write_text(SOURCE)
+        module = durable.load_source("watched", SOURCE, str(directory / "watched.py"))
+        self.config = Config()
+        self.held = Embedded(directory / "state", self.config, sync=False)
+        self.processors = [WorkflowProcessor(self.config, Workflows({"main": module.main}, "main"), frozenset(), self.held.incarnation), TimerProcessor(self.config)]
+
+    def send(self, id: str, value: str) -> None:
+        self.held.append(self.config.resume_topic, id.encode(), value.encode())
+
+    def run(self) -> None:
+        """Until everything is applied."""
+        self.held.run(self.processors, lambda: all(not seen.lag[0] for seen in self.held.seen()))
+
+
+@pytest.fixture
+def place(tmp_path: pathlib.Path) -> Iterator[Place]:
+    place = Place(tmp_path)
+    yield place
+    place.held.close()
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def value(text: str, name: str) -> float:
+    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    assert found is not None, f"{name} is not in\n{text}"
+    return float(found[1])
+
+
+def test_metrics_say_what_became_of_records_timers_snapshots_and_the_cache(place: Place) -> None:
+    for id in ("a", "b", "c"):
+        place.send(id, "new:1000")
+    place.send("bad", "no json")
+    with serve_http("127.0.0.1:0", [place.held], place.config) as port:
+        assert get(port, "/health")[0] == 503, "nothing runs yet"
+        place.run()
+        place.send("a", '{"ref": "first", "value": "unsavable"}')
+        place.send("b", '{"ref": "first", "value": 1}')
+        place.send("c", '{"ref": "nobody"}')
+        place.run()
+        text = get(port, "/metrics")[1]
+        assert value(text, 'kwflow_records_total{outcome="started"}') == 3
+        assert value(text, 'kwflow_records_total{outcome="unknown-ref"}') == 1
+        assert value(text, 'kwflow_steps_total{outcome="resumed"}') == 1
+        assert value(text, 'kwflow_steps_total{outcome="parked"}') == 1
+        assert value(text, "kwflow_dead_letters_total") == 2  # the record that was no JSON, and what tells of the parked one
+        assert value(text, "kwflow_timers_waiting") == 2  # b's was cancelled by its race; the parked a keeps its own
+        assert value(text, 'kwflow_instance_cache_total{result="hit"}') == 3
+        assert value(text, "kwflow_snapshot_bytes_count") == 4  # three starts and one resume; the parked one was not saved
+        assert value(text, 'kwflow_lag_records{partition="0",topic="workflow-resume"}') == 0
+        assert value(text, 'kwflow_commit_seconds_bucket{le="+Inf"}') >= 2
+        assert value(text, "kwflow_rocksdb_bytes") > 0
+        assert value(text, "process_resident_memory_bytes") > 1e6
+        place.send("c", '{"ref": "nobody"}')
+        assert value(get(port, "/metrics")[1], 'kwflow_lag_records{partition="0",topic="workflow-resume"}') == 1
+    with pytest.raises((OSError, http.client.HTTPException)):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+
+
+def test_health_is_live_and_ready_once_the_loop_runs_and_no_longer_live_when_it_is_stuck(place: Place) -> None:
+    with serve_http("127.0.0.1:0", [place.held], place.config) as port:
+        place.send("a", "new:1000")
+        place.run()
+        status, said = get(port, "/health")
+        assert (status, json.loads(said)["live"], json.loads(said)["ready"]) == (200, True, True)
+        assert [runner["owned"] for runner in json.loads(said)["runners"]] == [[0], [0]]
+        place.held.stats.turned_s = time.monotonic() - place.config.step_abort_ms / 1000 - 61
+        assert (get(port, "/health")[0], get(port, "/health/live")[0], get(port, "/health/ready")[0]) == (503, 503, 200)
+        assert get(port, "/elsewhere")[0] == 404
+
+
+def test_the_number_of_waiting_timers_is_right_after_replacing_cancelling_firing_and_for_tables_that_had_no_count(place: Place) -> None:
+    timers = place.processors[1]
+    assert isinstance(timers, TimerProcessor)
+
+    def waiting() -> int:
+        place.run()
+        return next(seen.timers for seen in place.held.seen() if seen.timers is not None)
+
+    def set_timer(key: str, delay: str | None) -> None:
+        place.held.append(place.config.scheduler_topic, key.encode(), delay.encode() if delay is not None else None)
+
+    for key, delay, count in (("a|1", "100000", 1), ("a|2", "100000", 2), ("a|1", "200000", 2), ("a|1", "0", 1), ("a|1", "0", 1), ("a|2", None, 0), ("a|3", "bad", 0)):
+        set_timer(key, delay)
+        assert waiting() == count, (key, delay)
+    set_timer("a|4", "100000")
+    set_timer("a|5", "1")
+    place.held.run(place.processors, lambda: place.held.counts["fired"] == 1)
+    assert waiting() == 1
+    place.held.db.delete(b"S" + place.config.timers_changelog_topic.encode() + b"\0\0timers")
+    assert waiting() == 1
+    set_timer("a|6", "100000")
+    assert waiting() == 2
+
+
+def test_an_address_that_is_none_or_taken_is_one_clear_line(place: Place) -> None:
+    for where in ("nonsense", "localhost:", "localhost:99999"):
+        with pytest.raises(UsageError, match="HOST:PORT"), serve_http(where, [place.held], place.config):
+            pass
+    with serve_http("127.0.0.1:0", [place.held], place.config) as port, pytest.raises(UsageError, match="in use"), serve_http(f"127.0.0.1:{port}", [place.held], place.config):
+        pass
+
+
+@pytest.mark.slow
+def test_the_engine_answers_and_logs_json_by_option(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "watched.py").write_text(SOURCE)
+    command = [sys.executable, "-m", "kwflow.cli", "engine", "watched.py", "--embedded", "state", "--http", "127.0.0.1:0", "--log-format", "json"]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    engine = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert engine.stderr is not None
+    try:
+        lines: list[dict[str, object]] = []
+
+        def until(words: str) -> dict[str, object]:
+            while not lines or words not in str(lines[-1]["message"]):
+                line = engine.stderr.readline() if engine.stderr is not None else ""
+                assert line, lines
+                lines.append(json.loads(line))
+            return lines[-1]
+
+        port = int(str(until("answered on port")["message"]).rsplit(" ", 1)[1])
+        subprocess.run([*command[:3], "start", "order-7", "--input", "1000", "--embedded", "state"], cwd=tmp_path, env=environment, check=True, timeout=60)
+        said = until("it sleeps")
+        assert {name: said[name] for name in ("workflow", "topic", "partition", "offset", "level")} == {"workflow": "order-7", "topic": "workflow-resume", "partition": 0, "offset": 0, "level": "info"}
+        assert value(get(port, "/metrics")[1], 'kwflow_records_total{outcome="started"}') == 1
+        engine.terminate()
+        until("records: ")
+        assert engine.wait(30) == 0
+    finally:
+        engine.kill()
+        engine.wait()
+        engine.stderr.close()
