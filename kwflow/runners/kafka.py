@@ -89,6 +89,7 @@ class Partition:
     position: int
     fire_from: int  # K18: nothing fires before this input offset is reached
     careful_until: int  # K19: records before this offset are taken one by one
+    reached: int = 0  # the end that the consumer has seen last: there are no records before it, only marks of transactions
 
 
 @dataclass
@@ -198,7 +199,7 @@ class KafkaRunner:
             topics.client_config(
                 self.config, group_id=self.group, group_instance_id=f"{self.group}-{self.instance}", enable_auto_commit=False, enable_auto_offset_store=False,
                 isolation_level="read_committed", auto_offset_reset="error", partition_assignment_strategy="cooperative-sticky", session_timeout_ms=6000,
-                heartbeat_interval_ms=500, fetch_queue_backoff_ms=10,
+                heartbeat_interval_ms=500, fetch_queue_backoff_ms=10, enable_partition_eof=self.config.http is not None,
             )
         )  # fmt: skip
         consumer.subscribe([self.processor.input_topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
@@ -372,6 +373,9 @@ class KafkaRunner:
                 partition = self.owned.get(message.partition() or 0)
                 if partition is not None and (message.offset() or 0) >= partition.position:
                     good.append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                if (message.partition() or 0) in self.owned:
+                    self.owned[message.partition() or 0].reached = message.offset() or 0
             elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
                 self.on_log(f"{self.group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
             elif error.fatal() or not error.retriable():
@@ -463,7 +467,7 @@ class KafkaRunner:
         """How it stands now; asks the broker for the input's committed end."""
         topic, owned = self.processor.input_topic, dict(self.owned)
         ends = topics.committed_ends(self.admin, topic, owned)
-        lag = {number: max(0, ends.get(number, 0) - partition.position) for number, partition in owned.items()}
+        lag = {number: max(0, ends.get(number, 0) - max(partition.position, partition.reached)) for number, partition in owned.items()}
         timers = None
         if isinstance(self.processor, TimerProcessor):
             timers = 0
