@@ -1,0 +1,98 @@
+"""Activities on the embedded engine as processes: killed in the middle, ended while one runs (M6.5)."""
+
+import json
+import pathlib
+import signal
+import time
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kwflow.runners.socket import submit
+from tests.embedded.test_embedded import Shell
+
+MODULE = str(pathlib.Path(__file__).parent / "site_of_activities.py")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def shell(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
+    monkeypatch.setenv("ACTIVITIES_TEST_DIRECTORY", str(tmp_path))
+    shell = Shell(tmp_path / "state")
+    yield shell
+    for engine in shell.engines:
+        engine.kill()
+        engine.wait()
+        if engine.stderr is not None:
+            engine.stderr.close()
+
+
+def ran(shell: Shell) -> list[str]:
+    path = shell.directory.parent / "ran"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def results(shell: Shell) -> dict[str, object]:
+    """Workflow id -> result; each exactly once."""
+    found = [line.split(" ", 2)[1:] for line in shell.records("workflow-result")]
+    assert len({id for id, _ in found}) == len(found)
+    return {id: json.loads(value) for id, value in found}
+
+
+def test_activities_that_ran_when_the_engine_was_killed_run_again_with_the_same_key_and_count_once(shell: Shell) -> None:
+    """M6.5: at least once; the workflow sees one result each."""
+    engine = shell.engine(MODULE)
+    shell("start", "w", "--workflow", "fan_out", "--input", "5")
+    shell.until(lambda: len(ran(shell)) == 5)
+    engine.send_signal(signal.SIGKILL)
+    engine.wait()
+    (shell.directory.parent / "gate").touch()
+    shell.engine(MODULE)
+    shell.until(lambda: results(shell))
+    assert results(shell) == {"w": 30}
+    assert sorted(ran(shell)) == sorted([f"square {n} 1 w|0:{n + 1}" for n in range(5)] * 2)
+
+
+def test_many_chains_end_right_through_three_kills(shell: Shell) -> None:
+    """M6.5, G1."""
+    (shell.directory.parent / "gate").touch()
+    ids = [f"c{n}" for n in range(30)]
+    engine = shell.engine(MODULE)
+    for id in ids:
+        submit(shell.directory, "workflow-resume", id.encode(), b"new:8", (("kwflow-workflow", b"chain"),))
+    for kill in range(1, 4):
+        shell.until(lambda kill=kill: len(ran(shell)) >= kill * 50)
+        engine.send_signal(signal.SIGKILL)
+        engine.wait()
+        engine = shell.engine(MODULE)
+    shell.until(lambda: len(results(shell)) == len(ids))
+    assert results(shell) == dict.fromkeys(ids, 140)
+    assert shell.records("workflow-error") == []
+
+
+def test_an_engine_that_is_asked_to_end_lets_activities_finish_and_nothing_runs_twice(shell: Shell) -> None:
+    """M6.5: grace."""
+    engine = shell.engine(MODULE)
+    shell("start", "w", "--workflow", "fan_out", "--input", "2")
+    shell.until(lambda: len(ran(shell)) == 2)
+    engine.send_signal(signal.SIGTERM)
+    (shell.directory.parent / "gate").touch()
+    assert engine.wait(20) == 0
+    shell.engine(MODULE)
+    shell.until(lambda: results(shell))
+    assert results(shell) == {"w": 1}
+    assert len(ran(shell)) == 2
+
+
+def test_activities_that_exit_hang_and_fail_end_as_errors_at_the_yield_and_the_engine_ends_in_time(shell: Shell) -> None:
+    """Issue: each ends as a clear ActivityError, the engine goes on; a thread that hangs does not keep the process."""
+    engine = shell.engine(MODULE)
+    shell("start", "w", "--workflow", "bad")
+    shell.until(lambda: results(shell))
+    assert results(shell) == {"w": ["SystemExit", "Timeout", 1]}
+    assert ran(shell).count("flaky 1") == 3
+    begun = time.monotonic()
+    engine.send_signal(signal.SIGTERM)
+    assert engine.wait(20) == 0
+    assert time.monotonic() - begun < 15
