@@ -14,6 +14,7 @@ from kwflow.cli.dead_letters import dead
 from kwflow.cli.engines import engine, run, scheduler
 from kwflow.cli.instances import list_, show
 from kwflow.cli.records import resume, start, tail
+from kwflow.cli.schedules import schedules_app
 from kwflow.cli.shared import err
 from kwflow.cli.topics import topics_app
 from kwflow.errors import KwflowError, TransportError, UnsupportedError, UsageError
@@ -22,6 +23,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Durable workflows as plain Python generators.", rich_markup_mode=None)
 app.add_typer(dead, name="dead-letters")
+app.add_typer(schedules_app, name="schedule")
 app.add_typer(topics_app, name="topics")
 for _command in (engine, scheduler, run, start, resume, show, tail):
     app.command()(_command)

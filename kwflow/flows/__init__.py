@@ -8,13 +8,14 @@ That is why no upgrade of kwflow ever meets a changed frame of its own, and no a
 
 from __future__ import annotations
 
+import functools
 import types
 from importlib.resources import files
 from typing import Any
 
 from kwflow.durable import load_source
 
-__all__ = ["attempts", "load"]
+__all__ = ["attempts", "load", "workflows"]
 
 
 def load(name: str) -> types.ModuleType:
@@ -24,3 +25,11 @@ def load(name: str) -> types.ModuleType:
 
 
 attempts: Any = load("attempts1").attempts
+
+
+@functools.cache
+def workflows() -> dict[str, Any]:
+    """The workflows of kwflow's own that every engine can run, by name; an engine calls this before it restores anything."""
+    from kwflow.schedules import WORKFLOW
+
+    return {WORKFLOW: load("schedule1").schedule}

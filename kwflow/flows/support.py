@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from kwflow import schedules
 from kwflow.activities import Activity, find_activity
 from kwflow.core.current import current
 from kwflow.core.tasks import ActivityWait, Awaitable
 from kwflow.errors import ActivityError, BusinessError, CodeChangedError
 
-__all__ = ["begin_attempt", "failure", "pause_s", "result", "sleep", "timed_out", "within_limit"]
+__all__ = ["begin_attempt", "failure", "now_ms", "pause_s", "result", "sleep", "tell", "timed_out", "timer_of", "within_limit"]
 
 
 def _activity(name: str) -> Activity[Any, Any]:
@@ -58,3 +59,26 @@ def pause_s(name: str, error: BaseException, number: int, key: str) -> float | N
     if isinstance(error, BusinessError) or (isinstance(error, ActivityError) and error.final):
         return None
     return _activity(name).retry.pause_s(number, f"{current().instance.id}|{key}")
+
+
+# -- schedules -----------------------------------------------------------------------------------------------------------
+_NEVER_MS = 365 * 86_400_000  # a paused schedule, or one whose expression never comes again, looks once a year
+
+
+def now_ms() -> int:
+    """The instance's time."""
+    return current().instance.now_ms
+
+
+def timer_of(state: dict[str, Any]) -> Awaitable:
+    """A timer for the next time."""
+    following = schedules.next_ms(state["plan"], state["after"], state["anchor"])
+    delay_ms = _NEVER_MS if following is None or state["paused"] else min(_NEVER_MS, max(1, following - now_ms()))
+    return sleep(delay_ms / 1000)
+
+
+def tell(state: dict[str, Any], message: Any) -> None:
+    """A signal has come; what is wrong with one is logged."""
+    wrong = schedules.told(state, message, now_ms())
+    if wrong is not None:
+        current().logs.append(wrong)

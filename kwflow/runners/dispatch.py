@@ -63,6 +63,11 @@ class _Job:
     def id(self) -> tuple[int, str, str]:
         return self.partition, self.dispatch.workflow_id, self.dispatch.ref
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody still waits for it."""
+        return self.cancelled_at == float("inf")
+
     def __str__(self) -> str:
         return f"activity {self.dispatch.name} of {self.dispatch.workflow_id} (attempt {self.dispatch.attempt})"
 
@@ -114,25 +119,25 @@ class Dispatcher:
             for job in [job for job in self._ready if job.partition == partition]:
                 self._ready.remove(job)
                 del self._jobs[job.id]
-        self._wait(lambda: any(job.partition == partition for job in self._jobs.values()), grace_s)
+        self._wait(lambda: any(job.partition == partition and job.wanted for job in self._jobs.values()), grace_s)
 
     def close(self, grace_s: float = 0.0) -> None:
         """What still runs after the grace period is left behind, on threads that end with the process."""
         for partition in list(self._owned):
             self.disown(partition)
-        if self._wait(lambda: bool(self._jobs), grace_s):
-            for job in list(self._jobs.values()):
+        self._wait(lambda: any(job.wanted for job in self._jobs.values()), grace_s)
+        for job in list(self._jobs.values()):
+            if job.wanted:
                 self._on_log(f"{job} still runs; the next engine begins it again")
         self._closed = True
         self._threads.close()
         self._loops.close()
 
-    def _wait(self, busy: Callable[[], bool], seconds: float) -> bool:
+    def _wait(self, busy: Callable[[], bool], seconds: float) -> None:
         give_up = time.monotonic() + seconds
         with self._changed:
             while busy() and time.monotonic() < give_up:
                 self._changed.wait(min(_LOOK_S, max(0.0, give_up - time.monotonic())))
-            return busy()
 
     def committed(self, partition: int, items: Iterable[object]) -> None:
         owned = self._owned.get(partition)
@@ -237,7 +242,7 @@ class Dispatcher:
     def _answer(self, job: _Job, record: bytes) -> None:
         """Deliver, once; nobody needs it any more if the call was cancelled."""
         with self._changed:
-            needed = not job.answered and job.cancelled_at == float("inf")
+            needed = not job.answered and job.wanted
             job.answered = True
         if needed:
             self._send(job, record)
@@ -277,7 +282,7 @@ class Dispatcher:
 
     # -- what does not end -----------------------------------------------------------------------------------------
     def _cancel(self, job: _Job) -> None:
-        if job.cancelled_at == float("inf"):
+        if job.wanted:
             job.cancelled_at = time.monotonic()
             job.info.cancel()
             self._loops.cancel(job)

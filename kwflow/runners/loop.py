@@ -13,8 +13,7 @@ from typing import Any
 
 import msgspec
 
-import kwflow.flows  # noqa: F401 # our own durable code, before any snapshot that waits in it
-from kwflow import api
+from kwflow import api, flows
 from kwflow.config import Config
 from kwflow.core import children, messages, snapshot, timers, wire
 from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Transition, Workflows
@@ -104,7 +103,7 @@ class WorkflowProcessor:
         self.input_topic = config.resume_topic
         self.changelog_topic = config.changelog_topic
         self.incarnation = incarnation
-        self.workflows = workflows
+        self.workflows = Workflows({**flows.workflows(), **workflows.functions}, workflows.default)
         self.topics = Topics(config.resume_topic, config.result_topic or None, config.error_topic or None, config.scheduler_topic, declared)
         self.limits = Limits(**{name: getattr(config, name) for name in Limits.__struct_fields__})
         self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)

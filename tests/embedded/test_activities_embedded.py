@@ -4,7 +4,6 @@ import json
 import pathlib
 import signal
 import time
-import time
 from collections.abc import Iterator
 
 import pytest

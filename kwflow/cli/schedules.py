@@ -1,0 +1,137 @@
+"""`kwflow schedule …`: schedules are workflows of kwflow's own; these commands start one and send it signals."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.table import Table
+
+from kwflow import schedules
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, MaybeDir, json_option, out, send, snapshots
+from kwflow.config import Config, load_config
+from kwflow.core import snapshot
+from kwflow.errors import UsageError
+
+__all__ = ["schedules_app"]
+
+schedules_app = typer.Typer(no_args_is_help=True, help="Workflows that start at given times.")
+Name = Annotated[str, typer.Argument(metavar="NAME")]
+
+
+def _signal(settings: Config, embedded: Any, name: str, message: dict[str, Any], plan: dict[str, Any] | None = None) -> None:
+    """Signal a schedule; with a plan it is started if it is not there."""
+    body: dict[str, Any] = {"name": schedules.SIGNAL, "value": message}
+    if plan is not None:
+        body["start"] = {"workflow": schedules.WORKFLOW, "input": plan}
+    send(settings, embedded, schedules.instance_id(name), msgspec.json.encode(body), (("kwflow-op", b"signal"),))
+
+
+def _known(settings: Config, embedded: Any) -> dict[str, dict[str, Any]]:
+    """Name -> status of every schedule that is there."""
+    found = {}
+    for key, data in sorted(snapshots(settings, embedded).items()):
+        header = snapshot.read_header(data)
+        if header["workflow"] == schedules.WORKFLOW and header["status"] != "ended":
+            status = {**header.get("status_value", {}), "status": header["status"]}
+            found[key.decode().partition(":")[2]] = status
+    return found
+
+
+def _tell(name: str, do: str, embedded: Any, bootstrap_servers: str | None, application_id: str | None, config: Any) -> None:
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    known = _known(settings, embedded)
+    if name not in known:
+        raise UsageError(f"no schedule {name!r}; there are: {', '.join(known) or 'none'}")
+    _signal(settings, embedded, name, {"do": do})
+
+
+@schedules_app.command()
+def add(
+    name: Name,
+    workflow: Annotated[str, typer.Option("--workflow", help="What to start.")],
+    cron: Annotated[str | None, typer.Option("--cron", help="Five fields, as cron has them.")] = None,
+    every: Annotated[str | None, typer.Option("--every", help="Like 90s, 5m, 1h30m, 1d.")] = None,
+    input: Annotated[str, typer.Option("--input", help="JSON for the workflow's argument.")] = "null",
+    timezone: Annotated[str, typer.Option("--timezone", help="Of the cron expression, like Europe/Berlin.")] = "UTC",
+    overlap: Annotated[str, typer.Option("--overlap", help="When a run is still on: skip, queue or allow.")] = "skip",
+    catch_up: Annotated[str, typer.Option("--catch-up", help="After downtime run what was missed for at most so long.")] = "1h",
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    config: ConfigFile = None,
+) -> None:
+    """Add a schedule, or change the one of this name.
+
+    Example: kwflow schedule add nightly --cron "0 3 * * *" --timezone Europe/Berlin --workflow report --input '{"days": 1}'
+    """
+    plan = schedules.checked({
+        "name": name, "workflow": workflow, "input": msgspec.json.decode(json_option(input, "--input")), "cron": cron, "every_ms": None if every is None else schedules.duration_ms(every),
+        "timezone": timezone, "overlap": overlap, "catch_up_ms": schedules.duration_ms(catch_up),
+    })  # fmt: skip
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    _signal(settings, embedded, name, {"do": "set", "plan": plan}, plan)
+
+
+@schedules_app.command("list")
+def list_(
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    config: ConfigFile = None,
+) -> None:
+    """All schedules: when they are next, and what became of their runs.
+
+    Example: kwflow schedule list --embedded ./state
+    """
+    known = _known(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded)
+    if json:
+        for name, status in known.items():
+            out.print(msgspec.json.encode({"name": name, **status}).decode(), markup=False, highlight=False)
+        return
+    table = Table("name", "when", "workflow", "next", "last", "runs", "on", "failed", "skipped", "missed")
+    for name, status in known.items():
+        plan = status.get("plan", {})
+        when = f"{plan.get('cron')} {plan.get('timezone')}" if "cron" in plan else f"every {plan.get('every_ms', 0) / 1000:g} s"
+        following = "parked" if status["status"] == "parked" else "paused" if status.get("paused") else status.get("next") or "never"
+        counts = [str(status.get(count, "")) for count in ("runs", "active", "failed", "skipped", "missed")]
+        table.add_row(name, when, plan.get("workflow", ""), following, status.get("last") or "", *counts)
+    out.print(table)
+
+
+@schedules_app.command()
+def pause(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+    """Start nothing until it is unpaused; what comes due meanwhile is not made up.
+
+    Example: kwflow schedule pause nightly
+    """
+    _tell(name, "pause", embedded, bootstrap_servers, application_id, config)
+
+
+@schedules_app.command()
+def unpause(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+    """Go on with the next time.
+
+    Example: kwflow schedule unpause nightly
+    """
+    _tell(name, "unpause", embedded, bootstrap_servers, application_id, config)
+
+
+@schedules_app.command()
+def trigger(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+    """Start a run now; the overlap policy holds for it too.
+
+    Example: kwflow schedule trigger nightly
+    """
+    _tell(name, "trigger", embedded, bootstrap_servers, application_id, config)
+
+
+@schedules_app.command()
+def remove(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+    """End the schedule; runs that are on go on.
+
+    Example: kwflow schedule remove nightly
+    """
+    _tell(name, "remove", embedded, bootstrap_servers, application_id, config)

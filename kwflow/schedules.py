@@ -1,0 +1,184 @@
+"""When a schedule is due and what it does then: plain functions over plain data, called by the workflow in `flows/schedule1.py`.
+
+Cron expressions mean what they mean to Debian's cron, daylight saving included (cronsim).  No clock: now arrives as an
+argument.  The state is a dict of JSON values, so that a newer kwflow can read what an older one saved.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import msgspec
+from cronsim import CronSim, CronSimError
+
+from kwflow.errors import UsageError
+
+__all__ = ["SIGNAL", "WORKFLOW", "begin", "checked", "due", "duration_ms", "ended", "instance_id", "next_ms", "status", "told"]
+
+WORKFLOW = "kwflow.schedule"
+SIGNAL = "kwflow.schedule"
+_CAUGHT_UP_MAX = 1_000  # missed times that one waking looks at
+_QUEUED_MAX = 100
+_ACTIVE_MAX = 1_000
+_LATE_MS = 60_000  # an engine that is busy is late by less than this; such a time is never missed
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `kwflow schedule add` says.  Either `cron` (with `timezone`) or `every_ms`; `catch_up_ms`: how old a missed time may be to run all the same."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=r"\A[^|\x00]*\Z")]
+    workflow: Annotated[str, msgspec.Meta(min_length=1)]
+    input: Any = None
+    cron: str | None = None
+    every_ms: Annotated[int, msgspec.Meta(ge=1_000)] | None = None
+    timezone: str = "UTC"
+    overlap: Literal["skip", "queue", "allow"] = "skip"
+    catch_up_ms: Annotated[int, msgspec.Meta(ge=0)] = 3_600_000
+
+
+def checked(plan: object) -> dict[str, Any]:
+    """The plan with its defaults.  Raises UsageError for what it cannot mean."""
+    try:
+        made = msgspec.convert(plan, Plan)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"schedule: {error}") from None
+    if (made.cron is None) == (made.every_ms is None):
+        raise UsageError("a schedule has either a cron expression or an interval")
+    found: dict[str, Any] = msgspec.to_builtins(made)
+    next_ms(found, 0, 0)
+    return found
+
+
+def instance_id(name: str) -> str:
+    """The workflow id of a schedule."""
+    return f"schedule:{name}"
+
+
+_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def duration_ms(text: str) -> int:
+    """`90s`, `5m`, `1h30m`, `2d` in ms.  Raises UsageError."""
+    found = _DURATION.fullmatch(text)
+    if found is None or not any(found.groups()):
+        raise UsageError(f"a duration is like 90s, 5m, 1h30m or 2d, not {text!r}")
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return round(timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds() * 1000)
+
+
+def next_ms(plan: dict[str, Any], after_ms: int, anchor_ms: int) -> int | None:
+    """The first time after `after_ms`; intervals count from `anchor_ms`.  None when a cron expression never comes again.  Raises UsageError."""
+    if plan["every_ms"] is not None:
+        every = int(plan["every_ms"])
+        return anchor_ms + ((after_ms - anchor_ms) // every + 1) * every
+    try:
+        zone = ZoneInfo(plan["timezone"])
+        times = CronSim(plan["cron"], datetime.fromtimestamp(after_ms / 1000, UTC).astimezone(zone))
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise UsageError(f"there is no time zone {plan['timezone']!r}") from None
+    except CronSimError as error:
+        raise UsageError(f"cron expression {plan['cron']!r}: {error}") from None
+    for found in times:
+        at_ms = round(found.timestamp() * 1000)
+        if at_ms > after_ms:  # a time in the hour that daylight saving repeats may come out as its first pass
+            return at_ms
+    return None
+
+
+# -- the state of a running schedule -------------------------------------------------------------------------------------
+def begin(plan: object, now_ms: int) -> dict[str, Any]:
+    """A new schedule: nothing before now is due.  Raises UsageError."""
+    return {
+        "plan": checked(plan), "anchor": now_ms, "after": now_ms, "paused": False, "removed": False, "triggers": 0, "triggered": 0,
+        "active": {}, "queue": [], "runs": 0, "skipped": 0, "missed": 0, "last": None, "failed": 0,
+    }  # fmt: skip
+
+
+def due(state: dict[str, Any], now_ms: int) -> list[str]:
+    """The ids of the runs to start now; missed times, triggers and the queue are worked off as the overlap policy says."""
+    found: list[str] = []
+    for run in _asked(state, now_ms):
+        if state["plan"]["overlap"] == "queue" and len(state["queue"]) < _QUEUED_MAX:
+            state["queue"].append(run)
+        elif state["plan"]["overlap"] == "allow" and len(state["active"]) < _ACTIVE_MAX or state["plan"]["overlap"] == "skip" and not state["active"]:
+            _start(state, run, now_ms, found)
+        else:
+            state["skipped"] += 1
+    if state["queue"] and not state["active"]:
+        _start(state, state["queue"].pop(0), now_ms, found)
+    return found
+
+
+def _start(state: dict[str, Any], run: str, now_ms: int, found: list[str]) -> None:
+    state["active"][run] = now_ms
+    state["runs"] += 1
+    state["last"] = run
+    found.append(run)
+
+
+def _asked(state: dict[str, Any], now_ms: int) -> list[str]:
+    """The runs that time and people ask for, as ids: the schedule's name and the time."""
+    name, plan = state["plan"]["name"], state["plan"]
+    times: list[int] = []
+    oldest = now_ms - max(plan["catch_up_ms"], _LATE_MS)
+    while (at_ms := next_ms(plan, state["after"], state["anchor"])) is not None and at_ms <= now_ms:
+        state["after"] = at_ms
+        if at_ms < oldest:  # the rest of what is too old is passed over at once
+            state["missed"] += 1
+            state["after"] = oldest - 1
+        elif len(times) >= _CAUGHT_UP_MAX:
+            state["missed"] += 1
+            state["after"] = now_ms
+        else:
+            times.append(at_ms)
+    asked = [] if state["paused"] else [f"{name}@{_iso(at_ms)}" for at_ms in times]
+    for _ in range(state["triggers"]):
+        state["triggered"] += 1
+        asked.append(f"{name}@{_iso(now_ms)}+{state['triggered']}")
+    state["triggers"] = 0
+    return asked
+
+
+def ended(state: dict[str, Any], run: str, outcome: str) -> None:
+    """A run has ended."""
+    state["active"].pop(run, None)
+    state["failed"] += outcome != "result"
+
+
+def told(state: dict[str, Any], message: object, now_ms: int) -> str | None:
+    """A signal: set, pause, unpause, trigger, remove.  What was wrong with it, for the log; it changes nothing then."""
+    do = message.get("do") if isinstance(message, dict) else None
+    if do == "set" and isinstance(message, dict):
+        try:
+            plan = checked(message.get("plan"))
+        except UsageError as error:
+            return f"not changed: {error}"
+        if plan != state["plan"]:
+            state["plan"], state["after"], state["anchor"], state["queue"] = plan, now_ms, now_ms, []
+    elif do in ("pause", "unpause"):
+        if state["paused"] and do == "unpause":
+            state["after"] = max(state["after"], now_ms)  # what came due meanwhile was not wanted
+        state["paused"] = do == "pause"
+    elif do == "trigger":
+        state["triggers"] += 1
+    elif do == "remove":
+        state["removed"] = True
+    else:
+        return f"a schedule does not know {message!r}"
+    return None
+
+
+def status(state: dict[str, Any]) -> dict[str, Any]:
+    """What `kwflow schedule list` shows; times in ISO 8601."""
+    plan = {name: value for name, value in state["plan"].items() if name != "input" and value is not None}
+    following = next_ms(state["plan"], state["after"], state["anchor"])
+    shown = {name: state[name] for name in ("paused", "runs", "failed", "skipped", "missed", "last")}
+    return {**shown, "plan": plan, "next": None if following is None or state["paused"] else _iso(following), "active": len(state["active"]), "queued": len(state["queue"])}
+
+
+def _iso(at_ms: int) -> str:
+    text = datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds" if at_ms % 1000 else "seconds")
+    return text.replace("+00:00", "Z")
