@@ -91,13 +91,15 @@ def list_(
         for name, status in known.items():
             out.print(msgspec.json.encode({"name": name, **status}).decode(), markup=False, highlight=False)
         return
-    table = Table("name", "when", "workflow", "next", "last", "runs", "on", "failed", "skipped", "missed")
+    table = Table()
+    for column in ("name", "when", "workflow", "next", "runs"):
+        table.add_column(column, overflow="fold")
     for name, status in known.items():
         plan = status.get("plan", {})
         when = f"{plan.get('cron')} {plan.get('timezone')}" if "cron" in plan else f"every {plan.get('every_ms', 0) / 1000:g} s"
         following = "parked" if status["status"] == "parked" else "paused" if status.get("paused") else status.get("next") or "never"
-        counts = [str(status.get(count, "")) for count in ("runs", "active", "failed", "skipped", "missed")]
-        table.add_row(name, when, plan.get("workflow", ""), following, status.get("last") or "", *counts)
+        counts = [f"{status[count]} {word}" for count, word in (("active", "on"), ("failed", "failed"), ("skipped", "skipped"), ("missed", "missed")) if status.get(count)]
+        table.add_row(name, when, plan.get("workflow", ""), following, ", ".join([str(status.get("runs", "")), *counts]))
     out.print(table)
 
 
