@@ -1,75 +1,446 @@
-"""Producing records to a running application on Kafka, and reading what is committed.  (Futures for outcomes are not here yet.)"""
+"""Start workflows, talk to them, wait for their outcome: one client for Kafka and embedded, for threads and asyncio.
+
+Every call returns a Future at once: `.result()` waits in a thread, `await` in a coroutine.  Whatever is awaited is
+registered before the record is written, so that a fast answer is never missed; it is found by the request's or the
+run's own id, so that nobody gets another's (M1, M4).  It must not know a driver: that is the Link (ports.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import concurrent.futures
+import heapq
+import itertools
+import logging
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Generator
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+import msgspec
 
-from kwflow.config import Config
-from kwflow.core.murmur2 import partition_of
-from kwflow.core.wire import Record
-from kwflow.errors import TransportError
-from kwflow.runners.topics import client_config, record_of
+from kwflow.config import Config, load_config
+from kwflow.core import wire
+from kwflow.core.wire import Output, Record
+from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, ProtocolError, TransportError, UsageError
+from kwflow.ports import Link
 
-__all__ = ["read", "send", "state_of"]
+if TYPE_CHECKING:
+    from kwflow.runners.embedded import Embedded
 
-_TIMEOUT_S = 20
+__all__ = ["Client", "Future", "Outcome", "Run"]
+
+_T = TypeVar("_T")
+_DONE = ("ok", "delivered", "started", "duplicate")
 
 
-def send(config: Config, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
-    """One record, acknowledged by the broker when this returns.  Raises TransportError."""
-    failed: list[str] = []
+class Future(concurrent.futures.Future[_T], Generic[_T]):
+    """A value to come: `.result(timeout)` in a thread, `await` in a coroutine.  Cancelling it only stops waiting."""
 
-    def delivered(error: KafkaError | None, _message: Message) -> None:
+    def __await__(self) -> Generator[Any, None, _T]:
+        return asyncio.wrap_future(self).__await__()
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One run of a workflow id; `new` tells whether this call started it, or it had been started under this start id before."""
+
+    id: str
+    start_id: str
+    new: bool
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How a run ended: `kind` is result, error, cancelled or terminated; `value` is JSON."""
+
+    id: str
+    start_id: str
+    kind: str
+    value: Any
+
+
+class _Reply(msgspec.Struct):
+    request: str
+    status: str
+    message: str = ""
+    value: Any = None
+
+
+class _Waiter(Generic[_T]):
+    """Somebody waits for the outcome of a run; `start_id` is None until it is known which run that is."""
+
+    def __init__(self, id: str, start_id: str | None, future: Future[Any]) -> None:
+        self.id = id
+        self.start_id = start_id
+        self.future = future
+        self.seen: dict[str, Outcome] = {}  # outcomes that came before it was known
+
+
+class Client:
+    """The client of one application.  Close it, or use it in a `with`; calls are safe from any thread.
+
+    `counts` counts what was not for anybody here: foreign and unreadable records.
+    """
+
+    def __init__(self, link: Link, config: Config) -> None:
+        self.config = config
+        self.counts: Counter[str] = Counter()
+        self._link = link
+        self._lock = threading.RLock()
+        self._requests: dict[str, Callable[[_Reply], None]] = {}
+        self._waiters: dict[str, list[_Waiter[Any]]] = {}
+        self._subscribers: dict[str, list[Callable[[Outcome], None]]] = {}
+        self._open: set[Future[Any]] = set()
+        self._deadlines: list[tuple[float, int, str | None, Future[Any], Exception]] = []
+        self._count = itertools.count()
+        self._closed: Exception | None = None
+        link.listen(self)
+
+    @classmethod
+    def kafka(cls, config: Config | Path | None = None, **settings: Any) -> Client:
+        """For an application on Kafka; `settings` are those of Config.  Raises TransportError when there is no broker (AF-6)."""
+        from kwflow.runners.kafka_link import KafkaLink
+
+        made = config if isinstance(config, Config) else load_config(config, **settings)
+        return cls(KafkaLink(made), made)
+
+    @classmethod
+    def embedded(cls, place: Embedded | Path | str, config: Config | None = None) -> Client:
+        """For an embedded engine: the one that this process holds, or by its directory, whoever holds it."""
+        from kwflow.runners.embedded import Embedded
+        from kwflow.runners.embedded_link import EmbeddedLink, SocketLink
+
+        made = config or load_config()
+        return cls(EmbeddedLink(place, made) if isinstance(place, Embedded) else SocketLink(Path(place), made), made)
+
+    def close(self) -> None:
+        """Stop waiting; workflows go on."""
+        self.on_lost(TransportError("the client was closed", retryable=False))
+        self._link.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    # -- what a caller asks for ------------------------------------------------------------------------------------
+    def start(self, id: str | None = None, input: object = None, *, workflow: str | None = None, start_id: str | None = None) -> Future[Run]:
+        """Start a workflow; `id` and `start_id` default to new uuids.  The same start id again is the same run, also after its end (K20).
+
+        Raises CommandError: exists (another run of the id), unknown_workflow.
+        """
+        future: Future[Run] = self._future()
+        self._start(id or uuid.uuid4().hex, input, workflow, start_id or uuid.uuid4().hex, future, lambda run: self._settle(future, run))
+        return future
+
+    def start_and_wait(
+        self, id: str | None = None, input: object = None, *, workflow: str | None = None, start_id: str | None = None, timeout: timedelta | float | None = None
+    ) -> Future[Any]:
+        """Start a workflow and wait for its result.  Raises what `start` and `result` raise."""
+        id, start_id = id or uuid.uuid4().hex, start_id or uuid.uuid4().hex
+        future = self._future()
+        waiter = self._wait(id, start_id, future, timeout)
+        self._link.follow(_key(id), lambda: self._start(id, input, workflow, start_id, future, lambda run: None if run.new else self._ask(waiter)))
+        return future
+
+    def result(self, id: str, *, start_id: str | None = None, timeout: timedelta | float | None = None) -> Future[Any]:
+        """The result of the run that is there now, or of the one with this start id, whether it has ended or not.
+
+        Raises OutcomeError (error, cancelled, terminated), TimeoutError (the workflow goes on), CommandError not_found.
+        """
+        future = self._future()
+        waiter = self._wait(id, start_id, future, timeout)
+        self._link.follow(_key(id), lambda: self._ask(waiter))
+        return future
+
+    def signal(self, id: str, name: str, value: object = None, *, ttl: timedelta | float | None = None, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
+        """Into the mailbox; done when it is there for good.  Raises CommandError: not_found, full."""
+        return self._void(id, "signal", _signal(name, value, ttl), command_id, start_id)
+
+    def signal_with_start(
+        self, id: str, name: str, value: object = None, *, workflow: str | None = None, input: object = None, ttl: timedelta | float | None = None, start_id: str | None = None
+    ) -> Future[None]:
+        """The same, and if the id does not run, start it with the signal in its mailbox."""
+        arguments = {**_signal(name, value, ttl), "start": {"workflow": workflow, "input": input}}
+        return self._void(id, "signal", arguments, None, start_id or uuid.uuid4().hex)
+
+    def update(self, id: str, name: str, value: object = None, *, start_id: str | None = None, command_id: str | None = None) -> Future[Any]:
+        """What the workflow replies.  Raises CommandError: rejected (by its validator), ended, full, not_found."""
+        future = self._future()
+        self._command(id, "update", {"name": name, "value": value}, future, lambda reply: self._settle(future, reply.value), command_id, start_id)
+        return future
+
+    def query(self, id: str, *, start_id: str | None = None) -> Future[dict[str, Any]]:
+        """Its header, `status_value` and, after the end, `outcome`; no author code runs.  Raises CommandError not_found."""
+        future: Future[dict[str, Any]] = self._future()
+        self._command(id, "query", None, future, lambda reply: self._settle(future, reply.value), None, start_id)
+        return future
+
+    def resume(self, id: str, ref: str, value: object = None, **error: object) -> Future[None]:
+        """Answer a wait, with a value or with `error=payload`.  Raises CommandError: unknown_ref (perhaps answered before), not_found."""
+        if error.keys() - {"error"}:
+            raise UsageError(f"resume takes a value or error=, not {', '.join(error)}")
+        future: Future[None] = self._future()
+        message = wire.json_dumps({"ref": ref, **(error or {"value": value})})
+        self._send(id, message, (), future, f"resume of {ref}", lambda reply: self._settle(future, None))
+        return future
+
+    def cancel(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
+        """Raise Cancelled at its innermost waits; done when that has happened."""
+        return self._void(id, "cancel", {"reason": reason}, command_id, start_id)
+
+    def terminate(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
+        """End it without running its code."""
+        return self._void(id, "terminate", {"reason": reason}, command_id, start_id)
+
+    def pause(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
+        """Hold all records for it from here on."""
+        return self._void(id, "pause", {"reason": reason}, command_id, start_id)
+
+    def unpause(self, id: str, *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
+        """Apply what was held, in order, and go on."""
+        return self._void(id, "unpause", None, command_id, start_id)
+
+    def subscribe(self, id: str, callback: Callable[[Outcome], None]) -> Callable[[], None]:
+        """Call back, on the client's thread, with the outcome of every run of this id from now on, until the function that is returned is called."""
+        followed: Future[None] = self._future()
+        with self._lock:
+            self._subscribers.setdefault(id, []).append(callback)
+        self._link.follow(_key(id), lambda: self._settle(followed, None))
+        followed.result(self.config.command_timeout_s)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                callbacks = self._subscribers.get(id, [])
+                if callback in callbacks:
+                    callbacks.remove(callback)
+
+        return unsubscribe
+
+    # -- sending -----------------------------------------------------------------------------------------------------
+    def _void(self, id: str, op: str, arguments: object, command_id: str | None, start_id: str | None) -> Future[None]:
+        future: Future[None] = self._future()
+        self._command(id, op, arguments, future, lambda _: self._settle(future, None), command_id, start_id)
+        return future
+
+    def _command(
+        self, id: str, op: str, arguments: object, future: Future[Any], done: Callable[[_Reply], None], command_id: str | None = None, start_id: str | None = None
+    ) -> None:
+        command_id = command_id or uuid.uuid4().hex
+        headers = [("kwflow-op", op.encode()), ("kwflow-id", command_id.encode()), *([("kwflow-start-id", start_id.encode())] if start_id is not None else [])]
+        self._send(id, wire.json_dumps(arguments), tuple(headers), future, op, done, command_id)
+
+    def _start(self, id: str, input: object, workflow: str | None, start_id: str, future: Future[Any], done: Callable[[Run], None]) -> None:
+        headers = [("kwflow-start-id", start_id.encode()), ("kwflow-client", self._link.process.encode()), *([("kwflow-workflow", workflow.encode())] if workflow else [])]
+        try:
+            self._send(id, b"new:" + wire.json_dumps(input), tuple(headers), future, "start", lambda reply: done(Run(id, start_id, reply.status == "started")), start_id)
+        except Exception as error:  # what cannot be sent: on a link's thread nobody else would see it
+            self._fail(future, error)
+
+    def _send(
+        self, id: str, value: bytes, headers: wire.Headers, future: Future[Any], what: str, done: Callable[[_Reply], None], command_id: str = ""
+    ) -> None:
+        """Register, then write: `done` gets the reply, the future every failure."""
+        request = uuid.uuid4().hex
+
+        def replied(reply: _Reply) -> None:
+            if reply.status in _DONE:
+                done(reply)
+            else:
+                self._fail(future, CommandError(reply.status, reply.message, id))
+
+        with self._lock:
+            self._requests[request] = replied
+        future.add_done_callback(lambda _: self._requests.pop(request, None))
+        unknown = OutcomeUnknown(f"{what} of {id}: no reply within {self.config.command_timeout_s:g} s, so it may be done or not; repeat it under the same id", command_id)
+        self._at(self.config.command_timeout_s, request, future, unknown)
+        asked = (("kwflow-request", request.encode()), ("kwflow-reply-to", self._link.address.encode()))
+        self._link.append(Output(self.config.resume_topic, _key(id), value, (*headers, *asked)), lambda error: self._fail(future, error))
+
+    # -- futures -----------------------------------------------------------------------------------------------------
+    def _future(self) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        return future
+
+    def _settle(self, future: Future[Any], value: object) -> None:
+        try:
+            future.set_result(value)
+        except concurrent.futures.InvalidStateError:
+            pass  # its caller does not wait any more, or the deadline was first
+
+    def _fail(self, future: Future[Any], error: Exception) -> None:
+        try:
+            future.set_exception(error)
+        except concurrent.futures.InvalidStateError:
+            pass
+
+    def _at(self, seconds: float, request: str | None, future: Future[Any], error: Exception) -> None:
+        """Fail the future then, if it is still open; with a request, only if that has no reply by then."""
+        with self._lock:
+            heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._count), request, future, error))
+
+    # -- outcomes ----------------------------------------------------------------------------------------------------
+    def _wait(self, id: str, start_id: str | None, future: Future[Any], timeout: timedelta | float | None) -> _Waiter[Any]:
+        waiter: _Waiter[Any] = _Waiter(id, start_id, future)
+        with self._lock:
+            self._waiters.setdefault(id, []).append(waiter)
+        future.add_done_callback(lambda _: self._forget(waiter))
+        if timeout is not None:
+            seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+            self._at(seconds, None, future, TimeoutError(f"{id} has not ended within {seconds:g} s; it goes on, ask for its result later"))
+        return waiter
+
+    def _forget(self, waiter: _Waiter[Any]) -> None:
+        with self._lock:
+            waiting = self._waiters.get(waiter.id, [])
+            if waiter in waiting:
+                waiting.remove(waiter)
+            if not waiting:
+                self._waiters.pop(waiter.id, None)
+
+    def _ask(self, waiter: _Waiter[Any]) -> None:
+        """Whether it has ended already: outcomes from before the waiter was registered are not followed."""
+        shown: Future[Any] = Future()
+        shown.add_done_callback(lambda done: self._shown(waiter, done))
+        try:
+            self._command(waiter.id, "query", None, shown, lambda reply: self._settle(shown, reply.value), None, waiter.start_id)
+        except Exception as error:
+            self._fail(waiter.future, error)
+
+    def _shown(self, waiter: _Waiter[Any], shown: concurrent.futures.Future[Any]) -> None:
+        error = shown.exception()
         if error is not None:
-            failed.append(error.str())
+            if isinstance(error, CommandError) and error.status == "not_found":
+                threading.Thread(target=self._find, args=(waiter, error), name="kwflow-client-find", daemon=True).start()
+            elif isinstance(error, Exception):
+                self._fail(waiter.future, error)
+            return
+        header = shown.result()
+        with self._lock:
+            waiter.start_id = header["start_id"]
+            known = waiter.seen.get(header["start_id"])
+        outcome = header.get("outcome")
+        if known is not None:
+            self._end(waiter, known)
+        elif outcome is not None and outcome["value"] is not None:
+            self._end(waiter, Outcome(waiter.id, header["start_id"], outcome["kind"], msgspec.json.decode(outcome["value"])))
+        elif outcome is not None:  # too large for the entry that is kept; it is in the topic
+            threading.Thread(target=self._find, args=(waiter, TransportError(f"the outcome of {waiter.id} is not kept any more", False)), daemon=True).start()
 
+    def _find(self, waiter: _Waiter[Any], error: Exception) -> None:
+        """No entry tells of the run any more, but its record may still be in the topic."""
+        try:
+            found = [outcome for record in self._link.find(_key(waiter.id)) if (outcome := self._outcome(record)) is not None]
+        except Exception as failed:
+            return self._fail(waiter.future, failed)
+        mine = [outcome for outcome in found if waiter.start_id in (None, outcome.start_id)]
+        if mine:
+            self._end(waiter, mine[-1] if waiter.start_id is None else mine[0])
+        else:
+            self._fail(waiter.future, error)
+
+    def _end(self, waiter: _Waiter[Any], outcome: Outcome) -> None:
+        if outcome.kind == "result":
+            self._settle(waiter.future, outcome.value)
+        else:
+            self._fail(waiter.future, OutcomeError(outcome.kind, outcome.value, outcome.id, outcome.start_id))
+
+    def _outcome(self, record: Record) -> Outcome | None:
+        """None for a record that an author, or somebody else, wrote to the topic."""
+        try:
+            kind, start_id = wire.header(record, "kwflow-outcome"), wire.header(record, "kwflow-start-id")
+            if kind is None or start_id is None or record.key is None or record.value is None:
+                return None
+            return Outcome(record.key.decode(), start_id, kind, msgspec.json.decode(record.value))
+        except (ProtocolError, msgspec.DecodeError, UnicodeDecodeError):
+            return None
+
+    # -- what the link tells (ports.Listener) ------------------------------------------------------------------------
+    def on_record(self, record: Record) -> None:
+        if record.topic == self.config.reply_topic:
+            self._on_reply(record)
+            return
+        outcome = self._outcome(record)
+        if outcome is None:
+            self.counts["unreadable"] += 1
+            return
+        with self._lock:
+            waiting, callbacks = list(self._waiters.get(outcome.id, ())), list(self._subscribers.get(outcome.id, ()))
+            for waiter in waiting:
+                if waiter.start_id is None:
+                    waiter.seen[outcome.start_id] = outcome
+        for waiter in waiting:
+            if waiter.start_id == outcome.start_id:
+                self._end(waiter, outcome)
+        for callback in callbacks:
+            try:
+                callback(outcome)
+            except Exception:  # it must not end this thread, which others wait on
+                logging.getLogger(__name__).exception("a subscriber of %s failed", outcome.id)
+        if not waiting and not callbacks:
+            self.counts["foreign"] += 1
+
+    def _on_reply(self, record: Record) -> None:
+        if record.key != self._link.process.encode():
+            self.counts["foreign"] += 1
+            return
+        try:
+            reply = msgspec.json.decode(record.value or b"", type=_Reply)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            self.counts["unreadable"] += 1
+            return
+        with self._lock:
+            replied = self._requests.pop(reply.request, None)
+        if replied is None:
+            self.counts["foreign"] += 1  # nobody waits for it any more
+        else:
+            replied(reply)
+
+    def on_tick(self) -> None:
+        now = time.monotonic()
+        due = []
+        with self._lock:
+            while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][3].done()):
+                _, _, request, future, error = heapq.heappop(self._deadlines)
+                if request is None or request in self._requests:
+                    due.append((future, error))
+        for future, error in due:
+            self._fail(future, error)
+
+    def on_gap(self) -> None:
+        with self._lock:
+            waiting = [waiter for waiters in self._waiters.values() for waiter in waiters]
+        for waiter in waiting:
+            self._ask(waiter)
+
+    def on_lost(self, error: Exception) -> None:
+        with self._lock:
+            self._closed = self._closed or error
+            waiting = list(self._open)
+        for future in waiting:
+            self._fail(future, error)
+
+
+def _key(id: str) -> bytes:
+    """Raises UsageError for what is no workflow id."""
     try:
-        producer = Producer(client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000))
-        producer.produce(topic, value, key, headers=list(headers), on_delivery=delivered)
-    except KafkaException as error:
-        raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
-    if producer.flush(_TIMEOUT_S + 5) or failed:
-        raise TransportError(f"{config.bootstrap_servers} did not take the record: {failed[0] if failed else 'no answer'}")
+        key = id.encode()
+        wire.workflow_id(Record("", 0, 0, 0, key, None))
+    except (ProtocolError, UnicodeEncodeError) as error:
+        raise UsageError(f"{id!r}: {error}") from None
+    return key
 
 
-def read(config: Config, topic: str, partition: int | None = None) -> Iterator[Record]:
-    """The committed records of a topic from its begin to its end of now; one partition, or all.  Raises TransportError."""
-    settings = {"group_id": f"{config.application_id}-read", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest"}
-    consumer = Consumer(client_config(config, **settings, enable_partition_eof=True))
-    try:
-        known = consumer.list_topics(topic, timeout=10).topics[topic]
-        if known.error is not None:
-            raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {known.error.str()}", retryable=False)
-        left = set(known.partitions) if partition is None else {partition}
-        consumer.assign([TopicPartition(topic, number, 0) for number in left])
-        while left:
-            for message in consumer.consume(1000, 0.2):
-                error = message.error()
-                if error is None:
-                    yield record_of(message)
-                elif error.code() == KafkaError._PARTITION_EOF:
-                    left.discard(message.partition() or 0)
-                elif not error.retriable():
-                    raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.str()}")
-    except KafkaException as error:
-        raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
-    finally:
-        consumer.close()
-
-
-def state_of(config: Config, id: str) -> bytes | None:
-    """The stored snapshot of one instance, from the changelog partition that holds it."""
-    consumer = Consumer(client_config(config, group_id=f"{config.application_id}-read"))
-    try:
-        partitions = len(consumer.list_topics(config.changelog_topic, timeout=10).topics[config.changelog_topic].partitions)
-    except KafkaException as error:
-        raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
-    finally:
-        consumer.close()
-    key, found = id.encode(), None
-    for record in read(config, config.changelog_topic, partition_of(key, partitions) if partitions else None):
-        if record.key == key:
-            found = record.value
-    return found
+def _signal(name: str, value: object, ttl: timedelta | float | None) -> dict[str, Any]:
+    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+    return {"name": name, "value": value, "ttl_ms": None if seconds is None else max(1, round(seconds * 1000))}

@@ -14,7 +14,10 @@
     │   ├ UnsavableError        a value that cannot be saved; names variable, function, place and type
     │   └ CorruptSnapshotError
     ├ TransportError        broker or store; `retryable` tells whether trying again can help
-    │   └ FencedError           another owner took over: stop
+    │   ├ FencedError           another owner took over: stop
+    │   └ OutcomeUnknown        no reply to a client's command: repeat it under the same id
+    ├ CommandError          a client's command was refused; `status` is the reply's
+    ├ OutcomeError          a workflow that a client waited for ended without a result
     ├ ActivityError         an activity failed for good
     └ BusinessError         an outcome that the business knows, by its code; passes from an activity to its workflow as it is
     KwflowBug               our own invariant broke (never the author's fault)
@@ -29,6 +32,7 @@ __all__ = [
     "Cancelled",
     "ChildError",
     "CodeChangedError",
+    "CommandError",
     "CorruptSnapshotError",
     "FencedError",
     "KwflowBug",
@@ -36,6 +40,8 @@ __all__ = [
     "LostCallWarning",
     "NotDurableError",
     "NotDurableWarning",
+    "OutcomeError",
+    "OutcomeUnknown",
     "ProtocolError",
     "SnapshotError",
     "StepTimeout",
@@ -166,6 +172,42 @@ class FencedError(TransportError):
 
     def __init__(self, message: str, retryable: bool = False) -> None:
         super().__init__(message, retryable)
+
+
+class OutcomeUnknown(TransportError):
+    """No reply within `command_timeout_s`: it may be done, or be done later.  Repeat it with this `command_id`; it is done once (M1.4)."""
+
+    def __init__(self, message: str, command_id: str = "") -> None:
+        super().__init__(message, True)
+        self.args = (message, command_id)
+        self.command_id = command_id
+
+
+class CommandError(KwflowError):
+    """The command changed nothing; `status` is the word of the reply: not_found, exists, full, rejected, ended, unknown_ref ..."""
+
+    def __init__(self, status: str, message: str = "", id: str = "") -> None:
+        super().__init__(status, message, id)
+        self.status = status
+        self.message = message
+        self.id = id
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.status}" + (f": {self.message}" if self.message else "")
+
+
+class OutcomeError(KwflowError):
+    """The workflow has no result: `kind` is error, cancelled or terminated, `value` the JSON of its error record."""
+
+    def __init__(self, kind: str, value: object = None, id: str = "", start_id: str = "") -> None:
+        super().__init__(kind, value, id, start_id)
+        self.kind = kind
+        self.value = value
+        self.id = id
+        self.start_id = start_id
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.kind}: {self.value}"
 
 
 class ActivityError(KwflowError):

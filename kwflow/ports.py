@@ -9,7 +9,7 @@ import msgspec
 
 from kwflow.core.wire import Output, Record
 
-__all__ = ["Budget", "Changes", "Clock", "Decision", "Deliver", "Processor", "Store", "Worker"]
+__all__ = ["Budget", "Changes", "Clock", "Decision", "Deliver", "Link", "Listener", "Processor", "Store", "Worker"]
 
 
 class Store(Protocol):
@@ -107,3 +107,43 @@ class Processor(Protocol):
 
     def next_due_ms(self, store: Store) -> int | None:
         """When `due` is to be asked next; None for never."""
+
+
+class Listener(Protocol):
+    """What a Link tells a client, on a thread of its own."""
+
+    def on_record(self, record: Record) -> None:
+        """A committed record of the reply, result or error topic; for each partition in order."""
+
+    def on_tick(self) -> None:
+        """Several times a second."""
+
+    def on_gap(self) -> None:
+        """Records may have been missed."""
+
+    def on_lost(self, error: Exception) -> None:
+        """Nothing will come any more."""
+
+
+class Link(Protocol):
+    """How a client reaches the engines of one application: it writes to their log and follows what they write."""
+
+    process: str
+
+    @property
+    def address(self) -> str:
+        """`kwflow-reply-to` for this process (M1.2)."""
+
+    def listen(self, listener: Listener) -> None:
+        """Begin; replies are followed from before this on."""
+
+    def follow(self, key: bytes, ready: Callable[[], None]) -> None:
+        """Follow the outcomes of this id from now on; `ready` is called once nothing that is written later can be missed (M1.3)."""
+
+    def append(self, output: Output, failed: Callable[[Exception], None]) -> None:
+        """Write one record; returns at once.  `failed` is called if it was not written, or perhaps not."""
+
+    def find(self, key: bytes) -> list[Record]:
+        """The result and error records of this id that are still there, oldest first in each topic.  Blocks."""
+
+    def close(self) -> None: ...

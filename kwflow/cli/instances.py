@@ -31,7 +31,7 @@ def show(
     """
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     if embedded is None:
-        from kwflow.client import state_of
+        from kwflow.runners.kafka_link import state_of
 
         data = state_of(settings, id)
     else:

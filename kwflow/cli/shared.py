@@ -54,7 +54,7 @@ def append(settings: Config, embedded: Path | None, topic: str, key: bytes | Non
     if embedded is not None:
         submit(embedded, topic, key, value, headers)
         return
-    from kwflow.client import send
+    from kwflow.runners.kafka_link import send
 
     send(settings, topic, key, value, headers)
 
@@ -62,7 +62,7 @@ def append(settings: Config, embedded: Path | None, topic: str, key: bytes | Non
 def read(settings: Config, embedded: Path | None, topic: str) -> list[Record]:
     """Every committed record of a topic that is still there."""
     if embedded is None:
-        from kwflow.client import read
+        from kwflow.runners.kafka_link import read
 
         return list(read(settings, topic))
     db = read_only(embedded)

@@ -31,13 +31,15 @@ from kwflow.runners.loop import Overlay, TimerProcessor
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
 
-__all__ = ["Embedded", "SystemClock", "read_only"]
+__all__ = ["Embedded", "SystemClock", "ends_of", "entries", "read_only", "records_of", "stored"]
 
 _LOG, _NEXT, _STATE, _POSITION = b"L", b"N", b"S", b"P"
 _STORE_ID = b"I"
 _IDLE_S = 0.5  # how long an idle engine sleeps when nothing wakes it; appends and timers do
 _FIRED_MAX = 1000
 _TRIM_S = 5
+_HELD_S = 1.0
+_REPLY_MS = 3_600_000
 
 
 class SystemClock:
@@ -79,6 +81,17 @@ def read_only(directory: Path) -> Rdict:
     return Rdict(str(directory), Options(raw_mode=True), access_type=AccessType.read_only())
 
 
+def records_of(db: Rdict, topic: str) -> Iterator[Record]:
+    """Every record of a topic that is still there, oldest first."""
+    for _, value in entries(db, _LOG + topic.encode() + b"\0"):
+        yield msgspec.msgpack.decode(value, type=Record)
+
+
+def ends_of(db: Rdict, topics: Sequence[str]) -> dict[str, int]:
+    """Topic -> the offset that its next record gets."""
+    return {topic: int(db.get(_NEXT + topic.encode()) or 0) for topic in topics}
+
+
 def stored(db: Rdict, name: str) -> _Store:
     return _Store(db, name)
 
@@ -95,13 +108,15 @@ class Embedded:
         self.watched_processors: Sequence[Processor] = ()
         self.woken = threading.Condition()
         self._appended = False
+        self._written = threading.Condition()
+        self._writes = 0
         self._first: dict[str, int] = {}  # input topic -> its first record that was not trimmed
         self._trim_next = 0.0
         self._workers: dict[str, tuple[Worker, int]] = {}  # input topic -> who does what commits hand out, and from which position on
         self._lock = threading.RLock()
         holder = directory / "engine.pid"
         try:
-            self.db = Rdict(str(directory), rocks.options(self.limits.rocksdb_bytes_max))
+            self.db = self._open(time.monotonic() + _HELD_S)
         except Exception as error:
             pid = holder.read_text().strip() if holder.exists() else "unknown"
             raise TransportError(f"{directory} is held by another process (pid {pid}): {error}", retryable=False) from None
@@ -111,6 +126,16 @@ class Embedded:
         if self.db.get(_STORE_ID) is None:
             self.db[_STORE_ID] = uuid.uuid4().hex.encode()
         self.incarnation = cast(bytes, self.db[_STORE_ID]).decode()
+
+    def _open(self, give_up: float) -> Rdict:
+        """Others hold it for a moment, when they append a record while no engine runs."""
+        while True:
+            try:
+                return Rdict(str(self.directory), rocks.options(self.limits.rocksdb_bytes_max))
+            except Exception:
+                if time.monotonic() > give_up:
+                    raise
+            time.sleep(0.02)
 
     def close(self) -> None:
         with self._lock:
@@ -124,7 +149,8 @@ class Embedded:
             batch = WriteBatch(raw_mode=True)
             offset = self._put(batch, {}, Output(topic, key, value, headers))
             self.db.write(batch, self._write)
-        self._wake()
+        self._said()
+        self.wake()
         return offset
 
     def deliver(self, topic: str) -> Deliver:
@@ -136,7 +162,7 @@ class Embedded:
                 self._put(batch, {}, Output(topic, key, value))
                 self.db.write(batch)
             done(None)
-            self._wake()
+            self.wake()
 
         return write
 
@@ -247,6 +273,19 @@ class Embedded:
             if consumed is not None:
                 batch.put(_POSITION + consumed[0].encode(), b"%d" % consumed[1])
             self.db.write(batch, self._write)
+        self._said()
+
+    def _said(self) -> None:
+        with self._written:
+            self._writes += 1
+            self._written.notify_all()
+
+    def wait_written(self, seen: int, seconds: float) -> int:
+        """Wait until more writes than `seen` were made; how many there are now.  For those who follow topics."""
+        with self._written:
+            if self._writes == seen:
+                self._written.wait(seconds)
+            return self._writes
 
     def run(self, processors: Sequence[Processor], until: Callable[[], bool], on_log: Callable[[str], None] = print) -> None:
         """Go on until `until()`; it is asked after every batch.  From here on this process is an engine (semantics §3.3)."""
@@ -299,14 +338,15 @@ class Embedded:
         return made
 
     def trim(self, processors: Sequence[Processor]) -> int:
-        """Delete consumed input records older than the retention, as one range each; outputs stay for their readers.  How many."""
+        """Delete consumed input records older than the retention, and replies after an hour, as one range each; outputs stay for their readers.  How many."""
         self._trim_next = time.monotonic() + _TRIM_S
-        return sum(self._trim(processor.input_topic) for processor in processors)
+        inputs = sum(self._trim(processor.input_topic, self.position(processor.input_topic), self.limits.embedded_retention_ms) for processor in processors)
+        return inputs + self._trim(self.limits.reply_topic, self.end(self.limits.reply_topic), _REPLY_MS)
 
-    def _trim(self, topic: str) -> int:
+    def _trim(self, topic: str, end: int, retention_ms: int) -> int:
         """Timestamps of a log rise with its offsets, so the first record to keep is found by halving."""
-        kept = self.clock.now_ms() - self.limits.embedded_retention_ms
-        first, end = self._first_of(topic), self.position(topic)
+        kept = self.clock.now_ms() - retention_ms
+        first = self._first_of(topic)
         low, high = first, end
         while low < high:
             middle = (low + high) // 2
@@ -327,7 +367,8 @@ class Embedded:
             self._first[topic] = there[0].offset if there else self.position(topic)
         return self._first[topic]
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """End the idle wait of `run`."""
         with self.woken:
             self._appended = True
             self.woken.notify_all()

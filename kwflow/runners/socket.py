@@ -1,7 +1,9 @@
 """How other processes reach the engine that holds an embedded directory: a Unix socket in it, JSON lines.
 
-One request a connection: {"topic", "key", "value", "headers"}; the answer is {"offset"}.  The socket's address goes
-through /proc/self/fd because a path may have 107 bytes only.
+One request a connection.  {"topic", "key", "value", "headers"} appends; the answer is {"offset"}.  {"follow": {topic:
+offset}} is answered with the records from there on, as they are committed, and now and then an empty line, so that
+either side notices that the other has gone.  The socket's address goes through /proc/self/fd because a path may have
+107 bytes only.
 """
 
 from __future__ import annotations
@@ -10,26 +12,32 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
+from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.runners.embedded import Embedded
 
-__all__ = ["serve", "submit"]
+__all__ = ["Follower", "serve", "submit"]
 
 _NAME = "engine.sock"
 _REQUEST_BYTES_MAX = 16 * 1024 * 1024
+_FOLLOWED_MAX = 500  # records of a topic in one go
+_SIGN_S = 0.5  # how often a follower that has nothing to read hears that the engine is there
+_GONE_S = 5.0
 Headers = tuple[tuple[str, bytes | None], ...]
 
 
-class _Request(msgspec.Struct):
-    topic: str
-    key: bytes | None
-    value: bytes | None
+class _Request(msgspec.Struct, omit_defaults=True):
+    topic: str = ""
+    key: bytes | None = None
+    value: bytes | None = None
     headers: Headers = ()
+    follow: dict[str, int] | None = None
 
 
 @contextlib.contextmanager
@@ -54,35 +62,69 @@ def serve(engine: Embedded) -> Iterator[None]:
         listener.bind(address)
     listener.listen(64)
 
+    stopped = threading.Event()
+    threads: set[threading.Thread] = set()
+
+    def answer(connection: socket.socket) -> None:
+        with connection:
+            _answer(engine, connection, stopped)
+        threads.discard(threading.current_thread())
+
     def accept() -> None:
         while True:
             try:
                 connection, _ = listener.accept()
             except OSError:
                 return
-            with connection:
-                _answer(engine, connection)
+            worker = threading.Thread(target=answer, args=(connection,), name="kwflow-socket", daemon=True)
+            threads.add(worker)
+            worker.start()
 
     thread = threading.Thread(target=accept, name="kwflow-socket", daemon=True)
     thread.start()
     try:
         yield
     finally:
+        stopped.set()
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
-        thread.join(5)
+        for worker in (thread, *threads):
+            worker.join(5)
         (engine.directory / _NAME).unlink(missing_ok=True)
 
 
-def _answer(engine: Embedded, connection: socket.socket) -> None:
+def _answer(engine: Embedded, connection: socket.socket, stopped: threading.Event) -> None:
     connection.settimeout(5)
     try:
         request = msgspec.json.decode(_line(connection), type=_Request)
+        if request.follow is not None:
+            _follow(engine, connection, request.follow, stopped)
+            return
+        if not request.topic:
+            raise OSError("the request names no topic")
         offset = engine.append(request.topic, request.key, request.value, request.headers)
         connection.sendall(msgspec.json.encode({"offset": offset}) + b"\n")
     except (OSError, msgspec.DecodeError) as error:
         with contextlib.suppress(OSError):
             connection.sendall(msgspec.json.encode({"error": str(error)}) + b"\n")
+
+
+def _follow(engine: Embedded, connection: socket.socket, positions: dict[str, int], stopped: threading.Event) -> None:
+    """Until either side goes away."""
+    seen = -1
+    while not stopped.is_set():
+        now = engine.wait_written(seen, _SIGN_S)
+        lines = [] if now != seen else [b""]
+        seen = now
+        for topic, position in positions.items():
+            records = engine.read(topic, position, _FOLLOWED_MAX)
+            if len(records) == _FOLLOWED_MAX:
+                seen = -1  # more is there already
+            lines += [msgspec.json.encode(record) for record in records]
+            if records:
+                positions[topic] = records[-1].offset + 1
+        if lines:
+            connection.sendall(b"\n".join(lines) + b"\n")
 
 
 def _line(connection: socket.socket) -> bytes:
@@ -109,13 +151,56 @@ def submit(directory: Path, topic: str, key: bytes | None, value: bytes | None, 
         try:
             with _address(directory) as address:
                 connection.connect(address)
+            connection.sendall(msgspec.json.encode(_Request(topic, key, value, headers)) + b"\n")
+            answer = msgspec.json.decode(_line(connection))
         except ConnectionRefusedError:  # left behind by a killed engine
             (directory / _NAME).unlink(missing_ok=True)
             return submit(directory, topic, key, value, headers)
-        except OSError as error:
+        except (OSError, msgspec.DecodeError) as error:
             raise TransportError(f"cannot reach the engine of {directory}: {error}") from None
-        connection.sendall(msgspec.json.encode(_Request(topic, key, value, headers)) + b"\n")
-        answer = msgspec.json.decode(_line(connection))
     if "offset" not in answer:
         raise TransportError(f"the engine of {directory} refused the record: {answer.get('error')}")
     return int(answer["offset"])
+
+
+class Follower:
+    """The records that a running engine commits to some topics, from these offsets on.  Raises OSError when no engine runs there."""
+
+    def __init__(self, directory: Path, positions: dict[str, int]) -> None:
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._data = b""
+        self._heard = time.monotonic()
+        try:
+            with _address(directory) as address:
+                self._connection.connect(address)
+            self._connection.sendall(msgspec.json.encode(_Request(follow=positions)) + b"\n")
+        except OSError:
+            self._connection.close()
+            raise
+
+    def read(self, seconds: float) -> Iterator[Record]:
+        """What has come, waiting so long for the first.  Raises OSError when the engine has gone, TransportError when it refuses."""
+        self._connection.settimeout(seconds)
+        try:
+            part = self._connection.recv(1 << 20)
+        except TimeoutError:
+            if time.monotonic() - self._heard > _GONE_S:
+                raise OSError("the engine has not been heard for a while") from None
+            return
+        if not part:
+            raise OSError("the engine has gone")
+        self._heard = time.monotonic()
+        *lines, self._data = (self._data + part).split(b"\n")
+        for line in lines:
+            if line:
+                yield _record(line)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _record(line: bytes) -> Record:
+    try:
+        return msgspec.json.decode(line, type=Record)
+    except msgspec.DecodeError:
+        raise TransportError(f"the engine refused to be followed: {line[:200]!r}") from None

@@ -1,0 +1,161 @@
+"""A client's way to an embedded engine: in the process that holds it, or through its socket.
+
+Every embedded topic has one partition, so a client follows reply, result and error topic whole, from numeric offsets
+taken when it was made (M1.3).  Through the socket it connects again when the engine was killed and goes on from there.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from kwflow.config import Config
+from kwflow.core.wire import Output, Record
+from kwflow.errors import TransportError
+from kwflow.ports import Listener
+from kwflow.runners.embedded import Embedded, ends_of, read_only, records_of
+from kwflow.runners.socket import Follower, submit
+
+__all__ = ["EmbeddedLink", "SocketLink"]
+
+_TICK_S = 0.2
+_AGAIN_S = 0.05
+_APPEND_S = 10.0  # how long a record is offered to an engine that is being started
+
+
+def _followed(config: Config) -> list[str]:
+    return [topic for topic in (config.reply_topic, config.result_topic, config.error_topic) if topic]
+
+
+class _Link:
+    """What both have in common: one thread that follows."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.process = uuid.uuid4().hex
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def address(self) -> str:
+        return f"0/{self.process}"
+
+    def listen(self, listener: Listener) -> None:
+        self._thread = threading.Thread(target=self._run, args=(listener,), name="kwflow-client", daemon=True)
+        self._thread.start()
+
+    def follow(self, key: bytes, ready: Callable[[], None]) -> None:
+        ready()
+
+    def _run(self, listener: Listener) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._stopped.set()
+        if self._thread is not None and threading.current_thread() is not self._thread:
+            self._thread.join(5)
+
+
+class EmbeddedLink(_Link):
+    """To the engine that this process holds; close the client before the engine."""
+
+    def __init__(self, engine: Embedded, config: Config) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._positions = {topic: engine.end(topic) for topic in _followed(config)}
+
+    def append(self, output: Output, failed: Callable[[Exception], None]) -> None:
+        try:
+            self._engine.append(output.topic, output.key, output.value, output.headers)
+        except Exception as error:  # rocksdict has no class of its own for it
+            failed(TransportError(f"the engine of {self._engine.directory} did not take the record: {error}"))
+
+    def find(self, key: bytes) -> list[Record]:
+        return [record for topic in _followed(self.config)[1:] for record in records_of(self._engine.db, topic) if record.key == key]
+
+    def _run(self, listener: Listener) -> None:
+        seen = -1
+        while not self._stopped.is_set():
+            seen = self._engine.wait_written(seen, _TICK_S)
+            for topic, position in self._positions.items():
+                while records := self._engine.read(topic, position):
+                    for record in records:
+                        listener.on_record(record)
+                    position = self._positions[topic] = records[-1].offset + 1
+            listener.on_tick()
+
+
+class SocketLink(_Link):
+    """To whoever holds the directory.  While nobody does, records are written to it directly and wait for an engine."""
+
+    def __init__(self, directory: Path, config: Config) -> None:
+        super().__init__(config)
+        self._directory = directory
+        self._positions = self._ends()
+        self._unsent: queue.SimpleQueue[tuple[Output, Callable[[Exception], None]] | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send, name="kwflow-client-send", daemon=True)
+
+    def _ends(self) -> dict[str, int]:
+        if not (self._directory / "CURRENT").exists():
+            return dict.fromkeys(_followed(self.config), 0)
+        db = read_only(self._directory)
+        try:
+            return ends_of(db, _followed(self.config))
+        finally:
+            db.close()
+
+    def listen(self, listener: Listener) -> None:
+        super().listen(listener)
+        self._sender.start()
+
+    def append(self, output: Output, failed: Callable[[Exception], None]) -> None:
+        self._unsent.put((output, failed))
+
+    def _send(self) -> None:
+        """In order; one whose answer was lost is written again, which its ids make harmless (M1.4)."""
+        while (item := self._unsent.get()) is not None:
+            output, failed = item
+            give_up = time.monotonic() + _APPEND_S
+            while True:
+                try:
+                    submit(self._directory, output.topic, output.key, output.value, output.headers)
+                    break
+                except TransportError as error:
+                    if time.monotonic() > give_up or self._stopped.wait(_AGAIN_S):
+                        failed(error)
+                        break
+
+    def find(self, key: bytes) -> list[Record]:
+        db = read_only(self._directory)
+        try:
+            return [record for topic in _followed(self.config)[1:] for record in records_of(db, topic) if record.key == key]
+        finally:
+            db.close()
+
+    def _run(self, listener: Listener) -> None:
+        follower: Follower | None = None
+        while not self._stopped.is_set():
+            try:
+                if follower is None:
+                    follower = Follower(self._directory, self._positions)
+                for record in follower.read(_TICK_S):
+                    self._positions[record.topic] = record.offset + 1
+                    listener.on_record(record)
+            except (OSError, TransportError):  # no engine runs, or it was killed: what it wrote is read from the next one
+                if follower is not None:
+                    follower.close()
+                    follower = None
+                self._stopped.wait(_AGAIN_S)
+            listener.on_tick()
+        if follower is not None:
+            follower.close()
+
+    def close(self) -> None:
+        super().close()
+        self._unsent.put(None)
+        if self._sender.is_alive():
+            self._sender.join(5)

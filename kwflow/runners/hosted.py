@@ -1,0 +1,62 @@
+"""An embedded engine on a thread of this process, for programs that hold it themselves (a web application, a notebook)."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from kwflow import api
+from kwflow.config import Config, load_config
+from kwflow.core.contract import Workflows
+from kwflow.ports import Processor
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.modules import load_workflows
+from kwflow.runners.socket import serve
+
+__all__ = ["Hosted"]
+
+
+class Hosted:
+    """Runs from here to `close()`; other processes reach it through its socket, this one by `Client.embedded(hosted.engine)`.
+
+    `workflows` are MODULE names as `kwflow engine` takes them, or loaded ones.  `close` raises what ended the engine, if anything did.
+    """
+
+    def __init__(self, directory: Path | str, workflows: list[str] | Workflows, config: Config | None = None, on_log: Callable[[str], None] = print) -> None:
+        self.config = config or load_config()
+        loaded = workflows if isinstance(workflows, Workflows) else load_workflows(workflows, packages=self.config.durable_packages)
+        self.engine = Embedded(Path(directory), self.config)
+        self._processors: list[Processor] = [WorkflowProcessor(self.config, loaded, api.declared_topics(), self.engine.incarnation, on_log), TimerProcessor(self.config)]
+        self._on_log = on_log
+        self._stopped = False
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="kwflow-engine", daemon=True)
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(serve(self.engine))
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.engine.run(self._processors, lambda: self._stopped, self._on_log)
+        except BaseException as error:
+            self._failed = error
+
+    def close(self) -> None:
+        """Finish the batch, then stop; close the clients first."""
+        self._stopped = True
+        self.engine.wake()
+        self._thread.join()
+        self._stack.close()
+        self.engine.close()
+        if self._failed is not None:
+            raise self._failed
+
+    def __enter__(self) -> Hosted:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()

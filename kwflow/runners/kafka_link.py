@@ -1,0 +1,199 @@
+"""A client's way to an application on Kafka: records in, and committed records out.
+
+One consumer without a group, assigned by numeric offsets that were asked for before anything is produced (M1.3): an
+`OFFSET_END` resolves late and would miss a fast outcome.  It follows the one reply partition of this process, and of
+the result and error topics the partitions of those ids that somebody waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from kwflow.config import Config
+from kwflow.core.murmur2 import partition_of
+from kwflow.core.wire import Output, Record
+from kwflow.errors import TransportError
+from kwflow.ports import Listener
+from kwflow.runners.topics import client_config, record_of
+
+__all__ = ["KafkaLink", "read", "send", "state_of"]
+
+_TIMEOUT_S = 20
+_POLL_S = 0.05  # how late the first request for a partition, a delivery report or a time-out may be seen
+
+
+class KafkaLink:
+    """A Link (ports.py).  Raises TransportError when there is no broker, or topics are missing, within `client_connect_s` (AF-6)."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.process = uuid.uuid4().hex
+        self._listener: Listener | None = None
+        self._asked: queue.SimpleQueue[tuple[int, Callable[[], None]]] = queue.SimpleQueue()
+        self._followed: set[int] = set()  # partitions of the result and error topics
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kwflow-client", daemon=True)
+        self._ends = [topic for topic in (config.result_topic, config.error_topic) if topic]
+        try:
+            settings = {"group_id": f"{config.application_id}-client", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "error"}
+            self._consumer = Consumer(client_config(config, **settings, fetch_queue_backoff_ms=10))
+            self._producer = Producer(client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000, linger_ms=0))
+            self._partitions = self._count_partitions()
+            self._reply_partition = zlib.crc32(self.process.encode()) % self._partitions[config.reply_topic]
+            self._assign(config.reply_topic, self._reply_partition)
+        except KafkaException as error:
+            raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
+
+    def _count_partitions(self) -> dict[str, int]:
+        there = self._consumer.list_topics(timeout=self.config.client_connect_s).topics
+        needed = [self.config.resume_topic, self.config.reply_topic, *self._ends]
+        missing = [topic for topic in needed if topic not in there]
+        if missing:
+            raise TransportError(f"{self.config.bootstrap_servers} has no topic {', '.join(missing)}; kwflow topics create makes what is missing", retryable=False)
+        return {topic: len(there[topic].partitions) for topic in needed}
+
+    def _assign(self, topic: str, number: int) -> None:
+        """From the end of now on: what read_committed readers see, so that an outcome of an open transaction is not passed over."""
+        _, end = self._consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=self.config.client_connect_s, cached=False)
+        self._consumer.incremental_assign([TopicPartition(topic, number, end)])
+
+    @property
+    def address(self) -> str:
+        return f"{self._reply_partition}/{self.process}"
+
+    def listen(self, listener: Listener) -> None:
+        self._listener = listener
+        self._thread.start()
+
+    def follow(self, key: bytes, ready: Callable[[], None]) -> None:
+        number = partition_of(key, min(self._partitions[topic] for topic in self._ends)) if self._ends else 0
+        if number in self._followed or not self._ends:
+            ready()
+        else:
+            self._asked.put((number, ready))
+
+    def append(self, output: Output, failed: Callable[[Exception], None]) -> None:
+        def delivered(error: KafkaError | None, _message: Message) -> None:
+            if error is not None:
+                failed(TransportError(f"{self.config.bootstrap_servers} did not take the record: {error.str()}"))
+
+        try:
+            self._producer.produce(output.topic, output.value, output.key, headers=list(output.headers), on_delivery=delivered)
+        except BufferError:
+            failed(TransportError("the client's queue is full: the broker takes records more slowly than they come"))
+        except KafkaException as error:
+            failed(TransportError(f"{self.config.bootstrap_servers} did not take the record: {error.args[0].str()}", retryable=False))
+        self._producer.poll(0)
+
+    def find(self, key: bytes) -> list[Record]:
+        return [record for topic in self._ends for record in read(self.config, topic, partition_of(key, self._partitions[topic])) if record.key == key]
+
+    def close(self) -> None:
+        self._stopped.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(10)
+        self._producer.flush(1)
+        self._consumer.close()
+
+    # -- its thread ------------------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        assert self._listener is not None
+        listener = self._listener
+        try:
+            while not self._stopped.is_set():
+                self._follow_asked()
+                first = self._consumer.poll(_POLL_S)
+                for message in [first, *self._consumer.consume(500, 0)] if first is not None else []:
+                    self._take(message, listener)
+                self._producer.poll(0)
+                listener.on_tick()
+        except (KafkaException, TransportError) as error:
+            text = error.args[0].str() if isinstance(error, KafkaException) else str(error)
+            listener.on_lost(TransportError(f"{self.config.bootstrap_servers}: {text}"))
+
+    def _follow_asked(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                number, ready = self._asked.get_nowait()
+                if number not in self._followed:
+                    for topic in self._ends:
+                        self._assign(topic, number)
+                    self._followed.add(number)
+                ready()
+
+    def _take(self, message: Message, listener: Listener) -> None:
+        error = message.error()
+        if error is None:
+            listener.on_record(record_of(message))
+        elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # retention overtook this reader: from the end again, and ask what was missed
+            where = TopicPartition(message.topic() or "", message.partition() or 0)
+            self._consumer.incremental_unassign([where])
+            self._assign(where.topic, where.partition)
+            listener.on_gap()
+        elif error.fatal() or not (error.retriable() or error.code() == KafkaError._ALL_BROKERS_DOWN):
+            raise TransportError(error.str())
+
+
+def send(config: Config, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
+    """One record, acknowledged by the broker when this returns.  Raises TransportError."""
+    failed: list[str] = []
+
+    def delivered(error: KafkaError | None, _message: Message) -> None:
+        if error is not None:
+            failed.append(error.str())
+
+    try:
+        producer = Producer(client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000))
+        producer.produce(topic, value, key, headers=list(headers), on_delivery=delivered)
+    except KafkaException as error:
+        raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
+    if producer.flush(_TIMEOUT_S + 5) or failed:
+        raise TransportError(f"{config.bootstrap_servers} did not take the record: {failed[0] if failed else 'no answer'}")
+
+
+def read(config: Config, topic: str, partition: int | None = None) -> Iterator[Record]:
+    """The committed records of a topic from its begin to its end of now; one partition, or all.  Raises TransportError."""
+    settings = {"group_id": f"{config.application_id}-read", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest"}
+    consumer = Consumer(client_config(config, **settings, enable_partition_eof=True))
+    try:
+        known = consumer.list_topics(topic, timeout=10).topics[topic]
+        if known.error is not None:
+            raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {known.error.str()}", retryable=False)
+        left = set(known.partitions) if partition is None else {partition}
+        consumer.assign([TopicPartition(topic, number, 0) for number in left])
+        while left:
+            for message in consumer.consume(1000, 0.2):
+                error = message.error()
+                if error is None:
+                    yield record_of(message)
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    left.discard(message.partition() or 0)
+                elif not error.retriable():
+                    raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.str()}")
+    except KafkaException as error:
+        raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
+    finally:
+        consumer.close()
+
+
+def state_of(config: Config, id: str) -> bytes | None:
+    """The stored snapshot of one instance, from the changelog partition that holds it."""
+    consumer = Consumer(client_config(config, group_id=f"{config.application_id}-read"))
+    try:
+        partitions = len(consumer.list_topics(config.changelog_topic, timeout=10).topics[config.changelog_topic].partitions)
+    except KafkaException as error:
+        raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
+    finally:
+        consumer.close()
+    key, found = id.encode(), None
+    for record in read(config, config.changelog_topic, partition_of(key, partitions) if partitions else None):
+        if record.key == key:
+            found = record.value
+    return found
