@@ -2,95 +2,166 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.table import Table
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, append, out, read, text_of
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, append, out, read, send, states, text_of
 from kwflow.config import Config, load_config
-from kwflow.core import wire
+from kwflow.core import snapshot, wire
 from kwflow.core.wire import Record
 from kwflow.errors import UsageError
+from kwflow.runners.parked import holds
 
 __all__ = ["dead"]
 
 dead = typer.Typer(no_args_is_help=True, help="Records that could not be applied, and parked instances.")
 _DONE = "kwflow-dead-letter-done"
+_SHOWN_MAX = 10  # records of a hold that `show` prints
+All = Annotated[bool, typer.Option("--all", help="Everything that `dead-letters list` shows.")]
+Reason = Annotated[str | None, typer.Option("--reason", help="With --all: only what has this reason.")]
+What = Annotated[str | None, typer.Argument(metavar="[ID|LETTER]", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]
+
+
+class Parked(msgspec.Struct, frozen=True):
+    """An instance that waits for somebody, and what it holds: the record at fault first."""
+
+    header: dict[str, Any]
+    hold: list[Record]
+
+    @property
+    def why(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.header["parked"]
+        return found
 
 
 def _letters(settings: Config, embedded: Path | None) -> dict[str, Record]:
-    """Identity (`<partition>:<offset>`) -> dead letter that nobody has dealt with."""
+    """Identity (`<partition>:<offset>`) -> dead letter that nobody has dealt with; those that only tell of a parked instance are left out."""
     letters: dict[str, Record] = {}
     done: set[str | None] = set()
     for record in read(settings, embedded, settings.dead_letter_topic):
         if any(name == _DONE for name, _ in record.headers):
             done.add(wire.header(record, _DONE))
-        else:
+        elif wire.header(record, "kwflow-error-reason") != "parked":
             letters[f"{record.partition}:{record.offset}"] = record
     return {identity: record for identity, record in letters.items() if identity not in done}
 
 
-def _letter(settings: Config, embedded: Path | None, identity: str) -> Record:
-    found = _letters(settings, embedded).get(identity)
-    if found is None:
-        raise UsageError(f"no dead letter {identity!r} is open; kwflow dead-letters list shows them")
-    return found
+def _parked(settings: Config, embedded: Path | None) -> dict[str, Parked]:
+    """Id -> every parked instance; one that is only paused is not at fault."""
+    state = states(settings, embedded)
+    held = holds(state)
+    found = {}
+    for key, stored in state.items():
+        if not key.startswith(b"\0"):
+            header = snapshot.read_header(stored)
+            if header["status"] == "parked" and header["parked"]["reason"] != "paused":
+                found[key.decode()] = Parked(header, held.get(key.decode(), []))
+    return dict(sorted(found.items()))
 
 
 @dead.command("list")
 def dead_list(embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
-    """What could not be applied, and why.
+    """What could not be applied, and why: records by themselves, and parked instances with the records that wait behind.
 
     Example: kwflow dead-letters list --embedded ./state
     """
-    table = Table("letter", "id", "reason", "message")
-    for identity, record in _letters(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded).items():
-        table.add_row(identity, text_of(record.key), wire.header(record, "kwflow-error-reason"), wire.header(record, "kwflow-error-message"))
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    table = Table("letter", "id", "reason", "message", "holds")
+    for id, parked in _parked(settings, embedded).items():
+        table.add_row("", id, parked.why["reason"], parked.why["message"], str(len(parked.hold)))
+    for identity, record in _letters(settings, embedded).items():
+        table.add_row(identity, text_of(record.key), wire.header(record, "kwflow-error-reason"), wire.header(record, "kwflow-error-message"), "")
     out.print(table)
 
 
 @dead.command("show")
-def dead_show(letter: str, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
-    """One dead letter with its headers.
+def dead_show(what: Letter, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+    """One dead letter with its headers, or a parked instance: why, where it waits, the record at fault and the hold behind it.
 
-    Example: kwflow dead-letters show 0:3 --embedded ./state
+    Example: kwflow dead-letters show order-7 --embedded ./state
     """
-    record = _letter(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded, letter)
-    out.print(f"key    {text_of(record.key)}\nvalue  {text_of(record.value)}", markup=False, highlight=False)
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    parked = _parked(settings, embedded).get(what)
+    if parked is not None:
+        _show_parked(what, parked)
+        return
+    record = _letters(settings, embedded).get(what)
+    if record is None:
+        raise UsageError(f"{what!r} is no parked instance and no open dead letter; kwflow dead-letters list shows them")
+    _show_record(record)
+
+
+def _say(text: str) -> None:
+    out.print(text, markup=False, highlight=False)
+
+
+def _show_parked(id: str, parked: Parked) -> None:
+    _say(f"{id}  {parked.header['workflow']}  parked at offset {parked.why['offset']}: {parked.why['reason']}: {parked.why['message']}")
+    for wait in parked.header["waits"]:
+        _say(f"  waits for {wait['kind']} {wait['ref']}  {wait.get('function', '')}  {wait.get('file', '')}:{wait.get('line', '')}")
+    if not parked.hold:
+        return
+    head, *behind = parked.hold
+    _say("the record at fault:")
+    _show_record(head)
+    if behind:
+        _say(f"{len(behind)} records wait behind it:")
+    for record in behind[:_SHOWN_MAX]:
+        _say(f"  {record.topic}[{record.partition}]@{record.offset} {text_of(record.value)}"[:500])
+    if len(behind) > _SHOWN_MAX:
+        _say(f"  … and {len(behind) - _SHOWN_MAX} more")
+
+
+def _show_record(record: Record) -> None:
+    _say(f"{record.topic}[{record.partition}]@{record.offset}\nkey    {text_of(record.key)}\nvalue  {text_of(record.value)}")
     for name, value in record.headers:
-        out.print(f"{name}: {text_of(value)}", markup=False, highlight=False)
+        _say(f"{name}: {text_of(value)}")
 
 
 @dead.command("retry")
-def dead_retry(what: Letter, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+def dead_retry(
+    what: What = None, every: All = False, reason: Reason = None, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None
+) -> None:
     """Apply what a parked instance holds, in order, or send a dead-lettered record again.
 
     Example: kwflow dead-letters retry order-7 --embedded ./state
     """
-    _settle(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded, what, "retry")
+    _settle(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded, what, every, reason, "retry")
 
 
 @dead.command("discard")
-def dead_discard(what: Letter, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+def dead_discard(
+    what: What = None, every: All = False, reason: Reason = None, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None
+) -> None:
     """Drop the record that parked an instance and apply the rest, or close a dead letter.
 
     Example: kwflow dead-letters discard 0:3 --embedded ./state
     """
-    _settle(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded, what, "discard")
+    _settle(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded, what, every, reason, "discard")
 
 
-def _settle(settings: Config, embedded: Path | None, what: str, op: str) -> None:
-    """K17 for a parked instance; a letter is sent again with its first timestamp in a header (K13), then marked as done."""
-    if re.fullmatch(r"\d+:\d+", what) is None:
-        append(settings, embedded, settings.resume_topic, what.encode(), b"null", (("kwflow-op", op.encode()),))
-        return
-    record = _letter(settings, embedded, what)
-    if wire.header(record, "kwflow-error-reason") == "parked":
-        append(settings, embedded, settings.resume_topic, record.key, b"null", (("kwflow-op", op.encode()),))
-    elif op == "retry":
-        headers = tuple(pair for pair in record.headers if not pair[0].startswith("kwflow-error-"))
-        first = ("kwflow-original-timestamp", str(record.timestamp_ms).encode())
-        append(settings, embedded, wire.header(record, "kwflow-error-topic") or settings.resume_topic, record.key, record.value, (*headers, first))
-    append(settings, embedded, settings.dead_letter_topic, record.key, None, ((_DONE, what.encode()),))
+def _settle(settings: Config, embedded: Path | None, what: str | None, every: bool, reason: str | None, op: str) -> None:
+    """A parked instance gets the command (K17); a letter is sent again with its first timestamp in a header (K13), and marked as done."""
+    if (what is None) != every or (reason is not None and not every):
+        raise UsageError(f"give one ID or LETTER, or --all (with --reason for some of them): kwflow dead-letters {op} ...")
+    parked, letters = _parked(settings, embedded), _letters(settings, embedded)
+    if what is not None:
+        parked, letters = {what: parked[what]} if what in parked else {}, {what: letters[what]} if what in letters else {}
+    ids = [id for id, found in parked.items() if reason in (None, found.why["reason"])]
+    chosen = {identity: record for identity, record in letters.items() if reason in (None, wire.header(record, "kwflow-error-reason"))}
+    if not ids and not chosen:
+        raise UsageError(f"{what!r} is no parked instance and no open dead letter; kwflow dead-letters list shows them" if what else "nothing is parked and no dead letter is open")
+    for id in ids:
+        send(settings, embedded, id, b"null", (("kwflow-op", op.encode()),))
+        _say(f"{id}: {op} is asked for; its engine does it")
+    for identity, record in chosen.items():
+        if op == "retry":
+            headers = tuple(pair for pair in record.headers if not pair[0].startswith("kwflow-error-"))
+            first = ("kwflow-original-timestamp", str(record.timestamp_ms).encode())
+            append(settings, embedded, wire.header(record, "kwflow-error-topic") or settings.resume_topic, record.key, record.value, (*headers, first))
+        append(settings, embedded, settings.dead_letter_topic, record.key, None, ((_DONE, identity.encode()),))
+        _say(f"{identity}: {'sent again' if op == 'retry' else 'closed'}")

@@ -18,7 +18,7 @@ from kwflow.runners.socket import submit
 
 __all__ = [
     "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "WaitForBroker",
-    "append", "err", "json_option", "out", "read", "send", "snapshots", "text_of",
+    "append", "err", "json_option", "out", "read", "send", "snapshots", "states", "text_of",
 ]  # fmt: skip
 
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
@@ -73,16 +73,21 @@ def read(settings: Config, embedded: Path | None, topic: str) -> list[Record]:
         db.close()
 
 
-def snapshots(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
-    """Id -> stored bytes of every instance."""
+def states(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
+    """Every entry of the workflows' state, the engine's own (their keys begin with NUL) included."""
     if embedded is None:
         latest = {record.key: record.value for record in read(settings, None, settings.changelog_topic)}
-        return {key: value for key, value in latest.items() if key is not None and value is not None and not key.startswith(b"\0")}
+        return {key: value for key, value in latest.items() if key is not None and value is not None}
     db = read_only(embedded)
     try:
-        return {key: value for key, value in stored(db, settings.changelog_topic).scan(b"") if not key.startswith(b"\0")}
+        return dict(stored(db, settings.changelog_topic).scan(b""))
     finally:
         db.close()
+
+
+def snapshots(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
+    """Id -> stored bytes of every instance."""
+    return {key: value for key, value in states(settings, embedded).items() if not key.startswith(b"\0")}
 
 
 def text_of(data: bytes | None) -> str:

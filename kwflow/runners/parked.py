@@ -7,7 +7,7 @@ behind it, as entries `\\0hold\\0<id>\\0<offset>` of the same state.  It must no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -19,7 +19,7 @@ from kwflow.core.wire import Output, Record, Reply
 from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 
-__all__ = ["DRAINED_MAX", "all_held", "answered", "dead", "dead_letter", "forward", "hold", "is_parked", "is_paused", "park", "park_rest", "release"]
+__all__ = ["DRAINED_MAX", "all_held", "answered", "dead", "dead_letter", "forward", "hold", "holds", "is_parked", "is_paused", "park", "park_rest", "release"]
 
 DRAINED_MAX = 500
 _HOLD = b"\0hold\0"
@@ -136,6 +136,14 @@ def park_rest(config: Config, state: Changes, name: str) -> Output | None:
     alive = stored if header is not None and header["status"] != "ended" else None
     state.put(name.encode(), snapshot.park(alive, base, "draining", "what it held is being applied", -1, config.signing_keys))
     return Output(config.resume_topic, name.encode(), b"null", (("kwflow-op", b"retry"),))
+
+
+def holds(state: Mapping[bytes, bytes]) -> dict[str, list[Record]]:
+    """Id -> what each parked instance holds, in order, for looking at it."""
+    found: dict[str, list[Record]] = {}
+    for key in sorted(key for key in state if key.startswith(_HOLD)):
+        found.setdefault(key[len(_HOLD) :].rpartition(b"\0")[0].decode(), []).append(msgspec.msgpack.decode(state[key], type=Record))
+    return found
 
 
 def _prefix(name: str) -> bytes:

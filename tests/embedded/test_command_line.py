@@ -1,5 +1,6 @@
 """The command line as its user meets it: help, inspection, dead letters, signals in the middle of a step, errors in one line."""
 
+import json
 import os
 import pathlib
 import signal
@@ -122,7 +123,52 @@ def test_dead_letters_are_listed_shown_retried_and_discarded(shell: Shell) -> No
     assert "bad-message" not in said
     assert "0:0" not in said
     assert "kwflow-original-timestamp" in shell("dead-letters", "show", new[0])
-    assert "no dead letter '0:0' is open" in shell("dead-letters", "show", "0:0", code=2)
+    assert "no open dead letter" in shell("dead-letters", "show", "0:0", code=2)
+    assert "--all" in shell("dead-letters", "discard", code=2)
+    assert "nothing is parked" in shell("dead-letters", "discard", "--all", "--reason", "bad-message", code=2)
+    assert f"{new[0]}: closed" in shell("dead-letters", "discard", "--all", "--reason", "bad-json")
+
+
+COUNTING = """
+import os
+import kwflow as kw
+
+kw.declare_topics("counted")
+
+def main(opts):
+    while True:
+        value = yield kw.suspend("next")
+        if value == 0 and not os.path.exists(opts["mended"]):
+            held = open(__file__)
+        kw.output(str(value), "counted")
+        held = None
+        if value == 1199:
+            return "done"
+"""
+
+
+@pytest.mark.slow
+def test_a_parked_instance_is_shown_with_its_hold_and_a_retry_that_is_killed_in_the_middle_applies_each_record_once(shell: Shell, tmp_path: pathlib.Path) -> None:
+    """Semantics §7, K17: 1,200 records are three transactions; the engine is killed between them and goes on."""
+    module, mended = tmp_path / "counting.py", tmp_path / "mended"
+    module.write_text(COUNTING.replace("held = open(__file__)", "held = open(__file__)\n            yield kw.suspend('never')"))
+    engine = shell.engine(str(module))
+    shell("start", "w", "--input", json.dumps({"mended": str(mended)}))
+    for value in range(1200):
+        submit(shell.directory, "workflow-resume", b"w", b'{"ref":"next","value":%d}' % value)
+    shell.until(lambda: "1200" in shell("dead-letters", "list"))
+    said = shell("dead-letters", "show", "w")
+    assert "UnsavableError" in said and "variable 'held'" in said and "waits for suspension next" in said
+    assert "1199 records wait behind it" in said and "and 1189 more" in said
+    mended.touch()
+    shell("dead-letters", "retry", "--all")
+    shell.until(lambda: shell.records("counted"))
+    engine.send_signal(signal.SIGKILL)
+    engine.wait()
+    shell.engine(str(module))
+    shell.until(lambda: shell.records("workflow-result"))
+    assert [line.split()[2] for line in shell.records("counted")] == [str(value) for value in range(1200)]
+    assert "w" not in shell("dead-letters", "list").split()
 
 
 @pytest.mark.slow

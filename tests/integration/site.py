@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from confluent_kafka import Consumer, Producer, TopicPartition
 
@@ -71,6 +72,11 @@ class Site:
         logs = "".join(path.read_text()[-2000:] for path in self.directory.glob("*.log"))
         assert len(found) >= count, f"{topic}: {found}\n{logs}"
         return found
+
+    def until(self, found: Callable[[], object], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not found():
+            assert time.monotonic() < deadline, f"it did not happen within {seconds} s"
 
     def end(self) -> None:
         for process in self.processes:
