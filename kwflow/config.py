@@ -34,6 +34,7 @@ class Config(BaseSettings):
     command_timeout_s: float = Field(default=20, gt=0, description="a client's command that is not replied by then has an unknown outcome; above session timeout and restore")
     state_dir: Path = Path("kwflow-state")
     http: str | None = Field(default=None, description="HOST:PORT to answer GET /health and /metrics on")
+    tracing: bool = Field(default=False, description="OpenTelemetry spans, sent as the OTEL_* variables say (kwflow[otel])")
     log_format: Literal["text", "json"] = Field(default="text", description="json: one object a line, with workflow id, topic, partition and offset")
     resume_topic: str = "workflow-resume"
     result_topic: str = "workflow-result"

@@ -38,7 +38,7 @@ class Decision(msgspec.Struct, frozen=True):
     """What one record (or time) did beside its changes of state.  Nothing has happened yet: state, outputs and offset are committed together, or not at all.
 
     `replies` are outputs to the partition that somebody waits on; one that is not there (any more) is counted and left
-    out.  `logs` are written and `dispatch` is started after the commit, `counts` name what was counted.
+    out.  `logs` are written, `dispatch` is started and `spans` are ended after the commit; `counts` name what was counted.
     """
 
     outputs: tuple[Output, ...] = ()
@@ -46,6 +46,7 @@ class Decision(msgspec.Struct, frozen=True):
     counts: tuple[str, ...] = ()
     replies: tuple[Output, ...] = ()
     dispatch: tuple[object, ...] = ()
+    spans: tuple[object, ...] = ()
 
 
 class Budget(Protocol):

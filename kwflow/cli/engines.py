@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from kwflow import api
-from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, MaybeDir, Modules, StateDir, WaitForBroker, err, json_option, out
+from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, MaybeDir, Modules, StateDir, Traced, WaitForBroker, err, json_option, out
 from kwflow.cli.watching import RestoreBar, log_of, watched
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
@@ -81,6 +81,7 @@ def engine(
     processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="Kafka: so many engine processes, one a core; each is started again when it dies.")] = 1,
     http: Http = None,
     log_format: LogFormat = None,
+    tracing: Traced = False,
     sync: Annotated[bool, typer.Option("--sync/--no-sync", envvar="KWFLOW_SYNC", help="Embedded: each batch is on disk before it counts.")] = True,
     config: ConfigFile = None,
     app_dir: AppDir = None,
@@ -91,7 +92,7 @@ def engine(
     """
     settings = load_config(
         config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir,
-        accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format,
+        accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format, tracing=tracing or None,
     )  # fmt: skip
     if processes > 1 and (embedded is not None or runner is Runner.faust):
         raise UsageError("--processes is for Kafka: one process alone holds an embedded directory, and Faust has its own workers")
@@ -132,8 +133,8 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
     """Faust's own worker handles the signals and ends the process."""
     if more:
         raise UsageError("--runner faust runs on Kafka and fires no timers: leave --embedded and --with-scheduler out, and run `kwflow scheduler` beside it")
-    if settings.http is not None:
-        raise UsageError("--runner faust answers no --http; Faust has a web server and metrics of its own (--web-port)")
+    if settings.http is not None or settings.tracing:
+        raise UsageError("--runner faust has no --http and no --tracing; Faust has a web server and metrics of its own (--web-port)")
     if settings.kafka:
         raise UsageError("--runner faust takes no [kafka] settings, which are librdkafka's; make a faust.App with its own and give it to kwflow.runners.faust.attach")
     try:

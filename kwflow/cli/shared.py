@@ -17,7 +17,7 @@ from kwflow.runners.embedded import entries, read_only, stored
 from kwflow.runners.socket import submit
 
 __all__ = [
-    "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "WaitForBroker",
+    "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
     "append", "err", "json_option", "out", "read", "send", "snapshots", "states", "text_of",
 ]  # fmt: skip
 
@@ -33,6 +33,7 @@ AcceptReset = Annotated[bool, typer.Option("--accept-offset-reset", help="Start 
 WaitForBroker = Annotated[float | None, typer.Option("--wait-for-broker", help="Seconds to wait for the broker and the topics; default 0.")]
 Http = Annotated[str | None, typer.Option("--http", help="HOST:PORT for GET /health and /metrics; process n of several listens on PORT + n.")]
 LogFormat = Annotated[str | None, typer.Option("--log-format", help="text or json; json has workflow id, topic, partition and offset.")]
+Traced = Annotated[bool, typer.Option("--tracing", envvar="KWFLOW_TRACING", help="OpenTelemetry spans, sent as the OTEL_* variables say (kwflow[otel]).")]
 Letter = Annotated[str, typer.Argument(metavar="ID|LETTER", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]
 Modules = Annotated[list[str], typer.Argument(help="Dotted names or path.py", metavar="MODULE...")]
 

@@ -30,7 +30,11 @@ def log_of(settings: Config) -> Callable[[str], None]:
 
 @contextlib.contextmanager
 def watched(settings: Config, runners: Sequence[object], log: Callable[[str], None]) -> Iterator[None]:
-    """Answer on `http` while inside, if it is set."""
+    """Answer on `http` while inside and send spans, each if it is asked for."""
+    if settings.tracing:
+        from kwflow.runners.tracing import configure
+
+        configure(settings.application_id)
     if settings.http is None:
         yield
         return

@@ -30,6 +30,7 @@ from kwflow.runners.logs import lines_of
 from kwflow.runners.loop import Overlay, TimerProcessor
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
+from kwflow.runners.tracing import end_all
 
 __all__ = ["Embedded", "SystemClock", "ends_of", "entries", "read_only", "records_of", "stored"]
 
@@ -256,6 +257,7 @@ class Embedded:
         for decision in made:
             self.counts.update(decision.counts)
             dispatch += decision.dispatch
+            end_all(decision.spans)
         if dispatch and processor.input_topic in self._workers:
             self._workers[processor.input_topic][0].committed(0, dispatch)
 

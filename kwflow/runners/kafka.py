@@ -47,6 +47,7 @@ from kwflow.runners.parked import forward
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.topics import record_of
+from kwflow.runners.tracing import end_all
 
 __all__ = ["KafkaRunner"]
 
@@ -102,6 +103,7 @@ class Batch:
     logs: list[str] = field(default_factory=list)
     counts: list[str] = field(default_factory=list)
     dispatch: dict[int, list[object]] = field(default_factory=dict)
+    spans: list[object] = field(default_factory=list)
 
     def add(self, number: int, made: Decision, record: Record | None = None) -> None:
         """All of a decision but its replies."""
@@ -109,6 +111,7 @@ class Batch:
         if made.logs:
             self.logs += made.logs if record is None else lines_of(made, record)
         self.counts += made.counts
+        self.spans += made.spans
         if made.dispatch:
             self.dispatch.setdefault(number, []).extend(made.dispatch)
 
@@ -507,6 +510,7 @@ class KafkaRunner:
         self.commit_s.append(time.perf_counter() - begun)
         self.stats.commits.observe(self.commit_s[-1])
         self.counts.update(batch.counts)
+        end_all(batch.spans)
         for number, overlay in batch.overlays.items():
             partition = self.owned[number]
             partition.store.settle(overlay.changes, reached.get(number))

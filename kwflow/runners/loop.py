@@ -30,11 +30,13 @@ from kwflow.runners.budget import bytes_of
 from kwflow.runners.dispatch import Dispatcher, keep
 from kwflow.runners.parked import dead_letter
 from kwflow.runners.stats import BYTES, Histogram
+from kwflow.runners.tracing import Tracing, fail_all
 from kwflow.runners.watchdog import Watchdog
 
 __all__ = ["Overlay", "TimerProcessor", "WorkflowProcessor", "dead_letter"]
 
 _EXPIRES = b"\0ended\0"  # entries of ended instances by the time they may be forgotten (K20)
+_WENT_WRONG = {"parked", "dead-letter", "held"}
 _IGNORED = ("unknown-id", "unknown-ref", "duplicate-start", "repeated")  # G3: by a stated rule, counted and said once
 _OWN_START_ID = re.compile(r"\d+-\d+")  # given by the step when the client gave none
 
@@ -111,6 +113,7 @@ class WorkflowProcessor:
         self._sleeping_bytes = 0
         self.cache_hits = self.cache_misses = 0
         self.snapshots = Histogram(BYTES)
+        self.tracing = Tracing() if config.tracing else None
         allow_modules(config.snapshot_modules)
 
     def work(self, deliver: Deliver) -> Dispatcher:
@@ -257,7 +260,7 @@ class _Batch:
                 live = self.live[key] = found
         except ProtocolError as error:
             return parked.dead(self.config, record, error.reason, str(error), self.context.received_ms)
-        return self._step(name, key, live, number)
+        return self._step(name, key, live, number, record) if self.processor.tracing is None else self._traced(self.processor.tracing, name, key, live, number)
 
     def _find(self, name: str, key: bytes, record: Record) -> _Live | Decision:
         """The instance for this record, or what happens when there is none that could run.  Raises ProtocolError."""
@@ -304,8 +307,16 @@ class _Batch:
         return self._decision(header["id"], record, messages.ignored("unknown-id", address))
 
     # -- one step ----------------------------------------------------------------------------------------------------
-    def _step(self, name: str, key: bytes, live: _Live, number: int) -> Decision:
-        record = self.records[number]
+    def _traced(self, tracing: Tracing, name: str, key: bytes, live: _Live, number: int) -> Decision:
+        """The same with a span, whose context takes the place of the record's."""
+        span = tracing.begin(name, self.records[number], live.instance)
+        made = self._step(name, key, live, number, span.record)
+        if live.instance is not None and live.ahead:
+            tracing.remember(live.instance, span)
+        span.done(made.counts[0] if made.counts else "", made.logs[-1] if not _WENT_WRONG.isdisjoint(made.counts) and made.logs else None)
+        return msgspec.structs.replace(made, spans=(span,))
+
+    def _step(self, name: str, key: bytes, live: _Live, number: int, record: Record) -> Decision:
         live.met.append(number)
         try:
             with self.processor.watchdog.watching(name):
@@ -373,7 +384,10 @@ class _Batch:
                 if len(live.met) > 1:
                     self._again(key, live.met)
                 else:
-                    self.made[live.met[0]] = self._park(key.decode(), live.base, live.met[0], error)
+                    spans = self.made[live.met[0]].spans
+                    made = self._park(key.decode(), live.base, live.met[0], error)
+                    fail_all(spans, made.logs[-1])
+                    self.made[live.met[0]] = msgspec.structs.replace(made, spans=spans) if spans else made
                 return
             if self.processor.keeps_code:
                 self.named.update(modules)

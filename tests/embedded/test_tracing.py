@@ -1,0 +1,125 @@
+"""OpenTelemetry: one span for each committed step, and a trace that travels through outputs, timers and answers."""
+
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from kwflow import durable
+from kwflow.config import Config
+from kwflow.core.contract import Workflows
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.tracing import Tracing
+from tests.embedded.test_embedded import ROOT
+
+SOURCE = """
+import kwflow as kw
+kw.declare_topics("asked")
+BROKEN = [True]
+
+def main(opts):
+    yield kw.sleep(0.001)
+    kw.output("?", "asked")
+    first = yield kw.suspend("first")
+    held = open(__file__) if first == "unsavable" else None
+    second = yield kw.suspend("second")
+    return [first, second]
+"""
+CLIENT = ("traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+OTHER = ("traceparent", b"00-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-bbbbbbbbbbbbbbbb-01")
+
+
+class Traced:
+    def __init__(self, directory: pathlib.Path) -> None:
+        file = directory / "traced.py"
+        file.write_text(SOURCE)
+        module = durable.load_source("traced", SOURCE, str(file))
+        self.config = Config(tracing=True)
+        self.held = Embedded(directory / "state", self.config, sync=False)
+        self.exporter = InMemorySpanExporter()
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        workflows = WorkflowProcessor(self.config, Workflows({"main": module.main}, "main"), frozenset({"asked"}), self.held.incarnation)
+        workflows.tracing = Tracing(provider)
+        self.processors = [workflows, TimerProcessor(self.config)]
+
+    def send(self, id: str, value: str, *headers: tuple[str, bytes | None]) -> None:
+        self.held.append(self.config.resume_topic, id.encode(), value.encode(), headers)
+
+    def run(self, outcome: str, times: int = 1) -> list[ReadableSpan]:
+        """Until so many records had this outcome; all spans there are then, in order of their ends."""
+        self.held.run(self.processors, lambda: self.held.counts[outcome] >= times)
+        return list(self.exporter.get_finished_spans())
+
+    def asked(self, topic: str = "asked") -> list[str]:
+        return [dict(record.headers)["traceparent"] or b"" for record in self.held.read(topic)][-1].decode().split("-")  # type: ignore[return-value]
+
+
+@pytest.fixture
+def traced(tmp_path: pathlib.Path) -> Iterator[Traced]:
+    traced = Traced(tmp_path)
+    yield traced
+    traced.held.close()
+
+
+def test_a_trace_goes_from_the_client_through_start_timer_output_and_answer(traced: Traced) -> None:
+    """W3C traceparent in record headers; each step's span is the parent of what answers it."""
+    traced.send("a", "new:1", CLIENT)
+    start, timer = traced.run("resumed")
+    assert f"{start.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c" and start.parent is not None and f"{start.parent.span_id:016x}" == "b7ad6b7169203331"
+    assert timer.parent is not None and timer.parent.span_id == start.context.span_id, "the timer carried it"
+    _, trace, span, _ = traced.asked()
+    assert (trace, span) == (f"{timer.context.trace_id:032x}", f"{timer.context.span_id:016x}")
+    traced.send("a", '{"ref": "first", "value": 1}', ("traceparent", "-".join(["00", trace, span, "01"]).encode()))
+    answered = traced.run("resumed", 2)[-1]
+    assert answered.parent is not None and answered.parent.span_id == timer.context.span_id
+    assert dict(answered.attributes or {}) == {
+        "kwflow.workflow_id": "a", "kwflow.workflow": "main", "kwflow.outcome": "resumed", "messaging.system": "kafka",
+        "messaging.destination.name": "workflow-resume", "messaging.destination.partition.id": "0", "messaging.kafka.offset": 2,
+    }  # fmt: skip
+
+
+def test_a_record_without_context_joins_the_trace_of_the_start_and_one_of_another_trace_links_to_it(traced: Traced) -> None:
+    traced.send("a", "new:1", CLIENT)
+    start = traced.run("resumed")[0]
+    traced.send("a", '{"ref": "first", "value": 1}')
+    joined = traced.run("resumed", 2)[-1]
+    assert joined.parent is not None and (joined.context.trace_id, joined.parent.span_id) == (start.context.trace_id, start.context.span_id)
+    traced.send("a", '{"ref": "second", "value": 2}', OTHER)
+    linked = traced.run("resumed", 3)[-1]
+    assert f"{linked.context.trace_id:032x}" == "a" * 32
+    assert [link.context.span_id for link in linked.links] == [start.context.span_id]
+    assert traced.asked("workflow-result")[1] == "a" * 32
+
+
+def test_a_step_that_is_made_again_in_its_batch_has_one_span_and_one_that_fails_says_why(traced: Traced) -> None:
+    """K15: the save fails at the end of the batch, the records are done again one by one."""
+    traced.send("b", "new:1")
+    traced.run("resumed")
+    traced.exporter.clear()
+    traced.send("b", '{"ref": "nobody"}')
+    traced.send("b", '{"ref": "first", "value": "unsavable"}')
+    traced.send("b", '{"ref": "nobody"}')
+    spans = traced.run("held")
+    assert [(span.attributes or {})["kwflow.outcome"] for span in spans] == ["unknown-ref", "parked"], "what is only held ran no step"
+    assert "unsavable" not in str(spans[1].attributes) and "held" in str(spans[1].status.description)
+
+
+def test_without_the_option_nothing_is_traced_and_headers_travel_as_they_came(traced: Traced) -> None:
+    processor = traced.processors[0]
+    assert isinstance(processor, WorkflowProcessor)
+    processor.tracing = None
+    traced.send("a", "new:1", CLIENT)
+    assert traced.run("resumed") == []
+    assert traced.asked()[2] == "b7ad6b7169203331"
+
+
+def test_an_engine_that_does_not_trace_loads_no_opentelemetry() -> None:
+    code = "import sys; from kwflow.runners import loop, embedded; from kwflow.config import Config; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
