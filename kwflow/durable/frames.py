@@ -7,6 +7,7 @@ generator of the cold twin whose state dict is filled later, and `enter` runs it
 from __future__ import annotations
 
 import gc
+import sys
 import types
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from kwflow.errors import CodeChangedError, KwflowBug, NotDurableError, UsageErr
 __all__ = ["Frame", "State", "capture", "describe", "discard", "enter", "is_durable", "read", "restore", "shell", "where"]
 
 Gen: TypeAlias = "types.GeneratorType[Any, Any, Any]"
+_REFERENCES_TO_OURS = 3  # the frame's, the variable's and the argument's
 CREATED, SUSPENDED, FINISHED = "created", "suspended", "finished"
 
 
@@ -95,7 +97,7 @@ def copied_locals(frame: types.FrameType) -> dict[str, Any]:
     """The frame's variables; the copy that frames keep until 3.12 is emptied, or it would hold what the author has dropped."""
     found = frame.f_locals
     names = dict(found)
-    if type(found) is dict:
+    if type(found) is dict and sys.getrefcount(found) == _REFERENCES_TO_OURS:  # else the author has called locals()
         found.clear()
     return names
 

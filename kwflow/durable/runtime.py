@@ -117,29 +117,25 @@ def kept() -> bool:
     return not (sys.exc_info()[0] is GeneratorExit and abandoning())
 
 
-def enter(manager: Any) -> Any:
-    """`__enter__`, looked up as the with statement does: both methods on the type, before either runs."""
+def entry(manager: Any) -> Any:
+    """`__enter__`, looked up as the with statement does: both methods on the type, before either runs.
+
+    Lowered code calls it, and `__exit__`, itself: no frame of ours stands in the author's tracebacks.
+    """
     cls = type(manager)
     enter_ = getattr(cls, "__enter__", None)
     if enter_ is None or not hasattr(cls, "__exit__"):
         missed = " (missed __exit__ method)" if enter_ is not None else ""
         raise TypeError(f"'{cls.__name__}' object does not support the context manager protocol{missed}")
-    value = enter_(manager)
+    return enter_
+
+
+def entered(manager: Any, value: Any) -> Any:
+    """What `__enter__` returned; a driver is told."""
     driver: Driver | None = getattr(_driving, "driver", None)
     if driver is not None:
         driver.entered(manager, value)
     return value
-
-
-def leave(manager: Any) -> bool:
-    """`__exit__` with the exception being handled; True when it has to go on."""
-    if not kept():
-        return True
-    return not type(manager).__exit__(manager, *sys.exc_info())
-
-
-def exit_(manager: Any) -> None:
-    type(manager).__exit__(manager, None, None, None)
 
 
 class _Iterable:
@@ -170,15 +166,22 @@ class _Delegate(_Iterable):
     """`_Iterable` for `yield from`: send, throw and close go to the iterator if it has them (PEP 380)."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("send", "throw"):
+        """Looked up when it is needed, as CPython does; the author's `close` is cleanup, skipped when the generator is only forgotten (G8)."""
+        if name == "close" and abandoning():
+            return _nothing
+        if name in ("send", "throw", "close"):
             return getattr(self.iterator, name)
         raise AttributeError(name)
 
-    def close(self) -> None:
-        """The author's `close` is cleanup: skipped when the generator is only forgotten (G8)."""
-        close = getattr(self.iterator, "close", None)
-        if close is not None and not abandoning():
-            close()
+
+def _nothing() -> None:
+    """The `close` of what is only forgotten."""
+
+
+def _may_close(iterator: object) -> bool:
+    """Whether it could have a `close`; asked without running code of the author."""
+    cls = type(iterator)
+    return hasattr(cls, "close") or hasattr(cls, "__getattr__") or "close" in getattr(iterator, "__dict__", ())
 
 
 def delegate(source: Any) -> Any:
@@ -192,7 +195,7 @@ def delegate(source: Any) -> Any:
     if isinstance(iterator, _OURS):
         return iterator
     try:
-        if iter(iterator) is iterator and (isinstance(iterator, types.GeneratorType) or not hasattr(iterator, "close")):
+        if iter(iterator) is iterator and (isinstance(iterator, types.GeneratorType) or not _may_close(iterator)):
             return iterator
     except TypeError:
         pass
@@ -215,6 +218,40 @@ def awaited(value: Any) -> Any:
     return iterator if isinstance(iterator, _OURS) else delegate(iterator)
 
 
+def first(slots: dict[str, Any], name: str = "", cell: types.CellType | None = None) -> Any:
+    """Empties a state that has been read and returns its value of that name: what zero-argument `super()` looks for."""
+    value = slots.get(name)
+    slots.clear()
+    if cell is not None:
+        try:
+            value = cell.cell_contents
+        except ValueError:
+            return None
+    return value
+
+
+def links(error: BaseException) -> tuple[types.TracebackType | None, list[tuple[BaseException, BaseException | None]]]:
+    """What raising it again, to enter a handler or a `finally`, would change: also a cycle of contexts, which CPython cuts."""
+    contexts: list[tuple[BaseException, BaseException | None]] = [(error, error.__context__)]
+    seen = set()
+    other = sys.exc_info()[1]
+    while other is not None and id(other) not in seen:
+        seen.add(id(other))
+        if other.__context__ is error:
+            contexts.append((other, error))
+        other = other.__context__
+    return error.__traceback__, contexts
+
+
+def relink(error: BaseException, saved: tuple[types.TracebackType | None, list[tuple[BaseException, BaseException | None]]]) -> None:
+    """Put that back; one that comes from bytes has no traceback and keeps the line where it was raised again."""
+    traceback, contexts = saved
+    for other, context in contexts:
+        other.__context__ = context
+    if traceback is not None:
+        error.__traceback__ = traceback
+
+
 class Resume:
     """A delegate that is already started: swallows the handshake's `next`, then passes everything on (PEP 380)."""
 
@@ -234,19 +271,10 @@ class Resume:
             return None
         return next(self.target) if value is None else self.target.send(value)
 
-    def throw(self, *error: Any) -> Any:
-        throw = getattr(self.target, "throw", None)
-        try:
-            if throw is not None:
-                return throw(*error)
-            raise error[0] if len(error) == 1 else error[1] if isinstance(error[1], BaseException) else error[0](error[1])
-        finally:
-            error = ()  # or the error would hold this frame, which holds the error
-
-    def close(self) -> None:
-        close = getattr(self.target, "close", None)
-        if close is not None:
-            close()
+    def __getattr__(self, name: str) -> Any:
+        if name in ("throw", "close"):
+            return getattr(self.target, name)
+        raise AttributeError(name)
 
 
 class Runtime:
@@ -254,11 +282,15 @@ class Runtime:
 
     abandoned = staticmethod(abandoned)
     kept = staticmethod(kept)
-    enter = staticmethod(enter)
-    leave = staticmethod(leave)
-    exit = staticmethod(exit_)
+    entry = staticmethod(entry)
+    entered = staticmethod(entered)
+    exc_info = staticmethod(sys.exc_info)
+    type_of = builtins.type
     iter = staticmethod(iterate)
     delegate = staticmethod(delegate)
+    first = staticmethod(first)
+    links = staticmethod(links)
+    relink = staticmethod(relink)
     chain = itertools.chain
     slice = builtins.slice
     Resume = Resume

@@ -190,13 +190,19 @@ def run(start: Callable[[], Any], script: Script, log: list[str], trip: Trip | N
 def shallow(generator: Any) -> Any:
     from kwflow import durable
 
-    return durable.restore(durable.capture(generator))
+    state = durable.capture(generator)
+    made = durable.restore(state)
+    if not any(name.startswith("@delegate") for name in state.slots):  # which the two share, and discarding one would close
+        durable.discard(generator)
+    return made
 
 
 def deep(generator: Any) -> Any:
     from kwflow import durable
 
-    return durable.loads(durable.dumps(generator))
+    made = durable.loads(durable.dumps(generator))
+    durable.discard(generator)
+    return made
 
 
 TRIPS: dict[str, Trip | None] = {"lowered": None, "restored": shallow, "pickled": deep}

@@ -69,7 +69,9 @@ class Finally:
 
 
 LOOP = "loop"
+_HOLDING = {"augment", "bool", "compare", "delegate", "if", "spill", "unpack"}  # roles of temporaries whose values end with their statement
 RAISED, RETURNED, BROKE, CONTINUED = 1, 2, 3, 4
+_LEAVING = (ast.Return, ast.Raise, ast.Break, ast.Continue)
 
 
 @dataclass
@@ -85,6 +87,8 @@ class Emitter:
     exits: list[str | Finally] = field(default_factory=list)
     path: str = ""
     at: ast.AST | None = None
+    holding: list[str] = field(default_factory=list)
+    _held: list[str] = field(default_factory=list)
     _items: list[Block] = field(default_factory=list)
     _label_counts: dict[str, int] = field(default_factory=dict)
 
@@ -184,7 +188,27 @@ class Emitter:
             number += 1
             name = f"{base} {number}"
         self.temporaries[name] = None
+        if role in _HOLDING:
+            self.holding.append(name)
+            self._held.append(name)
         return name
+
+    def held(self, since: int) -> list[str]:
+        """The temporaries that hold values since there were `since` of them; the caller releases them."""
+        names, self.holding[since:] = self.holding[since:], []
+        return names
+
+    def held_in(self, since: int) -> list[str]:
+        """All that an exception may leave holding values, since `mark_held` gave `since`."""
+        return self._held[since:]
+
+    def mark_held(self) -> int:
+        return len(self._held)
+
+    def release(self, names: list[str]) -> None:
+        """Let go: an object must not live longer because something was waited for beside it."""
+        if names:
+            self.emit(ast.Assign([store(name) for name in names], constant(None)))
 
     def label(self) -> int:
         """A new label here; emits the store that tells `capture` where the generator waits."""
@@ -204,8 +228,11 @@ class Emitter:
         with self.collect() as block:
             for number, node in enumerate(statements):
                 self.path, self.at = f"{outer}{'.' if outer else ''}{name}{number}", node
-                mark = len(self.live)
+                mark, holding = len(self.live), len(self.holding)
                 self.statement(node)
                 del self.live[mark:]
+                names = self.held(holding)
+                if not isinstance(node, _LEAVING):
+                    self.release(names)
             self.path, self.at = outer, outer_at
         return block

@@ -77,7 +77,7 @@ class ModuleLowering:
         prologue: list[ast.stmt] = [_if_saved(name) for name in [*names, *saved]]
         prologue.append(assign("@c", _saved("@c")))
         prologue.append(ast.Assign([ast.Name("@l", ast.Store()), ast.Name("@r", ast.Store())], _saved("@l")))
-        prologue.append(ast.Delete([ast.Name("@S", ast.Del())]))
+        prologue += self._without_state(scope)
         declared: list[ast.stmt] = [ast.Global(sorted(scope.globals))] if scope.globals else []
         if captured:
             declared.append(ast.Nonlocal(list(scope.captured)))
@@ -85,6 +85,14 @@ class ModuleLowering:
         for statement in (*declared, *prologue):
             ast.copy_location(statement, node)
         return self._alone(ast.FunctionDef(f"@{definition.name}", arguments, [*declared, *prologue, *body], [], None), scope, scope.captured, node)
+
+    def _without_state(self, scope: Scope) -> list[ast.stmt]:
+        """Empty the state, whoever holds it; where `super` is used, under any name, the first variable is the first argument again."""
+        if "__class__" not in scope.free or not scope.arguments:
+            return [ast.Expr(call("first", load("@S"))), ast.Delete([ast.Name("@S", ast.Del())])]
+        name = scope.arguments[0]
+        cell = [ast.Subscript(load("@c"), constant(scope.captured.index(name)), ast.Load())] if name in scope.captured else []
+        return [assign("@S", call("first", load("@S"), constant(name), *cell))]
 
     def plain(self, node: ast.AST, scope: Scope) -> types.CodeType:
         """The function as it stands in the module, alone."""
@@ -105,6 +113,8 @@ class ModuleLowering:
     def _alone(self, inner: Any, scope: Scope, captured: tuple[str, ...], at: ast.AST) -> types.CodeType:
         """Its code with `captured` as free variables; `inner` is a lambda, or a def named `@...`: a name of its own that recursive calls do not mean."""
         ast.copy_location(inner, at)
+        if decorators := getattr(at, "decorator_list", []):  # never run; a function begins at its first decorator
+            inner.decorator_list = [ast.copy_location(constant(None), decorators[0])]
         body: list[ast.stmt] = [assign(name, constant(None)) for name in captured]
         body += [ast.Return(inner)] if isinstance(inner, ast.Lambda) else [inner]
         factory = ast.copy_location(ast.FunctionDef("@factory", no_arguments(), body, [], None), at)
@@ -114,9 +124,8 @@ class ModuleLowering:
         tree = ast.fix_missing_locations(ast.Module([factory], []))
         outer = next(const for const in self.compile(tree).co_consts if isinstance(const, types.CodeType))
         code = next(const for const in outer.co_consts if isinstance(const, types.CodeType))
-        first = min([at.lineno, *(d.lineno for d in getattr(at, "decorator_list", []))])  # type: ignore[attr-defined]
         name = code.co_name.removeprefix("@")
-        return _renamed(code.replace(co_name=name), f"@factory.<locals>.{code.co_name}", scope.qualname).replace(co_firstlineno=first)
+        return _renamed(code.replace(co_name=name), f"@factory.<locals>.{code.co_name}", scope.qualname)
 
 
 def _taken(node: ast.ClassDef) -> ast.stmt:
@@ -134,7 +143,8 @@ def _renamed(code: types.CodeType, inside: str, real: str) -> types.CodeType:
             return real + const[len(inside) :]
         return const
 
-    return code.replace(co_qualname=real + code.co_qualname[len(inside) :], co_consts=tuple(map(one, code.co_consts)))
+    name = code.co_qualname  # one declared global has no function around it in its name
+    return code.replace(co_qualname=real + name[len(inside) :] if name.startswith(inside) else name, co_consts=tuple(map(one, code.co_consts)))
 
 
 def cells_of(scope: Scope) -> ast.expr:

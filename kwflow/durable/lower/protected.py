@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import ast
 
-from kwflow.durable.lower.emit import BROKE, CONTINUED, RAISED, RETURNED, Block, Finally, assign, call, constant, helper, load
+from kwflow.durable.lower.emit import BROKE, CONTINUED, RAISED, RETURNED, Block, Finally, assign, call, constant, helper, load, store
 from kwflow.durable.lower.expressions import Expressions
 from kwflow.durable.lower.scopes import has_yield
 
 __all__ = ["Protected"]
 
 
-def _context_of(name: str, context: ast.expr_context) -> ast.Attribute:
-    return ast.Attribute(load(name), "__context__", context)
-
-
 class Protected(Expressions):
     """The passes over try and with."""
 
     def assign_to(self, target: ast.expr, value: ast.expr) -> None:
+        raise NotImplementedError
+
+    def after_release(self, names: list[str], statements: list[ast.stmt], name: str) -> Block:
         raise NotImplementedError
 
     def escapes(self, statements: list[ast.stmt]) -> bool:
@@ -48,17 +47,18 @@ class Protected(Expressions):
             self.emit_compound(ast.copy_location(ast.Try(body.body, [], [], final), node), first)
 
     def _try_except(self, node: ast.Try) -> None:
-        first = len(self.labels) + 1
+        first, began = len(self.labels) + 1, self.mark_held()
         handled = self.temporary("handled")
         body = self.block(node.body, "try")
-        blocks = [self._handler(handler, handled, number) for number, handler in enumerate(node.handlers)]
+        names = self.held_in(began)
+        blocks = [self._handler(handler, handled, number, names) for number, handler in enumerate(node.handlers)]
         orelse = self.block(node.orelse, "else") if node.orelse else Block([], 1, 0)
         entered = [block for block in blocks if block.labelled]
         statements = body.body
         if self.cold and orelse.labelled:
             statements = [ast.copy_location(ast.If(self.up_to(body.last if body.labelled else first - 1), statements, []), statements[0])]
         if self.cold and entered:
-            again = [assign(self._saved_context(handled), _context_of(handled, ast.Load())), ast.Raise(load(handled))]
+            again = [assign(self._links(handled), call("links", load(handled))), ast.Raise(load(handled))]
             statements = [ast.copy_location(ast.If(self.within(entered[0].first, entered[-1].last), again, []), node), *statements]
         clauses = [self._clause(handler, block, handled, bool(entered)) for handler, block in zip(node.handlers, blocks, strict=True)]
         if body.labelled:
@@ -68,28 +68,32 @@ class Protected(Expressions):
             clauses.insert(0, ast.copy_location(ast.ExceptHandler(abandoned, None, [ast.Raise()]), node))
         self.emit_compound(ast.copy_location(ast.Try(statements, clauses, orelse.body, []), node), first)
 
-    def _saved_context(self, handled: str) -> str:
-        """Raising again would put the wrong exception into `__context__`; kept here and put back in the handler."""
-        return handled.replace("@handled", "@context")
+    @staticmethod
+    def _links(handled: str) -> str:
+        """Raising again changes `__context__` and the traceback; kept here and put back in the handler."""
+        return handled.replace("@handled", "@links")
 
-    def _handler(self, handler: ast.ExceptHandler, handled: str, number: int) -> Block:
+    def _handler(self, handler: ast.ExceptHandler, handled: str, number: int, names: list[str]) -> Block:
         """The body; one that waits keeps its exception in `handled`, and the author's name is bound as CPython does."""
         if has_yield(handler.type):
             raise self.refuse(handler, "a yield in the type of an except clause")
         if not any(map(has_yield, handler.body)):
-            return self.block(handler.body, f"except{number}-")
+            return self.after_release(names, handler.body, f"except{number}-")
         self.live.append(handled)
         with self.collect() as block:
+            self.release(names)
             if handler.name is None:
                 self.emit_block(self.block(handler.body, f"except{number}-"))
             else:
                 self.emit(ast.copy_location(assign(handler.name, load(handled)), handler))
                 body = self.block(handler.body, f"except{number}-")
                 unbind: list[ast.stmt] = [assign(handler.name, constant(None)), ast.Delete([ast.Name(handler.name, ast.Del())])]
+                if handler.name in self.scope.captured:  # others may see the cell: forgetting a generator must not empty it
+                    unbind = [ast.If(call("kept"), unbind, [])]
                 self.emit_block(Block([ast.copy_location(ast.Try(body.body, [], [], unbind), handler)], body.first, body.last))
         self.live.remove(handled)
         if self.cold:
-            put_back = ast.Assign([_context_of(handled, ast.Store())], load(self._saved_context(handled)))
+            put_back = assign(self._links(handled), call("relink", load(handled), load(self._links(handled))))
             block.body = [ast.copy_location(ast.If(load("@r"), [put_back], []), handler), *block.body]
         return block
 
@@ -115,28 +119,29 @@ class Protected(Expressions):
         final = self.block(node.finalbody, "finally")
         del self.live[-2:]
         statements, prologue = body.body, []
-        context = self.temporary("context")
+        links = self.temporary("links")
         if self.cold:
-            again = self._happen_again(pending, context)
+            again = self._happen_again(pending, links)
             statements = [ast.copy_location(ast.If(self.within(final.first, final.last), again, statements), node)]
             raised = ast.BoolOp(ast.And(), [load("@r"), self._is(pending, RAISED)])
-            prologue = [ast.If(raised, [ast.Assign([_context_of(pending.value, ast.Store())], load(context))], [])]
-        raised_as = context.replace("@context", "@raised")
+            prologue = [ast.If(raised, [assign(links, call("relink", load(pending.value), load(links)))], [])]
+        raised_as = links.replace("@links", "@raised")
         noted = [assign(pending.completion, constant(RAISED)), assign(pending.value, load(raised_as)), ast.Raise()]
         handler = ast.copy_location(ast.ExceptHandler(helper("BaseException"), raised_as, noted), node)
         inner = ast.copy_location(ast.Try(statements, [handler], [], []), node)
-        kept = ast.copy_location(ast.If(call("kept"), [*prologue, *final.body, assign(pending.value, constant(None))], []), node.finalbody[0])
-        self.emit_compound(ast.copy_location(ast.Try([inner], [], [], [kept]), node), first)
+        kept = ast.copy_location(ast.If(call("kept"), [*prologue, *final.body], []), node.finalbody[0])
+        kept_then_released = ast.copy_location(ast.Try([kept], [], [], [assign(pending.value, constant(None))]), node.finalbody[0])
+        self.emit_compound(ast.copy_location(ast.Try([inner], [], [], [kept_then_released]), node), first)
 
     @staticmethod
     def _is(pending: Finally, how: int) -> ast.expr:
         return ast.Compare(load(pending.completion), [ast.Eq()], [constant(how)])
 
-    def _happen_again(self, pending: Finally, context: str) -> list[ast.stmt]:
+    def _happen_again(self, pending: Finally, links: str) -> list[ast.stmt]:
         """What led into the `finally`, once more; the `finally`s further out are told again, as on the first way out."""
         outer = [exit_ for exit_ in self.exits if isinstance(exit_, Finally)]
         returned = [assign(exit_.value, load(pending.value)) for exit_ in outer] + [assign(exit_.completion, constant(RETURNED)) for exit_ in outer]
-        raising: list[ast.stmt] = [assign(context, _context_of(pending.value, ast.Load())), ast.Raise(load(pending.value))]
+        raising: list[ast.stmt] = [assign(links, call("links", load(pending.value))), ast.Raise(load(pending.value))]
         again: list[ast.stmt] = [ast.If(self._is(pending, RAISED), raising, [])]
         again.append(ast.If(self._is(pending, RETURNED), [*returned, ast.Return(load(pending.value))], []))
         for how, used, leave in ((BROKE, pending.breaks, ast.Break()), (CONTINUED, pending.continues, ast.Continue())):
@@ -183,44 +188,59 @@ class Protected(Expressions):
         if rest:
             body = [ast.copy_location(ast.With(rest, node.body), node)]
         if not any(map(has_yield, body)) and not has_yield(item.optional_vars):
+            holding = len(self.holding)
             value = self.value(item.context_expr)
-            inside = self.block(body, "with").body
+            inside = self.after_release(self.held(holding), body, "with").body
             self.emit(ast.copy_location(ast.With([ast.withitem(value, item.optional_vars)], inside), node))
             return
         self._with_that_waits(node, item, body)
 
     def _with_that_waits(self, node: ast.With, item: ast.withitem, body: list[ast.stmt]) -> None:
         manager, entered, open_ = self.temporary("manager"), self.temporary("entered"), self.temporary("open")
-        mark = len(self.live)
+        mark, holding = len(self.live), len(self.holding)
         self.emit(assign(manager, self.value(item.context_expr)))
+        self.release(self.held(holding))
         del self.live[mark:]
-        self.emit(assign(entered, call("enter", load(manager))))
+        enter = call("entered", load(manager), ast.Call(call("entry", load(manager)), [load(manager)], []))
+        self.emit(assign(entered, enter) if item.optional_vars is not None else ast.Expr(enter))
         leaves = self.escapes(body)
         self.live.append(manager)
         if leaves:
             self.emit(assign(open_, constant(True)))
             self.live.append(open_)
-        first = len(self.labels) + 1
+        first, began = len(self.labels) + 1, self.mark_held()
         with self.collect() as block:
             if item.optional_vars is not None:
                 self.live.append(entered)
                 self.assign_to(item.optional_vars, load(entered))
+                self.emit(assign(entered, constant(None)))
                 self.live.pop()
             self.emit_block(self.block(body, "with"))
         del self.live[mark:]
-        failed: list[ast.stmt] = [ast.If(call("leave", load(manager)), [ast.Raise()], [])]
-        done: list[ast.stmt] = [ast.Expr(call("exit", load(manager)))]
+        forgotten: ast.stmt = assign(manager, constant(None))
+        swallowed: list[ast.stmt] = [ast.Assign([store(name) for name in names], constant(None))] if (names := self.held_in(began)) else []
+        failed: list[ast.stmt] = [ast.If(self._goes_on(manager), [forgotten, ast.Raise()], []), *swallowed]
+        done: list[ast.stmt] = [ast.Expr(self._exit(manager, *[constant(None)] * 3))]
         if leaves:
             failed.insert(0, assign(open_, constant(False)))
-            done = [ast.If(load(open_), done, [])]
+            done = [ast.If(load(open_), done, []), forgotten]
         for statement in (*failed, *done):
             ast.copy_location(statement, item.context_expr)
         handler = ast.copy_location(ast.ExceptHandler(None, None, failed), item.context_expr)
         guarded = ast.Try(block.body, [handler], [], done) if leaves else ast.Try(block.body, [handler], done, [])
         self.emit_compound(ast.copy_location(guarded, node), first)
-        self.emit(assign(manager, constant(None)))
-        if item.optional_vars is not None:
-            self.emit(assign(entered, constant(None)))
+        if not leaves:
+            self.emit(assign(manager, constant(None)))
+
+
+    @staticmethod
+    def _exit(manager: str, *error: ast.expr) -> ast.expr:
+        return ast.Call(ast.Attribute(call("type_of", load(manager)), "__exit__", ast.Load()), [load(manager), *error], [])
+
+    def _goes_on(self, manager: str) -> ast.expr:
+        """Whether the exception does: `__exit__` is not called for what is only forgotten (G8)."""
+        forgotten = ast.UnaryOp(ast.Not(), call("kept"))
+        return ast.BoolOp(ast.Or(), [forgotten, ast.UnaryOp(ast.Not(), self._exit(manager, ast.Starred(call("exc_info"), ast.Load())))])
 
 
 def _escapes(node: ast.AST, in_loop: bool) -> bool:

@@ -41,16 +41,10 @@ class Statements(Asyncs):
         if isinstance(node.value, _WAITS):
             wait = self.suspension(node.value)
             self.emit_labelled(ast.copy_location(ast.Expr(wait), node), len(self.labels))
-            self._forget_delegate(wait)
             return
         value = self.value(node.value)
         if not isinstance(value, ast.Name):
             self.emit(ast.copy_location(ast.Expr(value), node))
-
-    def _forget_delegate(self, wait: ast.expr) -> None:
-        """A delegate that has ended must not be kept alive by the frame."""
-        if isinstance(wait, ast.YieldFrom):
-            self.emit(assign(next(name for name in reversed(self.temporaries) if name.startswith("@delegate")), constant(None)))
 
     def statement_Return(self, node: ast.Return) -> None:
         pending = [exit_ for exit_ in self.exits if isinstance(exit_, Finally)]
@@ -81,7 +75,6 @@ class Statements(Asyncs):
             if isinstance(node.value, _WAITS):
                 wait = self.suspension(node.value)
                 self.emit_labelled(ast.copy_location(ast.Assign(node.targets, wait), node), len(self.labels))
-                self._forget_delegate(wait)
             else:
                 self.emit(ast.copy_location(ast.Assign(node.targets, self.value(node.value)), node))
             return
@@ -164,8 +157,12 @@ class Statements(Asyncs):
         self.emit_block(self.branch(ast.UnaryOp(ast.Not(), test), failed))
 
     def statement_Raise(self, node: ast.Raise) -> None:
-        parts = [part for part in (node.exc, node.cause) if part is not None]
-        self.emit(ast.copy_location(ast.Raise(*self.sequence([(PLAIN, part) for part in parts])), node))
+        parts, holding = [part for part in (node.exc, node.cause) if part is not None], len(self.holding)
+        *error, last = self.sequence([(PLAIN, part) for part in parts])
+        let_go: list[ast.expr] = [ast.NamedExpr(store(name), constant(None)) for name in self.held(holding)]
+        if let_go:  # the error's own traceback holds this frame: a temporary that holds the error would make a cycle
+            last = ast.Subscript(ast.Tuple([last, *let_go], ast.Load()), constant(0), ast.Load())
+        self.emit(ast.copy_location(ast.Raise(error[0], last) if error else ast.Raise(last), node))
 
     def statement_FunctionDef(self, node: ast.FunctionDef) -> None:
         for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]:
@@ -192,12 +189,21 @@ class Statements(Asyncs):
 
     # -- branches and loops ------------------------------------------------------------------------------------------
     def statement_If(self, node: ast.If) -> None:
-        mark = len(self.live)
+        mark, holding = len(self.live), len(self.holding)
         test = self.value(node.test)
         del self.live[mark:]
-        body = self.block(node.body, "body")
-        orelse = self.block(node.orelse, "else") if node.orelse else None
+        names = self.held(holding)
+        body = self.after_release(names, node.body, "body")
+        orelse = self.after_release(names, node.orelse, "else") if node.orelse or names else None
         self.emit_block(self.branch(test, body, orelse))
+
+    def after_release(self, names: list[str], statements: list[ast.stmt], name: str) -> Block:
+        """A block that first lets go what led into it."""
+        with self.collect() as block:
+            self.release(names)
+            if statements:
+                self.emit_block(self.block(statements, name))
+        return block
 
     def statement_While(self, node: ast.While) -> None:
         first = len(self.labels) + 1
@@ -209,11 +215,12 @@ class Statements(Asyncs):
             if self.cold and len(self.labels) >= first:
                 test = self.unless_entering(test, self.up_to(body.last) if body.labelled else constant(False))
         else:
-            going = self.temporary("while")
+            going, holding = self.temporary("while"), len(self.holding)
             self.emit(assign(going, constant(True)))
             self.live.append(going)
             with self.collect() as whole:
                 self.assign_into(going, ast.IfExp(node.test, constant(True), constant(False)))
+                self.release(self.held(holding))
                 self.emit_block(self.branch(load(going), self.block_with(node.body, "body", loop=True)))
             test, statements = load(going), whole.body
             if self.cold:
@@ -224,15 +231,16 @@ class Statements(Asyncs):
         self.emit_compound(loop, first)
 
     def statement_For(self, node: ast.For) -> None:
-        mark = len(self.live)
+        mark, holding = len(self.live), len(self.holding)
         source = self.value(node.iter)
-        first = len(self.labels) + 1
         if not has_yield(node.target) and not any(map(has_yield, node.body)):
-            self._for_without_waits(node, source, first)
+            self._for_without_waits(node, source, self.held(holding))
             return
         iterator = self.temporary("for-iterator")
         self.emit(assign(iterator, call("iter", source)))
+        self.release(self.held(holding))
         del self.live[mark:]
+        first = len(self.labels) + 1
         self.live.append(iterator)
         moved = self.cold or has_yield(node.target)
         value = self.temporary("for-value")
@@ -241,6 +249,7 @@ class Statements(Asyncs):
             if moved:
                 self.live.append(value)
                 self.assign_to(node.target, load(value))
+                self.emit(assign(value, constant(None)))
                 self.live.pop()
                 in_target = len(self.labels)
             self.emit_block(self.block_with(node.body, "body", loop=True))
@@ -257,12 +266,20 @@ class Statements(Asyncs):
         self.emit_compound(ast.copy_location(ast.For(target, over, body.body, orelse), node), first)
         self.emit(assign(iterator, constant(None)))
 
-    def _for_without_waits(self, node: ast.For, source: ast.expr, first: int) -> None:
+    def _for_without_waits(self, node: ast.For, source: ast.expr, names: list[str]) -> None:
+        if names:
+            iterator = self.temporary("for-iterator")
+            self.emit(assign(iterator, call("iter", source)))
+            self.release(names)
+            source = load(iterator)
+        first = len(self.labels) + 1
         body = self.block_with(node.body, "body", loop=True).body
         orelse = self.block(node.orelse, "else").body if node.orelse else []
         if self.cold and len(self.labels) >= first:
             source = self.unless_entering(source, constant(()))
         self.emit_compound(ast.copy_location(ast.For(node.target, source, body, orelse), node), first)
+        if names:
+            self.emit(assign(iterator, constant(None)))
 
     # -- match ---------------------------------------------------------------------------------------------------------
     def statement_Match(self, node: ast.Match) -> None:
@@ -271,12 +288,14 @@ class Statements(Asyncs):
         Patterns bind in place and are never run again.  A guard that waits cuts the match in two: the cases after it
         are tried only if it fails.
         """
-        mark = len(self.live)
+        mark, holding = len(self.live), len(self.holding)
         subject = self.value(node.subject)
         waiting_guards = any(has_yield(case.guard) for case in node.cases)
         if not self.cold and not waiting_guards:
-            cases = [ast.match_case(case.pattern, case.guard, self.block(case.body, f"case{n}-").body) for n, case in enumerate(node.cases)]
+            names = self.held(holding)
+            cases = [ast.match_case(case.pattern, case.guard, self.after_release(names, case.body, f"case{n}-").body) for n, case in enumerate(node.cases)]
             self.emit(ast.copy_location(ast.Match(subject, cases), node))  # hot: no guards, so its labels need no range
+            self.release(names)
             return
         chosen = self.temporary("case")
         if waiting_guards:
@@ -287,6 +306,7 @@ class Statements(Asyncs):
         else:
             self.emit(assign(chosen, constant(0)), self._chooser(node, subject, chosen, range(len(node.cases))))
         del self.live[mark:]
+        self.release(self.held(holding))
         self._dispatch(node, chosen)
 
     def _chooser(self, node: ast.Match, subject: ast.expr, chosen: str, numbers: range) -> ast.stmt:

@@ -165,3 +165,24 @@ def g_from_generator_kept_in_local():
     r = yield from g
     yield list(g)
     return r
+
+
+class Broken:
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return 1
+
+    def __getattr__(self, name):
+        log(name)
+        raise ZeroDivisionError(name)
+
+
+def g_from_a_broken_iterator():
+    try:
+        yield from Broken()
+    except Exception as error:
+        log(error)
+        yield "caught"
+    yield "end"

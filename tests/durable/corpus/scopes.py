@@ -491,3 +491,71 @@ def g_lambda_that_yields_held():
     f = lambda: (yield "inner")
     yield "held"
     return (yield from f())
+
+
+class Base:
+    def hello(self, x=0):
+        log(("base hello", x))
+        return ("base", x)
+
+
+class Derived(Base):
+    def hello(self, x=0):
+        yield "before"
+        a = (yield super)().hello((yield 1)) if (yield 0) is super else super().hello(1)
+        other = super
+        yield a
+        b = other().hello(2)
+        self.attribute = 1
+        yield b
+        return other(__class__, self).hello(3)
+
+
+def g_super_by_another_name():
+    r = yield from Derived().hello()
+    return r
+
+
+class Rebound(Base):
+    def hello(self, x=0):
+        keep = lambda: self
+        other = super
+        yield 1
+        a = other().hello(1)
+        yield a
+        return type(keep()).__name__
+
+    @staticmethod
+    def still(self):
+        other = super
+        yield 1
+        return other().hello(4)
+
+
+def g_super_of_captured_self():
+    r = yield from Rebound().hello()
+    s = yield from Rebound.still(Rebound())
+    return (r, s)
+
+
+def g_global_definitions_are_named_as_such():
+    global Everywhere, everywhere
+    yield 1
+
+    class Everywhere:
+        def method(self):
+            return self
+
+    def everywhere():
+        def inner():
+            return 1
+        return inner
+    yield (Everywhere.__qualname__, Everywhere.method.__qualname__, everywhere.__qualname__, everywhere().__qualname__)
+
+
+def g_locals_are_kept():
+    a = 1
+    found = locals()
+    yield "one"
+    yield found["a"]
+    return "a" in found

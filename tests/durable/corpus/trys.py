@@ -477,3 +477,95 @@ def g_assert():
 
 def g_raise_yields():
     raise (yield "exc") or ValueError("v") from (yield "cause") or KeyError("c")
+
+
+def lines_of(error):
+    import traceback
+    return [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.name.startswith("g_")]
+
+
+def g_traceback_in_handler():
+    try:
+        raise ValueError("v")
+    except ValueError as e:
+        one = len(lines_of(e))
+        yield one
+        two = len(lines_of(e))
+        yield two
+        try:
+            raise
+        except ValueError as again:
+            return len(lines_of(again))
+
+
+def g_traceback_in_finally():
+    try:
+        try:
+            raise ValueError("v")
+        finally:
+            yield 1
+            yield 2
+    except ValueError as e:
+        yield len(lines_of(e))
+        return len(lines_of(e))
+
+
+def g_cycle_of_contexts():
+    a, b, c = ValueError("a"), ValueError("b"), ValueError("c")
+    try:
+        raise a
+    except ValueError:
+        try:
+            raise b
+        except ValueError:
+            try:
+                raise c
+            except ValueError:
+                a.__context__ = c
+                yield 1
+                yield a.__context__ is c, c.__context__ is b, b.__context__ is a
+    return a.__context__ is c, c.__context__ is b, b.__context__ is a
+
+
+def frames_of(error):
+    import traceback
+    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+
+class Failing:
+    def __init__(self, where):
+        self.where = where
+
+    def __enter__(self):
+        if self.where == "enter":
+            raise ValueError("enter")
+
+    def __exit__(self, *error):
+        raise KeyError("exit")
+
+
+def g_tracebacks_hold_only_the_authors_frames():
+    for where in ("enter", "body", "exit"):
+        try:
+            with Failing(where):
+                yield where
+                if where == "body":
+                    raise TypeError("body")
+        except Exception as error:
+            log((frames_of(error), error.__context__ and frames_of(error.__context__)))
+    return "end"
+
+
+def decorated(function):
+    log(function.__code__.co_firstlineno)
+    return function
+
+
+@decorated
+@decorated
+def g_lines_of_a_decorated_generator():
+    try:
+        yield 1
+        raise ValueError
+    except ValueError as error:
+        return lines_of(error)
