@@ -11,6 +11,7 @@
     ├ ProtocolError         the record: dead-letter it and go on
     ├ SnapshotError         stored state: park the instance
     │   ├ CodeChangedError
+    │   ├ ResourceError         an object could not get its resource back after a restore
     │   ├ UnsavableError        a value that cannot be saved; names variable, function, place and type
     │   └ CorruptSnapshotError
     ├ TransportError        broker or store; `retryable` tells whether trying again can help
@@ -43,6 +44,7 @@ __all__ = [
     "OutcomeError",
     "OutcomeUnknown",
     "ProtocolError",
+    "ResourceError",
     "SnapshotError",
     "StepTimeout",
     "StuckError",
@@ -140,6 +142,17 @@ class CodeChangedError(SnapshotError):
 
 class CorruptSnapshotError(SnapshotError):
     """Stored bytes are not a snapshot of ours, or their checksum does not match; nothing was unpickled."""
+
+
+class ResourceError(SnapshotError):
+    """`__durable_reenter__` of an object raised after a restore; `type_name` is its class.  Nothing of the workflow has run."""
+
+    def __init__(self, message: str, type_name: str = "") -> None:
+        super().__init__(message, type_name)
+        self.type_name = type_name
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class UnsavableError(SnapshotError):

@@ -5,10 +5,12 @@ objects), runtime.py (what lowered code calls), frames.py (a frame as data), cod
 loader.py (imports).
 """
 
-from kwflow.durable.codec import allow_modules, dumps, loads
+from kwflow.durable.codec import dumps, loads
 from kwflow.durable.frames import Frame, State, capture, describe, discard, is_durable, restore
 from kwflow.durable.loader import durable, install, load_source, native, rewrite_first, uninstall
+from kwflow.durable.names import allow_modules
 from kwflow.durable.peek import canonical, canonical_bytes, peek
+from kwflow.durable.reducers import register_reducer
 from kwflow.durable.runtime import abandoning, set_abandoning
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "loads",
     "native",
     "peek",
+    "register_reducer",
     "restore",
     "rewrite_first",
     "set_abandoning",

@@ -1,13 +1,16 @@
 """Object graphs that hold durable generators, to bytes and back.
 
-Shells first (objects whose content is deferred), then their states by repeated `dump` on the same Pickler: its memo is
-shared, so identity and cycles survive and a chain of 20,000 generators does not recurse.  What may be named in a
-snapshot is decided in `allowed`, and the same list holds when saving: it must not know workflows.
+A body is one pickle of one list: the root, a spare place, then (kind, shell, state) for each object that was met as an empty
+shell.  The list grows while it is pickled, so identity and cycles survive and a chain of 20,000 generators does not
+recurse.  Both sides begin with the same table of names (`SEEDS`) in their memo, which makes small snapshots small.  What
+may be named is decided in names.py, how values are reduced in reducers.py; it must not know workflows.
 """
 
 from __future__ import annotations
 
+import builtins
 import collections
+import contextlib
 import importlib
 import io
 import pickle
@@ -15,97 +18,88 @@ import sys
 import types
 from typing import Any
 
-from kwflow.durable import rebuild, registry
-from kwflow.durable.frames import SUSPENDED, State, copied_locals, discard, enter, fill, read
-from kwflow.errors import CorruptSnapshotError, KwflowError, NotDurableError, SnapshotError, UnsavableError
+from kwflow.durable import culprit, names, rebuild, registry
+from kwflow.durable.frames import CREATED, FINISHED, SUSPENDED, discard, enter, forget_shells, refill, snap
+from kwflow.durable.local_classes import reduce_class
+from kwflow.durable.reducers import Refused, reduce_module, reducer_of
+from kwflow.errors import CorruptSnapshotError, ResourceError, SnapshotError
 
-__all__ = ["Code", "allow_modules", "dumps", "dumps_with_code", "loads", "register_class"]
+__all__ = ["FORMAT", "SEEDS", "Code", "dumps", "dumps_with_code", "loads", "padded", "register_class", "seeded"]
 
 Code = dict[str, tuple[registry.Module, dict[str, str]]]  # reference -> the version it stands for, and hashes of its units that are held
 
+FORMAT = b"\2"
 _PROTOCOL = 5
-_BUILTINS = frozenset(
-    "object type int float complex str bytes bytearray bool list tuple dict set frozenset range slice memoryview enumerate zip map filter reversed "
-    "iter NotImplemented Ellipsis property staticmethod classmethod super len min max sum abs sorted repr str print all any isinstance round hash id next".split()
+# kinds of states, part of the format
+_GENERATOR, _CELL, _FUNCTION, _EXCEPTION, _OBJECT, _CREATED, _FINISHED, _REENTER = range(8)
+_KINDS = {SUSPENDED: _GENERATOR, CREATED: _CREATED, FINISHED: _FINISHED}
+
+# What both memos hold from the start.  Part of format 2: never changed, only a new format may have another list.
+SEEDS: tuple[Any, ...] = (
+    *(rebuild.CONSTRUCTORS[name] for name in "generator cell function exception instance bound method global_of iterator_at custom".split()),
+    *(getattr(builtins, name) for name in "iter range enumerate zip reversed map filter".split()),
+    *map(sys.intern, ("main", "tasks", "waits", "joins", "finished", "steps", "task_next", "now_ms", "pending", "ok", "failed", "@l", "self", "opts")),
 )
-_STDLIB = frozenset(
-    "collections datetime decimal fractions uuid enum pathlib ipaddress itertools operator functools re types array zoneinfo random "
-    "dataclasses typing contextlib numbers string http copyreg _collections _operator pathlib._local _datetime _decimal".split()
-)
-_FUNCTIONS = {"copyreg": {"_reconstructor", "__newobj__", "__newobj_ex__"}, "re": {"_compile"}, "collections": {"_deque_iterator"}, "uuid": set(), "functools": {"reduce"}, "operator": None}
-_allowed: set[str] = set()
-_plain: set[type] = set()  # classes whose objects pickle handles by itself, unless the object is a sentinel
-_checked: set[type] = set()  # classes that may be named; only positive answers, `allow_modules` may add some
-_METHODS = frozenset(name for name in rebuild.CONSTRUCTORS if hasattr(rebuild.Names, name))
-_GENERATOR, _CELL, _FUNCTION, _EXCEPTION, _OBJECT = range(5)  # kinds of deferred states, part of the snapshot format
-_atoms = (type(None), bool, int, float, str, bytes)
+_PADDING = b"N" + b"\x94" * len(SEEDS) + b"."  # lets an unpickler count as many memo entries as the seeds are
 
 
-def allow_modules(names: list[str]) -> None:
-    """Modules (and their submodules) whose classes snapshots may hold, beside durable ones (config `snapshot.modules`)."""
-    _allowed.update(names)
+def padded(body: bytes) -> io.BytesIO:
+    """What an unpickler reads: first the padding, by a `load` of its own, then what comes after the format's number."""
+    return io.BytesIO(_PADDING + body[1:])
 
 
-def allowed(module: str, qualname: str, value: object) -> bool:
-    """Whether a snapshot may name this object: classes of known modules, functions only from fixed tables."""
-    if module == "builtins":
-        return qualname in _BUILTINS or (isinstance(value, type) and issubclass(value, BaseException))
-    if module == rebuild.__name__:
-        return qualname in rebuild.CONSTRUCTORS
-    if module.split(".")[0] == "kwflow":
-        return isinstance(value, type) or module == "kwflow.api"
-    if registry.logical_name(module) in registry.modules() or registry.version(module) or any(module == name or module.startswith(name + ".") for name in _allowed):
-        return True
-    if module in _FUNCTIONS and not isinstance(value, type):
-        names = _FUNCTIONS[module]
-        return names is None or qualname in names
-    return module in _STDLIB and isinstance(value, type)
+def seeded(seeds: tuple[Any, ...]) -> Any:
+    """The memo of an unpickler that holds these, to be given to others."""
 
+    class Template(pickle.Unpickler):
+        def persistent_load(self, number: str) -> Any:
+            return seeds[int(number)]
 
-class _Refused(Exception):
-    """Why one object cannot be saved."""
+    template = Template(io.BytesIO(b"\x80\x05" + b"".join(b"P%d\n\x94" % n for n in range(len(seeds))) + b"."))
+    template.load()
+    return template.memo
 
 
 class _Pickler(pickle.Pickler):
     """`pins` are the versions of modules that the graph was loaded with; `held` is the code it holds now (semantics §8.1)."""
 
-    def __init__(self, file: io.BytesIO, pins: registry.Pins) -> None:
-        super().__init__(file, _PROTOCOL)
-        self.pins = pins
-        self.deferred: list[tuple[int, Any, Any]] = []
-        self.held: Code = {}
-        self._references: dict[registry.Module, str] = {}
+    states: list[Any]  # grows while it is pickled: see the module's docstring
+    pins: registry.Pins
+    held: Code
+    references: dict[registry.Module, str]
+
+    def begin(self, root: Any, pins: registry.Pins) -> None:
+        self.pins, self.held, self.references = pins, {}, {}
+        self.memo = _pickler_memo
+        self.states = states = [root, None]  # two from the start: a list of one is not looked at again after its item
+        self.dump(states)
 
     def reducer_override(self, value: Any) -> Any:
         cls = type(value)
+        reducer = _REDUCERS.get(cls)
+        if reducer is not None:
+            return reducer(self, value)
         if cls not in _plain:
-            reducer = _REDUCERS.get(cls)
-            if reducer is not None:
-                return reducer(self, value)
-            if isinstance(value, type):
-                return self.class_(value)
-            if isinstance(value, BaseException):
-                return self.exception(value)
-            _plain.add(cls)
-        sentinel = registry.sentinel(value)
-        if sentinel is None:
-            return NotImplemented
-        found = registry.reference(*sentinel, value, self.pins)
-        if found is None:
-            return NotImplemented
+            return self.first(cls, value)
+        return NotImplemented if registry.sentinel(value) is None else self.sentinel(value) or NotImplemented
+
+    def sentinel(self, value: Any) -> Any:
+        """How the global that this very object is bound to is named; None if it is not."""
+        name = registry.sentinel(value)
+        found = registry.reference(*name, value, self.pins) if name is not None else None
+        if name is None or found is None:
+            return None
         self.held.setdefault(found[0], (found[1], {}))
-        return rebuild.global_of, (found[0], sentinel[1])
+        return rebuild.global_of, (found[0], name[1])
 
     def hold(self, function: registry.Function) -> str:
         """The reference of the module this function is of; its unit is held from now on."""
         home = function.home
-        reference = self._references.get(home)
+        reference = self.references.get(home)
         if reference is None:
-            reference = self._references[home] = registry.reference_of(home, self.pins.get(home.name) or registry.modules().get(home.name))
-        entry = self.held.get(reference)
-        if entry is None:
-            entry = self.held[reference] = (home, {})
-        entry[1][function.unit] = home.units[function.unit]
+            reference = self.references[home] = registry.reference_of(home, self.pins.get(home.name) or registry.modules().get(home.name))
+            self.held.setdefault(reference, (home, {}))
+        self.held[reference][1][function.unit] = home.units[function.unit]
         return reference
 
     def named(self, value: type | types.FunctionType) -> Any:
@@ -118,41 +112,68 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         return rebuild.named, (found[0], value.__qualname__)
 
+    def first(self, cls: type[Any], value: Any) -> Any:
+        """An object of a class that was not met before: how its objects are saved is kept."""
+        if issubclass(cls, type):
+            return self.class_(value)
+        if issubclass(cls, BaseException):
+            _REDUCERS[cls] = _Pickler.exception
+        elif hasattr(cls, "__durable_reenter__"):
+            _REDUCERS[cls] = _Pickler.resource
+        elif reducer_of(cls) is not None:
+            _REDUCERS[cls] = _Pickler.reduced
+        else:
+            _plain.add(cls)
+        return self.reducer_override(value)
+
+    def reduced(self, value: Any) -> Any:
+        reducer = reducer_of(type(value))
+        return self.sentinel(value) or (reducer(value) if reducer is not None else NotImplemented)
+
     def registered(self, value: Any) -> Any:
-        self.deferred.append((_OBJECT, value, value.__getstate__()))
+        self.states += (_OBJECT, value, value.__getstate__())
         return rebuild.instance, (rebuild.tag_of(type(value)),)
 
-    def class_(self, cls: type) -> Any:
+    def resource(self, value: Any) -> Any:
+        known = self.sentinel(value)
+        if known is not None:
+            return known
+        self.states += (_REENTER, value, None)
+        return value.__reduce_ex__(_PROTOCOL)
+
+    def class_(self, cls: type[Any]) -> Any:
         if cls in _checked or cls in _TYPES_WITHOUT_A_NAME:
             return NotImplemented
         if "<locals>" in cls.__qualname__:
-            raise _Refused(f"the class {cls.__qualname__} is defined inside a function; define it at module level")
-        if not allowed(cls.__module__, cls.__qualname__, cls):
-            raise _Refused(f"a value of class {cls.__module__}.{cls.__qualname__}; list its module under [snapshot] modules in kwflow.toml, or keep plain data")
+            return reduce_class(cls)
+        if not names.allowed(cls.__module__, cls.__qualname__, cls):
+            raise Refused(f"a value of class {cls.__module__}.{cls.__qualname__}; list its module under snapshot_modules in kwflow.toml, call durable.register_reducer, or keep plain data")
         if registry.is_durable(cls.__module__):
             named = self.named(cls)
             if named is None:
-                raise _Refused(f"the class {cls.__module__}.{cls.__qualname__} is not what its module has under that name")
+                raise Refused(f"the class {cls.__module__}.{cls.__qualname__} is not what its module has under that name")
             return named
         _checked.add(cls)
         return NotImplemented
 
     def exception(self, error: BaseException) -> Any:
-        self.class_(type(error))
-        slots = {name: getattr(error, name, None) for cls in type(error).__mro__ for name in EXCEPTION_SLOTS.get(cls, ())}
-        state = (error.__dict__, slots, error.__cause__, error.__context__, error.__suppress_context__)
-        self.deferred.append((_EXCEPTION, error, state))
-        return rebuild.exception, (type(error), error.args)
+        cls = type(error)
+        self.class_(cls)
+        slots = {name: getattr(error, name) for name in rebuild.exception_slots(cls) if hasattr(error, name)}
+        self.states += (_EXCEPTION, error, (error.__dict__, slots, error.__cause__, error.__context__, error.__suppress_context__))
+        return rebuild.exception, (cls, error.args)
 
     def generator(self, gen: types.GeneratorType[Any, Any, Any]) -> Any:
-        state = read(gen)
-        function = state.function
-        self.deferred.append((_GENERATOR, gen, (state.status, state.slots)))
-        return rebuild.generator, (self.hold(function), function.path, state.cells, state.name, state.qualname)
+        function, status, slots, cells = snap(gen)
+        reference = self.hold(function)
+        self.states += (_KINDS[status], gen, slots)
+        if gen.__name__ != function.name or gen.__qualname__ != function.qualname:
+            return rebuild.generator, (reference, function.path, cells, gen.__name__, gen.__qualname__)
+        return rebuild.generator, ((reference, function.path, cells) if cells else (reference, function.path))
 
     def cell(self, cell: types.CellType) -> Any:
         try:
-            self.deferred.append((_CELL, cell, cell.cell_contents))
+            self.states += (_CELL, cell, cell.cell_contents)
         except ValueError:
             pass  # an empty cell stays empty
         return rebuild.cell, ()
@@ -169,26 +190,18 @@ class _Pickler(pickle.Pickler):
                     self.hold(known)
                 return named
         elif "<" not in name and _named(module, name) is fn:
-            if allowed(module, name, fn) or module in _STDLIB:
+            if names.allowed(module, name, fn):
                 return NotImplemented
-            raise _Refused(f"the function {module}.{name} of a module that is not durable; list it under [snapshot] modules in kwflow.toml")
+            raise Refused(f"the function {module}.{name} of a module that is not durable; list it under snapshot_modules in kwflow.toml, or call it where it is needed")
         if known is None:
-            raise _Refused(f"the function {name} ({fn.__code__.co_filename}:{fn.__code__.co_firstlineno}), which belongs to no durable module")
+            raise Refused(f"the function {name} ({fn.__code__.co_filename}:{fn.__code__.co_firstlineno}), which belongs to no durable module")
         elsewhere = None if module == known.namespace["__name__"] else module  # by functools.wraps
-        state = (fn.__defaults__, fn.__kwdefaults__, fn.__dict__, fn.__name__, fn.__qualname__, fn.__doc__, elsewhere)
-        self.deferred.append((_FUNCTION, fn, state))
+        attributes = {name: value for name, value in fn.__dict__.items() if name != "_is_coroutine_mark"} if known.coroutine else fn.__dict__
+        self.states += (_FUNCTION, fn, (fn.__defaults__, fn.__kwdefaults__, attributes, fn.__name__, fn.__qualname__, fn.__doc__, elsewhere))
         return rebuild.function, (self.hold(known), known.path, fn.__closure__ or ())
 
     def method(self, value: types.MethodType) -> Any:
         return rebuild.method, (value.__self__, value.__func__)
-
-    def builtin(self, value: types.BuiltinFunctionType) -> Any:
-        owner = value.__self__
-        if owner is None or isinstance(owner, types.ModuleType):
-            return NotImplemented
-        if isinstance(owner, rebuild._BOUND_OF):
-            return rebuild.bound, (owner, value.__name__)
-        return NotImplemented
 
     def traceback(self, value: types.TracebackType) -> Any:
         """Lost, as exceptions lose theirs; every `__aexit__` that waits is given one."""
@@ -197,34 +210,42 @@ class _Pickler(pickle.Pickler):
     def module(self, value: types.ModuleType) -> Any:
         home = registry.version(value.__name__)
         if home is None:
-            return rebuild.imported_module, (value.__name__,)
+            return reduce_module(value)
         reference = registry.reference_of(home, self.pins.get(home.name) or registry.modules().get(home.name))
         self.held.setdefault(reference, (home, {}))
         return rebuild.imported_module, (reference,)
 
-    def mappingproxy(self, value: types.MappingProxyType[Any, Any]) -> Any:
-        return types.MappingProxyType, (dict(value),)
 
-
-EXCEPTION_SLOTS = rebuild.EXCEPTION_ATTRIBUTES
+_plain: set[type] = set()  # classes whose objects pickle handles by itself, unless the object is a sentinel
+_checked: set[type] = set()  # classes that may be named; only positive answers, `allow_modules` may add some
 _TYPES_WITHOUT_A_NAME = (type(None), type(NotImplemented), type(...))
 _REDUCERS: dict[type, Any] = {
     types.GeneratorType: _Pickler.generator,
     types.CellType: _Pickler.cell,
     types.FunctionType: _Pickler.function,
     types.MethodType: _Pickler.method,
-    types.BuiltinFunctionType: _Pickler.builtin,
     types.ModuleType: _Pickler.module,
     types.TracebackType: _Pickler.traceback,
-    types.MappingProxyType: _Pickler.mappingproxy,
 }
+_seeded_pickler = pickle.Pickler(io.BytesIO(), _PROTOCOL)
+_seeded_pickler.memo = {id(seed): (number, seed) for number, seed in enumerate(SEEDS)}
+_pickler_memo = _seeded_pickler.memo
+
+
+def _meaning(of: rebuild.Names) -> tuple[Any, ...]:
+    """The seeds as an unpickler has them: bound to the versions of modules that its snapshot is of."""
+    return tuple(getattr(of, seed.__name__) if getattr(seed, "__name__", None) in _METHODS else seed for seed in SEEDS)
+
+
+_METHODS = frozenset(name for name in rebuild.CONSTRUCTORS if hasattr(rebuild.Names, name))
+_unpickler_memo = seeded(_meaning(rebuild.CURRENT))
 
 
 def _named(module: str | None, qualname: str) -> Any:
-    found: Any = sys.modules.get(module or "")
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    return found
+    try:
+        return names.find(sys.modules.get(module or ""), qualname)
+    except AttributeError:
+        return None
 
 
 def register_class(tag: int, cls: type) -> None:
@@ -233,15 +254,21 @@ def register_class(tag: int, cls: type) -> None:
     _REDUCERS[cls] = _Pickler.registered
 
 
-def _dump(root: Any, pins: registry.Pins) -> tuple[bytes, Code]:
-    file = io.BytesIO()
-    pickler = _Pickler(file, pins)
-    pickler.dump(root)
-    while pickler.deferred:
-        states, pickler.deferred = pickler.deferred, []
-        pickler.dump(states)
-    pickler.dump(None)
-    return file.getvalue(), pickler.held
+class _TracingPickler(_Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        self.seen.append(value)
+        return super().reducer_override(value)
+
+    seen: collections.deque[Any]
+
+
+def _last_seen(root: Any, pins: registry.Pins) -> list[Any]:
+    """The last objects that a save of this graph looks at before it fails."""
+    pickler = _TracingPickler(io.BytesIO(), _PROTOCOL)
+    pickler.seen = collections.deque(maxlen=20)
+    with contextlib.suppress(Exception):
+        pickler.begin(root, pins)
+    return list(pickler.seen)
 
 
 def dumps(root: Any) -> bytes:
@@ -255,91 +282,43 @@ def dumps(root: Any) -> bytes:
 
 def dumps_with_code(root: Any, pins: registry.Pins) -> tuple[bytes, Code]:
     """`dumps` of a graph that was loaded with these pins, and the code it holds."""
+    file = io.BytesIO()
+    file.write(FORMAT)
+    pickler = _Pickler(file, _PROTOCOL)
     try:
-        return _dump(root, pins)
-    except (NotDurableError, UnsavableError) as error:
-        raise _named_error(root, error) from error
+        pickler.begin(root, pins)
     except Exception as error:  # reducers of any class may raise anything
-        raise _named_error(root, error) from error
+        raise culprit.explain(root, error, _last_seen(root, pins)) from error
+    return file.getvalue(), pickler.held
 
 
-def _named_error(root: Any, error: Exception) -> SnapshotError:
-    reason = str(error) or type(error).__name__
-    if isinstance(error, RecursionError):
-        reason = "it is nested too deeply"
-    for state in reversed(_generators(root)):
-        values = dict(state.slots)
-        for name, cell in zip(state.function.captured, state.cells, strict=False):
-            try:
-                values[name] = cell.cell_contents
-            except ValueError:
-                continue
-        for name, value in values.items():
-            if isinstance(value, types.GeneratorType) and registry.function_of(value.gi_code) is not None:
-                continue
-            try:
-                _dump(value, {})
-            except Exception as inner:
-                where = f"{state.function.filename}:{state.function.lineno}"
-                shown = name if name[0] != "@" else f"the {name[1:].split(' ')[0]} in use"
-                text = f"variable {shown!r} of {state.qualname} ({where}) cannot be saved: {type(value).__name__}: {inner or reason}"
-                return UnsavableError(text + "; drop it before the yield, or do this work in an activity", shown, state.qualname, where, type(value).__name__)
-    return UnsavableError(f"cannot be saved: {reason}", "", "", "", type(root).__name__)
+# -- back ----------------------------------------------------------------------------------------------------------
 
-
-def _generators(root: Any) -> list[State]:
-    """The durable generators that can be reached through plain containers, for an error message only."""
-    found: list[State] = []
-    seen: set[int] = set()
-    stack = [root]
-    while stack and len(seen) < 100_000:
-        value = stack.pop()
-        if id(value) in seen or isinstance(value, (*_atoms, types.ModuleType, type)):
-            continue
-        seen.add(id(value))
-        if isinstance(value, types.GeneratorType):
-            if registry.function_of(value.gi_code) is not None and not value.gi_running:
-                state = read(value)
-                found.append(state)
-                stack += [*state.slots.values(), *state.cells]
-        elif isinstance(value, types.CellType):
-            try:
-                stack.append(value.cell_contents)
-            except ValueError:
-                continue
-        elif isinstance(value, dict):
-            stack += value.values()
-        elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
-            stack += value
-        elif isinstance(value, types.FunctionType):
-            stack += value.__closure__ or ()
-        else:
-            stack += [getattr(value, name, None) for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ()) if name != "__weakref__"]
-            stack += list(getattr(value, "__dict__", {}).values())
-    return found
+_MOVED = {"pathlib._local": "pathlib"}  # of snapshots that an earlier release wrote on another minor
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, names: rebuild.Names) -> None:
-        super().__init__(file)
-        self.names = names
+    names: rebuild.Names
 
     def find_class(self, module: str, name: str) -> Any:
         if module == rebuild.__name__ and name in _METHODS:
             return getattr(self.names, name)
         if module in self.names.pins or registry.is_durable(module):
             return self.names.named(module, name)
-        if module not in sys.modules and module not in _STDLIB and not any(module == m or module.startswith(m + ".") for m in _allowed):
-            raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is not allowed (or its module is not loaded)")
         if module not in sys.modules:
-            importlib.import_module(module)
-        found: Any = sys.modules[module]
-        for part in name.split("."):
+            if not names.importable(module):
+                raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is not allowed (or its module is not loaded)")
             try:
-                found = getattr(found, part)
-            except AttributeError:
-                raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is gone") from None
-        if not allowed(module, name, found):
+                importlib.import_module(module)
+            except ImportError:
+                module = _MOVED.get(module, module)
+        if module == "itertools" and sys.version_info >= (3, 14) and name in names.ITERTOOLS:
+            module = "kwflow.durable.iters"  # what an earlier release stored: 3.14 takes no state for the originals
+        try:
+            found: Any = names.find(sys.modules[module], name)
+        except (KeyError, AttributeError):
+            raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is gone") from None
+        if not names.allowed(module, name, found):
             raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is not allowed")
         return found
 
@@ -350,33 +329,56 @@ _no_pins: registry.Pins = {}
 def loads(data: bytes, pins: registry.Pins = _no_pins) -> Any:
     """The graph again; generators wait at the yields where they were saved, in the versions of modules that are pinned, else in the current ones.
 
-    Raises SnapshotError and nothing else; CodeChangedError names the module that misses something.
+    Raises SnapshotError and nothing else; CodeChangedError names the module that misses something.  Objects with `__durable_reenter__` are told last; what that raises comes as a ResourceError.
     """
     waiting: list[types.GeneratorType[Any, Any, Any]] = []
     try:
-        unpickler = _Unpickler(io.BytesIO(data), rebuild.Names(pins))
-        root = unpickler.load()
-        for states in iter(unpickler.load, None):
-            _fill(states, waiting)
+        root, states = _states(data, pins) if data[:1] == FORMAT else _states_of_format_1(data, pins)
+        reentered = _fill(states, waiting)
         for gen in waiting:
             enter(gen)
-        return root
-    except KwflowError:
-        _discard(waiting)
-        raise
-    except Exception as error:
-        _discard(waiting)
+    except BaseException as error:
+        for gen in waiting:
+            discard(gen)
+        forget_shells()
+        if isinstance(error, SnapshotError) or not isinstance(error, Exception):
+            raise
         raise CorruptSnapshotError(f"not a snapshot that can be read: {type(error).__name__}: {error}") from error
+    for resource in reentered:
+        _reenter(resource, waiting)
+    return root
 
 
-def _fill(states: Any, waiting: list[types.GeneratorType[Any, Any, Any]]) -> None:
-    for kind, made, state in states:
+def _states(data: bytes, pins: registry.Pins) -> tuple[Any, list[Any]]:
+    unpickler = _Unpickler(padded(data))
+    unpickler.load()
+    unpickler.names = rebuild.Names(pins) if pins else rebuild.CURRENT
+    unpickler.memo = seeded(_meaning(unpickler.names)) if pins else _unpickler_memo
+    states = unpickler.load()
+    return states[0], states[2:]
+
+
+def _states_of_format_1(data: bytes, pins: registry.Pins) -> tuple[Any, list[Any]]:
+    """0.1.0: the root, then lists of (kind, shell, state) until None, as pickles of their own with one memo."""
+    unpickler = _Unpickler(io.BytesIO(data))
+    unpickler.names = rebuild.Names(pins)
+    root = unpickler.load()
+    states: list[Any] = []
+    for found in iter(unpickler.load, None):
+        for kind, made, state in found:
+            states += (_KINDS[state[0]], made, state[1]) if kind == _GENERATOR else (kind, made, state)
+    return root, states
+
+
+def _fill(states: list[Any], waiting: list[types.GeneratorType[Any, Any, Any]]) -> list[Any]:
+    """Give the shells their content; returns the resources among them."""
+    reentered = []
+    for kind, made, state in zip(states[::3], states[1::3], states[2::3], strict=True):
         if kind == _GENERATOR:
-            status, slots = state
-            fill(made, copied_locals(made.gi_frame)["@S"], status, slots)
-            if status == SUSPENDED:
-                waiting.append(made)
+            refill(made, SUSPENDED, state)
+            waiting.append(made)
         elif kind == _OBJECT:
+            rebuild.tag_of(type(made))
             made.__setstate__(state)
         elif kind == _CELL:
             made.cell_contents = state
@@ -384,10 +386,20 @@ def _fill(states: Any, waiting: list[types.GeneratorType[Any, Any, Any]]) -> Non
             rebuild.set_function(made, state)
         elif kind == _EXCEPTION:
             rebuild.set_exception(made, state)
+        elif kind in (_CREATED, _FINISHED):
+            refill(made, CREATED if kind == _CREATED else FINISHED, state)
+        elif kind == _REENTER:
+            reentered.append(made)
         else:
             raise CorruptSnapshotError(f"unknown kind of state {kind!r}")
+    return reentered
 
 
-def _discard(generators: list[types.GeneratorType[Any, Any, Any]]) -> None:
-    for gen in generators:
-        discard(gen)
+def _reenter(resource: Any, waiting: list[types.GeneratorType[Any, Any, Any]]) -> None:
+    try:
+        resource.__durable_reenter__()
+    except Exception as error:
+        for gen in waiting:
+            discard(gen)
+        name = type(resource).__qualname__
+        raise ResourceError(f"{name}.__durable_reenter__ failed: {type(error).__name__}: {error}; once it can be made again, retry", name) from error

@@ -17,9 +17,9 @@ from kwflow.durable.awaiting import below
 from kwflow.durable.lower.scopes import ITERATOR
 from kwflow.durable.registry import Function
 from kwflow.durable.runtime import Resume, set_abandoning
-from kwflow.errors import CodeChangedError, KwflowBug, NotDurableError, UsageError
+from kwflow.errors import CodeChangedError, CorruptSnapshotError, KwflowBug, NotDurableError, UsageError
 
-__all__ = ["Frame", "State", "capture", "describe", "discard", "enter", "is_durable", "read", "restore", "shell", "where"]
+__all__ = ["Frame", "State", "capture", "describe", "discard", "empty", "enter", "forget_shells", "is_durable", "read", "refill", "restore", "snap", "where"]
 
 Gen: TypeAlias = "types.GeneratorType[Any, Any, Any]"
 _REFERENCES_TO_OURS = 3  # the frame's, the variable's and the argument's
@@ -66,31 +66,73 @@ def _function(gen: Gen) -> Function:
     return function
 
 
-def read(gen: Gen) -> State:
-    """Its state, sharing every value.  Raises NotDurableError; UsageError while it runs."""
-    function = _function(gen)
-    if gen.gi_running:
-        raise UsageError(f"{gen.__qualname__} is running; only a waiting generator can be saved")
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What to read of the frames of one code object: for each label its name and the variables that matter there (none for generator expressions)."""
+
+    code: types.CodeType  # held, so that its id stays its own
+    function: Function
+    labels: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+_plans: dict[int, _Plan] = {}
+_LABEL = sys.intern("@l")
+
+
+def _plan(gen: Gen) -> _Plan:
+    code = gen.gi_code
+    plan = _plans.get(id(code))
+    if plan is None:
+        function = _function(gen)
+        captured = set(function.captured)
+        own = dict.fromkeys(name for name in (*code.co_varnames, *code.co_cellvars, *code.co_freevars) if name[0] != "@" and name not in captured)
+        labels = () if ".0" in code.co_varnames else tuple((label.name, (*own, *label.live)) for label in function.labels)
+        plan = _plans[id(code)] = _Plan(code, function, labels)
+    return plan
+
+
+def snap(gen: Gen) -> tuple[Function, str, dict[str, Any], tuple[types.CellType, ...]]:
+    """Function, status, slots and cells, sharing every value: the hot half of `read`.  Raises as it does."""
+    plan = _plans.get(id(gen.gi_code)) or _plan(gen)
     frame = gen.gi_frame
     if frame is None:
-        return State(function, FINISHED, {}, tuple(types.CellType() for _ in function.captured), gen.__name__, gen.__qualname__)
+        return plan.function, FINISHED, {}, tuple(types.CellType() for _ in plan.function.captured)
+    if not gen.gi_suspended or not plan.labels:
+        return _snap_slowly(gen, plan.function, frame)
+    names = frame.f_locals
+    label, wanted = plan.labels[names["@l"] - 1]
+    slots = {name: names[name] for name in wanted if name in names}
+    slots[_LABEL] = label
+    cells = names["@c"] if plan.function.captured else ()
+    if type(names) is dict:
+        names.clear()  # until 3.12 the frame keeps it, and would hold what the author has dropped
+    return plan.function, SUSPENDED, slots, cells
+
+
+def _snap_slowly(gen: Gen, function: Function, frame: types.FrameType) -> tuple[Function, str, dict[str, Any], tuple[types.CellType, ...]]:
+    """Of a generator that has not begun, or of a generator expression."""
+    if gen.gi_running:
+        raise UsageError(f"{gen.__qualname__} is running; only a waiting generator can be saved")
     names = copied_locals(frame)
     created = not gen.gi_suspended
     if ".0" in names:  # the first iterator of a generator expression
         names[ITERATOR if created else function.labels[0].live[0]] = names.pop(".0")
     if created and "@S" in names:  # a restored one that has not run yet
         slots = dict(names["@S"])
-        return State(function, CREATED, slots, slots.pop("@c"), gen.__name__, gen.__qualname__)
-    cells = _created_cells(gen, function, names) if created else names.get("@c", ())
+        return function, CREATED, slots, slots.pop("@c")
     captured = set(function.captured)
     slots = {name: value for name, value in names.items() if name[0] != "@" and name not in captured}
-    if not created:
-        label = function.labels[names.get("@l", 1) - 1]  # a generator expression has one
-        slots["@l"] = label.name
-        for name in label.live:
-            if name in names:
-                slots[name] = names[name]
-    return State(function, CREATED if created else SUSPENDED, slots, cells, gen.__name__, gen.__qualname__)
+    if created:
+        return function, CREATED, slots, _created_cells(gen, function, names)
+    label = function.labels[names.get("@l", 1) - 1]  # a generator expression has one
+    slots |= {name: names[name] for name in label.live if name in names}
+    slots[_LABEL] = label.name
+    return function, SUSPENDED, slots, names.get("@c", ())
+
+
+def read(gen: Gen) -> State:
+    """Its state, sharing every value.  Raises NotDurableError; UsageError while it runs."""
+    return State(*snap(gen), gen.__name__, gen.__qualname__)
 
 
 def copied_locals(frame: types.FrameType) -> dict[str, Any]:
@@ -116,29 +158,50 @@ def _created_cells(gen: Gen, function: Function, names: dict[str, Any]) -> tuple
     return tuple(free[name] if name in free else own[name] for name in function.captured)
 
 
-def shell(function: Function, cells: tuple[types.CellType, ...], name: str, qualname: str) -> tuple[Gen, dict[str, Any]]:
+_shells: dict[Gen, dict[str, Any]] = {}  # made and not filled yet
+
+
+def shell(function: Function, cells: tuple[types.CellType, ...], name: str | None, qualname: str | None) -> tuple[Gen, dict[str, Any]]:
     """An unstarted generator and the dict its first step will read; fill it, then `enter` if it was suspended."""
     slots: dict[str, Any] = {"@c": cells}
-    made = types.FunctionType(function.cold, function.namespace, function.name, None, cells)
-    gen: Gen = made(slots)
-    gen.__name__, gen.__qualname__ = name, qualname
+    gen: Gen = types.FunctionType(function.cold, function.namespace, name or function.name, None, cells)(slots)
+    gen.__qualname__ = qualname or function.qualname
     return gen, slots
+
+
+def empty(function: Function, cells: tuple[types.CellType, ...], name: str | None, qualname: str | None) -> Gen:
+    """A shell for `refill`."""
+    gen, slots = shell(function, cells, name, qualname)
+    _shells[gen] = slots
+    return gen
+
+
+def refill(gen: Gen, status: str, saved: dict[str, Any]) -> None:
+    """Fill what `empty` made."""
+    slots = _shells.pop(gen, None)
+    if slots is None:
+        raise CorruptSnapshotError(f"{gen.__qualname__} has two states in one snapshot")
+    fill(gen, slots, status, saved)
+
+
+def forget_shells() -> None:
+    """After a load that failed half-way."""
+    _shells.clear()
 
 
 def fill(gen: Gen, slots: dict[str, Any], status: str, saved: dict[str, Any]) -> None:
     """Put the saved slots into a shell's dict; a finished one is closed."""
-    function = _function(gen)
     slots.update(saved)
-    if status == FINISHED:
-        slots["@l"] = 0
-        gen.close()
-    elif status == CREATED:
-        slots["@l"] = 0
-    else:
+    if status == SUSPENDED:
+        function = _function(gen)
         try:
             slots["@l"] = function.label_numbers[saved["@l"]]
         except KeyError:
             raise CodeChangedError(f"{function.module}.{function.path} has no wait {saved.get('@l')!r} any more") from None
+        return
+    slots["@l"] = 0
+    if status == FINISHED:
+        gen.close()
 
 
 def enter(gen: Gen) -> None:

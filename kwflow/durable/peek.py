@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from typing import Any
 
-from kwflow.durable.codec import _CELL, _GENERATOR, dumps
+from kwflow.durable.codec import _CELL, _CREATED, _FINISHED, _GENERATOR, FORMAT, SEEDS, dumps, padded, seeded
 from kwflow.durable.frames import SUSPENDED
 from kwflow.errors import CorruptSnapshotError
 
@@ -63,14 +64,31 @@ class _Unpickler(pickle.Unpickler):
         return type(name, (Stub,), {"name": shown})
 
 
+_SEEDS = tuple(_REAL.get(seed.__name__, type(seed.__name__, (Stub,), {"name": seed.__name__})) if callable(seed) else seed for seed in SEEDS)
+_memo = seeded(_SEEDS)
+_GENERATORS = (_GENERATOR, _CREATED, _FINISHED)
+
+
 def _stubs(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
     """The root and the deferred states, of stubs."""
     try:
-        unpickler = _Unpickler(io.BytesIO(body))
-        root = unpickler.load()
-        return root, [state for states in iter(unpickler.load, None) for state in states]
+        if body[:1] != FORMAT:
+            return _stubs_of_format_1(body)
+        unpickler = _Unpickler(padded(body))
+        unpickler.load()
+        unpickler.memo = _memo
+        states = unpickler.load()
+        return states[0], list(zip(states[2::3], states[3::3], states[4::3], strict=True))
     except Exception as error:  # damaged bytes may do anything in an unpickler
         raise CorruptSnapshotError(f"the body of a snapshot cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _stubs_of_format_1(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
+    unpickler = _Unpickler(io.BytesIO(body))
+    root = unpickler.load()
+    found = [state for states in iter(unpickler.load, None) for state in states]
+    numbers = {"created": _CREATED, "finished": _FINISHED, SUSPENDED: _GENERATOR}
+    return root, [(numbers[state[0]], made, state[1]) if kind == _GENERATOR else (kind, made, state) for kind, made, state in found]
 
 
 def peek(body: bytes) -> list[tuple[str, dict[str, Any]]]:
@@ -78,12 +96,19 @@ def peek(body: bytes) -> list[tuple[str, dict[str, Any]]]:
     _, states = _stubs(body)
     cells = {id(cell): value for kind, cell, value in states if kind == _CELL}
     found = []
-    for kind, made, state in states:
-        if kind == _GENERATOR and state[0] == SUSPENDED:
-            values = {name: value for name, value in state[1].items() if name[0] != "@"}
-            shared = [cells[id(cell)] for cell in made.args[2] if id(cell) in cells]
-            found.append((made.args[4], {**values, **({"(shared with inner functions)": shared} if shared else {})}))
+    for kind, made, slots in states:
+        if kind == _GENERATOR:
+            values = {name: value for name, value in slots.items() if name[0] != "@"}
+            held = made.args[2] if len(made.args) > 2 else ()
+            shared = [cells[id(cell)] for cell in held if id(cell) in cells]
+            function = made.args[4] if len(made.args) > 4 else _qualname(made.args[1])
+            found.append((function, {**values, **({"(shared with inner functions)": shared} if shared else {})}))
     return found
+
+
+def _qualname(path: str) -> str:
+    """The name in a path, without the numbers of functions that share theirs."""
+    return re.sub(r"#\d+", "", path)
 
 
 def canonical(root: Any) -> str:
@@ -97,7 +122,7 @@ def canonical(root: Any) -> str:
 def canonical_bytes(body: bytes) -> str:
     """`canonical` of what these bytes hold.  Raises CorruptSnapshotError."""
     root, states = _stubs(body)
-    deferred = {id(made): (kind, dict(sorted(state[1].items())) if kind == _GENERATOR else state, state[0] if kind == _GENERATOR else "") for kind, made, state in states}
+    deferred = {id(made): (kind, dict(sorted(state.items())) if kind in _GENERATORS else state) for kind, made, state in states}
     numbers: dict[int, int] = {}
     nodes: list[Any] = []
 
@@ -120,9 +145,9 @@ def canonical_bytes(body: bytes) -> str:
     met = 0
     while met < len(nodes):
         node = nodes[met]
-        kind, state, status = deferred.get(id(node), ("", None, ""))
+        kind, state = deferred.get(id(node), ("", None))
         if isinstance(node, Stub):
-            text = f"{node.name} {ref(node.args)} {ref(node.state)} {' '.join(map(ref, node.items))} {kind} {status} {ref(state)}"
+            text = f"{node.name} {ref(node.args)} {ref(node.state)} {' '.join(map(ref, node.items))} {kind} {ref(state)}"
         elif isinstance(node, dict):
             text = "{" + " ".join(f"{ref(key)}: {ref(item)}" for key, item in node.items()) + "}"
         else:

@@ -2,25 +2,33 @@
 
 `Names` has those that need to know which versions of modules the snapshot is of (semantics §8.2).
 
-Cells, functions, exceptions and generators come into being empty; `codec.loads` fills them afterwards, so that cycles
-and chains of any length need no recursion.  Names here are part of the snapshot format.
+Cells, functions, classes, exceptions and generators come into being empty; `codec.loads` fills them afterwards, so that
+cycles and chains of any length need no recursion.  Names and arguments here are part of the snapshot format.
 """
 
 from __future__ import annotations
 
+import collections
+import importlib
+import itertools
+import re
+import struct
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
-from kwflow.durable import registry
-from kwflow.durable.frames import shell
-from kwflow.durable.registry import Function, Pins
+from kwflow.durable import names, registry
+from kwflow.durable.frames import empty
+from kwflow.durable.registry import Function, Module, Pins
+from kwflow.durable.runtime import as_coroutine
 from kwflow.errors import CodeChangedError, CorruptSnapshotError
 
 __all__ = [
-    "CONSTRUCTORS", "EXCEPTION_ATTRIBUTES", "Names", "bound", "cell", "exception", "function", "generator", "global_of", "imported_module", "instance", "method", "named", "register",
-    "set_exception", "set_function", "tag_of",
+    "CONSTRUCTORS", "CURRENT", "EXCEPTION_ATTRIBUTES", "Names", "Wrapped", "bound", "builders", "cell", "contents", "custom", "exception", "exception_slots", "function", "generator", "global_of",
+    "imported_module", "instance", "is_bound_of", "iterator_at", "local_class", "logger", "mapping_proxy", "match", "memory", "method", "named", "numpy_array", "path", "register", "set_class",
+    "set_exception", "set_function", "tag_of", "view", "zone",
 ]  # fmt: skip
 
 # what __init__ of a builtin exception stores beside args, which __new__ alone does not
@@ -37,9 +45,9 @@ EXCEPTION_ATTRIBUTES: dict[type[BaseException], tuple[str, ...]] = {
     NameError: ("name",),
 }
 
-
 _classes: dict[int, type[Any]] = {}
 _tags: dict[type[Any], int] = {}
+builders: dict[str, Callable[[Any], Any]] = {}  # `register_reducer`: name in snapshots -> build
 
 
 def register(tag: int, cls: type[Any]) -> None:
@@ -61,6 +69,9 @@ def instance(tag: int) -> Any:
     return made
 
 
+# -- generators, functions, cells ----------------------------------------------------------------------------------
+
+
 def cell() -> types.CellType:
     return types.CellType()
 
@@ -80,61 +91,74 @@ class Names:
         except KeyError:
             raise CodeChangedError(f"{module} has no function {path!r} any more", module) from None
 
-    def generator(self, module: str, path: str, cells: tuple[types.CellType, ...], name: str, qualname: str) -> types.GeneratorType[Any, Any, Any]:
-        return shell(self._function(module, path), cells, name, qualname)[0]
+    def generator(
+        self, module: str, path: str, cells: tuple[types.CellType, ...] = (), name: str | None = None, qualname: str | None = None
+    ) -> types.GeneratorType[Any, Any, Any]:
+        return empty(self._function(module, path), cells, name, qualname)
 
     def function(self, module: str, path: str, cells: tuple[types.CellType, ...]) -> types.FunctionType:
         found = self._function(module, path)
-        return types.FunctionType(found.plain, found.namespace, found.name, None, cells)
+        made = types.FunctionType(found.plain, found.namespace, found.name, None, cells)
+        return as_coroutine(made) if found.coroutine else made
 
     def named(self, module: str, qualname: str) -> Any:
-        """A class or function of a durable module."""
-        found = self._global(module, qualname)
-        if not isinstance(found, (type, types.FunctionType)):
-            raise CorruptSnapshotError(f"a snapshot names {module}.{qualname}, which is neither a class nor a function")
+        """A class or function that a durable module defines: not one that it has imported, nor one inside a module that it has."""
+        home = registry.module(module, self.pins)
+        found = self._global(home, module, qualname)
+        if not isinstance(found, (type, types.FunctionType)) or registry.logical_name(found.__module__) != home.name or found.__qualname__ != qualname:
+            raise CorruptSnapshotError(f"a snapshot names {module}.{qualname}, which is not allowed: no class or function of that module")
         return found
 
     def global_of(self, module: str, name: str) -> Any:
         """A sentinel: the object a durable module's global is bound to (semantics §4.3)."""
-        return self._global(module, name)
+        found = self._global(registry.module(module, self.pins), module, name)
+        if registry.sentinel(found) is None:
+            raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is no single object, but {type(found).__name__}")
+        return found
 
-    def _global(self, module: str, qualname: str) -> Any:
+    @staticmethod
+    def _global(home: Module, module: str, qualname: str) -> Any:
         try:
-            return registry.lookup(registry.module(module, self.pins).namespace, qualname)
+            first, _, rest = qualname.partition(".")
+            found = home.namespace[first]
+            if rest and not isinstance(found, type):
+                raise AttributeError(qualname)
+            return names.find(found, rest) if rest else found
         except (KeyError, AttributeError):
             raise CodeChangedError(f"a snapshot names {module}.{qualname}, which is gone", module) from None
 
     def imported_module(self, name: str) -> types.ModuleType:
-        """A module by name: only one that is loaded already, since importing runs code."""
+        """A module by name; imported only if it is of the standard library or some durable module imports it."""
         pinned = self.pins.get(name) or registry.version(name)
-        try:
-            return sys.modules[name if pinned is None else pinned.namespace["__name__"]]
-        except KeyError:
-            raise CorruptSnapshotError(f"a snapshot holds the module {name!r}, which is not loaded") from None
+        if pinned is not None:
+            return sys.modules[pinned.namespace["__name__"]]
+        if not names.is_module_value(name):
+            raise CorruptSnapshotError(f"a snapshot holds the module {name!r}, which is not allowed or not loaded")
+        return importlib.import_module(name)
 
 
 # what picklers name: an unpickler gives the methods of its `Names` for these
-_current = Names({})
+CURRENT = Names({})
 
 
 def generator(*arguments: Any) -> Any:
-    return _current.generator(*arguments)
+    return CURRENT.generator(*arguments)
 
 
 def function(*arguments: Any) -> Any:
-    return _current.function(*arguments)
+    return CURRENT.function(*arguments)
 
 
 def named(*arguments: Any) -> Any:
-    return _current.named(*arguments)
+    return CURRENT.named(*arguments)
 
 
 def global_of(*arguments: Any) -> Any:
-    return _current.global_of(*arguments)
+    return CURRENT.global_of(*arguments)
 
 
 def imported_module(*arguments: Any) -> Any:
-    return _current.imported_module(*arguments)
+    return CURRENT.imported_module(*arguments)
 
 
 def set_function(made: types.FunctionType, state: tuple[Any, ...]) -> None:
@@ -149,14 +173,141 @@ def method(owner: Any, made: Callable[..., Any]) -> types.MethodType:
     return types.MethodType(made, owner)
 
 
-_BOUND_OF = (list, dict, set, frozenset, tuple, str, bytes, bytearray, int, float)
+# -- classes defined in a function ---------------------------------------------------------------------------------
+
+
+_local: weakref.WeakSet[type[Any]] = weakref.WeakSet()
+
+
+def local_class(metaclass: type[Any], name: str, bases: tuple[type[Any], ...], slots: Any) -> type[Any]:
+    """A class without its members, which `set_class` gives it."""
+    if not (isinstance(metaclass, type) and issubclass(metaclass, type)):
+        raise CorruptSnapshotError(f"a snapshot makes a class by {metaclass!r}, which is no metaclass")
+    made: type[Any] = types.new_class(name, bases, {"metaclass": metaclass} if metaclass is not type else {}, lambda space: space.update({"__slots__": slots} if slots is not None else {}))
+    _local.add(made)
+    return made
+
+
+def set_class(made: type[Any], state: tuple[dict[str, Any], dict[str, Any] | None]) -> None:
+    """Its members, and the arguments of `dataclass` when that decorator had made the rest."""
+    if made not in _local:
+        raise CorruptSnapshotError(f"a snapshot changes the class {made!r}")
+    members, dataclass = state
+    for name, value in members.items():
+        setattr(made, name, _member(value))
+    if dataclass is not None:
+        importlib.import_module("dataclasses").dataclass(**dataclass)(made)
+
+
+def _member(value: Any) -> Any:
+    """Descriptors are saved as what they wrap, since pickle knows none of them."""
+    if not isinstance(value, Wrapped):
+        return value
+    if value.kind == "field":
+        options, metadata = value.held
+        return importlib.import_module("dataclasses").field(metadata=metadata, **options)
+    return {"property": property, "classmethod": classmethod, "staticmethod": staticmethod}[value.kind](*value.held)
+
+
+class Wrapped:
+    """A property, classmethod, staticmethod or field of a dataclass among the members of a saved class."""
+
+    __slots__ = ("held", "kind")
+
+    def __init__(self, kind: str, held: tuple[Any, ...]) -> None:
+        self.kind, self.held = kind, held
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Wrapped, (self.kind, self.held)
+
+
+# -- attributes of builtin objects ---------------------------------------------------------------------------------
+
+_BOUND_OF = (list, dict, set, frozenset, tuple, str, bytes, bytearray, int, float, complex, range, collections.deque, re.Pattern, struct.Struct)
+_MORE_BOUND_OF = ("datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta", "decimal.Decimal", "random.Random", "array.array")
+_DUNDERS = frozenset("__getitem__ __contains__ __len__ __eq__ __lt__ __add__ __mul__ __and__ __or__".split())
+
+
+def is_bound_of(owner: Any) -> bool:
+    cls = owner if isinstance(owner, type) else type(owner)
+    return issubclass(cls, _BOUND_OF) or any(f"{base.__module__}.{base.__qualname__}" in _MORE_BOUND_OF for base in cls.__mro__)
 
 
 def bound(owner: Any, name: str) -> Any:
-    """A bound method of a builtin container, such as `undo.append`."""
-    if not isinstance(owner, _BOUND_OF) or name.startswith("_"):
+    """A bound method of a builtin value, such as `undo.append`, or of a builtin class, such as `dict.fromkeys`."""
+    if not is_bound_of(owner) or (name.startswith("_") and name not in _DUNDERS) or name == "mro":
         raise CorruptSnapshotError(f"a snapshot names {type(owner).__name__}.{name}, which no snapshot of ours does")
     return getattr(owner, name)
+
+
+def view(source: dict[Any, Any], kind: str) -> Any:
+    owner = collections.OrderedDict if isinstance(source, collections.OrderedDict) else dict
+    return {"keys": owner.keys, "values": owner.values, "items": owner.items}[kind](source)
+
+
+def mapping_proxy(source: Any) -> Any:
+    return types.MappingProxyType(source)
+
+
+def memory(source: Any) -> memoryview:
+    return memoryview(source)
+
+
+# -- iterators ------------------------------------------------------------------------------------------------------
+
+
+_CONTENTS: dict[str, Callable[[Any], Any]] = {
+    "keys": iter,
+    "values": lambda source: iter(source.values()),
+    "items": lambda source: iter(source.items()),
+    "reversed keys": reversed,
+    "reversed values": lambda source: reversed(source.values()),
+    "reversed items": lambda source: reversed(source.items()),
+}
+
+
+def contents(source: Any, way: str) -> Any:
+    """A fresh iterator over what a dict or a deque holds."""
+    return _CONTENTS[way](source)
+
+
+def iterator_at(source: Any, way: str, position: int, size: int) -> Any:
+    """An iterator that has given `position` items of the `size` the container had when it was saved.
+
+    A native one; while the container is still being filled (it holds its own iterator), one that begins later.
+    """
+    if len(source) != size:
+        from kwflow.durable.iters import Later
+
+        return Later(source, way, position, size)
+    made = contents(source, way)
+    collections.deque(itertools.islice(made, position), maxlen=0)
+    return made
+
+
+# -- values with no portable pickle of their own -------------------------------------------------------------------
+
+
+_exception_slots: dict[type[BaseException], tuple[str, ...]] = {}
+
+
+def exception_slots(cls: type[BaseException]) -> tuple[str, ...]:
+    """The attributes of such an exception that neither args nor `__dict__` hold."""
+    found = _exception_slots.get(cls)
+    if found is None:
+        builtin = [name for base in cls.__mro__ for name in EXCEPTION_ATTRIBUTES.get(base, ())]
+        own = [_mangled(base, name) for base in cls.__mro__ for name in _slots(base) if name not in ("__dict__", "__weakref__")]
+        found = _exception_slots[cls] = tuple(dict.fromkeys([*builtin, *own]))
+    return found
+
+
+def _slots(cls: type[Any]) -> tuple[str, ...]:
+    slots = cls.__dict__.get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _mangled(cls: type[Any], name: str) -> str:
+    return f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
 
 
 def exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
@@ -182,6 +333,56 @@ def set_exception(made: BaseException, state: tuple[dict[str, Any], dict[str, An
     made.__suppress_context__ = suppress
 
 
+def path(kind: str, text: str) -> Any:
+    """A pathlib path: the module of its class differs between minors."""
+    if kind not in ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"):
+        raise CorruptSnapshotError(f"a snapshot holds a path of class {kind!r}")
+    return getattr(importlib.import_module("pathlib"), kind)(text)
+
+
+def zone(key: str) -> Any:
+    return importlib.import_module("zoneinfo").ZoneInfo(key)
+
+
+def logger(name: str) -> Any:
+    return importlib.import_module("logging").getLogger(name)
+
+
+def match(pattern: re.Pattern[Any], way: str, text: Any, first: int, last: int) -> Any:
+    """The match that this pattern finds again in the same text."""
+    found = {"match": re.Pattern.match, "fullmatch": re.Pattern.fullmatch, "search": re.Pattern.search}[way](pattern, text, first, last)
+    if found is None:
+        raise CorruptSnapshotError("a snapshot holds a match of a pattern that does not match")
+    return found
+
+
+def numpy_array(dtype: Any, shape: tuple[int, ...] | None, data: Any) -> Any:
+    """An array, a scalar (`shape` None) or a dtype (`data` None too) of numpy."""
+    numpy = importlib.import_module("numpy")
+    kind = numpy.dtype(dtype)
+    if data is None:
+        return kind
+    if kind.hasobject:
+        made = numpy.empty(len(data), kind)
+        made[:] = data
+        return made.reshape(shape)
+    made = numpy.frombuffer(data, kind)
+    return made[0] if shape is None else made.reshape(shape).copy()
+
+
+def custom(name: str, state: Any) -> Any:
+    """What a reducer of the author's has saved (`durable.register_reducer`)."""
+    try:
+        build = builders[name]
+    except KeyError:
+        raise CorruptSnapshotError(f"a snapshot holds {name!r}, for which no reducer is registered; import the module that calls durable.register_reducer first") from None
+    return build(state)
+
+
 CONSTRUCTORS: dict[str, Callable[..., Any]] = {
-    made.__name__: made for made in (bound, cell, exception, function, generator, global_of, imported_module, instance, method, named)
-}
+    made.__name__: made
+    for made in (
+        bound, cell, custom, exception, function, generator, global_of, imported_module, instance, iterator_at, local_class, logger, mapping_proxy, match, memory, method, named, numpy_array, path,
+        set_class, view, Wrapped, zone,
+    )
+}  # fmt: skip

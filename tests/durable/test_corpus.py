@@ -18,9 +18,6 @@ CASES = [(m, g) for m in harness.module_names() for g in harness.generators_of(h
 
 
 SHARED = ("g_from_generator_kept_in_local", "g_async_generator", "g_aclosing")
-REFUSED = {  # what cannot be saved yet is refused by name, never saved wrongly
-    "g_import": "basename",
-}
 
 
 def durable_is_there() -> bool:
@@ -54,9 +51,6 @@ def test_a_generator_restored_at_every_yield_does_what_it_does_natively(module: 
         pytest.skip("the copy shares its inner generator with the original, which this harness keeps, so it is not dropped when it would be natively")
     plain, other = native(module), lowered(module)
     found = harness.difference(plain[name], plain["LOG"], other[name], other["LOG"], harness.TRIPS[mode])
-    if mode == "pickled" and name in REFUSED:
-        assert found is not None and "UnsavableError" in found and REFUSED[name] in found and name in found
-        return
     assert found is None, found
 
 

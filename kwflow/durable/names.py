@@ -1,0 +1,173 @@
+"""What a snapshot may name: one list for saving and for loading, so that nothing is saved that will not load.
+
+A name is a way to code, so the list is short: constructors of ours, harmless builtins, value classes of the standard
+library, and what durable modules and the modules of `allow_modules` define *themselves*: a name never leads through a module that
+one of them imported (`flow` + `os.system`).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from typing import Any
+
+from kwflow.durable import registry
+
+__all__ = ["ITERTOOLS", "allow_modules", "allowed", "defined_in", "find", "importable", "is_allowed_module", "is_module_value"]
+
+_BUILTINS = frozenset(
+    "object type int float complex str bytes bytearray bool list tuple dict set frozenset range slice memoryview enumerate zip map filter reversed "
+    "iter NotImplemented Ellipsis property staticmethod classmethod len min max sum abs sorted repr str print all any isinstance issubclass callable round hash id next "
+    "ord chr divmod pow bin hex oct ascii format".split()
+)
+ITERTOOLS = frozenset(
+    "count cycle repeat accumulate chain compress dropwhile takewhile filterfalse groupby islice starmap tee zip_longest product permutations combinations "
+    "combinations_with_replacement pairwise batched _grouper _tee _tee_dataobject".split()
+)
+_CLASSES: dict[str, frozenset[str]] = {
+    module: frozenset(names.split())
+    for module, names in {
+        "_collections": "_deque_iterator _deque_reverse_iterator deque defaultdict OrderedDict",
+        "_datetime": "date datetime time timedelta timezone",
+        "_decimal": "Decimal Context",
+        "_io": "BytesIO StringIO",
+        "array": "array",
+        "collections": "ChainMap Counter OrderedDict UserDict UserList UserString defaultdict deque _deque_iterator _deque_reverse_iterator",
+        "contextlib": "AsyncExitStack ExitStack _AsyncGeneratorContextManager _GeneratorContextManager closing nullcontext suppress",
+        "dataclasses": "Field InitVar",
+        "datetime": "date datetime time timedelta timezone",
+        "decimal": "Context Decimal DecimalTuple",
+        "enum": "Enum Flag IntEnum IntFlag StrEnum",
+        "fractions": "Fraction",
+        "functools": "partial partialmethod",
+        "http": "HTTPMethod HTTPStatus",
+        "io": "BytesIO StringIO",
+        "ipaddress": "IPv4Address IPv4Interface IPv4Network IPv6Address IPv6Interface IPv6Network",
+        "itertools": " ".join(ITERTOOLS),
+        "numbers": "Complex Integral Number Rational Real",
+        "operator": "itemgetter",
+        "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+        "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+        "random": "Random",
+        "re": "Match Pattern RegexFlag",
+        "statistics": "NormalDist",
+        "string": "Formatter Template",
+        "struct": "Struct",
+        "time": "struct_time",
+        "types": "GenericAlias SimpleNamespace UnionType",
+        "urllib.parse": "DefragResult DefragResultBytes ParseResult ParseResultBytes SplitResult SplitResultBytes",
+        "uuid": "SafeUUID UUID",
+        "xml.etree.ElementTree": "Element ElementTree QName",
+        "zoneinfo": "ZoneInfo",
+    }.items()
+}
+_FUNCTIONS: dict[str, frozenset[str]] = {
+    module: frozenset(names.split())
+    for module, names in {
+        "array": "_array_reconstructor",
+        "base64": "b64decode b64encode urlsafe_b64decode urlsafe_b64encode",
+        "bisect": "bisect bisect_left bisect_right insort insort_left insort_right",
+        "copy": "copy deepcopy",
+        "copyreg": "__newobj__ __newobj_ex__ _reconstructor",
+        "functools": "reduce",
+        "heapq": "heapify heappop heappush heappushpop heapreplace nlargest nsmallest",
+        "html": "escape unescape",
+        "json": "dumps loads",
+        "math": "ceil comb copysign cos dist exp fabs floor fmod fsum gcd hypot isclose isfinite isinf isnan lcm log log10 log2 prod sin sqrt tan trunc",
+        "operator": "abs add and_ concat contains countOf eq floordiv ge getitem gt index indexOf inv invert is_ is_not le lshift lt matmul mod mul ne neg not_ or_ "
+        "pos pow rshift sub truediv truth xor",
+        "ntpath": "basename commonprefix dirname isabs join normcase normpath split splitdrive splitext",
+        "posixpath": "basename commonpath commonprefix dirname isabs join normcase normpath split splitdrive splitext",
+        "re": "_compile compile escape fullmatch match search split sub",
+        "statistics": "fmean geometric_mean harmonic_mean mean median median_high median_low mode multimode pstdev pvariance quantiles stdev variance",
+        "textwrap": "dedent fill indent shorten wrap",
+        "urllib.parse": "parse_qs parse_qsl quote quote_plus unquote unquote_plus urldefrag urlencode urljoin urlparse urlsplit urlunparse urlunsplit",
+    }.items()
+}
+for _told, _real in {"_operator": "operator", "_functools": "functools", "_heapq": "heapq", "_bisect": "bisect"}.items():  # where C says they are from
+    _FUNCTIONS[_told] = _FUNCTIONS[_real]
+# modules of the standard library whose exceptions a snapshot may name although nobody has imported them yet
+_EXCEPTIONS = frozenset(
+    "asyncio.exceptions concurrent.futures._base _csv csv decimal email.errors fractions http.client ipaddress json.decoder queue shutil socket sqlite3 ssl statistics struct subprocess "
+    "tomllib urllib.error uuid zipfile zlib zoneinfo zoneinfo._common".split()
+)
+_OURS_REFUSED = ("kwflow.cli", "kwflow.client", "kwflow.runners", "kwflow.testing", "kwflow.gateway", "kwflow.worker", "kwflow.config", "kwflow.durable.lower")
+_DURABLE = frozenset("kwflow.durable.awaiting kwflow.durable.iters kwflow.durable.resources kwflow.durable.runtime".split())
+_modules: set[str] = set()
+
+
+def allow_modules(names: list[str]) -> None:
+    """Modules (and their submodules) whose classes snapshots may hold, beside durable ones (config `snapshot_modules`)."""
+    _modules.update(names)
+
+
+def is_allowed_module(module: str) -> bool:
+    return registry.is_durable(module) or any(module == name or module.startswith(name + ".") for name in _modules)
+
+
+def importable(module: str) -> bool:
+    """Whether naming this module may import it: code that runs because bytes say so."""
+    return module in _CLASSES or module in _FUNCTIONS or module in _EXCEPTIONS or module in _DURABLE or (not registry.is_durable(module) and is_allowed_module(module))
+
+
+_RUN_BY_IMPORT = frozenset("__main__ antigravity idlelib test this turtledemo".split())
+
+
+def is_module_value(name: str) -> bool:
+    """Whether a variable may hold this module: one that is loaded, of the standard library, or imported in the source of a durable module."""
+    top = name.partition(".")[0]
+    if top == "kwflow":
+        return name in ("kwflow", "kwflow.api")
+    if name in sys.modules or is_allowed_module(name) or (top in sys.stdlib_module_names and top not in _RUN_BY_IMPORT):
+        return True
+    statement = re.compile(rf"^\s*(import|from)\s.*\b{re.escape(name)}\b", re.MULTILINE)
+    return any(statement.search(module.source) for module in registry.modules().values())
+
+
+def allowed(module: str, qualname: str, value: object) -> bool:
+    """Whether a snapshot may name this object: value classes of known modules, functions only from fixed tables."""
+    if module == "builtins":
+        return qualname in _BUILTINS or (isinstance(value, type) and issubclass(value, BaseException))
+    if module == "kwflow.durable.rebuild":
+        from kwflow.durable.rebuild import CONSTRUCTORS  # it is below this module in everything else
+
+        return qualname in CONSTRUCTORS
+    if module.split(".")[0] == "kwflow":
+        return _ours(module, qualname, value)
+    if is_allowed_module(module):
+        return defined_in(module, qualname, value)
+    if isinstance(value, type):
+        if qualname in _CLASSES.get(module, ()):
+            return True
+        known = module in _EXCEPTIONS or module.partition(".")[0] in sys.stdlib_module_names
+        return known and issubclass(value, BaseException) and defined_in(module, qualname, value)
+    return qualname in _FUNCTIONS.get(module, ()) or (module == "typing" and type(value).__module__ == "typing")
+
+
+def _ours(module: str, qualname: str, value: object) -> bool:
+    if any(module == name or module.startswith(name + ".") for name in _OURS_REFUSED) or not defined_in(module, qualname, value):
+        return False
+    if module.startswith("kwflow.durable."):
+        return module in _DURABLE and isinstance(value, type)
+    return isinstance(value, type) or module == "kwflow.api"
+
+
+def defined_in(module: str, qualname: str, value: object) -> bool:
+    """Whether a class or function says of itself that this is its name: not something the module has imported."""
+    if isinstance(value, types.ModuleType):
+        return False
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        return value.__module__ == module and value.__qualname__ == qualname
+    return True
+
+
+def find(module: Any, qualname: str) -> Any:
+    """The attribute at the end of a dotted name that leads through classes only.  Raises AttributeError."""
+    found = module
+    first = True
+    for part in qualname.split("."):
+        if not first and not isinstance(found, type):
+            raise AttributeError(qualname)
+        found, first = getattr(found, part), False
+    return found

@@ -1,0 +1,280 @@
+"""How each kind of value that a local may hold is saved, beside generators, functions, cells and exceptions (codec.py).
+
+One table, by exact type or, for modules that need not be loaded, by name.  A reducer gives what `pickle` expects of
+`__reduce__`; what it names is in rebuild.py or iters.py, never a private name of the standard library, so that a
+snapshot written on one minor of Python loads on the others.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import gc
+import itertools
+import re
+import struct
+import sys
+import types
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from kwflow.durable import iters, names, rebuild
+from kwflow.errors import UsageError
+
+__all__ = ["Refused", "reduce_module", "reducer_of", "register_reducer"]
+
+Reducer = Callable[[Any], Any]
+_ATOMS = (type(None), bool, int, float, str, bytes, bytearray, tuple, list, dict, set, frozenset, type, types.FunctionType, types.GeneratorType, types.CellType)
+
+
+class Refused(Exception):
+    """Why one object cannot be saved."""
+
+
+def register_reducer(cls: type[Any], reduce: Callable[[Any], Any], build: Callable[[Any], Any], name: str | None = None) -> None:
+    """Save objects of exactly this class as `reduce(object)`, and make them again by `build(that)`.
+
+    `reduce` gives any value that can be saved; it must not lead back to the object.  `name` (default: the class's) is what
+    stands in snapshots: it must stay as long as they do.  Raises UsageError for builtin values and for a name that is taken.
+    """
+    key = name or f"{cls.__module__}.{cls.__qualname__}"
+    if not isinstance(cls, type) or cls in _ATOMS or issubclass(cls, BaseException):
+        raise UsageError(f"{cls!r} has its own way into snapshots; register_reducer is for other classes")
+    known = _owners.get(key)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise UsageError(f"the reducer {key!r} is for {known.__module__}.{known.__qualname__} already; give this one a name of its own")
+    _owners[key] = cls
+    rebuild.builders[key] = build
+    _BY_TYPE[cls] = lambda value: (rebuild.custom, (key, reduce(value)))
+
+
+_owners: dict[str, type[Any]] = {}
+
+
+def reducer_of(cls: type[Any]) -> Reducer | None:
+    """The reducer of this class, if it has one."""
+    found = _BY_TYPE.get(cls)
+    if found is None:
+        found = _BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
+    if found is None and cls.__module__.partition(".")[0] == "numpy":
+        found = next((_FAMILIES[key] for base in cls.__mro__ if (key := f"{base.__module__}.{base.__qualname__}") in _FAMILIES), None)
+    return found
+
+
+# -- iterators -------------------------------------------------------------------------------------------------------
+
+
+def _itertool(value: Any) -> Any:
+    """As its twin in iters.py, which takes the same arguments and state."""
+    if sys.version_info >= (3, 14):
+        raise Refused(f"itertools.{type(value).__name__} cannot be looked into on Python 3.14; use kwflow.durable.iters.{type(value).__name__}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        made = value.__reduce__()
+    twin = getattr(iters, made[0].__name__, made[0]) if made[0].__module__ == "itertools" else made[0]
+    return (twin, *made[1:])
+
+
+def _groupby(value: Any) -> Any:
+    """Looked into, since its own `__reduce__` forgets which group it is in while that is read."""
+    held = gc.get_referents(value)
+    source, key, *state = held[1:] if held[0] is itertools.groupby else held
+    return iters.groupby, (source, key), state
+
+
+def _hidden(value: Any) -> Any:
+    name = type(value).__name__
+    raise Refused(f"itertools.{name} cannot be looked into; use kwflow.durable.iters.{name}")
+
+
+_WAYS = {
+    "dict_keyiterator": "keys", "dict_valueiterator": "values", "dict_itemiterator": "items",
+    "dict_reversekeyiterator": "reversed keys", "dict_reversevalueiterator": "reversed values", "dict_reverseitemiterator": "reversed items",
+}  # fmt: skip
+
+
+def _dict_iterator(value: Any) -> Any:
+    """By its dict and position, so that it sees later values and notices later insertions, as it would have."""
+    way = _WAYS[type(value).__name__]
+    source = next((held for held in gc.get_referents(value) if isinstance(held, dict)), None)
+    if source is None:
+        return iter, ((),)
+    try:
+        rest = value.__reduce__()[1][0]
+    except RuntimeError as error:
+        return iters.Broken, (str(error),)
+    if not _is_tail(rest, source, way):
+        return iter, (rest,)  # keys were taken out and others put in: no position says that
+    return rebuild.iterator_at, (source, way, len(source) - len(rest), len(source))
+
+
+def _is_tail(rest: list[Any], source: Any, way: str) -> bool:
+    if len(rest) > len(source):
+        return False
+    tail = itertools.islice(rebuild.contents(source, way), len(source) - len(rest), None)
+    if way.endswith("items"):
+        return all(a is c and b is d for (a, b), (c, d) in zip(rest, tail, strict=True))
+    return all(a is b for a, b in zip(rest, tail, strict=True))
+
+
+def _set_iterator(value: Any) -> Any:
+    source = next((held for held in gc.get_referents(value) if isinstance(held, (set, frozenset))), None)
+    if source is None:
+        return iter, ((),)
+    try:
+        rest = value.__reduce__()[1][0]
+    except RuntimeError as error:
+        return iters.Broken, (str(error),)
+    return iters.SetIterator, (source, rest, len(source))
+
+
+def _deque_iterator(value: Any) -> Any:
+    source, position = value.__reduce__()[1]
+    way = "reversed keys" if type(value) is _REVERSED_DEQUE else "keys"
+    return rebuild.iterator_at, (source, way, position, len(source))
+
+
+_REVERSED_DEQUE: type[Any] = type(reversed(collections.deque()))
+
+
+# -- attributes of builtin objects -----------------------------------------------------------------------------------
+
+
+def _builtin(value: Any) -> Any:
+    owner = value.__self__
+    if owner is None or isinstance(owner, types.ModuleType):
+        module = value.__module__ or ""
+        if not names.allowed(module, value.__qualname__, value):
+            raise Refused(f"the function {module}.{value.__qualname__} of a module that is not durable; list it under snapshot_modules in kwflow.toml, or call it where it is needed")
+        return NotImplemented
+    return _bound(value)
+
+
+def _bound(value: Any) -> Any:
+    owner = value.__self__
+    if not rebuild.is_bound_of(owner):
+        raise Refused(f"the method {value.__name__} of a {type(owner).__name__}; keep the object and call its method where it is needed")
+    return rebuild.bound, (owner, value.__name__)
+
+
+def _descriptor(value: Any) -> Any:
+    owner = value.__objclass__
+    if not rebuild.is_bound_of(owner):
+        raise Refused(f"{owner.__name__}.{value.__name__}; write a function instead")
+    return rebuild.bound, (owner, value.__name__)
+
+
+# -- other values ----------------------------------------------------------------------------------------------------
+
+
+def reduce_module(value: Any) -> Any:
+    name: str = value.__name__
+    if not names.is_module_value(name) or sys.modules.get(name) is not value:
+        raise Refused(f"the module {name!r}, which cannot be found by that name; import it where it is needed")
+    return rebuild.imported_module, (name,)
+
+
+def _mapping_proxy(value: Any) -> Any:
+    return rebuild.mapping_proxy, (gc.get_referents(value)[0],)
+
+
+def _view(value: Any) -> Any:
+    return rebuild.view, (gc.get_referents(value)[0], type(value).__name__.removeprefix("dict_").removeprefix("odict_"))
+
+
+def _memory(value: Any) -> Any:
+    whole = value.obj
+    if not isinstance(whole, (bytes, bytearray, array.array)) or value.nbytes != memoryview(whole).nbytes or value.format != memoryview(whole).format:
+        raise Refused("a memoryview of a part of something; keep the bytes, or the whole and its bounds")
+    return rebuild.memory, (whole,)
+
+
+def _weak(value: Any) -> Any:
+    raise Refused("a weak reference: what it points to may be gone after a restore; keep the object itself, or a key to look it up")
+
+
+def _context(value: Any) -> Any:
+    raise Refused("context variables belong to a thread of one process; keep their value in a variable of your own")
+
+
+def _match(value: Any) -> Any:
+    pattern, text = value.re, value.string
+    for way, first in (("search", value.pos), ("match", value.pos), ("fullmatch", value.pos), ("match", value.start()), ("fullmatch", value.start()), ("search", value.start())):
+        again = getattr(pattern, way)(text, first, value.endpos)
+        if again is not None and again.regs == value.regs and again.lastindex == value.lastindex:
+            return rebuild.match, (pattern, way, text, first, value.endpos)
+    raise Refused("a match that its pattern does not find again; keep its groups")
+
+
+def _path(value: Any) -> Any:
+    return rebuild.path, (type(value).__name__, str(value))
+
+
+def _zone(value: Any) -> Any:
+    if value.key is None:
+        raise Refused("a time zone read from a file, which has no key; use ZoneInfo(key)")
+    return rebuild.zone, (value.key,)
+
+
+def _logger(value: Any) -> Any:
+    return rebuild.logger, (value.name,)
+
+
+def _struct(value: Any) -> Any:
+    return struct.Struct, (value.format,)
+
+
+def _numpy_array(value: Any) -> Any:
+    kind = value.dtype
+    dtype = kind.descr if kind.names else kind.str
+    return rebuild.numpy_array, (dtype, value.shape, value.reshape(-1).tolist() if kind.hasobject else value.tobytes())
+
+
+def _numpy_scalar(value: Any) -> Any:
+    return rebuild.numpy_array, (value.dtype.descr if value.dtype.names else value.dtype.str, None, value.tobytes())
+
+
+def _numpy_dtype(value: Any) -> Any:
+    return rebuild.numpy_array, (value.descr if value.names else value.str, None, None)
+
+
+_BY_TYPE: dict[type[Any], Reducer] = {
+    **{type(getattr({}, way)()): _view for way in ("keys", "values", "items")},
+    **{type(getattr(collections.OrderedDict(), way)()): _view for way in ("keys", "values", "items")},
+    **{type(iter(getattr({}, way)())): _dict_iterator for way in ("keys", "values", "items")},
+    **{type(reversed(getattr({}, way)())): _dict_iterator for way in ("keys", "values", "items")},
+    **{getattr(itertools, name): _itertool for name in names.ITERTOOLS - {"pairwise", "batched", "tee"} if hasattr(itertools, name)},
+    **{getattr(itertools, name): _hidden for name in ("pairwise", "batched") if hasattr(itertools, name)},
+    itertools.groupby: _groupby,
+    type(iter(set())): _set_iterator,
+    type(iter(collections.deque())): _deque_iterator,
+    _REVERSED_DEQUE: _deque_iterator,
+    types.BuiltinFunctionType: _builtin,
+    types.MethodWrapperType: _bound,
+    types.MethodDescriptorType: _descriptor,
+    types.WrapperDescriptorType: _descriptor,
+    types.ClassMethodDescriptorType: _descriptor,
+    types.MappingProxyType: _mapping_proxy,
+    memoryview: _memory,
+    re.Match: _match,
+    struct.Struct: _struct,
+    weakref.ReferenceType: _weak,
+    weakref.ProxyType: _weak,
+    weakref.CallableProxyType: _weak,
+    weakref.WeakKeyDictionary: _weak,
+    weakref.WeakValueDictionary: _weak,
+    weakref.WeakSet: _weak,
+    weakref.WeakMethod: _weak,
+}
+_BY_NAME: dict[str, Reducer] = {
+    **{f"{module}.{kind}": _path for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")},
+    **{f"_contextvars.{kind}": _context for kind in ("Context", "ContextVar", "Token")},
+    **{f"contextvars.{kind}": _context for kind in ("Context", "ContextVar", "Token")},
+    "zoneinfo.ZoneInfo": _zone,
+    "logging.Logger": _logger,
+    "logging.RootLogger": _logger,
+    "numpy.ndarray": _numpy_array,
+}
+_FAMILIES: dict[str, Reducer] = {"numpy.generic": _numpy_scalar, "numpy.dtype": _numpy_dtype}
