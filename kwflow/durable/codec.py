@@ -18,7 +18,7 @@ import sys
 import types
 from typing import Any
 
-from kwflow.durable import culprit, names, rebuild, registry
+from kwflow.durable import culprit, iters, names, rebuild, registry
 from kwflow.durable.frames import CREATED, FINISHED, SUSPENDED, discard, enter, forget_shells, refill, snap
 from kwflow.durable.local_classes import reduce_class
 from kwflow.durable.reducers import Refused, reduce_module, reducer_of
@@ -159,7 +159,7 @@ class _Pickler(pickle.Pickler):
     def exception(self, error: BaseException) -> Any:
         cls = type(error)
         self.class_(cls)
-        slots = {name: getattr(error, name) for name in rebuild.exception_slots(cls) if hasattr(error, name)}
+        slots = {name: held for name in rebuild.exception_slots(cls) if (held := getattr(error, name, None)) is not None}
         self.states += (_EXCEPTION, error, (error.__dict__, slots, error.__cause__, error.__context__, error.__suppress_context__))
         return rebuild.exception, (cls, error.args)
 
@@ -313,7 +313,7 @@ class _Unpickler(pickle.Unpickler):
             except ImportError:
                 module = _MOVED.get(module, module)
         if module == "itertools" and sys.version_info >= (3, 14) and name in names.ITERTOOLS:
-            module = "kwflow.durable.iters"  # what an earlier release stored: 3.14 takes no state for the originals
+            return getattr(iters, name)  # what an earlier release stored: 3.14 takes no state for the originals
         try:
             found: Any = names.find(sys.modules[module], name)
         except (KeyError, AttributeError):

@@ -160,7 +160,7 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(held, dict):
         for name, attribute in held.items():
             yield f".{name}", attribute
-    for cls in type(value).__mro__:
+    for cls in type(value).__mro__ if not isinstance(value, types.FunctionType) else ():
         for name, descriptor in cls.__dict__.items():
             if isinstance(descriptor, types.MemberDescriptorType):
                 try:

@@ -11,25 +11,15 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from kwflow.durable.pools import IteratorBase, combinations, combinations_with_replacement, permutations, product
+
 __all__ = [
     "Broken", "Later", "SetIterator", "accumulate", "batched", "chain", "combinations", "combinations_with_replacement", "compress", "count", "cycle", "dropwhile", "filterfalse",
     "groupby", "islice", "pairwise", "permutations", "product", "repeat", "starmap", "takewhile", "tee", "zip_longest",
 ]  # fmt: skip
 
 
-class _Iterator:
-    """An iterator that is saved as its class, the arguments that make it, and a state."""
-
-    __slots__ = ("__weakref__",)
-
-    def __iter__(self) -> Any:
-        return self
-
-    def __next__(self) -> Any:
-        raise NotImplementedError
-
-
-class Broken(_Iterator):
+class Broken(IteratorBase):
     """A dict or set iterator whose container had changed its size: it says so for ever, as the original does."""
 
     __slots__ = ("message",)
@@ -44,7 +34,7 @@ class Broken(_Iterator):
         return Broken, (self.message,)
 
 
-class Later(_Iterator):
+class Later(IteratorBase):
     """An iterator over a container that was still empty when this was made, because it holds the iterator."""
 
     __slots__ = ("inner", "position", "size", "source", "way")
@@ -69,7 +59,7 @@ class Later(_Iterator):
         return (iter, (self.inner,)) if self.inner is not None else (Later, (self.source, self.way, self.position, self.size))
 
 
-class SetIterator(_Iterator):
+class SetIterator(IteratorBase):
     """The rest of a set in the order it had when it was saved, watching the set itself for changes of its size."""
 
     __slots__ = ("rest", "size", "source")
@@ -94,7 +84,7 @@ class SetIterator(_Iterator):
         return SetIterator, (self.source, self.rest[::-1], self.size)
 
 
-class count(_Iterator):
+class count(IteratorBase):
     __slots__ = ("step", "value")
 
     def __init__(self, start: Any = 0, step: Any = 1) -> None:
@@ -112,7 +102,7 @@ class count(_Iterator):
         return f"count({self.value!r})" if self.step == 1 and isinstance(self.step, int) else f"count({self.value!r}, {self.step!r})"
 
 
-class cycle(_Iterator):
+class cycle(IteratorBase):
     __slots__ = ("first", "iterator", "saved")
 
     def __init__(self, iterable: Iterable[Any]) -> None:
@@ -139,7 +129,7 @@ class cycle(_Iterator):
         self.first = not again
 
 
-class repeat(_Iterator):
+class repeat(IteratorBase):
     __slots__ = ("left", "value")
 
     def __init__(self, value: Any, times: int | None = None) -> None:
@@ -165,7 +155,7 @@ class repeat(_Iterator):
         return f"repeat({self.value!r})" if self.left is None else f"repeat({self.value!r}, {self.left})"
 
 
-class accumulate(_Iterator):
+class accumulate(IteratorBase):
     __slots__ = ("begun", "function", "initial", "iterator", "total")
 
     def __init__(self, iterable: Iterable[Any], func: Callable[[Any, Any], Any] | None = None, *, initial: Any = None) -> None:
@@ -194,7 +184,7 @@ class accumulate(_Iterator):
             self.total, self.begun = state, state is not None
 
 
-class chain(_Iterator):
+class chain(IteratorBase):
     __slots__ = ("active", "source")
 
     def __init__(self, *iterables: Iterable[Any]) -> None:
@@ -229,7 +219,7 @@ class chain(_Iterator):
         self.source, self.active = state if len(state) == 2 else (*state, None)
 
 
-class compress(_Iterator):
+class compress(IteratorBase):
     __slots__ = ("data", "selectors")
 
     def __init__(self, data: Iterable[Any], selectors: Iterable[Any]) -> None:
@@ -245,7 +235,7 @@ class compress(_Iterator):
         return compress, (self.data, self.selectors)
 
 
-class _While(_Iterator):
+class _While(IteratorBase):
     __slots__ = ("iterator", "passed", "predicate")
 
     def __init__(self, predicate: Callable[[Any], Any], iterable: Iterable[Any]) -> None:
@@ -283,7 +273,7 @@ class takewhile(_While):
         raise StopIteration
 
 
-class filterfalse(_Iterator):
+class filterfalse(IteratorBase):
     __slots__ = ("iterator", "predicate")
 
     def __init__(self, predicate: Callable[[Any], Any] | None, iterable: Iterable[Any]) -> None:
@@ -302,7 +292,7 @@ class filterfalse(_Iterator):
 _UNSET: Any = object()  # never saved: states leave out what is not set
 
 
-class groupby(_Iterator):
+class groupby(IteratorBase):
     __slots__ = ("current", "current_key", "iterator", "key", "target", "value")
 
     def __init__(self, iterable: Iterable[Any], key: Callable[[Any], Any] | None = None) -> None:
@@ -329,10 +319,10 @@ class groupby(_Iterator):
         if isinstance(state, tuple):  # the original's, which forgets all when the current value is taken
             self.value, self.target, self.current_key = state
         elif state:
-            self.target, self.current_key, self.value = (*state, _UNSET)[:3]
+            self.target, self.current_key, self.value = (*state, _UNSET, _UNSET)[:3]
 
 
-class _grouper(_Iterator):
+class _grouper(IteratorBase):
     __slots__ = ("key", "parent")
 
     def __init__(self, parent: groupby, key: Any) -> None:
@@ -354,7 +344,7 @@ class _grouper(_Iterator):
         return (_grouper, (self.parent, self.key)) if self.parent.current is self else (iter, ((),))
 
 
-class islice(_Iterator):
+class islice(IteratorBase):
     __slots__ = ("at", "iterator", "next", "step", "stop")
 
     def __init__(self, iterable: Iterable[Any], *bounds: int | None) -> None:
@@ -395,7 +385,7 @@ class islice(_Iterator):
         self.at = state
 
 
-class starmap(_Iterator):
+class starmap(IteratorBase):
     __slots__ = ("function", "iterator")
 
     def __init__(self, function: Callable[..., Any], iterable: Iterable[Any]) -> None:
@@ -423,7 +413,7 @@ class _tee_dataobject:
         return _tee_dataobject, (self.iterator, self.values, self.next)
 
 
-class _tee(_Iterator):
+class _tee(IteratorBase):
     __slots__ = ("data", "index")
 
     def __init__(self, iterable: Any = ()) -> None:
@@ -458,7 +448,7 @@ def tee(iterable: Iterable[Any], n: int = 2) -> tuple[_tee, ...]:
     return tuple(first if k == 0 else _tee(first) for k in range(n))
 
 
-class zip_longest(_Iterator):
+class zip_longest(IteratorBase):
     __slots__ = ("fill", "iterators")
 
     def __init__(self, *iterables: Iterable[Any], fillvalue: Any = None) -> None:
@@ -493,7 +483,7 @@ def _is_over(iterator: Any) -> bool:
     return type(iterator) is _OVER and iterator.__length_hint__() == 0
 
 
-class pairwise(_Iterator):
+class pairwise(IteratorBase):
     __slots__ = ("begun", "iterator", "last")
 
     def __init__(self, iterable: Iterable[Any]) -> None:
@@ -514,7 +504,7 @@ class pairwise(_Iterator):
         self.begun, self.last = state
 
 
-class batched(_Iterator):
+class batched(IteratorBase):
     __slots__ = ("iterator", "n", "strict")
 
     def __init__(self, iterable: Iterable[Any], n: int, *, strict: bool = False) -> None:
@@ -539,131 +529,3 @@ class batched(_Iterator):
 
     def __setstate__(self, state: Any) -> None:
         self.strict = state
-
-
-# -- combinations of pools -------------------------------------------------------------------------------------------
-
-
-class _Indexed(_Iterator):
-    """Goes through tuples of indices into a pool.  Invariant: `state` is None before the first one, () after the last."""
-
-    __slots__ = ("pool", "state", "width")
-
-    def __init__(self, iterable: Iterable[Any], r: int) -> None:
-        self.pool, self.width = tuple(iterable), r
-        if r < 0:
-            raise ValueError("r must be non-negative")
-        self.state: Any = None
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.pool, self.width), self.state
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def _first(self) -> Any:
-        raise NotImplementedError
-
-    def _after(self, state: Any) -> Any:
-        raise NotImplementedError
-
-    def __next__(self) -> Any:
-        if self.state != ():
-            self.state = self._first() if self.state is None else self._after(self.state)
-        if self.state == ():
-            raise StopIteration
-        return self._items()
-
-    def _items(self) -> Any:
-        return tuple(self.pool[i] for i in self.state)
-
-
-class combinations(_Indexed):
-    __slots__ = ()
-
-    def _first(self) -> Any:
-        return tuple(range(self.width)) or _EMPTY if self.width <= len(self.pool) else ()
-
-    def _after(self, state: Any) -> Any:
-        indices = list(state)
-        for i in reversed(range(len(indices))):
-            if indices[i] != i + len(self.pool) - self.width:
-                return (*indices[:i], *range(indices[i] + 1, indices[i] + 1 + self.width - i))
-        return ()
-
-
-class combinations_with_replacement(_Indexed):
-    __slots__ = ()
-
-    def _first(self) -> Any:
-        return (0,) * self.width or _EMPTY if self.pool or not self.width else ()
-
-    def _after(self, state: Any) -> Any:
-        indices = list(state)
-        for i in reversed(range(len(indices))):
-            if indices[i] != len(self.pool) - 1:
-                return (*indices[:i], *[indices[i] + 1] * (self.width - i))
-        return ()
-
-
-_EMPTY: Any = range(0)  # the one empty tuple of indices, which is not "after the last"
-
-
-class permutations(_Indexed):
-    __slots__ = ()
-
-    def __init__(self, iterable: Iterable[Any], r: int | None = None) -> None:
-        pool = tuple(iterable)
-        super().__init__(pool, len(pool) if r is None else r)
-
-    def _first(self) -> Any:
-        n = len(self.pool)
-        return (tuple(range(n)), tuple(range(n, n - self.width, -1))) if self.width <= n else ()
-
-    def _after(self, state: Any) -> Any:
-        indices, cycles = list(state[0]), list(state[1])
-        n = len(indices)
-        for i in reversed(range(self.width)):
-            cycles[i] -= 1
-            if cycles[i] == 0:
-                indices[i:] = [*indices[i + 1 :], indices[i]]
-                cycles[i] = n - i
-            else:
-                j = n - cycles[i]
-                indices[i], indices[j] = indices[j], indices[i]
-                return tuple(indices), tuple(cycles)
-        return ()
-
-    def _items(self) -> Any:
-        return tuple(self.pool[i] for i in self.state[0][: self.width])
-
-
-class product(_Iterator):
-    __slots__ = ("pools", "state")
-
-    def __init__(self, *iterables: Iterable[Any], repeat: int = 1) -> None:
-        self.pools = [tuple(iterable) for iterable in iterables] * repeat
-        self.state: Any = None
-
-    def __next__(self) -> Any:
-        if self.state is None:
-            self.state = () if not all(self.pools) else (0,) * len(self.pools) or _EMPTY
-        elif self.state != ():
-            self.state = self._after(list(self.state))
-        if self.state == ():
-            raise StopIteration
-        return tuple(pool[i] for pool, i in zip(self.pools, self.state, strict=True))
-
-    def _after(self, indices: list[int]) -> Any:
-        for i in reversed(range(len(indices))):
-            indices[i] += 1
-            if indices[i] < len(self.pools[i]):
-                return tuple(indices)
-            indices[i] = 0
-        return ()
-
-    def __reduce__(self) -> Any:
-        return product, tuple(self.pools), self.state
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state

@@ -27,8 +27,8 @@ def reduce_class(cls: type[Any]) -> Any:
         raise Refused(f"the class {cls.__qualname__} is defined inside a function; define enums and named tuples at module level")
     if type(cls) not in (type, abc.ABCMeta):
         raise Refused(f"the class {cls.__qualname__} is defined inside a function, with a metaclass of its own; define it at module level")
-    params = getattr(cls.__dict__.get("__dataclass_params__"), "__class__", None) and cls.__dict__["__dataclass_params__"]
-    dataclass = {name: getattr(params, name) for name in _PARAMS if hasattr(params, name)} if params else None
+    params = cls.__dict__.get("__dataclass_params__")
+    dataclass = {name: getattr(params, name) for name in _PARAMS if hasattr(params, name)} if params is not None else None
     if dataclass and "__slots__" in cls.__dict__:
         raise Refused(f"the dataclass {cls.__qualname__} with slots is defined inside a function; define it at module level")
     members = {name: _member(cls, name, value) for name, value in cls.__dict__.items() if not _made_again(name, value, dataclass)}

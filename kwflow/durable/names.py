@@ -32,9 +32,10 @@ _CLASSES: dict[str, frozenset[str]] = {
         "_datetime": "date datetime time timedelta timezone",
         "_decimal": "Decimal Context",
         "_io": "BytesIO StringIO",
+        "_struct": "Struct",
         "array": "array",
         "collections": "ChainMap Counter OrderedDict UserDict UserList UserString defaultdict deque _deque_iterator _deque_reverse_iterator",
-        "contextlib": "AsyncExitStack ExitStack _AsyncGeneratorContextManager _GeneratorContextManager closing nullcontext suppress",
+        "contextlib": "AsyncExitStack ExitStack _AsyncGeneratorContextManager _GeneratorContextManager aclosing closing nullcontext suppress",
         "dataclasses": "Field InitVar",
         "datetime": "date datetime time timedelta timezone",
         "decimal": "Context Decimal DecimalTuple",
@@ -68,6 +69,7 @@ _FUNCTIONS: dict[str, frozenset[str]] = {
         "array": "_array_reconstructor",
         "base64": "b64decode b64encode urlsafe_b64decode urlsafe_b64encode",
         "bisect": "bisect bisect_left bisect_right insort insort_left insort_right",
+        "contextlib": "ExitStack.__exit__ _GeneratorContextManager.__exit__ closing.__exit__ nullcontext.__exit__ suppress.__exit__",  # held by an ExitStack
         "copy": "copy deepcopy",
         "copyreg": "__newobj__ __newobj_ex__ _reconstructor",
         "functools": "reduce",
@@ -93,7 +95,7 @@ _EXCEPTIONS = frozenset(
     "tomllib urllib.error uuid zipfile zlib zoneinfo zoneinfo._common".split()
 )
 _OURS_REFUSED = ("kwflow.cli", "kwflow.client", "kwflow.runners", "kwflow.testing", "kwflow.gateway", "kwflow.worker", "kwflow.config", "kwflow.durable.lower")
-_DURABLE = frozenset("kwflow.durable.awaiting kwflow.durable.iters kwflow.durable.resources kwflow.durable.runtime".split())
+_DURABLE = frozenset("kwflow.durable.awaiting kwflow.durable.iters kwflow.durable.pools kwflow.durable.resources kwflow.durable.runtime".split())
 _modules: set[str] = set()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import collections
+import enum
 import gc
 import itertools
 import re
@@ -56,6 +57,8 @@ _owners: dict[str, type[Any]] = {}
 def reducer_of(cls: type[Any]) -> Reducer | None:
     """The reducer of this class, if it has one."""
     found = _BY_TYPE.get(cls)
+    if found is None and issubclass(cls, enum.Enum) and cls.__reduce_ex__ in _ENUMS:
+        return _enum
     if found is None:
         found = _BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
     if found is None and cls.__module__.partition(".")[0] == "numpy":
@@ -222,6 +225,14 @@ def _logger(value: Any) -> Any:
     return rebuild.logger, (value.name,)
 
 
+def _enum(value: Any) -> Any:
+    """By its value on every minor; some reduce to `getattr`, which nothing may name."""
+    return type(value), (value._value_,)
+
+
+_ENUMS = (enum.Enum.__reduce_ex__, enum.Flag.__reduce_ex__, enum.IntFlag.__reduce_ex__, enum.IntEnum.__reduce_ex__)
+
+
 def _struct(value: Any) -> Any:
     return struct.Struct, (value.format,)
 
@@ -252,6 +263,7 @@ _BY_TYPE: dict[type[Any], Reducer] = {
     type(iter(collections.deque())): _deque_iterator,
     _REVERSED_DEQUE: _deque_iterator,
     types.BuiltinFunctionType: _builtin,
+    type(re.compile("").search): _builtin,  # methods that are told their class have a type of their own
     types.MethodWrapperType: _bound,
     types.MethodDescriptorType: _descriptor,
     types.WrapperDescriptorType: _descriptor,

@@ -1,0 +1,59 @@
+"""What locals may hold: each kind of value, saved at a yield in the middle of its use, goes on as it would have natively."""
+
+import pathlib
+import re
+import sys
+import warnings
+from typing import Any
+
+import pytest
+
+from kwflow import durable
+
+CASES = pathlib.Path(__file__).with_name("value_cases.py")
+SOURCE = CASES.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def code() -> Any:
+    return durable.load_source("value_cases", SOURCE, "value_cases.py")
+
+
+@pytest.fixture(scope="module")
+def native() -> Any:
+    space: dict[str, Any] = {"__name__": "value_cases_native"}
+    sys.modules["value_cases_native"] = type(sys)("value_cases_native")
+    exec(compile(SOURCE, "value_cases.py", "exec"), space)
+    return space
+
+
+def outcome(gen: Any, every: bool) -> list[str]:
+    """Everything it yields and returns, as text; saved and restored at every yield, in one save with its yielded values."""
+    met: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        while True:
+            try:
+                value = next(gen)
+            except StopIteration as stop:
+                return [*met, repr(stop.value).replace("_native", "")]
+            met.append(repr(value).replace("_native", ""))
+            if every:
+                gen = durable.loads(durable.dumps(gen))
+
+
+NAMES = re.findall(r'^    "([\w. ]+)": lambda', SOURCE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_iterator_goes_on_where_it_was(code: Any, native: Any, name: str) -> None:
+    """Saved at every item, and no warning of Python about it."""
+    assert outcome(code.over(name), True) == outcome(native["over"](name), False)
+
+
+HOLDERS = "groups copies watches_its_dict watches_its_set changed_before_the_yield dict_with_its_own_iterator values local_classes exceptions managers".split()
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_what_a_generator_holds_is_the_same_after_each_restore(code: Any, native: Any, name: str) -> None:
+    assert outcome(code.__dict__[name](), True) == outcome(native[name](), False)
