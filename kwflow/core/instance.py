@@ -270,6 +270,8 @@ class Machine:
     def _end(self, task: Task, state: str, value: Any) -> None:
         task.gen = None
         task.cancel_requested = False
+        if task.below:
+            task.below = live_below(task.below)  # all that outlives it
         self.instance.tasks.pop(task.number, None)
         self._join_dirty = bool(self.instance.joins)
         self.settle(task, state, value)

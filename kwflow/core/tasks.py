@@ -145,7 +145,9 @@ class Task(Awaitable):
         self.below_max = 16
 
     def add_below(self, task: Task) -> None:
-        """Remember a task made by this one; settled ones are dropped at doubling sizes, so that a loop does not grow."""
+        """Remember a task made by this one; settled ones are dropped: those at the end at once (a chain keeps one), all at doubling sizes."""
+        while self.below and self.below[-1].settled and not self.below[-1].below:
+            self.below.pop()
         self.below.append(task)
         if len(self.below) > self.below_max:
             self.below = live_below(self.below)

@@ -324,6 +324,8 @@ def exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
 def set_exception(made: BaseException, state: tuple[dict[str, Any], dict[str, Any], Any, Any, bool]) -> None:
     attributes, slots, cause, context, suppress = state
     for name, value in slots.items():
+        if getattr(made, name, None) is value:
+            continue  # an OSError whose errno was set to None shows it instead of its message
         try:
             setattr(made, name, value)
         except (AttributeError, TypeError):

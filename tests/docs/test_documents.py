@@ -18,12 +18,21 @@ def blocks(path: pathlib.Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 
 
-PYTHON = [(path, number, text) for path in DOCUMENTS for number, text in enumerate(blocks(path, "python"))]
+SAMPLES = sorted(path for path in (ROOT / "workflows").glob("*.py") if (ROOT / f"docs/how-to/{path.stem.replace('_', '-')}.md").exists())
+PYTHON = [(path, number, text) for path in DOCUMENTS if path.parent.name != "how-to" for number, text in enumerate(blocks(path, "python"))]
 
 
 @pytest.mark.parametrize(("path", "number", "text"), PYTHON, ids=[f"{p.name}-{n}" for p, n, _ in PYTHON])
 def test_python_blocks_run_as_they_stand(path: pathlib.Path, number: int, text: str) -> None:
     durable.load_source(f"document_{path.stem}_{number}", text, str(path))
+
+
+def test_each_how_to_shows_its_sample_as_it_is() -> None:
+    """The samples are what tests/spec/test_samples.py runs."""
+    assert len(SAMPLES) == len(list((ROOT / "docs/how-to").glob("*.md"))) >= 6
+    for path in SAMPLES:
+        [shown] = blocks(ROOT / f"docs/how-to/{path.stem.replace('_', '-')}.md", "python")
+        assert shown == path.read_text(encoding="utf-8"), f"copy {path.name} into its how-to"
 
 
 def test_the_example_of_the_readme_does_what_it_says() -> None:
@@ -39,11 +48,11 @@ def test_the_example_of_the_readme_does_what_it_says() -> None:
     assert tester.values("workflow-error") == ["TimeoutError: kw.timeout"]
 
 
-def test_every_command_of_the_readme_exists() -> None:
-    for line in "\n".join(blocks(ROOT / "README.md", "sh")).splitlines():
+def test_every_command_of_the_documents_exists() -> None:
+    for line in "\n".join(text for path in DOCUMENTS for text in blocks(path, "sh")).splitlines():
         words = line.split("#")[0].split()
         if words[:1] == ["kwflow"]:
-            command = [word for word in words[1:3] if word.isalpha()][: 2 if words[1] == "topics" else 1]
+            command = [word for word in words[1:3] if word.isalpha()][: 2 if words[1] in ("topics", "schedule") else 1]
             assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0, line
 
 

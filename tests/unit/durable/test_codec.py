@@ -278,3 +278,10 @@ def test_a_thrown_away_call_of_a_generator_is_warned_about_with_its_line() -> No
     with pytest.warns(LostCallWarning) as met:
         durable.load_source("thrown", source, "thrown.py")
     assert sorted(warning.lineno for warning in met) == [9, 11]
+
+
+def test_a_timeout_error_says_the_same_after_it_was_saved() -> None:
+    """TimeoutError is an OSError: setting its errno to None would hide its message."""
+    for error in (TimeoutError("kw.timeout"), OSError(2, "gone", "f"), OSError()):
+        found = durable.loads(durable.dumps(error))
+        assert (str(found), found.args, found.errno) == (str(error), error.args, error.errno)

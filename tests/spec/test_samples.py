@@ -1,0 +1,272 @@
+"""The samples as their how-tos tell them: happy, failing, late, and for as long as they are meant to live."""
+
+import importlib
+import pathlib
+import statistics
+import sys
+import time
+import types
+from typing import Any
+
+import msgspec
+import pytest
+
+import kwflow as kw
+from kwflow import durable
+from kwflow.config import Config
+from kwflow.core.contract import Workflows
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.testing import HANGS, WorkflowTester
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def sample(name: str) -> types.ModuleType:
+    """The module, loaded as an engine loads a file."""
+    path = ROOT / "workflows" / f"{name}.py"
+    return durable.load_source(f"sample_{name}", path.read_text(encoding="utf-8"), str(path))
+
+
+def started(name: str, options: Any, **fakes: Any) -> WorkflowTester:
+    tester = WorkflowTester(sample(name).main)
+    for activity, function in fakes.items():
+        tester.fake(activity, function)
+    tester.start("w", options)
+    return tester
+
+
+def signal(tester: WorkflowTester, name: str, value: Any) -> None:
+    assert (tester.command("w", "signal", {"name": name, "value": value}) or {})["status"] == "delivered"
+
+
+def called(tester: WorkflowTester) -> list[str]:
+    return [call.activity for call in tester.calls]
+
+
+def failing(error: BaseException) -> Any:
+    def fake(*_: Any) -> None:
+        raise error
+
+    return fake
+
+
+# -- order ---------------------------------------------------------------------------------------------------------------
+ORDER = {"number": "7", "customer": "ann", "sku": "cup", "count": 2, "cents": 1000}
+
+
+def test_an_order_is_charged_reserved_and_shipped() -> None:
+    w = started("order", ORDER)
+    assert w.result("w") == {"payment": "payment-w|0:1", "tracking": "track-7"}
+    assert called(w) == ["charge_card", "reserve_stock", "ship_parcel", "tell_customer"]
+
+
+def test_an_order_that_is_sold_out_gets_its_money_back() -> None:
+    w = started("order", {**ORDER, "count": 200})
+    assert called(w) == ["charge_card", "reserve_stock", "refund_card", "tell_customer"]
+    assert w.values("workflow-error") == ["BusinessError: sold-out: 200 of cup are not there"]
+
+
+def test_an_order_that_cannot_be_shipped_is_undone_in_reverse_after_its_retries_and_a_refund_goes_on_until_it_works() -> None:
+    refused = iter([OSError("down")] * 9)
+
+    def refund(payment: str) -> None:
+        for error in refused:
+            raise error
+
+    w = started("order", ORDER, ship_parcel=failing(OSError("no carrier")), refund_card=refund)
+    w.finish("w")
+    assert called(w) == ["charge_card", "reserve_stock", *["ship_parcel"] * 5, "release_stock", *["refund_card"] * 10, "tell_customer"]
+    assert w.values("workflow-error") == ["ActivityError: no carrier"]
+
+
+def test_an_order_that_is_cancelled_while_it_is_shipped_is_undone_too() -> None:
+    w = started("order", ORDER, ship_parcel=lambda order: HANGS)
+    assert (w.command("w", "cancel") or {})["status"] == "ok"
+    assert called(w)[-3:] == ["release_stock", "refund_card", "tell_customer"]
+
+
+# -- approval ------------------------------------------------------------------------------------------------------------
+APPROVAL = {"what": "a chair", "approver": "bob", "manager": "eve"}
+
+
+def test_an_approval_ends_with_the_decision_whenever_it_comes() -> None:
+    w = started("approval", APPROVAL)
+    w.advance(86_400 + 3600)
+    assert [call.arguments["text"] for call in w.calls] == ["please decide: a chair", "a reminder: a chair"]
+    signal(w, "decision", {"approved": True, "by": "bob"})
+    assert w.result("w") == {"approved": True, "by": "bob"}
+
+
+def test_an_approval_nobody_gives_is_escalated_and_refused_in_the_end() -> None:
+    w = started("approval", APPROVAL)
+    w.advance(3 * 86_400)
+    assert [call.arguments["person"] for call in w.calls] == ["bob", "bob", "bob", "eve"]
+    assert (w.header("w") or {})["status_value"] == {"waits_for": "eve", "escalated": True}
+    w.finish("w")
+    assert w.result("w") == {"approved": False, "by": "nobody"}
+
+
+# -- polling -------------------------------------------------------------------------------------------------------------
+def test_polling_asks_with_growing_pauses_until_it_is_done() -> None:
+    module = sample("polling")
+    states = iter(["queued"] * 5 + ["done"])
+    asked: list[float] = []
+
+    def state(job: str) -> Any:
+        asked.append(w.now_ms / 1000)
+        found = next(states)
+        return module.Export(found, "url" if found == "done" else None)
+
+    w = WorkflowTester(module.main)
+    w.fake("export_state", state)
+    w.start("w", {"table": "t"})
+    w.finish("w")
+    assert w.result("w") == "url"
+    assert [round(b - a) for a, b in zip(asked, asked[1:], strict=False)] == [2, 4, 8, 16, 32]
+
+
+def test_polling_gives_up_and_stops_the_job() -> None:
+    module = sample("polling")
+    w = WorkflowTester(module.main)
+    w.fake("export_state", lambda job: module.Export("queued"))
+    w.start("w", {"table": "t", "hours": 1})
+    w.finish("w")
+    assert w.values("workflow-error") == ["TimeoutError: kw.timeout"]
+    assert called(w)[-1] == "stop_export"
+    assert len(w.calls) < 30, "pauses grow to five minutes"
+
+
+# -- fan-out -------------------------------------------------------------------------------------------------------------
+def test_what_fails_does_not_stop_the_rest_and_so_many_run_at_a_time() -> None:
+    waiting: list[int] = []
+
+    def process(item: str) -> int:
+        waiting.append(sum(wait["kind"] == "activity" for wait in (w.header("w") or {})["waits"]))
+        if item == "item-9":
+            raise kw.BusinessError("bad", item)
+        return len(item)
+
+    w = WorkflowTester(sample("fan_out").main)
+    w.fake("process_item", process)
+    w.start("w", {"items": [f"item-{n}" for n in range(60)], "at_once": 7})
+    assert w.result("w")["failed"] == {"item-9": "bad: item-9"}
+    assert len(w.result("w")["done"]) == 59
+    assert max(waiting) == 7
+
+
+@pytest.mark.slow
+def test_a_thousand_items_on_an_engine_end_with_what_failed(tmp_path: pathlib.Path) -> None:
+    held, items = Embedded(tmp_path, sync=False), [f"broken-{n}" if n % 100 == 99 else f"item-{n}" for n in range(1000)]
+    config = Config()
+    processor = WorkflowProcessor(config, Workflows({"main": sample("fan_out").main}, "main"), frozenset(), held.incarnation)
+    held.append(config.resume_topic, b"w", b"new:" + msgspec.json.encode({"items": items}))
+    give_up = time.monotonic() + 60
+    try:
+        held.run([processor, TimerProcessor(config)], lambda: held.end(config.result_topic) > 0 or time.monotonic() > give_up, lambda line: None)
+    finally:
+        durable.set_abandoning(False, everywhere=True)
+    [record] = held.read(config.result_topic)
+    held.close()
+    found = msgspec.json.decode(record.value or b"")
+    assert len(found["done"]) == 990
+    assert set(found["failed"]) == {f"broken-{n}" for n in range(99, 1000, 100)}
+
+
+def test_too_many_failures_are_an_error_that_names_them() -> None:
+    w = started("fan_out", {"items": ["a", "b", "c"], "failures_max": 2}, process_item=failing(kw.BusinessError("bad")))
+    assert w.values("workflow-error") == ["BusinessError: too-many-failures: 3 of 3 failed"]
+
+
+# -- agent ---------------------------------------------------------------------------------------------------------------
+def test_an_agent_uses_tools_asks_a_person_and_answers() -> None:
+    w = started("agent", {"goal": "count"})
+    assert (w.header("w") or {})["status_value"] == {"question": "go on after 10 turns?"}
+    signal(w, "answer", "yes")
+    signal(w, "answer", "yes")
+    w.advance(86_400)
+    assert w.result("w") == {"answer": "count: 29 turns", "turns": 30}
+
+
+def test_an_agent_learns_of_tools_that_fail_or_are_not_there() -> None:
+    module = sample("agent")
+    moves = iter([module.Move(tool="dance"), module.Move(tool="add", argument="x")])
+    w = WorkflowTester(module.main)
+    w.fake("ask_model", lambda goal, turn, summary, memory: next(moves, module.Move(answer=" | ".join(memory))))
+    w.fake("add", failing(kw.BusinessError("no-number", "x")))
+    w.start("w", {"goal": "g"})
+    assert w.result("w")["answer"] == "dance() = there is no tool 'dance'; there are add, look_up | add(x) = add failed: no-number: x"
+
+
+@pytest.mark.slow
+def test_a_thousand_turns_of_an_agent_cost_what_the_first_ones_did() -> None:
+    """The continuation is saved, not a history: snapshot size and step time stay flat."""
+    module = sample("agent")
+    sizes: list[int] = []
+    times: list[float] = []
+
+    def model(goal: str, turn: int, summary: str, memory: list[str]) -> Any:
+        sizes.append(len(w.state.get(b"w") or b""))
+        times.append(time.perf_counter())
+        return module.Move(answer="done") if turn == 1000 else module.Move(tool="add", argument=f"{turn} 1", summary="so far")
+
+    w = WorkflowTester(module.main)
+    w.fake("ask_model", model)
+    w.globals_check.active = False  # it looks at every module that the tests have loaded
+    w.start("w", {"goal": "g", "turns_max": 2000})
+    assert w.result("w") == {"answer": "done", "turns": 1000}
+    early, late = sizes[100:200], sizes[900:1000]
+    assert statistics.median(late) < statistics.median(early) * 1.1, (statistics.median(early), statistics.median(late))
+    took = [b - a for a, b in zip(times, times[1:], strict=False)]
+    assert statistics.median(took[800:]) < 2 * statistics.median(took[100:300])
+
+
+# -- subscription --------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_subscription_is_charged_every_month_for_ten_years_and_does_not_grow() -> None:
+    w = started("subscription", {"customer": "ann", "plan": "basic"})
+    w.globals_check.active = False
+    sizes = []
+    w.advance(86_400)
+    for _ in range(10):
+        w.advance(365.25 * 86_400)
+        sizes.append(len(w.state.get(b"w") or b""))
+    assert len(w.calls) == 121
+    assert max(sizes) - min(sizes) < 40
+    signal(w, "change", {"plan": "gold"})
+    w.advance(31 * 86_400)
+    assert w.calls[-1].arguments["plan"] == "gold"
+    signal(w, "change", {"plan": None})
+    assert w.result("w") == {"periods": 122, "reason": "cancelled"}
+
+
+def test_a_subscription_that_is_not_paid_on_four_days_ends() -> None:
+    w = started("subscription", {"customer": "ann", "plan": "basic"}, charge_period=failing(kw.BusinessError("declined")))
+    w.finish("w")
+    assert w.result("w") == {"periods": 0, "reason": "not paid"}
+    assert called(w).count("mail_customer") == 4
+
+
+def test_months_end_where_they_end() -> None:
+    from datetime import datetime
+
+    module = sample("subscription")
+    begun = datetime(2024, 1, 31)
+    assert [module.months_after(begun, n).date().isoformat() for n in (1, 2, 13, 25)] == ["2024-02-29", "2024-03-31", "2025-02-28", "2026-02-28"]
+
+
+# -- all -----------------------------------------------------------------------------------------------------------------
+SAMPLES = sorted(path.stem for path in (ROOT / "workflows").glob("*.py") if path.stem not in ("__init__", "demo"))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples_import_only_public_kwflow(name: str) -> None:
+    """They are written to be copied."""
+    import ast
+
+    for node in ast.walk(ast.parse((ROOT / "workflows" / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert all(alias.name == "kwflow" or alias.name in sys.stdlib_module_names for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").partition(".")[0] in sys.stdlib_module_names
+    assert importlib.util.find_spec(f"workflows.{name}") is not None
