@@ -278,11 +278,12 @@ def broker(directory: pathlib.Path) -> Iterator[str | None]:
     if given or not (shutil.which("java") and shutil.which("mvn")):
         yield given
         return
-    from tests.integration.conftest import from_jars
+    from tests.integration.broker import Broker
 
-    (directory / "broker").mkdir()
-    with contextlib.closing(from_jars(directory / "broker")) as brokers:
-        yield next(brokers)
+    started = Broker(directory / "broker")
+    started.start()
+    yield started.bootstrap
+    started.kill()
 
 
 def main() -> None:

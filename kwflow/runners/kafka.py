@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from confluent_kafka import (
@@ -119,9 +120,26 @@ class Batch:
         return bytes_of((change for overlay in self.overlays.values() for change in overlay.changes.items()), self.outputs)
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _mapped(method: _F) -> _F:
+    """What no rule expected of the broker ends the process as one line, to be started again: never as a bug of ours."""
+
+    @functools.wraps(method)
+    def mapped(*arguments: Any, **named: Any) -> Any:
+        try:
+            return method(*arguments, **named)
+        except KafkaException as error:
+            raise TransportError(f"Kafka: {error.args[0].str()}") from error
+
+    return mapped  # type: ignore[return-value]
+
+
 class KafkaRunner:
     """Runs one processor.  Raises FencedError or TransportError when this process has to end and be started again."""
 
+    @_mapped
     def __init__(
         self,
         config: Config,
@@ -315,6 +333,7 @@ class KafkaRunner:
         return self._offset(self.processor.input_topic, number, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
 
     # -- the loop --------------------------------------------------------------------------------------------------
+    @_mapped
     def run(self, until: Callable[[], bool]) -> None:
         """Go on until `until()`, asked after each batch; then leave the group.  From here on this process is an engine (semantics §3.3)."""
         set_abandoning(True, everywhere=True)

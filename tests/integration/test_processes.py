@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.integration.conftest import free_port
+from tests.integration.broker import free_port
 from tests.integration.test_kafka_engine import ROOT, TRIP, Site
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]

@@ -1,0 +1,92 @@
+"""A Kafka of our own from Maven jars: started, killed with SIGKILL, and started again on the same log."""
+
+import pathlib
+import shutil
+import socket
+import subprocess
+import time
+
+from confluent_kafka.admin import AdminClient
+
+__all__ = ["Broker", "can_start", "free_port"]
+
+ROOT = pathlib.Path(__file__).parents[2]
+LIB = ROOT / ".kafka/lib"
+
+
+def can_start() -> bool:
+    return bool(shutil.which("java") and shutil.which("mvn"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def jars() -> pathlib.Path:
+    if not list(LIB.glob("kafka_2.13-*.jar")):
+        LIB.mkdir(parents=True, exist_ok=True)
+        pom = pathlib.Path(__file__).parent / "pom.xml"
+        command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={LIB}"]
+        subprocess.run(command, check=True, timeout=300)
+    return LIB
+
+
+def properties(directory: pathlib.Path, port: int, controller: int) -> str:
+    return f"""process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:{controller}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+controller.listener.names=CONTROLLER
+inter.broker.listener.name=PLAINTEXT
+log.dirs={directory}/log
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=4
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+group.initial.rebalance.delay.ms=0
+group.min.session.timeout.ms=1000
+auto.create.topics.enable=false
+"""
+
+
+class Broker:
+    """One node; `bootstrap` stays the same over restarts."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        port = free_port()
+        self.bootstrap = f"127.0.0.1:{port}"
+        self._server = directory / "server.properties"
+        self._server.write_text(properties(directory, port, free_port()))
+        logging = directory / "log4j2.properties"
+        logging.write_text("rootLogger.level=warn\nrootLogger.appenderRef.a.ref=A\nappender.a.type=Console\nappender.a.name=A\n")
+        self._java = ["java", "-cp", f"{jars()}/*", f"-Dlog4j2.configurationFile={logging}"]
+        self._log = open(directory / "broker.log", "w")
+        format = [*self._java, "-Xmx256m", "kafka.tools.StorageTool", "format", "-t", "kwflowTestClusterAAAAA", "-c", str(self._server)]
+        subprocess.run(format, check=True, stdout=self._log, stderr=self._log, timeout=60)
+
+    def start(self) -> None:
+        """It answers when this returns."""
+        self._process = subprocess.Popen([*self._java, "-Xms256m", "-Xmx512m", "kafka.Kafka", str(self._server)], stdout=self._log, stderr=self._log)
+        admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
+        deadline = time.monotonic() + 60
+        while True:
+            assert self._process.poll() is None, (self.directory / "broker.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, "the broker did not come up within 60 s"
+            try:
+                if admin.list_topics(timeout=1).brokers:
+                    return
+            except Exception:
+                continue
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
