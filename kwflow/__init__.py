@@ -4,11 +4,16 @@ Lazy on purpose: `import kwflow` loads no driver and no engine, so that a worker
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from kwflow import errors as _errors
 
+if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
+    from kwflow.api import *  # noqa: F403
+    from kwflow.errors import *  # noqa: F403
+
 _API = (
-    "Activity", "ActivityInfo", "Awaitable", "Child", "Gen", "Inbox", "Retry", "Suspension", "Task", "Update", "activity", "activity_info", "all", "cancel",
+    "Activity", "ActivityInfo", "Awaitable", "Child", "Gen", "Inbox", "Retry", "Suspension", "Task", "Update", "Wait", "activity", "activity_info", "all", "cancel",
     "declare_topics", "declared_topics", "log", "now", "on_update", "output", "output_json", "race", "registered_activities", "registered_workflows",
     "reply", "set_status", "shield", "signals", "sleep", "spawn", "start_child", "step_id", "suspend", "timeout", "wait_signal", "workflow", "workflow_id",
 )  # fmt: skip

@@ -15,7 +15,7 @@ import threading
 import traceback
 import typing
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Generic, ParamSpec, TypeVar, overload
@@ -24,6 +24,7 @@ import msgspec
 
 from kwflow.core import wire
 from kwflow.core.current import current, in_step
+from kwflow.core.tasks import Awaitable
 from kwflow.errors import ActivityError, BusinessError, UsageError
 
 __all__ = ["Activity", "ActivityInfo", "Retry", "activity", "activity_info", "failure_payload", "find_activity", "registered_activities", "running_as"]
@@ -142,9 +143,10 @@ class Activity(Generic[_P, _R]):
 
         return activity_named, (self.name,)
 
-    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Any:
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Awaitable[_R]:
+        """The wait, in a workflow; outside of one what `function` gives, which is typed there."""
         if not in_step():
-            return self.function(*args, **kwargs)
+            return self.function(*args, **kwargs)  # type: ignore[return-value]
         from kwflow.flows import attempts
 
         gen = attempts(self.name, self.encode_arguments(args, kwargs))
@@ -258,10 +260,21 @@ def _load_model(hint: Any, value: Any) -> Any:
 _activities: dict[str, Activity[Any, Any]] = {}
 
 
+class _Maker(typing.Protocol):
+    """`@activity(...)`: what it makes of a function, by what the function gives."""
+
+    @overload
+    def __call__(self, function: Callable[_P, Coroutine[Any, Any, _R]], /) -> Activity[_P, _R]: ...
+    @overload
+    def __call__(self, function: Callable[_P, _R], /) -> Activity[_P, _R]: ...
+
+
+@overload
+def activity(function: Callable[_P, Coroutine[Any, Any, _R]]) -> Activity[_P, _R]: ...
 @overload
 def activity(function: Callable[_P, _R]) -> Activity[_P, _R]: ...
 @overload
-def activity(*, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None) -> Callable[[Callable[_P, _R]], Activity[_P, _R]]: ...
+def activity(*, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None) -> _Maker: ...
 def activity(function: Callable[..., Any] | None = None, *, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None) -> Any:
     """Make a `def` or `async def` an activity; `name` (default: the function's) is what waiting calls are found by.
 

@@ -6,9 +6,9 @@ and raises UsageError outside one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
-from datetime import datetime, timedelta
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from typing import Any, Literal, TypeVar, overload
 
 from kwflow.activities import Activity, ActivityInfo, Retry, activity, activity_info, find_activity, registered_activities
 from kwflow.core import children, messages, wire
@@ -18,6 +18,7 @@ from kwflow.core.mailbox import Inbox, Update
 from kwflow.core.tasks import Awaitable, Suspension, Task
 from kwflow.durable import registry
 from kwflow.errors import CodeChangedError, UsageError
+from kwflow.waits import Gen, Wait, all, race, shield, sleep, spawn, suspend, timeout
 
 __all__ = [
     "Activity",
@@ -30,6 +31,7 @@ __all__ = [
     "Suspension",
     "Task",
     "Update",
+    "Wait",
     "activity",
     "activity_info",
     "activity_named",
@@ -60,51 +62,14 @@ __all__ = [
     "workflow_id",
 ]
 
-_T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., Any])
-Gen: TypeAlias = Generator[Any, Any, _T]
 _topics: set[str] = set()
 _workflows: dict[str, Callable[..., Any]] = {}
-
-
-def suspend(id: str | None = None) -> Suspension:
-    """A wait that a record `{"ref": id, ...}` ends; registered now, so an answer before the `yield` is kept (KW-18)."""
-    return current().suspend(id)
-
-
-def all(items: Iterable[Any] | Mapping[Any, Any], *, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable:
-    """All results in input order (a mapping gives a dict); the first error wins and the rest are cancelled."""
-    return current().all(items, cancel_rest, wait_rest)
-
-
-def race(items: Iterable[Any] | Mapping[Any, Any], *, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable:
-    """The first to settle, value or error (a mapping gives (key, value)); the rest are cancelled."""
-    return current().race(items, cancel_rest, wait_rest)
-
-
-def spawn(gen: Generator[Any, Any, Any]) -> Task:
-    """Start a child task now; its error does not touch the parent unless awaited."""
-    return current().spawn(gen)
 
 
 def cancel(x: object) -> None:
     """Raise Cancelled at the innermost waits of x, in this step, after the current code has reached its next wait."""
     current().cancel(x)
-
-
-def sleep(delay: timedelta | float) -> Awaitable:
-    """A timer over the scheduler topic, in seconds or as timedelta; starts now, cancelled when left."""
-    return current().sleep(delay)
-
-
-def timeout(x: object, delay: timedelta | float) -> Awaitable:
-    """x, or TimeoutError after the delay, with x cancelled."""
-    return current().timeout(x, delay)
-
-
-def shield(x: object) -> Awaitable:
-    """x; a cancel of the waiter is held back until x has settled, and raised then."""
-    return current().shield(x)
 
 
 @overload
@@ -120,7 +85,7 @@ def start_child(workflow: str | Callable[..., Any], input: object = None, *, id:
     return children.start(current(), workflow, input, id, parent_close, detach)
 
 
-def wait_signal(name: str) -> Awaitable:
+def wait_signal(name: str) -> Awaitable[Any]:
     """The next signal of this name; one that came before is kept, in order (M3)."""
     return messages.wait_signal(current(), name)
 

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from kwflow.durable.awaiting import Once
 from kwflow.errors import Cancelled, WorkflowError
 
 __all__ = ["FAILED", "OK", "PENDING", "ActivityWait", "All", "Awaitable", "Combinator", "Race", "Shield", "Suspension", "Task", "Timeout", "Timer", "live_below"]
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    _T = TypeVar("_T", covariant=True, default=Any)  # `Awaitable` alone means that anything may come
+else:
+    from typing import TypeVar
+
+    _T = TypeVar("_T", covariant=True)
 
 PENDING, OK, FAILED = "pending", "ok", "failed"
 Outcome = tuple[str, Any]
@@ -23,14 +32,15 @@ Outcome = tuple[str, Any]
 _Wait = Once  # the name that snapshots of 0.1 hold
 
 
-class Awaitable:
-    """Something that settles once.  Invariant: `waiters` is empty once `state` is not PENDING."""
+class Awaitable(Generic[_T]):
+    """Something that settles once; `yield`, `yield from` and `await` give its value.  Invariant: `waiters` is empty once `state` is not PENDING."""
 
     __slots__ = ("__weakref__", "observed", "state", "value", "waiters")
     _fields: ClassVar[tuple[str, ...]] = ("observed", "state", "value", "waiters")
     _values: ClassVar[Callable[[Any], tuple[Any, ...]]] = operator.attrgetter("observed", "state", "value", "waiters")
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         own: tuple[str, ...] = cls.__dict__["__slots__"]
         cls._fields = (*cls._fields, *own)
         cls._values = operator.attrgetter(*cls._fields)
@@ -45,11 +55,11 @@ class Awaitable:
     def settled(self) -> bool:
         return self.state != PENDING
 
-    def __iter__(self) -> Iterator[Awaitable]:
-        return Once(self)
+    def __iter__(self) -> Generator[Any, Any, _T]:
+        return Once(self)  # type: ignore[return-value]  # it has what `yield from` needs
 
-    def __await__(self) -> Iterator[Awaitable]:
-        return Once(self)
+    def __await__(self) -> Generator[Any, Any, _T]:
+        return Once(self)  # type: ignore[return-value]
 
     def __getstate__(self) -> tuple[Any, ...]:
         """The fields in the order of `_fields`, which is part of the snapshot format."""
@@ -60,7 +70,7 @@ class Awaitable:
             setattr(self, name, value)
 
 
-class Suspension(Awaitable):
+class Suspension(Awaitable[_T]):
     """A wait with a ref id that a record settles.
 
     A kind of its own is a subclass with `kind`, what the header tells of it beside ref and place (`described`), what an
@@ -93,7 +103,7 @@ class Suspension(Awaitable):
         return f"<{self.kind} {self.ref} {self.state}>"
 
 
-class Timer(Suspension):
+class Timer(Suspension[None]):
     """A wait for the scheduler topic; cancelling it queues a handler that emits the `0` record (wire.md §2)."""
 
     __slots__ = ("delay_ms",)
@@ -121,7 +131,7 @@ class ActivityWait(Suspension):
         return {"name": self.name, "attempt": self.attempt}
 
 
-class Task(Awaitable):
+class Task(Awaitable[_T]):
     """A running durable generator.
 
     Invariant: `number` is never reused in an instance.  `pending` is set while the task is queued, `waiting_on` while
