@@ -93,6 +93,16 @@ class Partition:
     careful_until: int  # K19: records before this offset are taken one by one
     reached: int = 0  # the end that the consumer has seen last: there are no records before it, only marks of transactions
 
+    @property
+    def caught_up(self) -> bool:
+        """Whether all that was there when it was taken over has been applied.
+
+        1. An engine sets a timer: its record and the mark of its transaction are the last of the partition
+        2. it is killed; the next one's position is the mark, the end is behind it
+        3. no record will come from there, so by positions alone it would wait for ever, and fire nothing
+        """
+        return max(self.position, self.reached) >= self.fire_from
+
 
 @dataclass
 class Batch:
@@ -220,7 +230,7 @@ class KafkaRunner:
             topics.client_config(
                 self.config, group_id=self.group, group_instance_id=f"{self.group}-{self.instance}", enable_auto_commit=False, enable_auto_offset_store=False,
                 isolation_level="read_committed", auto_offset_reset="error", partition_assignment_strategy="cooperative-sticky", session_timeout_ms=6000,
-                heartbeat_interval_ms=500, fetch_queue_backoff_ms=10, enable_partition_eof=self.config.http is not None,
+                heartbeat_interval_ms=500, fetch_queue_backoff_ms=10, enable_partition_eof=True,
             )
         )  # fmt: skip
         consumer.subscribe([self.processor.input_topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
@@ -374,7 +384,7 @@ class KafkaRunner:
         if self.worker is None:
             return
         for number, partition in self.owned.items():
-            if partition.position >= partition.fire_from and not self.worker.owns(number):
+            if partition.caught_up and not self.worker.owns(number):
                 self.worker.own(number, partition.store)
         self.worker.turn()
 
@@ -467,7 +477,7 @@ class KafkaRunner:
 
     def _fire(self) -> None:
         for partition in list(self.owned.values()):
-            if partition.position < partition.fire_from:
+            if not partition.caught_up:
                 continue
             overlay = Overlay(partition.store)
             made = self.processor.due(overlay, self.clock.now_ms(), _FIRED_MAX)

@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
@@ -38,13 +41,16 @@ class KafkaLink:
         self._listener: Listener | None = None
         self._asked: queue.SimpleQueue[tuple[int, Callable[[], None]]] = queue.SimpleQueue()
         self._followed: set[int] = set()  # partitions of the result and error topics
+        self._pending: Counter[int] = Counter()  # partition -> what waits in `_asked`: records for it keep the order of the calls
+        self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kwflow-client", daemon=True)
         self._ends = [topic for topic in (config.result_topic, config.error_topic) if topic]
         try:
-            settings = {"group_id": f"{config.application_id}-client", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "error"}
-            self._consumer = Consumer(client_config(config, **settings, fetch_queue_backoff_ms=10))
-            self._producer = Producer(client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000, linger_ms=0))
+            settings: dict[str, Any] = {"group_id": f"{config.application_id}-client", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "error"}
+            quiet = {"log_level": 0}  # what fails is told to those who wait
+            self._consumer = Consumer(client_config(config, **settings, fetch_queue_backoff_ms=10) | quiet)
+            self._producer = Producer(client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000, linger_ms=0) | quiet)
             self._partitions = self._count_partitions()
             self._reply_partition = zlib.crc32(self.process.encode()) % self._partitions[config.reply_topic]
             self._assign(config.reply_topic, self._reply_partition)
@@ -61,7 +67,15 @@ class KafkaLink:
 
     def _assign(self, topic: str, number: int) -> None:
         """From the end of now on: what read_committed readers see, so that an outcome of an open transaction is not passed over."""
-        _, end = self._consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=self.config.client_connect_s, cached=False)
+        give_up = time.monotonic() + self.config.client_connect_s
+        while True:
+            try:
+                _, end = self._consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=self.config.client_connect_s, cached=False)
+                break
+            except KafkaException:  # a partition that is new, or has a new leader, is not known everywhere at once; not marked as retriable
+                if time.monotonic() > give_up:
+                    raise
+            time.sleep(_POLL_S)
         self._consumer.incremental_assign([TopicPartition(topic, number, end)])
 
     @property
@@ -72,14 +86,26 @@ class KafkaLink:
         self._listener = listener
         self._thread.start()
 
+    def _number(self, key: bytes | None) -> int:
+        return partition_of(key or b"", min(self._partitions[topic] for topic in self._ends)) if self._ends else 0
+
     def follow(self, key: bytes, ready: Callable[[], None]) -> None:
-        number = partition_of(key, min(self._partitions[topic] for topic in self._ends)) if self._ends else 0
-        if number in self._followed or not self._ends:
-            ready()
-        else:
-            self._asked.put((number, ready))
+        self._in_order(self._number(key), bool(self._ends), ready)
 
     def append(self, output: Output, failed: Callable[[Exception], None]) -> None:
+        self._in_order(self._number(output.key), False, lambda: self._produce(output, failed))
+
+    def _in_order(self, number: int, follow: bool, call: Callable[[], None]) -> None:
+        """Now, or on our thread behind what waits for this partition to be followed."""
+        with self._lock:
+            later = bool(self._pending[number]) or (follow and number not in self._followed)
+            if later and threading.current_thread() is not self._thread:
+                self._pending[number] += 1
+                self._asked.put((number, call))
+                return
+        call()
+
+    def _produce(self, output: Output, failed: Callable[[Exception], None]) -> None:
         def delivered(error: KafkaError | None, _message: Message) -> None:
             if error is not None:
                 failed(TransportError(f"{self.config.bootstrap_servers} did not take the record: {error.str()}"))
@@ -121,12 +147,14 @@ class KafkaLink:
     def _follow_asked(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                number, ready = self._asked.get_nowait()
+                number, call = self._asked.get_nowait()
                 if number not in self._followed:
                     for topic in self._ends:
                         self._assign(topic, number)
                     self._followed.add(number)
-                ready()
+                call()
+                with self._lock:
+                    self._pending[number] -= 1
 
     def _take(self, message: Message, listener: Listener) -> None:
         error = message.error()

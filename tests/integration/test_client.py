@@ -1,0 +1,295 @@
+"""The client on a real broker, engines as processes that are killed (M1, M4, M5, A1-A12)."""
+
+import asyncio
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from confluent_kafka import Producer
+
+from kwflow.client import Client, Outcome
+from kwflow.config import Config
+from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError
+from kwflow.runners.kafka_link import read, send
+
+ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = [pytest.mark.broker, pytest.mark.slow]
+SOURCE = """
+import kwflow as kw
+
+@kw.workflow
+def greet(o):
+    yield kw.sleep(0.01)
+    return {**o, "message": f"Hello {o['name']}!"}
+
+@kw.workflow
+def ask(o):
+    return (yield kw.suspend("answer"))
+
+@kw.workflow
+def fail(o):
+    raise ValueError("bad")
+    yield
+
+@kw.workflow
+def prices(o):
+    updates, stop = kw.on_update("price", check), kw.signals("stop")
+    while True:
+        found = yield kw.race({"update": updates, "stop": stop})
+        if found[0] == "stop":
+            return found[1]
+        kw.reply(found[1], {"was": found[1].value})
+
+def check(value):
+    if value < 0:
+        raise ValueError("negative")
+
+@kw.workflow
+def parent(n):
+    return sum((yield kw.all([kw.start_child(child, number) for number in range(n)])))
+
+@kw.workflow
+def child(number):
+    yield kw.sleep(0.2 + number / 20)
+    return number
+"""
+
+
+class Application:
+    """One application on the broker: its topics, engines and clients."""
+
+    def __init__(self, broker: str, name: str, directory: pathlib.Path) -> None:
+        self.directory = directory
+        names = {f"{topic}_topic": f"{name}-{topic}" for topic in ("resume", "result", "error", "scheduler", "reply")}
+        self.config = Config(bootstrap_servers=broker, application_id=name, **names)
+        self.environment = {**os.environ, "KWFLOW_BOOTSTRAP_SERVERS": broker, "KWFLOW_APPLICATION_ID": name, **{f"KWFLOW_{key.upper()}": topic for key, topic in names.items()}}
+        self.module = directory / "client_cases.py"
+        self.module.write_text(SOURCE)
+        self.processes: list[subprocess.Popen[str]] = []
+        self.clients: list[Client] = []
+        self.run("topics", "create", "--partitions", "4")
+
+    def run(self, *arguments: str, code: int = 0) -> str:
+        done = subprocess.run([sys.executable, "-m", "kwflow.cli", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == code, done.stderr + done.stdout
+        return done.stdout + done.stderr
+
+    def engine(self, name: str = "one") -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "kwflow.cli", "engine", str(self.module), "--state-dir", str(self.directory / name), "--with-scheduler"]
+        with open(self.directory / f"{name}.log", "a") as log:
+            self.processes.append(subprocess.Popen(command, env=self.environment, cwd=ROOT, stderr=log, text=True))
+        return self.processes[-1]
+
+    def client(self) -> Client:
+        self.clients.append(Client.kafka(self.config))
+        return self.clients[-1]
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def app(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Application]:
+    app = Application(broker, application, tmp_path)
+    yield app
+    app.close()
+
+
+def until(found: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not found():
+        assert time.monotonic() < deadline, "it did not happen within 60 s"
+
+
+def waits(client: Client, id: str) -> None:
+    until(lambda: client.query(id).result(60)["waits"])
+
+
+def test_callers_get_their_own_outcomes_from_several_clients(app: Application) -> None:
+    """A1, A2, A6: fifty callers, three clients, threads and coroutines."""
+    app.engine()
+    clients = [app.client() for _ in range(3)]
+    futures = [clients[n % 3].start_and_wait(f"john-{n}", {"name": f"John{n}"}, workflow="greet") for n in range(50)]
+    assert [future.result(60)["message"] for future in futures] == [f"Hello John{n}!" for n in range(50)]
+
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*(clients[n % 3].start_and_wait(None, {"name": n}, workflow="greet") for n in range(20)))
+
+    assert [outcome["name"] for outcome in asyncio.run(gather())] == list(range(20))
+
+
+def test_outcomes_of_runs_that_ended_before_and_of_two_runs_of_one_id(app: Application) -> None:
+    """A3, A5, A9, A10, M4."""
+    app.engine()
+    client = app.client()
+    with pytest.raises(TimeoutError, match="it goes on"):
+        client.start_and_wait("w", workflow="ask", start_id="one", timeout=2).result(60)
+    waits(client, "w")
+    client.resume("w", "answer", 1).result(60)
+    assert client.result("w").result(60) == 1
+    second = client.start_and_wait("w", workflow="ask", start_id="two")
+    waits(client, "w")
+    client.resume("w", "answer", 2).result(60)
+    assert second.result(60) == 2
+    late = app.client()
+    assert [late.result("w", start_id=run).result(60) for run in ("one", "two")] == [1, 2]
+    assert client.start("w", workflow="ask", start_id="two").result(60).new is False
+    with pytest.raises(OutcomeError, match="ValueError: bad"):
+        client.start_and_wait(workflow="fail").result(60)
+
+
+def test_a_caller_whose_engine_is_killed_in_between_gets_its_outcome(app: Application) -> None:
+    """A4, A5, G1, G6: killed after the start, and started again only after the answer was sent."""
+    engine = app.engine()
+    client = app.client()
+    futures = {n: client.start_and_wait(f"w{n}", workflow="ask") for n in range(8)}
+    for n in futures:
+        waits(client, f"w{n}")
+    engine.send_signal(signal.SIGKILL)
+    engine.wait()
+    answers = [client.resume(f"w{n}", "answer", n) for n in futures]
+    asked = [client.query(f"w{n}") for n in futures]
+    app.engine()
+    assert [future.result(60) for future in futures.values()] == list(range(8))
+    assert [answer.result(60) for answer in answers] == [None] * 8
+    assert {shown.result(60)["status"] for shown in asked} == {"ended"}
+    results = [record.key for record in read(app.config, app.config.result_topic)]
+    assert sorted(results) == sorted(f"w{n}".encode() for n in futures)
+
+
+def test_commands_are_answered_and_done_once(app: Application) -> None:
+    """M1.4, M2."""
+    app.engine()
+    client = app.client()
+    future = client.start_and_wait("w", workflow="prices")
+    waits(client, "w")
+    assert client.update("w", "price", 5).result(60) == {"was": 5}
+    with pytest.raises(CommandError, match="negative"):
+        client.update("w", "price", -1).result(60)
+    client.pause("w").result(60)
+    signals = [client.signal("w", "stop", "enough", command_id="once") for _ in range(2)]
+    client.unpause("w").result(60)
+    assert [signal.result(60) for signal in signals] == [None, None]
+    assert future.result(60) == "enough"
+    cancelled, terminated = client.start_and_wait("c", workflow="ask"), client.start_and_wait("t", workflow="ask")
+    waits(client, "c")
+    waits(client, "t")
+    client.cancel("c").result(60)
+    client.terminate("t", "by hand").result(60)
+    with pytest.raises(OutcomeError) as ended:
+        cancelled.result(60)
+    assert ended.value.kind == "cancelled"
+    with pytest.raises(OutcomeError, match="terminated: Terminated: by hand"):
+        terminated.result(60)
+    with pytest.raises(CommandError, match="not_found"):
+        client.signal("w", "stop").result(60)
+
+
+def test_foreign_records_and_addresses_that_are_gone_harm_nobody(app: Application) -> None:
+    """A7, A8, M1.2: a reply to a partition that does not exist would abort the transaction of everybody."""
+    app.engine()
+    client = app.client()
+    future = client.start_and_wait("w", workflow="ask")
+    waits(client, "w")
+    producer = Producer({"bootstrap.servers": app.config.bootstrap_servers, "log_level": 0})
+    partition = int(client._link.address.partition("/")[0])
+    for value in (b"\xff", b"{}", b'{"request":"unknown","status":"ok"}', None):
+        producer.produce(app.config.reply_topic, value, client._link.process.encode(), partition=partition)
+    producer.flush(20)
+    for place in ("99/gone", "0/gone", "nonsense"):
+        send(app.config, app.config.resume_topic, b"w", b"null", (("kwflow-op", b"query"), ("kwflow-request", b"r"), ("kwflow-reply-to", place.encode())))
+    client.resume("w", "answer", "mine").result(60)
+    assert future.result(60) == "mine"
+    assert client.counts["unreadable"] == 3
+    [letter] = read(app.config, app.config.dead_letter_topic)
+    assert dict(letter.headers)["kwflow-error-reason"] == b"bad-header"
+    assert "a reply to" in (app.directory / "one.log").read_text()
+
+
+def test_a_subscriber_is_called_for_each_outcome_until_it_leaves(app: Application) -> None:
+    """A11."""
+    app.engine()
+    client = app.client()
+    seen: list[Outcome] = []
+    leave = client.subscribe("w", seen.append)
+    for n in range(2):
+        client.start_and_wait("w", {"name": n}, workflow="greet").result(60)
+    leave()
+    client.start_and_wait("w", {"name": 3}, workflow="greet").result(60)
+    assert [outcome.value["name"] for outcome in seen] == [0, 1]
+
+
+def test_without_an_engine_the_outcome_is_unknown_and_a_repeat_is_done_once(app: Application) -> None:
+    """A4, M1.4."""
+    app.config = app.config.model_copy(update={"command_timeout_s": 1})
+    client = app.client()
+    with pytest.raises(OutcomeUnknown, match="repeat it") as unknown:
+        client.start("w", workflow="ask").result(60)
+    app.config = app.config.model_copy(update={"command_timeout_s": 60})
+    app.engine()
+    patient = app.client()
+    assert patient.start("w", workflow="ask", start_id=unknown.value.command_id).result(60).new is False
+    patient.resume("w", "answer", 1).result(60)
+    assert [record.value for record in read(app.config, app.config.result_topic)] == [b"1"]
+
+
+def test_a_client_without_broker_or_topics_is_refused_when_it_is_made(broker: str) -> None:
+    """AF-6."""
+    with pytest.raises(TransportError):
+        Client.kafka(Config(bootstrap_servers="127.0.0.1:1", client_connect_s=0.5))
+    with pytest.raises(TransportError, match="has no topic nowhere-resume.*kwflow topics create"):
+        Client.kafka(Config(bootstrap_servers=broker, resume_topic="nowhere-resume"))
+
+
+def test_the_reply_topic_is_made_with_a_short_retention_and_checked(app: Application) -> None:
+    """M1.2."""
+    from kwflow.runners import topics
+
+    admin = topics.admin(app.config)
+    settings = topics.settings_of(admin, [app.config.reply_topic])[app.config.reply_topic]
+    assert (settings["cleanup.policy"], settings["retention.ms"]) == ("delete", "3600000")
+    app.run("topics", "check")
+    wrong = app.config.model_copy(update={"reply_topic": app.config.changelog_topic})
+    assert any("it must be delete" in problem for problem in topics.problems(admin, wrong, ()))
+
+
+def test_a_timer_set_before_a_kill_fires_in_the_next_engine_though_nothing_else_comes(app: Application) -> None:
+    """K18: the mark of the transaction that set it is the last of its partition."""
+    engine = app.engine()
+    client = app.client()
+    future = client.start_and_wait("c", 100, workflow="child")
+    waits(client, "c")
+    until(lambda: list(read(app.config, app.config.timers_changelog_topic)))
+    engine.send_signal(signal.SIGKILL)
+    engine.wait()
+    app.engine()
+    assert future.result(60) == 100
+
+
+def test_twenty_children_and_their_parent_end_once_although_engines_are_killed(app: Application) -> None:
+    """M5, G1: two engines, killed in turn while children start, sleep and end."""
+    engines = {name: app.engine(name) for name in ("one", "two")}
+    client = app.client()
+    future = client.start_and_wait("p", 20, workflow="parent")
+    ended = 0
+    for turn in range(4):
+        name = ("one", "two")[turn % 2]
+        until(lambda known=ended: future.done() or len(list(read(app.config, app.config.result_topic))) > known)
+        ended = len(list(read(app.config, app.config.result_topic)))
+        engines[name].send_signal(signal.SIGKILL)
+        engines[name].wait()
+        engines[name] = app.engine(name)
+    assert future.result(90) == sum(range(20))
+    results = [record.key for record in read(app.config, app.config.result_topic)]
+    assert len(results) == len(set(results)) == 21
+    assert not list(read(app.config, app.config.dead_letter_topic))
