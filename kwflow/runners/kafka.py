@@ -41,7 +41,7 @@ from kwflow.runners.budget import Budget, bytes_of
 from kwflow.runners.embedded import SystemClock
 from kwflow.runners.environment import LIVE, Consumer, Environment, Producer
 from kwflow.runners.kafka_results import Results
-from kwflow.runners.kafka_state import PartitionStore, Restore
+from kwflow.runners.kafka_state import Partition, PartitionStore, Restore
 from kwflow.runners.logs import lines_of
 from kwflow.runners.loop import Overlay, TimerProcessor
 from kwflow.runners.parked import forward
@@ -76,32 +76,6 @@ class Aborted(Exception):
 
 class Rejected(Exception):
     """The broker will never take one of these records (K11)."""
-
-
-@dataclass
-class Partition:
-    """One owned partition.  Invariant: `position` is the offset that the last committed transaction sent.
-
-    A revoke takes it out of `owned`, a restore puts it back later: records that were gathered before are of no partition
-    that is owned, or below its position (K2's epoch).
-    """
-
-    number: int
-    store: PartitionStore
-    position: int
-    fire_from: int  # K18: nothing fires before this input offset is reached
-    careful_until: int  # K19: records before this offset are taken one by one
-    reached: int = 0  # the end that the consumer has seen last: there are no records before it, only marks of transactions
-
-    @property
-    def caught_up(self) -> bool:
-        """Whether all that was there when it was taken over has been applied.
-
-        1. An engine sets a timer: its record and the mark of its transaction are the last of the partition
-        2. it is killed; the next one's position is the mark, the end is behind it
-        3. no record will come from there, so by positions alone it would wait for ever, and fire nothing
-        """
-        return max(self.position, self.reached) >= self.fire_from
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from confluent_kafka import OFFSET_BEGINNING, KafkaError, Message, TopicPartition
@@ -17,7 +18,7 @@ from kwflow.errors import TransportError
 from kwflow.ports import Clock
 from kwflow.runners.environment import Consumer, Environment
 
-__all__ = ["PartitionStore", "Restore"]
+__all__ = ["Partition", "PartitionStore", "Restore"]
 
 _STATE, _META = b"s", b"m"
 _SLICE_RECORDS = 2000
@@ -70,6 +71,32 @@ class PartitionStore:
 
     def close(self) -> None:
         self._db.close()
+
+
+@dataclass
+class Partition:
+    """One owned partition.  Invariant: `position` is the offset that the last committed transaction sent.
+
+    A revoke takes it out of `owned`, a restore puts it back later: records that were gathered before are of no partition
+    that is owned, or below its position (K2's epoch).
+    """
+
+    number: int
+    store: PartitionStore
+    position: int
+    fire_from: int  # K18: nothing fires before this input offset is reached
+    careful_until: int  # K19: records before this offset are taken one by one
+    reached: int = 0  # the end that the consumer has seen last: there are no records before it, only marks of transactions
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether all that was there when it was taken over has been applied.
+
+        1. An engine sets a timer: its record and the mark of its transaction are the last of the partition
+        2. it is killed; the next one's position is the mark, the end is behind it
+        3. no record will come from there, so by positions alone it would wait for ever, and fire nothing
+        """
+        return max(self.position, self.reached) >= self.fire_from
 
 
 class Restore:
