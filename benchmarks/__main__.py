@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rocksdict import Options, Rdict, WriteBatch, WriteOptions
 
+from benchmarks import activities
 from kwflow import api, durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
@@ -295,9 +296,11 @@ def main() -> None:
         figures["snapshot bytes"] = size
         bare_rocksdb(directory / "bare", size)
         lateness(module, directory / "timers")
+        activities.embedded(directory / "activities", figures)
         with broker(directory) as bootstrap:
             if bootstrap:
                 kafka(module, bootstrap, directory / "kafka", size)
+                activities.kafka(bootstrap, directory / "kafka-activities", figures)
     table = Table("figure", "value")
     for name, value in figures.items():
         table.add_row(name, f"{value:,.2f}" if value < 100 else f"{value:,.0f}")

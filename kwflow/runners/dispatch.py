@@ -8,14 +8,10 @@ engine's thread calls all public methods; it must not know a log: `deliver` puts
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import inspect
-import queue
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,13 +21,15 @@ from kwflow.core import wire
 from kwflow.core.dispatch import PREFIX, Dispatch, Withdraw, decode, encode, state_key
 from kwflow.errors import ActivityError, KwflowBug
 from kwflow.ports import Changes, Deliver, Store
+from kwflow.runners.threads import AsyncCall, Loops, Threads, place_of
 
 __all__ = ["Dispatcher", "carry_out", "info_of", "keep"]
 
 _LEFT_BEHIND_S = 5.0  # so long a cancelled activity may go on before its slot is given to another
 _LEFT_BEHIND_MAX = 256  # threads of such activities; with more, nothing new is started
 _LOOK_S = 0.2
-_STUCK_S = 10.0
+_READY_FACTOR = 8  # so many times the concurrency are kept ready, that no slot waits for the engine's next batch,
+_READY_BYTES_MAX = 16_000_000  # while their arguments are not larger than this
 
 
 def keep(state: Changes, items: Iterable[object]) -> None:
@@ -46,7 +44,7 @@ def keep(state: Changes, items: Iterable[object]) -> None:
 class _Job:
     """One call that is ready or runs.  `answered`: its record was made; `freed`: its slot was given back; `behind`: while it went on."""
 
-    __slots__ = ("activity", "answered", "behind", "cancelled_at", "deadline", "dispatch", "freed", "info", "loop", "partition", "task", "thread")
+    __slots__ = ("activity", "answered", "begun", "behind", "cancelled_at", "deadline", "dispatch", "freed", "info", "partition", "thread")
 
     def __init__(self, partition: int, dispatch: Dispatch) -> None:
         self.partition = partition
@@ -56,8 +54,7 @@ class _Job:
         self.deadline = self.cancelled_at = float("inf")
         self.answered = self.freed = self.behind = False
         self.thread: threading.Thread | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.task: asyncio.Task[None] | None = None
+        self.begun: AsyncCall | None = None
 
     @property
     def id(self) -> tuple[int, str, str]:
@@ -95,12 +92,13 @@ class Dispatcher:
         self._owned: dict[int, _Owned] = {}
         self._jobs: dict[tuple[int, str, str], _Job] = {}
         self._ready: deque[_Job] = deque()
+        self._ready_bytes = 0
         self._running = 0
         self._behind = 0
         self._closed = False
         self._changed = threading.Condition(threading.RLock())
-        self._threads = _Threads()
-        self._loops = _Loops(on_log)
+        self._threads = Threads()
+        self._loops = Loops(on_log)
         self._unknown: set[str] = set()
         self._looked = 0.0
 
@@ -117,8 +115,7 @@ class Dispatcher:
         with self._changed:
             self._owned.pop(partition, None)
             for job in [job for job in self._ready if job.partition == partition]:
-                self._ready.remove(job)
-                del self._jobs[job.id]
+                self._unready(job)
         self._wait(lambda: any(job.partition == partition and job.wanted for job in self._jobs.values()), grace_s)
 
     def close(self, grace_s: float = 0.0) -> None:
@@ -154,7 +151,7 @@ class Dispatcher:
     def turn(self) -> None:
         with self._changed:
             for partition, owned in self._owned.items():
-                if owned.more and len(self._ready) < self._concurrency:
+                if owned.more and len(self._ready) < self._concurrency * _READY_FACTOR // 2:
                     self._take(partition, owned)
             self._start()
             now = time.monotonic()
@@ -168,11 +165,15 @@ class Dispatcher:
         return len(self._jobs)
 
     # -- the queue -------------------------------------------------------------------------------------------------
+    @property
+    def _full(self) -> bool:
+        return len(self._ready) >= self._concurrency * _READY_FACTOR or self._ready_bytes >= _READY_BYTES_MAX
+
     def _offer(self, partition: int, owned: _Owned, item: Dispatch) -> None:
         """Into memory, or left where it lies; what sorts before the cursor (a record of a hold, applied late) would not be found again."""
         key = state_key(item.workflow_id, item.ref)
         if key > owned.cursor:
-            if owned.more or len(self._ready) >= self._concurrency:
+            if owned.more or self._full:
                 owned.more = True
                 return
             owned.cursor = key
@@ -180,7 +181,7 @@ class Dispatcher:
 
     def _take(self, partition: int, owned: _Owned) -> None:
         for key, data in owned.store.scan(PREFIX, owned.cursor + b"\0"):
-            if len(self._ready) >= self._concurrency:
+            if self._full:
                 return
             owned.cursor = key
             self._enqueue(partition, decode(data))
@@ -191,20 +192,26 @@ class Dispatcher:
         if job.id not in self._jobs:
             self._jobs[job.id] = job
             self._ready.append(job)
+            self._ready_bytes += len(item.arguments)
+
+    def _unready(self, job: _Job) -> None:
+        self._ready.remove(job)
+        self._ready_bytes -= len(job.dispatch.arguments)
+        del self._jobs[job.id]
 
     def _withdraw(self, id: tuple[int, str, str]) -> None:
         job = self._jobs.get(id)
         if job is None:
             return
         if job.activity is None:
-            self._ready.remove(job)
-            del self._jobs[id]
+            self._unready(job)
         else:
             self._cancel(job)
 
     def _start(self) -> None:
         while self._ready and self._running < self._concurrency and self._behind < _LEFT_BEHIND_MAX and not self._closed:
             job = self._ready.popleft()
+            self._ready_bytes -= len(job.dispatch.arguments)
             activity = find_activity(job.dispatch.name)
             if activity is None:
                 del self._jobs[job.id]
@@ -216,7 +223,8 @@ class Dispatcher:
             job.deadline = time.monotonic() + self._limit_s if activity.timeout_s is None and self._limit_s else float("inf")
             self._running += 1
             if activity.is_async:
-                self._loops.run(job, self._run_async, self._finished)
+                job.begun = self._loops.run(lambda job=job: self._run_async(job), lambda job=job: self._finished(job))  # type: ignore[misc]
+                job.thread = job.begun.thread
             else:
                 self._threads.run(lambda job=job: self._run(job))  # type: ignore[misc]
 
@@ -285,7 +293,8 @@ class Dispatcher:
         if job.wanted:
             job.cancelled_at = time.monotonic()
             job.info.cancel()
-            self._loops.cancel(job)
+            if job.begun is not None:
+                job.begun.cancel()
 
     def _look(self, now: float) -> None:
         """Activities over their time are answered for; the slots of cancelled ones that go on are given to others."""
@@ -299,7 +308,7 @@ class Dispatcher:
                 job.behind = True
                 self._behind += 1
                 full = f"; {self._behind} do so, and no more are started until one ends or the engine is restarted" if self._behind >= _LEFT_BEHIND_MAX else "; another takes its slot"
-                self._on_log(f"{job} goes on although nobody waits for it{_place(job.thread)}{full}")
+                self._on_log(f"{job} goes on although nobody waits for it{place_of(job.thread)}{full}")
                 self._free(job)
         self._loops.look(now)
 
@@ -336,114 +345,3 @@ def _result(item: Dispatch, activity: Activity[Any, Any], value: Any, bytes_max:
 
 def _failure(item: Dispatch, error: BaseException) -> bytes:
     return wire.json_dumps({"ref": item.ref, "error": failure_payload(error)})
-
-
-def _place(thread: threading.Thread | None) -> str:
-    """Where a thread is, for a log line."""
-    frame = sys._current_frames().get(thread.ident or 0) if thread is not None else None
-    if frame is None:
-        return ""
-    last = traceback.extract_stack(frame)[-1]
-    return f", in {last.name} ({last.filename}:{last.lineno})"
-
-
-class _Threads:
-    """Threads for calls that may never end: they die with the process, and none is made while an idle one is there."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._idle = 0
-        self._closed = False
-
-    def run(self, call: Callable[[], None]) -> None:
-        with self._lock:
-            if self._idle:
-                self._idle -= 1
-                self._calls.put(call)
-                return
-        threading.Thread(target=self._work, args=(call,), name="kwflow-activity", daemon=True).start()
-
-    def _work(self, call: Callable[[], None] | None) -> None:
-        while call is not None:
-            call()
-            with self._lock:
-                if self._closed:
-                    return
-                self._idle += 1
-            call = self._calls.get()
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            for _ in range(self._idle):
-                self._calls.put(None)
-            self._idle = 0
-
-
-class _Loop(threading.Thread):
-    """An event loop on a thread of its own."""
-
-    def __init__(self, on_log: Callable[[str], None]) -> None:
-        super().__init__(name="kwflow-activity-loop", daemon=True)
-        self.loop = asyncio.new_event_loop()
-        self.beat = time.monotonic()
-        self.asked = False
-        self.closing = False
-        self._on_log = on_log
-        self.start()
-
-    def run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        while not self.closing:
-            try:
-                self.loop.run_forever()
-            except BaseException as error:  # SystemExit of a task that an activity left behind
-                self._on_log(f"a task that an activity started ended with {type(error).__name__}: {error}")
-
-    def stop(self) -> None:
-        self.closing = True
-        self.loop.call_soon_threadsafe(self.loop.stop)
-
-
-class _Loops:
-    """The loop for `async def`, made when needed; one that an activity blocks is left to it and another takes its place."""
-
-    def __init__(self, on_log: Callable[[str], None]) -> None:
-        self._on_log = on_log
-        self._thread: _Loop | None = None
-
-    def run(self, job: _Job, call: Callable[[_Job], Any], never_begun: Callable[[_Job], None]) -> None:
-        thread = self._thread = self._thread or _Loop(self._on_log)
-        job.thread, job.loop = thread, thread.loop
-
-        def begin() -> None:
-            job.task = thread.loop.create_task(call(job), context=contextvars.Context())
-            job.task.add_done_callback(lambda _: None if job.answered else never_begun(job))  # cancelled before its first line
-            if job.info.cancelled:
-                job.task.cancel()
-
-        thread.loop.call_soon_threadsafe(begin)
-
-    def cancel(self, job: _Job) -> None:
-        if job.loop is not None:
-            job.loop.call_soon_threadsafe(lambda: job.task.cancel() if job.task is not None else None)
-
-    def look(self, now: float) -> None:
-        thread = self._thread
-        if thread is None:
-            return
-        if not thread.asked:
-            thread.asked, thread.beat = True, now
-
-            def answer() -> None:
-                thread.asked = False
-
-            thread.loop.call_soon_threadsafe(answer)
-        elif now - thread.beat > _STUCK_S:
-            self._on_log(f"an async activity blocks the event loop for {now - thread.beat:.0f} s{_place(thread)}; use await, or a plain def; others get a new loop")
-            self._thread = None
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self._thread.stop()

@@ -30,6 +30,7 @@ class Results:
         self.environment = environment
         self._lock = threading.Lock()
         self._producer: Producer | None = None
+        self._server: threading.Thread | None = None
         self._closed = False
 
     def deliver(self, _partition: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
@@ -58,7 +59,8 @@ class Results:
                 self._producer = self.environment.producer(
                     client_config(self.config, partitioner="murmur2_random", enable_idempotence=True, linger_ms=2, message_timeout_ms=0, message_max_bytes=self.config.value_bytes_max)
                 )
-                threading.Thread(target=self._serve, args=(self._producer,), name="kwflow-results", daemon=True).start()
+                self._server = threading.Thread(target=self._serve, args=(self._producer,), name="kwflow-results", daemon=True)
+                self._server.start()
             return self._producer
 
     def _replace(self, broken: Producer | None) -> None:
@@ -73,3 +75,6 @@ class Results:
     def close(self) -> None:
         """What is not delivered yet stays with the calls that lie in the store."""
         self._closed = True
+        if self._server is not None:
+            self._server.join()
+        self._producer = None

@@ -64,3 +64,15 @@ def bad(_):
         except kw.ActivityError as error:
             said.append(error.type)
     return [*said, (yield flaky(1))]
+
+
+@kw.workflow
+def spread(count):
+    for n in range(count):
+        kw.start_child("one", n, detach=True)
+    yield kw.suspend("never")
+
+
+@kw.workflow
+def one(n):
+    yield square(n)

@@ -95,3 +95,27 @@ def test_activities_that_exit_hang_and_fail_end_as_errors_at_the_yield_and_the_e
     engine.send_signal(signal.SIGTERM)
     assert engine.wait(20) == 0
     assert time.monotonic() - begun < 15
+
+
+def resident_bytes(pid: int) -> int:
+    return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_ten_thousand_activities_that_wait_in_one_engine_keep_its_memory_flat(shell: Shell) -> None:
+    """M6.2: what waits lies in the store; a thousand live instances are kept in memory either way."""
+    engine = shell.engine(MODULE)
+
+    def waiting() -> int:
+        return sum(entry.startswith(b"one ") for entry in (line.split("│")[2].strip().encode() + b" " for line in shell("list").splitlines() if line.startswith("│")))
+
+    def spread(id: str, count: int) -> None:
+        submit(shell.directory, "workflow-resume", id.encode(), b"new:%d" % count, (("kwflow-workflow", b"spread"),))
+
+    spread("first", 2000)
+    shell.until(lambda: waiting() == 2000)
+    before = resident_bytes(engine.pid)
+    spread("second", 8000)
+    shell.until(lambda: waiting() == 10_000)
+    assert resident_bytes(engine.pid) - before < 40_000_000
+    assert len(ran(shell)) == 64

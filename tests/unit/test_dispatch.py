@@ -13,7 +13,7 @@ import pytest
 
 import kwflow as kw
 from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
-from kwflow.runners import dispatch
+from kwflow.runners import dispatch, threads
 from kwflow.runners.dispatch import Dispatcher
 from kwflow.runners.embedded import Embedded, stored
 from kwflow.testing import MemoryStore
@@ -209,7 +209,7 @@ def test_the_slot_of_an_activity_that_ignores_its_cancellation_goes_to_another(m
 
 
 def test_an_async_activity_that_blocks_the_loop_is_named_and_others_get_a_new_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_STUCK_S", 0.05)
+    monkeypatch.setattr(threads, "_STUCK_S", 0.05)
     gate, began = threading.Event(), threading.Event()
 
     async def blocks():
@@ -287,10 +287,10 @@ def test_ten_thousand_waiting_calls_stay_in_the_store_and_run_in_order_at_most_s
     engine.deliver = lambda partition, key, value, done: done(None)  # type: ignore[method-assign]
     engine.dispatcher._deliver = engine.deliver
     engine.dispatcher.committed(0, items)
-    assert engine.dispatcher.busy <= 16
+    assert engine.dispatcher.busy <= 8 + 64
     while len(order) < 10_000:
         engine.dispatcher.turn()
-        assert engine.dispatcher.busy <= 16
+        assert engine.dispatcher.busy <= 8 + 64
     assert most[0] <= 8
     assert sorted(order) == list(range(10_000))
     assert all(abs(n - place) < 100 for place, n in enumerate(order)), "oldest first"
@@ -365,3 +365,17 @@ def test_context_variables_of_one_call_are_not_seen_by_the_next(engine: Engine) 
     for n in range(5):
         engine.start(activity, id=f"w{n}", ref=f"{n}:1")
         assert engine.answer(f"w{n}")["value"] == "clean"
+
+
+def test_large_arguments_do_not_fill_the_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept ready is bounded in bytes, too; the rest waits in the store."""
+    monkeypatch.setattr(dispatch, "_READY_BYTES_MAX", 1000)
+    gate = threading.Event()
+    activity = make(lambda text: gate.wait() and len(text))
+    for n in range(20):
+        engine.start(activity, "x" * 500, id=f"w{n}", ref=f"{n}:1")
+    assert engine.dispatcher.busy == 4 + 2
+    gate.set()
+    for n in range(20):
+        assert engine.answer(f"w{n}")["value"] == 500
+    assert engine.dispatcher._ready_bytes == 0

@@ -1,0 +1,157 @@
+"""Where activities run: threads for calls that may never end, and an event loop that one of them may block.
+
+Every thread is a daemon: what hangs in it dies with the process and keeps nothing from ending.  It must not know what
+runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+__all__ = ["AsyncCall", "Loops", "Threads", "place_of"]
+
+_STUCK_S = 10.0
+
+
+def place_of(thread: threading.Thread | None) -> str:
+    """Where a thread is, for a log line."""
+    frame = sys._current_frames().get(thread.ident or 0) if thread is not None else None
+    if frame is None:
+        return ""
+    last = traceback.extract_stack(frame)[-1]
+    return f", in {last.name} ({last.filename}:{last.lineno})"
+
+
+class Threads:
+    """As many as there are calls at a time; none is made while an idle one is there."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0
+        self._closed = False
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Call it, on some thread."""
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+                self._calls.put(call)
+                return
+        threading.Thread(target=self._work, args=(call,), name="kwflow-activity", daemon=True).start()
+
+    def _work(self, call: Callable[[], None] | None) -> None:
+        while call is not None:
+            call()
+            with self._lock:
+                if self._closed:
+                    return
+                self._idle += 1
+            call = self._calls.get()
+
+    def close(self) -> None:
+        """Idle threads end; others do when their call has."""
+        with self._lock:
+            self._closed = True
+            for _ in range(self._idle):
+                self._calls.put(None)
+            self._idle = 0
+
+
+class _Loop(threading.Thread):
+    """An event loop on a thread of its own."""
+
+    def __init__(self, on_log: Callable[[str], None]) -> None:
+        super().__init__(name="kwflow-activity-loop", daemon=True)
+        self.loop = asyncio.new_event_loop()
+        self.beat = time.monotonic()
+        self.asked = False
+        self.closing = False
+        self._on_log = on_log
+        self.start()
+
+    def run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        while not self.closing:
+            try:
+                self.loop.run_forever()
+            except BaseException as error:  # SystemExit of a task that an activity left behind
+                self._on_log(f"a task that an activity started ended with {type(error).__name__}: {error}")
+
+    def stop(self) -> None:
+        self.closing = True
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+class AsyncCall:
+    """A coroutine on a loop."""
+
+    def __init__(self, thread: _Loop) -> None:
+        self.thread = thread
+        self.begun = False
+        self._task: asyncio.Task[None] | None = None
+        self._cancelled = False
+
+    def begin(self, work: Callable[[], Coroutine[Any, Any, None]], never_begun: Callable[[], None]) -> None:
+        """On the loop's thread: a task with a context of its own; `never_begun` if it was cancelled before its first line."""
+
+        async def body() -> None:
+            self.begun = True
+            await work()
+
+        self._task = self.thread.loop.create_task(body(), context=contextvars.Context())
+        self._task.add_done_callback(lambda _: None if self.begun else never_begun())
+        if self._cancelled:
+            self._task.cancel()
+
+    def cancel(self) -> None:
+        """Raise asyncio's CancelledError in it; from any thread."""
+        self.thread.loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        self._cancelled = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+class Loops:
+    """One loop, made when needed; one that is blocked is left to what blocks it and another takes its place."""
+
+    def __init__(self, on_log: Callable[[str], None]) -> None:
+        self._on_log = on_log
+        self._thread: _Loop | None = None
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, None]], never_begun: Callable[[], None]) -> AsyncCall:
+        """Run this coroutine function; it must not raise."""
+        thread = self._thread = self._thread or _Loop(self._on_log)
+        call = AsyncCall(thread)
+        thread.loop.call_soon_threadsafe(call.begin, work, never_begun)
+        return call
+
+    def look(self, now: float) -> None:
+        """Whether the loop still answers; called now and then."""
+        thread = self._thread
+        if thread is None:
+            return
+        if not thread.asked:
+            thread.asked, thread.beat = True, now
+
+            def answer() -> None:
+                thread.asked = False
+
+            thread.loop.call_soon_threadsafe(answer)
+        elif now - thread.beat > _STUCK_S:
+            self._on_log(f"an async activity blocks the event loop for {now - thread.beat:.0f} s{place_of(thread)}; use await, or a plain def; others get a new loop")
+            self._thread = None
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.stop()
