@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check nightly bench clean
+.PHONY: demo test check nightly sim bench clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("kwflow needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -20,6 +20,10 @@ test: $(INSTALLED)
 
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/repo
+
+SEEDS ?= 0-1000
+sim: $(INSTALLED)
+	$(BIN)/python -m tests.simulation $(SEEDS)
 
 nightly: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m nightly --durations=10

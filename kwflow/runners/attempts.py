@@ -24,6 +24,7 @@ class Attempts:
         self._path = directory / "attempts"
         self.unclean = self._running.exists()
         self._counts: dict[str, tuple[int, int]] = {}
+        self._mine: dict[int, int] = {}  # partition -> the offset that this run counted last
         if self.unclean and self._path.exists():
             try:
                 self._counts = msgspec.json.decode(self._path.read_bytes(), type=dict[str, tuple[int, int]])
@@ -34,6 +35,9 @@ class Attempts:
     def another(self, partition: int, offset: int) -> bool:
         """Count one attempt durably, before its step; False when it was attempted too often already."""
         known, count = self._counts.get(str(partition), (offset, 0))
+        if self._mine.get(partition) == offset:
+            return count <= _ATTEMPTS_MAX  # its transaction was aborted and is made again: this process survived it
+        self._mine[partition] = offset
         count = count + 1 if known == offset else 1
         self._counts[str(partition)] = (offset, count)
         with open(self._path, "wb") as file:

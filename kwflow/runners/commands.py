@@ -17,7 +17,7 @@ from kwflow.errors import SnapshotError
 from kwflow.ports import Changes, Decision
 from kwflow.runners import parked
 
-__all__ = ["OPS", "apply"]
+__all__ = ["OPS", "apply", "refuse"]
 
 
 class Batch(Protocol):
@@ -49,6 +49,17 @@ def apply(batch: Batch, name: str, record: Record, command: Command) -> Decision
     if header["status"] == "ended":
         return _replied(batch, record, "not_found", "it has ended", count="unknown-id")
     return _CHANGING[command.op](batch, name, header, record, command)
+
+
+def refuse(config: Config, state: Changes, name: str, record: Record, reason: str) -> Decision:
+    """A command whose Decision the log would not take becomes a dead letter; of a discard at least the head goes.
+
+    1. a discard drops the head and applies the rest, and one of the rest makes an output that no broker takes
+    2. if nothing of it were done, the next discard would do the same, and the instance could never be settled
+    """
+    if wire.header(record, "kwflow-op") == "discard" and parked.is_parked(config, state.get(name.encode())):
+        parked.drop_head(state, name)
+    return parked.dead(config, record, "refused", reason, record.timestamp_ms)
 
 
 def _header(config: Config, name: str, stored: bytes | None) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -37,13 +36,14 @@ from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Clock, Decision, Processor
 from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
-from kwflow.runners.budget import Budget, bytes_of
+from kwflow.runners.budget import Budget
 from kwflow.runners.embedded import SystemClock
 from kwflow.runners.environment import LIVE, Consumer, Environment, Producer
+from kwflow.runners.kafka_batch import Aborted, Batch, Rejected
 from kwflow.runners.kafka_results import Results
-from kwflow.runners.kafka_state import Partition, PartitionStore, Restore
-from kwflow.runners.logs import lines_of
+from kwflow.runners.kafka_state import MOVED, POSITION, Partition, PartitionStore, Restore, agreed
 from kwflow.runners.loop import Overlay, TimerProcessor
+from kwflow.runners.orphans import Orphans
 from kwflow.runners.parked import forward
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
@@ -52,7 +52,6 @@ from kwflow.runners.tracing import end_all
 
 __all__ = ["KafkaRunner"]
 
-POSITION = b"\0kwflow"  # K16: {incarnation, next offset, partitions} beside the state it belongs to
 _REJECTED = {
     KafkaError.MSG_SIZE_TOO_LARGE,
     KafkaError.RECORD_LIST_TOO_LARGE,
@@ -60,6 +59,7 @@ _REJECTED = {
     KafkaError.INVALID_RECORD,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
 }
+_PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}  # never sent, or sent and forgotten: by our own abort
 _IDLE_S = 0.25
 _FIRED_MAX = 500
 _TRANSACTION_S = 15  # a dead engine with another identity blocks its partitions for this long (K1)
@@ -68,40 +68,6 @@ _SLICE_S = 0.1  # K5: a restore never keeps the running partitions waiting for l
 _ABORTS_MAX = 10  # in a row; then this process ends, so that whoever watches it sees the trouble
 _DAY_MS = 86_400_000
 _REPLY_ASK_S = 10.0  # a reply topic may get more partitions; how often the broker is asked because of an address it does not have
-
-
-class Aborted(Exception):
-    """Nothing of the transaction has happened; its records will be read again."""
-
-
-class Rejected(Exception):
-    """The broker will never take one of these records (K11)."""
-
-
-@dataclass
-class Batch:
-    """What one transaction is to hold; `positions` are the offsets it sends."""
-
-    overlays: dict[int, Overlay] = field(default_factory=dict)
-    outputs: list[Output] = field(default_factory=list)
-    positions: dict[int, int] = field(default_factory=dict)
-    logs: list[str] = field(default_factory=list)
-    counts: list[str] = field(default_factory=list)
-    dispatch: dict[int, list[object]] = field(default_factory=dict)
-    spans: list[object] = field(default_factory=list)
-
-    def add(self, number: int, made: Decision, record: Record | None = None) -> None:
-        """All of a decision but its replies."""
-        self.outputs += made.outputs
-        if made.logs:
-            self.logs += made.logs if record is None else lines_of(made, record)
-        self.counts += made.counts
-        self.spans += made.spans
-        if made.dispatch:
-            self.dispatch.setdefault(number, []).extend(made.dispatch)
-
-    def bytes(self) -> int:
-        return bytes_of((change for overlay in self.overlays.values() for change in overlay.changes.items()), self.outputs)
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -148,6 +114,7 @@ class KafkaRunner:
         self.worker = self.processor.work(self.results.deliver)
         self.owned: dict[int, Partition] = {}
         self._assigned: list[int] = []
+        self._ends: dict[int, int] = {}  # partition -> the end that the last gather came to
         self._restoring: dict[int, tuple[Restore, int]] = {}  # with the group's committed offset
         self._aborts = 0
         self.stats = Stats()
@@ -159,6 +126,7 @@ class KafkaRunner:
         self._sizes, self._age_max_ms = self._limits(topics.needed(config, outputs))
         self._producer = self._new_producer()
         self._consumer = self._new_consumer()
+        self._orphans = Orphans(self.admin, environment, group, self.processor.input_topic, self.partitions)
 
     # -- who we are (K1) -------------------------------------------------------------------------------------------
     def _instance_id(self) -> str:
@@ -207,8 +175,20 @@ class KafkaRunner:
                 heartbeat_interval_ms=500, fetch_queue_backoff_ms=10, enable_partition_eof=True,
             )
         )  # fmt: skip
-        consumer.subscribe([self.processor.input_topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+        self._subscribe(consumer)
         return consumer
+
+    def _subscribe(self, consumer: Consumer) -> None:
+        consumer.subscribe([self.processor.input_topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+
+    def _join_again(self) -> None:
+        """Leave the group and join it, so that it shares all partitions anew; what is polled meanwhile is read again."""
+        self.on_log(f"{self.group}: partitions of {self.processor.input_topic} belong to nobody; joining again")
+        self._consumer.unsubscribe()
+        give_up = self.environment.monotonic() + _TRANSACTION_S
+        while (self.owned or self._restoring or self._assigned) and self.environment.monotonic() < give_up:
+            self._consumer.poll(0.1)
+        self._subscribe(self._consumer)
 
     # -- ownership (K2, K5, K7) ------------------------------------------------------------------------------------
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -259,17 +239,23 @@ class KafkaRunner:
 
     def _begin_restore(self, number: int) -> None:
         """First what the group has committed, then the changelog's end: the other order could miss the last transaction."""
-        try:
-            committed = self._consumer.committed([TopicPartition(self.processor.input_topic, number)], timeout=1)[0].offset
-        except KafkaException as error:
-            if error.args[0].retriable() or error.args[0].code() == KafkaError._TIMED_OUT:
-                return  # a transaction with offsets is still open; asked again in the next turn
-            raise
+        committed = self._committed(number)
+        if committed is None:
+            return
         topic = self.processor.changelog_topic
         end, start = self._end(topic, number), self._offset(topic, number, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
         store = PartitionStore(self.environment, self.directory / str(number), self.incarnation, self.clock, self._age_max_ms)
         self._assigned.remove(number)
         self._restoring[number] = Restore(store, self._restore_consumer, topic, number, start, end), committed
+
+    def _committed(self, number: int) -> int | None:
+        """The group's offset; None while a transaction with offsets is open (asked again in the next turn)."""
+        try:
+            return int(self._consumer.committed([TopicPartition(self.processor.input_topic, number)], timeout=1)[0].offset)
+        except KafkaException as error:
+            if error.args[0].retriable() or error.args[0].code() == KafkaError._TIMED_OUT:
+                return None
+            raise
 
     def _restore_consumer(self) -> Consumer:
         return self.environment.consumer(
@@ -277,38 +263,34 @@ class KafkaRunner:
         )
 
     def _own(self, number: int, store: PartitionStore, committed: int) -> None:
-        position = self._position(store, number, committed)
+        where = f"{self.processor.input_topic}[{number}]"
+        position = None if self.config.accept_offset_reset else agreed(store.get(POSITION), committed, self.incarnation, self.partitions, where)
+        if position == MOVED:
+            if self._committed(number) == committed:
+                raise TransportError(f"{where}: the group's offset is {committed}, the state's is another: somebody reset one of them; --accept-offset-reset starts from the group's", retryable=False)
+            store.close()  # this process stood still while another owner went on; it will hear of that, or restores again
+            self._assigned.append(number)
+            return
+        if position is None:
+            position = committed if committed != OFFSET_INVALID else self._start(number)
         end = self._end(self.processor.input_topic, number)
         careful = min(end, position + self.config.batch_records_max) if self._attempts.unclean else position
         self.owned[number] = Partition(number, store, position, end, careful)
         self._seek(number, position)
         self._consumer.resume([TopicPartition(self.processor.input_topic, number)])
-        self.on_log(f"{self.group}: owns {self.processor.input_topic}[{number}] from {position}")
+        self.on_log(f"{self.group}: owns {where} from {position}")
 
     def _seek(self, number: int, offset: int) -> None:
         self._again(lambda: self._consumer.seek(TopicPartition(self.processor.input_topic, number, offset)))
 
-    def _position(self, store: PartitionStore, number: int, committed: int) -> int:
-        """K16: the group's offset and the one stored with the state must agree."""
-        saved = store.get(POSITION)
-        known = msgspec.json.decode(saved) if saved is not None else None
-        if self.config.accept_offset_reset:
-            return int(committed) if committed != OFFSET_INVALID else self._start(number)
-        if known is not None and (known["topic"] != self.incarnation or known["partitions"] != self.partitions):
-            raise TransportError(f"{self.processor.input_topic} was recreated or its partitions changed since this state was written; --accept-offset-reset starts all the same", retryable=False)
-        if committed == OFFSET_INVALID:
-            return int(known["next"]) if known is not None else self._start(number)
-        if known is not None and known["next"] != committed:
-            where = f"{self.processor.input_topic}[{number}]"
-            raise TransportError(
-                f"{where}: the group's offset is {committed}, the state's is {known['next']}: somebody reset one of them; --accept-offset-reset starts from the group's", retryable=False
-            )
-        return int(committed)
-
     def _offset(self, topic: str, number: int, spec: Any) -> int:
         where = TopicPartition(topic, number)
-        found = self.admin.list_offsets({where: spec}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10)
-        return int(found[where].result().offset)
+
+        def ask() -> int:
+            found = self.admin.list_offsets({where: spec}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10)
+            return int(found[where].result().offset)
+
+        return int(self._again(ask))
 
     def _end(self, topic: str, number: int) -> int:
         return self._offset(topic, number, OffsetSpec.latest())  # type: ignore[no-untyped-call] # the library has no types here
@@ -327,6 +309,12 @@ class KafkaRunner:
                 self.turn()
             clean = True
             self._attempts.finished()
+        except TransportError:
+            self._attempts.finished()  # the broker's fault, not a record's (K19)
+            raise
+        except KafkaException as error:  # what no place above knows an answer to ends this process (K4)
+            self._attempts.finished()
+            raise TransportError(f"{self.group}: {error.args[0].str()}") from error
         finally:
             if self.worker is not None:
                 self.worker.close(self.config.activity_grace_s if clean else 0)
@@ -345,13 +333,17 @@ class KafkaRunner:
         records = [record_of(message) for message in self._gather()]
         try:
             self._process(records)
+            self._reached()
             self._take_over()
             self._fire()
             self._work()
+            if self._orphans.found():
+                self._join_again()
         except Aborted as error:
             self.on_log(f"{self.group}: a transaction was aborted and is made again: {error}")
             for number in {record.partition for record in records} & self.owned.keys():
                 self._seek(number, self.owned[number].position)
+            self.environment.sleep(_RETRY_S * 2 ** min(self._aborts, 5))  # a member that was evicted hears of it with its next heartbeat
 
     def _work(self) -> None:
         """Activities of a partition begin once all that was in its log at the takeover has been applied: some of it are results."""
@@ -364,11 +356,12 @@ class KafkaRunner:
 
     def _gather(self) -> list[Message]:
         """What is here, of partitions that are ours after the last consume (K2): nobody polls again before the commit."""
-        due = [self.processor.next_due_ms(partition.store) for partition in self.owned.values()]
+        due = [self.processor.next_due_ms(partition.store) for partition in self.owned.values() if partition.caught_up]
         wait = min([0.0 if self._assigned or self._restoring else _IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
         first = self._consumer.poll(wait)
         messages = [first, *self._consumer.consume(self.config.batch_records_max - 1, 0)] if first is not None else []
         self._metadata = self._consumer.consumer_group_metadata()
+        self._ends.clear()
         good = []
         for message in messages:
             error = message.error()
@@ -380,13 +373,18 @@ class KafkaRunner:
                 if partition is not None and (message.offset() or 0) >= partition.position:
                     good.append(message)
             elif error.code() == KafkaError._PARTITION_EOF:
-                if (message.partition() or 0) in self.owned:
-                    self.owned[message.partition() or 0].reached = message.offset() or 0
+                self._ends[message.partition() or 0] = message.offset() or 0
             elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
                 self.on_log(f"{self.group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
             elif error.fatal() or not error.retriable():
                 raise FencedError(f"{self.group}: {error.str()}") if error.code() == KafkaError._FENCED else TransportError(f"{self.group}: {error.str()}")
         return good
+
+    def _reached(self) -> None:
+        """Ends that were read, once everything before them is applied: a batch that was aborted is read again first (K18)."""
+        for number, end in self._ends.items():
+            if number in self.owned:
+                self.owned[number].reached = end
 
     def _process(self, records: list[Record]) -> None:
         """Step and commit; after an unclean stop one by one where the record that killed us may be (K19)."""
@@ -402,19 +400,26 @@ class KafkaRunner:
             batch, done = self._step(records, refused)
             records = [record for record in records if record.offset >= batch.positions[record.partition]]
             taken = [record for mine in done.values() for record in mine]
-            try:
-                if len(taken) > 1 and batch.bytes() > self.config.batch_bytes_max:
-                    raise Rejected(f"more than batch_bytes_max = {self.config.batch_bytes_max}")  # known once the states are saved; nothing was produced yet
-                self._commit(batch)
-            except Rejected as error:
-                if refused is not None:
-                    raise TransportError(f"the broker refuses even the dead letter of {taken[0]}: {error}", retryable=False) from None
-                half = len(taken) // 2
-                if half:
-                    self._transact(taken[:half])
-                    self._transact(taken[half:])
-                else:
-                    self._transact(taken, str(error) if alone else None, alone + 1)
+            why = None
+            if len(taken) > 1 and batch.bytes() > self.config.batch_bytes_max:
+                why = f"more than batch_bytes_max = {self.config.batch_bytes_max}"  # known once the states are saved; nothing was produced yet
+            else:
+                try:
+                    self._commit(batch)
+                except Rejected as error:
+                    why = str(error)
+            if why is not None:  # not inside the handler: author code that runs there would have our error as the context of its own
+                self._in_halves(taken, refused, why, alone)
+
+    def _in_halves(self, taken: list[Record], refused: str | None, why: str, alone: int) -> None:
+        if refused is not None:
+            raise TransportError(f"the broker refuses even the dead letter of {taken[0]}: {why}", retryable=False)
+        half = len(taken) // 2
+        if half:
+            self._transact(taken[:half])
+            self._transact(taken[half:])
+        else:
+            self._transact(taken, why if alone else None, alone + 1)
 
     def _step(self, records: list[Record], refused: str | None) -> tuple[Batch, dict[int, list[Record]]]:
         """What these records do, up to the budget of one transaction; and which of them, by partition."""
@@ -446,8 +451,9 @@ class KafkaRunner:
         at_home = set(map(id, right))
         last = right[len(made) - 1].offset if len(made) < len(right) else records[-1].offset
         away = [record for record in records if record.offset <= last and id(record) not in at_home]
-        return made + [forward(self.config, record, self.partitions, now_ms) for record in away], right[: len(made)] + away
-
+        pairs = [*zip(made, right, strict=False), *((forward(self.config, record, self.partitions, now_ms), record) for record in away)]
+        pairs.sort(key=lambda pair: pair[1].offset)  # the second half of a batch that is divided must not lie before the first
+        return [decision for decision, _ in pairs], [record for _, record in pairs]
 
     def _fire(self) -> None:
         for partition in list(self.owned.values()):
@@ -549,13 +555,14 @@ class KafkaRunner:
 
     def _abort(self, error: KafkaError, failures: list[KafkaError]) -> None:
         """Nothing of the batch has happened.  Raises Rejected for what the broker will never take, Aborted, or what ends the process."""
+        if not error.fatal():
+            self._again(lambda: self._producer.abort_transaction(30))  # serves the reports too: a record may have been refused before the last one was produced
         rejected = next((failure for failure in (*failures, error) if failure.code() in _REJECTED), None)
         if error.fatal() and rejected is None:
             raise FencedError(f"{self.group}: {error.str()}")
-        if not error.fatal():
-            self._again(lambda: self._producer.abort_transaction(30))
-        if rejected is not None:
+        if rejected is not None or any(failure.code() not in _PURGED for failure in failures):
             self._producer = self._new_producer()  # its sequence numbers are lost: the next good transaction would fail
+        if rejected is not None:
             raise Rejected(rejected.str())
         self._aborts += 1
         if self._aborts >= _ABORTS_MAX:

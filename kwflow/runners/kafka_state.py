@@ -12,13 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from confluent_kafka import OFFSET_BEGINNING, KafkaError, Message, TopicPartition
+import msgspec
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaError, Message, TopicPartition
 
 from kwflow.errors import TransportError
 from kwflow.ports import Clock
 from kwflow.runners.environment import Consumer, Environment
 
-__all__ = ["Partition", "PartitionStore", "Restore"]
+__all__ = ["MOVED", "POSITION", "Partition", "PartitionStore", "Restore", "agreed"]
+
+POSITION = b"\0kwflow"  # K16: {incarnation, next offset, partitions} beside the state it belongs to
+MOVED = -1
 
 _STATE, _META = b"s", b"m"
 _SLICE_RECORDS = 2000
@@ -150,3 +154,16 @@ class Restore:
         if self._consumer is not None:
             self._consumer.close()
             self._consumer = None
+
+
+def agreed(saved: bytes | None, committed: int, incarnation: str, partitions: int, where: str) -> int | None:
+    """The offset that the group and the state both name (K16); None: neither has one; MOVED: they differ.
+
+    Raises TransportError when the state belongs to another topic.
+    """
+    known = msgspec.json.decode(saved) if saved is not None else None
+    if known is not None and (known["topic"] != incarnation or known["partitions"] != partitions):
+        raise TransportError(f"{where}: its topic was recreated or its partitions changed since this state was written; --accept-offset-reset starts all the same", retryable=False)
+    if committed == OFFSET_INVALID:
+        return int(known["next"]) if known is not None else None
+    return committed if known is None or known["next"] == committed else MOVED

@@ -164,8 +164,11 @@ class WorkflowProcessor:
     def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
         try:
             name = wire.workflow_id(record)
+            command = wire.header(record, "kwflow-op") in commands.OPS
         except ProtocolError:
             return parked.dead(self.config, record, "refused", reason, record.timestamp_ms)
+        if command:
+            return commands.refuse(self.config, state, name, record, reason)
         return parked.park(self.config, state, name, state.get(name.encode()), record, SnapshotError(reason), record.timestamp_ms)
 
     def allow(self, declared: frozenset[str]) -> None:
@@ -318,6 +321,7 @@ class _Batch:
 
     def _step(self, name: str, key: bytes, live: _Live, number: int, record: Record) -> Decision:
         live.met.append(number)
+        made: Transition | BaseException
         try:
             with self.processor.watchdog.watching(name):
                 made = step(live.instance, record, self.context)
@@ -326,7 +330,11 @@ class _Batch:
                 del self.live[key]
             return parked.dead(self.config, record, error.reason, str(error), self.context.received_ms)
         except (Exception, StepTimeout) as error:  # KwflowBug and MemoryError too: one instance never stops the others
-            return self._failed(name, key, live, number, error)
+            made = error
+        if isinstance(made, BaseException):
+            # Not inside the handler: steps are made again here, and what author code raises there would have this error as
+            # its context, and save it with the instance.
+            return self._failed(name, key, live, number, made)
         state = made.state
         if isinstance(state, Save):
             live.instance, live.ahead = state.instance, True
@@ -375,17 +383,14 @@ class _Batch:
         if live is None or live.instance is None:
             return
         if live.ahead:
-            try:
-                data, modules = snapshot.save_with_code(live.instance, self.config.signing_keys)
-                if len(data) > self.config.snapshot_bytes_max:
-                    raise SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}")
-            except Exception as error:  # reducers of author classes may raise anything
+            data, modules = self._bytes(live.instance)
+            if isinstance(data, Exception):
                 live.forget()
                 if len(live.met) > 1:
                     self._again(key, live.met)
                 else:
                     spans = self.made[live.met[0]].spans
-                    made = self._park(key.decode(), live.base, live.met[0], error)
+                    made = self._park(key.decode(), live.base, live.met[0], data)
                     fail_all(spans, made.logs[-1])
                     self.made[live.met[0]] = msgspec.structs.replace(made, spans=spans) if spans else made
                 return
@@ -396,6 +401,16 @@ class _Batch:
             self.state.put(key, data)
             live.base = data
         self.processor.keep(key, live)
+
+    def _bytes(self, instance: Instance) -> tuple[bytes | Exception, list[Module]]:
+        """The instance's snapshot and what it names, or why there is none (returned: steps are made again then, outside of any handler)."""
+        try:
+            data, modules = snapshot.save_with_code(instance, self.config.signing_keys)
+        except Exception as error:  # reducers of author classes may raise anything
+            return error, []
+        if len(data) > self.config.snapshot_bytes_max:
+            return SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}"), []
+        return data, modules
 
     def _warn_of_size(self, live: _Live, size: int) -> None:
         """Said when an instance grows over the limit, not each time it is saved."""

@@ -19,7 +19,7 @@ from kwflow.core.wire import Output, Record, Reply
 from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 
-__all__ = ["DRAINED_MAX", "all_held", "answered", "dead", "dead_letter", "forward", "hold", "holds", "is_parked", "is_paused", "park", "park_rest", "release"]
+__all__ = ["DRAINED_MAX", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "holds", "is_parked", "is_paused", "park", "park_rest", "release"]
 
 DRAINED_MAX = 500
 _HOLD = b"\0hold\0"
@@ -118,6 +118,12 @@ def held(state: Changes, name: str) -> list[Record]:
         state.put(key, None)
         found.append(msgspec.msgpack.decode(value, type=Record))
     return found
+
+
+def drop_head(state: Changes, name: str) -> None:
+    """Take the first record of the hold out."""
+    for key, _ in itertools.islice(state.scan(_prefix(name)), 1):
+        state.put(key, None)
 
 
 def all_held(state: Changes, name: str) -> Iterator[Record]:

@@ -1,0 +1,69 @@
+"""A broker in memory with Kafka's rules for transactions, groups and compaction (measured against a real one by tests/integration/port).
+
+It lives in virtual time and is asked by the clients beside it; a test or a simulation looks at `topics` and
+`groups` directly.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+from confluent_kafka import KafkaError
+
+from kwflow.testing.kafka.groups import Group
+from kwflow.testing.kafka.log import Entry, Headers, Partition, Place, Topic, Transaction
+from kwflow.testing.kafka.time import VirtualTime
+from kwflow.testing.kafka.transactions import Coordinator, Refused
+
+__all__ = ["Broker"]
+
+_AHEAD_MS = 3_600_000  # log.message.timestamp.after.max.ms
+Made = tuple[int, bytes | None, bytes | None, Headers]  # timestamp, key, value, headers
+
+
+class Broker:
+    """Topics, groups, transactions.  `wall_ms` is its own wall clock, for the check of timestamps."""
+
+    def __init__(self, time: VirtualTime | None = None, seed: int = 0) -> None:
+        self.time = time or VirtualTime()
+        self.chance = random.Random(seed)
+        self.topics: dict[str, Topic] = {}
+        self.groups: dict[str, Group] = {}
+        self.transactions = Coordinator(self.time, self.chance, self.partition, lambda group, transaction: self.group(group).settle(transaction))
+
+    def wall_ms(self) -> int:
+        return 1_700_000_000_000 + int(self.time.now)
+
+    def create(self, name: str, partitions: int, config: dict[str, str] | None = None) -> None:
+        if name in self.topics:
+            raise Refused(KafkaError.TOPIC_ALREADY_EXISTS, f"topic {name} exists")
+        self.topics[name] = Topic(name, partitions, config)
+
+    def partition(self, place: Place) -> Partition:
+        topic = self.topics.get(place[0])
+        if topic is None or not 0 <= place[1] < len(topic.partitions):
+            raise Refused(KafkaError.UNKNOWN_TOPIC_OR_PART, f"no partition {place}")
+        return topic.partitions[place[1]]
+
+    def group(self, name: str) -> Group:
+        if name not in self.groups:
+            self.groups[name] = Group(name, self.time, lambda topic: [partition.place for partition in self.topics[topic].partitions] if topic in self.topics else [])
+        return self.groups[name]
+
+    def append(self, place: Place, records: Iterable[Made], transaction: Transaction | None) -> list[Entry]:
+        """One batch: all of it, or Refused.  The size limit holds for the batch."""
+        partition = self.partition(place)
+        limit = int(self.topics[place[0]].config["max.message.bytes"])
+        made = [Entry(0, timestamp, key, value, headers, transaction, self.time.now) for timestamp, key, value, headers in records]
+        if sum(entry.size_bytes for entry in made) > limit:
+            raise Refused(KafkaError.MSG_SIZE_TOO_LARGE, f"the batch is larger than max.message.bytes = {limit}")
+        if any(entry.timestamp_ms > self.wall_ms() + _AHEAD_MS for entry in made):
+            raise Refused(KafkaError.INVALID_TIMESTAMP, "a timestamp is more than an hour ahead")
+        if self.topics[place[0]].config["cleanup.policy"] == "compact" and any(entry.key is None for entry in made):
+            raise Refused(KafkaError.INVALID_RECORD, "a record without a key on a compacted topic")
+        written = [partition.append(entry.timestamp_ms, entry.key, entry.value, entry.headers, transaction, self.time.now) for entry in made]
+        if transaction is not None and written:
+            self.transactions.wrote(transaction, place, written[0].offset)
+        self.time.changed()
+        return written

@@ -1,0 +1,259 @@
+"""`confluent_kafka.Consumer` on the simulated broker.
+
+Callbacks run inside poll and consume, errors come inside the list, records fetched before a pause may still come, and a
+partition just assigned may not be ready to be sought (`_STATE`).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, OFFSET_INVALID, OFFSET_STORED, TIMESTAMP_CREATE_TIME, KafkaError, KafkaException, Message, TopicPartition
+
+from kwflow.testing.kafka.broker import Broker
+from kwflow.testing.kafka.groups import Metadata
+from kwflow.testing.kafka.log import Entry, Place
+from kwflow.testing.kafka.membership import Membership
+from kwflow.testing.kafka.time import Host
+from kwflow.testing.kafka.transactions import Refused
+
+__all__ = ["SimulatedConsumer"]
+
+Callback = Callable[[Any, list[TopicPartition]], None]
+_FETCHED = 100  # records of one partition that are here before they are asked for
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Fetch:
+    """One assigned partition: `offset` is read next, `position` follows what the application got (-1001: nothing yet)."""
+
+    place: Place
+    offset: int
+    position: int = OFFSET_INVALID
+    paused: bool = False
+    queue: collections.deque[Entry] = dataclasses.field(default_factory=collections.deque)
+    eof_at: int = -1
+    stopped: bool = False
+
+
+def failure(refused: Refused, **flags: bool) -> KafkaException:
+    return KafkaException(KafkaError(refused.code, refused.reason, **flags))
+
+
+def error_of(code: int, reason: str, **flags: bool) -> KafkaException:
+    return KafkaException(KafkaError(code, reason, **flags))
+
+
+class SimulatedConsumer:
+    """Settings are librdkafka's; those that matter here are read, the others taken as they are."""
+
+    def __init__(self, broker: Broker, host: Host, settings: dict[str, Any]) -> None:
+        self._broker = broker
+        self._host = host
+        self._group = str(settings["group.id"])
+        self._instance = settings.get("group.instance.id")
+        self._committed = settings.get("isolation.level", "read_committed") == "read_committed"
+        self._reset = str(settings.get("auto.offset.reset", "latest"))
+        self._eof = bool(settings.get("enable.partition.eof", False))
+        self._times = {
+            "session": float(settings.get("session.timeout.ms", 45_000)), "heartbeat": float(settings.get("heartbeat.interval.ms", 3_000)), "poll": float(settings.get("max.poll.interval.ms", 300_000))
+        }  # fmt: skip
+        self._fetches: dict[Place, _Fetch] = {}
+        self._membership: Membership | None = None
+        self._callbacks: dict[str, Callback | None] = {}
+        self._turn = 0
+        self._in_callback = False
+        self._closed = False
+
+    # -- assignment ------------------------------------------------------------------------------------------------
+    def subscribe(self, topics: list[str], on_assign: Callback | None = None, on_revoke: Callback | None = None, on_lost: Callback | None = None) -> None:
+        self._callbacks = {"assign": on_assign, "revoke": on_revoke, "lost": on_lost or on_revoke}
+        self._membership = Membership(self._broker, self._host, self._group, self._instance, tuple(topics), self._times)
+
+    def unsubscribe(self) -> None:
+        """Leave; what was held is revoked in the next poll."""
+        if self._membership is not None:
+            self._membership.leave()
+
+    def assign(self, partitions: list[TopicPartition]) -> None:
+        self._fetches = {}
+        self.incremental_assign(partitions)
+
+    def incremental_assign(self, partitions: list[TopicPartition]) -> None:
+        for partition in partitions:
+            place = (partition.topic, partition.partition)
+            fetch = self._fetches[place] = _Fetch(place, 0)
+            self._start_at(fetch, partition.offset)
+            if self._host.chance("stale-fetch"):
+                self._fetch(fetch)  # it comes although the partition is paused in the next moment
+
+    def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
+        for partition in partitions:
+            self._fetches.pop((partition.topic, partition.partition), None)
+
+    def assignment(self) -> list[TopicPartition]:
+        return [TopicPartition(*place) for place in self._fetches]
+
+    def _start_at(self, fetch: _Fetch, offset: int) -> None:
+        if offset in (OFFSET_INVALID, OFFSET_STORED):
+            offset = self._broker.group(self._group).offsets.get(fetch.place, OFFSET_INVALID)
+        partition = self._broker.partition(fetch.place)
+        if offset == OFFSET_INVALID:
+            offset = {"earliest": OFFSET_BEGINNING, "latest": OFFSET_END}.get(self._reset, OFFSET_INVALID)
+        fetch.offset = partition.start if offset == OFFSET_BEGINNING else partition.end if offset == OFFSET_END else offset
+
+    def pause(self, partitions: list[TopicPartition]) -> None:
+        for partition in partitions:
+            self._of(partition).paused = True
+
+    def resume(self, partitions: list[TopicPartition]) -> None:
+        for partition in partitions:
+            self._of(partition).paused = False
+
+    def seek(self, partition: TopicPartition) -> None:
+        fetch = self._of(partition)
+        if self._in_callback or self._host.chance("not-ready"):
+            raise error_of(KafkaError._STATE, "the partition is not being fetched yet")
+        fetch.queue.clear()
+        fetch.stopped = False
+        fetch.eof_at = -1
+        self._start_at(fetch, partition.offset)
+
+    def _of(self, partition: TopicPartition) -> _Fetch:
+        found = self._fetches.get((partition.topic, partition.partition))
+        if found is None:
+            raise error_of(KafkaError._STATE if self._closed else KafkaError._UNKNOWN_PARTITION, f"{partition.topic}[{partition.partition}] is not assigned")
+        return found
+
+    def position(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        return [TopicPartition(partition.topic, partition.partition, self._of(partition).position) for partition in partitions]
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+    def poll(self, timeout: float = -1) -> Message | None:
+        found = self.consume(1, timeout if timeout >= 0 else 3_600)
+        return found[0] if found else None
+
+    def consume(self, num_messages: int = 1, timeout: float = -1) -> list[Message]:
+        self._host.call("consume")
+        if self._closed:
+            raise RuntimeError("Consumer closed")
+        until = self._broker.time.now + 1000 * timeout
+        found: list[Message] = []
+        while True:
+            self._serve()
+            self._take(found, num_messages)
+            if len(found) >= num_messages or self._broker.time.now >= until:
+                return found
+            self._host.wait(until)
+
+    def _serve(self) -> None:
+        """Callbacks, in the order things happened."""
+        membership = self._membership
+        if membership is None:
+            return
+        membership.polled()
+        while membership.events:
+            event = membership.events.popleft()
+            kind, places = event
+            partitions = [TopicPartition(*place) for place in places]
+            callback = self._callbacks[kind]
+            self._in_callback = True
+            try:
+                if callback is not None:
+                    callback(self, partitions)
+                if kind == "assign":
+                    self.incremental_assign([partition for partition in partitions if (partition.topic, partition.partition) not in self._fetches])
+                else:
+                    self.incremental_unassign(partitions)
+            finally:
+                self._in_callback = False
+            membership.served(event)
+
+    def _take(self, found: list[Message], limit: int) -> None:
+        if self._membership is not None:
+            while self._membership.errors and len(found) < limit:
+                found.append(Message(error=self._membership.errors.popleft()))
+        fetches = list(self._fetches.values())
+        self._turn += 1
+        for number in range(len(fetches)):
+            fetch = fetches[(number + self._turn) % len(fetches)]
+            if len(found) >= limit:
+                return
+            if not fetch.queue and not fetch.paused and not fetch.stopped:
+                self._fetch(fetch, found)
+            while fetch.queue and len(found) < limit:
+                entry = fetch.queue.popleft()
+                fetch.position = entry.offset + 1
+                found.append(message_of(fetch.place, entry))
+            if self._eof and not fetch.queue and not fetch.paused and not fetch.stopped and len(found) < limit:
+                self._end(fetch, found)
+
+    def _fetch(self, fetch: _Fetch, found: list[Message] | None = None) -> None:
+        try:
+            partition = self._broker.partition(fetch.place)
+        except Refused as refused:
+            if found is not None:
+                found.append(Message(fetch.place[0], fetch.place[1], error=KafkaError(refused.code, refused.reason)))
+            return
+        if partition.start <= fetch.offset <= partition.end:
+            entries, fetch.offset = partition.read(fetch.offset, self._committed, _FETCHED)
+            fetch.queue.extend(entries)
+        elif self._reset in ("earliest", "latest"):
+            fetch.offset = partition.start if self._reset == "earliest" else partition.end
+        elif found is not None:
+            fetch.stopped = True
+            found.append(Message(fetch.place[0], fetch.place[1], fetch.offset, error=KafkaError(KafkaError._AUTO_OFFSET_RESET, f"offset {fetch.offset} is not there")))
+
+    def _end(self, fetch: _Fetch, found: list[Message]) -> None:
+        partition = self._broker.partition(fetch.place)
+        if fetch.offset >= (partition.stable if self._committed else partition.end) and fetch.eof_at != fetch.offset:
+            fetch.eof_at = fetch.offset
+            found.append(Message(fetch.place[0], fetch.place[1], fetch.offset, error=KafkaError(KafkaError._PARTITION_EOF, "end of partition")))
+
+    # -- the group -------------------------------------------------------------------------------------------------
+    def committed(self, partitions: list[TopicPartition], timeout: float = -1) -> list[TopicPartition]:
+        """Times out while an offset is pending in a transaction (RequireStable)."""
+        self._host.call("committed")
+        group = self._broker.group(self._group)
+        until = self._broker.time.now + 1000 * timeout
+        while any(group.unstable((partition.topic, partition.partition)) for partition in partitions):
+            if self._broker.time.now >= until:
+                raise error_of(KafkaError._TIMED_OUT, "Failed to fetch committed offsets: offsets are pending in a transaction", retriable=True)
+            self._host.wait(until)
+        if not self._host.answered("committed"):
+            raise error_of(KafkaError._TIMED_OUT, "Failed to fetch committed offsets: no answer", retriable=True)
+        return [TopicPartition(partition.topic, partition.partition, group.offsets.get((partition.topic, partition.partition), OFFSET_INVALID)) for partition in partitions]
+
+    def consumer_group_metadata(self) -> Metadata:
+        """Who this client is now, whatever the application has been told."""
+        return self._membership.metadata() if self._membership is not None else Metadata(self._group, "", self._instance, -1)
+
+    def memberid(self) -> str:
+        return self.consumer_group_metadata().member
+
+    def get_watermark_offsets(self, partition: TopicPartition, timeout: float = -1, cached: bool = False) -> tuple[int, int]:
+        """The high one is the last stable offset for a reader of committed records."""
+        self._host.call("watermarks")
+        found = self._broker.partition((partition.topic, partition.partition))
+        return found.start, found.stable if self._committed else found.end
+
+    def close(self) -> None:
+        """Leave; the application is told that what it held is revoked."""
+        if self._closed:
+            return
+        membership = self._membership
+        if membership is not None:
+            held = [TopicPartition(*place) for place in sorted(membership.held)]
+            callback = self._callbacks["revoke"]
+            if held and callback is not None:
+                callback(self, held)
+            membership.close()
+        self._closed = True
+        self._fetches = {}
+
+
+def message_of(place: Place, entry: Entry) -> Message:
+    return Message(place[0], place[1], entry.offset, entry.key, entry.value, list(entry.headers) if entry.headers else None, None, (TIMESTAMP_CREATE_TIME, entry.timestamp_ms))

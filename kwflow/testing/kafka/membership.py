@@ -1,0 +1,153 @@
+"""A client's side of a group: what librdkafka's background thread does while the application does not poll.
+
+It heartbeats, joins again when the group rebalances, and learns that it was evicted; what the application has to be
+told waits in `events` until it polls.  A host that is frozen does none of this until it goes on.
+"""
+
+from __future__ import annotations
+
+import collections
+from typing import Literal
+
+from confluent_kafka import KafkaError
+
+from kwflow.testing.kafka.broker import Broker
+from kwflow.testing.kafka.groups import Metadata
+from kwflow.testing.kafka.log import Place
+from kwflow.testing.kafka.time import Host
+from kwflow.testing.kafka.transactions import Refused
+
+__all__ = ["Membership"]
+
+Event = tuple[Literal["assign", "revoke", "lost"], list[Place]]
+
+
+class Membership:
+    """`held` is what the application was told that it holds."""
+
+    def __init__(self, broker: Broker, host: Host, group: str, instance: str | None, topics: tuple[str, ...], settings: dict[str, float]) -> None:
+        self.events: collections.deque[Event] = collections.deque()
+        self.errors: collections.deque[KafkaError] = collections.deque()
+        self.held: set[Place] = set()
+        self.fatal = False
+        self.closed = False
+        self.polled_ms = broker.time.now
+        self._broker = broker
+        self._host = host
+        self._group = broker.group(group)
+        self._instance = instance
+        self._topics = topics
+        self._session_ms, self._heartbeat_ms, self._poll_ms = settings["session"], settings["heartbeat"], settings["poll"]
+        self._member = ""
+        self._generation = -1
+        self._joining = False
+        self._stalled = False
+        self._beat()
+
+    def metadata(self) -> Metadata:
+        return Metadata(self._group.name, self._member, self._instance, self._generation)
+
+    def polled(self) -> None:
+        """The application polls: it is alive, and joins again if it was taken for dead."""
+        self.polled_ms = self._broker.time.now
+        self._stalled = False
+
+    def served(self, event: Event) -> None:
+        """Its callback has returned."""
+        kind, places = event
+        if kind == "assign":
+            self.held |= set(places)
+        else:
+            self.held -= set(places)
+            if kind == "revoke" and self._member:
+                self._join()
+
+    def leave(self) -> None:
+        """Unsubscribe: static or not, the group is left at once."""
+        if self._member:
+            self._group.remove(self._member)
+        self._member, self._generation, self._joining = "", -1, False
+        self.closed = True
+        self.events.clear()
+        if self.held:
+            self.events.append(("revoke", sorted(self.held)))
+
+    def close(self) -> None:
+        self.closed = True
+        if self._member and not self.fatal:
+            self._group.leave(self._member)
+
+    def _beat(self) -> None:
+        if self.closed or not self._host.alive:
+            return
+        if self._host.running and not self.fatal:
+            self.work()
+        self._broker.time.after(self._heartbeat_ms, self._beat)
+
+    def work(self) -> None:
+        """One turn of the background thread."""
+        try:
+            if not self._stalled and self._broker.time.now - self.polled_ms > self._poll_ms:
+                self._stall()
+            elif self._joining:
+                self._look()
+            elif not self._member:
+                if not self._stalled and not self.events:
+                    self._join()
+            else:
+                self._group.heartbeat(self._member, self._instance, self._generation)
+        except Refused as refused:
+            self._refused(refused)
+
+    def _refused(self, refused: Refused) -> None:
+        if refused.code == KafkaError.REBALANCE_IN_PROGRESS:
+            if not self.events:
+                self._join()
+        elif refused.code == KafkaError.FENCED_INSTANCE_ID:
+            self.fatal = True
+            self.errors.append(KafkaError(KafkaError._FATAL, f"FENCED_INSTANCE_ID: {refused.reason}", fatal=True))
+            self._lose()
+        else:
+            self._lose()
+        self._broker.time.changed()
+
+    def _stall(self) -> None:
+        """max.poll.interval.ms is over: heartbeats end, the application is told when it polls."""
+        self._stalled = True
+        self.errors.append(KafkaError(KafkaError._MAX_POLL_EXCEEDED, f"application maximum poll interval ({self._poll_ms:g} ms) exceeded"))
+        if self._member:
+            self._group.leave(self._member)
+        self._lose()
+
+    def _lose(self) -> None:
+        self._member, self._generation, self._joining = "", -1, False
+        self.events.clear()
+        if self.held:
+            self.events.append(("lost", sorted(self.held)))
+
+    def _join(self) -> None:
+        try:
+            self._member = self._group.join(self._member, self._instance, self._topics, self._session_ms, self._poll_ms, self.held)
+            self._group.on_settled[self._member] = self._told
+        except Refused as refused:
+            self._refused(refused)
+            return
+        self._joining = True
+        self._look()
+
+    def _told(self) -> None:
+        """The answer to the join has come, if there is still somebody to hear it."""
+        if self._host.alive and self._host.running and not self.closed and self._joining:
+            self.work()
+
+    def _look(self) -> None:
+        """Whether the rebalance this member joined has completed."""
+        settled = self._group.settled(self._member, self._instance)
+        if settled is None:
+            return
+        self._joining = False
+        self._generation, given = settled
+        if self.held - given:
+            self.events.append(("revoke", sorted(self.held - given)))
+        self.events.append(("assign", sorted(given - self.held)))
+        self._broker.time.changed()

@@ -1,0 +1,77 @@
+"""Virtual time: what happens later is in a queue, and time passes only when somebody waits."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+
+__all__ = ["Host", "VirtualTime"]
+
+_REQUEST_MS = 0.1
+
+
+class VirtualTime:
+    """`now` is in ms and only goes forward; `version` grows when something happened that a waiting client may look for."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.version = 0
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+
+    def after(self, ms: float, do: Callable[[], None]) -> None:
+        heapq.heappush(self._queue, (self.now + ms, next(self._numbers), do))
+
+    def changed(self) -> None:
+        self.version += 1
+
+    def next_ms(self) -> float | None:
+        """When the next thing happens."""
+        return self._queue[0][0] if self._queue else None
+
+    def advance(self, until: float) -> None:
+        """Let everything happen that is due until then, in order."""
+        while self._queue and self._queue[0][0] <= until:
+            at, _, do = heapq.heappop(self._queue)
+            self.now = max(self.now, at)
+            do()
+        self.now = max(self.now, until)
+
+
+class Host:
+    """The process that a client lives in.  This one never fails, and waiting lets time pass.
+
+    A simulation overrides `call` (each request and each write: it may wait, raise, or say that the answer is lost) and
+    `wait`.  The clients of a host that is not `running` (frozen) do nothing in the background, those of one that is not
+    `alive` never again.
+    """
+
+    def __init__(self, time: VirtualTime, name: str = "host") -> None:
+        self.time = time
+        self.name = name
+        self.running = True
+        self.alive = True
+
+    def now_ms(self) -> int:
+        """This process's wall clock."""
+        return 1_700_000_000_000 + int(self.time.now)
+
+    def call(self, what: str) -> None:
+        """Before a request or a write, named after the client's function; it takes a moment."""
+        self.time.advance(self.time.now + _REQUEST_MS)
+
+    def answered(self, what: str) -> bool:
+        """Whether the answer of a request that was carried out arrives."""
+        return True
+
+    def chance(self, what: str) -> bool:
+        """Whether something happens that may happen (`buffer-full`, `stale-fetch`, `not-ready`, ...)."""
+        return False
+
+    def wait(self, until: float) -> None:
+        """Return at this time, or earlier when something happened."""
+        version = self.time.version
+        while self.time.now < until and self.time.version == version:
+            upcoming = self.time.next_ms()
+            self.time.advance(until if upcoming is None else min(until, upcoming))

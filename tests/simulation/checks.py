@@ -1,0 +1,318 @@
+"""What must be true of a finished run, by the sequential model: the same processors, one record after the other, no faults.
+
+Per committed transaction: it holds exactly the outputs and changes of state of the records whose offsets it moves past
+(G1), in order (G2), and nothing else.  Timers: each firing was due, still set, and behind nothing that could cancel it.
+At the end: what every reader sees is what one sequential run would have written, and each copy of the state is its.
+"""
+
+import collections
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from kwflow.core import snapshot, timers
+from kwflow.core.murmur2 import partition_of
+from kwflow.core.wire import Output, Record
+from kwflow.durable import canonical_bytes
+from kwflow.ports import Decision
+from kwflow.runners.kafka_state import POSITION
+from kwflow.runners.loop import Overlay, TimerProcessor, WorkflowProcessor
+from kwflow.testing import MemoryStore
+from kwflow.testing.kafka.log import COMMITTED, Entry, Place, Transaction
+from tests.simulation import probes
+from tests.simulation.world import OUTPUTS, RECORD_BYTES_MAX, Failed, World
+
+_DIED = "the engine died three times with this record"
+_UNEQUAL = {"kwflow-due-ms", "kwflow-error-at", "kwflow-error-message", "kwflow-failure-traceback"}  # when and how, which the model cannot know
+Form = tuple[str, bytes | None, bytes | None, tuple[tuple[str, bytes | None], ...]]
+
+
+def check(world: World) -> None:
+    """Raises Failed naming the first thing that is not as it must be."""
+    ledger = Ledger(world)
+    engines, schedulers = WorkflowModel(world, ledger), TimerModel(world, ledger)
+    for transaction, entries in ledger.transactions():
+        model = schedulers if transaction.producer.startswith("sim-scheduler-") else engines
+        model.apply(transaction, entries)
+    engines.finish()
+    schedulers.finish()
+    _clients(world, ledger)
+    _resumes(world, ledger, engines, schedulers)
+    if probes.outside:
+        raise Failed(f"G8: cleanup of forgotten instances ran: {probes.outside[:5]}")
+
+
+class Ledger:
+    """Everything that was ever written, whatever compaction removed since."""
+
+    def __init__(self, world: World) -> None:
+        self.entries: dict[Place, list[Entry]] = collections.defaultdict(list)
+        self._by_transaction: dict[Transaction, list[tuple[Place, Entry]]] = {}
+        for place, entry in world.broker.journal:
+            self.entries[place].append(entry)
+            if entry.transaction is not None:
+                self._by_transaction.setdefault(entry.transaction, []).append((place, entry))
+
+    def transactions(self) -> Iterator[tuple[Transaction, list[tuple[Place, Entry]]]]:
+        """The committed ones, in the order they were decided."""
+        done = [(transaction, entries) for transaction, entries in self._by_transaction.items() if transaction.state == COMMITTED]
+        return iter(sorted(done, key=lambda pair: pair[0].decided_ms))
+
+    def visible(self, place: Place) -> list[Entry]:
+        return [entry for entry in self.entries[place] if entry.transaction is None or entry.transaction.state == COMMITTED]
+
+
+def form(topic: str, key: bytes | None, value: bytes | None, headers: Any) -> Form:
+    return topic, key, value, tuple((name, content) for name, content in headers if name not in _UNEQUAL)
+
+
+def of_output(output: Output) -> Form:
+    return form(output.topic, output.key, output.value, output.headers)
+
+
+def state_form(key: bytes, value: bytes | None) -> object:
+    """Two stored values that mean the same have the same form."""
+    if value is None or not value.startswith(b"KWF"):
+        return value
+    header, body = snapshot.split(value)
+    if "parked" in header:
+        header["parked"] = {**header["parked"], "message": ""}
+    return json.dumps(header, sort_keys=True), canonical_bytes(body) if body and header.get("parked", {}).get("was") != "damaged" else body
+
+
+def _difference(found: object, wanted: object) -> str:
+    lines = [text if isinstance(text := part, str) else repr(part) for part in (found, wanted)] if not isinstance(found, tuple) or not isinstance(wanted, tuple) else None
+    pairs = [tuple(lines)] if lines is not None else list(zip(found, wanted, strict=True))  # type: ignore[arg-type,call-overload]
+    shown = [line for one, other in pairs for line in difflib.unified_diff(str(one).splitlines(), str(other).splitlines(), "is", "should be", n=0, lineterm="")]
+    return "\n".join(shown[:30])
+
+
+class Model:
+    """One application's partitions, each with its state and the next offset."""
+
+    def __init__(self, world: World, ledger: Ledger, group: str, input_topic: str, changelog: str) -> None:
+        self.world = world
+        self.group = group
+        self.input_topic = input_topic
+        self.changelog = changelog
+        self.stores = [MemoryStore() for _ in range(world.partitions)]
+        self.next = [0] * world.partitions
+        self.visible = [ledger.visible((input_topic, number)) for number in range(world.partitions)]
+        self.outputs: list[Output] = []
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def record(self, number: int, entry: Entry) -> Record:
+        return Record(self.input_topic, number, entry.offset, entry.timestamp_ms, entry.key, entry.value, tuple(entry.headers))
+
+    def upto(self, number: int, offset: int) -> list[Record]:
+        begin = self.next[number]
+        if offset < begin:
+            raise Failed(f"{self.group}: {self.input_topic}[{number}] went back from {begin} to {offset}")
+        self.next[number] = offset
+        return [self.record(number, entry) for entry in self.visible[number] if begin <= entry.offset < offset]
+
+    def positions(self, transaction: Transaction, entries: list[tuple[Place, Entry]]) -> dict[int, int]:
+        """The offsets it moved to: those sent to the group, those in the changelog beside the state; they must be equal (K14, K16)."""
+        sent = {place[1]: offset for place, offset in transaction.groups.get(self.group, {}).items() if place[0] == self.input_topic}
+        stored = {place[1]: json.loads(entry.value or b"{}")["next"] for place, entry in entries if place[0] == self.changelog and entry.key == POSITION}
+        touched = {place[1] for place, _ in entries if place[0] == self.changelog}
+        if sent != stored or not touched <= set(sent):
+            raise Failed(f"K14, K16: {self._name(transaction)} sent offsets {sent}, stored {stored}, and touched {touched}")
+        return sent
+
+    def _name(self, transaction: Transaction) -> str:
+        return f"the transaction of {transaction.producer} decided at {transaction.decided_ms:.1f}"
+
+    def same_outputs(self, transaction: Transaction, expected: list[Output], entries: list[tuple[Place, Entry]]) -> None:
+        """Per topic and key in order; and each where its key belongs (K6)."""
+        found: dict[tuple[str, bytes | None], list[Form]] = collections.defaultdict(list)
+        for place, entry in entries:
+            if place[0] != self.changelog:
+                found[(place[0], entry.key)].append(form(place[0], entry.key, entry.value, entry.headers))
+                if entry.key is not None and place[1] != partition_of(entry.key, self.world.partitions):
+                    raise Failed(f"K6: {entry.key!r} of {place[0]} was written to partition {place[1]}")
+        wanted: dict[tuple[str, bytes | None], list[Form]] = collections.defaultdict(list)
+        for output in expected:
+            wanted[(output.topic, output.key)].append(of_output(output))
+        for where in sorted({*found, *wanted}, key=repr):
+            if found[where] != wanted[where]:
+                raise Failed(f"G1: {self._name(transaction)} wrote to {where}:\n  {found[where]}\nand should have written\n  {wanted[where]}")
+
+    def same_changes(self, transaction: Transaction, number: int, before: dict[bytes, bytes | None], entries: list[tuple[Place, Entry]]) -> None:
+        """No state without its outputs; the last record of each key counts (K9).  `before` has what changed keys were."""
+        found = {entry.key or b"": entry.value for place, entry in entries if place == (self.changelog, number) and entry.key != POSITION}
+        for key in sorted({*found, *before}):
+            wanted = self.stores[number].get(key)
+            written = found.get(key, before.get(key, wanted))
+            if state_form(key, written) != state_form(key, wanted):
+                raise Failed(f"G1: {self._name(transaction)}, {self.changelog}[{number}], {key!r} is not as it should be:\n{_difference(state_form(key, written), state_form(key, wanted))}")
+
+    def finish(self) -> None:
+        """All is read, and every copy of the state is what the model has."""
+        for number, store in enumerate(self.stores):
+            left = [entry.offset for entry in self.visible[number] if entry.offset >= self.next[number]]
+            if left:
+                raise Failed(f"G3: {self.input_topic}[{number}] was never read from {left[0]} on")
+            wanted = {key: state_form(key, value) for key, value in store.entries.items()}
+            committed = self.world.broker.partition((self.changelog, number)).committed()
+            replayed = {entry.key or b"": entry.value for entry in committed}
+            self._same(f"replay of {self.changelog}[{number}]", wanted, {key: value for key, value in replayed.items() if value is not None and key != POSITION})
+            self._same_on_disk(number, wanted)
+
+    def _same(self, what: str, wanted: dict[bytes, object], found: dict[bytes, bytes]) -> None:
+        forms = {key: state_form(key, value) for key, value in found.items()}
+        for key in sorted({*wanted, *forms}):
+            if wanted.get(key) != forms.get(key):
+                raise Failed(f"{what}: {key!r} is not as it should be:\n{_difference(forms.get(key), wanted.get(key))}")
+
+    def _same_on_disk(self, number: int, wanted: dict[bytes, object]) -> None:
+        """The local copy of whoever owned the partition last (K8)."""
+        owner = next((share for _, shares in reversed(self.world.broker.group(self.group).history) for share in shares.items() if (self.input_topic, number) in share[1]), None)
+        if owner is None:
+            return
+        instance = owner[0].rpartition("-")[0].removeprefix(f"{self.group}-")
+        machine = next(machine for machine in self.world.machines if instance.split(".")[0] == machine.name)
+        content = machine.disk.databases.get(machine.directory / "sim" / self.group / str(number))
+        if content is not None and machine.instance == instance and not content.damaged:
+            self._same(f"the disk of {machine.name}, {self.group}[{number}]", wanted, {key[1:]: value for key, value in content.values.items() if key[:1] == b"s" and key[1:] != POSITION})
+
+
+class WorkflowModel(Model):
+    def __init__(self, world: World, ledger: Ledger) -> None:
+        super().__init__(world, ledger, "sim", world.config.resume_topic, world.config.changelog_topic)
+        self.processor = WorkflowProcessor(world.config.model_copy(update={"instances_cached_max": 0}), world.workflows, OUTPUTS, world.broker.topics[world.config.resume_topic].id)
+        self.refused = self._refusals(ledger)
+
+    def _refusals(self, ledger: Ledger) -> set[tuple[int, int]]:
+        """Records that K19 gave up on; only a process that died often may."""
+        found = set()
+        for number in range(self.world.partitions):
+            for entry in ledger.visible((self.world.config.dead_letter_topic, number)):
+                headers = dict(entry.headers)
+                if re.search(_DIED.encode(), headers.get("kwflow-error-message") or b"") and headers.get("kwflow-error-topic") == self.input_topic.encode():
+                    found.add((int(headers["kwflow-error-partition"] or 0), int(headers["kwflow-error-offset"] or 0)))
+        if found and self.world.crashes < 3:
+            raise Failed(f"K19: {found} refused, and only {self.world.crashes} processes died")
+        return found
+
+    def apply(self, transaction: Transaction, entries: list[tuple[Place, Entry]]) -> None:
+        expected: list[Output] = []
+        for number, offset in sorted(self.positions(transaction, entries).items()):
+            before: dict[bytes, bytes | None] = {}
+            for record in self.upto(number, offset):
+                made, changed = self.decide(number, record)
+                before = {key: self.stores[number].get(key) for key in changed} | before
+                expected += made.outputs
+                expected += made.replies
+                if not made.counts:
+                    raise Failed(f"G3: {record} counts as nothing")
+                self.counts.update(made.counts)
+                self.stores[number].apply(changed)
+            self.same_changes(transaction, number, before, entries)
+        self.outputs += expected
+        self.same_outputs(transaction, expected, entries)
+
+    def decide(self, number: int, record: Record) -> tuple[Decision, dict[bytes, bytes | None]]:
+        """What this record does alone; what K6, K11 and K19 do to it, included."""
+        overlay = Overlay(self.stores[number])
+        if record.key is not None and partition_of(record.key, self.world.partitions) != number:
+            headers = (*record.headers, ("kwflow-forwarded", str(number).encode()))
+            return Decision((Output(record.topic, record.key, record.value, headers),), counts=("forwarded",)), {}
+        if (number, record.offset) not in self.refused:
+            try:
+                [made] = self.processor.decide(overlay, [record], record.timestamp_ms)
+            except probes.Killed:
+                raise Failed(f"K19: {record} kills every process, and was applied") from None
+            if all(output.topic != "sim-said" or len(output.value or b"") < RECORD_BYTES_MAX for output in made.outputs):
+                return made, overlay.changes
+            overlay = Overlay(self.stores[number])
+        return self.processor.refuse(overlay, record, ""), overlay.changes
+
+
+class TimerModel(Model):
+    def __init__(self, world: World, ledger: Ledger) -> None:
+        super().__init__(world, ledger, "sim-scheduler", world.config.scheduler_topic, world.config.timers_changelog_topic)
+        self.processor = TimerProcessor(world.config)
+        self._history = [(at, shares) for at, shares in world.broker.group(self.group).history]
+
+    def apply(self, transaction: Transaction, entries: list[tuple[Place, Entry]]) -> None:
+        expected: list[Output] = []
+        for number, offset in sorted(self.positions(transaction, entries).items()):
+            overlay = Overlay(self.stores[number])
+            records = self.upto(number, offset)
+            for made in self.processor.decide(overlay, records, 0):
+                expected += made.outputs
+            removed = [entry.key or b"" for place, entry in entries if place == (self.changelog, number) and entry.value is None and (entry.key or b"").startswith(timers.DUE)]
+            if not records:
+                expected += [output for key in sorted(removed) for output in self._fire(transaction, number, key, offset, overlay, entries)]
+                left = int(self.stores[number].get(timers.COUNT) or 0) - len(removed)
+                overlay.put(timers.COUNT, b"%d" % left if left else None)
+            before = {key: self.stores[number].get(key) for key in overlay.changes}
+            self.stores[number].apply(overlay.changes)
+            self.same_changes(transaction, number, before, entries)
+        self.outputs += expected
+        self.same_outputs(transaction, expected, entries)
+
+    def _fire(self, transaction: Transaction, number: int, due_key: bytes, offset: int, overlay: Overlay, entries: list[tuple[Place, Entry]]) -> list[Output]:
+        headers = self.stores[number].get(due_key)
+        due_ms, timer = timers.due_entries(due_key)
+        if headers is None:
+            raise Failed(f"a timer fires twice, or after it was cancelled: {timer!r}, {self._name(transaction)}")
+        changes, output = timers.fire(due_key, headers, self.world.config.resume_topic, 0)
+        for key, value in changes.items():
+            overlay.put(key, value)
+        at = [entry.timestamp_ms for place, entry in entries if place[0] == self.world.config.resume_topic and (entry.key, entry.value) == (output.key, output.value)]
+        if not at or min(at) < due_ms:
+            raise Failed(f"a timer fires {due_ms - min(at, default=0)} ms early: {timer!r}, {self._name(transaction)}")
+        self._nothing_before(transaction, number, offset, timer)
+        return [output]
+
+    def _nothing_before(self, transaction: Transaction, number: int, offset: int, timer: bytes) -> None:
+        """K18: what was there when the partition was assigned has been read."""
+        place = (self.input_topic, number)
+        assigned, holder = 0.0, ""
+        for at, shares in self._history:
+            if at > transaction.begun_ms:
+                break
+            now = next((member.rpartition("-")[0] for member, share in shares.items() if place in share), "")
+            if now != holder:
+                assigned, holder = at, now
+        for machine in self.world.machines:
+            for begun, instance in machine.lives:
+                if transaction.producer == f"{self.group}-{instance}" and assigned < begun <= transaction.begun_ms:
+                    assigned = begun
+        waiting = [entry.offset for entry in self.visible[number] if entry.offset >= offset and self._visible_ms(entry) < assigned]
+        if waiting:
+            raise Failed(f"K18: {timer!r} fires at {self.input_topic}[{number}]@{offset} although {waiting} were there when the partition was assigned at {assigned:.1f}; {self._name(transaction)}")
+
+    @staticmethod
+    def _visible_ms(entry: Entry) -> float:
+        return entry.appended_ms if entry.transaction is None else entry.transaction.decided_ms
+
+
+def _clients(world: World, ledger: Ledger) -> None:
+    """What clients sent is there, each once (their producer is idempotent)."""
+    sent = collections.Counter(
+        dict(entry.headers)["sim-sent"]
+        for place, entries in ledger.entries.items()
+        if place[0] in (world.config.resume_topic, world.config.scheduler_topic)
+        for entry in entries
+        if entry.transaction is None
+    )
+    if len(sent) != world.clients.sent or max(sent.values(), default=1) > 1:
+        raise Failed(f"clients sent {world.clients.sent} records, the log has {sum(sent.values())}")
+
+
+def _resumes(world: World, ledger: Ledger, engines: WorkflowModel, schedulers: TimerModel) -> None:
+    """G3: the input is exactly what clients, engines and timers wrote; so is every other topic."""
+    made = collections.Counter(of_output(output) for output in [*engines.outputs, *schedulers.outputs])
+    for topic in [world.config.resume_topic, world.config.scheduler_topic, world.config.dead_letter_topic, *OUTPUTS, world.config.result_topic, world.config.error_topic]:
+        for number in range(world.partitions):
+            for entry in ledger.visible((topic, number)):
+                if entry.transaction is not None:
+                    made[form(topic, entry.key, entry.value, entry.headers)] -= 1
+    wrong = {what: count for what, count in made.items() if count and what[0] != world.config.reply_topic}
+    if wrong:
+        raise Failed(f"the model and the log differ: {list(wrong.items())[:3]}")

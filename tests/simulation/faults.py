@@ -1,0 +1,121 @@
+"""The plan of faults of one seed: which kinds happen, how often, and the processes they happen to."""
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kwflow.testing.kafka import Host
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+
+class Crashed(BaseException):
+    """The process is killed here."""
+
+
+@dataclasses.dataclass
+class Faults:
+    """Rates for each request or write (`crash`, `slow`, `stall`, `freeze`, `lost`), and for each second of the run (the others)."""
+
+    crash: float = 0.0
+    slow: float = 0.0
+    stall: float = 0.0  # the application does not go on; its client's background thread does
+    freeze: float = 0.0  # nothing of the process goes on: a zombie when it comes back
+    lost: float = 0.0  # carried out, but the answer does not come
+    kill: float = 0.0
+    stop: float = 0.0
+    jump: float = 0.0  # of a machine's clock
+    wipe: float = 0.0  # of a state directory, while its machine is down (probability)
+    damage: float = 0.0  # of one database, likewise
+    compact: float = 0.0
+    trim: float = 0.0  # retention deletes what every group has read
+    markers_ms: float = 2.0  # how long after the decision a transaction's markers come
+
+    @classmethod
+    def draw(cls, chance: random.Random) -> "Faults":
+        """Each kind is on in about half of the seeds, with a rate of its own."""
+        most = {
+            "crash": 0.01, "slow": 0.05, "stall": 0.002, "freeze": 0.002, "lost": 0.03, "kill": 0.1, "stop": 0.05, "jump": 0.1, "wipe": 0.5, "damage": 0.3, "compact": 0.5
+        }  # fmt: skip
+        rates = {name: chance.random() * rate for name, rate in most.items() if chance.random() < 0.5}
+        return cls(**rates, markers_ms=chance.choice([0.0, 2.0, 50.0, 500.0, 4000.0]))
+
+
+class Process(Host):
+    """One life of one process.  Every request it makes and every batch it writes goes through `call` and `answered`."""
+
+    def __init__(self, world: "World", name: str, skew: Callable[[], int]) -> None:
+        super().__init__(world.time, name)
+        self.world = world
+        self.stopping = False
+        self._skew = skew
+        self._thaw_ms = 0.0
+
+    def now_ms(self) -> int:
+        return super().now_ms() + self._skew()
+
+    def call(self, what: str) -> None:
+        chance, faults = self.world.chance, self.world.faults
+        self._pause(self.time.now + chance.expovariate(3.0))
+        if self.world.calm:
+            return
+        self.world.calls += 1
+        if chance.random() < faults.crash:
+            self.crash(f"before {what}")
+        if chance.random() < faults.slow:
+            self._pause(self.time.now + chance.expovariate(0.02))
+        if chance.random() < faults.stall:
+            self.world.say(f"{self.name} stalls before {what}")
+            self._pause(self.time.now + chance.choice([1_000, 8_000, 20_000]) * chance.random())
+        if chance.random() < faults.freeze:
+            self.freeze(chance.choice([2_000, 10_000, 40_000]) * chance.random())
+            self._pause(self.time.now)
+
+    def answered(self, what: str) -> bool:
+        chance, faults = self.world.chance, self.world.faults
+        if self.world.calm:
+            return True
+        if chance.random() < faults.crash:
+            self.crash(f"after {what}")
+        return chance.random() >= faults.lost
+
+    def chance(self, what: str) -> bool:
+        return self.world.chance.random() < {"buffer-full": 0.005, "send-early": 0.05, "stale-fetch": 0.3, "not-ready": 0.2}[what]
+
+    def wait(self, until: float) -> None:
+        self._pause(until, watch=True)
+
+    def log(self, line: str) -> None:
+        self.world.say(f"{self.name}: {line}")
+
+    def crash(self, where: str) -> None:
+        self.world.say(f"{self.name} is killed {where}")
+        self.die()
+        raise Crashed
+
+    def die(self) -> None:
+        self.alive = False
+        self.world.crashes += 1
+
+    def freeze(self, ms: float) -> None:
+        self.world.say(f"{self.name} freezes for {ms:.0f} ms")
+        self.running = False
+        self._thaw_ms = self.time.now + ms
+
+    def _pause(self, until: float, watch: bool = False) -> None:
+        self._check()
+        self.world.hub.pause(until, watch)
+        while self.alive and not self.running:
+            if self.time.now >= self._thaw_ms or self.world.calm:
+                self.running = True
+                if self.world.chance.random() < 0.5:  # its background thread goes on first
+                    self.world.hub.pause(self.time.now + 600)
+            else:
+                self.world.hub.pause(self._thaw_ms)
+        self._check()
+
+    def _check(self) -> None:
+        if not self.alive:
+            raise Crashed

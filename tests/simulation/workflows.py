@@ -1,0 +1,155 @@
+"""The workflow of the simulation: it interprets a program that came with its start.  Loaded as a durable module.
+
+A program is a list [word, argument ...]; a new kind of node is a function in NODES here and a line in `workload.py`.
+"""
+
+import threading
+
+import kwflow as kw
+from tests.simulation import probes
+
+kw.declare_topics("sim-ask", "sim-said")
+
+
+def say(*words):
+    kw.output(" ".join(map(str, words)), "sim-said")
+
+
+def ask(tag):
+    answer = kw.suspend()
+    kw.output(answer.id, "sim-ask")
+    try:
+        value = yield answer
+    except kw.Cancelled:
+        say("cancelled", tag)
+        raise
+    finally:
+        probes.cleaned(kw.workflow_id())
+    say("answered", tag, value)
+    return value
+
+
+def sleep(seconds):
+    yield kw.sleep(seconds)
+    say("slept", seconds)
+    return seconds
+
+
+def every(*nodes):
+    return (yield kw.all([run(node) for node in nodes]))
+
+
+def first(*nodes):
+    return (yield kw.race([run(node) for node in nodes], wait_rest=len(nodes) > 2))
+
+
+def limit(node, seconds):
+    try:
+        return (yield kw.timeout(run(node), seconds))
+    except TimeoutError:
+        say("late")
+        return "late"
+
+
+def child(node, after):
+    task = kw.spawn(run(node))
+    then = yield run(after)
+    return [then, (yield task)]
+
+
+def stop(node, after):
+    task = kw.spawn(run(node))
+    yield run(after)
+    kw.cancel(task)
+    try:
+        return (yield task)
+    except kw.Cancelled:
+        return "stopped"
+
+
+def shield(node):
+    return (yield kw.shield(run(node)))
+
+
+def sequence(*nodes):
+    found = []
+    for node in nodes:
+        found.append((yield run(node)))
+    return found
+
+
+def rescue(node):
+    try:
+        return (yield run(node))
+    except Exception as error:
+        say("rescued", type(error).__name__)
+        return "rescued"
+
+
+def saga(*tags):
+    undo = []
+
+    def book(tag):
+        value = yield run(["ask", tag])
+        undo.append(lambda: say("undo", tag, value))
+        return value
+
+    try:
+        return (yield kw.timeout(kw.all([book(tag) for tag in tags]), 30))
+    except BaseException as error:
+        for step in reversed(undo):
+            step()
+        say("saga failed", type(error).__name__)
+        raise
+
+
+def fail(what):
+    raise ValueError(what)
+    yield
+
+
+def stuck():
+    """Nothing can wake it (G9)."""
+    yield kw.race([])
+
+
+def lock(tag):
+    """Cannot be saved while it waits (G4)."""
+    held = threading.Lock()
+    value = yield from ask(tag)
+    return [value, held is None]
+
+
+def large(tag):
+    """Its snapshot is larger than one may be."""
+    held = "x" * 200_000
+    value = yield from ask(tag)
+    return [value, len(held)]
+
+
+def huge():
+    """The broker takes no such record (K11)."""
+    say("y" * 250_000)
+    return (yield 1)
+
+
+def kill():
+    """The process does not survive this step (K19)."""
+    probes.kill()
+    return (yield 1)
+
+
+NODES = {
+    "all": every, "ask": ask, "child": child, "fail": fail, "huge": huge, "kill": kill, "large": large, "limit": limit, "lock": lock, "race": first, "rescue": rescue,
+    "saga": saga, "sequence": sequence, "shield": shield, "sleep": sleep, "stop": stop, "stuck": stuck,
+}  # fmt: skip
+
+
+def run(node):
+    return (yield from NODES[node[0]](*node[1:]))
+
+
+def main(opts):
+    say("started", kw.workflow_id())
+    found = yield run(opts["program"])
+    return {"found": found}

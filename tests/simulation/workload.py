@@ -1,0 +1,144 @@
+"""What clients do: start random programs, answer what these ask, and send what should not be sent."""
+
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+from kwflow.core.murmur2 import partition_of
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+Node = list[Any]
+
+
+def program(chance: random.Random, depth: int = 3) -> Node:
+    """A random tree; leaves wait for somebody or for time."""
+    leaf = lambda: program(chance, 0)
+    below = lambda: program(chance, depth - 1)
+    if depth == 0 or chance.random() < 0.3:
+        return chance.choice([["ask", f"a{chance.randrange(100)}"], ["ask", f"b{chance.randrange(100)}"], ["sleep", round(chance.choice([0.0, 0.5, 5.0, 20.0]) * chance.random(), 3)]])
+    kind = chance.choices(["all", "race", "limit", "child", "stop", "sequence", "rescue", "shield", "saga", "poison"], [3, 3, 3, 2, 2, 4, 2, 1, 2, 1.5])[0]
+    if kind in ("all", "race", "sequence"):
+        return [kind, *(below() for _ in range(chance.randint(1, 3)))]
+    if kind == "limit":
+        return [kind, below(), round(10 * chance.random(), 3)]
+    if kind in ("child", "stop"):
+        return [kind, below(), leaf()]
+    if kind == "saga":
+        return [kind, *(f"s{number}" for number in range(chance.randint(1, 3)))]
+    if kind == "poison":
+        return chance.choice([["fail", "as told"], ["stuck"], ["lock", "l"], ["large", "l"], ["huge"], ["rescue", ["fail", "as told"]]])
+    return [kind, below()]
+
+
+class Clients:
+    """One actor that sends records; in calm times it answers all that is asked and settles all that is parked."""
+
+    def __init__(self, world: "World", ids: int, actions: int, killers: bool) -> None:
+        self.world = world
+        self.chance = world.chance
+        self.sent = 0
+        self.finished = False
+        self.asks: dict[tuple[str, str], int] = {}  # (id, ref) -> answers sent
+        self.parked: dict[str, int] = {}  # id -> letters seen and not dealt with
+        self._ids = ids
+        self._actions = actions
+        self._killers = killers
+        self._started: list[str] = []
+        self._timers = 0
+        self._read: dict[tuple[str, int], int] = {}
+        self._producer = world.client_environment.producer({"partitioner": "murmur2_random"})
+
+    def send(self, topic: str, key: str | None, value: str | None, headers: tuple[tuple[str, str], ...] = (), partition: int = -1) -> None:
+        self.sent += 1
+        self._producer.produce(topic, value, key, headers=[*headers, ("sim-sent", str(self.sent))], partition=partition)
+
+    def work(self) -> None:
+        for _ in range(self._actions):
+            self.world.hub.pause(self.world.time.now + self.chance.expovariate(1 / 250))
+            self._look()
+            self._act()
+            self._producer.flush()
+        self.finished = True
+
+    def settle(self) -> bool:
+        """Calm times: one round; whether there was nothing to do."""
+        self._look()
+        waiting = [ask for ask, count in self.asks.items() if not count]
+        for ask in waiting:
+            self._answer(ask)
+        for id in [id for id, letters in self.parked.items() if letters]:
+            self.parked[id] = 0
+            self._command(id, "discard")
+            waiting.append((id, ""))
+        self._producer.flush()
+        return not waiting
+
+    # -- what is done ------------------------------------------------------------------------------------------------
+    def _act(self) -> None:
+        config, chance = self.world.config, self.chance
+        kinds = {"start": 30, "answer": 50, "again": 3, "stray": 3, "unknown": 2, "bad": 3, "misplaced": 3, "command": 4, "timer": 6}
+        kind = chance.choices(list(kinds), list(kinds.values()))[0]
+        id = chance.choice(self._started) if self._started else "nobody"
+        if kind == "start" and len(self._started) < self._ids:
+            self._start()
+        elif kind == "answer" and self.asks:
+            self._answer(chance.choice(list(self.asks)))
+        elif kind == "again":
+            self.send(config.resume_topic, id, 'new:{"program": ["ask", "again"]}')
+        elif kind == "stray":
+            self.send(config.resume_topic, id, '{"ref": "nothing", "value": 1}')
+        elif kind == "unknown":
+            self.send(config.resume_topic, f"ghost{chance.randrange(5)}", '{"ref": "0:1"}')
+        elif kind == "bad":
+            key, value = chance.choice([(id, "{not json"), (None, "{}"), (id, None), ("a|b", "{}"), (id, "[]"), (id, "new:")])
+            self.send(config.resume_topic, key, value)
+        elif kind == "misplaced" and len(self._started) < self._ids:
+            self._start(misplaced=True)
+        elif kind == "command":
+            parked = [id for id, letters in self.parked.items() if letters]
+            self._command(chance.choice(parked) if parked and chance.random() < 0.8 else id, chance.choice(["retry", "discard"]))
+        elif kind == "timer":
+            self._timer()
+
+    def _start(self, misplaced: bool = False) -> None:
+        id = f"w{len(self._started)}"
+        self._started.append(id)
+        made = ["kill"] if self._killers and self.chance.random() < 0.05 else program(self.chance)
+        headers = (("trace", f"t{self.chance.randrange(10)}"),) if self.chance.random() < 0.3 else ()
+        headers += (("kwflow-start-id", f"start-{id}"),) if self.chance.random() < 0.3 else ()
+        partition = -1
+        if misplaced:
+            partition = (partition_of(id.encode(), self.world.partitions) + 1) % self.world.partitions
+        for _ in range(2 if self.chance.random() < 0.05 else 1):
+            self.send(self.world.config.resume_topic, id, "new:" + json.dumps({"program": made}), headers, partition)
+
+    def _answer(self, ask: tuple[str, str]) -> None:
+        self.asks[ask] += 1
+        outcome = {"error": {"code": self.chance.randrange(9)}} if self.chance.random() < 0.1 else {"value": self.chance.randrange(1000)}
+        self.send(self.world.config.resume_topic, ask[0], json.dumps({"ref": ask[1], **outcome}))
+
+    def _command(self, id: str, op: str) -> None:
+        self.send(self.world.config.resume_topic, id, "null", (("kwflow-op", op),))
+
+    def _timer(self) -> None:
+        """A timer of somebody else's; often it is cancelled again."""
+        self._timers += 1
+        key = f"other{self._timers % 7}|" + json.dumps({"ref": f"timer{self._timers}"})
+        self.send(self.world.config.scheduler_topic, key, str(self.chance.choice([1, 500, 5_000, 15_000])))
+        if self.chance.random() < 0.6:
+            self.send(self.world.config.scheduler_topic, key, self.chance.choice(["0", "null"]))
+
+    # -- what is seen ------------------------------------------------------------------------------------------------
+    def _look(self) -> None:
+        for topic in ("sim-ask", self.world.config.dead_letter_topic):
+            for partition in self.world.broker.topics[topic].partitions:
+                offset = self._read.get(partition.place, 0)
+                entries, self._read[partition.place] = partition.read(offset, True, 10_000)
+                for entry in entries:
+                    id, value = (entry.key or b"").decode("utf-8", "replace"), (entry.value or b"").decode("utf-8", "replace")
+                    if topic == "sim-ask":
+                        self.asks.setdefault((id, value), 0)
+                    elif ("kwflow-error-reason", b"parked") in entry.headers or ("kwflow-error-reason", b"refused") in entry.headers:
+                        self.parked[id] = self.parked.get(id, 0) + 1

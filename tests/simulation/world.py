@@ -1,0 +1,317 @@
+"""One simulated run: machines with engines and schedulers, clients, an operator who breaks things, one seed.
+
+Everything happens in one thread, in virtual time, in an order that the seed decides; the runner is the real one.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import pathlib
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from kwflow import durable
+from kwflow.config import Config
+from kwflow.core.contract import Workflows
+from kwflow.errors import FencedError, TransportError
+from kwflow.ports import Processor
+from kwflow.runners import topics
+from kwflow.runners.kafka import KafkaRunner
+from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.testing.kafka import Broker, Disk, Host, SimulatedConsumer, SimulatedEnvironment, VirtualTime
+from kwflow.testing.kafka.broker import Made
+from kwflow.testing.kafka.log import Entry, Place, Transaction
+from tests.simulation import probes
+from tests.simulation.faults import Crashed, Faults, Process
+from tests.simulation.hub import Hub
+from tests.simulation.workload import Clients
+
+OUTPUTS = frozenset({"sim-ask", "sim-said"})
+RECORD_BYTES_MAX = 200_000  # of sim-said; other topics take more, so that it is the broker that refuses
+_SWITCHES_MAX = 400_000
+_REST_MS = 900_000  # calm, everything has to be done within this
+_SOURCE = pathlib.Path(__file__).with_name("workflows.py")
+
+
+class Failed(AssertionError):
+    """A seed that shows a defect."""
+
+
+class JournalingBroker(Broker):
+    """Keeps everything that was ever appended, in order, whatever compaction does."""
+
+    def __init__(self, time: VirtualTime, seed: int) -> None:
+        super().__init__(time, seed)
+        self.journal: list[tuple[Place, Entry]] = []
+
+    def append(self, place: Place, records: Iterable[Made], transaction: Transaction | None) -> list[Entry]:
+        written = super().append(place, records, transaction)
+        self.journal += [(place, entry) for entry in written]
+        return written
+
+
+class _Environment(SimulatedEnvironment):
+    """Of one process; what it made is cut off when the process has gone."""
+
+    def __init__(self, broker: Broker, host: Host, disk: Disk) -> None:
+        super().__init__(broker, host, disk)
+        self._consumers: list[SimulatedConsumer] = []
+        self._runners: list[KafkaRunner] = []
+
+    def runner(self, kind: type[KafkaRunner], *arguments: Any) -> KafkaRunner:
+        """Known before its constructor runs, in which the process may die."""
+        made = kind.__new__(kind)
+        self._runners.append(made)
+        made.__init__(*arguments, self)  # type: ignore[misc]
+        return made
+
+    def consumer(self, settings: dict[str, Any]) -> Any:
+        made = SimulatedConsumer(self.broker, self.host, settings)
+        self._consumers.append(made)
+        return made
+
+    def release(self) -> None:
+        for consumer in self._consumers:
+            consumer.__dict__.clear()
+        for runner in self._runners:
+            if "_lock" in runner.__dict__:
+                runner._lock.close()
+        self.disk.release()
+
+
+@dataclasses.dataclass(eq=False)
+class Machine:
+    """A place where processes run, one after the other; its disk and clock outlive them."""
+
+    name: str
+    roles: tuple[str, ...]  # engine, scheduler
+    directory: pathlib.Path
+    disk: Disk = dataclasses.field(default_factory=Disk)
+    skew_ms: int = 0
+    identity: int = 0
+    process: Process | None = None
+    lives: list[tuple[float, str]] = dataclasses.field(default_factory=list)  # (begun, instance id)
+
+    @property
+    def instance(self) -> str:
+        return f"{self.name}.{self.identity}"
+
+
+@contextlib.contextmanager
+def engine_process() -> Iterator[None]:
+    """This process forgets generators as an engine does, until everything of the runs inside is gone."""
+    before = durable.set_abandoning(True, everywhere=True)
+    try:
+        yield
+    finally:
+        gc.collect()
+        durable.set_abandoning(before, everywhere=True)
+
+
+class World:
+    """`run()` plays one seed to its end; `checks.check(world)` looks at what is left."""
+
+    def __init__(
+        self, seed: int, runner: type[KafkaRunner] = KafkaRunner, faults: Faults | None = None, engine: Callable[..., Processor] = WorkflowProcessor, timers: Callable[..., Processor] = TimerProcessor
+    ) -> None:
+        self.seed = seed
+        self.chance = random.Random(seed)
+        self.time = VirtualTime()
+        self.broker = JournalingBroker(self.time, seed)
+        self.hub = Hub(self.time, self.chance)
+        self.faults = faults or Faults.draw(self.chance)
+        self.calm = False
+        self.over = False
+        self.calls = self.crashes = 0
+        self.log: list[str] = []
+        self.runner = runner
+        self.make_engine, self.make_timers = engine, timers
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="kwflow-sim-"))
+        self.partitions = self.chance.randint(1, 4)
+        self.config = self._config("none", pathlib.Path("none"))
+        self.module = sys.modules.get("sim_workflows") or durable.load_source("sim_workflows", _SOURCE.read_text(), str(_SOURCE))
+        self.workflows = Workflows({"main": self.module.main}, "main")
+        self.client_environment = SimulatedEnvironment(self.broker)
+        self._create_topics()
+        self.broker.transactions.marker_delay_ms = self.faults.markers_ms
+        self.clients = Clients(self, ids=self.chance.randint(5, 30), actions=self.chance.randint(40, 160), killers=self.chance.random() < 0.3)
+        self.machines = [Machine(f"m{number}", self._roles(number), self.directory / f"m{number}") for number in range(self.chance.randint(1, 3))]
+
+    def _roles(self, number: int) -> tuple[str, ...]:
+        return ("engine", "scheduler") if number == 0 or self.chance.random() < 0.5 else ("engine",)
+
+    def _config(self, instance: str, directory: pathlib.Path) -> Config:
+        return Config(
+            application_id="sim", state_dir=directory, instance_id=instance, snapshot_bytes_max=100_000, hold_max=20, batch_records_max=20, ended_retention_ms=10**12,
+            kafka={"max.poll.interval.ms": 15_000}, step_abort_ms=60_000,
+        )  # fmt: skip
+
+    def _create_topics(self) -> None:
+        topics.create(topics.admin(self.config, self.client_environment), self.config, OUTPUTS, self.partitions, 1)
+        for name, topic in self.broker.topics.items():
+            topic.config["max.message.bytes"] = str(RECORD_BYTES_MAX if name == "sim-said" else 2 * RECORD_BYTES_MAX)
+
+    def say(self, line: str) -> None:
+        self.log.append(f"{self.time.now:10.1f} {line}")
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Raises Failed."""
+        probes.outside.clear()
+        probes.on_kill(self._kill_running)
+        try:
+            for machine in self.machines:
+                self.hub.spawn(machine.name, lambda machine=machine: self._operate(machine), self.chance.random() * 3000)
+            self.hub.spawn("clients", self.clients.work)
+            self.hub.spawn("operator", self._break_things)
+            self._until(lambda: self.clients.finished, "the clients never come to an end")
+            self.calm = True
+            self.say("calm")
+            give_up = self.time.now + _REST_MS
+            self.hub.spawn("settling", lambda: self._settle(give_up))
+            self._until(lambda: self.over, "it does not come to rest")
+        finally:
+            self.over = True
+            for machine in self.machines:
+                if machine.process is not None:
+                    machine.process.alive = False
+            self.hub.close(Crashed)
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _until(self, done: Callable[[], bool], complaint: str) -> None:
+        limit = self.hub.switches + _SWITCHES_MAX
+
+        def enough() -> bool:
+            if self.hub.switches > limit:
+                raise Failed(complaint)
+            return done()
+
+        self.hub.run(enough)
+
+    def _settle(self, give_up: float) -> None:
+        """Answer and discard until nothing is left to do, nothing is due, and all is read."""
+        quiet = 0
+        while quiet < 3:
+            self.hub.pause(self.time.now + 3_000)
+            quiet = quiet + 1 if self.clients.settle() and not self.unread() else 0
+            if self.time.now > give_up:
+                raise Failed(f"after {_REST_MS / 1000:g} calm seconds there is still: {self.unread() or 'something to answer or to discard'}")
+        self.over = True
+
+    def unread(self) -> list[str]:
+        """What engines and schedulers have still to do."""
+        found = []
+        for topic, group, changelog in ((self.config.resume_topic, "sim", self.config.changelog_topic), (self.config.scheduler_topic, "sim-scheduler", self.config.timers_changelog_topic)):
+            for partition in self.broker.topics[topic].partitions:
+                offset = self.broker.group(group).offsets.get(partition.place, 0)
+                left, _ = partition.read(offset, True, 1)
+                if left or partition.unstable:
+                    found.append(f"{topic}[{partition.place[1]}] from {offset}")
+                if changelog == self.config.timers_changelog_topic:
+                    waiting = {entry.key: entry.value for entry in self.broker.partition((changelog, partition.place[1])).committed()}
+                    found += [f"timer {key!r}" for key, value in waiting.items() if value is not None and key is not None and key.startswith(b"\0due")]
+        return found
+
+    def _kill_running(self) -> None:
+        """Called by author code in a step: the process it runs in does not survive it."""
+        name = self.hub.running.partition(" ")[0]
+        for machine in self.machines:
+            if machine.process is not None and machine.process.name == name:
+                machine.process.die()
+                self.say(f"{name} is killed by a record")
+        raise probes.Killed
+
+    # -- machines --------------------------------------------------------------------------------------------------
+    def _operate(self, machine: Machine) -> None:
+        """Start its process again and again, as a supervisor does."""
+        while not self.over:
+            process = machine.process = Process(self, f"{machine.name}/{len(machine.lives)}", lambda: machine.skew_ms)
+            machine.lives.append((self.time.now, machine.instance))
+            self.say(f"{process.name} starts as {machine.instance}")
+            environment = _Environment(self.broker, process, machine.disk)
+            left = list(machine.roles)
+
+            def live(role: str, process: Process = process, left: list[str] = left, environment: _Environment = environment) -> None:
+                try:
+                    self._live(machine, process, role, environment)
+                finally:
+                    left.remove(role)
+
+            for role in machine.roles:
+                self.hub.spawn(f"{process.name} {role}", lambda role=role: live(role))
+            while left and not self.over:
+                self.hub.pause(self.time.now + 50)
+            process.alive = False
+            environment.release()
+            if not self.over:
+                self._while_down(machine)
+
+    def _live(self, machine: Machine, process: Process, role: str, environment: _Environment) -> None:
+        config = self._config(machine.instance, machine.directory)
+        try:
+            if role == "engine":
+                make: Callable[[str], Processor] = lambda incarnation: self.make_engine(config, self.workflows, OUTPUTS, incarnation)
+                runner = environment.runner(self.runner, config, make, "sim", process.log, process, OUTPUTS)
+            else:
+                runner = environment.runner(self.runner, config, lambda _: self.make_timers(config), "sim-scheduler", process.log, process, OUTPUTS)
+            runner.run(lambda: process.stopping or self.over)
+        except (Crashed, probes.Killed):
+            process.alive = False
+        except (FencedError, TransportError) as error:
+            self.say(f"{process.name} {role} ends: {type(error).__name__}: {error}")
+            process.stopping = True
+            if not error.retryable and not isinstance(error, FencedError):
+                raise Failed(f"{process.name} cannot go on: {error}") from error
+
+    def _while_down(self, machine: Machine) -> None:
+        chance, faults = self.chance, self.faults
+        if not self.calm:
+            if chance.random() < faults.wipe * 0.3:
+                self.say(f"{machine.name} loses its state directory")
+                machine.disk.databases.clear()
+                shutil.rmtree(machine.directory, ignore_errors=True)
+                machine.identity += chance.randrange(2)  # sometimes it keeps its configured name
+            for content in machine.disk.databases.values():
+                content.damaged = content.damaged or chance.random() < faults.damage * 0.3
+            self.hub.pause(self.time.now + chance.choice([10, 500, 2_000, 15_000]) * chance.random())
+        else:
+            self.hub.pause(self.time.now + 100)
+
+    def _break_things(self) -> None:
+        chance, faults = self.chance, self.faults
+        while not self.calm:
+            self.hub.pause(self.time.now + 1000 * chance.random())
+            machine = chance.choice(self.machines)
+            process = machine.process
+            if self.calm:
+                break
+            if process is not None and process.alive:
+                if chance.random() < faults.kill:
+                    self.say(f"{process.name} is killed from outside")
+                    process.die()
+                elif chance.random() < faults.stop:
+                    self.say(f"{process.name} is stopped")
+                    process.stopping = True
+                elif chance.random() < 0.02 * bool(faults.freeze):
+                    process.freeze(chance.choice([3_000, 12_000]) * chance.random())
+            if chance.random() < faults.jump:
+                machine.skew_ms = chance.randint(-60_000, 60_000)
+                self.say(f"the clock of {machine.name} is {machine.skew_ms} ms off")
+            if chance.random() < faults.compact:
+                self.compact()
+
+    def compact(self) -> None:
+        for name in (self.config.changelog_topic, self.config.timers_changelog_topic):
+            for partition in self.broker.topics[name].partitions:
+                partition.compact(partition.end - self.chance.randint(0, 20), self.time.now, 7 * 86_400_000)
+
+    def summary(self) -> dict[str, Any]:
+        return {"seed": self.seed, "virtual s": round(self.time.now / 1000), "calls": self.calls, "crashes": self.crashes, "records": len(self.broker.journal), "sent": self.clients.sent}
+
+    def story(self, lines: int = 60) -> str:
+        return "\n".join([json.dumps(self.summary()), repr(self.faults), *self.log[-lines:]])
