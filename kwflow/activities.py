@@ -295,9 +295,10 @@ def activity(function: Callable[..., Any] | None = None, *, name: str | None = N
             raise UsageError(f"{target.__qualname__} has a yield: an activity is an ordinary function; a workflow calls it with a yield")
         made = Activity(target, name or target.__name__, policy, seconds)
         known = _activities.get(made.name)
-        if known is not None and _place(known.function) != _place(target):
+        old = "@" in (target.__module__ or "")  # of code that is loaded beside the new: it adds, and replaces nothing
+        if known is not None and not old and _place(known.function) != _place(target):
             raise UsageError(f"two activities are named {made.name!r}: {_place(known.function)} and {_place(target)}; give one another name: @kw.activity(name=...)")
-        if known is None or "@" not in (target.__module__ or ""):  # an old version of the code adds, and replaces nothing
+        if known is None or not old:
             _activities[made.name] = made
         return made
 

@@ -6,6 +6,7 @@ and raises UsageError outside one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, Literal, TypeVar, overload
@@ -15,6 +16,7 @@ from kwflow.core import children, messages, wire
 from kwflow.core.children import Child
 from kwflow.core.current import current, in_step
 from kwflow.core.mailbox import Inbox, Update
+from kwflow.core.migration import OldInstance, OldTask
 from kwflow.core.tasks import Awaitable, Suspension, Task
 from kwflow.durable import registry
 from kwflow.errors import CodeChangedError, UsageError
@@ -27,6 +29,8 @@ __all__ = [
     "Child",
     "Gen",
     "Inbox",
+    "OldInstance",
+    "OldTask",
     "Retry",
     "Suspension",
     "Task",
@@ -40,12 +44,14 @@ __all__ = [
     "declare_topics",
     "declared_topics",
     "log",
+    "migrate",
     "now",
     "on_update",
     "output",
     "output_json",
     "race",
     "registered_activities",
+    "registered_migrations",
     "registered_workflows",
     "reply",
     "set_status",
@@ -65,6 +71,7 @@ __all__ = [
 _F = TypeVar("_F", bound=Callable[..., Any])
 _topics: set[str] = set()
 _workflows: dict[str, Callable[..., Any]] = {}
+_migrations: dict[str, Callable[..., Any]] = {}
 
 
 def cancel(x: object) -> None:
@@ -178,6 +185,32 @@ def workflow(function: _F | None = None, *, name: str | None = None, restart: bo
         return target
 
     return register if function is None else register(function)
+
+
+def migrate(*, from_: str) -> Callable[[_F], _F]:
+    """Decorate a function that moves instances waiting in old code: `from_` is main's "module:function", or "module:function@<12 hex>" for one version.
+
+    It gets an OldInstance and returns the unstarted generator that takes main's place, alone or with the refs it takes
+    over; `kwflow code migrate` runs it (docs/CODE.md).
+    """
+    if not isinstance(from_, str) or re.fullmatch(r"[^:@]+:[^:@]+(@[0-9a-f]{12})?", from_) is None:
+        raise UsageError(f'@kw.migrate(from_="module:function") or "module:function@<12 hex>", not {from_!r}')
+
+    def register(target: _F) -> _F:
+        if registry.version(target.__module__) is not None:
+            return target
+        known = _migrations.get(from_)
+        if known is not None and (known.__module__, known.__qualname__) != (target.__module__, target.__qualname__):
+            raise UsageError(f"two migrations are from {from_!r}: {known.__module__}.{known.__qualname__} and {target.__module__}.{target.__qualname__}")
+        _migrations[from_] = target
+        return target
+
+    return register
+
+
+def registered_migrations() -> dict[str, Callable[..., Any]]:
+    """Function key -> function of every `@migrate` in this process."""
+    return dict(_migrations)
 
 
 def registered_workflows() -> dict[str, Callable[..., Any]]:

@@ -6,6 +6,7 @@
     │   ├ NotDurableError       a generator that cannot be saved was handed to the engine
     │   ├ UnknownWorkflowError  no workflow of that name is registered
     │   ├ StuckError            nothing is left that could wake the workflow (G9)
+    │   ├ MigrationError        a migration did not give what takes a waiting instance's place; it is parked as it was
     │   └ WorkflowError         an error that came in with a record; carries its JSON payload
     │       └ ChildError            a child workflow ended without a result, or did not start
     ├ ProtocolError         the record: dead-letter it and go on
@@ -39,6 +40,7 @@ __all__ = [
     "KwflowBug",
     "KwflowError",
     "LostCallWarning",
+    "MigrationError",
     "NotDurableError",
     "NotDurableWarning",
     "OutcomeError",
@@ -87,6 +89,10 @@ class UnknownWorkflowError(UsageError):
 
 class StuckError(UsageError):
     """Main waits, but nothing pending could ever wake it (G9); raised at main's wait so that its cleanup runs."""
+
+
+class MigrationError(UsageError):
+    """`@kw.migrate`'s function raised, or returned something else than an unstarted durable generator and pending refs."""
 
 
 class WorkflowError(UsageError):

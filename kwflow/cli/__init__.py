@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from kwflow.cli.code import code_app
 from kwflow.cli.dead_letters import dead
 from kwflow.cli.engines import engine, run, scheduler
 from kwflow.cli.instances import list_, show
@@ -25,6 +26,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(dead, name="dead-letters")
 app.add_typer(schedules_app, name="schedule")
 app.add_typer(topics_app, name="topics")
+app.add_typer(code_app, name="code")
 for _command in (engine, scheduler, run, start, resume, show, tail):
     app.command()(_command)
 app.command("list")(list_)

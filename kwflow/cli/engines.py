@@ -17,6 +17,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from kwflow import api
+from kwflow.cli.code import check as check_code
+from kwflow.cli.code import code_store
 from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, MaybeDir, Modules, StateDir, Traced, WaitForBroker, err, json_option, out
 from kwflow.cli.watching import RestoreBar, log_of, watched
 from kwflow.config import Config, load_config
@@ -83,6 +85,7 @@ def engine(
     log_format: LogFormat = None,
     tracing: Traced = False,
     sync: Annotated[bool, typer.Option("--sync/--no-sync", envvar="KWFLOW_SYNC", help="Embedded: each batch is on disk before it counts.")] = True,
+    check: Annotated[bool, typer.Option("--check", help="Run nothing: say what deploying MODULE would do to the instances that wait; exit 1 if any would be parked.")] = False,
     config: ConfigFile = None,
     app_dir: AppDir = None,
 ) -> None:
@@ -94,6 +97,8 @@ def engine(
         config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir,
         accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format, tracing=tracing or None,
     )  # fmt: skip
+    if check:
+        raise typer.Exit(check_code(settings, modules, embedded, app_dir))
     if processes > 1 and (embedded is not None or runner is Runner.faust):
         raise UsageError("--processes is for Kafka: one process alone holds an embedded directory, and Faust has its own workers")
     if processes > 1 and settings.supervisor_pid is None:
@@ -103,7 +108,7 @@ def engine(
     stop = _stopper()
     if embedded is None:
         workflows = load_workflows(modules, app_dir, settings.durable_packages)
-        sources = functools.cache(lambda: _stored_code(settings))  # read once the topics are known to be there
+        sources = functools.cache(lambda: code_store(settings, None))  # read once the topics are known to be there
         makers: list[tuple[str, Callable[[str], Any]]] = [
             (settings.application_id, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, sources=sources()))
         ]
@@ -123,12 +128,6 @@ def engine(
         held.close()
 
 
-def _stored_code(settings: Config) -> CodeStore:
-    from kwflow.runners.kafka_code import CodeTopic
-
-    return CodeStore(CodeTopic(settings).read)
-
-
 def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, more: bool) -> NoReturn:
     """Faust's own worker handles the signals and ends the process."""
     if more:
@@ -146,7 +145,7 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
     workflows = load_workflows(modules, app_dir, settings.durable_packages)
     _wait_for_topics(settings)
     log = log_of(settings)
-    app = application(settings, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, _stored_code(settings)), log)
+    app = application(settings, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, code_store(settings, None)), log)
     err.print(f"kwflow engine runs in Faust on {settings.bootstrap_servers}, at-least-once", style="green")
     raise SystemExit(faust.Worker(app, loglevel="WARNING").execute_from_commandline())
 

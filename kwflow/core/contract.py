@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -45,6 +45,7 @@ class Workflows:
 
     functions: Mapping[str, Callable[[Any], Any]]
     default: str | None = None
+    migrations: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # by function key
 
 
 class Context(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from kwflow.core import wire
+from kwflow.core import migration, wire
 from kwflow.core.calls import Calls
 from kwflow.core.contract import Keep, Transition
 from kwflow.core.current import slot
@@ -24,7 +24,7 @@ from kwflow.core.wire import Address, Command, Reply
 from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
 
 __all__ = [
-    "IDS_MAX", "OPS", "absent", "after_end", "applied_before", "close", "describe", "ignored", "mailbox_of", "no_room", "on_update", "remember", "reply", "set_status",
+    "IDS_MAX", "OPS", "absent", "after_end", "applied_before", "close", "describe", "ignored", "mailbox_of", "no_migration", "no_room", "on_update", "remember", "reply", "set_status",
     "signals", "wait_signal",
 ]  # fmt: skip
 
@@ -170,7 +170,22 @@ def no_room(calls: Calls, command: Command) -> Transition | None:
     return Transition(Keep(), replies=(Reply(address, "full", said),), outcome="mailbox-full")
 
 
-OPS: dict[str, Callable[[Calls, Command], None]] = {"cancel": _cancel, "signal": _signal, "update": _update}
+def _migrate(calls: Calls, command: Command) -> None:
+    if not migration.migrate(calls):
+        raise KwflowBug("a migration that was there is not")
+    calls.logs.append("migrated")
+    _answer(calls, command, "ok")
+
+
+def no_migration(calls: Calls, command: Command) -> Transition | None:
+    """What happens to `migrate` when the instance runs current code, or no migration is for the code that it runs."""
+    if command.op != "migrate" or migration.find(calls.instance, calls.context.workflows.migrations) is not None:
+        return None
+    address = wire.reply_address(calls.record)
+    return Transition(Keep(), replies=(Reply(address, "unchanged", "no migration is for the code it runs"),) if address is not None else (), outcome="not-migrated")
+
+
+OPS: dict[str, Callable[[Calls, Command], None]] = {"cancel": _cancel, "migrate": _migrate, "signal": _signal, "update": _update}
 
 
 # -- the calls of authors --------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def _command(name: str, instance: Instance | None, command: wire.Command, record
     if instance is None or (start is None and command.start_id is not None and command.start_id != instance.start_id):
         return messages.absent(command, wire.reply_address(record))
     running = Step(instance, record, context)
-    known = messages.applied_before(running, command) or messages.no_room(running, command)
+    known = messages.applied_before(running, command) or messages.no_room(running, command) or messages.no_migration(running, command)
     return known if known is not None else running.run(lambda: apply(running, command), command.op)
 
 

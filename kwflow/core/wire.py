@@ -121,7 +121,7 @@ class Update(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 OPS: dict[str, type[msgspec.Struct]] = {
-    "cancel": Reason, "discard": Nothing, "pause": Reason, "query": Nothing, "retry": Nothing, "signal": Signal, "terminate": Reason,
+    "cancel": Reason, "discard": Nothing, "migrate": Nothing, "pause": Reason, "query": Nothing, "retry": Nothing, "signal": Signal, "terminate": Reason,
     "unpause": Reason, "update": Update,
 }  # fmt: skip
 

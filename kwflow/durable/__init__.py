@@ -7,7 +7,7 @@ loader.py (imports).
 
 from kwflow.durable.codec import dumps, loads
 from kwflow.durable.frames import Frame, State, capture, describe, discard, is_durable, restore
-from kwflow.durable.loader import durable, install, load_source, native, rewrite_first, uninstall
+from kwflow.durable.loader import durable, find_source, install, load_source, native, rewrite_first, uninstall
 from kwflow.durable.names import allow_modules
 from kwflow.durable.peek import canonical, canonical_bytes, peek
 from kwflow.durable.reducers import register_reducer
@@ -25,6 +25,7 @@ __all__ = [
     "discard",
     "dumps",
     "durable",
+    "find_source",
     "install",
     "is_durable",
     "load_source",

@@ -25,7 +25,7 @@ from kwflow.durable import registry, runtime
 from kwflow.durable.lower import lower_module
 from kwflow.errors import CodeChangedError, NotDurableWarning, UnsupportedError, UsageError
 
-__all__ = ["current", "durable", "execute", "exists", "install", "load_source", "native", "rewrite_first", "uninstall"]
+__all__ = ["current", "durable", "execute", "exists", "find_source", "install", "load_source", "native", "rewrite_first", "uninstall"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CONTAINERS = (list, dict, set, tuple, frozenset, bytearray)
@@ -147,6 +147,22 @@ def current(name: str) -> registry.Module | None:
         except Exception as error:  # the module's own code may raise anything
             raise CodeChangedError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
     return registry.modules().get(name)
+
+
+def find_source(name: str, directory: str) -> str | None:
+    """The text of a module, looked for in this directory and on `sys.path`; neither it nor its packages are imported."""
+    path: Sequence[str] | None = [directory, *sys.path]
+    spec: ModuleSpec | None = None
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        if path is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:count]), path)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+    source: str | None = spec.loader.get_source(name) if spec is not None and isinstance(spec.loader, importlib.abc.InspectLoader) else None
+    return source
 
 
 def exists(name: str) -> bool:

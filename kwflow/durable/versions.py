@@ -23,7 +23,7 @@ from kwflow.durable.lower import lower_module
 from kwflow.durable.registry import Module, Pins
 from kwflow.errors import CodeChangedError, KwflowError
 
-__all__ = ["Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "no_sources", "pins_of", "resolve", "split_reference", "stored_with"]
+__all__ = ["Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "needed", "no_sources", "resolve", "source_in", "split_reference", "stored_with"]
 
 Sources = Callable[[str], bytes | None]  # `<module>@<sha256>` -> the stored entry; asked only for what is not loaded
 _REFERENCE = re.compile(r"(.+)@([0-9a-f]{12})")
@@ -52,6 +52,20 @@ def _imports(module: Module) -> dict[str, Module]:
     package = str(module.namespace.get("__package__") or "")
     loaded = ((name, registry.modules().get(name)) for name in sorted(imports_of(ast.parse(module.source), package)))
     return {name: found for name, found in loaded if found is not None and found.whole and found is not module}
+
+
+def source_in(data: bytes) -> str:
+    """The source of a stored entry."""
+    return str(json.loads(data)["source"])
+
+
+def needed(keys: Iterable[str], entries: Mapping[str, bytes]) -> set[str]:
+    """These entries, and those of the modules they import, all the way down."""
+    found = list(keys)
+    for key in found:
+        imports = json.loads(entries[key])["imports"] if key in entries else {}
+        found += [other for other in (entry_key(*pair) for pair in imports.items()) if other not in found]
+    return set(found)
 
 
 def stored_with(module: Module) -> list[Module]:
@@ -107,11 +121,6 @@ def changed_units(current: Module | None, saved: Mapping[str, Any]) -> list[str]
     if current.version == saved["version"]:
         return []
     return [f"{unit} {'has changed' if unit in current.units else 'is gone'}" for unit, digest in saved["units"].items() if current.units.get(unit) != digest]
-
-
-def pins_of(pins: Pins) -> dict[str, str]:
-    """Module -> 12 hex digits of each version that is not the current one."""
-    return {name: found.version[:12] for name, found in pins.items() if registry.modules().get(found.name) is not found}
 
 
 # -- stored versions as modules --------------------------------------------------------------------------------------

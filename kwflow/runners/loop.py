@@ -105,7 +105,7 @@ class WorkflowProcessor:
         self.input_topic = config.resume_topic
         self.changelog_topic = config.changelog_topic
         self.incarnation = incarnation
-        self.workflows = Workflows({**flows.workflows(), **workflows.functions}, workflows.default)
+        self.workflows = Workflows({**flows.workflows(), **workflows.functions}, workflows.default, workflows.migrations)
         self.topics = Topics(config.resume_topic, config.result_topic or None, config.error_topic or None, config.scheduler_topic, declared)
         self.limits = Limits(**{name: getattr(config, name) for name in Limits.__struct_fields__})
         self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)

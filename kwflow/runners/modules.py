@@ -56,4 +56,4 @@ def load_workflows(names: Sequence[str], app_dir: Path | None = None, packages: 
         functions[short] = function
     if not functions:
         raise UnknownWorkflowError(f"no workflow in {', '.join(names)}: define main(opts) or decorate a function with @kw.workflow")
-    return Workflows(functions, default or (next(iter(functions)) if len(functions) == 1 else None))  # type: ignore[arg-type]
+    return Workflows(functions, default or (next(iter(functions)) if len(functions) == 1 else None), api.registered_migrations())  # type: ignore[arg-type]

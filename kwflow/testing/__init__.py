@@ -103,7 +103,7 @@ class WorkflowTester:
     def _engine(self, main: Any, workflows: dict[str, Any]) -> WorkflowProcessor:
         functions = {**api.registered_workflows(), **workflows, **({"main": main} if main is not None else {})}
         default = "main" if main is not None else next(iter(functions), None)
-        return WorkflowProcessor(self.config, Workflows(functions, default), api.declared_topics(), sources=self._code.get)
+        return WorkflowProcessor(self.config, Workflows(functions, default, api.registered_migrations()), api.declared_topics(), sources=self._code.get)
 
     def deploy(self, main: Any = None, **workflows: Any) -> None:
         """Go on with other code: new starts take it, instances that wait go on as after a deployment (docs/CODE.md)."""

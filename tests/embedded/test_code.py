@@ -1,12 +1,16 @@
 """Deployments of the embedded engine: stopped, its code replaced, started again, as its user does it (G10)."""
 
+import json
 import pathlib
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from kwflow.config import Config
+from kwflow.runners.embedded import Embedded
 from tests.embedded.test_embedded import Shell
 
 HEAD = "import kwflow as kw\n"
@@ -70,3 +74,82 @@ def test_instances_outlive_a_changed_a_renamed_and_a_deleted_module(site: Deploy
     site("resume", "w", "s")
     site.until(lambda: len(site.records("workflow-result")) == 2)
     assert site.records("workflow-result") == ['0 v ["new",6]', '1 w ["old",5,"helped"]']
+
+
+PRICED = HEAD + "class Order:\n    price = {0}\n\ndef main(opts):\n    order = Order()\n    got = yield kw.suspend('r')\n    return [{1}, got]\n\ndef side(opts):\n    yield kw.suspend('t')\n"
+BROKEN = HEAD + "import shop.helpers\ndef main(opts):\n    yield kw.suspend('r')\n"
+MOVED = PRICED.format(2, "'new'") + "\n@kw.migrate(from_='shop.trips:main')\ndef move(old):\n    return moved(old.refs['r']), ['r']\n\ndef moved(r):\n    return ['moved', (yield r)]\n"
+
+
+@pytest.mark.slow
+def test_a_deployment_is_checked_before_it_is_made_then_seen_compared_moved_and_cleared_up(site: Deployments) -> None:
+    """G10: `engine --check`, `code list`, `code diff`, `code migrate`, `code gc`."""
+    modules = ("shop.trips", "--app-dir", str(site.folder))
+    (site.folder / "shop/helpers.py").write_text("")
+    site.deploy({"broken.py": BROKEN, "trips.py": PRICED.format(1, "'old'")}, "shop.trips", "shop.broken")
+    site("start", "a", "--workflow", "trips")
+    site("start", "b", "--workflow", "trips")
+    site("start", "c", "--workflow", "broken")
+    waits_for(site, "c", "r")
+    assert "3 waiting: 3 resume on this code, 0 stay on old code, 0 would be parked" in site("engine", "--check", "shop.trips", "shop.broken", "--app-dir", str(site.folder))
+    site.stop()
+    (site.folder / "shop/trips.py").write_text(MOVED)
+    said = site("engine", "--check", *modules)
+    assert "3 waiting: 1 resume on this code, 2 stay on old code, 0 would be parked" in said
+    assert "stay on old code: a  shop.trips: main has changed; a migration is there" in said
+    assert "class shop.trips.Order has changed since 2 of them were saved" in said
+    (site.folder / "shop/broken.py").write_text(BROKEN.replace("'r'", "'s'").replace("import shop.helpers", ""))
+    (site.folder / "shop/helpers.py").write_text("raise OSError('no licence')")
+    said = site("engine", "--check", *modules, code=1)
+    assert "1 would be parked" in said
+    assert "would be parked: c  the stored version" in said
+    assert "OSError: no licence" in said
+    difference = site("code", "diff", "a", "--app-dir", str(site.folder))
+    assert "-    price = 1\n+    price = 2\n" in difference
+    site.deploy({"helpers.py": ""}, "shop.trips")
+    site("code", "migrate", "a")
+    site("resume", "a", "r", "--value", "5")
+    site("resume", "b", "r", "--value", "6")
+    site.until(lambda: len(site.records("workflow-result")) == 2)
+    assert site.records("workflow-result") == ['0 a ["moved",5]', '1 b ["old",6]']
+    listed = site("code", "list")
+    assert listed.count("shop.trips") == 2
+    assert "shop.broken" in listed
+    assert "0 of 5 versions" in site("code", "gc")
+    assert "at least 2 days" in site("code", "gc", "--older-than", "1", code=2)
+
+
+class Ago:
+    """A clock that is so many days behind."""
+
+    def __init__(self, days: float) -> None:
+        self.days = days
+
+    def now_ms(self) -> int:
+        return time.time_ns() // 1_000_000 - round(self.days * 86_400_000)
+
+
+@pytest.mark.slow
+def test_gc_removes_what_no_instance_runs_and_nobody_has_used_for_days_with_what_it_imports_kept(site: Deployments) -> None:
+    """Wire §4: entries go only by gc."""
+    site.deploy({"trips.py": NEW}, "shop.trips")
+    site("start", "w")
+    waits_for(site, "w", "r")
+    site.stop()
+    topic = Config().code_topic
+    held = Embedded(site.directory, clock=Ago(30))
+    [entry] = [record for record in held.read(topic) if (record.key or b"").startswith(b"shop.trips@")]
+    stored = json.loads(entry.value or b"")
+    held.append(topic, entry.key, json.dumps({**stored, "imports": {"shop.kept": "1" * 64}}).encode())
+    for name in ("shop.kept", "shop.gone"):
+        held.append(topic, f"{name}@{'1' * 64}".encode(), b'{"source": "", "file": "", "package": false, "imports": {}}')
+    held.close()
+    assert "would remove shop.gone@111111111111\n1 of" in site("code", "gc", "--dry-run")
+    assert "removed shop.gone@111111111111\n1 of" in site("code", "gc")
+    assert "shop.gone" not in site("code", "list")
+    assert "shop.kept" in site("code", "list")
+    held = Embedded(site.directory)
+    before = len(held.read(topic))
+    assert held.compact(topic) == 3, "one entry that was written again, one that is gone and what says so"
+    assert len(held.read(topic)) == before - 3
+    held.close()

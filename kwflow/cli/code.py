@@ -1,0 +1,163 @@
+"""`kwflow code`: which instances run which code, how it differs, moving them, and clearing up; `kwflow engine --check`."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, append, out, read, snapshots
+from kwflow.config import Config, load_config
+from kwflow.core import snapshot
+from kwflow.durable import allow_modules, find_source, versions
+from kwflow.errors import UsageError
+from kwflow.runners import deployment
+from kwflow.runners.code import LEASE_MS, CodeStore
+from kwflow.runners.deployment import Fate
+from kwflow.runners.modules import load_workflows
+
+__all__ = ["check", "code_app", "code_store"]
+
+code_app = typer.Typer(no_args_is_help=True, help="The code that instances run: old versions beside the new.")
+_SHOWN = 20
+
+
+def code_store(settings: Config, embedded: Path | None) -> CodeStore:
+    """The stored sources, as an engine reads them."""
+    if embedded is not None:
+        return CodeStore(lambda offset: [record for record in read(settings, embedded, settings.code_topic) if record.offset >= offset])
+    from kwflow.runners.kafka_code import CodeTopic
+
+    return CodeStore(CodeTopic(settings).read)
+
+
+@code_app.command("list")
+def list_(
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    every: Annotated[bool, typer.Option("--ids", help="All ids, not only some.")] = False,
+    config: ConfigFile = None,
+) -> None:
+    """Every version of a module that is stored or that an instance runs.
+
+    Example: kwflow code list --embedded ./state
+    """
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    store = code_store(settings, embedded)
+    running = deployment.versions_in(snapshots(settings, embedded))
+    table = Table("module", "version", "stored", "instances", "ids")
+    for key in sorted({*running, *store.entries}):
+        name, _, version = key.rpartition("@")
+        ids = running.get(key, [])
+        written = store.written_ms.get(key)
+        stored = "no" if written is None else datetime.fromtimestamp(written / 1000, UTC).isoformat(sep=" ", timespec="seconds")
+        shown = ids if every else ids[:5]
+        table.add_row(name, version[:12], stored, str(len(ids)), ", ".join(shown) + (", …" if len(shown) < len(ids) else ""))
+    out.print(table)
+
+
+@code_app.command()
+def diff(
+    id: str, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None, app_dir: AppDir = None
+) -> None:
+    """The stored source of what an instance runs against the source that is here; nothing is imported.
+
+    Example: kwflow code diff order-7 --embedded ./state
+    """
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    data = snapshots(settings, embedded).get(id.encode())
+    if data is None:
+        raise UsageError(f"no instance {id!r}")
+    store = code_store(settings, embedded)
+    for name, saved in deployment.code_of(snapshot.read_header(data)):
+        old = deployment.source_of(name, saved["version"], store)
+        new = find_source(name, str(app_dir or Path.cwd()))
+        title = f"{name}@{saved['version'][:12]}"
+        if old is None:
+            out.print(f"{title}: its source is not stored", markup=False, highlight=False)
+        elif old == new:
+            out.print(f"{title}: unchanged", markup=False, highlight=False)
+        else:
+            for line in difflib.unified_diff(old.splitlines(), (new or "").splitlines(), title, name if new is not None else f"{name} (gone)", lineterm=""):
+                out.print(line, markup=False, highlight=False)
+
+
+@code_app.command()
+def migrate(
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID...")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every instance; those no migration is for are left alone.")] = False,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    config: ConfigFile = None,
+) -> None:
+    """Have the engine move instances with the `@kw.migrate` functions of its modules, each in a step of its own.
+
+    Example: kwflow code migrate order-7 --embedded ./state
+    """
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    if bool(ids) == every:
+        raise UsageError("name instances, or give --all")
+    chosen = ids or [key.decode() for key, data in sorted(snapshots(settings, embedded).items()) if snapshot.read_header(data)["status"] != "ended"]
+    for id in chosen:
+        append(settings, embedded, settings.resume_topic, id.encode(), b"null", (("kwflow-op", b"migrate"),))
+    out.print(f"asked for {len(chosen)}; kwflow code list shows what they run then", markup=False, highlight=False)
+
+
+@code_app.command()
+def gc(
+    days: Annotated[float, typer.Option("--older-than", help="Days since it was last used; at least 2.")] = 7,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    config: ConfigFile = None,
+) -> None:
+    """Remove stored versions that no instance runs and no engine has used for some days.
+
+    Example: kwflow code gc --older-than 30 --embedded ./state
+    """
+    if days * LEASE_MS < 2 * LEASE_MS:
+        raise UsageError("--older-than is at least 2 days: what is in use is written again only after a day")
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    store = code_store(settings, embedded)
+    kept = versions.needed(deployment.versions_in(snapshots(settings, embedded)), store.entries)
+    oldest = time.time_ns() // 1_000_000 - days * 86_400_000
+    gone = sorted(key for key in store.entries if key not in kept and store.written_ms[key] < oldest)
+    for key in gone:
+        name, _, version = key.rpartition("@")
+        out.print(f"{'would remove' if dry_run else 'removed'} {name}@{version[:12]}", markup=False, highlight=False)
+        if not dry_run:
+            append(settings, embedded, settings.code_topic, key.encode(), None, ())
+    out.print(f"{len(gone)} of {len(store.entries)} versions", markup=False, highlight=False)
+
+
+def check(settings: Config, modules: Sequence[str], embedded: Path | None, app_dir: Path | None) -> int:
+    """Say what a deployment of these modules would do to the instances that wait; the exit code, 1 if any would be parked."""
+    workflows = load_workflows(list(modules), app_dir, settings.durable_packages)
+    allow_modules(settings.snapshot_modules)
+    fates = list(deployment.check(snapshots(settings, embedded), code_store(settings, embedded), workflows.migrations, settings.signing_keys))
+    counts = Counter(fate.kind for fate in fates)
+    out.print(f"{len(fates)} waiting: {counts['resume']} resume on this code, {counts['old']} stay on old code, {counts['parked']} would be parked", markup=False, highlight=False)
+    _say("stay on old code", [fate for fate in fates if fate.kind == "old"])
+    _say("would be parked", [fate for fate in fates if fate.kind == "parked"])
+    classes = {(name, cls) for fate in fates for name, changed in fate.changed.items() for cls in changed}
+    for name, cls in sorted(classes):
+        holders = sum(cls in fate.changed.get(name, ()) for fate in fates)
+        out.print(f"class {name}.{cls} has changed since {holders} of them were saved", markup=False, highlight=False)
+    return 1 if counts["parked"] else 0
+
+
+def _say(title: str, fates: list[Fate]) -> None:
+    for fate in fates[:_SHOWN]:
+        out.print(f"{title}: {fate.id}  {'; '.join(fate.why)}{'; a migration is there' if fate.migration else ''}", markup=False, highlight=False)
+    if len(fates) > _SHOWN:
+        out.print(f"… and {len(fates) - _SHOWN} more", markup=False, highlight=False)

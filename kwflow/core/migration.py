@@ -1,0 +1,167 @@
+"""Moving a waiting instance to other code: what `kwflow code migrate` does in a step (semantics §8.5).
+
+The author's function, `@kw.migrate(from_="module:function")`, looks at the instance and returns the unstarted generator
+that takes main's place, and the refs it takes over.  All this is the step of the command's record: the new generator
+runs to its first wait in it, ids and time are that record's, and if anything fails the step fails, so that the instance
+is parked as it was.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kwflow.core.calls import Calls
+from kwflow.core.instance import CLOSING, Instance
+from kwflow.core.mailbox import give_back
+from kwflow.core.tasks import FAILED, Awaitable, Suspension, Task
+from kwflow.durable import registry
+from kwflow.durable.frames import Frame, describe, discard
+from kwflow.errors import Cancelled, KwflowBug, MigrationError, StepTimeout
+
+__all__ = ["OldInstance", "OldTask", "find", "migrate"]
+
+
+@dataclass(frozen=True)
+class OldTask:
+    """A task as it waits: its frames, outermost first, and what it waits for (`state` and `value`, of a combinator also `children`)."""
+
+    name: str
+    frames: tuple[Frame, ...]
+    waits_for: Awaitable | None
+
+
+@dataclass(frozen=True)
+class OldInstance:
+    """What a migration may look at; nothing it does with it changes the old instance.
+
+    `function` is main's key ("module:function") and `version` the 12 digits of its module's version; `tasks` begins with
+    main; `refs` are the pending waits, to be handed to the new generator, which may yield them.
+    """
+
+    id: str
+    workflow: str
+    function: str
+    version: str
+    tasks: tuple[OldTask, ...]
+    refs: Mapping[str, Suspension]
+
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        """Main's, outermost first."""
+        return self.tasks[0].frames
+
+    @property
+    def locals(self) -> Mapping[str, Any]:
+        """The variables of main's own function."""
+        return self.frames[0].locals
+
+
+def find(instance: Instance, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any] | None:
+    """The migration for this instance: of exactly its version (`module:function@<12 hex>`), or of its function if its module is not current."""
+    gen = instance.main.gen if instance.main is not None else None
+    function = registry.function_of(gen.gi_code) if gen is not None else None
+    if function is None or instance.status == CLOSING:
+        return None
+    key = f"{function.module}:{function.path}"
+    exact = known.get(registry.version_name(key, function.home.version))
+    current = registry.modules().get(function.module)
+    outdated = current is None or current.version != function.home.version
+    return exact or (known.get(key) if outdated else None)
+
+
+def migrate(calls: Calls) -> bool:
+    """Put the new generator in main's place and run it to its first wait; False if no migration is for this instance.
+
+    Raises MigrationError.
+    """
+    instance = calls.instance
+    function = find(instance, calls.context.workflows.migrations)
+    main = instance.main
+    if function is None or main is None:
+        return False
+    tasks, waits = list(instance.tasks.values()), dict(instance.waits)
+    gen, refs = _result(function, _view(instance, tasks), calls, waits)
+    _drop(calls, tasks, waits, refs)
+    instance.joins.clear()
+    instance.pins = {}
+    instance.adopted().clear()
+    fresh = Task(main.number, gen, gen.__qualname__)
+    instance.main = instance.tasks[main.number] = fresh
+    instance.adopted()[gen] = fresh
+    calls.machine.begin(fresh)
+    if fresh.state == FAILED:
+        raise MigrationError(f"{_name(function)}: what it returned failed before its first wait: {type(fresh.value).__name__}: {fresh.value}") from fresh.value
+    return True
+
+
+def _view(instance: Instance, tasks: list[Task]) -> OldInstance:
+    ordered = sorted(tasks, key=lambda task: task is not instance.main)
+    shown = tuple(OldTask(task.name, tuple(describe(task.gen)) if task.gen is not None else (), task.waiting_on) for task in ordered)
+    gen = ordered[0].gen
+    function = registry.function_of(gen.gi_code) if gen is not None else None
+    if function is None:
+        raise KwflowBug("a main without code")
+    version = function.home.version[:12]
+    return OldInstance(instance.id, instance.workflow, f"{function.module}:{function.path}", version, shown, types.MappingProxyType(dict(instance.waits)))
+
+
+def _result(function: Callable[..., Any], view: OldInstance, calls: Calls, waits: Mapping[str, Suspension]) -> tuple[types.GeneratorType[Any, Any, Any], set[str]]:
+    try:
+        made = function(view)
+    except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
+        raise
+    except BaseException as error:
+        raise MigrationError(f"{_name(function)} failed: {type(error).__name__}: {error}") from error
+    gen, refs = made if isinstance(made, tuple) and len(made) == 2 else (made, ())
+    if not isinstance(gen, types.GeneratorType) or gen.gi_frame is None or gen.gi_suspended or gen in calls.instance.adopted():
+        raise MigrationError(f"{_name(function)} returned {gen!r}; it returns a call of a durable generator function, alone or with the refs it takes over: return main(...), ['ref']")
+    calls.classify(gen)
+    if isinstance(refs, str) or not isinstance(refs, Iterable):
+        raise MigrationError(f"{_name(function)} returned {refs!r} for refs; they are an iterable of ref ids")
+    taken = {ref.ref if isinstance(ref, Suspension) else ref for ref in refs}
+    unknown = sorted(str(ref) for ref in taken if ref not in waits)
+    if unknown:
+        raise MigrationError(f"{_name(function)} takes over {', '.join(unknown)}, which the instance does not wait for; it waits for {', '.join(waits) or 'nothing'}")
+    return gen, taken
+
+
+def _drop(calls: Calls, tasks: list[Task], waits: Mapping[str, Suspension], taken: set[str]) -> None:
+    """Forget the old generators without their cleanup (G8), and end what only they waited for; what is taken over waits for nobody yet."""
+    instance = calls.instance
+    if instance.mailbox is not None:
+        for task in tasks:
+            if task.waiting_on is not None:
+                give_back(task.waiting_on, instance.mailbox)
+    for ref, wait in waits.items():
+        _settle_above(wait)
+        if ref not in taken and instance.waits.get(ref) is wait:
+            del instance.waits[ref]
+            if wait.outside:
+                calls.machine.host.wait_cancelled(wait)
+            wait.state, wait.value = FAILED, Cancelled()
+    for task in tasks:
+        gen, task.gen = task.gen, None
+        _settle_above(task)
+        task.state, task.value = FAILED, Cancelled()
+        instance.tasks.pop(task.number, None)
+        if gen is not None:
+            discard(gen)
+
+
+def _settle_above(target: Awaitable) -> None:
+    """Nobody waits for it any more; combinators of old code count as cancelled, should new code hold one."""
+    stack = list(target.waiters)
+    target.waiters = []
+    while stack:
+        waiter = stack.pop()
+        stack.extend(waiter.waiters)
+        waiter.waiters = []
+        if not isinstance(waiter, Task) and not waiter.settled:
+            waiter.state, waiter.value = FAILED, Cancelled()
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return f"the migration {getattr(function, '__qualname__', function)}"

@@ -1,0 +1,92 @@
+"""What a deployment will do to the instances that are stored: which go on in the new code, which on old code, which would be parked.
+
+Every snapshot is really loaded, on the code it would run, and forgotten again; no step is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kwflow.core import migration, snapshot
+from kwflow.durable import registry, set_abandoning, versions
+from kwflow.errors import SnapshotError
+from kwflow.runners import parked
+
+__all__ = ["Fate", "check", "code_of", "source_of", "versions_in"]
+
+Migrations = Mapping[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What would become of one instance.
+
+    `kind` is resume, old or parked; `why` are sentences; `migration` tells whether `kwflow code migrate` would move it;
+    `changed` are the classes, by module, that are not what they were when it was saved.
+    """
+
+    id: str
+    kind: str
+    why: tuple[str, ...] = ()
+    migration: bool = False
+    changed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def check(stored: Mapping[bytes, bytes], sources: versions.Sources, migrations: Migrations, keys: snapshot.Keys = ()) -> Iterator[Fate]:
+    """The fate of each instance that waits, with the modules that are loaded now; what is parked already or has ended is left out."""
+    before = set_abandoning(True)
+    try:
+        for key, data in sorted(stored.items()):
+            try:
+                header, body = snapshot.split(data, keys)
+                if header["status"] == "ended" or (header["status"] == "parked" and not parked.is_paused(header)):
+                    continue
+                yield _fate(key.decode(), header, body, sources, migrations)
+            except SnapshotError as error:
+                yield Fate(key.decode(), "parked", (str(error),))
+    finally:
+        set_abandoning(before)
+
+
+def _fate(id: str, header: dict[str, Any], body: bytes, sources: versions.Sources, migrations: Migrations) -> Fate:
+    instance = snapshot.wake(header, body, sources)
+    try:
+        old = {found.name for found in instance.pins.values() if registry.modules().get(found.name) is not found}
+        why = [f"{name}: {change}" for name, saved in code_of(header) if name in old for change in versions.changed_units(registry.modules().get(name), saved)]
+        why += [f"{name}: something it holds by name is gone" for name in sorted(old) if not any(line.startswith(f"{name}:") for line in why)]
+        moves = migration.find(instance, migrations) is not None
+        return Fate(id, "old" if old else "resume", tuple(why), moves, dict(_changed(header, sources)))
+    finally:
+        instance.forget()
+
+
+def _changed(header: dict[str, Any], sources: versions.Sources) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for name, saved in code_of(header):
+        current = registry.modules().get(name)
+        if current is None or current.version == saved["version"]:
+            continue
+        source = source_of(name, saved["version"], sources)
+        if source is not None and (changed := versions.changed_classes(source, current.source)):
+            yield name, tuple(changed)
+
+
+def code_of(header: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Module and what the snapshot holds of it, for each version of a module in its header."""
+    return [(versions.split_reference(reference)[0], saved) for reference, saved in header.get("code", {}).items()]
+
+
+def source_of(name: str, version: str, sources: versions.Sources) -> str | None:
+    """The stored source of a version; None when it is not there."""
+    data = sources(versions.entry_key(name, version))
+    return versions.source_in(data) if data is not None else None
+
+
+def versions_in(stored: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """`<module>@<sha256>` -> the instances whose snapshots name it, from their headers alone."""
+    found: dict[str, list[str]] = {}
+    for key, data in sorted(stored.items()):
+        for name, saved in code_of(snapshot.read_header(data)):
+            found.setdefault(versions.entry_key(name, saved["version"]), []).append(key.decode())
+    return found

@@ -1,0 +1,134 @@
+"""`@kw.migrate`: a waiting instance is moved to other code in the step of the command (semantics §8.5)."""
+
+from typing import Any
+
+import pytest
+
+from kwflow import api, durable
+from kwflow.errors import UsageError
+from tests.spec.test_code import HEAD, Site
+
+OLD = """
+def leg(kind):
+    r = kw.suspend(kind)
+    try:
+        return (yield r)
+    finally:
+        say("cleanup " + kind)
+def main(o):
+    undo = [lambda: "undo of " + o]
+    first = yield kw.suspend("first")
+    timer = kw.sleep(60)
+    both = yield kw.all([leg("a"), leg("b"), timer])
+    return both
+"""
+NEW = """
+def main(o, first, b, undo):
+    say("moved")
+    got = yield b
+    late = yield kw.suspend("late")
+    return [o, first, got, late, undo()]
+@kw.migrate(from_="{name}:main")
+def move(old):
+    kw.output(old.function + " " + str(len(old.tasks)), "out")
+    return main(old.locals["o"], old.locals["first"], old.refs["b"], old.locals["undo"][0]), ["b"]
+"""
+
+
+@pytest.fixture
+def site() -> Any:
+    site = Site(OLD)
+    site.w.start("v", "opts")
+    site.w.resume("v", "first", 1)
+    yield site
+    api._migrations.clear()
+
+
+def test_it_gets_frames_locals_and_refs_and_what_it_returns_goes_on_in_main_s_place(site: Site) -> None:
+    """§8.5: the refs it takes over are still answered; timers that are not are cancelled; nobody's cleanup runs (G8)."""
+    site.deploy(NEW.replace("{name}", site.name))
+    assert sorted(site.w.waits("v")) == ["2:1", "a", "b"]
+    reply = site.w.command("v", "migrate")
+    assert reply is not None
+    assert reply["status"] == "ok"
+    assert site.w.outputs_to("out") == [f"{site.name}:main 3", "moved"]
+    assert site.w.outputs_to("workflow-scheduler")[-1] == "0"
+    assert site.w.waits("v") == ["b"]
+    site.w.resume("v", "b", 2)
+    site.w.resume("v", "a", 9)
+    assert site.w.counts[-1] == "unknown-ref"
+    site.w.resume("v", "late", 3)
+    assert site.w.result("v") == ["opts", 1, 2, 3, "undo of opts"]
+    assert "cleanup" not in str(site.w.outputs_to("out"))
+
+
+def test_a_moved_instance_is_on_current_code_and_what_it_brought_along_on_its_own(site: Site) -> None:
+    """§8.2: the closure that was handed over is of the old version."""
+    [old] = site.versions("v")
+    site.deploy(NEW.replace("{name}", site.name))
+    site.w.command("v", "migrate")
+    code = (site.w.header("v") or {})["code"]
+    assert {reference: entry["version"][:12] for reference, entry in code.items()} == {site.name: code[site.name]["version"][:12], f"{site.name}@{old}": old}
+    assert code[site.name]["version"][:12] != old
+
+
+def test_a_second_migrate_and_one_without_a_migration_change_nothing(site: Site) -> None:
+    """It is for code that is not current."""
+    site.deploy("def main(o):\n    yield kw.suspend('x')")
+    before = site.w.state.entries[b"v"]
+    reply = site.w.command("v", "migrate")
+    assert reply is not None
+    assert (reply["status"], site.w.counts[-1]) == ("unchanged", "not-migrated")
+    assert site.w.state.entries[b"v"] == before
+    site.deploy(NEW.replace("{name}", site.name))
+    site.w.command("v", "migrate")
+    reply = site.w.command("v", "migrate")
+    assert reply is not None
+    assert reply["status"] == "unchanged"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise ValueError('no way')", "failed: ValueError: no way"),
+        ("return 5", "a call of a durable generator function"),
+        ("return main(1), ['nowhere']", "takes over nowhere"),
+        ("return main(1), 'a'", "iterable of ref ids"),
+        ("return main(0)", "failed before its first wait: ZeroDivisionError"),
+    ],
+)
+def test_a_migration_that_fails_parks_the_instance_as_it_was(site: Site, body: str, said: str) -> None:
+    """§8.5: a discard goes on with the old code, a retry with a mended migration."""
+    text = f"def main(o):\n    1 / o\n    yield kw.suspend('new')\n    return 'moved'\n@kw.migrate(from_='{site.name}:main')\ndef move(old):\n    {{}}\n"
+    site.deploy(text.format(body))
+    site.w.command("v", "migrate")
+    parked = (site.w.header("v") or {})["parked"]
+    assert parked["reason"] == "MigrationError"
+    assert said in parked["message"]
+    assert site.w.outputs_to("out") == []
+    site.deploy(text.format("return main(1), []"))
+    site.w.send("v", b"null", {"kwflow-op": "retry"})
+    assert site.w.waits("v") == ["new"]
+
+
+def test_one_version_can_be_named_also_if_its_unit_has_not_changed(site: Site) -> None:
+    """`module:function@<12 hex>`: for code that is current, too."""
+    [version] = site.versions("v")
+    site.deploy(OLD + f"\ndef other():\n    return (yield kw.suspend('else'))\n@kw.migrate(from_='{site.name}:main@{version}')\ndef move(old):\n    return other()\n")
+    reply = site.w.command("v", "migrate")
+    assert reply is not None
+    assert reply["status"] == "unchanged", "it runs the new version: nothing that it holds has changed"
+    durable.load_source(site.name, HEAD + OLD, f"{site.name}.py")
+    site.w.command("v", "migrate")
+    assert site.w.waits("v") == ["else"]
+
+
+def test_keys_are_checked_and_two_migrations_from_one_key_are_refused() -> None:
+    with pytest.raises(UsageError, match="module:function"):
+        api.migrate(from_="main")
+    try:
+        api.migrate(from_="m:main")(test_keys_are_checked_and_two_migrations_from_one_key_are_refused)
+        with pytest.raises(UsageError, match="two migrations"):
+            api.migrate(from_="m:main")(site)
+    finally:
+        api._migrations.clear()
