@@ -12,7 +12,7 @@ from kwflow.errors import ProtocolError
 __all__ = ["COUNT", "DUE", "cancel_or_set", "due_entries", "fire"]
 
 DUE = b"\0due\0"
-COUNT = b"\0timers"  # how many are set, as text: counting a million entries would take seconds
+COUNT = b"\0timers"  # `<how many are set> <first due key>`: counting a million entries, or passing those that were deleted, would take seconds
 _DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer one is a mistake in units
 
 

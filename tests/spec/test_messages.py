@@ -121,7 +121,7 @@ def test_terminate_ends_without_author_code_and_cancels_timers() -> None:
     assert w.values("workflow-error") == ["Terminated: by hand"]
     assert outcomes(w) == [("terminated", "s")]
     assert [output.value for output in w.outputs if output.topic == "workflow-scheduler"] == [b"60000", b"0"]
-    assert w.timers.entries == {}
+    assert w.timers.entries == {b"\0timers": b"0 "}, "none is set"
     assert status(w.command("w", "terminate")) == "not_found"
     assert ((w.command("w", "query") or {})["value"])["outcome"]["kind"] == "terminated"
 

@@ -1,8 +1,11 @@
 """The timer table: SC-1..SC-9, order and never early, with a clock that is an argument."""
 
+import random
+
 import pytest
 
 from kwflow.config import Config
+from kwflow.core.timers import COUNT
 from kwflow.core.wire import Record
 from kwflow.ports import Decision
 from kwflow.runners.loop import Overlay, TimerProcessor
@@ -41,7 +44,7 @@ def test_the_reference_test_of_the_scheduler(scheduler: Scheduler) -> None:
     for key, value in ((b"t1|r1", b"1000"), (b"t1|r2", b"2000"), (b"t1|r1", b"0")):
         assert scheduler.set(key, value).outputs == ()
     assert scheduler.fire(3000) == [(b"t1", b"r2", 3000)]
-    assert scheduler.store.entries == {}
+    assert scheduler.store.entries == {COUNT: b"0 "}
 
 
 def test_a_timer_fires_at_the_time_of_its_record_plus_the_delay_and_not_a_millisecond_before(scheduler: Scheduler) -> None:
@@ -65,7 +68,7 @@ def test_zero_or_null_cancels_and_an_unknown_key_is_no_error(scheduler: Schedule
     scheduler.set(b"w|v", cancel)
     assert scheduler.set(b"w|other", cancel).counts == ("timer",)
     assert scheduler.fire(10_000) == []
-    assert scheduler.store.entries == {}, "nothing of a cancelled timer is left"
+    assert scheduler.store.entries == {COUNT: b"0 "}, "nothing of a cancelled timer is left"
 
 
 def test_due_timers_fire_by_due_time_then_in_the_order_they_were_set_each_once(scheduler: Scheduler) -> None:
@@ -147,3 +150,32 @@ def test_the_table_is_read_from_its_first_due_entry_only(scheduler: Scheduler) -
     counting.entries = scheduler.store.entries
     assert scheduler.processor.due(Overlay(counting), 1001, 10) is not None
     assert len(met) == 3, "two due, one that is not"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_first_due_entry_is_known_without_a_scan_whatever_was_set_replaced_cancelled_and_fired(seed: int) -> None:
+    """Against a plain dict; what was deleted before the first entry is never passed again."""
+    chance = random.Random(seed)
+    processor, store, model, now, offset = TimerProcessor(Config()), MemoryStore(), dict[bytes, int](), 0, 0
+    for _ in range(200):
+        overlay = Overlay(store)
+        if chance.random() < 0.2:
+            now += chance.randrange(300)
+            made = processor.due(overlay, now, 5)
+            due = sorted(at for at in model.values() if at <= now)[:5]
+            assert len(made.outputs if made is not None else ()) == len(due)
+            for output in made.outputs if made is not None else ():
+                del model[(output.key or b"") + b"|" + (output.value or b"")]
+        else:
+            records = []
+            for _ in range(chance.randrange(1, 4)):
+                key, delay = b"w|%d" % chance.randrange(12), chance.choice([0, 0, 1, 50, 100, 200])
+                records.append(Record("workflow-scheduler", 0, offset, now, key, b"%d" % delay))
+                offset += 1
+                model.pop(key, None)
+                if delay:
+                    model[key] = now + delay
+            processor.decide(overlay, records, now)
+        store.apply(overlay.changes)
+        assert processor.waiting(store) == len(model)
+        assert processor.next_due_ms(store) == min(model.values(), default=None)

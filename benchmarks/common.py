@@ -1,0 +1,83 @@
+"""What every group of figures uses: the workflow that is measured, clocks, the broker, and where figures go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kwflow import api, durable
+from kwflow.config import Config
+from kwflow.core.contract import Workflows
+from kwflow.runners.loop import WorkflowProcessor
+
+SOURCE = """
+import kwflow as kw
+kw.declare_topics("bench-out")
+
+def main(opts):
+    n = 0
+    while True:
+        value = yield kw.suspend("r")
+        n += 1
+        kw.output(str(value), "bench-out")
+"""
+INSTANCES = 500
+STEPS = int(os.environ.get("KWFLOW_BENCH_STEPS", "30000"))
+FIGURES: dict[str, float] = {}
+TARGETS: dict[str, str] = {}
+
+
+def figure(name: str, value: float, target: str = "") -> None:
+    """Note a figure; `target` is what the project promises itself, as text."""
+    FIGURES[name] = value
+    if target:
+        TARGETS[name] = target
+
+
+def timed(work: Callable[[], Any], repeat: int = 3) -> float:
+    """Seconds of the best of some runs."""
+    best = float("inf")
+    for _ in range(repeat):
+        begun = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - begun)
+    return best
+
+
+def percentiles(name: str, seconds: list[float]) -> float:
+    """Note p50 and p99 in ms; p50 in seconds."""
+    ordered = sorted(seconds)
+    figure(f"{name}, ms p50", 1000 * ordered[len(ordered) // 2])
+    figure(f"{name}, ms p99", 1000 * ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)])
+    return ordered[len(ordered) // 2]
+
+
+def workflow() -> Any:
+    """The measured workflow's module, durable."""
+    return durable.load_source("bench_workflows", SOURCE, "bench_workflows.py")
+
+
+def processor(config: Config, incarnation: str) -> WorkflowProcessor:
+    return WorkflowProcessor(config, Workflows({"main": workflow().main}, "main"), api.declared_topics(), incarnation)
+
+
+@contextlib.contextmanager
+def broker(directory: pathlib.Path) -> Iterator[str | None]:
+    """A Kafka that is there already, or one from Maven's jars; None where there is neither."""
+    given = os.environ.get("KWFLOW_TEST_BOOTSTRAP")
+    if given or not (shutil.which("java") and shutil.which("mvn")):
+        yield given
+        return
+    from tests.integration.broker import Broker
+
+    started = Broker(directory / "broker")
+    started.start()
+    try:
+        yield started.bootstrap
+    finally:
+        started.kill()

@@ -1,0 +1,123 @@
+"""The step alone, the embedded engine against the same reads and writes with no engine in between, and timers on time."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+
+from rocksdict import Rdict, WriteBatch, WriteOptions
+
+from benchmarks.common import INSTANCES, STEPS, figure, percentiles, processor, workflow
+from kwflow.config import Config
+from kwflow.core.wire import Output, Record
+from kwflow.durable import set_abandoning
+from kwflow.runners import rocks
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.loop import Overlay, TimerProcessor
+from kwflow.testing import MemoryStore
+
+BATCH = 500
+
+
+def measure(directory: pathlib.Path) -> None:
+    workflow()
+    set_abandoning(True, everywhere=True)
+    figure("step core, us of CPU, saved at each step", min(core(BATCH) for _ in range(3)), "part of 60")
+    figure("step core, us of CPU, four steps a save", min(core(4 * INSTANCES) for _ in range(3)))
+    best: dict[str, float] = {"engine": 0.0, "bare": 0.0}
+    size = 0
+    for turn in range(3):  # in turns, so that both meet the same machine
+        rate, size = engine(directory / f"engine{turn}")
+        best["engine"] = max(best["engine"], rate)
+        best["bare"] = max(best["bare"], bare(directory / f"bare{turn}", size))
+    figure("snapshot bytes", size)
+    figure("embedded steps/s", best["engine"])
+    figure("bare RocksDB loop steps/s", best["bare"])
+    figure("embedded / bare", best["engine"] / best["bare"], ">= 0.5")
+    lateness(directory / "timers")
+
+
+def core(per: int) -> float:
+    """us of this thread's CPU for a step: decode, run, save; nothing is written anywhere."""
+    made = processor(Config(), "incarnation")
+    store, offset, spent, steps = MemoryStore(), 0, 0.0, 0
+    for turn in range(12):
+        value = b"new:{}" if turn == 0 else b'{"ref":"r","value":7}'
+        records = [Record("workflow-resume", 0, offset + n, 1000, b"i%d" % (n % INSTANCES), value) for n in range(per)]
+        offset += per
+        overlay = Overlay(store)
+        begun = time.thread_time()
+        made.decide(overlay, records, 1000)
+        if turn > 1:
+            spent += time.thread_time() - begun
+            steps += per
+        store.apply(overlay.changes)
+    return 1e6 * spent / steps
+
+
+def engine(directory: pathlib.Path) -> tuple[float, int]:
+    """(steps a second, bytes of a snapshot) of a backlog of answers."""
+    config = Config(batch_records_max=BATCH)
+    held = Embedded(directory, config)
+    processors = [processor(config, held.incarnation), TimerProcessor(config)]
+    put(held, [(b"i%d" % n, b"new:{}") for n in range(INSTANCES)])
+    while held.step(processors):
+        pass
+    size = len(held.db.get(b"S" + config.changelog_topic.encode() + b"\0i0") or b"")
+    put(held, [(b"i%d" % (n % INSTANCES), b'{"ref":"r","value":%d}' % n) for n in range(STEPS)])
+    begun = time.perf_counter()
+    while held.step(processors):
+        pass
+    rate = STEPS / (time.perf_counter() - begun)
+    held.close()
+    return rate, size
+
+
+def put(held: Embedded, records: list[tuple[bytes, bytes]]) -> None:
+    batch = WriteBatch(raw_mode=True)
+    ends: dict[str, int] = {}
+    for key, value in records:
+        held._put(batch, ends, Output("workflow-resume", key, value))
+    held.db.write(batch)
+
+
+def bare(directory: pathlib.Path, size: int) -> float:
+    """The same bytes read and written in the same batches with the same sync."""
+    directory.mkdir()
+    db = Rdict(str(directory), rocks.options(Config().rocksdb_bytes_max))
+    sync = WriteOptions()
+    sync.sync = True
+    state, record = bytes(size), bytes(120)
+    for n in range(STEPS):
+        db[b"R%020d" % n] = record
+    begun = time.perf_counter()
+    for first in range(0, STEPS, BATCH):
+        batch = WriteBatch(raw_mode=True)
+        found = 0
+        for _ in db.items(from_key=b"R%020d" % first):
+            found += 1
+            if found == BATCH:
+                break
+        for n in range(first, first + BATCH):
+            db.get(b"S%d" % (n % INSTANCES))
+            batch.put(b"L%020d" % n, record)
+        for n in range(min(BATCH, INSTANCES)):
+            batch.put(b"S%d" % n, state)
+        batch.put(b"P", b"%d" % first)
+        db.write(batch, sync)
+    rate = STEPS / (time.perf_counter() - begun)
+    db.close()
+    return rate
+
+
+def lateness(directory: pathlib.Path) -> None:
+    """How late timers fire on an idle engine."""
+    config = Config()
+    held = Embedded(directory, config)
+    for n in range(20):
+        held.append(config.scheduler_topic, b"t|%d" % n, b"%d" % (50 + 37 * n))
+    held.run([TimerProcessor(config)], lambda: held.end(config.resume_topic) >= 20)
+    asked = held.read(config.scheduler_topic)
+    late = [(record.timestamp_ms - asked[n].timestamp_ms - (50 + 37 * n)) / 1000 for record in held.read(config.resume_topic) for n in [int(record.value or b"0")]]
+    percentiles("timer lateness", late)
+    held.close()
