@@ -19,6 +19,7 @@ from kwflow.core.mailbox import Inbox, Update
 from kwflow.core.migration import OldInstance, OldTask
 from kwflow.core.tasks import Awaitable, Suspension, Task
 from kwflow.durable import registry
+from kwflow.durable.resources import reacquire
 from kwflow.errors import CodeChangedError, UsageError
 from kwflow.waits import Gen, Wait, all, race, shield, sleep, spawn, suspend, timeout
 
@@ -50,6 +51,7 @@ __all__ = [
     "output",
     "output_json",
     "race",
+    "reacquire",
     "registered_activities",
     "registered_migrations",
     "registered_workflows",

@@ -11,6 +11,7 @@ from kwflow.durable.loader import durable, find_source, install, load_source, na
 from kwflow.durable.names import allow_modules
 from kwflow.durable.peek import canonical, canonical_bytes, peek
 from kwflow.durable.reducers import register_reducer
+from kwflow.durable.resources import reacquire
 from kwflow.durable.runtime import abandoning, set_abandoning
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "loads",
     "native",
     "peek",
+    "reacquire",
     "register_reducer",
     "restore",
     "rewrite_first",

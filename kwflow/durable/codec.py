@@ -21,7 +21,7 @@ from typing import Any
 from kwflow.durable import culprit, iters, names, rebuild, registry
 from kwflow.durable.frames import CREATED, FINISHED, SUSPENDED, discard, enter, forget_shells, refill, snap
 from kwflow.durable.local_classes import reduce_class
-from kwflow.durable.reducers import Refused, reduce_module, reducer_of
+from kwflow.durable.reducers import Refused, plain, reduce_module, reducer_of
 from kwflow.errors import CorruptSnapshotError, ResourceError, SnapshotError
 
 __all__ = ["FORMAT", "SEEDS", "Code", "dumps", "dumps_with_code", "loads", "padded", "register_class", "seeded"]
@@ -79,7 +79,7 @@ class _Pickler(pickle.Pickler):
         reducer = _REDUCERS.get(cls)
         if reducer is not None:
             return reducer(self, value)
-        if cls not in _plain:
+        if cls not in plain:
             return self.first(cls, value)
         return NotImplemented if registry.sentinel(value) is None else self.sentinel(value) or NotImplemented
 
@@ -123,7 +123,7 @@ class _Pickler(pickle.Pickler):
         elif reducer_of(cls) is not None:
             _REDUCERS[cls] = _Pickler.reduced
         else:
-            _plain.add(cls)
+            plain.add(cls)
         return self.reducer_override(value)
 
     def reduced(self, value: Any) -> Any:
@@ -216,7 +216,6 @@ class _Pickler(pickle.Pickler):
         return rebuild.imported_module, (reference,)
 
 
-_plain: set[type] = set()  # classes whose objects pickle handles by itself, unless the object is a sentinel
 _checked: set[type] = set()  # classes that may be named; only positive answers, `allow_modules` may add some
 _TYPES_WITHOUT_A_NAME = (type(None), type(NotImplemented), type(...))
 _REDUCERS: dict[type, Any] = {
@@ -271,6 +270,14 @@ def _last_seen(root: Any, pins: registry.Pins) -> list[Any]:
     return list(pickler.seen)
 
 
+def _is_savable(value: Any, pins: registry.Pins) -> bool:
+    try:
+        _Pickler(io.BytesIO(), _PROTOCOL).begin(value, pins)
+    except Exception:
+        return False
+    return True
+
+
 def dumps(root: Any) -> bytes:
     """The graph below `root` as bytes.
 
@@ -288,7 +295,7 @@ def dumps_with_code(root: Any, pins: registry.Pins) -> tuple[bytes, Code]:
     try:
         pickler.begin(root, pins)
     except Exception as error:  # reducers of any class may raise anything
-        raise culprit.explain(root, error, _last_seen(root, pins)) from error
+        raise culprit.explain(root, error, _last_seen(root, pins), lambda value: _is_savable(value, pins)) from error
     return file.getvalue(), pickler.held
 
 

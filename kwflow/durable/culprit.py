@@ -10,7 +10,7 @@ import collections
 import functools
 import gc
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,36 +47,44 @@ class _Place:
     path: str = ""
 
 
-def explain(root: Any, error: Exception, seen: list[Any]) -> SnapshotError:
+def explain(root: Any, error: Exception, seen: list[Any], savable: Callable[[Any], bool]) -> SnapshotError:
     """The error to raise for a graph that could not be saved; `seen` are the last objects the pickler looked at, newest last."""
     reason = str(error) or type(error).__name__
     if isinstance(error, RecursionError):
         reason = "it is nested too deeply; keep long chains in lists"
-    for value, place in _found(root, list(reversed(seen))):
-        kind = type(value)
-        full = f"{kind.__module__}.{kind.__qualname__}"
-        advice = "" if isinstance(error, (NotDurableError, Refused, RecursionError)) and ";" in reason else f"; {_REMEDIES.get(full, _REMEDY)}"
-        way = f"{place.path} is a {kind.__name__}" if place.path != place.variable else kind.__name__
-        if place.variable:
-            text = f"variable {place.variable!r} of {place.function} ({place.where}) cannot be saved: {way}: {reason}{advice}"
-        else:
-            text = f"cannot be saved: {way}: {reason}{advice}"
-        return UnsavableError(text, place.variable, place.function, place.where, kind.__name__)
-    return error if isinstance(error, NotDurableError) else UnsavableError(f"cannot be saved: {reason}", "", "", "", type(root).__name__)  # type: ignore[return-value]
+    found = None if isinstance(error, RecursionError) else _find(root, list(reversed(seen)))
+    if found is None:
+        found = next(((value, place) for value, place in _variables(root) if not savable(value)), None)
+    if found is None:
+        return error if isinstance(error, NotDurableError) else UnsavableError(f"cannot be saved: {reason}", "", "", "", type(root).__name__)  # type: ignore[return-value]
+    value, place = found
+    kind = type(value)
+    advice = "" if isinstance(error, (NotDurableError, Refused, RecursionError)) and ";" in reason else f"; {_REMEDIES.get(f'{kind.__module__}.{kind.__qualname__}', _REMEDY)}"
+    way = f"{place.path} is a {kind.__name__}" if place.path != place.variable else kind.__name__
+    subject = f"variable {place.variable!r} of {place.function} ({place.where}) " if place.variable else ""
+    return UnsavableError(f"{subject}cannot be saved: {way}: {reason}{advice}", place.variable, place.function, place.where, kind.__name__)
 
 
-def _found(root: Any, wanted: list[Any]) -> Iterator[tuple[Any, _Place]]:
-    """The first of these objects that can be reached; a class only when no object of it can."""
-    ways = [way for thorough in (False, True) for way in [_ways(root, {id(value) for value in wanted}, thorough)] if way]
-    for way in ways[:1]:
-        for value in [*(v for v in wanted[:3] if not isinstance(v, type)), *wanted]:
-            if id(value) in way:
-                yield value, way[id(value)]
+def _find(root: Any, wanted: list[Any]) -> tuple[Any, _Place] | None:
+    """The newest of these objects, or else another of them, and a way to it; an object rather than its class."""
+    if len(wanted) > 1 and wanted[0] is type(wanted[1]):
+        wanted = wanted[1:]
+    for candidates in (wanted[:1], wanted):
+        for thorough in (False, True):
+            ways = {id(value): place for value, place in _reached(root, thorough) if any(value is one for one in candidates)} if candidates else {}
+            for value in candidates:
+                if id(value) in ways:
+                    return value, ways[id(value)]
+    return None
 
 
-def _ways(root: Any, wanted: set[int], thorough: bool) -> dict[int, _Place]:
-    """Places of the wanted objects, breadth first."""
-    found: dict[int, _Place] = {}
+def _variables(root: Any) -> Iterator[tuple[Any, _Place]]:
+    """The variables of every generator that can be reached."""
+    return ((value, place) for value, place in _reached(root, False) if place.variable and place.path == place.variable)
+
+
+def _reached(root: Any, thorough: bool) -> Iterator[tuple[Any, _Place]]:
+    """Every object below, breadth first, each with the shortest way to it."""
     seen: set[int] = set()
     queue: collections.deque[tuple[Any, _Place]] = collections.deque([(root, _Place(path="it"))])
     while queue and len(seen) < _LOOKED_AT_MAX:
@@ -84,13 +92,9 @@ def _ways(root: Any, wanted: set[int], thorough: bool) -> dict[int, _Place]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if id(value) in wanted:
-            found.setdefault(id(value), place)
-            if len(found) == len(wanted):
-                break
+        yield value, place
         if not isinstance(value, _ATOMS):
             queue.extend(_below(value, place, thorough))
-    return found
 
 
 def _below(value: Any, place: _Place, thorough: bool) -> Iterator[tuple[Any, _Place]]:

@@ -69,11 +69,13 @@ class SetIterator(IteratorBase):
         self.rest = rest[::-1]
 
     def __next__(self) -> Any:
-        if self.size >= 0 and len(self.source) != self.size and self.rest:
+        if self.source is None:
+            raise StopIteration
+        if self.size < 0 or len(self.source) != self.size:
             self.size = -1
-        if self.size < 0:
             raise RuntimeError("Set changed size during iteration")
         if not self.rest:
+            self.source = None
             raise StopIteration
         return self.rest.pop()
 
@@ -81,7 +83,9 @@ class SetIterator(IteratorBase):
         return len(self.rest)
 
     def __reduce__(self) -> Any:
-        return SetIterator, (self.source, self.rest[::-1], self.size)
+        if self.source is None:
+            return iter, ((),)
+        return (SetIterator, (self.source, self.rest[::-1], self.size)) if self.size >= 0 else (Broken, ("Set changed size during iteration",))
 
 
 class count(IteratorBase):
@@ -337,7 +341,7 @@ class _grouper(IteratorBase):
             parent._step()
         if self.key != parent.current_key:
             raise StopIteration
-        value, parent.value = parent.value, _UNSET
+        value, parent.value, parent.current_key = parent.value, _UNSET, _UNSET
         return value
 
     def __reduce__(self) -> Any:

@@ -34,7 +34,7 @@ def reduce_class(cls: type[Any]) -> Any:
     members = {name: _member(cls, name, value) for name, value in cls.__dict__.items() if not _made_again(name, value, dataclass)}
     if dataclass is not None:
         members |= _fields(cls)
-    members["__qualname__"] = cls.__qualname__
+    members = dict(sorted(members.items())) | {"__qualname__": cls.__qualname__}  # in one order, whatever made the class
     return rebuild.local_class, (type(cls), cls.__name__, cls.__bases__, cls.__dict__.get("__slots__")), (members, dataclass), None, None, rebuild.set_class
 
 

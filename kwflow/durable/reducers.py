@@ -24,10 +24,13 @@ from typing import Any
 from kwflow.durable import iters, names, rebuild
 from kwflow.errors import UsageError
 
-__all__ = ["Refused", "reduce_module", "reducer_of", "register_reducer"]
+__all__ = ["Refused", "plain", "reduce_module", "reducer_of", "register_reducer"]
 
 Reducer = Callable[[Any], Any]
 _ATOMS = (type(None), bool, int, float, str, bytes, bytearray, tuple, list, dict, set, frozenset, type, types.FunctionType, types.GeneratorType, types.CellType)
+
+
+plain: set[type[Any]] = set()  # classes whose objects pickle handles by itself, unless the object is a sentinel
 
 
 class Refused(Exception):
@@ -48,6 +51,7 @@ def register_reducer(cls: type[Any], reduce: Callable[[Any], Any], build: Callab
         raise UsageError(f"the reducer {key!r} is for {known.__module__}.{known.__qualname__} already; give this one a name of its own")
     _owners[key] = cls
     rebuild.builders[key] = build
+    plain.discard(cls)
     _BY_TYPE[cls] = lambda value: (rebuild.custom, (key, reduce(value)))
 
 
@@ -76,8 +80,13 @@ def _itertool(value: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         made = value.__reduce__()
-    twin = getattr(iters, made[0].__name__, made[0]) if made[0].__module__ == "itertools" else made[0]
-    return (twin, *made[1:])
+    twin = getattr(iters, made[0].__name__, None) if made[0].__module__ == "itertools" else None
+    if twin is None or twin is iters._grouper:  # whose parent is still the original
+        return (twin or made[0], *made[1:])
+    again = twin(*made[1])
+    if len(made) > 2 and made[2] is not None:
+        again.__setstate__(made[2])
+    return again.__reduce__()  # so that a live one and a restored one are saved alike
 
 
 def _groupby(value: Any) -> Any:

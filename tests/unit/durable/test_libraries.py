@@ -1,0 +1,113 @@
+"""Values of well-known libraries in locals; skipped by name where a library is missing."""
+
+import importlib
+from typing import Any
+
+import pytest
+
+from kwflow import durable
+
+
+def kept(source: str, name: str) -> Any:
+    """What the generator `held` returns when it is saved and loaded at its yield."""
+    module = durable.load_source(f"library_{name}", source, f"library_{name}.py")
+    gen = module.held()
+    next(gen)
+    with pytest.raises(StopIteration) as stop:
+        next(durable.loads(durable.dumps(gen)))
+    return stop.value.value
+
+
+def needs(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pytest.skip(f"NOT TESTED: {name} is not installed")
+
+
+def test_numpy_arrays_scalars_and_dtypes() -> None:
+    needs("numpy")
+    assert all(
+        kept(
+            """
+import numpy as np
+def held():
+    whole = np.arange(6, dtype="<i4").reshape(2, 3)
+    again = whole
+    part = whole[:, 1]
+    one, when, kind = np.float64(1.5), np.datetime64("2024-01-02"), np.dtype("f4")
+    text, nothing, objects = np.array(["a", "bc"]), np.empty((0, 3)), np.array([1, "x", None], dtype=object)
+    rows = np.array([(1, 2.0)], dtype=[("n", "i4"), ("x", "f8")])
+    flag = np.bool_(True)
+    yield
+    whole[0, 0] = 9
+    return [
+        whole.tolist() == [[9, 1, 2], [3, 4, 5]], again is whole, part.tolist() == [1, 4], whole.dtype == np.dtype("<i4"), one == 1.5 and type(one) is np.float64,
+        str(when) == "2024-01-02", kind == np.dtype("f4"),
+        text.tolist() == ["a", "bc"], nothing.shape == (0, 3), objects.tolist() == [1, "x", None], rows["x"].tolist() == [2.0], rows.dtype.names == ("n", "x"), bool(flag),
+    ]
+""",
+            "numpy",
+        )
+    )
+
+
+def test_pydantic_models() -> None:
+    needs("pydantic")
+    assert kept(
+        """
+import pydantic
+class Line(pydantic.BaseModel):
+    name: str
+    count: int = 1
+class Order(pydantic.BaseModel):
+    lines: list[Line]
+    _note: str = pydantic.PrivateAttr("")
+def held():
+    order = Order(lines=[{"name": "a"}])
+    order._note = "kept"
+    line = order.lines[0]
+    yield
+    return order.model_dump(), order._note, order.lines[0] is line, order.model_fields_set
+""",
+        "pydantic",
+    ) == ({"lines": [{"name": "a", "count": 1}]}, "kept", True, {"lines"})
+
+
+def test_msgspec_structs() -> None:
+    needs("msgspec")
+    assert kept(
+        """
+import msgspec
+class Point(msgspec.Struct, frozen=True):
+    x: int
+    y: int = 2
+def held():
+    point = Point(1)
+    yield
+    return point == Point(1, 2), point.x
+""",
+        "msgspec",
+    ) == (True, 1)
+
+
+def test_attrs_classes() -> None:
+    needs("attrs")
+    assert kept(
+        """
+import attrs
+@attrs.define
+class Point:
+    x: int
+    tags: list = attrs.field(factory=list)
+@attrs.frozen
+class Fixed:
+    x: int
+def held():
+    point, fixed = Point(1), Fixed(2)
+    point.tags.append(point)
+    yield
+    return point.x, point.tags[0] is point, fixed == Fixed(2)
+""",
+        "attrs",
+    ) == (1, True, True)
