@@ -150,7 +150,7 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
         header = msgspec.json.decode(data[8 : 8 + length])
         if not isinstance(header, dict) or not isinstance(header.get("status"), str):
             raise TypeError("no status")
-    except (msgspec.DecodeError, TypeError) as error:
+    except (msgspec.DecodeError, TypeError, ValueError) as error:
         raise CorruptSnapshotError(f"the header of a snapshot cannot be read: {error}") from None
     if "key" not in header and hashlib.sha256(memoryview(data)[:-_CHECKSUM_BYTES]).digest() != data[-_CHECKSUM_BYTES:]:
         raise CorruptSnapshotError("the checksum of a snapshot does not match: its bytes are damaged")
@@ -171,17 +171,17 @@ def load(data: bytes, sources: Sources = no_sources, keys: Keys = ()) -> Instanc
 
 def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources) -> Instance:
     """`load` for what `split` gave."""
-    instance = Instance(header["id"], header["workflow"], header["start_id"], header["created"])
-    instance.status = header["status"]
-    applied = header.get("applied")
-    instance.applied = (applied[0], applied[1], applied[2]) if applied else None
-    instance.updated_ms = header["updated"]
-    instance.extra = {name: value for name, value in header.items() if name not in _KNOWN}
     try:
+        instance = Instance(header["id"], header["workflow"], header["start_id"], header["created"])
+        instance.status = header["status"]
+        applied = header.get("applied")
+        instance.applied = (applied[0], applied[1], applied[2]) if applied else None
+        instance.updated_ms = header["updated"]
+        instance.extra = {name: value for name, value in header.items() if name not in _KNOWN}
         graph, instance.pins = versions.loads(body, header.get("code", {}), sources)
         instance.set_graph(graph)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptSnapshotError(f"the body of a snapshot is not an instance: {error!r}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptSnapshotError(f"the header or body of a snapshot is not an instance: {error!r}") from error
     return instance
 
 

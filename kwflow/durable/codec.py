@@ -205,7 +205,7 @@ class _Pickler(pickle.Pickler):
 
     def traceback(self, value: types.TracebackType) -> Any:
         """Lost, as exceptions lose theirs; every `__aexit__` that waits is given one."""
-        return type(None), ()
+        return rebuild.nothing, ()
 
     def module(self, value: types.ModuleType) -> Any:
         home = registry.version(value.__name__)

@@ -119,6 +119,7 @@ def _snap_slowly(gen: Gen, function: Function, frame: types.FrameType) -> tuple[
         names[ITERATOR if created else function.labels[0].live[0]] = names.pop(".0")
     if created and "@S" in names:  # a restored one that has not run yet
         slots = dict(names["@S"])
+        slots.pop("@l", None)
         return function, CREATED, slots, slots.pop("@c")
     captured = set(function.captured)
     slots = {name: value for name, value in names.items() if name[0] != "@" and name not in captured}

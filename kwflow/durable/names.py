@@ -18,7 +18,7 @@ __all__ = ["ITERTOOLS", "allow_modules", "allowed", "defined_in", "find", "impor
 
 _BUILTINS = frozenset(
     "object type int float complex str bytes bytearray bool list tuple dict set frozenset range slice memoryview enumerate zip map filter reversed "
-    "iter NotImplemented Ellipsis property staticmethod classmethod len min max sum abs sorted repr str print all any isinstance issubclass callable round hash id next "
+    "iter NotImplemented Ellipsis property staticmethod classmethod super len min max sum abs sorted repr str print all any isinstance issubclass callable round hash id next "
     "ord chr divmod pow bin hex oct ascii format".split()
 )
 ITERTOOLS = frozenset(

@@ -26,9 +26,9 @@ from kwflow.durable.runtime import as_coroutine
 from kwflow.errors import CodeChangedError, CorruptSnapshotError
 
 __all__ = [
-    "CONSTRUCTORS", "CURRENT", "EXCEPTION_ATTRIBUTES", "Names", "Wrapped", "bound", "builders", "cell", "contents", "custom", "exception", "exception_slots", "function", "generator", "global_of",
-    "imported_module", "instance", "is_bound_of", "iterator_at", "local_class", "logger", "mapping_proxy", "match", "memory", "method", "named", "numpy_array", "path", "register", "set_class",
-    "set_exception", "set_function", "tag_of", "view", "zone",
+    "CONSTRUCTORS", "CURRENT", "EXCEPTION_ATTRIBUTES", "Names", "Wrapped", "bound", "builders", "cell", "contents", "custom", "exception", "exception_slots", "function",
+    "generator", "global_of", "imported_module", "instance", "is_bound_of", "iterator_at", "local_class", "logger", "mapping_proxy", "match", "memory", "method", "named",
+    "nothing", "numpy_array", "path", "register", "set_class", "set_exception", "set_function", "super_of", "tag_of", "view", "zone",
 ]  # fmt: skip
 
 # what __init__ of a builtin exception stores beside args, which __new__ alone does not
@@ -70,6 +70,14 @@ def instance(tag: int) -> Any:
 
 
 # -- generators, functions, cells ----------------------------------------------------------------------------------
+
+
+def nothing() -> None:
+    return None
+
+
+def super_of(cls: type[Any], owner: Any) -> Any:
+    return super(cls, owner)
 
 
 def cell() -> types.CellType:
@@ -384,7 +392,7 @@ def custom(name: str, state: Any) -> Any:
 CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     made.__name__: made
     for made in (
-        bound, cell, custom, exception, function, generator, global_of, imported_module, instance, iterator_at, local_class, logger, mapping_proxy, match, memory, method, named, numpy_array, path,
-        set_class, view, Wrapped, zone,
+        bound, cell, custom, exception, function, generator, global_of, imported_module, instance, iterator_at, local_class, logger, mapping_proxy, match, memory, method, named,
+        nothing, numpy_array, path, set_class, super_of, view, Wrapped, zone,
     )
 }  # fmt: skip

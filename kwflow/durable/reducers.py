@@ -211,6 +211,10 @@ def _context(value: Any) -> Any:
     raise Refused("context variables belong to a thread of one process; keep their value in a variable of your own")
 
 
+def _super(value: Any) -> Any:
+    return rebuild.super_of, (value.__thisclass__, value.__self__)
+
+
 def _match(value: Any) -> Any:
     pattern, text = value.re, value.string
     for way, first in (("search", value.pos), ("match", value.pos), ("fullmatch", value.pos), ("match", value.start()), ("fullmatch", value.start()), ("search", value.start())):
@@ -279,6 +283,7 @@ _BY_TYPE: dict[type[Any], Reducer] = {
     types.ClassMethodDescriptorType: _descriptor,
     types.MappingProxyType: _mapping_proxy,
     memoryview: _memory,
+    super: _super,
     re.Match: _match,
     struct.Struct: _struct,
     weakref.ReferenceType: _weak,

@@ -136,15 +136,19 @@ def _taken(node: ast.ClassDef) -> ast.stmt:
 def _renamed(code: types.CodeType, inside: str, real: str) -> types.CodeType:
     """The code and what is nested in it, with the qualified names they have in the author's module."""
 
+    def name(text: str) -> str:
+        rest = text[len(inside) :]
+        return real + (rest.removeprefix(".<locals>") if real.endswith("<genexpr>") else rest)  # what is in an expression has no <locals> in its name
+
     def one(const: object) -> object:
         if isinstance(const, types.CodeType):
             return _renamed(const, inside, real)
         if isinstance(const, str) and const.startswith(inside):  # the __qualname__ of a class body
-            return real + const[len(inside) :]
+            return name(const)
         return const
 
-    name = code.co_qualname  # one declared global has no function around it in its name
-    return code.replace(co_qualname=real + name[len(inside) :] if name.startswith(inside) else name, co_consts=tuple(map(one, code.co_consts)))
+    qualname = code.co_qualname  # one declared global has no function around it in its name
+    return code.replace(co_qualname=name(qualname) if qualname.startswith(inside) else qualname, co_consts=tuple(map(one, code.co_consts)))
 
 
 def cells_of(scope: Scope) -> ast.expr:

@@ -114,7 +114,7 @@ class Protected(Expressions):
         self.exits.append(pending)
         body = self.block(node.body, "try")
         self.exits.pop()
-        body.body.append(self.place(assign(pending.completion, constant(0))))
+        body.body += [self.place(assign(pending.completion, constant(0))), self.place(assign(pending.value, constant(None)))]
         self.live += [pending.completion, pending.value]
         final = self.block(node.finalbody, "finally")
         del self.live[-2:]
@@ -157,7 +157,7 @@ class Protected(Expressions):
                 break
             exit_.breaks |= how == BROKE
             exit_.continues |= how == CONTINUED
-            told.append(assign(exit_.completion, constant(how)))
+            told += [assign(exit_.completion, constant(how)), assign(exit_.value, constant(None))]  # nothing of an earlier round
         return told
 
     def statement_TryStar(self, node: ast.stmt) -> None:
