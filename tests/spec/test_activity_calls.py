@@ -261,3 +261,21 @@ def test_the_code_header_names_our_durable_module_beside_the_authors() -> None:
     code = snapshot.read_header(stored)["code"]
     assert set(code) == {w.calls[0].activity.removesuffix(".work"), "kwflow.flows.attempts1"}
     assert list(code["kwflow.flows.attempts1"]["units"]) == ["attempts"]
+
+
+def test_an_instance_that_finishes_on_old_code_calls_the_activity_that_is_deployed_now() -> None:
+    """Semantics §8.4: an old version of a module registers nothing that the current code has."""
+    text = "import kwflow as kw\n@kw.activity(name='of-versions')\ndef work(x):\n    return [x, '{0}']\ndef main(o):\n    yield kw.suspend('gate')\n    return ['{0}', (yield work(1))]"
+    module = durable.load_source("activity_versions", text.format("old"), "activity_versions.py")
+    w = WorkflowTester(module.main)
+    w.start("w")
+    durable.load_source("activity_versions", text.format("new"), "activity_versions.py")
+    w.resume("w", "gate")
+    assert w.result("w") == ["old", [1, "new"]]
+
+
+def test_async_workflows_await_activities() -> None:
+    """Semantics §6; an `async def` activity of the same module stays one of asyncio."""
+    body = "import asyncio\n@activity()\nasync def work(x):\n    await asyncio.sleep(0)\n    return x + 1\n"
+    body += "async def main(o):\n    call = work(1)\n    return [await call, await work(2), await kw.all([work(3), call])]"
+    assert run(body).result("w") == [2, 3, [4, 2]]
