@@ -164,6 +164,10 @@ class Dispatcher:
         """How many are in memory, ready or running."""
         return len(self._jobs)
 
+    def counts(self) -> dict[str, int]:
+        """How many in each state; from any thread."""
+        return {"running": self._running, "ready": len(self._ready), "left-behind": self._behind}
+
     # -- the queue -------------------------------------------------------------------------------------------------
     @property
     def _full(self) -> bool:

@@ -99,6 +99,7 @@ class WorkflowProcessor:
         """`sources` is the code store's look-up; without one nothing is stored, and an instance whose code changed is parked."""
         self.config = config
         self.on_log = on_log
+        self.dispatcher: Dispatcher | None = None
         self.keeps_code = sources is not None
         self.sources = sources or no_sources
         self.at_least_once = False  # set by a runner that may read a record again: what has ended is then remembered for every start
@@ -117,7 +118,8 @@ class WorkflowProcessor:
         allow_modules(config.snapshot_modules)
 
     def work(self, deliver: Deliver) -> Dispatcher:
-        return Dispatcher(deliver, self.on_log, self.config.activity_concurrency, self.config.activity_limit_s, self.config.activity_bytes_max)
+        self.dispatcher = Dispatcher(deliver, self.on_log, self.config.activity_concurrency, self.config.activity_limit_s, self.config.activity_bytes_max)
+        return self.dispatcher
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
         """Forget ended instances whose `ended_retention_ms` is over."""

@@ -110,6 +110,11 @@ def _instances(processor: WorkflowProcessor) -> Iterator[Metric]:
     looked.add_metric(["miss"], processor.cache_misses)
     yield looked
     yield GaugeMetricFamily("kwflow_instances_live", "Instances kept live.", value=processor.live_instances())
+    if processor.dispatcher is not None:
+        calls = GaugeMetricFamily("kwflow_activities", "Activities in this process; more may wait in the store. Left behind: cancelled, and they go on.", labels=["state"])
+        for state, count in processor.dispatcher.counts().items():
+            calls.add_metric([state], count)
+        yield calls
 
 
 def _histogram(name: str, text: str, parts: Sequence[Histogram]) -> Metric:

@@ -292,6 +292,7 @@ def test_ten_thousand_waiting_calls_stay_in_the_store_and_run_in_order_at_most_s
         engine.dispatcher.turn()
         assert engine.dispatcher.busy <= 8 + 64
     assert most[0] <= 8
+    engine.until(lambda: engine.dispatcher.counts() == {"running": 0, "ready": 0, "left-behind": 0})
     assert sorted(order) == list(range(10_000))
     assert all(abs(n - place) < 100 for place, n in enumerate(order)), "oldest first"
     engine.dispatcher.close()
