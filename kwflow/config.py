@@ -33,6 +33,8 @@ class Config(BaseSettings):
     client_connect_s: float = Field(default=10, gt=0, description="how long a client waits for the broker when it is made")
     command_timeout_s: float = Field(default=20, gt=0, description="a client's command that is not replied by then has an unknown outcome; above session timeout and restore")
     state_dir: Path = Path("kwflow-state")
+    standby: bool = Field(default=False, description="keep warm copies of the partitions that other engines own, so that a takeover restores only the last moments")
+    state_cleanup_s: float = Field(default=600, ge=0, description="a local copy of a partition that has left is deleted after so long")
     http: str | None = Field(default=None, description="HOST:PORT to answer GET /health and /metrics on")
     tracing: bool = Field(default=False, description="OpenTelemetry spans, sent as the OTEL_* variables say (kwflow[otel])")
     log_format: Literal["text", "json"] = Field(default="text", description="json: one object a line, with workflow id, topic, partition and offset")

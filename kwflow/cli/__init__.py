@@ -17,7 +17,7 @@ from kwflow.cli.instances import list_, show
 from kwflow.cli.records import resume, start, tail
 from kwflow.cli.schedules import schedules_app
 from kwflow.cli.shared import err
-from kwflow.cli.topics import topics_app
+from kwflow.cli.topics import reset, topics_app
 from kwflow.errors import KwflowError, TransportError, UnsupportedError, UsageError
 
 __all__ = ["app", "main"]
@@ -27,7 +27,7 @@ app.add_typer(dead, name="dead-letters")
 app.add_typer(schedules_app, name="schedule")
 app.add_typer(topics_app, name="topics")
 app.add_typer(code_app, name="code")
-for _command in (engine, scheduler, run, start, resume, show, tail):
+for _command in (engine, scheduler, run, start, resume, show, tail, reset):
     app.command()(_command)
 app.command("list")(list_)
 

@@ -1,17 +1,18 @@
-"""`kwflow topics`: what is missing is named, or created (K12)."""
+"""`kwflow topics`: what is missing is named, or created (K12), or given more partitions; `kwflow reset`."""
 
 from __future__ import annotations
 
+import enum
 from typing import Annotated
 
 import typer
 
 from kwflow import api
-from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, out
+from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, StateDir, out
 from kwflow.config import load_config
 from kwflow.runners.modules import load_workflows
 
-__all__ = ["topics_app"]
+__all__ = ["From", "reset", "topics_app"]
 
 topics_app = typer.Typer(no_args_is_help=True, help="The Kafka topics of an application.")
 
@@ -60,3 +61,48 @@ def topics_check(
     for problem in problems:
         out.print(problem, markup=False)
     raise typer.Exit(1 if problems else 0)
+
+
+@topics_app.command("migrate")
+def topics_migrate(
+    partitions: Annotated[int, typer.Option(help="How many the input topics and their changelogs are to have; only more than now.")],
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    config: ConfigFile = None,
+) -> None:
+    """Give an application that stands still more partitions, and move its state to where keys belong then.
+
+    Example: kwflow topics migrate --partitions 12
+    """
+    from kwflow.runners import upkeep
+
+    upkeep.migrate(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), partitions, lambda line: out.print(line, markup=False, highlight=False))
+
+
+class From(enum.StrEnum):
+    """Where the input is read from after a reset."""
+
+    earliest = "earliest"
+    latest = "latest"
+
+
+def reset(
+    input_from: Annotated[From, typer.Option("--input-from", help="earliest: every record that is still there is applied again.")] = From.latest,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    state_dir: StateDir = None,
+    config: ConfigFile = None,
+) -> None:
+    """Forget every instance and timer of an application that stands still; says what it would do and asks.  (Embedded: delete the directory.)
+
+    Example: kwflow reset --application-id shop --input-from latest
+    """
+    from kwflow.runners import upkeep
+
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir)
+    for line in upkeep.reset_plan(settings, input_from):
+        out.print(line, markup=False, highlight=False)
+    if not yes and not typer.confirm("Do all this?"):
+        raise typer.Exit(1)
+    upkeep.reset(settings, input_from, lambda line: out.print(line, markup=False, highlight=False))

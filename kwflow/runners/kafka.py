@@ -46,6 +46,7 @@ from kwflow.runners.loop import Overlay, TimerProcessor
 from kwflow.runners.orphans import Orphans
 from kwflow.runners.parked import forward
 from kwflow.runners.private import private
+from kwflow.runners.standby import Cleanup, Copies, Standby
 from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.topics import record_of
 from kwflow.runners.tracing import end_all
@@ -125,6 +126,9 @@ class KafkaRunner:
         self._attempts = Attempts(self.directory)
         self._sizes, self._age_max_ms = self._limits(topics.needed(config, outputs))
         self._producer = self._new_producer()
+        changelog = self.processor.changelog_topic
+        standby = Standby(changelog, self._restore_consumer, self._store, lambda number: self._offset(changelog, number, OffsetSpec.earliest()))  # type: ignore[no-untyped-call]
+        self._copies = Copies(standby if config.standby else None, self.partitions, Cleanup(environment, self.directory, config.state_cleanup_s), on_log)
         self._consumer = self._new_consumer()
         self._orphans = Orphans(self.admin, environment, group, self.processor.input_topic, self.partitions)
 
@@ -244,7 +248,8 @@ class KafkaRunner:
             return
         topic = self.processor.changelog_topic
         end, start = self._end(topic, number), self._offset(topic, number, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
-        store = PartitionStore(self.environment, self.directory / str(number), self.incarnation, self.clock, self._age_max_ms)
+        self._copies.give(number)
+        store = self._store(number)
         self._assigned.remove(number)
         self._restoring[number] = Restore(store, self._restore_consumer, topic, number, start, end), committed
 
@@ -256,6 +261,9 @@ class KafkaRunner:
             if error.args[0].retriable() or error.args[0].code() == KafkaError._TIMED_OUT:
                 return None
             raise
+
+    def _store(self, number: int) -> PartitionStore:
+        return PartitionStore(self.environment, self.directory / str(number), self.incarnation, self.clock, self._age_max_ms)
 
     def _restore_consumer(self) -> Consumer:
         return self.environment.consumer(
@@ -319,6 +327,7 @@ class KafkaRunner:
             if self.worker is not None:
                 self.worker.close(self.config.activity_grace_s if clean else 0)
                 self.results.close()
+            self._copies.close()
             self._consumer.close()
             for partition in self.owned.values():
                 partition.store.close()
@@ -339,6 +348,8 @@ class KafkaRunner:
             self._work()
             if self._orphans.found():
                 self._join_again()
+            if self._joined:
+                self._copies.turn({*self.owned, *self._restoring, *self._assigned})
         except Aborted as error:
             self.on_log(f"{self.group}: a transaction was aborted and is made again: {error}")
             for number in {record.partition for record in records} & self.owned.keys():

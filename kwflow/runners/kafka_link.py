@@ -186,8 +186,8 @@ def send(config: Config, topic: str, key: bytes | None, value: bytes | None, hea
         raise TransportError(f"{config.bootstrap_servers} did not take the record: {failed[0] if failed else 'no answer'}")
 
 
-def read(config: Config, topic: str, partition: int | None = None) -> Iterator[Record]:
-    """The committed records of a topic from its begin to its end of now; one partition, or all.  Raises TransportError."""
+def read(config: Config, topic: str, partition: int | None = None, start: int = 0) -> Iterator[Record]:
+    """The committed records of a topic from its begin, or this offset, to its end of now; one partition, or all.  Raises TransportError."""
     settings = {"group_id": f"{config.application_id}-read", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest"}
     consumer = Consumer(client_config(config, **settings, enable_partition_eof=True))
     try:
@@ -195,7 +195,7 @@ def read(config: Config, topic: str, partition: int | None = None) -> Iterator[R
         if known.error is not None:
             raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {known.error.str()}", retryable=False)
         left = set(known.partitions) if partition is None else {partition}
-        consumer.assign([TopicPartition(topic, number, 0) for number in left])
+        consumer.assign([TopicPartition(topic, number, start) for number in left])
         while left:
             for message in consumer.consume(1000, 0.2):
                 error = message.error()

@@ -33,9 +33,9 @@ from kwflow.runners.stats import BYTES, Histogram
 from kwflow.runners.tracing import Tracing, fail_all
 from kwflow.runners.watchdog import Watchdog
 
-__all__ = ["Overlay", "TimerProcessor", "WorkflowProcessor", "dead_letter"]
+__all__ = ["EXPIRES", "Overlay", "TimerProcessor", "WorkflowProcessor", "dead_letter"]
 
-_EXPIRES = b"\0ended\0"  # entries of ended instances by the time they may be forgotten (K20)
+EXPIRES = b"\0ended\0"  # entries of ended instances by the time they may be forgotten (K20)
 _WENT_WRONG = {"parked", "dead-letter", "held"}
 _IGNORED = ("unknown-id", "unknown-ref", "duplicate-start", "repeated")  # G3: by a stated rule, counted and said once
 _OWN_START_ID = re.compile(r"\d+-\d+")  # given by the step when the client gave none
@@ -124,8 +124,8 @@ class WorkflowProcessor:
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
         """Forget ended instances whose `ended_retention_ms` is over."""
         expired = 0
-        for entry, key in itertools.islice(state.scan(_EXPIRES), limit):
-            if int(entry[len(_EXPIRES) :][:20]) > now_ms:
+        for entry, key in itertools.islice(state.scan(EXPIRES), limit):
+            if int(entry[len(EXPIRES) :][:20]) > now_ms:
                 break
             state.put(entry, None)
             if (header := self._ended_header(state.get(key))) is not None and self._expiry(header) <= now_ms:
@@ -134,8 +134,8 @@ class WorkflowProcessor:
         return Decision(counts=("forgotten",) * expired) if expired else None
 
     def next_due_ms(self, store: Store) -> int | None:
-        for entry, _ in store.scan(_EXPIRES):
-            return int(entry[len(_EXPIRES) :][:20])
+        for entry, _ in store.scan(EXPIRES):
+            return int(entry[len(EXPIRES) :][:20])
         return None
 
     def _ended_header(self, stored: bytes | None) -> dict[str, Any] | None:
@@ -151,7 +151,7 @@ class WorkflowProcessor:
     def keep_ended(self, state: Changes, key: bytes, header: dict[str, Any]) -> None:
         """K20: a client named this start and may repeat it; what is left of the instance answers that for a while."""
         state.put(key, snapshot.save_ended(header, self.config.signing_keys))
-        state.put(_EXPIRES + b"%020d\0" % self._expiry(header) + key, key)
+        state.put(EXPIRES + b"%020d\0" % self._expiry(header) + key, key)
 
     def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
         before = set_abandoning(True)  # semantics §3.3: an instance that is dropped here is only forgotten

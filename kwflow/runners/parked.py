@@ -19,10 +19,10 @@ from kwflow.core.wire import Output, Record, Reply
 from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 
-__all__ = ["DRAINED_MAX", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "holds", "is_parked", "is_paused", "park", "park_rest", "release"]
+__all__ = ["DRAINED_MAX", "HOLD", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "holds", "is_parked", "is_paused", "park", "park_rest", "release"]
 
 DRAINED_MAX = 500
-_HOLD = b"\0hold\0"
+HOLD = b"\0hold\0"
 
 
 def dead_letter(config: Config, record: Record, reason: str, message: str, received_ms: int) -> Output:
@@ -147,13 +147,13 @@ def park_rest(config: Config, state: Changes, name: str) -> Output | None:
 def holds(state: Mapping[bytes, bytes]) -> dict[str, list[Record]]:
     """Id -> what each parked instance holds, in order, for looking at it."""
     found: dict[str, list[Record]] = {}
-    for key in sorted(key for key in state if key.startswith(_HOLD)):
-        found.setdefault(key[len(_HOLD) :].rpartition(b"\0")[0].decode(), []).append(msgspec.msgpack.decode(state[key], type=Record))
+    for key in sorted(key for key in state if key.startswith(HOLD)):
+        found.setdefault(key[len(HOLD) :].rpartition(b"\0")[0].decode(), []).append(msgspec.msgpack.decode(state[key], type=Record))
     return found
 
 
 def _prefix(name: str) -> bytes:
-    return _HOLD + name.encode() + b"\0"
+    return HOLD + name.encode() + b"\0"
 
 
 def _key(name: str, record: Record) -> bytes:

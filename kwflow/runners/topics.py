@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from confluent_kafka import IsolationLevel, KafkaException, Message, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType  # type: ignore[attr-defined]
+from confluent_kafka.admin import AdminClient, ConfigResource, ConfigSource, NewTopic, OffsetSpec, ResourceType  # type: ignore[attr-defined]
 
 from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.runners.environment import LIVE, Environment
 
-__all__ = ["admin", "client_config", "committed_ends", "create", "describe", "needed", "partitions_of", "problems", "record_of", "settings_of"]
+__all__ = ["admin", "client_config", "committed_ends", "create", "describe", "ends", "needed", "overridden", "partitions_of", "problems", "record_of", "replication", "settings_of"]
 
 _DAY_MS = 86_400_000
 _REPLY_MS = 3_600_000
@@ -135,6 +135,26 @@ def committed_ends(client: AdminClient, topic: str, partitions: Iterable[int]) -
         with contextlib.suppress(KafkaException):
             found[where.partition] = int(future.result().offset)
     return found
+
+
+def ends(client: AdminClient, topic: str, partitions: int, latest: bool) -> dict[int, int]:
+    """Partition -> the offset of its end, or of its begin.  Raises TransportError."""
+    spec = OffsetSpec.latest() if latest else OffsetSpec.earliest()  # type: ignore[no-untyped-call]
+    asked = client.list_offsets({TopicPartition(topic, number): spec for number in range(partitions)}, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=10)
+    try:
+        return {where.partition: int(future.result().offset) for where, future in asked.items()}
+    except KafkaException as error:
+        raise TransportError(f"cannot read the offsets of {topic}: {error.args[0].str()}") from None
+
+
+def overridden(client: AdminClient, topic: str) -> dict[str, str]:
+    """The settings that this topic has of its own."""
+    [future] = client.describe_configs([ConfigResource(ResourceType.TOPIC, topic)], request_timeout=10).values()
+    return {name: entry.value for name, entry in future.result().items() if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value}
+
+
+def replication(client: AdminClient, topic: str) -> int:
+    return len(client.list_topics(topic, timeout=10).topics[topic].partitions[0].replicas)
 
 
 def record_of(message: Message) -> Record:

@@ -42,9 +42,13 @@ class Site:
         return done.stdout
 
     def refused(self, *arguments: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "kwflow.cli", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 2, done.stderr
-        return done.stderr
+        return self.fails(2, *arguments)
+
+    def fails(self, code: int, *arguments: str, typed: str = "") -> str:
+        """What a command says that ends with this exit code."""
+        done = subprocess.run([sys.executable, "-m", "kwflow.cli", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, input=typed, timeout=60, check=False)
+        assert done.returncode == code, done.stderr + done.stdout
+        return done.stdout + done.stderr
 
     def engine(self, name: str = "one", module: str = TRIP, scheduler: bool = True, *more: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "kwflow.cli", "engine", module, "--state-dir", str(self.directory / name), *(["--with-scheduler"] if scheduler else []), *more]

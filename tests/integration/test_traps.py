@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
 
-from kwflow import api, client, durable
+from kwflow import api, durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.errors import FencedError, TransportError
-from kwflow.runners import topics
+from kwflow.runners import kafka_link, topics
 from kwflow.runners.kafka import Aborted, KafkaRunner
 from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
 
@@ -76,7 +76,7 @@ class Lab:
         assert self.producer.flush(10) == 0
 
     def written(self, topic: str, key: str) -> list[str]:
-        records = client.read(self.config("any"), topic)
+        records = kafka_link.read(self.config("any"), topic)
         return [(record.value or b"").decode() for record in records if record.key == key.encode()]
 
 
@@ -220,7 +220,7 @@ def test_a_record_that_killed_the_engine_three_times_is_refused(lab: Lab) -> Non
         stop(engine)
     last = lab.engine("one")
     turn(last, lambda: last.owned and last.owned[0].position == 2)
-    letters = client.read(lab.config("any"), lab.config("any").dead_letter_topic)
+    letters = kafka_link.read(lab.config("any"), lab.config("any").dead_letter_topic)
     assert [record.key for record in letters] == [id.encode()]
 
 

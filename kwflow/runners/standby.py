@@ -1,0 +1,133 @@
+"""Warm copies of partitions that other engines own, and the end of copies nobody needs (kafka.md §4).
+
+A standby follows the changelogs into the very stores that a takeover restores from, so that a restore begins near the
+end.  Without it, the store of a partition that has left is kept for a while, in case it comes back, and then deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from confluent_kafka import KafkaError, Message, TopicPartition
+
+from kwflow.errors import TransportError
+from kwflow.runners.environment import Consumer, Environment
+from kwflow.runners.kafka_state import PartitionStore
+
+__all__ = ["Cleanup", "Copies", "Standby"]
+
+_LOOK_S = 1.0
+_RECORDS_MAX = 2000  # of one turn: a standby must not keep the running partitions waiting
+
+
+class Standby:
+    """Follows partitions of one changelog.  Invariant: a store is open here or in the runner, never in both."""
+
+    def __init__(self, topic: str, consumer: Callable[[], Consumer], open_store: Callable[[int], PartitionStore], start: Callable[[int], int]) -> None:
+        self.stores: dict[int, PartitionStore] = {}
+        self._topic = topic
+        self._make_consumer = consumer
+        self._consumer: Consumer | None = None
+        self._open_store = open_store
+        self._start = start
+
+    def follow(self, numbers: set[int]) -> None:
+        """From now on these, and no others."""
+        if numbers == self.stores.keys():
+            return
+        for number in self.stores.keys() - numbers:
+            self.stores.pop(number).close()
+        for number in numbers - self.stores.keys():
+            self.stores[number] = self._open_store(number)
+        if self._consumer is None:
+            self._consumer = self._make_consumer()
+        self._consumer.assign([TopicPartition(self._topic, number, max(store.offset, self._start(number))) for number, store in self.stores.items()])
+
+    def give(self, number: int) -> None:
+        """Somebody else opens its store now."""
+        if number in self.stores:
+            self.follow(self.stores.keys() - {number})
+
+    def turn(self) -> None:
+        """Take what is there.  Raises TransportError."""
+        if self._consumer is None or not self.stores:
+            return
+        changes: dict[int, dict[bytes, bytes | None]] = {}
+        reached: dict[int, int] = {}
+        for message in self._consumer.consume(_RECORDS_MAX, 0):
+            self._take(message, changes, reached)
+        for number, mine in changes.items():
+            self.stores[number].settle(mine, reached[number])
+
+    def _take(self, message: Message, changes: dict[int, dict[bytes, bytes | None]], reached: dict[int, int]) -> None:
+        number, error = message.partition() or 0, message.error()
+        if number not in self.stores:
+            return
+        if error is None:
+            changes.setdefault(number, {})[message.key() or b""] = message.value()
+            reached[number] = (message.offset() or 0) + 1
+        elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # what we had is no longer there
+            self.stores[number].wipe()
+            changes.pop(number, None)
+            self.follow(self.stores.keys() - {number})  # the next turn follows it again, from the begin
+        elif error.code() != KafkaError._PARTITION_EOF and (error.fatal() or not error.retriable()):
+            raise TransportError(f"standby of {self._topic}[{number}]: {error.str()}")
+
+    def close(self) -> None:
+        for store in self.stores.values():
+            store.close()
+        self.stores.clear()
+        if self._consumer is not None:
+            self._consumer.close()
+            self._consumer = None
+
+
+class Cleanup:
+    """Deletes stores that nobody has needed for `delay_s`."""
+
+    def __init__(self, environment: Environment, directory: Path, delay_s: float) -> None:
+        self._environment = environment
+        self._directory = directory
+        self.delay_s = delay_s
+        self._next = 0.0
+        self._unused_since: dict[int, float] = {}
+
+    def look(self, used: set[int]) -> list[Path]:
+        """Delete what is due, looked at once a second; which ones were."""
+        now = self._environment.monotonic()
+        if now < self._next:
+            return []
+        self._next = now + _LOOK_S
+        there = {int(path.name) for path in self._directory.iterdir() if path.name.isdigit()}
+        self._unused_since = {number: self._unused_since.get(number, now) for number in there - used}
+        due = [self._directory / str(number) for number, since in self._unused_since.items() if now - since >= self.delay_s]
+        for path in due:
+            self._environment.wipe(path)
+        return due
+
+
+class Copies:
+    """What the runner sees of both: told in each turn which partitions are its own."""
+
+    def __init__(self, standby: Standby | None, partitions: int, cleanup: Cleanup, on_log: Callable[[str], None]) -> None:
+        self.standby = standby
+        self._partitions = partitions
+        self._cleanup = cleanup
+        self._on_log = on_log
+
+    def turn(self, mine: set[int]) -> None:
+        if self.standby is not None:
+            self.standby.follow(set(range(self._partitions)) - mine)
+            self.standby.turn()
+        for path in self._cleanup.look(mine if self.standby is None else mine | self.standby.stores.keys()):
+            self._on_log(f"deleted {path}, a copy that nobody has needed for {self._cleanup.delay_s:g} s")
+
+    def give(self, number: int) -> None:
+        """The runner opens this partition's store now."""
+        if self.standby is not None:
+            self.standby.give(number)
+
+    def close(self) -> None:
+        if self.standby is not None:
+            self.standby.close()

@@ -1,0 +1,208 @@
+"""What is done to an application on Kafka that stands still: forget its state, or move it to more partitions.
+
+Both refuse while an engine or a scheduler runs, and can be repeated after a crash in their middle: state goes from one
+partition to another in one transaction, and an engine refuses to start before the last step is done (K16).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+from confluent_kafka import ConsumerGroupState, ConsumerGroupTopicPartitions, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic  # type: ignore[attr-defined]
+
+from kwflow.config import Config
+from kwflow.core import dispatch, timers
+from kwflow.core.murmur2 import partition_of
+from kwflow.errors import TransportError, UsageError
+from kwflow.runners import topics
+from kwflow.runners.kafka_link import read
+from kwflow.runners.kafka_state import POSITION
+from kwflow.runners.loop import EXPIRES
+from kwflow.runners.parked import HOLD
+
+__all__ = ["migrate", "reset", "reset_plan"]
+
+_TIMEOUT_S = 30
+_LEAVING_S = 12  # twice the session timeout
+_MOVED_MAX = 1000  # entries of one transaction
+_ID = {HOLD: 1, EXPIRES: 1, dispatch.PREFIX: 2, timers.DUE: 2}  # engine's own keys -> how many fields stand beside the key they belong to
+
+
+def _groups(config: Config) -> dict[str, tuple[str, str]]:
+    """Consumer group -> its input topic and changelog."""
+    return {
+        config.application_id: (config.resume_topic, config.changelog_topic),
+        f"{config.application_id}-scheduler": (config.scheduler_topic, config.timers_changelog_topic),
+    }
+
+
+def _done(futures: dict[Any, Any], what: str) -> list[Any]:
+    """Their results.  Raises TransportError."""
+    try:
+        return [future.result(_TIMEOUT_S) for future in futures.values()]
+    except KafkaException as error:
+        raise TransportError(f"cannot {what}: {error.args[0].str()}", retryable=False) from None
+
+
+def _standing_still(admin: AdminClient, config: Config) -> None:
+    """Raises UsageError naming who still runs; static members stay in the group for a session timeout after they have stopped (KIP-345)."""
+    give_up = time.monotonic() + _LEAVING_S
+    while running := [group for group in _described(admin, config) if group.state not in (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD) or group.members]:
+        if time.monotonic() > give_up:
+            who = ", ".join(sorted({member.group_instance_id or member.client_id for group in running for member in group.members})) or running[0].group_id
+            raise UsageError(f"{who} still runs; stop every engine and scheduler of {config.application_id} first")
+        time.sleep(0.5)
+
+
+def _described(admin: AdminClient, config: Config) -> list[Any]:
+    return _done(admin.describe_consumer_groups(list(_groups(config)), request_timeout=_TIMEOUT_S), "describe the consumer groups")
+
+
+def _offsets(admin: AdminClient, group: str, topic: str, partitions: int) -> dict[int, int]:
+    """Partition -> the offset that the group committed, for those that it did."""
+    asked = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, number) for number in range(partitions)])
+    [found] = _done(admin.list_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"read the offsets of {group}")
+    return {where.partition: where.offset for where in found.topic_partitions if where.offset >= 0}
+
+
+# -- reset --------------------------------------------------------------------------------------------------------------
+
+
+def reset_plan(config: Config, input_from: str) -> list[str]:
+    """What `reset` would do, one line each.  Raises UsageError while something runs, TransportError."""
+    admin = topics.admin(config)
+    _standing_still(admin, config)
+    there = topics.partitions_of(admin, config)
+    lines = []
+    for group, (source, changelog) in _groups(config).items():
+        if changelog in there:
+            live = sum(not key.startswith(b"\0") for number in range(there[changelog]) for key in _entries(config, changelog, number))
+            lines.append(f"delete and create again {changelog} ({live} {'instances' if changelog == config.changelog_topic else 'timers'})")
+        if source in there:
+            where = "end: records that are there are skipped" if input_from == "latest" else "begin: every record that is there is applied again"
+            lines.append(f"set the offsets of {group} on {source} to the {where}")
+    directory = config.state_dir / config.application_id
+    if directory.exists():
+        lines.append(f"delete the local state in {directory} (that of other machines is wiped when their engines start)")
+    return lines
+
+
+def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
+    """Forget every instance and timer; results, errors, dead letters and stored code stay.  Raises UsageError, TransportError."""
+    admin = topics.admin(config)
+    _standing_still(admin, config)
+    there = topics.partitions_of(admin, config)
+    for group, (source, changelog) in _groups(config).items():
+        if changelog in there:
+            _emptied(admin, config, changelog, there[changelog])
+            say(f"{changelog} is empty")
+        if source in there:
+            ends = topics.ends(admin, source, there[source], latest=input_from == "latest")
+            asked = ConsumerGroupTopicPartitions(group, [TopicPartition(source, number, offset) for number, offset in ends.items()])
+            _done(admin.alter_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"set the offsets of {group}")
+            say(f"{group} begins at the {input_from} of {source}")
+    shutil.rmtree(config.state_dir / config.application_id, ignore_errors=True)
+
+
+def _emptied(admin: AdminClient, config: Config, topic: str, partitions: int) -> None:
+    """Compacted topics cannot be truncated: the topic is deleted and created again as it was."""
+    settings = topics.overridden(admin, topic)
+    replication = topics.replication(admin, topic)
+    _done(admin.delete_topics([topic], operation_timeout=_TIMEOUT_S), f"delete {topic}")
+    while True:
+        try:
+            for future in admin.create_topics([NewTopic(topic, partitions, replication, config=settings)], operation_timeout=_TIMEOUT_S).values():
+                future.result(_TIMEOUT_S)
+            return
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # its deletion is not over yet
+                raise TransportError(f"cannot create {topic}: {error.args[0].str()}", retryable=False) from None
+
+
+# -- migrate --------------------------------------------------------------------------------------------------------------
+
+
+def migrate(config: Config, partitions: int, say: Callable[[str], None]) -> None:
+    """Give the input topics and their changelogs so many partitions, and move every entry to the one its key belongs to.
+
+    Everything that was produced must have been applied before, and nothing be produced meanwhile: order between an old and
+    a new partition is not kept.  Raises UsageError, TransportError.
+    """
+    admin = topics.admin(config)
+    _standing_still(admin, config)
+    there = topics.partitions_of(admin, config)
+    for group, (source, changelog) in _groups(config).items():
+        if source not in there or changelog not in there:
+            raise UsageError(f"topic {source if source not in there else changelog} is missing; kwflow topics create makes it")
+        if there[source] > partitions:
+            raise UsageError(f"{source} has {there[source]} partitions; Kafka can only add some, not take them away")
+        _applied(config, admin, group, source, there[source])
+    for group, (source, changelog) in _groups(config).items():
+        more = [NewPartitions(topic, partitions) for topic in (source, changelog) if there[topic] < partitions]
+        if more:
+            _done(admin.create_partitions(more, operation_timeout=_TIMEOUT_S), f"add partitions to {source} and {changelog}")
+        moved = _move(config, admin, group, source, changelog, partitions)
+        say(f"{source} and {changelog} have {partitions} partitions; {moved} entries moved")
+
+
+def _applied(config: Config, admin: AdminClient, group: str, topic: str, partitions: int) -> None:
+    """Offsets alone do not tell: the marks of transactions have some too."""
+    committed, begins = _offsets(admin, group, topic, partitions), topics.ends(admin, topic, partitions, latest=False)
+    waiting = sum(1 for number in range(partitions) for _ in read(config, topic, number, committed.get(number, begins[number])))
+    if waiting:
+        raise UsageError(f"{waiting} records of {topic} are not applied yet; stop what produces them, let the engines end their work, and stop the engines")
+
+
+def _home(key: bytes) -> bytes | None:
+    """The record key whose partition an entry belongs to; None for what each partition has of its own."""
+    for prefix, fields in _ID.items():
+        if key.startswith(prefix):
+            rest = key[len(prefix) :]
+            return rest.rpartition(b"\0")[0] if prefix == HOLD else rest.split(b"\0", fields)[fields]
+    return None if key.startswith(b"\0") else key
+
+
+def _entries(config: Config, topic: str, number: int) -> dict[bytes, bytes]:
+    latest = {record.key: record.value for record in read(config, topic, number)}
+    return {key: value for key, value in latest.items() if key is not None and value is not None}
+
+
+def _move(config: Config, admin: AdminClient, group: str, source: str, changelog: str, partitions: int) -> int:
+    """Entry by entry to its home, then what each partition has of its own; the mark that lets engines start comes last."""
+    producer = Producer(topics.client_config(config, transactional_id=f"{group}-migrate", transaction_timeout_ms=60_000))
+    producer.init_transactions(_TIMEOUT_S)
+    states = {number: _entries(config, changelog, number) for number in range(partitions)}
+    moved = 0
+    for number, state in states.items():
+        away = [(key, value, home) for key, value in state.items() if (of := _home(key)) is not None and (home := partition_of(of, partitions)) != number]
+        for chunk in _chunks(away):
+            producer.begin_transaction()
+            for key, value, home in chunk:
+                producer.produce(changelog, value, key, partition=home)
+                producer.produce(changelog, None, key, partition=number)
+                states[home][key] = value
+            producer.commit_transaction(60)
+            moved += len(chunk)
+        for key, _, _ in away:
+            del state[key]
+    incarnation, _ = topics.describe(admin, config, source)
+    committed = _offsets(admin, group, source, partitions)
+    producer.begin_transaction()
+    for number, state in states.items():
+        if source == config.scheduler_topic:
+            due = sorted(key for key in state if key.startswith(timers.DUE))
+            producer.produce(changelog, b"%d %s" % (len(due), due[0]) if due else None, timers.COUNT, partition=number)
+        mark = {"topic": incarnation, "next": committed.get(number, 0), "partitions": partitions}
+        producer.produce(changelog, msgspec.json.encode(mark), POSITION, partition=number)
+    producer.commit_transaction(60)
+    return moved
+
+
+def _chunks(items: list[tuple[bytes, bytes, int]]) -> Iterator[list[tuple[bytes, bytes, int]]]:
+    for start in range(0, len(items), _MOVED_MAX):
+        yield items[start : start + _MOVED_MAX]

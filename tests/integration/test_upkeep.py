@@ -1,0 +1,69 @@
+"""What an operator does to an application that stands still: more partitions, and a reset (K5, K6, K16)."""
+
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.site import Site, answer, refs
+
+pytestmark = [pytest.mark.broker, pytest.mark.slow]
+
+
+@pytest.fixture
+def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site]:
+    site = Site(broker, application, tmp_path, partitions=2)
+    site.environment["KWFLOW_KAFKA"] = '{"session.timeout.ms": 2000, "heartbeat.interval.ms": 300, "log_level": 0}'  # who has stopped is gone sooner
+    yield site
+    site.end()
+
+
+def stopped(site: Site) -> None:
+    for process in site.processes:
+        process.terminate()
+        assert process.wait(30) == 0
+    site.processes.clear()
+
+
+def test_waiting_workflows_and_their_timers_move_with_their_keys_to_more_partitions(site: Site) -> None:
+    ids = [f"{site.application}-{number}" for number in range(8)]
+    site.engine("one")
+    for id in ids:
+        site.send(id, 'new:{"timeout": 86400000}')
+    asked = refs(site, ids)
+    assert "still runs" in site.refused("topics", "migrate", "--partitions", "5")
+    stopped(site)
+    said = site.run("topics", "migrate", "--partitions", "5")
+    assert f"{site.topic('resume')} and {site.application}-state-changelog have 5 partitions" in said and "0 entries moved" not in said
+    assert "0 entries moved" in site.run("topics", "migrate", "--partitions", "5")  # once more changes nothing
+    assert "only add" in site.refused("topics", "migrate", "--partitions", "3")
+    site.engine("two")
+    for id in ids:
+        for kind in ("car", "hotel", "flight"):
+            answer(site, id, asked[id][kind])
+    assert sorted(id for id, _ in site.read(site.topic("result"), len(ids))) == sorted(ids)
+    stopped(site)
+    site.environment["KWFLOW_STATE_DIR"] = str(site.directory / "two")
+    assert "(0 timers)" in site.fails(1, "reset", typed="n\n"), "each was cancelled where it had moved to"
+
+
+def test_a_reset_says_what_it_would_do_and_forgets_every_instance(site: Site) -> None:
+    ids = [f"{site.application}-{number}" for number in range(3)]
+    site.engine("one")
+    for id in ids:
+        site.send(id, 'new:{"timeout": 86400000}')
+    refs(site, ids)
+    stopped(site)
+    site.environment["KWFLOW_STATE_DIR"] = str(site.directory / "one")
+    refused = site.fails(1, "reset", typed="n\n")
+    assert "state-changelog (3 instances)" in refused and "timers-changelog (3 timers)" in refused and "records that are there are skipped" in refused
+    assert ids[0] in site.run("list")
+    site.run("reset", "--yes")
+    assert ids[0] not in site.run("list")
+    site.engine("one")
+    site.send(ids[0], 'new:{"timeout": 86400000}')
+    site.until(lambda: site.run("list").count(site.application) == 1)
+    stopped(site)
+    site.run("reset", "--yes", "--input-from", "earliest")
+    site.engine("one")
+    site.until(lambda: all(id in site.run("list") for id in ids))
