@@ -247,8 +247,9 @@ class TimerModel(Model):
             removed = [entry.key or b"" for place, entry in entries if place == (self.changelog, number) and entry.value is None and (entry.key or b"").startswith(timers.DUE)]
             if not records:
                 expected += [output for key in sorted(removed) for output in self._fire(transaction, number, key, offset, overlay, entries)]
-                left = int(self.stores[number].get(timers.COUNT) or 0) - len(removed)
-                overlay.put(timers.COUNT, b"%d" % left if left else None)
+                left = int((self.stores[number].get(timers.COUNT) or b"0").partition(b" ")[0]) - len(removed)
+                first = next((key for key, _ in overlay.scan(timers.DUE)), b"") if left else b""
+                overlay.put(timers.COUNT, b"%d %s" % (left, first))
             before = {key: self.stores[number].get(key) for key in overlay.changes}
             self.stores[number].apply(overlay.changes)
             self.same_changes(transaction, number, before, entries)
