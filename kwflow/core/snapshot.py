@@ -150,7 +150,7 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
         header = msgspec.json.decode(data[8 : 8 + length])
         if not isinstance(header, dict) or not isinstance(header.get("status"), str):
             raise TypeError("no status")
-    except (msgspec.DecodeError, TypeError, ValueError) as error:
+    except (msgspec.DecodeError, RecursionError, TypeError, ValueError) as error:
         raise CorruptSnapshotError(f"the header of a snapshot cannot be read: {error}") from None
     if "key" not in header and hashlib.sha256(memoryview(data)[:-_CHECKSUM_BYTES]).digest() != data[-_CHECKSUM_BYTES:]:
         raise CorruptSnapshotError("the checksum of a snapshot does not match: its bytes are damaged")

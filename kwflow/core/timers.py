@@ -6,13 +6,20 @@ due time, so that a tick reads only what is due.  It must not know a clock: now 
 
 from __future__ import annotations
 
-from kwflow.core.wire import Output, Record, header, travelling_headers
+import re
+
+import msgspec
+
+from kwflow.core.wire import Headers, Output, Record, header, travelling_headers
 from kwflow.errors import ProtocolError
 
 __all__ = ["COUNT", "DUE", "cancel_or_set", "due_entries", "fire"]
 
 DUE = b"\0due\0"
 COUNT = b"\0timers"  # `<how many are set> <first due key>`: counting a million entries, or passing those that were deleted, would take seconds
+_PACKED = b"\2"  # no header's name began like this in the form before
+_DELAY = re.compile(rb"[+-]?\d{1,15}")
+_INSTANT = re.compile(r"[0-9]{1,15}")  # ms until the year 33658; int() would take digits of any script, and refuse 5000 of them
 _DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer one is a mistake in units
 
 
@@ -23,10 +30,10 @@ def _due_key(due_ms: int, offset: int, key: bytes) -> bytes:
 def _delay_ms(value: bytes | None) -> int:
     if value is None or value.strip() == b"null":
         return 0
-    try:
-        delay = int(value)
-    except ValueError:
-        raise ProtocolError(f"a delay is a whole number of ms, not {value[:40]!r}", "bad-delay") from None
+    text = value.strip()
+    if _DELAY.fullmatch(text) is None:
+        raise ProtocolError(f"a delay is a whole number of ms, not {value[:40]!r}", "bad-delay")
+    delay = int(text)
     if delay > _DELAY_MS_MAX:
         raise ProtocolError(f"a delay is at most {_DELAY_MS_MAX} ms, not {delay}", "bad-delay")
     return delay
@@ -47,10 +54,10 @@ def cancel_or_set(record: Record, stored: bytes | None) -> dict[bytes, bytes | N
         changes[key] = None
     if delay:
         absolute = header(record, "kwflow-due-ms")
-        if absolute is not None and not absolute.isdigit():
+        if absolute is not None and _INSTANT.fullmatch(absolute) is None:
             raise ProtocolError(f"kwflow-due-ms is a whole number of ms, not {absolute[:40]!r}", "bad-delay")
         due_key = _due_key(int(absolute) if absolute is not None else record.timestamp_ms + max(0, delay), record.offset, key)
-        changes[due_key] = b"\0".join(b"%s\1%s" % (name.encode(), value or b"") for name, value in travelling_headers(record))
+        changes[due_key] = _packed(travelling_headers(record))
         changes[key] = due_key
     return changes
 
@@ -65,5 +72,16 @@ def fire(due_key: bytes, headers: bytes, resume_topic: str, now_ms: int) -> tupl
     """The entry's removal and its resume record."""
     _, key = due_entries(due_key)
     workflow, _, value = key.partition(b"|")
-    pairs = tuple((name.decode(), content) for name, _, content in (pair.partition(b"\1") for pair in headers.split(b"\0") if pair))
-    return {due_key: None, key: None}, Output(resume_topic, workflow, value, pairs, now_ms)
+    return {due_key: None, key: None}, Output(resume_topic, workflow, value, _unpacked(headers), now_ms)
+
+
+def _packed(headers: Headers) -> bytes:
+    """Bytes for a table entry; header values may hold any bytes, so no separator would do."""
+    return _PACKED + msgspec.msgpack.encode(headers) if headers else b""
+
+
+def _unpacked(data: bytes) -> Headers:
+    if data.startswith(_PACKED):
+        return msgspec.msgpack.decode(data[1:], type=Headers)
+    plain = (pair.partition(b"\1") for pair in data.split(b"\0") if pair)  # as 0.1.0 wrote them
+    return tuple((name.decode("utf-8", "replace"), content) for name, _, content in plain)

@@ -7,10 +7,13 @@ At the end: what every reader sees is what one sequential run would have written
 
 import collections
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
+
+import msgspec
 
 from kwflow.core import snapshot, timers
 from kwflow.core.murmur2 import partition_of
@@ -21,12 +24,14 @@ from kwflow.runners.kafka_state import POSITION
 from kwflow.runners.loop import Overlay, TimerProcessor, WorkflowProcessor
 from kwflow.testing import MemoryStore
 from kwflow.testing.kafka.log import COMMITTED, Entry, Place, Transaction
+from kwflow.testing.kafka.time import START_MS
 from tests.simulation import probes
 from tests.simulation.world import OUTPUTS, RECORD_BYTES_MAX, Failed, World
 
 _DIED = "the engine died three times with this record"
 _UNEQUAL = {"kwflow-due-ms", "kwflow-error-at", "kwflow-error-message", "kwflow-failure-traceback"}  # when and how, which the model cannot know
 Form = tuple[str, bytes | None, bytes | None, tuple[tuple[str, bytes | None], ...]]
+Timed = tuple[Form, int | None]
 
 
 def check(world: World) -> None:
@@ -36,6 +41,7 @@ def check(world: World) -> None:
     for transaction, entries in ledger.transactions():
         model = schedulers if transaction.producer.startswith("sim-scheduler-") else engines
         model.apply(transaction, entries)
+    _identities(ledger)
     engines.finish()
     schedulers.finish()
     _clients(world, ledger)
@@ -59,6 +65,9 @@ class Ledger:
         """The committed ones, in the order they were decided."""
         done = [(transaction, entries) for transaction, entries in self._by_transaction.items() if transaction.state == COMMITTED]
         return iter(sorted(done, key=lambda pair: pair[0].decided_ms))
+
+    def all(self) -> list[Transaction]:
+        return list(self._by_transaction)
 
     def visible(self, place: Place) -> list[Entry]:
         return [entry for entry in self.entries[place] if entry.transaction is None or entry.transaction.state == COMMITTED]
@@ -126,16 +135,19 @@ class Model:
         return f"the transaction of {transaction.producer} decided at {transaction.decided_ms:.1f}"
 
     def same_outputs(self, transaction: Transaction, expected: list[Output], entries: list[tuple[Place, Entry]]) -> None:
-        """Per topic and key in order; and each where its key belongs (K6)."""
-        found: dict[tuple[str, bytes | None], list[Form]] = collections.defaultdict(list)
+        """Per topic and key in order, with the timestamps that the model knows (K13); and each where its key belongs (K6)."""
+        found: dict[tuple[str, bytes | None], list[Timed]] = collections.defaultdict(list)
         for place, entry in entries:
             if place[0] != self.changelog:
-                found[(place[0], entry.key)].append(form(place[0], entry.key, entry.value, entry.headers))
+                found[(place[0], entry.key)].append((form(place[0], entry.key, entry.value, entry.headers), entry.timestamp_ms))
                 if entry.key is not None and place[1] != partition_of(entry.key, self.world.partitions):
                     raise Failed(f"K6: {entry.key!r} of {place[0]} was written to partition {place[1]}")
-        wanted: dict[tuple[str, bytes | None], list[Form]] = collections.defaultdict(list)
+        wanted: dict[tuple[str, bytes | None], list[Timed]] = collections.defaultdict(list)
         for output in expected:
-            wanted[(output.topic, output.key)].append(of_output(output))
+            mine = wanted[(output.topic, output.key)]
+            there = found[(output.topic, output.key)]
+            any_time = there[len(mine)][1] if output.timestamp_ms is None and len(there) > len(mine) else output.timestamp_ms
+            mine.append((of_output(output), any_time))
         for where in sorted({*found, *wanted}, key=repr):
             if found[where] != wanted[where]:
                 raise Failed(f"G1: {self._name(transaction)} wrote to {where}:\n  {found[where]}\nand should have written\n  {wanted[where]}")
@@ -219,7 +231,7 @@ class WorkflowModel(Model):
         overlay = Overlay(self.stores[number])
         if record.key is not None and partition_of(record.key, self.world.partitions) != number:
             headers = (*record.headers, ("kwflow-forwarded", str(number).encode()))
-            return Decision((Output(record.topic, record.key, record.value, headers),), counts=("forwarded",)), {}
+            return Decision((Output(record.topic, record.key, record.value, headers, record.timestamp_ms),), counts=("forwarded",)), {}
         if (number, record.offset) not in self.refused:
             try:
                 [made] = self.processor.decide(overlay, [record], record.timestamp_ms)
@@ -245,30 +257,28 @@ class TimerModel(Model):
             for made in self.processor.decide(overlay, records, 0):
                 expected += made.outputs
             removed = [entry.key or b"" for place, entry in entries if place == (self.changelog, number) and entry.value is None and (entry.key or b"").startswith(timers.DUE)]
-            if not records:
-                expected += [output for key in sorted(removed) for output in self._fire(transaction, number, key, offset, overlay, entries)]
-                left = int((self.stores[number].get(timers.COUNT) or b"0").partition(b" ")[0]) - len(removed)
-                first = next((key for key, _ in overlay.scan(timers.DUE)), b"") if left else b""
-                overlay.put(timers.COUNT, b"%d %s" % (left, first))
+            if not records and removed:
+                for key in sorted(removed):
+                    self._may_fire(transaction, number, key, offset, entries)
+                fired = self.processor.due(overlay, 2**62, len(removed))
+                expected += [msgspec.structs.replace(output, timestamp_ms=None) for output in (fired.outputs if fired is not None else ())]
             before = {key: self.stores[number].get(key) for key in overlay.changes}
             self.stores[number].apply(overlay.changes)
             self.same_changes(transaction, number, before, entries)
         self.outputs += expected
         self.same_outputs(transaction, expected, entries)
 
-    def _fire(self, transaction: Transaction, number: int, due_key: bytes, offset: int, overlay: Overlay, entries: list[tuple[Place, Entry]]) -> list[Output]:
-        headers = self.stores[number].get(due_key)
+    def _may_fire(self, transaction: Transaction, number: int, due_key: bytes, offset: int, entries: list[tuple[Place, Entry]]) -> None:
         due_ms, timer = timers.due_entries(due_key)
-        if headers is None:
+        if self.stores[number].get(due_key) is None:
             raise Failed(f"a timer fires twice, or after it was cancelled: {timer!r}, {self._name(transaction)}")
-        changes, output = timers.fire(due_key, headers, self.world.config.resume_topic, 0)
-        for key, value in changes.items():
-            overlay.put(key, value)
-        at = [entry.timestamp_ms for place, entry in entries if place[0] == self.world.config.resume_topic and (entry.key, entry.value) == (output.key, output.value)]
+        workflow, _, value = timer.partition(b"|")
+        at = [entry.timestamp_ms for place, entry in entries if place[0] == self.world.config.resume_topic and (entry.key, entry.value) == (workflow, value)]
         if not at or min(at) < due_ms:
             raise Failed(f"a timer fires {due_ms - min(at, default=0)} ms early: {timer!r}, {self._name(transaction)}")
+        if not self.world.faults.jump and START_MS + transaction.decided_ms < due_ms:
+            raise Failed(f"a timer fires before its time: {timer!r}, {self._name(transaction)}")
         self._nothing_before(transaction, number, offset, timer)
-        return [output]
 
     def _nothing_before(self, transaction: Transaction, number: int, offset: int, timer: bytes) -> None:
         """K18: what was there when the partition was assigned has been read."""
@@ -291,6 +301,18 @@ class TimerModel(Model):
     @staticmethod
     def _visible_ms(entry: Entry) -> float:
         return entry.appended_ms if entry.transaction is None else entry.transaction.decided_ms
+
+
+def _identities(ledger: Ledger) -> None:
+    """K1: what starts under a name ends what that name left open, before it begins anything of its own."""
+    of_name: dict[str, list[Transaction]] = collections.defaultdict(list)
+    for transaction in ledger.all():
+        of_name[".".join(transaction.producer.split(".")[:1]) + re.sub(r"^[^.]*\.(\d+).*", r".\1", transaction.producer)].append(transaction)
+    for name, mine in of_name.items():
+        mine.sort(key=lambda transaction: transaction.begun_ms)
+        for before, after in itertools.pairwise(mine):
+            if before.decided_ms < 0 or before.decided_ms > after.begun_ms:
+                raise Failed(f"K1: {name} began a transaction at {after.begun_ms:.1f} although one of {before.begun_ms:.1f} was open until {before.decided_ms:.1f}")
 
 
 def _clients(world: World, ledger: Ledger) -> None:

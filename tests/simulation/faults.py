@@ -24,20 +24,22 @@ class Faults:
     stall: float = 0.0  # the application does not go on; its client's background thread does
     freeze: float = 0.0  # nothing of the process goes on: a zombie when it comes back
     lost: float = 0.0  # carried out, but the answer does not come
+    abort: float = 0.0  # a batch is not delivered in time
     kill: float = 0.0
     stop: float = 0.0
     jump: float = 0.0  # of a machine's clock
     wipe: float = 0.0  # of a state directory, while its machine is down (probability)
     damage: float = 0.0  # of one database, likewise
     compact: float = 0.0
-    trim: float = 0.0  # retention deletes what every group has read
+    at: str = ""  # crash and freeze happen only at this call
+    freeze_ms: tuple[int, int] = (0, 40_000)
     markers_ms: float = 2.0  # how long after the decision a transaction's markers come
 
     @classmethod
     def draw(cls, chance: random.Random) -> "Faults":
         """Each kind is on in about half of the seeds, with a rate of its own."""
         most = {
-            "crash": 0.01, "slow": 0.05, "stall": 0.002, "freeze": 0.002, "lost": 0.03, "kill": 0.1, "stop": 0.05, "jump": 0.1, "wipe": 0.5, "damage": 0.3, "compact": 0.5
+            "crash": 0.01, "slow": 0.05, "stall": 0.002, "freeze": 0.002, "lost": 0.03, "abort": 0.02, "kill": 0.1, "stop": 0.05, "jump": 0.1, "wipe": 0.5, "damage": 0.3, "compact": 0.5
         }  # fmt: skip
         rates = {name: chance.random() * rate for name, rate in most.items() if chance.random() < 0.5}
         return cls(**rates, markers_ms=chance.choice([0.0, 2.0, 50.0, 500.0, 4000.0]))
@@ -62,27 +64,28 @@ class Process(Host):
         if self.world.calm:
             return
         self.world.calls += 1
-        if chance.random() < faults.crash:
+        if faults.at in ("", what) and chance.random() < faults.crash:
             self.crash(f"before {what}")
         if chance.random() < faults.slow:
             self._pause(self.time.now + chance.expovariate(0.02))
         if chance.random() < faults.stall:
             self.world.say(f"{self.name} stalls before {what}")
             self._pause(self.time.now + chance.choice([1_000, 8_000, 20_000]) * chance.random())
-        if chance.random() < faults.freeze:
-            self.freeze(chance.choice([2_000, 10_000, 40_000]) * chance.random())
+        if faults.at in ("", what) and chance.random() < faults.freeze:
+            low, high = faults.freeze_ms
+            self.freeze(low + (high - low) * chance.random() ** 2)
             self._pause(self.time.now)
 
     def answered(self, what: str) -> bool:
         chance, faults = self.world.chance, self.world.faults
         if self.world.calm:
             return True
-        if chance.random() < faults.crash:
+        if faults.at in ("", what) and chance.random() < faults.crash:
             self.crash(f"after {what}")
         return chance.random() >= faults.lost
 
     def chance(self, what: str) -> bool:
-        return self.world.chance.random() < {"buffer-full": 0.005, "send-early": 0.05, "stale-fetch": 0.3, "not-ready": 0.2}[what]
+        return self.world.chance.random() < {"abort": 0.0 if self.world.calm else self.world.faults.abort, "buffer-full": 0.005, "send-early": 0.05, "stale-fetch": 0.3, "not-ready": 0.2}[what]
 
     def wait(self, until: float) -> None:
         self._pause(until, watch=True)

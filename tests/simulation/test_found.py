@@ -246,7 +246,7 @@ def test_an_engine_that_stood_still_while_another_went_on_does_not_blame_the_ope
 
 
 def test_a_partition_left_to_nobody_by_a_restart_in_mid_rebalance_is_found(tmp_path: pathlib.Path) -> None:
-    """K7: seen on Kafka 4.1 too (tests/integration/test_orphans.py)."""
+    """K7: seen on Kafka 4.1 too (tests/integration/port)."""
     lab = Lab(tmp_path, partitions=4)
     first = lab.engine("one")
     turn(first, lambda: len(first.owned) == 4)

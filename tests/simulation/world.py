@@ -33,8 +33,6 @@ from tests.simulation.workload import Clients
 
 OUTPUTS = frozenset({"sim-ask", "sim-said"})
 RECORD_BYTES_MAX = 200_000  # of sim-said; other topics take more, so that it is the broker that refuses
-_SWITCHES_MAX = 400_000
-_REST_MS = 900_000  # calm, everything has to be done within this
 _SOURCE = pathlib.Path(__file__).with_name("workflows.py")
 
 
@@ -116,6 +114,10 @@ def engine_process() -> Iterator[None]:
 class World:
     """`run()` plays one seed to its end; `checks.check(world)` looks at what is left."""
 
+    machines_min = 1
+    rest_ms = 900_000  # calm, everything has to be done within this
+    switches_max = 400_000  # of each half; a run that needs more does not come to rest
+
     def __init__(
         self, seed: int, runner: type[KafkaRunner] = KafkaRunner, faults: Faults | None = None, engine: Callable[..., Processor] = WorkflowProcessor, timers: Callable[..., Processor] = TimerProcessor
     ) -> None:
@@ -140,7 +142,7 @@ class World:
         self._create_topics()
         self.broker.transactions.marker_delay_ms = self.faults.markers_ms
         self.clients = Clients(self, ids=self.chance.randint(5, 30), actions=self.chance.randint(40, 160), killers=self.chance.random() < 0.3)
-        self.machines = [Machine(f"m{number}", self._roles(number), self.directory / f"m{number}") for number in range(self.chance.randint(1, 3))]
+        self.machines = [Machine(f"m{number}", self._roles(number), self.directory / f"m{number}") for number in range(self.chance.randint(self.machines_min, 3))]
 
     def _roles(self, number: int) -> tuple[str, ...]:
         return ("engine", "scheduler") if number == 0 or self.chance.random() < 0.5 else ("engine",)
@@ -172,7 +174,7 @@ class World:
             self._until(lambda: self.clients.finished, "the clients never come to an end")
             self.calm = True
             self.say("calm")
-            give_up = self.time.now + _REST_MS
+            give_up = self.time.now + self.rest_ms
             self.hub.spawn("settling", lambda: self._settle(give_up))
             self._until(lambda: self.over, "it does not come to rest")
         finally:
@@ -184,7 +186,7 @@ class World:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _until(self, done: Callable[[], bool], complaint: str) -> None:
-        limit = self.hub.switches + _SWITCHES_MAX
+        limit = self.hub.switches + self.switches_max
 
         def enough() -> bool:
             if self.hub.switches > limit:
@@ -200,7 +202,7 @@ class World:
             self.hub.pause(self.time.now + 3_000)
             quiet = quiet + 1 if self.clients.settle() and not self.unread() else 0
             if self.time.now > give_up:
-                raise Failed(f"after {_REST_MS / 1000:g} calm seconds there is still: {self.unread() or 'something to answer or to discard'}")
+                raise Failed(f"after {self.rest_ms / 1000:g} calm seconds there is still: {self.unread() or 'something to answer or to discard'}")
         self.over = True
 
     def unread(self) -> list[str]:
@@ -265,6 +267,8 @@ class World:
         except (FencedError, TransportError) as error:
             self.say(f"{process.name} {role} ends: {type(error).__name__}: {error}")
             process.stopping = True
+            if self.faults == Faults(markers_ms=self.faults.markers_ms):
+                raise Failed(f"{process.name} ends although nothing was broken: {error}") from error
             if not error.retryable and not isinstance(error, FencedError):
                 raise Failed(f"{process.name} cannot go on: {error}") from error
 

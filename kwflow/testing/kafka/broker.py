@@ -13,7 +13,7 @@ from confluent_kafka import KafkaError
 
 from kwflow.testing.kafka.groups import Group
 from kwflow.testing.kafka.log import Entry, Headers, Partition, Place, Topic, Transaction
-from kwflow.testing.kafka.time import VirtualTime
+from kwflow.testing.kafka.time import START_MS, VirtualTime
 from kwflow.testing.kafka.transactions import Coordinator, Refused
 
 __all__ = ["Broker"]
@@ -33,7 +33,7 @@ class Broker:
         self.transactions = Coordinator(self.time, self.chance, self.partition, lambda group, transaction: self.group(group).settle(transaction))
 
     def wall_ms(self) -> int:
-        return 1_700_000_000_000 + int(self.time.now)
+        return START_MS + int(self.time.now)
 
     def create(self, name: str, partitions: int, config: dict[str, str] | None = None) -> None:
         if name in self.topics:

@@ -211,6 +211,7 @@ class SimulatedConsumer:
         partition = self._broker.partition(fetch.place)
         if fetch.offset >= (partition.stable if self._committed else partition.end) and fetch.eof_at != fetch.offset:
             fetch.eof_at = fetch.offset
+            fetch.position = max(fetch.position, fetch.offset) if fetch.position >= 0 else fetch.position
             found.append(Message(fetch.place[0], fetch.place[1], fetch.offset, error=KafkaError(KafkaError._PARTITION_EOF, "end of partition")))
 
     # -- the group -------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ class Membership:
                 self._join()
         elif refused.code == KafkaError.FENCED_INSTANCE_ID:
             self.fatal = True
-            self.errors.append(KafkaError(KafkaError._FATAL, f"FENCED_INSTANCE_ID: {refused.reason}", fatal=True))
+            self.errors.append(KafkaError(KafkaError._FATAL, f"Fatal error: Broker: Static consumer fenced by other consumer with same group.instance.id: {refused.reason}"))
             self._lose()
         else:
             self._lose()

@@ -109,6 +109,8 @@ class SimulatedProducer:
         place = batch[0][0]
         try:
             transaction = self._begun() if self._transactional else None
+            if self._host.chance("abort"):
+                raise Refused(KafkaError._MSG_TIMED_OUT, "the batch was not delivered in time")
             if self._sequence_lost:
                 raise Refused(KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER, "the broker expected another sequence number")
             written = self._broker.append(place, [made for _, made, _ in batch], transaction)

@@ -6,7 +6,9 @@ import heapq
 import itertools
 from collections.abc import Callable
 
-__all__ = ["Host", "VirtualTime"]
+__all__ = ["START_MS", "Host", "VirtualTime"]
+
+START_MS = 1_700_000_000_000  # the wall clock when virtual time begins
 
 _REQUEST_MS = 0.1
 
@@ -55,7 +57,7 @@ class Host:
 
     def now_ms(self) -> int:
         """This process's wall clock."""
-        return 1_700_000_000_000 + int(self.time.now)
+        return START_MS + int(self.time.now)
 
     def call(self, what: str) -> None:
         """Before a request or a write, named after the client's function; it takes a moment."""

@@ -1,0 +1,265 @@
+"""One bug for each rule of exactly-once (K1-K20), planted into the runner or what it runs; `test_teeth.py` wants each of them caught."""
+
+import contextlib
+import dataclasses
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
+
+from kwflow.core import wire
+from kwflow.core.wire import Record
+from kwflow.runners import kafka, topics
+from kwflow.runners.attempts import Attempts
+from kwflow.runners.kafka import KafkaRunner
+from kwflow.runners.kafka_batch import Aborted, Batch
+from kwflow.runners.kafka_state import PartitionStore
+from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from tests.simulation.faults import Faults
+from tests.simulation.world import World
+
+CRASHES = Faults(crash=0.02)
+CRASHES_IN_COMMITS = Faults(crash=0.1, at="commit")
+ZOMBIES_IN_COMMITS = Faults(freeze=0.1, at="commit", freeze_ms=(7_000, 14_000))
+ZOMBIES_IN_POLLS = Faults(freeze=0.03, at="consume", freeze_ms=(7_000, 14_000))
+ABORTS = Faults(abort=0.1)
+REBALANCES = Faults(kill=0.2, stop=0.4)
+SLOW_MARKERS = Faults(stop=0.5, wipe=3.0, markers_ms=8000)
+
+
+@dataclasses.dataclass
+class Planted:
+    """A bug: what to replace, and the faults that give it its chance."""
+
+    rule: str
+    what: str
+    faults: Faults = dataclasses.field(default_factory=Faults)
+    runner: type[KafkaRunner] = KafkaRunner
+    engine: Callable[..., Any] = WorkflowProcessor
+    timers: Callable[..., Any] = TimerProcessor
+    world: type[World] = World
+    patch: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+class NewIdentityEachStart(KafkaRunner):
+    def _instance_id(self) -> str:
+        return f"{super()._instance_id()}-{uuid.uuid4().hex[:6]}"
+
+
+class PollsBeforeItCommits(KafkaRunner):
+    """And asks who it is after that."""
+
+    def _commit(self, batch: Batch) -> None:
+        kept = dict(self.owned)
+        stray = self._consumer.poll(2)
+        if stray is not None and stray.error() is None:
+            self._consumer.seek(TopicPartition(stray.topic() or "", stray.partition() or 0, stray.offset() or 0))
+        self.owned.update({number: kept[number] for number in batch.positions if number not in self.owned})
+        self._metadata = self._consumer.consumer_group_metadata()
+        super()._commit(batch)
+
+
+class KeepsTheOverlayAfterAnAbort(KafkaRunner):
+    def _commit(self, batch: Batch) -> None:
+        try:
+            super()._commit(batch)
+        except Aborted:
+            for number, overlay in batch.overlays.items():
+                if number in self.owned:
+                    self.owned[number].store.settle(overlay.changes, None)
+            raise
+
+
+class SeeksBehindTheBatchAfterAnAbort(KafkaRunner):
+    def _seek(self, number: int, offset: int) -> None:
+        super()._seek(number, offset + 1 if number in self.owned and self._aborts else offset)
+
+
+class BeginsAnewAfterATimeout(KafkaRunner):
+    """Re-initialises in place and makes the batch again, although the commit may have succeeded."""
+
+    def _again(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except KafkaException as error:
+            if "commit" not in error.args[0].str():
+                return super()._again(call)
+        self._producer = self._new_producer()
+        raise Aborted("no answer in time")
+
+
+class RestoresToTheStableOffsetOnly(KafkaRunner):
+    def _offset(self, topic: str, number: int, spec: Any) -> int:
+        where = TopicPartition(topic, number)
+        return int(self._again(lambda: self.admin.list_offsets({where: spec}, isolation_level=IsolationLevel.READ_COMMITTED)[where].result().offset))
+
+
+class AsksForTheEndFirst(KafkaRunner):
+    """The changelog's end, then what the group has committed."""
+
+    _known: int | None = None
+
+    def _begin_restore(self, number: int) -> None:
+        self._known = super()._end(self.processor.changelog_topic, number)
+        super()._begin_restore(number)
+        self._known = None
+
+    def _end(self, topic: str, number: int) -> int:
+        return self._known if self._known is not None and topic == self.processor.changelog_topic else super()._end(topic, number)
+
+
+class OwnsWhatWasRevoked(KafkaRunner):
+    def _on_revoke(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        return
+
+
+class WritesTheStoreBeforeTheCommit(KafkaRunner):
+    def _commit(self, batch: Batch) -> None:
+        for number, overlay in batch.overlays.items():
+            self.owned[number].store.settle(overlay.changes, None)
+        super()._commit(batch)
+
+
+class StepsBackwards(KafkaRunner):
+    def _decide(self, overlay: Any, records: list[Record], budget: Any) -> Any:
+        made, done = super()._decide(overlay, records[::-1], budget)
+        return made, done
+
+
+class DropsDeadLetters(KafkaRunner):
+    def _commit(self, batch: Batch) -> None:
+        batch.outputs = [output for output in batch.outputs if output.topic != self.config.dead_letter_topic]
+        super()._commit(batch)
+
+
+class KeepsTheProducerAfterARefusal(KafkaRunner):
+    def _new_producer(self) -> Any:
+        known = self.__dict__.get("_producer")
+        return known if known is not None else super()._new_producer()
+
+
+class RefusesTheWholeBatch(KafkaRunner):
+    def _in_halves(self, taken: list[Record], refused: str | None, why: str, alone: int) -> None:
+        self._transact(taken, why)
+
+
+class StampsOutputsWithNow(KafkaRunner):
+    def _produce(self, delivered: Any, topic: str, key: Any, value: Any, headers: Any, timestamp_ms: int | None, partition: int | None) -> None:
+        super()._produce(delivered, topic, key, value, headers, None, partition)
+
+
+class FiresWithoutOffsets(KafkaRunner):
+    def _fire(self) -> None:
+        send = self._producer.send_offsets_to_transaction
+        with mock.patch.object(self._producer, "send_offsets_to_transaction", lambda _offsets, *rest: send([], *rest)):
+            super()._fire()
+
+
+class DropsWhatTheQueueDoesNotTake(KafkaRunner):
+    """Half of a step stays in the transaction."""
+
+    def _produce(self, delivered: Any, topic: str, key: Any, value: Any, headers: Any, timestamp_ms: int | None, partition: int | None) -> None:
+        with mock.patch.object(self._producer, "poll", side_effect=InterruptedError), contextlib.suppress(InterruptedError):
+            super()._produce(delivered, topic, key, value, headers, timestamp_ms, partition)
+
+
+class SkipsSendOffsets(KafkaRunner):
+    def _commit(self, batch: Batch) -> None:
+        with mock.patch.object(self._producer, "send_offsets_to_transaction", lambda *_: None):
+            super()._commit(batch)
+
+
+class LosesTheHold(WorkflowProcessor):
+    def decide(self, state: Any, records: Sequence[Record], received_ms: int, budget: Any = None) -> Any:
+        for record in records:
+            if wire.header(record, "kwflow-op") in ("retry", "discard"):
+                for key, _ in list(state.scan(b"\0hold\0" + (record.key or b"") + b"\0"))[1:]:
+                    state.put(key, None)
+        return super().decide(state, records, received_ms, budget)
+
+
+class FiresBeforeTheBacklog(KafkaRunner):
+    def _own(self, number: int, store: PartitionStore, committed: int) -> None:
+        super()._own(number, store, committed)
+        if number in self.owned:
+            self.owned[number].fire_from = 0
+
+
+class FiresEarly(TimerProcessor):
+    def due(self, state: Any, now_ms: int, limit: int) -> Any:
+        return super().due(state, now_ms + 400, limit)
+
+
+class ForgetsWhoStarted(WorkflowProcessor):
+    def keep_ended(self, state: Any, key: bytes, header: dict[str, Any]) -> None:
+        state.put(key, None)
+
+
+class ShortChangelogs(World):
+    """cleanup.policy=delete: what is old goes, whether it is the last of its key or not."""
+
+    def compact(self) -> None:
+        for partition in self.broker.topics[self.config.changelog_topic].partitions:
+            partition.delete_before(partition.end - 5)
+
+
+class Impatient(World):
+    switches_max = 25_000
+
+
+class Crowd(World):
+    machines_min = 3
+    rest_ms = 200_000
+
+
+@contextlib.contextmanager
+def _local_forwarding() -> Iterator[None]:
+    with mock.patch.object(kafka, "partition_of", lambda key, count: 0 if count == 1 else _Anything()):
+        yield
+
+
+class _Anything(int):
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = int.__hash__
+
+
+def _other_partitioner() -> contextlib.AbstractContextManager[Any]:
+    made = topics.client_config
+    return mock.patch.object(topics, "client_config", lambda config, **settings: made(config, **{**settings, "partitioner": "consistent_random"} if "transactional_id" in settings else settings))
+
+
+def _no_attempts() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(Attempts, "another", lambda *_: True)
+
+
+PLANTED = [
+    Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_IN_COMMITS, NewIdentityEachStart),
+    Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd),
+    Planted("K3", "the overlay is kept after an abort", ABORTS, KeepsTheOverlayAfterAnAbort),
+    Planted("K3", "a batch that was aborted is not read again from its first record", ABORTS, SeeksBehindTheBatchAfterAnAbort),
+    Planted("K4", "an unknown outcome is taken for a failure, and the producer made anew in place", Faults(lost=0.1), BeginsAnewAfterATimeout),
+    Planted("K5", "restored up to the last stable offset only", SLOW_MARKERS, RestoresToTheStableOffsetOnly, world=Crowd),
+    Planted("K5", "the changelog's end is asked for before the group's offset", ZOMBIES_IN_COMMITS, AsksForTheEndFirst, world=Crowd),
+    Planted("K6", "another partitioner", Faults(), patch=_other_partitioner),
+    Planted("K6", "a record on the wrong partition is applied there", Faults(), patch=_local_forwarding),
+    Planted("K7", "what was revoked is still owned", REBALANCES, OwnsWhatWasRevoked, world=Crowd),
+    Planted("K8", "the local store is written before the commit", CRASHES_IN_COMMITS, WritesTheStoreBeforeTheCommit),
+    Planted("K9", "records are stepped backwards", Faults(slow=0.3), StepsBackwards),
+    Planted("K10", "dead letters are logged and dropped", Faults(), DropsDeadLetters),
+    Planted("K11", "the producer is kept after a refusal", Faults(), KeepsTheProducerAfterARefusal),
+    Planted("K11", "all of a refused batch is parked", Faults(slow=0.3), RefusesTheWholeBatch),
+    Planted("K12", "the changelog deletes what is old", Faults(kill=0.2, stop=0.2, wipe=3.0, compact=0.5), world=ShortChangelogs),
+    Planted("K13", "outputs are stamped with now", Faults(), StampsOutputsWithNow),
+    Planted("K14", "timers fire without an offset", Faults(), FiresWithoutOffsets),
+    Planted("K15", "half of a step stays in its transaction", Faults(), DropsWhatTheQueueDoesNotTake),
+    Planted("K16", "offsets are not part of the transaction", Faults(), SkipsSendOffsets),
+    Planted("K17", "the hold is lost when it is drained", Faults(), engine=LosesTheHold),
+    Planted("K18", "timers fire before the backlog is read", Faults(kill=0.3, stop=0.3), FiresBeforeTheBacklog),
+    Planted("K18", "timers fire early", Faults(), timers=FiresEarly),
+    Planted("K19", "attempts are not counted", Faults(), world=Impatient, patch=_no_attempts),
+    Planted("K20", "a start that ended is begun again by its repetition", Faults(), engine=ForgetsWhoStarted),
+]

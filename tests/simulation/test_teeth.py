@@ -1,0 +1,46 @@
+"""The simulation has teeth: a bug planted against each rule is caught, and without it the same seed passes."""
+
+import dataclasses
+
+import pytest
+
+from kwflow.runners.kafka import KafkaRunner
+from tests.simulation.checks import check
+from tests.simulation.planted import PLANTED, Planted
+from tests.simulation.world import Failed, World, engine_process
+
+SEEDS = 40
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def caught(seed: int, planted: Planted | None, faults: Planted) -> str | None:
+    """What the run of this seed was found to do wrong, if anything."""
+    bug = planted or Planted("", "")
+    with engine_process(), bug.patch():
+        kind = faults.world if planted is not None or faults.runner is not KafkaRunner else World  # a world that is the bug itself
+        world = kind(seed, bug.runner, dataclasses.replace(faults.faults), bug.engine, bug.timers)
+        try:
+            world.run()
+            check(world)
+        except Failed as failed:
+            return str(failed)
+        except Exception as error:  # a bug may also end a process in a way that no supervisor expects
+            return repr(error)
+        finally:
+            world.__dict__.clear()
+    return None
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: f"{planted.rule}: {planted.what}")
+def test_a_planted_bug_is_caught(planted: Planted) -> None:
+    for seed in range(SEEDS):
+        found = caught(seed, planted, planted)
+        if found is not None:
+            print(f"seed {seed}: {found[:300]}")
+            assert caught(seed, None, planted) is None, "it fails without the bug, too"
+            return
+    raise AssertionError(f"{SEEDS} seeds did not notice that {planted.what}")
+
+
+def test_every_rule_has_a_planted_bug() -> None:
+    assert {planted.rule for planted in PLANTED} == {f"K{number}" for number in range(1, 21)}
