@@ -234,13 +234,16 @@ class Step(Calls):
     def main_ended(self, main: Task) -> None:
         topics, outcome = self.context.topics, "result"
         headers = (*self.travelling, *outcomes.run_headers(self.instance.start_id, self.instance.extra))
-        try:
-            if main.state == FAILED:
-                raise main.value
-            value, topic = wire.json_dumps(main.value), topics.result
-            if len(value) > self.context.limits.value_bytes_max:
-                raise UsageError(f"the result has {len(value)} bytes, more than {self.context.limits.value_bytes_max} (limit value_bytes_max)")
-        except BaseException as error:  # the result may have no JSON form: that is the workflow's error, too
+        error: BaseException | None = main.value if main.state == FAILED else None  # not raised here: its traceback would keep this step and main alive
+        value, topic = b"", topics.result
+        if error is None:
+            try:
+                value = wire.json_dumps(main.value)
+                if len(value) > self.context.limits.value_bytes_max:
+                    raise UsageError(f"the result has {len(value)} bytes, more than {self.context.limits.value_bytes_max} (limit value_bytes_max)")
+            except Exception as failed:  # the result may have no JSON form: that is the workflow's error, too
+                error = failed
+        if error is not None:
             outcome = "cancelled" if isinstance(error, Cancelled) else "error"
             value, topic = outcomes.error_value(error, self.context.limits.value_bytes_max), topics.error
             headers += (("kwflow-failure-type", type(error).__name__.encode()), ("kwflow-failure-traceback", outcomes.traceback_text(error)))

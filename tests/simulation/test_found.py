@@ -8,8 +8,10 @@ import pytest
 
 from kwflow import durable
 from kwflow.config import Config
+from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
 from kwflow.core.murmur2 import partition_of
+from kwflow.durable import canonical_bytes
 from kwflow.errors import TransportError
 from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
@@ -41,6 +43,18 @@ def handled(opts):
         kept = error
     value = yield kw.suspend("r")
     return [value, kept.__context__ is None]
+
+def failing(opts):
+    kw.spawn(cleaning())
+    yield kw.suspend("r")
+    raise ValueError("mine")
+
+def cleaning():
+    try:
+        yield kw.suspend("c")
+    finally:
+        yield kw.suspend("d")
+        yield kw.suspend("e")
 
 def child():
     return (yield from inner())
@@ -274,18 +288,17 @@ def test_steps_that_are_made_again_raise_without_our_errors_as_context(tmp_path:
     turn(engine, lambda: lab.written("workflow-result") == ["[1,true]"])
 
 
-def test_a_cancelled_task_leaves_the_same_snapshot_restored_or_not() -> None:
-    """Semantics §4.1: an error's traceback kept the ended generator of a restored instance alive, and it was saved."""
+@pytest.mark.parametrize(("name", "refs"), [("stopped", ["r"]), ("failing", ["r", "d"])])
+def test_what_ended_with_an_error_leaves_the_same_snapshot_restored_or_not(name: str, refs: list[str]) -> None:
+    """Semantics §4.1: an error's traceback kept the generator that had ended alive, and it was saved."""
     module = durable.load_source("found_workflows", SOURCE, "found_workflows.py")
-    from kwflow.core import snapshot
-    from kwflow.durable import canonical_bytes
-
     forms = []
     for cached in (0, 10):
-        tester = WorkflowTester(module.stopped)
+        tester = WorkflowTester(getattr(module, name))
         tester._workflows.config = tester.config.model_copy(update={"instances_cached_max": cached})
         tester.start("w")
-        tester.resume("w", "r")
+        for ref in refs:
+            tester.resume("w", ref)
         forms.append(canonical_bytes(snapshot.split(tester.state.entries[b"w"])[1]))
     assert forms[0] == forms[1]
 
