@@ -24,6 +24,7 @@ import msgspec
 
 from kwflow.core import wire
 from kwflow.core.current import current, in_step
+from kwflow.core.dispatch import Callee
 from kwflow.core.tasks import Awaitable
 from kwflow.errors import ActivityError, BusinessError, UsageError
 
@@ -120,7 +121,7 @@ class running_as:
         _info.reset(self._token)
 
 
-class Activity(Generic[_P, _R]):
+class Activity(Callee, Generic[_P, _R]):
     """A registered function: in a step its call starts with this step's commit and gives a wait, elsewhere it is the function."""
 
     __name__: str
@@ -293,6 +294,9 @@ def activity(function: Callable[..., Any] | None = None, *, name: str | None = N
             raise UsageError(f"@kw.activity takes a function, not {target!r}")
         if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
             raise UsageError(f"{target.__qualname__} has a yield: an activity is an ordinary function; a workflow calls it with a yield")
+        owner = target.__qualname__.rpartition(".")[0]
+        if owner and not owner.endswith(">"):  # not <locals>, <listcomp>
+            raise UsageError(f"{target.__qualname__} is a method; an activity is a function, so that any engine can find it by its name")
         made = Activity(target, name or target.__name__, policy, seconds)
         known = _activities.get(made.name)
         old = "@" in (target.__module__ or "")  # of code that is loaded beside the new: it adds, and replaces nothing

@@ -44,7 +44,9 @@ def show(
         out.print(f"parked at offset {header['parked']['offset']}: {header['parked']['reason']}: {header['parked']['message']}", markup=False)
     for wait in header["waits"]:
         since = datetime.fromtimestamp(wait["since"] / 1000, UTC).isoformat(sep=" ", timespec="seconds")
-        out.print(f"  {wait['kind']} {wait['ref']}  {wait.get('function', '')}  {wait.get('file', '')}:{wait.get('line', '')}  since {since}", markup=False, highlight=False)
+        what = " ".join(str(wait[name]) for name in ("child", "name") if name in wait) + (f" attempt {wait['attempt']}" if "attempt" in wait else "")
+        parts = [f"{wait['kind']} {wait['ref']}", what, wait.get("function", ""), f"{wait.get('file', '')}:{wait.get('line', '')}", f"since {since}"]
+        out.print("  " + "  ".join(part for part in parts if part), markup=False, highlight=False)
     body = snapshot.split(data, settings.signing_keys)[1] if locals else b""  # variables only of what is verified, where there are keys
     for function, values in peek(body) if body else []:
         out.print(f"  {function}", markup=False, highlight=False)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from kwflow.core import wire
 from kwflow.core.contract import Context, Transition
-from kwflow.core.dispatch import Dispatch
+from kwflow.core.dispatch import Callee, Dispatch
 from kwflow.core.instance import Instance, Machine
 from kwflow.core.mailbox import Inbox
 from kwflow.core.tasks import OK, ActivityWait, All, Awaitable, Combinator, Race, Shield, Suspension, Task, Timeout, Timer
@@ -53,7 +53,7 @@ class Calls:
             return self._durable(value)
         if isinstance(value, Inbox):
             return value.wait()
-        if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)):
+        if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, Callee)):
             raise UsageError(f"{_name(value)} is a function, not a wait; did you mean {_name(value)}()?")
         if isinstance(value, (list, tuple, set, frozenset, dict)):
             items = value.values() if isinstance(value, dict) else value

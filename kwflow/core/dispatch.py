@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["PREFIX", "Dispatch", "Withdraw", "decode", "encode", "state_key"]
+__all__ = ["PREFIX", "Callee", "Dispatch", "Withdraw", "decode", "encode", "state_key"]
 
 PREFIX = b"\0dispatch\0"
+
+
+class Callee:
+    """What becomes a wait when it is called, such as an activity; itself it is none."""
 
 
 class Dispatch(msgspec.Struct, frozen=True):

@@ -150,9 +150,11 @@ class Dispatcher:
 
     def turn(self) -> None:
         with self._changed:
-            for partition, owned in self._owned.items():
-                if owned.more and len(self._ready) < self._concurrency * _READY_FACTOR // 2:
-                    self._take(partition, owned)
+            waiting = [(partition, owned) for partition, owned in self._owned.items() if owned.more]
+            room = self._concurrency * _READY_FACTOR - len(self._ready)
+            if waiting and room > self._concurrency * _READY_FACTOR // 2:
+                for partition, owned in waiting:  # a share for each, or one with a long queue would keep the others from beginning
+                    self._take(partition, owned, max(1, room // len(waiting)))
             self._start()
             now = time.monotonic()
             if now - self._looked > _LOOK_S:
@@ -183,10 +185,11 @@ class Dispatcher:
             owned.cursor = key
         self._enqueue(partition, item)
 
-    def _take(self, partition: int, owned: _Owned) -> None:
+    def _take(self, partition: int, owned: _Owned, share: int) -> None:
         for key, data in owned.store.scan(PREFIX, owned.cursor + b"\0"):
-            if self._full:
+            if self._full or share <= 0:
                 return
+            share -= 1
             owned.cursor = key
             self._enqueue(partition, decode(data))
         owned.more = False

@@ -279,3 +279,9 @@ def test_async_workflows_await_activities() -> None:
     body = "import asyncio\n@activity()\nasync def work(x):\n    await asyncio.sleep(0)\n    return x + 1\n"
     body += "async def main(o):\n    call = work(1)\n    return [await call, await work(2), await kw.all([work(3), call])]"
     assert run(body).result("w") == [2, 3, [4, 2]]
+
+
+def test_an_activity_that_is_not_called_is_refused_where_a_wait_is_expected() -> None:
+    """Semantics §1.3: natively it would come back at once, as a plain value."""
+    assert error(run(WORK + "def main(o):\n    yield work")) == "UsageError: work is a function, not a wait; did you mean work()?"
+    assert error(run(WORK + "def main(o):\n    yield kw.all([work])")) == "UsageError: work is a function, not a wait; did you mean work()?"

@@ -176,9 +176,14 @@ def _generator():
     yield
 
 
+class Unbound:
+    def method(self): ...
+
+
 @pytest.mark.parametrize(("target", "options", "message"), [
     (_generator, {}, "has a yield"),
     (3, {}, "takes a function"),
+    (Unbound.method, {}, "is a method"),
     (Line, {}, "takes a function"),
     (len, {"retry": 3}, "takes a kw.Retry"),
     (len, {"timeout": 0}, "above 0"),

@@ -380,3 +380,18 @@ def test_large_arguments_do_not_fill_the_memory(engine: Engine, monkeypatch: pyt
     for n in range(20):
         assert engine.answer(f"w{n}")["value"] == 500
     assert engine.dispatcher._ready_bytes == 0
+
+
+def test_a_partition_with_a_long_queue_does_not_keep_another_from_beginning() -> None:
+    engine, gate, ran = Engine(concurrency=2), threading.Event(), []
+    activity = make(lambda name: (gate.wait(), ran.append(name)) and None)
+    other = MemoryStore()
+    for name, store in (("a", engine.store), ("b", other)):
+        items = [Dispatch(f"{name}{n}", f"{n}:1", activity.name, 1, f"{n}:1", activity.encode_arguments((name,), {})) for n in range(100)]
+        store.apply({state_key(item.workflow_id, item.ref): encode(item) for item in items})
+    engine.dispatcher.own(0, engine.store)
+    engine.dispatcher.own(1, other)
+    gate.set()
+    engine.until(lambda: len(ran) == 200)
+    assert "b" in ran[:30]
+    engine.dispatcher.close()
