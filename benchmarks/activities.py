@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from benchmarks.common import FIGURES, broker
 from kwflow import api, durable
 from kwflow.client import Client
 from kwflow.config import Config
@@ -112,3 +113,11 @@ def kafka(bootstrap: str, directory: pathlib.Path, figures: dict[str, float]) ->
     runner = KafkaRunner(config, lambda incarnation: WorkflowProcessor(config, workflows, api.declared_topics(), incarnation), application, lambda _: None)
     with running(runner.run), Client.kafka(config) as client:
         measured(client, "Kafka", figures)
+
+
+def measure(directory: pathlib.Path) -> None:
+    """Both, into the figures of this run."""
+    embedded(directory / "embedded", FIGURES)
+    with broker(directory) as bootstrap:
+        if bootstrap is not None:
+            kafka(bootstrap, directory / "kafka", FIGURES)

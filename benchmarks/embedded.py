@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pathlib
 import time
 
@@ -17,20 +18,27 @@ from kwflow.runners.loop import Overlay, TimerProcessor
 from kwflow.testing import MemoryStore
 
 BATCH = 500
+SINGLE = 2000
 
 
 def measure(directory: pathlib.Path) -> None:
     workflow()
     set_abandoning(True, everywhere=True)
+    gc.set_threshold(20_000, 20, 20)  # as in an engine
     figure("step core, us of CPU, saved at each step", min(core(BATCH) for _ in range(3)), "part of 60")
     figure("step core, us of CPU, four steps a save", min(core(4 * INSTANCES) for _ in range(3)))
-    best: dict[str, float] = {"engine": 0.0, "bare": 0.0}
+    best = dict.fromkeys(("engine", "bare", "engine alone", "bare alone"), 0.0)
     size = 0
     for turn in range(3):  # in turns, so that both meet the same machine
-        rate, size = engine(directory / f"engine{turn}")
+        rate, size = engine(directory / f"engine{turn}", BATCH, STEPS)
         best["engine"] = max(best["engine"], rate)
-        best["bare"] = max(best["bare"], bare(directory / f"bare{turn}", size))
+        best["bare"] = max(best["bare"], bare(directory / f"bare{turn}", size, BATCH, STEPS))
+        best["engine alone"] = max(best["engine alone"], engine(directory / f"alone{turn}", 1, SINGLE)[0])
+        best["bare alone"] = max(best["bare alone"], bare(directory / f"barealone{turn}", size, 1, SINGLE))
     figure("snapshot bytes", size)
+    figure("embedded steps/s, each on disk before the next", best["engine alone"])
+    figure("bare RocksDB loop steps/s, each on disk before the next", best["bare alone"])
+    figure("embedded / bare, each on disk before the next", best["engine alone"] / best["bare alone"], ">= 0.5")
     figure("embedded steps/s", best["engine"])
     figure("bare RocksDB loop steps/s", best["bare"])
     figure("embedded / bare", best["engine"] / best["bare"], ">= 0.5")
@@ -55,20 +63,20 @@ def core(per: int) -> float:
     return 1e6 * spent / steps
 
 
-def engine(directory: pathlib.Path) -> tuple[float, int]:
+def engine(directory: pathlib.Path, batch: int, steps: int) -> tuple[float, int]:
     """(steps a second, bytes of a snapshot) of a backlog of answers."""
-    config = Config(batch_records_max=BATCH)
+    config = Config(batch_records_max=batch)
     held = Embedded(directory, config)
     processors = [processor(config, held.incarnation), TimerProcessor(config)]
     put(held, [(b"i%d" % n, b"new:{}") for n in range(INSTANCES)])
     while held.step(processors):
         pass
     size = len(held.db.get(b"S" + config.changelog_topic.encode() + b"\0i0") or b"")
-    put(held, [(b"i%d" % (n % INSTANCES), b'{"ref":"r","value":%d}' % n) for n in range(STEPS)])
+    put(held, [(b"i%d" % (n % INSTANCES), b'{"ref":"r","value":%d}' % n) for n in range(steps)])
     begun = time.perf_counter()
     while held.step(processors):
         pass
-    rate = STEPS / (time.perf_counter() - begun)
+    rate = steps / (time.perf_counter() - begun)
     held.close()
     return rate, size
 
@@ -81,31 +89,31 @@ def put(held: Embedded, records: list[tuple[bytes, bytes]]) -> None:
     held.db.write(batch)
 
 
-def bare(directory: pathlib.Path, size: int) -> float:
+def bare(directory: pathlib.Path, size: int, per: int, steps: int) -> float:
     """The same bytes read and written in the same batches with the same sync."""
     directory.mkdir()
     db = Rdict(str(directory), rocks.options(Config().rocksdb_bytes_max))
     sync = WriteOptions()
     sync.sync = True
     state, record = bytes(size), bytes(120)
-    for n in range(STEPS):
+    for n in range(steps):
         db[b"R%020d" % n] = record
     begun = time.perf_counter()
-    for first in range(0, STEPS, BATCH):
+    for first in range(0, steps, per):
         batch = WriteBatch(raw_mode=True)
         found = 0
         for _ in db.items(from_key=b"R%020d" % first):
             found += 1
-            if found == BATCH:
+            if found == per:
                 break
-        for n in range(first, first + BATCH):
+        for n in range(first, first + per):
             db.get(b"S%d" % (n % INSTANCES))
             batch.put(b"L%020d" % n, record)
-        for n in range(min(BATCH, INSTANCES)):
-            batch.put(b"S%d" % n, state)
+        for n in range(first, first + min(per, INSTANCES)):
+            batch.put(b"S%d" % (n % INSTANCES), state)
         batch.put(b"P", b"%d" % first)
         db.write(batch, sync)
-    rate = STEPS / (time.perf_counter() - begun)
+    rate = steps / (time.perf_counter() - begun)
     db.close()
     return rate
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import gc
 import os
 import signal
 import sys
@@ -40,14 +41,22 @@ class Runner(enum.StrEnum):
     kafka = "kafka"
     faust = "faust"
 
+_COLLECT_AFTER = 20_000  # new objects; Python's 700 would be a collection every few steps, each past all live instances
 _LOOK_S = 0.1  # how often the main thread looks at the runners' threads
 
 
-def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: Path | None) -> list[Any]:
+def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: Path | None, log: Callable[[str], None]) -> list[Any]:
     workflows = load_workflows(modules, app_dir, config.durable_packages)
     engine.compact(config.code_topic)
     sources = CodeStore(lambda offset: engine.read(config.code_topic, offset, engine.end(config.code_topic)))
-    return [WorkflowProcessor(config, workflows, api.declared_topics(), engine.incarnation, sources=sources), TimerProcessor(config)]
+    return [WorkflowProcessor(config, workflows, api.declared_topics(), engine.incarnation, log, sources), TimerProcessor(config)]
+
+
+def _collect_rarely() -> None:
+    """What was imported is never garbage, and a step leaves few cycles: collections are for authors' cycles, after batches, in large lots."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER, 20, 20)
 
 
 def _stopper() -> Callable[[], bool]:
@@ -105,21 +114,21 @@ def engine(
         raise typer.Exit(supervise([sys.executable, "-m", "kwflow.cli", *sys.argv[1:]], processes, _signals(lambda _: None), log_of(settings)))
     if runner is Runner.faust:
         _run_in_faust(settings, modules, app_dir, with_scheduler or embedded is not None)
-    stop = _stopper()
+    stop, log = _stopper(), log_of(settings)
     if embedded is None:
         workflows = load_workflows(modules, app_dir, settings.durable_packages)
         sources = functools.cache(lambda: code_store(settings, None))  # read once the topics are known to be there
         makers: list[tuple[str, Callable[[str], Any]]] = [
-            (settings.application_id, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, sources=sources()))
+            (settings.application_id, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, sources()))
         ]
         if with_scheduler:
             makers.append((f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings)))
         _run_on_kafka(settings, makers, stop)
         return
-    log = log_of(settings)
     held = Embedded(embedded, settings, sync=sync)
     try:
-        processors = _processors(modules, settings, held, app_dir)
+        processors = _processors(modules, settings, held, app_dir, log)
+        _collect_rarely()
         with serve(held), watched(settings, [held], log):
             log(f"kwflow engine runs in {embedded}")
             held.run(processors, stop, log)
@@ -191,6 +200,7 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
             failed.append(error)
 
     threads = [threading.Thread(target=run_one, args=(runner,)) for runner in runners]
+    _collect_rarely()
     with watched(settings, runners, log):
         for thread in threads:
             thread.start()
@@ -242,14 +252,14 @@ def run(
     stop = _stopper()
     held = Embedded(embedded, settings)
     try:
-        processors = _processors([module], settings, held, app_dir)
+        processors = _processors([module], settings, held, app_dir, log_of(settings))
         ends = (settings.result_topic, settings.error_topic)
         begun = {topic: held.end(topic) for topic in ends}
         if stored(held.db, settings.changelog_topic).get(id.encode()) is None:
             held.append(settings.resume_topic, id.encode(), b"new:" + json_option(input, "--input"))
         shown: set[str] = set()
         with serve(held):
-            held.run(processors, lambda: stop() or _ended(held, begun, id) is not None or _show_waits(held, settings, id, shown), lambda line: err.print(line, markup=False))
+            held.run(processors, lambda: stop() or _ended(held, begun, id) is not None or _show_waits(held, settings, id, shown), log_of(settings))
         ended = _ended(held, begun, id)
     finally:
         held.close()

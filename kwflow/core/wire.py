@@ -267,7 +267,7 @@ def _json(data: bytes) -> object:
 
 def travelling_headers(record: Record) -> Headers:
     """The input's headers that outputs carry on: all but ours (semantics §9.3)."""
-    return tuple(pair for pair in record.headers if not pair[0].startswith("kwflow-"))
+    return tuple(pair for pair in record.headers if not pair[0].startswith("kwflow-")) if record.headers else ()
 
 
 def is_engine_id(ref: str) -> bool:

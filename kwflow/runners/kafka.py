@@ -367,7 +367,7 @@ class KafkaRunner:
 
     def _gather(self) -> list[Message]:
         """What is here, of partitions that are ours after the last consume (K2): nobody polls again before the commit."""
-        due = [self.processor.next_due_ms(partition.store) for partition in self.owned.values() if partition.caught_up]
+        due = [partition.due_of(self.processor) for partition in self.owned.values() if partition.caught_up]
         wait = min([0.0 if self._assigned or self._restoring else _IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
         first = self._consumer.poll(wait)
         messages = [first, *self._consumer.consume(self.config.batch_records_max - 1, 0)] if first is not None else []
@@ -468,10 +468,11 @@ class KafkaRunner:
 
     def _fire(self) -> None:
         for partition in list(self.owned.values()):
-            if not partition.caught_up:
+            due_ms, now_ms = partition.due_of(self.processor) if partition.caught_up else None, self.clock.now_ms()
+            if due_ms is None or due_ms > now_ms:
                 continue
             overlay = Overlay(partition.store)
-            made = self.processor.due(overlay, self.clock.now_ms(), _FIRED_MAX)
+            made = self.processor.due(overlay, now_ms, _FIRED_MAX)
             if made is not None:
                 batch = Batch({partition.number: overlay}, positions={partition.number: partition.position})
                 batch.add(partition.number, made)
@@ -535,6 +536,7 @@ class KafkaRunner:
             partition = self.owned[number]
             partition.store.settle(overlay.changes, reached.get(number))
             partition.position = batch.positions[number]
+            partition.due_known = False
         for line in batch.logs:
             self.on_log(line)
         if self.worker is not None:

@@ -16,7 +16,7 @@ import msgspec
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaError, Message, TopicPartition
 
 from kwflow.errors import TransportError
-from kwflow.ports import Clock
+from kwflow.ports import Clock, Processor
 from kwflow.runners.environment import Consumer, Environment
 
 __all__ = ["MOVED", "POSITION", "Partition", "PartitionStore", "Restore", "agreed"]
@@ -91,6 +91,14 @@ class Partition:
     fire_from: int  # K18: nothing fires before this input offset is reached
     careful_until: int  # K19: records before this offset are taken one by one
     reached: int = 0  # the end that the consumer has seen last: there are no records before it, only marks of transactions
+    due_ms: int | None = None  # what `due_of` found last; looked up again once a commit has changed the store
+    due_known: bool = False
+
+    def due_of(self, processor: Processor) -> int | None:
+        """When something becomes due here; a look into the store only after a change."""
+        if not self.due_known:
+            self.due_ms, self.due_known = processor.next_due_ms(self.store), True
+        return self.due_ms
 
     @property
     def caught_up(self) -> bool:
@@ -125,8 +133,17 @@ class Restore:
         if self._consumer is None:
             return True
         changes: dict[bytes, bytes | None] = {}
+        last = None
         for message in self._consumer.consume(_SLICE_RECORDS, seconds):
-            self._take(message, changes)
+            error = message.error()
+            if error is None:
+                changes[message.key() or b""] = message.value()
+                last = message
+            elif self._begins_again(error, message):
+                last = None
+                changes.clear()
+        if last is not None:
+            self.reached = max(self.reached, (last.offset() or 0) + 1)
         self.reached = max(self.reached, self._consumer.position([self.where])[0].offset)  # -1001 on an empty log
         self.store.settle(changes, self.reached)
         if self.reached < self.end:
@@ -134,20 +151,18 @@ class Restore:
         self.close()
         return True
 
-    def _take(self, message: Message, changes: dict[bytes, bytes | None]) -> None:
-        error = message.error()
-        if error is None:
-            changes[message.key() or b""] = message.value()
-            self.reached = (message.offset() or 0) + 1
-        elif error.code() == KafkaError._PARTITION_EOF:
+    def _begins_again(self, error: KafkaError, message: Message) -> bool:
+        """Whether what we had is no longer there and was wiped.  Raises TransportError."""
+        if error.code() == KafkaError._PARTITION_EOF:
             self.reached = max(self.reached, message.offset() or 0)
-        elif error.code() == KafkaError._AUTO_OFFSET_RESET and self._consumer is not None:  # what we had is no longer there
+        elif error.code() == KafkaError._AUTO_OFFSET_RESET and self._consumer is not None:
             self.store.wipe()
-            changes.clear()
             self.reached = 0
             self._consumer.assign([TopicPartition(self.where.topic, self.where.partition, OFFSET_BEGINNING)])
+            return True
         elif error.fatal() or not error.retriable():
             raise TransportError(f"restore of {self.where.topic}[{self.where.partition}]: {error.str()}")
+        return False
 
     def close(self) -> None:
         """Stop reading; the store stays open."""

@@ -6,6 +6,7 @@ never raises for bad input.  It must not know a log, a store on disk or a clock.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,6 @@ from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, SnapshotError, StepTimeout
 from kwflow.ports import Budget, Changes, Decision, Deliver, Store
 from kwflow.runners import code, commands, parked
-from kwflow.runners.budget import bytes_of
 from kwflow.runners.dispatch import Dispatcher, keep
 from kwflow.runners.parked import dead_letter
 from kwflow.runners.stats import BYTES, Histogram
@@ -155,6 +155,8 @@ class WorkflowProcessor:
 
     def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
         before = set_abandoning(True)  # semantics §3.3: an instance that is dropped here is only forgotten
+        collecting = gc.isenabled()
+        gc.disable()  # one collection after the batch instead of one every few steps, each of which would pass the live instances
         batch = _Batch(self, state, records, received_ms)
         try:
             return batch.run(budget)
@@ -162,6 +164,8 @@ class WorkflowProcessor:
             for live in batch.live.values():  # only after a bug or KeyboardInterrupt: nothing of them was saved
                 live.forget()
             set_abandoning(before)
+            if collecting:
+                gc.enable()
 
     def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
         try:
@@ -228,7 +232,7 @@ class _Batch:
             if budget is None:
                 continue
             if made.outputs:
-                budget.take(bytes_of((), made.outputs))
+                budget.take(sum([len(output.key or b"") + len(output.value or b"") for output in made.outputs]))
             if len(self.live) > known:  # saved at the end; about as large as it was
                 budget.take(len(next(reversed(self.live.values())).base or b""))
             if budget.spent():
