@@ -24,7 +24,7 @@ from kwflow.runners import rocks
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.stats import Histogram, Seen, Stats
 
-__all__ = ["Watched", "health", "metrics_registry", "serve_http"]
+__all__ = ["Watched", "health", "is_live", "metrics_registry", "serve_http"]
 
 _STUCK_S = 60  # beyond the longest step: a commit may be asked for twice the transaction timeout
 _REQUEST_S = 10
@@ -45,12 +45,17 @@ class Watched(Protocol):
 
 def health(runners: Sequence[Watched], config: Config) -> tuple[bool, bool, dict[str, Any]]:
     """Whether it is live (each loop came round lately), whether ready (restored and owning), and both with details as JSON."""
+    live = is_live(runners, config)
     seen = [(runner, one) for runner in runners for one in runner.seen()]
-    now, limit = time.monotonic(), config.step_abort_ms / 1000 + _STUCK_S
-    live = all(now - runner.stats.turned_s < limit for runner in runners if runner.stats.turned_s)
     ready = bool(seen) and all(one.ready and runner.stats.turned_s > 0 for runner, one in seen)
     details = [{"name": one.name, "input": one.topic, "owned": one.owned, "restoring": one.restoring, "waiting": one.waiting, "lag": sum(one.lag.values())} for _, one in seen]
     return live, ready, {"live": live, "ready": ready, "runners": details}
+
+
+def is_live(runners: Sequence[Watched], config: Config) -> bool:
+    """Whether each loop that has begun came round lately.  Asks nobody: a broker that is away is no reason to start an engine again."""
+    now, limit = time.monotonic(), config.step_abort_ms / 1000 + _STUCK_S
+    return all(now - runner.stats.turned_s < limit for runner in runners if runner.stats.turned_s)
 
 
 class _Metrics(Collector):
@@ -153,9 +158,12 @@ def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterat
             path = self.path.partition("?")[0]
             if path == "/metrics":
                 self._answer(200, "text/plain; version=0.0.4; charset=utf-8", generate_latest(registry))
-            elif path in ("/health", "/health/live", "/health/ready"):
+            elif path == "/health/live":
+                live = is_live(runners, config)
+                self._answer(200 if live else 503, "application/json", msgspec.json.encode({"live": live}))
+            elif path in ("/health", "/health/ready"):
                 live, ready, said = health(runners, config)
-                good = {"/health": live and ready, "/health/live": live, "/health/ready": ready}[path]
+                good = live and ready if path == "/health" else ready
                 self._answer(200 if good else 503, "application/json", msgspec.json.encode(said, order="deterministic"))
             else:
                 self._answer(404, "text/plain", b"there are /health, /health/live, /health/ready and /metrics\n")

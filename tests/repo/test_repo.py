@@ -58,7 +58,7 @@ def test_files_and_functions_stay_readable(path: pathlib.Path) -> None:
 
 def test_importing_kwflow_loads_no_driver() -> None:
     """ARCHITECTURE §2."""
-    code = "import sys, kwflow; sys.exit(any(m in sys.modules for m in ('confluent_kafka', 'faust', 'rocksdict')))"
+    code = "import sys, kwflow; sys.exit(any(m in sys.modules for m in ('confluent_kafka', 'faust', 'rocksdict', 'prometheus_client', 'opentelemetry')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
