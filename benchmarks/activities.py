@@ -17,7 +17,8 @@ from kwflow.core.contract import Workflows
 from kwflow.runners import topics
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.kafka import KafkaRunner
-from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.timers import TimerProcessor
 
 SOURCE = """
 import kwflow as kw

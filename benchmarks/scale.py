@@ -15,7 +15,8 @@ from kwflow.core import timers
 from kwflow.core.wire import Record
 from kwflow.durable import set_abandoning
 from kwflow.runners.embedded import Embedded, stored
-from kwflow.runners.loop import Overlay, TimerProcessor
+from kwflow.runners.loop import Overlay
+from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
 
 HISTORY = 100_000

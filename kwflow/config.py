@@ -99,6 +99,10 @@ class Config(BaseSettings):
         return f"{self.application_id}-code"
 
     @property
+    def timers_group(self) -> str:
+        return f"{self.application_id}-scheduler"
+
+    @property
     def timers_changelog_topic(self) -> str:
         return f"{self.application_id}-timers-changelog"
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from kwflow import api
+from kwflow import api, timers
 from kwflow.cli.code import check as check_code
 from kwflow.cli.code import code_store
 from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, MaybeDir, Modules, StateDir, Traced, WaitForBroker, err, json_option, out
@@ -27,10 +27,11 @@ from kwflow.core import snapshot
 from kwflow.errors import TransportError, UsageError
 from kwflow.runners.code import CodeStore
 from kwflow.runners.embedded import Embedded, stored
-from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.socket import serve
 from kwflow.runners.supervise import orphaned, supervise
+from kwflow.runners.timers import TimerProcessor
 
 __all__ = ["Runner", "engine", "run", "scheduler"]
 
@@ -122,7 +123,7 @@ def engine(
             (settings.application_id, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, sources()))
         ]
         if with_scheduler:
-            makers.append((f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings)))
+            makers.append(timers.service(settings))
         _run_on_kafka(settings, makers, stop)
         return
     held = Embedded(embedded, settings, sync=sync)
@@ -233,7 +234,7 @@ def scheduler(
         config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir,
         accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format,
     )  # fmt: skip
-    _run_on_kafka(settings, [(f"{settings.application_id}-scheduler", lambda _: TimerProcessor(settings))], _stopper())
+    _run_on_kafka(settings, [timers.service(settings)], _stopper())
 
 
 def run(

@@ -27,9 +27,10 @@ from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.budget import Budget, bytes_of
 from kwflow.runners.logs import lines_of
-from kwflow.runners.loop import Overlay, TimerProcessor
+from kwflow.runners.loop import Overlay
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
+from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.tracing import end_all
 
 __all__ = ["Embedded", "SystemClock", "ends_of", "entries", "read_only", "records_of", "stored"]

@@ -13,9 +13,10 @@ from kwflow.config import Config, load_config
 from kwflow.core.contract import Workflows
 from kwflow.ports import Processor
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.socket import serve
+from kwflow.runners.timers import TimerProcessor
 
 __all__ = ["Hosted"]
 

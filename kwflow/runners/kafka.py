@@ -42,12 +42,13 @@ from kwflow.runners.environment import LIVE, Consumer, Environment, Producer
 from kwflow.runners.kafka_batch import Aborted, Batch, Rejected
 from kwflow.runners.kafka_results import Results
 from kwflow.runners.kafka_state import MOVED, POSITION, Partition, PartitionStore, Restore, agreed
-from kwflow.runners.loop import Overlay, TimerProcessor
+from kwflow.runners.loop import Overlay
 from kwflow.runners.orphans import Orphans
 from kwflow.runners.parked import forward
 from kwflow.runners.private import private
 from kwflow.runners.standby import Cleanup, Copies, Standby
 from kwflow.runners.stats import Seen, Stats
+from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.topics import record_of
 from kwflow.runners.tracing import end_all
 

@@ -37,7 +37,7 @@ def _groups(config: Config) -> dict[str, tuple[str, str]]:
     """Consumer group -> its input topic and changelog."""
     return {
         config.application_id: (config.resume_topic, config.changelog_topic),
-        f"{config.application_id}-scheduler": (config.scheduler_topic, config.timers_changelog_topic),
+        config.timers_group: (config.scheduler_topic, config.timers_changelog_topic),
     }
 
 

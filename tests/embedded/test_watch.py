@@ -18,7 +18,8 @@ from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.errors import UsageError
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.watch import serve_http
 from tests.embedded.test_embedded import ROOT
 

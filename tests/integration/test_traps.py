@@ -15,7 +15,8 @@ from kwflow.core.contract import Workflows
 from kwflow.errors import FencedError, TransportError
 from kwflow.runners import kafka_link, topics
 from kwflow.runners.kafka import Aborted, KafkaRunner
-from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.timers import TimerProcessor
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 

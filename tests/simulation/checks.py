@@ -21,7 +21,8 @@ from kwflow.core.wire import Output, Record
 from kwflow.durable import canonical_bytes
 from kwflow.ports import Decision
 from kwflow.runners.kafka_state import POSITION
-from kwflow.runners.loop import Overlay, TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
 from kwflow.testing.kafka.log import COMMITTED, Entry, Place, Transaction
 from kwflow.testing.kafka.time import START_MS

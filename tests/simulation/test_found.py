@@ -16,7 +16,8 @@ from kwflow.errors import TransportError
 from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.kafka import KafkaRunner
-from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import WorkflowTester
 from kwflow.testing.kafka import Broker, Disk, Host, SimulatedEnvironment
 

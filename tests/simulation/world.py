@@ -22,7 +22,8 @@ from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Processor
 from kwflow.runners import topics
 from kwflow.runners.kafka import KafkaRunner
-from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.timers import TimerProcessor
 from kwflow.testing.kafka import Broker, Disk, Host, SimulatedConsumer, SimulatedEnvironment, VirtualTime
 from kwflow.testing.kafka.broker import Made
 from kwflow.testing.kafka.log import Entry, Place, Transaction

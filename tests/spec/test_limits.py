@@ -15,7 +15,8 @@ from kwflow.ports import Decision
 from kwflow.runners import rocks
 from kwflow.runners.budget import Budget
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.loop import Overlay, TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
 
 SOURCE = '''

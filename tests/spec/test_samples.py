@@ -16,7 +16,8 @@ from kwflow import durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import HANGS, WorkflowTester
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -1,0 +1,118 @@
+"""The processor of timers, one more on the loop of every runner (K18): the table over the scheduler topic, and what is due.
+
+What a record means and what fires is decided in `core/timers.py`; here is the table's place in a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kwflow.config import Config
+from kwflow.core import timers, wire
+from kwflow.core.wire import Output, Record
+from kwflow.errors import ProtocolError
+from kwflow.ports import Budget, Changes, Decision, Deliver, Store
+from kwflow.runners import parked
+
+__all__ = ["TimerProcessor"]
+
+
+class TimerProcessor:
+    """The timer table over the scheduler topic; `due` fires."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.input_topic = config.scheduler_topic
+        self.changelog_topic = config.timers_changelog_topic
+
+    def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
+        made: list[Decision] = []
+        table, changed = self._table(state), False
+        for record in records:
+            decision, after = self._decide(state, record, received_ms, table)
+            changed = changed or after is not table
+            table = after
+            made.append(decision)
+            if budget is not None and budget.spent():
+                break
+        if changed:
+            self._put_table(state, table[0], self._first(state, *table))
+        return made
+
+    def waiting(self, state: Store) -> int:
+        """How many timers are set."""
+        return self._table(state)[0]
+
+    @staticmethod
+    def _table(state: Store) -> tuple[int, bytes]:
+        """How many timers are set, and a due key that none of them lies before."""
+        known = state.get(timers.COUNT)
+        if known is not None:
+            count, _, first = known.partition(b" ")
+            return int(count), first
+        keys = [key for key, _ in state.scan(timers.DUE)]  # once, for a table of an earlier version
+        return len(keys), keys[0] if keys else b""
+
+    @staticmethod
+    def _first(state: Store, count: int, low: bytes) -> bytes:
+        """The first due key that is at or after this one; noted, because of this:
+
+        1. a workflow cancels its timeout; the next one's is due later, and is cancelled, too
+        2. the store keeps what was deleted until it is compacted
+        3. whoever looked for the first entry from the beginning would pass all of them, at each look
+        """
+        return next((key for key, _ in state.scan(timers.DUE, low)), b"") if count else b""
+
+    @staticmethod
+    def _put_table(state: Changes, count: int, first: bytes) -> None:
+        state.put(timers.COUNT, b"%d %s" % (count, first))
+
+    def _decide(self, state: Changes, record: Record, received_ms: int, table: tuple[int, bytes]) -> tuple[Decision, tuple[int, bytes]]:
+        """What it does, and the table's count and low end then."""
+        try:
+            wire.check_size(record, self.config.value_bytes_max, self.config.header_bytes_max)
+            stored = state.get(record.key) if record.key else None
+            changes = timers.cancel_or_set(record, stored)
+        except ProtocolError as error:
+            return parked.dead(self.config, record, error.reason, str(error), received_ms), table
+        for key, value in changes.items():
+            state.put(key, value)
+        if not changes:
+            return Decision(counts=("timer",)), table
+        count, low = table
+        count -= stored is not None
+        added = changes.get(record.key or b"")
+        if added is not None:
+            low = min(low, added) if count else added
+            count += 1
+        return Decision(counts=("timer",)), (count, low)
+
+    def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
+        return parked.dead(self.config, record, "refused", reason, record.timestamp_ms)
+
+    def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
+        count, low = self._table(state)
+        outputs: list[Output] = []
+        fired: dict[bytes, bytes | None] = {}
+        following = b""
+        for due_key, headers in state.scan(timers.DUE, low) if count else ():
+            following = due_key
+            if timers.due_entries(due_key)[0] > now_ms or len(outputs) >= limit:
+                break
+            changes, output = timers.fire(due_key, headers, self.config.resume_topic, now_ms)
+            fired |= changes
+            outputs.append(output)
+            following = b""
+        if not outputs:
+            return None
+        for key, value in fired.items():
+            state.put(key, value)
+        self._put_table(state, count - len(outputs), following)
+        return Decision(tuple(outputs), counts=("fired",) * len(outputs))
+
+    def work(self, deliver: Deliver) -> None:
+        return None
+
+    def next_due_ms(self, store: Store) -> int | None:
+        count, low = self._table(store)
+        return timers.due_entries(low)[0] if count else None
