@@ -163,11 +163,20 @@ class Client:
         return self._void(id, "signal", _signal(name, value, ttl), command_id, start_id)
 
     def signal_with_start(
-        self, id: str, name: str, value: object = None, *, workflow: str | None = None, input: object = None, ttl: timedelta | float | None = None, start_id: str | None = None
+        self,
+        id: str,
+        name: str,
+        value: object = None,
+        *,
+        workflow: str | None = None,
+        input: object = None,
+        ttl: timedelta | float | None = None,
+        start_id: str | None = None,
+        command_id: str | None = None,
     ) -> Future[None]:
-        """The same, and if the id does not run, start it with the signal in its mailbox."""
+        """The same, and if the id does not run, start it with the signal in its mailbox; `start_id` names that run."""
         arguments = {**_signal(name, value, ttl), "start": {"workflow": workflow, "input": input}}
-        return self._void(id, "signal", arguments, None, start_id or uuid.uuid4().hex)
+        return self._void(id, "signal", arguments, command_id, start_id or uuid.uuid4().hex)
 
     def update(self, id: str, name: str, value: object = None, *, start_id: str | None = None, command_id: str | None = None) -> Future[Any]:
         """What the workflow replies.  Raises CommandError: rejected (by its validator), ended, full, not_found."""

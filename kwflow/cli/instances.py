@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from typing import Annotated
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, MaybeDir, out, snapshots
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, out, print_json, snapshots
 from kwflow.config import load_config
 from kwflow.core import snapshot
 from kwflow.durable.peek import peek
-from kwflow.errors import UsageError
+from kwflow.errors import SnapshotError, UsageError
 
 __all__ = ["list_", "show"]
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+_STATUSES = ("waiting", "closing", "parked", "paused", "ended")
+
+
+def status_of(header: dict[str, Any]) -> str:
+    """The status, with `paused` told from the other reasons to be parked."""
+    return "paused" if header["status"] == "parked" and header["parked"]["reason"] == "paused" else str(header["status"])
+
+
+def _time(instant_ms: float) -> str:
+    return datetime.fromtimestamp(instant_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds")
+
+
+def _wait(wait: dict[str, Any]) -> list[str]:
+    """Kind and ref; and what is waited for, where there is more to say."""
+    what = f"{wait['child']} ({wait['workflow']})" if wait["kind"] == "child" else wait.get("name", "")
+    return [f"{wait['kind']} {wait['ref']}", *([what + (f" attempt {wait['attempt']}" if "attempt" in wait else "")] if what else [])]
 
 
 def show(
@@ -23,6 +42,7 @@ def show(
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     locals: Annotated[bool, typer.Option("--locals", help="Variables too; objects of your classes are shown as stubs.")] = False,
+    as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
     """Where an instance waits, from its header alone: no code of yours is loaded.
@@ -39,28 +59,102 @@ def show(
     if data is None:
         raise UsageError(f"no instance {id!r}")
     header = snapshot.read_header(data)
-    out.print(f"{id}  {header['workflow']}  {header['status']}  ({snapshot.seal_of(data, settings.signing_keys)})", markup=False, highlight=False)
-    if "parked" in header:
-        out.print(f"parked at offset {header['parked']['offset']}: {header['parked']['reason']}: {header['parked']['message']}", markup=False)
-    for wait in header["waits"]:
-        since = datetime.fromtimestamp(wait["since"] / 1000, UTC).isoformat(sep=" ", timespec="seconds")
-        what = " ".join(str(wait[name]) for name in ("child", "name") if name in wait) + (f" attempt {wait['attempt']}" if "attempt" in wait else "")
-        parts = [f"{wait['kind']} {wait['ref']}", what, wait.get("function", ""), f"{wait.get('file', '')}:{wait.get('line', '')}", f"since {since}"]
-        out.print("  " + "  ".join(part for part in parts if part), markup=False, highlight=False)
     body = snapshot.split(data, settings.signing_keys)[1] if locals else b""  # variables only of what is verified, where there are keys
-    for function, values in peek(body) if body else []:
+    frames = list(peek(body)) if body else []
+    if as_json:
+        shown = {name: value for name, value in header.items() if name not in ("v", "code", "lowering", "key", "ids")}
+        variables = [{"function": function, "locals": {name: repr(value) for name, value in values.items()}} for function, values in frames]
+        print_json({**shown, "status": status_of(header), "seal": snapshot.seal_of(data, settings.signing_keys), **({"frames": variables} if locals else {})})
+        return
+    out.print(f"{id}  {header['workflow']}  {status_of(header)}  ({snapshot.seal_of(data, settings.signing_keys)})", markup=False, highlight=False)
+    for line in _about(header):
+        out.print(line, markup=False, highlight=False)
+    for wait in header["waits"]:
+        parts = [*_wait(wait), wait.get("function", ""), f"{wait.get('file', '')}:{wait.get('line', '')}", f"since {_time(wait['since'])}"]
+        out.print("  " + "  ".join(part for part in parts if part), markup=False, highlight=False)
+    for function, values in frames:
         out.print(f"  {function}", markup=False, highlight=False)
         for name, value in values.items():
             out.print(f"    {name} = {value!r}"[:500], markup=False, highlight=False)
 
 
-def list_(embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
-    """All instances.
+def _about(header: dict[str, Any]) -> list[str]:
+    """What the header tells besides its waits, a line each."""
+    lines = []
+    if "parked" in header:
+        parked = header["parked"]
+        lines.append(f"paused: {parked['message'] or '(no reason)'}" if status_of(header) == "paused" else f"parked at offset {parked['offset']}: {parked['reason']}: {parked['message']}")
+    if header.get("start_id"):
+        parent = f", child of {header['parent'].partition('|')[0]}" if "parent" in header else ""
+        lines.append(f"run {header['start_id']}{parent}")
+    if "cancel" in header:
+        lines.append(f"cancelled at {_time(header['cancel']['at'])}: {header['cancel']['reason'] or '(no reason)'}")
+    if "status_value" in header:
+        lines.append(f"status {header['status_value']!r}")
+    for kind, boxes in header.get("mailbox", {}).items():
+        lines.append(f"unread {kind}s: " + ", ".join(f"{count} {name}" for name, count in boxes.items()))
+    if header.get("updates"):
+        lines.append(f"updates not answered: {len(header['updates'])}")
+    if "outcome" in header:
+        lines.append(f"outcome {header['outcome']['kind']}: {header['outcome']['value']}")
+    return lines
 
-    Example: kwflow list --embedded ./state
+
+def _since(text: str | None) -> float:
+    """`2h` ago, or an ISO time, in ms.  Raises UsageError."""
+    if text is None:
+        return 0
+    ago = re.fullmatch(r"(\d+)([smhd])", text)
+    try:
+        if ago is not None:
+            return (datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])})).timestamp() * 1000
+        parsed = datetime.fromisoformat(text)
+        return (parsed if parsed.tzinfo is not None else parsed.replace(tzinfo=UTC)).timestamp() * 1000
+    except (ValueError, OverflowError):
+        raise UsageError(f"--since is like 30m, 2h, 7d, or a time like 2026-01-31T12:00 (UTC), not {text!r}") from None
+
+
+def list_(
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    workflow: Annotated[str | None, typer.Option("--workflow", help="Only this one.")] = None,
+    status: Annotated[str | None, typer.Option("--status", help="waiting, closing, parked, paused or ended.")] = None,
+    since: Annotated[str | None, typer.Option("--since", help="Changed since then: 30m, 2h, 7d, or an ISO time (UTC).")] = None,
+    as_json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """All instances, or those that are asked for.
+
+    Example: kwflow list --status parked --since 2h --embedded ./state
     """
-    table = Table("id", "workflow", "status", "waits")
+    if status is not None and status not in _STATUSES:
+        raise UsageError(f"--status is one of {', '.join(_STATUSES)}, not {status!r}")
+    begin = _since(since)
+    found = []
     for key, data in sorted(snapshots(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded).items()):
-        header = snapshot.read_header(data)
-        table.add_row(key.decode(), header["workflow"], header["status"], ", ".join(wait["ref"] for wait in header["waits"]))
+        row = _row(key, data)
+        if (workflow is None or row["workflow"] == workflow) and (status is None or row["status"] == status) and row["changed"] >= begin:
+            found.append(row)
+    if as_json:
+        print_json(found)
+        return
+    table = Table("id", "workflow", "status", "changed", "waits")
+    for row in found:
+        waits = [" ".join(_wait(wait)) for wait in row["waits"]]
+        said = ", ".join(waits[:3]) + (f" and {len(waits) - 3} more" if len(waits) > 3 else "")
+        outcome = row["outcome"]
+        table.add_row(row["id"], row["workflow"], row["status"] + (f" ({outcome['kind']})" if outcome else ""), _time(row["changed"]) if row["changed"] else "", said)
     out.print(table)
+
+
+def _row(key: bytes, data: bytes) -> dict[str, Any]:
+    try:
+        header = snapshot.read_header(data)
+    except SnapshotError:  # the others are shown all the same
+        header = {"workflow": "", "status": "damaged", "waits": []}
+    changed = header.get("ended", header.get("updated", 0))
+    return {
+        "id": key.decode("utf-8", "backslashreplace"), "workflow": header["workflow"], "status": status_of(header), "start_id": header.get("start_id", ""), "changed": changed,
+        "waits": header["waits"], "status_value": header.get("status_value"), "outcome": header.get("outcome"),
+    }  # fmt: skip

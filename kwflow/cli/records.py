@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Annotated
 
 import msgspec
 import typer
 
-from kwflow.cli.shared import Bootstrap, ConfigFile, MaybeDir, json_option, out, read, send, text_of
+from kwflow.cli.messages import connect, wait_for
+from kwflow.cli.shared import Bootstrap, ConfigFile, Json, MaybeDir, json_option, out, print_json, read, send, text_of
 from kwflow.config import load_config
 from kwflow.errors import UsageError
 
@@ -20,14 +22,27 @@ def start(
     bootstrap_servers: Bootstrap = None,
     workflow: Annotated[str | None, typer.Option("--workflow", help="Name; default: the engine's first MODULE.")] = None,
     input: Annotated[str, typer.Option("--input", help="JSON for the workflow's argument.")] = "null",
+    start_id: Annotated[str | None, typer.Option("--start-id", help="Repeated under the same id it is one run, also after its end; default: a new one.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for its end and print its result; exit code 1 for any other outcome.")] = False,
+    timeout: Annotated[float | None, typer.Option("--timeout", help="With --wait: seconds; the workflow goes on.")] = None,
+    as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
     """Start a workflow under an id; an id that runs is left alone.
 
-    Example: kwflow start order-7 --input '{"items": 3}' --embedded ./state
+    Example: kwflow start order-7 --input '{"items": 3}' --wait --embedded ./state
     """
-    headers = (("kwflow-workflow", workflow.encode()),) if workflow else ()
-    send(load_config(config, bootstrap_servers=bootstrap_servers), embedded, id, b"new:" + json_option(input, "--input"), headers)
+    settings = load_config(config, bootstrap_servers=bootstrap_servers)
+    argument, run = json_option(input, "--input"), start_id or uuid.uuid4().hex
+    if wait:
+        with connect(settings, embedded) as client:
+            value = wait_for(client.start_and_wait(id, msgspec.json.decode(argument), workflow=workflow, start_id=run, timeout=timeout), id, as_json)
+        print_json({"id": id, "start_id": run, "outcome": "result", "value": value} if as_json else value)
+        return
+    headers = (("kwflow-start-id", run.encode()), *([("kwflow-workflow", workflow.encode())] if workflow else []))
+    send(settings, embedded, id, b"new:" + argument, headers)
+    if as_json:
+        print_json({"id": id, "start_id": run})
 
 
 def resume(
@@ -50,11 +65,23 @@ def resume(
     send(load_config(config, bootstrap_servers=bootstrap_servers), embedded, id, message)
 
 
-def tail(topic: str, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, offset: Annotated[int, typer.Option(help="From this offset on.")] = 0, config: ConfigFile = None) -> None:
+def tail(
+    topic: str,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    offset: Annotated[int, typer.Option(help="From this offset on.")] = 0,
+    as_json: Json = False,
+    config: ConfigFile = None,
+) -> None:
     """Print the committed records of a topic.
 
     Example: kwflow tail workflow-result --embedded ./state
     """
     for record in read(load_config(config, bootstrap_servers=bootstrap_servers), embedded, topic):
-        if record.offset >= offset:
+        if record.offset < offset:
+            continue
+        if as_json:
+            headers = {name: text_of(value) for name, value in record.headers}
+            print_json({"partition": record.partition, "offset": record.offset, "timestamp": record.timestamp_ms, "key": text_of(record.key), "value": text_of(record.value), "headers": headers})
+        else:
             out.print(f"{record.offset} {text_of(record.key)} {text_of(record.value)}", markup=False, highlight=False)

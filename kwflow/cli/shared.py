@@ -17,8 +17,8 @@ from kwflow.runners.embedded import entries, read_only, stored
 from kwflow.runners.socket import submit
 
 __all__ = [
-    "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
-    "append", "err", "json_option", "out", "read", "send", "snapshots", "states", "text_of",
+    "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
+    "append", "err", "json_option", "out", "print_json", "read", "send", "snapshots", "states", "text_of",
 ]  # fmt: skip
 
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
@@ -35,6 +35,7 @@ Http = Annotated[str | None, typer.Option("--http", help="HOST:PORT for GET /hea
 LogFormat = Annotated[str | None, typer.Option("--log-format", help="text or json; json has workflow id, topic, partition and offset.")]
 Traced = Annotated[bool, typer.Option("--tracing", envvar="KWFLOW_TRACING", help="OpenTelemetry spans, sent as the OTEL_* variables say (kwflow[otel]).")]
 Letter = Annotated[str, typer.Argument(metavar="ID|LETTER", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Modules = Annotated[list[str], typer.Argument(help="Dotted names or path.py", metavar="MODULE...")]
 
 
@@ -44,6 +45,11 @@ def json_option(text: str, option: str) -> bytes:
     except msgspec.DecodeError as error:
         raise UsageError(f"{option} is not JSON: {error}") from None
     return text.encode()
+
+
+def print_json(value: object) -> None:
+    """One line of JSON on the standard output."""
+    out.print(msgspec.json.encode(value).decode(), markup=False, highlight=False)
 
 
 def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
