@@ -42,6 +42,7 @@ class Calls:
         self.logs: list[str] = []
         self.dispatch: list[object] = []
         self.replies: list[Reply] = []
+        self.outcome = ""  # the word for counters, where it is not the one that the step was begun with
         self.travelling = wire.travelling_headers(record)
         self._ids = 0
         self._bytes = 0

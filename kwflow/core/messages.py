@@ -123,13 +123,13 @@ def _update(calls: Calls, command: Command) -> None:
     instance = calls.instance
     mailbox = instance.mailbox
     if instance.status == CLOSING:
-        return _answer(calls, command, "ended")
+        return _refuse(calls, "ended", "it has ended and cleans up")
     known = mailbox.validators if mailbox is not None else {}
     if mailbox is None or arguments.name not in known:
-        return _answer(calls, command, "rejected", f"no update {arguments.name!r} is taken; there are: {', '.join(sorted(known)) or 'none'}")
+        return _refuse(calls, "rejected", f"no update {arguments.name!r} is taken; there are: {', '.join(sorted(known)) or 'none'}")
     refused = _validate(known[arguments.name], arguments.value)
     if refused is not None:
-        return _answer(calls, command, "rejected", refused)
+        return _refuse(calls, "rejected", refused)
     number = mailbox.number_next
     address = wire.reply_address(calls.record)
     instance.extra.setdefault("updates", {})[str(number)] = {"id": command.id, "to": [msgspec.to_builtins(address)] if address is not None else []}
@@ -137,6 +137,14 @@ def _update(calls: Calls, command: Command) -> None:
         remember(instance.extra.setdefault("ids", {}), command.id, _PENDING)
     mailbox.put("update", arguments.name, Update(number, arguments.name, arguments.value), len(calls.record.value or b""), None)
     calls.machine.deliver("update", arguments.name)
+
+
+def _refuse(calls: Calls, status: str, why: str) -> None:
+    """Told to whoever waits; else the record is a dead letter (G3), which the outcome asks for.  It may be sent again: it was not applied."""
+    calls.answer(status, why)
+    if not calls.replies:
+        calls.outcome = "refused"
+        calls.logs.append(why)
 
 
 def _validate(validator: Callable[[Any], object] | None, value: object) -> str | None:

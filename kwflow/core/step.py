@@ -168,7 +168,7 @@ class Step(Calls):
         if instance.mailbox is not None:
             messages.describe(self, instance.mailbox)
         state = self._state()
-        return Transition(state, tuple(self.outputs), tuple(self.logs), tuple(self.dispatch), tuple(self.replies), outcome)
+        return Transition(state, tuple(self.outputs), tuple(self.logs), tuple(self.dispatch), tuple(self.replies), self.outcome or outcome)
 
     def start_main(self, function: Callable[[Any], Any], options: object) -> None:
         """Call the workflow function; a plain function's value is its result (KW-32), its error the error record (KW-25)."""

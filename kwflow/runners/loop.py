@@ -355,7 +355,10 @@ class _Batch:
         if made.outcome in _IGNORED:
             logs = (f"{name}: ignored, {made.outcome}, {record.topic}[{record.partition}]@{record.offset}",)
         replies = tuple(wire.reply_output(self.config.reply_topic, reply) for reply in made.replies) if made.replies else ()
-        return Decision(made.outputs, logs, (made.outcome,), replies, made.dispatch)
+        decision = Decision(made.outputs, logs, (made.outcome,), replies, made.dispatch)
+        if made.outcome != "refused":
+            return decision
+        return commands.joined([decision, parked.dead(self.config, record, "refused", made.logs[-1], self.context.received_ms)])
 
     def _ended(self, key: bytes, live: _Live, header: dict[str, Any]) -> None:
         live.forget()

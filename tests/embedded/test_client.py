@@ -195,6 +195,17 @@ def test_records_that_are_not_ours_are_counted_and_harm_nobody(client: Client, h
     assert client.counts["foreign"] == 2
 
 
+def test_a_reply_address_that_is_gone_does_not_stop_the_command(client: Client, hosted: Hosted) -> None:
+    """M1.2: the reply is left out and counted."""
+    future = client.start_and_wait("w", workflow="ask")
+    waits(client, "w")
+    asked = (("kwflow-op", b"cancel"), ("kwflow-request", b"r"), ("kwflow-reply-to", b"7/gone"))
+    hosted.engine.append(hosted.config.resume_topic, b"w", b"null", asked)
+    with pytest.raises(OutcomeError, match="cancelled"):
+        future.result(20)
+    assert hosted.engine.counts["reply-gone"] == 1
+
+
 def test_signals_updates_and_queries(client: Client) -> None:
     """M2."""
     future = client.start_and_wait("w", workflow="prices")
