@@ -11,12 +11,12 @@ import math
 import types
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from kwflow.core import wire
 from kwflow.core.contract import Context, Transition
 from kwflow.core.dispatch import Callee, Dispatch
-from kwflow.core.instance import Instance, Machine
+from kwflow.core.instance import Host, Instance, Machine
 from kwflow.core.mailbox import Inbox
 from kwflow.core.tasks import OK, ActivityWait, All, Awaitable, Combinator, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.core.wire import Output, Record, Reply
@@ -32,8 +32,6 @@ _AHEAD_MS_MAX = 3_600_000  # K13: Kafka 4 refuses what lies further ahead
 class Calls:
     """One step while it runs, as author code sees it.  Its buffers are its own, so a failed step leaves nothing (KW-39)."""
 
-    machine: Machine
-
     def __init__(self, instance: Instance, record: Record, context: Context) -> None:
         self.instance = instance
         self.record = record
@@ -43,6 +41,7 @@ class Calls:
         self.dispatch: list[object] = []
         self.replies: list[Reply] = []
         self.outcome = ""  # the word for counters, where it is not the one that the step was begun with
+        self.machine = Machine(instance, cast(Host, self), context.limits.nesting_max, context.limits.tasks_max)  # a Step is one
         self.travelling = wire.travelling_headers(record)
         self._ids = 0
         self._bytes = 0

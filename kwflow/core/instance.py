@@ -288,14 +288,11 @@ class Machine:
 
     def combine(self, combinator: Combinator) -> None:
         """Attach a new combinator to its started children and decide it if one of them already does."""
-        settled = False
+        if self.instance.mailbox is not None:
+            self._fetch_for(combinator)
         for child in combinator.distinct():
             child.observed = True
-            if isinstance(child, SignalWait) and not child.settled and (not settled or isinstance(combinator, All)):
-                self._fetch(child)
-            if child.settled:
-                settled = True
-            else:
+            if not child.settled:
                 child.waiters.append(combinator)
         for child in combinator.distinct():
             if child.settled and combinator.decided is None:
@@ -380,6 +377,14 @@ class Machine:
         for wait in [wait for wait in self.instance.waits.values() if isinstance(wait, SignalWait)]:
             if wait.kind == kind and wait.name == name and wait.waiters and not wait.settled and not self._fetch(wait):
                 return
+
+    def _fetch_for(self, combinator: Combinator) -> None:
+        """What a new combinator takes from the mailbox at once: all that it needs, or no more than what decides it."""
+        settled = False
+        for child in combinator.distinct():
+            if isinstance(child, SignalWait) and not child.settled and (not settled or isinstance(combinator, All)):
+                self._fetch(child)
+            settled = settled or child.settled
 
     def _fetch(self, wait: SignalWait) -> bool:
         """Settle it with the oldest mail, if there is any."""

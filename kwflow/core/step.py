@@ -19,7 +19,7 @@ from kwflow.core.calls import Calls
 from kwflow.core.contract import Context, Ended, Keep, Save, Transition
 from kwflow.core.current import in_step, slot
 from kwflow.core.dispatch import Withdraw
-from kwflow.core.instance import CLOSING, Instance, Machine
+from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.snapshot import ended_header, waits_of
 from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task
 from kwflow.core.wire import Record
@@ -136,10 +136,6 @@ def _command(name: str, instance: Instance | None, command: wire.Command, record
 
 class Step(Calls):
     """One step: the record is applied, then everything it made ready, then the instance is what the Transition says."""
-
-    def __init__(self, instance: Instance, record: Record, context: Context) -> None:
-        super().__init__(instance, record, context)
-        self.machine = Machine(instance, self, context.limits.nesting_max, context.limits.tasks_max)
 
     def run(self, first: Callable[[], None], outcome: str) -> Transition:
         """Do `first`, then everything it made ready; the instance afterwards is what the Transition says."""

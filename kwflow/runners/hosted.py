@@ -11,6 +11,7 @@ from types import TracebackType
 from kwflow import api
 from kwflow.config import Config, load_config
 from kwflow.core.contract import Workflows
+from kwflow.durable import set_abandoning
 from kwflow.ports import Processor
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.loop import WorkflowProcessor
@@ -31,7 +32,9 @@ class Hosted:
         self.config = config or load_config()
         loaded = workflows if isinstance(workflows, Workflows) else load_workflows(workflows, packages=self.config.durable_packages)
         self.engine = Embedded(Path(directory), self.config)
-        self._processors: list[Processor] = [WorkflowProcessor(self.config, loaded, api.declared_topics(), self.engine.incarnation, on_log), TimerProcessor(self.config)]
+        self._workflows = WorkflowProcessor(self.config, loaded, api.declared_topics(), self.engine.incarnation, on_log)
+        self._processors: list[Processor] = [self._workflows, TimerProcessor(self.config)]
+        self._forgetting = set_abandoning(True, everywhere=True)  # while it runs, on every thread of this process (semantics §3.3)
         self._on_log = on_log
         self._stopped = False
         self._failed: BaseException | None = None
@@ -53,6 +56,8 @@ class Hosted:
         self._thread.join()
         self._stack.close()
         self.engine.close()
+        self._workflows.forget()
+        set_abandoning(self._forgetting, everywhere=True)
         if self._failed is not None:
             raise self._failed
 

@@ -196,6 +196,13 @@ class WorkflowProcessor:
     def live_instances(self) -> int:
         return len(self._sleeping)
 
+    def forget(self) -> None:
+        """Let go of all live instances; what is stored is the truth."""
+        for live in self._sleeping.values():
+            live.forget()
+        self._sleeping.clear()
+        self._sleeping_bytes = 0
+
     def keep(self, key: bytes, live: _Live) -> None:
         live.ahead, live.met = False, []
         self._sleeping[key] = live

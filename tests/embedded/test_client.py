@@ -359,3 +359,17 @@ def test_without_an_engine_a_command_has_an_unknown_outcome_and_is_done_once_whe
             assert client.start("w", workflow="ask", start_id=unknown.value.command_id).result(20).new is False
             client.resume("w", "answer", 9).result(20)
             assert client.result("w").result(20) == 9
+
+
+def test_a_program_that_hosted_an_engine_closes_its_own_generators_as_before(tmp_path: pathlib.Path) -> None:
+    """Semantics §3.3: forgetting is for as long as the engine runs."""
+    cleaned: list[str] = []
+    module = durable.load_source("closing_case", "def gen(cleaned):\n    try:\n        yield 1\n    finally:\n        cleaned.append('cleaned')\n", "closing_case.py")
+    with Hosted(tmp_path / "state", workflows(), on_log=lambda _: None) as hosted, Client.embedded(hosted.engine) as client:
+        client.start("w", workflow="ask").result(20)
+        next(closed := module.gen(cleaned))
+        closed.close()
+        assert cleaned == []
+    next(closed := module.gen(cleaned))
+    closed.close()
+    assert cleaned == ["cleaned"]

@@ -139,8 +139,25 @@ def kill():
     return (yield 1)
 
 
+def kid(node, policy, after):
+    """A workflow of its own; what becomes of it when this one goes on without it is its policy."""
+    other = kw.start_child("main", {"program": node}, parent_close=policy)
+    try:
+        return (yield kw.race([other, run(after)]) if after else other)
+    except kw.ChildError as error:
+        say("child", error.outcome)
+        return error.outcome
+
+
+def hear(name, node):
+    """A signal, or what the node gives; what loses is heard by the next."""
+    found = yield kw.race({"signal": kw.wait_signal(name), "node": run(node)})
+    say("heard", *found)
+    return [*found, kw.signals("rest").take()]
+
+
 NODES = {
-    "all": every, "ask": ask, "child": child, "fail": fail, "huge": huge, "kill": kill, "large": large, "limit": limit, "lock": lock, "race": first, "rescue": rescue,
+    "all": every, "ask": ask, "child": child, "fail": fail, "hear": hear, "huge": huge, "kid": kid, "kill": kill, "large": large, "limit": limit, "lock": lock, "race": first, "rescue": rescue,
     "saga": saga, "sequence": sequence, "shield": shield, "sleep": sleep, "stop": stop, "stuck": stuck,
 }  # fmt: skip
 

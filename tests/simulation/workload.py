@@ -18,7 +18,7 @@ def program(chance: random.Random, depth: int = 3) -> Node:
     below = lambda: program(chance, depth - 1)
     if depth == 0 or chance.random() < 0.3:
         return chance.choice([["ask", f"a{chance.randrange(100)}"], ["ask", f"b{chance.randrange(100)}"], ["sleep", round(chance.choice([0.0, 0.5, 5.0, 20.0]) * chance.random(), 3)]])
-    kind = chance.choices(["all", "race", "limit", "child", "stop", "sequence", "rescue", "shield", "saga", "poison"], [3, 3, 3, 2, 2, 4, 2, 1, 2, 1.5])[0]
+    kind = chance.choices(["all", "race", "limit", "child", "stop", "sequence", "rescue", "shield", "saga", "poison", "kid", "hear"], [3, 3, 3, 2, 2, 4, 2, 1, 2, 1.5, 2, 2])[0]
     if kind in ("all", "race", "sequence"):
         return [kind, *(below() for _ in range(chance.randint(1, 3)))]
     if kind == "limit":
@@ -27,6 +27,10 @@ def program(chance: random.Random, depth: int = 3) -> Node:
         return [kind, below(), leaf()]
     if kind == "saga":
         return [kind, *(f"s{number}" for number in range(chance.randint(1, 3)))]
+    if kind == "kid":
+        return [kind, below(), chance.choice(["cancel", "terminate", "abandon"]), leaf() if chance.random() < 0.5 else None]
+    if kind == "hear":
+        return [kind, chance.choice(["s", "t"]), below()]
     if kind == "poison":
         return chance.choice([["fail", "as told"], ["stuck"], ["lock", "l"], ["large", "l"], ["huge"], ["rescue", ["fail", "as told"]]])
     return [kind, below()]
@@ -78,7 +82,7 @@ class Clients:
     # -- what is done ------------------------------------------------------------------------------------------------
     def _act(self) -> None:
         config, chance = self.world.config, self.chance
-        kinds = {"start": 30, "answer": 50, "again": 3, "stray": 3, "unknown": 2, "bad": 3, "misplaced": 3, "command": 4, "timer": 6}
+        kinds = {"start": 30, "answer": 50, "again": 3, "stray": 3, "unknown": 2, "bad": 3, "misplaced": 3, "command": 4, "timer": 6, "message": 12}
         kind = chance.choices(list(kinds), list(kinds.values()))[0]
         id = chance.choice(self._started) if self._started else "nobody"
         if kind == "start" and len(self._started) < self._ids:
@@ -101,6 +105,8 @@ class Clients:
             self._command(chance.choice(parked) if parked and chance.random() < 0.8 else id, chance.choice(["retry", "discard"]))
         elif kind == "timer":
             self._timer()
+        elif kind == "message":
+            self._message(id)
 
     def _start(self, misplaced: bool = False) -> None:
         id = f"w{len(self._started)}"
@@ -121,6 +127,22 @@ class Clients:
 
     def _command(self, id: str, op: str) -> None:
         self.send(self.world.config.resume_topic, id, "null", (("kwflow-op", op),))
+
+    def _message(self, id: str) -> None:
+        """A command, often sent twice under its id, to a running id, one that has ended, or a child."""
+        chance = self.chance
+        target = f"{id}/{chance.randrange(40)}:{chance.randint(1, 3)}" if chance.random() < 0.3 else id
+        op = chance.choices(["signal", "cancel", "terminate", "pause", "unpause", "query", "update"], [8, 2, 1, 2, 3, 2, 1])[0]
+        arguments = {"name": chance.choice(["s", "t", "rest"]), "value": chance.randrange(100)} if op in ("signal", "update") else {}
+        if op == "signal" and chance.random() < 0.3:
+            arguments["ttl_ms"] = chance.randint(1, 10_000)
+        headers = (("kwflow-op", op), ("kwflow-id", f"command-{chance.randrange(10_000)}"))
+        if chance.random() < 0.7:  # one process for each input partition: the replies of several have no order among them
+            number = partition_of(target.encode(), self.world.partitions)
+            place = f"{number}/client{number}" if chance.random() < 0.9 else f"{self.world.partitions}/gone"
+            headers += (("kwflow-request", f"request-{self.sent}"), ("kwflow-reply-to", place))
+        for _ in range(2 if chance.random() < 0.3 else 1):
+            self.send(self.world.config.resume_topic, target, json.dumps(arguments), headers)
 
     def _timer(self) -> None:
         """A timer of somebody else's; often it is cancelled again."""
