@@ -17,7 +17,7 @@ from kwflow.durable.awaiting import below
 from kwflow.durable.lower.scopes import ITERATOR
 from kwflow.durable.registry import Function
 from kwflow.durable.runtime import Resume, set_abandoning
-from kwflow.errors import CodeChangedError, CorruptSnapshotError, KwflowBug, NotDurableError, UsageError
+from kwflow.errors import CodeChangedError, KwflowBug, NotDurableError, UsageError
 
 __all__ = ["Frame", "State", "capture", "describe", "discard", "empty", "enter", "forget_shells", "is_durable", "read", "refill", "restore", "snap", "where"]
 
@@ -180,8 +180,9 @@ def empty(function: Function, cells: tuple[types.CellType, ...], name: str | Non
 def refill(gen: Gen, status: str, saved: dict[str, Any]) -> None:
     """Fill what `empty` made."""
     slots = _shells.pop(gen, None)
-    if slots is None:
-        raise CorruptSnapshotError(f"{gen.__qualname__} has two states in one snapshot")
+    if slots is None:  # another thread's load has failed meanwhile, or the snapshot has two states for it
+        frame = gen.gi_frame
+        slots = copied_locals(frame)["@S"] if frame is not None else {}
     fill(gen, slots, status, saved)
 
 
