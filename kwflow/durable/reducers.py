@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from kwflow.durable import iters, names, rebuild
+from kwflow.durable import iters, names, rebuild, registry
 from kwflow.errors import UsageError
 
 __all__ = ["Refused", "plain", "reduce_module", "reducer_of", "register_reducer"]
@@ -41,9 +41,15 @@ def register_reducer(cls: type[Any], reduce: Callable[[Any], Any], build: Callab
     """Save objects of exactly this class as `reduce(object)`, and make them again by `build(that)`.
 
     `reduce` gives any value that can be saved; it must not lead back to the object.  `name` (default: the class's) is what
-    stands in snapshots: it must stay as long as they do.  Raises UsageError for builtin values and for a name that is taken.
+    stands in snapshots: it must stay as long as they do.  In old code that is loaded beside the new it is ignored, but for
+    classes of that old code (semantics §8.4).  Raises UsageError for builtin values and for a name that is taken.
     """
     key = name or f"{cls.__module__}.{cls.__qualname__}"
+    old = registry.version(getattr(build, "__module__", None) or "")
+    if old is not None:
+        if registry.version(cls.__module__) is not old:
+            return
+        key = f"{key}@{old.version[:12]}"
     if not isinstance(cls, type) or cls in _ATOMS or issubclass(cls, BaseException):
         raise UsageError(f"{cls!r} has its own way into snapshots; register_reducer is for other classes")
     known = _owners.get(key)

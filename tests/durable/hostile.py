@@ -14,13 +14,14 @@ import struct
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/durable")]
 
 from kwflow import durable  # noqa: E402
 from kwflow.core import snapshot  # noqa: E402
 from kwflow.durable import names  # noqa: E402
 from kwflow.errors import SnapshotError  # noqa: E402
 from kwflow.testing import WorkflowTester  # noqa: E402
+from tests.compat import kept  # noqa: E402
 
 MEMORY_BYTES = 2 << 30
 CPU_SECONDS = 600
@@ -80,9 +81,21 @@ def real() -> list[bytes]:
         for ref in answered[:1]:
             engine.resume("w", ref, {"ok": ref})
         made.append(engine.state.entries[b"w"])
+    made += earlier()
     for data in made:
         snapshot.load(data)
     return made
+
+
+def earlier() -> list[bytes]:
+    """The largest that 0.1.0 stored."""
+    found = []
+    for scenario in kept.read("0.1.0", "instances.json.gz").values():
+        state = kept.store(kept.msgspec.convert(scenario["steps"][0], kept.Step).state)
+        found += [(len(data), data, scenario["module"]) for data in state.entries.values() if data[:4] == b"KWF1"]
+    _, data, module = max(found)
+    kept.load("0.1.0", "workflows", module)
+    return [data]
 
 
 def sealed(data: bytes) -> bytes:

@@ -258,6 +258,29 @@ def test_a_reducer_that_is_not_registered_where_it_is_loaded_is_named(code: Any)
         durable.loads(data)
 
 
+def test_old_code_registers_reducers_for_its_own_classes_only() -> None:
+    """Semantics §8.4."""
+    from kwflow.durable import rebuild, registry
+
+    class Old:
+        pass
+
+    current = durable.load_source("reducing", "def build(held):\n    return held\n", "reducing.py")
+    loaded = registry.modules()["reducing"]
+    hidden = registry.version_name("reducing", loaded.version)
+    registry.add_version(loaded)
+    try:
+        build = type(current.build)(current.build.__code__, current.build.__globals__)
+        build.__module__ = hidden
+        durable.register_reducer(Money, lambda money: money.cents, build, name="of-old-code")
+        assert "of-old-code" not in rebuild.builders
+        Old.__module__ = hidden
+        durable.register_reducer(Old, lambda old: 1, build, name="of-old-code")
+        assert [name for name in rebuild.builders if name.startswith("of-old-code")] == [f"of-old-code@{loaded.version[:12]}"]
+    finally:
+        registry.drop_version(hidden)
+
+
 def test_reducers_have_names_of_their_own_and_are_not_for_builtin_values() -> None:
     durable.register_reducer(Money, lambda money: money.cents, Money, name="test-money")
     durable.register_reducer(Money, lambda money: money.cents, Money, name="test-money")  # a module that is loaded again
