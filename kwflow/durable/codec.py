@@ -3,7 +3,8 @@
 A body is one pickle of one list: the root, a spare place, then (kind, shell, state) for each object that was met as an empty
 shell.  The list grows while it is pickled, so identity and cycles survive and a chain of 20,000 generators does not
 recurse.  Both sides begin with the same table of names (`SEEDS`) in their memo, which makes small snapshots small.  What
-may be named is decided in names.py, how values are reduced in reducers.py; it must not know workflows.
+may be named is decided in names.py, how values are reduced in reducers.py; it must not know workflows.  Both sides of the
+format stand in this one file, whatever its length: a change of one is a change of the other.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kwflow.durable import culprit, iters, names, rebuild, registry
 from kwflow.durable.frames import CREATED, FINISHED, SUSPENDED, discard, enter, forget_shells, refill, snap
 from kwflow.durable.local_classes import reduce_class
 from kwflow.durable.reducers import Refused, plain, reduce_module, reducer_of
-from kwflow.errors import CorruptSnapshotError, ResourceError, SnapshotError
+from kwflow.errors import CorruptSnapshotError, KwflowBug, ResourceError, SnapshotError
 
 __all__ = ["FORMAT", "SEEDS", "Code", "dumps", "dumps_with_code", "loads", "padded", "register_class", "seeded"]
 
@@ -238,6 +239,30 @@ def _meaning(of: rebuild.Names) -> tuple[Any, ...]:
 
 _METHODS = frozenset(name for name in rebuild.CONSTRUCTORS if hasattr(rebuild.Names, name))
 _unpickler_memo = seeded(_meaning(rebuild.CURRENT))
+
+
+class _Probe(pickle.Pickler):
+    """Grows its list by one while the last item is pickled, as `_Pickler` does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if len(self.items) == 2:
+            self.items.append(3)
+        return NotImplemented
+
+    items: list[Any]
+
+
+def _check_that_lists_may_grow() -> None:
+    """An interpreter that took a list's length beforehand would lose states without a word; none does up to 3.14."""
+    file = io.BytesIO()
+    probe = _Probe(file, _PROTOCOL)
+    probe.items = [1, _Probe]
+    probe.dump(probe.items)
+    if b"K\x03" not in file.getvalue():
+        raise KwflowBug("this Python pickles lists in another way than kwflow needs; nothing can be saved with it")
+
+
+_check_that_lists_may_grow()
 
 
 def _named(module: str | None, qualname: str) -> Any:
