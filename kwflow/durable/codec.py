@@ -253,7 +253,7 @@ class _Probe(pickle.Pickler):
 
 
 def _check_that_lists_may_grow() -> None:
-    """An interpreter that took a list's length beforehand would lose states without a word; none does up to 3.14."""
+    """An interpreter that took a list's length beforehand would lose states without a word; none does up to 3.13."""
     file = io.BytesIO()
     probe = _Probe(file, _PROTOCOL)
     probe.items = [1, _Probe]

@@ -91,8 +91,10 @@ for _told, _real in {"_operator": "operator", "_functools": "functools", "_heapq
     _FUNCTIONS[_told] = _FUNCTIONS[_real]
 # modules of the standard library whose exceptions a snapshot may name although nobody has imported them yet
 _EXCEPTIONS = frozenset(
-    "asyncio.exceptions concurrent.futures._base _csv csv decimal email.errors fractions http.client ipaddress json.decoder queue shutil socket sqlite3 ssl statistics struct subprocess "
-    "tomllib urllib.error uuid zipfile zlib zoneinfo zoneinfo._common".split()
+    "_csv argparse asyncio.exceptions asyncio.queues binascii calendar concurrent.futures._base concurrent.futures.process concurrent.futures.thread configparser copy csv dataclasses decimal "
+    "email.errors fractions ftplib getopt graphlib gzip http.client http.cookiejar http.cookies imaplib importlib.metadata ipaddress json.decoder locale mailbox netrc plistlib poplib queue re "
+    "re._constants selectors shutil smtplib socket sqlite3 ssl statistics struct subprocess tarfile tokenize tomllib tomllib._parser urllib.error uuid xml.dom xml.etree.ElementTree "
+    "xml.parsers.expat xml.sax._exceptions xmlrpc.client zipfile zipimport zlib zoneinfo zoneinfo._common".split()
 )
 _OURS_REFUSED = ("kwflow.cli", "kwflow.client", "kwflow.runners", "kwflow.testing", "kwflow.gateway", "kwflow.worker", "kwflow.config", "kwflow.durable.lower")
 _DURABLE = frozenset("kwflow.durable.awaiting kwflow.durable.iters kwflow.durable.pools kwflow.durable.resources kwflow.durable.runtime".split())

@@ -1,7 +1,9 @@
 """What locals may hold: each kind of value, saved at a yield in the middle of its use, goes on as it would have natively."""
 
+import importlib
 import pathlib
 import re
+import subprocess
 import sys
 import warnings
 from typing import Any
@@ -49,6 +51,21 @@ NAMES = re.findall(r'^    "([\w. ]+)": lambda', SOURCE, re.MULTILINE)
 def test_an_iterator_goes_on_where_it_was(code: Any, native: Any, name: str) -> None:
     """Saved at every item, and no warning of Python about it."""
     assert outcome(code.over(name), True) == outcome(native["over"](name), False)
+
+
+ERRORS = "binascii:Error json.decoder:JSONDecodeError sqlite3:OperationalError urllib.error:URLError asyncio:QueueEmpty subprocess:CalledProcessError zlib:error".split()
+
+
+@pytest.mark.parametrize("of", ERRORS)
+def test_an_exception_of_the_standard_library_loads_where_its_module_was_not_imported(of: str, code: Any, tmp_path: pathlib.Path) -> None:
+    module, name = of.split(":")
+    cls = getattr(importlib.import_module(module), name)
+    made = cls.__new__(cls)
+    made.args = ("told",)
+    (tmp_path / "saved").write_bytes(durable.dumps(made))
+    script = "import sys, pathlib\nfrom kwflow import durable\nprint(durable.loads(pathlib.Path(sys.argv[1]).read_bytes()).args)"
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "saved")], capture_output=True, text=True, check=False, cwd=CASES.parents[3])
+    assert done.stdout.strip() == "('told',)", done.stderr
 
 
 HOLDERS = "groups copies watches_its_dict watches_its_set changed_before_the_yield dict_with_its_own_iterator values local_classes exceptions managers".split()
