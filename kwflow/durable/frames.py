@@ -104,8 +104,8 @@ def snap(gen: Gen) -> tuple[Function, str, dict[str, Any], tuple[types.CellType,
     slots = {name: names[name] for name in wanted if name in names}
     slots[_LABEL] = label
     cells = names["@c"] if plan.function.captured else ()
-    if type(names) is dict:
-        names.clear()  # until 3.12 the frame keeps it, and would hold what the author has dropped
+    if type(names) is dict and sys.getrefcount(names) == _REFERENCES_TO_OURS:
+        names.clear()  # as in `copied_locals`
     return plan.function, SUSPENDED, slots, cells
 
 
