@@ -1,4 +1,4 @@
-"""`python -m benchmarks [GROUP...]`: figures as a table and as bench-results.json; groups are generators, embedded, scale, activities, kafka, restore."""
+"""`python -m benchmarks [GROUP...]`: figures as a table and as bench-results.json; groups are generators, loading, embedded, scale, activities, kafka, restore."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from benchmarks.common import FIGURES, TARGETS
 
-GROUPS = ("generators", "embedded", "scale", "activities", "kafka", "restore")
+GROUPS = ("generators", "loading", "embedded", "scale", "activities", "kafka", "restore")
 
 
 def main(groups: list[str]) -> None:

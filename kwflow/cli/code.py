@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from kwflow.cli.lowered import lowered
 from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, append, out, read, snapshots
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
@@ -26,6 +27,7 @@ from kwflow.runners.modules import load_workflows
 __all__ = ["check", "code_app", "code_store"]
 
 code_app = typer.Typer(no_args_is_help=True, help="The code that instances run: old versions beside the new.")
+code_app.command()(lowered)
 _SHOWN = 20
 
 

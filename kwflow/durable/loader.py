@@ -21,7 +21,7 @@ from importlib.machinery import ModuleSpec
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
-from kwflow.durable import registry, runtime
+from kwflow.durable import cache, registry, runtime
 from kwflow.durable.lower import lower_module
 from kwflow.errors import CodeChangedError, NotDurableWarning, UnsupportedError, UsageError
 
@@ -63,7 +63,7 @@ def durable(function: _F) -> _F:
         lowered.version = hashlib.sha256(f"{known.version} {lowered.version}".encode()).hexdigest()
     lowered.namespace = raw.__globals__
     registry.add_module(lowered)
-    raw.__globals__["@kw"] = runtime.Runtime(lowered, {})
+    runtime.inject(raw.__globals__, lowered, {})
     exec(lowered.code, raw.__globals__)
     made = raw.__globals__[raw.__name__]
     made.__defaults__, made.__kwdefaults__, made.__annotations__, made.__doc__ = raw.__defaults__, raw.__kwdefaults__, raw.__annotations__, raw.__doc__
@@ -110,7 +110,7 @@ def load_source(name: str, source: str | bytes | ast.Module, filename: str = "<s
 
 def run(module: types.ModuleType, source: str | ast.Module, filename: str) -> None:
     """Lower and execute in this module's namespace."""
-    lowered = lower_module(module.__name__, source, filename)
+    lowered = cache.load(module.__name__, source, filename) if isinstance(source, str) else lower_module(module.__name__, source, filename)
     lowered.namespace = module.__dict__
     before = registry.add_module(lowered)
     try:
@@ -118,16 +118,17 @@ def run(module: types.ModuleType, source: str | ast.Module, filename: str) -> No
     except BaseException:
         registry.remove_module(lowered, before)
         raise
-    for name, value in module.__dict__.items():
+    foreign = [(name, value) for name, value in module.__dict__.items() if isinstance(value, types.FunctionType) and value.__module__ != module.__name__]
+    for name, value in foreign:
         kind = "generator" if inspect.isgeneratorfunction(value) else "coroutine" if inspect.iscoroutinefunction(value) else ""
-        if kind and value.__module__ != module.__name__ and registry.function_of(value.__code__) is None:
+        if kind and registry.function_of(value.__code__) is None:
             text = f"{module.__name__}.{name} is a {kind} function of {value.__module__}, which is not durable: a workflow cannot wait in it"
             warnings.warn(text, NotDurableWarning, stacklevel=2)
 
 
 def execute(module: types.ModuleType, lowered: registry.Module, bound: Mapping[str, type] = MappingProxyType({})) -> None:
     """Run its code; `bound` are the classes that stand for those of a stored version."""
-    module.__dict__["@kw"] = runtime.Runtime(lowered, bound)
+    runtime.inject(module.__dict__, lowered, bound)
     exec(lowered.code, module.__dict__)
     named = {name: value for name, value in module.__dict__.items() if name[:2] != "__" and name[0] != "@"}
     registry.add_sentinels(lowered, {name: value for name, value in named.items() if not isinstance(value, (*_CONTAINERS, *_ATOMS)) and type(value).__module__ != "typing"})
@@ -234,7 +235,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         spec = _spec_of_others(fullname, path, target)
         if spec is None or spec.loader is None or isinstance(spec.loader, (_Loader, importlib.machinery.ExtensionFileLoader)):
             return spec
-        if _source_of(spec.loader, fullname, spec.origin or "") is None:
+        if not isinstance(spec.loader, importlib.machinery.SourceFileLoader) and _source_of(spec.loader, fullname, spec.origin or "") is None:
             raise UnsupportedError(f"{fullname} ({spec.origin}) has no source, so it cannot be made durable")
         spec.loader = _Loader(spec.loader, spec.origin or fullname)
         return spec

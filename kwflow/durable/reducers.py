@@ -16,6 +16,7 @@ import re
 import struct
 import sys
 import types
+import typing
 import warnings
 import weakref
 from collections.abc import Callable
@@ -310,3 +311,4 @@ _BY_NAME: dict[str, Reducer] = {
     "numpy.ndarray": _numpy_array,
 }
 _FAMILIES: dict[str, Reducer] = {"numpy.generic": _numpy_scalar, "numpy.dtype": _numpy_dtype}
+register_reducer(typing.TypeVar, lambda variable: variable.__name__, typing.TypeVar)  # of `def f[T]`; without its bound

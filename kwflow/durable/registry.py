@@ -12,7 +12,7 @@ import functools
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from kwflow.errors import CodeChangedError
 
@@ -22,8 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(NamedTuple):
     """A place to wait at: its name (path in the source) and the temporaries that are needed after it."""
 
     name: str
@@ -98,6 +97,7 @@ class Module:
     units: Mapping[str, str]
     namespace: dict[str, Any] = field(default_factory=dict)
     whole: bool = True
+    lowered: Any = None  # what lowering made of the source, as plain data that a cache may keep
     stored: Mapping[str, Any] | None = None  # what it was loaded from, if it is a stored version
 
     def __post_init__(self) -> None:

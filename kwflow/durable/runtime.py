@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import inspect
 import itertools
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 from kwflow.durable import awaiting
 from kwflow.durable.registry import Function, Module, function_of, register_code
 
-__all__ = ["Driver", "Resume", "Runtime", "abandoning", "delegate", "set_abandoning", "set_driver"]
+__all__ = ["Driver", "Resume", "Runtime", "abandoning", "delegate", "inject", "set_abandoning", "set_driver"]
 
 _forget = threading.local()
 _forget_by_default = False
@@ -127,7 +128,12 @@ def entry(manager: Any) -> Any:
     if enter_ is None or not hasattr(cls, "__exit__"):
         missed = " (missed __exit__ method)" if enter_ is not None else ""
         raise TypeError(f"'{cls.__name__}' object does not support the context manager protocol{missed}")
+    if not isinstance(manager, contextlib._GeneratorContextManager) and "<locals>" not in cls.__qualname__:  # those come and go
+        _managers.add(cls)
     return enter_
+
+
+_managers: set[type] = set()  # types that have passed the checks above and of which no driver is told
 
 
 def entered(manager: Any, value: Any) -> Any:
@@ -151,12 +157,21 @@ class _Iterable:
         return next(self.iterator)
 
 
+_SOURCES: tuple[Any, ...] = ([], (), "", "\u00e9", b"", {}, {}.values(), {}.items(), set(), range(0), range(1 << 70), enumerate(()), zip(), map(str, ()), reversed([]))
+_ITERATORS = frozenset(type(iter(source)) for source in _SOURCES) | {types.GeneratorType}  # iter() of one is itself, no need to ask
+
+
 def iterate(source: Any) -> Iterator[Any]:
     """iter(source) as an object that `for` takes again and again as itself."""
     iterator: Iterator[Any] = iter(source)
+    return iterator if type(iterator) in _ITERATORS else own_iterator(iterator)
+
+
+def own_iterator(iterator: Any) -> Iterator[Any]:
+    """The same for what `iter` gave, if its type is not known."""
     try:
         if iter(iterator) is iterator:
-            return iterator
+            return iterator  # type: ignore[no-any-return]
     except TypeError:
         pass
     return _Iterable(iterator)
@@ -277,6 +292,11 @@ class Resume:
         raise AttributeError(name)
 
 
+def inject(namespace: dict[str, Any], module: Module, bound: Mapping[str, type]) -> None:
+    """The globals that lowered code of a module uses beside the author's."""
+    namespace.update({"@kw": Runtime(module, bound), "@type": builtins.type, "@iter": builtins.iter, "@exc_info": sys.exc_info, "@managers": _managers, "@iterators": _ITERATORS})
+
+
 class Runtime:
     """The helpers as attributes, and `mark`, which tells the registry what each code object is."""
 
@@ -284,9 +304,8 @@ class Runtime:
     kept = staticmethod(kept)
     entry = staticmethod(entry)
     entered = staticmethod(entered)
-    exc_info = staticmethod(sys.exc_info)
-    type_of = builtins.type
     iter = staticmethod(iterate)
+    iterator = staticmethod(own_iterator)
     delegate = staticmethod(delegate)
     first = staticmethod(first)
     links = staticmethod(links)

@@ -9,6 +9,9 @@
     inner.py        functions without a def: lambdas, generator expressions
     functions.py    nested functions, the twins, functions compiled alone
     lint.py         calls that are thrown away
+
+What is compiled at load is the module with its hot twins; cold twins, functions compiled alone and hashes of units are made
+from the source when they are first asked for.  docs/LOWERING.md shows every construct before and after.
 """
 
 from __future__ import annotations
@@ -17,20 +20,23 @@ import __future__
 import ast
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 
 from kwflow.durable.fingerprint import source_version, unit_hash
 from kwflow.durable.lower.functions import ModuleLowering
-from kwflow.durable.lower.lint import warn_lost_calls
-from kwflow.durable.lower.scopes import Scope, analyze
-from kwflow.durable.registry import Function, Module
+from kwflow.durable.lower.lint import lost_calls, warn_of
+from kwflow.durable.lower.scopes import Scope, analyze, child_nodes
+from kwflow.durable.registry import Function, Label, Module
 from kwflow.errors import UnsupportedError
 
-__all__ = ["LOWERING_VERSION", "lower_module"]
+__all__ = ["LOWERING_VERSION", "Lowered", "lower_module", "module_of"]
 
 LOWERING_VERSION = 1
 _DEEP = 5  # nested blocks from which on the cold twin is compiled at load: it may pass CPython's limit of 20
 _BLOCKS = (ast.For, ast.While, ast.Try, ast.TryStar, ast.With, ast.AsyncFor, ast.AsyncWith, ast.comprehension)
+_PLAIN, _MAKER = "plain", "maker"
+Facts = tuple[str, str, str, str, bool, bool, str, int, tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...]]
+Lowered = tuple[types.CodeType, tuple[Facts, ...], tuple[tuple[str, int], ...]]  # code, what to know of each function, warnings: plain data that `marshal` takes
 
 
 def lower_module(name: str, source: str | ast.Module, filename: str, bound: frozenset[str] = frozenset()) -> Module:
@@ -38,25 +44,109 @@ def lower_module(name: str, source: str | ast.Module, filename: str, bound: froz
 
     Raises SyntaxError as the compiler does, UnsupportedError for what cannot be durable.
     """
-    tree = source if isinstance(source, ast.Module) else ast.parse(source, filename)
     text = source if isinstance(source, str) else ast.unparse(source)
-    version = source_version(text)
-    compile(tree, filename, "exec", dont_inherit=True, optimize=0)  # the compiler's own errors come first, in its own words
-    scopes = analyze(tree)
-    warn_lost_calls(tree, scopes, filename)
-    lowering = ModuleLowering(name, filename, scopes, _future_flags(tree))
-    try:
-        code = lowering.compile(lowering.module(tree, bound))
-        functions, units = _functions(lowering, scopes, version)
-        nodes = {scope.frame_path: node for node, scope in scopes.items() if scope.kind == "function"}
-        for function in functions.values():
-            if function.kind == "generator" and _depth(nodes[function.path]) > _DEEP:
-                function.compile_cold()
-    except RecursionError:
-        raise UnsupportedError(f"{filename}: code nested too deeply to be made durable") from None
-    except SyntaxError as error:
-        raise UnsupportedError(f"{filename}:{error.lineno}: {error.msg} once made durable; nest less") from error
-    return Module(name, version, filename, text, code, functions, units, whole=isinstance(source, str))
+    later = _Later(text, filename, None if isinstance(source, str) else source)
+    return _module(name, later, later.lowered(bound), isinstance(source, str))
+
+
+def module_of(name: str, text: str, filename: str, lowered: Lowered) -> Module:
+    """The module again, from its text and what `Module.lowered` was.  Says its warnings again, too."""
+    return _module(name, _Later(text, filename, None), lowered, True)
+
+
+def _module(name: str, later: _Later, lowered: Lowered, whole: bool) -> Module:
+    code, facts, warnings = lowered
+    text, filename, version = later.text, later.filename, source_version(later.text)
+    functions = {}
+    make, partial, compiled, label = Function, functools.partial, later.compile, Label._make  # this loop is a third of a cached import
+    for path, unit, own_name, qualname, generator, coroutine, how, lineno, arguments, free, captured, labels in facts:
+        kind = "generator" if generator else "function"
+        cold, plain = partial(compiled, path, "cold"), partial(compiled, path, how)
+        functions[path] = make(name, version, path, unit, own_name, qualname, kind, coroutine, lineno, filename, arguments, free, captured, tuple(map(label, labels)), cold, plain)
+    warn_of(warnings, filename)
+    return Module(name, version, filename, text, code, functions, _Units(later, tuple(dict.fromkeys(fact[1] for fact in facts))), whole=whole, lowered=lowered)
+
+
+class _Later:
+    """A module's tree and scopes, made when something has to be compiled from them."""
+
+    def __init__(self, text: str, filename: str, tree: ast.Module | None) -> None:
+        self.text = text
+        self.filename = filename
+        self.given = tree
+
+    @functools.cached_property
+    def tree(self) -> ast.Module:
+        return ast.fix_missing_locations(self.given) if self.given is not None else ast.parse(self.text, self.filename)
+
+    @functools.cached_property
+    def lowering(self) -> ModuleLowering:
+        return ModuleLowering(self.filename, analyze(self.tree), _future_flags(self.tree))
+
+    @functools.cached_property
+    def nodes(self) -> dict[str, tuple[ast.AST, Scope]]:
+        """Path -> the function; an async generator function has two, itself and its body."""
+        found: dict[str, tuple[ast.AST, Scope]] = {}
+        for node, scope in self.lowering.scopes.items():
+            if scope.kind == "function":
+                found[scope.frame_path] = found[scope.path] = (node, scope)
+        return found
+
+    def compile(self, path: str, how: str) -> types.CodeType:
+        node, scope = self.nodes[path]
+        made: types.CodeType = getattr(self.lowering, how)(node, scope)
+        return made
+
+    def lowered(self, bound: frozenset[str]) -> Lowered:
+        compile(self.tree, self.filename, "exec", dont_inherit=True, optimize=0)  # the compiler's own errors come first, in its own words
+        lowering = self.lowering
+        try:
+            code = lowering.compile(lowering.module(self.tree, bound))
+            facts = tuple(_facts(lowering))
+            for path, *_ in facts:
+                node, scope = self.nodes[path]
+                if scope.generator and path == scope.frame_path and _depth(node) > _DEEP:
+                    lowering.cold(node, scope)
+        except RecursionError:
+            raise UnsupportedError(f"{self.filename}: code nested too deeply to be made durable") from None
+        except SyntaxError as error:
+            raise UnsupportedError(f"{self.filename}:{error.lineno}: {error.msg} once made durable; nest less") from error
+        return code, facts, lost_calls(lowering.scopes)
+
+
+def _facts(lowering: ModuleLowering) -> Iterator[Facts]:
+    for node, scope in lowering.scopes.items():
+        if scope.kind != "function" or (scope.generator and scope.frame_path not in lowering.labels):  # a function opted out
+            continue
+        unit, name = _outermost(scope).path, getattr(node, "name", "") or scope.qualname.rpartition(".")[2]
+        lineno, names = getattr(node, "lineno", 0), (scope.arguments, scope.free, scope.captured)
+        labels = tuple((label.name, label.live) for label in lowering.labels.get(scope.frame_path, ()))
+        coroutine = scope.coroutine and not scope.produces
+        yield scope.frame_path, unit, name, scope.qualname, scope.generator, coroutine, _PLAIN, lineno, *names, labels
+        if scope.frame_path != scope.path:
+            yield scope.path, unit, name, scope.qualname, False, False, _MAKER, lineno, *names, ()
+
+
+class _Units(Mapping[str, str]):
+    """Unit -> its hash, made when it is asked for: most units are in no snapshot."""
+
+    def __init__(self, later: _Later, names: tuple[str, ...]) -> None:
+        self._later = later
+        self._names = dict.fromkeys(names)
+        self._hashes: dict[str, str] = {}
+
+    def __getitem__(self, unit: str) -> str:
+        if unit not in self._hashes:
+            if unit not in self._names:
+                raise KeyError(unit)
+            self._hashes[unit] = unit_hash(self._later.nodes[unit][0])
+        return self._hashes[unit]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _future_flags(tree: ast.Module) -> int:
@@ -66,41 +156,6 @@ def _future_flags(tree: ast.Module) -> int:
             for alias in node.names:
                 flags |= getattr(__future__, alias.name).compiler_flag
     return flags
-
-
-def _functions(lowering: ModuleLowering, scopes: dict[ast.AST, Scope], version: str) -> tuple[dict[str, Function], dict[str, str]]:
-    functions: dict[str, Function] = {}
-    units: dict[str, str] = {}
-    for node, scope in scopes.items():
-        if scope.kind != "function" or (scope.generator and scope.frame_path not in lowering.labels):  # a function opted out
-            continue
-        outermost = _outermost(scope)
-        unit = outermost.path
-        if unit not in units:
-            units[unit] = unit_hash(outermost.node)
-        kinds: list[tuple[str, bool, Callable[[ast.AST, Scope], types.CodeType]]] = [(scope.frame_path, scope.generator, lowering.plain)]
-        if scope.frame_path != scope.path:
-            kinds.append((scope.path, False, lowering.maker))
-        for path, generator, plain in kinds:
-            functions[path] = Function(
-                module=lowering.name,
-                version=version,
-                path=path,
-                unit=unit,
-                name=getattr(node, "name", "") or scope.qualname.rpartition(".")[2],
-                qualname=scope.qualname,
-                kind="generator" if generator else "function",
-                coroutine=scope.coroutine and not scope.produces,
-                lineno=getattr(node, "lineno", 0),
-                filename=lowering.filename,
-                arguments=scope.arguments,
-                free=scope.free,
-                captured=scope.captured,
-                labels=lowering.labels.get(path, ()),
-                compile_cold=functools.partial(lowering.cold, node, scope),
-                compile_plain=functools.partial(plain, node, scope),
-            )
-    return functions, units
 
 
 def _outermost(scope: Scope) -> Scope:
@@ -114,5 +169,5 @@ def _outermost(scope: Scope) -> Scope:
 
 
 def _depth(node: ast.AST) -> int:
-    inner = max((_depth(child) for child in ast.iter_child_nodes(node)), default=0)
+    inner = max((_depth(child) for child in child_nodes(node) if not isinstance(child, ast.expr)), default=0)
     return inner + isinstance(node, _BLOCKS)

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from kwflow.durable.lower.scopes import Scope
+from kwflow.durable.lower.scopes import Scope, child_nodes
 from kwflow.durable.registry import Label
 from kwflow.errors import UnsupportedError
 
-__all__ = ["Block", "Emitter", "Finally", "Label", "assign", "call", "constant", "helper", "load", "store"]
+__all__ = ["Block", "Emitter", "Finally", "Label", "assign", "call", "constant", "helper", "load", "located", "store"]
 
 
 def load(name: str) -> ast.Name:
@@ -43,6 +43,22 @@ def helper(name: str) -> ast.Attribute:
 
 def call(name: str, *arguments: ast.expr) -> ast.Call:
     return ast.Call(helper(name), list(arguments), [])
+
+
+def located(tree: ast.Module) -> ast.Module:
+    """`ast.fix_missing_locations`: what has no place in the source gets that of the node around it; what was parsed has its own, all the way down."""
+    stack: list[tuple[ast.AST, tuple[int, int, int, int]]] = [(tree, (1, 0, 1, 0))]
+    while stack:
+        node, place = stack.pop()
+        known = node.__dict__
+        if "_kw_parsed" in known:
+            continue
+        if "lineno" in known:
+            place = (known["lineno"], known["col_offset"], known.get("end_lineno") or known["lineno"], known.get("end_col_offset") or known["col_offset"])
+        elif node._attributes:
+            known["lineno"], known["col_offset"], known["end_lineno"], known["end_col_offset"] = place
+        stack += [(child, place) for child in child_nodes(node)]
+    return tree
 
 
 @dataclass

@@ -7,11 +7,12 @@ a closure).  Alone means inside a factory that makes every captured name a free 
 from __future__ import annotations
 
 import ast
+import operator
 import types
 from typing import Any
 
 from kwflow.durable.fingerprint import without_docstring
-from kwflow.durable.lower.emit import assign, call, constant, helper, load, store
+from kwflow.durable.lower.emit import assign, call, constant, helper, load, located, store
 from kwflow.durable.lower.inner import as_def, forwarded, no_arguments, template
 from kwflow.durable.lower.scopes import Comprehension, Scope, mangle
 from kwflow.durable.lower.statements import Statements
@@ -22,8 +23,7 @@ __all__ = ["ModuleLowering"]
 class ModuleLowering:
     """Lowers the functions of one module; every tree it is given stays as it was."""
 
-    def __init__(self, name: str, filename: str, scopes: dict[ast.AST, Scope], flags: int) -> None:
-        self.name = name
+    def __init__(self, filename: str, scopes: dict[ast.AST, Scope], flags: int) -> None:
         self.filename = filename
         self.scopes = scopes
         self.flags = flags
@@ -32,7 +32,7 @@ class ModuleLowering:
     def module(self, tree: ast.Module, bound: frozenset[str]) -> ast.Module:
         rewriter = Rewriter(self, self.scopes[tree], None)
         body = [_taken(node) if isinstance(node, ast.ClassDef) and node.name in bound else lowered for node, lowered in [(node, rewriter.visit(node)) for node in tree.body]]
-        return ast.fix_missing_locations(ast.Module(body, tree.type_ignores))
+        return located(ast.Module(body, tree.type_ignores))
 
     def compile(self, tree: ast.Module) -> types.CodeType:
         return compile(tree, self.filename, "exec", flags=self.flags, dont_inherit=True, optimize=0)  # type: ignore[no-any-return]
@@ -42,11 +42,12 @@ class ModuleLowering:
         """The body of a durable generator in place: it runs from the start and can be captured at every label."""
         body = self._lower(node, scope, mangled, cold=False)[1]
         head: list[ast.stmt] = [*node.body[: len(node.body) - len(without_docstring(node.body))], *self._declarations(scope)]
+        begin = next(iter(without_docstring(node.body)), node)  # the line that a debugger shows first
         lent = sorted(scope.lent - scope.globals - scope.nonlocals)
         if lent:  # bound somewhere else: the compiler must know that they are names of this function
-            head.append(ast.copy_location(ast.If(constant(False), [assign(name, constant(None)) for name in lent], []), node))
+            head.append(ast.copy_location(ast.If(constant(False), [assign(name, constant(None)) for name in lent], []), begin))
         if scope.captured:
-            head.append(ast.copy_location(assign("@c", cells_of(scope)), node))
+            head.append(ast.copy_location(assign("@c", cells_of(scope)), begin))
         return [*head, *body]
 
     def _declarations(self, scope: Scope) -> list[ast.stmt]:
@@ -69,6 +70,10 @@ class ModuleLowering:
         return self._lower(as_def(node), scope, mangled, cold=False)[0].labels[0].live
 
     def cold(self, node: ast.AST, scope: Scope) -> types.CodeType:
+        """The twin that restored generators run, alone."""
+        return self._alone(self.cold_def(node, scope), scope, scope.captured, node)
+
+    def cold_def(self, node: ast.AST, scope: Scope) -> ast.FunctionDef:
         definition = as_def(node)
         lowering, body = self._lower(definition, scope, scope.class_name, cold=True)
         captured = set(scope.captured)
@@ -84,7 +89,7 @@ class ModuleLowering:
         arguments = ast.arguments([], [ast.arg("@S")], None, [], [], None, [])
         for statement in (*declared, *prologue):
             ast.copy_location(statement, node)
-        return self._alone(ast.FunctionDef(f"@{definition.name}", arguments, [*declared, *prologue, *body], [], None), scope, scope.captured, node)
+        return ast.FunctionDef(f"@def {definition.name}", arguments, [*declared, *prologue, *body], [], None)
 
     def _without_state(self, scope: Scope) -> list[ast.stmt]:
         """Empty the state, whoever holds it; where `super` is used, under any name, the first variable is the first argument again."""
@@ -96,19 +101,22 @@ class ModuleLowering:
 
     def plain(self, node: ast.AST, scope: Scope) -> types.CodeType:
         """The function as it stands in the module, alone."""
+        return self._alone(self.plain_def(node, scope), scope, scope.free, node)
+
+    def plain_def(self, node: ast.AST, scope: Scope) -> ast.FunctionDef | ast.Lambda:
         rewriter = Rewriter(self, scope, scope.class_name)
         if isinstance(node, ast.Lambda) and not scope.generator:
-            return self._alone(ast.Lambda(rewriter.arguments(node.args, bare=True), rewriter.visit(node.body)), scope, scope.free, node)
+            return ast.Lambda(rewriter.arguments(node.args, bare=True), rewriter.visit(node.body))
         definition = as_def(node)
         body = self.hot(definition, scope, scope.class_name) if scope.generator else [rewriter.visit(statement) for statement in definition.body]
-        return self._alone(ast.FunctionDef(f"@{definition.name}", rewriter.arguments(definition.args, bare=True), body, [], None), scope, scope.free, node)
+        return ast.FunctionDef(f"@def {definition.name}", rewriter.arguments(definition.args, bare=True), body, [], None)
 
     def maker(self, node: ast.AST, scope: Scope) -> types.CodeType:
         """The function that makes async generators, alone."""
         if not isinstance(node, ast.AsyncFunctionDef):
             raise TypeError(type(node).__name__)
         arguments = Rewriter(self, scope, scope.class_name).arguments(node.args, bare=True)
-        return self._alone(ast.FunctionDef(f"@{node.name}", arguments, forwarded(node, scope, scope.frame_path), [], None), scope, scope.free, node)
+        return self._alone(ast.FunctionDef(f"@def {node.name}", arguments, forwarded(node, scope, scope.frame_path), [], None), scope, scope.free, node)
 
     def _alone(self, inner: Any, scope: Scope, captured: tuple[str, ...], at: ast.AST) -> types.CodeType:
         """Its code with `captured` as free variables; `inner` is a lambda, or a def named `@...`: a name of its own that recursive calls do not mean."""
@@ -121,10 +129,10 @@ class ModuleLowering:
         for definition in (factory, inner):
             if "type_params" in definition._fields and not hasattr(definition, "type_params"):
                 setattr(definition, "type_params", [])  # noqa: B010
-        tree = ast.fix_missing_locations(ast.Module([factory], []))
+        tree = located(ast.Module([factory], []))
         outer = next(const for const in self.compile(tree).co_consts if isinstance(const, types.CodeType))
         code = next(const for const in outer.co_consts if isinstance(const, types.CodeType))
-        name = code.co_name.removeprefix("@")
+        name = code.co_name.removeprefix("@def ")
         return _renamed(code.replace(co_name=name), f"@factory.<locals>.{code.co_name}", scope.qualname)
 
 
@@ -165,6 +173,9 @@ def _if_saved(name: str) -> ast.If:
     return ast.If(ast.Compare(constant(name), [ast.In()], [load("@S")]), [assign(name, _saved(name))], [])
 
 
+_visitors: dict[type, Any] = {}  # node class -> method: looked up once, not for every node
+
+
 class Rewriter:
     """Replaces what is inside a function by its lowered form; makes new nodes, never changes one.
 
@@ -181,20 +192,25 @@ class Rewriter:
         self.cold = cold
 
     def visit(self, node: Any) -> Any:
+        """The lowered form of a node or a list of nodes: the same object where nothing changes."""
+        if isinstance(node, ast.AST):
+            kind = type(node)
+            if kind not in _visitors:
+                _visitors[kind] = getattr(Rewriter, f"visit_{kind.__name__}", Rewriter._rebuilt)
+            return _visitors[kind](self, node)
         if isinstance(node, list):
-            return [self.visit(item) for item in node]
-        if not isinstance(node, ast.AST):
-            return node
-        method = getattr(self, f"visit_{type(node).__name__}", None)
-        return method(node) if method is not None else self._rebuilt(node)
+            lowered = [self.visit(item) for item in node]
+            return node if all(map(operator.is_, lowered, node)) else lowered
+        return node
 
     def _rebuilt(self, node: Any, **given: Any) -> Any:
-        changed = dict(given)
+        changed = given
+        held = node.__dict__
         for name in node._fields:
-            value = getattr(node, name, None)
-            if name not in given and isinstance(value, (ast.AST, list)):
+            value = held.get(name)
+            if isinstance(value, (ast.AST, list)) and name != "ctx" and name not in given:
                 new = self.visit(value)
-                if new is not value and (not isinstance(value, list) or any(a is not b for a, b in zip(new, value, strict=True))):
+                if new is not value:
                     changed[name] = new
         if not changed:
             return node

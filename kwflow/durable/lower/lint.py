@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ast
 import warnings
+from collections.abc import Iterable
 
 from kwflow.durable.lower.scopes import Scope
 from kwflow.errors import LostCallWarning
 
-__all__ = ["warn_lost_calls"]
+__all__ = ["lost_calls", "warn_of"]
+
+Warned = tuple[str, int]
 
 
-def warn_lost_calls(tree: ast.Module, scopes: dict[ast.AST, Scope], filename: str) -> None:
-    """Warn of each call of a generator function of this module whose result is thrown away (semantics §1.4)."""
+def lost_calls(scopes: dict[ast.AST, Scope]) -> tuple[Warned, ...]:
+    """Text and line for each call of a generator function of this module whose result is thrown away (semantics §1.4)."""
     generators = {(scope.parent, node.name): scope for node, scope in scopes.items() if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
 
     def means(name: str, scope: Scope | None) -> Scope | None:
@@ -22,14 +25,17 @@ def warn_lost_calls(tree: ast.Module, scopes: dict[ast.AST, Scope], filename: st
             scope = scope.parent
         return None
 
-    stack: list[tuple[ast.AST, Scope]] = [(tree, scopes[tree])]
-    while stack:
-        node, scope = stack.pop()
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name):
-            called = means(node.value.func.id, scope)
+    found = []
+    for scope in scopes.values():
+        wait = "await" if scope.coroutine else "yield"
+        for name, lineno in scope.bare_calls:
+            called = means(name, scope)
             if called is not None and called.generator:
-                name = node.value.func.id
-                wait = "await" if scope.coroutine else "yield"
-                warnings.warn_explicit(f"{name}(...) is thrown away: it runs nothing; write `{wait} {name}(...)` or kw.spawn({name}(...))", LostCallWarning, filename, node.lineno)
-        inner = scopes.get(node, scope)
-        stack += [(child, inner) for child in ast.iter_child_nodes(node)]
+                found.append((f"{name}(...) is thrown away: it runs nothing; write `{wait} {name}(...)` or kw.spawn({name}(...))", lineno))
+    return tuple(found)
+
+
+def warn_of(found: Iterable[Warned], filename: str) -> None:
+    """Say them."""
+    for text, lineno in found:
+        warnings.warn_explicit(text, LostCallWarning, filename, lineno)

@@ -11,9 +11,19 @@ import ast
 
 from kwflow.durable.lower.emit import BROKE, CONTINUED, RAISED, RETURNED, Block, Finally, assign, call, constant, helper, load, store
 from kwflow.durable.lower.expressions import Expressions
-from kwflow.durable.lower.scopes import has_yield
+from kwflow.durable.lower.scopes import child_nodes, has_yield
 
 __all__ = ["Protected"]
+
+
+def _type_of(name: str) -> ast.expr:
+    return ast.Call(load("@type"), [load(name)], [])
+
+
+def _kept() -> ast.expr:
+    """Whether a `finally` runs: always when no exception is on its way, and then without asking the runtime."""
+    error = ast.Subscript(ast.Call(load("@exc_info"), [], []), constant(1), ast.Load())
+    return ast.BoolOp(ast.Or(), [ast.Compare(error, [ast.Is()], [constant(None)]), call("kept")])
 
 
 class Protected(Expressions):
@@ -43,7 +53,7 @@ class Protected(Expressions):
             body = self.block(node.body, "try")
             final = self.block(node.finalbody, "finally").body
             if body.labelled:
-                final = [ast.copy_location(ast.If(call("kept"), final, []), final[0])]
+                final = [ast.copy_location(ast.If(_kept(), final, []), final[0])]
             self.emit_compound(ast.copy_location(ast.Try(body.body, [], [], final), node), first)
 
     def _try_except(self, node: ast.Try) -> None:
@@ -65,7 +75,7 @@ class Protected(Expressions):
             abandoned: ast.expr = call("abandoned")
             if self.cold and entered:
                 abandoned = self.unless_entering(abandoned, constant(()))
-            clauses.insert(0, ast.copy_location(ast.ExceptHandler(abandoned, None, [ast.Raise()]), node))
+            clauses.insert(0, ast.copy_location(ast.ExceptHandler(abandoned, None, [ast.Raise()]), node.handlers[0]))
         self.emit_compound(ast.copy_location(ast.Try(statements, clauses, orelse.body, []), node), first)
 
     @staticmethod
@@ -89,7 +99,7 @@ class Protected(Expressions):
                 body = self.block(handler.body, f"except{number}-")
                 unbind: list[ast.stmt] = [assign(handler.name, constant(None)), ast.Delete([ast.Name(handler.name, ast.Del())])]
                 if handler.name in self.scope.captured:  # others may see the cell: forgetting a generator must not empty it
-                    unbind = [ast.If(call("kept"), unbind, [])]
+                    unbind = [ast.If(_kept(), unbind, [])]
                 self.emit_block(Block([ast.copy_location(ast.Try(body.body, [], [], unbind), handler)], body.first, body.last))
         self.live.remove(handled)
         if self.cold:
@@ -114,7 +124,8 @@ class Protected(Expressions):
         self.exits.append(pending)
         body = self.block(node.body, "try")
         self.exits.pop()
-        body.body += [self.place(assign(pending.completion, constant(0))), self.place(assign(pending.value, constant(None)))]
+        done = [assign(pending.completion, constant(0)), assign(pending.value, constant(None))]
+        body.body += [ast.copy_location(statement, node.body[-1]) for statement in done]
         self.live += [pending.completion, pending.value]
         final = self.block(node.finalbody, "finally")
         del self.live[-2:]
@@ -127,9 +138,9 @@ class Protected(Expressions):
             prologue = [ast.If(raised, [assign(links, call("relink", load(pending.value), load(links)))], [])]
         raised_as = links.replace("@links", "@raised")
         noted = [assign(pending.completion, constant(RAISED)), assign(pending.value, load(raised_as)), ast.Raise()]
-        handler = ast.copy_location(ast.ExceptHandler(helper("BaseException"), raised_as, noted), node)
+        handler = ast.copy_location(ast.ExceptHandler(helper("BaseException"), raised_as, noted), node.finalbody[0])
         inner = ast.copy_location(ast.Try(statements, [handler], [], []), node)
-        kept = ast.copy_location(ast.If(call("kept"), [*prologue, *final.body], []), node.finalbody[0])
+        kept = ast.copy_location(ast.If(_kept(), [*prologue, *final.body], []), node.finalbody[0])
         kept_then_released = ast.copy_location(ast.Try([kept], [], [], [assign(pending.value, constant(None))]), node.finalbody[0])
         self.emit_compound(ast.copy_location(ast.Try([inner], [], [], [kept_then_released]), node), first)
 
@@ -201,7 +212,7 @@ class Protected(Expressions):
         self.emit(assign(manager, self.value(item.context_expr)))
         self.release(self.held(holding))
         del self.live[mark:]
-        enter = call("entered", load(manager), ast.Call(call("entry", load(manager)), [load(manager)], []))
+        enter = self._enter(manager)
         self.emit(assign(entered, enter) if item.optional_vars is not None else ast.Expr(enter))
         leaves = self.escapes(body)
         self.live.append(manager)
@@ -234,13 +245,20 @@ class Protected(Expressions):
 
 
     @staticmethod
+    def _enter(manager: str) -> ast.expr:
+        """`__enter__`; with the checks of the with statement, and told to the driver, for types that are not known to need neither."""
+        known = ast.Compare(_type_of(manager), [ast.In()], [load("@managers")])
+        quick = ast.Call(ast.Attribute(_type_of(manager), "__enter__", ast.Load()), [load(manager)], [])
+        return ast.IfExp(known, quick, call("entered", load(manager), ast.Call(call("entry", load(manager)), [load(manager)], [])))
+
+    @staticmethod
     def _exit(manager: str, *error: ast.expr) -> ast.expr:
-        return ast.Call(ast.Attribute(call("type_of", load(manager)), "__exit__", ast.Load()), [load(manager), *error], [])
+        return ast.Call(ast.Attribute(_type_of(manager), "__exit__", ast.Load()), [load(manager), *error], [])
 
     def _goes_on(self, manager: str) -> ast.expr:
         """Whether the exception does: `__exit__` is not called for what is only forgotten (G8)."""
         forgotten = ast.UnaryOp(ast.Not(), call("kept"))
-        return ast.BoolOp(ast.Or(), [forgotten, ast.UnaryOp(ast.Not(), self._exit(manager, ast.Starred(call("exc_info"), ast.Load())))])
+        return ast.BoolOp(ast.Or(), [forgotten, ast.UnaryOp(ast.Not(), self._exit(manager, ast.Starred(ast.Call(load("@exc_info"), [], []), ast.Load())))])
 
 
 def _escapes(node: ast.AST, in_loop: bool) -> bool:
@@ -252,5 +270,5 @@ def _escapes(node: ast.AST, in_loop: bool) -> bool:
         return False
     if isinstance(node, (ast.For, ast.While)):
         return any(_escapes(child, True) for child in node.body) or any(_escapes(child, in_loop) for child in node.orelse)
-    return any(_escapes(child, in_loop) for child in ast.iter_child_nodes(node))
+    return any(_escapes(child, in_loop) for child in child_nodes(node))
 

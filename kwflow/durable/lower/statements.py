@@ -237,7 +237,9 @@ class Statements(Asyncs):
             self._for_without_waits(node, source, self.held(holding))
             return
         iterator = self.temporary("for-iterator")
-        self.emit(assign(iterator, call("iter", source)))
+        self.emit(assign(iterator, ast.Call(load("@iter"), [source], [])))
+        strange = ast.Compare(ast.Call(load("@type"), [load(iterator)], []), [ast.NotIn()], [load("@iterators")])
+        self.emit(ast.If(strange, [assign(iterator, call("iterator", load(iterator)))], []))
         self.release(self.held(holding))
         del self.live[mark:]
         first = len(self.labels) + 1

@@ -559,3 +559,22 @@ def g_locals_are_kept():
     yield "one"
     yield found["a"]
     return "a" in found
+
+
+def g_names_like_those_of_the_runtime():
+    def managers(x):
+        return (yield x)
+
+    def kw(x):
+        yield x
+        return [k for k in (1, 2)]
+
+    def iter(x):
+        return x
+
+    def factory():
+        yield iter(5)
+    a = yield from managers(1)
+    b = yield from kw(2)
+    yield from factory()
+    return (a, b, managers.__name__, managers.__qualname__)

@@ -1,0 +1,66 @@
+"""What importing a durable module costs: lowering against compiling, the cache against Python's own."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import sys
+
+from benchmarks.common import figure, timed
+from kwflow import durable
+from kwflow.durable.lower import lower_module
+
+UNIT = """
+class Order{n}:
+    def __init__(self, items):
+        self.items = items
+        self.total = sum(item["price"] * item["count"] for item in items)
+
+
+def charge{n}(order, retries=3):
+    for attempt in range(retries):
+        try:
+            receipt = yield ("charge", order.total, attempt)
+            if receipt and receipt.get("ok"):
+                return receipt["id"]
+        except ValueError as error:
+            print(f"attempt {{attempt}} failed: {{error}}")
+            yield ("sleep", 2 ** attempt)
+    raise RuntimeError("could not charge")
+
+
+def main{n}(opts):
+    undo = []
+    order = Order{n}(opts["items"])
+    try:
+        payment = yield from charge{n}(order)
+        undo.append(lambda: ("refund", payment))
+        return {{"payment": payment, "parcels": [item for item in order.items if item]}}
+    except Exception:
+        for step in reversed(undo):
+            yield step()
+        raise
+"""
+
+
+def measure(directory: pathlib.Path) -> None:
+    """Importing 1,000 lines: uncached against its compile, cached against its cached import."""
+    source = "".join(UNIT.format(n=n) for n in range(31))
+    for name in ("bench_native", "bench_durable"):
+        (directory / f"{name}.py").write_text(source)
+    sys.path.insert(0, str(directory))
+    durable.install(["bench_durable"])
+    compiled = timed(lambda: compile(source, "bench.py", "exec", dont_inherit=True), 9)
+    figure("load 1,000 lines uncached / compile", timed(lambda: lower_module("bench_durable", source, "bench.py"), 9) / compiled, "<= 10")
+    writing, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+
+    def imported(name: str) -> None:
+        sys.modules.pop(name, None)
+        importlib.import_module(name)
+
+    imported("bench_native")
+    imported("bench_durable")
+    figure("load 1,000 lines cached / cached import", timed(lambda: imported("bench_durable"), 30) / timed(lambda: imported("bench_native"), 30), "<= 3")
+    sys.dont_write_bytecode = writing
+    durable.uninstall()
+    sys.path.remove(str(directory))

@@ -1,0 +1,74 @@
+"""What lowering made of a module, kept beside Python's own cache: `__pycache__/<name>.<tag>.kwflow` (semantics §5.2).
+
+Keyed by the source's hash, the interpreter, the file's name and the lowering itself, its files' times included, so that
+nothing stale is ever taken.  A file that cannot be read, or that another kwflow wrote, is as good as none; one that cannot
+be written is not missed.  Nothing else of `durable` but the loader touches files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import marshal
+import os
+import pathlib
+import sys
+
+from kwflow.durable import lower
+from kwflow.durable.fingerprint import source_version
+from kwflow.durable.lower import LOWERING_VERSION, lower_module, module_of
+from kwflow.durable.registry import Module
+
+__all__ = ["load"]
+
+
+def load(name: str, source: str, filename: str) -> Module:
+    """The lowered module, from the cache when it is there.  Raises as `lower_module`."""
+    path = _path(filename)
+    if path is None:
+        return lower_module(name, source, filename)
+    key = (source_version(source), filename, LOWERING_VERSION, sys.version, _lowering())
+    try:
+        saved, lowered = marshal.loads(path.read_bytes())
+        if saved == key:
+            return module_of(name, source, filename, lowered)
+    except (OSError, ValueError, EOFError, TypeError):
+        pass
+    made = lower_module(name, source, filename)
+    if not sys.dont_write_bytecode:
+        _write(path, marshal.dumps((key, made.lowered)))
+    return made
+
+
+def _path(filename: str) -> pathlib.Path | None:
+    """None for what is no file, or where the interpreter caches nothing."""
+    if not filename.endswith(".py") or not os.path.isfile(filename):
+        return None
+    try:
+        return pathlib.Path(importlib.util.cache_from_source(filename, optimization="")).with_suffix(".kwflow")
+    except NotImplementedError:
+        return None
+
+
+@functools.cache
+def _lowering() -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of each file that decides what is made; empty where they are no files (a zip)."""
+    directory = pathlib.Path(lower.__file__).parent
+    try:
+        stats = [(file.name, file.stat()) for file in sorted(directory.glob("*.py"))]
+    except OSError:
+        return ()
+    return tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in stats)
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
+    """Whole or not at all, whoever else writes the same file now."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(exist_ok=True, parents=True)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,65 @@
+"""Lowered code for people: as Python text, its temporaries as names that say what they hold."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+
+from kwflow.durable.lower.functions import ModuleLowering
+from kwflow.durable.lower.scopes import Scope, analyze
+from kwflow.errors import UsageError
+
+__all__ = ["functions_of", "lowered_text"]
+
+_SPECIAL = {
+    "@kw": "runtime", "@l": "label_", "@r": "reach_", "@c": "cells_", "@S": "saved_",
+    "@type": "type", "@exc_info": "exc_info", "@managers": "known_managers", "@iter": "iter", "@iterators": "known_iterators",
+}
+
+
+def lowered_text(source: str, path: str, filename: str = "<source>", cold: bool = False) -> str:
+    """What a function of this source is compiled as; the hot twin, or the cold one that restored generators run.
+
+    Raises UsageError for a path that is not there, with those that are; and as `lower_module`.
+    """
+    tree = ast.parse(source, filename)
+    scopes = analyze(tree)
+    found = {scope.frame_path: (node, scope) for node, scope in scopes.items() if scope.kind == "function"}
+    if path not in found:
+        raise UsageError(f"{filename} has no function {path!r}; there are: {', '.join(found) or 'none'}")
+    node, scope = found[path]
+    if cold and not scope.generator:
+        raise UsageError(f"{path} is no generator: it has no cold twin")
+    lowering = ModuleLowering(filename, scopes, 0)
+    definition = lowering.cold_def(node, scope) if cold else lowering.plain_def(node, scope)
+    return readable(definition)
+
+
+def functions_of(source: str) -> list[str]:
+    """The paths that `lowered_text` takes."""
+    return [scope.frame_path for scope in _functions(analyze(ast.parse(source)))]
+
+
+def _functions(scopes: dict[ast.AST, Scope]) -> list[Scope]:
+    return [scope for scope in scopes.values() if scope.kind == "function"]
+
+
+def readable(tree: ast.AST) -> str:
+    """Python text of a tree whose names are no identifiers."""
+    shown = copy.deepcopy(tree)
+    for node in ast.walk(shown):
+        for field in ("id", "name", "arg"):
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                setattr(node, field, _name(value))
+        if isinstance(node, (ast.Global, ast.Nonlocal)):
+            node.names = [_name(name) for name in node.names]
+    return ast.unparse(ast.fix_missing_locations(shown))
+
+
+def _name(name: str) -> str:
+    if name in _SPECIAL:
+        return _SPECIAL[name]
+    name = name.removeprefix("@def ")
+    return name if name.isidentifier() else re.sub(r"\W+", "_", name.lstrip("@")).strip("_") + "_"
