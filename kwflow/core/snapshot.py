@@ -178,7 +178,7 @@ def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources) -> 
         instance.applied = (applied[0], applied[1], applied[2]) if applied else None
         instance.updated_ms = header["updated"]
         instance.extra = {name: value for name, value in header.items() if name not in _KNOWN}
-        graph, instance.pins = versions.loads(body, header.get("code", {}), sources)
+        graph, instance.pins = versions.loads(body, header.get("code", {}), sources, header.get("lowering", LOWERING_VERSION))
         instance.set_graph(graph)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CorruptSnapshotError(f"the header or body of a snapshot is not an instance: {error!r}") from error

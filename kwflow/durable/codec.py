@@ -22,6 +22,8 @@ from typing import Any
 from kwflow.durable import culprit, iters, names, rebuild, registry
 from kwflow.durable.frames import CREATED, FINISHED, SUSPENDED, discard, enter, forget_shells, refill, snap
 from kwflow.durable.local_classes import reduce_class
+from kwflow.durable.lower import LOWERING_VERSION
+from kwflow.durable.lower.upgrade import upgraded
 from kwflow.durable.reducers import Refused, plain, reduce_module, reducer_of
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ResourceError, SnapshotError
 
@@ -358,7 +360,7 @@ class _Unpickler(pickle.Unpickler):
 _no_pins: registry.Pins = {}
 
 
-def loads(data: bytes, pins: registry.Pins = _no_pins) -> Any:
+def loads(data: bytes, pins: registry.Pins = _no_pins, lowering: int = LOWERING_VERSION) -> Any:
     """The graph again; generators wait at the yields where they were saved, in the versions of modules that are pinned, else in the current ones.
 
     Raises SnapshotError and nothing else; CodeChangedError names the module that misses something.  Objects with `__durable_reenter__` are told last; what that raises comes as a ResourceError.
@@ -366,6 +368,8 @@ def loads(data: bytes, pins: registry.Pins = _no_pins) -> Any:
     waiting: list[types.GeneratorType[Any, Any, Any]] = []
     try:
         root, states = _states(data, pins) if data[:1] == FORMAT else _states_of_format_1(data, pins)
+        if lowering != LOWERING_VERSION:
+            _upgrade(states, lowering)
         reentered = _fill(states, waiting)
         for gen in waiting:
             enter(gen)
@@ -400,6 +404,15 @@ def _states_of_format_1(data: bytes, pins: registry.Pins) -> tuple[Any, list[Any
         for kind, made, state in found:
             states += (_KINDS[state[0]], made, state[1]) if kind == _GENERATOR else (kind, made, state)
     return root, states
+
+
+def _upgrade(states: list[Any], lowering: int) -> None:
+    """What an older lowering saved of each waiting generator, as this one names it."""
+    for number in range(0, len(states), 3):
+        kind, made, saved = states[number : number + 3]
+        function = registry.function_of(made.gi_code) if kind == _GENERATOR else None
+        if function is not None:
+            states[number + 2] = upgraded(function, saved, lowering, LOWERING_VERSION)
 
 
 def _fill(states: list[Any], waiting: list[types.GeneratorType[Any, Any, Any]]) -> list[Any]:

@@ -81,6 +81,8 @@ def _tokens(node: object, skipped: frozenset[str]) -> Iterator[str]:
             stack.append(")")
             for name in reversed(item._fields):
                 value: Any = getattr(item, name, None)
+                if isinstance(item, ast.JoinedStr):  # 3.12 ends a nested format spec with an empty constant
+                    value = [part for part in value if not (isinstance(part, ast.Constant) and part.value == "")]
                 if name in skipped or value is None or value == []:
                     if not (name == "value" and isinstance(item, ast.Constant)):
                         continue

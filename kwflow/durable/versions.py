@@ -19,9 +19,9 @@ from typing import Any
 
 from kwflow.durable import codec, loader, registry
 from kwflow.durable.fingerprint import class_hashes, imports_of, source_version
-from kwflow.durable.lower import lower_module
+from kwflow.durable.lower import LOWERING_VERSION, lower_module
 from kwflow.durable.registry import Module, Pins
-from kwflow.errors import CodeChangedError, KwflowError
+from kwflow.errors import CodeChangedError, KwflowError, SnapshotError
 
 __all__ = ["Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "needed", "no_sources", "resolve", "source_in", "split_reference", "stored_with"]
 
@@ -83,12 +83,17 @@ def split_reference(reference: str) -> tuple[str, str]:
 
 
 # -- which version -------------------------------------------------------------------------------------------------
-def loads(body: bytes, code: Mapping[str, Any], sources: Sources) -> tuple[Any, Pins]:
-    """The graph of a snapshot with this `code` header, and the versions it runs.  Raises SnapshotError."""
+def loads(body: bytes, code: Mapping[str, Any], sources: Sources, lowering: int = LOWERING_VERSION) -> tuple[Any, Pins]:
+    """The graph of a snapshot with this `code` header, and the versions it runs.  Raises SnapshotError.
+
+    `lowering` is the version that wrote it; what a newer one wrote is refused before anything is loaded.
+    """
+    if lowering > LOWERING_VERSION:
+        raise SnapshotError(f"it was saved by a newer kwflow (lowering version {lowering}; this one reads up to {LOWERING_VERSION}); upgrade kwflow, then retry")
     pins = resolve(code, sources)
     while True:
         try:
-            return codec.loads(body, pins), pins
+            return codec.loads(body, pins, lowering), pins
         except CodeChangedError as error:  # something it holds by name is gone, though no unit that it waits in has changed
             saved = code.get(error.module)
             pinned = pins.get(error.module)

@@ -46,13 +46,19 @@ def engine(site: Site, code: str, name: str) -> "subprocess.Popen[str]":
 
 
 def test_instances_of_either_code_finish_on_it_under_engines_of_the_other(site: Site) -> None:
-    """G10, K7: old instances go to the new engine, then all go to an engine that runs the old code again."""
+    """G10, K7, and what a deployment would do is said beside a running engine: old instances go to the new engine, then all go to an engine that runs the old code again."""
     old_ids = [f"{site.application}-a{number}" for number in range(8)]
     new_ids = [f"{site.application}-b{number}" for number in range(8)]
     first = engine(site, "old", "one")
     for id in old_ids:
         site.send(id, "new:null")
     site.read(site.topic("asked"), 8)
+    said = site.run("engine", "--check", "shop", "--app-dir", str(site.directory / "new"))
+    assert "8 waiting: 0 resume on this code, 8 stay on old code, 0 would be parked" in said
+    assert "class shop.Item has changed since 8 of them were saved" in said
+    assert "shop" in site.run("code", "list")
+    assert "+        self.price = 1" in site.run("code", "diff", old_ids[0], "--app-dir", str(site.directory / "new"))
+    assert "0 of 1 versions" in site.run("code", "gc")
     first.kill()
     second = engine(site, "new", "two")
     for id in new_ids:

@@ -1,0 +1,35 @@
+"""Run by another interpreter: the hash of every def and class of the Python files named on stdin, as JSON.
+
+Needs nothing but the standard library and kwflow.durable.fingerprint.
+"""
+
+import ast
+import json
+import pathlib
+import sys
+import warnings
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from kwflow.durable.fingerprint import canonical_hash, unit_hash  # noqa: E402
+
+
+def hashes(path: str) -> dict[str, str]:
+    """By line and name; empty for a file that this interpreter cannot parse."""
+    try:
+        tree = ast.parse(pathlib.Path(path).read_bytes())
+    except (SyntaxError, ValueError):
+        return {}
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found[f"{node.lineno} {node.name}"] = unit_hash(node)
+        elif isinstance(node, ast.ClassDef):
+            found[f"{node.lineno} {node.name}"] = canonical_hash(node, annotations=True)
+    return found
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    print(json.dumps({path: hashes(path) for path in sys.stdin.read().split("\n") if path}))
