@@ -34,10 +34,10 @@ _SHOWN = 20
 def code_store(settings: Config, embedded: Path | None) -> CodeStore:
     """The stored sources, as an engine reads them."""
     if embedded is not None:
-        return CodeStore(lambda offset: [record for record in read(settings, embedded, settings.code_topic) if record.offset >= offset])
+        return CodeStore(lambda offset: [record for record in read(settings, embedded, settings.code_topic) if record.offset >= offset], settings.signing_keys)
     from kwflow.runners.kafka_code import CodeTopic
 
-    return CodeStore(CodeTopic(settings).read)
+    return CodeStore(CodeTopic(settings).read, settings.signing_keys)
 
 
 @code_app.command("list")

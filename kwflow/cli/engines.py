@@ -49,7 +49,7 @@ _LOOK_S = 0.1  # how often the main thread looks at the runners' threads
 def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: Path | None, log: Callable[[str], None]) -> list[Any]:
     workflows = load_workflows(modules, app_dir, config.durable_packages)
     engine.compact(config.code_topic)
-    sources = CodeStore(lambda offset: engine.read(config.code_topic, offset, engine.end(config.code_topic)))
+    sources = CodeStore(lambda offset: engine.read(config.code_topic, offset, engine.end(config.code_topic)), config.signing_keys)
     return [WorkflowProcessor(config, workflows, api.declared_topics(), engine.incarnation, log, sources), TimerProcessor(config)]
 
 

@@ -145,7 +145,7 @@ def current(name: str) -> registry.Module | None:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise CodeChangedError(f"{name} cannot be imported: {error}") from error
-        except Exception as error:  # the module's own code may raise anything
+        except (Exception, SystemExit) as error:  # the module's own code may raise anything
             raise CodeChangedError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
     return registry.modules().get(name)
 

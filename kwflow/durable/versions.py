@@ -21,7 +21,7 @@ from kwflow.durable import codec, loader, registry
 from kwflow.durable.fingerprint import class_hashes, imports_of, source_version
 from kwflow.durable.lower import LOWERING_VERSION, lower_module
 from kwflow.durable.registry import Module, Pins
-from kwflow.errors import CodeChangedError, KwflowError, SnapshotError
+from kwflow.errors import CodeChangedError, SnapshotError, TransportError
 
 __all__ = ["Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "needed", "no_sources", "resolve", "source_in", "split_reference", "stored_with"]
 
@@ -154,8 +154,9 @@ def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> 
     filename = f"{module.__file__}@{version[:12]}"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # tracebacks show the old lines
     bound = _unchanged_classes(source, current)
-    gone = [*_stand_in(stored["imports"], sources)]
+    gone: list[str] = []
     try:
+        gone += _stand_in(stored["imports"], sources)
         sys.modules[hidden] = module
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they were said when this code was new
@@ -166,7 +167,7 @@ def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> 
     except BaseException as error:
         sys.modules.pop(hidden, None)
         registry.drop_version(hidden)
-        if isinstance(error, KwflowError) or not isinstance(error, Exception):
+        if isinstance(error, (SnapshotError, TransportError, KeyboardInterrupt, MemoryError)):
             raise
         raise CodeChangedError(f"the stored version {version[:12]} of {name} cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
@@ -183,17 +184,16 @@ def _file(name: str, stored: dict[str, Any], current: Module | None) -> str:
     return "/".join([parent[0], *stored["file"].split("/")[name.count(".") :]]) if parent else str(stored["file"])
 
 
-def _stand_in(imports: Mapping[str, str], sources: Sources) -> Iterable[str]:
+def _stand_in(imports: Mapping[str, str], sources: Sources) -> list[str]:
     """Put stored versions of modules that are gone where `import` finds them; the names, to be taken away afterwards."""
-    for name, version in imports.items():
-        if name in sys.modules or loader.exists(name):
-            continue
-        found = _version(name, version, sources, "the module is gone")
+    missing = {name: version for name, version in imports.items() if name not in sys.modules and not loader.exists(name)}
+    loaded = {name: _version(name, version, sources, "the module is gone") for name, version in missing.items()}
+    for name, found in loaded.items():
         sys.modules[name] = sys.modules[found.namespace["__name__"]]
         package, _, last = name.rpartition(".")
         if package in sys.modules and not hasattr(sys.modules[package], last):
             setattr(sys.modules[package], last, sys.modules[name])  # stays: `import a.b` looks there when it runs
-        yield name
+    return list(loaded)
 
 
 def _unchanged_classes(source: str, current: Module | None) -> dict[str, Any]:

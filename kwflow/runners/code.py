@@ -3,11 +3,13 @@
 An entry is an output of the batch that stores the first snapshot naming its version, so both are in one transaction.
 Which entries a partition has written is in its own state, so an aborted batch leaves no false memory.  An entry is
 written again when it is a day old and still in use; `kwflow code gc` removes only those that are much older, so that it
-can run beside engines.  It must not know what a source is.
+can run beside engines.  Where there are keys an entry is signed as snapshots are, and one that no key signed is not there.
+It must not know what a source is.
 """
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Callable, Sequence
 
 from kwflow.core.wire import Output, Record
@@ -18,6 +20,7 @@ from kwflow.ports import Changes
 __all__ = ["LEASE_MS", "CodeStore", "offer"]
 
 LEASE_MS = 86_400_000
+_SEAL = b"\nHMAC-SHA-256 "  # then the digest in hex; JSON holds no line break
 _WRITTEN = b"\0code\0"  # state: when this partition last wrote the entry
 
 
@@ -28,7 +31,8 @@ class CodeStore:
     a key is unknown: another engine, with other code, may have written it since.
     """
 
-    def __init__(self, read: Callable[[int], Sequence[Record]]) -> None:
+    def __init__(self, read: Callable[[int], Sequence[Record]], keys: Sequence[bytes] = ()) -> None:
+        self._keys = keys
         self.entries: dict[str, bytes] = {}
         self.written_ms: dict[str, int] = {}
         self._read = read
@@ -43,7 +47,9 @@ class CodeStore:
                 self.entries.pop(key, None)
                 self.written_ms.pop(key, None)
             else:
-                self.entries[key], self.written_ms[key] = record.value, record.timestamp_ms
+                data, _, digest = record.value.partition(_SEAL)
+                if not self._keys or any(hmac.compare_digest(_signature(known, key.encode(), data), digest) for known in self._keys):
+                    self.entries[key], self.written_ms[key] = data, record.timestamp_ms
 
     def __call__(self, key: str) -> bytes | None:
         if key not in self.entries:
@@ -51,7 +57,11 @@ class CodeStore:
         return self.entries.get(key)
 
 
-def offer(topic: str, state: Changes, module: Module, now_ms: int) -> list[Output]:
+def _signature(key: bytes, name: bytes, data: bytes) -> bytes:
+    return hmac.digest(key, name + b"\0" + data, "sha256").hex().encode()
+
+
+def offer(topic: str, state: Changes, module: Module, now_ms: int, keys: Sequence[bytes] = ()) -> list[Output]:
     """The entries that are to be committed with a snapshot that names this version, those of modules it imports included."""
     if _fresh(state, module, now_ms):
         return []
@@ -59,7 +69,8 @@ def offer(topic: str, state: Changes, module: Module, now_ms: int) -> list[Outpu
     for found in versions.stored_with(module):
         if not _fresh(state, found, now_ms):
             state.put(_marker(found), b"%d" % now_ms)
-            made.append(Output(topic, _marker(found)[len(_WRITTEN) :], versions.entry(found), (), now_ms))
+            name, data = _marker(found)[len(_WRITTEN) :], versions.entry(found)
+            made.append(Output(topic, name, data + _SEAL + _signature(keys[0], name, data) if keys else data, (), now_ms))
     return made
 
 

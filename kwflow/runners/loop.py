@@ -255,7 +255,7 @@ class _Batch:
 
     def _keep_code(self) -> None:
         """The sources of what was saved become visible with it (G10)."""
-        entries = [output for module in self.named for output in code.offer(self.config.code_topic, self.state, module, self.context.received_ms)]
+        entries = [output for module in self.named for output in code.offer(self.config.code_topic, self.state, module, self.context.received_ms, self.config.signing_keys)]
         if entries:
             self.made[-1] = msgspec.structs.replace(self.made[-1], outputs=(*self.made[-1].outputs, *entries))
 

@@ -7,6 +7,7 @@ import sys
 import types
 from typing import Any
 
+import msgspec
 import pytest
 
 from kwflow import api, durable
@@ -207,9 +208,10 @@ def test_what_the_store_cannot_answer_parks_the_instance_and_a_retry_goes_on_wit
     assert w.result("w") == 1
 
 
-def test_an_exception_while_old_code_loads_parks_the_instance_alone() -> None:
+@pytest.mark.parametrize(("raised", "said"), [("OSError('no licence')", "OSError: no licence"), ("SystemExit(3)", "SystemExit: 3"), ("kw.UsageError('no')", "UsageError: no")])
+def test_an_exception_while_old_code_loads_parks_the_instance_alone(raised: str, said: str) -> None:
     """§8.4: it is tried again when somebody retries."""
-    site = Site("import sys\nif 'code_is_broken' in sys.modules:\n    raise OSError('no licence')\ndef main(o):\n    yield kw.suspend('r')\n    return 'old'")
+    site = Site(f"import sys\nif 'code_is_broken' in sys.modules:\n    raise {raised}\ndef main(o):\n    yield kw.suspend('r')\n    return 'old'")
     site.deploy("def main(o):\n    yield kw.suspend('r')\n    return 'new'")
     site.w.start("v")
     sys.modules["code_is_broken"] = sys
@@ -218,7 +220,7 @@ def test_an_exception_while_old_code_loads_parks_the_instance_alone() -> None:
     finally:
         del sys.modules["code_is_broken"]
     site.w.resume("v", "r")
-    assert "cannot be loaded: OSError: no licence" in (site.w.header("w") or {})["parked"]["message"]
+    assert f"cannot be loaded: {said}" in (site.w.header("w") or {})["parked"]["message"]
     assert site.w.result("v") == "new"
     site.w.send("w", b"null", {"kwflow-op": "retry"})
     assert site.w.result("w") == "old"
@@ -264,11 +266,12 @@ def test_headers_say_which_version_an_instance_waits_in_and_where() -> None:
 class Engine:
     """One processor and the records it wrote to the code topic; `commit` False is a transaction that was aborted."""
 
-    def __init__(self, log: list[Record], store: MemoryStore, source: str, name: str) -> None:
+    def __init__(self, log: list[Record], store: MemoryStore, source: str, name: str, keys: tuple[str, ...] = ()) -> None:
         self.log, self.store = log, store
         main = durable.load_source(name, HEAD + source, f"{name}.py").main
-        code = CodeStore(lambda offset: [record for record in log if record.offset >= offset])
-        self.processor = WorkflowProcessor(Config(instances_cached_max=0), Workflows({"main": main}, "main"), api.declared_topics(), sources=code)
+        config = Config(instances_cached_max=0, snapshot_keys=list(keys))
+        code = CodeStore(lambda offset: [record for record in log if record.offset >= offset], config.signing_keys)
+        self.processor = WorkflowProcessor(config, Workflows({"main": main}, "main"), api.declared_topics(), sources=code)
 
     def batch(self, *values: tuple[str, bytes], at: int = 0, commit: bool = True) -> list[str]:
         """The values of what was written beside code entries."""
@@ -313,3 +316,21 @@ def test_an_engine_with_other_code_asks_for_the_version_that_a_snapshot_names() 
     first.batch(("w", b'{"ref":"r"}'), at=10)
     durable.load_source(name, HEAD + new, f"{name}.py")
     assert second.batch(("w", b'{"ref":"s"}'), at=20) == ['"old"']
+
+
+def test_with_keys_an_entry_that_no_key_signed_is_not_there() -> None:
+    """Who can write to the topic must not thereby run code; the name is signed with the source, and keys rotate as those of snapshots."""
+    log: list[Record] = []
+    store, name = MemoryStore(), f"code_case_{next(_count)}"
+    old, new = "def main(o):\n    yield kw.suspend('r')\n    return 'old'", "def main(o):\n    yield kw.suspend('r')\n    return 'new'"
+    first, second = "1" * 32, "2" * 32
+    Engine(log, store, old, name, (first,)).batch(("a", b"new:1"), ("b", b"new:1"), ("c", b"new:1"))
+    [written] = log
+    assert Engine(log, store, new, name, (second, first)).batch(("a", b'{"ref":"r"}'), at=10) == ['"old"']
+    durable.load_source(name, HEAD + "def main(o):\n    yield kw.suspend('x')", f"{name}.py")  # the old version is loaded anew
+    log[:] = [msgspec.structs.replace(written, value=(written.value or b"").partition(b"\n")[0])]
+    Engine(log, store, new, name, (second, first)).batch(("b", b'{"ref":"r"}'), at=20)
+    assert "is not stored" in snapshot.read_header(store.entries[b"b"])["parked"]["message"]
+    log[:] = [msgspec.structs.replace(written, value=(written.value or b"").replace(b"'old'", b"'bad'"))]
+    Engine(log, store, new, name, (second, first)).batch(("c", b'{"ref":"r"}'), at=30)
+    assert "is not stored" in snapshot.read_header(store.entries[b"c"])["parked"]["message"]
