@@ -12,6 +12,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Sequence
 
+from kwflow.core.snapshot import key_id
 from kwflow.core.wire import Output, Record
 from kwflow.durable import versions
 from kwflow.durable.registry import Module
@@ -21,7 +22,7 @@ __all__ = ["LEASE_MS", "CodeStore", "offer"]
 
 LEASE_MS = 86_400_000
 _SEAL = b"\nHMAC-SHA-256 "  # then the digest in hex; JSON holds no line break
-_WRITTEN = b"\0code\0"  # state: when this partition last wrote the entry
+_WRITTEN = b"\0code\0"  # state: when this partition last wrote the entry, and the id of the key it was signed with
 
 
 class CodeStore:
@@ -63,12 +64,13 @@ def _signature(key: bytes, name: bytes, data: bytes) -> bytes:
 
 def offer(topic: str, state: Changes, module: Module, now_ms: int, keys: Sequence[bytes] = ()) -> list[Output]:
     """The entries that are to be committed with a snapshot that names this version, those of modules it imports included."""
-    if _fresh(state, module, now_ms):
+    seal = key_id(keys[0]).encode() if keys else b""
+    if _fresh(state, module, now_ms, seal):
         return []
     made = []
     for found in versions.stored_with(module):
-        if not _fresh(state, found, now_ms):
-            state.put(_marker(found), b"%d" % now_ms)
+        if not _fresh(state, found, now_ms, seal):
+            state.put(_marker(found), b"%d %s" % (now_ms, seal))
             name, data = _marker(found)[len(_WRITTEN) :], versions.entry(found)
             made.append(Output(topic, name, data + _SEAL + _signature(keys[0], name, data) if keys else data, (), now_ms))
     return made
@@ -78,6 +80,7 @@ def _marker(module: Module) -> bytes:
     return _WRITTEN + versions.entry_key(module.name, module.version).encode()
 
 
-def _fresh(state: Changes, module: Module, now_ms: int) -> bool:
-    written = state.get(_marker(module))
-    return written is not None and now_ms < int(written) + LEASE_MS
+def _fresh(state: Changes, module: Module, now_ms: int, seal: bytes) -> bool:
+    """Whether it was written within a day, signed with the key that signs now."""
+    when, _, signed = (state.get(_marker(module)) or b"").partition(b" ")
+    return when != b"" and signed == seal and now_ms < int(when) + LEASE_MS

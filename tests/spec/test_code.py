@@ -327,6 +327,8 @@ def test_with_keys_an_entry_that_no_key_signed_is_not_there() -> None:
     Engine(log, store, old, name, (first,)).batch(("a", b"new:1"), ("b", b"new:1"), ("c", b"new:1"))
     [written] = log
     assert Engine(log, store, new, name, (second, first)).batch(("a", b'{"ref":"r"}'), at=10) == ['"old"']
+    Engine(log, store, old, name, (second, first)).batch(("d", b"new:1"), at=15)
+    assert len(log) == 2, "the key that signs now has not signed it yet"
     durable.load_source(name, HEAD + "def main(o):\n    yield kw.suspend('x')", f"{name}.py")  # the old version is loaded anew
     log[:] = [msgspec.structs.replace(written, value=(written.value or b"").partition(b"\n")[0])]
     Engine(log, store, new, name, (second, first)).batch(("b", b'{"ref":"r"}'), at=20)
