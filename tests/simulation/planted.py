@@ -16,7 +16,8 @@ from kwflow.runners.attempts import Attempts
 from kwflow.runners.kafka import KafkaRunner
 from kwflow.runners.kafka_batch import Aborted, Batch
 from kwflow.runners.kafka_state import PartitionStore
-from kwflow.runners.loop import TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.timers import TimerProcessor
 from tests.simulation.faults import Faults
 from tests.simulation.world import World
 
