@@ -131,7 +131,7 @@ def differs(directory: pathlib.Path, seed: int, kind: type[Embedded] = Embedded)
     whole = Run(directory / "whole", seed, kind=kind)
     whole.play()
     logs = whole.logs()
-    assert len(logs["workflow-result"]) + len(logs["workflow-error"]) + len(logs["workflow-engine-dead-letter"]) >= 4
+    assert len(logs["workflow-result"]) + len(logs["workflow-error"]) >= 2, "some wait for a signal that nobody sends"
     for number in range(1, whole.writes + 1):
         for fate in ("before", "after"):
             run = Run(directory / f"{fate}-{number}", seed, number, fate, kind)
