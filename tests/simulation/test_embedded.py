@@ -16,7 +16,8 @@ from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
 from kwflow.runners.embedded import Embedded, stored
-from kwflow.runners.loop import Overlay, TimerProcessor, WorkflowProcessor
+from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.timers import TimerProcessor
 from tests.simulation import workload
 from tests.simulation.faults import Crashed
 from tests.simulation.world import engine_process
