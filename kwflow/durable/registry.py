@@ -17,9 +17,12 @@ from typing import Any, NamedTuple
 from kwflow.errors import CodeChangedError
 
 __all__ = [
-    "Function", "Label", "Module", "Pins", "add_module", "add_sentinels", "add_version", "drop_version", "function_of", "is_durable", "logical_name",
+    "RUNTIME", "Function", "Label", "Module", "Pins", "add_module", "add_sentinels", "add_version", "drop_version", "function_of", "is_durable", "logical_name",
     "lookup", "module", "modules", "reference", "reference_of", "register_code", "remove_module", "sentinel", "version", "version_name", "versions_of",
 ]  # fmt: skip
+
+
+RUNTIME = "__@kw__"  # the global that lowered code calls; `import *` does not take it along, and classes do not mangle it
 
 
 class Label(NamedTuple):

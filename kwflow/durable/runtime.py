@@ -1,4 +1,4 @@
-"""What lowered code calls: one object per module, its global `@kw`.  Nothing here may raise StopIteration by accident."""
+"""What lowered code calls: one object per module, its global `RUNTIME`.  Nothing here may raise StopIteration by accident."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from kwflow.durable import awaiting
-from kwflow.durable.registry import Function, Module, function_of, register_code
+from kwflow.durable.registry import RUNTIME, Function, Module, function_of, register_code
 
 __all__ = ["Driver", "Resume", "Runtime", "abandoning", "delegate", "inject", "set_abandoning", "set_driver"]
 
@@ -294,7 +294,7 @@ class Resume:
 
 def inject(namespace: dict[str, Any], module: Module, bound: Mapping[str, type]) -> None:
     """The globals that lowered code of a module uses beside the author's."""
-    namespace.update({"@kw": Runtime(module, bound), "@type": builtins.type, "@iter": builtins.iter, "@exc_info": sys.exc_info, "@managers": _managers, "@iterators": _ITERATORS})
+    namespace.update({RUNTIME: Runtime(module, bound), "@type": builtins.type, "@iter": builtins.iter, "@exc_info": sys.exc_info, "@managers": _managers, "@iterators": _ITERATORS})
 
 
 class Runtime:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kwflow.durable.lower.scopes import Scope, child_nodes
-from kwflow.durable.registry import Label
+from kwflow.durable.registry import RUNTIME, Label
 from kwflow.errors import UnsupportedError
 
 __all__ = ["Block", "Emitter", "Finally", "Label", "assign", "call", "constant", "helper", "load", "located", "store"]
@@ -38,7 +38,7 @@ def assign(name: str, value: ast.expr) -> ast.Assign:
 
 def helper(name: str) -> ast.Attribute:
     """A function of the module's injected runtime: one global, so that no user name can shadow it."""
-    return ast.Attribute(load("@kw"), name, ast.Load())
+    return ast.Attribute(load(RUNTIME), name, ast.Load())
 
 
 def call(name: str, *arguments: ast.expr) -> ast.Call:
@@ -84,6 +84,7 @@ class Finally:
     continues: bool = False
 
 
+_LASTING = {"async-iterator", "entered", "for-iterator", "for-value", "manager"}  # with their compound statement, unless an exception or a return leaves it
 LOOP = "loop"
 _HOLDING = {"augment", "bool", "compare", "delegate", "if", "spill", "unpack"}  # roles of temporaries whose values end with their statement
 RAISED, RETURNED, BROKE, CONTINUED = 1, 2, 3, 4
@@ -206,6 +207,7 @@ class Emitter:
         self.temporaries[name] = None
         if role in _HOLDING:
             self.holding.append(name)
+        if role in _HOLDING or role in _LASTING:
             self._held.append(name)
         return name
 
@@ -215,7 +217,7 @@ class Emitter:
         return names
 
     def held_in(self, since: int) -> list[str]:
-        """All that an exception may leave holding values, since `mark_held` gave `since`."""
+        """All that may still hold values when an exception or a return has left, since `mark_held` gave `since`."""
         return self._held[since:]
 
     def mark_held(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from kwflow.durable.lower.emit import Emitter, assign, call, constant, helper, load
 from kwflow.durable.lower.scopes import has_yield
+from kwflow.durable.registry import RUNTIME
 
 __all__ = ["Expressions"]
 
@@ -23,7 +24,7 @@ def _fixed(node: ast.expr) -> bool:
     """Whether evaluating it later, or twice, makes no difference."""
     if isinstance(node, ast.Call):  # ours: `@kw.mark("path")`
         return _fixed(node.func) and all(map(_fixed, node.args))
-    return isinstance(node, ast.Constant) or (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "@kw")
+    return isinstance(node, ast.Constant) or (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == RUNTIME)
 
 
 def is_temporary(node: ast.expr) -> bool:

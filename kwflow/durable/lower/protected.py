@@ -49,9 +49,9 @@ class Protected(Expressions):
         elif any(map(has_yield, node.finalbody)):
             self._try_finally_that_waits(node)
         else:
-            first = len(self.labels) + 1
+            first, began = len(self.labels) + 1, self.mark_held()
             body = self.block(node.body, "try")
-            final = self.block(node.finalbody, "finally").body
+            final = self.after_release(self.held_in(began), node.finalbody, "finally").body
             if body.labelled:
                 final = [ast.copy_location(ast.If(_kept(), final, []), final[0])]
             self.emit_compound(ast.copy_location(ast.Try(body.body, [], [], final), node), first)
@@ -119,13 +119,14 @@ class Protected(Expressions):
         return ast.copy_location(ast.ExceptHandler(type_, handler.name, block.body), handler)
 
     def _try_finally_that_waits(self, node: ast.Try) -> None:
-        first = len(self.labels) + 1
+        first, began = len(self.labels) + 1, self.mark_held()
         pending = Finally(self.temporary("completion"), self.temporary("completion-value"))
         self.exits.append(pending)
         body = self.block(node.body, "try")
         self.exits.pop()
         done = [assign(pending.completion, constant(0)), assign(pending.value, constant(None))]
         body.body += [ast.copy_location(statement, node.body[-1]) for statement in done]
+        dropped = self.held_in(began)
         self.live += [pending.completion, pending.value]
         final = self.block(node.finalbody, "finally")
         del self.live[-2:]
@@ -140,7 +141,7 @@ class Protected(Expressions):
         noted = [assign(pending.completion, constant(RAISED)), assign(pending.value, load(raised_as)), ast.Raise()]
         handler = ast.copy_location(ast.ExceptHandler(helper("BaseException"), raised_as, noted), node.finalbody[0])
         inner = ast.copy_location(ast.Try(statements, [handler], [], []), node)
-        kept = ast.copy_location(ast.If(_kept(), [*prologue, *final.body], []), node.finalbody[0])
+        kept = ast.copy_location(ast.If(_kept(), [*self.dropping(dropped), *prologue, *final.body], []), node.finalbody[0])
         kept_then_released = ast.copy_location(ast.Try([kept], [], [], [assign(pending.value, constant(None))]), node.finalbody[0])
         self.emit_compound(ast.copy_location(ast.Try([inner], [], [], [kept_then_released]), node), first)
 
@@ -229,12 +230,12 @@ class Protected(Expressions):
             self.emit_block(self.block(body, "with"))
         del self.live[mark:]
         forgotten: ast.stmt = assign(manager, constant(None))
-        swallowed: list[ast.stmt] = [ast.Assign([store(name) for name in names], constant(None))] if (names := self.held_in(began)) else []
-        failed: list[ast.stmt] = [ast.If(self._goes_on(manager), [forgotten, ast.Raise()], []), *swallowed]
+        dropped = self.dropping(self.held_in(began))
+        failed: list[ast.stmt] = [*dropped, ast.If(self._goes_on(manager), [forgotten, ast.Raise()], [])]
         done: list[ast.stmt] = [ast.Expr(self._exit(manager, *[constant(None)] * 3))]
         if leaves:
             failed.insert(0, assign(open_, constant(False)))
-            done = [ast.If(load(open_), done, []), forgotten]
+            done = [ast.If(load(open_), [*dropped, *done], []), forgotten]
         for statement in (*failed, *done):
             ast.copy_location(statement, item.context_expr)
         handler = ast.copy_location(ast.ExceptHandler(None, None, failed), item.context_expr)
@@ -243,6 +244,11 @@ class Protected(Expressions):
         if not leaves:
             self.emit(assign(manager, constant(None)))
 
+
+    @staticmethod
+    def dropping(names: list[str]) -> list[ast.stmt]:
+        """Let go what an exception or a return has left holding: natively it would have been on the stack."""
+        return [ast.Assign([store(name) for name in names], constant(None))] if names else []
 
     @staticmethod
     def _enter(manager: str) -> ast.expr:

@@ -8,12 +8,13 @@ import re
 
 from kwflow.durable.lower.functions import ModuleLowering
 from kwflow.durable.lower.scopes import Scope, analyze
+from kwflow.durable.registry import RUNTIME
 from kwflow.errors import UsageError
 
 __all__ = ["functions_of", "lowered_text"]
 
 _SPECIAL = {
-    "@kw": "runtime", "@l": "label_", "@r": "reach_", "@c": "cells_", "@S": "saved_",
+    RUNTIME: "runtime", "@l": "label_", "@r": "reach_", "@c": "cells_", "@S": "saved_",
     "@type": "type", "@exc_info": "exc_info", "@managers": "known_managers", "@iter": "iter", "@iterators": "known_iterators",
 }
 

@@ -199,3 +199,58 @@ def g_finally_that_waits():
         log("z")
     log("after")
     yield 5
+
+
+def ending(name):
+    try:
+        yield 1
+        yield 2
+    finally:
+        log(("ends", name))
+
+
+def g_iterators_end_where_they_are_left():
+    try:
+        for x in ending("raise"):
+            yield x
+            raise ValueError
+    except ValueError:
+        log("handler")
+        yield "handler"
+    try:
+        for x in ending("finally"):
+            yield x
+            if x == 1:
+                raise KeyError
+        yield "not here"
+    except KeyError:
+        yield "caught"
+    finally:
+        log("finally")
+        yield "finally"
+    with Swallowing():
+        for x in ending("with"):
+            yield x
+            raise ValueError
+    yield "after"
+    while True:
+        with Swallowing():
+            for x in ending("break"):
+                yield x
+                break
+            break
+    try:
+        for x in ending("return"):
+            yield x
+            return "returned"
+    finally:
+        log("last")
+
+
+class Swallowing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        log("exit")
+        return True

@@ -285,3 +285,12 @@ def test_a_timeout_error_says_the_same_after_it_was_saved() -> None:
     for error in (TimeoutError("kw.timeout"), OSError(2, "gone", "f"), OSError()):
         found = durable.loads(durable.dumps(error))
         assert (str(found), found.args, found.errno) == (str(error), error.args, error.errno)
+
+
+def test_import_star_from_a_durable_module_leaves_the_runtime_of_the_importing_one_alone() -> None:
+    durable.load_source("star_source", "def inner():\n    yield 1\n")
+    module = durable.load_source("star_target", "from star_source import *\ndef outer():\n    yield from inner()\n    return 'end'\n")
+    gen = again(module.outer())
+    assert next(gen) == 1
+    with pytest.raises(StopIteration, match="end"):
+        next(again(gen))
