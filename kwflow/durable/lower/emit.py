@@ -223,10 +223,11 @@ class Emitter:
     def mark_held(self) -> int:
         return len(self._held)
 
-    def release(self, names: list[str]) -> None:
-        """Let go: an object must not live longer because something was waited for beside it."""
+    def release(self, names: list[str], at: ast.AST | None = None) -> None:
+        """Let go: an object must not live longer because something was waited for beside it.  `at` is whose line it has, for those who step."""
         if names:
-            self.emit(ast.Assign([store(name) for name in names], constant(None)))
+            released = ast.Assign([store(name) for name in names], constant(None))
+            self.emit(ast.copy_location(released, at) if at is not None else released)
 
     def label(self) -> int:
         """A new label here; emits the store that tells `capture` where the generator waits."""

@@ -91,7 +91,7 @@ class Protected(Expressions):
             return self.after_release(names, handler.body, f"except{number}-")
         self.live.append(handled)
         with self.collect() as block:
-            self.release(names)
+            self.release(names, handler.body[0])
             if handler.name is None:
                 self.emit_block(self.block(handler.body, f"except{number}-"))
             else:

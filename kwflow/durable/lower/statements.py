@@ -200,7 +200,7 @@ class Statements(Asyncs):
     def after_release(self, names: list[str], statements: list[ast.stmt], name: str) -> Block:
         """A block that first lets go what led into it."""
         with self.collect() as block:
-            self.release(names)
+            self.release(names, statements[0] if statements else None)
             if statements:
                 self.emit_block(self.block(statements, name))
         return block
