@@ -18,7 +18,7 @@ _API = (
     "race", "reacquire", "registered_activities", "registered_migrations", "registered_workflows", "reply", "set_status", "shield", "signals", "sleep", "spawn",
     "start_child", "step_id", "suspend", "timeout", "wait_signal", "workflow", "workflow_id",
 )  # fmt: skip
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = sorted([*_API, *_errors.__all__])  # noqa: PLE0605
 
 
