@@ -46,6 +46,7 @@ class Config(BaseSettings):
     durable_packages: list[str] = Field(default_factory=list, description="more packages to make durable, third-party ones too, beside the MODULEs'")
     snapshot_modules: list[str] = Field(default_factory=list, description="modules, not durable ones, whose classes snapshots may hold")
     snapshot_keys: list[SecretStr] = Field(default_factory=list, description="they sign snapshots (HMAC-SHA-256): the first signs, all are accepted; what none of them signed is parked")
+    snapshot_cloudpickle: bool = Field(default=False, description="snapshots may hold classes made in functions by generated code as cloudpickle's bytes, bound to this minor of Python")
     snapshot_bytes_warn: int = Field(default=450_000, gt=0, description="an instance that grows over this is logged")
     snapshot_bytes_max: int = Field(default=900_000, gt=0, description="a larger instance is parked; below Kafka's 1 MB default")
     value_bytes_max: int = Field(default=1_000_000, gt=0, description="a larger input record is dead-lettered, a larger output is a UsageError in the workflow")

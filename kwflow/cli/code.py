@@ -17,7 +17,7 @@ from kwflow.cli.lowered import lowered
 from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, append, out, read, snapshots
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
-from kwflow.durable import allow_modules, find_source, versions
+from kwflow.durable import allow_classes_by_value, allow_modules, find_source, versions
 from kwflow.errors import UsageError
 from kwflow.runners import deployment
 from kwflow.runners.code import LEASE_MS, CodeStore
@@ -146,6 +146,7 @@ def check(settings: Config, modules: Sequence[str], embedded: Path | None, app_d
     """Say what a deployment of these modules would do to the instances that wait; the exit code, 1 if any would be parked."""
     workflows = load_workflows(list(modules), app_dir, settings.durable_packages)
     allow_modules(settings.snapshot_modules)
+    allow_classes_by_value(settings.snapshot_cloudpickle)
     fates = list(deployment.check(snapshots(settings, embedded), code_store(settings, embedded), workflows.migrations, settings.signing_keys))
     counts = Counter(fate.kind for fate in fates)
     out.print(f"{len(fates)} waiting: {counts['resume']} resume on this code, {counts['old']} stay on old code, {counts['parked']} would be parked", markup=False, highlight=False)

@@ -22,6 +22,7 @@ from kwflow.core.mailbox import SignalWait, UpdateWait
 from kwflow.core.tasks import ActivityWait, All, Awaitable, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.durable import codec, frames, registry, versions
 from kwflow.durable.lower import LOWERING_VERSION
+from kwflow.durable.rebuild import MINOR
 from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, SnapshotError
 
@@ -32,7 +33,7 @@ Keys = Sequence[bytes]
 _MAGIC = b"KWF1"
 _CHECKSUM_BYTES = 32
 _VERSION = 1
-_KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked", "key"}
+_KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked", "key", "minor"}
 
 for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield, SignalWait, UpdateWait, ActivityWait, Child)):  # the order is part of the format
     codec.register_class(_tag, _class)
@@ -45,7 +46,7 @@ def save(instance: Instance, keys: Keys = ()) -> bytes:
 
 def save_with_code(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[registry.Module]]:
     """`save`, and the versions of modules that the snapshot names."""
-    body, held = codec.dumps_with_code(instance.graph(), instance.pins)
+    body, held, minor = codec.dumps_with_code(instance.graph(), instance.pins)
     if any(module.name == "__main__" for module, _ in held.values()):
         raise SnapshotError("code of __main__ cannot be found again by another process; put the workflow into a module of its own")
     code = {reference: {"version": module.version, "units": dict(sorted(units.items()))} for reference, (module, units) in sorted(held.items())}
@@ -61,6 +62,7 @@ def save_with_code(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[reg
         "code": code,
         "lowering": LOWERING_VERSION,
         "waits": waits_of(instance),
+        **({"minor": minor} if minor else {}),
         **instance.extra,
     }
     return _encode(header, body, keys), [module for module, _ in held.values()]
@@ -171,6 +173,8 @@ def load(data: bytes, sources: Sources = no_sources, keys: Keys = ()) -> Instanc
 
 def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources) -> Instance:
     """`load` for what `split` gave."""
+    if header.get("minor", MINOR) != MINOR:
+        raise SnapshotError(f"it holds a class as code of Python {header['minor']} (snapshot_cloudpickle); this is {MINOR}: run it there, then retry")
     try:
         instance = Instance(header["id"], header["workflow"], header["start_id"], header["created"])
         instance.status = header["status"]

@@ -21,7 +21,7 @@ from typing import Any
 
 from kwflow.durable import culprit, iters, names, rebuild, registry
 from kwflow.durable.frames import CREATED, FINISHED, SUSPENDED, discard, enter, forget_shells, refill, snap
-from kwflow.durable.local_classes import reduce_class
+from kwflow.durable.local_classes import by_value, reduce_class
 from kwflow.durable.lower import LOWERING_VERSION
 from kwflow.durable.lower.upgrade import upgraded
 from kwflow.durable.reducers import Refused, plain, reduce_module, reducer_of
@@ -70,6 +70,7 @@ class _Pickler(pickle.Pickler):
     pins: registry.Pins
     held: Code
     references: dict[registry.Module, str]
+    minor = ""  # of Python, if the graph holds what only that one can load
 
     def begin(self, root: Any, pins: registry.Pins) -> None:
         self.pins, self.held, self.references = pins, {}, {}
@@ -148,7 +149,7 @@ class _Pickler(pickle.Pickler):
         if cls in _checked or cls in _TYPES_WITHOUT_A_NAME:
             return NotImplemented
         if "<locals>" in cls.__qualname__:
-            return reduce_class(cls)
+            return self.local_class(cls)
         if not names.allowed(cls.__module__, cls.__qualname__, cls):
             raise Refused(f"a value of class {cls.__module__}.{cls.__qualname__}; list its module under snapshot_modules in kwflow.toml, call durable.register_reducer, or keep plain data")
         if registry.is_durable(cls.__module__):
@@ -158,6 +159,17 @@ class _Pickler(pickle.Pickler):
             return named
         _checked.add(cls)
         return NotImplemented
+
+    def local_class(self, cls: type[Any]) -> Any:
+        """By its parts, else, if that is allowed, as cloudpickle's bytes, which bind the snapshot to this minor."""
+        try:
+            return reduce_class(cls)
+        except Refused as why:
+            if not names.classes_by_value():
+                raise Refused(f"{why}, or allow snapshot_cloudpickle (docs/LOCALS.md)") from None
+        made = rebuild.class_by_value, by_value(cls)
+        self.minor = rebuild.MINOR
+        return made
 
     def exception(self, error: BaseException) -> Any:
         cls = type(error)
@@ -314,8 +326,8 @@ def dumps(root: Any) -> bytes:
     return dumps_with_code(root, {})[0]
 
 
-def dumps_with_code(root: Any, pins: registry.Pins) -> tuple[bytes, Code]:
-    """`dumps` of a graph that was loaded with these pins, and the code it holds."""
+def dumps_with_code(root: Any, pins: registry.Pins) -> tuple[bytes, Code, str]:
+    """`dumps` of a graph that was loaded with these pins, the code it holds, and the minor it is bound to, if it is."""
     file = io.BytesIO()
     file.write(FORMAT)
     pickler = _Pickler(file, _PROTOCOL)
@@ -323,7 +335,7 @@ def dumps_with_code(root: Any, pins: registry.Pins) -> tuple[bytes, Code]:
         pickler.begin(root, pins)
     except Exception as error:  # reducers of any class may raise anything
         raise culprit.explain(root, error, _last_seen(root, pins), lambda value: _is_savable(value, pins)) from error
-    return file.getvalue(), pickler.held
+    return file.getvalue(), pickler.held, pickler.minor
 
 
 # -- back ----------------------------------------------------------------------------------------------------------

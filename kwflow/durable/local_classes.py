@@ -1,7 +1,8 @@
 """Classes defined inside a function of a durable module: saved as what they are made of.
 
 Their functions go by the name of their source, as closures do, so such a snapshot loads on every minor of Python and holds no
-code.  (Pickling their code, as cloudpickle does, would bind it to one minor and make every byte of it a way to run code.)
+code.  What generated code has made (enums, named tuples, attrs) has no such parts; cloudpickle saves it if that is allowed, since it
+binds the snapshot to one minor and makes every byte of it a way to run code.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from kwflow.durable import rebuild, registry
 from kwflow.durable.reducers import Refused
 
-__all__ = ["reduce_class"]
+__all__ = ["by_value", "reduce_class"]
 
 _OWN = frozenset("__dict__ __weakref__ __slots__ _abc_impl __annotate_func__ __annotations_cache__ __static_attributes__ __firstlineno__".split())
 _DATACLASS = frozenset("__dataclass_fields__ __dataclass_params__ __match_args__ __init__ __repr__ __eq__ __lt__ __le__ __gt__ __ge__ __hash__ __setattr__ __delattr__ __replace__".split())
@@ -36,6 +37,16 @@ def reduce_class(cls: type[Any]) -> Any:
         members |= _fields(cls)
     members = dict(sorted(members.items())) | {"__qualname__": cls.__qualname__}  # in one order, whatever made the class
     return rebuild.local_class, (type(cls), cls.__name__, cls.__bases__, cls.__dict__.get("__slots__")), (members, dataclass), None, None, rebuild.set_class
+
+
+def by_value(cls: type[Any]) -> tuple[str, bytes]:
+    """The arguments of `rebuild.class_by_value`: this minor, and cloudpickle's bytes.  Raises Refused."""
+    import cloudpickle  # type: ignore[import-untyped] # it has no types
+
+    try:
+        return rebuild.MINOR, cloudpickle.dumps(cls)
+    except Exception as error:  # it walks into all that the class refers to
+        raise Refused(f"the class {cls.__qualname__} is defined inside a function, and cloudpickle cannot save it: {error}") from error
 
 
 def _made_again(name: str, value: Any, dataclass: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from kwflow.durable import registry
 
-__all__ = ["ITERTOOLS", "allow_modules", "allowed", "defined_in", "find", "importable", "is_allowed_module", "is_module_value"]
+__all__ = ["ITERTOOLS", "allow_classes_by_value", "allow_modules", "allowed", "classes_by_value", "defined_in", "find", "importable", "is_allowed_module", "is_module_value"]
 
 _BUILTINS = frozenset(
     "object type int float complex str bytes bytearray bool list tuple dict set frozenset range slice memoryview enumerate zip map filter reversed "
@@ -99,11 +99,22 @@ _EXCEPTIONS = frozenset(
 _OURS_REFUSED = ("kwflow.cli", "kwflow.client", "kwflow.runners", "kwflow.testing", "kwflow.gateway", "kwflow.worker", "kwflow.config", "kwflow.durable.lower")
 _DURABLE = frozenset("kwflow.durable.awaiting kwflow.durable.iters kwflow.durable.pools kwflow.durable.resources kwflow.durable.runtime".split())
 _modules: set[str] = set()
+_by_value = False
 
 
 def allow_modules(names: list[str]) -> None:
     """Modules (and their submodules) whose classes snapshots may hold, beside durable ones (config `snapshot_modules`)."""
     _modules.update(names)
+
+
+def allow_classes_by_value(allowed: bool) -> None:
+    """Whether snapshots may hold classes as cloudpickle's bytes, which are code (config `snapshot_cloudpickle`)."""
+    global _by_value
+    _by_value = allowed
+
+
+def classes_by_value() -> bool:
+    return _by_value
 
 
 def is_allowed_module(module: str) -> bool:

@@ -23,10 +23,10 @@ from kwflow.durable import names, registry
 from kwflow.durable.frames import empty
 from kwflow.durable.registry import Function, Module, Pins
 from kwflow.durable.runtime import as_coroutine
-from kwflow.errors import CodeChangedError, CorruptSnapshotError
+from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError
 
 __all__ = [
-    "CONSTRUCTORS", "CURRENT", "EXCEPTION_ATTRIBUTES", "Names", "Wrapped", "bound", "builders", "cell", "contents", "custom", "exception", "exception_slots", "function",
+    "CONSTRUCTORS", "CURRENT", "EXCEPTION_ATTRIBUTES", "MINOR", "Names", "Wrapped", "bound", "builders", "cell", "class_by_value", "contents", "custom", "exception", "exception_slots", "function",
     "generator", "global_of", "imported_module", "instance", "is_bound_of", "iterator_at", "local_class", "logger", "mapping_proxy", "match", "memory", "method", "named",
     "nothing", "numpy_array", "path", "register", "set_class", "set_exception", "set_function", "super_of", "tag_of", "view", "zone",
 ]  # fmt: skip
@@ -193,6 +193,21 @@ def local_class(metaclass: type[Any], name: str, bases: tuple[type[Any], ...], s
         raise CorruptSnapshotError(f"a snapshot makes a class by {metaclass!r}, which is no metaclass")
     made: type[Any] = types.new_class(name, bases, {"metaclass": metaclass} if metaclass is not type else {}, lambda space: space.update({"__slots__": slots} if slots is not None else {}))
     _local.add(made)
+    return made
+
+
+MINOR = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def class_by_value(minor: str, data: bytes) -> type[Any]:
+    """A class as cloudpickle's bytes, which hold code of one minor and are only taken where that is allowed."""
+    if not names.classes_by_value():
+        raise SnapshotError("a snapshot holds a class as code (cloudpickle), which snapshot_cloudpickle does not allow here")
+    if minor != MINOR:
+        raise SnapshotError(f"a snapshot holds a class as code of Python {minor}; this is {MINOR}")
+    import cloudpickle  # type: ignore[import-untyped] # it has no types
+
+    made: type[Any] = cloudpickle.loads(data)
     return made
 
 
@@ -392,7 +407,7 @@ def custom(name: str, state: Any) -> Any:
 CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     made.__name__: made
     for made in (
-        bound, cell, custom, exception, function, generator, global_of, imported_module, instance, iterator_at, local_class, logger, mapping_proxy, match, memory, method, named,
+        bound, cell, class_by_value, custom, exception, function, generator, global_of, imported_module, instance, iterator_at, local_class, logger, mapping_proxy, match, memory, method, named,
         nothing, numpy_array, path, set_class, super_of, view, Wrapped, zone,
     )
 }  # fmt: skip

@@ -21,7 +21,7 @@ from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Transitio
 from kwflow.core.instance import Instance
 from kwflow.core.step import applied_before, step
 from kwflow.core.wire import Record
-from kwflow.durable import allow_modules, set_abandoning
+from kwflow.durable import allow_classes_by_value, allow_modules, set_abandoning
 from kwflow.durable.registry import Module
 from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, SnapshotError, StepTimeout
@@ -116,6 +116,7 @@ class WorkflowProcessor:
         self.snapshots = Histogram(BYTES)
         self.tracing = Tracing() if config.tracing else None
         allow_modules(config.snapshot_modules)
+        allow_classes_by_value(config.snapshot_cloudpickle)
 
     def work(self, deliver: Deliver) -> Dispatcher:
         self.dispatcher = Dispatcher(deliver, self.on_log, self.config.activity_concurrency, self.config.activity_limit_s, self.config.activity_bytes_max)

@@ -14,7 +14,7 @@ ALLOWED = {
     "durable/lower/functions.py": {"compile"},
     "durable/cache.py": {"loads"},  # marshal, of a file in __pycache__, which Python itself trusts
     "durable/codec.py": {"loads", "import_module", "_Unpickler"},  # with the list of allowed names
-    "durable/rebuild.py": {"import_module"},  # fixed names, and modules that names.is_module_value accepts
+    "durable/rebuild.py": {"import_module", "loads"},  # fixed names, and modules that names.is_module_value accepts; cloudpickle only where snapshot_cloudpickle allows it
     "durable/versions.py": {"loads"},  # codec.loads, on the code that the header names
     "durable/peek.py": {"_Unpickler"},  # every name becomes a stub
     "core/snapshot.py": {"loads"},  # codec.loads, after the seal was checked

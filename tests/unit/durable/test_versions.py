@@ -24,7 +24,7 @@ class Deployed:
         return durable.load_source(self.name, source, f"{self.name}.py")
 
     def save(self, graph: Any, pins: registry.Pins | None = None) -> tuple[bytes, dict[str, Any]]:
-        body, held = codec.dumps_with_code(graph, pins or {})
+        body, held, _ = codec.dumps_with_code(graph, pins or {})
         for module, _ in held.values():
             for found in versions.stored_with(module):
                 self.stored[versions.entry_key(found.name, found.version)] = versions.entry(found)
