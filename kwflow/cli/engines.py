@@ -32,6 +32,7 @@ from kwflow.runners.modules import load_workflows
 from kwflow.runners.socket import serve
 from kwflow.runners.supervise import orphaned, supervise
 from kwflow.runners.timers import TimerProcessor
+from kwflow.runners.watchdog import end_when_stuck
 
 __all__ = ["Runner", "engine", "run", "scheduler"]
 
@@ -42,6 +43,7 @@ class Runner(enum.StrEnum):
     kafka = "kafka"
     faust = "faust"
 
+
 _COLLECT_AFTER = 20_000  # new objects; Python's 700 would be a collection every few steps, each past all live instances
 _LOOK_S = 0.1  # how often the main thread looks at the runners' threads
 
@@ -51,6 +53,12 @@ def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: P
     engine.compact(config.code_topic)
     sources = CodeStore(lambda offset: engine.read(config.code_topic, offset, engine.end(config.code_topic)), config.signing_keys)
     return [WorkflowProcessor(config, workflows, api.declared_topics(), engine.incarnation, log, sources), TimerProcessor(config)]
+
+
+def _be_an_engine() -> None:
+    """What is right for a process that does nothing else."""
+    end_when_stuck()
+    _collect_rarely()
 
 
 def _collect_rarely() -> None:
@@ -129,7 +137,7 @@ def engine(
     held = Embedded(embedded, settings, sync=sync)
     try:
         processors = _processors(modules, settings, held, app_dir, log)
-        _collect_rarely()
+        _be_an_engine()
         with serve(held), watched(settings, [held], log):
             log(f"kwflow engine runs in {embedded}")
             held.run(processors, stop, log)
@@ -201,7 +209,7 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
             failed.append(error)
 
     threads = [threading.Thread(target=run_one, args=(runner,)) for runner in runners]
-    _collect_rarely()
+    _be_an_engine()
     with watched(settings, runners, log):
         for thread in threads:
             thread.start()

@@ -25,6 +25,7 @@ from kwflow.durable import set_abandoning
 from kwflow.errors import TransportError
 from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
+from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget, bytes_of
 from kwflow.runners.logs import lines_of
 from kwflow.runners.loop import Overlay
@@ -115,6 +116,8 @@ class Embedded:
         self._first: dict[str, int] = {}  # input topic -> its first record that was not trimmed
         self._trim_next = 0.0
         self._workers: dict[str, tuple[Worker, int]] = {}  # input topic -> who does what commits hand out, and from which position on
+        self._attempts: Attempts | None = None
+        self._careful: dict[str, int] = {}  # K19: records before this offset are taken one by one
         self._lock = threading.RLock()
         holder = directory / "engine.pid"
         try:
@@ -214,6 +217,8 @@ class Embedded:
         if not records:
             return 0
         store = _Store(self.db, processor.changelog_topic)
+        if records[0].offset < self._careful.get(topic, 0):
+            return self._apply_carefully(processor, store, records[0], on_log)
         while True:
             overlay = Overlay(store)
             made = processor.decide(overlay, records, self.clock.now_ms(), Budget(self.limits.batch_bytes_max, self.limits.batch_ms_max, self.clock))
@@ -226,6 +231,18 @@ class Embedded:
         for line in logs:
             on_log(line)
         return len(made)
+
+    def _apply_carefully(self, processor: Processor, store: _Store, record: Record, on_log: Callable[[str], None]) -> int:
+        """Alone, each attempt noted before it: after an unclean stop this may be the record that ended the process (K19)."""
+        overlay = Overlay(store)
+        if self._attempts is None or self._attempts.another(0, record.offset):
+            [made] = processor.decide(overlay, [record], self.clock.now_ms())
+        else:
+            made = processor.refuse(overlay, record, "the engine died three times with this record")
+        self._perform(processor, [made], store, overlay, (processor.input_topic, record.offset + 1))
+        for line in lines_of(made, record):
+            on_log(line)
+        return 1
 
     def _fire(self, processor: Processor, on_log: Callable[[str], None]) -> int:
         """Nothing fires while records wait that may cancel it (K18)."""
@@ -298,8 +315,13 @@ class Embedded:
             worker = processor.work(self.deliver(processor.input_topic))
             if worker is not None:
                 self._workers[processor.input_topic] = worker, self.end(processor.input_topic)
+        self._attempts = Attempts(self.directory)
+        if self._attempts.unclean:
+            topics = [processor.input_topic for processor in processors]
+            self._careful = {topic: min(self.end(topic), self.position(topic) + self.limits.batch_records_max) for topic in topics}
         try:
             self._run(processors, until, on_log)
+            self._attempts.finished()
         finally:
             for worker, _ in self._workers.values():
                 worker.close(self.limits.activity_grace_s)

@@ -1,12 +1,14 @@
 """Author code that never reaches a wait: named in the log, then ended, so that the partition goes on (K19).
 
-Python can raise in another thread only between bytecodes, so a call that blocks in C is named but not ended.  One
-thread of the process looks at all watchdogs now and then: waking it for each step would cost more than the step.
+Python can raise in another thread only between bytecodes, so a call that blocks in C cannot be ended: an engine's process
+ends instead, and after its start the record is taken alone, until it was attempted three times (attempts.py).  One thread
+of the process looks at all watchdogs now and then: waking it for each step would cost more than the step.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 import time
@@ -16,10 +18,12 @@ from types import TracebackType
 
 from kwflow.errors import StepTimeout
 
-__all__ = ["Watchdog"]
+__all__ = ["Watchdog", "end_when_stuck"]
 
 _AGAIN_S = 1.0  # author code may swallow it in a loop; raise again until the step ends
 _LOOK_S = 1.0
+_START_ME_AGAIN = 3  # exit code
+_ends: list[bool] = []  # set in processes that are nothing but engines
 _watched: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 _watcher: list[threading.Thread] = []
 
@@ -33,6 +37,7 @@ class Watchdog:
 
     def __init__(self, warn_ms: int, abort_ms: int, on_log: Callable[[str], None]) -> None:
         self._warn_s, self._abort_s = warn_ms / 1000, abort_ms / 1000
+        self._stuck_s = self._abort_s + max(2.0, self._abort_s / 2)  # well before the broker gives the partition to the next engine
         self._on_log = on_log
         self._lock = threading.Lock()
         self._name = ""
@@ -76,6 +81,14 @@ class Watchdog:
                 if self._begun == begun:
                     self._raised = now
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._ident), ctypes.py_object(StepTimeout))
+        if _ends and passed >= self._stuck_s and self._begun == begun:
+            self._on_log(f"{self._name}: its step cannot be ended, at {_where(self._ident)}; this process ends, and is to be started again")
+            os._exit(_START_ME_AGAIN)
+
+
+def end_when_stuck() -> None:
+    """From now on a step that cannot be ended ends this process, with exit code 3."""
+    _ends.append(True)
 
 
 def _watch() -> None:

@@ -133,3 +133,39 @@ def test_bad_arguments_get_one_line_and_exit_code_2(shell: Shell, tmp_path: path
     assert "JSONDecodeError" in said
     assert "Traceback" not in said
     assert "cannot import nothing_there" in shell("engine", "nothing_there", code=2)
+
+
+KILLS = """
+import os
+import time
+import kwflow as kw
+
+def main(opts):
+    what = yield kw.suspend("what")
+    if what == "kill":
+        os._exit(9)
+    if what == "hang":
+        time.sleep(1000)
+    return what
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "code"), [("kill", 9), ("hang", 3)])
+def test_a_record_that_kills_or_hangs_the_engine_parks_its_instance_at_the_fourth_start(shell: Shell, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, what: str, code: int) -> None:
+    """K19: a call that blocks in C cannot be ended, so the process ends; the records around it are applied."""
+    monkeypatch.setenv("KWFLOW_STEP_TIMEOUT_MS", "200")
+    monkeypatch.setenv("KWFLOW_STEP_ABORT_MS", "400")
+    (tmp_path / "kills.py").write_text(KILLS)
+    for id in ("before", "fatal", "after"):
+        shell("start", id)
+        shell("resume", id, "what", "--value", f'"{what if id == "fatal" else id}"')
+    for _ in range(4):  # once in a batch, then three attempts alone
+        engine = shell.engine(str(tmp_path / "kills.py"))
+        assert engine.wait(60) == code
+    engine = shell.engine(str(tmp_path / "kills.py"))
+    shell.until(lambda: len(shell.records("workflow-result")) == 2)
+    said = shell("dead-letters", "show", "fatal")
+    assert "died three times" in said and "waits for suspension what" in said
+    engine.send_signal(signal.SIGTERM)
+    assert engine.wait(20) == 0
