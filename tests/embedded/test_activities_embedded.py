@@ -85,7 +85,7 @@ def test_an_engine_that_is_asked_to_end_lets_activities_finish_and_nothing_runs_
 
 
 def test_activities_that_exit_hang_and_fail_end_as_errors_at_the_yield_and_the_engine_ends_in_time(shell: Shell) -> None:
-    """Issue: each ends as a clear ActivityError, the engine goes on; a thread that hangs does not keep the process."""
+    """M6: each ends as a clear ActivityError, the engine goes on; a thread that hangs does not keep the process."""
     engine = shell.engine(MODULE)
     shell("start", "w", "--workflow", "bad")
     shell.until(lambda: results(shell))

@@ -76,14 +76,14 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_every_command_has_help_with_an_example(command: list[str]) -> None:
-    """Issue 3 §6."""
+    """ARCHITECTURE §2: `kwflow …`."""
     said = CliRunner().invoke(app, [*command, "--help"])
     assert said.exit_code == 0
     assert f"Example: kwflow {' '.join(command)}" in said.output
 
 
 def test_options_are_environment_variables_too(tmp_path: pathlib.Path) -> None:
-    """Issue 3 §6."""
+    """ARCHITECTURE §2: `kwflow …`."""
     environment = {**os.environ, "KWFLOW_EMBEDDED": str(tmp_path / "s"), "KWFLOW_RUN_INPUT": "[20, 22]"}
     (tmp_path / "adding.py").write_text("def main(opts):\n    return sum(opts)\n    yield\n")
     done = subprocess.run([sys.executable, "-m", "kwflow.cli", "run", str(tmp_path / "adding.py")], env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -189,7 +189,7 @@ def test_a_signal_in_the_middle_of_a_step_finishes_the_batch_and_author_code_nev
 
 @pytest.mark.slow
 def test_a_second_signal_ends_the_engine_at_once_and_nothing_of_the_step_is_kept(shell: Shell, tmp_path: pathlib.Path) -> None:
-    """Issue 3 §6, G1."""
+    """G1."""
     module = tmp_path / "slow.py"
     module.write_text(SLOW.replace("< 2", "< 60").replace('kw.log("step begins")', f'open({str(tmp_path / "begun")!r}, "w").close()'))
     engine = shell.engine(str(module))
@@ -212,7 +212,7 @@ def _handled(pid: int) -> bool:
 
 
 def test_no_broker_is_one_line_and_exit_code_3() -> None:
-    """Issue 3, bad input; 3 means: start me again."""
+    """3 means: start me again."""
     done = subprocess.run(
         [sys.executable, "-m", "kwflow.cli", "engine", TRIP, "--bootstrap-servers", "127.0.0.1:1"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )

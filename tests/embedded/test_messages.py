@@ -1,4 +1,4 @@
-"""The commands that talk to workflows, as a user types them, and a client whose engine is killed (issues of M1-M4 on the command line)."""
+"""The commands that talk to workflows, as a user types them, and a client whose engine is killed (M1-M4)."""
 
 import json
 import pathlib

@@ -104,7 +104,7 @@ def test_retries_and_time_outs_are_timers_of_the_scheduler(site: Site) -> None:
 
 
 def test_a_schedule_runs_on_kafka_and_goes_on_after_a_kill(site: Site) -> None:
-    """Issue 5: the commands are the same; no time runs twice."""
+    """The commands are the same; no time runs twice."""
     (site.directory / "gate").touch()
     first = site.engine("one", MODULE)
     site.run("schedule", "add", "squares", "--every", "1s", "--workflow", "chain", "--input", "2", "--overlap", "allow")

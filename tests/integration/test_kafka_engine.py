@@ -191,7 +191,7 @@ def test_a_cart_is_filled_and_checked_out_on_a_broker(single: Site) -> None:
 
 
 def test_dead_letters_on_a_broker_are_listed_shown_and_closed(single: Site) -> None:
-    """G3, issue 3 §6."""
+    """G3."""
     single.send(single.application, "{not json")
     single.engine(scheduler=False)
     single.read(f"{single.application}-dead-letter", 1)
@@ -202,7 +202,7 @@ def test_dead_letters_on_a_broker_are_listed_shown_and_closed(single: Site) -> N
 
 
 def test_missing_or_wrong_topics_stop_the_engine_with_one_line(broker: str, application: str, tmp_path: pathlib.Path) -> None:
-    """K12, issue 3, bad input."""
+    """K12."""
     admin = AdminClient({"bootstrap.servers": broker, "log_level": 0})
 
     def started(*more: str) -> str:

@@ -108,7 +108,7 @@ def test_discard_drops_the_record_that_parked_it_and_applies_the_rest(engine: Wo
 
 
 def test_an_endless_loop_without_a_wait_is_logged_with_its_line_and_its_instance_is_parked() -> None:
-    """Issue table; K19: also when author code swallows everything."""
+    """K19: also when author code swallows everything."""
     source = "def main(opts):\n    while opts != 'fine':\n        try:\n            sum(range(100))\n        except BaseException:\n            pass\n    return 'ended'\n    yield\n"
     module = durable.load_source("endless", source.replace("pass", "break"), "endless.py")
     lines: list[str] = []

@@ -136,7 +136,7 @@ def test_a_negative_delay_fires_at_once(scheduler: Scheduler) -> None:
 
 
 def test_the_table_is_read_from_its_first_due_entry_only(scheduler: Scheduler) -> None:
-    """Issue 3 §5: ordered by due time, no scan of all timers at each tick."""
+    """SC-3, SC-4: ordered by due time, no scan of all timers at each tick."""
     for n in range(100):
         scheduler.set(b"w|%d" % n, b"%d" % (1000 + n))
     met: list[bytes] = []
