@@ -107,7 +107,7 @@ def test_a_call_with_wrong_arguments_fails_as_a_call_of_the_function_would() -> 
         make(lambda a, b: None).encode_arguments((1,), {})
 
 
-@pytest.mark.parametrize("value", [object(), b"bytes", {1: 2}, Line("a", 1), float("nan"), "\ud800", {1, 2}, 2 + 1j], ids=repr)
+@pytest.mark.parametrize("value", [object(), b"bytes", {1: 2}, Line("a", 1), float("nan"), "\ud800", {1, 2}, 2 + 1j], ids=lambda value: type(value).__name__)
 def test_what_has_no_json_form_is_refused_where_it_is_given(value: Any) -> None:
     activity = make(lambda order: order)
     with pytest.raises(UsageError, match="argument 'order' of activity case-"):
