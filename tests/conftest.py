@@ -1,8 +1,19 @@
-"""The time of each suite at the end of every run (the budget of `make test` is per suite)."""
+"""The time of each suite at the end of every run (the budget of `make test` is per suite), and no test that leaves this process an engine."""
 
 import collections
+from collections.abc import Iterator
 
 import pytest
+
+from kwflow import durable
+
+
+@pytest.fixture(autouse=True)
+def no_engine_is_left() -> Iterator[None]:
+    """A runner makes its process an engine, in which dropped generators are forgotten (semantics §3.3); the next test is none."""
+    durable.set_abandoning(False, everywhere=True)
+    yield
+    durable.set_abandoning(False, everywhere=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

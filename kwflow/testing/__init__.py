@@ -89,7 +89,7 @@ class WorkflowTester:
         self.state, self.timers = MemoryStore(), MemoryStore()
         self._offsets: dict[str, int] = {}
         self._unread: deque[Record] = deque()
-        self.globals_check = GlobalsCheck()
+        self.globals_check = GlobalsCheck(lambda: self._workflows.workflows.functions.values())
         self.calls: list[Call] = []
         self._fakes: dict[str, Callable[..., Any]] = {}
         self._dispatched: deque[Dispatch] = deque()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kwflow.durable import registry
@@ -14,28 +15,32 @@ _CONTAINERS = (list, tuple, dict, set, frozenset)
 
 
 class GlobalsCheck:
-    """`with check:` around a step; raises AssertionError naming each global of a durable module that is bound or filled otherwise afterwards.
+    """`with check:` around a step; raises AssertionError naming each global that is bound or filled otherwise afterwards.
 
+    Looked at are the durable modules of the top-level packages that `functions()`, the workflows, are defined in.
     Containers are compared by what they hold, five deep; any other object by identity, so a change inside one of your
     own classes is not seen.  Invariant: `active` False checks nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, functions: Callable[[], Iterable[Any]]) -> None:
         self.active = True
+        self._functions = functions
         self._before: dict[str, Any] = {}
 
     def __enter__(self) -> None:
-        self._before = _globals() if self.active else {}
+        self._before = self._globals() if self.active else {}
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None) -> None:
         if error is None and self.active:
-            after = _globals()
+            after = self._globals()
             changed = sorted(name for name in self._before.keys() | after.keys() if self._before.get(name) != after.get(name))
             assert not changed, f"a step changed {', '.join(changed)}: globals are neither saved nor rolled back; keep state in variables of the workflow"
 
 
-def _globals() -> dict[str, Any]:
-    return {f"{module.name}.{name}": _form(value, 0) for module in registry.modules().values() for name, value in module.namespace.items() if name[0] != "@" and not name.startswith("__")}
+    def _globals(self) -> dict[str, Any]:
+        packages = {function.__module__.partition(".")[0] for function in self._functions()}
+        modules = [module for module in registry.modules().values() if module.name.partition(".")[0] in packages]
+        return {f"{module.name}.{name}": _form(value, 0) for module in modules for name, value in module.namespace.items() if name[0] != "@" and not name.startswith("__")}
 
 
 def _form(value: Any, depth: int) -> Any:
