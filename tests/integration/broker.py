@@ -1,5 +1,6 @@
 """A Kafka of our own from Maven jars: started, killed with SIGKILL, and started again on the same log."""
 
+import fcntl
 import pathlib
 import shutil
 import socket
@@ -25,11 +26,14 @@ def free_port() -> int:
 
 
 def jars() -> pathlib.Path:
-    if not list(LIB.glob("kafka_2.13-*.jar")):
-        LIB.mkdir(parents=True, exist_ok=True)
-        pom = pathlib.Path(__file__).parent / "pom.xml"
-        command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={LIB}"]
-        subprocess.run(command, check=True, timeout=300)
+    """Fetched once; test processes that start together wait for each other."""
+    LIB.mkdir(parents=True, exist_ok=True)
+    with open(LIB.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(LIB.glob("kafka_2.13-*.jar")):
+            pom = pathlib.Path(__file__).parent / "pom.xml"
+            command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={LIB}"]
+            subprocess.run(command, check=True, timeout=300)
     return LIB
 
 
