@@ -19,9 +19,9 @@ from kwflow.cli.records import resume, start, tail
 from kwflow.cli.schedules import schedules_app
 from kwflow.cli.shared import err
 from kwflow.cli.topics import reset, topics_app
-from kwflow.errors import KwflowError, TransportError, UnsupportedError, UsageError
+from kwflow.errors import FencedError, KwflowError, TransportError, UnsupportedError, UsageError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "exit_code", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Durable workflows as plain Python generators.", rich_markup_mode=None)
 app.add_typer(dead, name="dead-letters")
@@ -33,6 +33,11 @@ for _command in (engine, scheduler, run, start, resume, signal, update, query, c
 app.command("list")(list_)
 
 
+def exit_code(error: TransportError) -> int:
+    """3, start me again, where that helps: also when this process was fenced, since another one with its name or its own late transaction did so (K4)."""
+    return 3 if error.retryable or isinstance(error, FencedError) else 1
+
+
 def main() -> None:
     """The entry point: errors become one line."""
     try:
@@ -42,7 +47,7 @@ def main() -> None:
         sys.exit(2)
     except TransportError as error:
         err.print(f"kwflow: {error}", style="red", markup=False)
-        sys.exit(3 if error.retryable else 1)
+        sys.exit(exit_code(error))
     except KwflowError as error:
         err.print(f"kwflow: {error}", style="red", markup=False)
         sys.exit(1)

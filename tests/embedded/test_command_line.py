@@ -12,7 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kwflow.cli import app
+from kwflow.cli import app, exit_code
+from kwflow.errors import FencedError, TransportError
 from kwflow.runners.socket import submit
 from tests.embedded.test_embedded import ROOT, TRIP, Shell
 
@@ -105,6 +106,11 @@ def test_show_with_locals_shows_variables_without_the_authors_code(shell: Shell,
     assert "count = 3" in said
     assert "order = <shown.Order {'items': ['teapot']}>" in said
     assert "shown.py:10" in said
+
+
+def test_a_fenced_engine_is_to_be_started_again_and_one_that_would_only_fail_again_is_not() -> None:
+    """K4, wire.md §4: exit codes (found by kill -9 of the broker: a transaction that came too late had fenced its own engine)."""
+    assert [exit_code(error) for error in (FencedError("old epoch"), TransportError("no broker"), TransportError("held", retryable=False))] == [3, 3, 1]
 
 
 @pytest.mark.slow
