@@ -17,16 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import msgspec
-from confluent_kafka import (
-    OFFSET_BEGINNING,
-    OFFSET_INVALID,
-    IsolationLevel,
-    KafkaError,
-    KafkaException,
-    Message,
-    TopicPartition,
-)
-from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
@@ -38,16 +29,16 @@ from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget
 from kwflow.runners.embedded import SystemClock
-from kwflow.runners.environment import LIVE, Consumer, Environment, Producer
+from kwflow.runners.environment import LIVE, Environment, Producer
 from kwflow.runners.kafka_batch import Aborted, Batch, Rejected
+from kwflow.runners.kafka_member import RETRY_S, TRANSACTION_S, Member, again
 from kwflow.runners.kafka_results import Results
-from kwflow.runners.kafka_state import MOVED, POSITION, Partition, PartitionStore, Restore, agreed
+from kwflow.runners.kafka_state import POSITION
 from kwflow.runners.loop import Overlay
-from kwflow.runners.orphans import Orphans
 from kwflow.runners.parked import forward
 from kwflow.runners.private import private
-from kwflow.runners.standby import Cleanup, Copies, Standby
 from kwflow.runners.stats import Seen, Stats
+from kwflow.runners.takeover import Takeover
 from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.topics import record_of
 from kwflow.runners.tracing import end_all
@@ -64,9 +55,6 @@ _REJECTED = {
 _PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}  # never sent, or sent and forgotten: by our own abort
 _IDLE_S = 0.25
 _FIRED_MAX = 500
-_TRANSACTION_S = 15  # a dead engine with another identity blocks its partitions for this long (K1)
-_RETRY_S = 0.02
-_SLICE_S = 0.1  # K5: a restore never keeps the running partitions waiting for longer
 _ABORTS_MAX = 10  # in a row; then this process ends, so that whoever watches it sees the trouble
 _DAY_MS = 86_400_000
 _REPLY_ASK_S = 10.0  # a reply topic may get more partitions; how often the broker is asked because of an address it does not have
@@ -112,26 +100,23 @@ class KafkaRunner:
         self.admin = topics.admin(config, environment)
         self.incarnation, self.partitions = topics.describe(self.admin, config, make("").input_topic)
         self.processor = make(self.incarnation)
+        self.member = Member(
+            config, environment, self.clock, on_log, group, f"{group}-{self.instance}", self.directory, self.admin, self.processor, self.incarnation, self.partitions
+        )  # fmt: skip
         self.results = Results(config, self.processor.input_topic, environment)
         self.worker = self.processor.work(self.results.deliver)
-        self.owned: dict[int, Partition] = {}
-        self._assigned: list[int] = []
         self._ends: dict[int, int] = {}  # partition -> the end that the last gather came to
-        self._restoring: dict[int, tuple[Restore, int]] = {}  # with the group's committed offset
         self._aborts = 0
         self.stats = Stats()
         self.counts = self.stats.counts
-        self._joined = False
         self.commit_s: deque[float] = deque(maxlen=10_000)  # how long the last transactions took
         self._metadata: Any = None
         self._attempts = Attempts(self.directory)
-        self._sizes, self._age_max_ms = self._limits(topics.needed(config, outputs))
+        self._sizes, age_max_ms = self._limits(topics.needed(config, outputs))
         self._producer = self._new_producer()
-        changelog = self.processor.changelog_topic
-        standby = Standby(changelog, self._restore_consumer, self._store, lambda number: self._offset(changelog, number, OffsetSpec.earliest()))  # type: ignore[no-untyped-call]
-        self._copies = Copies(standby if config.standby else None, self.partitions, Cleanup(environment, self.directory, config.state_cleanup_s), on_log)
-        self._consumer = self._new_consumer()
-        self._orphans = Orphans(self.admin, environment, group, self.processor.input_topic, self.partitions)
+        self.takeover = Takeover(self.member, self._attempts, self.worker, age_max_ms)
+        self.owned = self.takeover.owned
+        self._consumer = self.takeover.consumer
 
     # -- who we are (K1) -------------------------------------------------------------------------------------------
     def _instance_id(self) -> str:
@@ -165,147 +150,12 @@ class KafkaRunner:
         """init_transactions fences the previous run of this identity and ends its dead transaction."""
         producer = self.environment.producer(
             topics.client_config(
-                self.config, transactional_id=f"{self.group}-{self.instance}", partitioner="murmur2_random", linger_ms=100, retry_backoff_ms=1, retry_backoff_max_ms=100,
-                transaction_timeout_ms=_TRANSACTION_S * 1000, **self._sizes,
+                self.config, transactional_id=self.member.name, partitioner="murmur2_random", linger_ms=100, retry_backoff_ms=1, retry_backoff_max_ms=100,
+                transaction_timeout_ms=TRANSACTION_S * 1000, **self._sizes,
             )
         )  # fmt: skip
         self._again(lambda: producer.init_transactions(10))
         return producer
-
-    def _new_consumer(self) -> Consumer:
-        consumer = self.environment.consumer(
-            topics.client_config(
-                self.config, group_id=self.group, group_instance_id=f"{self.group}-{self.instance}", enable_auto_commit=False, enable_auto_offset_store=False,
-                isolation_level="read_committed", auto_offset_reset="error", partition_assignment_strategy="cooperative-sticky", session_timeout_ms=6000,
-                heartbeat_interval_ms=500, fetch_queue_backoff_ms=10, enable_partition_eof=True,
-            )
-        )  # fmt: skip
-        self._subscribe(consumer)
-        return consumer
-
-    def _subscribe(self, consumer: Consumer) -> None:
-        consumer.subscribe([self.processor.input_topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
-
-    def _join_again(self) -> None:
-        """Leave the group and join it, so that it shares all partitions anew; what is polled meanwhile is read again."""
-        self.on_log(f"{self.group}: partitions of {self.processor.input_topic} belong to nobody; joining again")
-        self._consumer.unsubscribe()
-        give_up = self.environment.monotonic() + _TRANSACTION_S
-        while (self.owned or self._restoring or self._assigned) and self.environment.monotonic() < give_up:
-            self._consumer.poll(0.1)
-        self._subscribe(self._consumer)
-
-    # -- ownership (K2, K5, K7) ------------------------------------------------------------------------------------
-    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        self._joined = True
-        for partition in partitions:  # any explicit offset: without one a group with no commit is an error before we seek
-            partition.offset = OFFSET_BEGINNING
-        consumer.incremental_assign(partitions)
-        if partitions:
-            consumer.pause(partitions)
-            self._assigned += [partition.partition for partition in partitions]
-
-    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """A clean one: activities that run may end first, so that the next owner need not begin them again (M6.5)."""
-        give_up = self.environment.monotonic() + self.config.activity_grace_s
-        for partition in partitions:
-            if self.worker is not None:
-                self.worker.disown(partition.partition, max(0.0, give_up - self.environment.monotonic()))
-        self._on_lost(consumer, partitions)
-
-    def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        for partition in partitions:
-            if self.worker is not None:
-                self.worker.disown(partition.partition)
-            gone = self.owned.pop(partition.partition, None)
-            if gone is not None:
-                gone.store.close()
-            if partition.partition in self._assigned:
-                self._assigned.remove(partition.partition)
-            if partition.partition in self._restoring:
-                self._cancel_restore(partition.partition)
-
-    def _cancel_restore(self, number: int) -> None:
-        restore, _ = self._restoring.pop(number)
-        restore.close()
-        restore.store.close()
-
-    def _take_over(self) -> None:
-        """Restore what was assigned, a slice at a time, then read from the committed offset on."""
-        for number in list(self._assigned):
-            self._begin_restore(number)
-        until = self.environment.monotonic() + _SLICE_S
-        for number, (restore, committed) in list(self._restoring.items()):
-            if restore.slice(_SLICE_S / 2):
-                del self._restoring[number]
-                self._own(number, restore.store, committed)
-            if self.environment.monotonic() > until:
-                return
-
-    def _begin_restore(self, number: int) -> None:
-        """First what the group has committed, then the changelog's end: the other order could miss the last transaction."""
-        committed = self._committed(number)
-        if committed is None:
-            return
-        topic = self.processor.changelog_topic
-        end, start = self._end(topic, number), self._offset(topic, number, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
-        self._copies.give(number)
-        store = self._store(number)
-        self._assigned.remove(number)
-        self._restoring[number] = Restore(store, self._restore_consumer, topic, number, start, end), committed
-
-    def _committed(self, number: int) -> int | None:
-        """The group's offset; None while a transaction with offsets is open (asked again in the next turn)."""
-        try:
-            return int(self._consumer.committed([TopicPartition(self.processor.input_topic, number)], timeout=1)[0].offset)
-        except KafkaException as error:
-            if error.args[0].retriable() or error.args[0].code() == KafkaError._TIMED_OUT:
-                return None
-            raise
-
-    def _store(self, number: int) -> PartitionStore:
-        return PartitionStore(self.environment, self.directory / str(number), self.incarnation, self.clock, self._age_max_ms)
-
-    def _restore_consumer(self) -> Consumer:
-        return self.environment.consumer(
-            topics.client_config(self.config, group_id=f"{self.group}-restore", enable_auto_commit=False, isolation_level="read_committed", auto_offset_reset="error", enable_partition_eof=True)
-        )
-
-    def _own(self, number: int, store: PartitionStore, committed: int) -> None:
-        where = f"{self.processor.input_topic}[{number}]"
-        position = None if self.config.accept_offset_reset else agreed(store.get(POSITION), committed, self.incarnation, self.partitions, where)
-        if position == MOVED:
-            if self._committed(number) == committed:
-                raise TransportError(f"{where}: the group's offset is {committed}, the state's is another: somebody reset one of them; --accept-offset-reset starts from the group's", retryable=False)
-            store.close()  # this process stood still while another owner went on; it will hear of that, or restores again
-            self._assigned.append(number)
-            return
-        if position is None:
-            position = committed if committed != OFFSET_INVALID else self._start(number)
-        end = self._end(self.processor.input_topic, number)
-        careful = min(end, position + self.config.batch_records_max) if self._attempts.unclean else position
-        self.owned[number] = Partition(number, store, position, end, careful)
-        self._seek(number, position)
-        self._consumer.resume([TopicPartition(self.processor.input_topic, number)])
-        self.on_log(f"{self.group}: owns {where} from {position}")
-
-    def _seek(self, number: int, offset: int) -> None:
-        self._again(lambda: self._consumer.seek(TopicPartition(self.processor.input_topic, number, offset)))
-
-    def _offset(self, topic: str, number: int, spec: Any) -> int:
-        where = TopicPartition(topic, number)
-
-        def ask() -> int:
-            found = self.admin.list_offsets({where: spec}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10)
-            return int(found[where].result().offset)
-
-        return int(self._again(ask))
-
-    def _end(self, topic: str, number: int) -> int:
-        return self._offset(topic, number, OffsetSpec.latest())  # type: ignore[no-untyped-call] # the library has no types here
-
-    def _start(self, number: int) -> int:
-        return self._offset(self.processor.input_topic, number, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
 
     # -- the loop --------------------------------------------------------------------------------------------------
     @_mapped
@@ -328,13 +178,7 @@ class KafkaRunner:
             if self.worker is not None:
                 self.worker.close(self.config.activity_grace_s if clean else 0)
                 self.results.close()
-            self._copies.close()
-            self._consumer.close()
-            for partition in self.owned.values():
-                partition.store.close()
-            for number in list(self._restoring):
-                self._cancel_restore(number)
-            self.owned.clear()
+            self.takeover.close()
             self._lock.close()
 
     def turn(self) -> None:
@@ -344,18 +188,15 @@ class KafkaRunner:
         try:
             self._process(records)
             self._reached()
-            self._take_over()
+            self.takeover.turn()
             self._fire()
             self._work()
-            if self._orphans.found():
-                self._join_again()
-            if self._joined:
-                self._copies.turn({*self.owned, *self._restoring, *self._assigned})
+            self.takeover.look_after()
         except Aborted as error:
             self.on_log(f"{self.group}: a transaction was aborted and is made again: {error}")
             for number in {record.partition for record in records} & self.owned.keys():
-                self._seek(number, self.owned[number].position)
-            self.environment.sleep(_RETRY_S * 2 ** min(self._aborts, 5))  # a member that was evicted hears of it with its next heartbeat
+                self.takeover.seek(number, self.owned[number].position)
+            self.environment.sleep(RETRY_S * 2 ** min(self._aborts, 5))  # a member that was evicted hears of it with its next heartbeat
 
     def _work(self) -> None:
         """Activities of a partition begin once all that was in its log at the takeover has been applied: some of it are results."""
@@ -369,7 +210,7 @@ class KafkaRunner:
     def _gather(self) -> list[Message]:
         """What is here, of partitions that are ours after the last consume (K2): nobody polls again before the commit."""
         due = [partition.due_of(self.processor) for partition in self.owned.values() if partition.caught_up]
-        wait = min([0.0 if self._assigned or self._restoring else _IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
+        wait = min([0.0 if self.takeover.busy else _IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
         first = self._consumer.poll(wait)
         messages = [first, *self._consumer.consume(self.config.batch_records_max - 1, 0)] if first is not None else []
         self._metadata = self._consumer.consumer_group_metadata()
@@ -486,7 +327,7 @@ class KafkaRunner:
 
     def restoring(self) -> dict[tuple[str, int], tuple[int, int]]:
         """(changelog, partition) -> (offset reached, end)."""
-        return {(self.processor.changelog_topic, number): (restore.reached, restore.end) for number, (restore, _) in self._restoring.copy().items()}
+        return {(self.processor.changelog_topic, number): (restore.reached, restore.end) for number, (restore, _) in self.takeover.restoring.copy().items()}
 
     def seen(self) -> list[Seen]:
         """How it stands now; asks the broker for the input's committed end."""
@@ -499,7 +340,7 @@ class KafkaRunner:
             for partition in owned.values():
                 with contextlib.suppress(Exception):  # its store was closed meanwhile
                     timers += self.processor.waiting(partition.store)
-        return [Seen(self.group, topic, self._joined, sorted(owned), sorted(self._assigned), {number: progress for (_, number), progress in self.restoring().items()}, lag, timers)]
+        return [Seen(self.group, topic, self.takeover.joined, sorted(owned), sorted(self.takeover.assigned), {number: progress for (_, number), progress in self.restoring().items()}, lag, timers)]
 
     # -- commit and settle -----------------------------------------------------------------------------------------
     def _commit(self, batch: Batch) -> None:
@@ -584,17 +425,5 @@ class KafkaRunner:
         raise Aborted(error.str())
 
     def _again(self, call: Callable[[], Any]) -> Any:
-        """The same call again while it is retriable, for twice the transaction timeout (K4); then the process has to end."""
-        give_up = self.environment.monotonic() + 2 * _TRANSACTION_S
-        while True:
-            try:
-                return call()
-            except KafkaException as error:
-                code = error.args[0]
-                if code.code() == KafkaError._FENCED:
-                    raise FencedError(code.str()) from None
-                if not (code.retriable() or code.code() in (KafkaError._STATE, KafkaError._TIMED_OUT)):
-                    raise
-                if self.environment.monotonic() > give_up:
-                    raise TransportError(f"no answer for {2 * _TRANSACTION_S} s: {code.str()}") from None
-            self.environment.sleep(_RETRY_S)
+        """K4."""
+        return again(self.environment, call)

@@ -28,7 +28,7 @@ def test_a_takeover_begins_where_the_standbys_copy_ends(lab: Lab) -> None:
     while copy is None:
         owner.turn()
         other.turn()
-        copy = other._copies.standby.stores.get(0)
+        copy = other.takeover.copies.standby.stores.get(0)
     stored = owner.owned[0].store.offset
 
     def followed() -> bool:
@@ -43,12 +43,12 @@ def test_a_takeover_begins_where_the_standbys_copy_ends(lab: Lab) -> None:
     begun: list[int] = []
 
     def taken_over() -> bool:
-        begun.extend(restore.reached for restore, _ in other._restoring.values())
+        begun.extend(restore.reached for restore, _ in other.takeover.restoring.values())
         return 0 in other.owned and other.owned[0].position == 21
 
     turn(other, taken_over)
     assert all(reached >= stored for reached in begun), "nothing was restored again"
-    assert other._copies.standby.stores == {}
+    assert other.takeover.copies.standby.stores == {}
     assert lab.written("trap-out", "w19") == ["7"]
 
 
@@ -58,5 +58,5 @@ def test_a_copy_of_a_partition_that_has_left_is_deleted_after_a_while(lab: Lab) 
     turn(first, lambda: first.owned and first.owned[0].position == 1)
     copy = first.directory / "0"
     assert copy.exists()
-    first._on_lost(first._consumer, first._consumer.assignment())  # as a rebalance does
+    first.takeover._on_lost(first._consumer, first._consumer.assignment())  # as a rebalance does
     turn(first, lambda: not copy.exists())

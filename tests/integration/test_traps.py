@@ -176,7 +176,7 @@ def test_records_that_come_before_the_restore_wait_for_it(lab: Lab) -> None:
     first._consumer.close()
     second = lab.engine("two")
     deadline = time.monotonic() + 20
-    while not second._assigned:  # assigned, not restored
+    while not second.takeover.assigned:  # assigned, not restored
         assert second._gather() == []
         assert time.monotonic() < deadline
     lab.send("resume", id, '{"ref": "r", "value": "waited"}')

@@ -15,8 +15,10 @@ from kwflow.runners import kafka, topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.kafka import KafkaRunner
 from kwflow.runners.kafka_batch import Aborted, Batch
+from kwflow.runners.kafka_member import Member, again
 from kwflow.runners.kafka_state import PartitionStore
 from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.takeover import Takeover
 from kwflow.runners.timers import TimerProcessor
 from tests.simulation.faults import Faults
 from tests.simulation.world import World
@@ -74,8 +76,10 @@ class KeepsTheOverlayAfterAnAbort(KafkaRunner):
 
 
 class SeeksBehindTheBatchAfterAnAbort(KafkaRunner):
-    def _seek(self, number: int, offset: int) -> None:
-        super()._seek(number, offset + 1 if number in self.owned and self._aborts else offset)
+    def turn(self) -> None:
+        seek = self.takeover.seek
+        with mock.patch.object(self.takeover, "seek", lambda number, offset: seek(number, offset + 1 if number in self.owned and self._aborts else offset)):
+            super().turn()
 
 
 class BeginsAnewAfterATimeout(KafkaRunner):
@@ -91,29 +95,28 @@ class BeginsAnewAfterATimeout(KafkaRunner):
         raise Aborted("no answer in time")
 
 
-class RestoresToTheStableOffsetOnly(KafkaRunner):
-    def _offset(self, topic: str, number: int, spec: Any) -> int:
+def _restored_to_the_stable_offset_only() -> contextlib.AbstractContextManager[Any]:
+    def offset(member: Member, topic: str, number: int, spec: Any) -> int:
         where = TopicPartition(topic, number)
-        return int(self._again(lambda: self.admin.list_offsets({where: spec}, isolation_level=IsolationLevel.READ_COMMITTED)[where].result().offset))
+        return int(again(member.environment, lambda: member.admin.list_offsets({where: spec}, isolation_level=IsolationLevel.READ_COMMITTED)[where].result().offset))
+
+    return mock.patch.object(Member, "offset", offset)
 
 
-class AsksForTheEndFirst(KafkaRunner):
+def _asks_for_the_end_first() -> contextlib.AbstractContextManager[Any]:
     """The changelog's end, then what the group has committed."""
+    begin = Takeover._begin_restore
 
-    _known: int | None = None
+    def begin_restore(takeover: Takeover, number: int) -> None:
+        known = takeover._changelog_end(number)
+        with mock.patch.object(takeover, "_changelog_end", lambda _: known):
+            begin(takeover, number)
 
-    def _begin_restore(self, number: int) -> None:
-        self._known = super()._end(self.processor.changelog_topic, number)
-        super()._begin_restore(number)
-        self._known = None
-
-    def _end(self, topic: str, number: int) -> int:
-        return self._known if self._known is not None and topic == self.processor.changelog_topic else super()._end(topic, number)
+    return mock.patch.object(Takeover, "_begin_restore", begin_restore)
 
 
-class OwnsWhatWasRevoked(KafkaRunner):
-    def _on_revoke(self, consumer: Any, partitions: list[TopicPartition]) -> None:
-        return
+def _owns_what_was_revoked() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(Takeover, "_on_revoke", lambda *_: None)
 
 
 class WritesTheStoreBeforeTheCommit(KafkaRunner):
@@ -181,11 +184,15 @@ class LosesTheHold(WorkflowProcessor):
         return super().decide(state, records, received_ms, budget)
 
 
-class FiresBeforeTheBacklog(KafkaRunner):
-    def _own(self, number: int, store: PartitionStore, committed: int) -> None:
-        super()._own(number, store, committed)
-        if number in self.owned:
-            self.owned[number].fire_from = 0
+def _fires_before_the_backlog() -> contextlib.AbstractContextManager[Any]:
+    own = Takeover._own
+
+    def owned(takeover: Takeover, number: int, store: PartitionStore, committed: int) -> None:
+        own(takeover, number, store, committed)
+        if number in takeover.owned:
+            takeover.owned[number].fire_from = 0
+
+    return mock.patch.object(Takeover, "_own", owned)
 
 
 class FiresEarly(TimerProcessor):
@@ -243,11 +250,11 @@ PLANTED = [
     Planted("K3", "the overlay is kept after an abort", ABORTS, KeepsTheOverlayAfterAnAbort),
     Planted("K3", "a batch that was aborted is not read again from its first record", ABORTS, SeeksBehindTheBatchAfterAnAbort),
     Planted("K4", "an unknown outcome is taken for a failure, and the producer made anew in place", Faults(lost=0.1), BeginsAnewAfterATimeout),
-    Planted("K5", "restored up to the last stable offset only", SLOW_MARKERS, RestoresToTheStableOffsetOnly, world=Crowd),
-    Planted("K5", "the changelog's end is asked for before the group's offset", ZOMBIES_IN_COMMITS, AsksForTheEndFirst, world=Crowd),
+    Planted("K5", "restored up to the last stable offset only", SLOW_MARKERS, patch=_restored_to_the_stable_offset_only, world=Crowd),
+    Planted("K5", "the changelog's end is asked for before the group's offset", ZOMBIES_IN_COMMITS, patch=_asks_for_the_end_first, world=Crowd),
     Planted("K6", "another partitioner", Faults(), patch=_other_partitioner),
     Planted("K6", "a record on the wrong partition is applied there", Faults(), patch=_local_forwarding),
-    Planted("K7", "what was revoked is still owned", REBALANCES, OwnsWhatWasRevoked, world=Crowd),
+    Planted("K7", "what was revoked is still owned", REBALANCES, patch=_owns_what_was_revoked, world=Crowd),
     Planted("K8", "the local store is written before the commit", CRASHES_IN_COMMITS, WritesTheStoreBeforeTheCommit),
     Planted("K9", "records are stepped backwards", Faults(slow=0.3), StepsBackwards),
     Planted("K10", "dead letters are logged and dropped", Faults(), DropsDeadLetters),
@@ -259,7 +266,7 @@ PLANTED = [
     Planted("K15", "half of a step stays in its transaction", Faults(), DropsWhatTheQueueDoesNotTake),
     Planted("K16", "offsets are not part of the transaction", Faults(), SkipsSendOffsets),
     Planted("K17", "the hold is lost when it is drained", Faults(), engine=LosesTheHold),
-    Planted("K18", "timers fire before the backlog is read", Faults(kill=0.3, stop=0.3), FiresBeforeTheBacklog),
+    Planted("K18", "timers fire before the backlog is read", Faults(kill=0.3, stop=0.3), patch=_fires_before_the_backlog),
     Planted("K18", "timers fire early", Faults(), timers=FiresEarly),
     Planted("K19", "attempts are not counted", Faults(), world=Impatient, patch=_no_attempts),
     Planted("K20", "a start that ended is begun again by its repetition", Faults(), engine=ForgetsWhoStarted),

@@ -149,7 +149,7 @@ def turn(runner: KafkaRunner, until: Callable[[], object], turns: int = 200) -> 
         if until():
             return
         runner.turn()
-    raise AssertionError(f"it did not happen; owned: {runner.owned}, restoring: {runner._restoring}")
+    raise AssertionError(f"it did not happen; owned: {runner.owned}, restoring: {runner.takeover.restoring}")
 
 
 def test_timers_fire_after_a_restart_although_the_log_ends_with_a_marker(lab: Lab) -> None:

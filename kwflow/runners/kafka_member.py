@@ -1,0 +1,76 @@
+"""Who an engine is in its consumer group, and how it asks the broker (K1, K4): what the parts of the Kafka runner share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+
+from kwflow.config import Config
+from kwflow.errors import FencedError, TransportError
+from kwflow.ports import Clock, Processor
+from kwflow.runners import topics
+from kwflow.runners.environment import Environment
+
+__all__ = ["RETRY_S", "TRANSACTION_S", "Member", "again"]
+
+TRANSACTION_S = 15  # a dead engine with another identity blocks its partitions for this long (K1)
+RETRY_S = 0.02
+
+
+def again(environment: Environment, call: Callable[[], Any]) -> Any:
+    """The same call again while it is retriable, for twice the transaction timeout (K4); then the process has to end."""
+    give_up = environment.monotonic() + 2 * TRANSACTION_S
+    while True:
+        try:
+            return call()
+        except KafkaException as error:
+            code = error.args[0]
+            if code.code() == KafkaError._FENCED:
+                raise FencedError(code.str()) from None
+            if not (code.retriable() or code.code() in (KafkaError._STATE, KafkaError._TIMED_OUT)):
+                raise
+            if environment.monotonic() > give_up:
+                raise TransportError(f"no answer for {2 * TRANSACTION_S} s: {code.str()}") from None
+        environment.sleep(RETRY_S)
+
+
+@dataclass(frozen=True)
+class Member:
+    """`name` is both its `group.instance.id` and its `transactional.id`; `incarnation` and `partitions` are the input topic's."""
+
+    config: Config
+    environment: Environment
+    clock: Clock
+    on_log: Callable[[str], None]
+    group: str
+    name: str
+    directory: Path
+    admin: AdminClient
+    processor: Processor
+    incarnation: str
+    partitions: int
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """Of one more client of this engine."""
+        return topics.client_config(self.config, **more)
+
+    def offset(self, topic: str, number: int, spec: Any) -> int:
+        """Transactions that are open included (K5)."""
+        where = TopicPartition(topic, number)
+
+        def ask() -> int:
+            found = self.admin.list_offsets({where: spec}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10)
+            return int(found[where].result().offset)
+
+        return int(again(self.environment, ask))
+
+    def end(self, topic: str, number: int) -> int:
+        return self.offset(topic, number, OffsetSpec.latest())  # type: ignore[no-untyped-call] # the library has no types here
+
+    def start(self, topic: str, number: int) -> int:
+        return self.offset(topic, number, OffsetSpec.earliest())  # type: ignore[no-untyped-call]

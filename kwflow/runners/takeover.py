@@ -1,0 +1,189 @@
+"""Partitions of one engine from their assignment to their loss: assigned, restored a slice at a time, owned (K2, K5, K7, K16).
+
+Callbacks run inside poll and consume and only note what happened; `turn` does the work.  It must not know what is done
+with the records of a partition that is owned.
+"""
+
+from __future__ import annotations
+
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaError, KafkaException, TopicPartition
+
+from kwflow.errors import TransportError
+from kwflow.ports import Worker
+from kwflow.runners.attempts import Attempts
+from kwflow.runners.environment import Consumer
+from kwflow.runners.kafka_member import TRANSACTION_S, Member, again
+from kwflow.runners.kafka_state import MOVED, POSITION, Partition, PartitionStore, Restore, agreed
+from kwflow.runners.orphans import Orphans
+from kwflow.runners.standby import Cleanup, Copies, Standby
+
+__all__ = ["Takeover"]
+
+_SLICE_S = 0.1  # K5: a restore never keeps the running partitions waiting for longer
+
+
+class Takeover:
+    """Invariant: a partition is in at most one of `assigned`, `restoring` (with the group's committed offset) and `owned`."""
+
+    def __init__(self, member: Member, attempts: Attempts, worker: Worker | None, age_max_ms: int) -> None:
+        self.member = member
+        self.owned: dict[int, Partition] = {}
+        self.assigned: list[int] = []
+        self.restoring: dict[int, tuple[Restore, int]] = {}
+        self.joined = False
+        self._attempts = attempts
+        self._worker = worker
+        self._age_max_ms = age_max_ms
+        self._topic, changelog = member.processor.input_topic, member.processor.changelog_topic
+        config, environment = member.config, member.environment
+        standby = Standby(changelog, self._restore_consumer, self._store, lambda number: member.start(changelog, number))
+        self.copies = Copies(standby if config.standby else None, member.partitions, Cleanup(environment, member.directory, config.state_cleanup_s), member.on_log)
+        self.consumer = self._new_consumer()
+        self._orphans = Orphans(member.admin, environment, member.group, self._topic, member.partitions)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to restore."""
+        return bool(self.assigned or self.restoring)
+
+    # -- the group -------------------------------------------------------------------------------------------------
+    def _new_consumer(self) -> Consumer:
+        consumer = self.member.environment.consumer(
+            self.member.settings(
+                group_id=self.member.group, group_instance_id=self.member.name, enable_auto_commit=False, enable_auto_offset_store=False,
+                isolation_level="read_committed", auto_offset_reset="error", partition_assignment_strategy="cooperative-sticky", session_timeout_ms=6000,
+                heartbeat_interval_ms=500, fetch_queue_backoff_ms=10, enable_partition_eof=True,
+            )
+        )  # fmt: skip
+        self._subscribe(consumer)
+        return consumer
+
+    def _subscribe(self, consumer: Consumer) -> None:
+        consumer.subscribe([self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+
+    def _join_again(self) -> None:
+        """Leave the group and join it, so that it shares all partitions anew; what is polled meanwhile is read again."""
+        self.member.on_log(f"{self.member.group}: partitions of {self._topic} belong to nobody; joining again")
+        self.consumer.unsubscribe()
+        give_up = self.member.environment.monotonic() + TRANSACTION_S
+        while (self.owned or self.busy) and self.member.environment.monotonic() < give_up:
+            self.consumer.poll(0.1)
+        self._subscribe(self.consumer)
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self.joined = True
+        for partition in partitions:  # any explicit offset: without one a group with no commit is an error before we seek
+            partition.offset = OFFSET_BEGINNING
+        consumer.incremental_assign(partitions)
+        if partitions:
+            consumer.pause(partitions)
+            self.assigned += [partition.partition for partition in partitions]
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """A clean one: activities that run may end first, so that the next owner need not begin them again (M6.5)."""
+        give_up = self.member.environment.monotonic() + self.member.config.activity_grace_s
+        for partition in partitions:
+            if self._worker is not None:
+                self._worker.disown(partition.partition, max(0.0, give_up - self.member.environment.monotonic()))
+        self._on_lost(consumer, partitions)
+
+    def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        for partition in partitions:
+            if self._worker is not None:
+                self._worker.disown(partition.partition)
+            gone = self.owned.pop(partition.partition, None)
+            if gone is not None:
+                gone.store.close()
+            if partition.partition in self.assigned:
+                self.assigned.remove(partition.partition)
+            if partition.partition in self.restoring:
+                self._cancel_restore(partition.partition)
+
+    def _cancel_restore(self, number: int) -> None:
+        restore, _ = self.restoring.pop(number)
+        restore.close()
+        restore.store.close()
+
+    # -- restore, then own -----------------------------------------------------------------------------------------
+    def turn(self) -> None:
+        """Restore what was assigned, a slice at a time, then read from the committed offset on."""
+        for number in list(self.assigned):
+            self._begin_restore(number)
+        until = self.member.environment.monotonic() + _SLICE_S
+        for number, (restore, committed) in list(self.restoring.items()):
+            if restore.slice(_SLICE_S / 2):
+                del self.restoring[number]
+                self._own(number, restore.store, committed)
+            if self.member.environment.monotonic() > until:
+                return
+
+    def look_after(self) -> None:
+        """Partitions that nobody has, warm copies, and copies that nobody needs."""
+        if self._orphans.found():
+            self._join_again()
+        if self.joined:
+            self.copies.turn({*self.owned, *self.restoring, *self.assigned})
+
+    def _begin_restore(self, number: int) -> None:
+        """First what the group has committed, then the changelog's end: the other order could miss the last transaction."""
+        committed = self._committed(number)
+        if committed is None:
+            return
+        topic = self.member.processor.changelog_topic
+        end, start = self._changelog_end(number), self.member.start(topic, number)
+        self.copies.give(number)
+        store = self._store(number)
+        self.assigned.remove(number)
+        self.restoring[number] = Restore(store, self._restore_consumer, topic, number, start, end), committed
+
+    def _changelog_end(self, number: int) -> int:
+        return self.member.end(self.member.processor.changelog_topic, number)
+
+    def _committed(self, number: int) -> int | None:
+        """The group's offset; None while a transaction with offsets is open (asked again in the next turn)."""
+        try:
+            return int(self.consumer.committed([TopicPartition(self._topic, number)], timeout=1)[0].offset)
+        except KafkaException as error:
+            if error.args[0].retriable() or error.args[0].code() == KafkaError._TIMED_OUT:
+                return None
+            raise
+
+    def _store(self, number: int) -> PartitionStore:
+        member = self.member
+        return PartitionStore(member.environment, member.directory / str(number), member.incarnation, member.clock, self._age_max_ms)
+
+    def _restore_consumer(self) -> Consumer:
+        settings = {"group_id": f"{self.member.group}-restore", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "error", "enable_partition_eof": True}
+        return self.member.environment.consumer(self.member.settings(**settings))
+
+    def _own(self, number: int, store: PartitionStore, committed: int) -> None:
+        member, where = self.member, f"{self._topic}[{number}]"
+        position = None if member.config.accept_offset_reset else agreed(store.get(POSITION), committed, member.incarnation, member.partitions, where)
+        if position == MOVED:
+            if self._committed(number) == committed:
+                raise TransportError(f"{where}: the group's offset is {committed}, the state's is another: somebody reset one of them; --accept-offset-reset starts from the group's", retryable=False)
+            store.close()  # this process stood still while another owner went on; it will hear of that, or restores again
+            self.assigned.append(number)
+            return
+        if position is None:
+            position = committed if committed != OFFSET_INVALID else member.start(self._topic, number)
+        end = member.end(self._topic, number)
+        careful = min(end, position + member.config.batch_records_max) if self._attempts.unclean else position
+        self.owned[number] = Partition(number, store, position, end, careful)
+        self.seek(number, position)
+        self.consumer.resume([TopicPartition(self._topic, number)])
+        member.on_log(f"{member.group}: owns {where} from {position}")
+
+    def seek(self, number: int, offset: int) -> None:
+        """Read on from there; again while librdkafka says that it is not ready."""
+        again(self.member.environment, lambda: self.consumer.seek(TopicPartition(self._topic, number, offset)))
+
+    def close(self) -> None:
+        """Leave the group, and let go of everything that is open."""
+        self.copies.close()
+        self.consumer.close()
+        for partition in self.owned.values():
+            partition.store.close()
+        for number in list(self.restoring):
+            self._cancel_restore(number)
+        self.owned.clear()
