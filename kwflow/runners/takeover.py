@@ -12,6 +12,7 @@ from kwflow.errors import TransportError
 from kwflow.ports import Worker
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.environment import Consumer
+from kwflow.runners.kafka_code import take_over
 from kwflow.runners.kafka_member import TRANSACTION_S, Member, again
 from kwflow.runners.kafka_state import MOVED, POSITION, Partition, PartitionStore, Restore, agreed
 from kwflow.runners.orphans import Orphans
@@ -167,6 +168,7 @@ class Takeover:
             return
         if position is None:
             position = committed if committed != OFFSET_INVALID else member.start(self._topic, number)
+        take_over(member.processor, store, member.admin, member.config, where)
         end = member.end(self._topic, number)
         careful = min(end, position + member.config.batch_records_max) if self._attempts.unclean else position
         self.owned[number] = Partition(number, store, position, end, careful)
