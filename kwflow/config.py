@@ -35,7 +35,8 @@ class Config(BaseSettings):
     state_dir: Path = Path("kwflow-state")
     standby: bool = Field(default=False, description="keep warm copies of the partitions that other engines own, so that a takeover restores only the last moments")
     state_cleanup_s: float = Field(default=600, ge=0, description="a local copy of a partition that has left is deleted after so long")
-    http: str | None = Field(default=None, description="HOST:PORT to answer GET /health and /metrics on")
+    http: str | None = Field(default=None, description="HOST:PORT to answer GET /health, /metrics and /instances on; /instances tells everybody who reaches it what `kwflow list` and `show` do")
+    http_advertised: str | None = Field(default=None, description="HOST or HOST:PORT at which other machines reach `http`; default: its host, or this machine's name where that is every address")
     tracing: bool = Field(default=False, description="OpenTelemetry spans, sent as the OTEL_* variables say (kwflow[otel])")
     log_format: Literal["text", "json"] = Field(default="text", description="json: one object a line, with workflow id, topic, partition and offset")
     resume_topic: str = "workflow-resume"
@@ -98,6 +99,10 @@ class Config(BaseSettings):
     @property
     def code_topic(self) -> str:
         return f"{self.application_id}-code"
+
+    @property
+    def owners_topic(self) -> str:
+        return f"{self.application_id}-owners"
 
     @property
     def timers_group(self) -> str:

@@ -1,29 +1,26 @@
-"""Looking at instances: from their headers alone, no code of the author's is loaded."""
+"""Looking at instances: what their engine says of them, or the changelog; from headers alone, no code of the author's is loaded."""
 
 from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, out, print_json, snapshots
-from kwflow.config import load_config
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, err, out, print_json, snapshots
+from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.durable.peek import peek
-from kwflow.errors import SnapshotError, UsageError
+from kwflow.errors import UsageError
+from kwflow.runners.instances import described, row_of
 
 __all__ = ["list_", "show"]
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _STATUSES = ("waiting", "closing", "parked", "paused", "ended")
-
-
-def status_of(header: dict[str, Any]) -> str:
-    """The status, with `paused` told from the other reasons to be parked."""
-    return "paused" if header["status"] == "parked" and header["parked"]["reason"] == "paused" else str(header["status"])
 
 
 def _time(instant_ms: float) -> str:
@@ -50,23 +47,12 @@ def show(
     Example: kwflow show order-7 --locals --embedded ./state
     """
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    if embedded is None:
-        from kwflow.runners.kafka_link import state_of
-
-        data = state_of(settings, id)
-    else:
-        data = snapshots(settings, embedded).get(id.encode())
-    if data is None:
-        raise UsageError(f"no instance {id!r}")
-    header = snapshot.read_header(data)
-    body = snapshot.split(data, settings.signing_keys)[1] if locals else b""  # variables only of what is verified, where there are keys
-    frames = list(peek(body)) if body else []
+    header, frames = _found(settings, embedded, id, locals)
     if as_json:
-        shown = {name: value for name, value in header.items() if name not in ("v", "code", "lowering", "key", "ids")}
         variables = [{"function": function, "locals": {name: repr(value) for name, value in values.items()}} for function, values in frames]
-        print_json({**shown, "status": status_of(header), "seal": snapshot.seal_of(data, settings.signing_keys), **({"frames": variables} if locals else {})})
+        print_json({**header, **({"frames": variables} if locals else {})})
         return
-    out.print(f"{id}  {header['workflow']}  {status_of(header)}  ({snapshot.seal_of(data, settings.signing_keys)})", markup=False, highlight=False)
+    out.print(f"{id}  {header['workflow']}  {header['status']}  ({header['seal']})", markup=False, highlight=False)
     for line in _about(header):
         out.print(line, markup=False, highlight=False)
     for wait in header["waits"]:
@@ -78,12 +64,47 @@ def show(
             out.print(f"    {name} = {value!r}"[:500], markup=False, highlight=False)
 
 
+def _found(settings: Config, embedded: Path | None, id: str, locals: bool) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
+    """What is told of it, and its frames if they are wanted: variables leave their engine's machine with the changelog only.  Raises UsageError."""
+    if embedded is None and not locals:
+        from kwflow.runners import asking
+
+        answer = asking.show(settings, id, _from_changelog)
+        if answer is not None:
+            return answer, []
+    if embedded is None:
+        from kwflow.runners.kafka_link import state_of
+
+        data = state_of(settings, id)
+    else:
+        data = snapshots(settings, embedded).get(id.encode())
+    if data is None:
+        raise UsageError(f"no instance {id!r}")
+    shown = described(data, settings.signing_keys)
+    body = snapshot.split(data, settings.signing_keys)[1] if locals else b""  # variables only of what is verified, where there are keys
+    return shown, list(peek(body)) if body else []
+
+
+def _from_changelog(why: str) -> None:
+    err.print(f"read from the changelog: {why}", markup=False, highlight=False, style="dim")
+
+
+def _rows(settings: Config, embedded: Path | None) -> list[dict[str, Any]]:
+    if embedded is None:
+        from kwflow.runners import asking
+
+        answer = asking.list_(settings, _from_changelog)
+        if answer is not None:
+            return answer
+    return [row_of(key, data) for key, data in snapshots(settings, embedded).items()]
+
+
 def _about(header: dict[str, Any]) -> list[str]:
     """What the header tells besides its waits, a line each."""
     lines = []
     if "parked" in header:
         parked = header["parked"]
-        lines.append(f"paused: {parked['message'] or '(no reason)'}" if status_of(header) == "paused" else f"parked at offset {parked['offset']}: {parked['reason']}: {parked['message']}")
+        lines.append(f"paused: {parked['message'] or '(no reason)'}" if header["status"] == "paused" else f"parked at offset {parked['offset']}: {parked['reason']}: {parked['message']}")
     if header.get("start_id"):
         parent = f", child of {header['parent'].partition('|')[0]}" if "parent" in header else ""
         lines.append(f"run {header['start_id']}{parent}")
@@ -131,11 +152,9 @@ def list_(
     if status is not None and status not in _STATUSES:
         raise UsageError(f"--status is one of {', '.join(_STATUSES)}, not {status!r}")
     begin = _since(since)
-    found = []
-    for key, data in sorted(snapshots(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded).items()):
-        row = _row(key, data)
-        if (workflow is None or row["workflow"] == workflow) and (status is None or row["status"] == status) and row["changed"] >= begin:
-            found.append(row)
+    rows = _rows(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded)
+    found = [row for row in rows if (workflow is None or row["workflow"] == workflow) and (status is None or row["status"] == status) and row["changed"] >= begin]
+    found.sort(key=lambda row: str(row["id"]))
     if as_json:
         print_json(found)
         return
@@ -146,15 +165,3 @@ def list_(
         outcome = row["outcome"]
         table.add_row(row["id"], row["workflow"], row["status"] + (f" ({outcome['kind']})" if outcome else ""), _time(row["changed"]) if row["changed"] else "", said)
     out.print(table)
-
-
-def _row(key: bytes, data: bytes) -> dict[str, Any]:
-    try:
-        header = snapshot.read_header(data)
-    except SnapshotError:  # the others are shown all the same
-        header = {"workflow": "", "status": "damaged", "waits": []}
-    changed = header.get("ended", header.get("updated", 0))
-    return {
-        "id": key.decode("utf-8", "backslashreplace"), "workflow": header["workflow"], "status": status_of(header), "start_id": header.get("start_id", ""), "changed": changed,
-        "waits": header["waits"], "status_value": header.get("status_value"), "outcome": header.get("outcome"),
-    }  # fmt: skip

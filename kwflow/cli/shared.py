@@ -31,7 +31,7 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", envvar="KWFLOW_CONF
 AppDir = Annotated[Path | None, typer.Option("--app-dir", envvar="KWFLOW_APP_DIR", help="Where MODULEs are looked for first; default: here.")]
 AcceptReset = Annotated[bool, typer.Option("--accept-offset-reset", help="Start from the group's offsets although they differ from the stored ones.")]
 WaitForBroker = Annotated[float | None, typer.Option("--wait-for-broker", help="Seconds to wait for the broker and the topics; default 0.")]
-Http = Annotated[str | None, typer.Option("--http", help="HOST:PORT for GET /health and /metrics; process n of several listens on PORT + n.")]
+Http = Annotated[str | None, typer.Option("--http", help="HOST:PORT for GET /health, /metrics and /instances; process n of several listens on PORT + n.")]
 LogFormat = Annotated[str | None, typer.Option("--log-format", help="text or json; json has workflow id, topic, partition and offset.")]
 Traced = Annotated[bool, typer.Option("--tracing", envvar="KWFLOW_TRACING", help="OpenTelemetry spans, sent as the OTEL_* variables say (kwflow[otel]).")]
 Letter = Annotated[str, typer.Argument(metavar="ID|LETTER", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]

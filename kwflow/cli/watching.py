@@ -29,22 +29,22 @@ def log_of(settings: Config) -> Callable[[str], None]:
 
 
 @contextlib.contextmanager
-def watched(settings: Config, runners: Sequence[object], log: Callable[[str], None]) -> Iterator[None]:
-    """Answer on `http` while inside and send spans, each if it is asked for."""
+def watched(settings: Config, runners: Sequence[object], log: Callable[[str], None]) -> Iterator[str | None]:
+    """Answer on `http` while inside and send spans, each if it is asked for; gives the address where others reach it."""
     if settings.tracing:
         from kwflow.runners.tracing import configure
 
         configure(settings.application_id)
     if settings.http is None:
-        yield
+        yield None
         return
-    from kwflow.runners.watch import serve_http
+    from kwflow.runners.watch import advertised, serve_http
 
     host, _, port_text = settings.http.rpartition(":")
     where = f"{host}:{int(port_text) + settings.process}" if settings.process and port_text.isdigit() and port_text != "0" else settings.http
     with serve_http(where, runners, settings) as port:  # type: ignore[arg-type] # each is a Watched
-        log(f"GET /health and /metrics are answered on port {port}")
-        yield
+        log(f"GET /health, /metrics and /instances are answered on port {port}")
+        yield advertised(settings, port)
 
 
 class RestoreBar:

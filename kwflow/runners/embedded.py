@@ -27,6 +27,7 @@ from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget, bytes_of
+from kwflow.runners.instances import Instances
 from kwflow.runners.logs import lines_of
 from kwflow.runners.loop import Overlay
 from kwflow.runners.private import private
@@ -312,7 +313,6 @@ class Embedded:
         set_abandoning(True, everywhere=True)
         self.watched_processors = processors
         for processor in processors:
-            processor.taken_over(_Store(self.db, processor.changelog_topic))
             worker = processor.work(self.deliver(processor.input_topic))
             if worker is not None:
                 self._workers[processor.input_topic] = worker, self.end(processor.input_topic)
@@ -353,6 +353,11 @@ class Embedded:
                 if not self._appended:
                     self.woken.wait(wait)
                 self._appended = False
+
+    def instances(self) -> Instances:
+        """All of them, in one partition."""
+        store = _Store(self.db, self.limits.changelog_topic)
+        return Instances("embedded", 1, {0: lambda start, limit: list(itertools.islice(store.scan(b"", start), limit))})
 
     def seen(self) -> list[Seen]:
         """How it stands: one partition each, nothing to restore."""

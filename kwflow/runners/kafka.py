@@ -30,11 +30,13 @@ from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget
 from kwflow.runners.embedded import SystemClock
 from kwflow.runners.environment import LIVE, Environment, Producer
+from kwflow.runners.instances import Instances
 from kwflow.runners.kafka_batch import Aborted, Batch, Rejected
 from kwflow.runners.kafka_member import RETRY_S, TRANSACTION_S, Member, again
 from kwflow.runners.kafka_results import Results
 from kwflow.runners.kafka_state import POSITION
-from kwflow.runners.loop import Overlay
+from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.owners import Owners
 from kwflow.runners.parked import forward
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
@@ -111,10 +113,11 @@ class KafkaRunner:
         self.counts = self.stats.counts
         self.commit_s: deque[float] = deque(maxlen=10_000)  # how long the last transactions took
         self._metadata: Any = None
-        self._attempts = Attempts(self.directory)
+        self.owners = Owners(self.member)
+        self._attempts = Attempts(self.directory, self.owners.attempted)
         self._sizes, age_max_ms = self._limits(topics.needed(config, outputs))
         self._producer = self._new_producer()
-        self.takeover = Takeover(self.member, self._attempts, self.worker, age_max_ms)
+        self.takeover = Takeover(self.member, self.owners, self._attempts, self.worker, age_max_ms)
         self.owned = self.takeover.owned
         self._consumer = self.takeover.consumer
 
@@ -178,7 +181,7 @@ class KafkaRunner:
             if self.worker is not None:
                 self.worker.close(self.config.activity_grace_s if clean else 0)
                 self.results.close()
-            self.takeover.close()
+            self.takeover.close(clean)
             self._lock.close()
 
     def turn(self) -> None:
@@ -244,7 +247,11 @@ class KafkaRunner:
         careful = [record for record in records if record.offset < self.owned[record.partition].careful_until]
         for record in careful:
             fine = self._attempts.another(record.partition, record.offset)
-            self._transact([record], refused=None if fine else "the engine died three times with this record")
+            try:
+                self._transact([record], refused=None if fine else "the engine died three times with this record")
+            except (Aborted, TransportError):
+                self._attempts.survived(record.partition)
+                raise
         self._transact([record for record in records if record.offset >= self.owned[record.partition].careful_until] if careful else records)
 
     def _transact(self, records: list[Record], refused: str | None = None, alone: int = 0) -> None:
@@ -329,6 +336,12 @@ class KafkaRunner:
         """(changelog, partition) -> (offset reached, end)."""
         return {(self.processor.changelog_topic, number): (restore.reached, restore.end) for number, (restore, _) in self.takeover.restoring.copy().items()}
 
+    def instances(self) -> Instances | None:
+        """Those of the partitions owned now; None in a scheduler."""
+        if not isinstance(self.processor, WorkflowProcessor):
+            return None
+        return Instances(self.member.name, self.partitions, {number: partition.store.page for number, partition in self.owned.copy().items()})
+
     def seen(self) -> list[Seen]:
         """How it stands now; asks the broker for the input's committed end."""
         topic, owned = self.processor.input_topic, dict(self.owned)
@@ -388,8 +401,8 @@ class KafkaRunner:
     def _reply(self, batch: Batch, replies: Iterable[Output]) -> None:
         """Replies go with the batch; to a partition that does not exist they would abort it, so they are counted and left out."""
         for reply in replies:
-            if (reply.partition or 0) >= self._reply_partitions and time.monotonic() - self._reply_asked >= _REPLY_ASK_S:
-                self._reply_asked = time.monotonic()
+            if (reply.partition or 0) >= self._reply_partitions and self.environment.monotonic() - self._reply_asked >= _REPLY_ASK_S:
+                self._reply_asked = self.environment.monotonic()
                 self._reply_partitions = topics.partitions_of(self.admin, self.config).get(self.config.reply_topic, 0)
             if (reply.partition or 0) < self._reply_partitions:
                 batch.outputs.append(reply)

@@ -16,10 +16,11 @@ from kwflow.ports import Clock, Processor
 from kwflow.runners import topics
 from kwflow.runners.environment import Environment
 
-__all__ = ["RETRY_S", "TRANSACTION_S", "Member", "again"]
+__all__ = ["END_WAIT_MS", "RETRY_S", "TRANSACTION_S", "Member", "again"]
 
 TRANSACTION_S = 15  # a dead engine with another identity blocks its partitions for this long (K1)
 RETRY_S = 0.02
+END_WAIT_MS = 10  # fetch.wait.max.ms of those who read to an end
 
 
 def again(environment: Environment, call: Callable[[], Any]) -> Any:

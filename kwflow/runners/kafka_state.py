@@ -8,6 +8,7 @@ tombstones may have been compacted away is wiped and restored.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ class PartitionStore:
         self.directory = directory
         self.incarnation = incarnation
         self.clock = clock
+        self._lock = threading.Lock()  # of `page` and `close`: an iterator that another thread has open would keep the database
+        self._closed = False
         try:
             self._db = environment.database(directory)
         except Exception:  # one damaged store is wiped alone
@@ -73,8 +76,15 @@ class PartitionStore:
             about.append((_META + b"offset", b"%d" % offset))
         self._db.write(itertools.chain(((_STATE + key, value) for key, value in changes.items()), about))
 
+    def page(self, start: bytes, limit: int) -> list[tuple[bytes, bytes]] | None:
+        """For other threads: entries from this key on, at most so many; None once it is closed."""
+        with self._lock:
+            return None if self._closed else list(itertools.islice(self.scan(b"", start), limit))
+
     def close(self) -> None:
-        self._db.close()
+        with self._lock:
+            self._closed = True
+            self._db.close()
 
 
 @dataclass

@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-__all__ = ["private"]
+__all__ = ["private", "replace"]
 
 
 def private(directory: Path) -> Path:
@@ -20,3 +20,18 @@ def private(directory: Path) -> Path:
     if found.st_mode & 0o077 and found.st_uid == os.geteuid():
         directory.chmod(0o700)
     return directory
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write it as a whole, durable when this returns: whoever reads finds the old content or the new."""
+    new = path.with_name(path.name + ".new")
+    with open(new, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -10,34 +10,42 @@ from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaError, KafkaE
 
 from kwflow.errors import TransportError
 from kwflow.ports import Worker
+from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.environment import Consumer
-from kwflow.runners.kafka_code import take_over
-from kwflow.runners.kafka_member import TRANSACTION_S, Member, again
+from kwflow.runners.fencing import Fencing
+from kwflow.runners.kafka_member import END_WAIT_MS, TRANSACTION_S, Member, again
 from kwflow.runners.kafka_state import MOVED, POSITION, Partition, PartitionStore, Restore, agreed
 from kwflow.runners.orphans import Orphans
+from kwflow.runners.owners import Owner, Owners
 from kwflow.runners.standby import Cleanup, Copies, Standby
 
 __all__ = ["Takeover"]
 
 _SLICE_S = 0.1  # K5: a restore never keeps the running partitions waiting for longer
+_PATIENCE_S = 1.0
+_STUCK_S = 0.25
 
 
 class Takeover:
     """Invariant: a partition is in at most one of `assigned`, `restoring` (with the group's committed offset) and `owned`."""
 
-    def __init__(self, member: Member, attempts: Attempts, worker: Worker | None, age_max_ms: int) -> None:
+    def __init__(self, member: Member, owners: Owners, attempts: Attempts, worker: Worker | None, age_max_ms: int) -> None:
         self.member = member
         self.owned: dict[int, Partition] = {}
         self.assigned: list[int] = []
         self.restoring: dict[int, tuple[Restore, int]] = {}
         self.joined = False
+        self._owners = owners
+        self._former: dict[int, Owner | None] = {}  # who had what was assigned and is not owned yet
+        self._stuck_since: dict[int, float] = {}
+        self._fencing = Fencing(member)
         self._attempts = attempts
         self._worker = worker
         self._age_max_ms = age_max_ms
         self._topic, changelog = member.processor.input_topic, member.processor.changelog_topic
         config, environment = member.config, member.environment
-        standby = Standby(changelog, self._restore_consumer, self._store, lambda number: member.start(changelog, number))
+        standby = Standby(changelog, self._changelog_consumer, self._store, lambda number: member.start(changelog, number))
         self.copies = Copies(standby if config.standby else None, member.partitions, Cleanup(environment, member.directory, config.state_cleanup_s), member.on_log)
         self.consumer = self._new_consumer()
         self._orphans = Orphans(member.admin, environment, member.group, self._topic, member.partitions)
@@ -86,12 +94,16 @@ class Takeover:
         for partition in partitions:
             if self._worker is not None:
                 self._worker.disown(partition.partition, max(0.0, give_up - self.member.environment.monotonic()))
+        self._owners.withdraw([partition.partition for partition in partitions])
         self._on_lost(consumer, partitions)
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._owners.forget([partition.partition for partition in partitions])
         for partition in partitions:
             if self._worker is not None:
                 self._worker.disown(partition.partition)
+            self._former.pop(partition.partition, None)
+            self._stuck_since.pop(partition.partition, None)
             gone = self.owned.pop(partition.partition, None)
             if gone is not None:
                 gone.store.close()
@@ -108,15 +120,59 @@ class Takeover:
     # -- restore, then own -----------------------------------------------------------------------------------------
     def turn(self) -> None:
         """Restore what was assigned, a slice at a time, then read from the committed offset on."""
+        self._ask_for_former()
         for number in list(self.assigned):
             self._begin_restore(number)
         until = self.member.environment.monotonic() + _SLICE_S
         for number, (restore, committed) in list(self.restoring.items()):
+            reached = restore.reached
             if restore.slice(_SLICE_S / 2):
                 del self.restoring[number]
+                self._stuck_since.pop(number, None)
                 self._own(number, restore.store, committed)
+            elif restore.reached > reached:
+                self._stuck_since.pop(number, None)
+            elif self._is_stuck(number) and self._undecided(number) < restore.end:
+                self._fence_former(number)
             if self.member.environment.monotonic() > until:
-                return
+                break
+        if not self._stuck_since:
+            self._fencing.release()
+
+    # -- what the last owner has left ------------------------------------------------------------------------------
+    def _ask_for_former(self) -> None:
+        new = [number for number in self.assigned if number not in self._former]
+        if new:
+            self._owners.read()
+        for number in new:
+            self._former[number] = self._owners.owner(number)
+            tried = self._owners.attempt(number)
+            if tried is not None:
+                self._attempts.learn(number, tried.offset, tried.count)
+
+    def _has_died(self, number: int) -> bool:
+        """Whether who had this partition before went without giving it back, and our own directory knows nothing of it (K19)."""
+        former = self._former.get(number)
+        return former is not None and (former.engine != self.member.name or self._attempts.fresh)
+
+    def _is_stuck(self, number: int) -> bool:
+        """Whether this has waited for longer than an engine that lives would let it, and somebody had it before."""
+        return self._waited_s(number) >= _STUCK_S and self._former.get(number) is not None
+
+    def _waited_s(self, number: int) -> float:
+        now = self.member.environment.monotonic()
+        return now - self._stuck_since.setdefault(number, now)
+
+    def _undecided(self, number: int) -> int:
+        """Where the first transaction of its changelog begins that is open, or the end."""
+        changelog = self.member.processor.changelog_topic
+        found = topics.committed_ends(self.member.admin, changelog, [number])
+        return found[number] if number in found else self.restoring[number][0].end
+
+    def _fence_former(self, number: int) -> None:
+        former = self._former.get(number)
+        if former is not None:
+            self._fencing.end_transaction_of(former.engine)
 
     def look_after(self) -> None:
         """Partitions that nobody has, warm copies, and copies that nobody needs."""
@@ -127,9 +183,12 @@ class Takeover:
 
     def _begin_restore(self, number: int) -> None:
         """First what the group has committed, then the changelog's end: the other order could miss the last transaction."""
-        committed = self._committed(number)
+        committed = self._committed(number, min(max(self._waited_s(number), _SLICE_S), _PATIENCE_S))
         if committed is None:
+            if self._is_stuck(number):
+                self._fence_former(number)
             return
+        self._stuck_since.pop(number, None)
         topic = self.member.processor.changelog_topic
         end, start = self._changelog_end(number), self.member.start(topic, number)
         self.copies.give(number)
@@ -140,10 +199,10 @@ class Takeover:
     def _changelog_end(self, number: int) -> int:
         return self.member.end(self.member.processor.changelog_topic, number)
 
-    def _committed(self, number: int) -> int | None:
-        """The group's offset; None while a transaction with offsets is open (asked again in the next turn)."""
+    def _committed(self, number: int, patience_s: float = _PATIENCE_S) -> int | None:
+        """The group's offset; None while a transaction with offsets is open (asked again in the next turn, and for longer)."""
         try:
-            return int(self.consumer.committed([TopicPartition(self._topic, number)], timeout=1)[0].offset)
+            return int(self.consumer.committed([TopicPartition(self._topic, number)], timeout=patience_s)[0].offset)
         except KafkaException as error:
             if error.args[0].retriable() or error.args[0].code() == KafkaError._TIMED_OUT:
                 return None
@@ -153,9 +212,13 @@ class Takeover:
         member = self.member
         return PartitionStore(member.environment, member.directory / str(number), member.incarnation, member.clock, self._age_max_ms)
 
-    def _restore_consumer(self) -> Consumer:
+    def _changelog_consumer(self, **more: object) -> Consumer:
         settings = {"group_id": f"{self.member.group}-restore", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "error", "enable_partition_eof": True}
-        return self.member.environment.consumer(self.member.settings(**settings))
+        return self.member.environment.consumer(self.member.settings(**settings, **more))
+
+    def _restore_consumer(self) -> Consumer:
+        """Told of the end at once: the broker would keep the request for half a second otherwise, and everybody waits for it."""
+        return self._changelog_consumer(fetch_wait_max_ms=END_WAIT_MS)
 
     def _own(self, number: int, store: PartitionStore, committed: int) -> None:
         member, where = self.member, f"{self._topic}[{number}]"
@@ -168,9 +231,10 @@ class Takeover:
             return
         if position is None:
             position = committed if committed != OFFSET_INVALID else member.start(self._topic, number)
-        take_over(member.processor, store, member.admin, member.config, where)
         end = member.end(self._topic, number)
-        careful = min(end, position + member.config.batch_records_max) if self._attempts.unclean else position
+        careful = min(end, position + member.config.batch_records_max) if self._attempts.unclean or self._has_died(number) else position
+        self._former.pop(number, None)
+        self._owners.announce(number)
         self.owned[number] = Partition(number, store, position, end, careful)
         self.seek(number, position)
         self.consumer.resume([TopicPartition(self._topic, number)])
@@ -180,8 +244,10 @@ class Takeover:
         """Read on from there; again while librdkafka says that it is not ready."""
         again(self.member.environment, lambda: self.consumer.seek(TopicPartition(self._topic, number, offset)))
 
-    def close(self) -> None:
-        """Leave the group, and let go of everything that is open."""
+    def close(self, clean: bool) -> None:
+        """Leave the group, and let go of everything that is open; `clean` when nothing of it needs to be looked after."""
+        if not clean:
+            self._owners.forget([*self.owned])
         self.copies.close()
         self.consumer.close()
         for partition in self.owned.values():

@@ -77,7 +77,7 @@ def _reply(config: Config) -> dict[str, str]:
 
 def needed(config: Config, declared: Iterable[str]) -> list[str]:
     """Every topic the application reads or writes."""
-    return [*_plain(config, declared), config.reply_topic, config.code_topic, *(changelog for changelog, _ in _changelogs(config))]
+    return [*_plain(config, declared), config.reply_topic, config.code_topic, config.owners_topic, *(changelog for changelog, _ in _changelogs(config))]
 
 
 def problems(client: AdminClient, config: Config, declared: Iterable[str]) -> list[str]:
@@ -92,15 +92,16 @@ def problems(client: AdminClient, config: Config, declared: Iterable[str]) -> li
             found.append(f"topic {changelog} has cleanup.policy={settings['cleanup.policy']}; it must be compact alone, or running workflows would be deleted")
         if int(settings["delete.retention.ms"]) < _DAY_MS:
             found.append(f"topic {changelog} has delete.retention.ms={settings['delete.retention.ms']}; it must be at least a day ({_DAY_MS}), or ended workflows could come back")
-    found += _code_problems(client, config, there[config.code_topic]) if config.code_topic in there else []
+    for topic, lost in ((config.code_topic, "the code of waiting workflows"), (config.owners_topic, "who owns which partition")):
+        found += _single_problems(client, topic, there[topic], lost) if topic in there else []
     return found + (_reply_problems(client, config) if config.reply_topic in there else [])
 
 
-def _code_problems(client: AdminClient, config: Config, partitions: int) -> list[str]:
+def _single_problems(client: AdminClient, topic: str, partitions: int, lost: str) -> list[str]:
     """One partition, so that reading it to its end is reading all of it."""
-    found = [f"topic {config.code_topic} has {partitions} partitions; it must have one"] if partitions != 1 else []
-    policy = settings_of(client, [config.code_topic])[config.code_topic]["cleanup.policy"]
-    return found + ([f"topic {config.code_topic} has cleanup.policy={policy}; it must be compact alone, or the code of waiting workflows would be lost"] if policy != "compact" else [])
+    found = [f"topic {topic} has {partitions} partitions; it must have one"] if partitions != 1 else []
+    policy = settings_of(client, [topic])[topic]["cleanup.policy"]
+    return found + ([f"topic {topic} has cleanup.policy={policy}; it must be compact alone, or {lost} would be lost"] if policy != "compact" else [])
 
 
 def _reply_problems(client: AdminClient, config: Config) -> list[str]:
@@ -114,8 +115,7 @@ def create(client: AdminClient, config: Config, declared: Iterable[str], partiti
     new = [NewTopic(topic, partitions, replication) for topic in _plain(config, declared) if topic not in there]
     if config.reply_topic not in there:
         new.append(NewTopic(config.reply_topic, partitions, replication, config=_reply(config)))
-    if config.code_topic not in there:
-        new.append(NewTopic(config.code_topic, 1, replication, config=_COMPACT))
+    new += [NewTopic(topic, 1, replication, config=_COMPACT) for topic in (config.code_topic, config.owners_topic) if topic not in there]
     for changelog, source in _changelogs(config):
         if changelog not in there:
             new.append(NewTopic(changelog, there.get(source, partitions), replication, config=_COMPACT))

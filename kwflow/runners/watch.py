@@ -1,4 +1,4 @@
-"""`GET /health` and `GET /metrics` of a running engine, on a thread of its own that only reads.
+"""`GET /health`, `/metrics` and `/instances` of a running engine, on a thread of its own that only reads.
 
 All metrics are made when somebody asks, from numbers the loop keeps anyway (runners/stats.py): an engine that nobody
 looks at pays nothing for being watchable.
@@ -7,11 +7,13 @@ looks at pays nothing for being watchable.
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 import msgspec
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
@@ -20,14 +22,16 @@ from prometheus_client.registry import Collector
 
 from kwflow.config import Config
 from kwflow.errors import UsageError
-from kwflow.runners import rocks
+from kwflow.runners import instances, rocks
+from kwflow.runners.instances import Instances
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.stats import Histogram, Seen, Stats
 
-__all__ = ["Watched", "health", "is_live", "metrics_registry", "serve_http"]
+__all__ = ["Watched", "advertised", "health", "is_live", "metrics_registry", "serve_http"]
 
 _STUCK_S = 60  # beyond the longest step: a commit may be asked for twice the transaction timeout
 _REQUEST_S = 10
+_EVERY = ("", "0.0.0.0", "[::]")
 
 
 class Watched(Protocol):
@@ -41,6 +45,9 @@ class Watched(Protocol):
 
     def seen(self) -> list[Seen]:
         """How it stands now, for each of its inputs.  Called from another thread; it may ask the broker."""
+
+    def instances(self) -> Instances | None:
+        """What it has now; None if it runs no workflows.  Called from another thread."""
 
 
 def health(runners: Sequence[Watched], config: Config) -> tuple[bool, bool, dict[str, Any]]:
@@ -146,6 +153,15 @@ def _address(where: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def advertised(config: Config, port: int) -> str:
+    """HOST:PORT at which others reach what listens on this port: as configured, or as it was bound; a name for every address."""
+    host, _, configured = (config.http_advertised or "").rpartition(":")
+    if config.http_advertised and configured.isdigit():
+        return f"{host}:{int(configured) + config.process}"
+    bound = (config.http or "").rpartition(":")[0]
+    return f"{config.http_advertised or (socket.gethostname() if bound in _EVERY else bound)}:{port}"
+
+
 @contextlib.contextmanager
 def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterator[int]:
     """Answer while inside; gives the port.  Raises UsageError if the address cannot be listened on."""
@@ -156,6 +172,7 @@ def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterat
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
+            served = next((found for runner in runners if (found := runner.instances()) is not None), None) if path.startswith("/instances") else None
             if path == "/metrics":
                 self._answer(200, "text/plain; version=0.0.4; charset=utf-8", generate_latest(registry))
             elif path == "/health/live":
@@ -165,15 +182,29 @@ def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterat
                 live, ready, said = health(runners, config)
                 good = live and ready if path == "/health" else ready
                 self._answer(200 if good else 503, "application/json", msgspec.json.encode(said, order="deterministic"))
+            elif path == "/instances" and served is not None:
+                self._list(served)
+            elif path.startswith("/instances/") and served is not None:
+                status, body = instances.one(served, unquote(path.removeprefix("/instances/")).encode("utf-8", "surrogateescape"), config.signing_keys)
+                self._answer(status, "application/json", body, served)
             else:
-                self._answer(404, "text/plain", b"there are /health, /health/live, /health/ready and /metrics\n")
+                self._answer(404, "text/plain", b"there are /health, /health/live, /health/ready, /metrics, and where workflows run /instances and /instances/ID\n")
 
-        def _answer(self, status: int, kind: str, body: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
+        def _list(self, served: Instances) -> None:
+            self._head(200, "application/json", served)
+            for part in instances.array(served):
+                self.wfile.write(part)
+
+        def _answer(self, status: int, kind: str, body: bytes, served: Instances | None = None) -> None:
+            self._head(status, kind, served, ("Content-Length", str(len(body))))
             self.wfile.write(body)
+
+        def _head(self, status: int, kind: str, served: Instances | None, *more: tuple[str, str]) -> None:
+            about = [("Kwflow-Engine", served.engine), ("Kwflow-Partitions", ",".join(map(str, sorted(served.pages))))] if served is not None else []
+            self.send_response(status)
+            for name, value in (("Content-Type", kind), *about, *more):
+                self.send_header(name, value)
+            self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
             """Probes come every few seconds; they are not worth a line."""

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from urllib.parse import quote
 
 import pytest
 
@@ -112,6 +113,22 @@ def test_health_is_live_and_ready_once_the_loop_runs_and_no_longer_live_when_it_
         place.held.stats.turned_s = time.monotonic() - place.config.step_abort_ms / 1000 - 61
         assert (get(port, "/health")[0], get(port, "/health/live")[0], get(port, "/health/ready")[0]) == (503, 503, 200)
         assert get(port, "/elsewhere")[0] == 404
+
+
+def test_instances_are_told_as_the_command_line_tells_them(place: Place) -> None:
+    for number in range(3):
+        place.send(f"order {number}/ä", "new:1000")
+    with serve_http("127.0.0.1:0", [place.held], place.config) as port:
+        place.run()
+        status, said = get(port, "/instances")
+        rows = json.loads(said)
+        assert (status, [row["id"] for row in rows]) == (200, [f"order {number}/ä" for number in range(3)])
+        assert [wait["ref"] for wait in rows[0]["waits"]] == ["0:1", "first"]
+        status, said = get(port, f"/instances/{quote('order 1/ä', safe='')}")
+        assert (status, json.loads(said)["workflow"], json.loads(said)["seal"]) == (200, "main", "unsigned")
+        assert "code" not in json.loads(said)
+        assert get(port, "/instances/nobody")[0] == 404
+        assert get(port, "/instances/%00hold")[0] == 404, "an engine's own entries are nobody's"
 
 
 def test_the_number_of_waiting_timers_is_right_after_replacing_cancelling_firing_and_for_tables_that_had_no_count(place: Place) -> None:

@@ -98,6 +98,7 @@ def lab(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Lab]:
 
 def stop(runner: KafkaRunner) -> None:
     """Leave as a killed process does: nothing is finished, but its files are free."""
+    runner.owners.forget([*runner.owned])
     runner._consumer.close()
     runner._lock.close()
 

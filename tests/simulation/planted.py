@@ -25,7 +25,7 @@ from tests.simulation.world import World
 
 CRASHES = Faults(crash=0.02)
 CRASHES_IN_COMMITS = Faults(crash=0.1, at="commit")
-ZOMBIES_IN_COMMITS = Faults(freeze=0.1, at="commit", freeze_ms=(7_000, 14_000))
+ZOMBIES_JUST_IN_TIME = Faults(freeze=0.15, at="commit", freeze_ms=(5_800, 6_800))  # evicted, and back before they are fenced
 ZOMBIES_IN_POLLS = Faults(freeze=0.03, at="consume", freeze_ms=(7_000, 14_000))
 ABORTS = Faults(abort=0.1)
 REBALANCES = Faults(kill=0.2, stop=0.4)
@@ -251,7 +251,7 @@ PLANTED = [
     Planted("K3", "a batch that was aborted is not read again from its first record", ABORTS, SeeksBehindTheBatchAfterAnAbort),
     Planted("K4", "an unknown outcome is taken for a failure, and the producer made anew in place", Faults(lost=0.1), BeginsAnewAfterATimeout),
     Planted("K5", "restored up to the last stable offset only", SLOW_MARKERS, patch=_restored_to_the_stable_offset_only, world=Crowd),
-    Planted("K5", "the changelog's end is asked for before the group's offset", ZOMBIES_IN_COMMITS, patch=_asks_for_the_end_first, world=Crowd),
+    Planted("K5", "the changelog's end is asked for before the group's offset", ZOMBIES_JUST_IN_TIME, patch=_asks_for_the_end_first, world=Crowd),
     Planted("K6", "another partitioner", Faults(), patch=_other_partitioner),
     Planted("K6", "a record on the wrong partition is applied there", Faults(), patch=_local_forwarding),
     Planted("K7", "what was revoked is still owned", REBALANCES, patch=_owns_what_was_revoked, world=Crowd),

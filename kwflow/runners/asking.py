@@ -1,0 +1,118 @@
+"""Ask the engine that owns an instance, over the HTTP that it may serve, before anybody reads a whole changelog.
+
+Who owns what comes from `<app>-owners`, which may be old; so an answer counts only if the engine that is named there gives
+it, for partitions that it owns as it answers.
+"""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from kwflow.config import Config
+from kwflow.core.murmur2 import partition_of
+from kwflow.errors import UsageError
+from kwflow.runners import topics
+from kwflow.runners.kafka_link import read
+from kwflow.runners.owners import Owner, owner_key
+
+__all__ = ["list_", "show"]
+
+_TIMEOUT_S = 5
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # an engine is no address of the world outside
+Note = Callable[[str], None]
+
+
+class _NoAnswer(Exception):
+    """Why the changelog has to be read."""
+
+
+def show(config: Config, id: str, note: Note) -> dict[str, Any] | None:
+    """What its owner tells of it; None, and a note why, if there is no answer.  Raises UsageError when there is no such instance, TransportError."""
+    try:
+        number = partition_of(id.encode(), _partitions(config))
+        owner = _owners(config, [number])[number]
+        status, _, body = _get(owner, f"/instances/{quote(id, safe='')}")
+        if status == 404:
+            raise UsageError(f"no instance {id!r}")
+        if status != 200:
+            raise _NoAnswer(f"{owner.engine} at {owner.address} answers {status}")
+        return dict(_json(owner, body))
+    except _NoAnswer as why:
+        note(str(why))
+        return None
+
+
+def list_(config: Config, note: Note) -> list[dict[str, Any]] | None:
+    """What the owners of all partitions tell; None, and a note why, if one of them does not.  Raises TransportError."""
+    try:
+        numbers = range(_partitions(config))
+        owners = _owners(config, numbers)
+        rows: list[dict[str, Any]] = []
+        told: list[int] = []
+        for owner in sorted(set(owners.values()), key=lambda owner: owner.engine):
+            status, partitions, body = _get(owner, "/instances")
+            if status != 200:
+                raise _NoAnswer(f"{owner.engine} at {owner.address} answers {status}")
+            rows += _json(owner, body)
+            told += partitions
+        if sorted(told) != list(numbers):
+            raise _NoAnswer("partitions are on their way from one engine to another")
+        return rows
+    except _NoAnswer as why:
+        note(str(why))
+        return None
+
+
+def _partitions(config: Config) -> int:
+    there = topics.partitions_of(topics.admin(config), config)
+    if config.owners_topic not in there or config.resume_topic not in there:
+        raise _NoAnswer(f"there is no topic {config.owners_topic if config.owners_topic not in there else config.resume_topic}")
+    return there[config.resume_topic]
+
+
+def _owners(config: Config, numbers: Any) -> dict[int, Owner]:
+    """Of these partitions, each with an address."""
+    latest = {record.key: record.value for record in read(config, config.owners_topic)}
+    found: dict[int, Owner] = {}
+    for number in numbers:
+        where = f"{config.resume_topic}[{number}]"
+        value = latest.get(owner_key(config.resume_topic, number))
+        if value is None:
+            raise _NoAnswer(f"no engine owns {where}")
+        try:
+            owner = found[number] = msgspec.json.decode(value, type=Owner)
+        except msgspec.DecodeError:
+            raise _NoAnswer(f"what {config.owners_topic} says of {where} cannot be read") from None
+        if owner.address is None:
+            raise _NoAnswer(f"{owner.engine}, which owns {where}, runs without --http")
+    return {number: msgspec.structs.replace(owner, since=0) for number, owner in found.items()}  # one engine is one, whenever it got each
+
+
+def _get(owner: Owner, path: str) -> tuple[int, list[int], bytes]:
+    """(status, the partitions it speaks for, body)."""
+    try:
+        try:
+            answer = _OPENER.open(f"http://{owner.address}{path}", timeout=_TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            status, who, partitions, body = answer.status, answer.headers.get("Kwflow-Engine"), answer.headers.get("Kwflow-Partitions", ""), answer.read()
+    except (OSError, HTTPException, ValueError) as error:
+        raise _NoAnswer(f"{owner.engine} does not answer at {owner.address}: {error}") from None
+    if who != owner.engine:
+        raise _NoAnswer(f"at {owner.address} answers {who or 'something else'}, not {owner.engine}")
+    return status, [int(number) for number in partitions.split(",") if number.isdigit()], body
+
+
+def _json(owner: Owner, body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.DecodeError:  # it gave a partition away while it answered
+        raise _NoAnswer(f"the answer of {owner.engine} at {owner.address} is not whole") from None

@@ -1,0 +1,152 @@
+"""`<app>-owners`: which engine has which partition, where it answers, and at which record it may die (K1, K19).
+
+A compacted topic with one partition, written outside of transactions and before anything is done with what was taken
+over.  It may be behind: whoever acts on an entry asks the group, or the engine itself, whether it still holds.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
+
+from kwflow.runners.environment import Consumer, Producer
+from kwflow.runners.kafka_member import END_WAIT_MS, TRANSACTION_S, Member
+
+__all__ = ["Attempt", "Owner", "Owners", "owner_key"]
+
+_TIMEOUT_S = 5.0  # an engine goes on without this topic: it then takes over more slowly, and others do not find it
+_GOODBYE_S = 1.0
+
+
+_T = TypeVar("_T")
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """`engine` is its `transactional.id` and `group.instance.id`; `address` HOST:PORT if it answers over HTTP; `since` in ms."""
+
+    engine: str
+    address: str | None
+    since: int
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """`count` processes died with this record of the topic with this id."""
+
+    topic: str
+    offset: int
+    count: int
+
+
+def owner_key(topic: str, number: int) -> bytes:
+    """The entry of an input topic's partition."""
+    return f"{topic}/{number}".encode()
+
+
+class Owners:
+    """One engine's view of the topic.  Nothing here raises for a broker that does not answer."""
+
+    def __init__(self, member: Member) -> None:
+        self.address: str | None = None
+        self._member = member
+        self._topic = member.config.owners_topic
+        self._entries: dict[bytes, bytes] = {}
+        self._announced: set[int] = set()
+        self._made: Producer | None = None
+
+    # -- what is there ---------------------------------------------------------------------------------------------
+    def read(self) -> None:
+        """To its end of now."""
+        environment = self._member.environment
+        settings = {"group_id": f"{self._member.group}-owners", "enable_auto_commit": False, "auto_offset_reset": "earliest", "enable_partition_eof": True, "fetch_wait_max_ms": END_WAIT_MS}
+        consumer = environment.consumer(self._member.settings(**settings))
+        latest: dict[bytes, bytes] = {}
+        try:
+            consumer.assign([TopicPartition(self._topic, 0, 0)])
+            give_up = environment.monotonic() + _TIMEOUT_S
+            while not self._take(consumer, latest):
+                if environment.monotonic() > give_up:
+                    self._complain(f"no answer within {_TIMEOUT_S:g} s")
+                    return
+        except KafkaException as error:
+            self._complain(error.args[0].str())
+            return
+        finally:
+            consumer.close()
+        self._entries = {key: value for key, value in latest.items() if value}
+
+    def _take(self, consumer: Consumer, latest: dict[bytes, bytes]) -> bool:
+        """Whether the end is reached.  Raises KafkaException."""
+        for message in consumer.consume(1000, 0.05):
+            error = message.error()
+            if error is None:
+                latest[message.key() or b""] = message.value() or b""
+            elif error.code() == KafkaError._PARTITION_EOF:
+                return True
+            elif error.fatal() or not error.retriable():
+                raise KafkaException(error)
+        return False
+
+    def owner(self, number: int) -> Owner | None:
+        """Who had it last, and did not give it back."""
+        return self._decoded(owner_key(self._member.processor.input_topic, number), Owner)
+
+    def attempt(self, number: int) -> Attempt | None:
+        """What whoever had it last was at, if that has killed processes."""
+        found = self._decoded(self._attempt_key(number), Attempt)
+        return found if found is not None and found.topic == self._member.incarnation else None
+
+    def _decoded(self, key: bytes, kind: type[_T]) -> _T | None:
+        try:
+            return msgspec.json.decode(self._entries[key], type=kind) if key in self._entries else None
+        except msgspec.DecodeError:
+            return None
+
+    # -- what we say -----------------------------------------------------------------------------------------------
+    def announce(self, number: int) -> None:
+        """This partition is ours.  Returns once the broker has it, so that whoever comes after us knows whose transaction may be open."""
+        self._announced.add(number)
+        self._write(owner_key(self._member.processor.input_topic, number), msgspec.json.encode(Owner(self._member.name, self.address, self._member.clock.now_ms())))
+        self._flush(_TIMEOUT_S)
+
+    def withdraw(self, numbers: list[int]) -> None:
+        """Given back with nothing open: nobody need look after it."""
+        mine = self._announced.intersection(numbers)
+        for number in sorted(mine):
+            self._write(owner_key(self._member.processor.input_topic, number), None)
+            self._write(self._attempt_key(number), None)
+        self._announced -= mine
+        if mine:
+            self._flush(_GOODBYE_S)
+
+    def forget(self, numbers: list[int]) -> None:
+        """Lost: another engine may have written its name already."""
+        self._announced.difference_update(numbers)
+
+    def attempted(self, number: int, offset: int, count: int) -> None:
+        """Before a step that may be the last of this process; a count of 0 takes it back."""
+        self._write(self._attempt_key(number), msgspec.json.encode(Attempt(self._member.incarnation, offset, count)) if count else None)
+        self._flush(_TIMEOUT_S)
+
+    def _attempt_key(self, number: int) -> bytes:
+        return owner_key(self._member.processor.input_topic, number) + b"/attempts"
+
+    def _write(self, key: bytes, value: bytes | None) -> None:
+        if self._made is None:
+            self._made = self._member.environment.producer(self._member.settings(enable_idempotence=True, linger_ms=0, message_timeout_ms=int(_TIMEOUT_S * 1000)))
+        try:
+            self._made.produce(self._topic, value, key, on_delivery=self._delivered)
+        except (BufferError, KafkaException) as error:
+            self._complain(str(error))
+
+    def _delivered(self, error: KafkaError | None, _message: Message) -> None:
+        if error is not None:
+            self._complain(error.str())
+
+    def _flush(self, seconds: float) -> None:
+        if self._made is not None and self._made.flush(seconds):
+            self._complain(f"no answer within {seconds:g} s")
+
+    def _complain(self, why: str) -> None:
+        self._member.on_log(f"{self._member.group}: {self._topic}: {why}; without it a takeover may wait for up to {TRANSACTION_S} s")

@@ -1,0 +1,143 @@
+"""Who owns which partition, on a real broker: `show` and `list` ask the owner, deaths are counted whoever died (K19)."""
+
+import json
+import pathlib
+import re
+import signal
+from collections.abc import Iterator
+
+import pytest
+from confluent_kafka import Producer
+
+from kwflow.config import Config
+from kwflow.core.murmur2 import partition_of
+from kwflow.runners import kafka_link
+from tests.integration.site import Site, refs
+from tests.integration.test_traps import Lab, stop, turn
+
+pytestmark = [pytest.mark.broker, pytest.mark.slow]
+
+CHANGELOG = "read from the changelog"
+DEADLY = """
+import os, signal
+import kwflow as kw
+
+def main(opts):
+    if opts == "deadly":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return opts
+    yield
+"""
+
+
+@pytest.fixture
+def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site]:
+    site = Site(broker, application, tmp_path, partitions=2)
+    site.environment["KWFLOW_KAFKA"] = '{"session.timeout.ms": 1500, "heartbeat.interval.ms": 300, "log_level": 0}'  # who has stopped is gone sooner
+    yield site
+    site.end()
+
+
+def owned(site: Site, name: str) -> set[str]:
+    return set(re.findall(rf"{site.application}: owns {site.topic('resume')}\[(\d)\]", (site.directory / f"{name}.log").read_text()))
+
+
+def test_show_and_list_ask_the_engines_that_own_the_partitions_and_read_the_changelog_when_they_do_not_answer(site: Site) -> None:
+    ids = [f"{site.application}-{number}" for number in range(6)]
+    engines = [site.engine(name, "workflows.trip_booking", name == "one", "--http", "127.0.0.1:0") for name in ("one", "two")]
+    for id in ids:
+        site.send(id, 'new:{"timeout": 86400000}')
+    refs(site, ids)
+    site.until(lambda: owned(site, "two"))
+    site.until(lambda: CHANGELOG not in site.fails(0, "list"))  # a partition may just be on its way
+    listed, shown = site.fails(0, "list", "--json"), site.fails(0, "show", ids[0], "--json")
+    assert CHANGELOG not in listed + shown
+    assert sorted(row["id"] for row in json.loads(listed)) == sorted(ids)
+    assert "no instance 'nobody'" in site.refused("show", "nobody")
+    assert "kind = " in site.run("show", ids[0], "--locals"), "variables come from the changelog"
+    for engine in engines:
+        engine.send_signal(signal.SIGKILL)
+        engine.wait()
+    for said, before in ((site.fails(0, "list", "--json"), listed), (site.fails(0, "show", ids[0], "--json"), shown)):
+        assert f"{CHANGELOG}: {site.application}-" in said and "does not answer at 127.0.0.1:" in said
+        found = json.loads(next(line for line in said.splitlines() if line[0] in "[{"))
+        assert found == json.loads(before), "word for word what the engines said"
+
+
+def test_an_answer_counts_only_if_the_engine_that_is_named_gives_it(site: Site) -> None:
+    id = f"{site.application}-w"
+    site.engine("one", "workflows.trip_booking", True, "--http", "127.0.0.1:0")
+    site.send(id, 'new:{"timeout": 86400000}')
+    refs(site, [id])
+    config = Config(bootstrap_servers=site.broker, application_id=site.application)
+    key = f"{site.topic('resume')}/{partition_of(id.encode(), 2)}".encode()
+    owner = json.loads([record.value or b"" for record in kafka_link.read(config, config.owners_topic) if record.key == key][-1])
+    producer = Producer({"bootstrap.servers": site.broker, "log_level": 0})
+    for value, why in ((json.dumps({**owner, "engine": "another"}), f"answers {owner['engine']}, not another"), ("nonsense", "cannot be read"), (None, "no engine owns")):
+        producer.produce(config.owners_topic, value, key)
+        assert producer.flush(20) == 0
+        said = site.fails(0, "show", id)
+        assert f"{CHANGELOG}: " in said and why in said and "suspension" in said
+
+
+def test_an_engine_without_http_is_named_and_one_that_ended_cleanly_owns_nothing(site: Site) -> None:
+    engine = site.engine("one")
+    site.send("w", 'new:{"timeout": 86400000}')
+    refs(site, ["w"], once=False)
+    assert "runs without --http" in site.fails(0, "show", "w")
+    engine.send_signal(signal.SIGTERM)
+    assert engine.wait(30) == 0
+    assert "no engine owns" in site.fails(0, "list")
+
+
+def test_a_record_that_kills_two_engines_in_turn_ends_in_dead_letters(site: Site) -> None:
+    """K19: state directories of their own; three attempts in all, after the one that nobody expected."""
+    module = site.directory / "deadly.py"
+    module.write_text(DEADLY)
+    site.send(site.application, 'new:"deadly"')
+    site.send(f"{site.application}-other", "new:7")
+    for number in range(4):
+        assert site.engine(("one", "two")[number % 2], str(module), False).wait(60) == -signal.SIGKILL
+    site.engine("one", str(module), False)
+    assert [id for id, _ in site.read(f"{site.application}-dead-letter", 1)] == [site.application]
+    assert site.read(site.topic("result"), 1) == [(f"{site.application}-other", "7")]
+
+
+@pytest.fixture
+def lab(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Lab]:
+    lab = Lab(broker, application, tmp_path)
+    yield lab
+    for runner in lab.runners:
+        stop(runner)
+
+
+def test_a_transaction_that_its_dead_engine_left_open_is_ended_by_the_next_owner(lab: Lab) -> None:
+    """K1: on a real coordinator; with another identity it would be open for fifteen seconds."""
+    id = lab.base["application_id"]
+    first = lab.engine("one")
+    lab.send("resume", id, "new:{}")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    lab.send("resume", id, '{"ref": "r", "value": "once"}')
+
+    class Died(BaseException):
+        pass
+
+    def die(_: float) -> None:
+        raise Died
+
+    class Dying:
+        """Its producer, up to the commit."""
+
+        def __init__(self, producer: object) -> None:
+            self._producer = producer
+
+        def __getattr__(self, name: str) -> object:
+            return die if name == "commit_transaction" else getattr(self._producer, name)
+
+    first._producer = Dying(first._producer)  # type: ignore[assignment]
+    with pytest.raises(Died):
+        turn(first, lambda: False)
+    stop(first)
+    second = lab.engine("two")
+    turn(second, lambda: second.owned and lab.written("trap-out", id) == ["once"])
+    assert second.takeover._fencing._next_s, "it was fenced, not waited for"

@@ -1,0 +1,132 @@
+"""What a new owner finds: an open transaction of who was killed in it (K1, K5), a record that kills every engine in turn (K19)."""
+
+import pathlib
+
+import pytest
+
+from kwflow.runners.fencing import Fencing
+from kwflow.runners.kafka import KafkaRunner
+from tests.simulation.test_found import Lab, turn
+
+SESSION_MS, AIM_MS = 6_000, 2_000
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.fixture
+def lab(tmp_path: pathlib.Path) -> Lab:
+    return Lab(tmp_path)
+
+
+def die() -> None:
+    raise Killed
+
+
+def killed_at(lab: Lab, runner: KafkaRunner, name: str, what: str) -> None:
+    """Its next call of this kind is its last."""
+    lab.hosts[name].before[what] = die
+    with pytest.raises(Killed):
+        for _ in range(50):
+            runner.turn()
+    lab.kill(runner, name)
+
+
+@pytest.mark.parametrize("what", ["commit", "send_offsets"])
+def test_the_transaction_of_an_engine_that_died_in_it_is_ended_by_whoever_takes_over(lab: Lab, what: str) -> None:
+    """K1: within the session timeout and two seconds, not after transaction.timeout.ms.  Records are sent early, so that the changelog is open too."""
+    first = lab.engine("one")
+    lab.send("workflow-resume", "w", "new:{}")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    lab.send("workflow-resume", "w", '{"ref": "r", "value": 1}')
+    lab.hosts["one"].chance = lambda what: what == "send-early"  # type: ignore[method-assign]
+    killed_at(lab, first, "one", what)
+    killed_ms = lab.broker.time.now
+    second = lab.engine("two")
+    turn(second, lambda: lab.written("found-out") == ["1"], 2000)
+    print(f"taken over {lab.broker.time.now - killed_ms - SESSION_MS:.0f} ms after the session timeout")
+    assert lab.broker.time.now - killed_ms < SESSION_MS + AIM_MS
+    assert any("found-one-0 has left the group inside a transaction" in line for line in lab.said)
+
+
+def test_an_engine_that_is_a_member_of_the_group_is_never_fenced(lab: Lab) -> None:
+    """What the owners topic says may be old: the named one may own other partitions by now."""
+    first = lab.engine("one")
+    lab.send("workflow-resume", "w", "new:{}")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    lab.send("workflow-resume", "w", '{"ref": "r", "value": 1}')
+    fencing = Fencing(lab.engine("two").member)
+    lab.hosts["one"].before["commit"] = lambda: fencing.end_transaction_of(first.member.name)
+    turn(first, lambda: lab.written("found-out") == ["1"])
+    lab.send("workflow-resume", "w", '{"ref": "nobody"}')
+    turn(first, lambda: first.owned and first.owned[0].position == 3)
+
+
+def test_an_engine_that_was_evicted_with_nothing_open_is_not_fenced(lab: Lab) -> None:
+    """It was slow, comes back, and goes on."""
+    first = lab.engine("one")
+    turn(first, lambda: first.owned)
+    lab.hosts["one"].running = False
+    second = lab.engine("two")
+    turn(second, lambda: second.owned, 2000)
+    lab.hosts["one"].running = True
+    lab.kill(second, "two")
+    lab.send("workflow-resume", "w", "new:{}")
+    turn(first, lambda: first.owned and first.owned[0].position == 1, 2000)
+    assert not any("inside a transaction" in line for line in lab.said)
+
+
+def test_a_partition_that_was_given_back_has_no_owner(lab: Lab) -> None:
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned)
+    assert '"engine":"found-one-0"' in lab.written("found-owners")[-1]
+    engine.run(lambda: True)
+    assert [entry.value for entry in lab.broker.partition(("found-owners", 0)).committed()][-2:] == [None, None]
+    engine = lab.engine("two")
+    turn(engine, lambda: engine.owned)
+    assert engine.owned[0].careful_until == engine.owned[0].position, "nobody died"
+
+
+def test_a_record_that_kills_every_engine_in_turn_is_refused_whoever_tried_it(lab: Lab) -> None:
+    """K19: state directories of their own; the attempts are in the log."""
+    lab.send("workflow-resume", "bad", "new:{}")
+    lab.send("workflow-resume", "good", "new:{}")
+    deaths = 0
+    for number in range(8):
+        name = f"engine{number}"  # each with a name and a disk of its own
+        engine = lab.engine(name)
+        turn(engine, lambda engine=engine: engine.owned, 2000)  # type: ignore[misc]
+        decide = engine.processor.decide
+
+        def deadly(state, records, *rest, decide=decide):  # type: ignore[no-untyped-def]
+            if any(record.key == b"bad" for record in records):
+                raise Killed
+            return decide(state, records, *rest)
+
+        engine.processor.decide = deadly  # type: ignore[method-assign]
+        try:
+            turn(engine, lambda engine=engine: engine.owned[0].position == 2)  # type: ignore[misc]
+            break
+        except Killed:
+            deaths += 1
+            lab.kill(engine, name)
+    assert deaths == 4, "one that was not careful yet, and three attempts"
+    assert len(lab.written("found-dead-letter")) == 1
+    assert engine.owned[0].store.get(b"good") is not None
+
+
+def test_what_a_broker_in_trouble_interrupts_is_no_attempt_for_the_next_engine(lab: Lab) -> None:
+    """K19: the record was stepped, and its process went on."""
+    lab.send("workflow-resume", "w", "new:{}")
+    for number in range(5):
+        name = f"engine{number}"
+        engine = lab.engine(name)
+        turn(engine, lambda engine=engine: engine.owned, 2000)  # type: ignore[misc]
+        lab.hosts[name].chance = lambda what: what == "abort"  # type: ignore[method-assign]
+        for _ in range(3):
+            engine.turn()
+        lab.kill(engine, name)
+    last = lab.engine("last")
+    turn(last, lambda: last.owned and last.owned[0].position == 1, 2000)
+    assert lab.written("found-dead-letter") == []
