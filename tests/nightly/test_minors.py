@@ -11,7 +11,7 @@ import pytest
 
 from tests.nightly import minor
 
-pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3700)]
 SUPPORTED = ("3.11", "3.12", "3.13")
 
 
@@ -27,7 +27,7 @@ def interpreter(version: str) -> str:
 
 
 def told(version: str, *arguments: str) -> list[str]:
-    done = subprocess.run([interpreter(version), str(pathlib.Path(minor.__file__)), *arguments], capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run([interpreter(version), str(pathlib.Path(minor.__file__)), *arguments], capture_output=True, text=True, check=False, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     said: list[str] = json.loads(done.stdout.splitlines()[-1])
     return said
@@ -51,7 +51,7 @@ def test_snapshots_of_one_minor_go_on_on_another(writer: str, reader: str, tmp_p
 def test_cpythons_tests_pass_there_with_a_yield_in_every_place(version: str) -> None:
     """H3 on every minor; the running one at length in test_echo.py."""
     python, failed = interpreter(version), {}
-    done = subprocess.run([python, "-W", "ignore", echo.__file__, *(f"{module}:12" for module in echo.MODULES)], capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run([python, "-W", "ignore", echo.__file__, *(f"{module}:12" for module in echo.MODULES)], capture_output=True, text=True, check=False, timeout=3600)
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
     if not outcomes and "FileNotFoundError: test." in done.stderr:
         pytest.skip(f"NOT TESTED: Python {version} comes without CPython's test package")

@@ -19,6 +19,7 @@ import __future__
 
 import ast
 import functools
+import gc
 import types
 from collections.abc import Iterator, Mapping
 
@@ -98,6 +99,15 @@ class _Later:
         return made
 
     def lowered(self, bound: frozenset[str]) -> Lowered:
+        collecting = gc.isenabled()
+        gc.disable()  # what is made here lives to its end: a collection would only walk over it
+        try:
+            return self._lowered(bound)
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _lowered(self, bound: frozenset[str]) -> Lowered:
         compile(self.tree, self.filename, "exec", dont_inherit=True, optimize=0)  # the compiler's own errors come first, in its own words
         lowering = self.lowering
         try:

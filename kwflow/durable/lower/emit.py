@@ -51,13 +51,11 @@ def located(tree: ast.Module) -> ast.Module:
     while stack:
         node, place = stack.pop()
         known = node.__dict__
-        if "_kw_parsed" in known:
-            continue
         if "lineno" in known:
             place = (known["lineno"], known["col_offset"], known.get("end_lineno") or known["lineno"], known.get("end_col_offset") or known["col_offset"])
         elif node._attributes:
             known["lineno"], known["col_offset"], known["end_lineno"], known["end_col_offset"] = place
-        stack += [(child, place) for child in child_nodes(node)]
+        stack += [(child, place) for child in child_nodes(node) if "_kw_parsed" not in child.__dict__]
     return tree
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from kwflow.durable.fingerprint import without_docstring
 from kwflow.durable.lower.emit import assign, call, constant, helper, load, located, store
 from kwflow.durable.lower.inner import as_def, forwarded, no_arguments, template
-from kwflow.durable.lower.scopes import Comprehension, Scope, mangle
+from kwflow.durable.lower.scopes import Comprehension, Scope, mangle, node_fields
 from kwflow.durable.lower.statements import Statements
 from kwflow.durable.registry import Label
 
@@ -206,9 +206,9 @@ class Rewriter:
     def _rebuilt(self, node: Any, **given: Any) -> Any:
         changed = given
         held = node.__dict__
-        for name in node._fields:
+        for name in node_fields(type(node)):
             value = held.get(name)
-            if isinstance(value, (ast.AST, list)) and name != "ctx" and name not in given:
+            if isinstance(value, (ast.AST, list)) and name not in given:
                 new = self.visit(value)
                 if new is not value:
                     changed[name] = new

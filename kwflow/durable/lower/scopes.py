@@ -8,11 +8,12 @@ of them, since that is what it is lowered to.  Every question about names is ans
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ITERATOR", "RESULT", "Comprehension", "Scope", "analyze", "child_nodes", "has_yield", "mangle"]
+__all__ = ["ITERATOR", "RESULT", "Comprehension", "Scope", "analyze", "child_nodes", "has_yield", "mangle", "node_fields"]
 
 Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 ITERATOR = ".iterator"  # the argument of a comprehension that is a function: its first iterable, evaluated outside
@@ -87,18 +88,30 @@ def has_yield(node: ast.AST | None) -> bool:
     return bool(known)
 
 
+_NO_NODES = frozenset({"arg", "attr", "conversion", "ctx", "id", "kind", "level", "module", "name", "op", "ops", "rest", "type_comment"})  # or operators, which hold nothing
+_fields: dict[type, tuple[str, ...]] = {ast.Constant: ()}
+if sys.version_info >= (3, 12):
+    _fields[ast.TypeAlias] = ast.TypeAlias._fields  # its name is a node
+
+
+def node_fields(kind: type[ast.AST]) -> tuple[str, ...]:
+    """The fields of this class that may hold nodes which hold something; half of lowering is walking trees."""
+    fields = _fields.get(kind)
+    if fields is None:
+        fields = _fields[kind] = tuple(name for name in kind._fields if name not in _NO_NODES)
+    return fields
+
+
 def child_nodes(node: ast.AST) -> list[ast.AST]:
-    """`ast.iter_child_nodes` without contexts, three times as fast: half of lowering is walking trees."""
+    """`ast.iter_child_nodes` without contexts and operators, several times as fast."""
     found: list[ast.AST] = []
     known = node.__dict__
-    for name in node._fields:
-        if name == "ctx":
-            continue
+    for name in node_fields(type(node)):
         value = known.get(name)
-        if isinstance(value, ast.AST):
-            found.append(value)
-        elif isinstance(value, list):
+        if isinstance(value, list):
             found += [item for item in value if isinstance(item, ast.AST)]
+        elif isinstance(value, ast.AST):
+            found.append(value)
     return found
 
 
