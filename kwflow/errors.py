@@ -203,7 +203,10 @@ class OutcomeUnknown(TransportError):
 
 
 class CommandError(KwflowError):
-    """The command changed nothing; `status` is the word of the reply: not_found, exists, full, rejected, ended, unknown_ref ..."""
+    """The command changed nothing; `status` is the word of the reply: not_found, exists, full, rejected, ended, unknown_ref ...
+
+    One that is `held` is kept: the workflow is parked, and somebody has to retry it; the command is applied then.
+    """
 
     def __init__(self, status: str, message: str = "", id: str = "") -> None:
         super().__init__(status, message, id)

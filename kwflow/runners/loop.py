@@ -295,7 +295,7 @@ class _Batch:
                 raise CorruptSnapshotError(f"this is the snapshot of {header['id']!r}, stored under another id")
             if header["status"] == "parked":
                 wire.parse(record)
-                return parked.hold(self.config, self.state, name, record, self.context.received_ms, self.held)
+                return parked.hold(self.config, self.state, header, record, self.context.received_ms, self.held)
             if header["status"] == "ended":
                 return self._after_end(header, record)
             instance = snapshot.wake(header, body, self.processor.sources)
@@ -380,8 +380,9 @@ class _Batch:
         if live.ahead:
             self._again(key, live.met[:-1])
         stored = self.state.get(key) if live.ahead else live.base
-        if stored is not None and snapshot.split(stored, self.config.signing_keys)[0]["status"] == "parked":
-            return parked.hold(self.config, self.state, name, self.records[number], self.context.received_ms, self.held)
+        header = snapshot.split(stored, self.config.signing_keys)[0] if stored is not None else None
+        if header is not None and header["status"] == "parked":
+            return parked.hold(self.config, self.state, header, self.records[number], self.context.received_ms, self.held)
         return self._park(name, stored, number, error)
 
     def _park(self, name: str, stored: bytes | None, number: int, error: BaseException) -> Decision:

@@ -23,6 +23,8 @@ __all__ = ["DRAINED_MAX", "HOLD", "all_held", "answered", "dead", "dead_letter",
 
 DRAINED_MAX = 500
 HOLD = b"\0hold\0"
+_MESSAGE_CHARACTERS = 300
+_ADDRESS = ("kwflow-request", "kwflow-reply-to")
 
 
 def dead_letter(config: Config, record: Record, reason: str, message: str, received_ms: int) -> Output:
@@ -66,9 +68,18 @@ def park(config: Config, state: Changes, name: str, stored: bytes | None, record
     base = {"id": name, "workflow": _text(record, "workflow"), "start_id": _text(record, "start-id"), "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
     base |= {entry: value for entry in ("client", "parent") if (value := _text(record, entry))} if stored is None else {}
     state.put(name.encode(), snapshot.park(stored, base, reason, message, record.offset, config.signing_keys))
-    state.put(_key(name, record), msgspec.msgpack.encode(record))
+    kept, replies = _told(config, record, reason, message)
+    state.put(_key(name, record), msgspec.msgpack.encode(kept))
     told = dead_letter(config, record, "parked", f"{reason}: {message}", received_ms)
-    return Decision((told,), (f"{name} is parked: {reason}: {message}",), ("parked",))
+    return Decision((told,), (f"{name} is parked: {reason}: {message}",), ("parked",), replies)
+
+
+def _told(config: Config, record: Record, reason: str, message: str) -> tuple[Record, tuple[Output, ...]]:
+    """The record as it waits for somebody to retry, which may take days: its sender hears so now, and nothing more (one request, one reply)."""
+    replies = answered(config, record, "held", f"it is parked ({reason}: {message[:_MESSAGE_CHARACTERS]}); this is kept and is applied when it is retried")
+    if not replies:
+        return record, ()
+    return msgspec.structs.replace(record, headers=tuple(pair for pair in record.headers if pair[0] not in _ADDRESS)), replies
 
 
 def _text(record: Record, name: str) -> str:
@@ -92,16 +103,22 @@ def is_parked(config: Config, stored: bytes | None) -> bool:
         return False
 
 
-def hold(config: Config, state: Changes, name: str, record: Record, received_ms: int, counts: dict[str, int]) -> Decision:
-    """The record waits behind the others; `counts` remembers for a batch how many an instance holds."""
+def hold(config: Config, state: Changes, header: dict[str, Any], record: Record, received_ms: int, counts: dict[str, int]) -> Decision:
+    """The record waits behind the others; `counts` remembers for a batch how many an instance holds.
+
+    Behind one that failed its sender is told so; behind one that is paused, or is being drained, it waits with it.
+    """
+    name: str = header["id"]
     count = counts.get(name)
     if count is None:
         count = sum(1 for _ in state.scan(_prefix(name)))
     if count >= config.hold_max:
         return dead(config, record, "hold-full", f"{name} is parked and holds {count} records already", received_ms)
-    state.put(_key(name, record), msgspec.msgpack.encode(record))
+    mark = header["parked"]
+    kept, replies = (record, ()) if mark["reason"] in ("paused", "draining") else _told(config, record, mark["reason"], mark["message"])
+    state.put(_key(name, record), msgspec.msgpack.encode(kept))
     counts[name] = count + 1
-    return Decision(counts=("held",))
+    return Decision(counts=("held",), replies=replies)
 
 
 def release(config: Config, state: Changes, name: str) -> list[Record]:

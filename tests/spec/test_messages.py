@@ -1,5 +1,6 @@
 """Commands and their replies (M1, M2, M4), each driven through real snapshots."""
 
+import pathlib
 from typing import Any
 
 import pytest
@@ -126,16 +127,43 @@ def test_terminate_ends_without_author_code_and_cancels_timers() -> None:
     assert ((w.command("w", "query") or {})["value"])["outcome"]["kind"] == "terminated"
 
 
-def test_terminate_reaches_an_instance_that_is_parked_and_its_held_commands_are_answered() -> None:
+def test_what_is_held_behind_a_parked_instance_is_answered_at_once_and_applied_by_a_retry(tmp_path: pathlib.Path) -> None:
+    """M1.4: its caller would hear nothing, and take it for lost.  One request, one reply."""
+    mended = tmp_path / "mended"
+    body = "import os, threading\ndef main(o):\n    yield kw.suspend('r')\n    held = None if os.path.exists(o) else threading.Lock()\n    return (yield kw.wait_signal('s'))"
+    w = run(body, str(mended))
+    w.send("w", b'{"ref":"r"}', {"kwflow-request": "culprit", "kwflow-reply-to": "0/p"})
+    assert (w.header("w") or {})["status"] == "parked"
+    said = w.reply("culprit") or {}
+    assert said["status"] == "held" and "it is parked (UnsavableError: " in said["message"] and "applied when it is retried" in said["message"]
+    assert status(w.command("w", "signal", {"name": "s", "value": 7})) == "held"
+    w.command("w", "pause")
+    assert status(w.command("w", "signal", {"name": "s", "value": 8})) == "held", "it failed before it was paused"
+    w.command("w", "unpause")
+    mended.touch()
+    assert status(w.command("w", "retry")) == "ok"
+    assert w.values("workflow-result") == [7]
+
+
+def test_terminate_reaches_an_instance_that_is_parked() -> None:
     """K17, G3."""
     w = run("import threading\ndef main(o):\n    yield kw.suspend('r')\n    lock = threading.Lock()\n    yield kw.suspend('s')")
     w.resume("w", "r")
     assert (w.header("w") or {})["status"] == "parked"
     w.send("w", b"null", {"kwflow-op": "cancel", "kwflow-request": "held", "kwflow-reply-to": "0/p"})
+    assert status(w.reply("held")) == "held"
+    assert status(w.command("w", "terminate")) == "ok"
+    assert w.ids() == []
+
+
+def test_what_is_held_behind_a_paused_instance_is_answered_when_it_is_terminated() -> None:
+    """G3."""
+    w = run("def main(o):\n    yield kw.suspend('r')")
+    w.command("w", "pause")
+    w.send("w", b"null", {"kwflow-op": "cancel", "kwflow-request": "held", "kwflow-reply-to": "0/p"})
     assert w.reply("held") is None
     assert status(w.command("w", "terminate")) == "ok"
     assert status(w.reply("held")) == "not_found"
-    assert w.ids() == []
 
 
 def test_terminate_of_a_closing_instance_writes_no_second_outcome() -> None:
