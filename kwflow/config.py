@@ -47,6 +47,7 @@ class Config(BaseSettings):
     durable_packages: list[str] = Field(default_factory=list, description="more packages to make durable, third-party ones too, beside the MODULEs'")
     snapshot_modules: list[str] = Field(default_factory=list, description="modules, not durable ones, whose classes snapshots may hold")
     snapshot_keys: list[SecretStr] = Field(default_factory=list, description="they sign snapshots (HMAC-SHA-256): the first signs, all are accepted; what none of them signed is parked")
+    snapshot_unsigned: Literal["park", "accept"] = Field(default="park", description="with snapshot_keys, what becomes of unsigned snapshots and sources; accepted ones are signed when next saved")
     snapshot_cloudpickle: bool = Field(default=False, description="snapshots may hold classes made in functions by generated code as cloudpickle's bytes, bound to this minor of Python")
     snapshot_bytes_warn: int = Field(default=450_000, gt=0, description="an instance that grows over this is logged")
     snapshot_bytes_max: int = Field(default=900_000, gt=0, description="a larger instance is parked; below Kafka's 1 MB default")
@@ -85,8 +86,9 @@ class Config(BaseSettings):
 
     @functools.cached_property
     def signing_keys(self) -> tuple[bytes, ...]:
-        """`snapshot_keys` as bytes."""
-        return tuple(key.get_secret_value().encode() for key in self.snapshot_keys)
+        """`snapshot_keys` as bytes; an empty one last (snapshot.UNSIGNED) where unsigned snapshots are taken too."""
+        keys = tuple(key.get_secret_value().encode() for key in self.snapshot_keys)
+        return (*keys, b"") if keys and self.snapshot_unsigned == "accept" else keys
 
     @property
     def dead_letter_topic(self) -> str:

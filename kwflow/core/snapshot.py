@@ -26,9 +26,10 @@ from kwflow.durable.rebuild import MINOR
 from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, SnapshotError
 
-__all__ = ["Keys", "amend", "ended_header", "key_id", "load", "park", "read_header", "save", "save_ended", "save_with_code", "seal_of", "split", "unpark", "waits_of", "wake"]
+__all__ = ["UNSIGNED", "Keys", "amend", "ended_header", "key_id", "load", "park", "read_header", "save", "save_ended", "save_with_code", "seal_of", "split", "unpark", "waits_of", "wake"]
 
 Keys = Sequence[bytes]
+UNSIGNED = b""  # among the keys, last: what nobody signed is taken too; it signs nothing
 
 _MAGIC = b"KWF1"
 _CHECKSUM_BYTES = 32
@@ -118,7 +119,7 @@ def seal_of(data: bytes, keys: Keys = ()) -> str:
     name = _split(data)[0].get("key")
     if name is None:
         return "unsigned"
-    known = [key for key in keys if key_id(key) == name]
+    known = [key for key in keys if key != UNSIGNED and key_id(key) == name]
     if not known:
         return f"not verified: signed with key {name}, which is not in snapshot_keys"
     return f"verified with key {name}" if _signed(data, known[0]) else f"forged: key {name} did not sign this"
@@ -132,12 +133,12 @@ def split(data: bytes, keys: Keys = ()) -> tuple[dict[str, Any], bytes]:
     """Header and body, checked but nothing unpickled; with keys only what one of them signed.  Raises SnapshotError."""
     header, body = _split(data)
     name = header.get("key")
-    if name is None and not keys:
+    if name is None and (not keys or UNSIGNED in keys):
         return header, body
     if name is None:
-        raise CorruptSnapshotError("the snapshot is not signed, and snapshot_keys are set; it is not loaded")
+        raise CorruptSnapshotError('the snapshot is not signed, and snapshot_keys are set; it is not loaded (snapshot_unsigned = "accept" takes those from before there were keys)')
     for key in keys:
-        if key_id(key) == name and _signed(data, key):
+        if key != UNSIGNED and key_id(key) == name and _signed(data, key):
             return header, body
     raise CorruptSnapshotError(f"the snapshot says that key {name} signed it, which no key of snapshot_keys did; it is not loaded")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Sequence
 
-from kwflow.core.snapshot import key_id
+from kwflow.core.snapshot import UNSIGNED, key_id
 from kwflow.core.wire import Output, Record
 from kwflow.durable import versions
 from kwflow.durable.registry import Module
@@ -49,7 +49,7 @@ class CodeStore:
                 self.written_ms.pop(key, None)
             else:
                 data, _, digest = record.value.partition(_SEAL)
-                if not self._keys or any(hmac.compare_digest(_signature(known, key.encode(), data), digest) for known in self._keys):
+                if not self._keys or (UNSIGNED in self._keys and not digest) or any(hmac.compare_digest(_signature(known, key.encode(), data), digest) for known in self._keys if known != UNSIGNED):
                     self.entries[key], self.written_ms[key] = data, record.timestamp_ms
 
     def __call__(self, key: str) -> bytes | None:

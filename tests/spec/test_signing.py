@@ -21,6 +21,8 @@ from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
 from kwflow.errors import CorruptSnapshotError, UsageError
 from kwflow.ports import Decision
+from kwflow.runners import code
+from kwflow.runners.code import CodeStore
 from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.testing import MemoryStore
 
@@ -48,9 +50,9 @@ class Bomb:
 class Engine:
     """One after another on the same store, each with its own keys."""
 
-    def __init__(self, store: MemoryStore, offset: int, *keys: str) -> None:
+    def __init__(self, store: MemoryStore, offset: int, *keys: str, **more: Any) -> None:
         module = durable.load_source("signing", SOURCE, "signing.py")
-        self.processor = WorkflowProcessor(Config(snapshot_keys=list(keys)), Workflows({"main": module.main}, "main"), frozenset())
+        self.processor = WorkflowProcessor(Config(snapshot_keys=list(keys), **more), Workflows({"main": module.main}, "main"), frozenset())
         self.store = store
         self.offset = offset
 
@@ -91,6 +93,40 @@ def test_the_first_key_signs_and_all_are_accepted_so_that_keys_can_be_rotated() 
     assert rotated.send(b'{"ref":"more","value":1}').counts == ("resumed",)
     assert snapshot.seal_of(store.entries[b"a"], [TWO.encode()]).startswith("verified with key ")
     assert Engine(store, 20, TWO).send(b'{"ref":"more","value":200}').outputs[-1].value == b"202"
+
+
+def test_keys_are_introduced_while_unsigned_instances_wait() -> None:
+    """They go on and are signed as they are saved; those that were parked for it go on with a retry; then nothing unsigned is left."""
+    store = MemoryStore()
+    Engine(store, 0).send(b"new:1")
+    assert Engine(store, 10, ONE).send(b'{"ref":"more","value":1}').counts == ("parked",)
+    introduced = Engine(store, 20, ONE, snapshot_unsigned="accept")
+    assert introduced.send(b"null", ("kwflow-op", b"retry")).counts == ("retried", "resumed")
+    assert snapshot.seal_of(store.entries[b"a"], [ONE.encode()]).startswith("verified with key ")
+    other = MemoryStore()
+    Engine(other, 0).send(b"new:1")
+    assert Engine(other, 10, ONE, snapshot_unsigned="accept").send(b'{"ref":"more","value":1}').counts == ("resumed",)
+    waiting = MemoryStore()
+    Engine(waiting, 0).send(b"new:1")
+    patient = Engine(waiting, 10, ONE, snapshot_unsigned="accept")
+    patient.send(b"null", ("kwflow-op", b"pause"))
+    patient.send(b"null", ("kwflow-op", b"unpause"))
+    for closed, total in ((store, b"202"), (other, b"202"), (waiting, b"201")):
+        assert Engine(closed, 30, ONE).send(b'{"ref":"more","value":200}').outputs[-1].value == total
+
+
+def test_where_unsigned_ones_are_accepted_wrongly_signed_ones_are_not() -> None:
+    """Nor is the mark that accepts them a key."""
+    keys = Config(snapshot_keys=[ONE], snapshot_unsigned="accept").signing_keys
+    assert keys == (ONE.encode(), snapshot.UNSIGNED)
+    for key, name in ((b"guess" * 8, ONE.encode()), (b"", b""), (TWO.encode(), TWO.encode())):
+        with pytest.raises(CorruptSnapshotError):
+            snapshot.split(forge({"key": snapshot.key_id(name)}, key), keys)
+    assert snapshot.seal_of(forge({"key": snapshot.key_id(b"")}, b""), keys).startswith("not verified")
+    entries = [code._signature(b"", b"m@1", b"{}"), code._signature(TWO.encode(), b"m@1", b"{}"), None]
+    records = [Record("code", 0, number, 0, f"m@{number}".encode(), b"{}" + (code._SEAL + digest if digest else b"")) for number, digest in enumerate(entries)]
+    assert list(CodeStore(lambda _: records, keys).entries) == ["m@2"]
+    assert list(CodeStore(lambda _: records, keys[:1]).entries) == []
 
 
 def forge(header: dict[str, Any], key: bytes | None) -> bytes:
