@@ -160,16 +160,16 @@ def settle(reader: Reader) -> None:
         continue
 
 
-def echoed(lab: Lab) -> float:
-    """Every instance has one question open; a client answers each: steps a second of the whole loop."""
-    with lab.engine(), lab.running("-m", "benchmarks.kafka_echo", lab.config.bootstrap_servers, OUT, lab.config.resume_topic):
-        reader = Reader(lab.config.bootstrap_servers, OUT)
+def echoed(lab: Lab, asking: contextlib.AbstractContextManager[subprocess.Popen[bytes]], topic: str) -> tuple[float, float]:
+    """Every instance has one question open; a client answers each: (steps a second of the whole loop, us of CPU of who asks a step)."""
+    with asking as process, lab.running("-m", "benchmarks.kafka_echo", lab.config.bootstrap_servers, topic, lab.config.resume_topic):
+        reader = Reader(lab.config.bootstrap_servers, topic)
         lab.send(INSTANCES)
         reader.until(5 * INSTANCES)
-        begun, count = time.perf_counter(), 0
+        begun, count, spent = time.perf_counter(), 0, cpu_s(process.pid)
         while time.perf_counter() - begun < ECHO_S:
             reader.until(1000)
             count += 1000
-        rate = count / (time.perf_counter() - begun)
+        rate, cpu = count / (time.perf_counter() - begun), 1e6 * (cpu_s(process.pid) - spent) / count
         reader.consumer.close()
-    return rate
+    return rate, cpu

@@ -237,10 +237,10 @@ class Calls:
             raise TypeError(f"a record key is str or bytes, not {type(key).__name__}")
         if timestamp_ms is not None and (not isinstance(timestamp_ms, int) or not 0 <= timestamp_ms <= self.context.received_ms + _AHEAD_MS_MAX):
             raise UsageError(f"timestamp_ms is a whole number of ms since 1970, at most an hour ahead, not {timestamp_ms!r}")
-        self.emit(topic, key_bytes, value, self.travelling + self._author_headers(topic, headers), timestamp_ms)
+        self.emit(topic, key_bytes, value, self.travelling + self._author_headers(topic, headers) if headers else self.travelling, timestamp_ms)
 
     def _author_headers(self, topic: str, headers: Any) -> wire.Headers:
-        pairs = headers.items() if isinstance(headers, Mapping) else headers or ()
+        pairs = headers.items() if isinstance(headers, Mapping) else headers
         checked = []
         for name, value in pairs:
             engine = name.startswith("kwflow-")
@@ -269,7 +269,7 @@ class Calls:
     def _check_size(self, what: str, value: bytes | None, headers: wire.Headers) -> int:
         """Bytes of value and headers.  Raises UsageError naming the limit."""
         limits = self.context.limits
-        value_bytes, header_bytes = len(value or b""), wire.header_bytes(headers)
+        value_bytes, header_bytes = len(value or b""), wire.header_bytes(headers) if headers else 0
         if value_bytes > limits.value_bytes_max:
             raise UsageError(f"{what} has {value_bytes} bytes, more than {limits.value_bytes_max} (limit value_bytes_max)")
         if header_bytes > limits.header_bytes_max:

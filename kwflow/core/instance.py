@@ -258,7 +258,7 @@ class Machine:
                 continue
             if not isinstance(target, Awaitable):
                 task.pending = (OK, target)
-            elif target.settled or (isinstance(target, SignalWait) and self._fetch(target)):
+            elif target.state != PENDING or (isinstance(target, SignalWait) and self._fetch(target)):
                 if self.instance.mailbox is not None:
                     mark_read(target)
                 task.pending = (target.state, target.value)
@@ -284,7 +284,9 @@ class Machine:
     # -- settling ------------------------------------------------------------------------------------------------
     def settle(self, target: Awaitable, state: str, value: Any) -> None:
         """Settle, wake every waiter, then cancel the losers of the combinators this decided."""
-        self.cancel_all(self._settle_up(target, state, value))
+        losers = self._settle_up(target, state, value)
+        if losers:
+            self.cancel_all(losers)
 
     def combine(self, combinator: Combinator) -> None:
         """Attach a new combinator to its started children and decide it if one of them already does."""
@@ -312,10 +314,9 @@ class Machine:
 
     def _settle_up(self, target: Awaitable, state: str, value: Any) -> list[Awaitable]:
         losers: list[Awaitable] = []
-        work: deque[tuple[Awaitable, str, Any]] = deque([(target, state, value)])
-        while work:
-            item, item_state, item_value = work.popleft()
-            if item.settled:
+        work: list[tuple[Awaitable, str, Any]] = [(target, state, value)]
+        for item, item_state, item_value in work:  # it grows meanwhile
+            if item.state != PENDING:
                 raise KwflowBug(f"{item!r} settled twice")
             item.state, item.value = item_state, item_value
             if isinstance(item, Suspension) and self.instance.waits.get(item.ref) is item:

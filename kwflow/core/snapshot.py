@@ -48,9 +48,13 @@ def save(instance: Instance, keys: Keys = ()) -> bytes:
 def save_with_code(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[registry.Module]]:
     """`save`, and the versions of modules that the snapshot names."""
     body, held, minor = codec.dumps_with_code(instance.graph(), instance.pins)
-    if any(module.name == "__main__" for module, _ in held.values()):
-        raise SnapshotError("code of __main__ cannot be found again by another process; put the workflow into a module of its own")
-    code = {reference: {"version": module.version, "units": dict(sorted(units.items()))} for reference, (module, units) in sorted(held.items())}
+    code, modules = {}, []
+    for reference in sorted(held):
+        module, units = held[reference]
+        if module.name == "__main__":
+            raise SnapshotError("code of __main__ cannot be found again by another process; put the workflow into a module of its own")
+        code[reference] = {"version": module.version, "units": {name: units[name] for name in sorted(units)}}
+        modules.append(module)
     header = {
         "v": _VERSION,
         "id": instance.id,
@@ -63,10 +67,10 @@ def save_with_code(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[reg
         "code": code,
         "lowering": LOWERING_VERSION,
         "waits": waits_of(instance),
-        **({"minor": minor} if minor else {}),
-        **instance.extra,
     }
-    return _encode(header, body, keys), [module for module, _ in held.values()]
+    if minor:
+        header["minor"] = minor
+    return _encode(header | instance.extra if instance.extra else header, body, keys), modules
 
 
 def waits_of(instance: Instance) -> list[dict[str, Any]]:
@@ -76,21 +80,27 @@ def waits_of(instance: Instance) -> list[dict[str, Any]]:
 
 def _wait(wait: Suspension) -> dict[str, Any]:
     """Where the task that waits for it is: function, file (relative to the module's root) and line."""
-    described: dict[str, Any] = {"ref": wait.ref, "kind": wait.kind, "since": wait.since_ms, **wait.described()}
-    waiters: list[Any] = list(wait.waiters)
+    described: dict[str, Any] = {"ref": wait.ref, "kind": wait.kind, "since": wait.since_ms}
+    described |= wait.described()
+    waiters: list[Any] = wait.waiters
     for _ in range(1000):
         if not waiters:
             return described
-        if isinstance(waiters[0], Task) and not (_is_ours(waiters[0]) and waiters[0].waiters):
+        if isinstance(waiters[0], Task) and (not waiters[0].waiters or not _is_ours(waiters[0])):
             break
-        waiters = list(waiters[0].waiters)
+        waiters = waiters[0].waiters
     gen = waiters[0].gen
     if gen is not None:
-        function, filename, line = frames.where(gen)
         known = registry.function_of(gen.gi_code)
-        depth = len(known.module.split(".")) if known is not None else 1
-        described |= {"function": function, "file": "/".join(filename.split("/")[-depth:]), "line": line}
+        described["function"], filename, described["line"] = frames.where(gen)
+        described["file"] = _relative(filename, known.module if known is not None else "")
     return described
+
+
+@functools.lru_cache(maxsize=4096)
+def _relative(filename: str, module: str) -> str:
+    """From the folder on that the module's name begins in."""
+    return "/".join(filename.split("/")[-(module.count(".") + 1) :])
 
 
 def _is_ours(task: Task) -> bool:

@@ -23,7 +23,7 @@ from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.snapshot import ended_header, waits_of
 from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task
 from kwflow.core.wire import Record
-from kwflow.durable.runtime import set_abandoning, set_driver
+from kwflow.durable.runtime import set_driving
 from kwflow.errors import Cancelled, KwflowBug, ProtocolError, StepTimeout, StuckError, UsageError
 
 __all__ = ["Step", "applied_before", "step"]
@@ -145,7 +145,7 @@ class Step(Calls):
         instance.steps += 1
         instance.now_ms = max(instance.now_ms, self.record.timestamp_ms)
         collecting = gc.isenabled()
-        forgetting, driver = set_abandoning(False), set_driver(self.machine)
+        before = set_driving(False, self.machine)
         gc.disable()  # semantics §3.3: a collection here could run another workflow's finally inside this step
         slot.step = self
         try:
@@ -155,8 +155,7 @@ class Step(Calls):
                 raise self.machine.bug
         finally:
             slot.step = None
-            set_abandoning(forgetting)
-            set_driver(driver)
+            set_driving(*before)
             if collecting:
                 gc.enable()
         instance.applied = (self.context.incarnation, self.record.partition, self.record.offset)

@@ -6,6 +6,7 @@ bytes of a record lives here; it must not know instances or tasks.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Annotated, Any
 
@@ -165,9 +166,13 @@ def header(record: Record, name: str) -> str | None:
 
 def workflow_id(record: Record) -> str:
     """The record's key as a workflow id: 1-512 UTF-8 bytes without NUL and `|`.  Raises ProtocolError."""
-    key = record.key
-    if key is None:
+    if record.key is None:
         raise ProtocolError("the record has no key", "null-key")
+    return _id_of(record.key)
+
+
+@functools.lru_cache(maxsize=100_000)  # a key comes again and again, and is checked at several places
+def _id_of(key: bytes) -> str:
     if not 1 <= len(key) <= _ID_BYTES_MAX:
         raise ProtocolError(f"a workflow id has 1 to {_ID_BYTES_MAX} bytes, not {len(key)}", "bad-key")
     if b"\0" in key or b"|" in key:

@@ -69,11 +69,11 @@ class _Pickler(pickle.Pickler):
     states: list[Any]  # grows while it is pickled: see the module's docstring
     pins: registry.Pins
     held: Code
-    references: dict[registry.Module, str]
+    units: dict[registry.Module, tuple[str, dict[str, str]]]  # the reference of each module with code that is held, and what of it is
     minor = ""  # of Python, if the graph holds what only that one can load
 
     def begin(self, root: Any, pins: registry.Pins) -> None:
-        self.pins, self.held, self.references = pins, {}, {}
+        self.pins, self.held, self.units = pins, {}, {}
         self.memo = _pickler_memo
         self.states = states = [root, None]  # two from the start: a list of one is not looked at again after its item
         self.dump(states)
@@ -99,12 +99,12 @@ class _Pickler(pickle.Pickler):
     def hold(self, function: registry.Function) -> str:
         """The reference of the module this function is of; its unit is held from now on."""
         home = function.home
-        reference = self.references.get(home)
-        if reference is None:
-            reference = self.references[home] = registry.reference_of(home, self.pins.get(home.name) or registry.modules().get(home.name))
-            self.held.setdefault(reference, (home, {}))
-        self.held[reference][1][function.unit] = home.units[function.unit]
-        return reference
+        known = self.units.get(home)
+        if known is None:
+            reference = registry.reference_of(home, self.pins.get(home.name) or registry.modules().get(home.name))
+            known = self.units[home] = reference, self.held.setdefault(reference, (home, {}))[1]
+        known[1][function.unit] = home.units[function.unit]
+        return known[0]
 
     def named(self, value: type | types.FunctionType) -> Any:
         """A class or function of a durable module, by name; None when it is not what the module has there."""
@@ -133,10 +133,6 @@ class _Pickler(pickle.Pickler):
     def reduced(self, value: Any) -> Any:
         reducer = reducer_of(type(value))
         return self.sentinel(value) or (reducer(value) if reducer is not None else NotImplemented)
-
-    def registered(self, value: Any) -> Any:
-        self.states += (_OBJECT, value, value.__getstate__())
-        return rebuild.instance, (rebuild.tag_of(type(value)),)
 
     def resource(self, value: Any) -> Any:
         known = self.sentinel(value)
@@ -289,7 +285,12 @@ def _named(module: str | None, qualname: str) -> Any:
 def register_class(tag: int, cls: type) -> None:
     """Objects of this class are saved as shells with their `__getstate__` deferred; the tag is part of the snapshot format."""
     rebuild.register(tag, cls)
-    _REDUCERS[cls] = _Pickler.registered
+
+    def registered(pickler: _Pickler, value: Any) -> Any:
+        pickler.states += (_OBJECT, value, value.__getstate__())
+        return rebuild.instance, (tag,)
+
+    _REDUCERS[cls] = registered
 
 
 class _TracingPickler(_Pickler):

@@ -237,10 +237,10 @@ def discard(gen: Gen) -> None:
 def where(gen: Gen) -> tuple[str, str, int]:
     """Function, file and line of the innermost wait of a `yield from` chain; cheaper than `describe`."""
     while True:
-        frame = gen.gi_frame
-        inner = gen.gi_yieldfrom
-        inner = below(inner.target if isinstance(inner, Resume) else inner)
-        if not isinstance(inner, types.GeneratorType) or inner.gi_frame is None or registry.function_of(inner.gi_code) is None:
+        frame, inner = gen.gi_frame, gen.gi_yieldfrom
+        if inner is not None:
+            inner = below(inner.target if isinstance(inner, Resume) else inner)
+        if inner is None or not isinstance(inner, types.GeneratorType) or inner.gi_frame is None or registry.function_of(inner.gi_code) is None:
             return gen.__qualname__, gen.gi_code.co_filename, frame.f_lineno if frame is not None else 0
         gen = inner
 

@@ -17,11 +17,9 @@ from typing import Any, Protocol
 from kwflow.durable import awaiting
 from kwflow.durable.registry import RUNTIME, Function, Module, function_of, register_code
 
-__all__ = ["Driver", "Resume", "Runtime", "abandoning", "delegate", "inject", "set_abandoning", "set_driver"]
+__all__ = ["Driver", "Resume", "Runtime", "abandoning", "delegate", "inject", "set_abandoning", "set_driving"]
 
-_forget = threading.local()
 _forget_by_default = False
-_driving = threading.local()
 
 
 class Driver(Protocol):
@@ -40,16 +38,25 @@ class Driver(Protocol):
         """An error has reached a `try` or `with` of the author that holds a wait, and may be swallowed by it."""
 
 
-def set_driver(driver: Driver | None) -> Driver | None:
-    """Tell this driver, on this thread, from now on; returns the one that was told before."""
-    previous: Driver | None = getattr(_driving, "driver", None)
-    _driving.driver = driver
-    return previous
+class _Thread(threading.local):
+    forget: bool | None = None  # None: as the process does by default
+    driver: Driver | None = None
+
+
+_thread = _Thread()
+
+
+def set_driving(forget: bool | None, driver: Driver | None) -> tuple[bool | None, Driver | None]:
+    """On this thread, from now on: whether generators that are dropped are only forgotten, and who is told.  Returns what both were."""
+    before = _thread.forget, _thread.driver
+    _thread.forget, _thread.driver = forget, driver
+    return before
 
 
 def abandoning() -> bool:
     """Whether a GeneratorExit that arrives now means "forgotten": cleanup of the author is skipped (G8)."""
-    return getattr(_forget, "value", _forget_by_default)
+    forget = _thread.forget
+    return _forget_by_default if forget is None else forget
 
 
 def set_abandoning(value: bool | None, everywhere: bool = False) -> bool | None:
@@ -58,11 +65,7 @@ def set_abandoning(value: bool | None, everywhere: bool = False) -> bool | None:
     if everywhere:
         before, _forget_by_default = _forget_by_default, bool(value)
         return before
-    previous: bool | None = getattr(_forget, "value", None)
-    if value is None:
-        _forget.__dict__.pop("value", None)
-    else:
-        _forget.value = value
+    previous, _thread.forget = _thread.forget, value
     return previous
 
 
@@ -107,7 +110,7 @@ def abandoned() -> type[BaseException] | tuple[()]:
 
 def _tell() -> None:
     error = sys.exc_info()[1]
-    driver: Driver | None = getattr(_driving, "driver", None)
+    driver = _thread.driver
     if driver is not None and error is not None:
         driver.catching(error)
 
@@ -138,7 +141,7 @@ _managers: set[type] = set()  # types that have passed the checks above and of w
 
 def entered(manager: Any, value: Any) -> Any:
     """What `__enter__` returned; a driver is told."""
-    driver: Driver | None = getattr(_driving, "driver", None)
+    driver = _thread.driver
     if driver is not None:
         driver.entered(manager, value)
     return value
@@ -202,7 +205,7 @@ def _may_close(iterator: object) -> bool:
 def delegate(source: Any) -> Any:
     """What `yield from source` iterates."""
     if isinstance(source, types.GeneratorType):
-        driver: Driver | None = getattr(_driving, "driver", None)
+        driver = _thread.driver
         if driver is not None:
             driver.delegating(source)
         return source
@@ -225,7 +228,7 @@ def awaited(value: Any) -> Any:
     if isinstance(value, types.GeneratorType):
         if value.gi_code.co_name == "<genexpr>":
             raise TypeError("object generator can't be used in 'await' expression")
-        driver: Driver | None = getattr(_driving, "driver", None)
+        driver = _thread.driver
         if function_of(value.gi_code) is None or not awaiting.is_unstarted(value) or (driver is not None and driver.owns(value)):
             return awaiting.Once(value)
         return value

@@ -415,7 +415,8 @@ class _Batch:
             if self.processor.keeps_code:
                 self.named.update(modules)
             self.processor.snapshots.observe(len(data))
-            self._warn_of_size(live, len(data))
+            if len(data) > self.config.snapshot_bytes_warn:
+                self._warn_of_size(live, len(data))
             self.state.put(key, data)
             live.base = data
         self.processor.keep(key, live)
@@ -433,7 +434,7 @@ class _Batch:
     def _warn_of_size(self, live: _Live, size: int) -> None:
         """Said when an instance grows over the limit, not each time it is saved."""
         limit = self.config.snapshot_bytes_warn
-        if size > limit >= len(live.base or b""):
+        if limit >= len(live.base or b""):
             last = live.met[-1]
             said = f"{live.instance.id if live.instance else ''}: its snapshot has {size} bytes now (snapshot_bytes_warn = {limit}); at {self.config.snapshot_bytes_max} it is parked"
             self.made[last] = msgspec.structs.replace(self.made[last], logs=(*self.made[last].logs, said))
