@@ -84,10 +84,10 @@ def engine(directory: pathlib.Path, batch: int, steps: int) -> tuple[float, int]
 
 def put(held: Embedded, records: list[tuple[bytes, bytes]]) -> None:
     batch = WriteBatch(raw_mode=True)
-    ends: dict[str, int] = {}
+    marks: dict[bytes, int] = {}
     for key, value in records:
-        held._put(batch, ends, Output("workflow-resume", key, value))
-    held.db.write(batch)
+        held._put(batch, marks, Output("workflow-resume", key, value))
+    held._done(batch, marks, held._write)
 
 
 def bare(directory: pathlib.Path, size: int, per: int, steps: int) -> float:

@@ -114,6 +114,8 @@ class Embedded:
         self._appended = False
         self._written = threading.Condition()
         self._writes = 0
+        self._marks: dict[bytes, int] = {}  # ends and positions as the database has them: while it is held nobody else writes
+        self._due: dict[str, int | None] = {}  # changelog -> when something becomes due; looked up again once a commit has changed the tables
         self._first: dict[str, int] = {}  # input topic -> its first record that was not trimmed
         self._trim_next = 0.0
         self._workers: dict[str, tuple[Worker, int]] = {}  # input topic -> who does what commits hand out, and from which position on
@@ -152,9 +154,9 @@ class Embedded:
     def append(self, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...] = ()) -> int:
         """Write one record durably; its offset."""
         with self._lock:
-            batch = WriteBatch(raw_mode=True)
-            offset = self._put(batch, {}, Output(topic, key, value, headers))
-            self.db.write(batch, self._write)
+            batch, marks = WriteBatch(raw_mode=True), dict[bytes, int]()
+            offset = self._put(batch, marks, Output(topic, key, value, headers))
+            self._done(batch, marks, self._write)
         self._said()
         self.wake()
         return offset
@@ -164,27 +166,37 @@ class Embedded:
 
         def write(_partition: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
             with self._lock:
-                batch = WriteBatch(raw_mode=True)
-                self._put(batch, {}, Output(topic, key, value))
-                self.db.write(batch)
+                batch, marks = WriteBatch(raw_mode=True), dict[bytes, int]()
+                self._put(batch, marks, Output(topic, key, value))
+                self._done(batch, marks, WriteOptions())
             done(None)
             self.wake()
 
         return write
 
-    def _put(self, batch: WriteBatch, ends: dict[str, int], output: Output) -> int:
+    def _put(self, batch: WriteBatch, marks: dict[bytes, int], output: Output) -> int:
+        """One record of a batch, and the end of its topic then."""
         topic = output.topic
-        offset = ends[topic] if topic in ends else self.end(topic)
-        ends[topic] = offset + 1
+        end = _NEXT + topic.encode()
+        offset = marks[end] if end in marks else self._mark(end)
+        marks[end] = offset + 1
         timestamp = output.timestamp_ms if output.timestamp_ms is not None else self.clock.now_ms()
         record = Record(topic, 0, offset, timestamp, output.key, output.value, output.headers)
         batch.put(_LOG + topic.encode() + b"\0%020d" % offset, msgspec.msgpack.encode(record))
-        batch.put(_NEXT + topic.encode(), b"%d" % ends[topic])
+        batch.put(end, b"%d" % marks[end])
         return offset
+
+    def _done(self, batch: WriteBatch, marks: dict[bytes, int], options: WriteOptions) -> None:
+        self.db.write(batch, options)
+        self._marks |= marks
+
+    def _mark(self, key: bytes) -> int:
+        known = self._marks.get(key)
+        return known if known is not None else self._marks.setdefault(key, int(self.db.get(key) or 0))  # another thread may have written it meanwhile
 
     def end(self, topic: str) -> int:
         """The offset the next record of this topic gets."""
-        return int(self.db.get(_NEXT + topic.encode()) or 0)
+        return self._mark(_NEXT + topic.encode())
 
     def read(self, topic: str, offset: int = 0, limit: int = 1000) -> list[Record]:
         """Records from this offset on."""
@@ -205,7 +217,7 @@ class Embedded:
 
     def position(self, topic: str) -> int:
         """The offset of the first record of an input topic that no committed batch holds."""
-        return int(self.db.get(_POSITION + topic.encode()) or 0)
+        return self._mark(_POSITION + topic.encode())
 
     # -- the engine ------------------------------------------------------------------------------------------------
     def step(self, processors: Sequence[Processor], on_log: Callable[[str], None] = print) -> int:
@@ -214,7 +226,8 @@ class Embedded:
 
     def _apply(self, processor: Processor, on_log: Callable[[str], None]) -> int:
         topic = processor.input_topic
-        records = self.read(topic, self.position(topic), self.limits.batch_records_max)
+        position = self.position(topic)
+        records = self.read(topic, position, self.limits.batch_records_max) if position < self.end(topic) else []
         if not records:
             return 0
         store = _Store(self.db, processor.changelog_topic)
@@ -247,17 +260,27 @@ class Embedded:
 
     def _fire(self, processor: Processor, on_log: Callable[[str], None]) -> int:
         """Nothing fires while records wait that may cancel it (K18)."""
-        store = _Store(self.db, processor.changelog_topic)
         if self.position(processor.input_topic) < self.end(processor.input_topic):
             return 0
+        due_ms, now_ms = self._due_of(processor), self.clock.now_ms()
+        if due_ms is None or due_ms > now_ms:
+            return 0
+        store = _Store(self.db, processor.changelog_topic)
         overlay = Overlay(store)
-        made = processor.due(overlay, self.clock.now_ms(), _FIRED_MAX)
+        made = processor.due(overlay, now_ms, _FIRED_MAX)
         if made is None:
             return 0
         self._perform(processor, [made], store, overlay, None)
         for line in made.logs:
             on_log(line)
         return len(made.outputs)
+
+    def _due_of(self, processor: Processor) -> int | None:
+        """When something becomes due."""
+        name = processor.changelog_topic
+        if name not in self._due:
+            self._due[name] = processor.next_due_ms(_Store(self.db, name))
+        return self._due[name]
 
     def _perform(self, processor: Processor, made: Sequence[Decision], store: _Store, overlay: Overlay, consumed: tuple[str, int] | None) -> None:
         """Commit what was decided, then what comes after a commit.  Every topic here has one partition: a reply to another has no address."""
@@ -271,6 +294,8 @@ class Embedded:
                     self.counts["reply-gone"] += 1
         begun = time.perf_counter()
         self._commit(store, overlay, outputs, consumed)
+        if any(key[:1] == b"\0" for key in overlay.changes):  # the tables' keys; ids and timer keys have no NUL
+            self._due.pop(processor.changelog_topic, None)
         self.stats.commits.observe(time.perf_counter() - begun)
         dispatch: list[object] = []
         for decision in made:
@@ -288,12 +313,14 @@ class Embedded:
                     batch.delete(store.prefix + key)
                 else:
                     batch.put(store.prefix + key, value)
-            ends: dict[str, int] = {}
+            marks: dict[bytes, int] = {}
             for output in outputs:
-                self._put(batch, ends, output)
+                self._put(batch, marks, output)
             if consumed is not None:
-                batch.put(_POSITION + consumed[0].encode(), b"%d" % consumed[1])
-            self.db.write(batch, self._write)
+                position = _POSITION + consumed[0].encode()
+                marks[position] = consumed[1]
+                batch.put(position, b"%d" % consumed[1])
+            self._done(batch, marks, self._write)
         self._said()
 
     def _said(self) -> None:
@@ -347,7 +374,7 @@ class Embedded:
                 self.trim(processors)
             if busy:
                 continue
-            due = [at for at in (processor.next_due_ms(_Store(self.db, processor.changelog_topic)) for processor in processors) if at is not None]
+            due = [at for at in map(self._due_of, processors) if at is not None]
             wait = min([_IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due)])
             with self.woken:
                 if not self._appended:

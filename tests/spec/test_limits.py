@@ -10,7 +10,7 @@ from kwflow import durable
 from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
-from kwflow.core.wire import Output, Record
+from kwflow.core.wire import Record
 from kwflow.ports import Decision
 from kwflow.runners import rocks
 from kwflow.runners.budget import Budget
@@ -254,7 +254,7 @@ def test_consumed_input_is_trimmed_while_the_embedded_engine_runs(tmp_path: path
     try:
         for n in range(25):
             held.append(config.scheduler_topic, b"a|%d" % n, b"1000000", ())
-        held.db.write(_output_batch(held))
+        held.append("out", b"a", b"kept")
         held.run([timers], lambda: held.position(config.scheduler_topic) == 25)
         held.trim([timers])
         assert held.read(config.scheduler_topic) == []
@@ -263,11 +263,3 @@ def test_consumed_input_is_trimmed_while_the_embedded_engine_runs(tmp_path: path
         assert held.trim([timers]) == 0 and len(held.read(config.scheduler_topic)) == 1
     finally:
         held.close()
-
-
-def _output_batch(held: Embedded) -> Any:
-    from rocksdict import WriteBatch
-
-    batch = WriteBatch(raw_mode=True)
-    held._put(batch, {}, Output("out", b"a", b"kept"))
-    return batch
