@@ -14,7 +14,8 @@ from kwflow.config import Config
 from kwflow.core import timers
 from kwflow.core.wire import Record
 from kwflow.durable import set_abandoning
-from kwflow.runners.embedded import Embedded, stored
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded_state import EmbeddedStore
 from kwflow.runners.loop import Overlay
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
@@ -122,6 +123,6 @@ def steps(held: Embedded, processors: list[object]) -> float:
         for first in range(0, STEPS // 3, 100):
             put(held, [(b"i%d" % (n % INSTANCES), b'{"ref":"r","value":1}') for n in range(first, first + 100)])
             held.step(processors, lambda _: None)  # type: ignore[arg-type]
-            processors[1].next_due_ms(stored(held.db, TIMERS_CHANGELOG))  # type: ignore[attr-defined]
+            processors[1].next_due_ms(EmbeddedStore(held.db, TIMERS_CHANGELOG))  # type: ignore[attr-defined]
         best = min(best, 1e6 * (time.thread_time() - begun) / (STEPS // 3))
     return best

@@ -10,7 +10,7 @@ import time
 from rich.console import Console
 
 from kwflow.core.wire import Record
-from kwflow.runners.embedded import entries, read_only
+from kwflow.runners.embedded_state import entries, read_only
 from kwflow.runners.socket import submit
 
 ROOT = pathlib.Path(__file__).parents[1]

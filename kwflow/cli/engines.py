@@ -26,7 +26,8 @@ from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.errors import TransportError, UsageError
 from kwflow.runners.code import CodeStore
-from kwflow.runners.embedded import Embedded, stored
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded_state import EmbeddedStore
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.socket import serve
@@ -266,7 +267,7 @@ def run(
         processors = _processors([module], settings, held, app_dir, log_of(settings))
         ends = (settings.result_topic, settings.error_topic)
         begun = {topic: held.end(topic) for topic in ends}
-        if stored(held.db, settings.changelog_topic).get(id.encode()) is None:
+        if EmbeddedStore(held.db, settings.changelog_topic).get(id.encode()) is None:
             held.append(settings.resume_topic, id.encode(), b"new:" + json_option(input, "--input"))
         shown: set[str] = set()
         with serve(held):
@@ -290,7 +291,7 @@ def _ended(held: Embedded, begun: dict[str, int], id: str) -> tuple[str, str] | 
 
 
 def _show_waits(held: Embedded, settings: Config, id: str, shown: set[str]) -> bool:
-    data = stored(held.db, settings.changelog_topic).get(id.encode())
+    data = EmbeddedStore(held.db, settings.changelog_topic).get(id.encode())
     for wait in snapshot.read_header(data)["waits"] if data is not None else []:
         if wait["ref"] not in shown and wait["kind"] == "suspension":
             shown.add(wait["ref"])

@@ -13,7 +13,7 @@ from kwflow.config import Config
 from kwflow.core import wire
 from kwflow.core.wire import Record
 from kwflow.errors import UsageError
-from kwflow.runners.embedded import entries, read_only, stored
+from kwflow.runners.embedded_state import EmbeddedStore, entries, read_only
 from kwflow.runners.socket import submit
 
 __all__ = [
@@ -87,7 +87,7 @@ def states(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
         return {key: value for key, value in latest.items() if key is not None and value is not None}
     db = read_only(embedded)
     try:
-        return dict(stored(db, settings.changelog_topic).scan(b""))
+        return dict(EmbeddedStore(db, settings.changelog_topic).scan(b""))
     finally:
         db.close()
 

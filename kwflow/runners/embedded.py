@@ -12,12 +12,12 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
 import msgspec
-from rocksdict import AccessType, Options, Rdict, WriteBatch, WriteOptions
+from rocksdict import Rdict, WriteBatch, WriteOptions
 
 from kwflow.config import Config
 from kwflow.core.wire import Output, Record
@@ -27,6 +27,7 @@ from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget, bytes_of
+from kwflow.runners.embedded_state import LOG, NEXT, POSITION, EmbeddedStore, entries
 from kwflow.runners.instances import Instances
 from kwflow.runners.logs import lines_of
 from kwflow.runners.loop import Overlay
@@ -35,9 +36,8 @@ from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.tracing import end_all
 
-__all__ = ["Embedded", "SystemClock", "ends_of", "entries", "read_only", "records_of", "stored"]
+__all__ = ["Embedded", "SystemClock"]
 
-_LOG, _NEXT, _STATE, _POSITION = b"L", b"N", b"S", b"P"
 _STORE_ID = b"I"
 _IDLE_S = 0.5  # how long an idle engine sleeps when nothing wakes it; appends and timers do
 _FIRED_MAX = 1000
@@ -51,53 +51,6 @@ class SystemClock:
 
     def now_ms(self) -> int:
         return time.time_ns() // 1_000_000
-
-
-def entries(db: Rdict, prefix: bytes, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
-    """Keys with this prefix and their values, in order, from `start` on."""
-    for key, value in db.items(from_key=start or prefix):
-        raw = cast(bytes, key)
-        if not raw.startswith(prefix):
-            return
-        yield raw, cast(bytes, value)
-
-
-class _Store:
-    """One processor's state in the database."""
-
-    def __init__(self, db: Rdict, name: str) -> None:
-        self._db = db
-        self.prefix = _STATE + name.encode() + b"\0"
-
-    def get(self, key: bytes) -> bytes | None:
-        found: bytes | None = self._db.get(self.prefix + key)
-        return found
-
-    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        for key, value in entries(self._db, self.prefix + prefix, self.prefix + max(prefix, start)):
-            yield key[len(self.prefix) :], value
-
-
-def read_only(directory: Path) -> Rdict:
-    """The database as it is now, also while an engine holds it.  Raises TransportError when there is none."""
-    if not (directory / "CURRENT").exists():
-        raise TransportError(f"{directory} holds no embedded engine")
-    return Rdict(str(directory), Options(raw_mode=True), access_type=AccessType.read_only())
-
-
-def records_of(db: Rdict, topic: str) -> Iterator[Record]:
-    """Every record of a topic that is still there, oldest first."""
-    for _, value in entries(db, _LOG + topic.encode() + b"\0"):
-        yield msgspec.msgpack.decode(value, type=Record)
-
-
-def ends_of(db: Rdict, topics: Sequence[str]) -> dict[str, int]:
-    """Topic -> the offset that its next record gets."""
-    return {topic: int(db.get(_NEXT + topic.encode()) or 0) for topic in topics}
-
-
-def stored(db: Rdict, name: str) -> _Store:
-    return _Store(db, name)
 
 
 class Embedded:
@@ -177,12 +130,12 @@ class Embedded:
     def _put(self, batch: WriteBatch, marks: dict[bytes, int], output: Output) -> int:
         """One record of a batch, and the end of its topic then."""
         topic = output.topic
-        end = _NEXT + topic.encode()
+        end = NEXT + topic.encode()
         offset = marks[end] if end in marks else self._mark(end)
         marks[end] = offset + 1
         timestamp = output.timestamp_ms if output.timestamp_ms is not None else self.clock.now_ms()
         record = Record(topic, 0, offset, timestamp, output.key, output.value, output.headers)
-        batch.put(_LOG + topic.encode() + b"\0%020d" % offset, msgspec.msgpack.encode(record))
+        batch.put(LOG + topic.encode() + b"\0%020d" % offset, msgspec.msgpack.encode(record))
         batch.put(end, b"%d" % marks[end])
         return offset
 
@@ -196,11 +149,11 @@ class Embedded:
 
     def end(self, topic: str) -> int:
         """The offset the next record of this topic gets."""
-        return self._mark(_NEXT + topic.encode())
+        return self._mark(NEXT + topic.encode())
 
     def read(self, topic: str, offset: int = 0, limit: int = 1000) -> list[Record]:
         """Records from this offset on."""
-        prefix = _LOG + topic.encode() + b"\0"
+        prefix = LOG + topic.encode() + b"\0"
         from_here = entries(self.db, prefix, prefix + b"%020d" % offset)
         return [msgspec.msgpack.decode(value, type=Record) for _, value in itertools.islice(from_here, limit)]
 
@@ -212,12 +165,12 @@ class Embedded:
             newest[record.key] = record.offset
         gone = [record.offset for record in records if record.value is None or newest[record.key] != record.offset]
         for offset in gone:
-            self.db.delete(_LOG + topic.encode() + b"\0%020d" % offset)
+            self.db.delete(LOG + topic.encode() + b"\0%020d" % offset)
         return len(gone)
 
     def position(self, topic: str) -> int:
         """The offset of the first record of an input topic that no committed batch holds."""
-        return self._mark(_POSITION + topic.encode())
+        return self._mark(POSITION + topic.encode())
 
     # -- the engine ------------------------------------------------------------------------------------------------
     def step(self, processors: Sequence[Processor], on_log: Callable[[str], None] = print) -> int:
@@ -230,7 +183,7 @@ class Embedded:
         records = self.read(topic, position, self.limits.batch_records_max) if position < self.end(topic) else []
         if not records:
             return 0
-        store = _Store(self.db, processor.changelog_topic)
+        store = EmbeddedStore(self.db, processor.changelog_topic)
         if records[0].offset < self._careful.get(topic, 0):
             return self._apply_carefully(processor, store, records[0], on_log)
         while True:
@@ -246,7 +199,7 @@ class Embedded:
             on_log(line)
         return len(made)
 
-    def _apply_carefully(self, processor: Processor, store: _Store, record: Record, on_log: Callable[[str], None]) -> int:
+    def _apply_carefully(self, processor: Processor, store: EmbeddedStore, record: Record, on_log: Callable[[str], None]) -> int:
         """Alone, each attempt noted before it: after an unclean stop this may be the record that ended the process (K19)."""
         overlay = Overlay(store)
         if self._attempts is None or self._attempts.another(0, record.offset):
@@ -265,7 +218,7 @@ class Embedded:
         due_ms, now_ms = self._due_of(processor), self.clock.now_ms()
         if due_ms is None or due_ms > now_ms:
             return 0
-        store = _Store(self.db, processor.changelog_topic)
+        store = EmbeddedStore(self.db, processor.changelog_topic)
         overlay = Overlay(store)
         made = processor.due(overlay, now_ms, _FIRED_MAX)
         if made is None:
@@ -279,10 +232,10 @@ class Embedded:
         """When something becomes due."""
         name = processor.changelog_topic
         if name not in self._due:
-            self._due[name] = processor.next_due_ms(_Store(self.db, name))
+            self._due[name] = processor.next_due_ms(EmbeddedStore(self.db, name))
         return self._due[name]
 
-    def _perform(self, processor: Processor, made: Sequence[Decision], store: _Store, overlay: Overlay, consumed: tuple[str, int] | None) -> None:
+    def _perform(self, processor: Processor, made: Sequence[Decision], store: EmbeddedStore, overlay: Overlay, consumed: tuple[str, int] | None) -> None:
         """Commit what was decided, then what comes after a commit.  Every topic here has one partition: a reply to another has no address."""
         outputs: list[Output] = []
         for decision in made:
@@ -305,7 +258,7 @@ class Embedded:
         if dispatch and processor.input_topic in self._workers:
             self._workers[processor.input_topic][0].committed(0, dispatch)
 
-    def _commit(self, store: _Store, overlay: Overlay, outputs: list[Output], consumed: tuple[str, int] | None) -> None:
+    def _commit(self, store: EmbeddedStore, overlay: Overlay, outputs: list[Output], consumed: tuple[str, int] | None) -> None:
         with self._lock:
             batch = WriteBatch(raw_mode=True)
             for key, value in overlay.changes.items():
@@ -317,7 +270,7 @@ class Embedded:
             for output in outputs:
                 self._put(batch, marks, output)
             if consumed is not None:
-                position = _POSITION + consumed[0].encode()
+                position = POSITION + consumed[0].encode()
                 marks[position] = consumed[1]
                 batch.put(position, b"%d" % consumed[1])
             self._done(batch, marks, self._write)
@@ -362,7 +315,7 @@ class Embedded:
             if worker is None:
                 continue
             if not worker.owns(0) and self.position(processor.input_topic) >= begin:
-                worker.own(0, _Store(self.db, processor.changelog_topic))
+                worker.own(0, EmbeddedStore(self.db, processor.changelog_topic))
             worker.turn()
 
     def _run(self, processors: Sequence[Processor], until: Callable[[], bool], on_log: Callable[[str], None]) -> None:
@@ -383,7 +336,7 @@ class Embedded:
 
     def instances(self) -> Instances:
         """All of them, in one partition."""
-        store = _Store(self.db, self.limits.changelog_topic)
+        store = EmbeddedStore(self.db, self.limits.changelog_topic)
         return Instances("embedded", 1, {0: lambda start, limit: list(itertools.islice(store.scan(b"", start), limit))})
 
     def seen(self) -> list[Seen]:
@@ -391,7 +344,7 @@ class Embedded:
         made = []
         for processor in self.watched_processors:
             topic = processor.input_topic
-            timers = processor.waiting(_Store(self.db, processor.changelog_topic)) if isinstance(processor, TimerProcessor) else None
+            timers = processor.waiting(EmbeddedStore(self.db, processor.changelog_topic)) if isinstance(processor, TimerProcessor) else None
             made.append(Seen("embedded", topic, True, [0], [], {}, {0: self.end(topic) - self.position(topic)}, timers))
         return made
 
@@ -414,7 +367,7 @@ class Embedded:
             else:
                 high = middle
         if low > first:
-            prefix = _LOG + topic.encode() + b"\0"
+            prefix = LOG + topic.encode() + b"\0"
             self.db.delete_range(prefix + b"%020d" % first, prefix + b"%020d" % low)
             self._first[topic] = low
         return low - first

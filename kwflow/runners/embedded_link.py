@@ -17,7 +17,8 @@ from kwflow.config import Config
 from kwflow.core.wire import Output, Record
 from kwflow.errors import TransportError
 from kwflow.ports import Listener
-from kwflow.runners.embedded import Embedded, ends_of, read_only, records_of
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded_state import ends_of, read_only, records_of
 from kwflow.runners.socket import Follower, submit
 
 __all__ = ["EmbeddedLink", "SocketLink"]

@@ -15,7 +15,8 @@ from kwflow import api, durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
-from kwflow.runners.embedded import Embedded, stored
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded_state import EmbeddedStore
 from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 from tests.simulation import workload
@@ -120,7 +121,7 @@ class Run:
     def logs(self) -> dict[str, list[Record]]:
         engine = Embedded(self.directory, sync=False)
         try:
-            left = list(stored(engine.db, "workflow-engine-timers-changelog").scan(b"\0due\0"))
+            left = list(EmbeddedStore(engine.db, "workflow-engine-timers-changelog").scan(b"\0due\0"))
             assert left == [], "a timer never fired"
             return {topic: engine.read(topic, 0, 10_000) for topic in TOPICS}
         finally:

@@ -15,7 +15,8 @@ import kwflow as kw
 from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
 from kwflow.runners import dispatch, threads
 from kwflow.runners.dispatch import Dispatcher
-from kwflow.runners.embedded import Embedded, stored
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded_state import EmbeddedStore
 from kwflow.testing import MemoryStore
 
 _names = itertools.count()
@@ -268,7 +269,7 @@ def test_an_async_call_withdrawn_before_its_first_line_gives_its_slot_back(engin
 def test_ten_thousand_waiting_calls_stay_in_the_store_and_run_in_order_at_most_so_many_at_a_time(tmp_path: pathlib.Path) -> None:
     """M6.2: the queue does not grow in memory."""
     engine, held = Engine(concurrency=8), Embedded(tmp_path, sync=False)
-    store = stored(held.db, "calls")
+    store = EmbeddedStore(held.db, "calls")
     engine.dispatcher.own(0, store)
     lock, order, now, most = threading.Lock(), [], [0], [0]
 

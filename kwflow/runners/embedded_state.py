@@ -1,0 +1,61 @@
+"""What lies where in the database of an embedded engine, and reading it, also beside the engine that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import msgspec
+from rocksdict import AccessType, Options, Rdict
+
+from kwflow.core.wire import Record
+from kwflow.errors import TransportError
+
+__all__ = ["LOG", "NEXT", "POSITION", "EmbeddedStore", "ends_of", "entries", "read_only", "records_of"]
+
+LOG, NEXT, POSITION = b"L", b"N", b"P"  # of a topic: its records, the offset the next one gets, the first one no committed batch holds
+_STATE = b"S"  # of a changelog's name: a processor's state
+
+
+def entries(db: Rdict, prefix: bytes, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+    """Keys with this prefix and their values, in order, from `start` on."""
+    for key, value in db.items(from_key=start or prefix):
+        raw = cast(bytes, key)
+        if not raw.startswith(prefix):
+            return
+        yield raw, cast(bytes, value)
+
+
+class EmbeddedStore:
+    """One processor's state in the database."""
+
+    def __init__(self, db: Rdict, name: str) -> None:
+        self._db = db
+        self.prefix = _STATE + name.encode() + b"\0"
+
+    def get(self, key: bytes) -> bytes | None:
+        found: bytes | None = self._db.get(self.prefix + key)
+        return found
+
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        for key, value in entries(self._db, self.prefix + prefix, self.prefix + max(prefix, start)):
+            yield key[len(self.prefix) :], value
+
+
+def read_only(directory: Path) -> Rdict:
+    """The database as it is now, also while an engine holds it.  Raises TransportError when there is none."""
+    if not (directory / "CURRENT").exists():
+        raise TransportError(f"{directory} holds no embedded engine")
+    return Rdict(str(directory), Options(raw_mode=True), access_type=AccessType.read_only())
+
+
+def records_of(db: Rdict, topic: str) -> Iterator[Record]:
+    """Every record of a topic that is still there, oldest first."""
+    for _, value in entries(db, LOG + topic.encode() + b"\0"):
+        yield msgspec.msgpack.decode(value, type=Record)
+
+
+def ends_of(db: Rdict, topics: Sequence[str]) -> dict[str, int]:
+    """Topic -> the offset that its next record gets."""
+    return {topic: int(db.get(NEXT + topic.encode()) or 0) for topic in topics}
