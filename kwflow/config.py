@@ -64,7 +64,7 @@ class Config(BaseSettings):
     activity_bytes_max: int = Field(default=256_000, gt=0, description="arguments of one activity, and its result; larger arguments are a UsageError in the workflow, a larger result an ActivityError")
     activity_limit_s: float = Field(default=600, ge=0, description="how long an activity without a timeout of its own may run; 0 for no limit")
     activity_grace_s: float = Field(default=10, ge=0, description="how long running activities may still take when the engine ends or gives a partition away")
-    hold_max: int = Field(default=10_000, gt=0, description="records kept behind one parked instance; more are dead-lettered")
+    hold_max: int = Field(default=10_000, gt=0, description="records kept for one parked or paused instance, the one at fault included; more are dead-lettered")
     step_timeout_ms: int = Field(default=10_000, gt=0, description="a step that runs longer is logged with its line")
     step_abort_ms: int = Field(default=150_000, gt=0, description="a step that runs longer is ended and its instance parked; half of Kafka's max.poll.interval.ms")
     batch_records_max: int = Field(default=1000, gt=0, description="records of one transaction")
@@ -74,7 +74,7 @@ class Config(BaseSettings):
     instances_cached_bytes_max: int = Field(default=32_000_000, ge=0, description="bytes of their snapshots; live they take several times as much")
     rocksdb_bytes_max: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024, description="block cache and write buffers of all local stores of a process together")
     embedded_retention_ms: int = Field(default=7 * 86_400_000, ge=0, description="applied input records of the embedded log are kept for this long")
-    ended_retention_ms: int = Field(default=86_400_000, ge=0)
+    ended_retention_ms: int = Field(default=86_400_000, ge=0, description="so long a start that is repeated under its start id is known after the end (K20)")
     kafka: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("snapshot_keys")

@@ -9,11 +9,12 @@ import msgspec
 import typer
 from rich.table import Table
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, append, out, read, send, states, text_of
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, out, read, send, sole_writer, states, text_of
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
-from kwflow.core.wire import Record
+from kwflow.core.wire import Output, Record
 from kwflow.errors import UsageError
+from kwflow.runners.embedded_state import Mark
 from kwflow.runners.parked import holds
 
 __all__ = ["dead"]
@@ -145,9 +146,21 @@ def dead_discard(
 
 
 def _settle(settings: Config, embedded: Path | None, what: str | None, every: bool, reason: str | None, op: str) -> None:
-    """A parked instance gets the command (K17); a letter is sent again with its first timestamp in a header (K13), and marked as done."""
+    """A parked instance gets the command (K17); a letter is sent again and marked as done in one transaction, so that it is never sent twice."""
     if (what is None) != every or (reason is not None and not every):
         raise UsageError(f"give one ID or LETTER, or --all (with --reason for some of them): kwflow dead-letters {op} ...")
+    with sole_writer(settings, embedded, "dead-letters") as write:
+        parked, letters = _chosen(settings, embedded, what, reason)
+        for id in parked:
+            send(settings, embedded, id, b"null", (("kwflow-op", op.encode()),))
+            _say(f"{id}: {op} is asked for; its engine does it")
+        for identity, record in letters.items():
+            done = write(*_closing(settings, identity, record, op == "retry"))
+            _say(f"{identity}: {('sent again' if op == 'retry' else 'closed') if done else 'somebody else has dealt with it'}")
+
+
+def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: str | None) -> tuple[list[str], dict[str, Record]]:
+    """Parked instances and letters.  Raises UsageError when there are none."""
     parked, letters = _parked(settings, embedded), _letters(settings, embedded)
     if what is not None:
         parked, letters = {what: parked[what]} if what in parked else {}, {what: letters[what]} if what in letters else {}
@@ -155,13 +168,15 @@ def _settle(settings: Config, embedded: Path | None, what: str | None, every: bo
     chosen = {identity: record for identity, record in letters.items() if reason in (None, wire.header(record, "kwflow-error-reason"))}
     if not ids and not chosen:
         raise UsageError(f"{what!r} is no parked instance and no open dead letter; kwflow dead-letters list shows them" if what else "nothing is parked and no dead letter is open")
-    for id in ids:
-        send(settings, embedded, id, b"null", (("kwflow-op", op.encode()),))
-        _say(f"{id}: {op} is asked for; its engine does it")
-    for identity, record in chosen.items():
-        if op == "retry":
-            headers = tuple(pair for pair in record.headers if not pair[0].startswith("kwflow-error-"))
-            first = ("kwflow-original-timestamp", str(record.timestamp_ms).encode())
-            append(settings, embedded, wire.header(record, "kwflow-error-topic") or settings.resume_topic, record.key, record.value, (*headers, first))
-        append(settings, embedded, settings.dead_letter_topic, record.key, None, ((_DONE, identity.encode()),))
-        _say(f"{identity}: {'sent again' if op == 'retry' else 'closed'}")
+    return ids, chosen
+
+
+def _closing(settings: Config, identity: str, letter: Record, again: bool) -> tuple[list[Output], Mark]:
+    """What deals with a letter: the mark, and before it the record itself with its first timestamp in a header (K13)."""
+    mark = Mark(settings.dead_letter_topic, letter.offset, _DONE, identity.encode())
+    records = [Output(settings.dead_letter_topic, letter.key, None, ((mark.name, mark.value),))]
+    if again:
+        headers = tuple(pair for pair in letter.headers if not pair[0].startswith("kwflow-error-"))
+        first = ("kwflow-original-timestamp", str(letter.timestamp_ms).encode())
+        records.insert(0, Output(wire.header(letter, "kwflow-error-topic") or settings.resume_topic, letter.key, letter.value, (*headers, first)))
+    return records, mark

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +13,10 @@ from rich.console import Console
 
 from kwflow.config import Config
 from kwflow.core import wire
-from kwflow.core.wire import Record
+from kwflow.core.wire import Output, Record
 from kwflow.errors import UsageError
-from kwflow.runners.embedded_state import EmbeddedStore, entries, read_only
-from kwflow.runners.socket import submit
+from kwflow.runners.embedded_state import EmbeddedStore, Mark, entries, read_only
+from kwflow.runners.socket import submit, submit_all
 
 __all__ = [
     "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
@@ -64,6 +66,29 @@ def append(settings: Config, embedded: Path | None, topic: str, key: bytes | Non
     from kwflow.runners.kafka_link import send
 
     send(settings, topic, key, value, headers)
+
+
+Write = Callable[[Sequence[Output], Mark], bool]
+
+
+@contextlib.contextmanager
+def sole_writer(settings: Config, embedded: Path | None, name: str) -> Iterator[Write]:
+    """Gives `write(records, mark)`: all of the records or none, and none if the mark is there, which one of them bears; whether they were written.
+
+    What is to be done is to be read inside: on Kafka whoever was here before can write nothing more by then.
+    """
+    if embedded is not None:
+        yield lambda records, mark: bool(submit_all(embedded, records, mark))
+        return
+    from kwflow.runners.kafka_writer import SoleWriter
+
+    with SoleWriter(settings, name) as writer:
+
+        def write(records: Sequence[Output], _mark: Mark) -> bool:
+            writer.write(records)
+            return True
+
+        yield write
 
 
 def read(settings: Config, embedded: Path | None, topic: str) -> list[Record]:

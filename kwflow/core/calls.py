@@ -105,13 +105,14 @@ class Calls:
             raise UsageError(f"{ref!r} is already waited for; a ref id can be pending only once")
         return self.register(Suspension(ref, self.record.timestamp_ms))
 
-    def sleep(self, delay: timedelta | float) -> Timer:
+    def sleep(self, delay: timedelta | float, due_ms: int | None = None) -> Timer:
+        """Due so long after this record was received, or at an instant that is known."""
         seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
             raise UsageError(f"a delay is a timedelta or a number of seconds, not {delay!r}")
         delay_ms = max(1, math.ceil(round(seconds * 1000, 6)))  # never 0: on the scheduler topic 0 means cancel
         timer = Timer(self.next_id(), self.record.timestamp_ms, delay_ms)
-        due = ("kwflow-due-ms", str(self.context.received_ms + delay_ms).encode())
+        due = ("kwflow-due-ms", str(self.context.received_ms + delay_ms if due_ms is None else due_ms).encode())
         return self.request(timer, self.context.topics.scheduler, self.timer_key(timer), str(delay_ms).encode(), (*self.travelling, due))
 
     def request(self, wait: _Wait, topic: str, key: bytes, value: bytes, headers: wire.Headers) -> _Wait:

@@ -71,10 +71,16 @@ def now_ms() -> int:
 
 
 def timer_of(state: dict[str, Any]) -> Awaitable:
-    """A timer for the next time."""
+    """A timer for the next time, by the instant itself:
+
+    1. an engine's clock is two seconds behind the scheduler's, whose timestamps the instance takes for now
+    2. a timer for what is left until then, counted from the engine's clock, is due two seconds early
+    3. it wakes the instance, nothing is due yet, the next timer is due at once again: a busy loop, until the time has come
+    """
     following = schedules.next_ms(state["plan"], state["after"], state["anchor"])
-    delay_ms = _NEVER_MS if following is None or state["paused"] else min(_NEVER_MS, max(1, following - now_ms()))
-    return sleep(delay_ms / 1000)
+    if following is None or state["paused"] or following - now_ms() > _NEVER_MS:
+        return sleep(_NEVER_MS / 1000)
+    return current().sleep(max(1, following - now_ms()) / 1000, following)
 
 
 def tell(state: dict[str, Any], message: Any) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from kwflow.activities import failure_payload
 from kwflow.config import Config
 from kwflow.core import children, messages, ops, snapshot, wire
 from kwflow.core.contract import Context
-from kwflow.core.wire import Command, Record
-from kwflow.errors import SnapshotError
+from kwflow.core.dispatch import Withdraw
+from kwflow.core.wire import Command, Output, Record
+from kwflow.errors import ActivityError, ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 from kwflow.runners import parked
 
@@ -121,7 +123,7 @@ def _unpause(batch: Batch, name: str, header: dict[str, Any], record: Record, co
     if header["parked"]["reason"] not in ("paused", "draining"):  # it had failed before: retry or discard
         batch.state.put(key, snapshot.amend(stored, batch.config.signing_keys, parked={entry: value for entry, value in header["parked"].items() if entry != "paused"}))
         return _done(batch, name, record, command, "ok", message="it is still parked; retry or discard")
-    return _done(batch, name, record, command, "ok", _drain(batch, name, discard=False))
+    return _done(batch, name, record, command, "ok", _drain(batch, name, record, discard=False))
 
 
 def _retry(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
@@ -132,22 +134,40 @@ def _retry(batch: Batch, name: str, header: dict[str, Any], record: Record, comm
     if parked.is_paused(header):
         said = (f"{name}: {command.op} ignored: it is paused",)
         return joined([_replied(batch, record, "paused", "unpause it first", count="not-parked"), Decision(logs=said)])
-    return _done(batch, name, record, command, "ok", _drain(batch, name, discard=command.op == "discard"))
+    return _done(batch, name, record, command, "ok", _drain(batch, name, record, discard=command.op == "discard"))
 
 
-def _discarded(batch: Batch, head: Record) -> Decision:
+def _discarded(batch: Batch, name: str, head: Record, record: Record) -> Decision:
+    """Whoever waits for it is told."""
     told = children.refused(head, "discarded", "its start failed and was discarded", batch.config.resume_topic)
-    return Decision(told, replies=parked.answered(batch.config, head, "discarded"))
+    mine = Decision(told, replies=parked.answered(batch.config, head, "discarded"))
+    return joined([mine, _call_failed(batch, name, head, record)])
 
 
-def _drain(batch: Batch, name: str, discard: bool) -> list[Decision]:
+def _call_failed(batch: Batch, name: str, head: Record, record: Record) -> Decision:
+    """A workflow must not wait for an activity whose result was dropped: the call fails, and if it is that which was dropped, nobody works for it any more."""
+    try:
+        answer = wire.parse(head)
+    except ProtocolError:  # it ended processes, and was parked unread
+        return Decision()
+    waits = _header(batch.config, name, batch.state.get(name.encode()))["waits"]
+    if not isinstance(answer, wire.Resume) or not any(wait["kind"] == "activity" and wait["ref"] == answer.ref for wait in waits):
+        return Decision()
+    if answer.failed and isinstance(answer.value, dict) and answer.value.get("type") == _DISCARDED:
+        return Decision(dispatch=(Withdraw(name, str(answer.ref)),))
+    error = failure_payload(ActivityError("its result was discarded", _DISCARDED, final=True))
+    return Decision((Output(batch.config.resume_topic, name.encode(), wire.json_dumps({"ref": answer.ref, "error": error}), (), record.timestamp_ms),))
+
+
+def _drain(batch: Batch, name: str, record: Record, discard: bool) -> list[Decision]:
     released = parked.release(batch.config, batch.state, name)
-    made = [_discarded(batch, released[0])] if discard and released else []
+    made = [_discarded(batch, name, released[0], record)] if discard and released else []
     made += batch.drain(released[1 if discard else 0 :])
     rest = parked.park_rest(batch.config, batch.state, name)
     return [*made, Decision((rest,))] if rest is not None else made
 
 
+_DISCARDED = "Discarded"
 _COUNTED = {"retry": "retried", "discard": "discarded", "terminate": "terminated", "pause": "paused", "unpause": "unpaused"}
 _CHANGING: dict[str, Callable[[Batch, str, dict[str, Any], Record, Command], Decision]] = {
     "discard": _retry, "pause": _pause, "retry": _retry, "terminate": _terminate, "unpause": _unpause,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextvars
 import inspect
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -83,7 +82,7 @@ class _Owned:
 class Dispatcher:
     """Starts what commits hand out.  Invariant: what is ready or runs is in `_jobs` once; all else is in the stores."""
 
-    def __init__(self, deliver: Deliver, on_log: Callable[[str], None], concurrency: int = 64, limit_s: float = 600.0, result_bytes_max: int = 500_000) -> None:
+    def __init__(self, deliver: Deliver, on_log: Callable[[str], None], concurrency: int = 64, limit_s: float = 600.0, result_bytes_max: int = 500_000, threads: Threads | None = None) -> None:
         self._deliver = deliver
         self._on_log = on_log
         self._concurrency = concurrency
@@ -97,7 +96,7 @@ class Dispatcher:
         self._behind = 0
         self._closed = False
         self._changed = threading.Condition(threading.RLock())
-        self._threads = Threads()
+        self._threads = threads or Threads()
         self._loops = Loops(on_log)
         self._unknown: set[str] = set()
         self._looked = 0.0
@@ -131,10 +130,11 @@ class Dispatcher:
         self._loops.close()
 
     def _wait(self, busy: Callable[[], bool], seconds: float) -> None:
-        give_up = time.monotonic() + seconds
+        now = self._threads.monotonic
+        give_up = now() + seconds
         with self._changed:
-            while busy() and time.monotonic() < give_up:
-                self._changed.wait(min(_LOOK_S, max(0.0, give_up - time.monotonic())))
+            while not self._closed and busy() and now() < give_up:
+                self._threads.wait(self._changed, min(_LOOK_S, max(0.0, give_up - now())))
 
     def committed(self, partition: int, items: Iterable[object]) -> None:
         owned = self._owned.get(partition)
@@ -156,7 +156,7 @@ class Dispatcher:
                 for partition, owned in waiting:  # a share for each, or one with a long queue would keep the others from beginning
                     self._take(partition, owned, max(1, room // len(waiting)))
             self._start()
-            now = time.monotonic()
+            now = self._threads.monotonic()
             if now - self._looked > _LOOK_S:
                 self._looked = now
                 self._look(now)
@@ -227,7 +227,7 @@ class Dispatcher:
                     self._on_log(f"no activity {job.dispatch.name!r} in this engine; {job.dispatch.workflow_id} and maybe others wait for it until an engine is started that has it")
                 continue
             job.activity = activity
-            job.deadline = time.monotonic() + self._limit_s if activity.timeout_s is None and self._limit_s else float("inf")
+            job.deadline = self._threads.monotonic() + self._limit_s if activity.timeout_s is None and self._limit_s else float("inf")
             self._running += 1
             if activity.is_async:
                 job.begun = self._loops.run(lambda job=job: self._run_async(job), lambda job=job: self._finished(job))  # type: ignore[misc]
@@ -298,7 +298,7 @@ class Dispatcher:
     # -- what does not end -----------------------------------------------------------------------------------------
     def _cancel(self, job: _Job) -> None:
         if job.wanted:
-            job.cancelled_at = time.monotonic()
+            job.cancelled_at = self._threads.monotonic()
             job.info.cancel()
             if job.begun is not None:
                 job.begun.cancel()

@@ -27,7 +27,7 @@ from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget, bytes_of
-from kwflow.runners.embedded_state import LOG, NEXT, POSITION, EmbeddedStore, entries
+from kwflow.runners.embedded_state import LOG, NEXT, POSITION, EmbeddedStore, Mark, bears, entries
 from kwflow.runners.instances import Instances
 from kwflow.runners.logs import lines_of
 from kwflow.runners.loop import Overlay
@@ -106,13 +106,19 @@ class Embedded:
     # -- the log ---------------------------------------------------------------------------------------------------
     def append(self, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...] = ()) -> int:
         """Write one record durably; its offset."""
+        return self.append_all([Output(topic, key, value, headers)])[0]
+
+    def append_all(self, outputs: Sequence[Output], unless: Mark | None = None) -> list[int]:
+        """Write these records durably, all or none; their offsets.  Nothing, if the mark is there."""
         with self._lock:
+            if unless is not None and bears(self.db, unless):
+                return []
             batch, marks = WriteBatch(raw_mode=True), dict[bytes, int]()
-            offset = self._put(batch, marks, Output(topic, key, value, headers))
+            offsets = [self._put(batch, marks, output) for output in outputs]
             self._done(batch, marks, self._write)
         self._said()
         self.wake()
-        return offset
+        return offsets
 
     def deliver(self, topic: str) -> Deliver:
         """What puts results of activities into this topic.  Not synced: one that a crash of the machine loses is made again, as its call is still in the state."""

@@ -12,7 +12,7 @@ from rocksdict import AccessType, Options, Rdict
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 
-__all__ = ["LOG", "NEXT", "POSITION", "EmbeddedStore", "ends_of", "entries", "read_only", "records_of"]
+__all__ = ["LOG", "NEXT", "POSITION", "EmbeddedStore", "Mark", "bears", "ends_of", "entries", "read_only", "records_of"]
 
 LOG, NEXT, POSITION = b"L", b"N", b"P"  # of a topic: its records, the offset the next one gets, the first one no committed batch holds
 _STATE = b"S"  # of a changelog's name: a processor's state
@@ -25,6 +25,15 @@ def entries(db: Rdict, prefix: bytes, start: bytes | None = None) -> Iterator[tu
         if not raw.startswith(prefix):
             return
         yield raw, cast(bytes, value)
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """A header that some record of a topic, from an offset on, may have."""
+
+    topic: str
+    offset: int
+    name: str
+    value: bytes
 
 
 class EmbeddedStore:
@@ -59,3 +68,10 @@ def records_of(db: Rdict, topic: str) -> Iterator[Record]:
 def ends_of(db: Rdict, topics: Sequence[str]) -> dict[str, int]:
     """Topic -> the offset that its next record gets."""
     return {topic: int(db.get(NEXT + topic.encode()) or 0) for topic in topics}
+
+
+def bears(db: Rdict, mark: Mark) -> bool:
+    """Whether there is such a record."""
+    prefix = LOG + mark.topic.encode() + b"\0"
+    records = (msgspec.msgpack.decode(value, type=Record) for _, value in entries(db, prefix, prefix + b"%020d" % mark.offset))
+    return any((mark.name, mark.value) in record.headers for record in records)

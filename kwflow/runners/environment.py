@@ -1,4 +1,4 @@
-"""What the Kafka runner is given from outside: its clients, its local database, and the passing of time.
+"""What the Kafka runner is given from outside: its clients, its local database, what runs beside it, and the passing of time.
 
 `LIVE` makes those of confluent-kafka and RocksDB; the simulated broker of `kwflow.testing` makes others with the same
 surface, so that the unchanged runner is what the simulation tests.  Every object the runner does not write itself is
@@ -8,6 +8,7 @@ made here.
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -91,6 +92,9 @@ class Environment(Protocol):
 
     def sleep(self, seconds: float) -> None: ...
 
+    def background(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
+        """Do it beside all else; what is returned waits for its end."""
+
 
 class _Rocks:
     """RocksDB with its WAL on and without sync: the changelog is the truth (K8)."""
@@ -147,6 +151,11 @@ class _Live:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    def background(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        thread.start()
+        return thread.join
 
 
 def live(rocksdb_bytes_max: int) -> Environment:

@@ -22,7 +22,7 @@ _POLL_S = 0.1
 
 
 class Results:
-    """A producer that is made with the first result, and the thread that serves its delivery reports."""
+    """A producer that is made with the first result, and what serves its delivery reports meanwhile."""
 
     def __init__(self, config: Config, topic: str, environment: Environment) -> None:
         self.config = config
@@ -30,7 +30,7 @@ class Results:
         self.environment = environment
         self._lock = threading.Lock()
         self._producer: Producer | None = None
-        self._server: threading.Thread | None = None
+        self._served: Callable[[], None] | None = None
         self._closed = False
 
     def deliver(self, _partition: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
@@ -59,8 +59,8 @@ class Results:
                 self._producer = self.environment.producer(
                     client_config(self.config, partitioner="murmur2_random", enable_idempotence=True, linger_ms=2, message_timeout_ms=0, message_max_bytes=self.config.value_bytes_max)
                 )
-                self._server = threading.Thread(target=self._serve, args=(self._producer,), name="kwflow-results", daemon=True)
-                self._server.start()
+                producer = self._producer
+                self._served = self.environment.background("kwflow-results", lambda: self._serve(producer))
             return self._producer
 
     def _replace(self, broken: Producer | None) -> None:
@@ -75,6 +75,6 @@ class Results:
     def close(self) -> None:
         """What is not delivered yet stays with the calls that lie in the store."""
         self._closed = True
-        if self._server is not None:
-            self._server.join()
+        if self._served is not None:
+            self._served()
         self._producer = None

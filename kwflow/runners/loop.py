@@ -35,7 +35,8 @@ from kwflow.runners.watchdog import Watchdog
 
 __all__ = ["EXPIRES", "Overlay", "WorkflowProcessor", "dead_letter"]
 
-EXPIRES = b"\0ended\0"  # entries of ended instances by the time they may be forgotten (K20)
+_FORGOTTEN = b"\0ended"  # there are no entries before this one: to pass over those that were deleted takes long, until the store is compacted
+EXPIRES = _FORGOTTEN + b"\0"  # entries of ended instances by the time they may be forgotten (K20)
 _WENT_WRONG = {"parked", "dead-letter", "held"}
 _IGNORED = ("unknown-id", "unknown-ref", "duplicate-start", "repeated")  # G3: by a stated rule, counted and said once
 _OWN_START_ID = re.compile(r"\d+-\d+")  # given by the step when the client gave none
@@ -124,18 +125,25 @@ class WorkflowProcessor:
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
         """Forget ended instances whose `ended_retention_ms` is over."""
-        expired = 0
-        for entry, key in itertools.islice(state.scan(EXPIRES), limit):
+        expired, over = 0, b""
+        for entry, key in itertools.islice(state.scan(EXPIRES, state.get(_FORGOTTEN) or b""), limit):
             if int(entry[len(EXPIRES) :][:20]) > now_ms:
                 break
             state.put(entry, None)
-            if (header := self._ended_header(state.get(key))) is not None and self._expiry(header) <= now_ms:
+            over = entry + b"\0"
+            header = self._ended_header(state.get(key))
+            if header is not None and self._expiry(header) <= now_ms:
                 state.put(key, None)
+            elif header is not None:  # it ran again since, or the retention is longer than it was
+                state.put(self._entry(header, key), key)
             expired += 1
-        return Decision(counts=("forgotten",) * expired) if expired else None
+        if not expired:
+            return None
+        state.put(_FORGOTTEN, over)
+        return Decision(counts=("forgotten",) * expired)
 
     def next_due_ms(self, store: Store) -> int | None:
-        for entry, _ in store.scan(EXPIRES):
+        for entry, _ in store.scan(EXPIRES, store.get(_FORGOTTEN) or b""):
             return int(entry[len(EXPIRES) :][:20])
         return None
 
@@ -149,10 +157,16 @@ class WorkflowProcessor:
     def _expiry(self, header: dict[str, Any]) -> int:
         return int(header["ended"]) + self.config.ended_retention_ms
 
+    def _entry(self, header: dict[str, Any], key: bytes) -> bytes:
+        return EXPIRES + b"%020d\0" % self._expiry(header) + key
+
     def keep_ended(self, state: Changes, key: bytes, header: dict[str, Any]) -> None:
         """K20: a client named this start and may repeat it; what is left of the instance answers that for a while."""
         state.put(key, snapshot.save_ended(header, self.config.signing_keys))
-        state.put(EXPIRES + b"%020d\0" % self._expiry(header) + key, key)
+        entry, first = self._entry(header, key), state.get(_FORGOTTEN)
+        state.put(entry, key)
+        if first is not None and entry < first:  # a record with an old timestamp ended it
+            state.put(_FORGOTTEN, entry)
 
     def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
         before = set_abandoning(True)  # semantics §3.3: an instance that is dropped here is only forgotten
@@ -205,6 +219,9 @@ class WorkflowProcessor:
         self._sleeping_bytes = 0
 
     def keep(self, key: bytes, live: _Live) -> None:
+        """But not what runs on old code: before each of its steps it is asked anew which code it holds, whether it was kept or restored (semantics §8.2)."""
+        if live.instance is not None and live.instance.pins:
+            return live.forget()
         live.ahead, live.met = False, []
         self._sleeping[key] = live
         self._sleeping_bytes += len(live.base or b"")
@@ -230,6 +247,7 @@ class _Batch:
         self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows)
         self.made: list[Decision] = []
         self.held: dict[str, int] = {}
+        self.old: list[bytes] = []  # the instance that was just loaded on old code
         self.named: set[Module] = set()  # versions that the snapshots of this batch name
 
     def run(self, budget: Budget | None = None) -> list[Decision]:
@@ -237,6 +255,9 @@ class _Batch:
         for number in range(len(self.records)):
             known = len(self.live)
             made = self.made[number] = self._decide(number)
+            if self.old:
+                self._save(self.old.pop())
+                made = self.made[number]
             if budget is None:
                 continue
             if made.outputs:
@@ -300,6 +321,7 @@ class _Batch:
                 return self._after_end(header, record)
             instance = snapshot.wake(header, body, self.processor.sources)
             if instance.pins:
+                self.old.append(key)
                 self.processor.allow(api.declared_topics())
                 self.context = msgspec.structs.replace(self.context, topics=self.processor.topics)
             return _Live(stored, instance)
@@ -312,7 +334,7 @@ class _Batch:
         if applied_before(header.get("applied"), record, self.context.incarnation):
             return Decision(counts=("repeated",))
         if isinstance(message, wire.Start):
-            fresh = self.context.received_ms - header["ended"] <= self.config.ended_retention_ms
+            fresh = self.context.received_ms - header["ended"] < self.config.ended_retention_ms
             if fresh and wire.short_header(record, "kwflow-start-id") == header["start_id"]:
                 again = children.answer_again(header, record, self.config.resume_topic, self.config.value_bytes_max)
                 return Decision(again, counts=("duplicate-start",), replies=parked.answered(self.config, record, "duplicate"))

@@ -1,6 +1,6 @@
 """How other processes reach the engine that holds an embedded directory: a Unix socket in it, JSON lines.
 
-One request a connection.  {"topic", "key", "value", "headers"} appends; the answer is {"offset"}.  {"follow": {topic:
+One request a connection.  {"records", "unless"} appends all or none; the answer is {"offsets"}.  {"follow": {topic:
 offset}} is answered with the records from there on, as they are committed, and now and then an empty line, so that
 either side notices that the other has gone.  The socket's address goes through /proc/self/fd because a path may have
 107 bytes only.
@@ -13,30 +13,28 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
-from kwflow.core.wire import Record
+from kwflow.core.wire import Headers, Output, Record
 from kwflow.errors import TransportError
 from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded_state import Mark
 
-__all__ = ["Follower", "serve", "submit"]
+__all__ = ["Follower", "serve", "submit", "submit_all"]
 
 _NAME = "engine.sock"
 _REQUEST_BYTES_MAX = 16 * 1024 * 1024
 _FOLLOWED_MAX = 500  # records of a topic in one go
 _SIGN_S = 0.5  # how often a follower that has nothing to read hears that the engine is there
 _GONE_S = 5.0
-Headers = tuple[tuple[str, bytes | None], ...]
 
 
 class _Request(msgspec.Struct, omit_defaults=True):
-    topic: str = ""
-    key: bytes | None = None
-    value: bytes | None = None
-    headers: Headers = ()
+    records: tuple[Output, ...] = ()
+    unless: Mark | None = None
     follow: dict[str, int] | None = None
 
 
@@ -100,10 +98,10 @@ def _answer(engine: Embedded, connection: socket.socket, stopped: threading.Even
         if request.follow is not None:
             _follow(engine, connection, request.follow, stopped)
             return
-        if not request.topic:
-            raise OSError("the request names no topic")
-        offset = engine.append(request.topic, request.key, request.value, request.headers)
-        connection.sendall(msgspec.json.encode({"offset": offset}) + b"\n")
+        if not request.records or not all(record.topic for record in request.records):
+            raise OSError("the request has no record, or one without a topic")
+        offsets = engine.append_all(request.records, request.unless)
+        connection.sendall(msgspec.json.encode({"offsets": offsets}) + b"\n")
     except (OSError, msgspec.DecodeError) as error:
         with contextlib.suppress(OSError):
             connection.sendall(msgspec.json.encode({"error": str(error)}) + b"\n")
@@ -138,11 +136,16 @@ def _line(connection: socket.socket) -> bytes:
 
 
 def submit(directory: Path, topic: str, key: bytes | None, value: bytes | None, headers: Headers = ()) -> int:
-    """Append one record: through the engine that runs, else directly.  Raises TransportError."""
+    """Append one record: through the engine that runs, else directly; its offset.  Raises TransportError."""
+    return submit_all(directory, [Output(topic, key, value, headers)])[0]
+
+
+def submit_all(directory: Path, records: Sequence[Output], unless: Mark | None = None) -> list[int]:
+    """Append these records, all or none, unless the mark is there; their offsets, none if it is.  Raises TransportError."""
     if not (directory / _NAME).exists():
         engine = Embedded(directory)
         try:
-            return engine.append(topic, key, value, headers)
+            return engine.append_all(records, unless)
         finally:
             engine.close()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -151,16 +154,16 @@ def submit(directory: Path, topic: str, key: bytes | None, value: bytes | None, 
         try:
             with _address(directory) as address:
                 connection.connect(address)
-            connection.sendall(msgspec.json.encode(_Request(topic, key, value, headers)) + b"\n")
+            connection.sendall(msgspec.json.encode(_Request(tuple(records), unless)) + b"\n")
             answer = msgspec.json.decode(_line(connection))
         except ConnectionRefusedError:  # left behind by a killed engine
             (directory / _NAME).unlink(missing_ok=True)
-            return submit(directory, topic, key, value, headers)
+            return submit_all(directory, records, unless)
         except (OSError, msgspec.DecodeError) as error:
             raise TransportError(f"cannot reach the engine of {directory}: {error}") from None
-    if "offset" not in answer:
+    if "offsets" not in answer:
         raise TransportError(f"the engine of {directory} refused the record: {answer.get('error')}")
-    return int(answer["offset"])
+    return [int(offset) for offset in answer["offsets"]]
 
 
 class Follower:

@@ -48,6 +48,14 @@ class Threads:
                 return
         threading.Thread(target=self._work, args=(call,), name="kwflow-activity", daemon=True).start()
 
+    def wait(self, changed: threading.Condition, seconds: float) -> None:
+        """Until it is notified, or for so long; the caller holds its lock."""
+        changed.wait(seconds)
+
+    def monotonic(self) -> float:
+        """Seconds that only go forward."""
+        return time.monotonic()
+
     def _work(self, call: Callable[[], None] | None) -> None:
         while call is not None:
             call()

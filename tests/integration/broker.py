@@ -1,7 +1,9 @@
 """A Kafka of our own from Maven jars: started, killed with SIGKILL, and started again on the same log."""
 
+import contextlib
 import fcntl
 import pathlib
+import random
 import shutil
 import socket
 import subprocess
@@ -19,10 +21,14 @@ def can_start() -> bool:
     return bool(shutil.which("java") and shutil.which("mvn"))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(count: int = 1) -> int:
+    """The first of so many free ports in a row, below those that the kernel gives to outgoing connections: nobody takes them while their server is down."""
+    while True:
+        first = random.SystemRandom().randrange(12_000, 32_000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 def jars() -> pathlib.Path:
@@ -66,10 +72,10 @@ class Broker:
     def __init__(self, directory: pathlib.Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        port = free_port()
+        port = free_port(2)
         self.bootstrap = f"127.0.0.1:{port}"
         self._server = directory / "server.properties"
-        self._server.write_text(properties(directory, port, free_port()))
+        self._server.write_text(properties(directory, port, port + 1))
         logging = directory / "log4j2.properties"
         logging.write_text("rootLogger.level=warn\nrootLogger.appenderRef.a.ref=A\nappender.a.type=Console\nappender.a.name=A\n")
         self._java = ["java", "-cp", f"{jars()}/*", f"-Dlog4j2.configurationFile={logging}"]

@@ -2,12 +2,21 @@
 
 import json
 import pathlib
+import random
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.site import Site
+from kwflow.config import Config
+from kwflow.core.wire import Output
+from kwflow.errors import TransportError
+from kwflow.runners import kafka_link
+from kwflow.runners.kafka_writer import SoleWriter
+from tests.integration.site import ROOT, Site
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 RECORDS = 1200  # three transactions of a drain
@@ -55,3 +64,60 @@ def test_a_takeover_and_a_restore_in_the_middle_of_a_retry_change_nothing(site: 
     site.engine("two", str(module), False)  # another identity, an empty state directory
     assert site.read(site.topic("result"), 1) == [(id, '"done"')]
     assert [value for _, value in site.read(f"{site.application}-counted", RECORDS)] == [str(value) for value in range(RECORDS)]
+
+
+# -- dead letters ------------------------------------------------------------------------------------------------------
+LETTERS = 40
+
+
+def letters(site: Site) -> list[str]:
+    """So many dead letters, as an engine writes them; their keys."""
+    headers = [("kwflow-error-reason", "bad-json"), ("kwflow-error-topic", site.topic("resume")), ("kwflow-error-message", "no JSON")]
+    for number in range(LETTERS):
+        site.producer.produce(f"{site.application}-dead-letter", b"{not json", f"k{number:02}", headers=headers)
+    assert site.producer.flush(20) == 0
+    return [f"k{number:02}" for number in range(LETTERS)]
+
+
+def resent(site: Site) -> list[str]:
+    return sorted((record.key or b"").decode() for record in kafka_link.read(Config(bootstrap_servers=site.broker), site.topic("resume")))
+
+
+def test_letters_are_sent_again_once_although_the_command_is_killed_again_and_again(site: Site) -> None:
+    """K13: a letter and its mark are one transaction; the next command ends the one that a killed one left open."""
+    expected, chance = letters(site), random.Random(5)
+    command = [sys.executable, "-m", "kwflow.cli", "dead-letters", "retry", "--all"]
+    for _ in range(5):
+        process = subprocess.Popen(command, env={**site.environment, "PYTHONUNBUFFERED": "1"}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
+        for _ in range(chance.randint(1, 4)):  # so many letters are done, and the next one is under way
+            process.stdout.readline()
+        time.sleep(chance.random() * 0.01)  # when it is killed is the point of the test, nothing waits for this
+        process.kill()
+        process.communicate()
+    assert 5 <= len(resent(site)) < LETTERS
+    site.run("dead-letters", "retry", "--all")
+    assert resent(site) == expected
+    assert "nothing is parked" in site.refused("dead-letters", "retry", "--all")
+
+
+def test_of_two_who_write_under_one_name_the_first_is_told_and_its_open_transaction_is_undone(site: Site) -> None:
+    config = Config(bootstrap_servers=site.broker, application_id=site.application)
+    first = SoleWriter(config, "dead-letters")
+    first._producer.begin_transaction()
+    first._producer.produce(site.topic("resume"), b"half", b"a")
+    first._producer.flush(20)
+    second = SoleWriter(config, "dead-letters")
+    second.write([Output(site.topic("resume"), b"b", b"whole"), Output(f"{site.application}-dead-letter", b"b", None)])
+    with pytest.raises(TransportError, match="another process has begun to do this meanwhile"):
+        first.write([Output(site.topic("resume"), b"a", b"late")])
+    assert resent(site) == ["b"]
+
+
+def test_a_letter_that_the_broker_does_not_take_leaves_the_writer_fit_for_the_next(site: Site) -> None:
+    config = Config(bootstrap_servers=site.broker, application_id=site.application)
+    with SoleWriter(config, "dead-letters") as writer:
+        with pytest.raises(TransportError, match="(?i)too large"):
+            writer.write([Output(site.topic("resume"), b"a", b"x" * 2_000_000)])
+        writer.write([Output(site.topic("resume"), b"b", b"fine")])
+    assert resent(site) == ["b"]

@@ -24,7 +24,7 @@ class Many(Site):
 
     def __init__(self, broker: str, application: str, directory: pathlib.Path) -> None:
         super().__init__(broker, application, directory)
-        self.port = free_port()  # the kernel gives odd ones; the next is free as a rule
+        self.port = free_port(2)
         self.log = directory / "many.log"
 
     def supervisor(self, *more: str) -> "subprocess.Popen[str]":

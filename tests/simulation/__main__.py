@@ -1,7 +1,9 @@
 """`python -m tests.simulation 0-200` plays these seeds; a failure says how to play it again.  `make sim SEEDS=0-10000` does."""
 
 import argparse
+import collections
 import hashlib
+import json
 import os
 import pathlib
 import subprocess
@@ -23,7 +25,7 @@ def digest(world: World) -> str:
     return hashlib.sha256(("\n".join(world.log).replace(str(world.directory), "") + written).encode()).hexdigest()
 
 
-def play(seed: int, lines: int, digests: bool) -> bool:
+def play(seed: int, lines: int, digests: bool, happened: "collections.Counter[str]") -> bool:
     """Run and check one seed; what went wrong is printed."""
     world = World(seed)
     begun = time.perf_counter()
@@ -40,6 +42,7 @@ def play(seed: int, lines: int, digests: bool) -> bool:
         return False
     if digests:
         print(f"digest of seed {seed}: {digest(world)}")
+    happened.update(world.happened)
     print({**world.summary(), "s": round(time.perf_counter() - begun, 2)}, flush=True)
     return True
 
@@ -56,11 +59,13 @@ def main() -> None:
     part, parts = map(int, given.every.split("/"))
     seeds = [seed for text in given.seeds for seed in (range(*map(int, text.split("-"))) if "-" in text else [int(text)])]
     failed = []
+    happened: collections.Counter[str] = collections.Counter()
     for seed in seeds[part::parts]:
-        if not play(seed, given.lines, given.digest):
+        if not play(seed, given.lines, given.digest, happened):
             failed.append(seed)
             if not given.keep_going:
                 break
+    print(f"happened: {json.dumps(dict(sorted(happened.items())))}")
     print(f"{len(seeds[part::parts])} seeds, failed: {failed or 'none'}", flush=True)
     os._exit(1 if failed else 0)  # no instance's cleanup runs
 

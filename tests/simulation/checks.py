@@ -10,7 +10,6 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -24,11 +23,13 @@ from kwflow.runners.kafka_state import POSITION
 from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
-from kwflow.testing.kafka.log import COMMITTED, Entry, Place, Transaction
+from kwflow.testing.kafka.log import Entry, Place, Transaction
 from kwflow.testing.kafka.time import START_MS
-from tests.simulation import probes
+from tests.simulation import meaning, probes, releases
+from tests.simulation.ledger import Ledger
 from tests.simulation.world import OUTPUTS, RECORD_BYTES_MAX, Failed, World
 
+CODE = b"\0code\0"  # when this partition wrote a source: state of the runner's own
 _DIED = "the engine died three times with this record"
 _UNEQUAL = {"kwflow-due-ms", "kwflow-error-at", "kwflow-error-message", "kwflow-failure-traceback"}  # when and how, which the model cannot know
 Form = tuple[str, bytes | None, bytes | None, tuple[tuple[str, bytes | None], ...]]
@@ -47,31 +48,9 @@ def check(world: World) -> None:
     schedulers.finish()
     _clients(world, ledger)
     _resumes(world, ledger, engines, schedulers)
+    meaning.check(world, ledger)
     if probes.outside:
         raise Failed(f"G8: cleanup of forgotten instances ran: {probes.outside[:5]}")
-
-
-class Ledger:
-    """Everything that was ever written, whatever compaction removed since."""
-
-    def __init__(self, world: World) -> None:
-        self.entries: dict[Place, list[Entry]] = collections.defaultdict(list)
-        self._by_transaction: dict[Transaction, list[tuple[Place, Entry]]] = {}
-        for place, entry in world.broker.journal:
-            self.entries[place].append(entry)
-            if entry.transaction is not None:
-                self._by_transaction.setdefault(entry.transaction, []).append((place, entry))
-
-    def transactions(self) -> Iterator[tuple[Transaction, list[tuple[Place, Entry]]]]:
-        """The committed ones, in the order they were decided."""
-        done = [(transaction, entries) for transaction, entries in self._by_transaction.items() if transaction.state == COMMITTED]
-        return iter(sorted(done, key=lambda pair: pair[0].decided_ms))
-
-    def all(self) -> list[Transaction]:
-        return list(self._by_transaction)
-
-    def visible(self, place: Place) -> list[Entry]:
-        return [entry for entry in self.entries[place] if entry.transaction is None or entry.transaction.state == COMMITTED]
 
 
 def form(topic: str, key: bytes | None, value: bytes | None, headers: Any) -> Form:
@@ -94,11 +73,21 @@ def state_form(key: bytes, value: bytes | None) -> object:
     return json.dumps(header, sort_keys=True), canonical_bytes(body) if body and header.get("parked", {}).get("was") != "damaged" else body
 
 
+def _is_state(key: bytes) -> bool:
+    return key != POSITION and not key.startswith(CODE)
+
+
 def _difference(found: object, wanted: object) -> str:
     lines = [text if isinstance(text := part, str) else repr(part) for part in (found, wanted)] if not isinstance(found, tuple) or not isinstance(wanted, tuple) else None
     pairs = [tuple(lines)] if lines is not None else list(zip(found, wanted, strict=True))  # type: ignore[arg-type,call-overload]
     shown = [line for one, other in pairs for line in difflib.unified_diff(str(one).splitlines(), str(other).splitlines(), "is", "should be", n=0, lineterm="")]
     return "\n".join(shown[:30])
+
+
+def _in_order(mine: list[Timed], found: list[Timed]) -> bool:
+    """Whether these are among the others, in this order."""
+    left = iter(found)
+    return all(one in left for one in mine)
 
 
 class Model:
@@ -137,26 +126,26 @@ class Model:
     def _name(self, transaction: Transaction) -> str:
         return f"the transaction of {transaction.producer} decided at {transaction.decided_ms:.1f}"
 
-    def same_outputs(self, transaction: Transaction, expected: list[Output], entries: list[tuple[Place, Entry]]) -> None:
-        """Per topic and key in order, with the timestamps that the model knows (K13); and each where its key belongs (K6)."""
+    def same_outputs(self, transaction: Transaction, expected: dict[int, list[Output]], entries: list[tuple[Place, Entry]]) -> None:
+        """Per input partition, topic and key in order, with the timestamps that the model knows (K13); and each where its key belongs (K6)."""
         found: dict[tuple[str, bytes | None], list[Timed]] = collections.defaultdict(list)
         for place, entry in entries:
             if place[0] != self.changelog:
                 found[(place[0], entry.key)].append((form(place[0], entry.key, entry.value, entry.headers), entry.timestamp_ms))
                 if entry.key is not None and place[0] != self.world.config.reply_topic and place[1] != partition_of(entry.key, self.world.partitions):
                     raise Failed(f"K6: {entry.key!r} of {place[0]} was written to partition {place[1]}")
-        wanted: dict[tuple[str, bytes | None], list[Timed]] = collections.defaultdict(list)
-        for output in expected:
-            mine = wanted[(output.topic, output.key)]
-            there = found[(output.topic, output.key)]
-            any_time = there[len(mine)][1] if output.timestamp_ms is None and len(there) > len(mine) else output.timestamp_ms
-            mine.append((of_output(output), any_time))
+        wanted: dict[tuple[str, bytes | None], dict[int, list[Timed]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+        for number, outputs in expected.items():
+            for output in outputs:
+                mine = wanted[(output.topic, output.key)][number]
+                there = found[(output.topic, output.key)]
+                any_time = there[len(mine)][1] if output.timestamp_ms is None and len(there) > len(mine) else output.timestamp_ms
+                mine.append((of_output(output), any_time))
         for where in sorted({*found, *wanted}, key=repr):
-            if where[1] is None:  # any partition: these have no order among them
-                found[where].sort(key=repr)
-                wanted[where].sort(key=repr)
-            if found[where] != wanted[where]:
-                raise Failed(f"G1: {self._name(transaction)} wrote to {where}:\n  {found[where]}\nand should have written\n  {wanted[where]}")
+            everything = [one for mine in wanted[where].values() for one in mine]
+            ordered = where[1] is not None  # else any partition: these have no order among them
+            if sorted(found[where], key=repr) != sorted(everything, key=repr) or (ordered and not all(_in_order(mine, found[where]) for mine in wanted[where].values())):
+                raise Failed(f"G1: {self._name(transaction)} wrote to {where}:\n  {found[where]}\nand should have written\n  {everything}")
 
     def same_changes(self, transaction: Transaction, number: int, before: dict[bytes, bytes | None], entries: list[tuple[Place, Entry]]) -> None:
         """No state without its outputs; the last record of each key counts (K9).  `before` has what changed keys were."""
@@ -176,7 +165,7 @@ class Model:
             wanted = {key: state_form(key, value) for key, value in store.entries.items()}
             committed = self.world.broker.partition((self.changelog, number)).committed()
             replayed = {entry.key or b"": entry.value for entry in committed}
-            self._same(f"replay of {self.changelog}[{number}]", wanted, {key: value for key, value in replayed.items() if value is not None and key != POSITION})
+            self._same(f"replay of {self.changelog}[{number}]", wanted, {key: value for key, value in replayed.items() if value is not None and _is_state(key)})
             self._same_on_disk(number, wanted)
 
     def _same(self, what: str, wanted: dict[bytes, object], found: dict[bytes, bytes]) -> None:
@@ -191,17 +180,26 @@ class Model:
         if owner is None:
             return
         instance = owner[0].rpartition("-")[0].removeprefix(f"{self.group}-")
-        machine = next(machine for machine in self.world.machines if instance.split(".")[0] == machine.name)
+        machine = next(machine for machine in self.world.machines if instance.split(".")[0] == machine.name)  # no stranger: they have left
         content = machine.disk.databases.get(machine.directory / "sim" / self.group / str(number))
         if content is not None and machine.instance == instance and not content.damaged:
-            self._same(f"the disk of {machine.name}, {self.group}[{number}]", wanted, {key[1:]: value for key, value in content.values.items() if key[:1] == b"s" and key[1:] != POSITION})
+            self._same(f"the disk of {machine.name}, {self.group}[{number}]", wanted, {key[1:]: value for key, value in content.values.items() if key[:1] == b"s" and _is_state(key[1:])})
 
 
 class WorkflowModel(Model):
     def __init__(self, world: World, ledger: Ledger) -> None:
         super().__init__(world, ledger, "sim", world.config.resume_topic, world.config.changelog_topic)
-        self.processor = WorkflowProcessor(world.config.model_copy(update={"instances_cached_max": 0}), world.workflows, OUTPUTS, world.broker.topics[world.config.resume_topic].id)
+        self.sources = {(entry.key or b"").decode(): entry.value for entry in ledger.visible((world.config.code_topic, 0))}
+        self.releases = list(world.releases)
+        self._deploy()
         self.refused = self._refusals(ledger)
+
+    def _deploy(self) -> None:
+        """The next release: what is decided from here on is done by its code."""
+        workflows = releases.install(self.releases.pop(0)[1])
+        config = self.world.config.model_copy(update={"instances_cached_max": 0})
+        self.processor = WorkflowProcessor(config, workflows, OUTPUTS, self.world.broker.topics[config.resume_topic].id, lambda _: None, self.sources.get)
+        self.processor.keeps_code = False  # when sources are stored is no matter of one record; meaning.py looks at it
 
     def _refusals(self, ledger: Ledger) -> set[tuple[int, int]]:
         """Records that K19 gave up on; only a process that died often may."""
@@ -216,20 +214,23 @@ class WorkflowModel(Model):
         return found
 
     def apply(self, transaction: Transaction, entries: list[tuple[Place, Entry]]) -> None:
-        expected: list[Output] = []
+        while self.releases and self.releases[0][0] < transaction.decided_ms:
+            self._deploy()
+        entries = [(place, entry) for place, entry in entries if place[0] != self.world.config.code_topic and not (entry.key or b"").startswith(CODE)]
+        expected: dict[int, list[Output]] = collections.defaultdict(list)
         for number, offset in sorted(self.positions(transaction, entries).items()):
             before: dict[bytes, bytes | None] = {}
             for record in self.upto(number, offset):
                 made, changed = self.decide(number, record)
                 before = {key: self.stores[number].get(key) for key in changed} | before
-                expected += made.outputs
-                expected += [reply for reply in made.replies if (reply.partition or 0) < self.world.partitions]  # M1.2: others are left out
+                expected[number] += made.outputs
+                expected[number] += [reply for reply in made.replies if (reply.partition or 0) < self.world.partitions]  # M1.2: others are left out
                 if not made.counts:
                     raise Failed(f"G3: {record} counts as nothing")
                 self.counts.update(made.counts)
                 self.stores[number].apply(changed)
             self.same_changes(transaction, number, before, entries)
-        self.outputs += expected
+        self.outputs += [output for mine in expected.values() for output in mine]
         self.same_outputs(transaction, expected, entries)
 
     def decide(self, number: int, record: Record) -> tuple[Decision, dict[bytes, bytes | None]]:
@@ -256,22 +257,22 @@ class TimerModel(Model):
         self._history = [(at, shares) for at, shares in world.broker.group(self.group).history]
 
     def apply(self, transaction: Transaction, entries: list[tuple[Place, Entry]]) -> None:
-        expected: list[Output] = []
+        expected: dict[int, list[Output]] = collections.defaultdict(list)
         for number, offset in sorted(self.positions(transaction, entries).items()):
             overlay = Overlay(self.stores[number])
             records = self.upto(number, offset)
             for made in self.processor.decide(overlay, records, 0):
-                expected += made.outputs
+                expected[number] += made.outputs
             removed = [entry.key or b"" for place, entry in entries if place == (self.changelog, number) and entry.value is None and (entry.key or b"").startswith(timers.DUE)]
             if not records and removed:
                 for key in sorted(removed):
                     self._may_fire(transaction, number, key, offset, entries)
                 fired = self.processor.due(overlay, 2**62, len(removed))
-                expected += [msgspec.structs.replace(output, timestamp_ms=None) for output in (fired.outputs if fired is not None else ())]
+                expected[number] += [msgspec.structs.replace(output, timestamp_ms=None) for output in (fired.outputs if fired is not None else ())]
             before = {key: self.stores[number].get(key) for key in overlay.changes}
             self.stores[number].apply(overlay.changes)
             self.same_changes(transaction, number, before, entries)
-        self.outputs += expected
+        self.outputs += [output for mine in expected.values() for output in mine]
         self.same_outputs(transaction, expected, entries)
 
     def _may_fire(self, transaction: Transaction, number: int, due_key: bytes, offset: int, entries: list[tuple[Place, Entry]]) -> None:
@@ -328,7 +329,7 @@ def _clients(world: World, ledger: Ledger) -> None:
         for place, entries in ledger.entries.items()
         if place[0] in (world.config.resume_topic, world.config.scheduler_topic)
         for entry in entries
-        if entry.transaction is None
+        if entry.transaction is None and "sim-sent" in dict(entry.headers)
     )
     if len(sent) != world.clients.sent or max(sent.values(), default=1) > 1:
         raise Failed(f"clients sent {world.clients.sent} records, the log has {sum(sent.values())}")

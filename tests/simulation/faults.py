@@ -1,11 +1,15 @@
 """The plan of faults of one seed: which kinds happen, how often, and the processes they happen to."""
 
+import contextlib
 import dataclasses
 import random
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kwflow.runners.threads import Threads
 from kwflow.testing.kafka import Host
+from tests.simulation import probes
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -31,7 +35,10 @@ class Faults:
     wipe: float = 0.0  # of a state directory, while its machine is down (probability)
     damage: float = 0.0  # of one database, likewise
     compact: float = 0.0
+    rebalance: float = 0.0  # of each send_offsets: a stranger joins the group while a batch is being committed
+    trickle: float = 0.0  # of each read of a restore: it takes long
     at: str = ""  # crash and freeze happen only at this call
+    crash_call: int = 0  # crash at the n-th request, write or answer, and at no other
     freeze_ms: tuple[int, int] = (0, 40_000)
     markers_ms: float = 2.0  # how long after the decision a transaction's markers come
 
@@ -39,7 +46,8 @@ class Faults:
     def draw(cls, chance: random.Random) -> "Faults":
         """Each kind is on in about half of the seeds, with a rate of its own."""
         most = {
-            "crash": 0.01, "slow": 0.05, "stall": 0.002, "freeze": 0.002, "lost": 0.03, "abort": 0.02, "kill": 0.1, "stop": 0.05, "jump": 0.1, "wipe": 0.5, "damage": 0.3, "compact": 0.5
+            "crash": 0.01, "slow": 0.05, "stall": 0.002, "freeze": 0.002, "lost": 0.03, "abort": 0.02, "kill": 0.1, "stop": 0.05, "jump": 0.1, "wipe": 0.5, "damage": 0.3, "compact": 0.5,
+            "rebalance": 0.03, "trickle": 0.2,
         }  # fmt: skip
         rates = {name: chance.random() * rate for name, rate in most.items() if chance.random() < 0.5}
         return cls(**rates, markers_ms=chance.choice([0.0, 2.0, 50.0, 500.0, 4000.0]))
@@ -63,14 +71,22 @@ class Process(Host):
         self._pause(self.time.now + chance.expovariate(3.0))
         if self.world.calm:
             return
-        self.world.calls += 1
+        self._count(f"before {what}")
         if faults.at in ("", what) and chance.random() < faults.crash:
             self.crash(f"before {what}")
         if chance.random() < faults.slow:
+            self.world.happened["slow"] += 1
             self._pause(self.time.now + chance.expovariate(0.02))
         if chance.random() < faults.stall:
             self.world.say(f"{self.name} stalls before {what}")
+            self.world.happened["stall"] += 1
             self._pause(self.time.now + chance.choice([1_000, 8_000, 20_000]) * chance.random())
+        if what == "consume-assigned" and chance.random() < faults.trickle:
+            self.world.happened["trickle"] += 1
+            self._pause(self.time.now + 1_500 * chance.random())
+        if what == "send_offsets" and chance.random() < faults.rebalance:
+            self.world.rebalance()
+            self._pause(self.time.now + 1_500)
         if faults.at in ("", what) and chance.random() < faults.freeze:
             low, high = faults.freeze_ms
             self.freeze(low + (high - low) * chance.random() ** 2)
@@ -80,21 +96,54 @@ class Process(Host):
         chance, faults = self.world.chance, self.world.faults
         if self.world.calm:
             return True
+        self._count(f"after {what}")
         if faults.at in ("", what) and chance.random() < faults.crash:
             self.crash(f"after {what}")
-        return chance.random() >= faults.lost
+        lost = chance.random() < faults.lost
+        if lost:
+            self.world.happened[f"lost {what}"] += 1
+        return not lost
+
+    def _count(self, where: str) -> None:
+        self.world.calls += 1
+        if self.world.calls == self.world.faults.crash_call:
+            self.crash(where)
+        if not self.world.faults.crash_call:
+            self.world.places.setdefault(where, []).append(self.world.calls)
 
     def chance(self, what: str) -> bool:
-        return self.world.chance.random() < {"abort": 0.0 if self.world.calm else self.world.faults.abort, "buffer-full": 0.005, "send-early": 0.05, "stale-fetch": 0.3, "not-ready": 0.2}[what]
+        self._check()
+        rates = {"abort": 0.0 if self.world.calm else self.world.faults.abort, "buffer-full": 0.005, "send-early": 0.05, "stale-fetch": 0.3, "not-ready": 0.2}
+        happens = self.world.chance.random() < rates[what]
+        self.world.happened[what] += happens
+        return happens
 
     def wait(self, until: float) -> None:
         self._pause(until, watch=True)
+
+    def work(self, ms: float) -> None:
+        """Somebody's own work, which takes so long."""
+        self._pause(self.time.now + ms)
+
+    def background(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
+        def while_alive() -> None:
+            with contextlib.suppress(Crashed, probes.Killed):
+                work()
+
+        actor = self.world.hub.spawn(f"{self.name} {name}", while_alive)
+
+        def join() -> None:
+            while self.alive and not actor.ended:
+                self._pause(self.time.now + 10)
+
+        return join
 
     def log(self, line: str) -> None:
         self.world.say(f"{self.name}: {line}")
 
     def crash(self, where: str) -> None:
         self.world.say(f"{self.name} is killed {where}")
+        self.world.happened[f"crash {where}"] += 1
         self.die()
         raise Crashed
 
@@ -104,6 +153,7 @@ class Process(Host):
 
     def freeze(self, ms: float) -> None:
         self.world.say(f"{self.name} freezes for {ms:.0f} ms")
+        self.world.happened["freeze"] += 1
         self.running = False
         self._thaw_ms = self.time.now + ms
 
@@ -122,3 +172,20 @@ class Process(Host):
     def _check(self) -> None:
         if not self.alive:
             raise Crashed
+
+
+class Actors(Threads):
+    """Where the activities of a simulated process run: each is an actor of its own, and ends with the process."""
+
+    def __init__(self, process: Process) -> None:
+        super().__init__()
+        self._process = process
+
+    def run(self, call: Callable[[], None]) -> None:
+        self._process.background("activity", call)
+
+    def wait(self, changed: threading.Condition, seconds: float) -> None:
+        self._process.wait(self._process.time.now + 1000 * seconds)
+
+    def monotonic(self) -> float:
+        return self._process.time.now / 1000

@@ -1,11 +1,13 @@
-"""What the simulation's workflow tells its world; process state, replaced for each run."""
+"""What the simulation's workflow and activities tell their world; process state, replaced for each run."""
 
 from collections.abc import Callable
 
+import kwflow as kw
 from kwflow.core.step import in_step
 
 outside: list[str] = []  # finally blocks that ran outside a step (G8)
 _kill: list[Callable[[], None]] = []
+_perform: list[Callable[[kw.ActivityInfo, str], None]] = []
 
 
 def cleaned(id: str) -> None:
@@ -17,8 +19,14 @@ def kill() -> None:
     _kill[-1]()
 
 
-def on_kill(do: Callable[[], None]) -> None:
-    _kill[:] = [do]
+def perform(info: kw.ActivityInfo, what: str) -> None:
+    _perform[-1](info, what)
+
+
+def ask(kill: Callable[[], None], perform: Callable[[kw.ActivityInfo, str], None]) -> None:
+    """Whom this run's workflows and activities ask."""
+    _kill[:] = [kill]
+    _perform[:] = [perform]
 
 
 class Killed(KeyboardInterrupt):

@@ -103,7 +103,7 @@ class Run:
 
     def play(self) -> None:
         for number in range(4):
-            self.append(b"w%d" % number, b"new:" + json.dumps({"program": workload.program(self.chance)}).encode())
+            self.append(b"w%d" % number, b"new:" + json.dumps({"program": workload.program(self.chance, calls=False)}).encode())
         for _ in range(60):
             while self.again(lambda: self.engine.step(self.processors, lambda _: None), lambda: False):
                 continue

@@ -3,12 +3,18 @@
 A program is a list [word, argument ...]; a new kind of node is a function in NODES here and a line in `workload.py`.
 """
 
+import json
 import threading
 
 import kwflow as kw
-from tests.simulation import probes
+from tests.simulation import activities, probes
 
 kw.declare_topics("sim-ask", "sim-said")
+HELPER = 0  # another one in another release (releases.py)
+
+
+def helper():
+    return HELPER
 
 
 def say(*words):
@@ -156,9 +162,41 @@ def hear(name, node):
     return [*found, kw.signals("rest").take()]
 
 
+def call(kind, plan):
+    """An activity; how it ended is said with its plan, which tells how it must end."""
+    try:
+        outcome = (yield activities.KINDS[kind](plan))["attempt"]
+    except kw.ActivityError as error:
+        outcome = error.type
+    except kw.BusinessError as error:
+        outcome = error.code
+    say("called", kind, json.dumps(plan), json.dumps(outcome))
+    return outcome
+
+
+def positive(value):
+    if value < 0:
+        raise ValueError("it is negative")
+
+
+def account():
+    """The sum of what it is told, by signals and by updates, until it is told nothing."""
+    total, heard = 0, 0
+    deposits, orders = kw.signals("add"), kw.on_update("add", validator=positive)
+    while True:
+        kind, told = yield kw.race({"signal": deposits.wait(), "update": orders.wait()})
+        if kind == "signal" and told is None:
+            return [total, heard]
+        heard += 1
+        total += told if kind == "signal" else told.value
+        if kind == "update":
+            kw.reply(told, total)
+        kw.set_status(total)
+
+
 NODES = {
-    "all": every, "ask": ask, "child": child, "fail": fail, "hear": hear, "huge": huge, "kid": kid, "kill": kill, "large": large, "limit": limit, "lock": lock, "race": first, "rescue": rescue,
-    "saga": saga, "sequence": sequence, "shield": shield, "sleep": sleep, "stop": stop, "stuck": stuck,
+    "account": account, "all": every, "ask": ask, "call": call, "child": child, "fail": fail, "hear": hear, "huge": huge, "kid": kid, "kill": kill, "large": large,
+    "limit": limit, "lock": lock, "race": first, "rescue": rescue, "saga": saga, "sequence": sequence, "shield": shield, "sleep": sleep, "stop": stop, "stuck": stuck,
 }  # fmt: skip
 
 
@@ -168,5 +206,6 @@ def run(node):
 
 def main(opts):
     say("started", kw.workflow_id())
+    began = "main 0"
     found = yield run(opts["program"])
-    return {"found": found}
+    return {"found": found, "began": began, "ended": "main 0", "helper": helper()}

@@ -5,6 +5,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from kwflow.core.murmur2 import partition_of
+from kwflow.schedules import SIGNAL as SCHEDULE
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -12,10 +13,19 @@ if TYPE_CHECKING:
 Node = list[Any]
 
 
-def program(chance: random.Random, depth: int = 3) -> Node:
-    """A random tree; leaves wait for somebody or for time."""
-    leaf = lambda: program(chance, 0)
-    below = lambda: program(chance, depth - 1)
+def call(chance: random.Random) -> Node:
+    """An activity, and what its attempts do."""
+    kind = chance.choice(["work", "work", "timed"])
+    words = ["ok", "slow", "fail", "refuse", *(["hang"] if kind == "timed" else [])]
+    return ["call", kind, [chance.choice(words) for _ in range(chance.randint(1, 3))]]
+
+
+def program(chance: random.Random, depth: int = 3, calls: bool = True) -> Node:
+    """A random tree; leaves wait for somebody, for time, or for an activity."""
+    leaf = lambda: program(chance, 0, calls)
+    below = lambda: program(chance, depth - 1, calls)
+    if calls and chance.random() < 0.12:
+        return call(chance)
     if depth == 0 or chance.random() < 0.3:
         return chance.choice([["ask", f"a{chance.randrange(100)}"], ["ask", f"b{chance.randrange(100)}"], ["sleep", round(chance.choice([0.0, 0.5, 5.0, 20.0]) * chance.random(), 3)]])
     kind = chance.choices(["all", "race", "limit", "child", "stop", "sequence", "rescue", "shield", "saga", "poison", "kid", "hear"], [3, 3, 3, 2, 2, 4, 2, 1, 2, 1.5, 2, 2])[0]
@@ -46,6 +56,8 @@ class Clients:
         self.finished = False
         self.asks: dict[tuple[str, str], int] = {}  # (id, ref) -> answers sent
         self.parked: dict[str, int] = {}  # id -> letters seen and not dealt with
+        self.special = Special(self)
+        self._retried: set[str] = set()
         self._ids = ids
         self._actions = actions
         self._killers = killers
@@ -72,9 +84,11 @@ class Clients:
         waiting = [ask for ask, count in self.asks.items() if not count]
         for ask in waiting:
             self._answer(ask)
+        waiting += [(id, "") for id in self.special.settle()]
         for id in [id for id, letters in self.parked.items() if letters]:
             self.parked[id] = 0
-            self._command(id, "discard")
+            self._command(id, "discard" if id in self._retried and not self.special.known(id) else "retry")
+            self._retried.add(id)
             waiting.append((id, ""))
         self._producer.flush()
         return not waiting
@@ -82,7 +96,7 @@ class Clients:
     # -- what is done ------------------------------------------------------------------------------------------------
     def _act(self) -> None:
         config, chance = self.world.config, self.chance
-        kinds = {"start": 30, "answer": 50, "again": 3, "stray": 3, "unknown": 2, "bad": 3, "misplaced": 3, "command": 4, "timer": 6, "message": 12}
+        kinds = {"start": 30, "answer": 50, "again": 3, "stray": 3, "unknown": 2, "bad": 3, "misplaced": 3, "command": 4, "timer": 6, "message": 12, "special": 12}
         kind = chance.choices(list(kinds), list(kinds.values()))[0]
         id = chance.choice(self._started) if self._started else "nobody"
         if kind == "start" and len(self._started) < self._ids:
@@ -102,11 +116,14 @@ class Clients:
             self._start(misplaced=True)
         elif kind == "command":
             parked = [id for id, letters in self.parked.items() if letters]
-            self._command(chance.choice(parked) if parked and chance.random() < 0.8 else id, chance.choice(["retry", "discard"]))
+            id = chance.choice(parked) if parked and chance.random() < 0.8 else id
+            self._command(id, "retry" if self.special.known(id) else chance.choice(["retry", "discard"]))
         elif kind == "timer":
             self._timer()
         elif kind == "message":
             self._message(id)
+        elif kind == "special":
+            self.special.act()
 
     def _start(self, misplaced: bool = False) -> None:
         id = f"w{len(self._started)}"
@@ -164,3 +181,75 @@ class Clients:
                         self.asks.setdefault((id, value), 0)
                     elif ("kwflow-error-reason", b"parked") in entry.headers or ("kwflow-error-reason", b"refused") in entry.headers:
                         self.parked[id] = self.parked.get(id, 0) + 1
+
+
+class Special:
+    """Workflows whose right outcome is known in closed form (meaning.py): accounts, sagas, schedules.
+
+    Nobody cancels or discards them; an account may be paused.
+    """
+
+    def __init__(self, clients: Clients) -> None:
+        self.clients = clients
+        self.chance = clients.chance
+        self.accounts: list[str] = []
+        self.sagas: list[str] = []
+        self.schedules: list[str] = []
+        self._told = 0
+        self._going_on = self._ending = False
+
+    def known(self, id: str) -> bool:
+        return id in self.accounts or id in self.sagas or id in self.schedules
+
+    def act(self) -> None:
+        chance = self.chance
+        if not self.accounts or (len(self.accounts) < 3 and chance.random() < 0.1):
+            self._start(self.accounts, "account", {"program": ["account"]})
+        elif len(self.sagas) < 4 and chance.random() < 0.15:
+            self._start(self.sagas, "trip", {"program": ["saga", *(f"s{number}" for number in range(chance.randint(2, 4)))]})
+        elif len(self.schedules) < 2 and chance.random() < 0.1:
+            self._schedule()
+        elif self.schedules and chance.random() < 0.15:
+            self._tell(chance.choice(self.schedules), "signal", SCHEDULE, {"do": chance.choice(["pause", "unpause", "unpause", "trigger", "trigger", "what?"])})
+        elif chance.random() < 0.15:
+            self._tell(chance.choice(self.accounts), chance.choice(["pause", "unpause"]))
+        else:
+            self._tell(chance.choice(self.accounts), chance.choice(["signal", "update"]), "add", chance.randint(-3, 20))
+
+    def settle(self) -> list[str]:
+        """First whatever was paused goes on; once that is done, all come to their ends.  Who has still to be told something."""
+        if not self._going_on:
+            self._going_on = True
+            for id in self.accounts:
+                self._tell(id, "unpause")
+        elif not self._ending and not self.clients.world.unread(waiting=False):
+            self._ending = True
+            for id in self.accounts:
+                self._tell(id, "signal", "add", None)
+            for id in self.schedules:
+                self._tell(id, "signal", SCHEDULE, {"do": "remove"})
+        elif self._ending:
+            return []
+        return [*self.accounts, *self.schedules]
+
+    def _start(self, kind: list[str], name: str, input: object, *headers: tuple[str, str]) -> None:
+        id = f"{name}{len(kind)}"
+        kind.append(id)
+        self.clients.send(self.clients.world.config.resume_topic, id, "new:" + json.dumps(input), (("kwflow-start-id", f"start-{id}"), *headers))
+
+    def _schedule(self) -> None:
+        """Its runs wait for a moment, for somebody, or for an activity."""
+        name, chance = f"plan{len(self.schedules)}", self.chance
+        node = chance.choice([["sleep", 0.5], ["ask", "scheduled"], call(chance), ["fail", "as told"]])
+        plan = {"name": name, "workflow": "main", "input": {"program": node}, "every_ms": chance.choice([2_000, 5_000, 20_000]), "overlap": chance.choice(["skip", "queue", "allow"])}
+        self._start(self.schedules, "schedule:plan", plan, ("kwflow-workflow", SCHEDULE))
+
+    def _tell(self, id: str, op: str, name: str = "", value: object = None) -> None:
+        """A command with a request of its own each time it is sent; now and then it is sent twice under its id."""
+        self._told += 1
+        clients, topic = self.clients, self.clients.world.config.resume_topic
+        arguments = {"name": name, "value": value} if name else {}
+        number = partition_of(id.encode(), clients.world.partitions)
+        for _ in range(2 if self.chance.random() < 0.2 else 1):
+            asked = (("kwflow-request", f"told-{clients.sent}"), ("kwflow-reply-to", f"{number}/client{number}"))
+            clients.send(topic, id, json.dumps(arguments), (("kwflow-op", op), ("kwflow-id", f"told-{self._told}"), *asked))

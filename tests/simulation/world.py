@@ -3,38 +3,44 @@
 Everything happens in one thread, in virtual time, in an order that the seed decides; the runner is the real one.
 """
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import pathlib
 import random
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import kwflow as kw
 from kwflow import durable
 from kwflow.config import Config
-from kwflow.core.contract import Workflows
+from kwflow.core.dispatch import PREFIX
+from kwflow.core.timers import DUE
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Processor
 from kwflow.runners import topics
+from kwflow.runners.code import CodeStore
+from kwflow.runners.dispatch import Dispatcher
 from kwflow.runners.kafka import KafkaRunner
+from kwflow.runners.kafka_code import CodeTopic
 from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.parked import is_parked
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing.kafka import Broker, Disk, Host, SimulatedConsumer, SimulatedEnvironment, VirtualTime
 from kwflow.testing.kafka.broker import Made
 from kwflow.testing.kafka.log import Entry, Place, Transaction
-from tests.simulation import probes
-from tests.simulation.faults import Crashed, Faults, Process
+from tests.simulation import probes, releases
+from tests.simulation.faults import Actors, Crashed, Faults, Process
 from tests.simulation.hub import Hub
 from tests.simulation.workload import Clients
 
 OUTPUTS = frozenset({"sim-ask", "sim-said"})
 RECORD_BYTES_MAX = 200_000  # of sim-said; other topics take more, so that it is the broker that refuses
-_SOURCE = pathlib.Path(__file__).with_name("workflows.py")
 
 
 class Failed(AssertionError):
@@ -108,6 +114,7 @@ def engine_process() -> Iterator[None]:
     try:
         yield
     finally:
+        releases.install(releases.Release())
         gc.collect()
         durable.set_abandoning(before, everywhere=True)
 
@@ -131,27 +138,37 @@ class World:
         self.calm = False
         self.over = False
         self.calls = self.crashes = 0
+        self.places: dict[str, list[int]] = {}  # before or after which request or write -> which of `calls` these were
+        self.happened: collections.Counter[str] = collections.Counter()  # faults that there were
+        self.performing = 0
+        self.performed: collections.Counter[tuple[str, int, str]] = collections.Counter()  # (call's key, attempt, word of its plan) -> how often it ran to its end
         self.log: list[str] = []
         self.runner = runner
         self.make_engine, self.make_timers = engine, timers
-        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="kwflow-sim-"))
+        memory = pathlib.Path("/dev/shm")
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="kwflow-sim-", dir=memory if memory.is_dir() else None))
         self.partitions = self.chance.randint(1, 4)
-        self.config = self._config("none", pathlib.Path("none"))
-        self.module = sys.modules.get("sim_workflows") or durable.load_source("sim_workflows", _SOURCE.read_text(), str(_SOURCE))
-        self.workflows = Workflows({"main": self.module.main}, "main")
+        self.grace_s = self.chance.choice([0, 2])
+        self.config = self._base_config()
+        self.releases = [(-1.0, releases.Release())]  # with the moments in which they were deployed
+        self.workflows = releases.install(releases.Release())
         self.client_environment = SimulatedEnvironment(self.broker)
         self._create_topics()
         self.broker.transactions.marker_delay_ms = self.faults.markers_ms
         self.clients = Clients(self, ids=self.chance.randint(5, 30), actions=self.chance.randint(40, 160), killers=self.chance.random() < 0.3)
+        self.upcoming = releases.draw(self.chance)
         self.machines = [Machine(f"m{number}", self._roles(number), self.directory / f"m{number}") for number in range(self.chance.randint(self.machines_min, 3))]
 
     def _roles(self, number: int) -> tuple[str, ...]:
         return ("engine", "scheduler") if number == 0 or self.chance.random() < 0.5 else ("engine",)
 
     def _config(self, instance: str, directory: pathlib.Path) -> Config:
+        return self.config.model_copy(update={"state_dir": directory, "instance_id": instance})
+
+    def _base_config(self) -> Config:
         return Config(
-            application_id="sim", state_dir=directory, instance_id=instance, snapshot_bytes_max=100_000, hold_max=20, batch_records_max=20, ended_retention_ms=10**12,
-            kafka={"max.poll.interval.ms": 15_000}, step_abort_ms=60_000,
+            application_id="sim", state_dir=pathlib.Path("none"), instance_id="none", snapshot_bytes_max=100_000, hold_max=20, batch_records_max=20, ended_retention_ms=10**12,
+            kafka={"max.poll.interval.ms": 15_000}, step_abort_ms=60_000, activity_concurrency=3, activity_grace_s=self.grace_s,
         )  # fmt: skip
 
     def _create_topics(self) -> None:
@@ -166,14 +183,17 @@ class World:
     def run(self) -> None:
         """Raises Failed."""
         probes.outside.clear()
-        probes.on_kill(self._kill_running)
+        probes.ask(self._kill_running, self._perform)
         try:
             for machine in self.machines:
                 self.hub.spawn(machine.name, lambda machine=machine: self._operate(machine), self.chance.random() * 3000)
             self.hub.spawn("clients", self.clients.work)
             self.hub.spawn("operator", self._break_things)
+            self.hub.spawn("deployer", self._deploy_all)
             self._until(lambda: self.clients.finished, "the clients never come to an end")
             self.calm = True
+            if self.upcoming:
+                self.deploy(self.upcoming[-1])
             self.say("calm")
             give_up = self.time.now + self.rest_ms
             self.hub.spawn("settling", lambda: self._settle(give_up))
@@ -206,19 +226,24 @@ class World:
                 raise Failed(f"after {self.rest_ms / 1000:g} calm seconds there is still: {self.unread() or 'something to answer or to discard'}")
         self.over = True
 
-    def unread(self) -> list[str]:
-        """What engines and schedulers have still to do."""
-        found = []
+    def unread(self, waiting: bool = True) -> list[str]:
+        """What engines and schedulers have still to do; `waiting`: what comes of timers and activities, too."""
+        found = ["an activity runs"] if waiting and self.performing else []
         for topic, group, changelog in ((self.config.resume_topic, "sim", self.config.changelog_topic), (self.config.scheduler_topic, "sim-scheduler", self.config.timers_changelog_topic)):
             for partition in self.broker.topics[topic].partitions:
                 offset = self.broker.group(group).offsets.get(partition.place, 0)
                 left, _ = partition.read(offset, True, 1)
                 if left or partition.unstable:
                     found.append(f"{topic}[{partition.place[1]}] from {offset}")
-                if changelog == self.config.timers_changelog_topic:
-                    waiting = {entry.key: entry.value for entry in self.broker.partition((changelog, partition.place[1])).committed()}
-                    found += [f"timer {key!r}" for key, value in waiting.items() if value is not None and key is not None and key.startswith(b"\0due")]
+                if waiting:
+                    replayed = {entry.key or b"": entry.value for entry in self.broker.partition((changelog, partition.place[1])).committed()}
+                    found += self._waiting({key: value for key, value in replayed.items() if value is not None})
         return found
+
+    def _waiting(self, state: dict[bytes, bytes]) -> list[str]:
+        """Timers that are set, and calls of activities that are not answered; one that is paused may hold its answer."""
+        timers = [f"timer {key!r}" for key in state if key.startswith(DUE)]
+        return timers + [f"activity {key!r}" for key in state if key.startswith(PREFIX) and not is_parked(self.config, state.get(key.rpartition(b"\0")[2]))]
 
     def _kill_running(self) -> None:
         """Called by author code in a step: the process it runs in does not survive it."""
@@ -228,6 +253,41 @@ class World:
                 machine.process.die()
                 self.say(f"{name} is killed by a record")
         raise probes.Killed
+
+    def _perform(self, info: kw.ActivityInfo, what: str) -> None:
+        """Called by an activity: what it does takes its time, and dies with its process."""
+        name = self.hub.running.partition(" ")[0]
+        process = next((machine.process for machine in self.machines if machine.process is not None and machine.process.name == name), None)
+        if process is None:
+            raise Crashed
+        self.performing += 1
+        try:
+            if what == "hang":
+                until = self.time.now + 60_000
+                while self.time.now < until and not info.cancelled:
+                    process.work(500)
+            else:
+                process.work(self.chance.uniform(1_000, 6_000) if what == "slow" else 5)
+        finally:
+            self.performing -= 1
+        self.performed[info.idempotency_key, info.attempt, what] += 1
+
+    # -- releases --------------------------------------------------------------------------------------------------
+    def _deploy_all(self) -> None:
+        while self.upcoming and not self.calm:
+            self.hub.pause(self.time.now + self.chance.expovariate(1 / 5_000))
+            if not self.calm:
+                self.deploy(self.upcoming.pop(0))
+
+    def deploy(self, release: releases.Release) -> None:
+        """Every process ends; the next ones are of this release."""
+        for machine in self.machines:
+            if machine.process is not None and machine.process.alive:
+                machine.process.die()
+        self.workflows = releases.install(release)
+        self.releases.append((self.time.now, release))
+        self.happened["deploy"] += 1
+        self.say(f"{release} is deployed")
 
     # -- machines --------------------------------------------------------------------------------------------------
     def _operate(self, machine: Machine) -> None:
@@ -258,7 +318,13 @@ class World:
         config = self._config(machine.instance, machine.directory)
         try:
             if role == "engine":
-                make: Callable[[str], Processor] = lambda incarnation: self.make_engine(config, self.workflows, OUTPUTS, incarnation)
+                sources = functools.cache(lambda: CodeStore(CodeTopic(config, environment).read))
+
+                def make(incarnation: str) -> Processor:
+                    made = self.make_engine(config, self.workflows, OUTPUTS, incarnation, process.log, sources())
+                    made.work = lambda deliver: Dispatcher(deliver, process.log, config.activity_concurrency, config.activity_limit_s, threads=Actors(process))  # type: ignore[method-assign]
+                    return made
+
                 runner = environment.runner(self.runner, config, make, "sim", process.log, process, OUTPUTS)
             else:
                 runner = environment.runner(self.runner, config, lambda _: self.make_timers(config), "sim-scheduler", process.log, process, OUTPUTS)
@@ -278,11 +344,14 @@ class World:
         if not self.calm:
             if chance.random() < faults.wipe * 0.3:
                 self.say(f"{machine.name} loses its state directory")
+                self.happened["wipe"] += 1
                 machine.disk.databases.clear()
                 shutil.rmtree(machine.directory, ignore_errors=True)
                 machine.identity += chance.randrange(2)  # sometimes it keeps its configured name
             for content in machine.disk.databases.values():
-                content.damaged = content.damaged or chance.random() < faults.damage * 0.3
+                if chance.random() < faults.damage * 0.3:
+                    content.damaged = True
+                    self.happened["damage"] += 1
             self.hub.pause(self.time.now + chance.choice([10, 500, 2_000, 15_000]) * chance.random())
         else:
             self.hub.pause(self.time.now + 100)
@@ -298,22 +367,33 @@ class World:
             if process is not None and process.alive:
                 if chance.random() < faults.kill:
                     self.say(f"{process.name} is killed from outside")
+                    self.happened["kill"] += 1
                     process.die()
                 elif chance.random() < faults.stop:
                     self.say(f"{process.name} is stopped")
+                    self.happened["stop"] += 1
                     process.stopping = True
                 elif chance.random() < 0.02 * bool(faults.freeze):
                     process.freeze(chance.choice([3_000, 12_000]) * chance.random())
             if chance.random() < faults.jump:
                 machine.skew_ms = chance.randint(-60_000, 60_000)
+                self.happened["jump"] += 1
                 self.say(f"the clock of {machine.name} is {machine.skew_ms} ms off")
             if chance.random() < faults.compact:
                 self.compact()
 
     def compact(self) -> None:
-        for name in (self.config.changelog_topic, self.config.timers_changelog_topic):
+        for name in (self.config.changelog_topic, self.config.timers_changelog_topic, self.config.code_topic):
             for partition in self.broker.topics[name].partitions:
-                partition.compact(partition.end - self.chance.randint(0, 20), self.time.now, 7 * 86_400_000)
+                self.happened["compacted"] += partition.compact(partition.end - self.chance.randint(0, 20), self.time.now, 7 * 86_400_000)
+
+    def rebalance(self) -> None:
+        """A stranger joins a group and soon leaves: generations change under those who are in the middle of a batch."""
+        name, topic = self.chance.choice([("sim", self.config.resume_topic), ("sim-scheduler", self.config.scheduler_topic)])
+        group = self.broker.group(name)
+        stranger = group.join("", None, (topic,), 3_000, 1_000, set())
+        self.time.after(1_000, lambda: group.leave(stranger))
+        self.happened["rebalance"] += 1
 
     def summary(self) -> dict[str, Any]:
         return {"seed": self.seed, "virtual s": round(self.time.now / 1000), "calls": self.calls, "crashes": self.crashes, "records": len(self.broker.journal), "sent": self.clients.sent}

@@ -285,3 +285,28 @@ def test_an_activity_that_is_not_called_is_refused_where_a_wait_is_expected() ->
     """Semantics §1.3: natively it would come back at once, as a plain value."""
     assert error(run(WORK + "def main(o):\n    yield work")) == "UsageError: work is a function, not a wait; did you mean work()?"
     assert error(run(WORK + "def main(o):\n    yield kw.all([work])")) == "UsageError: work is a function, not a wait; did you mean work()?"
+
+
+# -- results that park their instance ------------------------------------------------------------------------------------
+HOLDING = "        held = __import__('threading').Lock()\n        yield kw.suspend('x')\n"
+
+
+def test_a_call_whose_result_is_discarded_fails_for_the_workflow_waits_for_it() -> None:
+    """Semantics §7, M6: otherwise nobody would answer it until the next restart, which would begin it again."""
+    body = "def main(o):\n    try:\n        yield work(o)\n" + HOLDING + "    except kw.ActivityError as error:\n        return [error.type, error.final]"
+    w = run(WORK + body, 1)
+    assert (w.header("w") or {})["parked"]["reason"] == "UnsavableError"
+    w.command("w", "discard")
+    assert w.result("w") == ["Discarded", True]
+    assert (entries(w), len(w.calls)) == (0, 1)
+
+
+def test_a_call_whose_failure_is_discarded_too_is_worked_for_no_more() -> None:
+    body = "def main(o):\n    while True:\n        try:\n            yield work(o)\n        except kw.ActivityError:\n            pass\n" + HOLDING
+    w = run(WORK + body, 1)
+    for _ in range(2):
+        assert (w.header("w") or {})["status"] == "parked"
+        w.command("w", "discard")
+    assert (w.header("w") or {})["status"] == "waiting"
+    assert (entries(w), len(w.calls)) == (0, 1)
+    assert [wait["kind"] for wait in (w.header("w") or {})["waits"]] == ["activity"]

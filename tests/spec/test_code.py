@@ -63,6 +63,32 @@ def test_an_instance_whose_own_units_are_unchanged_takes_the_new_code_around_the
     assert site.w.result("w") == 2
 
 
+@pytest.mark.parametrize("cached", [0, 10])
+def test_an_instance_that_holds_nothing_of_the_old_code_any_more_leaves_it_whether_it_was_kept_live_or_restored(cached: int) -> None:
+    """§8.2, §4.1: found by simulation; one that was kept went on with the old helper, one that was restored with the new one."""
+    text = """
+def price():
+    return {0}
+def child():
+    try:
+        yield kw.suspend('never')
+    finally:
+        yield kw.suspend('c')
+        say(price())
+def main(o):
+    kw.spawn(child())
+    yield kw.suspend('r')
+    return 'main {0}'
+"""
+    site = Site(text.format(1))
+    site.w.config = site.w.config.model_copy(update={"instances_cached_max": cached})
+    site.deploy(text.format(2))
+    site.w.resume("w", "r")
+    assert site.w.result("w") == "main 1"
+    site.w.resume("w", "c")
+    assert site.w.outputs_to("out") == ["2"]
+
+
 DEPLOYMENTS = {
     "a renamed function": (
         "def step_(o):\n    yield kw.suspend('r')\n    return 'old'\ndef main(o):\n    return (yield step_(o))",

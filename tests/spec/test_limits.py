@@ -1,6 +1,7 @@
 """Every limit of Config: what is at it passes, one past it is refused by the name of the limit; nothing is lost (G3, G4)."""
 
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -11,14 +12,17 @@ from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
+from kwflow.errors import StepTimeout
 from kwflow.ports import Decision
 from kwflow.runners import rocks
 from kwflow.runners.budget import Budget
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
+from kwflow.runners.watchdog import Watchdog
 from kwflow.testing import MemoryStore
 
+NOW_MS = 1_700_000_000_000
 SOURCE = '''
 import kwflow as kw
 kw.declare_topics("out")
@@ -75,13 +79,20 @@ class Engine:
 
     def record(self, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> Record:
         self.offset += 1
-        return Record("workflow-resume", 0, self.offset - 1, 1_700_000_000_000, id.encode(), value, headers)
+        return Record("workflow-resume", 0, self.offset - 1, NOW_MS, id.encode(), value, headers)
 
-    def batch(self, *records: Record, budget: Budget | None = None) -> list[Decision]:
+    def batch(self, *records: Record, budget: Budget | None = None, received_ms: int = NOW_MS) -> list[Decision]:
         overlay = Overlay(self.store)
-        made = self.processor.decide(overlay, records, 1_700_000_000_000, budget)
+        made = self.processor.decide(overlay, records, received_ms, budget)
         self.store.apply(overlay.changes)
         return made
+
+    def due(self, now_ms: int, limit: int = 1000) -> tuple[str, ...]:
+        """What was counted when time had come so far."""
+        overlay = Overlay(self.store)
+        made = self.processor.due(overlay, now_ms, limit)
+        self.store.apply(overlay.changes)
+        return made.counts if made is not None else ()
 
     def start(self, kind: str, n: int, id: str = "a") -> Decision:
         return self.batch(self.record(id, b"new:" + msgspec.json.encode([kind, n])))[0]
@@ -177,6 +188,135 @@ def test_the_cache_of_live_instances_is_bounded_by_number_and_by_bytes_and_evict
         assert engine.module.CLEANED == []
         for n in range(5):
             assert engine.batch(engine.record(f"i{n}", b'{"ref":"more"}'))[0].counts == ("resumed",)
+
+
+def reasons(made: list[Decision]) -> list[str]:
+    """How each record was counted, a dead letter by its reason."""
+    return [(dict(one.outputs[0].headers)["kwflow-error-reason"] or b"").decode() if one.counts == ("dead-letter",) else one.counts[0] for one in made]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_hold_of_a_parked_instance_has_at_most_hold_max_records_the_one_at_fault_included(together: bool) -> None:
+    """K17, G3: in one batch, or in several; what is released makes room again."""
+    engine = Engine(hold_max=3, snapshot_bytes_max=3000)
+    engine.start("state", 100)
+    large = engine.record("a", b'new:["state",5000]')
+    assert engine.batch(msgspec.structs.replace(large, key=b"b"))[0].counts == ("parked",)
+    behind = [engine.record("b", b'{"ref":"more"}') for _ in range(4)]
+    made = engine.batch(*behind) if together else [engine.batch(record)[0] for record in behind]
+    assert reasons(made) == ["held", "held", "hold-full", "hold-full"]
+    engine.batch(engine.record("b", b"null", (("kwflow-op", b"discard"),)))  # the start goes, the rest meets nobody
+    assert [key for key in engine.store.entries if key.startswith(b"\0hold\0")] == []
+    engine.batch(engine.record("b", b"new:[\"state\",5000]"))
+    assert reasons(engine.batch(engine.record("b", b'{"ref":"more"}'))) == ["held"]
+
+
+def test_a_paused_instance_holds_hold_max_records() -> None:
+    engine = Engine(hold_max=2)
+    engine.start("state", 10)
+    engine.batch(engine.record("a", b'{"reason":""}', (("kwflow-op", b"pause"),)))
+    assert reasons(engine.batch(*(engine.record("a", b'{"ref":"more"}') for _ in range(3)))) == ["held", "held", "hold-full"]
+
+
+def test_a_step_is_reported_at_its_time_out_once_and_not_before() -> None:
+    """Semantics §3.2; the clock is the test's."""
+    lines: list[str] = []
+    dog = Watchdog(10**9, 2 * 10**9, lines.append)
+    with dog.watching("w"):
+        for seconds, said in ((10**6 - 1, 0), (10**6, 1), (10**6 + 1, 1)):
+            dog.look(dog._begun + seconds)
+            assert len(lines) == said
+    assert lines[0].startswith("w: its step runs for 1000000.0 s, now at ") and __file__ in lines[0]
+
+
+@pytest.mark.parametrize(("over", "ended"), [(-1, False), (0, True), (1, True)])
+def test_a_step_is_ended_when_it_runs_for_step_abort_ms(over: int, ended: bool) -> None:
+    """Semantics §3.2: also if its code catches what is raised."""
+    dog = Watchdog(2 * 10**9, 10**9, lambda _: None)
+
+    def run() -> None:
+        with dog.watching("w"):
+            try:
+                dog.look(dog._begun + 10**6 + over)
+                for _ in range(1000):  # it is raised between two instructions
+                    pass
+            except StepTimeout:
+                pass
+
+    if ended:
+        with pytest.raises(StepTimeout, match="1e[+]06 s"):
+            run()
+    else:
+        run()
+
+
+def started(engine: Engine, received_ms: int) -> tuple[str, ...]:
+    return engine.batch(engine.record("a", b'new:["headers",1]', (("kwflow-start-id", b"mine"),)), received_ms=received_ms)[0].counts
+
+
+@pytest.mark.parametrize(("after_ms", "again"), [(999, "duplicate-start"), (1000, "started"), (1001, "started")])
+def test_an_ended_instance_is_known_for_ended_retention_ms_although_nobody_has_forgotten_it_yet(after_ms: int, again: str) -> None:
+    """K20."""
+    engine = Engine(ended_retention_ms=1000)
+    assert started(engine, NOW_MS) == ("started",)
+    assert started(engine, NOW_MS + after_ms) == (again,)
+
+
+def test_an_ended_instance_is_forgotten_at_ended_retention_ms() -> None:
+    engine = Engine(ended_retention_ms=1000)
+    started(engine, NOW_MS)
+    assert engine.processor.next_due_ms(engine.store) == NOW_MS + 1000
+    assert engine.due(NOW_MS + 999) == ()
+    assert engine.due(NOW_MS + 1000) == ("forgotten",)
+    assert b"a" not in engine.store.entries and engine.processor.next_due_ms(engine.store) is None
+
+
+def test_what_ended_under_a_shorter_retention_is_forgotten_all_the_same() -> None:
+    """The entry that says when lies at the time that was right when it was written."""
+    engine = Engine(ended_retention_ms=1000)
+    started(engine, NOW_MS)
+    longer = Engine(ended_retention_ms=5000)
+    longer.store = engine.store
+    assert longer.due(NOW_MS + 1000) == ("forgotten",) and b"a" in longer.store.entries
+    assert longer.processor.next_due_ms(longer.store) == NOW_MS + 5000
+    assert longer.due(NOW_MS + 5000) == ("forgotten",) and b"a" not in longer.store.entries
+
+
+class CountingStore(MemoryStore):
+    """Keeps what was deleted, as a store does until it is compacted, and counts what is passed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deleted: set[bytes] = set()
+        self.passed = 0
+
+    def apply(self, changes: dict[bytes, bytes | None]) -> None:
+        self.deleted |= {key for key, value in changes.items() if value is None}
+        super().apply(changes)
+
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        for key in sorted(key for key in {*self.entries, *self.deleted} if key.startswith(prefix) and key >= start):
+            self.passed += 1
+            if key in self.entries:
+                yield key, self.entries[key]
+
+
+def test_forgetting_does_not_pass_over_what_was_forgotten_before() -> None:
+    """A store keeps deleted entries for long; whoever looked for the first one from the beginning would pass all of them, after each commit."""
+    engine = Engine(ended_retention_ms=1000)
+    engine.store = CountingStore()
+    for n in range(300):
+        engine.batch(engine.record(f"i{n:03}", b'new:["headers",1]', (("kwflow-start-id", b"mine"),)))
+    while engine.due(NOW_MS + 1000, 100):
+        pass
+    engine.store.passed = 0
+    engine.batch(engine.record("last", b'new:["headers",1]', (("kwflow-start-id", b"mine"),)))
+    assert engine.processor.next_due_ms(engine.store) == NOW_MS + 1000
+    assert engine.store.passed <= 2
+    early = msgspec.structs.replace(engine.record("early", b'new:["headers",1]', (("kwflow-start-id", b"mine"),)), timestamp_ms=NOW_MS - 5000)
+    engine.batch(early)
+    assert engine.processor.next_due_ms(engine.store) == NOW_MS - 4000
+    assert engine.due(NOW_MS + 1000) == ("forgotten", "forgotten")
 
 
 class Ticking:

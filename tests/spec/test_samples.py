@@ -208,7 +208,7 @@ def test_a_thousand_turns_of_an_agent_cost_what_the_first_ones_did() -> None:
 
     def model(goal: str, turn: int, summary: str, memory: list[str]) -> Any:
         sizes.append(len(w.state.get(b"w") or b""))
-        times.append(time.perf_counter())
+        times.append(time.thread_time())  # of the processor: other processes of this machine do not count
         return module.Move(answer="done") if turn == 1000 else module.Move(tool="add", argument=f"{turn} 1", summary="so far")
 
     w = WorkflowTester(module.main)
@@ -219,7 +219,7 @@ def test_a_thousand_turns_of_an_agent_cost_what_the_first_ones_did() -> None:
     early, late = sizes[100:200], sizes[900:1000]
     assert statistics.median(late) < statistics.median(early) * 1.1, (statistics.median(early), statistics.median(late))
     took = [b - a for a, b in zip(times, times[1:], strict=False)]
-    assert statistics.median(took[800:]) < 2 * statistics.median(took[100:300])
+    assert statistics.median(took[800:]) < 3 * statistics.median(took[100:300])  # with a history that is replayed it would be six times
 
 
 # -- subscription --------------------------------------------------------------------------------------------------------

@@ -334,6 +334,17 @@ def test_what_runs_may_end_within_the_grace_period(engine: Engine) -> None:
     assert engine.records["w"]["value"] == "done"
 
 
+def test_a_dispatcher_that_was_closed_waits_for_nothing_more(engine: Engine) -> None:
+    """The partitions are revoked after it was closed: whoever ends waited twice for an activity that does not end."""
+    release = threading.Event()
+    engine.start(make(lambda: release.wait(30)))
+    engine.dispatcher.close(0)
+    begun = time.monotonic()
+    engine.dispatcher.disown(0, 30)
+    assert time.monotonic() - begun < 20
+    release.set()
+
+
 def test_a_call_of_an_activity_that_is_not_here_waits_in_the_store_and_is_said_once(engine: Engine) -> None:
     """G10: nothing is lost when an engine with other code owns the partition for a while."""
     for n in range(3):

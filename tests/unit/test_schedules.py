@@ -238,3 +238,20 @@ def test_a_start_with_a_wrong_plan_is_an_error_record() -> None:
     w = schedule(every_ms=5)
     assert "every_ms" in w.values("workflow-error")[0]
 
+
+
+def test_a_schedule_is_not_woken_again_and_again_when_the_engines_clock_is_behind_the_schedulers() -> None:
+    """Found by simulation: a timer counted from the engine's clock was due early, by the scheduler's; the next one too, thousands of times."""
+    module = durable.load_source("schedule_skewed", "def main(o):\n    return 1\n    yield\n", "schedule_skewed.py")
+    w = WorkflowTester(module.main)
+    w.start("schedule:s", {"name": "s", "workflow": "main", "every_ms": 60_000}, "kwflow.schedule")
+    begun = w.now_ms
+    for _ in range(3):
+        w.advance(60)
+        [timer] = [output for output in w.outputs if output.topic == "workflow-scheduler" and output.value != b"0"][-1:]
+        w.now_ms -= 5_000  # the next timer is set by an engine whose clock is behind
+        w.command("schedule:s", "signal", {"name": "kwflow.schedule", "value": {"do": "unpause"}})
+        timer = [output for output in w.outputs if output.topic == "workflow-scheduler" and output.value != b"0"][-1]
+        due = int(dict(timer.headers)["kwflow-due-ms"] or 0)
+        assert (due - begun) % 60_000 == 0, "it is due at the time itself, by whatever clock"
+        w.now_ms += 5_000

@@ -137,7 +137,7 @@ class SimulatedConsumer:
         return found[0] if found else None
 
     def consume(self, num_messages: int = 1, timeout: float = -1) -> list[Message]:
-        self._host.call("consume")
+        self._host.call("consume" if self._membership is not None else "consume-assigned")
         if self._closed:
             raise RuntimeError("Consumer closed")
         until = self._broker.time.now + 1000 * timeout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -112,3 +112,6 @@ class SimulatedEnvironment:
 
     def sleep(self, seconds: float) -> None:
         self.host.wait(self.broker.time.now + 1000 * seconds)
+
+    def background(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
+        return self.host.background(name, work)

@@ -73,8 +73,11 @@ class SimulatedProducer:
         return partition_of(key, count) if self._java else sum(key) % count
 
     def poll(self, timeout: float = 0) -> int:
-        """Serve delivery reports."""
+        """Serve delivery reports, waiting so long for the first."""
         self._host.call("producer-poll")
+        until = self._broker.time.now + 1000 * timeout
+        while not self._queue and not self._reports and self._broker.time.now < until:
+            self._host.wait(until)
         self._send()
         return self._report()
 

@@ -44,9 +44,9 @@ class VirtualTime:
 class Host:
     """The process that a client lives in.  This one never fails, and waiting lets time pass.
 
-    A simulation overrides `call` (each request and each write: it may wait, raise, or say that the answer is lost) and
-    `wait`.  The clients of a host that is not `running` (frozen) do nothing in the background, those of one that is not
-    `alive` never again.
+    A simulation overrides `call` (each request and each write: it may wait, raise, or say that the answer is lost),
+    `wait` and `background`.  The clients of a host that is not `running` (frozen) do nothing in the background, those of
+    one that is not `alive` never again.
     """
 
     def __init__(self, time: VirtualTime, name: str = "host") -> None:
@@ -70,6 +70,10 @@ class Host:
     def chance(self, what: str) -> bool:
         """Whether something happens that may happen (`buffer-full`, `stale-fetch`, `not-ready`, ...)."""
         return False
+
+    def background(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
+        """Do it beside all else; what is returned waits for its end.  Raises RuntimeError: this host does one thing at a time."""
+        raise RuntimeError(f"{self.name} cannot run {name}: a Host that does several things at a time overrides background()")
 
     def wait(self, until: float) -> None:
         """Return at this time, or earlier when something happened."""

@@ -1,0 +1,85 @@
+"""Several records as one transaction on Kafka, under a name that one process has at a time: for commands of operators.
+
+1. an operator sends dead letters again, and is killed between a record and the mark that it was sent
+2. or two operators send the same ones again at the same time
+Here it is record and mark, or neither; and what is read after a SoleWriter was made is nobody else's to write about: it
+has fenced whoever had the name, and ended what that one left open.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from kwflow.config import Config
+from kwflow.core.wire import Output
+from kwflow.errors import TransportError
+from kwflow.runners.topics import client_config
+
+__all__ = ["SoleWriter"]
+
+_TIMEOUT_S = 20
+_TRANSACTION_MS = 10_000  # so long a writer that was killed keeps readers waiting, if nobody takes its name
+_AGAIN_S = 0.05
+
+
+class SoleWriter:
+    """Raises TransportError when there is no broker, or another process has taken the name."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        self._config = config
+        self._name = f"{config.application_id}-{name}"
+        settings: dict[str, Any] = {"transactional_id": self._name, "transaction_timeout_ms": _TRANSACTION_MS, "retry_backoff_ms": 1, "retry_backoff_max_ms": 100}
+        try:
+            self._producer = Producer(client_config(config, partitioner="murmur2_random", **settings) | {"log_level": 0})
+        except KafkaException as error:
+            raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
+        self._again(lambda: self._producer.init_transactions(_TIMEOUT_S))
+
+    def write(self, outputs: Sequence[Output]) -> None:
+        """All of these, or none; committed when this returns.  Raises TransportError, also when the outcome is not known."""
+        failed: list[KafkaError] = []
+
+        def delivered(error: KafkaError | None, _message: Message) -> None:
+            if error is not None:
+                failed.append(error)
+
+        try:
+            self._producer.begin_transaction()
+            for output in outputs:
+                self._producer.produce(output.topic, output.value, output.key, headers=list(output.headers), on_delivery=delivered)
+            self._again(lambda: self._producer.commit_transaction(_TIMEOUT_S))
+        except KafkaException as error:
+            cause = error.args[0]
+            if not cause.fatal():
+                self._again(lambda: self._producer.abort_transaction(_TIMEOUT_S))
+            raise self._told((failed or [cause])[0]) from None
+
+    def _again(self, call: Callable[[], None]) -> None:
+        """The same call again while it is retriable (K4).  Raises KafkaException for what has to be aborted."""
+        give_up = time.monotonic() + _TIMEOUT_S
+        while True:
+            try:
+                return call()
+            except KafkaException as error:
+                cause = error.args[0]
+                if cause.txn_requires_abort():
+                    raise
+                if not cause.retriable() or time.monotonic() > give_up:
+                    raise self._told(cause) from None
+            time.sleep(_AGAIN_S)
+
+    def _told(self, cause: KafkaError) -> TransportError:
+        if cause.code() == KafkaError._FENCED:
+            return TransportError(f"another process has begun to do this meanwhile ({self._name}); look again what is left to do", retryable=False)
+        return TransportError(f"{self._config.bootstrap_servers} did not take the records: {cause.str()}")
+
+    def __enter__(self) -> SoleWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        del self._producer

@@ -1,0 +1,225 @@
+"""What must be true of a run whatever the processors say: outcomes known in closed form, and what no record may do.
+
+Nothing here runs product code but to read a snapshot's header.  Sums of accounts, undo order of sagas, outcomes of
+activities by their plans, times of schedules, replies; the version that an instance begins and ends on (G10), and what
+an older kwflow may do to what a newer one saved (G7).
+"""
+
+import collections
+import datetime
+import json
+import re
+from typing import Any
+
+from kwflow.core import snapshot
+from kwflow.testing.kafka.log import Entry, Place, Transaction
+from tests.simulation.activities import ATTEMPTS_MAX
+from tests.simulation.ledger import Ledger
+from tests.simulation.releases import Release
+from tests.simulation.world import Failed, World
+
+Reply = tuple[str, Any]
+
+
+def check(world: World, ledger: Ledger) -> None:
+    """Raises Failed naming the first thing that is not as it must be."""
+    log = _Log(world, ledger)
+    _Code(world).check(ledger)
+    for id in world.clients.special.accounts:
+        _account(log, id)
+    for id in world.clients.special.sagas:
+        _saga(log, id)
+    for id in world.clients.special.schedules:
+        _schedule(log, id)
+    _calls(world, log)
+
+
+class _Log:
+    """The visible records of a run by topic and key, in order; values as JSON where they are."""
+
+    def __init__(self, world: World, ledger: Ledger) -> None:
+        self.config = world.config
+        self.records: dict[tuple[str, str], list[Entry]] = collections.defaultdict(list)
+        self.keys: dict[str, list[str]] = collections.defaultdict(list)
+        self.dead: set[tuple[int, int]] = set()  # records of the resume topic that were dead-lettered alone
+        self.place: dict[Entry, Place] = {}
+        for place in ledger.entries:
+            for entry in ledger.visible(place):
+                key = (entry.key or b"").decode("utf-8", "replace")
+                self.records[place[0], key].append(entry)
+                self.keys[place[0]].append(key)
+                self.place[entry] = place
+                headers = dict(entry.headers)
+                if place[0] == world.config.dead_letter_topic and headers["kwflow-error-reason"] != b"parked" and headers["kwflow-error-topic"] == world.config.resume_topic.encode():
+                    self.dead.add((int(headers["kwflow-error-partition"] or 0), int(headers["kwflow-error-offset"] or 0)))
+
+    def inputs(self, id: str) -> list[Entry]:
+        """What was written for this id and not dead-lettered, in the order in which it is applied."""
+        return [entry for entry in self.records[self.config.resume_topic, id] if (self.place[entry][1], entry.offset) not in self.dead]
+
+    def results(self, id: str) -> list[Any]:
+        return [_json(entry) for entry in self.records[self.config.result_topic, id]]
+
+    def replies(self) -> dict[str, list[Reply]]:
+        found: dict[str, list[Reply]] = collections.defaultdict(list)
+        for (topic, _), entries in self.records.items():
+            for entry in entries if topic == self.config.reply_topic else ():
+                reply = _json(entry)
+                found[reply["request"]].append((reply["status"], reply["value"]))
+        return found
+
+    def said(self, id: str) -> list[list[str]]:
+        return [(entry.value or b"").decode().split(" ") for entry in self.records["sim-said", id]]
+
+
+def _json(entry: Entry) -> Any:
+    return json.loads(entry.value or b"null")
+
+
+def _wrong(what: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise Failed(f"{what}: is {found}, should be {wanted}")
+
+
+# -- accounts ------------------------------------------------------------------------------------------------------------
+def _account(log: _Log, id: str) -> None:
+    """M1.4, M2, M3: its total is the sum of what it was told, each command once; each request is answered once, with the sum at its time."""
+    total = heard = 0
+    done: dict[bytes | None, Reply] = {}
+    wanted: dict[str, list[Reply]] = {}
+    for entry in log.inputs(id):
+        headers = dict(entry.headers)
+        op, command = headers.get("kwflow-op"), headers.get("kwflow-id")
+        if op not in (b"signal", b"update"):
+            continue
+        if command not in done:
+            value = _json(entry)["value"]
+            if op == b"update" and value < 0:
+                done[command] = ("rejected", None)
+            else:
+                total, heard = total + (value or 0), heard + (value is not None)
+                done[command] = ("ok", total) if op == b"update" else ("delivered", None)
+        wanted[(headers["kwflow-request"] or b"").decode()] = [done[command]]
+    _wrong(f"the result of {id}", [result["found"] for result in log.results(id)], [[total, heard]])
+    replies = log.replies()
+    _wrong(f"the replies of {id}", {request: replies.get(request, []) for request in wanted}, wanted)
+
+
+# -- sagas ---------------------------------------------------------------------------------------------------------------
+def _saga(log: _Log, id: str) -> None:
+    """What was booked is undone in reverse order if the saga fails, and not at all if it does not."""
+    lines = log.said(id)
+    booked = [line[1:] for line in lines if line[0] == "answered"]
+    undone = [line[1:] for line in lines if line[0] == "undo"]
+    failed = [line for line in lines if line[:2] == ["saga", "failed"]]
+    _wrong(f"how often {id} ended", len(log.results(id)) + len(log.records[log.config.error_topic, id]), 1)
+    _wrong(f"what {id} has undone", undone, booked[::-1] if failed else [])
+    _wrong(f"whether {id} failed", bool(failed), not log.results(id))
+    for result in log.results(id):
+        _wrong(f"the result of {id}", [str(value) for value in result["found"]], [value for _, value in sorted(booked)])
+
+
+# -- activities ----------------------------------------------------------------------------------------------------------
+def outcomes(kind: str, plan: list[str]) -> set[Any]:
+    """How a call with this plan may end: one way, unless time limits its attempts (an engine that is down lets any of them pass)."""
+    found: set[Any] = set()
+    for attempt in range(1, ATTEMPTS_MAX + 1):
+        word = plan[min(attempt, len(plan)) - 1]
+        if word != "fail":
+            found.add("refused" if word == "refuse" else attempt)
+        if found and kind == "work":
+            return found
+    return found | ({"ValueError"} if kind == "work" else {"ValueError", "Timeout"})
+
+
+def _calls(world: World, log: _Log) -> None:
+    """M6: each call ends as its plan says, and no attempt has more results than it ran."""
+    for id in dict.fromkeys(log.keys["sim-said"]):
+        for line in log.said(id):
+            if line[0] == "called":
+                kind, text = line[1], " ".join(line[2:])
+                plan, end = json.JSONDecoder().raw_decode(text)
+                outcome = json.loads(text[end:])
+                discarded = any(("kwflow-op", b"discard") in entry.headers for entry in log.records[world.config.resume_topic, id])
+                if outcome not in outcomes(kind, plan) | ({"Discarded"} if discarded else set()):
+                    raise Failed(f"a call of {id} to {kind} with {plan} ended with {outcome}, not one of {outcomes(kind, plan)}")
+    for id in dict.fromkeys(log.keys[world.config.resume_topic]):
+        results = collections.Counter(_json(entry)["ref"] for entry in log.records[world.config.resume_topic, id] if entry.transaction is None and "sim-sent" not in dict(entry.headers))
+        ran = sum(count for (key, _, _), count in world.performed.items() if key.partition("|")[0] == id)
+        if sum(results.values()) > ran:
+            raise Failed(f"M6: {id} got {dict(results)}, and {ran} attempts ended")
+
+
+# -- schedules -----------------------------------------------------------------------------------------------------------
+def _schedule(log: _Log, id: str) -> None:
+    """Each run once, at a multiple of the interval, and after the one before unless they may overlap; their number is what its status says."""
+    [begun] = [entry for entry in log.inputs(id) if (entry.value or b"").startswith(b"new:")]
+    plan = json.loads((begun.value or b"")[4:])
+    names = [key for key in log.keys[log.config.resume_topic] if key.startswith(f"{plan['name']}@")]
+    starts = [entry for name in dict.fromkeys(names) for entry in log.records[log.config.resume_topic, name] if (entry.value or b"").startswith(b"new:")]
+    starts.sort(key=lambda entry: (_decided_ms(entry), _time_ms((entry.key or b"").decode())))
+    ids = [(entry.key or b"").decode() for entry in starts]
+    _wrong(f"runs of {id} that were started twice", [name for name, count in collections.Counter(ids).items() if count > 1], [])
+    planned = [_time_ms(name) for name in ids if "+" not in name]
+    _wrong(f"runs of {id} that are off its interval", [at for at in planned if (at - begun.timestamp_ms) % plan["every_ms"]], [])
+    _wrong(f"the order of the runs of {id}", planned, sorted(planned))
+    if plan["overlap"] != "allow":
+        for before, after in zip(starts, starts[1:], strict=False):
+            ended = [_decided_ms(entry) for topic in (log.config.result_topic, log.config.error_topic) for entry in log.records[topic, (before.key or b"").decode()]]
+            refused = log.records[log.config.dead_letter_topic, (before.key or b"").decode()]  # it may have been discarded
+            if not refused and (not ended or min(ended) >= _decided_ms(after)):
+                raise Failed(f"{after.key!r} began before {before.key!r} had ended, and {plan['overlap']} is its policy")
+    _wrong(f"what {id} says of its runs", [result["runs"] for result in log.results(id)], [len(starts)])
+
+
+def _decided_ms(entry: Entry) -> float:
+    return entry.appended_ms if entry.transaction is None else entry.transaction.decided_ms
+
+
+def _time_ms(name: str) -> int:
+    """Of a run that is named `<schedule>@<ISO 8601>`."""
+    text = re.sub(r"^[^@]*@|[+].*", "", name).replace("Z", "+00:00")
+    return round(datetime.datetime.fromisoformat(text).timestamp() * 1000)
+
+
+# -- code ----------------------------------------------------------------------------------------------------------------
+class _Code:
+    """G7 and G10 over all committed snapshots and results, in order."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.sources: set[str] = set()
+        self.saved: dict[tuple[int, bytes], tuple[dict[str, Any], bytes]] = {}
+        self.releases: list[Release] = []
+        self._upcoming = list(world.releases)
+
+    def check(self, ledger: Ledger) -> None:
+        for transaction, entries in ledger.transactions():
+            while self._upcoming and self._upcoming[0][0] < transaction.decided_ms:
+                self.releases.append(self._upcoming.pop(0)[1])
+            self.sources |= {(entry.key or b"").decode() for place, entry in entries if place[0] == self.world.config.code_topic and entry.value is not None}
+            for place, entry in entries:
+                if place[0] == self.world.config.changelog_topic and not (entry.key or b"").startswith(b"\0"):
+                    self._snapshot(transaction, place[1], entry)
+                elif place[0] == self.world.config.result_topic and b'"began"' in (entry.value or b""):
+                    self._result(_json(entry), (entry.key or b"").decode())
+
+    def _snapshot(self, transaction: Transaction, number: int, entry: Entry) -> None:
+        key = (number, entry.key or b"")
+        gone: dict[str, Any] = {"status": "gone"}
+        header, body = snapshot.split(entry.value) if entry.value is not None else (gone, b"")
+        missing = [f"{reference.partition('@')[0]}@{code['version']}" for reference, code in header.get("code", {}).items()]
+        if not set(missing) <= self.sources:
+            raise Failed(f"G10: {key} is saved on code that is not stored: {missing}; {transaction.producer} at {transaction.decided_ms:.1f}")
+        before, before_body = self.saved.get(key, ({}, b""))
+        if header["status"] not in ("gone", "ended") and before.get("lowering", 0) > self.releases[-1].lowering and body != before_body:
+            raise Failed(f"G7: {key} was saved by a newer kwflow, and an older one went on with it; {transaction.producer} at {transaction.decided_ms:.1f}")
+        self.saved[key] = header, body
+
+    def _result(self, result: dict[str, Any], id: str) -> None:
+        _wrong(f"G10: the code that {id} ended on", result["ended"], result["began"])
+        main = int(result["began"].partition(" ")[2])
+        mine = [release.helper for release in self.releases if release.main == main]
+        allowed = mine[-1:] if self.releases[-1].main == main else mine
+        if result["helper"] not in allowed:
+            raise Failed(f"G10: {id} on main {main} used helper {result['helper']}, not one of {allowed}")
