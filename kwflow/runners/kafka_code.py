@@ -39,7 +39,9 @@ class CodeTopic:
                     error = message.error()
                     if error is None:
                         found.append(topics.record_of(message))
-                    elif error.code() != KafkaError._PARTITION_EOF and not error.retriable():
+                    elif error.code() == KafkaError._PARTITION_EOF:  # the only sign, if all that is left is the marker of a transaction: no record, no position
+                        reached = max(reached, message.offset() or 0)
+                    elif not error.retriable():
                         raise TransportError(f"topic {where.topic}: {error.str()}")
                 reached = max(reached, consumer.position([where])[0].offset)
                 if reached < end and self._environment.monotonic() > give_up:

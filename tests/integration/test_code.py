@@ -8,6 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from kwflow.config import Config
+from kwflow.core.wire import Output
+from kwflow.runners.kafka_code import CodeTopic
+from kwflow.runners.kafka_writer import SoleWriter
 from tests.integration.test_kafka_engine import Site, answer
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -82,3 +86,13 @@ def test_instances_of_either_code_finish_on_it_under_engines_of_the_other(site: 
     while len({key for key, _ in entries}) < 2:  # each partition writes the version that it names: one key may come several times first
         entries = site.read(f"{site.application}-code", len(entries) + 1)
     assert json.loads(site.read(f"{site.application}-code", 1)[0][1])["file"] == "shop.py"
+
+
+def test_the_code_topic_is_read_to_its_end_when_nothing_but_the_marker_of_a_transaction_is_left(site: Site) -> None:
+    """G10: found by simulation.  A look-up of a version that is not stored waited 40 s for the marker, and then ended the engine."""
+    config = Config(bootstrap_servers=site.broker, application_id=site.application)
+    with SoleWriter(config, "code-test") as writer:
+        writer.write([Output(config.code_topic, b"shop@0", b"{}")])
+    topic = CodeTopic(config)
+    assert [record.offset for record in topic.read(0)] == [0]
+    assert topic.read(1) == []

@@ -102,7 +102,9 @@ def _account(log: _Log, id: str) -> None:
         wanted[(headers["kwflow-request"] or b"").decode()] = [done[command]]
     _wrong(f"the result of {id}", [result["found"] for result in log.results(id)], [[total, heard]])
     replies = log.replies()
-    _wrong(f"the replies of {id}", {request: replies.get(request, []) for request in wanted}, wanted)
+    found = {request: replies.get(request, []) for request in wanted}
+    held = {request: mine for request, mine in found.items() if mine == [("held", None)]}  # told so at once, while it was parked
+    _wrong(f"the replies of {id}", found, wanted | held)
 
 
 # -- sagas ---------------------------------------------------------------------------------------------------------------
