@@ -23,6 +23,7 @@ import io
 import json
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 import types
@@ -381,6 +382,7 @@ def run(module: str, count: int | None = None, native: bool = False, trip: Calla
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background, and some tests raise it
     parser = argparse.ArgumentParser()
     parser.add_argument("modules", nargs="+", metavar="MODULE[:COUNT]")
     parser.add_argument("--native", action="store_true")

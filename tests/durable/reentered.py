@@ -16,6 +16,7 @@ import io
 import json
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 import types
@@ -142,6 +143,7 @@ def run(module: str) -> echo.Outcome:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in echo.py
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         for module in sys.argv[1:]:
