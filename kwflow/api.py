@@ -6,8 +6,9 @@ and raises UsageError outside one.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Literal, TypeVar, overload
 
@@ -44,6 +45,7 @@ __all__ = [
     "cancel",
     "declare_topics",
     "declared_topics",
+    "declaring",
     "log",
     "migrate",
     "now",
@@ -72,6 +74,7 @@ __all__ = [
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _topics: set[str] = set()
+_hearing: list[set[str]] = []
 _workflows: dict[str, Callable[..., Any]] = {}
 _migrations: dict[str, Callable[..., Any]] = {}
 
@@ -160,6 +163,19 @@ def declare_topics(*names: str) -> None:
         if not isinstance(name, str) or not name:
             raise UsageError(f"a topic name is a non-empty str, not {name!r}")
     _topics.update(names)
+    for heard in _hearing:
+        heard.update(names)
+
+
+@contextlib.contextmanager
+def declaring() -> Iterator[set[str]]:
+    """The topics that code which runs inside declares, also those that were declared before."""
+    heard: set[str] = set()
+    _hearing.append(heard)
+    try:
+        yield heard
+    finally:
+        _hearing.pop()
 
 
 def declared_topics() -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import msgspec
@@ -90,6 +90,12 @@ class Processor(Protocol):
 
     input_topic: str
     changelog_topic: str
+
+    def taken_over(self, store: Store) -> Mapping[str, str]:
+        """Load what the instances of this partition need, before its first record (semantics §9.6).
+
+        The topics that this code declares, each with the version (`<module>@<sha256>`) because of which it was loaded.
+        """
 
     def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
         """What these records of one partition do, in order; one Decision each.  Never raises for bad input.

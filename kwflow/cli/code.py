@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import time
 from collections import Counter
@@ -17,14 +18,14 @@ from kwflow.cli.lowered import lowered
 from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, append, out, read, snapshots
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
-from kwflow.durable import allow_classes_by_value, allow_modules, find_source, versions
-from kwflow.errors import UsageError
+from kwflow.durable import allow_classes_by_value, allow_modules, find_source, registry, versions
+from kwflow.errors import SnapshotError, UsageError
 from kwflow.runners import deployment
 from kwflow.runners.code import LEASE_MS, CodeStore
 from kwflow.runners.deployment import Fate
 from kwflow.runners.modules import load_workflows
 
-__all__ = ["check", "code_app", "code_store"]
+__all__ = ["check", "code_app", "code_store", "prepare_stored"]
 
 code_app = typer.Typer(no_args_is_help=True, help="The code that instances run: old versions beside the new.")
 code_app.command()(lowered)
@@ -157,6 +158,15 @@ def check(settings: Config, modules: Sequence[str], embedded: Path | None, app_d
         holders = sum(cls in fate.changed.get(name, ()) for fate in fates)
         out.print(f"class {name}.{cls} has changed since {holders} of them were saved", markup=False, highlight=False)
     return 1 if counts["parked"] else 0
+
+
+def prepare_stored(settings: Config) -> None:
+    """Load the stored versions that instances on Kafka run beside the modules that are here, as an engine will; what cannot be loaded parks them, not us."""
+    store = code_store(settings, None)
+    if any((current := registry.modules().get(key.rpartition("@")[0])) is None or current.version != key.rpartition("@")[2] for key in store.entries):
+        for key in deployment.versions_in(snapshots(settings, None)):
+            with contextlib.suppress(SnapshotError):
+                versions.prepare(key, store)
 
 
 def _say(title: str, fates: list[Fate]) -> None:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -25,14 +25,14 @@ from kwflow.cli.watching import RestoreBar, log_of, watched
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.errors import TransportError, UsageError
-from kwflow.runners.code import CodeStore
+from kwflow.ports import Processor
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.embedded_state import EmbeddedStore
+from kwflow.runners.hosted import processors_of
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.socket import serve
 from kwflow.runners.supervise import orphaned, supervise
-from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.watchdog import end_when_stuck
 
 __all__ = ["Runner", "engine", "run", "scheduler"]
@@ -49,11 +49,8 @@ _COLLECT_AFTER = 20_000  # new objects; Python's 700 would be a collection every
 _LOOK_S = 0.1  # how often the main thread looks at the runners' threads
 
 
-def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: Path | None, log: Callable[[str], None]) -> list[Any]:
-    workflows = load_workflows(modules, app_dir, config.durable_packages)
-    engine.compact(config.code_topic)
-    sources = CodeStore(lambda offset: engine.read(config.code_topic, offset, engine.end(config.code_topic)), config.signing_keys)
-    return [WorkflowProcessor(config, workflows, api.declared_topics(), engine.incarnation, log, sources), TimerProcessor(config)]
+def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: Path | None, log: Callable[[str], None]) -> Sequence[Processor]:
+    return processors_of(engine, load_workflows(modules, app_dir, config.durable_packages), config, log)
 
 
 def _be_an_engine() -> None:

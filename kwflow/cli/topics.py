@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kwflow import api
+from kwflow.cli.code import prepare_stored
 from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, StateDir, out
-from kwflow.config import load_config
+from kwflow.config import Config, load_config
 from kwflow.runners.modules import load_workflows
 
 __all__ = ["From", "reset", "topics_app"]
@@ -34,9 +36,7 @@ def topics_create(
     from kwflow.runners import topics
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    if modules:
-        load_workflows(modules, app_dir, settings.durable_packages)
-    for topic in topics.create(topics.admin(settings), settings, api.declared_topics(), partitions, replication):
+    for topic in topics.create(topics.admin(settings), settings, _declared(settings, modules, app_dir), partitions, replication):
         out.print(f"created {topic}", markup=False)
 
 
@@ -55,12 +55,21 @@ def topics_check(
     from kwflow.runners import topics
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    if modules:
-        load_workflows(modules, app_dir, settings.durable_packages)
-    problems = topics.problems(topics.admin(settings), settings, api.declared_topics())
+    problems = topics.problems(topics.admin(settings), settings, _declared(settings, modules, app_dir))
     for problem in problems:
         out.print(problem, markup=False)
     raise typer.Exit(1 if problems else 0)
+
+
+def _declared(settings: Config, modules: list[str] | None, app_dir: Path | None) -> frozenset[str]:
+    """Topics that these modules declare, and stored code that instances of theirs still run (semantics §9.6)."""
+    from kwflow.runners import topics
+
+    if modules:
+        load_workflows(modules, app_dir, settings.durable_packages)
+    if modules and {settings.code_topic, settings.changelog_topic} <= topics.partitions_of(topics.admin(settings), settings).keys():
+        prepare_stored(settings)
+    return api.declared_topics()
 
 
 @topics_app.command("migrate")

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from kwflow.errors import UsageError
 
-__all__ = ["Advance", "AsyncGenerator", "Item", "Once", "aenter", "aexit", "aiter_", "aleave", "anext_", "asyncio_refusal", "below", "is_unstarted", "iterator_of"]
+__all__ = ["Advance", "AsyncGenerator", "Item", "Once", "aenter", "aexit", "aiter_", "aleave", "anext_", "asyncio_refusal", "below", "is_unstarted", "iterator_of", "leaving"]
 
 Gen: TypeAlias = "types.GeneratorType[Any, Any, Any]"
 _INSTEAD = {
@@ -100,6 +100,12 @@ class Once:
 
 def iterator_of(value: Any) -> Any:
     """What `await value` iterates, for anything but a generator.  Raises TypeError as natively, UsageError for asyncio's."""
+    if inspect.iscoroutine(value):
+        from kwflow.durable import stacks  # which is above this module in everything else
+
+        stack = stacks.instead_of(value)
+        if stack is not None:
+            return stack
     refusal = asyncio_refusal(value)
     if refusal is not None:
         raise refusal
@@ -246,10 +252,12 @@ class Advance:
                 raise RuntimeError("async generator ignored GeneratorExit")
             raise StopIteration(yielded.value)
         self._end()
+        context = ended.__context__
         try:
             raise StopIteration if self.kind == "aclose" and isinstance(ended, (StopAsyncIteration, GeneratorExit)) else ended
         finally:
-            del ended, arguments
+            ended.__context__ = context  # raising it here has put another one there
+            del context, ended, arguments
 
 
 def aiter_(source: Any) -> Any:
@@ -288,6 +296,8 @@ def aenter(manager: Any) -> Any:
         return Entering(manager.gen.__anext__())
     if cls is contextlib.aclosing:
         return Settled(manager.thing)
+    if enter is contextlib.AsyncExitStack.__aenter__:
+        return Settled(manager)
     if cls is contextlib.nullcontext:
         return Settled(manager.enter_result)
     return enter(manager)
@@ -295,14 +305,15 @@ def aenter(manager: Any) -> Any:
 
 def aleave(manager: Any) -> Any:
     """The awaitable of `__aexit__` with the exception being handled."""
-    return _exit(manager, *sys.exc_info())
+    return leaving(manager, *sys.exc_info())
 
 
 def aexit(manager: Any) -> Any:
-    return _exit(manager, None, None, None)
+    return leaving(manager, None, None, None)
 
 
-def _exit(manager: Any, *exc_info: Any) -> Any:
+def leaving(manager: Any, *exc_info: Any) -> Any:
+    """The awaitable of `__aexit__`; of contextlib's managers in a form that can be saved."""
     cls = type(manager)
     if cls is contextlib._AsyncGeneratorContextManager and isinstance(manager.gen, AsyncGenerator):
         return Leaving(manager.gen, exc_info[1])
@@ -310,6 +321,10 @@ def _exit(manager: Any, *exc_info: Any) -> Any:
         return manager.thing.aclose()
     if cls is contextlib.nullcontext:
         return Settled(None)
+    if cls.__aexit__ is contextlib.AsyncExitStack.__aexit__:
+        from kwflow.durable.stacks import Unwinding
+
+        return Unwinding(manager, exc_info[1])
     return cls.__aexit__(manager, *exc_info)
 
 
@@ -354,21 +369,27 @@ class _Chained:
         self.target.close()
 
     def _outcome(self, go: Callable[..., Any], *arguments: Any) -> Any:
-        value: Any = None
-        error: BaseException | None = None
-        try:
-            return go(*arguments)
-        except StopIteration as stop:
-            value = stop.value
-        except BaseException as raised:
-            error = raised
-        try:
-            ending = self.ended(value, error)
-            if ending is not None:
-                raise ending
-        finally:
-            del error, ending, arguments
-        return self.send(None)
+        value: Any
+        error: BaseException | None
+        while True:
+            value = error = None
+            try:
+                return go(*arguments)
+            except StopIteration as stop:
+                value = stop.value
+            except BaseException as raised:
+                error = raised
+            ending = context = None
+            try:
+                ending = self.ended(value, error)
+                if ending is not None:
+                    context = ending.__context__
+                    raise ending
+            finally:
+                if ending is not None and ending is error:
+                    ending.__context__ = context  # raising it here has put another one there
+                del context, error, ending, arguments
+            go, arguments = self.target.send, (None,)
 
     def ended(self, value: Any, error: BaseException | None) -> BaseException | None:
         """StopIteration with the result, an error to raise, or None to go on with another target."""

@@ -28,25 +28,28 @@ def load(name: str, source: str, filename: str) -> Module:
     path = _path(filename)
     if path is None:
         return lower_module(name, source, filename)
-    key = (source_version(source), filename, LOWERING_VERSION, sys.version, _lowering())
+    version = source_version(source)
+    key = (version, filename, LOWERING_VERSION, sys.version, _lowering())
     try:
-        saved, lowered = marshal.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            saved, code, facts, warnings = marshal.loads(file.read())
         if saved == key:
-            return module_of(name, source, filename, lowered)
+            return module_of(name, source, version, filename, code, functools.partial(marshal.loads, facts), warnings)
     except (OSError, ValueError, EOFError, TypeError):
         pass
     made = lower_module(name, source, filename)
     if not sys.dont_write_bytecode:
-        _write(path, marshal.dumps((key, made.lowered)))
+        code, facts, warnings = made.lowered
+        _write(pathlib.Path(path), marshal.dumps((key, code, marshal.dumps(facts), warnings)))
     return made
 
 
-def _path(filename: str) -> pathlib.Path | None:
+def _path(filename: str) -> str | None:
     """None for what is no file, or where the interpreter caches nothing."""
     if not filename.endswith(".py") or not os.path.isfile(filename):
         return None
     try:
-        return pathlib.Path(importlib.util.cache_from_source(filename, optimization="")).with_suffix(".kwflow")
+        return importlib.util.cache_from_source(filename, optimization="").removesuffix(".pyc") + ".kwflow"
     except NotImplementedError:
         return None
 

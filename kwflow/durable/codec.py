@@ -25,6 +25,7 @@ from kwflow.durable.local_classes import by_value, reduce_class
 from kwflow.durable.lower import LOWERING_VERSION
 from kwflow.durable.lower.upgrade import upgraded
 from kwflow.durable.reducers import Refused, plain, reduce_module, reducer_of
+from kwflow.durable.stacks import is_async_callback
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ResourceError, SnapshotError
 
 __all__ = ["FORMAT", "SEEDS", "Code", "dumps", "dumps_with_code", "loads", "padded", "register_class", "seeded"]
@@ -204,6 +205,9 @@ class _Pickler(pickle.Pickler):
             if names.allowed(module, name, fn):
                 return NotImplemented
             raise Refused(f"the function {module}.{name} of a module that is not durable; list it under snapshot_modules in kwflow.toml, or call it where it is needed")
+        if known is None and (is_async := is_async_callback(fn)) is not None:
+            self.states += (_FUNCTION, fn, (None, None, fn.__dict__, fn.__name__, name, None, None))
+            return rebuild.exit_callback, (is_async, fn.__closure__)
         if known is None:
             raise Refused(f"the function {name} ({fn.__code__.co_filename}:{fn.__code__.co_firstlineno}), which belongs to no durable module")
         elsewhere = None if module == known.namespace["__name__"] else module  # by functools.wraps

@@ -69,7 +69,8 @@ _FUNCTIONS: dict[str, frozenset[str]] = {
         "array": "_array_reconstructor",
         "base64": "b64decode b64encode urlsafe_b64decode urlsafe_b64encode",
         "bisect": "bisect bisect_left bisect_right insort insort_left insort_right",
-        "contextlib": "ExitStack.__exit__ _GeneratorContextManager.__exit__ closing.__exit__ nullcontext.__exit__ suppress.__exit__",  # held by an ExitStack
+        "contextlib": "ExitStack.__exit__ _GeneratorContextManager.__exit__ closing.__exit__ nullcontext.__exit__ suppress.__exit__ "
+        "AsyncExitStack.__aexit__ AsyncExitStack.aclose ExitStack.close _AsyncGeneratorContextManager.__aexit__ aclosing.__aexit__ nullcontext.__aexit__",  # held by exit stacks
         "copy": "copy deepcopy",
         "copyreg": "__newobj__ __newobj_ex__ _reconstructor",
         "functools": "reduce",
@@ -97,7 +98,7 @@ _EXCEPTIONS = frozenset(
     "xml.parsers.expat xml.sax._exceptions xmlrpc.client zipfile zipimport zlib zoneinfo zoneinfo._common".split()
 )
 _OURS_REFUSED = ("kwflow.cli", "kwflow.client", "kwflow.runners", "kwflow.testing", "kwflow.gateway", "kwflow.worker", "kwflow.config", "kwflow.durable.lower")
-_DURABLE = frozenset("kwflow.durable.awaiting kwflow.durable.iters kwflow.durable.pools kwflow.durable.resources kwflow.durable.runtime".split())
+_DURABLE = frozenset("kwflow.durable.awaiting kwflow.durable.iters kwflow.durable.pools kwflow.durable.resources kwflow.durable.runtime kwflow.durable.stacks".split())
 _modules: set[str] = set()
 _by_value = False
 

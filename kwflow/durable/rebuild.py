@@ -23,11 +23,12 @@ from kwflow.durable import names, registry
 from kwflow.durable.frames import empty
 from kwflow.durable.registry import Function, Module, Pins
 from kwflow.durable.runtime import as_coroutine
+from kwflow.durable.stacks import made_callback
 from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError
 
 __all__ = [
-    "CONSTRUCTORS", "CURRENT", "EXCEPTION_ATTRIBUTES", "MINOR", "Names", "Wrapped", "bound", "builders", "cell", "class_by_value", "contents", "custom", "exception", "exception_slots", "function",
-    "generator", "global_of", "imported_module", "instance", "is_bound_of", "iterator_at", "local_class", "logger", "mapping_proxy", "match", "memory", "method", "named",
+    "CONSTRUCTORS", "CURRENT", "EXCEPTION_ATTRIBUTES", "MINOR", "Names", "Wrapped", "bound", "builders", "cell", "class_by_value", "contents", "custom", "exception", "exception_slots",
+    "exit_callback", "function", "generator", "global_of", "imported_module", "instance", "is_bound_of", "iterator_at", "local_class", "logger", "mapping_proxy", "match", "memory", "method", "named",
     "nothing", "numpy_array", "path", "register", "set_class", "set_exception", "set_function", "super_of", "tag_of", "view", "zone",
 ]  # fmt: skip
 
@@ -175,6 +176,11 @@ def set_function(made: types.FunctionType, state: tuple[Any, ...]) -> None:
     if module is not None:
         made.__module__ = module
     made.__dict__.update(attributes)
+
+
+def exit_callback(is_async: bool, closure: tuple[types.CellType, ...]) -> types.FunctionType:
+    """How an exit stack holds what `callback` or `push_async_callback` was given."""
+    return made_callback(is_async, closure)
 
 
 def method(owner: Any, made: Callable[..., Any]) -> types.MethodType:
@@ -407,7 +413,7 @@ def custom(name: str, state: Any) -> Any:
 CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     made.__name__: made
     for made in (
-        bound, cell, class_by_value, custom, exception, function, generator, global_of, imported_module, instance, iterator_at, local_class, logger, mapping_proxy, match, memory, method, named,
-        nothing, numpy_array, path, set_class, super_of, view, Wrapped, zone,
+        bound, cell, class_by_value, custom, exception, exit_callback, function, generator, global_of, imported_module, instance, iterator_at, local_class, logger, mapping_proxy, match, memory,
+        method, named, nothing, numpy_array, path, set_class, super_of, view, Wrapped, zone,
     )
 }  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from kwflow.errors import CodeChangedError
 
 __all__ = [
-    "RUNTIME", "Function", "Label", "Module", "Pins", "add_module", "add_sentinels", "add_version", "drop_version", "function_of", "is_durable", "logical_name",
+    "RUNTIME", "Function", "Label", "Module", "Pins", "Place", "add_module", "add_sentinels", "add_version", "drop_version", "function_of", "is_durable", "logical_name",
     "lookup", "module", "modules", "reference", "reference_of", "register_code", "remove_module", "sentinel", "version", "version_name", "versions_of",
 ]  # fmt: skip
 
@@ -56,7 +56,7 @@ class Function:
     labels: tuple[Label, ...]
     compile_cold: Callable[[], types.CodeType]
     compile_plain: Callable[[], types.CodeType]
-    home: Module = field(init=False, repr=False)  # set by the Module that takes it in
+    home: Module = field(init=False, repr=False)  # set by who makes it
 
     @functools.cached_property
     def label_numbers(self) -> dict[str, int]:
@@ -96,34 +96,39 @@ class Module:
     filename: str
     source: str
     code: types.CodeType
-    functions: dict[str, Function]
+    functions: Mapping[str, Function]
     units: Mapping[str, str]
     namespace: dict[str, Any] = field(default_factory=dict)
     whole: bool = True
     lowered: Any = None  # what lowering made of the source, as plain data that a cache may keep
     stored: Mapping[str, Any] | None = None  # what it was loaded from, if it is a stored version
 
-    def __post_init__(self) -> None:
-        for function in self.functions.values():
-            function.home = self
-
 
 Pins = Mapping[str, Module]  # reference -> the version it stands for, of what is not simply current
-_functions: dict[int, tuple[types.CodeType, Function]] = {}
+Place = tuple[Mapping[str, Function], str]  # a function that nobody has asked for yet: those of its module, and its path
+_functions: dict[int, tuple[types.CodeType, Function | Place]] = {}
 _modules: dict[str, Module] = {}  # the current ones
 _versions: dict[str, Module] = {}  # stored ones, by `name@<12 hex>`
 _replaced: list[Module] = []  # what was current before a reload: live code of it keeps its metadata (semantics §5.4)
 _sentinels: dict[int, tuple[Any, tuple[str, str]]] = {}  # the object is held, so that its id stays its own
 
 
-def register_code(code: types.CodeType, function: Function) -> None:
+def register_code(code: types.CodeType, function: Function | Place) -> None:
     _functions[id(code)] = (code, function)
 
 
 def function_of(code: types.CodeType) -> Function | None:
     """The durable function this code object belongs to, if any."""
     entry = _functions.get(id(code))
-    return entry[1] if entry is not None else None
+    if entry is None:
+        return None
+    found = entry[1]
+    if isinstance(found, Function):
+        return found
+    functions, path = found
+    made = functions[path]
+    _functions[id(code)] = (code, made)
+    return made
 
 
 def add_module(loaded: Module) -> Module | None:

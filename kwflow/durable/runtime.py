@@ -12,10 +12,10 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from kwflow.durable import awaiting
-from kwflow.durable.registry import RUNTIME, Function, Module, function_of, register_code
+from kwflow.durable.registry import RUNTIME, Module, Place, function_of, register_code
 
 __all__ = ["Driver", "Resume", "Runtime", "abandoning", "delegate", "inject", "set_abandoning", "set_driving"]
 
@@ -236,6 +236,9 @@ def awaited(value: Any) -> Any:
     return iterator if isinstance(iterator, _OURS) else delegate(iterator)
 
 
+_EMPTY = types.CellType()  # compared with another cell, it tells whether that is empty; contents are not looked at
+
+
 def first(slots: dict[str, Any], name: str = "", cell: types.CellType | None = None) -> Any:
     """Empties a state that has been read and returns its value of that name: what zero-argument `super()` looks for."""
     value = slots.get(name)
@@ -295,9 +298,14 @@ class Resume:
         raise AttributeError(name)
 
 
+def unbound(name: str) -> NoReturn:
+    """Reading a variable of this generator that holds nothing."""
+    raise UnboundLocalError(f"cannot access local variable {name!r} where it is not associated with a value")
+
+
 def inject(namespace: dict[str, Any], module: Module, bound: Mapping[str, type]) -> None:
     """The globals that lowered code of a module uses beside the author's."""
-    namespace.update({RUNTIME: Runtime(module, bound), "@type": builtins.type, "@iter": builtins.iter, "@exc_info": sys.exc_info, "@managers": _managers, "@iterators": _ITERATORS})
+    namespace.update({RUNTIME: Runtime(module, bound), "@type": builtins.type, "@iter": builtins.iter, "@exc_info": sys.exc_info, "@managers": _managers, "@iterators": _ITERATORS, "@empty": _EMPTY})
 
 
 class Runtime:
@@ -313,6 +321,7 @@ class Runtime:
     first = staticmethod(first)
     links = staticmethod(links)
     relink = staticmethod(relink)
+    unbound = staticmethod(unbound)
     chain = itertools.chain
     slice = builtins.slice
     Resume = Resume
@@ -340,20 +349,20 @@ class Runtime:
         """The innermost decorator of every function: registers its code."""
         found = self._marks.get(path)
         if found is None:
-            found = self._marks[path] = functools.partial(_mark, self._functions[path])
+            found = self._marks[path] = functools.partial(_mark, (self._functions, path))
         return found
 
     def marked(self, path: str, function: Any) -> Any:
         """The same for lambdas."""
-        return _mark(self._functions[path], function)
+        return _mark((self._functions, path), function)
 
     def mark_coroutine(self, path: str) -> Callable[[Any], Any]:
         """The same for async functions."""
-        return lambda function: as_coroutine(_mark(self._functions[path], function))
+        return lambda function: as_coroutine(_mark((self._functions, path), function))
 
     def generator(self, path: str, made: types.GeneratorType[Any, Any, Any]) -> Any:
         """The same for generator expressions."""
-        register_code(made.gi_code, self._functions[path])
+        register_code(made.gi_code, (self._functions, path))
         return made
 
     def closure(self, path: str, lender: types.FunctionType) -> types.FunctionType:
@@ -364,8 +373,8 @@ class Runtime:
         return made
 
 
-def _mark(function: Function, fn: types.FunctionType) -> types.FunctionType:
-    register_code(fn.__code__, function)
+def _mark(place: Place, fn: types.FunctionType) -> types.FunctionType:
+    register_code(fn.__code__, place)
     return fn
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 from kwflow.durable import codec, loader, registry
 from kwflow.durable.fingerprint import class_hashes, imports_of, source_version
-from kwflow.durable.lower import LOWERING_VERSION, lower_module
+from kwflow.durable.lower import LOWERING_VERSION, lower_module, units_in
 from kwflow.durable.registry import Module, Pins
 from kwflow.errors import CodeChangedError, SnapshotError, TransportError
 
-__all__ = ["Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "needed", "no_sources", "resolve", "source_in", "split_reference", "stored_with"]
+__all__ = ["Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "needed", "no_sources", "prepare", "resolve", "source_in", "split_reference", "stored_with"]
 
 Sources = Callable[[str], bytes | None]  # `<module>@<sha256>` -> the stored entry; asked only for what is not loaded
 _REFERENCE = re.compile(r"(.+)@([0-9a-f]{12})")
@@ -117,6 +117,27 @@ def resolve(code: Mapping[str, Any], sources: Sources) -> Pins:
         elif reference != name:
             pins[reference] = current
     return pins
+
+
+def prepare(key: str, sources: Sources) -> None:
+    """Load what an instance that holds code of this version (`<module>@<sha256>`) needs when it wakes.
+
+    That is the current module, and the stored one too if any of its units is not as it is there.  Raises CodeChangedError when its code fails.
+    """
+    name, _, version = key.rpartition("@")
+    current = loader.current(name)
+    if current is not None and current.version == version:
+        return
+    data = sources(key)
+    if data is not None and (current is None or not _has_units_of(current, source_in(data))):  # None: nobody has held it for long, and it was cleared up
+        _version(name, version, sources, "it is not the current version")
+
+
+def _has_units_of(current: Module, source: str) -> bool:
+    try:
+        return units_in(source).items() <= units_in(current.source).items()
+    except (SyntaxError, RecursionError):  # written for another minor of Python; loading it says so
+        return False
 
 
 def changed_units(current: Module | None, saved: Mapping[str, Any]) -> list[str]:

@@ -16,13 +16,13 @@ from kwflow.core.snapshot import UNSIGNED, key_id
 from kwflow.core.wire import Output, Record
 from kwflow.durable import versions
 from kwflow.durable.registry import Module
-from kwflow.ports import Changes
+from kwflow.ports import Changes, Store
 
-__all__ = ["LEASE_MS", "CodeStore", "offer"]
+__all__ = ["LEASE_MS", "WRITTEN", "CodeStore", "named_in", "offer"]
 
 LEASE_MS = 86_400_000
 _SEAL = b"\nHMAC-SHA-256 "  # then the digest in hex; JSON holds no line break
-_WRITTEN = b"\0code\0"  # state: when this partition last wrote the entry, and the id of the key it was signed with
+WRITTEN = b"\0code\0"  # state: when this partition last wrote the entry, and the id of the key it was signed with
 
 
 class CodeStore:
@@ -71,13 +71,21 @@ def offer(topic: str, state: Changes, module: Module, now_ms: int, keys: Sequenc
     for found in versions.stored_with(module):
         if not _fresh(state, found, now_ms, seal):
             state.put(_marker(found), b"%d %s" % (now_ms, seal))
-            name, data = _marker(found)[len(_WRITTEN) :], versions.entry(found)
+            name, data = _marker(found)[len(WRITTEN) :], versions.entry(found)
             made.append(Output(topic, name, data + _SEAL + _signature(keys[0], name, data) if keys else data, (), now_ms))
     return made
 
 
+def named_in(state: Store) -> list[str]:
+    """`<module>@<sha256>` of every version that a snapshot in this state names, and of some that none names any more.
+
+    Whoever wrote a snapshot that names a version wrote the marker with it, so this needs no look at the snapshots themselves.
+    """
+    return [key[len(WRITTEN) :].decode() for key, _ in state.scan(WRITTEN)]
+
+
 def _marker(module: Module) -> bytes:
-    return _WRITTEN + versions.entry_key(module.name, module.version).encode()
+    return WRITTEN + versions.entry_key(module.name, module.version).encode()
 
 
 def _fresh(state: Changes, module: Module, now_ms: int, seal: bytes) -> bool:

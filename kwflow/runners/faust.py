@@ -80,6 +80,7 @@ class _Agent:
         self.table = app.Table("state", key_type=bytes, value_type=bytes, partitions=partitions)
         self._state = _Table(self.table, partitions)
         self._steps = ThreadPoolExecutor(1, "kwflow-step")
+        self._prepared: set[int] = set()  # partitions whose code was loaded
         self._loop: asyncio.AbstractEventLoop | None = None
         self._worker = processor.work(self._deliver)
         topic = app.topic(config.resume_topic, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
@@ -90,6 +91,7 @@ class _Agent:
 
     async def _moved(self, *_: Any, **__: Any) -> None:
         self._state.forget()
+        self._prepared.clear()
         self._worker.disown(_ALL)
 
     def _deliver(self, _pool: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
@@ -142,6 +144,9 @@ class _Agent:
             self._worker.committed(_ALL, decision.dispatch)
 
     def _decide(self, overlay: Overlay, record: Record, now_ms: int) -> list[Decision]:
+        if record.partition not in self._prepared:  # semantics §9.6
+            self.processor.taken_over(overlay)
+            self._prepared.add(record.partition)
         expired = self.processor.due(overlay, now_ms, _FORGOTTEN_MAX)
         return [*self.processor.decide(overlay, [record], now_ms), *([expired] if expired is not None else [])]
 

@@ -12,14 +12,22 @@ from kwflow import api
 from kwflow.config import Config, load_config
 from kwflow.core.contract import Workflows
 from kwflow.durable import set_abandoning
-from kwflow.ports import Processor
+from kwflow.runners.code import CodeStore
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.socket import serve
 from kwflow.runners.timers import TimerProcessor
 
-__all__ = ["Hosted"]
+__all__ = ["Hosted", "processors_of"]
+
+
+def processors_of(engine: Embedded, workflows: Workflows, config: Config, on_log: Callable[[str], None]) -> tuple[WorkflowProcessor, TimerProcessor]:
+    """What an embedded engine runs; the sources of the code that its instances run are kept in its log (G10)."""
+    topic = config.code_topic
+    engine.compact(topic)
+    sources = CodeStore(lambda offset: engine.read(topic, offset, engine.end(topic)), config.signing_keys)
+    return WorkflowProcessor(config, workflows, api.declared_topics(), engine.incarnation, on_log, sources), TimerProcessor(config)
 
 
 class Hosted:
@@ -32,8 +40,7 @@ class Hosted:
         self.config = config or load_config()
         loaded = workflows if isinstance(workflows, Workflows) else load_workflows(workflows, packages=self.config.durable_packages)
         self.engine = Embedded(Path(directory), self.config)
-        self._workflows = WorkflowProcessor(self.config, loaded, api.declared_topics(), self.engine.incarnation, on_log)
-        self._processors: list[Processor] = [self._workflows, TimerProcessor(self.config)]
+        self._workflows, self._timers = processors_of(self.engine, loaded, self.config, on_log)
         self._forgetting = set_abandoning(True, everywhere=True)  # while it runs, on every thread of this process (semantics §3.3)
         self._on_log = on_log
         self._stopped = False
@@ -45,7 +52,7 @@ class Hosted:
 
     def _run(self) -> None:
         try:
-            self.engine.run(self._processors, lambda: self._stopped, self._on_log)
+            self.engine.run([self._workflows, self._timers], lambda: self._stopped, self._on_log)
         except BaseException as error:
             self._failed = error
 

@@ -21,7 +21,7 @@ from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Transitio
 from kwflow.core.instance import Instance
 from kwflow.core.step import applied_before, step
 from kwflow.core.wire import Record
-from kwflow.durable import allow_classes_by_value, allow_modules, set_abandoning
+from kwflow.durable import allow_classes_by_value, allow_modules, set_abandoning, versions
 from kwflow.durable.registry import Module
 from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, SnapshotError, StepTimeout
@@ -110,6 +110,7 @@ class WorkflowProcessor:
         self.workflows = Workflows({**flows.workflows(), **workflows.functions}, workflows.default, workflows.migrations)
         self.topics = Topics(config.resume_topic, config.result_topic or None, config.error_topic or None, config.scheduler_topic, declared)
         self.limits = Limits(**{name: getattr(config, name) for name in Limits.__struct_fields__})
+        self._prepared: dict[str, frozenset[str]] = {}  # `<module>@<sha256>` -> the topics that loading what it needs has declared
         self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
         self._sleeping: dict[bytes, _Live] = {}  # least recently used first; one is used only if its bytes are still what is stored (K3)
         self._sleeping_bytes = 0
@@ -191,6 +192,21 @@ class WorkflowProcessor:
         if command:
             return commands.refuse(self.config, state, name, record, reason)
         return parked.park(self.config, state, name, state.get(name.encode()), record, SnapshotError(reason), record.timestamp_ms)
+
+    def taken_over(self, store: Store) -> dict[str, str]:
+        """Nothing is loaded twice: the next partition may name the same versions."""
+        for key in code.named_in(store):
+            if key in self._prepared:
+                continue
+            self._prepared[key] = frozenset()
+            try:
+                with api.declaring() as declared:
+                    versions.prepare(key, self.sources)
+                self._prepared[key] = frozenset(declared)
+            except SnapshotError as error:  # what needs it is parked when it wakes, and may be retried
+                self.on_log(f"{key[: key.index('@') + 13]}: {error}")
+        self.allow(api.declared_topics())
+        return {topic: key for key in code.named_in(store) for topic in self._prepared[key]}
 
     def allow(self, declared: frozenset[str]) -> None:
         """Stored versions declare topics when they are loaded; what may be written to is the union (semantics §9.6)."""

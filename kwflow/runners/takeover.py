@@ -14,6 +14,7 @@ from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.environment import Consumer
 from kwflow.runners.fencing import Fencing
+from kwflow.runners.kafka_code import take_over
 from kwflow.runners.kafka_member import END_WAIT_MS, TRANSACTION_S, Member, again
 from kwflow.runners.kafka_state import MOVED, POSITION, Partition, PartitionStore, Restore, agreed
 from kwflow.runners.orphans import Orphans
@@ -231,6 +232,7 @@ class Takeover:
             return
         if position is None:
             position = committed if committed != OFFSET_INVALID else member.start(self._topic, number)
+        take_over(member.processor, store, member.admin, member.config, where)
         end = member.end(self._topic, number)
         careful = min(end, position + member.config.batch_records_max) if self._attempts.unclean or self._has_died(number) else position
         self._former.pop(number, None)

@@ -25,6 +25,9 @@ class TimerProcessor:
         self.input_topic = config.scheduler_topic
         self.changelog_topic = config.timers_changelog_topic
 
+    def taken_over(self, store: Store) -> dict[str, str]:
+        return {}
+
     def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
         made: list[Decision] = []
         table, changed = self._table(state), False

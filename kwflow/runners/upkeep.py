@@ -20,6 +20,7 @@ from kwflow.core import dispatch, timers
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import TransportError, UsageError
 from kwflow.runners import topics
+from kwflow.runners.code import WRITTEN
 from kwflow.runners.kafka_link import read
 from kwflow.runners.kafka_state import POSITION
 from kwflow.runners.loop import EXPIRES
@@ -193,7 +194,10 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
     incarnation, _ = topics.describe(admin, config, source)
     committed = _offsets(admin, group, source, partitions)
     producer.begin_transaction()
+    written = {key: value for state in states.values() for key, value in state.items() if key.startswith(WRITTEN)}
     for number, state in states.items():
+        for key in written.keys() - state.keys():  # an instance that moved is where the code it runs is known to be stored
+            producer.produce(changelog, written[key], key, partition=number)
         if source == config.scheduler_topic:
             due = sorted(key for key in state if key.startswith(timers.DUE))
             producer.produce(changelog, b"%d %s" % (len(due), due[0]) if due else None, timers.COUNT, partition=number)

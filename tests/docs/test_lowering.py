@@ -43,7 +43,7 @@ HEAD = """# Lowering: what the compiler makes of a generator
 
 A durable module is compiled from a rewritten tree ([kwflow/durable/lower](../kwflow/durable/lower/__init__.py) reads in the order of its docstring). Each
 generator has two forms. The **hot** twin stands in place of the author's function: every wait is a statement of its own, with its label stored
-before it, and what the interpreter would keep on its stack has a name. The **cold** twin is compiled when a saved generator is restored: the same
+before it (in a loop that has one label: before the loop), and what the interpreter would keep on its stack has a name. The **cold** twin is compiled when a saved generator is restored: the same
 code with guards, entered at the label (`reach_`) where the generator waited. `kwflow code lowered MODULE:FUNCTION [--cold]` prints both for your own code.
 
 Lines are the author's: tracebacks, `pdb`, coverage and `inspect.getsource` show what was written. Names below end in `_` where the real ones are no

@@ -1,9 +1,11 @@
 """Deployments of the embedded engine: stopped, its code replaced, started again, as its user does it (G10)."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -11,7 +13,7 @@ import pytest
 
 from kwflow.config import Config
 from kwflow.runners.embedded import Embedded
-from tests.embedded.test_embedded import Shell
+from tests.embedded.test_embedded import ROOT, Shell
 
 HEAD = "import kwflow as kw\n"
 OLD = HEAD + "from shop.helpers import help_\n\ndef main(opts):\n    got = yield kw.suspend('r')\n    yield kw.suspend('s')\n    return ['old', got, help_()]\n"
@@ -74,6 +76,30 @@ def test_instances_outlive_a_changed_a_renamed_and_a_deleted_module(site: Deploy
     site("resume", "w", "s")
     site.until(lambda: len(site.records("workflow-result")) == 2)
     assert site.records("workflow-result") == ['0 v ["new",6]', '1 w ["old",5,"helped"]']
+
+
+@pytest.mark.slow
+def test_old_code_that_instances_wait_in_is_loaded_when_the_engine_starts(site: Deployments) -> None:
+    """Semantics §9.6: before any record; in a program that holds its engine itself, too."""
+    loads = site.folder / "loads"
+    noted = HEAD + f"open({str(loads)!r}, 'a').write(__name__ + chr(10))\n"
+    site.deploy({"trips.py": noted + "def main(opts):\n    yield kw.suspend('r')\n    return 'old'\n"}, "shop.trips")
+    site("start", "w")
+    waits_for(site, "w", "r")
+    loads.write_text("")
+    site.deploy({"trips.py": HEAD + "def main(opts):\n    yield kw.suspend('r')\n    return 'new'\n"}, "shop.trips")
+    site.until(lambda: loads.read_text().startswith("shop.trips@"))
+    site.stop()
+    loads.write_text("")
+    held = "import sys, time\nsys.path.insert(0, sys.argv[1])\nfrom kwflow.runners.hosted import Hosted\nwith Hosted(sys.argv[2], ['shop.trips']):\n    sys.stdin.read()\n"
+    program = subprocess.Popen([sys.executable, "-c", held, str(site.folder), str(site.directory)], stdin=subprocess.PIPE, cwd=site.folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        site.until(lambda: loads.read_text().startswith("shop.trips@"))
+        site("resume", "w", "r")
+        site.until(lambda: site.records("workflow-result"))
+    finally:
+        program.communicate(timeout=30)
+    assert site.records("workflow-result") == ['0 w "old"']
 
 
 PRICED = HEAD + "class Order:\n    price = {0}\n\ndef main(opts):\n    order = Order()\n    got = yield kw.suspend('r')\n    return [{1}, got]\n\ndef side(opts):\n    yield kw.suspend('t')\n"

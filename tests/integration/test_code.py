@@ -2,11 +2,13 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
+from confluent_kafka.admin import AdminClient
 
 from kwflow.config import Config
 from kwflow.core.wire import Output
@@ -96,3 +98,30 @@ def test_the_code_topic_is_read_to_its_end_when_nothing_but_the_marker_of_a_tran
     topic = CodeTopic(config)
     assert [record.offset for record in topic.read(0)] == [0]
     assert topic.read(1) == []
+
+
+def test_what_instances_wait_in_is_loaded_before_the_first_record_and_its_topics_must_be_there(site: Site) -> None:
+    """Semantics §9.6, K12: a topic that only stored code declares is missing; it is named, made, and the engine starts."""
+    only_old, loads = site.topic("only-old"), site.directory / "loads"
+    text = (site.directory / "old" / "shop.py").read_text()
+    (site.directory / "old" / "shop.py").write_text(f"{text}kw.declare_topics({only_old!r})\nopen({str(loads)!r}, 'a').write(__name__ + chr(10))\n")
+    site.run("topics", "create", "shop", "--app-dir", str(site.directory / "old"))
+    first = engine(site, "old", "one")
+    site.send(f"{site.application}-w", "new:null")
+    site.read(site.topic("asked"), 1)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(30) == 0
+    AdminClient({"bootstrap.servers": site.broker}).delete_topics([only_old])[only_old].result(30)
+    loads.write_text("")
+    second = engine(site, "new", "two")
+    assert second.wait(60) != 0
+    said = (site.directory / "two.log").read_text()
+    assert f"topic {only_old} is missing: shop@" in said and "declares it, in which instances of" in said
+    assert f"topic {only_old} is missing" in site.fails(1, "topics", "check", "shop", "--app-dir", str(site.directory / "new"))
+    assert f"created {only_old}" in site.run("topics", "create", "shop", "--app-dir", str(site.directory / "new"))
+    loads.write_text("")
+    engine(site, "new", "two")
+    site.until(lambda: loads.read_text().startswith("shop@"))
+    answer(site, f"{site.application}-w", "r")
+    answer(site, f"{site.application}-w", "s")
+    assert site.read(site.topic("result"), 1) == [(f"{site.application}-w", '"old"')]

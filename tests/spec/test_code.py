@@ -1,5 +1,6 @@
 """Code that changes under a running workflow (G10, semantics §8): each deployment meets instances that wait in the middle."""
 
+import importlib
 import itertools
 import linecache
 import pathlib
@@ -362,3 +363,70 @@ def test_with_keys_an_entry_that_no_key_signed_is_not_there() -> None:
     log[:] = [msgspec.structs.replace(written, value=(written.value or b"").replace(b"'old'", b"'bad'"))]
     Engine(log, store, new, name, (second, first)).batch(("c", b'{"ref":"r"}'), at=30)
     assert "is not stored" in snapshot.read_header(store.entries[b"c"])["parked"]["message"]
+
+
+# -- before the first record -----------------------------------------------------------------------------------------
+def test_what_instances_of_a_partition_run_is_loaded_before_its_first_record_with_its_topics() -> None:
+    """§9.6."""
+    log: list[Record] = []
+    store, name, topic = MemoryStore(), f"code_case_{next(_count)}", f"only-old-{next(_count)}"
+    new = "def main(o):\n    yield kw.suspend('r')\n    return 'new'"
+    first = Engine(log, store, f"kw.declare_topics('{topic}')\ndef main(o):\n    yield kw.suspend('r')\n    kw.output('x', '{topic}')\n    return 'old'", name)
+    first.batch(("w", b"new:1"))
+    api._topics.discard(topic)  # as in a process that never had the old code
+    engine = Engine(log, store, new, name)
+    assert topic not in engine.processor.topics.declared
+    [key] = [(record.key or b"").decode() for record in log]
+    for _ in range(2):  # the next partition, too, names it
+        assert engine.processor.taken_over(store) == {"out": key, topic: key}
+    assert topic in engine.processor.topics.declared
+    assert engine.batch(("w", b'{"ref":"r"}'), at=10) == ["x", '"old"']
+
+
+def test_a_durable_module_that_only_a_workflow_imports_is_imported_before_the_first_record(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """§9.6."""
+    package, topic = f"code_package_{next(_count)}", f"only-later-{next(_count)}"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("")
+    (tmp_path / package / "later.py").write_text(f"import kwflow as kw\nkw.declare_topics('{topic}')\ndef wait():\n    yield kw.suspend('r')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    durable.install([package])
+    log: list[Record] = []
+    store, source = MemoryStore(), f"def main(o):\n    from {package} import later\n    yield from later.wait()"
+    name = f"code_case_{next(_count)}"
+    importlib.import_module(f"{package}.later")  # another MODULE of that engine did; a step could not import what declares a topic
+    Engine(log, store, source, name).batch(("w", b"new:1"))
+    del sys.modules[f"{package}.later"], registry.modules()[f"{package}.later"]  # type: ignore[attr-defined] # as in a process that has just begun
+    api._topics.discard(topic)
+    engine = Engine(log, store, source, name)
+    assert list(engine.processor.taken_over(store)) == [topic]
+    assert f"{package}.later" in registry.modules()
+
+
+def test_a_version_of_which_no_unit_has_changed_is_not_loaded_beside_the_current_one() -> None:
+    """§8.2, §9.6."""
+    log: list[Record] = []
+    store, name = MemoryStore(), f"code_case_{next(_count)}"
+    Engine(log, store, "def main(o):\n    yield kw.suspend('r')", name).batch(("w", b"new:1"))
+    engine = Engine(log, store, "def more():\n    return 1\n\n\ndef main(o):\n    'Documented.'\n    yield kw.suspend('r')", name)
+    assert engine.processor.taken_over(store) == {}
+    assert registry.version(registry.version_name(name, (log[0].key or b"").decode().partition("@")[2])) is None
+
+
+def test_old_code_that_does_not_load_is_said_at_once_and_parks_only_what_needs_it() -> None:
+    """§8.4, §9.6."""
+    log: list[Record] = []
+    said: list[str] = []
+    store, name = MemoryStore(), f"code_case_{next(_count)}"
+    Engine(log, store, f"import sys\nif '{name}_broken' in sys.modules:\n    raise OSError('no licence')\ndef main(o):\n    yield kw.suspend('r')", name).batch(("w", b"new:1"))
+    engine = Engine(log, store, "def main(o):\n    yield kw.suspend('q')", name)
+    engine.processor.on_log = said.append
+    sys.modules[f"{name}_broken"] = sys
+    try:
+        assert engine.processor.taken_over(store) == {}
+        [line] = said
+        assert line.startswith(f"{name}@") and line.endswith("cannot be loaded: OSError: no licence")
+        engine.batch(("w", b'{"ref":"r"}'), at=10)
+    finally:
+        del sys.modules[f"{name}_broken"]
+    assert "no licence" in snapshot.read_header(store.entries[b"w"])["parked"]["message"]

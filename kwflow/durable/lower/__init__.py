@@ -21,7 +21,7 @@ import ast
 import functools
 import gc
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from kwflow.durable.fingerprint import source_version, unit_hash
 from kwflow.durable.lower.functions import ModuleLowering
@@ -30,14 +30,15 @@ from kwflow.durable.lower.scopes import Scope, analyze, child_nodes
 from kwflow.durable.registry import Function, Label, Module
 from kwflow.errors import UnsupportedError
 
-__all__ = ["LOWERING_VERSION", "Lowered", "lower_module", "module_of"]
+__all__ = ["LOWERING_VERSION", "Lowered", "lower_module", "module_of", "units_in"]
 
 LOWERING_VERSION = 1
 _DEEP = 5  # nested blocks from which on the cold twin is compiled at load: it may pass CPython's limit of 20
 _BLOCKS = (ast.For, ast.While, ast.Try, ast.TryStar, ast.With, ast.AsyncFor, ast.AsyncWith, ast.comprehension)
 _PLAIN, _MAKER = "plain", "maker"
 Facts = tuple[str, str, str, str, bool, bool, str, int, tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...]]
-Lowered = tuple[types.CodeType, tuple[Facts, ...], tuple[tuple[str, int], ...]]  # code, what to know of each function, warnings: plain data that `marshal` takes
+Warned = tuple[tuple[str, int], ...]
+Lowered = tuple[types.CodeType, tuple[Facts, ...], Warned]  # code, what to know of each function, warnings: plain data that `marshal` takes
 
 
 def lower_module(name: str, source: str | ast.Module, filename: str, bound: frozenset[str] = frozenset()) -> Module:
@@ -47,25 +48,66 @@ def lower_module(name: str, source: str | ast.Module, filename: str, bound: froz
     """
     text = source if isinstance(source, str) else ast.unparse(source)
     later = _Later(text, filename, None if isinstance(source, str) else source)
-    return _module(name, later, later.lowered(bound), isinstance(source, str))
+    code, facts, warnings = lowered = later.lowered(bound)
+    made = _module(name, source_version(text), later, code, lambda: facts, warnings)
+    made.whole, made.lowered = isinstance(source, str), lowered
+    return made
 
 
-def module_of(name: str, text: str, filename: str, lowered: Lowered) -> Module:
-    """The module again, from its text and what `Module.lowered` was.  Says its warnings again, too."""
-    return _module(name, _Later(text, filename, None), lowered, True)
+def module_of(name: str, text: str, version: str, filename: str, code: types.CodeType, facts: Callable[[], tuple[Facts, ...]], warnings: Warned) -> Module:
+    """The module again, from its text, its version and what `Module.lowered` was, the facts only when they are asked for.  Says its warnings again, too."""
+    return _module(name, version, _Later(text, filename, None), code, facts, warnings)
 
 
-def _module(name: str, later: _Later, lowered: Lowered, whole: bool) -> Module:
-    code, facts, warnings = lowered
-    text, filename, version = later.text, later.filename, source_version(later.text)
-    functions = {}
-    make, partial, compiled, label = Function, functools.partial, later.compile, Label._make  # this loop is a third of a cached import
-    for path, unit, own_name, qualname, generator, coroutine, how, lineno, arguments, free, captured, labels in facts:
-        kind = "generator" if generator else "function"
-        cold, plain = partial(compiled, path, "cold"), partial(compiled, path, how)
-        functions[path] = make(name, version, path, unit, own_name, qualname, kind, coroutine, lineno, filename, arguments, free, captured, tuple(map(label, labels)), cold, plain)
-    warn_of(warnings, filename)
-    return Module(name, version, filename, text, code, functions, _Units(later, tuple(dict.fromkeys(fact[1] for fact in facts))), whole=whole, lowered=lowered)
+def _module(name: str, version: str, later: _Later, code: types.CodeType, facts: Callable[[], tuple[Facts, ...]], warnings: Warned) -> Module:
+    functions = _Functions(name, version, later, facts)
+    warn_of(warnings, later.filename)
+    functions.home = Module(name, version, later.filename, later.text, code, functions, _Units(later, functions))
+    return functions.home
+
+
+def units_in(source: str) -> dict[str, str]:
+    """Unit -> its hash, for all of a source; nothing is lowered."""
+    later = _Later(source, "<source>", None)
+    outermost = {_outermost(scope).path for _, scope in later.nodes.values()}
+    return {path: unit_hash(later.nodes[path][0]) for path in outermost}
+
+
+class _Functions(Mapping[str, Function]):
+    """Path -> the function, made when it is first asked for: most are in no snapshot, and making all of them was a third of a cached import."""
+
+    home: Module
+
+    def __init__(self, name: str, version: str, later: _Later, facts: Callable[[], tuple[Facts, ...]]) -> None:
+        self._name = name
+        self._version = version
+        self._later = later
+        self._facts = facts
+        self._made: dict[str, Function] = {}
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Facts]:
+        return {fact[0]: fact for fact in self._facts()}
+
+    def __getitem__(self, path: str) -> Function:
+        made = self._made.get(path)
+        if made is None:
+            made = self._made.setdefault(path, self._function(self.facts[path]))
+        return made
+
+    def _function(self, fact: Facts) -> Function:
+        path, unit, own_name, qualname, generator, coroutine, how, lineno, arguments, free, captured, labels = fact
+        kind, compiled = "generator" if generator else "function", functools.partial(self._later.compile, path)
+        where, names, labelled = (lineno, self._later.filename), (arguments, free, captured), tuple(map(Label._make, labels))
+        made = Function(self._name, self._version, path, unit, own_name, qualname, kind, coroutine, *where, *names, labelled, functools.partial(compiled, "cold"), functools.partial(compiled, how))
+        made.home = self.home
+        return made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.facts)
+
+    def __len__(self) -> int:
+        return len(self.facts)
 
 
 class _Later:
@@ -140,10 +182,14 @@ def _facts(lowering: ModuleLowering) -> Iterator[Facts]:
 class _Units(Mapping[str, str]):
     """Unit -> its hash, made when it is asked for: most units are in no snapshot."""
 
-    def __init__(self, later: _Later, names: tuple[str, ...]) -> None:
+    def __init__(self, later: _Later, functions: _Functions) -> None:
         self._later = later
-        self._names = dict.fromkeys(names)
+        self._functions = functions
         self._hashes: dict[str, str] = {}
+
+    @functools.cached_property
+    def _names(self) -> dict[str, None]:
+        return dict.fromkeys(fact[1] for fact in self._functions.facts.values())
 
     def __getitem__(self, unit: str) -> str:
         if unit not in self._hashes:

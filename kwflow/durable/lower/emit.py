@@ -15,7 +15,7 @@ from typing import Any
 
 from kwflow.durable.lower.scopes import Scope, child_nodes
 from kwflow.durable.registry import RUNTIME, Label
-from kwflow.errors import UnsupportedError
+from kwflow.errors import KwflowBug, UnsupportedError
 
 __all__ = ["Block", "Emitter", "Finally", "Label", "assign", "call", "constant", "helper", "load", "located", "store"]
 
@@ -57,6 +57,20 @@ def located(tree: ast.Module) -> ast.Module:
             known["lineno"], known["col_offset"], known["end_lineno"], known["end_col_offset"] = place
         stack += [(child, place) for child in child_nodes(node) if "_kw_parsed" not in child.__dict__]
     return tree
+
+
+def _take_out(statements: list[ast.stmt], wanted: ast.stmt) -> bool:
+    """Remove this very statement, however deep it stands in these; whether it was there."""
+    for number, statement in enumerate(statements):
+        if statement is wanted:
+            del statements[number]
+            return True
+        known = statement.__dict__
+        blocks = [known[name] for name in ("body", "orelse", "finalbody") if name in known]
+        blocks += [part.body for name in ("handlers", "cases") if name in known for part in known[name]]
+        if any(_take_out(block, wanted) for block in blocks):
+            return True
+    return False
 
 
 @dataclass
@@ -106,6 +120,7 @@ class Emitter:
     _held: list[str] = field(default_factory=list)
     _items: list[Block] = field(default_factory=list)
     _label_counts: dict[str, int] = field(default_factory=dict)
+    _label_stores: list[ast.Assign] = field(default_factory=list)
 
     # -- refusing ------------------------------------------------------------------------------------------------
     def refuse(self, node: ast.AST, construct: str) -> UnsupportedError:
@@ -232,8 +247,18 @@ class Emitter:
         number = len(self.labels) + 1
         same = self._label_counts[self.path] = self._label_counts.get(self.path, 0) + 1
         self.labels.append(Label(f"{self.path} {same}", tuple(dict.fromkeys(self.live))))
-        self.emit(assign("@l", constant(number)))
+        stored = assign("@l", constant(number))
+        self._label_stores.append(stored)
+        self.emit(stored)
         return number
+
+    def store_before_loop(self, node: ast.stmt, body: list[ast.stmt], first: int) -> None:
+        """Where the body of a loop has one label, the hot twin stores it once, before the loop: it is the same in every round."""
+        if not self.cold and len(self.labels) == first:
+            stored = self._label_stores[first - 1]
+            if not _take_out(body, stored):
+                raise KwflowBug(f"label {first} of {self.scope.qualname} is not in its loop")
+            self.emit(ast.copy_location(stored, node))
 
     # -- provided by the other passes ------------------------------------------------------------------------------
     def statement(self, node: ast.stmt) -> None:

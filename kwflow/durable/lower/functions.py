@@ -190,6 +190,7 @@ class Rewriter:
         self.mangled = mangled
         self.lowered = lowered
         self.cold = cold
+        self.direct = cold  # in the frame of the cold twin itself, not in a comprehension, which may be a function
 
     def visit(self, node: Any) -> Any:
         """The lowered form of a node or a list of nodes: the same object where nothing changes."""
@@ -284,10 +285,19 @@ class Rewriter:
     def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.DictComp) -> Any:
         scope = self.module.scopes[node]
         if scope.kind == "comprehension":
-            return self._rebuilt(node)
+            return self._in_place(node) if self.direct else self._rebuilt(node)
         return ast.copy_location(ast.Await(ast.copy_location(self._made(node, scope), node)), node)
 
     visit_SetComp = visit_DictComp = visit_ListComp
+
+    def _in_place(self, node: Comprehension) -> Any:
+        """Only the first iterable of a comprehension is sure to be evaluated in the frame around it."""
+        first, *rest = node.generators
+        source = self.visit(first.iter)
+        self.direct = False
+        rebuilt = self._rebuilt(node, generators=[self._rebuilt(first, iter=source), *self.visit(rest)])
+        self.direct = True
+        return rebuilt
 
     def _made(self, node: Comprehension, scope: Scope) -> ast.expr:
         """A call of the function that a comprehension which awaits is."""
@@ -336,7 +346,15 @@ class Rewriter:
 
     def visit_Name(self, node: ast.Name) -> Any:
         spelled = self.name(node.id)
-        return node if spelled == node.id else ast.copy_location(ast.Name(spelled, node.ctx), node)
+        named = node if spelled == node.id else ast.copy_location(ast.Name(spelled, node.ctx), node)
+        if self.direct and spelled in self.scope.cells and isinstance(node.ctx, ast.Load):
+            return self._own(named)
+        return named
+
+    def _own(self, name: ast.Name) -> ast.expr:
+        """A variable that closures share is a free one in the cold twin, and an unbound free one would be a NameError only."""
+        cell = ast.Subscript(load("@c"), constant(self.scope.captured.index(name.id)), ast.Load())
+        return ast.copy_location(ast.IfExp(ast.Compare(cell, [ast.NotEq()], [load("@empty")]), name, call("unbound", constant(name.id))), name)
 
     def visit_Attribute(self, node: ast.Attribute) -> Any:
         spelled = self.name(node.attr)
@@ -348,6 +366,13 @@ class Rewriter:
         return self._rebuilt(node, name=self.name(node.name))
 
     visit_MatchAs = visit_MatchStar = visit_ExceptHandler
+
+    def visit_match_case(self, node: ast.match_case) -> Any:
+        """Patterns may name things, not compute them."""
+        direct, self.direct = self.direct, False
+        pattern = self.visit(node.pattern)
+        self.direct = direct
+        return self._rebuilt(node, pattern=pattern)
 
     def visit_MatchMapping(self, node: ast.MatchMapping) -> Any:
         return self._rebuilt(node) if node.rest is None else self._rebuilt(node, rest=self.name(node.rest))

@@ -15,7 +15,7 @@ __all__ = ["functions_of", "lowered_text"]
 
 _SPECIAL = {
     RUNTIME: "runtime", "@l": "label_", "@r": "reach_", "@c": "cells_", "@S": "saved_",
-    "@type": "type", "@exc_info": "exc_info", "@managers": "known_managers", "@iter": "iter", "@iterators": "known_iterators",
+    "@type": "type", "@exc_info": "exc_info", "@managers": "known_managers", "@iter": "iter", "@iterators": "known_iterators", "@empty": "empty_cell",
 }
 
 

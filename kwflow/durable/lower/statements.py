@@ -211,6 +211,7 @@ class Statements(Asyncs):
             test = node.test
             body = self.block_with(node.body, "body", loop=True)
             statements = body.body
+            self.store_before_loop(node, statements, first)
             orelse = self.block(node.orelse, "else").body if node.orelse else []
             if self.cold and len(self.labels) >= first:
                 test = self.unless_entering(test, self.up_to(body.last) if body.labelled else constant(False))
@@ -223,6 +224,7 @@ class Statements(Asyncs):
                 self.release(self.held(holding))
                 self.emit_block(self.branch(load(going), self.block_with(node.body, "body", loop=True)))
             test, statements = load(going), whole.body
+            self.store_before_loop(node, statements, first)
             if self.cold:
                 test = self.unless_entering(test, self.up_to(whole.last))
             self.live.pop()
@@ -256,6 +258,7 @@ class Statements(Asyncs):
                 in_target = len(self.labels)
             self.emit_block(self.block_with(node.body, "body", loop=True))
         self.live.pop()
+        self.store_before_loop(node, body.body, first)
         over: ast.expr = load(iterator)
         if self.cold:
             current: ast.expr = constant(None)  # entered at the value it had, which a target that waits still needs

@@ -1,0 +1,82 @@
+"""Variables that hold nothing, shared with closures or not."""
+
+LOG = []
+
+
+def log(x):
+    LOG.append(repr(x))
+    return x
+
+
+def g_reads_what_was_deleted():
+    x = 1
+    f = lambda: x
+    yield f()
+    del x
+    try:
+        yield x
+    except UnboundLocalError as error:
+        yield str(error)
+    try:
+        f()
+    except NameError as error:
+        yield (type(error).__name__, str(error))
+    x = 2
+    yield f() + x
+
+
+def g_reads_what_was_never_bound():
+    def f():
+        return later
+    try:
+        yield [later for _ in range(1)] if (yield "ask") == "comprehension" else f"{later}"
+    except NameError as error:
+        yield isinstance(error, NameError)
+    for name in [(yield "x")]:
+        try:
+            log(later.attribute)
+        except UnboundLocalError as error:
+            yield str(error)
+    later = 3
+    yield (f(), later, [later + n for n in range(2)], {later: later}, later if later else None)
+
+
+def g_iterates_what_is_unbound():
+    f = lambda: rows
+    yield 1
+    try:
+        yield [row for row in rows]
+    except UnboundLocalError as error:
+        yield str(error)
+    rows = [1]
+    yield [row for row in rows]
+
+
+def g_patterns_name_shared_variables():
+    class Point:
+        __match_args__ = ("x",)
+        ORIGIN = 0
+
+        def __init__(self, x):
+            self.x = x
+
+    def make(x):
+        return Point(x)
+
+    yield "made"
+    match make((yield "x")):
+        case Point(Point.ORIGIN):
+            yield "origin"
+        case Point(x) if Point:
+            yield ("point", x)
+
+
+def g_changes_shared_variables():
+    n, box = 0, []
+    f = lambda: (n, box)
+    yield f()
+    n += 1
+    box.append((yield n))
+    box[0:1] = [n]
+    n += (yield box)if False else 2
+    yield f()
