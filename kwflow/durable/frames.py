@@ -226,12 +226,15 @@ def restore(state: State) -> Gen:
 
 
 def discard(gen: Gen) -> None:
-    """Forget it without running the author's cleanup (G8)."""
+    """Forget it without running the author's cleanup (G8); its variables are let go, also when somebody (a traceback) holds its frame."""
+    frame = gen.gi_frame
     before = set_abandoning(True)
     try:
         gen.close()
     finally:
         set_abandoning(before)
+    if frame is not None:
+        frame.clear()
 
 
 def where(gen: Gen) -> tuple[str, str, int]:

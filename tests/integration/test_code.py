@@ -111,7 +111,8 @@ def test_what_instances_wait_in_is_loaded_before_the_first_record_and_its_topics
     site.read(site.topic("asked"), 1)
     first.send_signal(signal.SIGTERM)
     assert first.wait(30) == 0
-    AdminClient({"bootstrap.servers": site.broker}).delete_topics([only_old])[only_old].result(30)
+    admin = AdminClient({"bootstrap.servers": site.broker})
+    admin.delete_topics([only_old])[only_old].result(30)
     loads.write_text("")
     second = engine(site, "new", "two")
     assert second.wait(60) != 0

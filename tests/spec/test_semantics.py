@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import threading
+import weakref
 from datetime import UTC, datetime
 from typing import Any
 
@@ -443,6 +444,16 @@ def test_the_test_kit_fails_a_step_that_changed_a_module_global() -> None:
     with pytest.raises(AssertionError, match=r"semantics_\d+\.SEEN"):
         run(counting + "    SEEN['ids'].append(kw.workflow_id())").resume("w", "a")
     run(counting + "    dict(SEEN)").resume("w", "a")
+
+
+def test_what_is_forgotten_lets_its_variables_go_also_when_its_frame_is_held() -> None:
+    """§3.3: a manager may keep the frame that entered it (`sys._getframe`), a traceback keeps those it passed."""
+    made = load("class Held:\n    pass\ndef gen():\n    held = Held()\n    yield held\n").gen()
+    held = weakref.ref(next(made))
+    frame = made.gi_frame
+    durable.discard(made)
+    assert held() is None
+    assert frame.f_locals == {}
 
 
 # -- §4 what a snapshot promises -------------------------------------------------------------------------------------------
