@@ -231,10 +231,11 @@ def discard(gen: Gen) -> None:
     before = set_abandoning(True)
     try:
         gen.close()
+        if frame is not None:
+            frame.clear()
     finally:
+        del frame  # from 3.12 on its `f_back` is the frame of this call: a cycle that would keep what our callers hold
         set_abandoning(before)
-    if frame is not None:
-        frame.clear()
 
 
 def where(gen: Gen) -> tuple[str, str, int]:

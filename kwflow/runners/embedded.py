@@ -299,7 +299,7 @@ class Embedded:
         set_abandoning(True, everywhere=True)
         self.watched_processors = processors
         for processor in processors:
-            processor.taken_over(_Store(self.db, processor.changelog_topic))
+            processor.taken_over(EmbeddedStore(self.db, processor.changelog_topic))
             worker = processor.work(self.deliver(processor.input_topic))
             if worker is not None:
                 self._workers[processor.input_topic] = worker, self.end(processor.input_topic)

@@ -193,10 +193,7 @@ def shallow(generator: Any) -> Any:
     state = durable.capture(generator)
     made = durable.restore(state)
     if not any(name.startswith("@delegate") for name in state.slots):  # which the two share, and discarding one would close
-        frame = generator.gi_frame
         durable.discard(generator)
-        if frame is not None:
-            frame.clear()  # tracebacks of its errors hold it, and with it what the two share
     return made
 
 

@@ -17,7 +17,7 @@ from kwflow.durable.lower.scopes import Scope, child_nodes
 from kwflow.durable.registry import RUNTIME, Label
 from kwflow.errors import KwflowBug, UnsupportedError
 
-__all__ = ["Block", "Emitter", "Finally", "Label", "assign", "call", "constant", "helper", "load", "located", "store"]
+__all__ = ["Block", "Emitter", "Finally", "Label", "assign", "call", "constant", "helper", "is_bound", "load", "located", "store"]
 
 
 def load(name: str) -> ast.Name:
@@ -43,6 +43,12 @@ def helper(name: str) -> ast.Attribute:
 
 def call(name: str, *arguments: ast.expr) -> ast.Call:
     return ast.Call(helper(name), list(arguments), [])
+
+
+def is_bound(scope: Scope, name: str) -> ast.expr:
+    """Whether a variable of this generator that closures share holds something: in the cold twin it is a free one, and reading it unbound would be a NameError only."""
+    cell = ast.Subscript(load("@c"), constant(scope.captured.index(name)), ast.Load())
+    return ast.Compare(cell, [ast.NotEq()], [load("@empty")])
 
 
 def located(tree: ast.Module) -> ast.Module:

@@ -12,9 +12,9 @@ import types
 from typing import Any
 
 from kwflow.durable.fingerprint import without_docstring
-from kwflow.durable.lower.emit import assign, call, constant, helper, load, located, store
+from kwflow.durable.lower.emit import assign, call, constant, helper, is_bound, load, located, store
 from kwflow.durable.lower.inner import as_def, forwarded, no_arguments, template
-from kwflow.durable.lower.scopes import Comprehension, Scope, mangle, node_fields
+from kwflow.durable.lower.scopes import Comprehension, Scope, has_yield, mangle, node_fields
 from kwflow.durable.lower.statements import Statements
 from kwflow.durable.registry import Label
 
@@ -352,9 +352,28 @@ class Rewriter:
         return named
 
     def _own(self, name: ast.Name) -> ast.expr:
-        """A variable that closures share is a free one in the cold twin, and an unbound free one would be a NameError only."""
-        cell = ast.Subscript(load("@c"), constant(self.scope.captured.index(name.id)), ast.Load())
-        return ast.copy_location(ast.IfExp(ast.Compare(cell, [ast.NotEq()], [load("@empty")]), name, call("unbound", constant(name.id))), name)
+        return ast.copy_location(ast.IfExp(is_bound(self.scope, name.id), name, call("unbound", constant(name.id))), name)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> Any:
+        """As `visit_Name`, without a statement more, since places are named by their numbers; one that waits is read when it is lowered."""
+        rebuilt = self._rebuilt(node)
+        target = rebuilt.target
+        return self._if_bound(rebuilt, target.id) if self._is_own(target) and not has_yield(node) else rebuilt
+
+    def visit_Delete(self, node: ast.Delete) -> Any:
+        rebuilt = self._rebuilt(node)
+        if has_yield(node) or not any(map(self._is_own, rebuilt.targets)):
+            return rebuilt
+        each = [ast.copy_location(ast.Delete([target]), node) for target in rebuilt.targets]
+        checked = [self._if_bound(one, target.id) if self._is_own(target) else one for one, target in zip(each, rebuilt.targets, strict=True)]
+        return checked[0] if len(checked) == 1 else ast.copy_location(ast.If(constant(True), checked, []), node)
+
+    def _is_own(self, target: ast.expr) -> bool:
+        return self.direct and isinstance(target, ast.Name) and target.id in self.scope.cells
+
+    def _if_bound(self, node: ast.stmt, name: str) -> ast.stmt:
+        unbound = ast.copy_location(ast.Expr(call("unbound", constant(name))), node)
+        return ast.copy_location(ast.If(is_bound(self.scope, name), [node], [unbound]), node)
 
     def visit_Attribute(self, node: ast.Attribute) -> Any:
         spelled = self.name(node.attr)

@@ -6,7 +6,7 @@ import ast
 from typing import Any
 
 from kwflow.durable.lower.asyncs import Asyncs
-from kwflow.durable.lower.emit import BROKE, CONTINUED, LOOP, RETURNED, Block, Finally, assign, call, constant, load, store
+from kwflow.durable.lower.emit import BROKE, CONTINUED, LOOP, RETURNED, Block, Finally, assign, call, constant, is_bound, load, store
 from kwflow.durable.lower.expressions import MAPPING, PLAIN
 from kwflow.durable.lower.scopes import has_yield
 
@@ -129,8 +129,10 @@ class Statements(Asyncs):
         places = []
         for part in self._places(node.target):
             places.append(part if isinstance(part, ast.Constant) else self.spill(part, len(self.live)))
-        old = self.temporary("augment")
-        self.emit(assign(old, self._at(node.target, places, ast.Load())))
+        old, value = self.temporary("augment"), self._at(node.target, places, ast.Load())
+        if self.cold and isinstance(value, ast.Name) and value.id in self.scope.cells:
+            value = ast.copy_location(ast.IfExp(is_bound(self.scope, value.id), value, call("unbound", constant(value.id))), node.target)
+        self.emit(assign(old, value))
         self.live.append(old)
         self.emit(ast.copy_location(ast.AugAssign(store(old), node.op, self.value(node.value)), node))
         self.emit(ast.copy_location(ast.Assign([self._at(node.target, places, ast.Store())], load(old)), node))

@@ -78,5 +78,23 @@ def g_changes_shared_variables():
     n += 1
     box.append((yield n))
     box[0:1] = [n]
-    n += (yield box)if False else 2
+    n += (yield box) or 2
     yield f()
+
+
+def g_changes_what_is_unbound():
+    f = lambda: (a, b, c)
+    yield 1
+    for number in range(4):
+        try:
+            if number == 0:
+                a += 1
+            elif number == 1:
+                b -= (yield "value")
+            elif number == 2:
+                del c
+            else:
+                c, b = 1, 2
+                del c, b, a
+        except UnboundLocalError as error:
+            log((yield str(error)))
