@@ -142,10 +142,12 @@ class Embedded:
         timestamp = output.timestamp_ms if output.timestamp_ms is not None else self.clock.now_ms()
         record = Record(topic, 0, offset, timestamp, output.key, output.value, output.headers)
         batch.put(LOG + topic.encode() + b"\0%020d" % offset, msgspec.msgpack.encode(record))
-        batch.put(end, b"%d" % marks[end])
         return offset
 
     def _done(self, batch: WriteBatch, marks: dict[bytes, int], options: WriteOptions) -> None:
+        """Write a batch and the ends and positions that hold after it."""
+        for key, offset in marks.items():
+            batch.put(key, b"%d" % offset)
         self.db.write(batch, options)
         self._marks |= marks
 
@@ -276,9 +278,7 @@ class Embedded:
             for output in outputs:
                 self._put(batch, marks, output)
             if consumed is not None:
-                position = POSITION + consumed[0].encode()
-                marks[position] = consumed[1]
-                batch.put(position, b"%d" % consumed[1])
+                marks[POSITION + consumed[0].encode()] = consumed[1]
             self._done(batch, marks, self._write)
         self._said()
 
