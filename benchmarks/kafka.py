@@ -61,8 +61,8 @@ class Lab:
                 process.terminate()
                 process.wait(60)
 
-    def engine(self) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
-        return self.running("-m", "kwflow.cli", "engine", "bench_workflows.py", "--state-dir", str(self.config.state_dir))
+    def engine(self, *options: str) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+        return self.running("-m", "kwflow.cli", "engine", "bench_workflows.py", "--state-dir", str(self.config.state_dir), *options)
 
     def loop(self, size: int) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
         return self.running("-m", "benchmarks.kafka_bare", self.config.bootstrap_servers, self.config.resume_topic, self.bare, str(size))
@@ -165,15 +165,19 @@ def measure(directory: pathlib.Path) -> None:
 
 def sequential(bootstrap: str, directory: pathlib.Path) -> None:
     """Every instance has one question open, which a client answers: the engine asks, then the bare loop in its place, each with topics of its own."""
-    best = {"engine": (0.0, 0.0), "bare": (0.0, 0.0)}
+    best = {"engine": (0.0, 0.0), "two": (0.0, 0.0), "bare": (0.0, 0.0)}
     for turn in range(2):
         lab = Lab(bootstrap, directory / f"engine{turn}")
         lab.send(INSTANCES, b"new:{}")
         best["engine"] = max(best["engine"], echoed(lab, lab.engine(), OUT))
+        lab = Lab(bootstrap, directory / f"two{turn}")
+        lab.send(INSTANCES, b"new:{}")
+        best["two"] = max(best["two"], echoed(lab, lab.engine("--processes", "2"), OUT))
         lab = Lab(bootstrap, directory / f"bare{turn}")
         best["bare"] = max(best["bare"], echoed(lab, lab.loop(SNAPSHOT_BYTES), f"{lab.bare}-out"))
     figure("Kafka sequential steps/s, 500 instances, echo client", best["engine"][0], ">= 10,000")
     figure("Kafka engine then, us of CPU a step", best["engine"][1], "<= 60")
+    figure("the same, --processes 2", best["two"][0])
     figure("bare loop's sequential steps/s", best["bare"][0])
     figure("Kafka sequential / bare", best["engine"][0] / best["bare"][0], ">= 0.5")
 
