@@ -168,7 +168,7 @@ def _kill_something(site: Site, chance: random.Random, broker_too: bool) -> int:
         return 1
     site.kill(victim)
     if victim != "scheduler" and chance.random() < 0.3:
-        shutil.rmtree(site.directory / victim)
+        shutil.rmtree(site.directory / victim, ignore_errors=True)  # it may have been killed before it made one
     if victim not in ("one", "two", "scheduler") or chance.random() < 0.2:  # it stays away for a while
         others = [name for name in ("one", "two", "three", "scheduler") if name not in site.processes]
         site.start(chance.choice(others))
