@@ -46,6 +46,8 @@ class Runner(enum.StrEnum):
 
 
 _COLLECT_AFTER = 20_000  # new objects; Python's 700 would be a collection every few steps, each past all live instances
+_START_ME_AGAIN = 3
+_COMMIT_S = 90  # beside the longest step: a transaction is asked for thirty seconds, and its abort, too
 _LOOK_S = 0.1  # how often the main thread looks at the runners' threads
 
 
@@ -216,6 +218,9 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
         log(f"kwflow engine runs on {settings.bootstrap_servers}")
         while any(thread.is_alive() for thread in threads):
             bar.look({where: progress for runner in runners for where, progress in runner.restoring().items()})
+            if any(runner.stats.is_late(time.monotonic(), 2 * settings.step_abort_ms / 1000 + settings.activity_grace_s + _COMMIT_S) for runner in runners):
+                log("the Kafka client does not come back from a call; this process ends, and is to be started again")
+                os._exit(_START_ME_AGAIN)
             threads[0].join(_LOOK_S)
         for thread in threads:
             thread.join()

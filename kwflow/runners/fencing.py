@@ -11,10 +11,11 @@ merely slow, has finished its transaction, and joins again, is left alone.
 
 from __future__ import annotations
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaException
 
 from kwflow.runners.environment import Producer
 from kwflow.runners.kafka_member import TRANSACTION_S, Member
+from kwflow.runners.topics import told, transient
 
 __all__ = ["Fencing"]
 
@@ -46,7 +47,7 @@ class Fencing:
         try:
             self._asking[engine].init_transactions(_ASK_S)
         except KafkaException as error:
-            if error.args[0].retriable() or error.args[0].code() == KafkaError._TIMED_OUT:
+            if transient(error.args[0]):
                 return
             member.on_log(f"{member.group}: the transaction of {engine} could not be ended: {error.args[0].str()}")
         del self._asking[engine]
@@ -59,7 +60,7 @@ class Fencing:
     def _is_member(self, engine: str) -> bool:
         """Also when nobody knows: then its transaction ends by itself."""
         try:
-            found = self._member.admin.describe_consumer_groups([self._member.group], request_timeout=_ANSWER_S)[self._member.group].result()
+            found = told(self._member.admin.describe_consumer_groups([self._member.group], request_timeout=_ANSWER_S)[self._member.group], _ANSWER_S)
         except KafkaException:
             return True
         return any(known.group_instance_id == engine for known in found.members)

@@ -56,6 +56,7 @@ _REJECTED = {
 }
 _PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}  # never sent, or sent and forgotten: by our own abort
 _IDLE_S = 0.25
+_LATE_S = 5.0
 _FIRED_MAX = 500
 _ABORTS_MAX = 10  # in a row; then this process ends, so that whoever watches it sees the trouble
 _DAY_MS = 86_400_000
@@ -157,7 +158,7 @@ class KafkaRunner:
                 transaction_timeout_ms=TRANSACTION_S * 1000, **self._sizes,
             )
         )  # fmt: skip
-        self._again(lambda: producer.init_transactions(10))
+        self._again(lambda: producer.init_transactions(10), 10)
         return producer
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ class KafkaRunner:
                 self._ends[message.partition() or 0] = message.offset() or 0
             elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
                 self.on_log(f"{self.group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
-            elif error.fatal() or not error.retriable():
+            elif not topics.transient(error):
                 raise FencedError(f"{self.group}: {error.str()}") if error.code() == KafkaError._FENCED else TransportError(f"{self.group}: {error.str()}")
         return good
 
@@ -378,7 +379,7 @@ class KafkaRunner:
                 overlay.changes[POSITION] = msgspec.json.encode(position)
                 for key, value in overlay.changes.items():
                     self._produce(delivered, self.processor.changelog_topic, key, value, (), None, number)
-            self._again(lambda: self._producer.send_offsets_to_transaction(offsets, self._metadata, 10))
+            self._again(lambda: self._producer.send_offsets_to_transaction(offsets, self._metadata, 10), 10)
             self._again(lambda: self._producer.commit_transaction(30))
         except KafkaException as error:
             self._abort(error.args[0], failures)
@@ -437,6 +438,14 @@ class KafkaRunner:
             raise TransportError(f"{self.group}: {_ABORTS_MAX} transactions in a row were aborted: {error.str()}")
         raise Aborted(error.str())
 
-    def _again(self, call: Callable[[], Any]) -> Any:
-        """K4."""
-        return again(self.environment, call)
+    def _again(self, call: Callable[[], Any], within_s: float = 30) -> Any:
+        """K4.  A call that does not even return within its own time-out is noted, for whoever ends this process then."""
+
+        def timed() -> Any:
+            self.stats.back_by_s = time.monotonic() + within_s + _LATE_S
+            return call()
+
+        try:
+            return again(self.environment, timed)
+        finally:
+            self.stats.back_by_s = 0.0

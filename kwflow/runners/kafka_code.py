@@ -14,6 +14,7 @@ from kwflow.ports import Processor, Store
 from kwflow.runners import topics
 from kwflow.runners.deployment import code_of
 from kwflow.runners.environment import LIVE, Environment
+from kwflow.runners.kafka_member import again
 
 __all__ = ["CodeTopic", "take_over"]
 
@@ -35,7 +36,7 @@ class CodeTopic:
         settings = {"group_id": f"{self._config.application_id}-code", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest"}
         found: list[Record] = []
         try:
-            end: int = self._admin.list_offsets({where: OffsetSpec.latest()}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10)[where].result().offset  # type: ignore[no-untyped-call]
+            end = int(again(self._environment, lambda: self._end(where)))
         except KafkaException as error:
             raise TransportError(f"topic {where.topic} at {self._config.bootstrap_servers}: {error.args[0].str()}") from None
         if end <= self._reached:
@@ -51,7 +52,7 @@ class CodeTopic:
                         found.append(topics.record_of(message))
                     elif wrong.code() == KafkaError._PARTITION_EOF:  # the only sign, if all that is left is the marker of a transaction: no record, no position
                         reached = max(reached, message.offset() or 0)
-                    elif not wrong.retriable():
+                    elif not topics.transient(wrong):
                         raise TransportError(f"topic {where.topic}: {wrong.str()}")
                 reached = max(reached, consumer.position([where])[0].offset)
                 if reached < end and self._environment.monotonic() > give_up:
@@ -62,6 +63,10 @@ class CodeTopic:
         finally:
             consumer.close()
         return found
+
+    def _end(self, where: TopicPartition) -> int:
+        latest = {where: OffsetSpec.latest()}  # type: ignore[no-untyped-call]
+        return int(topics.told(self._admin.list_offsets(latest, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10)[where], 10).offset)
 
 
 def take_over(processor: Processor, store: Store, admin: AdminClient, config: Config, where: str) -> None:

@@ -24,7 +24,7 @@ from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record
 from kwflow.errors import TransportError
 from kwflow.ports import Listener
-from kwflow.runners.topics import client_config, record_of
+from kwflow.runners.topics import client_config, record_of, transient
 
 __all__ = ["KafkaLink", "read", "send", "state_of"]
 
@@ -165,7 +165,7 @@ class KafkaLink:
             self._consumer.incremental_unassign([where])
             self._assign(where.topic, where.partition)
             listener.on_gap()
-        elif error.fatal() or not (error.retriable() or error.code() == KafkaError._ALL_BROKERS_DOWN):
+        elif not transient(error):
             raise TransportError(error.str())
 
 
@@ -203,7 +203,7 @@ def read(config: Config, topic: str, partition: int | None = None, start: int = 
                     yield record_of(message)
                 elif error.code() == KafkaError._PARTITION_EOF:
                     left.discard(message.partition() or 0)
-                elif not error.retriable():
+                elif not transient(error):
                     raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.str()}")
     except KafkaException as error:
         raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None

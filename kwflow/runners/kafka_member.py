@@ -33,7 +33,7 @@ def again(environment: Environment, call: Callable[[], Any]) -> Any:
             code = error.args[0]
             if code.code() == KafkaError._FENCED:
                 raise FencedError(code.str()) from None
-            if not (code.retriable() or code.code() in (KafkaError._STATE, KafkaError._TIMED_OUT)):
+            if not (topics.transient(code) or code.code() in (KafkaError._STATE, KafkaError.UNKNOWN_TOPIC_OR_PART)):  # unknown: just made, and not known everywhere yet
                 raise
             if environment.monotonic() > give_up:
                 raise TransportError(f"no answer for {2 * TRANSACTION_S} s: {code.str()}") from None
@@ -63,10 +63,16 @@ class Member:
     def offset(self, topic: str, number: int, spec: Any) -> int:
         """Transactions that are open included (K5)."""
         where = TopicPartition(topic, number)
+        clients = [self.admin]
 
         def ask() -> int:
-            found = self.admin.list_offsets({where: spec}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10)
-            return int(found[where].result().offset)
+            found = clients[-1].list_offsets({where: spec}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10)
+            try:
+                return int(topics.told(found[where], 10).offset)
+            except KafkaException as error:
+                if error.args[0].code() == KafkaError.FENCED_LEADER_EPOCH:  # after a restart of the broker; a client that knows an older epoch never asks anew
+                    clients.append(topics.admin(self.config, self.environment))
+                raise
 
         return int(again(self.environment, ask))
 

@@ -19,6 +19,7 @@ from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaError, Messag
 from kwflow.errors import TransportError
 from kwflow.ports import Clock, Processor
 from kwflow.runners.environment import Consumer, Environment
+from kwflow.runners.topics import transient
 
 __all__ = ["MOVED", "POSITION", "Partition", "PartitionStore", "Restore", "agreed"]
 
@@ -170,7 +171,7 @@ class Restore:
             self.reached = 0
             self._consumer.assign([TopicPartition(self.where.topic, self.where.partition, OFFSET_BEGINNING)])
             return True
-        elif error.fatal() or not error.retriable():
+        elif not transient(error):
             raise TransportError(f"restore of {self.where.topic}[{self.where.partition}]: {error.str()}")
         return False
 

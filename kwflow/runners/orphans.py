@@ -13,6 +13,7 @@ from confluent_kafka import ConsumerGroupState, KafkaException
 from confluent_kafka.admin import AdminClient
 
 from kwflow.runners.environment import Environment
+from kwflow.runners.topics import told
 
 __all__ = ["Orphans"]
 
@@ -49,7 +50,7 @@ class Orphans:
     def _missing(self) -> set[int] | None:
         """None while the group is not stable, or the broker does not answer."""
         try:
-            found = self._admin.describe_consumer_groups([self._group], request_timeout=5)[self._group].result()
+            found = told(self._admin.describe_consumer_groups([self._group], request_timeout=5)[self._group], 5)
         except KafkaException:
             return None
         if found.state != ConsumerGroupState.STABLE or not found.members:

@@ -13,6 +13,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
 from kwflow.runners.environment import Consumer, Producer
 from kwflow.runners.kafka_member import END_WAIT_MS, TRANSACTION_S, Member
+from kwflow.runners.topics import transient
 
 __all__ = ["Attempt", "Owner", "Owners", "owner_key"]
 
@@ -84,7 +85,7 @@ class Owners:
                 latest[message.key() or b""] = message.value() or b""
             elif error.code() == KafkaError._PARTITION_EOF:
                 return True
-            elif error.fatal() or not error.retriable():
+            elif not transient(error):
                 raise KafkaException(error)
         return False
 

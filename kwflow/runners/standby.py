@@ -14,6 +14,7 @@ from confluent_kafka import KafkaError, Message, TopicPartition
 from kwflow.errors import TransportError
 from kwflow.runners.environment import Consumer, Environment
 from kwflow.runners.kafka_state import PartitionStore
+from kwflow.runners.topics import transient
 
 __all__ = ["Cleanup", "Copies", "Standby"]
 
@@ -71,7 +72,7 @@ class Standby:
             self.stores[number].wipe()
             changes.pop(number, None)
             self.follow(self.stores.keys() - {number})  # the next turn follows it again, from the begin
-        elif error.code() != KafkaError._PARTITION_EOF and (error.fatal() or not error.retriable()):
+        elif error.code() != KafkaError._PARTITION_EOF and not transient(error):
             raise TransportError(f"standby of {self._topic}[{number}]: {error.str()}")
 
     def close(self) -> None:

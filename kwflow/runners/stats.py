@@ -41,12 +41,19 @@ class Histogram:
 
 
 class Stats:
-    """One runner's.  `turned_s` is when its loop last came round, by the monotonic clock; 0 before the first time."""
+    """One runner's, by the monotonic clock: `turned_s` is when its loop last came round, 0 before the first time; `back_by_s`
+    when the call of the client that it is in should have returned, 0 outside of one."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()  # what became of records, by the words of Decision.counts
         self.commits = Histogram(SECONDS)
         self.turned_s = 0.0
+        self.back_by_s = 0.0
+
+    def is_late(self, now: float, turn_max_s: float) -> bool:
+        """Whether the loop does not come back: from a client that ignores its own time-out, or from anything else for far too long."""
+        back_by_s, turned_s = self.back_by_s, self.turned_s
+        return bool(back_by_s and now > back_by_s) or bool(turned_s and now > turned_s + turn_max_s)
 
 
 class Seen(msgspec.Struct, frozen=True):

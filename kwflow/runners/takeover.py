@@ -6,7 +6,7 @@ with the records of a partition that is owned.
 
 from __future__ import annotations
 
-from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaException, TopicPartition
 
 from kwflow.errors import TransportError
 from kwflow.ports import Worker
@@ -205,7 +205,7 @@ class Takeover:
         try:
             return int(self.consumer.committed([TopicPartition(self._topic, number)], timeout=patience_s)[0].offset)
         except KafkaException as error:
-            if error.args[0].retriable() or error.args[0].code() == KafkaError._TIMED_OUT:
+            if topics.transient(error.args[0]):
                 return None
             raise
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import Any, cast
 
-from confluent_kafka import IsolationLevel, KafkaException, Message, TopicCollection, TopicPartition
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, ConfigSource, NewTopic, OffsetSpec, ResourceType  # type: ignore[attr-defined]
 
 from kwflow.config import Config
@@ -14,9 +14,33 @@ from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.runners.environment import LIVE, Environment
 
-__all__ = ["admin", "client_config", "committed_ends", "create", "describe", "ends", "needed", "overridden", "partitions_of", "problems", "record_of", "replication", "settings_of"]
+__all__ = [
+    "admin", "client_config", "committed_ends", "create", "describe", "ends", "needed", "overridden", "partitions_of", "problems",
+    "record_of", "replication", "settings_of", "told", "transient",
+]  # fmt: skip
 
 _DAY_MS = 86_400_000
+_LATE_S = 5.0
+_TRANSIENT = {  # what a leader or coordinator that moves, or was just made, answers; librdkafka marks few of them as retriable
+    KafkaError._ALL_BROKERS_DOWN,
+    KafkaError._RESOLVE,
+    KafkaError._TIMED_OUT,
+    KafkaError._TIMED_OUT_QUEUE,
+    KafkaError._TRANSPORT,
+    KafkaError.BROKER_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.FENCED_LEADER_EPOCH,
+    KafkaError.KAFKA_STORAGE_ERROR,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NETWORK_EXCEPTION,
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.OFFSET_NOT_AVAILABLE,
+    KafkaError.REPLICA_NOT_AVAILABLE,
+    KafkaError.REQUEST_TIMED_OUT,
+    KafkaError.UNKNOWN_LEADER_EPOCH,
+}
 _REPLY_MS = 3_600_000
 _COMPACT = {"cleanup.policy": "compact", "delete.retention.ms": str(7 * _DAY_MS), "segment.bytes": str(64 * 1024 * 1024)}
 
@@ -24,6 +48,19 @@ _COMPACT = {"cleanup.policy": "compact", "delete.retention.ms": str(7 * _DAY_MS)
 def client_config(config: Config, **settings: Any) -> dict[str, Any]:
     """Settings for one client; `[kafka]` of the config (security and all) goes to librdkafka as it is."""
     return {"bootstrap.servers": config.bootstrap_servers, "log_level": 3, **{key.replace("_", "."): value for key, value in settings.items()}, **config.kafka}
+
+
+def transient(error: KafkaError) -> bool:
+    """Whether the same again may do: not for a transaction that has to be aborted, or a client that is lost."""
+    return not error.fatal() and not error.txn_requires_abort() and (error.retriable() or error.code() in _TRANSIENT)
+
+
+def told(future: Any, within_s: float) -> Any:
+    """The result of an admin request that was given this long: later than that the library has lost it.  Raises KafkaException."""
+    try:
+        return future.result(within_s + _LATE_S)
+    except TimeoutError:
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"no answer within {within_s:g} s")) from None
 
 
 def admin(config: Config, environment: Environment = LIVE) -> AdminClient:
@@ -42,7 +79,7 @@ def partitions_of(client: AdminClient, config: Config) -> dict[str, int]:
 def describe(client: Any, config: Config, topic: str) -> tuple[str, int]:
     """(topic id, partition count).  Raises TransportError."""
     try:
-        found = client.describe_topics(TopicCollection([topic]), request_timeout=10)[topic].result()
+        found = told(client.describe_topics(TopicCollection([topic]), request_timeout=10)[topic], 10)
     except KafkaException as error:
         raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.args[0].str()}; create topics with: kwflow topics create") from None
     return str(found.topic_id), len(found.partitions)
@@ -55,7 +92,7 @@ def settings_of(client: AdminClient, names: Iterable[str]) -> dict[str, dict[str
     found: dict[str, dict[str, str]] = {}
     for resource, future in asked.items():
         try:
-            found[resource.name] = {name: entry.value for name, entry in future.result().items()}
+            found[resource.name] = {name: entry.value for name, entry in told(future, 10).items()}
         except KafkaException as error:
             raise TransportError(f"cannot read the configuration of topic {resource.name}: {error.args[0].str()}") from None
     return found
@@ -121,7 +158,7 @@ def create(client: AdminClient, config: Config, declared: Iterable[str], partiti
             new.append(NewTopic(changelog, there.get(source, partitions), replication, config=_COMPACT))
     for topic, future in (client.create_topics(new, operation_timeout=30) if new else {}).items():
         try:
-            future.result()
+            told(future, 30)
         except KafkaException as error:
             raise TransportError(f"cannot create topic {topic}: {error.args[0].str()}", retryable=False) from None
     return [topic.topic for topic in new]
@@ -133,7 +170,7 @@ def committed_ends(client: AdminClient, topic: str, partitions: Iterable[int]) -
     found: dict[int, int] = {}
     for where, future in (client.list_offsets(asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=2) if asked else {}).items():
         with contextlib.suppress(KafkaException):
-            found[where.partition] = int(future.result().offset)
+            found[where.partition] = int(told(future, 2).offset)
     return found
 
 
@@ -142,7 +179,7 @@ def ends(client: AdminClient, topic: str, partitions: int, latest: bool) -> dict
     spec = OffsetSpec.latest() if latest else OffsetSpec.earliest()  # type: ignore[no-untyped-call]
     asked = client.list_offsets({TopicPartition(topic, number): spec for number in range(partitions)}, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=10)
     try:
-        return {where.partition: int(future.result().offset) for where, future in asked.items()}
+        return {where.partition: int(told(future, 10).offset) for where, future in asked.items()}
     except KafkaException as error:
         raise TransportError(f"cannot read the offsets of {topic}: {error.args[0].str()}") from None
 
@@ -150,7 +187,7 @@ def ends(client: AdminClient, topic: str, partitions: int, latest: bool) -> dict
 def overridden(client: AdminClient, topic: str) -> dict[str, str]:
     """The settings that this topic has of its own."""
     [future] = client.describe_configs([ConfigResource(ResourceType.TOPIC, topic)], request_timeout=10).values()
-    return {name: entry.value for name, entry in future.result().items() if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value}
+    return {name: entry.value for name, entry in told(future, 10).items() if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value}
 
 
 def replication(client: AdminClient, topic: str) -> int:

@@ -1,11 +1,20 @@
 """What a new owner finds: an open transaction of who was killed in it (K1, K5), a record that kills every engine in turn (K19)."""
 
+import dataclasses
 import pathlib
+from typing import Any, cast
 
 import pytest
+from confluent_kafka import KafkaError
+from confluent_kafka.admin import AdminClient
 
 from kwflow.runners.fencing import Fencing
 from kwflow.runners.kafka import KafkaRunner
+from kwflow.runners.kafka_code import CodeTopic
+from kwflow.runners.stats import Stats
+from kwflow.testing.kafka import Broker, Refused, SimulatedEnvironment
+from kwflow.testing.kafka.admin import SimulatedAdmin
+from kwflow.testing.kafka.log import Partition, Place
 from tests.simulation.test_found import Lab, turn
 
 SESSION_MS, AIM_MS = 6_000, 2_000
@@ -130,3 +139,53 @@ def test_what_a_broker_in_trouble_interrupts_is_no_attempt_for_the_next_engine(l
     last = lab.engine("last")
     turn(last, lambda: last.owned and last.owned[0].position == 1, 2000)
     assert lab.written("found-dead-letter") == []
+
+
+class Moving:
+    """A broker whose partitions have no leader yet when an admin client asks."""
+
+    def __init__(self, broker: Broker, refusals: list[int]) -> None:
+        self._broker = broker
+        self._refusals = refusals
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._broker, name)
+
+    def partition(self, place: Place) -> Partition:
+        if self._refusals:
+            raise Refused(self._refusals.pop(), "its leader is another, or none yet")
+        return self._broker.partition(place)
+
+
+class Unsettled(SimulatedEnvironment):
+    def __init__(self, broker: Broker, code: int) -> None:
+        super().__init__(broker)
+        self.refusals = [code] * 3
+
+    def admin(self, settings: Any) -> AdminClient:
+        return cast(AdminClient, SimulatedAdmin(cast(Broker, Moving(self.broker, self.refusals)), self.host))
+
+
+@pytest.mark.parametrize("code", [KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.FENCED_LEADER_EPOCH])
+def test_a_leader_that_is_not_known_yet_is_asked_again(lab: Lab, code: int) -> None:
+    """K4: topics that were just made, and brokers that were just restarted, answer so for a moment; an engine used to end."""
+    unsettled = Unsettled(lab.broker, code)
+    assert CodeTopic(lab.config("any"), unsettled).read(0) == []
+    assert unsettled.refusals == []
+    lab.send("workflow-resume", "w", "new:{}")
+    unsettled = Unsettled(lab.broker, code)
+    member = dataclasses.replace(lab.engine("one").member, environment=unsettled, admin=unsettled.admin({}))
+    assert member.end("workflow-resume", 0) == 1
+    assert unsettled.refusals == []
+
+
+def test_a_loop_that_does_not_come_back_is_seen() -> None:
+    """K4: librdkafka has calls that ignore their own time-outs when a broker dies under them; the process ends then."""
+    stats = Stats()
+    assert not stats.is_late(1e9, 300), "it has not begun"
+    stats.turned_s = 1_000.0
+    assert not stats.is_late(1_299, 300)
+    assert stats.is_late(1_301, 300)
+    stats.back_by_s = 1_015.0
+    assert not stats.is_late(1_014, 300)
+    assert stats.is_late(1_016, 300)
