@@ -26,24 +26,28 @@ from tests.integration.broker import Broker, can_start
 
 ROOT = pathlib.Path(__file__).parents[2]
 INSTANCES = 60
-ROUNDS = 6
+MOVES_MAX = 9
 BROKER_KILLS_MAX = 4
 SETTLE_S = 120
 SESSION_S, TRANSACTION_S = 6, 15
 
 
+# kwflow.cli, which tells its stacks when a test has waited in vain
+PROGRAM = "import faulthandler, signal; faulthandler.register(signal.SIGUSR1); from kwflow.cli import main; main()"
+
+
 class Answers(threading.Thread):
     """Answers every committed question once with the number it names; goes on over broker restarts."""
 
-    def __init__(self, bootstrap: str) -> None:
+    def __init__(self, bootstrap: str, partitions: int) -> None:
         super().__init__(daemon=True)
         self.asked: collections.Counter[tuple[str, str]] = collections.Counter()
         self.last = time.monotonic()
-        self.last_of = dict.fromkeys(range(4), 0.0)  # partition -> when a question of it was seen last
+        self.last_of = dict.fromkeys(range(partitions), 0.0)  # partition -> when a question of it was seen last
         self.ended = False
         self._consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "answers", "log_level": 0, "isolation.level": "read_committed", "enable.auto.commit": False})
         self._producer = Producer({"bootstrap.servers": bootstrap, "log_level": 0, "partitioner": "murmur2_random", "enable.idempotence": True})
-        self._consumer.assign([TopicPartition("chaos-ask", number, 0) for number in range(4)])
+        self._consumer.assign([TopicPartition("chaos-ask", number, 0) for number in range(partitions)])
 
     def run(self) -> None:
         while not self.ended:
@@ -66,7 +70,13 @@ class Site:
         self.broker.start()
         self.environment = {**os.environ, "KWFLOW_BOOTSTRAP_SERVERS": self.broker.bootstrap, "KWFLOW_WAIT_FOR_BROKER_S": "60"}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.kwflow("topics", "create", str(ROOT / "tests/chaos/work.py"))
+
+    def create(self, partitions: int) -> Answers:
+        """The topics, and who answers what is asked in them."""
+        self.kwflow("topics", "create", str(ROOT / "tests/chaos/work.py"), "--partitions", str(partitions))
+        answers = Answers(self.broker.bootstrap, partitions)
+        answers.start()
+        return answers
 
     def kwflow(self, *arguments: str) -> None:
         subprocess.run([sys.executable, "-m", "kwflow.cli", *arguments], env=self.environment, cwd=ROOT, check=True, timeout=60)
@@ -74,7 +84,7 @@ class Site:
     def start(self, name: str) -> None:
         what = ["scheduler"] if name == "scheduler" else ["engine", "tests/chaos/work.py"]
         with open(self.directory / f"{name}.log", "a") as log:
-            command = [sys.executable, "-m", "kwflow.cli", *what, "--state-dir", str(self.directory / name)]
+            command = [sys.executable, "-c", PROGRAM, *what, "--state-dir", str(self.directory / name)]
             self.processes[name] = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=log, stderr=log)
 
     def kill(self, name: str) -> None:
@@ -89,6 +99,14 @@ class Site:
                 aborted = code == -signal.SIGABRT and "rdkafka" in said.splitlines()[-1]  # librdkafka's own assertions, when the broker dies under an admin request
                 assert code == 3 or aborted, f"{name} ended with {code}\n{said}"
                 self.start(name)
+
+    def told(self) -> str:
+        """What each process said last, and where it is."""
+        for process in self.processes.values():
+            process.send_signal(signal.SIGUSR1)
+        time.sleep(1)  # to write it; the test has failed already
+        said = {name: [line for line in (self.directory / f"{name}.log").read_text().splitlines() if "Connection refused" not in line] for name in self.processes}
+        return "\n".join(line for name, lines in said.items() for line in (f"-- {name}", *lines[-60:]))
 
     def read(self, topic: str) -> list[tuple[str, str]]:
         """Every committed record."""
@@ -132,19 +150,17 @@ def test_whatever_is_killed_every_workflow_ends_once_with_the_result_of_a_sequen
     seed = int(os.environ.get("KWFLOW_SEED", str(random.randrange(1 << 30))))
     print(f"KWFLOW_SEED={seed}")
     chance = random.Random(seed)
-    instances, rounds = INSTANCES * kills // 20, ROUNDS
+    plans = {f"w{number}": "".join(chance.choices(work.MOVES, k=chance.randint(1, MOVES_MAX))) for number in range(INSTANCES * kills // 20)}
+    answers = site.create(partitions=chance.choice([1, 4, 8]))
     for name in ("one", "two", "scheduler"):
         site.start(name)
-    answers = Answers(site.broker.bootstrap)
-    answers.start()
-    ids = [f"w{number}" for number in range(instances)]
-    started = iter(ids)
-    batch = -(-instances // kills)
+    started = iter(plans.items())
+    batch = -(-len(plans) // kills)
     producer = Producer({"bootstrap.servers": site.broker.bootstrap, "log_level": 0, "enable.idempotence": True})
     broker_kills = 0
     for _ in range(kills):
-        for _, id in zip(range(batch), started, strict=False):
-            producer.produce("workflow-resume", f'new:{{"rounds":{rounds}}}', id)
+        for _, (id, plan) in zip(range(batch), started, strict=False):
+            producer.produce("workflow-resume", f'new:{{"plan":"{plan}"}}', id)
         producer.flush(30)
         time.sleep(chance.uniform(0.2, 3))  # when it is killed is the point of the test, nothing waits for this
         site.supervise()
@@ -152,10 +168,10 @@ def test_whatever_is_killed_every_workflow_ends_once_with_the_result_of_a_sequen
     for name in ("one", "two", "scheduler"):
         if name not in site.processes:
             site.start(name)
-    _settled(site, producer, ids)
+    _settled(site, producer, set(plans))
     answers.ended = True
     answers.join()
-    _check(site, answers, ids, rounds)
+    _check(site, plans)
 
 
 def _kill_something(site: Site, chance: random.Random, broker_too: bool) -> int:
@@ -177,29 +193,31 @@ def _kill_something(site: Site, chance: random.Random, broker_too: bool) -> int:
     return 0
 
 
-def _settled(site: Site, producer: Producer, ids: list[str]) -> None:
+def _settled(site: Site, producer: Producer, ids: set[str]) -> None:
     """Wait until all have a result, watching over the processes."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         assert producer.flush(30) == 0
         site.supervise()
         ended = {id for id, _ in site.read("workflow-result")}
-        if ended >= set(ids):
+        if ended >= ids:
             return
-        logs = {name: (site.directory / f"{name}.log").read_text()[-1500:] for name in site.processes}
-        assert time.monotonic() < deadline, f"{len(set(ids) - ended)} did not end, such as {sorted(set(ids) - ended)[:3]}; {logs}"
+        assert time.monotonic() < deadline, f"{len(ids - ended)} did not end, such as {sorted(ids - ended)[:3]}\n{site.told()}"
         time.sleep(0.5)
 
 
-def _check(site: Site, answers: Answers, ids: list[str], rounds: int) -> None:
-    assert sorted(site.read("workflow-result")) == sorted((id, str(work.expected(rounds))) for id in ids)
+def _check(site: Site, plans: dict[str, str]) -> None:
+    results = site.read("workflow-result")
+    assert sorted(pair for pair in results if pair[0] in plans) == sorted((id, str(work.expected(plan))) for id, plan in plans.items())
+    children = [id for id, _ in results if id not in plans]
+    assert len(set(children)) == len(children) == sum(plan.count("c") for plan in plans.values()), "each child ends once"
     assert site.read("workflow-error") == []
     questions = site.read("chaos-ask")
-    assert len(questions) == len(ids) * work.asked(rounds)
     assert len({(id, value.split()[0]) for id, value in questions}) == len(questions), "a question was asked twice"
+    assert len(questions) == sum(work.asked(plan) for plan in plans.values())
     fired = collections.Counter((id, value) for id, value in site.read("workflow-resume") if value.startswith('{"ref":"') and '"value"' not in value)
     assert set(fired.values()) <= {1}, "a timer fired twice"
-    assert len(fired) == len(ids) * work.timers(rounds), "each nap's timer fired, and no cancelled one"
+    assert len(fired) == sum(plan.count("n") for plan in plans.values()), "each nap's timer fired, and no cancelled one"
     assert site.read("workflow-engine-dead-letter") == []
 
 
@@ -212,13 +230,12 @@ def test_an_engine_that_was_killed_commits_again_soon(site: Site) -> None:
     the time-out of the transaction that the dead engine left open.
     """
     site.environment["KWFLOW_LOG_FORMAT"] = "json"
+    answers = site.create(partitions=4)
     site.start("scheduler")
     site.start("one")
-    answers = Answers(site.broker.bootstrap)
-    answers.start()
     producer = Producer({"bootstrap.servers": site.broker.bootstrap, "log_level": 0})
     for number in range(40):
-        producer.produce("workflow-resume", 'new:{"rounds":100000}', f"endless{number}")
+        producer.produce("workflow-resume", 'new:{"plan":"anar","rounds":100000}', f"endless{number}")
     producer.flush(30)
     _asked_since(answers, time.monotonic())
     site.kill("one")

@@ -1,8 +1,14 @@
-"""The workload of the chaos tests: rounds of questions, timers, and races that both end; the result is known beforehand."""
+"""The workload of the chaos tests: each instance has a plan of its own, drawn from the seed; what comes of it is known beforehand.
+
+    a  two questions at once      s  two, one after the other    c  one, asked by a child
+    n  a nap                      r  a race of a question and a timer that is cancelled
+"""
 
 import kwflow as kw
 
 kw.declare_topics("chaos-ask")
+
+MOVES = "aasscnrr"
 
 
 def ask(what):
@@ -19,30 +25,36 @@ def nap(ms):
     return ms
 
 
+@kw.workflow(name="child")
+def child(number):
+    return (yield ask(number))
+
+
 def main(opts):
-    """`opts`: {"rounds": n}.  Returns the sum of the answers, each the number that was asked for."""
+    """`opts`: {"plan": moves} or {"rounds": n}, for ever so many of them.  Returns the sum of the answers, each the number that was asked for."""
     total = 0
-    for round in range(opts["rounds"]):
-        one, two = yield kw.all([ask(2 * round), ask(2 * round + 1)])
-        total += one + two
-        if round % 3 == 0:
+    for number, move in enumerate(opts["plan"] * opts.get("rounds", 1)):
+        if move == "a":
+            one, two = yield kw.all([ask(2 * number), ask(2 * number + 1)])
+            total += one + two
+        elif move == "s":
+            total += yield ask(number)
+            total += yield ask(number + 7)
+        elif move == "n":
             total += yield nap(200)
-        if round % 3 == 1:
+        elif move == "r":
             which, value = yield kw.race({"answer": ask(1000), "late": kw.sleep(3600)})
             total += value
+        elif move == "c":
+            total += yield kw.start_child("child", number)
     return total
 
 
-def expected(rounds):
+def expected(plan):
     """The sequential model."""
-    return sum(4 * round + 1 + (200 if round % 3 == 0 else 1000 if round % 3 == 1 else 0) for round in range(rounds))
+    return sum({"a": 4 * number + 1, "s": 2 * number + 7, "n": 200, "r": 1000, "c": number}[move] for number, move in enumerate(plan))
 
 
-def asked(rounds):
-    """How many questions one instance asks."""
-    return sum(2 + (round % 3 == 1) for round in range(rounds))
-
-
-def timers(rounds):
-    """How many timers of one instance fire."""
-    return sum(round % 3 == 0 for round in range(rounds))
+def asked(plan):
+    """How many questions one instance and its children ask."""
+    return sum({"a": 2, "s": 2, "n": 0, "r": 1, "c": 1}[move] for move in plan)
