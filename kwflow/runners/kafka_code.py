@@ -14,7 +14,7 @@ from kwflow.ports import Processor, Store
 from kwflow.runners import topics
 from kwflow.runners.deployment import code_of
 from kwflow.runners.environment import LIVE, Environment
-from kwflow.runners.kafka_member import again
+from kwflow.runners.kafka_member import END_WAIT_MS, again
 
 __all__ = ["CodeTopic", "take_over"]
 
@@ -41,7 +41,7 @@ class CodeTopic:
             raise TransportError(f"topic {where.topic} at {self._config.bootstrap_servers}: {error.args[0].str()}") from None
         if end <= self._reached:
             return found
-        consumer = self._environment.consumer(topics.client_config(self._config, **settings, enable_partition_eof=True))
+        consumer = self._environment.consumer(topics.client_config(self._config, **settings, enable_partition_eof=True, fetch_wait_max_ms=END_WAIT_MS))
         try:
             consumer.assign([TopicPartition(where.topic, 0, offset)])
             reached, give_up = offset, self._environment.monotonic() + _GIVE_UP_S

@@ -24,6 +24,7 @@ from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record
 from kwflow.errors import TransportError
 from kwflow.ports import Listener
+from kwflow.runners.kafka_member import END_WAIT_MS
 from kwflow.runners.topics import client_config, record_of, transient
 
 __all__ = ["KafkaLink", "read", "send", "state_of"]
@@ -188,7 +189,7 @@ def send(config: Config, topic: str, key: bytes | None, value: bytes | None, hea
 
 def read(config: Config, topic: str, partition: int | None = None, start: int = 0) -> Iterator[Record]:
     """The committed records of a topic from its begin, or this offset, to its end of now; one partition, or all.  Raises TransportError."""
-    settings = {"group_id": f"{config.application_id}-read", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest"}
+    settings = {"group_id": f"{config.application_id}-read", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest", "fetch_wait_max_ms": END_WAIT_MS}
     consumer = Consumer(client_config(config, **settings, enable_partition_eof=True))
     try:
         known = consumer.list_topics(topic, timeout=10).topics[topic]
