@@ -91,7 +91,7 @@ def test_instances_of_either_code_finish_on_it_under_engines_of_the_other(site: 
 
 
 def test_the_code_topic_is_read_to_its_end_when_nothing_but_the_marker_of_a_transaction_is_left(site: Site) -> None:
-    """G10: found by simulation.  A look-up of a version that is not stored waited 40 s for the marker, and then ended the engine."""
+    """G10: a look-up of a version that is not stored reads on behind the last entry, where no record tells how far it is."""
     config = Config(bootstrap_servers=site.broker, application_id=site.application)
     with SoleWriter(config, "code-test") as writer:
         writer.write([Output(config.code_topic, b"shop@0", b"{}")])

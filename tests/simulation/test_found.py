@@ -16,7 +16,6 @@ from kwflow.errors import TransportError
 from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.kafka import KafkaRunner
-from kwflow.runners.kafka_code import CodeTopic
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import WorkflowTester
@@ -291,19 +290,6 @@ def test_steps_that_are_made_again_raise_without_our_errors_as_context(tmp_path:
     lab.producer.poll(0)
     turn(engine, lambda: engine.owned and engine.owned[0].position == 3)
     turn(engine, lambda: lab.written("workflow-result") == ["[1,true]"])
-
-
-def test_the_code_topic_is_read_to_its_end_when_nothing_but_the_marker_of_a_transaction_is_left(lab: Lab) -> None:
-    """G10: a look-up of a version that is not stored waited for the marker, in vain, and then ended the engine."""
-    config = lab.config("any")
-    writer = lab.client.producer({"transactional.id": "someone"})
-    writer.init_transactions()
-    writer.begin_transaction()
-    writer.produce(config.code_topic, key=b"shop@0", value=b"{}")
-    writer.commit_transaction()
-    topic = CodeTopic(config, lab.client)
-    assert [record.offset for record in topic.read(0)] == [0]
-    assert topic.read(1) == []
 
 
 @pytest.mark.parametrize(("name", "refs"), [("stopped", ["r"]), ("failing", ["r", "d"])])

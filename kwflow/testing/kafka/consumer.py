@@ -28,10 +28,11 @@ _FETCHED = 100  # records of one partition that are here before they are asked f
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Fetch:
-    """One assigned partition: `offset` is read next, `position` follows what the application got (-1001: nothing yet)."""
+    """One assigned partition, from `begun` on: `offset` is read next, `position` follows what the application got (-1001: nothing yet)."""
 
     place: Place
     offset: int
+    begun: int = 0
     position: int = OFFSET_INVALID
     paused: bool = False
     queue: collections.deque[Entry] = dataclasses.field(default_factory=collections.deque)
@@ -103,7 +104,7 @@ class SimulatedConsumer:
         partition = self._broker.partition(fetch.place)
         if offset == OFFSET_INVALID:
             offset = {"earliest": OFFSET_BEGINNING, "latest": OFFSET_END}.get(self._reset, OFFSET_INVALID)
-        fetch.offset = partition.start if offset == OFFSET_BEGINNING else partition.end if offset == OFFSET_END else offset
+        fetch.offset = fetch.begun = partition.start if offset == OFFSET_BEGINNING else partition.end if offset == OFFSET_END else offset
 
     def pause(self, partitions: list[TopicPartition]) -> None:
         for partition in partitions:
@@ -211,7 +212,8 @@ class SimulatedConsumer:
         partition = self._broker.partition(fetch.place)
         if fetch.offset >= (partition.stable if self._committed else partition.end) and fetch.eof_at != fetch.offset:
             fetch.eof_at = fetch.offset
-            fetch.position = max(fetch.position, fetch.offset) if fetch.position >= 0 else fetch.position
+            if fetch.position >= 0 or fetch.offset > fetch.begun:  # markers and aborted records were passed
+                fetch.position = max(fetch.position, fetch.offset)
             found.append(Message(fetch.place[0], fetch.place[1], fetch.offset, error=KafkaError(KafkaError._PARTITION_EOF, "end of partition")))
 
     # -- the group -------------------------------------------------------------------------------------------------

@@ -371,6 +371,23 @@ def test_a_key_goes_where_java_s_partitioner_puts_it(port: Port) -> None:
 # -- reading -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_reader_that_meets_nothing_but_a_marker_stands_behind_it_once_it_is_told_of_the_end(port: Port) -> None:
+    """K5."""
+    topic = port.topic()
+    producer = port.transactional()
+    producer.begin_transaction()
+    producer.produce(topic, b"1")
+    producer.commit_transaction(20)
+    where = TopicPartition(topic, 0, 1)
+    port.until(lambda: port.end(topic, IsolationLevel.READ_COMMITTED) == 2)
+    consumer = port.consumer(enable_partition_eof=True)
+    consumer.assign([where])
+    told: list[Any] = []
+    port.until(lambda: told.extend(consumer.consume(10, 0.1)) or told)
+    assert [(message.error().code(), message.offset()) for message in told] == [(KafkaError._PARTITION_EOF, 2)]
+    assert consumer.position([where])[0].offset == 2
+
+
 def test_a_reader_of_an_empty_log_has_no_position_but_is_told_of_the_end(port: Port) -> None:
     """K5."""
     topic, consumer = port.topic(), port.consumer(enable_partition_eof=True, auto_offset_reset="error")
