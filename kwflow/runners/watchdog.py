@@ -25,6 +25,7 @@ _LOOK_S = 1.0
 _START_ME_AGAIN = 3  # exit code
 _ends: list[bool] = []  # set in processes that are nothing but engines
 _watched: weakref.WeakSet[Watchdog] = weakref.WeakSet()
+_registering = threading.Lock()  # a set that another thread adds to while it is passed ends the one thread that looks
 _watcher: list[threading.Thread] = []
 
 
@@ -45,7 +46,8 @@ class Watchdog:
         self._begun = 0.0  # 0: no step runs
         self._warned = self._raised = 0.0
         self.look_s = min(_LOOK_S, self._warn_s / 4, self._abort_s / 4)
-        _watched.add(self)
+        with _registering:
+            _watched.add(self)
 
     def watching(self, name: str) -> Watchdog:
         if not _watcher:
@@ -93,7 +95,8 @@ def end_when_stuck() -> None:
 
 def _watch() -> None:
     while True:
-        dogs = list(_watched)
+        with _registering:
+            dogs = list(_watched)
         time.sleep(min([_LOOK_S, *(dog.look_s for dog in dogs)]))
         for dog in dogs:
             dog.look(time.monotonic())

@@ -83,7 +83,7 @@ def _wrong(what: str, found: object, wanted: object) -> None:
 
 # -- accounts ------------------------------------------------------------------------------------------------------------
 def _account(log: _Log, id: str) -> None:
-    """M1.4, M2, M3: its total is the sum of what it was told, each command once; each request is answered once, with the sum at its time."""
+    """M1.4, M2, M3: its total is the sum of what it was told, each command once, read by whatever wait; each request is answered once, an update with twice its value."""
     total = heard = 0
     done: dict[bytes | None, Reply] = {}
     wanted: dict[str, list[Reply]] = {}
@@ -98,7 +98,7 @@ def _account(log: _Log, id: str) -> None:
                 done[command] = ("rejected", None)
             else:
                 total, heard = total + (value or 0), heard + (value is not None)
-                done[command] = ("ok", total) if op == b"update" else ("delivered", None)
+                done[command] = ("ok", 2 * value) if op == b"update" else ("delivered", None)
         wanted[(headers["kwflow-request"] or b"").decode()] = [done[command]]
     _wrong(f"the result of {id}", [result["found"] for result in log.results(id)], [[total, heard]])
     replies = log.replies()

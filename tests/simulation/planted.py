@@ -9,9 +9,12 @@ from unittest import mock
 
 from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 
-from kwflow.core import wire
+from kwflow import schedules
+from kwflow.activities import Retry
+from kwflow.core import instance, messages, wire
 from kwflow.core.wire import Record
-from kwflow.runners import kafka, topics
+from kwflow.durable import versions
+from kwflow.runners import code, kafka, topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.kafka import KafkaRunner
 from kwflow.runners.kafka_batch import Aborted, Batch
@@ -241,6 +244,16 @@ def _other_partitioner() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(topics, "client_config", lambda config, **settings: made(config, **{**settings, "partitioner": "consistent_random"} if "transactional_id" in settings else settings))
 
 
+def _newer_snapshots_are_taken() -> contextlib.AbstractContextManager[Any]:
+    loads = versions.loads
+    return mock.patch.object(versions, "loads", lambda body, code, sources, lowering: loads(body, code, sources, min(lowering, versions.LOWERING_VERSION)))
+
+
+def _active_runs_are_forgotten() -> contextlib.AbstractContextManager[Any]:
+    due = schedules.due
+    return mock.patch.object(schedules, "due", lambda state, now_ms: due({**state, "active": {}}, now_ms))
+
+
 def _no_attempts() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(Attempts, "another", lambda *_: True)
 
@@ -271,4 +284,15 @@ PLANTED = [
     Planted("K18", "timers fire early", Faults(), timers=FiresEarly, first=3),
     Planted("K19", "attempts are not counted", Faults(), world=Impatient, patch=_no_attempts, first=7),
     Planted("K20", "a start that ended is begun again by its repetition", Faults(), engine=ForgetsWhoStarted),
+]
+
+# In what runner and model share, so that only outcomes that are known without them can tell (meaning.py).
+SHARED = [
+    Planted("G7", "what a newer kwflow saved is taken for its own", patch=_newer_snapshots_are_taken, first=33),
+    Planted("G10", "an instance goes on in changed code", patch=lambda: mock.patch.object(versions, "changed_units", lambda *_: [])),
+    Planted("G10", "sources are not stored", patch=lambda: mock.patch.object(code, "offer", lambda *_: [])),
+    Planted("M1", "a command that is repeated is done again", patch=lambda: mock.patch.object(messages, "applied_before", lambda *_: None)),
+    Planted("M3", "a signal that a race did not take is lost", patch=lambda: mock.patch.object(instance, "give_back", lambda *_: []), first=16),
+    Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None)),
+    Planted("schedules", "runs overlap although they must not", patch=_active_runs_are_forgotten),
 ]

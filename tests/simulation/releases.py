@@ -42,9 +42,9 @@ class Release:
 def draw(chance: random.Random) -> list[Release]:
     """Those that follow the first one.  The last has the newest kwflow, so that whatever was saved can be read in the end."""
     found, current = [], Release()
-    for _ in range(chance.choice([0, 0, 0, 1, 2, 3])):
+    for _ in range(chance.choice([0, 0, 0, 1, 3, 3])):
         new_main = chance.random() < 0.6
-        current = Release(current.main + new_main, current.helper + (not new_main), chance.random() < 0.4)
+        current = Release(current.main + new_main, current.helper + (not new_main), chance.random() < 0.5)
         found.append(current)
     if found and any(release.newer for release in found):
         found[-1] = dataclasses.replace(found[-1], newer=True)

@@ -6,7 +6,7 @@ import pytest
 
 from kwflow.runners.kafka import KafkaRunner
 from tests.simulation.checks import check
-from tests.simulation.planted import PLANTED, Planted
+from tests.simulation.planted import PLANTED, SHARED, Planted
 from tests.simulation.world import Failed, World, engine_process
 
 SEEDS = 40
@@ -31,7 +31,7 @@ def caught(seed: int, planted: Planted | None, faults: Planted) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: f"{planted.rule}: {planted.what}")
+@pytest.mark.parametrize("planted", [*PLANTED, *SHARED], ids=lambda planted: f"{planted.rule}: {planted.what}")
 def test_a_planted_bug_is_caught(planted: Planted) -> None:
     for seed in (planted.first, *range(SEEDS)):
         found = caught(seed, planted, planted)
@@ -40,6 +40,8 @@ def test_a_planted_bug_is_caught(planted: Planted) -> None:
             assert caught(seed, None, planted) is None, "it fails without the bug, too"
             return
     raise AssertionError(f"{SEEDS} seeds did not notice that {planted.what}")
+
+
 
 
 def test_every_rule_has_a_planted_bug() -> None:

@@ -180,18 +180,29 @@ def positive(value):
 
 
 def account():
-    """The sum of what it is told, by signals and by updates, until it is told nothing."""
+    """The sum of what it is told, by signals and by updates, until it is told nothing; now and then it is busy, and both kinds wait to be read."""
     total, heard = 0, 0
     deposits, orders = kw.signals("add"), kw.on_update("add", validator=positive)
-    while True:
-        kind, told = yield kw.race({"signal": deposits.wait(), "update": orders.wait()})
-        if kind == "signal" and told is None:
-            return [total, heard]
-        heard += 1
-        total += told if kind == "signal" else told.value
-        if kind == "update":
-            kw.reply(told, total)
+
+    def add(told):
+        nonlocal total, heard
+        value = getattr(told, "value", told)
+        total, heard = total + value, heard + 1
+        if told is not value:
+            kw.reply(told, 2 * value)
         kw.set_status(total)
+        return value
+
+    while True:
+        one = kw.race([deposits.wait()])  # a combinator, so that it is the first that waits
+        two = kw.all([deposits.wait(), kw.wait_signal("never")])  # never; what it took is given back each time
+        _, told = yield kw.race({"signal": one, "two": two, "update": orders.wait()})
+        if told is None:
+            for rest in (*deposits.take(), *orders.take()):
+                add(rest)
+            return [total, heard]
+        if add(told) % 3 == 0:
+            yield kw.sleep(1)
 
 
 NODES = {

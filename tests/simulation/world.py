@@ -334,7 +334,7 @@ class World:
         except (FencedError, TransportError) as error:
             self.say(f"{process.name} {role} ends: {type(error).__name__}: {error}")
             process.stopping = True
-            if self.faults == Faults(markers_ms=self.faults.markers_ms):
+            if self.faults == Faults(markers_ms=self.faults.markers_ms) and len(self.releases) == 1:
                 raise Failed(f"{process.name} ends although nothing was broken: {error}") from error
             if not error.retryable and not isinstance(error, FencedError):
                 raise Failed(f"{process.name} cannot go on: {error}") from error

@@ -1,6 +1,9 @@
 """Every limit of Config: what is at it passes, one past it is refused by the name of the limit; nothing is lost (G3, G4)."""
 
 import pathlib
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -403,3 +406,22 @@ def test_consumed_input_is_trimmed_while_the_embedded_engine_runs(tmp_path: path
         assert held.trim([timers]) == 0 and len(held.read(config.scheduler_topic)) == 1
     finally:
         held.close()
+
+
+def test_watchdogs_that_are_made_while_all_are_looked_at_do_not_end_the_looking() -> None:
+    """K19: found by simulation.  The one thread that looks died of it, unnoticed, and no step was ended any more."""
+    failed: list[threading.ExceptHookArgs] = []
+    before, threading.excepthook = threading.excepthook, failed.append
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with Watchdog(4, 10**9, lambda _: None).watching("w"):  # it is looked at every ms
+            pass
+        give_up = time.monotonic() + 1.5
+        while time.monotonic() < give_up:
+            kept = [Watchdog(4, 10**9, lambda _: None) for _ in range(500)]
+            del kept
+    finally:
+        threading.excepthook = before
+        sys.setswitchinterval(interval)
+    assert failed == []
