@@ -18,6 +18,7 @@ from kwflow.core.wire import Command, Output, Record
 from kwflow.errors import ActivityError, ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 from kwflow.runners import parked
+from kwflow.runners.dispatch import keep
 
 __all__ = ["OPS", "apply", "refuse"]
 
@@ -59,9 +60,13 @@ def refuse(config: Config, state: Changes, name: str, record: Record, reason: st
     1. a discard drops the head and applies the rest, and one of the rest makes an output that no broker takes
     2. if nothing of it were done, the next discard would do the same, and the instance could never be settled
     """
-    if wire.header(record, "kwflow-op") == "discard" and parked.is_parked(config, state.get(name.encode())):
-        parked.drop_head(state, name)
-    return parked.dead(config, record, "refused", reason, record.timestamp_ms)
+    letter = parked.dead(config, record, "refused", reason, record.timestamp_ms)
+    if wire.header(record, "kwflow-op") != "discard" or not parked.is_parked(config, state.get(name.encode())):
+        return letter
+    head = parked.drop_head(state, name)
+    failed = _call_failed(config, state, name, head, record) if head is not None else Decision()
+    keep(state, failed.dispatch)
+    return joined([letter, failed])
 
 
 def _header(config: Config, name: str, stored: bytes | None) -> dict[str, Any]:
@@ -141,22 +146,22 @@ def _discarded(batch: Batch, name: str, head: Record, record: Record) -> Decisio
     """Whoever waits for it is told."""
     told = children.refused(head, "discarded", "its start failed and was discarded", batch.config.resume_topic)
     mine = Decision(told, replies=parked.answered(batch.config, head, "discarded"))
-    return joined([mine, _call_failed(batch, name, head, record)])
+    return joined([mine, _call_failed(batch.config, batch.state, name, head, record)])
 
 
-def _call_failed(batch: Batch, name: str, head: Record, record: Record) -> Decision:
+def _call_failed(config: Config, state: Changes, name: str, head: Record, record: Record) -> Decision:
     """A workflow must not wait for an activity whose result was dropped: the call fails, and if it is that which was dropped, nobody works for it any more."""
     try:
         answer = wire.parse(head)
     except ProtocolError:  # it ended processes, and was parked unread
         return Decision()
-    waits = _header(batch.config, name, batch.state.get(name.encode()))["waits"]
+    waits = _header(config, name, state.get(name.encode()))["waits"]
     if not isinstance(answer, wire.Resume) or not any(wait["kind"] == "activity" and wait["ref"] == answer.ref for wait in waits):
         return Decision()
     if answer.failed and isinstance(answer.value, dict) and answer.value.get("type") == _DISCARDED:
         return Decision(dispatch=(Withdraw(name, str(answer.ref)),))
     error = failure_payload(ActivityError("its result was discarded", _DISCARDED, final=True))
-    return Decision((Output(batch.config.resume_topic, name.encode(), wire.json_dumps({"ref": answer.ref, "error": error}), (), record.timestamp_ms),))
+    return Decision((Output(config.resume_topic, name.encode(), wire.json_dumps({"ref": answer.ref, "error": error}), (), record.timestamp_ms),))
 
 
 def _drain(batch: Batch, name: str, record: Record, discard: bool) -> list[Decision]:

@@ -137,10 +137,12 @@ def held(state: Changes, name: str) -> list[Record]:
     return found
 
 
-def drop_head(state: Changes, name: str) -> None:
+def drop_head(state: Changes, name: str) -> Record | None:
     """Take the first record of the hold out."""
-    for key, _ in itertools.islice(state.scan(_prefix(name)), 1):
+    for key, value in itertools.islice(state.scan(_prefix(name)), 1):
         state.put(key, None)
+        return msgspec.msgpack.decode(value, type=Record)
+    return None
 
 
 def all_held(state: Changes, name: str) -> Iterator[Record]:
