@@ -192,7 +192,9 @@ def shallow(generator: Any) -> Any:
 
     state = durable.capture(generator)
     made = durable.restore(state)
-    if not any(name.startswith("@delegate") for name in state.slots):  # which the two share, and discarding one would close
+    shared = any(name.startswith("@delegate") for name in state.slots)  # discarding one of the two would close it
+    del state  # from 3.12 on a frame that errors hold leads to those that have closed it, which would keep what is in here
+    if not shared:
         durable.discard(generator)
     return made
 
