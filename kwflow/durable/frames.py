@@ -16,7 +16,7 @@ from kwflow.durable import registry
 from kwflow.durable.awaiting import below
 from kwflow.durable.lower.scopes import ITERATOR
 from kwflow.durable.registry import Function
-from kwflow.durable.runtime import Resume, set_abandoning
+from kwflow.durable.runtime import Resume, set_abandoning, shown
 from kwflow.errors import CodeChangedError, KwflowBug, NotDurableError, UsageError
 
 __all__ = ["Frame", "State", "capture", "describe", "discard", "empty", "enter", "forget_shells", "is_durable", "read", "refill", "restore", "snap", "where"]
@@ -104,8 +104,11 @@ def snap(gen: Gen) -> tuple[Function, str, dict[str, Any], tuple[types.CellType,
     slots = {name: names[name] for name in wanted if name in names}
     slots[_LABEL] = label
     cells = names["@c"] if plan.function.captured else ()
-    if type(names) is dict and sys.getrefcount(names) == _REFERENCES_TO_OURS:
-        names.clear()  # as in `copied_locals`
+    if type(names) is dict:
+        if sys.getrefcount(names) == _REFERENCES_TO_OURS:
+            names.clear()  # as in `copied_locals`
+        else:
+            shown(names)
     return plan.function, SUSPENDED, slots, cells
 
 
@@ -140,8 +143,11 @@ def copied_locals(frame: types.FrameType) -> dict[str, Any]:
     """The frame's variables; the copy that frames keep until 3.12 is emptied, or it would hold what the author has dropped."""
     found = frame.f_locals
     names = dict(found)
-    if type(found) is dict and sys.getrefcount(found) == _REFERENCES_TO_OURS:  # else the author has called locals()
-        found.clear()
+    if type(found) is dict:
+        if sys.getrefcount(found) == _REFERENCES_TO_OURS:
+            found.clear()
+        else:  # the author has called locals() and keeps it
+            shown(found)
     return names
 
 

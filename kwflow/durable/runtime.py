@@ -303,6 +303,20 @@ def unbound(name: str) -> NoReturn:
     raise UnboundLocalError(f"cannot access local variable {name!r} where it is not associated with a value")
 
 
+def shown(found: dict[str, Any]) -> dict[str, Any]:
+    """A frame's `locals()` without the names that lowering has added; until 3.12 the same dict each time, as natively."""
+    for name in [name for name in found if name[:1] == "@"]:
+        del found[name]
+    return found
+
+
+def looked(function: Any, found: Any) -> Any:
+    """What `locals()`, `vars()` or `dir()` gave, if it is those (semantics §5.5)."""
+    if function is builtins.dir:
+        return [name for name in found if name[:1] != "@"]
+    return shown(found) if function in (builtins.locals, builtins.vars) else found
+
+
 def inject(namespace: dict[str, Any], module: Module, bound: Mapping[str, type]) -> None:
     """The globals that lowered code of a module uses beside the author's."""
     namespace.update({RUNTIME: Runtime(module, bound), "@type": builtins.type, "@iter": builtins.iter, "@exc_info": sys.exc_info, "@managers": _managers, "@iterators": _ITERATORS, "@empty": _EMPTY})
@@ -321,6 +335,7 @@ class Runtime:
     first = staticmethod(first)
     links = staticmethod(links)
     relink = staticmethod(relink)
+    looked = staticmethod(looked)
     unbound = staticmethod(unbound)
     chain = itertools.chain
     slice = builtins.slice

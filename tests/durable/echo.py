@@ -51,7 +51,7 @@ MODULES = """
     test_weakref test_weakset test_with test_xml_etree test_yield_from test_zipfile test_zlib
 """.split()
 
-_LOCALS = "looks at locals(): lowered generators have variables of their own beside the author's"
+_LOCALS = "calls `vars` or `dir` as the value of a yield: only where they are called by name do they hide what lowering has added"
 _FRAME = "compares a frame of its own with the one of a traceback: a restored generator has another frame"
 _MODULES = "empties sys.modules, in which the harness finds kwflow"
 _NATIVE = "fails natively too once every expression is a yield"

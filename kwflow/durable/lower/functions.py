@@ -334,6 +334,8 @@ class Rewriter:
     def visit_Call(self, node: ast.Call) -> Any:
         if self.cold and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args and not node.keywords and self.scope.arguments:
             return ast.copy_location(ast.Call(node.func, [load("__class__"), load(self.scope.arguments[0])], []), node)
+        if self.lowered and isinstance(node.func, ast.Name) and node.func.id in ("locals", "vars", "dir") and not node.args and not node.keywords:
+            return ast.copy_location(call("looked", self.visit(node.func), node), node)
         return self._rebuilt(node)
 
     # -- names -----------------------------------------------------------------------------------------------------
