@@ -63,7 +63,7 @@ class Hosted:
         self._thread.join()
         self._stack.close()
         self.engine.close()
-        self._workflows.forget()
+        self._workflows.live.forget()
         set_abandoning(self._forgetting, everywhere=True)
         if self._failed is not None:
             raise self._failed

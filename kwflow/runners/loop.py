@@ -7,7 +7,6 @@ never raises for bad input.  It must not know a log, a store on disk or a clock.
 from __future__ import annotations
 
 import gc
-import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,15 +27,15 @@ from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, Snapsh
 from kwflow.ports import Budget, Changes, Decision, Deliver, Store
 from kwflow.runners import code, commands, parked
 from kwflow.runners.dispatch import Dispatcher, keep
+from kwflow.runners.ended import EndedTable
+from kwflow.runners.live import Live, LiveInstances
 from kwflow.runners.parked import dead_letter
 from kwflow.runners.stats import BYTES, Histogram
 from kwflow.runners.tracing import Tracing, fail_all
 from kwflow.runners.watchdog import Watchdog
 
-__all__ = ["EXPIRES", "Overlay", "WorkflowProcessor", "dead_letter"]
+__all__ = ["Overlay", "WorkflowProcessor", "dead_letter"]
 
-_FORGOTTEN = b"\0ended"  # there are no entries before this one: to pass over those that were deleted takes long, until the store is compacted
-EXPIRES = _FORGOTTEN + b"\0"  # entries of ended instances by the time they may be forgotten (K20)
 _WENT_WRONG = {"parked", "dead-letter", "held"}
 _IGNORED = ("unknown-id", "unknown-ref", "duplicate-start", "repeated")  # G3: by a stated rule, counted and said once
 _OWN_START_ID = re.compile(r"\d+-\d+")  # given by the step when the client gave none
@@ -72,25 +71,6 @@ class Overlay:
                 yield mine, new
 
 
-class _Live:
-    """An instance that may be ahead of its stored bytes.
-
-    `base` is what the state has for it, `ahead` whether a step was made since, `met` the batch's records it met since.
-    """
-
-    __slots__ = ("ahead", "base", "instance", "met")
-
-    def __init__(self, base: bytes | None, instance: Instance | None) -> None:
-        self.base = base
-        self.instance = instance
-        self.ahead = False
-        self.met: list[int] = []
-
-    def forget(self) -> None:
-        if self.instance is not None:
-            self.instance.forget()
-
-
 class WorkflowProcessor:
     """Runs workflow instances: one step for each record of `workflow-resume`."""
 
@@ -112,9 +92,8 @@ class WorkflowProcessor:
         self.limits = Limits(**{name: getattr(config, name) for name in Limits.__struct_fields__})
         self._prepared: dict[str, frozenset[str]] = {}  # `<module>@<sha256>` -> the topics that loading what it needs has declared
         self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
-        self._sleeping: dict[bytes, _Live] = {}  # least recently used first; one is used only if its bytes are still what is stored (K3)
-        self._sleeping_bytes = 0
-        self.cache_hits = self.cache_misses = 0
+        self.live = LiveInstances(config)
+        self.ended = EndedTable(config)
         self.snapshots = Histogram(BYTES)
         self.tracing = Tracing() if config.tracing else None
         allow_modules(config.snapshot_modules)
@@ -126,48 +105,10 @@ class WorkflowProcessor:
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
         """Forget ended instances whose `ended_retention_ms` is over."""
-        expired, over = 0, b""
-        for entry, key in itertools.islice(state.scan(EXPIRES, state.get(_FORGOTTEN) or b""), limit):
-            if int(entry[len(EXPIRES) :][:20]) > now_ms:
-                break
-            state.put(entry, None)
-            over = entry + b"\0"
-            header = self._ended_header(state.get(key))
-            if header is not None and self._expiry(header) <= now_ms:
-                state.put(key, None)
-            elif header is not None:  # it ran again since, or the retention is longer than it was
-                state.put(self._entry(header, key), key)
-            expired += 1
-        if not expired:
-            return None
-        state.put(_FORGOTTEN, over)
-        return Decision(counts=("forgotten",) * expired)
+        return self.ended.due(state, now_ms, limit)
 
     def next_due_ms(self, store: Store) -> int | None:
-        for entry, _ in store.scan(EXPIRES, store.get(_FORGOTTEN) or b""):
-            return int(entry[len(EXPIRES) :][:20])
-        return None
-
-    def _ended_header(self, stored: bytes | None) -> dict[str, Any] | None:
-        try:
-            header = snapshot.split(stored, self.config.signing_keys)[0] if stored is not None else None
-        except SnapshotError:  # whatever it is, it is not an entry of ours; the next record for it parks it
-            return None
-        return header if header is not None and header["status"] == "ended" else None
-
-    def _expiry(self, header: dict[str, Any]) -> int:
-        return int(header["ended"]) + self.config.ended_retention_ms
-
-    def _entry(self, header: dict[str, Any], key: bytes) -> bytes:
-        return EXPIRES + b"%020d\0" % self._expiry(header) + key
-
-    def keep_ended(self, state: Changes, key: bytes, header: dict[str, Any]) -> None:
-        """K20: a client named this start and may repeat it; what is left of the instance answers that for a while."""
-        state.put(key, snapshot.save_ended(header, self.config.signing_keys))
-        entry, first = self._entry(header, key), state.get(_FORGOTTEN)
-        state.put(entry, key)
-        if first is not None and entry < first:  # a record with an old timestamp ended it
-            state.put(_FORGOTTEN, entry)
+        return self.ended.next_due_ms(store)
 
     def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
         before = set_abandoning(True)  # semantics §3.3: an instance that is dropped here is only forgotten
@@ -213,39 +154,6 @@ class WorkflowProcessor:
         if not declared <= self.topics.declared:
             self.topics = msgspec.structs.replace(self.topics, declared=self.topics.declared | declared)
 
-    # -- instances kept alive between batches ------------------------------------------------------------------------
-    def awake(self, key: bytes, stored: bytes) -> _Live | None:
-        """The live instance of exactly these bytes, if it is here; taken out."""
-        live = self._sleeping.pop(key, None)
-        if live is not None:
-            self._sleeping_bytes -= len(live.base or b"")
-        if live is None or live.base == stored:
-            return live
-        live.forget()  # its batch was aborted, or its partition was elsewhere meanwhile
-        return None
-
-    def live_instances(self) -> int:
-        return len(self._sleeping)
-
-    def forget(self) -> None:
-        """Let go of all live instances; what is stored is the truth."""
-        for live in self._sleeping.values():
-            live.forget()
-        self._sleeping.clear()
-        self._sleeping_bytes = 0
-
-    def keep(self, key: bytes, live: _Live) -> None:
-        """But not what runs on old code: before each of its steps it is asked anew which code it holds, whether it was kept or restored (semantics §8.2)."""
-        if live.instance is not None and live.instance.pins:
-            return live.forget()
-        live.ahead, live.met = False, []
-        self._sleeping[key] = live
-        self._sleeping_bytes += len(live.base or b"")
-        while len(self._sleeping) > self.config.instances_cached_max or self._sleeping_bytes > self.config.instances_cached_bytes_max:
-            oldest = self._sleeping.pop(next(iter(self._sleeping)))
-            self._sleeping_bytes -= len(oldest.base or b"")
-            oldest.forget()
-
 
 class _Batch:
     """The records of one `decide`.  Instances stay live from record to record and are saved once, at the end (K15).
@@ -259,7 +167,7 @@ class _Batch:
         self.config = processor.config
         self.state = state
         self.records = records
-        self.live: dict[bytes, _Live] = {}
+        self.live: dict[bytes, Live] = {}
         self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows)
         self.made: list[Decision] = []
         self.held: dict[str, int] = {}
@@ -316,16 +224,14 @@ class _Batch:
             return parked.dead(self.config, record, error.reason, str(error), self.context.received_ms)
         return self._step(name, key, live, number, record) if self.processor.tracing is None else self._traced(self.processor.tracing, name, key, live, number)
 
-    def _find(self, name: str, key: bytes, record: Record) -> _Live | Decision:
+    def _find(self, name: str, key: bytes, record: Record) -> Live | Decision:
         """The instance for this record, or what happens when there is none that could run.  Raises ProtocolError."""
         stored = self.state.get(key)
         if stored is None:
-            return _Live(None, None)
-        live = self.processor.awake(key, stored)
+            return Live(None, None)
+        live = self.processor.live.awake(key, stored)
         if live is not None:
-            self.processor.cache_hits += 1
             return live
-        self.processor.cache_misses += 1
         try:
             header, body = snapshot.split(stored, self.config.signing_keys)
             if header["id"] != name:
@@ -340,11 +246,11 @@ class _Batch:
                 self.old.append(key)
                 self.processor.allow(api.declared_topics())
                 self.context = msgspec.structs.replace(self.context, topics=self.processor.topics)
-            return _Live(stored, instance)
+            return Live(stored, instance)
         except SnapshotError as error:
             return parked.park(self.config, self.state, name, stored, record, error, self.context.received_ms)
 
-    def _after_end(self, header: dict[str, Any], record: Record) -> _Live | Decision:
+    def _after_end(self, header: dict[str, Any], record: Record) -> Live | Decision:
         """K20: the entry that stays after the end; a start it does not know begins anew."""
         message = wire.parse(record)
         if applied_before(header.get("applied"), record, self.context.incarnation):
@@ -354,15 +260,15 @@ class _Batch:
             if fresh and wire.short_header(record, "kwflow-start-id") == header["start_id"]:
                 again = children.answer_again(header, record, self.config.resume_topic, self.config.value_bytes_max)
                 return Decision(again, counts=("duplicate-start",), replies=parked.answered(self.config, record, "duplicate"))
-            return _Live(None, None)
+            return Live(None, None)
         address = wire.reply_address(record)
         if isinstance(message, wire.Command):
             anew = isinstance(message.arguments, wire.Signal) and message.arguments.start is not None and message.start_id != header["start_id"]
-            return _Live(None, None) if anew else self._decision(header["id"], record, messages.after_end(header, message, address))
+            return Live(None, None) if anew else self._decision(header["id"], record, messages.after_end(header, message, address))
         return self._decision(header["id"], record, messages.ignored("unknown-id", address))
 
     # -- one step ----------------------------------------------------------------------------------------------------
-    def _traced(self, tracing: Tracing, name: str, key: bytes, live: _Live, number: int) -> Decision:
+    def _traced(self, tracing: Tracing, name: str, key: bytes, live: Live, number: int) -> Decision:
         """The same with a span, whose context takes the place of the record's."""
         span = tracing.begin(name, self.records[number], live.instance)
         made = self._step(name, key, live, number, span.record)
@@ -371,7 +277,7 @@ class _Batch:
         span.done(made.counts[0] if made.counts else "", made.logs[-1] if not _WENT_WRONG.isdisjoint(made.counts) and made.logs else None)
         return msgspec.structs.replace(made, spans=(span,))
 
-    def _step(self, name: str, key: bytes, live: _Live, number: int, record: Record) -> Decision:
+    def _step(self, name: str, key: bytes, live: Live, number: int, record: Record) -> Decision:
         live.met.append(number)
         made: Transition | BaseException
         try:
@@ -406,12 +312,12 @@ class _Batch:
             return decision
         return commands.joined([decision, parked.dead(self.config, record, "refused", made.logs[-1], self.context.received_ms)])
 
-    def _ended(self, key: bytes, live: _Live, header: dict[str, Any]) -> None:
+    def _ended(self, key: bytes, live: Live, header: dict[str, Any]) -> None:
         live.forget()
         del self.live[key]
         self.end(key, header)
 
-    def _failed(self, name: str, key: bytes, live: _Live, number: int, error: BaseException) -> Decision:
+    def _failed(self, name: str, key: bytes, live: Live, number: int, error: BaseException) -> Decision:
         """G4.  The steps before this one are made again and saved first; the one that failed is not run a second time."""
         live.forget()
         del self.live[key]
@@ -457,7 +363,7 @@ class _Batch:
                 self._warn_of_size(live, len(data))
             self.state.put(key, data)
             live.base = data
-        self.processor.keep(key, live)
+        self.processor.live.keep(key, live)
 
     def _bytes(self, instance: Instance) -> tuple[bytes | Exception, list[Module]]:
         """The instance's snapshot and what it names, or why there is none (returned: steps are made again then, outside of any handler)."""
@@ -469,7 +375,7 @@ class _Batch:
             return SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}"), []
         return data, modules
 
-    def _warn_of_size(self, live: _Live, size: int) -> None:
+    def _warn_of_size(self, live: Live, size: int) -> None:
         """Said when an instance grows over the limit, not each time it is saved."""
         limit = self.config.snapshot_bytes_warn
         if limit >= len(live.base or b""):
@@ -493,6 +399,6 @@ class _Batch:
     def end(self, key: bytes, header: dict[str, Any]) -> None:
         """Nothing is left of it but the entry that a client's repeated start meets (K20)."""
         if self.processor.at_least_once or (_OWN_START_ID.fullmatch(header["start_id"]) is None and header["start_id"]):
-            self.processor.keep_ended(self.state, key, header)
+            self.processor.ended.keep(self.state, key, header)
         elif self.state.get(key) is not None:
             self.state.put(key, None)

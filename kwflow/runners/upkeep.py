@@ -21,9 +21,9 @@ from kwflow.core.murmur2 import partition_of
 from kwflow.errors import TransportError, UsageError
 from kwflow.runners import topics
 from kwflow.runners.code import WRITTEN
+from kwflow.runners.ended import EXPIRES
 from kwflow.runners.kafka_link import read
 from kwflow.runners.kafka_state import POSITION
-from kwflow.runners.loop import EXPIRES
 from kwflow.runners.parked import HOLD
 
 __all__ = ["migrate", "reset", "reset_plan"]

@@ -118,10 +118,10 @@ class _Metrics(Collector):
 def _instances(processor: WorkflowProcessor) -> Iterator[Metric]:
     yield _histogram("kwflow_snapshot_bytes", "Sizes of saved snapshots.", [processor.snapshots])
     looked = CounterMetricFamily("kwflow_instance_cache", "Whether an instance was still live when its next record came.", labels=["result"])
-    looked.add_metric(["hit"], processor.cache_hits)
-    looked.add_metric(["miss"], processor.cache_misses)
+    looked.add_metric(["hit"], processor.live.hits)
+    looked.add_metric(["miss"], processor.live.misses)
     yield looked
-    yield GaugeMetricFamily("kwflow_instances_live", "Instances kept live.", value=processor.live_instances())
+    yield GaugeMetricFamily("kwflow_instances_live", "Instances kept live.", value=len(processor.live))
     if processor.dispatcher is not None:
         calls = GaugeMetricFamily("kwflow_activities", "Activities in this process; more may wait in the store. Left behind: cancelled, and they go on.", labels=["state"])
         for state, count in processor.dispatcher.counts().items():

@@ -187,7 +187,7 @@ def test_the_cache_of_live_instances_is_bounded_by_number_and_by_bytes_and_evict
         engine = Engine(**limits)
         engine.batch(*(engine.record(f"i{n}", b'new:["state",1000]') for n in range(5)))
         size = len(engine.store.entries[b"i0"])
-        assert len(engine.processor._sleeping) == kept
+        assert len(engine.processor.live) == kept
         assert engine.module.CLEANED == []
         for n in range(5):
             assert engine.batch(engine.record(f"i{n}", b'{"ref":"more"}'))[0].counts == ("resumed",)

@@ -1,0 +1,74 @@
+"""Instances kept alive between batches, so that a hot one is not unpickled (K3)."""
+
+from __future__ import annotations
+
+from kwflow.config import Config
+from kwflow.core.instance import Instance
+
+__all__ = ["Live", "LiveInstances"]
+
+
+class Live:
+    """An instance that may be ahead of its stored bytes.
+
+    `base` is what the state has for it, `ahead` whether a step was made since, `met` the batch's records it met since.
+    """
+
+    __slots__ = ("ahead", "base", "instance", "met")
+
+    def __init__(self, base: bytes | None, instance: Instance | None) -> None:
+        self.base = base
+        self.instance = instance
+        self.ahead = False
+        self.met: list[int] = []
+
+    def forget(self) -> None:
+        if self.instance is not None:
+            self.instance.forget()
+
+
+class LiveInstances:
+    """A cache of limited size; least recently used go first, without their cleanup (G8).
+
+    One is used only if its bytes are still what is stored, so that nobody has to tell the cache of aborts and takeovers.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.hits = self.misses = 0
+        self._sleeping: dict[bytes, Live] = {}
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._sleeping)
+
+    def awake(self, key: bytes, stored: bytes) -> Live | None:
+        """The live instance of exactly these bytes, if it is here; taken out."""
+        live = self._sleeping.pop(key, None)
+        if live is not None:
+            self._bytes -= len(live.base or b"")
+            if live.base == stored:
+                self.hits += 1
+                return live
+            live.forget()  # its batch was aborted, or its partition was elsewhere meanwhile
+        self.misses += 1
+        return None
+
+    def keep(self, key: bytes, live: Live) -> None:
+        """But not what runs on old code: before each of its steps it is asked anew which code it holds, whether it was kept or restored (semantics §8.2)."""
+        if live.instance is not None and live.instance.pins:
+            return live.forget()
+        live.ahead, live.met = False, []
+        self._sleeping[key] = live
+        self._bytes += len(live.base or b"")
+        while len(self._sleeping) > self.config.instances_cached_max or self._bytes > self.config.instances_cached_bytes_max:
+            oldest = self._sleeping.pop(next(iter(self._sleeping)))
+            self._bytes -= len(oldest.base or b"")
+            oldest.forget()
+
+    def forget(self) -> None:
+        """Let go of all; what is stored is the truth."""
+        for live in self._sleeping.values():
+            live.forget()
+        self._sleeping.clear()
+        self._bytes = 0
