@@ -29,7 +29,7 @@ from kwflow.runners.parked import HOLD
 __all__ = ["migrate", "reset", "reset_plan"]
 
 _TIMEOUT_S = 30
-_LEAVING_S = 12  # twice the session timeout
+_SESSION_MS = 6000
 _MOVED_MAX = 1000  # entries of one transaction
 _ID = {HOLD: 1, EXPIRES: 1, dispatch.PREFIX: 2, timers.DUE: 2}  # engine's own keys -> how many fields stand beside the key they belong to
 
@@ -52,7 +52,7 @@ def _done(futures: dict[Any, Any], what: str) -> list[Any]:
 
 def _standing_still(admin: AdminClient, config: Config) -> None:
     """Raises UsageError naming who still runs; static members stay in the group for a session timeout after they have stopped (KIP-345)."""
-    give_up = time.monotonic() + _LEAVING_S
+    give_up = time.monotonic() + 2 * int(config.kafka.get("session.timeout.ms", _SESSION_MS)) / 1000
     while running := [group for group in _described(admin, config) if group.state not in (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD) or group.members]:
         if time.monotonic() > give_up:
             who = ", ".join(sorted({member.group_instance_id or member.client_id for group in running for member in group.members})) or running[0].group_id
@@ -107,6 +107,11 @@ def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
             asked = ConsumerGroupTopicPartitions(group, [TopicPartition(source, number, offset) for number, offset in ends.items()])
             _done(admin.alter_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"set the offsets of {group}")
             say(f"{group} begins at the {input_from} of {source}")
+    if config.owners_topic in there:  # who died at which record is of no account any more
+        producer = Producer(topics.client_config(config, enable_idempotence=True))
+        for record in read(config, config.owners_topic):
+            producer.produce(config.owners_topic, None, record.key)
+        producer.flush(_TIMEOUT_S)
     shutil.rmtree(config.state_dir / config.application_id, ignore_errors=True)
 
 

@@ -33,7 +33,6 @@ def main(opts):
 @pytest.fixture
 def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site]:
     site = Site(broker, application, tmp_path, partitions=2)
-    site.environment["KWFLOW_KAFKA"] = '{"session.timeout.ms": 1500, "heartbeat.interval.ms": 300, "log_level": 0}'  # who has stopped is gone sooner
     yield site
     site.end()
 
@@ -97,6 +96,7 @@ def test_an_engine_without_http_is_named_and_one_that_ended_cleanly_owns_nothing
 
 def test_a_record_that_kills_two_engines_in_turn_ends_in_dead_letters(site: Site) -> None:
     """K19: state directories of their own; three attempts in all, after the one that nobody expected."""
+    site.environment["KWFLOW_KAFKA"] = '{"session.timeout.ms": 1500, "heartbeat.interval.ms": 300, "log_level": 0}'  # who has died is gone sooner
     module = site.directory / "deadly.py"
     module.write_text(DEADLY)
     site.send(site.application, 'new:"deadly"')
