@@ -120,16 +120,16 @@ def stuck():
 
 
 def lock(tag):
-    """Cannot be saved while it waits (G4)."""
+    """Cannot be saved while it waits (G4).  Shielded, so that no record of the same batch ends the wait before it is saved: one alone would find it parked."""
     held = threading.Lock()
-    value = yield from ask(tag)
+    value = yield kw.shield(ask(tag))
     return [value, held is None]
 
 
 def large(tag):
     """Its snapshot is larger than one may be."""
     held = "x" * 200_000
-    value = yield from ask(tag)
+    value = yield kw.shield(ask(tag))
     return [value, len(held)]
 
 
