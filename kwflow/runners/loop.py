@@ -172,7 +172,7 @@ class _Batch:
         self.made: list[Decision] = []
         self.held: dict[str, int] = {}
         self.old: list[bytes] = []  # the instance that was just loaded on old code
-        self.named: set[Module] = set()  # versions that the snapshots of this batch name
+        self.named: dict[Module, None] = {}  # versions that the snapshots of this batch name, in the order in which they were met: it decides what is written
 
     def run(self, budget: Budget | None = None) -> list[Decision]:
         self.made = [Decision()] * len(self.records)
@@ -357,7 +357,7 @@ class _Batch:
                     self.made[live.met[0]] = msgspec.structs.replace(made, spans=spans) if spans else made
                 return
             if self.processor.keeps_code:
-                self.named.update(modules)
+                self.named |= dict.fromkeys(modules)
             self.processor.snapshots.observe(len(data))
             if len(data) > self.config.snapshot_bytes_warn:
                 self._warn_of_size(live, len(data))
