@@ -4,6 +4,7 @@ import ast
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -54,6 +55,12 @@ def test_files_and_functions_stay_readable(path: pathlib.Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert (node.end_lineno or 0) - node.lineno < 70, node.name
+
+
+def test_make_test_knows_every_suite() -> None:
+    """pyproject.toml lists them by hand, the long ones first."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"]
+    assert sorted(listed) == sorted({f"tests/{path.parent.name}" for path in (ROOT / "tests").glob("*/test_*.py")})
 
 
 def test_importing_kwflow_loads_no_driver() -> None:

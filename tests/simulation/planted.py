@@ -260,7 +260,7 @@ def _no_attempts() -> contextlib.AbstractContextManager[Any]:
 
 
 PLANTED = [
-    Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_IN_COMMITS, NewIdentityEachStart),
+    Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_IN_COMMITS, NewIdentityEachStart, first=12),
     Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd, first=2),
     Planted("K3", "the overlay is kept after an abort", ABORTS, KeepsTheOverlayAfterAnAbort),
     Planted("K3", "a batch that was aborted is not read again from its first record", ABORTS, SeeksBehindTheBatchAfterAnAbort),
@@ -274,7 +274,7 @@ PLANTED = [
     Planted("K9", "records are stepped backwards", Faults(slow=0.3), StepsBackwards),
     Planted("K10", "dead letters are logged and dropped", Faults(), DropsDeadLetters),
     Planted("K11", "the producer is kept after a refusal", Faults(), KeepsTheProducerAfterARefusal, first=13),
-    Planted("K11", "all of a refused batch is parked", Faults(slow=0.3), RefusesTheWholeBatch, first=8),
+    Planted("K11", "all of a refused batch is parked", Faults(slow=0.3), RefusesTheWholeBatch, first=20),
     Planted("K12", "the changelog deletes what is old", Faults(kill=0.2, stop=0.2, wipe=3.0, compact=0.5), world=ShortChangelogs),
     Planted("K13", "outputs are stamped with now", Faults(), StampsOutputsWithNow),
     Planted("K14", "timers fire without an offset", Faults(), FiresWithoutOffsets),
