@@ -148,6 +148,7 @@ class Embedded:
         """Write a batch and the ends and positions that hold after it."""
         for key, offset in marks.items():
             batch.put(key, b"%d" % offset)
+            self._marks.pop(key, None)  # a write that fails may have happened: then the database is asked again
         self.db.write(batch, options)
         self._marks |= marks
 
