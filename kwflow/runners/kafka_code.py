@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
 
 from kwflow.config import Config
 from kwflow.core import snapshot
@@ -14,11 +14,10 @@ from kwflow.ports import Processor, Store
 from kwflow.runners import topics
 from kwflow.runners.deployment import code_of
 from kwflow.runners.environment import LIVE, Environment
-from kwflow.runners.kafka_member import END_WAIT_MS, again
+from kwflow.runners.kafka_member import LATEST, offsets
+from kwflow.runners.kafka_reading import read_to
 
 __all__ = ["CodeTopic", "take_over"]
-
-_GIVE_UP_S = 40  # an entry behind somebody's open transaction becomes visible when that ends, after 15 s at the latest (K1)
 
 
 class CodeTopic:
@@ -32,41 +31,16 @@ class CodeTopic:
 
     def read(self, offset: int) -> list[Record]:
         """The committed records from this offset, after those that were read before, to the end of now, also if transactions are still open before it."""
-        where = TopicPartition(self._config.code_topic, 0)
-        settings = {"group_id": f"{self._config.application_id}-code", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest"}
-        found: list[Record] = []
+        topic = self._config.code_topic
         try:
-            end = int(again(self._environment, lambda: self._end(where)))
+            end = offsets(self._environment, self._config, self._admin, topic, [0], LATEST)[0]
         except KafkaException as error:
-            raise TransportError(f"topic {where.topic} at {self._config.bootstrap_servers}: {error.args[0].str()}") from None
+            raise TransportError(f"topic {topic} at {self._config.bootstrap_servers}: {error.args[0].str()}") from None
         if end <= self._reached:
-            return found
-        consumer = self._environment.consumer(topics.client_config(self._config, **settings, enable_partition_eof=True, fetch_wait_max_ms=END_WAIT_MS))
-        try:
-            consumer.assign([TopicPartition(where.topic, 0, offset)])
-            reached, give_up = offset, self._environment.monotonic() + _GIVE_UP_S
-            while reached < end:
-                for message in consumer.consume(1000, 0.2):
-                    wrong = message.error()
-                    if wrong is None:
-                        found.append(topics.record_of(message))
-                    elif wrong.code() == KafkaError._PARTITION_EOF:  # the only sign, if all that is left is the marker of a transaction: no record, no position
-                        reached = max(reached, message.offset() or 0)
-                    elif not topics.transient(wrong):
-                        raise TransportError(f"topic {where.topic}: {wrong.str()}")
-                reached = max(reached, consumer.position([where])[0].offset)
-                if reached < end and self._environment.monotonic() > give_up:
-                    raise TransportError(f"topic {where.topic} could not be read to its end within {_GIVE_UP_S} s")
-            self._reached = reached
-        except KafkaException as error:
-            raise TransportError(f"topic {where.topic} at {self._config.bootstrap_servers}: {error.args[0].str()}") from None
-        finally:
-            consumer.close()
+            return []
+        found = list(read_to(self._environment, self._config, topic, {0: end}, {0: offset}))
+        self._reached = end
         return found
-
-    def _end(self, where: TopicPartition) -> int:
-        latest = {where: OffsetSpec.latest()}  # type: ignore[no-untyped-call]
-        return int(topics.told(self._admin.list_offsets(latest, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10)[where], 10).offset)
 
 
 def take_over(processor: Processor, store: Store, admin: AdminClient, config: Config, where: str) -> None:

@@ -24,7 +24,10 @@ from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record
 from kwflow.errors import TransportError
 from kwflow.ports import Listener
-from kwflow.runners.kafka_member import END_WAIT_MS
+from kwflow.runners import topics
+from kwflow.runners.environment import LIVE
+from kwflow.runners.kafka_member import LATEST, offsets
+from kwflow.runners.kafka_reading import read_to
 from kwflow.runners.topics import client_config, record_of, transient
 
 __all__ = ["KafkaLink", "read", "send", "state_of"]
@@ -189,38 +192,20 @@ def send(config: Config, topic: str, key: bytes | None, value: bytes | None, hea
 
 def read(config: Config, topic: str, partition: int | None = None, start: int = 0) -> Iterator[Record]:
     """The committed records of a topic from its begin, or this offset, to its end of now; one partition, or all.  Raises TransportError."""
-    settings = {"group_id": f"{config.application_id}-read", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest", "fetch_wait_max_ms": END_WAIT_MS}
-    consumer = Consumer(client_config(config, **settings, enable_partition_eof=True))
+    admin = topics.admin(config)
     try:
-        known = consumer.list_topics(topic, timeout=10).topics[topic]
+        known = admin.list_topics(topic, timeout=10).topics[topic]
         if known.error is not None:
             raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {known.error.str()}", retryable=False)
-        left = set(known.partitions) if partition is None else {partition}
-        consumer.assign([TopicPartition(topic, number, start) for number in left])
-        while left:
-            for message in consumer.consume(1000, 0.2):
-                error = message.error()
-                if error is None:
-                    yield record_of(message)
-                elif error.code() == KafkaError._PARTITION_EOF:
-                    left.discard(message.partition() or 0)
-                elif not transient(error):
-                    raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.str()}")
+        ends = offsets(LIVE, config, admin, topic, sorted(known.partitions) if partition is None else [partition], LATEST)
     except KafkaException as error:
         raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
-    finally:
-        consumer.close()
+    yield from read_to(LIVE, config, topic, ends, dict.fromkeys(ends, start))
 
 
 def state_of(config: Config, id: str) -> bytes | None:
     """The stored snapshot of one instance, from the changelog partition that holds it."""
-    consumer = Consumer(client_config(config, group_id=f"{config.application_id}-read"))
-    try:
-        partitions = len(consumer.list_topics(config.changelog_topic, timeout=10).topics[config.changelog_topic].partitions)
-    except KafkaException as error:
-        raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
-    finally:
-        consumer.close()
+    partitions = topics.partitions_of(topics.admin(config), config).get(config.changelog_topic, 0)
     key, found = id.encode(), None
     for record in read(config, config.changelog_topic, partition_of(key, partitions) if partitions else None):
         if record.key == key:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from kwflow.ports import Clock, Processor
 from kwflow.runners import topics
 from kwflow.runners.environment import Environment
 
-__all__ = ["END_WAIT_MS", "RETRY_S", "TRANSACTION_S", "Member", "again"]
+__all__ = ["EARLIEST", "END_WAIT_MS", "LATEST", "RETRY_S", "TRANSACTION_S", "Member", "again", "offsets"]
 
 TRANSACTION_S = 15  # a dead engine with another identity blocks its partitions for this long (K1)
 RETRY_S = 0.02
+EARLIEST, LATEST = OffsetSpec.earliest(), OffsetSpec.latest()  # type: ignore[no-untyped-call] # the library has no types here
 END_WAIT_MS = 10  # fetch.wait.max.ms of those who read to an end
 
 
@@ -38,6 +39,24 @@ def again(environment: Environment, call: Callable[[], Any]) -> Any:
             if environment.monotonic() > give_up:
                 raise TransportError(f"no answer for {2 * TRANSACTION_S} s: {code.str()}") from None
         environment.sleep(RETRY_S)
+
+
+def offsets(environment: Environment, config: Config, admin: AdminClient, topic: str, partitions: Iterable[int], spec: OffsetSpec) -> dict[int, int]:
+    """Partition -> its begin or end, what open transactions have written included (K5).  Raises KafkaException, TransportError."""
+    asked = {TopicPartition(topic, number): spec for number in partitions}
+    clients = [admin]
+
+    def ask() -> dict[int, int]:
+        futures = clients[-1].list_offsets(asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10)
+        try:
+            return {where.partition: int(topics.told(future, 10).offset) for where, future in futures.items()}
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.FENCED_LEADER_EPOCH:  # after a restart of the broker; a client that knows an older epoch never asks anew
+                clients.append(topics.admin(config, environment))
+            raise
+
+    found: dict[int, int] = again(environment, ask)
+    return found
 
 
 @dataclass(frozen=True)
@@ -60,24 +79,8 @@ class Member:
         """Of one more client of this engine."""
         return topics.client_config(self.config, **more)
 
-    def offset(self, topic: str, number: int, spec: Any) -> int:
-        """Transactions that are open included (K5)."""
-        where = TopicPartition(topic, number)
-        clients = [self.admin]
-
-        def ask() -> int:
-            found = clients[-1].list_offsets({where: spec}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10)
-            try:
-                return int(topics.told(found[where], 10).offset)
-            except KafkaException as error:
-                if error.args[0].code() == KafkaError.FENCED_LEADER_EPOCH:  # after a restart of the broker; a client that knows an older epoch never asks anew
-                    clients.append(topics.admin(self.config, self.environment))
-                raise
-
-        return int(again(self.environment, ask))
-
     def end(self, topic: str, number: int) -> int:
-        return self.offset(topic, number, OffsetSpec.latest())  # type: ignore[no-untyped-call] # the library has no types here
+        return offsets(self.environment, self.config, self.admin, topic, [number], LATEST)[number]
 
     def start(self, topic: str, number: int) -> int:
-        return self.offset(topic, number, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+        return offsets(self.environment, self.config, self.admin, topic, [number], EARLIEST)[number]

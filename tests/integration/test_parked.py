@@ -10,8 +10,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from confluent_kafka import Producer
 
 from kwflow.config import Config
+from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output
 from kwflow.errors import TransportError
 from kwflow.runners import kafka_link
@@ -121,3 +123,22 @@ def test_a_letter_that_the_broker_does_not_take_leaves_the_writer_fit_for_the_ne
             writer.write([Output(site.topic("resume"), b"a", b"x" * 2_000_000)])
         writer.write([Output(site.topic("resume"), b"b", b"fine")])
     assert resent(site) == ["b"]
+
+
+def test_what_was_committed_behind_a_transaction_that_is_open_is_waited_for(site: Site) -> None:
+    """K5: an engine has written a letter and not committed; the mark that an operator has made since lies behind it, and without it a letter would be sent twice."""
+    config = Config(bootstrap_servers=site.broker, application_id=site.application)
+    topic, place = config.dead_letter_topic, partition_of(b"k", 4)
+    site.producer.produce(topic, b"first", b"k", place)
+    assert site.producer.flush(20) == 0
+    engine = Producer({"bootstrap.servers": site.broker, "transactional.id": f"{site.application}-open", "log_level": 0})
+    engine.init_transactions(20)
+    engine.begin_transaction()
+    engine.produce(topic, b"undone", b"k", place)
+    engine.flush(20)
+    with SoleWriter(config, "dead-letters") as writer:
+        writer.write([Output(topic, b"k", b"mark")])
+    found = kafka_link.read(config, topic)
+    assert next(found).value == b"first"
+    engine.abort_transaction(20)
+    assert [record.value for record in found] == [b"mark"]

@@ -1,0 +1,52 @@
+"""Reading a topic on Kafka to its end of now, for whoever has to know all that is committed there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+
+from kwflow.config import Config
+from kwflow.core.wire import Record
+from kwflow.errors import TransportError
+from kwflow.runners import topics
+from kwflow.runners.environment import Environment
+from kwflow.runners.kafka_member import END_WAIT_MS
+
+__all__ = ["read_to"]
+
+_STILL_S = 40  # with nothing new: what lies behind somebody's open transaction becomes visible when that ends, after 15 s at the latest if it is ours (K1)
+
+
+def read_to(environment: Environment, config: Config, topic: str, ends: Mapping[int, int], starts: Mapping[int, int]) -> Iterator[Record]:
+    """What is committed from these offsets (0 where none is given) to these ends, and perhaps some more.
+
+    The end that a consumer of committed records is told of lies before the first transaction that is open, be there what
+    there may behind it; so that end counts only once it has come as far as the topic's own.  Raises TransportError.
+    """
+    left = {number for number, end in ends.items() if starts.get(number, 0) < end}
+    if not left:
+        return
+    settings = {"group_id": f"{config.application_id}-read", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest", "fetch_wait_max_ms": END_WAIT_MS}
+    consumer = environment.consumer(topics.client_config(config, **settings, enable_partition_eof=True))
+    try:
+        consumer.assign([TopicPartition(topic, number, starts.get(number, 0)) for number in sorted(left)])
+        give_up = environment.monotonic() + _STILL_S
+        while left:
+            for message in consumer.consume(1000, 0.2):
+                number, reached, error = message.partition() or 0, message.offset() or 0, message.error()
+                if error is None:
+                    yield topics.record_of(message)
+                    reached, give_up = reached + 1, environment.monotonic() + _STILL_S
+                elif error.code() != KafkaError._PARTITION_EOF:  # that is the only sign, if all that is left is the marker of a transaction: no record
+                    if not topics.transient(error):
+                        raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.str()}")
+                    continue
+                if reached >= ends[number]:
+                    left.discard(number)
+            if left and environment.monotonic() > give_up:
+                raise TransportError(f"topic {topic} could not be read to its end: nothing has come for {_STILL_S} s; somebody's transaction may be open")
+    except KafkaException as error:
+        raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.args[0].str()}") from None
+    finally:
+        consumer.close()
