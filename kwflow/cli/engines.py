@@ -220,6 +220,9 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
             bar.look({where: progress for runner in runners for where, progress in runner.restoring().items()})
             if any(runner.stats.is_late(time.monotonic(), 2 * settings.step_abort_ms / 1000 + settings.activity_grace_s + _COMMIT_S) for runner in runners):
                 log("the Kafka client does not come back from a call; this process ends, and is to be started again")
+                for runner in runners:
+                    if runner.stats.back_by_s:
+                        runner.ends_in_a_call()
                 os._exit(_START_ME_AGAIN)
             threads[0].join(_LOOK_S)
         for thread in threads:

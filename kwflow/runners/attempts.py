@@ -62,6 +62,17 @@ class Attempts:
         offset, count = self._counts[str(partition)]
         self._note(partition, offset, count - 1)
 
+    def suspects(self, partition: int, position: int) -> bool:
+        """Whether the next record, or a later one, has been counted."""
+        offset, count = self._counts.get(str(partition), (-1, 0))
+        return bool(count) and offset >= position
+
+    def interrupted(self) -> None:
+        """This process ends by no record's fault."""
+        self.finished()
+        for partition in self._mine:
+            self.survived(partition)
+
     def finished(self) -> None:
         """A clean stop."""
         self._stopped.touch()

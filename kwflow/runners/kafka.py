@@ -185,6 +185,10 @@ class KafkaRunner:
             self.takeover.close(clean)
             self._lock.close()
 
+    def ends_in_a_call(self) -> None:
+        """From another thread: this process is ended because a call of the client does not return, which is no record's fault (K19)."""
+        self._attempts.interrupted()
+
     def turn(self) -> None:
         """One batch of records, then what is due."""
         self.stats.turned_s = time.monotonic()

@@ -95,7 +95,7 @@ class Takeover:
         for partition in partitions:
             if self._worker is not None:
                 self._worker.disown(partition.partition, max(0.0, give_up - self.member.environment.monotonic()))
-        self._owners.withdraw([partition.partition for partition in partitions])
+        self._owners.withdraw([partition.partition for partition in partitions if not self._is_careful(partition.partition)])
         self._on_lost(consumer, partitions)
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -155,6 +155,11 @@ class Takeover:
         """Whether who had this partition before went without giving it back, and our own directory knows nothing of it (K19)."""
         former = self._former.get(number)
         return former is not None and (former.engine != self.member.name or self._attempts.fresh)
+
+    def _is_careful(self, number: int) -> bool:
+        """Whether the record at fault may still lie ahead: then the next owner has to know of who died, and of what was counted."""
+        partition = self.owned.get(number)
+        return partition is not None and partition.position < partition.careful_until
 
     def _is_stuck(self, number: int) -> bool:
         """Whether this has waited for longer than an engine that lives would let it, and somebody had it before."""
@@ -234,7 +239,8 @@ class Takeover:
             position = committed if committed != OFFSET_INVALID else member.start(self._topic, number)
         take_over(member.processor, store, member.admin, member.config, where)
         end = member.end(self._topic, number)
-        careful = min(end, position + member.config.batch_records_max) if self._attempts.unclean or self._has_died(number) else position
+        suspect = self._attempts.unclean or self._has_died(number) or self._attempts.suspects(number, position)
+        careful = min(end, position + member.config.batch_records_max) if suspect else position
         self._former.pop(number, None)
         self._owners.announce(number)
         self.owned[number] = Partition(number, store, position, end, careful)

@@ -97,12 +97,17 @@ def test_a_partition_that_was_given_back_has_no_owner(lab: Lab) -> None:
     assert engine.owned[0].careful_until == engine.owned[0].position, "nobody died"
 
 
-def test_a_record_that_kills_every_engine_in_turn_is_refused_whoever_tried_it(lab: Lab) -> None:
-    """K19: state directories of their own; the attempts are in the log."""
+@pytest.mark.parametrize("visitors", [0, 1])
+def test_a_record_that_kills_every_engine_in_turn_is_refused_whoever_tried_it(lab: Lab, visitors: int) -> None:
+    """K19: state directories of their own; the attempts are in the log, also when an engine had the partition in between and gave it back before that record."""
     lab.send("workflow-resume", "bad", "new:{}")
     lab.send("workflow-resume", "good", "new:{}")
     deaths = 0
     for number in range(8):
+        for visitor in range(visitors):
+            engine = lab.engine(f"visitor{visitor}")
+            turn(engine, lambda engine=engine: engine.owned, 2000)  # type: ignore[misc]
+            engine.run(lambda: True)
         name = f"engine{number}"  # each with a name and a disk of its own
         engine = lab.engine(name)
         turn(engine, lambda engine=engine: engine.owned, 2000)  # type: ignore[misc]
@@ -137,6 +142,29 @@ def test_what_a_broker_in_trouble_interrupts_is_no_attempt_for_the_next_engine(l
             engine.turn()
         lab.kill(engine, name)
     last = lab.engine("last")
+    turn(last, lambda: last.owned and last.owned[0].position == 1, 2000)
+    assert lab.written("found-dead-letter") == []
+
+
+def test_a_commit_that_never_returns_is_no_death_of_its_record(lab: Lab) -> None:
+    """K19, K4: the record was stepped well; the process is ended because the client hangs."""
+    lab.send("workflow-resume", "w", "new:{}")
+    killed_at(lab, lab.engine("one"), "one", "commit")
+    for number in range(5):
+        engine = lab.engine("one")
+        turn(engine, lambda engine=engine: engine.owned, 2000)  # type: ignore[misc]
+        assert number or engine.owned[0].careful_until > engine.owned[0].position
+
+        def hang(engine: KafkaRunner = engine) -> None:
+            engine.ends_in_a_call()
+            raise Killed
+
+        lab.hosts["one"].before["commit"] = hang
+        with pytest.raises(Killed):
+            for _ in range(50):
+                engine.turn()
+        lab.kill(engine, "one")
+    last = lab.engine("one")
     turn(last, lambda: last.owned and last.owned[0].position == 1, 2000)
     assert lab.written("found-dead-letter") == []
 
