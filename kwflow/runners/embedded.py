@@ -154,7 +154,10 @@ class Embedded:
 
     def _mark(self, key: bytes) -> int:
         known = self._marks.get(key)
-        return known if known is not None else self._marks.setdefault(key, int(self.db.get(key) or 0))  # another thread may have written it meanwhile
+        if known is not None:
+            return known
+        with self._lock:  # not while another thread writes it: what is remembered then must be what it has written
+            return self._marks.setdefault(key, int(self.db.get(key) or 0))
 
     def end(self, topic: str) -> int:
         """The offset the next record of this topic gets."""
@@ -211,7 +214,7 @@ class Embedded:
     def _apply_carefully(self, processor: Processor, store: EmbeddedStore, record: Record, on_log: Callable[[str], None]) -> int:
         """Alone, each attempt noted before it: after an unclean stop this may be the record that ended the process (K19)."""
         overlay = Overlay(store)
-        if self._attempts is None or self._attempts.another(0, record.offset):
+        if self._attempts is None or self._attempts.another(self.watched_processors.index(processor), record.offset):
             [made] = processor.decide(overlay, [record], self.clock.now_ms())
         else:
             made = processor.refuse(overlay, record, "the engine died three times with this record")
@@ -255,9 +258,9 @@ class Embedded:
                 else:
                     self.counts["reply-gone"] += 1
         begun = time.perf_counter()
-        self._commit(store, overlay, outputs, consumed)
         if any(key[:1] == b"\0" for key in overlay.changes):  # the tables' keys; ids and timer keys have no NUL
             self._due.pop(processor.changelog_topic, None)
+        self._commit(store, overlay, outputs, consumed)
         self.stats.commits.observe(time.perf_counter() - begun)
         dispatch: list[object] = []
         for decision in made:

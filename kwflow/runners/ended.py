@@ -10,10 +10,10 @@ from kwflow.core import snapshot
 from kwflow.errors import SnapshotError
 from kwflow.ports import Changes, Decision, Store
 
-__all__ = ["EXPIRES", "EndedTable"]
+__all__ = ["EXPIRES", "FORGOTTEN", "EndedTable"]
 
-_FORGOTTEN = b"\0ended"  # there are no entries before this one: to pass over those that were deleted takes long, until the store is compacted
-EXPIRES = _FORGOTTEN + b"\0"  # entries by the time when they may be forgotten
+FORGOTTEN = b"\0ended"  # there are no entries before this one: to pass over those that were deleted takes long, until the store is compacted
+EXPIRES = FORGOTTEN + b"\0"  # entries by the time when they may be forgotten
 
 
 class EndedTable:
@@ -25,7 +25,7 @@ class EndedTable:
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
         """Forget ended instances whose `ended_retention_ms` is over."""
         expired, over = 0, b""
-        for entry, key in itertools.islice(state.scan(EXPIRES, state.get(_FORGOTTEN) or b""), limit):
+        for entry, key in itertools.islice(state.scan(EXPIRES, state.get(FORGOTTEN) or b""), limit):
             if int(entry[len(EXPIRES) :][:20]) > now_ms:
                 break
             state.put(entry, None)
@@ -38,11 +38,11 @@ class EndedTable:
             expired += 1
         if not expired:
             return None
-        state.put(_FORGOTTEN, over)
+        state.put(FORGOTTEN, over)
         return Decision(counts=("forgotten",) * expired)
 
     def next_due_ms(self, store: Store) -> int | None:
-        for entry, _ in store.scan(EXPIRES, store.get(_FORGOTTEN) or b""):
+        for entry, _ in store.scan(EXPIRES, store.get(FORGOTTEN) or b""):
             return int(entry[len(EXPIRES) :][:20])
         return None
 
@@ -62,7 +62,7 @@ class EndedTable:
     def keep(self, state: Changes, key: bytes, header: dict[str, Any]) -> None:
         """K20: a client named this start and may repeat it; what is left of the instance answers that for a while."""
         state.put(key, snapshot.save_ended(header, self.config.signing_keys))
-        entry, first = self._entry(header, key), state.get(_FORGOTTEN)
+        entry, first = self._entry(header, key), state.get(FORGOTTEN)
         state.put(entry, key)
         if first is not None and entry < first:  # a record with an old timestamp ended it
-            state.put(_FORGOTTEN, entry)
+            state.put(FORGOTTEN, entry)

@@ -21,7 +21,7 @@ from kwflow.core.murmur2 import partition_of
 from kwflow.errors import TransportError, UsageError
 from kwflow.runners import topics
 from kwflow.runners.code import WRITTEN
-from kwflow.runners.ended import EXPIRES
+from kwflow.runners.ended import EXPIRES, FORGOTTEN
 from kwflow.runners.kafka_link import read
 from kwflow.runners.kafka_state import POSITION
 from kwflow.runners.parked import HOLD
@@ -206,6 +206,8 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
         if source == config.scheduler_topic:
             due = sorted(key for key in state if key.startswith(timers.DUE))
             producer.produce(changelog, b"%d %s" % (len(due), due[0]) if due else None, timers.COUNT, partition=number)
+        else:
+            producer.produce(changelog, None, FORGOTTEN, partition=number)  # what came may be forgotten sooner; it is looked up anew
         mark = {"topic": incarnation, "next": committed.get(number, 0), "partitions": partitions}
         producer.produce(changelog, msgspec.json.encode(mark), POSITION, partition=number)
     producer.commit_transaction(60)

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from kwflow.config import Config
+from kwflow.runners import kafka_link
+from kwflow.runners.ended import EXPIRES, FORGOTTEN
 from tests.integration.site import Site, answer, refs
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -33,8 +36,13 @@ def test_waiting_workflows_and_their_timers_move_with_their_keys_to_more_partiti
     asked = refs(site, ids)
     assert "still runs" in site.refused("topics", "migrate", "--partitions", "5")
     stopped(site)
+    changelog = f"{site.application}-state-changelog"
+    site.producer.produce(changelog, EXPIRES + b"9" * 20, FORGOTTEN, 0)  # what moves there may have to be forgotten sooner
+    assert site.producer.flush(20) == 0
     said = site.run("topics", "migrate", "--partitions", "5")
-    assert f"{site.topic('resume')} and {site.application}-state-changelog have 5 partitions" in said and "0 entries moved" not in said
+    first = [record.value for record in kafka_link.read(Config(bootstrap_servers=site.broker), changelog, 0) if record.key == FORGOTTEN]
+    assert first[0] and first[-1] is None
+    assert f"{site.topic('resume')} and {changelog} have 5 partitions" in said and "0 entries moved" not in said
     assert "0 entries moved" in site.run("topics", "migrate", "--partitions", "5")  # once more changes nothing
     assert "only add" in site.refused("topics", "migrate", "--partitions", "3")
     site.engine("two")

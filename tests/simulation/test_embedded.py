@@ -3,10 +3,11 @@
 RocksDB is the real one; what dies is the process around it, so the write-ahead log is there for the next one.
 """
 
+import itertools
 import json
 import pathlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from kwflow import api, durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
+from kwflow.runners.attempts import Attempts
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.embedded_state import EmbeddedStore
 from kwflow.runners.loop import Overlay, WorkflowProcessor
@@ -162,3 +164,52 @@ def test_killed_at_any_write_the_logs_come_out_the_same(tmp_path: pathlib.Path, 
 def test_a_commit_in_two_writes_is_noticed(tmp_path: pathlib.Path) -> None:
     with engine_process():
         assert differs(tmp_path, 0, CommitsInTwoWrites) is not None
+
+
+@pytest.fixture
+def held(tmp_path: pathlib.Path) -> Iterator[Embedded]:
+    """Its second write happens and fails all the same, and its process goes on."""
+    engine, writes = Embedded(tmp_path, sync=False, clock=Clock()), itertools.count(1)
+    engine.db = Dying(engine.db, lambda: "after" if next(writes) == 2 else "")  # type: ignore[assignment]
+    yield engine
+    engine.close()
+
+
+def test_after_a_write_that_failed_and_happened_nothing_is_written_over(held: Embedded) -> None:
+    """G3: ends are remembered while the directory is held."""
+    held.append("workflow-resume", b"a", b"1")
+    with pytest.raises(Crashed):
+        held.append("workflow-resume", b"a", b"2")
+    assert held.append("workflow-resume", b"a", b"3") == 2
+    assert [record.value for record in held.read("workflow-resume")] == [b"1", b"2", b"3"]
+
+
+def test_after_a_write_that_failed_and_happened_its_timer_fires(held: Embedded) -> None:
+    """K18: when something becomes due is remembered, too."""
+    timers = TimerProcessor(Config())
+    assert held.step([timers]) == 0
+    held.append("workflow-scheduler", b"a|{}", b"1000")
+    with pytest.raises(Crashed):
+        held.step([timers])
+    held.clock.ms += 2_000  # type: ignore[attr-defined]
+    assert held.step([timers]) == 1
+    assert [record.key for record in held.read("workflow-resume")] == [b"a"]
+
+
+def test_attempts_at_a_record_are_not_counted_for_one_of_another_topic(tmp_path: pathlib.Path) -> None:
+    """K19: both have offset 0."""
+    attempts = Attempts(tmp_path)
+    for _ in range(3):
+        attempts = Attempts(tmp_path)
+        attempts.another(0, 0)
+    config, said = Config(), list[str]()
+    engine = Embedded(tmp_path, config, sync=False)
+    engine.append("workflow-resume", b"bad", b"new:{}")
+    engine.append("workflow-scheduler", b"a|{}", b"100000")
+    timers = TimerProcessor(config)
+    processors = [WorkflowProcessor(config, Workflows({}), frozenset(), "store"), timers]
+    engine.run(processors, lambda: engine.position("workflow-scheduler") == 1, said.append)
+    refused = engine.read("workflow-engine-dead-letter")
+    assert [record.key for record in refused] == [b"bad"]
+    assert timers.waiting(EmbeddedStore(engine.db, config.timers_changelog_topic)) == 1
+    engine.close()
