@@ -18,7 +18,7 @@ from kwflow.runners import code, kafka, topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.kafka import KafkaRunner
 from kwflow.runners.kafka_batch import Aborted, Batch
-from kwflow.runners.kafka_member import Member, again
+from kwflow.runners.kafka_member import LATEST, Member, again
 from kwflow.runners.kafka_state import PartitionStore
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.takeover import Takeover
@@ -100,11 +100,11 @@ class BeginsAnewAfterATimeout(KafkaRunner):
 
 
 def _restored_to_the_stable_offset_only() -> contextlib.AbstractContextManager[Any]:
-    def offset(member: Member, topic: str, number: int, spec: Any) -> int:
+    def end(member: Member, topic: str, number: int) -> int:
         where = TopicPartition(topic, number)
-        return int(again(member.environment, lambda: member.admin.list_offsets({where: spec}, isolation_level=IsolationLevel.READ_COMMITTED)[where].result().offset))
+        return int(again(member.environment, lambda: member.admin.list_offsets({where: LATEST}, isolation_level=IsolationLevel.READ_COMMITTED)[where].result().offset))
 
-    return mock.patch.object(Member, "offset", offset)
+    return mock.patch.object(Member, "end", end)
 
 
 def _asks_for_the_end_first() -> contextlib.AbstractContextManager[Any]:
