@@ -6,8 +6,7 @@ import contextlib
 import os
 import pathlib
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from kwflow import api, durable
@@ -37,16 +36,6 @@ def figure(name: str, value: float, target: str = "") -> None:
     FIGURES[name] = value
     if target:
         TARGETS[name] = target
-
-
-def timed(work: Callable[[], Any], repeat: int = 3) -> float:
-    """Seconds of the best of some runs."""
-    best = float("inf")
-    for _ in range(repeat):
-        begun = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - begun)
-    return best
 
 
 def percentiles(name: str, seconds: list[float]) -> float:

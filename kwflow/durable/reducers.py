@@ -114,16 +114,29 @@ _WAYS = {
 }  # fmt: skip
 
 
+def _source(value: Any, kinds: type | tuple[type, ...]) -> Any:
+    """What an iterator iterates; None once it has ended."""
+    return next((held for held in gc.get_referents(value) if isinstance(held, kinds)), None)
+
+
+def _rest(value: Any) -> list[Any] | str:
+    """What is still to come, or why nothing will: its source has changed."""
+    try:
+        rest: list[Any] = value.__reduce__()[1][0]
+        return rest
+    except RuntimeError as error:
+        return str(error)
+
+
 def _dict_iterator(value: Any) -> Any:
     """By its dict and position, so that it sees later values and notices later insertions, as it would have."""
     way = _WAYS[type(value).__name__]
-    source = next((held for held in gc.get_referents(value) if isinstance(held, dict)), None)
+    source = _source(value, dict)
     if source is None:
         return iter, ((),)
-    try:
-        rest = value.__reduce__()[1][0]
-    except RuntimeError as error:
-        return iters.Broken, (str(error),)
+    rest = _rest(value)
+    if isinstance(rest, str):
+        return iters.Broken, (rest,)
     if not _is_tail(rest, source, way):
         return iter, (rest,)  # keys were taken out and others put in: no position says that
     return rebuild.iterator_at, (source, way, len(source) - len(rest), len(source))
@@ -139,13 +152,12 @@ def _is_tail(rest: list[Any], source: Any, way: str) -> bool:
 
 
 def _set_iterator(value: Any) -> Any:
-    source = next((held for held in gc.get_referents(value) if isinstance(held, (set, frozenset))), None)
+    source = _source(value, (set, frozenset))
     if source is None:
         return iter, ((),)
-    try:
-        rest = value.__reduce__()[1][0]
-    except RuntimeError as error:
-        return iters.Broken, (str(error),)
+    rest = _rest(value)
+    if isinstance(rest, str):
+        return iters.Broken, (rest,)
     return iters.SetIterator, (source, rest, len(source))
 
 

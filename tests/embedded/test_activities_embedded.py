@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from kwflow.runners.socket import submit
-from tests.embedded.test_embedded import Shell
+from tests.embedded.shell import Shell
 
 MODULE = str(pathlib.Path(__file__).parent / "site_of_activities.py")
 pytestmark = pytest.mark.slow
@@ -20,11 +20,7 @@ def shell(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
     monkeypatch.setenv("ACTIVITIES_TEST_DIRECTORY", str(tmp_path))
     shell = Shell(tmp_path / "state")
     yield shell
-    for engine in shell.engines:
-        engine.kill()
-        engine.wait()
-        if engine.stderr is not None:
-            engine.stderr.close()
+    shell.end()
 
 
 def ran(shell: Shell) -> list[str]:

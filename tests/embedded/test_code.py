@@ -13,7 +13,7 @@ import pytest
 
 from kwflow.config import Config
 from kwflow.runners.embedded import Embedded
-from tests.embedded.test_embedded import ROOT, Shell
+from tests.embedded.shell import ROOT, Shell
 
 HEAD = "import kwflow as kw\n"
 OLD = HEAD + "from shop.helpers import help_\n\ndef main(opts):\n    got = yield kw.suspend('r')\n    yield kw.suspend('s')\n    return ['old', got, help_()]\n"
@@ -50,11 +50,7 @@ class Deployments(Shell):
 def site(tmp_path: pathlib.Path) -> Iterator[Deployments]:
     site = Deployments(tmp_path)
     yield site
-    for engine in site.engines:
-        engine.kill()
-        engine.wait()
-        if engine.stderr is not None:
-            engine.stderr.close()
+    site.end()
 
 
 def waits_for(site: Shell, id: str, ref: str) -> None:

@@ -6,7 +6,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import typer
@@ -15,7 +14,7 @@ from typer.testing import CliRunner
 from kwflow.cli import app, exit_code
 from kwflow.errors import FencedError, TransportError
 from kwflow.runners.socket import submit
-from tests.embedded.test_embedded import ROOT, TRIP, Shell
+from tests.embedded.shell import ROOT, TRIP, Shell
 
 SLOW = """
 import time
@@ -48,17 +47,6 @@ def main(opts):
     yield kw.suspend("r")
     return count
 """
-
-
-@pytest.fixture
-def shell(tmp_path: pathlib.Path) -> Iterator[Shell]:
-    shell = Shell(tmp_path / "state")
-    yield shell
-    for engine in shell.engines:
-        engine.kill()
-        engine.wait()
-        if engine.stderr is not None:
-            engine.stderr.close()
 
 
 def commands() -> list[list[str]]:

@@ -3,70 +3,12 @@
 import os
 import pathlib
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 
 import pytest
 
-from kwflow.config import Config
 from kwflow.errors import TransportError
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.embedded_state import EmbeddedStore, read_only
-
-ROOT = pathlib.Path(__file__).parents[2]
-TRIP = str(ROOT / "workflows/trip_booking.py")
-
-
-class Shell:
-    """The kwflow command against one directory."""
-
-    def __init__(self, directory: pathlib.Path) -> None:
-        self.directory = directory
-        self.engines: list[subprocess.Popen[str]] = []
-
-    def __call__(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(self._command(*arguments), capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
-        assert done.returncode == code, done.stderr + done.stdout
-        return done.stdout + done.stderr
-
-    def _command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "kwflow.cli", *arguments, "--embedded", str(self.directory)]
-
-    def engine(self, *modules: str) -> "subprocess.Popen[str]":
-        started = subprocess.Popen(self._command("engine", *modules), stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        self.engines.append(started)
-        assert started.stderr is not None
-        assert "runs in" in started.stderr.readline()
-        return started
-
-    def stored(self, id: str) -> bytes | None:
-        """Its snapshot as it is now."""
-        db = read_only(self.directory)
-        try:
-            return EmbeddedStore(db, Config().changelog_topic).get(id.encode())
-        finally:
-            db.close()
-
-    def records(self, topic: str) -> list[str]:
-        return self("tail", topic).splitlines()
-
-    def until(self, found: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 60
-        while not found():
-            assert time.monotonic() < deadline, "it did not happen within 60 s"
-
-
-@pytest.fixture
-def shell(tmp_path: pathlib.Path) -> Iterator[Shell]:
-    shell = Shell(tmp_path / "state")
-    yield shell
-    for engine in shell.engines:
-        engine.kill()
-        engine.wait()
-        if engine.stderr is not None:
-            engine.stderr.close()
+from tests.embedded.shell import TRIP, Shell
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 
 from kwflow.client import Client
 from kwflow.config import Config
-from tests.embedded.test_embedded import Shell
+from tests.embedded.shell import Shell
 
 pytestmark = pytest.mark.slow
 SOURCE = """
@@ -47,11 +47,7 @@ def shell(tmp_path: pathlib.Path) -> Iterator[Shell]:
     (tmp_path / "talk.py").write_text(SOURCE)
     shell.engine(str(tmp_path / "talk.py"))
     yield shell
-    for engine in shell.engines:
-        engine.kill()
-        engine.wait()
-        if engine.stderr is not None:
-            engine.stderr.close()
+    shell.end()
 
 
 def asked(shell: Shell, *arguments: str, code: int = 0) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.embedded.test_embedded import Shell
+from tests.embedded.shell import Shell
 
 pytestmark = pytest.mark.slow
 
@@ -18,11 +18,7 @@ def shell(tmp_path: pathlib.Path) -> Iterator[Shell]:
     shell = Shell(tmp_path / "state")
     (tmp_path / "jobs.py").write_text("import kwflow as kw\n\n\ndef main(o):\n    return (yield o)\n")
     yield shell
-    for engine in shell.engines:
-        engine.kill()
-        engine.wait()
-        if engine.stderr is not None:
-            engine.stderr.close()
+    shell.end()
 
 
 def listed(shell: Shell) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from kwflow.runners.embedded import Embedded
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.watch import serve_http
-from tests.embedded.test_embedded import ROOT
+from tests.embedded.shell import ROOT
 
 SOURCE = """
 import kwflow as kw

@@ -1,6 +1,7 @@
 """A real Kafka for the tests: an existing one, one by Docker, or one from Maven jars; else skipped, or failed if required."""
 
 import os
+import pathlib
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.integration.broker import Broker, can_start
+from tests.integration.lab import Lab, stop
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +39,11 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def application() -> str:
     """A fresh application id; its topics carry it."""
     return f"app-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def lab(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Lab]:
+    lab = Lab(broker, application, tmp_path)
+    yield lab
+    for runner in lab.runners:
+        stop(runner)

@@ -12,8 +12,8 @@ from confluent_kafka import Producer
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
 from kwflow.runners import kafka_link
+from tests.integration.lab import Lab, stop, turn
 from tests.integration.site import Site, refs
-from tests.integration.test_traps import Lab, stop, turn
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
@@ -106,14 +106,6 @@ def test_a_record_that_kills_two_engines_in_turn_ends_in_dead_letters(site: Site
     site.engine("one", str(module), False)
     assert [id for id, _ in site.read(f"{site.application}-dead-letter", 1)] == [site.application]
     assert site.read(site.topic("result"), 1) == [(f"{site.application}-other", "7")]
-
-
-@pytest.fixture
-def lab(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Lab]:
-    lab = Lab(broker, application, tmp_path)
-    yield lab
-    for runner in lab.runners:
-        stop(runner)
 
 
 def test_a_transaction_that_its_dead_engine_left_open_is_ended_by_the_next_owner(lab: Lab) -> None:

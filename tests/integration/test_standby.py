@@ -1,21 +1,11 @@
 """A standby's copy is promoted by a takeover; a copy that nobody needs is deleted (kafka.md §4, K5, K8)."""
 
-import pathlib
-from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.test_traps import Lab, stop, turn
+from tests.integration.lab import Lab, stop, turn
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
-
-
-@pytest.fixture
-def lab(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Lab]:
-    lab = Lab(broker, application, tmp_path)
-    yield lab
-    for runner in lab.runners:
-        stop(runner)
 
 
 def test_a_takeover_begins_where_the_standbys_copy_ends(lab: Lab) -> None:

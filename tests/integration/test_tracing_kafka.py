@@ -1,7 +1,5 @@
 """Tracing on a real broker: spans end with their commit, and the context is in what readers get."""
 
-import pathlib
-from collections.abc import Iterator
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -12,17 +10,9 @@ from kwflow.runners import kafka_link
 from kwflow.runners.kafka import KafkaRunner
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.tracing import Tracing
-from tests.integration.test_traps import Lab, stop, turn
+from tests.integration.lab import Lab, turn
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
-
-
-@pytest.fixture
-def lab(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Lab]:
-    lab = Lab(broker, application, tmp_path)
-    yield lab
-    for runner in lab.runners:
-        stop(runner)
 
 
 def traced(runner: KafkaRunner) -> InMemorySpanExporter:

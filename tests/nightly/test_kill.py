@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from kwflow.runners.socket import submit
-from tests.embedded.test_embedded import TRIP, Shell
+from tests.embedded.shell import TRIP, Shell
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1200)]
 SAGAS = 200
@@ -23,11 +23,7 @@ KILLS = 40
 def shell(tmp_path: pathlib.Path) -> Iterator[Shell]:
     shell = Shell(tmp_path / "state")
     yield shell
-    for engine in shell.engines:
-        engine.kill()
-        engine.wait()
-        if engine.stderr is not None:
-            engine.stderr.close()
+    shell.end()
 
 
 def test_every_saga_ends_once_however_often_the_engine_is_killed(shell: Shell) -> None:

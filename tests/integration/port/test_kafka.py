@@ -250,13 +250,19 @@ def test_committed_times_out_while_an_offset_is_pending(port: Port) -> None:
     assert member.consumer.committed([TopicPartition(topic, 0)], timeout=10)[0].offset == 7
 
 
-def test_the_offsets_of_a_past_generation_abort_the_transaction(port: Port) -> None:
-    """K2."""
-    topic, producer = port.topic(4), port.transactional()
+def past_generation(port: Port, topic: str) -> Any:
+    """What a member knew of its group before another one joined."""
     first = owning(port, topic, "a")
     past = first.consumer.consumer_group_metadata()
     second = port.member(topic, "b")
     port.until(lambda: first.poll() is not None or second.poll() is not None or second.held)
+    return past
+
+
+def test_the_offsets_of_a_past_generation_abort_the_transaction(port: Port) -> None:
+    """K2."""
+    topic, producer = port.topic(4), port.transactional()
+    past = past_generation(port, topic)
     producer.begin_transaction()
     error = refused(lambda: producer.send_offsets_to_transaction([TopicPartition(topic, 0, 1)], past, 10))
     assert error.code() in (KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.FENCED_INSTANCE_ID)
@@ -267,10 +273,7 @@ def test_the_offsets_of_a_past_generation_abort_the_transaction(port: Port) -> N
 def test_a_transaction_without_valid_offsets_is_not_fenced(port: Port) -> None:
     """K14: an evicted scheduler could fire."""
     topic, producer = port.topic(4), port.transactional()
-    first = owning(port, topic, "a")
-    past = first.consumer.consumer_group_metadata()
-    second = port.member(topic, "b")
-    port.until(lambda: first.poll() is not None or second.poll() is not None or second.held)
+    past = past_generation(port, topic)
     producer.begin_transaction()
     producer.produce(topic, value=b"fired", partition=3)
     producer.send_offsets_to_transaction([TopicPartition(topic, 0, -1001)], past, 10)
