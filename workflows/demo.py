@@ -9,8 +9,7 @@ import time
 
 from rich.console import Console
 
-from kwflow.core.wire import Record
-from kwflow.runners.embedded_state import entries, read_only
+from kwflow.runners.embedded_state import read_only, records_of
 from kwflow.runners.socket import submit
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -35,14 +34,10 @@ class Timeline:
         self.records: list[tuple[str, str, str]] = []
 
     def look(self) -> None:
-        import msgspec
-
         db = read_only(self.directory)
         try:
             for topic in self.TOPICS:
-                prefix = b"L" + topic.encode() + b"\0"
-                for _, data in entries(db, prefix, prefix + b"%020d" % self.seen.get(topic, 0)):
-                    record = msgspec.msgpack.decode(data, type=Record)
+                for record in records_of(db, topic, self.seen.get(topic, 0)):
                     self.seen[topic] = record.offset + 1
                     key, value = (record.key or b"").decode(), (record.value or b"null").decode()
                     self.records.append((topic, key, value))

@@ -15,7 +15,7 @@ from kwflow.config import Config
 from kwflow.core import wire
 from kwflow.core.wire import Output, Record
 from kwflow.errors import UsageError
-from kwflow.runners.embedded_state import EmbeddedStore, Mark, entries, read_only
+from kwflow.runners.embedded_state import EmbeddedStore, Mark, read_only, records_of
 from kwflow.runners.socket import submit, submit_all
 
 __all__ = [
@@ -99,8 +99,7 @@ def read(settings: Config, embedded: Path | None, topic: str) -> list[Record]:
         return list(read(settings, topic))
     db = read_only(embedded)
     try:
-        prefix = b"L" + topic.encode() + b"\0"
-        return [msgspec.msgpack.decode(value, type=Record) for _, value in entries(db, prefix)]
+        return list(records_of(db, topic))
     finally:
         db.close()
 
@@ -108,8 +107,9 @@ def read(settings: Config, embedded: Path | None, topic: str) -> list[Record]:
 def states(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
     """Every entry of the workflows' state, the engine's own (their keys begin with NUL) included."""
     if embedded is None:
-        latest = {record.key: record.value for record in read(settings, None, settings.changelog_topic)}
-        return {key: value for key, value in latest.items() if key is not None and value is not None}
+        from kwflow.runners.kafka_link import latest
+
+        return latest(settings, settings.changelog_topic)
     db = read_only(embedded)
     try:
         return dict(EmbeddedStore(db, settings.changelog_topic).scan(b""))

@@ -19,7 +19,7 @@ from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import UsageError
 from kwflow.runners import topics
-from kwflow.runners.kafka_link import read
+from kwflow.runners.kafka_link import latest
 from kwflow.runners.owners import Owner, owner_key
 
 __all__ = ["list_", "show"]
@@ -79,11 +79,11 @@ def _partitions(config: Config) -> int:
 
 def _owners(config: Config, numbers: Any) -> dict[int, Owner]:
     """Of these partitions, each with an address."""
-    latest = {record.key: record.value for record in read(config, config.owners_topic)}
+    said = latest(config, config.owners_topic)
     found: dict[int, Owner] = {}
     for number in numbers:
         where = f"{config.resume_topic}[{number}]"
-        value = latest.get(owner_key(config.resume_topic, number))
+        value = said.get(owner_key(config.resume_topic, number))
         if value is None:
             raise _NoAnswer(f"no engine owns {where}")
         try:

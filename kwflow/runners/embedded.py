@@ -27,7 +27,7 @@ from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget, bytes_of
-from kwflow.runners.embedded_state import LOG, NEXT, POSITION, EmbeddedStore, Mark, bears, entries
+from kwflow.runners.embedded_state import LOG, NEXT, POSITION, EmbeddedStore, Mark, bears, records_of
 from kwflow.runners.instances import Instances
 from kwflow.runners.logs import lines_of
 from kwflow.runners.loop import Overlay
@@ -165,9 +165,7 @@ class Embedded:
 
     def read(self, topic: str, offset: int = 0, limit: int = 1000) -> list[Record]:
         """Records from this offset on."""
-        prefix = LOG + topic.encode() + b"\0"
-        from_here = entries(self.db, prefix, prefix + b"%020d" % offset)
-        return [msgspec.msgpack.decode(value, type=Record) for _, value in itertools.islice(from_here, limit)]
+        return list(itertools.islice(records_of(self.db, topic, offset), limit))
 
     def compact(self, topic: str) -> int:
         """Keep the newest record of each key, and none of keys whose newest has no value; how many are gone."""

@@ -59,9 +59,10 @@ def read_only(directory: Path) -> Rdict:
     return Rdict(str(directory), Options(raw_mode=True), access_type=AccessType.read_only())
 
 
-def records_of(db: Rdict, topic: str) -> Iterator[Record]:
-    """Every record of a topic that is still there, oldest first."""
-    for _, value in entries(db, LOG + topic.encode() + b"\0"):
+def records_of(db: Rdict, topic: str, offset: int = 0) -> Iterator[Record]:
+    """The records of a topic from this offset on that are still there, oldest first."""
+    prefix = LOG + topic.encode() + b"\0"
+    for _, value in entries(db, prefix, prefix + b"%020d" % offset):
         yield msgspec.msgpack.decode(value, type=Record)
 
 
@@ -72,6 +73,4 @@ def ends_of(db: Rdict, topics: Sequence[str]) -> dict[str, int]:
 
 def bears(db: Rdict, mark: Mark) -> bool:
     """Whether there is such a record."""
-    prefix = LOG + mark.topic.encode() + b"\0"
-    records = (msgspec.msgpack.decode(value, type=Record) for _, value in entries(db, prefix, prefix + b"%020d" % mark.offset))
-    return any((mark.name, mark.value) in record.headers for record in records)
+    return any((mark.name, mark.value) in record.headers for record in records_of(db, mark.topic, mark.offset))

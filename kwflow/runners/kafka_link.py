@@ -30,7 +30,7 @@ from kwflow.runners.kafka_member import LATEST, offsets
 from kwflow.runners.kafka_reading import read_to
 from kwflow.runners.topics import client_config, record_of, transient
 
-__all__ = ["KafkaLink", "read", "send", "state_of"]
+__all__ = ["KafkaLink", "latest", "read", "send", "state_of"]
 
 _TIMEOUT_S = 20
 _POLL_S = 0.05  # how late the first request for a partition, a delivery report or a time-out may be seen
@@ -201,6 +201,12 @@ def read(config: Config, topic: str, partition: int | None = None, start: int = 
     except KafkaException as error:
         raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
     yield from read_to(LIVE, config, topic, ends, dict.fromkeys(ends, start))
+
+
+def latest(config: Config, topic: str, partition: int | None = None) -> dict[bytes, bytes]:
+    """What a compacted topic holds: each key's last value, without those that were deleted.  Raises TransportError."""
+    found = {record.key: record.value for record in read(config, topic, partition)}
+    return {key: value for key, value in found.items() if key is not None and value is not None}
 
 
 def state_of(config: Config, id: str) -> bytes | None:

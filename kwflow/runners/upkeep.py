@@ -22,7 +22,7 @@ from kwflow.errors import TransportError, UsageError
 from kwflow.runners import topics
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import EXPIRES, FORGOTTEN
-from kwflow.runners.kafka_link import read
+from kwflow.runners.kafka_link import latest, read
 from kwflow.runners.kafka_state import POSITION
 from kwflow.runners.parked import HOLD
 
@@ -82,7 +82,7 @@ def reset_plan(config: Config, input_from: str) -> list[str]:
     lines = []
     for group, (source, changelog) in _groups(config).items():
         if changelog in there:
-            live = sum(not key.startswith(b"\0") for number in range(there[changelog]) for key in _entries(config, changelog, number))
+            live = sum(not key.startswith(b"\0") for number in range(there[changelog]) for key in latest(config, changelog, number))
             lines.append(f"delete and create again {changelog} ({live} {'instances' if changelog == config.changelog_topic else 'timers'})")
         if source in there:
             where = "end: records that are there are skipped" if input_from == "latest" else "begin: every record that is there is applied again"
@@ -173,16 +173,11 @@ def _home(key: bytes) -> bytes | None:
     return None if key.startswith(b"\0") else key
 
 
-def _entries(config: Config, topic: str, number: int) -> dict[bytes, bytes]:
-    latest = {record.key: record.value for record in read(config, topic, number)}
-    return {key: value for key, value in latest.items() if key is not None and value is not None}
-
-
 def _move(config: Config, admin: AdminClient, group: str, source: str, changelog: str, partitions: int) -> int:
     """Entry by entry to its home, then what each partition has of its own; the mark that lets engines start comes last."""
     producer = Producer(topics.client_config(config, transactional_id=f"{group}-migrate", transaction_timeout_ms=60_000))
     producer.init_transactions(_TIMEOUT_S)
-    states = {number: _entries(config, changelog, number) for number in range(partitions)}
+    states = {number: latest(config, changelog, number) for number in range(partitions)}
     moved = 0
     for number, state in states.items():
         away = [(key, value, home) for key, value in state.items() if (of := _home(key)) is not None and (home := partition_of(of, partitions)) != number]

@@ -42,8 +42,8 @@ def test_waiting_workflows_and_their_timers_move_with_their_keys_to_more_partiti
     said = site.run("topics", "migrate", "--partitions", "5")
     first = [record.value for record in kafka_link.read(Config(bootstrap_servers=site.broker), changelog, 0) if record.key == FORGOTTEN]
     assert first[0] and first[-1] is None
-    assert f"{site.topic('resume')} and {changelog} have 5 partitions" in said and "0 entries moved" not in said
-    assert "0 entries moved" in site.run("topics", "migrate", "--partitions", "5")  # once more changes nothing
+    assert f"{site.topic('resume')} and {changelog} have 5 partitions" in said and "; 0 entries moved" not in said
+    assert site.run("topics", "migrate", "--partitions", "5").count("; 0 entries moved") == 2  # once more changes nothing
     assert "only add" in site.refused("topics", "migrate", "--partitions", "3")
     site.engine("two")
     for id in ids:
