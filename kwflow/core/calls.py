@@ -140,7 +140,7 @@ class Calls:
 
     def register(self, wait: _Wait) -> _Wait:
         if len(self.instance.waits) >= self.context.limits.waits_max:
-            raise UsageError(f"more than {self.context.limits.waits_max} pending waits (limit waits_max)")
+            raise UsageError(f"more than {self.context.limits.waits_max} pending waits (limit waits_max); wait for fewer at a time, or raise it")
         self.instance.waits[wait.ref] = wait
         return wait
 
@@ -255,10 +255,10 @@ class Calls:
     def emit(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:
         """An output that author code asked for.  Raises UsageError naming a limit."""
         if len(self.outputs) >= self.context.limits.outputs_max:
-            raise UsageError(f"more than {self.context.limits.outputs_max} outputs in one step (limit outputs_max)")
+            raise UsageError(f"more than {self.context.limits.outputs_max} outputs in one step (limit outputs_max); wait in between, such as yield kw.sleep(0), or raise it")
         size = self._check_size(f"an output to {topic}", value, headers) + len(key)
         if self._bytes + size > self.context.limits.output_bytes_max:
-            raise UsageError(f"the outputs of one step have more than {self.context.limits.output_bytes_max} bytes (limit output_bytes_max)")
+            raise UsageError(f"the outputs of one step have more than {self.context.limits.output_bytes_max} bytes (limit output_bytes_max); wait in between, such as yield kw.sleep(0), or raise it")
         self._bytes += size
         self.write(topic, key, value, headers, timestamp_ms)
 
@@ -272,9 +272,9 @@ class Calls:
         limits = self.context.limits
         value_bytes, header_bytes = len(value or b""), wire.header_bytes(headers) if headers else 0
         if value_bytes > limits.value_bytes_max:
-            raise UsageError(f"{what} has {value_bytes} bytes, more than {limits.value_bytes_max} (limit value_bytes_max)")
+            raise UsageError(f"{what} has {value_bytes} bytes, more than {limits.value_bytes_max} (limit value_bytes_max); send a reference to it, or raise it")
         if header_bytes > limits.header_bytes_max:
-            raise UsageError(f"the headers of {what} have {header_bytes} bytes, more than {limits.header_bytes_max} (limit header_bytes_max)")
+            raise UsageError(f"the headers of {what} have {header_bytes} bytes, more than {limits.header_bytes_max} (limit header_bytes_max); put it into the value, or raise it")
         return value_bytes + header_bytes
 
     def now(self) -> datetime:

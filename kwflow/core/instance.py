@@ -144,7 +144,7 @@ class Machine:
         if gen.gi_frame is None or gen.gi_suspended or gen.gi_running:
             raise UsageError(f"{gen.__qualname__} has already run outside the engine; give kwflow a fresh call of it")
         if len(instance.tasks) >= self._tasks_max:
-            raise UsageError(f"more than {self._tasks_max} tasks in one workflow (limit tasks_max)")
+            raise UsageError(f"more than {self._tasks_max} tasks in one workflow (limit tasks_max); wait for some before more are started, use children, or raise it")
         task = Task(instance.task_next, gen, gen.__qualname__)
         instance.task_next += 1
         instance.tasks[task.number] = task
@@ -160,7 +160,7 @@ class Machine:
         if task.started or task.settled:
             return
         if self._nesting >= self._nesting_max:
-            raise UsageError(f"tasks start inside one another over {self._nesting_max} deep (limit nesting_max)")
+            raise UsageError(f"tasks start inside one another over {self._nesting_max} deep (limit nesting_max); use yield from where a task of its own is not needed, or raise it")
         self._nesting += 1
         try:
             task.pending = (OK, None)

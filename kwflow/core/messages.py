@@ -171,7 +171,7 @@ def no_room(calls: Calls, command: Command) -> Transition | None:
     count, size = mailbox.unread(max(calls.instance.now_ms, calls.record.timestamp_ms))
     if count < limits.mailbox_max and size + len(calls.record.value or b"") <= limits.mailbox_bytes_max:
         return None
-    said = f"the mailbox holds {count} messages of {size} bytes (limits mailbox_max = {limits.mailbox_max}, mailbox_bytes_max = {limits.mailbox_bytes_max})"
+    said = f"the mailbox holds {count} messages of {size} bytes (limits mailbox_max = {limits.mailbox_max}, mailbox_bytes_max = {limits.mailbox_bytes_max}); send it again once the workflow has read some, or raise them"
     address = wire.reply_address(calls.record)
     if address is None:
         raise ProtocolError(said, "mailbox-full")
@@ -229,7 +229,7 @@ def reply(calls: Calls, update: object, value: object) -> None:
         raise UsageError(f"kw.reply takes an update that kw.on_update gave, not {update!r}")
     size = len(wire.json_dumps(value))
     if size > calls.context.limits.value_bytes_max // 2:
-        raise UsageError(f"a reply has at most {calls.context.limits.value_bytes_max // 2} bytes, not {size} (half of limit value_bytes_max)")
+        raise UsageError(f"a reply has at most {calls.context.limits.value_bytes_max // 2} bytes, not {size} (half of limit value_bytes_max); reply a reference to it, or raise it")
     extra = calls.instance.extra
     waiting = extra.get("updates", {}).pop(str(update.number), None)
     if waiting is None:

@@ -235,7 +235,7 @@ class Step(Calls):
             try:
                 value = wire.json_dumps(main.value)
                 if len(value) > self.context.limits.value_bytes_max:
-                    raise UsageError(f"the result has {len(value)} bytes, more than {self.context.limits.value_bytes_max} (limit value_bytes_max)")
+                    raise UsageError(f"the result has {len(value)} bytes, more than {self.context.limits.value_bytes_max} (limit value_bytes_max); return a reference to it, or raise it")
             except Exception as failed:  # the result may have no JSON form: that is the workflow's error, too
                 error = failed
         if error is not None:

@@ -208,9 +208,9 @@ def header_bytes(headers: Headers) -> int:
 def check_size(record: Record, value_bytes_max: int, header_bytes_max: int) -> None:
     """Raises ProtocolError for a record over a limit; it is not parsed."""
     if record.value is not None and len(record.value) > value_bytes_max:
-        raise ProtocolError(f"the value has {len(record.value)} bytes, more than {value_bytes_max} (limit value_bytes_max)", "too-large")
+        raise ProtocolError(f"the value has {len(record.value)} bytes, more than {value_bytes_max} (limit value_bytes_max); send a reference to it, or raise it and retry the dead letter", "too-large")
     if record.headers and (size := header_bytes(record.headers)) > header_bytes_max:
-        raise ProtocolError(f"the headers have {size} bytes, more than {header_bytes_max} (limit header_bytes_max)", "too-large")
+        raise ProtocolError(f"the headers have {size} bytes, more than {header_bytes_max} (limit header_bytes_max); put it into the value, or raise it and retry the dead letter", "too-large")
 
 
 def _command(op: str, value: bytes, record: Record) -> Command:

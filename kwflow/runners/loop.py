@@ -372,7 +372,7 @@ class _Batch:
         except Exception as error:  # reducers of author classes may raise anything
             return error, []
         if len(data) > self.config.snapshot_bytes_max:
-            return SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}"), []
+            return SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}; keep less in variables, or raise it and retry"), []
         return data, modules
 
     def _warn_of_size(self, live: Live, size: int) -> None:

@@ -113,7 +113,9 @@ def hold(config: Config, state: Changes, header: dict[str, Any], record: Record,
     if count is None:
         count = sum(1 for _ in state.scan(_prefix(name)))
     if count >= config.hold_max:
-        return dead(config, record, "hold-full", f"{name} is parked and holds {count} records already", received_ms)
+        again = "unpause it" if is_paused(header) else "retry or discard what it holds"
+        said = f"{name} holds {count} records already (limit hold_max); {again}, then retry this dead letter, or raise it"
+        return dead(config, record, "hold-full", said, received_ms)
     mark = header["parked"]
     kept, replies = (record, ()) if mark["reason"] in ("paused", "draining") else _told(config, record, mark["reason"], mark["message"])
     state.put(_key(name, record), msgspec.msgpack.encode(kept))

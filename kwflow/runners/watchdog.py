@@ -67,7 +67,7 @@ class Watchdog:
             if not self._raised:
                 return
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._ident), None)
-        raise StepTimeout(f"the step took more than {self._abort_s:g} s without reaching a wait") from None
+        raise StepTimeout(f"the step took more than {self._abort_s:g} s without reaching a wait (limit step_abort_ms); do long work in an activity, or raise it and retry") from None
 
     def look(self, now: float) -> None:
         """Warn or raise if the step runs too long."""
