@@ -171,7 +171,8 @@ def no_room(calls: Calls, command: Command) -> Transition | None:
     count, size = mailbox.unread(max(calls.instance.now_ms, calls.record.timestamp_ms))
     if count < limits.mailbox_max and size + len(calls.record.value or b"") <= limits.mailbox_bytes_max:
         return None
-    said = f"the mailbox holds {count} messages of {size} bytes (limits mailbox_max = {limits.mailbox_max}, mailbox_bytes_max = {limits.mailbox_bytes_max}); send it again once the workflow has read some, or raise them"
+    known = f"limits mailbox_max = {limits.mailbox_max}, mailbox_bytes_max = {limits.mailbox_bytes_max}"
+    said = f"the mailbox holds {count} messages of {size} bytes ({known}); send it again once the workflow has read some, or raise them"
     address = wire.reply_address(calls.record)
     if address is None:
         raise ProtocolError(said, "mailbox-full")
