@@ -9,12 +9,12 @@ import msgspec
 import typer
 from rich.table import Table
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, out, read, send, sole_writer, states, text_of
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, out, read, sole_writer, states, text_of
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
 from kwflow.core.wire import Output, Record
 from kwflow.errors import UsageError
-from kwflow.runners.embedded_state import Mark
+from kwflow.runners.embedded_state import Group, Mark
 from kwflow.runners.parked import holds
 
 __all__ = ["dead"]
@@ -151,11 +151,11 @@ def _settle(settings: Config, embedded: Path | None, what: str | None, every: bo
         raise UsageError(f"give one ID or LETTER, or --all (with --reason for some of them): kwflow dead-letters {op} ...")
     with sole_writer(settings, embedded, "dead-letters") as write:
         parked, letters = _chosen(settings, embedded, what, reason)
-        for id in parked:
-            send(settings, embedded, id, b"null", (("kwflow-op", op.encode()),))
+        commands = [Group((Output(settings.resume_topic, id.encode(), b"null", (("kwflow-op", op.encode()),)),)) for id in parked]
+        for id, _ in zip(parked, write(commands), strict=True):
             _say(f"{id}: {op} is asked for; its engine does it")
-        for identity, record in letters.items():
-            done = write(*_closing(settings, identity, record, op == "retry"))
+        closing = [_closing(settings, identity, record, op == "retry") for identity, record in letters.items()]
+        for identity, done in zip(letters, write(closing), strict=True):
             _say(f"{identity}: {('sent again' if op == 'retry' else 'closed') if done else 'somebody else has dealt with it'}")
 
 
@@ -171,7 +171,7 @@ def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: s
     return ids, chosen
 
 
-def _closing(settings: Config, identity: str, letter: Record, again: bool) -> tuple[list[Output], Mark]:
+def _closing(settings: Config, identity: str, letter: Record, again: bool) -> Group:
     """What deals with a letter: the mark, and before it the record itself with its first timestamp in a header (K13)."""
     mark = Mark(settings.dead_letter_topic, letter.offset, _DONE, identity.encode())
     records = [Output(settings.dead_letter_topic, letter.key, None, ((mark.name, mark.value),))]
@@ -179,4 +179,4 @@ def _closing(settings: Config, identity: str, letter: Record, again: bool) -> tu
         headers = tuple(pair for pair in letter.headers if not pair[0].startswith("kwflow-error-"))
         first = ("kwflow-original-timestamp", str(letter.timestamp_ms).encode())
         records.insert(0, Output(wire.header(letter, "kwflow-error-topic") or settings.resume_topic, letter.key, letter.value, (*headers, first)))
-    return records, mark
+    return Group(tuple(records), mark)

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from kwflow.config import Config
 from kwflow.core import wire
-from kwflow.core.wire import Output, Record
+from kwflow.core.wire import Record
 from kwflow.errors import UsageError
-from kwflow.runners.embedded_state import EmbeddedStore, Mark, read_only, records_of
+from kwflow.runners.embedded_state import EmbeddedStore, Group, read_only, records_of
 from kwflow.runners.socket import submit, submit_all
 
 __all__ = [
@@ -68,27 +68,45 @@ def append(settings: Config, embedded: Path | None, topic: str, key: bytes | Non
     send(settings, topic, key, value, headers)
 
 
-Write = Callable[[Sequence[Output], Mark], bool]
+Write = Callable[[Sequence[Group]], Iterator[bool]]
+_GROUPS_MAX = 100  # that an embedded engine takes in one batch: it does nothing else meanwhile
+_GROUPS_BYTES_MAX = 4_000_000  # base64 and all, a request has at most 16 MB
 
 
 @contextlib.contextmanager
 def sole_writer(settings: Config, embedded: Path | None, name: str) -> Iterator[Write]:
-    """Gives `write(records, mark)`: all of the records or none, and none if the mark is there, which one of them bears; whether they were written.
+    """Gives `write(groups)`, which tells of one group after the other whether it was written.
 
     What is to be done is to be read inside: on Kafka whoever was here before can write nothing more by then.
     """
     if embedded is not None:
-        yield lambda records, mark: bool(submit_all(embedded, records, mark))
+        yield lambda groups: (bool(offsets) for some in _parts(groups) for offsets in submit_all(embedded, some))
         return
     from kwflow.runners.kafka_writer import SoleWriter
 
     with SoleWriter(settings, name) as writer:
 
-        def write(records: Sequence[Output], _mark: Mark) -> bool:
-            writer.write(records)
-            return True
+        def write(groups: Sequence[Group]) -> Iterator[bool]:
+            for group in groups:
+                writer.write(group.records)
+                yield True
 
         yield write
+
+
+def _parts(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """As many at a time as one request may hold."""
+    part: list[Group] = []
+    left = _GROUPS_BYTES_MAX
+    for group in groups:
+        size = sum(len(output.key or b"") + len(output.value or b"") + wire.header_bytes(output.headers) for output in group.records)
+        if part and (len(part) >= _GROUPS_MAX or size > left):
+            yield part
+            part, left = [], _GROUPS_BYTES_MAX
+        part.append(group)
+        left -= size
+    if part:
+        yield part
 
 
 def read(settings: Config, embedded: Path | None, topic: str) -> list[Record]:

@@ -27,7 +27,7 @@ from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget, bytes_of
-from kwflow.runners.embedded_state import LOG, NEXT, POSITION, EmbeddedStore, Mark, bears, records_of
+from kwflow.runners.embedded_state import LOG, NEXT, POSITION, EmbeddedStore, Group, records_of
 from kwflow.runners.instances import Instances
 from kwflow.runners.logs import lines_of
 from kwflow.runners.loop import Overlay
@@ -106,18 +106,28 @@ class Embedded:
     # -- the log ---------------------------------------------------------------------------------------------------
     def append(self, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...] = ()) -> int:
         """Write one record durably; its offset."""
-        return self.append_all([Output(topic, key, value, headers)])[0]
+        return self.append_all([Group((Output(topic, key, value, headers),))])[0][0]
 
-    def append_all(self, outputs: Sequence[Output], unless: Mark | None = None) -> list[int]:
-        """Write these records durably, all or none; their offsets.  Nothing, if the mark is there."""
+    def append_all(self, groups: Sequence[Group]) -> list[list[int]]:
+        """Write these durably, in one batch; the offsets of each group's records, none of one whose mark is there."""
         with self._lock:
-            if unless is not None and bears(self.db, unless):
-                return []
-            batch, marks = WriteBatch(raw_mode=True), dict[bytes, int]()
-            offsets = [self._put(batch, marks, output) for output in outputs]
+            batch, marks, borne = WriteBatch(raw_mode=True), dict[bytes, int](), set[bytes]()
+            offsets = [self._put_group(batch, marks, borne, group) for group in groups]
             self._done(batch, marks, self._write)
         self._said()
         self.wake()
+        return offsets
+
+    def _put_group(self, batch: WriteBatch, marks: dict[bytes, int], borne: set[bytes], group: Group) -> list[int]:
+        mark = group.unless
+        if mark is not None and (mark.key in borne or mark.is_in(self.db)):
+            return []
+        offsets = []
+        for output in group.records:
+            offsets.append(self._put(batch, marks, output))
+            if mark is not None and mark.is_on(output):
+                batch.put(mark.key, b"%d" % offsets[-1])
+                borne.add(mark.key)
         return offsets
 
     def deliver(self, topic: str) -> Deliver:

@@ -9,13 +9,14 @@ from typing import cast
 import msgspec
 from rocksdict import AccessType, Options, Rdict
 
-from kwflow.core.wire import Record
+from kwflow.core.wire import Output, Record
 from kwflow.errors import TransportError
 
-__all__ = ["LOG", "NEXT", "POSITION", "EmbeddedStore", "Mark", "bears", "ends_of", "entries", "read_only", "records_of"]
+__all__ = ["LOG", "NEXT", "POSITION", "EmbeddedStore", "Group", "Mark", "ends_of", "entries", "read_only", "records_of"]
 
 LOG, NEXT, POSITION = b"L", b"N", b"P"  # of a topic: its records, the offset the next one gets, the first one no committed batch holds
 _STATE = b"S"  # of a changelog's name: a processor's state
+_MARK = b"M"  # of a mark: the offset of the last record that bears it
 
 
 def entries(db: Rdict, prefix: bytes, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
@@ -28,12 +29,32 @@ def entries(db: Rdict, prefix: bytes, start: bytes | None = None) -> Iterator[tu
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """A header that some record of a topic, from an offset on, may have."""
+    """A header that some record of a topic, from an offset on, may have.  It has an entry of its own: to look for it is one read, however long the topic is."""
 
     topic: str
     offset: int
     name: str
     value: bytes
+
+    @property
+    def key(self) -> bytes:
+        """The entry's."""
+        return _MARK + b"\0".join((self.topic.encode(), self.name.encode(), self.value))
+
+    def is_in(self, db: Rdict) -> bool:
+        """Whether a record from `offset` on bears it."""
+        found = db.get(self.key)
+        return found is not None and int(found) >= self.offset
+
+    def is_on(self, output: Output) -> bool:
+        return output.topic == self.topic and (self.name, self.value) in output.headers
+
+
+class Group(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Records that are written together or not at all; not at all if the mark is there, which one of them bears."""
+
+    records: tuple[Output, ...]
+    unless: Mark | None = None
 
 
 class EmbeddedStore:
@@ -69,8 +90,3 @@ def records_of(db: Rdict, topic: str, offset: int = 0) -> Iterator[Record]:
 def ends_of(db: Rdict, topics: Sequence[str]) -> dict[str, int]:
     """Topic -> the offset that its next record gets."""
     return {topic: int(db.get(NEXT + topic.encode()) or 0) for topic in topics}
-
-
-def bears(db: Rdict, mark: Mark) -> bool:
-    """Whether there is such a record."""
-    return any((mark.name, mark.value) in record.headers for record in records_of(db, mark.topic, mark.offset))

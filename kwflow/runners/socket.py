@@ -1,6 +1,6 @@
 """How other processes reach the engine that holds an embedded directory: a Unix socket in it, JSON lines.
 
-One request a connection.  {"records", "unless"} appends all or none; the answer is {"offsets"}.  {"follow": {topic:
+One request a connection.  {"groups"} appends each group's records or none of them; the answer is {"offsets"}.  {"follow": {topic:
 offset}} is answered with the records from there on, as they are committed, and now and then an empty line, so that
 either side notices that the other has gone.  The socket's address goes through /proc/self/fd because a path may have
 107 bytes only.
@@ -21,7 +21,7 @@ import msgspec
 from kwflow.core.wire import Headers, Output, Record
 from kwflow.errors import TransportError
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.embedded_state import Mark
+from kwflow.runners.embedded_state import Group
 
 __all__ = ["Follower", "serve", "submit", "submit_all"]
 
@@ -33,8 +33,7 @@ _GONE_S = 5.0
 
 
 class _Request(msgspec.Struct, omit_defaults=True):
-    records: tuple[Output, ...] = ()
-    unless: Mark | None = None
+    groups: tuple[Group, ...] = ()
     follow: dict[str, int] | None = None
 
 
@@ -98,9 +97,10 @@ def _answer(engine: Embedded, connection: socket.socket, stopped: threading.Even
         if request.follow is not None:
             _follow(engine, connection, request.follow, stopped)
             return
-        if not request.records or not all(record.topic for record in request.records):
+        records = [record for group in request.groups for record in group.records]
+        if not records or not all(record.topic for record in records):
             raise OSError("the request has no record, or one without a topic")
-        offsets = engine.append_all(request.records, request.unless)
+        offsets = engine.append_all(request.groups)
         connection.sendall(msgspec.json.encode({"offsets": offsets}) + b"\n")
     except (OSError, msgspec.DecodeError) as error:
         with contextlib.suppress(OSError):
@@ -137,15 +137,15 @@ def _line(connection: socket.socket) -> bytes:
 
 def submit(directory: Path, topic: str, key: bytes | None, value: bytes | None, headers: Headers = ()) -> int:
     """Append one record: through the engine that runs, else directly; its offset.  Raises TransportError."""
-    return submit_all(directory, [Output(topic, key, value, headers)])[0]
+    return submit_all(directory, [Group((Output(topic, key, value, headers),))])[0][0]
 
 
-def submit_all(directory: Path, records: Sequence[Output], unless: Mark | None = None) -> list[int]:
-    """Append these records, all or none, unless the mark is there; their offsets, none if it is.  Raises TransportError."""
+def submit_all(directory: Path, groups: Sequence[Group]) -> list[list[int]]:
+    """Append these in one batch; the offsets of each group's records, none of one whose mark is there.  Raises TransportError."""
     if not (directory / _NAME).exists():
         engine = Embedded(directory)
         try:
-            return engine.append_all(records, unless)
+            return engine.append_all(groups)
         finally:
             engine.close()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -154,16 +154,16 @@ def submit_all(directory: Path, records: Sequence[Output], unless: Mark | None =
         try:
             with _address(directory) as address:
                 connection.connect(address)
-            connection.sendall(msgspec.json.encode(_Request(tuple(records), unless)) + b"\n")
+            connection.sendall(msgspec.json.encode(_Request(tuple(groups))) + b"\n")
             answer = msgspec.json.decode(_line(connection))
         except ConnectionRefusedError:  # left behind by a killed engine
             (directory / _NAME).unlink(missing_ok=True)
-            return submit_all(directory, records, unless)
+            return submit_all(directory, groups)
         except (OSError, msgspec.DecodeError) as error:
             raise TransportError(f"cannot reach the engine of {directory}: {error}") from None
     if "offsets" not in answer:
         raise TransportError(f"the engine of {directory} refused the record: {answer.get('error')}")
-    return [int(offset) for offset in answer["offsets"]]
+    return msgspec.convert(answer["offsets"], list[list[int]])
 
 
 class Follower:
