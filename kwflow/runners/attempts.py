@@ -1,7 +1,8 @@
-"""Records that kill the process: found by counting attempts where they outlive it (K19).
+"""Records that kill the process: found by counting deaths where they outlive it (K19, decision 0043).
 
 After an unclean stop, its own or that of whoever had the partition before, the records of what may have been the fatal
-batch are taken one by one, each attempt written before its step; a record that was attempted three times is refused.
+batch are taken a few at a time, these few written down before their step.  Only those of a few that a process died in are
+taken one by one, and one that three processes died of alone is refused.
 """
 
 from __future__ import annotations
@@ -11,12 +12,24 @@ from pathlib import Path
 
 import msgspec
 
+from kwflow.core.wire import Record
 from kwflow.runners.private import replace
 
-__all__ = ["Attempts"]
+__all__ = ["Attempts", "Suspects"]
 
 _ATTEMPTS_MAX = 3
-Note = Callable[[int, int, int], None]  # partition, offset, count
+_TOGETHER_MAX = 64  # a batch of thousands costs some dozen notes, and a death in one of them 64
+
+
+class Suspects(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Records from `offset` to before `until` may kill; `count` processes may have died with the first of them alone."""
+
+    offset: int
+    count: int
+    until: int
+
+
+Note = Callable[[int, Suspects | None], None]  # of a partition; None: nothing of it is suspected
 
 
 class Attempts:
@@ -32,46 +45,58 @@ class Attempts:
         self._note = note
         self.unclean = self._running.exists()
         self.fresh = not self.unclean and not self._stopped.exists()
-        self._counts: dict[str, tuple[int, int]] = {}
-        self._mine: dict[int, int] = {}  # partition -> the offset that this run counted last
+        self._known: dict[int, Suspects] = {}  # what processes before this one have died of
+        self._mine: dict[int, Suspects] = {}  # what this one would have died of, if it had
         if self.unclean and self._path.exists():
             try:
-                self._counts = msgspec.json.decode(self._path.read_bytes(), type=dict[str, tuple[int, int]])
+                self._known = msgspec.json.decode(self._path.read_bytes(), type=dict[int, Suspects])
             except msgspec.DecodeError:
-                self._counts = {}
+                self._known = {}
         self._running.touch()
 
-    def learn(self, partition: int, offset: int, count: int) -> None:
-        """What whoever had this partition last has counted."""
-        known = self._counts.get(str(partition), (-1, 0))
-        self._counts[str(partition)] = max(known, (offset, count))
+    def learn(self, partition: int, suspects: Suspects) -> None:
+        """What whoever had this partition last has noted."""
+        self._known[partition] = max(suspects, self._known.get(partition, suspects))
 
-    def another(self, partition: int, offset: int) -> bool:
-        """Count one attempt durably, before its step; False when it was attempted too often already."""
-        known, count = self._counts.get(str(partition), (offset, 0))
-        if self._mine.get(partition) != offset:  # else its transaction was aborted and is made again: this process survived it
-            self._mine[partition] = offset
-            count = count + 1 if known == offset else 1
-            self._counts[str(partition)] = (offset, count)
-            replace(self._path, msgspec.json.encode(self._counts))
-        self._note(partition, offset, count)
-        return count <= _ATTEMPTS_MAX
+    def suspected_until(self, partition: int) -> int:
+        """Records of it before this offset, if some are left, may have killed."""
+        return self._known[partition].until if partition in self._known else -1
+
+    def another(self, partition: int, records: list[Record]) -> tuple[list[Record], str | None]:
+        """Which of a partition's records, in order, come next, durably noted before their step; and why it is refused, if it is one that killed too often."""
+        offset = records[0].offset
+        known = self._known.get(partition)
+        deaths = known.count if known is not None and known.offset == offset else 0
+        if known is not None and known.offset <= offset < known.until:
+            records, suspects = records[:1], Suspects(offset, deaths + 1, known.until)
+        else:
+            records = records[:_TOGETHER_MAX]
+            suspects = Suspects(offset, int(len(records) == 1), records[-1].offset + 1)
+        if self._mine.get(partition) != suspects:  # else its transaction was aborted and is made again
+            self._mine[partition] = suspects
+            self._save()
+        self._note(partition, suspects)
+        return records, None if deaths < _ATTEMPTS_MAX else "the engine died three times with this record"
 
     def survived(self, partition: int) -> None:
-        """It was stepped, and what went wrong after that was no fault of it: the others need not count it."""
-        offset, count = self._counts[str(partition)]
-        self._note(partition, offset, count - 1)
+        """They were stepped, and what went wrong after that was no fault of theirs: nobody need count it."""
+        suspects = self._mine.pop(partition)
+        self._save()
+        self._take_back(partition, suspects)
 
-    def suspects(self, partition: int, position: int) -> bool:
-        """Whether the next record, or a later one, has been counted."""
-        offset, count = self._counts.get(str(partition), (-1, 0))
-        return bool(count) and offset >= position
+    def _take_back(self, partition: int, suspects: Suspects) -> None:
+        known = self._known.get(partition)
+        covered = known is not None and known.offset <= suspects.offset < known.until
+        self._note(partition, msgspec.structs.replace(suspects, count=suspects.count - 1) if covered else None)
+
+    def _save(self) -> None:
+        replace(self._path, msgspec.json.encode(self._known | self._mine))
 
     def interrupted(self) -> None:
-        """This process ends by no record's fault."""
+        """This process ends by no record's fault.  From another thread."""
         self.finished()
-        for partition in self._mine:
-            self.survived(partition)
+        for partition, suspects in self._mine.items():
+            self._take_back(partition, suspects)
 
     def finished(self) -> None:
         """A clean stop."""

@@ -73,7 +73,7 @@ class Embedded:
         self._trim_next = 0.0
         self._workers: dict[str, tuple[Worker, int]] = {}  # input topic -> who does what commits hand out, and from which position on
         self._attempts: Attempts | None = None
-        self._careful: dict[str, int] = {}  # K19: records before this offset are taken one by one
+        self._careful: dict[str, int] = {}  # K19: records before this offset are taken a few at a time
         self._lock = threading.RLock()
         holder = directory / "engine.pid"
         try:
@@ -204,11 +204,15 @@ class Embedded:
         if not records:
             return 0
         store = EmbeddedStore(self.db, processor.changelog_topic)
-        if records[0].offset < self._careful.get(topic, 0):
-            return self._apply_carefully(processor, store, records[0], on_log)
+        refused = None
+        if self._attempts is not None and records[0].offset < self._careful[topic]:
+            records, refused = self._attempts.another(self.watched_processors.index(processor), records)
         while True:
             overlay = Overlay(store)
-            made = processor.decide(overlay, records, self.clock.now_ms(), Budget(self.limits.batch_bytes_max, self.limits.batch_ms_max, self.clock))
+            if refused is None:
+                made = processor.decide(overlay, records, self.clock.now_ms(), Budget(self.limits.batch_bytes_max, self.limits.batch_ms_max, self.clock))
+            else:
+                made = [processor.refuse(overlay, records[0], refused)]
             outputs = [output for decision in made for output in (*decision.outputs, *decision.replies)]
             if len(made) == 1 or bytes_of(overlay.changes.items(), outputs) <= self.limits.batch_bytes_max:
                 break
@@ -218,18 +222,6 @@ class Embedded:
         for line in logs:
             on_log(line)
         return len(made)
-
-    def _apply_carefully(self, processor: Processor, store: EmbeddedStore, record: Record, on_log: Callable[[str], None]) -> int:
-        """Alone, each attempt noted before it: after an unclean stop this may be the record that ended the process (K19)."""
-        overlay = Overlay(store)
-        if self._attempts is None or self._attempts.another(self.watched_processors.index(processor), record.offset):
-            [made] = processor.decide(overlay, [record], self.clock.now_ms())
-        else:
-            made = processor.refuse(overlay, record, "the engine died three times with this record")
-        self._perform(processor, [made], store, overlay, (processor.input_topic, record.offset + 1))
-        for line in lines_of(made, record):
-            on_log(line)
-        return 1
 
     def _fire(self, processor: Processor, on_log: Callable[[str], None]) -> int:
         """Nothing fires while records wait that may cancel it (K18)."""
@@ -316,9 +308,9 @@ class Embedded:
             if worker is not None:
                 self._workers[processor.input_topic] = worker, self.end(processor.input_topic)
         self._attempts = Attempts(self.directory)
-        if self._attempts.unclean:
-            topics = [processor.input_topic for processor in processors]
-            self._careful = {topic: min(self.end(topic), self.position(topic) + self.limits.batch_records_max) for topic in topics}
+        for number, topic in enumerate(processor.input_topic for processor in processors):
+            careful = max(self._attempts.suspected_until(number), self.position(topic) + self.limits.batch_records_max)
+            self._careful[topic] = min(self.end(topic), careful) if self._attempts.unclean else 0
         try:
             self._run(processors, until, on_log)
             self._attempts.finished()

@@ -248,15 +248,20 @@ class KafkaRunner:
                 self.owned[number].reached = end
 
     def _process(self, records: list[Record]) -> None:
-        """Step and commit; after an unclean stop one by one where the record that killed us may be (K19)."""
-        careful = [record for record in records if record.offset < self.owned[record.partition].careful_until]
-        for record in careful:
-            fine = self._attempts.another(record.partition, record.offset)
-            try:
-                self._transact([record], refused=None if fine else "the engine died three times with this record")
-            except (Aborted, TransportError):
-                self._attempts.survived(record.partition)
-                raise
+        """Step and commit; after an unclean stop a few at a time where the record that killed us may be (K19)."""
+        careful: dict[int, list[Record]] = {}
+        for record in records:
+            if record.offset < self.owned[record.partition].careful_until:
+                careful.setdefault(record.partition, []).append(record)
+        for number, mine in careful.items():
+            while mine:
+                some, refused = self._attempts.another(number, mine)
+                try:
+                    self._transact(some, refused)
+                except (Aborted, TransportError):
+                    self._attempts.survived(number)
+                    raise
+                mine = mine[len(some) :]
         self._transact([record for record in records if record.offset >= self.owned[record.partition].careful_until] if careful else records)
 
     def _transact(self, records: list[Record], refused: str | None = None, alone: int = 0) -> None:

@@ -100,7 +100,7 @@ class Partition:
     store: PartitionStore
     position: int
     fire_from: int  # K18: nothing fires before this input offset is reached
-    careful_until: int  # K19: records before this offset are taken one by one
+    careful_until: int  # K19: records before this offset are taken a few at a time
     reached: int = 0  # the end that the consumer has seen last: there are no records before it, only marks of transactions
     due_ms: int | None = None  # what `due_of` found last; looked up again once a commit has changed the store
     due_known: bool = False

@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
+from kwflow.runners.attempts import Suspects
 from kwflow.runners.environment import Consumer, Producer
 from kwflow.runners.kafka_member import END_WAIT_MS, TRANSACTION_S, Member
 from kwflow.runners.topics import transient
@@ -19,6 +20,7 @@ __all__ = ["Attempt", "Owner", "Owners", "owner_key"]
 
 _TIMEOUT_S = 5.0  # an engine goes on without this topic: it then takes over more slowly, and others do not find it
 _GOODBYE_S = 1.0
+_QUIET_S = 60.0  # once it did not answer nothing waits for it for so long: what it would tell others, each record to be taken with care would wait for
 
 
 _T = TypeVar("_T")
@@ -33,11 +35,12 @@ class Owner(msgspec.Struct, frozen=True):
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """`count` processes died with this record of the topic with this id."""
+    """Suspects (attempts.py) among the records of the topic with this id."""
 
     topic: str
     offset: int
     count: int
+    until: int
 
 
 def owner_key(topic: str, number: int) -> bytes:
@@ -55,6 +58,7 @@ class Owners:
         self._entries: dict[bytes, bytes] = {}
         self._announced: set[int] = set()
         self._made: Producer | None = None
+        self._quiet_until = 0.0
 
     # -- what is there ---------------------------------------------------------------------------------------------
     def read(self) -> None:
@@ -65,10 +69,11 @@ class Owners:
         latest: dict[bytes, bytes] = {}
         try:
             consumer.assign([TopicPartition(self._topic, 0, 0)])
-            give_up = environment.monotonic() + _TIMEOUT_S
+            patience_s = _GOODBYE_S if self._quiet else _TIMEOUT_S
+            give_up = environment.monotonic() + patience_s
             while not self._take(consumer, latest):
                 if environment.monotonic() > give_up:
-                    self._complain(f"no answer within {_TIMEOUT_S:g} s")
+                    self._complain(f"no answer within {patience_s:g} s")
                     return
         except KafkaException as error:
             self._complain(error.args[0].str())
@@ -93,10 +98,10 @@ class Owners:
         """Who had it last, and did not give it back."""
         return self._decoded(owner_key(self._member.processor.input_topic, number), Owner)
 
-    def attempt(self, number: int) -> Attempt | None:
-        """What whoever had it last was at, if that has killed processes."""
+    def attempt(self, number: int) -> Suspects | None:
+        """What whoever had it last was at, if that may have killed it."""
         found = self._decoded(self._attempt_key(number), Attempt)
-        return found if found is not None and found.topic == self._member.incarnation else None
+        return Suspects(found.offset, found.count, found.until) if found is not None and found.topic == self._member.incarnation else None
 
     def _decoded(self, key: bytes, kind: type[_T]) -> _T | None:
         try:
@@ -125,9 +130,9 @@ class Owners:
         """Lost: another engine may have written its name already."""
         self._announced.difference_update(numbers)
 
-    def attempted(self, number: int, offset: int, count: int) -> None:
-        """Before a step that may be the last of this process; a count of 0 takes it back."""
-        self._write(self._attempt_key(number), msgspec.json.encode(Attempt(self._member.incarnation, offset, count)) if count else None)
+    def attempted(self, number: int, suspects: Suspects | None) -> None:
+        """Before a step that may be the last of this process; None takes it back."""
+        self._write(self._attempt_key(number), msgspec.json.encode(Attempt(self._member.incarnation, suspects.offset, suspects.count, suspects.until)) if suspects else None)
         self._flush(_TIMEOUT_S)
 
     def _attempt_key(self, number: int) -> bytes:
@@ -144,10 +149,20 @@ class Owners:
     def _delivered(self, error: KafkaError | None, _message: Message) -> None:
         if error is not None:
             self._complain(error.str())
+        else:
+            self._quiet_until = 0.0
 
     def _flush(self, seconds: float) -> None:
-        if self._made is not None and self._made.flush(seconds):
+        if self._made is not None and self._quiet:
+            self._made.poll(0)  # it may have answered
+        elif self._made is not None and self._made.flush(seconds):
             self._complain(f"no answer within {seconds:g} s")
 
+    @property
+    def _quiet(self) -> bool:
+        return self._member.environment.monotonic() < self._quiet_until
+
     def _complain(self, why: str) -> None:
-        self._member.on_log(f"{self._member.group}: {self._topic}: {why}; without it a takeover may wait for up to {TRANSACTION_S} s")
+        if not self._quiet:
+            self._quiet_until = self._member.environment.monotonic() + _QUIET_S
+            self._member.on_log(f"{self._member.group}: {self._topic}: {why}; without it a takeover may wait for up to {TRANSACTION_S} s. It is not waited for again for {_QUIET_S:g} s")

@@ -147,9 +147,9 @@ class Takeover:
             self._owners.read()
         for number in new:
             self._former[number] = self._owners.owner(number)
-            tried = self._owners.attempt(number)
-            if tried is not None:
-                self._attempts.learn(number, tried.offset, tried.count)
+            suspects = self._owners.attempt(number)
+            if suspects is not None:
+                self._attempts.learn(number, suspects)
 
     def _has_died(self, number: int) -> bool:
         """Whether who had this partition before went without giving it back, and our own directory knows nothing of it (K19)."""
@@ -239,8 +239,9 @@ class Takeover:
             position = committed if committed != OFFSET_INVALID else member.start(self._topic, number)
         take_over(member.processor, store, member.admin, member.config, where)
         end = member.end(self._topic, number)
-        suspect = self._attempts.unclean or self._has_died(number) or self._attempts.suspects(number, position)
-        careful = min(end, position + member.config.batch_records_max) if suspect else position
+        suspected = self._attempts.suspected_until(number)
+        suspect = self._attempts.unclean or self._has_died(number) or suspected > position
+        careful = min(end, max(suspected, position + member.config.batch_records_max)) if suspect else position
         self._former.pop(number, None)
         self._owners.announce(number)
         self.owned[number] = Partition(number, store, position, end, careful)

@@ -1,7 +1,7 @@
 """Author code that never reaches a wait: named in the log, then ended, so that the partition goes on (K19).
 
 Python can raise in another thread only between bytecodes, so a call that blocks in C cannot be ended: an engine's process
-ends instead, and after its start the record is taken alone, until it was attempted three times (attempts.py).  One thread
+ends instead, and after its start the record is looked for, until three processes have died of it alone (attempts.py).  One thread
 of the process looks at all watchdogs now and then: waking it for each step would cost more than the step.
 """
 

@@ -256,7 +256,7 @@ def _active_runs_are_forgotten() -> contextlib.AbstractContextManager[Any]:
 
 
 def _no_attempts() -> contextlib.AbstractContextManager[Any]:
-    return mock.patch.object(Attempts, "another", lambda *_: True)
+    return mock.patch.object(Attempts, "another", lambda _, number, records: (records, None))
 
 
 PLANTED = [

@@ -201,7 +201,7 @@ def test_attempts_at_a_record_are_not_counted_for_one_of_another_topic(tmp_path:
     attempts = Attempts(tmp_path)
     for _ in range(3):
         attempts = Attempts(tmp_path)
-        attempts.another(0, 0)
+        attempts.another(0, [Record("workflow-resume", 0, 0, 0, b"bad", b"new:{}")])
     config, said = Config(), list[str]()
     engine = Embedded(tmp_path, config, sync=False)
     engine.append("workflow-resume", b"bad", b"new:{}")

@@ -114,18 +114,18 @@ class Lab:
     def config(self, name: str) -> Config:
         return Config(application_id="found", state_dir=self.directory / name, instance_id=name)
 
-    def engine(self, name: str) -> KafkaRunner:
+    def engine(self, name: str, environment: type[SimulatedEnvironment] = SimulatedEnvironment) -> KafkaRunner:
         config = self.config(name)
         functions = {function: getattr(self.module, function) for function in ("main", "large", "late", "handled", "stopped")}
-        return self._made(name, config, "found", lambda incarnation: WorkflowProcessor(config, Workflows(functions, "main"), frozenset({"found-out"}), incarnation))
+        return self._made(name, config, "found", lambda incarnation: WorkflowProcessor(config, Workflows(functions, "main"), frozenset({"found-out"}), incarnation), environment)
 
     def scheduler(self, name: str) -> KafkaRunner:
         config = self.config(name)
         return self._made(name, config, "found-scheduler", lambda _: TimerProcessor(config))
 
-    def _made(self, name: str, config: Config, group: str, make: Any) -> KafkaRunner:
+    def _made(self, name: str, config: Config, group: str, make: Any, environment: type[SimulatedEnvironment] = SimulatedEnvironment) -> KafkaRunner:
         host = self.hosts[name] = Losing(self.broker, name)
-        return KafkaRunner(config, make, group, self.said.append, host, (), SimulatedEnvironment(self.broker, host, self.disks.setdefault(name, Disk())))
+        return KafkaRunner(config, make, group, self.said.append, host, (), environment(self.broker, host, self.disks.setdefault(name, Disk())))
 
     def kill(self, runner: KafkaRunner, name: str) -> None:
         self.hosts[name].alive = False
@@ -225,17 +225,6 @@ def test_a_discard_whose_rest_the_broker_refuses_drops_at_least_the_head(lab: La
         turn(engine, lambda number=number: engine.owned[0].position == 3 + number)  # type: ignore[misc]
     assert engine.owned[0].store.get(b"bad") is None
     assert list(engine.owned[0].store.scan(b"\0hold\0")) == []
-
-
-def test_a_batch_that_is_made_again_is_no_second_attempt(tmp_path: pathlib.Path) -> None:
-    """K19 counts processes that died, not transactions that were aborted: four rebalances used to park an innocent record."""
-    Attempts(tmp_path)
-    attempts = Attempts(tmp_path)
-    assert attempts.unclean
-    assert all(attempts.another(0, 5) for _ in range(10))
-    assert Attempts(tmp_path).another(0, 5)
-    assert Attempts(tmp_path).another(0, 5)
-    assert not Attempts(tmp_path).another(0, 5), "three processes died with it"
 
 
 def test_a_broker_in_trouble_is_no_record_s_fault(lab: Lab) -> None:

@@ -125,9 +125,46 @@ def test_a_record_that_kills_every_engine_in_turn_is_refused_whoever_tried_it(la
         except Killed:
             deaths += 1
             lab.kill(engine, name)
-    assert deaths == 4, "one that was not careful yet, and three attempts"
+    assert deaths == 5, "one that was not careful yet, one with others, and three alone"
     assert len(lab.written("found-dead-letter")) == 1
     assert engine.owned[0].store.get(b"good") is not None
+
+
+class Away:
+    """A producer whose topic has no leader."""
+
+    def __init__(self, environment: SimulatedEnvironment) -> None:
+        self._environment = environment
+
+    def produce(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def poll(self, _timeout: float) -> int:
+        return 0
+
+    def flush(self, timeout: float) -> int:
+        self._environment.sleep(timeout)
+        return 1
+
+
+class WithoutOwners(SimulatedEnvironment):
+    """Only the owners topic is written to outside of transactions."""
+
+    def producer(self, settings: Any) -> Any:
+        return super().producer(settings) if "transactional.id" in settings else Away(self)
+
+
+def test_an_owners_topic_that_does_not_answer_is_waited_for_once(lab: Lab) -> None:
+    """K19: each record that was to be taken with care used to wait five seconds for it; the count on the disk protects as well."""
+    for number in range(300):
+        lab.send("workflow-resume", f"id{number}", "new:{}")
+    engine = lab.engine("one")
+    killed_at(lab, engine, "one", "commit")
+    engine = lab.engine("one", WithoutOwners)
+    begun_ms = lab.broker.time.now
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 300, 2000)
+    assert lab.broker.time.now - begun_ms < 2 * SESSION_MS + AIM_MS
+    assert sum("found-owners" in line for line in lab.said) == 1
 
 
 def test_what_a_broker_in_trouble_interrupts_is_no_attempt_for_the_next_engine(lab: Lab) -> None:
