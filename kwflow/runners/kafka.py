@@ -108,8 +108,7 @@ class KafkaRunner:
         )  # fmt: skip
         self.results = Results(config, self.processor.input_topic, environment)
         self.worker = self.processor.work(self.results.deliver)
-        self._ends: dict[int, int] = {}  # partition -> the end that the last gather came to
-        self._aborts = 0
+        self._aborts = self._turns = 0
         self.stats = Stats()
         self.counts = self.stats.counts
         self.commit_s: deque[float] = deque(maxlen=10_000)  # how long the last transactions took
@@ -190,11 +189,15 @@ class KafkaRunner:
         self._attempts.interrupted()
 
     def turn(self) -> None:
-        """One batch of records, then what is due."""
+        """One transaction of records, then what is due.
+
+        What was gathered and did not fit stays with its partition: between two transactions the group, timers and
+        activities get their turn, however slow the steps are.
+        """
         self.stats.turned_s = time.monotonic()
-        records = [record_of(message) for message in self._gather()]
+        self._gather()
         try:
-            self._process(records)
+            self._process()
             self._reached()
             self.takeover.turn()
             self._fire()
@@ -202,8 +205,10 @@ class KafkaRunner:
             self.takeover.look_after()
         except Aborted as error:
             self.on_log(f"{self.group}: a transaction was aborted and is made again: {error}")
-            for number in {record.partition for record in records} & self.owned.keys():
-                self.takeover.seek(number, self.owned[number].position)
+            for number, partition in self.owned.items():
+                if partition.gathered:
+                    partition.drop()
+                    self.takeover.seek(number, partition.position)
             self.environment.sleep(RETRY_S * 2 ** min(self._aborts, 5))  # a member that was evicted hears of it with its next heartbeat
 
     def _work(self) -> None:
@@ -215,15 +220,15 @@ class KafkaRunner:
                 self.worker.own(number, partition.store)
         self.worker.turn()
 
-    def _gather(self) -> list[Message]:
+    def _gather(self) -> None:
         """What is here, of partitions that are ours after the last consume (K2): nobody polls again before the commit."""
+        waiting = sum([len(partition.gathered) for partition in self.owned.values()])
         due = [partition.due_of(self.processor) for partition in self.owned.values() if partition.caught_up]
-        wait = min([0.0 if self.takeover.busy else _IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
+        wait = min([0.0 if self.takeover.busy or waiting else _IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
         first = self._consumer.poll(wait)
-        messages = [first, *self._consumer.consume(self.config.batch_records_max - 1, 0)] if first is not None else []
+        room = self.config.batch_records_max - waiting - 1
+        messages = [first, *(self._consumer.consume(room, 0) if room > 0 else ())] if first is not None else []
         self._metadata = self._consumer.consumer_group_metadata()
-        self._ends.clear()
-        good = []
         for message in messages:
             error = message.error()
             if error is None:
@@ -232,64 +237,66 @@ class KafkaRunner:
                 # 3. it is restored and owned, and those old records would be stepped again
                 partition = self.owned.get(message.partition() or 0)
                 if partition is not None and (message.offset() or 0) >= partition.position:
-                    good.append(message)
+                    partition.gathered.append(record_of(message))
             elif error.code() == KafkaError._PARTITION_EOF:
-                self._ends[message.partition() or 0] = message.offset() or 0
+                if (partition := self.owned.get(message.partition() or 0)) is not None:
+                    partition.end = message.offset() or 0
             elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
                 self.on_log(f"{self.group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
             elif not topics.transient(error):
                 raise FencedError(f"{self.group}: {error.str()}") if error.code() == KafkaError._FENCED else TransportError(f"{self.group}: {error.str()}")
-        return good
 
     def _reached(self) -> None:
         """Ends that were read, once everything before them is applied: a batch that was aborted is read again first (K18)."""
-        for number, end in self._ends.items():
-            if number in self.owned:
-                self.owned[number].reached = end
+        for partition in self.owned.values():
+            if not partition.gathered:
+                partition.reached = partition.end
 
-    def _process(self, records: list[Record]) -> None:
-        """Step and commit; after an unclean stop a few at a time where the record that killed us may be (K19)."""
-        careful: dict[int, list[Record]] = {}
-        for record in records:
-            if record.offset < self.owned[record.partition].careful_until:
-                careful.setdefault(record.partition, []).append(record)
-        for number, mine in careful.items():
-            while mine:
-                some, refused = self._attempts.another(number, mine)
-                try:
-                    self._transact(some, refused)
-                except (Aborted, TransportError):
-                    self._attempts.survived(number)
-                    raise
-                mine = mine[len(some) :]
-        self._transact([record for record in records if record.offset >= self.owned[record.partition].careful_until] if careful else records)
+    def _process(self) -> None:
+        """One transaction; after an unclean stop of a few records only, where the one that killed us may be (K19)."""
+        waiting = [partition for partition in self.owned.values() if partition.gathered]
+        careful = next((partition for partition in waiting if partition.gathered[0].offset < partition.careful_until), None)
+        if careful is not None:
+            self._process_carefully(careful.number, [record for record in careful.gathered if record.offset < careful.careful_until])
+        elif waiting:
+            self._turns += 1
+            first = self._turns % len(waiting)  # slow steps of one partition leave little of the budget to those after it: each is the first in its turn
+            self._transact([record for partition in (*waiting[first:], *waiting[:first]) for record in partition.gathered])
 
-    def _transact(self, records: list[Record], refused: str | None = None, alone: int = 0) -> None:
-        """One transaction after the other until all are done, each as large as its budget; a record that the broker rejects alone, twice, is refused (K11)."""
-        while records:
-            batch, done = self._step(records, refused)
-            records = [record for record in records if record.offset >= batch.positions[record.partition]]
-            taken = [record for mine in done.values() for record in mine]
-            why = None
-            if len(taken) > 1 and batch.bytes() > self.config.batch_bytes_max:
-                why = f"more than batch_bytes_max = {self.config.batch_bytes_max}"  # known once the states are saved; nothing was produced yet
-            else:
-                try:
-                    self._commit(batch)
-                except Rejected as error:
-                    why = str(error)
-            if why is not None:  # not inside the handler: author code that runs there would have our error as the context of its own
-                self._in_halves(taken, refused, why, alone)
+    def _process_carefully(self, number: int, records: list[Record]) -> None:
+        some, refused = self._attempts.another(number, records)
+        try:
+            self._transact(some, refused)
+        except (Aborted, TransportError):
+            self._attempts.survived(number)
+            raise
+
+    def _transact(self, records: list[Record], refused: str | None = None, alone: int = 0) -> list[Record]:
+        """One transaction, as large as its budget; those that it left.  A record that the broker rejects alone, twice, is refused (K11)."""
+        batch, done = self._step(records, refused)
+        taken = [record for mine in done.values() for record in mine]
+        why = None
+        if len(taken) > 1 and batch.bytes() > self.config.batch_bytes_max:
+            why = f"more than batch_bytes_max = {self.config.batch_bytes_max}"  # known once the states are saved; nothing was produced yet
+        else:
+            try:
+                self._commit(batch)
+            except Rejected as error:
+                why = str(error)
+        if why is not None:  # not inside the handler: author code that runs there would have our error as the context of its own
+            self._in_halves(taken, refused, why, alone)
+        return [record for record in records if record.offset >= batch.positions[record.partition]]
 
     def _in_halves(self, taken: list[Record], refused: str | None, why: str, alone: int) -> None:
         if refused is not None:
             raise TransportError(f"the broker refuses even the dead letter of {taken[0]}: {why}", retryable=False)
         half = len(taken) // 2
-        if half:
-            self._transact(taken[:half])
-            self._transact(taken[half:])
-        else:
+        if not half:
             self._transact(taken, why if alone else None, alone + 1)
+            return
+        for rest in (taken[:half], taken[half:]):
+            while rest:
+                rest = self._transact(rest)
 
     def _step(self, records: list[Record], refused: str | None) -> tuple[Batch, dict[int, list[Record]]]:
         """What these records do, up to the budget of one transaction; and which of them, by partition."""
@@ -400,8 +407,7 @@ class KafkaRunner:
         for number, overlay in batch.overlays.items():
             partition = self.owned[number]
             partition.store.settle(overlay.changes, reached.get(number))
-            partition.position = batch.positions[number]
-            partition.due_known = False
+            partition.applied(batch.positions[number])
         for line in batch.logs:
             self.on_log(line)
         if self.worker is not None:

@@ -7,15 +7,18 @@ tombstones may have been compacted away is wiped and restored.
 
 from __future__ import annotations
 
+import bisect
 import itertools
+import operator
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaError, Message, TopicPartition
 
+from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.ports import Clock, Processor
 from kwflow.runners.environment import Consumer, Environment
@@ -27,6 +30,7 @@ POSITION = b"\0kwflow"  # K16: {incarnation, next offset, partitions} beside the
 MOVED = -1
 
 _STATE, _META = b"s", b"m"
+_offset_of = operator.attrgetter("offset")
 _SLICE_RECORDS = 2000
 
 
@@ -90,10 +94,9 @@ class PartitionStore:
 
 @dataclass
 class Partition:
-    """One owned partition.  Invariant: `position` is the offset that the last committed transaction sent.
+    """One owned partition.  Invariants: `position` is the offset that the last committed transaction sent, `gathered` what was read from there on.
 
-    A revoke takes it out of `owned`, a restore puts it back later: records that were gathered before are of no partition
-    that is owned, or below its position (K2's epoch).
+    A revoke takes it out of `owned` with what was gathered, a restore puts a new one in its place (K2's epoch).
     """
 
     number: int
@@ -101,9 +104,22 @@ class Partition:
     position: int
     fire_from: int  # K18: nothing fires before this input offset is reached
     careful_until: int  # K19: records before this offset are taken a few at a time
-    reached: int = 0  # the end that the consumer has seen last: there are no records before it, only marks of transactions
+    gathered: list[Record] = field(default_factory=list)
+    end: int = 0  # where the consumer saw the log end
+    reached: int = 0  # the same once everything before it was applied: there are no records then, only marks of transactions
     due_ms: int | None = None  # what `due_of` found last; looked up again once a commit has changed the store
     due_known: bool = False
+
+    def applied(self, position: int) -> None:
+        """A transaction with this offset was committed."""
+        self.position = position
+        self.due_known = False
+        del self.gathered[: bisect.bisect_left(self.gathered, position, key=_offset_of)]
+
+    def drop(self) -> None:
+        """Nothing of what was gathered was applied: it is read again."""
+        self.gathered.clear()
+        self.end = 0
 
     def due_of(self, processor: Processor) -> int | None:
         """When something becomes due here; a look into the store only after a change."""

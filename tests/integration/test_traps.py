@@ -2,25 +2,29 @@
 
 import json
 import time
-from typing import Any
 
 import pytest
 from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
 
 from kwflow.core.wire import Record
 from kwflow.errors import FencedError, TransportError
-from kwflow.runners import kafka_link, topics
+from kwflow.runners import kafka_link
 from kwflow.runners.kafka import Aborted, KafkaRunner
-from tests.integration.lab import Lab, stop, turn
+from tests.integration.lab import Handle, Lab, stop, turn
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
 
-def gathered(runner: KafkaRunner) -> list[Any]:
+def gather(runner: KafkaRunner) -> bool:
+    """Whether anything was there of what it owns."""
+    runner._gather()
+    return any(partition.gathered for partition in runner.owned.values())
+
+
+def gather_some(runner: KafkaRunner) -> None:
     deadline = time.monotonic() + 60
-    while not (messages := runner._gather()):
+    while not gather(runner):
         assert time.monotonic() < deadline
-    return [topics.record_of(message) for message in messages]
 
 
 def test_a_stalled_engine_whose_partition_moved_commits_nothing_although_it_heartbeats(lab: Lab) -> None:
@@ -31,11 +35,11 @@ def test_a_stalled_engine_whose_partition_moved_commits_nothing_although_it_hear
     lab.send("resume", id, "new:{}")
     turn(first, lambda: first.owned[0].position == 1)
     lab.send("resume", id, '{"ref": "r", "value": "once"}')
-    records = gathered(first)
+    gather_some(first)
     second = lab.engine("two")
     turn(second, lambda: second.owned and second.owned[0].position == 2)
     with pytest.raises(Aborted):
-        first._process(records)
+        first._process()
     assert lab.written("trap-out", id) == ["once"]
     stop(second)
     lab.send("resume", id, '{"ref": "end"}')
@@ -65,10 +69,10 @@ def test_a_zombie_with_the_same_identity_is_refused(lab: Lab) -> None:
     first = lab.engine("one", instance_id="pod-0")
     turn(first, lambda: first.owned)
     lab.send("resume", id, "new:{}")
-    records = gathered(first)
+    gather_some(first)
     lab.engine("two", instance_id="pod-0")
     with pytest.raises(FencedError):
-        first._process(records)
+        first._process()
 
 
 def test_a_first_start_on_an_empty_changelog_applies_what_was_waiting(lab: Lab) -> None:
@@ -91,10 +95,10 @@ def test_records_that_come_before_the_restore_wait_for_it(lab: Lab) -> None:
     second = lab.engine("two")
     deadline = time.monotonic() + 60
     while not second.takeover.assigned:  # assigned, not restored
-        assert second._gather() == []
+        assert not gather(second)
         assert time.monotonic() < deadline
     lab.send("resume", id, '{"ref": "r", "value": "waited"}')
-    assert second._gather() == []
+    assert not gather(second)
     turn(second, lambda: second.owned and second.owned[0].position == 2)
     assert lab.written("trap-out", id) == ["waited"]
 
@@ -138,6 +142,30 @@ def test_a_record_that_killed_the_engine_three_times_is_refused(lab: Lab) -> Non
     turn(last, lambda: last.owned and last.owned[0].position == 2)
     letters = kafka_link.read(lab.config("any"), lab.config("any").dead_letter_topic)
     assert [record.key for record in letters] == [id.encode()]
+
+
+class Hurried(Handle):
+    """Every look at it finds a whole batch_ms_max gone."""
+
+    def now_ms(self) -> int:
+        self.ms += 100
+        return self.ms
+
+
+def test_what_was_gathered_and_not_applied_goes_with_its_partition(lab: Lab) -> None:
+    """K2: a gather of slow steps is many transactions; the group is served between them, and the next owner applies the rest once."""
+    lab.clock = Hurried()
+    first = lab.engine("one")
+    turn(first, lambda: first.owned)
+    for number in range(10):
+        lab.send("resume", f"id-{number}", "new:{}")
+    turn(first, lambda: first.owned[0].gathered)
+    assert first.owned[0].position + len(first.owned[0].gathered) <= 10 and len(first.commit_s) == first.counts["started"] > 0, "one transaction a turn"
+    second = lab.engine("two")
+    turn(second, lambda: second.owned and second.owned[0].position == 10)  # the first has not polled for too long
+    stop(second)
+    turn(first, lambda: first.owned and first.owned[0].position == 10)
+    assert first.counts["started"] + second.counts["started"] == 10 and first.counts["duplicate-start"] == second.counts["duplicate-start"] == 0
 
 
 def test_a_batch_is_split_over_transactions_by_its_bytes_and_nothing_is_left_out(lab: Lab) -> None:

@@ -119,10 +119,10 @@ class Group:
             raise Refused(KafkaError.ILLEGAL_GENERATION, "an older generation")
 
     def settled(self, member_id: str, instance: str | None) -> tuple[int, set[Place]] | None:
-        """Generation and share of a member that has joined; None while the rebalance goes on."""
+        """The answer to its join: generation and share; None while the rebalance it joined goes on (the next one may have begun meanwhile)."""
         member = self._member(member_id, instance)
         member.seen_ms = self._time.now
-        return None if self.rebalancing else (self.generation, set(member.given))
+        return None if self.rebalancing and member.joined else (self.generation, set(member.given))
 
     def _member(self, member_id: str, instance: str | None) -> Member:
         if instance is not None and instance in self.static and self.static[instance] != member_id:
