@@ -5,7 +5,6 @@ One module for each group of commands; `shared.py` has what they have in common.
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
@@ -17,11 +16,10 @@ from kwflow.cli.instances import list_, show
 from kwflow.cli.messages import cancel, pause, query, result, signal, terminate, unpause, update
 from kwflow.cli.records import resume, start, tail
 from kwflow.cli.schedules import schedules_app
-from kwflow.cli.shared import err
+from kwflow.cli.shared import err, exit_code, told
 from kwflow.cli.topics import reset, topics_app
-from kwflow.errors import FencedError, KwflowError, TransportError, UnsupportedError, UsageError
 
-__all__ = ["app", "exit_code", "main"]
+__all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Durable workflows as plain Python generators.", rich_markup_mode=None)
 app.add_typer(dead, name="dead-letters")
@@ -33,28 +31,12 @@ for _command in (engine, scheduler, run, start, resume, signal, update, query, c
 app.command("list")(list_)
 
 
-def exit_code(error: TransportError) -> int:
-    """3, start me again, where that helps: also when this process was fenced, since another one with its name or its own late transaction did so (K4)."""
-    return 3 if error.retryable or isinstance(error, FencedError) else 1
-
-
 def main() -> None:
     """The entry point: errors become one line."""
     try:
         app(standalone_mode=True, auto_envvar_prefix="KWFLOW")
-    except (UsageError, UnsupportedError, SyntaxError) as error:
-        err.print(f"kwflow: {error}", style="red", markup=False)
-        sys.exit(2)
-    except TransportError as error:
-        err.print(f"kwflow: {error}", style="red", markup=False)
-        sys.exit(exit_code(error))
-    except KwflowError as error:
-        err.print(f"kwflow: {error}", style="red", markup=False)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if os.environ.get("KWFLOW_TRACEBACK"):
-            raise
-        err.print(f"kwflow: {type(error).__name__}: {error} (a bug of kwflow's; KWFLOW_TRACEBACK=1 shows where)", style="red", markup=False)
-        sys.exit(1)
+        err.print(told(error), style="red", markup=False)
+        sys.exit(exit_code(error))

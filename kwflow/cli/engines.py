@@ -21,7 +21,7 @@ from kwflow import api, timers
 from kwflow.cli.code import check as check_code
 from kwflow.cli.code import code_store
 from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, MaybeDir, Modules, StateDir, Traced, WaitForBroker, err, json_option, out
-from kwflow.cli.watching import RestoreBar, log_of, watched
+from kwflow.cli.watching import RestoreBar, ends_in_its_log, log_of, watched
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.errors import TransportError, UsageError
@@ -29,6 +29,7 @@ from kwflow.ports import Processor
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.embedded_state import EmbeddedStore
 from kwflow.runners.hosted import processors_of
+from kwflow.runners.logs import Line
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.socket import serve
@@ -123,23 +124,33 @@ def engine(
         raise typer.Exit(supervise([sys.executable, "-m", "kwflow.cli", *sys.argv[1:]], processes, _signals(lambda _: None), log_of(settings)))
     if runner is Runner.faust:
         _run_in_faust(settings, modules, app_dir, with_scheduler or embedded is not None)
+    with ends_in_its_log(settings):
+        if embedded is None:
+            _engine_on_kafka(settings, modules, app_dir, with_scheduler)
+        else:
+            _engine_embedded(settings, modules, app_dir, embedded, sync)
+
+
+def _engine_on_kafka(settings: Config, modules: list[str], app_dir: Path | None, with_scheduler: bool) -> None:
     stop, log = _stopper(), log_of(settings)
-    if embedded is None:
-        workflows = load_workflows(modules, app_dir, settings.durable_packages)
-        sources = functools.cache(lambda: code_store(settings, None))  # read once the topics are known to be there
-        makers: list[tuple[str, Callable[[str], Any]]] = [
-            (settings.application_id, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, sources()))
-        ]
-        if with_scheduler:
-            makers.append(timers.service(settings))
-        _run_on_kafka(settings, makers, stop)
-        return
-    held = Embedded(embedded, settings, sync=sync)
+    workflows = load_workflows(modules, app_dir, settings.durable_packages)
+    sources = functools.cache(lambda: code_store(settings, None))  # read once the topics are known to be there
+    makers: list[tuple[str, Callable[[str], Any]]] = [
+        (settings.application_id, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, sources()))
+    ]
+    if with_scheduler:
+        makers.append(timers.service(settings))
+    _run_on_kafka(settings, makers, stop, modules)
+
+
+def _engine_embedded(settings: Config, modules: list[str], app_dir: Path | None, directory: Path, sync: bool) -> None:
+    stop, log = _stopper(), log_of(settings)
+    held = Embedded(directory, settings, sync=sync)
     try:
         processors = _processors(modules, settings, held, app_dir, log)
         _be_an_engine()
         with serve(held), watched(settings, [held], log):
-            log(f"kwflow engine runs in {embedded}")
+            log(f"kwflow engine runs in {directory}")
             held.run(processors, stop, log)
             _say_counts(held.counts, log)
     finally:
@@ -161,8 +172,8 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
     from kwflow.runners.faust import application
 
     workflows = load_workflows(modules, app_dir, settings.durable_packages)
-    _wait_for_topics(settings)
     log = log_of(settings)
+    _wait_for_topics(settings, log, modules)
     app = application(settings, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, code_store(settings, None)), log)
     err.print(f"kwflow engine runs in Faust on {settings.bootstrap_servers}, at-least-once", style="green")
     raise SystemExit(faust.Worker(app, loglevel="WARNING").execute_from_commandline())
@@ -173,33 +184,37 @@ def _say_counts(counts: Counter[str], log: Callable[[str], None]) -> None:
     log("records: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"))
 
 
-def _wait_for_topics(settings: Config) -> None:
+def _wait_for_topics(settings: Config, log: Callable[[str], None], modules: Sequence[str] = ()) -> None:
     """Raises TransportError when broker or topics are not as they must be, after `wait_for_broker_s` of asking again."""
     from kwflow.runners import topics
 
-    give_up = time.monotonic() + settings.wait_for_broker_s
+    give_up, said = time.monotonic() + settings.wait_for_broker_s, ""
     while True:
         try:
             found = topics.problems(topics.admin(settings), settings, api.declared_topics())
             if not found:
                 return
-            problem = TransportError("; ".join(found) + " (kwflow topics create makes what is missing)", retryable=False)
+            remedy = f" ({' '.join(['kwflow topics create', *modules])} makes what is missing)" if any(problem.endswith("is missing") for problem in found) else ""
+            problem = TransportError("; ".join(found) + remedy, retryable=False)
         except TransportError as error:
             problem = error
         if time.monotonic() >= give_up:
             raise problem
+        if str(problem) != said:
+            said = str(problem)
+            log(Line.of(f"waiting: {said}", "warning"))
         time.sleep(0.5)
 
 
-def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]]], stop: Callable[[], bool]) -> None:
+def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]]], stop: Callable[[], bool], modules: Sequence[str] = ()) -> None:
     """Each processor on a thread of its own with its own clients; the first that fails stops all."""
     from kwflow.runners import kafka
     from kwflow.runners.environment import live
 
-    _wait_for_topics(settings)
-    failed: list[BaseException] = []
     log, bar = log_of(settings), RestoreBar()
-    environment = live(settings.rocksdb_bytes_max)
+    _wait_for_topics(settings, log, modules)
+    failed: list[BaseException] = []
+    environment = live(settings.rocksdb_bytes_max, log)
     runners = [kafka.KafkaRunner(settings, make, group, log, outputs=api.declared_topics(), environment=environment) for group, make in makers]
 
     def run_one(runner: kafka.KafkaRunner) -> None:
@@ -250,7 +265,8 @@ def scheduler(
         config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir,
         accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format,
     )  # fmt: skip
-    _run_on_kafka(settings, [timers.service(settings)], _stopper())
+    with ends_in_its_log(settings):
+        _run_on_kafka(settings, [timers.service(settings)], _stopper())
 
 
 def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +15,13 @@ from rich.console import Console
 from kwflow.config import Config
 from kwflow.core import wire
 from kwflow.core.wire import Record
-from kwflow.errors import UsageError
+from kwflow.errors import FencedError, KwflowError, TransportError, UnsupportedError, UsageError
 from kwflow.runners.embedded_state import EmbeddedStore, Group, read_only, records_of
 from kwflow.runners.socket import submit, submit_all
 
 __all__ = [
     "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
-    "append", "err", "json_option", "out", "print_json", "read", "send", "snapshots", "states", "text_of",
+    "append", "err", "exit_code", "json_option", "out", "print_json", "read", "send", "snapshots", "states", "text_of", "told",
 ]  # fmt: skip
 
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
@@ -39,6 +40,22 @@ Traced = Annotated[bool, typer.Option("--tracing", envvar="KWFLOW_TRACING", help
 Letter = Annotated[str, typer.Argument(metavar="ID|LETTER", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Modules = Annotated[list[str], typer.Argument(help="Dotted names or path.py", metavar="MODULE...")]
+
+
+def exit_code(error: Exception) -> int:
+    """2 for wrong usage; 3, start me again, where that helps: also when this process was fenced, since another one with its name or its own late transaction did so (K4); else 1."""
+    if isinstance(error, TransportError):
+        return 3 if error.retryable or isinstance(error, FencedError) else 1
+    return 2 if isinstance(error, (UsageError, UnsupportedError, SyntaxError)) else 1
+
+
+def told(error: Exception) -> str:
+    """The line that says what ended a command.  With KWFLOW_TRACEBACK, raises what is a bug of ours."""
+    if isinstance(error, (KwflowError, SyntaxError)):
+        return f"kwflow: {error}"
+    if os.environ.get("KWFLOW_TRACEBACK"):
+        raise error
+    return f"kwflow: {type(error).__name__}: {error} (a bug of kwflow's; KWFLOW_TRACEBACK=1 shows where)"
 
 
 def json_option(text: str, option: str) -> bytes:

@@ -6,26 +6,41 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from kwflow.cli.shared import err
+from kwflow.cli.shared import err, exit_code, told
 from kwflow.config import Config
-from kwflow.runners.logs import as_json
+from kwflow.runners.logs import Line, as_json
 
-__all__ = ["RestoreBar", "log_of", "watched"]
+__all__ = ["RestoreBar", "ends_in_its_log", "log_of", "watched"]
 
 
 def log_of(settings: Config) -> Callable[[str], None]:
-    """Where log lines go: standard error, as text or as JSON."""
+    """Where log lines go: standard error, as text or as JSON, with the process's number where there are several."""
+    number = None if settings.supervisor_pid is None else settings.process
     if settings.log_format == "json":
 
         def write(line: str) -> None:
-            sys.stderr.buffer.write(as_json(line) + b"\n")
+            sys.stderr.buffer.write(as_json(line, process=number) + b"\n")
             sys.stderr.buffer.flush()
 
         return write
-    return lambda line: err.print(line, markup=False)
+    before = "" if number is None else f"process {number}: "
+    return lambda line: err.print(before + line, markup=False, style="red" if getattr(line, "level", "") == "error" else None)
+
+
+@contextlib.contextmanager
+def ends_in_its_log(settings: Config) -> Iterator[None]:
+    """What ends the command is a line of its log too: the one that matters most would be no JSON otherwise."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        log_of(settings)(Line.of(told(error), "error"))
+        raise typer.Exit(exit_code(error)) from None
 
 
 @contextlib.contextmanager

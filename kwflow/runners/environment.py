@@ -12,17 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import confluent_kafka
-from confluent_kafka import Message, TopicPartition
+from confluent_kafka import KafkaError, Message, TopicPartition
 from confluent_kafka.admin import AdminClient
 from rocksdict import Rdict, WriteBatch
 
+from kwflow.errors import UsageError
 from kwflow.runners import rocks
+from kwflow.runners.broker_errors import BrokerErrors
 from kwflow.runners.private import private
 
-__all__ = ["LIVE", "Consumer", "Database", "Environment", "Producer", "live"]
+__all__ = ["LIVE", "Consumer", "Database", "Environment", "Producer", "live", "made"]
 
 Settings = dict[str, Any]
 Rebalanced = Callable[[Any, list[TopicPartition]], None]
@@ -125,20 +127,48 @@ class _Rocks:
         self._db.close()
 
 
-class _Live:
-    """The real ones; all databases share `rocksdb_bytes_max` bytes of memory."""
+_C = TypeVar("_C")
 
-    def __init__(self, rocksdb_bytes_max: int) -> None:
+
+def made(client: Callable[[Settings], _C], settings: Settings) -> _C:
+    """A client of confluent-kafka.  Raises UsageError for what librdkafka does not know as a setting."""
+    try:
+        return client(settings)
+    except confluent_kafka.KafkaException as error:
+        raise UsageError(f"config [kafka]: {error.args[0].str()}") from None
+
+
+class _Admin(AdminClient):
+    """Whoever asks for metadata, which comes first, is told why there is no broker."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._errors = BrokerErrors()
+        super().__init__(settings | {"error_cb": self._errors})
+
+    def list_topics(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            return super().list_topics(*arguments, **named)
+        except confluent_kafka.KafkaException as error:
+            self.poll(0)  # an admin client is told of its errors in no other call
+            cause = error.args[0]
+            raise confluent_kafka.KafkaException(KafkaError(cause.code(), self._errors.because(cause))) from None
+
+
+class _Live:
+    """The real ones; all databases share `rocksdb_bytes_max` bytes of memory, and all clients tell once of a broker that is away."""
+
+    def __init__(self, rocksdb_bytes_max: int, on_log: Callable[[str], None] | None = None) -> None:
         self._bytes_max = rocksdb_bytes_max
+        self._errors = {"error_cb": BrokerErrors(on_log)} if on_log is not None else {}
 
     def consumer(self, settings: Settings) -> Consumer:
-        return confluent_kafka.Consumer(settings)
+        return made(confluent_kafka.Consumer, settings | self._errors)
 
     def producer(self, settings: Settings) -> Producer:
-        return confluent_kafka.Producer(settings)
+        return made(confluent_kafka.Producer, settings | self._errors)
 
     def admin(self, settings: Settings) -> AdminClient:
-        return AdminClient(settings)
+        return made(_Admin, settings)
 
     def database(self, directory: Path) -> Database:
         return _Rocks(directory, self._bytes_max)
@@ -158,9 +188,9 @@ class _Live:
         return thread.join
 
 
-def live(rocksdb_bytes_max: int) -> Environment:
-    """The real one."""
-    return _Live(rocksdb_bytes_max)
+def live(rocksdb_bytes_max: int, on_log: Callable[[str], None] | None = None) -> Environment:
+    """The real one; `on_log` hears why there is no broker."""
+    return _Live(rocksdb_bytes_max, on_log)
 
 
 LIVE = live(128 * 1024 * 1024)

@@ -25,7 +25,8 @@ from kwflow.core.wire import Output, Record
 from kwflow.errors import TransportError
 from kwflow.ports import Listener
 from kwflow.runners import topics
-from kwflow.runners.environment import LIVE
+from kwflow.runners.broker_errors import BrokerErrors
+from kwflow.runners.environment import LIVE, made
 from kwflow.runners.kafka_member import LATEST, offsets
 from kwflow.runners.kafka_reading import read_to
 from kwflow.runners.topics import client_config, record_of, transient
@@ -50,11 +51,11 @@ class KafkaLink:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kwflow-client", daemon=True)
         self._ends = [topic for topic in (config.result_topic, config.error_topic) if topic]
+        self._errors = BrokerErrors()
         try:
             settings: dict[str, Any] = {"group_id": f"{config.application_id}-client", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "error"}
-            quiet = {"log_level": 0}  # what fails is told to those who wait
-            self._consumer = Consumer(client_config(config, **settings, fetch_queue_backoff_ms=10) | quiet)
-            self._producer = Producer(client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000, linger_ms=0) | quiet)
+            self._consumer = made(Consumer, client_config(config, **settings, fetch_queue_backoff_ms=10) | {"error_cb": self._errors})
+            self._producer = made(Producer, client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000, linger_ms=0))
             self._partitions = self._count_partitions()
             self._reply_partition = zlib.crc32(self.process.encode()) % self._partitions[config.reply_topic]
             self._assign(config.reply_topic, self._reply_partition)
@@ -62,7 +63,11 @@ class KafkaLink:
             raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
 
     def _count_partitions(self) -> dict[str, int]:
-        there = self._consumer.list_topics(timeout=self.config.client_connect_s).topics
+        try:
+            there = self._consumer.list_topics(timeout=self.config.client_connect_s).topics
+        except KafkaException as error:
+            self._consumer.poll(0)
+            raise TransportError(f"no broker at {self.config.bootstrap_servers}: {self._errors.because(error.args[0])}") from None
         needed = [self.config.resume_topic, self.config.reply_topic, *self._ends]
         missing = [topic for topic in needed if topic not in there]
         if missing:
@@ -176,13 +181,14 @@ class KafkaLink:
 def send(config: Config, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
     """One record, acknowledged by the broker when this returns.  Raises TransportError."""
     failed: list[str] = []
+    errors = BrokerErrors()
 
     def delivered(error: KafkaError | None, _message: Message) -> None:
         if error is not None:
-            failed.append(error.str())
+            failed.append(errors.because(error))
 
     try:
-        producer = Producer(client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000))
+        producer = made(Producer, client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000) | {"error_cb": errors})
         producer.produce(topic, value, key, headers=list(headers), on_delivery=delivered)
     except KafkaException as error:
         raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
@@ -194,9 +200,12 @@ def read(config: Config, topic: str, partition: int | None = None, start: int = 
     """The committed records of a topic from its begin, or this offset, to its end of now; one partition, or all.  Raises TransportError."""
     admin = topics.admin(config)
     try:
-        known = admin.list_topics(topic, timeout=10).topics[topic]
-        if known.error is not None:
-            raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {known.error.str()}", retryable=False)
+        known = admin.list_topics(topic, timeout=config.client_connect_s).topics[topic]
+    except KafkaException as error:
+        raise TransportError(f"no broker at {config.bootstrap_servers}: {error.args[0].str()}") from None
+    if known.error is not None:
+        raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {known.error.str()} (is --application-id right? kwflow topics create makes what is missing)", retryable=False)
+    try:
         ends = offsets(LIVE, config, admin, topic, sorted(known.partitions) if partition is None else [partition], LATEST)
     except KafkaException as error:
         raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None

@@ -18,6 +18,8 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from kwflow.config import Config
 from kwflow.core.wire import Output
 from kwflow.errors import TransportError
+from kwflow.runners.broker_errors import BrokerErrors
+from kwflow.runners.environment import made
 from kwflow.runners.topics import client_config
 
 __all__ = ["SoleWriter"]
@@ -34,10 +36,8 @@ class SoleWriter:
         self._config = config
         self._name = f"{config.application_id}-{name}"
         settings: dict[str, Any] = {"transactional_id": self._name, "transaction_timeout_ms": _TRANSACTION_MS, "retry_backoff_ms": 1, "retry_backoff_max_ms": 100}
-        try:
-            self._producer = Producer(client_config(config, partitioner="murmur2_random", **settings) | {"log_level": 0})
-        except KafkaException as error:
-            raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
+        self._errors = BrokerErrors()
+        self._producer = made(Producer, client_config(config, partitioner="murmur2_random", **settings) | {"error_cb": self._errors})
         self._again(lambda: self._producer.init_transactions(_TIMEOUT_S))
 
     def write(self, outputs: Sequence[Output]) -> None:
@@ -76,7 +76,8 @@ class SoleWriter:
     def _told(self, cause: KafkaError) -> TransportError:
         if cause.code() == KafkaError._FENCED:
             return TransportError(f"another process has begun to do this meanwhile ({self._name}); look again what is left to do", retryable=False)
-        return TransportError(f"{self._config.bootstrap_servers} did not take the records: {cause.str()}")
+        self._producer.poll(0)
+        return TransportError(f"{self._config.bootstrap_servers} did not take the records: {self._errors.because(cause)}")
 
     def __enter__(self) -> SoleWriter:
         return self

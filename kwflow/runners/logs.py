@@ -18,7 +18,7 @@ _WARNED = {"dead-letter", "parked"}
 
 
 class Line(str):
-    """A line about one record; whoever wants text has it, `as_json` adds where it comes from."""
+    """A line that has a level, and may be about one record; whoever wants text has it, `as_json` adds the rest."""
 
     __slots__ = ("level", "record")
     record: Record
@@ -26,8 +26,15 @@ class Line(str):
 
     @classmethod
     def about(cls, text: str, record: Record, level: str) -> Line:
+        line = cls.of(text, level)
+        line.record = record
+        return line
+
+    @classmethod
+    def of(cls, text: str, level: str) -> Line:
+        """One about no record."""
         line = cls(text)
-        line.record, line.level = record, level
+        line.level = level
         return line
 
 
@@ -37,10 +44,12 @@ def lines_of(decision: Decision, record: Record) -> Iterable[Line]:
     return [Line.about(text, record, level) for text in decision.logs]
 
 
-def as_json(line: str, now_s: float | None = None) -> bytes:
-    """One JSON object: time, level, message, and workflow id, topic, partition and offset if it is about a record."""
+def as_json(line: str, now_s: float | None = None, process: int | None = None) -> bytes:
+    """One JSON object: time, level, message, the process's number if there are several, and workflow id, topic, partition and offset if it is about a record."""
     at = datetime.fromtimestamp(time.time() if now_s is None else now_s, UTC).isoformat(timespec="milliseconds")
     said: dict[str, Any] = {"time": at, "level": getattr(line, "level", "info"), "message": str(line)}
+    if process is not None:
+        said["process"] = process
     record: Record | None = getattr(line, "record", None)
     if record is not None:
         key = (record.key or b"").decode("utf-8", "backslashreplace")

@@ -46,8 +46,8 @@ _COMPACT = {"cleanup.policy": "compact", "delete.retention.ms": str(7 * _DAY_MS)
 
 
 def client_config(config: Config, **settings: Any) -> dict[str, Any]:
-    """Settings for one client; `[kafka]` of the config (security and all) goes to librdkafka as it is."""
-    return {"bootstrap.servers": config.bootstrap_servers, "log_level": 3, **{key.replace("_", "."): value for key, value in settings.items()}, **config.kafka}
+    """Settings for one client; `[kafka]` of the config (security and all) goes to librdkafka as it is.  What the client would log itself: broker_errors.py."""
+    return {"bootstrap.servers": config.bootstrap_servers, "log_level": 0, **{key.replace("_", "."): value for key, value in settings.items()}, **config.kafka}
 
 
 def transient(error: KafkaError) -> bool:
@@ -70,7 +70,7 @@ def admin(config: Config, environment: Environment = LIVE) -> AdminClient:
 def partitions_of(client: AdminClient, config: Config) -> dict[str, int]:
     """Topic -> partition count.  Raises TransportError when the broker does not answer."""
     try:
-        found = client.list_topics(timeout=10)
+        found = client.list_topics(timeout=config.client_connect_s)
     except KafkaException as error:
         raise TransportError(f"no broker at {config.bootstrap_servers}: {error.args[0].str()}") from None
     return {name: len(topic.partitions) for name, topic in found.topics.items()}
@@ -123,7 +123,8 @@ def problems(client: AdminClient, config: Config, declared: Iterable[str]) -> li
     found = [f"topic {topic} is missing" for topic in needed(config, declared) if topic not in there]
     for changelog, source in _changelogs(config):
         if changelog in there and source in there and there[changelog] != there[source]:
-            found.append(f"topic {changelog} has {there[changelog]} partitions, its input {source} has {there[source]}; they must be equal")
+            remedy = f"kwflow topics migrate --partitions {max(there[source], there[changelog])} does it"
+            found.append(f"topic {changelog} has {there[changelog]} partitions, its input {source} has {there[source]}; they must be equal ({remedy})")
     for changelog, settings in settings_of(client, [changelog for changelog, _ in _changelogs(config) if changelog in there]).items():
         if settings["cleanup.policy"] != "compact":
             found.append(f"topic {changelog} has cleanup.policy={settings['cleanup.policy']}; it must be compact alone, or running workflows would be deleted")

@@ -22,6 +22,7 @@ from kwflow.errors import TransportError, UsageError
 from kwflow.runners import topics
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import EXPIRES, FORGOTTEN
+from kwflow.runners.environment import made
 from kwflow.runners.kafka_link import latest, read
 from kwflow.runners.kafka_state import POSITION
 from kwflow.runners.parked import HOLD
@@ -45,7 +46,7 @@ def _groups(config: Config) -> dict[str, tuple[str, str]]:
 def _done(futures: dict[Any, Any], what: str) -> list[Any]:
     """Their results.  Raises TransportError."""
     try:
-        return [future.result(_TIMEOUT_S) for future in futures.values()]
+        return [topics.told(future, _TIMEOUT_S) for future in futures.values()]
     except KafkaException as error:
         raise TransportError(f"cannot {what}: {error.args[0].str()}", retryable=False) from None
 
@@ -77,8 +78,8 @@ def _offsets(admin: AdminClient, group: str, topic: str, partitions: int) -> dic
 def reset_plan(config: Config, input_from: str) -> list[str]:
     """What `reset` would do, one line each.  Raises UsageError while something runs, TransportError."""
     admin = topics.admin(config)
-    _standing_still(admin, config)
     there = topics.partitions_of(admin, config)
+    _standing_still(admin, config)
     lines = []
     for group, (source, changelog) in _groups(config).items():
         if changelog in there:
@@ -96,8 +97,8 @@ def reset_plan(config: Config, input_from: str) -> list[str]:
 def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
     """Forget every instance and timer; results, errors, dead letters and stored code stay.  Raises UsageError, TransportError."""
     admin = topics.admin(config)
-    _standing_still(admin, config)
     there = topics.partitions_of(admin, config)
+    _standing_still(admin, config)
     for group, (source, changelog) in _groups(config).items():
         if changelog in there:
             _emptied(admin, config, changelog, there[changelog])
@@ -108,7 +109,7 @@ def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
             _done(admin.alter_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"set the offsets of {group}")
             say(f"{group} begins at the {input_from} of {source}")
     if config.owners_topic in there:  # who died at which record is of no account any more
-        producer = Producer(topics.client_config(config, enable_idempotence=True))
+        producer = made(Producer, topics.client_config(config, enable_idempotence=True))
         for record in read(config, config.owners_topic):
             producer.produce(config.owners_topic, None, record.key)
         producer.flush(_TIMEOUT_S)
@@ -140,8 +141,8 @@ def migrate(config: Config, partitions: int, say: Callable[[str], None]) -> None
     a new partition is not kept.  Raises UsageError, TransportError.
     """
     admin = topics.admin(config)
-    _standing_still(admin, config)
     there = topics.partitions_of(admin, config)
+    _standing_still(admin, config)
     for group, (source, changelog) in _groups(config).items():
         if source not in there or changelog not in there:
             raise UsageError(f"topic {source if source not in there else changelog} is missing; kwflow topics create makes it")
@@ -175,7 +176,7 @@ def _home(key: bytes) -> bytes | None:
 
 def _move(config: Config, admin: AdminClient, group: str, source: str, changelog: str, partitions: int) -> int:
     """Entry by entry to its home, then what each partition has of its own; the mark that lets engines start comes last."""
-    producer = Producer(topics.client_config(config, transactional_id=f"{group}-migrate", transaction_timeout_ms=60_000))
+    producer = made(Producer, topics.client_config(config, transactional_id=f"{group}-migrate", transaction_timeout_ms=60_000))
     producer.init_transactions(_TIMEOUT_S)
     states = {number: latest(config, changelog, number) for number in range(partitions)}
     moved = 0

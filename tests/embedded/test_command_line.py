@@ -11,7 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kwflow.cli import app, exit_code
+from kwflow.cli import app
+from kwflow.cli.shared import exit_code
 from kwflow.errors import FencedError, TransportError
 from kwflow.runners.socket import submit
 from tests.embedded.shell import ROOT, TRIP, Shell

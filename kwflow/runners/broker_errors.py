@@ -1,0 +1,43 @@
+"""What librdkafka says of its connections: why there is no broker, told by us once a minute instead of by it twenty times a second.
+
+Its own log goes past ours, into the middle of JSON lines too, and is off (`log_level` in topics.client_config; `[kafka]` may
+turn it on).  The same texts come to a client's `error_cb`, inside whatever call serves that client.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+from confluent_kafka import KafkaError
+
+from kwflow.runners.logs import Line
+
+__all__ = ["BrokerErrors"]
+
+_EVERY_S = 60.0
+_VARYING = re.compile(r"^(Group|Txn)Coordinator: |/(bootstrap|\d+)(?=:)| \(after \d+ms in state \w+(, \d+ identical error\(s\) suppressed)?\)")
+
+
+class BrokerErrors:
+    """An `error_cb`; any number of clients may share it.  Fatal errors are left to the call that fails with them."""
+
+    def __init__(self, on_log: Callable[[str], None] | None = None, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._on_log = on_log
+        self._now_s = now_s
+        self._again_s: dict[str, float] = {}  # what was told -> when it may be told again
+        self.last = ""
+
+    def __call__(self, error: KafkaError) -> None:
+        if error.fatal() or error.code() == KafkaError._ALL_BROKERS_DOWN:  # it comes beside the reason for each of them
+            return
+        self.last = text = _VARYING.sub("", error.str())
+        now = self._now_s()
+        if self._on_log is not None and now >= self._again_s.get(text, now):
+            self._again_s = {told: at for told, at in self._again_s.items() if at > now} | {text: now + _EVERY_S}
+            self._on_log(Line.of(f"Kafka: {text}; trying again", "warning"))
+
+    def because(self, error: KafkaError) -> str:
+        """What failed, and why there is no broker if that is why."""
+        return f"{error.str()} ({self.last})" if self.last else error.str()

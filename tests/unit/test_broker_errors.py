@@ -1,0 +1,82 @@
+"""What is told of a broker that is away: each reason once a minute, by us and not by librdkafka's own log."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from confluent_kafka import KafkaError
+
+from kwflow.config import Config
+from kwflow.errors import TransportError
+from kwflow.runners import topics
+from kwflow.runners.broker_errors import BrokerErrors
+from kwflow.runners.logs import as_json
+
+ROOT = pathlib.Path(__file__).parents[2]
+NOBODY = "127.0.0.1:1"
+REFUSED = "Connect to ipv4#127.0.0.1:1 failed: Connection refused"
+
+
+def away(ms: int, more: str = "") -> KafkaError:
+    return KafkaError(KafkaError._TRANSPORT, f"{NOBODY}/bootstrap: {REFUSED} (after {ms}ms in state CONNECT{more})")
+
+
+def test_the_same_reason_is_told_once_a_minute_and_another_one_at_once() -> None:
+    """Issue: watchable; measured before: 200 lines a second while a broker was away."""
+    told: list[str] = []
+    now = [0.0]
+    errors = BrokerErrors(told.append, lambda: now[0])
+    for ms in range(1000):
+        errors(away(ms, ", 7 identical error(s) suppressed" if ms % 2 else ""))
+    for name in (f"{NOBODY}/1", f"GroupCoordinator: {NOBODY}/1", f"TxnCoordinator: {NOBODY}"):
+        errors(KafkaError(KafkaError._TRANSPORT, f"{name}: {REFUSED} (after 0ms in state CONNECT)"))
+    errors(KafkaError(KafkaError._ALL_BROKERS_DOWN, "1/1 brokers are down"))
+    assert told == [f"Kafka: {NOBODY}: {REFUSED}; trying again"]
+    errors(KafkaError(KafkaError._AUTHENTICATION, "broker-2: SASL authentication error: no such user"))
+    assert told[1:] == ["Kafka: broker-2: SASL authentication error: no such user; trying again"]
+    now[0] = 60.0
+    errors(away(3))
+    assert len(told) == 3
+    assert json.loads(as_json(told[2], 0)) == {"time": "1970-01-01T00:00:00.000+00:00", "level": "warning", "message": told[0]}
+
+
+@pytest.mark.slow
+def test_what_asks_for_a_broker_is_told_why_there_is_none() -> None:
+    config = Config(bootstrap_servers=NOBODY, client_connect_s=0.5)
+    with pytest.raises(TransportError, match=f"^no broker at {NOBODY}: .*{REFUSED}"):
+        topics.partitions_of(topics.admin(config), config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["list"], ["signal", "x", "y"], ["dead-letters", "list"], ["reset"]], ids=" ".join)
+def test_a_command_without_a_broker_says_why_in_one_line_and_ends_with_3(command: list[str], tmp_path: pathlib.Path) -> None:
+    done = run(tmp_path, "[app]\nclient_connect_s = 0.5\n", *command)
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and f"no broker at {NOBODY}" in done.stderr and REFUSED in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["list"], ["start", "x"], ["dead-letters", "retry", "--all"]], ids=" ".join)
+def test_a_setting_that_librdkafka_does_not_know_is_wrong_usage(command: list[str], tmp_path: pathlib.Path) -> None:
+    """Exit code 3 would have a supervisor start it again for ever."""
+    done = run(tmp_path, '[kafka]\n"no.such.setting" = 1\n', *command)
+    assert (done.returncode, done.stderr) == (2, 'kwflow: config [kafka]: No such configuration property: "no.such.setting"\n')
+
+
+@pytest.mark.slow
+def test_every_line_of_an_engine_that_logs_json_is_json_the_last_one_too(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "plain.py").write_text("def main(opts):\n    return 1\n    yield\n")
+    done = run(tmp_path, "[app]\nclient_connect_s = 0.2\nlog_format = 'json'\nwait_for_broker_s = 0.5\n", "engine", "plain")
+    assert done.returncode == 3
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [(line["level"], line["message"].partition(":")[0]) for line in lines] == [("warning", "waiting"), ("error", "kwflow")]
+    assert all(f"no broker at {NOBODY}" in line["message"] for line in lines)
+
+
+def run(directory: pathlib.Path, settings: str, *command: str) -> "subprocess.CompletedProcess[str]":
+    (directory / "kwflow.toml").write_text(settings)
+    words = [sys.executable, "-m", "kwflow.cli", *command, "--bootstrap-servers", NOBODY]
+    return subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=60, check=False)
