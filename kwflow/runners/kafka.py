@@ -104,7 +104,7 @@ class KafkaRunner:
         self.incarnation, self.partitions = topics.describe(self.admin, config, make("").input_topic)
         self.processor = make(self.incarnation)
         self.member = Member(
-            config, environment, self.clock, on_log, group, f"{group}-{self.instance}", self.directory, self.admin, self.processor, self.incarnation, self.partitions
+            config, environment, self.clock, on_log, group, f"{group}-{self.instance}", self.directory, self.admin, self.processor, self.incarnation, self.partitions, frozenset(outputs)
         )  # fmt: skip
         self.results = Results(config, self.processor.input_topic, environment)
         self.worker = self.processor.work(self.results.deliver)
@@ -115,7 +115,7 @@ class KafkaRunner:
         self._metadata: Any = None
         self.owners = Owners(self.member)
         self._attempts = Attempts(self.directory, self.owners.attempted)
-        self._sizes, age_max_ms = self._limits(topics.needed(config, outputs))
+        self._sizes, age_max_ms = self._limits(topics.needed(config, self.member.outputs))
         self._producer = self._new_producer()
         self.takeover = Takeover(self.member, self.owners, self._attempts, self.worker, age_max_ms)
         self.owned = self.takeover.owned

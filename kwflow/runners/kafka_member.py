@@ -61,7 +61,7 @@ def offsets(environment: Environment, config: Config, admin: AdminClient, topic:
 
 @dataclass(frozen=True)
 class Member:
-    """`name` is both its `group.instance.id` and its `transactional.id`; `incarnation` and `partitions` are the input topic's."""
+    """`name` is both its `group.instance.id` and its `transactional.id`; `incarnation` and `partitions` are the input topic's, `outputs` the topics that workflows declare."""
 
     config: Config
     environment: Environment
@@ -74,6 +74,7 @@ class Member:
     processor: Processor
     incarnation: str
     partitions: int
+    outputs: frozenset[str] = frozenset()
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """Of one more client of this engine."""

@@ -13,7 +13,7 @@ from kwflow.ports import Worker
 from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.environment import Consumer
-from kwflow.runners.fencing import Fencing
+from kwflow.runners.fencing import Fencing, Leftovers
 from kwflow.runners.kafka_code import take_over
 from kwflow.runners.kafka_member import END_WAIT_MS, TRANSACTION_S, Member, again
 from kwflow.runners.kafka_state import MOVED, POSITION, Partition, PartitionStore, Restore, agreed
@@ -41,6 +41,7 @@ class Takeover:
         self._former: dict[int, Owner | None] = {}  # who had what was assigned and is not owned yet
         self._stuck_since: dict[int, float] = {}
         self._fencing = Fencing(member)
+        self._leftovers = Leftovers(member, self._fencing)
         self._attempts = attempts
         self._worker = worker
         self._age_max_ms = age_max_ms
@@ -137,7 +138,7 @@ class Takeover:
                 self._fence_former(number)
             if self.member.environment.monotonic() > until:
                 break
-        if not self._stuck_since:
+        if not self._leftovers.turn() and not self._stuck_since:
             self._fencing.release()
 
     # -- what the last owner has left ------------------------------------------------------------------------------
@@ -146,7 +147,9 @@ class Takeover:
         if new:
             self._owners.read()
         for number in new:
-            self._former[number] = self._owners.owner(number)
+            former = self._former[number] = self._owners.owner(number)
+            if former is not None and former.engine != self.member.name:
+                self._leftovers.suspect(former.engine)
             suspects = self._owners.attempt(number)
             if suspects is not None:
                 self._attempts.learn(number, suspects)

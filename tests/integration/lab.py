@@ -56,8 +56,8 @@ class Lab:
 
     def engine(self, name: str, **more: Any) -> KafkaRunner:
         config = self.config(name, **more)
-        workflows = Workflows({"main": self.module.main}, "main")
-        return self._made(KafkaRunner(config, lambda incarnation: WorkflowProcessor(config, workflows, api.declared_topics(), incarnation), config.application_id, clock=self.clock))
+        workflows, topics = Workflows({"main": self.module.main}, "main"), api.declared_topics()
+        return self._made(KafkaRunner(config, lambda incarnation: WorkflowProcessor(config, workflows, topics, incarnation), config.application_id, clock=self.clock, outputs=topics))
 
     def scheduler(self, name: str) -> KafkaRunner:
         config = self.config(name)

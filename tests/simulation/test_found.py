@@ -125,7 +125,7 @@ class Lab:
 
     def _made(self, name: str, config: Config, group: str, make: Any, environment: type[SimulatedEnvironment] = SimulatedEnvironment) -> KafkaRunner:
         host = self.hosts[name] = Losing(self.broker, name)
-        return KafkaRunner(config, make, group, self.said.append, host, (), environment(self.broker, host, self.disks.setdefault(name, Disk())))
+        return KafkaRunner(config, make, group, self.said.append, host, ("found-out",), environment(self.broker, host, self.disks.setdefault(name, Disk())))
 
     def kill(self, runner: KafkaRunner, name: str) -> None:
         self.hosts[name].alive = False

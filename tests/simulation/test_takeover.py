@@ -59,6 +59,34 @@ def test_the_transaction_of_an_engine_that_died_in_it_is_ended_by_whoever_takes_
     assert any("found-one-0 has left the group inside a transaction" in line for line in lab.said)
 
 
+def test_outputs_that_an_engine_died_over_do_not_keep_their_readers_waiting(lab: Lab) -> None:
+    """K1: nothing that the next owner needs is undecided; those who read the outputs would wait for transaction.timeout.ms."""
+    first = lab.engine("one")
+    lab.send("workflow-resume", "w", "new:{}")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    lab.send("workflow-resume", "w", '{"ref": "r", "value": 1}')
+    produced: list[str] = []
+
+    def chance(what: str) -> bool:
+        produced.extend([what] * (what == "send-early"))
+        if len(produced) == 2:
+            raise Killed
+        return what == "send-early"
+
+    lab.hosts["one"].chance = chance  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        turn(first, lambda: False)
+    lab.kill(first, "one")
+    killed_ms, outputs = lab.broker.time.now, lab.broker.partition(("found-out", 0))
+    assert (outputs.stable, outputs.end) == (0, 1)
+    assert lab.broker.partition(("found-state-changelog", 0)).stable == lab.broker.partition(("found-state-changelog", 0)).end
+    second = lab.engine("two")
+    turn(second, lambda: lab.written("found-out") == ["1"] and outputs.stable == outputs.end, 2000)
+    print(f"readable {lab.broker.time.now - killed_ms - SESSION_MS:.0f} ms after the session timeout")
+    assert lab.broker.time.now - killed_ms < SESSION_MS + AIM_MS
+    assert any("found-one-0 has left the group inside a transaction" in line for line in lab.said)
+
+
 def test_an_engine_that_is_a_member_of_the_group_is_never_fenced(lab: Lab) -> None:
     """What the owners topic says may be old: the named one may own other partitions by now."""
     first = lab.engine("one")
