@@ -1,0 +1,83 @@
+"""What a batch saves is the state at its end; how records are cut into batches may decide whether a state has to be savable, and nothing else (K15, decision 0043)."""
+
+import itertools
+
+import pytest
+
+from kwflow import durable
+from kwflow.config import Config
+from kwflow.core import snapshot
+from kwflow.core.contract import Workflows
+from kwflow.core.wire import Record
+from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.testing import MemoryStore
+
+WAITS = 3
+SOURCE = f"""
+import threading
+import kwflow as kw
+kw.declare_topics("out")
+
+def main(unsavable):
+    for number in range({WAITS}):
+        held = threading.Lock() if number in unsavable else None
+        kw.output(str(number), "out")
+        yield kw.suspend(f"r{{number}}")
+    return "ended"
+"""
+RECORDS = WAITS + 1
+CUTS = [cut for number in range(RECORDS) for cut in itertools.combinations(range(1, RECORDS), number)]
+
+
+class Engine:
+    """A processor over a store in memory, and what it has written."""
+
+    def __init__(self, cached: int) -> None:
+        module = durable.load_source("batches", SOURCE, "batches.py")
+        self.processor = WorkflowProcessor(Config(instances_cached_max=cached), Workflows({"main": module.main}, "main"), frozenset({"out"}))
+        self.store = MemoryStore()
+        self.written: list[str] = []
+        self.offset = 0
+
+    def batch(self, values: list[bytes], headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
+        overlay = Overlay(self.store)
+        records = [Record("workflow-resume", 0, self.offset + number, 1, b"w", value, headers) for number, value in enumerate(values)]
+        self.offset += len(values)
+        for made in self.processor.decide(overlay, records, 1):
+            self.written += [(output.value or b"").decode() for output in made.outputs if output.topic in ("out", "workflow-result")]
+        self.store.apply(overlay.changes)
+
+    @property
+    def parked_at(self) -> int | None:
+        stored = self.store.get(b"w")
+        header = snapshot.read_header(stored) if stored is not None else {}
+        return header["parked"]["offset"] if "parked" in header else None
+
+
+def values(unsavable: tuple[int, ...]) -> list[bytes]:
+    return [b"new:[%s]" % b",".join(b"%d" % number for number in unsavable), *(b'{"ref":"r%d"}' % number for number in range(WAITS))]
+
+
+def at_fault(unsavable: tuple[int, ...], cut: tuple[int, ...]) -> int | None:
+    """The record that parks it: of the first batch whose last state cannot be saved, the first one whose state cannot."""
+    for begin, end in itertools.pairwise((0, *cut, RECORDS)):
+        if end - 1 in unsavable:
+            return min(number for number in unsavable if number >= begin)
+    return None
+
+
+@pytest.mark.parametrize("cached", [0, 10])
+@pytest.mark.parametrize("unsavable", [kinds for number in range(WAITS + 1) for kinds in itertools.combinations(range(WAITS), number)], ids=str)
+def test_a_state_between_two_records_of_a_batch_need_not_be_savable_and_whatever_is_written_is_what_one_run_writes(unsavable: tuple[int, ...], cached: int) -> None:
+    """Every way to cut the records into batches: a beginning of what they would write if all could be saved, up to the record at fault, and all of it after a retry."""
+    everything = [*map(str, range(WAITS)), '"ended"']
+    for cut in CUTS:
+        engine = Engine(cached)
+        for begin, end in itertools.pairwise((0, *cut, RECORDS)):
+            engine.batch(values(unsavable)[begin:end])
+        fault = at_fault(unsavable, cut)
+        assert engine.parked_at == fault, cut
+        assert engine.written == everything[:fault], cut
+        if fault is not None:
+            engine.batch([b"null"], (("kwflow-op", b"retry"),))  # what was held is one batch, which ends it
+            assert (engine.parked_at, engine.written) == (None, everything), cut
