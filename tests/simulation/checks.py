@@ -190,16 +190,19 @@ class WorkflowModel(Model):
     def __init__(self, world: World, ledger: Ledger) -> None:
         super().__init__(world, ledger, "sim", world.config.resume_topic, world.config.changelog_topic)
         self.sources = {(entry.key or b"").decode(): entry.value for entry in ledger.visible((world.config.code_topic, 0))}
-        self.releases = list(world.releases)
-        self._deploy()
+        self.code: dict[releases.Release, tuple[releases.Code, WorkflowProcessor]] = {}
         self.refused = self._refusals(ledger)
 
-    def _deploy(self) -> None:
-        """The next release: what is decided from here on is done by its code."""
-        workflows = releases.install(self.releases.pop(0)[1])
-        config = self.world.config.model_copy(update={"instances_cached_max": 0})
-        self.processor = WorkflowProcessor(config, workflows, OUTPUTS, self.world.broker.topics[config.resume_topic].id, lambda _: None, self.sources.get)
-        self.processor.keeps_code = False  # when sources are stored is no matter of one record; meaning.py looks at it
+    def _run(self, release: releases.Release) -> None:
+        """What comes next was done by this code."""
+        if release not in self.code:
+            code = releases.Code(release)
+            config = self.world.config.model_copy(update={"instances_cached_max": 0})
+            processor = WorkflowProcessor(config, code.workflows, OUTPUTS, self.world.broker.topics[config.resume_topic].id, lambda _: None, self.sources.get)
+            processor.keeps_code = False  # when sources are stored is no matter of one record; meaning.py looks at it
+            self.code[release] = code, processor
+        code, self.processor = self.code[release]
+        code.enter()
 
     def _refusals(self, ledger: Ledger) -> set[tuple[int, int]]:
         """Records that K19 gave up on; only a process that died often may."""
@@ -214,8 +217,7 @@ class WorkflowModel(Model):
         return found
 
     def apply(self, transaction: Transaction, entries: list[tuple[Place, Entry]]) -> None:
-        while self.releases and self.releases[0][0] < transaction.decided_ms:
-            self._deploy()
+        self._run(self.world.release_of(transaction))
         entries = [(place, entry) for place, entry in entries if place[0] != self.world.config.code_topic and not (entry.key or b"").startswith(CODE)]
         expected: dict[int, list[Output]] = collections.defaultdict(list)
         for number, offset in sorted(self.positions(transaction, entries).items()):
@@ -298,9 +300,9 @@ class TimerModel(Model):
             if now != holder:
                 assigned, holder = at, now
         for machine in self.world.machines:
-            for begun, instance in machine.lives:
-                if transaction.producer == f"{self.group}-{instance}" and assigned < begun <= transaction.begun_ms:
-                    assigned = begun
+            for life in machine.lives:
+                if transaction.producer == f"{self.group}-{life.instance}" and assigned < life.begun <= transaction.begun_ms:
+                    assigned = life.begun
         waiting = [entry.offset for entry in self.visible[number] if entry.offset >= offset and self._visible_ms(entry) < assigned]
         if waiting:
             raise Failed(f"K18: {timer!r} fires at {self.input_topic}[{number}]@{offset} although {waiting} were there when the partition was assigned at {assigned:.1f}; {self._name(transaction)}")

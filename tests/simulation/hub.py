@@ -38,6 +38,7 @@ class Hub:
         self._watching: dict[Actor, None] = {}
         self._version = time.version
         self._current: Actor | None = None
+        self.entering: Callable[[str], None] = lambda name: None  # told before an actor goes on
 
     @property
     def running(self) -> str:
@@ -88,6 +89,7 @@ class Hub:
                 self._watching.pop(actor, None)
                 self._current = actor
                 self.switches += 1
+                self.entering(actor.name)
                 actor.greenlet.switch()
                 self._current = None
                 if actor.failure is not None:

@@ -15,7 +15,7 @@ from kwflow.core import snapshot
 from kwflow.testing.kafka.log import Entry, Place, Transaction
 from tests.simulation.activities import ATTEMPTS_MAX
 from tests.simulation.ledger import Ledger
-from tests.simulation.releases import Release
+from tests.simulation.releases import NAME, Release
 from tests.simulation.world import Failed, World
 
 Reply = tuple[str, Any]
@@ -186,42 +186,66 @@ def _time_ms(name: str) -> int:
 
 # -- code ----------------------------------------------------------------------------------------------------------------
 class _Code:
-    """G7 and G10 over all committed snapshots and results, in order."""
+    """G7 and G10 over all committed snapshots and results, in order: whose code each goes on in, whichever releases its owners run.
+
+    It begins on the code of the process that starts it, keeps to its own main whatever is deployed, and takes the helpers
+    of the process wherever that runs the same main.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.sources: set[str] = set()
         self.saved: dict[tuple[int, bytes], tuple[dict[str, Any], bytes]] = {}
-        self.releases: list[Release] = []
-        self._upcoming = list(world.releases)
+        self.runs: dict[tuple[int, bytes], Release] = {}  # where an instance's last snapshot says that it is
+        self.known = {release.version: release.code for release in world.deployed}
 
     def check(self, ledger: Ledger) -> None:
         for transaction, entries in ledger.transactions():
-            while self._upcoming and self._upcoming[0][0] < transaction.decided_ms:
-                self.releases.append(self._upcoming.pop(0)[1])
             self.sources |= {(entry.key or b"").decode() for place, entry in entries if place[0] == self.world.config.code_topic and entry.value is not None}
-            for place, entry in entries:
-                if place[0] == self.world.config.changelog_topic and not (entry.key or b"").startswith(b"\0"):
-                    self._snapshot(transaction, place[1], entry)
-                elif place[0] == self.world.config.result_topic and b'"began"' in (entry.value or b""):
-                    self._result(_json(entry), (entry.key or b"").decode())
+            results = [entry for place, entry in entries if place[0] == self.world.config.result_topic and b'"began"' in (entry.value or b"")]
+            states = [(place[1], entry) for place, entry in entries if place[0] == self.world.config.changelog_topic and not (entry.key or b"").startswith(b"\0")]
+            if not results and not states:
+                continue
+            now = self.world.release_of(transaction)
+            for entry in results:
+                self._result(_json(entry), entry.key or b"", now)
+            for number, entry in states:
+                self._snapshot(transaction, now, number, entry)
 
-    def _snapshot(self, transaction: Transaction, number: int, entry: Entry) -> None:
+    def _goes_on_in(self, before: Release | None, now: Release) -> Release:
+        return now if before is None or before.main == now.main else before
+
+    def _snapshot(self, transaction: Transaction, now: Release, number: int, entry: Entry) -> None:
         key = (number, entry.key or b"")
         gone: dict[str, Any] = {"status": "gone"}
         header, body = snapshot.split(entry.value) if entry.value is not None else (gone, b"")
-        missing = [f"{reference.partition('@')[0]}@{code['version']}" for reference, code in header.get("code", {}).items()]
+        code = header.get("code", {})
+        missing = [f"{reference.partition('@')[0]}@{saved['version']}" for reference, saved in code.items()]
         if not set(missing) <= self.sources:
             raise Failed(f"G10: {key} is saved on code that is not stored: {missing}; {transaction.producer} at {transaction.decided_ms:.1f}")
         before, before_body = self.saved.get(key, ({}, b""))
-        if header["status"] not in ("gone", "ended") and before.get("lowering", 0) > self.releases[-1].lowering and body != before_body:
+        alive = header["status"] not in ("gone", "ended")
+        if alive and before.get("lowering", 0) > now.lowering and body != before_body:
             raise Failed(f"G7: {key} was saved by a newer kwflow, and an older one went on with it; {transaction.producer} at {transaction.decided_ms:.1f}")
         self.saved[key] = header, body
+        if not alive or NAME not in code:
+            self.runs.pop(key, None)
+            return
+        was, runs = self.runs.get(key) if before.get("start_id") == header["start_id"] else None, self.known[code[NAME]["version"]]
+        if before_body != body or was is None:
+            held = ["main" in header.get("code", {}).get(NAME, {}).get("units", {}) for header in (before, header)]  # what cleans up behind it is the same everywhere
+            allowed = {(True, True): [self._goes_on_in(was, now.code)], (True, False): [self._goes_on_in(was, now.code), now.code]}.get((*held,), [now.code])
+            if runs not in allowed:
+                raise Failed(f"G10: {key} is saved on {runs} by {transaction.producer} at {transaction.decided_ms:.1f}, not on one of {allowed}")
+            self.world.happened["went on in old code"] += runs.main < now.main
+            self.world.happened["went on in newer code"] += runs.main > now.main
+            self.world.happened["took over new helpers"] += was is not None and was.main == runs.main and was.helper < runs.helper
+        self.runs[key] = runs
 
-    def _result(self, result: dict[str, Any], id: str) -> None:
-        _wrong(f"G10: the code that {id} ended on", result["ended"], result["began"])
-        main = int(result["began"].partition(" ")[2])
-        mine = [release.helper for release in self.releases if release.main == main]
-        allowed = mine[-1:] if self.releases[-1].main == main else mine
-        if result["helper"] not in allowed:
-            raise Failed(f"G10: {id} on main {main} used helper {result['helper']}, not one of {allowed}")
+    def _result(self, result: dict[str, Any], key: bytes, now: Release) -> None:
+        """Of an instance that was there before, or of one that began in this transaction."""
+        _wrong(f"G10: the code that {key!r} ended on", result["ended"], result["began"])
+        befores = {None, *(runs for (_, other), runs in self.runs.items() if other == key)}
+        allowed = [(f"main {runs.main}", runs.helper) for runs in (self._goes_on_in(before, now.code) for before in befores)]
+        if (result["began"], result["helper"]) not in allowed:
+            raise Failed(f"G10: {key!r} ended on {result['began']} with helper {result['helper']}, not one of {allowed}")

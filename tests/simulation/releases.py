@@ -1,22 +1,26 @@
 """The releases that one run deploys: what changes in the workflow's source, and whether a newer kwflow runs it (G7, G10).
 
-A deployment ends every process, and the next ones run the new code: code is process state, and all of them live in this
-one.  The checkers play the same releases at the same moments.
+Code is state of a process, and all simulated processes live in this one; so each has a `Code`, which is what is loaded
+while one of its actors runs.  The checkers play each transaction with the code of the process that made it.
 """
 
 import dataclasses
+import functools
 import pathlib
 import random
 import sys
+import types
+from typing import ClassVar, Optional
 
 from kwflow import durable
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
-from kwflow.durable import codec, registry, versions
+from kwflow.durable import codec, frames, registry, versions
+from kwflow.durable.fingerprint import source_version
 from kwflow.durable.lower import LOWERING_VERSION
 
 SOURCE = pathlib.Path(__file__).with_name("workflows.py")
-_NAME = "sim_workflows"
+NAME = "sim_workflows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +32,26 @@ class Release:
     newer: bool = False
 
     @property
+    def code(self) -> "Release":
+        """Whichever kwflow runs it."""
+        return dataclasses.replace(self, newer=False)
+
+    @property
     def lowering(self) -> int:
         return LOWERING_VERSION + self.newer
 
+    @functools.cached_property
     def source(self) -> str:
         text = SOURCE.read_text()
         for old, new in (('"main 0"', f'"main {self.main}"'), ("HELPER = 0", f"HELPER = {self.helper}")):
             assert old in text
             text = text.replace(old, new)
         return text
+
+    @functools.cached_property
+    def version(self) -> str:
+        """As a snapshot names it."""
+        return source_version(self.source)
 
 
 def draw(chance: random.Random) -> list[Release]:
@@ -51,10 +66,75 @@ def draw(chance: random.Random) -> list[Release]:
     return found
 
 
-def install(release: Release) -> Workflows:
-    """This is the code of the process from now on."""
-    known, text = registry.modules().get(_NAME), release.source()
-    module = sys.modules[_NAME] if known is not None and known.source == text else durable.load_source(_NAME, text, str(SOURCE))
+def with_rollbacks(upcoming: list[Release], chance: random.Random) -> list[Release]:
+    """The same, but now and then the one before is deployed again in between."""
+    found: list[Release] = []
+    for before, release in zip([Release(), *upcoming], upcoming, strict=False):
+        found += [release, before, release] if chance.random() < 0.3 else [release]
+    return found
+
+
+class Code:
+    """What one process has loaded: its release, and the stored versions that its instances needed."""
+
+    _running: ClassVar[Optional["Code"]] = None
+
+    def __init__(self, release: Release) -> None:
+        self.release = release
+        self._versions: dict[str, registry.Module] = {}
+        self._modules: dict[str, types.ModuleType] = {}
+        self._module, self._current = _loaded(release)
+        self.workflows = Workflows({"main": self._module.main}, "main")
+
+    def enter(self) -> None:
+        """It is what this process runs from now on."""
+        if Code._running is self:
+            return
+        if Code._running is not None:
+            Code._running._leave()
+        Code._running = self
+        registry._modules[NAME] = self._current
+        registry._versions.update(self._versions)
+        sys.modules.update({**self._modules, NAME: self._module})
+        for where in (codec, snapshot, versions):
+            where.LOWERING_VERSION = self.release.lowering
+
+    def _leave(self) -> None:
+        self._versions, self._modules = _taken_out()
+
+
+def _taken_out() -> tuple[dict[str, registry.Module], dict[str, types.ModuleType]]:
+    """The stored versions that are loaded, which nobody has now."""
+    names = [name for name, module in registry._versions.items() if module.name == NAME]
+    return {name: registry._versions.pop(name) for name in names}, {name: sys.modules.pop(name) for name in names if name in sys.modules}
+
+
+@functools.cache
+def _loaded(release: Release) -> tuple[types.ModuleType, registry.Module]:
+    """Its module, and what is known of it; once for all processes, as nothing in it changes."""
+    running = Code._running
+    leave()
+    registry._modules.pop(NAME, None)  # this is no reload: nothing of another process is replaced
+    found = durable.load_source(NAME, release.source, str(SOURCE)), registry._modules[NAME]
+    if running is not None:
+        running.enter()
+    return found
+
+
+def leave() -> None:
+    """No simulated process runs any more; what was loaded for one is forgotten."""
+    if Code._running is not None:
+        Code._running._leave()
+        Code._running = None
     for where in (codec, snapshot, versions):
-        where.LOWERING_VERSION = release.lowering
-    return Workflows({"main": module.main}, "main")
+        where.LOWERING_VERSION = LOWERING_VERSION
+
+
+def forget() -> None:
+    """After a run: the code of stored versions, which the registry keeps alive."""
+    leave()
+    for identity, (_, function) in list(registry._functions.items()):
+        home = function.home if isinstance(function, registry.Function) else getattr(function[0], "home", None)
+        if home is not None and home.name == NAME and home.stored is not None:
+            del registry._functions[identity]
+            frames._plans.pop(identity, None)

@@ -99,12 +99,22 @@ class Machine:
     disk: Disk = dataclasses.field(default_factory=Disk)
     skew_ms: int = 0
     identity: int = 0
+    release: releases.Release = releases.Release()  # of its next process
     process: Process | None = None
-    lives: list[tuple[float, str]] = dataclasses.field(default_factory=list)  # (begun, instance id)
+    lives: list["Life"] = dataclasses.field(default_factory=list)
 
     @property
     def instance(self) -> str:
         return f"{self.name}.{self.identity}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Life:
+    """Of a process: when it began, under which instance id, with which code."""
+
+    begun: float
+    instance: str
+    release: releases.Release
 
 
 @contextlib.contextmanager
@@ -114,7 +124,7 @@ def engine_process() -> Iterator[None]:
     try:
         yield
     finally:
-        releases.install(releases.Release())
+        releases.forget()
         gc.collect()
         durable.set_abandoning(before, everywhere=True)
 
@@ -123,6 +133,7 @@ class World:
     """`run()` plays one seed to its end; `checks.check(world)` looks at what is left."""
 
     machines_min = 1
+    release_ms = 5_000  # from one release to the next, and from one machine to the next, on average
     rest_ms = 900_000  # calm, everything has to be done within this
     switches_max = 400_000  # of each half; a run that needs more does not come to rest
 
@@ -150,13 +161,16 @@ class World:
         self.partitions = self.chance.randint(1, 4)
         self.grace_s = self.chance.choice([0, 2])
         self.config = self._base_config()
-        self.releases = [(-1.0, releases.Release())]  # with the moments in which they were deployed
-        self.workflows = releases.install(releases.Release())
+        releases.forget()  # of the run before
+        self.code: dict[str, releases.Code] = {}  # of each process
+        self.hub.entering = self._enter
         self.client_environment = SimulatedEnvironment(self.broker)
         self._create_topics()
         self.broker.transactions.marker_delay_ms = self.faults.markers_ms
         self.clients = Clients(self, ids=self.chance.randint(5, 30), actions=self.chance.randint(40, 160), killers=self.chance.random() < 0.3)
-        self.upcoming = releases.draw(self.chance)
+        self._rollout = random.Random(seed)  # its own, so that what else happens in a seed depends on it as little as may be
+        self.upcoming = releases.with_rollbacks(releases.draw(self.chance), self._rollout)
+        self.deployed = [releases.Release()]
         self.machines = [Machine(f"m{number}", self._roles(number), self.directory / f"m{number}") for number in range(self.chance.randint(self.machines_min, 3))]
 
     def _roles(self, number: int) -> tuple[str, ...]:
@@ -192,8 +206,7 @@ class World:
             self.hub.spawn("deployer", self._deploy_all)
             self._until(lambda: self.clients.finished, "the clients never come to an end")
             self.calm = True
-            if self.upcoming:
-                self.deploy(self.upcoming[-1])
+            self.deploy(self.upcoming[-1] if self.upcoming else self.deployed[-1], at_once=True)
             self.say("calm")
             give_up = self.time.now + self.rest_ms
             self.hub.spawn("settling", lambda: self._settle(give_up))
@@ -275,26 +288,53 @@ class World:
     # -- releases --------------------------------------------------------------------------------------------------
     def _deploy_all(self) -> None:
         while self.upcoming and not self.calm:
-            self.hub.pause(self.time.now + self.chance.expovariate(1 / 5_000))
+            self.hub.pause(self.time.now + self.chance.expovariate(1 / self.release_ms))
             if not self.calm:
-                self.deploy(self.upcoming.pop(0))
+                self.deploy(self.upcoming.pop(0), at_once=self._rollout.random() < 0.2)
 
-    def deploy(self, release: releases.Release) -> None:
-        """Every process ends; the next ones are of this release."""
-        for machine in self.machines:
-            if machine.process is not None and machine.process.alive:
-                machine.process.die()
-        self.workflows = releases.install(release)
-        self.releases.append((self.time.now, release))
-        self.happened["deploy"] += 1
-        self.say(f"{release} is deployed")
+    def deploy(self, release: releases.Release, at_once: bool) -> None:
+        """One process after the other ends, or all at once; the next ones are of this release."""
+        if release != self.deployed[-1]:
+            self.deployed.append(release)
+            self.happened["deploy"] += 1
+            self.say(f"{release} is deployed{' at once' if at_once else ''}")
+        for machine in self._rollout.sample(self.machines, len(self.machines)):
+            if machine.release == release:
+                continue
+            machine.release = release
+            if machine.process is not None and machine.process.alive and self.code[machine.process.name].release != release:
+                self._end_for_release(machine.process, at_once)
+            if not at_once:
+                self.happened["roll"] += 1
+                self.hub.pause(self.time.now + self._rollout.expovariate(1 / self.release_ms))
+                if self.calm:
+                    return
+
+    def _end_for_release(self, process: Process, at_once: bool) -> None:
+        if at_once or self._rollout.random() < 0.5:
+            process.die()
+        else:
+            process.stopping = True
+        self.say(f"{process.name} {'is stopped' if process.alive else 'is killed'} for a release")
+
+    def release_of(self, transaction: Transaction) -> releases.Release:
+        """The code of the process that made it."""
+        machine = next(machine for machine in self.machines if f"-{machine.name}." in transaction.producer)
+        return [life for life in machine.lives if life.begun <= transaction.begun_ms][-1].release
+
+    def _enter(self, actor: str) -> None:
+        """What this actor's process has loaded is what is loaded."""
+        code = self.code.get(actor.partition(" ")[0])
+        if code is not None:
+            code.enter()
 
     # -- machines --------------------------------------------------------------------------------------------------
     def _operate(self, machine: Machine) -> None:
         """Start its process again and again, as a supervisor does."""
         while not self.over:
             process = machine.process = Process(self, f"{machine.name}/{len(machine.lives)}", lambda: machine.skew_ms)
-            machine.lives.append((self.time.now, machine.instance))
+            self.code[process.name] = releases.Code(machine.release)
+            machine.lives.append(Life(self.time.now, machine.instance, machine.release))
             self.say(f"{process.name} starts as {machine.instance}")
             environment = _Environment(self.broker, process, machine.disk)
             left = list(machine.roles)
@@ -321,7 +361,7 @@ class World:
                 sources = functools.cache(lambda: CodeStore(CodeTopic(config, environment).read))
 
                 def make(incarnation: str) -> Processor:
-                    made = self.make_engine(config, self.workflows, OUTPUTS, incarnation, process.log, sources())
+                    made = self.make_engine(config, self.code[process.name].workflows, OUTPUTS, incarnation, process.log, sources())
                     made.work = lambda deliver: Dispatcher(deliver, process.log, config.activity_concurrency, config.activity_limit_s, threads=Actors(process))  # type: ignore[method-assign]
                     return made
 
@@ -334,7 +374,7 @@ class World:
         except (FencedError, TransportError) as error:
             self.say(f"{process.name} {role} ends: {type(error).__name__}: {error}")
             process.stopping = True
-            if self.faults == Faults(markers_ms=self.faults.markers_ms) and len(self.releases) == 1:
+            if self.faults == Faults(markers_ms=self.faults.markers_ms) and len(self.deployed) == 1:
                 raise Failed(f"{process.name} ends although nothing was broken: {error}") from error
             if not error.retryable and not isinstance(error, FencedError):
                 raise Failed(f"{process.name} cannot go on: {error}") from error

@@ -1,4 +1,4 @@
-"""What a batch saves is the state at its end; how records are cut into batches may decide whether a state has to be savable, and nothing else (K15, decision 0043)."""
+"""What a batch saves is the state at its end; how records are cut into batches may decide whether a state has to be savable, and nothing else (K15, decision 0044)."""
 
 import itertools
 

@@ -1,0 +1,70 @@
+"""Rolling deployments and roll-backs, one engine after the other, with faults in between: each instance goes on in its own code wherever it lands (G10)."""
+
+import collections
+import dataclasses
+
+import pytest
+
+from kwflow.runners.code import CodeStore
+from tests.simulation.checks import check
+from tests.simulation.faults import Faults
+from tests.simulation.releases import Release
+from tests.simulation.workload import Clients
+from tests.simulation.world import Failed, Machine, World, engine_process
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+SEEDS = range(8)
+FAULTS = Faults(crash=0.001, lost=0.01, kill=0.02, stop=0.03, abort=0.01, rebalance=0.02, wipe=0.3, freeze=0.001)
+NEW, NEWER, HELPER = Release(1), Release(2), Release(2, 1)
+
+
+class Rolling(World):
+    """Three engines, and releases that come sooner than the last one has reached all of them."""
+
+    machines_min = 3
+    release_ms = 10_000
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed, faults=dataclasses.replace(FAULTS))
+        self.upcoming = [NEW, Release(), NEWER, NEW, HELPER, dataclasses.replace(NEWER, newer=True), HELPER, dataclasses.replace(HELPER, newer=True)]
+        self.clients = Clients(self, ids=120, actions=300, killers=False)
+
+    def _while_down(self, machine: Machine) -> None:
+        """Often so long that others have its partitions meanwhile."""
+        super()._while_down(machine)
+        if not self.calm and self._rollout.random() < 0.5:
+            self.hub.pause(self.time.now + 8_000)
+
+
+def test_whatever_is_deployed_and_rolled_back_one_engine_after_the_other_an_instance_keeps_to_its_code() -> None:
+    """All guarantees, of engines of which each may run another release: instances moved to engines with older code, with newer code, and to new helpers."""
+    happened: collections.Counter[str] = collections.Counter()
+    with engine_process():
+        for seed in SEEDS:
+            world = Rolling(seed)
+            try:
+                world.run()
+                check(world)
+            except Failed as failed:
+                raise Failed(f"seed {seed}: {failed}\n{world.story(30)}") from None
+            happened.update(world.happened)
+    print(dict(happened))
+    for what in ("roll", "kill", "stop", "crash before consume", "went on in newer code", "went on in old code", "took over new helpers"):
+        assert happened[what], (what, happened)
+
+
+def test_an_engine_that_looks_for_stored_code_only_at_its_start_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another engine, with a newer release, has stored it since; what needs it would be parked until somebody restarts the engine."""
+    monkeypatch.setattr(CodeStore, "__call__", lambda store, key: store.entries.get(key))
+    with engine_process():
+        for seed in (1, 3, *range(40)):  # those that are known to show it come first
+            world = Rolling(seed)
+            try:
+                world.run()
+                check(world)
+            except Failed as failed:
+                print(f"seed {seed}: {str(failed)[:300]}")
+                return
+            finally:
+                world.__dict__.clear()
+    raise AssertionError("no seed noticed it")
