@@ -12,6 +12,7 @@
     ├ ProtocolError         the record: dead-letter it and go on
     ├ SnapshotError         stored state: park the instance
     │   ├ CodeChangedError
+    │   ├ RefusedError          the record killed processes, or the broker takes nothing of what it makes
     │   ├ ResourceError         an object could not get its resource back after a restore
     │   ├ UnsavableError        a value that cannot be saved; names variable, function, place and type
     │   └ CorruptSnapshotError
@@ -46,6 +47,7 @@ __all__ = [
     "OutcomeError",
     "OutcomeUnknown",
     "ProtocolError",
+    "RefusedError",
     "ResourceError",
     "SnapshotError",
     "StepTimeout",
@@ -148,6 +150,10 @@ class CodeChangedError(SnapshotError):
 
 class CorruptSnapshotError(SnapshotError):
     """Stored bytes are not a snapshot of ours, or their checksum does not match; nothing was unpickled."""
+
+
+class RefusedError(SnapshotError):
+    """A record that is not tried again by itself: processes died of it (K19), or the broker rejects what its step makes (K11); its instance is parked."""
 
 
 class ResourceError(SnapshotError):

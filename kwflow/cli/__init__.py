@@ -6,9 +6,11 @@ One module for each group of commands; `shared.py` has what they have in common.
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+import kwflow
 from kwflow.cli.code import code_app
 from kwflow.cli.dead_letters import dead
 from kwflow.cli.engines import engine, run, scheduler
@@ -16,12 +18,12 @@ from kwflow.cli.instances import list_, show
 from kwflow.cli.messages import cancel, pause, query, result, signal, terminate, unpause, update
 from kwflow.cli.records import resume, start, tail
 from kwflow.cli.schedules import schedules_app
-from kwflow.cli.shared import err, exit_code, told
+from kwflow.cli.shared import err, exit_code, out, told
 from kwflow.cli.topics import reset, topics_app
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Durable workflows as plain Python generators.", rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"max_content_width": 120})
 app.add_typer(dead, name="dead-letters")
 app.add_typer(schedules_app, name="schedule")
 app.add_typer(topics_app, name="topics")
@@ -29,6 +31,17 @@ app.add_typer(code_app, name="code")
 for _command in (engine, scheduler, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, result, show, tail, reset):
     app.command()(_command)
 app.command("list")(list_)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"kwflow {kwflow.__version__}", markup=False, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def about(print_version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    """Durable workflows as plain Python generators."""
 
 
 def main() -> None:

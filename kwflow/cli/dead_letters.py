@@ -167,7 +167,9 @@ def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: s
     ids = [id for id, found in parked.items() if reason in (None, found.why["reason"])]
     chosen = {identity: record for identity, record in letters.items() if reason in (None, wire.header(record, "kwflow-error-reason"))}
     if not ids and not chosen:
-        raise UsageError(f"{what!r} is no parked instance and no open dead letter; kwflow dead-letters list shows them" if what else "nothing is parked and no dead letter is open")
+        if what is not None:
+            raise UsageError(f"{what!r} is no parked instance and no open dead letter; kwflow dead-letters list shows them")
+        raise UsageError("nothing is parked and no dead letter is open" + (f" with reason {reason}" if reason is not None and (parked or letters) else ""))
     return ids, chosen
 
 

@@ -6,6 +6,7 @@ import enum
 import functools
 import gc
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -292,7 +293,7 @@ def run(
             held.append(settings.resume_topic, id.encode(), b"new:" + json_option(input, "--input"))
         shown: set[str] = set()
         with serve(held):
-            held.run(processors, lambda: stop() or _ended(held, begun, id) is not None or _show_waits(held, settings, id, shown), log_of(settings))
+            held.run(processors, lambda: stop() or _ended(held, begun, id) is not None or _show_waits(held, settings, id, shown, embedded), log_of(settings))
         ended = _ended(held, begun, id)
     finally:
         held.close()
@@ -311,10 +312,11 @@ def _ended(held: Embedded, begun: dict[str, int], id: str) -> tuple[str, str] | 
     return None
 
 
-def _show_waits(held: Embedded, settings: Config, id: str, shown: set[str]) -> bool:
+def _show_waits(held: Embedded, settings: Config, id: str, shown: set[str], directory: Path) -> bool:
     data = EmbeddedStore(held.db, settings.changelog_topic).get(id.encode())
     for wait in snapshot.read_header(data)["waits"] if data is not None else []:
         if wait["ref"] not in shown and wait["kind"] == "suspension":
             shown.add(wait["ref"])
-            err.print(f"waits for {wait['ref']} in {wait.get('function')} ({wait.get('file')}:{wait.get('line')}); answer with: kwflow resume {id} {wait['ref']}", markup=False)
+            answer = shlex.join(["kwflow", "resume", id, wait["ref"], "--value", "JSON", "--embedded", str(directory)])
+            err.print(f"waits for {wait['ref']} in {wait.get('function')} ({wait.get('file')}:{wait.get('line')}); answer with: {answer}", markup=False)
     return False

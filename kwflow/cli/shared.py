@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -62,7 +63,8 @@ def json_option(text: str, option: str) -> bytes:
     try:
         msgspec.json.decode(text)
     except msgspec.DecodeError as error:
-        raise UsageError(f"{option} is not JSON: {error}") from None
+        quoted = f"; text is quoted: {option} '{msgspec.json.encode(text).decode()}'" if re.fullmatch(r"[\w .,:@/-]+", text) else ""
+        raise UsageError(f"{option} is not JSON: {error}{quoted}") from None
     return text.encode()
 
 

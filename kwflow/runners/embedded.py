@@ -80,7 +80,8 @@ class Embedded:
             self.db = self._open(time.monotonic() + _HELD_S)
         except Exception as error:
             pid = holder.read_text().strip() if holder.exists() else "unknown"
-            raise TransportError(f"{directory} is held by another process (pid {pid}): {error}", retryable=False) from None
+            why = f"is held by another process (pid {pid})" if "lock" in str(error).lower() else "cannot be opened"
+            raise TransportError(f"{directory} {why}: {error}", retryable=False) from None
         holder.write_text(str(os.getpid()))
         self._write = WriteOptions()
         self._write.sync = sync

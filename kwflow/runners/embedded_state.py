@@ -4,28 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import msgspec
 from rocksdict import AccessType, Options, Rdict
 
 from kwflow.core.wire import Output, Record
 from kwflow.errors import TransportError
+from kwflow.runners.rocks import entries
 
-__all__ = ["LOG", "NEXT", "POSITION", "EmbeddedStore", "Group", "Mark", "ends_of", "entries", "read_only", "records_of"]
+__all__ = ["LOG", "NEXT", "POSITION", "EmbeddedStore", "Group", "Mark", "ends_of", "read_only", "records_of"]
 
 LOG, NEXT, POSITION = b"L", b"N", b"P"  # of a topic: its records, the offset the next one gets, the first one no committed batch holds
 _STATE = b"S"  # of a changelog's name: a processor's state
 _MARK = b"M"  # of a mark: the offset of the last record that bears it
-
-
-def entries(db: Rdict, prefix: bytes, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
-    """Keys with this prefix and their values, in order, from `start` on."""
-    for key, value in db.items(from_key=start or prefix):
-        raw = cast(bytes, key)
-        if not raw.startswith(prefix):
-            return
-        yield raw, cast(bytes, value)
 
 
 class Mark(msgspec.Struct, frozen=True):

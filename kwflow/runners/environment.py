@@ -19,7 +19,7 @@ from confluent_kafka import KafkaError, Message, TopicPartition
 from confluent_kafka.admin import AdminClient
 from rocksdict import Rdict, WriteBatch
 
-from kwflow.errors import UsageError
+from kwflow.errors import TransportError, UsageError
 from kwflow.runners import rocks
 from kwflow.runners.broker_errors import BrokerErrors
 from kwflow.runners.private import private
@@ -27,6 +27,7 @@ from kwflow.runners.private import private
 __all__ = ["LIVE", "Consumer", "Database", "Environment", "Producer", "live", "made"]
 
 Settings = dict[str, Any]
+_DAMAGED = "damaged"  # a file in the directory of a database that is
 Rebalanced = Callable[[Any, list[TopicPartition]], None]
 
 
@@ -99,20 +100,34 @@ class Environment(Protocol):
 
 
 class _Rocks:
-    """RocksDB with its WAL on and without sync: the changelog is the truth (K8)."""
+    """RocksDB with its WAL on and without sync: the changelog is the truth (K8).  One that turns out to be damaged is not opened again."""
 
     def __init__(self, directory: Path, bytes_max: int) -> None:
+        self._directory = directory
+        if (directory / _DAMAGED).exists():
+            raise TransportError(f"{directory} is damaged")
         self._db = Rdict(str(private(directory)), rocks.options(bytes_max))
 
     def get(self, key: bytes) -> bytes | None:
-        found: bytes | None = self._db.get(key)
+        try:
+            found: bytes | None = self._db.get(key)
+        except Exception as error:  # rocksdict has no class of its own for it
+            raise self._failed(error) from None
         return found
 
     def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        for key, value in self._db.items(from_key=max(prefix, start)):
-            if not key.startswith(prefix):  # type: ignore[union-attr,arg-type] # raw mode: bytes
-                return
-            yield key, value  # type: ignore[misc]
+        try:
+            yield from rocks.entries(self._db, prefix, start)
+        except Exception as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: Exception) -> TransportError:
+        """What ends this process; the next one makes a damaged copy anew."""
+        remedy = ""
+        if "Corruption" in str(error):
+            (self._directory / _DAMAGED).touch()
+            remedy = "; it is made anew at the next start"
+        return TransportError(f"the copy in {self._directory} cannot be used any more: {error}{remedy}")
 
     def write(self, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
         batch = WriteBatch(raw_mode=True)
@@ -121,7 +136,10 @@ class _Rocks:
                 batch.delete(key)
             else:
                 batch.put(key, value)
-        self._db.write(batch)
+        try:
+            self._db.write(batch)
+        except Exception as error:
+            raise self._failed(error) from None
 
     def close(self) -> None:
         self._db.close()

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import re
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
@@ -116,7 +117,7 @@ class KafkaRunner:
         self.owners = Owners(self.member)
         self._attempts = Attempts(self.directory, self.owners.attempted)
         self._sizes, age_max_ms = self._limits(topics.needed(config, self.member.outputs))
-        self._producer, self._untried = self._new_producer(), True  # until a transaction of ours comes to its commit
+        self._producer = self._new_producer()
         self.takeover = Takeover(self.member, self.owners, self._attempts, self.worker, age_max_ms)
         self.owned = self.takeover.owned
         self._consumer = self.takeover.consumer
@@ -125,7 +126,7 @@ class KafkaRunner:
     def _instance_id(self) -> str:
         """A UUID in the locked state directory: two processes never share one."""
         path = private(self.directory) / "instance-id"
-        self._lock = open(path, "a+", encoding="utf-8")
+        self._lock = open(path, "a+", encoding="utf-8", errors="replace")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -134,8 +135,9 @@ class KafkaRunner:
         known = self._lock.read().strip()
         if self.config.instance_id is not None:
             return f"{self.config.instance_id}-{self.config.process}"
-        if not known:
+        if not re.fullmatch("[0-9a-f]{12}", known):  # new, or the disk has damaged it
             known = uuid.uuid4().hex[:12]
+            self._lock.truncate(0)
             self._lock.write(known)
             self._lock.flush()
         return f"{known}-{self.config.process}"
@@ -396,12 +398,9 @@ class KafkaRunner:
                 for key, value in overlay.changes.items():
                     self._produce(delivered, self.processor.changelog_topic, key, value, (), None, number)
             self._again(lambda: self._producer.send_offsets_to_transaction(offsets, self._metadata, 10), 10)
-            self._untried = False
             self._again(lambda: self._producer.commit_transaction(30))
         except KafkaException as error:
             self._abort(error.args[0], failures)
-        except FencedError as error:
-            self._fenced(str(error))
         self._aborts = 0
         self.commit_s.append(time.perf_counter() - begun)
         self.stats.commits.observe(self.commit_s[-1])
@@ -446,7 +445,7 @@ class KafkaRunner:
             self._again(lambda: self._producer.abort_transaction(30))  # serves the reports too: a record may have been refused before the last one was produced
         rejected = next((failure for failure in (*failures, error) if failure.code() in _REJECTED), None)
         if error.fatal() and rejected is None:
-            self._fenced(error.str())
+            raise FencedError(f"{self.group}: {error.str()}")
         if rejected is not None or any(failure.code() not in _PURGED for failure in failures):
             self._producer = self._new_producer()  # its sequence numbers are lost: the next good transaction would fail
         if rejected is not None:
@@ -455,19 +454,6 @@ class KafkaRunner:
         if self._aborts >= _ABORTS_MAX:
             raise TransportError(f"{self.group}: {_ABORTS_MAX} transactions in a row were aborted: {error.str()}")
         raise Aborted(error.str())
-
-    def _fenced(self, why: str) -> NoReturn:
-        """Raises Aborted, once, before the first commit: no outcome is unknown then (K4).  Later, FencedError.
-
-        1. an engine is killed inside a transaction; another one asks for it to be ended, under its name (fencing.py)
-        2. it is started again and is given its producer epoch, and has joined nothing yet
-        3. that request arrives and takes the epoch from it
-        """
-        if not self._untried:
-            raise FencedError(f"{self.group}: {why}")
-        self._untried = False
-        self._producer = self._new_producer()
-        raise Aborted(f"its name was fenced while it started: {why}")
 
     def _again(self, call: Callable[[], Any], within_s: float = 30) -> Any:
         """K4.  A call that does not even return within its own time-out is noted, for whoever ends this process then."""

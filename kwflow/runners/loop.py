@@ -23,7 +23,7 @@ from kwflow.core.wire import Record
 from kwflow.durable import allow_classes_by_value, allow_modules, set_abandoning, versions
 from kwflow.durable.registry import Module
 from kwflow.durable.versions import Sources, no_sources
-from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, SnapshotError, StepTimeout
+from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, RefusedError, SnapshotError, StepTimeout
 from kwflow.ports import Budget, Changes, Decision, Deliver, Store
 from kwflow.runners import code, commands, parked
 from kwflow.runners.dispatch import Dispatcher, keep
@@ -132,7 +132,7 @@ class WorkflowProcessor:
             return parked.dead(self.config, record, "refused", reason, record.timestamp_ms)
         if command:
             return commands.refuse(self.config, state, name, record, reason)
-        return parked.park(self.config, state, name, state.get(name.encode()), record, SnapshotError(reason), record.timestamp_ms)
+        return parked.park(self.config, state, name, state.get(name.encode()), record, RefusedError(reason), record.timestamp_ms)
 
     def taken_over(self, store: Store) -> dict[str, str]:
         """Nothing is loaded twice: the next partition may name the same versions."""

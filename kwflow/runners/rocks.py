@@ -8,10 +8,12 @@ process however many partitions it owns.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import cast
 
-from rocksdict import BlockBasedOptions, Cache, Options, WriteBufferManager
+from rocksdict import BlockBasedOptions, Cache, Options, Rdict, WriteBufferManager
 
-__all__ = ["Memory", "memory", "options"]
+__all__ = ["Memory", "entries", "memory", "options"]
 
 _BLOOM_BITS = 10  # one read in a hundred for a key that is not there goes to disk
 _MEMTABLE_BYTES_MAX = 16 * 1024 * 1024
@@ -27,6 +29,24 @@ class Memory:
 
     def usage(self) -> int:
         return self.cache.get_usage()
+
+
+def entries(db: Rdict, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+    """Keys with this prefix and their values, in order, from `start` on.  Raises whatever says that the database is damaged."""
+    last = begin = max(prefix, start)
+    for key, value in db.items(from_key=begin):
+        last = cast(bytes, key)
+        if not last.startswith(prefix):
+            return
+        yield last, cast(bytes, value)
+    # 1. a timer lies in a block that the disk has damaged
+    # 2. RocksDB's iterator ends before it, as it does at the end of the database
+    # 3. the timer would never fire, and nobody would know
+    end = db.iter()
+    end.seek(last)
+    if end.valid():
+        end.next()
+    end.status()
 
 
 @functools.cache

@@ -55,8 +55,12 @@ def health(runners: Sequence[Watched], config: Config) -> tuple[bool, bool, dict
     live = is_live(runners, config)
     seen = [(runner, one) for runner in runners for one in runner.seen()]
     ready = bool(seen) and all(one.ready and runner.stats.turned_s > 0 for runner, one in seen)
-    details = [{"name": one.name, "input": one.topic, "owned": one.owned, "restoring": one.restoring, "waiting": one.waiting, "lag": sum(one.lag.values())} for _, one in seen]
-    return live, ready, {"live": live, "ready": ready, "runners": details}
+    return live, ready, {"live": live, "ready": ready, "runners": [_details(one) for _, one in seen]}
+
+
+def _details(one: Seen) -> dict[str, Any]:
+    restoring = {str(number): reached for number, reached in one.restoring.items()}
+    return {"name": one.name, "input": one.topic, "owned": one.owned, "restoring": restoring, "waiting": one.waiting, "lag": sum(one.lag.values())}
 
 
 def is_live(runners: Sequence[Watched], config: Config) -> bool:
@@ -162,6 +166,19 @@ def advertised(config: Config, port: int) -> str:
     return f"{config.http_advertised or (socket.gethostname() if bound in _EVERY else bound)}:{port}"
 
 
+class _Server(ThreadingHTTPServer):
+    """Prints nothing into the log of the engine."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A connection that broke off is nobody's trouble here."""
+
+
 @contextlib.contextmanager
 def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterator[int]:
     """Answer while inside; gives the port.  Raises UsageError if the address cannot be listened on."""
@@ -169,8 +186,18 @@ def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterat
 
     class Handler(BaseHTTPRequestHandler):
         timeout = _REQUEST_S
+        begun = False
 
         def do_GET(self) -> None:
+            try:
+                self._get()
+            except ConnectionError:
+                """Whoever asked has gone."""
+            except Exception as error:
+                if not self.begun:
+                    self._answer(500, "text/plain", f"{type(error).__name__}: {error}\n".encode())
+
+        def _get(self) -> None:
             path = self.path.partition("?")[0]
             served = next((found for runner in runners if (found := runner.instances()) is not None), None) if path.startswith("/instances") else None
             if path == "/metrics":
@@ -200,6 +227,7 @@ def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterat
             self.wfile.write(body)
 
         def _head(self, status: int, kind: str, served: Instances | None, *more: tuple[str, str]) -> None:
+            self.begun = True
             about = [("Kwflow-Engine", served.engine), ("Kwflow-Partitions", ",".join(map(str, sorted(served.pages))))] if served is not None else []
             self.send_response(status)
             for name, value in (("Content-Type", kind), *about, *more):
@@ -210,10 +238,9 @@ def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterat
             """Probes come every few seconds; they are not worth a line."""
 
     try:
-        server = ThreadingHTTPServer(_address(where), Handler)
+        server = _Server(_address(where), Handler)
     except OSError as error:
         raise UsageError(f"--http {where}: {error.strerror}") from None
-    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, name="kwflow-http", kwargs={"poll_interval": 0.2}, daemon=True)
     thread.start()
     try:

@@ -118,6 +118,6 @@ def test_a_record_that_kills_or_hangs_the_engine_parks_its_instance_at_the_sixth
     engine = shell.engine(str(tmp_path / "kills.py"))
     shell.until(lambda: len(shell.records("workflow-result")) == 2)
     said = shell("dead-letters", "show", "fatal")
-    assert "died three times" in said and "waits for suspension what" in said
+    assert "RefusedError: the engine died three times" in said and "waits for suspension what" in said
     engine.send_signal(signal.SIGTERM)
     assert engine.wait(20) == 0

@@ -4,6 +4,7 @@ import http.client
 import json
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -159,6 +160,9 @@ def test_an_address_that_is_none_or_taken_is_one_clear_line(place: Place) -> Non
     for where in ("nonsense", "localhost:", "localhost:99999"):
         with pytest.raises(UsageError, match="HOST:PORT"), serve_http(where, [place.held], place.config):
             pass
+    if socket.has_ipv6:
+        with serve_http("[::1]:0", [place.held], place.config) as port, urllib.request.urlopen(f"http://[::1]:{port}/health/live", timeout=10) as answer:
+            assert answer.status == 200
     with serve_http("127.0.0.1:0", [place.held], place.config) as port, pytest.raises(UsageError, match="in use"), serve_http(f"127.0.0.1:{port}", [place.held], place.config):
         pass
 

@@ -115,15 +115,6 @@ def test_a_record_that_kills_two_engines_in_turn_ends_in_dead_letters(site: Site
     assert site.read(site.topic("result"), 1) == [(f"{site.application}-other", "7")]
 
 
-def test_an_engine_whose_name_is_fenced_while_it_starts_goes_on(lab: Lab) -> None:
-    """K4: whoever takes over from its last run may be late; nothing of this one can be committed yet."""
-    engine = lab.engine("one")
-    turn(engine, lambda: engine.owned)
-    Producer({"bootstrap.servers": lab.base["bootstrap_servers"], "log_level": 0, "transactional.id": engine.member.name}).init_transactions(20)
-    lab.send("resume", "w", "new:{}")
-    turn(engine, lambda: engine.owned and engine.owned[0].position == 1)
-
-
 class Died(BaseException):
     pass
 

@@ -1,6 +1,7 @@
 """Traps of exactly-once, each made to happen: what an evicted, stalled or replaced engine still tries to write (K1-K5, K14, K16)."""
 
 import json
+import re
 import time
 
 import pytest
@@ -179,3 +180,12 @@ def test_a_batch_is_split_over_transactions_by_its_bytes_and_nothing_is_left_out
         lab.send("resume", f"id-{number}", '{"ref": "r", "value": "done"}')
     turn(runner, lambda: runner.counts["resumed"] == 20)
     assert [lab.written("trap-out", f"id-{number}") for number in range(20)] == [["done"]] * 20
+
+
+def test_an_identity_that_the_disk_has_damaged_is_replaced_by_a_new_one(lab: Lab) -> None:
+    """K1."""
+    (directory := lab.directory / "one" / lab.base["application_id"] / "0" / lab.base["application_id"]).mkdir(parents=True)
+    (directory / "instance-id").write_bytes(b"\x85\x00\xff")
+    runner = lab.engine("one")
+    known = (directory / "instance-id").read_bytes()
+    assert re.fullmatch(b"[0-9a-f]{12}", known) and runner.instance == f"{known.decode()}-0"

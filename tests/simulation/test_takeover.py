@@ -8,7 +8,6 @@ import pytest
 from confluent_kafka import KafkaError
 from confluent_kafka.admin import AdminClient
 
-from kwflow.errors import FencedError
 from kwflow.runners.fencing import Fencing
 from kwflow.runners.kafka import KafkaRunner
 from kwflow.runners.kafka_code import CodeTopic
@@ -113,18 +112,6 @@ def test_an_engine_that_was_evicted_with_nothing_open_is_not_fenced(lab: Lab) ->
     lab.send("workflow-resume", "w", "new:{}")
     turn(first, lambda: first.owned and first.owned[0].position == 1, 2000)
     assert not any("inside a transaction" in line for line in lab.said)
-
-
-def test_an_engine_whose_name_is_fenced_while_it_starts_goes_on(lab: Lab) -> None:
-    """K4: it has committed nothing yet, so no outcome is unknown; it used to end with exit code 3.  The second time it ends."""
-    first = lab.engine("one")
-    lab.client.producer({"transactional.id": first.member.name}).init_transactions(1)
-    lab.send("workflow-resume", "w", "new:{}")
-    turn(first, lambda: first.owned and first.owned[0].position == 1)
-    lab.client.producer({"transactional.id": first.member.name}).init_transactions(1)
-    lab.send("workflow-resume", "w", '{"ref": "r", "value": 1}')
-    with pytest.raises(FencedError):
-        turn(first, lambda: lab.written("found-out"))
 
 
 def test_a_partition_that_was_given_back_has_no_owner(lab: Lab) -> None:

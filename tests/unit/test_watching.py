@@ -2,14 +2,21 @@
 
 import io
 import json
+import socket
+import struct
+import time
 
+import pytest
 from rich.console import Console
 
 from kwflow.cli.watching import RestoreBar
+from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.ports import Decision
 from kwflow.runners.logs import as_json, lines_of
-from kwflow.runners.stats import SECONDS, Histogram
+from kwflow.runners.stats import SECONDS, Histogram, Seen, Stats
+from kwflow.runners.watch import serve_http
+from tests.embedded.test_watch import get
 
 RECORD = Record("workflow-resume", 3, 41, 0, b"order-7", b"{}")
 
@@ -42,6 +49,51 @@ def test_a_histogram_counts_up_to_each_bound_and_beyond() -> None:
     buckets = dict(histogram.buckets())
     assert (buckets["0.001"], buckets["0.002"], buckets["10.0"], buckets["+Inf"]) == (2, 3, 4, 5)
     assert round(histogram.total, 4) == 21.0026
+
+
+class Restoring:
+    """A runner in the middle of a restore, as far as it is watched."""
+
+    def __init__(self) -> None:
+        self.stats = Stats()
+        self.stats.turned_s = time.monotonic()
+        self.watched_processors: tuple[object, ...] = ()
+        self.restoring = {2: (250, 1000)}
+
+    def seen(self) -> list[Seen]:
+        return [Seen("app", "app-resume", True, [0], [3], self.restoring, {0: 7})]
+
+    def instances(self) -> None:
+        return None
+
+
+def test_health_is_not_ready_and_says_how_far_it_is_while_a_partition_is_restored() -> None:
+    """G6, issue: `GET /health` (live, ready: restored and owning), metrics of restore progress and partitions."""
+    runner = Restoring()
+    with serve_http("127.0.0.1:0", [runner], Config()) as port:
+        status, said = get(port, "/health")
+        assert (status, json.loads(said)["live"], json.loads(said)["ready"]) == (503, True, False)
+        assert json.loads(said)["runners"] == [{"name": "app", "input": "app-resume", "owned": [0], "restoring": {"2": [250, 1000]}, "waiting": [3], "lag": 7}]
+        text = get(port, "/metrics")[1]
+        for line in ('kwflow_restore_ratio{partition="2",topic="app-resume"} 0.25', 'kwflow_restore_ratio{partition="0",topic="app-resume"} 1.0', *(
+            f'kwflow_partitions{{state="{state}",topic="app-resume"}} 1.0' for state in ("owned", "restoring", "waiting")
+        )):  # fmt: skip
+            assert line in text.splitlines()
+        runner.restoring = {}
+        assert 'kwflow_partitions{state="restoring",topic="app-resume"} 0.0' in get(port, "/metrics")[1].splitlines()
+
+
+def test_what_fails_while_it_answers_is_told_to_who_asked_and_not_printed_into_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    runner = Restoring()
+    runner.restoring = None  # type: ignore[assignment]
+    with serve_http("127.0.0.1:0", [runner], Config()) as port:
+        status, said = get(port, "/metrics")
+        assert (status, said.partition(":")[0]) == (500, "TypeError")
+        with socket.create_connection(("127.0.0.1", port)) as gone:
+            gone.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert get(port, "/health/live")[0] == 200
+    assert capfd.readouterr().err == ""
 
 
 def test_a_restore_has_a_bar_on_a_terminal_and_none_elsewhere() -> None:

@@ -1,0 +1,93 @@
+"""A disk that has damaged what it was given: never taken for the end of a database, and made anew where a log can do that."""
+
+import pathlib
+from collections.abc import Callable
+
+import pytest
+
+from kwflow.errors import TransportError
+from kwflow.runners import rocks
+from kwflow.runners.embedded import SystemClock
+from kwflow.runners.embedded_state import EmbeddedStore, read_only
+from kwflow.runners.environment import LIVE
+from kwflow.runners.kafka_state import PartitionStore
+
+COUNT = 3000
+
+
+def store(directory: pathlib.Path) -> PartitionStore:
+    return PartitionStore(LIVE, directory, "incarnation", SystemClock(), 86_400_000)
+
+
+def damage(directory: pathlib.Path) -> None:
+    """The second half of each table but its index."""
+    for table in directory.glob("*.sst"):
+        data = bytearray(table.read_bytes())
+        for position in range(len(data) // 2, len(data) * 8 // 10, 7):
+            data[position] ^= 0xFF
+        table.write_bytes(data)
+
+
+@pytest.fixture
+def damaged(tmp_path: pathlib.Path) -> PartitionStore:
+    directory = tmp_path / "partition"
+    filled = store(directory)
+    filled.settle({b"timer-%05d" % number: bytes([number % 251]) * 300 for number in range(COUNT)}, 7)
+    filled._db._db.flush()  # type: ignore[attr-defined]
+    filled.close()
+    damage(directory)
+    return store(directory)
+
+
+def told(read: Callable[[PartitionStore], object], store: PartitionStore) -> tuple[str, bool]:
+    """The error alone: what it was raised in holds the database open."""
+    try:
+        return f"it read {read(store)!r:.80}", False
+    except TransportError as error:
+        return str(error), error.retryable
+
+
+def last(store: PartitionStore) -> object:
+    return store.get(b"timer-%05d" % (COUNT * 6 // 10))
+
+
+def whole(store: PartitionStore) -> object:
+    return list(store.scan(b"timer-"))
+
+
+def middle(store: PartitionStore) -> object:
+    return next(store.scan(b"timer-", b"timer-%05d" % (COUNT * 6 // 10)), None)
+
+
+@pytest.mark.parametrize("read", [last, whole, middle])
+def test_a_damaged_copy_is_told_of_and_not_taken_for_its_end_and_the_next_start_makes_it_anew(damaged: PartitionStore, read: Callable[[PartitionStore], object]) -> None:
+    """K8: one damaged store is wiped alone.  Retryable: exit code 3, start me again."""
+    assert damaged.offset == 7
+    said, retryable = told(read, damaged)
+    assert "partition cannot be used any more: Corruption" in said and said.endswith("; it is made anew at the next start") and retryable
+    damaged.close()
+    again = store(damaged.directory)
+    assert (again.offset, whole(again)) == (0, []), "all of it is restored"
+    again.settle({b"a": b"b"}, 1)
+    again.close()
+    assert store(damaged.directory).offset == 1
+
+
+def test_what_is_whole_is_read_to_its_end(tmp_path: pathlib.Path) -> None:
+    filled = store(tmp_path / "partition")
+    assert whole(filled) == []
+    filled.settle({b"timer-%05d" % number: b"x" for number in range(10)}, 7)
+    assert [key for key, _ in filled.scan(b"timer-", b"timer-00008")] == [b"timer-00008", b"timer-00009"]
+    assert list(filled.scan(b"timer-", b"timer-1")) == []
+
+
+def test_an_embedded_database_that_is_damaged_is_told_of_too(tmp_path: pathlib.Path) -> None:
+    """It is the only copy: it is not made anew."""
+    db = rocks.Rdict(str(tmp_path / "state"), rocks.options(1 << 24))
+    for number in range(COUNT):
+        db[b"Slog\0%05d" % number] = bytes([number % 251]) * 300
+    db.flush()
+    db.close()
+    damage(tmp_path / "state")
+    with pytest.raises(Exception, match="Corruption"):
+        list(EmbeddedStore(read_only(tmp_path / "state"), "log").scan(b""))
