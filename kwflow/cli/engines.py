@@ -120,7 +120,7 @@ def engine(
     if check:
         raise typer.Exit(check_code(settings, modules, embedded, app_dir))
     if processes > 1 and (embedded is not None or runner is Runner.faust):
-        raise UsageError("--processes is for Kafka: one process alone holds an embedded directory, and Faust has its own workers")
+        raise UsageError("--processes is for Kafka: one process alone holds an embedded directory, and of Faust's workers start as many as you like, each with its own --state-dir")
     if processes > 1 and settings.supervisor_pid is None:
         raise typer.Exit(supervise([sys.executable, "-m", "kwflow.cli", *sys.argv[1:]], processes, _signals(lambda _: None), log_of(settings)))
     if runner is Runner.faust:
@@ -162,8 +162,6 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
     """Faust's own worker handles the signals and ends the process."""
     if more:
         raise UsageError("--runner faust runs on Kafka and fires no timers: leave --embedded and --with-scheduler out, and run `kwflow scheduler` beside it")
-    if settings.http is not None or settings.tracing:
-        raise UsageError("--runner faust has no --http and no --tracing; Faust has a web server and metrics of its own (--web-port)")
     if settings.kafka:
         raise UsageError("--runner faust takes no [kafka] settings, which are librdkafka's; make a faust.App with its own and give it to kwflow.runners.faust.attach")
     try:
@@ -175,9 +173,10 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
     workflows = load_workflows(modules, app_dir, settings.durable_packages)
     log = log_of(settings)
     _wait_for_topics(settings, log, modules)
-    app = application(settings, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, code_store(settings, None)), log)
+    app, agent = application(settings, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, code_store(settings, None)), log)
     err.print(f"kwflow engine runs in Faust on {settings.bootstrap_servers}, at-least-once", style="green")
-    raise SystemExit(faust.Worker(app, loglevel="WARNING").execute_from_commandline())
+    with watched(settings, [agent], log):
+        raise SystemExit(faust.Worker(app, loglevel="WARNING").execute_from_commandline())
 
 
 def _say_counts(counts: Counter[str], log: Callable[[str], None]) -> None:

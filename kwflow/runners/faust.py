@@ -15,11 +15,12 @@ import bisect
 import contextvars
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import faust
+from faust.types import TP
 
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
@@ -27,10 +28,13 @@ from kwflow.core.wire import Output, Record
 from kwflow.durable import set_abandoning
 from kwflow.ports import Decision
 from kwflow.runners import parked, topics
+from kwflow.runners.kafka_code import take_over
 from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.runners.private import private
+from kwflow.runners.stats import Seen, Stats
+from kwflow.runners.tracing import end_all
 
-__all__ = ["application", "attach"]
+__all__ = ["Agent", "application", "attach"]
 
 _SESSION_S = 10  # Faust's default of 60 keeps the partitions of a killed engine from the next one for that long
 _ALL = 0  # activities of all partitions of this process are one pool
@@ -38,8 +42,8 @@ _TURN_S = 0.2
 _FORGOTTEN_MAX = 50  # entries of ended instances that expire with one event
 
 
-def application(config: Config, make: Callable[[str], WorkflowProcessor], on_log: Callable[[str], None] = print) -> faust.App:
-    """A Faust application that runs workflows and nothing else.  Raises TransportError when the broker or the topic is not there."""
+def application(config: Config, make: Callable[[str], WorkflowProcessor], on_log: Callable[[str], None] = print) -> tuple[faust.App, Agent]:
+    """A Faust application that runs workflows and nothing else, and its agent.  Raises TransportError when the broker or the topic is not there."""
     directory = private(config.state_dir / config.application_id / "faust")
     app = faust.App(
         config.application_id,
@@ -53,21 +57,20 @@ def application(config: Config, make: Callable[[str], WorkflowProcessor], on_log
         broker_session_timeout=_SESSION_S,
         broker_heartbeat_interval=1.0,
     )
-    attach(app, config, make, on_log)
-    return app
+    return app, attach(app, config, make, on_log)
 
 
-def attach(app: faust.App, config: Config, make: Callable[[str], WorkflowProcessor], on_log: Callable[[str], None] = print) -> None:
-    """Add the workflow agent and its table to an application of yours.
+def attach(app: faust.App, config: Config, make: Callable[[str], WorkflowProcessor], on_log: Callable[[str], None] = print) -> Agent:
+    """Add the workflow agent and its table to an application of yours; what is given back can be watched (`runners.watch.serve_http`).
 
     Its id must be `config.application_id`, its store RocksDB.  `make` gets the input topic's id, with which snapshots
     tell whether they hold an offset already.  Raises TransportError.
     """
     incarnation, partitions = topics.describe(topics.admin(config), config, config.resume_topic)
-    _Agent(app, config, make(incarnation), partitions, on_log)
+    return Agent(app, config, make(incarnation), partitions, on_log)
 
 
-class _Agent:
+class Agent:
     """One agent over the resume topic.  Invariant: steps run on one thread, one at a time, in the order of the stream."""
 
     def __init__(self, app: faust.App, config: Config, processor: WorkflowProcessor, partitions: int, on_log: Callable[[str], None]) -> None:
@@ -77,22 +80,39 @@ class _Agent:
         processor.at_least_once = True
         self.partitions = partitions
         self.on_log = on_log
+        self.stats = Stats()
+        self.watched_processors: Sequence[object] = (processor,)
         self.table = app.Table("state", key_type=bytes, value_type=bytes, partitions=partitions)
         self._state = _Table(self.table, partitions)
         self._steps = ThreadPoolExecutor(1, "kwflow-step")
-        self._prepared: set[int] = set()  # partitions whose code was loaded
+        self._joined = False
+        self._restored = False  # all that was assigned last, and the code that it needs was loaded
+        self._stepping = False
+        self._applied: dict[int, int] = {}  # partition -> the offset after the last one applied here
         self._loop: asyncio.AbstractEventLoop | None = None
         self._worker = processor.work(self._deliver)
         topic = app.topic(config.resume_topic, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
         app.agent(topic, name="kwflow", concurrency=1)(self._run)
         app.on_partitions_assigned.connect(self._moved)
+        self.table.on_recover(self._recovered)
         app.timer(_TURN_S, name="kwflow-activities")(self._turn)
         set_abandoning(True, everywhere=True)
 
     async def _moved(self, *_: Any, **__: Any) -> None:
         self._state.forget()
-        self._prepared.clear()
+        self._joined, self._restored = True, False
+        self._applied.clear()
         self._worker.disown(_ALL)
+
+    async def _recovered(self) -> None:
+        """Before the first record of what was assigned (semantics §9.6).  Faust would go on after an error here, so that it ends the process."""
+        admin = topics.admin(self.config)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._steps, take_over, self.processor, self._state, admin, self.config, f"{self.config.application_id}-state")
+        except Exception as error:
+            await self.app.crash(error)
+            raise
+        self._restored = True
 
     def _deliver(self, _pool: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
         """What an activity returned, from its thread; lost with the process, it is made again by the next one."""
@@ -109,6 +129,8 @@ class _Agent:
 
     async def _turn(self) -> None:
         """Start what the table still holds of activities, at first and after each rebalance; end those that took too long."""
+        if not self._stepping:
+            self.stats.turned_s = time.monotonic()
         if not self._worker.owns(_ALL):
             self._worker.own(_ALL, self._state)
         self._worker.turn()
@@ -117,8 +139,10 @@ class _Agent:
         """An error here ends the process: Faust itself would go on with the next event and lose this one."""
         self._loop = asyncio.get_running_loop()
         async for event in stream.noack().events():
+            self._stepping, self.stats.turned_s = True, time.monotonic()
             try:
                 await self._apply(event.message)
+                self._stepping = False
             except Exception as error:
                 await self.app.crash(error)
                 raise
@@ -128,25 +152,32 @@ class _Agent:
         record = _record(message)
         now_ms = time.time_ns() // 1_000_000
         if record.key is not None and partition_of(record.key, self.partitions) != record.partition:
-            await self._send([parked.forward(self.config, record, self.partitions, now_ms)])
-            return
+            forwarded = [parked.forward(self.config, record, self.partitions, now_ms)]
+            await self._send(forwarded)
+            return self._done(record, forwarded)
         self._state.partition = record.partition
         overlay = Overlay(self._state)
         decide = functools.partial(contextvars.copy_context().run, self._decide, overlay, record, now_ms)
         made = await asyncio.get_running_loop().run_in_executor(self._steps, decide)
+        begun = time.perf_counter()
         await self._send(made)
         for key, value in overlay.changes.items():
             self._state.put(key, value)
         await self.app.producer.flush()
+        self.stats.commits.observe(time.perf_counter() - begun)
+        self._done(record, made)
+
+    def _done(self, record: Record, made: Iterable[Decision]) -> None:
+        """What comes after the broker has it."""
+        self._applied[record.partition] = record.offset + 1
         for decision in made:
+            self.stats.counts.update(decision.counts)
             for line in decision.logs:
                 self.on_log(line)
             self._worker.committed(_ALL, decision.dispatch)
+            end_all(decision.spans)
 
     def _decide(self, overlay: Overlay, record: Record, now_ms: int) -> list[Decision]:
-        if record.partition not in self._prepared:  # semantics §9.6
-            self.processor.taken_over(overlay)
-            self._prepared.add(record.partition)
         expired = self.processor.due(overlay, now_ms, _FORGOTTEN_MAX)
         return [*self.processor.decide(overlay, [record], now_ms), *([expired] if expired is not None else [])]
 
@@ -162,6 +193,18 @@ class _Agent:
         return await self.app.send(
             output.topic, output.key, output.value, partition=output.partition, timestamp=at, headers=headers, key_serializer="raw", value_serializer="raw"
         )  # fmt: skip
+
+    def seen(self) -> list[Seen]:
+        """How it stands; the lag is of partitions of which a record was applied here."""
+        topic = self.config.resume_topic
+        mine = sorted(place.partition for place in self.app.consumer.assignment() if place.topic == topic) if self._joined else []
+        ends = {number: self.app.consumer.highwater(TP(topic, number)) for number in mine if number in self._applied}
+        lag = {number: max(0, end - self._applied[number]) for number, end in ends.items() if end is not None}
+        return [Seen("faust", topic, self._joined, mine if self._restored else [], [] if self._restored else mine, {}, lag)]
+
+    def instances(self) -> None:
+        """Faust's table cannot be read in order from another thread; `kwflow list` and `show` read its changelog."""
+        return
 
 
 def _record(message: Any) -> Record:
@@ -208,7 +251,7 @@ class _Table:
         return self._own
 
     def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        own = self._keys()
+        own = self._keys() if prefix.startswith(b"\0") else sorted(self._table.keys())  # all of it only for who is in trouble
         place = bisect.bisect_left(own, max(prefix, start))
         for key in own[place:]:
             if not key.startswith(prefix):

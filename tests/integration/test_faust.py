@@ -3,8 +3,11 @@
 import importlib.util
 import json
 import pathlib
+import re
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -59,8 +62,17 @@ def test_sagas_go_on_after_kill_9_of_a_faust_engine_and_no_state_changes_twice(s
     assert {id for id, _ in site.read(f"{site.application}-dead-letter", 2)} == {"bad", ids[0]}
 
 
-def test_a_faust_engine_refuses_what_it_cannot_do(site: Site) -> None:
-    assert "kwflow scheduler" in site.refused("engine", TRIP, "--runner", "faust", "--with-scheduler")
+def test_a_faust_engine_refuses_what_it_cannot_do_and_says_what_to_do_instead(site: Site) -> None:
+    faust = ("engine", TRIP, "--runner", "faust")
+    assert "run `kwflow scheduler` beside it" in site.refused(*faust, "--with-scheduler")
+    assert "leave --embedded and --with-scheduler out" in site.refused(*faust, "--embedded", str(site.directory / "embedded"))
+    assert "start as many as you like, each with its own --state-dir" in site.refused(*faust, "--processes", "2")
+    settings = site.directory / "kwflow.toml"
+    settings.write_text('[kafka]\n"security.protocol" = "SSL"\n')
+    assert "give it to kwflow.runners.faust.attach" in site.refused(*faust, "--config", str(settings))
+    (site.directory / "faust.py").write_text("raise ImportError('not here')")
+    site.environment["PYTHONPATH"] = str(site.directory)
+    assert "pip install 'kwflow[faust]'" in site.refused(*faust)
 
 
 WITH_ACTIVITY = """
@@ -75,11 +87,64 @@ def main(opts):
 """
 
 
-def test_activities_run_beside_a_faust_agent(site: Site) -> None:
-    """M6: their results come back as records."""
+def log(site: Site) -> str:
+    return (site.directory / "one.log").read_text()
+
+
+def asked(site: Site, path: str) -> tuple[int, str]:
+    """What the engine answers."""
+    [port] = re.findall(r"answered on port (\d+)", log(site))[-1:]
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_activities_run_beside_a_faust_agent_and_it_can_be_watched(site: Site) -> None:
+    """M6: their results come back as records.  The same health and metrics as of the other runners."""
     module = site.directory / "doubling.py"
     module.write_text(WITH_ACTIVITY)
-    site.engine("one", str(module), False, "--runner", "faust")
+    site.engine("one", str(module), False, "--runner", "faust", "--http", "127.0.0.1:0")
+    site.until(lambda: "answered on port" in log(site))
+    site.until(lambda: asked(site, "/health/ready")[0] == 200)
+    [seen] = json.loads(asked(site, "/health")[1])["runners"]
+    assert (seen["name"], seen["owned"], seen["waiting"]) == ("faust", [0, 1, 2, 3], [])
     for number in range(3):
         site.send(f"{site.application}-{number}", f"new:{number}")
     assert {id[-1]: value for id, value in site.read(site.topic("result"), 3)} == {"0": "0", "1": "2", "2": "4"}
+    site.until(lambda: 'kwflow_steps_total{outcome="resumed"} 3.0' in asked(site, "/metrics")[1])
+    metrics = asked(site, "/metrics")[1]
+    assert 'kwflow_records_total{outcome="started"} 3.0' in metrics
+    assert re.search(r'kwflow_lag_records{partition="\d",topic="[^"]*-resume"} 0.0', metrics), metrics
+    assert re.search(r"kwflow_commit_seconds_count [1-9]", metrics)
+    assert asked(site, "/instances")[0] == 404, "kwflow list reads the changelog"
+    assert asked(site, "/health/live")[0] == 200
+
+
+VERSION = """
+import sys
+import kwflow as kw
+
+print("loaded: VERSION", file=sys.stderr, flush=True)
+
+def main(opts):
+    answer = yield kw.suspend("go")
+    return ["VERSION", answer]
+"""
+
+
+def test_old_code_that_instances_wait_in_is_loaded_before_the_first_record(site: Site) -> None:
+    """Semantics §9.6: as soon as the table is restored, though no record comes."""
+    module = site.directory / "versions.py"
+    module.write_text(VERSION.replace("VERSION", "first"))
+    engine = site.engine("one", str(module), False, "--runner", "faust")
+    site.send(f"{site.application}-w", "new:1")
+    site.until(lambda: "-w " in site.run("list"))
+    engine.send_signal(signal.SIGTERM)
+    engine.wait()
+    module.write_text(VERSION.replace("VERSION", "second"))
+    site.engine("one", str(module), False, "--runner", "faust")
+    site.until(lambda: log(site).count("loaded: first") == 2)
+    site.send(f"{site.application}-w", '{"ref": "go", "value": 1}')
+    assert site.read(site.topic("result"), 1) == [(f"{site.application}-w", '["first",1]')]

@@ -273,8 +273,8 @@ PLANTED = [
     Planted("K8", "the local store is written before the commit", CRASHES_IN_COMMITS, WritesTheStoreBeforeTheCommit),
     Planted("K9", "records are stepped backwards", Faults(slow=0.3), StepsBackwards),
     Planted("K10", "dead letters are logged and dropped", Faults(), DropsDeadLetters),
-    Planted("K11", "the producer is kept after a refusal", Faults(), KeepsTheProducerAfterARefusal, first=13),
-    Planted("K11", "all of a refused batch is parked", Faults(slow=0.3), RefusesTheWholeBatch, first=20),
+    Planted("K11", "the producer is kept after a refusal", Faults(), KeepsTheProducerAfterARefusal, world=Impatient, first=9),
+    Planted("K11", "all of a refused batch is parked", Faults(slow=0.3), RefusesTheWholeBatch, first=3),
     Planted("K12", "the changelog deletes what is old", Faults(kill=0.2, stop=0.2, wipe=3.0, compact=0.5), world=ShortChangelogs),
     Planted("K13", "outputs are stamped with now", Faults(), StampsOutputsWithNow),
     Planted("K14", "timers fire without an offset", Faults(), FiresWithoutOffsets),
@@ -283,7 +283,7 @@ PLANTED = [
     Planted("K17", "the hold is lost when it is drained", Faults(), engine=LosesTheHold, first=4),
     Planted("K18", "timers fire before the backlog is read", Faults(kill=0.3, stop=0.3), patch=_fires_before_the_backlog, first=3),
     Planted("K18", "timers fire early", Faults(), timers=FiresEarly, first=3),
-    Planted("K19", "attempts are not counted", Faults(), world=Impatient, patch=_no_attempts, first=7),
+    Planted("K19", "attempts are not counted", Faults(), world=Impatient, patch=_no_attempts, first=9),
     Planted("K20", "a start that ended is begun again by its repetition", Faults(), engine=ForgetsWhoStarted),
 ]
 
@@ -292,8 +292,8 @@ SHARED = [
     Planted("G7", "what a newer kwflow saved is taken for its own", patch=_newer_snapshots_are_taken, first=49),
     Planted("G10", "an instance goes on in changed code", patch=lambda: mock.patch.object(versions, "changed_units", lambda *_: [])),
     Planted("G10", "sources are not stored", patch=lambda: mock.patch.object(code, "offer", lambda *_: [])),
-    Planted("M1", "a command that is repeated is done again", patch=lambda: mock.patch.object(messages, "applied_before", lambda *_: None)),
-    Planted("M3", "a signal that a race did not take is lost", patch=lambda: mock.patch.object(instance, "give_back", lambda *_: []), first=16),
-    Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None)),
+    Planted("M1", "a command that is repeated is done again", patch=lambda: mock.patch.object(messages, "applied_before", lambda *_: None), first=1),
+    Planted("M3", "a signal that a race did not take is lost", patch=lambda: mock.patch.object(instance, "give_back", lambda *_: []), first=15),
+    Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None), first=1),
     Planted("schedules", "runs overlap although they must not", world=Impatient, patch=_active_runs_are_forgotten),
 ]
