@@ -289,7 +289,7 @@ PLANTED = [
 
 # In what runner and model share, so that only outcomes that are known without them can tell (meaning.py).
 SHARED = [
-    Planted("G7", "what a newer kwflow saved is taken for its own", patch=_newer_snapshots_are_taken, first=49),
+    Planted("G7", "what a newer kwflow saved is taken for its own", patch=_newer_snapshots_are_taken, first=125),
     Planted("G10", "an instance goes on in changed code", patch=lambda: mock.patch.object(versions, "changed_units", lambda *_: [])),
     Planted("G10", "sources are not stored", patch=lambda: mock.patch.object(code, "offer", lambda *_: [])),
     Planted("M1", "a command that is repeated is done again", patch=lambda: mock.patch.object(messages, "applied_before", lambda *_: None), first=1),
