@@ -67,7 +67,7 @@ class Config(BaseSettings):
     hold_max: int = Field(default=10_000, gt=0, description="records kept for one parked or paused instance, the one at fault included; more are dead-lettered")
     step_timeout_ms: int = Field(default=10_000, gt=0, description="a step that runs longer is logged with its line")
     step_abort_ms: int = Field(default=150_000, gt=0, description="a step that runs longer is ended and its instance parked; half of Kafka's max.poll.interval.ms")
-    batch_records_max: int = Field(default=1000, gt=0, description="records of one transaction")
+    batch_records_max: int = Field(default=4000, gt=0, description="records of one transaction")
     batch_ms_max: int = Field(default=100, gt=0, description="a batch that has been stepped for longer is committed with what it has")
     batch_bytes_max: int = Field(default=16_000_000, gt=0, description="a batch whose outputs and states have more bytes is committed with what it has; well below transaction.timeout.ms")
     instances_cached_max: int = Field(default=1000, ge=0, description="instances kept live after their step, so that the next one need not load them")

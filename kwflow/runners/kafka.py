@@ -113,7 +113,8 @@ class KafkaRunner:
         self.stats = Stats()
         self.counts = self.stats.counts
         self.commit_s: deque[float] = deque(maxlen=10_000)  # how long the last transactions took
-        self._metadata: Any = None
+        self._metadata: Any = None  # who we are in the group as of `_generation`; it takes a millisecond to ask, and with what is out of date the commit is refused
+        self._generation = -1
         self.owners = Owners(self.member)
         self._attempts = Attempts(self.directory, self.owners.attempted)
         self._sizes, age_max_ms = self._limits(topics.needed(config, self.member.outputs))
@@ -207,6 +208,7 @@ class KafkaRunner:
             self.takeover.look_after()
         except Aborted as error:
             self.on_log(f"{self.group}: a transaction was aborted and is made again: {error}")
+            self._generation = -1
             for number, partition in self.owned.items():
                 if partition.gathered:
                     partition.drop()
@@ -230,7 +232,8 @@ class KafkaRunner:
         first = self._consumer.poll(wait)
         room = self.config.batch_records_max - waiting - 1
         messages = [first, *(self._consumer.consume(room, 0) if room > 0 else ())] if first is not None else []
-        self._metadata = self._consumer.consumer_group_metadata()
+        if self._generation != self.takeover.generation:
+            self._generation, self._metadata = self.takeover.generation, self._consumer.consumer_group_metadata()
         for message in messages:
             error = message.error()
             if error is None:

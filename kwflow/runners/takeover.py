@@ -37,6 +37,7 @@ class Takeover:
         self.assigned: list[int] = []
         self.restoring: dict[int, tuple[Restore, int]] = {}
         self.joined = False
+        self.generation = 0  # goes up with each rebalance that we are told of, an empty one included
         self._owners = owners
         self._former: dict[int, Owner | None] = {}  # who had what was assigned and is not owned yet
         self._stuck_since: dict[int, float] = {}
@@ -83,6 +84,7 @@ class Takeover:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self.joined = True
+        self.generation += 1
         for partition in partitions:  # any explicit offset: without one a group with no commit is an error before we seek
             partition.offset = OFFSET_BEGINNING
         consumer.incremental_assign(partitions)
@@ -100,6 +102,7 @@ class Takeover:
         self._on_lost(consumer, partitions)
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self.generation += 1
         self._owners.forget([partition.partition for partition in partitions])
         for partition in partitions:
             if self._worker is not None:
