@@ -295,7 +295,7 @@ def test_ten_thousand_waiting_calls_stay_in_the_store_and_run_in_order_at_most_s
     assert most[0] <= 8
     engine.until(lambda: engine.dispatcher.counts() == {"running": 0, "ready": 0, "left-behind": 0})
     assert sorted(order) == list(range(10_000))
-    assert all(abs(n - place) < 100 for place, n in enumerate(order)), "oldest first"
+    assert all(n - place <= 8 + 64 for place, n in enumerate(order)), "oldest first: what has not begun yet was taken out of the store before"
     engine.dispatcher.close()
     held.close()
 
