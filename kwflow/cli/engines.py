@@ -22,7 +22,7 @@ from kwflow import api, timers
 from kwflow.cli.code import check as check_code
 from kwflow.cli.code import code_store
 from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, MaybeDir, Modules, StateDir, Traced, WaitForBroker, err, json_option, out
-from kwflow.cli.watching import RestoreBar, ends_in_its_log, log_of, watched
+from kwflow.cli.watching import RestoreBar, carry_logging, ends_in_its_log, log_of, watched
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.errors import TransportError, UsageError
@@ -57,8 +57,9 @@ def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: P
     return processors_of(engine, load_workflows(modules, app_dir, config.durable_packages), config, log)
 
 
-def _be_an_engine() -> None:
+def _be_an_engine(log: Callable[[str], None]) -> None:
     """What is right for a process that does nothing else."""
+    carry_logging(log)
     end_when_stuck()
     _collect_rarely()
 
@@ -149,7 +150,7 @@ def _engine_embedded(settings: Config, modules: list[str], app_dir: Path | None,
     held = Embedded(directory, settings, sync=sync)
     try:
         processors = _processors(modules, settings, held, app_dir, log)
-        _be_an_engine()
+        _be_an_engine(log)
         with serve(held), watched(settings, [held], log):
             log(f"kwflow engine runs in {directory}")
             held.run(processors, stop, log)
@@ -169,10 +170,16 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
     except ImportError:
         raise UsageError("--runner faust needs faust-streaming: pip install 'kwflow[faust]'") from None
     from kwflow.runners.faust import application
+    from kwflow.runners.kafka_link import ends_in_a_transaction
 
     workflows = load_workflows(modules, app_dir, settings.durable_packages)
     log = log_of(settings)
     _wait_for_topics(settings, log, modules)
+    if ends_in_a_transaction(settings, settings.changelog_topic):
+        raise UsageError(
+            f"{settings.changelog_topic} was written in transactions, as the Kafka runner does: Faust never comes to the end of such a topic; "
+            "take another --application-id, or kwflow reset first"
+        )
     app, agent = application(settings, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, code_store(settings, None)), log)
     err.print(f"kwflow engine runs in Faust on {settings.bootstrap_servers}, at-least-once", style="green")
     with watched(settings, [agent], log):
@@ -224,7 +231,7 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
             failed.append(error)
 
     threads = [threading.Thread(target=run_one, args=(runner,)) for runner in runners]
-    _be_an_engine()
+    _be_an_engine(log)
     with watched(settings, runners, log) as address:
         for runner in runners:
             runner.owners.address = address

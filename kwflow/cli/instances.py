@@ -20,6 +20,7 @@ from kwflow.runners.instances import described, row_of
 __all__ = ["list_", "show"]
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+_ROWS_MAX = 1000  # of a table; each costs half a millisecond, and nobody reads more
 _STATUSES = ("waiting", "closing", "parked", "paused", "ended")
 
 
@@ -159,9 +160,11 @@ def list_(
         print_json(found)
         return
     table = Table("id", "workflow", "status", "changed", "waits")
-    for row in found:
+    for row in found[:_ROWS_MAX]:
         waits = [" ".join(_wait(wait)) for wait in row["waits"]]
         said = ", ".join(waits[:3]) + (f" and {len(waits) - 3} more" if len(waits) > 3 else "")
         outcome = row["outcome"]
         table.add_row(row["id"], row["workflow"], row["status"] + (f" ({outcome['kind']})" if outcome else ""), _time(row["changed"]) if row["changed"] else "", said)
     out.print(table)
+    if len(found) > _ROWS_MAX:
+        err.print(f"and {len(found) - _ROWS_MAX} more: narrow it by --workflow, --status or --since, or take them all with --json", markup=False, highlight=False)

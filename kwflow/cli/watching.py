@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import typer
@@ -14,7 +16,7 @@ from kwflow.cli.shared import err, exit_code, told
 from kwflow.config import Config
 from kwflow.runners.logs import Line, as_json
 
-__all__ = ["RestoreBar", "ends_in_its_log", "log_of", "watched"]
+__all__ = ["RestoreBar", "carry_logging", "ends_in_its_log", "log_of", "watched"]
 
 
 def log_of(settings: Config) -> Callable[[str], None]:
@@ -31,9 +33,29 @@ def log_of(settings: Config) -> Callable[[str], None]:
     return lambda line: err.print(before + line, markup=False, style="red" if getattr(line, "level", "") == "error" else None)
 
 
+class _Carried(logging.Handler):
+    """What libraries log, as lines of ours."""
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log(Line.of(f"{record.name}: {self.format(record)}", record.levelname.lower()))
+
+
+def carry_logging(log: Callable[[str], None]) -> None:
+    """Warnings of libraries, an exporter's for example, join the log; modules that have set up logging themselves keep theirs."""
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(_Carried(log))
+
+
 @contextlib.contextmanager
 def ends_in_its_log(settings: Config) -> Iterator[None]:
-    """What ends the command is a line of its log too: the one that matters most would be no JSON otherwise."""
+    """What warns of the author's code and what ends the command are lines of its log too: the ones that matter most would be no JSON otherwise."""
+    if settings.log_format == "json":
+        log = log_of(settings)
+        warnings.showwarning = lambda message, category, filename, lineno, *_: log(Line.of(f"{filename}:{lineno}: {category.__name__}: {message}", "warning"))
     try:
         yield
     except typer.Exit:

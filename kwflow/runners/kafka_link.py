@@ -31,7 +31,7 @@ from kwflow.runners.kafka_member import LATEST, offsets
 from kwflow.runners.kafka_reading import read_to
 from kwflow.runners.topics import client_config, record_of, transient
 
-__all__ = ["KafkaLink", "latest", "read", "send", "state_of"]
+__all__ = ["KafkaLink", "ends_in_a_transaction", "latest", "read", "send", "state_of"]
 
 _TIMEOUT_S = 20
 _POLL_S = 0.05  # how late the first request for a partition, a delivery report or a time-out may be seen
@@ -212,10 +212,18 @@ def read(config: Config, topic: str, partition: int | None = None, start: int = 
     yield from read_to(LIVE, config, topic, ends, dict.fromkeys(ends, start))
 
 
+def ends_in_a_transaction(config: Config, topic: str) -> bool:
+    """Whether the last offset of some partition is the mark of a transaction, which is no record.  Raises TransportError."""
+    admin = topics.admin(config)
+    ends = offsets(LIVE, config, admin, topic, range(topics.describe(admin, config, topic)[1]), LATEST)
+    before = {number: end - 1 for number, end in ends.items() if end}
+    return before.keys() != {record.partition for record in read_to(LIVE, config, topic, ends, before)}
+
+
 def latest(config: Config, topic: str, partition: int | None = None) -> dict[bytes, bytes]:
     """What a compacted topic holds: each key's last value, without those that were deleted.  Raises TransportError."""
-    found = {record.key: record.value for record in read(config, topic, partition)}
-    return {key: value for key, value in found.items() if key is not None and value is not None}
+    found = {(record.partition, record.key): record.value for record in read(config, topic, partition)}  # a migration leaves a tombstone where an entry was
+    return {key: value for (_, key), value in found.items() if key is not None and value is not None}
 
 
 def state_of(config: Config, id: str) -> bytes | None:

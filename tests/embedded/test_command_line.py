@@ -13,9 +13,14 @@ import typer
 from typer.testing import CliRunner
 
 import kwflow
+from kwflow import durable
 from kwflow.cli import app
 from kwflow.cli.shared import exit_code, json_option
+from kwflow.config import Config
+from kwflow.core.contract import Workflows
 from kwflow.errors import FencedError, TransportError, UsageError
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.socket import submit
 from tests.embedded.shell import ROOT, TRIP, Shell
 
@@ -99,6 +104,21 @@ def test_text_that_is_no_json_is_answered_with_how_it_is_written() -> None:
             json_option(text, "--value")
     with pytest.raises(UsageError, match="truncated$"):
         json_option('{"a', "--value")
+
+
+@pytest.mark.slow
+def test_a_table_has_its_limit_and_says_so_json_has_all(tmp_path: pathlib.Path) -> None:
+    config = Config()
+    held = Embedded(tmp_path / "state", config, sync=False)
+    module = durable.load_source("listed", "import kwflow as kw\ndef main(opts):\n    yield kw.suspend('r')\n", "listed.py")
+    for number in range(1002):
+        held.append(config.resume_topic, b"w%05d" % number, b"new:null")
+    held.run([WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), held.incarnation)], lambda: held.counts["started"] == 1002)
+    held.close()
+    shown = CliRunner().invoke(app, ["list", "--embedded", str(tmp_path / "state")]).output
+    assert "w00999" in shown and "w01000" not in shown and "and 2 more: narrow it by" in shown
+    everything = CliRunner().invoke(app, ["list", "--json", "--embedded", str(tmp_path / "state")]).output
+    assert [row["id"] for row in json.loads(everything)] == [f"w{number:05}" for number in range(1002)]
 
 
 def test_options_are_environment_variables_too(tmp_path: pathlib.Path) -> None:

@@ -167,6 +167,43 @@ def test_an_address_that_is_none_or_taken_is_one_clear_line(place: Place) -> Non
         pass
 
 
+WARNS = """
+import logging
+import kwflow as kw
+
+def noted():
+    yield kw.suspend("r")
+
+def main(opts):
+    noted()
+    logging.getLogger("some.library").warning("disk %s is full", opts)
+    kw.log("in the step")
+    return 1
+    yield
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [False, True])
+def test_warnings_of_libraries_and_of_the_loader_are_lines_of_the_log_unless_the_module_has_a_log_of_its_own(own: bool, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "warns.py").write_text(WARNS + ("logging.basicConfig(format='mine: %(message)s')\n" if own else ""))
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "kwflow.cli"]
+    subprocess.run([*command, "start", "w", "--input", "7", "--embedded", "state"], cwd=tmp_path, env=environment, check=True, timeout=60)
+    with subprocess.Popen([*command, "engine", "warns.py", "--embedded", "state", "--log-format", "json"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as engine:
+        assert engine.stderr is not None
+        lines = []
+        for line in engine.stderr:
+            lines.append(line)
+            if "in the step" in line:
+                engine.terminate()
+    said = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [line for line in lines if not line.startswith("{")] == (["mine: disk 7 is full\n"] if own else [])
+    warned = [line["message"] for line in said if line["level"] == "warning"]
+    assert "warns.py:9: LostCallWarning: " in warned[0]
+    assert warned[1:] == ([] if own else ["some.library: disk 7 is full"])
+
+
 @pytest.mark.slow
 def test_the_engine_answers_and_logs_json_by_option(tmp_path: pathlib.Path) -> None:
     (tmp_path / "watched.py").write_text(SOURCE)

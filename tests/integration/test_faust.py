@@ -148,3 +148,18 @@ def test_old_code_that_instances_wait_in_is_loaded_before_the_first_record(site:
     site.until(lambda: log(site).count("loaded: first") == 2)
     site.send(f"{site.application}-w", '{"ref": "go", "value": 1}')
     assert site.read(site.topic("result"), 1) == [(f"{site.application}-w", '["first",1]')]
+
+
+def test_an_application_that_the_kafka_runner_ran_is_refused_by_name(site: Site) -> None:
+    """Its changelog ends with the mark of a transaction, which Faust waits for without end; a reset makes it anew."""
+    engine = site.engine("kafka")
+    site.send("trip-1", 'new:{"timeout": 600000}')
+    refs(site, ["trip-1"])
+    engine.terminate()
+    assert engine.wait(60) == 0
+    said = site.refused("engine", TRIP, "--runner", "faust", "--state-dir", str(site.directory / "faust"))
+    assert f"{site.application}-state-changelog was written in transactions" in said and "kwflow reset first" in said
+    site.run("reset", "--yes")
+    site.engine("faust", TRIP, False, "--runner", "faust")
+    site.send(f"{site.application}-2", 'new:{"timeout": 600000}')
+    refs(site, [f"{site.application}-2"], once=False)

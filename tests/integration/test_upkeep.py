@@ -1,5 +1,6 @@
 """What an operator does to an application that stands still: more partitions, and a reset (K5, K6, K16)."""
 
+import json
 import pathlib
 from collections.abc import Iterator
 
@@ -45,6 +46,7 @@ def test_waiting_workflows_and_their_timers_move_with_their_keys_to_more_partiti
     assert f"{site.topic('resume')} and {changelog} have 5 partitions" in said and "; 0 entries moved" not in said
     assert site.run("topics", "migrate", "--partitions", "5").count("; 0 entries moved") == 2  # once more changes nothing
     assert "only add" in site.refused("topics", "migrate", "--partitions", "3")
+    assert sorted(row["id"] for row in json.loads(site.run("list", "--json"))) == sorted(ids)
     site.engine("two")
     for id in ids:
         for kind in ("car", "hotel", "flight"):
@@ -53,6 +55,17 @@ def test_waiting_workflows_and_their_timers_move_with_their_keys_to_more_partiti
     stopped(site)
     site.environment["KWFLOW_STATE_DIR"] = str(site.directory / "two")
     assert "(0 timers)" in site.fails(1, "reset", typed="n\n"), "each was cancelled where it had moved to"
+
+
+def test_what_has_moved_is_not_taken_for_deleted_because_it_was_where_it_had_been(site: Site) -> None:
+    """An entry is what its own partition says of it; in which order partitions are read is chance."""
+    topic = f"{site.application}-state-changelog"
+    for old, new in ((0, 1), (1, 0)):
+        for partition, value in ((old, "state"), (new, "state"), (old, None)):
+            site.producer.produce(topic, value, f"moved to {new}", partition)
+    site.producer.produce(topic, None, "ended", 0)
+    assert site.producer.flush(20) == 0
+    assert kafka_link.latest(Config(bootstrap_servers=site.broker), topic) == {b"moved to 0": b"state", b"moved to 1": b"state"}
 
 
 def test_a_reset_says_what_it_would_do_and_forgets_every_instance(site: Site) -> None:
