@@ -163,6 +163,7 @@ class Step(Calls):
         if instance.mailbox is not None:
             messages.describe(self, instance.mailbox)
         state = self._state()
+        del self.machine  # it holds this step as its host: the cycle would leave each step to the collector
         return Transition(state, tuple(self.outputs), tuple(self.logs), tuple(self.dispatch), tuple(self.replies), self.outcome or outcome)
 
     def start_main(self, function: Callable[[Any], Any], options: object) -> None:

@@ -30,7 +30,7 @@ from kwflow.runners.budget import Budget, bytes_of
 from kwflow.runners.embedded_state import LOG, NEXT, POSITION, EmbeddedStore, Group, records_of
 from kwflow.runners.instances import Instances
 from kwflow.runners.logs import lines_of
-from kwflow.runners.loop import Overlay
+from kwflow.runners.loop import Overlay, collecting_later
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.timers import TimerProcessor
@@ -196,12 +196,16 @@ class Embedded:
     # -- the engine ------------------------------------------------------------------------------------------------
     def step(self, processors: Sequence[Processor], on_log: Callable[[str], None] = print) -> int:
         """Apply what is there and fire what is due, each processor in one atomic batch; how much was done."""
-        return sum(self._apply(processor, on_log) + self._fire(processor, on_log) for processor in processors)
+        done = 0
+        for processor in processors:
+            with collecting_later():
+                done += self._apply(processor, on_log) + self._fire(processor, on_log)
+        return done
 
     def _apply(self, processor: Processor, on_log: Callable[[str], None]) -> int:
         topic = processor.input_topic
         position = self.position(topic)
-        records = self.read(topic, position, self.limits.batch_records_max) if position < self.end(topic) else []
+        records = self._waiting(topic, position) if position < self.end(topic) else []
         if not records:
             return 0
         store = EmbeddedStore(self.db, processor.changelog_topic)
@@ -223,6 +227,17 @@ class Embedded:
         for line in logs:
             on_log(line)
         return len(made)
+
+    def _waiting(self, topic: str, position: int) -> list[Record]:
+        """As many records as a batch may have, and no more than one past its bytes."""
+        records: list[Record] = []
+        room = self.limits.batch_bytes_max
+        for record in itertools.islice(records_of(self.db, topic, position), self.limits.batch_records_max):
+            records.append(record)
+            room -= len(record.value or b"")
+            if room <= 0:
+                break
+        return records
 
     def _fire(self, processor: Processor, on_log: Callable[[str], None]) -> int:
         """Nothing fires while records wait that may cancel it (K18)."""

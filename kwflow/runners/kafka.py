@@ -36,7 +36,7 @@ from kwflow.runners.kafka_batch import Aborted, Batch, Rejected
 from kwflow.runners.kafka_member import RETRY_S, TRANSACTION_S, Member, again
 from kwflow.runners.kafka_results import Results
 from kwflow.runners.kafka_state import POSITION
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import Overlay, WorkflowProcessor, collecting_later
 from kwflow.runners.owners import Owners
 from kwflow.runners.parked import forward
 from kwflow.runners.private import private
@@ -200,7 +200,8 @@ class KafkaRunner:
         self.stats.turned_s = time.monotonic()
         self._gather()
         try:
-            self._process()
+            with collecting_later():
+                self._process()
             self._reached()
             self.takeover.turn()
             self._fire()
@@ -226,11 +227,11 @@ class KafkaRunner:
 
     def _gather(self) -> None:
         """What is here, of partitions that are ours after the last consume (K2): nobody polls again before the commit."""
-        waiting = sum([len(partition.gathered) for partition in self.owned.values()])
+        waiting = [record for partition in self.owned.values() for record in partition.gathered]
         due = [partition.due_of(self.processor) for partition in self.owned.values() if partition.caught_up]
         wait = min([0.0 if self.takeover.busy or waiting else _IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
         first = self._consumer.poll(wait)
-        room = self.config.batch_records_max - waiting - 1
+        room = self.config.batch_records_max - len(waiting) - 1 if sum([len(record.value or b"") for record in waiting]) < self.config.batch_bytes_max else 0
         messages = [first, *(self._consumer.consume(room, 0) if room > 0 else ())] if first is not None else []
         if self._generation != self.takeover.generation:
             self._generation, self._metadata = self.takeover.generation, self._consumer.consumer_group_metadata()

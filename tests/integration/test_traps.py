@@ -169,6 +169,20 @@ def test_what_was_gathered_and_not_applied_goes_with_its_partition(lab: Lab) -> 
     assert first.counts["started"] + second.counts["started"] == 10 and first.counts["duplicate-start"] == second.counts["duplicate-start"] == 0
 
 
+def test_large_records_are_not_heaped_up_while_steps_are_slow(lab: Lab) -> None:
+    """Each turn brings one more at most where those that wait have the bytes of a batch."""
+    lab.clock = Hurried()
+    runner = lab.engine("one", batch_bytes_max=300_000)
+    turn(runner, lambda: runner.owned)
+    for number in range(12):
+        lab.send("resume", f"id-{number}", "new:" + json.dumps("x" * 200_000))
+    turn(runner, lambda: len(runner.owned[0].gathered) > 1)
+    while len(waiting := list(runner.owned[0].gathered)) > 1:
+        runner.turn()
+        assert len(runner.owned[0].gathered) <= len(waiting)
+    turn(runner, lambda: runner.counts["started"] == 12)
+
+
 def test_a_batch_is_split_over_transactions_by_its_bytes_and_nothing_is_left_out(lab: Lab) -> None:
     """Twenty instances whose states turn out larger than a transaction may be; each is stepped once."""
     for number in range(20):

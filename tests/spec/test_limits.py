@@ -296,6 +296,19 @@ def test_the_embedded_engine_commits_what_fits_and_goes_on_with_the_rest(tmp_pat
         held.close()
 
 
+def test_the_embedded_engine_reads_no_more_than_a_batch_may_have(tmp_path: pathlib.Path) -> None:
+    """Thousands of large records are not in memory at once, whatever becomes of them: these are of unknown ids."""
+    config = Config(batch_bytes_max=250_000)
+    held = Embedded(tmp_path, config, sync=False)
+    try:
+        processors = [WorkflowProcessor(config, Workflows({}), frozenset(), held.incarnation)]
+        for n in range(7):
+            held.append(config.resume_topic, b"i%d" % n, b'{"value":"%s"}' % bytes([97] * 100_000))
+        assert [held.step(processors) for _ in range(4)] == [3, 3, 1, 0]
+    finally:
+        held.close()
+
+
 def test_all_stores_of_a_process_share_one_cache_and_one_write_buffer_manager(tmp_path: pathlib.Path) -> None:
     """Eight stores hold less in memory than half of what was written to them; on their own they would hold all of it."""
     limit = 4 * 1024 * 1024
