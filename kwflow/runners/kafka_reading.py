@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
 from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.runners import topics
-from kwflow.runners.environment import Environment
+from kwflow.runners.environment import Consumer, Environment
 from kwflow.runners.kafka_member import END_WAIT_MS
 
-__all__ = ["read_to"]
+__all__ = ["gather", "read_to"]
 
 _STILL_S = 40  # with nothing new: what lies behind somebody's open transaction becomes visible when that ends, after 15 s at the latest if it is ours (K1)
+
+
+def gather(consumer: Consumer, most: int, seconds: float) -> list[Message]:
+    """What is here, after waiting so long for the first: `consume` waits for all of it, or for the whole time."""
+    first = consumer.poll(seconds)
+    return [first, *consumer.consume(most - 1, 0)] if first is not None else []
 
 
 def read_to(environment: Environment, config: Config, topic: str, ends: Mapping[int, int], starts: Mapping[int, int]) -> Iterator[Record]:
@@ -33,7 +39,7 @@ def read_to(environment: Environment, config: Config, topic: str, ends: Mapping[
         consumer.assign([TopicPartition(topic, number, starts.get(number, 0)) for number in sorted(left)])
         give_up = environment.monotonic() + _STILL_S
         while left:
-            for message in consumer.consume(1000, 0.2):
+            for message in gather(consumer, 1000, 0.2):
                 number, reached, error = message.partition() or 0, message.offset() or 0, message.error()
                 if error is None:
                     yield topics.record_of(message)

@@ -22,6 +22,7 @@ from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.ports import Clock, Processor
 from kwflow.runners.environment import Consumer, Environment
+from kwflow.runners.kafka_reading import gather
 from kwflow.runners.topics import transient
 
 __all__ = ["MOVED", "POSITION", "Partition", "PartitionStore", "Restore", "agreed"]
@@ -161,7 +162,7 @@ class Restore:
             return True
         changes: dict[bytes, bytes | None] = {}
         last = None
-        for message in self._consumer.consume(_SLICE_RECORDS, seconds):
+        for message in gather(self._consumer, _SLICE_RECORDS, seconds):
             error = message.error()
             if error is None:
                 changes[message.key() or b""] = message.value()

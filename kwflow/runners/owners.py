@@ -14,6 +14,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from kwflow.runners.attempts import Suspects
 from kwflow.runners.environment import Consumer, Producer
 from kwflow.runners.kafka_member import END_WAIT_MS, TRANSACTION_S, Member
+from kwflow.runners.kafka_reading import gather
 from kwflow.runners.topics import transient
 
 __all__ = ["Attempt", "Owner", "Owners", "owner_key"]
@@ -84,7 +85,7 @@ class Owners:
 
     def _take(self, consumer: Consumer, latest: dict[bytes, bytes]) -> bool:
         """Whether the end is reached.  Raises KafkaException."""
-        for message in consumer.consume(1000, 0.05):
+        for message in gather(consumer, 1000, 0.05):
             error = message.error()
             if error is None:
                 latest[message.key() or b""] = message.value() or b""
@@ -140,7 +141,8 @@ class Owners:
 
     def _write(self, key: bytes, value: bytes | None) -> None:
         if self._made is None:
-            self._made = self._member.environment.producer(self._member.settings(enable_idempotence=True, linger_ms=0, message_timeout_ms=int(_TIMEOUT_S * 1000)))
+            # not idempotent: that waits half a second for a producer id; one request at a time keeps the order, and an entry may be there twice
+            self._made = self._member.environment.producer(self._member.settings(linger_ms=0, max_in_flight=1, message_timeout_ms=int(_TIMEOUT_S * 1000)))
         try:
             self._made.produce(self._topic, value, key, on_delivery=self._delivered)
         except (BufferError, KafkaException) as error:

@@ -6,6 +6,8 @@ with the records of a partition that is owned.
 
 from __future__ import annotations
 
+import contextlib
+
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaException, TopicPartition
 
 from kwflow.errors import TransportError
@@ -24,8 +26,9 @@ from kwflow.runners.standby import Cleanup, Copies, Standby
 __all__ = ["Takeover"]
 
 _SLICE_S = 0.1  # K5: a restore never keeps the running partitions waiting for longer
+_ANSWER_S = 0.05  # for an offset, if it is decided; who asks again hears of it earlier than who waits
 _PATIENCE_S = 1.0
-_STUCK_S = 0.25
+_STUCK_S = 0.1
 
 
 class Takeover:
@@ -195,7 +198,7 @@ class Takeover:
 
     def _begin_restore(self, number: int) -> None:
         """First what the group has committed, then the changelog's end: the other order could miss the last transaction."""
-        committed = self._committed(number, min(max(self._waited_s(number), _SLICE_S), _PATIENCE_S))
+        committed = self._committed(number, max(_SLICE_S / len(self.assigned), _ANSWER_S) if self._waited_s(number) < _PATIENCE_S else _PATIENCE_S)
         if committed is None:
             if self._is_stuck(number):
                 self._fence_former(number)
@@ -252,8 +255,15 @@ class Takeover:
         self._owners.announce(number)
         self.owned[number] = Partition(number, store, position, end, careful)
         self.seek(number, position)
-        self.consumer.resume([TopicPartition(self._topic, number)])
+        self._resume(number)
         member.on_log(f"{member.group}: owns {where} from {position}")
+
+    def _resume(self, number: int) -> None:
+        """Fetched at once: librdkafka's thread of that broker, if it has nothing else to do, looks a second later; any request to it wakes it."""
+        where = TopicPartition(self._topic, number)
+        self.consumer.resume([where])
+        with contextlib.suppress(KafkaException):
+            self.consumer.get_watermark_offsets(where, timeout=_SLICE_S, cached=False)
 
     def seek(self, number: int, offset: int) -> None:
         """Read on from there; again while librdkafka says that it is not ready."""

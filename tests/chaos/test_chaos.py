@@ -267,7 +267,9 @@ def _killed_inside_a_transaction(site: Site, name: str, partitions: set[int]) ->
     """Stop it at some moment; if its offsets are undecided then, kill it.  When it was stopped."""
     reader = Consumer({"bootstrap.servers": site.broker.bootstrap, "group.id": "workflow-engine", "log_level": 0})
     owned = [TopicPartition("workflow-resume", number) for number in partitions]
-    reader.committed(owned, timeout=10)  # it is connected now
+    deadline = time.monotonic() + 60
+    while _undecided(reader, owned, 1):  # it has to be connected; and a busy engine is nearly always inside one
+        assert time.monotonic() < deadline, "its offsets were never decided"
     try:
         for _ in range(500):
             process, stopped = site.processes[name], time.monotonic()

@@ -266,7 +266,7 @@ PLANTED = [
     Planted("K3", "a batch that was aborted is not read again from its first record", ABORTS, SeeksBehindTheBatchAfterAnAbort),
     Planted("K4", "an unknown outcome is taken for a failure, and the producer made anew in place", Faults(lost=0.1), BeginsAnewAfterATimeout),
     Planted("K5", "restored up to the last stable offset only", SLOW_MARKERS, patch=_restored_to_the_stable_offset_only, world=Crowd, first=4),
-    Planted("K5", "the changelog's end is asked for before the group's offset", ZOMBIES_JUST_IN_TIME, patch=_asks_for_the_end_first, world=Crowd, first=15),
+    Planted("K5", "the changelog's end is asked for before the group's offset", ZOMBIES_JUST_IN_TIME, patch=_asks_for_the_end_first, world=Crowd, first=97),
     Planted("K6", "another partitioner", Faults(), patch=_other_partitioner),
     Planted("K6", "a record on the wrong partition is applied there", Faults(), patch=_local_forwarding),
     Planted("K7", "what was revoked is still owned", REBALANCES, patch=_owns_what_was_revoked, world=Crowd, first=5),
@@ -293,7 +293,7 @@ SHARED = [
     Planted("G10", "an instance goes on in changed code", patch=lambda: mock.patch.object(versions, "changed_units", lambda *_: [])),
     Planted("G10", "sources are not stored", patch=lambda: mock.patch.object(code, "offer", lambda *_: [])),
     Planted("M1", "a command that is repeated is done again", patch=lambda: mock.patch.object(messages, "applied_before", lambda *_: None), first=1),
-    Planted("M3", "a signal that a race did not take is lost", patch=lambda: mock.patch.object(instance, "give_back", lambda *_: []), first=15),
+    Planted("M3", "a signal that a race did not take is lost", patch=lambda: mock.patch.object(instance, "give_back", lambda *_: []), first=107),
     Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None), first=1),
     Planted("schedules", "runs overlap although they must not", world=Impatient, patch=_active_runs_are_forgotten),
 ]

@@ -15,6 +15,7 @@ from confluent_kafka.admin import ConfigResource, NewTopic, OffsetSpec, Resource
 
 from kwflow.core.murmur2 import partition_of
 from kwflow.runners.environment import LIVE, Environment
+from kwflow.runners.kafka_member import again
 from kwflow.testing.kafka import Broker, Host, SimulatedEnvironment
 
 
@@ -324,7 +325,7 @@ def test_a_record_refused_before_the_rest_was_produced_is_reported_by_the_abort(
         return False
 
     port.until(broken)
-    producer.abort_transaction(20)
+    again(port.environment, lambda: producer.abort_transaction(20))
     assert KafkaError.MSG_SIZE_TOO_LARGE in failures
 
 
