@@ -13,6 +13,7 @@ from typing import Any
 
 from kwflow.core import snapshot
 from kwflow.testing.kafka.log import Entry, Place, Transaction
+from tests.simulation import predicted
 from tests.simulation.activities import ATTEMPTS_MAX
 from tests.simulation.ledger import Ledger
 from tests.simulation.releases import NAME, Release
@@ -32,6 +33,7 @@ def check(world: World, ledger: Ledger) -> None:
     for id in world.clients.special.schedules:
         _schedule(log, id)
     _calls(world, log)
+    predicted.check(predicted.Log(world, log.records, log.place, log.dead))
 
 
 class _Log:

@@ -11,7 +11,7 @@ from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 
 from kwflow import schedules
 from kwflow.activities import Retry
-from kwflow.core import instance, messages, wire
+from kwflow.core import children, instance, messages, step, wire
 from kwflow.core.wire import Record
 from kwflow.durable import versions
 from kwflow.runners import code, kafka, topics
@@ -255,6 +255,23 @@ def _active_runs_are_forgotten() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(schedules, "due", lambda state, now_ms: due({**state, "active": {}}, now_ms))
 
 
+def _last_loser_first() -> contextlib.AbstractContextManager[Any]:
+    leave = instance.Machine._leave
+    return mock.patch.object(instance.Machine, "_leave", lambda machine, combinator: leave(machine, combinator)[::-1])
+
+
+def _nobody_is_told_of_the_end() -> contextlib.AbstractContextManager[Any]:
+    def close(machine: instance.Machine) -> None:
+        machine.instance.status = instance.CLOSING
+
+    return mock.patch.object(instance.Machine, "close", close)
+
+
+def _failures_are_cancellations() -> contextlib.AbstractContextManager[Any]:
+    answer = children.answer
+    return mock.patch.object(children, "answer", lambda parent, id, outcome, *more: answer(parent, id, "cancelled" if outcome == "error" else outcome, *more))
+
+
 def _no_attempts() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(Attempts, "another", lambda _, number, records: (records, None))
 
@@ -294,6 +311,11 @@ SHARED = [
     Planted("G10", "sources are not stored", patch=lambda: mock.patch.object(code, "offer", lambda *_: [])),
     Planted("M1", "a command that is repeated is done again", patch=lambda: mock.patch.object(messages, "applied_before", lambda *_: None), first=1),
     Planted("M3", "a signal that a race did not take is lost", patch=lambda: mock.patch.object(instance, "give_back", lambda *_: []), first=107),
+    Planted("semantics 1.5", "losers are cancelled in the wrong order", patch=_last_loser_first),
+    Planted("semantics 1.5", "wait_rest waits for nobody", patch=lambda: mock.patch.object(instance.Machine, "_joins", lambda *_: False), first=31),
+    Planted("semantics 1.8", "a timer that is left is not cancelled", patch=lambda: mock.patch.dict(step._TELL, {"timer": lambda *_: None})),
+    Planted("semantics 2.4", "what goes on when main has ended is not cancelled", patch=_nobody_is_told_of_the_end, first=5),
+    Planted("M5", "a parent is told that its child was cancelled when it failed", patch=_failures_are_cancellations),
     Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None), first=1),
     Planted("schedules", "runs overlap although they must not", world=Impatient, patch=_active_runs_are_forgotten),
 ]

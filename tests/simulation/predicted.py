@@ -1,0 +1,161 @@
+"""Every output of an instance, in order, as its workflow's source says (native.py): what was written must be that and nothing else.
+
+An instance that was parked goes on with what it held, in order, as if nothing had been; only who waited for a reply hears of it.
+Left out is what depends on more than an instance's records: states that cannot be saved or are too large, outputs that the
+broker refuses, records that kill; instances of which something was discarded, or that were terminated or paused while they were parked;
+schedules, which are kwflow's own code.
+"""
+
+import collections
+import json
+import re
+from typing import Any
+
+from kwflow.testing.kafka.log import Entry
+from tests.simulation import native
+from tests.simulation.world import Failed, World
+
+OWN = ("sim-ask", "sim-said", "result", "error")
+
+
+class Log:
+    """The visible records of a run, by what they are of."""
+
+    def __init__(self, world: World, entries: dict[tuple[str, str], list[Entry]], places: dict[Entry, tuple[str, int]], dead: set[tuple[int, int]]) -> None:
+        """`dead`: records of the resume topic that were dead-lettered alone."""
+        self.world = world
+        self.names = {world.config.result_topic: "result", world.config.error_topic: "error", world.config.resume_topic: "resume", world.config.scheduler_topic: "scheduler"}
+        self.inputs: dict[str, list[Entry]] = collections.defaultdict(list)
+        self.outputs: dict[str, list[native.Said]] = collections.defaultdict(list)  # id -> what it has written, in order for each topic and key
+        self.replies: dict[str, list[tuple[str, Any]]] = collections.defaultdict(list)
+        self.fired: collections.Counter[str] = collections.Counter()  # timer's key -> how often
+        self.parked: set[str] = set()
+        self.disturbed: set[str] = set()
+        forwarded = {headers["sim-sent"] for mine in entries.values() for entry in mine if "kwflow-forwarded" in (headers := dict(entry.headers))}
+        started = [(key, dict(entry.headers)) for (topic, key), mine in entries.items() if topic == world.config.resume_topic for entry in mine]
+        self.children = {headers["kwflow-parent"]: key for key, headers in started if "kwflow-parent" in headers}
+        for (topic, key), mine in entries.items():
+            for entry in mine:
+                headers = dict(entry.headers)
+                if topic == world.config.resume_topic:
+                    sent_on = entry.transaction is None and headers.get("sim-sent") in forwarded
+                    if not sent_on and (places[entry][1], entry.offset) not in dead:
+                        self.inputs[key].append(entry)
+                if topic == world.config.dead_letter_topic:
+                    reason = headers["kwflow-error-reason"]
+                    if reason == b"parked":
+                        self.parked.add(key)
+                    elif reason == b"hold-full" or (reason == b"refused" and headers.get("kwflow-op") != b"update"):
+                        self.disturbed.add(key)
+                elif topic == world.config.reply_topic:
+                    told = json.loads(entry.value or b"")
+                    self.replies[told["request"]].append((told["status"], told["value"]))
+                elif entry.transaction is not None and "kwflow-forwarded" not in headers:
+                    self._output(topic, key, entry, headers)
+
+    def _output(self, topic: str, key: str, entry: Entry, headers: dict[str, bytes | None]) -> None:
+        """To whoever wrote it."""
+        name = self.names.get(topic, topic)
+        if name not in (*OWN, "resume", "scheduler"):
+            return
+        text = (entry.value or b"").decode()
+        run = (headers.get("kwflow-parent") or headers.get("kwflow-start-id") or b"").decode()
+        if name in OWN:
+            self.outputs[key].append((name, key, json.loads(text) if name in ("result", "error") else text))
+        elif name == "scheduler":
+            self.outputs[key.partition("|")[0]].append((name, key, text))
+        elif name == "resume" and text.startswith("new:") and "kwflow-parent" in headers:
+            self.outputs[run.partition("|")[0]].append((name, key, {"new": json.loads(text[4:]), "parent": run}))
+        elif name == "resume" and headers.get("kwflow-op") in (b"cancel", b"terminate"):
+            self.outputs[run.partition("|")[0]].append((name, key, {"op": (headers["kwflow-op"] or b"").decode(), "start": run}))
+        elif name == "resume" and entry.transaction is not None and entry.transaction.producer.startswith("sim-scheduler-"):
+            self.fired[f"{key}|{text}"] += 1
+        elif name == "resume" and "kwflow-op" not in headers:
+            value = json.loads(text) if text[:1] == "{" else {}
+            self.outputs[self.children.get(f"{key}|{value.get('ref')}".encode(), key)].append((name, key, value))  # a child's end; else nobody's but a discard's
+
+    def record(self, entry: Entry) -> native.Record:
+        headers = {name: (value or b"").decode() for name, value in entry.headers}
+        text = (entry.value or b"").decode()
+        waits = headers.get("kwflow-request") if int(headers.get("kwflow-reply-to", "0/").partition("/")[0]) < self.world.partitions else None
+        return {
+            "offset": entry.offset, "at": entry.timestamp_ms, "value": {"new": json.loads(text[4:])} if text.startswith("new:") else json.loads(text), "op": headers.get("kwflow-op"),
+            "id": headers.get("kwflow-id"), "start": headers.get("kwflow-start-id"), "request": waits, "parent": headers.get("kwflow-parent"),
+        }  # fmt: skip
+
+
+def check(log: Log) -> None:
+    """Raises Failed naming the first instance whose outputs are not as they must be."""
+    happened = log.world.happened
+    unheard = log.outputs.keys() - log.inputs.keys()
+    if unheard:
+        raise Failed(f"outputs of instances that nobody has sent anything: {sorted(unheard)}")
+    for id, entries in log.inputs.items():
+        schedule = any(dict(entry.headers).get("kwflow-workflow") not in (None, b"main") for entry in entries)
+        instance = native.Instance(id)
+        ops = {dict(entry.headers).get("kwflow-op") for entry in entries}
+        known = not schedule and id not in log.disturbed and not (id in log.parked and ops & {b"discard", b"pause", b"terminate"})
+        try:
+            for entry in entries if known else ():
+                instance.apply(log.record(entry))
+        except native.Unpredicted:
+            known = False
+        finally:
+            instance.close()
+        happened["outputs predicted" if known else "outputs not predicted"] += len(log.outputs[id])
+        if known:
+            _same(log, id, instance)
+            records = [log.record(entry) for entry in entries]
+            at_once = ("pause", "query", "unpause") if id in log.parked else ()  # they pass by what is held
+            _same_replies(log, id, instance, [record["request"] for record in records if record["request"] and record["op"] not in at_once])
+            _fired(log, instance)
+
+
+def _same(log: Log, id: str, instance: native.Instance) -> None:
+    wanted, found = (_by_key(outputs) for outputs in (instance.said, log.outputs[id]))
+    for place in sorted({*wanted, *found}):
+        if not _equal(place[0], wanted.get(place, []), found.get(place, [])):
+            raise Failed(f"{id} has written to {place}:\n  {found.get(place)}\nand its source says\n  {wanted.get(place)}")
+
+
+def _same_replies(log: Log, id: str, instance: native.Instance, requests: list[str]) -> None:
+    for request in requests:
+        seen, replies = log.replies.get(request, []), instance.replies.get(request, [])
+        if len(seen) != len(replies) or not all(_answers(one, wanted, id in log.parked) for one, wanted in zip(seen, replies, strict=True)):
+            raise Failed(f"{id} has answered {request} with {seen}, and its source says {replies}")
+
+
+def _answers(seen: tuple[str, Any], wanted: tuple[str, Any], parked: bool) -> bool:
+    """`...` stands for any value; whoever waits for an instance that is parked hears so at once, and nothing more."""
+    return (parked and seen == ("held", None)) or (seen[0] == wanted[0] and wanted[1] in (..., seen[1]))
+
+
+def _fired(log: Log, instance: native.Instance) -> None:
+    """A timer fires once unless it is cancelled, and then not twice either: at the end of a run nothing is due any more."""
+    for (topic, key), values in _by_key(instance.said).items():
+        if topic == "scheduler" and not (log.fired[key] == 1 if "0" not in values else log.fired[key] <= 1):
+            raise Failed(f"the timer {key} with {values} fired {log.fired[key]} times")
+
+
+def _by_key(outputs: list[native.Said]) -> dict[tuple[str, str], list[Any]]:
+    found: dict[tuple[str, str], list[Any]] = collections.defaultdict(list)
+    for topic, key, value in outputs:
+        found[topic, key].append(_of_any_release(value))
+    return found
+
+
+def _of_any_release(value: Any) -> Any:
+    """Without what says which code it was: meaning.py looks at that."""
+    if isinstance(value, dict):
+        return {name: _of_any_release(one) for name, one in value.items() if name not in ("began", "ended", "helper")}
+    if isinstance(value, list):
+        return [_of_any_release(one) for one in value]
+    return re.sub(r", 'began': 'main \d+', 'ended': 'main \d+', 'helper': \d+", "", value) if isinstance(value, str) else value
+
+
+def _equal(topic: str, wanted: list[Any], found: list[Any]) -> bool:
+    """Of an error only the first word counts where its text is the product's own."""
+    if topic != "error":
+        return wanted == found
+    first_words = [[one.split(":")[0] if isinstance(one, str) else one for one in values] for values in (wanted, found)]
+    return first_words[0] == first_words[1]
