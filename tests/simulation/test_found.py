@@ -111,11 +111,11 @@ class Lab:
         self.disks: dict[str, Disk] = {}
         self.hosts: dict[str, Losing] = {}
 
-    def config(self, name: str) -> Config:
-        return Config(application_id="found", state_dir=self.directory / name, instance_id=name)
+    def config(self, name: str, **limits: int) -> Config:
+        return Config(application_id="found", state_dir=self.directory / name, instance_id=name, **limits)
 
-    def engine(self, name: str, environment: type[SimulatedEnvironment] = SimulatedEnvironment) -> KafkaRunner:
-        config = self.config(name)
+    def engine(self, name: str, environment: type[SimulatedEnvironment] = SimulatedEnvironment, **limits: int) -> KafkaRunner:
+        config = self.config(name, **limits)
         functions = {function: getattr(self.module, function) for function in ("main", "large", "late", "handled", "stopped")}
         return self._made(name, config, "found", lambda incarnation: WorkflowProcessor(config, Workflows(functions, "main"), frozenset({"found-out"}), incarnation), environment)
 

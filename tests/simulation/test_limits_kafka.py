@@ -1,0 +1,44 @@
+"""What one transaction of the Kafka runner holds, one below each limit, at it and one past it; the rest of what was gathered is the next one's."""
+
+import json
+import pathlib
+
+import pytest
+
+from kwflow.runners.kafka_state import POSITION
+from tests.simulation.test_found import Lab, turn
+
+
+def transactions(directory: pathlib.Path, records: int, **limits: int) -> tuple[list[int], int]:
+    """How many records each transaction of a backlog took, and the bytes of all states."""
+    lab = Lab(directory)
+    for number in range(records):
+        lab.send("workflow-resume", f"w{number}", "new:{}")
+    lab.producer.flush()
+    engine = lab.engine("one", **limits)
+    [changelog] = lab.broker.topics["found-state-changelog"].partitions
+
+    def ends() -> list[int]:
+        return [json.loads(entry.value or b"")["next"] for entry in changelog.committed() if entry.key == POSITION]
+
+    turn(engine, lambda: records in ends())
+    assert engine.counts["started"] == records
+    states = sum(len(entry.key or b"") + len(entry.value or b"") for entry in changelog.committed() if not (entry.key or b"").startswith(b"\0"))
+    return [end - before for before, end in zip([0, *ends()], ends(), strict=False)], states
+
+
+@pytest.mark.parametrize(("over", "sizes"), [(-1, [6]), (0, [7]), (1, [7, 1])])
+def test_a_transaction_has_at_most_batch_records_max_records(tmp_path: pathlib.Path, over: int, sizes: list[int]) -> None:
+    assert transactions(tmp_path, 7 + over, batch_records_max=7)[0] == sizes
+
+
+def test_a_long_backlog_is_as_many_full_transactions_as_it_needs(tmp_path: pathlib.Path) -> None:
+    """What was gathered and did not fit counts with what is gathered next."""
+    assert transactions(tmp_path, 24, batch_records_max=5)[0] == [5, 5, 5, 5, 4]
+
+
+@pytest.mark.parametrize(("over", "sizes"), [(-1, [2]), (0, [2]), (1, [1, 1])])
+def test_a_transaction_has_at_most_batch_bytes_max_bytes(tmp_path: pathlib.Path, over: int, sizes: list[int]) -> None:
+    """Known once the states are saved; nothing was produced yet."""
+    _, states = transactions(tmp_path / "measured", 2)
+    assert transactions(tmp_path / "limited", 2, batch_bytes_max=states - over)[0] == sizes
