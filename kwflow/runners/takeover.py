@@ -83,6 +83,8 @@ class Takeover:
         give_up = self.member.environment.monotonic() + TRANSACTION_S
         while (self.owned or self.busy) and self.member.environment.monotonic() < give_up:
             self.consumer.poll(0.1)
+        if self.owned or self.busy:  # what was polled of these would be passed over
+            raise TransportError(f"{self.member.group}: its partitions were not revoked within {TRANSACTION_S} s of leaving the group")
         self._subscribe(self.consumer)
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
