@@ -103,7 +103,7 @@ def test_ten_thousand_activities_that_wait_in_one_engine_keep_its_memory_flat(sh
     engine = shell.engine(MODULE)
 
     def waiting() -> int:
-        return sum(entry.startswith(b"one ") for entry in (line.split("│")[2].strip().encode() + b" " for line in shell("list").splitlines() if line.startswith("│")))
+        return sum(row["workflow"] == "one" for row in json.loads(shell("list", "--json")))
 
     def spread(id: str, count: int) -> None:
         submit(shell.directory, "workflow-resume", id.encode(), b"new:%d" % count, (("kwflow-workflow", b"spread"),))
