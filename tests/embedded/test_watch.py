@@ -93,6 +93,7 @@ def test_metrics_say_what_became_of_records_timers_snapshots_and_the_cache(place
         assert value(text, "kwflow_dead_letters_total") == 2  # the record that was no JSON, and what tells of the parked one
         assert value(text, "kwflow_timers_waiting") == 2  # b's was cancelled by its race; the parked a keeps its own
         assert value(text, 'kwflow_instance_cache_total{result="hit"}') == 3
+        assert value(text, "kwflow_instances_live") == 2  # b and c; what is parked is not kept
         assert value(text, "kwflow_snapshot_bytes_count") == 4  # three starts and one resume; the parked one was not saved
         assert value(text, 'kwflow_lag_records{partition="0",topic="workflow-resume"}') == 0
         assert value(text, 'kwflow_commit_seconds_bucket{le="+Inf"}') >= 2

@@ -92,6 +92,7 @@ def test_two_processes_share_the_partitions_a_killed_one_comes_back_and_sigterm_
     assert victim not in many.children(supervisor) and len(many.children(supervisor)) == 2
     # the killed one's commit may still be counted by nobody: its process is new
     assert sum(many.metric(number, 'kwflow_records_total{outcome="started"}') for number in (0, 1)) >= 10
+    assert all(many.metric(number, "kwflow_commit_seconds_count") > 0 for number in (0, 1) if many.metric(number, 'kwflow_records_total{outcome="started"}'))
     until(lambda: sum(many.metric(number, "kwflow_lag_records") for number in (0, 1)) == 0, many.log)
     supervisor.send_signal(signal.SIGTERM)
     assert supervisor.wait(60) == 0

@@ -37,6 +37,11 @@ def test_waiting_workflows_and_their_timers_move_with_their_keys_to_more_partiti
     asked = refs(site, ids)
     assert "still runs" in site.refused("topics", "migrate", "--partitions", "5")
     stopped(site)
+    site.send("late", "new:null")
+    assert f"1 records of {site.topic('resume')} are not applied yet" in site.refused("topics", "migrate", "--partitions", "5")
+    site.engine("one")
+    site.until(lambda: "late" in site.run("tail", site.topic("error")))
+    stopped(site)
     changelog = f"{site.application}-state-changelog"
     site.producer.produce(changelog, EXPIRES + b"9" * 20, FORGOTTEN, 0)  # what moves there may have to be forgotten sooner
     assert site.producer.flush(20) == 0
@@ -79,7 +84,9 @@ def test_a_reset_says_what_it_would_do_and_forgets_every_instance(site: Site) ->
     refused = site.fails(1, "reset", typed="n\n")
     assert "state-changelog (3 instances)" in refused and "timers-changelog (3 timers)" in refused and "records that are there are skipped" in refused
     assert ids[0] in site.run("list")
+    assert (local := site.directory / "one" / site.application).is_dir() and f"delete the local state in {local}" in refused
     site.run("reset", "--yes")
+    assert not local.exists()
     assert ids[0] not in site.run("list")
     site.engine("one")
     site.send(ids[0], 'new:{"timeout": 86400000}')
