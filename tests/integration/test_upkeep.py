@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from kwflow.config import Config
+from kwflow.core import timers
 from kwflow.runners import kafka_link
 from kwflow.runners.ended import EXPIRES, FORGOTTEN
 from tests.integration.site import Site, answer, refs
@@ -57,6 +58,8 @@ def test_waiting_workflows_and_their_timers_move_with_their_keys_to_more_partiti
         for kind in ("car", "hotel", "flight"):
             answer(site, id, asked[id][kind])
     assert sorted(id for id, _ in site.read(site.topic("result"), len(ids))) == sorted(ids)
+    config = Config(bootstrap_servers=site.broker)
+    site.until(lambda: not any(key.startswith(timers.DUE) for key in kafka_link.latest(config, f"{site.application}-timers-changelog")))  # the scheduler follows the engine
     stopped(site)
     site.environment["KWFLOW_STATE_DIR"] = str(site.directory / "two")
     assert "(0 timers)" in site.fails(1, "reset", typed="n\n"), "each was cancelled where it had moved to"
