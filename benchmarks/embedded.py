@@ -14,7 +14,7 @@ from kwflow.core.wire import Output, Record
 from kwflow.durable import set_abandoning
 from kwflow.runners import rocks
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.loop import Overlay
+from kwflow.runners.loop import Overlay, collecting_later
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
 
@@ -56,7 +56,8 @@ def core(per: int) -> float:
         offset += per
         overlay = Overlay(store)
         begun = time.thread_time()
-        made.decide(overlay, records, 1000)
+        with collecting_later():
+            made.decide(overlay, records, 1000)
         if turn > 1:
             spent += time.thread_time() - begun
             steps += per

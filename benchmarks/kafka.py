@@ -139,7 +139,7 @@ def measure(directory: pathlib.Path) -> None:
             print("Kafka was not measured: it needs KWFLOW_TEST_BOOTSTRAP=host:port, or Java 17 and Maven")
             return
         lab = Lab(bootstrap, directory / "lab")
-        best: dict[str, float] = {"engine": 0.0, "two": 0.0, "bare": 0.0, "cpu": 1e9, "bare cpu": 1e9}
+        best: dict[str, float] = {"engine": 0.0, "bare": 0.0, "cpu": 1e9, "bare cpu": 1e9}
         idle: dict[str, list[float]] = {"engine": [], "bare": []}
         lab.send(INSTANCES, b"new:{}")
         for _ in range(2):  # in turns, so that both meet the same machine
@@ -153,14 +153,7 @@ def measure(directory: pathlib.Path) -> None:
                     settle(reader)
                     idle[name] += trips(lab, reader)
                 reader.consumer.close()
-            lab.send(STEPS)
-            reader = Reader(bootstrap, OUT)
-            with lab.engine("--processes", "2") as process:
-                best["two"] = max(best["two"], drained(process, reader)[0])
-                settle(reader)
-            reader.consumer.close()
         figure("Kafka steps/s", best["engine"])
-        figure("Kafka, --processes 2", best["two"])
         figure("bare Kafka loop steps/s", best["bare"])
         figure("Kafka / bare", best["engine"] / best["bare"], ">= 0.5")
         figure("Kafka engine, us of CPU a step", best["cpu"], "<= 60")

@@ -34,6 +34,7 @@ from kwflow.runners.environment import LIVE, Environment, Producer
 from kwflow.runners.instances import Instances
 from kwflow.runners.kafka_batch import Aborted, Batch, Rejected
 from kwflow.runners.kafka_member import RETRY_S, TRANSACTION_S, Member, again
+from kwflow.runners.kafka_reading import gather
 from kwflow.runners.kafka_results import Results
 from kwflow.runners.kafka_state import POSITION
 from kwflow.runners.loop import Overlay, WorkflowProcessor, collecting_later
@@ -230,9 +231,8 @@ class KafkaRunner:
         waiting = [record for partition in self.owned.values() for record in partition.gathered]
         due = [partition.due_of(self.processor) for partition in self.owned.values() if partition.caught_up]
         wait = min([0.0 if self.takeover.busy or waiting else _IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
-        first = self._consumer.poll(wait)
-        room = self.config.batch_records_max - len(waiting) - 1 if sum([len(record.value or b"") for record in waiting]) < self.config.batch_bytes_max else 0
-        messages = [first, *(self._consumer.consume(room, 0) if room > 0 else ())] if first is not None else []
+        room = self.config.batch_records_max - len(waiting) if sum([len(record.value or b"") for record in waiting]) < self.config.batch_bytes_max else 1
+        messages = gather(self._consumer, room, wait)
         if self._generation != self.takeover.generation:
             self._generation, self._metadata = self.takeover.generation, self._consumer.consumer_group_metadata()
         for message in messages:

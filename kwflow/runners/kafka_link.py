@@ -28,7 +28,7 @@ from kwflow.runners import topics
 from kwflow.runners.broker_errors import BrokerErrors
 from kwflow.runners.environment import LIVE, made
 from kwflow.runners.kafka_member import LATEST, offsets
-from kwflow.runners.kafka_reading import read_to
+from kwflow.runners.kafka_reading import gather, read_to
 from kwflow.runners.topics import client_config, record_of, transient
 
 __all__ = ["KafkaLink", "ends_in_a_transaction", "latest", "read", "send", "state_of"]
@@ -51,10 +51,9 @@ class KafkaLink:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kwflow-client", daemon=True)
         self._ends = [topic for topic in (config.result_topic, config.error_topic) if topic]
-        self._errors = BrokerErrors()
         try:
             settings: dict[str, Any] = {"group_id": f"{config.application_id}-client", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "error"}
-            self._consumer = made(Consumer, client_config(config, **settings, fetch_queue_backoff_ms=10) | {"error_cb": self._errors})
+            self._consumer = made(Consumer, client_config(config, **settings, fetch_queue_backoff_ms=10))
             self._producer = made(Producer, client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000, linger_ms=0))
             self._partitions = self._count_partitions()
             self._reply_partition = zlib.crc32(self.process.encode()) % self._partitions[config.reply_topic]
@@ -63,16 +62,12 @@ class KafkaLink:
             raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
 
     def _count_partitions(self) -> dict[str, int]:
-        try:
-            there = self._consumer.list_topics(timeout=self.config.client_connect_s).topics
-        except KafkaException as error:
-            self._consumer.poll(0)
-            raise TransportError(f"no broker at {self.config.bootstrap_servers}: {self._errors.because(error.args[0])}") from None
+        there = topics.partitions_of(topics.admin(self.config), self.config)
         needed = [self.config.resume_topic, self.config.reply_topic, *self._ends]
         missing = [topic for topic in needed if topic not in there]
         if missing:
             raise TransportError(f"{self.config.bootstrap_servers} has no topic {', '.join(missing)}; kwflow topics create makes what is missing", retryable=False)
-        return {topic: len(there[topic].partitions) for topic in needed}
+        return {topic: there[topic] for topic in needed}
 
     def _assign(self, topic: str, number: int) -> None:
         """From the end of now on: what read_committed readers see, so that an outcome of an open transaction is not passed over."""
@@ -144,8 +139,7 @@ class KafkaLink:
         try:
             while not self._stopped.is_set():
                 self._follow_asked()
-                first = self._consumer.poll(_POLL_S)
-                for message in [first, *self._consumer.consume(500, 0)] if first is not None else []:
+                for message in gather(self._consumer, 500, _POLL_S):
                     self._take(message, listener)
                 self._producer.poll(0)
                 listener.on_tick()
@@ -199,14 +193,11 @@ def send(config: Config, topic: str, key: bytes | None, value: bytes | None, hea
 def read(config: Config, topic: str, partition: int | None = None, start: int = 0) -> Iterator[Record]:
     """The committed records of a topic from its begin, or this offset, to its end of now; one partition, or all.  Raises TransportError."""
     admin = topics.admin(config)
+    there = topics.partitions_of(admin, config)
+    if topic not in there:
+        raise TransportError(f"{config.bootstrap_servers} has no topic {topic} (is --application-id right? kwflow topics create makes what is missing)", retryable=False)
     try:
-        known = admin.list_topics(topic, timeout=config.client_connect_s).topics[topic]
-    except KafkaException as error:
-        raise TransportError(f"no broker at {config.bootstrap_servers}: {error.args[0].str()}") from None
-    if known.error is not None:
-        raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {known.error.str()} (is --application-id right? kwflow topics create makes what is missing)", retryable=False)
-    try:
-        ends = offsets(LIVE, config, admin, topic, sorted(known.partitions) if partition is None else [partition], LATEST)
+        ends = offsets(LIVE, config, admin, topic, range(there[topic]) if partition is None else [partition], LATEST)
     except KafkaException as error:
         raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
     yield from read_to(LIVE, config, topic, ends, dict.fromkeys(ends, start))

@@ -21,7 +21,9 @@ _STILL_S = 40  # with nothing new: what lies behind somebody's open transaction 
 def gather(consumer: Consumer, most: int, seconds: float) -> list[Message]:
     """What is here, after waiting so long for the first: `consume` waits for all of it, or for the whole time."""
     first = consumer.poll(seconds)
-    return [first, *consumer.consume(most - 1, 0)] if first is not None else []
+    if first is None:
+        return []
+    return [first, *consumer.consume(most - 1, 0)] if most > 1 else [first]
 
 
 def read_to(environment: Environment, config: Config, topic: str, ends: Mapping[int, int], starts: Mapping[int, int]) -> Iterator[Record]:

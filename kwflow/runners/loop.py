@@ -44,7 +44,7 @@ _OWN_START_ID = re.compile(r"\d+-\d+")  # given by the step when the client gave
 
 @contextlib.contextmanager
 def collecting_later() -> Iterator[None]:
-    """No cyclic collection within: around a batch and its commit it would pass all that they hold, and nearly all of that is freed without one."""
+    """No cyclic collection within: what runs a batch puts its decisions and its commit into this, as it would pass all that they hold, and nearly all of that is freed without one."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -127,8 +127,7 @@ class WorkflowProcessor:
         before = set_abandoning(True)  # semantics §3.3: an instance that is dropped here is only forgotten
         batch = _Batch(self, state, records, received_ms)
         try:
-            with collecting_later():
-                return batch.run(budget)
+            return batch.run(budget)
         finally:
             for live in batch.live.values():  # only after a bug or KeyboardInterrupt: nothing of them was saved
                 live.forget()

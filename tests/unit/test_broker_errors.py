@@ -24,7 +24,7 @@ def away(ms: int, more: str = "") -> KafkaError:
 
 
 def test_the_same_reason_is_told_once_a_minute_and_another_one_at_once() -> None:
-    """Issue: watchable; measured before: 200 lines a second while a broker was away."""
+    """Measured before: 200 lines a second while a broker was away."""
     told: list[str] = []
     now = [0.0]
     errors = BrokerErrors(told.append, lambda: now[0])

@@ -68,7 +68,7 @@ class Restoring:
 
 
 def test_health_is_not_ready_and_says_how_far_it_is_while_a_partition_is_restored() -> None:
-    """G6, issue: `GET /health` (live, ready: restored and owning), metrics of restore progress and partitions."""
+    """G6: `GET /health` (live, ready: restored and owning), metrics of restore progress and partitions."""
     runner = Restoring()
     with serve_http("127.0.0.1:0", [runner], Config()) as port:
         status, said = get(port, "/health")
