@@ -89,12 +89,12 @@ class SeeksBehindTheBatchAfterAnAbort(KafkaRunner):
 class BeginsAnewAfterATimeout(KafkaRunner):
     """Re-initialises in place and makes the batch again, although the commit may have succeeded."""
 
-    def _again(self, call: Callable[[], Any]) -> Any:
+    def _again(self, call: Callable[[], Any], within_s: float = 30) -> Any:
         try:
             return call()
         except KafkaException as error:
             if "commit" not in error.args[0].str():
-                return super()._again(call)
+                return super()._again(call, within_s)
         self._producer = self._new_producer()
         raise Aborted("no answer in time")
 
@@ -278,20 +278,20 @@ def _no_attempts() -> contextlib.AbstractContextManager[Any]:
 
 PLANTED = [
     Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_IN_COMMITS, NewIdentityEachStart, first=12),
-    Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd, first=2),
+    Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd),
     Planted("K3", "the overlay is kept after an abort", ABORTS, KeepsTheOverlayAfterAnAbort),
     Planted("K3", "a batch that was aborted is not read again from its first record", ABORTS, SeeksBehindTheBatchAfterAnAbort),
-    Planted("K4", "an unknown outcome is taken for a failure, and the producer made anew in place", Faults(lost=0.1), BeginsAnewAfterATimeout),
+    Planted("K4", "an unknown outcome is taken for a failure, and the producer made anew in place", Faults(lost=0.1), BeginsAnewAfterATimeout, first=2),
     Planted("K5", "restored up to the last stable offset only", SLOW_MARKERS, patch=_restored_to_the_stable_offset_only, world=Crowd, first=1),
     Planted("K5", "the changelog's end is asked for before the group's offset", ZOMBIES_JUST_IN_TIME, patch=_asks_for_the_end_first, world=Crowd, first=97),
     Planted("K6", "another partitioner", Faults(), patch=_other_partitioner),
     Planted("K6", "a record on the wrong partition is applied there", Faults(), patch=_local_forwarding),
-    Planted("K7", "what was revoked is still owned", REBALANCES, patch=_owns_what_was_revoked, world=Crowd, first=5),
-    Planted("K8", "the local store is written before the commit", CRASHES_IN_COMMITS, WritesTheStoreBeforeTheCommit),
+    Planted("K7", "what was revoked is still owned", REBALANCES, patch=_owns_what_was_revoked, world=Crowd, first=7),
+    Planted("K8", "the local store is written before the commit", CRASHES_IN_COMMITS, WritesTheStoreBeforeTheCommit, first=1),
     Planted("K9", "records are stepped backwards", Faults(slow=0.3), StepsBackwards),
     Planted("K10", "dead letters are logged and dropped", Faults(), DropsDeadLetters),
-    Planted("K11", "the producer is kept after a refusal", Faults(), KeepsTheProducerAfterARefusal, world=Impatient, first=9),
-    Planted("K11", "all of a refused batch is parked", Faults(slow=0.3), RefusesTheWholeBatch, first=3),
+    Planted("K11", "the producer is kept after a refusal", Faults(), KeepsTheProducerAfterARefusal, world=Impatient, first=2),
+    Planted("K11", "all of a refused batch is parked", Faults(slow=0.3), RefusesTheWholeBatch, first=6),
     Planted("K12", "the changelog deletes what is old", Faults(kill=0.2, stop=0.2, wipe=3.0, compact=0.5), world=ShortChangelogs),
     Planted("K13", "outputs are stamped with now", Faults(), StampsOutputsWithNow),
     Planted("K14", "timers fire without an offset", Faults(), FiresWithoutOffsets),
@@ -309,13 +309,13 @@ SHARED = [
     Planted("G7", "what a newer kwflow saved is taken for its own", patch=_newer_snapshots_are_taken, first=7),
     Planted("G10", "an instance goes on in changed code", patch=lambda: mock.patch.object(versions, "changed_units", lambda *_: [])),
     Planted("G10", "sources are not stored", patch=lambda: mock.patch.object(code, "offer", lambda *_: [])),
-    Planted("M1", "a command that is repeated is done again", patch=lambda: mock.patch.object(messages, "applied_before", lambda *_: None), first=1),
+    Planted("M1", "a command that is repeated is done again", patch=lambda: mock.patch.object(messages, "applied_before", lambda *_: None)),
     Planted("M3", "a signal that a race did not take is lost", patch=lambda: mock.patch.object(instance, "give_back", lambda *_: []), first=107),
-    Planted("semantics 1.5", "losers are cancelled in the wrong order", patch=_last_loser_first),
-    Planted("semantics 1.5", "wait_rest waits for nobody", patch=lambda: mock.patch.object(instance.Machine, "_joins", lambda *_: False), first=31),
+    Planted("semantics 1.5", "losers are cancelled in the wrong order", patch=_last_loser_first, first=1),
+    Planted("semantics 1.5", "wait_rest waits for nobody", patch=lambda: mock.patch.object(instance.Machine, "_joins", lambda *_: False), first=1),
     Planted("semantics 1.8", "a timer that is left is not cancelled", patch=lambda: mock.patch.dict(step._TELL, {"timer": lambda *_: None})),
-    Planted("semantics 2.4", "what goes on when main has ended is not cancelled", patch=_nobody_is_told_of_the_end, first=5),
-    Planted("M5", "a parent is told that its child was cancelled when it failed", patch=_failures_are_cancellations),
+    Planted("semantics 2.4", "what goes on when main has ended is not cancelled", patch=_nobody_is_told_of_the_end, first=19),
+    Planted("M5", "a parent is told that its child was cancelled when it failed", patch=_failures_are_cancellations, first=5),
     Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None), first=1),
     Planted("schedules", "runs overlap although they must not", world=Impatient, patch=_active_runs_are_forgotten),
 ]
