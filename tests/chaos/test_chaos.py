@@ -143,8 +143,7 @@ def site(tmp_path: pathlib.Path) -> Iterator[Site]:
 
 @pytest.mark.broker
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("kills", [20, pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.timeout(400)), pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(1800)])])
 def test_whatever_is_killed_every_workflow_ends_once_with_the_result_of_a_sequential_run(site: Site, kills: int) -> None:
     """G1, G2, G3, G6, K1, K4, K5, K7, K8, K18."""
     seed = int(os.environ.get("KWFLOW_SEED", str(random.randrange(1 << 30))))
