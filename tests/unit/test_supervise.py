@@ -1,0 +1,39 @@
+"""What a supervisor makes of its children's ends; real processes (K1)."""
+
+import pathlib
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from kwflow.runners.supervise import supervise
+
+CHILD = """
+import os, pathlib, signal, sys
+signal.signal(signal.SIGTERM, {on_sigterm})
+pathlib.Path(sys.argv[1], os.environ["KWFLOW_PROCESS"]).touch()
+while True:
+    signal.pause()
+"""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+
+
+def asking(directory: pathlib.Path, signals: int) -> Callable[[], int]:
+    """0 until both children are ready for a signal, then one more each time it is asked."""
+    asked = [0]
+
+    def count() -> int:
+        asked[0] += len(list(directory.iterdir())) == 2
+        return min(asked[0], signals)
+
+    return count
+
+
+@pytest.mark.parametrize(
+    ("on_sigterm", "signals", "code"),
+    [("lambda *_: sys.exit(0)", 1, 0), ("lambda *_: sys.exit(5 * (os.environ['KWFLOW_PROCESS'] == '1'))", 1, 5), ("signal.SIG_IGN", 2, 128 + 9)],
+    ids=["all end well", "one ends badly", "the second signal kills"],
+)
+def test_the_exit_code_is_that_of_a_process_that_did_not_end_well(tmp_path: pathlib.Path, on_sigterm: str, signals: int, code: int) -> None:
+    command = [sys.executable, "-c", CHILD.format(on_sigterm=on_sigterm), str(tmp_path)]
+    assert supervise(command, 2, asking(tmp_path, signals), print) == code
