@@ -10,6 +10,7 @@ from kwflow.runners.supervise import supervise
 
 CHILD = """
 import os, pathlib, signal, sys
+signal.alarm(20)  # nobody else ends it if the supervisor does not
 signal.signal(signal.SIGTERM, {on_sigterm})
 pathlib.Path(sys.argv[1], os.environ["KWFLOW_PROCESS"]).touch()
 while True:
