@@ -13,12 +13,10 @@ import functools
 import re
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-import msgspec
-from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import KafkaError, KafkaException
 
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
@@ -30,13 +28,12 @@ from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget
 from kwflow.runners.embedded import SystemClock
-from kwflow.runners.environment import LIVE, Environment, Producer
+from kwflow.runners.environment import LIVE, Environment
 from kwflow.runners.instances import Instances
-from kwflow.runners.kafka_batch import Aborted, Batch, Rejected
-from kwflow.runners.kafka_member import RETRY_S, TRANSACTION_S, Member, again
+from kwflow.runners.kafka_member import RETRY_S, Member
 from kwflow.runners.kafka_reading import gather
 from kwflow.runners.kafka_results import Results
-from kwflow.runners.kafka_state import POSITION
+from kwflow.runners.kafka_transaction import Aborted, Batch, Rejected, Transactions
 from kwflow.runners.loop import Overlay, WorkflowProcessor, collecting_later
 from kwflow.runners.owners import Owners
 from kwflow.runners.parked import forward
@@ -49,18 +46,8 @@ from kwflow.runners.tracing import end_all
 
 __all__ = ["KafkaRunner"]
 
-_REJECTED = {
-    KafkaError.MSG_SIZE_TOO_LARGE,
-    KafkaError.RECORD_LIST_TOO_LARGE,
-    KafkaError.INVALID_TIMESTAMP,
-    KafkaError.INVALID_RECORD,
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-}
-_PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}  # never sent, or sent and forgotten: by our own abort
 _IDLE_S = 0.25
-_LATE_S = 5.0
 _FIRED_MAX = 500
-_ABORTS_MAX = 10  # in a row; then this process ends, so that whoever watches it sees the trouble
 _DAY_MS = 86_400_000
 _REPLY_ASK_S = 10.0  # a reply topic may get more partitions; how often the broker is asked because of an address it does not have
 
@@ -110,16 +97,15 @@ class KafkaRunner:
         )  # fmt: skip
         self.results = Results(config, self.processor.input_topic, environment)
         self.worker = self.processor.work(self.results.deliver)
-        self._aborts = self._turns = 0
+        self._turns = 0
         self.stats = Stats()
         self.counts = self.stats.counts
-        self.commit_s: deque[float] = deque(maxlen=10_000)  # how long the last transactions took
         self._metadata: Any = None  # who we are in the group as of `_generation`; it takes a millisecond to ask, and with what is out of date the commit is refused
         self._generation = -1
         self.owners = Owners(self.member)
         self._attempts = Attempts(self.directory, self.owners.attempted)
-        self._sizes, age_max_ms = self._limits(topics.needed(config, self.member.outputs))
-        self._producer = self._new_producer()
+        sizes, age_max_ms = self._limits(topics.needed(config, self.member.outputs))
+        self.transactions = Transactions(self.member, sizes, self.stats)
         self.takeover = Takeover(self.member, self.owners, self._attempts, self.worker, age_max_ms)
         self.owned = self.takeover.owned
         self._consumer = self.takeover.consumer
@@ -152,17 +138,6 @@ class KafkaRunner:
         sizes = [int(found["max.message.bytes"]) for found in settings.values()]
         retention = int(settings.get(self.processor.changelog_topic, {}).get("delete.retention.ms", _DAY_MS))
         return {"message_max_bytes": max(sizes), "batch_size": min(1_000_000, min(sizes) * 9 // 10)}, retention // 2
-
-    def _new_producer(self) -> Producer:
-        """init_transactions fences the previous run of this identity and ends its dead transaction."""
-        producer = self.environment.producer(
-            topics.client_config(
-                self.config, transactional_id=self.member.name, partitioner="murmur2_random", linger_ms=100, retry_backoff_ms=1, retry_backoff_max_ms=100,
-                transaction_timeout_ms=TRANSACTION_S * 1000, **self._sizes,
-            )
-        )  # fmt: skip
-        self._again(lambda: producer.init_transactions(10), 10)
-        return producer
 
     # -- the loop --------------------------------------------------------------------------------------------------
     @_mapped
@@ -215,7 +190,7 @@ class KafkaRunner:
                 if partition.gathered:
                     partition.drop()
                     self.takeover.seek(number, partition.position)
-            self.environment.sleep(RETRY_S * 2 ** min(self._aborts, 5))  # a member that was evicted hears of it with its next heartbeat
+            self.environment.sleep(RETRY_S * 2 ** min(self.transactions.aborts, 5))  # a member that was evicted hears of it with its next heartbeat
 
     def _work(self) -> None:
         """Activities of a partition begin once all that was in its log at the takeover has been applied: some of it are results."""
@@ -380,34 +355,8 @@ class KafkaRunner:
 
     # -- commit and settle -----------------------------------------------------------------------------------------
     def _commit(self, batch: Batch) -> None:
-        """One transaction (K14: an offset for every partition it touches), then the local stores."""
-        reached: dict[int, int] = {}
-        failures: list[KafkaError] = []
-
-        def delivered(error: KafkaError | None, message: Message) -> None:
-            if error is not None:
-                failures.append(error)
-            elif message.topic() == self.processor.changelog_topic:
-                reached[message.partition() or 0] = max(reached.get(message.partition() or 0, 0), (message.offset() or 0) + 1)
-
-        offsets = [TopicPartition(self.processor.input_topic, number, position) for number, position in batch.positions.items()]
-        begun = time.perf_counter()
-        try:
-            self._producer.begin_transaction()
-            for output in batch.outputs:
-                self._produce(delivered, output.topic, output.key, output.value, output.headers, output.timestamp_ms, output.partition)
-            for number, overlay in batch.overlays.items():
-                position = {"topic": self.incarnation, "next": batch.positions[number], "partitions": self.partitions}
-                overlay.changes[POSITION] = msgspec.json.encode(position)
-                for key, value in overlay.changes.items():
-                    self._produce(delivered, self.processor.changelog_topic, key, value, (), None, number)
-            self._again(lambda: self._producer.send_offsets_to_transaction(offsets, self._metadata, 10), 10)
-            self._again(lambda: self._producer.commit_transaction(30))
-        except KafkaException as error:
-            self._abort(error.args[0], failures)
-        self._aborts = 0
-        self.commit_s.append(time.perf_counter() - begun)
-        self.stats.commits.observe(self.commit_s[-1])
+        """One transaction, then the local stores (K8)."""
+        reached = self.transactions.commit(batch, self._metadata)
         self.counts.update(batch.counts)
         end_all(batch.spans)
         for number, overlay in batch.overlays.items():
@@ -431,42 +380,3 @@ class KafkaRunner:
             else:
                 batch.counts.append("reply-gone")
                 batch.logs.append(f"a reply to {self.config.reply_topic}[{reply.partition}], which does not exist, was left out")
-
-    def _produce(self, delivered: Any, topic: str, key: bytes | None, value: bytes | None, headers: Any, timestamp_ms: int | None, partition: int | None) -> None:
-        place: dict[str, Any] = {} if partition is None else {"partition": partition}
-        if timestamp_ms is not None:
-            place["timestamp"] = timestamp_ms
-        while True:
-            try:
-                self._producer.produce(topic, value, key, headers=list(headers), on_delivery=delivered, **place)
-                return
-            except BufferError:
-                self._producer.poll(0.05)
-
-    def _abort(self, error: KafkaError, failures: list[KafkaError]) -> None:
-        """Nothing of the batch has happened.  Raises Rejected for what the broker will never take, Aborted, or what ends the process."""
-        if not error.fatal():
-            self._again(lambda: self._producer.abort_transaction(30))  # serves the reports too: a record may have been refused before the last one was produced
-        rejected = next((failure for failure in (*failures, error) if failure.code() in _REJECTED), None)
-        if error.fatal() and rejected is None:
-            raise FencedError(f"{self.group}: {error.str()}")
-        if rejected is not None or any(failure.code() not in _PURGED for failure in failures):
-            self._producer = self._new_producer()  # its sequence numbers are lost: the next good transaction would fail
-        if rejected is not None:
-            raise Rejected(rejected.str())
-        self._aborts += 1
-        if self._aborts >= _ABORTS_MAX:
-            raise TransportError(f"{self.group}: {_ABORTS_MAX} transactions in a row were aborted: {error.str()}")
-        raise Aborted(error.str())
-
-    def _again(self, call: Callable[[], Any], within_s: float = 30) -> Any:
-        """K4.  A call that does not even return within its own time-out is noted, for whoever ends this process then."""
-
-        def timed() -> Any:
-            self.stats.back_by_s = time.monotonic() + within_s + _LATE_S
-            return call()
-
-        try:
-            return again(self.environment, timed)
-        finally:
-            self.stats.back_by_s = 0.0

@@ -147,7 +147,7 @@ def test_a_transaction_that_its_dead_engine_left_open_is_ended_by_the_next_owner
     lab.send("resume", id, "new:{}")
     turn(first, lambda: first.owned and first.owned[0].position == 1)
     lab.send("resume", id, '{"ref": "r", "value": "once"}')
-    first._producer = Dying(first._producer, first.processor.changelog_topic if outputs_only else None)  # type: ignore[assignment,arg-type]
+    first.transactions._producer = Dying(first.transactions._producer, first.processor.changelog_topic if outputs_only else None)  # type: ignore[assignment,arg-type]
     with pytest.raises(Died):
         turn(first, lambda: False)
     stop(first)

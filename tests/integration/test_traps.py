@@ -161,7 +161,7 @@ def test_what_was_gathered_and_not_applied_goes_with_its_partition(lab: Lab) -> 
     for number in range(10):
         lab.send("resume", f"id-{number}", "new:{}")
     turn(first, lambda: first.owned[0].gathered)
-    assert first.owned[0].position + len(first.owned[0].gathered) <= 10 and len(first.commit_s) == first.counts["started"] > 0, "one transaction a turn"
+    assert first.owned[0].position + len(first.owned[0].gathered) <= 10 and sum(first.stats.commits.counts) == first.counts["started"] > 0, "one transaction a turn"
     second = lab.engine("two")
     turn(second, lambda: second.owned and second.owned[0].position == 10)  # the first has not polled for too long
     stop(second)
@@ -189,7 +189,7 @@ def test_a_batch_is_split_over_transactions_by_its_bytes_and_nothing_is_left_out
         lab.send("resume", f"id-{number}", "new:" + json.dumps("x" * 2000))
     runner = lab.engine("one", batch_bytes_max=9_000)
     turn(runner, lambda: runner.counts["started"] == 20)
-    assert len(runner.commit_s) >= 20 * 2000 / 9_000
+    assert sum(runner.stats.commits.counts) >= 20 * 2000 / 9_000
     for number in range(20):
         lab.send("resume", f"id-{number}", '{"ref": "r", "value": "done"}')
     turn(runner, lambda: runner.counts["resumed"] == 20)

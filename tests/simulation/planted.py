@@ -17,9 +17,9 @@ from kwflow.durable import versions
 from kwflow.runners import code, kafka, topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.kafka import KafkaRunner
-from kwflow.runners.kafka_batch import Aborted, Batch
 from kwflow.runners.kafka_member import LATEST, Member, again
 from kwflow.runners.kafka_state import PartitionStore
+from kwflow.runners.kafka_transaction import Aborted, Batch, Transactions
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.takeover import Takeover
 from kwflow.runners.timers import TimerProcessor
@@ -82,21 +82,24 @@ class KeepsTheOverlayAfterAnAbort(KafkaRunner):
 class SeeksBehindTheBatchAfterAnAbort(KafkaRunner):
     def turn(self) -> None:
         seek = self.takeover.seek
-        with mock.patch.object(self.takeover, "seek", lambda number, offset: seek(number, offset + 1 if number in self.owned and self._aborts else offset)):
+        with mock.patch.object(self.takeover, "seek", lambda number, offset: seek(number, offset + 1 if number in self.owned and self.transactions.aborts else offset)):
             super().turn()
 
 
-class BeginsAnewAfterATimeout(KafkaRunner):
+def _begun_anew_after_a_timeout() -> contextlib.AbstractContextManager[Any]:
     """Re-initialises in place and makes the batch again, although the commit may have succeeded."""
+    again = Transactions._again
 
-    def _again(self, call: Callable[[], Any], within_s: float = 30) -> Any:
+    def once(transactions: Transactions, call: Callable[[], Any], within_s: float = 30) -> Any:
         try:
             return call()
         except KafkaException as error:
             if "commit" not in error.args[0].str():
-                return super()._again(call, within_s)
-        self._producer = self._new_producer()
+                return again(transactions, call, within_s)
+        transactions._producer = transactions._new_producer()
         raise Aborted("no answer in time")
+
+    return mock.patch.object(Transactions, "_again", once)
 
 
 def _restored_to_the_stable_offset_only() -> contextlib.AbstractContextManager[Any]:
@@ -142,10 +145,9 @@ class DropsDeadLetters(KafkaRunner):
         super()._commit(batch)
 
 
-class KeepsTheProducerAfterARefusal(KafkaRunner):
-    def _new_producer(self) -> Any:
-        known = self.__dict__.get("_producer")
-        return known if known is not None else super()._new_producer()
+def _producer_kept_after_a_refusal() -> contextlib.AbstractContextManager[Any]:
+    made = Transactions._new_producer
+    return mock.patch.object(Transactions, "_new_producer", lambda transactions: transactions._producer if hasattr(transactions, "_producer") else made(transactions))
 
 
 class RefusesTheWholeBatch(KafkaRunner):
@@ -153,29 +155,33 @@ class RefusesTheWholeBatch(KafkaRunner):
         self._transact(taken, why)
 
 
-class StampsOutputsWithNow(KafkaRunner):
-    def _produce(self, delivered: Any, topic: str, key: Any, value: Any, headers: Any, timestamp_ms: int | None, partition: int | None) -> None:
-        super()._produce(delivered, topic, key, value, headers, None, partition)
+def _outputs_stamped_with_now() -> contextlib.AbstractContextManager[Any]:
+    produce = Transactions._produce
+    return mock.patch.object(Transactions, "_produce", lambda *arguments: produce(*arguments[:-2], None, arguments[-1]))
 
 
 class FiresWithoutOffsets(KafkaRunner):
     def _fire(self) -> None:
-        send = self._producer.send_offsets_to_transaction
-        with mock.patch.object(self._producer, "send_offsets_to_transaction", lambda _offsets, *rest: send([], *rest)):
+        producer = self.transactions._producer
+        send = producer.send_offsets_to_transaction
+        with mock.patch.object(producer, "send_offsets_to_transaction", lambda _offsets, *rest: send([], *rest)):
             super()._fire()
 
 
-class DropsWhatTheQueueDoesNotTake(KafkaRunner):
+def _what_the_queue_does_not_take_is_dropped() -> contextlib.AbstractContextManager[Any]:
     """Half of a step stays in the transaction."""
+    produce = Transactions._produce
 
-    def _produce(self, delivered: Any, topic: str, key: Any, value: Any, headers: Any, timestamp_ms: int | None, partition: int | None) -> None:
-        with mock.patch.object(self._producer, "poll", side_effect=InterruptedError), contextlib.suppress(InterruptedError):
-            super()._produce(delivered, topic, key, value, headers, timestamp_ms, partition)
+    def dropping(transactions: Transactions, *arguments: Any) -> None:
+        with mock.patch.object(transactions._producer, "poll", side_effect=InterruptedError), contextlib.suppress(InterruptedError):
+            produce(transactions, *arguments)
+
+    return mock.patch.object(Transactions, "_produce", dropping)
 
 
 class SkipsSendOffsets(KafkaRunner):
     def _commit(self, batch: Batch) -> None:
-        with mock.patch.object(self._producer, "send_offsets_to_transaction", lambda *_: None):
+        with mock.patch.object(self.transactions._producer, "send_offsets_to_transaction", lambda *_: None):
             super()._commit(batch)
 
 
@@ -281,7 +287,7 @@ PLANTED = [
     Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd),
     Planted("K3", "the overlay is kept after an abort", ABORTS, KeepsTheOverlayAfterAnAbort),
     Planted("K3", "a batch that was aborted is not read again from its first record", ABORTS, SeeksBehindTheBatchAfterAnAbort),
-    Planted("K4", "an unknown outcome is taken for a failure, and the producer made anew in place", Faults(lost=0.1), BeginsAnewAfterATimeout, first=2),
+    Planted("K4", "an unknown outcome is taken for a failure, and the producer made anew in place", Faults(lost=0.1), patch=_begun_anew_after_a_timeout, first=2),
     Planted("K5", "restored up to the last stable offset only", SLOW_MARKERS, patch=_restored_to_the_stable_offset_only, world=Crowd, first=1),
     Planted("K5", "the changelog's end is asked for before the group's offset", ZOMBIES_JUST_IN_TIME, patch=_asks_for_the_end_first, world=Crowd, first=97),
     Planted("K6", "another partitioner", Faults(), patch=_other_partitioner),
@@ -290,12 +296,12 @@ PLANTED = [
     Planted("K8", "the local store is written before the commit", CRASHES_IN_COMMITS, WritesTheStoreBeforeTheCommit, first=1),
     Planted("K9", "records are stepped backwards", Faults(slow=0.3), StepsBackwards),
     Planted("K10", "dead letters are logged and dropped", Faults(), DropsDeadLetters),
-    Planted("K11", "the producer is kept after a refusal", Faults(), KeepsTheProducerAfterARefusal, world=Impatient, first=2),
+    Planted("K11", "the producer is kept after a refusal", Faults(), patch=_producer_kept_after_a_refusal, world=Impatient, first=2),
     Planted("K11", "all of a refused batch is parked", Faults(slow=0.3), RefusesTheWholeBatch, first=6),
     Planted("K12", "the changelog deletes what is old", Faults(kill=0.2, stop=0.2, wipe=3.0, compact=0.5), world=ShortChangelogs),
-    Planted("K13", "outputs are stamped with now", Faults(), StampsOutputsWithNow),
+    Planted("K13", "outputs are stamped with now", Faults(), patch=_outputs_stamped_with_now),
     Planted("K14", "timers fire without an offset", Faults(), FiresWithoutOffsets),
-    Planted("K15", "half of a step stays in its transaction", Faults(), DropsWhatTheQueueDoesNotTake),
+    Planted("K15", "half of a step stays in its transaction", Faults(), patch=_what_the_queue_does_not_take_is_dropped),
     Planted("K16", "offsets are not part of the transaction", Faults(), SkipsSendOffsets),
     Planted("K17", "the hold is lost when it is drained", Faults(), engine=LosesTheHold, first=4),
     Planted("K18", "timers fire before the backlog is read", Faults(kill=0.3, stop=0.3), patch=_fires_before_the_backlog, first=3),

@@ -1,0 +1,168 @@
+"""A batch as one transaction of Kafka: its outputs, its state changes and its offsets, all or nothing (K1, K4, K11, K14).
+
+What fails ends in one of three ways: the broker will never take it (Rejected), it has not happened and is made again
+(Aborted), or nobody knows, and this process ends (FencedError, TransportError).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
+
+from kwflow.core.wire import Output, Record
+from kwflow.errors import FencedError, TransportError
+from kwflow.ports import Decision
+from kwflow.runners.budget import bytes_of
+from kwflow.runners.environment import Producer
+from kwflow.runners.kafka_member import TRANSACTION_S, Member, again
+from kwflow.runners.kafka_state import POSITION
+from kwflow.runners.logs import lines_of
+from kwflow.runners.loop import Overlay
+from kwflow.runners.stats import Stats
+
+__all__ = ["Aborted", "Batch", "Rejected", "Transactions"]
+
+_REJECTED = {
+    KafkaError.MSG_SIZE_TOO_LARGE,
+    KafkaError.RECORD_LIST_TOO_LARGE,
+    KafkaError.INVALID_TIMESTAMP,
+    KafkaError.INVALID_RECORD,
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+}
+_PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}  # never sent, or sent and forgotten: by our own abort
+_LATE_S = 5.0
+_ABORTS_MAX = 10  # in a row; then this process ends, so that whoever watches it sees the trouble
+
+
+class Aborted(Exception):
+    """Nothing of the transaction has happened; its records will be read again."""
+
+
+class Rejected(Exception):
+    """The broker will never take one of these records (K11)."""
+
+
+@dataclass
+class Batch:
+    """What one transaction is to hold; `positions` are the offsets it sends."""
+
+    overlays: dict[int, Overlay] = field(default_factory=dict)
+    outputs: list[Output] = field(default_factory=list)
+    positions: dict[int, int] = field(default_factory=dict)
+    logs: list[str] = field(default_factory=list)
+    counts: list[str] = field(default_factory=list)
+    dispatch: dict[int, list[object]] = field(default_factory=dict)
+    spans: list[object] = field(default_factory=list)
+
+    def add(self, number: int, made: Decision, record: Record | None = None) -> None:
+        """All of a decision but its replies."""
+        self.outputs += made.outputs
+        if made.logs:
+            self.logs += made.logs if record is None else lines_of(made, record)
+        self.counts += made.counts
+        self.spans += made.spans
+        if made.dispatch:
+            self.dispatch.setdefault(number, []).extend(made.dispatch)
+
+    def bytes(self) -> int:
+        return bytes_of((change for overlay in self.overlays.values() for change in overlay.changes.items()), self.outputs)
+
+
+class Transactions:
+    """Those of one engine, one after the other; its producer is made anew when that is the only way on."""
+
+    def __init__(self, member: Member, sizes: dict[str, int], stats: Stats) -> None:
+        """`sizes` are producer settings that every topic takes (K11).  Raises FencedError, TransportError."""
+        self.member = member
+        self.stats = stats
+        self.aborts = 0  # in a row
+        self._sizes = sizes
+        self._producer = self._new_producer()
+
+    def commit(self, batch: Batch, group: Any) -> dict[int, int]:
+        """Partition -> the changelog's offset after this batch.  `group` is the consumer's metadata; an offset goes with every partition that the batch touches (K14).
+
+        Raises Rejected, Aborted, FencedError, TransportError.
+        """
+        reached: dict[int, int] = {}
+        failures: list[KafkaError] = []
+        member, changelog = self.member, self.member.processor.changelog_topic
+
+        def delivered(error: KafkaError | None, message: Message) -> None:
+            if error is not None:
+                failures.append(error)
+            elif message.topic() == changelog:
+                reached[message.partition() or 0] = max(reached.get(message.partition() or 0, 0), (message.offset() or 0) + 1)
+
+        offsets = [TopicPartition(member.processor.input_topic, number, position) for number, position in batch.positions.items()]
+        begun = time.perf_counter()
+        try:
+            self._producer.begin_transaction()
+            for output in batch.outputs:
+                self._produce(delivered, output.topic, output.key, output.value, output.headers, output.timestamp_ms, output.partition)
+            for number, overlay in batch.overlays.items():
+                overlay.changes[POSITION] = msgspec.json.encode({"topic": member.incarnation, "next": batch.positions[number], "partitions": member.partitions})
+                for key, value in overlay.changes.items():
+                    self._produce(delivered, changelog, key, value, (), None, number)
+            self._again(lambda: self._producer.send_offsets_to_transaction(offsets, group, 10), 10)
+            self._again(lambda: self._producer.commit_transaction(30))
+        except KafkaException as error:
+            self._abort(error.args[0], failures)
+        self.aborts = 0
+        self.stats.commits.observe(time.perf_counter() - begun)
+        return reached
+
+    def _new_producer(self) -> Producer:
+        """init_transactions fences the previous run of this identity and ends its dead transaction."""
+        producer = self.member.environment.producer(
+            self.member.settings(
+                transactional_id=self.member.name, partitioner="murmur2_random", linger_ms=100, retry_backoff_ms=1, retry_backoff_max_ms=100,
+                transaction_timeout_ms=TRANSACTION_S * 1000, **self._sizes,
+            )
+        )  # fmt: skip
+        self._again(lambda: producer.init_transactions(10), 10)
+        return producer
+
+    def _produce(self, delivered: Any, topic: str, key: bytes | None, value: bytes | None, headers: Any, timestamp_ms: int | None, partition: int | None) -> None:
+        place: dict[str, Any] = {} if partition is None else {"partition": partition}
+        if timestamp_ms is not None:
+            place["timestamp"] = timestamp_ms
+        while True:
+            try:
+                self._producer.produce(topic, value, key, headers=list(headers), on_delivery=delivered, **place)
+                return
+            except BufferError:
+                self._producer.poll(0.05)
+
+    def _abort(self, error: KafkaError, failures: list[KafkaError]) -> None:
+        """Nothing of the batch has happened.  Raises Rejected for what the broker will never take, Aborted, or what ends the process."""
+        if not error.fatal():
+            self._again(lambda: self._producer.abort_transaction(30))  # serves the reports too: a record may have been refused before the last one was produced
+        rejected = next((failure for failure in (*failures, error) if failure.code() in _REJECTED), None)
+        if error.fatal() and rejected is None:
+            raise FencedError(f"{self.member.group}: {error.str()}")
+        if rejected is not None or any(failure.code() not in _PURGED for failure in failures):
+            self._producer = self._new_producer()  # its sequence numbers are lost: the next good transaction would fail
+        if rejected is not None:
+            raise Rejected(rejected.str())
+        self.aborts += 1
+        if self.aborts >= _ABORTS_MAX:
+            raise TransportError(f"{self.member.group}: {_ABORTS_MAX} transactions in a row were aborted: {error.str()}")
+        raise Aborted(error.str())
+
+    def _again(self, call: Callable[[], Any], within_s: float = 30) -> Any:
+        """K4.  A call that does not even return within its own time-out is noted, for whoever ends this process then."""
+
+        def timed() -> Any:
+            self.stats.back_by_s = time.monotonic() + within_s + _LATE_S
+            return call()
+
+        try:
+            return again(self.member.environment, timed)
+        finally:
+            self.stats.back_by_s = 0.0
