@@ -6,7 +6,7 @@ import gc
 import pathlib
 import time
 
-from rocksdict import Rdict, WriteBatch, WriteOptions
+from rocksdict import WriteBatch, WriteOptions
 
 from benchmarks.common import INSTANCES, STEPS, figure, percentiles, processor, workflow
 from kwflow.config import Config
@@ -94,7 +94,7 @@ def put(held: Embedded, records: list[tuple[bytes, bytes]]) -> None:
 def bare(directory: pathlib.Path, size: int, per: int, steps: int) -> float:
     """The same bytes read and written in the same batches with the same sync."""
     directory.mkdir()
-    db = Rdict(str(directory), rocks.options(Config().rocksdb_bytes_max))
+    db = rocks.opened(directory, Config().rocksdb_bytes_max)
     sync = WriteOptions()
     sync.sync = True
     state, record = bytes(size), bytes(120)

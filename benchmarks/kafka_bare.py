@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
-from rocksdict import Rdict, WriteBatch
+from rocksdict import WriteBatch
 
 from kwflow.config import Config
 from kwflow.runners import rocks
@@ -36,8 +36,7 @@ class Loop:
         self.producer.init_transactions(10)
         self.state, self.mark = bytes(size), bytes(70)
         self.reached: dict[int, int] = {}
-        options = rocks.options(config.rocksdb_bytes_max)
-        self.stores = {number: Rdict(str(directory / str(number)), options) for number in self.consumer.list_topics(source, timeout=10).topics[source].partitions}
+        self.stores = {number: rocks.opened(directory / str(number), config.rocksdb_bytes_max) for number in self.consumer.list_topics(source, timeout=10).topics[source].partitions}
 
     def turn(self) -> None:
         first = self.consumer.poll(0.25)

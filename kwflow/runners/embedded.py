@@ -93,7 +93,7 @@ class Embedded:
         """Others hold it for a moment, when they append a record while no engine runs."""
         while True:
             try:
-                return Rdict(str(self.directory), rocks.options(self.limits.rocksdb_bytes_max))
+                return rocks.opened(self.directory, self.limits.rocksdb_bytes_max)
             except Exception:
                 if time.monotonic() > give_up:
                     raise

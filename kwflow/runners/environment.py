@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import confluent_kafka
 from confluent_kafka import KafkaError, Message, TopicPartition
 from confluent_kafka.admin import AdminClient
-from rocksdict import Rdict, WriteBatch
+from rocksdict import WriteBatch
 
 from kwflow.errors import TransportError, UsageError
 from kwflow.runners import rocks
@@ -107,7 +107,7 @@ class _Rocks:
         self._directory = directory
         if (directory / _DAMAGED).exists():
             raise TransportError(f"{directory} is damaged")
-        self._db = Rdict(str(private(directory)), rocks.options(bytes_max))
+        self._db = rocks.opened(private(directory), bytes_max)
 
     def get(self, key: bytes) -> bytes | None:
         try:

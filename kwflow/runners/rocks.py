@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import cast
 
 from rocksdict import BlockBasedOptions, Cache, Options, Rdict, WriteBufferManager
 
-__all__ = ["Memory", "entries", "memory", "options"]
+__all__ = ["Memory", "entries", "memory", "opened"]
 
 _BLOOM_BITS = 10  # one read in a hundred for a key that is not there goes to disk
 _MEMTABLE_BYTES_MAX = 16 * 1024 * 1024
@@ -55,8 +56,8 @@ def memory(bytes_max: int) -> Memory:
     return Memory(bytes_max)
 
 
-def options(bytes_max: int) -> Options:
-    """Options of a store with raw keys and values, created if it is missing."""
+def opened(directory: Path, bytes_max: int) -> Rdict:
+    """A store with raw keys and values, made if it is missing.  Raises what rocksdict raises."""
     shared = memory(bytes_max)
     table = BlockBasedOptions()
     table.set_block_cache(shared.cache)
@@ -69,4 +70,4 @@ def options(bytes_max: int) -> Options:
     made.set_write_buffer_manager(shared.buffers)
     made.set_write_buffer_size(min(_MEMTABLE_BYTES_MAX, max(64 * 1024, bytes_max // 4)))
     made.set_keep_log_file_num(2)
-    return made
+    return Rdict(str(directory), made, {"default": made})  # named, as a store that is there already would get none of them: a cache of its own, and no bloom filter

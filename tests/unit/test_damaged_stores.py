@@ -83,7 +83,7 @@ def test_what_is_whole_is_read_to_its_end(tmp_path: pathlib.Path) -> None:
 
 def test_an_embedded_database_that_is_damaged_is_told_of_too(tmp_path: pathlib.Path) -> None:
     """It is the only copy: it is not made anew."""
-    db = rocks.Rdict(str(tmp_path / "state"), rocks.options(1 << 24))
+    db = rocks.opened(tmp_path / "state", 1 << 24)
     for number in range(COUNT):
         db[b"Slog\0%05d" % number] = bytes([number % 251]) * 300
     db.flush()
