@@ -106,9 +106,9 @@ def test_letters_are_sent_again_once_although_the_command_is_killed_again_and_ag
 def test_of_two_who_write_under_one_name_the_first_is_told_and_its_open_transaction_is_undone(site: Site) -> None:
     config = Config(bootstrap_servers=site.broker, application_id=site.application)
     first = SoleWriter(config, "dead-letters")
-    first.transactions._producer.begin_transaction()
-    first.transactions._producer.produce(site.topic("resume"), b"half", b"a")
-    first.transactions._producer.flush(20)
+    first._producer.begin_transaction()
+    first._producer.produce(site.topic("resume"), b"half", b"a")
+    first._producer.flush(20)
     second = SoleWriter(config, "dead-letters")
     second.write([Output(site.topic("resume"), b"b", b"whole"), Output(f"{site.application}-dead-letter", b"b", None)])
     with pytest.raises(TransportError, match="another process has begun to do this meanwhile"):
