@@ -23,6 +23,7 @@ from kwflow.errors import SnapshotError, UsageError
 from kwflow.runners import deployment
 from kwflow.runners.code import LEASE_MS, CodeStore
 from kwflow.runners.deployment import Fate
+from kwflow.runners.instances import header_of
 from kwflow.runners.modules import load_workflows
 
 __all__ = ["check", "code_app", "code_store", "prepare_stored"]
@@ -109,7 +110,7 @@ def migrate(
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     if bool(ids) == every:
         raise UsageError("name instances, or give --all")
-    chosen = ids or [key.decode() for key, data in sorted(snapshots(settings, embedded).items()) if snapshot.read_header(data)["status"] != "ended"]
+    chosen = ids or [key.decode() for key, data in sorted(snapshots(settings, embedded).items()) if header_of(data)["status"] not in ("ended", "damaged")]
     for id in chosen:
         append(settings, embedded, settings.resume_topic, id.encode(), b"null", (("kwflow-op", b"migrate"),))
     out.print(f"asked for {len(chosen)}; kwflow code list shows what they run then", markup=False, highlight=False)
@@ -132,7 +133,11 @@ def gc(
         raise UsageError("--older-than is at least 2 days: what is in use is written again only after a day")
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     store = code_store(settings, embedded)
-    kept = versions.needed(deployment.versions_in(snapshots(settings, embedded)), store.entries)
+    stored = snapshots(settings, embedded)
+    unknown = [key.decode() for key, data in sorted(stored.items()) if header_of(data)["status"] == "damaged"]
+    if unknown:
+        raise UsageError(f"{unknown[0]} is damaged, so that nobody knows which code it runs; mend or terminate it first")
+    kept = versions.needed(deployment.versions_in(stored), store.entries)
     oldest = time.time_ns() // 1_000_000 - days * 86_400_000
     gone = sorted(key for key in store.entries if key not in kept and store.written_ms[key] < oldest)
     for key in gone:

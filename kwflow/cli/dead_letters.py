@@ -11,10 +11,11 @@ from rich.table import Table
 
 from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, out, read, sole_writer, states, text_of
 from kwflow.config import Config, load_config
-from kwflow.core import snapshot, wire
+from kwflow.core import wire
 from kwflow.core.wire import Output, Record
 from kwflow.errors import UsageError
 from kwflow.runners.embedded_state import Group, Mark
+from kwflow.runners.instances import header_of
 from kwflow.runners.parked import holds
 
 __all__ = ["dead"]
@@ -58,7 +59,7 @@ def _parked(settings: Config, embedded: Path | None) -> dict[str, Parked]:
     found = {}
     for key, stored in state.items():
         if not key.startswith(b"\0"):
-            header = snapshot.read_header(stored)
+            header = header_of(stored)
             if header["status"] == "parked" and header["parked"]["reason"] != "paused":
                 found[key.decode()] = Parked(header, held.get(key.decode(), []))
     return dict(sorted(found.items()))

@@ -11,8 +11,8 @@ from rich.table import Table
 from kwflow import schedules
 from kwflow.cli.shared import Application, Bootstrap, ConfigFile, MaybeDir, json_option, out, send, snapshots
 from kwflow.config import Config, load_config
-from kwflow.core import snapshot
 from kwflow.errors import UsageError
+from kwflow.runners.instances import header_of
 
 __all__ = ["schedules_app"]
 
@@ -32,7 +32,7 @@ def _known(settings: Config, embedded: Any) -> dict[str, dict[str, Any]]:
     """Name -> status of every schedule that is there."""
     found = {}
     for key, data in sorted(snapshots(settings, embedded).items()):
-        header = snapshot.read_header(data)
+        header = header_of(data)
         if header["workflow"] == schedules.WORKFLOW and header["status"] != "ended":
             status = {**header.get("status_value", {}), "status": header["status"]}
             found[key.decode().partition(":")[2]] = status

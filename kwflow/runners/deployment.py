@@ -13,6 +13,7 @@ from kwflow.core import migration, snapshot
 from kwflow.durable import registry, set_abandoning, versions
 from kwflow.errors import SnapshotError
 from kwflow.runners import parked
+from kwflow.runners.instances import header_of
 
 __all__ = ["Fate", "check", "code_of", "source_of", "versions_in"]
 
@@ -87,6 +88,6 @@ def versions_in(stored: Mapping[bytes, bytes]) -> dict[str, list[str]]:
     """`<module>@<sha256>` -> the instances whose snapshots name it, from their headers alone."""
     found: dict[str, list[str]] = {}
     for key, data in sorted(stored.items()):
-        for name, saved in code_of(snapshot.read_header(data)):
+        for name, saved in code_of(header_of(data)):
             found.setdefault(versions.entry_key(name, saved["version"]), []).append(key.decode())
     return found

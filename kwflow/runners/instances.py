@@ -11,7 +11,7 @@ from kwflow.core import snapshot
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import SnapshotError
 
-__all__ = ["Instances", "Page", "array", "described", "one", "row_of", "status_of"]
+__all__ = ["Instances", "Page", "array", "described", "header_of", "one", "row_of", "status_of"]
 
 _PAGE = 500
 _HIDDEN = ("v", "code", "lowering", "key", "ids")
@@ -39,12 +39,17 @@ def described(data: bytes, keys: snapshot.Keys) -> dict[str, Any]:
     return {**shown, "status": status_of(header), "seal": snapshot.seal_of(data, keys)}
 
 
+def header_of(data: bytes) -> dict[str, Any]:
+    """For who looks at all of them: one that is damaged says so, and hides none of the others."""
+    try:
+        return snapshot.read_header(data)
+    except SnapshotError:
+        return {"workflow": "", "status": "damaged", "waits": []}
+
+
 def row_of(key: bytes, data: bytes) -> dict[str, Any]:
     """One entry of `kwflow list --json`."""
-    try:
-        header = snapshot.read_header(data)
-    except SnapshotError:  # the others are shown all the same
-        header = {"workflow": "", "status": "damaged", "waits": []}
+    header = header_of(data)
     changed = header.get("ended", header.get("updated", 0))
     return {
         "id": key.decode("utf-8", "backslashreplace"), "workflow": header["workflow"], "status": status_of(header), "start_id": header.get("start_id", ""), "changed": changed,

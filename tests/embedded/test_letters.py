@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from kwflow import durable
 from kwflow.cli import app
 from kwflow.config import Config
-from kwflow.core.wire import Output
+from kwflow.core.contract import Workflows
+from kwflow.core.wire import Output, Record
 from kwflow.runners import socket
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.embedded_state import Group, Mark
+from kwflow.runners.embedded_state import EmbeddedStore, Group, Mark
+from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.socket import serve, submit_all
+from kwflow.runners.timers import TimerProcessor
 from tests.simulation.faults import Crashed
 from tests.simulation.test_embedded import Dying
 
@@ -140,3 +144,121 @@ def test_large_letters_fit_a_request_to_the_engine(tmp_path: pathlib.Path) -> No
         said = CliRunner().invoke(app, ["dead-letters", "retry", "--all", "--embedded", str(tmp_path)])
     assert said.output.count("sent again") == 20, said.output
     held.close()
+
+
+SOURCE = """
+import kwflow as kw
+
+def main(opts):
+    while (value := (yield kw.suspend("r"))) != "last":
+        held = open(__file__) if value == "unsavable" else None
+        yield kw.suspend("s")
+"""
+
+
+def kwflow(directory: pathlib.Path, *command: str) -> str:
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command, "--embedded", str(directory)])
+    return done.output if done.exception is None else str(done.exception)
+
+
+class Office:
+    """An engine that has stopped, and an operator: `parked` is at fault and holds twelve records, `paused` is not; three letters."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        (directory / "kept.py").write_text(SOURCE)
+        module = durable.load_source("kept", SOURCE, str(directory / "kept.py"))
+        self.directory = directory
+        self.config = Config()
+        held = Embedded(directory, self.config, sync=False)
+        self.processors = [WorkflowProcessor(self.config, Workflows({"main": module.main}, "main"), frozenset(), held.incarnation), TimerProcessor(self.config)]
+        for id in ("parked", "paused"):
+            held.append(self.config.resume_topic, id.encode(), b"new:null")
+        held.append(self.config.resume_topic, b"paused", b'{"reason":"audit"}', (("kwflow-op", b"pause"),))
+        for value in (b"unsavable", *(b"held %d" % number for number in range(11))):
+            held.append(self.config.resume_topic, b"parked", b'{"ref":"r","value":"%s"}' % value)
+        held.append(self.config.resume_topic, b"a", b"{", (("mine", b"travels"),))
+        held.append(self.config.resume_topic, b"b", b"[]")
+        held.append(self.config.scheduler_topic, b"c|{}", b"soon")
+        self.close(held)
+
+    def close(self, held: Embedded) -> None:
+        """After everything was applied."""
+        while held.step(self.processors):
+            pass
+        held.close()
+
+    def run(self) -> None:
+        self.close(Embedded(self.directory, self.config, sync=False))
+
+    def records(self, topic: str) -> list[Record]:
+        held = Embedded(self.directory, self.config, sync=False)
+        try:
+            return held.read(topic)
+        finally:
+            held.close()
+
+    def __call__(self, *arguments: str) -> str:
+        return kwflow(self.directory, "dead-letters", *arguments)
+
+
+@pytest.fixture
+def office(tmp_path: pathlib.Path) -> Office:
+    return Office(tmp_path)
+
+
+def test_what_is_at_fault_is_listed_with_its_reason_and_what_it_holds_and_what_is_only_paused_is_not(office: Office) -> None:
+    rows = [tuple(cell.strip() for cell in line.split("│")[1:-1]) for line in office("list").splitlines() if line.startswith("│")]
+    assert [(letter, id, reason, holds) for letter, id, reason, _, holds in rows if reason] == [
+        ("", "parked", "UnsavableError", "12"), ("0:1", "a", "bad-json", ""), ("0:2", "b", "bad-message", ""), ("0:3", "c|{}", "bad-delay", ""),
+    ]  # fmt: skip
+    assert "variable 'held' of main" in rows[0][3] and "a resume is a JSON object" in office("list")
+
+
+def test_a_parked_instance_is_shown_where_it_waits_with_the_record_at_fault_and_ten_behind_it(office: Office) -> None:
+    """Also one that holds nothing is no unknown one."""
+    said = office("show", "parked").splitlines()
+    assert said[0].startswith("parked  main  parked at offset 3: UnsavableError: variable 'held'")
+    waits, head = said.index(f"  waits for suspension r  main  {said[said.index('the record at fault:') - 1].rpartition('  ')[2]}"), said.index("the record at fault:")
+    assert waits == head - 1 and said[waits].endswith("kept.py:5")
+    assert said[head + 1 : head + 4] == ["workflow-resume[0]@3", "key    parked", 'value  {"ref":"r","value":"unsavable"}']
+    behind = said.index("11 records wait behind it:")
+    assert said[behind + 1 :] == [*(f'  workflow-resume[0]@{number + 4} {{"ref":"r","value":"held {number}"}}' for number in range(10)), "  … and 1 more"]
+    letter = office("show", "0:1").splitlines()
+    assert letter[:3] == [f"{office.config.dead_letter_topic}[0]@1", "key    a", "value  {"]
+    assert {"mine: travels", "kwflow-error-topic: workflow-resume", "kwflow-error-partition: 0", "kwflow-error-offset: 15", "kwflow-error-reason: bad-json"} <= set(letter)
+    assert {line.partition(": ")[0] for line in letter[3:]} >= {"kwflow-error-timestamp", "kwflow-error-at"}
+
+
+def test_a_letter_that_is_retried_goes_where_it_came_from_as_it_was_with_its_first_time(office: Office) -> None:
+    """K13; what was added to tell why it is a letter is not sent."""
+    first = {letter.offset: str(letter.timestamp_ms).encode() for letter in office.records(office.config.dead_letter_topic)}
+    assert "0:1: sent again" in office("retry", "0:1") and "0:3: sent again" in office("retry", "0:3")
+    for topic, offset, key, value, headers in ((office.config.resume_topic, 1, b"a", b"{", (("mine", b"travels"),)), (office.config.scheduler_topic, 3, b"c|{}", b"soon", ())):
+        again = office.records(topic)[-1]
+        assert (again.key, again.value, again.headers) == (key, value, (*headers, ("kwflow-original-timestamp", first[offset])))
+
+
+def test_a_reason_chooses_among_letters_and_parked_instances(office: Office) -> None:
+    assert office("discard", "--reason", "bad-json").startswith("give one ID or LETTER")
+    assert office("discard", "0:1", "--reason", "bad-json").startswith("give one ID or LETTER")
+    assert office("discard", "--all", "--reason", "none").strip() == "nothing is parked and no dead letter is open with reason none"
+    assert office("discard", "--all", "--reason", "bad-json").splitlines() == ["0:1: closed"]
+    assert office("retry", "--all", "--reason", "UnsavableError").splitlines() == ["parked: retry is asked for; its engine does it"]
+    assert office("discard", "--all").splitlines() == ["parked: discard is asked for; its engine does it", "0:2: closed", "0:3: closed"]
+    office.run()
+    assert office("show", "paused") == "'paused' is no parked instance and no open dead letter; kwflow dead-letters list shows them"
+
+
+def test_one_entry_that_is_damaged_hides_none_of_the_others(office: Office) -> None:
+    """It parks once a record comes for it, and is listed then; until then every command that looks at all passes over it."""
+    held = Embedded(office.directory, office.config, sync=False)
+    held.db[EmbeddedStore(held.db, office.config.changelog_topic).prefix + b"damaged"] = b"KWF?"
+    office.close(held)
+    assert "UnsavableError" in office("list") and "parked at offset 3" in office("show", "parked")
+    assert "parked: retry is asked for" in office("retry", "--all", "--reason", "UnsavableError")
+    said = [kwflow(office.directory, *command) for command in (("list",), ("schedule", "list"), ("code", "list"), ("code", "migrate", "--all"), ("code", "gc"))]
+    assert ["damaged" in line for line in said] == [True, False, False, False, True], said
+    assert "asked for 2;" in said[3] and said[4] == "damaged is damaged, so that nobody knows which code it runs; mend or terminate it first"
+    kwflow(office.directory, "resume", "damaged", "r")
+    office.run()
+    assert "CorruptSnapshotError" in office("list")
