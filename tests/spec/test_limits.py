@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from rocksdict import WriteBatch
 
 from kwflow import durable
 from kwflow.config import Config
@@ -339,6 +340,18 @@ def test_what_is_written_and_what_is_read_are_both_charged_to_the_shared_cache(t
         begun = usage()  # what was flushed is let go of at the latest when its store is closed
         assert len(held.read("topic", 0)) == 1000
         assert usage() - begun > 3_000_000, "the blocks that were read"
+
+
+def test_what_finds_keys_in_a_store_lies_in_the_shared_cache_too(tmp_path: pathlib.Path) -> None:
+    """Indexes and filters grow with the keys: those of a million waiting instances would be megabytes that no limit counts."""
+    db = rocks.opened(tmp_path, 64 * 1024 * 1024)
+    batch = WriteBatch(raw_mode=True)
+    for n in range(100_000):
+        batch.put(b"%08d" % n, b"")
+    db.write(batch)
+    db.flush()
+    assert (db.property_int_value("rocksdb.estimate-table-readers-mem") or 0) < 10_000, "outside of the cache"
+    db.close()
 
 
 def test_consumed_input_is_trimmed_while_the_embedded_engine_runs(tmp_path: pathlib.Path) -> None:

@@ -75,11 +75,12 @@ def test_a_record_that_is_there_alone_kills_three_times_after_the_first(tmp_path
     assert Log(tmp_path, 1, {0}).processes() == 3
 
 
-def test_a_healthy_takeover_notes_some_dozens_at_a_time(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("count", "notes"), [(64, 1), (65, 2), (1000, 16)])
+def test_a_healthy_takeover_notes_64_records_at_a_time(tmp_path: pathlib.Path, count: int, notes: int) -> None:
     """Each note is waited for, on the disk and by the broker."""
-    log = Log(tmp_path, 1000, set())
+    log = Log(tmp_path, count, set())
     log.process()
-    assert log.stepped == 16
+    assert log.stepped == notes
 
 
 @settings(max_examples=10, deadline=None)

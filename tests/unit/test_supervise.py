@@ -2,11 +2,13 @@
 
 import pathlib
 import sys
+import types
 from collections.abc import Callable
 
 import pytest
 
-from kwflow.runners.supervise import supervise
+from kwflow.runners import supervise as supervising
+from kwflow.runners.supervise import _Child, supervise
 
 CHILD = """
 import os, pathlib, signal, sys
@@ -38,3 +40,24 @@ def asking(directory: pathlib.Path, signals: int) -> Callable[[], int]:
 def test_the_exit_code_is_that_of_a_process_that_did_not_end_well(tmp_path: pathlib.Path, on_sigterm: str, signals: int, code: int) -> None:
     command = [sys.executable, "-c", CHILD.format(on_sigterm=on_sigterm), str(tmp_path)]
     assert supervise(command, 2, asking(tmp_path, signals), print) == code
+
+
+def test_a_process_that_keeps_dying_is_started_again_later_and_later_and_one_that_ran_for_over_a_minute_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real processes; the clock is the test's."""
+    now = [0.0]
+    monkeypatch.setattr(supervising, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    child = _Child(0, ["sh", "-c", "exit 3"], print)
+
+    def waits_after(seconds: float) -> float:
+        """After it has run for so long."""
+        now[0] = child.again_at - 0.001
+        assert child.look() is None and child.process is None, "not before its time"
+        now[0] = child.again_at
+        assert child.look() is None and child.process is not None
+        child.process.wait()
+        now[0] += seconds
+        assert child.look() is None
+        return child.again_at - now[0]
+
+    assert [waits_after(1) for _ in range(8)] == [0, 1, 2, 4, 8, 16, 30, 30]
+    assert [waits_after(seconds) for seconds in (60, 61, 1)] == [30, 0, 1]
