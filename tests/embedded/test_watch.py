@@ -95,12 +95,20 @@ def test_metrics_say_what_became_of_records_timers_snapshots_and_the_cache(place
         assert value(text, 'kwflow_instance_cache_total{result="hit"}') == 3
         assert value(text, "kwflow_instances_live") == 2  # b and c; what is parked is not kept
         assert value(text, "kwflow_snapshot_bytes_count") == 4  # three starts and one resume; the parked one was not saved
+        assert 4 * 256 < value(text, "kwflow_snapshot_bytes_sum") < 4 * 4096
+        assert {state: value(text, f'kwflow_activities{{state="{state}"}}') for state in ("running", "ready", "left-behind")} == {"running": 0, "ready": 0, "left-behind": 0}
         assert value(text, 'kwflow_lag_records{partition="0",topic="workflow-resume"}') == 0
         assert value(text, 'kwflow_commit_seconds_bucket{le="+Inf"}') >= 2
+        assert value(text, "kwflow_commit_seconds_sum") > 0
+        assert value(text, 'kwflow_instance_cache_total{result="miss"}') == 0
         assert value(text, "kwflow_rocksdb_bytes") > 0
         assert value(text, "process_resident_memory_bytes") > 1e6
+        place.processors[0].live.forget()
         place.send("c", '{"ref": "nobody"}')
         assert value(get(port, "/metrics")[1], 'kwflow_lag_records{partition="0",topic="workflow-resume"}') == 1
+        place.run()
+        text = get(port, "/metrics")[1]
+        assert [value(text, f'kwflow_instance_cache_total{{result="{result}"}}') for result in ("hit", "miss")] == [3, 1]
     with pytest.raises((OSError, http.client.HTTPException)):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
 

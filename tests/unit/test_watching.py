@@ -5,20 +5,24 @@ import json
 import socket
 import struct
 import time
+from typing import Any
 
+import msgspec
 import pytest
+from prometheus_client import generate_latest
 from rich.console import Console
 
-from kwflow.cli.watching import RestoreBar
+from kwflow.cli.watching import RestoreBar, log_of, watched
 from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.ports import Decision
 from kwflow.runners.logs import as_json, lines_of
 from kwflow.runners.stats import SECONDS, Histogram, Seen, Stats
-from kwflow.runners.watch import serve_http
+from kwflow.runners.watch import advertised, health, metrics_registry, serve_http
 from tests.embedded.test_watch import get
 
 RECORD = Record("workflow-resume", 3, 41, 0, b"order-7", b"{}")
+NEVER = 10.0**9
 
 
 def test_a_log_line_about_a_record_has_its_workflow_id_topic_partition_and_offset() -> None:
@@ -34,6 +38,20 @@ def test_what_was_parked_or_dead_lettered_is_a_warning() -> None:
     for count in ("parked", "dead-letter"):
         (line,) = lines_of(Decision(logs=("trouble",), counts=(count,)), RECORD)
         assert json.loads(as_json(line))["level"] == "warning"
+
+
+def test_what_only_waits_or_goes_on_is_no_warning_and_a_timer_is_of_its_workflow() -> None:
+    for count in ("held", "resumed"):
+        (line,) = lines_of(Decision(logs=("fine",), counts=(count,)), msgspec.structs.replace(RECORD, key=b'order-7|{"ref":"1:2"}'))
+        said = json.loads(as_json(line, process=3))
+        assert (said["level"], said["workflow"], said["process"]) == ("info", "order-7", 3)
+
+
+def test_a_line_of_one_of_several_processes_has_its_number(capfd: pytest.CaptureFixture[str]) -> None:
+    for format, number in (("json", None), ("json", 2), ("text", None), ("text", 2)):
+        log_of(Config(log_format=format, process=number or 0, supervisor_pid=number and 1))("hello")
+    bare, numbered, *text = capfd.readouterr().err.splitlines()
+    assert (json.loads(bare).get("process"), json.loads(numbered)["process"], text) == (None, 2, ["hello", "process 2: hello"])
 
 
 def test_other_lines_are_json_too_and_bytes_that_are_no_text_do_no_harm() -> None:
@@ -54,14 +72,14 @@ def test_a_histogram_counts_up_to_each_bound_and_beyond() -> None:
 class Restoring:
     """A runner in the middle of a restore, as far as it is watched."""
 
-    def __init__(self) -> None:
+    def __init__(self, joined: bool = True, owned: list[int] = [0], waiting: list[int] = [3], restoring: dict[int, tuple[int, int]] = {2: (250, 1000)}, turned_s_ago: float = 0) -> None:
         self.stats = Stats()
-        self.stats.turned_s = time.monotonic()
+        self.stats.turned_s = time.monotonic() - turned_s_ago if turned_s_ago < NEVER else 0.0
         self.watched_processors: tuple[object, ...] = ()
-        self.restoring = {2: (250, 1000)}
+        self.joined, self.owned, self.waiting, self.restoring = joined, owned, waiting, restoring
 
     def seen(self) -> list[Seen]:
-        return [Seen("app", "app-resume", True, [0], [3], self.restoring, {0: 7})]
+        return [Seen("app", "app-resume", self.joined, self.owned, self.waiting, self.restoring, {0: 7})]
 
     def instances(self) -> None:
         return None
@@ -81,6 +99,56 @@ def test_health_is_not_ready_and_says_how_far_it_is_while_a_partition_is_restore
             assert line in text.splitlines()
         runner.restoring = {}
         assert 'kwflow_partitions{state="restoring",topic="app-resume"} 0.0' in get(port, "/metrics")[1].splitlines()
+
+
+@pytest.mark.parametrize(
+    ("runners", "live", "ready"),
+    [
+        ([{}], True, True),
+        ([{"owned": []}], True, True),
+        ([{"turned_s_ago": NEVER}], True, False),
+        ([{"joined": False, "owned": []}], True, False),
+        ([{"waiting": [3]}], True, False),
+        ([{"restoring": {2: (999, 1000)}}], True, False),
+        ([{}, {"waiting": [3]}], True, False),
+        ([{"turned_s_ago": 10 + 40}], True, True),
+        ([{"turned_s_ago": 10 + 61}], False, True),
+        ([{}, {"turned_s_ago": 10 + 61}], False, True),
+    ],
+    ids=["owns and restored", "nothing is left for it", "not begun", "not in the group", "waits for a restore", "restores", "one of two waits", "in a long step", "stuck", "one of two stuck"],
+)
+def test_live_is_a_loop_that_comes_round_and_ready_one_that_has_joined_and_restored_its_share(runners: list[dict[str, Any]], live: bool, ready: bool) -> None:
+    found = health([Restoring(**{"waiting": [], "restoring": {}, **runner}) for runner in runners], Config(step_abort_ms=10_000))
+    assert (*found[:2], found[2]["live"], found[2]["ready"]) == (live, ready, live, ready)
+
+
+def test_metrics_of_several_runners_are_added_and_a_restore_is_at_most_whole() -> None:
+    one, two = runners = Restoring(restoring={2: (0, 0), 4: (11, 10)}), Restoring()
+    for runner, seconds in ((one, 0.5), (two, 0.25), (two, 100.0)):
+        runner.stats.commits.observe(seconds)
+        runner.stats.counts["resumed"] += 1
+    text = generate_latest(metrics_registry(runners, Config())).decode().splitlines()
+    for line in (
+        'kwflow_steps_total{outcome="resumed"} 3.0', "kwflow_commit_seconds_count 3.0", "kwflow_commit_seconds_sum 100.75", 'kwflow_commit_seconds_bucket{le="0.5"} 2.0',
+        'kwflow_restore_ratio{partition="2",topic="app-resume"} 1.0', 'kwflow_restore_ratio{partition="4",topic="app-resume"} 1.0',
+    ):  # fmt: skip
+        assert line in text
+
+
+def test_an_engine_is_told_of_at_the_address_where_others_reach_it() -> None:
+    """As it was bound, or configured; each of several processes has its own port; every address of a machine is its name."""
+    for http, told, process, address in (
+        ("10.0.0.7:9100", None, 0, "10.0.0.7:9101"), ("0.0.0.0:9100", None, 0, f"{socket.gethostname()}:9101"), (":9100", None, 0, f"{socket.gethostname()}:9101"),
+        ("[::]:0", None, 0, f"{socket.gethostname()}:9101"), ("0.0.0.0:9100", "pod", 2, "pod:9101"), ("0.0.0.0:9100", "pod:80", 2, "pod:82"),
+    ):  # fmt: skip
+        assert advertised(Config(http=http, http_advertised=told, process=process), 9101) == address
+
+
+def test_each_of_several_processes_listens_on_a_port_of_its_own() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with watched(Config(http=f"127.0.0.1:{port - 2}", process=2, supervisor_pid=1), [Restoring()], print) as address:
+        assert address == f"127.0.0.1:{port}" and get(port, "/health/live")[0] == 200
 
 
 def test_what_fails_while_it_answers_is_told_to_who_asked_and_not_printed_into_the_log(capfd: pytest.CaptureFixture[str]) -> None:
