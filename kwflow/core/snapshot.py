@@ -219,7 +219,7 @@ def unpark(stored: bytes, keys: Keys = ()) -> bytes | None:
     was = header.pop("parked", {}).get("was")
     if was == "damaged":
         return body
-    return _encode({**header, "status": was}, body, keys) if body else None
+    return _encode({**header, "status": was}, body, keys) if body or was == "ended" else None
 
 
 def amend(stored: bytes, keys: Keys = (), **fields: Any) -> bytes:

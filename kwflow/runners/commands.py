@@ -166,6 +166,9 @@ def _call_failed(config: Config, state: Changes, name: str, head: Record, record
 
 def _drain(batch: Batch, name: str, record: Record, discard: bool) -> list[Decision]:
     released = parked.release(batch.config, batch.state, name)
+    header = _header(batch.config, name, batch.state.get(name.encode()))
+    if header["status"] == "ended":
+        batch.end(name.encode(), header)  # the time at which it may be forgotten may have come while it was parked
     made = [_discarded(batch, name, released[0], record)] if discard and released else []
     made += batch.drain(released[1 if discard else 0 :])
     rest = parked.park_rest(batch.config, batch.state, name)

@@ -158,10 +158,8 @@ def park_rest(config: Config, state: Changes, name: str) -> Output | None:
     stored = state.get(name.encode())
     if next(iter(state.scan(_prefix(name))), None) is None or is_parked(config, stored):
         return None
-    header = snapshot.split(stored, config.signing_keys)[0] if stored is not None else None
     base = {"id": name, "workflow": "", "start_id": "", "waits": []}
-    alive = stored if header is not None and header["status"] != "ended" else None
-    state.put(name.encode(), snapshot.park(alive, base, "draining", "what it held is being applied", -1, config.signing_keys))
+    state.put(name.encode(), snapshot.park(stored, base, "draining", "what it held is being applied", -1, config.signing_keys))
     return Output(config.resume_topic, name.encode(), b"null", (("kwflow-op", b"retry"),))
 
 

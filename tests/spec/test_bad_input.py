@@ -1,6 +1,7 @@
 """Bad input: applied, ignored by a stated rule, dead-lettered or parked; never lost, never fatal (G3, G4, KW-4..8)."""
 
 import pathlib
+from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -11,6 +12,7 @@ from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
 from kwflow.ports import Decision
+from kwflow.runners import parked
 from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.testing import MemoryStore, WorkflowTester
 
@@ -163,6 +165,56 @@ def test_a_long_hold_is_drained_in_bounded_transactions_and_what_arrives_meanwhi
     result = commands[-1].outputs[-1]
     assert result.value == msgspec.json.encode(list(range(1200)))
     assert store.entries == {}
+
+
+def test_what_ended_in_the_middle_of_a_long_hold_is_known_to_the_rest_of_it(engine: WorkflowTester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K17, K20: a start that its client repeated meanwhile is no second run, and what comes too late is told so."""
+    monkeypatch.setattr(parked, "DRAINED_MAX", 3)
+    engine.start("a", **{"kwflow-start-id": "mine"})
+    engine.resume("a", "first", "unsavable")
+    engine.resume("a", "second", 2)
+    for number in range(4):
+        engine.start("a", **{"kwflow-start-id": "mine", "kwflow-request": f"again {number}", "kwflow-reply-to": "0/p"})
+    engine.broken[0] = False  # type: ignore[attr-defined]
+    engine.send("a", b"null", {"kwflow-op": "retry"})
+    assert engine.values("workflow-result") == [["unsavable", 2]] and engine.counts.count("started") == 1
+    assert [(engine.header("a") or {})[name] for name in ("status", "start_id")] == ["ended", "mine"]
+    engine.start("a", **{"kwflow-start-id": "mine"})
+    assert engine.counts.count("started") == 1
+
+
+def test_what_ended_in_the_middle_of_a_long_hold_is_forgotten_in_its_time_and_terminated_writes_no_second_outcome(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K17, K20: between two transactions of the drain its time may come, or an operator."""
+    monkeypatch.setattr(parked, "DRAINED_MAX", 1)
+    module = durable.load_source("bad_input", SOURCE, str(tmp_path / "bad_input.py"))
+    (tmp_path / "bad_input.py").write_text(SOURCE)
+    for meanwhile, headers in ((b"null", (("kwflow-op", b"terminate"),)), (b'{"ref":"late"}', ())):
+        processor, store, offsets = WorkflowProcessor(Config(), Workflows({"main": module.main}, "main"), frozenset({"out"})), MemoryStore(), iter(range(20))
+
+        def send(value: bytes, *headers: tuple[str, bytes | None], processor: WorkflowProcessor = processor, store: MemoryStore = store, offsets: Iterator[int] = offsets) -> Decision:
+            changes = Overlay(store)
+            [made] = processor.decide(changes, [Record("workflow-resume", 0, next(offsets), 1, b"a", value, headers)], 1)
+            store.apply(changes.changes)
+            return made
+
+        def forget(processor: WorkflowProcessor = processor, store: MemoryStore = store) -> None:
+            changes = Overlay(store)
+            processor.due(changes, 10**9, 10)
+            store.apply(changes.changes)
+
+        module.BROKEN[0] = True
+        send(b"new:null", ("kwflow-start-id", b"mine"))
+        for value in (b'{"ref":"first","value":"unsavable"}', b'{"ref":"second"}', b'{"ref":"late"}', b'{"ref":"late"}'):
+            send(value)
+        module.BROKEN[0] = False
+        outputs = [output for _ in range(2) for output in send(b"null", ("kwflow-op", b"retry")).outputs if output.topic != "workflow-resume"]
+        assert [output.topic for output in outputs] == ["out", "workflow-result"]
+        forget()
+        assert send(meanwhile, *headers).outputs == ()
+        while any(key.startswith(parked.HOLD) for key in store.entries):
+            send(b"null", ("kwflow-op", b"retry"))
+        forget()
+        assert [key for key in store.entries if not key.startswith(b"\0ended")] == []
 
 
 def test_under_a_runner_that_may_read_a_record_again_an_ended_start_is_not_begun_anew() -> None:
