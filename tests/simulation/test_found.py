@@ -227,6 +227,16 @@ def test_a_discard_whose_rest_the_broker_refuses_drops_at_least_the_head(lab: La
     assert list(engine.owned[0].store.scan(b"\0hold\0")) == []
 
 
+def test_a_retry_whose_decision_the_broker_refuses_drops_nothing(lab: Lab) -> None:
+    """K11, K17: only who discards wants something dropped; the command alone is the dead letter."""
+    engine = lab.engine("one")
+    lab.producer.produce("workflow-resume", value=b"new:{}", key=b"bad", headers=[("kwflow-workflow", "large")])
+    lab.producer.produce("workflow-resume", value=b"null", key=b"bad", headers=[("kwflow-op", "retry")])
+    lab.producer.poll(0)
+    turn(engine, lambda: lab.written("found-dead-letter") == ["new:{}", "null"])
+    assert len(list(engine.owned[0].store.scan(b"\0hold\0"))) == 1
+
+
 def test_a_broker_in_trouble_is_no_record_s_fault(lab: Lab) -> None:
     """K19: a process that ends because the broker does not answer leaves no attempt behind."""
     engine = lab.engine("one")

@@ -10,7 +10,8 @@ from kwflow import durable
 from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
-from kwflow.core.wire import Record
+from kwflow.core.murmur2 import partition_of
+from kwflow.core.wire import Output, Record
 from kwflow.ports import Decision
 from kwflow.runners import parked
 from kwflow.runners.loop import Overlay, WorkflowProcessor
@@ -107,6 +108,18 @@ def test_discard_drops_the_record_that_parked_it_and_applies_the_rest(engine: Wo
     engine.send("a", b"null", {"kwflow-op": "discard"})
     engine.resume("a", "second", 2)
     assert engine.result("a") == ["fine", 2]
+
+
+def test_a_record_on_another_partition_than_its_keys_is_forwarded_once_as_it_was() -> None:
+    """K6: what still lies wrong then, or has no key, is a dead letter; it must not go round."""
+    config, record = Config(), Record("workflow-resume", 0, 7, 1, b"w1", b"{}", (("mine", b"travels"),))
+    home = partition_of(b"w1", 4)
+    made = parked.forward(config, record, 4, 0)
+    assert home != 0 and made.counts == ("forwarded",)
+    assert made.outputs == (Output("workflow-resume", b"w1", b"{}", (("mine", b"travels"), ("kwflow-forwarded", b"0")), 1, home),)
+    for wrong in (msgspec.structs.replace(record, headers=made.outputs[0].headers), msgspec.structs.replace(record, key=None)):
+        made = parked.forward(config, wrong, 4, 0)
+        assert made.counts == ("dead-letter",) and dict(made.outputs[0].headers)["kwflow-error-reason"] == b"wrong-partition"
 
 
 def test_an_endless_loop_without_a_wait_is_logged_with_its_line_and_its_instance_is_parked() -> None:

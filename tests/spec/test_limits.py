@@ -186,6 +186,16 @@ def test_the_hold_of_a_parked_instance_has_at_most_hold_max_records_the_one_at_f
     assert reasons(engine.batch(engine.record("b", b'{"ref":"more"}'))) == ["held"]
 
 
+def test_a_hold_that_is_given_up_in_the_middle_of_a_batch_makes_room_in_the_same_batch() -> None:
+    """K17: how many an instance holds is counted once a batch, and anew after a command."""
+    engine = Engine(hold_max=3, snapshot_bytes_max=3000)
+    engine.start("state", 2000, "b")
+    more, discard = (b'{"ref":"more"}', ()), (b"null", (("kwflow-op", b"discard"),))
+    made = engine.batch(*(engine.record("b", *one) for one in (more, more, more, more, discard, more, more)))
+    assert reasons(made) == ["parked", "held", "held", "hold-full", "discarded", "held", "hold-full"]
+    assert made[4].counts == ("discarded", "parked", "held"), "the second is at fault now"
+
+
 def test_a_step_is_reported_at_its_time_out_once_and_not_before() -> None:
     """Semantics §3.2; the clock is the test's."""
     lines: list[str] = []

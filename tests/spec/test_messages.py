@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from kwflow import durable
+from kwflow.core.wire import Output
+from kwflow.runners import parked
 from kwflow.testing import WorkflowTester
 
 HEAD = "import kwflow as kw\nkw.declare_topics('out')\ndef say(x):\n    kw.output(str(x), 'out')\n"
@@ -156,14 +158,52 @@ def test_terminate_reaches_an_instance_that_is_parked() -> None:
     assert w.ids() == []
 
 
-def test_what_is_held_behind_a_paused_instance_is_answered_when_it_is_terminated() -> None:
-    """G3."""
+@pytest.mark.parametrize("records", [1, 5])
+def test_what_is_held_behind_a_paused_instance_is_answered_when_it_is_terminated(records: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G3: all of it, also what no drain would take in one go; each is counted."""
+    monkeypatch.setattr(parked, "DRAINED_MAX", 2)
     w = run("def main(o):\n    yield kw.suspend('r')")
     w.command("w", "pause")
-    w.send("w", b"null", {"kwflow-op": "cancel", "kwflow-request": "held", "kwflow-reply-to": "0/p"})
-    assert w.reply("held") is None
+    for number in range(records):
+        w.send("w", b"null", {"kwflow-op": "cancel", "kwflow-request": f"held {number}", "kwflow-reply-to": "0/p"})
+        assert w.reply(f"held {number}") is None
     assert status(w.command("w", "terminate")) == "ok"
-    assert status(w.reply("held")) == "not_found"
+    assert [status(w.reply(f"held {number}")) for number in range(records)] == ["not_found"] * records
+    assert w.counts.count("unknown-id") == records and not any(key.startswith(parked.HOLD) for key in w.state.entries)
+
+
+def test_an_instance_that_was_parked_by_its_start_is_told_by_its_run_and_client() -> None:
+    """M4: whoever waits for that run hears of its end."""
+    w = run("import threading\ndef main(o):\n    lock = threading.Lock()\n    yield kw.suspend('r')", **{"kwflow-start-id": "s", "kwflow-client": "c"})
+    header = w.header("w") or {}
+    assert (header["status"], header["start_id"], header["client"]) == ("parked", "s", "c")
+    assert status(w.command("w", "terminate", kwflow_start_id="another")) == "not_found"
+    assert status(w.command("w", "terminate", kwflow_start_id="s")) == "ok"
+    headers = dict(next(output for output in w.outputs if output.topic == "workflow-error").headers)
+    assert (headers["kwflow-start-id"], headers["kwflow-client"]) == (b"s", b"c")
+
+
+def test_what_comes_while_a_long_hold_is_applied_is_answered_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request, one reply: it is not at fault, nor behind what is."""
+    monkeypatch.setattr(parked, "DRAINED_MAX", 1)
+    w = run("def main(o):\n    yield kw.suspend('r')\n    return (yield kw.suspend('s'))")
+    w.command("w", "pause")
+    w.resume("w", "nobody")
+    w.send("w", b'{"ref":"r"}', {"kwflow-request": "applied", "kwflow-reply-to": "0/p"})
+    log, late = w._log, ["late", "too late"]
+
+    def meanwhile(output: Output) -> None:
+        """These are written before the command with which the engine goes on."""
+        if late and output.topic == w.config.resume_topic and dict(output.headers).get("kwflow-op") == b"retry":
+            request = late.pop(0)
+            address = (("kwflow-request", request.encode()), ("kwflow-reply-to", b"0/p"))
+            log(Output(w.config.resume_topic, b"w", b'{"ref":"s","value":"%s"}' % request.encode(), address))
+        log(output)
+
+    w._log = meanwhile  # type: ignore[method-assign]
+    assert status(w.command("w", "unpause")) == "ok"
+    assert [status(w.reply(request)) for request in ("applied", "late", "too late")] == ["delivered", "delivered", "not_found"]
+    assert w.result("w") == "late"
 
 
 def test_terminate_of_a_closing_instance_writes_no_second_outcome() -> None:
