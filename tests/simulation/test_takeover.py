@@ -1,13 +1,17 @@
 """What a new owner finds: an open transaction of who was killed in it (K1, K5), a record that kills every engine in turn (K19)."""
 
+import contextlib
 import dataclasses
+import json
 import pathlib
+import shutil
 from typing import Any, cast
 
 import pytest
 from confluent_kafka import KafkaError
 from confluent_kafka.admin import AdminClient
 
+from kwflow.errors import TransportError
 from kwflow.runners.fencing import Fencing
 from kwflow.runners.kafka import KafkaRunner
 from kwflow.runners.kafka_code import CodeTopic
@@ -31,6 +35,10 @@ def lab(tmp_path: pathlib.Path) -> Lab:
 
 def die() -> None:
     raise Killed
+
+
+def lost() -> None:
+    raise TransportError("the broker is gone")
 
 
 def killed_at(lab: Lab, runner: KafkaRunner, name: str, what: str) -> None:
@@ -182,6 +190,30 @@ class WithoutOwners(SimulatedEnvironment):
         return super().producer(settings) if "transactional.id" in settings else Away(self)
 
 
+def test_an_engine_that_lost_its_disk_with_its_life_takes_care_too(lab: Lab) -> None:
+    """K19: it is called as before, and its directory knows nothing of its death; the owners topic does."""
+    first = lab.engine("one")
+    lab.send("workflow-resume", "w", "new:{}")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    lab.send("workflow-resume", "w", '{"ref": "r", "value": 1}')
+    killed_at(lab, first, "one", "commit")
+    shutil.rmtree(lab.directory / "one")
+    del lab.disks["one"]
+    again = lab.engine("one")
+    turn(again, lambda: again.owned, 2000)
+    assert (again.owned[0].position, again.owned[0].careful_until) == (1, 2)
+
+
+def test_attempts_at_a_record_of_a_topic_that_was_made_anew_count_nothing(lab: Lab) -> None:
+    """K19, K16: the same offset is another record now."""
+    noted = json.dumps({"topic": "the one before", "offset": 0, "count": 3, "until": 1}).encode()
+    lab.producer.produce("found-owners", value=noted, key=b"workflow-resume/0/attempts")
+    lab.send("workflow-resume", "w", "new:{}")
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 1)
+    assert dict(engine.counts) == {"started": 1}
+
+
 def test_an_owners_topic_that_does_not_answer_is_waited_for_once(lab: Lab) -> None:
     """K19: each record that was to be taken with care used to wait five seconds for it; the count on the disk protects as well."""
     for number in range(300):
@@ -195,16 +227,21 @@ def test_an_owners_topic_that_does_not_answer_is_waited_for_once(lab: Lab) -> No
     assert sum("found-owners" in line for line in lab.said) == 1
 
 
-def test_what_a_broker_in_trouble_interrupts_is_no_attempt_for_the_next_engine(lab: Lab) -> None:
-    """K19: the record was stepped, and its process went on."""
+@pytest.mark.parametrize("ended", [False, True], ids=["killed meanwhile", "ended by it"])
+def test_what_a_broker_in_trouble_interrupts_is_no_attempt_for_the_next_engine(lab: Lab, ended: bool) -> None:
+    """K19: the record was stepped, and its process went on, or ended because it could not be committed."""
     lab.send("workflow-resume", "w", "new:{}")
     for number in range(5):
         name = f"engine{number}"
         engine = lab.engine(name)
         turn(engine, lambda engine=engine: engine.owned, 2000)  # type: ignore[misc]
-        lab.hosts[name].chance = lambda what: what == "abort"  # type: ignore[method-assign]
-        for _ in range(3):
-            engine.turn()
+        if ended:
+            lab.hosts[name].before["commit"] = lost
+        else:
+            lab.hosts[name].chance = lambda what: what == "abort"  # type: ignore[method-assign]
+        with pytest.raises(TransportError) if ended else contextlib.nullcontext():
+            for _ in range(3):
+                engine.turn()
         lab.kill(engine, name)
     last = lab.engine("last")
     turn(last, lambda: last.owned and last.owned[0].position == 1, 2000)

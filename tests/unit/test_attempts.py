@@ -123,6 +123,16 @@ def test_what_a_survivor_takes_back_is_only_its_own(tmp_path: pathlib.Path) -> N
     assert attempts.suspected_until(1) == -1
 
 
+@pytest.mark.parametrize("counts", [(1, 2), (2, 1)])
+def test_of_what_the_disk_knows_and_what_others_have_noted_the_worse_counts(tmp_path: pathlib.Path, counts: tuple[int, int]) -> None:
+    noted: list[Suspects | None] = []
+    attempts = Attempts(tmp_path, lambda _, suspects: noted.append(suspects))
+    for count in counts:
+        attempts.learn(0, Suspects(5, count, 9))
+    attempts.another(0, [record(5)])
+    assert noted == [Suspects(5, 3, 9)]
+
+
 @pytest.mark.parametrize("content", [b"", b'{"0":[5,2]}', b"[]"])
 def test_a_count_that_cannot_be_read_counts_nothing(tmp_path: pathlib.Path, content: bytes) -> None:
     Attempts(tmp_path)
@@ -131,9 +141,11 @@ def test_a_count_that_cannot_be_read_counts_nothing(tmp_path: pathlib.Path, cont
 
 
 def test_a_clean_stop_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
-    attempts = Attempts(tmp_path)
+    noted: list[Suspects | None] = []
+    attempts = Attempts(tmp_path, lambda _, suspects: noted.append(suspects))
     attempts.another(0, [record(5)])
     attempts.interrupted()
+    assert noted == [Suspects(5, 1, 6), None], "nor where others look"
     again = Attempts(tmp_path)
     assert not again.unclean
     assert not again.fresh

@@ -1,0 +1,104 @@
+"""Warm copies of what other engines own, and the end of copies that nobody needs (kafka.md §4, K8): real stores, the clock and the broker are the test's."""
+
+import pathlib
+from typing import Any
+
+import pytest
+from confluent_kafka import KafkaError, TopicPartition
+
+from kwflow.runners.embedded import SystemClock
+from kwflow.runners.kafka_state import PartitionStore
+from kwflow.runners.standby import Cleanup, Copies, Standby
+from tests.spec.test_edges import Later
+
+
+class Message:
+    """One of the changelog, or an error of its reader."""
+
+    def __init__(self, partition: int, offset: int, key: bytes = b"", value: bytes | None = None, error: int | None = None) -> None:
+        self.partition, self.offset, self.key, self.value = lambda: partition, lambda: offset, lambda: key, lambda: value
+        self.error = lambda: None if error is None else KafkaError(error)
+
+
+class Reader:
+    """A consumer that gives what it is told to."""
+
+    def __init__(self) -> None:
+        self.assigned: dict[int, int] = {}
+        self.messages: list[Message] = []
+
+    def assign(self, places: list[TopicPartition]) -> None:
+        self.assigned = {place.partition: place.offset for place in places}
+
+    def consume(self, _most: int, _seconds: float) -> list[Message]:
+        messages, self.messages = self.messages, []
+        return messages
+
+
+class Office:
+    def __init__(self, directory: pathlib.Path, delay_s: float = 600) -> None:
+        self.environment, self.directory, self.reader, self.said = Later(1 << 20), directory, Reader(), list[str]()
+        self.standby = Standby("changelog", lambda: self.reader, self.store, lambda number: 5)  # type: ignore[arg-type,return-value]
+        self.cleanup = Cleanup(self.environment, directory, delay_s)
+        self.copies = Copies(self.standby, 3, self.cleanup, self.said.append)
+
+    def store(self, number: int) -> Any:
+        return PartitionStore(self.environment, self.directory / str(number), "topic", SystemClock(), 10**9)
+
+    def turn(self, mine: set[int], *messages: Message) -> None:
+        self.environment.now += 2
+        self.reader.messages = list(messages)
+        self.copies.turn(mine)
+
+
+@pytest.fixture
+def office(tmp_path: pathlib.Path) -> Office:
+    return Office(tmp_path)
+
+
+def test_a_standby_follows_what_others_own_from_where_its_copy_ends(office: Office) -> None:
+    """From the begin of the log where it has none; a copy that is given away is closed, and read on later."""
+    office.turn({0})
+    assert office.reader.assigned == {1: 5, 2: 5}
+    office.turn({0}, Message(1, 8, b"w", b"old"), Message(1, 9, b"w", b"new"), Message(2, 6, b"v", b"x"), Message(1, 10, error=KafkaError._PARTITION_EOF))
+    assert (office.standby.stores[1].get(b"w"), office.standby.stores[1].offset, office.standby.stores[2].offset) == (b"new", 10, 7)
+    office.copies.give(1)
+    assert office.reader.assigned == {2: 7} and 1 not in office.standby.stores
+    office.store(1).close()  # nobody else has it open
+    office.turn({0})
+    assert office.reader.assigned == {1: 10, 2: 7}
+
+
+def test_a_copy_whose_place_in_the_log_is_gone_begins_anew(office: Office) -> None:
+    """What was read before it in the same go is of no use either."""
+    office.turn({0, 2}, Message(1, 8, b"w", b"old"))
+    office.turn({0, 2}, Message(1, 9, b"v", b"older"), Message(1, 9, error=KafkaError._AUTO_OFFSET_RESET))
+    assert 1 not in office.standby.stores
+    office.turn({0, 2})
+    assert office.reader.assigned == {1: 5}
+    assert (office.standby.stores[1].get(b"w"), office.standby.stores[1].get(b"v"), office.standby.stores[1].offset) == (None, None, 0)
+
+
+def test_only_a_copy_that_nobody_has_needed_for_all_the_time_is_deleted(tmp_path: pathlib.Path) -> None:
+    """Neither one that runs, nor one that is warm, nor one that came back in between."""
+    office = Office(tmp_path, delay_s=600)
+    office.turn({0})
+    (tmp_path / "7").mkdir()  # of a partition that is no more
+    (tmp_path / "attempts").touch()
+    for number in (0, 7):
+        (tmp_path / str(number)).mkdir(exist_ok=True)
+    now = office.environment.now
+    assert office.cleanup.look({0, 1, 2}) == []
+    for seconds, used, gone in ((500, {0, 1, 2}, []), (550, {0, 1, 2, 7}, []), (1000, {0, 1, 2}, []), (1599, {0, 1, 2}, []), (1601, {0, 1, 2}, ["7"])):
+        office.environment.now = now + seconds
+        assert [path.name for path in office.cleanup.look(used)] == gone, seconds
+    for _ in range(2):
+        office.environment.now += 10_000
+        office.turn({0})
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2", "attempts"} and office.said == []
+    office.copies.standby = None
+    office.standby.stores.clear()
+    office.turn({0})
+    office.environment.now += 600
+    office.turn({0})
+    assert sorted(office.said) == [f"deleted {tmp_path / str(number)}, a copy that nobody has needed for 600 s" for number in (1, 2)]
