@@ -3,7 +3,9 @@
 import pathlib
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -13,6 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from kwflow import durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
+from kwflow.ports import Decision
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
@@ -84,6 +87,32 @@ def test_a_trace_goes_from_the_client_through_start_timer_output_and_answer(trac
         "kwflow.workflow_id": "a", "kwflow.workflow": "main", "kwflow.outcome": "resumed", "messaging.system": "kafka",
         "messaging.destination.name": "workflow-resume", "messaging.destination.partition.id": "0", "messaging.kafka.offset": 2,
     }  # fmt: skip
+
+
+def test_what_the_sender_put_into_tracestate_travels_and_each_header_is_there_once(traced: Traced) -> None:
+    traced.send("a", "new:1", CLIENT, ("tracestate", b"vendor=1"), ("mine", b"too"))
+    traced.run("resumed")
+    for topic in ("asked", traced.config.scheduler_topic):
+        names = [name for name, _ in traced.held.read(topic)[0].headers]
+        assert sorted(name for name in names if not name.startswith("kwflow-")) == ["mine", "traceparent", "tracestate"]
+        assert dict(traced.held.read(topic)[0].headers)["tracestate"] == b"vendor=1"
+
+
+def test_a_span_ends_with_its_step_not_with_the_commit_and_has_no_link_within_its_trace(traced: Traced) -> None:
+    processor, decided_ns = traced.processors[0], list[int]()
+    decide = processor.decide
+
+    def timed(*arguments: Any) -> list[Decision]:
+        made = decide(*arguments)
+        decided_ns.append(time.time_ns())
+        return made
+
+    processor.decide = timed  # type: ignore[method-assign]
+    traced.send("a", "new:1", CLIENT)
+    spans = traced.run("resumed")
+    assert len(spans) == len(decided_ns) == 2
+    for span, at_ns in zip(spans, decided_ns, strict=True):
+        assert (span.end_time or 0) <= at_ns and not span.links
 
 
 def test_a_record_without_context_joins_the_trace_of_the_start_and_one_of_another_trace_links_to_it(traced: Traced) -> None:

@@ -18,8 +18,12 @@ import pytest
 from kwflow import durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
+from kwflow.core.murmur2 import partition_of
 from kwflow.errors import UsageError
+from kwflow.runners import instances
 from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded_state import EmbeddedStore
+from kwflow.runners.instances import Instances, Page
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.watch import serve_http
@@ -139,6 +143,38 @@ def test_instances_are_told_as_the_command_line_tells_them(place: Place) -> None
         assert "code" not in json.loads(said)
         assert get(port, "/instances/nobody")[0] == 404
         assert get(port, "/instances/%00hold")[0] == 404, "an engine's own entries are nobody's"
+
+
+def pages(*kept: tuple[bytes, bytes]) -> Page:
+    """Of a partition that holds these."""
+    return lambda start, limit: [entry for entry in sorted(kept) if entry[0] >= start][:limit]
+
+
+def test_an_instance_of_a_partition_that_is_elsewhere_is_not_called_unknown(place: Place) -> None:
+    """421: whoever asks then reads the changelog; 404 would tell a user that there is no such instance."""
+    place.send("w", "new:1000")
+    place.held.append(place.config.resume_topic, b"w", b'{"name":"s"}', (("kwflow-op", b"signal"), ("kwflow-id", b"once")))
+    place.run()
+    stored = EmbeddedStore(place.held.db, place.config.changelog_topic).get(b"w") or b""
+    home = partition_of(b"w", 4)
+    for served, status in (({home: pages((b"w", stored))}, 200), ({home: pages()}, 404), ({}, 421), ({home + 1: pages()}, 421), ({home: lambda *_: None}, 421), ({home: pages((b"w", b"KWF?"))}, 500)):
+        assert instances.one(Instances("engine", 4, served), b"w", ())[0] == status, served
+    shown = json.loads(instances.one(Instances("engine", 4, {home: pages((b"w", stored))}), b"w", ())[1])
+    assert shown["status"] == "waiting" and {"v", "code", "lowering", "key", "ids"}.isdisjoint(shown)
+
+
+def test_all_instances_of_all_pages_are_told_a_damaged_one_too_and_what_is_cut_off_is_no_json(place: Place) -> None:
+    """A partition that is given away in the middle leaves the list without its end."""
+    place.send("w", "new:1000")
+    place.run()
+    stored = EmbeddedStore(place.held.db, place.config.changelog_topic).get(b"w") or b""
+    entries = [(b"%04d" % number, stored if number else b"KWF?") for number in range(1001)]
+    rows = json.loads(b"".join(instances.array(Instances("engine", 3, {0: pages(*entries[:500]), 1: pages(*entries[500:], (b"\0own", b"x")), 2: pages()}))))
+    assert [row["id"] for row in rows] == [key.decode() for key, _ in entries]
+    assert [row["status"] for row in rows[:2]] == ["damaged", "waiting"]
+    assert b"".join(instances.array(Instances("engine", 1, {0: pages()}))) == b"[]"
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(b"".join(instances.array(Instances("engine", 2, {0: pages(*entries[:2]), 1: lambda *_: None}))))
 
 
 def test_the_number_of_waiting_timers_is_right_after_replacing_cancelling_firing_and_for_tables_that_had_no_count(place: Place) -> None:
