@@ -14,6 +14,7 @@ import pytest
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.environment import LIVE
 from kwflow.runners.private import private
+from tests.simulation.test_found import Lab
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOBODY = 65_534
@@ -57,9 +58,10 @@ def test_state_directories_are_their_users_alone(tmp_path: pathlib.Path) -> None
     try:
         Embedded(tmp_path / "a" / "b").close()
         LIVE.database(tmp_path / "c" / "app" / "0").close()
+        Lab(tmp_path / "kafka").engine("one")
         (tmp_path / "open").mkdir(mode=0o755)
         private(tmp_path / "open")
-        made = [tmp_path / name for name in ("a", "a/b", "c", "c/app", "c/app/0", "open")]
+        made = [tmp_path / name for name in ("a", "a/b", "c", "c/app", "c/app/0", "kafka/one", "kafka/one/found", "kafka/one/found/0", "kafka/one/found/0/found", "open")]
         assert {str(path): mode(path) for path in made} == {str(path): 0o700 for path in made}
     finally:
         os.umask(before)

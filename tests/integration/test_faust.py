@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import signal
+import stat
 import time
 import urllib.error
 import urllib.request
@@ -120,6 +121,7 @@ def test_activities_run_beside_a_faust_agent_and_it_can_be_watched(site: Site) -
     assert re.search(r"kwflow_commit_seconds_count [1-9]", metrics)
     assert asked(site, "/instances")[0] == 404, "kwflow list reads the changelog"
     assert asked(site, "/health/live")[0] == 200
+    assert stat.S_IMODE((site.directory / "one" / site.application / "faust").stat().st_mode) == 0o700
 
 
 VERSION = """

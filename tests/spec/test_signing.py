@@ -161,6 +161,20 @@ def test_a_forged_snapshot_is_never_unpickled(forged: bytes) -> None:
     assert RAN == []
 
 
+def test_nothing_that_a_forged_header_says_is_told_or_acted_on() -> None:
+    """Commands run on headers alone: a forged one is damaged, whoever it names is not told of its end."""
+    waits = [{"ref": "0:1", "kind": "timer", "since": 0}, {"ref": "0:2", "kind": "child", "since": 0, "child": "victim", "workflow": "w", "policy": "terminate"}]
+    for told in ({"ended": 0, "status": "ended", "ids": {"once": ["ok", "forged", None]}}, {"start_id": "theirs", "parent": "victim|0:1", "waits": waits, "status_value": "forged"}):
+        store = MemoryStore()
+        store.entries[b"a"] = forge(told, None)
+        engine = Engine(store, 0, ONE)
+        asked = (("kwflow-request", b"r"), ("kwflow-reply-to", b"0/p"), ("kwflow-id", b"once"))
+        said = json.loads(engine.send(b"null", ("kwflow-op", b"query"), *asked).replies[0].value or b"")
+        assert (said["status"], said["value"]["status"]) == ("ok", "damaged") and "forged" not in str(said) and "theirs" not in str(said)
+        [output] = engine.send(b"null", ("kwflow-op", b"terminate"), *asked).outputs
+        assert (output.topic, output.key, output.value) == ("workflow-error", b"a", b'"Terminated"')
+
+
 def test_without_keys_too_nothing_but_the_listed_names_is_called_by_a_snapshot() -> None:
     """The allow list of the codec: a pickle that names anything else is refused."""
     RAN.clear()
