@@ -42,3 +42,7 @@ def test_a_transaction_has_at_most_batch_bytes_max_bytes(tmp_path: pathlib.Path,
     """Known once the states are saved; nothing was produced yet."""
     _, states = transactions(tmp_path / "measured", 2)
     assert transactions(tmp_path / "limited", 2, batch_bytes_max=states - over)[0] == sizes
+
+
+def test_a_record_that_is_larger_than_a_transaction_should_be_has_one_of_its_own(tmp_path: pathlib.Path) -> None:
+    assert transactions(tmp_path, 3, batch_bytes_max=1)[0] == [1, 1, 1]

@@ -447,6 +447,7 @@ def _grace(at: int, seconds: int) -> str:
 EDGES = [
     Edge("outputs_max", "outputs of one step", 5, in_a_step("outputs_max", "outputs"), r"more than 5 outputs in one step .limit outputs_max.; wait in between"),
     Edge("output_bytes_max", "bytes of all outputs of one step, keys included", 50, in_a_step("output_bytes_max", "value", 1), r"outputs of one step .* 50 bytes .limit output_bytes_max.; wait in between"),
+    Edge("output_bytes_max", "outputs of two bytes each, keys included", 25, lambda at, n: in_a_step("output_bytes_max", "outputs")(2 * at, n), r"outputs of one step .* 50 bytes .limit output_bytes_max."),
     Edge("value_bytes_max", "bytes of an output", 300, in_a_step("value_bytes_max", "value"), r"an output to out has 301 bytes, more than 300 .limit value_bytes_max.; send a reference"),
     Edge("value_bytes_max", "bytes of a result", 300, in_a_step("value_bytes_max", "result"), r"the result has 301 bytes, more than 300 .limit value_bytes_max.; return a reference"),
     Edge("value_bytes_max", "bytes of an error's text", 80, _told, r"ValueError: its text has 81 bytes .limit value_bytes_max."),

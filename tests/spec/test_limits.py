@@ -1,6 +1,7 @@
 """Limits of Config beyond their edges (test_edges.py): what else is so when one is met; nothing is lost (G3, G4)."""
 
 import contextlib
+import gc
 import math
 import pathlib
 import random
@@ -120,13 +121,14 @@ def result(made: Decision) -> tuple[str, Any]:
     return last.topic, msgspec.json.decode(last.value or b"null")
 
 
-@pytest.mark.parametrize("what", ["value", "headers"])
+@pytest.mark.parametrize("what", ["value", "headers", "headers of a command"])
 def test_an_input_over_its_size_is_dead_lettered_unread(what: str) -> None:
     engine = Engine(value_bytes_max=60, header_bytes_max=60)
     long = b"new:" + b'["waits",1]'.ljust(56) if what == "value" else b'new:["waits",1]'
     headers = (("h", b"x" * 59),) if what == "headers" else ()
     assert engine.batch(engine.record("a", long, headers))[0].counts == ("started",)
-    over = engine.record("b", long + b" ") if what == "value" else engine.record("b", long, (("h", b"x" * 60),))
+    command = (("kwflow-op", b"pause"),) if what == "headers of a command" else ()
+    over = engine.record("b", long + b" ") if what == "value" else engine.record("b", b"null" if command else long, (*command, ("h", b"x" * 60)))
     (made,) = engine.batch(over)
     assert made.counts == ("dead-letter",) and dict(made.outputs[0].headers)["kwflow-error-reason"] == b"too-large"
     assert b"b" not in engine.store.entries
@@ -139,6 +141,7 @@ def test_a_snapshot_is_warned_about_once_and_refused_at_its_limit() -> None:
     small = len(engine.store.entries[b"a"])
     quiet, warned = Engine(snapshot_bytes_warn=small), Engine(snapshot_bytes_warn=small - 1)
     assert quiet.start("state", 1000).logs == ()
+    assert "snapshot_bytes_warn" in quiet.batch(quiet.record("a", b'{"ref":"more"}'))[0].logs[0], "now it grows over it"
     assert "snapshot_bytes_warn" in warned.start("state", 1000).logs[0]
     assert warned.batch(warned.record("a", b'{"ref":"more"}'))[0].logs == ()  # it was over it before
     engine.batch(engine.record("a", b'{"ref":"more"}'))
@@ -160,9 +163,35 @@ def test_the_cache_of_live_instances_is_bounded_by_number_and_by_bytes_and_evict
         engine.batch(*(engine.record(f"i{n}", b'new:["state",1000]') for n in range(5)))
         size = len(engine.store.entries[b"i0"])
         assert len(engine.processor.live) == kept
+        gc.collect()  # what went is in cycles
         assert engine.module.CLEANED == []
         for n in range(5):
             assert engine.batch(engine.record(f"i{n}", b'{"ref":"more"}'))[0].counts == ("resumed",)
+
+
+def test_the_one_that_was_used_longest_ago_goes_first_and_coming_and_going_takes_no_room() -> None:
+    """K3; what is stored under another hand meanwhile is loaded anew, and the old one is forgotten without cleanup (G8)."""
+    engine = Engine(instances_cached_max=2)
+    live, nobody = engine.processor.live, b'{"ref":"nobody"}'
+    for id in "ab":
+        engine.start("state", 1000, id)
+    engine.batch(engine.record("a", nobody))
+    engine.start("state", 1000, "c")
+    for id, known in (("a", (2, 0)), ("c", (3, 0)), ("b", (3, 1))):
+        engine.batch(engine.record(id, nobody))
+        assert (live.hits, live.misses) == known, id
+    engine = Engine(instances_cached_bytes_max=2 * len(engine.store.entries[b"b"]))
+    for id in "ab":
+        engine.start("state", 1000, id)
+    for _ in range(5):
+        engine.batch(engine.record("a", nobody))
+    assert (len(engine.processor.live), engine.processor.live.hits) == (2, 5)
+    other = Engine()
+    other.start("state", 999)
+    engine.store.entries[b"a"] = other.store.entries[b"a"]
+    engine.batch(engine.record("a", nobody))
+    gc.collect()
+    assert engine.processor.live.misses == 1 and engine.module.CLEANED == []
 
 
 def reasons(made: list[Decision]) -> list[str]:
@@ -288,6 +317,12 @@ def test_a_batch_ends_when_its_time_or_its_bytes_are_spent_and_the_rest_is_left(
     assert len(engine.batch(*records, budget=Budget(10**9, 4, Ticking()))) == 4
     for left, made in ((one, 1), (one + 1, 2), (2 * one, 2), (2 * one + 9, 3), (1, 1)):
         assert len(engine.batch(*records, budget=Budget(left, 10**9, Ticking()))) == made, left
+    for id in "abc":
+        engine.start("state", 1000, id)
+    state = len(engine.store.entries[b"a"])  # it will be saved at the end, once
+    twice = [engine.record(id, b'{"ref":"nobody"}') for id in "aabbcc"]
+    for left, made in ((state, 1), (state + 1, 3), (2 * state, 3), (2 * state + 1, 5), (3 * state + 1, 6)):
+        assert len(engine.batch(*twice, budget=Budget(left, 10**9, Ticking()))) == made, left
 
 
 def test_the_embedded_engine_commits_what_fits_and_goes_on_with_the_rest(tmp_path: pathlib.Path) -> None:
@@ -311,14 +346,13 @@ def test_the_embedded_engine_commits_what_fits_and_goes_on_with_the_rest(tmp_pat
 
 def test_the_embedded_engine_reads_no_more_than_a_batch_may_have(tmp_path: pathlib.Path) -> None:
     """Thousands of large records are not in memory at once, whatever becomes of them: these are of unknown ids."""
-    config = Config(batch_bytes_max=250_000)
-    held = Embedded(tmp_path, config, sync=False)
-    try:
+    for over, sizes in ((-1, [2, 2, 1, 0]), (0, [2, 2, 1, 0]), (1, [3, 2, 0])):
+        config = Config(batch_bytes_max=200_000 + over)
+        held = Embedded(tmp_path / str(over), config, sync=False)
         processors = [WorkflowProcessor(config, Workflows({}), frozenset(), held.incarnation)]
-        for n in range(7):
-            held.append(config.resume_topic, b"i%d" % n, b'{"value":"%s"}' % bytes([97] * 100_000))
-        assert [held.step(processors) for _ in range(4)] == [3, 3, 1, 0]
-    finally:
+        for n in range(5):
+            held.append(config.resume_topic, b"i%d" % n, b'{"value":"%s"}' % bytes([97] * (100_000 - len(b'{"value":""}'))))
+        assert [held.step(processors) for _ in sizes] == sizes, over
         held.close()
 
 

@@ -195,6 +195,15 @@ def test_large_signals_fill_the_mailbox_before_they_could_fill_the_snapshot() ->
     assert [signal(w, "a", "x" * 100_000) for _ in range(3)] == ["delivered", "delivered", "full"]
 
 
+def test_large_updates_fill_the_mailbox_too_until_they_are_read() -> None:
+    w = run("def main(o):\n    updates = kw.on_update('u')\n    yield kw.suspend('go')\n    for update in updates.take():\n        kw.reply(update, None)\n    yield kw.suspend('end')")
+    for number in range(2):
+        assert update(w, "x" * 100_000, "u", kwflow_id=str(number)) is None, "it waits"
+    assert status(update(w, "x" * 100_000, "u")) == "full"
+    w.resume("w", "go")
+    assert update(w, "x" * 100_000, "u") is None
+
+
 def test_a_full_signal_may_be_sent_again_under_its_id() -> None:
     """M1.4: only what was applied is known again."""
     w = run("def main(o):\n    yield kw.suspend('go')\n    kw.signals('a').take()\n    return (yield kw.wait_signal('a'))")
@@ -218,13 +227,14 @@ def test_a_signal_whose_ttl_is_over_is_not_delivered_and_that_is_logged() -> Non
     assert any("1 signals expired" in line for line in w.logs)
 
 
-def test_expired_signals_do_not_fill_the_mailbox() -> None:
+@pytest.mark.parametrize(("after_ms", "said", "there"), [(4, "full", 2), (5, "delivered", 1)])
+def test_expired_signals_do_not_fill_the_mailbox(after_ms: int, said: str, there: int) -> None:
     w = run(SLEEPS)
     for _ in range(2):
         signal(w, "a", "x" * 100_000, ttl_ms=5)
-    w.now_ms += 10
-    assert signal(w, "a", "x" * 100_000) == "delivered"
-    assert mailbox(w) == {"signal": {"a": 1}}
+    w.now_ms += after_ms
+    assert signal(w, "a", "x" * 100_000) == said
+    assert mailbox(w) == {"signal": {"a": there}}
 
 
 # -- signal-with-start ---------------------------------------------------------------------------------------------------
