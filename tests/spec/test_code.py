@@ -1,5 +1,6 @@
 """Code that changes under a running workflow (G10, semantics §8): each deployment meets instances that wait in the middle."""
 
+import contextlib
 import importlib
 import itertools
 import linecache
@@ -12,12 +13,15 @@ import msgspec
 import pytest
 
 from kwflow import api, durable
+from kwflow.cli.code import code_store
 from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
 from kwflow.durable import registry
 from kwflow.runners.code import LEASE_MS, CodeStore
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.hosted import processors_of
 from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.testing import MemoryStore, WorkflowTester
 
@@ -363,6 +367,19 @@ def test_with_keys_an_entry_that_no_key_signed_is_not_there() -> None:
     log[:] = [msgspec.structs.replace(written, value=(written.value or b"").replace(b"'old'", b"'bad'"))]
     Engine(log, store, new, name, (second, first)).batch(("c", b'{"ref":"r"}'), at=30)
     assert "is not stored" in snapshot.read_header(store.entries[b"c"])["parked"]["message"]
+
+
+def test_commands_and_hosted_engines_too_take_only_code_that_is_signed_where_there_are_keys(tmp_path: pathlib.Path) -> None:
+    log: list[Record] = []
+    name = f"code_case_{next(_count)}"
+    Engine(log, MemoryStore(), "def main(o):\n    yield kw.suspend('r')", name).batch(("a", b"new:1"))
+    [written] = log
+    key = (written.key or b"").decode()
+    with contextlib.closing(Embedded(tmp_path, sync=False)) as held:
+        held.append(Config().code_topic, written.key, written.value)
+        for keys, there in (([], True), (["1" * 32], False)):
+            hosted = processors_of(held, Workflows({}), Config(snapshot_keys=keys), print)[0].sources(key)
+            assert ((hosted is not None), (code_store(Config(snapshot_keys=keys), tmp_path)(key) is not None)) == (there, there)
 
 
 # -- before the first record -----------------------------------------------------------------------------------------

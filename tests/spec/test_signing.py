@@ -22,6 +22,7 @@ from kwflow.core.wire import Record
 from kwflow.errors import CorruptSnapshotError, UsageError
 from kwflow.ports import Decision
 from kwflow.runners import code
+from kwflow.runners import parked as parking
 from kwflow.runners.code import CodeStore
 from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.testing import MemoryStore
@@ -93,6 +94,39 @@ def test_the_first_key_signs_and_all_are_accepted_so_that_keys_can_be_rotated() 
     assert rotated.send(b'{"ref":"more","value":1}').counts == ("resumed",)
     assert snapshot.seal_of(store.entries[b"a"], [TWO.encode()]).startswith("verified with key ")
     assert Engine(store, 20, TWO).send(b'{"ref":"more","value":200}').outputs[-1].value == b"202"
+
+
+def test_whatever_a_record_or_a_command_leaves_of_an_instance_is_signed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paused, being drained, parked, both, and what stays after the end: else the next record would park it."""
+    monkeypatch.setattr(parking, "DRAINED_MAX", 1)
+    store, more, start = MemoryStore(), b'{"ref":"more","value":1}', (b"new:1", ("kwflow-start-id", b"mine"))
+    engine = Engine(store, 0, ONE)
+
+    def leaves(status: str) -> None:
+        assert snapshot.read_header(store.entries[b"a"])["status"] == status
+        assert snapshot.seal_of(store.entries[b"a"], [ONE.encode()]).startswith("verified")
+
+    def command(op: bytes, status: str) -> None:
+        assert engine.send(b"null", ("kwflow-op", op), ("kwflow-id", b"%s at %d" % (op, engine.offset))).counts
+        leaves(status)
+
+    engine.send(*start)
+    leaves("waiting")
+    command(b"pause", "parked")
+    for _ in range(2):
+        engine.send(more)
+        leaves("parked")
+    command(b"unpause", "parked")  # half of what it holds is applied
+    command(b"retry", "waiting")
+    overlay = Overlay(store)
+    engine.processor.refuse(overlay, Record("workflow-resume", 0, engine.offset, 0, b"a", more), "it is too much")
+    store.apply(overlay.changes)
+    leaves("parked")
+    for op, status in ((b"pause", "parked"), (b"unpause", "parked"), (b"discard", "waiting")):
+        command(op, status)
+    assert engine.send(b'{"ref":"more","value":200}').outputs[-1].value == b"203"
+    leaves("ended")
+    assert engine.send(*start).counts == ("duplicate-start",)
 
 
 def test_keys_are_introduced_while_unsigned_instances_wait() -> None:
@@ -234,7 +268,7 @@ def test_show_needs_no_key_and_says_what_the_header_is_worth(tmp_path: pathlib.P
 
 def test_a_key_is_long_enough_and_never_shown(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValidationError):
-        Config(snapshot_keys=["short"])
+        Config(snapshot_keys=[ONE, "1" * 31])
     (tmp_path / "kwflow.toml").write_text('[app]\nsnapshot_keys = ["short"]\n')
     with pytest.raises(UsageError, match="openssl rand") as caught:
         load_config(tmp_path / "kwflow.toml")
