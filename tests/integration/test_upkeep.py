@@ -8,8 +8,11 @@ import pytest
 
 from kwflow.config import Config
 from kwflow.core import timers
+from kwflow.core.murmur2 import partition_of
 from kwflow.runners import kafka_link
+from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import EXPIRES, FORGOTTEN
+from kwflow.runners.parked import HOLD
 from tests.integration.site import Site, answer, refs
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -42,23 +45,28 @@ def test_waiting_workflows_and_their_timers_move_with_their_keys_to_more_partiti
     assert f"1 records of {site.topic('resume')} are not applied yet" in site.refused("topics", "migrate", "--partitions", "5")
     site.engine("one")
     site.until(lambda: "late" in site.run("tail", site.topic("error")))
+    changelog, config = f"{site.application}-state-changelog", Config(bootstrap_servers=site.broker)
+    paused = next(id for id in ids if partition_of(id.encode(), 2) != partition_of(id.encode(), 5))
+    site.run("pause", paused)
+    answer(site, paused, asked[paused]["car"])
+    site.until(lambda: any(key.startswith(HOLD) for key in kafka_link.latest(config, changelog)))
     stopped(site)
-    changelog = f"{site.application}-state-changelog"
     site.producer.produce(changelog, EXPIRES + b"9" * 20, FORGOTTEN, 0)  # what moves there may have to be forgotten sooner
     assert site.producer.flush(20) == 0
     said = site.run("topics", "migrate", "--partitions", "5")
-    first = [record.value for record in kafka_link.read(Config(bootstrap_servers=site.broker), changelog, 0) if record.key == FORGOTTEN]
+    first = [record.value for record in kafka_link.read(config, changelog, 0) if record.key == FORGOTTEN]
     assert first[0] and first[-1] is None
+    assert all(any(key.startswith(WRITTEN) for key in kafka_link.latest(config, changelog, number)) for number in range(5)), "whoever takes one over loads the code that is waited in there"
     assert f"{site.topic('resume')} and {changelog} have 5 partitions" in said and "; 0 entries moved" not in said
     assert site.run("topics", "migrate", "--partitions", "5").count("; 0 entries moved") == 2  # once more changes nothing
     assert "only add" in site.refused("topics", "migrate", "--partitions", "3")
     assert sorted(row["id"] for row in json.loads(site.run("list", "--json"))) == sorted(ids)
     site.engine("two")
     for id in ids:
-        for kind in ("car", "hotel", "flight"):
+        for kind in ("car", "hotel", "flight")[id == paused :]:
             answer(site, id, asked[id][kind])
+    site.run("unpause", paused)  # its hold has moved with it
     assert sorted(id for id, _ in site.read(site.topic("result"), len(ids))) == sorted(ids)
-    config = Config(bootstrap_servers=site.broker)
     site.until(lambda: not any(key.startswith(timers.DUE) for key in kafka_link.latest(config, f"{site.application}-timers-changelog")))  # the scheduler follows the engine
     stopped(site)
     site.environment["KWFLOW_STATE_DIR"] = str(site.directory / "two")
