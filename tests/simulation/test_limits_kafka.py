@@ -46,3 +46,17 @@ def test_a_transaction_has_at_most_batch_bytes_max_bytes(tmp_path: pathlib.Path,
 
 def test_a_record_that_is_larger_than_a_transaction_should_be_has_one_of_its_own(tmp_path: pathlib.Path) -> None:
     assert transactions(tmp_path, 3, batch_bytes_max=1)[0] == [1, 1, 1]
+
+
+def test_a_topic_that_takes_less_than_the_others_limits_neither_them_nor_a_batch_of_records_that_it_takes(tmp_path: pathlib.Path) -> None:
+    """K11: the outputs' topic takes 200 kB; the changelog more, and many small outputs are several requests."""
+    lab = Lab(tmp_path)
+    lab.send("workflow-resume", "large", "new:" + json.dumps("x" * 300_000))
+    for number in range(6):
+        lab.send("workflow-resume", f"w{number}", "new:{}")
+        lab.send("workflow-resume", f"w{number}", json.dumps({"ref": "r", "value": "x" * 50_000}))
+    lab.producer.flush()
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 13)
+    assert dict(engine.counts) == {"started": 7, "resumed": 6}
+    assert len(lab.written("found-out")) == 6
