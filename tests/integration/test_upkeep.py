@@ -96,7 +96,10 @@ def test_a_reset_says_what_it_would_do_and_forgets_every_instance(site: Site) ->
     assert "state-changelog (3 instances)" in refused and "timers-changelog (3 timers)" in refused and "records that are there are skipped" in refused
     assert ids[0] in site.run("list")
     assert (local := site.directory / "one" / site.application).is_dir() and f"delete the local state in {local}" in refused
+    site.producer.produce(f"{site.application}-owners", b"{}", f"{site.topic('resume')}/0/attempts")
+    assert site.producer.flush(20) == 0
     site.run("reset", "--yes")
+    assert kafka_link.latest(Config(bootstrap_servers=site.broker), f"{site.application}-owners") == {}, "records are counted from the begin again, and so are deaths"
     assert not local.exists()
     assert ids[0] not in site.run("list")
     site.engine("one")
