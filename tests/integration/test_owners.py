@@ -4,7 +4,9 @@ import json
 import pathlib
 import re
 import signal
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -74,6 +76,7 @@ def test_an_answer_counts_only_if_the_engine_that_is_named_gives_it(site: Site) 
     site.engine("one", "workflows.trip_booking", True, "--http", "127.0.0.1:0")
     site.send(id, 'new:{"timeout": 86400000}')
     refs(site, [id])
+    assert CHANGELOG not in site.fails(0, "list"), "one that owns both partitions is asked once"
     config = Config(bootstrap_servers=site.broker, application_id=site.application)
     key = f"{site.topic('resume')}/{partition_of(id.encode(), 2)}".encode()
     owner = json.loads([record.value or b"" for record in kafka_link.read(config, config.owners_topic) if record.key == key][-1])
@@ -83,6 +86,33 @@ def test_an_answer_counts_only_if_the_engine_that_is_named_gives_it(site: Site) 
         assert producer.flush(20) == 0
         said = site.fails(0, "show", id)
         assert f"{CHANGELOG}: " in said and why in said and "suspension" in said
+
+
+@pytest.mark.parametrize(
+    ("status", "partitions", "body", "why"),
+    [(200, "0", b"[]", "partitions are on their way from one engine to another"), (503, "0,1", b"[]", "answers 503"), (200, "0,1", b'[{"id":"w"}', "is not whole")],
+)
+def test_a_list_counts_only_if_it_is_whole_and_of_all_partitions(site: Site, status: int, partitions: str, body: bytes, why: str) -> None:
+    """While partitions move, some are told of by nobody; the changelog knows all."""
+
+    class Engine(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Kwflow-Engine", "moving")
+            self.send_header("Kwflow-Partitions", partitions)
+            self.end_headers()
+            self.wfile.write(body)
+
+    with HTTPServer(("127.0.0.1", 0), Engine) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        owner = json.dumps({"engine": "moving", "address": f"127.0.0.1:{server.server_port}", "since": 0})
+        for number in range(2):
+            site.producer.produce(f"{site.application}-owners", owner, f"{site.topic('resume')}/{number}")
+        site.producer.produce(f"{site.application}-state-changelog", b"KWF?", "w")
+        assert site.producer.flush(20) == 0
+        said = site.fails(0, "list", "--json")
+        server.shutdown()
+    assert f"{CHANGELOG}: " in said and why in said and '"status":"damaged"' in said
 
 
 def test_an_engine_without_http_is_named_and_one_that_ended_cleanly_owns_nothing(site: Site) -> None:
