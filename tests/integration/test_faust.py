@@ -1,5 +1,6 @@
 """The same steps in a Faust agent (`kwflow engine --runner faust`): at-least-once, on a real broker."""
 
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -12,6 +13,8 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from tests.integration.site import TRIP, Site, answer, refs
 
@@ -150,6 +153,36 @@ def test_old_code_that_instances_wait_in_is_loaded_before_the_first_record(site:
     site.until(lambda: log(site).count("loaded: first") == 2)
     site.send(f"{site.application}-w", '{"ref": "go", "value": 1}')
     assert site.read(site.topic("result"), 1) == [(f"{site.application}-w", '["first",1]')]
+
+
+def read_again(site: Site) -> None:
+    """Set the group back to the begin, as a commit that was lost does with its last records; refused as long as it has a member."""
+    admin, deadline = AdminClient({"bootstrap.servers": site.broker}), time.monotonic() + 60
+    while True:
+        places = [TopicPartition(site.topic("resume"), number, 0) for number in range(4)]
+        [future] = admin.alter_consumer_group_offsets([ConsumerGroupTopicPartitions(site.application, places)]).values()
+        with contextlib.suppress(KafkaException):
+            if all(place.error is None for place in future.result().topic_partitions):
+                return
+        assert time.monotonic() < deadline
+
+
+def test_records_that_are_read_again_are_recognised_and_not_applied_twice(site: Site) -> None:
+    """By the offset in the header of what waits, and of what is kept of the ended; neither had a start id of its client's."""
+    module = site.directory / "versions.py"
+    module.write_text(VERSION)
+    engine = site.engine("one", str(module), False, "--runner", "faust")
+    for id in ("waits", "ended"):
+        site.send(id, "new:1")
+    site.send("ended", '{"ref": "go", "value": 1}')
+    assert [id for id, _ in site.read(site.topic("result"), 1)] == ["ended"]
+    site.until(lambda: "waits " in site.run("list"))
+    engine.send_signal(signal.SIGTERM)
+    engine.wait()
+    read_again(site)
+    site.engine("one", str(module), False, "--runner", "faust", "--http", "127.0.0.1:0")
+    site.until(lambda: "answered on port" in log(site) and 'outcome="repeated"} 3.0' in asked(site, "/metrics")[1])
+    assert 'kwflow_steps_total{outcome="started"} 0.0' in asked(site, "/metrics")[1]
 
 
 def test_an_application_that_the_kafka_runner_ran_is_refused_by_name(site: Site) -> None:
