@@ -225,7 +225,7 @@ class KafkaRunner:
             elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
                 self.on_log(f"{self.group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
             elif not topics.transient(error):
-                raise FencedError(f"{self.group}: {error.str()}") if error.code() == KafkaError._FENCED else TransportError(f"{self.group}: {error.str()}")
+                raise FencedError(f"{self.group}: {error.str()}") if error.code() == KafkaError._FATAL else TransportError(f"{self.group}: {error.str()}")
 
     def _reached(self) -> None:
         """Ends that were read, once everything before them is applied: a batch that was aborted is read again first (K18)."""

@@ -35,6 +35,15 @@ def large(opts):
     kw.output("x" * 300_000, "found-out")
     yield kw.suspend("r")
 
+def big(opts):
+    yield from ()
+    return "x" * 300_000
+
+def twice(opts):
+    for _ in range(2):
+        kw.output("x" * 120_000, "found-out")
+    yield kw.suspend("r")
+
 def late(opts):
     yield kw.timeout(kw.suspend("never"), 10)
 
@@ -116,7 +125,7 @@ class Lab:
 
     def engine(self, name: str, environment: type[SimulatedEnvironment] = SimulatedEnvironment, **limits: int) -> KafkaRunner:
         config = self.config(name, **limits)
-        functions = {function: getattr(self.module, function) for function in ("main", "large", "late", "handled", "stopped")}
+        functions = {function: getattr(self.module, function) for function in ("main", "large", "big", "twice", "late", "handled", "stopped")}
         return self._made(name, config, "found", lambda incarnation: WorkflowProcessor(config, Workflows(functions, "main"), frozenset({"found-out"}), incarnation), environment)
 
     def scheduler(self, name: str) -> KafkaRunner:

@@ -1,0 +1,293 @@
+"""The loop on a simulated broker: who it is, what a refused transaction leads to, what is read again, how long it waits (K1, K4, K6, K11, K18)."""
+
+import pathlib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from confluent_kafka import KafkaError
+
+from kwflow.core.murmur2 import partition_of
+from kwflow.errors import FencedError, TransportError
+from kwflow.runners.kafka import KafkaRunner
+from kwflow.testing.kafka import Host, Refused
+from kwflow.testing.kafka.broker import Made
+from kwflow.testing.kafka.log import Entry, Partition, Place, Transaction
+from kwflow.testing.kafka.time import START_MS
+from tests.simulation.test_found import Lab, turn
+
+
+@pytest.fixture
+def lab(tmp_path: pathlib.Path) -> Lab:
+    return Lab(tmp_path)
+
+
+class Anonymous(Lab):
+    """Its engines are not given a name."""
+
+    def config(self, name: str, **limits: Any) -> Any:
+        return super().config(name, **limits).model_copy(update={"instance_id": None})
+
+
+def start(lab: Lab, workflow: str, id: str) -> None:
+    lab.send("workflow-resume", id, "new:{}", **{"kwflow-workflow": workflow})
+
+
+def refuse(lab: Lab, topic: str, code: int, times: int = 10**9) -> None:
+    """The broker does not take what is written to this topic, so many times."""
+    append, left = lab.broker.append, [times]
+
+    def refusing(place: Place, records: Iterable[Made], transaction: Transaction | None) -> list[Entry]:
+        if place[0] == topic and left[0] > 0:
+            left[0] -= 1
+            raise Refused(code, "not taken")
+        return append(place, records, transaction)
+
+    lab.broker.append = refusing  # type: ignore[method-assign]
+
+
+# -- who we are ----------------------------------------------------------------------------------------------------
+def test_an_identity_lasts_as_long_as_its_directory_and_has_one_process_at_a_time(tmp_path: pathlib.Path) -> None:
+    """K1."""
+    lab = Anonymous(tmp_path)
+    first = lab.engine("one")
+    name, known = first.member.name, (first.directory / "instance-id").read_text()
+    assert name == f"found-{known}-0" and len(known) == 12, "written before anything is done under it"
+    with pytest.raises(TransportError, match="another engine uses") as held:
+        lab.engine("one")
+    assert not held.value.retryable
+    lab.kill(first, "one")
+    second = lab.engine("one")
+    assert second.member.name == name
+    second.run(lambda: True)
+    (second.directory / "instance-id").write_text("damaged")
+    third = lab.engine("one")
+    known = (third.directory / "instance-id").read_text()
+    assert third.member.name == f"found-{known}-0" and re.fullmatch("[0-9a-f]{12}", known)
+    assert lab.engine("two").member.name != third.member.name
+
+
+def test_one_that_was_replaced_under_its_name_says_that_it_was_fenced(lab: Lab) -> None:
+    """K1: whoever watches it starts no other."""
+    first = lab.engine("one")
+    turn(first, lambda: first.owned)
+    first._lock.close()
+    lab.disks["one"].release()
+    second = lab.engine("one")
+    turn(second, lambda: second.owned)
+    with pytest.raises(FencedError):
+        turn(first, lambda: False)
+
+
+def test_an_engine_that_stood_still_for_too_long_joins_again(lab: Lab) -> None:
+    """K7: its partitions are another's meanwhile, or nobody's."""
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned)
+    lab.broker.time.advance(lab.broker.time.now + 301_000)
+    turn(engine, lambda: any("stalled for too long" in line for line in lab.said))
+    start(lab, "main", "w")
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 1)
+
+
+# -- what the broker does not take -----------------------------------------------------------------------------------
+def test_a_topic_that_takes_more_than_others_is_given_more(lab: Lab) -> None:
+    """K11: the largest of all topics is the producer's limit, nine tenths of the smallest a batch's."""
+    start(lab, "big", "big")
+    start(lab, "twice", "twice")
+    engine = lab.engine("one")
+    turn(engine, lambda: [len(value) for value in lab.written("workflow-result")] == [300_002])
+    turn(engine, lambda: [len(value) for value in lab.written("found-out")] == [120_000] * 2)
+    assert lab.written("found-dead-letter") == []
+
+
+@pytest.mark.parametrize("code", ["MSG_SIZE_TOO_LARGE", "RECORD_LIST_TOO_LARGE", "INVALID_TIMESTAMP", "INVALID_RECORD", "TOPIC_AUTHORIZATION_FAILED"])
+def test_what_the_broker_will_never_take_parks_its_instance_alone(lab: Lab, code: str) -> None:
+    """K11."""
+    engine = lab.engine("one")
+    refuse(lab, "found-out", getattr(KafkaError, code))
+    for id in ("a", "bad", "b"):
+        start(lab, "late" if id != "bad" else "twice", id)
+    turn(engine, lambda: len(lab.written("workflow-scheduler")) == 2)
+    assert len(lab.written("found-dead-letter")) == 1
+
+
+def test_a_record_is_parked_only_if_it_is_refused_alone_twice(lab: Lab) -> None:
+    """K11."""
+    engine = lab.engine("one")
+    refuse(lab, "found-out", KafkaError.MSG_SIZE_TOO_LARGE, times=1)
+    start(lab, "twice", "w")
+    turn(engine, lambda: len(lab.written("found-out")) == 2)
+    assert lab.written("found-dead-letter") == []
+
+
+def test_trouble_of_the_broker_parks_nothing_and_ends_the_process_if_it_lasts(lab: Lab) -> None:
+    """K4, K11: each transaction that was committed meanwhile begins the count anew."""
+    engine = lab.engine("one")
+    for number in range(2):
+        refuse(lab, "found-out", KafkaError.NOT_ENOUGH_REPLICAS, times=9)
+        start(lab, "twice", f"w{number}")
+        turn(engine, lambda number=number: len(lab.written("found-out")) == 2 * number + 2)  # type: ignore[misc]
+    assert lab.written("found-dead-letter") == []
+    refuse(lab, "found-out", KafkaError.NOT_ENOUGH_REPLICAS, times=10)
+    start(lab, "twice", "last")
+    with pytest.raises(TransportError, match="10 transactions in a row"):
+        turn(engine, lambda: engine.owned[0].position == 3)
+
+
+def test_a_dead_letter_that_is_refused_too_ends_the_engine_for_good(lab: Lab) -> None:
+    """K10: there is nowhere to put it."""
+    engine = lab.engine("one")
+    refuse(lab, "found-dead-letter", KafkaError.TOPIC_AUTHORIZATION_FAILED)
+    start(lab, "large", "w")
+    with pytest.raises(TransportError, match="refuses even the dead letter") as refused:
+        turn(engine, lambda: False)
+    assert not refused.value.retryable
+
+
+def test_a_broker_that_never_answers_ends_the_process(lab: Lab) -> None:
+    """K4: within twice the transaction timeout."""
+    engine = lab.engine("one")
+    start(lab, "main", "w")
+    turn(engine, lambda: engine.owned)
+    lab.hosts["one"].losing["commit"] = 10**9
+    begun_ms = lab.broker.time.now
+    with pytest.raises(TransportError, match="no answer for 30 s"):
+        turn(engine, lambda: False)
+    assert 30_000 <= lab.broker.time.now - begun_ms < 32_000
+
+
+def test_an_abort_is_soon_over_and_its_records_are_applied_in_order(lab: Lab) -> None:
+    """K3, K18: what was read of the log's end is read again, too."""
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned)
+    start(lab, "main", "w")
+    lab.send("workflow-resume", "w", '{"ref": "r", "value": 1}')
+    refuse(lab, "found-out", KafkaError.NOT_ENOUGH_REPLICAS, times=4)
+    begun_ms = lab.broker.time.now
+    turn(engine, lambda: lab.written("found-out") == ["1"])
+    assert 100 < lab.broker.time.now - begun_ms < 2_000, "the broker is given a moment"
+
+
+class Ticking:
+    """Time passes with every look at it: a batch has one step."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def now_ms(self) -> int:
+        self._host.time.advance(self._host.time.now + 1)
+        return self._host.now_ms()
+
+
+# -- records on the wrong partition ----------------------------------------------------------------------------------
+def test_a_batch_that_ends_early_forwards_only_what_lies_before_its_end(tmp_path: pathlib.Path) -> None:
+    """K6: the position moves past what is forwarded, and with it past what was not stepped."""
+    lab = Lab(tmp_path, partitions=2)
+    ids = [f"w{number}" for number in range(12)]
+    home, away = ([id for id in ids if partition_of(id.encode(), 2) == number] for number in range(2))
+    for id in (away[0], home[0], away[1], home[1], away[2], None):
+        lab.producer.produce("workflow-resume", value=b"new:{}", key=id and id.encode(), partition=0)
+    lab.producer.poll(0)
+    engine = lab.engine("one", batch_ms_max=1)
+    engine.clock = Ticking(lab.hosts["one"])
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 6)
+    turn(engine, lambda: engine.counts["started"] == 5)
+    letters = lab.written("found-dead-letter")
+    assert len(letters) == 1, "what has no key belongs nowhere else"
+
+
+def test_a_half_that_ends_early_goes_on_with_what_it_left(lab: Lab) -> None:
+    """K11: the next half moves the position past it."""
+    engine = lab.engine("one", batch_ms_max=1)
+    for id in ("a", "b", "c"):
+        start(lab, "main", id)
+    start(lab, "large", "bad")
+
+    def slow() -> None:
+        engine.clock = Ticking(lab.hosts["one"])
+
+    lab.hosts["one"].before["abort"] = slow
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 4)
+    assert engine.counts["started"] >= 3 and all(engine.owned[0].store.get(id) for id in (b"a", b"b", b"c", b"bad"))
+
+
+# -- replies ---------------------------------------------------------------------------------------------------------
+def ask(lab: Lab, partition: int) -> None:
+    lab.send("workflow-resume", "w", "null", **{"kwflow-op": "query", "kwflow-request": "q", "kwflow-reply-to": f"{partition}/me"})
+
+
+def test_a_reply_to_a_partition_that_does_not_exist_is_left_out_until_it_does(lab: Lab) -> None:
+    """M1: it would abort the transaction of everybody else; the broker is asked at most every ten seconds."""
+    engine = lab.engine("one")
+    start(lab, "main", "w")
+    ask(lab, 0)
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 2)
+    asked: list[str] = []
+    lab.hosts["one"].answered = lambda what: not asked.append(what)  # type: ignore[method-assign,func-returns-value]
+    lab.broker.time.advance(lab.broker.time.now + 10_000)
+    for number in range(3):
+        ask(lab, 1)
+        turn(engine, lambda number=number: engine.owned[0].position == 3 + number)  # type: ignore[misc]
+    assert engine.counts["reply-gone"] == 3 and asked.count("list_topics") == 1
+    topic = lab.broker.topics["workflow-reply"] if "workflow-reply" in lab.broker.topics else lab.broker.topics["found-reply"]
+    topic.partitions.append(Partition(topic.name, 1))
+    lab.broker.time.advance(lab.broker.time.now + 10_000)
+    ask(lab, 1)
+    turn(engine, lambda: len(lab.written(topic.name)) == 2)
+
+
+# -- waiting ---------------------------------------------------------------------------------------------------------
+def elapsed_ms(lab: Lab, runner: KafkaRunner, until: Callable[[], object]) -> float:
+    begun_ms = lab.broker.time.now
+    turn(runner, until)
+    return lab.broker.time.now - begun_ms
+
+
+def test_nothing_that_could_be_done_waits_for_more_to_come(lab: Lab) -> None:
+    """What was gathered and did not fit, and a partition to be restored."""
+    for number in range(10):
+        start(lab, "main", f"w{number}")
+    engine = lab.engine("one", batch_bytes_max=1)
+    assert elapsed_ms(lab, engine, lambda: engine.takeover.joined) < 300
+    assert elapsed_ms(lab, engine, lambda: engine.owned) < 20
+    assert elapsed_ms(lab, engine, lambda: engine.owned[0].position == 10) < 100
+
+
+def test_a_timer_that_what_has_come_cancels_does_not_fire(lab: Lab) -> None:
+    """K18: also when it is due by the time the scheduler looks."""
+    scheduler = lab.scheduler("two")
+    lab.send("workflow-scheduler", "w|1", "1000")
+    turn(scheduler, lambda: scheduler.owned and scheduler.owned[0].position == 1)
+    lab.producer.produce("workflow-scheduler", key=b"w|1", value=None)
+    lab.producer.poll(0)
+    lab.broker.time.advance(lab.broker.time.now + 2_000)
+    turn(scheduler, lambda: scheduler.owned and scheduler.owned[0].position >= 2)
+    until = lab.broker.time.now + 2_000
+    turn(scheduler, lambda: lab.broker.time.now > until)
+    assert lab.written("workflow-resume") == []
+
+
+def test_a_timer_fires_when_it_is_due_and_an_engine_at_rest_asks_for_nothing_but_records(lab: Lab) -> None:
+    """K18; what a start or a takeover looks after ends once it is well."""
+    engine, scheduler = lab.engine("one"), lab.scheduler("two")
+    turn(engine, lambda: engine.owned)
+    turn(scheduler, lambda: scheduler.owned)
+    now_ms = lab.hosts["two"].now_ms()
+    for wait_ms in (3_090, 60_000):
+        lab.send("workflow-scheduler", f"w|{wait_ms}", str(wait_ms))
+    turn(scheduler, lambda: lab.written("workflow-resume"))
+    fired = next(lab.broker.partition(("workflow-resume", 0)).committed())
+    assert 0 <= START_MS + fired.appended_ms - now_ms - 3_090 < 20
+    until = lab.broker.time.now + 10_000
+    for runner in (engine, scheduler):
+        turn(runner, lambda: lab.broker.time.now > until)
+        until = lab.broker.time.now + 10_000
+    asked: list[str] = []
+    for name, runner in (("one", engine), ("two", scheduler)):
+        lab.hosts[name].answered = lambda what: not asked.append(what)  # type: ignore[method-assign,func-returns-value]
+        until = lab.broker.time.now + 10_000
+        turns = [0]
+        turn(runner, lambda turns=turns: turns.append(1) or lab.broker.time.now > until)  # type: ignore[misc]
+        assert len(turns) < 60, "it does not turn without end"
+    assert asked == []
