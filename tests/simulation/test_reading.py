@@ -1,0 +1,201 @@
+"""Reading a topic to its end of now, and results that are written outside of transactions (K4, K5, M6.3)."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from confluent_kafka import KafkaError
+
+from kwflow.errors import TransportError
+from kwflow.runners.kafka_reading import read_to
+from kwflow.runners.kafka_results import Results
+from kwflow.testing.kafka import Refused, SimulatedEnvironment
+from tests.simulation.test_found import Lab
+
+TOPIC = "found-out"
+
+
+@pytest.fixture
+def lab(tmp_path: pathlib.Path) -> Lab:
+    return Lab(tmp_path)
+
+
+def transaction(lab: Lab, name: str, *values: bytes, timeout_ms: int = 60_000) -> Any:
+    """One that is open, of somebody else."""
+    writer = lab.client.producer({"transactional.id": name, "transaction.timeout.ms": timeout_ms})
+    writer.init_transactions(1)
+    writer.begin_transaction()
+    for value in values:
+        writer.produce(TOPIC, value, b"k", partition=0)
+    writer.poll(0)
+    return writer
+
+
+def read(lab: Lab, start: int = 0) -> list[bytes | None]:
+    end = lab.broker.partition((TOPIC, 0)).end
+    return [record.value for record in read_to(lab.client, lab.config("any"), TOPIC, {0: end}, {0: start} if start else {})]
+
+
+def test_all_that_is_committed_is_read_and_nothing_else_though_the_end_is_a_marker(lab: Lab) -> None:
+    """K5."""
+    assert read(lab) == []
+    transaction(lab, "a", b"1", b"2").commit_transaction(1)
+    transaction(lab, "b", b"gone").abort_transaction(1)
+    lab.broker.time.advance(lab.broker.time.now + 100)
+    lab.send(TOPIC, "k", "3")
+    assert read(lab) == [b"1", b"2", b"3"]
+    assert read(lab, start=1) == [b"2", b"3"]
+    transaction(lab, "a", b"4").commit_transaction(1)
+    lab.broker.time.advance(lab.broker.time.now + 100)
+    assert read(lab, start=5) == [b"3", b"4"]
+    begun_ms = lab.broker.time.now
+    assert read(lab, start=lab.broker.partition((TOPIC, 0)).end) == [] and lab.broker.time.now == begun_ms, "nothing is asked for nothing"
+
+
+def test_what_lies_behind_an_open_transaction_is_waited_for(lab: Lab) -> None:
+    """K5: its partition's end, as a reader of committed records is told, lies before it."""
+    transaction(lab, "a", b"1", timeout_ms=15_000)
+    lab.send(TOPIC, "k", "2")
+    begun_ms = lab.broker.time.now
+    assert read(lab) == [b"2"]
+    assert 14_000 < lab.broker.time.now - begun_ms < 16_000
+
+
+def test_an_open_transaction_is_not_waited_for_for_ever(lab: Lab) -> None:
+    transaction(lab, "a", b"1", timeout_ms=900_000)
+    lab.broker.time.after(30_000, lambda: None)
+    begun_ms = lab.broker.time.now
+    with pytest.raises(TransportError, match="could not be read to its end"):
+        read(lab)
+    assert 40_000 <= lab.broker.time.now - begun_ms < 41_000
+
+
+def test_as_long_as_records_come_there_is_no_end_to_patience(lab: Lab) -> None:
+    """A long topic takes longer to read than anybody waits for one record."""
+    for number in range(3):
+        transaction(lab, f"t{number}", b"%d" % number, timeout_ms=30_000 * (number + 1))
+        lab.send(TOPIC, "k", f"after {number}")
+    assert read(lab) == [b"after 0", b"after 1", b"after 2"]
+
+
+@pytest.mark.parametrize(("code", "read_all_the_same"), [(KafkaError.NOT_LEADER_FOR_PARTITION, True), (KafkaError.TOPIC_AUTHORIZATION_FAILED, False)])
+def test_a_reader_goes_on_after_trouble_that_passes(lab: Lab, code: int, read_all_the_same: bool) -> None:
+    """K4."""
+    lab.send(TOPIC, "k", "1")
+    place, refusals = lab.broker.partition, [code]
+    end = place((TOPIC, 0)).end
+
+    def partition(where: Any) -> Any:
+        if refusals:
+            raise Refused(refusals.pop(), "not now")
+        return place(where)
+
+    found = read_to(lab.client, lab.config("any"), TOPIC, {0: end}, {})
+    consumer = lab.client.consumer
+
+    def made(settings: Any) -> Any:
+        reader = consumer(settings)
+        assign = reader.assign
+
+        def assigned(partitions: Any) -> None:
+            assign(partitions)
+            lab.broker.partition = partition  # type: ignore[method-assign]
+
+        reader.assign = assigned  # type: ignore[method-assign]
+        return reader
+
+    lab.client.consumer = made  # type: ignore[method-assign]
+    if read_all_the_same:
+        assert [record.value for record in found] == [b"1"]
+    else:
+        with pytest.raises(TransportError, match=TOPIC):
+            list(found)
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+class Service(SimulatedEnvironment):
+    """What serves the delivery reports is called by hand."""
+
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab.broker)
+        self.producers: list[Any] = []
+        self.served: list[Callable[[], None]] = []
+        self.joined = 0
+
+    def producer(self, settings: Any) -> Any:
+        self.producers.append(super().producer(settings))
+        return self.producers[-1]
+
+    def background(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
+        self.served.append(work)
+
+        def join() -> None:
+            self.joined += 1
+
+        return join
+
+
+def failing(lab: Lab, code: int, times: int = 1) -> None:
+    append, left = lab.broker.append, [times]
+
+    def refusing(*arguments: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise Refused(code, "not taken")
+        return append(*arguments)
+
+    lab.broker.append = refusing  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("code", [KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_RECORD, KafkaError.TOPIC_AUTHORIZATION_FAILED])
+def test_a_result_that_the_broker_will_never_take_is_given_back(lab: Lab, code: int) -> None:
+    """M6.3: whoever gave it writes that it failed."""
+    results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
+    failing(lab, code)
+    results.deliver(0, b"k", b"1", told.append)
+    environment.producers[0].poll(0)
+    assert len(told) == 1 and told[0] is not None and lab.written(TOPIC) == []
+
+
+def test_a_result_that_did_not_arrive_is_written_again_but_not_after_the_end(lab: Lab) -> None:
+    """M6.3: then it stays with its call, which lies in the store."""
+    results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
+    failing(lab, KafkaError.NOT_ENOUGH_REPLICAS, times=3)
+    results.deliver(0, b"k", b"1", told.append)
+    for _ in range(5):
+        environment.producers[0].poll(0)
+    assert told == [None] and lab.written(TOPIC) == ["1"] and len(environment.producers) == 1
+    failing(lab, KafkaError.NOT_ENOUGH_REPLICAS)
+    results.deliver(0, b"k", b"2", told.append)
+    results.close()
+    for _ in range(3):
+        environment.producers[0].poll(0)
+    assert told == [None] and lab.written(TOPIC) == ["1"]
+    assert environment.joined == 1
+    environment.served[0]()  # it comes to an end
+
+
+def test_a_producer_that_broke_is_replaced_once(lab: Lab) -> None:
+    """M6.3: all of its records are reported, and are written again with the next one."""
+    results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
+    callbacks: list[Any] = []
+    results._current().produce = lambda *_, on_delivery, **__: callbacks.append(on_delivery)  # type: ignore[method-assign,union-attr]
+    for number in range(2):
+        results.deliver(0, b"k", b"%d" % number, told.append)
+    for delivered in callbacks:
+        delivered(KafkaError(KafkaError._FATAL, "out of order", fatal=True), None)
+    environment.served[0]()  # the first one's has nothing left to do
+    assert len(environment.producers) == 2
+    environment.producers[1].poll(0)
+    assert lab.written(TOPIC) == ["0", "1"] and told == [None, None]
+
+
+def test_a_full_queue_is_waited_for(lab: Lab) -> None:
+    results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
+    producer = results._current()
+    full = [True, True]
+    environment.host.chance = lambda what: what == "buffer-full" and bool(full) and full.pop()  # type: ignore[method-assign]
+    results.deliver(0, b"k", b"1", told.append)
+    producer.poll(0)
+    assert told == [None]

@@ -1,0 +1,170 @@
+"""The local copy of a partition, and where its input goes on: what is kept, what is made anew, and what ends the engine (K5, K8, K16)."""
+
+import json
+import pathlib
+
+import pytest
+from confluent_kafka import OFFSET_INVALID
+
+from kwflow.errors import TransportError
+from kwflow.runners.kafka_state import MOVED, PartitionStore, Restore, agreed
+from kwflow.testing.kafka import Disk, SimulatedEnvironment
+from tests.simulation.test_found import Lab, turn
+
+CHANGELOG = "found-state-changelog"
+AGE_MS = 1_000
+DAY_MS = 86_400_000
+
+
+@pytest.fixture
+def lab(tmp_path: pathlib.Path) -> Lab:
+    return Lab(tmp_path)
+
+
+def opened(lab: Lab, incarnation: str = "topic") -> PartitionStore:
+    environment = SimulatedEnvironment(lab.broker, disk=lab.disks.setdefault("store", Disk()))
+    return PartitionStore(environment, lab.directory / "0", incarnation, environment.host, AGE_MS)
+
+
+def held(store: PartitionStore) -> tuple[bytes | None, int]:
+    """Of one key, and up to where it was written; closed after that."""
+    found = store.get(b"w"), store.offset
+    store.close()
+    return found
+
+
+def test_a_copy_is_made_anew_once_its_tombstones_may_be_compacted_away_or_its_topic_is_another(lab: Lab) -> None:
+    """K8."""
+    store = opened(lab)
+    store.settle({b"w": b"1"}, 5)
+    store.close()
+    lab.broker.time.advance(lab.broker.time.now + AGE_MS - 1)
+    store = opened(lab)
+    store.settle({}, None)
+    assert held(store) == (b"1", 5), "what is written on is as old as its last write"
+    lab.broker.time.advance(lab.broker.time.now + AGE_MS - 1)
+    assert held(opened(lab)) == (b"1", 5)
+    lab.broker.time.advance(lab.broker.time.now + 2)
+    assert held(opened(lab)) == (None, 0)
+    store = opened(lab)
+    store.settle({b"w": b"2"}, 7)
+    store.close()
+    assert held(opened(lab)) == (b"2", 7)
+    assert held(opened(lab, "another")) == (None, 0)
+
+
+def test_a_copy_that_was_away_for_half_the_tombstones_retention_brings_nothing_back(lab: Lab) -> None:
+    """K8: as the engine reads it from the changelog's settings."""
+    lab.broker.topics[CHANGELOG].config["delete.retention.ms"] = str(2 * DAY_MS)
+    lab.send("workflow-resume", "w", "new:{}")
+    first = lab.engine("one")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    assert first.owned[0].store.get(b"w")
+    lab.kill(first, "one")
+    second = lab.engine("two")
+    lab.send("workflow-resume", "w", "null", **{"kwflow-op": "terminate"})
+    turn(second, lambda: second.owned and second.owned[0].position == 2, 2000)
+    second.run(lambda: True)
+    changelog = lab.broker.partition((CHANGELOG, 0))
+    changelog.entries = [entry for entry in changelog.entries if entry.control or entry.value is not None and entry.key != b"w"]
+    lab.broker.time.advance(lab.broker.time.now + DAY_MS * 1.5)
+    first = lab.engine("one")
+    turn(first, lambda: first.owned)
+    assert first.owned[0].store.get(b"w") is None
+
+
+def restored(lab: Lab, store: PartitionStore, gone: int = 0, slices: int = 100) -> int:
+    """Up to the end of now, whose first records are `gone` after the first slice; how many slices that took."""
+    partition = lab.broker.partition((CHANGELOG, 0))
+    settings = {"group.id": "r", "isolation.level": "read_committed", "auto.offset.reset": "error", "enable.partition.eof": True}
+    restore = Restore(store, lambda: store.environment.consumer(settings), CHANGELOG, 0, partition.start, partition.end)
+    for number in range(1, slices):
+        if restore.slice(0.05):
+            return number
+        partition.delete_before(gone)
+    raise AssertionError(f"it stands at {restore.reached} of {restore.end}")
+
+
+def test_a_copy_notes_how_far_it_is_with_each_commit(lab: Lab) -> None:
+    """K8: the next owner of this directory reads on from there, where there is only the mark of the last transaction."""
+    changelog = lab.broker.partition((CHANGELOG, 0))
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned)
+    for number in range(3):
+        lab.send("workflow-resume", f"w{number}", "new:{}")
+        turn(engine, lambda number=number: engine.owned[0].position == number + 1)  # type: ignore[misc]
+        lab.broker.time.advance(lab.broker.time.now + 100)
+        assert engine.owned[0].store.offset == changelog.end - 1
+
+
+def written(lab: Lab, count: int) -> None:
+    lab.broker.append((CHANGELOG, 0), [(0, b"w%03d" % number, b"1", []) for number in range(count)], None)
+
+
+def test_a_copy_ahead_of_its_changelog_is_made_anew_and_one_at_its_end_is_not_read_for(lab: Lab) -> None:
+    """K8: a changelog that has lost its end, by an election or a backup, is the truth all the same."""
+    written(lab, 3)
+    store = opened(lab)
+    store.settle({b"stale": b"1"}, 4)
+    restored(lab, store)
+    assert [key for key, _ in store.scan(b"")] == [b"w000", b"w001", b"w002"] and store.offset == 3
+    store.settle({b"mine": b"1"}, 3)
+    restored(lab, store)
+    assert store.get(b"mine") == b"1"
+
+
+def test_a_restore_whose_next_record_has_gone_begins_again_from_nothing(lab: Lab) -> None:
+    """K5, K8."""
+    written(lab, 300)
+    store = opened(lab)
+    assert restored(lab, store, gone=250) > 1
+    assert [key for key, _ in store.scan(b"")] == [b"w%03d" % number for number in range(250, 300)] and store.offset == 300
+
+
+@pytest.mark.parametrize(
+    ("saved", "committed", "found"),
+    [(None, OFFSET_INVALID, None), (None, 7, 7), (7, OFFSET_INVALID, 7), (7, 7, 7), (7, 6, MOVED), (7, 8, MOVED)],
+)
+def test_group_and_state_have_to_agree_on_the_offset(saved: int | None, committed: int, found: int | None) -> None:
+    """K16: group offsets expire after seven days; the state has its own."""
+    state = None if saved is None else json.dumps({"topic": "t", "next": saved, "partitions": 2}).encode()
+    assert agreed(state, committed, "t", 2, "in[0]") == found
+
+
+@pytest.mark.parametrize(("incarnation", "partitions"), [("other", 2), ("t", 3)])
+def test_a_state_of_another_topic_or_another_number_of_partitions_is_refused(incarnation: str, partitions: int) -> None:
+    """K16."""
+    with pytest.raises(TransportError, match="was recreated or its partitions changed") as refused:
+        agreed(b'{"topic": "t", "next": 7, "partitions": 2}', 7, incarnation, partitions, "in[0]")
+    assert not refused.value.retryable
+
+
+def test_an_engine_whose_group_has_forgotten_its_offset_goes_on_where_its_state_does(lab: Lab) -> None:
+    """K16: from the begin of the log it would do everything twice."""
+    lab.send("workflow-resume", "w", "new:{}")
+    first = lab.engine("one")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    first.run(lambda: True)
+    lab.broker.group("found").offsets.clear()
+    second = lab.engine("two")
+    turn(second, lambda: second.owned)
+    assert second.owned[0].position == 1
+    second.run(lambda: True)
+    lab.broker.group("found").offsets[("workflow-resume", 0)] = 0
+    third = lab.engine("three")
+    with pytest.raises(TransportError, match="somebody reset one of them"):
+        turn(third, lambda: third.owned)
+    lab.kill(third, "three")
+    fourth = lab.engine("four", accept_offset_reset=True)
+    turn(fourth, lambda: fourth.owned, 2000)
+    assert fourth.owned[0].position == 0
+
+
+def test_an_engine_without_any_offset_begins_where_the_log_does(lab: Lab) -> None:
+    """K16: retention may have taken the first records."""
+    for number in range(3):
+        lab.send("workflow-resume", f"w{number}", "new:{}")
+    lab.broker.partition(("workflow-resume", 0)).delete_before(2)
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 3)
+    assert engine.counts["started"] == 1
