@@ -286,6 +286,7 @@ def test_a_partition_left_to_nobody_by_a_restart_in_mid_rebalance_is_found(tmp_p
         first.turn()
         second.turn()
     assert sorted([*first.owned, *second.owned]) == [0, 1, 2, 3]
+    assert len(first.owned) == len(second.owned) == 2, "whoever left the group has joined it again"
 
 
 def test_steps_that_are_made_again_raise_without_our_errors_as_context(tmp_path: pathlib.Path) -> None:

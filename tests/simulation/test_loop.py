@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,9 @@ from confluent_kafka import KafkaError
 
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import FencedError, TransportError
+from kwflow.ports import Decision
 from kwflow.runners.kafka import KafkaRunner
+from kwflow.runners.kafka_transaction import Batch
 from kwflow.testing.kafka import Host, Refused
 from kwflow.testing.kafka.broker import Made
 from kwflow.testing.kafka.log import Entry, Partition, Place, Transaction
@@ -166,6 +169,7 @@ def test_an_abort_is_soon_over_and_its_records_are_applied_in_order(lab: Lab) ->
     refuse(lab, "found-out", KafkaError.NOT_ENOUGH_REPLICAS, times=4)
     begun_ms = lab.broker.time.now
     turn(engine, lambda: lab.written("found-out") == ["1"])
+    assert engine.counts == {"started": 1, "resumed": 1}
     assert 100 < lab.broker.time.now - begun_ms < 2_000, "the broker is given a moment"
 
 
@@ -178,6 +182,88 @@ class Ticking:
     def now_ms(self) -> int:
         self._host.time.advance(self._host.time.now + 1)
         return self._host.now_ms()
+
+
+def test_a_record_over_the_producers_own_limit_parks_its_instance(lab: Lab) -> None:
+    """K11: refused by the client, when it is produced."""
+    for topic in lab.broker.topics.values():
+        topic.config["max.message.bytes"] = "200000"
+    engine = lab.engine("one")
+    start(lab, "large", "w")
+    turn(engine, lambda: len(lab.written("found-dead-letter")) == 1)
+
+
+@pytest.mark.parametrize("what", ["send_offsets", "commit", "abort"])
+def test_an_answer_that_is_lost_is_asked_for_again_and_nothing_else_happens(lab: Lab, what: str) -> None:
+    """K4: the same call."""
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned)
+    lab.hosts["one"].losing[what] = 2
+    if what == "abort":
+        refuse(lab, "found-out", KafkaError.NOT_ENOUGH_REPLICAS, times=1)
+    start(lab, "twice", "w")
+    turn(engine, lambda: len(lab.written("found-out")) == 2)
+    assert lab.hosts["one"].losing[what] < 0 and sum("was aborted" in line for line in lab.said) == int(what == "abort")
+
+
+def test_a_partition_that_is_not_ready_yet_is_sought_again(lab: Lab) -> None:
+    """K5: librdkafka says so for a moment after an assignment."""
+    left = [1, 1, 1]
+    engine = lab.engine("one")
+    lab.hosts["one"].chance = lambda what: what == "not-ready" and bool(left) and bool(left.pop())  # type: ignore[method-assign]
+    turn(engine, lambda: engine.owned)
+    assert left == []
+
+
+def test_what_was_fetched_before_a_partition_was_paused_is_not_applied_again(lab: Lab) -> None:
+    """K2: its placeholder of an offset is the begin of the log."""
+    start(lab, "main", "w")
+    first = lab.engine("one")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    lab.kill(first, "one")
+    second = lab.engine("one")
+    lab.hosts["one"].chance = lambda what: what == "stale-fetch"  # type: ignore[method-assign]
+    lab.send("workflow-resume", "w", '{"ref": "r", "value": 1}')
+    turn(second, lambda: lab.written("found-out") == ["1"])
+    assert second.counts["started"] == 0 and lab.written("found-dead-letter") == []
+
+
+def test_a_partition_without_a_leader_for_a_moment_is_read_on(lab: Lab) -> None:
+    """K4."""
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned)
+    place, refusals = lab.broker.partition, [KafkaError.NOT_LEADER_FOR_PARTITION] * 2
+
+    def partition(where: Place) -> Partition:
+        if refusals and where[0] == "workflow-resume":
+            raise Refused(refusals.pop(), "not now")
+        return place(where)
+
+    lab.broker.partition = partition  # type: ignore[method-assign]
+    engine.turn()
+    assert refusals == []
+    start(lab, "main", "w")
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 1)
+
+
+def test_a_call_of_the_client_has_a_time_by_which_it_is_back_and_between_calls_there_is_none(lab: Lab) -> None:
+    """K4: whoever ends this process then looks at it from another thread."""
+    engine = lab.engine("one")
+    start(lab, "main", "w")
+    back: list[bool] = []
+    for what in ("send_offsets", "commit"):
+        lab.hosts["one"].before[what] = lambda: back.append(engine.stats.back_by_s > time.monotonic() + 10)
+    begun_s = time.monotonic()
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 1)
+    assert back == [True, True] and engine.stats.back_by_s == 0 and engine.stats.turned_s >= begun_s
+
+
+def test_what_two_records_of_a_partition_hand_out_is_handed_out_after_one_commit() -> None:
+    """M6: what is left out would wait for the next owner."""
+    batch = Batch()
+    for number, items in ((0, ("a",)), (1, ("b",)), (0, ("c", "d")), (0, ())):
+        batch.add(number, Decision(dispatch=items))
+    assert batch.dispatch == {0: ["a", "c", "d"], 1: ["b"]}
 
 
 # -- records on the wrong partition ----------------------------------------------------------------------------------
@@ -234,7 +320,7 @@ def test_a_reply_to_a_partition_that_does_not_exist_is_left_out_until_it_does(la
     topic.partitions.append(Partition(topic.name, 1))
     lab.broker.time.advance(lab.broker.time.now + 10_000)
     ask(lab, 1)
-    turn(engine, lambda: len(lab.written(topic.name)) == 2)
+    turn(engine, lambda: [len(list(partition.committed())) for partition in topic.partitions] == [1, 1])
 
 
 # -- waiting ---------------------------------------------------------------------------------------------------------
@@ -248,10 +334,25 @@ def test_nothing_that_could_be_done_waits_for_more_to_come(lab: Lab) -> None:
     """What was gathered and did not fit, and a partition to be restored."""
     for number in range(10):
         start(lab, "main", f"w{number}")
-    engine = lab.engine("one", batch_bytes_max=1)
+    engine = lab.engine("one", batch_ms_max=1)
+    engine.clock = Ticking(lab.hosts["one"])
+    lab.hosts["one"].losing["committed"] = 3
     assert elapsed_ms(lab, engine, lambda: engine.takeover.joined) < 300
-    assert elapsed_ms(lab, engine, lambda: engine.owned) < 20
-    assert elapsed_ms(lab, engine, lambda: engine.owned[0].position == 10) < 100
+    assert elapsed_ms(lab, engine, lambda: engine.owned) < 100
+    assert elapsed_ms(lab, engine, lambda: engine.owned[0].position == 10) < 200
+
+
+def test_slow_steps_of_one_partition_leave_the_others_their_turn(tmp_path: pathlib.Path) -> None:
+    """Each partition is the first in its turn: what it leaves of the budget may be nothing."""
+    lab = Lab(tmp_path, partitions=2)
+    for number in range(40):
+        start(lab, "main", f"w{number}")
+    engine = lab.engine("one", batch_ms_max=1)
+    turn(engine, lambda: len(engine.owned) == 2)
+    engine.clock = Ticking(lab.hosts["one"])
+    for _ in range(10):
+        engine.turn()
+    assert all(partition.position >= 4 for partition in engine.owned.values())
 
 
 def test_a_timer_that_what_has_come_cancels_does_not_fire(lab: Lab) -> None:
@@ -266,6 +367,24 @@ def test_a_timer_that_what_has_come_cancels_does_not_fire(lab: Lab) -> None:
     until = lab.broker.time.now + 2_000
     turn(scheduler, lambda: lab.broker.time.now > until)
     assert lab.written("workflow-resume") == []
+
+
+def test_the_end_of_the_log_that_was_seen_before_an_abort_is_not_reached(lab: Lab) -> None:
+    """K18: what lies before it is read again, which takes a moment."""
+    first = lab.scheduler("two")
+    lab.send("workflow-scheduler", "w|1", "1000")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    lab.kill(first, "two")
+    lab.producer.produce("workflow-scheduler", key=b"w|1", value=None)
+    lab.producer.poll(0)
+    lab.broker.time.advance(lab.broker.time.now + 2_000)
+    scheduler = lab.scheduler("two")
+    lab.hosts["two"].chance = lambda what: what == "abort" and not any("aborted" in line for line in lab.said)  # type: ignore[method-assign]
+    turn(scheduler, lambda: any("aborted" in line for line in lab.said))
+    poll, nothing = scheduler._consumer.poll, [None, None]
+    scheduler._consumer.poll = lambda timeout: nothing.pop() if nothing else poll(timeout)  # type: ignore[method-assign]
+    turn(scheduler, lambda: scheduler.owned and scheduler.owned[0].position >= 2)
+    assert nothing == [] and lab.written("workflow-resume") == []
 
 
 def test_a_timer_fires_when_it_is_due_and_an_engine_at_rest_asks_for_nothing_but_records(lab: Lab) -> None:

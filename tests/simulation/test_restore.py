@@ -53,6 +53,14 @@ def test_a_copy_is_made_anew_once_its_tombstones_may_be_compacted_away_or_its_to
     assert held(opened(lab, "another")) == (None, 0)
 
 
+def test_who_reads_from_another_thread_is_told_nothing_once_the_copy_is_closed(lab: Lab) -> None:
+    store = opened(lab)
+    store.settle({b"a": b"1", b"b": b"2"}, 2)
+    assert store.page(b"", 1) == [(b"a", b"1")] and store.page(b"b", 9) == [(b"b", b"2")]
+    store.close()
+    assert store.page(b"", 1) is None
+
+
 def test_a_copy_that_was_away_for_half_the_tombstones_retention_brings_nothing_back(lab: Lab) -> None:
     """K8: as the engine reads it from the changelog's settings."""
     lab.broker.topics[CHANGELOG].config["delete.retention.ms"] = str(2 * DAY_MS)

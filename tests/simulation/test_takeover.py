@@ -341,6 +341,27 @@ def test_an_owners_topic_that_cannot_be_read_is_waited_for_once(tmp_path: pathli
     assert sum("without it a takeover may wait" in line for line in lab.said) <= 2
 
 
+def test_an_engine_that_ends_in_trouble_leaves_its_name_and_its_successor_takes_care_up_to_the_end(lab: Lab) -> None:
+    """K1, K19: its transaction may be open; records that come later have killed nobody."""
+    first = lab.engine("one")
+    lab.send("workflow-resume", "w", "new:{}")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+
+    def trouble() -> None:
+        raise TransportError("no broker")
+
+    lab.hosts["one"].before["commit"] = trouble
+    lab.send("workflow-resume", "w", '{"ref": "r", "value": 1}')
+    with pytest.raises(TransportError):
+        first.run(lambda: False)
+    assert not Attempts(first.directory).unclean, "it was no record's fault"
+    assert '"engine":"found-one-0"' in lab.written("found-owners")[-1]
+    second = lab.engine("two")
+    turn(second, lambda: second.owned, 2000)
+    assert second.owned[0].careful_until == 2
+    turn(second, lambda: lab.written("found-out") == ["1"], 2000)
+
+
 class Away:
     """A producer whose topic has no leader."""
 
