@@ -134,7 +134,7 @@ def gc(
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     store = code_store(settings, embedded)
     stored = snapshots(settings, embedded)
-    unknown = [key.decode() for key, data in sorted(stored.items()) if header_of(data)["status"] == "damaged"]
+    unknown = [key.decode() for key, data in sorted(stored.items()) if header_of(data, snapshot.read_inner_header)["status"] == "damaged"]
     if unknown:
         raise UsageError(f"{unknown[0]} is damaged, so that nobody knows which code it runs; mend or terminate it first")
     kept = versions.needed(deployment.versions_in(stored), store.entries)

@@ -177,6 +177,12 @@ def read_header(data: bytes) -> dict[str, Any]:
     return _split(data)[0]
 
 
+def read_inner_header(data: bytes) -> dict[str, Any]:
+    """The same of what was parked unread, as its key or its format is not known here; of any other, its own.  Raises SnapshotError."""
+    header, body = _split(data)
+    return read_header(body) if header.get("parked", {}).get("was") == "damaged" else header
+
+
 def load(data: bytes, sources: Sources = no_sources, keys: Keys = ()) -> Instance:
     """The instance, waiting where it was, on the code it waits in.  Raises CodeChangedError when that is neither here nor stored, CorruptSnapshotError."""
     return wake(*split(data, keys), sources)

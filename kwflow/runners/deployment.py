@@ -85,9 +85,9 @@ def source_of(name: str, version: str, sources: versions.Sources) -> str | None:
 
 
 def versions_in(stored: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """`<module>@<sha256>` -> the instances whose snapshots name it, from their headers alone."""
+    """`<module>@<sha256>` -> the instances whose snapshots name it, from their headers alone; damaged ones name none."""
     found: dict[str, list[str]] = {}
     for key, data in sorted(stored.items()):
-        for name, saved in code_of(header_of(data)):
+        for name, saved in code_of(header_of(data, snapshot.read_inner_header)):
             found.setdefault(versions.entry_key(name, saved["version"]), []).append(key.decode())
     return found

@@ -21,7 +21,7 @@ from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
 from kwflow.errors import CorruptSnapshotError, UsageError
 from kwflow.ports import Decision
-from kwflow.runners import code
+from kwflow.runners import code, deployment
 from kwflow.runners import parked as parking
 from kwflow.runners.code import CodeStore
 from kwflow.runners.loop import Overlay, WorkflowProcessor
@@ -127,6 +127,15 @@ def test_whatever_a_record_or_a_command_leaves_of_an_instance_is_signed(monkeypa
     assert engine.send(b'{"ref":"more","value":200}').outputs[-1].value == b"203"
     leaves("ended")
     assert engine.send(*start).counts == ("duplicate-start",)
+
+
+def test_the_code_of_one_whose_key_is_missing_is_still_in_use() -> None:
+    """G10: `kwflow code gc` would remove what its retry needs, once the key is there."""
+    store = MemoryStore()
+    Engine(store, 0, ONE).send(b"new:1")
+    running = deployment.versions_in(store.entries)
+    assert Engine(store, 10, TWO).send(b'{"ref":"more","value":1}').counts == ("parked",)
+    assert deployment.versions_in(store.entries) == running != {}
 
 
 def test_keys_are_introduced_while_unsigned_instances_wait() -> None:
