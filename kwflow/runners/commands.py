@@ -15,7 +15,7 @@ from kwflow.core import children, messages, ops, snapshot, wire
 from kwflow.core.contract import Context
 from kwflow.core.dispatch import Withdraw
 from kwflow.core.wire import Command, Output, Record
-from kwflow.errors import ActivityError, ProtocolError, SnapshotError
+from kwflow.errors import ActivityError, ProtocolError, RefusedError, SnapshotError
 from kwflow.ports import Changes, Decision
 from kwflow.runners import parked
 from kwflow.runners.dispatch import keep
@@ -60,8 +60,14 @@ def refuse(config: Config, state: Changes, name: str, record: Record, reason: st
     1. a discard drops the head and applies the rest, and one of the rest makes an output that no broker takes
     2. if nothing of it were done, the next discard would do the same, and the instance could never be settled
     """
-    letter = parked.dead(config, record, "refused", reason, record.timestamp_ms)
-    if wire.header(record, "kwflow-op") != "discard" or not parked.is_parked(config, state.get(name.encode())):
+    letter, op, stored = parked.dead(config, record, "refused", reason, record.timestamp_ms), wire.header(record, "kwflow-op"), state.get(name.encode())
+    header = _header(config, name, stored)
+    if op not in ("retry", "discard") or header["status"] != "parked" or stored is None:
+        return letter
+    draining = header["parked"]["reason"] == "draining"
+    if draining:  # nothing goes on with it now: somebody has to decide
+        state.put(name.encode(), snapshot.amend(stored, config.signing_keys, parked={**header["parked"], "reason": RefusedError.__name__, "message": reason}))
+    if draining or op == "retry":
         return letter
     head = parked.drop_head(state, name)
     failed = _call_failed(config, state, name, head, record) if head is not None else Decision()
@@ -132,14 +138,15 @@ def _unpause(batch: Batch, name: str, header: dict[str, Any], record: Record, co
 
 
 def _retry(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
-    """What is held is applied in order; discard drops its head first."""
+    """What is held is applied in order; discard drops its head first, if that has failed."""
     if header["status"] != "parked":
         said = (f"{name}: {command.op} ignored: it is not parked",)
         return joined([_replied(batch, record, "not_found", "it is not parked", count="not-parked"), Decision(logs=said)])
     if parked.is_paused(header):
         said = (f"{name}: {command.op} ignored: it is paused",)
         return joined([_replied(batch, record, "paused", "unpause it first", count="not-parked"), Decision(logs=said)])
-    return _done(batch, name, record, command, "ok", _drain(batch, name, record, discard=command.op == "discard"))
+    failed = header["parked"]["reason"] != "draining"  # else what is next may be all right, and another discard is about to be finished
+    return _done(batch, name, record, command, "ok", _drain(batch, name, record, discard=command.op == "discard" and failed))
 
 
 def _discarded(batch: Batch, name: str, head: Record, record: Record) -> Decision:

@@ -19,7 +19,7 @@ from kwflow.core.wire import Output, Record, Reply
 from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 
-__all__ = ["DRAINED_MAX", "HOLD", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "holds", "is_parked", "is_paused", "park", "park_rest", "release"]
+__all__ = ["DRAINED_MAX", "HOLD", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "holds", "is_paused", "park", "park_rest", "release"]
 
 DRAINED_MAX = 500
 HOLD = b"\0hold\0"

@@ -16,9 +16,11 @@ from kwflow.ports import Decision
 from kwflow.runners import parked
 from kwflow.runners.loop import Overlay, WorkflowProcessor
 from kwflow.testing import MemoryStore, WorkflowTester
+from tests.spec.test_signing import Engine
 
 SOURCE = '''
 import kwflow as kw
+from tests.spec.test_signing import Engine
 kw.declare_topics("out")
 BROKEN = [True]
 
@@ -178,6 +180,40 @@ def test_a_long_hold_is_drained_in_bounded_transactions_and_what_arrives_meanwhi
     result = commands[-1].outputs[-1]
     assert result.value == msgspec.json.encode(list(range(1200)))
     assert store.entries == {}
+
+
+def test_in_the_middle_of_a_drain_a_discard_drops_nothing_until_the_log_has_refused_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K11, K17: what is next has failed nowhere yet; once it has, the instance says so, and a discard is the way out."""
+    monkeypatch.setattr(parked, "DRAINED_MAX", 1)
+    store, more = MemoryStore(), b'{"ref":"more","value":1}'
+    engine = Engine(store, 0)
+
+    def refuse(value: bytes, *headers: tuple[str, bytes | None]) -> None:
+        engine.offset += 1
+        overlay = Overlay(store)
+        assert "dead-letter" in str(engine.processor.refuse(overlay, Record("workflow-resume", 0, engine.offset, 0, b"a", value, headers), "too large").outputs)
+        store.apply(overlay.changes)
+
+    def command(op: bytes) -> None:
+        assert engine.send(b"null", ("kwflow-op", op)).counts[0] != "not-parked"
+
+    def said() -> str:
+        return str((snapshot.read_header(store.entries[b"a"]).get("parked") or {}).get("reason"))
+
+    engine.send(b"new:0")
+    refuse(b'{"ref":"more","value":1000}')
+    for _ in range(4):
+        engine.send(more)
+    command(b"discard")
+    assert said() == "draining"
+    command(b"discard")
+    assert said() == "draining"
+    refuse(b"null", ("kwflow-op", b"retry"))
+    assert said() == "RefusedError"
+    for _ in range(3):
+        command(b"discard" if said() == "RefusedError" else b"retry")
+    assert said() == "None"
+    assert engine.send(b'{"ref":"more","value":200}').outputs[-1].value == b"203"
 
 
 def test_what_ended_in_the_middle_of_a_long_hold_is_known_to_the_rest_of_it(engine: WorkflowTester, monkeypatch: pytest.MonkeyPatch) -> None:
