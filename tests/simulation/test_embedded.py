@@ -213,3 +213,128 @@ def test_attempts_at_a_record_are_not_counted_for_one_of_another_topic(tmp_path:
     assert [record.key for record in refused] == [b"bad"]
     assert timers.waiting(EmbeddedStore(engine.db, config.timers_changelog_topic)) == 1
     engine.close()
+
+
+PLAIN = """
+import kwflow as kw
+
+def main(opts):
+    yield kw.suspend("r")
+"""
+
+
+class Ticking(Clock):
+    """Time passes with every look at it: a batch has one step."""
+
+    def now_ms(self) -> int:
+        self.ms += 1
+        return self.ms
+
+
+def made(directory: pathlib.Path, **limits: int) -> tuple[Embedded, WorkflowProcessor, TimerProcessor]:
+    module = durable.load_source("embedded_plain", PLAIN, "embedded_plain.py")
+    config = Config(**limits)  # type: ignore[arg-type]
+    engine = Embedded(directory, config, sync=False, clock=Clock())
+    return engine, WorkflowProcessor(config, Workflows({"main": module.main}, "main"), api.declared_topics(), "store"), TimerProcessor(config)
+
+
+def start(engine: Embedded, count: int) -> None:
+    for number in range(count):
+        engine.append("workflow-resume", b"w%d" % number, b"new:{}")
+
+
+def taken(engine: Embedded, processor: WorkflowProcessor) -> list[int]:
+    """How many records each batch took."""
+    found = []
+    while done := engine.step([processor], lambda _: None):
+        found.append(done)
+    return found
+
+
+@pytest.mark.parametrize(("limits", "batches"), [({"batch_ms_max": 1}, [1, 1, 1]), ({"batch_bytes_max": 1}, [1, 1, 1]), ({"batch_records_max": 2}, [2, 1]), ({}, [3])])
+def test_what_a_batch_left_is_the_next_ones(tmp_path: pathlib.Path, limits: dict[str, int], batches: list[int]) -> None:
+    """K15: its position moves past what was stepped, and no further."""
+    engine, processor, _ = made(tmp_path, **limits)
+    engine.clock = Ticking() if "batch_ms_max" in limits else engine.clock
+    start(engine, 3)
+    with engine_process():
+        assert taken(engine, processor) == batches
+        assert engine.counts["started"] == 3 and engine.position("workflow-resume") == 3
+    engine.close()
+
+
+def test_large_records_are_not_heaped_up(tmp_path: pathlib.Path) -> None:
+    engine, _, _ = made(tmp_path, batch_bytes_max=100)
+    for _ in range(3):
+        engine.append("workflow-resume", b"w", b"x" * 60)
+    assert [len(record.value or b"") for record in engine._waiting("workflow-resume", 0)] == [60, 60]
+    engine.close()
+
+
+def test_a_timer_whose_cancel_lies_behind_a_full_batch_does_not_fire(tmp_path: pathlib.Path) -> None:
+    """K18."""
+    engine, _, timers = made(tmp_path, batch_records_max=1)
+    engine.append("workflow-scheduler", b"w|1", b"1000")
+    assert engine.step([timers]) == 1
+    engine.append("workflow-scheduler", b"v|1", b"100000")
+    engine.append("workflow-scheduler", b"w|1", None)
+    engine.clock.ms += 2_000  # type: ignore[attr-defined]
+    while engine.step([timers]):
+        continue
+    assert engine.read("workflow-resume") == []
+    engine.close()
+
+
+def test_records_that_nobody_has_applied_are_not_trimmed_however_old_and_applied_ones_once(tmp_path: pathlib.Path) -> None:
+    """G1."""
+    engine, processor, timers = made(tmp_path, embedded_retention_ms=1_000, batch_records_max=2)
+    start(engine, 4)
+    with engine_process():
+        assert engine.step([processor], lambda _: None) == 2
+    assert engine.trim([processor, timers]) == 0, "not old enough"
+    engine.clock.ms += 1_000  # type: ignore[attr-defined]
+    assert engine.trim([processor, timers]) == 2
+    assert engine.trim([processor, timers]) == 0
+    assert [record.offset for record in engine.read("workflow-resume")] == [2, 3]
+    with engine_process():
+        assert engine.step([processor], lambda _: None) == 2
+    assert engine.trim([processor, timers]) == 2 and engine.read("workflow-resume") == []
+    assert engine.trim([processor, timers]) == 0
+    engine.close()
+    engine = Embedded(tmp_path, engine.limits, sync=False, clock=engine.clock)
+    start(engine, 1)
+    assert engine.trim([processor, timers]) == 0 and [record.offset for record in engine.read("workflow-resume")] == [4]
+    engine.close()
+
+
+def test_a_reply_to_a_partition_that_an_embedded_topic_does_not_have_is_counted_and_left_out(tmp_path: pathlib.Path) -> None:
+    """M1."""
+    engine, processor, _ = made(tmp_path)
+    start(engine, 1)
+    for number in range(2):
+        headers = (("kwflow-op", b"query"), ("kwflow-request", b"q"), ("kwflow-reply-to", b"%d/me" % number))
+        engine.append("workflow-resume", b"w0", b"null", headers)
+    with engine_process():
+        taken(engine, processor)
+    assert len(engine.read(engine.limits.reply_topic)) == 1 and engine.counts["reply-gone"] == 1
+    engine.close()
+
+
+def test_compaction_keeps_the_newest_of_each_key_that_has_a_value(tmp_path: pathlib.Path) -> None:
+    engine, _, _ = made(tmp_path)
+    for key, value in ((b"a", b"1"), (b"b", b"1"), (b"a", b"2"), (b"b", None)):
+        engine.append("t", key, value)
+    assert engine.compact("t") == 3
+    assert [(record.key, record.value) for record in engine.read("t")] == [(b"a", b"2")]
+    engine.close()
+
+
+def test_who_follows_an_engine_is_not_kept_waiting_for_what_was_written_already(tmp_path: pathlib.Path) -> None:
+    engine, _, _ = made(tmp_path)
+    seen = engine.wait_written(-1, 60)
+    engine.append("t", b"a", b"1")
+    assert engine.wait_written(seen, 60) == seen + 1
+    engine.wake()
+    engine.run([], iter([False, True]).__next__)
+    assert not Attempts(tmp_path).unclean
+    engine.close()

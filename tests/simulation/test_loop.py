@@ -299,8 +299,11 @@ def test_a_half_that_ends_early_goes_on_with_what_it_left(lab: Lab) -> None:
 
 
 # -- replies ---------------------------------------------------------------------------------------------------------
+CLIENT = next(name for name in map(str, range(9)) if partition_of(name.encode(), 2) == 0)
+
+
 def ask(lab: Lab, partition: int) -> None:
-    lab.send("workflow-resume", "w", "null", **{"kwflow-op": "query", "kwflow-request": "q", "kwflow-reply-to": f"{partition}/me"})
+    lab.send("workflow-resume", "w", "null", **{"kwflow-op": "query", "kwflow-request": "q", "kwflow-reply-to": f"{partition}/{CLIENT}"})
 
 
 def test_a_reply_to_a_partition_that_does_not_exist_is_left_out_until_it_does(lab: Lab) -> None:
@@ -345,14 +348,15 @@ def test_nothing_that_could_be_done_waits_for_more_to_come(lab: Lab) -> None:
 def test_slow_steps_of_one_partition_leave_the_others_their_turn(tmp_path: pathlib.Path) -> None:
     """Each partition is the first in its turn: what it leaves of the budget may be nothing."""
     lab = Lab(tmp_path, partitions=2)
-    for number in range(40):
+    for number in range(120):
         start(lab, "main", f"w{number}")
-    engine = lab.engine("one", batch_ms_max=1)
+    engine = lab.engine("one", batch_ms_max=8)
     turn(engine, lambda: len(engine.owned) == 2)
     engine.clock = Ticking(lab.hosts["one"])
-    for _ in range(10):
+    for _ in range(6):
         engine.turn()
-    assert all(partition.position >= 4 for partition in engine.owned.values())
+    positions = sorted(partition.position for partition in engine.owned.values())
+    assert positions[1] < 2 * positions[0] and sum(positions) < 120
 
 
 def test_a_timer_that_what_has_come_cancels_does_not_fire(lab: Lab) -> None:

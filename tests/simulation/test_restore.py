@@ -4,11 +4,12 @@ import json
 import pathlib
 
 import pytest
-from confluent_kafka import OFFSET_INVALID
+from confluent_kafka import OFFSET_INVALID, KafkaError
 
 from kwflow.errors import TransportError
 from kwflow.runners.kafka_state import MOVED, PartitionStore, Restore, agreed
-from kwflow.testing.kafka import Disk, SimulatedEnvironment
+from kwflow.testing.kafka import Disk, Refused, SimulatedEnvironment
+from kwflow.testing.kafka.log import Partition, Place
 from tests.simulation.test_found import Lab, turn
 
 CHANGELOG = "found-state-changelog"
@@ -127,6 +128,28 @@ def test_a_restore_whose_next_record_has_gone_begins_again_from_nothing(lab: Lab
     store = opened(lab)
     assert restored(lab, store, gone=250) > 1
     assert [key for key, _ in store.scan(b"")] == [b"w%03d" % number for number in range(250, 300)] and store.offset == 300
+
+
+@pytest.mark.parametrize(("code", "passes"), [(KafkaError.NOT_LEADER_FOR_PARTITION, True), (KafkaError.TOPIC_AUTHORIZATION_FAILED, False)])
+def test_a_restore_goes_on_after_trouble_that_passes_and_ends_the_engine_after_other(lab: Lab, code: int, passes: bool) -> None:
+    """K4, K5."""
+    written(lab, 3)
+    store, place, refusals = opened(lab), lab.broker.partition, [code]
+
+    def partition(where: Place) -> Partition:
+        if refusals and where[0] == CHANGELOG and store.offset == 0 and lab.broker.time.now > begun_ms:
+            raise Refused(refusals.pop(), "not now")
+        return place(where)
+
+    begun_ms = lab.broker.time.now
+    lab.broker.partition = partition  # type: ignore[method-assign]
+    if passes:
+        restored(lab, store)
+        assert len(list(store.scan(b""))) == 3
+    else:
+        with pytest.raises(TransportError, match="restore of found-state-changelog"):
+            restored(lab, store)
+    assert refusals == []
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import types
+from concurrent.futures import Future
 from typing import Any, cast
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from kwflow.errors import TransportError
@@ -16,11 +18,13 @@ from kwflow.runners.attempts import Attempts
 from kwflow.runners.fencing import Fencing
 from kwflow.runners.kafka import KafkaRunner
 from kwflow.runners.kafka_code import CodeTopic
+from kwflow.runners.orphans import Orphans
 from kwflow.runners.stats import Stats
 from kwflow.testing.kafka import Broker, Refused, SimulatedEnvironment
 from kwflow.testing.kafka.admin import SimulatedAdmin
 from kwflow.testing.kafka.log import Partition, Place
 from tests.simulation.test_found import Lab, turn
+from tests.simulation.test_loop import refuse
 
 SESSION_MS, AIM_MS = 6_000, 2_000
 
@@ -68,7 +72,8 @@ def test_the_transaction_of_an_engine_that_died_in_it_is_ended_by_whoever_takes_
     assert any("found-one-0 has left the group inside a transaction" in line for line in lab.said)
 
 
-def test_outputs_that_an_engine_died_over_do_not_keep_their_readers_waiting(lab: Lab) -> None:
+@pytest.mark.parametrize("lost", [0, 2])
+def test_outputs_that_an_engine_died_over_do_not_keep_their_readers_waiting(lab: Lab, lost: int) -> None:
     """K1: nothing that the next owner needs is undecided; those who read the outputs would wait for transaction.timeout.ms."""
     first = lab.engine("one")
     lab.send("workflow-resume", "w", "new:{}")
@@ -90,10 +95,17 @@ def test_outputs_that_an_engine_died_over_do_not_keep_their_readers_waiting(lab:
     assert (outputs.stable, outputs.end) == (0, 1)
     assert lab.broker.partition(("found-state-changelog", 0)).stable == lab.broker.partition(("found-state-changelog", 0)).end
     second = lab.engine("two")
+    turn(second, lambda: second.owned, 2000)
+    lab.hosts["two"].losing["list_offsets"] = lost
     turn(second, lambda: lab.written("found-out") == ["1"] and outputs.stable == outputs.end, 2000)
     print(f"readable {lab.broker.time.now - killed_ms - SESSION_MS:.0f} ms after the session timeout")
-    assert lab.broker.time.now - killed_ms < SESSION_MS + AIM_MS
+    assert lab.broker.time.now - killed_ms < SESSION_MS + AIM_MS + 500 * lost, "answers that are lost cost two looks"
     assert any("found-one-0 has left the group inside a transaction" in line for line in lab.said)
+    until, asked = lab.broker.time.now + 2_000, list[str]()
+    turn(second, lambda: lab.broker.time.now > until)
+    lab.hosts["two"].answered = lambda what: not asked.append(what)  # type: ignore[method-assign,func-returns-value]
+    turn(second, lambda: lab.broker.time.now > until + 5_000)
+    assert asked == [], "once all is readable nobody looks any more"
 
 
 def test_an_engine_that_is_a_member_of_the_group_is_never_fenced(lab: Lab) -> None:
@@ -234,6 +246,32 @@ def test_a_group_that_may_not_be_asked_ends_the_engine(lab: Lab) -> None:
     engine._consumer.committed = committed  # type: ignore[method-assign]
     with pytest.raises(TransportError, match="not this group"):
         engine.run(lambda: bool(engine.owned) or lab.broker.time.now > 10_000)
+
+
+class Described:
+    """An AdminClient that is told of the group what is in turn: whether it is stable, and which of two partitions somebody has."""
+
+    def __init__(self, *answers: tuple[bool, set[int]]) -> None:
+        self.answers = list(answers)
+
+    def describe_consumer_groups(self, names: list[str], request_timeout: float) -> dict[str, Future[Any]]:
+        stable, had = self.answers.pop(0)
+        member = types.SimpleNamespace(assignment=types.SimpleNamespace(topic_partitions=[TopicPartition("other", 1), *(TopicPartition("in", number) for number in had)]))
+        future: Future[Any] = Future()
+        future.set_result(types.SimpleNamespace(state=ConsumerGroupState.STABLE if stable else ConsumerGroupState.PREPARING_REBALANCING, members=[member]))
+        return dict.fromkeys(names, future)
+
+
+def test_a_partition_belongs_to_nobody_if_it_did_in_two_looks_in_a_row(lab: Lab) -> None:
+    """K7: in a rebalance it may be on its way; whoever leaves the group over that makes another one."""
+    admin = Described((True, {0}), (True, {1}), (False, set()), (True, {1}), (False, set()), (True, {1}), (True, {1}), (True, {0, 1}))
+    orphans = Orphans(cast(AdminClient, admin), lab.client, "g", "in", 2)
+    assert not orphans.found() and len(admin.answers) == 8
+    found = []
+    for _ in range(10):
+        lab.broker.time.advance(lab.broker.time.now + 2_000)
+        found.append(orphans.found() or orphans.found())
+    assert found == [False] * 6 + [True] + [False] * 3, "and once all is well nobody looks any more"
 
 
 def test_an_engine_that_was_evicted_with_nothing_open_is_not_fenced(lab: Lab) -> None:
@@ -426,6 +464,7 @@ def test_an_owners_topic_that_does_not_answer_is_waited_for_once(lab: Lab) -> No
 @pytest.mark.parametrize("ended", [False, True], ids=["killed meanwhile", "ended by it"])
 def test_what_a_broker_in_trouble_interrupts_is_no_attempt_for_the_next_engine(lab: Lab, ended: bool) -> None:
     """K19: the record was stepped, and its process went on, or ended because it could not be committed."""
+    append = lab.broker.append
     lab.send("workflow-resume", "w", "new:{}")
     for number in range(5):
         name = f"engine{number}"
@@ -434,10 +473,11 @@ def test_what_a_broker_in_trouble_interrupts_is_no_attempt_for_the_next_engine(l
         if ended:
             lab.hosts[name].before["commit"] = lost
         else:
-            lab.hosts[name].chance = lambda what: what == "abort"  # type: ignore[method-assign]
+            refuse(lab, "found-state-changelog", KafkaError.NOT_ENOUGH_REPLICAS)  # and not what is told in found-owners
         with pytest.raises(TransportError) if ended else contextlib.nullcontext():
             for _ in range(3):
                 engine.turn()
+        lab.broker.append = append  # type: ignore[method-assign]
         lab.kill(engine, name)
     last = lab.engine("last")
     turn(last, lambda: last.owned and last.owned[0].position == 1, 2000)

@@ -1,0 +1,205 @@
+"""A client whose engine is this test: replies and outcomes come when and in what order it says (M1, M4)."""
+
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kwflow.client import Client, Future
+from kwflow.config import Config
+from kwflow.core import wire
+from kwflow.core.wire import Record
+from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError, UsageError
+from kwflow.runners.embedded import Embedded
+
+TIMEOUT_S = 1.0
+
+
+class Site:
+    """What a client has asked, and what it is told."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.config = Config(command_timeout_s=TIMEOUT_S)
+        self.engine = Embedded(directory, self.config, sync=False)
+        self.client = Client.embedded(self.engine, self.config)
+        self.read = 0
+
+    def asked(self) -> Record:
+        """Its next record."""
+        deadline = time.monotonic() + 20
+        while not (found := self.engine.read(self.config.resume_topic, self.read, 1)):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        self.read = found[0].offset + 1
+        return found[0]
+
+    def reply(self, record: Record, status: str = "ok", value: object = None, key: bytes | None = None) -> None:
+        body = {"request": wire.header(record, "kwflow-request"), "status": status, "message": "", "value": value}
+        self.engine.append(self.config.reply_topic, key or self.client._link.process.encode(), wire.json_dumps(body))
+
+    def ends(self, start_id: str, value: object, kind: str = "result") -> None:
+        headers = (("kwflow-outcome", kind.encode()), ("kwflow-start-id", start_id.encode()))
+        self.engine.append(self.config.result_topic or "", b"w", wire.json_dumps(value), headers)
+
+    def told(self) -> None:
+        """All that was written has reached the client."""
+        record = self.engine.end(self.config.result_topic or "")
+        deadline = time.monotonic() + 20
+        while self.client._link._positions[self.config.result_topic] < record:  # type: ignore[attr-defined]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def site(tmp_path: pathlib.Path) -> Iterator[Site]:
+    site = Site(tmp_path)
+    yield site
+    site.client.close()
+    site.engine.close()
+
+
+def test_an_outcome_that_came_before_it_was_known_whose_it_is_reaches_its_caller(site: Site) -> None:
+    """M1.3: and that of another run does not."""
+    future = site.client.result("w")
+    query = site.asked()
+    site.ends("another", 0)
+    site.ends("mine", 1)
+    site.told()
+    assert not future.done()
+    site.reply(query, value={"start_id": "mine"})
+    assert future.result(20) == 1
+
+
+def test_an_outcome_that_comes_once_it_is_known_whose_it_is_reaches_its_caller(site: Site) -> None:
+    future = site.client.result("w")
+    site.reply(site.asked(), value={"start_id": "mine"})
+    time.sleep(0.05)
+    site.ends("another", 0)
+    site.told()
+    assert not future.done()
+    site.ends("mine", 1)
+    assert future.result(20) == 1
+
+
+@pytest.mark.parametrize(("start_id", "value"), [(None, 3), ("first", 1), ("second", 2), ("never", None)])
+def test_an_outcome_that_only_its_topic_has_is_found_there(site: Site, start_id: str | None, value: int | None) -> None:
+    """The run that is asked for, or the last one."""
+    for number, name in enumerate(("first", "second", "third"), 1):
+        site.ends(name, number)
+    site.told()
+    future = site.client.result("w", start_id=start_id)
+    site.reply(site.asked(), status="not_found")
+    if value is not None:
+        assert future.result(20) == value
+    else:
+        with pytest.raises(CommandError):
+            future.result(20)
+
+
+def test_a_caller_whose_command_was_answered_waits_for_as_long_as_it_takes(site: Site) -> None:
+    """The time-out of a command is for its reply alone."""
+    waiting = site.client.start_and_wait("w", start_id="mine")
+    limited = site.client.result("v", timeout=2 * TIMEOUT_S)
+    site.reply(site.asked(), status="started")
+    site.reply(site.asked(), value={"start_id": "other"})
+    time.sleep(1.5 * TIMEOUT_S)
+    assert not waiting.done() and not limited.done()
+    with pytest.raises(TimeoutError, match="has not ended within"):
+        limited.result(20)
+    site.ends("mine", {"a": 1}, "error")
+    with pytest.raises(OutcomeError):
+        waiting.result(20)
+
+
+def test_nothing_is_kept_of_a_command_that_nobody_answers(site: Site) -> None:
+    """M1.4."""
+    futures: list[Future[Any]] = [site.client.signal("w", "s"), site.client.start_and_wait("w"), site.client.query("w")]
+    futures[2].cancel()
+    for future in futures[:2]:
+        with pytest.raises(OutcomeUnknown, match="no reply within"):
+            future.result(20)
+    client = site.client
+    deadline = time.monotonic() + 20
+    while client._deadlines:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert (client._requests, client._waiters, client._open) == ({}, {}, set())
+
+
+def test_deadlines_of_callers_who_have_gone_are_not_kept(site: Site) -> None:
+    """A program that asks often has few open questions."""
+    site.client.result("w", timeout=3_600).cancel()
+    site.reply(site.asked(), status="not_found")
+    deadline = time.monotonic() + 20
+    while site.client._deadlines:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_replies_to_others_and_failing_subscribers_harm_nobody(site: Site) -> None:
+    """M4."""
+    got: list[Any] = []
+
+    def fails(_outcome: object) -> None:
+        raise ValueError("a subscriber's own")
+
+    site.client.subscribe("w", fails)
+    site.client.subscribe("w", got.append)
+    future = site.client.query("w")
+    query = site.asked()
+    site.reply(query, value="another's", key=b"somebody else")
+    site.ends("any", 1)
+    site.reply(query, value="mine")
+    assert future.result(20) == "mine"
+    site.told()
+    assert [outcome.value for outcome in got] == [1] and site.client.counts["foreign"] == 1
+
+
+def test_whoever_waits_asks_again_after_a_gap(site: Site) -> None:
+    """Retention overtook the reader: an outcome may have been among what it missed."""
+    future = site.client.result("w", start_id="mine")
+    site.reply(site.asked(), value={"start_id": "mine"})
+    time.sleep(0.05)
+    site.client.on_gap()
+    site.reply(site.asked(), value={"start_id": "mine", "outcome": {"kind": "result", "value": "7"}})
+    assert future.result(20) == 7
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return call
+
+
+def test_what_fails_on_the_way_is_told_to_whoever_waits(site: Site) -> None:
+    """On a link's thread nobody else would see it."""
+    future = site.client.start_and_wait("w", object())
+    with pytest.raises(TypeError):
+        future.result(20)
+    site.client._link.find = raising(OSError("gone"))  # type: ignore[method-assign]
+    future = site.client.result("w")
+    site.reply(site.asked(), status="not_found")
+    with pytest.raises(OSError, match="gone"):
+        future.result(20)
+    site.client._link.append = raising(UsageError("no"))  # type: ignore[method-assign]
+    future = site.client.result("w")
+    with pytest.raises(UsageError):
+        future.result(20)
+
+
+def test_the_first_reason_why_a_client_ended_is_the_one_that_it_tells(site: Site) -> None:
+    waiting = site.client.query("w")
+    site.client.on_lost(TransportError("no broker"))
+    site.client.on_lost(TransportError("the client was closed"))
+    for call in (lambda: waiting.result(20), lambda: site.client.query("w")):
+        with pytest.raises(TransportError, match="no broker"):
+            call()
+
+
+def test_a_time_to_live_that_rounds_to_nothing_is_the_shortest(site: Site) -> None:
+    """M3: without one a signal lives for ever."""
+    site.client.signal("w", "s", ttl=0.0001)
+    assert b'"ttl_ms":1' in (site.asked().value or b"").replace(b" ", b"")
