@@ -1,5 +1,6 @@
 """Activities on the embedded engine as processes: killed in the middle, ended while one runs (M6.5)."""
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -8,11 +9,28 @@ from collections.abc import Iterator
 
 import pytest
 
+from kwflow import durable
+from kwflow.config import Config
+from kwflow.core.contract import Workflows
+from kwflow.runners.embedded import Embedded
+from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.socket import submit
 from tests.embedded.shell import Shell
 
 MODULE = str(pathlib.Path(__file__).parent / "site_of_activities.py")
 pytestmark = pytest.mark.slow
+ANSWERED = """
+import kwflow as kw
+
+RAN = []
+
+@kw.activity()
+def work():
+    RAN.append("again")
+
+def main(opts):
+    return (yield work())
+"""
 
 
 @pytest.fixture
@@ -33,6 +51,22 @@ def results(shell: Shell) -> dict[str, object]:
     found = [line.split(" ", 2)[1:] for line in shell.records("workflow-result")]
     assert len({id for id, _ in found}) == len(found)
     return {id: json.loads(value) for id, value in found}
+
+
+def test_an_activity_whose_result_is_in_the_log_already_is_not_begun_again(tmp_path: pathlib.Path) -> None:
+    """M6.5: its engine was killed before it could apply it, and much lies before it."""
+    module = durable.load_source("answered", ANSWERED, "answered.py")
+    config = Config(batch_records_max=1)
+    with contextlib.closing(Embedded(tmp_path, config, sync=False)) as held:
+        processor = WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), held.incarnation, lambda _: None)
+        held.append(config.resume_topic, b"w", b"new:null")
+        held.step([processor])  # its call is in the state, and nobody has begun it
+        for n in range(5):
+            held.append(config.resume_topic, b"other-%d" % n, b'{"ref":"late"}')
+        held.append(config.resume_topic, b"w", b'{"ref":"0:1","value":"kept"}')
+        held.run([processor], lambda: held.position(config.resume_topic) == held.end(config.resume_topic), lambda _: None)
+        assert [record.value for record in held.read(config.result_topic or "")] == [b'"kept"']
+    assert module.RAN == []
 
 
 def test_activities_that_ran_when_the_engine_was_killed_run_again_with_the_same_key_and_count_once(shell: Shell) -> None:
