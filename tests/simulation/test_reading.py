@@ -12,6 +12,7 @@ from kwflow.runners.kafka_reading import read_to
 from kwflow.runners.kafka_results import Results
 from kwflow.testing.kafka import Refused, SimulatedEnvironment
 from tests.simulation.test_found import Lab
+from tests.simulation.test_loop import refuse
 
 TOPIC = "found-out"
 
@@ -136,23 +137,11 @@ class Service(SimulatedEnvironment):
         return join
 
 
-def failing(lab: Lab, code: int, times: int = 1) -> None:
-    append, left = lab.broker.append, [times]
-
-    def refusing(*arguments: Any) -> Any:
-        if left[0]:
-            left[0] -= 1
-            raise Refused(code, "not taken")
-        return append(*arguments)
-
-    lab.broker.append = refusing  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize("code", [KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_RECORD, KafkaError.TOPIC_AUTHORIZATION_FAILED])
 def test_a_result_that_the_broker_will_never_take_is_given_back(lab: Lab, code: int) -> None:
     """M6.3: whoever gave it writes that it failed."""
     results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
-    failing(lab, code)
+    refuse(lab, TOPIC, code, times=1)
     results.deliver(0, b"k", b"1", told.append)
     environment.producers[0].poll(0)
     assert len(told) == 1 and told[0] is not None and lab.written(TOPIC) == []
@@ -161,12 +150,12 @@ def test_a_result_that_the_broker_will_never_take_is_given_back(lab: Lab, code: 
 def test_a_result_that_did_not_arrive_is_written_again_but_not_after_the_end(lab: Lab) -> None:
     """M6.3: then it stays with its call, which lies in the store."""
     results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
-    failing(lab, KafkaError.NOT_ENOUGH_REPLICAS, times=3)
+    refuse(lab, TOPIC, KafkaError.NOT_ENOUGH_REPLICAS, times=3)
     results.deliver(0, b"k", b"1", told.append)
     for _ in range(5):
         environment.producers[0].poll(0)
     assert told == [None] and lab.written(TOPIC) == ["1"] and len(environment.producers) == 1
-    failing(lab, KafkaError.NOT_ENOUGH_REPLICAS)
+    refuse(lab, TOPIC, KafkaError.NOT_ENOUGH_REPLICAS, times=1)
     results.deliver(0, b"k", b"2", told.append)
     results.close()
     for _ in range(3):

@@ -20,7 +20,6 @@ from tests.spec.test_signing import Engine
 
 SOURCE = '''
 import kwflow as kw
-from tests.spec.test_signing import Engine
 kw.declare_topics("out")
 BROKEN = [True]
 

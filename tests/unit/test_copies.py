@@ -56,19 +56,6 @@ def office(tmp_path: pathlib.Path) -> Office:
     return Office(tmp_path)
 
 
-def test_a_standby_follows_what_others_own_from_where_its_copy_ends(office: Office) -> None:
-    """From the begin of the log where it has none; a copy that is given away is closed, and read on later."""
-    office.turn({0})
-    assert office.reader.assigned == {1: 5, 2: 5}
-    office.turn({0}, Message(1, 8, b"w", b"old"), Message(1, 9, b"w", b"new"), Message(2, 6, b"v", b"x"), Message(1, 10, error=KafkaError._PARTITION_EOF))
-    assert (office.standby.stores[1].get(b"w"), office.standby.stores[1].offset, office.standby.stores[2].offset) == (b"new", 10, 7)
-    office.copies.give(1)
-    assert office.reader.assigned == {2: 7} and 1 not in office.standby.stores
-    office.store(1).close()  # nobody else has it open
-    office.turn({0})
-    assert office.reader.assigned == {1: 10, 2: 7}
-
-
 def test_a_copy_whose_place_in_the_log_is_gone_begins_anew(office: Office) -> None:
     """What was read before it in the same go is of no use either."""
     office.turn({0, 2}, Message(1, 8, b"w", b"old"))
