@@ -2,7 +2,8 @@
 
 One consumer without a group, assigned by numeric offsets that were asked for before anything is produced (M1.3): an
 `OFFSET_END` resolves late and would miss a fast outcome.  It follows the one reply partition of this process, and of
-the result and error topics the partitions of those ids that somebody waits for.
+the result and error topics the partitions of those ids that somebody waits for.  Each topic puts an id where its own
+count of partitions says.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from kwflow.runners.topics import client_config, record_of, transient
 
 __all__ = ["KafkaLink", "ends_in_a_transaction", "latest", "read", "send", "state_of"]
 
+_Places = tuple[tuple[str, int], ...]  # (topic, partition) of an id's outcome, in the result and in the error topic
 _TIMEOUT_S = 20
 _POLL_S = 0.05  # how late the first request for a partition, a delivery report or a time-out may be seen
 
@@ -44,9 +46,9 @@ class KafkaLink:
         self.config = config
         self.process = uuid.uuid4().hex
         self._listener: Listener | None = None
-        self._asked: queue.SimpleQueue[tuple[int, Callable[[], None]]] = queue.SimpleQueue()
-        self._followed: set[int] = set()  # partitions of the result and error topics
-        self._pending: Counter[int] = Counter()  # partition -> what waits in `_asked`: records for it keep the order of the calls
+        self._asked: queue.SimpleQueue[tuple[_Places, Callable[[], None]]] = queue.SimpleQueue()
+        self._followed: set[tuple[str, int]] = set()
+        self._pending: Counter[_Places] = Counter()  # -> what waits in `_asked`: records of the same places keep the order of the calls
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kwflow-client", daemon=True)
@@ -90,22 +92,22 @@ class KafkaLink:
         self._listener = listener
         self._thread.start()
 
-    def _number(self, key: bytes | None) -> int:
-        return partition_of(key or b"", min(self._partitions[topic] for topic in self._ends)) if self._ends else 0
+    def _places(self, key: bytes | None) -> _Places:
+        return tuple((topic, partition_of(key or b"", self._partitions[topic])) for topic in self._ends)
 
     def follow(self, key: bytes, ready: Callable[[], None]) -> None:
-        self._in_order(self._number(key), bool(self._ends), ready)
+        self._in_order(self._places(key), True, ready)
 
     def append(self, output: Output, failed: Callable[[Exception], None]) -> None:
-        self._in_order(self._number(output.key), False, lambda: self._produce(output, failed))
+        self._in_order(self._places(output.key), False, lambda: self._produce(output, failed))
 
-    def _in_order(self, number: int, follow: bool, call: Callable[[], None]) -> None:
-        """Now, or on our thread behind what waits for this partition to be followed."""
+    def _in_order(self, places: _Places, follow: bool, call: Callable[[], None]) -> None:
+        """Now, or on our thread behind what waits for these to be followed."""
         with self._lock:
-            later = bool(self._pending[number]) or (follow and number not in self._followed)
+            later = bool(self._pending[places]) or (follow and not self._followed.issuperset(places))
             if later and threading.current_thread() is not self._thread:
-                self._pending[number] += 1
-                self._asked.put((number, call))
+                self._pending[places] += 1
+                self._asked.put((places, call))
                 return
         call()
 
@@ -123,7 +125,7 @@ class KafkaLink:
         self._producer.poll(0)
 
     def find(self, key: bytes) -> list[Record]:
-        return [record for topic in self._ends for record in read(self.config, topic, partition_of(key, self._partitions[topic])) if record.key == key]
+        return [record for topic, number in self._places(key) for record in read(self.config, topic, number) if record.key == key]
 
     def close(self) -> None:
         self._stopped.set()
@@ -150,14 +152,14 @@ class KafkaLink:
     def _follow_asked(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                number, call = self._asked.get_nowait()
-                if number not in self._followed:
-                    for topic in self._ends:
-                        self._assign(topic, number)
-                    self._followed.add(number)
+                places, call = self._asked.get_nowait()
+                for place in places:
+                    if place not in self._followed:
+                        self._assign(*place)
+                        self._followed.add(place)
                 call()
                 with self._lock:
-                    self._pending[number] -= 1
+                    self._pending[places] -= 1
 
     def _take(self, message: Message, listener: Listener) -> None:
         error = message.error()

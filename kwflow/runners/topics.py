@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ __all__ = [
 
 _DAY_MS = 86_400_000
 _LATE_S = 5.0
+_LOOK_S = 0.02
 _TRANSIENT = {  # what a leader or coordinator that moves, or was just made, answers; librdkafka marks few of them as retriable
     KafkaError._ALL_BROKERS_DOWN,
     KafkaError._RESOLVE,
@@ -148,7 +150,7 @@ def _reply_problems(client: AdminClient, config: Config) -> list[str]:
 
 
 def create(client: AdminClient, config: Config, declared: Iterable[str], partitions: int, replication: int) -> list[str]:
-    """Create the missing ones; changelogs take the partition count of their existing input.  Raises TransportError."""
+    """Create the missing ones, and wait until they are known to who asks; changelogs take the partition count of their existing input.  Raises TransportError."""
     there = partitions_of(client, config)
     new = [NewTopic(topic, partitions, replication) for topic in _plain(config, declared) if topic not in there]
     if config.reply_topic not in there:
@@ -162,7 +164,13 @@ def create(client: AdminClient, config: Config, declared: Iterable[str], partiti
             told(future, 30)
         except KafkaException as error:
             raise TransportError(f"cannot create topic {topic}: {error.args[0].str()}", retryable=False) from None
-    return [topic.topic for topic in new]
+    made = [topic.topic for topic in new]
+    give_up = time.monotonic() + config.client_connect_s
+    while unknown := sorted(set(made) - partitions_of(client, config).keys()):  # the controller has it, a broker hears of it a little later
+        if time.monotonic() > give_up:
+            raise TransportError(f"{config.bootstrap_servers} does not know yet: {', '.join(unknown)}; kwflow topics check tells when it does")
+        time.sleep(_LOOK_S)
+    return made
 
 
 def committed_ends(client: AdminClient, topic: str, partitions: Iterable[int]) -> dict[int, int]:

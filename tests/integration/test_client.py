@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pathlib
+import queue
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from confluent_kafka import Producer
 from kwflow.client import Client, Outcome
 from kwflow.config import Config
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError
+from kwflow.runners import topics
 from kwflow.runners.kafka_link import read, send
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -195,6 +197,24 @@ def test_commands_are_answered_and_done_once(app: Application) -> None:
         client.signal("w", "stop").result(60)
 
 
+def test_an_outcome_is_found_wherever_its_topic_puts_it(app: Application) -> None:
+    """M1.3, A1: the error topic was made by somebody else, with one partition; the result topic has four."""
+    app.config = app.config.model_copy(update={"error_topic": f"{app.config.error_topic}-of-all"})
+    app.environment["KWFLOW_ERROR_TOPIC"] = app.config.error_topic
+    assert topics.create(topics.admin(app.config), app.config, (), partitions=1, replication=1) == [app.config.error_topic]
+    app.engine()
+    client = app.client()
+    seen: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    for n in range(8):
+        client.subscribe(f"w{n}", seen.put)
+        client.subscribe(f"f{n}", seen.put)
+    for n in range(8):
+        client.start(f"w{n}", {"name": n}, workflow="greet").result(60)
+        client.start(f"f{n}", workflow="fail").result(60)
+    ended = sorted((outcome.id, outcome.kind) for outcome in (seen.get(timeout=30) for _ in range(16)))
+    assert ended == sorted((f"{kind[0]}{n}", kind[1]) for n in range(8) for kind in (("w", "result"), ("f", "error")))
+
+
 def test_foreign_records_and_addresses_that_are_gone_harm_nobody(app: Application) -> None:
     """A7, A8, M1.2: a reply to a partition that does not exist would abort the transaction of everybody."""
     app.engine()
@@ -251,10 +271,18 @@ def test_a_client_without_broker_or_topics_is_refused_when_it_is_made(broker: st
         Client.kafka(Config(bootstrap_servers=broker, resume_topic="nowhere-resume"))
 
 
+def test_topics_that_were_created_are_known_at_once(broker: str, application: str) -> None:
+    """K12: `kwflow topics create` and then a client, in one script."""
+    for turn in range(8):
+        names = {f"{topic}_topic": f"{application}-{topic}" for topic in ("resume", "result", "scheduler", "reply")}
+        config = Config(bootstrap_servers=broker, application_id=application, error_topic=f"{application}-error-{turn}", **names)
+        admin = topics.admin(config)
+        topics.create(admin, config, (), 1, 1)
+        assert config.error_topic in topics.partitions_of(admin, config)
+
+
 def test_the_reply_topic_is_made_with_a_short_retention_and_checked(app: Application) -> None:
     """M1.2."""
-    from kwflow.runners import topics
-
     admin = topics.admin(app.config)
     settings = topics.settings_of(admin, [app.config.reply_topic])[app.config.reply_topic]
     assert (settings["cleanup.policy"], settings["retention.ms"]) == ("delete", "3600000")
