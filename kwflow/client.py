@@ -218,10 +218,10 @@ class Client:
     def subscribe(self, id: str, callback: Callable[[Outcome], None]) -> Callable[[], None]:
         """Call back, on the client's thread, with the outcome of every run of this id from now on, until the function that is returned is called."""
         followed: Future[None] = self._future()
-        with self._lock:
-            self._subscribers.setdefault(id, []).append(callback)
         self._link.follow(_key(id), lambda: self._settle(followed, None))
         followed.result(self.config.command_timeout_s)
+        with self._lock:
+            self._subscribers.setdefault(id, []).append(callback)
 
         def unsubscribe() -> None:
             with self._lock:

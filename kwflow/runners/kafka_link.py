@@ -103,12 +103,15 @@ class KafkaLink:
 
     def _in_order(self, places: _Places, follow: bool, call: Callable[[], None]) -> None:
         """Now, or on our thread behind what waits for these to be followed."""
+        ours = threading.current_thread() is self._thread  # a callback's
         with self._lock:
             later = bool(self._pending[places]) or (follow and not self._followed.issuperset(places))
-            if later and threading.current_thread() is not self._thread:
+            if later and not ours:
                 self._pending[places] += 1
                 self._asked.put((places, call))
                 return
+        if follow and ours:
+            self._follow(places)
         call()
 
     def _produce(self, output: Output, failed: Callable[[Exception], None]) -> None:
@@ -153,13 +156,16 @@ class KafkaLink:
         with contextlib.suppress(queue.Empty):
             while True:
                 places, call = self._asked.get_nowait()
-                for place in places:
-                    if place not in self._followed:
-                        self._assign(*place)
-                        self._followed.add(place)
+                self._follow(places)
                 call()
                 with self._lock:
                     self._pending[places] -= 1
+
+    def _follow(self, places: _Places) -> None:
+        for place in places:
+            if place not in self._followed:
+                self._assign(*place)
+                self._followed.add(place)
 
     def _take(self, message: Message, listener: Listener) -> None:
         error = message.error()

@@ -249,6 +249,20 @@ def test_a_subscriber_is_called_for_each_outcome_until_it_leaves(app: Applicatio
     assert [outcome.value["name"] for outcome in seen] == [0, 1]
 
 
+def test_a_callback_may_wait_for_the_next_workflow(app: Application) -> None:
+    """A1, M1.3: callbacks run on the client's thread; what they ask for is followed like anything else."""
+    app.engine()
+    client = app.client()
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def begin(n: int) -> None:
+        future = client.start_and_wait(f"w{n}", {"name": n}, workflow="greet")
+        future.add_done_callback(lambda done: (ended.put(done.result()["message"]), begin(n + 1) if n < 7 else None))
+
+    begin(0)
+    assert [ended.get(timeout=30) for _ in range(8)] == [f"Hello {n}!" for n in range(8)]
+
+
 def test_without_an_engine_the_outcome_is_unknown_and_a_repeat_is_done_once(app: Application) -> None:
     """A4, M1.4."""
     app.config = app.config.model_copy(update={"command_timeout_s": 1})
