@@ -56,6 +56,8 @@ def told(error: Exception) -> str:
         return f"kwflow: {error}"
     if os.environ.get("KWFLOW_TRACEBACK"):
         raise error
+    if isinstance(error, OSError):  # it names the thing: a full disk, a file that must not be written
+        return f"kwflow: {error}"
     return f"kwflow: {type(error).__name__}: {error} (a bug of kwflow's; KWFLOW_TRACEBACK=1 shows where)"
 
 

@@ -7,17 +7,18 @@ goes on from its last committed batch.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
 import msgspec
-from rocksdict import Rdict, WriteBatch, WriteOptions
+from rocksdict import DbClosedError, Rdict, WriteBatch, WriteOptions
 
 from kwflow.config import Config
 from kwflow.core.wire import Output, Record
@@ -46,6 +47,17 @@ _HELD_S = 1.0
 _REPLY_MS = 3_600_000
 
 
+@contextlib.contextmanager
+def _failing(directory: Path) -> Iterator[None]:
+    """What the disk and rocksdict, which has no class of its own for it, raise here as TransportError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, (OSError, DbClosedError)):
+            raise
+        raise TransportError(f"{directory} cannot be used any more: {error}") from None
+
+
 class SystemClock:
     """The wall clock."""
 
@@ -58,7 +70,8 @@ class Embedded:
 
     def __init__(self, directory: Path, config: Config | None = None, sync: bool = True, clock: Clock | None = None) -> None:
         self.limits = config or Config()
-        self.directory = private(directory)
+        with _failing(directory):
+            self.directory = private(directory)
         self.clock = clock or SystemClock()
         self.stats = Stats()
         self.counts = self.stats.counts
@@ -100,7 +113,7 @@ class Embedded:
             time.sleep(0.02)
 
     def close(self) -> None:
-        with self._lock:
+        with _failing(self.directory), self._lock:
             (self.directory / "engine.pid").unlink(missing_ok=True)
             self.db.close()
 
@@ -110,8 +123,8 @@ class Embedded:
         return self.append_all([Group((Output(topic, key, value, headers),))])[0][0]
 
     def append_all(self, groups: Sequence[Group]) -> list[list[int]]:
-        """Write these durably, in one batch; the offsets of each group's records, none of one whose mark is there."""
-        with self._lock:
+        """Write these durably, in one batch; the offsets of each group's records, none of one whose mark is there.  Raises TransportError."""
+        with _failing(self.directory), self._lock:
             batch, marks, borne = WriteBatch(raw_mode=True), dict[bytes, int](), set[bytes]()
             offsets = [self._put_group(batch, marks, borne, group) for group in groups]
             self._done(batch, marks, self._write)
@@ -328,8 +341,12 @@ class Embedded:
             careful = max(self._attempts.suspected_until(number), self.position(topic) + self.limits.batch_records_max)
             self._careful[topic] = min(self.end(topic), careful) if self._attempts.unclean else 0
         try:
-            self._run(processors, until, on_log)
+            with _failing(self.directory):
+                self._run(processors, until, on_log)
             self._attempts.finished()
+        except TransportError:
+            self._attempts.finished()  # the disk's fault, not a record's (K19)
+            raise
         finally:
             for worker, _ in self._workers.values():
                 worker.close(self.limits.activity_grace_s)

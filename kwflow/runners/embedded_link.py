@@ -72,8 +72,8 @@ class EmbeddedLink(_Link):
     def append(self, output: Output, failed: Callable[[Exception], None]) -> None:
         try:
             self._engine.append(output.topic, output.key, output.value, output.headers)
-        except Exception as error:  # rocksdict has no class of its own for it
-            failed(TransportError(f"the engine of {self._engine.directory} did not take the record: {error}"))
+        except TransportError as error:
+            failed(error)
 
     def find(self, key: bytes) -> list[Record]:
         return [record for topic in _followed(self.config)[1:] for record in records_of(self._engine.db, topic) if record.key == key]

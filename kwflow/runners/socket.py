@@ -30,6 +30,7 @@ _REQUEST_BYTES_MAX = 16 * 1024 * 1024
 _FOLLOWED_MAX = 500  # records of a topic in one go
 _SIGN_S = 0.5  # how often a follower that has nothing to read hears that the engine is there
 _GONE_S = 5.0
+_AGAIN_S = 0.05
 
 
 class _Request(msgspec.Struct, omit_defaults=True):
@@ -68,11 +69,12 @@ def serve(engine: Embedded) -> Iterator[None]:
         threads.discard(threading.current_thread())
 
     def accept() -> None:
-        while True:
+        while not stopped.is_set():
             try:
                 connection, _ = listener.accept()
-            except OSError:
-                return
+            except OSError:  # stopped, or no file descriptor is free now
+                stopped.wait(_AGAIN_S)
+                continue
             worker = threading.Thread(target=answer, args=(connection,), name="kwflow-socket", daemon=True)
             threads.add(worker)
             worker.start()
@@ -102,7 +104,7 @@ def _answer(engine: Embedded, connection: socket.socket, stopped: threading.Even
             raise OSError("the request has no record, or one without a topic")
         offsets = engine.append_all(request.groups)
         connection.sendall(msgspec.json.encode({"offsets": offsets}) + b"\n")
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, TransportError, msgspec.DecodeError) as error:
         with contextlib.suppress(OSError):
             connection.sendall(msgspec.json.encode({"error": str(error)}) + b"\n")
 
@@ -162,7 +164,7 @@ def submit_all(directory: Path, groups: Sequence[Group]) -> list[list[int]]:
         except (OSError, msgspec.DecodeError) as error:
             raise TransportError(f"cannot reach the engine of {directory}: {error}") from None
     if "offsets" not in answer:
-        raise TransportError(f"the engine of {directory} refused the record: {answer.get('error')}")
+        raise TransportError(f"the engine of {directory} did not take the record: {answer.get('error')}")
     return msgspec.convert(answer["offsets"], list[list[int]])
 
 

@@ -1,6 +1,7 @@
 """The `kwflow` command against one directory, and the engines that run there."""
 
 import pathlib
+import resource
 import subprocess
 import sys
 import time
@@ -28,8 +29,10 @@ class Shell:
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "kwflow.cli", *arguments, "--embedded", str(self.directory)]
 
-    def engine(self, *modules: str) -> "subprocess.Popen[str]":
-        started = subprocess.Popen(self._command("engine", *modules), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    def engine(self, *modules: str, file_bytes_max: int | None = None) -> "subprocess.Popen[str]":
+        """With a limit, it is as on a disk that is full: writes beyond it fail."""
+        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes_max, file_bytes_max))) if file_bytes_max is not None else None
+        started = subprocess.Popen(self._command("engine", *modules), stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=limit)
         self.engines.append(started)
         assert started.stderr is not None
         assert "runs in" in started.stderr.readline()

@@ -14,6 +14,7 @@ from kwflow.client import Client, Outcome
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError, UsageError
+from kwflow.runners import embedded_link
 from kwflow.runners.hosted import Hosted
 
 SOURCE = """
@@ -359,6 +360,16 @@ def test_without_an_engine_a_command_has_an_unknown_outcome_and_is_done_once_whe
             assert client.start("w", workflow="ask", start_id=unknown.value.command_id).result(20).new is False
             client.resume("w", "answer", 9).result(20)
             assert client.result("w").result(20) == 9
+
+
+def test_a_directory_that_cannot_be_made_is_named_to_every_caller(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AF-6: the thread that sends must outlive what it could not send."""
+    monkeypatch.setattr(embedded_link, "_APPEND_S", 0.1)
+    (tmp_path / "loop").symlink_to("loop")
+    with Client.embedded(tmp_path / "loop" / "state") as client:
+        for _ in range(2):
+            with pytest.raises(TransportError, match="loop/state cannot be used"):
+                client.start("w", workflow="ask").result(20)
 
 
 def test_a_program_that_hosted_an_engine_closes_its_own_generators_as_before(tmp_path: pathlib.Path) -> None:

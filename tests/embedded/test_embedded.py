@@ -1,13 +1,17 @@
 """The embedded engine as its user meets it: a process, killed and started again (G1, G6)."""
 
+import contextlib
 import os
 import pathlib
+import resource
 import signal
+import socket
 
 import pytest
 
 from kwflow.errors import TransportError
 from kwflow.runners.embedded import Embedded
+from kwflow.runners.socket import serve
 from tests.embedded.shell import TRIP, Shell
 
 
@@ -87,6 +91,28 @@ def test_bad_arguments_get_one_line_and_exit_code_2(shell: Shell, tmp_path: path
     assert "cannot import nothing_there" in shell("engine", "nothing_there", code=2)
 
 
+def test_an_engine_that_had_no_file_descriptors_for_a_while_takes_records_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G3: others reach it through its socket, which needs one for each of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(contextlib.closing(Embedded(tmp_path)))
+        others = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2)]
+        stack.enter_context(serve(engine))
+        monkeypatch.chdir(tmp_path)
+        with contextlib.ExitStack() as limited:
+            limited.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            for other in others:  # the system has set one aside for the first already
+                other.connect("engine.sock")
+                other.sendall(b'{"groups":[{"records":[{"topic":"t","key":null,"value":null,"headers":[]}]}]}\n')
+            assert others[0].recv(100) == b'{"offsets":[[0]]}\n'
+            others[1].settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                others[1].recv(100)
+        others[1].settimeout(20)
+        assert others[1].recv(100) == b'{"offsets":[[1]]}\n'
+
+
 KILLS = """
 import os
 import time
@@ -121,3 +147,40 @@ def test_a_record_that_kills_or_hangs_the_engine_parks_its_instance_at_the_sixth
     assert "RefusedError: the engine died three times" in said and "waits for suspension what" in said
     engine.send_signal(signal.SIGTERM)
     assert engine.wait(20) == 0
+
+
+GROWS = """
+import kwflow as kw
+
+def main(o):
+    data = []
+    while True:
+        data.append((yield kw.suspend("more")))
+        yield kw.sleep(0.001)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_no_record_s_fault_and_is_told_to_everybody(shell: Shell, tmp_path: pathlib.Path) -> None:
+    """K19, G3: however often it is started there, nothing is parked; with room again all goes on."""
+    (tmp_path / "grows.py").write_text(GROWS)
+    grows = str(tmp_path / "grows.py")
+    shell("start", "w")
+    shell("resume", "w", "more", "--value", f'"{"x" * 120_000}"')
+    for _ in range(6):
+        engine = shell.engine(grows, file_bytes_max=100_000)
+        assert engine.stderr is not None
+        assert engine.wait(60) == 3, engine.stderr.read()
+        said = engine.stderr.read()
+        assert said.startswith(f"kwflow: {shell.directory} cannot be used any more: IO error") and "Traceback" not in said
+    engine = shell.engine(grows)
+    shell.until(lambda: (stored := shell.stored("w")) is not None and len(stored) > 120_000)
+    assert "w" not in shell("dead-letters", "list")
+    engine.kill()
+    engine.wait()
+    engine = shell.engine(grows, file_bytes_max=100_000)
+    said = shell("resume", "w", "more", "--value", f'"{"x" * 120_000}"', code=3)
+    assert "did not take the record" in said and "IO error" in said
+    assert engine.stderr is not None
+    engine.kill()
+    assert "Traceback" not in engine.stderr.read()
