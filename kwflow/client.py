@@ -143,9 +143,9 @@ class Client:
     ) -> Future[Any]:
         """Start a workflow and wait for its result.  Raises what `start` and `result` raise."""
         id, start_id = id or uuid.uuid4().hex, start_id or uuid.uuid4().hex
-        future = self._future()
+        key, future = self._followed(id), self._future()
         waiter = self._wait(id, start_id, future, timeout)
-        self._link.follow(_key(id), lambda: self._start(id, input, workflow, start_id, future, lambda run: None if run.new else self._ask(waiter)))
+        self._link.follow(key, lambda: self._start(id, input, workflow, start_id, future, lambda run: None if run.new else self._ask(waiter)))
         return future
 
     def result(self, id: str, *, start_id: str | None = None, timeout: timedelta | float | None = None) -> Future[Any]:
@@ -153,9 +153,9 @@ class Client:
 
         Raises OutcomeError (error, cancelled, terminated), TimeoutError (the workflow goes on), CommandError not_found.
         """
-        future = self._future()
+        key, future = self._followed(id), self._future()
         waiter = self._wait(id, start_id, future, timeout)
-        self._link.follow(_key(id), lambda: self._ask(waiter))
+        self._link.follow(key, lambda: self._ask(waiter))
         return future
 
     def signal(self, id: str, name: str, value: object = None, *, ttl: timedelta | float | None = None, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
@@ -217,8 +217,8 @@ class Client:
 
     def subscribe(self, id: str, callback: Callable[[Outcome], None]) -> Callable[[], None]:
         """Call back, on the client's thread, with the outcome of every run of this id from now on, until the function that is returned is called."""
-        followed: Future[None] = self._future()
-        self._link.follow(_key(id), lambda: self._settle(followed, None))
+        key, followed = self._followed(id), self._future()
+        self._link.follow(key, lambda: self._settle(followed, None))
         followed.result(self.config.command_timeout_s)
         with self._lock:
             self._subscribers.setdefault(id, []).append(callback)
@@ -308,6 +308,12 @@ class Client:
             seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
             self._at(seconds, None, future, TimeoutError(f"{id} has not ended within {seconds:g} s; it goes on, ask for its result later"))
         return waiter
+
+    def _followed(self, id: str) -> bytes:
+        """The key of an id whose outcome somebody wants to hear of.  Raises UsageError."""
+        if not self.config.result_topic or not self.config.error_topic:
+            raise UsageError("nobody is told of an outcome: config result_topic and error_topic must not be empty for that")
+        return _key(id)
 
     def _forget(self, waiter: _Waiter[Any]) -> None:
         with self._lock:

@@ -289,18 +289,20 @@ def run(
     Example: kwflow run workflows/trip_booking.py --input '{"timeout": 60000}'
     """
     settings = load_config(config)
+    if not settings.result_topic or not settings.error_topic:
+        raise UsageError("kwflow run prints what goes to the result or the error topic: config result_topic and error_topic must not be empty")
     stop = _stopper()
     held = Embedded(embedded, settings)
     try:
         processors = _processors([module], settings, held, app_dir, log_of(settings))
         ends = (settings.result_topic, settings.error_topic)
-        begun = {topic: held.end(topic) for topic in ends}
+        looked = {topic: held.end(topic) for topic in ends}
         if EmbeddedStore(held.db, settings.changelog_topic).get(id.encode()) is None:
             held.append(settings.resume_topic, id.encode(), b"new:" + json_option(input, "--input"))
         shown: set[str] = set()
         with serve(held):
-            held.run(processors, lambda: stop() or _ended(held, begun, id) is not None or _show_waits(held, settings, id, shown, embedded), log_of(settings))
-        ended = _ended(held, begun, id)
+            held.run(processors, lambda: stop() or _ended(held, looked, id) is not None or _show_waits(held, settings, id, shown, embedded), log_of(settings))
+        ended = _ended(held, looked, id)
     finally:
         held.close()
     if ended is None:
@@ -310,11 +312,14 @@ def run(
     raise typer.Exit(0 if topic == settings.result_topic else 1)
 
 
-def _ended(held: Embedded, begun: dict[str, int], id: str) -> tuple[str, str] | None:
-    for topic, offset in begun.items():
-        for record in held.read(topic, offset):
-            if record.key == id.encode():
-                return topic, (record.value or b"null").decode()
+def _ended(held: Embedded, looked: dict[str, int], id: str) -> tuple[str, str] | None:
+    """Its outcome, looked for from these offsets on, which go up to it."""
+    for topic in looked:
+        while records := held.read(topic, looked[topic]):
+            for record in records:
+                if record.key == id.encode():
+                    return topic, (record.value or b"null").decode()
+                looked[topic] = record.offset + 1
     return None
 
 

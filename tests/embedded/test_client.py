@@ -335,6 +335,20 @@ def test_wrong_calls_are_named_at_once(client: Client) -> None:
     assert unknown.value.status == "unknown_workflow"
 
 
+def test_nobody_waits_for_an_outcome_that_is_not_written(tmp_path: pathlib.Path) -> None:
+    """KW-12: an empty topic turns its records off."""
+    for off in ("result_topic", "error_topic"):
+        with Client.embedded(tmp_path / off, Config(**{off: ""})) as client:
+            for call in (lambda client: client.start_and_wait("w"), lambda client: client.result("w"), lambda client: client.subscribe("w", print)):
+                with pytest.raises(UsageError, match="must not be empty"):
+                    call(client)
+            assert not client._open
+    with Client.embedded(tmp_path / "state") as client:
+        with pytest.raises(UsageError):
+            client.result("a|b")
+        assert not client._open and not client._waiters
+
+
 def test_a_closed_client_says_so(make: Make) -> None:
     client = make()
     future = client.result("never-ends-because-unknown")

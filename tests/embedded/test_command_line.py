@@ -98,6 +98,37 @@ def test_the_answer_that_run_proposes_is_one_that_it_takes(tmp_path: pathlib.Pat
         assert running.stdout.read() == "42\n"
 
 
+MANY = """
+import kwflow as kw
+
+def main(count):
+    for number in range(0, count, 100):
+        yield kw.all([kw.start_child(child, n) for n in range(number, number + 100)])
+    return count
+
+@kw.workflow
+def child(number):
+    return number
+    yield
+"""
+
+
+@pytest.mark.slow
+def test_run_finds_its_outcome_behind_those_of_a_thousand_children(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "many.py").write_text(MANY)
+    command = [sys.executable, "-m", "kwflow.cli", "run", str(tmp_path / "many.py"), "--input", "1100", "--embedded", str(tmp_path / "state")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "1100\n", done.stderr
+
+
+def test_run_is_refused_where_no_outcome_is_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KW-12."""
+    monkeypatch.setenv("KWFLOW_ERROR_TOPIC", "")
+    (tmp_path / "adding.py").write_text("def main(opts):\n    return sum(opts)\n    yield\n")
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "adding.py"), "--embedded", str(tmp_path / "state")])
+    assert isinstance(done.exception, UsageError) and "result_topic and error_topic must not be empty" in str(done.exception)
+
+
 def test_text_that_is_no_json_is_answered_with_how_it_is_written() -> None:
     for text, proposed in (("booked", """--value '"booked"'"""), ("2026-01-31", """--value '"2026-01-31"'""")):
         with pytest.raises(UsageError, match=f"{proposed}$"):
