@@ -269,7 +269,7 @@ class Client:
         unknown = OutcomeUnknown(f"{what} of {id}: no reply within {self.config.command_timeout_s:g} s, so it may be done or not; repeat it under the same id", command_id)
         self._at(self.config.command_timeout_s, request, future, unknown)
         asked = (("kwflow-request", request.encode()), ("kwflow-reply-to", self._link.address.encode()))
-        self._link.append(Output(self.config.resume_topic, _key(id), value, (*headers, *asked)), lambda error: self._fail(future, error))
+        self._link.append(Output(self.config.resume_topic, wire.key_of(id), value, (*headers, *asked)), lambda error: self._fail(future, error))
 
     # -- futures -----------------------------------------------------------------------------------------------------
     def _future(self) -> Future[Any]:
@@ -313,7 +313,7 @@ class Client:
         """The key of an id whose outcome somebody wants to hear of.  Raises UsageError."""
         if not self.config.result_topic or not self.config.error_topic:
             raise UsageError("nobody is told of an outcome: config result_topic and error_topic must not be empty for that")
-        return _key(id)
+        return wire.key_of(id)
 
     def _forget(self, waiter: _Waiter[Any]) -> None:
         with self._lock:
@@ -355,7 +355,7 @@ class Client:
     def _find(self, waiter: _Waiter[Any], error: Exception) -> None:
         """No entry tells of the run any more, but its record may still be in the topic."""
         try:
-            found = [outcome for record in self._link.find(_key(waiter.id)) if (outcome := self._outcome(record)) is not None]
+            found = [outcome for record in self._link.find(wire.key_of(waiter.id)) if (outcome := self._outcome(record)) is not None]
         except Exception as failed:
             return self._fail(waiter.future, failed)
         mine = [outcome for outcome in found if waiter.start_id in (None, outcome.start_id)]
@@ -444,16 +444,6 @@ class Client:
             waiting = list(self._open)
         for future in waiting:
             self._fail(future, error)
-
-
-def _key(id: str) -> bytes:
-    """Raises UsageError for what is no workflow id."""
-    try:
-        key = id.encode()
-        wire.workflow_id(Record("", 0, 0, 0, key, None))
-    except (ProtocolError, UnicodeEncodeError) as error:
-        raise UsageError(f"{id!r}: {error}") from None
-    return key
 
 
 def _signal(name: str, value: object, ttl: timedelta | float | None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ app.command("list")(list_)
 
 def _version(asked: bool) -> None:
     if asked:
-        out.print(f"kwflow {kwflow.__version__}", markup=False, highlight=False)
+        out.print(f"kwflow {kwflow.__version__}")
         raise typer.Exit
 
 
@@ -51,5 +51,5 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        err.print(told(error), style="red", markup=False)
+        err.print(told(error), style="red")
         sys.exit(exit_code(error))

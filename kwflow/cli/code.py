@@ -17,7 +17,7 @@ from rich.table import Table
 from kwflow.cli.lowered import lowered
 from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, append, out, read, snapshots
 from kwflow.config import Config, load_config
-from kwflow.core import snapshot
+from kwflow.core import snapshot, wire
 from kwflow.durable import allow_classes_by_value, allow_modules, find_source, registry, versions
 from kwflow.errors import SnapshotError, UsageError
 from kwflow.runners import deployment
@@ -36,7 +36,7 @@ _SHOWN = 20
 def code_store(settings: Config, embedded: Path | None) -> CodeStore:
     """The stored sources, as an engine reads them."""
     if embedded is not None:
-        return CodeStore(lambda offset: [record for record in read(settings, embedded, settings.code_topic) if record.offset >= offset], settings.signing_keys)
+        return CodeStore(lambda offset: list(read(settings, embedded, settings.code_topic, offset)), settings.signing_keys)
     from kwflow.runners.kafka_code import CodeTopic
 
     return CodeStore(CodeTopic(settings).read, settings.signing_keys)
@@ -86,12 +86,12 @@ def diff(
         new = find_source(name, str(app_dir or Path.cwd()))
         title = f"{name}@{saved['version'][:12]}"
         if old is None:
-            out.print(f"{title}: its source is not stored", markup=False, highlight=False)
+            out.print(f"{title}: its source is not stored")
         elif old == new:
-            out.print(f"{title}: unchanged", markup=False, highlight=False)
+            out.print(f"{title}: unchanged")
         else:
             for line in difflib.unified_diff(old.splitlines(), (new or "").splitlines(), title, name if new is not None else f"{name} (gone)", lineterm=""):
-                out.print(line, markup=False, highlight=False)
+                out.print(line)
 
 
 @code_app.command()
@@ -111,9 +111,9 @@ def migrate(
     if bool(ids) == every:
         raise UsageError("name instances, or give --all")
     chosen = ids or [key.decode() for key, data in sorted(snapshots(settings, embedded).items()) if header_of(data)["status"] not in ("ended", "damaged")]
-    for id in chosen:
-        append(settings, embedded, settings.resume_topic, id.encode(), b"null", (("kwflow-op", b"migrate"),))
-    out.print(f"asked for {len(chosen)}; kwflow code list shows what they run then", markup=False, highlight=False)
+    for key in [wire.key_of(id) for id in chosen]:
+        append(settings, embedded, settings.resume_topic, key, b"null", (("kwflow-op", b"migrate"),))
+    out.print(f"asked for {len(chosen)}; kwflow code list shows what they run then")
 
 
 @code_app.command()
@@ -142,10 +142,10 @@ def gc(
     gone = sorted(key for key in store.entries if key not in kept and store.written_ms[key] < oldest)
     for key in gone:
         name, _, version = key.rpartition("@")
-        out.print(f"{'would remove' if dry_run else 'removed'} {name}@{version[:12]}", markup=False, highlight=False)
+        out.print(f"{'would remove' if dry_run else 'removed'} {name}@{version[:12]}")
         if not dry_run:
             append(settings, embedded, settings.code_topic, key.encode(), None, ())
-    out.print(f"{len(gone)} of {len(store.entries)} versions", markup=False, highlight=False)
+    out.print(f"{len(gone)} of {len(store.entries)} versions")
 
 
 def check(settings: Config, modules: Sequence[str], embedded: Path | None, app_dir: Path | None) -> int:
@@ -155,13 +155,13 @@ def check(settings: Config, modules: Sequence[str], embedded: Path | None, app_d
     allow_classes_by_value(settings.snapshot_cloudpickle)
     fates = list(deployment.check(snapshots(settings, embedded), code_store(settings, embedded), workflows.migrations, settings.signing_keys))
     counts = Counter(fate.kind for fate in fates)
-    out.print(f"{len(fates)} waiting: {counts['resume']} resume on this code, {counts['old']} stay on old code, {counts['parked']} would be parked", markup=False, highlight=False)
+    out.print(f"{len(fates)} waiting: {counts['resume']} resume on this code, {counts['old']} stay on old code, {counts['parked']} would be parked")
     _say("stay on old code", [fate for fate in fates if fate.kind == "old"])
     _say("would be parked", [fate for fate in fates if fate.kind == "parked"])
     classes = {(name, cls) for fate in fates for name, changed in fate.changed.items() for cls in changed}
     for name, cls in sorted(classes):
         holders = sum(cls in fate.changed.get(name, ()) for fate in fates)
-        out.print(f"class {name}.{cls} has changed since {holders} of them were saved", markup=False, highlight=False)
+        out.print(f"class {name}.{cls} has changed since {holders} of them were saved")
     return 1 if counts["parked"] else 0
 
 
@@ -176,6 +176,6 @@ def prepare_stored(settings: Config) -> None:
 
 def _say(title: str, fates: list[Fate]) -> None:
     for fate in fates[:_SHOWN]:
-        out.print(f"{title}: {fate.id}  {'; '.join(fate.why)}{'; a migration is there' if fate.migration else ''}", markup=False, highlight=False)
+        out.print(f"{title}: {fate.id}  {'; '.join(fate.why)}{'; a migration is there' if fate.migration else ''}")
     if len(fates) > _SHOWN:
-        out.print(f"… and {len(fates) - _SHOWN} more", markup=False, highlight=False)
+        out.print(f"… and {len(fates) - _SHOWN} more")

@@ -97,31 +97,27 @@ def dead_show(what: Letter, embedded: MaybeDir = None, bootstrap_servers: Bootst
     _show_record(record)
 
 
-def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False)
-
-
 def _show_parked(id: str, parked: Parked) -> None:
-    _say(f"{id}  {parked.header['workflow']}  parked at offset {parked.why['offset']}: {parked.why['reason']}: {parked.why['message']}")
+    out.print(f"{id}  {parked.header['workflow']}  parked at offset {parked.why['offset']}: {parked.why['reason']}: {parked.why['message']}")
     for wait in parked.header["waits"]:
-        _say(f"  waits for {wait['kind']} {wait['ref']}  {wait.get('function', '')}  {wait.get('file', '')}:{wait.get('line', '')}")
+        out.print(f"  waits for {wait['kind']} {wait['ref']}  {wait.get('function', '')}  {wait.get('file', '')}:{wait.get('line', '')}")
     if not parked.hold:
         return
     head, *behind = parked.hold
-    _say("the record at fault:")
+    out.print("the record at fault:")
     _show_record(head)
     if behind:
-        _say(f"{len(behind)} records wait behind it:")
+        out.print(f"{len(behind)} records wait behind it:")
     for record in behind[:_SHOWN_MAX]:
-        _say(f"  {record.topic}[{record.partition}]@{record.offset} {text_of(record.value)}"[:500])
+        out.print(f"  {record.topic}[{record.partition}]@{record.offset} {text_of(record.value)}"[:500])
     if len(behind) > _SHOWN_MAX:
-        _say(f"  … and {len(behind) - _SHOWN_MAX} more")
+        out.print(f"  … and {len(behind) - _SHOWN_MAX} more")
 
 
 def _show_record(record: Record) -> None:
-    _say(f"{record.topic}[{record.partition}]@{record.offset}\nkey    {text_of(record.key)}\nvalue  {text_of(record.value)}")
+    out.print(f"{record.topic}[{record.partition}]@{record.offset}\nkey    {text_of(record.key)}\nvalue  {text_of(record.value)}")
     for name, value in record.headers:
-        _say(f"{name}: {text_of(value)}")
+        out.print(f"{name}: {text_of(value)}")
 
 
 @dead.command("retry")
@@ -154,10 +150,10 @@ def _settle(settings: Config, embedded: Path | None, what: str | None, every: bo
         parked, letters = _chosen(settings, embedded, what, reason)
         commands = [Group((Output(settings.resume_topic, id.encode(), b"null", (("kwflow-op", op.encode()),)),)) for id in parked]
         for id, _ in zip(parked, write(commands), strict=True):
-            _say(f"{id}: {op} is asked for; its engine does it")
+            out.print(f"{id}: {op} is asked for; its engine does it")
         closing = [_closing(settings, identity, record, op == "retry") for identity, record in letters.items()]
         for identity, done in zip(letters, write(closing), strict=True):
-            _say(f"{identity}: {('sent again' if op == 'retry' else 'closed') if done else 'somebody else has dealt with it'}")
+            out.print(f"{identity}: {('sent again' if op == 'retry' else 'closed') if done else 'somebody else has dealt with it'}")
 
 
 def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: str | None) -> tuple[list[str], dict[str, Record]]:

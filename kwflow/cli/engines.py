@@ -24,7 +24,7 @@ from kwflow.cli.code import code_store
 from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, MaybeDir, Modules, StateDir, Traced, WaitForBroker, err, json_option, out
 from kwflow.cli.watching import RestoreBar, carry_logging, ends_in_its_log, log_of, watched
 from kwflow.config import Config, load_config
-from kwflow.core import snapshot
+from kwflow.core import snapshot, wire
 from kwflow.errors import TransportError, UsageError
 from kwflow.ports import Processor
 from kwflow.runners.embedded import Embedded
@@ -291,14 +291,14 @@ def run(
     settings = load_config(config)
     if not settings.result_topic or not settings.error_topic:
         raise UsageError("kwflow run prints what goes to the result or the error topic: config result_topic and error_topic must not be empty")
-    stop = _stopper()
+    key, stop = wire.key_of(id), _stopper()
     held = Embedded(embedded, settings)
     try:
         processors = _processors([module], settings, held, app_dir, log_of(settings))
         ends = (settings.result_topic, settings.error_topic)
         looked = {topic: held.end(topic) for topic in ends}
-        if EmbeddedStore(held.db, settings.changelog_topic).get(id.encode()) is None:
-            held.append(settings.resume_topic, id.encode(), b"new:" + json_option(input, "--input"))
+        if EmbeddedStore(held.db, settings.changelog_topic).get(key) is None:
+            held.append(settings.resume_topic, key, b"new:" + json_option(input, "--input"))
         shown: set[str] = set()
         with serve(held):
             held.run(processors, lambda: stop() or _ended(held, looked, id) is not None or _show_waits(held, settings, id, shown, embedded), log_of(settings))
@@ -308,7 +308,7 @@ def run(
     if ended is None:
         raise typer.Exit(130)
     topic, value = ended
-    (out if topic == settings.result_topic else err).print(value, markup=False, highlight=False)
+    (out if topic == settings.result_topic else err).print(value)
     raise typer.Exit(0 if topic == settings.result_topic else 1)
 
 
@@ -329,5 +329,5 @@ def _show_waits(held: Embedded, settings: Config, id: str, shown: set[str], dire
         if wait["ref"] not in shown and wait["kind"] == "suspension":
             shown.add(wait["ref"])
             answer = shlex.join(["kwflow", "resume", id, wait["ref"], "--value", "JSON", "--embedded", str(directory)])
-            err.print(f"waits for {wait['ref']} in {wait.get('function')} ({wait.get('file')}:{wait.get('line')}); answer with: {answer}", markup=False)
+            err.print(f"waits for {wait['ref']} in {wait.get('function')} ({wait.get('file')}:{wait.get('line')}); answer with: {answer}")
     return False

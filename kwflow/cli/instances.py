@@ -53,16 +53,16 @@ def show(
         variables = [{"function": function, "locals": {name: repr(value) for name, value in values.items()}} for function, values in frames]
         print_json({**header, **({"frames": variables} if locals else {})})
         return
-    out.print(f"{id}  {header['workflow']}  {header['status']}  ({header['seal']})", markup=False, highlight=False)
+    out.print(f"{id}  {header['workflow']}  {header['status']}  ({header['seal']})")
     for line in _about(header):
-        out.print(line, markup=False, highlight=False)
+        out.print(line)
     for wait in header["waits"]:
         parts = [*_wait(wait), wait.get("function", ""), f"{wait.get('file', '')}:{wait.get('line', '')}", f"since {_time(wait['since'])}"]
-        out.print("  " + "  ".join(part for part in parts if part), markup=False, highlight=False)
+        out.print("  " + "  ".join(part for part in parts if part))
     for function, values in frames:
-        out.print(f"  {function}", markup=False, highlight=False)
+        out.print(f"  {function}")
         for name, value in values.items():
-            out.print(f"    {name} = {value!r}"[:500], markup=False, highlight=False)
+            out.print(f"    {name} = {value!r}"[:500])
 
 
 def _found(settings: Config, embedded: Path | None, id: str, locals: bool) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
@@ -87,7 +87,7 @@ def _found(settings: Config, embedded: Path | None, id: str, locals: bool) -> tu
 
 
 def _from_changelog(why: str) -> None:
-    err.print(f"read from the changelog: {why}", markup=False, highlight=False, style="dim")
+    err.print(f"read from the changelog: {why}", style="dim")
 
 
 def _rows(settings: Config, embedded: Path | None) -> list[dict[str, Any]]:
@@ -167,4 +167,4 @@ def list_(
         table.add_row(row["id"], row["workflow"], row["status"] + (f" ({outcome['kind']})" if outcome else ""), _time(row["changed"]) if row["changed"] else "", said)
     out.print(table)
     if len(found) > _ROWS_MAX:
-        err.print(f"and {len(found) - _ROWS_MAX} more: narrow it by --workflow, --status or --since, or take them all with --json", markup=False, highlight=False)
+        err.print(f"and {len(found) - _ROWS_MAX} more: narrow it by --workflow, --status or --since, or take them all with --json")

@@ -29,10 +29,10 @@ def lowered(
     source, filename = _source(module, app_dir)
     if not path:
         for name in functions_of(source):
-            out.print(name, markup=False, highlight=False)
+            out.print(name)
         return
     text = lowered_text(source, path, filename, cold)
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print(text, soft_wrap=True)
 
 
 def _source(module: str, app_dir: Path | None) -> tuple[str, str]:

@@ -39,12 +39,12 @@ def wait_for(future: Future[Any], id: str, as_json: bool) -> Any:
         if as_json:
             print_json({"id": id, "start_id": error.start_id, "outcome": error.kind, "value": error.value})
         else:
-            err.print(f"{error.kind}: {msgspec.json.encode(error.value).decode()}", markup=False, highlight=False)
+            err.print(f"{error.kind}: {msgspec.json.encode(error.value).decode()}")
     except TimeoutError as error:
         if as_json:
             print_json({"id": id, "outcome": "timeout"})
         else:
-            err.print(f"kwflow: {error}", style="red", markup=False)
+            err.print(f"kwflow: {error}", style="red")
     raise typer.Exit(1)
 
 
@@ -131,7 +131,7 @@ def query(
         print_json(shown)
         return
     outcome = shown.get("outcome")
-    out.print(f"{id}  {shown['workflow']}  {shown['status']}" + (f"  {outcome['kind']}: {outcome['value']}" if outcome else ""), markup=False, highlight=False)
+    out.print(f"{id}  {shown['workflow']}  {shown['status']}" + (f"  {outcome['kind']}: {outcome['value']}" if outcome else ""))
     if "status_value" in shown:
         print_json(shown["status_value"])
 

@@ -77,11 +77,9 @@ def tail(
 
     Example: kwflow tail workflow-result --embedded ./state
     """
-    for record in read(load_config(config, bootstrap_servers=bootstrap_servers), embedded, topic):
-        if record.offset < offset:
-            continue
+    for record in read(load_config(config, bootstrap_servers=bootstrap_servers), embedded, topic, offset):
         if as_json:
             headers = {name: text_of(value) for name, value in record.headers}
             print_json({"partition": record.partition, "offset": record.offset, "timestamp": record.timestamp_ms, "key": text_of(record.key), "value": text_of(record.value), "headers": headers})
         else:
-            out.print(f"{record.offset} {text_of(record.key)} {text_of(record.value)}", markup=False, highlight=False)
+            out.print(f"{record.offset} {text_of(record.key)} {text_of(record.value)}")

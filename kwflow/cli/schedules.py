@@ -89,7 +89,7 @@ def list_(
     known = _known(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded)
     if json:
         for name, status in known.items():
-            out.print(msgspec.json.encode({"name": name, **status}).decode(), markup=False, highlight=False)
+            out.print(msgspec.json.encode({"name": name, **status}).decode())
         return
     table = Table()
     for column in ("name", "when", "workflow", "next", "runs"):

@@ -7,11 +7,12 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from kwflow.config import Config
 from kwflow.core import wire
@@ -25,7 +26,20 @@ __all__ = [
     "append", "err", "exit_code", "json_option", "out", "print_json", "read", "send", "snapshots", "states", "text_of", "told",
 ]  # fmt: skip
 
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class _Plain(Console):
+    """Prints what records hold as it is: no markup, no emoji, and nothing that a terminal would obey."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text), **options)
+
+
+out, err = _Plain(), _Plain(stderr=True)
 
 Bootstrap = Annotated[str | None, typer.Option("--bootstrap-servers", help="H:P of Kafka; default from the config.")]
 Application = Annotated[str | None, typer.Option("--application-id", help="Names the group and its topics.")]
@@ -72,12 +86,12 @@ def json_option(text: str, option: str) -> bytes:
 
 def print_json(value: object) -> None:
     """One line of JSON on the standard output."""
-    out.print(msgspec.json.encode(value).decode(), markup=False, highlight=False)
+    out.print(msgspec.json.encode(value).decode())
 
 
 def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
     """One record on the resume topic, embedded or on Kafka, durable when this returns."""
-    append(settings, embedded, settings.resume_topic, id.encode(), value, headers)
+    append(settings, embedded, settings.resume_topic, wire.key_of(id), value, headers)
 
 
 def append(settings: Config, embedded: Path | None, topic: str, key: bytes | None, value: bytes | None, headers: wire.Headers) -> None:
@@ -130,15 +144,16 @@ def _parts(groups: Sequence[Group]) -> Iterator[list[Group]]:
         yield part
 
 
-def read(settings: Config, embedded: Path | None, topic: str) -> list[Record]:
-    """Every committed record of a topic that is still there."""
+def read(settings: Config, embedded: Path | None, topic: str, start: int = 0) -> Iterator[Record]:
+    """Every committed record of a topic that is still there, from an offset on."""
     if embedded is None:
         from kwflow.runners.kafka_link import read
 
-        return list(read(settings, topic))
+        yield from read(settings, topic, start=start)
+        return
     db = read_only(embedded)
     try:
-        return list(records_of(db, topic))
+        yield from records_of(db, topic, start)
     finally:
         db.close()
 

@@ -37,7 +37,7 @@ def topics_create(
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     for topic in topics.create(topics.admin(settings), settings, _declared(settings, modules, app_dir), partitions, replication):
-        out.print(f"created {topic}", markup=False)
+        out.print(f"created {topic}")
 
 
 @topics_app.command("check")
@@ -57,7 +57,7 @@ def topics_check(
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     problems = topics.problems(topics.admin(settings), settings, _declared(settings, modules, app_dir))
     for problem in problems:
-        out.print(problem, markup=False)
+        out.print(problem)
     raise typer.Exit(1 if problems else 0)
 
 
@@ -85,7 +85,7 @@ def topics_migrate(
     """
     from kwflow.runners import upkeep
 
-    upkeep.migrate(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), partitions, lambda line: out.print(line, markup=False, highlight=False))
+    upkeep.migrate(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), partitions, lambda line: out.print(line))
 
 
 class From(enum.StrEnum):
@@ -111,7 +111,7 @@ def reset(
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir)
     for line in upkeep.reset_plan(settings, input_from):
-        out.print(line, markup=False, highlight=False)
+        out.print(line)
     if not yes and not typer.confirm("Do all this?"):
         raise typer.Exit(1)
-    upkeep.reset(settings, input_from, lambda line: out.print(line, markup=False, highlight=False))
+    upkeep.reset(settings, input_from, lambda line: out.print(line))

@@ -30,7 +30,7 @@ def log_of(settings: Config) -> Callable[[str], None]:
 
         return write
     before = "" if number is None else f"process {number}: "
-    return lambda line: err.print(before + line, markup=False, style="red" if getattr(line, "level", "") == "error" else None)
+    return lambda line: err.print(before + line, style="red" if getattr(line, "level", "") == "error" else None)
 
 
 class _Carried(logging.Handler):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kwflow.errors import ProtocolError
+from kwflow.errors import ProtocolError, UsageError
 
 __all__ = [
     "OPS",
@@ -32,6 +32,7 @@ __all__ = [
     "header_bytes",
     "is_engine_id",
     "json_dumps",
+    "key_of",
     "parent_of",
     "parse",
     "reply_address",
@@ -169,6 +170,16 @@ def workflow_id(record: Record) -> str:
     if record.key is None:
         raise ProtocolError("the record has no key", "null-key")
     return _id_of(record.key)
+
+
+def key_of(id: str) -> bytes:
+    """The key of the records of this workflow.  Raises UsageError for what is no workflow id."""
+    try:
+        key = id.encode()
+        _id_of(key)
+    except (ProtocolError, UnicodeEncodeError) as error:
+        raise UsageError(f"{id!r}: {error}") from None
+    return key
 
 
 @functools.lru_cache(maxsize=100_000)  # a key comes again and again, and is checked at several places

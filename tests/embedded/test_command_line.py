@@ -129,6 +129,38 @@ def test_run_is_refused_where_no_outcome_is_written(tmp_path: pathlib.Path, monk
     assert isinstance(done.exception, UsageError) and "result_topic and error_topic must not be empty" in str(done.exception)
 
 
+@pytest.mark.slow
+def test_what_records_hold_is_printed_as_it_is_and_no_terminal_obeys_it(tmp_path: pathlib.Path) -> None:
+    """Issue of every program that prints what it was sent: markup, emoji codes, escape sequences."""
+    (tmp_path / "echo.py").write_text("import kwflow as kw\ndef main(opts):\n    yield kw.sleep(0)\n    return opts\n")
+    state = ["--embedded", str(tmp_path / "state")]
+    id, value = "[red]urn:key:7", '{"at":"urn:key:7 :smile: [bold]x"}'
+    done = subprocess.run([sys.executable, "-m", "kwflow.cli", "run", str(tmp_path / "echo.py"), "--id", id, "--input", value, *state], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == value + "\n"
+    submit(tmp_path / "state", "workflow-resume", b"waits \x1b[31m", b"new:1")
+    submit(tmp_path / "state", "workflow-resume", b"\x1b]0;title\x07|", b"\x1b[2J\xff")
+    with subprocess.Popen([sys.executable, "-m", "kwflow.cli", "engine", str(tmp_path / "echo.py"), *state], stderr=subprocess.PIPE, text=True) as engine:
+        assert engine.stderr is not None
+        engine.stderr.readline()
+        said = engine.stderr.readline()
+        engine.terminate()
+        said += engine.stderr.read()
+    shown = "".join(CliRunner().invoke(app, [*command, *state]).output for command in (["tail", "workflow-result"], ["dead-letters", "list"], ["dead-letters", "show", "0:0"], ["list"]))
+    assert f"{id} {value}\n" in shown and r"value  \x1b[2J\xff" in shown
+    assert "\x1b" not in said + shown
+
+
+@pytest.mark.parametrize("command", ["start", "resume", "run", "code"])
+@pytest.mark.parametrize("id", ["", "a|b", "x" * 513])
+def test_a_wrong_id_is_refused_before_anything_is_written(tmp_path: pathlib.Path, command: str, id: str) -> None:
+    """wire.md: what the engine would dead-letter, and `run` wait for for ever."""
+    (tmp_path / "adding.py").write_text("def main(opts):\n    return sum(opts)\n    yield\n")
+    arguments = {"start": [id], "resume": [id, "r"], "run": [str(tmp_path / "adding.py"), "--id", id], "code": ["migrate", id]}[command]
+    done = CliRunner().invoke(app, [command, *arguments, "--embedded", str(tmp_path / "state")])
+    assert isinstance(done.exception, UsageError) and str(done.exception).startswith(repr(id))
+    assert not (tmp_path / "state").exists()
+
+
 def test_text_that_is_no_json_is_answered_with_how_it_is_written() -> None:
     for text, proposed in (("booked", """--value '"booked"'"""), ("2026-01-31", """--value '"2026-01-31"'""")):
         with pytest.raises(UsageError, match=f"{proposed}$"):
