@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from kwflow.cli.lowered import lowered
-from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, append, out, read, snapshots
+from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, append, out, read, snapshots, stored
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
 from kwflow.durable import allow_classes_by_value, allow_modules, find_source, registry, versions
@@ -77,9 +77,7 @@ def diff(
     Example: kwflow code diff order-7 --embedded ./state
     """
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    data = snapshots(settings, embedded).get(id.encode())
-    if data is None:
-        raise UsageError(f"no instance {id!r}")
+    data = stored(settings, embedded, id)
     store = code_store(settings, embedded)
     for name, saved in deployment.code_of(snapshot.read_header(data)):
         old = deployment.source_of(name, saved["version"], store)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, err, out, print_json, snapshots
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, err, out, print_json, snapshots, stored
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.durable.peek import peek
@@ -73,14 +73,7 @@ def _found(settings: Config, embedded: Path | None, id: str, locals: bool) -> tu
         answer = asking.show(settings, id, _from_changelog)
         if answer is not None:
             return answer, []
-    if embedded is None:
-        from kwflow.runners.kafka_link import state_of
-
-        data = state_of(settings, id)
-    else:
-        data = snapshots(settings, embedded).get(id.encode())
-    if data is None:
-        raise UsageError(f"no instance {id!r}")
+    data = stored(settings, embedded, id)
     shown = described(data, settings.signing_keys)
     body = snapshot.split(data, settings.signing_keys)[1] if locals else b""  # variables only of what is verified, where there are keys
     return shown, list(peek(body)) if body else []

@@ -23,7 +23,7 @@ from kwflow.runners.socket import submit, submit_all
 
 __all__ = [
     "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
-    "append", "err", "exit_code", "json_option", "out", "print_json", "read", "send", "snapshots", "states", "text_of", "told",
+    "append", "err", "exit_code", "json_option", "out", "print_json", "read", "send", "snapshots", "states", "stored", "text_of", "told",
 ]  # fmt: skip
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -174,6 +174,23 @@ def states(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
 def snapshots(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
     """Id -> stored bytes of every instance."""
     return {key: value for key, value in states(settings, embedded).items() if not key.startswith(b"\0")}
+
+
+def stored(settings: Config, embedded: Path | None, id: str) -> bytes:
+    """What is stored of one instance.  Raises UsageError."""
+    if embedded is None:
+        from kwflow.runners.kafka_link import state_of
+
+        found = state_of(settings, id)
+    else:
+        db = read_only(embedded)
+        try:
+            found = EmbeddedStore(db, settings.changelog_topic).get(wire.key_of(id))
+        finally:
+            db.close()
+    if found is None:
+        raise UsageError(f"no instance {id!r}")
+    return found
 
 
 def text_of(data: bytes | None) -> str:
