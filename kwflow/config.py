@@ -28,7 +28,7 @@ class Config(BaseSettings):
     instance_id: str | None = Field(default=None, description="this engine's identity, such as a pod's name; default: a UUID kept in the state directory (K1)")
     process: int = Field(default=0, ge=0, description="this process's number among those of the same engine; set by --processes")
     supervisor_pid: int | None = Field(default=None, description="set by --processes: whoever is no longer its parent's child ends")
-    accept_offset_reset: bool = Field(default=False, description="start although the group's offsets and the stored ones differ, from the group's (K16)")
+    accept_offset_reset: bool = Field(default=False, description="start although the group's offsets and the stored ones differ, from the group's, or retention has deleted what is next (K16)")
     wait_for_broker_s: float = Field(default=0, ge=0, description="how long to wait at start for the broker and the topics")
     client_connect_s: float = Field(default=10, gt=0, description="how long a client waits for the broker when it is made")
     command_timeout_s: float = Field(default=20, gt=0, description="a client's command that is not replied by then has an unknown outcome; above session timeout and restore")

@@ -48,6 +48,7 @@ __all__ = ["KafkaRunner"]
 
 _IDLE_S = 0.25
 _FIRED_MAX = 500
+_QUIET_S = 60.0
 _DAY_MS = 86_400_000
 _REPLY_ASK_S = 10.0  # a reply topic may get more partitions; how often the broker is asked because of an address it does not have
 
@@ -181,6 +182,7 @@ class KafkaRunner:
             self._reached()
             self.takeover.turn()
             self._fire()
+            self._pass_marks()
             self._work()
             self.takeover.look_after()
         except Aborted as error:
@@ -324,6 +326,22 @@ class KafkaRunner:
                 batch = Batch({partition.number: overlay}, positions={partition.number: partition.position})
                 batch.add(partition.number, made)
                 self._commit(batch)
+
+    def _pass_marks(self) -> None:
+        """Once it is quiet, commit past the marks of transactions at the end of a log.
+
+        1. a timer fires: its record and the mark of its transaction are the last of a partition
+        2. nothing more comes, and after a week retention deletes both
+        3. whoever takes over has to read on from the mark: that is before the begin of the log now, as if records had been lost
+        """
+        now = self.environment.monotonic()
+        for partition in list(self.owned.values()):
+            if partition.gathered or partition.reached <= partition.position:
+                continue
+            if partition.quiet_since is None:
+                partition.quiet_since = now
+            elif now - partition.quiet_since >= _QUIET_S:
+                self._commit(Batch({partition.number: Overlay(partition.store)}, positions={partition.number: partition.reached}))
 
     # -- for those who watch ---------------------------------------------------------------------------------------
     @property

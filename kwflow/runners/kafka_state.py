@@ -108,12 +108,14 @@ class Partition:
     gathered: list[Record] = field(default_factory=list)
     end: int = 0  # where the consumer saw the log end
     reached: int = 0  # the same once everything before it was applied: there are no records then, only marks of transactions
+    quiet_since: float | None = None  # when `reached` was first seen to lie behind `position`, with no commit since
     due_ms: int | None = None  # what `due_of` found last; looked up again once a commit has changed the store
     due_known: bool = False
 
     def applied(self, position: int) -> None:
         """A transaction with this offset was committed."""
         self.position = position
+        self.quiet_since = None
         self.due_known = False
         del self.gathered[: bisect.bisect_left(self.gathered, position, key=_offset_of)]
 

@@ -246,8 +246,14 @@ class Takeover:
             store.close()  # this process stood still while another owner went on; it will hear of that, or restores again
             self.assigned.append(number)
             return
+        begin = member.start(self._topic, number)
         if position is None:
-            position = committed if committed != OFFSET_INVALID else member.start(self._topic, number)
+            position = committed if committed != OFFSET_INVALID else begin
+        if position < begin and not member.config.accept_offset_reset:
+            raise TransportError(
+                f"{where}: {position} would be next, and its log begins at {begin}: retention has deleted what was there, applied or not; --accept-offset-reset goes on from the begin",
+                retryable=False,
+            )
         take_over(member.processor, store, member.admin, member.config, where)
         end = member.end(self._topic, number)
         suspected = self._attempts.suspected_until(number)
@@ -256,7 +262,7 @@ class Takeover:
         self._former.pop(number, None)
         self._owners.announce(number)
         self.owned[number] = Partition(number, store, position, end, careful)
-        self.seek(number, position)
+        self.seek(number, max(position, begin))
         self._resume(number)
         member.on_log(f"{member.group}: owns {where} from {position}")
 

@@ -414,3 +414,26 @@ def test_a_timer_fires_when_it_is_due_and_an_engine_at_rest_asks_for_nothing_but
         turn(runner, lambda turns=turns: turns.append(1) or lab.broker.time.now > until)  # type: ignore[misc]
         assert len(turns) < 60, "it does not turn without end"
     assert asked == []
+
+
+def test_a_mark_that_retention_took_with_all_before_it_keeps_nobody_from_taking_over(lab: Lab) -> None:
+    """K16: after a quiet week every engine ended at its start, as if records had been lost."""
+    engine, scheduler = lab.engine("one"), lab.scheduler("two")
+    start(lab, "late", "w")
+    turn(engine, lambda: lab.written("workflow-scheduler"))
+    turn(scheduler, lambda: len(lab.written("workflow-resume")) == 2)
+    log = lab.broker.partition(("workflow-resume", 0))
+    turn(engine, lambda: engine.owned[0].position == log.end - 1)
+    transactions = sum(engine.stats.commits.counts)
+    quiet = lab.broker.time.now
+    turn(engine, lambda: engine.owned[0].position == log.end, 1000)
+    assert lab.broker.time.now - quiet > 50_000, "not with each record"
+    until = lab.broker.time.now + 200_000
+    turn(engine, lambda: lab.broker.time.now > until, 2000)
+    assert sum(engine.stats.commits.counts) == transactions + 1, "and once"
+    log.delete_before(log.end)
+    engine.run(lambda: True)
+    second = lab.engine("three")
+    turn(second, lambda: second.owned)
+    start(lab, "main", "v")
+    turn(second, lambda: second.counts["started"] == 1)

@@ -199,3 +199,41 @@ def test_an_engine_without_any_offset_begins_where_the_log_does(lab: Lab) -> Non
     engine = lab.engine("one")
     turn(engine, lambda: engine.owned and engine.owned[0].position == 3)
     assert engine.counts["started"] == 1
+
+
+def test_what_retention_took_before_it_was_applied_ends_the_engine_until_that_is_accepted(lab: Lab) -> None:
+    """K16: it was started again for ever, with --accept-offset-reset too."""
+    lab.send("workflow-resume", "w", "new:{}")
+    first = lab.engine("one")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    first.run(lambda: True)
+    for number in range(3):
+        lab.send("workflow-resume", f"v{number}", "new:{}")
+    lab.broker.partition(("workflow-resume", 0)).delete_before(3)
+    second = lab.engine("one")
+    with pytest.raises(TransportError, match=r"workflow-resume\[0\]: 1 would be next, and its log begins at 3.*--accept-offset-reset") as gone:
+        turn(second, lambda: second.owned)
+    assert not gone.value.retryable
+    lab.kill(second, "one")
+    third = lab.engine("one", accept_offset_reset=True)
+    turn(third, lambda: third.owned and third.owned[0].position == 4)
+    assert third.counts["started"] == 1
+    third.run(lambda: True)
+    lab.broker.partition(("workflow-resume", 0)).delete_before(4)
+    fourth = lab.engine("one")
+    turn(fourth, lambda: fourth.owned)
+
+
+def test_a_gap_that_was_accepted_need_not_be_accepted_again(lab: Lab) -> None:
+    """K16: although nothing came after it."""
+    lab.send("workflow-resume", "w", "new:{}")
+    lab.send("workflow-resume", "v", "new:{}")
+    first = lab.engine("one", batch_records_max=1)
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    first.run(lambda: True)
+    lab.broker.partition(("workflow-resume", 0)).delete_before(2)
+    second = lab.engine("one", accept_offset_reset=True)
+    turn(second, lambda: second.owned and second.owned[0].position == 2, 1000)
+    second.run(lambda: True)
+    third = lab.engine("one")
+    turn(third, lambda: third.owned)
