@@ -82,6 +82,7 @@ def test_a_copy_is_deleted_once_nobody_has_needed_it_for_long_enough(lab: Lab, t
     place = tmp_path / "copies"
     for name in ("0", "1", "2", "instance-id"):
         (place / name).mkdir(parents=True)
+    lab.broker.time.advance(60_000)
     cleanup = Cleanup(lab.client, place, 10)
 
     def after(seconds: float, *used: int) -> list[str]:
