@@ -1,7 +1,7 @@
 """The local copy of one partition's state (K8), and how it is brought up to its changelog's end (K5).
 
 RocksDB, WAL on, sync off: the changelog is the truth.  Each settle writes the changes and the changelog offset they
-reach in one WriteBatch; a copy that belongs to another topic incarnation, is ahead of the changelog, or is so old that
+reach in one WriteBatch; a copy that belongs to another incarnation of input or changelog, is ahead of the changelog, or is so old that
 tombstones may have been compacted away is wiped and restored.
 """
 

@@ -51,6 +51,7 @@ class Takeover:
         self._age_max_ms = age_max_ms
         self._topic, changelog = member.processor.input_topic, member.processor.changelog_topic
         config, environment = member.config, member.environment
+        self._incarnation = f"{member.incarnation} {topics.describe(member.admin, config, changelog)[0]}"  # a reset makes the changelog anew, and leaves the input as it is
         standby = Standby(changelog, self._changelog_consumer, self._store, lambda number: member.start(changelog, number))
         self.copies = Copies(standby if config.standby else None, member.partitions, Cleanup(environment, member.directory, config.state_cleanup_s), member.on_log)
         self.consumer = self._new_consumer()
@@ -227,7 +228,7 @@ class Takeover:
 
     def _store(self, number: int) -> PartitionStore:
         member = self.member
-        return PartitionStore(member.environment, member.directory / str(number), member.incarnation, member.clock, self._age_max_ms)
+        return PartitionStore(member.environment, member.directory / str(number), self._incarnation, member.clock, self._age_max_ms)
 
     def _changelog_consumer(self, **more: object) -> Consumer:
         settings = {"group_id": f"{self.member.group}-restore", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "error", "enable_partition_eof": True}

@@ -9,10 +9,11 @@ import pytest
 from kwflow.config import Config
 from kwflow.core import timers
 from kwflow.core.murmur2 import partition_of
-from kwflow.runners import kafka_link
+from kwflow.runners import kafka_link, upkeep
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import EXPIRES, FORGOTTEN
 from kwflow.runners.parked import HOLD
+from tests.integration.lab import Lab, turn
 from tests.integration.site import Site, answer, refs
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -109,3 +110,20 @@ def test_a_reset_says_what_it_would_do_and_forgets_every_instance(site: Site) ->
     site.run("reset", "--yes", "--input-from", "earliest")
     site.engine("one")
     site.until(lambda: all(id in site.run("list") for id in ids))
+
+
+def test_a_copy_of_what_a_reset_has_emptied_is_made_anew_on_machines_that_come_back_late(lab: Lab) -> None:
+    """K8: the new changelog has come as far as the old one was by then."""
+    other = lab.engine("other")
+    lab.send("resume", "ghost", "new:{}")
+    turn(other, lambda: other.owned and other.owned[0].position == 1)
+    other.run(lambda: True)
+    upkeep.reset(lab.config("here"), "latest", lambda _: None)
+    here = lab.engine("here")
+    for number in range(8):
+        lab.send("resume", f"w{number}", "new:{}")
+        turn(here, lambda number=number: here.owned and here.owned[0].position >= number + 2)  # type: ignore[misc]
+    here.run(lambda: True)
+    other = lab.engine("other")
+    turn(other, lambda: other.owned)
+    assert other.owned[0].store.get(b"w7") is not None and other.owned[0].store.get(b"ghost") is None
