@@ -39,7 +39,7 @@ __all__ = ["Overlay", "WorkflowProcessor", "collecting_later", "dead_letter"]
 
 _WENT_WRONG = {"parked", "dead-letter", "held"}
 _IGNORED = ("unknown-id", "unknown-ref", "duplicate-start", "repeated")  # G3: by a stated rule, counted and said once
-_OWN_START_ID = re.compile(r"\d+-\d+")  # given by the step when the client gave none
+_OWN_START_ID = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")  # `<partition>-<offset>`, given by the step when the client gave none
 
 
 @contextlib.contextmanager
@@ -407,7 +407,13 @@ class _Batch:
 
     def end(self, key: bytes, header: dict[str, Any]) -> None:
         """Nothing is left of it but the entry that a client's repeated start meets (K20)."""
-        if self.processor.at_least_once or (_OWN_START_ID.fullmatch(header["start_id"]) is None and header["start_id"]):
+        if self.processor.at_least_once or (header["start_id"] and not _is_own(header)):
             self.processor.ended.keep(self.state, key, header)
         elif self.state.get(key) is not None:
             self.state.put(key, None)
+
+
+def _is_own(header: dict[str, Any]) -> bool:
+    """Whether no client named this run.  A name like 2026-17 is told from our own by where the instance is and how far it has come."""
+    place, applied = _OWN_START_ID.fullmatch(header["start_id"]), header.get("applied")
+    return place is not None and applied is not None and int(place[1]) == applied[1] and int(place[2]) <= applied[2]

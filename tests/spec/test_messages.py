@@ -58,6 +58,16 @@ def test_a_start_is_replied_started_then_duplicate_or_exists_and_duplicate_also_
     assert [start("first"), start("third"), start("third")] == ["duplicate", "started", "duplicate"]
 
 
+@pytest.mark.parametrize("start_id", ["2026-17", "0-017", "0-99999", "٠-٠"])
+def test_a_start_id_that_looks_like_one_of_ours_is_known_after_the_end_too(start_id: str) -> None:
+    """K20: ours are `<partition>-<offset>`; an order may be called so, too."""
+    w = run("def main(o):\n    return 1\n    yield")
+    assert w.header("w") is None, "nobody named that start"
+    for _ in range(2):
+        w.start("x", **{"kwflow-start-id": start_id})
+    assert w.counts[1:] == ["started", "duplicate-start"]
+
+
 def test_an_unknown_workflow_is_a_dead_letter_and_a_reply_that_names_the_known_ones() -> None:
     """M2."""
     w = run(WAITS)
