@@ -53,8 +53,8 @@ def absent(command: Command, address: Address | None) -> Transition:
 def after_end(header: dict[str, Any], command: Command, address: Address | None) -> Transition:
     """A command that comes after the end: it gets the reply it had before, else that nobody is there."""
     known = header.get("ids", {}).get(command.id) if command.id is not None else None
-    if known is not None and address is not None:
-        return Transition(Keep(), replies=(Reply(address, *known),), outcome="repeated")
+    if known is not None:
+        return Transition(Keep(), replies=(Reply(address, *known),) if address is not None else (), outcome="repeated")
     if command.op == "update" and address is not None:
         return Transition(Keep(), replies=(Reply(address, "ended"),), outcome="unknown-id")
     return absent(command, address)

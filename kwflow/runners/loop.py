@@ -272,7 +272,8 @@ class _Batch:
             return Live(None, None)
         address = wire.reply_address(record)
         if isinstance(message, wire.Command):
-            anew = isinstance(message.arguments, wire.Signal) and message.arguments.start is not None and message.start_id != header["start_id"]
+            starts = isinstance(message.arguments, wire.Signal) and message.arguments.start is not None
+            anew = starts and message.start_id != header["start_id"] and message.id not in header.get("ids", {})
             return Live(None, None) if anew else self._decision(header["id"], record, messages.after_end(header, message, address))
         return self._decision(header["id"], record, messages.ignored("unknown-id", address))
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from kwflow.core.wire import json_dumps
@@ -251,6 +252,17 @@ def test_signal_with_start_starts_what_does_not_run_and_its_first_line_finds_the
     assert w.header("new") == {**(w.header("new") or {}), "status": "ended"}
     assert status(w.command("new", "signal", start, kwflow_start_id="again")) == "delivered"
     assert w.waits("new")
+
+
+def test_a_signal_that_is_repeated_after_the_end_starts_no_second_run() -> None:
+    """M1.4: a client that was given no start id makes one up for each call."""
+    w = run("def main(o):\n    return (yield kw.wait_signal('a'))")
+    start = {"name": "a", "value": 1, "start": {"workflow": "main", "input": None}}
+    for run_id in ("made-up", "another"):
+        assert w.command("new", "signal", start, kwflow_start_id=run_id, kwflow_id="1") == {"status": "delivered", "message": "", "value": None}
+    w.send("new", msgspec.json.encode(start), {"kwflow-op": "signal", "kwflow-id": "1"})
+    assert w.counts[1:] == ["started", "repeated", "repeated"]
+    assert w.values("workflow-result") == [1]
 
 
 # -- updates -------------------------------------------------------------------------------------------------------------
