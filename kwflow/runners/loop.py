@@ -409,7 +409,8 @@ class _Batch:
     def end(self, key: bytes, header: dict[str, Any]) -> None:
         """Nothing is left of it but the entry that a client's repeated start meets (K20)."""
         if self.processor.at_least_once or (header["start_id"] and not _is_own(header)):
-            self.processor.ended.keep(self.state, key, header)
+            # by our clock: after an outage its record's timestamp may be older than the retention, and the repetitions that its client sent meanwhile wait behind it
+            self.processor.ended.keep(self.state, key, {**header, "ended": max(header["ended"], self.context.received_ms)})
         elif self.state.get(key) is not None:
             self.state.put(key, None)
 

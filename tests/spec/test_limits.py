@@ -261,6 +261,15 @@ def test_what_ended_under_a_shorter_retention_is_forgotten_all_the_same() -> Non
     assert longer.due(NOW_MS + 5000) == ("forgotten",) and b"a" not in longer.store.entries
 
 
+def test_a_start_that_was_repeated_during_an_outage_longer_than_the_retention_is_one_run() -> None:
+    """K20: the retention counts from when it ended, not from when its record was written."""
+    engine = Engine(ended_retention_ms=1000)
+    for _ in range(2):
+        assert started(engine, NOW_MS + 60_000) == (("started",) if engine.offset == 1 else ("duplicate-start",))
+    assert engine.due(NOW_MS + 60_999) == () and started(engine, NOW_MS + 60_999) == ("duplicate-start",)
+    assert engine.due(NOW_MS + 61_000) == ("forgotten",)
+
+
 class CountingStore(MemoryStore):
     """Keeps what was deleted, as a store does until it is compacted, and counts what is passed over."""
 
@@ -293,7 +302,7 @@ def test_forgetting_does_not_pass_over_what_was_forgotten_before() -> None:
     assert engine.processor.next_due_ms(engine.store) == NOW_MS + 1000
     assert engine.store.passed <= 2
     early = msgspec.structs.replace(engine.record("early", b'new:["headers",1]', (("kwflow-start-id", b"mine"),)), timestamp_ms=NOW_MS - 5000)
-    engine.batch(early)
+    engine.batch(early, received_ms=NOW_MS - 5000)  # a clock that was set back
     assert engine.processor.next_due_ms(engine.store) == NOW_MS - 4000
     assert engine.due(NOW_MS + 1000) == ("forgotten", "forgotten")
 
