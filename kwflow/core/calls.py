@@ -19,6 +19,7 @@ from kwflow.core.dispatch import Callee, Dispatch
 from kwflow.core.instance import Host, Instance, Machine
 from kwflow.core.mailbox import Inbox
 from kwflow.core.tasks import OK, ActivityWait, All, Awaitable, Combinator, Race, Shield, Suspension, Task, Timeout, Timer
+from kwflow.core.timers import DELAY_MS_MAX
 from kwflow.core.wire import Output, Record, Reply
 from kwflow.durable.awaiting import Advance, AsyncGenerator, asyncio_refusal
 from kwflow.errors import NotDurableError, UsageError
@@ -111,6 +112,8 @@ class Calls:
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
             raise UsageError(f"a delay is a timedelta or a number of seconds, not {delay!r}")
         delay_ms = max(1, math.ceil(round(seconds * 1000, 6)))  # never 0: on the scheduler topic 0 means cancel
+        if delay_ms > DELAY_MS_MAX:
+            raise UsageError(f"a delay is at most ten years ({DELAY_MS_MAX // 1000} s), not {delay!r}; to wait without an end use kw.suspend()")
         timer = Timer(self.next_id(), self.record.timestamp_ms, delay_ms)
         due = ("kwflow-due-ms", str(self.context.received_ms + delay_ms if due_ms is None else due_ms).encode())
         return self.request(timer, self.context.topics.scheduler, self.timer_key(timer), str(delay_ms).encode(), (*self.travelling, due))

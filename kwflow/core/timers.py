@@ -13,14 +13,14 @@ import msgspec
 from kwflow.core.wire import Headers, Output, Record, header, travelling_headers
 from kwflow.errors import ProtocolError
 
-__all__ = ["COUNT", "DUE", "cancel_or_set", "due_entries", "fire"]
+__all__ = ["COUNT", "DELAY_MS_MAX", "DUE", "cancel_or_set", "due_entries", "fire"]
 
 DUE = b"\0due\0"
 COUNT = b"\0timers"  # `<how many are set> <first due key>`: counting a million entries, or passing those that were deleted, would take seconds
 _PACKED = b"\2"  # no header's name began like this in the form before
 _DELAY = re.compile(rb"[+-]?\d{1,15}")
 _INSTANT = re.compile(r"[0-9]{1,15}")  # ms until the year 33658; int() would take digits of any script, and refuse 5000 of them
-_DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer one is a mistake in units
+DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer one is a mistake in units
 
 
 def _due_key(due_ms: int, offset: int, key: bytes) -> bytes:
@@ -34,8 +34,8 @@ def _delay_ms(value: bytes | None) -> int:
     if _DELAY.fullmatch(text) is None:
         raise ProtocolError(f"a delay is a whole number of ms, not {value[:40]!r}", "bad-delay")
     delay = int(text)
-    if delay > _DELAY_MS_MAX:
-        raise ProtocolError(f"a delay is at most {_DELAY_MS_MAX} ms, not {delay}", "bad-delay")
+    if delay > DELAY_MS_MAX:
+        raise ProtocolError(f"a delay is at most {DELAY_MS_MAX} ms, not {delay}", "bad-delay")
     return delay
 
 

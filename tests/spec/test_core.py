@@ -182,6 +182,7 @@ def main(o):
         ("kw.declare_topics('late')", "module level"),
         ("kw.cancel(5)", "no wait"),
         ("kw.sleep('soon')", "timedelta"),
+        ("kw.timeout(kw.suspend(), 316224000.001)", "at most ten years"),
         ("kw.output('x', 'out', timestamp_ms=10 ** 15)", "an hour ahead"),
     ],
 )
@@ -264,3 +265,10 @@ def test_a_timer_that_could_not_be_asked_for_is_not_waited_for() -> None:
     """G9: a wait that nobody will answer would keep the workflow for ever."""
     w = run("def main(o):\n    for _ in range(10_000):\n        kw.output('x', 'out')\n    try:\n        kw.sleep(1)\n    except kw.UsageError:\n        pass\n    yield kw.all([kw.suspend('r')])")
     assert w.waits("w") == ["r"]
+
+
+def test_the_longest_sleep_is_taken_by_the_scheduler() -> None:
+    """SC-1: what it does not take is a dead letter, and its workflow would wait for ever."""
+    w = run("def main(o):\n    yield kw.sleep(316224000)\n    return 'awake'")
+    w.advance(316224000)
+    assert w.result("w") == "awake" and w.outputs_to(w.config.dead_letter_topic) == []
