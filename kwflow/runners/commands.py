@@ -112,7 +112,9 @@ def _terminate(batch: Batch, name: str, header: dict[str, Any], record: Record, 
     batch.end(name.encode(), {**closing.header, "applied": [batch.context.incarnation, record.partition, record.offset]})
     replies = [reply for one in held for reply in parked.answered(batch.config, one, "not_found", "it was terminated before this was applied")]
     replies += [wire.reply_output(batch.config.reply_topic, reply) for reply in closing.replies]
-    made = Decision(closing.outputs, (f"{name}: terminated",), ("unknown-id",) * len(held), tuple(replies), closing.dispatch)
+    others = [one for one in held if dict(one.headers).get("kwflow-start-id") != header["start_id"].encode()]  # the parent of this run is answered with its end
+    told = [output for one in others for output in children.refused(one, "terminated", "what ran under this id was terminated before this start was applied", batch.config.resume_topic)]
+    made = Decision((*closing.outputs, *told), (f"{name}: terminated",), ("unknown-id",) * len(held), tuple(replies), closing.dispatch)
     return _done(batch, name, record, command, "ok", [made])
 
 

@@ -119,6 +119,16 @@ def test_a_child_whose_first_step_failed_is_answered_when_somebody_gives_it_up(o
     assert w.result("w") == outcome
 
 
+def test_a_child_whose_start_is_held_behind_another_run_is_answered_when_that_is_terminated() -> None:
+    """M5, K17: what is held goes with it, and its parent would wait for ever."""
+    w = run(BROKEN)
+    w.start("other")
+    assert w.waits("other") and w.counts[-1] == "held"
+    w.command("c", "terminate")
+    assert (w.result("w"), w.result("other")) == ("terminated", "terminated")
+    assert sum(output.key in (b"w", b"other") and b'"ref"' in (output.value or b"") for output in w.outputs) == 2
+
+
 def test_a_result_too_large_for_the_parents_record_is_an_error_there() -> None:
     """At the edge and one past it."""
     body = "def big(n):\n    yield\n    return 'x' * n\ndef main(o):\n    try:\n        return len((yield kw.start_child('big', o))) if o else 0\n"
