@@ -91,8 +91,9 @@ def _done(batch: Batch, name: str, record: Record, command: Command, status: str
     """The reply, remembered in the header if there is still one, and all that was done besides."""
     key = name.encode()
     stored = batch.state.get(key)
-    if command.id is not None and stored is not None:
-        ids = snapshot.split(stored, batch.config.signing_keys)[0].get("ids", {})
+    left = _header(batch.config, name, stored)
+    if command.id is not None and stored is not None and left["status"] != "damaged":
+        ids = left.get("ids", {})
         messages.remember(ids, command.id, status, message)
         batch.state.put(key, snapshot.amend(stored, batch.config.signing_keys, ids=ids))
     mine = Decision(counts=(_COUNTED.get(command.op, command.op),), replies=parked.answered(batch.config, record, status, message))

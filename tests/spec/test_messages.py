@@ -256,6 +256,19 @@ def test_unpause_of_what_is_not_paused_changes_nothing() -> None:
     assert [status(w.command("nobody", op)) for op in ("pause", "unpause", "terminate", "retry", "discard")] == ["not_found"] * 5
 
 
+def test_a_damaged_instance_is_paused_and_unpaused_like_any_other() -> None:
+    """G4: nothing of it can be changed, and that must not end the engine; the next record parks it."""
+    w = run(WAITS)
+    damaged = w.state.entries[b"w"] = (w.state.get(b"w") or b"")[:-1] + b"?"
+    for op in ("unpause", "pause", "unpause"):
+        assert status(w.command("w", op, kwflow_id=f"{op} {len(w.outputs)}")) == "ok"
+    assert w.state.get(b"w") == damaged
+    w.resume("w", "r")
+    assert w.counts[-1] == "parked"
+    assert status(w.command("w", "discard", kwflow_id="gives up")) == "ok"
+    assert w.state.get(b"w") == damaged
+
+
 # -- idempotency (M1.4) and runs (M1.5) --------------------------------------------------------------------------------
 def test_a_command_repeated_with_its_id_changes_nothing_and_gets_the_same_reply() -> None:
     """M1.4."""
