@@ -56,15 +56,20 @@ class LiveInstances:
 
     def keep(self, key: bytes, live: Live) -> None:
         """But not what runs on old code: before each of its steps it is asked anew which code it holds, whether it was kept or restored (semantics §8.2)."""
+        if key in self._sleeping:  # a run that was terminated, or whose batch was aborted
+            self._let_go(key)
         if live.instance is not None and live.instance.pins:
             return live.forget()
         live.ahead, live.met = False, []
         self._sleeping[key] = live
         self._bytes += len(live.base or b"")
         while len(self._sleeping) > self.config.instances_cached_max or self._bytes > self.config.instances_cached_bytes_max:
-            oldest = self._sleeping.pop(next(iter(self._sleeping)))
-            self._bytes -= len(oldest.base or b"")
-            oldest.forget()
+            self._let_go(next(iter(self._sleeping)))
+
+    def _let_go(self, key: bytes) -> None:
+        live = self._sleeping.pop(key)
+        self._bytes -= len(live.base or b"")
+        live.forget()
 
     def forget(self) -> None:
         """Let go of all; what is stored is the truth."""

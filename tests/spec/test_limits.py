@@ -194,6 +194,22 @@ def test_the_one_that_was_used_longest_ago_goes_first_and_coming_and_going_takes
     assert engine.processor.live.misses == 1 and engine.module.CLEANED == []
 
 
+@pytest.mark.parametrize("end", ["terminated", "aborted"])
+def test_a_run_that_takes_the_place_of_another_takes_its_room_too(end: str) -> None:
+    """K3, G8: else the room that is left would shrink until nothing is kept."""
+    engine = Engine(instances_cached_bytes_max=10_000)
+    for _ in range(10):
+        engine.start("state", 1000)
+        if end == "terminated":
+            engine.batch(engine.record("a", b"null", (("kwflow-op", b"terminate"),)))
+        else:
+            engine.store.entries.clear()
+    engine.start("state", 1000)
+    engine.batch(engine.record("a", b'{"ref":"nobody"}'))
+    gc.collect()
+    assert (len(engine.processor.live), engine.processor.live.hits, engine.module.CLEANED) == (1, 1, [])
+
+
 def reasons(made: list[Decision]) -> list[str]:
     """How each record was counted, a dead letter by its reason."""
     return [(dict(one.outputs[0].headers)["kwflow-error-reason"] or b"").decode() if one.counts == ("dead-letter",) else one.counts[0] for one in made]
