@@ -73,10 +73,12 @@ class _Reply(msgspec.Struct):
 class _Waiter(Generic[_T]):
     """Somebody waits for the outcome of a run; `start_id` is None until it is known which run that is."""
 
-    def __init__(self, id: str, start_id: str | None, future: Future[Any]) -> None:
+    def __init__(self, id: str, start_id: str | None, future: Future[Any], starting: bool) -> None:
         self.id = id
         self.start_id = start_id
         self.future = future
+        self.starting = starting  # its start was not answered yet: whoever asked for the run now might be before it
+        self.missed = False  # something meanwhile, perhaps
         self.seen: dict[str, Outcome] = {}  # outcomes that came before it was known
 
 
@@ -144,8 +146,8 @@ class Client:
         """Start a workflow and wait for its result.  Raises what `start` and `result` raise."""
         id, start_id = id or uuid.uuid4().hex, start_id or uuid.uuid4().hex
         key, future = self._followed(id), self._future()
-        waiter = self._wait(id, start_id, future, timeout)
-        self._link.follow(key, lambda: self._start(id, input, workflow, start_id, future, lambda run: None if run.new else self._ask(waiter)))
+        waiter = self._wait(id, start_id, future, timeout, starting=True)
+        self._link.follow(key, lambda: self._start(id, input, workflow, start_id, future, lambda run: self._started(waiter, run)))
         return future
 
     def result(self, id: str, *, start_id: str | None = None, timeout: timedelta | float | None = None) -> Future[Any]:
@@ -299,8 +301,8 @@ class Client:
             heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._count), request, future, error))
 
     # -- outcomes ----------------------------------------------------------------------------------------------------
-    def _wait(self, id: str, start_id: str | None, future: Future[Any], timeout: timedelta | float | None) -> _Waiter[Any]:
-        waiter: _Waiter[Any] = _Waiter(id, start_id, future)
+    def _wait(self, id: str, start_id: str | None, future: Future[Any], timeout: timedelta | float | None, starting: bool = False) -> _Waiter[Any]:
+        waiter: _Waiter[Any] = _Waiter(id, start_id, future, starting)
         with self._lock:
             self._waiters.setdefault(id, []).append(waiter)
         future.add_done_callback(lambda _: self._forget(waiter))
@@ -322,6 +324,11 @@ class Client:
                 waiting.remove(waiter)
             if not waiting:
                 self._waiters.pop(waiter.id, None)
+
+    def _started(self, waiter: _Waiter[Any], run: Run) -> None:
+        waiter.starting = False
+        if waiter.missed or not run.new:
+            self._ask(waiter)
 
     def _ask(self, waiter: _Waiter[Any]) -> None:
         """Whether it has ended already: outcomes from before the waiter was registered are not followed."""
@@ -436,7 +443,10 @@ class Client:
         with self._lock:
             waiting = [waiter for waiters in self._waiters.values() for waiter in waiters]
         for waiter in waiting:
-            self._ask(waiter)
+            if waiter.starting:
+                waiter.missed = True
+            else:
+                self._ask(waiter)
 
     def on_lost(self, error: Exception) -> None:
         with self._lock:

@@ -36,6 +36,7 @@ __all__ = ["KafkaLink", "ends_in_a_transaction", "latest", "read", "send", "stat
 
 _Places = tuple[tuple[str, int], ...]  # (topic, partition) of an id's outcome, in the result and in the error topic
 _TIMEOUT_S = 20
+_COUNT_S = 30  # how late more partitions may be seen
 _POLL_S = 0.05  # how late the first request for a partition, a delivery report or a time-out may be seen
 
 
@@ -57,7 +58,7 @@ class KafkaLink:
             settings: dict[str, Any] = {"group_id": f"{config.application_id}-client", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "error"}
             self._consumer = made(Consumer, client_config(config, **settings, fetch_queue_backoff_ms=10))
             self._producer = made(Producer, client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000, linger_ms=0))
-            self._partitions = self._count_partitions()
+            self._partitions, self._count_next = self._count_partitions(), time.monotonic() + _COUNT_S
             self._reply_partition = zlib.crc32(self.process.encode()) % self._partitions[config.reply_topic]
             self._assign(config.reply_topic, self._reply_partition)
         except KafkaException as error:
@@ -147,6 +148,7 @@ class KafkaLink:
                 for message in gather(self._consumer, 500, _POLL_S):
                     self._take(message, listener)
                 self._producer.poll(0)
+                self._recount(listener)
                 listener.on_tick()
         except (KafkaException, TransportError) as error:
             text = error.args[0].str() if isinstance(error, KafkaException) else str(error)
@@ -166,6 +168,24 @@ class KafkaLink:
             if place not in self._followed:
                 self._assign(*place)
                 self._followed.add(place)
+
+    def _recount(self, listener: Listener) -> None:
+        """A topic that was given more partitions puts ids elsewhere: all of it is followed from then on, its new partitions from their begin, and who waits asks what was missed."""
+        if time.monotonic() < self._count_next:
+            return
+        self._count_next = time.monotonic() + _COUNT_S
+        for topic in self._ends:
+            known = self._partitions[topic]
+            try:
+                count = len(self._consumer.list_topics(topic, timeout=1).topics[topic].partitions)
+            except KafkaException:  # the next time, then
+                return
+            if count > known:
+                self._consumer.incremental_assign([TopicPartition(topic, number, 0) for number in range(known, count)])
+                self._followed.update((topic, number) for number in range(known, count))
+                self._follow(tuple((topic, number) for number in range(known)))
+                self._partitions[topic] = count
+                listener.on_gap()
 
     def _take(self, message: Message, listener: Listener) -> None:
         error = message.error()

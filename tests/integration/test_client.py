@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Producer
+from confluent_kafka.admin import NewPartitions
 
 from kwflow.client import Client, Outcome
 from kwflow.config import Config
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError
-from kwflow.runners import topics
+from kwflow.runners import kafka_link, topics
 from kwflow.runners.kafka_link import read, send
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -234,6 +235,20 @@ def test_foreign_records_and_addresses_that_are_gone_harm_nobody(app: Applicatio
     [letter] = read(app.config, app.config.dead_letter_topic)
     assert dict(letter.headers)["kwflow-error-reason"] == b"bad-header"
     assert "a reply to" in (app.directory / "one.log").read_text()
+
+
+def test_outcomes_are_heard_of_after_their_topic_was_given_more_partitions(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    """M1.3, A1: a client lives for months, and which partition is an id's changes then."""
+    monkeypatch.setattr(kafka_link, "_COUNT_S", 0.1)
+    client = app.client()
+    before = [client.start_and_wait(f"b{n}", {"name": n}, workflow="greet", timeout=60) for n in range(8)]
+    admin = topics.admin(app.config)
+    [grown] = admin.create_partitions([NewPartitions(app.config.result_topic, 6)]).values()
+    grown.result(30)
+    until(lambda: client._link._partitions[app.config.result_topic] == 6)  # type: ignore[attr-defined]
+    app.engine()
+    after = [client.start_and_wait(f"a{n}", {"name": n}, workflow="greet", timeout=60) for n in range(8)]
+    assert [future.result(60)["message"] for future in (*before, *after)] == [f"Hello {n}!" for n in range(8)] * 2
 
 
 def test_a_subscriber_is_called_for_each_outcome_until_it_leaves(app: Application) -> None:

@@ -168,6 +168,16 @@ def test_whoever_waits_asks_again_after_a_gap(site: Site) -> None:
     assert future.result(20) == 7
 
 
+def test_a_gap_before_a_start_was_answered_is_asked_about_once_it_is(site: Site) -> None:
+    """What asked at once might be read before the start, and be told that there is no such run."""
+    future = site.client.start_and_wait("w", start_id="mine")
+    start = site.asked()
+    site.client.on_gap()
+    site.reply(start, status="started")
+    site.reply(query := site.asked(), value={"start_id": "mine", "outcome": {"kind": "result", "value": "7"}})
+    assert (wire.header(query, "kwflow-op"), future.result(20)) == ("query", 7)
+
+
 def raising(error: Exception) -> Callable[..., Any]:
     def call(*_: Any, **__: Any) -> Any:
         raise error
