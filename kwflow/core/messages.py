@@ -15,12 +15,12 @@ import msgspec
 
 from kwflow.core import migration, wire
 from kwflow.core.calls import Calls
-from kwflow.core.contract import Keep, Transition
+from kwflow.core.contract import Keep, Limits, Transition
 from kwflow.core.current import slot
 from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.mailbox import Inbox, Mailbox, SignalWait, Update, checked_name
 from kwflow.core.outcomes import describe_error
-from kwflow.core.wire import Address, Command, Reply
+from kwflow.core.wire import Address, Command, Record, Reply
 from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
 
 __all__ = [
@@ -163,17 +163,21 @@ def _validate(validator: Callable[[Any], object] | None, value: object) -> str |
     return None
 
 
-def no_room(calls: Calls, command: Command) -> Transition | None:
+def no_room(instance: Instance | None, record: Record, limits: Limits, command: Command) -> Transition | None:
     """What happens to a message when the mailbox is full; it may be sent again.  Raises ProtocolError when its sender does not wait for the reply."""
-    mailbox, limits = calls.instance.mailbox, calls.context.limits
-    if mailbox is None or command.op not in ("signal", "update"):
+    mailbox = instance.mailbox if instance is not None else None
+    if command.op not in ("signal", "update") or (mailbox is None and command.op == "update"):  # which nobody takes
         return None
-    count, size = mailbox.unread(max(calls.instance.now_ms, calls.record.timestamp_ms))
-    if count < limits.mailbox_max and size + len(calls.record.value or b"") <= limits.mailbox_bytes_max:
+    count, held = mailbox.unread(max(instance.now_ms, record.timestamp_ms)) if instance is not None and mailbox is not None else (0, 0)
+    size = len(record.value or b"")
+    if count < limits.mailbox_max and held + size <= limits.mailbox_bytes_max:
         return None
-    known = f"limits mailbox_max = {limits.mailbox_max}, mailbox_bytes_max = {limits.mailbox_bytes_max}"
-    said = f"the mailbox holds {count} messages of {size} bytes ({known}); send it again once the workflow has read some, or raise them"
-    address = wire.reply_address(calls.record)
+    if size > limits.mailbox_bytes_max:
+        said = f"it has {size} bytes, more than a mailbox may hold (limit mailbox_bytes_max = {limits.mailbox_bytes_max}); send a reference to it, or raise it"
+    else:
+        known = f"limits mailbox_max = {limits.mailbox_max}, mailbox_bytes_max = {limits.mailbox_bytes_max}"
+        said = f"the mailbox holds {count} messages of {held} bytes ({known}); send it again once the workflow has read some, or raise them"
+    address = wire.reply_address(record)
     if address is None:
         raise ProtocolError(said, "mailbox-full")
     return Transition(Keep(), replies=(Reply(address, "full", said),), outcome="mailbox-full")

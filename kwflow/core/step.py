@@ -126,11 +126,11 @@ def _command(name: str, instance: Instance | None, command: wire.Command, record
         raise KwflowBug(f"op {command.op} is not for a step")
     start = command.arguments.start if isinstance(command.arguments, wire.Signal) else None
     if instance is None and start is not None:
-        return _start(name, wire.Start(start.input, start.workflow), record, context, lambda calls: apply(calls, command))
+        return messages.no_room(None, record, context.limits, command) or _start(name, wire.Start(start.input, start.workflow), record, context, lambda calls: apply(calls, command))
     if instance is None or (start is None and command.start_id is not None and command.start_id != instance.start_id):
         return messages.absent(command, wire.reply_address(record))
     running = Step(instance, record, context)
-    known = messages.applied_before(running, command) or messages.no_room(running, command) or messages.no_migration(running, command)
+    known = messages.applied_before(running, command) or messages.no_room(instance, record, context.limits, command) or messages.no_migration(running, command)
     return known if known is not None else running.run(lambda: apply(running, command), command.op)
 
 

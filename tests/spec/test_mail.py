@@ -196,6 +196,20 @@ def test_large_signals_fill_the_mailbox_before_they_could_fill_the_snapshot() ->
     assert [signal(w, "a", "x" * 100_000) for _ in range(3)] == ["delivered", "delivered", "full"]
 
 
+@pytest.mark.parametrize("size", [262_144, 262_145])
+def test_the_first_signal_fits_into_a_mailbox_too_be_there_one_or_not(size: int) -> None:
+    """M3, at the edge and one past it: one that was larger than a snapshot may be would park a workflow that reads no signals."""
+    w = run("def main(o):\n    yield kw.suspend('go')")
+    value = "x" * (size - len('{"name":"a","value":""}'))
+    start = {"name": "a", "start": {}, "value": "x" * (size - len('{"name":"a","start":{},"value":""}'))}
+    said = [w.command("w", "signal", {"name": "a", "value": value}), w.command("new", "signal", start)]
+    if size == 262_144:
+        assert [status(reply) for reply in said] == ["delivered", "delivered"]
+    else:
+        assert said == [{"status": "full", "message": f"it has {size} bytes, more than a mailbox may hold (limit mailbox_bytes_max = 262144); send a reference to it, or raise it", "value": None}] * 2
+        assert w.header("new") is None and "mailbox" not in (w.header("w") or {})
+
+
 def test_large_updates_fill_the_mailbox_too_until_they_are_read() -> None:
     w = run("def main(o):\n    updates = kw.on_update('u')\n    yield kw.suspend('go')\n    for update in updates.take():\n        kw.reply(update, None)\n    yield kw.suspend('end')")
     for number in range(2):
