@@ -89,6 +89,8 @@ def _wait(wait: Suspension) -> dict[str, Any]:
         if isinstance(waiters[0], Task) and (not waiters[0].waiters or not _is_ours(waiters[0])):
             break
         waiters = waiters[0].waiters
+    else:  # too far up to be looked for at every save
+        return described
     gen = waiters[0].gen
     if gen is not None:
         known = registry.function_of(gen.gi_code)
