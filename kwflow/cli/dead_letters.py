@@ -43,13 +43,14 @@ class Parked(msgspec.Struct, frozen=True):
 def _letters(settings: Config, embedded: Path | None) -> dict[str, Record]:
     """Identity (`<partition>:<offset>`) -> dead letter that nobody has dealt with; those that only tell of a parked instance are left out."""
     letters: dict[str, Record] = {}
-    done: set[str | None] = set()
+    done: set[bytes | None] = set()
     for record in read(settings, embedded, settings.dead_letter_topic):
-        if any(name == _DONE for name, _ in record.headers):
-            done.add(wire.header(record, _DONE))
-        elif wire.header(record, "kwflow-error-reason") != "parked":
+        reason = wire.header(record, "kwflow-error-reason")
+        if reason is None:  # a mark; a letter may bear any header of its sender's, this one too
+            done |= {value for name, value in record.headers if name == _DONE}
+        elif reason != "parked":
             letters[f"{record.partition}:{record.offset}"] = record
-    return {identity: record for identity, record in letters.items() if identity not in done}
+    return {identity: record for identity, record in letters.items() if identity.encode() not in done}
 
 
 def _parked(settings: Config, embedded: Path | None) -> dict[str, Parked]:

@@ -21,6 +21,7 @@ from kwflow.runners.timers import TimerProcessor
 from tests.simulation.faults import Crashed
 from tests.simulation.test_embedded import Dying
 
+DONE_HEADER = "kwflow-dead-letter-done"
 DONE = Mark("letters", 0, "done", b"0:0")
 RECORDS = (Output("resume", b"w", b"again"), Output("letters", b"w", None, ((DONE.name, DONE.value),)))
 LETTER = [Group(RECORDS, DONE)]
@@ -247,6 +248,18 @@ def test_a_reason_chooses_among_letters_and_parked_instances(office: Office) -> 
     assert office("discard", "--all").splitlines() == ["parked: discard is asked for; its engine does it", "0:2: closed", "0:3: closed"]
     office.run()
     assert office("show", "paused") == "'paused' is no parked instance and no open dead letter; kwflow dead-letters list shows them"
+
+
+@pytest.mark.parametrize("mark", [b"0:1", b"\xff"])
+def test_a_letter_whose_sender_gave_it_our_mark_is_listed_and_closes_no_other(office: Office, mark: bytes) -> None:
+    """G3: a letter has all headers of its record."""
+    before = office("list")
+    held = Embedded(office.directory, office.config, sync=False)
+    held.append(office.config.resume_topic, b"marked", b"{", ((DONE_HEADER, mark),))
+    office.close(held)
+    office.run()
+    said = office("list")
+    assert "marked" in said and said.count("bad-json") == before.count("bad-json") + 1
 
 
 def test_one_entry_that_is_damaged_hides_none_of_the_others(office: Office) -> None:
