@@ -7,13 +7,14 @@ argument.  The state is a dict of JSON values, so that a newer kwflow can read w
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 from cronsim import CronSim, CronSimError
 
+from kwflow.core.timers import DELAY_MS_MAX
 from kwflow.errors import UsageError
 
 __all__ = ["SIGNAL", "WORKFLOW", "begin", "checked", "due", "duration_ms", "ended", "instance_id", "next_ms", "status", "told"]
@@ -23,6 +24,7 @@ SIGNAL = "kwflow.schedule"
 _CAUGHT_UP_MAX = 1_000  # missed times that one waking looks at
 _QUEUED_MAX = 100
 _ACTIVE_MAX = 1_000
+_NAME_BYTES_MAX = 400  # with a time and a number it is the id of a run
 _LATE_MS = 60_000  # an engine that is busy is late by less than this; such a time is never missed
 
 
@@ -33,7 +35,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workflow: Annotated[str, msgspec.Meta(min_length=1)]
     input: Any = None
     cron: str | None = None
-    every_ms: Annotated[int, msgspec.Meta(ge=1_000)] | None = None
+    every_ms: Annotated[int, msgspec.Meta(ge=1_000, le=DELAY_MS_MAX)] | None = None
     timezone: str = "UTC"
     overlap: Literal["skip", "queue", "allow"] = "skip"
     catch_up_ms: Annotated[int, msgspec.Meta(ge=0)] = 3_600_000
@@ -45,6 +47,8 @@ def checked(plan: object) -> dict[str, Any]:
         made = msgspec.convert(plan, Plan)
     except msgspec.ValidationError as error:
         raise UsageError(f"schedule: {error}") from None
+    if len(made.name.encode()) > _NAME_BYTES_MAX:
+        raise UsageError(f"the name of a schedule has at most {_NAME_BYTES_MAX} bytes, not {len(made.name.encode())}")
     if (made.cron is None) == (made.every_ms is None):
         raise UsageError("a schedule has either a cron expression or an interval")
     found: dict[str, Any] = msgspec.to_builtins(made)
@@ -57,7 +61,7 @@ def instance_id(name: str) -> str:
     return f"schedule:{name}"
 
 
-_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+_DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?")
 
 
 def duration_ms(text: str) -> int:
@@ -66,7 +70,7 @@ def duration_ms(text: str) -> int:
     if found is None or not any(found.groups()):
         raise UsageError(f"a duration is like 90s, 5m, 1h30m or 2d, not {text!r}")
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return round(timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds() * 1000)
+    return (((days * 24 + hours) * 60 + minutes) * 60 + seconds) * 1000
 
 
 def next_ms(plan: dict[str, Any], after_ms: int, anchor_ms: int) -> int | None:

@@ -62,10 +62,20 @@ def test_an_interval_counts_from_when_it_was_added() -> None:
     ({}, "either a cron"), ({"cron": "* * * * *", "every_ms": 5000}, "either a cron"), ({"every_ms": 10}, "every_ms"), ({"every_ms": 5000, "overlap": "maybe"}, "overlap"),
     ({"cron": "* * * * *", "timezone": "../etc"}, "no time zone"),
     ({"every_ms": 5000, "workflow": ""}, "workflow"), ({"every_ms": 5000, "name": "a|b"}, "name"), ({"every_ms": 5000, "colour": 1}, "colour"),
+    ({"every_ms": 316_224_000_001}, "every_ms"), ({"every_ms": 5000, "name": "毎" * 134}, "at most 400 bytes, not 402"),
 ])  # fmt: skip
 def test_a_plan_that_means_nothing_is_refused_by_what_is_wrong(plan: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         schedules.checked({"name": "n", "workflow": "w", **plan})
+
+
+def test_the_longest_interval_and_name_make_times_and_ids() -> None:
+    """What could only fail in the engine is refused before it is sent."""
+    plan = schedules.checked({"name": "毎" * 133, "workflow": "w", "every_ms": 316_224_000_000})
+    state = schedules.begin(plan, BEGIN)
+    assert schedules.told(state, {"do": "trigger"}, BEGIN) is None
+    [run] = schedules.due(state, BEGIN + 1)
+    assert len(run.encode()) < 512 and schedules.status(state)["next"]
 
 
 def test_an_expression_that_never_comes_is_no_time() -> None:
@@ -75,7 +85,7 @@ def test_an_expression_that_never_comes_is_no_time() -> None:
 @pytest.mark.parametrize(("text", "value"), [("90s", 90_000), ("5m", 300_000), ("1h30m", 5_400_000), ("2d", 172_800_000)])
 def test_durations_are_written_as_people_write_them(text: str, value: int) -> None:
     assert schedules.duration_ms(text) == value
-    for wrong in ("", "5", "m5", "5 m", "-5m", "1.5h"):
+    for wrong in ("", "5", "m5", "5 m", "-5m", "1.5h", "9" * 5000 + "d"):
         with pytest.raises(UsageError, match="like 90s"):
             schedules.duration_ms(wrong)
 
