@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from kwflow.errors import UsageError
 
@@ -125,11 +125,13 @@ def load_config(path: Path | None = None, **given: Any) -> Config:
     if path is not None or file.exists():
         try:
             sections = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError) as error:  # it is no TOML, or no UTF-8
             raise UsageError(f"{file}: {error}") from None
         for section, content in sections.items():
             if section == "kafka":
                 values["kafka"] = content
+            elif section in _SECTIONS and not isinstance(content, dict):
+                raise UsageError(f"{file}: {section} is a section: write [{section}] above its settings")
             elif section in _SECTIONS:
                 values |= {_SECTIONS[section].format(name): value for name, value in content.items()}
             else:
@@ -140,3 +142,5 @@ def load_config(path: Path | None = None, **given: Any) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"config {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except SettingsError as error:
+        raise UsageError(f"config: {error}; in the environment lists and tables are JSON, such as '[\"a\", \"b\"]'") from None

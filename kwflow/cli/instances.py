@@ -25,7 +25,11 @@ _STATUSES = ("waiting", "closing", "parked", "paused", "ended")
 
 
 def _time(instant_ms: float) -> str:
-    return datetime.fromtimestamp(instant_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds")
+    """A record's timestamp may be anything that its producer took for one, such as microseconds."""
+    try:
+        return datetime.fromtimestamp(instant_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return f"{instant_ms} ms"
 
 
 def _wait(wait: dict[str, Any]) -> list[str]:

@@ -60,7 +60,7 @@ def resume(
     """
     if value is not None and error is not None:
         raise UsageError("give --value or --error, not both")
-    name, text = ("error", error) if error is not None else ("value", value or "null")
+    name, text = ("error", error) if error is not None else ("value", "null" if value is None else value)
     message = b'{"ref":' + msgspec.json.encode(ref) + b',"%s":' % name.encode() + json_option(text, f"--{name}") + b"}"
     send(load_config(config, bootstrap_servers=bootstrap_servers), embedded, id, message)
 

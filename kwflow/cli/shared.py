@@ -78,7 +78,7 @@ def told(error: Exception) -> str:
 def json_option(text: str, option: str) -> bytes:
     try:
         msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeEncodeError) as error:
         quoted = f"; text is quoted: {option} '{msgspec.json.encode(text).decode()}'" if re.fullmatch(r"[\w .,:@/-]+", text) else ""
         raise UsageError(f"{option} is not JSON: {error}{quoted}") from None
     return text.encode()

@@ -18,8 +18,10 @@ from kwflow.cli import app
 from kwflow.cli.shared import exit_code, json_option
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
+from kwflow.core.wire import Output
 from kwflow.errors import FencedError, TransportError, UsageError
 from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded_state import Group
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.socket import submit
 from tests.embedded.shell import ROOT, TRIP, Shell
@@ -165,8 +167,28 @@ def test_text_that_is_no_json_is_answered_with_how_it_is_written() -> None:
     for text, proposed in (("booked", """--value '"booked"'"""), ("2026-01-31", """--value '"2026-01-31"'""")):
         with pytest.raises(UsageError, match=f"{proposed}$"):
             json_option(text, "--value")
-    with pytest.raises(UsageError, match="truncated$"):
-        json_option('{"a', "--value")
+    for text, why in (('{"a', "truncated$"), ('"\udcff"', "surrogates")):
+        with pytest.raises(UsageError, match=why):
+            json_option(text, "--value")
+
+
+def test_an_empty_answer_is_none(tmp_path: pathlib.Path) -> None:
+    """A variable that a shell does not know would have answered with null."""
+    done = CliRunner().invoke(app, ["resume", "w", "r", "--value", "", "--embedded", str(tmp_path / "state")])
+    assert isinstance(done.exception, UsageError) and str(done.exception).startswith("--value is not JSON")
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_timestamp_that_is_no_time_hides_no_instance(tmp_path: pathlib.Path) -> None:
+    """Before 4.0 Kafka takes any, such as microseconds."""
+    config, held = Config(), Embedded(tmp_path / "state", sync=False)
+    module = durable.load_source("timed", "import kwflow as kw\ndef main(opts):\n    yield kw.suspend('r')\n", "timed.py")
+    held.append_all([Group((Output(config.resume_topic, b"w", b"new:null", (), 1_700_000_000_000_000),))])
+    held.step([WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), held.incarnation)])
+    held.close()
+    for command in (["list"], ["show", "w"]):
+        shown = CliRunner().invoke(app, [*command, "--embedded", str(tmp_path / "state")])
+        assert "1700000000000000 ms" in shown.output.replace("\n", ""), shown.exception
 
 
 @pytest.mark.slow

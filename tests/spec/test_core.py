@@ -276,6 +276,15 @@ def test_the_longest_sleep_is_taken_by_the_scheduler() -> None:
 
 def test_a_wait_below_thousands_of_combinators_is_saved() -> None:
     """G4: its task, whose line the header tells, is looked for so far up and no further."""
-    w = run("def main(o):\n    wait = kw.suspend('r')\n    for _ in range(5000):\n        wait = kw.all([wait])\n    found = yield wait\n    while isinstance(found, list):\n        [found] = found\n    return found")
+    w = run("""
+def main(o):
+    wait = kw.suspend("r")
+    for _ in range(5000):
+        wait = kw.all([wait])
+    found = yield wait
+    while isinstance(found, list):
+        [found] = found
+    return found
+""")
     w.resume("w", "r", 7)
     assert w.result("w") == 7

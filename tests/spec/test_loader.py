@@ -62,6 +62,24 @@ def test_the_file_of_settings_has_a_section_for_packages_and_for_snapshots(tmp_p
         load_config(file)
 
 
+@pytest.mark.parametrize(("text", "said"), [
+    (b"app = 5", r"write \[app\] above its settings"), (b'[app]\napplication_id = "b\xfcro"', "can't decode byte 0xfc"), (b"[app]\nhttp", "end of document"),
+    (b"kafka = 5", "config kafka: .* dictionary"),
+])  # fmt: skip
+def test_a_file_of_settings_that_cannot_be_read_says_where(tmp_path: pathlib.Path, text: bytes, said: str) -> None:
+    file = tmp_path / "kwflow.toml"
+    file.write_bytes(text)
+    with pytest.raises(UsageError, match=said):
+        load_config(file)
+
+
+def test_a_list_in_the_environment_that_is_no_json_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was called a bug of ours."""
+    monkeypatch.setenv("KWFLOW_SNAPSHOT_KEYS", "0123456789abcdef0123456789abcdef")
+    with pytest.raises(UsageError, match='"snapshot_keys".* are JSON'):
+        load_config()
+
+
 @pytest.mark.slow
 def test_a_module_in_a_zip_file_is_durable_and_one_without_source_is_refused(package: pathlib.Path) -> None:
     """§5.2."""
