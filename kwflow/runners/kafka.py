@@ -36,7 +36,7 @@ from kwflow.runners.kafka_results import Results
 from kwflow.runners.kafka_transaction import Aborted, Batch, Rejected, Transactions
 from kwflow.runners.loop import Overlay, WorkflowProcessor, collecting_later
 from kwflow.runners.owners import Owners
-from kwflow.runners.parked import forward
+from kwflow.runners.parked import forward, remnant
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.takeover import Takeover
@@ -255,8 +255,8 @@ class KafkaRunner:
             raise
 
     def _transact(self, records: list[Record], refused: str | None = None, alone: int = 0) -> list[Record]:
-        """One transaction, as large as its budget; those that it left.  A record that the broker rejects alone, twice, is refused (K11)."""
-        batch, done = self._step(records, refused)
+        """One transaction, as large as its budget; those that it left.  A record that the broker rejects alone, twice, is refused; if it takes not even that, next to nothing is left of it (K11)."""
+        batch, done = self._step(records, refused, alone > 2)
         taken = [record for mine in done.values() for record in mine]
         why = None
         if len(taken) > 1 and batch.bytes() > self.config.batch_bytes_max:
@@ -271,17 +271,18 @@ class KafkaRunner:
         return [record for record in records if record.offset >= batch.positions[record.partition]]
 
     def _in_halves(self, taken: list[Record], refused: str | None, why: str, alone: int) -> None:
-        if refused is not None:
-            raise TransportError(f"the broker refuses even the dead letter of {taken[0]}: {why}", retryable=False)
+        if alone > 2:
+            raise TransportError(f"the broker refuses even the dead letter of {taken[0].topic}[{taken[0].partition}]@{taken[0].offset}: {why}", retryable=False)
         half = len(taken) // 2
         if not half:
+            alone = alone if refused is None else 2
             self._transact(taken, why if alone else None, alone + 1)
             return
         for rest in (taken[:half], taken[half:]):
             while rest:
                 rest = self._transact(rest)
 
-    def _step(self, records: list[Record], refused: str | None) -> tuple[Batch, dict[int, list[Record]]]:
+    def _step(self, records: list[Record], refused: str | None, bare: bool) -> tuple[Batch, dict[int, list[Record]]]:
         """What these records do, up to the budget of one transaction; and which of them, by partition."""
         batch, done = Batch(), {}
         by_partition: dict[int, list[Record]] = {}
@@ -292,6 +293,8 @@ class KafkaRunner:
             overlay = batch.overlays[number] = Overlay(self.owned[number].store)
             if refused is None:
                 decisions, done[number] = self._decide(overlay, mine, budget)
+            elif bare:
+                decisions, done[number] = [remnant(self.config, record, refused, self.clock.now_ms()) for record in mine], mine
             else:
                 decisions, done[number] = [self.processor.refuse(overlay, record, refused) for record in mine], mine
             for made, record in zip(decisions, done[number], strict=True):

@@ -19,11 +19,12 @@ from kwflow.core.wire import Output, Record, Reply
 from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 
-__all__ = ["DRAINED_MAX", "HOLD", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "holds", "is_paused", "park", "park_rest", "release"]
+__all__ = ["DRAINED_MAX", "HOLD", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "holds", "is_paused", "park", "park_rest", "release", "remnant"]
 
 DRAINED_MAX = 500
 HOLD = b"\0hold\0"
 _MESSAGE_CHARACTERS = 300
+_KEY_BYTES_MAX = 10_000
 _ADDRESS = ("kwflow-request", "kwflow-reply-to")
 
 
@@ -42,6 +43,15 @@ def dead(config: Config, record: Record, reason: str, message: str, received_ms:
     return Decision(
         (letter, *children.refused(record, status, message, config.resume_topic)), (f"dead letter {where}: {message}",), ("dead-letter",), answered(config, record, status, message)
     )
+
+
+def remnant(config: Config, record: Record, reason: str, received_ms: int) -> Decision:
+    """For a record whose dead letter the broker does not take: one that says which it was and why, and holds nothing of it that could be too much (K11)."""
+    message = f"{reason}; a dead letter with its value and headers was refused, too: they are only where it came from"
+    made = dead(config, record, "refused", message, received_ms)
+    bare = msgspec.structs.replace(record, key=record.key if len(record.key or b"") <= _KEY_BYTES_MAX else None, value=None, headers=())
+    letter = dead_letter(config, bare, "refused", message, received_ms)
+    return msgspec.structs.replace(made, outputs=(msgspec.structs.replace(letter, timestamp_ms=received_ms), *made.outputs[1:]))
 
 
 def forward(config: Config, record: Record, partitions: int, received_ms: int) -> Decision:

@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
 
 from kwflow.core.wire import Record
 from kwflow.errors import FencedError, TransportError
@@ -167,6 +167,17 @@ def test_what_was_gathered_and_not_applied_goes_with_its_partition(lab: Lab) -> 
     stop(second)
     turn(first, lambda: first.owned and first.owned[0].position == 10)
     assert first.counts["started"] + second.counts["started"] == 10 and first.counts["duplicate-start"] == second.counts["duplicate-start"] == 0
+
+
+def test_a_record_too_large_for_a_dead_letter_is_told_of_without_its_value(lab: Lab) -> None:
+    """K10, K11: the dead letter has headers more than the record had."""
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned)
+    lab.producer = Producer({"bootstrap.servers": lab.base["bootstrap_servers"], "log_level": 0, "message.max.bytes": 1_048_588})
+    lab.send("resume", "w", "x" * 1_048_400)
+    lab.send("resume", "w", "new:{}")
+    turn(engine, lambda: engine.counts["started"] == 1)
+    assert lab.written(engine.config.dead_letter_topic, "w") == [""]
 
 
 def test_large_records_are_not_heaped_up_while_steps_are_slow(lab: Lab) -> None:

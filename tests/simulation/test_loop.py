@@ -148,6 +148,42 @@ def test_a_dead_letter_that_is_refused_too_ends_the_engine_for_good(lab: Lab) ->
     assert not refused.value.retryable
 
 
+@pytest.mark.parametrize("large", ["value", "headers", "key"])
+def test_a_record_that_is_too_large_for_a_dead_letter_leaves_one_that_says_where_it_is(lab: Lab, large: str) -> None:
+    """K10, K11: what a producer with no limit of its own can write to the input must not end all engines."""
+    engine = lab.engine("one")
+    start(lab, "late", "before")
+    producer = lab.client.producer({"partitioner": "murmur2_random", "message.max.bytes": 1_048_588})
+    much = "x" * 1_048_300
+    producer.produce("workflow-resume", key=much if large == "key" else "w", value=much if large == "value" else "{", headers=[("mine", much)] if large == "headers" else [])
+    producer.poll(0)
+    start(lab, "late", "after")
+    turn(engine, lambda: len(lab.written("workflow-scheduler")) == 2)
+    [letter] = lab.broker.topics["found-dead-letter"].partitions[0].committed()
+    said = dict(letter.headers)
+    assert (letter.key, letter.value) == (None if large == "key" else b"w", None)
+    assert (said["kwflow-error-reason"], said["kwflow-error-topic"], said["kwflow-error-offset"]) == (b"refused", b"workflow-resume", b"1")
+    assert said["kwflow-error-message"].endswith(b"they are only where it came from")
+
+
+def test_a_timestamp_that_the_dead_letters_do_not_take_is_only_in_a_header(lab: Lab) -> None:
+    """K11, K13: the input may be set to take any, and takes any before Kafka 4."""
+    engine = lab.engine("one")
+    append, late = lab.broker.append, START_MS + 1_800_000
+
+    def timed(place: Place, records: Iterable[Made], transaction: Transaction | None) -> list[Entry]:
+        if place[0] != "workflow-resume" and any(made[0] == late for made in records):
+            raise Refused(KafkaError.INVALID_TIMESTAMP, "too far ahead")
+        return append(place, records, transaction)
+
+    lab.broker.append = timed  # type: ignore[method-assign]
+    lab.producer.produce("workflow-resume", key="w", value="{", timestamp=late)
+    lab.producer.poll(0)
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 1)
+    [letter] = lab.broker.topics["found-dead-letter"].partitions[0].committed()
+    assert dict(letter.headers)["kwflow-error-timestamp"] == str(late).encode() and letter.timestamp_ms < late
+
+
 def test_a_broker_that_never_answers_ends_the_process(lab: Lab) -> None:
     """K4: within twice the transaction timeout."""
     engine = lab.engine("one")
