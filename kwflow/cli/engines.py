@@ -191,8 +191,8 @@ def _say_counts(counts: Counter[str], log: Callable[[str], None]) -> None:
     log("records: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"))
 
 
-def _wait_for_topics(settings: Config, log: Callable[[str], None], modules: Sequence[str] = ()) -> None:
-    """Raises TransportError when broker or topics are not as they must be, after `wait_for_broker_s` of asking again."""
+def _wait_for_topics(settings: Config, log: Callable[[str], None], modules: Sequence[str] = (), stop: Callable[[], bool] = lambda: False) -> None:
+    """Raises TransportError when broker or topics are not as they must be, after `wait_for_broker_s` of asking again; not if it is to stop."""
     from kwflow.runners import topics
 
     give_up, said = time.monotonic() + settings.wait_for_broker_s, ""
@@ -205,6 +205,8 @@ def _wait_for_topics(settings: Config, log: Callable[[str], None], modules: Sequ
             problem = TransportError("; ".join(found) + remedy, retryable=False)
         except TransportError as error:
             problem = error
+        if stop():
+            return
         if time.monotonic() >= give_up:
             raise problem
         if str(problem) != said:
@@ -219,7 +221,9 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
     from kwflow.runners.environment import live
 
     log, bar = log_of(settings), RestoreBar()
-    _wait_for_topics(settings, log, modules)
+    _wait_for_topics(settings, log, modules, stop)
+    if stop():
+        return
     failed: list[BaseException] = []
     environment = live(settings.rocksdb_bytes_max, log)
     runners = [kafka.KafkaRunner(settings, make, group, log, outputs=api.declared_topics(), environment=environment) for group, make in makers]

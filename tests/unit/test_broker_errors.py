@@ -76,6 +76,23 @@ def test_every_line_of_an_engine_that_logs_json_is_json_the_last_one_too(tmp_pat
     assert all(f"no broker at {NOBODY}" in line["message"] for line in lines)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["engine", "plain"], ["scheduler"]], ids=" ".join)
+def test_who_waits_for_its_broker_ends_when_it_is_asked_to(command: list[str], tmp_path: pathlib.Path) -> None:
+    """It went on for all of the time, and ended with 3: start me again."""
+    (tmp_path / "plain.py").write_text("def main(opts):\n    return 1\n    yield\n")
+    (tmp_path / "kwflow.toml").write_text("[app]\nclient_connect_s = 0.2\nwait_for_broker_s = 3600\n")
+    words = [sys.executable, "-m", "kwflow.cli", *command, "--bootstrap-servers", NOBODY]
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            assert process.stderr.readline().startswith("waiting: no broker")
+            process.terminate()
+            assert process.wait(30) == 0 and process.stderr.read() == ""
+        finally:
+            process.kill()
+
+
 def run(directory: pathlib.Path, settings: str, *command: str) -> "subprocess.CompletedProcess[str]":
     (directory / "kwflow.toml").write_text(settings)
     words = [sys.executable, "-m", "kwflow.cli", *command, "--bootstrap-servers", NOBODY]
