@@ -1,6 +1,7 @@
 """What a supervisor makes of its children's ends; real processes (K1)."""
 
 import pathlib
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -61,3 +62,20 @@ def test_a_process_that_keeps_dying_is_started_again_later_and_later_and_one_tha
 
     assert [waits_after(1) for _ in range(8)] == [0, 1, 2, 4, 8, 16, 30, 30]
     assert [waits_after(seconds) for seconds in (60, 61, 1)] == [30, 0, 1]
+
+
+def test_a_file_beside_the_workflows_is_no_module_of_pythons_to_the_processes(tmp_path: pathlib.Path) -> None:
+    """One engine alone is a script: where it is started is not where it imports from."""
+    (tmp_path / "token.py").write_text("raise SystemExit('the wrong one')\n")
+    (tmp_path / "plain.py").write_text("def main(opts):\n    return 1\n    yield\n")
+    (tmp_path / "kwflow.toml").write_text("[app]\nbootstrap_servers = '127.0.0.1:1'\nclient_connect_s = 0.2\nwait_for_broker_s = 3600\n")
+    words = [pathlib.Path(sys.executable).with_name("kwflow"), "engine", "plain", "--processes", "2"]
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as supervisor:
+        assert supervisor.stderr is not None
+        try:
+            said = {supervisor.stderr.readline()[:29] for _ in range(2)}
+            assert said == {"process 0: waiting: no broker", "process 1: waiting: no broker"}
+            supervisor.terminate()
+            assert supervisor.wait(30) == 0
+        finally:
+            supervisor.kill()
