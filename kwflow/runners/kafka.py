@@ -96,7 +96,8 @@ class KafkaRunner:
         self.member = Member(
             config, environment, self.clock, on_log, group, f"{group}-{self.instance}", self.directory, self.admin, self.processor, self.incarnation, self.partitions, frozenset(outputs)
         )  # fmt: skip
-        self.results = Results(config, self.processor.input_topic, environment)
+        sizes, age_max_ms = self._limits(topics.needed(config, self.member.outputs))
+        self.results = Results(config, self.processor.input_topic, environment, sizes["batch_size"])
         self.worker = self.processor.work(self.results.deliver)
         self._turns = 0
         self.stats = Stats()
@@ -105,7 +106,6 @@ class KafkaRunner:
         self._generation = -1
         self.owners = Owners(self.member)
         self._attempts = Attempts(self.directory, self.owners.attempted)
-        sizes, age_max_ms = self._limits(topics.needed(config, self.member.outputs))
         self.transactions = Transactions(self.member, sizes, self.stats)
         self.takeover = Takeover(self.member, self.owners, self._attempts, self.worker, age_max_ms)
         self.owned = self.takeover.owned

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from confluent_kafka import KafkaError, Message
+from confluent_kafka import KafkaError, KafkaException, Message
 
 from kwflow.config import Config
 from kwflow.runners.environment import Environment, Producer
@@ -24,8 +24,10 @@ _POLL_S = 0.1
 class Results:
     """A producer that is made with the first result, and what serves its delivery reports meanwhile."""
 
-    def __init__(self, config: Config, topic: str, environment: Environment) -> None:
+    def __init__(self, config: Config, topic: str, environment: Environment, batch_size: int = 1_000_000) -> None:
+        """`batch_size` is what every topic takes (K11)."""
         self.config = config
+        self.batch_size = batch_size
         self.topic = topic
         self.environment = environment
         self._lock = threading.Lock()
@@ -35,7 +37,6 @@ class Results:
 
     def deliver(self, _partition: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
         """Produce until the broker has it or refuses it for good.  Raises KafkaException when this one record cannot even be queued."""
-        producer = self._current()
 
         def delivered(error: KafkaError | None, _message: Message) -> None:
             if error is None:
@@ -43,34 +44,42 @@ class Results:
             elif error.code() in _REFUSED:
                 done(error.str())
             elif not self._closed:
-                self._replace(producer if error.fatal() else None)
                 self.deliver(_partition, key, value, done)
 
         while True:
+            producer = self._current()
             try:
                 producer.produce(self.topic, value, key, on_delivery=delivered)
                 return
             except BufferError:
                 self.environment.sleep(_POLL_S)
+            except KafkaException as error:
+                if error.args[0].code() in _REFUSED:
+                    return done(error.args[0].str())
+                if error.args[0].code() != KafkaError._FATAL:
+                    raise
+                self._replace(producer)
 
     def _current(self) -> Producer:
         with self._lock:
             if self._producer is None:
-                self._producer = self.environment.producer(
-                    client_config(self.config, partitioner="murmur2_random", enable_idempotence=True, linger_ms=2, message_timeout_ms=0, message_max_bytes=self.config.value_bytes_max)
-                )
+                sizes = {"message_max_bytes": self.config.value_bytes_max, "batch_size": self.batch_size}
+                self._producer = self.environment.producer(client_config(self.config, partitioner="murmur2_random", enable_idempotence=True, linger_ms=2, message_timeout_ms=0, **sizes))
                 producer = self._producer
                 self._served = self.environment.background("kwflow-results", lambda: self._serve(producer))
             return self._producer
 
-    def _replace(self, broken: Producer | None) -> None:
+    def _replace(self, broken: Producer) -> None:
         with self._lock:
-            if broken is not None and self._producer is broken:
+            if self._producer is broken:
                 self._producer = None
 
     def _serve(self, producer: Producer) -> None:
-        while not self._closed and self._producer is producer:
-            producer.poll(_POLL_S)
+        while not self._closed and (self._producer is producer or len(producer)):
+            try:
+                producer.poll(_POLL_S)
+            except KafkaException:  # it broke; librdkafka says so once, in whatever call serves its events, and gives back what was queued in the next ones
+                self._replace(producer)
 
     def close(self) -> None:
         """What is not delivered yet stays with the calls that lie in the store."""

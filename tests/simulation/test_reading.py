@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from confluent_kafka import KafkaError
+from confluent_kafka import KafkaError, KafkaException
 
 from kwflow.errors import TransportError
 from kwflow.runners.kafka_reading import read_to
@@ -165,19 +165,52 @@ def test_a_result_that_did_not_arrive_is_written_again_but_not_after_the_end(lab
     environment.served[0]()  # it comes to an end
 
 
-def test_a_producer_that_broke_is_replaced_once(lab: Lab) -> None:
-    """M6.3: all of its records are reported, and are written again with the next one."""
+@pytest.mark.parametrize("in_between", [False, True], ids=["a report comes first", "a result comes first"])
+def test_a_producer_that_broke_is_replaced_once(lab: Lab, in_between: bool) -> None:
+    """M6.3: all of its records are written again with the next one.  As librdkafka does it: one poll raises, what was queued is reported after that, and it takes nothing more."""
     results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
-    callbacks: list[Any] = []
-    results._current().produce = lambda *_, on_delivery, **__: callbacks.append(on_delivery)  # type: ignore[method-assign,union-attr]
-    for number in range(2):
-        results.deliver(0, b"k", b"%d" % number, told.append)
-    for delivered in callbacks:
-        delivered(KafkaError(KafkaError._FATAL, "out of order", fatal=True), None)
-    environment.served[0]()  # the first one's has nothing left to do
+    results.deliver(0, b"k", b"0", told.append)
+    broken = environment.producers[0]
+    queued = [on_delivery for _, _, on_delivery in broken._queue]
+    broken._queue = []
+
+    def poll(_timeout: float) -> int:
+        if broken.produce is not refusing:
+            broken.produce = refusing
+            broken._reports.extend((on_delivery, KafkaError(KafkaError._PURGE_QUEUE), None) for on_delivery in queued)
+            raise KafkaException(KafkaError(KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER, "out of order", fatal=True))
+        return int(broken._report())
+
+    def refusing(*_: Any, **__: Any) -> None:
+        raise KafkaException(KafkaError(KafkaError._FATAL, "broken"))
+
+    broken.poll = poll
+    if in_between:
+        with pytest.raises(KafkaException):
+            broken.poll(0)
+        results.deliver(0, b"k", b"1", told.append)
+    environment.served[0]()
     assert len(environment.producers) == 2
     environment.producers[1].poll(0)
-    assert lab.written(TOPIC) == ["0", "1"] and told == [None, None]
+    assert sorted(lab.written(TOPIC)) == ["0", "1"][: 1 + in_between] and told == [None] * (1 + in_between)
+
+
+def test_results_that_are_too_much_together_are_written_all_the_same(lab: Lab) -> None:
+    """K11: the broker refuses a batch that is larger than its topic takes, and all of it had failed."""
+    lab.broker.topics["workflow-resume"].config["max.message.bytes"] = "300000"
+    results, told = lab.engine("one").results, list[str | None]()
+    results.environment = environment = Service(lab)
+    for _ in range(5):
+        results.deliver(0, b"k", b"x" * 100_000, told.append)
+    environment.producers[0].poll(0)
+    assert told == [None] * 5
+
+
+def test_a_result_that_cannot_even_be_queued_is_given_back(lab: Lab) -> None:
+    """M6.3: its workflow had waited until the next restart."""
+    results, told = Results(lab.config("any", value_bytes_max=2_000), TOPIC, Service(lab)), list[str | None]()
+    results.deliver(0, b"k", b"x" * 2_001, told.append)
+    assert len(told) == 1 and told[0] is not None
 
 
 def test_a_full_queue_is_waited_for(lab: Lab) -> None:
