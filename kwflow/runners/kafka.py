@@ -185,6 +185,8 @@ class KafkaRunner:
             self._pass_marks()
             self._work()
             self.takeover.look_after()
+        except Rejected as error:
+            raise TransportError(f"{self.group}: the broker does not take what is due by time: {error}", retryable=False) from None
         except Aborted as error:
             self.on_log(f"{self.group}: a transaction was aborted and is made again: {error}")
             self._generation = -1

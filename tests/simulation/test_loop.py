@@ -184,6 +184,16 @@ def test_a_timestamp_that_the_dead_letters_do_not_take_is_only_in_a_header(lab: 
     assert dict(letter.headers)["kwflow-error-timestamp"] == str(late).encode() and letter.timestamp_ms < late
 
 
+def test_what_is_due_and_refused_ends_the_scheduler_with_the_reason(lab: Lab) -> None:
+    """K11: there is no record to be refused; it was called a bug of kwflow's."""
+    scheduler = lab.scheduler("one")
+    refuse(lab, "workflow-resume", KafkaError.TOPIC_AUTHORIZATION_FAILED)
+    lab.send("workflow-scheduler", "w|1", "1")
+    with pytest.raises(TransportError, match="does not take what is due by time: not taken") as refused:
+        turn(scheduler, lambda: False)
+    assert not refused.value.retryable
+
+
 def test_a_broker_that_never_answers_ends_the_process(lab: Lab) -> None:
     """K4: within twice the transaction timeout."""
     engine = lab.engine("one")
