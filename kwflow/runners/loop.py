@@ -179,7 +179,7 @@ class _Batch:
         self.live: dict[bytes, Live] = {}
         self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows)
         self.made: list[Decision] = []
-        self.held: dict[str, int] = {}
+        self.held: dict[str, tuple[int, int]] = {}
         self.old: list[bytes] = []  # the instance that was just loaded on old code
         self.named: dict[Module, None] = {}  # versions that the snapshots of this batch name, in the order in which they were met: it decides what is written
 

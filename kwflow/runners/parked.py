@@ -28,6 +28,12 @@ _KEY_BYTES_MAX = 10_000
 _ADDRESS = ("kwflow-request", "kwflow-reply-to")
 
 
+class _Held(Record, frozen=True):
+    """A record that was taken out of a hold; if it comes back, then to its place."""
+
+    place: int = 0
+
+
 def dead_letter(config: Config, record: Record, reason: str, message: str, received_ms: int) -> Output:
     """The original key, value and headers, and which record it was, why and when."""
     said = {"reason": reason, "message": message, "topic": record.topic, "partition": record.partition, "offset": record.offset, "timestamp": record.timestamp_ms, "at": received_ms}
@@ -79,7 +85,7 @@ def park(config: Config, state: Changes, name: str, stored: bytes | None, record
     base |= {entry: value for entry in ("client", "parent") if (value := _text(record, entry))} if stored is None else {}
     state.put(name.encode(), snapshot.park(stored, base, reason, message, record.offset, config.signing_keys))
     kept, replies = _told(config, record, reason, message)
-    state.put(_key(name, record), msgspec.msgpack.encode(kept))
+    _put(state, name, kept, _last(state, name)[1])
     told = dead_letter(config, record, "parked", f"{reason}: {message}", received_ms)
     return Decision((told,), (f"{name} is parked: {reason}: {message}",), ("parked",), replies)
 
@@ -113,23 +119,20 @@ def is_parked(config: Config, stored: bytes | None) -> bool:
         return False
 
 
-def hold(config: Config, state: Changes, header: dict[str, Any], record: Record, received_ms: int, counts: dict[str, int]) -> Decision:
-    """The record waits behind the others; `counts` remembers for a batch how many an instance holds.
+def hold(config: Config, state: Changes, header: dict[str, Any], record: Record, received_ms: int, known: dict[str, tuple[int, int]]) -> Decision:
+    """The record waits behind the others; `known` remembers for a batch how many an instance holds, and the place of the last.
 
     Behind one that failed its sender is told so; behind one that is paused, or is being drained, it waits with it.
     """
     name: str = header["id"]
-    count = counts.get(name)
-    if count is None:
-        count = sum(1 for _ in state.scan(_prefix(name)))
+    count, last = known.get(name) or _last(state, name)
     if count >= config.hold_max:
         again = "unpause it" if is_paused(header) else "retry or discard what it holds"
         said = f"{name} holds {count} records already (limit hold_max); {again}, then retry this dead letter, or raise it"
         return dead(config, record, "hold-full", said, received_ms)
     mark = header["parked"]
     kept, replies = (record, ()) if mark["reason"] in ("paused", "draining") else _told(config, record, mark["reason"], mark["message"])
-    state.put(_key(name, record), msgspec.msgpack.encode(kept))
-    counts[name] = count + 1
+    known[name] = count + 1, max(last, _put(state, name, kept, last))
     return Decision(counts=("held",), replies=replies)
 
 
@@ -142,10 +145,10 @@ def release(config: Config, state: Changes, name: str) -> list[Record]:
 
 def held(state: Changes, name: str) -> list[Record]:
     """The first records of the hold, taken out; as many as one transaction may apply (K17)."""
-    found = []
+    found: list[Record] = []
     for key, value in list(itertools.islice(state.scan(_prefix(name)), DRAINED_MAX)):
         state.put(key, None)
-        found.append(msgspec.msgpack.decode(value, type=Record))
+        found.append(msgspec.structs.replace(msgspec.msgpack.decode(value, type=_Held), place=_place(key)))
     return found
 
 
@@ -185,5 +188,20 @@ def _prefix(name: str) -> bytes:
     return HOLD + name.encode() + b"\0"
 
 
-def _key(name: str, record: Record) -> bytes:
-    return _prefix(name) + b"%020d" % record.offset
+def _place(key: bytes) -> int:
+    return int(key.rpartition(b"\0")[2])
+
+
+def _last(state: Changes, name: str) -> tuple[int, int]:
+    """How many are held, and the place of the last."""
+    count, last = 0, b""
+    for key, _ in state.scan(_prefix(name)):
+        count, last = count + 1, key
+    return count, _place(last) if count else -1
+
+
+def _put(state: Changes, name: str, record: Record, last: int) -> int:
+    """Behind the last one, whose offset may be larger: the instance moved to another partition, or its topic was made again."""
+    place = record.place if isinstance(record, _Held) else max(record.offset, last + 1)
+    state.put(_prefix(name) + b"%020d" % place, msgspec.msgpack.encode(Record(*msgspec.structs.astuple(record)[: len(Record.__struct_fields__)])))
+    return place

@@ -181,6 +181,43 @@ def test_a_long_hold_is_drained_in_bounded_transactions_and_what_arrives_meanwhi
     assert store.entries == {}
 
 
+@pytest.mark.parametrize("op", [b"retry", b"discard"])
+def test_a_hold_keeps_its_order_on_a_partition_whose_offsets_begin_again(op: bytes) -> None:
+    """G2, K17: after `kwflow topics migrate`, or under a topic that was made again; a discard would drop what has not failed."""
+    source = """
+import kwflow as kw
+FAILS = [True]
+def main(o):
+    seen = []
+    while len(seen) < 5:
+        seen.append((yield kw.suspend("r")))
+        if seen[-1] == "bad" and FAILS[0]:
+            raise MemoryError
+    return seen
+"""
+    module = durable.load_source("moved", source)
+    config, store = Config(), MemoryStore()
+    processor = WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), "topic")
+
+    def send(partition: int, offset: int, value: bytes, *headers: tuple[str, bytes | None]) -> Decision:
+        changes = Overlay(store)
+        [made] = processor.decide(changes, [Record("workflow-resume", partition, offset, 1, b"w", value, headers)], 1)
+        store.apply(changes.changes)
+        return made
+
+    def resume(partition: int, offset: int, value: str) -> tuple[str, ...]:
+        return send(partition, offset, b'{"ref":"r","value":"%s"}' % value.encode()).counts
+
+    send(0, 1000, b"new:null")
+    assert [resume(0, 1001 + number, value)[0] for number, value in enumerate(("good", "bad", "first"))] == ["resumed", "parked", "held"]
+    assert [resume(3, 0, "second"), resume(3, 1, "third")] == [("held",), ("held",)]
+    assert send(3, 2, b"null", ("kwflow-op", b"retry")).counts == ("retried", "parked", "held", "held", "held"), "it goes back to where it was"
+    module.FAILS[0] = op == b"discard"
+    made = [send(3, 3, b"null", ("kwflow-op", op)), send(3, 4, b'{"ref":"r","value":"last"}')]
+    [result] = [output.value for one in made for output in one.outputs]
+    assert msgspec.json.decode(result or b"") == ["good", *(["bad"] if op == b"retry" else []), "first", "second", "third", *(["last"] if op == b"discard" else [])]
+
+
 def test_in_the_middle_of_a_drain_a_discard_drops_nothing_until_the_log_has_refused_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """K11, K17: what is next has failed nowhere yet; once it has, the instance says so, and a discard is the way out."""
     monkeypatch.setattr(parked, "DRAINED_MAX", 1)
