@@ -230,7 +230,7 @@ class Calls:
 
     def output(self, value: object, topic: str, key: str | bytes | None, headers: object, timestamp_ms: int | None) -> None:
         topics = self.context.topics
-        if topic not in topics.declared and topic not in (topics.resume, topics.result, topics.error, topics.scheduler):
+        if topic is None or topic not in topics.declared and topic not in (topics.resume, topics.result, topics.error, topics.scheduler):
             raise UsageError(f"topic {topic!r} is not declared; write kw.declare_topics({topic!r}) at module level")
         if isinstance(value, str):
             value = value.encode()

@@ -83,6 +83,15 @@ def test_an_undeclared_topic_raises_in_the_workflow_naming_it_and_the_remedy(eng
     assert "declare_topics('nowhere')" in engine.values("workflow-error")[0]
 
 
+def test_no_topic_at_all_is_refused_also_where_outcomes_are_not_written() -> None:
+    """KW-12: a topic that is turned off is no topic that may be written to; the engine could not write the record, and ended."""
+    module = durable.load_source("nowhere", "import kwflow as kw\ndef main(o):\n    kw.output('x', o)\n    yield kw.suspend('r')\n")
+    processor = WorkflowProcessor(Config(result_topic=""), Workflows({"main": module.main}, "main"), frozenset())
+    [made] = processor.decide(Overlay(MemoryStore()), [Record("workflow-resume", 0, 0, 1, b"w", b"new:null")], 1)
+    [error] = made.outputs
+    assert (error.topic, error.value) == ("workflow-error", b'"UsageError: topic None is not declared; write kw.declare_topics(None) at module level"')
+
+
 def test_what_cannot_be_saved_parks_the_instance_naming_variable_function_place_and_type(engine: WorkflowTester) -> None:
     """G4, semantics §7."""
     engine.start("a")
