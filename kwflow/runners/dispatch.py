@@ -82,12 +82,15 @@ class _Owned:
 class Dispatcher:
     """Starts what commits hand out.  Invariant: what is ready or runs is in `_jobs` once; all else is in the stores."""
 
-    def __init__(self, deliver: Deliver, on_log: Callable[[str], None], concurrency: int = 64, limit_s: float = 600.0, result_bytes_max: int = 500_000, threads: Threads | None = None) -> None:
+    def __init__(
+        self, deliver: Deliver, on_log: Callable[[str], None], concurrency: int = 64, limit_s: float = 600.0, result_bytes_max: int = 500_000, record_bytes_max: int = 1_000_000,
+        threads: Threads | None = None,
+    ) -> None:  # fmt: skip
         self._deliver = deliver
         self._on_log = on_log
         self._concurrency = concurrency
         self._limit_s = limit_s
-        self._result_bytes_max = result_bytes_max
+        self._bytes_max = result_bytes_max, record_bytes_max
         self._owned: dict[int, _Owned] = {}
         self._jobs: dict[tuple[int, str, str], _Job] = {}
         self._ready: deque[_Job] = deque()
@@ -241,14 +244,14 @@ class Dispatcher:
         self._answer(job, contextvars.Context().run(self._call, job))
 
     def _call(self, job: _Job) -> bytes:
-        return carry_out(job.dispatch, _of(job), job.info, self._result_bytes_max)
+        return carry_out(job.dispatch, _of(job), job.info, self._bytes_max)
 
     async def _run_async(self, job: _Job) -> None:
         activity = _of(job)
         try:
             with running_as(job.info):
                 bound = activity.decode_arguments(job.dispatch.arguments)
-                record = _result(job.dispatch, activity, await activity.function(*bound.args, **bound.kwargs), self._result_bytes_max)
+                record = _result(job.dispatch, activity, await activity.function(*bound.args, **bound.kwargs), self._bytes_max)
         except BaseException as error:
             record = _failure(job.dispatch, error)
         self._answer(job, record)
@@ -330,8 +333,8 @@ def info_of(item: Dispatch) -> ActivityInfo:
     return ActivityInfo(item.name, item.workflow_id, item.attempt, f"{item.workflow_id}|{item.key}")
 
 
-def carry_out(item: Dispatch, activity: Activity[Any, Any], info: ActivityInfo, bytes_max: int, function: Callable[..., Any] | None = None) -> bytes:
-    """Call it (or `function` in its place) and make the record that answers; whatever it raises is in there."""
+def carry_out(item: Dispatch, activity: Activity[Any, Any], info: ActivityInfo, bytes_max: tuple[int, int], function: Callable[..., Any] | None = None) -> bytes:
+    """Call it (or `function` in its place) and make the record that answers; whatever it raises is in there.  `bytes_max`: of the result, of the record."""
     try:
         with running_as(info):
             bound = activity.decode_arguments(item.arguments)
@@ -340,14 +343,16 @@ def carry_out(item: Dispatch, activity: Activity[Any, Any], info: ActivityInfo, 
         return _failure(item, error)
 
 
-def _result(item: Dispatch, activity: Activity[Any, Any], value: Any, bytes_max: int) -> bytes:
+def _result(item: Dispatch, activity: Activity[Any, Any], value: Any, bytes_max: tuple[int, int]) -> bytes:
     if inspect.iscoroutine(value):
         value.close()
         raise ActivityError(f"activity {activity.name} returned a coroutine; declare it with `async def`", "BadResult", final=True)
     encoded = activity.encode_result(value)
-    if len(encoded) > bytes_max:
-        raise ActivityError(f"the result of activity {activity.name} has {len(encoded)} bytes, more than activity_bytes_max = {bytes_max}; return a reference to it", "ResultTooLarge", final=True)
-    return b'{"ref":' + wire.json_dumps(item.ref) + b',"value":' + encoded + b"}"
+    record = b'{"ref":' + wire.json_dumps(item.ref) + b',"value":' + encoded + b"}"
+    for size, limit, name in ((len(encoded), bytes_max[0], "activity_bytes_max"), (len(record), bytes_max[1], "value_bytes_max")):
+        if size > limit:
+            raise ActivityError(f"the result of activity {activity.name} has {size} bytes, more than {name} = {limit}; return a reference to it", "ResultTooLarge", final=True)
+    return record
 
 
 def _failure(item: Dispatch, error: BaseException) -> bytes:

@@ -19,6 +19,7 @@ __all__ = ["Results"]
 
 _REFUSED = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_RECORD, KafkaError.TOPIC_AUTHORIZATION_FAILED}
 _POLL_S = 0.1
+_KEY_BYTES_MAX = 1_000  # of an id, which counts in the limit of the producer too
 
 
 class Results:
@@ -63,7 +64,7 @@ class Results:
     def _current(self) -> Producer:
         with self._lock:
             if self._producer is None:
-                sizes = {"message_max_bytes": self.config.value_bytes_max, "batch_size": self.batch_size}
+                sizes = {"message_max_bytes": self.config.value_bytes_max + _KEY_BYTES_MAX, "batch_size": self.batch_size}
                 self._producer = self.environment.producer(client_config(self.config, partitioner="murmur2_random", enable_idempotence=True, linger_ms=2, message_timeout_ms=0, **sizes))
                 producer = self._producer
                 self._served = self.environment.background("kwflow-results", lambda: self._serve(producer))

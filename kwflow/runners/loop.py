@@ -113,7 +113,8 @@ class WorkflowProcessor:
         allow_classes_by_value(config.snapshot_cloudpickle)
 
     def work(self, deliver: Deliver) -> Dispatcher:
-        self.dispatcher = Dispatcher(deliver, self.on_log, self.config.activity_concurrency, self.config.activity_limit_s, self.config.activity_bytes_max)
+        config = self.config
+        self.dispatcher = Dispatcher(deliver, self.on_log, config.activity_concurrency, config.activity_limit_s, config.activity_bytes_max, config.value_bytes_max)
         return self.dispatcher
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:

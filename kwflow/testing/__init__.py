@@ -225,7 +225,7 @@ class WorkflowTester:
                 answered.append(asyncio.run(value) if inspect.iscoroutine(value) else value)
                 return answered[0] if answered[0] is not HANGS else None
 
-            record = carry_out(item, activity, info_of(item), self.config.activity_bytes_max, run)
+            record = carry_out(item, activity, info_of(item), (self.config.activity_bytes_max, self.config.value_bytes_max), run)
             if not (answered and answered[0] is HANGS):
                 self._log(Output(self.config.resume_topic, item.workflow_id.encode(), record, (), self.now_ms))
 

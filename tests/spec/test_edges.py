@@ -377,9 +377,9 @@ class Calls:
         return f"{error['type']}: {error['message']}" if error else ""
 
 
-def answered(at: int, bytes_: int, function: Any) -> str:
-    calls = Calls(activity_bytes_max=at)
-    calls.call(make(function), bytes_ - 2)
+def answered(at: int, bytes_: int, function: Any, limit: str = "activity_bytes_max", less: int = 2) -> str:
+    calls = Calls(**{limit: at})
+    calls.call(make(function), bytes_ - less)
     calls.until(lambda: calls.answers)
     calls.dispatcher.close()
     return calls.message()
@@ -453,6 +453,8 @@ EDGES = [
     Edge("value_bytes_max", "bytes of an error's text", 80, _told, r"ValueError: its text has 81 bytes .limit value_bytes_max."),
     Edge("value_bytes_max", "twice the bytes of a reply", 300, _replied, r"a reply has at most 300 bytes, not 301 .half of limit value_bytes_max.; reply a reference"),
     Edge("value_bytes_max", "bytes of an input", 60, _input, r"the value has 61 bytes, more than 60 .limit value_bytes_max.; send a reference to it, or raise it and retry"),
+    Edge("value_bytes_max", "bytes of the record that has an activity's result", 100, lambda at, n: answered(at, n, lambda size: "x" * size, "value_bytes_max", len('{"ref":"0:1","value":""}')),
+         r"ResultTooLarge: the result of activity edges-\d+ has 101 bytes, more than value_bytes_max = 100; return a reference"),
     Edge("value_bytes_max", "bytes of a timer", 5, _timer, r"the value has 6 bytes, more than 5 .limit value_bytes_max."),
     Edge("header_bytes_max", "bytes of an output's headers", 50, in_a_step("header_bytes_max", "headers"), r"the headers of an output to out have 51 bytes, more than 50 .limit header_bytes_max.; put it into the value"),
     Edge("header_bytes_max", "bytes of an input's headers", 60, _input_headers, r"the headers have 61 bytes, more than 60 .limit header_bytes_max.; put it into the value, or raise it and retry"),
