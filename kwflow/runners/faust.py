@@ -106,6 +106,7 @@ class Agent:
 
     async def _recovered(self) -> None:
         """Before the first record of what was assigned (semantics §9.6).  Faust would go on after an error here, so that it ends the process."""
+        self._state.forget()
         admin = topics.admin(self.config)
         try:
             await asyncio.get_running_loop().run_in_executor(self._steps, take_over, self.processor, self._state, admin, self.config, f"{self.config.application_id}-state")
@@ -131,7 +132,7 @@ class Agent:
         """Start what the table still holds of activities, at first and after each rebalance; end those that took too long."""
         if not self._stepping:
             self.stats.turned_s = time.monotonic()
-        if not self._worker.owns(_ALL):
+        if self._restored and not self._worker.owns(_ALL):  # not while the table is being restored: what is not there yet would not be looked for again
             self._worker.own(_ALL, self._state)
         self._worker.turn()
 
