@@ -21,6 +21,7 @@ __all__ = ["EARLIEST", "END_WAIT_MS", "LATEST", "RETRY_S", "TRANSACTION_S", "Mem
 TRANSACTION_S = 15  # a dead engine with another identity blocks its partitions for this long (K1)
 RETRY_S = 0.02
 EARLIEST, LATEST = OffsetSpec.earliest(), OffsetSpec.latest()  # type: ignore[no-untyped-call] # the library has no types here
+_NOT_KNOWN_YET = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._NOENT)  # a topic that was just made; the leaders, by a broker that was just started
 END_WAIT_MS = 10  # fetch.wait.max.ms of those who read to an end
 
 
@@ -34,7 +35,7 @@ def again(environment: Environment, call: Callable[[], Any]) -> Any:
             code = error.args[0]
             if code.code() == KafkaError._FENCED:
                 raise FencedError(code.str()) from None
-            if not (topics.transient(code) or code.code() in (KafkaError._STATE, KafkaError.UNKNOWN_TOPIC_OR_PART)):  # unknown: just made, and not known everywhere yet
+            if not (topics.transient(code) or code.code() in (KafkaError._STATE, *_NOT_KNOWN_YET)):
                 raise
             if environment.monotonic() > give_up:
                 raise TransportError(f"no answer for {2 * TRANSACTION_S} s: {code.str()}") from None
