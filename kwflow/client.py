@@ -12,6 +12,7 @@ import concurrent.futures
 import heapq
 import itertools
 import logging
+import os
 import threading
 import time
 import uuid
@@ -100,6 +101,7 @@ class Client:
         self._deadlines: list[tuple[float, int, str | None, Future[Any], Exception]] = []
         self._count = itertools.count()
         self._closed: Exception | None = None
+        self._pid = os.getpid()
         link.listen(self)
 
     @classmethod
@@ -279,6 +281,8 @@ class Client:
         with self._lock:
             if self._closed is not None:
                 raise self._closed
+            if os.getpid() != self._pid:  # threads stay behind at a fork: nobody would ever answer
+                raise UsageError(f"this client was made in another process (pid {self._pid}); make one after the fork")
             self._open.add(future)
         future.add_done_callback(self._open.discard)
         return future

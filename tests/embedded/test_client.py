@@ -1,6 +1,7 @@
 """The client on an embedded engine, in the engine's process and through its socket: the same tests for both (M1, M4, A1-A12)."""
 
 import asyncio
+import os
 import pathlib
 import threading
 import time
@@ -347,6 +348,22 @@ def test_nobody_waits_for_an_outcome_that_is_not_written(tmp_path: pathlib.Path)
         with pytest.raises(UsageError):
             client.result("a|b")
         assert not client._open and not client._waiters
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="NOT TESTED: no fork here")
+def test_a_client_that_a_fork_has_copied_says_so(client: Client) -> None:
+    """Servers that fork their workers: the client's thread stays behind, and its futures would wait for ever."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            client.query("w")
+        except UsageError:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    with pytest.raises(CommandError, match="not_found"):
+        client.query("w").result(20)
 
 
 def test_a_closed_client_says_so(make: Make) -> None:
