@@ -43,6 +43,20 @@ _DONE = ("ok", "delivered", "started", "duplicate")
 class Future(concurrent.futures.Future[_T], Generic[_T]):
     """A value to come: `.result(timeout)` in a thread, `await` in a coroutine.  Cancelling it only stops waiting."""
 
+    told_by: Callable[[], int] = staticmethod(lambda: 0)  # the thread that brings it, which runs callbacks too
+
+    def result(self, timeout: float | None = None) -> _T:
+        self._check()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._check()
+        return super().exception(timeout)
+
+    def _check(self) -> None:
+        if not self.done() and threading.get_ident() == self.told_by():
+            raise UsageError("a callback must not wait: it runs on the client's thread, which would have to bring what it waits for; add a callback, or wait on a thread of yours")
+
     def __await__(self) -> Generator[Any, None, _T]:
         return asyncio.wrap_future(self).__await__()
 
@@ -102,6 +116,7 @@ class Client:
         self._count = itertools.count()
         self._closed: Exception | None = None
         self._pid = os.getpid()
+        self._thread = 0  # the one that the link tells us on
         link.listen(self)
 
     @classmethod
@@ -278,6 +293,7 @@ class Client:
     # -- futures -----------------------------------------------------------------------------------------------------
     def _future(self) -> Future[Any]:
         future: Future[Any] = Future()
+        future.told_by = lambda: self._thread
         with self._lock:
             if self._closed is not None:
                 raise self._closed
@@ -433,6 +449,7 @@ class Client:
             replied(reply)
 
     def on_tick(self) -> None:
+        self._thread = threading.get_ident()
         now = time.monotonic()
         due = []
         with self._lock:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pathlib
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -364,6 +365,25 @@ def test_a_client_that_a_fork_has_copied_says_so(client: Client) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
     with pytest.raises(CommandError, match="not_found"):
         client.query("w").result(20)
+
+
+def test_a_callback_that_waits_is_told_that_it_must_not(client: Client) -> None:
+    """It runs on the thread that would bring the answer: it would wait for ever, and everybody with it."""
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def waits(done: Any) -> None:
+        for wait in (client.query("w").result, client.query("w").exception):
+            try:
+                wait()
+            except UsageError as error:
+                said.put(str(error))
+        said.put(done.result())
+
+    client.start_and_wait("w", workflow="greet", input={"name": "John"}).add_done_callback(waits)
+    first, second, outcome = (said.get(timeout=20) for _ in range(3))
+    assert "a callback must not wait" in first and first == second
+    assert outcome["message"] == "Hello John!"  # type: ignore[index]
+    assert client.query("w").result(20)["status"] == "ended"
 
 
 def test_a_closed_client_says_so(make: Make) -> None:
