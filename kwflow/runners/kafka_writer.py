@@ -36,6 +36,7 @@ class SoleWriter:
         self._config = config
         self._name = f"{config.application_id}-{name}"
         settings: dict[str, Any] = {"transactional_id": self._name, "transaction_timeout_ms": _TRANSACTION_MS, "retry_backoff_ms": 1, "retry_backoff_max_ms": 100}
+        settings["message_max_bytes"] = max(1_000_000, config.value_bytes_max + config.header_bytes_max)
         self._errors = BrokerErrors()
         self._producer = made(Producer, client_config(config, partitioner="murmur2_random", **settings) | {"error_cb": self._errors})
         self._again(lambda: self._producer.init_transactions(_TIMEOUT_S))

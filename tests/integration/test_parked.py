@@ -125,6 +125,14 @@ def test_a_letter_that_the_broker_does_not_take_leaves_the_writer_fit_for_the_ne
     assert resent(site) == ["b"]
 
 
+def test_a_letter_that_was_too_large_is_sent_again_once_the_limit_is_raised(site: Site) -> None:
+    """So its message says; a client's own limit is 1,000,000."""
+    config = Config(bootstrap_servers=site.broker, application_id=site.application, value_bytes_max=1_040_000)
+    with SoleWriter(config, "dead-letters") as writer:
+        writer.write([Output(site.topic("resume"), b"large", b"x" * 1_039_000)])
+    assert resent(site) == ["large"]
+
+
 def test_what_was_committed_behind_a_transaction_that_is_open_is_waited_for(site: Site) -> None:
     """K5: an engine has written a letter and not committed; the mark that an operator has made since lies behind it, and without it a letter would be sent twice."""
     config = Config(bootstrap_servers=site.broker, application_id=site.application)
