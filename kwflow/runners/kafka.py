@@ -136,9 +136,8 @@ class KafkaRunner:
         there = topics.partitions_of(self.admin, self.config)
         self._reply_partitions, self._reply_asked = there.get(self.config.reply_topic, 0), 0.0
         settings = topics.settings_of(self.admin, [name for name in names if name in there])
-        sizes = [int(found["max.message.bytes"]) for found in settings.values()]
         retention = int(settings.get(self.processor.changelog_topic, {}).get("delete.retention.ms", _DAY_MS))
-        return {"message_max_bytes": max(sizes), "batch_size": min(1_000_000, min(sizes) * 9 // 10)}, retention // 2
+        return topics.sizes(settings.values()), retention // 2
 
     # -- the loop --------------------------------------------------------------------------------------------------
     @_mapped

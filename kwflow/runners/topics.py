@@ -17,12 +17,13 @@ from kwflow.runners.environment import LIVE, Environment
 
 __all__ = [
     "admin", "client_config", "committed_ends", "create", "describe", "ends", "needed", "overridden", "partitions_of", "problems",
-    "record_of", "replication", "settings_of", "told", "transient",
+    "record_of", "replication", "settings_of", "sizes", "told", "transient",
 ]  # fmt: skip
 
 _DAY_MS = 86_400_000
 _LATE_S = 5.0
 _LOOK_S = 0.02
+_MESSAGE_BYTES_MAX = 1_000_000_000  # librdkafka's; a topic may take twice as much
 _TRANSIENT = {  # what a leader or coordinator that moves, or was just made, answers; librdkafka marks few of them as retriable
     KafkaError._ALL_BROKERS_DOWN,
     KafkaError._RESOLVE,
@@ -98,6 +99,12 @@ def settings_of(client: AdminClient, names: Iterable[str]) -> dict[str, dict[str
         except KafkaException as error:
             raise TransportError(f"cannot read the configuration of topic {resource.name}: {error.args[0].str()}") from None
     return found
+
+
+def sizes(settings: Iterable[dict[str, str]]) -> dict[str, int]:
+    """Producer sizes for topics with these settings: the largest limit for a record, and a batch that each of them takes (K11)."""
+    limits = [int(found["max.message.bytes"]) for found in settings]
+    return {"message_max_bytes": min(_MESSAGE_BYTES_MAX, max(limits)), "batch_size": min(1_000_000, min(limits) * 9 // 10)}
 
 
 def _changelogs(config: Config) -> tuple[tuple[str, str], ...]:

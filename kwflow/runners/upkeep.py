@@ -65,11 +65,26 @@ def _described(admin: AdminClient, config: Config) -> list[Any]:
     return _done(admin.describe_consumer_groups(list(_groups(config)), request_timeout=_TIMEOUT_S), "describe the consumer groups")
 
 
+def _places_done(futures: dict[Any, Any], what: str) -> list[TopicPartition]:
+    """The partitions of a request about a group; one may fail alone.  Raises TransportError."""
+    places = [place for found in _done(futures, what) for place in found.topic_partitions]
+    for place in places:
+        if place.error is not None:
+            raise TransportError(f"cannot {what} on {place.topic}[{place.partition}]: {place.error.str()}", retryable=False)
+    return places
+
+
 def _offsets(admin: AdminClient, group: str, topic: str, partitions: int) -> dict[int, int]:
     """Partition -> the offset that the group committed, for those that it did."""
     asked = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, number) for number in range(partitions)])
-    [found] = _done(admin.list_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"read the offsets of {group}")
-    return {where.partition: where.offset for where in found.topic_partitions if where.offset >= 0}
+    places = _places_done(admin.list_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"read the offsets of {group}")
+    return {place.partition: place.offset for place in places if place.offset >= 0}
+
+
+def _marked(state: dict[bytes, bytes], incarnation: str) -> int | None:
+    """The offset that the state names (K16): the group forgets its own after a week without members."""
+    mark = msgspec.json.decode(state[POSITION]) if POSITION in state else {}
+    return int(mark["next"]) if mark.get("topic") == incarnation else None
 
 
 # -- reset --------------------------------------------------------------------------------------------------------------
@@ -106,7 +121,7 @@ def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
         if source in there:
             ends = topics.ends(admin, source, there[source], latest=input_from == "latest")
             asked = ConsumerGroupTopicPartitions(group, [TopicPartition(source, number, offset) for number, offset in ends.items()])
-            _done(admin.alter_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"set the offsets of {group}")
+            _places_done(admin.alter_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"set the offsets of {group}")
             say(f"{group} begins at the {input_from} of {source}")
     if config.owners_topic in there:  # who died at which record is of no account any more
         producer = made(Producer, topics.client_config(config, enable_idempotence=True))
@@ -148,19 +163,26 @@ def migrate(config: Config, partitions: int, say: Callable[[str], None]) -> None
             raise UsageError(f"topic {source if source not in there else changelog} is missing; kwflow topics create makes it")
         if there[source] > partitions:
             raise UsageError(f"{source} has {there[source]} partitions; Kafka can only add some, not take them away")
-        _applied(config, admin, group, source, there[source])
+        _applied(config, admin, group, source, changelog, there[source])
     for group, (source, changelog) in _groups(config).items():
         more = [NewPartitions(topic, partitions) for topic in (source, changelog) if there[topic] < partitions]
         if more:
             _done(admin.create_partitions(more, operation_timeout=_TIMEOUT_S), f"add partitions to {source} and {changelog}")
-        moved = _move(config, admin, group, source, changelog, partitions)
+        try:
+            moved = _move(config, admin, group, source, changelog, partitions)
+        except KafkaException as error:
+            raise TransportError(f"cannot move the entries of {changelog}: {error.args[0].str()}; no engine starts before kwflow topics migrate --partitions {partitions} has done it") from None
         say(f"{source} and {changelog} have {partitions} partitions; {moved} entries moved")
 
 
-def _applied(config: Config, admin: AdminClient, group: str, topic: str, partitions: int) -> None:
+def _applied(config: Config, admin: AdminClient, group: str, topic: str, changelog: str, partitions: int) -> None:
     """Offsets alone do not tell: the marks of transactions have some too."""
-    committed, begins = _offsets(admin, group, topic, partitions), topics.ends(admin, topic, partitions, latest=False)
-    waiting = sum(1 for number in range(partitions) for _ in read(config, topic, number, committed.get(number, begins[number])))
+    begins, (incarnation, _) = topics.ends(admin, topic, partitions, latest=False), topics.describe(admin, config, topic)
+    committed = _offsets(admin, group, topic, partitions)
+    for number in begins.keys() - committed.keys():
+        marked = _marked(latest(config, changelog, number), incarnation)
+        committed[number] = begins[number] if marked is None else max(begins[number], marked)
+    waiting = sum(1 for number in range(partitions) for _ in read(config, topic, number, committed[number]))
     if waiting:
         raise UsageError(f"{waiting} records of {topic} are not applied yet; stop what produces them, let the engines end their work, and stop the engines")
 
@@ -176,7 +198,8 @@ def _home(key: bytes) -> bytes | None:
 
 def _move(config: Config, admin: AdminClient, group: str, source: str, changelog: str, partitions: int) -> int:
     """Entry by entry to its home, then what each partition has of its own; the mark that lets engines start comes last."""
-    producer = made(Producer, topics.client_config(config, transactional_id=f"{group}-migrate", transaction_timeout_ms=60_000))
+    sizes = topics.sizes(topics.settings_of(admin, [changelog]).values())
+    producer = made(Producer, topics.client_config(config, transactional_id=f"{group}-migrate", transaction_timeout_ms=60_000, **sizes))
     producer.init_transactions(_TIMEOUT_S)
     states = {number: latest(config, changelog, number) for number in range(partitions)}
     moved = 0
@@ -204,7 +227,7 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
             producer.produce(changelog, b"%d %s" % (len(due), due[0]) if due else None, timers.COUNT, partition=number)
         else:
             producer.produce(changelog, None, FORGOTTEN, partition=number)  # what came may be forgotten sooner; it is looked up anew
-        mark = {"topic": incarnation, "next": committed.get(number, 0), "partitions": partitions}
+        mark = {"topic": incarnation, "next": committed.get(number, _marked(state, incarnation) or 0), "partitions": partitions}
         producer.produce(changelog, msgspec.json.encode(mark), POSITION, partition=number)
     producer.commit_transaction(60)
     return moved

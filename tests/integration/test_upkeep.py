@@ -5,11 +5,14 @@ import pathlib
 from collections.abc import Iterator
 
 import pytest
+from confluent_kafka import Consumer, Producer
+from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType  # type: ignore[attr-defined]
 
 from kwflow.config import Config
 from kwflow.core import timers
 from kwflow.core.murmur2 import partition_of
-from kwflow.runners import kafka_link, upkeep
+from kwflow.errors import TransportError
+from kwflow.runners import kafka_link, topics, upkeep
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import EXPIRES, FORGOTTEN
 from kwflow.runners.parked import HOLD
@@ -91,6 +94,8 @@ def test_a_reset_says_what_it_would_do_and_forgets_every_instance(site: Site) ->
     for id in ids:
         site.send(id, 'new:{"timeout": 86400000}')
     refs(site, ids)
+    due = f"{site.application}-timers-changelog"
+    site.until(lambda: sum(key.startswith(timers.DUE) for key in kafka_link.latest(Config(bootstrap_servers=site.broker), due)) == 3)  # the scheduler follows the engine
     stopped(site)
     site.environment["KWFLOW_STATE_DIR"] = str(site.directory / "one")
     refused = site.fails(1, "reset", typed="n\n")
@@ -127,3 +132,65 @@ def test_a_copy_of_what_a_reset_has_emptied_is_made_anew_on_machines_that_come_b
     other = lab.engine("other")
     turn(other, lambda: other.owned)
     assert other.owned[0].store.get(b"w7") is not None and other.owned[0].store.get(b"ghost") is None
+
+
+def test_what_a_changelog_takes_is_moved_however_large_or_small_its_limit(lab: Lab) -> None:
+    """K11: a client's own limit is a megabyte, for a record and for a batch; half-way no engine starts."""
+    config = lab.config("one")
+    for partitions, limit, sizes in ((8, 300_000, [100_000] * 8), (9, 3_000_000, [2_000_000])):
+        limited(lab, config.changelog_topic, limit)
+        producer = Producer({"bootstrap.servers": lab.base["bootstrap_servers"], "message.max.bytes": 3_000_000, "batch.size": 200_000})
+        for number, size in enumerate(sizes):
+            producer.produce(config.changelog_topic, b"x" * size, f"{limit}-{number}")
+        assert producer.flush(20) == 0
+        upkeep.migrate(config, partitions, lambda _: None)
+    found = [partition_of(key, 9) == number for number in range(9) for key in kafka_link.latest(config, config.changelog_topic, number) if not key.startswith(b"\0")]
+    assert found == [True] * 9
+    limited(lab, config.changelog_topic, 50_000)
+    with pytest.raises(TransportError, match=f"cannot move the entries of {config.changelog_topic}: .* too large.*; no engine starts before kwflow topics migrate --partitions 30"):
+        upkeep.migrate(config, 30, lambda _: None)
+
+
+def test_a_topic_that_takes_more_than_the_client_can_send_is_no_wrong_setting(lab: Lab) -> None:
+    """K11."""
+    limited(lab, lab.base["result_topic"], 2**31 - 1)
+    assert lab.engine("one").owned == {}
+
+
+def test_a_reset_that_could_not_set_an_offset_says_so(lab: Lab) -> None:
+    """The broker tells it of each partition: the request as a whole went well."""
+    config = lab.config("one")
+    member = Consumer({"bootstrap.servers": lab.base["bootstrap_servers"], "group.id": config.application_id})
+
+    def say(line: str) -> None:
+        member.subscribe([config.resume_topic])
+        while not member.assignment():
+            member.poll(0.1)
+
+    with pytest.raises(TransportError, match=f"cannot set the offsets of {config.application_id} on {config.resume_topic}.*Unknown member"):
+        upkeep.reset(config, "latest", say)
+    member.close()
+
+
+def test_what_a_group_has_forgotten_is_known_from_the_state_when_partitions_are_added(lab: Lab) -> None:
+    """K16: offsets expire after a week without an engine; applied records counted as waiting, for ever."""
+    config, admin = lab.config("one"), topics.admin(lab.config("one"))
+    engine = lab.engine("one")
+    lab.send("resume", "w", "new:{}")
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 1)
+    engine.run(lambda: True)
+    upkeep._standing_still(admin, config)
+    [done] = admin.delete_consumer_groups([config.application_id]).values()
+    done.result(10)
+    upkeep.migrate(config, 2, lambda _: None)
+    engine = lab.engine("one")
+    turn(engine, lambda: len(engine.owned) == 2)
+    assert engine.owned[0].position == 1
+
+
+def limited(lab: Lab, topic: str, limit: int) -> None:
+    """This topic takes so many bytes at a time."""
+    entry = ConfigEntry("max.message.bytes", str(limit), incremental_operation=AlterConfigOpType.SET)
+    admin = topics.admin(lab.config("any"))
+    [done] = admin.incremental_alter_configs([ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])]).values()
+    done.result(10)
