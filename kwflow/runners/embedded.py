@@ -7,18 +7,17 @@ goes on from its last committed batch.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
 import msgspec
-from rocksdict import DbClosedError, Rdict, WriteBatch, WriteOptions
+from rocksdict import Rdict, WriteBatch, WriteOptions
 
 from kwflow.config import Config
 from kwflow.core.wire import Output, Record
@@ -28,7 +27,7 @@ from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget, bytes_of
-from kwflow.runners.embedded_state import LOG, NEXT, POSITION, EmbeddedStore, Group, records_of
+from kwflow.runners.embedded_state import LOG, NEXT, POSITION, STORE_ID, EmbeddedStore, Group, failing, records_of
 from kwflow.runners.instances import Instances
 from kwflow.runners.logs import lines_of
 from kwflow.runners.loop import Overlay, collecting_later
@@ -39,23 +38,11 @@ from kwflow.runners.tracing import end_all
 
 __all__ = ["Embedded", "SystemClock"]
 
-_STORE_ID = b"I"
 _IDLE_S = 0.5  # how long an idle engine sleeps when nothing wakes it; appends and timers do
 _FIRED_MAX = 1000
 _TRIM_S = 5
 _HELD_S = 1.0
 _REPLY_MS = 3_600_000
-
-
-@contextlib.contextmanager
-def _failing(directory: Path) -> Iterator[None]:
-    """What the disk and rocksdict, which has no class of its own for it, raise here as TransportError."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) is not Exception and not isinstance(error, (OSError, DbClosedError)):
-            raise
-        raise TransportError(f"{directory} cannot be used any more: {error}") from None
 
 
 class SystemClock:
@@ -70,7 +57,7 @@ class Embedded:
 
     def __init__(self, directory: Path, config: Config | None = None, sync: bool = True, clock: Clock | None = None) -> None:
         self.limits = config or Config()
-        with _failing(directory):
+        with failing(directory):
             self.directory = private(directory)
         self.clock = clock or SystemClock()
         self.stats = Stats()
@@ -98,9 +85,9 @@ class Embedded:
         holder.write_text(str(os.getpid()))
         self._write = WriteOptions()
         self._write.sync = sync
-        if self.db.get(_STORE_ID) is None:
-            self.db[_STORE_ID] = uuid.uuid4().hex.encode()
-        self.incarnation = cast(bytes, self.db[_STORE_ID]).decode()
+        if self.db.get(STORE_ID) is None:
+            self.db[STORE_ID] = uuid.uuid4().hex.encode()
+        self.incarnation = cast(bytes, self.db[STORE_ID]).decode()
 
     def _open(self, give_up: float) -> Rdict:
         """Others hold it for a moment, when they append a record while no engine runs."""
@@ -113,7 +100,7 @@ class Embedded:
             time.sleep(0.02)
 
     def close(self) -> None:
-        with _failing(self.directory), self._lock:
+        with failing(self.directory), self._lock:
             (self.directory / "engine.pid").unlink(missing_ok=True)
             self.db.close()
 
@@ -124,7 +111,7 @@ class Embedded:
 
     def append_all(self, groups: Sequence[Group]) -> list[list[int]]:
         """Write these durably, in one batch; the offsets of each group's records, none of one whose mark is there.  Raises TransportError."""
-        with _failing(self.directory), self._lock:
+        with failing(self.directory), self._lock:
             batch, marks, borne = WriteBatch(raw_mode=True), dict[bytes, int](), set[bytes]()
             offsets = [self._put_group(batch, marks, borne, group) for group in groups]
             self._done(batch, marks, self._write)
@@ -341,7 +328,7 @@ class Embedded:
             careful = max(self._attempts.suspected_until(number), self.position(topic) + self.limits.batch_records_max)
             self._careful[topic] = min(self.end(topic), careful) if self._attempts.unclean else 0
         try:
-            with _failing(self.directory):
+            with failing(self.directory):
                 self._run(processors, until, on_log)
             self._attempts.finished()
         except TransportError:

@@ -18,7 +18,7 @@ from kwflow.core.wire import Output, Record
 from kwflow.errors import TransportError
 from kwflow.ports import Listener
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.embedded_state import ends_of, read_only, records_of
+from kwflow.runners.embedded_state import STORE_ID, ends_of, read_only, records_of
 from kwflow.runners.socket import Follower, submit
 
 __all__ = ["EmbeddedLink", "SocketLink"]
@@ -96,16 +96,17 @@ class SocketLink(_Link):
     def __init__(self, directory: Path, config: Config) -> None:
         super().__init__(config)
         self._directory = directory
-        self._positions = self._ends()
+        self._positions, self._log = self._ends()
         self._unsent: queue.SimpleQueue[tuple[Output, Callable[[Exception], None]] | None] = queue.SimpleQueue()
         self._sender = threading.Thread(target=self._send, name="kwflow-client-send", daemon=True)
 
-    def _ends(self) -> dict[str, int]:
+    def _ends(self) -> tuple[dict[str, int], bytes | None]:
+        """Where each topic ends, and which log that is."""
         if not (self._directory / "CURRENT").exists():
-            return dict.fromkeys(_followed(self.config), 0)
+            return dict.fromkeys(_followed(self.config), 0), None
         db = read_only(self._directory)
         try:
-            return ends_of(db, _followed(self.config))
+            return ends_of(db, _followed(self.config)), db.get(STORE_ID)
         finally:
             db.close()
 
@@ -143,6 +144,11 @@ class SocketLink(_Link):
             try:
                 if follower is None:
                     follower = Follower(self._directory, self._positions)
+                    _, log = self._ends()
+                    if log != self._log:
+                        self._begin_anew(log, listener)
+                        follower.close()
+                        follower = Follower(self._directory, self._positions)
                 for record in follower.read(_TICK_S):
                     self._positions[record.topic] = record.offset + 1
                     listener.on_record(record)
@@ -154,6 +160,13 @@ class SocketLink(_Link):
             listener.on_tick()
         if follower is not None:
             follower.close()
+
+    def _begin_anew(self, log: bytes | None, listener: Listener) -> None:
+        """Somebody has deleted the directory, and what is there now is another log: of all its records none was seen."""
+        self._positions = dict.fromkeys(self._positions, 0)
+        if self._log is not None:
+            listener.on_gap()
+        self._log = log
 
     def close(self) -> None:
         super().close()

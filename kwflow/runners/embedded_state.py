@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
-from rocksdict import AccessType, Options, Rdict
+from rocksdict import AccessType, DbClosedError, Options, Rdict
 
 from kwflow.core.wire import Output, Record
 from kwflow.errors import TransportError
 from kwflow.runners.rocks import entries
 
-__all__ = ["LOG", "NEXT", "POSITION", "EmbeddedStore", "Group", "Mark", "ends_of", "read_only", "records_of"]
+__all__ = ["LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "Group", "Mark", "ends_of", "failing", "read_only", "records_of"]
 
 LOG, NEXT, POSITION = b"L", b"N", b"P"  # of a topic: its records, the offset the next one gets, the first one no committed batch holds
+STORE_ID = b"I"  # one log, from its making to its deletion
 _STATE = b"S"  # of a changelog's name: a processor's state
 _MARK = b"M"  # of a mark: the offset of the last record that bears it
+
+
+@contextlib.contextmanager
+def failing(directory: Path) -> Iterator[None]:
+    """What the disk and rocksdict, which has no class of its own for it, raise here as TransportError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, (OSError, DbClosedError)):
+            raise
+        raise TransportError(f"{directory} cannot be used any more: {error}") from None
 
 
 class Mark(msgspec.Struct, frozen=True):
@@ -68,7 +81,8 @@ def read_only(directory: Path) -> Rdict:
     """The database as it is now, also while an engine holds it.  Raises TransportError when there is none."""
     if not (directory / "CURRENT").exists():
         raise TransportError(f"{directory} holds no embedded engine")
-    return Rdict(str(directory), Options(raw_mode=True), access_type=AccessType.read_only())
+    with failing(directory):
+        return Rdict(str(directory), Options(raw_mode=True), access_type=AccessType.read_only())
 
 
 def records_of(db: Rdict, topic: str, offset: int = 0) -> Iterator[Record]:

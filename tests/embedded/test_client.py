@@ -4,6 +4,7 @@ import asyncio
 import os
 import pathlib
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -384,6 +385,22 @@ def test_a_callback_that_waits_is_told_that_it_must_not(client: Client) -> None:
     assert "a callback must not wait" in first and first == second
     assert outcome["message"] == "Hello John!"  # type: ignore[index]
     assert client.query("w").result(20)["status"] == "ended"
+
+
+def test_a_client_outlives_the_state_that_it_was_made_for(tmp_path: pathlib.Path) -> None:
+    """Somebody deletes the directory and starts the engine anew: who waits is told that its run is gone, the others go on."""
+    config = Config(command_timeout_s=10)
+    with Client.embedded(tmp_path / "state", config) as client:
+        with Hosted(tmp_path / "state", workflows(), config, on_log=lambda _: None):
+            for n in range(20):
+                client.start_and_wait(f"w{n}", workflow="greet", input={"name": n}).result(20)
+            gone = client.start_and_wait("gone", workflow="ask")
+            waits(client, "gone")
+        shutil.rmtree(tmp_path / "state")
+        with Hosted(tmp_path / "state", workflows(), config, on_log=lambda _: None):
+            assert client.start_and_wait("w", workflow="greet", input={"name": "John"}).result(20)["message"] == "Hello John!"
+            with pytest.raises(CommandError, match="not_found"):
+                gone.result(20)
 
 
 def test_a_closed_client_says_so(make: Make) -> None:
