@@ -51,7 +51,7 @@ class PartitionStore:
             environment.wipe(directory)
             self._db = environment.database(directory)
         written_ms = int(self._meta("written") or 0)
-        if self._meta("incarnation") != incarnation or clock.now_ms() - written_ms > age_max_ms:
+        if self._meta("incarnation") != incarnation or abs(clock.now_ms() - written_ms) > age_max_ms:  # written by a clock that was far ahead: of any age
             self.wipe()
 
     def _meta(self, name: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import pytest
 from confluent_kafka import OFFSET_INVALID, KafkaError
@@ -52,6 +53,18 @@ def test_a_copy_is_made_anew_once_its_tombstones_may_be_compacted_away_or_its_to
     store.close()
     assert held(opened(lab)) == (b"2", 7)
     assert held(opened(lab, "another")) == (None, 0)
+
+
+def test_a_copy_of_a_clock_that_was_far_ahead_is_made_anew(lab: Lab) -> None:
+    """K8: how old it is nobody knows; it had passed for a new one for as long as that clock was ahead."""
+    store = opened(lab)
+    store.settle({b"w": b"1"}, 5)
+    store.close()
+    written_ms = store.clock.now_ms()
+    for ahead_ms, found in ((AGE_MS, (b"1", 5)), (AGE_MS + 1, (None, 0))):
+        clock = types.SimpleNamespace(now_ms=lambda now_ms=written_ms - ahead_ms: now_ms)
+        environment = SimulatedEnvironment(lab.broker, disk=lab.disks["store"])
+        assert held(PartitionStore(environment, lab.directory / "0", "topic", clock, AGE_MS)) == found
 
 
 def test_who_reads_from_another_thread_is_told_nothing_once_the_copy_is_closed(lab: Lab) -> None:
