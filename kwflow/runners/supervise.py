@@ -45,19 +45,24 @@ class _Child:
         now = time.monotonic()
         if self.process is None:
             if now >= self.again_at:
-                self.start()
+                try:
+                    self.start()
+                except OSError as error:  # no memory for one process more, say: the others go on
+                    self._later(now, f"cannot be started: {error.strerror}")
             return None
         code = self.process.poll()
         if code is None or code in _HOPELESS:
             return code
         self._deaths = 0 if now - self._started > _STEADY_S else self._deaths
+        self.process = None
+        self._later(now, f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}")
+        return None
+
+    def _later(self, now: float, how: str) -> None:
         delay = _BACKOFF_S[min(self._deaths, len(_BACKOFF_S) - 1)]
         self._deaths += 1
         self.again_at = now + delay
-        self.process = None
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         self._on_log(f"process {self.number} {how}; it is started again {f'in {delay:g} s' if delay else 'at once'}")
-        return None
 
     def end(self, number: int) -> None:
         if self.process is not None and self.process.poll() is None:

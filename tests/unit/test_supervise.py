@@ -64,6 +64,29 @@ def test_a_process_that_keeps_dying_is_started_again_later_and_later_and_one_tha
     assert [waits_after(seconds) for seconds in (60, 61, 1)] == [30, 0, 1]
 
 
+def test_a_process_that_cannot_be_started_again_is_tried_later(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system had no memory for it, say; the supervisor ended, and with it all the others.  Here it is the program that is gone for a moment."""
+    now, said = [0.0], list[str]()
+    monkeypatch.setattr(supervising, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nexit 3\n")
+    program.chmod(0o700)
+    child = _Child(0, [str(program)], said.append)
+    child.start()
+    assert child.process is not None
+    child.process.wait()
+    away = program.rename(tmp_path / "away")
+    for _ in range(3):
+        assert child.look() is None and child.process is None
+        now[0] = child.again_at
+    assert [line.partition("; ")[2] for line in said] == ["it is started again at once", "it is started again in 1 s", "it is started again in 2 s"]
+    assert said[1].startswith("process 0 cannot be started: No such file")
+    away.rename(program)
+    child.look()
+    assert child.process is not None
+    child.process.wait()
+
+
 def test_a_file_beside_the_workflows_is_no_module_of_pythons_to_the_processes(tmp_path: pathlib.Path) -> None:
     """One engine alone is a script: where it is started is not where it imports from."""
     (tmp_path / "token.py").write_text("raise SystemExit('the wrong one')\n")
