@@ -47,7 +47,7 @@ StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Local state;
 MaybeDir = Annotated[Path | None, typer.Option("--embedded", envvar="KWFLOW_EMBEDDED", help="Directory of the embedded engine, instead of Kafka.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", envvar="KWFLOW_CONFIG", help="kwflow.toml; default: the one here, if any.")]
 AppDir = Annotated[Path | None, typer.Option("--app-dir", envvar="KWFLOW_APP_DIR", help="Where MODULEs are looked for first; default: here.")]
-AcceptReset = Annotated[bool, typer.Option("--accept-offset-reset", help="Start from the group's offsets although they differ from the stored ones.")]
+AcceptReset = Annotated[bool, typer.Option("--accept-offset-reset", help="Start from the group's offsets although they differ from the stored ones, or retention has deleted what is next.")]
 WaitForBroker = Annotated[float | None, typer.Option("--wait-for-broker", help="Seconds to wait for the broker and the topics; default 0.")]
 Http = Annotated[str | None, typer.Option("--http", help="HOST:PORT for GET /health, /metrics and /instances; process n of several listens on PORT + n.")]
 LogFormat = Annotated[str | None, typer.Option("--log-format", help="text or json; json has workflow id, topic, partition and offset.")]
