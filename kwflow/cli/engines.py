@@ -26,7 +26,6 @@ from kwflow.cli.watching import RestoreBar, carry_logging, ends_in_its_log, log_
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
 from kwflow.errors import TransportError, UsageError
-from kwflow.ports import Processor
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.embedded_state import EmbeddedStore
 from kwflow.runners.hosted import processors_of
@@ -51,10 +50,6 @@ _COLLECT_AFTER = 20_000  # new objects; Python's 700 would be a collection every
 _START_ME_AGAIN = 3
 _COMMIT_S = 90  # beside the longest step: a transaction is asked for thirty seconds, and its abort, too
 _LOOK_S = 0.1  # how often the main thread looks at the runners' threads
-
-
-def _processors(modules: list[str], config: Config, engine: Embedded, app_dir: Path | None, log: Callable[[str], None]) -> Sequence[Processor]:
-    return processors_of(engine, load_workflows(modules, app_dir, config.durable_packages), config, log)
 
 
 def _be_an_engine(log: Callable[[str], None]) -> None:
@@ -147,9 +142,10 @@ def _engine_on_kafka(settings: Config, modules: list[str], app_dir: Path | None,
 
 def _engine_embedded(settings: Config, modules: list[str], app_dir: Path | None, directory: Path, sync: bool) -> None:
     stop, log = _stopper(), log_of(settings)
+    workflows = load_workflows(modules, app_dir, settings.durable_packages)  # before others find the directory held, and nobody there to take their records
     held = Embedded(directory, settings, sync=sync)
     try:
-        processors = _processors(modules, settings, held, app_dir, log)
+        processors = processors_of(held, workflows, settings, log)
         _be_an_engine(log)
         with serve(held), watched(settings, [held], log):
             log(f"kwflow engine runs in {directory}")
@@ -296,9 +292,10 @@ def run(
     if not settings.result_topic or not settings.error_topic:
         raise UsageError("kwflow run prints what goes to the result or the error topic: config result_topic and error_topic must not be empty")
     key, stop = wire.key_of(id), _stopper()
+    workflows = load_workflows([module], app_dir, settings.durable_packages)
     held = Embedded(embedded, settings)
     try:
-        processors = _processors([module], settings, held, app_dir, log_of(settings))
+        processors = processors_of(held, workflows, settings, log_of(settings))
         ends = (settings.result_topic, settings.error_topic)
         looked = {topic: held.end(topic) for topic in ends}
         if EmbeddedStore(held.db, settings.changelog_topic).get(key) is None:

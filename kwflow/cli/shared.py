@@ -35,6 +35,13 @@ class _Plain(Console):
     def __init__(self, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
+    def on_broken_pipe(self) -> None:
+        """Nobody reads what an engine says any more: it goes on; what was asked for on the standard output ends."""
+        if self.stderr:
+            self.quiet = True
+        else:
+            super().on_broken_pipe()
+
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text), **options)
 

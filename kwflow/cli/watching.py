@@ -20,17 +20,23 @@ __all__ = ["RestoreBar", "carry_logging", "ends_in_its_log", "log_of", "watched"
 
 
 def log_of(settings: Config) -> Callable[[str], None]:
-    """Where log lines go: standard error, as text or as JSON, with the process's number where there are several."""
+    """Where log lines go: standard error, as text or as JSON, with the process's number where there are several.  One that cannot be written is lost, and the engine goes on."""
     number = None if settings.supervisor_pid is None else settings.process
     if settings.log_format == "json":
 
         def write(line: str) -> None:
-            sys.stderr.buffer.write(as_json(line, process=number) + b"\n")
-            sys.stderr.buffer.flush()
+            with contextlib.suppress(OSError):
+                sys.stderr.buffer.write(as_json(line, process=number) + b"\n")
+                sys.stderr.buffer.flush()
 
         return write
     before = "" if number is None else f"process {number}: "
-    return lambda line: err.print(before + line, style="red" if getattr(line, "level", "") == "error" else None)
+
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):
+            err.print(before + line, style="red" if getattr(line, "level", "") == "error" else None)
+
+    return say
 
 
 class _Carried(logging.Handler):

@@ -22,17 +22,17 @@ class Shell:
         self.engines: list[subprocess.Popen[str]] = []
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(self._command(*arguments), capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+        done = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout + done.stderr
 
-    def _command(self, *arguments: str) -> list[str]:
+    def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "kwflow.cli", *arguments, "--embedded", str(self.directory)]
 
     def engine(self, *modules: str, file_bytes_max: int | None = None) -> "subprocess.Popen[str]":
         """With a limit, it is as on a disk that is full: writes beyond it fail."""
         limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes_max, file_bytes_max))) if file_bytes_max is not None else None
-        started = subprocess.Popen(self._command("engine", *modules), stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=limit)
+        started = subprocess.Popen(self.command("engine", *modules), stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=limit)
         self.engines.append(started)
         assert started.stderr is not None
         assert "runs in" in started.stderr.readline()

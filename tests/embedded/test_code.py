@@ -54,7 +54,7 @@ def site(tmp_path: pathlib.Path) -> Iterator[Deployments]:
 
 
 def waits_for(site: Shell, id: str, ref: str) -> None:
-    site.until(lambda: f" {ref} " in subprocess.run(site._command("show", id), capture_output=True, text=True, check=False).stdout)
+    site.until(lambda: f" {ref} " in subprocess.run(site.command("show", id), capture_output=True, text=True, check=False).stdout)
 
 
 @pytest.mark.slow

@@ -6,13 +6,14 @@ import pathlib
 import resource
 import signal
 import socket
+import subprocess
 
 import pytest
 
 from kwflow.errors import TransportError
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.socket import serve
-from tests.embedded.shell import TRIP, Shell
+from tests.embedded.shell import ROOT, TRIP, Shell
 
 
 @pytest.mark.slow
@@ -111,6 +112,28 @@ def test_an_engine_that_had_no_file_descriptors_for_a_while_takes_records_again(
                 others[1].recv(100)
         others[1].settimeout(20)
         assert others[1].recv(100) == b'{"offsets":[[1]]}\n'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("where", ["a pipe that nobody reads", "/dev/full"])
+def test_an_engine_whose_log_cannot_be_written_goes_on(shell: Shell, form: str, where: str) -> None:
+    """G3: what it has to say is lost, not what it has to do."""
+    with contextlib.ExitStack() as stack:
+        read, write = os.pipe()
+        log = stack.enter_context(open(where if where.startswith("/") else write, "wb", buffering=0))
+        if where.startswith("/"):
+            os.close(write)
+        os.close(read)
+        engine = stack.enter_context(subprocess.Popen(shell.command("engine", TRIP, "--log-format", form), stderr=log, cwd=ROOT))
+        stack.callback(engine.kill)
+        shell.until((shell.directory / "engine.sock").exists)
+        for _ in range(2):
+            shell("resume", "nobody", "nothing")  # is told of
+        shell("start", "trip-1", "--input", '{"timeout": 60000}')
+        shell.until(lambda: shell.stored("trip-1"))
+        engine.terminate()
+        assert engine.wait(20) == 0
 
 
 KILLS = """
