@@ -103,15 +103,15 @@ def test_an_engine_that_had_no_file_descriptors_for_a_while_takes_records_again(
         with contextlib.ExitStack() as limited:
             limited.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-            for other in others:  # the system has set one aside for the first already
+            for other in others:  # the system may have set one aside for the first already
                 other.connect("engine.sock")
                 other.sendall(b'{"groups":[{"records":[{"topic":"t","key":null,"value":null,"headers":[]}]}]}\n')
-            assert others[0].recv(100) == b'{"offsets":[[0]]}\n'
             others[1].settimeout(0.2)
             with pytest.raises(TimeoutError):
                 others[1].recv(100)
-        others[1].settimeout(20)
-        assert others[1].recv(100) == b'{"offsets":[[1]]}\n'
+        for other in others:
+            other.settimeout(20)
+        assert sorted(other.recv(100) for other in others) == [b'{"offsets":[[0]]}\n', b'{"offsets":[[1]]}\n']
 
 
 @pytest.mark.slow
