@@ -39,16 +39,19 @@ class Hosted:
     def __init__(self, directory: Path | str, workflows: list[str] | Workflows, config: Config | None = None, on_log: Callable[[str], None] = print) -> None:
         self.config = config or load_config()
         loaded = workflows if isinstance(workflows, Workflows) else load_workflows(workflows, packages=self.config.durable_packages)
-        self.engine = Embedded(Path(directory), self.config)
-        self._workflows, self._timers = processors_of(self.engine, loaded, self.config, on_log)
-        self._forgetting = set_abandoning(True, everywhere=True)  # while it runs, on every thread of this process (semantics §3.3)
         self._on_log = on_log
         self._stopped = False
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="kwflow-engine", daemon=True)
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(serve(self.engine))
-        self._thread.start()
+        with contextlib.ExitStack() as stack:
+            stack.callback(set_abandoning, set_abandoning(True, everywhere=True), everywhere=True)  # while it runs, on every thread of this process (semantics §3.3)
+            self.engine = Embedded(Path(directory), self.config)
+            stack.callback(self.engine.close)
+            self._workflows, self._timers = processors_of(self.engine, loaded, self.config, on_log)
+            stack.callback(self._workflows.live.forget)
+            stack.enter_context(serve(self.engine))
+            self._thread.start()
+            self._stack = stack.pop_all()
 
     def _run(self) -> None:
         try:
@@ -62,9 +65,6 @@ class Hosted:
         self.engine.wake()
         self._thread.join()
         self._stack.close()
-        self.engine.close()
-        self._workflows.live.forget()
-        set_abandoning(self._forgetting, everywhere=True)
         if self._failed is not None:
             raise self._failed
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 import queue
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -438,6 +439,15 @@ def test_a_directory_that_cannot_be_made_is_named_to_every_caller(tmp_path: path
         for _ in range(2):
             with pytest.raises(TransportError, match="loop/state cannot be used"):
                 client.start("w", workflow="ask").result(20)
+
+
+def test_an_engine_that_could_not_be_hosted_leaves_its_directory_free_and_may_be_closed_twice(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook: the mistake is mended, and the cell is run again."""
+    with monkeypatch.context() as without, pytest.raises(UsageError, match="otel"):
+        without.setitem(sys.modules, "opentelemetry", None)
+        Hosted(tmp_path / "state", workflows(), Config(tracing=True), on_log=lambda _: None)
+    with Hosted(tmp_path / "state", workflows(), Config(), on_log=lambda _: None) as hosted:
+        hosted.close()
 
 
 def test_a_program_that_hosted_an_engine_closes_its_own_generators_as_before(tmp_path: pathlib.Path) -> None:
