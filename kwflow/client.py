@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Client", "Future", "Outcome", "Run"]
 
 _T = TypeVar("_T")
+_SECONDS_MAX = 1_000_000_000  # thirty years
 _DONE = ("ok", "delivered", "started", "duplicate")
 
 
@@ -322,12 +323,12 @@ class Client:
 
     # -- outcomes ----------------------------------------------------------------------------------------------------
     def _wait(self, id: str, start_id: str | None, future: Future[Any], timeout: timedelta | float | None, starting: bool = False) -> _Waiter[Any]:
+        seconds = None if timeout is None else _seconds(timeout, "a timeout")
         waiter: _Waiter[Any] = _Waiter(id, start_id, future, starting)
         with self._lock:
             self._waiters.setdefault(id, []).append(waiter)
         future.add_done_callback(lambda _: self._forget(waiter))
-        if timeout is not None:
-            seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        if seconds is not None:
             self._at(seconds, None, future, TimeoutError(f"{id} has not ended within {seconds:g} s; it goes on, ask for its result later"))
         return waiter
 
@@ -478,5 +479,12 @@ class Client:
 
 
 def _signal(name: str, value: object, ttl: timedelta | float | None) -> dict[str, Any]:
-    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
-    return {"name": name, "value": value, "ttl_ms": None if seconds is None else max(1, round(seconds * 1000))}
+    return {"name": name, "value": value, "ttl_ms": None if ttl is None else max(1, round(_seconds(ttl, "a ttl") * 1000))}
+
+
+def _seconds(given: timedelta | float, what: str) -> float:
+    """Raises UsageError for what is no length of time."""
+    seconds = given.total_seconds() if isinstance(given, timedelta) else given
+    if not 0 <= seconds <= _SECONDS_MAX:
+        raise UsageError(f"{what} is a timedelta or a number of seconds, from 0 to {_SECONDS_MAX:,}, not {given!r}")
+    return seconds

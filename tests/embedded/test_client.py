@@ -1,6 +1,7 @@
 """The client on an embedded engine, in the engine's process and through its socket: the same tests for both (M1, M4, A1-A12)."""
 
 import asyncio
+import math
 import os
 import pathlib
 import queue
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -328,6 +330,10 @@ def test_wrong_calls_are_named_at_once(client: Client) -> None:
         (lambda: client.start("x" * 513), UsageError),
         (lambda: client.resume("w", "r", eror=1), UsageError),
         (lambda: client.signal("w", "s", object()), TypeError),
+        (lambda: client.signal("w", "s", ttl=math.nan), UsageError),
+        (lambda: client.signal("w", "s", ttl=timedelta(days=-1)), UsageError),
+        (lambda: client.result("w", timeout=math.inf), UsageError),
+        (lambda: client.start_and_wait("w", timeout=math.nan), UsageError),
     ):
         with pytest.raises(error):
             call().result(20)
