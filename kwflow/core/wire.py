@@ -6,6 +6,8 @@ bytes of a record lives here; it must not know instances or tasks.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import functools
 import re
 from typing import Annotated, Any
@@ -314,3 +316,17 @@ def _check_json(value: object, depth: int) -> None:
     elif isinstance(value, (list, tuple, set, frozenset)):
         for item in value:
             _check_json(item, depth + 1)
+    elif value is not None and not isinstance(value, int):
+        for item in _parts(value):
+            _check_json(item, depth + 1)
+
+
+def _parts(value: Any) -> list[Any]:
+    """What msgspec writes of an object of somebody's class."""
+    if isinstance(value, enum.Enum):
+        return [value.value]
+    names = getattr(type(value), "__struct_fields__", None)
+    if names is None:
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else [field for field in getattr(type(value), "__attrs_attrs__", ()) if not field.name.startswith("_")]
+        names = [field.name for field in fields]
+    return [getattr(value, name, None) for name in names]

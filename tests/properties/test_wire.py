@@ -3,8 +3,10 @@
 Every function that meets what somebody else wrote is here; hypothesis looks for what breaks it.
 """
 
+import dataclasses
+import enum
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -121,3 +123,26 @@ def test_what_json_dumps_gives_is_read_as_the_same_value(data: bytes) -> None:
     """wire.md §4: no value is changed silently."""
     value = msgspec.json.decode(data)
     assert msgspec.json.decode(wire.json_dumps(value)) == value
+
+
+class _Struct(msgspec.Struct):
+    held: object
+
+
+@dataclasses.dataclass
+class _Data:
+    held: object
+    of_the_class: ClassVar[bytes] = b"not written"
+
+
+@pytest.mark.parametrize("wrap", [_Struct, _Data, lambda held: [_Data({"in": held})], lambda held: enum.Enum("_Named", {"ONE": held}).ONE], ids=["struct", "dataclass", "nested", "enum"])
+def test_what_has_no_json_form_is_refused_within_objects_too(wrap: Callable[[object], object]) -> None:
+    """wire.md §4: msgspec writes NaN as null and bytes as base64, and says nothing."""
+    for held in (float("nan"), b"x"):
+        with pytest.raises((TypeError, ValueError), match="no JSON form"):
+            wire.json_dumps(wrap(held))
+    assert b"1" in wire.json_dumps(wrap(1))
+    cyclic = _Data(None)
+    cyclic.held = [cyclic]
+    with pytest.raises(ValueError, match="nested"):
+        wire.json_dumps(cyclic)
