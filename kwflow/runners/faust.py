@@ -1,7 +1,7 @@
 """The same steps in a Faust agent, for those who run Faust already: at-least-once, and said so.
 
-An event's outputs are acknowledged by the broker before its state is written, its state before its offset may be
-committed.  A crash in between reads the event again: outputs may then appear twice, state does not change twice,
+An event's outputs are acknowledged by the broker before its state is written, its state before it is written here and
+its offset may be committed.  A crash in between reads the event again: outputs may then appear twice, state does not change twice,
 because a snapshot tells which offset it holds already.  Exactly-once is the other runner (`kafka.py`).
 
 The table is `<application id>-state` and its changelog the one of the other runner, so `kwflow show`, `list` and `topics
@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import faust
+from aiokafka.errors import InvalidTimestampError, MessageSizeTooLargeError, RecordListTooLargeError, TopicAuthorizationFailedError  # type: ignore[import-untyped]
+from faust.exceptions import ProducerSendError
 from faust.types import TP
 
 from kwflow.config import Config
@@ -29,7 +31,7 @@ from kwflow.durable import set_abandoning
 from kwflow.ports import Decision
 from kwflow.runners import parked, topics
 from kwflow.runners.kafka_code import take_over
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import Overlay, WorkflowProcessor, collecting_later
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.tracing import end_all
@@ -37,8 +39,10 @@ from kwflow.runners.tracing import end_all
 __all__ = ["Agent", "application", "attach"]
 
 _SESSION_S = 10  # Faust's default of 60 keeps the partitions of a killed engine from the next one for that long
+_REJECTED = (InvalidTimestampError, MessageSizeTooLargeError, RecordListTooLargeError, TopicAuthorizationFailedError)
 _ALL = 0  # activities of all partitions of this process are one pool
 _TURN_S = 0.2
+_REPLY_ASK_S = 10.0  # as on Kafka (kafka.py)
 _FORGOTTEN_MAX = 50  # entries of ended instances that expire with one event
 
 
@@ -88,6 +92,7 @@ class Agent:
         self._joined = False
         self._restored = False  # all that was assigned last, and the code that it needs was loaded
         self._stepping = False
+        self._reply_partitions, self._reply_asked = 0, -_REPLY_ASK_S
         self._applied: dict[int, int] = {}  # partition -> the offset after the last one applied here
         self._loop: asyncio.AbstractEventLoop | None = None
         self._worker = processor.work(self._deliver)
@@ -150,23 +155,25 @@ class Agent:
             event.ack()
 
     async def _apply(self, message: Any) -> None:
+        """What the broker will never take of it is refused; if it takes not even that, next to nothing is left of it (K11)."""
         record = _record(message)
-        now_ms = time.time_ns() // 1_000_000
-        if record.key is not None and partition_of(record.key, self.partitions) != record.partition:
-            forwarded = [parked.forward(self.config, record, self.partitions, now_ms)]
-            await self._send(forwarded)
-            return self._done(record, forwarded)
         self._state.partition = record.partition
-        overlay = Overlay(self._state)
-        decide = functools.partial(contextvars.copy_context().run, self._decide, overlay, record, now_ms)
-        made = await asyncio.get_running_loop().run_in_executor(self._steps, decide)
-        begun = time.perf_counter()
-        await self._send(made)
-        for key, value in overlay.changes.items():
-            self._state.put(key, value)
-        await self.app.producer.flush()
-        self.stats.commits.observe(time.perf_counter() - begun)
-        self._done(record, made)
+        refused = None
+        for bare in (False, False, True):
+            overlay = Overlay(self._state)
+            decide = functools.partial(contextvars.copy_context().run, self._decide, overlay, record, time.time_ns() // 1_000_000, refused, bare)
+            made = await asyncio.get_running_loop().run_in_executor(self._steps, decide)
+            begun = time.perf_counter()
+            try:
+                await self._send(made)
+                await self._state.write(overlay.changes)
+            except (ProducerSendError, *_REJECTED) as error:
+                refused = _rejected(error)
+                if refused is None or bare:
+                    raise
+                continue
+            self.stats.commits.observe(time.perf_counter() - begun)
+            return self._done(record, made)
 
     def _done(self, record: Record, made: Iterable[Decision]) -> None:
         """What comes after the broker has it."""
@@ -178,15 +185,33 @@ class Agent:
             self._worker.committed(_ALL, decision.dispatch)
             end_all(decision.spans)
 
-    def _decide(self, overlay: Overlay, record: Record, now_ms: int) -> list[Decision]:
-        expired = self.processor.due(overlay, now_ms, _FORGOTTEN_MAX)
-        return [*self.processor.decide(overlay, [record], now_ms), *([expired] if expired is not None else [])]
+    def _decide(self, overlay: Overlay, record: Record, now_ms: int, refused: str | None, bare: bool) -> list[Decision]:
+        with collecting_later():  # in CPython 3.11 a collection amid ast.parse lets the traceback of another thread in, whose ast.parse breaks this one
+            if refused is not None:
+                return [parked.remnant(self.config, record, refused, now_ms) if bare else self.processor.refuse(overlay, record, refused)]
+            if record.key is not None and partition_of(record.key, self.partitions) != record.partition:
+                return [parked.forward(self.config, record, self.partitions, now_ms)]
+            expired = self.processor.due(overlay, now_ms, _FORGOTTEN_MAX)
+            return [*self.processor.decide(overlay, [record], now_ms), *([expired] if expired is not None else [])]
 
     async def _send(self, made: Iterable[Decision]) -> None:
         """Acknowledged by the broker when this returns."""
-        sent = [await self._produce(output) for decision in made for output in (*decision.outputs, *decision.replies)]
+        sent = [await self._produce(output) for decision in made for output in (*decision.outputs, *[reply for reply in decision.replies if await self._answerable(reply)])]
         if sent:
             await asyncio.gather(*sent)
+
+    async def _answerable(self, reply: Output) -> bool:
+        """A reply to a partition that does not exist would end every engine; it is counted and left out."""
+        asked, place = self.config.reply_topic, reply.partition or 0
+        if place >= self._reply_partitions and time.monotonic() - self._reply_asked >= _REPLY_ASK_S:
+            self._reply_asked = time.monotonic()
+            there = await asyncio.get_running_loop().run_in_executor(None, topics.partitions_of, topics.admin(self.config), self.config)
+            self._reply_partitions = there.get(asked, 0)
+        if place < self._reply_partitions:
+            return True
+        self.stats.counts.update(("reply-gone",))
+        self.on_log(f"a reply to {asked}[{place}], which does not exist, was left out")
+        return False
 
     async def _produce(self, output: Output) -> Any:
         headers = [(name, value if value is not None else b"") for name, value in output.headers]
@@ -206,6 +231,12 @@ class Agent:
     def instances(self) -> None:
         """Faust's table cannot be read in order from another thread; `kwflow list` and `show` read its changelog."""
         return
+
+
+def _rejected(error: BaseException) -> str | None:
+    """What of it the broker will never take; Faust hides it where its own producer refuses."""
+    cause = error.__cause__ if isinstance(error, ProducerSendError) else error
+    return str(cause) or type(cause).__name__ if isinstance(cause, _REJECTED) else None
 
 
 def _record(message: Any) -> Record:
@@ -233,16 +264,34 @@ class _Table:
         found: bytes | None = self._table.get(key)
         return found
 
-    def put(self, key: bytes, value: bytes | None) -> None:
+    async def write(self, changes: dict[bytes, bytes | None]) -> None:
+        """Into the changelog, and here once the broker has it: what a crash or a refusal leaves here alone passes for applied when the event is read again.
+
+        Of the engine's own keys new ones come first and those that go last: of changes that a crash cuts short nothing is lost when they are made again.
+        """
+        topic, table = self._table.changelog_topic, self._table
+        ordered = sorted(changes.items(), key=lambda change: 1 if not change[0].startswith(b"\0") else 0 if change[1] is not None else 2)
+        sent = []
+        for key, value in ordered:
+            how = {"key_serializer": table.key_serializer, "value_serializer": "raw" if value is None else table.value_serializer}
+            sent.append(await topic.send(key=key, value=value, partition=self.partition, force=True, **how))
+        written = await asyncio.gather(*sent)
+        for key, value in ordered:
+            self._put(key, value)
+        if written:
+            last = max(written, key=lambda one: one.offset)
+            table.data.set_persisted_offset(last.topic_partition, last.offset)
+
+    def _put(self, key: bytes, value: bytes | None) -> None:
         own = self._keys()
         place = bisect.bisect_left(own, key)
         known = own[place : place + 1] == [key]
         if value is None:
-            self._table.pop(key, None)
+            self._table.data.pop(key, None)
             if known:
                 del own[place]
         else:
-            self._table[key] = value
+            self._table.data[key] = value
             if key.startswith(b"\0") and not known:
                 own.insert(place, key)
 

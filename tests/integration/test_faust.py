@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from tests.integration.site import TRIP, Site, answer, refs
 
@@ -183,6 +183,38 @@ def test_records_that_are_read_again_are_recognised_and_not_applied_twice(site: 
     site.engine("one", str(module), False, "--runner", "faust", "--http", "127.0.0.1:0")
     site.until(lambda: "answered on port" in log(site) and 'outcome="repeated"} 3.0' in asked(site, "/metrics")[1])
     assert 'kwflow_steps_total{outcome="started"} 0.0' in asked(site, "/metrics")[1]
+
+
+KEEPING = """
+import kwflow as kw
+
+def main(opts):
+    kept = "x" * opts
+    answer = yield kw.suspend("go")
+    return [len(kept), answer]
+"""
+
+
+def test_what_the_broker_does_not_take_is_refused_and_the_engine_goes_on(site: Site) -> None:
+    """K11: a dead letter, a state, and a reply to a partition that does not exist; the state was told as written, and was not."""
+    small = ConfigResource(ResourceType.TOPIC, f"{site.application}-state-changelog", incremental_configs=[ConfigEntry("max.message.bytes", "20000", incremental_operation=AlterConfigOpType.SET)])
+    admin = AdminClient({"bootstrap.servers": site.broker})
+    [future] = admin.incremental_alter_configs([small]).values()
+    future.result()
+    module = site.directory / "keeping.py"
+    module.write_text(KEEPING)
+    engine = site.engine("one", str(module), False, "--runner", "faust")
+    site.send("large", "x" * 999_800)
+    site.send("kept", "new:50000")
+    site.producer.produce(site.topic("resume"), "null", "asks", headers={"kwflow-op": "query", "kwflow-request": "r", "kwflow-reply-to": "77/r"})
+    for id in ("large", "kept", "asks", "good"):  # of each partition, the last
+        site.send(id, "new:5")
+        site.send(id, '{"ref": "go", "value": 1}')
+    results = dict(site.read(site.topic("result"), 3))
+    assert results == {id: "[5,1]" for id in ("large", "asks", "good")}
+    assert engine.poll() is None
+    assert "kept  parked" in site.run("list") or "RefusedError" in site.run("show", "kept")
+    assert {("large", "null")} < set(site.read(f"{site.application}-dead-letter", 2))
 
 
 def test_an_application_that_the_kafka_runner_ran_is_refused_by_name(site: Site) -> None:
