@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from kwflow.errors import UsageError
@@ -84,6 +84,18 @@ class Config(BaseSettings):
             raise ValueError(f"a key has at least {_KEY_CHARS_MIN} characters; make one with: openssl rand -hex 32")
         return keys
 
+    @model_validator(mode="after")
+    def _each_its_own(self) -> Config:
+        """Results and errors may share a topic, or go nowhere; what the engine reads is nobody else's."""
+        named = {"resume_topic": self.resume_topic, "scheduler_topic": self.scheduler_topic, "reply_topic": self.reply_topic}
+        for name, topic in named.items():
+            if not topic:
+                raise ValueError(f"{name} must not be empty")
+            others = [*(other for key, other in named.items() if key != name), self.result_topic, self.error_topic, self.dead_letter_topic]
+            if topic in others:
+                raise ValueError(f"{name} {topic!r} is the name of another topic, too")
+        return self
+
     @functools.cached_property
     def signing_keys(self) -> tuple[bytes, ...]:
         """`snapshot_keys` as bytes; an empty one last (snapshot.UNSIGNED) where unsigned snapshots are taken too."""
@@ -141,6 +153,7 @@ def load_config(path: Path | None = None, **given: Any) -> Config:
         return Config(**{**values, **{name: value for name, value in given.items() if value is not None}})
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"config {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"config {where}: {first['msg']}" if where else f"config: {first['msg']}") from None
     except SettingsError as error:
         raise UsageError(f"config: {error}; in the environment lists and tables are JSON, such as '[\"a\", \"b\"]'") from None

@@ -291,15 +291,14 @@ def run(
     settings = load_config(config)
     if not settings.result_topic or not settings.error_topic:
         raise UsageError("kwflow run prints what goes to the result or the error topic: config result_topic and error_topic must not be empty")
-    key, stop = wire.key_of(id), _stopper()
+    key, argument, stop = wire.key_of(id), b"new:" + json_option(input, "--input"), _stopper()
     workflows = load_workflows([module], app_dir, settings.durable_packages)
     held = Embedded(embedded, settings)
     try:
         processors = processors_of(held, workflows, settings, log_of(settings))
-        ends = (settings.result_topic, settings.error_topic)
-        looked = {topic: held.end(topic) for topic in ends}
+        looked = {topic: held.end(topic) for topic in (settings.result_topic, settings.error_topic)}
         if EmbeddedStore(held.db, settings.changelog_topic).get(key) is None:
-            held.append(settings.resume_topic, key, b"new:" + json_option(input, "--input"))
+            held.append(settings.resume_topic, key, argument)
         shown: set[str] = set()
         with serve(held):
             held.run(processors, lambda: stop() or _ended(held, looked, id) is not None or _show_waits(held, settings, id, shown, embedded), log_of(settings))
@@ -308,18 +307,19 @@ def run(
         held.close()
     if ended is None:
         raise typer.Exit(130)
-    topic, value = ended
-    (out if topic == settings.result_topic else err).print(value)
-    raise typer.Exit(0 if topic == settings.result_topic else 1)
+    kind, value = ended
+    (out if kind == "result" else err).print(value)
+    raise typer.Exit(0 if kind == "result" else 1)
 
 
 def _ended(held: Embedded, looked: dict[str, int], id: str) -> tuple[str, str] | None:
-    """Its outcome, looked for from these offsets on, which go up to it."""
+    """Kind and value of its outcome, looked for from these offsets on, which go up to it; an author may write there, too."""
     for topic in looked:
         while records := held.read(topic, looked[topic]):
             for record in records:
-                if record.key == id.encode():
-                    return topic, (record.value or b"null").decode()
+                kind = wire.header(record, "kwflow-outcome") if record.key == id.encode() else None
+                if kind is not None:
+                    return kind, (record.value or b"null").decode()
                 looked[topic] = record.offset + 1
     return None
 

@@ -123,6 +123,25 @@ def test_run_finds_its_outcome_behind_those_of_a_thousand_children(tmp_path: pat
     assert done.stdout == "1100\n", done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(42, 0), (-1, 1)])
+def test_run_tells_the_outcome_from_what_the_author_writes_there_and_by_its_kind(tmp_path: pathlib.Path, number: int, code: int) -> None:
+    """KW-12; one topic for results and errors."""
+    (tmp_path / "writes.py").write_text("""
+import kwflow as kw
+def main(number):
+    kw.output_json("on its way", "workflow-result")
+    yield kw.sleep(0.01)
+    if number < 0:
+        raise ValueError(number)
+    return number
+""")
+    command = [sys.executable, "-m", "kwflow.cli", "run", str(tmp_path / "writes.py"), "--input", str(number), "--embedded", str(tmp_path / "state")]
+    environment = {**os.environ, "KWFLOW_ERROR_TOPIC": "workflow-result"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.returncode) == ("42\n" if code == 0 else "", code), done.stderr
+
+
 def test_run_is_refused_where_no_outcome_is_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """KW-12."""
     monkeypatch.setenv("KWFLOW_ERROR_TOPIC", "")

@@ -73,6 +73,18 @@ def test_a_file_of_settings_that_cannot_be_read_says_where(tmp_path: pathlib.Pat
         load_config(file)
 
 
+@pytest.mark.parametrize(("names", "said"), [
+    ({"resume": ""}, "resume_topic must not be empty"), ({"result": "workflow-resume"}, "resume_topic 'workflow-resume' is the name of another topic, too"),
+    ({"scheduler": "workflow-resume"}, "is the name of another"), ({"reply": "workflow-engine-dead-letter"}, "reply_topic"), ({"error": "workflow-scheduler"}, "scheduler_topic"),
+])  # fmt: skip
+def test_what_the_engine_reads_is_nobody_else_s_topic(names: dict[str, str], said: str) -> None:
+    """KW-12: results and errors may share one, or go nowhere."""
+    with pytest.raises(UsageError, match=f"^config: .*{said}"):
+        load_config(**{f"{name}_topic": topic for name, topic in names.items()})
+    assert load_config(error_topic="workflow-result").error_topic == "workflow-result"
+    assert load_config(error_topic="", result_topic="").error_topic == ""
+
+
 def test_a_list_in_the_environment_that_is_no_json_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was called a bug of ours."""
     monkeypatch.setenv("KWFLOW_SNAPSHOT_KEYS", "0123456789abcdef0123456789abcdef")
