@@ -29,6 +29,7 @@ _LEFT_BEHIND_MAX = 256  # threads of such activities; with more, nothing new is 
 _LOOK_S = 0.2
 _READY_FACTOR = 8  # so many times the concurrency are kept ready, that no slot waits for the engine's next batch,
 _READY_BYTES_MAX = 16_000_000  # while their arguments are not larger than this
+_SHORT = 200  # characters of each text of an error that a record would not hold whole
 
 
 def keep(state: Changes, items: Iterable[object]) -> None:
@@ -253,7 +254,7 @@ class Dispatcher:
                 bound = activity.decode_arguments(job.dispatch.arguments)
                 record = _result(job.dispatch, activity, await activity.function(*bound.args, **bound.kwargs), self._bytes_max)
         except BaseException as error:
-            record = _failure(job.dispatch, error)
+            record = _failure(job.dispatch, error, self._bytes_max[1])
         self._answer(job, record)
 
     # -- the answer ------------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ class Dispatcher:
                 self._finished(job)
             else:
                 error = ActivityError(f"the log does not take the result of activity {job.dispatch.name}: {refused}", "ResultTooLarge", final=True)
-                self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error), lambda _: self._finished(job))
+                self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error, self._bytes_max[1]), lambda _: self._finished(job))
 
         try:
             self._deliver(job.partition, job.dispatch.workflow_id.encode(), record, done)
@@ -312,7 +313,7 @@ class Dispatcher:
             if now > job.deadline and not job.answered:
                 job.answered, job.deadline = True, float("inf")
                 error = ActivityError(f"{job} had no result within {self._limit_s:g} s (activity_limit_s; set @kw.activity(timeout=...) for a limit of its own)", "Timeout")
-                self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error), lambda _: None)
+                self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error, self._bytes_max[1]), lambda _: None)
                 self._cancel(job)
             elif now - job.cancelled_at > _LEFT_BEHIND_S and not job.freed:
                 job.behind = True
@@ -340,7 +341,7 @@ def carry_out(item: Dispatch, activity: Activity[Any, Any], info: ActivityInfo, 
             bound = activity.decode_arguments(item.arguments)
             return _result(item, activity, (function or activity.function)(*bound.args, **bound.kwargs), bytes_max)
     except BaseException as error:  # SystemExit too: it ends the activity, not the engine
-        return _failure(item, error)
+        return _failure(item, error, bytes_max[1])
 
 
 def _result(item: Dispatch, activity: Activity[Any, Any], value: Any, bytes_max: tuple[int, int]) -> bytes:
@@ -355,5 +356,12 @@ def _result(item: Dispatch, activity: Activity[Any, Any], value: Any, bytes_max:
     return record
 
 
-def _failure(item: Dispatch, error: BaseException) -> bytes:
-    return wire.json_dumps({"ref": item.ref, "error": failure_payload(error)})
+def _failure(item: Dispatch, error: BaseException, bytes_max: int) -> bytes:
+    """The error without what is too large for a record: as a dead letter it would leave its workflow waiting."""
+    payload = failure_payload(error)
+    record = wire.json_dumps({"ref": item.ref, "error": payload})
+    if len(record) <= bytes_max:
+        return record
+    said = f"<not sent: the error has {len(record)} bytes (limit value_bytes_max)>"
+    short = {name: said if name in ("details", "variables") else value[:_SHORT] if isinstance(value, str) else value for name, value in payload.items()}
+    return wire.json_dumps({"ref": item.ref, "error": short})

@@ -499,6 +499,24 @@ def test_what_is_at_a_limit_fits_and_what_is_past_it_is_told_the_limit_the_place
         assert re.search(edge.said, found), found
 
 
+@pytest.mark.parametrize("error", [kw.ActivityError("é" * 2000, "Large", {"held": "x" * 19_000}, final=True), kw.BusinessError("large", "é" * 2000, {"held": "x" * 19_000}), ValueError("é" * 2000)])
+def test_an_error_of_an_activity_fits_into_an_input_record_whatever_it_carries(error: Exception) -> None:
+    """G3: as a dead letter it would leave its workflow waiting."""
+
+    def fails() -> None:
+        raise error
+
+    for at in (2000, 1_000_000):
+        calls = Calls(value_bytes_max=at)
+        calls.call(make(fails))
+        calls.until(lambda calls=calls: calls.answers)
+        calls.dispatcher.close()
+        told = calls.answers["w"]
+        assert len(msgspec.json.encode(told)) <= at
+        assert told["error"]["message"].startswith("é" * 200)
+        assert ("limit value_bytes_max" in str(told)) == (at == 2000)
+
+
 def test_an_activity_limit_s_of_0_is_no_limit() -> None:
     assert _hangs(0, 10**9) == ""
 
