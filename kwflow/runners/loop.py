@@ -126,9 +126,9 @@ class WorkflowProcessor:
 
     def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
         before = set_abandoning(True)  # semantics §3.3: an instance that is dropped here is only forgotten
-        batch = _Batch(self, state, records, received_ms)
+        batch = _Batch(self, state, records, received_ms, budget)
         try:
-            return batch.run(budget)
+            return batch.run()
         finally:
             for live in batch.live.values():  # only after a bug or KeyboardInterrupt: nothing of them was saved
                 live.forget()
@@ -172,11 +172,12 @@ class _Batch:
     or the save fails, the records it met are done again one by one, and exactly the one at fault parks it.
     """
 
-    def __init__(self, processor: WorkflowProcessor, state: Changes, records: Sequence[Record], received_ms: int) -> None:
+    def __init__(self, processor: WorkflowProcessor, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None) -> None:
         self.processor = processor
         self.config = processor.config
         self.state = state
         self.records = records
+        self.budget = budget
         self.live: dict[bytes, Live] = {}
         self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows)
         self.made: list[Decision] = []
@@ -184,7 +185,8 @@ class _Batch:
         self.old: list[bytes] = []  # the instance that was just loaded on old code
         self.named: dict[Module, None] = {}  # versions that the snapshots of this batch name, in the order in which they were met: it decides what is written
 
-    def run(self, budget: Budget | None = None) -> list[Decision]:
+    def run(self) -> list[Decision]:
+        budget = self.budget
         self.made = [Decision()] * len(self.records)
         for number in range(len(self.records)):
             known = len(self.live)
@@ -404,8 +406,10 @@ class _Batch:
         return commands.apply(self, name, record, command)
 
     def drain(self, records: list[Record]) -> list[Decision]:
-        """Apply what was held, each record with its original offset; a failure parks the instance again (K17)."""
-        return _Batch(self.processor, self.state, records, self.context.received_ms).run()
+        """Apply what was held, each record with its original offset; a failure parks the instance again (K17).  What the budget leaves is held as before."""
+        made = _Batch(self.processor, self.state, records, self.context.received_ms, self.budget).run()
+        parked.hold_again(self.state, records[len(made) :])
+        return made
 
     def end(self, key: bytes, header: dict[str, Any]) -> None:
         """Nothing is left of it but the entry that a client's repeated start meets (K20)."""

@@ -7,7 +7,7 @@ behind it, as entries `\\0hold\\0<id>\\0<offset>` of the same state.  It must no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -19,7 +19,7 @@ from kwflow.core.wire import Output, Record, Reply
 from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 
-__all__ = ["DRAINED_MAX", "HOLD", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "holds", "is_paused", "park", "park_rest", "release", "remnant"]
+__all__ = ["DRAINED_MAX", "HOLD", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "hold_again", "holds", "is_paused", "park", "park_rest", "release", "remnant"]
 
 DRAINED_MAX = 500
 HOLD = b"\0hold\0"
@@ -150,6 +150,12 @@ def held(state: Changes, name: str) -> list[Record]:
         state.put(key, None)
         found.append(msgspec.structs.replace(msgspec.msgpack.decode(value, type=_Held), place=_place(key)))
     return found
+
+
+def hold_again(state: Changes, records: Sequence[Record]) -> None:
+    """Where they were, what was taken out and not applied."""
+    for record in records:
+        _put(state, wire.workflow_id(record), record, -1)
 
 
 def drop_head(state: Changes, name: str) -> Record | None:

@@ -459,3 +459,26 @@ def test_watchdogs_that_are_made_while_all_are_looked_at_do_not_end_the_looking(
         threading.excepthook = before
         sys.setswitchinterval(interval)
     assert failed == []
+
+
+def test_what_is_held_is_applied_within_the_budget_of_a_transaction_and_the_rest_in_the_next_ones() -> None:
+    """K11, K17: 500 records of a hold, each with large outputs or slow, were one transaction, which failed again and again."""
+    engine = Engine()
+
+    def command(op: bytes, budget: Budget | None = None) -> Decision:
+        return engine.batch(engine.record("a", b"null", (("kwflow-op", op),)), budget=budget)[0]
+
+    engine.start("mail", 0)
+    command(b"pause")
+    engine.batch(engine.record("a", b'{"ref":"go"}'))
+    for number in range(9):
+        engine.start("value", 1000 + number)
+    made = [command(b"unpause", Budget(3000, 10**9, Ticking()))]
+    assert engine.batch(engine.record("a", b'new:["value",5000]'))[0].counts == ("held",), "it stays behind them"
+    while made[-1].outputs[-1:] and made[-1].outputs[-1].topic == "workflow-resume":
+        assert dict(made[-1].outputs[-1].headers)["kwflow-op"] == b"retry"
+        made.append(command(b"retry", Budget(10**9, 4, Ticking())))
+    out = [[len(output.value or b"") for output in one.outputs if output.topic == "out"] for one in made]
+    assert [size for one in out for size in one] == [*range(1000, 1009), 5000]
+    assert [len(one) for one in out] == [3, 4, 3]
+    assert not [key for key in engine.store.entries if key.startswith(b"\0hold")]
