@@ -15,14 +15,16 @@ import typer
 from rich.table import Table
 
 from kwflow.cli.lowered import lowered
-from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, append, out, read, snapshots, stored
+from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, append, out, read, snapshots, sole_writer, stored
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
+from kwflow.core.wire import Output
 from kwflow.durable import allow_classes_by_value, allow_modules, find_source, registry, versions
 from kwflow.errors import SnapshotError, UsageError
 from kwflow.runners import deployment
 from kwflow.runners.code import LEASE_MS, CodeStore
 from kwflow.runners.deployment import Fate
+from kwflow.runners.embedded_state import Group
 from kwflow.runners.instances import header_of
 from kwflow.runners.modules import load_workflows
 
@@ -109,8 +111,10 @@ def migrate(
     if bool(ids) == every:
         raise UsageError("name instances, or give --all")
     chosen = ids or [key.decode() for key, data in sorted(snapshots(settings, embedded).items()) if header_of(data)["status"] not in ("ended", "damaged")]
-    for key in [wire.key_of(id) for id in chosen]:
-        append(settings, embedded, settings.resume_topic, key, b"null", (("kwflow-op", b"migrate"),))
+    asked = [Output(settings.resume_topic, wire.key_of(id), b"null", (("kwflow-op", b"migrate"),)) for id in chosen]
+    with sole_writer(settings, embedded, "migrate") as write:  # a hundred at a time: there may be very many
+        for _ in write([Group(tuple(asked[at : at + 100])) for at in range(0, len(asked), 100)]):
+            pass
     out.print(f"asked for {len(chosen)}; kwflow code list shows what they run then")
 
 
