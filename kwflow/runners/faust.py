@@ -124,11 +124,15 @@ class Agent:
         """What an activity returned, from its thread; lost with the process, it is made again by the next one."""
 
         async def send() -> None:
-            try:
-                await (await self._produce(Output(self.config.resume_topic, key, value)))
-                done(None)
-            except Exception as error:  # the broker's or Faust's: the worker decides what becomes of it
-                done(f"{type(error).__name__}: {error}")
+            while not self.app.should_stop:
+                try:
+                    await (await self._produce(Output(self.config.resume_topic, key, value)))
+                    return done(None)
+                except Exception as error:  # the broker's or Faust's
+                    refused = _rejected(error)
+                    if refused is not None:
+                        return done(refused)
+                await asyncio.sleep(_TURN_S)
 
         if self._loop is not None:
             asyncio.run_coroutine_threadsafe(send(), self._loop)
