@@ -247,6 +247,8 @@ class Calls:
         pairs = headers.items() if isinstance(headers, Mapping) else headers
         checked = []
         for name, value in pairs:
+            if not isinstance(name, str) or "\0" in name or name != name.encode("utf-8", "ignore").decode():  # librdkafka's binding ends the process, or the name
+                raise UsageError(f"header {name!r}: a name is text in UTF-8 without NUL")
             engine = name.startswith("kwflow-")
             if engine and not (topic == self.context.topics.resume and name in ("kwflow-workflow", "kwflow-start-id")):
                 raise UsageError(f"header {name!r}: kwflow-* headers belong to the engine")

@@ -228,6 +228,14 @@ def native(main: Any) -> Any:
     return step(None, Record("workflow-resume", 0, 0, 1000, b"w", b"new:null"), context)
 
 
+@pytest.mark.parametrize("name", ["bad \ud800", "cut\0off", 5])
+def test_a_header_name_that_no_record_can_bear_is_an_error_at_the_call(name: object) -> None:
+    """K11: on Kafka half a surrogate pair ended the process, and a NUL the name."""
+    tester = run(f"def main(opts):\n    kw.output('x', 'out', headers=[({name!r}, 'v')])\n")
+    assert error(tester).startswith(f"UsageError: header {name!r}: a name is text")
+    assert tester.values("out") == []
+
+
 # -- §2 cancelling -------------------------------------------------------------------------------------------------------
 
 
