@@ -18,6 +18,7 @@ from kwflow.errors import ProtocolError, UsageError
 
 __all__ = [
     "OPS",
+    "UNREADABLE",
     "Address",
     "Command",
     "Output",
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 Headers = tuple[tuple[str, bytes | None], ...]
+UNREADABLE = ("kwflow-unreadable", b"")  # in place of headers whose names are not UTF-8
 _Text = Annotated[str, msgspec.Meta(max_length=1000)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 _Ttl = Annotated[int, msgspec.Meta(gt=0, le=10 * 366 * 24 * 3600 * 1000)]
@@ -219,7 +221,9 @@ def header_bytes(headers: Headers) -> int:
 
 
 def check_size(record: Record, value_bytes_max: int, header_bytes_max: int) -> None:
-    """Raises ProtocolError for a record over a limit; it is not parsed."""
+    """Raises ProtocolError for a record over a limit, or whose headers nobody could read; it is not parsed."""
+    if record.headers and UNREADABLE in record.headers:
+        raise ProtocolError("the name of a header is not UTF-8, so that none of them could be read; send it again without", "bad-header")
     if record.value is not None and len(record.value) > value_bytes_max:
         raise ProtocolError(f"the value has {len(record.value)} bytes, more than {value_bytes_max} (limit value_bytes_max); send a reference to it, or raise it and retry the dead letter", "too-large")
     if record.headers and (size := header_bytes(record.headers)) > header_bytes_max:

@@ -11,7 +11,7 @@ from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message,
 from confluent_kafka.admin import AdminClient, ConfigResource, ConfigSource, NewTopic, OffsetSpec, ResourceType  # type: ignore[attr-defined]
 
 from kwflow.config import Config
-from kwflow.core.wire import Record
+from kwflow.core.wire import UNREADABLE, Record
 from kwflow.errors import TransportError
 from kwflow.runners.environment import LIVE, Environment
 
@@ -212,6 +212,9 @@ def replication(client: AdminClient, topic: str) -> int:
 
 def record_of(message: Message) -> Record:
     """A consumed message as the core knows records."""
-    headers = cast("list[tuple[str, Any]] | None", message.headers())
+    try:
+        headers = cast("list[tuple[str, Any]] | None", message.headers())
+    except (SystemError, UnicodeDecodeError):  # the library gives none of them when the name of one is not UTF-8
+        headers = [UNREADABLE]
     pairs = tuple((name, value if value is None or isinstance(value, bytes) else str(value).encode()) for name, value in headers) if headers else ()
     return Record(message.topic() or "", message.partition() or 0, message.offset() or 0, message.timestamp()[1], message.key(), message.value(), pairs)

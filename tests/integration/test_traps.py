@@ -1,12 +1,17 @@
 """Traps of exactly-once, each made to happen: what an evicted, stalled or replaced engine still tries to write (K1-K5, K14, K16)."""
 
+import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
 from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
 
+from kwflow.core import wire
 from kwflow.core.wire import Record
 from kwflow.errors import FencedError, TransportError
 from kwflow.runners import kafka_link
@@ -178,6 +183,36 @@ def test_a_record_too_large_for_a_dead_letter_is_told_of_without_its_value(lab: 
     lab.send("resume", "w", "new:{}")
     turn(engine, lambda: engine.counts["started"] == 1)
     assert lab.written(engine.config.dead_letter_topic, "w") == [""]
+
+
+NAMED_BY_BYTES = """
+import asyncio, sys
+from aiokafka import AIOKafkaProducer
+
+class Name(str):
+    def encode(self, *_):
+        return b"\\xff"
+
+async def send(broker, topic, value):
+    async with AIOKafkaProducer(bootstrap_servers=broker) as producer:
+        await producer.send_and_wait(topic, value.encode(), key=b"w", headers=[(Name("x"), b"v")], partition=0)
+
+asyncio.run(send(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("aiokafka") is None, reason="NOT TESTED: no client is here that sends such a header (kwflow[faust])")
+def test_a_record_with_a_header_whose_name_is_not_utf_8_is_a_dead_letter(lab: Lab) -> None:
+    """G3, K19: the library cannot give its headers; it ended every engine in turn, before any of its records was looked at."""
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned)
+    for value in ("new:{}", "no json"):
+        subprocess.run([sys.executable, "-c", NAMED_BY_BYTES, lab.base["bootstrap_servers"], lab.base["resume_topic"], value], env={**os.environ, "AIOKAFKA_NO_EXTENSIONS": "1"}, check=True)
+    lab.send("resume", "w", "new:{}")
+    turn(engine, lambda: engine.counts["started"] == 1)
+    assert lab.written(engine.config.dead_letter_topic, "w") == ["new:{}", "no json"]
+    [reason, _] = [wire.header(record, "kwflow-error-reason") for record in kafka_link.read(engine.config, engine.config.dead_letter_topic)]
+    assert reason == "bad-header"
 
 
 def test_large_records_are_not_heaped_up_while_steps_are_slow(lab: Lab) -> None:
