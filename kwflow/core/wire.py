@@ -277,7 +277,7 @@ def parent_of(record: Record) -> str | None:
 def reply_output(topic: str, reply: Reply) -> Output:
     """The record that answers; it is keyed by the process that waits on that partition."""
     value = {"request": reply.to.request, "status": reply.status, "message": reply.message, "value": reply.value}
-    return Output(topic, reply.to.process.encode(), json_dumps(value), (), None, reply.to.partition)
+    return Output(topic, reply.to.process.encode(), msgspec.json.encode(value), (), None, reply.to.partition)  # plain JSON, which is checked; a level deeper here
 
 
 def _json(data: bytes) -> object:

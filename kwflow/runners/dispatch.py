@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import msgspec
+
 from kwflow.activities import Activity, ActivityInfo, failure_payload, find_activity, running_as
 from kwflow.core import wire
 from kwflow.core.dispatch import PREFIX, Dispatch, Withdraw, decode, encode, state_key
@@ -359,9 +361,9 @@ def _result(item: Dispatch, activity: Activity[Any, Any], value: Any, bytes_max:
 def _failure(item: Dispatch, error: BaseException, bytes_max: int) -> bytes:
     """The error without what is too large for a record: as a dead letter it would leave its workflow waiting."""
     payload = failure_payload(error)
-    record = wire.json_dumps({"ref": item.ref, "error": payload})
+    record = msgspec.json.encode({"ref": item.ref, "error": payload})  # all in it is checked; a level deeper here
     if len(record) <= bytes_max:
         return record
     said = f"<not sent: the error has {len(record)} bytes (limit value_bytes_max)>"
     short = {name: said if name in ("details", "variables") else value[:_SHORT] if isinstance(value, str) else value for name, value in payload.items()}
-    return wire.json_dumps({"ref": item.ref, "error": short})
+    return msgspec.json.encode({"ref": item.ref, "error": short})

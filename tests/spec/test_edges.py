@@ -517,6 +517,22 @@ def test_an_error_of_an_activity_fits_into_an_input_record_whatever_it_carries(e
         assert ("limit value_bytes_max" in str(told)) == (at == 2000)
 
 
+def test_an_error_of_an_activity_as_deep_as_json_may_be_is_answered() -> None:
+    """G3: the record is deeper than what it carries; its thread ended, and the workflow waited."""
+    details: list[Any] = []
+    for _ in range(500):
+        details = [details]
+
+    def fails() -> None:
+        raise kw.ActivityError("deep", "Deep", details, final=True)
+
+    calls = Calls()
+    calls.call(make(fails))
+    calls.until(lambda: calls.answers)
+    calls.dispatcher.close()
+    assert calls.answers["w"]["error"]["details"] == details
+
+
 def test_an_activity_limit_s_of_0_is_no_limit() -> None:
     assert _hangs(0, 10**9) == ""
 

@@ -43,6 +43,22 @@ def outcomes(tester: WorkflowTester) -> list[tuple[str, str]]:
     return [((found["kwflow-outcome"] or b"").decode(), (found["kwflow-start-id"] or b"").decode()) for found in headers]
 
 
+def test_what_is_as_deep_as_json_may_be_is_replied_too() -> None:
+    """G3: a reply is a level deeper than what it tells; it ended the engine."""
+    body = """
+def nest(n):
+    return [nest(n - 1)] if n else []
+def main(n):
+    kw.set_status(nest(n))
+    update = yield kw.on_update("u")
+    kw.reply(update, nest(n))
+    yield kw.suspend("s")
+"""
+    for depth in (499, 500):
+        w = run(body, depth)
+        assert status(w.command("w", "query")) == status(w.command("w", "update", {"name": "u"})) == "ok"
+
+
 # -- start -----------------------------------------------------------------------------------------------------------
 def test_a_start_is_replied_started_then_duplicate_or_exists_and_duplicate_also_after_the_end() -> None:
     """M2, K20."""
