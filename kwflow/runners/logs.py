@@ -47,7 +47,7 @@ def lines_of(decision: Decision, record: Record) -> Iterable[Line]:
 def as_json(line: str, now_s: float | None = None, process: int | None = None) -> bytes:
     """One JSON object: time, level, message, the process's number if there are several, and workflow id, topic, partition and offset if it is about a record."""
     at = datetime.fromtimestamp(time.time() if now_s is None else now_s, UTC).isoformat(timespec="milliseconds")
-    said: dict[str, Any] = {"time": at, "level": getattr(line, "level", "info"), "message": str(line)}
+    said: dict[str, Any] = {"time": at, "level": getattr(line, "level", "info"), "message": line.encode("utf-8", "backslashreplace").decode()}
     if process is not None:
         said["process"] = process
     record: Record | None = getattr(line, "record", None)

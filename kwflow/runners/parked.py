@@ -24,6 +24,7 @@ __all__ = ["DRAINED_MAX", "HOLD", "all_held", "answered", "dead", "dead_letter",
 DRAINED_MAX = 500
 HOLD = b"\0hold\0"
 _MESSAGE_CHARACTERS = 300
+_SAID_CHARACTERS = 10_000  # it is in a header of the dead letter, and of the snapshot
 _KEY_BYTES_MAX = 10_000
 _ADDRESS = ("kwflow-request", "kwflow-reply-to")
 
@@ -80,7 +81,8 @@ def answered(config: Config, record: Record, status: str, message: str = "", val
 
 def park(config: Config, state: Changes, name: str, stored: bytes | None, record: Record, error: BaseException, received_ms: int) -> Decision:
     """The instance goes back to `stored` and waits for somebody; this record is the head of its hold."""
-    reason, message = type(error).__name__, str(error) or type(error).__name__
+    reason = type(error).__name__
+    message = str(error).encode("utf-8", "replace").decode()[:_SAID_CHARACTERS] or reason  # author code may have written it
     base = {"id": name, "workflow": _text(record, "workflow"), "start_id": _text(record, "start-id"), "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
     base |= {entry: value for entry in ("client", "parent") if (value := _text(record, entry))} if stored is None else {}
     state.put(name.encode(), snapshot.park(stored, base, reason, message, record.offset, config.signing_keys))

@@ -83,6 +83,24 @@ def test_an_undeclared_topic_raises_in_the_workflow_naming_it_and_the_remedy(eng
     assert "declare_topics('nowhere')" in engine.values("workflow-error")[0]
 
 
+def test_an_instance_is_parked_whatever_its_error_says() -> None:
+    """G4: it is in headers; half a surrogate pair ended the engine, and a long one no broker takes."""
+    module = durable.load_source("says", """
+import kwflow as kw
+class Held:
+    def __getstate__(self):
+        raise ValueError("half \\ud800" + "x" * 100_000)
+def main(o):
+    held = Held()
+    yield kw.suspend("r")
+""")
+    engine = WorkflowTester(module.main)
+    engine.start("a")
+    parked = (engine.header("a") or {})["parked"]
+    assert (parked["reason"], len(parked["message"])) == ("UnsavableError", 10_000)
+    assert "Held: half ?xxx" in parked["message"]
+
+
 def test_no_topic_at_all_is_refused_also_where_outcomes_are_not_written() -> None:
     """KW-12: a topic that is turned off is no topic that may be written to; the engine could not write the record, and ended."""
     module = durable.load_source("nowhere", "import kwflow as kw\ndef main(o):\n    kw.output('x', o)\n    yield kw.suspend('r')\n")

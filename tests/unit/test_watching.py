@@ -34,6 +34,10 @@ def test_a_log_line_about_a_record_has_its_workflow_id_topic_partition_and_offse
     }  # fmt: skip
 
 
+def test_a_log_line_with_half_a_surrogate_pair_is_json_too() -> None:
+    assert json.loads(as_json("half \ud800"))["message"] == "half \\ud800"
+
+
 def test_what_was_parked_or_dead_lettered_is_a_warning() -> None:
     for count in ("parked", "dead-letter"):
         (line,) = lines_of(Decision(logs=("trouble",), counts=(count,)), RECORD)
