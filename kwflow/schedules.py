@@ -128,6 +128,8 @@ def _asked(state: dict[str, Any], now_ms: int) -> list[str]:
     name, plan = state["plan"]["name"], state["plan"]
     times: list[int] = []
     oldest = now_ms - max(plan["catch_up_ms"], _LATE_MS)
+    if state["paused"]:  # what comes due is not wanted
+        state["after"] = max(state["after"], now_ms)
     while (at_ms := next_ms(plan, state["after"], state["anchor"])) is not None and at_ms <= now_ms:
         state["after"] = at_ms
         if at_ms < oldest:  # the rest of what is too old is passed over at once
@@ -138,7 +140,7 @@ def _asked(state: dict[str, Any], now_ms: int) -> list[str]:
             state["after"] = now_ms
         else:
             times.append(at_ms)
-    asked = [] if state["paused"] else [f"{name}@{_iso(at_ms)}" for at_ms in times]
+    asked = [f"{name}@{_iso(at_ms)}" for at_ms in times]
     for _ in range(state["triggers"]):
         state["triggered"] += 1
         asked.append(f"{name}@{_iso(now_ms)}+{state['triggered']}")

@@ -105,7 +105,7 @@ def list_(
 
 @schedules_app.command()
 def pause(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
-    """Start nothing until it is unpaused; what comes due meanwhile is not made up.
+    """Start nothing but what is queued already until it is unpaused; what comes due meanwhile is not made up.
 
     Example: kwflow schedule pause nightly
     """

@@ -194,6 +194,16 @@ def test_paused_it_starts_nothing_and_what_came_due_meanwhile_is_not_made_up() -
     assert len(begun(w)) == 1
 
 
+def test_what_came_due_while_it_was_paused_is_not_counted_as_missed() -> None:
+    w = schedule(input=0, catch_up_ms=0)
+    tell(w, do="pause")
+    w.advance(3600)
+    tell(w, do="trigger")
+    tell(w, do="unpause")
+    assert (status(w)["missed"], status(w)["runs"]) == (0, 1)
+    assert status(w)["next"] == "2023-11-14T23:14:20Z"
+
+
 def test_a_trigger_starts_a_run_now_also_when_it_is_paused() -> None:
     w = schedule(input=0)
     tell(w, do="pause")
