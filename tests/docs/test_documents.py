@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from kwflow import durable
 from kwflow.cli import app
+from kwflow.config import _SECTIONS, Config
 from kwflow.testing import WorkflowTester
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -54,6 +55,19 @@ def test_every_command_of_the_documents_exists() -> None:
         if words[:1] == ["kwflow"]:
             command = [word for word in words[1:3] if word.isalpha()][: 2 if words[1] in ("topics", "schedule") else 1]
             assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0, line
+
+
+BY_PROCESSES = {"process", "supervisor_pid"}  # set by --processes for its own children
+SETTINGS = re.findall(r"^\| `\[(\w+)\]` \| (.+?) \| (.+?) \|", (ROOT / "docs/OPERATIONS.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_every_setting_is_documented_and_those_of_the_table_with_their_defaults() -> None:
+    told = {_SECTIONS[section].format(name): text for section, names, texts in SETTINGS for name, text in zip(re.findall(r"`(\w+)`", names), texts.split(", "), strict=True)}
+    text = (ROOT / "docs/OPERATIONS.md").read_text(encoding="utf-8")
+    assert [name for name in Config.model_fields if name not in told and name not in BY_PROCESSES and not re.search(rf"\b{name}\b", text)] == []
+    for name, default in told.items():
+        real = Config.model_fields[name].get_default(call_default_factory=True)
+        assert default == ("none" if real is None or real == [] else str(real).lower()), name
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
