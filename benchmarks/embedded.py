@@ -14,7 +14,7 @@ from kwflow.core.wire import Output, Record
 from kwflow.durable import set_abandoning
 from kwflow.runners import rocks
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.loop import Overlay, collecting_later
+from kwflow.runners.overlay import Overlay, collecting_later
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
 

@@ -15,7 +15,7 @@ from benchmarks.kafka import PARTITIONS, Lab
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Record
-from kwflow.runners.loop import Overlay
+from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore
 from tests.integration.broker import free_port
 

@@ -16,7 +16,7 @@ from kwflow.core.wire import Record
 from kwflow.durable import set_abandoning
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.embedded_state import EmbeddedStore
-from kwflow.runners.loop import Overlay
+from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
 

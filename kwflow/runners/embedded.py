@@ -30,7 +30,7 @@ from kwflow.runners.budget import Budget, bytes_of
 from kwflow.runners.embedded_state import LOG, NEXT, POSITION, STORE_ID, EmbeddedStore, Group, failing, records_of
 from kwflow.runners.instances import Instances
 from kwflow.runners.logs import lines_of
-from kwflow.runners.loop import Overlay, collecting_later
+from kwflow.runners.overlay import Overlay, collecting_later
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.timers import TimerProcessor

@@ -31,7 +31,8 @@ from kwflow.durable import set_abandoning
 from kwflow.ports import Decision
 from kwflow.runners import parked, topics
 from kwflow.runners.kafka_code import take_over
-from kwflow.runners.loop import Overlay, WorkflowProcessor, collecting_later
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay, collecting_later
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.tracing import end_all

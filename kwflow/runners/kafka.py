@@ -34,7 +34,8 @@ from kwflow.runners.kafka_member import RETRY_S, Member
 from kwflow.runners.kafka_reading import gather
 from kwflow.runners.kafka_results import Results
 from kwflow.runners.kafka_transaction import Aborted, Batch, Rejected, Transactions
-from kwflow.runners.loop import Overlay, WorkflowProcessor, collecting_later
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay, collecting_later
 from kwflow.runners.owners import Owners
 from kwflow.runners.parked import forward, remnant
 from kwflow.runners.private import private

@@ -22,7 +22,7 @@ from kwflow.runners.environment import Producer
 from kwflow.runners.kafka_member import TRANSACTION_S, Member, again
 from kwflow.runners.kafka_state import POSITION
 from kwflow.runners.logs import lines_of
-from kwflow.runners.loop import Overlay
+from kwflow.runners.overlay import Overlay
 from kwflow.runners.stats import Stats
 
 __all__ = ["Aborted", "Batch", "Rejected", "Transactions"]

@@ -1,4 +1,4 @@
-"""What a batch of records does, failures included: the processor of workflows that every runner runs, and the overlay it changes.
+"""What a batch of records does, failures included: the processor of workflows that every runner runs.
 
 A record that means nothing is dead-lettered (G3), a step that fails parks its instance (semantics §7); `decide` itself
 never raises for bad input.  It must not know a log, a store on disk or a clock.
@@ -6,10 +6,8 @@ never raises for bad input.  It must not know a log, a store on disk or a clock.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -35,53 +33,11 @@ from kwflow.runners.stats import BYTES, Histogram
 from kwflow.runners.tracing import Tracing, fail_all
 from kwflow.runners.watchdog import Watchdog
 
-__all__ = ["Overlay", "WorkflowProcessor", "collecting_later", "dead_letter"]
+__all__ = ["WorkflowProcessor", "dead_letter"]
 
 _WENT_WRONG = {"parked", "dead-letter", "held"}
 _IGNORED = ("unknown-id", "unknown-ref", "duplicate-start", "repeated")  # G3: by a stated rule, counted and said once
 _OWN_START_ID = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")  # `<partition>-<offset>`, given by the step when the client gave none
-
-
-@contextlib.contextmanager
-def collecting_later() -> Iterator[None]:
-    """No cyclic collection within: what runs a batch puts its decisions and its commit into this, as it would pass all that they hold, and nearly all of that is freed without one."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-class Overlay:
-    """A store with changes on top: within a batch you read your own writes (K3)."""
-
-    def __init__(self, below: Store) -> None:
-        self.below = below
-        self.changes: dict[bytes, bytes | None] = {}
-
-    def get(self, key: bytes) -> bytes | None:
-        return self.changes[key] if key in self.changes else self.below.get(key)
-
-    def put(self, key: bytes, value: bytes | None) -> None:
-        self.changes[key] = value
-
-    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        changed = sorted((key for key in self.changes if key.startswith(prefix) and key >= start), reverse=True)
-        for key, value in self.below.scan(prefix, start):
-            while changed and changed[-1] <= key:
-                mine = changed.pop()
-                new = self.changes[mine]
-                if new is not None:
-                    yield mine, new
-            if key not in self.changes:
-                yield key, value
-        while changed:
-            mine = changed.pop()
-            new = self.changes[mine]
-            if new is not None:
-                yield mine, new
 
 
 class WorkflowProcessor:

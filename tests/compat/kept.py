@@ -28,7 +28,8 @@ from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output, Record
 from kwflow.errors import SnapshotError
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore, WorkflowTester
 

@@ -19,7 +19,8 @@ from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
 from kwflow.durable.peek import canonical_bytes, peek
 from kwflow.errors import ProtocolError, SnapshotError
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
 

@@ -21,7 +21,8 @@ from kwflow.durable import canonical_bytes
 from kwflow.ports import Decision
 from kwflow.runners.ended import EXPIRES
 from kwflow.runners.kafka_state import POSITION
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
 from kwflow.testing.kafka.log import Entry, Place, Transaction

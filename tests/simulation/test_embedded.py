@@ -19,7 +19,8 @@ from kwflow.core.wire import Record
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.embedded_state import EmbeddedStore
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
 from tests.simulation import workload
 from tests.simulation.faults import Crashed

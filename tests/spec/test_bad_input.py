@@ -14,7 +14,8 @@ from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record
 from kwflow.ports import Decision
 from kwflow.runners import parked
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore, WorkflowTester
 from tests.spec.test_signing import Engine
 

@@ -22,7 +22,8 @@ from kwflow.durable import registry
 from kwflow.runners.code import LEASE_MS, CodeStore
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.hosted import processors_of
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore, WorkflowTester
 
 HEAD = "import kwflow as kw\nkw.declare_topics('out')\ndef say(x):\n    kw.output(str(x), 'out')\n"

@@ -33,7 +33,8 @@ from kwflow.ports import Decision
 from kwflow.runners.dispatch import Dispatcher
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.environment import _Live
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
 from kwflow.runners.standby import Cleanup
 from kwflow.runners.threads import Threads
 from kwflow.runners.timers import TimerProcessor

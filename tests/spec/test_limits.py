@@ -24,7 +24,8 @@ from kwflow.ports import Decision
 from kwflow.runners import rocks
 from kwflow.runners.budget import Budget
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.watchdog import Watchdog
 from kwflow.testing import MemoryStore

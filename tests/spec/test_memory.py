@@ -9,7 +9,8 @@ from kwflow import durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore
 
 WAYS = {

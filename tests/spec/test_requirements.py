@@ -9,7 +9,8 @@ from kwflow.config import Config
 from kwflow.core.contract import Context, Topics, Workflows
 from kwflow.core.step import step
 from kwflow.core.wire import Record
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore, WorkflowTester
 
 HEAD = "import kwflow as kw\nkw.declare_topics('out', 'schedule', 'output')\ndef say(x):\n    kw.output(str(x), 'out')\n"

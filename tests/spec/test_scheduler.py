@@ -8,7 +8,7 @@ from kwflow.config import Config
 from kwflow.core.timers import COUNT
 from kwflow.core.wire import Record
 from kwflow.ports import Decision
-from kwflow.runners.loop import Overlay
+from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
 

@@ -24,7 +24,8 @@ from kwflow.ports import Decision
 from kwflow.runners import code, deployment
 from kwflow.runners import parked as parking
 from kwflow.runners.code import CodeStore
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore
 
 ONE, TWO, THREE = "1" * 32, "2" * 32, "3" * 32

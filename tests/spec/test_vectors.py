@@ -10,7 +10,8 @@ from kwflow import api, durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output, Record
-from kwflow.runners.loop import Overlay, WorkflowProcessor
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore
 from tests.spec.vectors import HELPERS, VECTORS, Vector
 

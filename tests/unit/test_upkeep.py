@@ -9,7 +9,7 @@ from kwflow.runners.code import WRITTEN
 from kwflow.runners.dispatch import keep
 from kwflow.runners.ended import FORGOTTEN, EndedTable
 from kwflow.runners.kafka_state import POSITION
-from kwflow.runners.loop import Overlay
+from kwflow.runners.overlay import Overlay
 from kwflow.runners.upkeep import _home
 from kwflow.testing import MemoryStore
 
