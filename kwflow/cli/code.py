@@ -112,7 +112,7 @@ def migrate(
         raise UsageError("name instances, or give --all")
     chosen = ids or [key.decode() for key, data in sorted(snapshots(settings, embedded).items()) if header_of(data)["status"] not in ("ended", "damaged")]
     asked = [Output(settings.resume_topic, wire.key_of(id), b"null", (("kwflow-op", b"migrate"),)) for id in chosen]
-    with sole_writer(settings, embedded, "migrate") as write:  # a hundred at a time: there may be very many
+    with sole_writer(settings, embedded, "code-migrate") as write:  # a hundred at a time: there may be very many
         for _ in write([Group(tuple(asked[at : at + 100])) for at in range(0, len(asked), 100)]):
             pass
     out.print(f"asked for {len(chosen)}; kwflow code list shows what they run then")
