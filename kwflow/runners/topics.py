@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import time
 from collections.abc import Iterable
 from typing import Any, cast
@@ -210,10 +211,13 @@ def replication(client: AdminClient, topic: str) -> int:
     return len(client.list_topics(topic, timeout=10).topics[topic].partitions[0].replicas)
 
 
+_headers = operator.methodcaller("headers")  # which looks whether it left an error behind; a call that the interpreter has made quick does not
+
+
 def record_of(message: Message) -> Record:
     """A consumed message as the core knows records."""
     try:
-        headers = cast("list[tuple[str, Any]] | None", message.headers())
+        headers = cast("list[tuple[str, Any]] | None", _headers(message))
     except (SystemError, UnicodeDecodeError):  # the library gives none of them when the name of one is not UTF-8
         headers = [UNREADABLE]
     pairs = tuple((name, value if value is None or isinstance(value, bytes) else str(value).encode()) for name, value in headers) if headers else ()
