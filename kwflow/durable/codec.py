@@ -24,7 +24,7 @@ from kwflow.durable.frames import CREATED, FINISHED, SUSPENDED, discard, enter, 
 from kwflow.durable.local_classes import by_value, reduce_class
 from kwflow.durable.lower import LOWERING_VERSION
 from kwflow.durable.lower.upgrade import upgraded
-from kwflow.durable.reducers import Refused, plain, reduce_module, reducer_of
+from kwflow.durable.reducers import Refused, is_value, plain, reduce_module, reducer_of
 from kwflow.durable.stacks import is_async_callback
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ResourceError, SnapshotError
 
@@ -91,7 +91,7 @@ class _Pickler(pickle.Pickler):
     def sentinel(self, value: Any) -> Any:
         """How the global that this very object is bound to is named; None if it is not."""
         name = registry.sentinel(value)
-        found = registry.reference(*name, value, self.pins) if name is not None else None
+        found = registry.reference(*name, value, self.pins) if name is not None and not is_value(value) else None
         if name is None or found is None:
             return None
         self.held.setdefault(found[0], (found[1], {}))

@@ -25,7 +25,7 @@ from typing import Any
 from kwflow.durable import iters, names, rebuild, registry
 from kwflow.errors import UsageError
 
-__all__ = ["Refused", "plain", "reduce_module", "reducer_of", "register_reducer"]
+__all__ = ["Refused", "is_value", "plain", "reduce_module", "reducer_of", "register_reducer"]
 
 Reducer = Callable[[Any], Any]
 _ATOMS = (type(None), bool, int, float, str, bytes, bytearray, tuple, list, dict, set, frozenset, type, types.FunctionType, types.GeneratorType, types.CellType)
@@ -75,6 +75,17 @@ def reducer_of(cls: type[Any]) -> Reducer | None:
     if found is None and cls.__module__.partition(".")[0] == "numpy":
         found = next((_FAMILIES[key] for base in cls.__mro__ if (key := f"{base.__module__}.{base.__qualname__}") in _FAMILIES), None)
     return found
+
+
+def is_value(value: Any) -> bool:
+    """Whether a copy is as good as the object: no global stands for it, since that may be bound to another one after a deployment."""
+    cls = type(value)
+    if isinstance(value, enum.Enum):
+        return names.allowed(cls.__module__, cls.__qualname__, cls)
+    if f"{cls.__module__}.{cls.__qualname__}" not in _VALUES:
+        return False
+    zone = getattr(value, "tzinfo", None)
+    return getattr(value, "key", "") is not None and (zone is None or is_value(zone))
 
 
 # -- iterators -------------------------------------------------------------------------------------------------------
@@ -313,8 +324,9 @@ _BY_TYPE: dict[type[Any], Reducer] = {
     weakref.WeakSet: _weak,
     weakref.WeakMethod: _weak,
 }
+_PATHS = [f"{module}.{kind}" for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")]
 _BY_NAME: dict[str, Reducer] = {
-    **{f"{module}.{kind}": _path for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")},
+    **dict.fromkeys(_PATHS, _path),
     **{f"_contextvars.{kind}": _context for kind in ("Context", "ContextVar", "Token")},
     **{f"contextvars.{kind}": _context for kind in ("Context", "ContextVar", "Token")},
     "zoneinfo.ZoneInfo": _zone,
@@ -322,5 +334,9 @@ _BY_NAME: dict[str, Reducer] = {
     "logging.RootLogger": _logger,
     "numpy.ndarray": _numpy_array,
 }
+_VALUES = frozenset(
+    "builtins.ellipsis builtins.NotImplementedType builtins.range datetime.date datetime.datetime datetime.time datetime.timedelta datetime.timezone decimal.Decimal fractions.Fraction "
+    "ipaddress.IPv4Address ipaddress.IPv4Interface ipaddress.IPv4Network ipaddress.IPv6Address ipaddress.IPv6Interface ipaddress.IPv6Network re.Pattern uuid.UUID zoneinfo.ZoneInfo".split()
+).union(_PATHS)
 _FAMILIES: dict[str, Reducer] = {"numpy.generic": _numpy_scalar, "numpy.dtype": _numpy_dtype}
 register_reducer(typing.TypeVar, lambda variable: variable.__name__, typing.TypeVar)  # of `def f[T]`; without its bound

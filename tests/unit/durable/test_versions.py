@@ -202,6 +202,38 @@ def test_a_sentinel_is_the_object_of_the_version_that_runs(site: Deployed) -> No
     assert next(site.again(saved)) == (True, 1)
 
 
+VALUES = {
+    "an enum's member": ("C.RED", "C.BLUE", "C.RED"),
+    "a zone, which zoneinfo shares": ("zoneinfo.ZoneInfo('Europe/Berlin')", "zoneinfo.ZoneInfo('America/New_York')", "zoneinfo.ZoneInfo('Europe/Berlin')"),
+    "a pattern, which re shares": ("re.compile('a+')", "re.compile('b+')", "re.compile('a+')"),
+    "an ellipsis": ("...", "object()", "..."),
+    "a number": ("decimal.Decimal('0.19')", "decimal.Decimal('0.25')", "GLOBAL"),
+    "a time": ("datetime.timedelta(1)", "datetime.timedelta(2)", "GLOBAL"),
+    "a path": ("pathlib.Path('a')", "pathlib.Path('b')", "GLOBAL"),
+}
+
+
+@pytest.mark.parametrize("what", VALUES)
+def test_a_value_stays_what_it_was_whatever_a_global_that_was_bound_to_it_is_bound_to_now(site: Deployed, what: str) -> None:
+    """§4.3 is for objects that are one: no name stands for a value, as none does for a float."""
+    before, now, held = VALUES[what]
+    head = "import datetime, decimal, enum, pathlib, re, zoneinfo\nclass C(enum.Enum):\n    RED = 1\n    BLUE = 2\n"
+    text = head + "GLOBAL = {}\ndef main():\n    held = {}\n    yield held\n    yield held\n"
+    gen = site.deploy(text.format(before, held)).main()
+    was = next(gen)
+    saved = site.save(gen)
+    site.deploy(text.format(now, held))
+    assert repr(next(site.again(saved))) == repr(was)
+
+
+def test_a_zone_that_has_no_key_is_saved_as_the_global_that_it_is_bound_to(site: Deployed) -> None:
+    """§4.3."""
+    head = "import importlib.resources, zoneinfo\nwith importlib.resources.files('tzdata.zoneinfo').joinpath('UTC').open('rb') as file:\n    ZONE = zoneinfo.ZoneInfo.from_file(file)\n"
+    gen = site.deploy(head + "def main():\n    zone = ZONE\n    yield\n    yield zone is ZONE\n").main()
+    next(gen)
+    assert next(site.again(site.save(gen)))
+
+
 def test_an_exception_while_old_code_loads_and_a_source_that_is_not_stored_name_the_version(site: Deployed) -> None:
     """§8.4, G10."""
     gen = site.deploy("import sys\nif 'broken_now' in sys.modules:\n    raise OSError('not here')\ndef main():\n    yield\n    yield 1").main()
