@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Client", "Future", "Outcome", "Run"]
 
 _T = TypeVar("_T")
-_SECONDS_MAX = 1_000_000_000  # thirty years
+_SECONDS_MAX = wire.DELAY_MS_MAX // 1000
 _DONE = ("ok", "delivered", "started", "duplicate")
 
 
@@ -163,20 +163,18 @@ class Client:
     ) -> Future[Any]:
         """Start a workflow and wait for its result.  Raises what `start` and `result` raise."""
         id, start_id = id or uuid.uuid4().hex, start_id or uuid.uuid4().hex
-        key, future = self._followed(id), self._future()
-        waiter = self._wait(id, start_id, future, timeout, starting=True)
-        self._link.follow(key, lambda: self._start(id, input, workflow, start_id, future, lambda run: self._started(waiter, run)))
-        return future
+        key, waiter = self._followed(id), self._wait(id, start_id, timeout, starting=True)
+        self._link.follow(key, lambda: self._start(id, input, workflow, start_id, waiter.future, lambda run: self._started(waiter, run)))
+        return waiter.future
 
     def result(self, id: str, *, start_id: str | None = None, timeout: timedelta | float | None = None) -> Future[Any]:
         """The result of the run that is there now, or of the one with this start id, whether it has ended or not.
 
         Raises OutcomeError (error, cancelled, terminated), TimeoutError (the workflow goes on), CommandError not_found.
         """
-        key, future = self._followed(id), self._future()
-        waiter = self._wait(id, start_id, future, timeout)
+        key, waiter = self._followed(id), self._wait(id, start_id, timeout)
         self._link.follow(key, lambda: self._ask(waiter))
-        return future
+        return waiter.future
 
     def signal(self, id: str, name: str, value: object = None, *, ttl: timedelta | float | None = None, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
         """Into the mailbox; done when it is there for good.  Raises CommandError: not_found, full."""
@@ -322,14 +320,14 @@ class Client:
             heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._count), request, future, error))
 
     # -- outcomes ----------------------------------------------------------------------------------------------------
-    def _wait(self, id: str, start_id: str | None, future: Future[Any], timeout: timedelta | float | None, starting: bool = False) -> _Waiter[Any]:
+    def _wait(self, id: str, start_id: str | None, timeout: timedelta | float | None, starting: bool = False) -> _Waiter[Any]:
         seconds = None if timeout is None else _seconds(timeout, "a timeout")
-        waiter: _Waiter[Any] = _Waiter(id, start_id, future, starting)
+        waiter: _Waiter[Any] = _Waiter(id, start_id, self._future(), starting)
         with self._lock:
             self._waiters.setdefault(id, []).append(waiter)
-        future.add_done_callback(lambda _: self._forget(waiter))
+        waiter.future.add_done_callback(lambda _: self._forget(waiter))
         if seconds is not None:
-            self._at(seconds, None, future, TimeoutError(f"{id} has not ended within {seconds:g} s; it goes on, ask for its result later"))
+            self._at(seconds, None, waiter.future, TimeoutError(f"{id} has not ended within {seconds:g} s; it goes on, ask for its result later"))
         return waiter
 
     def _followed(self, id: str) -> bytes:

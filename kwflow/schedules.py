@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 from cronsim import CronSim, CronSimError
 
-from kwflow.core.timers import DELAY_MS_MAX
+from kwflow.core.wire import DELAY_MS_MAX
 from kwflow.errors import UsageError
 
 __all__ = ["SIGNAL", "WORKFLOW", "begin", "checked", "due", "duration_ms", "ended", "instance_id", "next_ms", "status", "told"]

@@ -31,8 +31,7 @@ def lowered(
         for name in functions_of(source):
             out.print(name)
         return
-    text = lowered_text(source, path, filename, cold)
-    out.print(text, soft_wrap=True)
+    out.print(lowered_text(source, path, filename, cold))
 
 
 def _source(module: str, app_dir: Path | None) -> tuple[str, str]:

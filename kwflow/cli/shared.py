@@ -158,11 +158,8 @@ def read(settings: Config, embedded: Path | None, topic: str, start: int = 0) ->
 
         yield from read(settings, topic, start=start)
         return
-    db = read_only(embedded)
-    try:
+    with contextlib.closing(read_only(embedded)) as db:
         yield from records_of(db, topic, start)
-    finally:
-        db.close()
 
 
 def states(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
@@ -171,11 +168,8 @@ def states(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
         from kwflow.runners.kafka_link import latest
 
         return latest(settings, settings.changelog_topic)
-    db = read_only(embedded)
-    try:
+    with contextlib.closing(read_only(embedded)) as db:
         return dict(EmbeddedStore(db, settings.changelog_topic).scan(b""))
-    finally:
-        db.close()
 
 
 def snapshots(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
@@ -190,11 +184,8 @@ def stored(settings: Config, embedded: Path | None, id: str) -> bytes:
 
         found = state_of(settings, id)
     else:
-        db = read_only(embedded)
-        try:
+        with contextlib.closing(read_only(embedded)) as db:
             found = EmbeddedStore(db, settings.changelog_topic).get(wire.key_of(id))
-        finally:
-            db.close()
     if found is None:
         raise UsageError(f"no instance {id!r}")
     return found

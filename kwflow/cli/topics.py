@@ -85,7 +85,7 @@ def topics_migrate(
     """
     from kwflow.runners import upkeep
 
-    upkeep.migrate(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), partitions, lambda line: out.print(line))
+    upkeep.migrate(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), partitions, out.print)
 
 
 class From(enum.StrEnum):
@@ -114,4 +114,4 @@ def reset(
         out.print(line)
     if not yes and not typer.confirm("Do all this?"):
         raise typer.Exit(1)
-    upkeep.reset(settings, input_from, lambda line: out.print(line))
+    upkeep.reset(settings, input_from, out.print)

@@ -19,8 +19,7 @@ from kwflow.core.dispatch import Callee, Dispatch
 from kwflow.core.instance import Host, Instance, Machine
 from kwflow.core.mailbox import Inbox
 from kwflow.core.tasks import OK, ActivityWait, All, Awaitable, Combinator, Race, Shield, Suspension, Task, Timeout, Timer
-from kwflow.core.timers import DELAY_MS_MAX
-from kwflow.core.wire import Output, Record, Reply
+from kwflow.core.wire import DELAY_MS_MAX, Output, Record, Reply
 from kwflow.durable.awaiting import Advance, AsyncGenerator, asyncio_refusal
 from kwflow.errors import NotDurableError, UsageError
 

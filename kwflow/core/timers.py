@@ -10,17 +10,16 @@ import re
 
 import msgspec
 
-from kwflow.core.wire import Headers, Output, Record, header, travelling_headers
+from kwflow.core.wire import DELAY_MS_MAX, Headers, Output, Record, header, travelling_headers
 from kwflow.errors import ProtocolError
 
-__all__ = ["COUNT", "DELAY_MS_MAX", "DUE", "cancel_or_set", "due_entries", "fire"]
+__all__ = ["COUNT", "DUE", "cancel_or_set", "due_entries", "fire"]
 
 DUE = b"\0due\0"
 COUNT = b"\0timers"  # `<how many are set> <first due key>`: counting a million entries, or passing those that were deleted, would take seconds
 _PACKED = b"\2"  # no header's name began like this in the form before
 _DELAY = re.compile(rb"[+-]?\d{1,15}")
 _INSTANT = re.compile(r"[0-9]{1,15}")  # ms until the year 33658; int() would take digits of any script, and refuse 5000 of them
-DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer one is a mistake in units
 
 
 def _due_key(due_ms: int, offset: int, key: bytes) -> bytes:

@@ -17,6 +17,7 @@ import msgspec
 from kwflow.errors import ProtocolError, UsageError
 
 __all__ = [
+    "DELAY_MS_MAX",
     "OPS",
     "UNREADABLE",
     "Address",
@@ -46,10 +47,11 @@ __all__ = [
 ]
 
 Headers = tuple[tuple[str, bytes | None], ...]
+DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer one is a mistake in units
 UNREADABLE = ("kwflow-unreadable", b"")  # in place of headers whose names are not UTF-8
 _Text = Annotated[str, msgspec.Meta(max_length=1000)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
-_Ttl = Annotated[int, msgspec.Meta(gt=0, le=10 * 366 * 24 * 3600 * 1000)]
+_Ttl = Annotated[int, msgspec.Meta(gt=0, le=DELAY_MS_MAX)]
 _HEADER_CHARACTERS_MAX = 1200  # ids of runs, requests and commands: a child's start id holds its parent's id and a ref
 _ID_BYTES_MAX = 512  # wire.md §4: an id is a state key and part of a timer key
 _ENGINE_ID = re.compile(r"\d+:\d+\Z")

@@ -6,6 +6,7 @@ taken when it was made (M1.3).  Through the socket it connects again when the en
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -104,11 +105,8 @@ class SocketLink(_Link):
         """Where each topic ends, and which log that is."""
         if not (self._directory / "CURRENT").exists():
             return dict.fromkeys(_followed(self.config), 0), None
-        db = read_only(self._directory)
-        try:
+        with contextlib.closing(read_only(self._directory)) as db:
             return ends_of(db, _followed(self.config)), db.get(STORE_ID)
-        finally:
-            db.close()
 
     def listen(self, listener: Listener) -> None:
         super().listen(listener)
@@ -132,11 +130,8 @@ class SocketLink(_Link):
                         break
 
     def find(self, key: bytes) -> list[Record]:
-        db = read_only(self._directory)
-        try:
+        with contextlib.closing(read_only(self._directory)) as db:
             return [record for topic in _followed(self.config)[1:] for record in records_of(db, topic) if record.key == key]
-        finally:
-            db.close()
 
     def _run(self, listener: Listener) -> None:
         follower: Follower | None = None
@@ -147,12 +142,11 @@ class SocketLink(_Link):
                     _, log = self._ends()
                     if log != self._log:
                         self._begin_anew(log, listener)
-                        follower.close()
-                        follower = Follower(self._directory, self._positions)
+                        raise TransportError("it is another log than before")
                 for record in follower.read(_TICK_S):
                     self._positions[record.topic] = record.offset + 1
                     listener.on_record(record)
-            except (OSError, TransportError):  # no engine runs, or it was killed: what it wrote is read from the next one
+            except (OSError, TransportError):  # no engine runs, it was killed, or its log is another one: from these positions on it is read from the next connection
                 if follower is not None:
                     follower.close()
                     follower = None

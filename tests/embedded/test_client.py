@@ -354,8 +354,9 @@ def test_nobody_waits_for_an_outcome_that_is_not_written(tmp_path: pathlib.Path)
                     call(client)
             assert not client._open
     with Client.embedded(tmp_path / "state") as client:
-        with pytest.raises(UsageError):
-            client.result("a|b")
+        for wrong in (lambda: client.result("a|b"), lambda: client.result("w", timeout=-1), lambda: client.start_and_wait("w", timeout=math.nan)):
+            with pytest.raises(UsageError):
+                wrong()
         assert not client._open and not client._waiters
 
 
