@@ -21,7 +21,7 @@ __all__ = ["list_", "show"]
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _ROWS_MAX = 1000  # of a table; each costs half a millisecond, and nobody reads more
-_STATUSES = ("waiting", "closing", "parked", "paused", "ended")
+_STATUSES = ("waiting", "closing", "parked", "paused", "ended", "damaged")
 
 
 def _time(instant_ms: float) -> str:
@@ -138,7 +138,7 @@ def list_(
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     workflow: Annotated[str | None, typer.Option("--workflow", help="Only this one.")] = None,
-    status: Annotated[str | None, typer.Option("--status", help="waiting, closing, parked, paused or ended.")] = None,
+    status: Annotated[str | None, typer.Option("--status", help="waiting, closing, parked, paused, ended or damaged.")] = None,
     since: Annotated[str | None, typer.Option("--since", help="Changed since then: 30m, 2h, 7d, or an ISO time (UTC).")] = None,
     as_json: Json = False,
     config: ConfigFile = None,
