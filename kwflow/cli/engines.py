@@ -279,8 +279,8 @@ def scheduler(
 def run(
     module: Annotated[str, typer.Argument(metavar="MODULE")],
     input: Annotated[str, typer.Option("--input", help="JSON for main's argument.")] = "null",
-    embedded: Annotated[Path, typer.Option("--embedded", envvar="KWFLOW_EMBEDDED")] = Path("kwflow-run"),
-    id: Annotated[str, typer.Option("--id")] = "run",
+    embedded: Annotated[Path, typer.Option("--embedded", envvar="KWFLOW_EMBEDDED", help="Directory of its state.")] = Path("kwflow-run"),
+    id: Annotated[str, typer.Option("--id", help="Of the workflow.")] = "run",
     config: ConfigFile = None,
     app_dir: AppDir = None,
 ) -> None:

@@ -1,13 +1,11 @@
-"""What the documents show is run: Python blocks as they stand, commands by name."""
+"""What the documents show is run: Python blocks as they stand (commands: test_commands.py)."""
 
 import pathlib
 import re
 
 import pytest
-from typer.testing import CliRunner
 
 from kwflow import durable
-from kwflow.cli import app
 from kwflow.config import _SECTIONS, Config
 from kwflow.testing import WorkflowTester
 
@@ -47,14 +45,6 @@ def test_the_example_of_the_readme_does_what_it_says() -> None:
     tester.start("b")
     tester.advance(86_400)
     assert tester.values("workflow-error") == ["TimeoutError: kw.timeout"]
-
-
-def test_every_command_of_the_documents_exists() -> None:
-    for line in "\n".join(text for path in DOCUMENTS for text in blocks(path, "sh")).splitlines():
-        words = line.split("#")[0].split()
-        if words[:1] == ["kwflow"]:
-            command = [word for word in words[1:3] if word.isalpha()][: 2 if words[1] in ("topics", "schedule") else 1]
-            assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0, line
 
 
 BY_PROCESSES = {"process", "supervisor_pid"}  # set by --processes for its own children

@@ -1,0 +1,107 @@
+"""Every command and option: docs/COMMANDS.md has them all as they are (KWFLOW_REWRITE=1 writes it anew), and what the documents show is understood."""
+
+import os
+import pathlib
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+
+from kwflow.cli import app
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILE = ROOT / "docs/COMMANDS.md"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EVERYWHERE = 8  # commands that have an option in the same words, for it to be told once
+HEAD = """# Commands
+
+`kwflow COMMAND --help` says the same: this page is written by `tests/docs/test_commands.py` from the command line itself. What a command prints is on the
+standard output; what it says of itself, and errors, on the standard error. Exit codes: 0; 1 an error, or an outcome that is no result; 2 wrong usage; 3 start me
+again ([OPERATIONS.md](OPERATIONS.md#processes)); 130 interrupted. An option that is not given is taken from `KWFLOW_<COMMAND>_<OPTION>`, where that is set.
+
+Options that many commands have, named below where they are taken:
+
+"""
+
+
+def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Typer's commands are click's, or a copy of them, as its version has it."""
+    if hasattr(command, "commands"):
+        for name in sorted(command.commands):
+            yield from leaves(command.commands[name], (*path, name))
+    else:
+        yield path, command
+
+
+COMMANDS = dict(leaves(typer.main.get_command(app)))
+
+
+def options_of(command: Any) -> list[Any]:
+    return [parameter for parameter in command.params if parameter.param_type_name == "option"]
+
+
+def names_of(command: Any) -> set[str]:
+    return {name for option in options_of(command) for name in (*option.opts, *option.secondary_opts)} | {"--help"}
+
+
+def row(option: Any) -> str:
+    default = "" if option.default in (None, False, "") or option.is_flag and not option.secondary_opts else f"; default: `{option.opts[0] if option.default is True else option.default}`"
+    name = "/".join((*option.opts, *option.secondary_opts))
+    variable = f"; or `{option.envvar}`" if option.envvar else ""
+    return f"- `{name}`: {option.help.rstrip('.')}{default}{variable}\n"
+
+
+def document() -> str:
+    rows = Counter(row(option) for command in COMMANDS.values() for option in options_of(command))
+    common = {line for line, count in rows.items() if count >= EVERYWHERE}
+    parts = [HEAD + "".join(sorted(common))]
+    for path, command in COMMANDS.items():
+        text, _, example = (command.help or "").partition("Example: ")
+        arguments = "".join(f" {argument.metavar or argument.name.upper()}" for argument in command.params if argument.param_type_name == "argument")
+        own = [row(option) for option in options_of(command) if row(option) not in common]
+        shared = [f"`{option.opts[0]}`" for option in options_of(command) if row(option) in common]
+        parts.append(f"\n## kwflow {' '.join(path)}{arguments}\n\n{' '.join(text.split())}\n\n```sh\n{example.strip()}\n```\n")
+        parts += ["\n" if own or shared else "", *own, f"- {', '.join(shared)}\n" if shared else ""]
+    return "".join(parts)
+
+
+def test_commands_md_has_every_command_and_option_as_they_are() -> None:
+    if os.environ.get("KWFLOW_REWRITE"):
+        FILE.write_text(document(), encoding="utf-8")
+    assert FILE.read_text(encoding="utf-8") == document(), "the command line is another one now: KWFLOW_REWRITE=1 pytest tests/docs/test_commands.py"
+
+
+def command_of(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that these words name, and the words behind it."""
+    known = next((path for path in (tuple(words[:2]), tuple(words[:1])) if path in COMMANDS), None)
+    assert known is not None, words
+    return COMMANDS[known], words[len(known) :]
+
+
+def shown() -> Iterator[str]:
+    """What stands in blocks as a line to be typed."""
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        yield from re.findall(r"^kwflow (.+)$", "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)), re.MULTILINE)
+        yield from re.findall(r"^    kwflow (.+)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", sorted(set(shown())))
+def test_every_command_line_of_the_documents_is_understood(line: str) -> None:
+    command, words = command_of([word for word in shlex.split(line, comments=True) if word != "&"])
+    command.make_context("kwflow", words)
+
+
+def test_every_option_that_the_documents_name_exists() -> None:
+    everywhere = set().union(*map(names_of, COMMANDS.values())) | {"--version"}
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= everywhere, path
+        for span in re.findall(r"`kwflow ([^`…]+?)`", text):
+            words = re.sub(r"[|\[\]]", " ", span).split()
+            if named := {word for word in words if word.startswith("--")} - {"--version", "--help"}:
+                assert named <= names_of(command_of(words)[0]), f"{path}: {span}"
