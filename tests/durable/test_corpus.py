@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import importlib.util
 import json
 import os
 import pathlib
@@ -12,6 +11,7 @@ import sys
 import corpus_harness as harness
 import pytest
 
+from kwflow import durable
 from tests.nightly import minor
 
 pytestmark = [
@@ -25,14 +25,6 @@ CASES = [(m, g) for m in harness.module_names() for g in harness.generators_of(h
 SHARED = ("g_from_generator_kept_in_local", "g_async_generator", "g_aclosing")
 
 
-def durable_is_there() -> bool:
-    try:
-        return importlib.util.find_spec("kwflow.durable.lower") is not None
-    except ModuleNotFoundError:
-        return False
-
-
-needs_durable = pytest.mark.skipif(not durable_is_there(), reason="NOT TESTED: kwflow.durable.lower does not exist in this checkout")
 each_case = pytest.mark.parametrize(("module", "name"), CASES, ids=[f"{m}.{g}" for m, g in CASES])
 native = functools.cache(harness.load_native)
 lowered = functools.cache(harness.load_lowered)
@@ -48,7 +40,6 @@ def test_the_corpus_itself_is_repeatable(module: str, name: str) -> None:
         assert " at 0x" not in repr(first), script.name
 
 
-@needs_durable
 @pytest.mark.parametrize("mode", harness.TRIPS)
 @each_case
 def test_a_generator_restored_at_every_yield_does_what_it_does_natively(module: str, name: str, mode: str) -> None:
@@ -59,27 +50,15 @@ def test_a_generator_restored_at_every_yield_does_what_it_does_natively(module: 
     assert found is None, found
 
 
-@needs_durable
 @pytest.mark.parametrize("way", ["discarded", "dropped"])
 @each_case
 def test_forgetting_a_generator_never_runs_its_cleanup(module: str, name: str, way: str) -> None:
     """G8."""
-    from kwflow import durable
-
     before = durable.set_abandoning(True)
     harness.KEPT.clear()  # gc.collect() below would walk them all
     durable.set_abandoning(before)
     gc.collect()
     gc.freeze()  # each collection below looks at what this test made, and at nothing else
-    try:
-        _forget_at_every_yield(module, name, way)
-    finally:
-        gc.unfreeze()
-
-
-def _forget_at_every_yield(module: str, name: str, way: str) -> None:
-    from kwflow import durable
-
     space = lowered(module)
     script = harness.Script("ints", tuple(harness.stream("ints")))
     for k in range(harness.OPS_MAX):
@@ -97,7 +76,6 @@ def _forget_at_every_yield(module: str, name: str, way: str) -> None:
         assert [entry for entry in space["LOG"] if "gone" not in entry] == [], f"{way} at yield {k}"  # lifetimes: objects' own ends
 
 
-@needs_durable
 def test_every_saved_generator_goes_on_in_another_process(tmp_path: pathlib.Path) -> None:
     """Saved at every yield, compared from there on; across minors: make nightly."""
     minor.write(str(tmp_path / "snapshots.json"))
