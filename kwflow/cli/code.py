@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from kwflow.cli.lowered import lowered
-from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, append, out, read, snapshots, sole_writer, stored
+from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, out, read, snapshots, sole_writer, stored
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
 from kwflow.core.wire import Output
@@ -111,9 +111,9 @@ def migrate(
     if bool(ids) == every:
         raise UsageError("name instances, or give --all")
     chosen = ids or [key.decode() for key, data in sorted(snapshots(settings, embedded).items()) if header_of(data)["status"] not in ("ended", "damaged")]
-    asked = [Output(settings.resume_topic, wire.key_of(id), b"null", (("kwflow-op", b"migrate"),)) for id in chosen]
-    with sole_writer(settings, embedded, "code-migrate") as write:  # a hundred at a time: there may be very many
-        for _ in write([Group(tuple(asked[at : at + 100])) for at in range(0, len(asked), 100)]):
+    asked = [Group((Output(settings.resume_topic, wire.key_of(id), b"null", (("kwflow-op", b"migrate"),)),)) for id in chosen]
+    with sole_writer(settings, embedded, "code-migrate") as write:
+        for _ in write(asked):
             pass
     out.print(f"asked for {len(chosen)}; kwflow code list shows what they run then")
 
@@ -142,11 +142,10 @@ def gc(
     kept = versions.needed(deployment.versions_in(stored), store.entries)
     oldest = time.time_ns() // 1_000_000 - days * 86_400_000
     gone = sorted(key for key in store.entries if key not in kept and store.written_ms[key] < oldest)
-    for key in gone:
-        name, _, version = key.rpartition("@")
-        out.print(f"{'would remove' if dry_run else 'removed'} {name}@{version[:12]}")
-        if not dry_run:
-            append(settings, embedded, settings.code_topic, key.encode(), None, ())
+    with contextlib.nullcontext(lambda removals: removals) if dry_run else sole_writer(settings, embedded, "code-gc") as write:
+        for key, _ in zip(gone, write([Group((Output(settings.code_topic, key.encode(), None, ()),)) for key in gone]), strict=True):
+            name, _, version = key.rpartition("@")
+            out.print(f"{'would remove' if dry_run else 'removed'} {name}@{version[:12]}")
     out.print(f"{len(gone)} of {len(store.entries)} versions")
 
 

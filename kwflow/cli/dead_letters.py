@@ -9,12 +9,12 @@ import msgspec
 import typer
 from rich.table import Table
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, out, read, sole_writer, states, text_of
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, err, out, read, sole_writer, states, text_of
 from kwflow.config import Config, load_config
 from kwflow.core import wire
 from kwflow.core.wire import Output, Record
 from kwflow.errors import UsageError
-from kwflow.runners.embedded_state import Group, Mark
+from kwflow.runners.embedded_state import Group, Mark, Undone
 from kwflow.runners.instances import header_of
 from kwflow.runners.parked import holds
 
@@ -152,9 +152,16 @@ def _settle(settings: Config, embedded: Path | None, what: str | None, every: bo
         commands = [Group((Output(settings.resume_topic, id.encode(), b"null", (("kwflow-op", op.encode()),)),)) for id in parked]
         for id, _ in zip(parked, write(commands), strict=True):
             out.print(f"{id}: {op} is asked for; its engine does it")
-        closing = [_closing(settings, identity, record, op == "retry") for identity, record in letters.items()]
-        for identity, done in zip(letters, write(closing), strict=True):
-            out.print(f"{identity}: {('sent again' if op == 'retry' else 'closed') if done else 'somebody else has dealt with it'}")
+        left, refused = list(letters), False
+        while left:  # one that is refused holds up none of the others
+            try:
+                for done in write([_closing(settings, identity, letters[identity], op == "retry") for identity in left]):
+                    out.print(f"{left.pop(0)}: {('sent again' if op == 'retry' else 'closed') if done else 'somebody else has dealt with it'}")
+            except Undone as error:
+                err.print(f"{left.pop(0)}: {error}", style="red")
+                refused = True
+    if refused:
+        raise typer.Exit(1)
 
 
 def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: str | None) -> tuple[list[str], dict[str, Record]]:

@@ -23,7 +23,7 @@ from kwflow.runners.socket import submit, submit_all
 
 __all__ = [
     "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
-    "append", "err", "exit_code", "json_option", "out", "print_json", "read", "send", "snapshots", "states", "stored", "text_of", "told",
+    "err", "exit_code", "json_option", "out", "print_json", "read", "send", "snapshots", "states", "stored", "text_of", "told",
 ]  # fmt: skip
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -98,20 +98,16 @@ def print_json(value: object) -> None:
 
 def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
     """One record on the resume topic, embedded or on Kafka, durable when this returns."""
-    append(settings, embedded, settings.resume_topic, wire.key_of(id), value, headers)
-
-
-def append(settings: Config, embedded: Path | None, topic: str, key: bytes | None, value: bytes | None, headers: wire.Headers) -> None:
     if embedded is not None:
-        submit(embedded, topic, key, value, headers)
+        submit(embedded, settings.resume_topic, wire.key_of(id), value, headers)
         return
     from kwflow.runners.kafka_link import send
 
-    send(settings, topic, key, value, headers)
+    send(settings, settings.resume_topic, wire.key_of(id), value, headers)
 
 
 Write = Callable[[Sequence[Group]], Iterator[bool]]
-_GROUPS_MAX = 100  # that an embedded engine takes in one batch: it does nothing else meanwhile
+_GROUPS_MAX = 100  # in one batch: an embedded engine does nothing else meanwhile
 _GROUPS_BYTES_MAX = 4_000_000  # base64 and all, a request has at most 16 MB
 
 
@@ -129,9 +125,8 @@ def sole_writer(settings: Config, embedded: Path | None, name: str) -> Iterator[
     with SoleWriter(settings, name) as writer:
 
         def write(groups: Sequence[Group]) -> Iterator[bool]:
-            for group in groups:
-                writer.write(group.records)
-                yield True
+            for some in _parts(groups):
+                yield from (True for _ in writer.write_each(some))
 
         yield write
 

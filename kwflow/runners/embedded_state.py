@@ -13,7 +13,7 @@ from kwflow.core.wire import Output, Record
 from kwflow.errors import TransportError
 from kwflow.runners.rocks import entries
 
-__all__ = ["LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "Group", "Mark", "ends_of", "failing", "read_only", "records_of"]
+__all__ = ["LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "Group", "Mark", "Undone", "ends_of", "failing", "read_only", "records_of"]
 
 LOG, NEXT, POSITION = b"L", b"N", b"P"  # of a topic: its records, the offset the next one gets, the first one no committed batch holds
 STORE_ID = b"I"  # one log, from its making to its deletion
@@ -59,6 +59,10 @@ class Group(msgspec.Struct, frozen=True, omit_defaults=True):
 
     records: tuple[Output, ...]
     unless: Mark | None = None
+
+
+class Undone(TransportError):
+    """One that is not taken; nothing of it was written."""
 
 
 class EmbeddedStore:

@@ -9,7 +9,7 @@ has fenced whoever had the name, and ended what that one left open.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +19,7 @@ from kwflow.config import Config
 from kwflow.core.wire import Output
 from kwflow.errors import TransportError
 from kwflow.runners.broker_errors import BrokerErrors
+from kwflow.runners.embedded_state import Group, Undone
 from kwflow.runners.environment import made
 from kwflow.runners.topics import client_config
 
@@ -41,8 +42,21 @@ class SoleWriter:
         self._producer = made(Producer, client_config(config, partitioner="murmur2_random", **settings) | {"error_cb": self._errors})
         self._again(lambda: self._producer.init_transactions(_TIMEOUT_S))
 
+    def write_each(self, groups: Sequence[Group]) -> Iterator[None]:
+        """All of each, or none: together in one transaction, or where the broker does not take them together each in its own.  Raises as `write`, at the group at fault."""
+        try:
+            self.write([output for group in groups for output in group.records])
+            yield from [None] * len(groups)
+        except Undone:
+            for group in groups:
+                try:
+                    self.write(group.records)
+                except Undone:  # it may have met what the one before left behind: the broker misses a number of its sequence
+                    self.write(group.records)
+                yield
+
     def write(self, outputs: Sequence[Output]) -> None:
-        """All of these, or none; committed when this returns.  Raises TransportError, also when the outcome is not known."""
+        """All of these, or none; committed when this returns.  Raises Undone, TransportError when another process has the name, or the outcome is not known."""
         failed: list[KafkaError] = []
 
         def delivered(error: KafkaError | None, _message: Message) -> None:
@@ -55,10 +69,11 @@ class SoleWriter:
                 self._producer.produce(output.topic, output.value, output.key, headers=list(output.headers), on_delivery=delivered)
             self._again(lambda: self._producer.commit_transaction(_TIMEOUT_S))
         except KafkaException as error:
-            cause = error.args[0]
-            if not cause.fatal():
-                self._again(lambda: self._producer.abort_transaction(_TIMEOUT_S))
-            raise self._told((failed or [cause])[0]) from None
+            cause = (failed or error.args)[0]  # before the abort, by which the others fail, too
+            if error.args[0].fatal():
+                raise self._told(cause) from None
+            self._again(lambda: self._producer.abort_transaction(_TIMEOUT_S))
+            raise Undone(str(self._told(cause))) from None
 
     def _again(self, call: Callable[[], None]) -> None:
         """The same call again while it is retriable (K4).  Raises KafkaException for what has to be aborted."""

@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
@@ -69,16 +70,16 @@ def test_a_takeover_and_a_restore_in_the_middle_of_a_retry_change_nothing(site: 
 
 
 # -- dead letters ------------------------------------------------------------------------------------------------------
-LETTERS = 40
+LETTERS = 1200  # twelve transactions
 
 
-def letters(site: Site) -> list[str]:
+def letters(site: Site, count: int = LETTERS, topic: str | None = None, value: bytes = b"{not json") -> list[str]:
     """So many dead letters, as an engine writes them; their keys."""
-    headers = [("kwflow-error-reason", "bad-json"), ("kwflow-error-topic", site.topic("resume")), ("kwflow-error-message", "no JSON")]
-    for number in range(LETTERS):
-        site.producer.produce(f"{site.application}-dead-letter", b"{not json", f"k{number:02}", headers=headers)
+    headers = [("kwflow-error-reason", "bad-json"), ("kwflow-error-topic", topic or site.topic("resume")), ("kwflow-error-message", "no JSON")]
+    for number in range(count):
+        site.producer.produce(f"{site.application}-dead-letter", value, f"k{number:04}", headers=headers)
     assert site.producer.flush(20) == 0
-    return [f"k{number:02}" for number in range(LETTERS)]
+    return [f"k{number:04}" for number in range(count)]
 
 
 def resent(site: Site) -> list[str]:
@@ -86,21 +87,40 @@ def resent(site: Site) -> list[str]:
 
 
 def test_letters_are_sent_again_once_although_the_command_is_killed_again_and_again(site: Site) -> None:
-    """K13: a letter and its mark are one transaction; the next command ends the one that a killed one left open."""
+    """K13: a letter and its mark are in one transaction; the next command ends the one that a killed one left open."""
     expected, chance = letters(site), random.Random(5)
     command = [sys.executable, "-m", "kwflow.cli", "dead-letters", "retry", "--all"]
     for _ in range(5):
         process = subprocess.Popen(command, env={**site.environment, "PYTHONUNBUFFERED": "1"}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert process.stdout is not None
-        for _ in range(chance.randint(1, 4)):  # so many letters are done, and the next one is under way
+        for _ in range(chance.choice((1, 95, 100, 105))):  # a hundred letters are done, and the next are under way
             process.stdout.readline()
         time.sleep(chance.random() * 0.01)  # when it is killed is the point of the test, nothing waits for this
         process.kill()
         process.communicate()
-    assert 5 <= len(resent(site)) < LETTERS
+    assert 500 <= len(resent(site)) < LETTERS
     site.run("dead-letters", "retry", "--all")
     assert resent(site) == expected
     assert "nothing is parked" in site.refused("dead-letters", "retry", "--all")
+
+
+def test_many_letters_are_one_transaction_and_one_that_the_broker_refuses_is_named_and_holds_up_none_of_the_others(site: Site) -> None:
+    """After an outage there are thousands."""
+    expected = letters(site, 100)
+    site.run("dead-letters", "retry", "--all")
+    assert resent(site) == expected
+    reader = Consumer({"bootstrap.servers": site.broker, "group.id": "reader"})
+    ends = [reader.get_watermark_offsets(TopicPartition(site.topic("resume"), number), 10)[1] for number in range(4)]
+    reader.close()
+    assert 100 < sum(ends) <= 104, "a transaction leaves one marker in each partition"
+    small, client = f"{site.application}-small", AdminClient({"bootstrap.servers": site.broker})
+    client.create_topics([NewTopic(small, 1, config={"max.message.bytes": "2000"})])[small].result(20)
+    letters(site, 2, small, b"x" * 3000)
+    letters(site, 50)
+    said = site.fails(1, "dead-letters", "retry", "--all")
+    assert said.count("sent again") == 50 and said.count("too large") == 2
+    assert resent(site) == sorted([*expected, *expected[:50]])
+    assert site.fails(1, "dead-letters", "retry", "--all").count("sent again") == 0
 
 
 def test_of_two_who_write_under_one_name_the_first_is_told_and_its_open_transaction_is_undone(site: Site) -> None:
