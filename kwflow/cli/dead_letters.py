@@ -16,12 +16,13 @@ from kwflow.core.wire import Output, Record
 from kwflow.errors import UsageError
 from kwflow.runners.embedded_state import Group, Mark, Undone
 from kwflow.runners.instances import header_of
-from kwflow.runners.parked import holds
+from kwflow.runners.parked import ADDRESS, holds
 
 __all__ = ["dead"]
 
 dead = typer.Typer(no_args_is_help=True, help="Records that could not be applied, and parked instances.")
 _DONE = "kwflow-dead-letter-done"
+_FIRST = "kwflow-original-timestamp"
 _SHOWN_MAX = 10  # records of a hold that `show` prints
 All = Annotated[bool, typer.Option("--all", help="Everything that `dead-letters list` shows.")]
 Reason = Annotated[str | None, typer.Option("--reason", help="With --all: only what has this reason.")]
@@ -179,11 +180,11 @@ def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: s
 
 
 def _closing(settings: Config, identity: str, letter: Record, again: bool) -> Group:
-    """What deals with a letter: the mark, and before it the record itself with its first timestamp in a header (K13)."""
+    """What deals with a letter: the mark, and before it the record itself with its first timestamp in a header (K13).  Its sender was told what became of it, and nobody waits for more."""
     mark = Mark(settings.dead_letter_topic, letter.offset, _DONE, identity.encode())
     records = [Output(settings.dead_letter_topic, letter.key, None, ((mark.name, mark.value),))]
     if again:
-        headers = tuple(pair for pair in letter.headers if not pair[0].startswith("kwflow-error-"))
-        first = ("kwflow-original-timestamp", str(letter.timestamp_ms).encode())
-        records.insert(0, Output(wire.header(letter, "kwflow-error-topic") or settings.resume_topic, letter.key, letter.value, (*headers, first)))
+        headers = tuple(pair for pair in letter.headers if not pair[0].startswith("kwflow-error-") and pair[0] not in ADDRESS)
+        first = () if wire.header(letter, _FIRST) else ((_FIRST, str(letter.timestamp_ms).encode()),)
+        records.insert(0, Output(wire.header(letter, "kwflow-error-topic") or settings.resume_topic, letter.key, letter.value, (*headers, *first)))
     return Group(tuple(records), mark)

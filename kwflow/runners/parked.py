@@ -19,14 +19,16 @@ from kwflow.core.wire import Output, Record, Reply
 from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 
-__all__ = ["DRAINED_MAX", "HOLD", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "hold_again", "holds", "is_paused", "park", "park_rest", "release", "remnant"]
+__all__ = [
+    "ADDRESS", "DRAINED_MAX", "HOLD", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "hold_again", "holds", "is_paused", "park", "park_rest", "release", "remnant",
+]  # fmt: skip
 
 DRAINED_MAX = 500
 HOLD = b"\0hold\0"
 _MESSAGE_CHARACTERS = 300
 _SAID_CHARACTERS = 10_000  # it is in a header of the dead letter, and of the snapshot
 _KEY_BYTES_MAX = 10_000
-_ADDRESS = ("kwflow-request", "kwflow-reply-to")
+ADDRESS = ("kwflow-request", "kwflow-reply-to")
 
 
 class _Held(Record, frozen=True):
@@ -97,7 +99,7 @@ def _told(config: Config, record: Record, reason: str, message: str) -> tuple[Re
     replies = answered(config, record, "held", f"it is parked ({reason}: {message[:_MESSAGE_CHARACTERS]}); this is kept and is applied when it is retried")
     if not replies:
         return record, ()
-    return msgspec.structs.replace(record, headers=tuple(pair for pair in record.headers if pair[0] not in _ADDRESS)), replies
+    return msgspec.structs.replace(record, headers=tuple(pair for pair in record.headers if pair[0] not in ADDRESS)), replies
 
 
 def _text(record: Record, name: str) -> str:

@@ -239,6 +239,33 @@ def test_a_letter_that_is_retried_goes_where_it_came_from_as_it_was_with_its_fir
         assert (again.key, again.value, again.headers) == (key, value, (*headers, ("kwflow-original-timestamp", first[offset])))
 
 
+def test_a_letter_that_fails_again_keeps_its_first_time(office: Office) -> None:
+    """K13."""
+    [first] = [str(letter.timestamp_ms).encode() for letter in office.records(office.config.dead_letter_topic) if letter.key == b"b"]
+    for letter in ("0:2", "0:5"):
+        assert f"{letter}: sent again" in office("retry", letter)
+        office.run()
+    again = office.records(office.config.resume_topic)[-1]
+    assert (again.key, again.headers) == (b"b", (("kwflow-original-timestamp", first),))
+
+
+def test_a_letter_whose_sender_was_told_is_a_letter_again_when_it_fails_again(office: Office) -> None:
+    """G3, M1.2: one request has one reply, so that nobody but the operator hears of what becomes of it now."""
+    held = Embedded(office.directory, office.config, sync=False)
+    headers = (("kwflow-op", b"signal"), ("kwflow-request", b"r"), ("kwflow-reply-to", b"0/p"))
+    held.append(office.config.resume_topic, b"nobody", b'{"name":5}', headers)
+    office.close(held)
+    held = Embedded(office.directory, office.config, sync=False)
+    letter = held.read(office.config.dead_letter_topic)[-1]
+    held.append(office.config.dead_letter_topic, b"nobody", b'{"name":"s"}', letter.headers)  # as if it had been refused for something that was mended since
+    office.close(held)
+    assert len(office.records(office.config.reply_topic)) == 1
+    assert "0:5: sent again" in office("retry", "0:5")
+    office.run()
+    assert len(office.records(office.config.reply_topic)) == 1
+    assert "not-found" in office("list")
+
+
 def test_a_reason_chooses_among_letters_and_parked_instances(office: Office) -> None:
     assert office("discard", "--reason", "bad-json").startswith("give one ID or LETTER")
     assert office("discard", "0:1", "--reason", "bad-json").startswith("give one ID or LETTER")
