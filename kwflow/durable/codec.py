@@ -225,7 +225,9 @@ class _Pickler(pickle.Pickler):
     def module(self, value: types.ModuleType) -> Any:
         home = registry.version(value.__name__)
         if home is None:
-            return reduce_module(value)
+            home = registry.modules().get(value.__name__)
+            if home is None or not home.whole or home.namespace is not vars(value):
+                return reduce_module(value)
         reference = registry.reference_of(home, self.pins.get(home.name) or registry.modules().get(home.name))
         self.held.setdefault(reference, (home, {}))
         return rebuild.imported_module, (reference,)

@@ -61,6 +61,7 @@ def durable(function: _F) -> _F:
         for other in known.functions.values():
             other.home = lowered
         lowered.version = hashlib.sha256(f"{known.version} {lowered.version}".encode()).hexdigest()
+        lowered.source = f"{known.source}\n{lowered.source}"
     lowered.namespace = raw.__globals__
     registry.add_module(lowered)
     runtime.inject(raw.__globals__, lowered, {})

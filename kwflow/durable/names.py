@@ -7,12 +7,12 @@ one of them imported (`flow` + `os.system`).
 
 from __future__ import annotations
 
-import re
 import sys
 import types
 from typing import Any
 
 from kwflow.durable import registry
+from kwflow.durable.fingerprint import imports_of
 
 __all__ = ["ITERTOOLS", "allow_classes_by_value", "allow_modules", "allowed", "classes_by_value", "defined_in", "find", "importable", "is_allowed_module", "is_module_value"]
 
@@ -137,8 +137,14 @@ def is_module_value(name: str) -> bool:
         return name in ("kwflow", "kwflow.api")
     if name in sys.modules or is_allowed_module(name) or (top in sys.stdlib_module_names and top not in _RUN_BY_IMPORT):
         return True
-    statement = re.compile(rf"^\s*(import|from)\s.*\b{re.escape(name)}\b", re.MULTILINE)
-    return any(statement.search(module.source) for module in registry.modules().values())
+    return any(name.rpartition(".")[2] in module.source and _imports(module, name) for module in registry.known())
+
+
+def _imports(module: registry.Module, name: str) -> bool:
+    try:
+        return name in imports_of(module.source, module.package)
+    except SyntaxError:  # it was given as a tree with names that no source has, as pytest's
+        return False
 
 
 def allowed(module: str, qualname: str, value: object) -> bool:

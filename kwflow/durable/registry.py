@@ -103,6 +103,10 @@ class Module:
     lowered: Any = None  # what lowering made of the source, as plain data that a cache may keep
     stored: Mapping[str, Any] | None = None  # what it was loaded from, if it is a stored version
 
+    @property
+    def package(self) -> str:
+        return str(self.namespace.get("__package__") or "")
+
 
 Pins = Mapping[str, Module]  # reference -> the version it stands for, of what is not simply current
 Place = tuple[Mapping[str, Function], str]  # a function that nobody has asked for yet: those of its module, and its path
@@ -175,6 +179,11 @@ def versions_of(name: str) -> list[Module]:
     current = _modules.get(name)
     others = [loaded for loaded in (*_versions.values(), *reversed(_replaced)) if loaded.name == name]
     return [current, *others] if current is not None else others
+
+
+def known() -> list[Module]:
+    """The current modules and the stored versions that this process has loaded."""
+    return [*_modules.values(), *_versions.values()]
 
 
 def is_durable(name: str) -> bool:

@@ -7,7 +7,6 @@ as `Sources`; nothing here reads them.
 
 from __future__ import annotations
 
-import ast
 import json
 import linecache
 import re
@@ -49,8 +48,7 @@ def entry(module: Module) -> bytes:
 
 
 def _imports(module: Module) -> dict[str, Module]:
-    package = str(module.namespace.get("__package__") or "")
-    loaded = ((name, registry.modules().get(name)) for name in sorted(imports_of(ast.parse(module.source), package)))
+    loaded = ((name, registry.modules().get(name)) for name in sorted(imports_of(module.source, module.package)))
     return {name: found for name, found in loaded if found is not None and found.whole and found is not module}
 
 

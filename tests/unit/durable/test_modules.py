@@ -1,0 +1,96 @@
+"""Modules as values, packages of durable modules, and what the import system asks of their loader."""
+
+import itertools
+import pathlib
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from kwflow import durable
+from kwflow.durable import registry
+from tests.unit.durable.test_versions import Deployed
+
+_count = itertools.count()
+Write = Callable[[dict[str, str]], str]
+
+
+@pytest.fixture
+def write(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Puts files on `sys.path` below a name that no other test has; `NAME` in their text is that name."""
+    name = f"placed_{next(_count)}"
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(files: dict[str, str]) -> str:
+        for file, text in files.items():
+            path = tmp_path / file.replace("NAME", name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text.replace("NAME", name))
+        return name
+
+    return write
+
+
+def forget(name: str) -> None:
+    """As in a process that has not imported it."""
+    for known in [known for known in sys.modules if known.startswith(name)]:
+        del sys.modules[known]
+        registry.modules().pop(known, None)  # type: ignore[attr-defined]
+
+
+IMPORTS = [
+    "from NAME_plain import prices as m", "from NAME_plain.inner import deep as m", "from NAME_plain import (\n        other,\n        prices as m,\n    )", "import NAME_plain.prices as m",
+    "import NAME_plain.prices; m = NAME_plain", "import os, NAME_plain.prices as m", "if True: from NAME_plain import prices as m",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("statement", IMPORTS)
+def test_a_module_that_a_function_imports_is_kept_however_it_is_imported(write: Write, statement: str) -> None:
+    """docs/LOCALS.md: by name; in the next process nobody may have imported it yet."""
+    name = write({"NAME_plain/__init__.py": "", "NAME_plain/prices.py": "", "NAME_plain/other.py": "", "NAME_plain/inner/deep.py": ""})
+    source = f"def main():\n    {statement}\n    yield\n    yield m.__name__\n".replace("NAME", name)
+    gen = durable.load_source(f"{name}_flow", source).main()
+    next(gen)
+    saved = durable.dumps(gen)
+    forget(f"{name}_plain")
+    assert next(durable.loads(saved)).startswith(f"{name}_plain")
+
+
+def test_a_module_that_only_old_code_imports_is_kept(write: Write) -> None:
+    """docs/CODE.md: imports of old code bind the current modules."""
+    name = write({"NAME_plain/__init__.py": "", "NAME_plain/prices.py": ""})
+    site = Deployed(f"{name}_flow")
+    gen = site.deploy(f"def main():\n    from {name}_plain import prices\n    yield\n    yield prices.__name__\n").main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy("def main():\n    yield")
+    forget(f"{name}_plain")
+    assert next(site.again(saved)) == f"{name}_plain.prices"
+
+
+def test_a_module_that_a_function_made_durable_alone_imports_is_kept(write: Write) -> None:
+    """docs/LOCALS.md: whichever of a module's functions it is."""
+    head, body = "from kwflow.durable import durable\n", "@durable\ndef {}():\n    from NAME_plain import {} as m\n    yield\n    yield m.__name__\n"
+    name = write({"NAME_plain/__init__.py": "", "NAME_plain/one.py": "", "NAME_plain/two.py": "", "NAME_flow.py": head + body.format("first", "one") + body.format("second", "two")})
+    module = __import__(f"{name}_flow")
+    for gen in (module.first(), module.second()):
+        next(gen)
+        saved = durable.dumps(gen)
+        forget(f"{name}_plain")
+        assert next(durable.loads(saved)).startswith(f"{name}_plain.")
+
+
+def test_a_durable_module_in_a_variable_is_the_stored_one_once_it_is_gone(write: Write, tmp_path: pathlib.Path) -> None:
+    """docs/CODE.md: as it is for `import`; and the current one while it is there."""
+    name = write({"NAME_flow.py": "def main():\n    import NAME_prices as m\n    yield\n    yield m.RATE\n", "NAME_prices.py": "RATE = 1\n"})
+    durable.install([f"{name}_flow", f"{name}_prices"])
+    site = Deployed(f"{name}_flow")
+    gen = __import__(site.name).main()
+    next(gen)
+    saved = site.save(gen)
+    forget(name)
+    write({"NAME_prices.py": "RATE = 20\n"})
+    assert next(site.load(saved)[0]) == 20
+    forget(name)
+    (tmp_path / f"{name}_prices.py").unlink()
+    assert next(site.again(saved)) == 1
