@@ -2,7 +2,7 @@
 
 A name is a way to code, so the list is short: constructors of ours, harmless builtins, value classes of the standard
 library, and what durable modules and the modules of `allow_modules` define *themselves*: a name never leads through a module that
-one of them imported (`flow` + `os.system`).
+one of them imported (`flow` + `os.system`), nor to a class or function that could not be named where it is defined now.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from kwflow.durable import registry
 from kwflow.durable.fingerprint import imports_of
 
-__all__ = ["ITERTOOLS", "allow_classes_by_value", "allow_modules", "allowed", "classes_by_value", "defined_in", "find", "importable", "is_allowed_module", "is_module_value"]
+__all__ = ["ITERTOOLS", "allow_classes_by_value", "allow_modules", "allowed", "classes_by_value", "defined_in", "find", "importable", "is_allowed_module", "is_module_value", "is_nameable"]
 
 _BUILTINS = frozenset(
     "object type int float complex str bytes bytearray bool list tuple dict set frozenset range slice memoryview enumerate zip map filter reversed "
@@ -165,6 +165,11 @@ def allowed(module: str, qualname: str, value: object) -> bool:
         known = module in _EXCEPTIONS or module.partition(".")[0] in sys.stdlib_module_names
         return known and issubclass(value, BaseException) and defined_in(module, qualname, value)
     return qualname in _FUNCTIONS.get(module, ()) or (module == "typing" and type(value).__module__ == "typing")
+
+
+def is_nameable(value: object) -> bool:
+    """Whether a snapshot may name this class or function by what it says of itself, wherever it was found."""
+    return isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) and isinstance(value.__module__, str) and allowed(value.__module__, value.__qualname__, value)
 
 
 def _ours(module: str, qualname: str, value: object) -> bool:

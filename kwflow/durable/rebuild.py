@@ -111,18 +111,19 @@ class Names:
         return as_coroutine(made) if found.coroutine else made
 
     def named(self, module: str, qualname: str) -> Any:
-        """A class or function that a durable module defines: not one that it has imported, nor one inside a module that it has."""
+        """A class or function that a durable module defines, or what has taken its place (it was moved, or renamed) and may be named itself; never what is inside a module that it has."""
         home = registry.module(module, self.pins)
         found = self._global(home, module, qualname)
-        if not isinstance(found, (type, types.FunctionType)) or registry.logical_name(found.__module__) != home.name or found.__qualname__ != qualname:
-            raise CorruptSnapshotError(f"a snapshot names {module}.{qualname}, which is not allowed: no class or function of that module")
+        is_own = isinstance(found, (type, types.FunctionType)) and registry.logical_name(found.__module__) == home.name and found.__qualname__ == qualname
+        if not is_own and not names.is_nameable(found):
+            raise CodeChangedError(f"a snapshot names {module}.{qualname}, which is not allowed: no class or function of that module", module)
         return found
 
     def global_of(self, module: str, name: str) -> Any:
-        """A sentinel: the object a durable module's global is bound to (semantics §4.3)."""
+        """A sentinel: whatever a durable module's global is bound to now (semantics §4.3), unless no snapshot may name that."""
         found = self._global(registry.module(module, self.pins), module, name)
-        if registry.sentinel(found) is None:
-            raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is no single object, but {type(found).__name__}")
+        if name[0] == "@" or name[:2] == "__" or (isinstance(found, (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)) and not names.is_nameable(found)):
+            raise CodeChangedError(f"a snapshot names {module}.{name}, which is not allowed: it is a {type(found).__name__}", module)
         return found
 
     @staticmethod

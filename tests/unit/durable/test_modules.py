@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from kwflow import durable
-from kwflow.durable import registry
+from kwflow.durable import names, registry
+from kwflow.errors import CorruptSnapshotError
 from tests.unit.durable.test_versions import Deployed
 
 _count = itertools.count()
@@ -94,3 +95,21 @@ def test_a_durable_module_in_a_variable_is_the_stored_one_once_it_is_gone(write:
     forget(name)
     (tmp_path / f"{name}_prices.py").unlink()
     assert next(site.again(saved)) == 1
+
+
+def test_a_class_of_a_library_that_has_moved_is_what_its_old_name_means_now(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/LOCALS.md: of `snapshot_modules`; an upgrade of the library must not park what waits."""
+    name = write({"NAME_lib/__init__.py": "", "NAME_lib/a.py": "import subprocess\nclass P:\n    pass\n", "NAME_lib/b.py": "class P:\n    pass\n"})
+    monkeypatch.setattr(names, "_modules", {f"{name}_lib"})
+    gen = durable.load_source(f"{name}_flow", f"from {name}_lib.a import P\ndef main():\n    p = P()\n    yield\n    yield p\n").main()
+    next(gen)
+    saved = durable.dumps(gen)
+    forget(f"{name}_lib")
+    write({"NAME_lib/a.py": "import subprocess\nfrom NAME_lib.b import P\n"})
+    assert type(next(durable.loads(saved))).__module__ == f"{name}_lib.b"
+    with pytest.raises(CorruptSnapshotError, match="gone"):
+        durable.loads(saved.replace(b"\x8c\x01P\x94", b"\x8c\x10subprocess.Popen\x94"))
+    write({"NAME_lib/a.py": "from subprocess import Popen as P\n"})
+    forget(f"{name}_lib")
+    with pytest.raises(CorruptSnapshotError, match="not allowed"):
+        durable.loads(saved)

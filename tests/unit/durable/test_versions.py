@@ -290,3 +290,60 @@ def test_a_stored_source_that_was_changed_is_refused(site: Deployed) -> None:
     site.stored = {key: data.replace(b"yield", b"yield 3") for key, data in site.stored.items()}
     with pytest.raises(CodeChangedError, match="sha256"):
         site.load(saved)
+
+
+CLASS = "class P:\n    def __init__(self):\n        self.x = 1\n"
+MAIN = "def main():\n    p = P()\n    yield\n    yield type(p), p.x\n"
+
+
+@pytest.mark.parametrize("there", ["from {other} import P", "from {other} import Q as P", "class Q:\n    pass\nP = Q", "import {other}\nP = {other}.Q"])
+def test_a_class_that_has_moved_or_was_renamed_is_what_its_old_name_means_now(site: Deployed, there: str) -> None:
+    """§8.4: as one that has changed; saved again it goes by its new name, so that the old one may go then."""
+    other = Deployed(f"{site.name}_other")
+    gen = site.deploy(CLASS + MAIN).main()
+    next(gen)
+    saved = site.save(gen)
+    other.deploy("class P:\n    pass\nclass Q:\n    pass")
+    module = site.deploy(there.format(other=other.name) + "\n" + MAIN)
+    restored, pins = site.load(saved)
+    assert not pins
+    saved = site.save(restored)
+    assert next(restored) == (module.P, 1)
+    new = module.P.__qualname__
+    site.deploy(f"from {other.name} import P as moved, Q\n" + MAIN if new == "P" else there.format(other=other.name).replace("P = ", "R = ") + "\n" + MAIN)
+    assert next(site.load(saved)[0])[0].__qualname__ == new
+
+
+@pytest.mark.parametrize("there", ["from subprocess import Popen as P", "import os as P", "P = None", "from os import system as P"])
+def test_a_class_whose_name_means_something_else_now_is_found_in_the_stored_version(site: Deployed, there: str) -> None:
+    """G10, wire.md §3: a name never leads to what could not be named itself."""
+    gen = site.deploy(CLASS + MAIN).main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy(f"{there}\n{MAIN}")
+    cls, x = next(site.again(saved))
+    assert (cls.__module__, x) == (f"{site.name}@{saved[1][site.name]['version'][:12]}", 1)
+
+
+@pytest.mark.parametrize("now", ["None", "'missing'", "[]", "P", "P()"])
+def test_what_a_global_is_bound_to_after_a_deployment_is_what_was_saved_as_that_global(site: Deployed, now: str) -> None:
+    """§4.3, docs/LOCALS.md."""
+    text = "class P:\n    pass\nMISSING = {}\ndef main():\n    mark = MISSING\n    yield\n    yield mark is MISSING\n"
+    gen = site.deploy(text.format("object()")).main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy(text.format(now))
+    restored, pins = site.load(saved)
+    assert not pins
+    assert next(restored)
+
+
+@pytest.mark.parametrize("now", ["import os as MISSING", "from os import system as MISSING", "from subprocess import Popen as MISSING"])
+def test_a_global_that_is_bound_to_what_no_snapshot_may_name_is_found_in_the_stored_version(site: Deployed, now: str) -> None:
+    """Wire.md §3."""
+    text = "{}\ndef main():\n    mark = MISSING\n    yield\n    yield mark is MISSING, type(mark)\n"
+    gen = site.deploy(text.format("MISSING = object()")).main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy(text.format(now))
+    assert next(site.again(saved)) == (True, object)
