@@ -243,7 +243,7 @@ class Machine:
                 raise
             except BaseException as error:  # Cancelled and SystemExit are outcomes too (semantics §2.5)
                 if error.__traceback__ is not None:  # without this frame, which would keep the generator alive as long as the error
-                    error.__traceback__ = error.__traceback__.tb_next
+                    BaseException.__setattr__(error, "__traceback__", error.__traceback__.tb_next)
                 forget_frames(error)
                 self._end(task, FAILED, error)
                 return None

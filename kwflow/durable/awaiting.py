@@ -256,7 +256,7 @@ class Advance:
         try:
             raise StopIteration if self.kind == "aclose" and isinstance(ended, (StopAsyncIteration, GeneratorExit)) else ended
         finally:
-            ended.__context__ = context  # raising it here has put another one there
+            BaseException.__setattr__(ended, "__context__", context)  # raising it here has put another one there
             del context, ended, arguments
 
 
@@ -387,7 +387,7 @@ class _Chained:
                     raise ending
             finally:
                 if ending is not None and ending is error:
-                    ending.__context__ = context  # raising it here has put another one there
+                    BaseException.__setattr__(ending, "__context__", context)  # raising it here has put another one there
                 del context, error, ending, arguments
             go, arguments = self.target.send, (None,)
 

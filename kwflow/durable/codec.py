@@ -171,9 +171,14 @@ class _Pickler(pickle.Pickler):
     def exception(self, error: BaseException) -> Any:
         cls = type(error)
         self.class_(cls)
-        slots = {name: held for name in rebuild.exception_slots(cls) if (held := getattr(error, name, None)) is not None}
+        builtin, own = rebuild.exception_slots(cls)
+        slots = {name: held for name in builtin if (held := getattr(error, name, None)) is not None}
+        slots |= {name: getattr(error, name) for name in own if hasattr(error, name)}
+        args = error.args
+        if isinstance(error, BaseExceptionGroup):
+            args, slots["args"] = (error.message, error.exceptions), args  # those of an __init__ of the author's do not make a group
         self.states += (_EXCEPTION, error, (error.__dict__, slots, error.__cause__, error.__context__, error.__suppress_context__))
-        return rebuild.exception, (cls, error.args)
+        return rebuild.exception, (cls, args)
 
     def generator(self, gen: types.GeneratorType[Any, Any, Any]) -> Any:
         function, status, slots, cells = snap(gen)

@@ -318,16 +318,16 @@ def iterator_at(source: Any, way: str, position: int, size: int) -> Any:
 # -- values with no portable pickle of their own -------------------------------------------------------------------
 
 
-_exception_slots: dict[type[BaseException], tuple[str, ...]] = {}
+_exception_slots: dict[type[BaseException], tuple[tuple[str, ...], tuple[str, ...]]] = {}
 
 
-def exception_slots(cls: type[BaseException]) -> tuple[str, ...]:
-    """The attributes of such an exception that neither args nor `__dict__` hold."""
+def exception_slots(cls: type[BaseException]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The attributes of such an exception that neither args nor `__dict__` hold: of builtin classes, and of those with `__slots__`."""
     found = _exception_slots.get(cls)
     if found is None:
         builtin = [name for base in cls.__mro__ for name in EXCEPTION_ATTRIBUTES.get(base, ())]
         own = [_mangled(base, name) for base in cls.__mro__ for name in _slots(base) if name not in ("__dict__", "__weakref__")]
-        found = _exception_slots[cls] = tuple(dict.fromkeys([*builtin, *own]))
+        found = _exception_slots[cls] = tuple(builtin), tuple(own)
     return found
 
 
@@ -340,29 +340,34 @@ def _mangled(cls: type[Any], name: str) -> str:
     return f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
 
 
+_set = BaseException.__setattr__  # the class's own may allow nothing: a frozen dataclass
+
+
 def exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
     if not (isinstance(cls, type) and issubclass(cls, BaseException)):
         raise CorruptSnapshotError(f"a snapshot raises {cls!r}, which is no exception class")
+    native: Any = next(new for base in cls.__mro__ if isinstance(new := base.__dict__.get("__new__"), types.BuiltinFunctionType))
     try:
-        made = cls.__new__(cls, *args)
-    except TypeError:
-        made = BaseException.__new__(cls)
-    made.args = args
+        made: BaseException = native(cls, *args)  # not the author's, which may want other arguments
+    except (TypeError, ValueError):
+        made = cls.__new__(cls, *args) if issubclass(cls, BaseExceptionGroup) else native(cls)  # a group of an earlier release
+    _set(made, "args", args)
     return made
 
 
 def set_exception(made: BaseException, state: tuple[dict[str, Any], dict[str, Any], Any, Any, bool]) -> None:
     attributes, slots, cause, context, suppress = state
     for name, value in slots.items():
-        if getattr(made, name, None) is value:
+        if getattr(made, name, slots) is value:
             continue  # an OSError whose errno was set to None shows it instead of its message
         try:
-            setattr(made, name, value)
+            _set(made, name, value)
         except (AttributeError, TypeError):
             continue  # read-only on this minor: args hold it
     made.__dict__.update(attributes)
-    made.__cause__, made.__context__ = cause, context
-    made.__suppress_context__ = suppress
+    _set(made, "__cause__", cause)
+    _set(made, "__context__", context)
+    _set(made, "__suppress_context__", suppress)
 
 
 def path(kind: str, text: str) -> Any:

@@ -85,7 +85,7 @@ def forget_frames(error: BaseException) -> None:
         errors += [one.__cause__, one.__context__]
         first = _authors(one.__traceback__)
         if first is not one.__traceback__:
-            one.__traceback__ = first
+            BaseException.__setattr__(one, "__traceback__", first)  # a frozen class would refuse
         while first is not None:
             following = _authors(first.tb_next)
             if following is not first.tb_next:
@@ -268,9 +268,9 @@ def relink(error: BaseException, saved: tuple[types.TracebackType | None, list[t
     """Put that back; one that comes from bytes has no traceback and keeps the line where it was raised again."""
     traceback, contexts = saved
     for other, context in contexts:
-        other.__context__ = context
+        BaseException.__setattr__(other, "__context__", context)
     if traceback is not None:
-        error.__traceback__ = traceback
+        BaseException.__setattr__(error, "__traceback__", traceback)
 
 
 class Resume:

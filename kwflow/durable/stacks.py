@@ -132,7 +132,7 @@ class Unwinding(_Chained):
         last = raised
         while last.__context__ is not None and last.__context__ is not self.error:
             if last.__context__ is self.handled:
-                last.__context__ = self.error
+                BaseException.__setattr__(last, "__context__", self.error)
                 break
             last = last.__context__
         self.pending, self.error = True, raised
@@ -142,7 +142,7 @@ class Unwinding(_Chained):
             return super()._outcome(go, *arguments)
         except BaseException as error:
             if self.pending and error is self.error:
-                error.__context__ = self.context  # raising it has put another one there
+                BaseException.__setattr__(error, "__context__", self.context)  # raising it has put another one there
             raise
         finally:
             del arguments
@@ -157,7 +157,7 @@ def _details(error: BaseException | None) -> tuple[type[BaseException] | None, B
         try:
             raise error
         except BaseException:
-            error.__context__ = context
+            BaseException.__setattr__(error, "__context__", context)
     return type(error), error, error.__traceback__
 
 

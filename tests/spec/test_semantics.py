@@ -200,6 +200,37 @@ def test_a_childs_error_that_nobody_awaits_is_reported_and_harms_nobody() -> Non
     assert w.result("w") == 7
 
 
+def test_an_error_of_a_class_that_takes_no_attributes_goes_through_tasks_and_waits_as_any_other() -> None:
+    """A frozen dataclass refuses even what an interpreter sets: its traceback and its context."""
+    w = run("""
+import dataclasses
+@dataclasses.dataclass(frozen=True)
+class Refused(Exception):
+    code: int
+def one():
+    yield kw.suspend("a")
+    raise Refused(1)
+async def other():
+    try:
+        await kw.suspend("b")
+        raise Refused(2)
+    finally:
+        await kw.suspend("c")
+def main(o):
+    try:
+        yield one()
+    except Refused as first:
+        try:
+            yield from other()
+        except Refused as second:
+            yield kw.suspend("d")
+            return [first.code, second.code, second.__context__ is first]
+""")
+    for ref in "abcd":
+        w.resume("w", ref)
+    assert w.result("w") == [1, 2, True]
+
+
 def test_the_api_works_in_a_running_step_only() -> None:
     """§1.8: not at import, not on another thread."""
     with pytest.raises(kw.UsageError, match="inside a running workflow step"):

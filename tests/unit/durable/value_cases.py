@@ -478,6 +478,82 @@ def exceptions():
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Sealed(Exception):
+    code: int
+
+
+class Unset(Exception):
+    __slots__ = ("code", "never", "why")
+
+    def __init__(self, code, why=None):
+        super().__init__(code)
+        self.code, self.why = code, why
+
+
+class Several(ExceptionGroup):
+    def __new__(cls, errors, code):
+        made = super().__new__(cls, "several", errors)
+        made.code = code
+        return made
+
+    def __init__(self, errors, code):
+        super().__init__(f"code {code}")
+
+    def derive(self, errors):
+        return Several(errors, code=self.code)
+
+
+class Missing(OSError):
+    def __new__(cls, *, code):
+        made = super().__new__(cls, 2, "missing", f"/{code}")
+        made.code = code
+        return made
+
+    def __init__(self, *, code):
+        super().__init__(2, "missing")
+
+
+class Passes:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+
+def fails(log):
+    with Passes():
+        try:
+            yield "before"
+            raise Sealed(3)
+        except Sealed:
+            log.append((yield "cleaning"))
+            raise
+
+
+def exceptions_that_set_up_themselves():
+    log = []
+    unset, several, missing = Unset(1), Several([ValueError(1), KeyError(2)], code=5), Missing(code=7)
+    try:
+        raise Several([ValueError(1), KeyError(2)], code=6)
+    except* KeyError as error:
+        part = error
+    except* ValueError as error:
+        other = error
+    try:
+        yield from fails(log)
+    except Sealed as error:
+        yield "caught"
+        try:
+            raise LookupError from error
+        except LookupError as outer:
+            yield "caught again"
+            log += [outer.__cause__ is error, outer.__context__ is error, error.code, error.args, error.__context__]
+    log += [unset.code, unset.why, hasattr(unset, "never"), str(missing), missing.errno, missing.filename, missing.code]
+    return [log, several.args, several.code, repr(several.exceptions), part.code, repr(part.exceptions), other.message, repr(other.exceptions)]
+
+
 @contextlib.contextmanager
 def opened(log, name):
     log.append("enter " + name)
