@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import collections
 import contextlib
+import copyreg
 import importlib
 import io
 import pickle
@@ -127,6 +128,8 @@ class _Pickler(pickle.Pickler):
             _REDUCERS[cls] = _Pickler.resource
         elif reducer_of(cls) is not None:
             _REDUCERS[cls] = _Pickler.reduced
+        elif isinstance(_as_pickle_reduces(value), str):
+            _REDUCERS[cls] = _Pickler.by_name
         else:
             plain.add(cls)
         return self.reducer_override(value)
@@ -134,6 +137,19 @@ class _Pickler(pickle.Pickler):
     def reduced(self, value: Any) -> Any:
         reducer = reducer_of(type(value))
         return self.sentinel(value) or (reducer(value) if reducer is not None else NotImplemented)
+
+    def by_name(self, value: Any) -> Any:
+        """An object whose class has it saved as "the global of this name", such as `msgspec.UNSET`: pickle does not ask whether that may be named."""
+        known = self.sentinel(value)
+        name = _as_pickle_reduces(value)
+        if known is not None or not isinstance(name, str):
+            return known or NotImplemented
+        module = pickle.whichmodule(value, name)  # type: ignore[attr-defined] # it is not in typeshed
+        if registry.is_durable(module):
+            raise Refused(f"{module}.{name}, a {type(value).__name__}, which is found by no name of a global; look it up where it is needed")
+        if not names.allowed(module, name, value):
+            raise Refused(f"{module}.{name} of a module that is not durable; list it under snapshot_modules in kwflow.toml, or use it where it is needed")
+        return name
 
     def resource(self, value: Any) -> Any:
         known = self.sentinel(value)
@@ -236,6 +252,18 @@ class _Pickler(pickle.Pickler):
         reference = registry.reference_of(home, self.pins.get(home.name) or registry.modules().get(home.name))
         self.held.setdefault(reference, (home, {}))
         return rebuild.imported_module, (reference,)
+
+
+def _as_pickle_reduces(value: Any) -> Any:
+    """What its class, or somebody for it, would have pickle make of it; None if that is what every class does, or fails."""
+    cls: Any = type(value)
+    reduce: Any = copyreg.dispatch_table.get(cls)
+    if reduce is None and cls.__reduce__ is object.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__:
+        return None
+    try:
+        return reduce(value) if reduce is not None else value.__reduce_ex__(_PROTOCOL)
+    except Exception:  # it is said when it is saved
+        return None
 
 
 _checked: set[type] = set()  # classes that may be named; only positive answers, `allow_modules` may add some

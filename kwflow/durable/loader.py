@@ -30,6 +30,7 @@ __all__ = ["current", "durable", "execute", "exists", "find_source", "install", 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CONTAINERS = (list, dict, set, tuple, frozenset, bytearray)
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.GeneratorType)
+_NAMED_TYPES = ("NewType", "ParamSpec", "TypeAliasType", "TypeVarTuple")  # what else typing makes is a value
 
 
 def native(function: _F) -> _F:
@@ -131,8 +132,8 @@ def execute(module: types.ModuleType, lowered: registry.Module, bound: Mapping[s
     """Run its code; `bound` are the classes that stand for those of a stored version."""
     runtime.inject(module.__dict__, lowered, bound)
     exec(lowered.code, module.__dict__)
-    named = {name: value for name, value in module.__dict__.items() if name[:2] != "__" and name[0] != "@"}
-    registry.add_sentinels(lowered, {name: value for name, value in named.items() if not isinstance(value, (*_CONTAINERS, *_ATOMS)) and type(value).__module__ != "typing"})
+    named = {name: value for name, value in module.__dict__.items() if name[:2] != "__" and name[0] != "@" and not isinstance(value, (*_CONTAINERS, *_ATOMS))}
+    registry.add_sentinels(lowered, {name: value for name, value in named.items() if type(value).__module__ != "typing" or type(value).__name__ in _NAMED_TYPES})
 
 
 def current(name: str) -> registry.Module | None:

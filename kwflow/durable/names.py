@@ -50,6 +50,7 @@ _CLASSES: dict[str, frozenset[str]] = {
         "operator": "itemgetter",
         "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
         "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+        "pydantic_core._pydantic_core": "TzInfo",
         "random": "Random",
         "re": "Match Pattern RegexFlag",
         "statistics": "NormalDist",
@@ -80,6 +81,8 @@ _FUNCTIONS: dict[str, frozenset[str]] = {
         "math": "ceil comb copysign cos dist exp fabs floor fmod fsum gcd hypot isclose isfinite isinf isnan lcm log log10 log2 prod sin sqrt tan trunc",
         "operator": "abs add and_ concat contains countOf eq floordiv ge getitem gt index indexOf inv invert is_ is_not le lshift lt matmul mod mul ne neg not_ or_ "
         "pos pow rshift sub truediv truth xor",
+        "msgspec._core": "UNSET",
+        "msgspec._utils": "rebuild",
         "ntpath": "basename commonprefix dirname isabs join normcase normpath split splitdrive splitext",
         "posixpath": "basename commonpath commonprefix dirname isabs join normcase normpath split splitdrive splitext",
         "re": "_compile compile escape fullmatch match search split sub",

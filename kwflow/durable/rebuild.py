@@ -28,7 +28,7 @@ from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError
 
 __all__ = [
     "CONSTRUCTORS", "CURRENT", "EXCEPTION_ATTRIBUTES", "MINOR", "Names", "Wrapped", "bound", "builders", "cell", "class_by_value", "contents", "custom", "exception", "exception_slots",
-    "exit_callback", "function", "generator", "global_of", "imported_module", "instance", "is_bound_of", "iterator_at", "local_class", "logger", "mapping_proxy", "match", "memory", "method", "named",
+    "exit_callback", "function", "generator", "global_of", "imported_module", "instance", "is_bound", "iterator_at", "local_class", "logger", "mapping_proxy", "match", "memory", "method", "named",
     "nothing", "numpy_array", "path", "register", "set_class", "set_exception", "set_function", "super_of", "tag_of", "view", "zone",
 ]  # fmt: skip
 
@@ -255,17 +255,20 @@ class Wrapped:
 
 _BOUND_OF = (list, dict, set, frozenset, tuple, str, bytes, bytearray, int, float, complex, range, collections.deque, re.Pattern, struct.Struct)
 _MORE_BOUND_OF = ("datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta", "decimal.Decimal", "random.Random", "array.array")
-_DUNDERS = frozenset("__getitem__ __contains__ __len__ __eq__ __lt__ __add__ __mul__ __and__ __or__".split())
+_DUNDERS = frozenset("__getitem__ __setitem__ __delitem__ __contains__ __len__ __eq__ __lt__ __add__ __mul__ __and__ __or__".split())
 
 
-def is_bound_of(owner: Any) -> bool:
+def is_bound(owner: Any, name: str) -> bool:
+    """Whether a snapshot may hold this attribute of a builtin value or class."""
     cls = owner if isinstance(owner, type) else type(owner)
+    if (name.startswith("_") and name not in _DUNDERS) or name == "mro":
+        return False
     return issubclass(cls, _BOUND_OF) or any(f"{base.__module__}.{base.__qualname__}" in _MORE_BOUND_OF for base in cls.__mro__)
 
 
 def bound(owner: Any, name: str) -> Any:
     """A bound method of a builtin value, such as `undo.append`, or of a builtin class, such as `dict.fromkeys`."""
-    if not is_bound_of(owner) or (name.startswith("_") and name not in _DUNDERS) or name == "mro":
+    if not is_bound(owner, name):
         raise CorruptSnapshotError(f"a snapshot names {type(owner).__name__}.{name}, which no snapshot of ours does")
     return getattr(owner, name)
 

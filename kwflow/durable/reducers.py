@@ -196,14 +196,14 @@ def _builtin(value: Any) -> Any:
 
 def _bound(value: Any) -> Any:
     owner = value.__self__
-    if not rebuild.is_bound_of(owner):
+    if not rebuild.is_bound(owner, value.__name__):
         raise Refused(f"the method {value.__name__} of a {type(owner).__name__}; keep the object and call its method where it is needed")
     return rebuild.bound, (owner, value.__name__)
 
 
 def _descriptor(value: Any) -> Any:
     owner = value.__objclass__
-    if not rebuild.is_bound_of(owner):
+    if not rebuild.is_bound(owner, value.__name__):
         raise Refused(f"{owner.__name__}.{value.__name__}; write a function instead")
     return rebuild.bound, (owner, value.__name__)
 

@@ -56,6 +56,7 @@ def test_pydantic_models() -> None:
     needs("pydantic")
     assert kept(
         """
+import datetime
 import pydantic
 class Line(pydantic.BaseModel):
     name: str
@@ -63,15 +64,18 @@ class Line(pydantic.BaseModel):
 class Order(pydantic.BaseModel):
     lines: list[Line]
     _note: str = pydantic.PrivateAttr("")
+class Event(pydantic.BaseModel):
+    at: datetime.datetime
 def held():
     order = Order(lines=[{"name": "a"}])
     order._note = "kept"
     line = order.lines[0]
+    event = Event(at="2024-01-02T03:04:05+02:00")
     yield
-    return order.model_dump(), order._note, order.lines[0] is line, order.model_fields_set
+    return order.model_dump(), order._note, order.lines[0] is line, order.model_fields_set, event.at.isoformat()
 """,
         "pydantic",
-    ) == ({"lines": [{"name": "a", "count": 1}]}, "kept", True, {"lines"})
+    ) == ({"lines": [{"name": "a", "count": 1}]}, "kept", True, {"lines"}, "2024-01-02T03:04:05+02:00")
 
 
 def test_msgspec_structs() -> None:
@@ -82,13 +86,16 @@ import msgspec
 class Point(msgspec.Struct, frozen=True):
     x: int
     y: int = 2
+class Patch(msgspec.Struct, kw_only=True):
+    name: str | None | msgspec.UnsetType = msgspec.UNSET
+    tags: list = []
 def held():
-    point = Point(1)
+    point, patch = Point(1), Patch(tags=["a"])
     yield
-    return point == Point(1, 2), point.x
+    return point == Point(1, 2), point.x, patch.name is msgspec.UNSET, patch.tags
 """,
         "msgspec",
-    ) == (True, 1)
+    ) == (True, 1, True, ["a"])
 
 
 def test_attrs_classes() -> None:

@@ -348,12 +348,40 @@ def test_the_way_to_the_culprit_is_shown(code: Any, name: str) -> None:
         (lambda: __import__("os").system, "of a module that is not durable"),
         (lambda: __import__("operator").attrgetter("x"), "attrgetter"),
         (lambda: eval, "eval"),
+        (lambda: {}.__ior__, "method __ior__ of a dict"),
+        (lambda: dict.__init_subclass__, "method __init_subclass__ of a type"),
+        (lambda: list.__iadd__, r"list\.__iadd__"),
     ],
 )
 def test_what_must_not_be_saved_is_refused_with_what_to_do(code: Any, make: Any, said: str) -> None:
     with pytest.raises(UnsavableError, match=said) as caught:
         gen = code.bad(make())
         next(gen)
+        durable.dumps(gen)
+    assert caught.value.variable == "value"
+
+
+NAMED = """
+import functools, typing
+class Price:
+    @functools.lru_cache
+    def rounded(self):
+        return 1
+class Known:
+    def __reduce__(self):
+        return "Price.KNOWN"
+Price.KNOWN = Known()
+def main(value):
+    yield
+"""
+
+
+@pytest.mark.parametrize(("expression", "said"), [("Price().rounded", r"Price\.rounded, a _lru_cache_wrapper"), ("Price.KNOWN", r"Price\.KNOWN, a Known")])
+def test_what_pickle_would_save_by_a_name_that_no_snapshot_may_hold_is_refused_and_does_not_fail_to_load(expression: str, said: str) -> None:
+    module = durable.load_source("named_values", NAMED, "named_values.py")
+    gen = module.main(eval(expression, vars(module)))
+    next(gen)
+    with pytest.raises(UnsavableError, match=f"{said}, .*; look it up where it is needed$") as caught:
         durable.dumps(gen)
     assert caught.value.variable == "value"
 

@@ -227,6 +227,9 @@ class Concrete(Meta):
         return 5
 
 
+Amount = typing.NewType("Amount", int)
+
+
 def values():
     import json
     import os.path as path
@@ -251,9 +254,9 @@ def values():
     log = logging.getLogger("some.where")
     view, head = memoryview(b"abc"), struct.Struct("<i")
     partial = functools.partial(int, base=2)
-    add, pick, upper, get, join, has = operator.add, operator.itemgetter(1), str.upper, d.get, ",".join, d.__contains__
+    add, pick, upper, get, join, has, put = operator.add, operator.itemgetter(1), str.upper, d.get, ",".join, d.__contains__, functools.partial(d.__setitem__, "put")
     fromkeys, search, roots = dict.fromkeys, pattern.search, math.sqrt
-    method = item.tags.append
+    method, amount = item.tags.append, Amount
     chance = random.Random(7)
     deflt = lambda a, b=shared, *, c=shared: (a, b, c)
     odd = (Ellipsis, NotImplemented, slice(1, 2), range(3), 1j, bytearray(b"x"), frozenset("a"))
@@ -265,6 +268,7 @@ def values():
     yield "waiting"
     method("more")
     d["new"] = 3
+    put(4)
     return [
         json.dumps([1]),
         path.join("a", "b"),
@@ -307,10 +311,12 @@ def values():
         view.tobytes(),
         head.unpack(b"\1\0\0\0"),
         partial("101"),
+        amount is Amount,
         add(1, 2),
         pick("xyz"),
         upper("a"),
         get("new"),
+        get("put"),
         join("ab"),
         has("k"),
         fromkeys("ab"),
