@@ -133,7 +133,9 @@ def execute(module: types.ModuleType, lowered: registry.Module, bound: Mapping[s
     runtime.inject(module.__dict__, lowered, bound)
     exec(lowered.code, module.__dict__)
     named = {name: value for name, value in module.__dict__.items() if name[:2] != "__" and name[0] != "@" and not isinstance(value, (*_CONTAINERS, *_ATOMS))}
-    registry.add_sentinels(lowered, {name: value for name, value in named.items() if type(value).__module__ != "typing" or type(value).__name__ in _NAMED_TYPES})
+    single = {name: value for name, value in named.items() if type(value).__module__ != "typing" or type(value).__name__ in _NAMED_TYPES}
+    own = [(name, cls) for name, cls in module.__dict__.items() if isinstance(cls, type) and cls.__module__ == module.__name__]
+    registry.add_sentinels(lowered, single | {f"{name}.{attribute}": value for name, cls in own for attribute, value in vars(cls).items() if type(value) is object})
 
 
 def current(name: str) -> registry.Module | None:

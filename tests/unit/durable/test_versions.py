@@ -202,6 +202,17 @@ def test_a_sentinel_is_the_object_of_the_version_that_runs(site: Deployed) -> No
     assert next(site.again(saved)) == (True, 1)
 
 
+def test_a_plain_object_that_is_an_attribute_of_a_class_is_that_attribute_again(site: Deployed) -> None:
+    """§4.3: nothing but its identity tells what it is; in old code, of a class that has changed, it is that of the old class."""
+    text = "class Options:\n    MISSING = object()\n    limit = {0}\ndef main():\n    mark = Options.MISSING\n    yield\n    yield mark is Options.MISSING, {0}"
+    gen = site.deploy(text.format(1)).main()
+    next(gen)
+    saved = site.save(gen)
+    assert next(site.again(saved)) == (True, 1)
+    site.deploy(text.format(2))
+    assert next(site.again(saved)) == (True, 1)
+
+
 VALUES = {
     "an enum's member": ("C.RED", "C.BLUE", "C.RED"),
     "a zone, which zoneinfo shares": ("zoneinfo.ZoneInfo('Europe/Berlin')", "zoneinfo.ZoneInfo('America/New_York')", "zoneinfo.ZoneInfo('Europe/Berlin')"),
