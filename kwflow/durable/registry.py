@@ -114,7 +114,7 @@ _functions: dict[int, tuple[types.CodeType, Function | Place]] = {}
 _modules: dict[str, Module] = {}  # the current ones
 _versions: dict[str, Module] = {}  # stored ones, by `name@<12 hex>`
 _replaced: list[Module] = []  # what was current before a reload: live code of it keeps its metadata (semantics §5.4)
-_sentinels: dict[int, tuple[Any, tuple[str, str]]] = {}  # the object is held, so that its id stays its own
+_sentinels: dict[int, tuple[Any, dict[str, str]]] = {}  # module -> name, the module that made it first; the object is held, so that its id stays its own
 
 
 def register_code(code: types.CodeType, function: Function | Place) -> None:
@@ -225,18 +225,19 @@ def reference(name: str, qualname: str, value: object, pins: Pins) -> tuple[str,
 
 def add_sentinels(loaded: Module, named: Mapping[str, Any]) -> None:
     """Objects that are saved as "the global of this name" (semantics §4.3); those of the current version replace what the module had."""
-    current = _modules.get(loaded.name) is loaded
-    for identity in [identity for identity, (_, (owner, _)) in _sentinels.items() if owner == loaded.name and current]:
-        del _sentinels[identity]
+    if _modules.get(loaded.name) is loaded:
+        for identity, (_, known) in [*_sentinels.items()]:
+            known.pop(loaded.name, None)
+            if not known:
+                del _sentinels[identity]
     for name, value in named.items():
-        if current or id(value) not in _sentinels:  # what a stored version shares with current code goes by its current name
-            _sentinels[id(value)] = (value, (loaded.name, name))
+        _sentinels.setdefault(id(value), (value, {}))[1].setdefault(loaded.name, name)  # what a stored version shares with current code goes by its current name
 
 
 def sentinel(value: Any) -> tuple[str, str] | None:
-    """(module, name) of the global this very object is bound to, if it is one."""
+    """(module, name) of the global this very object is bound to, if it is one; of several modules, that which made it."""
     entry = _sentinels.get(id(value))
-    return entry[1] if entry is not None else None
+    return next(iter(entry[1].items())) if entry is not None else None
 
 
 def modules() -> Mapping[str, Module]:

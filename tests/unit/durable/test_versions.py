@@ -213,6 +213,21 @@ def test_a_plain_object_that_is_an_attribute_of_a_class_is_that_attribute_again(
     assert next(site.again(saved)) == (True, 1)
 
 
+def test_a_sentinel_that_several_modules_import_is_that_of_the_module_which_made_it(site: Deployed) -> None:
+    """§4.3: what it is does not hang on who was imported last, and a module that only imports it, too, is no code that is held."""
+    made, other = Deployed(), Deployed()
+    made.deploy("MISSING = object()\n")
+    gen = site.deploy(f"from {made.name} import MISSING as mark\ndef main():\n    held = mark\n    yield\n    yield held is mark").main()
+    other.deploy(f"from {made.name} import MISSING\n")
+    next(gen)
+    saved = site.save(gen)
+    assert saved[1].keys() == {site.name, made.name}
+    made.deploy("MISSING = object()\n")
+    again = site.save(gen)
+    assert again[1].keys() == {site.name}, "it is no longer what that module has"
+    assert next(site.again(again))
+
+
 VALUES = {
     "an enum's member": ("C.RED", "C.BLUE", "C.RED"),
     "a zone, which zoneinfo shares": ("zoneinfo.ZoneInfo('Europe/Berlin')", "zoneinfo.ZoneInfo('America/New_York')", "zoneinfo.ZoneInfo('Europe/Berlin')"),
