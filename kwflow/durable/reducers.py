@@ -281,17 +281,31 @@ def _struct(value: Any) -> Any:
 
 
 def _numpy_array(value: Any) -> Any:
-    kind = value.dtype
-    dtype = kind.descr if kind.names else kind.str
-    return rebuild.numpy_array, (dtype, value.shape, value.reshape(-1).tolist() if kind.hasobject else value.tobytes())
+    return rebuild.numpy_array, (_described(value.dtype), value.shape, value.reshape(-1).tolist() if value.dtype.hasobject else value.tobytes())
 
 
 def _numpy_scalar(value: Any) -> Any:
-    return rebuild.numpy_array, (value.dtype.descr if value.dtype.names else value.dtype.str, None, value.tobytes())
+    if value.dtype.hasobject:
+        raise Refused("a numpy.void with objects in it; keep its item()")
+    return rebuild.numpy_array, (_described(value.dtype), None, value.tobytes())
 
 
 def _numpy_dtype(value: Any) -> Any:
-    return rebuild.numpy_array, (value.descr if value.names else value.str, None, None)
+    return rebuild.numpy_array, (_described(value), None, None)
+
+
+def _described(kind: Any) -> Any:
+    """What `numpy.dtype` makes the same of; its own `descr` has the room between fields as more fields."""
+    if kind.subdtype is not None:
+        return _described(kind.base), kind.shape
+    if kind.names is None:
+        if kind.kind not in "?bcfimuMOSUV":
+            raise Refused(f"numpy's {kind}, which has no name that it could be made from again; keep a list, or an array of objects")
+        return kind.str
+    fields = [kind.fields[name] for name in kind.names]
+    described = {"names": list(kind.names), "formats": [_described(field[0]) for field in fields], "offsets": [field[1] for field in fields], "itemsize": kind.itemsize}
+    titles = [field[2] if len(field) > 2 else None for field in fields]
+    return described | ({"titles": titles} if any(titles) else {}) | ({"aligned": True} if kind.isalignedstruct else {})
 
 
 _BY_TYPE: dict[type[Any], Reducer] = {

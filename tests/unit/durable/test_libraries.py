@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from kwflow import durable
+from kwflow.errors import UnsavableError
 
 
 def kept(source: str, name: str) -> Any:
@@ -50,6 +51,34 @@ def held():
             "numpy",
         )
     )
+
+
+def test_numpy_structures_keep_their_fields_wherever_they_are() -> None:
+    needs("numpy")
+    before, after, aligned = kept(
+        """
+import numpy as np
+def held():
+    padded = np.dtype([("n", "i1"), (("title", "x"), "i4")], align=True)
+    inside = np.dtype([("s", padded), ("t", "f8", (2, 3)), ("w", "M8[us]")])
+    over = np.dtype({"names": ["a", "b"], "formats": ["i4", "i2"], "offsets": [0, 2], "itemsize": 16})
+    kinds = [padded, inside, over, np.dtype([("n", "i1"), ("o", "O")], align=True)]
+    values = [np.ones(2, padded), np.ones(1, inside), np.ones(2, over), np.array([(1, [2])], kinds[3]), np.zeros(2, [("a", "i1"), ("b", "i4"), ("c", "U3")])[["a", "c"]], np.ones(1, padded)[0]]
+    before = [repr(value) for value in kinds + values]
+    yield
+    return before, [repr(value) for value in kinds + values], [kind.isalignedstruct for kind in kinds]
+""",
+        "numpy_structures",
+    )
+    assert before == after
+    assert aligned == [True, False, False, True]
+
+
+@pytest.mark.parametrize(("made", "said"), [("np.array(['a'], np.dtypes.StringDType())", r"StringDType\(\)"), ("np.ones(1, [('o', 'O')])[0]", "numpy.void with objects")])
+def test_what_numpy_cannot_make_again_is_refused(made: str, said: str) -> None:
+    needs("numpy")
+    with pytest.raises(UnsavableError, match=f"'array' of held .*{said}"):
+        kept(f"import numpy as np\ndef held():\n    array = {made}\n    yield\n", "numpy_refused")
 
 
 def test_pydantic_models() -> None:
