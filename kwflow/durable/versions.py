@@ -7,6 +7,9 @@ as `Sources`; nothing here reads them.
 
 from __future__ import annotations
 
+import builtins
+import functools
+import importlib.util
 import json
 import linecache
 import re
@@ -155,7 +158,10 @@ def _version(name: str, version: str, sources: Sources, why: str) -> Module:
     data = sources(entry_key(name, version))
     if data is None:
         raise CodeChangedError(f"{name}: {why} since this instance went to sleep in it, and the source it ran ({version[:12]}) is not stored; deploy that code again, then retry")
-    return _load(name, version, json.loads(data), sources)
+    stored = json.loads(data)
+    _take_away(_stand_in({other: wanted for other, wanted in stored["imports"].items() if name.startswith(f"{other}.")}, sources))  # as `import` does, its packages first, which may import it
+    known = registry.version(registry.version_name(name, version))
+    return known if known is not None and known.version == version else _load(name, version, stored, sources)
 
 
 def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> Module:
@@ -172,10 +178,9 @@ def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> 
         module.__path__ = list(getattr(sys.modules.get(name), "__path__", []))
     filename = f"{module.__file__}@{version[:12]}"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # tracebacks show the old lines
-    bound = _unchanged_classes(source, current)
-    gone: list[str] = []
+    bound, before = _unchanged_classes(source, current), registry.known()
+    module.__dict__["__builtins__"] = {**vars(builtins), "__import__": functools.partial(_import, stored["imports"], sources)}
     try:
-        gone += _stand_in(stored["imports"], sources)
         sys.modules[hidden] = module
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they were said when this code was new
@@ -183,15 +188,15 @@ def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> 
         lowered.namespace, lowered.stored = module.__dict__, stored
         registry.add_version(lowered)
         loader.execute(module, lowered, bound)
+        _take_away(_stand_in(stored["imports"], sources))  # those that only functions import, so that what cannot be loaded is known now
     except BaseException as error:
+        for made in [other for other in registry.known() if other not in before and other.stored is not None]:  # in a cycle, others hold what has failed
+            registry.drop_version(made.namespace["__name__"])
+            sys.modules.pop(made.namespace["__name__"], None)
         sys.modules.pop(hidden, None)
-        registry.drop_version(hidden)
         if isinstance(error, (SnapshotError, TransportError, KeyboardInterrupt, MemoryError)):
             raise
         raise CodeChangedError(f"the stored version {version[:12]} of {name} cannot be loaded: {type(error).__name__}: {error}") from error
-    finally:
-        for other in gone:
-            sys.modules.pop(other, None)
     return lowered
 
 
@@ -203,10 +208,26 @@ def _file(name: str, stored: dict[str, Any], current: Module | None) -> str:
     return "/".join([parent[0], *stored["file"].split("/")[name.count(".") :]]) if parent else str(stored["file"])
 
 
+def _import(imports: Mapping[str, str], sources: Sources, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+    """What an import statement of old code does, at its top and in its functions: modules that are gone are stored ones, and may import each other."""
+    base = importlib.util.resolve_name("." * level + name, globals["__package__"]) if level else name
+    meant = {f"{base}.{part}" for part in fromlist or ()}
+    gone = _stand_in({other: version for other, version in imports.items() if f"{base}.".startswith(f"{other}.") or other in meant}, sources)
+    try:
+        return builtins.__import__(name, globals, locals, fromlist, level)
+    finally:
+        _take_away(gone)
+
+
+def _take_away(gone: Iterable[str]) -> None:
+    for name in gone:
+        sys.modules.pop(name, None)
+
+
 def _stand_in(imports: Mapping[str, str], sources: Sources) -> list[str]:
     """Put stored versions of modules that are gone where `import` finds them; the names, to be taken away afterwards."""
     missing = {name: version for name, version in imports.items() if name not in sys.modules and not loader.exists(name)}
-    loaded = {name: _version(name, version, sources, "the module is gone") for name, version in missing.items()}
+    loaded = {name: _version(name, version, sources, "the module is gone") for name, version in sorted(missing.items())}  # packages first
     for name, found in loaded.items():
         sys.modules[name] = sys.modules[found.namespace["__name__"]]
         package, _, last = name.rpartition(".")

@@ -1,7 +1,9 @@
 """Modules as values, packages of durable modules, and what the import system asks of their loader."""
 
+import importlib
 import itertools
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable
 
@@ -9,7 +11,7 @@ import pytest
 
 from kwflow import durable
 from kwflow.durable import names, registry
-from kwflow.errors import CorruptSnapshotError
+from kwflow.errors import CodeChangedError, CorruptSnapshotError
 from tests.unit.durable.test_versions import Deployed
 
 _count = itertools.count()
@@ -113,3 +115,74 @@ def test_a_class_of_a_library_that_has_moved_is_what_its_old_name_means_now(writ
     forget(f"{name}_lib")
     with pytest.raises(CorruptSnapshotError, match="not allowed"):
         durable.loads(saved)
+
+
+CYCLE = {
+    "NAME/__init__.py": "RATE = 4\nfrom NAME.trips import main\n",
+    "NAME/trips.py": "from NAME import models\nfrom .models import price\ndef main():\n    yield\n    yield price(), models.__name__.partition('@')[0]\n",
+    "NAME/models.py": "import NAME.trips\nfrom NAME import RATE\ndef price():\n    return RATE\n",
+}
+
+
+@pytest.mark.parametrize("gone", [["__init__", "trips", "models"], ["trips", "models"], ["models"]])
+def test_modules_that_import_each_other_are_found_in_the_store(write: Write, tmp_path: pathlib.Path, gone: list[str]) -> None:
+    """docs/CODE.md: renamed and deleted modules too; they run in the order in which they were imported."""
+    name = write(CYCLE)
+    durable.install([name])
+    site = Deployed(f"{name}.trips")
+    gen = __import__(name).main()
+    next(gen)
+    saved = site.save(gen)
+    forget(name)
+    write({"NAME/__init__.py": "RATE = 40\n", "NAME/trips.py": "def main():\n    yield 7\n"})
+    for module in gone:
+        (tmp_path / name / f"{module}.py").unlink()
+    if "__init__" in gone:
+        shutil.rmtree(tmp_path / name)
+    assert next(site.again(saved)) == (4 if "__init__" in gone else 40, f"{name}.models")
+    assert not any(known.startswith(name) and "@" not in known for known in sys.modules if known not in (name, f"{name}.trips"))
+
+
+STATEMENTS = [
+    "import NAME.models as m; price = m.price", "import NAME.models; price = NAME.models.price", "from NAME.models import price", "from NAME import models; price = models.price",
+    "from . import models; price = models.price", "from .models import price",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_function_of_old_code_imports_what_is_gone(write: Write, tmp_path: pathlib.Path, statement: str, whole: bool) -> None:
+    """docs/CODE.md: an import in a function was an ImportError of the workflow."""
+    name = write({"NAME/__init__.py": "", "NAME/models.py": "def price():\n    return 4\n", "NAME/trips.py": f"def main():\n    {statement}\n    yield\n    {statement}\n    yield price()\n"})
+    durable.install([name])
+    site = Deployed(f"{name}.trips")
+    gen = importlib.import_module(site.name).main()
+    next(gen)
+    saved = site.save(gen)
+    forget(name)
+    if whole:
+        shutil.rmtree(tmp_path / name)
+    else:
+        write({"NAME/trips.py": "def main():\n    yield 7\n"})
+        (tmp_path / name / "models.py").unlink()
+    assert next(site.again(saved)) == 4
+    assert f"{name}.models" not in sys.modules
+
+
+def test_old_code_that_fails_in_a_cycle_is_tried_again_as_a_whole(write: Write, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/CODE.md: nothing that holds what has failed is kept."""
+    name = write({**CYCLE, "NAME/trips.py": "import os\n" + CYCLE["NAME/trips.py"].replace("def main", "os.environ['NAME']\ndef main")})
+    durable.install([name])
+    monkeypatch.setenv(name, "1")
+    site = Deployed(f"{name}.trips")
+    gen = __import__(name).main()
+    next(gen)
+    saved = site.save(gen)
+    forget(name)
+    shutil.rmtree(tmp_path / name)
+    monkeypatch.delenv(name)
+    with pytest.raises(CodeChangedError, match="KeyError"):
+        site.load(saved)
+    assert not any(known.startswith(name) for known in sys.modules)
+    monkeypatch.setenv(name, "1")
+    assert next(site.load(saved)[0]) == (4, f"{name}.models")
