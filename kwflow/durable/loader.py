@@ -183,6 +183,12 @@ class _Loader(importlib.abc.InspectLoader):
         self.inner = inner
         self.filename = filename
 
+    def __getattr__(self, name: str) -> Any:
+        """The files of a package are read as its own loader reads them."""
+        if name not in ("get_data", "get_resource_reader"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
     def create_module(self, spec: ModuleSpec) -> types.ModuleType | None:
         created: types.ModuleType | None = self.inner.create_module(spec)
         return created

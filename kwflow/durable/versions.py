@@ -176,6 +176,7 @@ def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> 
     module.__dict__["__kwflow_durable__"] = True
     if stored["package"]:
         module.__path__ = list(getattr(sys.modules.get(name), "__path__", []))
+        module.__spec__ = getattr(sys.modules.get(name), "__spec__", None)  # `importlib.resources` and `pkgutil` ask it for the package's files
     filename = f"{module.__file__}@{version[:12]}"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # tracebacks show the old lines
     bound, before = _unchanged_classes(source, current), registry.known()

@@ -1,10 +1,13 @@
 """Modules as values, packages of durable modules, and what the import system asks of their loader."""
 
 import importlib
+import inspect
 import itertools
 import pathlib
+import pkgutil
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 
 import pytest
@@ -186,3 +189,44 @@ def test_old_code_that_fails_in_a_cycle_is_tried_again_as_a_whole(write: Write, 
     assert not any(known.startswith(name) for known in sys.modules)
     monkeypatch.setenv(name, "1")
     assert next(site.load(saved)[0]) == (4, f"{name}.models")
+
+
+DATA = {
+    "NAME/__init__.py": "import pkgutil\nfrom importlib.resources import files\nTEXT = pkgutil.get_data(__name__, 'text.txt').decode()\nREAD = files(__name__).joinpath('text.txt').read_text()\n",
+    "NAME/text.txt": "some text",
+    "NAME/flow.py": "from importlib.resources import files\nfrom . import READ, TEXT\ndef main():\n    yield\n    yield TEXT, READ, files('NAME').joinpath('text.txt').read_text()\n",
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_durable_package_has_its_files_and_its_source_as_any_other(write: Write, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
+    """§5.2: `importlib.resources`, `pkgutil.get_data`, `inspect`, tracebacks; in a zip too."""
+    name = write(DATA)
+    if zipped:
+        shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, name)
+        shutil.rmtree(tmp_path / name)
+        monkeypatch.syspath_prepend(str(tmp_path / "packed.zip"))
+    durable.install([name])
+    module = importlib.import_module(f"{name}.flow")
+    gen = module.main()
+    next(gen)
+    gen = durable.loads(durable.dumps(gen))
+    assert next(gen) == ("some text",) * 3
+    assert inspect.getsource(module.main) == DATA["NAME/flow.py"].replace("NAME", name).partition("TEXT\n")[2]
+    with pytest.raises(KeyError) as raised:
+        gen.throw(KeyError(1))
+    assert "yield TEXT, READ" in "".join(traceback.format_exception(raised.value))
+    assert [found.name for found in pkgutil.iter_modules(sys.modules[name].__path__)] == ["flow"]
+
+
+def test_an_old_version_of_a_package_has_the_files_of_the_current_one(write: Write) -> None:
+    """§8.3: `__name__` is another one in it."""
+    name = write({**DATA, "NAME/__init__.py": DATA["NAME/__init__.py"] + "def main():\n    yield\n    yield TEXT, READ\n"})
+    durable.install([name])
+    site = Deployed(name)
+    gen = importlib.import_module(name).main()
+    next(gen)
+    saved = site.save(gen)
+    forget(name)
+    write({"NAME/__init__.py": "def main():\n    yield 7\n"})
+    assert next(site.again(saved)) == ("some text", "some text")
