@@ -25,7 +25,7 @@ class GlobalsCheck:
     def __init__(self, functions: Callable[[], Iterable[Any]]) -> None:
         self.active = True
         self._functions = functions
-        self._before: dict[str, Any] = {}
+        self._before: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> None:
         self._before = self._globals() if self.active else {}
@@ -33,14 +33,19 @@ class GlobalsCheck:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None) -> None:
         if error is None and self.active:
             after = self._globals()
-            changed = sorted(name for name in self._before.keys() | after.keys() if self._before.get(name) != after.get(name))
+            pairs = [(module, before, after.get(module, before)) for module, before in self._before.items()]  # what the step imported is no change
+            changed = sorted(f"{module}.{name}" for module, before, now in pairs for name in before.keys() | now.keys() if [before.get(name)] != [now.get(name)])  # in lists: NaN is itself
             assert not changed, f"a step changed {', '.join(changed)}: globals are neither saved nor rolled back; keep state in variables of the workflow"
 
-
-    def _globals(self) -> dict[str, Any]:
+    def _globals(self) -> dict[str, dict[str, Any]]:
         packages = {function.__module__.partition(".")[0] for function in self._functions()}
         modules = [module for module in registry.modules().values() if module.name.partition(".")[0] in packages]
-        return {f"{module.name}.{name}": _form(value, 0) for module in modules for name, value in module.namespace.items() if name[0] != "@" and not name.startswith("__")}
+        return {module.name: {name: _form(value, 0) for name, value in module.namespace.items() if not _is_apart(module.name, name, value)} for module in modules}
+
+
+def _is_apart(module: str, name: str, value: Any) -> bool:
+    """What Python or kwflow binds: `import` binds a module in its package."""
+    return name[0] == "@" or name.startswith("__") or (isinstance(value, types.ModuleType) and value.__name__ == f"{module}.{name}")
 
 
 def _form(value: Any, depth: int) -> Any:

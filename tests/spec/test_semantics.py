@@ -1,6 +1,8 @@
 """semantics.md rule by rule, where no other file states it: waiting, cancelling, running again, what a snapshot promises, time."""
 
 import gc
+import importlib
+import pathlib
 import subprocess
 import sys
 import threading
@@ -483,6 +485,23 @@ def test_the_test_kit_fails_a_step_that_changed_a_module_global() -> None:
     with pytest.raises(AssertionError, match=r"semantics_\d+\.SEEN"):
         run(counting + "    SEEN['ids'].append(kw.workflow_id())").resume("w", "a")
     run(counting + "    dict(SEEN)").resume("w", "a")
+    with pytest.raises(AssertionError, match=r"semantics_\d+\.NAN"):
+        run("NAN = float('nan')\ndef main(o):\n    global NAN\n    NAN = float('nan')\n    yield kw.suspend('a')\n")
+
+
+def test_the_test_kit_takes_a_nan_and_a_module_that_a_step_imports_for_no_change(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """§3.4: neither is state of a workflow."""
+    package = "semantics_package"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("from math import nan\nNOTHING = [nan]\n")
+    (tmp_path / package / "flow.py").write_text("import kwflow as kw\ndef main(o):\n    from . import models\n    yield kw.suspend('a')\n    return models.RATE\n")
+    (tmp_path / package / "models.py").write_text("RATE = 4\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    durable.install([package])
+    w = WorkflowTester(importlib.import_module(f"{package}.flow").main)
+    w.start("w")
+    w.resume("w", "a")
+    assert w.result("w") == 4
 
 
 def test_what_is_forgotten_lets_its_variables_go_also_when_its_frame_is_held() -> None:
