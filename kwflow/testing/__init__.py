@@ -6,9 +6,11 @@ Everything is real but the log: each step is saved to bytes and loaded again, as
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import msgspec
@@ -223,7 +225,7 @@ class WorkflowTester:
 
             def run(*args: Any, activity: Activity[Any, Any] = activity, answered: list[Any] = answered, **kwargs: Any) -> Any:
                 value = self._fakes.get(activity.name, activity.function)(*args, **kwargs)
-                answered.append(asyncio.run(value) if inspect.iscoroutine(value) else value)
+                answered.append(_outcome(value) if inspect.iscoroutine(value) else value)
                 return answered[0] if answered[0] is not HANGS else None
 
             record = carry_out(item, activity, info_of(item), (self.config.activity_bytes_max, self.config.value_bytes_max), run)
@@ -242,6 +244,16 @@ class WorkflowTester:
                 self._dispatched = deque(other for other in self._dispatched if (other.workflow_id, other.ref) != (item.workflow_id, item.ref))
         for output in made.outputs:
             self._log(output)
+
+
+def _outcome(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Of an async activity, also where the test itself runs in an event loop (pytest-asyncio): in a loop of its own, on a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()
 
 
 def _decoded(value: bytes | None) -> Any:

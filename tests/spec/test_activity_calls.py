@@ -1,5 +1,6 @@
 """Calls of activities as a workflow meets them (M6), each step through real snapshots."""
 
+import asyncio
 import itertools
 import re
 from typing import Any
@@ -75,6 +76,20 @@ def test_yield_from_and_async_activities_work_too() -> None:
     """Semantics §1.4."""
     w = run("@activity()\nasync def work(x):\n    return x + 1\ndef main(o):\n    return (yield from work(o))", 1)
     assert w.result("w") == 2
+
+
+def test_the_test_kit_runs_async_activities_and_fakes_where_the_test_itself_runs_in_a_loop() -> None:
+    """M6: `asyncio.run` refuses there, as in a test of pytest-asyncio's."""
+    text = "import asyncio\n@activity()\nasync def work(x):\n    await asyncio.sleep(0)\n    return x + 1, kw.activity_info().workflow_id\ndef main(o):\n    return (yield work(o))"
+
+    async def fake(x: int) -> int:
+        raise kw.BusinessError(f"not {x}")
+
+    async def test() -> None:
+        assert run(text, 1).result("w") == [2, "w"]
+        assert "not 1" in error(run(text, 1, fake))
+
+    asyncio.run(test())
 
 
 def test_the_header_tells_name_attempt_and_the_line_of_the_author_who_waits() -> None:
