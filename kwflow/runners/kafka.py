@@ -47,7 +47,6 @@ from kwflow.runners.tracing import end_all
 
 __all__ = ["KafkaRunner"]
 
-_IDLE_S = 0.25
 _FIRED_MAX = 500
 _QUIET_S = 60.0
 _DAY_MS = 86_400_000
@@ -209,7 +208,7 @@ class KafkaRunner:
         """What is here, of partitions that are ours after the last consume (K2): nobody polls again before the commit."""
         waiting = [record for partition in self.owned.values() for record in partition.gathered]
         due = [partition.due_of(self.processor) for partition in self.owned.values() if partition.caught_up]
-        wait = min([0.0 if self.takeover.busy or waiting else _IDLE_S, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
+        wait = min([0.0 if waiting else self.takeover.wait_s, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
         room = self.config.batch_records_max - len(waiting) if sum([len(record.value or b"") for record in waiting]) < self.config.batch_bytes_max else 1
         messages = gather(self._consumer, room, wait)
         if self._generation != self.takeover.generation:

@@ -81,8 +81,8 @@ class Member:
         """Of one more client of this engine."""
         return topics.client_config(self.config, **more)
 
-    def end(self, topic: str, number: int) -> int:
-        return offsets(self.environment, self.config, self.admin, topic, [number], LATEST)[number]
+    def ends(self, topic: str, numbers: Iterable[int]) -> dict[int, int]:
+        return offsets(self.environment, self.config, self.admin, topic, numbers, LATEST)
 
-    def start(self, topic: str, number: int) -> int:
-        return offsets(self.environment, self.config, self.admin, topic, [number], EARLIEST)[number]
+    def starts(self, topic: str, numbers: Iterable[int]) -> dict[int, int]:
+        return offsets(self.environment, self.config, self.admin, topic, numbers, EARLIEST)

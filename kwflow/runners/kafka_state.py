@@ -51,7 +51,9 @@ class PartitionStore:
             environment.wipe(directory)
             self._db = environment.database(directory)
         written_ms = int(self._meta("written") or 0)
-        if self._meta("incarnation") != incarnation or abs(clock.now_ms() - written_ms) > age_max_ms:  # written by a clock that was far ahead: of any age
+        if not written_ms:  # nothing was ever: it is new
+            self._begin()
+        elif self._meta("incarnation") != incarnation or abs(clock.now_ms() - written_ms) > age_max_ms:  # written by a clock that was far ahead: of any age
             self.wipe()
 
     def _meta(self, name: str) -> str:
@@ -66,6 +68,9 @@ class PartitionStore:
         self._db.close()
         self.environment.wipe(self.directory)
         self._db = self.environment.database(self.directory)
+        self._begin()
+
+    def _begin(self) -> None:
         self._db.write([(_META + b"incarnation", self.incarnation.encode())])
 
     def get(self, key: bytes) -> bytes | None:
@@ -163,7 +168,7 @@ class Restore:
         if self._consumer is None:
             return True
         changes: dict[bytes, bytes | None] = {}
-        last = None
+        last, before = None, self.reached
         for message in gather(self._consumer, _SLICE_RECORDS, seconds):
             error = message.error()
             if error is None:
@@ -175,7 +180,8 @@ class Restore:
         if last is not None:
             self.reached = max(self.reached, (last.offset() or 0) + 1)
         self.reached = max(self.reached, self._consumer.position([self.where])[0].offset)  # -1001 on an empty log
-        self.store.settle(changes, self.reached)
+        if changes or self.reached != before:
+            self.store.settle(changes, self.reached)
         if self.reached < self.end:
             return False
         self.close()

@@ -6,6 +6,7 @@ over.  It may be behind: whoever acts on an entry asks the group, or the engine 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
@@ -111,10 +112,11 @@ class Owners:
             return None
 
     # -- what we say -----------------------------------------------------------------------------------------------
-    def announce(self, number: int) -> None:
-        """This partition is ours.  Returns once the broker has it, so that whoever comes after us knows whose transaction may be open."""
-        self._announced.add(number)
-        self._write(owner_key(self._member.processor.input_topic, number), msgspec.json.encode(Owner(self._member.name, self.address, self._member.clock.now_ms())))
+    def announce(self, numbers: Iterable[int]) -> None:
+        """These partitions are ours.  Returns once the broker has it, so that whoever comes after us knows whose transaction may be open."""
+        for number in numbers:
+            self._announced.add(number)
+            self._write(owner_key(self._member.processor.input_topic, number), msgspec.json.encode(Owner(self._member.name, self.address, self._member.clock.now_ms())))
         self._flush(_TIMEOUT_S)
 
     def withdraw(self, numbers: list[int]) -> None:

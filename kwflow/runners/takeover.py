@@ -7,6 +7,7 @@ with the records of a partition that is owned.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaException, TopicPartition
 
@@ -25,20 +26,28 @@ from kwflow.runners.standby import Cleanup, Copies, Standby
 
 __all__ = ["Takeover"]
 
-_SLICE_S = 0.1  # K5: a restore never keeps the running partitions waiting for longer
+_SLICE_S = 0.1  # K5: a restore never keeps the running partitions waiting for longer, but for the last thing it began
 _ANSWER_S = 0.05  # for an offset, if it is decided; who asks again hears of it earlier than who waits
 _PATIENCE_S = 1.0
 _STUCK_S = 0.1
+_WAKE_S = 0.01
+_IDLE_S = 0.25
+_PAUSE_S = 0.02  # a restore that waits for the broker is looked at again
 
 
 class Takeover:
-    """Invariant: a partition is in at most one of `assigned`, `restoring` (with the group's committed offset) and `owned`."""
+    """Invariant: a partition is in at most one of `assigned`, `restoring` (with the group's committed offset) and `owned`.
+
+    `found`: of those that are assigned, the group's committed offset, and begin and end of the changelog after that.
+    """
 
     def __init__(self, member: Member, owners: Owners, attempts: Attempts, worker: Worker | None, age_max_ms: int) -> None:
         self.member = member
         self.owned: dict[int, Partition] = {}
         self.assigned: list[int] = []
         self.restoring: dict[int, tuple[Restore, int]] = {}
+        self.found: dict[int, tuple[int, int, int]] = {}
+        self.wait_s = _IDLE_S  # for how long the main loop may wait for records
         self.joined = False
         self.generation = 0  # goes up with each rebalance that we are told of, an empty one included
         self._owners = owners
@@ -52,7 +61,7 @@ class Takeover:
         self._topic, changelog = member.processor.input_topic, member.processor.changelog_topic
         config, environment = member.config, member.environment
         self._incarnation = f"{member.incarnation} {topics.describe(member.admin, config, changelog)[0]}"  # a reset makes the changelog anew, and leaves the input as it is
-        standby = Standby(changelog, self._changelog_consumer, self._store, lambda number: member.start(changelog, number))
+        standby = Standby(changelog, self._changelog_consumer, self._store, lambda number: member.starts(changelog, [number])[number])
         self.copies = Copies(standby if config.standby else None, member.partitions, Cleanup(environment, member.directory, config.state_cleanup_s), member.on_log)
         self.consumer = self._new_consumer()
         self._orphans = Orphans(member.admin, environment, member.group, self._topic, member.partitions)
@@ -118,6 +127,7 @@ class Takeover:
             gone = self.owned.pop(partition.partition, None)
             if gone is not None:
                 gone.store.close()
+            self.found.pop(partition.partition, None)
             if partition.partition in self.assigned:
                 self.assigned.remove(partition.partition)
             if partition.partition in self.restoring:
@@ -132,23 +142,69 @@ class Takeover:
     def turn(self) -> None:
         """Restore what was assigned, a slice at a time, then read from the committed offset on."""
         self._ask_for_former()
-        for number in list(self.assigned):
-            self._begin_restore(number)
         until = self.member.environment.monotonic() + _SLICE_S
-        for number, (restore, committed) in list(self.restoring.items()):
-            reached = restore.reached
-            if restore.slice(_SLICE_S / 2):
-                del self.restoring[number]
-                self._stuck_since.pop(number, None)
-                self._own(number, restore.store, committed)
-            elif restore.reached > reached:
-                self._stuck_since.pop(number, None)
-            elif self._is_stuck(number) and self._undecided(number) < restore.end:
-                self._fence_former(number)
-            if self.member.environment.monotonic() > until:
-                break
+        moved = self._restore(until)
+        self._find(until)
+        moved = moved or bool(self.found)
+        self._begin(until)
+        self.wait_s = 0.0 if moved else _PAUSE_S if self.busy else _IDLE_S
         if not self._leftovers.turn() and not self._stuck_since:
             self._fencing.release()
+
+    def _restore(self, until: float) -> bool:
+        """Whether one of them got on."""
+        finished, stuck, moved = [], [], False
+        for number, (restore, _) in list(self.restoring.items()):
+            reached = restore.reached
+            if restore.slice(0):
+                finished.append(number)
+            elif restore.reached > reached:
+                moved = True
+                self._stuck_since.pop(number, None)
+            elif self._is_stuck(number):
+                stuck.append(number)
+            if self.member.environment.monotonic() > until:
+                break
+        if finished:
+            self._own(finished)
+        for number, undecided in topics.committed_ends(self.member.admin, self.member.processor.changelog_topic, stuck).items():
+            if undecided < self.restoring[number][0].end:  # the first transaction of its changelog that is open begins there
+                self._fence_former(number)
+        return moved or bool(finished)
+
+    def _find(self, until: float) -> None:
+        """First what the group has committed, then the changelogs' ends: the other order could miss the last transaction."""
+        unknown = [number for number in self.assigned if number not in self.found]
+        fresh = [number for number in unknown if number not in self._stuck_since]
+        self._stuck_since |= dict.fromkeys(fresh, self.member.environment.monotonic())
+        committed = self._committed(fresh, _ANSWER_S)
+        for number in [number for number in unknown if number not in fresh]:
+            found = self._committed([number], min(_PATIENCE_S, max(_ANSWER_S, self._waited_s(number) / 10)))
+            committed |= found
+            if not found:
+                self.assigned.remove(number)  # the next turn asks about the others first
+                self.assigned.append(number)
+                if self._is_stuck(number):
+                    self._fence_former(number)
+            if self.member.environment.monotonic() > until:
+                break
+        if committed:
+            topic = self.member.processor.changelog_topic
+            ends, starts = self._changelog_ends(committed), self.member.starts(topic, committed)
+            for number, offset in committed.items():
+                self._stuck_since.pop(number, None)
+                self.found[number] = offset, starts[number], ends[number]
+
+    def _begin(self, until: float) -> None:
+        """Opening a store takes 0.03 s of a quiet disk, and none can be opened by halves."""
+        for number in list(self.found):
+            committed, start, end = self.found.pop(number)
+            self.copies.give(number)
+            store = self._store(number)
+            self.assigned.remove(number)
+            self.restoring[number] = Restore(store, self._restore_consumer, self.member.processor.changelog_topic, number, start, end), committed
+            if self.member.environment.monotonic() > until:
+                break
 
     # -- what the last owner has left ------------------------------------------------------------------------------
     def _ask_for_former(self) -> None:
@@ -181,12 +237,6 @@ class Takeover:
         now = self.member.environment.monotonic()
         return now - self._stuck_since.setdefault(number, now)
 
-    def _undecided(self, number: int) -> int:
-        """Where the first transaction of its changelog begins that is open, or the end."""
-        changelog = self.member.processor.changelog_topic
-        found = topics.committed_ends(self.member.admin, changelog, [number])
-        return found[number] if number in found else self.restoring[number][0].end
-
     def _fence_former(self, number: int) -> None:
         former = self._former.get(number)
         if former is not None:
@@ -199,32 +249,18 @@ class Takeover:
         if self.joined:
             self.copies.turn({*self.owned, *self.restoring, *self.assigned})
 
-    def _begin_restore(self, number: int) -> None:
-        """First what the group has committed, then the changelog's end: the other order could miss the last transaction."""
-        committed = self._committed(number, max(_SLICE_S / len(self.assigned), _ANSWER_S) if self._waited_s(number) < _PATIENCE_S else _PATIENCE_S)
-        if committed is None:
-            if self._is_stuck(number):
-                self._fence_former(number)
-            return
-        self._stuck_since.pop(number, None)
-        topic = self.member.processor.changelog_topic
-        end, start = self._changelog_end(number), self.member.start(topic, number)
-        self.copies.give(number)
-        store = self._store(number)
-        self.assigned.remove(number)
-        self.restoring[number] = Restore(store, self._restore_consumer, topic, number, start, end), committed
+    def _changelog_ends(self, numbers: Iterable[int]) -> dict[int, int]:
+        return self.member.ends(self.member.processor.changelog_topic, numbers)
 
-    def _changelog_end(self, number: int) -> int:
-        return self.member.end(self.member.processor.changelog_topic, number)
-
-    def _committed(self, number: int, patience_s: float = _PATIENCE_S) -> int | None:
-        """The group's offset; None while a transaction with offsets is open (asked again in the next turn, and for longer)."""
+    def _committed(self, numbers: list[int], patience_s: float = _PATIENCE_S) -> dict[int, int]:
+        """The group's offsets; none while a transaction with the offset of one of them is open (asked again in the next turn, and for longer)."""
         try:
-            return int(self.consumer.committed([TopicPartition(self._topic, number)], timeout=patience_s)[0].offset)
+            found = self.consumer.committed([TopicPartition(self._topic, number) for number in numbers], timeout=patience_s) if numbers else []
         except KafkaException as error:
             if topics.transient(error.args[0]):
-                return None
+                return {}
             raise
+        return {where.partition: where.offset for where in found}
 
     def _store(self, number: int) -> PartitionStore:
         member = self.member
@@ -238,41 +274,54 @@ class Takeover:
         """Told of the end at once: the broker would keep the request for half a second otherwise, and everybody waits for it."""
         return self._changelog_consumer(fetch_wait_max_ms=END_WAIT_MS)
 
-    def _own(self, number: int, store: PartitionStore, committed: int) -> None:
-        member, where = self.member, f"{self._topic}[{number}]"
-        position = None if member.config.accept_offset_reset else agreed(store.get(POSITION), committed, member.incarnation, member.partitions, where)
-        if position == MOVED:
-            if self._committed(number) == committed:
-                raise TransportError(f"{where}: the group's offset is {committed}, the state's is another: somebody reset one of them; --accept-offset-reset starts from the group's", retryable=False)
-            store.close()  # this process stood still while another owner went on; it will hear of that, or restores again
-            self.assigned.append(number)
-            return
-        begin = member.start(self._topic, number)
-        if position is None:
-            position = committed if committed != OFFSET_INVALID else begin
-        if position < begin and not member.config.accept_offset_reset:
-            raise TransportError(
-                f"{where}: {position} would be next, and its log begins at {begin}: retention has deleted what was there, applied or not; --accept-offset-reset goes on from the begin",
-                retryable=False,
-            )
-        take_over(member.processor, store, member.admin, member.config, where)
-        end = member.end(self._topic, number)
-        suspected = self._attempts.suspected_until(number)
-        suspect = self._attempts.unclean or self._has_died(number) or suspected > position
-        careful = min(end, max(suspected, position + member.config.batch_records_max)) if suspect else position
-        self._former.pop(number, None)
-        self._owners.announce(number)
-        self.owned[number] = Partition(number, store, position, end, careful)
-        self.seek(number, max(position, begin))
-        self._resume(number)
-        member.on_log(f"{member.group}: owns {where} from {position}")
+    def _own(self, numbers: list[int]) -> None:
+        """Restored, all of these."""
+        member, ready = self.member, dict[int, Partition]()
+        begins, ends = member.starts(self._topic, numbers), member.ends(self._topic, numbers)
+        for number in numbers:
+            (restore, committed), where, begin, end = self.restoring[number], f"{self._topic}[{number}]", begins[number], ends[number]
+            store = restore.store
+            position = None if member.config.accept_offset_reset else agreed(store.get(POSITION), committed, member.incarnation, member.partitions, where)
+            if position == MOVED:
+                if self._committed([number]) == {number: committed}:
+                    raise TransportError(
+                        f"{where}: the group's offset is {committed}, the state's is another: somebody reset one of them; --accept-offset-reset starts from the group's", retryable=False
+                    )
+                self._cancel_restore(number)  # this process stood still while another owner went on; it will hear of that, or restores again
+                self.assigned.append(number)
+                continue
+            if position is None:
+                position = committed if committed != OFFSET_INVALID else begin
+            if position < begin and not member.config.accept_offset_reset:
+                raise TransportError(
+                    f"{where}: {position} would be next, and its log begins at {begin}: retention has deleted what was there, applied or not; --accept-offset-reset goes on from the begin",
+                    retryable=False,
+                )
+            take_over(member.processor, store, member.admin, member.config, where)
+            suspected = self._attempts.suspected_until(number)
+            suspect = self._attempts.unclean or self._has_died(number) or suspected > position
+            careful = min(end, max(suspected, position + member.config.batch_records_max)) if suspect else position
+            ready[number] = Partition(number, store, position, end, careful)
+        self._owners.announce(ready)
+        for number, partition in ready.items():
+            del self.restoring[number]
+            self._former.pop(number, None)
+            self._stuck_since.pop(number, None)
+            self.owned[number] = partition
+            self.seek(number, max(partition.position, begins[number]))
+        self._resume(ready)
+        for number, partition in ready.items():
+            member.on_log(f"{member.group}: owns {self._topic}[{number}] from {partition.position}")
 
-    def _resume(self, number: int) -> None:
-        """Fetched at once: librdkafka's thread of that broker, if it has nothing else to do, looks a second later; any request to it wakes it."""
-        where = TopicPartition(self._topic, number)
-        self.consumer.resume([where])
+    def _resume(self, numbers: Iterable[int]) -> None:
+        """Fetched at once: librdkafka's thread of a broker, if it has nothing else to do, looks a second later; any request to it wakes it.
+
+        All of them before that: their leader answers a fetch of some after half a second if nothing comes there, and what is asked of it meanwhile later.
+        """
+        where = [TopicPartition(self._topic, number, 0) for number in numbers]
+        self.consumer.resume(where)
         with contextlib.suppress(KafkaException):
-            self.consumer.get_watermark_offsets(where, timeout=_SLICE_S, cached=False)
+            self.consumer.offsets_for_times(where, timeout=_WAKE_S)
 
     def seek(self, number: int, offset: int) -> None:
         """Read on from there; again while librdkafka says that it is not ready."""

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -18,7 +18,6 @@ from kwflow.runners import code, kafka, topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.kafka import KafkaRunner
 from kwflow.runners.kafka_member import LATEST, Member, again
-from kwflow.runners.kafka_state import PartitionStore
 from kwflow.runners.kafka_transaction import Aborted, Batch, Transactions
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.takeover import Takeover
@@ -103,23 +102,27 @@ def _begun_anew_after_a_timeout() -> contextlib.AbstractContextManager[Any]:
 
 
 def _restored_to_the_stable_offset_only() -> contextlib.AbstractContextManager[Any]:
-    def end(member: Member, topic: str, number: int) -> int:
-        where = TopicPartition(topic, number)
-        return int(again(member.environment, lambda: member.admin.list_offsets({where: LATEST}, isolation_level=IsolationLevel.READ_COMMITTED)[where].result().offset))
+    def ends(member: Member, topic: str, numbers: Iterable[int]) -> dict[int, int]:
+        asked = {TopicPartition(topic, number): LATEST for number in numbers}
+        found: dict[int, int] = again(
+            member.environment,
+            lambda: {where.partition: future.result().offset for where, future in member.admin.list_offsets(asked, isolation_level=IsolationLevel.READ_COMMITTED).items()},
+        )
+        return found
 
-    return mock.patch.object(Member, "end", end)
+    return mock.patch.object(Member, "ends", ends)
 
 
 def _asks_for_the_end_first() -> contextlib.AbstractContextManager[Any]:
     """The changelog's end, then what the group has committed."""
-    begin = Takeover._begin_restore
+    find = Takeover._find
 
-    def begin_restore(takeover: Takeover, number: int) -> None:
-        known = takeover._changelog_end(number)
-        with mock.patch.object(takeover, "_changelog_end", lambda _: known):
-            begin(takeover, number)
+    def ends_first(takeover: Takeover, until: float) -> None:
+        known = takeover._changelog_ends(takeover.assigned)
+        with mock.patch.object(takeover, "_changelog_ends", lambda _: known):
+            find(takeover, until)
 
-    return mock.patch.object(Takeover, "_begin_restore", begin_restore)
+    return mock.patch.object(Takeover, "_find", ends_first)
 
 
 def _owns_what_was_revoked() -> contextlib.AbstractContextManager[Any]:
@@ -197,9 +200,9 @@ class LosesTheHold(WorkflowProcessor):
 def _fires_before_the_backlog() -> contextlib.AbstractContextManager[Any]:
     own = Takeover._own
 
-    def owned(takeover: Takeover, number: int, store: PartitionStore, committed: int) -> None:
-        own(takeover, number, store, committed)
-        if number in takeover.owned:
+    def owned(takeover: Takeover, numbers: list[int]) -> None:
+        own(takeover, numbers)
+        for number in takeover.owned.keys() & numbers:
             takeover.owned[number].fire_from = 0
 
     return mock.patch.object(Takeover, "_own", owned)

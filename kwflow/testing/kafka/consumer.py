@@ -237,11 +237,11 @@ class SimulatedConsumer:
     def memberid(self) -> str:
         return self.consumer_group_metadata().member
 
-    def get_watermark_offsets(self, partition: TopicPartition, timeout: float = -1, cached: bool = False) -> tuple[int, int]:
-        """The high one is the last stable offset for a reader of committed records."""
-        self._host.call("watermarks")
-        found = self._broker.partition((partition.topic, partition.partition))
-        return found.start, found.stable if self._committed else found.end
+    def offsets_for_times(self, partitions: list[TopicPartition], timeout: float = -1) -> list[TopicPartition]:
+        """The first record of each that is not older."""
+        self._host.call("offsets_for_times")
+        found = [(partition, self._broker.partition((partition.topic, partition.partition)).entries) for partition in partitions]
+        return [TopicPartition(old.topic, old.partition, next((entry.offset for entry in entries if entry.timestamp_ms >= old.offset), OFFSET_END)) for old, entries in found]
 
     def close(self) -> None:
         """Leave; the application is told that what it held is revoked."""
