@@ -6,7 +6,7 @@ end.  Without it, the store of a partition that has left is kept for a while, in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from confluent_kafka import KafkaError, Message, TopicPartition
@@ -20,35 +20,42 @@ __all__ = ["Cleanup", "Copies", "Standby"]
 
 _LOOK_S = 1.0
 _RECORDS_MAX = 2000  # of one turn: a standby must not keep the running partitions waiting
+_OPENED_MAX = 3  # likewise
 
 
 class Standby:
     """Follows partitions of one changelog.  Invariant: a store is open here or in the runner, never in both."""
 
-    def __init__(self, topic: str, consumer: Callable[[], Consumer], open_store: Callable[[int], PartitionStore], start: Callable[[int], int]) -> None:
+    def __init__(
+        self, topic: str, consumer: Callable[[], Consumer], open_store: Callable[[int], PartitionStore], starts: Callable[[Iterable[int]], dict[int, int]]
+    ) -> None:
         self.stores: dict[int, PartitionStore] = {}
+        self._followed: set[int] = set()
         self._topic = topic
         self._make_consumer = consumer
         self._consumer: Consumer | None = None
         self._open_store = open_store
-        self._start = start
+        self._starts = starts
 
     def follow(self, numbers: set[int]) -> None:
-        """From now on these, and no others."""
-        if numbers == self.stores.keys():
-            return
+        """From now on these, and no others; more of them in each turn."""
         for number in self.stores.keys() - numbers:
-            self.stores.pop(number).close()
-        for number in numbers - self.stores.keys():
-            self.stores[number] = self._open_store(number)
-        if self._consumer is None:
-            self._consumer = self._make_consumer()
-        self._consumer.assign([TopicPartition(self._topic, number, max(store.offset, self._start(number))) for number, store in self.stores.items()])
+            self.give(number)
+        if self._consumer is not None and (gone := self._followed - self.stores.keys()):
+            self._consumer.incremental_unassign([TopicPartition(self._topic, number) for number in gone])
+        new = sorted(numbers - self.stores.keys())[:_OPENED_MAX]
+        if new:
+            if self._consumer is None:
+                self._consumer = self._make_consumer()
+            starts = self._starts(new)
+            self.stores.update({number: self._open_store(number) for number in new})
+            self._consumer.incremental_assign([TopicPartition(self._topic, number, max(self.stores[number].offset, starts[number])) for number in new])
+        self._followed = set(self.stores)
 
     def give(self, number: int) -> None:
-        """Somebody else opens its store now."""
+        """Somebody else opens its store now; what is still read of it is passed over."""
         if number in self.stores:
-            self.follow(self.stores.keys() - {number})
+            self.stores.pop(number).close()
 
     def turn(self) -> None:
         """Take what is there.  Raises TransportError."""
@@ -71,7 +78,7 @@ class Standby:
         elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # what we had is no longer there
             self.stores[number].wipe()
             changes.pop(number, None)
-            self.follow(self.stores.keys() - {number})  # the next turn follows it again, from the begin
+            self.give(number)  # the next turn follows it again, from the begin
         elif error.code() != KafkaError._PARTITION_EOF and not transient(error):
             raise TransportError(f"standby of {self._topic}[{number}]: {error.str()}")
 

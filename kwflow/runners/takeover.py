@@ -61,7 +61,7 @@ class Takeover:
         self._topic, changelog = member.processor.input_topic, member.processor.changelog_topic
         config, environment = member.config, member.environment
         self._incarnation = f"{member.incarnation} {topics.describe(member.admin, config, changelog)[0]}"  # a reset makes the changelog anew, and leaves the input as it is
-        standby = Standby(changelog, self._changelog_consumer, self._store, lambda number: member.starts(changelog, [number])[number])
+        standby = Standby(changelog, self._changelog_consumer, self._store, lambda numbers: member.starts(changelog, numbers))
         self.copies = Copies(standby if config.standby else None, member.partitions, Cleanup(environment, member.directory, config.state_cleanup_s), member.on_log)
         self.consumer = self._new_consumer()
         self._orphans = Orphans(member.admin, environment, member.group, self._topic, member.partitions)

@@ -1,6 +1,7 @@
 """Warm copies of what other engines own, and the end of copies that nobody needs (kafka.md §4, K8): real stores, the clock and the broker are the test's."""
 
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -27,8 +28,12 @@ class Reader:
         self.assigned: dict[int, int] = {}
         self.messages: list[Message] = []
 
-    def assign(self, places: list[TopicPartition]) -> None:
-        self.assigned = {place.partition: place.offset for place in places}
+    def incremental_assign(self, places: list[TopicPartition]) -> None:
+        self.assigned |= {place.partition: place.offset for place in places}
+
+    def incremental_unassign(self, places: list[TopicPartition]) -> None:
+        for place in places:
+            del self.assigned[place.partition]
 
     def consume(self, _most: int, _seconds: float) -> list[Message]:
         messages, self.messages = self.messages, []
@@ -36,19 +41,41 @@ class Reader:
 
 
 class Office:
-    def __init__(self, directory: pathlib.Path, delay_s: float = 600) -> None:
+    def __init__(self, directory: pathlib.Path, delay_s: float = 600, partitions: int = 3) -> None:
         self.environment, self.directory, self.reader, self.said = Later(1 << 20), directory, Reader(), list[str]()
-        self.standby = Standby("changelog", lambda: self.reader, self.store, lambda number: 5)  # type: ignore[arg-type,return-value]
+        self.asked: list[list[int]] = []
+        self.standby = Standby("changelog", lambda: self.reader, self.store, self.starts)  # type: ignore[arg-type,return-value]
         self.cleanup = Cleanup(self.environment, directory, delay_s)
-        self.copies = Copies(self.standby, 3, self.cleanup, self.said.append)
+        self.copies = Copies(self.standby, partitions, self.cleanup, self.said.append)
 
     def store(self, number: int) -> Any:
         return PartitionStore(self.environment, self.directory / str(number), "topic", SystemClock(), 10**9)
+
+    def starts(self, numbers: Iterable[int]) -> dict[int, int]:
+        self.asked.append([*numbers])
+        return dict.fromkeys(self.asked[-1], 5)
 
     def turn(self, mine: set[int], *messages: Message) -> None:
         self.environment.now += 2
         self.reader.messages = list(messages)
         self.copies.turn(mine)
+
+
+def test_copies_are_given_without_a_question_about_the_others_and_taken_a_few_at_a_time(tmp_path: pathlib.Path) -> None:
+    """K5: of a hundred, each that was given cost a question about each that was left; and all were opened in one turn."""
+    office, ends = Office(tmp_path, partitions=10), Message(9, 7, b"w", b"1")
+    for followed in (3, 6, 9, 10, 10):
+        office.turn(set())
+        assert set(office.reader.assigned) == set(office.standby.stores) == set(range(followed))
+    assert office.asked == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    office.turn(set(), ends)
+    for number in range(8):
+        office.copies.give(number)
+    office.turn(set(range(8)))
+    assert set(office.reader.assigned) == set(office.standby.stores) == {8, 9} and len(office.asked) == 4
+    office.turn(set(range(7)))
+    assert office.reader.assigned == {7: 5, 8: 5, 9: 5} and office.standby.stores[9].offset == 8, "what is followed goes on where it was"
+    assert office.asked[4:] == [[7]]
 
 
 @pytest.fixture
