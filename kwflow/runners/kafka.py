@@ -37,7 +37,7 @@ from kwflow.runners.kafka_transaction import Aborted, Batch, Rejected, Transacti
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay, collecting_later
 from kwflow.runners.owners import Owners
-from kwflow.runners.parked import forward, remnant
+from kwflow.runners.parked import dead, forward, remnant
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.takeover import Takeover
@@ -297,7 +297,7 @@ class KafkaRunner:
             elif bare:
                 decisions, done[number] = [remnant(self.config, record, refused, self.clock.now_ms()) for record in mine], mine
             else:
-                decisions, done[number] = [self.processor.refuse(overlay, record, refused) for record in mine], mine
+                decisions, done[number] = [self._refuse(overlay, record, refused) for record in mine], mine
             for made, record in zip(decisions, done[number], strict=True):
                 batch.add(number, made, record)
                 if made.replies:
@@ -308,7 +308,7 @@ class KafkaRunner:
     def _decide(self, overlay: Overlay, records: list[Record], budget: Budget) -> tuple[list[Decision], list[Record]]:
         """The processor's decisions, and for which record each; those on the wrong partition go to the right one first (K6)."""
         now_ms = self.clock.now_ms()
-        right = [record for record in records if record.key is None or partition_of(record.key, self.partitions) == record.partition]
+        right = [record for record in records if self._at_home(record)]
         made = self.processor.decide(overlay, right, now_ms, budget) if right else []
         if len(right) == len(records):
             return made, records[: len(made)]
@@ -318,6 +318,13 @@ class KafkaRunner:
         pairs = [*zip(made, right, strict=False), *((forward(self.config, record, self.partitions, now_ms), record) for record in away)]
         pairs.sort(key=lambda pair: pair[1].offset)  # the second half of a batch that is divided must not lie before the first
         return [decision for decision, _ in pairs], [record for _, record in pairs]
+
+    def _at_home(self, record: Record) -> bool:
+        return record.key is None or partition_of(record.key, self.partitions) == record.partition
+
+    def _refuse(self, overlay: Overlay, record: Record, why: str) -> Decision:
+        """An instance that it would park is on another partition, if the record should be there, too (K6)."""
+        return self.processor.refuse(overlay, record, why) if self._at_home(record) else dead(self.config, record, "refused", why, self.clock.now_ms())
 
     def _fire(self) -> None:
         for partition in list(self.owned.values()):

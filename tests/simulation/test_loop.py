@@ -329,6 +329,20 @@ def test_a_batch_that_ends_early_forwards_only_what_lies_before_its_end(tmp_path
     assert len(letters) == 1, "what has no key belongs nowhere else"
 
 
+def test_a_record_that_the_right_partition_does_not_take_parks_nothing_on_the_wrong_one(tmp_path: pathlib.Path) -> None:
+    """K6, K11: its instance is not there, nor whatever could retry it."""
+    lab = Lab(tmp_path, partitions=2)
+    [away, *_] = [f"w{number}" for number in range(12) if partition_of(b"w%d" % number, 2) == 1]
+    lab.producer.produce("workflow-resume", value=b"new:{}", key=away.encode(), partition=0)
+    lab.producer.poll(0)
+    refuse(lab, "workflow-resume", KafkaError.INVALID_TIMESTAMP)
+    engine = lab.engine("one")
+    turn(engine, lambda: len(engine.owned) == 2 and engine.owned[0].position == 1)
+    assert list(engine.owned[0].store.scan(away.encode())) == [], "an instance"
+    [letter] = [entry for partition in lab.broker.topics["found-dead-letter"].partitions for entry in partition.committed()]
+    assert (letter.key, letter.value, dict(letter.headers)["kwflow-error-reason"]) == (away.encode(), b"new:{}", b"refused")
+
+
 def test_a_half_that_ends_early_goes_on_with_what_it_left(lab: Lab) -> None:
     """K11: the next half moves the position past it."""
     engine = lab.engine("one", batch_ms_max=1)
