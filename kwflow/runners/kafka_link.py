@@ -57,12 +57,15 @@ class KafkaLink:
         try:
             settings: dict[str, Any] = {"group_id": f"{config.application_id}-client", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "error"}
             self._consumer = made(Consumer, client_config(config, **settings, fetch_queue_backoff_ms=10))
-            self._producer = made(Producer, client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000, linger_ms=0))
+            self._producer = self._new_producer()
             self._partitions, self._count_next = self._count_partitions(), time.monotonic() + _COUNT_S
             self._reply_partition = zlib.crc32(self.process.encode()) % self._partitions[config.reply_topic]
             self._assign(config.reply_topic, self._reply_partition)
         except KafkaException as error:
             raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
+
+    def _new_producer(self) -> Producer:
+        return made(Producer, client_config(self.config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000, linger_ms=0))
 
     def _count_partitions(self) -> dict[str, int]:
         there = topics.partitions_of(topics.admin(self.config), self.config)
@@ -120,13 +123,29 @@ class KafkaLink:
             if error is not None:
                 failed(TransportError(f"{self.config.bootstrap_servers} did not take the record: {error.str()}"))
 
+        producer = self._producer
         try:
-            self._producer.produce(output.topic, output.value, output.key, headers=list(output.headers), on_delivery=delivered)
+            producer.produce(output.topic, output.value, output.key, headers=list(output.headers), on_delivery=delivered)
         except BufferError:
             failed(TransportError("the client's queue is full: the broker takes records more slowly than they come"))
         except KafkaException as error:
+            if error.args[0].code() == KafkaError._FATAL:
+                self._replace(producer)
+                return self._produce(output, failed)
             failed(TransportError(f"{self.config.bootstrap_servers} did not take the record: {error.args[0].str()}", retryable=False))
-        self._producer.poll(0)
+        self._serve()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(KafkaException):  # one that broke says so here, once: the next record goes by another one
+            self._producer.poll(0)
+
+    def _replace(self, broken: Producer) -> None:
+        """A broker that has lost its last records, by a failure of power, say, takes no others of the same idempotent producer; whoever sent what that one still has is told that it failed."""
+        with self._lock:
+            if self._producer is broken:
+                self._producer = self._new_producer()
+        with contextlib.suppress(KafkaException):
+            broken.flush(1)
 
     def find(self, key: bytes) -> list[Record]:
         return [record for topic, number in self._places(key) for record in read(self.config, topic, number) if record.key == key]
@@ -135,7 +154,8 @@ class KafkaLink:
         self._stopped.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(10)
-        self._producer.flush(1)
+        with contextlib.suppress(KafkaException):
+            self._producer.flush(1)
         self._consumer.close()
 
     # -- its thread ------------------------------------------------------------------------------------------------
@@ -147,7 +167,7 @@ class KafkaLink:
                 self._follow_asked()
                 for message in gather(self._consumer, 500, _POLL_S):
                     self._take(message, listener)
-                self._producer.poll(0)
+                self._serve()
                 self._recount(listener)
                 listener.on_tick()
         except (KafkaException, TransportError) as error:

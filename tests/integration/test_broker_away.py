@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from kwflow.client import Client
+from kwflow.config import Config
+from kwflow.errors import TransportError
+from kwflow.runners import kafka_link, topics
 from tests.integration.broker import Broker, can_start, free_port
 from tests.integration.site import Site, refs
 
@@ -49,3 +53,32 @@ def test_an_engine_tells_once_why_its_broker_is_away_stays_live_and_goes_on(own:
         assert set(told) == {0, 1} and len(told) <= 2 + len(lines("is started again")), log.read_text()
     finally:
         site.end()
+
+
+def test_a_client_goes_on_after_its_broker_has_lost_what_it_had_taken_last(own: Broker, application: str, tmp_path: pathlib.Path) -> None:
+    """Kafka does not sync: a failure of power takes records that were acknowledged, and the next of the same idempotent producer is out of sequence, which is fatal for it."""
+    config = Config(application_id=application, bootstrap_servers=own.bootstrap, state_dir=tmp_path)
+    topics.create(topics.admin(config), config, [], 1, 1)
+    log = own.directory / "log" / f"{config.resume_topic}-0" / "00000000000000000000.log"
+
+    def sent() -> list[str]:
+        return [(record.key or b"").decode() for record in kafka_link.read(config, config.resume_topic)]
+
+    with Client.kafka(config) as client:
+        sizes = []
+        for number in range(3):
+            client.signal(f"w{number}", "s")
+            client._link._producer.flush()  # type: ignore[attr-defined]
+            sizes.append(log.stat().st_size)
+        own.kill()
+        with open(log, "r+b") as last:
+            last.truncate(sizes[1])
+        for snapshot in log.parent.glob("*.snapshot"):
+            snapshot.unlink()
+        own.start()
+        assert sent() == ["w0", "w1"]
+        with pytest.raises(TransportError, match="sequence"):
+            client.signal("w3", "s").result(60)
+        client.signal("w4", "s")
+        client._link._producer.flush()  # type: ignore[attr-defined]
+        assert sent() == ["w0", "w1", "w4"]
