@@ -90,12 +90,12 @@ class Transactions:
         Raises Rejected, Aborted, FencedError, TransportError.
         """
         reached: dict[int, int] = {}
-        failures: list[KafkaError] = []
+        failures: list[tuple[str, KafkaError]] = []
         member, changelog = self.member, self.member.processor.changelog_topic
 
         def delivered(error: KafkaError | None, message: Message) -> None:
             if error is not None:
-                failures.append(error)
+                failures.append((message.topic() or "", error))
             elif message.topic() == changelog:
                 reached[message.partition() or 0] = max(reached.get(message.partition() or 0, 0), (message.offset() or 0) + 1)
 
@@ -139,21 +139,23 @@ class Transactions:
             except BufferError:
                 self._producer.poll(0.05)
 
-    def _abort(self, error: KafkaError, failures: list[KafkaError]) -> None:
+    def _abort(self, error: KafkaError, failures: list[tuple[str, KafkaError]]) -> None:
         """Nothing of the batch has happened.  Raises Rejected for what the broker will never take, Aborted, or what ends the process."""
         if not error.fatal():
             self._again(lambda: self._producer.abort_transaction(30))  # serves the reports too: a record may have been refused before the last one was produced
-        rejected = next((failure for failure in (*failures, error) if failure.code() in _REJECTED), None)
+        rejected = next((failure for _, failure in (*failures, ("", error)) if failure.code() in _REJECTED), None)
+        lost = [f"{topic}: {failure.str()}" for topic, failure in failures if failure.code() not in _PURGED]
         if error.fatal() and rejected is None:
             raise FencedError(f"{self.member.group}: {error.str()}")
-        if rejected is not None or any(failure.code() not in _PURGED for failure in failures):
+        if rejected is not None or lost:
             self._producer = self._new_producer()  # its sequence numbers are lost: the next good transaction would fail
         if rejected is not None:
             raise Rejected(rejected.str())
         self.aborts += 1
+        why = lost[0] if lost else error.str()
         if self.aborts >= _ABORTS_MAX:
-            raise TransportError(f"{self.member.group}: {_ABORTS_MAX} transactions in a row were aborted: {error.str()}")
-        raise Aborted(error.str())
+            raise TransportError(f"{self.member.group}: {_ABORTS_MAX} transactions in a row were aborted: {why}")
+        raise Aborted(why)
 
     def _again(self, call: Callable[[], Any], within_s: float = 30) -> Any:
         """K4.  A call that does not even return within its own time-out is noted, for whoever ends this process then."""

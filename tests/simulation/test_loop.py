@@ -134,7 +134,7 @@ def test_trouble_of_the_broker_parks_nothing_and_ends_the_process_if_it_lasts(la
     assert lab.written("found-dead-letter") == []
     refuse(lab, "found-out", KafkaError.NOT_ENOUGH_REPLICAS, times=10)
     start(lab, "twice", "last")
-    with pytest.raises(TransportError, match="10 transactions in a row"):
+    with pytest.raises(TransportError, match="10 transactions in a row were aborted: found-out: "):
         turn(engine, lambda: engine.owned[0].position == 3)
 
 
