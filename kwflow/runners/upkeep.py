@@ -31,6 +31,7 @@ __all__ = ["migrate", "reset", "reset_plan"]
 
 _TIMEOUT_S = 30
 _SESSION_MS = 6000
+_AGAIN_S = 0.05
 _MOVED_MAX = 1000  # entries of one transaction
 _ID = {HOLD: 1, EXPIRES: 1, dispatch.PREFIX: 2, timers.DUE: 2}  # engine's own keys -> how many fields stand beside the key they belong to
 
@@ -135,6 +136,7 @@ def _emptied(admin: AdminClient, config: Config, topic: str, partitions: int) ->
     """Compacted topics cannot be truncated: the topic is deleted and created again as it was."""
     settings = topics.overridden(admin, topic)
     replication = topics.replication(admin, topic)
+    known = {None, topics.describe(admin, config, topic)[0]}
     _done(admin.delete_topics([topic], operation_timeout=_TIMEOUT_S), f"delete {topic}")
     while True:
         try:
@@ -144,6 +146,18 @@ def _emptied(admin: AdminClient, config: Config, topic: str, partitions: int) ->
         except KafkaException as error:
             if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # its deletion is not over yet
                 raise TransportError(f"cannot create {topic}: {error.args[0].str()}", retryable=False) from None
+        if _id(admin, config, topic) not in known:
+            raise TransportError(
+                f"{topic} was deleted, and made by somebody else (auto.create.topics.enable?), not with its settings; stop that, delete it, then kwflow topics create, and reset again", retryable=False
+            )
+        time.sleep(_AGAIN_S)
+
+
+def _id(admin: AdminClient, config: Config, topic: str) -> str | None:
+    try:
+        return topics.describe(admin, config, topic)[0]
+    except TransportError:  # there is none now
+        return None
 
 
 # -- migrate --------------------------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 import json
 import pathlib
+import threading
 from collections.abc import Iterator
 
 import pytest
 from confluent_kafka import Consumer, Producer
-from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType  # type: ignore[attr-defined]
+from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
 
 from kwflow.config import Config
 from kwflow.core import timers
@@ -194,3 +195,25 @@ def limited(lab: Lab, topic: str, limit: int) -> None:
     admin = topics.admin(lab.config("any"))
     [done] = admin.incremental_alter_configs([ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])]).values()
     done.result(10)
+
+
+def test_a_reset_ends_where_somebody_else_makes_the_topic_that_it_has_deleted(lab: Lab) -> None:
+    """As any client does where topics are created automatically; it tried to create it for ever, with none of its settings in force."""
+    config = lab.config("any")
+    admin = topics.admin(config)
+    over = threading.Event()
+
+    def make() -> None:
+        while not over.is_set():
+            for future in admin.create_topics([NewTopic(config.changelog_topic, 1, 1)]).values():
+                future.exception()
+
+    maker = threading.Thread(target=make)
+    maker.start()
+    try:
+        with pytest.raises(TransportError, match=f"{config.changelog_topic} was deleted, and made by somebody else") as refused:
+            upkeep.reset(config, "latest", print)
+    finally:
+        over.set()
+        maker.join()
+    assert not refused.value.retryable
