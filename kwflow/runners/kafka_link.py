@@ -30,7 +30,7 @@ from kwflow.runners.broker_errors import BrokerErrors
 from kwflow.runners.environment import LIVE, made
 from kwflow.runners.kafka_member import LATEST, offsets
 from kwflow.runners.kafka_reading import gather, read_to
-from kwflow.runners.topics import client_config, record_of, transient
+from kwflow.runners.topics import TOPIC_MS, client_config, record_of, transient
 
 __all__ = ["KafkaLink", "ends_in_a_transaction", "latest", "read", "send", "state_of"]
 
@@ -230,12 +230,13 @@ def send(config: Config, topic: str, key: bytes | None, value: bytes | None, hea
             failed.append(errors.because(error))
 
     try:
-        producer = made(Producer, client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000) | {"error_cb": errors})
+        settings = client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000, topic_metadata_propagation_max_ms=TOPIC_MS)
+        producer = made(Producer, settings | {"error_cb": errors})
         producer.produce(topic, value, key, headers=list(headers), on_delivery=delivered)
     except KafkaException as error:
         raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
     if producer.flush(_TIMEOUT_S + 5) or failed:
-        raise TransportError(f"{config.bootstrap_servers} did not take the record: {failed[0] if failed else 'no answer'}")
+        raise TransportError(f"{config.bootstrap_servers} did not take the record for {topic}: {failed[0] if failed else 'no answer'}")
 
 
 def read(config: Config, topic: str, partition: int | None = None, start: int = 0) -> Iterator[Record]:

@@ -21,7 +21,7 @@ from kwflow.errors import TransportError
 from kwflow.runners.broker_errors import BrokerErrors
 from kwflow.runners.embedded_state import Group, Undone
 from kwflow.runners.environment import made
-from kwflow.runners.topics import client_config
+from kwflow.runners.topics import TOPIC_MS, client_config
 
 __all__ = ["SoleWriter"]
 
@@ -37,6 +37,7 @@ class SoleWriter:
         self._config = config
         self._name = f"{config.application_id}-{name}"
         settings: dict[str, Any] = {"transactional_id": self._name, "transaction_timeout_ms": _TRANSACTION_MS, "retry_backoff_ms": 1, "retry_backoff_max_ms": 100}
+        settings["topic_metadata_propagation_max_ms"] = TOPIC_MS
         settings["message_max_bytes"] = max(1_000_000, config.value_bytes_max + config.header_bytes_max)
         self._errors = BrokerErrors()
         self._producer = made(Producer, client_config(config, partitioner="murmur2_random", **settings) | {"error_cb": self._errors})

@@ -17,7 +17,7 @@ from kwflow.errors import TransportError
 from kwflow.runners.environment import LIVE, Environment
 
 __all__ = [
-    "admin", "client_config", "committed_ends", "create", "describe", "ends", "needed", "overridden", "partitions_of", "problems",
+    "TOPIC_MS", "admin", "client_config", "committed_ends", "create", "describe", "ends", "needed", "overridden", "partitions_of", "problems",
     "record_of", "replication", "settings_of", "sizes", "told", "transient",
 ]  # fmt: skip
 
@@ -45,6 +45,7 @@ _TRANSIENT = {  # what a leader or coordinator that moves, or was just made, ans
     KafkaError.REQUEST_TIMED_OUT,
     KafkaError.UNKNOWN_LEADER_EPOCH,
 }
+TOPIC_MS = 5_000  # so long a topic that the broker does not know may be one that was just made; librdkafka's 30 s are longer than a record waits, which then says that it timed out
 _REPLY_MS = 3_600_000
 _COMPACT = {"cleanup.policy": "compact", "delete.retention.ms": str(7 * _DAY_MS), "segment.bytes": str(64 * 1024 * 1024)}
 

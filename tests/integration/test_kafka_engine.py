@@ -213,6 +213,9 @@ def test_missing_or_wrong_topics_stop_the_engine_with_one_line(broker: str, appl
         return done.stderr
 
     assert f"topic {application}-resume is missing" in started("--wait-for-broker", "0.6")
+    start = [sys.executable, "-m", "kwflow.cli", "start", "w", "--bootstrap-servers", broker]
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "KWFLOW_RESUME_TOPIC": f"{application}-resume"})
+    assert f"did not take the record for {application}-resume: Broker: Unknown topic" in done.stderr, done.stderr
     wrong = NewTopic(f"{application}-state-changelog", 3, 1, config={"cleanup.policy": "delete"})
     for future in admin.create_topics([NewTopic(f"{application}-resume", 2, 1), wrong]).values():
         future.result()

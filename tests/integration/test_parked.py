@@ -120,7 +120,10 @@ def test_many_letters_are_one_transaction_and_one_that_the_broker_refuses_is_nam
     said = site.fails(1, "dead-letters", "retry", "--all")
     assert said.count("sent again") == 50 and said.count("too large") == 2
     assert resent(site) == sorted([*expected, *expected[:50]])
-    assert site.fails(1, "dead-letters", "retry", "--all").count("sent again") == 0
+    site.producer.produce(f"{site.application}-dead-letter", b"{", b"gone", headers=[("kwflow-error-reason", "bad-json"), ("kwflow-error-topic", f"{site.application}-gone")])
+    assert site.producer.flush(20) == 0
+    said = site.fails(1, "dead-letters", "retry", "--all")
+    assert "sent again" not in said and said.count("too large") == 2 and said.count("Unknown topic") == 1
 
 
 def test_of_two_who_write_under_one_name_the_first_is_told_and_its_open_transaction_is_undone(site: Site) -> None:
