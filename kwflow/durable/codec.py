@@ -1,10 +1,11 @@
 """Object graphs that hold durable generators, to bytes and back.
 
-A body is one pickle of one list: the root, a spare place, then (kind, shell, state) for each object that was met as an empty
-shell.  The list grows while it is pickled, so identity and cycles survive and a chain of 20,000 generators does not
-recurse.  Both sides begin with the same table of names (`SEEDS`) in their memo, which makes small snapshots small.  What
-may be named is decided in names.py, how values are reduced in reducers.py; it must not know workflows.  Both sides of the
-format stand in this one file, whatever its length: a change of one is a change of the other.
+A body is one pickle of one list: the root, whether there are fillers, then (kind, shell, state) for each object that was met as
+an empty shell.  The list grows while it is pickled, so identity and cycles survive and a chain of 20,000 generators does not
+recurse.  CPython refuses that for a plain list (gh-149816: 3.14 and 3.15 since summer 2026) and allows it for the items of an
+iterator.  Both sides begin with the same table of names (`SEEDS`) in their memo, which makes small snapshots small.  What may
+be named is decided in names.py, how values are reduced in reducers.py; it must not know workflows.  Both sides of the format
+stand in this one file, whatever its length: a change of one is a change of the other.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import contextlib
 import copyreg
 import importlib
 import io
+import itertools
 import pickle
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from kwflow.durable import culprit, iters, names, rebuild, registry
@@ -29,7 +32,7 @@ from kwflow.durable.reducers import Refused, is_value, plain, reduce_module, red
 from kwflow.durable.stacks import is_async_callback
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ResourceError, SnapshotError
 
-__all__ = ["FORMAT", "SEEDS", "Code", "dumps", "dumps_with_code", "loads", "padded", "register_class", "seeded"]
+__all__ = ["FORMAT", "SEEDS", "Code", "dumps", "dumps_with_code", "loads", "padded", "register_class", "seeded", "unfilled"]
 
 Code = dict[str, tuple[registry.Module, dict[str, str]]]  # reference -> the version it stands for, and hashes of its units that are held
 
@@ -37,6 +40,8 @@ FORMAT = b"\2"
 _PROTOCOL = 5
 # kinds of states, part of the format
 _GENERATOR, _CELL, _FUNCTION, _EXCEPTION, _OBJECT, _CREATED, _FINISHED, _REENTER = range(8)
+_STATES = 255  # the number of the list itself among the classes of `register_class`
+_TOGETHER = 1000  # items, as every pickler has it; where others begin, a body has a filler: part of the format
 _KINDS = {SUSPENDED: _GENERATOR, CREATED: _CREATED, FINISHED: _FINISHED}
 
 # What both memos hold from the start.  Part of format 2: never changed, only a new format may have another list.
@@ -68,7 +73,7 @@ def seeded(seeds: tuple[Any, ...]) -> Any:
 class _Pickler(pickle.Pickler):
     """`pins` are the versions of modules that the graph was loaded with; `held` is the code it holds now (semantics §8.1)."""
 
-    states: list[Any]  # grows while it is pickled: see the module's docstring
+    states: _States
     pins: registry.Pins
     held: Code
     units: dict[registry.Module, tuple[str, dict[str, str]]]  # the reference of each module with code that is held, and what of it is
@@ -77,8 +82,8 @@ class _Pickler(pickle.Pickler):
     def begin(self, root: Any, pins: registry.Pins) -> None:
         self.pins, self.held, self.units = pins, {}, {}
         self.memo = _pickler_memo
-        self.states = states = [root, None]  # two from the start: a list of one is not looked at again after its item
-        self.dump(states)
+        self.states = _States((root, True))
+        self.dump(self.states)
 
     def reducer_override(self, value: Any) -> Any:
         cls = type(value)
@@ -88,6 +93,9 @@ class _Pickler(pickle.Pickler):
         if cls not in plain:
             return self.first(cls, value)
         return NotImplemented if registry.sentinel(value) is None else self.sentinel(value) or NotImplemented
+
+    def whole(self, states: _States) -> Any:
+        return rebuild.instance, (_STATES,), None, itertools.chain(itertools.islice(states, _TOGETHER), states.later())
 
     def sentinel(self, value: Any) -> Any:
         """How the global that this very object is bound to is named; None if it is not."""
@@ -266,6 +274,19 @@ def _as_pickle_reduces(value: Any) -> Any:
         return None
 
 
+class _States(list[Any]):
+    """What a body lists, growing while it is pickled: see the module's docstring."""
+
+    def later(self) -> Iterator[Any]:
+        """Pickle writes a thousand items together and asks for the second of them before it writes the first: a filler, which brings no more."""
+        for place in itertools.count(_TOGETHER):
+            if place >= len(self):
+                return
+            if (place - _TOGETHER) % (_TOGETHER - 1) == 0:
+                yield None
+            yield self[place]
+
+
 _checked: set[type] = set()  # classes that may be named; only positive answers, `allow_modules` may add some
 _TYPES_WITHOUT_A_NAME = (type(None), type(NotImplemented), type(...))
 _REDUCERS: dict[type, Any] = {
@@ -275,7 +296,9 @@ _REDUCERS: dict[type, Any] = {
     types.MethodType: _Pickler.method,
     types.ModuleType: _Pickler.module,
     types.TracebackType: _Pickler.traceback,
+    _States: _Pickler.whole,
 }
+rebuild.register(_STATES, list)
 _seeded_pickler = pickle.Pickler(io.BytesIO(), _PROTOCOL)
 _seeded_pickler.memo = {id(seed): (number, seed) for number, seed in enumerate(SEEDS)}
 _pickler_memo = _seeded_pickler.memo
@@ -288,30 +311,6 @@ def _meaning(of: rebuild.Names) -> tuple[Any, ...]:
 
 _METHODS = frozenset(name for name in rebuild.CONSTRUCTORS if hasattr(rebuild.Names, name))
 _unpickler_memo = seeded(_meaning(rebuild.CURRENT))
-
-
-class _Probe(pickle.Pickler):
-    """Grows its list by one while the last item is pickled, as `_Pickler` does."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if len(self.items) == 2:
-            self.items.append(3)
-        return NotImplemented
-
-    items: list[Any]
-
-
-def _check_that_lists_may_grow() -> None:
-    """An interpreter that took a list's length beforehand would lose states without a word; none does up to 3.13."""
-    file = io.BytesIO()
-    probe = _Probe(file, _PROTOCOL)
-    probe.items = [1, _Probe]
-    probe.dump(probe.items)
-    if b"K\x03" not in file.getvalue():
-        raise KwflowBug("this Python pickles lists in another way than kwflow needs; nothing can be saved with it")
-
-
-_check_that_lists_may_grow()
 
 
 def _named(module: str | None, qualname: str) -> Any:
@@ -442,8 +441,15 @@ def _states(data: bytes, pins: registry.Pins) -> tuple[Any, list[Any]]:
     unpickler.load()
     unpickler.names = rebuild.Names(pins) if pins else rebuild.CURRENT
     unpickler.memo = seeded(_meaning(unpickler.names)) if pins else _unpickler_memo
-    states = unpickler.load()
+    states = unfilled(unpickler.load())
     return states[0], states[2:]
+
+
+def unfilled(states: list[Any]) -> list[Any]:
+    """What a body lists, without fillers; a list of an earlier release has none."""
+    if states[1] is not None:
+        del states[_TOGETHER::_TOGETHER]
+    return states
 
 
 def _states_of_format_1(data: bytes, pins: registry.Pins) -> tuple[Any, list[Any]]:
@@ -500,3 +506,26 @@ def _reenter(resource: Any, waiting: list[types.GeneratorType[Any, Any, Any]]) -
             discard(gen)
         name = type(resource).__qualname__
         raise ResourceError(f"{name}.__durable_reenter__ failed: {type(error).__name__}: {error}; once it can be made again, retry", name) from error
+
+
+class _Probe(_Pickler):
+    """Each item brings one more, as a chain of generators does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if value is self.states:
+            return self.whole(self.states)
+        if type(value) is object and len(self.states) <= _TOGETHER:
+            self.states.append(object())
+        return NotImplemented
+
+
+def _check_that_nothing_is_left_out() -> None:
+    """An interpreter that asked for items earlier, or for fewer together, would lose states without a word; none does up to 3.15."""
+    file = io.BytesIO(FORMAT)
+    file.seek(len(FORMAT))
+    _Probe(file, _PROTOCOL).begin(object(), _no_pins)
+    if len(_states(file.getvalue(), _no_pins)[1]) != _TOGETHER - 1:
+        raise KwflowBug("this Python pickles items in another way than kwflow needs; nothing can be saved with it")
+
+
+_check_that_nothing_is_left_out()

@@ -11,7 +11,7 @@ import pickle
 import re
 from typing import Any
 
-from kwflow.durable.codec import _CELL, _CREATED, _FINISHED, _GENERATOR, FORMAT, SEEDS, dumps, padded, seeded
+from kwflow.durable.codec import _CELL, _CREATED, _FINISHED, _GENERATOR, FORMAT, SEEDS, dumps, padded, seeded, unfilled
 from kwflow.durable.frames import SUSPENDED
 from kwflow.errors import CorruptSnapshotError
 
@@ -77,7 +77,8 @@ def _stubs(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
         unpickler = _Unpickler(padded(body))
         unpickler.load()
         unpickler.memo = _memo
-        states = unpickler.load()
+        made = unpickler.load()
+        states = unfilled(made.items if isinstance(made, Stub) else made)
         return states[0], list(zip(states[2::3], states[3::3], states[4::3], strict=True))
     except Exception as error:  # damaged bytes may do anything in an unpickler
         raise CorruptSnapshotError(f"the body of a snapshot cannot be read: {type(error).__name__}: {error}") from error

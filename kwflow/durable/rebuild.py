@@ -9,6 +9,7 @@ cycles and chains of any length need no recursion.  Names and arguments here are
 from __future__ import annotations
 
 import collections
+import functools
 import importlib
 import itertools
 import re
@@ -46,14 +47,14 @@ EXCEPTION_ATTRIBUTES: dict[type[BaseException], tuple[str, ...]] = {
     NameError: ("name",),
 }
 
-_classes: dict[int, type[Any]] = {}
+_makers: dict[int, Callable[[], Any]] = {}
 _tags: dict[type[Any], int] = {}
 builders: dict[str, Callable[[Any], Any]] = {}  # `register_reducer`: name in snapshots -> build
 
 
 def register(tag: int, cls: type[Any]) -> None:
     """Give a class its number in snapshots."""
-    _classes[tag], _tags[cls] = cls, tag
+    _makers[tag], _tags[cls] = functools.partial(cls.__new__, cls), tag
 
 
 def tag_of(cls: type[Any]) -> int:
@@ -63,11 +64,10 @@ def tag_of(cls: type[Any]) -> int:
 def instance(tag: int) -> Any:
     """An object of a registered class, still empty."""
     try:
-        cls = _classes[tag]
+        make = _makers[tag]
     except KeyError:
         raise CorruptSnapshotError(f"a snapshot holds an object of class number {tag}, which this version of kwflow does not know") from None
-    made: Any = object.__new__(cls)
-    return made
+    return make()
 
 
 # -- generators, functions, cells ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 
 from kwflow import durable
 from kwflow.core.murmur2 import partition_of
+from kwflow.durable.peek import peek
 from kwflow.errors import LostCallWarning, NotDurableError, NotDurableWarning, SnapshotError, UnsavableError, UnsupportedError, UsageError
 
 SOURCE = '''
@@ -119,6 +120,35 @@ def test_a_chain_of_20000_generators_is_saved_without_recursion(code: Any) -> No
     while "trouble" in (slots := durable.capture(copy).slots):
         copy, depth = slots["trouble"], depth + 1
     assert depth == 20_001
+
+
+@pytest.mark.parametrize("length", [1, *range(330, 337), *range(663, 670), *range(996, 1003)])
+def test_a_chain_of_any_length_is_saved_whole(length: int, code: Any) -> None:
+    """Each state brings the next generator, also where pickle begins another thousand of items: after 332, 665 and 998 of them."""
+    made = [code.leaf()]
+    for _ in range(length):
+        next(made[-1])
+        made.append(code.bad(made[-1]))
+    next(made[-1])
+    body = durable.dumps(made[-1])
+    assert len(peek(body)) == length + 1
+    copy, depth = durable.loads(body), 0
+    while "trouble" in (slots := durable.capture(copy).slots):
+        copy, depth = slots["trouble"], depth + 1
+    assert depth == length
+
+
+def test_a_body_that_is_a_plain_list_still_loads() -> None:
+    """As 0.2.0 wrote them before Python 3.14 refused lists that grow while they are pickled."""
+    source = "def main():\n    held = [(yield 1)]\n    got = yield held\n    held.append(got)\n    return held\n"
+    durable.load_source("former", source, "former.py")
+    body = (
+        b'\x02\x80\x05\x956\x00\x00\x00\x00\x00\x00\x00]\x94(h\x00\x8c\x06former\x94h\x11\x86\x94R\x94NK\x00h"}\x94(\x8c\x04held\x94]\x94]\x94K\x02aah\x1c\x8c\x031 1\x94ue.'
+    )
+    assert [variables for _, variables in peek(body)] == [{"held": [[2]]}]
+    with pytest.raises(StopIteration) as ended:
+        durable.loads(body).send(3)
+    assert ended.value.value == [[2], 3]
 
 
 def test_a_bound_generator_method_goes_on_with_its_object(code: Any) -> None:
