@@ -58,10 +58,11 @@ def class_hashes(source: str) -> dict[str, tuple[str, set[str]]]:
     return {name: (canonical_hash(*found, annotations=True), mentioned[name]) for name, found in classes.items() if len(found) == 1}
 
 
-def imports_of(source: str, package: str) -> set[str]:
-    """Every module name that import statements anywhere in it may mean; `package` is its `__package__`."""
+def imports_of(source: str, package: str, in_functions: bool = False) -> set[str]:
+    """Every module name that import statements anywhere in it, or in its functions, may mean; `package` is its `__package__`."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    for node in ast.walk(ast.Module([node for node in ast.walk(tree) if isinstance(node, _FUNCTIONS)], []) if in_functions else tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -7,6 +7,7 @@ stops the import (semantics §5).
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.abc
 import importlib.machinery
@@ -25,7 +26,7 @@ from kwflow.durable import cache, registry, runtime
 from kwflow.durable.lower import lower_module
 from kwflow.errors import CodeChangedError, NotDurableWarning, UnsupportedError, UsageError
 
-__all__ = ["current", "durable", "execute", "exists", "find_source", "install", "load_source", "native", "rewrite_first", "uninstall"]
+__all__ = ["current", "durable", "execute", "exists", "find_source", "install", "load_source", "native", "rewrite_first", "uninstall", "unloaded"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CONTAINERS = (list, dict, set, tuple, frozenset, bytearray)
@@ -168,6 +169,25 @@ def find_source(name: str, directory: str) -> str | None:
         path = spec.submodule_search_locations
     source: str | None = spec.loader.get_source(name) if spec is not None and isinstance(spec.loader, importlib.abc.InspectLoader) else None
     return source
+
+
+def unloaded(name: str) -> registry.Module | None:
+    """A durable module that nobody has imported yet, for its source: nothing of it runs.  None if it is none, or could not be imported."""
+    if _finder not in sys.meta_path:
+        return None
+    package = name.rpartition(".")[0]
+    above = vars(sys.modules[package]) if package in sys.modules else getattr(package and unloaded(package), "namespace", {})
+    if package and "__path__" not in above:
+        return None
+    with contextlib.suppress(UnsupportedError, SyntaxError, OSError):
+        spec = _finder.find_spec(name, above.get("__path__"))
+        source = spec.loader.get_source(name) if spec is not None and isinstance(spec.loader, _Loader) else None
+        if spec is not None and source is not None:
+            found = cache.load(name, source, spec.origin or name)
+            below = spec.submodule_search_locations
+            found.namespace = {"__package__": spec.parent, **({"__path__": below} if below is not None else {})}
+            return found
+    return None
 
 
 def exists(name: str) -> bool:

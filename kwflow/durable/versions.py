@@ -51,8 +51,11 @@ def entry(module: Module) -> bytes:
 
 
 def _imports(module: Module) -> dict[str, Module]:
-    loaded = ((name, registry.modules().get(name)) for name in sorted(imports_of(module.source, module.package)))
-    return {name: found for name, found in loaded if found is not None and found.whole and found is not module}
+    """With those that it has yet to import: in its functions, or anywhere while nobody has imported it."""
+    loaded = [(name, registry.modules().get(name)) for name in sorted(imports_of(module.source, module.package))]
+    later = sorted(imports_of(module.source, module.package, in_functions="__name__" in module.namespace))
+    found = dict(loaded + [(name, loader.unloaded(name)) for name in later if name not in sys.modules])
+    return {name: other for name, other in found.items() if other is not None and other.whole and other.name != module.name}
 
 
 def source_in(data: bytes) -> str:
@@ -72,8 +75,11 @@ def needed(keys: Iterable[str], entries: Mapping[str, bytes]) -> set[str]:
 def stored_with(module: Module) -> list[Module]:
     """The module and the durable ones it imports, all the way down: old code may need them after they are gone."""
     found = [module] if module.whole else []
+    keys = {entry_key(known.name, known.version) for known in found}
     for known in found:
-        found += [other for other in _imports(known).values() if other not in found]
+        more = {key: other for other in _imports(known).values() if (key := entry_key(other.name, other.version)) not in keys}
+        keys |= more.keys()
+        found += more.values()
     return found
 
 
@@ -180,7 +186,7 @@ def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> 
     filename = f"{module.__file__}@{version[:12]}"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # tracebacks show the old lines
     bound, before = _unchanged_classes(source, current), registry.known()
-    module.__dict__["__builtins__"] = {**vars(builtins), "__import__": functools.partial(_import, stored["imports"], sources)}
+    module.__dict__["__builtins__"] = {**vars(builtins), "__import__": functools.partial(_import, {**stored["imports"], name: version}, sources)}
     try:
         sys.modules[hidden] = module
         with warnings.catch_warnings():

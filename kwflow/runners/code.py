@@ -70,7 +70,8 @@ def offer(topic: str, state: Changes, module: Module, now_ms: int, keys: Sequenc
     made = []
     for found in versions.stored_with(module):
         if not _fresh(state, found, now_ms, seal):
-            state.put(_marker(found), b"%d %s" % (now_ms, seal))
+            if "__name__" in found.namespace:  # not of what nobody has imported yet: a marker has the next owner of the partition import it
+                state.put(_marker(found), b"%d %s" % (now_ms, seal))
             name, data = _marker(found)[len(WRITTEN) :], versions.entry(found)
             made.append(Output(topic, name, data + _SEAL + _signature(keys[0], name, data) if keys else data, (), now_ms))
     return made

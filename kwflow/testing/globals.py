@@ -45,7 +45,7 @@ class GlobalsCheck:
 
 def _is_apart(module: str, name: str, value: Any) -> bool:
     """What Python or kwflow binds: `import` binds a module in its package."""
-    return name[0] == "@" or name.startswith("__") or (isinstance(value, types.ModuleType) and value.__name__ == f"{module}.{name}")
+    return name[0] == "@" or name.startswith("__") or (isinstance(value, types.ModuleType) and registry.logical_name(value.__name__) == f"{module}.{name}")
 
 
 def _form(value: Any, depth: int) -> Any:

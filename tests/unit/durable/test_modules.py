@@ -15,6 +15,7 @@ import pytest
 from kwflow import durable
 from kwflow.durable import names, registry
 from kwflow.errors import CodeChangedError, CorruptSnapshotError
+from kwflow.testing import WorkflowTester
 from tests.unit.durable.test_versions import Deployed
 
 _count = itertools.count()
@@ -146,9 +147,10 @@ def test_modules_that_import_each_other_are_found_in_the_store(write: Write, tmp
     assert not any(known.startswith(name) and "@" not in known for known in sys.modules if known not in (name, f"{name}.trips"))
 
 
+OWN = "def own():\n    return 4\n"
 STATEMENTS = [
     "import NAME.models as m; price = m.price", "import NAME.models; price = NAME.models.price", "from NAME.models import price", "from NAME import models; price = models.price",
-    "from . import models; price = models.price", "from .models import price",
+    "from . import models; price = models.price", "from .models import price", "import NAME.trips as m; price = m.own",
 ]  # fmt: skip
 
 
@@ -156,7 +158,7 @@ STATEMENTS = [
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_function_of_old_code_imports_what_is_gone(write: Write, tmp_path: pathlib.Path, statement: str, whole: bool) -> None:
     """docs/CODE.md: an import in a function was an ImportError of the workflow."""
-    name = write({"NAME/__init__.py": "", "NAME/models.py": "def price():\n    return 4\n", "NAME/trips.py": f"def main():\n    {statement}\n    yield\n    {statement}\n    yield price()\n"})
+    name = write({"NAME/__init__.py": "", "NAME/models.py": "def price():\n    return 4\n", "NAME/trips.py": f"{OWN}def main():\n    {statement}\n    yield\n    {statement}\n    yield price()\n"})
     durable.install([name])
     site = Deployed(f"{name}.trips")
     gen = importlib.import_module(site.name).main()
@@ -166,7 +168,7 @@ def test_a_function_of_old_code_imports_what_is_gone(write: Write, tmp_path: pat
     if whole:
         shutil.rmtree(tmp_path / name)
     else:
-        write({"NAME/trips.py": "def main():\n    yield 7\n"})
+        write({"NAME/trips.py": OWN + "def main():\n    yield 7\n"})
         (tmp_path / name / "models.py").unlink()
     assert next(site.again(saved)) == 4
     assert f"{name}.models" not in sys.modules
@@ -230,3 +232,26 @@ def test_an_old_version_of_a_package_has_the_files_of_the_current_one(write: Wri
     forget(name)
     write({"NAME/__init__.py": "def main():\n    yield 7\n"})
     assert next(site.again(saved)) == ("some text", "some text")
+
+
+@pytest.mark.parametrize("imported", [False, True])
+@pytest.mark.parametrize("statement", ["from .models import price", "from .below.models import price", "import NAME.below.models as m; price = m.price"])
+def test_what_a_function_has_yet_to_import_is_stored_with_it(write: Write, tmp_path: pathlib.Path, statement: str, imported: bool) -> None:
+    """docs/CODE.md: a deployment that deletes the module is before that import, or after it."""
+    flow = f"import kwflow as kw\ndef main(o):\n    yield kw.suspend('a')\n    {statement}\n    yield kw.suspend('b')\n    {statement}\n    return price()\n"
+    models = {f"NAME/{below}models.py": "import NAME.rates as rates\ndef price():\n    return rates.RATE\n" for below in ("", "below/")}
+    name = write({"NAME/__init__.py": "", "NAME/flow.py": flow, "NAME/below/__init__.py": "", "NAME/rates.py": "import NAME.models\nRATE = 4\n", **models})
+    durable.install([name])
+    w = WorkflowTester(importlib.import_module(f"{name}.flow").main)
+    w.start("w")
+    assert imported or f"{name}.rates" not in sys.modules, "storing its source runs nothing of it"
+    if imported:
+        w.resume("w", "a")
+    forget(name)
+    shutil.rmtree(tmp_path / name)
+    write({"NAME/__init__.py": "", "NAME/flow.py": "import kwflow as kw\ndef main(o):\n    yield kw.suspend('c')\n"})
+    w.deploy(importlib.import_module(f"{name}.flow").main)
+    if not imported:
+        w.resume("w", "a")
+    w.resume("w", "b")
+    assert w.result("w") == 4
