@@ -276,7 +276,12 @@ class Dispatcher:
                 self._finished(job)
             else:
                 error = ActivityError(f"the log does not take the result of activity {job.dispatch.name}: {refused}", "ResultTooLarge", final=True)
-                self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error, self._bytes_max[1]), lambda _: self._finished(job))
+                self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error, self._bytes_max[1]), told)
+
+        def told(refused: str | None) -> None:
+            if refused is not None:  # no write access to the topic, say
+                self._on_log(f"the log takes nothing of {job}: {refused}; its workflow waits, and it is begun again at the next start")
+            self._finished(job)
 
         try:
             self._deliver(job.partition, job.dispatch.workflow_id.encode(), record, done)

@@ -75,6 +75,15 @@ def make(function: Any, **options: Any) -> Any:
     return kw.activity(name=f"dispatch-{next(_names)}", **options)(function)
 
 
+def test_what_the_log_takes_neither_as_a_result_nor_as_a_failure_is_told_of(engine: Engine) -> None:
+    """G3, M6.3: where an engine may not write to its own input; its workflow waited, and nobody heard why."""
+    engine.refuse = lambda _: "not authorized"
+    engine.start(make(lambda: 1))
+    engine.until(lambda: engine.dispatcher.busy == 0)
+    [line] = engine.lines
+    assert line.startswith("the log takes nothing of activity dispatch-") and "not authorized; its workflow waits" in line
+
+
 def test_a_def_and_an_async_def_answer_with_their_result(engine: Engine) -> None:
     """M6.2, M6.3."""
 
