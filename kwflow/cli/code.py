@@ -134,11 +134,11 @@ def gc(
     if days * LEASE_MS < 2 * LEASE_MS:
         raise UsageError("--older-than is at least 2 days: what is in use is written again only after a day")
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    store = code_store(settings, embedded)
     stored = snapshots(settings, embedded)
     unknown = [key.decode() for key, data in sorted(stored.items()) if header_of(data, snapshot.read_inner_header)["status"] == "damaged"]
     if unknown:
         raise UsageError(f"{unknown[0]} is damaged, so that nobody knows which code it runs; mend or terminate it first")
+    store = code_store(settings, embedded)  # after them: what an engine began to run meanwhile was written with its first snapshot
     kept = versions.needed(deployment.versions_in(stored), store.entries)
     oldest = time.time_ns() // 1_000_000 - days * 86_400_000
     gone = sorted(key for key in store.entries if key not in kept and store.written_ms[key] < oldest)

@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from typer.testing import CliRunner
 
+from kwflow.cli import app, code
 from kwflow.config import Config
 from kwflow.runners.embedded import Embedded
 from tests.embedded.shell import ROOT, Shell
@@ -175,3 +177,22 @@ def test_gc_removes_what_no_instance_runs_and_nobody_has_used_for_days_with_what
     assert held.compact(topic) == 3, "one entry that was written again, one that is gone and what says so"
     assert len(held.read(topic)) == before - 3
     held.close()
+
+
+def test_gc_keeps_what_an_engine_begins_to_run_while_it_looks_at_the_instances(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G10: to look at a million takes long; a rollback meanwhile writes its source anew, in the transaction of the first snapshot that names it."""
+    topic, snapshots = Config().code_topic, code.snapshots
+
+    def written(ago: float) -> None:
+        held = Embedded(tmp_path, clock=Ago(ago))
+        held.append(topic, b"shop.trips@" + b"1" * 64, b'{"source": "", "file": "", "package": false, "imports": {}}')
+        held.close()
+
+    def look(settings: Config, embedded: pathlib.Path | None) -> dict[bytes, bytes]:
+        found = snapshots(settings, embedded)
+        written(0)
+        return found
+
+    written(30)
+    monkeypatch.setattr(code, "snapshots", look)
+    assert "0 of 1 versions" in CliRunner().invoke(app, ["code", "gc", "--embedded", str(tmp_path)]).output
