@@ -108,7 +108,7 @@ def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers
 
 Write = Callable[[Sequence[Group]], Iterator[bool]]
 _GROUPS_MAX = 100  # in one batch: an embedded engine does nothing else meanwhile
-_GROUPS_BYTES_MAX = 4_000_000  # base64 and all, a request has at most 16 MB
+_GROUPS_BYTES_MAX = 1_000_000  # base64 and all, a request has at most 16 MB; a transaction has to end within 10 s, over a slow line, too
 
 
 @contextlib.contextmanager

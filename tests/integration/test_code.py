@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -88,6 +89,16 @@ def test_instances_of_either_code_finish_on_it_under_engines_of_the_other(site: 
     while len({key for key, _ in entries}) < 2:  # each partition writes the version that it names: one key may come several times first
         entries = site.read(f"{site.application}-code", len(entries) + 1)
     assert json.loads(site.read(f"{site.application}-code", 1)[0][1])["file"] == "shop.py"
+
+
+def test_gc_removes_what_nobody_has_used_for_days(site: Site) -> None:
+    """Wire §4."""
+    for name, days in (("gone", 30), ("new", 1)):
+        entry = json.dumps({"source": "", "file": "", "package": False, "imports": {}})
+        site.producer.produce(f"{site.application}-code", entry, f"{name}@{'1' * 64}", timestamp=time.time_ns() // 1_000_000 - days * 86_400_000)
+    assert site.producer.flush(20) == 0
+    assert "removed gone@111111111111\n1 of 2 versions" in site.run("code", "gc")
+    assert "0 of 1 versions" in site.run("code", "gc")
 
 
 def test_the_code_topic_is_read_to_its_end_when_nothing_but_the_marker_of_a_transaction_is_left(site: Site) -> None:
