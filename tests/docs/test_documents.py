@@ -6,7 +6,8 @@ import re
 import pytest
 
 from kwflow import durable
-from kwflow.config import _SECTIONS, Config
+from kwflow.config import _SECTIONS, Config, load_config
+from kwflow.runners import topics
 from kwflow.testing import WorkflowTester
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -45,6 +46,13 @@ def test_the_example_of_the_readme_does_what_it_says() -> None:
     tester.start("b")
     tester.advance(86_400)
     assert tester.values("workflow-error") == ["TimeoutError: kw.timeout"]
+
+
+def test_settings_that_are_shown_are_taken(tmp_path: pathlib.Path) -> None:
+    """By librdkafka, too; what stands there for a key is too short to be one."""
+    for number, text in enumerate(text for path in DOCUMENTS for text in blocks(path, "toml")):
+        (tmp_path / f"{number}.toml").write_text(text.replace("output of: openssl rand", "output of: openssl  rand"), encoding="utf-8")
+        topics.admin(load_config(tmp_path / f"{number}.toml"))
 
 
 BY_PROCESSES = {"process", "supervisor_pid"}  # set by --processes for its own children
