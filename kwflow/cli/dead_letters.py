@@ -153,7 +153,11 @@ def _settle(settings: Config, embedded: Path | None, what: str | None, every: bo
         commands = [Group((Output(settings.resume_topic, id.encode(), b"null", (("kwflow-op", op.encode()),)),)) for id in parked]
         for id, _ in zip(parked, write(commands), strict=True):
             out.print(f"{id}: {op} is asked for; its engine does it")
-        left, refused = list(letters), False
+        empty = [identity for identity, letter in letters.items() if op == "retry" and _is_remnant(letter)]
+        for identity in empty:
+            place = "{}[{}]@{}".format(*(wire.header(letters[identity], f"kwflow-error-{name}") for name in ("topic", "partition", "offset")))
+            err.print(f"{identity}: it holds nothing of its record, which is {place}; send that again from where it came, and discard this", style="red")
+        left, refused = [identity for identity in letters if identity not in empty], bool(empty)
         while left:  # one that is refused holds up none of the others
             try:
                 for done in write([_closing(settings, identity, letters[identity], op == "retry") for identity in left]):
@@ -163,6 +167,11 @@ def _settle(settings: Config, embedded: Path | None, what: str | None, every: bo
                 refused = True
     if refused:
         raise typer.Exit(1)
+
+
+def _is_remnant(letter: Record) -> bool:
+    """Of a record whose letter would have been too much (K11).  Sent again it would be an empty one, whose own letter hides where the first is."""
+    return letter.value is None and wire.header(letter, "kwflow-error-reason") == "refused"
 
 
 def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: str | None) -> tuple[list[str], dict[str, Record]]:

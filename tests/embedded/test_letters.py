@@ -16,6 +16,7 @@ from kwflow.runners import socket
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.embedded_state import EmbeddedStore, Group, Mark
 from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.parked import remnant
 from kwflow.runners.socket import serve, submit_all
 from kwflow.runners.timers import TimerProcessor
 from tests.simulation.faults import Crashed
@@ -264,6 +265,19 @@ def test_a_letter_whose_sender_was_told_is_a_letter_again_when_it_fails_again(of
     office.run()
     assert len(office.records(office.config.reply_topic)) == 1
     assert "not-found" in office("list")
+
+
+def test_a_letter_without_its_record_is_not_sent_but_says_where_that_is(office: Office) -> None:
+    """G3, K11: sent again it would be an empty record, whose own letter would hide where the one that was refused is."""
+    held = Embedded(office.directory, office.config, sync=False)
+    [made] = remnant(office.config, held.read(office.config.resume_topic)[-1], "too large", 1).outputs
+    held.append(made.topic, made.key, made.value, made.headers)
+    held.close()
+    done = CliRunner().invoke(app, ["dead-letters", "retry", "--all", "--embedded", str(office.directory)])
+    assert done.exit_code == 1 and done.output.count("sent again") == 3
+    assert "0:4: it holds nothing of its record, which is workflow-resume[0]@16; send that again from where it came, and discard this\n" in done.output
+    assert "refused" in office("list")
+    assert "0:4: closed" in office("discard", "0:4")
 
 
 def test_a_reason_chooses_among_letters_and_parked_instances(office: Office) -> None:
