@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from kwflow.cli.lowered import lowered
-from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, out, read, snapshots, sole_writer, stored
+from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, columns, out, read, snapshots, sole_writer, stored
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
 from kwflow.core.wire import Output
@@ -59,7 +58,7 @@ def list_(
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     store = code_store(settings, embedded)
     running = deployment.versions_in(snapshots(settings, embedded))
-    table = Table("module", "version", "stored", "instances", "ids")
+    table = columns("module", "version", "stored", "instances", "ids")
     for key in sorted({*running, *store.entries}):
         name, _, version = key.rpartition("@")
         ids = running.get(key, [])

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.table import Table
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, err, out, read, sole_writer, states, text_of
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, columns, err, out, read, sole_writer, states, text_of
 from kwflow.config import Config, load_config
 from kwflow.core import wire
 from kwflow.core.wire import Output, Record
@@ -74,7 +73,7 @@ def dead_list(embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, ap
     Example: kwflow dead-letters list --embedded ./state
     """
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    table = Table("letter", "id", "reason", "message", "holds")
+    table = columns("letter", "id", "reason", "message", "holds")
     for id, parked in _parked(settings, embedded).items():
         table.add_row("", id, parked.why["reason"], parked.why["message"], str(len(parked.hold)))
     for identity, record in _letters(settings, embedded).items():

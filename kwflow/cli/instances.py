@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, err, out, print_json, snapshots, stored
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, err, out, print_json, snapshots, stored
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.durable.peek import peek
@@ -156,7 +155,7 @@ def list_(
     if as_json:
         print_json(found)
         return
-    table = Table("id", "workflow", "status", "changed", "waits")
+    table = columns("id", "workflow", "status", "changed", "waits")
     for row in found[:_ROWS_MAX]:
         waits = [" ".join(_wait(wait)) for wait in row["waits"]]
         said = ", ".join(waits[:3]) + (f" and {len(waits) - 3} more" if len(waits) > 3 else "")

@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.table import Table
 
 from kwflow import schedules
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, MaybeDir, json_option, out, send, snapshots
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, MaybeDir, columns, json_option, out, send, snapshots
 from kwflow.config import Config, load_config
 from kwflow.errors import UsageError
 from kwflow.runners.instances import header_of
@@ -91,9 +90,7 @@ def list_(
         for name, status in known.items():
             out.print(msgspec.json.encode({"name": name, **status}).decode())
         return
-    table = Table()
-    for column in ("name", "when", "workflow", "next", "runs"):
-        table.add_column(column, overflow="fold")
+    table = columns("name", "when", "workflow", "next", "runs")
     for name, status in known.items():
         plan = status.get("plan", {})
         when = f"{plan.get('cron')} {plan.get('timezone')}" if "cron" in plan else f"every {plan.get('every_ms', 0) / 1000:g} s"

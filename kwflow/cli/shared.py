@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from kwflow.config import Config
@@ -23,7 +24,7 @@ from kwflow.runners.socket import submit, submit_all
 
 __all__ = [
     "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
-    "err", "exit_code", "json_option", "out", "print_json", "read", "send", "snapshots", "states", "stored", "text_of", "told",
+    "columns", "err", "exit_code", "json_option", "out", "print_json", "read", "send", "snapshots", "states", "stored", "text_of", "told",
 ]  # fmt: skip
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -80,6 +81,14 @@ def told(error: Exception) -> str:
     if isinstance(error, OSError):  # it names the thing: a full disk, a file that must not be written
         return f"kwflow: {error}"
     return f"kwflow: {type(error).__name__}: {error} (a bug of kwflow's; KWFLOW_TRACEBACK=1 shows where)"
+
+
+def columns(*names: str) -> Table:
+    """A table that cuts nothing off: what is too long goes on in the next line."""
+    table = Table()
+    for name in names:
+        table.add_column(name, overflow="fold")
+    return table
 
 
 def json_option(text: str, option: str) -> bytes:
