@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import functools
 import importlib.util
+import itertools
 import json
 import linecache
 import re
@@ -235,12 +236,18 @@ def _stand_in(imports: Mapping[str, str], sources: Sources) -> list[str]:
     """Put stored versions of modules that are gone where `import` finds them; the names, to be taken away afterwards."""
     missing = {name: version for name, version in imports.items() if name not in sys.modules and not loader.exists(name)}
     loaded = {name: _version(name, version, sources, "the module is gone") for name, version in sorted(missing.items())}  # packages first
+    packages = [package for name in loaded for package in itertools.accumulate(name.split(".")[:-1], "{}.{}".format)]
+    empty = [package for package in dict.fromkeys(packages) if package not in loaded and package not in sys.modules and not loader.exists(package)]
+    for package in empty:  # one without an `__init__.py`, which no source stands for
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = []
     for name, found in loaded.items():
         sys.modules[name] = sys.modules[found.namespace["__name__"]]
+    for name in (*empty, *loaded):
         package, _, last = name.rpartition(".")
         if package in sys.modules and not hasattr(sys.modules[package], last):
             setattr(sys.modules[package], last, sys.modules[name])  # stays: `import a.b` looks there when it runs
-    return list(loaded)
+    return [*empty, *loaded]
 
 
 def _unchanged_classes(source: str, current: Module | None) -> dict[str, Any]:
