@@ -124,8 +124,9 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
             return
     elif isinstance(value, (dict, types.MappingProxyType)):
         for key, held in value.items():
-            yield f"[{key!r}]", held
-            yield f" (the key {key!r})", key
+            shown = _shown(key)
+            yield f"[{shown}]", held
+            yield f" (the key {shown})", key
     elif isinstance(value, (list, tuple, collections.deque)):
         for n, held in enumerate(value):
             yield f"[{n}]", held
@@ -153,6 +154,13 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
             yield f".{name}", held
         return
     yield from _attributes(value)
+
+
+def _shown(key: Any) -> str:
+    try:
+        return repr(key)
+    except Exception:  # the author's `__repr__` may raise anything
+        return object.__repr__(key)
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:

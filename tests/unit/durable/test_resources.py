@@ -361,6 +361,16 @@ def test_what_must_not_be_saved_is_refused_with_what_to_do(code: Any, make: Any,
     assert caught.value.variable == "value"
 
 
+class Unshown:
+    def __repr__(self) -> str:
+        raise RuntimeError("not loaded")
+
+
+def test_the_way_to_the_culprit_leads_past_a_key_that_cannot_be_shown(code: Any) -> None:
+    error = error_of(code.bad({Unshown(): threading.Lock()}))
+    assert (error.variable, error.type_name) == ("value", "Unshown"), str(error)
+
+
 NAMED = """
 import functools, typing
 class Price:
