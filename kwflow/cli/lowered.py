@@ -49,4 +49,4 @@ def _source(module: str, app_dir: Path | None) -> tuple[str, str]:
         path = Path(found.origin)
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
-    return path.read_text(encoding="utf-8"), str(path)
+    return importlib.util.decode_source(path.read_bytes()), str(path)

@@ -23,7 +23,7 @@ def _load(name: str) -> types.ModuleType:
     path = Path(name)
     if not path.exists():
         raise UsageError(f"{name}: no such file")
-    return durable.load_source(path.stem, path.read_text(encoding="utf-8"), str(path))
+    return durable.load_source(path.stem, path.read_bytes(), str(path))
 
 
 def load_workflows(names: Sequence[str], app_dir: Path | None = None, packages: Sequence[str] = ()) -> Workflows:

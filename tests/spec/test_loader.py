@@ -8,8 +8,10 @@ import zipfile
 
 import pytest
 
+from kwflow.cli.lowered import _source
 from kwflow.config import load_config
 from kwflow.errors import UsageError
+from kwflow.runners.modules import load_workflows
 
 WORKFLOW = "import kwflow as kw\ndef main(o):\n    yield kw.suspend('a')\n"
 
@@ -48,6 +50,19 @@ def test_durable_are_the_packages_of_the_modules_those_that_say_so_and_configure
     """
     (package / "other.py").write_text(WORKFLOW)
     assert said(package, script) == "[True, True, True, True, False]"
+
+
+@pytest.mark.parametrize("head", [b"\xef\xbb\xbf", b"# -*- coding: latin-1 -*-\n"])
+def test_a_file_is_in_the_encoding_that_python_takes_it_for(tmp_path: pathlib.Path, head: bytes) -> None:
+    """§5.1: with a byte order mark, or a line that says so; `kwflow engine path.py` as `import`."""
+    file = tmp_path / "encoded_flow.py"
+    file.write_bytes(head + "def main(o):\n    yield\n    return 'caf\xe9'\n".encode("latin-1" if b"latin" in head else "utf-8"))
+    main = load_workflows([str(file)], tmp_path).functions["encoded_flow"]
+    gen = main(None)
+    next(gen)
+    with pytest.raises(StopIteration, match="caf\xe9"):
+        gen.send(None)
+    assert "caf\xe9" in _source(str(file), None)[0]
 
 
 def test_the_file_of_settings_has_a_section_for_packages_and_for_snapshots(tmp_path: pathlib.Path) -> None:
