@@ -5,6 +5,7 @@ stops the import (semantics §5).
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import contextlib
@@ -53,8 +54,12 @@ def durable(function: _F) -> _F:
         lines, first = inspect.getsourcelines(raw)
     except OSError:
         raise UnsupportedError(f"{raw.__module__}.{raw.__name__} has no source, so it cannot be made durable") from None
-    tree = ast.increment_lineno(ast.parse("".join(lines)), first - 1)
+    within = lines[0][0].isspace()  # an `if` or `try`
+    tree = ast.increment_lineno(ast.parse("if True:\n" * within + "".join(lines)), first - 1 - within)
+    tree.body = tree.body[0].body if within else tree.body  # type: ignore[attr-defined] # of that `if`
     _bare(tree.body[0])
+    if raw.__code__.co_flags & __future__.annotations.compiler_flag:  # its inner functions have annotations, too
+        tree.body.insert(0, ast.ImportFrom("__future__", [ast.alias("annotations")], 0))
     lowered = lower_module(raw.__module__, tree, raw.__code__.co_filename)
     lowered.whole = False
     known = registry.modules().get(raw.__module__)
@@ -289,7 +294,10 @@ def _declares(fullname: str, path: Sequence[str] | None) -> bool:
         return False
     source = _source_of(spec.loader, fullname, spec.origin or "") or ""
     return "__kwflow_durable__" in source and any(
-        isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__kwflow_durable__" and isinstance(node.value, ast.Constant) and node.value.value is True
+        isinstance(node, (ast.Assign, ast.AnnAssign))
+        and ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0]) == "__kwflow_durable__"
+        and isinstance(node.value, ast.Constant)
+        and node.value.value is True
         for node in ast.parse(source).body
     )
 

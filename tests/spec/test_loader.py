@@ -35,6 +35,7 @@ def package(tmp_path: pathlib.Path) -> pathlib.Path:
     (tmp_path / "shop/parts/helper.py").write_text("def steps():\n    yield 1\n")
     (tmp_path / "plain.py").write_text(WORKFLOW)
     (tmp_path / "marked.py").write_text("__kwflow_durable__ = True\n" + WORKFLOW)
+    (tmp_path / "typed.py").write_text("__kwflow_durable__: bool = True\n" + WORKFLOW)
     return tmp_path
 
 
@@ -45,11 +46,11 @@ def test_durable_are_the_packages_of_the_modules_those_that_say_so_and_configure
         from kwflow.durable import is_durable
         from kwflow.runners.modules import load_workflows
         load_workflows(["shop.orders"], None, ["other"])
-        import marked, other, plain, shop.orders, shop.parts.helper
-        print([is_durable(f) for f in (shop.orders.main, shop.parts.helper.steps, marked.main, other.main, plain.main)])
+        import marked, other, plain, shop.orders, shop.parts.helper, typed
+        print([is_durable(f) for f in (shop.orders.main, shop.parts.helper.steps, marked.main, typed.main, other.main, plain.main)])
     """
     (package / "other.py").write_text(WORKFLOW)
-    assert said(package, script) == "[True, True, True, True, False]"
+    assert said(package, script) == "[True, True, True, True, True, False]"
 
 
 @pytest.mark.parametrize("head", [b"\xef\xbb\xbf", b"# -*- coding: latin-1 -*-\n"])

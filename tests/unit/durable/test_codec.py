@@ -296,6 +296,17 @@ def native():
         durable.durable(lambda: (yield))
 
 
+def test_a_function_that_is_made_durable_alone_may_stand_in_an_if_and_have_annotations_that_are_never_evaluated(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "from __future__ import annotations\nfrom kwflow.durable import durable\nif True:\n    @durable\n    def main():\n        def inner(a: Missing) -> Missing:\n            return a\n"
+    text += "        yield inner\n        yield '''a\n  b''', inner(1)\n"
+    (tmp_path / "guarded_module.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    gen = __import__("guarded_module").main()
+    assert next(gen).__annotations__ == {"a": "Missing", "return": "Missing"}
+    assert gen.gi_frame.f_lineno == 8
+    assert next(again(gen)) == ("a\n  b", 1)
+
+
 def test_a_native_generator_function_in_a_durable_module_is_warned_about() -> None:
     """Semantics §5.3."""
     with pytest.warns(NotDurableWarning, match="findlinestarts is a generator function of dis"):
