@@ -342,6 +342,8 @@ class Runtime:
     Resume = Resume
     BaseException = builtins.BaseException
     set = builtins.set
+    list = builtins.list
+    dict = builtins.dict
     append = staticmethod(list.append)
     add = staticmethod(set.add)
     setitem = staticmethod(operator.setitem)
@@ -378,6 +380,12 @@ class Runtime:
     def generator(self, path: str, made: types.GeneratorType[Any, Any, Any]) -> Any:
         """The same for generator expressions."""
         register_code(made.gi_code, (self._functions, path))
+        return made
+
+    @staticmethod
+    def called(qualname: str, made: Any) -> Any:
+        """A function or generator by the name that it has where it was written."""
+        made.__qualname__ = qualname
         return made
 
     def closure(self, path: str, lender: types.FunctionType) -> types.FunctionType:

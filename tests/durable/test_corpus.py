@@ -13,6 +13,7 @@ import pytest
 
 from kwflow import durable
 from tests.nightly import minor
+from tests.nightly.test_minors import SUPPORTED, interpreter
 
 pytestmark = [
     # what the corpus does on purpose when a generator is dropped: it ignores GeneratorExit, or its delegate's `close` raises
@@ -82,3 +83,13 @@ def test_every_saved_generator_goes_on_in_another_process(tmp_path: pathlib.Path
     script = [sys.executable, minor.__file__, "resume", str(tmp_path / "snapshots.json")]
     done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=100, env={**os.environ, "PYTHONHASHSEED": "11"})
     assert json.loads(done.stdout.splitlines()[-1]) == [], done.stderr
+
+
+@pytest.mark.parametrize("version", SUPPORTED)
+def test_a_restored_generator_keeps_its_variables_apart_from_those_of_comprehensions_on_every_minor(version: str) -> None:
+    """CPython 3.12 and 3.13 take a cell of an inlined comprehension for a free variable of the same name: natively none of a workflow's is one, restored each that is captured is."""
+    script = f"import sys; sys.path[:0] = {[str(minor.ROOT), str(minor.ROOT / 'tests/durable')]}; import corpus_harness as harness\n"
+    script += "native, lowered = harness.load_native('scopes'), harness.load_lowered('scopes')\n"
+    script += "name = 'g_comprehensions_that_capture_a_captured_name'; print(harness.difference(native[name], native['LOG'], lowered[name], lowered['LOG'], harness.TRIPS['pickled']))"
+    done = subprocess.run([interpreter(version), "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import sys
 import types
 from typing import Any
 
@@ -191,6 +192,7 @@ class Rewriter:
         self.lowered = lowered
         self.cold = cold
         self.direct = cold  # in the frame of the cold twin itself, not in a comprehension, which may be a function
+        self.apart = False  # in a comprehension of the cold twin that has to be a function
 
     def visit(self, node: Any) -> Any:
         """The lowered form of a node or a list of nodes: the same object where nothing changes."""
@@ -258,7 +260,7 @@ class Rewriter:
             return ast.copy_location(call("closure", constant(scope.path), ast.copy_location(lender, node)), node)
         inner = Rewriter(self.module, scope, self.mangled)
         rebuilt = ast.copy_location(ast.Lambda(self.arguments(node.args), inner.visit(node.body)), node)
-        return ast.copy_location(call("marked", constant(scope.path), rebuilt), node)
+        return self._named(call("marked", constant(scope.path), rebuilt), node, scope)
 
     def visit_GeneratorExp(self, node: ast.GeneratorExp) -> Any:
         """It stays one; its iterators get names, `.0` natively for the first, so that they can be saved."""
@@ -280,12 +282,20 @@ class Rewriter:
             else:
                 clauses.append(ast.comprehension(target, started, ifs, 0))
         rebuilt = ast.copy_location(ast.GeneratorExp(inner.visit(node.elt), clauses), node)
-        return ast.copy_location(call("generator", constant(scope.path), rebuilt), node)
+        return self._named(call("generator", constant(scope.path), rebuilt), node, scope)
+
+    def _named(self, made: ast.expr, node: ast.expr, scope: Scope) -> ast.expr:
+        ast.copy_location(made, node)
+        return ast.copy_location(call("called", constant(scope.qualname), made), node) if self.apart else made
 
     def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.DictComp) -> Any:
         scope = self.module.scopes[node]
         if scope.kind == "comprehension":
-            return self._in_place(node) if self.direct else self._rebuilt(node)
+            outermost, self.apart = not self.apart, self.apart or (self.cold and _INLINED and _shadows(scope, set(self.scope.captured)))
+            rebuilt = self._in_place(node) if self.direct else self._rebuilt(node)
+            made = _function(rebuilt) if self.apart else rebuilt
+            self.apart = self.apart and not outermost
+            return made
         return ast.copy_location(ast.Await(ast.copy_location(self._made(node, scope), node)), node)
 
     visit_SetComp = visit_DictComp = visit_ListComp
@@ -402,6 +412,21 @@ class Rewriter:
         bound = node.asname or node.name
         spelled = self.name(bound)
         return node if spelled == bound else ast.copy_location(ast.alias(node.name, spelled), node)
+
+
+_INLINED = sys.version_info >= (3, 12)
+
+
+def _shadows(scope: Scope, captured: set[str]) -> bool:
+    """Whether a comprehension has a cell of its own under a name that is free around it: where it is inlined, CPython 3.12 and 3.13 use that cell for both from then on."""
+    return not captured.isdisjoint(scope.cells) or any(child.kind == "comprehension" and _shadows(child, captured) for child in scope.children)
+
+
+def _function(node: ast.ListComp | ast.SetComp | ast.DictComp) -> ast.expr:
+    """A comprehension as what no version inlines."""
+    item = ast.Tuple([node.key, node.value], ast.Load()) if isinstance(node, ast.DictComp) else node.elt
+    way = {ast.ListComp: "list", ast.SetComp: "set", ast.DictComp: "dict"}[type(node)]
+    return ast.copy_location(call(way, ast.copy_location(ast.GeneratorExp(item, node.generators), node)), node)
 
 
 def _binding(name: str, value: ast.expr, ifs: Any = ()) -> ast.comprehension:

@@ -219,6 +219,22 @@ def g_nested_comprehension_cell():
     return [f() for f in fs]
 
 
+def g_comprehensions_that_capture_a_captured_name():
+    """Restored, `x` is free in its frame; CPython 3.12 and 3.13 took a comprehension's for it from then on."""
+    x = 5
+    more = lambda: x
+    yield [(lambda: x)() for x in range(3)], x
+    yield {(lambda: x)(): x for x in range(3)}, {sum(x + n for n in (1, 2)) for x in range(3)}, x, more()
+    x = 6
+    rows = [[(lambda: x + y)() for x in (y, 1)] + [x] for y in (x, 2) if y > 1]
+    yield rows, x, more()
+    y = 7
+    fs = [[lambda: (x, y) for x in (y, 1)] for y in (x, 2) if (z := x)]
+    yield x, y, z, more(), (lambda: y)()
+    x += 1
+    return [[f() for f in row] for row in fs], x, y, z, more()
+
+
 class Base:
     def greet(self, x):
         return ("base", x)
