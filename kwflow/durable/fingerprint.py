@@ -7,6 +7,7 @@ all differ between minors.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -58,7 +59,8 @@ def class_hashes(source: str) -> dict[str, tuple[str, set[str]]]:
     return {name: (canonical_hash(*found, annotations=True), mentioned[name]) for name, found in classes.items() if len(found) == 1}
 
 
-def imports_of(source: str, package: str, in_functions: bool = False) -> set[str]:
+@functools.lru_cache(1024)  # each partition asks for each module once a day
+def imports_of(source: str, package: str, in_functions: bool = False) -> frozenset[str]:
     """Every module name that import statements anywhere in it, or in its functions, may mean; `package` is its `__package__`."""
     found: set[str] = set()
     tree = ast.parse(source)
@@ -70,7 +72,7 @@ def imports_of(source: str, package: str, in_functions: bool = False) -> set[str
             base = ".".join(filter(None, [*above, node.module]))
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     parents = {".".join(name.split(".")[:count]) for name in found for count in range(1, name.count(".") + 1)}
-    return found | parents
+    return frozenset(found | parents)
 
 
 def _tokens(node: object, skipped: frozenset[str]) -> Iterator[str]:
