@@ -24,7 +24,7 @@ from kwflow.durable import codec, loader, registry
 from kwflow.durable.fingerprint import class_hashes, imports_of, source_version
 from kwflow.durable.lower import LOWERING_VERSION, lower_module, units_in
 from kwflow.durable.registry import Module, Pins
-from kwflow.errors import CodeChangedError, SnapshotError, TransportError
+from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError, TransportError
 
 __all__ = ["Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "needed", "no_sources", "prepare", "resolve", "source_in", "split_reference", "stored_with"]
 
@@ -108,6 +108,23 @@ def loads(body: bytes, code: Mapping[str, Any], sources: Sources, lowering: int 
             if saved is None or (pinned is not None and pinned.version == saved["version"]):
                 raise
             pins = {**pins, error.module: _version(split_reference(error.module)[0], saved["version"], sources, str(error))}
+        except CorruptSnapshotError as error:
+            changed = _classes_changed(code, pins, sources)
+            if error.__cause__ is None or not changed:
+                raise
+            why = f"may not take what was saved: {type(error.__cause__).__name__}: {error.__cause__}; let them (__setstate__; an enum: _missing_), then retry"
+            raise CodeChangedError(f"classes that have changed since it was saved ({', '.join(changed)}) {why}") from error
+
+
+def _classes_changed(code: Mapping[str, Any], pins: Pins, sources: Sources) -> list[str]:
+    """Of the modules that a snapshot holds something of, where they are current ones."""
+    found = []
+    for name, saved in code.items():
+        current = registry.modules().get(name)
+        data = sources(entry_key(name, saved["version"])) if current is not None and name not in pins and current.version != saved["version"] else None
+        if current is not None and data is not None:
+            found += [f"{name}.{cls}" for cls in changed_classes(source_in(data), current.source)]
+    return found
 
 
 def resolve(code: Mapping[str, Any], sources: Sources) -> Pins:

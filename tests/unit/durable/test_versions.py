@@ -373,3 +373,18 @@ def test_a_global_that_is_bound_to_what_no_snapshot_may_name_is_found_in_the_sto
     saved = site.save(gen)
     site.deploy(text.format(now))
     assert next(site.again(saved)) == (True, object)
+
+
+@pytest.mark.parametrize(("now", "why"), [
+    ("@dataclasses.dataclass(slots=True)\nclass P:\n    x: int = 1", "no attribute '__dict__'"),
+    ("class P:\n    def __setstate__(self, state):\n        raise KeyError('y')", "KeyError: 'y'"),
+])  # fmt: skip
+def test_a_class_that_cannot_take_what_was_saved_is_named_with_the_remedy(site: Deployed, now: str, why: str) -> None:
+    """§8.4: it was called no snapshot that can be read."""
+    text = "import dataclasses\n{}\ndef main():\n    p = P()\n    yield\n    yield p\n"
+    gen = site.deploy(text.format("@dataclasses.dataclass\nclass P:\n    x: int = 1")).main()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy(text.format(now))
+    with pytest.raises(CodeChangedError, match=rf"changed since it was saved \({site.name}\.P\) .*{why}.*__setstate__"):
+        site.load(saved)
