@@ -92,10 +92,14 @@ class PartitionStore:
         with self._lock:
             return None if self._closed else list(itertools.islice(self.scan(b"", start), limit))
 
-    def close(self) -> None:
+    def leave(self) -> None:
+        """Other threads are told nothing more."""
         with self._lock:
             self._closed = True
-            self._db.close()
+
+    def close(self) -> None:
+        self.leave()
+        self._db.close()
 
 
 @dataclass

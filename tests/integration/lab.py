@@ -85,6 +85,5 @@ def turn(runner: KafkaRunner, until: Callable[[], object]) -> None:
 
 def stop(runner: KafkaRunner) -> None:
     """Leave as a killed process does: nothing is finished, but its files are free."""
-    runner.owners.forget([*runner.owned])
-    runner._consumer.close()
+    runner.takeover.close(clean=False)
     runner._lock.close()
