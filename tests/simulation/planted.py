@@ -286,13 +286,13 @@ def _no_attempts() -> contextlib.AbstractContextManager[Any]:
 
 
 PLANTED = [
-    Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_IN_COMMITS, NewIdentityEachStart, first=12),
+    Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_IN_COMMITS, NewIdentityEachStart, first=13),
     Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd, first=3),
     Planted("K3", "the overlay is kept after an abort", ABORTS, KeepsTheOverlayAfterAnAbort),
     Planted("K3", "a batch that was aborted is not read again from its first record", ABORTS, SeeksBehindTheBatchAfterAnAbort),
     Planted("K4", "an unknown outcome is taken for a failure, and the producer made anew in place", Faults(lost=0.1), patch=_begun_anew_after_a_timeout, first=2),
-    Planted("K5", "restored up to the last stable offset only", SLOW_MARKERS, patch=_restored_to_the_stable_offset_only, world=Crowd, first=1),
-    Planted("K5", "the changelog's end is asked for before the group's offset", ZOMBIES_JUST_IN_TIME, patch=_asks_for_the_end_first, world=Crowd, first=49),
+    Planted("K5", "restored up to the last stable offset only", SLOW_MARKERS, patch=_restored_to_the_stable_offset_only, world=Crowd, first=4),
+    Planted("K5", "the changelog's end is asked for before the group's offset", ZOMBIES_JUST_IN_TIME, patch=_asks_for_the_end_first, world=Crowd, first=32),
     Planted("K6", "another partitioner", Faults(), patch=_other_partitioner),
     Planted("K6", "a record on the wrong partition is applied there", Faults(), patch=_local_forwarding),
     Planted("K7", "what was revoked is still owned", REBALANCES, patch=_owns_what_was_revoked, world=Crowd, first=7),
