@@ -16,7 +16,10 @@ from typing import Any, TypeAlias
 
 from kwflow.errors import UsageError
 
-__all__ = ["Advance", "AsyncGenerator", "Item", "Once", "aenter", "aexit", "aiter_", "aleave", "anext_", "asyncio_refusal", "below", "is_unstarted", "iterator_of", "leaving"]
+__all__ = [
+    "Advance", "AsyncGenerator", "Item", "Once", "aenter", "aexit", "aiter_", "aleave", "anext_", "asyncio_refusal", "below", "is_unstarted", "iterator_of", "leaving", "no_manager",
+    "not_awaitable",
+]  # fmt: skip
 
 Gen: TypeAlias = "types.GeneratorType[Any, Any, Any]"
 _INSTEAD = {
@@ -98,6 +101,26 @@ class Once:
         self.target = None
 
 
+def not_awaitable(value: Any) -> TypeError:
+    """As this Python says it."""
+    name = type(value).__name__
+    return TypeError(f"object {name} can't be used in 'await' expression" if sys.version_info < (3, 14) else f"'{name}' object can't be awaited")
+
+
+def no_manager(cls: type[Any], methods: tuple[str, str], others: tuple[str, str]) -> TypeError:
+    """What `with` or `async with` raises without these methods, as this Python says it; `others` are those of the other statement."""
+    enters, leaves = (hasattr(cls, method) for method in methods)
+    kind, statement = ("context manager", "async with") if methods[0] == "__enter__" else ("asynchronous context manager", "with")
+    lacks = f"object does not support the {kind} protocol"
+    if sys.version_info < (3, 14):
+        return TypeError(f"'{cls.__name__}' {lacks} (missed {methods[1]} method)" if enters else f"'{cls.__name__}' {lacks}")
+    name = cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
+    text = f"'{name}' {lacks} (missed {methods[0] if leaves else methods[1]} method)"
+    if all(hasattr(cls, method) for method in others):
+        text += f" but it supports the {'asynchronous ' * (statement != 'with')}context manager protocol. Did you mean to use '{statement}'?"
+    return TypeError(text)
+
+
 def iterator_of(value: Any) -> Any:
     """What `await value` iterates, for anything but a generator.  Raises TypeError as natively, UsageError for asyncio's."""
     if inspect.iscoroutine(value):
@@ -111,7 +134,7 @@ def iterator_of(value: Any) -> Any:
         raise refusal
     method = getattr(type(value), "__await__", None)
     if method is None:
-        raise TypeError(f"object {type(value).__name__} can't be used in 'await' expression")
+        raise not_awaitable(value)
     iterator = method(value)
     if not hasattr(type(iterator), "__next__"):
         raise TypeError(f"__await__() returned non-iterator of type '{type(iterator).__name__}'")
@@ -288,8 +311,7 @@ def aenter(manager: Any) -> Any:
     cls = type(manager)
     enter = getattr(cls, "__aenter__", None)
     if enter is None or not hasattr(cls, "__aexit__"):
-        missed = " (missed __aexit__ method)" if enter is not None else ""
-        raise TypeError(f"'{cls.__name__}' object does not support the asynchronous context manager protocol{missed}")
+        raise no_manager(cls, ("__aenter__", "__aexit__"), ("__enter__", "__exit__"))
     if cls is contextlib._AsyncGeneratorContextManager and isinstance(manager.gen, AsyncGenerator):
         for name in ("args", "kwds", "func"):  # as contextlib does: only needed to make it again
             manager.__dict__.pop(name, None)

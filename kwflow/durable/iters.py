@@ -1,21 +1,23 @@
 """`itertools` as plain classes that can be saved on every Python, 3.14 included, where the originals no longer can.
 
 Each takes the arguments of its original, and `__reduce__` and `__setstate__` have the shapes the original had up to 3.13: a saved original
-becomes its twin here, and what an older release stored loads into one.  Authors may use them directly:
-`from kwflow.durable.iters import pairwise`.
+becomes its twin here, and what an older release stored loads into one; on 3.14 a durable module that imports the original has its
+twin.  Authors may use them directly: `from kwflow.durable.iters import pairwise`.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from kwflow.durable.pools import IteratorBase, combinations, combinations_with_replacement, permutations, product
 
 __all__ = [
     "Broken", "Later", "SetIterator", "accumulate", "batched", "chain", "combinations", "combinations_with_replacement", "compress", "count", "cycle", "dropwhile", "filterfalse",
-    "groupby", "islice", "pairwise", "permutations", "product", "repeat", "starmap", "takewhile", "tee", "zip_longest",
+    "groupby", "islice", "pairwise", "permutations", "product", "repeat", "starmap", "takewhile", "tee", "twins", "zip_longest",
 ]  # fmt: skip
 
 
@@ -533,3 +535,10 @@ class batched(IteratorBase):
 
     def __setstate__(self, state: Any) -> None:
         self.strict = state
+
+
+def twins(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """What this namespace has of itertools, as it is here."""
+    here = sys.modules[__name__]
+    found = {id(original): getattr(here, name) for name in __all__ if (original := getattr(itertools, name, None)) is not None} | {id(itertools): here}
+    return {name: found[id(value)] for name, value in namespace.items() if id(value) in found}

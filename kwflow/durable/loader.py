@@ -23,7 +23,7 @@ from importlib.machinery import ModuleSpec
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
-from kwflow.durable import cache, registry, runtime
+from kwflow.durable import cache, iters, registry, runtime
 from kwflow.durable.lower import lower_module
 from kwflow.errors import CodeChangedError, NotDurableWarning, UnsupportedError, UsageError
 
@@ -138,6 +138,8 @@ def execute(module: types.ModuleType, lowered: registry.Module, bound: Mapping[s
     """Run its code; `bound` are the classes that stand for those of a stored version."""
     runtime.inject(module.__dict__, lowered, bound)
     exec(lowered.code, module.__dict__)
+    if sys.version_info >= (3, 14):
+        module.__dict__.update(iters.twins(module.__dict__))
     named = {name: value for name, value in module.__dict__.items() if name[:2] != "__" and name[0] != "@" and not isinstance(value, (*_CONTAINERS, *_ATOMS))}
     single = {name: value for name, value in named.items() if type(value).__module__ != "typing" or type(value).__name__ in _NAMED_TYPES}
     own = [(name, cls) for name, cls in module.__dict__.items() if isinstance(cls, type) and cls.__module__ == module.__name__]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import enum
+import sys
 import types
 from typing import Any
 
@@ -33,6 +34,8 @@ def reduce_class(cls: type[Any]) -> Any:
     if dataclass and "__slots__" in cls.__dict__:
         raise Refused(f"the dataclass {cls.__qualname__} with slots is defined inside a function; define it at module level")
     members = {name: _member(cls, name, value) for name, value in cls.__dict__.items() if not _made_again(name, value, dataclass)}
+    if annotations := _annotations(cls):
+        members["__annotations__"] = annotations
     if dataclass is not None:
         members |= _fields(cls)
     members = dict(sorted(members.items())) | {"__qualname__": cls.__qualname__}  # in one order, whatever made the class
@@ -57,11 +60,22 @@ def _made_again(name: str, value: Any, dataclass: Any) -> bool:
     return not (isinstance(value, types.FunctionType) and registry.function_of(value.__code__) is not None)
 
 
+def _annotations(cls: type[Any]) -> dict[str, Any]:
+    """Its own; names that mean nothing yet as text."""
+    own: dict[str, Any] = cls.__dict__.get("__annotations__", {})
+    if sys.version_info >= (3, 14):
+        import annotationlib  # type: ignore[import-not-found, unused-ignore] # since 3.14
+
+        found = annotationlib.get_annotations(cls, format=annotationlib.Format.FORWARDREF)
+        own = {name: value.__forward_arg__ if isinstance(value, annotationlib.ForwardRef) else value for name, value in found.items()}
+    return own
+
+
 def _fields(cls: type[Any]) -> dict[str, Any]:
     """The fields as the author wrote them, for `dataclass` to work on again; inherited ones are with the base."""
     import dataclasses
 
-    own = cls.__dict__.get("__annotations__", {})
+    own = _annotations(cls)
     found = {}
     for name, field in cls.__dict__["__dataclass_fields__"].items():
         if name in own and field._field_type.name == "_FIELD":

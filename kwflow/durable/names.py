@@ -55,9 +55,11 @@ _CLASSES: dict[str, frozenset[str]] = {
         "re": "Match Pattern RegexFlag",
         "statistics": "NormalDist",
         "string": "Formatter Template",
+        "string.templatelib": "Interpolation Template",
         "struct": "Struct",
         "time": "struct_time",
         "types": "GenericAlias SimpleNamespace UnionType",
+        "typing": "Union",
         "urllib.parse": "DefragResult DefragResultBytes ParseResult ParseResultBytes SplitResult SplitResultBytes",
         "uuid": "SafeUUID UUID",
         "xml.etree.ElementTree": "Element ElementTree QName",
@@ -87,6 +89,7 @@ _FUNCTIONS: dict[str, frozenset[str]] = {
         "posixpath": "basename commonpath commonprefix dirname isabs join normcase normpath split splitdrive splitext",
         "re": "_compile compile escape fullmatch match search split sub",
         "statistics": "fmean geometric_mean harmonic_mean mean median median_high median_low mode multimode pstdev pvariance quantiles stdev variance",
+        "string.templatelib": "_template_unpickle",
         "textwrap": "dedent fill indent shorten wrap",
         "urllib.parse": "parse_qs parse_qsl quote quote_plus unquote unquote_plus urldefrag urlencode urljoin urlparse urlsplit urlunparse urlunsplit",
     }.items()
@@ -137,7 +140,7 @@ def is_module_value(name: str) -> bool:
     """Whether a variable may hold this module: one that is loaded, of the standard library, or imported in the source of a durable module."""
     top = name.partition(".")[0]
     if top == "kwflow":
-        return name in ("kwflow", "kwflow.api")
+        return name in ("kwflow", "kwflow.api", "kwflow.durable.iters")
     if name in sys.modules or is_allowed_module(name) or (top in sys.stdlib_module_names and top not in _RUN_BY_IMPORT):
         return True
     return any(name.rpartition(".")[2] in module.source and _imports(module, name) for module in registry.known())

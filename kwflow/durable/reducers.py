@@ -94,7 +94,8 @@ def is_value(value: Any) -> bool:
 def _itertool(value: Any) -> Any:
     """As its twin in iters.py, which takes the same arguments and state."""
     if sys.version_info >= (3, 14):
-        raise Refused(f"itertools.{type(value).__name__} cannot be looked into on Python 3.14; use kwflow.durable.iters.{type(value).__name__}")
+        name = type(value).__name__.lstrip("_")
+        raise Refused(f"itertools.{name} cannot be looked into on Python 3.14; use kwflow.durable.iters.{name}, which is what `import itertools` at a durable module's top means there")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         made = value.__reduce__()

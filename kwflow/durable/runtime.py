@@ -129,8 +129,7 @@ def entry(manager: Any) -> Any:
     cls = type(manager)
     enter_ = getattr(cls, "__enter__", None)
     if enter_ is None or not hasattr(cls, "__exit__"):
-        missed = " (missed __exit__ method)" if enter_ is not None else ""
-        raise TypeError(f"'{cls.__name__}' object does not support the context manager protocol{missed}")
+        raise awaiting.no_manager(cls, ("__enter__", "__exit__"), ("__aenter__", "__aexit__"))
     if not isinstance(manager, contextlib._GeneratorContextManager) and "<locals>" not in cls.__qualname__:  # those come and go
         _managers.add(cls)
     return enter_
@@ -227,7 +226,7 @@ def awaited(value: Any) -> Any:
     """What `await value` iterates: a fresh durable generator runs here, one that runs elsewhere is waited for (semantics §6.1)."""
     if isinstance(value, types.GeneratorType):
         if value.gi_code.co_name == "<genexpr>":
-            raise TypeError("object generator can't be used in 'await' expression")
+            raise awaiting.not_awaitable(value)
         driver = _thread.driver
         if function_of(value.gi_code) is None or not awaiting.is_unstarted(value) or (driver is not None and driver.owns(value)):
             return awaiting.Once(value)

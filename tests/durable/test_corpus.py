@@ -17,7 +17,7 @@ from tests.nightly.test_minors import SUPPORTED, interpreter
 
 pytestmark = [
     # what the corpus does on purpose when a generator is dropped: it ignores GeneratorExit, or its delegate's `close` raises
-    pytest.mark.filterwarnings("ignore:(?s)Exception ignored in.*(ignored GeneratorExit|ZeroDivisionError):pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:(?s)Exception ignored (in|while).*(ignored GeneratorExit|ZeroDivisionError):pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:.*with a literal:SyntaxWarning"),  # random programs compare literals
 ]
 CASES = [(m, g) for m in harness.module_names() for g in harness.generators_of(harness.load_native(m))]

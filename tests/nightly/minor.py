@@ -5,7 +5,6 @@ Needs nothing but the standard library and kwflow.durable.
 
 import json
 import pathlib
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -101,7 +100,7 @@ def rest(gen: Any, log: list[Any], script: harness.Script, number: int, begun: b
         log.clear()
         outcome = harness.apply(gen, op)
         if at >= number:
-            trace.append(re.sub("corpus_(native|lowered)_", "", repr((*outcome, tuple(log)))))
+            trace.append(harness.on_every_minor(repr((*outcome, tuple(log)))))
         if outcome[0] != "yield":
             break
     return trace

@@ -306,7 +306,7 @@ async def g_async_with_refusals():
             async with bad:
                 log("never")
         except TypeError as error:
-            found.append(str(error))
+            found.append(str(error).replace(__name__ + ".", ""))
         await Pause(len(found))
     return found
 

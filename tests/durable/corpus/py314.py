@@ -29,3 +29,30 @@ def g_except_without_parentheses():
     except ValueError, KeyError:
         yield 2
     return 3
+
+
+def g_template_is_held():
+    name = ["n"]
+    made = t"a{name}b{1!r:>3}"
+    yield "held"
+    name.append("more")
+    return (parts(made), made.values[0] is name)
+
+
+def g_annotations_that_mean_nothing_yet():
+    import dataclasses
+
+    @dataclasses.dataclass
+    class Point:
+        x: int
+        next: Missing = None
+
+    point = Point(1)
+    yield "held"
+    return (point, Point(2, point), [field.name for field in dataclasses.fields(Point)])
+
+
+def g_union_is_held():
+    either = int | str
+    yield "held"
+    return (isinstance(1, either), either == str | int)
