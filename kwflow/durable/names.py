@@ -33,6 +33,7 @@ _CLASSES: dict[str, frozenset[str]] = {
         "_decimal": "Decimal Context",
         "_io": "BytesIO StringIO",
         "_struct": "Struct",
+        "abc": "ABC ABCMeta",
         "array": "array",
         "collections": "ChainMap Counter OrderedDict UserDict UserList UserString defaultdict deque _deque_iterator _deque_reverse_iterator",
         "contextlib": "AsyncExitStack ExitStack _AsyncGeneratorContextManager _GeneratorContextManager aclosing closing nullcontext suppress",

@@ -9,15 +9,17 @@ cycles and chains of any length need no recursion.  Names and arguments here are
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import importlib
 import itertools
 import re
 import struct
 import sys
+import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from kwflow.durable import names, registry
@@ -198,9 +200,28 @@ def local_class(metaclass: type[Any], name: str, bases: tuple[type[Any], ...], s
     """A class without its members, which `set_class` gives it."""
     if not (isinstance(metaclass, type) and issubclass(metaclass, type)):
         raise CorruptSnapshotError(f"a snapshot makes a class by {metaclass!r}, which is no metaclass")
-    made: type[Any] = types.new_class(name, bases, {"metaclass": metaclass} if metaclass is not type else {}, lambda space: space.update({"__slots__": slots} if slots is not None else {}))
+    options, members = {"metaclass": metaclass} if metaclass is not type else {}, {"__slots__": slots} if slots is not None else {}
+    try:
+        made: type[Any] = types.new_class(name, bases, options, lambda space: space.update(members))
+    except Exception:  # an `__init_subclass__` that wants arguments, or members: what it did to the class is among these
+        with _untold(bases):
+            made = types.new_class(name, bases, options, lambda space: space.update(members))
     _local.add(made)
     return made
+
+
+@contextlib.contextmanager
+def _untold(bases: tuple[type[Any], ...]) -> Iterator[None]:
+    """The bases are not told of a class that this thread makes meanwhile."""
+    here = threading.get_ident()
+    hooks = {base: hook for one in bases for base in one.__mro__ if isinstance(hook := base.__dict__.get("__init_subclass__"), classmethod)}
+    for base, hook in hooks.items():
+        type.__setattr__(base, "__init_subclass__", classmethod(lambda cls, hook=hook, **options: None if threading.get_ident() == here else hook.__get__(None, cls)(**options)))
+    try:
+        yield
+    finally:
+        for base, hook in hooks.items():
+            type.__setattr__(base, "__init_subclass__", hook)
 
 
 MINOR = f"{sys.version_info[0]}.{sys.version_info[1]}"

@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT)]
 from kwflow import durable  # noqa: E402
 
 CASES = ROOT / "tests/unit/durable/value_cases.py"
-HOLDERS = "groups copies watches_its_dict watches_its_set dict_with_its_own_iterator values local_classes exceptions exceptions_that_set_up_themselves managers".split()
+HOLDERS = "groups copies watches_its_dict watches_its_set dict_with_its_own_iterator values local_classes classes_set_up exceptions exceptions_set_up managers".split()
 
 
 def generators() -> dict[str, object]:

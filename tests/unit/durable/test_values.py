@@ -68,7 +68,7 @@ def test_an_exception_of_the_standard_library_loads_where_its_module_was_not_imp
     assert done.stdout.strip() == "('told',)", done.stderr
 
 
-HOLDERS = "groups copies watches_its_dict watches_its_set changed_before_the_yield dict_with_its_own_iterator values local_classes exceptions exceptions_that_set_up_themselves managers".split()
+HOLDERS = "groups copies watches_its_dict watches_its_set changed_before_the_yield dict_with_its_own_iterator values local_classes classes_set_up exceptions exceptions_set_up managers".split()
 
 
 @pytest.mark.parametrize("name", HOLDERS)

@@ -424,6 +424,36 @@ class Slotted(Exception):
     __slots__ = ("code",)
 
 
+class Plugin(abc.ABC):
+    known = {}
+
+    def __init_subclass__(cls, *, key, **options):
+        super().__init_subclass__(**options)
+        cls.key = key
+        cls.known[key] = cls.label
+
+
+class Labelled(Exception):
+    def __init_subclass__(cls):
+        cls.shown = cls.label.upper()
+
+
+def classes_set_up():
+    class Mail(Plugin, key="mail"):
+        label = "m"
+
+    class Failed(Labelled):
+        label = "f"
+
+    class Again(Failed):
+        __slots__ = ()
+        label = "a"
+
+    mail, failed = Mail(), Again("x")
+    yield "waiting"
+    return [mail.key, type(mail) is Mail, Mail.__bases__ == (Plugin,), Mail.label, failed.shown, failed.args, isinstance(failed, Failed), Failed.shown, Again.__mro__ == (Again, Failed, *Labelled.__mro__)]
+
+
 def exceptions():
     def chain():
         try:
@@ -538,7 +568,7 @@ def fails(log):
             raise
 
 
-def exceptions_that_set_up_themselves():
+def exceptions_set_up():
     log = []
     unset, several, missing = Unset(1), Several([ValueError(1), KeyError(2)], code=5), Missing(code=7)
     try:
