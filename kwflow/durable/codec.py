@@ -130,6 +130,8 @@ class _Pickler(pickle.Pickler):
         """An object of a class that was not met before: how its objects are saved is kept."""
         if issubclass(cls, type):
             return self.class_(value)
+        if "<locals>" in cls.__qualname__:
+            self.remember_local(cls)
         if issubclass(cls, BaseException):
             _REDUCERS[cls] = _Pickler.exception
         elif hasattr(cls, "__durable_reenter__"):
@@ -141,6 +143,15 @@ class _Pickler(pickle.Pickler):
         else:
             plain.add(cls)
         return self.reducer_override(value)
+
+    def remember_local(self, cls: type[Any]) -> None:
+        """Each call of a function makes another class: what is kept must not keep all of them alive."""
+        if len(_local_classes) >= _LOCAL_CLASSES_MAX:
+            for known in _local_classes:
+                plain.discard(known)
+                _REDUCERS.pop(known, None)
+            _local_classes.clear()
+        _local_classes.append(cls)
 
     def reduced(self, value: Any) -> Any:
         reducer = reducer_of(type(value))
@@ -288,6 +299,8 @@ class _States(list[Any]):
 
 
 _checked: set[type] = set()  # classes that may be named; only positive answers, `allow_modules` may add some
+_local_classes: list[type] = []  # those that `plain` and `_REDUCERS` hold
+_LOCAL_CLASSES_MAX = 50
 _TYPES_WITHOUT_A_NAME = (type(None), type(NotImplemented), type(...))
 _REDUCERS: dict[type, Any] = {
     types.GeneratorType: _Pickler.generator,

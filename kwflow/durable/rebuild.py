@@ -342,7 +342,7 @@ def iterator_at(source: Any, way: str, position: int, size: int) -> Any:
 # -- values with no portable pickle of their own -------------------------------------------------------------------
 
 
-_exception_slots: dict[type[BaseException], tuple[tuple[str, ...], tuple[str, ...]]] = {}
+_exception_slots: weakref.WeakKeyDictionary[type[BaseException], tuple[tuple[str, ...], tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
 
 def exception_slots(cls: type[BaseException]) -> tuple[tuple[str, ...], tuple[str, ...]]:

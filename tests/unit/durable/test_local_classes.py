@@ -1,9 +1,11 @@
 """Classes that generated code has made inside a function: refused with the remedy, or, where it is allowed, saved by cloudpickle and bound to this minor."""
 
+import gc
 import json
 import pathlib
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -30,6 +32,35 @@ def main(o):
     yield kw.suspend("a")
     return [red is Colour.RED, red.shown(), point == Point(1, 2), point.y]
 '''
+
+
+def test_classes_that_are_made_again_and_again_do_not_stay() -> None:
+    """Each call makes its own; an engine runs for months."""
+    source = """
+def main():
+    class Failed(Exception):
+        pass
+    class Row:
+        pass
+    class Table(dict):
+        def __durable_reenter__(self):
+            pass
+    failed, row, table = Failed(), Row(), Table()
+    yield
+    return failed, row, table
+"""
+    module = durable.load_source("makes_classes", source, "makes_classes.py")
+    made: weakref.WeakSet[type] = weakref.WeakSet()
+    for _ in range(100):
+        gen = module.main()
+        next(gen)
+        durable.dumps(gen)
+        with pytest.raises(StopIteration) as stop:
+            next(gen)
+        made.update(map(type, stop.value.value))
+        del gen, stop
+    gc.collect()
+    assert len(made) < 100
 
 
 @pytest.fixture
