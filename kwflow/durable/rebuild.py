@@ -110,6 +110,8 @@ class Names:
     def function(self, module: str, path: str, cells: tuple[types.CellType, ...]) -> types.FunctionType:
         found = self._function(module, path)
         made = types.FunctionType(found.plain, found.namespace, found.name, None, cells)
+        if found.annotations:
+            made.__annotations__ = found.annotations.copy()
         return as_coroutine(made) if found.coroutine else made
 
     def named(self, module: str, qualname: str) -> Any:

@@ -56,6 +56,7 @@ class Function:
     labels: tuple[Label, ...]
     compile_cold: Callable[[], types.CodeType]
     compile_plain: Callable[[], types.CodeType]
+    compile_annotated: Callable[[], types.CodeType]
     home: Module = field(init=False, repr=False)  # set by who makes it
 
     @functools.cached_property
@@ -71,6 +72,14 @@ class Function:
     def plain(self) -> types.CodeType:
         """The function itself, compiled alone, so that a closure can be built around saved cells."""
         return self._registered(self.compile_plain(), self.free)
+
+    @functools.cached_property
+    def annotations(self) -> dict[str, Any]:
+        """Those of a closure that is made again, as far as its module can tell them."""
+        try:
+            return types.FunctionType(self.compile_annotated(), self.namespace)().__annotations__  # type: ignore[no-any-return]
+        except Exception:  # the author's code
+            return {}
 
     def _registered(self, code: types.CodeType, names: tuple[str, ...]) -> types.CodeType:
         if code.co_freevars != names:

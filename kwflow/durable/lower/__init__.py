@@ -99,7 +99,8 @@ class _Functions(Mapping[str, Function]):
         path, unit, own_name, qualname, generator, coroutine, how, lineno, arguments, free, captured, labels = fact
         kind, compiled = "generator" if generator else "function", functools.partial(self._later.compile, path)
         where, names, labelled = (lineno, self._later.filename), (arguments, free, captured), tuple(map(Label._make, labels))
-        made = Function(self._name, self._version, path, unit, own_name, qualname, kind, coroutine, *where, *names, labelled, functools.partial(compiled, "cold"), functools.partial(compiled, how))
+        codes = [functools.partial(compiled, how) for how in ("cold", how, "annotated")]
+        made = Function(self._name, self._version, path, unit, own_name, qualname, kind, coroutine, *where, *names, labelled, *codes)
         made.home = self.home
         return made
 

@@ -5,6 +5,7 @@ a closure).  Alone means inside a factory that makes every captured name a free 
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import operator
@@ -15,7 +16,7 @@ from typing import Any
 from kwflow.durable.fingerprint import without_docstring
 from kwflow.durable.lower.emit import assign, call, constant, helper, is_bound, load, located, store
 from kwflow.durable.lower.inner import as_def, forwarded, no_arguments, template
-from kwflow.durable.lower.scopes import Comprehension, Scope, has_yield, mangle, node_fields
+from kwflow.durable.lower.scopes import Comprehension, Scope, every_argument, has_yield, mangle, node_fields
 from kwflow.durable.lower.statements import Statements
 from kwflow.durable.registry import Label
 
@@ -118,6 +119,24 @@ class ModuleLowering:
             raise TypeError(type(node).__name__)
         arguments = Rewriter(self, scope, scope.class_name).arguments(node.args, bare=True)
         return self._alone(ast.FunctionDef(f"@def {node.name}", arguments, forwarded(node, scope, scope.frame_path), [], None), scope, scope.free, node)
+
+    def annotated(self, node: ast.AST, scope: Scope) -> types.CodeType:
+        """Makes a function that has its annotations, but those that mention variables of the functions and classes around it."""
+        local, outer = set[str](), scope.parent
+        while outer is not None and outer.kind != "module":
+            local, outer = local | outer.bound, outer.parent
+
+        def known(annotation: ast.expr | None) -> ast.expr | None:
+            if annotation is None or self.flags & __future__.annotations.compiler_flag:
+                return annotation
+            return None if any(isinstance(one, ast.Name) and one.id in local for one in ast.walk(annotation)) else annotation
+
+        factory: Any = ast.parse("def factory():\n    def annotated(): pass\n    return annotated").body[0]
+        made, written = factory.body[0], as_def(node).args
+        made.args, made.returns = Rewriter(self, scope, scope.class_name).arguments(written, bare=True), known(getattr(node, "returns", None))
+        for argument, at in zip(every_argument(made.args), every_argument(written), strict=True):
+            argument.annotation = known(at.annotation)
+        return next(const for const in self.compile(located(ast.Module([factory], []))).co_consts if isinstance(const, types.CodeType))
 
     def _alone(self, inner: Any, scope: Scope, captured: tuple[str, ...], at: ast.AST) -> types.CodeType:
         """Its code with `captured` as free variables; `inner` is a lambda, or a def named `@...`: a name of its own that recursive calls do not mean."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ITERATOR", "RESULT", "Comprehension", "Scope", "analyze", "child_nodes", "has_yield", "mangle", "node_fields"]
+__all__ = ["ITERATOR", "RESULT", "Comprehension", "Scope", "analyze", "child_nodes", "every_argument", "has_yield", "mangle", "node_fields"]
 
 Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 ITERATOR = ".iterator"  # the argument of a comprehension that is a function: its first iterable, evaluated outside
@@ -159,13 +159,13 @@ def _defaults(args: ast.arguments) -> Iterator[ast.AST]:
     yield from (default for default in args.kw_defaults if default is not None)
 
 
-def _arguments(args: ast.arguments) -> list[ast.arg]:
+def every_argument(args: ast.arguments) -> list[ast.arg]:
     every = [*args.posonlyargs, *args.args, *args.kwonlyargs]
     return every + [arg for arg in (args.vararg, args.kwarg) if arg is not None]
 
 
 def _annotations(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.AST]:
-    for arg in _arguments(node.args):
+    for arg in every_argument(node.args):
         if arg.annotation is not None:
             yield arg.annotation
     if node.returns is not None:
@@ -319,7 +319,7 @@ class _Builder:
 
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda, scope: Scope, name: str, body: list[ast.stmt] | list[ast.expr]) -> None:
         child = self._child("function", node, scope, name)
-        arguments = [mangle(arg.arg, scope.class_name) for arg in _arguments(node.args)]
+        arguments = [mangle(arg.arg, scope.class_name) for arg in every_argument(node.args)]
         child.arguments = tuple(arguments)
         child.bound.update(arguments)
         for part in body:

@@ -107,6 +107,44 @@ def test_a_generator_that_holds_itself_and_a_closure_in_its_own_cell_survive(cod
     assert any(cell.cell_contents[0] is copy for cell in state.cells if isinstance(cell.cell_contents, list))
 
 
+TOOLS = """{0}import inspect
+class Doc:
+    pass
+int_, local = int, None
+def main():
+    class Row:
+        async def fetch(self, doc: Doc) -> Doc:
+            pass
+    def tool(query: str, /, limit: int_ = 3, *docs: Doc, loud: "bool" = False, **more: dict[str, Doc]) -> list[str]:
+        return [query]
+    local = Row
+    def near(row: Row, doc: Doc) -> local:
+        pass
+    tools = [tool, near, Row.fetch, lambda x: x]
+    yield
+    yield [inspect.signature(one) for one in tools], [one.__annotations__ for one in tools], Row, Doc
+"""
+
+
+def test_a_closure_keeps_its_annotations() -> None:
+    """What is made of a function's signature, such as the schema of a tool, is the same after a restore; what only the call knows is left out."""
+    gen = durable.load_source("annotated_tools", TOOLS.format(""), "annotated_tools.py").main()
+    next(gen)
+    saved = durable.dumps(gen)
+    shown, (tool, near, fetch, none), _, doc = next(durable.loads(saved))
+    native_shown, native, *_ = next(gen)
+    assert str(shown[0]) == str(native_shown[0])
+    assert [[*tool.items()], fetch, none] == [[*native[0].items()], native[2], {}]
+    assert near == {"doc": doc}
+
+
+def test_a_closure_keeps_annotations_that_are_text() -> None:
+    gen = durable.load_source("told_tools", TOOLS.format("from __future__ import annotations\n"), "told_tools.py").main()
+    next(gen)
+    saved = durable.dumps(gen)
+    assert str(next(durable.loads(saved))) == str(next(gen))
+
+
 def test_a_chain_of_20000_generators_is_saved_without_recursion(code: Any) -> None:
     gens = [code.leaf()]
     next(gens[0])
