@@ -8,7 +8,7 @@ import pytest
 
 from kwflow import durable
 from kwflow.durable import codec, registry, versions
-from kwflow.errors import CodeChangedError
+from kwflow.errors import CodeChangedError, UnsavableError
 
 _count = itertools.count()
 
@@ -150,6 +150,67 @@ def test_class_changes_alone_pin_nothing(site: Deployed) -> None:
     restored, pins = site.load(saved)
     assert not pins
     assert next(restored).y == 2
+
+
+SHOWN = "[(name, getattr(value, name, 'absent')) for name in 'abz']"
+FIELDS = {"before": "    z: int = 9\n    a: int = 1\n    b: int = 2\n", "after": "    a: int = 1\n    b: int = 2\n    z: int = 9\n"}
+KEPT, SHIFTED = [("a", 1), ("b", 3), ("z", "absent")], [("a", 3), ("b", "absent"), ("z", 1)]
+DEFAULTED = [*KEPT[:2], ("z", 9)]
+CHANGED = {
+    "a dataclass": ("@dataclass\nclass P:\n", DEFAULTED, DEFAULTED),
+    "a frozen one": ("@dataclass(frozen=True)\nclass P:\n", DEFAULTED, DEFAULTED),
+    "one with slots": ("@dataclass(slots=True)\nclass P:\n", KEPT, KEPT),
+    "a frozen one with slots": ("@dataclass(frozen=True, slots=True)\nclass P:\n", SHIFTED, KEPT),
+    "a named tuple": ("class P(NamedTuple):\n", [("a", 3), ("b", 2), ("z", 1)], DEFAULTED),
+    "an attrs class": ("@attrs.define\nclass P:\n", KEPT, KEPT),
+    "a pydantic model": ("class P(pydantic.BaseModel):\n", KEPT, KEPT),
+    "a msgspec struct": ("class P(msgspec.Struct):\n", [("a", 3), ("b", 2), ("z", 1)], DEFAULTED),
+    "one with kw_only": ("class P(msgspec.Struct, kw_only=True):\n", DEFAULTED, DEFAULTED),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_what_old_objects_are_in_a_class_that_got_a_field(site: Deployed, what: str) -> None:
+    """As docs/CODE.md has it, in a field put before the others and after them."""
+    head, *expected = CHANGED[what]
+    imports = "from dataclasses import dataclass\nfrom typing import NamedTuple\nimport attrs, msgspec, pydantic\n"
+    text = f"{imports}{head}{{}}def hold():\n    value = P(a=1, b=3)\n    yield\n    yield {SHOWN}\n"
+    gen = site.deploy(text.format("    a: int = 1\n    b: int = 2\n")).hold()
+    next(gen)
+    saved = site.save(gen)
+    for place, found in zip(FIELDS, expected, strict=True):
+        site.deploy(text.format(FIELDS[place]))
+        assert next(site.load(saved)[0]) == found
+
+
+@pytest.mark.parametrize("head", ["@attrs.define", "@dataclass(frozen=True, slots=True)"])
+def test_an_object_that_lacks_a_field_is_not_saved_again_unless_setstate_sets_it(site: Deployed, head: str) -> None:
+    """As docs/CODE.md has it: what such a class generates reads every field."""
+    text = f"from dataclasses import dataclass\nimport attrs\n{head}\nclass P:\n{{}}def hold():\n    value = P(a=1, b=3)\n    yield\n    yield {SHOWN}\n"
+    gen = site.deploy(text.format("    a: int = 1\n    b: int = 2\n")).hold()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy(text.format(FIELDS["after"]))
+    with pytest.raises(UnsavableError, match="no attribute 'z'"):
+        site.again(saved)
+    setstate = "    def __setstate__(self, state):\n        for name, value in zip('abz', [*state, 9]):\n            object.__setattr__(self, name, value)\n"
+    if "attrs" not in head:  # whose state is another one then
+        site.deploy(text.format(FIELDS["after"] + setstate))
+        assert next(site.again(saved)) == DEFAULTED
+
+
+ENUMS = {"RED = 1\n    ROUND = 3": "RED", "ROUGE = 1": "ROUGE", "NEW = enum.auto()\n    RED = enum.auto()": "NEW", "RED = enum.auto()\n    NEW = enum.auto()": "RED"}
+
+
+@pytest.mark.parametrize(("now", "found"), ENUMS.items())
+def test_an_enums_member_is_the_one_that_has_its_value_now(site: Deployed, now: str, found: str) -> None:
+    """As docs/CODE.md has it."""
+    text = "import enum\nclass C(enum.Enum):\n    {}\ndef hold():\n    value = [*C][0]\n    yield\n    yield value.name\n"
+    gen = site.deploy(text.format("RED = enum.auto()")).hold()
+    next(gen)
+    saved = site.save(gen)
+    site.deploy(text.format(now))
+    assert next(site.again(saved)) == found
 
 
 def test_a_class_that_is_gone_is_found_in_the_stored_version(site: Deployed) -> None:
