@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import gc
 import inspect
 import itertools
 import operator
@@ -17,7 +18,7 @@ from typing import Any, NoReturn, Protocol
 from kwflow.durable import awaiting
 from kwflow.durable.registry import RUNTIME, Module, Place, function_of, register_code
 
-__all__ = ["Driver", "Resume", "Runtime", "abandoning", "delegate", "inject", "set_abandoning", "set_driving"]
+__all__ = ["Driver", "Resume", "Runtime", "abandoning", "clean_up_here", "delegate", "inject", "set_abandoning", "set_driving"]
 
 _forget_by_default = False
 
@@ -40,6 +41,7 @@ class Driver(Protocol):
 
 class _Thread(threading.local):
     forget: bool | None = None  # None: as the process does by default
+    collecting = False
     driver: Driver | None = None
 
 
@@ -56,7 +58,7 @@ def set_driving(forget: bool | None, driver: Driver | None) -> tuple[bool | None
 def abandoning() -> bool:
     """Whether a GeneratorExit that arrives now means "forgotten": cleanup of the author is skipped (G8)."""
     forget = _thread.forget
-    return _forget_by_default if forget is None else forget
+    return _forget_by_default if forget is None or _thread.collecting else forget
 
 
 def set_abandoning(value: bool | None, everywhere: bool = False) -> bool | None:
@@ -67,6 +69,17 @@ def set_abandoning(value: bool | None, everywhere: bool = False) -> bool | None:
         return before
     previous, _thread.forget = _thread.forget, value
     return previous
+
+
+def clean_up_here() -> None:
+    """On this thread, where no workflow runs, what is dropped is cleaned up, but what a collection finds: that may be a workflow's."""
+    _thread.forget = False
+    if _collects not in gc.callbacks:
+        gc.callbacks.append(_collects)
+
+
+def _collects(phase: str, _: object) -> None:
+    _thread.collecting = phase == "start"
 
 
 def forget_frames(error: BaseException) -> None:

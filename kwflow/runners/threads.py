@@ -16,6 +16,8 @@ import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from kwflow.durable.runtime import clean_up_here
+
 __all__ = ["AsyncCall", "Loops", "Threads", "place_of"]
 
 _STUCK_S = 10.0
@@ -57,6 +59,7 @@ class Threads:
         return time.monotonic()
 
     def _work(self, call: Callable[[], None] | None) -> None:
+        clean_up_here()
         while call is not None:
             call()
             with self._lock:
@@ -87,6 +90,7 @@ class _Loop(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        clean_up_here()
         asyncio.set_event_loop(self.loop)
         while not self.closing:
             try:

@@ -1,6 +1,7 @@
 """The executor of activities, with real threads and a real event loop: whatever an activity does, it ends as a record and the next one runs."""
 
 import asyncio
+import gc
 import itertools
 import pathlib
 import threading
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 
 import kwflow as kw
+from kwflow import durable
 from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
 from kwflow.runners import dispatch, threads
 from kwflow.runners.dispatch import Dispatcher
@@ -95,6 +97,49 @@ def test_a_def_and_an_async_def_answer_with_their_result(engine: Engine) -> None
     engine.start(make(later), 4, id="b")
     assert engine.answer("a") == {"ref": "0:1", "value": 8}
     assert engine.answer("b") == {"ref": "0:1", "value": 5}
+
+
+HELPERS = """
+def rows(log, more):
+    try:
+        yield 1
+        yield 2
+    finally:
+        log.append("cleaned up")
+"""
+
+
+def test_what_an_activity_drops_is_cleaned_up_and_what_a_collection_finds_meanwhile_is_a_workflows_and_is_not(engine: Engine) -> None:
+    """G8 is for workflows: an engine skips the cleanup of generators that it forgets, and cyclic collections run on any thread."""
+    rows = durable.load_source("helpers_of_activities", HELPERS).rows
+    log: list[str] = []
+
+    def stops() -> int:
+        for _ in rows(log, None):
+            break
+        return len(log)
+
+    async def later() -> int:
+        return stops()
+
+    def collects() -> int:
+        gc.collect()
+        return len(log)
+
+    before = durable.set_abandoning(True, everywhere=True)
+    try:
+        engine.start(make(stops), id="a")
+        assert engine.answer("a")["value"] == 1
+        engine.start(make(later), id="b")
+        assert engine.answer("b")["value"] == 2
+        more: list[Any] = []
+        more.append(rows(log, more))
+        next(more[0])
+        del more
+        engine.start(make(collects), id="c")
+        assert engine.answer("c")["value"] == 2
+    finally:
+        durable.set_abandoning(before, everywhere=True)
 
 
 def test_an_activity_knows_its_workflow_attempt_and_key(engine: Engine) -> None:
