@@ -12,6 +12,7 @@ import collections
 import enum
 import gc
 import itertools
+import operator
 import re
 import struct
 import sys
@@ -270,7 +271,10 @@ def _logger(value: Any) -> Any:
 
 
 def _enum(value: Any) -> Any:
-    """By its value on every minor; some reduce to `getattr`, which nothing may name."""
+    """By its value on every minor; some reduce to `getattr`, which nothing may name.  A value that only equals itself, such as a function, finds no member after a restore."""
+    equal: Any = type(value._value_).__eq__
+    if equal is object.__eq__ and value._name_ is not None:
+        return operator.getitem, (type(value), value._name_)
     return type(value), (value._value_,)
 
 

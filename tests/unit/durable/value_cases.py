@@ -230,6 +230,12 @@ class Concrete(Meta):
 Amount = typing.NewType("Amount", int)
 
 
+class Way(enum.Enum):
+    ROUND = enum.member(functools.partial(round, ndigits=1))
+    UNSET = object()
+    SLOTS = Slots()
+
+
 def values():
     import json
     import os.path as path
@@ -256,7 +262,7 @@ def values():
     partial = functools.partial(int, base=2)
     add, pick, upper, get, join, has, put = operator.add, operator.itemgetter(1), str.upper, d.get, ",".join, d.__contains__, functools.partial(d.__setitem__, "put")
     fromkeys, search, roots = dict.fromkeys, pattern.search, math.sqrt
-    method, amount = item.tags.append, Amount
+    method, amount, ways = item.tags.append, Amount, [*Way]
     chance = random.Random(7)
     deflt = lambda a, b=shared, *, c=shared: (a, b, c)
     odd = (Ellipsis, NotImplemented, slice(1, 2), range(3), 1j, bytearray(b"x"), frozenset("a"))
@@ -312,6 +318,7 @@ def values():
         head.unpack(b"\1\0\0\0"),
         partial("101"),
         amount is Amount,
+        [way is Way[way.name] for way in ways],
         add(1, 2),
         pick("xyz"),
         upper("a"),
