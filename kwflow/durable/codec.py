@@ -140,6 +140,8 @@ class _Pickler(pickle.Pickler):
             _REDUCERS[cls] = _Pickler.reduced
         elif isinstance(_as_pickle_reduces(value), str):
             _REDUCERS[cls] = _Pickler.by_name
+        elif _cannot_be_filled(cls):
+            _REDUCERS[cls] = _Pickler.unfilled
         else:
             plain.add(cls)
         return self.reducer_override(value)
@@ -169,6 +171,14 @@ class _Pickler(pickle.Pickler):
         if not names.allowed(module, name, value):
             raise Refused(f"{module}.{name} of a module that is not durable; list it under snapshot_modules in kwflow.toml, or use it where it is needed")
         return name
+
+    def unfilled(self, value: Any) -> Any:
+        known = self.sentinel(value)
+        made = known or value.__reduce_ex__(_PROTOCOL)
+        if known is None and len(made) > 2 and made[2] is not None:
+            name = type(value).__qualname__
+            raise Refused(f"the __getattr__ of {name} fails while an object has no attributes yet, so that it would not load; let it raise AttributeError for names that begin with __")
+        return made
 
     def resource(self, value: Any) -> Any:
         known = self.sentinel(value)
@@ -296,6 +306,21 @@ class _States(list[Any]):
             if (place - _TOGETHER) % (_TOGETHER - 1) == 0:
                 yield None
             yield self[place]
+
+
+def _cannot_be_filled(cls: Any) -> bool:
+    """Whether `__getattr__` fails where an unpickler asks an empty object for `__setstate__`."""
+    if not hasattr(cls, "__getattr__") or cls.__reduce__ is not object.__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__:
+        return False
+    try:
+        empty = cls.__new__(cls)
+    except Exception:  # it wants arguments
+        return False
+    try:
+        getattr(empty, "__setstate__", None)
+    except Exception:
+        return True
+    return False
 
 
 _checked: set[type] = set()  # classes that may be named; only positive answers, `allow_modules` may add some

@@ -371,6 +371,39 @@ def test_the_way_to_the_culprit_leads_past_a_key_that_cannot_be_shown(code: Any)
     assert (error.variable, error.type_name) == ("value", "Unshown"), str(error)
 
 
+DELEGATES = """
+class Settings:
+    def __init__(self, held):
+        self.held = held
+    def __getattr__(self, name):
+        return self.held[name]
+class Row(dict):
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__
+class Careful(Settings):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.held[name]
+def main(value):
+    yield
+    yield value.limit
+"""
+
+
+def test_an_object_whose_getattr_fails_before_it_has_attributes_is_refused_and_does_not_fail_to_load() -> None:
+    """An unpickler asks an empty object for `__setstate__`; one that needs no filling, and a class that says it has none, are kept."""
+    module = durable.load_source("delegating", DELEGATES, "delegating.py")
+    for value in (module.Row(limit=3), module.Careful({"limit": 3})):
+        gen = module.main(value)
+        next(gen)
+        assert next(durable.loads(durable.dumps(gen))) == 3
+    for _ in range(2):
+        error = error_of(module.main(module.Settings({"limit": 3})))
+        assert error.variable == "value"
+        assert "the __getattr__ of Settings fails while an object has no attributes yet" in str(error)
+
+
 NAMED = """
 import functools, typing
 class Price:
