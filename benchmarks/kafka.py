@@ -62,7 +62,7 @@ class Lab:
                 process.wait(60)
 
     def engine(self, *options: str) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
-        return self.running("-m", "kwflow.cli", "engine", "bench_workflows.py", "--state-dir", str(self.config.state_dir), *options)
+        return self.running("-m", "kwflow", "engine", "bench_workflows.py", "--state-dir", str(self.config.state_dir), *options)
 
     def loop(self, size: int) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
         return self.running("-m", "benchmarks.kafka_bare", self.config.bootstrap_servers, self.config.resume_topic, self.bare, str(size))

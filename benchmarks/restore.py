@@ -32,7 +32,7 @@ def measure(directory: pathlib.Path) -> None:
         figure("restored instances, bytes each", size)
         port = free_port()
         state = str(lab.config.state_dir)
-        with lab.running("-m", "kwflow.cli", "engine", "bench_workflows.py", "--state-dir", state, "--http", f"127.0.0.1:{port}") as process:
+        with lab.running("-m", "kwflow", "engine", "bench_workflows.py", "--state-dir", state, "--http", f"127.0.0.1:{port}") as process:
             begun = 0.0
             while (reached := progress(port)) is None or reached < PARTITIONS:
                 if reached and not begun:

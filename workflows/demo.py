@@ -59,7 +59,7 @@ class Timeline:
 
 
 def engine(directory: pathlib.Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "kwflow.cli", "engine", str(TRIP), "--embedded", str(directory)]
+    command = [sys.executable, "-m", "kwflow", "engine", str(TRIP), "--embedded", str(directory)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stderr is not None
     if "runs in" not in process.stderr.readline():

@@ -118,7 +118,7 @@ def engine(
     if processes > 1 and (embedded is not None or runner is Runner.faust):
         raise UsageError("--processes is for Kafka: one process alone holds an embedded directory, and of Faust's workers start as many as you like, each with its own --state-dir")
     if processes > 1 and settings.supervisor_pid is None:
-        raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow.cli", *sys.argv[1:]], processes, _signals(lambda _: None), log_of(settings)))
+        raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow", *sys.argv[1:]], processes, _signals(lambda _: None), log_of(settings)))
     if runner is Runner.faust:
         _run_in_faust(settings, modules, app_dir, with_scheduler or embedded is not None)
     with ends_in_its_log(settings):

@@ -79,7 +79,7 @@ class Site:
         return answers
 
     def kwflow(self, *arguments: str) -> None:
-        subprocess.run([sys.executable, "-m", "kwflow.cli", *arguments], env=self.environment, cwd=ROOT, check=True, timeout=60)
+        subprocess.run([sys.executable, "-m", "kwflow", *arguments], env=self.environment, cwd=ROOT, check=True, timeout=60)
 
     def start(self, name: str) -> None:
         what = ["scheduler"] if name == "scheduler" else ["engine", "tests/chaos/work.py"]

@@ -27,7 +27,7 @@ class Shell:
         return done.stdout + done.stderr
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "kwflow.cli", *arguments, "--embedded", str(self.directory)]
+        return [sys.executable, "-m", "kwflow", *arguments, "--embedded", str(self.directory)]
 
     def engine(self, *modules: str, file_bytes_max: int | None = None) -> "subprocess.Popen[str]":
         """With a limit, it is as on a disk that is full: writes beyond it fail."""

@@ -90,12 +90,12 @@ def test_the_version_is_that_of_the_package() -> None:
 @pytest.mark.slow
 def test_the_answer_that_run_proposes_is_one_that_it_takes(tmp_path: pathlib.Path) -> None:
     (tmp_path / "asking.py").write_text("import kwflow as kw\ndef main(opts):\n    return (yield kw.suspend('go'))\n")
-    command = [sys.executable, "-m", "kwflow.cli", "run", "asking.py", "--embedded", "where it is"]
+    command = [sys.executable, "-m", "kwflow", "run", "asking.py", "--embedded", "where it is"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None and running.stderr is not None
         proposed = running.stderr.readline().rpartition("answer with: kwflow ")[2].replace("JSON", "42").strip()
-        done = subprocess.run([sys.executable, "-m", "kwflow.cli", *shlex.split(proposed)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([sys.executable, "-m", "kwflow", *shlex.split(proposed)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         assert running.stdout.read() == "42\n"
 
@@ -118,7 +118,7 @@ def child(number):
 @pytest.mark.slow
 def test_run_finds_its_outcome_behind_those_of_a_thousand_children(tmp_path: pathlib.Path) -> None:
     (tmp_path / "many.py").write_text(MANY)
-    command = [sys.executable, "-m", "kwflow.cli", "run", str(tmp_path / "many.py"), "--input", "1100", "--embedded", str(tmp_path / "state")]
+    command = [sys.executable, "-m", "kwflow", "run", str(tmp_path / "many.py"), "--input", "1100", "--embedded", str(tmp_path / "state")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "1100\n", done.stderr
 
@@ -136,7 +136,7 @@ def main(number):
         raise ValueError(number)
     return number
 """)
-    command = [sys.executable, "-m", "kwflow.cli", "run", str(tmp_path / "writes.py"), "--input", str(number), "--embedded", str(tmp_path / "state")]
+    command = [sys.executable, "-m", "kwflow", "run", str(tmp_path / "writes.py"), "--input", str(number), "--embedded", str(tmp_path / "state")]
     environment = {**os.environ, "KWFLOW_ERROR_TOPIC": "workflow-result"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.returncode) == ("42\n" if code == 0 else "", code), done.stderr
@@ -156,11 +156,11 @@ def test_what_records_hold_is_printed_as_it_is_and_no_terminal_obeys_it(tmp_path
     (tmp_path / "echo.py").write_text("import kwflow as kw\ndef main(opts):\n    yield kw.sleep(0)\n    return opts\n")
     state = ["--embedded", str(tmp_path / "state")]
     id, value = "[red]urn:key:7", '{"at":"urn:key:7 :smile: [bold]x"}'
-    done = subprocess.run([sys.executable, "-m", "kwflow.cli", "run", str(tmp_path / "echo.py"), "--id", id, "--input", value, *state], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-m", "kwflow", "run", str(tmp_path / "echo.py"), "--id", id, "--input", value, *state], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == value + "\n"
     submit(tmp_path / "state", "workflow-resume", b"waits \x1b[31m", b"new:1")
     submit(tmp_path / "state", "workflow-resume", b"\x1b]0;title\x07|", b"\x1b[2J\xff")
-    with subprocess.Popen([sys.executable, "-m", "kwflow.cli", "engine", str(tmp_path / "echo.py"), *state], stderr=subprocess.PIPE, text=True) as engine:
+    with subprocess.Popen([sys.executable, "-m", "kwflow", "engine", str(tmp_path / "echo.py"), *state], stderr=subprocess.PIPE, text=True) as engine:
         assert engine.stderr is not None
         engine.stderr.readline()
         said = engine.stderr.readline()
@@ -229,7 +229,7 @@ def test_options_are_environment_variables_too(tmp_path: pathlib.Path) -> None:
     """ARCHITECTURE §2: `kwflow …`."""
     environment = {**os.environ, "KWFLOW_EMBEDDED": str(tmp_path / "s"), "KWFLOW_RUN_INPUT": "[20, 22]"}
     (tmp_path / "adding.py").write_text("def main(opts):\n    return sum(opts)\n    yield\n")
-    done = subprocess.run([sys.executable, "-m", "kwflow.cli", "run", str(tmp_path / "adding.py")], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-m", "kwflow", "run", str(tmp_path / "adding.py")], env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "42\n", done.stderr
 
 
@@ -362,7 +362,7 @@ def _handled(pid: int) -> bool:
 def test_no_broker_is_one_line_and_exit_code_3() -> None:
     """3 means: start me again."""
     done = subprocess.run(
-        [sys.executable, "-m", "kwflow.cli", "engine", TRIP, "--bootstrap-servers", "127.0.0.1:1"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "kwflow", "engine", TRIP, "--bootstrap-servers", "127.0.0.1:1"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 3
     assert len(done.stderr.splitlines()) == 1 and "no broker at 127.0.0.1:1" in done.stderr, done.stderr

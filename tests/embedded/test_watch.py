@@ -233,7 +233,7 @@ def main(opts):
 def test_warnings_of_libraries_and_of_the_loader_are_lines_of_the_log_unless_the_module_has_a_log_of_its_own(own: bool, tmp_path: pathlib.Path) -> None:
     (tmp_path / "warns.py").write_text(WARNS + ("logging.basicConfig(format='mine: %(message)s')\n" if own else ""))
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "kwflow.cli"]
+    command = [sys.executable, "-m", "kwflow"]
     subprocess.run([*command, "start", "w", "--input", "7", "--embedded", "state"], cwd=tmp_path, env=environment, check=True, timeout=60)
     with subprocess.Popen([*command, "engine", "warns.py", "--embedded", "state", "--log-format", "json"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as engine:
         assert engine.stderr is not None
@@ -252,7 +252,7 @@ def test_warnings_of_libraries_and_of_the_loader_are_lines_of_the_log_unless_the
 @pytest.mark.slow
 def test_the_engine_answers_and_logs_json_by_option(tmp_path: pathlib.Path) -> None:
     (tmp_path / "watched.py").write_text(SOURCE)
-    command = [sys.executable, "-m", "kwflow.cli", "engine", "watched.py", "--embedded", "state", "--http", "127.0.0.1:0", "--log-format", "json"]
+    command = [sys.executable, "-m", "kwflow", "engine", "watched.py", "--embedded", "state", "--http", "127.0.0.1:0", "--log-format", "json"]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     engine = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     assert engine.stderr is not None

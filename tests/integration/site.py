@@ -37,7 +37,7 @@ class Site:
         return f"{self.application}-{name}"
 
     def run(self, *arguments: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "kwflow.cli", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([sys.executable, "-m", "kwflow", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -46,12 +46,12 @@ class Site:
 
     def fails(self, code: int, *arguments: str, typed: str = "") -> str:
         """What a command says that ends with this exit code."""
-        done = subprocess.run([sys.executable, "-m", "kwflow.cli", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, input=typed, timeout=60, check=False)
+        done = subprocess.run([sys.executable, "-m", "kwflow", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, input=typed, timeout=60, check=False)
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout + done.stderr
 
     def engine(self, name: str = "one", module: str = TRIP, scheduler: bool = True, *more: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "kwflow.cli", "engine", module, "--state-dir", str(self.directory / name), *(["--with-scheduler"] if scheduler else []), *more]
+        command = [sys.executable, "-m", "kwflow", "engine", module, "--state-dir", str(self.directory / name), *(["--with-scheduler"] if scheduler else []), *more]
         log = open(self.directory / f"{name}.log", "a")
         process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stderr=log, text=True)
         self.processes.append(process)

@@ -79,12 +79,12 @@ class Application:
         self.run("topics", "create", "--partitions", "4")
 
     def run(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-m", "kwflow.cli", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([sys.executable, "-m", "kwflow", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout + done.stderr
 
     def engine(self, name: str = "one") -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "kwflow.cli", "engine", str(self.module), "--state-dir", str(self.directory / name), "--with-scheduler"]
+        command = [sys.executable, "-m", "kwflow", "engine", str(self.module), "--state-dir", str(self.directory / name), "--with-scheduler"]
         with open(self.directory / f"{name}.log", "a") as log:
             self.processes.append(subprocess.Popen(command, env=self.environment, cwd=ROOT, stderr=log, text=True))
         return self.processes[-1]

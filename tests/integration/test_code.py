@@ -46,7 +46,7 @@ def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site
 
 
 def engine(site: Site, code: str, name: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "kwflow.cli", "engine", "shop", "--app-dir", str(site.directory / code), "--state-dir", str(site.directory / name)]
+    command = [sys.executable, "-m", "kwflow", "engine", "shop", "--app-dir", str(site.directory / code), "--state-dir", str(site.directory / name)]
     process = subprocess.Popen(command, env=site.environment, cwd=pathlib.Path(__file__).parents[2], stderr=open(site.directory / f"{name}.log", "a"), text=True)
     site.processes.append(process)
     return process

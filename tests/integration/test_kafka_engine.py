@@ -206,14 +206,14 @@ def test_missing_or_wrong_topics_stop_the_engine_with_one_line(broker: str, appl
     admin = AdminClient({"bootstrap.servers": broker, "log_level": 0})
 
     def started(*more: str) -> str:
-        command = [sys.executable, "-m", "kwflow.cli", "engine", TRIP, "--bootstrap-servers", broker, "--application-id", application, "--state-dir", str(tmp_path), *more]
+        command = [sys.executable, "-m", "kwflow", "engine", TRIP, "--bootstrap-servers", broker, "--application-id", application, "--state-dir", str(tmp_path), *more]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "KWFLOW_RESUME_TOPIC": f"{application}-resume"})
         assert done.returncode == 1, done.stderr
         assert "Traceback" not in done.stderr
         return done.stderr
 
     assert f"topic {application}-resume is missing" in started("--wait-for-broker", "0.6")
-    start = [sys.executable, "-m", "kwflow.cli", "start", "w", "--bootstrap-servers", broker]
+    start = [sys.executable, "-m", "kwflow", "start", "w", "--bootstrap-servers", broker]
     done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "KWFLOW_RESUME_TOPIC": f"{application}-resume"})
     assert f"did not take the record for {application}-resume: Broker: Unknown topic" in done.stderr, done.stderr
     wrong = NewTopic(f"{application}-state-changelog", 3, 1, config={"cleanup.policy": "delete"})

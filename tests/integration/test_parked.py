@@ -89,7 +89,7 @@ def resent(site: Site) -> list[str]:
 def test_letters_are_sent_again_once_although_the_command_is_killed_again_and_again(site: Site) -> None:
     """K13: a letter and its mark are in one transaction; the next command ends the one that a killed one left open."""
     expected, chance = letters(site), random.Random(5)
-    command = [sys.executable, "-m", "kwflow.cli", "dead-letters", "retry", "--all"]
+    command = [sys.executable, "-m", "kwflow", "dead-letters", "retry", "--all"]
     for _ in range(5):
         process = subprocess.Popen(command, env={**site.environment, "PYTHONUNBUFFERED": "1"}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert process.stdout is not None

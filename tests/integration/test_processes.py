@@ -28,7 +28,7 @@ class Many(Site):
         self.log = directory / "many.log"
 
     def supervisor(self, *more: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "kwflow.cli", "engine", TRIP, "--processes", "2", "--with-scheduler", "--http", f"127.0.0.1:{self.port}", "--state-dir", str(self.directory / "many"), *more]
+        command = [sys.executable, "-m", "kwflow", "engine", TRIP, "--processes", "2", "--with-scheduler", "--http", f"127.0.0.1:{self.port}", "--state-dir", str(self.directory / "many"), *more]
         process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stderr=open(self.log, "a"), text=True)
         self.processes.append(process)
         return process

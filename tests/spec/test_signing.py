@@ -253,7 +253,7 @@ def test_a_snapshot_under_another_id_is_not_loaded() -> None:
 
 def test_show_needs_no_key_and_says_what_the_header_is_worth(tmp_path: pathlib.Path) -> None:
     (tmp_path / "signing.py").write_text(SOURCE)
-    command = [sys.executable, "-m", "kwflow.cli"]
+    command = [sys.executable, "-m", "kwflow"]
     keyed = {"KWFLOW_SNAPSHOT_KEYS": json.dumps([ONE]), "KWFLOW_EMBEDDED": str(tmp_path / "state")}
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
 

@@ -82,7 +82,7 @@ def test_who_waits_for_its_broker_ends_when_it_is_asked_to(command: list[str], t
     """It went on for all of the time, and ended with 3: start me again."""
     (tmp_path / "plain.py").write_text("def main(opts):\n    return 1\n    yield\n")
     (tmp_path / "kwflow.toml").write_text("[app]\nclient_connect_s = 0.2\nwait_for_broker_s = 3600\n")
-    words = [sys.executable, "-m", "kwflow.cli", *command, "--bootstrap-servers", NOBODY]
+    words = [sys.executable, "-m", "kwflow", *command, "--bootstrap-servers", NOBODY]
     with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
@@ -95,5 +95,5 @@ def test_who_waits_for_its_broker_ends_when_it_is_asked_to(command: list[str], t
 
 def run(directory: pathlib.Path, settings: str, *command: str) -> "subprocess.CompletedProcess[str]":
     (directory / "kwflow.toml").write_text(settings)
-    words = [sys.executable, "-m", "kwflow.cli", *command, "--bootstrap-servers", NOBODY]
+    words = [sys.executable, "-m", "kwflow", *command, "--bootstrap-servers", NOBODY]
     return subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=60, check=False)

@@ -1,4 +1,4 @@
-"""`python -m kwflow.cli`: the same as the `kwflow` script."""
+"""`python -m kwflow`: the same as the `kwflow` script."""
 
 from kwflow.cli import main
 
