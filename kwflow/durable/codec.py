@@ -141,7 +141,7 @@ class _Pickler(pickle.Pickler):
         elif isinstance(_as_pickle_reduces(value), str):
             _REDUCERS[cls] = _Pickler.by_name
         elif _cannot_be_filled(cls):
-            _REDUCERS[cls] = _Pickler.unfilled
+            _REDUCERS[cls] = _Pickler.unfillable
         else:
             plain.add(cls)
         return self.reducer_override(value)
@@ -172,7 +172,7 @@ class _Pickler(pickle.Pickler):
             raise Refused(f"{module}.{name} of a module that is not durable; list it under snapshot_modules in kwflow.toml, or use it where it is needed")
         return name
 
-    def unfilled(self, value: Any) -> Any:
+    def unfillable(self, value: Any) -> Any:
         known = self.sentinel(value)
         made = known or value.__reduce_ex__(_PROTOCOL)
         if known is None and len(made) > 2 and made[2] is not None:
