@@ -3,7 +3,7 @@
 A body is one pickle of one list: the root, whether there are fillers, then (kind, shell, state) for each object that was met as
 an empty shell.  The list grows while it is pickled, so identity and cycles survive and a chain of 20,000 generators does not
 recurse.  CPython refuses that for a plain list (gh-149816: 3.14 and 3.15 since summer 2026) and allows it for the items of an
-iterator.  Both sides begin with the same table of names (`SEEDS`) in their memo, which makes small snapshots small.  What may
+iterator, which costs a microsecond more.  Both sides begin with the same table of names (`SEEDS`) in their memo, which makes small snapshots small.  What may
 be named is decided in names.py, how values are reduced in reducers.py; it must not know workflows.  Both sides of the format
 stand in this one file, whatever its length: a change of one is a change of the other.
 """
@@ -73,7 +73,7 @@ def seeded(seeds: tuple[Any, ...]) -> Any:
 class _Pickler(pickle.Pickler):
     """`pins` are the versions of modules that the graph was loaded with; `held` is the code it holds now (semantics §8.1)."""
 
-    states: _States
+    states: list[Any]
     pins: registry.Pins
     held: Code
     units: dict[registry.Module, tuple[str, dict[str, str]]]  # the reference of each module with code that is held, and what of it is
@@ -82,8 +82,8 @@ class _Pickler(pickle.Pickler):
     def begin(self, root: Any, pins: registry.Pins) -> None:
         self.pins, self.held, self.units = pins, {}, {}
         self.memo = _pickler_memo
-        self.states = _States((root, True))
-        self.dump(self.states)
+        self.states = states = [root, None] if _lists_may_grow else _States((root, True))  # two from the start: a list of one is not looked at again after its item
+        self.dump(states)
 
     def reducer_override(self, value: Any) -> Any:
         cls = type(value)
@@ -550,20 +550,25 @@ class _Probe(_Pickler):
     """Each item brings one more, as a chain of generators does."""
 
     def reducer_override(self, value: Any) -> Any:
-        if value is self.states:
-            return self.whole(self.states)
+        if isinstance(value, _States):
+            return self.whole(value)
         if type(value) is object and len(self.states) <= _TOGETHER:
             self.states.append(object())
         return NotImplemented
 
 
-def _check_that_nothing_is_left_out() -> None:
-    """An interpreter that asked for items earlier, or for fewer together, would lose states without a word; none does up to 3.15."""
+def _nothing_is_left_out() -> bool:
+    """An interpreter that asked for items earlier, or for fewer together, would lose states without a word."""
     file = io.BytesIO(FORMAT)
     file.seek(len(FORMAT))
-    _Probe(file, _PROTOCOL).begin(object(), _no_pins)
-    if len(_states(file.getvalue(), _no_pins)[1]) != _TOGETHER - 1:
-        raise KwflowBug("this Python pickles items in another way than kwflow needs; nothing can be saved with it")
+    try:
+        _Probe(file, _PROTOCOL).begin(object(), _no_pins)
+    except RuntimeError:  # the list has changed its size
+        return False
+    return len(_states(file.getvalue(), _no_pins)[1]) == _TOGETHER - 1
 
 
-_check_that_nothing_is_left_out()
+_lists_may_grow = True
+_lists_may_grow = _nothing_is_left_out()
+if not _lists_may_grow and not _nothing_is_left_out():
+    raise KwflowBug("this Python pickles items in another way than kwflow needs; nothing can be saved with it")
