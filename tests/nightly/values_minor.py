@@ -61,6 +61,7 @@ def resume(path: pathlib.Path) -> list[str]:
 
 def _one(text: str) -> str:
     """Without what Python itself shows otherwise on another minor."""
+    text = text.replace("typing.Union[int, str]", "int | str")  # what is one class since 3.14 are two equal ones before
     text = re.sub(r"OrderedDict\((\[.*?\]|\{.*?\})\)", "OrderedDict", text)
     return re.sub(r"set\(\{[^}]*\}\)|\{[\w, ']*\}", "a set", text)
 
