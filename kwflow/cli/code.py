@@ -23,7 +23,7 @@ from kwflow.errors import SnapshotError, UsageError
 from kwflow.runners import deployment
 from kwflow.runners.code import LEASE_MS, CodeStore
 from kwflow.runners.deployment import Fate
-from kwflow.runners.embedded_state import Group
+from kwflow.runners.groups import Group
 from kwflow.runners.instances import header_of
 from kwflow.runners.modules import load_workflows
 

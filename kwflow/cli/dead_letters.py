@@ -13,7 +13,7 @@ from kwflow.config import Config, load_config
 from kwflow.core import wire
 from kwflow.core.wire import Output, Record
 from kwflow.errors import UsageError
-from kwflow.runners.embedded_state import Group, Mark, Undone
+from kwflow.runners.groups import Group, Mark, Undone
 from kwflow.runners.instances import header_of
 from kwflow.runners.parked import ADDRESS, holds
 

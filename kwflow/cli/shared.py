@@ -19,7 +19,8 @@ from kwflow.config import Config
 from kwflow.core import wire
 from kwflow.core.wire import Record
 from kwflow.errors import FencedError, KwflowError, TransportError, UnsupportedError, UsageError
-from kwflow.runners.embedded_state import EmbeddedStore, Group, read_only, records_of
+from kwflow.runners.embedded_state import EmbeddedStore, read_only, records_of
+from kwflow.runners.groups import Group
 from kwflow.runners.socket import submit, submit_all
 
 __all__ = [

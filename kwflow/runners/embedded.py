@@ -27,7 +27,8 @@ from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget, bytes_of
-from kwflow.runners.embedded_state import LOG, NEXT, POSITION, STORE_ID, EmbeddedStore, Group, failing, records_of
+from kwflow.runners.embedded_state import LOG, NEXT, POSITION, STORE_ID, EmbeddedStore, failing, records_of
+from kwflow.runners.groups import Group
 from kwflow.runners.instances import Instances
 from kwflow.runners.logs import lines_of
 from kwflow.runners.overlay import Overlay, collecting_later

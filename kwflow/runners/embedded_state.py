@@ -9,16 +9,15 @@ from pathlib import Path
 import msgspec
 from rocksdict import AccessType, DbClosedError, Options, Rdict
 
-from kwflow.core.wire import Output, Record
+from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.runners.rocks import entries
 
-__all__ = ["LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "Group", "Mark", "Undone", "ends_of", "failing", "read_only", "records_of"]
+__all__ = ["LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "ends_of", "failing", "read_only", "records_of"]
 
 LOG, NEXT, POSITION = b"L", b"N", b"P"  # of a topic: its records, the offset the next one gets, the first one no committed batch holds
 STORE_ID = b"I"  # one log, from its making to its deletion
 _STATE = b"S"  # of a changelog's name: a processor's state
-_MARK = b"M"  # of a mark: the offset of the last record that bears it
 
 
 @contextlib.contextmanager
@@ -30,39 +29,6 @@ def failing(directory: Path) -> Iterator[None]:
         if type(error) is not Exception and not isinstance(error, (OSError, DbClosedError)):
             raise
         raise TransportError(f"{directory} cannot be used any more: {error}") from None
-
-
-class Mark(msgspec.Struct, frozen=True):
-    """A header that some record of a topic, from an offset on, may have.  It has an entry of its own: to look for it is one read, however long the topic is."""
-
-    topic: str
-    offset: int
-    name: str
-    value: bytes
-
-    @property
-    def key(self) -> bytes:
-        """The entry's."""
-        return _MARK + b"\0".join((self.topic.encode(), self.name.encode(), self.value))
-
-    def is_in(self, db: Rdict) -> bool:
-        """Whether a record from `offset` on bears it."""
-        found = db.get(self.key)
-        return found is not None and int(found) >= self.offset
-
-    def is_on(self, output: Output) -> bool:
-        return output.topic == self.topic and (self.name, self.value) in output.headers
-
-
-class Group(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Records that are written together or not at all; not at all if the mark is there, which one of them bears."""
-
-    records: tuple[Output, ...]
-    unless: Mark | None = None
-
-
-class Undone(TransportError):
-    """One that is not taken; nothing of it was written."""
 
 
 class EmbeddedStore:

@@ -19,8 +19,8 @@ from kwflow.config import Config
 from kwflow.core.wire import Output
 from kwflow.errors import TransportError
 from kwflow.runners.broker_errors import BrokerErrors
-from kwflow.runners.embedded_state import Group, Undone
 from kwflow.runners.environment import made
+from kwflow.runners.groups import Group, Undone
 from kwflow.runners.topics import TOPIC_MS, client_config
 
 __all__ = ["SoleWriter"]

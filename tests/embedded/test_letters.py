@@ -14,7 +14,8 @@ from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output, Record
 from kwflow.runners import socket
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.embedded_state import EmbeddedStore, Group, Mark
+from kwflow.runners.embedded_state import EmbeddedStore
+from kwflow.runners.groups import Group, Mark
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.parked import remnant
 from kwflow.runners.socket import serve, submit_all
