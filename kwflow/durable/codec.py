@@ -3,9 +3,9 @@
 A body is one pickle of one list: the root, whether there are fillers, then (kind, shell, state) for each object that was met as
 an empty shell.  The list grows while it is pickled, so identity and cycles survive and a chain of 20,000 generators does not
 recurse.  CPython refuses that for a plain list (gh-149816: 3.14 and 3.15 since summer 2026) and allows it for the items of an
-iterator, which costs a microsecond more.  Both sides begin with the same table of names (`SEEDS`) in their memo, which makes small snapshots small.  What may
-be named is decided in names.py, how values are reduced in reducers.py; it must not know workflows.  Both sides of the format
-stand in this one file, whatever its length: a change of one is a change of the other.
+iterator, which costs a microsecond more.  Both sides begin with the same table of names (`SEEDS`) in their memo, which makes
+small snapshots small.  What may be named is decided in names.py, how values are reduced in reducers.py; it must not know
+workflows.  Both sides of the format stand in this one file, whatever its length: a change of one is a change of the other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import builtins
 import collections
 import contextlib
-import copyreg
 import importlib
 import io
 import itertools
@@ -28,7 +27,7 @@ from kwflow.durable.frames import CREATED, FINISHED, SUSPENDED, discard, enter, 
 from kwflow.durable.local_classes import by_value, reduce_class
 from kwflow.durable.lower import LOWERING_VERSION
 from kwflow.durable.lower.upgrade import upgraded
-from kwflow.durable.reducers import Refused, is_value, plain, reduce_module, reducer_of
+from kwflow.durable.reducers import PROTOCOL, Refused, as_pickle_reduces, cannot_be_filled, is_value, plain, reduce_module, reducer_of
 from kwflow.durable.stacks import is_async_callback
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ResourceError, SnapshotError
 
@@ -37,7 +36,6 @@ __all__ = ["FORMAT", "SEEDS", "Code", "dumps", "dumps_with_code", "loads", "padd
 Code = dict[str, tuple[registry.Module, dict[str, str]]]  # reference -> the version it stands for, and hashes of its units that are held
 
 FORMAT = b"\2"
-_PROTOCOL = 5
 # kinds of states, part of the format
 _GENERATOR, _CELL, _FUNCTION, _EXCEPTION, _OBJECT, _CREATED, _FINISHED, _REENTER = range(8)
 _STATES = 255  # the number of the list itself among the classes of `register_class`
@@ -138,9 +136,9 @@ class _Pickler(pickle.Pickler):
             _REDUCERS[cls] = _Pickler.resource
         elif reducer_of(cls) is not None:
             _REDUCERS[cls] = _Pickler.reduced
-        elif isinstance(_as_pickle_reduces(value), str):
+        elif isinstance(as_pickle_reduces(value), str):
             _REDUCERS[cls] = _Pickler.by_name
-        elif _cannot_be_filled(cls):
+        elif cannot_be_filled(cls):
             _REDUCERS[cls] = _Pickler.unfillable
         else:
             plain.add(cls)
@@ -162,7 +160,7 @@ class _Pickler(pickle.Pickler):
     def by_name(self, value: Any) -> Any:
         """An object whose class has it saved as "the global of this name", such as `msgspec.UNSET`: pickle does not ask whether that may be named."""
         known = self.sentinel(value)
-        name = _as_pickle_reduces(value)
+        name = as_pickle_reduces(value)
         if known is not None or not isinstance(name, str):
             return known or NotImplemented
         module = pickle.whichmodule(value, name)  # type: ignore[attr-defined] # it is not in typeshed
@@ -174,7 +172,7 @@ class _Pickler(pickle.Pickler):
 
     def unfillable(self, value: Any) -> Any:
         known = self.sentinel(value)
-        made = known or value.__reduce_ex__(_PROTOCOL)
+        made = known or value.__reduce_ex__(PROTOCOL)
         if known is None and len(made) > 2 and made[2] is not None:
             name = type(value).__qualname__
             raise Refused(f"the __getattr__ of {name} fails while an object has no attributes yet, so that it would not load; let it raise AttributeError for names that begin with __")
@@ -185,7 +183,7 @@ class _Pickler(pickle.Pickler):
         if known is not None:
             return known
         self.states += (_REENTER, value, None)
-        return value.__reduce_ex__(_PROTOCOL)
+        return value.__reduce_ex__(PROTOCOL)
 
     def class_(self, cls: type[Any]) -> Any:
         if cls in _checked or cls in _TYPES_WITHOUT_A_NAME:
@@ -283,18 +281,6 @@ class _Pickler(pickle.Pickler):
         return rebuild.imported_module, (reference,)
 
 
-def _as_pickle_reduces(value: Any) -> Any:
-    """What its class, or somebody for it, would have pickle make of it; None if that is what every class does, or fails."""
-    cls: Any = type(value)
-    reduce: Any = copyreg.dispatch_table.get(cls)
-    if reduce is None and cls.__reduce__ is object.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__:
-        return None
-    try:
-        return reduce(value) if reduce is not None else value.__reduce_ex__(_PROTOCOL)
-    except Exception:  # it is said when it is saved
-        return None
-
-
 class _States(list[Any]):
     """What a body lists, growing while it is pickled: see the module's docstring."""
 
@@ -306,21 +292,6 @@ class _States(list[Any]):
             if (place - _TOGETHER) % (_TOGETHER - 1) == 0:
                 yield None
             yield self[place]
-
-
-def _cannot_be_filled(cls: Any) -> bool:
-    """Whether `__getattr__` fails where an unpickler asks an empty object for `__setstate__`."""
-    if not hasattr(cls, "__getattr__") or cls.__reduce__ is not object.__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__:
-        return False
-    try:
-        empty = cls.__new__(cls)
-    except Exception:  # it wants arguments
-        return False
-    try:
-        getattr(empty, "__setstate__", None)
-    except Exception:
-        return True
-    return False
 
 
 _checked: set[type] = set()  # classes that may be named; only positive answers, `allow_modules` may add some
@@ -337,7 +308,7 @@ _REDUCERS: dict[type, Any] = {
     _States: _Pickler.whole,
 }
 rebuild.register(_STATES, list)
-_seeded_pickler = pickle.Pickler(io.BytesIO(), _PROTOCOL)
+_seeded_pickler = pickle.Pickler(io.BytesIO(), PROTOCOL)
 _seeded_pickler.memo = {id(seed): (number, seed) for number, seed in enumerate(SEEDS)}
 _pickler_memo = _seeded_pickler.memo
 
@@ -379,7 +350,7 @@ class _TracingPickler(_Pickler):
 
 def _last_seen(root: Any, pins: registry.Pins) -> list[Any]:
     """The last objects that a save of this graph looks at before it fails."""
-    pickler = _TracingPickler(io.BytesIO(), _PROTOCOL)
+    pickler = _TracingPickler(io.BytesIO(), PROTOCOL)
     pickler.seen = collections.deque(maxlen=20)
     with contextlib.suppress(Exception):
         pickler.begin(root, pins)
@@ -388,7 +359,7 @@ def _last_seen(root: Any, pins: registry.Pins) -> list[Any]:
 
 def _is_savable(value: Any, pins: registry.Pins) -> bool:
     try:
-        _Pickler(io.BytesIO(), _PROTOCOL).begin(value, pins)
+        _Pickler(io.BytesIO(), PROTOCOL).begin(value, pins)
     except Exception:
         return False
     return True
@@ -407,7 +378,7 @@ def dumps_with_code(root: Any, pins: registry.Pins) -> tuple[bytes, Code, str]:
     """`dumps` of a graph that was loaded with these pins, the code it holds, and the minor it is bound to, if it is."""
     file = io.BytesIO()
     file.write(FORMAT)
-    pickler = _Pickler(file, _PROTOCOL)
+    pickler = _Pickler(file, PROTOCOL)
     try:
         pickler.begin(root, pins)
     except Exception as error:  # reducers of any class may raise anything
@@ -547,28 +518,32 @@ def _reenter(resource: Any, waiting: list[types.GeneratorType[Any, Any, Any]]) -
 
 
 class _Probe(_Pickler):
-    """Each item brings one more, as a chain of generators does."""
+    """Each item brings one more, as a chain of generators does, until there are so many."""
+
+    until: int
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, _States):
             return self.whole(value)
-        if type(value) is object and len(self.states) <= _TOGETHER:
+        if type(value) is object and len(self.states) < self.until:
             self.states.append(object())
         return NotImplemented
 
 
-def _nothing_is_left_out() -> bool:
+def _nothing_is_left_out(count: int) -> bool:
     """An interpreter that asked for items earlier, or for fewer together, would lose states without a word."""
     file = io.BytesIO(FORMAT)
     file.seek(len(FORMAT))
+    probe = _Probe(file, PROTOCOL)
+    probe.until = count
     try:
-        _Probe(file, _PROTOCOL).begin(object(), _no_pins)
+        probe.begin(object(), _no_pins)
     except RuntimeError:  # the list has changed its size
         return False
-    return len(_states(file.getvalue(), _no_pins)[1]) == _TOGETHER - 1
+    return len(_states(file.getvalue(), _no_pins)[1]) == count - 2
 
 
 _lists_may_grow = True
-_lists_may_grow = _nothing_is_left_out()
-if not _lists_may_grow and not _nothing_is_left_out():
+_lists_may_grow = _nothing_is_left_out(3)
+if not _lists_may_grow and not _nothing_is_left_out(_TOGETHER + 1):
     raise KwflowBug("this Python pickles items in another way than kwflow needs; nothing can be saved with it")

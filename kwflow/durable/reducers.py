@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import collections
+import copyreg
 import enum
 import gc
 import itertools
@@ -26,8 +27,9 @@ from typing import Any
 from kwflow.durable import iters, names, rebuild, registry
 from kwflow.errors import UsageError
 
-__all__ = ["Refused", "is_value", "plain", "reduce_module", "reducer_of", "register_reducer"]
+__all__ = ["PROTOCOL", "Refused", "as_pickle_reduces", "cannot_be_filled", "is_value", "plain", "reduce_module", "reducer_of", "register_reducer"]
 
+PROTOCOL = 5  # of pickle's
 Reducer = Callable[[Any], Any]
 _ATOMS = (type(None), bool, int, float, str, bytes, bytearray, tuple, list, dict, set, frozenset, type, types.FunctionType, types.GeneratorType, types.CellType)
 
@@ -87,6 +89,33 @@ def is_value(value: Any) -> bool:
         return False
     zone = getattr(value, "tzinfo", None)
     return getattr(value, "key", "") is not None and (zone is None or is_value(zone))
+
+
+def as_pickle_reduces(value: Any) -> Any:
+    """What its class, or somebody for it, would have pickle make of it; None if that is what every class does, or fails."""
+    cls: Any = type(value)
+    reduce: Any = copyreg.dispatch_table.get(cls)
+    if reduce is None and cls.__reduce__ is object.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__:
+        return None
+    try:
+        return reduce(value) if reduce is not None else value.__reduce_ex__(PROTOCOL)
+    except Exception:  # it is said when it is saved
+        return None
+
+
+def cannot_be_filled(cls: Any) -> bool:
+    """Whether `__getattr__` fails where an unpickler asks an empty object for `__setstate__`."""
+    if not hasattr(cls, "__getattr__") or cls.__reduce__ is not object.__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__:
+        return False
+    try:
+        empty = cls.__new__(cls)
+    except Exception:  # it wants arguments
+        return False
+    try:
+        getattr(empty, "__setstate__", None)
+    except Exception:
+        return True
+    return False
 
 
 # -- iterators -------------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class _Functions(Mapping[str, Function]):
         path, unit, own_name, qualname, generator, coroutine, how, lineno, arguments, free, captured, labels = fact
         kind, compiled = "generator" if generator else "function", functools.partial(self._later.compile, path)
         where, names, labelled = (lineno, self._later.filename), (arguments, free, captured), tuple(map(Label._make, labels))
-        codes = [functools.partial(compiled, how) for how in ("cold", how, "annotated")]
+        codes = [functools.partial(compiled, one) for one in ("cold", how, "annotated")]
         made = Function(self._name, self._version, path, unit, own_name, qualname, kind, coroutine, *where, *names, labelled, *codes)
         made.home = self.home
         return made
