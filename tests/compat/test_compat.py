@@ -1,6 +1,7 @@
 """What earlier releases stored goes on under this one: loaded, and run to its end, or refused by name."""
 
 import base64
+import sys
 from typing import Any
 
 import corpus_harness as harness
@@ -43,7 +44,8 @@ def test_a_generator_saved_by_an_earlier_release_ends_as_it_does_natively(releas
                     assert refusal is not None and refusal in str(error), f"{module}.{name}, {script.name}, op {n}: {error}"
                     continue
                 got = kept.going_on(gen, lowered["LOG"], script.ops[n:])
-                assert harness.on_every_minor(repr(got)) == harness.on_every_minor(repr(expected)), f"{module}.{name}, {script.name}, op {n}"
+                told = harness.on_every_minor if sys.version_info >= (3, 14) else str  # 3.11 wrote them
+                assert told(repr(got)) == told(repr(expected)), f"{module}.{name}, {script.name}, op {n}"
 
 
 def native_rest(space: dict[str, Any], name: str, script: harness.Script, n: int) -> list[tuple[Any, ...]]:

@@ -1,6 +1,7 @@
 """What locals may hold: each kind of value, saved at a yield in the middle of its use, goes on as it would have natively."""
 
 import importlib
+import itertools
 import pathlib
 import re
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from kwflow import durable
+from kwflow.durable import iters
+from kwflow.durable.iters import product
 
 CASES = pathlib.Path(__file__).with_name("value_cases.py")
 SOURCE = CASES.read_text(encoding="utf-8")
@@ -74,3 +77,10 @@ HOLDERS = "groups copies watches_its_dict watches_its_set changed_before_the_yie
 @pytest.mark.parametrize("name", HOLDERS)
 def test_what_a_generator_holds_is_the_same_after_each_restore(code: Any, native: Any, name: str) -> None:
     assert outcome(code.__dict__[name](), True) == outcome(native[name](), False)
+
+
+def test_what_is_imported_from_itertools_has_a_twin_for_each_name_and_the_module() -> None:
+    """Since 3.14 a durable module is given these; what else it has is left alone."""
+    public = {name: value for name, value in vars(itertools).items() if name[0] != "_"}
+    found = iters.twins({"it": itertools, "other": 1, "product": product, **{f"my_{name}": value for name, value in public.items()}})
+    assert found == {"it": iters, **{f"my_{name}": getattr(iters, name) for name in public}}

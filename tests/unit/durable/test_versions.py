@@ -30,6 +30,11 @@ class Deployed:
                 self.stored[versions.entry_key(found.name, found.version)] = versions.entry(found)
         return body, {reference: {"version": module.version, "units": units} for reference, (module, units) in held.items()}
 
+    def asleep(self, gen: Any) -> tuple[bytes, dict[str, Any]]:
+        """What it is saved as at its first wait."""
+        next(gen)
+        return self.save(gen)
+
     def load(self, saved: tuple[bytes, dict[str, Any]]) -> tuple[Any, registry.Pins]:
         return versions.loads(*saved, self.stored.get)
 
@@ -46,8 +51,7 @@ def site() -> Deployed:
 def test_an_unchanged_unit_takes_the_new_module_and_all_that_it_calls(site: Deployed) -> None:
     """§8.2."""
     gen = site.deploy("def helper():\n    return 1\ndef main():\n    yield\n    yield helper()").main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy("# moved\n\ndef main():\n    '''told'''\n    yield  # here\n    yield helper()\ndef helper():\n    return 2")
     restored, pins = site.load(saved)
     assert not pins
@@ -57,8 +61,7 @@ def test_an_unchanged_unit_takes_the_new_module_and_all_that_it_calls(site: Depl
 def test_a_changed_unit_stays_on_the_stored_module_with_all_that_it_calls(site: Deployed) -> None:
     """§8.2: never mixed; the helper is the old one, too."""
     gen = site.deploy("def helper():\n    return 1\ndef main():\n    yield\n    yield helper()").main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     module = site.deploy("def helper():\n    return 2\ndef main():\n    yield\n    yield helper() * 10")
     assert next(site.again(saved)) == 1
     fresh = module.main()
@@ -70,8 +73,7 @@ def test_a_change_of_a_unit_that_is_not_held_changes_nothing_a_nested_def_belong
     """§8.1."""
     text = "def other():\n    return {}\ndef main():\n    def inner():\n        yield\n        yield {}\n    return inner()\n"
     gen = site.deploy(text.format(1, 1)).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     assert saved[1][site.name]["units"].keys() == {"main"}
     site.deploy(text.format(2, 1))
     assert not site.load(saved)[1]
@@ -83,8 +85,7 @@ def test_a_change_of_a_unit_that_is_not_held_changes_nothing_a_nested_def_belong
 def test_docstring_annotations_decorators_and_defaults_are_no_part_of_a_unit(site: Deployed, change: str) -> None:
     """§8.1."""
     gen = site.deploy("def main(x=1):\n    yield\n    yield x").main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy(f"{change}\n    yield\n    yield x")
     restored, pins = site.load(saved)
     assert not pins
@@ -96,8 +97,7 @@ def test_an_old_version_is_a_module_of_its_own_in_sys_modules(site: Deployed) ->
     source = "import sys\nfrom dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n"
     source += "def main():\n    p = P(1)\n    yield\n    yield p, __name__, __file__, __package__, sys.modules[__name__].P is P"
     gen = site.deploy(source).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     version = saved[1][site.name]["version"]
     module = site.deploy("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    y: int = 0\ndef main():\n    yield")
     p, name, file, package, found = next(site.again(saved))
@@ -111,8 +111,7 @@ def test_snapshots_write_logical_names_so_a_version_that_comes_back_is_simply_cu
     """§8.3."""
     first = "class P:\n    pass\ndef make(p):\n    return lambda: p\ndef main():\n    f = make(P())\n    yield\n    yield f, f()"
     gen = site.deploy(first).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy("class P:\n    x = 1\ndef main():\n    yield")
     on_old = site.save(*site.load(saved))
     assert on_old[1] == saved[1]
@@ -129,8 +128,7 @@ def test_unchanged_top_level_classes_are_the_current_ones_changed_ones_and_what_
     """§8.4."""
     first = "class Same(Exception):\n    pass\nclass Changed(Exception):\n    pass\nclass Below(Changed):\n    pass\ndef main():\n    yield\n    yield Same, Changed, Below"
     gen = site.deploy(first).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     module = site.deploy(first.replace("Changed(Exception):\n    pass", "Changed(Exception):\n    code = 1").replace("yield Same", "yield 0, Same"))
     same, changed, below = next(site.again(saved))
     assert same is module.Same
@@ -144,8 +142,7 @@ def test_class_changes_alone_pin_nothing(site: Deployed) -> None:
     """§8.4: `__setstate__` is for them."""
     text = "class P:\n    def __init__(self):\n        self.x = 1\n{}\ndef main():\n    p = P()\n    yield\n    yield p"
     gen = site.deploy(text.format("")).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy(text.format("    def __setstate__(self, state):\n        self.y = state['x'] + 1"))
     restored, pins = site.load(saved)
     assert not pins
@@ -176,8 +173,7 @@ def test_what_old_objects_are_in_a_class_that_got_a_field(site: Deployed, what: 
     imports = "from dataclasses import dataclass\nfrom typing import NamedTuple\nimport attrs, msgspec, pydantic\n"
     text = f"{imports}{head}{{}}def hold():\n    value = P(a=1, b=3)\n    yield\n    yield {SHOWN}\n"
     gen = site.deploy(text.format("    a: int = 1\n    b: int = 2\n")).hold()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     for place, found in zip(FIELDS, expected, strict=True):
         site.deploy(text.format(FIELDS[place]))
         assert next(site.load(saved)[0]) == found
@@ -188,8 +184,7 @@ def test_an_object_that_lacks_a_field_is_not_saved_again_unless_setstate_sets_it
     """As docs/CODE.md has it: what such a class generates reads every field."""
     text = f"from dataclasses import dataclass\nimport attrs\n{head}\nclass P:\n{{}}def hold():\n    value = P(a=1, b=3)\n    yield\n    yield {SHOWN}\n"
     gen = site.deploy(text.format("    a: int = 1\n    b: int = 2\n")).hold()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy(text.format(FIELDS["after"]))
     with pytest.raises(UnsavableError, match="no attribute 'z'"):
         site.again(saved)
@@ -207,8 +202,7 @@ def test_an_enums_member_is_the_one_that_has_its_value_now(site: Deployed, now: 
     """As docs/CODE.md has it."""
     text = "import enum\nclass C(enum.Enum):\n    {}\ndef hold():\n    value = [*C][0]\n    yield\n    yield value.name\n"
     gen = site.deploy(text.format("RED = enum.auto()")).hold()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy(text.format(now))
     assert next(site.again(saved)) == found
 
@@ -216,8 +210,7 @@ def test_an_enums_member_is_the_one_that_has_its_value_now(site: Deployed, now: 
 def test_a_class_that_is_gone_is_found_in_the_stored_version(site: Deployed) -> None:
     """G10: no unit that it waits in has changed, but the object could not be read."""
     gen = site.deploy("class P:\n    pass\ndef hold(p):\n    yield\n    yield type(p).__name__\ndef main():\n    return hold(P())").main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy("def hold(p):\n    yield\n    yield type(p).__name__")
     assert next(site.again(saved)) == "P"
 
@@ -225,8 +218,7 @@ def test_a_class_that_is_gone_is_found_in_the_stored_version(site: Deployed) -> 
 def test_a_function_held_by_name_is_code_that_is_held(site: Deployed) -> None:
     """§8.1: what it does later is what it did when it was kept."""
     gen = site.deploy("def undo():\n    return 'old'\ndef main():\n    f = [undo]\n    yield\n    yield f[0]()").main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy("def main():\n    f = [undo]\n    yield\n    yield f[0]()\ndef undo():\n    return 'new'")
     assert next(site.again(saved)) == "old"
 
@@ -236,8 +228,7 @@ def test_code_of_two_versions_in_one_graph_stays_apart(site: Deployed) -> None:
     text = "LIMIT = {0}\nclass Loop:\n    def steps(self):\n        while True:\n            yield LIMIT\n"
     text += "def main():\n    inner = Loop().steps()\n    yield\n    yield LIMIT, next(inner)\n    yield LIMIT, next(inner), {0}"
     gen = site.deploy(text.format(1)).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy(text.format(2))
     restored, pins = site.load(saved)
     assert next(restored) == (1, 1)
@@ -257,8 +248,7 @@ def test_a_sentinel_is_the_object_of_the_version_that_runs(site: Deployed) -> No
     """§4.3 with §8.2."""
     text = "MISSING = object()\ndef main():\n    mark = MISSING\n    yield\n    yield mark is MISSING, {}"
     gen = site.deploy(text.format(1)).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy(text.format(2))
     assert next(site.again(saved)) == (True, 1)
 
@@ -267,8 +257,7 @@ def test_a_plain_object_that_is_an_attribute_of_a_class_is_that_attribute_again(
     """§4.3: nothing but its identity tells what it is; in old code, of a class that has changed, it is that of the old class."""
     text = "class Options:\n    MISSING = object()\n    limit = {0}\ndef main():\n    mark = Options.MISSING\n    yield\n    yield mark is Options.MISSING, {0}"
     gen = site.deploy(text.format(1)).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     assert next(site.again(saved)) == (True, 1)
     site.deploy(text.format(2))
     assert next(site.again(saved)) == (True, 1)
@@ -280,8 +269,7 @@ def test_a_sentinel_that_several_modules_import_is_that_of_the_module_which_made
     made.deploy("MISSING = object()\n")
     gen = site.deploy(f"from {made.name} import MISSING as mark\ndef main():\n    held = mark\n    yield\n    yield held is mark").main()
     other.deploy(f"from {made.name} import MISSING\n")
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     assert saved[1].keys() == {site.name, made.name}
     made.deploy("MISSING = object()\n")
     again = site.save(gen)
@@ -324,8 +312,7 @@ def test_a_zone_that_has_no_key_is_saved_as_the_global_that_it_is_bound_to(site:
 def test_an_exception_while_old_code_loads_and_a_source_that_is_not_stored_name_the_version(site: Deployed) -> None:
     """§8.4, G10."""
     gen = site.deploy("import sys\nif 'broken_now' in sys.modules:\n    raise OSError('not here')\ndef main():\n    yield\n    yield 1").main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy("def main():\n    yield")
     sys.modules["broken_now"] = sys
     try:
@@ -345,8 +332,7 @@ def test_old_code_imports_current_modules_and_stored_ones_only_where_they_are_go
     helper = Deployed()
     helper.deploy("def help_():\n    return 'old'")
     gen = site.deploy(f"from {helper.name} import help_\nimport {helper.name} as h\ndef main():\n    yield\n    yield help_(), h.help_()").main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy("def main():\n    yield 2")
     del sys.modules[helper.name]
     del registry.modules()[helper.name]  # type: ignore[attr-defined] # as in a process that never had it
@@ -361,8 +347,7 @@ def test_old_code_imports_current_modules_and_stored_ones_only_where_they_are_go
 
 def test_a_module_that_is_gone_is_found_in_the_store(site: Deployed) -> None:
     gen = site.deploy("class P:\n    pass\ndef main():\n    p = P()\n    yield\n    yield p").main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     del sys.modules[site.name]
     del registry.modules()[site.name]  # type: ignore[attr-defined] # as in a process that never had it
     assert type(next(site.again(saved))).__name__ == "P"
@@ -371,8 +356,7 @@ def test_a_module_that_is_gone_is_found_in_the_store(site: Deployed) -> None:
 def test_a_stored_source_that_was_changed_is_refused(site: Deployed) -> None:
     """The header names it by sha256, and the header is checked."""
     gen = site.deploy("def main():\n    yield").main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy("def main():\n    yield 2")
     site.stored = {key: data.replace(b"yield", b"yield 3") for key, data in site.stored.items()}
     with pytest.raises(CodeChangedError, match="sha256"):
@@ -388,8 +372,7 @@ def test_a_class_that_has_moved_or_was_renamed_is_what_its_old_name_means_now(si
     """§8.4: as one that has changed; saved again it goes by its new name, so that the old one may go then."""
     other = Deployed(f"{site.name}_other")
     gen = site.deploy(CLASS + MAIN).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     other.deploy("class P:\n    pass\nclass Q:\n    pass")
     module = site.deploy(there.format(other=other.name) + "\n" + MAIN)
     restored, pins = site.load(saved)
@@ -405,8 +388,7 @@ def test_a_class_that_has_moved_or_was_renamed_is_what_its_old_name_means_now(si
 def test_a_class_whose_name_means_something_else_now_is_found_in_the_stored_version(site: Deployed, there: str) -> None:
     """G10, wire.md §3: a name never leads to what could not be named itself."""
     gen = site.deploy(CLASS + MAIN).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy(f"{there}\n{MAIN}")
     cls, x = next(site.again(saved))
     assert (cls.__module__, x) == (f"{site.name}@{saved[1][site.name]['version'][:12]}", 1)
@@ -417,8 +399,7 @@ def test_what_a_global_is_bound_to_after_a_deployment_is_what_was_saved_as_that_
     """§4.3, docs/LOCALS.md."""
     text = "class P:\n    pass\nMISSING = {}\ndef main():\n    mark = MISSING\n    yield\n    yield mark is MISSING\n"
     gen = site.deploy(text.format("object()")).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy(text.format(now))
     restored, pins = site.load(saved)
     assert not pins
@@ -430,8 +411,7 @@ def test_a_global_that_is_bound_to_what_no_snapshot_may_name_is_found_in_the_sto
     """Wire.md §3."""
     text = "{}\ndef main():\n    mark = MISSING\n    yield\n    yield mark is MISSING, type(mark)\n"
     gen = site.deploy(text.format("MISSING = object()")).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy(text.format(now))
     assert next(site.again(saved)) == (True, object)
 
@@ -444,8 +424,7 @@ def test_a_class_that_cannot_take_what_was_saved_is_named_with_the_remedy(site: 
     """§8.4: it was called no snapshot that can be read."""
     text = "import dataclasses\n{}\ndef main():\n    p = P()\n    yield\n    yield p\n"
     gen = site.deploy(text.format("@dataclasses.dataclass\nclass P:\n    x: int = 1")).main()
-    next(gen)
-    saved = site.save(gen)
+    saved = site.asleep(gen)
     site.deploy(text.format(now))
     with pytest.raises(CodeChangedError, match=rf"changed since it was saved \({site.name}\.P\) .*{why}.*__setstate__"):
         site.load(saved)
