@@ -10,7 +10,7 @@ import urllib.request
 
 from confluent_kafka import Producer
 
-from benchmarks.common import broker, figure, processor, workflow
+from benchmarks.common import broker, figure, processor, share, workflow
 from benchmarks.kafka import PARTITIONS, Lab
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
@@ -19,7 +19,7 @@ from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore
 from tests.integration.broker import free_port
 
-WAITING = int(os.environ.get("KWFLOW_BENCH_RESTORE", "1000000"))
+WAITING = share(1_000_000)
 
 
 def measure(directory: pathlib.Path) -> None:
