@@ -57,15 +57,12 @@ class KafkaLink:
         try:
             settings: dict[str, Any] = {"group_id": f"{config.application_id}-client", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "error"}
             self._consumer = made(Consumer, client_config(config, **settings, fetch_queue_backoff_ms=10))
-            self._producer = self._new_producer()
+            self._producer = _producer(config)
             self._partitions, self._count_next = self._count_partitions(), time.monotonic() + _COUNT_S
             self._reply_partition = zlib.crc32(self.process.encode()) % self._partitions[config.reply_topic]
             self._assign(config.reply_topic, self._reply_partition)
         except KafkaException as error:
             raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
-
-    def _new_producer(self) -> Producer:
-        return made(Producer, client_config(self.config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000, linger_ms=0))
 
     def _count_partitions(self) -> dict[str, int]:
         there = topics.partitions_of(topics.admin(self.config), self.config)
@@ -143,7 +140,7 @@ class KafkaLink:
         """A broker that has lost its last records, by a failure of power, say, takes no others of the same idempotent producer; whoever sent what that one still has is told that it failed."""
         with self._lock:
             if self._producer is broken:
-                self._producer = self._new_producer()
+                self._producer = _producer(self.config)
         with contextlib.suppress(KafkaException):
             broken.flush(1)
 
@@ -220,6 +217,11 @@ class KafkaLink:
             raise TransportError(error.str())
 
 
+def _producer(config: Config, **more: Any) -> Producer:
+    settings: dict[str, Any] = {"enable_idempotence": True, "message_timeout_ms": _TIMEOUT_S * 1000, "linger_ms": 0, "topic_metadata_propagation_max_ms": TOPIC_MS}
+    return made(Producer, client_config(config, partitioner="murmur2_random", **settings) | more)
+
+
 def send(config: Config, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
     """One record, acknowledged by the broker when this returns.  Raises TransportError."""
     failed: list[str] = []
@@ -230,8 +232,7 @@ def send(config: Config, topic: str, key: bytes | None, value: bytes | None, hea
             failed.append(errors.because(error))
 
     try:
-        settings = client_config(config, partitioner="murmur2_random", enable_idempotence=True, message_timeout_ms=_TIMEOUT_S * 1000, topic_metadata_propagation_max_ms=TOPIC_MS)
-        producer = made(Producer, settings | {"error_cb": errors})
+        producer = _producer(config, error_cb=errors)
         producer.produce(topic, value, key, headers=list(headers), on_delivery=delivered)
     except KafkaException as error:
         raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None

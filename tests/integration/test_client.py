@@ -300,6 +300,16 @@ def test_a_client_without_broker_or_topics_is_refused_when_it_is_made(broker: st
         Client.kafka(Config(bootstrap_servers=broker, resume_topic="nowhere-resume"))
 
 
+def test_a_client_whose_topic_was_deleted_is_told_of_that(app: Application) -> None:
+    """M1.4: not that the outcome is unknown, after a time-out; librdkafka would take the topic for one that was just made."""
+    client = app.client()
+    admin = topics.admin(app.config)
+    [deleted] = admin.delete_topics([app.config.resume_topic]).values()
+    deleted.result(30)
+    with pytest.raises(TransportError, match="did not take the record: Broker: Unknown topic"):
+        client.start("w", workflow="greet").result(60)
+
+
 def test_topics_that_were_created_are_known_at_once(broker: str, application: str) -> None:
     """K12: `kwflow topics create` and then a client, in one script."""
     for turn in range(8):
