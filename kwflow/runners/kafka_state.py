@@ -1,8 +1,8 @@
 """The local copy of one partition's state (K8), and how it is brought up to its changelog's end (K5).
 
 RocksDB, WAL on, sync off: the changelog is the truth.  Each settle writes the changes and the changelog offset they
-reach in one WriteBatch; a copy that belongs to another incarnation of input or changelog, is ahead of the changelog, or is so old that
-tombstones may have been compacted away is wiped and restored.
+reach in one WriteBatch; a copy that belongs to another incarnation of input or changelog, is ahead of the changelog, or is
+so old that tombstones may have been compacted away is wiped and restored.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class PartitionStore:
         self.directory = directory
         self.incarnation = incarnation
         self.clock = clock
+        self._age_max_ms = age_max_ms
+        self._read_ms = clock.now_ms()
         self._lock = threading.Lock()  # of `page` and `close`: an iterator that another thread has open would keep the database
         self._closed = False
         try:
@@ -69,6 +71,11 @@ class PartitionStore:
         self.environment.wipe(self.directory)
         self._db = self.environment.database(self.directory)
         self._begin()
+
+    def is_too_old(self) -> bool:
+        """Asked after each read of the changelog, and before that is settled: whether this process stood still for so long that tombstones may be gone."""
+        before, self._read_ms = self._read_ms, self.clock.now_ms()
+        return abs(self._read_ms - before) > self._age_max_ms
 
     def _begin(self) -> None:
         self._db.write([(_META + b"incarnation", self.incarnation.encode())])
@@ -173,7 +180,11 @@ class Restore:
             return True
         changes: dict[bytes, bytes | None] = {}
         last, before = None, self.reached
-        for message in gather(self._consumer, _SLICE_RECORDS, seconds):
+        messages = gather(self._consumer, _SLICE_RECORDS, seconds)
+        if self.store.is_too_old():
+            self._begin_again(self._consumer)
+            return False
+        for message in messages:
             error = message.error()
             if error is None:
                 changes[message.key() or b""] = message.value()
@@ -196,13 +207,16 @@ class Restore:
         if error.code() == KafkaError._PARTITION_EOF:
             self.reached = max(self.reached, message.offset() or 0)
         elif error.code() == KafkaError._AUTO_OFFSET_RESET and self._consumer is not None:
-            self.store.wipe()
-            self.reached = 0
-            self._consumer.assign([TopicPartition(self.where.topic, self.where.partition, OFFSET_BEGINNING)])
+            self._begin_again(self._consumer)
             return True
         elif not transient(error):
             raise TransportError(f"restore of {self.where.topic}[{self.where.partition}]: {error.str()}")
         return False
+
+    def _begin_again(self, consumer: Consumer) -> None:
+        self.store.wipe()
+        self.reached = 0
+        consumer.assign([TopicPartition(self.where.topic, self.where.partition, OFFSET_BEGINNING)])
 
     def close(self) -> None:
         """Stop reading; the store stays open."""

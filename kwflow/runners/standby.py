@@ -63,7 +63,10 @@ class Standby:
             return
         changes: dict[int, dict[bytes, bytes | None]] = {}
         reached: dict[int, int] = {}
-        for message in self._consumer.consume(_RECORDS_MAX, 0):
+        messages = self._consumer.consume(_RECORDS_MAX, 0)
+        for number in [number for number, store in self.stores.items() if store.is_too_old()]:
+            self._begin_again(number)
+        for message in messages:
             self._take(message, changes, reached)
         for number, mine in changes.items():
             self.stores[number].settle(mine, reached[number])
@@ -76,11 +79,15 @@ class Standby:
             changes.setdefault(number, {})[message.key() or b""] = message.value()
             reached[number] = (message.offset() or 0) + 1
         elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # what we had is no longer there
-            self.stores[number].wipe()
             changes.pop(number, None)
-            self.give(number)  # the next turn follows it again, from the begin
+            self._begin_again(number)
         elif error.code() != KafkaError._PARTITION_EOF and not transient(error):
             raise TransportError(f"standby of {self._topic}[{number}]: {error.str()}")
+
+    def _begin_again(self, number: int) -> None:
+        """The next turn follows it again, from the begin."""
+        self.stores[number].wipe()
+        self.give(number)
 
     def close(self) -> None:
         for store in self.stores.values():

@@ -143,6 +143,22 @@ def test_a_restore_whose_next_record_has_gone_begins_again_from_nothing(lab: Lab
     assert [key for key, _ in store.scan(b"")] == [b"w%03d" % number for number in range(250, 300)] and store.offset == 300
 
 
+@pytest.mark.parametrize("still_ms", [AGE_MS - 100, AGE_MS + 1])
+def test_a_restore_in_which_the_engine_stood_still_for_too_long_begins_again_from_nothing(lab: Lab, still_ms: int) -> None:
+    """K8: compaction may have removed meanwhile what said that an instance had ended; the copy passed for one that was just written."""
+    written(lab, 300)
+    changelog, store = lab.broker.partition((CHANGELOG, 0)), opened(lab)
+    settings = {"group.id": "r", "isolation.level": "read_committed", "auto.offset.reset": "error", "enable.partition.eof": True}
+    restore = Restore(store, lambda: store.environment.consumer(settings), CHANGELOG, 0, 0, changelog.end)
+    assert not restore.slice(0) and store.get(b"w000") == b"1"
+    lab.broker.append((CHANGELOG, 0), [(0, b"w000", None, [])], None)
+    changelog.entries = [entry for entry in changelog.entries if entry.key != b"w000"]
+    lab.broker.time.advance(lab.broker.time.now + still_ms)
+    while not restore.slice(0):
+        pass
+    assert store.get(b"w000") == (None if still_ms > AGE_MS else b"1") and store.get(b"w299") == b"1"
+
+
 @pytest.mark.parametrize(("code", "passes"), [(KafkaError.NOT_LEADER_FOR_PARTITION, True), (KafkaError.TOPIC_AUTHORIZATION_FAILED, False)])
 def test_a_restore_goes_on_after_trouble_that_passes_and_ends_the_engine_after_other(lab: Lab, code: int, passes: bool) -> None:
     """K4, K5."""

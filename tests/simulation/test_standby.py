@@ -10,6 +10,7 @@ from kwflow.runners.standby import Cleanup, Standby
 from tests.simulation.test_found import Lab, turn
 
 CHANGELOG = "found-state-changelog"
+DAY_MS = 86_400_000
 
 
 @pytest.fixture
@@ -76,6 +77,27 @@ def test_a_copy_begins_where_its_changelog_does(lab: Lab) -> None:
     assert copies._consumer is not None
     copies.turn()
     assert [key for key, _ in content(copies.stores[0])] == [b"w2", b"w3"]
+
+
+@pytest.mark.parametrize("ahead_ms", [DAY_MS - 1, DAY_MS + 1])
+def test_a_copy_whose_engine_stood_still_for_half_the_tombstones_retention_begins_again_from_nothing(lab: Lab, ahead_ms: int) -> None:
+    """K8: compaction may have removed meanwhile what said that an instance had ended; one that has nothing to read for as long is kept."""
+    lab.broker.topics[CHANGELOG].config["delete.retention.ms"] = str(2 * DAY_MS)
+    copies = standby(lab.engine("other", standby=True))
+    lab.broker.append((CHANGELOG, 0), [(0, b"ended", b"1", [])], None)
+    for _ in range(4):
+        copies.follow({0})
+        copies.turn()
+        lab.broker.time.advance(lab.broker.time.now + DAY_MS / 2)
+    assert content(copies.stores[0]) == [(b"ended", b"1")]
+    lab.broker.append((CHANGELOG, 0), [(0, b"ended", None, []), (0, b"w", b"1", [])], None)
+    changelog = lab.broker.partition((CHANGELOG, 0))
+    changelog.entries = [entry for entry in changelog.entries if entry.key != b"ended"]
+    lab.broker.time.advance(lab.broker.time.now + ahead_ms - DAY_MS / 2)
+    copies.turn()
+    copies.follow({0})
+    copies.turn()
+    assert (copies.stores[0].get(b"ended"), copies.stores[0].get(b"w")) == (None if ahead_ms > DAY_MS else b"1", b"1")
 
 
 def test_a_copy_is_deleted_once_nobody_has_needed_it_for_long_enough(lab: Lab, tmp_path: pathlib.Path) -> None:
