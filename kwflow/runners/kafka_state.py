@@ -1,7 +1,7 @@
 """The local copy of one partition's state (K8), and how it is brought up to its changelog's end (K5).
 
 RocksDB, WAL on, sync off: the changelog is the truth.  Each settle writes the changes and the changelog offset they
-reach in one WriteBatch; a copy that belongs to another incarnation of input or changelog, is ahead of the changelog, or is
+reach in one WriteBatch; a copy that belongs to another incarnation of input or changelog, is ahead of the changelog or behind its begin, or is
 so old that tombstones may have been compacted away is wiped and restored.
 """
 
@@ -76,6 +76,12 @@ class PartitionStore:
         """Asked after each read of the changelog, and before that is settled: whether this process stood still for so long that tombstones may be gone."""
         before, self._read_ms = self._read_ms, self.clock.now_ms()
         return abs(self._read_ms - before) > self._age_max_ms
+
+    def next_from(self, start: int) -> int:
+        """The offset to read on from in a changelog that begins at `start`; a copy that lacks what was before that is wiped."""
+        if 0 < self.offset < start:
+            self.wipe()
+        return max(self.offset, start)
 
     def _begin(self) -> None:
         self._db.write([(_META + b"incarnation", self.incarnation.encode())])
@@ -169,7 +175,7 @@ class Restore:
         self.end = end
         if store.offset > end:
             store.wipe()
-        self.reached = max(store.offset, start)
+        self.reached = store.next_from(start)
         self._consumer = consumer() if self.reached < end else None
         if self._consumer is not None:
             self._consumer.assign([TopicPartition(topic, number, self.reached)])

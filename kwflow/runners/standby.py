@@ -49,7 +49,7 @@ class Standby:
                 self._consumer = self._make_consumer()
             starts = self._starts(new)
             self.stores.update({number: self._open_store(number) for number in new})
-            self._consumer.incremental_assign([TopicPartition(self._topic, number, max(self.stores[number].offset, starts[number])) for number in new])
+            self._consumer.incremental_assign([TopicPartition(self._topic, number, self.stores[number].next_from(starts[number])) for number in new])
         self._followed = set(self.stores)
 
     def give(self, number: int) -> None:

@@ -143,6 +143,20 @@ def test_a_restore_whose_next_record_has_gone_begins_again_from_nothing(lab: Lab
     assert [key for key, _ in store.scan(b"")] == [b"w%03d" % number for number in range(250, 300)] and store.offset == 300
 
 
+def test_a_copy_that_lacks_what_its_changelog_has_lost_is_made_anew(lab: Lab) -> None:
+    """K5: one of the records that it has not seen may have said that an instance had ended."""
+    store = opened(lab)
+    store.settle({b"ended": b"1"}, 1)
+    written(lab, 4)
+    lab.broker.partition((CHANGELOG, 0)).delete_before(1)
+    restored(lab, store)
+    assert store.get(b"ended") == b"1", "it lacks nothing"
+    store.settle({}, 1)
+    lab.broker.partition((CHANGELOG, 0)).delete_before(2)
+    restored(lab, store)
+    assert [key for key, _ in store.scan(b"")] == [b"w002", b"w003"]
+
+
 @pytest.mark.parametrize("still_ms", [AGE_MS - 100, AGE_MS + 1])
 def test_a_restore_in_which_the_engine_stood_still_for_too_long_begins_again_from_nothing(lab: Lab, still_ms: int) -> None:
     """K8: compaction may have removed meanwhile what said that an instance had ended; the copy passed for one that was just written."""

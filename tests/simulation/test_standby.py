@@ -79,6 +79,20 @@ def test_a_copy_begins_where_its_changelog_does(lab: Lab) -> None:
     assert [key for key, _ in content(copies.stores[0])] == [b"w2", b"w3"]
 
 
+def test_a_copy_that_lacks_what_its_changelog_has_lost_begins_again_from_nothing(lab: Lab) -> None:
+    """K5: one of the records that it has not seen said that the instance had ended."""
+    copies = standby(lab.engine("other", standby=True))
+    lab.broker.append((CHANGELOG, 0), [(0, b"ended", b"1", [])], None)
+    copies.follow({0})
+    copies.turn()
+    copies.give(0)
+    lab.broker.append((CHANGELOG, 0), [(0, b"ended", None, []), (0, b"w", b"1", [])], None)
+    lab.broker.partition((CHANGELOG, 0)).delete_before(2)
+    copies.follow({0})
+    copies.turn()
+    assert content(copies.stores[0]) == [(b"w", b"1")]
+
+
 @pytest.mark.parametrize("ahead_ms", [DAY_MS - 1, DAY_MS + 1])
 def test_a_copy_whose_engine_stood_still_for_half_the_tombstones_retention_begins_again_from_nothing(lab: Lab, ahead_ms: int) -> None:
     """K8: compaction may have removed meanwhile what said that an instance had ended; one that has nothing to read for as long is kept."""
