@@ -412,6 +412,17 @@ def test_what_is_written_and_what_is_read_are_both_charged_to_the_shared_cache(t
         assert usage() - begun > 3_000_000, "the blocks that were read"
 
 
+def test_stores_that_hold_next_to_nothing_leave_the_shared_cache_to_what_is_read(tmp_path: pathlib.Path) -> None:
+    """A memtable took 1 or 2 MB with its first entries: with 64 partitions they were the whole cache, no block was kept, and each write was near a flush."""
+    limit = 32 * 1024 * 1024 + 1  # nobody else's
+    with contextlib.ExitStack() as opened:
+        for number in range(40):
+            db = opened.enter_context(contextlib.closing(rocks.opened(tmp_path / str(number), limit)))
+            for n in range(50):
+                db[b"%d" % n] = bytes(100)
+        assert rocks.memory(limit).usage() < limit / 4
+
+
 @pytest.mark.skipif(not pathlib.Path("/proc/self/io").exists(), reason="reads /proc")
 def test_a_look_for_a_key_reads_some_kilobytes_however_many_keys_a_file_has(tmp_path: pathlib.Path) -> None:
     """A filter in one block is more than a part of the cache holds, and would be read for each look, all of it: a million timers cost each 0.3 ms."""
