@@ -16,7 +16,7 @@ from kwflow.errors import ProtocolError
 __all__ = ["COUNT", "DUE", "cancel_or_set", "due_entries", "fire"]
 
 DUE = b"\0due\0"
-COUNT = b"\0timers"  # `<how many are set> <first due key>`: counting a million entries, or passing those that were deleted, would take seconds
+COUNT = b"\0timers"  # `<how many are set> <due key that none lies before>`: counting a million entries, or passing those that were deleted, would take seconds
 _PACKED = b"\2"  # no header's name began like this in the form before
 _DELAY = re.compile(rb"[+-]?\d{1,15}")
 _INSTANT = re.compile(r"[0-9]{1,15}")  # ms until the year 33658; int() would take digits of any script, and refuse 5000 of them

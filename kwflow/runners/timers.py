@@ -39,7 +39,7 @@ class TimerProcessor:
             if budget is not None and budget.spent():
                 break
         if changed:
-            self._put_table(state, table[0], self._first(state, *table))
+            self._put_table(state, *table)
         return made
 
     def waiting(self, state: Store) -> int:
@@ -57,18 +57,14 @@ class TimerProcessor:
         return len(keys), keys[0] if keys else b""
 
     @staticmethod
-    def _first(state: Store, count: int, low: bytes) -> bytes:
-        """The first due key that is at or after this one; noted, because of this:
+    def _put_table(state: Changes, count: int, low: bytes) -> None:
+        """The low end stays when its timer is cancelled, until its time has come, because of this:
 
-        1. a workflow cancels its timeout; the next one's is due later, and is cancelled, too
+        1. a workflow cancels its timeout; the next one's is due at another time, and is cancelled, too
         2. the store keeps what was deleted until it is compacted
-        3. whoever looked for the first entry from the beginning would pass all of them, at each look
+        3. whoever looked for the next entry at each of them would pass thousands that were deleted, again and again
         """
-        return next((key for key, _ in state.scan(timers.DUE, low)), b"") if count else b""
-
-    @staticmethod
-    def _put_table(state: Changes, count: int, first: bytes) -> None:
-        state.put(timers.COUNT, b"%d %s" % (count, first))
+        state.put(timers.COUNT, b"%d %s" % (count, low if count else b""))
 
     def _decide(self, state: Changes, record: Record, received_ms: int, table: tuple[int, bytes]) -> tuple[Decision, tuple[int, bytes]]:
         """What it does, and the table's count and low end then."""
@@ -106,7 +102,7 @@ class TimerProcessor:
             fired |= changes
             outputs.append(output)
             following = b""
-        if not outputs:
+        if not outputs and following in (low, b""):
             return None
         for key, value in fired.items():
             state.put(key, value)

@@ -274,8 +274,9 @@ class TimerModel(Model):
             records = self.upto(number, offset)
             for made in self.processor.decide(overlay, records, 0):
                 expected[number] += made.outputs
-            removed = [entry.key or b"" for place, entry in entries if place == (self.changelog, number) and entry.value is None and (entry.key or b"").startswith(timers.DUE)]
-            if not records and removed:
+            mine = [entry for place, entry in entries if place == (self.changelog, number)]
+            removed = [entry.key or b"" for entry in mine if entry.value is None and (entry.key or b"").startswith(timers.DUE)]
+            if not records and any(entry.key == timers.COUNT for entry in mine):  # none is removed when the first had been cancelled
                 for key in sorted(removed):
                     self._may_fire(transaction, number, key, offset, entries)
                 fired = self.processor.due(overlay, 2**62, len(removed))
