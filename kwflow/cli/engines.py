@@ -170,7 +170,7 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
 
     workflows = load_workflows(modules, app_dir, settings.durable_packages)
     log = log_of(settings)
-    _wait_for_topics(settings, log, modules)
+    _wait_for_topics(settings, log, [settings.application_id], modules)
     if ends_in_a_transaction(settings, settings.changelog_topic):
         raise UsageError(
             f"{settings.changelog_topic} was written in transactions, as the Kafka runner does: Faust never comes to the end of such a topic; "
@@ -187,14 +187,14 @@ def _say_counts(counts: Counter[str], log: Callable[[str], None]) -> None:
     log("records: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"))
 
 
-def _wait_for_topics(settings: Config, log: Callable[[str], None], modules: Sequence[str] = (), stop: Callable[[], bool] = lambda: False) -> None:
-    """Raises TransportError when broker or topics are not as they must be, after `wait_for_broker_s` of asking again; not if it is to stop."""
+def _wait_for_topics(settings: Config, log: Callable[[str], None], groups: list[str], modules: Sequence[str], stop: Callable[[], bool] = lambda: False) -> None:
+    """Raises TransportError when broker or topics are not as they must be for these groups, after `wait_for_broker_s` of asking again; not if it is to stop."""
     from kwflow.runners import topics
 
     give_up, said = time.monotonic() + settings.wait_for_broker_s, ""
     while True:
         try:
-            found = topics.problems(topics.admin(settings), settings, api.declared_topics())
+            found = topics.problems(topics.admin(settings), settings, api.declared_topics(), groups)
             if not found:
                 return
             remedy = f" ({' '.join(['kwflow topics create', *modules])} makes what is missing)" if any(problem.endswith("is missing") for problem in found) else ""
@@ -217,7 +217,7 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
     from kwflow.runners.environment import live
 
     log, bar = log_of(settings), RestoreBar()
-    _wait_for_topics(settings, log, modules, stop)
+    _wait_for_topics(settings, log, [group for group, _ in makers], modules, stop)
     if stop():
         return
     failed: list[BaseException] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,6 +80,8 @@ def told(error: Exception) -> str:
         return f"kwflow: {error}"
     if os.environ.get("KWFLOW_TRACEBACK"):
         raise error
+    if (kafka := sys.modules.get("confluent_kafka")) is not None and isinstance(error, kafka.KafkaException):  # what no place knows an answer to
+        return f"kwflow: Kafka: {error.args[0].str()}"
     if isinstance(error, OSError):  # it names the thing: a full disk, a file that must not be written
         return f"kwflow: {error}"
     return f"kwflow: {type(error).__name__}: {error} (a bug of kwflow's; KWFLOW_TRACEBACK=1 shows where)"

@@ -55,7 +55,7 @@ def topics_check(
     from kwflow.runners import topics
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    problems = topics.problems(topics.admin(settings), settings, _declared(settings, modules, app_dir))
+    problems = topics.problems(topics.admin(settings), settings, _declared(settings, modules, app_dir), [settings.application_id, settings.timers_group])
     for problem in problems:
         out.print(problem)
     raise typer.Exit(1 if problems else 0)

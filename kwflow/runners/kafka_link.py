@@ -69,7 +69,7 @@ class KafkaLink:
         needed = [self.config.resume_topic, self.config.reply_topic, *self._ends]
         missing = [topic for topic in needed if topic not in there]
         if missing:
-            raise TransportError(f"{self.config.bootstrap_servers} has no topic {', '.join(missing)}; kwflow topics create makes what is missing", retryable=False)
+            raise TransportError(f"{self.config.bootstrap_servers} has no topic {', '.join(missing)}; kwflow topics create makes what is missing, unless an ACL hides it", retryable=False)
         return {topic: there[topic] for topic in needed}
 
     def _assign(self, topic: str, number: int) -> None:

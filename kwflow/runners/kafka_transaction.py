@@ -112,7 +112,7 @@ class Transactions:
             self._again(lambda: self._producer.send_offsets_to_transaction(offsets, group, 10), 10)
             self._again(lambda: self._producer.commit_transaction(30))
         except KafkaException as error:
-            self._abort(error.args[0], failures)
+            self._abort(error.args[0], failures, {changelog, *(output.topic for output in batch.outputs)})
         self.aborts = 0
         self.stats.commits.observe(time.perf_counter() - begun)
         return reached
@@ -139,18 +139,19 @@ class Transactions:
             except BufferError:
                 self._producer.poll(0.05)
 
-    def _abort(self, error: KafkaError, failures: list[tuple[str, KafkaError]]) -> None:
-        """Nothing of the batch has happened.  Raises Rejected for what the broker will never take, Aborted, or what ends the process."""
+    def _abort(self, error: KafkaError, failures: list[tuple[str, KafkaError]], written: set[str]) -> None:
+        """Nothing of the batch, which wrote to these topics, has happened.  Raises Rejected for what the broker will never take, Aborted, or what ends the process."""
         if not error.fatal():
             self._again(lambda: self._producer.abort_transaction(30))  # serves the reports too: a record may have been refused before the last one was produced
-        rejected = next((failure for _, failure in (*failures, ("", error)) if failure.code() in _REJECTED), None)
+        places = [*failures, (" or ".join(sorted(written)), error)]
+        rejected = next((f"{topic}: {failure.str()}" for topic, failure in places if failure.code() in _REJECTED), None)
         lost = [f"{topic}: {failure.str()}" for topic, failure in failures if failure.code() not in _PURGED]
         if error.fatal() and rejected is None:
             raise FencedError(f"{self.member.group}: {error.str()}")
         if rejected is not None or lost:
             self._producer = self._new_producer()  # its sequence numbers are lost: the next good transaction would fail
         if rejected is not None:
-            raise Rejected(rejected.str())
+            raise Rejected(rejected)
         self.aborts += 1
         why = lost[0] if lost else error.str()
         if self.aborts >= _ABORTS_MAX:

@@ -8,6 +8,7 @@ has fenced whoever had the name, and ended what that one left open.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -93,7 +94,8 @@ class SoleWriter:
     def _told(self, cause: KafkaError) -> TransportError:
         if cause.code() == KafkaError._FENCED:
             return TransportError(f"another process has begun to do this meanwhile ({self._name}); look again what is left to do", retryable=False)
-        self._producer.poll(0)
+        with contextlib.suppress(KafkaException):  # what ends the producer is raised by each call of it, this one, too
+            self._producer.poll(0)
         return TransportError(f"{self._config.bootstrap_servers} did not take the records: {self._errors.because(cause)}")
 
     def __enter__(self) -> SoleWriter:

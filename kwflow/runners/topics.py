@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import operator
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, ConfigResource, ConfigSource, NewTopic, OffsetSpec, ResourceType  # type: ignore[attr-defined]
+from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource, ConfigSource, NewTopic, OffsetSpec, ResourceType  # type: ignore[attr-defined]
 
 from kwflow.config import Config
 from kwflow.core.wire import UNREADABLE, Record
@@ -128,10 +128,47 @@ def needed(config: Config, declared: Iterable[str]) -> list[str]:
     return [*_plain(config, declared), config.reply_topic, config.code_topic, config.owners_topic, *(changelog for changelog, _ in _changelogs(config))]
 
 
-def problems(client: AdminClient, config: Config, declared: Iterable[str]) -> list[str]:
-    """What is not as it must be, one sentence each; empty when all is well.  Raises TransportError."""
+def _rights(config: Config, declared: Iterable[str], groups: Collection[str]) -> dict[str, list[AclOperation]]:
+    """Topic -> what these groups do with it, the engine's and the scheduler's; `sizes` and `problems` read the settings of all."""
+    read, written = set[str](), set[str]()
+    if config.application_id in groups:
+        read |= {config.resume_topic, config.changelog_topic, config.code_topic}
+        written |= {*_plain(config, declared), config.reply_topic, config.code_topic, config.changelog_topic}
+    if config.timers_group in groups:
+        read |= {config.scheduler_topic, config.timers_changelog_topic}
+        written |= {config.resume_topic, config.dead_letter_topic, config.timers_changelog_topic}
+    return {
+        topic: [*[AclOperation.READ] * (topic in read), *[AclOperation.WRITE] * (topic in written), AclOperation.DESCRIBE_CONFIGS]
+        for topic in needed(config, declared)
+    }
+
+
+def _unusable(client: Any, config: Config, rights: dict[str, list[AclOperation]]) -> list[str]:
+    """Topics that are missing, or that the broker does not let us use as we have to.  Raises TransportError."""
+    missing, lacked = [], dict[str, list[str]]()
+    for topic, future in client.describe_topics(TopicCollection(list(rights)), include_authorized_operations=True, request_timeout=10).items():
+        try:
+            allowed = told(future, 10).authorized_operations
+            lacking = [right.name for right in rights[topic] if right not in allowed] if allowed else []  # a broker may not tell
+            if lacking:
+                lacked.setdefault(" and ".join(lacking), []).append(topic)
+        except KafkaException as error:
+            code = error.args[0].code()
+            if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                missing.append(f"topic {topic} is missing")
+            elif code == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                lacked.setdefault("anything, not even to see whether it is there,", []).append(topic)
+            else:
+                raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.args[0].str()}") from None
+    return [*missing, *(f"the user of [kafka] has no ACL for {what} on topic {', '.join(names)}" for what, names in lacked.items())]
+
+
+def problems(client: AdminClient, config: Config, declared: Iterable[str], groups: Collection[str]) -> list[str]:
+    """What is not as it must be for these groups, the engine's and the scheduler's, one sentence each; empty when all is well.  Raises TransportError."""
     there = partitions_of(client, config)
-    found = [f"topic {topic} is missing" for topic in needed(config, declared) if topic not in there]
+    found = _unusable(client, config, _rights(config, declared, groups))
+    if not all(problem.endswith("is missing") for problem in found):
+        return found  # what may not be seen cannot be looked at
     for changelog, source in _changelogs(config):
         if changelog in there and source in there and there[changelog] != there[source]:
             remedy = f"kwflow topics migrate --partitions {max(there[source], there[changelog])} does it"

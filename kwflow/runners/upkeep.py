@@ -49,7 +49,7 @@ def _done(futures: dict[Any, Any], what: str) -> list[Any]:
     try:
         return [topics.told(future, _TIMEOUT_S) for future in futures.values()]
     except KafkaException as error:
-        raise TransportError(f"cannot {what}: {error.args[0].str()}", retryable=False) from None
+        raise TransportError(f"cannot {what}: {error.args[0].name()}: {error.args[0].str()}", retryable=False) from None
 
 
 def _standing_still(admin: AdminClient, config: Config) -> None:

@@ -8,10 +8,11 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterable
 
 from confluent_kafka.admin import AdminClient
 
-__all__ = ["Broker", "can_start", "free_port"]
+__all__ = ["Broker", "Secured", "can_start", "free_port"]
 
 ROOT = pathlib.Path(__file__).parents[2]
 LIB = ROOT / ".kafka/lib"
@@ -75,13 +76,16 @@ class Broker:
         port = free_port(2)
         self.bootstrap = f"127.0.0.1:{port}"
         self._server = directory / "server.properties"
-        self._server.write_text(properties(directory, port, port + 1))
+        self._server.write_text(self.properties(port))
         logging = directory / "log4j2.properties"
         logging.write_text("rootLogger.level=warn\nrootLogger.appenderRef.a.ref=A\nappender.a.type=Console\nappender.a.name=A\n")
         self._java = ["java", "-cp", f"{jars()}/*", f"-Dlog4j2.configurationFile={logging}"]
         self._log = open(directory / "broker.log", "w")
         format = [*self._java, "-Xmx256m", "kafka.tools.StorageTool", "format", "-t", "kwflowTestClusterAAAAA", "-c", str(self._server)]
         subprocess.run(format, check=True, stdout=self._log, stderr=self._log, timeout=60)
+
+    def properties(self, port: int) -> str:
+        return properties(self.directory, port, port + 1)
 
     def start(self) -> None:
         """It answers when this returns."""
@@ -100,3 +104,26 @@ class Broker:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+class Secured(Broker):
+    """With a second listener, whose users may do what ACLs allow; whoever comes by the first one may do everything."""
+
+    PASSWORD = "secret"
+
+    def __init__(self, directory: pathlib.Path, users: Iterable[str]) -> None:
+        self.users = users
+        self.secured = f"127.0.0.1:{free_port()}"
+        super().__init__(directory)
+
+    def properties(self, port: int) -> str:
+        users = " ".join(f'user_{user}="{self.PASSWORD}"' for user in self.users)
+        plain = super().properties(port).replace(f"listeners=PLAINTEXT://127.0.0.1:{port}", f"listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://{self.secured}")
+        return (
+            plain.replace("protocol.map=", "protocol.map=SASL_PLAINTEXT:SASL_PLAINTEXT,")
+            + f"""authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS
+sasl.enabled.mechanisms=PLAIN
+listener.name.sasl_plaintext.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required {users};
+"""
+        )

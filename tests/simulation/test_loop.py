@@ -189,7 +189,7 @@ def test_what_is_due_and_refused_ends_the_scheduler_with_the_reason(lab: Lab) ->
     scheduler = lab.scheduler("one")
     refuse(lab, "workflow-resume", KafkaError.TOPIC_AUTHORIZATION_FAILED)
     lab.send("workflow-scheduler", "w|1", "1")
-    with pytest.raises(TransportError, match="does not take what is due by time: not taken") as refused:
+    with pytest.raises(TransportError, match="does not take what is due by time: workflow-resume: not taken") as refused:
         turn(scheduler, lambda: False)
     assert not refused.value.retryable
 

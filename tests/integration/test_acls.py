@@ -1,0 +1,148 @@
+"""A broker that allows each user what docs/OPERATIONS.md says it needs, and nothing else (StandardAuthorizer, SASL)."""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from confluent_kafka.admin import AclBinding, AclOperation, AclPermissionType, AdminClient, ResourcePatternType, ResourceType  # type: ignore[attr-defined]
+
+from kwflow.client import Client
+from kwflow.config import Config
+from tests.integration.broker import Secured, can_start
+from tests.integration.site import ROOT, TRIP
+
+pytestmark = [pytest.mark.broker, pytest.mark.slow]
+USERS = ("engine", "client", "operator", "reader")
+KINDS = {"topic": ResourceType.TOPIC, "group": ResourceType.GROUP, "transactional_id": ResourceType.TRANSACTIONAL_ID}
+
+
+def bindings(line: str) -> Iterator[AclBinding]:
+    """What a line of `kafka-acls` adds."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--add", action="store_true", required=True)
+    parser.add_argument("--allow-principal", required=True)
+    parser.add_argument("--resource-pattern-type", default="literal")
+    for name in ("--topic", "--group", "--transactional-id", "--operation"):
+        parser.add_argument(name, action="append", default=[])
+    said = parser.parse_args(shlex.split(line, comments=True)[1:])
+    for kind, restype in KINDS.items():
+        for name in getattr(said, kind):
+            for operation in said.operation:
+                known = AclOperation[re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).upper()]
+                yield AclBinding(restype, name, ResourcePatternType[said.resource_pattern_type.upper()], said.allow_principal, "*", known, AclPermissionType.ALLOW)
+
+
+class Estate:
+    """The broker, and the application `shop` on it."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self.broker = Secured(directory / "kafka", USERS)
+        self.broker.start()
+        self.admin = AdminClient({"bootstrap.servers": self.broker.bootstrap, "log_level": 0})
+        self.processes: list[subprocess.Popen[str]] = []
+        subprocess.run(self.command("topics", "create", TRIP, "--partitions", "4"), env=self.environment(None), cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+    def allow(self, lines: list[str]) -> None:
+        for future in self.admin.create_acls([binding for line in lines for binding in bindings(line)], request_timeout=10).values():
+            future.result(20)
+        for user in {re.search(r"User:(\w+)", line)[1] for line in lines}:  # type: ignore[index] # each line has one
+            admin = AdminClient({"bootstrap.servers": self.broker.secured, "log_level": 0, **self.settings(user)})
+            until(lambda admin=admin: admin.list_topics(timeout=10).topics)  # type: ignore[misc]  # an ACL is not known everywhere at once
+
+    def settings(self, user: str) -> dict[str, str]:
+        return {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN", "sasl.username": user, "sasl.password": Secured.PASSWORD}
+
+    def environment(self, user: str | None) -> dict[str, str]:
+        about = {"KWFLOW_BOOTSTRAP_SERVERS": self.broker.bootstrap if user is None else self.broker.secured, "KWFLOW_APPLICATION_ID": "shop"}
+        return {**os.environ, **about, **({} if user is None else {"KWFLOW_KAFKA": json.dumps(self.settings(user))})}
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "kwflow", *arguments]
+
+    def says(self, user: str, code: int, *arguments: str) -> str:
+        done = subprocess.run(self.command(*arguments), env=self.environment(user), cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def engine(self, name: str) -> "subprocess.Popen[str]":
+        command = self.command("engine", TRIP, "--with-scheduler", "--state-dir", str(self.directory / name), "--wait-for-broker", "10")
+        with open(self.directory / f"{name}.log", "w") as log:
+            self.processes.append(subprocess.Popen(command, env=self.environment("engine"), cwd=ROOT, stderr=log, text=True))
+        return self.processes[-1]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.broker.kill()
+
+
+@pytest.fixture
+def estate(tmp_path: pathlib.Path) -> Iterator[Estate]:
+    if not can_start():
+        pytest.skip("NOT TESTED: no broker with users (java with mvn)")
+    estate = Estate(tmp_path)
+    yield estate
+    estate.close()
+
+
+def documented() -> list[str]:
+    lines = [line for line in (ROOT / "docs/OPERATIONS.md").read_text().splitlines() if line.startswith("kafka-acls ")]
+    assert len(lines) >= 6
+    return lines
+
+
+def test_engine_client_and_operator_need_no_more_than_is_documented_and_a_user_that_lacks_it_is_told(estate: Estate) -> None:
+    """K1, K19, AF-6: a takeover from an engine that was killed, its fencing included; nothing of it needs rights on the cluster."""
+    estate.allow(documented())
+    config = Config(application_id="shop", bootstrap_servers=estate.broker.secured, kafka=estate.settings("client"))
+    first = estate.engine("one")
+    with Client.kafka(config) as client:
+        outcome = client.start_and_wait("trip", {"timeout": 60_000}, timeout=120)
+        asked: list[str] = []
+        until(lambda: len(refs(client, asked)) == 3)
+        client.resume("trip", asked[0], "booked").result(60)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        second = estate.engine("two")
+        for ref in asked[1:]:
+            client.resume("trip", ref, "booked").result(60)
+        outcome.result(120)
+    assert second.poll() is None
+    log = (estate.directory / "two.log").read_text()
+    assert "uthori" not in log, log
+    estate.says("operator", 0, "topics", "check", TRIP)
+    assert "trip_booking" in estate.says("operator", 0, "code", "list")
+    estate.says("operator", 0, "code", "gc")
+    estate.says("operator", 0, "dead-letters", "list")
+    estate.says("operator", 0, "list")
+
+    estate.allow(["kafka-acls --add --allow-principal User:reader --resource-pattern-type prefixed --topic shop- --group shop --operation Read --operation DescribeConfigs"])
+    said = estate.says("reader", 1, "topics", "check")
+    assert "no ACL for WRITE on topic shop-dead-letter, shop-code" in said
+    assert re.search(r"no ACL for anything, not even to see whether it is there, on topic workflow-resume.*workflow-reply", said)
+    assert "no ACL for WRITE" in estate.says("reader", 1, "engine", TRIP, "--state-dir", str(estate.directory / "three"))
+    refused = estate.says("reader", 3, "code", "gc")
+    assert "Transactional Id authorization failed" in refused and "bug" not in refused
+
+
+def refs(client: Client, found: list[str]) -> list[str]:
+    """What the saga has asked for so far."""
+    found[:] = [wait["ref"] for wait in client.query("trip").result(60)["waits"] if wait["kind"] == "suspension"]
+    return found
+
+
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen within 60 s"
