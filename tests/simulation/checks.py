@@ -189,7 +189,7 @@ class Model:
             return
         instance = owner[0].rpartition("-")[0].removeprefix(f"{self.group}-")
         machine = next(machine for machine in self.world.machines if instance.split(".")[0] == machine.name)  # no stranger: they have left
-        content = machine.disk.databases.get(machine.directory / "sim" / self.group / str(number))
+        content = machine.disk.databases.get(machine.directory / "sim" / "0" / self.group / str(number))
         if content is not None and machine.instance == instance and not content.damaged:
             self._same(f"the disk of {machine.name}, {self.group}[{number}]", wanted, {key[1:]: value for key, value in content.values.items() if key[:1] == b"s" and _is_state(key[1:])})
 
