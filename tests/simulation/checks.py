@@ -9,6 +9,7 @@ import collections
 import difflib
 import itertools
 import json
+import pathlib
 import re
 from typing import Any
 
@@ -29,7 +30,7 @@ from kwflow.testing.kafka.log import Entry, Place, Transaction
 from kwflow.testing.kafka.time import START_MS
 from tests.simulation import meaning, probes, releases
 from tests.simulation.ledger import Ledger
-from tests.simulation.world import OUTPUTS, RECORD_BYTES_MAX, Failed, World
+from tests.simulation.world import OUTPUTS, RECORD_BYTES_MAX, Failed, Machine, World
 
 CODE = b"\0code\0"  # when this partition wrote a source: state of the runner's own
 _DIED = "the engine died three times with this record"
@@ -103,6 +104,7 @@ class Model:
 
     def __init__(self, world: World, ledger: Ledger, group: str, input_topic: str, changelog: str) -> None:
         self.world = world
+        self.ledger = ledger
         self.group = group
         self.input_topic = input_topic
         self.changelog = changelog
@@ -175,6 +177,8 @@ class Model:
             replayed = {entry.key or b"": entry.value for entry in committed}
             self._same(f"replay of {self.changelog}[{number}]", wanted, {key: value for key, value in replayed.items() if value is not None and _is_state(key)})
             self._same_on_disk(number, wanted)
+            for machine in self.world.machines:
+                self._copy(machine, number)
 
     def _same(self, what: str, wanted: dict[bytes, object], found: dict[bytes, bytes]) -> None:
         forms = {_timeless(key): state_form(key, value) for key, value in found.items()}
@@ -189,9 +193,30 @@ class Model:
             return
         instance = owner[0].rpartition("-")[0].removeprefix(f"{self.group}-")
         machine = next(machine for machine in self.world.machines if instance.split(".")[0] == machine.name)  # no stranger: they have left
-        content = machine.disk.databases.get(machine.directory / "sim" / "0" / self.group / str(number))
+        content = machine.disk.databases.get(self._place(machine, number))
         if content is not None and machine.instance == instance and not content.damaged:
             self._same(f"the disk of {machine.name}, {self.group}[{number}]", wanted, {key[1:]: value for key, value in content.values.items() if key[:1] == b"s" and _is_state(key[1:])})
+
+    def _place(self, machine: Machine, number: int) -> pathlib.Path:
+        return machine.directory / "sim" / "0" / self.group / str(number)
+
+    def _copy(self, machine: Machine, number: int) -> None:
+        """Whatever lies on a disk, whoever wrote it last, is what was committed up to its offset; but for what changed later, of which compaction may have left nothing to read (K8)."""
+        place = self._place(machine, number)
+        content = machine.disk.databases.get(place)
+        if content is None or content.damaged or b"mwritten" not in content.values:
+            return
+        retention_ms = int(self.world.broker.topics[self.changelog].config["delete.retention.ms"])
+        if place not in machine.open and abs(START_MS + self.world.time.now + machine.skew_ms - int(content.values[b"mwritten"])) > retention_ms // 2:
+            return  # nobody would use it
+        reached, log = int(content.values.get(b"moffset", b"0")), self.ledger.visible((self.changelog, number))
+        later = {entry.key for entry in log if entry.offset >= reached}
+        wanted = {entry.key or b"": entry.value for entry in log if entry.key not in later}
+        found = {key[1:]: value for key, value in content.values.items() if key[:1] == b"s" and key[1:] not in later}
+        self.world.happened["copies compared"] += 1
+        wrong = sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
+        if wrong:
+            raise Failed(f"K8: the copy of {self.changelog}[{number}] on {machine.name}, which has reached {reached}, is wrong in {wrong[:5]}")
 
 
 class WorkflowModel(Model):

@@ -18,8 +18,10 @@ from kwflow.runners import code, kafka, topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.kafka import KafkaRunner
 from kwflow.runners.kafka_member import LATEST, Member, again
+from kwflow.runners.kafka_state import PartitionStore
 from kwflow.runners.kafka_transaction import Aborted, Batch, Transactions
 from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.standby import Cleanup, Standby
 from kwflow.runners.takeover import Takeover
 from kwflow.runners.timers import TimerProcessor
 from tests.simulation.faults import Faults
@@ -236,6 +238,16 @@ class Crowd(World):
     rest_ms = 200_000
 
 
+class Warm(Crowd):
+    """Each engine keeps copies of what the others own, and tombstones go soon."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.age(4_000)
+        for machine in self.machines:
+            machine.settings = {"standby": True, "state_cleanup_s": 5}
+
+
 @contextlib.contextmanager
 def _local_forwarding() -> Iterator[None]:
     with mock.patch.object(kafka, "partition_of", lambda key, count: 0 if count == 1 else _Anything()):
@@ -252,6 +264,35 @@ class _Anything(int):
 def _other_partitioner() -> contextlib.AbstractContextManager[Any]:
     made = topics.client_config
     return mock.patch.object(topics, "client_config", lambda config, **settings: made(config, **{**settings, "partitioner": "consistent_random"} if "transactional_id" in settings else settings))
+
+
+def _copies_follow_undecided_transactions() -> contextlib.AbstractContextManager[Any]:
+    follow = Standby.follow
+
+    def followed(standby: Standby, numbers: set[int]) -> None:
+        follow(standby, numbers)
+        if standby._consumer is not None:
+            standby._consumer._committed = False  # type: ignore[attr-defined]
+
+    return mock.patch.object(Standby, "follow", followed)
+
+
+def _promoted_copies_stay_open() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(Standby, "give", lambda standby, number: standby.stores.pop(number, None))
+
+
+def _copies_pass_tombstones() -> contextlib.AbstractContextManager[Any]:
+    take = Standby._take
+    return mock.patch.object(Standby, "_take", lambda standby, message, *rest: None if message.error() is None and message.value() is None else take(standby, message, *rest))
+
+
+def _copies_never_age() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(PartitionStore, "is_too_old", lambda _: False)
+
+
+def _open_copies_are_cleaned_up() -> contextlib.AbstractContextManager[Any]:
+    look = Cleanup.look
+    return mock.patch.object(Cleanup, "look", lambda cleanup, used: look(cleanup, set()))
 
 
 def _newer_snapshots_are_taken() -> contextlib.AbstractContextManager[Any]:
@@ -297,6 +338,11 @@ PLANTED = [
     Planted("K6", "a record on the wrong partition is applied there", Faults(), patch=_local_forwarding),
     Planted("K7", "what was revoked is still owned", REBALANCES, patch=_owns_what_was_revoked, world=Crowd, first=7),
     Planted("K8", "the local store is written before the commit", CRASHES_IN_COMMITS, WritesTheStoreBeforeTheCommit, first=1),
+    Planted("K8", "a copy goes on where it stood although tombstones may be gone", Faults(freeze=0.004, compact=1.0), patch=_copies_never_age, world=Warm, first=4),
+    Planted("K8", "a copy is deleted while it is open", Faults(kill=0.1), patch=_open_copies_are_cleaned_up, world=Warm),
+    Planted("K5", "a copy follows transactions that are aborted", CRASHES_IN_COMMITS, patch=_copies_follow_undecided_transactions, world=Warm, first=5),
+    Planted("K5", "a copy that is promoted stays open", Faults(kill=0.2, stop=0.2), patch=_promoted_copies_stay_open, world=Warm),
+    Planted("K5", "a copy passes tombstones over", Faults(), patch=_copies_pass_tombstones, world=Warm),
     Planted("K9", "records are stepped backwards", Faults(slow=0.3), StepsBackwards),
     Planted("K10", "dead letters are logged and dropped", Faults(), DropsDeadLetters),
     Planted("K11", "the producer is kept after a refusal", Faults(), patch=_producer_kept_after_a_refusal, world=Impatient, first=20),

@@ -13,8 +13,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 SEEDS = 200
 PLANNED = {
     "abort", "compacted", "crash after commit", "crash after database-write", "crash after send_offsets", "crash before commit", "crash before consume", "crash before consume-assigned",
-    "crash before database-write", "crash before producer-poll", "crash before send_offsets", "damage", "deploy", "freeze", "jump", "kill", "lost commit", "lost list_offsets",
-    "lost send_offsets", "rebalance", "roll", "slow", "stall", "stop", "took over new helpers", "trickle", "went on in old code", "wipe",
+    "crash before database-write", "crash before producer-poll", "crash before send_offsets", "damage", "deleted copy", "deploy", "freeze", "jump", "kill", "lost commit", "lost list_offsets",
+    "lost send_offsets", "promoted", "rebalance", "roll", "slow", "stall", "stop", "took over new helpers", "trickle", "went on in old code", "wipe",
 }  # fmt: skip
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -30,6 +30,7 @@ from kwflow.runners.kafka import KafkaRunner
 from kwflow.runners.kafka_code import CodeTopic
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.parked import is_parked
+from kwflow.runners.standby import Copies
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing.kafka import Broker, Disk, Host, SimulatedConsumer, SimulatedEnvironment, VirtualTime
 from kwflow.testing.kafka.broker import Made
@@ -80,6 +81,16 @@ class _Environment(SimulatedEnvironment):
         self._consumers.append(made)
         return made
 
+    def database(self, directory: pathlib.Path) -> Any:
+        directory.mkdir(parents=True, exist_ok=True)  # where the clean-up looks
+        return super().database(directory)
+
+    def wipe(self, directory: pathlib.Path) -> None:
+        if directory in self.disk.databases and self.disk.databases[directory].held:
+            raise Failed(f"{directory} is wiped while it is open")
+        super().wipe(directory)
+        shutil.rmtree(directory, ignore_errors=True)
+
     def release(self) -> None:
         for consumer in self._consumers:
             consumer.__dict__.clear()
@@ -99,8 +110,10 @@ class Machine:
     disk: Disk = dataclasses.field(default_factory=Disk)
     skew_ms: int = 0
     identity: int = 0
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its engine, beside those that all have
     release: releases.Release = releases.Release()  # of its next process
     process: Process | None = None
+    open: set[pathlib.Path] = dataclasses.field(default_factory=set)  # databases, at the end of the run
     lives: list["Life"] = dataclasses.field(default_factory=list)
 
     @property
@@ -135,6 +148,8 @@ class World:
     machines_min = 1
     release_ms = 5_000  # from one release to the next, and from one machine to the next, on average
     rest_ms = 900_000  # calm, everything has to be done within this
+    jump_ms = 60_000
+    truncated = False  # whether changelogs lose what compaction has emptied at their begin
     switches_max = 400_000  # of each half; a run that needs more does not come to rest
 
     def __init__(
@@ -172,12 +187,30 @@ class World:
         self.upcoming = releases.with_rollbacks(releases.draw(self.chance), self._rollout)
         self.deployed = [releases.Release()]
         self.machines = [Machine(f"m{number}", self._roles(number), self.directory / f"m{number}") for number in range(self.chance.randint(self.machines_min, 3))]
+        if faults is None:
+            self._draw_copies(random.Random(f"copies {seed}"))
+
+    def _draw_copies(self, chance: random.Random) -> None:
+        """Who keeps warm copies, and for how long copies and tombstones are kept.  Its own stream: a seed without them is the run that it was."""
+        if chance.random() < 0.4:
+            for machine in self.machines:
+                machine.settings = {"standby": chance.random() < 0.7, "state_cleanup_s": chance.choice([0, 2, 10, 600])}
+            if chance.random() < 0.5:
+                self.age(chance.choice([20_000, 60_000]))
+            self.truncated = chance.random() < 0.3
+
+    def age(self, retention_ms: int) -> None:
+        """Tombstones go so soon that a process may stand still for longer; no clock is off so far that it matters."""
+        for name in (self.config.changelog_topic, self.config.timers_changelog_topic):
+            self.broker.topics[name].config["delete.retention.ms"] = str(retention_ms)
+        self.faults.freeze_ms = (retention_ms // 2, 3 * retention_ms)
+        self.jump_ms = retention_ms // 8
 
     def _roles(self, number: int) -> tuple[str, ...]:
         return ("engine", "scheduler") if number == 0 or self.chance.random() < 0.5 else ("engine",)
 
-    def _config(self, instance: str, directory: pathlib.Path) -> Config:
-        return self.config.model_copy(update={"state_dir": directory, "instance_id": instance})
+    def _config(self, instance: str, directory: pathlib.Path, **settings: Any) -> Config:
+        return self.config.model_copy(update={"state_dir": directory, "instance_id": instance, **settings})
 
     def _base_config(self) -> Config:
         return Config(
@@ -237,6 +270,8 @@ class World:
             quiet = quiet + 1 if self.clients.settle() and not self.unread() else 0
             if self.time.now > give_up:
                 raise Failed(f"after {self.rest_ms / 1000:g} calm seconds there is still: {self.unread() or 'something to answer or to discard'}")
+        for machine in self.machines:
+            machine.open = {directory for directory, content in machine.disk.databases.items() if content.held}
         self.over = True
 
     def unread(self, waiting: bool = True) -> list[str]:
@@ -355,7 +390,7 @@ class World:
                 self._while_down(machine)
 
     def _live(self, machine: Machine, process: Process, role: str, environment: _Environment) -> None:
-        config = self._config(machine.instance, machine.directory)
+        config = self._config(machine.instance, machine.directory, **machine.settings)
         try:
             if role == "engine":
                 sources = functools.cache(lambda: CodeStore(CodeTopic(config, environment).read))
@@ -368,6 +403,7 @@ class World:
                 runner = environment.runner(self.runner, config, make, "sim", process.log, process, OUTPUTS)
             else:
                 runner = environment.runner(self.runner, config, lambda _: self.make_timers(config), "sim-scheduler", process.log, process, OUTPUTS)
+            self._count_copies(runner.takeover.copies)
             runner.run(lambda: process.stopping or self.over)
         except (Crashed, probes.Killed):
             process.alive = False
@@ -378,6 +414,20 @@ class World:
                 raise Failed(f"{process.name} ends although nothing was broken: {error}") from error
             if not error.retryable and not isinstance(error, FencedError):
                 raise Failed(f"{process.name} cannot go on: {error}") from error
+
+    def _count_copies(self, copies: Copies) -> None:
+        give, look = copies.give, copies._cleanup.look
+
+        def given(number: int) -> None:
+            self.happened["promoted"] += copies.standby is not None and number in copies.standby.stores
+            give(number)
+
+        def looked(used: set[int]) -> list[pathlib.Path]:
+            deleted = look(used)
+            self.happened["deleted copy"] += len(deleted)
+            return deleted
+
+        copies.give, copies._cleanup.look = given, looked  # type: ignore[method-assign]
 
     def _while_down(self, machine: Machine) -> None:
         chance, faults = self.chance, self.faults
@@ -416,7 +466,7 @@ class World:
                 elif chance.random() < 0.02 * bool(faults.freeze):
                     process.freeze(chance.choice([3_000, 12_000]) * chance.random())
             if chance.random() < faults.jump:
-                machine.skew_ms = chance.randint(-60_000, 60_000)
+                machine.skew_ms = chance.randint(-self.jump_ms, self.jump_ms)
                 self.happened["jump"] += 1
                 self.say(f"the clock of {machine.name} is {machine.skew_ms} ms off")
             if chance.random() < faults.compact:
@@ -424,8 +474,11 @@ class World:
 
     def compact(self) -> None:
         for name in (self.config.changelog_topic, self.config.timers_changelog_topic, self.config.code_topic):
-            for partition in self.broker.topics[name].partitions:
-                self.happened["compacted"] += partition.compact(partition.end - self.chance.randint(0, 20), self.time.now, 7 * 86_400_000)
+            topic = self.broker.topics[name]
+            for partition in topic.partitions:
+                self.happened["compacted"] += partition.compact(partition.end - self.chance.randint(0, 20), self.time.now, int(topic.config["delete.retention.ms"]))
+                if self.truncated and partition.entries:
+                    partition.delete_before(partition.entries[0].offset)
 
     def rebalance(self) -> None:
         """A stranger joins a group and soon leaves: generations change under those who are in the middle of a batch."""

@@ -48,6 +48,7 @@ class Entry:
     transaction: Transaction | None
     appended_ms: float
     control: bool = False
+    cleaned_ms: float | None = None  # a tombstone: when compaction first passed it, and removed what was before it
 
     @property
     def size_bytes(self) -> int:
@@ -110,7 +111,7 @@ class Partition:
         return bisect.bisect_left(self.entries, offset, key=lambda entry: entry.offset)
 
     def compact(self, before: int, now_ms: float, retention_ms: float) -> int:
-        """Keep the last record of each key below an offset, tombstones for their retention only; how many went."""
+        """Keep the last record of each key below an offset; a tombstone for its retention only, counted from when it was first passed; how many went."""
         before = min(before, self.stable)
         last = {entry.key: entry.offset for entry in self.entries if entry.offset < self.stable and self.visible(entry)}
 
@@ -119,7 +120,9 @@ class Partition:
                 return True
             if not self.visible(entry) or last[entry.key] != entry.offset:
                 return False
-            return entry.value is not None or now_ms - entry.appended_ms < retention_ms
+            if entry.cleaned_ms is None:
+                entry.cleaned_ms = now_ms
+            return entry.value is not None or now_ms - entry.cleaned_ms < retention_ms
 
         count = len(self.entries)
         self.entries = [entry for entry in self.entries if kept(entry)]
