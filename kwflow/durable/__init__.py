@@ -7,7 +7,7 @@ may be named, reducers.py how each kind of value is saved, rebuild.py how it is 
 
 from kwflow.durable.codec import dumps, loads
 from kwflow.durable.frames import Frame, State, capture, describe, discard, is_durable, restore
-from kwflow.durable.loader import durable, find_source, install, load_source, native, rewrite_first, uninstall
+from kwflow.durable.loader import durable, find_source, install, installed, load_source, native, rewrite_first, uninstall
 from kwflow.durable.names import allow_classes_by_value, allow_modules
 from kwflow.durable.peek import canonical, canonical_bytes, peek
 from kwflow.durable.reducers import register_reducer
@@ -29,6 +29,7 @@ __all__ = [
     "durable",
     "find_source",
     "install",
+    "installed",
     "is_durable",
     "load_source",
     "loads",

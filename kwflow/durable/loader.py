@@ -322,9 +322,17 @@ def install(prefixes: Iterable[str]) -> None:
         sys.meta_path.insert(0, _finder)
 
 
+def installed(name: str) -> bool:
+    """Whether the module of this name is durable, or will be when it is imported."""
+    return name in registry.modules() or (_finder in sys.meta_path and _finder.matches(name))
+
+
 def _importers(imported: types.ModuleType) -> list[str]:
-    """Which modules outside it hold it, a module below it, or something that was defined there."""
+    """Which modules outside it hold it, a module below it, or something that was defined there; a program of its package needs to hold nothing."""
     package = imported.__name__ + "."
+    program = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")  # `python -m`
+    if (program + ".").startswith(package):
+        return [f"the program, {program}"]
 
     def holds(other: types.ModuleType) -> bool:
         homes = (value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None) for value in list(vars(other).values()))

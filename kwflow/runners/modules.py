@@ -18,7 +18,11 @@ __all__ = ["load_workflows"]
 
 def _load(name: str) -> types.ModuleType:
     if not name.endswith(".py"):
-        durable.install([name.partition(".")[0]])
+        try:
+            durable.install([name.partition(".")[0]])
+        except UsageError as error:  # a program has imported its own package: it says itself what of that is durable
+            if not durable.installed(name):
+                raise UsageError(f"{error}; a program that belongs to the package says kwflow.durable.install([{name!r}]) before it imports that") from None
         return importlib.import_module(name)
     path = Path(name)
     if not path.exists():

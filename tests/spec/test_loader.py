@@ -17,7 +17,8 @@ WORKFLOW = "import kwflow as kw\ndef main(o):\n    yield kw.suspend('a')\n"
 
 
 def python(directory: pathlib.Path, script: str, *options: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, *options, "-c", textwrap.dedent(script)], cwd=directory, capture_output=True, text=True, check=False, timeout=60)
+    what = options if "-m" in options else (*options, "-c", textwrap.dedent(script))
+    return subprocess.run([sys.executable, *what], cwd=directory, capture_output=True, text=True, check=False, timeout=60)
 
 
 def said(directory: pathlib.Path, script: str) -> str:
@@ -51,6 +52,31 @@ def test_durable_are_the_packages_of_the_modules_those_that_say_so_and_configure
     """
     (package / "other.py").write_text(WORKFLOW)
     assert said(package, script) == "[True, True, True, True, True, False]"
+
+
+@pytest.mark.slow
+def test_a_program_that_belongs_to_the_package_of_its_workflows_says_what_of_it_is_durable(package: pathlib.Path) -> None:
+    """§5.1: it has imported its own package before it can host an engine, `python -m shop.program` the one above it; what it says is not widened."""
+    (package / "shop/program.py").write_text(textwrap.dedent("""
+        from kwflow import durable
+        from kwflow.errors import UsageError
+        from kwflow.runners.modules import load_workflows
+        try:
+            load_workflows(["shop.orders"])
+        except UsageError as error:
+            print(error)
+        durable.install(["shop.orders"])
+        found = load_workflows(["shop.orders"]).functions["orders"]
+        from shop.orders import main
+        from shop.parts import helper
+        print(found is main, durable.is_durable(main), durable.is_durable(helper.steps))
+    """))
+    done = python(package, "", "-m", "shop.program")
+    assert done.returncode == 0, done.stderr
+    refused, found = done.stdout.splitlines()
+    assert "shop was imported (by the program, shop.program) before" in refused
+    assert "kwflow.durable.install(['shop.orders'])" in refused
+    assert found == "True True False"
 
 
 @pytest.mark.parametrize("head", [b"\xef\xbb\xbf", b"# -*- coding: latin-1 -*-\n"])
