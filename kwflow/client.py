@@ -284,7 +284,8 @@ class Client:
         with self._lock:
             self._requests[request] = replied
         future.add_done_callback(lambda _: self._requests.pop(request, None))
-        unknown = OutcomeUnknown(f"{what} of {id}: no reply within {self.config.command_timeout_s:g} s, so it may be done or not; repeat it under the same id", command_id)
+        again = "ask again" if what == "query" else f"it may be done or not: repeat it under the same id, {command_id}"
+        unknown = OutcomeUnknown(f"{what} of {id}: no reply within {self.config.command_timeout_s:g} s, perhaps no engine runs; {again}", command_id)
         self._at(self.config.command_timeout_s, request, future, unknown)
         asked = (("kwflow-request", request.encode()), ("kwflow-reply-to", self._link.address.encode()))
         self._link.append(Output(self.config.resume_topic, wire.key_of(id), value, (*headers, *asked)), lambda error: self._fail(future, error))

@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import functools
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 
@@ -302,7 +302,11 @@ def is_engine_id(ref: str) -> bool:
 def json_dumps(value: object) -> bytes:
     """Compact JSON in insertion order; refuses what msgspec would change silently (wire.md §4)."""
     _check_json(value, 0)
-    return msgspec.json.encode(value)
+    return msgspec.json.encode(value, enc_hook=_refused)
+
+
+def _refused(value: object) -> NoReturn:
+    raise TypeError(f"an object of class {type(value).__qualname__} has no JSON form; give its values, those of a pydantic model are .model_dump(mode='json')")
 
 
 def _check_json(value: object, depth: int) -> None:

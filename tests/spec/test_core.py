@@ -179,6 +179,8 @@ def main(o):
         ("kw.suspend('1:1')", "reserved"),
         ("kw.suspend('x'), kw.suspend('x')", "already waited for"),
         ("kw.output(5, 'out')", "kw.output_json"),
+        ("kw.set_status([undo])", "an object of class function has no JSON form; give its values"),
+        ("return {'undo': object()}", "an object of class object has no JSON form; give its values"),
         ("kw.declare_topics('late')", "module level"),
         ("kw.cancel(5)", "no wait"),
         ("kw.sleep('soon')", "timedelta"),

@@ -486,7 +486,7 @@ EDGES = [
     Edge("ended_retention_ms", "ms after which a start is no longer known", 1000, _start_again, r"\['started', 'started'\]", past=0),
     Edge("ended_retention_ms", "ms after which what ended is forgotten", 1000, _ended, "^forgotten$", past=0),
     Edge("state_cleanup_s", "seconds that a copy which nobody needs is kept", 600, _copies, "^3 deleted$", past=0),
-    Edge("command_timeout_s", "seconds that a command waits for its reply", 20, _command, r"OutcomeUnknown: query of w: no reply within 20 s.*; repeat it under the same id", past=0),
+    Edge("command_timeout_s", "seconds that a command waits for its reply", 20, _command, r"OutcomeUnknown: query of w: no reply within 20 s, perhaps no engine runs; ask again", past=0),
 ]  # fmt: skip
 
 
