@@ -40,10 +40,10 @@ def log_of(settings: Config) -> Callable[[str], None]:
 
 
 class _Carried(logging.Handler):
-    """What libraries log, as lines of ours."""
+    """What libraries and authors log, as lines of ours; from which level on, their loggers say."""
 
     def __init__(self, log: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -51,7 +51,7 @@ class _Carried(logging.Handler):
 
 
 def carry_logging(log: Callable[[str], None]) -> None:
-    """Warnings of libraries, an exporter's for example, join the log; modules that have set up logging themselves keep theirs."""
+    """Warnings of libraries, an exporter's for example, and what an author's logger lets through join the log; modules that have set up logging themselves keep theirs."""
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(_Carried(log))
 

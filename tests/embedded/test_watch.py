@@ -216,12 +216,16 @@ WARNS = """
 import logging
 import kwflow as kw
 
+logging.getLogger("warns").setLevel(logging.INFO)
+
 def noted():
     yield kw.suspend("r")
 
 def main(opts):
     noted()
+    logging.getLogger("some.library").info("nobody asked for this")
     logging.getLogger("some.library").warning("disk %s is full", opts)
+    logging.getLogger("warns").info("asked for %s", opts)
     kw.log("in the step")
     return 1
     yield
@@ -230,7 +234,7 @@ def main(opts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
-def test_warnings_of_libraries_and_of_the_loader_are_lines_of_the_log_unless_the_module_has_a_log_of_its_own(own: bool, tmp_path: pathlib.Path) -> None:
+def test_what_libraries_and_authors_log_and_warnings_of_the_loader_are_lines_of_the_log_unless_the_module_has_a_log_of_its_own(own: bool, tmp_path: pathlib.Path) -> None:
     (tmp_path / "warns.py").write_text(WARNS + ("logging.basicConfig(format='mine: %(message)s')\n" if own else ""))
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "kwflow"]
@@ -243,9 +247,10 @@ def test_warnings_of_libraries_and_of_the_loader_are_lines_of_the_log_unless_the
             if "in the step" in line:
                 engine.terminate()
     said = [json.loads(line) for line in lines if line.startswith("{")]
-    assert [line for line in lines if not line.startswith("{")] == (["mine: disk 7 is full\n"] if own else [])
+    assert [line for line in lines if not line.startswith("{")] == (["mine: disk 7 is full\n", "mine: asked for 7\n"] if own else [])
+    assert ("warns: asked for 7" in [line["message"] for line in said if line["level"] == "info"]) is not own
     warned = [line["message"] for line in said if line["level"] == "warning"]
-    assert "warns.py:9: LostCallWarning: " in warned[0]
+    assert "warns.py:11: LostCallWarning: " in warned[0]
     assert warned[1:] == ([] if own else ["some.library: disk 7 is full"])
 
 
