@@ -132,10 +132,12 @@ class Copies:
         self._on_log = on_log
 
     def turn(self, mine: set[int]) -> None:
+        used = mine
         if self.standby is not None:
-            self.standby.follow(set(range(self._partitions)) - mine)
+            used = set(range(self._partitions))  # those that are to be opened, too
+            self.standby.follow(used - mine)
             self.standby.turn()
-        for path in self._cleanup.look(mine if self.standby is None else mine | self.standby.stores.keys()):
+        for path in self._cleanup.look(used):
             self._on_log(f"deleted {path}, a copy that nobody has needed for {self._cleanup.delay_s:g} s")
 
     def give(self, number: int) -> None:

@@ -93,6 +93,15 @@ def test_a_copy_whose_place_in_the_log_is_gone_begins_anew(office: Office) -> No
     assert (office.standby.stores[1].get(b"w"), office.standby.stores[1].get(b"v"), office.standby.stores[1].offset) == (None, None, 0)
 
 
+def test_copies_that_will_be_followed_are_not_deleted_before_they_are_opened(tmp_path: pathlib.Path) -> None:
+    """A few are opened in each turn; `state_cleanup_s = 0` deleted all others, so that an engine that was started again had none of its warm copies."""
+    office = Office(tmp_path, delay_s=0, partitions=10)
+    for number in range(11):
+        (tmp_path / str(number)).mkdir()
+    office.turn({0})
+    assert {int(path.name) for path in tmp_path.iterdir()} == set(range(10)), "the last one is of a partition that is no more"
+
+
 def test_only_a_copy_that_nobody_has_needed_for_all_the_time_is_deleted(tmp_path: pathlib.Path) -> None:
     """Neither one that runs, nor one that is warm, nor one that came back in between."""
     office = Office(tmp_path, delay_s=600)
