@@ -385,12 +385,13 @@ class KafkaRunner:
     # -- commit and settle -----------------------------------------------------------------------------------------
     def _commit(self, batch: Batch) -> None:
         """One transaction, then the local stores (K8)."""
+        begun_ms = self.clock.now_ms()  # this process may stand still in a commit, and somebody else goes on
         reached = self.transactions.commit(batch, self._metadata)
         self.counts.update(batch.counts)
         end_all(batch.spans)
         for number, overlay in batch.overlays.items():
             partition = self.owned[number]
-            partition.store.settle(overlay.changes, reached.get(number))
+            partition.store.settle(overlay.changes, reached.get(number), begun_ms)
             partition.applied(batch.positions[number])
         for line in batch.logs:
             self.on_log(line)

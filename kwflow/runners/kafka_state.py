@@ -93,9 +93,9 @@ class PartitionStore:
         for key, value in self._db.scan(_STATE + prefix, _STATE + start):
             yield key[1:], value
 
-    def settle(self, changes: dict[bytes, bytes | None], offset: int | None) -> None:
-        """The changes, and up to where in the changelog they reach."""
-        about = [(_META + b"written", b"%d" % self.clock.now_ms())]
+    def settle(self, changes: dict[bytes, bytes | None], offset: int | None, as_of_ms: int | None = None) -> None:
+        """The changes, and up to where in the changelog they reach; they were all there was then, or now."""
+        about = [(_META + b"written", b"%d" % (self.clock.now_ms() if as_of_ms is None else as_of_ms))]
         if offset is not None:
             about.append((_META + b"offset", b"%d" % offset))
         self._db.write(itertools.chain(((_STATE + key, value) for key, value in changes.items()), about))

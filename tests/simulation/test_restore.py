@@ -95,6 +95,26 @@ def test_a_copy_that_was_away_for_half_the_tombstones_retention_brings_nothing_b
     assert first.owned[0].store.get(b"w") is None
 
 
+def test_a_copy_whose_engine_stood_still_in_a_commit_is_as_old_as_that_commit(lab: Lab) -> None:
+    """K8: another engine has its partition by then, and what that has removed is no longer told."""
+    lab.broker.topics[CHANGELOG].config["delete.retention.ms"] = str(2 * DAY_MS)
+    engine, host = lab.engine("one"), lab.hosts["one"]
+    turn(engine, lambda: engine.owned)
+    stores = []
+
+    def asked_again() -> None:
+        stores.append(engine.owned[0].store)
+        lab.broker.time.advance(lab.broker.time.now + 1.5 * DAY_MS)
+
+    host.losing["commit"] = 1
+    host.before["commit"] = lambda: host.before.update(commit=asked_again)
+    lab.send("workflow-resume", "w", "new:{}")
+    turn(engine, lambda: stores)
+    assert stores[0].get(b"w"), "the commit had succeeded"
+    stores[0].close()
+    assert engine.takeover._store(0).get(b"w") is None
+
+
 def restored(lab: Lab, store: PartitionStore, gone: int = 0, slices: int = 100) -> int:
     """Up to the end of now, whose first records are `gone` after the first slice; how many slices that took."""
     partition = lab.broker.partition((CHANGELOG, 0))
