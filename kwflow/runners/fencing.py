@@ -16,7 +16,7 @@ from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 from kwflow.errors import TransportError
 from kwflow.runners.environment import Producer
 from kwflow.runners.kafka_member import LATEST, TRANSACTION_S, Member
-from kwflow.runners.topics import needed, partitions_of, told, transient
+from kwflow.runners.topics import needed, offset_of, partitions_of, told, transient
 
 __all__ = ["Fencing", "Leftovers"]
 
@@ -122,4 +122,4 @@ class Leftovers:
 
     def _ends(self, level: IsolationLevel) -> dict[TopicPartition, int]:
         asked = self._member.admin.list_offsets(dict.fromkeys(self._places, LATEST), isolation_level=level, request_timeout=2)
-        return {place: int(told(future, 2).offset) for place, future in asked.items()}
+        return {place: offset_of(future, 2) for place, future in asked.items()}

@@ -50,7 +50,7 @@ def offsets(environment: Environment, config: Config, admin: AdminClient, topic:
     def ask() -> dict[int, int]:
         futures = clients[-1].list_offsets(asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10)
         try:
-            return {where.partition: int(topics.told(future, 10).offset) for where, future in futures.items()}
+            return {where.partition: topics.offset_of(future, 10) for where, future in futures.items()}
         except KafkaException as error:
             if error.args[0].code() == KafkaError.FENCED_LEADER_EPOCH:  # after a restart of the broker; a client that knows an older epoch never asks anew
                 clients.append(topics.admin(config, environment))

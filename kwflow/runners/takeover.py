@@ -269,7 +269,10 @@ class Takeover:
             if topics.transient(error.args[0]):
                 return {}
             raise
-        return {where.partition: where.offset for where in found}
+        failed = next((where.error for where in found if where.error is not None and not topics.transient(where.error)), None)
+        if failed is not None:
+            raise KafkaException(failed)
+        return {where.partition: where.offset for where in found if where.error is None}
 
     def _store(self, number: int) -> PartitionStore:
         member = self.member

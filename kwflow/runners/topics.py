@@ -17,7 +17,7 @@ from kwflow.errors import TransportError
 from kwflow.runners.environment import LIVE, Environment
 
 __all__ = [
-    "TOPIC_MS", "admin", "client_config", "committed_ends", "create", "describe", "ends", "needed", "overridden", "partitions_of", "problems",
+    "TOPIC_MS", "admin", "client_config", "committed_ends", "create", "describe", "ends", "needed", "offset_of", "overridden", "partitions_of", "problems",
     "record_of", "replication", "settings_of", "sizes", "told", "transient",
 ]  # fmt: skip
 
@@ -66,6 +66,19 @@ def told(future: Any, within_s: float) -> Any:
         return future.result(within_s + _LATE_S)
     except TimeoutError:
         raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"no answer within {within_s:g} s")) from None
+
+
+def offset_of(future: Any, within_s: float) -> int:
+    """What `list_offsets` found.  Raises KafkaException, also for no answer: of a partition whose leader has just moved the library may say -1001, and no error.
+
+    1. an engine takes a partition over while a broker stops
+    2. its changelog would end at -1001: the local copy, which is ahead of that, is wiped, and there is nothing to restore
+    3. what waits there would be unknown from then on
+    """
+    offset = int(told(future, within_s).offset)
+    if offset < 0:
+        raise KafkaException(KafkaError(KafkaError.OFFSET_NOT_AVAILABLE, "the leader did not tell an offset"))
+    return offset
 
 
 def admin(config: Config, environment: Environment = LIVE) -> AdminClient:
@@ -225,7 +238,7 @@ def committed_ends(client: AdminClient, topic: str, partitions: Iterable[int]) -
     found: dict[int, int] = {}
     for where, future in (client.list_offsets(asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=2) if asked else {}).items():
         with contextlib.suppress(KafkaException):
-            found[where.partition] = int(told(future, 2).offset)
+            found[where.partition] = offset_of(future, 2)
     return found
 
 
@@ -234,7 +247,7 @@ def ends(client: AdminClient, topic: str, partitions: int, latest: bool) -> dict
     spec = OffsetSpec.latest() if latest else OffsetSpec.earliest()  # type: ignore[no-untyped-call]
     asked = client.list_offsets({TopicPartition(topic, number): spec for number in range(partitions)}, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=10)
     try:
-        return {where.partition: int(told(future, 10).offset) for where, future in asked.items()}
+        return {where.partition: offset_of(future, 10) for where, future in asked.items()}
     except KafkaException as error:
         raise TransportError(f"cannot read the offsets of {topic}: {error.args[0].str()}") from None
 

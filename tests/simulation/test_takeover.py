@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any, cast
 
 import pytest
-from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_INVALID, ConsumerGroupState, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from kwflow.errors import TransportError
@@ -25,7 +25,7 @@ from kwflow.testing.kafka.admin import SimulatedAdmin
 from kwflow.testing.kafka.groups import Metadata
 from kwflow.testing.kafka.log import Partition, Place
 from tests.simulation.test_found import Lab, turn
-from tests.simulation.test_loop import refuse
+from tests.simulation.test_loop import refuse, start
 
 SESSION_MS, AIM_MS = 6_000, 2_000
 
@@ -316,6 +316,47 @@ def test_a_copy_that_is_new_is_opened_once(lab: Lab) -> None:
     engine = lab.engine("one")
     lab.hosts["one"].before["database-wipe"] = lambda: pytest.fail("it is empty")
     turn(engine, lambda: engine.owned)
+
+
+def test_an_answer_without_an_offset_is_asked_for_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K5, G6: what librdkafka gives for a partition whose leader has just moved; a changelog that ended at -1001 was restored by wiping the copy, and its workflows were unknown from then on."""
+    engine = lab.engine("one")
+    start(lab, "main", "w")
+    turn(engine, lambda: engine.owned and engine.owned[0].store.get(b"w"))
+    lab.kill(engine, "one")
+    asked, left = SimulatedAdmin.list_offsets, [6]
+
+    def led_by_nobody(admin: SimulatedAdmin, places: dict[TopicPartition, Any], **more: Any) -> dict[TopicPartition, Future[Any]]:
+        answers = asked(admin, places, **more)
+        left[0] -= 1
+        for answer in answers.values() if left[0] > 0 else ():
+            answer.result().offset = OFFSET_INVALID
+        return answers
+
+    monkeypatch.setattr(SimulatedAdmin, "list_offsets", led_by_nobody)
+    again = lab.engine("one")
+    turn(again, lambda: again.owned)
+    assert again.owned[0].store.get(b"w") is not None
+    assert left[0] <= 0
+
+
+def test_a_partition_s_committed_offset_that_could_not_be_told_is_asked_for_again(lab: Lab) -> None:
+    """K5: the library tells it beside the others', with an error instead of raising one."""
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned)
+    start(lab, "main", "w")
+    turn(engine, lambda: engine.owned[0].position == 1)
+    told, left = engine._consumer.committed, [3]
+
+    def committed(places: list[TopicPartition], **more: Any) -> list[TopicPartition]:
+        found = told(places, **more)
+        left[0] -= 1
+        return [types.SimpleNamespace(topic=place.topic, partition=place.partition, offset=OFFSET_INVALID, error=KafkaError(KafkaError.NOT_COORDINATOR)) for place in found] if left[0] >= 0 else found  # type: ignore[misc]
+
+    engine._consumer.committed = committed  # type: ignore[method-assign]
+    while (found := engine.takeover._committed([0])) == {}:
+        continue
+    assert (found, left[0]) == ({0: 1}, -1)
 
 
 def test_a_group_that_may_not_be_asked_ends_the_engine(lab: Lab) -> None:
