@@ -1,4 +1,4 @@
-"""A Kafka of our own from Maven jars: started, killed with SIGKILL, and started again on the same log."""
+"""A Kafka of our own from Maven jars, of one node or three: started, killed with SIGKILL, and started again on the same log."""
 
 import contextlib
 import fcntl
@@ -10,9 +10,10 @@ import subprocess
 import time
 from collections.abc import Iterable
 
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-__all__ = ["Broker", "Secured", "can_start", "free_port"]
+__all__ = ["Broker", "Cluster", "Secured", "can_start", "free_port"]
 
 ROOT = pathlib.Path(__file__).parents[2]
 LIB = ROOT / ".kafka/lib"
@@ -70,10 +71,10 @@ auto.create.topics.enable=false
 class Broker:
     """One node; `bootstrap` stays the same over restarts."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
+    def __init__(self, directory: pathlib.Path, port: int | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        port = free_port(2)
+        port = port or free_port(2)
         self.bootstrap = f"127.0.0.1:{port}"
         self._server = directory / "server.properties"
         self._server.write_text(self.properties(port))
@@ -87,9 +88,12 @@ class Broker:
     def properties(self, port: int) -> str:
         return properties(self.directory, port, port + 1)
 
+    def launch(self) -> None:
+        self._process = subprocess.Popen([*self._java, "-Xms256m", "-Xmx512m", "kafka.Kafka", str(self._server)], stdout=self._log, stderr=self._log)
+
     def start(self) -> None:
         """It answers when this returns."""
-        self._process = subprocess.Popen([*self._java, "-Xms256m", "-Xmx512m", "kafka.Kafka", str(self._server)], stdout=self._log, stderr=self._log)
+        self.launch()
         admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
         deadline = time.monotonic() + 60
         while True:
@@ -100,6 +104,11 @@ class Broker:
                     return
             except Exception:
                 continue
+
+    def stop(self) -> None:
+        """As an operator does: what it leads is given to others first, if there are any."""
+        self._process.terminate()
+        self._process.wait(60)
 
     def kill(self) -> None:
         self._process.kill()
@@ -127,3 +136,47 @@ sasl.enabled.mechanisms=PLAIN
 listener.name.sasl_plaintext.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required {users};
 """
         )
+
+
+class Node(Broker):
+    """One of several."""
+
+    def __init__(self, directory: pathlib.Path, number: int, ports: list[int]) -> None:
+        self.number = number
+        self.ports = ports
+        super().__init__(directory, ports[number])
+
+    def properties(self, port: int) -> str:
+        voters = ",".join(f"{number + 1}@127.0.0.1:{of + 1}" for number, of in enumerate(self.ports))
+        alone = super().properties(port).replace("node.id=1", f"node.id={self.number + 1}").replace(f"=1@127.0.0.1:{port + 1}", f"={voters}")
+        alone = alone.replace("replication.factor=1", "replication.factor=3").replace("min.isr=1", "min.isr=2")
+        return alone + "min.insync.replicas=2\nbroker.session.timeout.ms=3000\nbroker.heartbeat.interval.ms=500\n"
+
+
+class Cluster:
+    """Three nodes; whatever is written lies on two of them before it is acknowledged."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        ports = [free_port(2) for _ in range(3)]
+        self.nodes = [Node(directory / str(number), number, ports) for number in range(3)]
+        self.bootstrap = ",".join(node.bootstrap for node in self.nodes)
+        self.admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
+
+    def start(self) -> None:
+        for node in self.nodes:
+            node.launch()
+        self.settle()
+
+    def settle(self) -> None:
+        """Until every partition lies on all of them again."""
+        deadline = time.monotonic() + 120
+        while True:
+            assert time.monotonic() < deadline, "the nodes did not come together within 120 s"
+            with contextlib.suppress(KafkaException):
+                found = self.admin.list_topics(timeout=2)
+                if len(found.brokers) == 3 and all(len(partition.isrs) == 3 for topic in found.topics.values() for partition in topic.partitions.values()):
+                    return
+
+    def kill(self) -> None:
+        for node in self.nodes:
+            node.kill()
