@@ -239,7 +239,7 @@ class KafkaRunner:
     def _process(self) -> None:
         """One transaction; after an unclean stop of a few records only, where the one that killed us may be (K19)."""
         waiting = [partition for partition in self.owned.values() if partition.gathered]
-        careful = next((partition for partition in waiting if partition.gathered[0].offset < partition.careful_until), None)
+        careful = next((partition for partition in waiting if partition.next_is_careful(self.config.batch_records_max)), None)
         if careful is not None:
             self._process_carefully(careful.number, [record for record in careful.gathered if record.offset < careful.careful_until])
         elif waiting:

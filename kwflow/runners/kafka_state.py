@@ -141,6 +141,13 @@ class Partition:
         self.due_known = False
         del self.gathered[: bisect.bisect_left(self.gathered, position, key=_offset_of)]
 
+    def next_is_careful(self, most: int) -> bool:
+        """Whether the next record may be of the fatal batch, of at most so many: that batch began with the first record, and there may be none from `position` to `careful_until`."""
+        offset = self.gathered[0].offset
+        if self.position < self.careful_until <= offset:
+            self.careful_until = min(offset + most, self.fire_from)
+        return offset < self.careful_until
+
     def drop(self) -> None:
         """Nothing of what was gathered was applied: it is read again."""
         self.gathered.clear()

@@ -456,6 +456,37 @@ def test_a_record_that_kills_every_engine_in_turn_is_refused_whoever_tried_it(la
     assert engine.owned[0].store.get(b"good") is not None
 
 
+def test_a_record_that_kills_every_engine_is_refused_although_more_than_a_batch_was_aborted_before_it(lab: Lab) -> None:
+    """K19: care was taken of as many offsets as a batch has records, and none of these offsets had a record: the process died of it for ever."""
+    firing = lab.client.producer({"transactional.id": "firing"})
+    firing.init_transactions()
+    firing.begin_transaction()
+    for number in range(10):
+        firing.produce("workflow-resume", value=b"{}", key=b"w%d" % number)
+    firing.flush(1)
+    firing.abort_transaction()
+    for id in ("good", "bad", "better"):
+        lab.send("workflow-resume", id, "new:{}")
+    for _ in range(8):
+        engine = lab.engine("one", batch_records_max=5)
+        turn(engine, lambda engine=engine: engine.owned)  # type: ignore[misc]
+        decide = engine.processor.decide
+
+        def deadly(state, records, *rest, decide=decide):  # type: ignore[no-untyped-def]
+            if any(record.key == b"bad" for record in records):
+                raise Killed
+            return decide(state, records, *rest)
+
+        engine.processor.decide = deadly  # type: ignore[method-assign]
+        try:
+            turn(engine, lambda engine=engine: engine.owned[0].store.get(b"better"))  # type: ignore[misc]
+            break
+        except Killed:
+            lab.kill(engine, "one")
+    assert len(lab.written("found-dead-letter")) == 1
+    assert engine.owned[0].store.get(b"good") is not None
+
+
 def test_what_cannot_be_read_of_owners_or_tells_of_another_topic_is_passed_over(lab: Lab) -> None:
     """K19: the topic is written to outside of transactions, and outlives the input that it tells of."""
     key = b"workflow-resume/0"
