@@ -6,9 +6,11 @@ generators, `canonical` is a form of the whole graph that is equal when two grap
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import re
+from datetime import date, datetime, time, timedelta
 from typing import Any
 
 from kwflow.durable.codec import _CELL, _CREATED, _FINISHED, _GENERATOR, FORMAT, SEEDS, dumps, padded, seeded, unfilled
@@ -18,6 +20,7 @@ from kwflow.errors import CorruptSnapshotError
 __all__ = ["Stub", "canonical", "canonical_bytes", "peek"]
 
 _REAL: dict[str, type] = {cls.__name__: cls for cls in (set, frozenset, bytearray, complex, range, slice, list, dict, tuple)}
+_TIMES: dict[str, Any] = {f"datetime.{cls.__name__}": cls for cls in (date, datetime, time, timedelta)}
 
 
 class Stub:
@@ -52,8 +55,16 @@ class Stub:
         self.items.append((key, value))
 
     def __repr__(self) -> str:
-        held = [*map(repr, self.args), *([repr(self.state)] if self.state is not None else []), *map(repr, self.items)]
+        held = [*self._arguments(), *([repr(self.state)] if self.state is not None else []), *map(repr, self.items)]
         return f"<{self.name} {' '.join(held)}>" if held else f"<{self.name}>"
+
+    def _arguments(self) -> list[str]:
+        """As they are; times as one reads them, which pickle packs into bytes, with their zone behind."""
+        if self.name in _TIMES:
+            with contextlib.suppress(Exception):  # damaged
+                count = 1 if isinstance(self.args[0], bytes) else len(self.args)
+                return [str(_TIMES[self.name](*self.args[:count])), *map(repr, self.args[count:])]
+        return [*map(repr, self.args)]
 
 
 class _Unpickler(pickle.Unpickler):

@@ -179,6 +179,31 @@ def test_a_chain_of_any_length_is_saved_whole(length: int, grows: bool, code: An
     assert depth == length
 
 
+def test_times_are_shown_to_be_read() -> None:
+    """Semantics §4.4: pickle has dates and times as bytes; bytes that are none are shown as they are."""
+    source = """
+import datetime
+from zoneinfo import ZoneInfo
+def main():
+    at = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    there, day, hour, pause = datetime.datetime(2026, 1, 2, 3, tzinfo=ZoneInfo("Europe/Berlin")), at.date(), at.time(), datetime.timedelta(days=2, hours=8)
+    yield
+"""
+    waiting = durable.load_source("times", source, "times.py").main()
+    next(waiting)
+    body = durable.dumps(waiting)
+    [(_, shown)] = peek(body)
+    assert {name: repr(value) for name, value in shown.items()} == {
+        "at": "<datetime.datetime 2026-01-02 03:04:05 <datetime.timezone <datetime.timedelta 0:00:00>>>",
+        "there": "<datetime.datetime 2026-01-02 03:00:00 <zone 'Europe/Berlin'>>",
+        "day": "<datetime.date 2026-01-02>",
+        "hour": "<datetime.time 03:04:05>",
+        "pause": "<datetime.timedelta 2 days, 8:00:00>",
+    }
+    [(_, damaged)] = peek(body.replace(b"\x07\xea\x01\x02\x94", b"\x07\xea\x0d\x02\x94"))
+    assert repr(damaged["day"]) == r"<datetime.date b'\x07\xea\r\x02'>"
+
+
 def test_a_body_that_is_a_plain_list_still_loads() -> None:
     """As every Python up to 3.13 writes them."""
     source = "def main():\n    held = [(yield 1)]\n    got = yield held\n    held.append(got)\n    return held\n"
