@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from kwflow.cli.lowered import lowered
-from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, columns, out, read, snapshots, sole_writer, stored
+from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, columns, out, print_table, read, snapshots, sole_writer, stored
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
 from kwflow.core.wire import Output
@@ -66,7 +66,7 @@ def list_(
         stored = "no" if written is None else datetime.fromtimestamp(written / 1000, UTC).isoformat(sep=" ", timespec="seconds")
         shown = ids if every else ids[:5]
         table.add_row(name, version[:12], stored, str(len(ids)), ", ".join(shown) + (", …" if len(shown) < len(ids) else ""))
-    out.print(table)
+    print_table(table)
 
 
 @code_app.command()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, columns, err, out, read, sole_writer, states, text_of
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, columns, err, out, print_table, read, sole_writer, states, text_of
 from kwflow.config import Config, load_config
 from kwflow.core import wire
 from kwflow.core.wire import Output, Record
@@ -78,7 +78,7 @@ def dead_list(embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, ap
         table.add_row("", id, parked.why["reason"], parked.why["message"], str(len(parked.hold)))
     for identity, record in _letters(settings, embedded).items():
         table.add_row(identity, text_of(record.key), wire.header(record, "kwflow-error-reason"), wire.header(record, "kwflow-error-message"), "")
-    out.print(table)
+    print_table(table)
 
 
 @dead.command("show")

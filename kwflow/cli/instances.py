@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, err, out, print_json, snapshots, stored
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, err, out, print_json, print_table, snapshots, stored
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.durable.peek import peek
@@ -161,6 +161,6 @@ def list_(
         said = ", ".join(waits[:3]) + (f" and {len(waits) - 3} more" if len(waits) > 3 else "")
         outcome = row["outcome"]
         table.add_row(row["id"], row["workflow"], row["status"] + (f" ({outcome['kind']})" if outcome else ""), _time(row["changed"]) if row["changed"] else "", said)
-    out.print(table)
+    print_table(table)
     if len(found) > _ROWS_MAX:
         err.print(f"and {len(found) - _ROWS_MAX} more: narrow it by --workflow, --status or --since, or take them all with --json")

@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from kwflow import schedules
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, MaybeDir, columns, json_option, out, send, snapshots
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, MaybeDir, columns, json_option, out, print_table, send, snapshots
 from kwflow.config import Config, load_config
 from kwflow.errors import UsageError
 from kwflow.runners.instances import header_of
@@ -97,7 +97,7 @@ def list_(
         following = "parked" if status["status"] == "parked" else "paused" if status.get("paused") else status.get("next") or "never"
         counts = [f"{status[count]} {word}" for count, word in (("active", "on"), ("failed", "failed"), ("skipped", "skipped"), ("missed", "missed")) if status.get(count)]
         table.add_row(name, when, plan.get("workflow", ""), following, ", ".join([str(status.get("runs", "")), *counts]))
-    out.print(table)
+    print_table(table)
 
 
 @schedules_app.command()

@@ -26,7 +26,7 @@ from kwflow.runners.socket import submit, submit_all
 
 __all__ = [
     "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
-    "columns", "err", "exit_code", "json_option", "out", "print_json", "read", "send", "snapshots", "states", "stored", "text_of", "told",
+    "columns", "err", "exit_code", "json_option", "out", "print_json", "print_table", "read", "send", "snapshots", "states", "stored", "text_of", "told",
 ]  # fmt: skip
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -93,6 +93,13 @@ def columns(*names: str) -> Table:
     for name in names:
         table.add_column(name, overflow="fold")
     return table
+
+
+def print_table(table: Table) -> None:
+    """As wide as the terminal; in a pipe as wide as it is, so that each row is a line."""
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        table.width = out.measure(table, options=out.options.update(width=1_000_000)).maximum
+    out.print(table)
 
 
 def json_option(text: str, option: str) -> bytes:

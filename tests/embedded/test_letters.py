@@ -242,7 +242,7 @@ def test_a_letter_that_is_retried_goes_where_it_came_from_as_it_was_with_its_fir
 
 
 def test_a_table_cuts_no_id_off_however_narrow_it_is(tmp_path: pathlib.Path) -> None:
-    """Runs of a schedule differ at their ids' ends only; in a pipe a table has 80 columns."""
+    """Runs of a schedule differ at their ids' ends only; in a pipe a row is one line, for grep."""
     held, id = Embedded(tmp_path, sync=False), "nightly@" + "".join(f"{number:03}" for number in range(100))
     held.append(Config().dead_letter_topic, id.encode(), b"{", (("kwflow-error-reason", b"bad-json"),))
     held.db[EmbeddedStore(held.db, Config().changelog_topic).prefix + id.encode()] = b"KWF?"
@@ -250,6 +250,8 @@ def test_a_table_cuts_no_id_off_however_narrow_it_is(tmp_path: pathlib.Path) -> 
     for place, *command in ((1, "list"), (2, "dead-letters", "list")):
         said = CliRunner(env={"COLUMNS": "80"}).invoke(app, [*command, "--embedded", str(tmp_path)]).output
         assert "".join(line.split("│")[place].strip() for line in said.splitlines() if line.startswith("│")) == id
+        said = CliRunner(env={"COLUMNS": None}).invoke(app, [*command, "--embedded", str(tmp_path)]).output
+        assert [line.split("│")[place].strip() for line in said.splitlines() if line.startswith("│")] == [id]
 
 
 def test_a_letter_that_fails_again_keeps_its_first_time(office: Office) -> None:
