@@ -11,14 +11,16 @@ __all__ = ["Live", "LiveInstances"]
 class Live:
     """An instance that may be ahead of its stored bytes.
 
-    `base` is what the state has for it, `ahead` whether a step was made since, `met` the batch's records it met since.
+    `base` is what the state has for it, `ahead` whether a step was made since, `met` the batch's records it met since,
+    `old` whether it was loaded on old code.
     """
 
-    __slots__ = ("ahead", "base", "instance", "met")
+    __slots__ = ("ahead", "base", "instance", "met", "old")
 
     def __init__(self, base: bytes | None, instance: Instance | None) -> None:
         self.base = base
         self.instance = instance
+        self.old = instance is not None and bool(instance.pins)
         self.ahead = False
         self.met: list[int] = []
 
@@ -55,10 +57,10 @@ class LiveInstances:
         return None
 
     def keep(self, key: bytes, live: Live) -> None:
-        """But not what runs on old code: before each of its steps it is asked anew which code it holds, whether it was kept or restored (semantics §8.2)."""
+        """But not what ran on old code, also when it was moved in this step: before each step it is asked anew which code it holds, whether it was kept or restored (semantics §8.2)."""
         if key in self._sleeping:  # a run that was terminated, or whose batch was aborted
             self._let_go(key)
-        if live.instance is not None and live.instance.pins:
+        if live.old:
             return live.forget()
         live.ahead, live.met = False, []
         self._sleeping[key] = live

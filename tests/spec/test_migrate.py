@@ -72,6 +72,25 @@ def test_a_moved_instance_is_on_current_code_and_what_it_brought_along_on_its_ow
     assert code[site.name]["version"][:12] != old
 
 
+@pytest.mark.parametrize("cached", [0, 10])
+def test_an_object_of_a_class_that_changed_is_the_current_one_s_after_a_move_whether_the_instance_was_kept_live_or_restored(cached: int) -> None:
+    """§8.5, §4.1: one that was kept had the old class until it was evicted."""
+    text = "class Order:\n    {0}\n    def __init__(self, o):\n        self.o = o\n"
+    site = Site(text.format("price = 1") + "def main(o):\n    order = Order(o)\n    yield kw.suspend('r')\n")
+    site.w.config = site.w.config.model_copy(update={"instances_cached_max": cached})
+    site.deploy(
+        text.format("price = 2")
+        + f"@kw.migrate(from_='{site.name}:main')\ndef move(old):\n    return moved(old.locals['order'], old.refs['r']), ['r']\n"
+        + "def moved(order, r):\n    yield r\n    return [order.price, isinstance(order, Order)]\ndef main(o):\n    yield kw.suspend('s')\n"
+    )
+    try:
+        site.w.command("w", "migrate")
+    finally:
+        api._migrations.clear()
+    site.w.resume("w", "r")
+    assert site.w.result("w") == [2, True]
+
+
 def test_a_second_migrate_and_one_without_a_migration_change_nothing(site: Site) -> None:
     """It is for code that is not current."""
     site.deploy("def main(o):\n    yield kw.suspend('x')")
