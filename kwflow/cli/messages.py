@@ -17,7 +17,7 @@ from kwflow.errors import CommandError, OutcomeError
 __all__ = ["cancel", "connect", "pause", "query", "result", "signal", "terminate", "unpause", "update", "wait_for"]
 
 Value = Annotated[str, typer.Option("--value", help="JSON.")]
-Reason = Annotated[str, typer.Option("--reason", help="Shown by queries and in the outcome.")]
+Reason = Annotated[str, typer.Option("--reason", help="Shown by queries; the outcome of terminate has it, too.")]
 StartId = Annotated[str | None, typer.Option("--start-id", help="Only this run of the id.")]
 CommandId = Annotated[str | None, typer.Option("--command-id", help="Repeated under the same id it is done once; default: a new one.")]
 Patience = Annotated[float | None, typer.Option("--command-timeout", help="Seconds to wait for the reply; default 20.")]

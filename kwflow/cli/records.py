@@ -28,7 +28,7 @@ def start(
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
-    """Start a workflow under an id; an id that runs is left alone.
+    """Start a workflow under an id; an id that runs is left alone. Without --wait the start is only written: an unknown workflow becomes a dead letter.
 
     Example: kwflow start order-7 --input '{"items": 3}' --wait --embedded ./state
     """
@@ -54,7 +54,7 @@ def resume(
     error: Annotated[str | None, typer.Option("--error", help="JSON that is raised as kw.WorkflowError.")] = None,
     config: ConfigFile = None,
 ) -> None:
-    """Answer a wait.
+    """Answer a wait. The answer is only written: the engine ignores, and logs, one that nobody waits for.
 
     Example: kwflow resume order-7 0:1 --value '"paid"' --embedded ./state
     """
