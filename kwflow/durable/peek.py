@@ -13,6 +13,7 @@ import re
 from datetime import date, datetime, time, timedelta
 from typing import Any
 
+from kwflow.durable import rebuild
 from kwflow.durable.codec import _CELL, _CREATED, _FINISHED, _GENERATOR, FORMAT, SEEDS, dumps, padded, seeded, unfilled
 from kwflow.durable.frames import SUSPENDED
 from kwflow.errors import CorruptSnapshotError
@@ -71,8 +72,15 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "builtins" and name in _REAL:
             return _REAL[name]
+        if (module, name) == (rebuild.named.__module__, rebuild.named.__qualname__):
+            return _named
         shown = name if module.startswith("kwflow.") or module == "builtins" else f"{module}.{name}"
-        return type(name, (Stub,), {"name": shown})
+        return type(name, (Stub,), {"name": shown, "__module__": module})
+
+
+def _named(module: str, qualname: str) -> type:
+    """What has another version than the current one: pickle makes objects of it, so it must be a class here, too."""
+    return type(qualname, (Stub,), {"name": f"{module}.{qualname}", "__module__": module})
 
 
 _SEEDS = tuple(_REAL.get(seed.__name__, type(seed.__name__, (Stub,), {"name": seed.__name__})) if callable(seed) else seed for seed in SEEDS)
@@ -144,7 +152,7 @@ def canonical_bytes(body: bytes) -> str:
         if isinstance(value, (set, frozenset)):
             return f"{type(value).__name__}{{{' '.join(sorted(map(flat, value)))}}}"
         if not isinstance(value, (list, dict, bytearray, Stub)):
-            return value.__qualname__ if isinstance(value, type) else repr(value)
+            return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else repr(value)
         if id(value) not in numbers:
             numbers[id(value)] = len(nodes)
             nodes.append(value)

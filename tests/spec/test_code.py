@@ -95,6 +95,33 @@ def main(o):
     assert site.w.outputs_to("out") == ["2"]
 
 
+def test_the_variables_of_an_instance_on_old_code_are_shown_objects_of_old_classes_too() -> None:
+    """§4.4, §8.4: no code of either version is needed for it."""
+    text = """
+class Order:
+    price = {0}
+    def __init__(self):
+        self.count = 3
+def tell():
+    return {0}
+def main(o):
+    order, kind, told = Order(), Order, tell
+    yield kw.suspend('r')
+    yield kw.suspend('s')
+    return {0}
+"""
+    site = Site(text.format(1))
+    site.deploy(text.format(2))
+    site.w.resume("w", "r")
+    [(_, shown)] = durable.peek(snapshot.split(site.w.state.entries[b"w"])[1])
+    assert {name: repr(value) for name, value in shown.items()} == {
+        "o": "None",
+        "order": f"<{site.name}.Order {{'count': 3}}>",
+        "kind": f"<class '{site.name}.Order'>",
+        "told": f"<class '{site.name}.tell'>",
+    }
+
+
 DEPLOYMENTS = {
     "a renamed function": (
         "def step_(o):\n    yield kw.suspend('r')\n    return 'old'\ndef main(o):\n    return (yield step_(o))",
