@@ -365,7 +365,7 @@ class Machine:
         """Settle the `wait_rest` combinators below which everything has ended, inner ones first."""
         self._join_dirty = False
         for combinator in list(self.instance.joins):
-            if combinator in self.instance.joins and not self._rest(combinator):
+            if not self._rest(combinator):
                 self.instance.joins.remove(combinator)
                 if combinator.decided is None:
                     raise KwflowBug(f"{combinator!r} joins undecided")
