@@ -144,23 +144,26 @@ def resolve(code: Mapping[str, Any], sources: Sources) -> Pins:
     return pins
 
 
-def prepare(key: str, sources: Sources) -> None:
+def prepare(key: str, sources: Sources, wanted: Callable[[str], bool] = lambda key: True) -> None:
     """Load what an instance that holds code of this version (`<module>@<sha256>`) needs when it wakes.
 
-    That is the current module, and the stored one too if any of its units is not as it is there.  Raises CodeChangedError when its code fails.
+    That is the current module, and the stored one too if any of its units is not as it is there, and it is `wanted`.  Raises CodeChangedError when its code fails.
     """
     name, _, version = key.rpartition("@")
     current = loader.current(name)
     if current is not None and current.version == version:
         return
     data = sources(key)
-    if data is not None and (current is None or not _has_units_of(current, source_in(data))):  # None: nobody has held it for long, and it was cleared up
+    if data is not None and wanted(key) and (current is None or not _has_units_of(current, source_in(data))):  # None: nobody has held it for long, and it was cleared up
         _version(name, version, sources, "it is not the current version")
+
+
+_units_here = functools.lru_cache(maxsize=16)(units_in)  # each of a hundred stored versions is compared with the current one
 
 
 def _has_units_of(current: Module, source: str) -> bool:
     try:
-        return units_in(source).items() <= units_in(current.source).items()
+        return units_in(source).items() <= _units_here(current.source).items()
     except (SyntaxError, RecursionError):  # written for another minor of Python; loading it says so
         return False
 

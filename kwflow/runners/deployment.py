@@ -5,6 +5,7 @@ Every snapshot is really loaded, on the code it would run, and forgotten again; 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 from kwflow.core import migration, snapshot
 from kwflow.durable import registry, set_abandoning, versions
 from kwflow.errors import SnapshotError
+from kwflow.ports import Store
 from kwflow.runners import parked
 from kwflow.runners.instances import header_of
 
-__all__ = ["Fate", "check", "code_of", "source_of", "versions_in"]
+__all__ = ["Fate", "check", "code_of", "run_by", "source_of", "versions_in"]
 
 Migrations = Mapping[str, Callable[..., Any]]
 
@@ -82,6 +84,15 @@ def source_of(name: str, version: str, sources: versions.Sources) -> str | None:
     """The stored source of a version; None when it is not there."""
     data = sources(versions.entry_key(name, version))
     return versions.source_in(data) if data is not None else None
+
+
+def run_by(store: Store) -> frozenset[str]:
+    """`<module>@<sha256>` of every version that a snapshot in this state names; a look at each of them."""
+    found: set[tuple[str, str]] = set()
+    for key, data in store.scan(b""):
+        if not key.startswith(b"\0"):
+            found.update((name, saved["version"]) for name, saved in code_of(header_of(data, snapshot.read_inner_header)))
+    return frozenset(itertools.starmap(versions.entry_key, found))
 
 
 def versions_in(stored: Mapping[bytes, bytes]) -> dict[str, list[str]]:

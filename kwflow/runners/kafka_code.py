@@ -6,13 +6,11 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from kwflow.config import Config
-from kwflow.core import snapshot
 from kwflow.core.wire import Record
-from kwflow.durable import versions
-from kwflow.errors import SnapshotError, TransportError
+from kwflow.errors import TransportError
 from kwflow.ports import Processor, Store
 from kwflow.runners import topics
-from kwflow.runners.deployment import code_of
+from kwflow.runners.deployment import run_by
 from kwflow.runners.environment import LIVE, Environment
 from kwflow.runners.kafka_member import LATEST, offsets
 from kwflow.runners.kafka_reading import read_to
@@ -51,22 +49,10 @@ def take_over(processor: Processor, store: Store, admin: AdminClient, config: Co
     declared = processor.taken_over(store)
     there = topics.partitions_of(admin, config) if declared else {}
     missing = {topic: key for topic, key in declared.items() if topic not in there}
-    run = _run_by(store) if missing else set()
+    run = run_by(store) if missing else frozenset()
     for topic, key in missing.items():
         if key in run:
             name, _, version = key.rpartition("@")
             raise TransportError(
                 f"topic {topic} is missing: {name}@{version[:12]} declares it, in which instances of {where} wait (kwflow topics create MODULE makes it, for code that is stored, too)", retryable=False
             )
-
-
-def _run_by(store: Store) -> set[str]:
-    """`<module>@<sha256>` of every version that a snapshot names; a look at each of them, so only for who is in trouble."""
-    found: set[str] = set()
-    for key, data in store.scan(b""):
-        if not key.startswith(b"\0"):
-            try:
-                found |= {versions.entry_key(name, saved["version"]) for name, saved in code_of(snapshot.read_header(data))}
-            except SnapshotError:  # it parks when it wakes
-                continue
-    return found

@@ -458,6 +458,31 @@ def test_a_version_of_which_no_unit_has_changed_is_not_loaded_beside_the_current
     assert registry.version(registry.version_name(name, (log[0].key or b"").decode().partition("@")[2])) is None
 
 
+def test_of_many_stored_versions_those_that_no_instance_runs_any_more_are_not_loaded_at_a_takeover() -> None:
+    """§9.6: after a year of daily deployments without `code gc` an engine had loaded hundreds of them before its first record, each 0.1 s and a megabyte."""
+    log: list[Record] = []
+    store, name, topic = MemoryStore(), f"code_case_{next(_count)}", f"only-old-{next(_count)}"
+    Engine(log, store, f"kw.declare_topics('{topic}')\ndef main(o):\n    yield kw.suspend('r')\n    kw.output('x', '{topic}')\n    return 'first'", name).batch(("w", b"new:1"))
+    for n in range(1, 41):
+        engine = Engine(log, store, f"def main(o):\n    yield kw.suspend('r')\n    return {n}", name)
+        engine.batch((f"v{n}", b"new:1"), at=100 * n)
+        waiting = store.entries[b"v%d" % n]
+        engine.batch((f"v{n}", b'{"ref":"r"}'), at=100 * n + 50)
+    stored = [(record.key or b"").decode() for record in log]
+    assert len(stored) == 41
+    api._topics.discard(topic)
+    engine = Engine(log, store, "def main(o):\n    yield kw.suspend('r')\n    return 'new'", name)
+    assert engine.processor.taken_over(store)[topic] == stored[0]
+    loaded = [key for key in stored if registry.version(registry.version_name(*key.split("@"))) is not None]
+    assert stored[0] in loaded and len(loaded) <= 17
+    assert stored[40] not in loaded
+    other = MemoryStore()  # the next partition, with the same versions, in which one waits on another of them
+    other.entries = {**store.entries, b"v40": waiting}
+    engine.processor.taken_over(other)
+    assert registry.version(registry.version_name(*stored[40].split("@"))) is not None
+    assert engine.batch(("w", b'{"ref":"r"}'), at=10_000) == ["x", '"first"']
+
+
 def test_old_code_that_does_not_load_is_said_at_once_and_parks_only_what_needs_it() -> None:
     """§8.4, §9.6."""
     log: list[Record] = []
