@@ -72,14 +72,15 @@ class _Job:
 
 
 class _Owned:
-    """A partition: its store, the last entry taken into memory, and whether more lies behind it."""
+    """A partition: its store, the last entry taken into memory, whether more lies behind it, and what lies before it and found no room."""
 
-    __slots__ = ("cursor", "more", "store")
+    __slots__ = ("cursor", "late", "more", "store")
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.cursor = PREFIX
         self.more = True
+        self.late: deque[bytes] = deque()
 
 
 class Dispatcher:
@@ -156,7 +157,7 @@ class Dispatcher:
 
     def turn(self) -> None:
         with self._changed:
-            waiting = [(partition, owned) for partition, owned in self._owned.items() if owned.more]
+            waiting = [(partition, owned) for partition, owned in self._owned.items() if owned.more or owned.late]
             room = self._concurrency * _READY_FACTOR - len(self._ready)
             if waiting and room > self._concurrency * _READY_FACTOR // 2:
                 for partition, owned in waiting:  # a share for each, or one with a long queue would keep the others from beginning
@@ -182,16 +183,28 @@ class Dispatcher:
         return len(self._ready) >= self._concurrency * _READY_FACTOR or self._ready_bytes >= _READY_BYTES_MAX
 
     def _offer(self, partition: int, owned: _Owned, item: Dispatch) -> None:
-        """Into memory, or left where it lies; what sorts before the cursor (a record of a hold, applied late) would not be found again."""
+        """Into memory, or left where it lies; of what sorts before the cursor (a record of a hold, applied late) the key is kept, as it would not be found again."""
         key = state_key(item.workflow_id, item.ref)
         if key > owned.cursor:
             if owned.more or self._full:
                 owned.more = True
                 return
             owned.cursor = key
+        elif owned.late or self._full:
+            owned.late.append(key)
+            return
         self._enqueue(partition, item)
 
     def _take(self, partition: int, owned: _Owned, share: int) -> None:
+        while owned.late:
+            if self._full or share <= 0:
+                return
+            share -= 1
+            waiting = owned.store.get(owned.late.popleft())
+            if waiting is not None:  # it was not withdrawn meanwhile
+                self._enqueue(partition, decode(waiting))
+        if not owned.more:
+            return
         for key, data in owned.store.scan(PREFIX, owned.cursor + b"\0"):
             if self._full or share <= 0:
                 return

@@ -354,6 +354,23 @@ def test_ten_thousand_waiting_calls_stay_in_the_store_and_run_in_order_at_most_s
     held.close()
 
 
+def test_calls_of_records_that_were_held_wait_in_the_store_too_each_runs_once_and_one_that_was_withdrawn_never() -> None:
+    """M6.2, K17: `dead-letters retry --all` after an outage; their refs are older than what was handed out meanwhile, and all of them were put into memory."""
+    engine, gate, ran = Engine(concurrency=4), threading.Event(), []
+    activity = make(lambda n: (gate.wait(), ran.append(n)) and None)
+    engine.dispatcher.own(0, engine.store)
+    engine.start(activity, 1000, id="newer", ref="1000:1")
+    items = [engine.start(activity, n, id=f"w{n}", ref=f"{n}:1") for n in range(200)]
+    assert engine.dispatcher.busy <= 4 + 32
+    engine.withdraw(items[150])
+    gate.set()
+    engine.until(lambda: len(ran) == 200)
+    engine.start(activity, 500, id="w500", ref="500:1")
+    engine.until(lambda: engine.dispatcher.busy == 0)
+    assert sorted(ran) == [*(n for n in range(200) if n != 150), 500, 1000]
+    engine.dispatcher.close()
+
+
 def test_a_new_owner_begins_what_lies_in_the_store_and_a_former_one_begins_nothing_more() -> None:
     """M6.5."""
     first, gate, began = Engine(concurrency=1), threading.Event(), threading.Event()
