@@ -284,7 +284,8 @@ class Client:
         with self._lock:
             self._requests[request] = replied
         future.add_done_callback(lambda _: self._requests.pop(request, None))
-        again = "ask again" if what == "query" else f"it may be done or not: repeat it under the same id, {command_id}"
+        repeat = f"repeat it under the same id, {command_id}" if command_id else "repeat it, a second answer is ignored"
+        again = "ask again" if what == "query" else f"it may be done or not: {repeat}"
         unknown = OutcomeUnknown(f"{what} of {id}: no reply within {self.config.command_timeout_s:g} s, perhaps no engine runs; {again}", command_id)
         self._at(self.config.command_timeout_s, request, future, unknown)
         asked = (("kwflow-request", request.encode()), ("kwflow-reply-to", self._link.address.encode()))

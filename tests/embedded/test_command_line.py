@@ -10,12 +10,13 @@ import sys
 
 import pytest
 import typer
+from confluent_kafka import KafkaError, KafkaException
 from typer.testing import CliRunner
 
 import kwflow
 from kwflow import durable
 from kwflow.cli import app
-from kwflow.cli.shared import exit_code, json_option
+from kwflow.cli.shared import exit_code, json_option, told
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output
@@ -357,6 +358,10 @@ def _handled(pid: int) -> bool:
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
     pending = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
     return not any(mask >> (signal.SIGTERM - 1) & 1 for mask in pending)
+
+
+def test_what_the_broker_says_where_nobody_expects_it_is_no_bug_of_ours() -> None:
+    assert told(KafkaException(KafkaError(KafkaError.CLUSTER_AUTHORIZATION_FAILED, "not you"))) == "kwflow: Kafka: not you"
 
 
 def test_no_broker_is_one_line_and_exit_code_3() -> None:

@@ -9,8 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from confluent_kafka.admin import AclBinding, AclOperation, AclPermissionType, AdminClient, ResourcePatternType, ResourceType  # type: ignore[attr-defined]
@@ -19,6 +18,7 @@ from kwflow.client import Client
 from kwflow.config import Config
 from tests.integration.broker import Secured, can_start
 from tests.integration.site import ROOT, TRIP
+from tests.integration.test_client import until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 USERS = ("engine", "client", "operator", "reader")
@@ -140,9 +140,3 @@ def refs(client: Client, found: list[str]) -> list[str]:
     """What the saga has asked for so far."""
     found[:] = [wait["ref"] for wait in client.query("trip").result(60)["waits"] if wait["kind"] == "suspension"]
     return found
-
-
-def until(happened: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen within 60 s"

@@ -43,6 +43,18 @@ def die() -> None:
     raise Killed
 
 
+def dies_of(engine: KafkaRunner, key: bytes) -> None:
+    """A record with this key kills its process."""
+    decide = engine.processor.decide
+
+    def deadly(state, records, *rest):  # type: ignore[no-untyped-def]
+        if any(record.key == key for record in records):
+            raise Killed
+        return decide(state, records, *rest)
+
+    engine.processor.decide = deadly  # type: ignore[method-assign]
+
+
 def lost() -> None:
     raise TransportError("the broker is gone")
 
@@ -437,14 +449,7 @@ def test_a_record_that_kills_every_engine_in_turn_is_refused_whoever_tried_it(la
         name = f"engine{number}"  # each with a name and a disk of its own
         engine = lab.engine(name)
         turn(engine, lambda engine=engine: engine.owned, 2000)  # type: ignore[misc]
-        decide = engine.processor.decide
-
-        def deadly(state, records, *rest, decide=decide):  # type: ignore[no-untyped-def]
-            if any(record.key == b"bad" for record in records):
-                raise Killed
-            return decide(state, records, *rest)
-
-        engine.processor.decide = deadly  # type: ignore[method-assign]
+        dies_of(engine, b"bad")
         try:
             turn(engine, lambda engine=engine: engine.owned[0].position == 2)  # type: ignore[misc]
             break
@@ -470,14 +475,7 @@ def test_a_record_that_kills_every_engine_is_refused_although_more_than_a_batch_
     for _ in range(8):
         engine = lab.engine("one", batch_records_max=5)
         turn(engine, lambda engine=engine: engine.owned)  # type: ignore[misc]
-        decide = engine.processor.decide
-
-        def deadly(state, records, *rest, decide=decide):  # type: ignore[no-untyped-def]
-            if any(record.key == b"bad" for record in records):
-                raise Killed
-            return decide(state, records, *rest)
-
-        engine.processor.decide = deadly  # type: ignore[method-assign]
+        dies_of(engine, b"bad")
         try:
             turn(engine, lambda engine=engine: engine.owned[0].store.get(b"better"))  # type: ignore[misc]
             break

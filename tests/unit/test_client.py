@@ -117,7 +117,7 @@ def test_a_caller_whose_command_was_answered_waits_for_as_long_as_it_takes(site:
 def test_nothing_is_kept_of_a_command_that_nobody_answers(site: Site) -> None:
     """M1.4."""
     client = site.client
-    futures: list[Future[Any]] = [client.signal("w", "s"), client.start_and_wait("w"), client.query("w"), client.query("w")]
+    futures: list[Future[Any]] = [client.signal("w", "s"), client.start_and_wait("w"), client.query("w"), client.query("w"), client.resume("w", "0:1")]
     futures[2].cancel()
     for future in futures[:2]:
         with pytest.raises(OutcomeUnknown) as unknown:
@@ -125,6 +125,8 @@ def test_nothing_is_kept_of_a_command_that_nobody_answers(site: Site) -> None:
         assert unknown.match(f"no reply within .* s, perhaps no engine runs; it may be done or not: repeat it under the same id, {unknown.value.command_id}$")
     with pytest.raises(OutcomeUnknown, match="no engine runs; ask again$"):
         futures[3].result(20)
+    with pytest.raises(OutcomeUnknown, match="it may be done or not: repeat it, a second answer is ignored$"):
+        futures[4].result(20)
     deadline = time.monotonic() + 20
     while client._deadlines:
         assert time.monotonic() < deadline
