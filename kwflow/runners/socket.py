@@ -111,11 +111,10 @@ def _answer(engine: Embedded, connection: socket.socket, stopped: threading.Even
 
 def _follow(engine: Embedded, connection: socket.socket, positions: dict[str, int], stopped: threading.Event) -> None:
     """Until either side goes away."""
-    seen = -1
+    seen, sign_at = -1, 0.0
     while not stopped.is_set():
-        now = engine.wait_written(seen, _SIGN_S)
-        lines = [] if now != seen else [b""]
-        seen = now
+        seen = engine.wait_written(seen, _SIGN_S)
+        lines: list[bytes] = []
         for topic, position in positions.items():
             records = engine.read(topic, position, _FOLLOWED_MAX)
             if len(records) == _FOLLOWED_MAX:
@@ -123,8 +122,9 @@ def _follow(engine: Embedded, connection: socket.socket, positions: dict[str, in
             lines += [msgspec.json.encode(record) for record in records]
             if records:
                 positions[topic] = records[-1].offset + 1
-        if lines:
+        if lines or time.monotonic() >= sign_at:  # also while all that is written goes to other topics
             connection.sendall(b"\n".join(lines) + b"\n")
+            sign_at = time.monotonic() + _SIGN_S
 
 
 def _line(connection: socket.socket) -> bytes:

@@ -7,12 +7,16 @@ import resource
 import signal
 import socket
 import subprocess
+import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
 from kwflow.errors import TransportError
+from kwflow.runners import socket as engine_socket
 from kwflow.runners.embedded import Embedded
-from kwflow.runners.socket import serve
+from kwflow.runners.socket import Follower, serve
 from tests.embedded.shell import ROOT, TRIP, Shell
 
 
@@ -112,6 +116,27 @@ def test_an_engine_that_had_no_file_descriptors_for_a_while_takes_records_again(
         for other in others:
             other.settimeout(20)
         assert sorted(other.recv(100) for other in others) == [b'{"offsets":[[0]]}\n', b'{"offsets":[[1]]}\n']
+
+
+def test_an_engine_that_is_busy_with_other_topics_is_heard_and_hears_that_a_follower_has_gone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """M1: else clients connect again every 5 s, and those that have left keep a thread and a file each."""
+    monkeypatch.setattr(engine_socket, "_SIGN_S", 0.05)
+    monkeypatch.setattr(engine_socket, "_GONE_S", 0.5)
+    with contextlib.closing(Embedded(tmp_path, sync=False)) as engine, serve(engine):
+
+        def write(until: Callable[[], object]) -> None:
+            deadline = time.monotonic() + 60
+            while not until():
+                assert time.monotonic() < deadline, "it did not happen within 60 s"
+                engine.append("loud", b"k", b"v")
+
+        threads = threading.active_count()
+        follower = Follower(tmp_path, {"quiet": 0})
+        begun = time.monotonic()
+        write(lambda: list(follower.read(0.01)) or time.monotonic() - begun > 1)
+        assert threading.active_count() == threads + 1
+        follower.close()
+        write(lambda: threading.active_count() == threads)
 
 
 @pytest.mark.slow
