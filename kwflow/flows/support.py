@@ -47,7 +47,10 @@ def failure(name: str, payload: Any) -> ActivityError | BusinessError:
 
 
 def timed_out(name: str) -> ActivityError:
-    return ActivityError(f"activity {name} had no result within {_activity(name).timeout_s} s", "Timeout")
+    """What an attempt over its time ends with; logged here, as its engine hears only that nobody waits for it any more."""
+    error = ActivityError(f"activity {name} had no result within {_activity(name).timeout_s} s", "Timeout")
+    current().logs.append(str(error))
+    return error
 
 
 def sleep(seconds: float) -> Awaitable:

@@ -20,8 +20,10 @@ import msgspec
 from kwflow.activities import Activity, ActivityInfo, failure_payload, find_activity, running_as
 from kwflow.core import wire
 from kwflow.core.dispatch import PREFIX, Dispatch, Withdraw, decode, encode, state_key
-from kwflow.errors import ActivityError, KwflowBug
+from kwflow.core.outcomes import describe_error
+from kwflow.errors import ActivityError, BusinessError, KwflowBug
 from kwflow.ports import Changes, Deliver, Store
+from kwflow.runners.logs import Line, authors_traceback
 from kwflow.runners.threads import AsyncCall, Loops, Threads, place_of
 
 __all__ = ["Dispatcher", "carry_out", "info_of", "keep"]
@@ -32,6 +34,7 @@ _LOOK_S = 0.2
 _READY_FACTOR = 8  # so many times the concurrency are kept ready, that no slot waits for the engine's next batch,
 _READY_BYTES_MAX = 16_000_000  # while their arguments are not larger than this
 _SHORT = 200  # characters of each text of an error that a record would not hold whole
+_SAID_MAX = 2_000  # characters of an error in a log line
 
 
 def keep(state: Changes, items: Iterable[object]) -> None:
@@ -44,9 +47,9 @@ def keep(state: Changes, items: Iterable[object]) -> None:
 
 
 class _Job:
-    """One call that is ready or runs.  `answered`: its record was made; `freed`: its slot was given back; `behind`: while it went on."""
+    """One call that is ready or runs.  `failed`: what the log says if it did; `answered`: its record was made; `freed`: its slot was given back; `behind`: while it went on."""
 
-    __slots__ = ("activity", "answered", "begun", "behind", "cancelled_at", "deadline", "dispatch", "freed", "info", "partition", "thread")
+    __slots__ = ("activity", "answered", "begun", "behind", "cancelled_at", "deadline", "dispatch", "failed", "freed", "info", "partition", "thread")
 
     def __init__(self, partition: int, dispatch: Dispatch) -> None:
         self.partition = partition
@@ -55,6 +58,7 @@ class _Job:
         self.activity: Activity[Any, Any] | None = None
         self.deadline = self.cancelled_at = float("inf")
         self.answered = self.freed = self.behind = False
+        self.failed: Line | None = None
         self.thread: threading.Thread | None = None
         self.begun: AsyncCall | None = None
 
@@ -260,7 +264,7 @@ class Dispatcher:
         self._answer(job, contextvars.Context().run(self._call, job))
 
     def _call(self, job: _Job) -> bytes:
-        return carry_out(job.dispatch, _of(job), job.info, self._bytes_max)
+        return carry_out(job.dispatch, _of(job), job.info, self._bytes_max, failed=lambda error: _note(job, error))
 
     async def _run_async(self, job: _Job) -> None:
         activity = _of(job)
@@ -270,6 +274,7 @@ class Dispatcher:
                 record = _result(job.dispatch, activity, await activity.function(*bound.args, **bound.kwargs), self._bytes_max)
         except BaseException as error:
             record = _failure(job.dispatch, error, self._bytes_max[1])
+            _note(job, error)
         self._answer(job, record)
 
     # -- the answer ------------------------------------------------------------------------------------------------
@@ -279,9 +284,14 @@ class Dispatcher:
             needed = not job.answered and job.wanted
             job.answered = True
         if needed:
+            self._tell(job)
             self._send(job, record)
         else:
             self._finished(job)
+
+    def _tell(self, job: _Job) -> None:
+        if job.failed is not None:
+            self._on_log(job.failed)
 
     def _send(self, job: _Job, record: bytes) -> None:
         def done(refused: str | None) -> None:
@@ -289,11 +299,14 @@ class Dispatcher:
                 self._finished(job)
             else:
                 error = ActivityError(f"the log does not take the result of activity {job.dispatch.name}: {refused}", "ResultTooLarge", final=True)
+                _note(job, error)
                 self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error, self._bytes_max[1]), told)
 
         def told(refused: str | None) -> None:
             if refused is not None:  # no write access to the topic, say
                 self._on_log(f"the log takes nothing of {job}: {refused}; its workflow waits, and it is begun again at the next start")
+            else:
+                self._tell(job)
             self._finished(job)
 
         try:
@@ -333,6 +346,8 @@ class Dispatcher:
             if now > job.deadline and not job.answered:
                 job.answered, job.deadline = True, float("inf")
                 error = ActivityError(f"{job} had no result within {self._limit_s:g} s (activity_limit_s; set @kw.activity(timeout=...) for a limit of its own)", "Timeout")
+                _note(job, error, place_of(job.thread))
+                self._tell(job)
                 self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error, self._bytes_max[1]), lambda _: None)
                 self._cancel(job)
             elif now - job.cancelled_at > _LEFT_BEHIND_S and not job.freed:
@@ -350,17 +365,32 @@ def _of(job: _Job) -> Activity[Any, Any]:
     return job.activity
 
 
+def _note(job: _Job, error: BaseException, where: str = "") -> None:
+    """What the log is to say of a failed attempt: text, as the error would keep alive what its frames hold.  A BusinessError is an outcome."""
+    if isinstance(error, BusinessError):
+        return
+    final = isinstance(error, ActivityError) and error.final
+    pause_s = None if final else _of(job).retry.pause_s(job.dispatch.attempt, job.info.idempotency_key)
+    then = "it was the last attempt" if pause_s is None else f"tried again in {pause_s:.3g} s"
+    about = {"workflow": job.dispatch.workflow_id, "activity": job.dispatch.name, "attempt": job.dispatch.attempt}
+    job.failed = Line.failed(f"{job} failed, {then}: {describe_error(error)[:_SAID_MAX]}{where}", authors_traceback(error), "warning" if pause_s is not None else "error", **about)
+
+
 def info_of(item: Dispatch) -> ActivityInfo:
     return ActivityInfo(item.name, item.workflow_id, item.attempt, f"{item.workflow_id}|{item.key}")
 
 
-def carry_out(item: Dispatch, activity: Activity[Any, Any], info: ActivityInfo, bytes_max: tuple[int, int], function: Callable[..., Any] | None = None) -> bytes:
-    """Call it (or `function` in its place) and make the record that answers; whatever it raises is in there.  `bytes_max`: of the result, of the record."""
+def carry_out(
+    item: Dispatch, activity: Activity[Any, Any], info: ActivityInfo, bytes_max: tuple[int, int], function: Callable[..., Any] | None = None,
+    failed: Callable[[BaseException], None] = lambda error: None,
+) -> bytes:  # fmt: skip
+    """Call it (or `function` in its place) and make the record that answers; whatever it raises is in there, and `failed` hears of it.  `bytes_max`: of the result, of the record."""
     try:
         with running_as(info):
             bound = activity.decode_arguments(item.arguments)
             return _result(item, activity, (function or activity.function)(*bound.args, **bound.kwargs), bytes_max)
     except BaseException as error:  # SystemExit too: it ends the activity, not the engine
+        failed(error)
         return _failure(item, error, bytes_max[1])
 
 

@@ -19,6 +19,7 @@ from kwflow.runners import dispatch, threads
 from kwflow.runners.dispatch import Dispatcher
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.embedded_state import EmbeddedStore
+from kwflow.runners.logs import as_json
 from kwflow.testing import MemoryStore
 
 _names = itertools.count()
@@ -82,7 +83,7 @@ def test_what_the_log_takes_neither_as_a_result_nor_as_a_failure_is_told_of(engi
     engine.refuse = lambda _: "not authorized"
     engine.start(make(lambda: 1))
     engine.until(lambda: engine.dispatcher.busy == 0)
-    [line] = engine.lines
+    [line] = engine.lines  # and nothing of an attempt that failed, as it is begun again
     assert line.startswith("the log takes nothing of activity dispatch-") and "not authorized; its workflow waits" in line
 
 
@@ -212,6 +213,90 @@ def test_whatever_an_activity_does_it_ends_as_an_error_record_and_the_next_one_r
     assert engine.answer("after")["value"] == "fine"
 
 
+def _refused(n):
+    raise ConnectionError("refused")
+
+
+async def _refused_async(n):
+    _refused(n)
+
+
+@pytest.mark.parametrize("function", [_refused, _refused_async])
+def test_a_failed_attempt_is_logged_once_with_the_authors_traceback_and_what_comes_then(engine: Engine, function: Any) -> None:
+    """M6.5: a warning while it is tried again, an error for the last one; machines get the traceback as a field of its own."""
+    activity = make(function, retry=kw.Retry(max_attempts=2, first=3, jitter=0))
+    for attempt in (1, 2):
+        engine.commit(Dispatch(f"w{attempt}", "0:1", activity.name, attempt, "0:1", b'{"n":1}'))
+        engine.answer(f"w{attempt}")
+    again, last = engine.lines
+    assert again.splitlines()[:2] == [f"activity {activity.name} of w1 (attempt 1) failed, tried again in 3 s: ConnectionError: refused", "Traceback (most recent call last):"]
+    assert "in _refused\n" in again and 'raise ConnectionError("refused")' in again and again.splitlines()[-1] == "ConnectionError: refused"
+    assert "carry_out" not in again and "_run_async" not in again
+    said = msgspec.json.decode(as_json(last))
+    assert {name: said[name] for name in ("level", "message", "workflow", "activity", "attempt")} == {
+        "level": "error", "message": f"activity {activity.name} of w2 (attempt 2) failed, it was the last attempt: ConnectionError: refused",
+        "workflow": "w2", "activity": activity.name, "attempt": 2,
+    }  # fmt: skip
+    assert said["traceback"].startswith("Traceback (most recent call last):\n") and said["traceback"].endswith("\nConnectionError: refused")
+    assert msgspec.json.decode(as_json(again))["level"] == "warning"
+
+
+def _recurses(n):
+    return _recurses(n + 1)
+
+
+class _Hides(Exception):
+    @property
+    def __notes__(self):
+        raise ValueError("no notes")
+
+
+def _hides(n):
+    raise _Hides
+
+
+def _long(n):
+    raise ValueError("x" * 1_000_000)
+
+
+def _large_one(n):
+    return "x" * 20_000
+
+
+def _final(n):
+    raise kw.ActivityError("no such account", "Account", final=True)
+
+
+@pytest.mark.parametrize(("function", "level"), [(_recurses, "warning"), (_hides, "warning"), (_long, "warning"), (_final, "error"), (_large_one, "error")])
+def test_whatever_an_attempt_raises_its_line_is_one_of_a_bounded_size(engine: Engine, function: Any, level: str) -> None:
+    """An error that hides, or is large, or recurses; one that is not tried again is the last."""
+    engine.start(make(function), 1)
+    engine.answer()
+    [line] = engine.lines
+    assert len(line) < 20_000 and msgspec.json.decode(as_json(line))["level"] == level
+
+
+def test_an_outcome_is_no_failure_and_nothing_that_nobody_waits_for_is_logged(engine: Engine) -> None:
+    """M6.5: a BusinessError is logged as little as a result; what was cancelled has failed nobody."""
+    begun = threading.Event()
+
+    def declined():
+        raise kw.BusinessError("declined")
+
+    def waits():
+        begun.set()
+        kw.activity_info().wait_cancelled(10)
+        raise ConnectionError("gone")
+
+    engine.start(make(declined), id="a")
+    engine.answer("a")
+    item = engine.start(make(waits), id="b")
+    assert begun.wait(10)
+    engine.withdraw(item)
+    engine.until(lambda: engine.dispatcher.busy == 0)
+    assert engine.lines == []
+
+
 def test_a_task_that_an_activity_left_behind_does_not_end_the_event_loop(engine: Engine) -> None:
     engine.start(make(_leaves_a_bomb), id="bad")
 
@@ -243,6 +328,8 @@ def test_an_activity_over_the_limit_is_answered_for_and_told(engine: Engine) -> 
         assert error["type"] == "Timeout"
         assert "activity_limit_s" in error["message"]
     assert told.wait(10)
+    assert [line.partition(" failed, tried again in ")[2].split(": ")[1] for line in engine.lines] == ["ActivityError", "ActivityError"]
+    assert ", in wait (" in engine.lines[0]  # where it hung
     engine.until(lambda: engine.dispatcher.busy == 0)
     engine.dispatcher.close()
 
@@ -433,6 +520,9 @@ def test_a_result_that_the_log_refuses_is_answered_with_the_reason(engine: Engin
     error = engine.answer()["error"]
     assert error["type"] == "ResultTooLarge"
     assert "message too large" in error["message"]
+    engine.until(lambda: engine.dispatcher.busy == 0)
+    [line] = engine.lines
+    assert "it was the last attempt: ActivityError: the log does not take" in line
 
 
 def test_context_variables_of_one_call_are_not_seen_by_the_next(engine: Engine) -> None:
