@@ -46,7 +46,7 @@ def show(
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
-    """Where an instance waits, from its header alone: no code of yours is loaded.
+    """Where an instance waits, or failed, from its header alone: no code of yours is loaded.
 
     Example: kwflow show order-7 --locals --embedded ./state
     """
@@ -115,6 +115,8 @@ def _about(header: dict[str, Any]) -> list[str]:
         lines.append(f"updates not answered: {len(header['updates'])}")
     if "outcome" in header:
         lines.append(f"outcome {header['outcome']['kind']}: {header['outcome']['value']}")
+        at = header["outcome"].get("at")
+        lines += [f"  in {at['function']}  {at['file']}:{at['line']}"] if at else []
     return lines
 
 

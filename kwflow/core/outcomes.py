@@ -19,9 +19,9 @@ def run_headers(start_id: str, extra: dict[str, Any]) -> wire.Headers:
     return run if client is None else (*run, ("kwflow-client", client.encode()))
 
 
-def kept(kind: str, value: bytes) -> dict[str, Any]:
-    """The outcome as the entry that stays after the end holds it (K20); `value` is JSON text, None when it is too large."""
-    return {"kind": kind, "value": value.decode() if len(value) <= _KEPT_VALUE_BYTES_MAX else None}
+def kept(kind: str, value: bytes, at: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The outcome as the entry that stays after the end holds it (K20); `value` is JSON text, None when it is too large; `at` is where it failed."""
+    return {"kind": kind, "value": value.decode() if len(value) <= _KEPT_VALUE_BYTES_MAX else None, **({"at": at} if at else {})}
 
 
 def describe_error(error: BaseException) -> str:

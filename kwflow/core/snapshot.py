@@ -99,6 +99,18 @@ def _wait(wait: Suspension) -> dict[str, Any]:
     return described
 
 
+def failed_at(error: BaseException) -> dict[str, Any]:
+    """The innermost frame that an error came through in a durable module of the author's, as a wait's header says it; empty if there is none."""
+    found: dict[str, Any] = {}
+    tb = error.__traceback__
+    while tb is not None:
+        code, module = tb.tb_frame.f_code, str(tb.tb_frame.f_globals.get("__name__", ""))
+        if registry.is_durable(module) and not module.startswith("kwflow."):
+            found = {"function": code.co_qualname, "file": _relative(code.co_filename, registry.logical_name(module)), "line": tb.tb_lineno}
+        tb = tb.tb_next
+    return found
+
+
 @functools.lru_cache(maxsize=4096)
 def _relative(filename: str, module: str) -> str:
     """From the folder on that the module's name begins in."""

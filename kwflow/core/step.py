@@ -20,7 +20,7 @@ from kwflow.core.contract import Context, Ended, Keep, Save, Transition
 from kwflow.core.current import in_step, slot
 from kwflow.core.dispatch import Withdraw
 from kwflow.core.instance import CLOSING, Instance
-from kwflow.core.snapshot import ended_header, waits_of
+from kwflow.core.snapshot import ended_header, failed_at, waits_of
 from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task
 from kwflow.core.wire import Record
 from kwflow.durable.runtime import set_driving
@@ -248,5 +248,5 @@ class Step(Calls):
         extra, limits = self.instance.extra, self.context.limits
         if "parent" in extra:
             self.outputs.append(children.answer(extra["parent"], self.instance.id, outcome, value, topics.resume, limits.value_bytes_max, self.record.timestamp_ms))
-        extra["outcome"] = outcomes.kept(outcome, value)
+        extra["outcome"] = outcomes.kept(outcome, value, failed_at(error) if error is not None else None)
         messages.close(self)

@@ -211,6 +211,17 @@ def test_a_timestamp_that_is_no_time_hides_no_instance(tmp_path: pathlib.Path) -
         assert "1700000000000000 ms" in shown.output.replace("\n", ""), shown.exception
 
 
+def test_show_says_where_a_workflow_failed(tmp_path: pathlib.Path) -> None:
+    """K20: the traceback travels with the error record only, which show does not read."""
+    config, held = Config(), Embedded(tmp_path / "state", sync=False)
+    module = durable.load_source("failing", "def main(opts):\n    return opts['missing']\n    yield\n", "shop/failing.py")
+    held.append_all([Group((Output(config.resume_topic, b"w", b"new:{}", (("kwflow-start-id", b"s"),)),))])
+    held.step([WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), held.incarnation)])
+    held.close()
+    shown = CliRunner().invoke(app, ["show", "w", "--embedded", str(tmp_path / "state")]).output
+    assert shown.splitlines()[-2:] == ["""outcome error: "KeyError: 'missing'\"""", "  in main  failing.py:2"]
+
+
 @pytest.mark.slow
 def test_a_table_has_its_limit_and_says_so_json_has_all(tmp_path: pathlib.Path) -> None:
     config = Config()

@@ -122,6 +122,37 @@ def test_a_query_after_the_end_gives_the_outcome() -> None:
     assert (value["status"], value["outcome"]) == ("ended", {"kind": "result", "value": '{"answer":42}'})
 
 
+FAILS = """
+import json
+
+def checked(answer):
+    return json.loads(answer)
+
+def inner(answer):
+    yield kw.suspend("r")
+    return checked(answer)
+
+def main(o):
+    return (yield from inner("{"))
+"""
+
+
+def test_what_an_ended_workflow_failed_at_is_kept_the_authors_innermost_frame() -> None:
+    """K20, M4: not the library's, nor ours; the traceback as a whole is the error record's."""
+    w = run(FAILS, **{"kwflow-start-id": "s"})
+    w.resume("w", "r")
+    outcome = (w.command("w", "query") or {})["value"]["outcome"]
+    line = FAILS.splitlines().index("    return json.loads(answer)") + HEAD.count("\n") + 1
+    assert outcome["kind"] == "error" and outcome["at"] == {"function": "checked", "file": outcome["at"]["file"], "line": line}
+    assert outcome["at"]["file"].startswith("message_case_")
+
+
+@pytest.mark.parametrize(("body", "function"), [("def main(o):\n    raise ValueError", "main"), ("def main(o):\n    return {1, 2}\n    yield", None)])
+def test_a_plain_function_fails_somewhere_too_and_a_result_that_has_no_json_nowhere(body: str, function: str | None) -> None:
+    w = run(body, **{"kwflow-start-id": "s"})
+    assert (w.header("w") or {})["outcome"].get("at", {}).get("function") == function
+
+
 # -- cancel ------------------------------------------------------------------------------------------------------------
 def test_cancel_raises_cancelled_at_the_innermost_wait_and_its_outcome_is_cancelled() -> None:
     """M2, M4."""
