@@ -109,6 +109,9 @@ def migrate(
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     if bool(ids) == every:
         raise UsageError("name instances, or give --all")
+    for key in [wire.key_of(id) for id in ids or []]:
+        if header_of(stored(settings, embedded, key.decode()))["status"] == "ended":
+            raise UsageError(f"{key.decode()!r} has ended")
     chosen = ids or [key.decode() for key, data in sorted(snapshots(settings, embedded).items()) if header_of(data)["status"] not in ("ended", "damaged")]
     asked = [Group((Output(settings.resume_topic, wire.key_of(id), b"null", (("kwflow-op", b"migrate"),)),)) for id in chosen]
     with sole_writer(settings, embedded, "code-migrate") as write:

@@ -56,7 +56,8 @@ def show(
         variables = [{"function": function, "locals": {name: repr(value) for name, value in values.items()}} for function, values in frames]
         print_json({**header, **({"frames": variables} if locals else {})})
         return
-    out.print(f"{id}  {header['workflow']}  {header['status']}  ({header['seal']})")
+    seal = "" if header["seal"] == "unsigned" and not settings.signing_keys else f"  ({header['seal']})"
+    out.print(f"{id}  {header['workflow']}  {header['status']}{seal}")
     for line in _about(header):
         out.print(line)
     for wait in header["waits"]:

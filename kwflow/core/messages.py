@@ -24,7 +24,7 @@ from kwflow.core.wire import Address, Command, Record, Reply
 from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
 
 __all__ = [
-    "IDS_MAX", "OPS", "absent", "after_end", "applied_before", "close", "describe", "ignored", "mailbox_of", "no_migration", "no_room", "on_update", "remember", "reply", "set_status",
+    "ENDED", "IDS_MAX", "OPS", "absent", "after_end", "applied_before", "close", "describe", "ignored", "mailbox_of", "no_migration", "no_room", "on_update", "remember", "reply", "set_status",
     "signals", "wait_signal",
 ]  # fmt: skip
 
@@ -34,20 +34,21 @@ _VALUE_BYTES_MAX = 4096
 _STATUS_BYTES_MAX = 16_384  # it is in the header, which every listing reads
 _ADDRESSES_MAX = 8  # who may wait for one update, having sent it with the same kwflow-id
 _PENDING = "pending"
+ENDED = "it has ended"
 
 
 # -- replies ---------------------------------------------------------------------------------------------------------
-def ignored(outcome: str, address: Address | None) -> Transition:
+def ignored(outcome: str, address: Address | None, said: str = "") -> Transition:
     """Nothing changes, by a stated rule (G3)."""
     status = {"unknown-id": "not_found", "unknown-ref": "unknown_ref"}[outcome]
-    return Transition(Keep(), replies=(Reply(address, status),) if address is not None else (), outcome=outcome)
+    return Transition(Keep(), replies=(Reply(address, status, said),) if address is not None else (), outcome=outcome)
 
 
-def absent(command: Command, address: Address | None) -> Transition:
+def absent(command: Command, address: Address | None, said: str = "") -> Transition:
     """A command for an id, or a run of it, that is not there.  Raises ProtocolError for a message nobody would miss otherwise (G3)."""
     if address is None and command.op in ("signal", "update"):
         raise ProtocolError(f"{command.op} {command.arguments.name!r} is for a run that is not there, and its sender does not wait for a reply", "not-found")
-    return Transition(Keep(), replies=(Reply(address, "not_found"),) if address is not None else (), outcome="unknown-id")
+    return ignored("unknown-id", address, said)
 
 
 def after_end(header: dict[str, Any], command: Command, address: Address | None) -> Transition:
@@ -57,7 +58,7 @@ def after_end(header: dict[str, Any], command: Command, address: Address | None)
         return Transition(Keep(), replies=(Reply(address, *known),) if address is not None else (), outcome="repeated")
     if command.op == "update" and address is not None:
         return Transition(Keep(), replies=(Reply(address, "ended"),), outcome="unknown-id")
-    return absent(command, address)
+    return absent(command, address, ENDED if command.start_id in (None, header["start_id"]) else "")
 
 
 def applied_before(calls: Calls, command: Command) -> Transition | None:

@@ -254,7 +254,7 @@ class _Batch:
             starts = isinstance(message.arguments, wire.Signal) and message.arguments.start is not None
             anew = starts and message.start_id != header["start_id"] and message.id not in header.get("ids", {})
             return Live(None, None) if anew else self._decision(header["id"], record, messages.after_end(header, message, address))
-        return self._decision(header["id"], record, messages.ignored("unknown-id", address))
+        return self._decision(header["id"], record, messages.ignored("unknown-id", address, messages.ENDED))
 
     # -- one step ----------------------------------------------------------------------------------------------------
     def _traced(self, tracing: Tracing, name: str, key: bytes, live: Live, number: int) -> Decision:

@@ -219,7 +219,26 @@ def test_show_says_where_a_workflow_failed(tmp_path: pathlib.Path) -> None:
     held.step([WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), held.incarnation)])
     held.close()
     shown = CliRunner().invoke(app, ["show", "w", "--embedded", str(tmp_path / "state")]).output
+    assert shown.splitlines()[0] == "w  main  ended"  # nothing of a signature where there are no keys
     assert shown.splitlines()[-2:] == ["""outcome error: "KeyError: 'missing'\"""", "  in main  failing.py:2"]
+
+
+def test_code_migrate_asks_for_none_if_one_of_them_is_not_there_or_has_ended(tmp_path: pathlib.Path) -> None:
+    config, held = Config(), Embedded(tmp_path / "state", sync=False)
+    module = durable.load_source("migrating", "import kwflow as kw\ndef main(opts):\n    if opts:\n        yield kw.suspend('r')\n", "migrating.py")
+    held.append_all([Group((Output(config.resume_topic, id, b"new:" + value, (("kwflow-start-id", b"s"),)),)) for id, value in ((b"waits", b"1"), (b"over", b"0"))])
+    held.step([WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), held.incarnation)])
+    held.close()
+
+    def migrate(*ids: str) -> str:
+        done = CliRunner().invoke(app, ["code", "migrate", *ids, "--embedded", str(tmp_path / "state")])
+        return str(done.exception) if isinstance(done.exception, UsageError) else done.output
+
+    assert (migrate("waits", "nobody"), migrate("waits", "over")) == ("no instance 'nobody'", "'over' has ended")
+    assert migrate("waits").startswith("asked for 1;")
+    held = Embedded(tmp_path / "state", sync=False)
+    assert [record.key for record in held.read(config.resume_topic)[2:]] == [b"waits"]
+    held.close()
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def test_signals_updates_and_queries_on_the_command_line(shell: Shell) -> None:
     assert asked(shell, "query", "p")["workflow"] == "prices"
     assert shell("signal", "p", "stop", "--value", '"enough"') == ""
     assert shell("result", "p", "--timeout", "20").strip() == '"enough"'
-    assert asked(shell, "signal", "p", "stop", code=1) == {"id": "p", "status": "not_found", "message": ""}
+    assert asked(shell, "signal", "p", "stop", code=1) == {"id": "p", "status": "not_found", "message": "it has ended"}
     assert asked(shell, "signal", "new", "stop", "--value", "1", "--start", "--workflow", "prices", "--ttl", "60") == {"id": "new", "status": "delivered"}
     assert asked(shell, "result", "new") == {"id": "new", "outcome": "result", "value": 1}
     assert "not JSON" in shell("signal", "p", "stop", "--value", "{", code=2)

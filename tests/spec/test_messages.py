@@ -101,6 +101,17 @@ def test_a_resume_is_replied_delivered_unknown_ref_or_not_found() -> None:
     assert [status(w.reply(str(number))) for number in range(4)] == ["unknown_ref", "delivered", "not_found", "not_found"]
 
 
+def test_who_comes_after_the_end_is_told_that_it_was_the_end() -> None:
+    """K20, M1.5: while the entry stays; not for an id that never ran, or another run of it."""
+    w = run(WAITS, **{"kwflow-start-id": "s"})
+    w.resume("w", "r", 1)
+    w.send("w", b'{"ref":"r"}', {"kwflow-request": "late", "kwflow-reply-to": "0/p"})
+    late = [w.reply("late"), *(w.command("w", op, {"name": "n"} if op == "signal" else None) for op in ("signal", "cancel", "migrate", "terminate"))]
+    assert [(status(reply), (reply or {})["message"]) for reply in late] == [("not_found", "it has ended")] * 5
+    for reply in (w.command("nobody", "signal", {"name": "n"}), w.command("w", "signal", {"name": "n"}, kwflow_start_id="another")):
+        assert (status(reply), (reply or {})["message"]) == ("not_found", "")
+
+
 # -- query -----------------------------------------------------------------------------------------------------------
 def test_a_query_shows_the_header_without_running_author_code() -> None:
     """M2."""

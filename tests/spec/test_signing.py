@@ -270,7 +270,7 @@ def test_show_needs_no_key_and_says_what_the_header_is_worth(tmp_path: pathlib.P
     running.terminate()
     running.communicate(timeout=60)
     bare = {"KWFLOW_EMBEDDED": keyed["KWFLOW_EMBEDDED"]}
-    assert "verified with key" in kwflow("show", "a", **keyed)
+    assert "(verified with key " in kwflow("show", "a", **keyed)
     assert "not verified" in kwflow("show", "a", **bare) and "suspension more" in kwflow("show", "a", **bare)
     assert "total = 1" in kwflow("show", "a", "--locals", **keyed)
     assert "which no key" in kwflow("show", "a", "--locals", **bare)
