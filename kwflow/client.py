@@ -233,6 +233,16 @@ class Client:
         """Apply what was held, in order, and go on."""
         return self._void(id, "unpause", None, command_id, start_id)
 
+    def fork(self, id: str, new_id: str | None = None, *, start_id: str | None = None, command_id: str | None = None) -> Future[Run]:
+        """A second instance that goes on from where this one waits now, under an id of its own (default: one that the engine makes); the first is as before.
+
+        Its timers are due when those of the first are, and activities that run are called for it, too.  Raises CommandError: rejected (why it
+        cannot be, such as a child that is waited for), exists, not_found.
+        """
+        future: Future[Run] = self._future()
+        self._command(id, "fork", {"id": new_id}, future, lambda reply: self._settle(future, Run(**reply.value, new=True)), command_id, start_id)
+        return future
+
     def subscribe(self, id: str, callback: Callable[[Outcome], None]) -> Callable[[], None]:
         """Call back, on the client's thread, with the outcome of every run of this id from now on, until the function that is returned is called."""
         key, followed = self._followed(id), self._future()

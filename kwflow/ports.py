@@ -90,6 +90,8 @@ class Processor(Protocol):
 
     input_topic: str
     changelog_topic: str
+    partitions: int
+    """Of the input topic; a runner that has more than one says how many."""
 
     def taken_over(self, store: Store) -> Mapping[str, str]:
         """Load what the instances of this partition need, before its first record (semantics §9.6).

@@ -15,7 +15,7 @@ from kwflow.cli.code import code_app
 from kwflow.cli.dead_letters import dead
 from kwflow.cli.engines import engine, run, scheduler
 from kwflow.cli.instances import list_, show
-from kwflow.cli.messages import cancel, pause, query, result, signal, terminate, unpause, update
+from kwflow.cli.messages import cancel, fork, pause, query, result, signal, terminate, unpause, update
 from kwflow.cli.records import resume, start, tail
 from kwflow.cli.schedules import schedules_app
 from kwflow.cli.shared import err, exit_code, out, told
@@ -28,7 +28,7 @@ app.add_typer(dead, name="dead-letters")
 app.add_typer(schedules_app, name="schedule")
 app.add_typer(topics_app, name="topics")
 app.add_typer(code_app, name="code")
-for _command in (engine, scheduler, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, result, show, tail, reset):
+for _command in (engine, scheduler, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, fork, result, show, tail, reset):
     app.command()(_command)
 app.command("list")(list_)
 

@@ -61,7 +61,7 @@ def show(
     for line in _about(header):
         out.print(line)
     for wait in header["waits"]:
-        parts = [*_wait(wait), wait.get("function", ""), f"{wait.get('file', '')}:{wait.get('line', '')}", f"since {_time(wait['since'])}"]
+        parts = [*_wait(wait), wait.get("function", ""), f"{wait.get('file', '')}:{wait.get('line', '')}", f"since {_time(wait['since'])}", f"due {_time(wait['due'])}" if "due" in wait else ""]
         out.print("  " + "  ".join(part for part in parts if part))
     for function, values in frames:
         out.print(f"  {function}")
@@ -105,7 +105,8 @@ def _about(header: dict[str, Any]) -> list[str]:
         lines.append(f"paused: {parked['message'] or '(no reason)'}" if header["status"] == "paused" else f"parked at offset {parked['offset']}: {parked['reason']}: {parked['message']}")
     if header.get("start_id"):
         parent = f", child of {header['parent'].partition('|')[0]}" if "parent" in header else ""
-        lines.append(f"run {header['start_id']}{parent}")
+        fork = f", a fork of {header['forked']['id']}" if "forked" in header else ""
+        lines.append(f"run {header['start_id']}{parent}{fork}")
     if "cancel" in header:
         lines.append(f"cancelled at {_time(header['cancel']['at'])}: {header['cancel']['reason'] or '(no reason)'}")
     if "status_value" in header:

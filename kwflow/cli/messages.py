@@ -14,7 +14,7 @@ from kwflow.client import Client, Future
 from kwflow.config import Config, load_config
 from kwflow.errors import CommandError, OutcomeError
 
-__all__ = ["cancel", "connect", "pause", "query", "result", "signal", "terminate", "unpause", "update", "wait_for"]
+__all__ = ["cancel", "connect", "fork", "pause", "query", "result", "signal", "terminate", "unpause", "update", "wait_for"]
 
 Value = Annotated[str, typer.Option("--value", help="JSON.")]
 Reason = Annotated[str, typer.Option("--reason", help="Shown by queries; the outcome of terminate has it, too.")]
@@ -178,6 +178,28 @@ def unpause(
     """
     _send(id, embedded, bootstrap_servers, config, command_timeout, as_json, lambda client: client.unpause(id, start_id=start_id))
     _said(id, as_json)
+
+
+def fork(
+    id: str,
+    new_id: Annotated[str | None, typer.Argument(help="Of the second one; on Kafka it must lie in the same partition. Default: one that the engine makes.")] = None,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    start_id: StartId = None,
+    command_id: CommandId = None,
+    command_timeout: Patience = None,
+    as_json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """Let a second instance go on from where a workflow waits, and print its id; the first is as before.
+
+    Example: kwflow fork order-7 --embedded ./state
+    """
+    run = _send(id, embedded, bootstrap_servers, config, command_timeout, as_json, lambda client: client.fork(id, new_id, start_id=start_id, command_id=command_id))
+    if as_json:
+        print_json({"id": run.id, "start_id": run.start_id, "status": "ok"})
+    else:
+        out.print(run.id, markup=False, highlight=False, soft_wrap=True)
 
 
 def result(

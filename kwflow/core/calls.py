@@ -113,7 +113,8 @@ class Calls:
         delay_ms = max(1, math.ceil(round(seconds * 1000, 6)))  # never 0: on the scheduler topic 0 means cancel
         if delay_ms > DELAY_MS_MAX:
             raise UsageError(f"a delay is at most ten years ({DELAY_MS_MAX // 1000} s), not {delay!r}; to wait without an end use kw.suspend()")
-        timer = Timer(self.next_id(), self.record.timestamp_ms, delay_ms)
+        at = self.record.timestamp_ms
+        timer = Timer(self.next_id(), at, delay_ms if due_ms is None else due_ms - at)  # of the record alone: the clock is no part of the state (semantics §4.1)
         due = ("kwflow-due-ms", str(self.context.received_ms + delay_ms if due_ms is None else due_ms).encode())
         return self.request(timer, self.context.topics.scheduler, self.timer_key(timer), str(delay_ms).encode(), (*self.travelling, due))
 

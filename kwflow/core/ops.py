@@ -1,4 +1,4 @@
-"""Ops that run no author code: what a query shows, and how an instance is ended, from its header alone (M2, M3).
+"""Ops that run no author code: what a query shows, how an instance is ended and how it is copied, from its header alone (M2, M3).
 
 They work on an instance that is parked, whose code is gone or whose body is damaged.  It must not know state or
 bytes of snapshots: a header goes in, data comes out.
@@ -17,10 +17,11 @@ from kwflow.core.contract import Topics
 from kwflow.core.dispatch import Withdraw
 from kwflow.core.wire import Address, Output, Record, Reply
 
-__all__ = ["Closing", "seen", "terminate"]
+__all__ = ["Closing", "fork", "seen", "terminate", "unforkable"]
 
-_SHOWN = ("id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "mailbox")
+_SHOWN = ("id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "forked", "mailbox")
 _WAITS_SHOWN_MAX = 100
+_OF_ONE_RUN = ("client", "parent", "ids", "updates", "parked")  # who sent it something, and waits for it
 
 
 class Closing(msgspec.Struct, frozen=True):
@@ -82,3 +83,36 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
             outputs.append(children.answer(header["parent"], header["id"], "terminated", value, topics.resume, len(value) + 10_000, record.timestamp_ms))
         kept["outcome"] = outcomes.kept("terminated", value)
     return Closing(tuple(outputs), tuple(dispatch), tuple(replies), {**kept, "ended": record.timestamp_ms})
+
+
+def unforkable(header: dict[str, Any]) -> str | None:
+    """Why there can be no second one that goes on from here; None if there can."""
+    if header["status"] != "waiting":
+        return {"closing": "it has ended and cleans up", "ended": "it has ended", "damaged": "its snapshot cannot be read"}.get(header["status"], f"it is {header['status']}")
+    for wait in header["waits"]:
+        if wait["kind"] == "child":
+            return f"it waits for its child {wait['child']}, which tells only {header['id']} of its end; fork it when that has ended"
+        if wait["kind"] == "timer" and "due" not in wait:
+            return "an earlier version of kwflow saved it, which did not note when its timers are due; fork it after its next step (a signal that nobody reads is one)"
+        if wait["kind"] not in _FORKABLE:
+            return f"it has a {wait['kind']} pending, which this version of kwflow does not know"
+    return None
+
+
+def fork(header: dict[str, Any], id: str, record: Record, incarnation: str, client: str | None, topics: Topics) -> tuple[dict[str, Any], list[Output]]:
+    """The header of the copy, and the records that set its timers; whoever waits for the original does not wait for it."""
+    own = {"id": id, "start_id": f"fork-{record.partition}-{record.offset}", "applied": [incarnation, record.partition, record.offset], "created": record.timestamp_ms, "updated": record.timestamp_ms}
+    made = {**{name: value for name, value in header.items() if name not in _OF_ONE_RUN}, **own, "forked": {"id": header["id"], "start_id": header["start_id"]}}
+    if client is not None:
+        made["client"] = client
+    if "updates" in header:  # accepted: the copy will answer them, and nobody listens
+        made["updates"] = {number: {"id": None, "to": []} for number in header["updates"]}
+    timers = []
+    for wait in header["waits"]:
+        if wait["kind"] == "timer":
+            left, due = max(1, wait["due"] - record.timestamp_ms), ("kwflow-due-ms", str(wait["due"]).encode())
+            timers.append(Output(topics.scheduler, timer_key(id, wait["ref"]), str(left).encode(), (*wire.travelling_headers(record), due), record.timestamp_ms))
+    return made, timers
+
+
+_FORKABLE = {"activity", "signal", "suspension", "timer", "update"}

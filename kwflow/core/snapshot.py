@@ -26,7 +26,7 @@ from kwflow.durable.rebuild import MINOR
 from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, SnapshotError
 
-__all__ = ["UNSIGNED", "Keys", "amend", "ended_header", "key_id", "load", "park", "read_header", "save", "save_ended", "save_with_code", "seal_of", "split", "unpark", "waits_of", "wake"]
+__all__ = ["UNSIGNED", "Keys", "amend", "copy", "ended_header", "key_id", "load", "park", "read_header", "save", "save_ended", "save_with_code", "seal_of", "split", "unpark", "waits_of", "wake"]
 
 Keys = Sequence[bytes]
 UNSIGNED = b""  # among the keys, last: what nobody signed is taken too; it signs nothing
@@ -246,6 +246,11 @@ def amend(stored: bytes, keys: Keys = (), **fields: Any) -> bytes:
     """The same state with other entries in its header.  Raises SnapshotError."""
     header, body = split(stored, keys)
     return _encode({**header, **fields}, body, keys)
+
+
+def copy(stored: bytes, header: dict[str, Any], keys: Keys = ()) -> bytes:
+    """The same state under another header.  Raises SnapshotError."""
+    return _encode(dict(header), split(stored, keys)[1], keys)
 
 
 def ended_header(instance: Instance) -> dict[str, Any]:

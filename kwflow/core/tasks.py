@@ -111,8 +111,12 @@ class Timer(Suspension[None]):
     outside = True
 
     def __init__(self, ref: str, since_ms: int, delay_ms: int) -> None:
+        """`delay_ms` counts from `since_ms`."""
         super().__init__(ref, since_ms)
         self.delay_ms = delay_ms
+
+    def described(self) -> dict[str, Any]:
+        return {"due": self.since_ms + self.delay_ms}
 
 
 class ActivityWait(Suspension):

@@ -121,6 +121,12 @@ class Signal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     start: SignalStart | None = None
 
 
+class Fork(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The arguments of fork: the id of the copy; None leaves the choice to the engine."""
+
+    id: str | None = None
+
+
 class Update(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The arguments of an update."""
 
@@ -129,7 +135,7 @@ class Update(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 OPS: dict[str, type[msgspec.Struct]] = {
-    "cancel": Reason, "discard": Nothing, "migrate": Nothing, "pause": Reason, "query": Nothing, "retry": Nothing, "signal": Signal, "terminate": Reason,
+    "cancel": Reason, "discard": Nothing, "fork": Fork, "migrate": Nothing, "pause": Reason, "query": Nothing, "retry": Nothing, "signal": Signal, "terminate": Reason,
     "unpause": Reason, "update": Update,
 }  # fmt: skip
 
@@ -237,7 +243,7 @@ def _command(op: str, value: bytes, record: Record) -> Command:
     if arguments is None:
         raise ProtocolError(f"unknown op {op[:100]!r}; known are: {', '.join(OPS)}", "unknown-op")
     try:
-        decoded = arguments() if value == b"null" and arguments in (Reason, Nothing) else msgspec.json.decode(value, type=arguments)
+        decoded = arguments() if value == b"null" and arguments in (Fork, Reason, Nothing) else msgspec.json.decode(value, type=arguments)
     except msgspec.ValidationError as error:
         raise ProtocolError(f"op {op}: {error}", "bad-arguments") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Commands that run no author code, done on stored bytes: query, terminate, pause and unpause, retry and discard (M2, K17).
+"""Commands that run no author code, done on stored bytes: query, terminate, pause and unpause, fork, retry and discard (M2, K17).
 
 They reach an instance that is parked or damaged, which no step could.  It must not run a step itself: what was held is
 applied by the batch that it is given.
@@ -6,16 +6,20 @@ applied by the batch that it is given.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+import msgspec
 
 from kwflow.activities import failure_payload
 from kwflow.config import Config
 from kwflow.core import children, messages, ops, snapshot, wire
 from kwflow.core.contract import Context
-from kwflow.core.dispatch import Withdraw
+from kwflow.core.dispatch import Dispatch, Withdraw
+from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Command, Output, Record
-from kwflow.errors import ActivityError, ProtocolError, RefusedError, SnapshotError
+from kwflow.errors import ActivityError, ProtocolError, RefusedError, SnapshotError, UsageError
 from kwflow.ports import Changes, Decision
 from kwflow.runners import parked
 from kwflow.runners.dispatch import keep
@@ -29,6 +33,13 @@ class Batch(Protocol):
     config: Config
     state: Changes
     context: Context
+    partitions: int
+
+    def stored(self, key: bytes) -> bytes | None:
+        """What there is of this id, with all that this batch did so far."""
+
+    def call(self, name: str, ref: str) -> Dispatch | None:
+        """The call of an activity that this wait is for."""
 
     def drain(self, records: list[Record]) -> list[Decision]:
         """Apply records that were held."""
@@ -87,16 +98,16 @@ def _replied(batch: Batch, record: Record, status: str, message: str = "", value
     return Decision(counts=(count,), replies=parked.answered(batch.config, record, status, message, value))
 
 
-def _done(batch: Batch, name: str, record: Record, command: Command, status: str, made: Sequence[Decision] = (), message: str = "") -> Decision:
+def _done(batch: Batch, name: str, record: Record, command: Command, status: str, made: Sequence[Decision] = (), message: str = "", value: object = None) -> Decision:
     """The reply, remembered in the header if there is still one, and all that was done besides."""
     key = name.encode()
     stored = batch.state.get(key)
     left = _header(batch.config, name, stored)
     if command.id is not None and stored is not None and left["status"] != "damaged":
         ids = left.get("ids", {})
-        messages.remember(ids, command.id, status, message)
+        messages.remember(ids, command.id, status, message, value)
         batch.state.put(key, snapshot.amend(stored, batch.config.signing_keys, ids=ids))
-    mine = Decision(counts=(_COUNTED.get(command.op, command.op),), replies=parked.answered(batch.config, record, status, message))
+    mine = Decision(counts=(_COUNTED.get(command.op, command.op),), replies=parked.answered(batch.config, record, status, message, value))
     return joined([mine, *made])
 
 
@@ -138,6 +149,53 @@ def _unpause(batch: Batch, name: str, header: dict[str, Any], record: Record, co
         batch.state.put(key, snapshot.amend(stored, batch.config.signing_keys, parked={entry: value for entry, value in header["parked"].items() if entry != "paused"}))
         return _done(batch, name, record, command, "ok", message="it is still parked; retry or discard")
     return _done(batch, name, record, command, "ok", _drain(batch, name, record, discard=False))
+
+
+def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
+    """What waits here waits under another id, too, and each goes on by itself; what is held is the original's alone.
+
+    The copy lies in the same partition: both are committed in one transaction, and no snapshot travels in a record that anybody could have written.
+    """
+
+    def refused(status: str, why: str) -> Decision:
+        return joined([_replied(batch, record, status, why, count="not-forked"), Decision(logs=(f"{name}: not forked: {why}",))])
+
+    id: str = command.arguments.id if command.arguments.id is not None else _free_id(batch, name, record)
+    try:
+        key = wire.key_of(id)
+    except UsageError as error:
+        raise ProtocolError(f"op fork: {error}", "bad-arguments") from None
+    home = partition_of(key, batch.partitions)
+    if home != record.partition:
+        return refused("rejected", f"{id} belongs to partition {home} and {name} to {record.partition}; a fork lies beside its original: leave its id to the engine, or try another")
+    stored = batch.state.get(name.encode())
+    if stored is not None and header["status"] == "parked":
+        stored = snapshot.unpark(stored, batch.config.signing_keys)  # as it was before the record that parked it
+        header = _header(batch.config, name, stored)
+    if stored is None:
+        return refused("rejected", "its start failed, so that there is nothing to go on from")
+    why = ops.unforkable(header)
+    calls = {wait["ref"]: batch.call(name, wait["ref"]) for wait in header["waits"] if wait["kind"] == "activity"}
+    why = why or next((f"the call of its activity {ref} is not stored here" for ref, call in calls.items() if call is None), None)
+    if why is not None:
+        return refused("rejected", why)
+    made, timers = ops.fork(header, id, record, batch.context.incarnation, wire.short_header(record, "kwflow-client"), batch.context.topics)
+    value = {"id": id, "start_id": made["start_id"]}
+    known = batch.stored(key)
+    there = _header(batch.config, id, known)
+    if known is not None and there["start_id"] == made["start_id"]:  # this record was applied before
+        return _replied(batch, record, "ok", value=value, count="repeated")
+    if known is not None and there["status"] != "ended":
+        return refused("exists", f"{id} is there already")
+    batch.state.put(key, snapshot.copy(stored, made, batch.config.signing_keys))
+    dispatch = tuple(msgspec.structs.replace(call, workflow_id=id) for call in calls.values() if call is not None)
+    return _done(batch, name, record, command, "ok", [Decision(tuple(timers), (f"{name}: forked as {id}",), dispatch=dispatch)], value=value)
+
+
+def _free_id(batch: Batch, name: str, record: Record) -> str:
+    """The first that lies in this partition; offsets make it nobody else's."""
+    ids = (f"{name}/fork-{record.offset}{end}" for end in itertools.chain([""], (f"-{number}" for number in itertools.count(2))))
+    return next(id for id in ids if partition_of(id.encode(), batch.partitions) == record.partition)
 
 
 def _retry(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
@@ -186,8 +244,8 @@ def _drain(batch: Batch, name: str, record: Record, discard: bool) -> list[Decis
 
 
 _DISCARDED = "Discarded"
-_COUNTED = {"retry": "retried", "discard": "discarded", "terminate": "terminated", "pause": "paused", "unpause": "unpaused"}
+_COUNTED = {"fork": "forked", "retry": "retried", "discard": "discarded", "terminate": "terminated", "pause": "paused", "unpause": "unpaused"}
 _CHANGING: dict[str, Callable[[Batch, str, dict[str, Any], Record, Command], Decision]] = {
-    "discard": _retry, "pause": _pause, "retry": _retry, "terminate": _terminate, "unpause": _unpause,
+    "discard": _retry, "fork": _fork, "pause": _pause, "retry": _retry, "terminate": _terminate, "unpause": _unpause,
 }  # fmt: skip
 OPS = {"query", *_CHANGING}

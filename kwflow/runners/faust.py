@@ -83,6 +83,7 @@ class Agent:
         self.config = config
         self.processor = processor
         processor.at_least_once = True
+        processor.partitions = partitions
         self.partitions = partitions
         self.on_log = on_log
         self.stats = Stats()

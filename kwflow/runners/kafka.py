@@ -93,6 +93,7 @@ class KafkaRunner:
         self.admin = topics.admin(config, environment)
         self.incarnation, self.partitions = topics.describe(self.admin, config, make("").input_topic)
         self.processor = make(self.incarnation)
+        self.processor.partitions = self.partitions
         self.member = Member(
             config, environment, self.clock, on_log, group, f"{group}-{self.instance}", self.directory, self.admin, self.processor, self.incarnation, self.partitions, frozenset(outputs)
         )  # fmt: skip

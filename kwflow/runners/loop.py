@@ -17,6 +17,7 @@ from kwflow import api, flows
 from kwflow.config import Config
 from kwflow.core import children, messages, snapshot, wire
 from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Transition, Workflows
+from kwflow.core.dispatch import Dispatch, decode, state_key
 from kwflow.core.instance import Instance
 from kwflow.core.step import applied_before, step
 from kwflow.core.wire import Record
@@ -52,6 +53,7 @@ class WorkflowProcessor:
         self.config = config
         self.on_log = on_log
         self.dispatcher: Dispatcher | None = None
+        self.partitions = 1
         self.keeps_code = sources is not None
         self.sources = sources or no_sources
         self.at_least_once = False  # set by a runner that may read a record again: what has ended is then remembered for every start
@@ -155,6 +157,7 @@ class _Batch:
         self.records = records
         self.budget = budget
         self.live: dict[bytes, Live] = {}
+        self.partitions = processor.partitions
         self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows)
         self.made: list[Decision] = []
         self.held: dict[str, tuple[int, int]] = {}
@@ -380,6 +383,17 @@ class _Batch:
         self._save(name.encode())
         self.held.pop(name, None)
         return commands.apply(self, name, record, command)
+
+    def stored(self, key: bytes) -> bytes | None:
+        """What there is of this id, with all that this batch did so far."""
+        self._save(key)
+        return self.state.get(key)
+
+    def call(self, name: str, ref: str) -> Dispatch | None:
+        """The call of an activity that this wait is for; one of this batch is not in the state yet."""
+        stored = self.state.get(state_key(name, ref))
+        made = (item for decision in self.made for item in decision.dispatch if isinstance(item, Dispatch) and (item.workflow_id, item.ref) == (name, ref))
+        return decode(stored) if stored is not None else next(made, None)
 
     def drain(self, records: list[Record]) -> list[Decision]:
         """Apply what was held, each record with its original offset; a failure parks the instance again (K17).  What the budget leaves is held as before."""

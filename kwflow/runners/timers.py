@@ -22,6 +22,7 @@ class TimerProcessor:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.partitions = 1
         self.input_topic = config.scheduler_topic
         self.changelog_topic = config.timers_changelog_topic
 

@@ -252,6 +252,21 @@ def test_pause_holds_and_unpause_goes_on(client: Client) -> None:
     assert (held.result(20), future.result(20)) == (None, 1)
 
 
+def test_a_fork_is_a_run_of_its_own(client: Client) -> None:
+    """Decision 0048."""
+    first = client.start_and_wait("w", "why", workflow="ask")
+    run = client.fork("w", "copy").result(20)
+    assert (run.id, client.query("copy").result(20)["status_value"]) == ("copy", {"asked": "why"})
+    client.resume("copy", "answer", 1).result(20)
+    assert client.result("copy", start_id=run.start_id).result(20) == 1
+    another = client.fork("w", command_id="once").result(20)
+    assert client.fork("w", command_id="once").result(20) == another
+    client.resume("w", "answer", 2).result(20)
+    assert first.result(20) == 2
+    with pytest.raises(CommandError, match="not_found"):
+        client.fork("w").result(20)
+
+
 def test_an_outcome_too_large_to_be_kept_is_found_in_its_topic(client: Client, make: Make) -> None:
     """M4: over 64 KiB."""
     assert len(client.start_and_wait("w", 70_000, workflow="big", start_id="s").result(20)) == 70_000

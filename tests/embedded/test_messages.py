@@ -93,6 +93,18 @@ def test_pause_and_unpause_on_the_command_line(shell: Shell) -> None:
     assert shell("result", "w").strip() == "1"
 
 
+def test_fork_on_the_command_line(shell: Shell) -> None:
+    shell("start", "w", "--start-id", "first")
+    assert shell("fork", "w", "copy").strip() == "copy"
+    made = asked(shell, "fork", "w")
+    assert made["id"].startswith("w/fork-")
+    assert f"run {made['start_id']}, a fork of w" in shell("show", made["id"])
+    shell("resume", "copy", "answer", "--value", "5")
+    assert (shell("result", "copy").strip(), asked(shell, "fork", "copy", code=1)["status"], asked(shell, "fork", "w", "w", code=1)["status"]) == ("5", "not_found", "exists")
+    shell("start", "dad", "--workflow", "parent")
+    assert "dad: rejected: it waits for its child kid" in shell("fork", "dad", code=1)
+
+
 def test_show_has_children_timers_signals_and_mailbox(shell: Shell) -> None:
     shell("start", "dad", "--workflow", "parent", "--start-id", "run-1")
     asked(shell, "signal", "dad", "other", "--value", "1")

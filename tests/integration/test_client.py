@@ -17,6 +17,7 @@ from confluent_kafka.admin import NewPartitions
 
 from kwflow.client import Client, Outcome
 from kwflow.config import Config
+from kwflow.core.murmur2 import partition_of
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError
 from kwflow.runners import kafka_link, topics
 from kwflow.runners.kafka_link import read, send
@@ -24,6 +25,9 @@ from kwflow.runners.kafka_link import read, send
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 SOURCE = """
+import pathlib
+import time
+
 import kwflow as kw
 
 @kw.workflow
@@ -34,6 +38,18 @@ def greet(o):
 @kw.workflow
 def ask(o):
     return (yield kw.suspend("answer"))
+
+@kw.activity
+def look(o):
+    pathlib.Path(o["gate"] + ".asked").open("a").write(kw.activity_info().workflow_id + "\\n")
+    while not pathlib.Path(o["gate"]).exists():
+        time.sleep(0.02)
+    return kw.activity_info().workflow_id
+
+@kw.workflow
+def look_and_sleep(o):
+    found, _ = yield kw.all([look(o), kw.sleep(3)])
+    return [found, (yield kw.suspend("answer"))]
 
 @kw.workflow
 def fail(o):
@@ -168,6 +184,28 @@ def test_a_caller_whose_engine_is_killed_in_between_gets_its_outcome(app: Applic
     assert {shown.result(60)["status"] for shown in asked} == {"ended"}
     results = [record.key for record in read(app.config, app.config.result_topic)]
     assert sorted(results) == sorted(f"w{n}".encode() for n in futures)
+
+
+def test_a_fork_is_committed_with_its_timers_and_calls_and_outlives_its_engine(app: Application) -> None:
+    """Decision 0048, G1: killed as soon as the fork is answered."""
+    engine, client, gate = app.engine(), app.client(), app.directory / "gate"
+    asked = app.directory / "gate.asked"
+    client.start("w", {"gate": str(gate)}, workflow="look_and_sleep").result(60)
+    until(asked.exists)
+    forks = [client.fork("w") for _ in range(20)]
+    ids = [fork.result(60).id for fork in forks]
+    engine.kill()
+    engine.wait()
+    elsewhere = next(f"e{n}" for n in range(100) if partition_of(f"e{n}".encode(), 4) != partition_of(b"w", 4))
+    app.engine()
+    with pytest.raises(CommandError, match=f"{elsewhere} belongs to partition"):
+        client.fork("w", elsewhere).result(60)
+    assert {partition_of(id.encode(), 4) for id in ids} == {partition_of(b"w", 4)} and len(set(ids)) == 20
+    gate.touch()
+    for id in ("w", *ids):
+        until(lambda id=id: [wait["ref"] for wait in client.query(id).result(60)["waits"]] == ["answer"])
+        client.resume(id, "answer", f"for {id}").result(60)
+    assert [client.result(id).result(60) for id in ("w", *ids)] == [[id, f"for {id}"] for id in ("w", *ids)]
 
 
 def test_commands_are_answered_and_done_once(app: Application) -> None:

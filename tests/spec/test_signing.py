@@ -98,7 +98,7 @@ def test_the_first_key_signs_and_all_are_accepted_so_that_keys_can_be_rotated() 
 
 
 def test_whatever_a_record_or_a_command_leaves_of_an_instance_is_signed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paused, being drained, parked, both, and what stays after the end: else the next record would park it."""
+    """A copy, paused, being drained, parked, both, and what stays after the end: else the next record would park it."""
     monkeypatch.setattr(parking, "DRAINED_MAX", 1)
     store, more, start = MemoryStore(), b'{"ref":"more","value":1}', (b"new:1", ("kwflow-start-id", b"mine"))
     engine = Engine(store, 0, ONE)
@@ -113,6 +113,9 @@ def test_whatever_a_record_or_a_command_leaves_of_an_instance_is_signed(monkeypa
 
     engine.send(*start)
     leaves("waiting")
+    command(b"fork", "waiting")
+    (copy,) = [value for key, value in store.entries.items() if key.startswith(b"a/fork-")]
+    assert snapshot.seal_of(copy, [ONE.encode()]).startswith("verified")
     command(b"pause", "parked")
     for _ in range(2):
         engine.send(more)

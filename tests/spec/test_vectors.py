@@ -74,3 +74,41 @@ def test_outputs_ids_keys_and_tombstones_of_two_steps() -> None:
     [made] = engine.processor.decide(overlay, [Record("workflow-resume", 0, 1, 6, b"T", b'{"ref":"0:1"}')], 6)
     assert lines(list(made.outputs)) == ["1", "1:1 1:2"]
     assert {output.timestamp_ms for output in made.outputs} == {6}
+
+
+class Site(Engine):
+    """Several instances; what is sent is decided at once, and may be decided again as one batch."""
+
+    def __init__(self, main: Any, cached: int) -> None:
+        super().__init__(main, cached)
+        self.sent: list[Record] = []
+
+    def send(self, id: str, value: bytes, *headers: tuple[str, bytes]) -> list[str]:
+        self.sent.append(Record("workflow-resume", 0, len(self.sent), 1000, id.encode(), value, headers))
+        return self.decide(self.sent[-1:])[0]
+
+    def decide(self, records: list[Record]) -> list[list[str]]:
+        overlay = Overlay(self.store)
+        made = self.processor.decide(overlay, records, 1000)
+        self.store.apply(overlay.changes)
+        return [lines(list(one.outputs)) for one in made]
+
+
+@pytest.mark.parametrize("cached", [0, 100])
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector.id)
+def test_a_fork_at_any_wait_of_a_vector_writes_what_is_left_of_it_and_so_does_the_first(vector: Vector, cached: int) -> None:
+    """Decision 0048; forks of forks included, and K15: all of it in one batch writes the same."""
+    main = program(vector)
+    site, running, closing = Site(main, cached), ["w"], False
+    made = [site.send("w", b"new:{}")]
+    for event, written in vector.events:
+        copy = f"copy{len(running)}"
+        made.append(site.send(running[-1], msgspec.json.encode({"id": copy}), ("kwflow-op", b"fork")))
+        assert (copy.encode() in site.store.entries) is not closing  # what only cleans up cannot be had twice
+        running += [] if closing else [copy]
+        made += [site.send(id, value_of(event)) for id in running]
+        assert made[-len(running) :] == [[line for line in written if line != "gone"]] * len(running), event
+        closing = closing or any(line.startswith(("result ", "error ")) for line in written)
+    batch = Site(main, cached)
+    assert batch.decide(site.sent) == made
+    assert batch.store.entries.keys() == site.store.entries.keys()
