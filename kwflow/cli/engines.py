@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import gc
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -57,6 +59,7 @@ def _be_an_engine(log: Callable[[str], None]) -> None:
     carry_logging(log)
     end_when_stuck()
     _collect_rarely()
+    _open_many_files()
 
 
 def _collect_rarely() -> None:
@@ -64,6 +67,13 @@ def _collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_COLLECT_AFTER, 20, 20)
+
+
+def _open_many_files() -> None:
+    """Each partition takes seven or more; what is usual, 1,024, is meant for programs that use select()."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # a system may allow less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _stopper() -> Callable[[], bool]:

@@ -7,6 +7,8 @@ made here.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import threading
 import time
@@ -28,6 +30,10 @@ __all__ = ["LIVE", "Consumer", "Database", "Environment", "Producer", "live", "m
 
 Settings = dict[str, Any]
 _DAMAGED = "damaged"  # a file in the directory of a database that is
+_LACKING = {  # what a machine has no more of, as RocksDB says it: no damage; and what to do
+    os.strerror(code): "; each partition takes seven open files or more: raise their limit (ulimit -n)" if code == errno.EMFILE else ""
+    for code in (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+}
 Rebalanced = Callable[[Any, list[TopicPartition]], None]
 
 
@@ -88,7 +94,7 @@ class Environment(Protocol):
     def admin(self, settings: Settings) -> AdminClient: ...
 
     def database(self, directory: Path) -> Database:
-        """Open it, made if missing.  Raises whatever says that it is damaged."""
+        """Open it, made if missing.  Raises OSError for want of files, room or rights, and whatever says that it is damaged."""
 
     def wipe(self, directory: Path) -> None:
         """Remove a database that nobody has open."""
@@ -109,7 +115,13 @@ class _Rocks:
         self._directory = directory
         if (directory / _DAMAGED).exists():
             raise TransportError(f"{directory} is damaged")
-        self._db = rocks.opened(private(directory), bytes_max)
+        try:
+            self._db = rocks.opened(private(directory), bytes_max)
+        except Exception as error:
+            remedy = _remedy(error)
+            if remedy is None:
+                raise
+            raise OSError(f"{error}{remedy}") from None
 
     def get(self, key: bytes) -> bytes | None:
         try:
@@ -126,7 +138,7 @@ class _Rocks:
 
     def _failed(self, error: Exception) -> TransportError:
         """What ends this process; the next one makes a damaged copy anew."""
-        remedy = ""
+        remedy = _remedy(error) or ""
         if "Corruption" in str(error):
             (self._directory / _DAMAGED).touch()
             remedy = "; it is made anew at the next start"
@@ -145,7 +157,15 @@ class _Rocks:
             raise self._failed(error) from None
 
     def close(self) -> None:
-        self._db.close()
+        try:
+            self._db.close()
+        except Exception as error:
+            raise self._failed(error) from None
+
+
+def _remedy(error: Exception) -> str | None:
+    """None where the machine lacks nothing."""
+    return next((remedy for lacking, remedy in _LACKING.items() if lacking in str(error)), None)
 
 
 _C = TypeVar("_C")

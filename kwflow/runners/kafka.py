@@ -28,6 +28,7 @@ from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget
 from kwflow.runners.embedded import SystemClock
+from kwflow.runners.embedded_state import failing
 from kwflow.runners.environment import LIVE, Environment
 from kwflow.runners.instances import Instances
 from kwflow.runners.kafka_member import RETRY_S, Member
@@ -147,12 +148,13 @@ class KafkaRunner:
         set_abandoning(True, everywhere=True)
         clean = False
         try:
-            while not until():
-                self.turn()
+            with failing(self.directory):
+                while not until():
+                    self.turn()
             clean = True
             self._attempts.finished()
         except TransportError:
-            self._attempts.finished()  # the broker's fault, not a record's (K19)
+            self._attempts.finished()  # the broker's fault, or the disk's, not a record's (K19)
             raise
         except KafkaException as error:  # what no place above knows an answer to ends this process (K4)
             self._attempts.finished()
@@ -161,7 +163,8 @@ class KafkaRunner:
             if self.worker is not None:
                 self.worker.close(self.config.activity_grace_s if clean else 0)
                 self.results.close()
-            self.takeover.close(clean)
+            with contextlib.nullcontext() if clean else contextlib.suppress(TransportError):  # of a full disk: what was raised says it
+                self.takeover.close(clean)
             self._lock.close()
 
     def ends_in_a_call(self) -> None:

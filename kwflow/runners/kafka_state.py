@@ -49,6 +49,8 @@ class PartitionStore:
         self._closed = False
         try:
             self._db = environment.database(directory)
+        except OSError:
+            raise
         except Exception:  # one damaged store is wiped alone
             environment.wipe(directory)
             self._db = environment.database(directory)

@@ -118,6 +118,18 @@ def test_an_engine_that_had_no_file_descriptors_for_a_while_takes_records_again(
         assert sorted(other.recv(100) for other in others) == [b'{"offsets":[[0]]}\n', b'{"offsets":[[1]]}\n']
 
 
+@pytest.mark.slow
+def test_an_engine_takes_as_many_open_files_as_it_may(shell: Shell) -> None:
+    """The soft limit of most systems, 1,024, is less than what 150 partitions take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        engine = shell.engine(TRIP)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert resource.prlimit(engine.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+
+
 def test_an_engine_that_is_busy_with_other_topics_is_heard_and_hears_that_a_follower_has_gone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """M1: else clients connect again every 5 s, and those that have left keep a thread and a file each."""
     monkeypatch.setattr(engine_socket, "_SIGN_S", 0.05)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -108,6 +109,35 @@ def main(opts):
     return opts["bytes"]
     yield
 """
+
+
+GROWS = """
+import kwflow as kw
+
+def main(o):
+    more = yield kw.suspend("more")
+    yield kw.suspend("end")
+    return len(o + more)
+"""
+
+
+def test_a_full_disk_ends_the_engine_with_its_reason_and_with_room_again_all_goes_on(site: Site) -> None:
+    """G1, K8, K19: exit code 3, start me again; what the disk did not take is in the changelog."""
+    grows = site.directory / "grows.py"
+    grows.write_text(GROWS)
+    engine = site.engine(module=str(grows))
+    id = f"{site.application}-w"
+    site.send(id, f'new:"{"x" * 100_000}"')
+    site.until(lambda: "waiting" in site.run("list"))
+    resource.prlimit(engine.pid, resource.RLIMIT_FSIZE, (150_000, 150_000))
+    site.send(id, f'{{"ref": "more", "value": "{"x" * 100_000}"}}')
+    assert engine.wait(60) == 3
+    said = (site.directory / "one.log").read_text()
+    assert f"{site.directory / 'one'}" in said and "cannot be used any more: IO error" in said and "File too large" in said
+    assert "a bug of" not in said
+    site.engine(module=str(grows))
+    site.send(id, '{"ref": "end", "value": null}')
+    assert site.read(site.topic("result"), 1) == [(id, "200000")]
 
 
 def test_an_output_larger_than_the_broker_takes_parks_its_instance_and_no_innocent_one(site: Site) -> None:

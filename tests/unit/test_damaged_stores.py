@@ -1,6 +1,7 @@
 """A disk that has damaged what it was given: never taken for the end of a database, and made anew where a log can do that."""
 
 import pathlib
+import resource
 from collections.abc import Callable
 
 import pytest
@@ -71,6 +72,23 @@ def test_a_damaged_copy_is_told_of_and_not_taken_for_its_end_and_the_next_start_
     again.settle({b"a": b"b"}, 1)
     again.close()
     assert store(damaged.directory).offset == 1
+
+
+@pytest.mark.parametrize(("lacking", "room", "said"), [(resource.RLIMIT_NOFILE, 3, "raise their limit (ulimit -n)"), (resource.RLIMIT_FSIZE, 0, "File too large")])
+def test_a_copy_that_cannot_be_opened_for_want_of_files_or_room_is_kept(tmp_path: pathlib.Path, lacking: int, room: int, said: str) -> None:
+    """K8: it is not damaged, and a full disk would not take it again."""
+    filled = store(tmp_path / "partition")
+    filled.settle({b"a": b"b"}, 7)
+    filled.close()
+    soft, hard = resource.getrlimit(lacking)
+    resource.setrlimit(lacking, (room, hard))
+    try:
+        with pytest.raises(OSError) as refused:
+            store(tmp_path / "partition")
+    finally:
+        resource.setrlimit(lacking, (soft, hard))
+    assert said in str(refused.value)
+    assert store(tmp_path / "partition").offset == 7
 
 
 def test_what_is_whole_is_read_to_its_end(tmp_path: pathlib.Path) -> None:
