@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Letter, MaybeDir, columns, err, out, print_table, read, sole_writer, states, text_of
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, Letter, MaybeDir, columns, err, out, print_json, print_table, read, sole_writer, states, text_of
 from kwflow.config import Config, load_config
 from kwflow.core import wire
 from kwflow.core.wire import Output, Record
@@ -67,17 +67,26 @@ def _parked(settings: Config, embedded: Path | None) -> dict[str, Parked]:
 
 
 @dead.command("list")
-def dead_list(embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+def dead_list(
+    embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, as_json: Json = False, config: ConfigFile = None
+) -> None:  # fmt: skip
     """What could not be applied, and why: records by themselves, and parked instances with the records that wait behind.
 
     Example: kwflow dead-letters list --embedded ./state
     """
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    table = columns("letter", "id", "reason", "message", "holds")
+    rows: list[dict[str, Any]] = []
     for id, parked in _parked(settings, embedded).items():
-        table.add_row("", id, parked.why["reason"], parked.why["message"], str(len(parked.hold)))
+        rows.append({"letter": None, "id": id, "reason": parked.why["reason"], "message": parked.why["message"], "holds": len(parked.hold)})
     for identity, record in _letters(settings, embedded).items():
-        table.add_row(identity, text_of(record.key), wire.header(record, "kwflow-error-reason"), wire.header(record, "kwflow-error-message"), "")
+        why = {"reason": wire.header(record, "kwflow-error-reason"), "message": wire.header(record, "kwflow-error-message")}
+        rows.append({"letter": identity, "id": text_of(record.key), **why, "holds": None})
+    if as_json:
+        print_json(rows)
+        return
+    table = columns("letter", "id", "reason", "message", "holds")
+    for row in rows:
+        table.add_row(*["" if value is None else str(value) for value in row.values()])
     print_table(table)
 
 

@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from kwflow import schedules
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, MaybeDir, columns, json_option, out, print_table, send, snapshots
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, json_option, print_json, print_table, send, snapshots
 from kwflow.config import Config, load_config
 from kwflow.errors import UsageError
 from kwflow.runners.instances import header_of
@@ -75,10 +75,10 @@ def add(
 
 @schedules_app.command("list")
 def list_(
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
+    as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
     """All schedules: when they are next, and what became of their runs.
@@ -86,9 +86,8 @@ def list_(
     Example: kwflow schedule list --embedded ./state
     """
     known = _known(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded)
-    if json:
-        for name, status in known.items():
-            out.print(msgspec.json.encode({"name": name, **status}).decode())
+    if as_json:
+        print_json([{"name": name, **status} for name, status in known.items()])
         return
     table = columns("name", "when", "workflow", "next", "runs")
     for name, status in known.items():

@@ -63,7 +63,7 @@ Http = Annotated[str | None, typer.Option("--http", help="HOST:PORT for GET /hea
 LogFormat = Annotated[str | None, typer.Option("--log-format", help="text or json; json has workflow id, topic, partition and offset.")]
 Traced = Annotated[bool, typer.Option("--tracing", envvar="KWFLOW_TRACING", help="OpenTelemetry spans, sent as the OTEL_* variables say (kwflow[otel]).")]
 Letter = Annotated[str, typer.Argument(metavar="ID|LETTER", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; a list is one array.")]
 Modules = Annotated[list[str], typer.Argument(help="Dotted names or path.py", metavar="MODULE...")]
 
 

@@ -1,5 +1,6 @@
 """A dead letter that is retried is sent again and marked as done in one batch: killed at any moment, or done twice, it is sent once."""
 
+import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -215,6 +216,11 @@ def test_what_is_at_fault_is_listed_with_its_reason_and_what_it_holds_and_what_i
         ("", "parked", "UnsavableError", "12"), ("0:1", "a", "bad-json", ""), ("0:2", "b", "bad-message", ""), ("0:3", "c|{}", "bad-delay", ""),
     ]  # fmt: skip
     assert "variable 'held' of main" in rows[0][3] and "a resume is a JSON object" in office("list")
+    listed = json.loads(office("list", "--json"))
+    assert [(row["letter"], row["id"], row["reason"], row["holds"]) for row in listed] == [
+        (None, "parked", "UnsavableError", 12), ("0:1", "a", "bad-json", None), ("0:2", "b", "bad-message", None), ("0:3", "c|{}", "bad-delay", None),
+    ]  # fmt: skip
+    assert "variable 'held' of main" in listed[0]["message"]
 
 
 def test_a_parked_instance_is_shown_where_it_waits_with_the_record_at_fault_and_ten_behind_it(office: Office) -> None:

@@ -22,7 +22,7 @@ def shell(tmp_path: pathlib.Path) -> Iterator[Shell]:
 
 
 def listed(shell: Shell) -> dict[str, Any]:
-    return {found["name"]: found for found in map(json.loads, shell("schedule", "list", "--json").splitlines())}
+    return {found["name"]: found for found in json.loads(shell("schedule", "list", "--json"))}
 
 
 def runs(shell: Shell) -> list[str]:

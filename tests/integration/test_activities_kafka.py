@@ -115,5 +115,5 @@ def test_a_schedule_runs_on_kafka_and_goes_on_after_a_kill(site: Site) -> None:
     found = site.read(site.topic("result"), len(site.read(site.topic("result"), 2)) + 3)
     assert len({id for id, _ in found}) == len(found)
     assert all(id.startswith("squares@") and value == "1" for id, value in found)
-    listed = json.loads(site.run("schedule", "list", "--json"))
+    [listed] = json.loads(site.run("schedule", "list", "--json"))
     assert (listed["name"], listed["plan"]["every_ms"]) == ("squares", 1000)
