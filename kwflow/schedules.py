@@ -151,7 +151,9 @@ def _asked(state: dict[str, Any], now_ms: int) -> list[str]:
 def ended(state: dict[str, Any], run: str, outcome: str) -> None:
     """A run has ended."""
     state["active"].pop(run, None)
-    state["failed"] += outcome != "result"
+    if outcome != "result":
+        state["failed"] += 1
+        state["last_failed"] = f"{run}: {outcome}"
 
 
 def told(state: dict[str, Any], message: object, now_ms: int) -> str | None:
@@ -182,6 +184,7 @@ def status(state: dict[str, Any]) -> dict[str, Any]:
     plan = {name: value for name, value in state["plan"].items() if name != "input" and value is not None}
     following = next_ms(state["plan"], state["after"], state["anchor"])
     shown = {name: state[name] for name in ("paused", "runs", "failed", "skipped", "missed", "last")}
+    shown["last_failed"] = state.get("last_failed")  # one that began under an earlier version has none
     return {**shown, "plan": plan, "next": None if following is None or state["paused"] else _iso(following), "active": len(state["active"]), "queued": len(state["queue"])}
 
 

@@ -95,6 +95,8 @@ def list_(
         when = f"{plan.get('cron')} {plan.get('timezone')}" if "cron" in plan else f"every {plan.get('every_ms', 0) / 1000:g} s"
         following = "parked" if status["status"] == "parked" else "paused" if status.get("paused") else status.get("next") or "never"
         counts = [f"{status[count]} {word}" for count, word in (("active", "on"), ("failed", "failed"), ("skipped", "skipped"), ("missed", "missed")) if status.get(count)]
+        if status.get("last_failed"):
+            counts.append(f"the last that failed: {status['last_failed']}")
         table.add_row(name, when, plan.get("workflow", ""), following, ", ".join([str(status.get("runs", "")), *counts]))
     print_table(table)
 

@@ -49,6 +49,10 @@ def test_a_schedule_is_added_listed_paused_triggered_and_removed_and_survives_ki
     shell.until(lambda: any(run.startswith("nightly@") for run in runs(shell)))
     assert listed(shell)["nightly"]["plan"]["timezone"] == "Europe/Berlin"
     assert "every 1 s" in shell("schedule", "list")
+    shell("schedule", "add", "typo", "--cron", "0 3 * * *", "--workflow", "jbos")
+    shell("schedule", "trigger", "typo")
+    shell.until(lambda: ": unknown_workflow" in shell("schedule", "list"))
+    shell("schedule", "remove", "typo")
     shell("schedule", "remove", "quick")
     shell.until(lambda: set(listed(shell)) == {"nightly"})
     assert "no schedule 'quick'; there are: nightly" in shell("schedule", "trigger", "quick", code=2)

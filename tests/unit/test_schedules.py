@@ -224,10 +224,10 @@ def test_removed_it_ends_and_runs_that_are_on_go_on() -> None:
 def test_a_run_that_fails_or_cannot_start_is_counted_and_the_schedule_goes_on() -> None:
     w = schedule(input="fail")
     w.advance(120)
-    assert (status(w)["runs"], status(w)["failed"], status(w)["active"]) == (2, 2, 0)
+    assert (status(w)["runs"], status(w)["failed"], status(w)["active"], status(w)["last_failed"]) == (2, 2, 0, "job@2023-11-14T22:15:20Z: error")
     w = schedule(workflow="nowhere")
     w.advance(120)
-    assert (status(w)["runs"], status(w)["failed"]) == (2, 2)
+    assert (status(w)["runs"], status(w)["failed"], status(w)["last_failed"]) == (2, 2, "job@2023-11-14T22:15:20Z: unknown_workflow")
 
 
 def test_set_changes_the_plan_of_a_running_schedule_and_a_wrong_one_changes_nothing() -> None:
