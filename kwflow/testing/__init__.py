@@ -71,7 +71,8 @@ class WorkflowTester:
     """An engine and a scheduler in memory, on a clock of your own (`now_ms`).
 
     `outputs` collects every record written, in order; `values(topic)` decodes those of one topic.  `command` gives what
-    a client would be replied, `replies` every reply.  A step that changes a
+    a client would be replied, `replies` every reply; that it, `reply` and `header` may give None is not told to type
+    checkers (`| Any`), or each test would have to assert what it knows.  A step that changes a
     global of a durable module is an AssertionError (semantics §3.4); `globals_check.active = False` for a module that
     keeps a cache there.
 
@@ -122,14 +123,14 @@ class WorkflowTester:
         """Answer a wait, with a value or with `error=payload`."""
         self.send(id, msgspec.json.encode({"ref": ref, **(error if error else {"value": value})}))
 
-    def command(self, id: str, op: str, arguments: Any = None, **headers: str) -> dict[str, Any] | None:
+    def command(self, id: str, op: str, arguments: Any = None, **headers: str) -> dict[str, Any] | Any:
         """A command as a client sends it (`kwflow_id="x"` is header kwflow-id); its reply {"status", "message", "value"}, None if there is none yet."""
         request = f"request-{len(self.outputs)}"
         named = {name.replace("_", "-"): text for name, text in headers.items()}
         self.send(id, msgspec.json.encode(arguments), {"kwflow-op": op, "kwflow-request": request, "kwflow-reply-to": "0/test", **named})
         return self.reply(request)
 
-    def reply(self, request: str) -> dict[str, Any] | None:
+    def reply(self, request: str) -> dict[str, Any] | Any:
         """The reply to this request; None if there is none yet."""
         found = [reply for reply in self.replies if reply["request"] == request]
         assert len(found) <= 1, f"{request} was answered {len(found)} times"
@@ -178,7 +179,7 @@ class WorkflowTester:
         assert found, f"{id} has no result; errors: {self.values(self.config.error_topic)}, log: {self.logs[-3:]}"
         return _decoded(found[-1].value)
 
-    def header(self, id: str) -> dict[str, Any] | None:
+    def header(self, id: str) -> dict[str, Any] | Any:
         """The header of the stored instance, None when there is none."""
         stored = self.state.get(id.encode())
         return snapshot.read_header(stored) if stored is not None else None

@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any, assert_type
 
 import kwflow as kw
+from kwflow.testing import WorkflowTester
 
 
 @kw.activity
@@ -72,6 +73,11 @@ async def room(name: str) -> AsyncIterator[str]:
 
 async def numbers() -> AsyncIterator[int]:
     yield await price("x")
+
+
+def tested(tester: WorkflowTester) -> list[str]:
+    gone = tester.header("w") is None or tester.reply("r") is None
+    return [tester.header("w")["status"], tester.command("w", "query")["status"], tester.reply("r")["message"]] if not gone else []
 
 
 async def mistakes() -> None:
