@@ -57,7 +57,8 @@ def check(world: World) -> None:
 
 
 def form(topic: str, key: bytes | None, value: bytes | None, headers: Any) -> Form:
-    if value is not None and value.startswith(b'{"request":'):  # what it says of a parked instance has its message, of one that ended the engine's time
+    if value is not None and value.startswith(b'{"request":'):  # what it says of a parked instance has its message, of one that ended the engine's time, and the place of its error
+        value = re.sub(rb',"at":\{[^}]*\}', b"", value)
         value = re.sub(rb'"ended":\d+', b'"ended":0', re.sub(rb'"message":"[^"]*"', b'"message":""', value))
     return topic, key, value, tuple((name, content) for name, content in headers if name not in _UNEQUAL)
 
@@ -74,6 +75,7 @@ def state_form(key: bytes, value: bytes | None) -> object:
     if "parked" in header:
         header["parked"] = {**header["parked"], "message": ""}
     header.pop("ended", None)
+    header.get("outcome", {}).pop("at", None)  # an error that was saved has lost the way it came
     return json.dumps(header, sort_keys=True), canonical_bytes(body) if body and header.get("parked", {}).get("was") != "damaged" else body
 
 
@@ -232,6 +234,7 @@ class WorkflowModel(Model):
             code = releases.Code(release)
             config = self.world.config.model_copy(update={"instances_cached_max": 0})
             processor = WorkflowProcessor(config, code.workflows, OUTPUTS, self.world.broker.topics[config.resume_topic].id, lambda _: None, self.sources.get)
+            processor.partitions = self.world.partitions
             processor.keeps_code = False  # when sources are stored is no matter of one record; meaning.py looks at it
             self.code[release] = code, processor
         code, self.processor = self.code[release]

@@ -209,6 +209,10 @@ class _Code:
             if not results and not states:
                 continue
             now = self.world.release_of(transaction)
+            headers = {(number, entry.key or b""): snapshot.split(entry.value)[0] for number, entry in states if entry.value is not None}
+            made = {key: header for key, header in headers.items() if "forked" in header and self.saved.get(key, ({}, b""))[0].get("start_id") != header["start_id"]}
+            for key in made:
+                self._copied(key, made)
             for entry in results:
                 self._result(_json(entry), entry.key or b"", now)
             for number, entry in states:
@@ -243,6 +247,17 @@ class _Code:
             self.world.happened["went on in newer code"] += runs.main > now.main
             self.world.happened["took over new helpers"] += was is not None and was.main == runs.main and was.helper < runs.helper
         self.runs[key] = runs
+
+    def _copied(self, key: tuple[int, bytes], made: dict[tuple[int, bytes], dict[str, Any]]) -> None:
+        """One that was made in this transaction was, before it, what its original was: the copy of a copy, too."""
+        origin = key
+        while origin in made:
+            origin = (key[0], made[origin]["forked"]["id"].encode())
+        header, body = self.saved.get(origin, ({}, b""))
+        self.saved[key] = {**header, "start_id": made[key]["start_id"]}, body
+        self.runs.pop(key, None)
+        if origin in self.runs:
+            self.runs[key] = self.runs[origin]
 
     def _result(self, result: dict[str, Any], key: bytes, now: Release) -> None:
         """Of an instance that was there before, or of one that began in this transaction."""

@@ -74,6 +74,7 @@ class Ref(Wait):
         super().__init__()
         self.ref, self.kind, self.name, self.policy = ref, kind, name, policy
         self.mail: Any = None
+        self.due = 0
 
     @property
     def outside(self) -> bool:
@@ -166,7 +167,9 @@ class Kw:
 
     def sleep(self, seconds: float) -> Ref:
         made = running().register("timer")
-        running().timer(made, str(max(1, math.ceil(round(seconds * 1000, 6)))))
+        delay = max(1, math.ceil(round(seconds * 1000, 6)))
+        made.due = running().record["at"] + delay
+        running().timer(made, str(delay))
         return made
 
     def all(self, items: list[Any]) -> Wait:
@@ -254,6 +257,7 @@ class Instance:
         self.said: list[Said] = []
         self.replies: dict[str, list[tuple[str, Any]]] = collections.defaultdict(list)
         self.kept: list[Any] = []  # generators that were forgotten: closed now they would say something
+        self.forks: list[Record] = []  # those that copied it
         self.ended: dict[str, Any] | None = None  # of the last run, if a client named it
         self.main: Task | None = None
 
@@ -264,6 +268,17 @@ class Instance:
             self._apply(record)
         finally:
             _running.pop()
+
+    def become(self, id: str, record: Record) -> None:
+        """The copy that this record made of what came so far: nobody waits for it, and its timers are its own."""
+        self.id, self.said, self.forks, self.start, self.parent, self.ended, self.record = id, [], [], record["fork start"], None, None, record
+        self.replies.clear()
+        self.paused, self.hold, self.known = False, [], {}
+        for update in self.open:
+            update.waiting, update.id = [], None
+        for wait in self.waits.values():
+            if wait.kind == "timer":
+                self.timer(wait, str(max(1, wait.due - record["at"])))
 
     def close(self) -> None:
         """Forget it.  What generators say when they are closed is heard by nobody, as long as that is now."""
@@ -277,7 +292,7 @@ class Instance:
             self._start(record)
         elif self.main is None:
             self._absent(record)
-        elif op in ("query", "terminate", "pause", "unpause", "retry", "discard"):
+        elif op in ("query", "terminate", "pause", "unpause", "retry", "discard", "fork"):
             self._command(record)
         elif self.paused:
             self.hold.append(record)
@@ -345,6 +360,11 @@ class Instance:
             return self.reply(record, *self.known[record["id"]])
         if op == "query":
             self.reply(record, "ok", ...)
+        elif op == "fork":
+            if self.closing or record["away"] or any(wait.kind == "child" for wait in self.waits.values()):
+                return self.reply(record, "rejected")
+            self.forks.append(record)
+            self.remember(record, "ok", ...)
         elif op == "terminate":
             for held in self.hold:
                 self.reply(held, "not_found")

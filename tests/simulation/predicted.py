@@ -8,9 +8,11 @@ schedules, which are kwflow's own code.
 
 import collections
 import json
+import math
 import re
 from typing import Any
 
+from kwflow.core.murmur2 import partition_of
 from kwflow.testing.kafka.log import Entry
 from tests.simulation import native
 from tests.simulation.world import Failed, World
@@ -24,6 +26,7 @@ class Log:
     def __init__(self, world: World, entries: dict[tuple[str, str], list[Entry]], places: dict[Entry, tuple[str, int]], dead: set[tuple[int, int]]) -> None:
         """`dead`: records of the resume topic that were dead-lettered alone."""
         self.world = world
+        self.places = places
         self.names = {world.config.result_topic: "result", world.config.error_topic: "error", world.config.resume_topic: "resume", world.config.scheduler_topic: "scheduler"}
         self.inputs: dict[str, list[Entry]] = collections.defaultdict(list)
         self.outputs: dict[str, list[native.Said]] = collections.defaultdict(list)  # id -> what it has written, in order for each topic and key
@@ -74,12 +77,22 @@ class Log:
             value = json.loads(text) if text[:1] == "{" else {}
             self.outputs[self.children.get(f"{key}|{value.get('ref')}".encode(), key)].append((name, key, value))  # a child's end; else nobody's but a discard's
 
+    def away(self, entry: Entry) -> bool:
+        """Whether the copy that it asks for would lie in another partition."""
+        copy = self.copy(entry)
+        return copy is not None and partition_of(copy.encode(), self.world.partitions) != self.places[entry][1]
+
+    @staticmethod
+    def copy(entry: Entry) -> str | None:
+        return json.loads(entry.value or b"")["id"] if ("kwflow-op", b"fork") in entry.headers else None
+
     def record(self, entry: Entry) -> native.Record:
         headers = {name: (value or b"").decode() for name, value in entry.headers}
         text = (entry.value or b"").decode()
         waits = headers.get("kwflow-request") if int(headers.get("kwflow-reply-to", "0/").partition("/")[0]) < self.world.partitions else None
         return {
             "offset": entry.offset, "at": entry.timestamp_ms, "value": {"new": json.loads(text[4:])} if text.startswith("new:") else json.loads(text), "op": headers.get("kwflow-op"),
+            "away": self.away(entry), "fork start": f"fork-{self.places[entry][1]}-{entry.offset}",
             "id": headers.get("kwflow-id"), "start": headers.get("kwflow-start-id"), "request": waits, "parent": headers.get("kwflow-parent"),
         }  # fmt: skip
 
@@ -87,28 +100,48 @@ class Log:
 def check(log: Log) -> None:
     """Raises Failed naming the first instance whose outputs are not as they must be."""
     happened = log.world.happened
-    unheard = log.outputs.keys() - log.inputs.keys()
+    made = {copy: id for id, entries in log.inputs.items() for entry in entries if (copy := log.copy(entry)) is not None}
+    unheard = log.outputs.keys() - log.inputs.keys() - made.keys()
     if unheard:
         raise Failed(f"outputs of instances that nobody has sent anything: {sorted(unheard)}")
-    for id, entries in log.inputs.items():
-        schedule = any(dict(entry.headers).get("kwflow-workflow") not in (None, b"main") for entry in entries)
-        instance = native.Instance(id)
-        ops = {dict(entry.headers).get("kwflow-op") for entry in entries}
-        known = not schedule and id not in log.disturbed and not (id in log.parked and ops & {b"discard", b"pause", b"terminate"})
+    for id in {**log.inputs, **made}:
+        instances: list[native.Instance] = []
         try:
-            for entry in entries if known else ():
-                instance.apply(log.record(entry))
+            instance = _played(log, id, made, instances)
         except native.Unpredicted:
-            known = False
+            instance = None
         finally:
-            instance.close()
-        happened["outputs predicted" if known else "outputs not predicted"] += len(log.outputs[id])
-        if known:
+            for one in instances:
+                one.close()
+        happened["outputs not predicted" if instance is None else "outputs predicted"] += len(log.outputs[id])
+        if instance is not None:
+            happened["copies predicted"] += id in made and instance.id == id and bool(instance.said)
             _same(log, id, instance)
-            records = [log.record(entry) for entry in entries]
+            records = [log.record(entry) for entry in log.inputs[id]]
             at_once = ("pause", "query", "unpause") if id in log.parked else ()  # they pass by what is held
             _same_replies(log, id, instance, [record["request"] for record in records if record["request"] and record["op"] not in at_once])
             _fired(log, instance)
+
+
+def _played(log: Log, id: str, made: dict[str, str], instances: list[native.Instance], until: float = math.inf) -> native.Instance:
+    """What its records make of it, up to an offset.  A copy is its original, played again up to there.  Raises Unpredicted."""
+    entries = log.inputs[id]
+    schedule = any(dict(entry.headers).get("kwflow-workflow") not in (None, b"main") for entry in entries)
+    ops = {dict(entry.headers).get("kwflow-op") for entry in entries}
+    if schedule or id in log.disturbed or (id in log.parked and ops & {b"discard", b"pause", b"terminate", b"fork"}):
+        raise native.Unpredicted(id)
+    instance, since = native.Instance(id), -1
+    if id in made:
+        record = next((record for record in _played(log, made[id], made, instances).forks if record["value"]["id"] == id), None)
+        if record is not None:
+            since = record["offset"]
+            instance = _played(log, made[id], made, instances, since)
+            instance.become(id, record)
+    instances.append(instance)
+    for entry in entries:
+        if since < entry.offset <= until:
+            instance.apply(log.record(entry))
+    return instance
 
 
 def _same(log: Log, id: str, instance: native.Instance) -> None:

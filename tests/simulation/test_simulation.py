@@ -39,6 +39,7 @@ def test_two_hundred_seeds_hold_every_guarantee() -> None:
         happened.update(json.loads(said.partition("happened: ")[2].partition("\n")[0]))
     assert PLANNED - happened.keys() == set(), happened
     assert happened["outputs predicted"] > 5 * happened["outputs not predicted"], "of each output it is known, without the product, that it must be there and where"
+    assert happened["copies predicted"] > 50
 
 
 def test_a_seed_is_the_same_run_in_another_process() -> None:

@@ -62,6 +62,9 @@ class Clients:
         self._actions = actions
         self._killers = killers
         self._started: list[str] = []
+        self._forks: list[tuple[str, str]] = []  # (id, id of its copy)
+        self._forking = random.Random(f"forks {world.seed}")  # its own: three of four seeds are the runs that they would be without forks
+        self._fork_share = self._forking.choice([0, 0, 0, 0.1])
         self._timers = 0
         self._read: dict[tuple[str, int], int] = {}
         self._producer = world.client_environment.producer({"partitioner": "murmur2_random"})
@@ -75,12 +78,17 @@ class Clients:
             self.world.hub.pause(self.world.time.now + self.chance.expovariate(1 / 250))
             self._look()
             self._act()
+            if self._started and self._forking.random() < self._fork_share:
+                self._fork()
             self._producer.flush()
         self.finished = True
 
     def settle(self) -> bool:
         """Calm times: one round; whether there was nothing to do."""
         self._look()
+        for id, copy in self._forks:
+            for ask in [ask for ask in self.asks if ask[0] == id]:
+                self.asks.setdefault((copy, ask[1]), 0)
         waiting = [ask for ask, count in self.asks.items() if not count]
         for ask in waiting:
             self._answer(ask)
@@ -136,6 +144,18 @@ class Clients:
             partition = (partition_of(id.encode(), self.world.partitions) + 1) % self.world.partitions
         for _ in range(2 if self.chance.random() < 0.05 else 1):
             self.send(self.world.config.resume_topic, id, "new:" + json.dumps({"program": made}), headers, partition)
+
+    def _fork(self) -> None:
+        """Of one that was started, or of a copy; most lie where they must."""
+        chance = self._forking
+        id = chance.choice([*self._started, *(copy for _, copy in self._forks)])
+        home = partition_of(id.encode(), self.world.partitions)
+        ids = (f"{id}-{number}" for number in range(len(self._forks) * 100, 1_000_000))
+        copy = next(copy for copy in ids if chance.random() < 0.05 or partition_of(copy.encode(), self.world.partitions) == home)
+        self._forks.append((id, copy))
+        headers = (("kwflow-op", "fork"), ("kwflow-id", f"fork-{copy}"), ("kwflow-request", f"request-{self.sent}"), ("kwflow-reply-to", f"{home}/client{home}"))
+        for _ in range(2 if chance.random() < 0.3 else 1):
+            self.send(self.world.config.resume_topic, id, json.dumps({"id": copy}), headers)
 
     def _answer(self, ask: tuple[str, str]) -> None:
         self.asks[ask] += 1
