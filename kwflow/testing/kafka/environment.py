@@ -44,9 +44,9 @@ class _Database:
 
     def __init__(self, content: _Content, host: Host) -> None:
         if content.held:
-            raise OSError("another process holds the lock of this database")
+            raise Exception("another process holds the lock of this database")  # as rocksdict does: an OSError is for what a machine lacks
         if content.damaged:
-            raise OSError("the database is damaged")
+            raise Exception("the database is damaged")
         content.held = True
         self._content = content
         self._host = host
