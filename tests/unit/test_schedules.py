@@ -275,3 +275,10 @@ def test_a_schedule_is_not_woken_again_and_again_when_the_engines_clock_is_behin
         due = int(dict(timer.headers)["kwflow-due-ms"] or 0)
         assert (due - begun) % 60_000 == 0, "it is due at the time itself, by whatever clock"
         w.now_ms += 5_000
+
+
+def test_a_schedule_is_not_forked() -> None:
+    """Decision 0048: no command would know the second one."""
+    w = schedule(input=0)
+    assert w.command("schedule:job", "fork")["status"] == "rejected"
+    assert w.ids() == ["schedule:job"]
