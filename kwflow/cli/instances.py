@@ -7,13 +7,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
+from kwflow.cli.code import code_store
 from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, err, out, print_json, print_table, snapshots, stored
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
+from kwflow.durable import versions
 from kwflow.durable.peek import peek
 from kwflow.errors import UsageError
+from kwflow.runners import deployment
 from kwflow.runners.instances import described, row_of
 
 __all__ = ["list_", "show"]
@@ -43,6 +47,7 @@ def show(
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     locals: Annotated[bool, typer.Option("--locals", help="Variables too; objects of your classes are shown as stubs.")] = False,
+    save: Annotated[Path | None, typer.Option("--save", help="Write it to this file, with the code that it runs, for WorkflowTester.load.")] = None,
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
@@ -51,6 +56,9 @@ def show(
     Example: kwflow show order-7 --locals --embedded ./state
     """
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    if save is not None:
+        data = _saved(settings, embedded, id)
+        save.write_bytes(data)
     header, frames = _found(settings, embedded, id, locals)
     if as_json:
         variables = [{"function": function, "locals": {name: repr(value) for name, value in values.items()}} for function, values in frames]
@@ -81,6 +89,21 @@ def _found(settings: Config, embedded: Path | None, id: str, locals: bool) -> tu
     shown = described(data, settings.signing_keys)
     body = snapshot.split(data, settings.signing_keys)[1] if locals else b""  # variables only of what is verified, where there are keys
     return shown, list(peek(body)) if body else []
+
+
+def _saved(settings: Config, embedded: Path | None, id: str) -> bytes:
+    """The instance, as it was before it was parked, without a signature, and the sources that its code is in.  Raises UsageError, SnapshotError."""
+    from kwflow.testing import Saved
+
+    data: bytes | None = stored(settings, embedded, id)
+    if data is not None and snapshot.split(data, settings.signing_keys)[0]["status"] == "parked":
+        data = snapshot.unpark(data, settings.signing_keys)
+    header, body = snapshot.split(data, settings.signing_keys) if data is not None else ({}, b"")
+    if data is None or not body:
+        raise UsageError(f"{id!r} waits nowhere: {'it has ended' if header else 'its start failed'}; there is nothing to save")
+    store = code_store(settings, embedded)
+    keys = versions.needed((versions.entry_key(name, saved["version"]) for name, saved in deployment.code_of(header)), store.entries)
+    return msgspec.json.encode(Saved(snapshot.copy(body, header), {key: store.entries[key].decode() for key in sorted(keys) if key in store.entries}))
 
 
 def _from_changelog(why: str) -> None:

@@ -248,9 +248,9 @@ def amend(stored: bytes, keys: Keys = (), **fields: Any) -> bytes:
     return _encode({**header, **fields}, body, keys)
 
 
-def copy(stored: bytes, header: dict[str, Any], keys: Keys = ()) -> bytes:
-    """The same state under another header.  Raises SnapshotError."""
-    return _encode(dict(header), split(stored, keys)[1], keys)
+def copy(body: bytes, header: dict[str, Any], keys: Keys = ()) -> bytes:
+    """A snapshot of this body, from another one, under a header of its own."""
+    return _encode(dict(header), body, keys)
 
 
 def ended_header(instance: Instance) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,6 +20,7 @@ from kwflow import api
 from kwflow.activities import Activity, find_activity, registered_activities
 from kwflow.config import Config
 from kwflow.core import snapshot
+from kwflow.core.calls import timer_key
 from kwflow.core.contract import Workflows
 from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.wire import Output, Record
@@ -30,7 +32,7 @@ from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing.globals import GlobalsCheck
 
-__all__ = ["HANGS", "Call", "MemoryStore", "WorkflowTester"]
+__all__ = ["HANGS", "Call", "MemoryStore", "Saved", "WorkflowTester"]
 
 
 class Call(NamedTuple):
@@ -40,6 +42,13 @@ class Call(NamedTuple):
     workflow_id: str
     attempt: int
     arguments: dict[str, Any]
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """What `kwflow show ID --save FILE` writes, as JSON: a snapshot, and the stored sources (`<module>@<sha256>`) that it needs."""
+
+    snapshot: bytes
+    sources: dict[str, str]
 
 
 class MemoryStore:
@@ -113,6 +122,24 @@ class WorkflowTester:
     def deploy(self, main: Any = None, **workflows: Any) -> None:
         """Go on with other code: new starts take it, instances that wait go on as after a deployment (docs/CODE.md)."""
         self._workflows = self._engine(main, workflows)
+
+    def load(self, file: str | Path) -> str:
+        """An instance that `kwflow show ID --save FILE` took from an engine, on the code it waits in; its id.
+
+        The clock goes on from its last step, and its timers are set; answer whatever else it waits for with `resume`, activities and children, too.
+        A file is as good as code: load only what you have saved.
+        """
+        saved = msgspec.json.decode(Path(file).read_bytes(), type=Saved)
+        header = snapshot.read_header(saved.snapshot)
+        id: str = header["id"]
+        self._code |= {key: source.encode() for key, source in saved.sources.items()}
+        self.state.apply({id.encode(): saved.snapshot})
+        self.now_ms = max(self.now_ms, header["updated"])
+        for wait in header["waits"]:
+            if "due" in wait:  # an earlier version did not note it
+                due = (("kwflow-due-ms", str(wait["due"]).encode()),)
+                self._log(Output(self.config.scheduler_topic, timer_key(id, wait["ref"]), b"1", due, self.now_ms))
+        return id
 
     def start(self, id: str, options: Any = None, workflow: str | None = None, **headers: str) -> None:
         """`new:` for this id; `options` as JSON."""

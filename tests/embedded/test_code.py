@@ -12,14 +12,17 @@ from collections.abc import Iterator
 import pytest
 from typer.testing import CliRunner
 
+from kwflow import api, durable
 from kwflow.cli import app, code
 from kwflow.config import Config
 from kwflow.runners.embedded import Embedded
+from kwflow.testing import WorkflowTester
 from tests.embedded.shell import ROOT, Shell
 
 HEAD = "import kwflow as kw\n"
 OLD = HEAD + "from shop.helpers import help_\n\ndef main(opts):\n    got = yield kw.suspend('r')\n    yield kw.suspend('s')\n    return ['old', got, help_()]\n"
 NEW = HEAD + "\ndef main(opts):\n    got = yield kw.suspend('r')\n    return ['new', got]\n"
+MOVES = "@kw.migrate(from_='shop.flows:main')\ndef move(old):\n    return main(old.locals['opts'], old.locals['got'], old.refs['s']), ['s']\n"
 
 
 class Deployments(Shell):
@@ -196,3 +199,47 @@ def test_gc_keeps_what_an_engine_begins_to_run_while_it_looks_at_the_instances(t
     written(30)
     monkeypatch.setattr(code, "snapshots", look)
     assert "0 of 1 versions" in CliRunner().invoke(app, ["code", "gc", "--embedded", str(tmp_path)]).output
+
+
+def test_an_instance_is_saved_with_its_code_and_goes_on_in_a_test(site: Deployments) -> None:
+    """ARCHITECTURE §1: a saved one can be copied; nothing of the package has to be there."""
+    site.deploy({"flows.py": OLD, "helpers.py": "def help_():\n    return 'helped'\n"}, "shop.flows")
+    site("start", "a", "--input", "5")
+    waits_for(site, "a", "r")
+    site("resume", "a", "r", "--value", "7")
+    waits_for(site, "a", "s")
+    site("show", "a", "--save", str(site.folder / "a.json"))
+    before = site.stored("a")
+    tester = WorkflowTester(lambda opts: opts)
+    assert (tester.load(site.folder / "a.json"), tester.waits("a")) == ("a", ["s"])
+    tester.resume("a", "s")
+    assert tester.result("a") == ["old", 7, "helped"]
+    assert site.stored("a") == before
+    mended = durable.load_source("shop.flows", HEAD + "def main(opts, got, s):\n    return ['moved', got, (yield s)]\n" + MOVES)  # deployed, and tried on what waits there
+    try:
+        tester = WorkflowTester(mended.main)
+        tester.load(site.folder / "a.json")
+        assert tester.command("a", "migrate")["status"] == "ok"
+        tester.resume("a", "s", 8)
+        assert tester.result("a") == ["moved", 7, 8]
+    finally:
+        api._migrations.clear()
+    site("terminate", "a")
+    assert "waits nowhere: it has ended" in site("show", "a", "--save", str(site.folder / "b.json"), code=2)
+    assert not (site.folder / "b.json").exists()
+
+
+def test_what_is_saved_parked_goes_on_from_before_and_its_timers_are_due_when_they_were(site: Deployments) -> None:
+    site.deploy({"flows.py": HEAD + "\ndef main(opts):\n    yield kw.all([kw.suspend('r'), kw.sleep(3600)])\n    yield kw.suspend('s')\n"}, "shop.flows")
+    site("start", "a")
+    waits_for(site, "a", "r")
+    site("pause", "a")
+    site("show", "a", "--save", str(site.folder / "a.json"))
+    tester = WorkflowTester(lambda opts: opts)
+    tester.load(site.folder / "a.json")
+    assert (tester.header("a") or {})["status"] == "waiting"
+    tester.resume("a", "r")
+    tester.advance(3590)
+    assert len(tester.waits("a")) == 1
+    tester.advance(10)
+    assert tester.waits("a") == ["s"]

@@ -1,6 +1,8 @@
 """The client on a real broker, engines as processes that are killed (M1, M4, M5, A1-A12)."""
 
 import asyncio
+import base64
+import json
 import os
 import pathlib
 import queue
@@ -17,6 +19,7 @@ from confluent_kafka.admin import NewPartitions
 
 from kwflow.client import Client, Outcome
 from kwflow.config import Config
+from kwflow.core import snapshot
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError
 from kwflow.runners import kafka_link, topics
@@ -201,6 +204,10 @@ def test_a_fork_is_committed_with_its_timers_and_calls_and_outlives_its_engine(a
     with pytest.raises(CommandError, match=f"{elsewhere} belongs to partition"):
         client.fork("w", elsewhere).result(60)
     assert {partition_of(id.encode(), 4) for id in ids} == {partition_of(b"w", 4)} and len(set(ids)) == 20
+    app.run("show", ids[0], "--save", str(app.directory / "saved.json"))
+    saved = json.loads((app.directory / "saved.json").read_text())
+    assert [key.partition("@")[0] for key in saved["sources"]] == ["client_cases", "kwflow.flows.attempts1"]
+    assert snapshot.read_header(base64.b64decode(saved["snapshot"]))["forked"]["id"] == "w"
     gate.touch()
     for id in ("w", *ids):
         until(lambda id=id: [wait["ref"] for wait in client.query(id).result(60)["waits"]] == ["answer"])
