@@ -346,6 +346,12 @@ class Takeover:
         if not clean:
             self._owners.forget([*self.owned])
         self.copies.close()
+        if not self.joined:
+            # 1. a process is asked to end while it joins: `close` ends the group's part of librdkafka
+            # 2. the broker's answer, which was under way, is an assignment, and brings the callback
+            # 3. that asks the part that has ended something, and waits for ever, with Python's lock (librdkafka #4041)
+            self.consumer.unsubscribe()
+            self.consumer.poll(0)
         self.consumer.close()
         for store in (*self._leaving.values(), *(partition.store for partition in self.owned.values())):
             store.close()

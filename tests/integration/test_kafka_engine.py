@@ -70,6 +70,25 @@ def test_a_second_engine_takes_over_and_sigterm_ends_with_0(site: Site) -> None:
     assert sorted(id for id, _ in site.read(site.topic("result"), len(ids))) == sorted(ids)
 
 
+STOPPED = """
+import pathlib, sys, time
+from kwflow.config import load_config
+from kwflow.runners.kafka import KafkaRunner
+from kwflow.runners.timers import TimerProcessor
+
+for number in range(40):
+    config = load_config(state_dir=pathlib.Path(sys.argv[1]))
+    runner = KafkaRunner(config, lambda _: TimerProcessor(config), config.timers_group, lambda _: None)
+    time.sleep(number % 8 * 0.03)  # at which moment of its joining it is asked to end is the point of the test
+    runner.run(lambda: True)
+"""
+
+
+def test_an_engine_that_is_asked_to_end_while_it_joins_its_group_ends(site: Site) -> None:
+    """K7: in a process of its own, which librdkafka would hold with Python's lock, so that no thread and no signal handler came to its turn."""
+    subprocess.run([sys.executable, "-c", STOPPED, str(site.directory / "one")], env=site.environment, cwd=ROOT, timeout=120, check=True)
+
+
 def test_a_timer_fires_on_kafka_and_the_saga_is_undone(site: Site) -> None:
     """SC-1, T-KW-5."""
     site.engine()
