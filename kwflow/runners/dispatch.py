@@ -219,7 +219,12 @@ class Dispatcher:
 
     def _enqueue(self, partition: int, item: Dispatch) -> None:
         job = _Job(partition, item)
-        if job.id not in self._jobs:
+        before = self._jobs.get(job.id)
+        if before is not None and not before.wanted:
+            # 1. a fork calls an activity, under the ref that its original has; it is terminated, and the call is cancelled
+            # 2. another fork is made under the same id, while the call still goes on: what it returns is dropped
+            self._leave_behind(before)
+        if self._jobs.get(job.id) is None:
             self._jobs[job.id] = job
             self._ready.append(job)
             self._ready_bytes += len(item.arguments)
@@ -284,8 +289,10 @@ class Dispatcher:
             needed = not job.answered and job.wanted
             job.answered = True
         if needed:
-            self._tell(job)
-            self._send(job, record)
+            try:
+                self._tell(job)
+            finally:  # a log that cannot be written keeps nobody waiting
+                self._send(job, record)
         else:
             self._finished(job)
 
@@ -340,6 +347,11 @@ class Dispatcher:
             if job.begun is not None:
                 job.begun.cancel()
 
+    def _leave_behind(self, job: _Job) -> None:
+        job.behind = True
+        self._behind += 1
+        self._free(job)
+
     def _look(self, now: float) -> None:
         """Activities over their time are answered for; the slots of cancelled ones that go on are given to others."""
         for job in [job for job in self._jobs.values() if job.activity is not None]:
@@ -351,11 +363,9 @@ class Dispatcher:
                 self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error, self._bytes_max[1]), lambda _: None)
                 self._cancel(job)
             elif now - job.cancelled_at > _LEFT_BEHIND_S and not job.freed:
-                job.behind = True
-                self._behind += 1
+                self._leave_behind(job)
                 full = f"; {self._behind} do so, and no more are started until one ends or the engine is restarted" if self._behind >= _LEFT_BEHIND_MAX else "; another takes its slot"
                 self._on_log(f"{job} goes on although nobody waits for it{place_of(job.thread)}{full}")
-                self._free(job)
         self._loops.look(now)
 
 

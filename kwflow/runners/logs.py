@@ -63,7 +63,7 @@ def authors_traceback(error: BaseException) -> str:
             # columns are left out: to mark them, Python 3.11 calls ast.parse, which no two threads may do at a time
             one.stack = StackSummary.from_list([FrameSummary(frame.filename, frame.lineno, frame.name, line=frame.line) for frame in one.stack if not frame.filename.startswith(_OURS)])
             frames += len(one.stack)
-        text = "".join(told.format()).rstrip("\n") if frames else ""
+        text = _sendable("".join(told.format()).rstrip("\n")) if frames else ""
     except Exception as failed:  # an author's error may raise where it is looked at
         return f"<no traceback: {type(failed).__name__}>"
     return text if len(text) <= _TRACEBACK_MAX else f"{text[: _TRACEBACK_MAX // 2]}\n...\n{text[-_TRACEBACK_MAX // 2 :]}"

@@ -263,17 +263,38 @@ def _large_one(n):
     return "x" * 20_000
 
 
+def _no_text(n):
+    raise FileNotFoundError("caf\udce9.txt")  # the name of a file, as Python reads one that is not UTF-8
+
+
 def _final(n):
     raise kw.ActivityError("no such account", "Account", final=True)
 
 
-@pytest.mark.parametrize(("function", "level"), [(_recurses, "warning"), (_hides, "warning"), (_long, "warning"), (_final, "error"), (_large_one, "error")])
+@pytest.mark.parametrize(("function", "level"), [(_recurses, "warning"), (_hides, "warning"), (_long, "warning"), (_no_text, "warning"), (_final, "error"), (_large_one, "error")])
 def test_whatever_an_attempt_raises_its_line_is_one_of_a_bounded_size(engine: Engine, function: Any, level: str) -> None:
     """An error that hides, or is large, or recurses; one that is not tried again is the last."""
     engine.start(make(function), 1)
     engine.answer()
     [line] = engine.lines
-    assert len(line) < 20_000 and msgspec.json.decode(as_json(line))["level"] == level
+    assert len(line.encode()) < 20_000 and msgspec.json.decode(as_json(line))["level"] == level
+
+
+def test_a_log_that_cannot_be_written_keeps_no_workflow_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """M6.3: print raises where a pipe is closed, or where its encoding has no such character."""
+
+    def broken(line: str) -> None:
+        raise BrokenPipeError
+
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda told: raised.append(told.exc_type))
+    engine = Engine()
+    engine.dispatcher = Dispatcher(engine.deliver, broken)
+    engine.dispatcher.own(0, engine.store)
+    engine.start(make(_no_text), 1)
+    assert engine.answer()["error"]["type"] == "FileNotFoundError"
+    engine.until(lambda: raised and engine.dispatcher.counts()["running"] == 0)
+    engine.dispatcher.close()
 
 
 def test_an_outcome_is_no_failure_and_nothing_that_nobody_waits_for_is_logged(engine: Engine) -> None:
@@ -396,6 +417,28 @@ def test_withdrawn_calls_are_not_begun_and_running_ones_are_told(engine: Engine)
     engine.until(lambda: engine.dispatcher.busy == 0)
     assert ran == []
     assert not {"q", "r"} & engine.records.keys()
+
+
+def test_a_call_that_is_made_again_while_the_cancelled_one_goes_on_is_begun_and_answered(engine: Engine) -> None:
+    """M6.4: a fork that takes over the id of one that was terminated calls under the same ref."""
+    gate, began = threading.Event(), threading.Event()
+    begun = itertools.count()
+
+    def first_blocks() -> int:
+        number = next(begun)
+        if not number:
+            began.set()
+            gate.wait()
+        return number
+
+    item = engine.start(make(first_blocks))
+    assert began.wait(10)
+    engine.withdraw(item)
+    engine.commit(item)
+    assert engine.answer("w") == {"ref": "0:1", "value": 1}
+    assert engine.dispatcher.counts()["left-behind"] == 1
+    gate.set()
+    engine.until(lambda: engine.dispatcher.counts() == {"running": 0, "ready": 0, "left-behind": 0})
 
 
 def test_an_async_call_withdrawn_before_its_first_line_gives_its_slot_back(engine: Engine) -> None:
