@@ -41,6 +41,9 @@ class Batch(Protocol):
     def call(self, name: str, ref: str) -> Dispatch | None:
         """The call of an activity that this wait is for."""
 
+    def put(self, key: bytes, data: bytes) -> None:
+        """Save what no record of its own has met."""
+
     def drain(self, records: list[Record]) -> list[Decision]:
         """Apply records that were held."""
 
@@ -187,7 +190,7 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
         return _replied(batch, record, "ok", value=value, count="repeated")
     if known is not None and there["status"] != "ended":
         return refused("exists", f"{id} is there already")
-    batch.state.put(key, snapshot.copy(snapshot.split(stored, batch.config.signing_keys)[1], made, batch.config.signing_keys))
+    batch.put(key, snapshot.copy(snapshot.split(stored, batch.config.signing_keys)[1], made, batch.config.signing_keys))
     dispatch = tuple(msgspec.structs.replace(call, workflow_id=id) for call in calls.values() if call is not None)
     return _done(batch, name, record, command, "ok", [Decision(tuple(timers), (f"{name}: forked as {id}",), dispatch=dispatch)], value=value)
 

@@ -395,6 +395,12 @@ class _Batch:
         made = (item for decision in self.made for item in decision.dispatch if isinstance(item, Dispatch) and (item.workflow_id, item.ref) == (name, ref))
         return decode(stored) if stored is not None else next(made, None)
 
+    def put(self, key: bytes, data: bytes) -> None:
+        """Save what no record of its own has met: a fork is as large as its original, however many there are of it."""
+        self.state.put(key, data)
+        if self.budget is not None:
+            self.budget.take(len(data))
+
     def drain(self, records: list[Record]) -> list[Decision]:
         """Apply what was held, each record with its original offset; a failure parks the instance again (K17).  What the budget leaves is held as before."""
         made = _Batch(self.processor, self.state, records, self.context.received_ms, self.budget).run()

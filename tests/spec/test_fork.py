@@ -12,6 +12,8 @@ from kwflow.core.contract import Workflows
 from kwflow.core.dispatch import PREFIX, Dispatch, decode
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record
+from kwflow.runners.budget import Budget
+from kwflow.runners.embedded import SystemClock
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.testing import HANGS, MemoryStore, WorkflowTester
@@ -137,6 +139,15 @@ def test_a_call_of_the_same_batch_is_found_too() -> None:
         (("started",), ["w"]), (("forked",), ["copy"]), (("forked",), ["third"]),
     ]  # fmt: skip
     assert {decode(value).workflow_id for _, value in state.scan(PREFIX)} == {"w", "copy", "third"}
+
+
+def test_copies_count_in_what_a_batch_may_write() -> None:
+    """The bytes of a transaction are limited before it is made, and with them its memory."""
+    module = durable.load_source("fork_case_large", HEAD + "def main(o):\n    large = 'x' * 100_000\n    yield kw.suspend('r')\n    return large\n")
+    processor, state = WorkflowProcessor(Config(), Workflows({"main": module.main}, "main"), frozenset()), Overlay(MemoryStore())
+    processor.decide(state, [Record("workflow-resume", 0, 0, 1, b"w", b"new:1")], 1)
+    forks = [Record("workflow-resume", 0, offset, 1, b"w", b"null", FORK) for offset in range(1, 100)]
+    assert len(processor.decide(state, forks, 1, Budget(1_000_000, 60_000, SystemClock()))) == 10
 
 
 def test_without_an_id_it_gets_one_that_lies_in_the_same_partition() -> None:
