@@ -15,7 +15,7 @@ from kwflow.core.wire import Output, Record
 from kwflow.errors import UsageError
 from kwflow.runners.groups import Group, Mark, Undone
 from kwflow.runners.instances import header_of
-from kwflow.runners.parked import ADDRESS, holds
+from kwflow.runners.parked import ADDRESS, HOLD, holds
 
 __all__ = ["dead"]
 
@@ -55,15 +55,15 @@ def _letters(settings: Config, embedded: Path | None) -> dict[str, Record]:
 
 def _parked(settings: Config, embedded: Path | None) -> dict[str, Parked]:
     """Id -> every parked instance; one that is only paused is not at fault."""
-    state = states(settings, embedded)
+    state = states(settings, embedded, lambda key, value: key.startswith(HOLD) or _at_fault(key, value) is not None)
     held = holds(state)
-    found = {}
-    for key, stored in state.items():
-        if not key.startswith(b"\0"):
-            header = header_of(stored)
-            if header["status"] == "parked" and header["parked"]["reason"] != "paused":
-                found[key.decode()] = Parked(header, held.get(key.decode(), []))
+    found = {key.decode(): Parked(header, held.get(key.decode(), [])) for key, stored in state.items() if (header := _at_fault(key, stored)) is not None}
     return dict(sorted(found.items()))
+
+
+def _at_fault(key: bytes, stored: bytes) -> dict[str, Any] | None:
+    header = header_of(stored) if not key.startswith(b"\0") else {}
+    return header if header.get("status") == "parked" and header["parked"]["reason"] != "paused" else None
 
 
 @dead.command("list")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,14 +111,14 @@ def _from_changelog(why: str) -> None:
     err.print(f"read from the changelog: {why}", style="dim")
 
 
-def _rows(settings: Config, embedded: Path | None) -> list[dict[str, Any]]:
+def _rows(settings: Config, embedded: Path | None, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     if embedded is None:
         from kwflow.runners import asking
 
         answer = asking.list_(settings, _from_changelog)
         if answer is not None:
-            return answer
-    return [row_of(key, data) for key, data in snapshots(settings, embedded).items()]
+            return [row for row in answer if wanted(row)]
+    return [row_of(key, data) for key, data in snapshots(settings, embedded, lambda key, data: wanted(row_of(key, data))).items()]
 
 
 def _about(header: dict[str, Any]) -> list[str]:
@@ -176,8 +177,11 @@ def list_(
     if status is not None and status not in _STATUSES:
         raise UsageError(f"--status is one of {', '.join(_STATUSES)}, not {status!r}")
     begin = _since(since)
-    rows = _rows(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded)
-    found = [row for row in rows if (workflow is None or row["workflow"] == workflow) and (status is None or row["status"] == status) and row["changed"] >= begin]
+
+    def wanted(row: dict[str, Any]) -> bool:
+        return bool((workflow is None or row["workflow"] == workflow) and (status is None or row["status"] == status) and row["changed"] >= begin)
+
+    found = _rows(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded, wanted)
     found.sort(key=lambda row: str(row["id"]))
     if as_json:
         print_json(found)

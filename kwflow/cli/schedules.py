@@ -29,8 +29,8 @@ def _signal(settings: Config, embedded: Any, name: str, message: dict[str, Any],
 
 def _known(settings: Config, embedded: Any) -> dict[str, dict[str, Any]]:
     """Name -> status of every schedule that is there."""
-    found = {}
-    for key, data in sorted(snapshots(settings, embedded).items()):
+    found, prefix = {}, schedules.instance_id("").encode()
+    for key, data in sorted(snapshots(settings, embedded, lambda key, value: key.startswith(prefix)).items()):
         header = header_of(data)
         if header["workflow"] == schedules.WORKFLOW and header["status"] != "ended":
             status = {**header.get("status_value", {}), "status": header["status"]}

@@ -177,19 +177,22 @@ def read(settings: Config, embedded: Path | None, topic: str, start: int = 0) ->
         yield from records_of(db, topic, start)
 
 
-def states(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
+Wanted = Callable[[bytes, bytes], bool]  # of a key and its value; of a million entries few are kept in memory
+
+
+def states(settings: Config, embedded: Path | None, wanted: Wanted = lambda key, value: True) -> dict[bytes, bytes]:
     """Every entry of the workflows' state, the engine's own (their keys begin with NUL) included."""
     if embedded is None:
         from kwflow.runners.kafka_link import latest
 
-        return latest(settings, settings.changelog_topic)
+        return latest(settings, settings.changelog_topic, wanted=wanted)
     with contextlib.closing(read_only(embedded)) as db:
-        return dict(EmbeddedStore(db, settings.changelog_topic).scan(b""))
+        return {key: value for key, value in EmbeddedStore(db, settings.changelog_topic).scan(b"") if wanted(key, value)}
 
 
-def snapshots(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
+def snapshots(settings: Config, embedded: Path | None, wanted: Wanted = lambda key, value: True) -> dict[bytes, bytes]:
     """Id -> stored bytes of every instance."""
-    return {key: value for key, value in states(settings, embedded).items() if not key.startswith(b"\0")}
+    return states(settings, embedded, lambda key, value: not key.startswith(b"\0") and wanted(key, value))
 
 
 def stored(settings: Config, embedded: Path | None, id: str) -> bytes:

@@ -261,10 +261,17 @@ def ends_in_a_transaction(config: Config, topic: str) -> bool:
     return before.keys() != {record.partition for record in read_to(LIVE, config, topic, ends, before)}
 
 
-def latest(config: Config, topic: str, partition: int | None = None) -> dict[bytes, bytes]:
-    """What a compacted topic holds: each key's last value, without those that were deleted.  Raises TransportError."""
-    found = {(record.partition, record.key): record.value for record in read(config, topic, partition)}  # a migration leaves a tombstone where an entry was
-    return {key: value for (_, key), value in found.items() if key is not None and value is not None}
+def latest(config: Config, topic: str, partition: int | None = None, wanted: Callable[[bytes, bytes], bool] = lambda key, value: True) -> dict[bytes, bytes]:
+    """What a compacted topic holds: each key's last value that is `wanted`, without those that were deleted.  Raises TransportError."""
+    found: dict[tuple[int, bytes], bytes] = {}  # a migration leaves a tombstone where an entry was
+    for record in read(config, topic, partition):
+        if record.key is None:
+            continue
+        if record.value is not None and wanted(record.key, record.value):
+            found[record.partition, record.key] = record.value
+        else:
+            found.pop((record.partition, record.key), None)
+    return {key: value for (_, key), value in found.items()}
 
 
 def state_of(config: Config, id: str) -> bytes | None:
