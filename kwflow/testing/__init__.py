@@ -24,6 +24,7 @@ from kwflow.core.calls import timer_key
 from kwflow.core.contract import Workflows
 from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.wire import Output, Record
+from kwflow.durable import versions
 from kwflow.errors import UsageError
 from kwflow.ports import Decision
 from kwflow.runners.dispatch import carry_out, info_of
@@ -126,13 +127,15 @@ class WorkflowTester:
     def load(self, file: str | Path) -> str:
         """An instance that `kwflow show ID --save FILE` took from an engine, on the code it waits in; its id.
 
-        The clock goes on from its last step, and its timers are set; answer whatever else it waits for with `resume`, activities and children, too.
+        The clock goes on from its last step, and its timers are set; answer whatever else it waits for with `resume`, activities and children, too; `fake` those that it will call.
         A file is as good as code: load only what you have saved.
         """
         saved = msgspec.json.decode(Path(file).read_bytes(), type=Saved)
         header = snapshot.read_header(saved.snapshot)
         id: str = header["id"]
         self._code |= {key: source.encode() for key, source in saved.sources.items()}
+        for key in saved.sources:  # now, that its activities can be faked before the step that calls one
+            versions.prepare(key, self._code.get)
         self.state.apply({id.encode(): saved.snapshot})
         self.now_ms = max(self.now_ms, header["updated"])
         for wait in header["waits"]:

@@ -229,6 +229,20 @@ def test_an_instance_is_saved_with_its_code_and_goes_on_in_a_test(site: Deployme
     assert not (site.folder / "b.json").exists()
 
 
+def test_activities_of_what_is_loaded_can_be_faked_before_it_calls_one(site: Deployments) -> None:
+    """Where nothing of the package is there, nobody knew their names, and the first step called them in earnest."""
+    body = "@kw.activity\ndef charge_once(n: int) -> str:\n    raise AssertionError('called')\n\ndef main(opts):\n    yield kw.suspend('r')\n    return (yield charge_once(opts))\n"
+    site.deploy({"flows.py": HEAD + body}, "shop.flows")
+    site("start", "a", "--input", "5")
+    waits_for(site, "a", "r")
+    site("show", "a", "--save", str(site.folder / "a.json"))
+    tester = WorkflowTester(lambda opts: opts)
+    tester.load(site.folder / "a.json")
+    tester.fake("charge_once", lambda n: f"faked {n}")
+    tester.resume("a", "r")
+    assert tester.result("a") == "faked 5"
+
+
 def test_what_is_saved_parked_goes_on_from_before_and_its_timers_are_due_when_they_were(site: Deployments) -> None:
     site.deploy({"flows.py": HEAD + "\ndef main(opts):\n    yield kw.all([kw.suspend('r'), kw.sleep(3600)])\n    yield kw.suspend('s')\n"}, "shop.flows")
     site("start", "a")
