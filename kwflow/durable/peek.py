@@ -10,6 +10,7 @@ import contextlib
 import io
 import pickle
 import re
+from collections.abc import Callable
 from datetime import date, datetime, time, timedelta
 from typing import Any
 
@@ -68,19 +69,40 @@ class Stub:
         return [*map(repr, self.args)]
 
 
+class _Found(type):
+    """Stands for a class that the bytes make by a call: pickle makes objects of it."""
+
+    name: str
+    made_of: tuple[Any, ...]
+
+    def __repr__(cls) -> str:
+        return f"<class '{cls.name}'>"
+
+
+def _finds(constructor: str, name_of: Callable[..., str]) -> Callable[..., type]:
+    """In place of a constructor of classes; `name_of` its arguments is what an object of it is shown as."""
+
+    def found(*args: Any) -> type:
+        return _Found(constructor, (Stub,), {"name": name_of(*args), "made_of": args})
+
+    return found
+
+
+_FINDING: dict[str, Callable[..., type]] = {
+    "class_by_value": _finds("class_by_value", lambda *_: "class_by_value"),
+    "local_class": _finds("local_class", lambda metaclass, name, *_: str(name)),
+    "named": _finds("named", lambda module, qualname: f"{module}.{qualname}"),
+}
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "builtins" and name in _REAL:
             return _REAL[name]
-        if (module, name) == (rebuild.named.__module__, rebuild.named.__qualname__):
-            return _named
+        if module == rebuild.__name__ and name in _FINDING:
+            return _FINDING[name]
         shown = name if module.startswith("kwflow.") or module == "builtins" else f"{module}.{name}"
         return type(name, (Stub,), {"name": shown, "__module__": module})
-
-
-def _named(module: str, qualname: str) -> type:
-    """What has another version than the current one: pickle makes objects of it, so it must be a class here, too."""
-    return type(qualname, (Stub,), {"name": f"{module}.{qualname}", "__module__": module})
 
 
 _SEEDS = tuple(_REAL.get(seed.__name__, type(seed.__name__, (Stub,), {"name": seed.__name__})) if callable(seed) else seed for seed in SEEDS)
@@ -151,6 +173,8 @@ def canonical_bytes(body: bytes) -> str:
             return f"({' '.join(map(ref, value))})"
         if isinstance(value, (set, frozenset)):
             return f"{type(value).__name__}{{{' '.join(sorted(map(flat, value)))}}}"
+        if isinstance(value, _Found):
+            return f"{value.name} {ref(value.made_of)}"
         if not isinstance(value, (list, dict, bytearray, Stub)):
             return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else repr(value)
         if id(value) not in numbers:

@@ -13,6 +13,7 @@ import pytest
 from kwflow import durable
 from kwflow.core import snapshot
 from kwflow.durable import rebuild
+from kwflow.durable.peek import canonical_bytes, peek
 from kwflow.errors import SnapshotError, UnsavableError
 from kwflow.testing import WorkflowTester
 
@@ -102,6 +103,30 @@ def test_another_minor_is_refused_by_name_before_anything_is_unpickled() -> None
     header, _ = snapshot.split(stored)
     with pytest.raises(SnapshotError, match=r"code of Python 3\.7"):
         snapshot.wake({**header, "minor": "3.7"}, b"never read")
+
+
+@pytest.mark.usefixtures("by_value")
+def test_objects_of_classes_that_no_import_finds_are_shown() -> None:
+    """semantics §4.4: `show --locals` took what holds one for a damaged snapshot."""
+    source = """
+import dataclasses
+import enum
+def main():
+    @dataclasses.dataclass
+    class Row:
+        x: int
+    class Colour(enum.Enum):
+        RED = 1
+    row, red = Row(3), Colour.RED
+    yield
+    return row, red
+"""
+    waiting = durable.load_source("shown_classes", source, "shown_classes.py").main()
+    next(waiting)
+    body = durable.dumps(waiting)
+    [(_, shown)] = peek(body)
+    assert {name: repr(shown[name]) for name in ("row", "red")} == {"row": "<Row {'x': 3}>", "red": "<class_by_value 1>"}
+    assert "Row" in canonical_bytes(body)
 
 
 @pytest.mark.usefixtures("by_value")
