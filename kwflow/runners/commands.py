@@ -38,8 +38,8 @@ class Batch(Protocol):
     def stored(self, key: bytes) -> bytes | None:
         """What there is of this id, with all that this batch did so far."""
 
-    def call(self, name: str, ref: str) -> Dispatch | None:
-        """The call of an activity that this wait is for."""
+    def calls(self, name: str, refs: Sequence[str]) -> dict[str, Dispatch | None]:
+        """The calls of activities that these waits are for."""
 
     def put(self, key: bytes, data: bytes) -> None:
         """Save what no record of its own has met."""
@@ -178,7 +178,7 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
     if stored is None:
         return refused("rejected", "its start failed, so that there is nothing to go on from")
     why = ops.unforkable(header)
-    calls = {wait["ref"]: batch.call(name, wait["ref"]) for wait in header["waits"] if wait["kind"] == "activity"}
+    calls = batch.calls(name, [wait["ref"] for wait in header["waits"] if wait["kind"] == "activity"])
     why = why or next((f"the call of its activity {ref} is not stored here" for ref, call in calls.items() if call is None), None)
     if why is not None:
         return refused("rejected", why)

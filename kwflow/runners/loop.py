@@ -389,11 +389,11 @@ class _Batch:
         self._save(key)
         return self.state.get(key)
 
-    def call(self, name: str, ref: str) -> Dispatch | None:
-        """The call of an activity that this wait is for; one of this batch is not in the state yet."""
-        stored = self.state.get(state_key(name, ref))
-        made = (item for decision in self.made for item in decision.dispatch if isinstance(item, Dispatch) and (item.workflow_id, item.ref) == (name, ref))
-        return decode(stored) if stored is not None else next(made, None)
+    def calls(self, name: str, refs: Sequence[str]) -> dict[str, Dispatch | None]:
+        """The calls of activities that these waits are for; those of this batch are not in the state yet."""
+        made = {item.ref: item for decision in self.made for item in decision.dispatch if isinstance(item, Dispatch) and item.workflow_id == name}
+        stored = {ref: self.state.get(state_key(name, ref)) for ref in refs}
+        return {ref: decode(data) if data is not None else made.get(ref) for ref, data in stored.items()}
 
     def put(self, key: bytes, data: bytes) -> None:
         """Save what no record of its own has met: a fork is as large as its original, however many there are of it."""
