@@ -25,7 +25,7 @@ _FIRST = "kwflow-original-timestamp"
 _SHOWN_MAX = 10  # records of a hold that `show` prints
 All = Annotated[bool, typer.Option("--all", help="Everything that `dead-letters list` shows.")]
 Reason = Annotated[str | None, typer.Option("--reason", help="With --all: only what has this reason.")]
-What = Annotated[str | None, typer.Argument(metavar="[ID|LETTER]", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]
+What = Annotated[str | None, typer.Argument(metavar="ID|LETTER", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]
 
 
 class Parked(msgspec.Struct, frozen=True):

@@ -182,7 +182,7 @@ def unpause(
 
 def fork(
     id: str,
-    new_id: Annotated[str | None, typer.Argument(help="Of the second one; on Kafka it must lie in the same partition. Default: one that the engine makes.")] = None,
+    new_id: Annotated[str | None, typer.Argument(metavar="NEW_ID", help="Of the second one; on Kafka it must lie in the same partition. Default: one that the engine makes.")] = None,
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     start_id: StartId = None,

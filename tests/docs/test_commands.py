@@ -61,7 +61,8 @@ def document() -> str:
     parts = [HEAD + "".join(sorted(common))]
     for path, command in COMMANDS.items():
         text, _, example = (command.help or "").partition("Example: ")
-        arguments = "".join(f" {argument.metavar or argument.name.upper()}" for argument in command.params if argument.param_type_name == "argument")
+        named = [(argument.metavar or argument.name.upper(), argument.required) for argument in command.params if argument.param_type_name == "argument"]
+        arguments = "".join(f" {name}" if required else f" [{name}]" for name, required in named)
         own = [row(option) for option in options_of(command) if row(option) not in common]
         shared = [f"`{option.opts[0]}`" for option in options_of(command) if row(option) in common]
         parts.append(f"\n## kwflow {' '.join(path)}{arguments}\n\n{' '.join(text.split())}\n\n```sh\n{example.strip()}\n```\n")
