@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -59,7 +60,8 @@ def show(
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     if save is not None:
         data = _saved(settings, embedded, id)
-        save.write_bytes(data)
+        with open(save, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:  # its variables are in it
+            file.write(data)
     header, frames = _found(settings, embedded, id, locals)
     if as_json:
         variables = [{"function": function, "locals": {name: repr(value) for name, value in values.items()}} for function, values in frames]

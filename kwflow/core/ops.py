@@ -88,7 +88,7 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
 def unforkable(header: dict[str, Any]) -> str | None:
     """Why there can be no second one that goes on from here; None if there can."""
     if header["status"] != "waiting":
-        return {"closing": "it has ended and cleans up", "ended": "it has ended", "damaged": "its snapshot cannot be read"}.get(header["status"], f"it is {header['status']}")
+        return {"closing": "it has ended and cleans up", "ended": "it has ended"}.get(header["status"], f"it is {header['status']}")
     if header["workflow"].startswith("kwflow."):
         return "it is kwflow's own: both would start the same runs, and no command knows the second; for another schedule there is kwflow schedule add"
     for wait in header["waits"]:

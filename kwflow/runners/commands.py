@@ -174,9 +174,12 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
     stored = batch.state.get(name.encode())
     if stored is not None and header["status"] == "parked":
         stored = snapshot.unpark(stored, batch.config.signing_keys)  # as it was before the record that parked it
-        header = _header(batch.config, name, stored)
     if stored is None:
         return refused("rejected", "its start failed, so that there is nothing to go on from")
+    try:
+        header, body = snapshot.split(stored, batch.config.signing_keys)
+    except SnapshotError as error:
+        return refused("rejected", str(error))
     why = ops.unforkable(header)
     calls = batch.calls(name, [wait["ref"] for wait in header["waits"] if wait["kind"] == "activity"])
     why = why or next((f"the call of its activity {ref} is not stored here" for ref, call in calls.items() if call is None), None)
@@ -190,7 +193,7 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
         return _replied(batch, record, "ok", value=value, count="repeated")
     if known is not None and there["status"] != "ended":
         return refused("exists", f"{id} is there already")
-    batch.put(key, snapshot.copy(snapshot.split(stored, batch.config.signing_keys)[1], made, batch.config.signing_keys))
+    batch.put(key, snapshot.copy(body, made, batch.config.signing_keys))
     dispatch = tuple(msgspec.structs.replace(call, workflow_id=id) for call in calls.values() if call is not None)
     return _done(batch, name, record, command, "ok", [Decision(tuple(timers), (f"{name}: forked as {id}",), dispatch=dispatch)], value=value)
 

@@ -209,6 +209,7 @@ def test_an_instance_is_saved_with_its_code_and_goes_on_in_a_test(site: Deployme
     site("resume", "a", "r", "--value", "7")
     waits_for(site, "a", "s")
     site("show", "a", "--save", str(site.folder / "a.json"))
+    assert (site.folder / "a.json").stat().st_mode & 0o777 == 0o600
     before = site.stored("a")
     tester = WorkflowTester(lambda opts: opts)
     assert (tester.load(site.folder / "a.json"), tester.waits("a")) == ("a", ["s"])

@@ -79,6 +79,8 @@ def test_what_no_key_of_ours_signed_is_parked_and_goes_on_once_its_key_is_there(
     engine = Engine(store, 10, *after)
     assert engine.send(b'{"ref":"more","value":1}').counts == ("parked",)
     assert why in parked(store)
+    (not_forked,) = engine.send(b"null", ("kwflow-op", b"fork")).logs
+    assert not_forked.startswith("a: not forked: the snapshot ") and why in not_forked
     assert engine.send(b'{"ref":"more","value":200}').counts == ("held",)
     assert engine.send(b"null", ("kwflow-op", b"retry")).counts == ("retried", "parked", "held")
     if before and after:
