@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Literal, TypeVar, overload
@@ -242,3 +243,8 @@ def activity_named(name: str) -> Activity[Any, Any]:
     if found is None:
         raise CodeChangedError(f"no activity {name!r} in this process, and an instance holds it")
     return found
+
+
+for _value in [globals()[_name] for _name in __all__]:
+    if isinstance(_value, types.FunctionType):  # wherever it is written, this is what a snapshot that holds it names
+        _value.__module__ = __name__

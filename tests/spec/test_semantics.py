@@ -398,6 +398,60 @@ def main(o):
     assert w.result("w") is None
 
 
+def test_a_timeout_that_is_cancelled_ends_when_what_it_waited_for_has_cleaned_up() -> None:
+    """§2.2: its timer is cancelled at once, which is no time-out and decides nothing."""
+    w = run("""
+def child():
+    try:
+        yield kw.suspend("never")
+    finally:
+        yield kw.suspend("clean")
+        say("cleaned")
+def waiter():
+    yield kw.timeout(child(), 60)
+def main(o):
+    t = kw.spawn(waiter())
+    yield kw.suspend("go")
+    kw.cancel(t)
+    try:
+        yield t
+    except kw.Cancelled:
+        say("cancelled")
+""")
+    w.resume("w", "go")
+    assert (w.outputs_to("workflow-scheduler"), w.waits("w"), w.outputs_to("out")) == (["60000", "0"], ["clean"], [])
+    w.resume("w", "clean")
+    assert w.outputs_to("out") == ["cleaned", "cancelled"]
+
+
+def test_a_cancel_reaches_who_waits_for_the_rest_of_a_race_that_is_decided_and_who_waits_for_nothing() -> None:
+    """§1.5, §2.2: a result that was decided before does not take the cancel's place."""
+    w = run("""
+def loser():
+    try:
+        yield kw.suspend("loses")
+    finally:
+        yield kw.suspend("clean")
+def joins():
+    say((yield kw.race([kw.suspend("wins"), loser()], wait_rest=True)))
+def nothing():
+    yield kw.race([])
+def main(o):
+    tasks = [kw.spawn(joins()), kw.spawn(nothing())]
+    yield kw.suspend("go")
+    for task in tasks:
+        kw.cancel(task)
+        try:
+            yield task
+        except kw.Cancelled:
+            say("cancelled")
+""")
+    w.resume("w", "wins")
+    w.resume("w", "go")
+    assert (w.waits("w"), w.outputs_to("out")) == ([], ["cancelled", "cancelled"])
+    assert w.header("w") is None
+
+
 def test_except_exception_does_not_see_a_cancel() -> None:
     """§2.3."""
     w = run("""
@@ -556,6 +610,20 @@ def main(o):
 """)
     w.resume("w", "a")
     assert w.result("w") == [True, False, [1, 2]]
+
+
+def test_whatever_kw_has_is_held_over_a_wait_also_what_is_called_with_the_value_of_one() -> None:
+    """§4: a call with a wait among its arguments holds the function meanwhile.  Types for annotations apart."""
+    w = run("""
+def main(o):
+    held = {name: getattr(kw, name) for name in kw.__all__ if name not in ("Gen", "Wait")}
+    yield kw.sleep((yield kw.suspend("s")))
+    return [name for name in held if held[name] is not getattr(kw, name)]
+""")
+    assert w.waits("w") == ["s"], w.logs
+    w.resume("w", "s", 5)
+    w.advance(5)
+    assert w.result("w") == []
 
 
 def test_an_assert_with_a_yield_is_kept_when_python_optimizes() -> None:
