@@ -244,7 +244,10 @@ class Calls:
         self.emit(topic, key_bytes, value, self.travelling + self._author_headers(topic, headers) if headers else self.travelling, timestamp_ms)
 
     def _author_headers(self, topic: str, headers: Any) -> wire.Headers:
-        pairs = headers.items() if isinstance(headers, Mapping) else headers
+        try:
+            pairs = [(name, value) for name, value in (headers.items() if isinstance(headers, Mapping) else headers)]
+        except (TypeError, ValueError):
+            raise TypeError(f"headers are a mapping, or pairs of a name and a value, not {headers!r}") from None
         checked = []
         for name, value in pairs:
             if not isinstance(name, str) or "\0" in name or name != name.encode("utf-8", "ignore").decode():  # librdkafka's binding ends the process, or the name

@@ -44,10 +44,18 @@ def test_an_error_answer_is_raised_as_workflow_error_and_its_payload_is_the_erro
     assert error(w) == {"code": 7}
 
 
-@pytest.mark.parametrize(("raised", "text"), [("ValueError('bad')", "ValueError: bad"), ("KeyError", "KeyError"), ("SystemExit(3)", "SystemExit: 3"), ("kw.Cancelled()", "CancelToken")])
+@pytest.mark.parametrize(
+    ("raised", "text"),
+    [
+        ("ValueError('bad')", "ValueError: bad"), ("KeyError", "KeyError"), ("SystemExit(3)", "SystemExit: 3"), ("kw.Cancelled()", "CancelToken"),
+        ("Mute()", "Mute: <no message: __str__ failed>"), ("kw.WorkflowError(len)", "WorkflowError: <built-in function len>"),
+    ],
+)  # fmt: skip
 def test_an_uncaught_error_is_type_and_message(raised: str, text: str) -> None:
     """KW-24, semantics §9.4."""
-    assert error(run(f"def main(o):\n    yield 1\n    raise {raised}")) == text
+    mute = "class Mute(Exception):\n    def __str__(self):\n        raise ValueError\n"
+    assert error(run(mute + f"def main(o):\n    yield 1\n    raise {raised}")) == text
+    assert error(run(mute + f"def main(o):\n    raise {raised}")) == text, "a plain function"
 
 
 def test_all_gives_results_in_input_order_and_a_mapping_a_dict() -> None:
@@ -183,6 +191,20 @@ def main(o):
         ("return {'undo': object()}", "an object of class object has no JSON form; give its values"),
         ("kw.declare_topics('late')", "module level"),
         ("kw.cancel(5)", "no wait"),
+        ("kw.suspend(5)", "a ref id is a non-empty str, not 5"),
+        ("kw.suspend('')", "a ref id is a non-empty str, not ''"),
+        ("kw.spawn(5)", "kw.spawn takes a call of a durable generator function, not 5"),
+        ("kw.race('ab')", "a list or mapping of waits, not 'ab'"),
+        ("kw.all(5)", "a list or mapping of waits, not 5"),
+        ("g = undo(); next(g); yield g", "undo has already run outside the engine"),
+        ("yield asyncs().__anext__()", "write `await` before it"),
+        ("kw.output('x', 'out', key=5)", "a record key is str or bytes, not int"),
+        ("kw.output('x', 'out', headers={'a': 5})", "header 'a' is str, bytes or None, not int"),
+        ("kw.output('x', 'out', headers=5)", "headers are a mapping, or pairs of a name and a value, not 5"),
+        ("kw.output('x', 'out', headers=['a'])", "headers are a mapping, or pairs of a name and a value, not ['a']"),
+        ("kw.output('x', 'out', headers={'kwflow-id': 'a'})", "'kwflow-id': kwflow-* headers belong to the engine"),
+        ("kw.output('x', 'out', headers={'kwflow-workflow': 'a'})", "'kwflow-workflow': kwflow-* headers belong to the engine"),
+        ("kw.output('x', 'workflow-resume', headers={'kwflow-parent': 'a'})", "'kwflow-parent': kwflow-* headers belong to the engine"),
         ("kw.sleep('soon')", "timedelta"),
         ("kw.timeout(kw.suspend(), 316224000.001)", "at most ten years"),
         ("kw.output('x', 'out', timestamp_ms=10 ** 15)", "an hour ahead"),
@@ -190,7 +212,7 @@ def main(o):
 )
 def test_what_would_be_silently_wrong_is_refused_with_what_was_meant(line: str, said: str) -> None:
     """KW-20, semantics §1.3, §1.8, §9."""
-    assert said in error(run(f"def undo():\n    yield\ndef main(o):\n    {line}\n    yield kw.suspend('end')"))
+    assert said in error(run(f"def undo():\n    yield\nasync def asyncs():\n    yield 1\ndef main(o):\n    {line}\n    yield kw.suspend('end')"))
 
 
 def test_closures_cells_and_exceptions_survive_every_step() -> None:

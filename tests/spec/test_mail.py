@@ -118,6 +118,11 @@ RACES = {
         "b = kw.wait_signal('b')\n    yield kw.race([kw.wait_signal('a'), b])\n    try:\n        yield b\n    except kw.Cancelled:\n        return kw.signals('b').take()",
         ["b1"],
     ),
+    "a wait that is twice in what loses goes back once": (
+        "a = kw.wait_signal('a')\n    try:\n"
+        "        yield kw.all([kw.all([a, kw.suspend('never')]), kw.race([a, kw.suspend('never2')]), kw.suspend('bad')])\n    except kw.WorkflowError:\n        return kw.signals('a').take()",
+        ["a1", "a2"],
+    ),
     "with cancel_rest=False the loser keeps waiting": (
         "b = kw.wait_signal('b')\n    got = yield kw.race([kw.wait_signal('a'), b], cancel_rest=False)\n    return [got, (yield b)]",
         ["a1", "b1"],
@@ -176,8 +181,8 @@ SLEEPS = "def main(o):\n    yield kw.suspend('go')\n    return len(kw.signals('a
 
 
 def test_over_1000_messages_the_reply_is_full_or_there_is_a_dead_letter() -> None:
-    """M3, at the edge and one past it."""
-    w = run(SLEEPS)
+    """M3, at the edge and one past it; what was read leaves room."""
+    w = run("def main(o):\n    yield kw.suspend('go')\n    say(len(kw.signals('a').take()))\n    return (yield kw.suspend('end'))")
     for number in range(1000):
         w.send("w", b'{"name":"a","value":%d}' % number, {"kwflow-op": "signal"})
     assert mailbox(w) == {"signal": {"a": 1000}}
@@ -188,7 +193,8 @@ def test_over_1000_messages_the_reply_is_full_or_there_is_a_dead_letter() -> Non
     [letter] = [output for output in w.outputs if output.topic == w.config.dead_letter_topic]
     assert dict(letter.headers)["kwflow-error-reason"] == b"mailbox-full"
     w.resume("w", "go")
-    assert w.result("w") == 1000
+    assert w.outputs_to("out") == ["1000"]
+    assert signal(w, "a") == "delivered"
 
 
 def test_large_signals_fill_the_mailbox_before_they_could_fill_the_snapshot() -> None:
@@ -347,6 +353,25 @@ def test_updates_that_are_open_at_the_end_are_answered_ended() -> None:
     assert status(w.reply(request)) == "ended"
     assert [status(update(w, 1, name="u", kwflow_id=id)) for id in ("x", "y")] == ["ended", "ended"]
     assert "updates" not in (w.header("w") or {})
+
+
+def test_while_it_cleans_up_no_update_is_taken_and_the_reply_to_one_that_was_does_nothing() -> None:
+    """M3: all were answered when main ended."""
+    w = run("""
+def helper(u):
+    try:
+        yield kw.suspend("never")
+    finally:
+        kw.reply(u, "late")
+        yield kw.suspend("clean")
+        say("cleaned")
+def main(o):
+    kw.spawn(helper((yield kw.on_update("u"))))
+""")
+    assert status(update(w, 1, name="u")) == "ended"
+    assert update(w, 2, name="u") == {"status": "ended", "message": "it has ended and cleans up", "value": None}
+    w.resume("w", "clean")
+    assert (w.outputs_to("out"), w.values("workflow-error")) == (["cleaned"], [])
 
 
 def test_updates_that_are_open_when_it_is_terminated_are_answered_ended() -> None:

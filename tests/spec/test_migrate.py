@@ -91,6 +91,18 @@ def test_an_object_of_a_class_that_changed_is_the_current_one_s_after_a_move_whe
     assert site.w.result("w") == [2, True]
 
 
+def test_a_signal_that_old_code_had_taken_and_not_read_is_read_by_the_new() -> None:
+    """§8.5, M3: a signal is consumed when its value reaches author code."""
+    site = Site("def main(o):\n    yield kw.all([kw.wait_signal('s'), kw.suspend('never')])")
+    site.w.start("v")
+    for value in (1, 2):
+        site.w.command("v", "signal", {"name": "s", "value": value})
+    site.deploy(f"def main(o):\n    return [(yield kw.wait_signal('s')), kw.signals('s').take()]\n@kw.migrate(from_='{site.name}:main')\ndef move(old):\n    return main(None)\n")
+    site.w.command("v", "migrate")
+    api._migrations.clear()
+    assert site.w.result("v") == [1, [2]]
+
+
 def test_a_second_migrate_and_one_without_a_migration_change_nothing(site: Site) -> None:
     """It is for code that is not current."""
     site.deploy("def main(o):\n    yield kw.suspend('x')")

@@ -55,11 +55,14 @@ def main(o):
     if o == 'child':
         return (yield kw.suspend('r'))
     kw.output('new:"child"', 'workflow-resume', key='other')
+    kw.output('new:"child"', 'workflow-resume', key='named', headers={'kwflow-workflow': 'main', 'kwflow-start-id': 'mine', 'a': b'1', 'b': None})
     kw.output_json({'ref': 'r', 'value': 7}, 'workflow-resume', 'other')
     return 'parent'
     yield
 """)
     assert (w.result("w"), w.result("other")) == ("parent", 7)
+    assert (w.header("named") or {})["start_id"] == "mine"
+    assert [o.headers for o in w.outputs if o.key == b"named"] == [(("kwflow-workflow", b"main"), ("kwflow-start-id", b"mine"), ("a", b"1"), ("b", None))]
 
 
 def test_an_empty_result_or_error_topic_turns_that_record_off() -> None:
