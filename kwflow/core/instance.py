@@ -303,8 +303,6 @@ class Machine:
             self.cancel_all(self._decided(combinator))
 
     def _decide(self, combinator: Combinator, child: Awaitable) -> bool:
-        if combinator.decided is not None or combinator.settled:
-            return False
         combinator.decided = combinator.decide(child)
         if combinator.decided is None:
             return False

@@ -23,7 +23,7 @@ __all__ = ["Inbox", "Mail", "Mailbox", "SignalWait", "Update", "UpdateWait", "ch
 _NAME_CHARACTERS_MAX = 200
 
 
-class Mail(msgspec.Struct, frozen=True, order=True):
+class Mail(msgspec.Struct, frozen=True):
     """One signal or update; `number` is its place."""
 
     number: int

@@ -19,7 +19,7 @@ from kwflow.core.mailbox import give_back
 from kwflow.core.tasks import FAILED, Awaitable, Suspension, Task
 from kwflow.durable import registry
 from kwflow.durable.frames import Frame, describe, discard
-from kwflow.errors import Cancelled, KwflowBug, MigrationError, StepTimeout
+from kwflow.errors import Cancelled, KwflowBug, MigrationError, StepTimeout, UsageError
 
 __all__ = ["OldInstance", "OldTask", "find", "migrate"]
 
@@ -98,9 +98,8 @@ def migrate(calls: Calls) -> bool:
 
 
 def _view(instance: Instance, tasks: list[Task]) -> OldInstance:
-    ordered = sorted(tasks, key=lambda task: task is not instance.main)
-    shown = tuple(OldTask(task.name, tuple(describe(task.gen)) if task.gen is not None else (), task.waiting_on) for task in ordered)
-    gen = ordered[0].gen
+    shown = tuple(OldTask(task.name, tuple(describe(task.gen)) if task.gen is not None else (), task.waiting_on) for task in tasks)
+    gen = tasks[0].gen  # main's, which is made before all others
     function = registry.function_of(gen.gi_code) if gen is not None else None
     if function is None:
         raise KwflowBug("a main without code")
@@ -118,7 +117,10 @@ def _result(function: Callable[..., Any], view: OldInstance, calls: Calls, waits
     gen, refs = made if isinstance(made, tuple) and len(made) == 2 else (made, ())
     if not isinstance(gen, types.GeneratorType) or gen.gi_frame is None or gen.gi_suspended or gen in calls.instance.adopted():
         raise MigrationError(f"{_name(function)} returned {gen!r}; it returns a call of a durable generator function, alone or with the refs it takes over: return main(...), ['ref']")
-    calls.classify(gen)
+    try:
+        calls.classify(gen)
+    except UsageError as error:
+        raise MigrationError(f"{_name(function)}: what it returned cannot be run: {error}") from error
     if isinstance(refs, str) or not isinstance(refs, Iterable):
         raise MigrationError(f"{_name(function)} returned {refs!r} for refs; they are an iterable of ref ids")
     taken = {ref.ref if isinstance(ref, Suspension) else ref for ref in refs}

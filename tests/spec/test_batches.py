@@ -8,7 +8,7 @@ from kwflow import durable
 from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
-from kwflow.core.wire import Record
+from kwflow.core.wire import Record, json_dumps
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore
@@ -19,8 +19,11 @@ import threading
 import kwflow as kw
 kw.declare_topics("out")
 
-def main(unsavable):
+def main(options):
+    unsavable, failing = options
     for number in range({WAITS}):
+        if number == failing:
+            raise MemoryError
         held = threading.Lock() if number in unsavable else None
         kw.output(str(number), "out")
         yield kw.suspend(f"r{{number}}")
@@ -55,30 +58,33 @@ class Engine:
         return header["parked"]["offset"] if "parked" in header else None
 
 
-def values(unsavable: tuple[int, ...]) -> list[bytes]:
-    return [b"new:[%s]" % b",".join(b"%d" % number for number in unsavable), *(b'{"ref":"r%d"}' % number for number in range(WAITS))]
+def values(unsavable: tuple[int, ...], failing: int | None) -> list[bytes]:
+    return [b"new:" + json_dumps([unsavable, failing]), *(b'{"ref":"r%d"}' % number for number in range(WAITS))]
 
 
-def at_fault(unsavable: tuple[int, ...], cut: tuple[int, ...]) -> int | None:
-    """The record that parks it: of the first batch whose last state cannot be saved, the first one whose state cannot."""
+def at_fault(unsavable: tuple[int, ...], failing: int | None, cut: tuple[int, ...]) -> int | None:
+    """The record that parks it: of the first batch in which a step fails, or whose last state cannot be saved, the first one whose state cannot, or that step."""
     for begin, end in itertools.pairwise((0, *cut, RECORDS)):
+        if failing is not None and failing < end:
+            return min(number for number in (*unsavable, failing) if begin <= number <= failing)
         if end - 1 in unsavable:
             return min(number for number in unsavable if number >= begin)
     return None
 
 
 @pytest.mark.parametrize("cached", [0, 10])
+@pytest.mark.parametrize("failing", [None, 2])
 @pytest.mark.parametrize("unsavable", [kinds for number in range(WAITS + 1) for kinds in itertools.combinations(range(WAITS), number)], ids=str)
-def test_a_state_between_two_records_of_a_batch_need_not_be_savable_and_whatever_is_written_is_what_one_run_writes(unsavable: tuple[int, ...], cached: int) -> None:
-    """Every way to cut the records into batches: a beginning of what they would write if all could be saved, up to the record at fault, and all of it after a retry."""
+def test_a_state_between_two_records_of_a_batch_need_not_be_savable_and_whatever_is_written_is_what_one_run_writes(unsavable: tuple[int, ...], failing: int | None, cached: int) -> None:
+    """Every way to cut the records into batches: a beginning of what they would write if all could be saved, up to the record at fault, and all of it after a retry, if no step fails."""
     everything = [*map(str, range(WAITS)), '"ended"']
     for cut in CUTS:
         engine = Engine(cached)
         for begin, end in itertools.pairwise((0, *cut, RECORDS)):
-            engine.batch(values(unsavable)[begin:end])
-        fault = at_fault(unsavable, cut)
+            engine.batch(values(unsavable, failing)[begin:end])
+        fault = at_fault(unsavable, failing, cut)
         assert engine.parked_at == fault, cut
         assert engine.written == everything[:fault], cut
         if fault is not None:
-            engine.batch([b"null"], (("kwflow-op", b"retry"),))  # what was held is one batch, which ends it
-            assert (engine.parked_at, engine.written) == (None, everything), cut
+            engine.batch([b"null"], (("kwflow-op", b"retry"),))  # what was held is one batch, which ends it, or fails as before
+            assert (engine.parked_at, engine.written) == ((None, everything) if failing is None else (fault, everything[:fault])), cut

@@ -94,6 +94,8 @@ def test_a_child_of_an_unknown_workflow_is_dead_lettered_and_answered() -> None:
     w = run("def main(o):\n    try:\n        yield kw.start_child('nothing')\n    except kw.ChildError as e:\n        return [e.outcome, e.error]")
     assert w.result("w")[0] == "unknown_workflow"
     assert len(w.outputs_to(w.config.dead_letter_topic)) == 1
+    w.send(None, b"new:1", {"kwflow-parent": "w|5:1"})
+    assert (w.outputs[-1].key, b'"outcome":"null_key"' in (w.outputs[-1].value or b"")) == (b"w", True), "a start without a key, too"
 
 
 BROKEN = """
@@ -213,6 +215,16 @@ def test_a_repeated_start_of_a_child_that_has_ended_answers_again() -> None:
     assert [output.value for output in w.outputs[before + 1 :]] == [b'{"ref":"0:1","value":2}']
 
 
+def test_a_repeated_start_of_a_child_whose_outcome_was_too_large_to_be_kept_says_so() -> None:
+    """K20, M4: at the edge and one past it."""
+    for size, said in ((65_534, b'"value":"xx'), (65_535, b'"outcome":"too_large"')):
+        w = run("def big(n):\n    yield\n    return 'x' * n\ndef main(o):\n    return len((yield kw.start_child('big', o, id='c')))", size)
+        assert w.result("w") == size
+        start = next(output for output in w.outputs if output.key == b"c" and (output.value or b"").startswith(b"new:"))
+        w.send("c", start.value, {name: (value or b"").decode() for name, value in start.headers})
+        assert said in (w.outputs[-1].value or b""), size
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -222,6 +234,7 @@ def test_a_repeated_start_of_a_child_that_has_ended_answers_again() -> None:
         ("kw.start_child('double', id='a|b')", "must not contain"),
         ("kw.start_child('double', id='x' * 513)", "1 to 512 bytes"),
         ("kw.start_child('double', id='')", "1 to 512 bytes"),
+        ("kw.start_child('double', id='\\ud800')", "not UTF-8"),
         ("kw.start_child('double', id=7)", "a workflow id is a str"),
         ("kw.start_child('double', object())", "TypeError"),
         ("kw.start_child('double', parent_close='kill')", "parent_close is one of cancel, terminate, abandon"),

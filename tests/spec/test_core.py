@@ -197,6 +197,7 @@ def main(o):
         ("kw.race('ab')", "a list or mapping of waits, not 'ab'"),
         ("kw.all(5)", "a list or mapping of waits, not 5"),
         ("g = undo(); next(g); yield g", "undo has already run outside the engine"),
+        ("g = undo(); list(g); yield g", "undo has already run outside the engine"),
         ("yield asyncs().__anext__()", "write `await` before it"),
         ("kw.output('x', 'out', key=5)", "a record key is str or bytes, not int"),
         ("kw.output('x', 'out', headers={'a': 5})", "header 'a' is str, bytes or None, not int"),

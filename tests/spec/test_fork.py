@@ -129,6 +129,13 @@ def test_activities_that_run_are_called_for_it_too_under_a_key_of_its_own() -> N
     assert w.waits("w") == [ref]
 
 
+def test_one_that_waits_for_an_update_takes_updates_of_its_own() -> None:
+    w = run("def main(o):\n    update = yield kw.on_update('u')\n    kw.reply(update, o)\n    yield kw.suspend('end')", 7)
+    forked(w)
+    for id in ("copy", "w"):
+        assert (w.command(id, "update", {"name": "u"}) or {})["value"] == 7
+
+
 def test_a_call_of_the_same_batch_is_found_too() -> None:
     """K15: what a batch hands out is stored at its end."""
     module = durable.load_source("fork_case_batch", HEAD + CHARGES)

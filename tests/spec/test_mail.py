@@ -161,7 +161,7 @@ def test_what_is_handed_back_wakes_the_next_who_waits_in_the_same_step() -> None
 def other():
     say((yield kw.wait_signal('a')))
 def main(o):
-    first = kw.all([kw.wait_signal('a'), kw.suspend('bad')])
+    first = kw.all([kw.wait_signal('a'), kw.suspend('never'), kw.suspend('bad')])
     kw.spawn(other())
     try:
         yield first
@@ -173,6 +173,7 @@ def main(o):
     assert w.outputs_to("out") == []
     w.resume("w", "bad", error=1)
     assert w.outputs_to("out") == ["again"]
+    assert w.waits("w") == ["end"]
     assert mailbox(w) == {}
 
 
@@ -256,6 +257,7 @@ def test_expired_signals_do_not_fill_the_mailbox(after_ms: int, said: str, there
     w.now_ms += after_ms
     assert signal(w, "a", "x" * 100_000) == said
     assert mailbox(w) == {"signal": {"a": there}}
+    assert [line for line in w.logs if "expired" in line] == (["w: 2 signals expired before they were read (ttl_ms)"] if said == "delivered" else [])
 
 
 # -- signal-with-start ---------------------------------------------------------------------------------------------------
@@ -324,6 +326,7 @@ def test_an_update_that_its_validator_refuses_changes_nothing_and_says_why() -> 
     assert update(w, 5, name="colour") == {"status": "rejected", "message": "no update 'colour' is taken; there are: price", "value": None}
     assert ((w.command("w", "query") or {})["value"])["status_value"] == {"price": 1}
     assert mailbox(w) == {}
+    assert (update(run("def main(o):\n    yield kw.suspend('r')"), 5) or {})["message"] == "no update 'price' is taken; there are: none"
 
 
 def test_a_validator_cannot_act() -> None:

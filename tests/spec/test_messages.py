@@ -121,7 +121,8 @@ def test_a_query_shows_the_header_without_running_author_code() -> None:
     value = (shown or {})["value"]
     assert (value["id"], value["workflow"], value["status"], value["start_id"], value["client"]) == ("w", "main", "waiting", "s", "me")
     assert [(wait["ref"], wait["kind"], wait["function"]) for wait in value["waits"]] == [("r", "suspension", "main")]
-    assert "code" not in value
+    assert not {"code", "applied", "v"} & value.keys()
+    assert value["created"] == value["updated"] == w.now_ms and value["waits_total"] == 1
     assert status(w.command("nobody", "query")) == "not_found"
 
 
@@ -186,12 +187,13 @@ def test_a_workflow_that_swallows_the_cancel_goes_on() -> None:
 # -- terminate -------------------------------------------------------------------------------------------------------
 def test_terminate_ends_without_author_code_and_cancels_timers() -> None:
     """M2, M3: each wait's header entry has what it takes."""
-    w = run("def main(o):\n    try:\n        yield kw.all([kw.sleep(60), kw.suspend('r')])\n    finally:\n        say('ran')", **{"kwflow-start-id": "s"})
+    w = run("def main(o):\n    try:\n        yield kw.all([kw.sleep(60), kw.suspend('r'), kw.sleep(90)])\n    finally:\n        say('ran')", **{"kwflow-start-id": "s"})
     assert status(w.command("w", "terminate", {"reason": "by hand"})) == "ok"
     assert w.outputs_to("out") == []
     assert w.values("workflow-error") == ["Terminated: by hand"]
     assert outcomes(w) == [("terminated", "s")]
-    assert [output.value for output in w.outputs if output.topic == "workflow-scheduler"] == [b"60000", b"0"]
+    assert [dict(output.headers)["kwflow-failure-type"] for output in w.outputs if output.topic == "workflow-error"] == [b"Terminated"]
+    assert [output.value for output in w.outputs if output.topic == "workflow-scheduler"] == [b"60000", b"90000", b"0", b"0"]
     assert w.timers.entries == {b"\0timers": b"0 "}, "none is set"
     assert status(w.command("w", "terminate")) == "not_found"
     assert ((w.command("w", "query") or {})["value"])["outcome"]["kind"] == "terminated"

@@ -6,7 +6,8 @@ import pytest
 
 from kwflow import durable
 from kwflow.config import Config
-from kwflow.core.contract import Context, Topics, Workflows
+from kwflow.core.contract import Context, Limits, Topics, Workflows
+from kwflow.core.murmur2 import partition_of
 from kwflow.core.step import step
 from kwflow.core.wire import Record
 from kwflow.runners.loop import WorkflowProcessor
@@ -258,6 +259,7 @@ def test_an_answer_that_comes_before_its_suspension_exists_is_ignored_by_rule() 
 def test_the_defaults_are_those_of_the_reference() -> None:
     """KW-14."""
     config = Config()
+    assert Limits() == Limits(**{name: getattr(config, name) for name in Limits.__struct_fields__})
     assert (config.application_id, config.bootstrap_servers) == ("workflow-engine", "localhost:9092")
     assert (config.resume_topic, config.result_topic, config.error_topic, config.scheduler_topic) == ("workflow-resume", "workflow-result", "workflow-error", "workflow-scheduler")
 
@@ -277,3 +279,15 @@ def main(o):
     assert w.waits("w") == ["other", "child"]
     w.resume("w", "other", error="refused")
     assert (w.values("workflow-error"), w.outputs_to("out"), w.waits("w")) == (["refused"], ["undone"], [])
+
+
+@pytest.mark.parametrize(
+    ("key", "hashed"),
+    [
+        ("21", -973932308), ("foobar", -790332482), ("abc", 479470107), ("a-little-bit-long-string", -985981536), ("a-little-bit-longer-string", -1486304829),
+        ("lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58897971),
+    ],
+)  # fmt: skip
+def test_a_key_belongs_to_the_partition_that_javas_clients_choose(key: str, hashed: int) -> None:
+    """K6: the values of Kafka's own test of its hash (UtilsTest.testMurmur2)."""
+    assert partition_of(key.encode(), 1_000_003) == (hashed & 0x7FFFFFFF) % 1_000_003

@@ -110,10 +110,11 @@ def test_setting_a_key_again_replaces_its_timer(scheduler: Scheduler) -> None:
 def test_the_value_may_hold_the_separator_and_headers_travel(scheduler: Scheduler) -> None:
     """SC-7: split at the first `|` only."""
     scheduler.set(b'w|{"ref":"a|b"}', b"1", headers=(("trace", b"7"), ("kwflow-x", b"no")))
+    scheduler.set(b"x|1", b"1")
     changes = Overlay(scheduler.store)
     made = scheduler.processor.due(changes, 1, 10)
     assert made is not None
-    assert [(output.key, output.value, output.headers) for output in made.outputs] == [(b"w", b'{"ref":"a|b"}', (("trace", b"7"),))]
+    assert [(output.key, output.value, output.headers) for output in made.outputs] == [(b"w", b'{"ref":"a|b"}', (("trace", b"7"),)), (b"x", b"1", ())]
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,8 @@ def test_a_childs_error_that_nobody_awaits_is_reported_and_harms_nobody() -> Non
     assert any("nobody awaits it" in line and "lost" in line for line in w.logs)
     w.resume("w", "m", 7)
     assert w.result("w") == 7
+    w = run("def child():\n    yield kw.suspend('c')\ndef main(o):\n    kw.cancel(kw.spawn(child()))\n    yield kw.suspend('m')")
+    assert (w.waits("w"), w.logs) == (["m"], []), "a cancel is no error"
 
 
 def test_an_error_of_a_class_that_takes_no_attributes_goes_through_tasks_and_waits_as_any_other() -> None:
@@ -500,6 +502,37 @@ def test_a_keyboard_interrupt_aborts_the_step_even_if_author_code_swallowed_it(s
     source = load(f"def main(o):\n    try:\n        yield 1\n        raise KeyboardInterrupt\n    {swallow}")
     with pytest.raises(KeyboardInterrupt):
         native(source.main)
+
+
+@pytest.mark.parametrize("where", ["def main(o):\n    raise {}", "def main(o):\n    yield 1\n    raise {}", "def no(value):\n    raise {}\ndef main(o):\n    yield kw.on_update('u', no)"])
+@pytest.mark.parametrize("error", ["MemoryError", "StepTimeout", "KwflowBug"])
+def test_what_is_no_outcome_of_author_code_parks_the_instance_wherever_it_comes_up(error: str, where: str) -> None:
+    """§2.5, G4: in a generator, a plain function, a validator."""
+    w = run("from kwflow.errors import KwflowBug, StepTimeout\n" + where.format(error))
+    if "on_update" in where:
+        w.command("w", "update", {"name": "u"})
+    assert ((w.header("w") or {})["parked"]["reason"], w.values("workflow-error")) == (error, [])
+
+
+def test_at_the_end_of_main_what_is_shielded_goes_on_and_who_waits_for_it_is_cancelled_then() -> None:
+    """§1.6, §2.4."""
+    w = run("""
+def work():
+    yield kw.suspend("work")
+    say("worked")
+def waiter():
+    try:
+        yield kw.shield(work())
+    except kw.Cancelled:
+        say("cancelled")
+def main(o):
+    kw.spawn(waiter())
+    return "early"
+    yield
+""")
+    assert (w.result("w"), w.waits("w"), w.outputs_to("out")) == ("early", ["work"], [])
+    w.resume("w", "work")
+    assert (w.outputs_to("out"), w.header("w")) == (["worked", "cancelled"], None)
 
 
 # -- §3 running again, forgetting ------------------------------------------------------------------------------------------
