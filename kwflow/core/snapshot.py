@@ -26,7 +26,7 @@ from kwflow.durable.rebuild import MINOR
 from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, SnapshotError
 
-__all__ = ["UNSIGNED", "Keys", "amend", "copy", "ended_header", "key_id", "load", "park", "read_header", "save", "save_ended", "save_with_code", "seal_of", "split", "unpark", "waits_of", "wake"]
+__all__ = ["UNSIGNED", "Keys", "amend", "copy", "ended_header", "key_id", "load", "park", "read_header", "save", "save_ended", "seal_of", "split", "unpark", "waits_of", "wake"]
 
 Keys = Sequence[bytes]
 UNSIGNED = b""  # among the keys, last: what nobody signed is taken too; it signs nothing
@@ -40,13 +40,8 @@ for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Ti
     codec.register_class(_tag, _class)
 
 
-def save(instance: Instance, keys: Keys = ()) -> bytes:
-    """The instance as it waits now.  Raises UnsavableError naming what cannot be saved (G4)."""
-    return save_with_code(instance, keys)[0]
-
-
-def save_with_code(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[registry.Module]]:
-    """`save`, and the versions of modules that the snapshot names."""
+def save(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[registry.Module]]:
+    """The instance as it waits now, and the versions of modules that the snapshot names.  Raises UnsavableError naming what cannot be saved (G4)."""
     body, held, minor = codec.dumps_with_code(instance.graph(), instance.pins)
     code, modules = {}, []
     for reference in sorted(held):

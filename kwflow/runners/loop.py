@@ -360,7 +360,7 @@ class _Batch:
     def _bytes(self, instance: Instance) -> tuple[bytes | Exception, list[Module]]:
         """The instance's snapshot and what it names, or why there is none (returned: steps are made again then, outside of any handler)."""
         try:
-            data, modules = snapshot.save_with_code(instance, self.config.signing_keys)
+            data, modules = snapshot.save(instance, self.config.signing_keys)
         except Exception as error:  # reducers of author classes may raise anything
             return error, []
         if len(data) > self.config.snapshot_bytes_max:

@@ -138,8 +138,8 @@ class _Data:
 
 @pytest.mark.parametrize("wrap", [_Struct, _Data, lambda held: [_Data({"in": held})], lambda held: enum.Enum("_Named", {"ONE": held}).ONE], ids=["struct", "dataclass", "nested", "enum"])
 def test_what_has_no_json_form_is_refused_within_objects_too(wrap: Callable[[object], object]) -> None:
-    """wire.md §4: msgspec writes NaN as null and bytes as base64, and says nothing."""
-    for held in (float("nan"), b"x"):
+    """wire.md §4: msgspec writes NaN and infinity as null and bytes as base64, and says nothing."""
+    for held in (float("nan"), float("inf"), -float("inf"), b"x"):
         with pytest.raises((TypeError, ValueError), match="no JSON form"):
             wire.json_dumps(wrap(held))
     assert b"1" in wire.json_dumps(wrap(1))

@@ -274,9 +274,16 @@ def test_in_the_middle_of_a_drain_a_discard_drops_nothing_until_the_log_has_refu
     assert said() == "draining"
     refuse(b"null", ("kwflow-op", b"retry"))
     assert said() == "RefusedError"
+    for op in (b"pause", b"query"):
+        before = dict(store.entries)
+        refuse(b"null", ("kwflow-op", op))
+        assert store.entries == before, "of any other command nothing is done"
     for _ in range(3):
         command(b"discard" if said() == "RefusedError" else b"retry")
     assert said() == "None"
+    before = dict(store.entries)
+    refuse(b"null", ("kwflow-op", b"retry"))
+    assert store.entries == before, "nor of one for what is not parked"
     assert engine.send(b'{"ref":"more","value":200}').outputs[-1].value == b"203"
 
 

@@ -148,6 +148,18 @@ def test_a_call_of_the_same_batch_is_found_too() -> None:
     assert {decode(value).workflow_id for _, value in state.scan(PREFIX)} == {"w", "copy", "third"}
 
 
+def test_a_fork_whose_record_is_read_again_is_there_once_and_answered_again() -> None:
+    """G1: at least once is what Faust reads."""
+    processor = WorkflowProcessor(Config(), Workflows({"main": durable.load_source("fork_case_again", HEAD + WAITS).main}, "main"), frozenset())
+    state, asked = Overlay(MemoryStore()), (*FORK, ("kwflow-request", b"q"), ("kwflow-reply-to", b"0/me"))
+    processor.decide(state, [Record("workflow-resume", 0, 0, 1, b"w", b"new:1")], 1)
+    made = [processor.decide(state, [Record("workflow-resume", 0, 1, 1, b"w", b'{"id":"copy"}', asked)], 1)[0]]
+    copy = state.get(b"copy")
+    made += processor.decide(state, [Record("workflow-resume", 0, 1, 1, b"w", b'{"id":"copy"}', asked)], 1)
+    assert [decision.counts for decision in made] == [("forked",), ("repeated",)]
+    assert (made[0].replies, state.get(b"copy")) == (made[1].replies, copy)
+
+
 def test_copies_count_in_what_a_batch_may_write() -> None:
     """The bytes of a transaction are limited before it is made, and with them its memory."""
     module = durable.load_source("fork_case_large", HEAD + "def main(o):\n    large = 'x' * 100_000\n    yield kw.suspend('r')\n    return large\n")
