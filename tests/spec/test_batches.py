@@ -1,6 +1,7 @@
 """What a batch saves is the state at its end; how records are cut into batches may decide whether a state has to be savable, and nothing else (K15, decision 0044)."""
 
 import itertools
+import random
 
 import pytest
 
@@ -88,3 +89,20 @@ def test_a_state_between_two_records_of_a_batch_need_not_be_savable_and_whatever
         if fault is not None:
             engine.batch([b"null"], (("kwflow-op", b"retry"),))  # what was held is one batch, which ends it, or fails as before
             assert (engine.parked_at, engine.written) == ((None, everything) if failing is None else (fault, everything[:fault])), cut
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_batch_finds_what_the_store_will_hold_after_it(seed: int) -> None:
+    """K3: from any key on, of any prefix."""
+    chance = random.Random(seed)
+    keys = [bytes(chance.choices(b"ab", k=chance.randrange(1, 5))) for _ in range(8)]
+    store = MemoryStore()
+    store.apply({key: b"old" for key in chance.sample(keys, 4)})
+    overlay = Overlay(store)
+    for key in chance.sample(keys, 4):
+        overlay.put(key, chance.choice([None, b"new"]))
+    after = MemoryStore()
+    after.apply({**store.entries, **overlay.changes})
+    assert [overlay.get(key) for key in keys] == [after.get(key) for key in keys]
+    for prefix, start in itertools.product((b"", b"a", b"ab"), (b"", *keys)):
+        assert list(overlay.scan(prefix, start)) == list(after.scan(prefix, start))

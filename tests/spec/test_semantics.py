@@ -135,9 +135,23 @@ def at_once(n):
     return n
     yield
 def main(o):
+    yield kw.all([at_once("many") for _ in range(101)])
     return (yield kw.race([at_once(1), at_once(2), at_once(3)]))
 """)
-    assert (w.result("w"), w.outputs_to("out")) == (1, ["1", "2", "3"])
+    assert (w.result("w"), w.outputs_to("out")) == (1, [*101 * ["many"], "1", "2", "3"]), "limit nesting_max counts those inside one another"
+
+
+@pytest.mark.parametrize(("wait", "expected"), [("kw.all([a, b, a])", [1, 2, 1]), ("kw.race([a, a])", 1), ("kw.race([kw.all([a, a]), kw.race([b, a, b])], cancel_rest=False, wait_rest=True)", [1, 1])])
+def test_one_wait_may_be_in_a_combinator_several_times(wait: str, expected: Any) -> None:
+    """§1.5."""
+    w = run(f"def main(o):\n    a, b = kw.suspend('a'), kw.suspend('b')\n    return (yield {wait})")
+    w.resume("w", "a", 1)
+    w.resume("w", "b", 2)
+    assert w.result("w") == expected
+    w = run(f"def main(o):\n    a, b = kw.suspend('a'), kw.suspend('b')\n    try:\n        yield {wait}\n    except kw.WorkflowError as error:\n        return error.payload")
+    w.resume("w", "a", error="failed")
+    w.resume("w", "b", 2)
+    assert w.result("w") == "failed"
 
 
 def test_waiters_go_on_in_the_order_in_which_they_came_and_before_the_losers_clean_up() -> None:
