@@ -77,6 +77,7 @@ _FUNCTIONS: dict[str, frozenset[str]] = {
         "AsyncExitStack.__aexit__ AsyncExitStack.aclose ExitStack.close _AsyncGeneratorContextManager.__aexit__ aclosing.__aexit__ nullcontext.__aexit__",  # held by exit stacks
         "copy": "copy deepcopy",
         "copyreg": "__newobj__ __newobj_ex__ _reconstructor",
+        "dataclasses": "asdict astuple fields is_dataclass replace",
         "functools": "reduce",
         "heapq": "heapify heappop heappush heappushpop heapreplace nlargest nsmallest",
         "html": "escape unescape",

@@ -673,6 +673,23 @@ def main(o):
     assert w.result("w") == []
 
 
+def test_a_pure_function_of_the_standard_library_is_called_with_the_value_of_a_wait() -> None:
+    """docs/LOCALS.md."""
+    w = run("""
+import dataclasses, json, math
+@dataclasses.dataclass(frozen=True)
+class Order:
+    status: str
+    items: int
+def main(o):
+    order = dataclasses.replace(Order("new", math.ceil((yield kw.suspend("a")))), status=(yield kw.suspend("b")))
+    return json.loads(json.dumps(dataclasses.asdict((yield order))))
+""")
+    w.resume("w", "a", 1.5)
+    w.resume("w", "b", "paid")
+    assert w.result("w") == {"status": "paid", "items": 2}
+
+
 def test_an_assert_with_a_yield_is_kept_when_python_optimizes() -> None:
     """§4.2: durable modules are compiled with optimize=0."""
     script = """
