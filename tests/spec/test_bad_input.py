@@ -337,10 +337,11 @@ def test_what_ended_in_the_middle_of_a_long_hold_is_forgotten_in_its_time_and_te
         assert [key for key in store.entries if not key.startswith(b"\0ended")] == []
 
 
-def test_under_a_runner_that_may_read_a_record_again_an_ended_start_is_not_begun_anew() -> None:
+@pytest.mark.parametrize("cached", [0, 1], ids=["restored", "live"])
+def test_under_a_runner_that_may_read_a_record_again_an_ended_start_is_not_begun_anew(cached: int) -> None:
     """G5; `kwflow engine --runner faust`: the record that started it, and the one that ended it, are known by their offsets."""
     module = durable.load_source("read_again", "import kwflow as kw\ndef main(o):\n    yield kw.suspend('r')\n")
-    processor, store = WorkflowProcessor(Config(), Workflows({"main": module.main}, "main"), frozenset(), "topic id"), MemoryStore()
+    processor, store = WorkflowProcessor(Config(instances_cached_max=cached), Workflows({"main": module.main}, "main"), frozenset(), "topic id"), MemoryStore()
     processor.at_least_once = True
     start, end = (Record("workflow-resume", 0, offset, 1, b"w", value) for offset, value in enumerate((b"new:null", b'{"ref":"r"}')))
     counts = []

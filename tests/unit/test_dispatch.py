@@ -521,16 +521,20 @@ def test_a_new_owner_begins_what_lies_in_the_store_and_a_former_one_begins_nothi
 
 
 def test_what_runs_may_end_within_the_grace_period(engine: Engine) -> None:
-    """M6.5."""
-    began = threading.Event()
+    """M6.5: a partition that goes waits for no activity of another."""
+    began, gate, begun = threading.Event(), threading.Event(), time.monotonic()
 
     def slow():
         began.set()
-        time.sleep(0.05)
+        gate.wait(30)
         return "done"
 
     engine.start(make(slow))
     assert began.wait(10)
+    engine.dispatcher.own(1, MemoryStore())
+    engine.dispatcher.disown(1, 20)
+    assert engine.records == {} and time.monotonic() - begun < 15
+    threading.Timer(0.05, gate.set).start()
     engine.dispatcher.disown(0, 20)
     assert engine.records["w"]["value"] == "done"
 
