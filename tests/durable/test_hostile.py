@@ -99,7 +99,7 @@ def test_names_outside_the_list_are_never_called(flow: Any, name: str) -> None:
 def constructed(name: str, *arguments: Any) -> bytes:
     """A body that calls a constructor of kwflow's with these plain arguments."""
     call = named("kwflow.durable.rebuild", name)[:-6]
-    return call + pickle.dumps(arguments, 5)[2:-1].replace(b"\x94", b"") + b"R."
+    return call + pickletools.optimize(pickle.dumps(arguments, 3))[2:-1] + b"R."  # without frames, whose lengths would be wrong here
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,7 @@ def constructed(name: str, *arguments: Any) -> bytes:
         ("bound", ("x", "__class__")),
         ("bound", ("x", "__reduce_ex__")),
         ("bound", (None, "x")),
+        ("bound", (None, "__eq__")),
         ("imported_module", ("antigravity",)),
         ("imported_module", ("kwflow.durable.codec",)),
         ("imported_module", ("no_such_module",)),
@@ -129,7 +130,7 @@ def constructed(name: str, *arguments: Any) -> bytes:
 def test_constructors_make_nothing_but_what_a_save_would_have_named(flow: Any, name: str, arguments: tuple[Any, ...]) -> None:
     body = constructed(name, *arguments)
     assert len(list(pickletools.genops(body[1:]))) > 5  # it is a pickle, so what refuses it is kwflow
-    with pytest.raises(SnapshotError):
+    with pytest.raises(SnapshotError, match="a snapshot (names|holds|changes) |is not loaded|has no function|descriptor 'search'"):
         durable.loads(body)
 
 
