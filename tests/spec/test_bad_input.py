@@ -284,7 +284,12 @@ def test_in_the_middle_of_a_drain_a_discard_drops_nothing_until_the_log_has_refu
     before = dict(store.entries)
     refuse(b"null", ("kwflow-op", b"retry"))
     assert store.entries == before, "nor of one for what is not parked"
-    assert engine.send(b'{"ref":"more","value":200}').outputs[-1].value == b"203"
+    for _ in range(2):
+        refuse(more)  # parked twice, it is still what it was before the first
+    command(b"discard")
+    command(b"retry")
+    assert (said(), snapshot.read_header(store.entries[b"a"])["status"]) == ("None", "waiting")
+    assert engine.send(b'{"ref":"more","value":200}').outputs[-1].value == b"204"
 
 
 def test_what_ended_in_the_middle_of_a_long_hold_is_known_to_the_rest_of_it(engine: WorkflowTester, monkeypatch: pytest.MonkeyPatch) -> None:

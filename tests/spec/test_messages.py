@@ -338,6 +338,9 @@ def test_a_command_repeated_with_its_id_changes_nothing_and_gets_the_same_reply(
     assert w.outputs_to("out") == ["cancelled"]
     w.command("w", "cancel", kwflow_id="twice")
     assert w.outputs_to("out") == ["cancelled"] * 2
+    for op, id in (("pause", "a"), ("unpause", "b"), ("pause", "a"), ("cancel", "once")):
+        assert status(w.command("w", op, kwflow_id=id)) == "ok"
+    assert w.outputs_to("out") == ["cancelled"] * 2 and (w.header("w") or {})["status"] == "waiting", "nor one that runs no author code, whatever came between"
 
 
 def test_the_last_256_ids_are_known_again_and_no_more() -> None:
