@@ -4,10 +4,12 @@ import pathlib
 import random
 import subprocess
 import sys
+import types
 from typing import Any
 
 import pytest
 
+import kwflow as kw
 from kwflow import durable
 from kwflow.core.murmur2 import partition_of
 from kwflow.durable import codec
@@ -395,6 +397,15 @@ def test_a_timeout_error_says_the_same_after_it_was_saved() -> None:
     for error in (TimeoutError("kw.timeout"), OSError(2, "gone", "f"), OSError()):
         found = durable.loads(durable.dumps(error))
         assert (str(found), found.args, found.errno) == (str(error), error.args, error.errno)
+
+
+def test_every_function_of_kw_may_be_held_over_a_wait_that_is_among_its_arguments() -> None:
+    """`kw.spawn(f((yield x)))` holds it meanwhile; a snapshot names it where it is defined, and 0.1.0 named all in kwflow.api."""
+    functions = [found for name in kw.__all__ if isinstance(found := getattr(kw, name), types.FunctionType)]
+    assert len(functions) > 25
+    for found in functions:
+        assert durable.loads(durable.dumps(found)) is found
+        assert durable.loads(b"\x02\x80\x05](ckwflow.api\n" + found.__name__.encode() + b"\nNe.") is found
 
 
 def test_import_star_from_a_durable_module_leaves_the_runtime_of_the_importing_one_alone() -> None:
