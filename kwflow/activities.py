@@ -39,25 +39,25 @@ _PLAIN = (type(None), bool, int, float, str)
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How often and how fast an activity is tried again: `first`, `first*factor`, ... seconds, at most `max`.
+    """How often and how fast an activity is tried again: after `first`, `first*factor`, ..., at most `max` (seconds or timedelta).
 
     `max_attempts` counts the first one; None means for ever.  Each pause is shortened by up to `jitter` of itself, so
     that a thousand workflows that failed together do not come back together.
     """
 
     max_attempts: int | None = 5
-    first: float = 1.0
+    first: timedelta | float = 1.0
     factor: float = 2.0
-    max: float = 60.0
+    max: timedelta | float = 60.0
     jitter: float = 0.2
 
     def __post_init__(self) -> None:
         if self.max_attempts is not None and (isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1):
             raise UsageError(f"Retry.max_attempts is a whole number from 1 on, or None for no limit, not {self.max_attempts!r}")
         for name, least in (("first", 0), ("factor", 1), ("max", 0), ("jitter", 0)):
-            value = getattr(self, name)
+            value = _seconds(getattr(self, name)) if name in ("first", "max") else getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
-                raise UsageError(f"Retry.{name} is a number from {least} on, not {value!r}")
+                raise UsageError(f"Retry.{name} is a {'timedelta or a ' if name in ('first', 'max') else ''}number from {least} on, not {getattr(self, name)!r}")
         if self.jitter > 1:
             raise UsageError(f"Retry.jitter is a part of the pause, 0 to 1, not {self.jitter!r}")
 
@@ -66,10 +66,14 @@ class Retry:
         if self.max_attempts is not None and attempt >= self.max_attempts:
             return None
         try:
-            pause = min(self.max, self.first * self.factor ** (attempt - 1))
+            pause = min(_seconds(self.max), _seconds(self.first) * self.factor ** (attempt - 1))
         except OverflowError:
-            pause = self.max
+            pause = _seconds(self.max)
         return pause * (1 - self.jitter * zlib.crc32(f"{key}|{attempt}".encode()) / 2**32)
+
+
+def _seconds(given: timedelta | float) -> float:
+    return given.total_seconds() if isinstance(given, timedelta) else given
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,8 @@ def to_plain(value: Any, annotated: bool) -> Any:
 def _dump_model(value: Any) -> Any:
     dump = getattr(value, "model_dump", None)  # pydantic
     if dump is None:
-        raise TypeError(f"a value of class {type(value).__module__}.{type(value).__qualname__} has no JSON form")
+        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise TypeError(f"a value of class {name} has no JSON form; make it a dataclass, or give it model_dump and model_validate as pydantic has them")
     return dump(mode="json")
 
 
@@ -285,7 +290,7 @@ def activity(function: Callable[..., Any] | None = None, *, name: str | None = N
     policy = Retry() if retry is None else retry
     if not isinstance(policy, Retry):
         raise UsageError(f"@kw.activity(retry=...) takes a kw.Retry, not {retry!r}")
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    seconds = None if timeout is None else _seconds(timeout)
     if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds <= 0):
         raise UsageError(f"@kw.activity(timeout=...) is a timedelta or a number of seconds above 0, not {timeout!r}")
 
@@ -296,7 +301,8 @@ def activity(function: Callable[..., Any] | None = None, *, name: str | None = N
             raise UsageError(f"{target.__qualname__} has a yield: an activity is an ordinary function; a workflow calls it with a yield")
         owner = target.__qualname__.rpartition(".")[0]
         if owner and not owner.endswith(">"):  # not <locals>, <listcomp>
-            raise UsageError(f"{target.__qualname__} is a method; an activity is a function, so that any engine can find it by its name")
+            remedy = "write one that calls the method of an object that is a global of its module"
+            raise UsageError(f"{target.__qualname__} is a method; an activity is a function, so that any engine can find it by its name: {remedy}")
         made = Activity(target, name or target.__name__, policy, seconds)
         known = _activities.get(made.name)
         old = "@" in (target.__module__ or "")  # of code that is loaded beside the new: it adds, and replaces nothing

@@ -184,7 +184,11 @@ def declared_topics() -> frozenset[str]:
     return frozenset(_topics)
 
 
-def workflow(function: _F | None = None, *, name: str | None = None, restart: bool = False) -> Any:
+@overload
+def workflow(function: _F) -> _F: ...
+@overload
+def workflow(*, name: str | None = None, restart: bool = False) -> Callable[[_F], _F]: ...
+def workflow(function: _F | None = None, *, name: str | None = None, restart: bool = False) -> _F | Callable[[_F], _F]:
     """Register a workflow under a name (default: the function's); header `kwflow-workflow` of `new:` chooses it.
 
     With `restart`, a `new:` of an id that runs ends that run, without its author's code, and starts anew; otherwise it

@@ -8,14 +8,13 @@ records; who is woken is `instance.py`.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import msgspec
 
 from kwflow.core.current import current
 from kwflow.core.tasks import FAILED, OK, Awaitable, Combinator, Suspension
-from kwflow.durable.awaiting import Once
 from kwflow.errors import Cancelled, UsageError
 
 __all__ = ["Inbox", "Mail", "Mailbox", "SignalWait", "Update", "UpdateWait", "checked_name", "give_back", "mark_read"]
@@ -171,11 +170,11 @@ class Inbox:
     def __bool__(self) -> bool:
         return True  # an empty inbox is still one; ask len()
 
-    def __iter__(self) -> Iterator[Awaitable]:
-        return Once(self.wait())
+    def __iter__(self) -> Generator[Any, Any, Any]:
+        return self.wait().__iter__()
 
-    def __await__(self) -> Iterator[Awaitable]:
-        return Once(self.wait())
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self.wait().__await__()
 
     def __repr__(self) -> str:
         return f"<{self._kind}s {self.name}>"

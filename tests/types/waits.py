@@ -75,6 +75,23 @@ async def numbers() -> AsyncIterator[int]:
     yield await price("x")
 
 
+@kw.workflow
+async def talk(opts: object) -> str:
+    inbox = kw.signals("said")
+    assert_type(await inbox, Any)
+    return await named(1)
+
+
+@kw.workflow(name="other")
+async def named(n: int) -> str:
+    return await price_of(timedelta(seconds=n))
+
+
+@kw.activity(retry=kw.Retry(first=timedelta(seconds=1), max=60))
+def price_of(time: timedelta) -> str:
+    return str(time)
+
+
 def tested(tester: WorkflowTester) -> list[str]:
     gone = tester.header("w") is None or tester.reply("r") is None
     return [tester.header("w")["status"], tester.command("w", "query")["status"], tester.reply("r")["message"]] if not gone else []
@@ -89,3 +106,4 @@ async def mistakes() -> None:
     one, two, three = await kw.all((car(1), hotel(2)))  # wrong
     text: str = await hotel(1)  # wrong
     await price(5)  # wrong
+    await named("one")  # wrong

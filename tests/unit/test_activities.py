@@ -183,7 +183,7 @@ class Unbound:
 @pytest.mark.parametrize(("target", "options", "message"), [
     (_generator, {}, "has a yield"),
     (3, {}, "takes a function"),
-    (Unbound.method, {}, "is a method"),
+    (Unbound.method, {}, "is a method.*write one that calls the method of an object"),
     (Line, {}, "takes a function"),
     (len, {"retry": 3}, "takes a kw.Retry"),
     (len, {"timeout": 0}, "above 0"),
@@ -199,6 +199,8 @@ def test_pauses_grow_up_to_max_and_end_with_the_attempts() -> None:
     """M6.1."""
     policy = kw.Retry(max_attempts=5, first=1, factor=3, max=10, jitter=0)
     assert [policy.pause_s(n, "k") for n in range(1, 6)] == [1, 3, 9, 10, None]
+    same = kw.Retry(max_attempts=5, first=datetime.timedelta(seconds=1), factor=3, max=datetime.timedelta(seconds=10), jitter=0)
+    assert [same.pause_s(n, "k") for n in range(1, 6)] == [1, 3, 9, 10, None]
     assert kw.Retry(max_attempts=None, jitter=0).pause_s(10_000, "k") == 60
 
 
@@ -211,7 +213,9 @@ def test_jitter_shortens_by_its_part_at_most_differs_by_key_and_is_no_chance() -
     assert policy.pause_s(1, "w|3:1") == policy.pause_s(1, "w|3:1")
 
 
-@pytest.mark.parametrize("wrong", [{"max_attempts": 0}, {"max_attempts": 1.5}, {"first": -1}, {"factor": 0.5}, {"max": float("inf")}, {"jitter": 2}, {"first": "1"}], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [{"max_attempts": 0}, {"max_attempts": 1.5}, {"first": -1}, {"first": "1"}, {"factor": 0.5}, {"max": float("inf")}, {"max": datetime.timedelta(-1)}, {"jitter": 2}], ids=repr
+)
 def test_a_policy_that_makes_no_sense_is_refused_by_field(wrong: Any) -> None:
     with pytest.raises(UsageError, match=f"Retry.{next(iter(wrong))}"):
         kw.Retry(**wrong)
