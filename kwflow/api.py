@@ -58,7 +58,9 @@ __all__ = [
     "registered_activities",
     "registered_migrations",
     "registered_workflows",
+    "reject",
     "reply",
+    "send_signal",
     "set_status",
     "shield",
     "signals",
@@ -119,6 +121,19 @@ def on_update(name: str, validator: Callable[[Any], object] | None = None) -> In
 def reply(update: Update, value: object = None) -> None:
     """Answer an update with JSON; sent when this step is committed.  What is open at the end is answered `ended`."""
     messages.reply(current(), update, value)
+
+
+def reject(update: Update, reason: str) -> None:
+    """Answer an update with a refusal, as its validator would have done: its sender gets CommandError `rejected` with the reason."""
+    messages.reject(current(), update, reason)
+
+
+def send_signal(id: str, name: str, value: object = None, *, start: str | Callable[..., Any] | None = None, input: object = None) -> None:
+    """Put a signal into another workflow's mailbox, with this step's commit; `start` is the workflow to start, with `input`, if the id does not run.
+
+    Nobody waits: a signal for an id that is not there, or whose mailbox is full, is a dead letter.  Raises UsageError.
+    """
+    messages.send_signal(current(), id, name, value, start, input)
 
 
 def set_status(value: object) -> None:

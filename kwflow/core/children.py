@@ -17,7 +17,7 @@ from kwflow.core.tasks import FAILED, Outcome, Suspension
 from kwflow.core.wire import Output, Record
 from kwflow.errors import ChildError, ProtocolError, UsageError
 
-__all__ = ["POLICIES", "Child", "answer", "answer_again", "left", "left_header", "refused", "start"]
+__all__ = ["POLICIES", "Child", "answer", "answer_again", "left", "left_header", "name_of", "refused", "start"]
 
 POLICIES = ("cancel", "terminate", "abandon")
 
@@ -46,7 +46,7 @@ class Child(Suspension):
 
 def start(calls: Calls, workflow: object, input: object, id: str | None, parent_close: str, detach: bool) -> Child | str:
     """The wait for a new child; with `detach` its id, and nobody waits."""
-    name = _name_of(workflow, calls.context.workflows.functions)
+    name = name_of(workflow, calls.context.workflows.functions, "kw.start_child")
     if parent_close not in POLICIES:
         raise UsageError(f"parent_close is one of {', '.join(POLICIES)}, not {parent_close!r}")
     parent, ref = calls.instance.id, calls.next_id()
@@ -62,13 +62,14 @@ def start(calls: Calls, workflow: object, input: object, id: str | None, parent_
     return calls.request(wait, topic, child_id.encode(), value, (*headers, ("kwflow-parent", run)))
 
 
-def _name_of(workflow: object, functions: Mapping[str, Callable[..., Any]]) -> str:
+def name_of(workflow: object, functions: Mapping[str, Callable[..., Any]], said: str) -> str:
+    """The name of a workflow that is given by name or as a function.  Raises UsageError."""
     if isinstance(workflow, str) and workflow:
         return workflow  # it may be registered in another engine of this application
     for name, function in functions.items():
         if function is workflow:
             return name
-    raise UsageError(f"kw.start_child takes the name of a workflow, or a function that is registered as one, not {workflow!r}; there are: {', '.join(sorted(functions))}")
+    raise UsageError(f"{said} takes the name of a workflow, or a function that is registered as one, not {workflow!r}; there are: {', '.join(sorted(functions))}")
 
 
 def _check_id(id: object, parent: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from kwflow.core import migration, wire
+from kwflow.core import children, migration, wire
 from kwflow.core.calls import Calls
 from kwflow.core.contract import Keep, Limits, Transition
 from kwflow.core.current import slot
@@ -24,8 +24,8 @@ from kwflow.core.wire import Address, Command, Record, Reply
 from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
 
 __all__ = [
-    "ENDED", "IDS_MAX", "OPS", "absent", "after_end", "applied_before", "close", "describe", "ignored", "mailbox_of", "no_migration", "no_room", "on_update", "remember", "reply", "set_status",
-    "signals", "wait_signal",
+    "ENDED", "IDS_MAX", "OPS", "absent", "after_end", "applied_before", "close", "describe", "ignored", "mailbox_of", "no_migration", "no_room", "on_update", "reject", "remember", "reply",
+    "send_signal", "set_status", "signals", "wait_signal",
 ]  # fmt: skip
 
 IDS_MAX = 256  # M1.4: so many commands of an instance are known again
@@ -231,27 +231,51 @@ def on_update(calls: Calls, name: str, validator: Callable[[Any], object] | None
 
 def reply(calls: Calls, update: object, value: object) -> None:
     """Answer an update, in the transaction of this step.  After the end it was answered `ended` and this does nothing."""
-    if not isinstance(update, Update):
-        raise UsageError(f"kw.reply takes an update that kw.on_update gave, not {update!r}")
     size = len(wire.json_dumps(value))
     if size > calls.context.limits.value_bytes_max // 2:
         raise UsageError(f"a reply has at most {calls.context.limits.value_bytes_max // 2} bytes, not {size} (half of limit value_bytes_max); reply a reference to it, or raise it")
+    _settle_update(calls, "kw.reply", update, "ok", "", msgspec.json.decode(wire.json_dumps(value)))
+
+
+def reject(calls: Calls, update: object, reason: str) -> None:
+    """Answer an update as its validator could have done, had it known."""
+    if not isinstance(reason, str):
+        raise UsageError(f"kw.reject takes a reason, not {reason!r}; kw.reply gives a value")
+    _settle_update(calls, "kw.reject", update, "rejected", reason[:1000], None)
+
+
+def _settle_update(calls: Calls, said: str, update: object, status: str, message: str, value: object) -> None:
+    if not isinstance(update, Update):
+        raise UsageError(f"{said} takes an update that kw.on_update gave, not {update!r}")
     extra = calls.instance.extra
     waiting = extra.get("updates", {}).pop(str(update.number), None)
     if waiting is None:
         if calls.instance.status == CLOSING:
             return
         raise UsageError(f"{update!r} has been answered already")
-    _answer_update(calls, waiting, "ok", msgspec.json.decode(wire.json_dumps(value)))
+    _answer_update(calls, waiting, status, message, value)
     if not extra["updates"]:
         del extra["updates"]
 
 
-def _answer_update(calls: Calls, waiting: dict[str, Any], status: str, value: object = None) -> None:
+def _answer_update(calls: Calls, waiting: dict[str, Any], status: str, message: str = "", value: object = None) -> None:
     for address in waiting["to"]:
-        calls.replies.append(Reply(msgspec.convert(address, Address), status, value=value))
+        calls.replies.append(Reply(msgspec.convert(address, Address), status, message, value))
     if waiting["id"] is not None:
-        remember(calls.instance.extra.setdefault("ids", {}), waiting["id"], status, "", value)
+        remember(calls.instance.extra.setdefault("ids", {}), waiting["id"], status, message, value)
+
+
+def send_signal(calls: Calls, id: object, name: str, value: object, start: object, input: object) -> None:
+    """A signal as a client sends it, without a reply address: what is not there, or has no room, makes it a dead letter (G3)."""
+    if not isinstance(id, str):
+        raise UsageError(f"a workflow id is a str, not {id!r}")
+    key = wire.key_of(id)
+    arguments: dict[str, Any] = {"name": checked_name(name, "a signal"), "value": value}
+    if start is not None:
+        arguments["start"] = {"workflow": children.name_of(start, calls.context.workflows.functions, "kw.send_signal(start=...)"), "input": input}
+    elif input is not None:
+        raise UsageError("kw.send_signal(input=...) is for the workflow that start= names")
+    calls.emit(calls.context.topics.resume, key, wire.json_dumps(arguments), (*calls.travelling, ("kwflow-op", b"signal")))
 
 
 def set_status(calls: Calls, value: object) -> None:

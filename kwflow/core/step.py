@@ -33,6 +33,10 @@ _TELL: dict[str, Callable[[Calls, Any], None]] = {  # who works for a wait outsi
     "timer": lambda calls, timer: calls.write(calls.context.topics.scheduler, calls.timer_key(timer), b"0", calls.travelling),
     "child": children.left,
 }
+_NOBODY_CANCELLED = (
+    "it has ended as cancelled, and nobody cancelled it: it waited for what had been cancelled, such as a wait that had lost a kw.race or kw.timeout before; "
+    "a wait is for one time: make one for each round (of a signal: kw.signals(name) does), or keep it with cancel_rest=False"
+)
 _STUCK_MAX = 100  # a main that catches StuckError and waits for nothing again would loop in the step for ever
 
 
@@ -246,6 +250,8 @@ class Step(Calls):
         if topic is not None:
             self.write(topic, self.instance.id.encode(), value, (*headers, ("kwflow-outcome", outcome.encode())))
         extra, limits = self.instance.extra, self.context.limits
+        if outcome == "cancelled" and "cancel" not in extra:
+            self.logs.append(_NOBODY_CANCELLED)
         if "parent" in extra:
             self.outputs.append(children.answer(extra["parent"], self.instance.id, outcome, value, topics.resume, limits.value_bytes_max, self.record.timestamp_ms))
         extra["outcome"] = outcomes.kept(outcome, value, failed_at(error) if error is not None else None)

@@ -7,7 +7,7 @@ import pytest
 
 from kwflow.core.wire import json_dumps
 from kwflow.testing import WorkflowTester
-from tests.spec.test_messages import run, status
+from tests.spec.test_messages import outcomes, run, status
 
 
 def signal(w: WorkflowTester, name: str, value: Any = None, **more: Any) -> Any:
@@ -411,6 +411,80 @@ def test_values_that_were_answered_are_kept_for_the_last_16_ids() -> None:
         assert status(update(w, 0, name="u", kwflow_id=f"big {size}")) == again
 
 
+def test_a_workflow_may_reject_an_update_that_it_has_taken() -> None:
+    """M3: what only an activity finds out, no validator can say."""
+    w = run("def main(o):\n    u = yield kw.on_update('u')\n    yield kw.suspend('r')\n    kw.reject(u, f'{u.value} is sold out')\n    yield kw.suspend('end')")
+    request = f"request-{len(w.outputs)}"
+    assert update(w, 1, name="u", kwflow_id="x") is None
+    w.resume("w", "r")
+    rejected = {"status": "rejected", "message": "1 is sold out", "value": None}
+    assert [w.reply(request), update(w, 1, name="u", kwflow_id="x")] == [rejected] * 2
+    assert "updates" not in w.header("w")
+
+
+# -- from workflow to workflow -----------------------------------------------------------------------------------------
+LOCK = """
+def take(lock):
+    granted = kw.suspend()
+    kw.send_signal(lock, "take", {"id": kw.workflow_id(), "ref": granted.id}, start="locked")
+    yield granted
+
+@kw.workflow
+def locked(o):
+    takes, releases = kw.signals("take"), kw.signals("release")
+    while len(takes) or o != "once":
+        owner = yield takes
+        kw.output_json({"ref": owner["ref"], "value": None}, "workflow-resume", key=owner["id"])
+        yield releases
+
+def main(lock):
+    yield take(lock)
+    say(f"{kw.workflow_id()} has it")
+    yield kw.suspend("r")
+    kw.send_signal(lock, "release")
+    return kw.workflow_id()
+"""
+
+
+def test_a_workflow_signals_another_and_starts_it_with_its_first_signal() -> None:
+    """M2, M3, in the transaction of its step; headers travel on."""
+    w = run(LOCK, "lock", trace="t-1")
+    assert dict(next(output for output in w.outputs if output.key == b"lock").headers) == {"trace": b"t-1", "kwflow-op": b"signal"}
+    w.start("second", "lock")
+    assert (w.outputs_to("out"), w.header("lock")["mailbox"]) == (["w has it"], {"signal": {"take": 1}})
+    w.resume("w", "r")
+    assert w.outputs_to("out") == ["w has it", "second has it"]
+    w.resume("second", "r")
+    assert [w.result("w"), w.result("second"), w.header("lock")["status"]] == ["w", "second", "waiting"]
+
+
+def test_a_signal_of_a_workflow_that_reaches_nobody_is_a_dead_letter() -> None:
+    """G3."""
+    w = run("def main(o):\n    kw.send_signal('nobody', 'a', 5)\n    kw.send_signal('w', 'self', 6)\n    return (yield kw.wait_signal('self'))")
+    [letter] = [output for output in w.outputs if output.topic == w.config.dead_letter_topic]
+    assert (letter.key, letter.value, dict(letter.headers)["kwflow-error-reason"]) == (b"nobody", b'{"name":"a","value":5}', b"not-found")
+    assert w.result("w") == 6
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "go = kw.wait_signal('go')\n    while True:\n        yield kw.race([go, kw.sleep(1)])",
+        "r = kw.suspend()\n    for _ in range(2):\n        try:\n            yield kw.timeout(r, 1)\n        except TimeoutError:\n            pass",
+    ],
+    ids=["race", "timeout"],
+)
+def test_a_workflow_that_ends_at_a_wait_that_has_lost_before_is_told_that_nobody_cancelled_it(body: str) -> None:
+    """A wait is for one time: in its second race it is Cancelled at once, which reads as if somebody had cancelled the workflow."""
+    w = run(f"def main(o):\n    {body}")
+    w.advance(5)
+    assert outcomes(w) == [("cancelled", "0-0")]
+    assert "nobody cancelled it" in w.logs[-1] and "kw.signals" in w.logs[-1]
+    w.start("x")
+    w.command("x", "cancel")
+    assert (len(outcomes(w)), "nobody" in w.logs[-1], len(w.logs)) == (2, True, 1)
+
+
 # -- status --------------------------------------------------------------------------------------------------------------
 def test_a_status_is_a_copy_and_has_a_limit() -> None:
     """M3, at the edge and one past it."""
@@ -430,6 +504,13 @@ def test_a_status_is_a_copy_and_has_a_limit() -> None:
         ("kw.on_update('u', 5)", "a validator is a plain function"),
         ("kw.on_update('u', gen)", "a validator is a plain function"),
         ("kw.reply(5)", "takes an update"),
+        ("kw.reject(5, 'x')", "takes an update"),
+        ("kw.send_signal('', 's')", "UsageError: ''"),
+        ("kw.send_signal(5, 's')", "a workflow id is a str"),
+        ("kw.send_signal('x', '')", "1 to 200 characters"),
+        ("kw.send_signal('x', 's', start=gen)", "takes the name of a workflow"),
+        ("kw.send_signal('x', 's', input=5)", "start="),
+        ("kw.send_signal('x', 's', object())", "TypeError"),
         ("kw.set_status({1, object()})", "TypeError"),
     ],
 )
