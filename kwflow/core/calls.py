@@ -157,16 +157,21 @@ class Calls:
     def timer_key(self, timer: Timer) -> bytes:
         return timer_key(self.instance.id, timer.ref)
 
-    def children(self, items: Iterable[Any] | Mapping[Any, Any]) -> tuple[list[Awaitable], list[Any] | None]:
-        """Check all, then start each unstarted generator in input order; plain values count as settled."""
+    def children(self, items: Iterable[Any] | Mapping[Any, Any], cancel_rest: bool) -> tuple[list[Awaitable], list[Any] | None, bool | list[int]]:
+        """Check all, then start each unstarted generator in input order; plain values count as settled.  Also the keys, and what is cancelled in the end."""
         if isinstance(items, Awaitable) or isinstance(items, types.GeneratorType) and items.gi_code.co_name != "<genexpr>":
             raise UsageError("kw.all and kw.race take a list of waits, not one wait; did you mean [...] around it?")
         if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
             self.classify(items)
             raise UsageError(f"kw.all and kw.race take a list or mapping of waits, not {items!r}")
         keys = list(items) if isinstance(items, Mapping) else None
-        values = [self.classify(item) for item in (items.values() if isinstance(items, Mapping) else items)]
-        return [self.awaitable(value) for value in values], keys
+        values: list[object] = []
+        made_here = []  # waits that author code never holds
+        for item in items.values() if isinstance(items, Mapping) else items:
+            if isinstance(item, Inbox):
+                made_here.append(len(values))
+            values.append(self.classify(item))
+        return [self.awaitable(value) for value in values], keys, bool(cancel_rest) or made_here
 
     def awaitable(self, value: object) -> Awaitable:
         """Anything as a started awaitable."""
@@ -183,16 +188,16 @@ class Calls:
         return settled
 
     def all(self, items: Iterable[Any] | Mapping[Any, Any], cancel_rest: bool, wait_rest: bool) -> Awaitable:
-        children, keys = self.children(items)
-        combinator = All(children, keys, cancel_rest, wait_rest)
+        children, keys, cancelled = self.children(items, cancel_rest)
+        combinator = All(children, keys, cancelled, wait_rest)
         if not children:
             combinator.state, combinator.value = combinator.result()
             return combinator
         return self._combine(combinator)
 
     def race(self, items: Iterable[Any] | Mapping[Any, Any], cancel_rest: bool, wait_rest: bool) -> Awaitable:
-        children, keys = self.children(items)
-        return self._combine(Race(children, keys, cancel_rest, wait_rest))
+        children, keys, cancelled = self.children(items, cancel_rest)
+        return self._combine(Race(children, keys, cancelled, wait_rest))
 
     def timeout(self, value: object, delay: timedelta | float) -> Awaitable:
         return self._combine(Timeout([self.awaitable(value), self.sleep(delay)], None, cancel_rest=True, wait_rest=False))

@@ -345,7 +345,7 @@ class Machine:
         rest = [child for child in combinator.distinct() if not child.settled]
         for child in rest:
             child.waiters = [waiter for waiter in child.waiters if waiter is not combinator]
-        return rest if combinator.cancel_rest else []
+        return combinator.cancelled(rest)
 
     def _joins(self, combinator: Combinator) -> bool:
         """With wait_rest: whether it has to wait for the rest; it is then settled by `check_joins`."""

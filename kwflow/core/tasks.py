@@ -172,11 +172,14 @@ class Task(Awaitable[_T]):
 
 
 class Combinator(Awaitable):
-    """A wait over several children.  `decided` is the outcome once known; with `wait_rest` it settles later than that."""
+    """A wait over several children.  `decided` is the outcome once known; with `wait_rest` it settles later than that.
+
+    `cancel_rest`: whether losers are cancelled, or which (indices of those that nobody else holds).
+    """
 
     __slots__ = ("cancel_rest", "children", "decided", "keys", "wait_rest")
 
-    def __init__(self, children: list[Awaitable], keys: list[Any] | None, cancel_rest: bool, wait_rest: bool) -> None:
+    def __init__(self, children: list[Awaitable], keys: list[Any] | None, cancel_rest: bool | list[int], wait_rest: bool) -> None:
         super().__init__()
         self.children = children
         self.keys = keys
@@ -195,7 +198,14 @@ class Combinator(Awaitable):
 
     def losers(self, child: Awaitable) -> list[Awaitable]:
         """Now that this child has decided: whose values nobody will get from here, if they have any."""
-        return [other for other in self.distinct() if other is not child] if self.cancel_rest else []
+        return self.cancelled([other for other in self.distinct() if other is not child])
+
+    def cancelled(self, rest: list[Awaitable]) -> list[Awaitable]:
+        """Those of the rest that are cancelled."""
+        if not isinstance(self.cancel_rest, list):
+            return rest if self.cancel_rest else []
+        own = [self.children[n] for n in self.cancel_rest]
+        return [child for child in rest if child in own]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__.lower()} of {len(self.children)} {self.state}>"
@@ -206,7 +216,7 @@ class All(Combinator):
 
     __slots__ = ("left",)
 
-    def __init__(self, children: list[Awaitable], keys: list[Any] | None, cancel_rest: bool, wait_rest: bool) -> None:
+    def __init__(self, children: list[Awaitable], keys: list[Any] | None, cancel_rest: bool | list[int], wait_rest: bool) -> None:
         super().__init__(children, keys, cancel_rest, wait_rest)
         self.left = len(self.distinct())
 

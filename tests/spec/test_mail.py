@@ -127,6 +127,10 @@ RACES = {
         "b = kw.wait_signal('b')\n    got = yield kw.race([kw.wait_signal('a'), b], cancel_rest=False)\n    return [got, (yield b)]",
         ["a1", "b1"],
     ),
+    "with cancel_rest=False the wait that was made of an inbox is cancelled all the same": (
+        "try:\n        yield kw.all({1: kw.signals('a'), 2: kw.suspend('bad')}, cancel_rest=False)\n    except kw.WorkflowError:\n        return kw.signals('a').take()",
+        ["a1", "a2"],
+    ),
 }
 
 
@@ -285,6 +289,24 @@ def test_a_signal_that_is_repeated_after_the_end_starts_no_second_run() -> None:
     w.send("new", msgspec.json.encode(start), {"kwflow-op": "signal", "kwflow-id": "1"})
     assert w.counts[1:] == ["started", "repeated", "repeated"]
     assert w.values("workflow-result") == [1]
+
+
+def test_a_loop_over_an_inbox_and_what_goes_on_leaves_no_waits_behind() -> None:
+    """The wait that a race made of an inbox is held by nobody else: each round of a queue's loop left one, for as long as it ran."""
+    w = run("""
+def main(o):
+    jobs, running = kw.signals('job'), {}
+    while len(running) < 50:
+        which, job = yield kw.race({'job': jobs, **running}, cancel_rest=False)
+        running.pop(which, None)
+        if which == 'job':
+            running[job] = kw.suspend(job)
+""")
+    for number in range(20):
+        signal(w, "job", f"job-{number}")
+        signal(w, "job", f"other-{number}")
+        w.resume("w", f"job-{number}")
+    assert len(w.waits("w")) == 21
 
 
 # -- updates -------------------------------------------------------------------------------------------------------------
