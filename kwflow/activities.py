@@ -169,7 +169,11 @@ class Activity(Callee, Generic[_P, _R]):
 
     def encode_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
         """The arguments by parameter name.  Raises TypeError as the call would, UsageError for what has no JSON form."""
-        given = self.signature.bind(*args, **kwargs).arguments
+        try:
+            given = self.signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            hint = "; its time-out and retries stand at @kw.activity" if kwargs.keys() & {"timeout", "retry"} else ""
+            raise TypeError(f"activity {self.name}: {error}{hint}") from None
         encoded = []
         for name, value in given.items():
             try:

@@ -22,6 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 Gen: TypeAlias = "types.GeneratorType[Any, Any, Any]"
+_NO_LOCK = "nothing where no wait is inside: no other code of this workflow runs between two waits; else one task that does one thing after the other"
 _INSTEAD = {
     "sleep": "kw.sleep(seconds)",
     "gather": "kw.all([...])",
@@ -33,7 +34,8 @@ _INSTEAD = {
     "Task": "kw.spawn(x)",
     "Future": "kw.suspend()",
     "Queue": "kw.suspend(), which a record answers",
-    "Lock": "nothing: no other code of this workflow runs between two waits",
+    "Lock": _NO_LOCK,
+    "_ContextManagerMixin": _NO_LOCK,  # `async with` of a Lock, Semaphore or Condition
     "Semaphore": "kw.all over slices of the list",
     "Event": "kw.suspend(), which a record answers",
     "Condition": "kw.suspend(), which a record answers",

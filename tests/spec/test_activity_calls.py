@@ -223,7 +223,8 @@ def test_results_come_back_as_annotated() -> None:
 
 
 @pytest.mark.parametrize(("call", "said"), [
-    ("work()", "TypeError: missing a required argument: 'x'"),
+    ("work()", "TypeError: activity .*work: missing a required argument: 'x'"),
+    ("work(1, timeout=5)", "TypeError: activity .*work: got an unexpected keyword argument 'timeout'; its time-out and retries stand at @kw.activity"),
     ("work(object())", "UsageError: argument 'x' of activity .* cannot be sent: a value of class object needs an annotation"),
     ("work('x' * 300_000)", "UsageError: the arguments of activity .* more than 256000 .limit activity_bytes_max."),
 ])  # fmt: skip
