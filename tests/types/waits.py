@@ -79,6 +79,8 @@ async def numbers() -> AsyncIterator[int]:
 async def talk(opts: object) -> str:
     inbox = kw.signals("said")
     assert_type(await inbox, Any)
+    said: kw.Awaitable[str] = kw.wait_signal("said")
+    assert_type(await said, str)
     return await named(1)
 
 
