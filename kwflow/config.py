@@ -16,6 +16,10 @@ from kwflow.errors import UsageError
 __all__ = ["Config", "load_config"]
 
 _KEY_CHARS_MIN = 32
+_NOT_YOURS = (  # in [kafka]: each is what some rule rests on (K1, K2, K5, K6, K16), or has a setting of its own
+    "bootstrap.servers metadata.broker.list group.id group.instance.id transactional.id enable.auto.commit enable.auto.offset.store auto.offset.reset "
+    "isolation.level enable.idempotence enable.partition.eof partitioner partition.assignment.strategy"
+).split()
 
 
 class Config(BaseSettings):
@@ -75,7 +79,7 @@ class Config(BaseSettings):
     rocksdb_bytes_max: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024, description="block cache and write buffers of all local stores of a process together")
     embedded_retention_ms: int = Field(default=7 * 86_400_000, ge=0, description="applied input records of the embedded log are kept for this long")
     ended_retention_ms: int = Field(default=86_400_000, ge=0, description="so long a start that is repeated under its start id is known after the end (K20)")
-    kafka: dict[str, Any] = Field(default_factory=dict)
+    kafka: dict[str, Any] = Field(default_factory=dict, repr=False)  # passwords are in it
 
     @field_validator("snapshot_keys")
     @classmethod
@@ -83,6 +87,18 @@ class Config(BaseSettings):
         if any(len(key.get_secret_value()) < _KEY_CHARS_MIN for key in keys):
             raise ValueError(f"a key has at least {_KEY_CHARS_MIN} characters; make one with: openssl rand -hex 32")
         return keys
+
+    @field_validator("kafka")
+    @classmethod
+    def _for_librdkafka(cls, kafka: dict[str, Any]) -> dict[str, Any]:
+        for name, value in kafka.items():
+            if name in _NOT_YOURS:
+                raise ValueError(f"{name} is kwflow's own to set" + ("; say bootstrap_servers in [app]" if name.endswith((".servers", ".list")) else ""))
+            if isinstance(value, dict):
+                raise ValueError(f'names have dots and are quoted: "{name}.{next(iter(value), "…")}" = …')
+            if not isinstance(value, (str, int, float)):
+                raise ValueError(f"{name} is neither text nor a number")
+        return kafka
 
     @model_validator(mode="after")
     def _each_its_own(self) -> Config:
@@ -148,9 +164,12 @@ def load_config(path: Path | None = None, **given: Any) -> Config:
                 values |= {_SECTIONS[section].format(name): value for name, value in content.items()}
             else:
                 raise UsageError(f"{file}: unknown section [{section}]; there are {' '.join(f'[{known}]' for known in (*_SECTIONS, 'kafka'))}")
+    beside = values.get("kafka", {})
     values = {name: value for name, value in values.items() if f"KWFLOW_{name.upper()}" not in os.environ}
+    values |= {name: value for name, value in given.items() if value is not None}
     try:
-        return Config(**{**values, **{name: value for name, value in given.items() if value is not None}})
+        config = Config(**values)
+        return config if "kafka" in values or not beside else Config(**{**values, "kafka": {**beside, **config.kafka}})  # a password in the environment, the rest in the file
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -18,6 +18,12 @@ __all__ = ["BrokerErrors"]
 
 _EVERY_S = 60.0
 _VARYING = re.compile(r"^(Group|Txn)Coordinator: |/(bootstrap|\d+)(?=:)| \(after \d+ms in state \w+(, \d+ identical error\(s\) suppressed)?\)")
+_AWAY = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT)
+_NO_REASON = "connections are closed, or not answered, without a reason: if it expects TLS or a user, say so in [kafka], security.protocol"
+_REMEDIES = {  # part of what OpenSSL says -> what it leaves out
+    "certificate verify failed": "; or it has expired, or is for another host: openssl s_client -connect HOST:PORT -CAfile FILE -verify_hostname HOST says which",
+    "ssl/tls alert": "; the broker does not take the certificate of this client: [kafka] ssl.certificate.location is missing, has expired, or is signed by a CA that it does not know",
+}
 
 
 class BrokerErrors:
@@ -32,7 +38,8 @@ class BrokerErrors:
     def __call__(self, error: KafkaError) -> None:
         if error.fatal() or error.code() == KafkaError._ALL_BROKERS_DOWN:  # it comes beside the reason for each of them
             return
-        self.last = text = _VARYING.sub("", error.str())
+        text = _VARYING.sub("", error.str())
+        self.last = text = text + next((remedy for said, remedy in _REMEDIES.items() if said in text), "")
         now = self._now_s()
         if self._on_log is not None and now >= self._again_s.get(text, now):
             self._again_s = {told: at for told, at in self._again_s.items() if at > now} | {text: now + _EVERY_S}
@@ -40,4 +47,5 @@ class BrokerErrors:
 
     def because(self, error: KafkaError) -> str:
         """What failed, and why there is no broker if that is why."""
-        return f"{error.str()} ({self.last})" if self.last else error.str()
+        why = self.last or (_NO_REASON if error.code() in _AWAY else "")
+        return f"{error.str()} ({why})" if why else error.str()

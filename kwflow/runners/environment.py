@@ -172,11 +172,24 @@ _C = TypeVar("_C")
 
 
 def made(client: Callable[[Settings], _C], settings: Settings) -> _C:
-    """A client of confluent-kafka.  Raises UsageError for what librdkafka does not know as a setting."""
+    """A client of confluent-kafka.  Raises UsageError for what librdkafka does not know as a setting, or cannot read."""
     try:
         return client(settings)
     except confluent_kafka.KafkaException as error:
-        raise UsageError(f"config [kafka]: {error.args[0].str()}") from None
+        text = error.args[0].str()
+        raise UsageError(f"config [kafka]: {text}{_unread(text, settings)}") from None
+
+
+def _unread(text: str, settings: Settings) -> str:
+    """Of a file that it names the setting of: OpenSSL says neither which it is, nor what it lacks."""
+    for name, path in settings.items():
+        if name.endswith(".location") and name in text:
+            try:
+                open(path, "rb").close()
+            except OSError as error:
+                return f" ({path}: {error.strerror})"
+            return f" ({path}" + (f"; is {name.replace('location', 'password')} right, and the certificate made for this key?)" if "key" in name else ")")
+    return ""
 
 
 class _Admin(AdminClient):

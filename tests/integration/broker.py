@@ -116,24 +116,31 @@ class Broker:
 
 
 class Secured(Broker):
-    """With a second listener, whose users may do what ACLs allow; whoever comes by the first one may do everything."""
+    """With a second listener, of TLS, whose users may do what ACLs allow; whoever comes by the first one may do everything."""
 
     PASSWORD = "secret"
 
     def __init__(self, directory: pathlib.Path, users: Iterable[str]) -> None:
         self.users = users
         self.secured = f"127.0.0.1:{free_port()}"
+        self.certificate = directory / "ca.pem"
+        directory.mkdir(parents=True, exist_ok=True)
+        store = ["-alias", "broker", "-keystore", str(directory / "keys.p12"), "-storepass", self.PASSWORD]
+        subprocess.run(["keytool", "-genkeypair", "-keyalg", "EC", "-dname", "CN=broker", "-ext", "san=ip:127.0.0.1", *store], check=True, capture_output=True, timeout=60)
+        subprocess.run(["keytool", "-exportcert", "-rfc", "-file", str(self.certificate), *store], check=True, capture_output=True, timeout=60)
         super().__init__(directory)
 
     def properties(self, port: int) -> str:
         users = " ".join(f'user_{user}="{self.PASSWORD}"' for user in self.users)
-        plain = super().properties(port).replace(f"listeners=PLAINTEXT://127.0.0.1:{port}", f"listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://{self.secured}")
+        plain = super().properties(port).replace(f"listeners=PLAINTEXT://127.0.0.1:{port}", f"listeners=PLAINTEXT://127.0.0.1:{port},SASL_SSL://{self.secured}")
         return (
-            plain.replace("protocol.map=", "protocol.map=SASL_PLAINTEXT:SASL_PLAINTEXT,")
+            plain.replace("protocol.map=", "protocol.map=SASL_SSL:SASL_SSL,")
             + f"""authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
 super.users=User:ANONYMOUS
 sasl.enabled.mechanisms=PLAIN
-listener.name.sasl_plaintext.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required {users};
+listener.name.sasl_ssl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required {users};
+ssl.keystore.location={self.directory}/keys.p12
+ssl.keystore.password={self.PASSWORD}
 """
         )
 

@@ -1,4 +1,4 @@
-"""A broker that allows each user what docs/OPERATIONS.md says it needs, and nothing else (StandardAuthorizer, SASL)."""
+"""A broker that allows each user what docs/OPERATIONS.md says it needs, and nothing else (StandardAuthorizer, SASL over TLS)."""
 
 import argparse
 import json
@@ -16,6 +16,7 @@ from confluent_kafka.admin import AclBinding, AclOperation, AclPermissionType, A
 
 from kwflow.client import Client
 from kwflow.config import Config
+from kwflow.errors import TransportError
 from tests.integration.broker import Secured, can_start
 from tests.integration.site import ROOT, TRIP
 from tests.integration.test_client import until
@@ -60,7 +61,7 @@ class Estate:
             until(lambda admin=admin: admin.list_topics(timeout=10).topics)  # type: ignore[misc]  # an ACL is not known everywhere at once
 
     def settings(self, user: str) -> dict[str, str]:
-        return {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN", "sasl.username": user, "sasl.password": Secured.PASSWORD}
+        return {"security.protocol": "SASL_SSL", "sasl.mechanism": "PLAIN", "sasl.username": user, "sasl.password": Secured.PASSWORD, "ssl.ca.location": str(self.broker.certificate)}
 
     def environment(self, user: str | None) -> dict[str, str]:
         about = {"KWFLOW_BOOTSTRAP_SERVERS": self.broker.bootstrap if user is None else self.broker.secured, "KWFLOW_APPLICATION_ID": "shop"}
@@ -126,6 +127,16 @@ def test_engine_client_and_operator_need_no_more_than_is_documented_and_a_user_t
     estate.says("operator", 0, "code", "gc")
     estate.says("operator", 0, "dead-letters", "list")
     estate.says("operator", 0, "list")
+
+    right = estate.settings("client")
+    for settings, why in (
+        ({}, "if it expects TLS or a user, say so in [kafka], security.protocol"),
+        ({name: value for name, value in right.items() if name != "ssl.ca.location"}, "verify that ssl.ca.location is correctly configured"),
+        (right | {"sasl.password": "hunter2"}, "Invalid username or password"),
+    ):
+        with pytest.raises(TransportError) as caught:
+            Client.kafka(Config(application_id="shop", bootstrap_servers=estate.broker.secured, kafka=settings, client_connect_s=0.5))
+        assert why in str(caught.value) and estate.broker.secured in str(caught.value) and "hunter2" not in str(caught.value)
 
     estate.allow(["kafka-acls --add --allow-principal User:reader --resource-pattern-type prefixed --topic shop- --group shop --operation Read --operation DescribeConfigs"])
     said = estate.says("reader", 1, "topics", "check")

@@ -2,14 +2,15 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 from confluent_kafka import KafkaError
 
-from kwflow.config import Config
-from kwflow.errors import TransportError
+from kwflow.config import Config, load_config
+from kwflow.errors import TransportError, UsageError
 from kwflow.runners import topics
 from kwflow.runners.broker_errors import BrokerErrors
 from kwflow.runners.logs import as_json
@@ -50,7 +51,7 @@ def test_what_asks_for_a_broker_is_told_why_there_is_none() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["list"], ["signal", "x", "y"], ["dead-letters", "list"], ["reset"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["list"], ["signal", "x", "y"], ["code", "list"], ["reset"]], ids=" ".join)
 def test_a_command_without_a_broker_says_why_in_one_line_and_ends_with_3(command: list[str], tmp_path: pathlib.Path) -> None:
     done = run(tmp_path, "[app]\nclient_connect_s = 0.5\n", *command)
     assert done.returncode == 3
@@ -64,6 +65,39 @@ def test_a_setting_that_librdkafka_does_not_know_is_wrong_usage(command: list[st
     """Exit code 3 would have a supervisor start it again for ever."""
     done = run(tmp_path, '[kafka]\n"no.such.setting" = 1\n', *command)
     assert (done.returncode, done.stderr) == (2, 'kwflow: config [kafka]: No such configuration property: "no.such.setting"\n')
+
+
+@pytest.mark.slow
+def test_a_file_of_tls_that_is_missing_is_named_with_its_setting_and_what_it_lacks(tmp_path: pathlib.Path) -> None:
+    """OpenSSL says: system lib."""
+    done = run(tmp_path, f"""[kafka]\n"security.protocol" = "SSL"\n"ssl.certificate.location" = "{tmp_path}/gone.pem"\n""", "list")
+    assert done.returncode == 2 and "ssl.certificate.location" in done.stderr and f"({tmp_path}/gone.pem: No such file or directory)" in done.stderr, done.stderr
+
+
+def test_names_in_kafka_that_are_kwflows_own_or_not_quoted_are_refused_and_no_value_is_shown(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K1, K2, K5, K6, K16: with isolation.level = read_uncommitted, results of aborted transactions would be taken for real."""
+    for name in ("isolation.level", "enable.auto.commit", "partitioner", "transactional.id"):
+        with pytest.raises(UsageError, match=f"{re.escape(name)} is kwflow's own to set"):
+            settings_in(tmp_path, f'[kafka]\n"{name}" = "x"\n')
+    with pytest.raises(UsageError, match=r"bootstrap.servers is kwflow's own to set; say bootstrap_servers in \[app\]"):
+        settings_in(tmp_path, '[kafka]\n"bootstrap.servers" = "x:1"\n')
+    with pytest.raises(UsageError, match=r'quoted: "sasl.password" = …$'):
+        settings_in(tmp_path, '[kafka]\nsasl.password = "hunter2"\n')
+    with pytest.raises(UsageError, match=r"sasl.password is neither text nor a number$"):
+        settings_in(tmp_path, '[kafka]\n"sasl.password" = ["hunter2"]\n')
+
+
+def test_a_password_comes_by_the_environment_beside_what_the_file_says_and_is_not_shown(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took the place of all that the file said, security.protocol too: the client spoke plain text to a port of TLS, which says nothing."""
+    monkeypatch.setenv("KWFLOW_KAFKA", '{"sasl.password": "hunter2"}')
+    config = settings_in(tmp_path, '[kafka]\n"security.protocol" = "SASL_SSL"\n"sasl.password" = "old"\n')
+    assert config.kafka == {"security.protocol": "SASL_SSL", "sasl.password": "hunter2"}
+    assert "hunter2" not in f"{config!r} {config}"
+
+
+def settings_in(directory: pathlib.Path, text: str) -> Config:
+    (directory / "kwflow.toml").write_text(text)
+    return load_config(directory / "kwflow.toml")
 
 
 @pytest.mark.slow
