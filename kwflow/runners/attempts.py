@@ -7,6 +7,8 @@ taken one by one, and one that three processes died of alone is refused.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +55,7 @@ class Attempts:
             except msgspec.DecodeError:
                 self._known = {}
         self._running.touch()
+        self._touched = self._running.stat()
 
     def learn(self, partition: int, suspects: Suspects) -> None:
         """What whoever had this partition last has noted."""
@@ -99,7 +102,9 @@ class Attempts:
             self._take_back(partition, suspects)
 
     def finished(self) -> None:
-        """A clean stop."""
-        self._stopped.touch()
-        self._running.unlink(missing_ok=True)
-        self._path.unlink(missing_ok=True)
+        """A clean stop.  In a directory that was removed, or is another engine's by now, nothing is done."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(self._running.stat(), self._touched):
+                self._stopped.touch()
+                self._running.unlink()
+                self._path.unlink(missing_ok=True)

@@ -83,6 +83,7 @@ class Embedded:
             pid = holder.read_text().strip() if holder.exists() else "unknown"
             why = f"is held by another process (pid {pid})" if "lock" in str(error).lower() else "cannot be opened"
             raise TransportError(f"{directory} {why}: {error}", retryable=False) from None
+        self.place = rocks.Place(directory)
         holder.write_text(str(os.getpid()))
         self._write = WriteOptions()
         self._write.sync = sync
@@ -102,8 +103,13 @@ class Embedded:
 
     def close(self) -> None:
         with failing(self.directory), self._lock:
-            (self.directory / "engine.pid").unlink(missing_ok=True)
-            self.db.close()
+            if not self.place.is_left():
+                (self.directory / "engine.pid").unlink(missing_ok=True)
+            self.place.close(self.db)
+
+    def _check_place(self) -> None:
+        if self.place.is_left():
+            raise TransportError(f"{self.directory} was removed, moved or replaced under the engine that runs in it; what it has done is where that is now: start it there", retryable=False)
 
     # -- the log ---------------------------------------------------------------------------------------------------
     def append(self, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...] = ()) -> int:
@@ -113,6 +119,7 @@ class Embedded:
     def append_all(self, groups: Sequence[Group]) -> list[list[int]]:
         """Write these durably, in one batch; the offsets of each group's records, none of one whose mark is there.  Raises TransportError."""
         with failing(self.directory), self._lock:
+            self._check_place()
             batch, marks, borne = WriteBatch(raw_mode=True), dict[bytes, int](), set[bytes]()
             offsets = [self._put_group(batch, marks, borne, group) for group in groups]
             self._done(batch, marks, self._write)
@@ -353,6 +360,7 @@ class Embedded:
     def _run(self, processors: Sequence[Processor], until: Callable[[], bool], on_log: Callable[[str], None]) -> None:
         while not until():
             self.stats.turned_s = time.monotonic()
+            self._check_place()
             busy = self.step(processors, on_log)
             self._work(processors)
             if time.monotonic() >= self._trim_next:

@@ -122,6 +122,7 @@ class _Rocks:
             if remedy is None:
                 raise
             raise OSError(f"{error}{remedy}") from None
+        self._place = rocks.Place(directory)
 
     def get(self, key: bytes) -> bytes | None:
         try:
@@ -151,6 +152,8 @@ class _Rocks:
                 batch.delete(key)
             else:
                 batch.put(key, value)
+        if self._place.is_left():
+            raise TransportError(f"the copy in {self._directory} was removed, moved or replaced under this engine; the next start goes on from the changelog")
         try:
             self._db.write(batch)
         except Exception as error:
@@ -158,7 +161,7 @@ class _Rocks:
 
     def close(self) -> None:
         try:
-            self._db.close()
+            self._place.close(self._db)
         except Exception as error:
             raise self._failed(error) from None
 

@@ -232,7 +232,13 @@ class KafkaRunner:
             elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
                 self.on_log(f"{self.group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
             elif not topics.transient(error):
-                raise FencedError(f"{self.group}: {error.str()}") if error.code() == KafkaError._FATAL else TransportError(f"{self.group}: {error.str()}")
+                if error.code() != KafkaError._FATAL:
+                    raise TransportError(f"{self.group}: {error.str()}")
+                raise FencedError(f"{self.group}: {error.str()}{self._like_me() if 'Static consumer fenced' in error.str() else ''}")
+
+    def _like_me(self) -> str:
+        where = "instance_id is given twice" if self.config.instance_id else f"{self.directory / 'instance-id'} was copied: delete it in the copy"
+        return f"; unless that is a later start of this engine, another one has the same identity, {self.instance}: {where}"
 
     def _reached(self) -> None:
         """Ends that were read, once everything before them is applied: a batch that was aborted is read again first (K18)."""

@@ -7,14 +7,16 @@ process however many partitions it owns.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 from rocksdict import BlockBasedIndexType, BlockBasedOptions, Cache, Options, Rdict, ReadOptions, WriteBufferManager
 
-__all__ = ["Memory", "entries", "memory", "opened"]
+__all__ = ["Memory", "Place", "entries", "memory", "opened"]
 
 _BLOOM_BITS = 10  # one read in a hundred for a key that is not there goes to disk
 _MEMTABLE_BYTES_MAX = 16 * 1024 * 1024
@@ -49,6 +51,33 @@ def entries(db: Rdict, prefix: bytes, start: bytes = b"") -> Iterator[tuple[byte
     # 2. RocksDB's iterator ends before it, as it does at the end of the database
     # 3. the timer would never fire, and nobody would know
     found.status()
+
+
+class Place:
+    """Where a database is open.
+
+    1. an operator removes, moves or replaces its directory
+    2. the engine has the files open, and goes on: an embedded one takes records that nobody finds at its next start
+    3. RocksDB makes further files by name, the last ones when it is closed: in the place of those of whoever has begun there meanwhile
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._lock = (directory / "LOCK").absolute()  # RocksDB's own
+        self._opened = os.stat(self._lock)
+
+    def is_left(self) -> bool:
+        """Whether what is there now is something else, or nothing: then write no more."""
+        try:
+            return not os.path.samestat(os.stat(self._lock), self._opened)
+        except OSError:
+            return True
+
+    def close(self, db: Rdict) -> None:
+        """In a place that is left, never, and not when Python forgets it or ends, which would close it as well."""
+        if self.is_left():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
+        else:
+            db.close()
 
 
 @functools.cache

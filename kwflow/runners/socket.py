@@ -89,7 +89,8 @@ def serve(engine: Embedded) -> Iterator[None]:
         listener.close()
         for worker in (thread, *threads):
             worker.join(5)
-        (engine.directory / _NAME).unlink(missing_ok=True)
+        if not engine.place.is_left():
+            (engine.directory / _NAME).unlink(missing_ok=True)
 
 
 def _answer(engine: Embedded, connection: socket.socket, stopped: threading.Event) -> None:

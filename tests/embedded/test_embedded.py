@@ -73,6 +73,40 @@ def test_a_second_holder_of_the_directory_is_told_who_has_it(tmp_path: pathlib.P
         held.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["moved", "replaced"])
+def test_an_engine_whose_directory_is_moved_or_replaced_ends_and_leaves_what_is_there_now_alone(shell: Shell, tmp_path: pathlib.Path, how: str) -> None:
+    """G3: it went on in its open files, took records that nobody would find there, and removed the socket of the next engine when it ended."""
+    engine = shell.engine(TRIP)
+    assert engine.stderr is not None
+    shell("start", "trip", "--input", '{"timeout": 600000}')
+    shell.until(lambda: shell.records("saga-reserve-flight"))
+    moved = shell.directory.rename(tmp_path / "moved")
+    if how == "replaced":
+        with contextlib.closing(Embedded(shell.directory)) as other, serve(other):
+            assert engine.wait(60) == 1
+            assert (shell.directory / "engine.sock").exists() and (shell.directory / "engine.pid").exists()
+    else:
+        assert engine.wait(60) == 1 and not shell.directory.exists()
+    assert "was removed, moved or replaced under the engine that runs in it" in engine.stderr.read()
+    shell.directory = moved
+    shell.engine(TRIP)
+    assert "waiting" in shell("show", "trip")
+    assert len(shell.records("saga-reserve-flight")) == 1
+
+
+def test_a_record_is_not_taken_into_a_directory_that_is_gone(tmp_path: pathlib.Path) -> None:
+    """A restart would not find it."""
+    held = Embedded(tmp_path / "here")
+    try:
+        held.append("t", b"k", b"v")
+        (tmp_path / "here").rename(tmp_path / "there")
+        with pytest.raises(TransportError, match="was removed, moved or replaced"):
+            held.append("t", b"k", b"v")
+    finally:
+        held.close()
+
+
 def test_offsets_count_on_after_the_directory_is_opened_again(tmp_path: pathlib.Path) -> None:
     for expected in range(3):
         held = Embedded(tmp_path)

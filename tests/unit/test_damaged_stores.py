@@ -1,5 +1,6 @@
 """A disk that has damaged what it was given: never taken for the end of a database, and made anew where a log can do that."""
 
+import gc
 import pathlib
 import resource
 from collections.abc import Callable
@@ -8,10 +9,12 @@ import pytest
 
 from kwflow.errors import TransportError
 from kwflow.runners import rocks
+from kwflow.runners.attempts import Attempts
 from kwflow.runners.embedded import SystemClock
 from kwflow.runners.embedded_state import EmbeddedStore, read_only
 from kwflow.runners.environment import LIVE
 from kwflow.runners.kafka_state import PartitionStore
+from kwflow.runners.private import private
 
 COUNT = 3000
 
@@ -109,3 +112,31 @@ def test_an_embedded_database_that_is_damaged_is_told_of_too(tmp_path: pathlib.P
     damage(tmp_path / "state")
     with pytest.raises(Exception, match="Corruption"):
         list(EmbeddedStore(read_only(tmp_path / "state"), "log").scan(b""))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_copy_that_was_moved_or_replaced_is_not_written_any_more_and_nothing_is_put_where_it_was(tmp_path: pathlib.Path, replaced: bool) -> None:
+    """K8, K19: RocksDB makes files by name, when it is closed, too: among those of whoever has begun there meanwhile.  Its counts of deaths are left alone as well."""
+    directory, other = tmp_path / "engine" / "partition", tmp_path / "other" / "partition"
+    another, _ = store(private(other.parent) / other.name), Attempts(other.parent)
+    another.settle({b"a": b"another"}, 1)
+    another.close()
+    attempts, mine = Attempts(private(directory.parent)), store(directory)
+    mine.settle({b"a": b"mine"}, 1)
+    directory.parent.rename(tmp_path / "moved")
+    if replaced:
+        other.parent.rename(directory.parent)
+    before = {path: path.stat().st_mtime_ns for path in directory.parent.rglob("*")}
+    said, retryable = "", False
+    try:
+        mine.settle({b"b": b"lost"}, 2)
+    except TransportError as error:
+        said, retryable = str(error), error.retryable
+    assert said == f"the copy in {directory} was removed, moved or replaced under this engine; the next start goes on from the changelog" and retryable
+    mine.close()
+    attempts.finished()
+    del mine
+    gc.collect()
+    assert {path: path.stat().st_mtime_ns for path in directory.parent.rglob("*")} == before
+    assert not replaced or Attempts(directory.parent).unclean
+    assert store(tmp_path / "moved" / "partition").get(b"a") == b"mine"
