@@ -49,6 +49,7 @@ from kwflow.runners.tracing import end_all
 __all__ = ["KafkaRunner"]
 
 _FIRED_MAX = 500
+_BYTES_MIN = 16_384
 _QUIET_S = 60.0
 _DAY_MS = 86_400_000
 _REPLY_ASK_S = 10.0  # a reply topic may get more partitions; how often the broker is asked because of an address it does not have
@@ -102,6 +103,7 @@ class KafkaRunner:
         self.results = Results(config, self.processor.input_topic, environment, sizes["batch_size"])
         self.worker = self.processor.work(self.results.deliver)
         self._turns = 0
+        self._bytes_max = config.batch_bytes_max  # of a transaction: what is aborted may have been more than its line takes in time, and is made again in halves
         self.stats = Stats()
         self.counts = self.stats.counts
         self._metadata: Any = None  # who we are in the group as of `_generation`; it takes a millisecond to ask, and with what is out of date the commit is refused
@@ -193,6 +195,7 @@ class KafkaRunner:
         except Aborted as error:
             self.on_log(f"{self.group}: a transaction was aborted and is made again: {error}")
             self._generation = -1
+            self._bytes_max = max(_BYTES_MIN, self._bytes_max // 2)
             for number, partition in self.owned.items():
                 if partition.gathered:
                     partition.drop()
@@ -270,8 +273,8 @@ class KafkaRunner:
         batch, done = self._step(records, refused, alone > 2)
         taken = [record for mine in done.values() for record in mine]
         why = None
-        if len(taken) > 1 and batch.bytes() > self.config.batch_bytes_max:
-            why = f"more than batch_bytes_max = {self.config.batch_bytes_max}"  # known once the states are saved; nothing was produced yet
+        if len(taken) > 1 and batch.bytes() > self._bytes_max:
+            why = f"more than {self._bytes_max} bytes"  # known once the states are saved; nothing was produced yet
         else:
             try:
                 self._commit(batch)
@@ -299,7 +302,7 @@ class KafkaRunner:
         by_partition: dict[int, list[Record]] = {}
         for record in records:
             by_partition.setdefault(record.partition, []).append(record)
-        budget = Budget(self.config.batch_bytes_max, self.config.batch_ms_max, self.clock)
+        budget = Budget(self._bytes_max, self.config.batch_ms_max, self.clock)
         for number, mine in by_partition.items():
             overlay = batch.overlays[number] = Overlay(self.owned[number].store)
             if refused is None:
@@ -397,6 +400,7 @@ class KafkaRunner:
         """One transaction, then the local stores (K8)."""
         begun_ms = self.clock.now_ms()  # this process may stand still in a commit, and somebody else goes on
         reached = self.transactions.commit(batch, self._metadata)
+        self._bytes_max = min(self.config.batch_bytes_max, self._bytes_max * 9 // 8)
         self.counts.update(batch.counts)
         end_all(batch.spans)
         for number, overlay in batch.overlays.items():

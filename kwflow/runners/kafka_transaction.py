@@ -36,6 +36,8 @@ _REJECTED = {
 }
 _PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}  # never sent, or sent and forgotten: by our own abort
 _LATE_S = 5.0
+_SENT_S = 10  # a large batch that is not sent by then is made again in parts, while its transaction can still be aborted
+_LARGE_BYTES = 100_000  # smaller ones are sent with the commit: a round trip less
 _ABORTS_MAX = 10  # in a row; then this process ends, so that whoever watches it sees the trouble
 
 
@@ -109,6 +111,7 @@ class Transactions:
                 overlay.changes[POSITION] = msgspec.json.encode({"topic": member.incarnation, "next": batch.positions[number], "partitions": member.partitions})
                 for key, value in overlay.changes.items():
                     self._produce(delivered, changelog, key, value, (), None, number)
+            self._send(batch, failures)
             self._again(lambda: self._producer.send_offsets_to_transaction(offsets, group, 10), 10)
             self._again(lambda: self._producer.commit_transaction(30))
         except KafkaException as error:
@@ -138,6 +141,19 @@ class Transactions:
                 return
             except BufferError:
                 self._producer.poll(0.05)
+
+    def _send(self, batch: Batch, failures: list[tuple[str, KafkaError]]) -> None:
+        """Wait until the broker has what is large.  Raises KafkaException.
+
+        1. a line takes 200 KB a second, and a batch has 12 MB
+        2. where the group's coordinator is, is asked behind all that: the call that sends the offsets comes back a minute after its time-out
+        3. the process ends, or its transaction is ended by the broker; the next one makes the same batch, for ever
+        """
+        size = batch.bytes()
+        if size > _LARGE_BYTES and (left := self._again(lambda: self._producer.flush(_SENT_S), _SENT_S)):
+            late = KafkaError(KafkaError._MSG_TIMED_OUT, f"the broker has not taken {left} records of a transaction of {size:,} bytes within {_SENT_S} s")
+            failures.insert(0, (self.member.group, late))
+            raise KafkaException(late)
 
     def _abort(self, error: KafkaError, failures: list[tuple[str, KafkaError]], written: set[str]) -> None:
         """Nothing of the batch, which wrote to these topics, has happened.  Raises Rejected for what the broker will never take, Aborted, or what ends the process."""

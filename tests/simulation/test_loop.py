@@ -17,6 +17,7 @@ from kwflow.runners.kafka_transaction import Batch
 from kwflow.testing.kafka import Host, Refused
 from kwflow.testing.kafka.broker import Made
 from kwflow.testing.kafka.log import Entry, Partition, Place, Transaction
+from kwflow.testing.kafka.producer import SimulatedProducer
 from kwflow.testing.kafka.time import START_MS
 from tests.simulation.test_found import Lab, turn
 
@@ -136,6 +137,24 @@ def test_trouble_of_the_broker_parks_nothing_and_ends_the_process_if_it_lasts(la
     start(lab, "twice", "last")
     with pytest.raises(TransportError, match="10 transactions in a row were aborted: found-out: "):
         turn(engine, lambda: engine.owned[0].position == 3)
+
+
+def test_a_batch_that_a_slow_line_does_not_take_in_time_is_made_again_in_parts(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K4, K15: it was made as large as before for ever."""
+    flush, sent = SimulatedProducer.flush, []
+
+    def slow(producer: SimulatedProducer, timeout: float = -1) -> int:
+        size = sum(len(made[2] or b"") for _, made, _ in producer._queue)
+        sent.append(size)
+        return len(producer) if size > 700_000 else flush(producer, timeout)
+
+    monkeypatch.setattr(SimulatedProducer, "flush", slow)
+    for number in range(12):
+        start(lab, "twice", f"w{number}")
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 12)
+    assert len(lab.written("found-out")) == 24
+    assert 1 <= sum("within 10 s" in line for line in lab.said) <= 6 and max(sent) > 2_000_000, lab.said
 
 
 def test_a_dead_letter_that_is_refused_too_ends_the_engine_for_good(lab: Lab) -> None:
