@@ -1,11 +1,12 @@
 """What librdkafka says of its connections: why there is no broker, told by us once a minute instead of by it twenty times a second.
 
-Its own log goes past ours, into the middle of JSON lines too, and is off (`log_level` in topics.client_config; `[kafka]` may
-turn it on).  The same texts come to a client's `error_cb`, inside whatever call serves that client.
+Its own log goes past ours, into the middle of JSON lines too, and is off (`log_level` in topics.client_config, and NO_LOG for
+fatal errors, which have no lower level; `[kafka]` may turn it on).  The same texts come to a client's `error_cb`, inside whatever call serves that client.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from confluent_kafka import KafkaError
 
 from kwflow.runners.logs import Line
 
-__all__ = ["BrokerErrors"]
+__all__ = ["NO_LOG", "BrokerErrors"]
 
+NO_LOG = logging.Logger("librdkafka")
+NO_LOG.disabled = True
 _EVERY_S = 60.0
 _VARYING = re.compile(r"^(Group|Txn)Coordinator: |/(bootstrap|\d+)(?=:)| \(after \d+ms in state \w+(, \d+ identical error\(s\) suppressed)?\)")
 _AWAY = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT)

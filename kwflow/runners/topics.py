@@ -14,6 +14,7 @@ from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource, Con
 from kwflow.config import Config
 from kwflow.core.wire import UNREADABLE, Record
 from kwflow.errors import TransportError
+from kwflow.runners.broker_errors import NO_LOG
 from kwflow.runners.environment import LIVE, Environment
 
 __all__ = [
@@ -52,7 +53,8 @@ _COMPACT = {"cleanup.policy": "compact", "delete.retention.ms": str(7 * _DAY_MS)
 
 def client_config(config: Config, **settings: Any) -> dict[str, Any]:
     """Settings for one client; `[kafka]` of the config (security and all) goes to librdkafka as it is.  What the client would log itself: broker_errors.py."""
-    return {"bootstrap.servers": config.bootstrap_servers, "log_level": 0, **{key.replace("_", "."): value for key, value in settings.items()}, **config.kafka}
+    quiet = {} if "log_level" in config.kafka else {"log_level": 0, "logger": NO_LOG}
+    return {"bootstrap.servers": config.bootstrap_servers, **quiet, **{key.replace("_", "."): value for key, value in settings.items()}, **config.kafka}
 
 
 def transient(error: KafkaError) -> bool:

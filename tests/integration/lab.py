@@ -43,7 +43,7 @@ class Lab:
         self.directory = directory
         self.clock = Handle()
         self.base: dict[str, Any] = {
-            "application_id": application, "bootstrap_servers": broker, "kafka": {"session.timeout.ms": 1000, "max.poll.interval.ms": 1000, "heartbeat.interval.ms": 200, "log_level": 0},
+            "application_id": application, "bootstrap_servers": broker, "kafka": {"session.timeout.ms": 1000, "max.poll.interval.ms": 1000, "heartbeat.interval.ms": 200},
             **{f"{name}_topic": f"{application}-{name}" for name in ("resume", "result", "error", "scheduler")},
         }  # fmt: skip
         self.module = durable.load_source("trap_workflows", SOURCE, "trap_workflows.py")

@@ -81,6 +81,21 @@ def test_a_zombie_with_the_same_identity_is_refused(lab: Lab) -> None:
         first._process()
 
 
+def test_one_whose_state_directory_was_copied_is_told_whose_identity_it_has_in_no_line_of_the_clients_own(lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
+    """K1; section "Watching" of OPERATIONS: librdkafka logs what is fatal at its lowest level, which no log_level turns off."""
+    first = lab.engine("one")
+    turn(first, lambda: first.owned)
+    known = first.directory / "instance-id"
+    copy = lab.directory / "two" / known.relative_to(lab.directory / "one")
+    copy.parent.mkdir(parents=True)
+    copy.write_text(known.read_text())
+    second = lab.engine("two")
+    turn(second, lambda: second.owned)
+    with pytest.raises(FencedError, match=f"identity, {known.read_text()}-0: {known} was copied: delete it in the copy"):
+        turn(first, lambda: False)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_first_start_on_an_empty_changelog_applies_what_was_waiting(lab: Lab) -> None:
     """K5: trap 5; the position of a reader stays -1001 on an empty log."""
     id = lab.base["application_id"]
