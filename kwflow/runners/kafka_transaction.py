@@ -35,6 +35,7 @@ _REJECTED = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
 }
 _PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}  # never sent, or sent and forgotten: by our own abort
+_FENCED = f"; its transaction was open for more than {TRANSACTION_S} s, or another engine has ended it"
 _LATE_S = 5.0
 _SENT_S = 10  # a large batch that is not sent by then is made again in parts, while its transaction can still be aborted
 _LARGE_BYTES = 100_000  # smaller ones are sent with the commit: a round trip less
@@ -163,7 +164,7 @@ class Transactions:
         rejected = next((f"{topic}: {failure.str()}" for topic, failure in places if failure.code() in _REJECTED), None)
         lost = [f"{topic}: {failure.str()}" for topic, failure in failures if failure.code() not in _PURGED]
         if error.fatal() and rejected is None:
-            raise FencedError(f"{self.member.group}: {error.str()}")
+            raise FencedError(f"{self.member.group}: {error.str()}{_FENCED}")
         if rejected is not None or lost:
             self._producer = self._new_producer()  # its sequence numbers are lost: the next good transaction would fail
         if rejected is not None:
@@ -183,5 +184,9 @@ class Transactions:
 
         try:
             return again(self.member.environment, timed)
+        except FencedError as error:
+            raise FencedError(f"{self.member.group}: {error}{_FENCED}") from None
+        except TransportError as error:
+            raise TransportError(f"{self.member.group}: the coordinator of transactions or of the group, at {self.member.config.bootstrap_servers}: {error}") from None
         finally:
             self.stats.back_by_s = 0.0
