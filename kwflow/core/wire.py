@@ -6,6 +6,7 @@ bytes of a record lives here; it must not know instances or tasks.
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import enum
 import functools
@@ -315,6 +316,9 @@ def _refused(value: object) -> NoReturn:
     raise TypeError(f"an object of class {type(value).__qualname__} has no JSON form; give its values, those of a pydantic model are .model_dump(mode='json')")
 
 
+_DICTS = (dict, getattr(builtins, "frozendict", dict))  # 3.15
+
+
 def _check_json(value: object, depth: int) -> None:
     if depth > 500:
         raise ValueError("too deeply nested (or cyclic) for JSON")
@@ -325,7 +329,7 @@ def _check_json(value: object, depth: int) -> None:
         raise TypeError("bytes have no JSON form; decode them first")
     elif isinstance(value, str):
         value.encode("utf-8")
-    elif isinstance(value, dict):
+    elif isinstance(value, _DICTS):
         for key, item in value.items():
             _check_json(key, depth + 1)
             _check_json(item, depth + 1)

@@ -109,6 +109,13 @@ def not_awaitable(value: Any) -> TypeError:
     return TypeError(f"object {name} can't be used in 'await' expression" if sys.version_info < (3, 14) else f"'{name}' object can't be awaited")
 
 
+def no_iterator(value: Any, got: Any) -> TypeError:
+    """The same of what `__await__` returned."""
+    if sys.version_info < (3, 15):
+        return TypeError(f"__await__() returned non-iterator of type '{type(got).__name__}'")
+    return TypeError(f"{_full_name(type(value))}.__await__() must return an iterator, not {_full_name(type(got))}")
+
+
 def no_manager(cls: type[Any], methods: tuple[str, str], others: tuple[str, str]) -> TypeError:
     """What `with` or `async with` raises without these methods, as this Python says it; `others` are those of the other statement."""
     enters, leaves = (hasattr(cls, method) for method in methods)
@@ -116,11 +123,14 @@ def no_manager(cls: type[Any], methods: tuple[str, str], others: tuple[str, str]
     lacks = f"object does not support the {kind} protocol"
     if sys.version_info < (3, 14):
         return TypeError(f"'{cls.__name__}' {lacks} (missed {methods[1]} method)" if enters else f"'{cls.__name__}' {lacks}")
-    name = cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
-    text = f"'{name}' {lacks} (missed {methods[0] if leaves else methods[1]} method)"
+    text = f"'{_full_name(cls)}' {lacks} (missed {methods[0] if leaves else methods[1]} method)"
     if all(hasattr(cls, method) for method in others):
         text += f" but it supports the {'asynchronous ' * (statement != 'with')}context manager protocol. Did you mean to use '{statement}'?"
     return TypeError(text)
+
+
+def _full_name(cls: type[Any]) -> str:
+    return cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def iterator_of(value: Any) -> Any:
@@ -139,7 +149,7 @@ def iterator_of(value: Any) -> Any:
         raise not_awaitable(value)
     iterator = method(value)
     if not hasattr(type(iterator), "__next__"):
-        raise TypeError(f"__await__() returned non-iterator of type '{type(iterator).__name__}'")
+        raise no_iterator(value, iterator)
     return iterator
 
 

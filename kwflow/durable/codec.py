@@ -411,6 +411,8 @@ class _Unpickler(pickle.Unpickler):
         try:
             found: Any = names.find(sys.modules[module], name)
         except (KeyError, AttributeError):
+            if module == "builtins":
+                raise SnapshotError(f"a snapshot names {name}, which Python {rebuild.MINOR} does not have; a newer Python saved it, and can go on with it") from None
             raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is gone") from None
         if not names.allowed(module, name, found) and not names.is_nameable(found):
             raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is not allowed")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kwflow.durable import registry
+from kwflow.durable import names, registry
 from kwflow.durable.frames import snap
 from kwflow.durable.reducers import Refused
 from kwflow.errors import NotDurableError, SnapshotError, UnsavableError
@@ -122,7 +122,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
             yield "", value.cell_contents
         except ValueError:
             return
-    elif isinstance(value, (dict, types.MappingProxyType)):
+    elif isinstance(value, (*names.DICTS, types.MappingProxyType)):
         for key, held in value.items():
             shown = _shown(key)
             yield f"[{shown}]", held

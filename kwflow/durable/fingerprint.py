@@ -14,7 +14,7 @@ from typing import Any
 
 __all__ = ["canonical_hash", "class_hashes", "imports_of", "source_version", "unit_hash", "without_docstring"]
 
-_POSITIONLESS = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
+_POSITIONLESS = frozenset({"ctx", "is_lazy", "kind", "type_comment", "type_ignores"})  # in functions no import is lazy (3.15)
 _SKIPPED = _POSITIONLESS | {"returns", "annotation", "type_params"}
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -14,6 +14,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
+import operator
 import os
 import sys
 import types
@@ -23,14 +24,14 @@ from importlib.machinery import ModuleSpec
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
-from kwflow.durable import cache, iters, registry, runtime
+from kwflow.durable import cache, iters, names, registry, runtime
 from kwflow.durable.lower import lower_module
 from kwflow.errors import CodeChangedError, NotDurableWarning, UnsupportedError, UsageError
 
 __all__ = ["current", "durable", "execute", "exists", "find_source", "install", "load_source", "native", "rewrite_first", "uninstall", "unloaded"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_CONTAINERS = (list, dict, set, tuple, frozenset, bytearray)
+_CONTAINERS = (*names.DICTS, list, set, tuple, frozenset, bytearray)
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.GeneratorType)
 _NAMED_TYPES = ("NewType", "ParamSpec", "TypeAliasType", "TypeVarTuple")  # what else typing makes is a value
 
@@ -138,12 +139,28 @@ def execute(module: types.ModuleType, lowered: registry.Module, bound: Mapping[s
     """Run its code; `bound` are the classes that stand for those of a stored version."""
     runtime.inject(module.__dict__, lowered, bound)
     exec(lowered.code, module.__dict__)
+    _import_now(module, lowered.source)
     if sys.version_info >= (3, 14):
         module.__dict__.update(iters.twins(module.__dict__))
     named = {name: value for name, value in module.__dict__.items() if name[:2] != "__" and name[0] != "@" and not isinstance(value, (*_CONTAINERS, *_ATOMS))}
     single = {name: value for name, value in named.items() if type(value).__module__ != "typing" or type(value).__name__ in _NAMED_TYPES}
     own = [(name, cls) for name, cls in module.__dict__.items() if isinstance(cls, type) and cls.__module__ == module.__name__]
     registry.add_sentinels(lowered, single | {f"{name}.{attribute}": value for name, cls in own for attribute, value in vars(cls).items() if type(value) is object})
+
+
+def _import_now(module: types.ModuleType, source: str) -> None:
+    """Lazy imports (PEP 810): what cannot be imported fails now, not months later in a step; what needs a module that is not finished stays lazy."""
+    lazy = [name for name, value in module.__dict__.items() if isinstance(value, names.LAZY)]
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Import)] if lazy else []
+    submodules = [alias.name for node in nodes for alias in node.names if "." in alias.name]  # of `import a.b` the `b` is lazy, too
+    for path in [*lazy, *submodules]:
+        try:
+            operator.attrgetter(path)(module)
+        except AttributeError:  # taken away, or another object by now
+            continue
+        except ImportError as error:
+            if not getattr(getattr(sys.modules.get(error.name or ""), "__spec__", None), "_initializing", False):
+                raise
 
 
 def current(name: str) -> registry.Module | None:

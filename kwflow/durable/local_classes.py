@@ -33,6 +33,7 @@ def reduce_class(cls: type[Any]) -> Any:
     dataclass = {name: getattr(params, name) for name in _PARAMS if hasattr(params, name)} if params is not None else None
     if dataclass and "__slots__" in cls.__dict__:
         raise Refused(f"the dataclass {cls.__qualname__} with slots is defined inside a function; define it at module level")
+    cls.__doc__  # 3.15 writes that of a dataclass when it is first asked for
     members = {name: _member(cls, name, value) for name, value in cls.__dict__.items() if not _made_again(name, value, dataclass)}
     if annotations := _annotations(cls):
         members["__annotations__"] = annotations

@@ -7,6 +7,7 @@ one of them imported (`flow` + `os.system`), nor to a class or function that cou
 
 from __future__ import annotations
 
+import builtins
 import sys
 import types
 from typing import Any
@@ -14,10 +15,15 @@ from typing import Any
 from kwflow.durable import registry
 from kwflow.durable.fingerprint import imports_of
 
-__all__ = ["ITERTOOLS", "allow_classes_by_value", "allow_modules", "allowed", "classes_by_value", "defined_in", "find", "importable", "is_allowed_module", "is_module_value", "is_nameable"]
+__all__ = [
+    "DICTS", "ITERTOOLS", "LAZY", "allow_classes_by_value", "allow_modules", "allowed", "classes_by_value", "defined_in",
+    "find", "importable", "is_allowed_module", "is_module_value", "is_nameable",
+]  # fmt: skip
 
+DICTS: tuple[type[dict[Any, Any]], type[dict[Any, Any]]] = (dict, getattr(builtins, "frozendict", dict))  # frozendict: 3.15, PEP 814
+LAZY: Any = getattr(types, "LazyImportType", ())  # 3.15, PEP 810; of an older Python nothing is an instance
 _BUILTINS = frozenset(
-    "object type int float complex str bytes bytearray bool list tuple dict set frozenset range slice memoryview enumerate zip map filter reversed "
+    "object type int float complex str bytes bytearray bool list tuple dict frozendict set frozenset range slice memoryview enumerate zip map filter reversed "
     "iter NotImplemented Ellipsis property staticmethod classmethod super len min max sum abs sorted repr str print all any isinstance issubclass callable round hash id next "
     "ord chr divmod pow bin hex oct ascii format".split()
 )

@@ -296,8 +296,8 @@ def bound(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-def view(source: dict[Any, Any], kind: str) -> Any:
-    owner = collections.OrderedDict if isinstance(source, collections.OrderedDict) else dict
+def view(source: Any, kind: str) -> Any:
+    owner: Any = next(cls for cls in (collections.OrderedDict, *names.DICTS) if isinstance(source, cls))
     return {"keys": owner.keys, "values": owner.values, "items": owner.items}[kind](source)
 
 

@@ -125,7 +125,7 @@ def _itertool(value: Any) -> Any:
     """As its twin in iters.py, which takes the same arguments and state."""
     if sys.version_info >= (3, 14):
         name = type(value).__name__.lstrip("_")
-        raise Refused(f"itertools.{name} cannot be looked into on Python 3.14; use kwflow.durable.iters.{name}, which is what `import itertools` at a durable module's top means there")
+        raise Refused(f"itertools.{name} cannot be looked into since Python 3.14; use kwflow.durable.iters.{name}, which is what `import itertools` at a durable module's top means there")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         made = value.__reduce__()
@@ -173,7 +173,7 @@ def _rest(value: Any) -> list[Any] | str:
 def _dict_iterator(value: Any) -> Any:
     """By its dict and position, so that it sees later values and notices later insertions, as it would have."""
     way = _WAYS[type(value).__name__]
-    source = _source(value, dict)
+    source = _source(value, names.DICTS)
     if source is None:
         return iter, ((),)
     rest = _rest(value)

@@ -50,7 +50,7 @@ class EnteringInto(_Chained):
     def ended(self, value: Any, error: BaseException | None) -> BaseException | None:
         if error is not None:
             return error
-        self.stack._push_async_cm_exit(self.manager, type(self.manager).__aexit__)
+        self.stack._push_exit_callback(types.MethodType(type(self.manager).__aexit__, self.manager), False)
         return StopIteration(value)
 
 

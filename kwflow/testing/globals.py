@@ -6,12 +6,13 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from kwflow.durable import registry
+from kwflow.durable import names, registry
 
 __all__ = ["GlobalsCheck"]
 
 _DEPTH_MAX = 5
-_CONTAINERS = (list, tuple, dict, set, frozenset)
+_LAZY = object()  # stands for what is imported once it is used (PEP 810)
+_CONTAINERS = (list, tuple, set, frozenset)
 
 
 class GlobalsCheck:
@@ -34,7 +35,7 @@ class GlobalsCheck:
         if error is None and self.active:
             after = self._globals()
             pairs = [(module, before, after.get(module, before)) for module, before in self._before.items()]  # what the step imported is no change
-            changed = sorted(f"{module}.{name}" for module, before, now in pairs for name in before.keys() | now.keys() if [before.get(name)] != [now.get(name)])  # in lists: NaN is itself
+            changed = sorted(f"{module}.{name}" for module, before, now in pairs for name in before.keys() | now.keys() if _differs(before.get(name), now.get(name)))
             assert not changed, f"a step changed {', '.join(changed)}: globals are neither saved nor rolled back; keep state in variables of the workflow"
 
     def _globals(self) -> dict[str, dict[str, Any]]:
@@ -43,13 +44,19 @@ class GlobalsCheck:
         return {module.name: {name: _form(value, 0) for name, value in module.namespace.items() if not _is_apart(module.name, name, value)} for module in modules}
 
 
+def _differs(before: Any, now: Any) -> bool:
+    return before is not _LAZY and [before] != [now]  # in lists: NaN is itself
+
+
 def _is_apart(module: str, name: str, value: Any) -> bool:
     """What Python or kwflow binds: `import` binds a module in its package."""
     return name[0] == "@" or name.startswith("__") or (isinstance(value, types.ModuleType) and registry.logical_name(value.__name__) == f"{module}.{name}")
 
 
 def _form(value: Any, depth: int) -> Any:
-    if depth < _DEPTH_MAX and isinstance(value, dict):
+    if isinstance(value, names.LAZY):
+        return _LAZY
+    if depth < _DEPTH_MAX and isinstance(value, names.DICTS):
         return id(value), [(_form(key, depth + 1), _form(item, depth + 1)) for key, item in value.items()]
     if depth < _DEPTH_MAX and isinstance(value, _CONTAINERS):
         return id(value), [_form(item, depth + 1) for item in value]

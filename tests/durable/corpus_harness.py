@@ -19,6 +19,8 @@ THROW_POINTS_MAX = 10  # throws at later yields repeat what loops already showed
 KEPT: list[Any] = []  # every generator ever driven: a collected one could run its finally inside another script's log
 
 NATIVE_NAME = re.compile(r"\bcoroutine\b")  # what messages of the interpreter call the native twin of an async function
+MODULE = re.compile("corpus_(native|lowered)_")
+ITERATED = re.compile(r"\w+(?=\\*' object has no attribute \\*'send)")  # 3.15 makes no iterator of a list in `yield from`, and names the list
 
 Op = tuple[str, Any]
 Trip = Callable[[Any], Any]
@@ -53,9 +55,11 @@ def module_names() -> list[str]:
 
 
 def on_every_minor(text: str) -> str:
-    """What a generator met before it was saved was said by the Python it ran on then: 3.14 has other words for some."""
-    text = re.sub("corpus_(native|lowered)_", "", text)
+    """What a generator met before it was saved was said by the Python it ran on then: 3.14 and 3.15 have other words for some."""
+    text = MODULE.sub("", text)
     text = re.sub(r"object (\w+) can\\*'t be used in \\*'await\\*' expression|\\*'(\w+)\\*' object can\\*'t be awaited", r"await \1\2", text)
+    text, quoted = re.subn(r"__await__\(\) returned non-iterator of type \\*'(\w+)\\*'|\w+\.\w+\.__await__\(\) must return an iterator, not (\w+)", r"__await__() gave \1\2", text)
+    text = re.sub(r"[\\'\"]", "", text) if quoted else text
     return re.sub(r"(context manager protocol) \(missed __\w+__ method\)", r"\1", text)
 
 
@@ -150,7 +154,8 @@ def describe_error(error: BaseException | None, depth: int = 6) -> Any:
     if error is None or depth == 0:
         return None
     chains = (describe_error(error.__cause__, depth - 1), describe_error(error.__context__, depth - 1))
-    return (type(error).__name__, NATIVE_NAME.sub("generator", repr(error.args)), *chains, error.__suppress_context__)
+    text = MODULE.sub("", ITERATED.sub("iterator", NATIVE_NAME.sub("generator", repr(error.args))))
+    return (type(error).__name__, text, *chains, error.__suppress_context__)
 
 
 def apply(generator: Any, op: Op) -> tuple[Any, ...]:
@@ -162,7 +167,7 @@ def apply(generator: Any, op: Op) -> tuple[Any, ...]:
             return ("yield", repr(generator.throw(argument())))
         return ("closed", repr(generator.close()))
     except StopIteration as stop:
-        return ("return", repr(stop.value))
+        return ("return", MODULE.sub("", repr(stop.value)))
     except BaseException as error:  # the outcome under test, SystemExit and KeyboardInterrupt included
         return ("raise", describe_error(error))
 

@@ -12,7 +12,7 @@ import pytest
 from tests.nightly import minor
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3700)]
-SUPPORTED = ("3.11", "3.12", "3.13", "3.14")
+SUPPORTED = ("3.11", "3.12", "3.13", "3.14", "3.15")
 
 
 def interpreter(version: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from kwflow.durable.fingerprint import without_docstring
 from kwflow.durable.lower.emit import assign, call, constant, helper, is_bound, load, located, store
-from kwflow.durable.lower.inner import as_def, forwarded, no_arguments, template
+from kwflow.durable.lower.inner import as_def, forwarded, no_arguments, spread, template
 from kwflow.durable.lower.scopes import Comprehension, Scope, every_argument, has_yield, mangle, node_fields
 from kwflow.durable.lower.statements import Statements
 from kwflow.durable.registry import Label
@@ -288,7 +288,8 @@ class Rewriter:
             return ast.copy_location(call("async_generator", self._made(node, scope)), node)
         inner = Rewriter(self.module, scope, self.mangled)
         clauses: list[ast.comprehension] = []
-        for name, clause in zip(self.module.live(node, scope, self.mangled), node.generators, strict=True):
+        flat = spread(node)
+        for name, clause in zip(self.module.live(node, scope, self.mangled), flat.generators, strict=True):
             source = (inner if clauses else self).visit(clause.iter)
             started = ast.copy_location(call("iter", source), clause.iter)
             target, ifs = inner.visit(clause.target), inner.visit(clause.ifs)
@@ -300,7 +301,7 @@ class Rewriter:
                 clauses.append(_binding("@c", cells_of(scope), ifs))
             else:
                 clauses.append(ast.comprehension(target, started, ifs, 0))
-        rebuilt = ast.copy_location(ast.GeneratorExp(inner.visit(node.elt), clauses), node)
+        rebuilt = ast.copy_location(ast.GeneratorExp(inner.visit(flat.elt), clauses), node)
         return self._named(call("generator", constant(scope.path), rebuilt), node, scope)
 
     def _named(self, made: ast.expr, node: ast.expr, scope: Scope) -> ast.expr:
@@ -443,9 +444,15 @@ def _shadows(scope: Scope, captured: set[str]) -> bool:
 
 def _function(node: ast.ListComp | ast.SetComp | ast.DictComp) -> ast.expr:
     """A comprehension as what no version inlines."""
-    item = ast.Tuple([node.key, node.value], ast.Load()) if isinstance(node, ast.DictComp) else node.elt
+    item = node.elt if not isinstance(node, ast.DictComp) else ast.Tuple([node.key, node.value], ast.Load()) if node.value is not None else _pairs(node.key)
     way = {ast.ListComp: "list", ast.SetComp: "set", ast.DictComp: "dict"}[type(node)]
     return ast.copy_location(call(way, ast.copy_location(ast.GeneratorExp(item, node.generators), node)), node)
+
+
+def _pairs(mapping: ast.expr) -> ast.expr:
+    """`*{**mapping}.items()`."""
+    items = ast.Attribute(ast.Dict([None], [mapping]), "items", ast.Load())
+    return ast.copy_location(ast.Starred(ast.Call(items, [], []), ast.Load()), mapping)
 
 
 def _binding(name: str, value: ast.expr, ifs: Any = ()) -> ast.comprehension:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import ast
 
 from kwflow.durable.lower.emit import assign, call, constant, load
-from kwflow.durable.lower.scopes import ITERATOR, RESULT, Comprehension, Scope, mangle
+from kwflow.durable.lower.scopes import ITERATOR, RESULT, Comprehension, Scope, elements, mangle
 
-__all__ = ["as_def", "forwarded", "no_arguments", "template"]
+__all__ = ["as_def", "forwarded", "no_arguments", "spread", "template"]
 
-_RESULTS: dict[type, tuple[ast.expr, str]] = {
-    ast.ListComp: (ast.List([], ast.Load()), "append"),
-    ast.SetComp: (call("set"), "add"),
-    ast.DictComp: (ast.Dict([], []), "setitem"),
+_RESULTS: dict[type, tuple[ast.expr, str, str]] = {  # empty, what adds an item, what adds all of a display
+    ast.ListComp: (ast.List([], ast.Load()), "append", "extend"),
+    ast.SetComp: (call("set"), "add", "update"),
+    ast.DictComp: (ast.Dict([], []), "setitem", "merge"),
 }
+_EACH = "@each"
 
 
 def no_arguments() -> ast.arguments:
@@ -42,14 +43,38 @@ def as_def(node: ast.AST) -> ast.FunctionDef:
         raise TypeError(type(node).__name__)
     iterator = ast.arguments([], [ast.arg(ITERATOR)], None, [], [], None, [])
     if isinstance(node, ast.GeneratorExp):
+        node = spread(node)
         produced = ast.copy_location(ast.Expr(ast.copy_location(ast.Yield(node.elt), node.elt)), node.elt)
         return _def(node, "<genexpr>", iterator, [_loops(node, produced)])
-    empty, adding = _RESULTS[type(node)]
-    parts = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
-    added = ast.copy_location(ast.Expr(call(adding, load(RESULT), *parts)), parts[0])
+    empty, adding, adding_all = _RESULTS[type(node)]
+    parts = elements(node)
+    display = _display(node)
+    added = ast.copy_location(ast.Expr(call(adding, load(RESULT), *parts) if display is None else call(adding_all, load(RESULT), display)), parts[0])
     begin = ast.copy_location(assign(RESULT, empty), node)
     end = ast.copy_location(ast.Return(load(RESULT)), node)
     return _def(node, f"<{type(node).__name__.lower()}>", iterator, [begin, _loops(node, added), end])
+
+
+def spread(node: ast.GeneratorExp) -> ast.GeneratorExp:
+    """`(*e for ...)` as the loop that it is (PEP 798)."""
+    if not isinstance(node.elt, ast.Starred):
+        return node
+    each, name = (ast.copy_location(ast.Name(_EACH, context), node.elt) for context in (ast.Store(), ast.Load()))
+    return ast.copy_location(ast.GeneratorExp(name, [*node.generators, ast.comprehension(each, node.elt.value, [], 0)]), node)
+
+
+def _display(node: ast.ListComp | ast.SetComp | ast.DictComp) -> ast.expr | None:
+    """What `[*e for ...]`, `{*e for ...}` or `{**e for ...}` adds each time, as a display: it says as natively what e must be."""
+    made: ast.expr
+    if isinstance(node, ast.DictComp):
+        if node.value is not None:
+            return None
+        made = ast.Dict([None], [node.key])
+    elif isinstance(node.elt, ast.Starred):
+        made = ast.List([node.elt], ast.Load()) if isinstance(node, ast.ListComp) else ast.Set([node.elt])
+    else:
+        return None
+    return ast.copy_location(made, node)
 
 
 def _def(node: ast.AST, name: str, arguments: ast.arguments, body: list[ast.stmt]) -> ast.FunctionDef:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ITERATOR", "RESULT", "Comprehension", "Scope", "analyze", "child_nodes", "every_argument", "has_yield", "mangle", "node_fields"]
+__all__ = ["ITERATOR", "RESULT", "Comprehension", "Scope", "analyze", "child_nodes", "elements", "every_argument", "has_yield", "mangle", "node_fields"]
 
 Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 ITERATOR = ".iterator"  # the argument of a comprehension that is a function: its first iterable, evaluated outside
@@ -88,7 +88,7 @@ def has_yield(node: ast.AST | None) -> bool:
     return bool(known)
 
 
-_NO_NODES = frozenset({"arg", "attr", "conversion", "ctx", "id", "kind", "level", "module", "name", "op", "ops", "rest", "type_comment"})  # or operators, which hold nothing
+_NO_NODES = frozenset({"arg", "attr", "conversion", "ctx", "id", "is_lazy", "kind", "level", "module", "name", "op", "ops", "rest", "type_comment"})  # or operators, which hold nothing
 _fields: dict[type, tuple[str, ...]] = {ast.Constant: ()}
 if sys.version_info >= (3, 12):
     _fields[ast.TypeAlias] = ast.TypeAlias._fields  # its name is a node
@@ -131,9 +131,16 @@ def own_parts(node: ast.AST) -> Iterator[ast.AST]:
         yield from child_nodes(node)
 
 
+def elements(node: Comprehension) -> list[ast.expr]:
+    """What it makes one item of: `{**m for ...}` has one part that is a mapping (PEP 798, 3.15)."""
+    if not isinstance(node, ast.DictComp):
+        return [node.elt]
+    return [node.key] if node.value is None else [node.key, node.value]
+
+
 def _inner_parts(node: Comprehension) -> Iterator[ast.AST]:
     """What a comprehension evaluates in its own scope: everything but its first iterable."""
-    yield from [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
+    yield from elements(node)
     for number, generator in enumerate(node.generators):
         yield from [generator.iter, *generator.ifs] if number else generator.ifs
 
@@ -336,18 +343,15 @@ class _Builder:
             self.visit(statement, child)
 
     def visit_GeneratorExp(self, node: ast.GeneratorExp, scope: Scope) -> None:
-        self._comprehension(node, scope, "function", [node.elt])
+        self._comprehension(node, scope, "function")
         self.scopes[node].produces = self.scopes[node].coroutine
 
-    def visit_ListComp(self, node: ast.ListComp | ast.SetComp, scope: Scope) -> None:
-        self._comprehension(node, scope, "function" if asynchronous(node) else "comprehension", [node.elt])
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.DictComp, scope: Scope) -> None:
+        self._comprehension(node, scope, "function" if asynchronous(node) else "comprehension")
 
-    visit_SetComp = visit_ListComp
+    visit_SetComp = visit_DictComp = visit_ListComp
 
-    def visit_DictComp(self, node: ast.DictComp, scope: Scope) -> None:
-        self._comprehension(node, scope, "function" if asynchronous(node) else "comprehension", [node.key, node.value])
-
-    def _comprehension(self, node: Comprehension, scope: Scope, kind: str, elements: list[ast.expr]) -> None:
+    def _comprehension(self, node: Comprehension, scope: Scope, kind: str) -> None:
         self.visit(node.generators[0].iter, scope)
         child = self._child(kind, node, scope, _NAMES[type(node)] if kind == "function" else "<comprehension>")
         child.generator = kind == "function"
@@ -360,7 +364,7 @@ class _Builder:
             self.visit(generator.target, child)
             for condition in generator.ifs:
                 self.visit(condition, child)
-        for element in elements:
+        for element in elements(node):
             self.visit(element, child)
 
 

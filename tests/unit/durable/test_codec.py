@@ -287,6 +287,14 @@ def test_a_snapshot_resumes_in_another_process_with_another_hash_seed(code: Any,
     assert done.stdout.strip() == str(next(gen)), done.stderr
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 15), reason="Python 3.15 has frozendict")
+def test_what_only_a_newer_python_has_is_refused_by_name(code: Any) -> None:
+    """G7."""
+    newer = durable.dumps(memoryview).replace(b"memoryview", b"frozendict")
+    with pytest.raises(SnapshotError, match=r"names frozendict, which Python 3\.\d+ does not have; a newer Python saved it"):
+        durable.loads(newer)
+
+
 # LONG_BINPUT (r) reserves memory for any index it names; in a snapshot the checksum stands before it
 _BYTES = [byte for byte in range(256) if byte != ord("r")]
 
