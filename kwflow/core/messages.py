@@ -241,7 +241,7 @@ def reject(calls: Calls, update: object, reason: str) -> None:
     """Answer an update as its validator could have done, had it known."""
     if not isinstance(reason, str):
         raise UsageError(f"kw.reject takes a reason, not {reason!r}; kw.reply gives a value")
-    _settle_update(calls, "kw.reject", update, "rejected", reason[:1000], None)
+    _settle_update(calls, "kw.reject", update, "rejected", reason[:1000].encode("utf-8", "replace").decode(), None)  # it is often the text of some error
 
 
 def _settle_update(calls: Calls, said: str, update: object, status: str, message: str, value: object) -> None:

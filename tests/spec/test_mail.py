@@ -434,12 +434,12 @@ def test_values_that_were_answered_are_kept_for_the_last_16_ids() -> None:
 
 
 def test_a_workflow_may_reject_an_update_that_it_has_taken() -> None:
-    """M3: what only an activity finds out, no validator can say."""
-    w = run("def main(o):\n    u = yield kw.on_update('u')\n    yield kw.suspend('r')\n    kw.reject(u, f'{u.value} is sold out')\n    yield kw.suspend('end')")
+    """M3: what only an activity finds out, no validator can say.  A reason that is no UTF-8 ended the engine, outside of any step."""
+    w = run("def main(o):\n    u = yield kw.on_update('u')\n    yield kw.suspend('r')\n    kw.reject(u, f'{u.value} is sold out\\ud800')\n    yield kw.suspend('end')")
     request = f"request-{len(w.outputs)}"
     assert update(w, 1, name="u", kwflow_id="x") is None
     w.resume("w", "r")
-    rejected = {"status": "rejected", "message": "1 is sold out", "value": None}
+    rejected = {"status": "rejected", "message": "1 is sold out?", "value": None}
     assert [w.reply(request), update(w, 1, name="u", kwflow_id="x")] == [rejected] * 2
     assert "updates" not in w.header("w")
 
