@@ -18,7 +18,7 @@ from kwflow.core.contract import Context, Transition
 from kwflow.core.dispatch import Callee, Dispatch
 from kwflow.core.instance import Host, Instance, Machine
 from kwflow.core.mailbox import Inbox
-from kwflow.core.tasks import OK, ActivityWait, All, Awaitable, Combinator, Race, Shield, Suspension, Task, Timeout, Timer
+from kwflow.core.tasks import OK, ActivityWait, All, Awaitable, Combinator, Race, Shield, Some, Suspension, Task, Timeout, Timer
 from kwflow.core.wire import DELAY_MS_MAX, Output, Record, Reply
 from kwflow.durable.awaiting import Advance, AsyncGenerator, asyncio_refusal
 from kwflow.errors import NotDurableError, UsageError
@@ -157,7 +157,7 @@ class Calls:
     def timer_key(self, timer: Timer) -> bytes:
         return timer_key(self.instance.id, timer.ref)
 
-    def children(self, items: Iterable[Any] | Mapping[Any, Any], cancel_rest: bool) -> tuple[list[Awaitable], list[Any] | None, bool | list[int]]:
+    def children(self, items: Iterable[Any] | Mapping[Any, Any], cancel_rest: bool) -> tuple[list[Awaitable], list[Any] | None, bool | Some]:
         """Check all, then start each unstarted generator in input order; plain values count as settled.  Also the keys, and what is cancelled in the end."""
         if isinstance(items, Awaitable) or isinstance(items, types.GeneratorType) and items.gi_code.co_name != "<genexpr>":
             raise UsageError("kw.all and kw.race take a list of waits, not one wait; did you mean [...] around it?")
@@ -166,12 +166,12 @@ class Calls:
             raise UsageError(f"kw.all and kw.race take a list or mapping of waits, not {items!r}")
         keys = list(items) if isinstance(items, Mapping) else None
         values: list[object] = []
-        made_here = []  # waits that author code never holds
+        made_here = Some()  # waits that author code never holds
         for item in items.values() if isinstance(items, Mapping) else items:
             if isinstance(item, Inbox):
                 made_here.append(len(values))
             values.append(self.classify(item))
-        return [self.awaitable(value) for value in values], keys, bool(cancel_rest) or made_here
+        return [self.awaitable(value) for value in values], keys, made_here if made_here and not cancel_rest else bool(cancel_rest)
 
     def awaitable(self, value: object) -> Awaitable:
         """Anything as a started awaitable."""

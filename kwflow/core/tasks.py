@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 from kwflow.durable.awaiting import Once
 from kwflow.errors import Cancelled, WorkflowError
 
-__all__ = ["FAILED", "OK", "PENDING", "ActivityWait", "All", "Awaitable", "Combinator", "Race", "Shield", "Suspension", "Task", "Timeout", "Timer", "live_below"]
+__all__ = ["FAILED", "OK", "PENDING", "ActivityWait", "All", "Awaitable", "Combinator", "Race", "Shield", "Some", "Suspension", "Task", "Timeout", "Timer", "live_below"]
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -171,6 +171,10 @@ class Task(Awaitable[_T]):
         return f"<task {self.number} {self.name} {self.state}>"
 
 
+class Some(list[int]):
+    """Which ones.  A class, so that a kwflow that does not know it parks what holds it: it took any list for "cancel them all"."""
+
+
 class Combinator(Awaitable):
     """A wait over several children.  `decided` is the outcome once known; with `wait_rest` it settles later than that.
 
@@ -179,7 +183,7 @@ class Combinator(Awaitable):
 
     __slots__ = ("cancel_rest", "children", "decided", "keys", "wait_rest")
 
-    def __init__(self, children: list[Awaitable], keys: list[Any] | None, cancel_rest: bool | list[int], wait_rest: bool) -> None:
+    def __init__(self, children: list[Awaitable], keys: list[Any] | None, cancel_rest: bool | Some, wait_rest: bool) -> None:
         super().__init__()
         self.children = children
         self.keys = keys
@@ -202,7 +206,7 @@ class Combinator(Awaitable):
 
     def cancelled(self, rest: list[Awaitable]) -> list[Awaitable]:
         """Those of the rest that are cancelled."""
-        if not isinstance(self.cancel_rest, list):
+        if not isinstance(self.cancel_rest, Some):
             return rest if self.cancel_rest else []
         own = [self.children[n] for n in self.cancel_rest]
         return [child for child in rest if child in own]
@@ -216,7 +220,7 @@ class All(Combinator):
 
     __slots__ = ("left",)
 
-    def __init__(self, children: list[Awaitable], keys: list[Any] | None, cancel_rest: bool | list[int], wait_rest: bool) -> None:
+    def __init__(self, children: list[Awaitable], keys: list[Any] | None, cancel_rest: bool | Some, wait_rest: bool) -> None:
         super().__init__(children, keys, cancel_rest, wait_rest)
         self.left = len(self.distinct())
 

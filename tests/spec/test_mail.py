@@ -307,6 +307,7 @@ def main(o):
         signal(w, "job", f"other-{number}")
         w.resume("w", f"job-{number}")
     assert len(w.waits("w")) == 21
+    assert b"Some" in w.state.entries[b"w"], "which a kwflow that cancels all of them or none does not know, so that it parks it (G7)"
 
 
 # -- updates -------------------------------------------------------------------------------------------------------------
