@@ -164,7 +164,7 @@ class Transactions:
         rejected = next((f"{topic}: {failure.str()}" for topic, failure in places if failure.code() in _REJECTED), None)
         lost = [f"{topic}: {failure.str()}" for topic, failure in failures if failure.code() not in _PURGED]
         if error.fatal() and rejected is None:
-            raise FencedError(f"{self.member.group}: {error.str()}{_FENCED}")
+            raise FencedError(f"{self.member.group}: {error.str()}{_FENCED if error.code() == KafkaError._FENCED else ''}")
         if rejected is not None or lost:
             self._producer = self._new_producer()  # its sequence numbers are lost: the next good transaction would fail
         if rejected is not None:

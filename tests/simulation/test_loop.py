@@ -80,8 +80,10 @@ def test_one_that_was_replaced_under_its_name_says_that_it_was_fenced(lab: Lab) 
     lab.disks["one"].release()
     second = lab.engine("one")
     turn(second, lambda: second.owned)
-    with pytest.raises(FencedError):
+    with pytest.raises(FencedError, match="another one has the same identity"):
         turn(first, lambda: False)
+    with pytest.raises(FencedError, match="no right$"):  # fatal as well, and nobody fenced it
+        second.transactions._abort(KafkaError(KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED, "no right", fatal=True), [], set())
 
 
 def test_an_engine_that_stood_still_for_too_long_joins_again(lab: Lab) -> None:
