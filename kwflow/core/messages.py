@@ -275,7 +275,10 @@ def send_signal(calls: Calls, id: object, name: str, value: object, start: objec
         arguments["start"] = {"workflow": children.name_of(start, calls.context.workflows.functions, "kw.send_signal(start=...)"), "input": input}
     elif input is not None:
         raise UsageError("kw.send_signal(input=...) is for the workflow that start= names")
-    calls.emit(calls.context.topics.resume, key, wire.json_dumps(arguments), (*calls.travelling, ("kwflow-op", b"signal")))
+    text, most = wire.json_dumps(arguments), calls.context.limits.mailbox_bytes_max
+    if len(text) > most:  # a client hears `full`; here nobody would
+        raise UsageError(f"a signal has {len(text)} bytes, more than a mailbox may hold (limit mailbox_bytes_max = {most}); send a reference to it, or raise it")
+    calls.emit(calls.context.topics.resume, key, text, (*calls.travelling, ("kwflow-op", b"signal")))
 
 
 def set_status(calls: Calls, value: object) -> None:

@@ -489,6 +489,13 @@ def test_a_signal_of_a_workflow_that_reaches_nobody_is_a_dead_letter() -> None:
     assert w.result("w") == 6
 
 
+def test_workflows_that_signal_each_other_for_ever_do_not_stop_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine does other work between; a tester would never come back."""
+    monkeypatch.setattr("kwflow.testing._FOLLOWING_MAX", 100)
+    with pytest.raises(AssertionError, match="100 records followed from one, the last for ping, w; do they answer each other for ever"):
+        run("def main(o):\n    while True:\n        kw.send_signal(o, 's', start='ping')\n        yield kw.wait_signal('s')\nkw.workflow(name='ping')(lambda o: main('w'))", "ping")
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -534,6 +541,7 @@ def test_a_status_is_a_copy_and_has_a_limit() -> None:
         ("kw.send_signal('x', 's', start=gen)", "takes the name of a workflow"),
         ("kw.send_signal('x', 's', input=5)", "start="),
         ("kw.send_signal('x', 's', object())", "TypeError"),
+        ("kw.send_signal('x', 's', 'v' * 262_122)", "a signal has 262145 bytes, more than a mailbox may hold (limit mailbox_bytes_max = 262144)"),
         ("kw.set_status({1, object()})", "TypeError"),
     ],
 )
