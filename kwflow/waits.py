@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 from kwflow.core.current import current
 from kwflow.core.tasks import Awaitable, Suspension, Task
+from kwflow.errors import UsageError
 
 __all__ = ["Gen", "Wait", "all", "race", "shield", "sleep", "spawn", "suspend", "timeout"]
 
@@ -46,9 +47,9 @@ def all(items: Mapping[_K, Wait[_T]], *, cancel_rest: bool = True, wait_rest: bo
 def all(items: Iterable[Wait[_T]], *, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable[list[_T]]: ...
 @overload
 def all(items: Iterable[Any], *, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable[Any]: ...
-def all(items: Iterable[Any] | Mapping[Any, Any], *, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable[Any]:
+def all(items: Iterable[Any] | Mapping[Any, Any], *more: Any, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable[Any]:
     """All results in input order (a mapping gives a dict); the first error wins and the rest are cancelled."""
-    return current().all(items, cancel_rest, wait_rest)
+    return current().all(_alone(items, more), cancel_rest, wait_rest)
 
 
 @overload
@@ -63,9 +64,15 @@ def race(items: Mapping[_K, Wait[_T]], *, cancel_rest: bool = True, wait_rest: b
 def race(items: Iterable[Wait[_T]], *, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable[_T]: ...
 @overload
 def race(items: Iterable[Any], *, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable[Any]: ...
-def race(items: Iterable[Any] | Mapping[Any, Any], *, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable[Any]:
+def race(items: Iterable[Any] | Mapping[Any, Any], *more: Any, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable[Any]:
     """The first to settle, value or error (a mapping gives (key, value)); the rest are cancelled."""
-    return current().race(items, cancel_rest, wait_rest)
+    return current().race(_alone(items, more), cancel_rest, wait_rest)
+
+
+def _alone(items: _T, more: tuple[Any, ...]) -> _T:
+    if more:
+        raise UsageError("kw.all and kw.race take one list of waits; did you mean [...] around them?")
+    return items
 
 
 def spawn(gen: Generator[Any, Any, _T] | collections.abc.Coroutine[Any, Any, _T]) -> Task[_T]:

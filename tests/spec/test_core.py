@@ -184,6 +184,7 @@ def main(o):
         ("yield kw.all([undo])", "did you mean undo()"),
         ("yield [kw.suspend()]", "kw.all(...)"),
         ("yield kw.all(kw.suspend())", "not one wait"),
+        ("yield kw.race(kw.suspend('a'), kw.suspend('b'))", "one list of waits; did you mean [...] around them?"),
         ("kw.suspend('1:1')", "reserved"),
         ("kw.suspend('x'), kw.suspend('x')", "already waited for"),
         ("kw.output(5, 'out')", "kw.output_json"),
