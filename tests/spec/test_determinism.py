@@ -10,6 +10,7 @@ import pytest
 
 from kwflow.core import snapshot
 from kwflow.durable import canonical_bytes
+from tests.spec.test_memory import needs_frames_alone
 from tests.spec.test_vectors import Engine, program, value_of
 from tests.spec.vectors import VECTORS, Vector
 
@@ -53,6 +54,7 @@ def forms(vector: Vector, cached: int) -> list[str]:
     return found
 
 
+@needs_frames_alone
 @pytest.mark.parametrize("vector", [*VECTORS, EVERYTHING, FAILED], ids=lambda vector: vector.id)
 def test_a_cached_instance_is_stored_as_a_restored_one_is(vector: Vector) -> None:
     """K3: whether an instance was kept alive or loaded is nowhere to be seen."""

@@ -25,6 +25,26 @@ WAYS = {
 }
 
 
+def frames_keep_their_callers() -> bool:
+    """Whether the frame of a generator that failed holds all frames below it, and so itself: in early patch releases of CPython 3.12 and 3.13."""
+
+    def fails() -> Iterator[int]:
+        yield 1
+        raise ValueError
+
+    gen = fails()
+    next(gen)
+    try:
+        next(gen)
+    except ValueError as error:
+        return error.__traceback__ is not None and error.__traceback__.tb_next is not None and error.__traceback__.tb_next.tb_frame.f_back is not None
+    return False
+
+
+needs_frames_alone = pytest.mark.skipif(frames_keep_their_callers(), reason="NOT TESTED: in this patch release of Python a generator that has failed is freed by a collection only")
+pytestmark = needs_frames_alone
+
+
 @pytest.fixture(autouse=True)
 def no_collections() -> Iterator[None]:
     gc.disable()

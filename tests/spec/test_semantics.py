@@ -630,6 +630,7 @@ def test_the_test_kit_takes_a_nan_and_a_module_that_a_step_imports_for_no_change
     assert w.result("w") == 4
 
 
+@pytest.mark.skipif((3, 13) <= sys.version_info < (3, 13, 6), reason="NOT TESTED: this Python crashes on frames that outlive their generators (gh-125723)")
 def test_what_is_forgotten_lets_its_variables_go_also_when_its_frame_is_held() -> None:
     """§3.3: a manager may keep the frame that entered it (`sys._getframe`), a traceback keeps those it passed."""
     made = load("class Held:\n    pass\ndef gen():\n    held = Held()\n    yield held\n").gen()
