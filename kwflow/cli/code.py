@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kwflow.cli.lowered import lowered
-from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, MaybeDir, columns, out, print_table, read, snapshots, sole_writer, stored
+from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, out, print_json, print_table, read, snapshots, sole_writer, stored
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
 from kwflow.core.wire import Output
@@ -51,6 +51,7 @@ def list_(
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     every: Annotated[bool, typer.Option("--ids", help="All ids, not only some.")] = False,
+    as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
     """Every version of a module that is stored or that an instance runs.
@@ -60,14 +61,18 @@ def list_(
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     store = code_store(settings, embedded)
     running = deployment.versions_in(snapshots(settings, embedded))
-    table = columns("module", "version", "stored", "instances", "ids")
+    rows: list[dict[str, Any]] = []
     for key in sorted({*running, *store.entries}):
         name, _, version = key.rpartition("@")
         ids = running.get(key, [])
-        written = store.written_ms.get(key)
-        stored = "no" if written is None else datetime.fromtimestamp(written / 1000, UTC).isoformat(sep=" ", timespec="seconds")
-        shown = ids if every else ids[:5]
-        table.add_row(name, version[:12], stored, str(len(ids)), ", ".join(shown) + (", …" if len(shown) < len(ids) else ""))
+        rows.append({"module": name, "version": version, "stored": store.written_ms.get(key), "instances": len(ids), "ids": ids if every else ids[:5]})
+    if as_json:
+        print_json(rows)
+        return
+    table = columns("module", "version", "stored", "instances", "ids")
+    for row in rows:
+        stored = "no" if row["stored"] is None else datetime.fromtimestamp(row["stored"] / 1000, UTC).isoformat(sep=" ", timespec="seconds")
+        table.add_row(row["module"], row["version"][:12], stored, str(row["instances"]), ", ".join(row["ids"]) + (", …" if len(row["ids"]) < row["instances"] else ""))
     print_table(table)
 
 

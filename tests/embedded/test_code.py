@@ -142,6 +142,9 @@ def test_a_deployment_is_checked_before_it_is_made_then_seen_compared_moved_and_
     listed = site("code", "list")
     assert listed.count("shop.trips") == 2
     assert "shop.broken" in listed
+    rows = json.loads(site("code", "list", "--json"))
+    assert [(row["instances"], row["ids"]) for row in rows if row["module"] == "shop.broken"] == [(1, ["c"])]
+    assert {len(row["version"]) for row in rows} == {64} and None not in [row["stored"] for row in rows]
     assert "0 of 5 versions" in site("code", "gc")
     assert "at least 2 days" in site("code", "gc", "--older-than", "1", code=2)
 
