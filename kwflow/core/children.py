@@ -15,6 +15,7 @@ from kwflow.core import wire
 from kwflow.core.calls import Calls
 from kwflow.core.tasks import FAILED, Outcome, Suspension
 from kwflow.core.wire import Output, Record
+from kwflow.durable import registry
 from kwflow.errors import ChildError, ProtocolError, UsageError
 
 __all__ = ["POLICIES", "Child", "answer", "answer_again", "left", "left_header", "name_of", "refused", "start"]
@@ -63,11 +64,13 @@ def start(calls: Calls, workflow: object, input: object, id: str | None, parent_
 
 
 def name_of(workflow: object, functions: Mapping[str, Callable[..., Any]], said: str) -> str:
-    """The name of a workflow that is given by name or as a function.  Raises UsageError."""
+    """The name of a workflow that is given by name or as a function; of old code, the one that is registered now under what it is called there.  Raises UsageError."""
     if isinstance(workflow, str) and workflow:
         return workflow  # it may be registered in another engine of this application
+    home = registry.version(getattr(workflow, "__module__", None) or "")
+    place = getattr(workflow, "__qualname__", "<locals>")
     for name, function in functions.items():
-        if function is workflow:
+        if function is workflow or (home is not None and "<locals>" not in place and (function.__module__, getattr(function, "__qualname__", "")) == (home.name, place)):
             return name
     raise UsageError(f"{said} takes the name of a workflow, or a function that is registered as one, not {workflow!r}; there are: {', '.join(sorted(functions))}")
 

@@ -69,6 +69,28 @@ def test_an_instance_whose_own_units_are_unchanged_takes_the_new_code_around_the
     assert site.w.result("w") == 2
 
 
+def test_old_code_starts_the_workflow_that_is_registered_now_where_it_names_its_own() -> None:
+    """§8.2: its function is another object than the one that is registered; each instance that named one so failed after a deployment."""
+    text = """
+@kw.workflow(name='{0}-child')
+def child(o):
+    yield kw.suspend(o)
+    return '{1}'
+def main(o):
+    yield kw.suspend('r')
+    found = yield kw.start_child(child, 'c', id='c')
+    kw.send_signal('d', 's', start=child, input='d')
+    return ['{1}', found]
+"""
+    site = Site(text.format("first", "old"))
+    site.deploy(text.format("second", "new"))
+    del api._workflows["first-child"]
+    site.deploy(text.format("second", "newer"))
+    site.w.resume("w", "r")
+    site.w.resume("c", "c")
+    assert (site.w.result("w"), site.w.header("d")["workflow"]) == (["old", "newer"], "second-child")
+
+
 @pytest.mark.parametrize("cached", [0, 10])
 def test_an_instance_that_holds_nothing_of_the_old_code_any_more_leaves_it_whether_it_was_kept_live_or_restored(cached: int) -> None:
     """§8.2, §4.1: found by simulation; one that was kept went on with the old helper, one that was restored with the new one."""
