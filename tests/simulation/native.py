@@ -93,10 +93,11 @@ class Task(Wait):
 
 
 class Several(Wait):
-    """`kind`: all, race, timeout, shield."""
+    """`kind`: all, race, timeout, shield.  `own`: the parts that are cancelled in the end; None: all."""
 
-    def __init__(self, kind: str, parts: list[Wait], keys: list[Any] | None = None, wait_rest: bool = False) -> None:
+    def __init__(self, kind: str, parts: list[Wait], keys: list[Any] | None = None, wait_rest: bool = False, own: list[Wait] | None = None) -> None:
         super().__init__()
+        self.own = own
         self.kind, self.parts, self.keys, self.wait_rest = kind, list(dict.fromkeys(parts)), keys, wait_rest
         self.inputs, self.decided, self.held = parts, None, False
 
@@ -114,7 +115,10 @@ class Several(Wait):
     def losers(self, part: Wait) -> list[Wait]:
         if self.kind == "shield":
             return [part] if self.held else []
-        return [one for one in self.parts if one is not part] if self.kind != "all" or part.state == FAILED else []
+        return self.cancelled([one for one in self.parts if one is not part]) if self.kind != "all" or part.state == FAILED else []
+
+    def cancelled(self, parts: list[Wait]) -> list[Wait]:
+        return parts if self.own is None else [part for part in parts if part in self.own]
 
 
 class Inbox:
@@ -175,9 +179,12 @@ class Kw:
     def all(self, items: list[Any]) -> Wait:
         return running().combine(Several("all", [running().started(item) for item in items]))
 
-    def race(self, items: Any, wait_rest: bool = False) -> Wait:
+    def race(self, items: Any, wait_rest: bool = False, cancel_rest: bool = True) -> Wait:
         keys = list(items) if isinstance(items, dict) else None
-        return running().combine(Several("race", [running().started(item) for item in (items.values() if keys is not None else items)], keys, wait_rest))
+        given = list(items.values() if keys is not None else items)
+        parts = [running().started(item) for item in given]
+        own = None if cancel_rest else [part for part, item in zip(parts, given, strict=True) if isinstance(item, Inbox)]
+        return running().combine(Several("race", parts, keys, wait_rest, own))
 
     def timeout(self, item: Any, seconds: float) -> Wait:
         return running().combine(Several("timeout", [running().started(item), self.sleep(seconds)]))
@@ -205,12 +212,18 @@ class Kw:
     def signals(self, name: str) -> Inbox:
         return Inbox("signal", name)
 
-    def on_update(self, name: str, validator: Any) -> Inbox:
+    def send_signal(self, other: str, name: str, value: Any, start: Any = None, input: Any = None) -> None:
+        running().say("resume", other, {"name": name, "value": value, **({"start": {"workflow": "main", "input": input}} if start else {})})
+
+    def on_update(self, name: str, validator: Any = lambda value: None) -> Inbox:
         running().validators[name] = validator
         return Inbox("update", name)
 
     def reply(self, update: Update, value: Any) -> None:
         running().answer_update(update, "ok", value)
+
+    def reject(self, update: Update, reason: str) -> None:
+        running().answer_update(update, "rejected", None)
 
     def set_status(self, value: Any) -> None: ...
 
@@ -290,6 +303,8 @@ class Instance:
         op, value = record["op"], record["value"]
         if op is None and isinstance(value, dict) and "new" in value:
             self._start(record)
+        elif self.main is None and op == "signal" and "start" in value:
+            self._start({**record, "value": {"new": value["start"]["input"]}}, lambda: self._put_signal(record))
         elif self.main is None:
             self._absent(record)
         elif op in ("query", "terminate", "pause", "unpause", "retry", "discard", "fork"):
@@ -316,7 +331,7 @@ class Instance:
             self.known[record["id"]] = (status, value)
         self.reply(record, status, value)
 
-    def _start(self, record: Record) -> None:
+    def _start(self, record: Record, before: Any = lambda: None) -> None:
         if self.main is not None:
             if self.paused:
                 self.hold.append(record)
@@ -340,6 +355,7 @@ class Instance:
         self.now = record["at"]
 
         def first() -> None:
+            before()
             self.main = self.adopt(WORKFLOWS["main"](record["value"]["new"]))
             self.begin(self.main)
 
@@ -409,10 +425,15 @@ class Instance:
 
             self.step(cancel)
         elif op == "signal":
-            expires = record["at"] + value["ttl_ms"] if value.get("ttl_ms") else math.inf
-            self.step(lambda: (self.put("signal", value["name"], value.get("value"), expires), self.remember(record, "delivered"), self.deliver("signal", value["name"])))
+            self.step(lambda: self._put_signal(record))
         else:
             self.step(lambda: self._update(record, value))
+
+    def _put_signal(self, record: Record) -> None:
+        value = record["value"]
+        self.put("signal", value["name"], value.get("value"), record["at"] + value["ttl_ms"] if value.get("ttl_ms") else math.inf)
+        self.remember(record, "delivered")
+        self.deliver("signal", value["name"])
 
     def _update(self, record: Record, value: Any) -> None:
         if self.closing:
@@ -655,7 +676,7 @@ class Instance:
         rest = [part for part in several.parts if not part.state]
         for one in rest:
             one.waiters = [waiter for waiter in one.waiters if waiter is not several]
-        return rest if several.kind != "shield" else []
+        return several.cancelled(rest) if several.kind != "shield" else []
 
     def has_to_join(self, several: Several) -> bool:
         if several.wait_rest and unsettled(several):

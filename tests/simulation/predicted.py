@@ -64,6 +64,7 @@ class Log:
         text = (entry.value or b"").decode()
         run = (headers.get("kwflow-parent") or headers.get("kwflow-start-id") or b"").decode()
         if name in OWN:
+            self.world.happened["rejected by a workflow"] += text.startswith("rejected ")
             self.outputs[key].append((name, key, json.loads(text) if name in ("result", "error") else text))
         elif name == "scheduler":
             self.outputs[key.partition("|")[0]].append((name, key, text))
@@ -71,6 +72,9 @@ class Log:
             self.outputs[run.partition("|")[0]].append((name, key, {"new": json.loads(text[4:]), "parent": run}))
         elif name == "resume" and headers.get("kwflow-op") in (b"cancel", b"terminate"):
             self.outputs[run.partition("|")[0]].append((name, key, {"op": (headers["kwflow-op"] or b"").decode(), "start": run}))
+        elif name == "resume" and headers.get("kwflow-op") == b"signal" and entry.transaction is not None and "from" in text:
+            self.outputs[json.loads(text)["value"]["from"]].append((name, key, json.loads(text)))
+            self.world.happened["told by a workflow"] += 1
         elif name == "resume" and entry.transaction is not None and entry.transaction.producer.startswith("sim-scheduler-"):
             self.fired[f"{key}|{text}"] += 1
         elif name == "resume" and "kwflow-op" not in headers:

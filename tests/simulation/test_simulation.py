@@ -40,6 +40,7 @@ def test_two_hundred_seeds_hold_every_guarantee() -> None:
     assert PLANNED - happened.keys() == set(), happened
     assert happened["outputs predicted"] > 5 * happened["outputs not predicted"], "of each output it is known, without the product, that it must be there and where"
     assert happened["copies predicted"] > 50
+    assert happened["told by a workflow"] > 100 and happened["rejected by a workflow"] > 10
 
 
 def test_a_seed_is_the_same_run_in_another_process() -> None:

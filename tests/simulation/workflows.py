@@ -162,6 +162,27 @@ def hear(name, node):
     return [*found, kw.signals("rest").take()]
 
 
+def tell(other, name, value, start):
+    """A signal to whoever has that id, itself too; `start` is what runs there if nobody has it."""
+    begun = {"start": main if value % 2 else "main", "input": {"program": start}} if start else {}
+    kw.send_signal(other, name, {"from": kw.workflow_id(), "value": value}, **begun)
+    return (yield value)
+
+
+def judge(node):
+    """Answers what it is asked while something goes on: what is odd is rejected."""
+    asked, work = kw.on_update("judge"), kw.spawn(run(node))
+    while True:
+        what, found = yield kw.race({"asked": asked, "work": work}, cancel_rest=False)
+        if what == "work":
+            return found
+        if found.value % 2:
+            say("rejected", found.value)
+            kw.reject(found, f"{found.value} is odd")
+        else:
+            kw.reply(found, -found.value)
+
+
 def call(kind, plan):
     """An activity; how it ended is said with its plan, which tells how it must end."""
     try:
@@ -206,8 +227,8 @@ def account():
 
 
 NODES = {
-    "account": account, "all": every, "ask": ask, "call": call, "child": child, "fail": fail, "hear": hear, "huge": huge, "kid": kid, "kill": kill, "large": large,
-    "limit": limit, "lock": lock, "race": first, "rescue": rescue, "saga": saga, "sequence": sequence, "shield": shield, "sleep": sleep, "stop": stop, "stuck": stuck,
+    "account": account, "all": every, "ask": ask, "call": call, "child": child, "fail": fail, "hear": hear, "huge": huge, "judge": judge, "kid": kid, "kill": kill, "large": large,
+    "limit": limit, "lock": lock, "race": first, "rescue": rescue, "saga": saga, "sequence": sequence, "shield": shield, "sleep": sleep, "stop": stop, "stuck": stuck, "tell": tell,
 }  # fmt: skip
 
 

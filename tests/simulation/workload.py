@@ -65,6 +65,8 @@ class Clients:
         self._forks: list[tuple[str, str]] = []  # (id, id of its copy)
         self._forking = random.Random(f"forks {world.seed}")  # its own: three of four seeds are the runs that they would be without forks
         self._fork_share = self._forking.choice([0, 0, 0, 0.1])
+        self._telling = random.Random(f"signals {world.seed}")  # its own, too
+        self._tell_share = self._telling.choice([0, 0, 0.3])
         self._timers = 0
         self._read: dict[tuple[str, int], int] = {}
         self._producer = world.client_environment.producer({"partitioner": "murmur2_random"})
@@ -80,6 +82,8 @@ class Clients:
             self._act()
             if self._started and self._forking.random() < self._fork_share:
                 self._fork()
+            if self._started and self._telling.random() < self._tell_share:
+                self._ask()
             self._producer.flush()
         self.finished = True
 
@@ -137,6 +141,8 @@ class Clients:
         id = f"w{len(self._started)}"
         self._started.append(id)
         made = ["kill"] if self._killers and self.chance.random() < 0.05 else program(self.chance)
+        if self._telling.random() < self._tell_share:
+            made = self._with_signals(made)
         headers = (("trace", f"t{self.chance.randrange(10)}"),) if self.chance.random() < 0.3 else ()
         headers += (("kwflow-start-id", f"start-{id}"),) if self.chance.random() < 0.3 else ()
         partition = -1
@@ -144,6 +150,25 @@ class Clients:
             partition = (partition_of(id.encode(), self.world.partitions) + 1) % self.world.partitions
         for _ in range(2 if self.chance.random() < 0.05 else 1):
             self.send(self.world.config.resume_topic, id, "new:" + json.dumps({"program": made}), headers, partition)
+
+    def _with_signals(self, made: Node) -> Node:
+        """The same, and it tells others something, or is asked meanwhile."""
+        chance = self._telling
+        for _ in range(chance.randint(1, 3)):
+            other = chance.choice([*self._started, *(f"told{number}" for number in range(5)), "ghost1"])
+            start = chance.choice([None, ["hear", "s", ["ask", "told"]], ["judge", ["hear", "t", ["sleep", 2.0]]]])
+            tell = ["tell", other, chance.choice(["s", "s", "t", "rest"]), chance.randrange(100), start]
+            made = chance.choice([["sequence", tell, made], ["sequence", made, tell], ["race", made, ["sequence", ["sleep", 0.5], tell]], ["judge", made], ["hear", "s", ["sequence", tell, made]]])
+        return made
+
+    def _ask(self) -> None:
+        """Somebody who may be about to judge."""
+        chance, number = self._telling, self._telling.randrange(10_000)
+        id = chance.choice([*self._started, *(f"told{number}" for number in range(5))])
+        home = partition_of(id.encode(), self.world.partitions)
+        headers = (("kwflow-op", "update"), ("kwflow-id", f"asked-{number}"), ("kwflow-request", f"request-{self.sent}"), ("kwflow-reply-to", f"{home}/client{home}"))
+        for _ in range(2 if chance.random() < 0.3 else 1):
+            self.send(self.world.config.resume_topic, id, json.dumps({"name": "judge", "value": chance.randrange(100)}), headers)
 
     def _fork(self) -> None:
         """Of one that was started, or of a copy; most lie where they must."""
