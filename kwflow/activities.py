@@ -1,8 +1,8 @@
 """Activities: functions with side effects that a workflow calls durably.  What the decorator makes, and how values travel.
 
 In a step a call becomes a wait (`flows/attempts1.py` retries it, an engine's `runners/dispatch.py` runs it); outside one
-it is the plain function.  Arguments and results travel as JSON and are rebuilt by annotations; every rule of that
-travelling lives here.  It must not know threads that run activities, or records.
+it is the plain function.  Arguments and results travel as JSON and are rebuilt by annotations, as `core/typed.py` says.
+It must not know threads that run activities, or records.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from kwflow.core import wire
 from kwflow.core.current import current, in_step
 from kwflow.core.dispatch import Callee
 from kwflow.core.tasks import Awaitable
+from kwflow.core.typed import from_plain, signature_of, to_plain
 from kwflow.errors import ActivityError, BusinessError, UsageError
 
 __all__ = ["Activity", "ActivityInfo", "Retry", "activity", "activity_info", "failure_payload", "find_activity", "registered_activities", "running_as"]
@@ -34,7 +35,6 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _TEXT_MAX = 2_000  # characters of an error's message that travel
 _DETAILS_BYTES_MAX = 20_000
-_PLAIN = (type(None), bool, int, float, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class Activity(Callee, Generic[_P, _R]):
         self.retry = retry
         self.timeout_s = timeout_s
         self.is_async = inspect.iscoroutinefunction(function)
-        self.signature = inspect.signature(function)
+        self.signature = signature_of(function)
         functools.update_wrapper(self, function)
 
     def __repr__(self) -> str:
@@ -219,51 +219,6 @@ class Activity(Callee, Generic[_P, _R]):
             return from_plain(value, self.hints["return"]) if "return" in self.hints else value
         except Exception as error:  # a model's validators may raise anything
             raise ActivityError(f"the result of activity {self.name} is not as annotated: {error}", "BadResult", final=True) from error
-
-
-def to_plain(value: Any, annotated: bool) -> Any:
-    """As JSON values.  Without an annotation nothing could rebuild more, so only JSON values are taken.  Raises TypeError or ValueError."""
-    if annotated:
-        return msgspec.to_builtins(value, builtin_types=(), str_keys=True, enc_hook=_dump_model)
-    _check_plain(value, 0)
-    return value
-
-
-def _dump_model(value: Any) -> Any:
-    dump = getattr(value, "model_dump", None)  # pydantic
-    if dump is None:
-        name = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise TypeError(f"a value of class {name} has no JSON form; make it a dataclass, or give it model_dump and model_validate as pydantic has them")
-    return dump(mode="json")
-
-
-def _check_plain(value: Any, depth: int) -> None:
-    if depth > 500:
-        raise ValueError("too deeply nested (or cyclic) for JSON")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"the key {key!r} is no str; annotate it as dict[{type(key).__name__}, ...]")
-            _check_plain(item, depth + 1)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_plain(item, depth + 1)
-    elif type(value) not in _PLAIN:
-        raise TypeError(f"a value of class {type(value).__qualname__} needs an annotation, which rebuilds it on the other side")
-
-
-def from_plain(value: Any, hint: Any) -> Any:
-    """JSON values as this annotation says: dataclasses, msgspec structs, pydantic models, and what they and containers hold."""
-    return msgspec.convert(value, hint, str_keys=True, dec_hook=_load_model)
-
-
-def _load_model(hint: Any, value: Any) -> Any:
-    validate = getattr(hint, "model_validate", None)  # pydantic
-    if validate is not None:
-        return validate(value)
-    if isinstance(hint, type) and isinstance(value, hint):
-        return value
-    raise TypeError(f"the annotation {getattr(hint, '__qualname__', hint)} cannot be rebuilt from JSON")
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import msgspec
 
 from kwflow.config import Config, load_config
-from kwflow.core import wire
+from kwflow.core import typed, wire
 from kwflow.core.wire import Output, Record
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, ProtocolError, TransportError, UsageError
 from kwflow.ports import Link
@@ -152,7 +152,7 @@ class Client:
     def start(self, id: str | None = None, input: object = None, *, workflow: str | None = None, start_id: str | None = None) -> Future[Run]:
         """Start a workflow; `id` and `start_id` default to new uuids.  The same start id again is the same run, also after its end (K20).
 
-        Raises CommandError: exists (another run of the id), unknown_workflow.
+        Raises CommandError: exists (another run of the id), unknown_workflow, bad_input (it does not fit the annotation).
         """
         future: Future[Run] = self._future()
         self._start(id or uuid.uuid4().hex, input, workflow, start_id or uuid.uuid4().hex, future, lambda run: self._settle(future, run))
@@ -193,7 +193,7 @@ class Client:
         command_id: str | None = None,
     ) -> Future[None]:
         """The same, and if the id does not run, start it with the signal in its mailbox; `start_id` names that run."""
-        arguments = {**_signal(name, value, ttl), "start": {"workflow": workflow, "input": input}}
+        arguments = {**_signal(name, value, ttl), "start": {"workflow": workflow, "input": msgspec.Raw(typed.input_json(input))}}
         return self._void(id, "signal", arguments, command_id, start_id or uuid.uuid4().hex)
 
     def update(self, id: str, name: str, value: object = None, *, start_id: str | None = None, command_id: str | None = None) -> Future[Any]:
@@ -275,7 +275,7 @@ class Client:
     def _start(self, id: str, input: object, workflow: str | None, start_id: str, future: Future[Any], done: Callable[[Run], None]) -> None:
         headers = [("kwflow-start-id", start_id.encode()), ("kwflow-client", self._link.process.encode()), *([("kwflow-workflow", workflow.encode())] if workflow else [])]
         try:
-            self._send(id, b"new:" + wire.json_dumps(input), tuple(headers), future, "start", lambda reply: done(Run(id, start_id, reply.status == "started")), start_id)
+            self._send(id, b"new:" + typed.input_json(input), tuple(headers), future, "start", lambda reply: done(Run(id, start_id, reply.status == "started")), start_id)
         except Exception as error:  # what cannot be sent: on a link's thread nobody else would see it
             self._fail(future, error)
 

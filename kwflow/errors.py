@@ -108,7 +108,7 @@ class WorkflowError(UsageError):
 class ChildError(WorkflowError):
     """A child workflow has no result.
 
-    `outcome` is error, cancelled, terminated, or why it did not start (exists, unknown_workflow, discarded ...); `error`
+    `outcome` is error, cancelled, terminated, or why it did not start (exists, unknown_workflow, bad_input, discarded ...); `error`
     is the JSON value of its error record, or a text; `id` is the child's.
     """
 

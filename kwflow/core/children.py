@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from kwflow.core import wire
+from kwflow.core import typed, wire
 from kwflow.core.calls import Calls
 from kwflow.core.tasks import FAILED, Outcome, Suspension
 from kwflow.core.wire import Output, Record
@@ -55,7 +55,7 @@ def start(calls: Calls, workflow: object, input: object, id: str | None, parent_
     _check_id(child_id, parent)
     run = f"{parent}|{ref}".encode()
     headers = (*calls.travelling, ("kwflow-workflow", name.encode()), ("kwflow-start-id", run))
-    value, topic = b"new:" + wire.json_dumps(input), calls.context.topics.resume
+    value, topic = b"new:" + typed.input_json(input), calls.context.topics.resume
     if detach:
         calls.emit(topic, child_id.encode(), value, headers)
         return child_id

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from kwflow.core import typed
 from kwflow.core.instance import Instance
 from kwflow.core.wire import Output, Reply
 
@@ -46,6 +47,11 @@ class Workflows:
     functions: Mapping[str, Callable[[Any], Any]]
     default: str | None = None
     migrations: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # by function key
+    inputs: Mapping[str, Any] = field(init=False, repr=False, compare=False)  # name -> the annotation that its input is rebuilt by, where there is one
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for an annotation that can rebuild nothing: when an engine starts, not at each start of the workflow."""
+        object.__setattr__(self, "inputs", typed.input_hints(self.functions))
 
 
 class Context(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from kwflow.core import children, migration, wire
+from kwflow.core import children, migration, typed, wire
 from kwflow.core.calls import Calls
 from kwflow.core.contract import Keep, Limits, Transition
 from kwflow.core.current import slot
@@ -272,7 +272,7 @@ def send_signal(calls: Calls, id: object, name: str, value: object, start: objec
     key = wire.key_of(id)
     arguments: dict[str, Any] = {"name": checked_name(name, "a signal"), "value": value}
     if start is not None:
-        arguments["start"] = {"workflow": children.name_of(start, calls.context.workflows.functions, "kw.send_signal(start=...)"), "input": input}
+        arguments["start"] = {"workflow": children.name_of(start, calls.context.workflows.functions, "kw.send_signal(start=...)"), "input": msgspec.Raw(typed.input_json(input))}
     elif input is not None:
         raise UsageError("kw.send_signal(input=...) is for the workflow that start= names")
     text, most = wire.json_dumps(arguments), calls.context.limits.mailbox_bytes_max

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from kwflow.core import children, messages, ops, outcomes, wire
+from kwflow.core import children, messages, ops, outcomes, typed, wire
 from kwflow.core.calls import Calls
 from kwflow.core.contract import Context, Ended, Keep, Save, Transition
 from kwflow.core.current import in_step, slot
@@ -109,6 +109,9 @@ def _start(name: str, message: wire.Start, record: Record, context: Context, bef
     if workflow is None or function is None:
         known = ", ".join(sorted(context.workflows.functions)) or "none"
         raise ProtocolError(f"no workflow {workflow!r} is registered; known are: {known}", "unknown-workflow")
+    options = message.options
+    if workflow in context.workflows.inputs:  # before anything is done: what does not fit is a bad record
+        options = typed.rebuilt_input(workflow, context.workflows.inputs[workflow], options)
     instance = Instance(name, workflow, f"{record.partition}-{record.offset}", record.timestamp_ms)
     if record.headers:
         instance.start_id = wire.short_header(record, "kwflow-start-id") or instance.start_id
@@ -118,7 +121,7 @@ def _start(name: str, message: wire.Start, record: Record, context: Context, bef
 
     def first() -> None:
         before(running)
-        running.start_main(function, message.options)
+        running.start_main(function, options)
 
     return running.run(first, "started")
 

@@ -19,7 +19,7 @@ import msgspec
 from kwflow import api
 from kwflow.activities import Activity, find_activity, registered_activities
 from kwflow.config import Config
-from kwflow.core import snapshot
+from kwflow.core import snapshot, typed
 from kwflow.core.calls import timer_key
 from kwflow.core.contract import Workflows
 from kwflow.core.dispatch import Dispatch, Withdraw
@@ -147,9 +147,9 @@ class WorkflowTester:
         return id
 
     def start(self, id: str, options: Any = None, workflow: str | None = None, **headers: str) -> None:
-        """`new:` for this id; `options` as JSON."""
+        """`new:` for this id; `options` as JSON, as a client sends it."""
         named = {"kwflow-workflow": workflow} if workflow else {}
-        self.send(id, b"new:" + msgspec.json.encode(options), {**headers, **named})
+        self.send(id, b"new:" + typed.input_json(options), {**headers, **named})
 
     def resume(self, id: str, ref: str, value: Any = None, **error: Any) -> None:
         """Answer a wait, with a value or with `error=payload`."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+import pydantic
 import pytest
 
 from kwflow import durable
@@ -25,6 +26,7 @@ from kwflow.runners.hosted import Hosted
 
 SOURCE = """
 import kwflow as kw
+import pydantic
 
 def greet(o):
     yield kw.sleep(0.01)
@@ -36,6 +38,14 @@ def ask(o):
 
 def fail(o):
     raise ValueError("bad")
+
+class Line(pydantic.BaseModel):
+    sku: str
+    key: bytes = b""
+
+def typed(line: Line):
+    answer = yield kw.suspend("answer")
+    return [type(line).__name__, line.sku, len(line.key), answer]
 
 def big(o):
     yield
@@ -54,7 +64,7 @@ def check(value):
     if value < 0:
         raise ValueError("negative")
 """
-NAMES = ("greet", "ask", "fail", "big", "prices")
+NAMES = ("greet", "ask", "fail", "big", "prices", "typed")
 pytestmark = pytest.mark.slow
 
 
@@ -337,6 +347,28 @@ def test_nothing_is_left_behind_when_callers_stop_waiting(client: Client) -> Non
     for future in futures:
         future.cancel()
     assert (client._waiters, client._requests, client._open) == ({}, {}, set())
+
+
+class Line(pydantic.BaseModel):
+    sku: str
+    key: bytes = b""
+
+
+def test_a_typed_object_is_given_and_the_workflow_is_given_one_and_what_does_not_fit_is_refused(client: Client) -> None:
+    """Decision 0050; the client's class is its own, what travels is JSON."""
+    given = Line(sku="a", key=b"two")
+    outcome = client.start_and_wait("w", given, workflow="typed")
+    client.signal_with_start("v", "s", workflow="typed", input=given).result(20)
+    for id in ("w", "v"):
+        waits(client, id)
+        client.resume(id, "answer", 1).result(20)
+    assert outcome.result(20) == client.result("v").result(20) == ["Line", "a", 3, 1]
+    for refused in (client.start("x", {"sku": 7}, workflow="typed"), client.start_and_wait("x", None, workflow="typed"), client.signal_with_start("x", "s", workflow="typed", input={})):
+        with pytest.raises(CommandError, match="workflow 'typed' does not take this input") as error:
+            refused.result(20)
+        assert error.value.status == "bad_input"
+    with pytest.raises(CommandError, match="not_found"):
+        client.query("x").result(20)
 
 
 def test_wrong_calls_are_named_at_once(client: Client) -> None:

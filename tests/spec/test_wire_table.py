@@ -15,6 +15,8 @@ import threading
 def check(value):
     if value is not None and value < 0:
         raise ValueError("negative")
+def double(number: int):
+    return 2 * number
 def main(o):
     kw.on_update("u", check)
     if (yield kw.suspend("r")) == "park":
@@ -86,7 +88,7 @@ def test_who_waits_is_replied_as_the_table_says(row: Row) -> None:
     assert [(reply["request"], reply["status"]) for reply in w.replies[replies - 1 :]] == [("mine", row.reply)]
     if row.reply not in CHANGES:
         assert w.state.entries == before
-    if row.reply.replace("_", "-") in ("bad-json", "bad-arguments", "bad-header", "too-large", "unknown-op", "unknown-workflow"):
+    if row.reply.replace("_", "-") in ("bad-json", "bad-arguments", "bad-header", "too-large", "bad-input", "unknown-op", "unknown-workflow"):
         assert letters(w) == [row.reply.replace("_", "-")]
     else:
         assert letters(w) == []

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import enum
 import itertools
+import sys
 import uuid
 from decimal import Decimal
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 import kwflow as kw
 from kwflow.activities import Activity, ActivityInfo, failure_payload, running_as
+from kwflow.core.contract import Workflows
 from kwflow.errors import ActivityError, BusinessError, UsageError
 
 _names = itertools.count()
@@ -139,6 +141,23 @@ def test_an_annotation_that_names_nothing_is_said() -> None:
 
 
 # -- the decorator -------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="PEP 649")
+def test_an_annotation_may_name_a_class_that_comes_further_down() -> None:
+    """Evaluated when it is needed, not at the decorator, as of Python 3.14."""
+    text = """
+@make
+def priced(line: Line) -> Line: return line
+def main(line: Line, other: Nothing = None) -> Nothing: return line
+@dataclasses.dataclass
+class Line:
+    sku: str
+"""
+    found: dict[str, Any] = {"make": make, "dataclasses": dataclasses}
+    exec(compile(text, "further_down.py", "exec", dont_inherit=True), found)
+    assert there(found["priced"], found["Line"]("a")) == found["Line"]("a")
+    assert Workflows({"shop": found["main"]}).inputs == {"shop": found["Line"]}
+
+
 def test_outside_a_step_an_activity_is_the_plain_function() -> None:
     """M6.1."""
 

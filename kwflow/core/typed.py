@@ -1,0 +1,154 @@
+"""Typed values: what travels as JSON, and how annotations rebuild it, for activities and for the inputs of workflows.
+
+Every rule of that travelling lives here (decision 0050); it must not know records or instances.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from kwflow.core import outcomes, wire
+from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
+
+__all__ = ["from_plain", "input_hints", "input_json", "rebuilt_input", "signature_of", "to_plain"]
+
+_PLAIN = (type(None), bool, int, float, str)
+_JSON: tuple[Any, ...] = (None, True, 1, 1.0, "", [], {})
+_SAID_CHARACTERS_MAX = 2_000  # a model's validators may say something of each of 10,000 items
+
+
+def to_plain(value: Any, annotated: bool) -> Any:
+    """As JSON values.  Without an annotation nothing could rebuild more, so only JSON values are taken.  Raises TypeError or ValueError."""
+    if annotated:
+        return msgspec.to_builtins(value, builtin_types=(), str_keys=True, enc_hook=_dump_model)
+    _check_plain(value, 0)
+    return value
+
+
+def _dump_model(value: Any) -> Any:
+    dump = getattr(value, "model_dump", None)  # pydantic
+    if dump is None:
+        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise TypeError(f"a value of class {name} has no JSON form; make it a dataclass, or give it model_dump and model_validate as pydantic has them")
+    return dump(mode="json")
+
+
+def _check_plain(value: Any, depth: int) -> None:
+    if depth > 500:
+        raise ValueError("too deeply nested (or cyclic) for JSON")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r} is no str; annotate it as dict[{type(key).__name__}, ...]")
+            _check_plain(item, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_plain(item, depth + 1)
+    elif type(value) not in _PLAIN:
+        raise TypeError(f"a value of class {type(value).__qualname__} needs an annotation, which rebuilds it on the other side")
+
+
+def from_plain(value: Any, hint: Any) -> Any:
+    """JSON values as this annotation says: dataclasses, msgspec structs, pydantic models, and what they and containers hold."""
+    return msgspec.convert(value, hint, str_keys=True, dec_hook=_load_model)
+
+
+def _load_model(hint: Any, value: Any) -> Any:
+    validate = getattr(hint, "model_validate", None)  # pydantic
+    if validate is not None:
+        return validate(value)
+    if isinstance(hint, type) and isinstance(value, hint):
+        return value
+    raise TypeError(f"the annotation {getattr(hint, '__qualname__', hint)} cannot be rebuilt from JSON")
+
+
+# -- the inputs of workflows -------------------------------------------------------------------------------------------
+def input_json(value: object) -> bytes:
+    """What starts a workflow, as JSON; whether its parameter has an annotation is known where it runs.  Raises TypeError or ValueError."""
+    with contextlib.suppress(TypeError):  # bytes, a pydantic model, or what holds one
+        return wire.json_dumps(value)
+    return wire.json_dumps(to_plain(value, annotated=True))
+
+
+def rebuilt_input(workflow: str, hint: Any, value: object) -> Any:
+    """The input as annotated.  Raises ProtocolError when it does not fit; classes of the author's are built here, so anything may be raised."""
+    try:
+        return from_plain(value, hint)
+    except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
+        raise
+    except BaseException as error:
+        said = outcomes.describe_error(error).removeprefix("ValidationError: ")
+    said = " ".join(said.split())  # it is a line of the log, too
+    raise ProtocolError(f"workflow {workflow!r} does not take this input: {said}"[:_SAID_CHARACTERS_MAX], "bad-input")
+
+
+def input_hints(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+    """Name -> annotation of the parameter, of those whose input it rebuilds.  Raises UsageError for one that can rebuild nothing."""
+    found = {}
+    for name, function in functions.items():
+        said = f"the input of workflow {name!r} ({getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)})"
+        try:
+            hint = _hint_of(function)
+            unknown = next(_unknown(msgspec.inspect.type_info(hint), set()), None)
+        except Exception as error:  # an annotation is any expression
+            remedy = "it has to be there when the engine runs, not only `if TYPE_CHECKING`" if isinstance(error, NameError) else "without an annotation it is the JSON as it is"
+            raise UsageError(f"{said}: its annotation cannot be resolved: {error}; {remedy}") from None
+        if unknown is not None:
+            remedy = "make it a dataclass, or give it model_dump and model_validate as pydantic has them; without an annotation the input is the JSON as it is"
+            raise UsageError(f"{said} is annotated with {unknown.__module__}.{unknown.__qualname__}, which cannot be rebuilt from JSON: {remedy}")
+        if not _says_nothing(hint):
+            found[name] = hint
+    return found
+
+
+def _says_nothing(hint: Any) -> bool:
+    return hint in (Any, object, dict) or (typing.get_origin(hint) is dict and typing.get_args(hint) in ((str, Any), (str, object)))
+
+
+def _hint_of(function: Callable[..., Any]) -> Any:
+    """The annotation of the first parameter, Any without one; the others, and that of the result, may name what only type checkers know."""
+    target = inspect.unwrap(getattr(function, "__func__", function))
+    if not isinstance(target, types.FunctionType):
+        return Any
+    parameter = next(iter(signature_of(function).parameters.values()), None)
+    if parameter is None or parameter.annotation is parameter.empty:
+        return Any
+    alone = types.SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
+    return typing.get_type_hints(alone, target.__globals__, include_extras=True)[parameter.name]
+
+
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """Its parameters.  From 3.14 on annotations are evaluated when somebody asks: one may name what comes further down, or type checkers alone know."""
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format
+
+        return inspect.signature(function, annotation_format=Format.FORWARDREF)
+    return inspect.signature(function)
+
+
+def _unknown(found: object, seen: set[int]) -> Iterator[type]:
+    """The classes in it that JSON cannot become; a field that has a default may be of one."""
+    if isinstance(found, msgspec.inspect.CustomType) and not hasattr(found.cls, "model_validate") and not _is_of_json(found.cls):
+        yield found.cls
+    if isinstance(found, msgspec.inspect.Field) and not found.required:
+        return
+    if isinstance(found, msgspec.Struct) and id(found) not in seen:
+        seen.add(id(found))
+        found = msgspec.structs.astuple(found)
+    for part in found if isinstance(found, tuple) else ():
+        yield from _unknown(part, seen)
+
+
+def _is_of_json(hint: type) -> bool:
+    try:
+        return any(isinstance(value, hint) for value in _JSON)
+    except TypeError:  # a Protocol that is for type checkers alone
+        return False
