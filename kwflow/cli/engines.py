@@ -306,13 +306,14 @@ def run(
     held = Embedded(embedded, settings)
     try:
         processors = processors_of(held, workflows, settings, log_of(settings))
-        looked = {topic: held.end(topic) for topic in (settings.result_topic, settings.error_topic)}
+        looked = {topic: held.end(topic) for topic in (settings.result_topic, settings.error_topic, settings.dead_letter_topic)}
+        started: int | None = None
         if EmbeddedStore(held.db, settings.changelog_topic).get(key) is None:
-            held.append(settings.resume_topic, key, argument)
+            started = held.append(settings.resume_topic, key, argument)
         shown: set[str] = set()
         with serve(held):
-            held.run(processors, lambda: stop() or _ended(held, looked, id) is not None or _show_waits(held, settings, id, shown, embedded), log_of(settings))
-        ended = _ended(held, looked, id)
+            held.run(processors, lambda: stop() or _ended(held, looked, id, started) is not None or _show_waits(held, settings, id, shown, embedded), log_of(settings))
+        ended = _ended(held, looked, id, started)
     finally:
         held.close()
     if ended is None:
@@ -322,14 +323,16 @@ def run(
     raise typer.Exit(0 if kind == "result" else 1)
 
 
-def _ended(held: Embedded, looked: dict[str, int], id: str) -> tuple[str, str] | None:
-    """Kind and value of its outcome, looked for from these offsets on, which go up to it; an author may write there, too."""
+def _ended(held: Embedded, looked: dict[str, int], id: str, started: int | None) -> tuple[str, str] | None:
+    """Kind and value of its outcome, or why the start at this offset is a dead letter; looked for from these offsets on, which go up to it.  An author may write there, too."""
     for topic in looked:
         while records := held.read(topic, looked[topic]):
             for record in records:
                 kind = wire.header(record, "kwflow-outcome") if record.key == id.encode() else None
                 if kind is not None:
                     return kind, (record.value or b"null").decode()
+                if started is not None and wire.header(record, "kwflow-error-offset") == str(started) and wire.header(record, "kwflow-error-reason") != "parked":
+                    return "refused", wire.header(record, "kwflow-error-message") or ""
                 looked[topic] = record.offset + 1
     return None
 

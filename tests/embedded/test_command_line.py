@@ -143,6 +143,16 @@ def main(number):
     assert (done.stdout, done.returncode) == ("42\n" if code == 0 else "", code), done.stderr
 
 
+@pytest.mark.slow
+def test_run_ends_when_its_start_is_refused(tmp_path: pathlib.Path) -> None:
+    """It waited for an outcome of what had never begun."""
+    (tmp_path / "counting.py").write_text("def main(number: int):\n    return number\n    yield\n")
+    for given, code, said in (('"two"', 1, "does not take this input: Expected `int`, got `str`"), ("2", 0, "")):
+        command = [sys.executable, "-m", "kwflow", "run", str(tmp_path / "counting.py"), "--input", given, "--embedded", str(tmp_path / "state")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout, said in done.stderr.splitlines()[-1] if said else True) == (code, "" if code else "2\n", True), done.stderr
+
+
 def test_run_is_refused_where_no_outcome_is_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """KW-12."""
     monkeypatch.setenv("KWFLOW_ERROR_TOPIC", "")
