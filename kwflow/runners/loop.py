@@ -273,8 +273,7 @@ class _Batch:
         live.met.append(number)
         made: Transition | BaseException
         try:
-            with self.processor.watchdog.watching(name):
-                made = step(live.instance, record, self.context)
+            made = self.processor.watchdog.run(name, step, live.instance, record, self.context)
         except ProtocolError as error:
             if live.instance is None:
                 del self.live[key]

@@ -14,12 +14,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from kwflow.errors import StepTimeout
 
 __all__ = ["Watchdog", "end_when_stuck"]
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _AGAIN_S = 1.0  # author code may swallow it in a loop; raise again until the step ends
 _LOOK_S = 1.0
 _START_ME_AGAIN = 3  # exit code
@@ -30,10 +32,10 @@ _watcher: list[threading.Thread] = []
 
 
 class Watchdog:
-    """Around each step of one thread: `with watchdog.watching(id):`.
+    """Around each step of one thread: `watchdog.run(id, step, ...)`.
 
-    After `warn_ms` the log says where the step is; at `abort_ms` StepTimeout is raised in it, and again at the end of
-    the with block if author code swallowed it.
+    After `warn_ms` the log says where the step is; at `abort_ms` StepTimeout is raised in it, and again at its end if
+    author code swallowed it.
     """
 
     def __init__(self, warn_ms: int, abort_ms: int, on_log: Callable[[str], None]) -> None:
@@ -49,25 +51,43 @@ class Watchdog:
         with _registering:
             _watched.add(self)
 
-    def watching(self, name: str) -> Watchdog:
+    def run(self, name: str, step: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """What `step` returns.  Raises StepTimeout if it was to be ended, whatever it did about that."""
         if not _watcher:
             _watcher.append(threading.Thread(target=_watch, name="kwflow-watchdog", daemon=True))
             _watcher[0].start()
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        self._ident = threading.get_ident()
+        self._name, self._ident = name, threading.get_ident()
         self._warned = self._raised = 0.0
         self._begun = time.monotonic()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        with self._lock:
-            self._begun = 0.0
+        try:
+            try:
+                made = step(*args, **kwargs)
+            finally:
+                self._end()
+        except StepTimeout:
+            self._end()  # it may have come before the first instruction of the other
             if not self._raised:
-                return
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._ident), None)
-        raise StepTimeout(f"the step took more than {self._abort_s:g} s without reaching a wait (limit step_abort_ms); do long work in an activity, or raise it and retry") from None
+                raise  # author code's own
+        if self._raised:
+            raise StepTimeout(f"the step took more than {self._abort_s:g} s without reaching a wait (limit step_abort_ms); do long work in an activity, or raise it and retry")
+        return made
+
+    def _end(self) -> None:
+        """Nothing is raised in this thread any more when this has returned."""
+        while True:
+            try:
+                with self._lock:
+                    self._begun = 0.0
+                    if not self._raised:
+                        return
+                    # One may still be on its way.  It is not taken back but replaced and waited for: taken back, CPython before
+                    # 3.13 looks for it at each jump and call from then on (loops take 1.4 times as long), and 3.11 hangs when traced.
+                    _raise_in(self._ident, StepTimeout)
+                    while True:
+                        pass
+            except StepTimeout:
+                if not self._begun:
+                    return
 
     def look(self, now: float) -> None:
         """Warn or raise if the step runs too long."""
@@ -82,7 +102,7 @@ class Watchdog:
             with self._lock:
                 if self._begun == begun:
                     self._raised = now
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._ident), ctypes.py_object(StepTimeout))
+                    _raise_in(self._ident, StepTimeout)
         if _ends and passed >= self._stuck_s and self._begun == begun:
             self._on_log(f"{self._name}: its step cannot be ended, at {_where(self._ident)}; this process ends, and is to be started again")
             os._exit(_START_ME_AGAIN)
@@ -91,6 +111,10 @@ class Watchdog:
 def end_when_stuck() -> None:
     """From now on a step that cannot be ended ends this process, with exit code 3."""
     _ends.append(True)
+
+
+def _raise_in(ident: int, error: type[BaseException]) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(error))
 
 
 def _watch() -> None:
