@@ -316,7 +316,7 @@ def _refused(value: object) -> NoReturn:
     raise TypeError(f"an object of class {type(value).__qualname__} has no JSON form; give its values, those of a pydantic model are .model_dump(mode='json')")
 
 
-_DICTS = (dict, getattr(builtins, "frozendict", dict))  # 3.15
+_DICTS = (dict, getattr(builtins, "frozendict", dict))  # 3.15; as names.DICTS, of a package that clients do not load
 
 
 def _check_json(value: object, depth: int) -> None:

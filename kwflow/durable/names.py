@@ -189,10 +189,9 @@ def is_nameable(value: object) -> bool:
 def _ours(module: str, qualname: str, value: object) -> bool:
     if any(module == name or module.startswith(name + ".") for name in _OURS_REFUSED) or not defined_in(module, qualname, value):
         return False
-    api = sys.modules.get("kwflow.api")  # whose functions are spilled by `kw.spawn(f((yield x)))`, in whichever module they are defined
-    if module == "kwflow.api" or (api is not None and qualname in api.__all__ and getattr(api, qualname) is value):
-        return True
-    return isinstance(value, type) and (module in _DURABLE or not module.startswith("kwflow.durable."))
+    if module.startswith("kwflow.durable."):
+        return module in _DURABLE and isinstance(value, type)
+    return isinstance(value, type) or module == "kwflow.api"
 
 
 def defined_in(module: str, qualname: str, value: object) -> bool:

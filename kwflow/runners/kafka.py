@@ -274,7 +274,7 @@ class KafkaRunner:
         taken = [record for mine in done.values() for record in mine]
         why = None
         if len(taken) > 1 and batch.bytes() > self._bytes_max:
-            why = f"more than {self._bytes_max} bytes"  # known once the states are saved; nothing was produced yet
+            why = f"more than {self._bytes_max} bytes (batch_bytes_max, or what was aborted last)"  # known once the states are saved; nothing was produced yet
         else:
             try:
                 self._commit(batch)

@@ -435,7 +435,7 @@ def test_values_that_were_answered_are_kept_for_the_last_16_ids() -> None:
 
 
 def test_a_workflow_may_reject_an_update_that_it_has_taken() -> None:
-    """M3: what only an activity finds out, no validator can say.  A reason that is no UTF-8 ended the engine, outside of any step."""
+    """M3: what only an activity finds out, no validator can say.  A reason that is no UTF-8 failed where replies are encoded, outside of any step."""
     w = run("def main(o):\n    u = yield kw.on_update('u')\n    yield kw.suspend('r')\n    kw.reject(u, f'{u.value} is sold out\\ud800')\n    yield kw.suspend('end')")
     request = f"request-{len(w.outputs)}"
     assert update(w, 1, name="u", kwflow_id="x") is None

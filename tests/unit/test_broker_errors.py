@@ -74,7 +74,7 @@ def test_a_file_of_tls_that_is_missing_is_named_with_its_setting_and_what_it_lac
     assert done.returncode == 2 and "ssl.certificate.location" in done.stderr and f"({tmp_path}/gone.pem: No such file or directory)" in done.stderr, done.stderr
 
 
-def test_names_in_kafka_that_are_kwflows_own_or_not_quoted_are_refused_and_no_value_is_shown(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_in_kafka_that_are_kwflows_own_or_not_quoted_are_refused_and_no_value_is_shown(tmp_path: pathlib.Path) -> None:
     """K1, K2, K5, K6, K16: with isolation.level = read_uncommitted, results of aborted transactions would be taken for real."""
     for name in ("isolation.level", "enable.auto.commit", "partitioner", "transactional.id"):
         with pytest.raises(UsageError, match=f"{re.escape(name)} is kwflow's own to set"):

@@ -444,7 +444,10 @@ def _shadows(scope: Scope, captured: set[str]) -> bool:
 
 def _function(node: ast.ListComp | ast.SetComp | ast.DictComp) -> ast.expr:
     """A comprehension as what no version inlines."""
-    item = node.elt if not isinstance(node, ast.DictComp) else ast.Tuple([node.key, node.value], ast.Load()) if node.value is not None else _pairs(node.key)
+    if not isinstance(node, ast.DictComp):
+        item = node.elt
+    else:
+        item = _pairs(node.key) if node.value is None else ast.Tuple([node.key, node.value], ast.Load())
     way = {ast.ListComp: "list", ast.SetComp: "set", ast.DictComp: "dict"}[type(node)]
     return ast.copy_location(call(way, ast.copy_location(ast.GeneratorExp(item, node.generators), node)), node)
 

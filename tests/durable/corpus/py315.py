@@ -66,6 +66,15 @@ def g_unpacking_captures():
     return ([*(one() for one in made) for _ in range(2)], [*(lambda: (n, n))() for n in range(2)])
 
 
+def g_unpacking_captures_a_captured_name():
+    x = [5]
+    more = lambda: x
+    yield [*(lambda: x)() for x in ([1], [2])], x
+    yield {*(lambda: x)() for x in ([1], [2])}, {**(lambda: x)() for x in ({"a": 1}, {"a": 2, "b": 3})}, x, more()
+    x = [6]
+    return [*(*(lambda: (x, y))() for x in y) for y in ([1], [2])], x, more()
+
+
 async def g_unpacks_awaited():
     async def of(value):
         log(await Pause(value))
