@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from kwflow.core.wire import Record
+from kwflow.runners.overlay import Overlay
 from kwflow.testing import WorkflowTester
 from tests.spec.test_messages import run
 
@@ -57,8 +59,10 @@ def prepared(to: str) -> WorkflowTester:
     if to == "running":
         w.command("w", "signal", {"name": "s"}, kwflow_id="known")
     elif to == "full":
-        for _ in range(1000):
-            w.send("w", b'{"name":"s"}', {"kwflow-op": "signal"})
+        changes, signal = Overlay(w.state), (b'{"name":"s"}', (("kwflow-op", b"signal"),))
+        w._workflows.decide(changes, [Record(w.config.resume_topic, 0, offset, w.now_ms, b"w", *signal) for offset in range(1, 1001)], w.now_ms)
+        w.state.apply(changes.changes)
+        w._offsets[w.config.resume_topic] = 1000
     elif to in ("ended", "parked"):
         w.resume("w", "r", "park" if to == "parked" else None)
     return w
