@@ -71,7 +71,10 @@ def broker(directory: pathlib.Path) -> Iterator[str | None]:
         return
     from tests.integration.broker import Broker
 
-    started = Broker(directory / "broker")
+    class Optimised(Broker):
+        jvm = ()
+
+    started = Optimised(directory / "broker")
     started.start()
     try:
         yield started.bootstrap

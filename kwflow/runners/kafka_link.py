@@ -118,7 +118,7 @@ class KafkaLink:
     def _produce(self, output: Output, failed: Callable[[Exception], None]) -> None:
         def delivered(error: KafkaError | None, _message: Message) -> None:
             if error is not None:
-                failed(TransportError(f"{self.config.bootstrap_servers} did not take the record: {error.str()}"))
+                failed(TransportError(f"{self.config.bootstrap_servers} did not take the record for {output.topic}: {error.str()}"))
 
         producer = self._producer
         try:
@@ -129,7 +129,7 @@ class KafkaLink:
             if error.args[0].code() == KafkaError._FATAL:
                 self._replace(producer)
                 return self._produce(output, failed)
-            failed(TransportError(f"{self.config.bootstrap_servers} did not take the record: {error.args[0].str()}", retryable=False))
+            failed(TransportError(f"{self.config.bootstrap_servers} did not take the record for {output.topic}: {error.args[0].str()}", retryable=False))
         self._serve()
 
     def _serve(self) -> None:
