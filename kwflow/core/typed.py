@@ -5,6 +5,7 @@ Every rule of that travelling lives here (decision 0050); it must not know recor
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import inspect
 import sys
@@ -67,6 +68,9 @@ def _load_model(hint: Any, value: Any) -> Any:
         return validate(value)
     if isinstance(hint, type) and isinstance(value, hint):
         return value
+    origin, items = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (collections.abc.Iterable, collections.abc.Container, collections.abc.Reversible):  # that every list is one, msgspec does not see
+        return from_plain(value, list[items])  # type: ignore[valid-type]
     raise TypeError(f"the annotation {getattr(hint, '__qualname__', hint)} cannot be rebuilt from JSON")
 
 

@@ -110,6 +110,16 @@ def test_what_else_is_annotated_need_not_be_known_here() -> None:
     assert started(body, {"sku": "a", "count": 5}).result("w") == 5
 
 
+@pytest.mark.parametrize("annotation", ["Iterable[Line]", "Reversible[Line]", "dict[str, Iterable[Line]]"])
+def test_what_any_list_is_for_a_type_checker_is_rebuilt_as_a_list(annotation: str) -> None:
+    """It was taken when the engine started, and each start was a dead letter."""
+    lines: Any = [{"sku": "a", "count": 2}]
+    body = f"def main(o: {annotation}):\n    yield kw.suspend('r')\n    return [line.count for line in (o['x'] if isinstance(o, dict) else o)]"
+    tester = started(body, {"x": lines} if "dict" in annotation else lines)
+    tester.resume("w", "r")
+    assert tester.result("w") == [2]
+
+
 def test_an_input_that_does_not_fit_is_a_dead_letter_and_a_reply_that_say_where_and_what_was_expected() -> None:
     """G3: nothing has run; after a correction the dead letter is retried as any other."""
     w = WorkflowTester(load("def main(o: Order):" + WAITS).main)
