@@ -26,7 +26,7 @@ from kwflow.core import wire
 from kwflow.core.current import current, in_step
 from kwflow.core.dispatch import Callee
 from kwflow.core.tasks import Awaitable
-from kwflow.core.typed import from_plain, signature_of, to_plain
+from kwflow.core.typed import from_plain, signature_of, to_plain, unchecked
 from kwflow.errors import ActivityError, BusinessError, UsageError
 
 __all__ = ["Activity", "ActivityInfo", "Retry", "activity", "activity_info", "failure_payload", "find_activity", "registered_activities", "running_as"]
@@ -161,11 +161,15 @@ class Activity(Callee, Generic[_P, _R]):
     # -- values to JSON and back -----------------------------------------------------------------------------------
     @functools.cached_property
     def hints(self) -> dict[str, Any]:
-        """The annotations, resolved at first use.  Raises UsageError when one names nothing."""
+        """The annotations, resolved at first use.  Raises UsageError when one names nothing, or a class whose checks would be passed over."""
         try:
-            return typing.get_type_hints(self.function, include_extras=True)
+            found = typing.get_type_hints(self.function, include_extras=True)
         except Exception as error:  # an annotation is any expression
             raise UsageError(f"an annotation of activity {self.name} cannot be resolved: {error}") from None
+        for hint in found.values():
+            if (why := unchecked(hint)) is not None:
+                raise UsageError(f"an annotation of activity {self.name}: {why}")
+        return found
 
     def encode_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
         """The arguments by parameter name.  Raises TypeError as the call would, UsageError for what has no JSON form."""

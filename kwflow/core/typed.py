@@ -19,7 +19,7 @@ import msgspec
 from kwflow.core import outcomes, wire
 from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
 
-__all__ = ["from_plain", "input_hints", "input_json", "rebuilt_input", "signature_of", "to_plain"]
+__all__ = ["from_plain", "input_hints", "input_json", "rebuilt_input", "signature_of", "to_plain", "unchecked"]
 
 _PLAIN = (type(None), bool, int, float, str)
 _JSON: tuple[Any, ...] = (None, True, 1, 1.0, "", [], {})
@@ -105,6 +105,8 @@ def input_hints(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
         except Exception as error:  # an annotation is any expression
             remedy = "it has to be there when the engine runs, not only `if TYPE_CHECKING`" if isinstance(error, NameError) else "without an annotation it is the JSON as it is"
             raise UsageError(f"{said}: its annotation cannot be resolved: {error}; {remedy}") from None
+        if (why := unchecked(hint)) is not None:
+            raise UsageError(f"{said}: {why}")
         if unknown is not None:
             remedy = "make it a dataclass, or give it model_dump and model_validate as pydantic has them; without an annotation the input is the JSON as it is"
             raise UsageError(f"{said} is annotated with {unknown.__module__}.{unknown.__qualname__}, which cannot be rebuilt from JSON: {remedy}")
@@ -144,11 +146,29 @@ def _unknown(found: object, seen: set[int]) -> Iterator[type]:
         yield found.cls
     if isinstance(found, msgspec.inspect.Field) and not found.required:
         return
+    for part in _parts(found, seen):
+        yield from _unknown(part, seen)
+
+
+def unchecked(hint: Any) -> str | None:
+    """Says which class in it would be rebuilt without its checks, and what to do; None for an annotation that msgspec does not know."""
+    try:
+        found, seen = [msgspec.inspect.type_info(hint)], set[int]()
+    except Exception:  # it names what is not there, perhaps
+        return None
+    for one in found:  # it grows
+        if isinstance(one, msgspec.inspect.DataclassType) and hasattr(one.cls, "__pydantic_validator__"):
+            name = f"{one.cls.__module__}.{one.cls.__qualname__}"
+            return f"{name} is a dataclass of pydantic, and would be rebuilt without its checks and defaults; make it a pydantic.BaseModel, or a dataclass of the standard library"
+        found += _parts(one, seen)
+    return None
+
+
+def _parts(found: object, seen: set[int]) -> tuple[Any, ...]:
     if isinstance(found, msgspec.Struct) and id(found) not in seen:
         seen.add(id(found))
         found = msgspec.structs.astuple(found)
-    for part in found if isinstance(found, tuple) else ():
-        yield from _unknown(part, seen)
+    return found if isinstance(found, tuple) else ()
 
 
 def _is_of_json(hint: type) -> bool:

@@ -200,12 +200,16 @@ def test_a_class_that_changes_under_a_waiting_instance_is_a_class_like_any_other
         ("def main(o: 'Nothing'): ...", "cannot be resolved: name 'Nothing' is not defined"),
         ("class Odd: ...\ndef main(o: list[Odd]): ...", "typed_case_.*Odd, which cannot be rebuilt from JSON"),
         ("def main(o: Order | Line): ...", "more than one"),
+        (
+            "class Holder(msgspec.Struct):\n    x: 'Odd | None' = None\n@pydantic.dataclasses.dataclass\nclass Odd:\n    x: int\ndef main(o: list[Holder]): ...",
+            "typed_case_.*Odd is a dataclass of pydantic",
+        ),
         ("@dataclasses.dataclass\nclass Odd:\n    x: 'Nothing'\ndef main(o: Odd): ...", "name 'Nothing' is not defined"),
     ],
 )
 def test_an_annotation_that_rebuilds_nothing_is_said_when_the_engine_starts(body: str, said: str) -> None:
     """Before the first record: not as a dead letter for each start."""
-    module = load(body, models="import dataclasses\n" + MODELS.replace("import dataclasses,", "import", 1))
+    module = load(body, models="import dataclasses, pydantic.dataclasses\n" + MODELS.replace("import dataclasses,", "import", 1))
     with pytest.raises(UsageError, match=re.compile(f"the input of workflow 'shop'.* {said}")):
         Workflows({"shop": module.main})
 

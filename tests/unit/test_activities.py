@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pydantic
+import pydantic.dataclasses
 import pytest
 
 import kwflow as kw
@@ -138,6 +139,18 @@ def test_an_annotation_that_names_nothing_is_said() -> None:
     wrong.__annotations__ = {"x": "Nowhere"}
     with pytest.raises(UsageError, match="annotation of activity .*Nowhere"):
         make(wrong).encode_arguments((1,), {})
+
+
+def test_a_dataclass_of_pydantic_is_refused_as_its_checks_would_be_passed_over() -> None:
+    @pydantic.dataclasses.dataclass
+    class Checked:
+        count: int = pydantic.Field(gt=0)
+
+    def wrong(x): ...
+
+    wrong.__annotations__ = {"x": dict[str, list[Checked]]}
+    with pytest.raises(UsageError, match="annotation of activity .*Checked is a dataclass of pydantic.* make it a pydantic.BaseModel"):
+        make(wrong).encode_arguments(({},), {})
 
 
 # -- the decorator -------------------------------------------------------------------------------------------------------
