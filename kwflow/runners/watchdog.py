@@ -82,7 +82,8 @@ class Watchdog:
                         return
                     # One may still be on its way.  It is not taken back but replaced and waited for: taken back, CPython before
                     # 3.13 looks for it at each jump and call from then on (loops take 1.4 times as long), and 3.11 hangs when traced.
-                    _raise_in(self._ident, StepTimeout)
+                    if not _raise_in(self._ident, StepTimeout):
+                        return
                     while True:
                         pass
             except StepTimeout:
@@ -113,8 +114,9 @@ def end_when_stuck() -> None:
     _ends.append(True)
 
 
-def _raise_in(ident: int, error: type[BaseException]) -> None:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(error))
+def _raise_in(ident: int, error: type[BaseException]) -> bool:
+    """False if there is no such thread: gevent has numbers of its own."""
+    return bool(ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(error)))
 
 
 def _watch() -> None:

@@ -21,6 +21,7 @@ from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
+from kwflow.errors import StepTimeout
 from kwflow.ports import Decision
 from kwflow.runners import rocks
 from kwflow.runners.budget import Budget
@@ -538,6 +539,18 @@ def test_a_step_that_was_ended_leaves_nothing_behind_in_the_interpreter() -> Non
     """K19: found with a debugger, which hung on Python 3.11; on 3.11 and 3.12 every loop of the process took 1.4 times as long from then on."""
     done = subprocess.run([sys.executable, "-c", ENDED_AND_TRACED], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["the step took more than 1e+06 s"] * 2 + ["['call']"], done.stderr
+
+
+def test_a_step_in_a_thread_that_python_does_not_know_goes_on_to_its_end() -> None:
+    """K19: gevent gives threads numbers of its own."""
+    dog = Watchdog(10**9, 10**9, lambda _: None)
+
+    def step() -> None:
+        dog._ident = 1
+        dog.look(dog._begun + 10**9)
+
+    with pytest.raises(StepTimeout):
+        dog.run("w", step)
 
 
 def test_watchdogs_that_are_made_while_all_are_looked_at_do_not_end_the_looking() -> None:
