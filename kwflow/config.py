@@ -18,8 +18,11 @@ __all__ = ["Config", "load_config"]
 _KEY_CHARS_MIN = 32
 _NOT_YOURS = (  # in [kafka]: each is what some rule rests on (K1, K2, K5, K6, K16), or has a setting of its own
     "bootstrap.servers metadata.broker.list group.id group.instance.id transactional.id enable.auto.commit enable.auto.offset.store auto.offset.reset "
-    "isolation.level enable.idempotence enable.partition.eof partitioner partition.assignment.strategy"
+    "isolation.level enable.idempotence enable.partition.eof partitioner partition.assignment.strategy group.protocol"
 ).split()
+_INSTEAD = {name: "; say bootstrap_servers in [app]" for name in ("bootstrap.servers", "metadata.broker.list")} | {
+    "group.protocol": "; leave it out: engines take part in the classic protocol, in which one that was killed has its partitions back at once, not after the broker's 45 s"
+}
 
 
 class Config(BaseSettings):
@@ -93,7 +96,7 @@ class Config(BaseSettings):
     def _for_librdkafka(cls, kafka: dict[str, Any]) -> dict[str, Any]:
         for name, value in kafka.items():
             if name in _NOT_YOURS:
-                raise ValueError(f"{name} is kwflow's own to set" + ("; say bootstrap_servers in [app]" if name.endswith((".servers", ".list")) else ""))
+                raise ValueError(f"{name} is kwflow's own to set{_INSTEAD.get(name, '')}")
             if isinstance(value, dict):
                 raise ValueError(f'names have dots and are quoted: "{name}.{next(iter(value), "…")}" = …')
             if not isinstance(value, (str, int, float)):

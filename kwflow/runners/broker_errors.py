@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 from confluent_kafka import KafkaError
 
+from kwflow.errors import TransportError
 from kwflow.runners.logs import Line
 
-__all__ = ["NO_LOG", "BrokerErrors"]
+__all__ = ["NO_LOG", "BrokerErrors", "ending"]
 
 NO_LOG = logging.Logger("librdkafka")
 NO_LOG.disabled = True
@@ -27,6 +28,19 @@ _REMEDIES = {  # part of what OpenSSL says -> what it leaves out
     "certificate verify failed": "; or it has expired, or is for another host: openssl s_client -connect HOST:PORT -CAfile FILE -verify_hostname HOST says which",
     "ssl/tls alert": "; the broker does not take the certificate of this client: [kafka] ssl.certificate.location is missing, has expired, or is signed by a CA that it does not know",
 }
+_SETTINGS = {  # what the broker does not take of ours -> where that is set; starting again changes nothing
+    KafkaError.INVALID_SESSION_TIMEOUT: '[kafka] "session.timeout.ms" has to be from the broker\'s group.min.session.timeout.ms to its group.max.session.timeout.ms',
+    KafkaError.INVALID_TRANSACTION_TIMEOUT: 'make the broker\'s transaction.max.timeout.ms larger, or [kafka] "transaction.timeout.ms" smaller',
+}
+_OTHERS = {
+    KafkaError.INCONSISTENT_GROUP_PROTOCOL: "a program that is no engine is in this consumer group, or made it one of another type: end it and delete the group, or choose another application_id",
+}
+
+
+def ending(where: str, error: KafkaError) -> TransportError:
+    """What this process ends with, and what to do about it if that is known."""
+    remedy = (_SETTINGS | _OTHERS).get(error.code())
+    return TransportError(f"{where}: {error.str()}{f'; {remedy}' if remedy else ''}", retryable=error.code() not in _SETTINGS)
 
 
 class BrokerErrors:

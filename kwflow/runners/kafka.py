@@ -26,6 +26,7 @@ from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Clock, Decision, Processor
 from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
+from kwflow.runners.broker_errors import ending
 from kwflow.runners.budget import Budget
 from kwflow.runners.embedded import SystemClock
 from kwflow.runners.embedded_state import failing
@@ -66,7 +67,7 @@ def _mapped(method: _F) -> _F:
         try:
             return method(*arguments, **named)
         except KafkaException as error:
-            raise TransportError(f"Kafka: {error.args[0].str()}") from error
+            raise ending("Kafka", error.args[0]) from error
 
     return mapped  # type: ignore[return-value]
 
@@ -160,7 +161,7 @@ class KafkaRunner:
             raise
         except KafkaException as error:  # what no place above knows an answer to ends this process (K4)
             self._attempts.finished()
-            raise TransportError(f"{self.group}: {error.args[0].str()}") from error
+            raise ending(self.group, error.args[0]) from error
         finally:
             if self.worker is not None:
                 self.worker.close(self.config.activity_grace_s if clean else 0)
@@ -236,7 +237,7 @@ class KafkaRunner:
                 self.on_log(f"{self.group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
             elif not topics.transient(error):
                 if error.code() != KafkaError._FATAL:
-                    raise TransportError(f"{self.group}: {error.str()}")
+                    raise ending(self.group, error)
                 raise FencedError(f"{self.group}: {error.str()}{self._like_me() if 'Static consumer fenced' in error.str() else ''}")
 
     def _like_me(self) -> str:

@@ -165,8 +165,9 @@ class Transactions:
         lost = [f"{topic}: {failure.str()}" for topic, failure in failures if failure.code() not in _PURGED]
         if error.fatal() and rejected is None:
             raise FencedError(f"{self.member.group}: {error.str()}{_FENCED if error.code() == KafkaError._FENCED else ''}")
-        if rejected is not None or lost:
-            self._producer = self._new_producer()  # its sequence numbers are lost: the next good transaction would fail
+        if rejected is not None or lost or error.code() == KafkaError.INVALID_PRODUCER_ID_MAPPING:
+            # its sequence numbers are lost, or, after a week without a transaction, its producer id: the next good transaction would fail
+            self._producer = self._new_producer()
         if rejected is not None:
             raise Rejected(rejected)
         self.aborts += 1

@@ -76,7 +76,7 @@ class Takeover:
     def _new_consumer(self) -> Consumer:
         consumer = self.member.environment.consumer(
             self.member.settings(
-                group_id=self.member.group, group_instance_id=self.member.name, enable_auto_commit=False, enable_auto_offset_store=False,
+                group_id=self.member.group, group_protocol="classic", group_instance_id=self.member.name, enable_auto_commit=False, enable_auto_offset_store=False,
                 isolation_level="read_committed", auto_offset_reset="error", partition_assignment_strategy="cooperative-sticky", session_timeout_ms=6000,
                 heartbeat_interval_ms=500, fetch_queue_backoff_ms=10, enable_partition_eof=True,
             )

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import pathlib
 import random
 import shutil
@@ -16,7 +17,8 @@ from confluent_kafka.admin import AdminClient
 __all__ = ["Broker", "Cluster", "Secured", "can_start", "free_port"]
 
 ROOT = pathlib.Path(__file__).parents[2]
-LIB = ROOT / ".kafka/lib"
+VERSION = os.environ.get("KWFLOW_TEST_KAFKA")  # another one than pom.xml's, such as 3.7.2
+LIB = ROOT / ".kafka" / (VERSION or "lib")
 
 
 def can_start() -> bool:
@@ -40,7 +42,7 @@ def jars() -> pathlib.Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not list(LIB.glob("kafka_2.13-*.jar")):
             pom = pathlib.Path(__file__).parent / "pom.xml"
-            command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={LIB}"]
+            command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={LIB}", *([f"-Dkafka.version={VERSION}"] if VERSION else [])]
             subprocess.run(command, check=True, timeout=300)
     return LIB
 

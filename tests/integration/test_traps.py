@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
 
 from kwflow.core import wire
 from kwflow.core.wire import Record
@@ -267,3 +267,26 @@ def test_an_identity_that_the_disk_has_damaged_is_replaced_by_a_new_one(lab: Lab
     runner = lab.engine("one")
     known = (directory / "instance-id").read_bytes()
     assert re.fullmatch(b"[0-9a-f]{12}", known) and runner.instance == f"{known.decode()}-0"
+
+
+@pytest.mark.parametrize("setting", ["session.timeout.ms", "transaction.timeout.ms"])
+def test_a_time_that_the_broker_does_not_allow_ends_the_engine_for_good_with_where_it_is_set(lab: Lab, setting: str) -> None:
+    """With exit code 3 a supervisor would start it again for ever."""
+    lab.base["kafka"] |= {setting: 500 if setting == "session.timeout.ms" else 10_000_000}
+    with pytest.raises(TransportError, match=re.escape(f'[kafka] "{setting}"')) as ended:
+        turn(lab.engine("one"), lambda: False)
+    assert not ended.value.retryable
+
+
+def test_an_engine_that_meets_another_program_in_its_group_says_so_and_may_be_started_again(lab: Lab) -> None:
+    group = lab.base["application_id"]
+    other = Consumer({"bootstrap.servers": lab.base["bootstrap_servers"], "group.id": group, "log_level": 0})
+    other.subscribe([lab.base["resume_topic"]])
+    deadline = time.monotonic() + 30
+    while not other.assignment():
+        assert time.monotonic() < deadline
+        other.poll(0.1)
+    with pytest.raises(TransportError, match=f"^{group}: .*; a program that is no engine is in this consumer group") as ended:
+        turn(lab.engine("one"), lambda: False)
+    other.close()
+    assert ended.value.retryable

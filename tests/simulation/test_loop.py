@@ -240,6 +240,17 @@ def test_an_abort_is_soon_over_and_its_records_are_applied_in_order(lab: Lab) ->
     assert 100 < lab.broker.time.now - begun_ms < 2_000, "the broker is given a moment"
 
 
+def test_an_identity_that_the_broker_has_forgotten_is_made_anew_after_one_abort(lab: Lab) -> None:
+    """K1: `transactional.id.expiration.ms`, a week without a transaction.  The client asks for a new producer id only if it has to end a transaction that has begun, and none can begin."""
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned)
+    lab.broker.transactions.expire(engine.member.name)
+    start(lab, "main", "w")
+    lab.send("workflow-resume", "w", '{"ref": "r", "value": 1}')
+    turn(engine, lambda: lab.written("found-out") == ["1"])
+    assert len([line for line in lab.said if "was aborted" in line]) == 1
+
+
 class Ticking:
     """Time passes with every look at it: a batch has one step."""
 

@@ -81,6 +81,8 @@ def test_names_in_kafka_that_are_kwflows_own_or_not_quoted_are_refused_and_no_va
             settings_in(tmp_path, f'[kafka]\n"{name}" = "x"\n')
     with pytest.raises(UsageError, match=r"bootstrap.servers is kwflow's own to set; say bootstrap_servers in \[app\]"):
         settings_in(tmp_path, '[kafka]\n"bootstrap.servers" = "x:1"\n')
+    with pytest.raises(UsageError, match=r"config kafka: .*group.protocol is kwflow's own to set; leave it out: engines take part in the classic protocol, "):
+        settings_in(tmp_path, '[kafka]\n"group.protocol" = "consumer"\n')
     with pytest.raises(UsageError, match=r'quoted: "sasl.password" = …$'):
         settings_in(tmp_path, '[kafka]\nsasl.password = "hunter2"\n')
     with pytest.raises(UsageError, match=r"sasl.password is neither text nor a number$"):

@@ -35,6 +35,7 @@ class Identity:
     epoch: int = -1
     timeout_ms: float = 60_000
     current: Transaction | None = None
+    expired: bool = False
     ended: str | None = None  # how the last transaction of this epoch ended: a repeated EndTxn gets the same answer
 
     @property
@@ -56,7 +57,7 @@ class Coordinator:
     def init(self, name: str, timeout_ms: float) -> int:
         """Fence whoever has this id and end its transaction; the new epoch."""
         known = self._identities.setdefault(name, Identity(name))
-        known.timeout_ms = timeout_ms
+        known.timeout_ms, known.expired = timeout_ms, False
         if known.current is not None and known.current.state == OPEN:
             known.epoch += 1
             self._decide(known, ABORTED)
@@ -68,9 +69,16 @@ class Coordinator:
 
     def _known(self, name: str, epoch: int) -> Identity:
         known = self._identities[name]
+        if known.expired:
+            raise Refused(KafkaError.INVALID_PRODUCER_ID_MAPPING, "the producer id is not assigned to this transactional id")
         if epoch != known.epoch:
             raise Refused(KafkaError._FENCED, "a newer producer with this transactional id is active, or its transaction timed out")
         return known
+
+    def expire(self, name: str) -> None:
+        """Forget it, as after `transactional.id.expiration.ms` without a transaction; whoever initialises it again goes on."""
+        assert self._identities[name].current is None
+        self._identities[name].expired = True
 
     def add(self, name: str, epoch: int) -> Transaction:
         """The open transaction, begun if there is none."""
