@@ -5,6 +5,8 @@ One module for each group of commands; `shared.py` has what they have in common.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from typing import Annotated
 
@@ -44,8 +46,23 @@ def about(print_version: Annotated[bool, typer.Option("--version", callback=_ver
     """Durable workflows as plain Python generators."""
 
 
+def _open_streams() -> None:
+    """What was closed when we began is /dev/null: an engine's database would get its number, and what libraries say there.  What a terminal cannot show is escaped."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+        elif number and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """The entry point: errors become one line."""
+    _open_streams()
     try:
         app(standalone_mode=True, auto_envvar_prefix="KWFLOW")
     except KeyboardInterrupt:

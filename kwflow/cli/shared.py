@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -71,7 +72,7 @@ def exit_code(error: Exception) -> int:
     """2 for wrong usage; 3, start me again, where that helps: also when this process was fenced, since another one with its name or its own late transaction did so (K4); else 1."""
     if isinstance(error, TransportError):
         return 3 if error.retryable or isinstance(error, FencedError) else 1
-    return 2 if isinstance(error, (UsageError, UnsupportedError, SyntaxError)) else 1
+    return 2 if isinstance(error, (UsageError, UnsupportedError, SyntaxError, UnicodeEncodeError)) else 1
 
 
 def told(error: Exception) -> str:
@@ -82,6 +83,8 @@ def told(error: Exception) -> str:
         raise error
     if (kafka := sys.modules.get("confluent_kafka")) is not None and isinstance(error, kafka.KafkaException):  # what no place knows an answer to
         return f"kwflow: Kafka: {error.args[0].str()}"
+    if isinstance(error, UnicodeEncodeError):  # of an argument: what is printed is escaped
+        return f"kwflow: {error.object!a} is no text in UTF-8"
     if isinstance(error, OSError):  # it names the thing: a full disk, a file that must not be written
         return f"kwflow: {error}"
     return f"kwflow: {type(error).__name__}: {error} (a bug of kwflow's; KWFLOW_TRACEBACK=1 shows where)"
@@ -112,8 +115,9 @@ def json_option(text: str, option: str) -> bytes:
 
 
 def print_json(value: object) -> None:
-    """One line of JSON on the standard output."""
-    out.print(msgspec.json.encode(value).decode())
+    """One line of JSON on the standard output, in ASCII where that is not UTF-8."""
+    text = msgspec.json.encode(value).decode()
+    out.print(text if out.encoding == "utf-8" else json.dumps(msgspec.json.decode(text), separators=(",", ":")))
 
 
 def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:

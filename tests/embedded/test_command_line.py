@@ -411,3 +411,22 @@ def test_no_broker_is_one_line_and_exit_code_3() -> None:
     )
     assert done.returncode == 3
     assert len(done.stderr.splitlines()) == 1 and "no broker at 127.0.0.1:1" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_an_engine_whose_streams_are_closed_runs_and_what_an_output_cannot_show_is_escaped(shell: Shell) -> None:
+    """Found by running it in odd ways: its database had the number of the standard error, and JSON logs ended it."""
+    started = subprocess.Popen(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *shell.command("engine", TRIP, "--log-format", "json")], cwd=ROOT)
+    shell.until(lambda: started.poll() is not None or (shell.directory / "engine.sock").exists())
+    try:
+        assert [os.readlink(f"/proc/{started.pid}/fd/{number}") for number in range(3)] == ["/dev/null"] * 3
+        submit(shell.directory, Config().resume_topic, "größe".encode(), b'new:{"timeout": 60000}')
+        ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        asked = [subprocess.run(shell.command("list", *more), cwd=ROOT, capture_output=True, env=ascii_only, timeout=60, check=True).stdout.decode() for more in ([], ["--json"])]
+    finally:
+        started.terminate()
+    assert started.wait(60) == 0
+    assert "gr\\xf6\\xdfe" in asked[0]
+    assert [one["id"] for one in json.loads(asked[1])] == ["größe"]
+    no_text = subprocess.run(shell.command("signal", "größe", os.fsdecode(b"\xff")), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (no_text.returncode, no_text.stderr) == (2, "kwflow: '\\udcff' is no text in UTF-8\n")
