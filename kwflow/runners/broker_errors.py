@@ -16,7 +16,7 @@ from confluent_kafka import KafkaError
 from kwflow.errors import TransportError
 from kwflow.runners.logs import Line
 
-__all__ = ["NO_LOG", "BrokerErrors", "ending"]
+__all__ = ["NO_LOG", "BrokerErrors", "ending", "said"]
 
 NO_LOG = logging.Logger("librdkafka")
 NO_LOG.disabled = True
@@ -33,14 +33,20 @@ _SETTINGS = {  # what the broker does not take of ours -> where that is set; sta
     KafkaError.INVALID_TRANSACTION_TIMEOUT: 'make the broker\'s transaction.max.timeout.ms larger, or [kafka] "transaction.timeout.ms" smaller',
 }
 _OTHERS = {
+    KafkaError.INVALID_TIMESTAMP: "the topic's message.timestamp.before.max.ms, or after.max.ms, does not allow the time of what led to it: raise it, and retry",
     KafkaError.INCONSISTENT_GROUP_PROTOCOL: "a program that is no engine is in this consumer group, or made it one of another type: end it and delete the group, or choose another application_id",
 }
 
 
-def ending(where: str, error: KafkaError) -> TransportError:
-    """What this process ends with, and what to do about it if that is known."""
+def said(error: KafkaError) -> str:
+    """What the broker says, and what to do about it if that is known."""
     remedy = (_SETTINGS | _OTHERS).get(error.code())
-    return TransportError(f"{where}: {error.str()}{f'; {remedy}' if remedy else ''}", retryable=error.code() not in _SETTINGS)
+    return f"{error.str()}; {remedy}" if remedy else error.str()
+
+
+def ending(where: str, error: KafkaError) -> TransportError:
+    """What this process ends with."""
+    return TransportError(f"{where}: {said(error)}", retryable=error.code() not in _SETTINGS)
 
 
 class BrokerErrors:

@@ -17,6 +17,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from kwflow.core.wire import Output, Record
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Decision
+from kwflow.runners.broker_errors import said
 from kwflow.runners.budget import bytes_of
 from kwflow.runners.environment import Producer
 from kwflow.runners.kafka_member import TRANSACTION_S, Member, again
@@ -161,7 +162,7 @@ class Transactions:
         if not error.fatal():
             self._again(lambda: self._producer.abort_transaction(30))  # serves the reports too: a record may have been refused before the last one was produced
         places = [*failures, (" or ".join(sorted(written)), error)]
-        rejected = next((f"{topic}: {failure.str()}" for topic, failure in places if failure.code() in _REJECTED), None)
+        rejected = next((f"{topic}: {said(failure)}" for topic, failure in places if failure.code() in _REJECTED), None)
         lost = [f"{topic}: {failure.str()}" for topic, failure in failures if failure.code() not in _PURGED]
         if error.fatal() and rejected is None:
             raise FencedError(f"{self.member.group}: {error.str()}{_FENCED if error.code() == KafkaError._FENCED else ''}")

@@ -116,6 +116,7 @@ def test_what_the_broker_will_never_take_parks_its_instance_alone(lab: Lab, code
         start(lab, "late" if id != "bad" else "twice", id)
     turn(engine, lambda: len(lab.written("workflow-scheduler")) == 2)
     assert len(lab.written("found-dead-letter")) == 1
+    assert any("message.timestamp.before.max.ms" in line for line in lab.said) == (code == "INVALID_TIMESTAMP"), lab.said
 
 
 def test_a_record_is_parked_only_if_it_is_refused_alone_twice(lab: Lab) -> None:
