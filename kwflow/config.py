@@ -165,6 +165,11 @@ def load_config(path: Path | None = None, **given: Any) -> Config:
                 raise UsageError(f"{file}: {section} is a section: write [{section}] above its settings")
             elif section in _SECTIONS:
                 values |= {_SECTIONS[section].format(name): value for name, value in content.items()}
+            elif section in Config.model_fields:  # as it is called in the environment and everywhere else
+                fits = [form.split("{}") for form in _SECTIONS.values()]
+                before, after = max((fit for fit in fits if section.startswith(fit[0]) and section.endswith(fit[1])), key=lambda fit: len(fit[0] + fit[1]))
+                places = " or ".join(f"[{known}]" for known, form in _SECTIONS.items() if form == f"{before}{{}}{after}")
+                raise UsageError(f"{file}: {section} stands in a section: write {section.removeprefix(before).removesuffix(after)} under {places}")
             else:
                 raise UsageError(f"{file}: unknown section [{section}]; there are {' '.join(f'[{known}]' for known in (*_SECTIONS, 'kafka'))}")
     beside = values.get("kafka", {})

@@ -167,7 +167,7 @@ class _Pickler(pickle.Pickler):
         if registry.is_durable(module):
             raise Refused(f"{module}.{name}, a {type(value).__name__}, which is found by no name of a global; look it up where it is needed")
         if not names.allowed(module, name, value):
-            raise Refused(f"{module}.{name} of a module that is not durable; list it under snapshot_modules in kwflow.toml, or use it where it is needed")
+            raise Refused(f"{module}.{name} of a module that is not durable; list it under [snapshot] modules in kwflow.toml, or use it where it is needed")
         return name
 
     def unfillable(self, value: Any) -> Any:
@@ -191,7 +191,7 @@ class _Pickler(pickle.Pickler):
         if "<locals>" in cls.__qualname__:
             return self.local_class(cls)
         if not names.allowed(cls.__module__, cls.__qualname__, cls):
-            raise Refused(f"a value of class {cls.__module__}.{cls.__qualname__}; list its module under snapshot_modules in kwflow.toml, call durable.register_reducer, or keep plain data")
+            raise Refused(f"a value of class {cls.__module__}.{cls.__qualname__}; list its module under [snapshot] modules in kwflow.toml, call durable.register_reducer, or keep plain data")
         if registry.is_durable(cls.__module__):
             named = self.named(cls)
             if named is None:
@@ -252,7 +252,7 @@ class _Pickler(pickle.Pickler):
         elif "<" not in name and _named(module, name) is fn:
             if names.allowed(module, name, fn):
                 return NotImplemented
-            raise Refused(f"the function {module}.{name} of a module that is not durable; list it under snapshot_modules in kwflow.toml, or call it where it is needed")
+            raise Refused(f"the function {module}.{name} of a module that is not durable; list it under [snapshot] modules in kwflow.toml, or call it where it is needed")
         if known is None and (is_async := is_async_callback(fn)) is not None:
             self.states += (_FUNCTION, fn, (None, None, fn.__dict__, fn.__name__, name, None, None))
             return rebuild.exit_callback, (is_async, fn.__closure__)

@@ -180,14 +180,15 @@ def current(name: str) -> registry.Module | None:
 
 
 def find_source(name: str, directory: str) -> str | None:
-    """The text of a module, looked for in this directory and on `sys.path`; neither it nor its packages are imported."""
+    """The text of a module, looked for in this directory and where `import` finds it; neither it nor its packages are imported."""
     path: Sequence[str] | None = [directory, *sys.path]
     spec: ModuleSpec | None = None
     parts = name.split(".")
     for count in range(1, len(parts) + 1):
         if path is None:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:count]), path)
+        part = ".".join(parts[:count])
+        spec = importlib.machinery.PathFinder.find_spec(part, path) or _spec_of_others(part, path if count > 1 else None)  # an editable install may be a finder
         if spec is None:
             return None
         path = spec.submodule_search_locations

@@ -147,7 +147,7 @@ class Names:
         if pinned is not None:
             return sys.modules[pinned.namespace["__name__"]]
         if not names.is_module_value(name):
-            raise CorruptSnapshotError(f"a snapshot holds the module {name!r}, which is not allowed or not loaded; import it in a durable module, or list it under snapshot_modules in kwflow.toml")
+            raise CorruptSnapshotError(f"a snapshot holds the module {name!r}, which is not allowed or not loaded; import it in a durable module, or list it under [snapshot] modules in kwflow.toml")
         return importlib.import_module(name)
 
 

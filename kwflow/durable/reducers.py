@@ -220,7 +220,7 @@ def _builtin(value: Any) -> Any:
     if owner is None or isinstance(owner, types.ModuleType):
         module = value.__module__ or ""
         if not names.allowed(module, value.__qualname__, value):
-            raise Refused(f"the function {module}.{value.__qualname__} of a module that is not durable; list it under snapshot_modules in kwflow.toml, or call it where it is needed")
+            raise Refused(f"the function {module}.{value.__qualname__} of a module that is not durable; list it under [snapshot] modules in kwflow.toml, or call it where it is needed")
         return NotImplemented
     return _bound(value)
 

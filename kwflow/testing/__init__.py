@@ -165,7 +165,8 @@ class WorkflowTester:
     def reply(self, request: str) -> dict[str, Any] | Any:
         """The reply to this request; None if there is none yet."""
         found = [reply for reply in self.replies if reply["request"] == request]
-        assert len(found) <= 1, f"{request} was answered {len(found)} times"
+        if len(found) > 1:
+            raise AssertionError(f"{request} was answered {len(found)} times")
         return {name: value for name, value in found[0].items() if name != "request"} if found else None
 
     def send(self, id: str | None, value: bytes | None, headers: dict[str, str] | None = None, topic: str | None = None) -> None:
@@ -192,9 +193,11 @@ class WorkflowTester:
     def finish(self, id: str) -> None:
         """Move the clock from timer to timer until this workflow has ended.  Raises AssertionError when it waits for something else."""
         while (header := self.header(id)) is not None and header["status"] != "ended":
-            assert header["status"] != "parked", f"{id} is parked: {header['parked']['message']}"
+            if header["status"] == "parked":
+                raise AssertionError(f"{id} is parked: {header['parked']['message']}")
             due = self._timers.next_due_ms(self.timers)
-            assert due is not None, f"{id} waits for {header['waits']} and no timer is set"
+            if due is None:
+                raise AssertionError(f"{id} waits for {header['waits']} and no timer is set")
             self.advance(max(0, due - self.now_ms) / 1000)
 
     def values(self, topic: str) -> list[Any]:
@@ -208,7 +211,8 @@ class WorkflowTester:
     def result(self, id: str) -> Any:
         """The result of an ended workflow.  Raises AssertionError when there is none."""
         found = [output for output in self.outputs if output.topic == self.config.result_topic and output.key == id.encode()]
-        assert found, f"{id} has no result; errors: {self.values(self.config.error_topic)}, log: {self.logs[-3:]}"
+        if not found:
+            raise AssertionError(f"{id} has no result; errors: {self.values(self.config.error_topic)}, log: {self.logs[-3:]}")
         return _decoded(found[-1].value)
 
     def header(self, id: str) -> dict[str, Any] | Any:

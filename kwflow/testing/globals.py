@@ -36,7 +36,8 @@ class GlobalsCheck:
             after = self._globals()
             pairs = [(module, before, after.get(module, before)) for module, before in self._before.items()]  # what the step imported is no change
             changed = sorted(f"{module}.{name}" for module, before, now in pairs for name in before.keys() | now.keys() if _differs(before.get(name), now.get(name)))
-            assert not changed, f"a step changed {', '.join(changed)}: globals are neither saved nor rolled back; keep state in variables of the workflow"
+            if changed:
+                raise AssertionError(f"a step changed {', '.join(changed)}: globals are neither saved nor rolled back; keep state in variables of the workflow")
 
     def _globals(self) -> dict[str, dict[str, Any]]:
         packages = {function.__module__.partition(".")[0] for function in self._functions()}

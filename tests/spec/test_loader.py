@@ -1,6 +1,8 @@
 """Which modules are durable, and what is said when one cannot be (semantics §5), each in a process of its own."""
 
+import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -102,6 +104,10 @@ def test_the_file_of_settings_has_a_section_for_packages_and_for_snapshots(tmp_p
     file.write_text("[snapshots]\n")
     with pytest.raises(UsageError, match=r"unknown section \[snapshots\]; there are \[app\]"):
         load_config(file)
+    for setting, said in {"snapshot_modules": "modules under [snapshot]", "resume_topic": "resume under [topics]", "hold_max": "hold_max under [app] or [limits]"}.items():
+        file.write_text(f"{setting} = 1\n")
+        with pytest.raises(UsageError, match=re.escape(f"{setting} stands in a section: write {said}")):
+            load_config(file)
 
 
 @pytest.mark.parametrize(("text", "said"), [
@@ -135,6 +141,23 @@ def test_a_list_in_the_environment_that_is_no_json_is_wrong_usage(monkeypatch: p
 
 
 @pytest.mark.slow
+def test_the_source_of_a_module_is_found_where_a_finder_of_an_editable_install_has_it(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/CODE.md: `kwflow code diff` said that it was gone.  Setuptools installs such a finder for packages whose directories have other names."""
+    from kwflow import durable
+
+    (tmp_path / "__init__.py").write_text("raise RuntimeError")
+    (tmp_path / "flows.py").write_text("price = 1\n")
+
+    class Editable:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> object:
+            return importlib.util.spec_from_file_location(name, tmp_path / "__init__.py") if name == "mapped" else None
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Editable])
+    assert durable.find_source("mapped.flows", str(tmp_path)) == "price = 1\n"
+    assert durable.find_source("mapped.gone", str(tmp_path)) is durable.find_source("unmapped", str(tmp_path)) is None
+
+
 def test_a_module_in_a_zip_file_is_durable_and_one_without_source_is_refused(package: pathlib.Path) -> None:
     """§5.2."""
     with zipfile.ZipFile(package / "code.zip", "w") as archive:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from confluent_kafka import KafkaError
 
+from kwflow.errors import KwflowBug
 from kwflow.testing.kafka.log import ABORTED, COMMITTED, OPEN, Partition, Place, Transaction
 from kwflow.testing.kafka.time import VirtualTime
 
@@ -134,4 +135,5 @@ class Coordinator:
             self._time.after(most * self._chance.random(), lambda what=what: marked(what))  # type: ignore[misc]
         if not left:
             known.current = None
-        assert state in (COMMITTED, ABORTED)
+        if state not in (COMMITTED, ABORTED):
+            raise KwflowBug(f"a transaction is ended as {state}")
