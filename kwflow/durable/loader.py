@@ -9,6 +9,7 @@ import __future__
 
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib.abc
 import importlib.machinery
@@ -31,6 +32,7 @@ from kwflow.errors import CodeChangedError, NotDurableWarning, UnsupportedError,
 __all__ = ["current", "durable", "execute", "exists", "find_source", "install", "load_source", "native", "rewrite_first", "uninstall", "unloaded"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
 _CONTAINERS = (*names.DICTS, list, set, tuple, frozenset, bytearray)
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.GeneratorType)
 _NAMED_TYPES = ("NewType", "ParamSpec", "TypeAliasType", "TypeVarTuple")  # what else typing makes is a value
@@ -100,7 +102,7 @@ def load_source(name: str, source: str | bytes | ast.Module, filename: str = "<s
     Raises UnsupportedError, SyntaxError, or what the module's own code raises.
     """
     if isinstance(source, bytes):
-        source = importlib.util.decode_source(source)
+        source = _named(functools.partial(importlib.util.decode_source, source), filename)
     module = types.ModuleType(name)
     module.__file__ = filename
     module.__dict__["__kwflow_durable__"] = True
@@ -119,7 +121,7 @@ def load_source(name: str, source: str | bytes | ast.Module, filename: str = "<s
 
 def run(module: types.ModuleType, source: str | ast.Module, filename: str) -> None:
     """Lower and execute in this module's namespace."""
-    lowered = cache.load(module.__name__, source, filename) if isinstance(source, str) else lower_module(module.__name__, source, filename)
+    lowered = _named(lambda: cache.load(module.__name__, source, filename), filename) if isinstance(source, str) else lower_module(module.__name__, source, filename)
     lowered.namespace = module.__dict__
     before = registry.add_module(lowered)
     try:
@@ -258,12 +260,26 @@ class _Loader(importlib.abc.InspectLoader):
 
 def _source_of(loader: Any, fullname: str, filename: str) -> str | None:
     if hasattr(loader, "get_source"):
-        source: str | None = loader.get_source(fullname)
+        source: str | None = _named(lambda: loader.get_source(fullname), filename)
         return source
     if not filename.endswith(".py") or not os.path.exists(filename):
         return None
     with open(filename, "rb") as file:  # a loader that rewrites, such as pytest's
-        return importlib.util.decode_source(file.read())
+        return _named(lambda: importlib.util.decode_source(file.read()), filename)
+
+
+def _named(read: Callable[[], _T], filename: str) -> _T:
+    """What is read of this file; Python does not name it when its encoding is wrong.  Raises SyntaxError."""
+    try:
+        return read()
+    except SyntaxError as error:
+        error.filename = error.filename or filename
+        raise
+    except (ImportError, UnicodeDecodeError) as error:
+        wrong = error.__cause__ or error  # a loader says only that there is no source
+        if isinstance(wrong, UnicodeDecodeError):
+            raise SyntaxError(str(wrong), (filename, None, None, None)) from error
+        raise
 
 
 Rewriter: TypeAlias = Callable[[ast.Module, str, str], None]

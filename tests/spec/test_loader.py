@@ -141,6 +141,30 @@ def test_a_list_in_the_environment_that_is_no_json_is_wrong_usage(monkeypatch: p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("text", [b"x = '\xff'\n", b"\n\n\nx = '\xff'\n", b"# coding: nonesuch\n", b"\xef\xbb\xbf# coding: latin-1\n", b"x = 1\0\n"])
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
+    """Python says the reason alone; a package has many files.  As a path, and as a module."""
+    (tmp_path / "undecoded.py").write_bytes(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in (str(tmp_path / "undecoded.py"), "undecoded"):
+        with pytest.raises(SyntaxError, match=r"\(undecoded.py"):
+            load_workflows([module], tmp_path)
+
+
+def test_a_workflow_of_the_program_itself_is_told_where_it_belongs(tmp_path: pathlib.Path) -> None:
+    """`python -m flows` with the mark at its top: it was told to set that."""
+    script = """
+        __kwflow_durable__ = True
+        from kwflow.testing import WorkflowTester
+        def main(opts):
+            yield
+        tester = WorkflowTester(main)
+        tester.start("a")
+        print(tester.values("workflow-error"))
+    """
+    assert "the program itself never is: move it to a module that this imports" in said(tmp_path, script)
+
+
 def test_the_source_of_a_module_is_found_where_a_finder_of_an_editable_install_has_it(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/CODE.md: `kwflow code diff` said that it was gone.  Setuptools installs such a finder for packages whose directories have other names."""
     from kwflow import durable
