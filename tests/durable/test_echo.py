@@ -42,7 +42,7 @@ def test_mutated_tests_of_cpython_pass_when_restored_at_their_yields(group: int)
     assert len(done) == 11
     for outcome in done:
         assert outcome["failed"] == {}, outcome["module"]
-    assert sum(outcome["mutated"] for outcome in done) >= (80 if sys.version_info < (3, 15) else 79)
+    assert sum(outcome["mutated"] for outcome in done) >= 79
     assert sum(outcome["restores"] for outcome in done) > 1000
 
 
