@@ -1,5 +1,6 @@
 """Requirements of the reference that no other file states: topics, interleaving, leaks, identity, long chains, T-KW-7, 10, 11."""
 
+import re
 from typing import Any
 
 import pytest
@@ -115,7 +116,7 @@ def test_the_header_of_the_start_chooses_among_several_workflows_and_an_unknown_
     said = dict(letter.headers)["kwflow-error-message"]
     assert said is not None
     assert b"'nope'" in said
-    assert b"main, other" in said
+    assert {b"main", b"other"} <= set(re.split(rb"[^\w-]+", said)), "other tests of this process may have registered more"
 
 
 def test_a_plain_function_is_a_workflow_whose_value_is_its_result() -> None:
