@@ -167,8 +167,8 @@ class Activity(Callee, Generic[_P, _R]):
         except Exception as error:  # an annotation is any expression
             raise UsageError(f"an annotation of activity {self.name} cannot be resolved: {error}") from None
         for hint in found.values():
-            if (why := unchecked(hint)) is not None:
-                raise UsageError(f"an annotation of activity {self.name}: {why}")
+            if (refused := unchecked(hint)) is not None:
+                raise UsageError(f"an annotation of activity {self.name} has {refused}")
         return found
 
     def encode_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:

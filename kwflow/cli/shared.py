@@ -72,7 +72,12 @@ def exit_code(error: Exception) -> int:
     """2 for wrong usage; 3, start me again, where that helps: also when this process was fenced, since another one with its name or its own late transaction did so (K4); else 1."""
     if isinstance(error, TransportError):
         return 3 if error.retryable or isinstance(error, FencedError) else 1
-    return 2 if isinstance(error, (UsageError, UnsupportedError, SyntaxError, UnicodeEncodeError)) else 1
+    return 2 if isinstance(error, (UsageError, UnsupportedError, SyntaxError)) or _of_argument(error) else 1
+
+
+def _of_argument(error: Exception) -> bool:
+    """An argument was no UTF-8; anywhere else that is a bug, as what is printed is escaped."""
+    return isinstance(error, UnicodeEncodeError) and any(error.object in argument for argument in sys.argv[1:])
 
 
 def told(error: Exception) -> str:
@@ -83,7 +88,7 @@ def told(error: Exception) -> str:
         raise error
     if (kafka := sys.modules.get("confluent_kafka")) is not None and isinstance(error, kafka.KafkaException):  # what no place knows an answer to
         return f"kwflow: Kafka: {error.args[0].str()}"
-    if isinstance(error, UnicodeEncodeError):  # of an argument: what is printed is escaped
+    if isinstance(error, UnicodeEncodeError) and _of_argument(error):
         return f"kwflow: {error.object!a} is no text in UTF-8"
     if isinstance(error, OSError):  # it names the thing: a full disk, a file that must not be written
         return f"kwflow: {error}"

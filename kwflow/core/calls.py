@@ -79,8 +79,10 @@ class Calls:
 
         if not is_durable(gen):
             program = gen.gi_frame is not None and gen.gi_frame.f_globals.get("__name__") == "__main__"
-            remedy = "load its module with kwflow.durable.install([package]) or load_source, or set __kwflow_durable__ = True in it"
-            remedy = "the program itself never is: move it to a module that this imports, durable" if program else remedy
+            if program:
+                remedy = "the program itself never is: move it to a module that this imports, durable"
+            else:
+                remedy = "load its module with kwflow.durable.install([package]) or load_source, or set __kwflow_durable__ = True in it"
             raise NotDurableError(f"{gen.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is not durable; {remedy}")
         return gen
 

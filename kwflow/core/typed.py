@@ -101,15 +101,12 @@ def input_hints(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
         said = f"the input of workflow {name!r} ({getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)})"
         try:
             hint = _hint_of(function)
-            unknown = next(_unknown(msgspec.inspect.type_info(hint), set()), None)
+            refused = next(_refused(msgspec.inspect.type_info(hint), True, set()), None)
         except Exception as error:  # an annotation is any expression
             remedy = "it has to be there when the engine runs, not only `if TYPE_CHECKING`" if isinstance(error, NameError) else "without an annotation it is the JSON as it is"
             raise UsageError(f"{said}: its annotation cannot be resolved: {error}; {remedy}") from None
-        if (why := unchecked(hint)) is not None:
-            raise UsageError(f"{said}: {why}")
-        if unknown is not None:
-            remedy = "make it a dataclass, or give it model_dump and model_validate as pydantic has them; without an annotation the input is the JSON as it is"
-            raise UsageError(f"{said} is annotated with {unknown.__module__}.{unknown.__qualname__}, which cannot be rebuilt from JSON: {remedy}")
+        if refused is not None:
+            raise UsageError(f"{said} is annotated with {refused}")
         if not _says_nothing(hint):
             found[name] = hint
     return found
@@ -140,35 +137,29 @@ def signature_of(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _unknown(found: object, seen: set[int]) -> Iterator[type]:
-    """The classes in it that JSON cannot become; a field that has a default may be of one."""
-    if isinstance(found, msgspec.inspect.CustomType) and not hasattr(found.cls, "model_validate") and not _is_of_json(found.cls):
-        yield found.cls
-    if isinstance(found, msgspec.inspect.Field) and not found.required:
-        return
-    for part in _parts(found, seen):
-        yield from _unknown(part, seen)
-
-
 def unchecked(hint: Any) -> str | None:
-    """Says which class in it would be rebuilt without its checks, and what to do; None for an annotation that msgspec does not know."""
+    """Names a class in it that would be rebuilt without its checks, and what to do; None, too, for an annotation that msgspec does not know."""
     try:
-        found, seen = [msgspec.inspect.type_info(hint)], set[int]()
+        found = msgspec.inspect.type_info(hint)
     except Exception:  # it names what is not there, perhaps
         return None
-    for one in found:  # it grows
-        if isinstance(one, msgspec.inspect.DataclassType) and hasattr(one.cls, "__pydantic_validator__"):
-            name = f"{one.cls.__module__}.{one.cls.__qualname__}"
-            return f"{name} is a dataclass of pydantic, and would be rebuilt without its checks and defaults; make it a pydantic.BaseModel, or a dataclass of the standard library"
-        found += _parts(one, seen)
-    return None
+    return next(_refused(found, False, set()), None)
 
 
-def _parts(found: object, seen: set[int]) -> tuple[Any, ...]:
-    if isinstance(found, msgspec.Struct) and id(found) not in seen:
-        seen.add(id(found))
+def _refused(found: object, needed: bool, seen: set[tuple[int, bool]]) -> Iterator[str]:
+    """Names the classes in it that are not rebuilt, and what to do: dataclasses of pydantic, and where a value is needed, as it is not of a field with a default, what JSON cannot become."""
+    if isinstance(found, msgspec.inspect.CustomType) and needed and not hasattr(found.cls, "model_validate") and not _is_of_json(found.cls):
+        remedy = "make it a dataclass, or give it model_dump and model_validate as pydantic has them; without an annotation the input is the JSON as it is"
+        yield f"{found.cls.__module__}.{found.cls.__qualname__}, which cannot be rebuilt from JSON: {remedy}"
+    if isinstance(found, msgspec.inspect.DataclassType) and hasattr(found.cls, "__pydantic_validator__"):
+        remedy = "make it a pydantic.BaseModel, or a dataclass of the standard library"
+        yield f"{found.cls.__module__}.{found.cls.__qualname__}, a dataclass of pydantic, which would be rebuilt without its checks and defaults: {remedy}"
+    needed = needed and not (isinstance(found, msgspec.inspect.Field) and not found.required)
+    if isinstance(found, msgspec.Struct) and (id(found), needed) not in seen:
+        seen.add((id(found), needed))
         found = msgspec.structs.astuple(found)
-    return found if isinstance(found, tuple) else ()
+    for part in found if isinstance(found, tuple) else ():
+        yield from _refused(part, needed, seen)
 
 
 def _is_of_json(hint: type) -> bool:

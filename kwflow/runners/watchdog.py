@@ -82,7 +82,7 @@ class Watchdog:
                         return
                     # One may still be on its way.  It is not taken back but replaced and waited for: taken back, CPython before
                     # 3.13 looks for it at each jump and call from then on (loops take 1.4 times as long), and 3.11 hangs when traced.
-                    if not _raise_in(self._ident, StepTimeout):
+                    if not _raise_in(self._ident):
                         return
                     while True:
                         pass
@@ -103,7 +103,7 @@ class Watchdog:
             with self._lock:
                 if self._begun == begun:
                     self._raised = now
-                    _raise_in(self._ident, StepTimeout)
+                    _raise_in(self._ident)
         if _ends and passed >= self._stuck_s and self._begun == begun:
             self._on_log(f"{self._name}: its step cannot be ended, at {_where(self._ident)}; this process ends, and is to be started again")
             os._exit(_START_ME_AGAIN)
@@ -114,9 +114,9 @@ def end_when_stuck() -> None:
     _ends.append(True)
 
 
-def _raise_in(ident: int, error: type[BaseException]) -> bool:
+def _raise_in(ident: int) -> bool:
     """False if there is no such thread: gevent has numbers of its own."""
-    return bool(ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(error)))
+    return bool(ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(StepTimeout)))
 
 
 def _watch() -> None:

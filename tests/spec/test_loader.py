@@ -140,7 +140,6 @@ def test_a_list_in_the_environment_that_is_no_json_is_wrong_usage(monkeypatch: p
         load_config()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("text", [b"x = '\xff'\n", b"\n\n\nx = '\xff'\n", b"# coding: nonesuch\n", b"\xef\xbb\xbf# coding: latin-1\n", b"x = 1\0\n"])
 def test_a_file_that_cannot_be_decoded_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
     """Python says the reason alone; a package has many files.  As a path, and as a module."""
@@ -151,6 +150,7 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path: pathlib.Path, monkeypa
             load_workflows([module], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_workflow_of_the_program_itself_is_told_where_it_belongs(tmp_path: pathlib.Path) -> None:
     """`python -m flows` with the mark at its top: it was told to set that."""
     script = """
@@ -182,6 +182,7 @@ def test_the_source_of_a_module_is_found_where_a_finder_of_an_editable_install_h
     assert durable.find_source("mapped.gone", str(tmp_path)) is durable.find_source("unmapped", str(tmp_path)) is None
 
 
+@pytest.mark.slow
 def test_a_module_in_a_zip_file_is_durable_and_one_without_source_is_refused(package: pathlib.Path) -> None:
     """§5.2."""
     with zipfile.ZipFile(package / "code.zip", "w") as archive:

@@ -200,9 +200,10 @@ def test_a_class_that_changes_under_a_waiting_instance_is_a_class_like_any_other
         ("def main(o: 'Nothing'): ...", "cannot be resolved: name 'Nothing' is not defined"),
         ("class Odd: ...\ndef main(o: list[Odd]): ...", "typed_case_.*Odd, which cannot be rebuilt from JSON"),
         ("def main(o: Order | Line): ...", "more than one"),
+        ("class Odd: ...\nclass Free(msgspec.Struct):\n    x: 'Inner | None' = None\nclass Inner(msgspec.Struct):\n    y: Odd\ndef main(o: tuple[Free, Inner]): ...", "typed_case_.*Odd, which cannot"),
         (
             "class Holder(msgspec.Struct):\n    x: 'Odd | None' = None\n@pydantic.dataclasses.dataclass\nclass Odd:\n    x: int\ndef main(o: list[Holder]): ...",
-            "typed_case_.*Odd is a dataclass of pydantic",
+            "typed_case_.*Odd, a dataclass of pydantic",
         ),
         ("@dataclasses.dataclass\nclass Odd:\n    x: 'Nothing'\ndef main(o: Odd): ...", "name 'Nothing' is not defined"),
     ],

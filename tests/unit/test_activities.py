@@ -149,7 +149,7 @@ def test_a_dataclass_of_pydantic_is_refused_as_its_checks_would_be_passed_over()
     def wrong(x): ...
 
     wrong.__annotations__ = {"x": dict[str, list[Checked]]}
-    with pytest.raises(UsageError, match="annotation of activity .*Checked is a dataclass of pydantic.* make it a pydantic.BaseModel"):
+    with pytest.raises(UsageError, match="annotation of activity .*Checked, a dataclass of pydantic.* make it a pydantic.BaseModel"):
         make(wrong).encode_arguments(({},), {})
 
 
