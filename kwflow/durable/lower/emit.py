@@ -60,10 +60,9 @@ def located(tree: ast.Module) -> ast.Module:
         if "lineno" in known:
             place = (known["lineno"], known["col_offset"], known.get("end_lineno") or known["lineno"], known.get("end_col_offset") or known["col_offset"])
         elif node._attributes:
-            first, begin, last, end = place
-            if isinstance(node, ast.Attribute):  # the compiler puts a call on the line where its method's name ends: of a whole def the last one, which then ran
-                last, end = first, begin
-            known["lineno"], known["col_offset"], known["end_lineno"], known["end_col_offset"] = first, begin, last, end
+            known["lineno"], known["col_offset"], known["end_lineno"], known["end_col_offset"] = place
+            if type(node) is ast.Attribute:  # the compiler puts a call on the line where its method's name ends: of a whole def the last one, which then ran
+                known["end_lineno"], known["end_col_offset"] = place[:2]
         stack += [(child, place) for child in child_nodes(node) if "_kw_parsed" not in child.__dict__]
     return tree
 
