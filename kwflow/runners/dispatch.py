@@ -9,31 +9,27 @@ engine's thread calls all public methods; it must not know a log: `deliver` puts
 from __future__ import annotations
 
 import contextvars
-import inspect
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import msgspec
-
-from kwflow.activities import Activity, ActivityInfo, failure_payload, find_activity, running_as
-from kwflow.core import wire
+from kwflow.activities import Activity, find_activity, running_as
 from kwflow.core.dispatch import PREFIX, Dispatch, Withdraw, decode, encode, state_key
 from kwflow.core.outcomes import describe_error
 from kwflow.errors import ActivityError, BusinessError, KwflowBug
 from kwflow.ports import Changes, Deliver, Store
+from kwflow.runners.answers import carry_out, failure_record, info_of, result_record
 from kwflow.runners.logs import Line, authors_traceback
 from kwflow.runners.threads import AsyncCall, Loops, Threads, place_of
 
-__all__ = ["Dispatcher", "carry_out", "info_of", "keep"]
+__all__ = ["Dispatcher", "keep"]
 
 _LEFT_BEHIND_S = 5.0  # so long a cancelled activity may go on before its slot is given to another
 _LEFT_BEHIND_MAX = 256  # threads of such activities; with more, nothing new is started
 _LOOK_S = 0.2
 _READY_FACTOR = 8  # so many times the concurrency are kept ready, that no slot waits for the engine's next batch,
 _READY_BYTES_MAX = 16_000_000  # while their arguments are not larger than this
-_SHORT = 200  # characters of each text of an error that a record would not hold whole
 _SAID_MAX = 2_000  # characters of an error in a log line
 
 
@@ -276,9 +272,9 @@ class Dispatcher:
         try:
             with running_as(job.info):
                 bound = activity.decode_arguments(job.dispatch.arguments)
-                record = _result(job.dispatch, activity, await activity.function(*bound.args, **bound.kwargs), self._bytes_max)
+                record = result_record(job.dispatch, activity, await activity.function(*bound.args, **bound.kwargs), self._bytes_max)
         except BaseException as error:
-            record = _failure(job.dispatch, error, self._bytes_max[1])
+            record = failure_record(job.dispatch, error, self._bytes_max[1])
             _note(job, error)
         self._answer(job, record)
 
@@ -307,7 +303,7 @@ class Dispatcher:
             else:
                 error = ActivityError(f"the log does not take the result of activity {job.dispatch.name}: {refused}", "ResultTooLarge", final=True)
                 _note(job, error)
-                self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error, self._bytes_max[1]), told)
+                self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), told)
 
         def told(refused: str | None) -> None:
             if refused is not None:  # no write access to the topic, say
@@ -360,7 +356,7 @@ class Dispatcher:
                 error = ActivityError(f"{job} had no result within {self._limit_s:g} s (activity_limit_s; set @kw.activity(timeout=...) for a limit of its own)", "Timeout")
                 _note(job, error, place_of(job.thread))
                 self._tell(job)
-                self._deliver(job.partition, job.dispatch.workflow_id.encode(), _failure(job.dispatch, error, self._bytes_max[1]), lambda _: None)
+                self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), lambda _: None)
                 self._cancel(job)
             elif now - job.cancelled_at > _LEFT_BEHIND_S and not job.freed:
                 self._leave_behind(job)
@@ -384,44 +380,3 @@ def _note(job: _Job, error: BaseException, where: str = "") -> None:
     then = "it was the last attempt" if pause_s is None else f"tried again in {pause_s:.3g} s"
     about = {"workflow": job.dispatch.workflow_id, "activity": job.dispatch.name, "attempt": job.dispatch.attempt}
     job.failed = Line.failed(f"{job} failed, {then}: {describe_error(error)[:_SAID_MAX]}{where}", authors_traceback(error), "warning" if pause_s is not None else "error", **about)
-
-
-def info_of(item: Dispatch) -> ActivityInfo:
-    return ActivityInfo(item.name, item.workflow_id, item.attempt, f"{item.workflow_id}|{item.key}")
-
-
-def carry_out(
-    item: Dispatch, activity: Activity[Any, Any], info: ActivityInfo, bytes_max: tuple[int, int], function: Callable[..., Any] | None = None,
-    failed: Callable[[BaseException], None] = lambda error: None,
-) -> bytes:  # fmt: skip
-    """Call it (or `function` in its place) and make the record that answers; whatever it raises is in there, and `failed` hears of it.  `bytes_max`: of the result, of the record."""
-    try:
-        with running_as(info):
-            bound = activity.decode_arguments(item.arguments)
-            return _result(item, activity, (function or activity.function)(*bound.args, **bound.kwargs), bytes_max)
-    except BaseException as error:  # SystemExit too: it ends the activity, not the engine
-        failed(error)
-        return _failure(item, error, bytes_max[1])
-
-
-def _result(item: Dispatch, activity: Activity[Any, Any], value: Any, bytes_max: tuple[int, int]) -> bytes:
-    if inspect.iscoroutine(value):
-        value.close()
-        raise ActivityError(f"activity {activity.name} returned a coroutine; declare it with `async def`", "BadResult", final=True)
-    encoded = activity.encode_result(value)
-    record = b'{"ref":' + wire.json_dumps(item.ref) + b',"value":' + encoded + b"}"
-    for size, limit, name in ((len(encoded), bytes_max[0], "activity_bytes_max"), (len(record), bytes_max[1], "value_bytes_max")):
-        if size > limit:
-            raise ActivityError(f"the result of activity {activity.name} has {size} bytes, more than {name} = {limit}; return a reference to it", "ResultTooLarge", final=True)
-    return record
-
-
-def _failure(item: Dispatch, error: BaseException, bytes_max: int) -> bytes:
-    """The error without what is too large for a record: as a dead letter it would leave its workflow waiting."""
-    payload = failure_payload(error)
-    record = msgspec.json.encode({"ref": item.ref, "error": payload})  # all in it is checked; a level deeper here
-    if len(record) <= bytes_max:
-        return record
-    said = f"<not sent: the error has {len(record)} bytes (limit value_bytes_max)>"
-    short = {name: said if name in ("details", "variables") else value[:_SHORT] if isinstance(value, str) else value for name, value in payload.items()}
-    return msgspec.json.encode({"ref": item.ref, "error": short})
