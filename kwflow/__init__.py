@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from kwflow.errors import *  # noqa: F403
 
 _API = (
-    "Activity", "ActivityInfo", "Awaitable", "Child", "Gen", "Inbox", "OldInstance", "OldTask", "Retry", "Suspension", "Task", "Update", "Wait",
-    "activity", "activity_info", "all", "cancel", "declare_topics", "declared_topics", "log", "migrate", "now", "on_update", "output", "output_json",
+    "Activity", "ActivityInfo", "Awaitable", "Call", "Child", "Gen", "Inbox", "OldInstance", "OldTask", "Retry", "Suspension", "Task", "Update", "Wait",
+    "activity", "activity_info", "all", "batch_of", "cancel", "declare_topics", "declared_topics", "log", "migrate", "now", "on_update", "output", "output_json",
     "race", "reacquire", "registered_activities", "registered_migrations", "registered_workflows", "reject", "reply", "send_signal", "set_status", "shield", "signals", "sleep", "spawn",
     "start_child", "step_id", "suspend", "timeout", "wait_signal", "workflow", "workflow_id",
 )  # fmt: skip

@@ -11,6 +11,7 @@ import contextvars
 import functools
 import inspect
 import math
+import re
 import threading
 import traceback
 import typing
@@ -22,6 +23,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import msgspec
 
+from kwflow.batches import Batch
 from kwflow.core import wire
 from kwflow.core.current import current, in_step
 from kwflow.core.dispatch import Callee
@@ -29,12 +31,14 @@ from kwflow.core.tasks import Awaitable
 from kwflow.core.typed import from_plain, signature_of, to_plain, unchecked
 from kwflow.errors import ActivityError, BusinessError, UsageError
 
-__all__ = ["Activity", "ActivityInfo", "Retry", "activity", "activity_info", "failure_payload", "find_activity", "registered_activities", "running_as"]
+__all__ = ["Activity", "ActivityInfo", "Retry", "activity", "activity_info", "batch_of", "failure_payload", "find_activity", "registered_activities", "running_as"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_Batched = TypeVar("_Batched", bound=Callable[..., Any])
 _TEXT_MAX = 2_000  # characters of an error's message that travel
 _DETAILS_BYTES_MAX = 20_000
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +135,13 @@ class Activity(Callee, Generic[_P, _R]):
     __name__: str
     __qualname__: str
 
-    def __init__(self, function: Callable[_P, _R], name: str, retry: Retry, timeout_s: float | None) -> None:
+    def __init__(self, function: Callable[_P, _R], name: str, retry: Retry, timeout_s: float | None, queue: str | None = None) -> None:
         self.function = function
         self.name = name
         self.retry = retry
         self.timeout_s = timeout_s
+        self.queue = queue
+        self.batched: Batch | None = None
         self.is_async = inspect.iscoroutinefunction(function)
         self.signature = signature_of(function)
         functools.update_wrapper(self, function)
@@ -243,12 +249,15 @@ def activity(function: Callable[_P, Coroutine[Any, Any, _R]]) -> Activity[_P, _R
 @overload
 def activity(function: Callable[_P, _R]) -> Activity[_P, _R]: ...
 @overload
-def activity(*, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None) -> _Maker: ...
-def activity(function: Callable[..., Any] | None = None, *, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None) -> Any:
+def activity(*, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None, queue: str | None = None) -> _Maker: ...
+def activity(
+    function: Callable[..., Any] | None = None, *, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None, queue: str | None = None
+) -> Any:  # fmt: skip
     """Make a `def` or `async def` an activity; `name` (default: the function's) is what waiting calls are found by.
 
-    Each attempt may take `timeout` (seconds or timedelta), from the step that starts it on.  Raises UsageError for
-    what cannot be one, or when another activity has the name.
+    Each attempt may take `timeout` (seconds or timedelta), from the step that starts it on.  With a `queue`, a topic, calls are
+    run by whoever serves that (`kwflow worker`), not by engines on Kafka.  Raises UsageError for what cannot be one, or when
+    another activity has the name.
     """
     policy = Retry() if retry is None else retry
     if not isinstance(policy, Retry):
@@ -256,6 +265,9 @@ def activity(function: Callable[..., Any] | None = None, *, name: str | None = N
     seconds = None if timeout is None else _seconds(timeout)
     if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds <= 0):
         raise UsageError(f"@kw.activity(timeout=...) is a timedelta or a number of seconds above 0, not {timeout!r}")
+
+    if queue is not None and (not isinstance(queue, str) or not _TOPIC.fullmatch(queue)):
+        raise UsageError(f"@kw.activity(queue=...) is the name of a topic, letters, digits, '.', '_' and '-', not {queue!r}")
 
     def register(target: Callable[..., Any]) -> Activity[..., Any]:
         if not inspect.isroutine(target) or isinstance(target, (staticmethod, classmethod)):
@@ -266,16 +278,42 @@ def activity(function: Callable[..., Any] | None = None, *, name: str | None = N
         if owner and not owner.endswith(">"):  # not <locals>, <listcomp>
             remedy = "write one that calls the method of an object that is a global of its module"
             raise UsageError(f"{target.__qualname__} is a method; an activity is a function, so that any engine can find it by its name: {remedy}")
-        made = Activity(target, name or target.__name__, policy, seconds)
+        made = Activity(target, name or target.__name__, policy, seconds, queue)
         known = _activities.get(made.name)
         old = "@" in (target.__module__ or "")  # of code that is loaded beside the new: it adds, and replaces nothing
         if known is not None and not old and _place(known.function) != _place(target):
             raise UsageError(f"two activities are named {made.name!r}: {_place(known.function)} and {_place(target)}; give one another name: @kw.activity(name=...)")
         if known is None or not old:
             _activities[made.name] = made
+        if queue is not None:
+            from kwflow.api import declare_topics  # it imports us
+
+            declare_topics(queue)
         return made
 
     return register if function is None else register(function)
+
+
+def batch_of(called: Activity[Any, Any], *, size: int, within: timedelta | float = 1.0) -> Callable[[_Batched], _Batched]:
+    """Let a function do calls of an activity together: `@kw.batch_of(charge, size=100, within=2.0)` above `def charge_all(calls)`.
+
+    It is called with a list of kw.Call: `size` of them, or as many as there are `within` seconds after the first (BW-1).
+    It answers each with `call.complete(value)` or `call.fail(error)`, or returns a list with a result or an exception for
+    each, in their order.  What it raises is the error of all that have no answer.  Raises UsageError.
+    """
+    if not isinstance(called, Activity):
+        raise UsageError(f"@kw.batch_of takes an activity, not {called!r}")
+
+    def register(function: _Batched) -> _Batched:
+        made = Batch(function, size, within)
+        if called.batched is not None and _place(called.batched.function) != _place(function):
+            raise UsageError(f"activity {called.name} has two batches: {_place(called.batched.function)} and {_place(function)}")
+        if called.timeout_s is not None and made.within_s >= called.timeout_s:
+            raise UsageError(f"a batch of activity {called.name} may wait {made.within_s:g} s for more calls, and each has only {called.timeout_s:g} s (timeout=): make within= smaller (BW-6)")
+        called.batched = made
+        return function
+
+    return register
 
 
 def _place(function: Callable[..., Any]) -> str:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Literal, TypeVar, overload
 
-from kwflow.activities import Activity, ActivityInfo, Retry, activity, activity_info, find_activity, registered_activities
+from kwflow.activities import Activity, ActivityInfo, Retry, activity, activity_info, batch_of, find_activity, registered_activities
+from kwflow.batches import Call
 from kwflow.core import children, messages, wire
 from kwflow.core.children import Child
 from kwflow.core.current import current, in_step
@@ -29,6 +30,7 @@ __all__ = [
     "Activity",
     "ActivityInfo",
     "Awaitable",
+    "Call",
     "Child",
     "Gen",
     "Inbox",
@@ -43,6 +45,7 @@ __all__ = [
     "activity_info",
     "activity_named",
     "all",
+    "batch_of",
     "cancel",
     "declare_topics",
     "declared_topics",

@@ -142,6 +142,10 @@ class Config(BaseSettings):
         return f"{self.application_id}-scheduler"
 
     @property
+    def workers_group(self) -> str:
+        return f"{self.application_id}-workers"
+
+    @property
     def timers_changelog_topic(self) -> str:
         return f"{self.application_id}-timers-changelog"
 

@@ -22,6 +22,7 @@ from kwflow.cli.records import resume, start, tail
 from kwflow.cli.schedules import schedules_app
 from kwflow.cli.shared import err, exit_code, out, told
 from kwflow.cli.topics import reset, topics_app
+from kwflow.cli.workers import worker
 
 __all__ = ["app", "main"]
 
@@ -30,7 +31,7 @@ app.add_typer(dead, name="dead-letters")
 app.add_typer(schedules_app, name="schedule")
 app.add_typer(topics_app, name="topics")
 app.add_typer(code_app, name="code")
-for _command in (engine, scheduler, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, fork, result, show, tail, reset):
+for _command in (engine, worker, scheduler, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, fork, result, show, tail, reset):
     app.command()(_command)
 app.command("list")(list_)
 

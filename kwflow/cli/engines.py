@@ -9,7 +9,6 @@ import gc
 import os
 import resource
 import shlex
-import signal
 import sys
 import threading
 import time
@@ -23,15 +22,15 @@ import typer
 from kwflow import api, timers
 from kwflow.cli.code import check as check_code
 from kwflow.cli.code import code_store
+from kwflow.cli.serving import signals, stopper, wait_for_topics
 from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, MaybeDir, Modules, StateDir, Traced, WaitForBroker, err, json_option, out
 from kwflow.cli.watching import RestoreBar, carry_logging, ends_in_its_log, log_of, watched
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
-from kwflow.errors import TransportError, UsageError
+from kwflow.errors import UsageError
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.embedded_state import EmbeddedStore
 from kwflow.runners.hosted import processors_of
-from kwflow.runners.logs import Line
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.socket import serve
@@ -76,26 +75,6 @@ def _open_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _stopper() -> Callable[[], bool]:
-    """Flag-only signal handlers: the batch is finished whole; a second signal ends at once (semantics §2.5)."""
-    asked = _signals(lambda number: os._exit(128 + number))
-    return lambda: asked() > 0
-
-
-def _signals(on_second: Callable[[int], None]) -> Callable[[], int]:
-    """Count the signals to stop."""
-    asked: list[int] = []
-
-    def on_signal(number: int, _frame: object) -> None:
-        if asked:
-            on_second(number)
-        asked.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    return lambda: len(asked)
-
-
 def engine(
     modules: Modules,
     embedded: MaybeDir = None,
@@ -128,7 +107,7 @@ def engine(
     if processes > 1 and (embedded is not None or runner is Runner.faust):
         raise UsageError("--processes is for Kafka: one process alone holds an embedded directory, and of Faust's workers start as many as you like, each with its own --state-dir")
     if processes > 1 and settings.supervisor_pid is None:
-        raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow", *sys.argv[1:]], processes, _signals(lambda _: None), log_of(settings)))
+        raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow", *sys.argv[1:]], processes, signals(lambda _: None), log_of(settings)))
     if runner is Runner.faust:
         _run_in_faust(settings, modules, app_dir, with_scheduler or embedded is not None)
     with ends_in_its_log(settings):
@@ -139,7 +118,7 @@ def engine(
 
 
 def _engine_on_kafka(settings: Config, modules: list[str], app_dir: Path | None, with_scheduler: bool) -> None:
-    stop, log = _stopper(), log_of(settings)
+    stop, log = stopper(), log_of(settings)
     workflows = load_workflows(modules, app_dir, settings.durable_packages)
     sources = functools.cache(lambda: code_store(settings, None))  # read once the topics are known to be there
     makers: list[tuple[str, Callable[[str], Any]]] = [
@@ -151,7 +130,7 @@ def _engine_on_kafka(settings: Config, modules: list[str], app_dir: Path | None,
 
 
 def _engine_embedded(settings: Config, modules: list[str], app_dir: Path | None, directory: Path, sync: bool) -> None:
-    stop, log = _stopper(), log_of(settings)
+    stop, log = stopper(), log_of(settings)
     workflows = load_workflows(modules, app_dir, settings.durable_packages)  # before others find the directory held, and nobody there to take their records
     held = Embedded(directory, settings, sync=sync)
     try:
@@ -180,7 +159,7 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
 
     workflows = load_workflows(modules, app_dir, settings.durable_packages)
     log = log_of(settings)
-    _wait_for_topics(settings, log, [settings.application_id], modules)
+    wait_for_topics(settings, log, [settings.application_id], modules)
     if ends_in_a_transaction(settings, settings.changelog_topic):
         raise UsageError(
             f"{settings.changelog_topic} was written in transactions, as the Kafka runner does: Faust never comes to the end of such a topic; "
@@ -197,37 +176,13 @@ def _say_counts(counts: Counter[str], log: Callable[[str], None]) -> None:
     log("records: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"))
 
 
-def _wait_for_topics(settings: Config, log: Callable[[str], None], groups: list[str], modules: Sequence[str], stop: Callable[[], bool] = lambda: False) -> None:
-    """Raises TransportError when broker or topics are not as they must be for these groups, after `wait_for_broker_s` of asking again; not if it is to stop."""
-    from kwflow.runners import topics
-
-    give_up, said = time.monotonic() + settings.wait_for_broker_s, ""
-    while True:
-        try:
-            found = topics.problems(topics.admin(settings), settings, api.declared_topics(), groups)
-            if not found:
-                return
-            remedy = f" ({' '.join(['kwflow topics create', *modules])} makes what is missing)" if any(problem.endswith("is missing") for problem in found) else ""
-            problem = TransportError("; ".join(found) + remedy, retryable=False)
-        except TransportError as error:
-            problem = error
-        if stop():
-            return
-        if time.monotonic() >= give_up:
-            raise problem
-        if str(problem) != said:
-            said = str(problem)
-            log(Line.of(f"waiting: {said}", "warning"))
-        time.sleep(0.5)
-
-
 def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]]], stop: Callable[[], bool], modules: Sequence[str] = ()) -> None:
     """Each processor on a thread of its own with its own clients; the first that fails stops all."""
     from kwflow.runners import kafka
     from kwflow.runners.environment import live
 
     log, bar = log_of(settings), RestoreBar()
-    _wait_for_topics(settings, log, [group for group, _ in makers], modules, stop)
+    wait_for_topics(settings, log, [group for group, _ in makers], modules, stop)
     if stop():
         return
     failed: list[BaseException] = []
@@ -283,7 +238,7 @@ def scheduler(
         accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format,
     )  # fmt: skip
     with ends_in_its_log(settings):
-        _run_on_kafka(settings, [timers.service(settings)], _stopper())
+        _run_on_kafka(settings, [timers.service(settings)], stopper())
 
 
 def run(
@@ -301,7 +256,7 @@ def run(
     settings = load_config(config)
     if not settings.result_topic or not settings.error_topic:
         raise UsageError("kwflow run prints what goes to the result or the error topic: config result_topic and error_topic must not be empty")
-    key, argument, stop = wire.key_of(id), b"new:" + json_option(input, "--input"), _stopper()
+    key, argument, stop = wire.key_of(id), b"new:" + json_option(input, "--input"), stopper()
     workflows = load_workflows([module], app_dir, settings.durable_packages)
     held = Embedded(embedded, settings)
     try:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar, cast
 
-from kwflow.core import wire
+from kwflow.core import queues, wire
 from kwflow.core.contract import Context, Transition
 from kwflow.core.dispatch import Callee, Dispatch
 from kwflow.core.instance import Host, Instance, Machine
 from kwflow.core.mailbox import Inbox
-from kwflow.core.tasks import OK, ActivityWait, All, Awaitable, Combinator, Race, Shield, Some, Suspension, Task, Timeout, Timer
+from kwflow.core.tasks import OK, ActivityWait, All, Awaitable, Combinator, JobWait, Race, Shield, Some, Suspension, Task, Timeout, Timer
 from kwflow.core.wire import DELAY_MS_MAX, Output, Record, Reply
 from kwflow.durable.awaiting import Advance, AsyncGenerator, asyncio_refusal
 from kwflow.errors import NotDurableError, UsageError
@@ -130,10 +130,14 @@ class Calls:
             raise
         return wait
 
-    def activity(self, name: str, arguments: bytes, attempt: int, key: str) -> ActivityWait:
-        """A wait for one attempt of an activity, which is started after the commit; `key` is the first attempt's ref, "" for the first (M6.2)."""
+    def activity(self, name: str, arguments: bytes, attempt: int, key: str, queue: str | None = None) -> ActivityWait:
+        """A wait for one attempt of an activity, which is started after the commit, here or by a worker of the queue; `key` is the first attempt's ref, "" for the first (M6.2, M6.6)."""
         if len(arguments) > self.context.limits.activity_bytes_max:
             raise UsageError(f"the arguments of activity {name} have {len(arguments)} bytes, more than {self.context.limits.activity_bytes_max} (limit activity_bytes_max); pass a reference to them")
+        if queue is not None and self.context.queues:
+            job = JobWait(self.next_id(), self.record.timestamp_ms, name, attempt, queue)
+            handed = queues.handed_out(Dispatch(self.instance.id, job.ref, name, attempt, key or job.ref, arguments), self.context.topics.resume)
+            return self.request(job, queue, queues.key_of(self.instance.id, job.ref), handed, self.travelling)
         wait = self.register(ActivityWait(self.next_id(), self.record.timestamp_ms, name, attempt))
         self.dispatch.append(Dispatch(self.instance.id, wait.ref, name, attempt, key or wait.ref, arguments))
         return wait

@@ -55,13 +55,18 @@ class Workflows:
 
 
 class Context(msgspec.Struct, frozen=True):
-    """What a step may know beside its record.  `native` accepts generators that cannot be saved (in-process runs)."""
+    """What a step may know beside its record.
+
+    `queues`: whether activities with a queue go there, to workers; otherwise the engine runs them.  `native` accepts
+    generators that cannot be saved (in-process runs).
+    """
 
     received_ms: int
     incarnation: str = ""
     topics: Topics = msgspec.field(default_factory=Topics)
     limits: Limits = msgspec.field(default_factory=Limits)
     workflows: Workflows = msgspec.field(default_factory=lambda: Workflows({}))
+    queues: bool = False
     native: bool = False
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from kwflow.core import children, outcomes, wire
+from kwflow.core import children, outcomes, queues, wire
 from kwflow.core.calls import timer_key
 from kwflow.core.contract import Topics
 from kwflow.core.dispatch import Withdraw
@@ -52,8 +52,12 @@ def _child(header: dict[str, Any], wait: dict[str, Any], record: Record, topics:
     return children.left_header(header, wait, record, topics.resume), []
 
 
+def _job(header: dict[str, Any], wait: dict[str, Any], record: Record, topics: Topics) -> tuple[list[Output], list[object]]:
+    return [Output(wait["queue"], queues.key_of(header["id"], wait["ref"]), None, wire.travelling_headers(record), record.timestamp_ms)], []
+
+
 TELL: dict[str, Callable[[dict[str, Any], dict[str, Any], Record, Topics], tuple[list[Output], list[object]]]] = {
-    "activity": _activity, "child": _child, "timer": _timer,
+    "activity": _activity, "child": _child, "job": _job, "timer": _timer,
 }  # fmt: skip  # who works for a wait, by its kind
 
 
@@ -96,6 +100,8 @@ def unforkable(header: dict[str, Any]) -> str | None:
             return f"it waits for its child {wait['child']}, which tells only {header['id']} of its end; fork it when that has ended"
         if wait["kind"] == "timer" and "due" not in wait:
             return "an earlier version of kwflow saved it, which did not note when its timers are due; fork it after its next step (a signal that nobody reads is one)"
+        if wait["kind"] == "job":
+            return f"a worker of the queue {wait['queue']} has its call of {wait['name']}, whose arguments are only there; fork it when that has been answered"
         if wait["kind"] not in _FORKABLE:
             return f"it has a {wait['kind']} pending, which this version of kwflow does not know"
     return None

@@ -19,7 +19,7 @@ import msgspec
 from kwflow.core.children import Child
 from kwflow.core.instance import Instance
 from kwflow.core.mailbox import SignalWait, UpdateWait
-from kwflow.core.tasks import ActivityWait, All, Awaitable, Race, Shield, Suspension, Task, Timeout, Timer
+from kwflow.core.tasks import ActivityWait, All, Awaitable, JobWait, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.durable import codec, frames, registry, versions
 from kwflow.durable.lower import LOWERING_VERSION
 from kwflow.durable.rebuild import MINOR
@@ -36,7 +36,7 @@ _CHECKSUM_BYTES = 32
 _VERSION = 1
 _KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked", "key", "minor"}
 
-for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield, SignalWait, UpdateWait, ActivityWait, Child)):  # the order is part of the format
+for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield, SignalWait, UpdateWait, ActivityWait, Child, JobWait)):  # the order is part of the format
     codec.register_class(_tag, _class)
 
 

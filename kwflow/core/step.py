@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from kwflow.core import children, messages, ops, outcomes, typed, wire
+from kwflow.core import children, messages, ops, outcomes, queues, typed, wire
 from kwflow.core.calls import Calls
 from kwflow.core.contract import Context, Ended, Keep, Save, Transition
 from kwflow.core.current import in_step, slot
@@ -32,6 +32,7 @@ _TELL: dict[str, Callable[[Calls, Any], None]] = {  # who works for a wait outsi
     "activity": lambda calls, wait: calls.dispatch.append(Withdraw(calls.instance.id, wait.ref)),
     "timer": lambda calls, timer: calls.write(calls.context.topics.scheduler, calls.timer_key(timer), b"0", calls.travelling),
     "child": children.left,
+    "job": lambda calls, job: calls.write(job.queue, queues.key_of(calls.instance.id, job.ref), None, calls.travelling),
 }
 _NOBODY_CANCELLED = (
     "it has ended as cancelled, and nobody cancelled it: it waited for what had been cancelled, such as a wait that had lost a kw.race or kw.timeout before; "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 from kwflow.durable.awaiting import Once
 from kwflow.errors import Cancelled, WorkflowError
 
-__all__ = ["FAILED", "OK", "PENDING", "ActivityWait", "All", "Awaitable", "Combinator", "Race", "Shield", "Some", "Suspension", "Task", "Timeout", "Timer", "live_below"]
+__all__ = ["FAILED", "OK", "PENDING", "ActivityWait", "All", "Awaitable", "Combinator", "JobWait", "Race", "Shield", "Some", "Suspension", "Task", "Timeout", "Timer", "live_below"]
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -133,6 +133,20 @@ class ActivityWait(Suspension):
 
     def described(self) -> dict[str, Any]:
         return {"name": self.name, "attempt": self.attempt}
+
+
+class JobWait(ActivityWait):
+    """The same for an activity with a queue: a worker outside of the engines runs it (M6.6)."""
+
+    __slots__ = ("queue",)
+    kind = "job"
+
+    def __init__(self, ref: str, since_ms: int, name: str, attempt: int, queue: str) -> None:
+        super().__init__(ref, since_ms, name, attempt)
+        self.queue = queue
+
+    def described(self) -> dict[str, Any]:
+        return {**super().described(), "queue": self.queue}
 
 
 class Task(Awaitable[_T]):

@@ -22,8 +22,8 @@ def _activity(name: str) -> Activity[Any, Any]:
 
 
 def begin_attempt(name: str, arguments: bytes, number: int, key: str) -> ActivityWait:
-    """A wait for one attempt, which an engine starts after this step's commit; the first one's ref is the key of all."""
-    return current().activity(name, arguments, number, key)
+    """A wait for one attempt, which an engine, or a worker of its queue, starts after this step's commit; the first one's ref is the key of all."""
+    return current().activity(name, arguments, number, key, _activity(name).queue)
 
 
 def within_limit(name: str, attempt: ActivityWait) -> Awaitable:

@@ -7,17 +7,18 @@ or queues: who calls, and when, is `dispatch.py`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from kwflow.activities import Activity, ActivityInfo, failure_payload, running_as
+from kwflow.batches import Call
 from kwflow.core import wire
 from kwflow.core.dispatch import Dispatch
 from kwflow.errors import ActivityError
 
-__all__ = ["carry_out", "failure_record", "info_of", "result_record"]
+__all__ = ["calls_of", "carry_out", "conclude", "failure_record", "info_of", "result_record"]
 
 _SHORT = 200  # characters of each text of an error that a record would not hold whole
 
@@ -61,3 +62,36 @@ def failure_record(item: Dispatch, error: BaseException, bytes_max: int) -> byte
     said = f"<not sent: the error has {len(record)} bytes (limit value_bytes_max)>"
     short = {name: said if name in ("details", "variables") else value[:_SHORT] if isinstance(value, str) else value for name, value in payload.items()}
     return msgspec.json.encode({"ref": item.ref, "error": short})
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+_Answer = Callable[[Any, BaseException | None], None]
+
+
+def calls_of(activity: Activity[Any, Any], given: Sequence[tuple[Dispatch, ActivityInfo, _Answer]]) -> list[Call]:
+    """What a batch's function is called with; whose arguments no longer fit is answered, and not among them."""
+    calls = []
+    for item, info, answer in given:
+        try:
+            bound = activity.decode_arguments(item.arguments)
+        except ActivityError as error:
+            answer(None, error)
+            continue
+        bound.apply_defaults()
+        calls.append(Call(bound.arguments, info, answer))
+    return calls
+
+
+def conclude(activity: Activity[Any, Any], calls: Sequence[Call], returned: Any) -> None:
+    """Answer the calls of a batch that have no answer yet, by what its function returned, or raised."""
+    if inspect.iscoroutine(returned):
+        returned.close()
+        returned = ActivityError(f"the batch of activity {activity.name} returned a coroutine; declare it with `async def`", "BadResult", final=True)
+    if returned is None:
+        returned = ActivityError(f"the batch of activity {activity.name} has left this call without an answer: call.complete(value), call.fail(error), or return a list", "NotAnswered")
+    if not isinstance(returned, BaseException) and not (isinstance(returned, (list, tuple)) and len(returned) == len(calls)):
+        said = f"{len(returned)} results for {len(calls)} calls" if isinstance(returned, (list, tuple)) else repr(returned)[:_SHORT]
+        returned = ActivityError(f"the batch of activity {activity.name} returned {said}; it returns None, or a result or an exception for each call, in their order", "BadResult", final=True)
+    for call, answer in zip(calls, [returned] * len(calls) if isinstance(returned, BaseException) else returned, strict=True):
+        if not call.answered:
+            call.fail(answer) if isinstance(answer, BaseException) else call.complete(answer)

@@ -230,7 +230,7 @@ def _call_failed(config: Config, state: Changes, name: str, head: Record, record
     except ProtocolError:  # it ended processes, and was parked unread
         return Decision()
     waits = _header(config, name, state.get(name.encode()))["waits"]
-    if not isinstance(answer, wire.Resume) or not any(wait["kind"] == "activity" and wait["ref"] == answer.ref for wait in waits):
+    if not isinstance(answer, wire.Resume) or not any(wait["kind"] in ("activity", "job") and wait["ref"] == answer.ref for wait in waits):
         return Decision()
     if answer.failed and isinstance(answer.value, dict) and answer.value.get("type") == _DISCARDED:
         return Decision(dispatch=(Withdraw(name, str(answer.ref)),))

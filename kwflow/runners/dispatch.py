@@ -1,9 +1,8 @@
 """Runs activities: a thread each for `def`, one event loop for `async def`, at most `activity_concurrency` at a time.
 
-The store is the queue: what a commit hands out lies there until it is answered, this holds a window of it.  So ten
-thousand waiting calls cost no memory, and a new owner of a partition finds what its predecessor left (at-least-once).
-Author code may block, hang, raise anything: it ends as an error record and never takes a thread of the engine.  The
-engine's thread calls all public methods; it must not know a log: `deliver` puts a result into one.
+What waits is `backlog.py`'s; an activity with a batch is called for several calls together, which take one slot.  Author
+code may block, hang, raise anything: it ends as an error record (`answers.py`) and never takes a thread of the engine.
+The engine's thread calls all public methods; it must not know a log: `deliver` puts a result into one.
 """
 
 from __future__ import annotations
@@ -15,11 +14,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from kwflow.activities import Activity, find_activity, running_as
-from kwflow.core.dispatch import PREFIX, Dispatch, Withdraw, decode, encode, state_key
+from kwflow.batches import Batch
+from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
 from kwflow.core.outcomes import describe_error
 from kwflow.errors import ActivityError, BusinessError, KwflowBug
 from kwflow.ports import Changes, Deliver, Store
-from kwflow.runners.answers import carry_out, failure_record, info_of, result_record
+from kwflow.runners.answers import calls_of, carry_out, conclude, failure_record, info_of, result_record
+from kwflow.runners.backlog import Backlog
 from kwflow.runners.logs import Line, authors_traceback
 from kwflow.runners.threads import AsyncCall, Loops, Threads, place_of
 
@@ -28,9 +29,9 @@ __all__ = ["Dispatcher", "keep"]
 _LEFT_BEHIND_S = 5.0  # so long a cancelled activity may go on before its slot is given to another
 _LEFT_BEHIND_MAX = 256  # threads of such activities; with more, nothing new is started
 _LOOK_S = 0.2
-_READY_FACTOR = 8  # so many times the concurrency are kept ready, that no slot waits for the engine's next batch,
-_READY_BYTES_MAX = 16_000_000  # while their arguments are not larger than this
+_READY_FACTOR = 8  # so many times the concurrency are kept ready, that no slot waits for the engine's next batch
 _SAID_MAX = 2_000  # characters of an error in a log line
+_NEVER = float("inf")
 
 
 def keep(state: Changes, items: Iterable[object]) -> None:
@@ -43,20 +44,19 @@ def keep(state: Changes, items: Iterable[object]) -> None:
 
 
 class _Job:
-    """One call that is ready or runs.  `failed`: what the log says if it did; `answered`: its record was made; `freed`: its slot was given back; `behind`: while it went on."""
+    """One call that is ready or runs.  `failed`: what the log says if it did; `answered`: its record was made; `settled`: it takes no part of its run's slot any more."""
 
-    __slots__ = ("activity", "answered", "begun", "behind", "cancelled_at", "deadline", "dispatch", "failed", "freed", "info", "partition", "thread")
+    __slots__ = ("activity", "answered", "cancelled_at", "dispatch", "failed", "info", "partition", "run", "settled")
 
     def __init__(self, partition: int, dispatch: Dispatch) -> None:
         self.partition = partition
         self.dispatch = dispatch
         self.info = info_of(dispatch)
         self.activity: Activity[Any, Any] | None = None
-        self.deadline = self.cancelled_at = float("inf")
-        self.answered = self.freed = self.behind = False
+        self.run: _Run | None = None
+        self.cancelled_at = _NEVER
+        self.answered = self.settled = False
         self.failed: Line | None = None
-        self.thread: threading.Thread | None = None
-        self.begun: AsyncCall | None = None
 
     @property
     def id(self) -> tuple[int, str, str]:
@@ -65,22 +65,35 @@ class _Job:
     @property
     def wanted(self) -> bool:
         """Whether anybody still waits for it."""
-        return self.cancelled_at == float("inf")
+        return self.cancelled_at == _NEVER
 
     def __str__(self) -> str:
         return f"activity {self.dispatch.name} of {self.dispatch.workflow_id} (attempt {self.dispatch.attempt})"
 
 
-class _Owned:
-    """A partition: its store, the last entry taken into memory, whether more lies behind it, and what lies before it and found no room."""
+class _Run:
+    """One call of an author's function, for one job or a batch of them.  Invariant: it has a slot while a job of it is not settled; `behind`: it goes on without one."""
 
-    __slots__ = ("cursor", "late", "more", "store")
+    __slots__ = ("activity", "begun", "behind", "deadline", "ended", "jobs", "thread", "unsettled")
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.cursor = PREFIX
-        self.more = True
-        self.late: deque[bytes] = deque()
+    def __init__(self, activity: Activity[Any, Any], jobs: list[_Job], deadline: float) -> None:
+        self.activity = activity
+        self.jobs = jobs
+        self.unsettled = len(jobs)
+        self.deadline = deadline
+        self.ended = self.behind = False
+        self.thread: threading.Thread | None = None
+        self.begun: AsyncCall | None = None
+
+
+class _Gathered:
+    """Calls of an activity with a batch that are not enough for one yet; `due`: when they are one all the same."""
+
+    __slots__ = ("due", "jobs")
+
+    def __init__(self, due: float) -> None:
+        self.due = due
+        self.jobs: list[_Job] = []
 
 
 class Dispatcher:
@@ -88,17 +101,19 @@ class Dispatcher:
 
     def __init__(
         self, deliver: Deliver, on_log: Callable[[str], None], concurrency: int = 64, limit_s: float = 600.0, result_bytes_max: int = 500_000, record_bytes_max: int = 1_000_000,
-        threads: Threads | None = None,
+        threads: Threads | None = None, ends_late: bool = False,
     ) -> None:  # fmt: skip
+        """`ends_late`: an activity that has a timeout of its own is ended here after that, too, not only when it is withdrawn."""
         self._deliver = deliver
         self._on_log = on_log
         self._concurrency = concurrency
         self._limit_s = limit_s
+        self._ends_late = ends_late
         self._bytes_max = result_bytes_max, record_bytes_max
-        self._owned: dict[int, _Owned] = {}
+        self._backlog = Backlog(concurrency * _READY_FACTOR)
         self._jobs: dict[tuple[int, str, str], _Job] = {}
         self._ready: deque[_Job] = deque()
-        self._ready_bytes = 0
+        self._gathered: dict[str, _Gathered] = {}
         self._running = 0
         self._behind = 0
         self._closed = False
@@ -111,22 +126,22 @@ class Dispatcher:
     # -- what the engine tells (ports.Worker) ----------------------------------------------------------------------
     def own(self, partition: int, store: Store) -> None:
         with self._changed:
-            self._owned[partition] = _Owned(store)
+            self._backlog.own(partition, store)
         self.turn()
 
     def owns(self, partition: int) -> bool:
-        return partition in self._owned
+        return self._backlog.owns(partition)
 
     def disown(self, partition: int, grace_s: float = 0.0) -> None:
         with self._changed:
-            self._owned.pop(partition, None)
-            for job in [job for job in self._ready if job.partition == partition]:
+            self._backlog.disown(partition)
+            for job in [job for job in self._jobs.values() if job.partition == partition and job.run is None]:
                 self._unready(job)
         self._wait(lambda: any(job.partition == partition and job.wanted for job in self._jobs.values()), grace_s)
 
     def close(self, grace_s: float = 0.0) -> None:
         """What still runs after the grace period is left behind, on threads that end with the process."""
-        for partition in list(self._owned):
+        for partition in self._backlog.partitions:
             self.disown(partition)
         self._wait(lambda: any(job.wanted for job in self._jobs.values()), grace_s)
         for job in list(self._jobs.values()):
@@ -144,24 +159,21 @@ class Dispatcher:
                 self._threads.wait(self._changed, min(_LOOK_S, max(0.0, give_up - now())))
 
     def committed(self, partition: int, items: Iterable[object]) -> None:
-        owned = self._owned.get(partition)
-        if owned is None:
+        if not self._backlog.owns(partition):
             return
         with self._changed:
             for item in items:
                 if isinstance(item, Dispatch):
-                    self._offer(partition, owned, item)
+                    if self._backlog.offer(partition, item):
+                        self._enqueue(partition, item)
                 elif isinstance(item, Withdraw):
                     self._withdraw((partition, item.workflow_id, item.ref))
             self._start()
 
     def turn(self) -> None:
         with self._changed:
-            waiting = [(partition, owned) for partition, owned in self._owned.items() if owned.more or owned.late]
-            room = self._concurrency * _READY_FACTOR - len(self._ready)
-            if waiting and room > self._concurrency * _READY_FACTOR // 2:
-                for partition, owned in waiting:  # a share for each, or one with a long queue would keep the others from beginning
-                    self._take(partition, owned, max(1, room // len(waiting)))
+            for partition, item in self._backlog.take():
+                self._enqueue(partition, item)
             self._start()
             now = self._threads.monotonic()
             if now - self._looked > _LOOK_S:
@@ -175,108 +187,154 @@ class Dispatcher:
 
     def counts(self) -> dict[str, int]:
         """How many in each state; from any thread."""
-        return {"running": self._running, "ready": len(self._ready), "left-behind": self._behind}
+        return {"running": self._running, "ready": self._backlog.ready, "left-behind": self._behind}
 
-    # -- the queue -------------------------------------------------------------------------------------------------
-    @property
-    def _full(self) -> bool:
-        return len(self._ready) >= self._concurrency * _READY_FACTOR or self._ready_bytes >= _READY_BYTES_MAX
-
-    def _offer(self, partition: int, owned: _Owned, item: Dispatch) -> None:
-        """Into memory, or left where it lies; of what sorts before the cursor (a record of a hold, applied late) the key is kept, as it would not be found again."""
-        key = state_key(item.workflow_id, item.ref)
-        if key > owned.cursor:
-            if owned.more or self._full:
-                owned.more = True
-                return
-            owned.cursor = key
-        elif owned.late or self._full:
-            owned.late.append(key)
-            return
-        self._enqueue(partition, item)
-
-    def _take(self, partition: int, owned: _Owned, share: int) -> None:
-        while owned.late:
-            if self._full or share <= 0:
-                return
-            share -= 1
-            waiting = owned.store.get(owned.late.popleft())
-            if waiting is not None:  # it was not withdrawn meanwhile
-                self._enqueue(partition, decode(waiting))
-        if not owned.more:
-            return
-        for key, data in owned.store.scan(PREFIX, owned.cursor + b"\0"):
-            if self._full or share <= 0:
-                return
-            share -= 1
-            owned.cursor = key
-            self._enqueue(partition, decode(data))
-        owned.more = False
-
+    # -- from the backlog to a slot ----------------------------------------------------------------------------------
     def _enqueue(self, partition: int, item: Dispatch) -> None:
         job = _Job(partition, item)
         before = self._jobs.get(job.id)
         if before is not None and not before.wanted:
             # 1. a fork calls an activity, under the ref that its original has; it is terminated, and the call is cancelled
             # 2. another fork is made under the same id, while the call still goes on: what it returns is dropped
-            self._leave_behind(before)
+            self._settle(before)
         if self._jobs.get(job.id) is None:
             self._jobs[job.id] = job
             self._ready.append(job)
-            self._ready_bytes += len(item.arguments)
+            self._backlog.room(item, 1)
 
     def _unready(self, job: _Job) -> None:
-        self._ready.remove(job)
-        self._ready_bytes -= len(job.dispatch.arguments)
+        """Of one that is ready, or gathered for a batch."""
+        gathered = self._gathered.get(job.dispatch.name)
+        (gathered.jobs if gathered is not None and job in gathered.jobs else self._ready).remove(job)
+        self._backlog.room(job.dispatch, -1)
         del self._jobs[job.id]
 
     def _withdraw(self, id: tuple[int, str, str]) -> None:
         job = self._jobs.get(id)
         if job is None:
             return
-        if job.activity is None:
+        if job.run is None:
             self._unready(job)
         else:
             self._cancel(job)
 
     def _start(self) -> None:
-        while self._ready and self._running < self._concurrency and self._behind < _LEFT_BEHIND_MAX and not self._closed:
+        now = self._threads.monotonic() if self._gathered else 0.0
+        for gathered in list(self._gathered.values()):
+            if gathered.jobs and now >= gathered.due:
+                self._begin_gathered(gathered)
+        while self._ready and self._has_room:
             job = self._ready.popleft()
-            self._ready_bytes -= len(job.dispatch.arguments)
-            activity = find_activity(job.dispatch.name)
+            activity = job.activity = find_activity(job.dispatch.name)
             if activity is None:
+                self._backlog.room(job.dispatch, -1)
                 del self._jobs[job.id]
                 if job.dispatch.name not in self._unknown:
                     self._unknown.add(job.dispatch.name)
                     self._on_log(f"no activity {job.dispatch.name!r} in this engine; {job.dispatch.workflow_id} and maybe others wait for it until an engine is started that has it")
-                continue
-            job.activity = activity
-            job.deadline = self._threads.monotonic() + self._limit_s if activity.timeout_s is None and self._limit_s else float("inf")
-            self._running += 1
-            if activity.is_async:
-                job.begun = self._loops.run(lambda job=job: self._run_async(job), lambda job=job: self._finished(job))  # type: ignore[misc]
-                job.thread = job.begun.thread
+            elif activity.batched is None:
+                self._begin(activity, [job])
             else:
-                self._threads.run(lambda job=job: self._run(job))  # type: ignore[misc]
+                self._gather(activity.batched, job)
+
+    @property
+    def _has_room(self) -> bool:
+        return self._running < self._concurrency and self._behind < _LEFT_BEHIND_MAX and not self._closed
+
+    def _gather(self, batch: Batch, job: _Job) -> None:
+        gathered = self._gathered.get(job.dispatch.name)
+        if gathered is None or not gathered.jobs:
+            gathered = self._gathered[job.dispatch.name] = _Gathered(self._threads.monotonic() + batch.within_s)
+        gathered.jobs.append(job)
+        if len(gathered.jobs) >= batch.size or not batch.within_s:
+            self._begin_gathered(gathered)
+
+    def _begin_gathered(self, gathered: _Gathered) -> None:
+        if self._has_room:
+            jobs, gathered.jobs = gathered.jobs, []
+            self._begin(_of(jobs[0]), jobs)
+
+    def _begin(self, activity: Activity[Any, Any], jobs: list[_Job]) -> None:
+        own_s = activity.timeout_s if self._ends_late else None if activity.timeout_s is None else _NEVER
+        limit_s = own_s or self._limit_s or _NEVER
+        run = _Run(activity, jobs, self._threads.monotonic() + limit_s)
+        for job in jobs:
+            job.run = run
+            self._backlog.room(job.dispatch, -1)
+        self._running += 1
+        if activity.is_async if activity.batched is None else activity.batched.is_async:
+            run.begun = self._loops.run(lambda: self._run_async(run), lambda: self._ended(run))
+            run.thread = run.begun.thread
+        else:
+            self._threads.run(lambda: self._run(run))
 
     # -- running ---------------------------------------------------------------------------------------------------
-    def _run(self, job: _Job) -> None:
-        job.thread = threading.current_thread()
-        self._answer(job, contextvars.Context().run(self._call, job))
+    def _run(self, run: _Run) -> None:
+        run.thread = threading.current_thread()
+        if run.activity.batched is not None:
+            contextvars.Context().run(self._call_batch, run, run.activity.batched)
+            self._ended(run)
+            return
+        [job] = run.jobs
+        record = contextvars.Context().run(carry_out, job.dispatch, run.activity, job.info, self._bytes_max, failed=lambda error: _note(job, error))
+        self._ended(run, record)
 
-    def _call(self, job: _Job) -> bytes:
-        return carry_out(job.dispatch, _of(job), job.info, self._bytes_max, failed=lambda error: _note(job, error))
-
-    async def _run_async(self, job: _Job) -> None:
-        activity = _of(job)
+    async def _run_async(self, run: _Run) -> None:
+        if run.activity.batched is not None:
+            await self._await_batch(run, run.activity.batched)
+            self._ended(run)
+            return
+        [job] = run.jobs
         try:
             with running_as(job.info):
-                bound = activity.decode_arguments(job.dispatch.arguments)
-                record = result_record(job.dispatch, activity, await activity.function(*bound.args, **bound.kwargs), self._bytes_max)
+                bound = run.activity.decode_arguments(job.dispatch.arguments)
+                record = result_record(job.dispatch, run.activity, await run.activity.function(*bound.args, **bound.kwargs), self._bytes_max)
         except BaseException as error:
             record = failure_record(job.dispatch, error, self._bytes_max[1])
             _note(job, error)
-        self._answer(job, record)
+        self._ended(run, record)
+
+    def _call_batch(self, run: _Run, batch: Batch) -> None:
+        calls = calls_of(run.activity, [(job.dispatch, job.info, self._answering(run, job)) for job in run.jobs])
+        try:
+            returned = batch.function(calls) if calls else None
+        except BaseException as error:
+            returned = error
+        conclude(run.activity, calls, returned)
+
+    async def _await_batch(self, run: _Run, batch: Batch) -> None:
+        calls = calls_of(run.activity, [(job.dispatch, job.info, self._answering(run, job)) for job in run.jobs])
+        try:
+            returned = await batch.function(calls) if calls else None
+        except BaseException as error:
+            returned = error
+        conclude(run.activity, calls, returned)
+
+    def _answering(self, run: _Run, job: _Job) -> Callable[[Any, BaseException | None], None]:
+        def answer(value: Any, error: BaseException | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                record = result_record(job.dispatch, run.activity, value, self._bytes_max)
+            except BaseException as failed:
+                record = failure_record(job.dispatch, failed, self._bytes_max[1])
+                _note(job, failed)
+            self._answer(job, record)
+
+        return answer
+
+    def _ended(self, run: _Run, record: bytes | None = None) -> None:
+        """The function has returned, or was cancelled before its first line; with the record that answers its one job."""
+        with self._changed:
+            run.ended = True
+            if run.behind:
+                run.behind = False
+                self._behind -= 1
+        for job in run.jobs:
+            if record is not None:
+                self._answer(job, record)
+            elif not job.answered:  # cancelled before it began
+                self._finished(job)
 
     # -- the answer ------------------------------------------------------------------------------------------------
     def _answer(self, job: _Job, record: bytes) -> None:
@@ -321,47 +379,50 @@ class Dispatcher:
 
     def _finished(self, job: _Job) -> None:
         with self._changed:
-            if job.behind:
-                job.behind = False
-                self._behind -= 1
-            self._free(job)
+            self._settle(job)
             self._start()
 
-    def _free(self, job: _Job) -> None:
-        if not job.freed:
-            job.freed = True
+    def _settle(self, job: _Job) -> None:
+        """Nobody has to look after it any more.  With the last one of its run a slot is free, be it that the function goes on."""
+        run = job.run
+        if job.settled or run is None:
+            return
+        job.settled = True
+        if self._jobs.get(job.id) is job:
+            del self._jobs[job.id]
+        run.unsettled -= 1
+        if not run.unsettled:
             self._running -= 1
-            if self._jobs.get(job.id) is job:
-                del self._jobs[job.id]
-            self._changed.notify_all()
+            if not run.ended:
+                run.behind = True
+                self._behind += 1
+        self._changed.notify_all()
 
     # -- what does not end -----------------------------------------------------------------------------------------
     def _cancel(self, job: _Job) -> None:
         if job.wanted:
             job.cancelled_at = self._threads.monotonic()
             job.info.cancel()
-            if job.begun is not None:
-                job.begun.cancel()
-
-    def _leave_behind(self, job: _Job) -> None:
-        job.behind = True
-        self._behind += 1
-        self._free(job)
+            run = job.run
+            if run is not None and run.begun is not None and not any(other.wanted and not other.answered for other in run.jobs):
+                run.begun.cancel()
 
     def _look(self, now: float) -> None:
         """Activities over their time are answered for; the slots of cancelled ones that go on are given to others."""
-        for job in [job for job in self._jobs.values() if job.activity is not None]:
-            if now > job.deadline and not job.answered:
-                job.answered, job.deadline = True, float("inf")
-                error = ActivityError(f"{job} had no result within {self._limit_s:g} s (activity_limit_s; set @kw.activity(timeout=...) for a limit of its own)", "Timeout")
-                _note(job, error, place_of(job.thread))
+        for job in [job for job in self._jobs.values() if job.run is not None]:
+            run = _run_of(job)
+            if now > run.deadline and not job.answered:
+                job.answered = True
+                limit_s = (run.activity.timeout_s if self._ends_late else None) or self._limit_s
+                error = ActivityError(f"{job} had no result within {limit_s:g} s (activity_limit_s; set @kw.activity(timeout=...) for a limit of its own)", "Timeout")
+                _note(job, error, place_of(run.thread))
                 self._tell(job)
                 self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), lambda _: None)
                 self._cancel(job)
-            elif now - job.cancelled_at > _LEFT_BEHIND_S and not job.freed:
-                self._leave_behind(job)
+            elif now - job.cancelled_at > _LEFT_BEHIND_S and not any(other.wanted and not other.answered for other in run.jobs):
+                self._settle(job)
                 full = f"; {self._behind} do so, and no more are started until one ends or the engine is restarted" if self._behind >= _LEFT_BEHIND_MAX else "; another takes its slot"
-                self._on_log(f"{job} goes on although nobody waits for it{place_of(job.thread)}{full}")
+                self._on_log(f"{job} goes on although nobody waits for it{place_of(run.thread)}{full}")
         self._loops.look(now)
 
 
@@ -369,6 +430,12 @@ def _of(job: _Job) -> Activity[Any, Any]:
     if job.activity is None:
         raise KwflowBug(f"{job} runs without an activity")
     return job.activity
+
+
+def _run_of(job: _Job) -> _Run:
+    if job.run is None:
+        raise KwflowBug(f"{job} is looked at and does not run")
+    return job.run
 
 
 def _note(job: _Job, error: BaseException, where: str = "") -> None:

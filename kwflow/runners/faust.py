@@ -82,7 +82,7 @@ class Agent:
         self.app = app
         self.config = config
         self.processor = processor
-        processor.at_least_once = True
+        processor.at_least_once = processor.queues = True
         processor.partitions = partitions
         self.partitions = partitions
         self.on_log = on_log

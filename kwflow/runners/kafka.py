@@ -97,6 +97,8 @@ class KafkaRunner:
         self.incarnation, self.partitions = topics.describe(self.admin, config, make("").input_topic)
         self.processor = make(self.incarnation)
         self.processor.partitions = self.partitions
+        if isinstance(self.processor, WorkflowProcessor):
+            self.processor.queues = True
         self.member = Member(
             config, environment, self.clock, on_log, group, f"{group}-{self.instance}", self.directory, self.admin, self.processor, self.incarnation, self.partitions, frozenset(outputs)
         )  # fmt: skip

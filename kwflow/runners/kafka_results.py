@@ -12,6 +12,7 @@ from collections.abc import Callable
 from confluent_kafka import KafkaError, KafkaException, Message
 
 from kwflow.config import Config
+from kwflow.core.wire import Headers
 from kwflow.runners.environment import Environment, Producer
 from kwflow.runners.topics import client_config
 
@@ -36,7 +37,7 @@ class Results:
         self._served: Callable[[], None] | None = None
         self._closed = False
 
-    def deliver(self, _partition: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
+    def deliver(self, _partition: int, key: bytes | None, value: bytes | None, done: Callable[[str | None], None], headers: Headers = ()) -> None:
         """Produce until the broker has it or refuses it for good.  Raises KafkaException when this one record cannot even be queued."""
 
         def delivered(error: KafkaError | None, _message: Message) -> None:
@@ -45,12 +46,12 @@ class Results:
             elif error.code() in _REFUSED:
                 done(error.str())
             elif not self._closed:
-                self.deliver(_partition, key, value, done)
+                self.deliver(_partition, key, value, done, headers)
 
         while True:
             producer = self._current()
             try:
-                producer.produce(self.topic, value, key, on_delivery=delivered)
+                producer.produce(self.topic, value, key, headers=list(headers), on_delivery=delivered)
                 return
             except BufferError:
                 self.environment.sleep(_POLL_S)

@@ -56,6 +56,7 @@ class WorkflowProcessor:
         self.partitions = 1
         self.keeps_code = sources is not None
         self.sources = sources or no_sources
+        self.queues = False  # set by a runner that workers can read the topics of; else activities with a queue are run here, too
         self.at_least_once = False  # set by a runner that may read a record again: what has ended is then remembered for every start
         self.input_topic = config.resume_topic
         self.changelog_topic = config.changelog_topic
@@ -158,7 +159,7 @@ class _Batch:
         self.budget = budget
         self.live: dict[bytes, Live] = {}
         self.partitions = processor.partitions
-        self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows)
+        self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows, processor.queues)
         self.made: list[Decision] = []
         self.held: dict[str, tuple[int, int]] = {}
         self.old: list[bytes] = []  # the instance that was just loaded on old code

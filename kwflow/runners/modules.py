@@ -13,7 +13,7 @@ from kwflow import api, durable
 from kwflow.core.contract import Workflows
 from kwflow.errors import KwflowError, UnknownWorkflowError, UsageError
 
-__all__ = ["load_workflows"]
+__all__ = ["load_modules", "load_workflows"]
 
 
 def _load(name: str) -> types.ModuleType:
@@ -30,23 +30,30 @@ def _load(name: str) -> types.ModuleType:
     return durable.load_source(path.stem, path.read_bytes(), str(path))
 
 
-def load_workflows(names: Sequence[str], app_dir: Path | None = None, packages: Sequence[str] = ()) -> Workflows:
-    """Import each MODULE (dotted name or path.py), durable, and collect `main`s and `@kw.workflow`s; `packages` are made durable too.
-
-    Raises UsageError for a name clash or a module without workflows, and what importing it raises.
-    """
+def load_modules(names: Sequence[str], app_dir: Path | None = None, packages: Sequence[str] = ()) -> list[types.ModuleType]:
+    """Import each MODULE (dotted name or path.py), durable; `packages` are made durable too.  Raises UsageError, and errors of kwflow and of syntax as they are."""
     sys.path.insert(0, str(app_dir or Path.cwd()))
     durable.install(packages)
-    functions: dict[str, object] = {}
-    default: str | None = None
+    modules = []
     for name in names:
         try:
-            module = _load(name)
+            modules.append(_load(name))
         except (KwflowError, SyntaxError):
             raise
         except Exception as error:  # the module's own code may raise anything
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise UsageError(f"cannot import {name}: {type(error).__name__}: {error} ({where.filename}:{where.lineno})") from error
+    return modules
+
+
+def load_workflows(names: Sequence[str], app_dir: Path | None = None, packages: Sequence[str] = ()) -> Workflows:
+    """Load these modules, and collect their `main`s and `@kw.workflow`s.
+
+    Raises UsageError for a name clash or modules without workflows, and what `load_modules` raises.
+    """
+    functions: dict[str, object] = {}
+    default: str | None = None
+    for module in load_modules(names, app_dir, packages):
         main = getattr(module, "main", None)
         if main is not None:
             short = module.__name__.rpartition(".")[2]

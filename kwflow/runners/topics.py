@@ -144,7 +144,7 @@ def needed(config: Config, declared: Iterable[str]) -> list[str]:
 
 
 def _rights(config: Config, declared: Iterable[str], groups: Collection[str]) -> dict[str, list[AclOperation]]:
-    """Topic -> what these groups do with it, the engine's and the scheduler's; `sizes` and `problems` read the settings of all."""
+    """Topic -> what these groups do with it, the engine's, the scheduler's, the workers' (of the queues that are declared); the first two read the settings of all, in `sizes` and `problems`."""
     read, written = set[str](), set[str]()
     if config.application_id in groups:
         read |= {config.resume_topic, config.changelog_topic, config.code_topic}
@@ -152,10 +152,17 @@ def _rights(config: Config, declared: Iterable[str], groups: Collection[str]) ->
     if config.timers_group in groups:
         read |= {config.scheduler_topic, config.timers_changelog_topic}
         written |= {config.resume_topic, config.dead_letter_topic, config.timers_changelog_topic}
+    if config.workers_group in groups:
+        read |= set(declared)
+        written |= {config.resume_topic, config.dead_letter_topic}
     return {
         topic: [*[AclOperation.READ] * (topic in read), *[AclOperation.WRITE] * (topic in written), AclOperation.DESCRIBE_CONFIGS]
-        for topic in needed(config, declared)
+        for topic in (needed(config, declared) if _keep_state(config, groups) else sorted(read | written))
     }
+
+
+def _keep_state(config: Config, groups: Collection[str]) -> bool:
+    return config.application_id in groups or config.timers_group in groups
 
 
 def _unusable(client: Any, config: Config, rights: dict[str, list[AclOperation]]) -> list[str]:
@@ -179,11 +186,13 @@ def _unusable(client: Any, config: Config, rights: dict[str, list[AclOperation]]
 
 
 def problems(client: AdminClient, config: Config, declared: Iterable[str], groups: Collection[str]) -> list[str]:
-    """What is not as it must be for these groups, the engine's and the scheduler's, one sentence each; empty when all is well.  Raises TransportError."""
+    """What is not as it must be for these groups, the engine's, the scheduler's and the workers', one sentence each; empty when all is well.  Raises TransportError."""
     there = partitions_of(client, config)
     found = _unusable(client, config, _rights(config, declared, groups))
     if not all(problem.endswith("is missing") for problem in found):
         return found  # what may not be seen cannot be looked at
+    if not _keep_state(config, groups):
+        return found
     for changelog, source in _changelogs(config):
         if changelog in there and source in there and there[changelog] != there[source]:
             remedy = f"kwflow topics migrate --partitions {max(there[source], there[changelog])} does it"

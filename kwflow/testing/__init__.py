@@ -27,7 +27,7 @@ from kwflow.core.wire import Output, Record
 from kwflow.durable import versions
 from kwflow.errors import UsageError
 from kwflow.ports import Decision
-from kwflow.runners.answers import carry_out, info_of
+from kwflow.runners.answers import calls_of, carry_out, conclude, info_of
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
@@ -264,8 +264,9 @@ class WorkflowTester:
             self.calls.append(Call(item.name, item.workflow_id, item.attempt, dict(activity.decode_arguments(item.arguments).arguments)))
             answered: list[Any] = []
 
-            def run(*args: Any, activity: Activity[Any, Any] = activity, answered: list[Any] = answered, **kwargs: Any) -> Any:
-                value = self._fakes.get(activity.name, activity.function)(*args, **kwargs)
+            def run(*args: Any, item: Dispatch = item, activity: Activity[Any, Any] = activity, answered: list[Any] = answered, **kwargs: Any) -> Any:
+                function = self._fakes.get(activity.name) or (activity.function if activity.batched is None else _alone(item, activity))
+                value = function(*args, **kwargs)
                 answered.append(_outcome(value) if inspect.iscoroutine(value) else value)
                 return answered[0] if answered[0] is not HANGS else None
 
@@ -285,6 +286,22 @@ class WorkflowTester:
                 self._dispatched = deque(other for other in self._dispatched if (other.workflow_id, other.ref) != (item.workflow_id, item.ref))
         for output in made.outputs:
             self._log(output)
+
+
+def _alone(item: Dispatch, activity: Activity[Any, Any]) -> Callable[..., Any]:
+    """A batch of one call, as a function of its arguments."""
+
+    def call(*_: Any, **__: Any) -> Any:
+        answers: list[tuple[Any, BaseException | None]] = []
+        calls = calls_of(activity, [(item, info_of(item), lambda value, error: answers.append((value, error)))])
+        returned = activity.batched.function(calls) if activity.batched is not None else None
+        conclude(activity, calls, _outcome(returned) if inspect.iscoroutine(returned) else returned)
+        value, error = answers[0]
+        if error is not None:
+            raise error
+        return value
+
+    return call
 
 
 def _outcome(coroutine: Coroutine[Any, Any, Any]) -> Any:

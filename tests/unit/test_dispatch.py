@@ -15,7 +15,7 @@ import pytest
 import kwflow as kw
 from kwflow import durable
 from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
-from kwflow.runners import dispatch, threads
+from kwflow.runners import backlog, dispatch, threads
 from kwflow.runners.dispatch import Dispatcher
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.embedded_state import EmbeddedStore
@@ -590,7 +590,7 @@ def test_context_variables_of_one_call_are_not_seen_by_the_next(engine: Engine) 
 
 def test_large_arguments_do_not_fill_the_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept ready is bounded in bytes, too; the rest waits in the store."""
-    monkeypatch.setattr(dispatch, "_READY_BYTES_MAX", 1000)
+    monkeypatch.setattr(backlog, "_BYTES_MAX", 1000)
     gate = threading.Event()
     activity = make(lambda text: gate.wait() and len(text))
     for n in range(20):
@@ -599,7 +599,7 @@ def test_large_arguments_do_not_fill_the_memory(engine: Engine, monkeypatch: pyt
     gate.set()
     for n in range(20):
         assert engine.answer(f"w{n}")["value"] == 500
-    assert engine.dispatcher._ready_bytes == 0
+    assert engine.dispatcher.counts() == {"running": 0, "ready": 0, "left-behind": 0}
 
 
 def test_a_partition_with_a_long_queue_does_not_keep_another_from_beginning() -> None:

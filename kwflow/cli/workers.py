@@ -1,0 +1,57 @@
+"""`kwflow worker`: runs the activities of queues, beside the engines and on other machines than theirs."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from kwflow.cli.serving import signals, stopper, wait_for_topics
+from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, Modules, WaitForBroker
+from kwflow.cli.watching import ends_in_its_log, log_of, watched
+from kwflow.config import load_config
+from kwflow.runners.modules import load_modules
+from kwflow.runners.supervise import orphaned, supervise
+
+__all__ = ["worker"]
+
+
+def worker(
+    modules: Modules,
+    queue: Annotated[list[str] | None, typer.Option("--queue", help="Serve this one, and others that are named so; default: those of all activities of the MODULEs.")] = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    wait_for_broker: WaitForBroker = None,
+    processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="So many worker processes, one a core; each is started again when it dies.")] = 1,
+    http: Http = None,
+    log_format: LogFormat = None,
+    config: ConfigFile = None,
+    app_dir: AppDir = None,
+) -> None:
+    """Run activities that have a queue, for the engines on Kafka, until SIGTERM.
+
+    Example: kwflow worker shop.activities --queue payments
+    """
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format)
+    if processes > 1 and settings.supervisor_pid is None:
+        raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow", *sys.argv[1:]], processes, signals(lambda _: None), log_of(settings)))
+    with ends_in_its_log(settings):
+        from kwflow import worker as workers
+
+        stop, log = stopper(), log_of(settings)
+        load_modules(modules, app_dir, settings.durable_packages)
+        queues = workers.queues_served(queue or ())
+        wait_for_topics(settings, log, [settings.workers_group], modules, stop, queues)
+        if stop():
+            return
+        serving = workers.service(settings, queues, log)
+        gc.collect()
+        gc.freeze()  # what was imported is never garbage
+        with watched(settings, [serving], log):
+            log(f"kwflow worker serves {', '.join(queues)} on {settings.bootstrap_servers}")
+            serving.run(lambda: stop() or orphaned(settings.supervisor_pid))
+        counts = Counter(serving.stats.counts)
+        log("calls: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"))

@@ -1,0 +1,62 @@
+"""Calls of activities that workers outside of the engines run: the record that hands one out, and the one that takes it back (M6.6).
+
+A call is a record of its queue's topic, written by the step that calls; its key is `<workflow id>|<ref>`, so that the many
+calls of one workflow spread over the partitions, and what takes a call back (no value) comes after it in the same one.
+Total: bytes from outside become a value or a ProtocolError.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from kwflow.core import wire
+from kwflow.core.dispatch import Dispatch, Withdraw
+from kwflow.core.wire import Record
+from kwflow.errors import ProtocolError, UsageError
+
+__all__ = ["handed_out", "key_of", "read"]
+
+
+class _Job(msgspec.Struct):
+    """The value, JSON for workers in any language; the answer goes to `resume_topic`, with `workflow_id` as its key."""
+
+    resume_topic: str
+    workflow_id: str
+    ref: str
+    activity: Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
+    attempt: Annotated[int, msgspec.Meta(ge=1)]
+    idempotency_key: str
+    arguments: msgspec.Raw
+
+
+_decoder = msgspec.json.Decoder(_Job)
+
+
+def key_of(workflow_id: str, ref: str) -> bytes:
+    return f"{workflow_id}|{ref}".encode()
+
+
+def handed_out(call: Dispatch, resume_topic: str) -> bytes:
+    """The value of the record that hands this call out."""
+    return msgspec.json.encode(_Job(resume_topic, call.workflow_id, call.ref, call.name, call.attempt, f"{call.workflow_id}|{call.key}", msgspec.Raw(call.arguments)))
+
+
+def read(record: Record, resume_topic: str) -> Dispatch | Withdraw | None:
+    """What a record of a queue asks for; None if it is for another application, whose answers go elsewhere.  Raises ProtocolError."""
+    if record.value is None:
+        id, _, ref = (record.key or b"").decode("utf-8", "replace").rpartition("|")
+        return Withdraw(id, ref)
+    try:
+        job = _decoder.decode(record.value)
+        if job.resume_topic != resume_topic:
+            return None
+        wire.key_of(job.workflow_id)
+        arguments = msgspec.json.decode(job.arguments)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, UsageError) as error:
+        raise ProtocolError(f"no call of an activity: {error}", "bad-job") from None
+    id, _, key = job.idempotency_key.rpartition("|")
+    if not wire.is_engine_id(job.ref) or id != job.workflow_id or not isinstance(arguments, dict):
+        raise ProtocolError("no call of an activity: ref is <offset>:<n>, idempotency_key <workflow id>|<ref>, arguments an object", "bad-job")
+    return Dispatch(job.workflow_id, job.ref, job.activity, job.attempt, key, bytes(job.arguments))

@@ -1,0 +1,315 @@
+"""A worker's loop on Kafka: calls of activities out of the topics of queues, their answers into the input topic of the engines (M6.6).
+
+At least once: a record is done once its answer is in the log, or nobody waits for it any more, and the group's position
+goes past it then (`ledger.py`).  A worker that dies leaves what was open to the others of its group.  Who runs a call is
+a Worker (ports.py), which knows no log; nothing here blocks for longer than the grace period of a partition that leaves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from kwflow.config import Config
+from kwflow.core import queues
+from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
+from kwflow.core.wire import Record
+from kwflow.errors import ProtocolError
+from kwflow.ports import Deliver, Worker
+from kwflow.runners import topics
+from kwflow.runners.broker_errors import BrokerErrors, ending
+from kwflow.runners.environment import LIVE, Environment, made
+from kwflow.runners.instances import Instances
+from kwflow.runners.kafka_reading import gather
+from kwflow.runners.kafka_results import Results
+from kwflow.runners.ledger import Ledger
+from kwflow.runners.logs import Line
+from kwflow.runners.parked import dead_letter
+from kwflow.runners.stats import Seen, Stats
+from kwflow.runners.topics import record_of
+
+__all__ = ["QueueRunner"]
+
+_AHEAD_MAX = 1000  # calls that were read and are not answered; more than run at a time, so that what is taken back is read before it is begun
+_AHEAD_BYTES_MAX = 32_000_000
+_GATHER_MAX = 500
+_WAIT_S = 0.05
+_COMMIT_S = 1.0
+_ASK_S = 10
+_LOST = "calls in {topic}[{number}] were deleted by retention before a worker read them, {count} records; their workflows wait until their time-outs: give the topic a longer retention.ms"
+
+
+_Handed = dict[int, dict[tuple[str, str], Dispatch | Withdraw]]  # what was read in one turn: a call that is taken back in the same is not begun
+
+
+class _Answer(msgspec.Struct):
+    ref: str
+
+
+class _Calls:
+    """A Store of the calls that are open in one partition, for a Worker."""
+
+    def __init__(self) -> None:
+        self.entries: dict[bytes, bytes] = {}
+
+    def get(self, key: bytes) -> bytes | None:
+        return self.entries.get(key)
+
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        yield from ((key, self.entries[key]) for key in sorted(self.entries) if key.startswith(prefix) and key >= start)
+
+
+class _Partition:
+    """One that is ours: what was read of it, and which calls are open, by workflow and ref."""
+
+    def __init__(self, topic: str, number: int, position: int, note: str) -> None:
+        self.topic = topic
+        self.number = number
+        self.ledger = Ledger(position, note)
+        self.calls = _Calls()
+        self.offsets: dict[tuple[str, str], list[int]] = {}  # an engine that is at-least-once hands a call out twice
+        self.committed: tuple[int, str] = (position, note)
+
+    def open(self, call: Dispatch, offset: int) -> None:
+        self.offsets.setdefault((call.workflow_id, call.ref), []).append(offset)
+        self.calls.entries[state_key(call.workflow_id, call.ref)] = encode(call)
+
+    def close(self, id: str, ref: str) -> bool:
+        """Whether it was open."""
+        offsets = self.offsets.pop((id, ref), [])
+        for offset in offsets:
+            self.ledger.finish(offset)
+        if offsets:
+            self.calls.entries.pop(state_key(id, ref), None)
+        return bool(offsets)
+
+
+class QueueRunner:
+    """Serves these queues, as one of the workers of an application.  `work` makes who runs the calls, given where answers go.
+
+    Raises TransportError when a topic is missing.  Invariant: a number stands for one assignment of one partition, and for
+    no later one, so that an answer which comes late meets nothing.
+    """
+
+    def __init__(self, config: Config, names: Sequence[str], work: Callable[[Deliver], Worker], on_log: Callable[[str], None] = print, environment: Environment = LIVE) -> None:
+        self.config = config
+        self.names = list(names)
+        self.on_log = on_log
+        self.stats = Stats()
+        self._count = itertools.count()
+        self._owned: dict[int, _Partition] = {}
+        self._delivered: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what is to be done on our thread, as something is in the log
+        self._joined = self._paused = False
+        self._committed_s = 0.0
+        self._admin = topics.admin(config, environment)
+        sizes = topics.sizes(topics.settings_of(self._admin, [config.resume_topic, config.dead_letter_topic]).values())
+        self._results = Results(config, config.resume_topic, environment, sizes["batch_size"])
+        self._letters = Results(config, config.dead_letter_topic, environment, sizes["batch_size"])
+        self.worker = work(self._deliver)
+        settings: dict[str, Any] = {
+            "group_id": config.workers_group, "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest",
+            "partition_assignment_strategy": "cooperative-sticky", "session_timeout_ms": 6000, "fetch_queue_backoff_ms": 10, "topic_metadata_propagation_max_ms": topics.TOPIC_MS,
+        }  # fmt: skip
+        self._consumer = made(Consumer, topics.client_config(config, **settings) | {"error_cb": BrokerErrors(on_log), "on_commit": self._on_commit})
+        self._consumer.subscribe(self.names, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+    def run(self, until: Callable[[], bool]) -> None:
+        """Go on until `until()`; then let what runs finish, for the grace period, and leave the group.  Raises TransportError when it has to be started again."""
+        try:
+            while not until():
+                self.turn()
+            self._give_back(list(self._owned), self.config.activity_grace_s)
+        except KafkaException as error:
+            raise ending(self.config.workers_group, error.args[0]) from error
+        finally:
+            self.worker.close()
+            self._results.close()
+            self._letters.close()
+            self._consumer.close()
+
+    def turn(self) -> None:
+        """Read what there is room for, run it, and note what was answered."""
+        self.stats.turned_s = time.monotonic()
+        self._make_room()
+        handed: _Handed = {}
+        for message in gather(self._consumer, 1 if self._paused else _GATHER_MAX, _WAIT_S):
+            self._take(message, handed)
+        for number, asked in handed.items():
+            self.worker.committed(number, asked.values())
+        self.worker.turn()
+        self._settle()
+        if time.monotonic() - self._committed_s > _COMMIT_S:
+            self._commit(self._owned.values())
+
+    def _make_room(self) -> None:
+        """Reading stops while too much is open; a consumer that is not asked at all would lose its partitions."""
+        ahead = sum(len(partition.offsets) for partition in self._owned.values())
+        full = ahead >= _AHEAD_MAX or (ahead > 1 and sum(len(data) for partition in self._owned.values() for data in partition.calls.entries.values()) >= _AHEAD_BYTES_MAX)
+        if full != self._paused:
+            self._paused = full
+            places = [TopicPartition(partition.topic, partition.number) for partition in self._owned.values()]
+            self._consumer.pause(places) if full else self._consumer.resume(places)
+
+    def _take(self, message: Message, handed: _Handed) -> None:
+        error = message.error()
+        if error is None:
+            record = record_of(message)
+            number = next((number for number, mine in self._owned.items() if (mine.topic, mine.number) == (record.topic, record.partition)), None)
+            if number is not None:  # else it was fetched before the partition left
+                self._read(number, self._owned[number], record, handed)
+        elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
+            self.on_log(f"{self.config.workers_group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
+        elif not topics.transient(error):
+            raise ending(self.config.workers_group, error)
+
+    def _read(self, number: int, partition: _Partition, record: Record, handed: _Handed) -> None:
+        if not partition.ledger.take(record.offset):
+            self.stats.counts["answered-before"] += 1
+            return
+        try:
+            asked = queues.read(record, self.config.resume_topic)
+        except ProtocolError as error:
+            return self._refuse(partition, record, error)
+        if isinstance(asked, Dispatch):
+            partition.open(asked, record.offset)
+            self.stats.counts["taken"] += 1
+            handed.setdefault(number, {})[asked.workflow_id, asked.ref] = asked
+            return
+        partition.ledger.finish(record.offset)
+        if asked is None:
+            self.stats.counts["of-another-application"] += 1
+        elif partition.close(asked.workflow_id, asked.ref):
+            self.stats.counts["withdrawn"] += 1
+            handed.setdefault(number, {})[asked.workflow_id, asked.ref] = asked
+
+    def _refuse(self, partition: _Partition, record: Record, error: ProtocolError) -> None:
+        """Into the dead letters, and done once it is there."""
+        letter = dead_letter(self.config, record, error.reason, str(error), time.time_ns() // 1_000_000)
+        self.stats.counts["dead-letter"] += 1
+        self.on_log(Line.about(f"dead letter {record.topic}[{record.partition}]@{record.offset}: {error}", record, "warning"))
+
+        def done(refused: str | None) -> None:
+            if refused is not None:
+                self.on_log(Line.about(f"{self.config.dead_letter_topic} does not take {record.topic}[{record.partition}]@{record.offset}: {refused}; it stays where it is", record, "error"))
+            else:
+                self._delivered.put(lambda: partition.ledger.finish(record.offset))
+
+        self._letters.deliver(0, letter.key, letter.value, done, letter.headers)
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+    def _deliver(self, number: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
+        """A call's answer, from any thread."""
+
+        def delivered(refused: str | None) -> None:
+            if refused is None:
+                self._delivered.put(lambda: self._close(number, key.decode(), msgspec.json.decode(value, type=_Answer).ref))
+            done(refused)
+
+        self._results.deliver(0, key, value, delivered)
+
+    def _close(self, number: int, id: str, ref: str) -> None:
+        partition = self._owned.get(number)
+        if partition is not None and partition.close(id, ref):
+            self.stats.counts["answered"] += 1
+
+    def _settle(self) -> None:
+        while not self._delivered.empty():
+            self._delivered.get()()
+
+    def _commit(self, partitions: Iterable[_Partition], wait: bool = False) -> None:
+        self._committed_s = time.monotonic()
+        changed = []
+        for partition in partitions:
+            now = partition.ledger.position, partition.ledger.note()
+            if now != partition.committed and now[0] >= 0:
+                partition.committed = now
+                changed.append(TopicPartition(partition.topic, partition.number, now[0], now[1]))
+        if changed and wait:
+            self._consumer.commit(offsets=changed, asynchronous=False)
+        elif changed:
+            self._consumer.commit(offsets=changed)
+
+    def _on_commit(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
+        """What was not committed is with the next one; a member that was evicted hears of it by losing its partitions."""
+        if error is not None:
+            for partition in self._owned.values():
+                partition.committed = (-1, "")
+
+    # -- the group ---------------------------------------------------------------------------------------------------
+    def _on_assign(self, consumer: Consumer, places: list[TopicPartition]) -> None:
+        self._joined = True
+        known = {(place.topic, place.partition): place for place in consumer.committed(places, timeout=_ASK_S)} if places else {}
+        begins = []
+        for place in places:
+            kept = known[place.topic, place.partition]
+            if kept.error is not None:
+                raise KafkaException(kept.error)
+            number = next(self._count)
+            begin, _ = consumer.get_watermark_offsets(place, timeout=_ASK_S)
+            if 0 <= kept.offset < begin:
+                self.on_log(Line.of(_LOST.format(topic=place.topic, number=place.partition, count=begin - kept.offset), "error"))
+            position = max(kept.offset, begin)
+            partition = self._owned[number] = _Partition(place.topic, place.partition, position, (kept.metadata or "") if position == kept.offset else "")
+            begins.append(TopicPartition(place.topic, place.partition, position))
+            self.worker.own(number, partition.calls)
+        consumer.incremental_assign(begins)
+        if self._paused:
+            consumer.pause(begins)
+
+    def _on_revoke(self, consumer: Consumer, places: list[TopicPartition]) -> None:
+        self._give_back(self._numbers(places), self.config.activity_grace_s)
+        consumer.incremental_unassign(places)
+
+    def _on_lost(self, consumer: Consumer, places: list[TopicPartition]) -> None:
+        """Others have them already."""
+        for number in self._numbers(places):
+            del self._owned[number]
+            self.worker.disown(number)
+        consumer.incremental_unassign(places)
+
+    def _numbers(self, places: list[TopicPartition]) -> list[int]:
+        left = {(place.topic, place.partition) for place in places}
+        return [number for number, partition in self._owned.items() if (partition.topic, partition.number) in left]
+
+    def _give_back(self, numbers: list[int], grace_s: float) -> None:
+        """What runs may end, all of it within the grace period; what was answered is noted for the next owner."""
+        give_up = time.monotonic() + grace_s
+        for number in numbers:
+            self.worker.disown(number, max(0.0, give_up - time.monotonic()))
+        self._settle()
+        try:
+            self._commit([self._owned[number] for number in numbers], wait=True)
+        except KafkaException as error:  # they are somebody's again, or the broker is away: what was answered is asked for once more
+            self.on_log(Line.of(f"{self.config.workers_group}: what was answered last could not be noted: {error.args[0].str()}", "warning"))
+        for number in numbers:
+            del self._owned[number]
+
+    # -- for those who watch (watch.Watched) -----------------------------------------------------------------------
+    @property
+    def watched_processors(self) -> Sequence[object]:
+        return (self.worker,)
+
+    def seen(self) -> list[Seen]:
+        """How each queue stands; asks the broker for its ends."""
+        owned = list(self._owned.copy().values())
+        found = []
+        for name in self.names:
+            mine = {partition.number: partition for partition in owned if partition.topic == name}
+            ends = topics.committed_ends(self._admin, name, mine)
+            lag = {number: max(0, ends.get(number, 0) - partition.ledger.position) for number, partition in mine.items()}
+            found.append(Seen(self.config.workers_group, name, self._joined, sorted(mine), [], {}, lag))
+        return found
+
+    def instances(self) -> Instances | None:
+        return None
+
+    def restoring(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """It keeps no state of its own."""
+        return {}

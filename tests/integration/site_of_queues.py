@@ -1,0 +1,71 @@
+"""A module of activities with a queue: what ran, and in which process, is written to a file; files open gates."""
+
+import os
+import pathlib
+
+import kwflow as kw
+
+HERE = pathlib.Path(os.environ["QUEUES_TEST_DIRECTORY"])
+QUEUE = os.environ["QUEUES_TEST_QUEUE"]
+MAIL = QUEUE + "-mail"
+
+
+def note(*what):
+    with open(HERE / "ran", "a") as ran:
+        ran.write(" ".join(map(str, (os.getpid(), *what))) + "\n")
+
+
+@kw.activity(queue=QUEUE, retry=kw.Retry(max_attempts=3, first=0.1, jitter=0))
+def square(n: int, gate: str | None = None) -> int:
+    info = kw.activity_info()
+    note("square", info.workflow_id, n, info.attempt, info.idempotency_key)
+    while gate is not None and not (HERE / gate).exists():
+        if info.wait_cancelled(0.02):
+            note("cancelled", info.workflow_id, n)
+            return -1
+    if n < 0 and info.attempt < 3:
+        raise ValueError(n)
+    return n * n
+
+
+@kw.activity(queue=MAIL)
+def send_mail(to: str) -> str: ...
+
+
+@kw.batch_of(send_mail, size=10, within=60.0)
+def send_mails(calls):
+    note("batch", len(calls))
+    return [kw.BusinessError("bounced", call.arguments["to"]) if call.arguments["to"] == "bad" else f"sent to {call.arguments['to']}" for call in calls]
+
+
+@kw.activity(queue=QUEUE)
+def elsewhere(n: int) -> int: ...
+
+
+@kw.workflow
+def squares(opts):
+    return (yield kw.all([square(n, opts.get("gate")) for n in opts["numbers"]]))
+
+
+@kw.workflow
+def late(opts):
+    try:
+        return (yield kw.timeout(square(opts, "never"), 0.5))
+    except TimeoutError:
+        return "too late"
+
+
+@kw.workflow
+def mail(to):
+    try:
+        return (yield send_mail(to))
+    except kw.BusinessError as error:
+        return f"{error.code}: {error.message}"
+
+
+@kw.workflow
+def foreign(n):
+    try:
+        return (yield elsewhere(n))
+    except kw.ActivityError as error:
+        return [error.type, str(error)]

@@ -1,0 +1,222 @@
+"""Activities with a queue on a real broker: engines hand calls out, workers answer them, whoever of both is killed (M6.6, BW, ET)."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+
+from kwflow.config import Config
+from kwflow.runners import kafka_link
+from tests.integration.site import ROOT, Site
+
+MODULE = str(pathlib.Path(__file__).parent / "site_of_queues.py")
+pytestmark = [pytest.mark.broker, pytest.mark.slow]
+
+
+class Queues(Site):
+    """A site with workers."""
+
+    def __init__(self, broker: str, application: str, directory: pathlib.Path) -> None:
+        super().__init__(broker, application, directory)
+        self.queue = f"{application}-queue"
+        self.environment |= {"QUEUES_TEST_DIRECTORY": str(directory), "QUEUES_TEST_QUEUE": self.queue}
+        self.run("topics", "create", MODULE, "--partitions", "4")
+
+    def worker(self, name: str, *more: str) -> "subprocess.Popen[str]":
+        log = open(self.directory / f"worker-{name}.log", "a")
+        process = subprocess.Popen([sys.executable, "-m", "kwflow", "worker", MODULE, *more], env=self.environment, cwd=ROOT, stderr=log, text=True)
+        self.processes.append(process)
+        return process
+
+    def said(self, name: str) -> str:
+        return (self.directory / f"worker-{name}.log").read_text()
+
+    def start(self, id: str, workflow: str, value: object) -> None:
+        self.producer.produce(self.topic("resume"), f"new:{json.dumps(value)}", id, headers=[("kwflow-workflow", workflow.encode())])
+        assert self.producer.flush(20) == 0
+
+    def ran(self, what: str) -> list[list[str]]:
+        path = self.directory / "ran"
+        return [words for line in path.read_text().splitlines() if (words := line.split())[1] == what] if path.exists() else []
+
+    def results(self, count: int) -> dict[str, object]:
+        found = self.read(self.topic("result"), count)
+        assert len({id for id, _ in found}) == len(found), "each result once"
+        return {id: json.loads(value) for id, value in found}
+
+    def wait(self, found: object) -> None:
+        deadline = time.monotonic() + 60
+        while not found():  # type: ignore[operator]
+            assert time.monotonic() < deadline, "\n".join(path.read_text()[-2000:] for path in self.directory.glob("*.log"))
+            time.sleep(0.02)
+
+    def noted(self) -> dict[int, tuple[int, str]]:
+        """Partition of the queue -> position and note of the workers' group."""
+        consumer = Consumer({"bootstrap.servers": self.broker, "group.id": f"{self.application}-workers", "log_level": 0})
+        try:
+            return {place.partition: (place.offset, place.metadata or "") for place in consumer.committed([TopicPartition(self.queue, number) for number in range(4)], timeout=10)}
+        finally:
+            consumer.close()
+
+
+@pytest.fixture
+def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Queues]:
+    site = Queues(broker, application, tmp_path)
+    yield site
+    site.end()
+
+
+def test_calls_are_run_by_the_workers_of_their_queue_and_never_by_an_engine(site: Queues) -> None:
+    """M6.6, ET-1: the many calls of one workflow are shared among workers, retries included."""
+    engine = site.engine("one", MODULE)
+    site.start("early", "squares", {"numbers": [3]})  # before any worker is there
+    workers = [site.worker("a"), site.worker("b")]
+    site.wait(lambda: "serves" in site.said("a") and "serves" in site.said("b"))
+    for n in range(20):
+        site.start(f"w{n}", "squares", {"numbers": [n, n + 1, -2, 7]})
+    assert site.results(21) == {"early": [9], **{f"w{n}": [n * n, (n + 1) ** 2, 4, 49] for n in range(20)}}
+    pids = {int(words[0]) for words in site.ran("square")}
+    assert pids <= {worker.pid for worker in workers} and engine.pid not in pids
+    assert len(site.ran("square")) == 1 + 20 * 4 + 20 * 2, "each attempt once"
+
+
+def test_what_a_killed_worker_ran_is_begun_again_and_what_it_had_answered_is_not(site: Queues) -> None:
+    """M6.6: at least once; one call that takes long keeps none behind it from being done for good."""
+    site.engine("one", MODULE)
+    first = site.worker("a")
+    site.start("long", "squares", {"numbers": [1, 2, 3, 4], "gate": "open"})
+    site.wait(lambda: len(site.ran("square")) == 4)
+    for n in range(30):
+        site.start(f"w{n}", "squares", {"numbers": [n]})
+    site.results(30)
+    site.wait(lambda: any(note for _, note in site.noted().values()) and sum(position for position, _ in site.noted().values()) <= 34)
+    time_of_last = {key: (position, note) for key, (position, note) in site.noted().items()}
+    site.wait(lambda: _settled(site, time_of_last))
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = site.worker("b")
+    site.wait(lambda: len([words for words in site.ran("square") if int(words[0]) == second.pid]) == 4)
+    (site.directory / "open").touch()
+    assert site.results(31)["long"] == [1, 4, 9, 16]
+    again = [words for words in site.ran("square") if int(words[0]) == second.pid]
+    assert {words[2] for words in again} == {"long"}, "nothing that was answered"
+    keys = Counter(words[5] for words in site.ran("square") if words[2] == "long")
+    assert len(keys) == 4 and set(keys.values()) == {2}, "the same call has the same key"
+
+
+def _settled(site: Queues, before: dict[int, tuple[int, str]]) -> bool:
+    """Whether what was answered is noted: two looks, more than a commit apart, see the same."""
+    now = site.noted()
+    same = now == before
+    before.clear()
+    before.update(now)
+    if not same:
+        time.sleep(1.2)
+    return same
+
+
+def test_a_worker_that_is_asked_to_end_lets_calls_finish_and_nothing_runs_twice(site: Queues) -> None:
+    """BW-15, M6.5: grace; the rest goes to the other one."""
+    site.engine("one", MODULE)
+    first = site.worker("a")
+    site.start("w", "squares", {"numbers": [1, 2, 3, 4, 5, 6], "gate": "open"})
+    site.wait(lambda: len(site.ran("square")) == 6)
+    first.send_signal(signal.SIGTERM)
+    (site.directory / "open").touch()
+    assert first.wait(30) == 0
+    assert "6 answered" in site.said("a")
+    site.worker("b")
+    site.start("w2", "squares", {"numbers": [7]})
+    assert site.results(2) == {"w": [1, 4, 9, 16, 25, 36], "w2": [49]}
+    assert len(site.ran("square")) == 7
+
+
+def test_a_call_that_nobody_waits_for_is_taken_back(site: Queues) -> None:
+    """ET-21: from a worker that runs it, and from the queue."""
+    site.engine("one", MODULE)
+    site.start("before", "late", 4)
+    assert site.results(1) == {"before": "too late"}
+    site.worker("a")
+    site.start("next", "squares", {"numbers": [1]})
+    assert site.results(2)["next"] == [1], "it has joined"
+    site.start("during", "late", 5)
+    assert site.results(3)["during"] == "too late"
+    site.wait(lambda: site.ran("cancelled"))
+    assert [words[2] for words in site.ran("square")] == ["next", "during"] and [words[2] for words in site.ran("cancelled")] == ["during"]
+    site.start("ended", "squares", {"numbers": [8], "gate": "never"})
+    site.wait(lambda: len(site.ran("square")) == 3)
+    site.run("terminate", "ended", "--reason", "not needed")
+    site.wait(lambda: len(site.ran("cancelled")) == 2)
+
+
+def test_ten_calls_of_ten_workflows_are_one_batch(site: Queues) -> None:
+    """Worker-BatchWorker.spec: `{jobBatchMaxTime: 120 s, jobBatchMinSize: 10}`, one call of the handler with exactly ten."""
+    site.engine("one", MODULE)
+    site.worker("a", "--queue", f"{site.queue}-mail")
+    for n in range(10):
+        site.start(f"w{n}", "mail", "bad" if n == 3 else f"ada{n}")
+    found = site.results(10)
+    assert found["w3"] == "bounced: bad" and found["w4"] == "sent to ada4"
+    assert [words[2] for words in site.ran("batch")] == ["10"]
+
+
+def test_a_worker_in_any_language_reads_a_topic_and_writes_a_record(site: Queues) -> None:
+    """M6.6, docs/WIRE.md: an answer is a resume record, an error what ACTIVITIES.md says."""
+    site.engine("one", MODULE)
+    site.start("w", "foreign", 6)
+    site.start("x", "foreign", 7)
+    jobs = {job["workflow_id"]: job for _, value in site.read(site.queue, 2) for job in [json.loads(value)]}
+    job = jobs["w"]
+    assert job == {
+        "resume_topic": site.topic("resume"), "workflow_id": "w", "ref": job["ref"], "activity": "elsewhere", "attempt": 1,
+        "idempotency_key": f"w|{job['ref']}", "arguments": {"n": 6},
+    }  # fmt: skip
+    site.send("w", json.dumps({"ref": job["ref"], "value": 36}))
+    error = {"kind": "activity", "type": "OutOfStock", "message": "none left", "final": True}
+    site.send("x", json.dumps({"ref": jobs["x"]["ref"], "error": error}))
+    assert site.results(2) == {"w": 36, "x": ["OutOfStock", "none left"]}
+
+
+def test_what_is_no_call_is_a_dead_letter_and_what_is_another_applications_is_left_to_it(site: Queues) -> None:
+    """G3."""
+    other = {"resume_topic": "another", "workflow_id": "w", "ref": "1:1", "activity": "square", "attempt": 1, "idempotency_key": "w|1:1", "arguments": {"n": 1}}
+    for value in ("no json", json.dumps({**other, "resume_topic": site.topic("resume"), "ref": "mine"}), json.dumps(other), None):
+        site.producer.produce(site.queue, value, "w|1:1")
+    assert site.producer.flush(20) == 0
+    site.engine("one", MODULE)
+    worker = site.worker("a")
+    site.start("w", "squares", {"numbers": [2]})
+    assert site.results(1) == {"w": [4]}
+    letters = list(kafka_link.read(Config(bootstrap_servers=site.broker, application_id=site.application), f"{site.application}-dead-letter"))
+    said = [dict(letter.headers) for letter in letters]
+    assert [headers["kwflow-error-reason"] for headers in said] == [b"bad-job", b"bad-job"]
+    assert {headers["kwflow-error-topic"] for headers in said} == {site.queue.encode()}
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(30) == 0
+    assert "1 answered, 2 dead-letter, 1 of-another-application, 1 taken" in site.said("a").splitlines()[-1]
+
+
+def test_an_instance_whose_call_a_worker_has_is_shown_and_not_forked(site: Queues) -> None:
+    """ET-2: what waits is seen without the worker."""
+    site.engine("one", MODULE)
+    site.start("w", "foreign", 6)
+    site.read(site.queue, 1)
+    [wait] = json.loads(site.run("show", "w", "--json"))["waits"]
+    assert (wait["kind"], wait["name"], wait["queue"], wait["attempt"], wait["function"]) == ("job", "elsewhere", site.queue, 1, "foreign")
+    assert f"a worker of the queue {site.queue} has its call of elsewhere" in site.fails(1, "fork", "w")
+
+
+def test_a_worker_says_what_it_lacks_before_it_begins(site: Queues) -> None:
+    """Usage is 2, what is missing on the broker 1, an unknown queue names the known ones."""
+    said = site.refused("worker", MODULE, "--queue", "nope")
+    assert f"no activity for the queue nope in these modules; there are {site.queue}, {site.queue}-mail" in said
+    assert "no activity has a queue: @kw.activity(queue=...)" in site.refused("worker", str(ROOT / "workflows/trip_booking.py"))
+    site.environment["QUEUES_TEST_QUEUE"] = "not-created"
+    assert "topic not-created is missing; topic not-created-mail is missing (kwflow topics create" in site.fails(1, "worker", MODULE)
