@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 from kwflow.config import Config
 from kwflow.errors import UsageError
 from kwflow.runners import instances, rocks
+from kwflow.runners.dispatch import Dispatcher
 from kwflow.runners.instances import Instances
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.stats import Histogram, Seen, Stats
@@ -81,6 +82,9 @@ class _Metrics(Collector):
             for processor in runner.watched_processors:
                 if isinstance(processor, WorkflowProcessor):
                     yield from _instances(processor)
+                dispatcher = processor.dispatcher if isinstance(processor, WorkflowProcessor) else processor
+                if isinstance(dispatcher, Dispatcher):
+                    yield _activities(dispatcher)
         memory = GaugeMetricFamily("kwflow_rocksdb_bytes", "Block cache and write buffers of all stores of the process.")
         memory.add_metric([], rocks.memory(self._config.rocksdb_bytes_max).usage())
         yield memory
@@ -126,11 +130,13 @@ def _instances(processor: WorkflowProcessor) -> Iterator[Metric]:
     looked.add_metric(["miss"], processor.live.misses)
     yield looked
     yield GaugeMetricFamily("kwflow_instances_live", "Instances kept live.", value=len(processor.live))
-    if processor.dispatcher is not None:
-        calls = GaugeMetricFamily("kwflow_activities", "Activities in this process; more may wait in the store. Left behind: cancelled, and they go on.", labels=["state"])
-        for state, count in processor.dispatcher.counts().items():
-            calls.add_metric([state], count)
-        yield calls
+
+
+def _activities(dispatcher: Dispatcher) -> Metric:
+    calls = GaugeMetricFamily("kwflow_activities", "Activities in this process; more may wait in the store. Left behind: cancelled, and they go on.", labels=["state"])
+    for state, count in dispatcher.counts().items():
+        calls.add_metric([state], count)
+    return calls
 
 
 def _histogram(name: str, text: str, parts: Sequence[Histogram]) -> Metric:

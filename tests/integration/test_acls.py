@@ -22,8 +22,20 @@ from tests.integration.site import ROOT, TRIP
 from tests.integration.test_client import until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
-USERS = ("engine", "client", "operator", "reader")
+USERS = ("engine", "worker", "client", "operator", "reader")
 KINDS = {"topic": ResourceType.TOPIC, "group": ResourceType.GROUP, "transactional_id": ResourceType.TRANSACTIONAL_ID}
+
+PAY = """
+import kwflow as kw
+
+@kw.activity(queue="payments")
+def charge(cents: int) -> str:
+    return f"paid {cents}"
+
+@kw.workflow
+def pay(cents):
+    return (yield charge(cents))
+"""
 
 
 def bindings(line: str) -> Iterator[AclBinding]:
@@ -51,7 +63,9 @@ class Estate:
         self.broker.start()
         self.admin = AdminClient({"bootstrap.servers": self.broker.bootstrap, "log_level": 0})
         self.processes: list[subprocess.Popen[str]] = []
-        subprocess.run(self.command("topics", "create", TRIP, "--partitions", "4"), env=self.environment(None), cwd=ROOT, check=True, capture_output=True, timeout=60)
+        self.pay = str(directory / "pay.py")
+        pathlib.Path(self.pay).write_text(PAY)
+        subprocess.run(self.command("topics", "create", TRIP, self.pay, "--partitions", "4"), env=self.environment(None), cwd=ROOT, check=True, capture_output=True, timeout=60)
 
     def allow(self, lines: list[str]) -> None:
         for future in self.admin.create_acls([binding for line in lines for binding in bindings(line)], request_timeout=10).values():
@@ -76,9 +90,15 @@ class Estate:
         return done.stdout + done.stderr
 
     def engine(self, name: str) -> "subprocess.Popen[str]":
-        command = self.command("engine", TRIP, "--with-scheduler", "--state-dir", str(self.directory / name), "--wait-for-broker", "10")
+        command = self.command("engine", TRIP, self.pay, "--with-scheduler", "--state-dir", str(self.directory / name), "--wait-for-broker", "10")
+        return self.began(name, "engine", command)
+
+    def worker(self) -> "subprocess.Popen[str]":
+        return self.began("worker", "worker", self.command("worker", self.pay, "--wait-for-broker", "10"))
+
+    def began(self, name: str, user: str, command: list[str]) -> "subprocess.Popen[str]":
         with open(self.directory / f"{name}.log", "w") as log:
-            self.processes.append(subprocess.Popen(command, env=self.environment("engine"), cwd=ROOT, stderr=log, text=True))
+            self.processes.append(subprocess.Popen(command, env=self.environment(user), cwd=ROOT, stderr=log, text=True))
         return self.processes[-1]
 
     def close(self) -> None:
@@ -103,13 +123,14 @@ def documented() -> list[str]:
     return lines
 
 
-def test_engine_client_and_operator_need_no_more_than_is_documented_and_a_user_that_lacks_it_is_told(estate: Estate) -> None:
+def test_engine_worker_client_and_operator_need_no_more_than_is_documented_and_a_user_that_lacks_it_is_told(estate: Estate) -> None:
     """K1, K19, AF-6: a takeover from an engine that was killed, its fencing included; nothing of it needs rights on the cluster."""
     estate.allow(documented())
     config = Config(application_id="shop", bootstrap_servers=estate.broker.secured, kafka=estate.settings("client"))
-    first = estate.engine("one")
+    first, worker = estate.engine("one"), estate.worker()
     with Client.kafka(config) as client:
         outcome = client.start_and_wait("trip", {"timeout": 60_000}, timeout=120)
+        assert client.start_and_wait("pay", 300, workflow="pay", timeout=120).result() == "paid 300"
         asked: list[str] = []
         until(lambda: len(refs(client, asked)) == 3)
         client.resume("trip", asked[0], "booked").result(60)
@@ -119,9 +140,10 @@ def test_engine_client_and_operator_need_no_more_than_is_documented_and_a_user_t
         for ref in asked[1:]:
             client.resume("trip", ref, "booked").result(60)
         outcome.result(120)
-    assert second.poll() is None
-    log = (estate.directory / "two.log").read_text()
-    assert "uthori" not in log, log
+    assert second.poll() is None and worker.poll() is None
+    for name in ("two", "worker"):
+        log = (estate.directory / f"{name}.log").read_text()
+        assert "uthori" not in log, log
     estate.says("operator", 0, "topics", "check", TRIP)
     assert "trip_booking" in estate.says("operator", 0, "code", "list")
     estate.says("operator", 0, "code", "gc")
@@ -143,6 +165,7 @@ def test_engine_client_and_operator_need_no_more_than_is_documented_and_a_user_t
     assert "no ACL for WRITE on topic shop-dead-letter, shop-code" in said
     assert re.search(r"no ACL for anything, not even to see whether it is there, on topic workflow-resume.*workflow-reply", said)
     assert "no ACL for WRITE" in estate.says("reader", 1, "engine", TRIP, "--state-dir", str(estate.directory / "three"))
+    assert "no ACL for WRITE on topic shop-dead-letter\n" in estate.says("reader", 1, "worker", estate.pay)
     refused = estate.says("reader", 3, "code", "gc")
     assert "Transactional Id authorization failed" in refused and "bug" not in refused
 

@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 
@@ -14,6 +16,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 from kwflow.config import Config
 from kwflow.runners import kafka_link
+from kwflow.runners.ledger import Ledger
 from tests.integration.site import ROOT, Site
 
 MODULE = str(pathlib.Path(__file__).parent / "site_of_queues.py")
@@ -26,6 +29,7 @@ class Queues(Site):
     def __init__(self, broker: str, application: str, directory: pathlib.Path) -> None:
         super().__init__(broker, application, directory)
         self.queue = f"{application}-queue"
+        self.config = Config(bootstrap_servers=broker, application_id=application)
         self.environment |= {"QUEUES_TEST_DIRECTORY": str(directory), "QUEUES_TEST_QUEUE": self.queue}
         self.run("topics", "create", MODULE, "--partitions", "4")
 
@@ -57,13 +61,16 @@ class Queues(Site):
             assert time.monotonic() < deadline, "\n".join(path.read_text()[-2000:] for path in self.directory.glob("*.log"))
             time.sleep(0.02)
 
-    def noted(self) -> dict[int, tuple[int, str]]:
-        """Partition of the queue -> position and note of the workers' group."""
-        consumer = Consumer({"bootstrap.servers": self.broker, "group.id": f"{self.application}-workers", "log_level": 0})
+    def open(self) -> list[str]:
+        """Of which workflows calls are open for the next owners of the queue, as the group's positions and notes tell them."""
+        consumer = Consumer({"bootstrap.servers": self.broker, "group.id": self.config.workers_group, "log_level": 0})
         try:
-            return {place.partition: (place.offset, place.metadata or "") for place in consumer.committed([TopicPartition(self.queue, number) for number in range(4)], timeout=10)}
+            kept = consumer.committed([TopicPartition(self.queue, number) for number in range(4)], timeout=10)
         finally:
             consumer.close()
+        ledgers = {place.partition: Ledger(max(0, place.offset), place.metadata or "") for place in kept}
+        records = [record for record in kafka_link.read(self.config, self.queue) if record.offset >= ledgers[record.partition].position]
+        return sorted(json.loads(record.value or b"{}")["workflow_id"] for record in records if ledgers[record.partition].take(record.offset))
 
 
 @pytest.fixture
@@ -77,7 +84,7 @@ def test_calls_are_run_by_the_workers_of_their_queue_and_never_by_an_engine(site
     """M6.6, ET-1: the many calls of one workflow are shared among workers, retries included."""
     engine = site.engine("one", MODULE)
     site.start("early", "squares", {"numbers": [3]})  # before any worker is there
-    workers = [site.worker("a"), site.worker("b")]
+    workers = [site.worker("a", "--http", "127.0.0.1:0"), site.worker("b")]
     site.wait(lambda: "serves" in site.said("a") and "serves" in site.said("b"))
     for n in range(20):
         site.start(f"w{n}", "squares", {"numbers": [n, n + 1, -2, 7]})
@@ -85,6 +92,11 @@ def test_calls_are_run_by_the_workers_of_their_queue_and_never_by_an_engine(site
     pids = {int(words[0]) for words in site.ran("square")}
     assert pids <= {worker.pid for worker in workers} and engine.pid not in pids
     assert len(site.ran("square")) == 1 + 20 * 4 + 20 * 2, "each attempt once"
+    at = re.search(r"answered on port (\d+)", site.said("a"))
+    assert at is not None
+    with urllib.request.urlopen(f"http://127.0.0.1:{at[1]}/metrics", timeout=10) as metrics, urllib.request.urlopen(f"http://127.0.0.1:{at[1]}/health", timeout=10) as health:
+        assert b'kwflow_records_total{outcome="answered"}' in (text := metrics.read()) and b'kwflow_activities{state="running"} 0.0' in text
+        assert {one["input"] for one in json.loads(health.read())["runners"]} == {site.queue, f"{site.queue}-mail"}
 
 
 def test_what_a_killed_worker_ran_is_begun_again_and_what_it_had_answered_is_not(site: Queues) -> None:
@@ -96,9 +108,7 @@ def test_what_a_killed_worker_ran_is_begun_again_and_what_it_had_answered_is_not
     for n in range(30):
         site.start(f"w{n}", "squares", {"numbers": [n]})
     site.results(30)
-    site.wait(lambda: any(note for _, note in site.noted().values()) and sum(position for position, _ in site.noted().values()) <= 34)
-    time_of_last = {key: (position, note) for key, (position, note) in site.noted().items()}
-    site.wait(lambda: _settled(site, time_of_last))
+    site.wait(lambda: site.open() == ["long"] * 4)
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = site.worker("b")
@@ -109,17 +119,6 @@ def test_what_a_killed_worker_ran_is_begun_again_and_what_it_had_answered_is_not
     assert {words[2] for words in again} == {"long"}, "nothing that was answered"
     keys = Counter(words[5] for words in site.ran("square") if words[2] == "long")
     assert len(keys) == 4 and set(keys.values()) == {2}, "the same call has the same key"
-
-
-def _settled(site: Queues, before: dict[int, tuple[int, str]]) -> bool:
-    """Whether what was answered is noted: two looks, more than a commit apart, see the same."""
-    now = site.noted()
-    same = now == before
-    before.clear()
-    before.update(now)
-    if not same:
-        time.sleep(1.2)
-    return same
 
 
 def test_a_worker_that_is_asked_to_end_lets_calls_finish_and_nothing_runs_twice(site: Queues) -> None:
@@ -194,7 +193,7 @@ def test_what_is_no_call_is_a_dead_letter_and_what_is_another_applications_is_le
     worker = site.worker("a")
     site.start("w", "squares", {"numbers": [2]})
     assert site.results(1) == {"w": [4]}
-    letters = list(kafka_link.read(Config(bootstrap_servers=site.broker, application_id=site.application), f"{site.application}-dead-letter"))
+    letters = list(kafka_link.read(site.config, site.config.dead_letter_topic))
     said = [dict(letter.headers) for letter in letters]
     assert [headers["kwflow-error-reason"] for headers in said] == [b"bad-job", b"bad-job"]
     assert {headers["kwflow-error-topic"] for headers in said} == {site.queue.encode()}
