@@ -7,6 +7,7 @@ import os
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -44,6 +45,7 @@ class Config(BaseSettings):
     state_cleanup_s: float = Field(default=600, ge=0, description="a local copy of a partition that has left is deleted after so long")
     http: str | None = Field(default=None, description="HOST:PORT to answer GET /health, /metrics and /instances on; /instances tells everybody who reaches it what `kwflow list` and `show` do")
     http_advertised: str | None = Field(default=None, description="HOST or HOST:PORT at which other machines reach `http`; default: its host, or this machine's name where that is every address")
+    gateway_url: str | None = Field(default=None, description="where services reach `kwflow gateway`, such as https://flows.example; rest.call gives them URLs there to call back")
     tracing: bool = Field(default=False, description="OpenTelemetry spans, sent as the OTEL_* variables say (kwflow[otel])")
     log_format: Literal["text", "json"] = Field(default="text", description="json: one object a line, with workflow id, topic, partition and offset")
     resume_topic: str = "workflow-resume"
@@ -90,6 +92,15 @@ class Config(BaseSettings):
         if any(len(key.get_secret_value()) < _KEY_CHARS_MIN for key in keys):
             raise ValueError(f"a key has at least {_KEY_CHARS_MIN} characters; make one with: openssl rand -hex 32")
         return keys
+
+    @field_validator("gateway_url")
+    @classmethod
+    def _a_place(cls, url: str | None) -> str | None:
+        """Without the slash at its end."""
+        parts = urlsplit(url or "")
+        if url is not None and (parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment):
+            raise ValueError(f"it is like https://flows.example or https://example.com/flows, not {url!r}")
+        return None if url is None else url.rstrip("/")
 
     @field_validator("kafka")
     @classmethod

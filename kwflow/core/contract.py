@@ -58,7 +58,7 @@ class Context(msgspec.Struct, frozen=True):
     """What a step may know beside its record.
 
     `queues`: whether activities with a queue go there, to workers; otherwise the engine runs them.  `native` accepts
-    generators that cannot be saved (in-process runs).
+    generators that cannot be saved (in-process runs).  `gateway_url` is where services call back.
     """
 
     received_ms: int
@@ -68,6 +68,7 @@ class Context(msgspec.Struct, frozen=True):
     workflows: Workflows = msgspec.field(default_factory=lambda: Workflows({}))
     queues: bool = False
     native: bool = False
+    gateway_url: str | None = None
 
 
 class Keep(msgspec.Struct, frozen=True):

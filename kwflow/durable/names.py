@@ -148,7 +148,7 @@ def is_module_value(name: str) -> bool:
     """Whether a variable may hold this module: one that is loaded, of the standard library, or imported in the source of a durable module."""
     top = name.partition(".")[0]
     if top == "kwflow":
-        return name in ("kwflow", "kwflow.api", "kwflow.durable.iters")
+        return name in ("kwflow", "kwflow.api", "kwflow.durable.iters", "kwflow.rest")
     if name in sys.modules or is_allowed_module(name) or (top in sys.stdlib_module_names and top not in _RUN_BY_IMPORT):
         return True
     return any(name.rpartition(".")[2] in module.source and _imports(module, name) for module in registry.known())
@@ -191,7 +191,7 @@ def _ours(module: str, qualname: str, value: object) -> bool:
         return False
     if module.startswith("kwflow.durable."):
         return module in _DURABLE and isinstance(value, type)
-    return isinstance(value, type) or module == "kwflow.api"
+    return isinstance(value, type) or module in ("kwflow.api", "kwflow.rest")
 
 
 def defined_in(module: str, qualname: str, value: object) -> bool:

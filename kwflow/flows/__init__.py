@@ -15,7 +15,7 @@ from typing import Any
 
 from kwflow.durable import load_source
 
-__all__ = ["attempts", "load", "workflows"]
+__all__ = ["attempts", "load", "rest", "workflows"]
 
 
 def load(name: str) -> types.ModuleType:
@@ -28,8 +28,15 @@ attempts: Any = load("attempts1").attempts
 
 
 @functools.cache
+def rest() -> Any:
+    """The module whose `call` waits for a service; an instance may wait in it without its author's module having said `import kwflow.rest` in this process yet."""
+    return load("rest1")
+
+
+@functools.cache
 def workflows() -> dict[str, Any]:
     """The workflows of kwflow's own that every engine can run, by name; an engine calls this before it restores anything."""
     from kwflow.schedules import WORKFLOW
 
+    rest()
     return {WORKFLOW: load("schedule1").schedule}

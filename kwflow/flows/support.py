@@ -9,8 +9,9 @@ from kwflow.activities import Activity, find_activity
 from kwflow.core.current import current
 from kwflow.core.tasks import ActivityWait, Awaitable
 from kwflow.errors import ActivityError, BusinessError, CodeChangedError
+from kwflow.rest.calling import Calling
 
-__all__ = ["begin_attempt", "failure", "now_ms", "pause_s", "result", "sleep", "tell", "timed_out", "timer_of", "within_limit"]
+__all__ = ["begin_attempt", "failure", "now_ms", "pause_s", "rest_calling", "result", "sleep", "tell", "timed_out", "timer_of", "within_limit"]
 
 
 def _activity(name: str) -> Activity[Any, Any]:
@@ -91,3 +92,9 @@ def tell(state: dict[str, Any], message: Any) -> None:
     wrong = schedules.told(state, message, now_ms())
     if wrong is not None:
         current().logs.append(wrong)
+
+
+# -- calls of services ---------------------------------------------------------------------------------------------------
+def rest_calling(plan: Any) -> Any:
+    """The state of one call; `rest1` knows its `begin`, `over`, `wait`, `cancelled`, `failed`, `go_on`, `close` and `outcome`."""
+    return Calling(plan)

@@ -159,7 +159,7 @@ class _Batch:
         self.budget = budget
         self.live: dict[bytes, Live] = {}
         self.partitions = processor.partitions
-        self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows, processor.queues)
+        self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows, processor.queues, gateway_url=self.config.gateway_url)
         self.made: list[Decision] = []
         self.held: dict[str, tuple[int, int]] = {}
         self.old: list[bytes] = []  # the instance that was just loaded on old code

@@ -75,6 +75,8 @@ class MemoryStore:
 
 _FOLLOWING_MAX = 100_000  # an engine goes on with them, between other work; a test would never end
 
+_GATEWAY_URL = "https://gateway.example"  # where nothing is: a test answers with `resume` what a service would post there
+
 HANGS: Any = object()
 """What a fake returns that never answers: the activity's timeout is what ends it."""
 
@@ -93,7 +95,8 @@ class WorkflowTester:
     """
 
     def __init__(self, main: Any = None, **workflows: Any) -> None:
-        self.config = Config(instances_cached_max=0)  # every step starts from bytes
+        config = Config(instances_cached_max=0)  # every step starts from bytes
+        self.config = config.model_copy(update={"gateway_url": config.gateway_url or _GATEWAY_URL})
         self.now_ms = 1_700_000_000_000
         self.outputs: list[Output] = []
         self.logs: list[str] = []

@@ -7,12 +7,13 @@ import sys
 import time
 import types
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
 
 import kwflow as kw
-from kwflow import durable
+from kwflow import durable, rest
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.runners.embedded import Embedded
@@ -256,6 +257,47 @@ def test_months_end_where_they_end() -> None:
     assert [module.months_after(begun, n).date().isoformat() for n in (1, 2, 13, 25)] == ["2024-02-29", "2024-03-31", "2025-02-28", "2026-02-28"]
 
 
+# -- rest ----------------------------------------------------------------------------------------------------------------
+def service(answers: dict[str, Any], sent: list[rest.Sent]) -> Any:
+    """What a fake of the request answers, by method and the end of the URL; it notes what it is asked."""
+
+    def fake(asked: rest.Sent) -> rest.Response:
+        sent.append(asked)
+        return rest.Response(200, answers.get(f"{asked.method} {asked.url.partition('.example')[2]}"))
+
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("answer", "hours", "result"),
+    [
+        ({"status": "SUCCESS", "revision": "r7"}, 0, {"status": "SUCCESS", "revision": "r7"}),
+        ({"status": "broken"}, 0, {"status": "FAILED", "revision": None}),
+        (None, 1, {"status": "DIED", "revision": None}),
+    ],
+)
+def test_a_build_calls_back_or_dies_and_the_service_is_told_the_result(answer: Any, hours: int, result: Any) -> None:
+    sent: list[rest.Sent] = []
+    w = started("rest", {"service": "https://builds.example", "labels": ["a"]}, **{rest.request.name: service({"POST /builds": {"id": 7}}, sent)})
+    ref, heartbeat = (urlsplit(sent[0].body[name]).path.split("/")[-1] for name in ("callbackUrl", "heartbeatUrl"))
+    for _ in range(40):
+        w.advance(290)
+        w.resume("w", heartbeat)
+    w.advance(3600 * hours)
+    w.resume("w", ref, answer)
+    assert w.result("w") == result
+    assert (sent[-1].url, sent[-1].body, sent[-1].headers_from) == ("https://builds.example/results", result, "build_token")
+
+
+def test_a_build_that_is_cancelled_is_stopped_and_the_service_is_told() -> None:
+    sent: list[rest.Sent] = []
+    w = started("rest", {"service": "https://builds.example", "labels": ["a"]}, **{rest.request.name: service({"POST /builds": {"id": 7}}, sent)})
+    w.command("w", "cancel")
+    w.advance(30)
+    assert w.result("w") == {"status": "CANCELLED", "revision": None}
+    assert [(asked.method, asked.url) for asked in sent[1:]] == [("DELETE", "https://builds.example/builds/7"), ("POST", "https://builds.example/results")]
+
+
 # -- all -----------------------------------------------------------------------------------------------------------------
 SAMPLES = sorted(path.stem for path in (ROOT / "workflows").glob("*.py") if path.stem not in ("__init__", "demo"))
 
@@ -269,5 +311,5 @@ def test_samples_import_only_public_kwflow(name: str) -> None:
         if isinstance(node, ast.Import):
             assert all(alias.name == "kwflow" or alias.name in sys.stdlib_module_names for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert (node.module or "").partition(".")[0] in sys.stdlib_module_names
+            assert (node.module or "").partition(".")[0] in sys.stdlib_module_names or (node.module, node.names[0].name) == ("kwflow", "rest")
     assert importlib.util.find_spec(f"workflows.{name}") is not None

@@ -1,0 +1,370 @@
+"""What happens next in a call of a service: its state, and what each wait that ends makes of it.  No I/O, no clock; runs in steps.
+
+`flows/rest1.py` waits for what `wait` gives, tells of a cancel, and calls `go_on`, until it is `over`.  A Calling lies in snapshots:
+an attribute is added with a default in the class, and neither it nor a method that rest1 calls is renamed.
+
+One rule: the ref of the callback is waited for from before the first request until the end, so that no answer is ever lost (X-1).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from kwflow.activities import Retry
+from kwflow.core import typed, wire
+from kwflow.core.current import current
+from kwflow.core.tasks import FAILED, ActivityWait, Awaitable, Suspension, Timer
+from kwflow.errors import ActivityError, BusinessError, Cancelled, KwflowBug, UsageError, WorkflowError
+from kwflow.rest import http
+from kwflow.rest.values import Callback, Cookie, Failure, Outcome, Plan, Request, Response, RestCancelled, RestError, Sent, Status, checked, place, wrong_header
+
+__all__ = ["Calling", "gateway_url"]
+
+_RETRIED = (408, 425, 429)  # and 5xx: what another attempt may change (LR-8)
+_NO_GATEWAY = (
+    "rest.call gives the service a URL to call back, and gateway_url is not set: set it to where the service reaches `kwflow gateway`, "
+    "under [app] in kwflow.toml or as KWFLOW_GATEWAY_URL; or say callback=False if the HTTP response is the answer"
+)
+_WAITS = ("token_wait", "answer", "attempt", "beat", "pause", "silence", "limit", "grace")  # in the order in which they are looked at: what the service says goes before timers
+
+
+class Calling:
+    """One call.  Invariant: each name of `_WAITS` is a pending wait, or None."""
+
+    token_wait: ActivityWait | None = None  # for the secret of the callback's URL
+    attempt: ActivityWait | None = None  # the request that is under way
+    answer: Suspension[Any] | None = None  # the callback
+    beat: Suspension[Any] | None = None
+    pause: Timer | None = None  # until the next attempt
+    silence: Timer | None = None  # of the heartbeat
+    limit: Timer | None = None  # of all of it
+    grace: Timer | None = None  # of the cancel procedure
+
+    over = False
+    token = ""
+    status: Status | None = None  # CANCELLED, TIMED_OUT or DIED, once it is
+    unwanted = False  # the wait for this call was cancelled
+    stopping = False  # the cancel procedure has begun
+    sent: Sent | None = None  # the request, while it may be tried again; the one that cancels once it is made
+    cancel_made = False
+    tries = 0  # of that request
+    key = ""  # of all of them
+    attempts = 0
+    answered = False  # the callback has come
+    refused = False  # as an error
+    responded = False  # the first request has a response
+
+    initial: Any = None
+    called_back: Any = None
+    cancel_response: Any = None
+    error: Failure | None = None
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.cookies: list[Cookie] = plan.cookies
+
+    # -- what rest1 calls ------------------------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Start the clock, and draw the token of the callback or send the request."""
+        if self.plan.timeout_s is not None:
+            self.limit = current().sleep(self.plan.timeout_s)
+        if self.plan.callback:
+            self.token_wait = current().activity(http.token.name, b"{}", 1, "")
+        else:
+            self._begin()
+
+    def wait(self) -> Awaitable:
+        """The first of all that may happen.  A cancel is held back while a request is under way whose response says how to cancel what it began (LR-16)."""
+        waits = [wait for name in _WAITS if (wait := getattr(self, name)) is not None]
+        if not waits:
+            raise KwflowBug("a call that is not over waits for nothing")
+        first = current().race(waits, False, False)
+        held = self.plan.cancel is not None and (self.attempt is not None or self.stopping)
+        return current().shield(first) if held else first
+
+    def cancelled(self) -> None:
+        """Somebody has cancelled the wait, and with it, perhaps, what it waited for; a further time changes nothing."""
+        self.unwanted = True
+        for name in _WAITS:
+            wait = getattr(self, name)
+            if wait is not None and (isinstance(wait.value, Cancelled) if wait.settled else current().instance.waits.get(wait.ref) is not wait):
+                setattr(self, name, None)
+        if not self.stopping:
+            self._stop("CANCELLED")
+
+    def failed(self, error: Exception) -> None:
+        """A wait has ended with this error, which `go_on` finds there.  Raises it if none has."""
+        if not any(wait is not None and wait.settled for wait in (getattr(self, name) for name in _WAITS)):
+            raise error
+
+    def go_on(self) -> None:
+        """Do what follows from all that has happened."""
+        for name in _WAITS:
+            wait = getattr(self, name)
+            if wait is not None and wait.settled and not self.over:
+                setattr(self, name, None)
+                getattr(self, f"_on_{name}")(wait)
+
+    def close(self) -> None:
+        """Leave nothing behind that would wait, or work, for nobody."""
+        for name in _WAITS:
+            self._drop(name)
+
+    def outcome(self) -> Outcome:
+        """What it has come to.  Raises RestError, or RestCancelled if the wait was cancelled, for all but SUCCESS."""
+        status = self.status or ("SYSTEM_ERROR" if self.error is not None else "FAILED" if self.refused else "SUCCESS")
+        response = self.called_back if self.answered else self.initial
+        if status == "SUCCESS" and self.plan.success is not None and not _called("success", self.plan.success, response):
+            status = "FAILED"
+        made = Outcome(status, response, self.initial, self.called_back, self.cancel_response, self.error, self.attempts, self.cookies)
+        if status == "SUCCESS":
+            return made
+        said = f"{_where(self.plan)}: {status}" + (f": {self.error.message}" if self.error is not None else "")
+        raise RestCancelled(said, made) if self.unwanted else RestError(said, made)
+
+    # -- what has happened ------------------------------------------------------------------------------------------------
+    def _on_token_wait(self, wait: ActivityWait) -> None:
+        if wait.state == FAILED:
+            self._fail(_raised(http.token.name, wait.value))
+        else:
+            self.token = http.token.decode_result(wait.value)
+            self._listen()
+            self._begin()
+
+    def _on_attempt(self, wait: ActivityWait) -> None:
+        response = _response(wait)
+        if response.cookies is not None:
+            self.cookies = response.cookies
+        failure = response.failure or _status_failure(response)
+        if failure is None:
+            self._succeeded(response)
+        elif self.answered and not self.cancel_made:  # the service got it, whatever became of the response
+            self._finish()
+        elif self.stopping and not self.cancel_made:  # it will not be asked again
+            self._send_cancel()
+        elif (pause_s := self._pause_s(response, failure)) is not None:
+            current().logs.append(f"{failure.message}; tried again in {pause_s:.3g} s")
+            self.pause = current().sleep(pause_s)
+        elif self.cancel_made:
+            current().logs.append(f"{_where(self.plan)} was not cancelled: {failure.message}")
+            self._stopped()
+        else:
+            self._fail(failure)
+
+    def _succeeded(self, response: Response) -> None:
+        if self.cancel_made:
+            self.cancel_response = response.body
+            self._stopped()
+            return
+        self.initial, self.responded, self.sent = response.body, True, None
+        if self.answered or not self.plan.callback:
+            self._finish()
+        elif self.stopping:
+            self._send_cancel()
+        else:
+            self._watch()
+
+    def _on_pause(self, wait: Timer) -> None:
+        self._send()
+
+    def _on_answer(self, wait: Suspension[Any]) -> None:
+        self.answered = True
+        self.refused = wait.state == FAILED
+        self.called_back = wait.value.payload if isinstance(wait.value, WorkflowError) else wait.value
+        if self.attempt is None:
+            self._finish()
+
+    def _on_beat(self, wait: Suspension[Any]) -> None:
+        self._listen()
+        if self.silence is not None:
+            self._watch()
+
+    def _on_silence(self, wait: Timer) -> None:
+        self.status = "DIED"
+        self._finish()
+
+    def _on_limit(self, wait: Timer) -> None:
+        self._stop("TIMED_OUT")
+
+    def _on_grace(self, wait: Timer) -> None:
+        self._finish()
+
+    # -- the request ------------------------------------------------------------------------------------------------------
+    def _begin(self) -> None:
+        self.sent = self._made(self.plan.request)
+        self._send()
+
+    def _send(self) -> None:
+        """The next attempt, started with this step's commit; under the key of the first."""
+        if self.sent is None:
+            raise KwflowBug("a call without a request")
+        self.tries += 1
+        if not self.cancel_made:
+            self.attempts += 1
+        arguments = http.request.encode_arguments((msgspec.structs.replace(self.sent, cookies=self.cookies),), {})
+        self.attempt = current().activity(http.request.name, arguments, self.tries, self.key)
+        self.key = self.key or self.attempt.ref
+
+    def _made(self, request: Request) -> Sent:
+        """With what the author's functions give for body and headers.  Raises UsageError for what cannot be sent."""
+        body = _called("body", request.body, self._callback()) if callable(request.body) else request.body
+        headers = _called("headers", request.headers, self._callback()) if callable(request.headers) else request.headers
+        try:
+            body = typed.to_plain(body, annotated=True)
+            wire.json_dumps(body)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise UsageError(f"the body of {request.method} {place(request.url)} has no JSON form: {error}") from None
+        bytes_max = current().context.limits.activity_bytes_max
+        name = request.headers_from if isinstance(request.headers_from, str) else None
+        return Sent(request.method, request.url, _checked_headers(headers), body, [], self.plan.request_timeout_s, bytes_max, name)
+
+    def _pause_s(self, response: Response, failure: Failure) -> float | None:
+        """Seconds until the next attempt; None when there is none."""
+        status = failure.status or 0
+        if response.final or (status and status not in _RETRIED and status < 500):
+            return None
+        pause_s = Retry(**self.plan.retry).pause_s(self.tries, f"{current().instance.id}|{self.key}")
+        return None if pause_s is None else max(pause_s, response.retry_after_s or 0)
+
+    # -- the callback -----------------------------------------------------------------------------------------------------
+    @property
+    def _ref(self) -> str:
+        return f"callback-{self.token}"
+
+    def _listen(self) -> None:
+        """Wait for what may come by the refs of the callback, as far as nobody does."""
+        if self.answer is None and not self.answered:
+            self.answer = current().suspend(self._ref)
+        if self.beat is None and self.plan.heartbeat_s is not None and not self.stopping:
+            self.beat = current().suspend(f"{self._ref}-heartbeat")
+
+    def _callback(self) -> Callback:
+        if not self.plan.callback:
+            raise UsageError("rest.call(callback=False): there is no callback that the request could be a function of; give values")
+        url = f"{gateway_url()}/callbacks/{quote(current().instance.id, safe='')}/{self._ref}"
+        return Callback(url, f"{url}-heartbeat" if self.plan.heartbeat_s is not None else None)
+
+    def _watch(self) -> None:
+        """From now on the heart has to beat (LR-17)."""
+        if self.plan.heartbeat_s is not None:
+            self._drop("silence")
+            self.silence = current().sleep(self.plan.heartbeat_s)
+
+    # -- the end ----------------------------------------------------------------------------------------------------------
+    def _stop(self, status: Status) -> None:
+        """The time is over, or nobody wants it any more: tell the service, and give it `cancel_timeout` for a last callback (LR-16)."""
+        self.status, self.stopping = status, True
+        for name in ("token_wait", "pause", "beat", "silence", "limit"):
+            self._drop(name)
+        if self.answered and status == "TIMED_OUT":  # it is done; only the response to the first request is missing
+            self.status = None
+        if self.answered or self.attempts == 0 or self.plan.cancel is None:
+            self._finish()
+            return
+        if self.attempt is None:
+            self._send_cancel()
+        if not self.over:
+            self.grace = current().sleep(self.plan.cancel_timeout_s)
+            if self.token:
+                self._listen()  # the cancel took this wait with it
+
+    def _send_cancel(self) -> None:
+        """Whatever is wrong with it is logged: the status says how the call ended, not how this did."""
+        cancel = self.plan.cancel
+        try:
+            made = _called("cancel", cancel, self.initial) if callable(cancel) and self.responded else cancel
+            if not isinstance(made, Request):
+                if made is not None and made is not cancel:
+                    raise UsageError(f"rest.call(cancel=...) gives a rest.Request or None, not {made!r}")
+                self._finish()  # nobody knows how to
+                return
+            self.sent, self.tries, self.key, self.cancel_made = self._made(checked(made)), 0, "", True
+            self._send()
+        except KwflowBug:
+            raise
+        except Exception as error:  # an author's function may raise anything
+            current().logs.append(f"{_where(self.plan)} was not cancelled: {type(error).__name__}: {error}")
+            self._finish()
+
+    def _stopped(self) -> None:
+        """The cancel request has ended, well or not: the callback is waited for, if there is to be one."""
+        if self.answered or not self.plan.callback:
+            self._finish()
+
+    def _fail(self, failure: Failure) -> None:
+        self.error = failure
+        self._finish()
+
+    def _finish(self) -> None:
+        self.over = True
+
+    def _drop(self, name: str) -> None:
+        wait: Suspension | None = getattr(self, name)
+        setattr(self, name, None)
+        if wait is not None and not wait.settled and current().instance.waits.get(wait.ref) is wait:
+            current().cancel(wait)
+
+
+def gateway_url() -> str:
+    """Where services call back, without a slash at its end.  Raises UsageError saying where to set it."""
+    found = current().context.gateway_url
+    if found is None:
+        raise UsageError(_NO_GATEWAY)
+    return found
+
+
+def _where(plan: Plan) -> str:
+    return f"rest.call {plan.request.method} {place(plan.request.url)}"
+
+
+def _called(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function of the author's, in this step.  Raises what it raises."""
+    value = function(*arguments)
+    if inspect.isgenerator(value) or inspect.isawaitable(value) or isinstance(value, Awaitable):
+        raise UsageError(f"rest.call({name}=...) takes a plain function, and this one gives a wait; wait before rest.call, and use the result here")
+    return value
+
+
+def _checked_headers(headers: object) -> dict[str, str]:
+    """Raises UsageError naming the header."""
+    wrong = wrong_header(headers)
+    if wrong is not None or not isinstance(headers, Mapping):
+        raise UsageError(f"rest.call: {wrong}")
+    size, size_max = sum(len(name) + len(value) for name, value in headers.items()), current().context.limits.header_bytes_max
+    if size > size_max:
+        raise UsageError(f"the headers of rest.call have {size} bytes, more than {size_max} (limit header_bytes_max); put it into the body, or raise it")
+    return dict(headers)
+
+
+def _response(wait: ActivityWait) -> Response:
+    """What came of an attempt; an activity that raised, such as one an engine ended, is a failure."""
+    if wait.state != FAILED:
+        try:
+            found: Response = http.request.decode_result(wait.value)
+            return found
+        except ActivityError as error:  # somebody has answered in its place (kwflow resume)
+            return Response(0, failure=Failure(error.type, str(error)), final=True)
+    told = wait.value.payload if isinstance(wait.value, WorkflowError) else None
+    final = isinstance(told, dict) and (told.get("final") is True or told.get("kind") == "business")
+    return Response(0, failure=_raised(http.request.name, wait.value), final=final)
+
+
+def _raised(activity: str, error: object) -> Failure:
+    from kwflow.flows import support
+
+    made = support.failure(activity, error.payload if isinstance(error, WorkflowError) else str(error))
+    if isinstance(made, BusinessError):
+        return Failure(made.code, str(made))
+    return Failure(made.type or "ActivityError", str(made))
+
+
+def _status_failure(response: Response) -> Failure | None:
+    """Of a status outside 200-299 that a fake gave without saying more (LR-8)."""
+    if 200 <= response.status < 300:
+        return None
+    return Failure("StatusError", f"the request was answered with {response.status}", response.status, response.body)

@@ -1,0 +1,191 @@
+"""The activities behind rest.call: one draws the token of a callback, one sends a request.  The only file that knows httpx.
+
+Whatever happens on the line is a Response: `calling.py` decides what is tried again, and logs it with the step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import functools
+import hashlib
+import http.cookiejar
+import secrets
+import ssl
+import time
+from typing import Any
+
+import msgspec
+
+from kwflow.activities import activity, activity_info, find_activity
+from kwflow.errors import ActivityError
+from kwflow.rest.values import Cookie, Failure, Response, Sent, place, wrong_header
+
+__all__ = ["request", "token"]
+
+_SAFE = ("GET", "HEAD", "OPTIONS")  # a repeated one does nothing twice
+_ERROR_BODY_CHARACTERS_MAX = 2_000  # of the text that a response with an error status has
+_COOKIES_MAX = 50  # RFC 6265 §6.1: what a client should be able to keep for a host
+_COOKIE_CHARACTERS_MAX = 16_384  # of all of them; they travel with each request
+_RETRY_AFTER_S_MAX = 86_400.0
+
+
+@activity(name="kwflow.rest.token")
+def token() -> str:
+    """The part of a callback's URL that nobody can guess."""
+    return secrets.token_urlsafe(24)
+
+
+@activity(name="kwflow.rest.request")
+async def request(sent: Sent) -> Response:
+    """Send one HTTP request; redirects are not followed.  Raises ActivityError where this engine cannot send any."""
+    try:
+        import httpx
+    except ImportError:
+        raise ActivityError("rest.call needs httpx, which this engine does not have: pip install 'kwflow[rest]'", "MissingExtra", final=True) from None
+
+    where = f"{sent.method} {place(sent.url)}"
+    headers = await _headers(sent)
+    content = _content(sent.body, headers)
+    try:
+        async with (
+            asyncio.timeout(sent.timeout_s),
+            httpx.AsyncClient(verify=_tls(), timeout=None, cookies=_jar(sent.cookies)) as client,
+            client.stream(sent.method, sent.url, headers=headers, content=content) as response,
+        ):
+            data = await _read(response, sent.response_bytes_max)
+            cookies = _cookies(client.cookies.jar)
+            return _response(where, response, data, cookies, sent)
+    except TimeoutError:
+        return Response(0, failure=Failure("Timeout", f"{where} had no response within {sent.timeout_s:g} s"))
+    except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL, UnicodeError) as error:
+        return Response(0, failure=Failure("RequestError", f"{where} cannot be sent: {_said(error)}"), final=True)
+    except httpx.DecodingError as error:
+        return Response(0, failure=Failure("ResponseError", f"the response to {where} cannot be read: {_said(error)}"), final=True)
+    except (httpx.HTTPError, OSError) as error:
+        return Response(0, failure=Failure("ConnectionError", f"{where} failed: {_said(error)}"))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Reading the certificates that the system trusts takes longer than most requests."""
+    import httpx
+
+    return httpx.create_ssl_context()
+
+
+# -- what is sent --------------------------------------------------------------------------------------------------------
+async def _headers(sent: Sent) -> dict[str, str]:
+    """The author's, and what they leave to us.  Raises ActivityError for an activity of theirs that gives none."""
+    headers = dict(sent.headers)
+    if sent.headers_from is not None:
+        found = find_activity(sent.headers_from)
+        if found is None:
+            raise ActivityError(f"rest.call(headers_from={sent.headers_from!r}): this engine has no activity of that name", "MissingActivity", final=True)
+        given = await found.function() if found.is_async else await asyncio.to_thread(found.function)
+        if (wrong := wrong_header(given)) is not None:
+            raise ActivityError(f"what activity {sent.headers_from} returned cannot be sent: {wrong}", "BadHeaders", final=True)
+        headers |= given
+    present = {name.lower() for name in headers}
+    if "accept-encoding" not in present:  # a compressed response is larger than the limit says before anybody sees it
+        headers["Accept-Encoding"] = "identity"
+    if "accept" not in present:
+        headers["Accept"] = "application/json"
+    if "idempotency-key" not in present and sent.method not in _SAFE:
+        headers["Idempotency-Key"] = hashlib.sha256(activity_info().idempotency_key.encode()).hexdigest()[:32]
+    return headers
+
+
+def _content(body: Any, headers: dict[str, str]) -> bytes | None:
+    """The body, whose Content-Type is JSON unless the author's says otherwise of a text."""
+    if body is None:
+        return None
+    kind = next((value for name, value in headers.items() if name.lower() == "content-type"), None)
+    if kind is None:
+        headers["Content-Type"] = "application/json"
+    elif isinstance(body, str) and not _is_json(kind):
+        return body.encode()
+    return msgspec.json.encode(body)
+
+
+def _is_json(kind: str) -> bool:
+    name = kind.partition(";")[0].strip().lower()
+    return name == "application/json" or name.endswith("+json")
+
+
+# -- what comes back -----------------------------------------------------------------------------------------------------
+async def _read(response: Any, bytes_max: int) -> bytes | None:
+    """The body, None when it is larger: then no more of it is read."""
+    data = bytearray()
+    async for part in response.aiter_bytes():
+        data += part
+        if len(data) > bytes_max:
+            return None
+    return bytes(data)
+
+
+def _response(where: str, response: Any, data: bytes | None, cookies: list[Cookie], sent: Sent) -> Response:
+    status: int = response.status_code
+    kept = len(cookies) <= _COOKIES_MAX and sum(len(cookie.name) + len(cookie.value) for cookie in cookies) <= _COOKIE_CHARACTERS_MAX
+    problem = None if kept else f"sets more than {_COOKIES_MAX} cookies, or {_COOKIE_CHARACTERS_MAX} characters of them"
+    body: Any = None
+    if data is None:
+        problem = f"has more than {sent.response_bytes_max} bytes (limit activity_bytes_max)"
+    elif data:
+        try:
+            body = _decoded(data, response)
+        except ValueError as error:
+            problem = f"is not what its Content-Type {response.headers.get('content-type', 'application/json')!r} says: {error}"
+            body = None
+    if response.is_success:
+        failure = Failure("ResponseError", f"the response to {where} {problem}", status) if problem else None
+        return Response(status, body, cookies if kept else None, failure=failure, final=failure is not None)
+    if body is None and data:
+        body = data.decode("utf-8", "replace")
+    if isinstance(body, str):
+        body = body[:_ERROR_BODY_CHARACTERS_MAX]
+    failure = Failure("StatusError", f"{where} was answered with {status} {response.reason_phrase}".rstrip(), status, body)
+    return Response(status, None, cookies if kept else None, _retry_after_s(response.headers.get("retry-after")), failure)
+
+
+def _decoded(data: bytes, response: Any) -> Any:
+    """JSON, or text where the Content-Type says that it is something else.  Raises ValueError."""
+    kind = response.headers.get("content-type")
+    if kind is None or _is_json(kind):
+        return msgspec.json.decode(data)
+    try:
+        return data.decode(response.charset_encoding or "utf-8")
+    except LookupError as error:
+        raise ValueError(str(error)) from None
+
+
+def _retry_after_s(header: str | None) -> float | None:
+    """Seconds, or a date (RFC 9110 §10.2.3); None for what is neither."""
+    if header is None:
+        return None
+    try:
+        wanted = float(header) if header.strip().isdigit() else email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return None
+    return min(max(wanted, 0.0), _RETRY_AFTER_S_MAX)
+
+
+def _jar(cookies: list[Cookie]) -> http.cookiejar.CookieJar:
+    jar = http.cookiejar.CookieJar()
+    for cookie in cookies:
+        for_domain = cookie.domain.startswith(".")
+        jar.set_cookie(
+            http.cookiejar.Cookie(
+                0, cookie.name, cookie.value, None, False, cookie.domain, for_domain, for_domain, cookie.path, True,
+                cookie.secure, cookie.expires, cookie.expires is None, None, None, {},
+            )
+        )  # fmt: skip
+    return jar
+
+
+def _cookies(jar: http.cookiejar.CookieJar) -> list[Cookie]:
+    return [Cookie(cookie.name, cookie.value or "", cookie.domain, cookie.path, bool(cookie.secure), cookie.expires) for cookie in jar]

@@ -1,0 +1,184 @@
+"""What a call of a service takes and gives.  Snapshots hold these: a field is added at the end, with a default, and none is renamed.
+
+All are plain data; a workflow may return an Outcome as its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+from urllib.parse import urlsplit
+
+import msgspec
+
+from kwflow.activities import Activity
+from kwflow.errors import Cancelled, KwflowError, UsageError
+
+__all__ = [
+    "Body", "Callback", "Cookie", "Failure", "Headers", "HeadersFrom", "Outcome", "Plan", "Request", "Response", "RestCancelled", "RestError", "Sent", "Status", "checked", "place", "wrong_header",
+]  # fmt: skip
+
+Status: TypeAlias = Literal["SUCCESS", "FAILED", "CANCELLED", "TIMED_OUT", "DIED", "SYSTEM_ERROR"]
+
+
+class Callback(msgspec.Struct, frozen=True):
+    """Where the service calls back, once, with its answer as JSON (POST); `heartbeat_url` is None without a heartbeat_timeout."""
+
+    url: str
+    heartbeat_url: str | None = None
+
+
+Body: TypeAlias = Any  # JSON, or a function of the Callback that gives it
+Headers: TypeAlias = Mapping[str, str] | Callable[[Callback], Mapping[str, str]]
+HeadersFrom: TypeAlias = Activity[[], Mapping[str, str]] | str | None
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What tells the service to stop; `body`, `headers` and `headers_from` are as those of rest.call, none of which it takes over."""
+
+    method: str
+    url: str
+    body: Body = None
+    headers: Headers = msgspec.field(default_factory=dict)
+    headers_from: HeadersFrom = None
+
+
+class Cookie(msgspec.Struct, frozen=True):
+    """A cookie that the service has set; it is sent to the hosts and paths that it is for."""
+
+    name: str
+    value: str
+    domain: str
+    path: str = "/"
+    secure: bool = False
+    expires: int | None = None
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """What went wrong.  `type`: ConnectionError, Timeout, StatusError, ResponseError, RequestError, or what an activity raised.
+
+    `status` and `body` are those of a response with an error status.
+    """
+
+    type: str
+    message: str
+    status: int | None = None
+    body: Any = None
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of a call.  `response` is the callback's JSON, or without a callback that of the HTTP response (None for an empty one).
+
+    `error` is there where status is SYSTEM_ERROR; `attempts` counts the requests sent, without those that cancel; `cookies` are for a
+    next call of the same service.  What the service says in `response` is its own affair (LR-22).
+    """
+
+    status: Status
+    response: Any = None
+    initial_response: Any = None
+    callback_response: Any = None
+    cancel_response: Any = None
+    error: Failure | None = None
+    attempts: int = 0
+    cookies: list[Cookie] = msgspec.field(default_factory=list)
+
+
+class Sent(msgspec.Struct, frozen=True):
+    """One HTTP request, as the activity `kwflow.rest.request` gets it."""
+
+    method: str
+    url: str
+    headers: dict[str, str] = msgspec.field(default_factory=dict)
+    body: Any = None
+    cookies: list[Cookie] = msgspec.field(default_factory=list)
+    timeout_s: float = 30.0
+    response_bytes_max: int = 256_000
+    headers_from: str | None = None
+
+
+class Response(msgspec.Struct, frozen=True):
+    """What came back, as the activity `kwflow.rest.request` gives it.  `cookies` are all that are valid now, None: as before.
+
+    Without a response, or with one that cannot be read, `failure` says why, and `final` that another attempt would not help.
+    """
+
+    status: int
+    body: Any = None
+    cookies: list[Cookie] | None = None
+    retry_after_s: float | None = None
+    failure: Failure | None = None
+    final: bool = False
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """The arguments of one rest.call, checked."""
+
+    request: Request
+    callback: bool
+    cookies: list[Cookie]
+    retry: dict[str, Any]
+    request_timeout_s: float
+    timeout_s: float | None
+    heartbeat_s: float | None
+    success: Callable[[Any], object] | None
+    cancel: Callable[[Any], Request | None] | Request | None
+    cancel_timeout_s: float
+
+
+class RestError(KwflowError):
+    """A call has not succeeded: `outcome` says how it ended, and what the service had answered until then."""
+
+    def __init__(self, message: str, outcome: Outcome) -> None:
+        super().__init__(message, outcome)
+        self.outcome = outcome
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class RestCancelled(Cancelled):
+    """The wait for a call was cancelled, and the service told so if the call says how; `outcome` is that of the call."""
+
+    def __init__(self, message: str, outcome: Outcome) -> None:
+        super().__init__(message, outcome)
+        self.outcome = outcome
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def checked(request: Request) -> Request:
+    """With its method in capitals, and an activity by its name.  Raises UsageError for what cannot be sent."""
+    method, url, given = request.method, request.url, request.headers_from
+    if not isinstance(method, str) or not method.isascii() or not method.isalpha():
+        raise UsageError(f"rest: a method is a word such as POST, not {method!r}")
+    if not isinstance(url, str) or not place(url):
+        raise UsageError(f"rest: a URL begins with http:// or https:// and names a host, not {url!r}")
+    name = given.name if isinstance(given, Activity) else given
+    if name is not None and not isinstance(name, str):
+        raise UsageError(f"rest: headers_from is an activity (a function under @kw.activity) or its name, not {given!r}")
+    return Request(method.upper(), url, request.body, request.headers, name)
+
+
+def place(url: str) -> str:
+    """Scheme, host and path, for messages: a query or a password is nobody's business.  "" for what is no URL."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return ""
+    if parts.scheme not in ("http", "https") or not host or any(character.isspace() for character in url):
+        return ""
+    return f"{parts.scheme}://{host}{'' if port is None else f':{port}'}{parts.path}"
+
+
+def wrong_header(headers: object) -> str | None:
+    """What of these cannot be sent, without the value, which may be a secret: a line break in one would begin another header."""
+    if not isinstance(headers, Mapping):
+        return f"headers are a mapping of names to texts, not a {type(headers).__name__}"
+    for name, value in headers.items():
+        if not isinstance(name, str) or not name.isascii() or not name.replace("-", "").replace("_", "").isalnum():
+            return f"header {name!r}: a name is letters, digits and hyphens"
+        if not isinstance(value, str) or not value.isascii() or not value.isprintable():
+            return f"header {name!r}: its value is no printable ASCII text (encode what is not; strip the line break at its end)"
+    return None
