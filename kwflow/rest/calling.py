@@ -143,7 +143,7 @@ class Calling:
         failure = response.failure or _status_failure(response)
         if failure is None:
             self._succeeded(response)
-        elif self.answered and not self.cancel_made:  # the service got it, whatever became of the response
+        elif self.answered:  # the service has done it, or stopped, whatever became of the response
             self._finish()
         elif self.stopping and not self.cancel_made:  # it will not be asked again
             self._send_cancel()
@@ -162,6 +162,7 @@ class Calling:
             self._stopped()
             return
         self.initial, self.responded, self.sent = response.body, True, None
+        self.plan = msgspec.structs.replace(self.plan, request=Request(self.plan.request.method, self.plan.request.url))  # what was sent need not wait for months
         if self.answered or not self.plan.callback:
             self._finish()
         elif self.stopping:

@@ -71,9 +71,9 @@ def cancelled_by_signal(order):
     yield kw.wait_signal("stop")
     kw.cancel(call)
     try:
-        yield call
-    except rest.RestCancelled as cancelled:
-        return as_told(cancelled.outcome)
+        return as_told((yield call))
+    except (rest.RestError, rest.RestCancelled) as error:
+        return as_told(error.outcome)
 
 
 def cancelled_at_once(order):

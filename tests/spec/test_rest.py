@@ -2,6 +2,7 @@
 
 import asyncio
 import pathlib
+import random
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -559,3 +560,41 @@ def test_an_engine_without_httpx_says_what_to_install(service: Service, monkeypa
     tester = WorkflowTester(flows.uncaught)
     tester.start("w", {"base": service.base})
     assert tester.values("workflow-error")[0].endswith("SYSTEM_ERROR: rest.call needs httpx, which this engine does not have: pip install 'kwflow[rest]'")
+
+
+# -- whatever happens, in whatever order ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(40))
+def test_in_any_order_of_events_a_call_ends_and_leaves_nothing_behind(seed: int) -> None:
+    """LR-11 to LR-21: the last word of the service counts unless the call had ended before; every wait ends in time."""
+    chance = random.Random(seed)
+    told: list[str] = []
+    tester = WorkflowTester(flows.cancelled_by_signal if seed % 2 else flows.one)
+    tester.fake(rest.request, lambda sent: HANGS)
+    order = {"base": "https://builder.example", "timeout": 100, "heartbeat": 60, "cancel": seed % 3 > 0, "cancel_timeout": 20, "success": False}
+    tester.start("w", order)
+    [ref] = callbacks(tester)
+    for _ in range(25):
+        sending = [wait["ref"] for wait in (tester.header("w") or {}).get("waits", []) if wait["kind"] == "activity"]
+        event = chance.choice(["time", "time", "beat", "callback", "cancel", *["answer", "refuse", "break"] * len(sending)])
+        if event == "time":
+            tester.advance(chance.choice([0.5, 5, 30]))
+        elif event == "beat":
+            tester.resume("w", f"{ref}-heartbeat")
+        elif event == "callback" and chance.random() < 0.2:
+            waited = bool(callbacks(tester))
+            tester.resume("w", ref, "done")
+            told += ["done"] * waited
+        elif event == "cancel" and chance.random() < 0.3:
+            tester.command("w", "cancel") if chance.random() < 0.3 else tester.command("w", "signal", {"name": "stop"})
+        elif event == "break":
+            tester.resume("w", sending[0], error={"kind": "activity", "type": "Timeout", "message": "gone"})
+        elif event in ("answer", "refuse"):
+            tester.resume("w", sending[0], {"status": 200 if event == "answer" else chance.choice([404, 503]), "body": {"cancelPath": "/cancel/2"}})
+    if tester.header("w") is not None:
+        tester.advance(200)
+        tester.command("w", "signal", {"name": "stop"})
+        tester.advance(30)
+    assert (tester.ids(), timers(tester), len(told)) == ([], 0, min(1, len(told)))
+    for result in tester.values("workflow-result"):
+        assert result["called_back"] == (told[0] if told else None)
+        assert result["status"] != "SUCCESS" or told
