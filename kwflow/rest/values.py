@@ -30,7 +30,7 @@ class Callback(msgspec.Struct, frozen=True):
 
 Body: TypeAlias = Any  # JSON, or a function of the Callback that gives it
 Headers: TypeAlias = Mapping[str, str] | Callable[[Callback], Mapping[str, str]]
-HeadersFrom: TypeAlias = Activity[[], Mapping[str, str]] | str | None
+HeadersFrom: TypeAlias = Activity[[], Any] | str | None  # an activity that gives a mapping, whichever
 
 
 class Request(msgspec.Struct, frozen=True):

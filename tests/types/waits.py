@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any, assert_type
 
 import kwflow as kw
+from kwflow import rest
 from kwflow.testing import WorkflowTester
 
 
@@ -92,6 +93,18 @@ async def named(n: int) -> str:
 @kw.activity(retry=kw.Retry(first=timedelta(seconds=1), max=60))
 def price_of(time: timedelta) -> str:
     return str(time)
+
+
+@kw.activity
+def secrets() -> dict[str, str]:
+    return {"Authorization": "Bearer …"}
+
+
+async def service(url: str) -> str:
+    built = await rest.call("POST", url, body=lambda callback: {"url": callback.url}, headers_from=secrets, cancel=lambda response: rest.Request("DELETE", response["url"], headers_from=secrets))
+    assert_type(built, rest.Outcome)
+    text: int = built.status  # wrong
+    return built.status
 
 
 def tested(tester: WorkflowTester) -> list[str]:
