@@ -188,4 +188,6 @@ def _jar(cookies: list[Cookie]) -> http.cookiejar.CookieJar:
 
 
 def _cookies(jar: http.cookiejar.CookieJar) -> list[Cookie]:
+    """Those that are still valid."""
+    jar.clear_expired_cookies()
     return [Cookie(cookie.name, cookie.value or "", cookie.domain, cookie.path, bool(cookie.secure), cookie.expires) for cookie in jar]
