@@ -6,12 +6,10 @@ import contextlib
 import enum
 import functools
 import gc
-import os
 import resource
 import shlex
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ import typer
 from kwflow import api, timers
 from kwflow.cli.code import check as check_code
 from kwflow.cli.code import code_store
-from kwflow.cli.serving import signals, stopper, wait_for_topics
+from kwflow.cli.serving import end_if_late, signals, stopper, wait_for_topics
 from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, MaybeDir, Modules, StateDir, Traced, WaitForBroker, err, json_option, out
 from kwflow.cli.watching import RestoreBar, carry_logging, ends_in_its_log, log_of, watched
 from kwflow.config import Config, load_config
@@ -48,8 +46,6 @@ class Runner(enum.StrEnum):
 
 
 _COLLECT_AFTER = 20_000  # new objects; Python's 700 would be a collection every few steps, each past all live instances
-_START_ME_AGAIN = 3
-_COMMIT_S = 90  # beside the longest step: a transaction is asked for thirty seconds, and its abort, too
 _LOOK_S = 0.1  # how often the main thread looks at the runners' threads
 
 
@@ -205,12 +201,7 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
         log(f"kwflow engine runs on {settings.bootstrap_servers}")
         while any(thread.is_alive() for thread in threads):
             bar.look({where: progress for runner in runners for where, progress in runner.restoring().items()})
-            if any(runner.stats.is_late(time.monotonic(), 2 * settings.step_abort_ms / 1000 + settings.activity_grace_s + _COMMIT_S) for runner in runners):
-                log("the Kafka client does not come back from a call; this process ends, and is to be started again")
-                for runner in runners:
-                    if runner.stats.back_by_s:
-                        runner.ends_in_a_call()
-                os._exit(_START_ME_AGAIN)
+            end_if_late(runners, 2 * settings.step_abort_ms / 1000 + settings.activity_grace_s, log)
             threads[0].join(_LOOK_S)
         for thread in threads:
             thread.join()

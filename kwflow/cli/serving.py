@@ -6,13 +6,18 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from kwflow import api
 from kwflow.config import Config
 from kwflow.errors import TransportError
 from kwflow.runners.logs import Line
+from kwflow.runners.stats import Stats
 
-__all__ = ["signals", "stopper", "wait_for_topics"]
+__all__ = ["end_if_late", "signals", "stopper", "wait_for_topics"]
+
+_START_ME_AGAIN = 3
+_COMMIT_S = 90  # beside what else a turn may take: a transaction is asked for thirty seconds, and its abort, too
 
 
 def stopper() -> Callable[[], bool]:
@@ -59,3 +64,23 @@ def wait_for_topics(
             said = str(problem)
             log(Line.of(f"waiting: {said}", "warning"))
         time.sleep(0.5)
+
+
+class Late(Protocol):
+    """A loop over Kafka's client, as far as another thread looks after it."""
+
+    @property
+    def stats(self) -> Stats: ...
+
+    def ends_in_a_call(self) -> None:
+        """This process is ended because a call of the client does not return, which is no record's fault (K19)."""
+
+
+def end_if_late(loops: Sequence[Late], turn_s: float, log: Callable[[str], None]) -> None:
+    """End this process, to be started again, if one of them does not come back from a call; `turn_s` is what a turn may take beside transactions."""
+    if any(loop.stats.is_late(time.monotonic(), turn_s + _COMMIT_S) for loop in loops):
+        log("the Kafka client does not come back from a call; this process ends, and is to be started again")
+        for loop in loops:
+            if loop.stats.back_by_s:
+                loop.ends_in_a_call()
+        os._exit(_START_ME_AGAIN)

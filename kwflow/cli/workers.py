@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections import Counter
 from typing import Annotated
 
 import typer
 
-from kwflow.cli.serving import signals, stopper, wait_for_topics
+from kwflow.cli.serving import end_if_late, signals, stopper, wait_for_topics
 from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, Modules, WaitForBroker
 from kwflow.cli.watching import ends_in_its_log, log_of, watched
 from kwflow.config import load_config
@@ -17,6 +18,8 @@ from kwflow.runners.modules import load_modules
 from kwflow.runners.supervise import orphaned, supervise
 
 __all__ = ["worker"]
+
+_LOOK_S = 0.1
 
 
 def worker(
@@ -50,8 +53,22 @@ def worker(
         serving = workers.service(settings, queues, log)
         gc.collect()
         gc.freeze()  # what was imported is never garbage
+        failed: list[BaseException] = []
+
+        def serve() -> None:
+            try:
+                serving.run(lambda: stop() or orphaned(settings.supervisor_pid))
+            except BaseException as error:
+                failed.append(error)
+
         with watched(settings, [serving], log):
             log(f"kwflow worker serves {', '.join(queues)} on {settings.bootstrap_servers}")
-            serving.run(lambda: stop() or orphaned(settings.supervisor_pid))
+            thread = threading.Thread(target=serve)
+            thread.start()
+            while thread.is_alive():
+                end_if_late([serving], settings.activity_grace_s, log)
+                thread.join(_LOOK_S)
+        if failed:
+            raise failed[0]
         counts = Counter(serving.stats.counts)
         log("calls: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"))

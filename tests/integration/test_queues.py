@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -73,6 +74,14 @@ class Queues(Site):
         return sorted(json.loads(record.value or b"{}")["workflow_id"] for record in records if ledgers[record.partition].take(record.offset))
 
 
+def get(url: str) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
 @pytest.fixture
 def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Queues]:
     site = Queues(broker, application, tmp_path)
@@ -94,9 +103,11 @@ def test_calls_are_run_by_the_workers_of_their_queue_and_never_by_an_engine(site
     assert len(site.ran("square")) == 1 + 20 * 4 + 20 * 2, "each attempt once"
     at = re.search(r"answered on port (\d+)", site.said("a"))
     assert at is not None
-    with urllib.request.urlopen(f"http://127.0.0.1:{at[1]}/metrics", timeout=10) as metrics, urllib.request.urlopen(f"http://127.0.0.1:{at[1]}/health", timeout=10) as health:
-        assert b'kwflow_records_total{outcome="answered"}' in (text := metrics.read()) and b'kwflow_activities{state="running"} 0.0' in text
-        assert {one["input"] for one in json.loads(health.read())["runners"]} == {site.queue, f"{site.queue}-mail"}
+    site.wait(lambda: get(f"http://127.0.0.1:{at[1]}/health")[0] == 200)  # it may join late, when the other one has done all of it
+    assert {one["input"] for one in json.loads(get(f"http://127.0.0.1:{at[1]}/health")[1])["runners"]} == {site.queue, f"{site.queue}-mail"}
+    metrics = get(f"http://127.0.0.1:{at[1]}/metrics")[1]
+    assert b'kwflow_activities{state="running"} 0.0' in metrics and b'kwflow_partitions{state="owned"' in metrics
+
 
 
 def test_what_a_killed_worker_ran_is_begun_again_and_what_it_had_answered_is_not(site: Queues) -> None:
