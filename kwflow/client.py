@@ -137,6 +137,11 @@ class Client:
         made = config or load_config()
         return cls(EmbeddedLink(place, made) if isinstance(place, Embedded) else SocketLink(Path(place), made), made)
 
+    @property
+    def lost(self) -> Exception | None:
+        """Why it brings nothing any more, once its link has ended or it was closed: make another one then."""
+        return self._closed
+
     def close(self) -> None:
         """Stop waiting; workflows go on."""
         self.on_lost(TransportError("the client was closed", retryable=False))
@@ -256,6 +261,8 @@ class Client:
                 callbacks = self._subscribers.get(id, [])
                 if callback in callbacks:
                     callbacks.remove(callback)
+                if not callbacks:
+                    self._subscribers.pop(id, None)
 
         return unsubscribe
 

@@ -23,7 +23,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record
-from kwflow.errors import TransportError
+from kwflow.errors import CommandError, TransportError
 from kwflow.ports import Listener
 from kwflow.runners import topics
 from kwflow.runners.broker_errors import BrokerErrors
@@ -36,6 +36,8 @@ __all__ = ["KafkaLink", "ends_in_a_transaction", "latest", "read", "send", "stat
 
 _Places = tuple[tuple[str, int], ...]  # (topic, partition) of an id's outcome, in the result and in the error topic
 _TIMEOUT_S = 20
+_SEND_SHARE = 0.75  # of the time of a command; librdkafka looks once a second
+_SEND_S_MIN = 5  # a first connection takes its time
 _COUNT_S = 30  # how late more partitions may be seen
 _POLL_S = 0.05  # how late the first request for a partition, a delivery report or a time-out may be seen
 
@@ -57,7 +59,7 @@ class KafkaLink:
         try:
             settings: dict[str, Any] = {"group_id": f"{config.application_id}-client", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "error"}
             self._consumer = made(Consumer, client_config(config, **settings, fetch_queue_backoff_ms=10))
-            self._producer = _producer(config)
+            self._producer = self._new_producer()
             self._partitions, self._count_next = self._count_partitions(), time.monotonic() + _COUNT_S
             self._reply_partition = zlib.crc32(self.process.encode()) % self._partitions[config.reply_topic]
             self._assign(config.reply_topic, self._reply_partition)
@@ -118,7 +120,7 @@ class KafkaLink:
     def _produce(self, output: Output, failed: Callable[[Exception], None]) -> None:
         def delivered(error: KafkaError | None, _message: Message) -> None:
             if error is not None:
-                failed(TransportError(f"{self.config.bootstrap_servers} did not take the record for {output.topic}: {error.str()}"))
+                failed(self._not_taken(output, error, True))
 
         producer = self._producer
         try:
@@ -129,8 +131,18 @@ class KafkaLink:
             if error.args[0].code() == KafkaError._FATAL:
                 self._replace(producer)
                 return self._produce(output, failed)
-            failed(TransportError(f"{self.config.bootstrap_servers} did not take the record for {output.topic}: {error.args[0].str()}", retryable=False))
+            failed(self._not_taken(output, error.args[0], False))
         self._serve()
+
+    def _not_taken(self, output: Output, error: KafkaError, retryable: bool) -> Exception:
+        if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            said = f"the record for {output.topic} is larger than it takes; send a reference to it, or raise message.max.bytes in [kafka] and max.message.bytes of the topic"
+            return CommandError("too_large", said, (output.key or b"").decode())
+        return TransportError(f"{self.config.bootstrap_servers} did not take the record for {output.topic}: {error.str()}", retryable)
+
+    def _new_producer(self) -> Producer:
+        """One that gives a record up before its command's time is over: what no broker took is told as that, and not as perhaps done."""
+        return _producer(self.config, min(_TIMEOUT_S, max(_SEND_S_MIN, _SEND_SHARE * self.config.command_timeout_s)))
 
     def _serve(self) -> None:
         with contextlib.suppress(KafkaException):  # one that broke says so here, once: the next record goes by another one
@@ -140,7 +152,7 @@ class KafkaLink:
         """A broker that has lost its last records, by a failure of power, say, takes no others of the same idempotent producer; whoever sent what that one still has is told that it failed."""
         with self._lock:
             if self._producer is broken:
-                self._producer = _producer(self.config)
+                self._producer = self._new_producer()
         with contextlib.suppress(KafkaException):
             broken.flush(1)
 
@@ -217,8 +229,8 @@ class KafkaLink:
             raise TransportError(error.str())
 
 
-def _producer(config: Config, **more: Any) -> Producer:
-    settings: dict[str, Any] = {"enable_idempotence": True, "message_timeout_ms": _TIMEOUT_S * 1000, "linger_ms": 0, "topic_metadata_propagation_max_ms": TOPIC_MS}
+def _producer(config: Config, timeout_s: float = _TIMEOUT_S, **more: Any) -> Producer:
+    settings: dict[str, Any] = {"enable_idempotence": True, "message_timeout_ms": round(timeout_s * 1000), "linger_ms": 0, "topic_metadata_propagation_max_ms": TOPIC_MS}
     return made(Producer, client_config(config, partitioner="murmur2_random", **settings) | more)
 
 
