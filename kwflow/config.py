@@ -1,4 +1,4 @@
-"""One frozen Config: `kwflow.toml` ([app] [topics] [limits] [durable] [snapshot] [embedded] [kafka]) and `KWFLOW_*`; the environment wins over the file."""
+"""One frozen Config: `kwflow.toml` ([app] [topics] [limits] [durable] [snapshot] [embedded] [gateway] [kafka]) and `KWFLOW_*`; the environment wins over the file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from kwflow.errors import UsageError
@@ -84,13 +84,16 @@ class Config(BaseSettings):
     rocksdb_bytes_max: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024, description="block cache and write buffers of all local stores of a process together")
     embedded_retention_ms: int = Field(default=7 * 86_400_000, ge=0, description="applied input records of the embedded log are kept for this long")
     ended_retention_ms: int = Field(default=86_400_000, ge=0, description="so long a start that is repeated under its start id is known after the end (K20)")
+    gateway_tokens: list[SecretStr] = Field(default_factory=list, description="who calls the gateway sends one of them (Bearer); without any, everybody who reaches it may do everything")
+    gateway_waits_max: int = Field(default=10_000, gt=0, description="requests that wait in one gateway; one more is answered 503")
+    gateway_wait_s_max: float = Field(default=300, gt=0, description="how long a request may wait for an outcome")
     kafka: dict[str, Any] = Field(default_factory=dict, repr=False)  # passwords are in it
 
-    @field_validator("snapshot_keys")
+    @field_validator("snapshot_keys", "gateway_tokens")
     @classmethod
-    def _long_enough(cls, keys: list[SecretStr]) -> list[SecretStr]:
+    def _long_enough(cls, keys: list[SecretStr], field: ValidationInfo) -> list[SecretStr]:
         if any(len(key.get_secret_value()) < _KEY_CHARS_MIN for key in keys):
-            raise ValueError(f"a key has at least {_KEY_CHARS_MIN} characters; make one with: openssl rand -hex 32")
+            raise ValueError(f"a {'key' if field.field_name == 'snapshot_keys' else 'token'} has at least {_KEY_CHARS_MIN} characters; make one with: openssl rand -hex 32")
         return keys
 
     @field_validator("gateway_url")
@@ -161,7 +164,9 @@ class Config(BaseSettings):
         return f"{self.application_id}-timers-changelog"
 
 
-_SECTIONS = {"app": "{}", "topics": "{}_topic", "limits": "{}", "durable": "durable_{}", "snapshot": "snapshot_{}", "embedded": "embedded_{}"}  # a setting's name in the section -> in Config
+_SECTIONS = {  # a setting's name in the section -> in Config
+    "app": "{}", "topics": "{}_topic", "limits": "{}", "durable": "durable_{}", "snapshot": "snapshot_{}", "embedded": "embedded_{}", "gateway": "gateway_{}",
+}  # fmt: skip
 
 
 def load_config(path: Path | None = None, **given: Any) -> Config:

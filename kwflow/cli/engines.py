@@ -35,7 +35,7 @@ from kwflow.runners.socket import serve
 from kwflow.runners.supervise import orphaned, supervise
 from kwflow.runners.watchdog import end_when_stuck
 
-__all__ = ["Runner", "engine", "run", "scheduler"]
+__all__ = ["Runner", "engine", "open_many_files", "run", "scheduler"]
 
 
 class Runner(enum.StrEnum):
@@ -54,7 +54,7 @@ def _be_an_engine(log: Callable[[str], None]) -> None:
     carry_logging(log)
     end_when_stuck()
     _collect_rarely()
-    _open_many_files()
+    open_many_files()
 
 
 def _collect_rarely() -> None:
@@ -64,7 +64,7 @@ def _collect_rarely() -> None:
     gc.set_threshold(_COLLECT_AFTER, 20, 20)
 
 
-def _open_many_files() -> None:
+def open_many_files() -> None:
     """Each partition takes seven or more; what is usual, 1,024, is meant for programs that use select()."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # a system may allow less than it says

@@ -36,6 +36,9 @@ def ask(o):
     kw.set_status({"asked": o})
     return (yield kw.suspend("answer"))
 
+def called(o):
+    return (yield kw.suspend("callback-/x"))
+
 def fail(o):
     raise ValueError("bad")
 
@@ -64,7 +67,7 @@ def check(value):
     if value < 0:
         raise ValueError("negative")
 """
-NAMES = ("greet", "ask", "fail", "big", "prices", "typed")
+NAMES = ("greet", "ask", "called", "fail", "big", "prices", "typed")
 pytestmark = pytest.mark.slow
 
 

@@ -65,7 +65,7 @@ def test_make_test_knows_every_suite() -> None:
 
 def test_importing_kwflow_loads_no_driver() -> None:
     """ARCHITECTURE §2."""
-    code = "import sys, kwflow; sys.exit(any(m in sys.modules for m in ('confluent_kafka', 'faust', 'rocksdict', 'prometheus_client', 'opentelemetry', 'httpx')))"
+    code = "import sys, kwflow; sys.exit(any(m in sys.modules for m in ('confluent_kafka', 'faust', 'rocksdict', 'prometheus_client', 'opentelemetry', 'httpx', 'starlette', 'uvicorn')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

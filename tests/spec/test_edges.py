@@ -5,6 +5,7 @@ in OTHERWISE fails the suite, and so does a place where it is not looked at.
 """
 
 import ast
+import asyncio
 import itertools
 import math
 import pathlib
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
@@ -29,6 +31,8 @@ from kwflow.core.contract import Limits, Workflows
 from kwflow.core.dispatch import Dispatch, encode, state_key
 from kwflow.core.wire import Record
 from kwflow.errors import StepTimeout, UsageError
+from kwflow.gateway.application import application
+from kwflow.gateway.service import Service
 from kwflow.ports import Decision
 from kwflow.runners.dispatch import Dispatcher
 from kwflow.runners.embedded import Embedded
@@ -326,6 +330,42 @@ def _command(at: int, seconds: int) -> str:
     return said
 
 
+# -- the gateway -------------------------------------------------------------------------------------------------------
+def _gateway(config: Config, ask: Callable[[Service], str]) -> str:
+    """What a gateway says whose engine does not run."""
+    with tempfile.TemporaryDirectory() as directory:
+        held = Embedded(pathlib.Path(directory), config, sync=False)
+        with Service(config, lambda: Client.embedded(held, config)) as service:
+            said = ask(service)
+        held.close()
+    return said
+
+
+def _waits(at: int, requests: int) -> str:
+    """The last of so many requests that are there at the same time."""
+    async def last(service: Service) -> httpx.Response:
+        service.waiting = requests - 1
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(application(service)), base_url="http://gateway") as http:
+            return await http.get("/metrics")
+
+    def ask(service: Service) -> str:
+        answer = asyncio.run(last(service))
+        return "" if answer.status_code == 200 else f"{answer.json()['detail']}; {answer.json()['remedy']}"
+
+    return _gateway(Config(gateway_waits_max=at), ask)
+
+
+def _long_wait(at: int, seconds: int) -> str:
+    def ask(service: Service) -> str:
+        try:
+            assert service.seconds(seconds) == seconds
+        except UsageError as error:
+            return str(error)
+        return ""
+
+    return _gateway(Config(gateway_wait_s_max=at), ask)
+
+
 # -- activities --------------------------------------------------------------------------------------------------------
 def make(function: Any) -> Any:
     return kw.activity(name=f"edges-{next(_names)}")(function)
@@ -490,6 +530,8 @@ EDGES = [
     Edge("ended_retention_ms", "ms after which what ended is forgotten", 1000, _ended, "^forgotten$", past=0),
     Edge("state_cleanup_s", "seconds that a copy which nobody needs is kept", 600, _copies, "^3 deleted$", past=0),
     Edge("command_timeout_s", "seconds that a command waits for its reply", 20, _command, r"OutcomeUnknown: query of w: no reply within 20 s, perhaps no engine runs; ask again", past=0),
+    Edge("gateway_waits_max", "requests that wait in a gateway", 5, _waits, r"5 requests wait here already .limit gateway_waits_max.; send it again, to another gateway .*or raise gateway_waits_max"),
+    Edge("gateway_wait_s_max", "seconds that a request waits for an outcome", 300, _long_wait, r"wait=301 is more than 300 s .limit gateway_wait_s_max.; wait shorter and ask for the outcome again"),
 ]  # fmt: skip
 
 

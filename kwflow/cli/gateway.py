@@ -1,0 +1,48 @@
+"""The HTTP gateway as a command."""
+
+from __future__ import annotations
+
+import signal
+from typing import Annotated
+
+import typer
+
+from kwflow.cli.engines import open_many_files
+from kwflow.cli.messages import connect
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, LogFormat, MaybeDir
+from kwflow.cli.watching import carry_logging, ends_in_its_log, log_of
+from kwflow.config import load_config
+from kwflow.errors import UsageError
+
+__all__ = ["gateway"]
+
+_OPTIONAL = ("starlette", "uvicorn")
+
+
+def gateway(
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on; default: every address with gateway_tokens, 127.0.0.1 without.")] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any that is free; the log says which.")] = 8080,
+    log_format: LogFormat = None,
+    config: ConfigFile = None,
+) -> None:
+    """Answer HTTP until SIGTERM, for programs in any language (docs/HTTP.md); as many gateways as you like may run side by side.
+
+    Example: kwflow gateway --port 8080 --bootstrap-servers localhost:9092
+    """
+    try:
+        from kwflow.gateway.server import serve
+    except ModuleNotFoundError as error:
+        if error.name not in _OPTIONAL:
+            raise
+        raise UsageError(f"kwflow gateway needs {error.name}: pip install 'kwflow[gateway]'") from None
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, log_format=log_format)
+    log = log_of(settings)
+    carry_logging(log)
+    open_many_files()
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises once more what it was ended by, when all is done
+        signal.signal(number, lambda *_: None)
+    with ends_in_its_log(settings):
+        serve(settings, lambda: connect(settings, embedded), host or ("0.0.0.0" if settings.gateway_tokens else "127.0.0.1"), port, log)

@@ -1,0 +1,125 @@
+"""How a run ended, as HTTP: a result is 200, any other end 424, and 202 with a place to ask again while it runs.
+
+Every answer about an outcome is made here, so that a start that waits, `GET …/outcome` and a stream tell the same (AF-30).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kwflow.client import Client, Future, Outcome
+from kwflow.errors import CommandError, OutcomeError
+from kwflow.gateway.problems import problem_of
+from kwflow.gateway.requests import answer, outcome_path, refusal, service_of
+
+__all__ = ["after_start", "ended", "event_of", "of_last_run", "told", "within"]
+
+
+def event_of(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as all bodies have it."""
+    return {"id": outcome.id, "start_id": outcome.start_id, "outcome": outcome.kind, "value": outcome.value}
+
+
+def ended(outcome: Outcome) -> Response:
+    """424 for what is no result: no fault of the request, which a client or proxy would repeat after a 5xx, but of what it depended on."""
+    if outcome.kind == "result":
+        return answer(200, event_of(outcome))
+    return refusal(problem_of(OutcomeError(outcome.kind, outcome.value, outcome.id, outcome.start_id)))
+
+
+def told(future: Future[Any], id: str, start_id: str) -> Outcome:
+    """The outcome that a future of `result` brought.  Raises what is no outcome."""
+    try:
+        return Outcome(id, start_id, "result", future.result())
+    except OutcomeError as error:
+        return Outcome(error.id, error.start_id, error.kind, error.value)
+
+
+def _runs(request: Request, shown: dict[str, Any]) -> Response:
+    about = {"id": shown["id"], "start_id": shown["start_id"], "status": shown["status"]}
+    return answer(202, about, [("Location", outcome_path(request, shown["id"], shown["start_id"]))])
+
+
+def _kept(shown: dict[str, Any]) -> Outcome | None:
+    """The outcome, if a query tells it whole."""
+    outcome = shown.get("outcome")
+    if outcome is None or outcome["value"] is None:
+        return None
+    return Outcome(shown["id"], shown["start_id"], outcome["kind"], msgspec.Raw(outcome["value"].encode()))
+
+
+async def _asked(request: Request, client: Client, id: str, start_id: str | None) -> dict[str, Any] | None:
+    """What a query tells; None if there is no such run (any more)."""
+    try:
+        return await service_of(request).reply(request, client.query(id, start_id=start_id))
+    except CommandError as error:
+        if error.status != "not_found":
+            raise
+        return None
+
+
+async def _found(request: Request, client: Client, id: str, start_id: str | None) -> Outcome:
+    """The outcome that is in the topic only.  Raises CommandError not_found if it is not there either."""
+    service = service_of(request)
+    async with service.searching():
+        future = client.result(id, start_id=start_id)
+        try:
+            await service.late(request, future)
+        except OutcomeError:
+            """It is an outcome, too."""
+        finally:
+            future.cancel()
+    return told(future, id, start_id or "")
+
+
+async def of_last_run(request: Request, client: Client, id: str) -> Outcome | None:
+    """How the run that there was last has ended; None if it runs, or nothing is known of this id."""
+    shown = await _asked(request, client, id, None)
+    if shown is None or shown.get("outcome") is None:
+        return None
+    return _kept(shown) or await _found(request, client, id, shown["start_id"])
+
+
+async def within(request: Request, client: Client, id: str, start_id: str | None, seconds: float) -> Response:
+    """The outcome of a run that may be long ended, or be within so long."""
+    shown = await _asked(request, client, id, start_id)
+    if shown is None:
+        return ended(await _found(request, client, id, start_id))
+    if shown.get("outcome") is not None:
+        return ended(_kept(shown) or await _found(request, client, id, shown["start_id"]))
+    if seconds == 0:
+        return _runs(request, shown)
+    future = client.result(id, start_id=shown["start_id"])
+    try:
+        if await service_of(request).first(request, seconds, future, ends=True):
+            return ended(told(future, id, shown["start_id"]))
+        return _runs(request, shown)
+    finally:
+        future.cancel()
+
+
+async def after_start(request: Request, client: Client, future: Future[Any], id: str, start_id: str, seconds: float) -> Response:
+    """The outcome of what was just started.
+
+    Once the time is over, 202 is said only if the start is known to have been done.  A query is asked for that: it comes after
+    the start in the same partition, so that a start which was refused is told first, and its reason is not lost.
+    """
+    service = service_of(request)
+    asked: Future[Any] | None = None
+    try:
+        if not await service.first(request, seconds, future, ends=True):
+            asked = client.query(id, start_id=start_id)
+            await service.first(request, None, future, asked)
+        if future.done():
+            return ended(told(future, id, start_id))
+        shown = asked.result() if asked is not None else {}
+        outcome = _kept(shown)
+        return ended(outcome) if outcome is not None else _runs(request, shown)
+    finally:
+        future.cancel()
+        if asked is not None:
+            asked.cancel()

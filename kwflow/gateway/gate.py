@@ -1,0 +1,83 @@
+"""Who may enter, how many at a time, and what is counted: around the application, before any route.
+
+It must not know what a route does.  Paths are taken as they were sent: an id may hold a slash (%2F), and what is
+looked at here is what is routed.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kwflow.gateway.problems import RequestError, problem_of
+from kwflow.gateway.requests import refusal
+from kwflow.gateway.service import Service
+
+__all__ = ["Gate"]
+
+_HUNG_UP = 499  # as nginx has it: nobody was there to be answered
+_HEALTH = "/health"
+_CALLBACKS = "/callbacks/"  # their refs are permissions of their own
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+
+
+class Gate:
+    """An ASGI application around another one; `template` names the route of a request for metrics."""
+
+    def __init__(self, service: Service, inner: ASGIApp, template: Callable[[Scope], str], registry: CollectorRegistry) -> None:
+        self._service = service
+        self._inner = inner
+        self._template = template
+        self._tokens = [token.get_secret_value().encode() for token in service.config.gateway_tokens]
+        self._count = Counter("kwflow_gateway_requests", "Requests that were answered; 499: the caller hung up before.", ["method", "path", "status"], registry=registry)
+        Gauge("kwflow_gateway_waiting", "Requests that are being answered.", registry=registry).set_function(lambda: service.waiting)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        path = scope["path"] = scope["raw_path"].decode("ascii", "replace")
+        path = path.removeprefix(scope.get("root_path", ""))
+        status = _HUNG_UP
+
+        async def sent(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        counted = path != _HEALTH  # who asks whether it lives is answered however many wait
+        try:
+            refused = self._refused(Request(scope), path)
+            if refused is not None:
+                await refusal(problem_of(refused))(scope, receive, sent)
+                return
+            self._service.waiting += counted
+            try:
+                await self._inner(scope, receive, sent)
+            finally:
+                self._service.waiting -= counted
+        finally:
+            self._count.labels(scope["method"] if scope["method"] in _METHODS else "other", self._template(scope), str(status)).inc()
+
+    def _refused(self, request: Request, path: str) -> RequestError | None:
+        """Why it may not enter, if so."""
+        if path == _HEALTH:
+            return None
+        if not path.startswith(_CALLBACKS):
+            if self._tokens and not self._knows(request.headers.get("authorization", "")):
+                return RequestError("unauthorized", "every path but /health and /callbacks takes a token")
+            if not self._tokens and "origin" in request.headers:  # a page from anywhere, in the browser of somebody who reaches this address
+                return RequestError("web_page", f"the request comes from {request.headers['origin'][:200]!r}")
+        most = self._service.config.gateway_waits_max
+        return RequestError("busy", f"{most} requests wait here already (limit gateway_waits_max)") if self._service.waiting >= most else None
+
+    def _knows(self, authorization: str) -> bool:
+        """Every token is compared whole, so that the time tells nothing of them."""
+        scheme, _, token = authorization.partition(" ")
+        given = token.strip().encode("latin-1", "replace")
+        found = [hmac.compare_digest(given, known) for known in self._tokens]
+        return scheme.lower() == "bearer" and any(found)

@@ -1,0 +1,115 @@
+"""Which error is which HTTP status: every mapping lives here, and is total (RFC 9457).
+
+A word names each kind of problem: the `status` of a CommandError as it is, or one of the gateway's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kwflow.errors import CommandError, KwflowError, OutcomeError, OutcomeUnknown, ProtocolError, TransportError, UsageError
+
+__all__ = ["KINDS", "Kind", "Problem", "RequestError", "problem_of"]
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """One kind of problem: its HTTP status, what it is, and what to do."""
+
+    http: int
+    title: str
+    remedy: str
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """An answer that is no success; `body` is application/problem+json."""
+
+    http: int
+    body: dict[str, Any]
+    headers: dict[str, str] = {}
+
+
+class RequestError(KwflowError):
+    """The request itself cannot be served; `word` is a key of KINDS."""
+
+    def __init__(self, word: str, message: str) -> None:
+        super().__init__(word, message)
+        self.word = word
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+_RECORD = "mend the request: what it says of itself is no text that a record can hold"
+KINDS: dict[str, Kind] = {
+    # what an engine replies
+    "bad_arguments": Kind(400, "an argument has no such value", "mend the argument that is named"),
+    "bad_header": Kind(400, "an id of the request is none", "ids of starts and commands have 1 to 1,200 characters"),
+    "bad_input": Kind(422, "the workflow does not take this input", "send what its annotation says"),
+    "bad_json": Kind(400, "the body is not JSON", "send JSON in UTF-8; text is quoted"),
+    "bad_key": Kind(400, "this is no workflow id", "take one of 1 to 512 bytes without NUL and |"),
+    "bad_message": Kind(400, "the record means nothing to the engine", _RECORD),
+    "discarded": Kind(409, "an operator has discarded it", "send it again, if it still matters"),
+    "ended": Kind(409, "the workflow has ended", "ask for its outcome"),
+    "exists": Kind(409, "another run has this id", "take another id, or the start_id of that run"),
+    "full": Kind(429, "its mailbox is full", "send it again once the workflow has read some"),
+    "held": Kind(423, "the workflow is parked", "do not repeat it: it is kept, and applied when an operator retries (kwflow dead-letters)"),
+    "hold_full": Kind(429, "the workflow is parked or paused, and holds as much as it may", "send it again once an operator has dealt with it"),
+    "mailbox_full": Kind(429, "its mailbox is full", "send it again once the workflow has read some"),
+    "not_found": Kind(404, "there is no such run", "look at the id and the start_id; what has ended is forgotten after ended_retention_ms"),
+    "null_key": Kind(400, "the record means nothing to the engine", _RECORD),
+    "null_value": Kind(400, "the record means nothing to the engine", _RECORD),
+    "paused": Kind(423, "the workflow is paused", "unpause it first"),
+    "refused": Kind(422, "the engine cannot apply it", "mend what the message names"),
+    "rejected": Kind(422, "the workflow rejects it", "mend the value as the message says"),
+    "repeated": Kind(409, "it was done before, and its answer is not kept any more", "do not repeat it; ask for the status of the workflow"),
+    "too_large": Kind(413, "it is too large", "send a reference to it, or raise value_bytes_max"),
+    "unchanged": Kind(409, "there was nothing to change", "nothing"),
+    "unknown_op": Kind(400, "the engine does not know this command", "run engines of the gateway's version"),
+    "unknown_ref": Kind(404, "nobody waits for this ref", "it was perhaps answered before; GET of the workflow tells what it waits for"),
+    "unknown_workflow": Kind(404, "no workflow has this name", "take one of those that are named, or deploy it"),
+    "wrong_partition": Kind(409, "topics and engines disagree about partitions", "kwflow topics check"),
+    # how a workflow ended that somebody waited for
+    "error": Kind(424, "the workflow failed", "see value"),
+    "cancelled": Kind(424, "the workflow was cancelled", "see value"),
+    "terminated": Kind(424, "the workflow was terminated", "see value"),
+    # what the gateway says itself
+    "usage": Kind(400, "the request is wrong", "mend what the message names"),
+    "protocol": Kind(400, "the record means nothing to the engine", _RECORD),
+    "unauthorized": Kind(401, "no token, or not one that is known", "send Authorization: Bearer with one of gateway_tokens"),
+    "web_page": Kind(403, "a web page sends this, and the gateway knows no tokens", "set gateway_tokens, and send one"),
+    "no_path": Kind(404, "there is no such path", "see docs/HTTP.md"),
+    "no_method": Kind(405, "the path has no such method", "see docs/HTTP.md"),
+    "slow": Kind(408, "the body did not come", "send it again"),
+    "nobody_waits": Kind(410, "nobody waits for this callback (any more)", "do not send it again"),
+    "bug": Kind(500, "a bug of kwflow's", "see the log of the gateway"),
+    "busy": Kind(503, "so many requests wait here already", "send it again, to another gateway if there is one; or raise gateway_waits_max"),
+    "unreachable": Kind(503, "the engines cannot be reached", "send it again"),
+    "outcome_unknown": Kind(504, "no engine has replied: it may be done, or be done later", "send it again under the same Idempotency-Key: it is done once"),
+}
+_ANOTHER = Kind(409, "the engine refuses it", "see detail; engines of another version may know more reasons than this gateway")
+_RETRY_AFTER_S = 1
+_WORDS: tuple[tuple[type[Exception], str], ...] = ((OutcomeUnknown, "outcome_unknown"), (TransportError, "unreachable"), (ProtocolError, "protocol"), (UsageError, "usage"))  # the first that fits
+
+
+def problem_of(error: Exception) -> Problem:
+    """What is answered when this was raised."""
+    if isinstance(error, CommandError):
+        return _problem(error.status, error.message, {"id": error.id})
+    if isinstance(error, OutcomeError):
+        return _problem(error.kind, str(error), {"id": error.id, "start_id": error.start_id, "outcome": error.kind, "value": error.value})
+    if isinstance(error, RequestError):
+        return _problem(error.word, error.message)
+    word = next((word for kind, word in _WORDS if isinstance(error, kind)), "bug")
+    if isinstance(error, OutcomeUnknown) and error.command_id:
+        return _problem(word, str(error), {"command_id": error.command_id})
+    return _problem(word, str(error) if word != "bug" else type(error).__name__)
+
+
+def _problem(word: str, detail: str, more: dict[str, Any] | None = None) -> Problem:
+    kind = KINDS.get(word, _ANOTHER)
+    headers = {"Retry-After": str(_RETRY_AFTER_S)} if kind.http in (429, 503) else {"WWW-Authenticate": "Bearer"} if kind.http == 401 else {}
+    body = {"type": f"urn:kwflow:{word}", "title": kind.title, "status": kind.http, "detail": detail or kind.title, "code": word, "remedy": kind.remedy}
+    return Problem(kind.http, {**body, **(more or {})}, headers)

@@ -1,0 +1,152 @@
+"""What a request says: ids from its path, options from its query, one JSON value from its body.
+
+The body is always the value, options are always in the query.  Every check of them lives here; whatever is wrong is a
+UsageError or RequestError that names it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Annotated, Any, TypeVar
+from urllib.parse import quote, unquote_to_bytes
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kwflow.errors import UsageError
+from kwflow.gateway.problems import Problem, RequestError
+from kwflow.gateway.service import Gone, Service
+
+__all__ = ["Options", "Seconds", "answer", "any_body", "body", "key_of_request", "no_body", "options", "outcome_path", "refusal", "segment", "service_of", "workflow_path"]
+
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+_T = TypeVar("_T", bound="Options")
+_READ_S = 30  # for the body: who sends it more slowly takes a place from others
+_KEY_CHARACTERS_MAX = 1200  # as wire.py takes them
+_NULL = msgspec.Raw(b"null")
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The options of one route: its fields are all that its query may have."""
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def segment(request: Request, name: str) -> str:
+    """A part of the path; the application sees paths as they were sent, so that an id may hold a slash (%2F).  Raises UsageError."""
+    try:
+        return unquote_to_bytes(request.path_params[name]).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"the {name} in the path is not UTF-8") from None
+
+
+def options(request: Request, kind: type[_T]) -> _T:
+    """Raises UsageError for one that is unknown, given twice, or no such value."""
+    given: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name in given:
+            raise UsageError(f"{name} is given twice")
+        given[name] = value
+    try:
+        return msgspec.convert(given, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"options: {error}; there are: {', '.join(kind.__struct_fields__) or 'none'}") from None
+
+
+def key_of_request(request: Request, given: str | None, option: str) -> str | None:
+    """What makes it idempotent: this option, or the header Idempotency-Key.  Raises UsageError if they differ."""
+    header = request.headers.get("idempotency-key")
+    if header is not None and len(header) > 1 and header[0] == header[-1] == '"':  # as the draft of the header has it: a quoted string
+        header = header[1:-1]
+    if given is not None and header is not None and given != header:
+        raise UsageError(f"{option} and Idempotency-Key differ; give one of them")
+    key = header if given is None else given
+    if key is not None and not 1 <= len(key) <= _KEY_CHARACTERS_MAX:
+        raise UsageError(f"{option} (or Idempotency-Key) has 1 to {_KEY_CHARACTERS_MAX} characters, not {len(key)}")
+    return key
+
+
+async def _read(request: Request) -> bytes:
+    """The body, up to `value_bytes_max`.  Raises RequestError, Gone."""
+    most, parts, size = service_of(request).config.value_bytes_max, [], 0
+    try:
+        async with asyncio.timeout(_READ_S):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise Gone
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > most:
+                    raise RequestError("too_large", f"the body has more than {most} bytes (limit value_bytes_max)")
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise RequestError("slow", f"the body was not there within {_READ_S} s") from None
+
+
+def _json(data: bytes) -> msgspec.Raw:
+    """The same bytes, which are JSON; nothing of them is changed on the way.  Raises RequestError."""
+    try:
+        msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError("bad_json", f"the body is not JSON: {error}") from None
+    return msgspec.Raw(data)
+
+
+async def body(request: Request) -> msgspec.Raw:
+    """The value; an empty body is null.  Raises RequestError, Gone."""
+    data = await _read(request)
+    return _json(data) if data.strip() else _NULL
+
+
+async def no_body(request: Request) -> None:
+    """Raises UsageError if there is one: its sender thinks that it does something."""
+    if await _read(request):
+        raise UsageError("this path takes no body; options are in the query")
+
+
+async def any_body(request: Request) -> Any:
+    """The value of who does not know kwflow: JSON by its content type, `text/*` is text, anything else is JSON if it can be read so, else text.  Raises RequestError, Gone."""
+    data = await _read(request)
+    kind, _, parameters = request.headers.get("content-type", "").lower().partition(";")
+    kind = kind.strip()
+    if not data.strip():
+        return _NULL
+    if kind == "application/json" or kind.endswith("+json"):
+        return _json(data)
+    if not kind.startswith("text/"):
+        try:
+            return _json(data)
+        except RequestError:
+            """It is text, then."""
+    charset = parameters.partition("charset=")[2].partition(";")[0].strip(' "') or "utf-8"
+    try:
+        text = data.decode(charset)
+        text.encode("utf-8")
+    except (LookupError, ValueError):
+        raise RequestError("bad_json", f"the body is neither JSON nor text in {charset[:100]}") from None
+    return text
+
+
+def workflow_path(request: Request, id: str) -> str:
+    return f"{request.scope.get('root_path', '')}/workflows/{quote(id, safe='')}"
+
+
+def outcome_path(request: Request, id: str, start_id: str | None) -> str:
+    return f"{workflow_path(request, id)}/outcome" + (f"?start_id={quote(start_id, safe='')}" if start_id else "")
+
+
+def answer(http: int, value: object = None, headers: Iterable[tuple[str, str]] = ()) -> Response:
+    """JSON, or nothing at all with 204."""
+    content = msgspec.json.encode(value) if http != 204 else None
+    return Response(content, http, dict(headers), media_type="application/json" if http != 204 else None)
+
+
+def refusal(problem: Problem) -> Response:
+    return Response(msgspec.json.encode(problem.body), problem.http, problem.headers, media_type="application/problem+json")

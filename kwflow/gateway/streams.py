@@ -1,0 +1,156 @@
+"""`GET /outcomes?id=a&id=b`: outcomes as they come, as Server-Sent Events (AF-4, AF-8, AF-9).
+
+Outcomes go one way, so that this needs no second protocol: any HTTP client reads it, proxies know it, and browsers connect
+again by themselves.  A stream tells of its own ids to its own caller, and is bounded: who reads too slowly is let go, and
+asks again with `ended=true`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from kwflow.client import Client, Outcome
+from kwflow.errors import TransportError, UsageError
+from kwflow.gateway import endings
+from kwflow.gateway.requests import service_of
+from kwflow.gateway.service import Service, hung_up
+
+__all__ = ["PING_S", "ROUTES", "UNREAD_BYTES_MAX"]
+
+PING_S = 30.0  # AF-9; what is between may take a connection on which nothing comes for dead
+UNREAD_BYTES_MAX = 8_000_000  # of one stream: eight outcomes of the largest size
+_IDS_MAX = 100  # of one stream: they all are in its URL
+_FIRST = b"retry: 1000\n\n"  # ms after which a browser connects again
+_KNOWN = {"id", "ended"}
+
+
+class _Stream(Response):
+    """One caller and what it is yet to be told.  Invariant: all is called on the event loop but `on_outcome`."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, service: Service, client: Client, ids: list[str]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self._service = service
+        self._client = client
+        self._ids = ids
+        self._loop = asyncio.get_running_loop()
+        self._unread = deque([_FIRST])
+        self._size = len(_FIRST)
+        self._over = False
+        self._changed = asyncio.Event()
+        self._told: set[tuple[str, str]] = set()  # runs of which a query or the topic has told, until all were asked for
+        self._asking = True
+        self._unsubscribe: list[Callable[[], None]] = []
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Called on the client's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and its callers with it
+            self._loop.call_soon_threadsafe(self.tell, outcome)
+
+    def tell(self, outcome: Outcome) -> None:
+        """Once for each run, though a query may tell of it and the topic, too."""
+        if (outcome.id, outcome.start_id) in self._told or self._over:
+            return
+        if self._asking:
+            self._told.add((outcome.id, outcome.start_id))
+        event = b"event: outcome\ndata: " + msgspec.json.encode(endings.event_of(outcome)) + b"\n\n"
+        self._size += len(event)
+        if self._size > UNREAD_BYTES_MAX:
+            self.end()
+        else:
+            self._unread.append(event)
+        self._changed.set()
+
+    def end(self) -> None:
+        """Send nothing more."""
+        self._over = True
+        self._unread.clear()
+        self._changed.set()
+
+    async def begin(self, request: Request, ended: bool) -> None:
+        """From when this returns on, no outcome of these ids is missed; with `ended` those of runs that have ended come first.  Raises UsageError, TransportError, Gone."""
+        try:
+            await asyncio.to_thread(self._subscribe)
+            for id in self._ids if ended else ():
+                outcome = await endings.of_last_run(request, self._client, id)
+                if outcome is not None:
+                    self.tell(outcome)
+        except BaseException:
+            self._forget()
+            raise
+        self._asking = False
+
+    def _subscribe(self) -> None:
+        """Each waits for the broker to say where a partition ends."""
+        try:
+            for id in self._ids:
+                self._unsubscribe.append(self._client.subscribe(id, self.on_outcome))
+        except TimeoutError:
+            raise TransportError(f"{id} could not be followed within {self._service.config.command_timeout_s:g} s") from None
+
+    def _forget(self) -> None:
+        for unsubscribe in self._unsubscribe:
+            unsubscribe()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":
+            self.end()
+        gone = self._loop.create_task(hung_up(receive))
+        gone.add_done_callback(lambda _: self.end())
+        try:
+            with self._service.at_end(self.end):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                while not self._over:
+                    await send({"type": "http.response.body", "body": await self._next(), "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            gone.cancel()
+            self._forget()
+
+    async def _next(self) -> bytes:
+        """What is there to be told; nothing but a ping, if that is nothing for so long."""
+        if not self._unread:
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(PING_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                self._over = self._client.lost is not None  # it hears of nothing any more; who connects again has another one
+                return b": ping\n\n"
+        event = self._unread.popleft() if self._unread else b""
+        self._size -= len(event)
+        return event
+
+
+def _asked(request: Request) -> tuple[list[str], bool]:
+    """Ids, each once, and whether what has ended is told, too.  Raises UsageError."""
+    for name in request.query_params:
+        if name not in _KNOWN:
+            raise UsageError(f"options: unknown {name[:100]!r}; there are: {', '.join(sorted(_KNOWN))}")
+    ids, ended = list(dict.fromkeys(request.query_params.getlist("id"))), request.query_params.get("ended", "false")
+    if not 1 <= len(ids) <= _IDS_MAX:
+        raise UsageError(f"name 1 to {_IDS_MAX} ids, as in ?id=a&id=b, not {len(ids)}; take more streams for more")
+    if ended not in ("true", "false"):
+        raise UsageError(f"ended is true or false, not {ended[:100]!r}")
+    return ids, ended == "true"
+
+
+async def _outcomes(request: Request) -> Response:
+    ids, ended = _asked(request)
+    stream = _Stream(service_of(request), await service_of(request).client(), ids)
+    await stream.begin(request, ended)
+    return stream
+
+
+ROUTES = [Route("/outcomes", _outcomes, methods=["GET"])]

@@ -1,0 +1,72 @@
+"""A gateway on a thread of the test, listening on a real socket, and who reads a stream of its."""
+
+import contextlib
+import json
+import queue
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from kwflow.client import Client
+from kwflow.config import Config
+from kwflow.gateway.server import Server, listening
+from kwflow.gateway.service import Service
+
+DEADLINE_S = 30
+
+
+class Serving:
+    """Answers from its beginning to `close`; `http` is a client of it, `service` what is inside."""
+
+    def __init__(self, config: Config, connect: Callable[[], Client]) -> None:
+        self.sock = listening("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
+        self.service = Service(config, connect)
+        self.server = Server(self.service)
+        self._thread = threading.Thread(target=self.server.run, args=([self.sock],), daemon=True)
+        self._thread.start()
+        self.http = httpx.Client(base_url=self.url, timeout=DEADLINE_S, trust_env=False)
+
+    def close(self) -> None:
+        self.http.close()
+        self.end()
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive()
+        self.service.close()
+
+    def end(self) -> None:
+        """What SIGTERM does."""
+        self.server.should_exit = True
+
+    def __enter__(self) -> "Serving":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+class Stream:
+    """Reads Server-Sent Events on a thread."""
+
+    def __init__(self, serving: Serving, *ids: str, **options: str) -> None:
+        self.events: queue.Queue[Any] = queue.Queue()
+        self.http = httpx.Client(base_url=serving.url, timeout=DEADLINE_S, trust_env=False)
+        self.answer = self.http.send(self.http.build_request("GET", "/outcomes", params=[*(("id", id) for id in ids), *options.items()]), stream=True)
+        assert (self.answer.status_code, self.answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            for line in self.answer.iter_lines():
+                if line.startswith("data: "):
+                    self.events.put(json.loads(line.removeprefix("data: ")))
+                elif line.startswith(":"):
+                    self.events.put(line)
+            self.events.put(None)
+
+    def next(self) -> Any:
+        return self.events.get(timeout=DEADLINE_S)
