@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -18,25 +18,25 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from kwflow.config import Config
 from kwflow.core import queues
-from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
+from kwflow.core.dispatch import Dispatch
 from kwflow.core.wire import Record
-from kwflow.errors import ProtocolError
+from kwflow.errors import ActivityError, ProtocolError
 from kwflow.ports import Deliver, Worker
 from kwflow.runners import topics
+from kwflow.runners.answers import failure_record
 from kwflow.runners.broker_errors import BrokerErrors, ending
 from kwflow.runners.environment import LIVE, Environment, made
 from kwflow.runners.instances import Instances
 from kwflow.runners.kafka_reading import gather
 from kwflow.runners.kafka_results import Results
-from kwflow.runners.ledger import Ledger
 from kwflow.runners.logs import Line
+from kwflow.runners.open_calls import AHEAD_MAX, OpenCalls
 from kwflow.runners.parked import dead_letter
 from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.topics import record_of
 
 __all__ = ["QueueRunner"]
 
-_AHEAD_MAX = 1000  # calls that were read and are not answered; more than run at a time, so that what is taken back is read before it is begun
 _AHEAD_BYTES_MAX = 32_000_000
 _GATHER_MAX = 500
 _WAIT_S = 0.05
@@ -45,49 +45,8 @@ _ASK_S = 10
 _LOST = "calls in {topic}[{number}] were deleted by retention before a worker read them, {count} records; their workflows wait until their time-outs: give the topic a longer retention.ms"
 
 
-_Handed = dict[int, dict[tuple[str, str], Dispatch | Withdraw]]  # what was read in one turn: a call that is taken back in the same is not begun
-
-
 class _Answer(msgspec.Struct):
     ref: str
-
-
-class _Calls:
-    """A Store of the calls that are open in one partition, for a Worker."""
-
-    def __init__(self) -> None:
-        self.entries: dict[bytes, bytes] = {}
-
-    def get(self, key: bytes) -> bytes | None:
-        return self.entries.get(key)
-
-    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        yield from ((key, self.entries[key]) for key in sorted(self.entries) if key.startswith(prefix) and key >= start)
-
-
-class _Partition:
-    """One that is ours: what was read of it, and which calls are open, by workflow and ref."""
-
-    def __init__(self, topic: str, number: int, position: int, note: str) -> None:
-        self.topic = topic
-        self.number = number
-        self.ledger = Ledger(position, note)
-        self.calls = _Calls()
-        self.offsets: dict[tuple[str, str], list[int]] = {}  # an engine that is at-least-once hands a call out twice
-        self.committed: tuple[int, str] = (position, note)
-
-    def open(self, call: Dispatch, offset: int) -> None:
-        self.offsets.setdefault((call.workflow_id, call.ref), []).append(offset)
-        self.calls.entries[state_key(call.workflow_id, call.ref)] = encode(call)
-
-    def close(self, id: str, ref: str) -> bool:
-        """Whether it was open."""
-        offsets = self.offsets.pop((id, ref), [])
-        for offset in offsets:
-            self.ledger.finish(offset)
-        if offsets:
-            self.calls.entries.pop(state_key(id, ref), None)
-        return bool(offsets)
 
 
 class QueueRunner:
@@ -103,7 +62,7 @@ class QueueRunner:
         self.on_log = on_log
         self.stats = Stats()
         self._count = itertools.count()
-        self._owned: dict[int, _Partition] = {}
+        self._owned: dict[int, OpenCalls] = {}
         self._delivered: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what is to be done on our thread, as something is in the log
         self._joined = self._paused = False
         self._committed_s = 0.0
@@ -116,6 +75,8 @@ class QueueRunner:
             "group_id": config.workers_group, "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest",
             "partition_assignment_strategy": "cooperative-sticky", "session_timeout_ms": 6000, "fetch_queue_backoff_ms": 10, "topic_metadata_propagation_max_ms": topics.TOPIC_MS,
         }  # fmt: skip
+        if config.instance_id is not None:  # as of an engine (K1): who is started again has its partitions at once
+            settings["group_instance_id"] = f"{config.workers_group}-{config.instance_id}-{config.process}"
         self._consumer = made(Consumer, topics.client_config(config, **settings) | {"error_cb": BrokerErrors(on_log), "on_commit": self._on_commit})
         self._consumer.subscribe(self.names, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 
@@ -138,11 +99,11 @@ class QueueRunner:
         """Read what there is room for, run it, and note what was answered."""
         self.stats.turned_s = time.monotonic()
         self._make_room()
-        handed: _Handed = {}
+        if not all(partition.noted for partition in self._owned.values()):
+            self._note(self._owned.values())
         for message in gather(self._consumer, 1 if self._paused else _GATHER_MAX, _WAIT_S):
-            self._take(message, handed)
-        for number, asked in handed.items():
-            self.worker.committed(number, asked.values())
+            self._take(message)
+        self._begin()
         self.worker.turn()
         self._settle()
         if time.monotonic() - self._committed_s > _COMMIT_S:
@@ -151,25 +112,25 @@ class QueueRunner:
     def _make_room(self) -> None:
         """Reading stops while too much is open; a consumer that is not asked at all would lose its partitions."""
         ahead = sum(len(partition.offsets) for partition in self._owned.values())
-        full = ahead >= _AHEAD_MAX or (ahead > 1 and sum(len(data) for partition in self._owned.values() for data in partition.calls.entries.values()) >= _AHEAD_BYTES_MAX)
+        full = ahead >= AHEAD_MAX or (ahead > 1 and sum(partition.bytes for partition in self._owned.values()) >= _AHEAD_BYTES_MAX)
         if full != self._paused:
             self._paused = full
             places = [TopicPartition(partition.topic, partition.number) for partition in self._owned.values()]
             self._consumer.pause(places) if full else self._consumer.resume(places)
 
-    def _take(self, message: Message, handed: _Handed) -> None:
+    def _take(self, message: Message) -> None:
         error = message.error()
         if error is None:
             record = record_of(message)
             number = next((number for number, mine in self._owned.items() if (mine.topic, mine.number) == (record.topic, record.partition)), None)
             if number is not None:  # else it was fetched before the partition left
-                self._read(number, self._owned[number], record, handed)
+                self._read(number, self._owned[number], record)
         elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
             self.on_log(f"{self.config.workers_group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
         elif not topics.transient(error):
             raise ending(self.config.workers_group, error)
 
-    def _read(self, number: int, partition: _Partition, record: Record, handed: _Handed) -> None:
+    def _read(self, number: int, partition: OpenCalls, record: Record) -> None:
         if not partition.ledger.take(record.offset):
             self.stats.counts["answered-before"] += 1
             return
@@ -178,18 +139,35 @@ class QueueRunner:
         except ProtocolError as error:
             return self._refuse(partition, record, error)
         if isinstance(asked, Dispatch):
-            partition.open(asked, record.offset)
             self.stats.counts["taken"] += 1
-            handed.setdefault(number, {})[asked.workflow_id, asked.ref] = asked
+            if not partition.open(asked, record.offset):
+                self._fail(number, asked)
             return
         partition.ledger.finish(record.offset)
         if asked is None:
             self.stats.counts["of-another-application"] += 1
         elif partition.close(asked.workflow_id, asked.ref):
             self.stats.counts["withdrawn"] += 1
-            handed.setdefault(number, {})[asked.workflow_id, asked.ref] = asked
+            self.worker.committed(number, [asked])
 
-    def _refuse(self, partition: _Partition, record: Record, error: ProtocolError) -> None:
+    def _begin(self) -> None:
+        """All that was read in this turn and not taken back in it.  What a call has killed a worker with it kills the next one with; so it is noted before, and has failed the second time (K19)."""
+        fresh = {number: calls for number, partition in self._owned.items() if partition.noted and (calls := partition.begin())}
+        careful = [partition for number in fresh if (partition := self._owned[number]).careful]
+        if careful:
+            self._note(careful)
+        for number, calls in fresh.items():
+            self.worker.committed(number, calls)
+
+    def _fail(self, number: int, call: Dispatch) -> None:
+        """It ran when two workers died, one after the other: an attempt of it has failed."""
+        said = f"two workers died while activity {call.name} of {call.workflow_id} (attempt {call.attempt}) ran: out of memory, say, or a crash in C"
+        self.stats.counts["worker-died"] += 1
+        self.on_log(Line.of(f"{said}; the attempt has failed", "error"))
+        record = failure_record(call, ActivityError(said, "WorkerDied"), self.config.value_bytes_max)
+        self._deliver(number, call.workflow_id.encode(), record, lambda _: None)
+
+    def _refuse(self, partition: OpenCalls, record: Record, error: ProtocolError) -> None:
         """Into the dead letters, and done once it is there."""
         letter = dead_letter(self.config, record, error.reason, str(error), time.time_ns() // 1_000_000)
         self.stats.counts["dead-letter"] += 1
@@ -223,12 +201,23 @@ class QueueRunner:
         while not self._delivered.empty():
             self._delivered.get()()
 
-    def _commit(self, partitions: Iterable[_Partition], wait: bool = False) -> None:
+    def _note(self, partitions: Iterable[OpenCalls]) -> None:
+        """Before what comes next.  What the group does not take now, as its members change, is noted in the next turn."""
+        try:
+            self._commit(partitions, wait=True)
+        except KafkaException:
+            self._forget_notes()
+
+    def _forget_notes(self) -> None:
+        for partition in self._owned.values():
+            partition.committed = (-1, "")
+
+    def _commit(self, partitions: Iterable[OpenCalls], wait: bool = False, held: bool = True) -> None:
         self._committed_s = time.monotonic()
         changed = []
         for partition in partitions:
-            now = partition.ledger.position, partition.ledger.note()
-            if now != partition.committed and now[0] >= 0:
+            now = partition.ledger.position, partition.ledger.note(held)
+            if now != partition.committed:
                 partition.committed = now
                 changed.append(TopicPartition(partition.topic, partition.number, now[0], now[1]))
         if changed and wait:
@@ -239,8 +228,7 @@ class QueueRunner:
     def _on_commit(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
         """What was not committed is with the next one; a member that was evicted hears of it by losing its partitions."""
         if error is not None:
-            for partition in self._owned.values():
-                partition.committed = (-1, "")
+            self._forget_notes()
 
     # -- the group ---------------------------------------------------------------------------------------------------
     def _on_assign(self, consumer: Consumer, places: list[TopicPartition]) -> None:
@@ -256,9 +244,9 @@ class QueueRunner:
             if 0 <= kept.offset < begin:
                 self.on_log(Line.of(_LOST.format(topic=place.topic, number=place.partition, count=begin - kept.offset), "error"))
             position = max(kept.offset, begin)
-            partition = self._owned[number] = _Partition(place.topic, place.partition, position, (kept.metadata or "") if position == kept.offset else "")
+            partition = self._owned[number] = OpenCalls(place.topic, place.partition, position, (kept.metadata or "") if position == kept.offset else "")
             begins.append(TopicPartition(place.topic, place.partition, position))
-            self.worker.own(number, partition.calls)
+            self.worker.own(number, partition.begun)
         consumer.incremental_assign(begins)
         if self._paused:
             consumer.pause(begins)
@@ -285,7 +273,7 @@ class QueueRunner:
             self.worker.disown(number, max(0.0, give_up - time.monotonic()))
         self._settle()
         try:
-            self._commit([self._owned[number] for number in numbers], wait=True)
+            self._commit([self._owned[number] for number in numbers], wait=True, held=False)
         except KafkaException as error:  # they are somebody's again, or the broker is away: what was answered is asked for once more
             self.on_log(Line.of(f"{self.config.workers_group}: what was answered last could not be noted: {error.args[0].str()}", "warning"))
         for number in numbers:

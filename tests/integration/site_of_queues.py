@@ -42,6 +42,20 @@ def send_mails(calls):
 def elsewhere(n: int) -> int: ...
 
 
+@kw.activity(queue=QUEUE, retry=kw.Retry(max_attempts=2, first=0.1, jitter=0))
+def kill() -> None:
+    note("kill", kw.activity_info().attempt)
+    os._exit(9)
+
+
+@kw.workflow
+def poison(_):
+    try:
+        yield kill()
+    except kw.ActivityError as error:
+        return error.type
+
+
 @kw.workflow
 def squares(opts):
     return (yield kw.all([square(n, opts.get("gate")) for n in opts["numbers"]]))

@@ -166,6 +166,25 @@ def test_a_call_that_nobody_waits_for_is_taken_back(site: Queues) -> None:
     site.wait(lambda: len(site.ran("cancelled")) == 2)
 
 
+def test_a_call_that_kills_its_worker_ends_with_its_attempts_and_the_others_are_done(site: Queues) -> None:
+    """K19: out of memory, say, or a crash in C; each worker in turn would die of it for ever."""
+    site.engine("one", MODULE)
+    for n in range(10):
+        site.start(f"w{n}", "squares", {"numbers": [n]})
+    site.start("poison", "poison", None)
+    site.environment["KWFLOW_INSTANCE_ID"] = "a"  # so that the next one need not wait for the session of the last
+    worker = site.worker("a")
+    while len(list(kafka_link.read(site.config, site.topic("result")))) < 11:
+        if worker.poll() is not None:
+            assert worker.returncode == 9 and len(site.ran("kill")) <= 4
+            worker = site.worker("a")
+        time.sleep(0.05)
+    assert site.results(11) == {"poison": "WorkerDied", **{f"w{n}": [n * n] for n in range(10)}}
+    attempts = Counter(words[2] for words in site.ran("kill"))
+    assert attempts.keys() == {"1", "2"} and max(attempts.values()) <= 2
+    assert worker.poll() is None
+
+
 def test_ten_calls_of_ten_workflows_are_one_batch(site: Queues) -> None:
     """Worker-BatchWorker.spec: `{jobBatchMaxTime: 120 s, jobBatchMinSize: 10}`, one call of the handler with exactly ten."""
     site.engine("one", MODULE)

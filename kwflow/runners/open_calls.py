@@ -1,0 +1,93 @@
+"""The calls of one partition of a queue that a worker has read and nobody has answered yet, and in which order they may begin.
+
+After a worker has died (`ledger.py`) one of those that it ran may be why.  So the next one begins a few at a time, each
+marked in the group before; whatever is marked when that one dies, too, is not begun a third time (K19).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kwflow.core.dispatch import Dispatch, encode, state_key
+from kwflow.runners.ledger import Ledger
+
+__all__ = ["AHEAD_MAX", "OpenCalls"]
+
+AHEAD_MAX = 1000  # calls that were read and are not answered; more than run at a time, so that what is taken back is read before it is begun
+_CAREFUL_MAX = 16  # calls that run at a time after a worker has died: so many others lose an attempt with the one that kills
+
+
+class _Calls:
+    """A Store of the calls that are open in one partition, for a Worker."""
+
+    def __init__(self) -> None:
+        self.entries: dict[bytes, bytes] = {}
+
+    def get(self, key: bytes) -> bytes | None:
+        return self.entries.get(key)
+
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        yield from ((key, self.entries[key]) for key in sorted(self.entries) if key.startswith(prefix) and key >= start)
+
+
+class OpenCalls:
+    """What was read of a partition, from when it became ours.
+
+    Invariant: a call of `offsets` (by workflow and ref) waits, or it is in `begun`, which a Worker takes from.
+    """
+
+    def __init__(self, topic: str, number: int, position: int, note: str) -> None:
+        self.topic = topic
+        self.number = number
+        self.ledger = Ledger(position, note)
+        self.committed: tuple[int, str] = (position, "")
+        self.begun = _Calls()
+        self.offsets: dict[tuple[str, str], list[int]] = {}  # an engine that is at-least-once hands a call out twice
+        self._waiting: dict[tuple[str, str], Dispatch] = {}
+        self._careful_until = position + AHEAD_MAX if self.ledger.died else 0
+
+    def open(self, call: Dispatch, offset: int) -> bool:
+        """Whether it may begin, when its turn comes; not what ran when two workers died."""
+        offsets = self.offsets.setdefault((call.workflow_id, call.ref), [])
+        offsets.append(offset)
+        may = not self.ledger.suspected(offset)
+        if may and len(offsets) == 1:
+            self._waiting[call.workflow_id, call.ref] = call
+        return may
+
+    def close(self, id: str, ref: str) -> bool:
+        """Whether it was open."""
+        offsets = self.offsets.pop((id, ref), [])
+        for offset in offsets:
+            self.ledger.finish(offset)
+        if offsets:
+            self._waiting.pop((id, ref), None)
+            self.begun.entries.pop(state_key(id, ref), None)
+            if not self.offsets:
+                self._careful_until = 0
+        return bool(offsets)
+
+    @property
+    def noted(self) -> bool:
+        """Whether the group knows that it is ours."""
+        return bool(self.committed[1])
+
+    @property
+    def careful(self) -> bool:
+        """Whether what may have killed the last worker is still among them."""
+        return self.ledger.position < self._careful_until
+
+    def begin(self) -> list[Dispatch]:
+        """Those that may begin now: with care only once they are noted."""
+        some = list(self._waiting.items())[: max(0, _CAREFUL_MAX - len(self.begun.entries)) if self.careful else None]
+        for id, call in some:
+            del self._waiting[id]
+            self.begun.entries[state_key(call.workflow_id, call.ref)] = encode(call)
+            if self.careful:
+                for offset in self.offsets[id]:
+                    self.ledger.suspect(offset)
+        return [call for _, call in some]
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(call.arguments) for call in self._waiting.values()) + sum(len(data) for data in self.begun.entries.values())

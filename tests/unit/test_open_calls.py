@@ -1,0 +1,73 @@
+"""Which calls of a queue may begin, after a worker has died (K19)."""
+
+from kwflow.core.dispatch import Dispatch
+from kwflow.runners.open_calls import AHEAD_MAX, OpenCalls
+
+
+def call(n: int) -> Dispatch:
+    return Dispatch(f"w{n}", f"{n}:1", "a", 1, f"{n}:1", b"{}")
+
+
+def calls(position: int, note: str, numbers: range) -> OpenCalls:
+    made = OpenCalls("q", 0, position, note)
+    for n in numbers:
+        if made.ledger.take(n):
+            made.open(call(n), n)
+    return made
+
+
+def names(begun: list[Dispatch]) -> list[str]:
+    return [one.workflow_id for one in begun]
+
+
+def test_all_begin_at_once_where_nobody_has_died() -> None:
+    fresh = calls(0, "", range(100))
+    assert not fresh.careful and len(fresh.begin()) == 100 and fresh.begin() == []
+    assert "!" not in fresh.ledger.note()
+
+
+def test_after_a_death_a_few_begin_at_a_time_and_each_is_marked_before() -> None:
+    careful = calls(0, calls(0, "", range(40)).ledger.note(), range(40))
+    first = names(careful.begin())
+    assert careful.careful and first == [f"w{n}" for n in range(16)] and careful.begin() == []
+    assert careful.ledger.note().count("!") == 16
+    careful.close("w3", "3:1")
+    assert names(careful.begin()) == ["w16"]
+    for n in range(17):
+        careful.close(f"w{n}", f"{n}:1")
+    assert len(careful.begin()) == 16
+    for n in range(17, 40):
+        careful.close(f"w{n}", f"{n}:1")
+    assert not careful.careful, "nothing that it may have been is left"
+    for n in range(40, 100):
+        careful.ledger.take(n)
+        careful.open(call(n), n)
+    assert len(careful.begin()) == 60
+
+
+def test_what_ran_at_a_second_death_does_not_begin_and_all_else_does() -> None:
+    first = calls(0, "", range(20))
+    first.begin()
+    second = calls(0, first.ledger.note(), range(20))
+    second.begin()
+    third = OpenCalls("q", 0, 0, second.ledger.note())
+    assert [n for n in range(20) if third.ledger.take(n) and not third.open(call(n), n)] == list(range(16))
+    assert names(third.begin()) == ["w16", "w17", "w18", "w19"]
+    assert third.close("w3", "3:1") and not third.close("w3", "3:1")
+
+
+def test_care_ends_behind_all_that_the_dead_worker_may_have_read() -> None:
+    careful = calls(0, "kwflow1 1 0 +", range(AHEAD_MAX + 1))
+    for n in range(AHEAD_MAX):
+        careful.begin()
+        careful.close(f"w{n}", f"{n}:1")
+        assert careful.careful == (n + 1 < AHEAD_MAX)
+
+
+def test_a_call_that_was_handed_out_twice_begins_once_and_both_records_are_done_with_its_answer() -> None:
+    """An engine that is at-least-once (Faust) writes it again after a crash."""
+    twice = OpenCalls("q", 0, 5, "")
+    for offset in (5, 6):
+        assert twice.ledger.take(offset) and twice.open(call(1), offset)
+    assert names(twice.begin()) == ["w1"] and twice.bytes > 0
+    assert twice.close("w1", "1:1") and twice.ledger.position == 7 and twice.bytes == 0
