@@ -28,7 +28,7 @@ __all__ = ["Calling", "gateway_url"]
 _RETRIED = (408, 425, 429)  # and 5xx: what another attempt may change (LR-8)
 _NO_GATEWAY = (
     "rest.call gives the service a URL to call back, and gateway_url is not set: set it to where the service reaches `kwflow gateway`, "
-    "under [app] in kwflow.toml or as KWFLOW_GATEWAY_URL; or say callback=False if the HTTP response is the answer"
+    "as `url` under [gateway] in kwflow.toml, or as KWFLOW_GATEWAY_URL; or say callback=False if the HTTP response is the answer"
 )
 _WAITS = ("token_wait", "answer", "attempt", "beat", "pause", "silence", "limit", "grace")  # in the order in which they are looked at: what the service says goes before timers
 

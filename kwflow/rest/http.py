@@ -153,10 +153,14 @@ def _response(where: str, response: Any, data: bytes | None, cookies: list[Cooki
 
 
 def _decoded(data: bytes, response: Any) -> Any:
-    """JSON, or text where the Content-Type says that it is something else.  Raises ValueError."""
-    kind = response.headers.get("content-type")
-    if kind is None or _is_json(kind):
-        return msgspec.json.decode(data)
+    """JSON; text where the Content-Type is text, or another one and it is no JSON: as the gateway takes callbacks.  Raises ValueError."""
+    kind = response.headers.get("content-type", "application/json")
+    if not kind.lower().startswith("text/"):
+        try:
+            return msgspec.json.decode(data)
+        except ValueError:
+            if _is_json(kind):
+                raise
     try:
         return data.decode(response.charset_encoding or "utf-8")
     except LookupError as error:

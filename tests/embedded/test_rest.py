@@ -1,17 +1,19 @@
-"""rest.call on the embedded engine as a process that is killed in the middle; the service and the gateway go on."""
+"""rest.call on the embedded engine as a process that is killed in the middle; the service and `kwflow gateway` go on."""
 
 import json
+import os
 import pathlib
 import signal
+import socket
+import subprocess
 import threading
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import unquote
 
+import httpx
 import pytest
 
-from tests.embedded.shell import Shell
+from tests.embedded.shell import ROOT, Shell
 from tests.spec import rest_service
 from tests.spec.rest_service import Answer, Asked, Service
 
@@ -26,24 +28,34 @@ def service() -> Iterator[Service]:
         yield made
 
 
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port: int = held.getsockname()[1]
+        return port
+
+
 @pytest.fixture
 def shell(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
-    """With a receiver of callbacks, as the gateway is one, that does not belong to the engine."""
+    """Engines are told where the gateway is before it runs."""
+    monkeypatch.setenv("KWFLOW_GATEWAY_URL", f"http://127.0.0.1:{free_port()}")
     shell = Shell(tmp_path / "state")
-
-    def receive(asked: Asked) -> Answer:
-        _, _, id, ref = asked.path.split("/")
-        shell("resume", unquote(id), unquote(ref), "--value", asked.data.decode() or "null")
-        return Answer(status=204)
-
-    with rest_service.serving(receive) as base:
-        monkeypatch.setenv("KWFLOW_GATEWAY_URL", base)
-        yield shell
-        shell.end()
+    yield shell
+    shell.end()
 
 
-def post(url: str, value: Any) -> None:
-    urllib.request.urlopen(urllib.request.Request(url, json.dumps(value).encode(), {"Content-Type": "application/json"}), timeout=60).close()
+def begin(shell: Shell, base: str) -> None:
+    """An engine, a gateway, and a workflow whose service is there."""
+    shell.engine(MODULE)
+    gateway = subprocess.Popen(shell.command("gateway", "--port", os.environ["KWFLOW_GATEWAY_URL"].rpartition(":")[2]), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    shell.engines.insert(0, gateway)
+    assert gateway.stderr is not None and "listens on" in gateway.stderr.readline()
+    shell("start", "w", "--workflow", "build", "--input", json.dumps(base))
+
+
+def post(url: str, value: Any) -> int:
+    """A callback; its status."""
+    return httpx.post(url, json=value, timeout=60, trust_env=False).status_code
 
 
 def waits(shell: Shell) -> list[dict[str, Any]]:
@@ -59,16 +71,16 @@ def killed(shell: Shell) -> None:
 
 def test_a_callback_that_comes_after_a_kill_finds_the_workflow_waiting(shell: Shell, service: Service) -> None:
     """LR-12, LR-17, LR-21: the engine is killed while the job runs, and again after a heartbeat."""
-    shell.engine(MODULE)
-    shell("start", "w", "--workflow", "build", "--input", json.dumps(service.base))
+    begin(shell, service.base)
     shell.until(lambda: service.asked and not any(wait["kind"] == "activity" for wait in waits(shell)))
     told = service.last("/build").body
     killed(shell)
     shell.engine(MODULE)
-    post(told["heartBeatUrl"], None)
+    assert post(told["heartBeatUrl"], None) == 204
     killed(shell)
     shell.engine(MODULE)
-    post(told["callbackUrl"], {"status": "SUCCESS", "revision": "r7"})
+    assert post(told["callbackUrl"], {"status": "SUCCESS", "revision": "r7"}) == 204
+    assert post(told["callbackUrl"], {"status": "SUCCESS", "revision": "r8"}) == 410
     shell.until(lambda: shell.records("workflow-result"))
     [line] = shell.records("workflow-result")
     assert json.loads(line.split(" ", 2)[2]) == {"response": {"status": "SUCCESS", "revision": "r7"}, "attempts": 1}
@@ -84,8 +96,7 @@ def test_a_request_that_was_under_way_is_sent_again_under_its_key_and_its_first_
         return Answer({"id": 7}, 202)
 
     service.answers["/build"] = slow
-    shell.engine(MODULE)
-    shell("start", "w", "--workflow", "build", "--input", json.dumps(service.base))
+    begin(shell, service.base)
     shell.until(lambda: len(service.asked) == 1)
     killed(shell)
     shell.engine(MODULE)
@@ -101,8 +112,7 @@ def test_a_request_that_was_under_way_is_sent_again_under_its_key_and_its_first_
 
 def test_a_cancel_procedure_goes_on_after_a_kill(shell: Shell, service: Service) -> None:
     """LR-16: the job is told to stop, the engine is killed, and the job's last word ends the wait."""
-    shell.engine(MODULE)
-    shell("start", "w", "--workflow", "build", "--input", json.dumps(service.base))
+    begin(shell, service.base)
     shell.until(lambda: service.asked and not any(wait["kind"] == "activity" for wait in waits(shell)))
     shell("cancel", "w")
     shell.until(lambda: "/cancel" in service.paths())

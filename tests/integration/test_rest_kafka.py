@@ -3,16 +3,18 @@
 import json
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from urllib.parse import unquote
 
 import pytest
 
-from tests.embedded.test_rest import post
-from tests.integration.site import Site
+from tests.embedded.test_rest import free_port, post
+from tests.integration.site import ROOT, Site
 from tests.spec import rest_service
-from tests.spec.rest_service import Answer, Asked
+from tests.spec.rest_service import Answer
 
 MODULE = str(pathlib.Path(__file__).parents[1] / "embedded/site_of_rest.py")
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -20,18 +22,15 @@ pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
 @pytest.fixture
 def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site]:
-    """With a receiver of callbacks, as the gateway is one."""
+    """With a gateway."""
     site = Site(broker, application, tmp_path)
-
-    def receive(asked: Asked) -> Answer:
-        _, _, id, ref = asked.path.split("/")
-        site.send(unquote(id), json.dumps({"ref": unquote(ref), "value": json.loads(asked.data)}))
-        return Answer(status=204)
-
-    with rest_service.serving(receive) as base:
-        site.environment["KWFLOW_GATEWAY_URL"] = base
-        yield site
-        site.end()
+    port = free_port()
+    site.environment["KWFLOW_GATEWAY_URL"] = f"http://127.0.0.1:{port}"
+    gateway = subprocess.Popen([sys.executable, "-m", "kwflow", "gateway", "--port", str(port)], env=site.environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    site.processes.append(gateway)
+    assert gateway.stderr is not None and "listens on" in gateway.stderr.readline()
+    yield site
+    site.end()
 
 
 def test_jobs_that_were_begun_by_a_killed_engine_call_back_to_its_heir(site: Site) -> None:
@@ -52,6 +51,6 @@ def test_jobs_that_were_begun_by_a_killed_engine_call_back_to_its_heir(site: Sit
         told = {asked.headers["idempotency-key"]: asked.body for asked in service.asked}
         assert len(told) == len(ids)
         for body in told.values():
-            post(body["callbackUrl"], {"status": "SUCCESS", "of": unquote(body["callbackUrl"].split("/")[4])})
+            assert 204 == post(body["callbackUrl"], {"status": "SUCCESS", "of": unquote(body["callbackUrl"].split("/")[4])})
         assert {id: json.loads(value)["response"]["of"] for id, value in site.read(site.topic("result"), len(ids))} == {id: id for id in ids}
         assert {asked.headers["idempotency-key"] for asked in service.asked} == set(told)

@@ -198,7 +198,10 @@ def test_a_callback_that_came_as_an_error_has_failed_and_success_is_not_asked(se
         (Answer(status=204), None),
         (Answer(b"", 201), None),
         (Answer("grüß".encode("latin-1"), headers={"Content-Type": "text/plain; charset=latin-1"}), "grüß"),
+        (Answer(b"17", headers={"Content-Type": "text/plain"}), "17"),
         (Answer(b"17", headers={"Content-Type": "application/problem+json"}), 17),
+        (Answer(b"17", headers={"Content-Type": "application/octet-stream"}), 17),
+        (Answer(b"<a/>", headers={"Content-Type": "application/xml"}), "<a/>"),
     ],
 )
 def test_without_a_callback_the_response_is_the_answer(service: Service, answer: Answer, response: Any) -> None:
@@ -497,7 +500,7 @@ def test_without_a_gateway_url_a_call_is_refused_with_the_remedy(service: Servic
     tester = WorkflowTester(flows.one)
     tester._workflows.config = tester.config.model_copy(update={"gateway_url": None})
     tester.start("w", {"base": service.base})
-    assert "gateway_url is not set: set it to where the service reaches `kwflow gateway`, under [app] in kwflow.toml or as KWFLOW_GATEWAY_URL" in tester.values("workflow-error")[0]
+    assert "gateway_url is not set: set it to where the service reaches `kwflow gateway`, as `url` under [gateway] in kwflow.toml, or as KWFLOW_GATEWAY_URL" in tester.values("workflow-error")[0]
 
 
 @pytest.mark.parametrize("url", ["flows.example", "ftp://flows.example", "https://", "https://flows.example?x=1"])
