@@ -5,17 +5,19 @@ A worker needs the modules of its activities, and of Kafka only the topics of it
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kwflow.activities import registered_activities
 from kwflow.config import Config
-from kwflow.errors import UsageError
+from kwflow.errors import TransportError, UsageError
 
 if TYPE_CHECKING:
     from kwflow.runners.kafka_queues import QueueRunner
 
-__all__ = ["queues_served", "run", "service"]
+__all__ = ["Lending", "queues_served", "run", "service"]
 
 
 def queues_served(names: Sequence[str] = ()) -> list[str]:
@@ -46,3 +48,57 @@ def run(config: Config, until: Callable[[], bool], queues: Sequence[str] = (), o
     Raises UsageError, and TransportError when it has to be started again.
     """
     service(config, queues_served(queues), on_log).run(until)
+
+
+class Lending:
+    """A queue whose calls others come and fetch, on a thread of this process; in a `with`, or `close` it.
+
+    One whose broker has gone begins again by itself; meanwhile there is nothing to fetch.
+    """
+
+    def __init__(self, config: Config, queue: str, on_log: Callable[[str], None] = print) -> None:
+        """Raises TransportError when topics are missing."""
+        from kwflow.runners.lent import Lent
+
+        self.queue = queue
+        self.lent = Lent()
+        self._config = config
+        self._on_log = on_log
+        self._stopped = threading.Event()
+        self._runner = self._made()
+        self._thread = threading.Thread(target=self._run, name=f"kwflow-lend-{queue}", daemon=True)
+        self._thread.start()
+
+    def _made(self) -> QueueRunner:
+        from kwflow.runners.kafka_queues import QueueRunner
+
+        return QueueRunner(self._config, [self.queue], lambda _: self.lent, self._on_log, care=False)
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._runner.run(self._stopped.is_set)
+            except TransportError as error:
+                self._on_log(f"queue {self.queue}: {error}; it is begun again")
+                while not self._stopped.wait(1):
+                    try:
+                        self._runner = self._made()
+                        break
+                    except TransportError:
+                        """Not yet."""
+
+    def finish(self, id: str, ref: str) -> None:
+        """This call was answered, or nobody waits for it any more."""
+        self.lent.done(id, ref)
+        self._runner.finish(id, ref)
+
+    def close(self) -> None:
+        """What is locked may still be answered, by any gateway."""
+        self._stopped.set()
+        self._thread.join(10)
+
+    def __enter__(self) -> Lending:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()

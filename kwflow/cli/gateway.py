@@ -25,6 +25,7 @@ def gateway(
     application_id: Application = None,
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on; default: every address with gateway_tokens, 127.0.0.1 without.")] = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any that is free; the log says which.")] = 8080,
+    queue: Annotated[list[str] | None, typer.Option("--queue", help="Lend the calls of this queue to workers that speak HTTP; Kafka only, may be given several times.")] = None,
     log_format: LogFormat = None,
     config: ConfigFile = None,
 ) -> None:
@@ -39,10 +40,12 @@ def gateway(
             raise
         raise UsageError(f"kwflow gateway needs {error.name}: pip install 'kwflow[gateway]'") from None
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, log_format=log_format)
+    if queue and embedded is not None:
+        raise UsageError("--queue is for Kafka: an embedded engine runs the activities of queues itself")
     log = log_of(settings)
     carry_logging(log)
     open_many_files()
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises once more what it was ended by, when all is done
         signal.signal(number, lambda *_: None)
     with ends_in_its_log(settings):
-        serve(settings, lambda: connect(settings, embedded), host or ("0.0.0.0" if settings.gateway_tokens else "127.0.0.1"), port, log)
+        serve(settings, lambda: connect(settings, embedded), host or ("0.0.0.0" if settings.gateway_tokens else "127.0.0.1"), port, log, list(dict.fromkeys(queue or ())))

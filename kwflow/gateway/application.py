@@ -11,7 +11,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
 
 from kwflow.errors import KwflowError, TransportError
-from kwflow.gateway import callbacks, messages, streams, workflows
+from kwflow.gateway import callbacks, messages, queues, streams, workflows
 from kwflow.gateway.gate import Gate
 from kwflow.gateway.problems import RequestError, problem_of
 from kwflow.gateway.requests import answer, refusal, service_of
@@ -55,7 +55,7 @@ def application(service: Service) -> ASGIApp:
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    routes = [Route("/health", _health), Route("/metrics", metrics), *workflows.ROUTES, *messages.ROUTES, *callbacks.ROUTES, *streams.ROUTES]
+    routes = [Route("/health", _health), Route("/metrics", metrics), *workflows.ROUTES, *messages.ROUTES, *callbacks.ROUTES, *queues.ROUTES, *streams.ROUTES]
     templates = {route.endpoint: route.path for route in routes}
     inner = Starlette(routes=routes, exception_handlers={KwflowError: _refused, HTTPException: _unrouted, Gone: _gone, Exception: _refused})
     inner.state.service = service

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, closing
 
 import uvicorn
 
@@ -18,6 +18,7 @@ from kwflow.config import Config
 from kwflow.errors import UsageError
 from kwflow.gateway.application import application
 from kwflow.gateway.service import Service
+from kwflow.worker import Lending
 
 __all__ = ["Server", "listening", "serve"]
 
@@ -66,9 +67,11 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(config: Config, connect: Callable[[], Client], host: str, port: int, log: Callable[[str], None]) -> None:
-    """Answer until SIGTERM.  Raises UsageError if it cannot listen there, TransportError if there is no broker (AF-6)."""
-    with closing(listening(host, port)) as sock, Service(config, connect) as service:
+def serve(config: Config, connect: Callable[[], Client], host: str, port: int, log: Callable[[str], None], queues: Iterable[str] = ()) -> None:
+    """Answer until SIGTERM, and lend the calls of these queues.  Raises UsageError if it cannot listen there, TransportError if there is no broker (AF-6), or a topic is missing."""
+    with ExitStack() as stack:
+        sock = stack.enter_context(closing(listening(host, port)))
+        service = stack.enter_context(Service(config, connect, [stack.enter_context(Lending(config, queue, log)) for queue in queues]))
         log(f"kwflow gateway listens on {_url(sock)}")
         if not config.gateway_tokens:
             log("everybody who reaches it may do everything: set gateway_tokens to ask for one")

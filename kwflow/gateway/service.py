@@ -7,6 +7,7 @@ that ends answers who waits, and a client whose link is lost is made anew.  It m
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from starlette.types import Receive
 from kwflow.client import Client, Future
 from kwflow.config import Config
 from kwflow.errors import OutcomeUnknown, TransportError, UsageError
+from kwflow.worker import Lending
 
 __all__ = ["Gone", "Service", "hung_up"]
 
@@ -33,8 +35,9 @@ class Gone(Exception):
 class Service:
     """One gateway's client and its waits.  Close it, or use it in a `with`; all else is called on the event loop."""
 
-    def __init__(self, config: Config, connect: Callable[[], Client]) -> None:
+    def __init__(self, config: Config, connect: Callable[[], Client], lendings: Iterable[Lending] = ()) -> None:
         self.config = config
+        self.lendings = {lending.queue: lending for lending in lendings}
         self.waiting = 0  # requests that are being answered; Invariant: <= config.gateway_waits_max
         self.ending = False
         self._connect = connect
@@ -101,7 +104,7 @@ class Service:
         await self.first(request, None, future)
         return future.result()
 
-    async def first(self, request: Request, seconds: float | None, *futures: Future[Any], ends: bool = False) -> bool:
+    async def first(self, request: Request, seconds: float | None, *futures: concurrent.futures.Future[Any], ends: bool = False) -> bool:
         """Whether one of them is done, within so long; with `ends`, before the gateway ends.  When the caller hangs up they are cancelled.  Raises Gone."""
         loop = asyncio.get_running_loop()
         released: asyncio.Future[None] = loop.create_future()
@@ -151,7 +154,7 @@ class Service:
         return future.result()
 
 
-def _cancel(futures: Iterable[Future[Any]]) -> None:
+def _cancel(futures: Iterable[concurrent.futures.Future[Any]]) -> None:
     """They are not waited for any more: the client forgets them."""
     for future in futures:
         future.cancel()

@@ -56,9 +56,10 @@ class QueueRunner:
     no later one, so that an answer which comes late meets nothing.
     """
 
-    def __init__(self, config: Config, names: Sequence[str], work: Callable[[Deliver], Worker], on_log: Callable[[str], None] = print, environment: Environment = LIVE) -> None:
+    def __init__(self, config: Config, names: Sequence[str], work: Callable[[Deliver], Worker], on_log: Callable[[str], None] = print, environment: Environment = LIVE, care: bool = True) -> None:
         self.config = config
         self.names = list(names)
+        self._care = care  # where calls run here, one of them may end this process
         self.on_log = on_log
         self.stats = Stats()
         self._count = itertools.count()
@@ -197,6 +198,15 @@ class QueueRunner:
         if partition is not None and partition.close(id, ref):
             self.stats.counts["answered"] += 1
 
+    def finish(self, id: str, ref: str) -> None:
+        """From any thread: somebody else has answered this call, or nobody waits for it any more."""
+
+        def close() -> None:
+            for number in self._owned:
+                self._close(number, id, ref)
+
+        self._delivered.put(close)
+
     def _settle(self) -> None:
         while not self._delivered.empty():
             self._delivered.get()()
@@ -244,7 +254,7 @@ class QueueRunner:
             if 0 <= kept.offset < begin:
                 self.on_log(Line.of(_LOST.format(topic=place.topic, number=place.partition, count=begin - kept.offset), "error"))
             position = max(kept.offset, begin)
-            partition = self._owned[number] = OpenCalls(place.topic, place.partition, position, (kept.metadata or "") if position == kept.offset else "")
+            partition = self._owned[number] = OpenCalls(place.topic, place.partition, position, (kept.metadata or "") if position == kept.offset else "", self._care)
             begins.append(TopicPartition(place.topic, place.partition, position))
             self.worker.own(number, partition.begun)
         consumer.incremental_assign(begins)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,7 @@ from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.gateway.server import Server, listening
 from kwflow.gateway.service import Service
+from kwflow.worker import Lending
 
 DEADLINE_S = 30
 
@@ -21,10 +22,10 @@ DEADLINE_S = 30
 class Serving:
     """Answers from its beginning to `close`; `http` is a client of it, `service` what is inside."""
 
-    def __init__(self, config: Config, connect: Callable[[], Client]) -> None:
+    def __init__(self, config: Config, connect: Callable[[], Client], lendings: Iterable[Lending] = ()) -> None:
         self.sock = listening("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
-        self.service = Service(config, connect)
+        self.service = Service(config, connect, lendings)
         self.server = Server(self.service)
         self._thread = threading.Thread(target=self.server.run, args=([self.sock],), daemon=True)
         self._thread.start()

@@ -1,0 +1,157 @@
+"""Calls of activities for workers that speak HTTP only: fetch and lock, then complete, fail or reject (ET-3..ET-19).
+
+An answer goes the way of every answer, through the client, so that 204 means it is committed, and any gateway takes it; who
+has the call locked is known to the one that handed it out.  That is `kwflow.worker.Lending`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from kwflow.core import queues
+from kwflow.errors import CommandError
+from kwflow.gateway.problems import RequestError
+from kwflow.gateway.requests import Options, Seconds, answer, body, no_body, options, segment, service_of
+from kwflow.worker import Lending
+
+__all__ = ["ROUTES"]
+
+_LOCK_S_MAX = 86_400
+_OVER = ("not_found", "unknown_ref")
+_Lock = Annotated[float, msgspec.Meta(gt=0, le=_LOCK_S_MAX)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+_Text = Annotated[str, msgspec.Meta(max_length=2_000)]
+
+
+class _Fetch(Options, frozen=True):
+    worker: _Name
+    max: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
+    lock: _Lock = 60
+    wait: Seconds = 0
+
+
+class _By(Options, frozen=True):
+    worker: _Name
+
+
+class _Locking(_By, frozen=True):
+    lock: _Lock = 60
+
+
+class _Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An attempt failed: it is tried again as the activity's `Retry` says, unless `final`."""
+
+    message: _Text
+    type: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] = "ActivityError"
+    details: Any = None
+    final: bool = False
+
+
+class _Rejected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An outcome that is no result, a kw.BusinessError at the yield: never tried again."""
+
+    code: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    message: _Text = ""
+    variables: Any = None
+
+
+def _lending(request: Request) -> Lending:
+    lendings, name = service_of(request).lendings, segment(request, "queue")
+    if name not in lendings:
+        raise RequestError("no_queue", f"queue {name[:249]!r}; here are: {', '.join(lendings) or 'none'}")
+    return lendings[name]
+
+
+async def _fetch(request: Request) -> Response:
+    """The calls, locked; an empty list when there was none within `wait` seconds."""
+    lending, asked, service = _lending(request), options(request, _Fetch), service_of(request)
+    give_up = time.monotonic() + service.seconds(asked.wait)
+    await no_body(request)
+    while True:
+        calls = lending.lent.fetch(asked.max, asked.worker, asked.lock)
+        left = give_up - time.monotonic()
+        if calls or left <= 0 or service.ending:
+            until_ms = (time.time_ns() // 1_000_000) + round(asked.lock * 1000)
+            shown = [msgspec.json.decode(queues.handed_out(call, service.config.resume_topic)) for call in calls]
+            return answer(200, [{**call, "locked_until": until_ms} for call in shown])
+        await service.first(request, left, lending.lent.arrival(), ends=True)
+
+
+def _mine(request: Request, lending: Lending, worker: str) -> tuple[str, str]:
+    """Workflow id and ref of a call that nobody else has.  Raises RequestError (ET-10, ET-11)."""
+    id, ref = segment(request, "id"), segment(request, "ref")
+    holder = lending.lent.holder(id, ref)
+    if holder not in (None, worker):
+        raise RequestError("locked", f"{ref} of {id} is locked by {holder}, not by {worker}")
+    return id, ref
+
+
+async def _answered(request: Request, payload: Any, failed: bool) -> Response:
+    """204 once it is committed; 404 if nobody waits for it any more."""
+    lending = _lending(request)
+    id, ref = _mine(request, lending, options(request, _By).worker)
+    client = await service_of(request).client()
+    try:
+        await service_of(request).reply(request, client.resume(id, ref, error=payload) if failed else client.resume(id, ref, payload))
+    except CommandError as error:
+        if error.status in _OVER or error.status == "held":
+            lending.finish(id, ref)
+        raise
+    lending.finish(id, ref)
+    return answer(204)
+
+
+async def _complete(request: Request) -> Response:
+    return await _answered(request, await body(request), False)
+
+
+async def _fail(request: Request) -> Response:
+    said = await _said(request, _Failed)
+    return await _answered(request, {"kind": "activity", **said}, True)
+
+
+async def _reject(request: Request) -> Response:
+    said = await _said(request, _Rejected)
+    return await _answered(request, {"kind": "business", **said}, True)
+
+
+async def _said(request: Request, kind: type[msgspec.Struct]) -> dict[str, Any]:
+    try:
+        return msgspec.structs.asdict(msgspec.json.decode(await body(request), type=kind))
+    except msgspec.ValidationError as error:
+        raise RequestError("bad_arguments", f"the body: {error}") from None
+
+
+async def _extend(request: Request) -> Response:
+    """From now on for so long; a lock that is over cannot be extended (ET-18)."""
+    lending, asked = _lending(request), options(request, _Locking)
+    id, ref = _mine(request, lending, asked.worker)
+    await no_body(request)
+    if not lending.lent.extend(id, ref, asked.worker, asked.lock):
+        raise RequestError("not_locked", f"{ref} of {id} is not locked by {asked.worker} (any more)")
+    return answer(200, {"locked_until": (time.time_ns() // 1_000_000) + round(asked.lock * 1000)})
+
+
+async def _release(request: Request) -> Response:
+    lending = _lending(request)
+    id, ref = _mine(request, lending, options(request, _By).worker)
+    await no_body(request)
+    lending.lent.release(id, ref)
+    return answer(204)
+
+
+_CALL = "/queues/{queue}/calls/{id}/{ref}"
+ROUTES = [
+    Route("/queues/{queue}/fetch", _fetch, methods=["POST"]),
+    Route(f"{_CALL}/complete", _complete, methods=["POST"]),
+    Route(f"{_CALL}/fail", _fail, methods=["POST"]),
+    Route(f"{_CALL}/reject", _reject, methods=["POST"]),
+    Route(f"{_CALL}/extend", _extend, methods=["POST"]),
+    Route(f"{_CALL}/release", _release, methods=["POST"]),
+]

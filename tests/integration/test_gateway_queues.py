@@ -1,0 +1,99 @@
+"""External tasks over HTTP: a gateway lends calls of a queue to workers that know neither Kafka nor Python (ET-3..ET-23)."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from kwflow.client import Client
+from kwflow.worker import Lending
+from tests.embedded.serving import Serving
+from tests.integration.test_queues import MODULE, Queues
+
+pytestmark = [pytest.mark.broker, pytest.mark.slow]
+
+
+@pytest.fixture
+def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Queues]:
+    site = Queues(broker, application, tmp_path)
+    site.config = site.config.model_copy(update={f"{name}_topic": site.topic(name) for name in ("resume", "result", "error", "scheduler")})
+    yield site
+    site.end()
+
+
+@contextlib.contextmanager
+def gateway(site: Queues) -> Iterator[Serving]:
+    with Lending(site.config, site.queue, lambda line: None) as lending, Serving(site.config, lambda: Client.kafka(site.config), [lending]) as serving:
+        yield serving
+
+
+def fetch(serving: Serving, queue: str, worker: str = "w", **options: Any) -> list[dict[str, Any]]:
+    answer = serving.http.post(f"/queues/{queue}/fetch", params={"worker": worker, **options})
+    assert answer.status_code == 200, answer.text
+    found: list[dict[str, Any]] = answer.json()
+    return found
+
+
+def call(queue: str, job: dict[str, Any], what: str) -> str:
+    return f"/queues/{queue}/calls/{quote(job['workflow_id'], safe='')}/{quote(job['ref'], safe='')}/{what}"
+
+
+def test_a_worker_fetches_locks_and_completes_fails_or_rejects(site: Queues) -> None:
+    """ET-1, ET-3, ET-10, ET-12, ET-13, ET-16, ET-21: 204 means that it is committed."""
+    site.engine("one", MODULE)
+    for id in ("a/1", "b", "c", "d"):
+        site.start(id, "foreign", 6)
+    with gateway(site) as serving:
+        jobs: dict[str, dict[str, Any]] = {}
+        while len(jobs) < 4:
+            jobs |= {job["workflow_id"]: job for job in fetch(serving, site.queue, max=10, wait=30, lock=600)}
+        assert {name: jobs["b"][name] for name in ("activity", "attempt", "arguments", "resume_topic")} == {
+            "activity": "elsewhere", "attempt": 1, "arguments": {"n": 6}, "resume_topic": site.topic("resume"),
+        }  # fmt: skip
+        assert fetch(serving, site.queue, worker="another") == []
+        stolen = serving.http.post(call(site.queue, jobs["b"], "complete"), params={"worker": "another"}, json=1)
+        assert (stolen.status_code, stolen.json()["code"]) == (409, "locked") and "is locked by w, not by another" in stolen.json()["detail"]
+        by = {"worker": "w"}
+        assert serving.http.post(call(site.queue, jobs["a/1"], "complete"), params=by, json=36).status_code == 204
+        assert serving.http.post(call(site.queue, jobs["b"], "fail"), params=by, json={"message": "none left", "type": "OutOfStock", "final": True}).status_code == 204
+        assert serving.http.post(call(site.queue, jobs["c"], "reject"), params=by, json={"code": "no", "message": "never"}).status_code == 204
+        again = serving.http.post(call(site.queue, jobs["a/1"], "complete"), params=by, json=2)
+        assert (again.status_code, again.json()["code"]) in ((404, "unknown_ref"), (404, "not_found"))
+        wrong = serving.http.post(call(site.queue, jobs["d"], "fail"), params=by, json={"final": True})
+        assert (wrong.status_code, wrong.json()["code"]) == (400, "bad_arguments") and "`message`" in wrong.json()["detail"]
+        extended = serving.http.post(call(site.queue, jobs["d"], "extend"), params={**by, "lock": 30})
+        assert extended.status_code == 200 and extended.json()["locked_until"] < jobs["d"]["locked_until"]
+        assert serving.http.post(call(site.queue, jobs["d"], "release"), params=by).status_code == 204
+        gone = serving.http.post(call(site.queue, jobs["d"], "extend"), params=by)
+        assert (gone.status_code, gone.json()["code"]) == (409, "not_locked")
+        [released] = fetch(serving, site.queue, worker="another", wait=10)
+        assert released["workflow_id"] == "d"
+        assert serving.http.post(call(site.queue, released, "complete"), params={"worker": "another"}, json=4).status_code == 204
+        assert serving.http.get("/workflows/c/outcome", params={"wait": 20}).json()["value"] == "BusinessError: no: never"
+        unknown = serving.http.post("/queues/nope/fetch", params=by)
+        assert (unknown.status_code, unknown.json()["code"]) == (404, "no_queue") and site.queue in unknown.json()["detail"]
+        assert serving.http.post(f"/queues/{site.queue}/fetch").status_code == 400
+    assert site.results(3) == {"a/1": 36, "b": ["OutOfStock", "none left"], "d": 4}
+
+
+def test_a_gateway_that_dies_leaves_what_is_open_to_the_next_and_any_gateway_takes_an_answer(site: Queues) -> None:
+    """ET-11: the answer of a worker that fetched from the first one counts; what it did not answer is fetched again, and nothing else."""
+    site.engine("one", MODULE)
+    for id in ("a", "b", "c"):
+        site.start(id, "foreign", 6)
+    with gateway(site) as first:
+        jobs: dict[str, dict[str, Any]] = {}
+        while len(jobs) < 3:
+            jobs |= {job["workflow_id"]: job for job in fetch(first, site.queue, max=10, wait=30, lock=600)}
+        assert first.http.post(call(site.queue, jobs["a"], "complete"), params={"worker": "w"}, json=1).status_code == 204
+    with gateway(site) as second:
+        assert second.http.post(call(site.queue, jobs["b"], "complete"), params={"worker": "w"}, json=2).status_code == 204
+        found: list[str] = []
+        while "c" not in found:
+            found += [job["workflow_id"] for job in fetch(second, site.queue, worker="another", max=10, wait=30)]
+        assert "a" not in found
+        assert second.http.post(call(site.queue, jobs["c"], "complete"), params={"worker": "another"}, json=3).status_code == 204
+    assert site.results(3) == {"a": 1, "b": 2, "c": 3}
