@@ -26,6 +26,7 @@ from kwflow.errors import NotDurableError, UsageError
 __all__ = ["Calls", "timer_key"]
 
 _Wait = TypeVar("_Wait", bound=Suspension)
+_OF_A_START = ("kwflow-workflow", "kwflow-start-id")  # an author may start workflows, of this application or of another one
 _AHEAD_MS_MAX = 3_600_000  # K13: Kafka 4 refuses what lies further ahead
 
 
@@ -252,9 +253,9 @@ class Calls:
             raise TypeError(f"a record key is str or bytes, not {type(key).__name__}")
         if timestamp_ms is not None and (not isinstance(timestamp_ms, int) or not 0 <= timestamp_ms <= self.context.received_ms + _AHEAD_MS_MAX):
             raise UsageError(f"timestamp_ms is a whole number of ms since 1970, at most an hour ahead, not {timestamp_ms!r}")
-        self.emit(topic, key_bytes, value, self.travelling + self._author_headers(topic, headers) if headers else self.travelling, timestamp_ms)
+        self.emit(topic, key_bytes, value, self.travelling + self._author_headers(headers) if headers else self.travelling, timestamp_ms)
 
-    def _author_headers(self, topic: str, headers: Any) -> wire.Headers:
+    def _author_headers(self, headers: Any) -> wire.Headers:
         try:
             pairs = [(name, value) for name, value in (headers.items() if isinstance(headers, Mapping) else headers)]
         except (TypeError, ValueError):
@@ -263,8 +264,7 @@ class Calls:
         for name, value in pairs:
             if not isinstance(name, str) or "\0" in name or name != name.encode("utf-8", "ignore").decode():  # librdkafka's binding ends the process, or the name
                 raise UsageError(f"header {name!r}: a name is text in UTF-8 without NUL")
-            engine = name.startswith("kwflow-")
-            if engine and not (topic == self.context.topics.resume and name in ("kwflow-workflow", "kwflow-start-id")):
+            if name.startswith("kwflow-") and name not in _OF_A_START:
                 raise UsageError(f"header {name!r}: kwflow-* headers belong to the engine")
             if value is not None and not isinstance(value, (str, bytes)):
                 raise TypeError(f"header {name!r} is str, bytes or None, not {type(value).__name__}")

@@ -313,3 +313,52 @@ def test_samples_import_only_public_kwflow(name: str) -> None:
         elif isinstance(node, ast.ImportFrom):
             assert (node.module or "").partition(".")[0] in sys.stdlib_module_names or (node.module, node.names[0].name) == ("kwflow", "rest")
     assert importlib.util.find_spec(f"workflows.{name}") is not None
+
+
+# -- two applications ----------------------------------------------------------------------------------------------------
+class Applications:
+    """Two testers; what one writes to the other's input topic is brought there, as by a broker."""
+
+    def __init__(self) -> None:
+        module = sample("two_applications")
+        self.orders, self.shipping = WorkflowTester(order=module.order), WorkflowTester(ship=module.ship)
+
+    def bring(self, times: int = 1) -> None:
+        for tester, topic, other in ((self.orders, "shipping-resume", self.shipping), (self.shipping, "orders-resume", self.orders)):
+            for output in [output for output in tester.outputs if output.topic == topic]:
+                for _ in range(times):
+                    other.send((output.key or b"").decode(), output.value, {name: (text or b"").decode() for name, text in output.headers})
+
+
+def test_an_order_is_shipped_by_the_other_application_and_hears_of_it() -> None:
+    """DO-1..DO-4, DO-6, X-1: no wait between the request and the wait for its answer."""
+    both = Applications()
+    both.orders.start("7", ["cup"], workflow="order")
+    both.bring()
+    assert both.shipping.waits("ship-7") and both.orders.waits("7")
+    both.shipping.command("ship-7", "signal", {"name": "handed over", "value": "P-1"})
+    both.bring()
+    assert both.orders.result("7") == "P-1"
+
+
+def test_a_request_that_comes_twice_starts_one_shipment_and_an_answer_that_comes_twice_counts_once() -> None:
+    """DO-3: the reference looks for a running instance first, and two workers may both find none (D2)."""
+    both = Applications()
+    both.orders.start("7", ["cup"], workflow="order")
+    both.bring(3)
+    both.shipping.command("ship-7", "signal", {"name": "handed over", "value": "P-1"})
+    both.bring(3)
+    assert both.orders.result("7") == "P-1" and len(both.shipping.values("workflow-result")) == 1
+    assert both.shipping.counts.count("started") == 1
+
+
+def test_what_shipping_refuses_or_never_answers_the_order_hears() -> None:
+    """DO-9, DO-10."""
+    both = Applications()
+    both.orders.start("7", [], workflow="order")
+    both.bring()
+    both.bring()
+    assert both.orders.result("7") == "not shipped: there is nothing to ship"
+    both.orders.start("8", ["cup"], workflow="order")
+    both.orders.finish("8")
+    assert "TimeoutError" in both.orders.values("workflow-error")[-1]
