@@ -111,7 +111,7 @@ class Client:
         self._lock = threading.RLock()
         self._requests: dict[str, Callable[[_Reply], None]] = {}
         self._waiters: dict[str, list[_Waiter[Any]]] = {}
-        self._subscribers: dict[str, list[Callable[[Outcome], None]]] = {}
+        self._subscribers: dict[str, list[tuple[Callable[[Outcome], None], Callable[[], None]]]] = {}
         self._open: set[Future[Any]] = set()
         self._deadlines: list[tuple[float, int, str | None, Future[Any], Exception]] = []
         self._count = itertools.count()
@@ -248,19 +248,22 @@ class Client:
         self._command(id, "fork", {"id": new_id}, future, lambda reply: self._settle(future, Run(**reply.value, new=True)), command_id, start_id)
         return future
 
-    def subscribe(self, id: str, callback: Callable[[Outcome], None]) -> Callable[[], None]:
-        """Call back, on the client's thread, with the outcome of every run of this id from now on, until the function that is returned is called."""
+    def subscribe(self, id: str, callback: Callable[[Outcome], None], missed: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        """Call back, on the client's thread, with the outcome of every run of this id from now on, until the function that is returned is called.
+
+        `missed` is called when some may have been missed: the topic was read from its end again, or the client brings nothing any more.
+        """
         key, followed = self._followed(id), self._future()
         self._link.follow(key, lambda: self._settle(followed, None))
         followed.result(self.config.command_timeout_s)
         with self._lock:
-            self._subscribers.setdefault(id, []).append(callback)
+            self._subscribers.setdefault(id, []).append((callback, missed))
 
         def unsubscribe() -> None:
             with self._lock:
                 callbacks = self._subscribers.get(id, [])
-                if callback in callbacks:
-                    callbacks.remove(callback)
+                if (callback, missed) in callbacks:
+                    callbacks.remove((callback, missed))
                 if not callbacks:
                     self._subscribers.pop(id, None)
 
@@ -442,11 +445,8 @@ class Client:
         for waiter in waiting:
             if waiter.start_id == outcome.start_id:
                 self._end(waiter, outcome)
-        for callback in callbacks:
-            try:
-                callback(outcome)
-            except Exception:  # it must not end this thread, which others wait on
-                logging.getLogger(__name__).exception("a subscriber of %s failed", outcome.id)
+        for callback, _ in callbacks:
+            _tell(outcome.id, lambda: callback(outcome))
         if not waiting and not callbacks:
             self.counts["foreign"] += 1
 
@@ -486,6 +486,13 @@ class Client:
                 waiter.missed = True
             else:
                 self._ask(waiter)
+        self._tell_missed()
+
+    def _tell_missed(self) -> None:
+        with self._lock:
+            followed = [(id, missed) for id, callbacks in self._subscribers.items() for _, missed in callbacks]
+        for id, missed in followed:
+            _tell(id, missed)
 
     def on_lost(self, error: Exception) -> None:
         with self._lock:
@@ -493,6 +500,15 @@ class Client:
             waiting = list(self._open)
         for future in waiting:
             self._fail(future, error)
+        self._tell_missed()
+
+
+def _tell(id: str, call: Callable[[], None]) -> None:
+    """A subscriber's code must not end this thread, which others wait on."""
+    try:
+        call()
+    except Exception:
+        logging.getLogger(__name__).exception("a subscriber of %s failed", id)
 
 
 def _signal(name: str, value: object, ttl: timedelta | float | None) -> dict[str, Any]:

@@ -36,9 +36,10 @@ def gateway(
     try:
         from kwflow.gateway.server import serve
     except ModuleNotFoundError as error:
-        if error.name not in _OPTIONAL:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _OPTIONAL:
             raise
-        raise UsageError(f"kwflow gateway needs {error.name}: pip install 'kwflow[gateway]'") from None
+        raise UsageError(f"kwflow gateway needs {missing}: pip install 'kwflow[gateway]'") from None
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, log_format=log_format)
     if queue and embedded is not None:
         raise UsageError("--queue is for Kafka: an embedded engine runs the activities of queues itself")

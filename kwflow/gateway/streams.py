@@ -34,7 +34,7 @@ _KNOWN = {"id", "ended"}
 
 
 class _Stream(Response):
-    """One caller and what it is yet to be told.  Invariant: all is called on the event loop but `on_outcome`."""
+    """One caller and what it is yet to be told.  Invariant: all is called on the event loop but `on_outcome` and `on_missed`."""
 
     media_type = "text/event-stream"
 
@@ -55,8 +55,15 @@ class _Stream(Response):
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Called on the client's thread."""
+        self._on_loop(self.tell, outcome)
+
+    def on_missed(self) -> None:
+        """Called on the client's thread: whoever connects again with `ended=true` is told what it was."""
+        self._on_loop(self.end)
+
+    def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and its callers with it
-            self._loop.call_soon_threadsafe(self.tell, outcome)
+            self._loop.call_soon_threadsafe(call, *arguments)
 
     def tell(self, outcome: Outcome) -> None:
         """Once for each run, though a query may tell of it and the topic, too."""
@@ -95,7 +102,7 @@ class _Stream(Response):
         """Each waits for the broker to say where a partition ends."""
         try:
             for id in self._ids:
-                self._unsubscribe.append(self._client.subscribe(id, self.on_outcome))
+                self._unsubscribe.append(self._client.subscribe(id, self.on_outcome, self.on_missed))
         except TimeoutError:
             raise TransportError(f"{id} could not be followed within {self._service.config.command_timeout_s:g} s") from None
 
@@ -126,7 +133,6 @@ class _Stream(Response):
                 async with asyncio.timeout(PING_S):
                     await self._changed.wait()
             except TimeoutError:
-                self._over = self._client.lost is not None  # it hears of nothing any more; who connects again has another one
                 return b": ping\n\n"
         event = self._unread.popleft() if self._unread else b""
         self._size -= len(event)

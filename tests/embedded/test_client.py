@@ -39,6 +39,11 @@ def ask(o):
 def called(o):
     return (yield kw.suspend("callback-/x"))
 
+def parks(o):
+    yield kw.suspend("callback-1")
+    held = open("/dev/null")
+    yield kw.suspend("callback-2")
+
 def fail(o):
     raise ValueError("bad")
 
@@ -67,7 +72,7 @@ def check(value):
     if value < 0:
         raise ValueError("negative")
 """
-NAMES = ("greet", "ask", "called", "fail", "big", "prices", "typed")
+NAMES = ("greet", "ask", "called", "parks", "fail", "big", "prices", "typed")
 pytestmark = pytest.mark.slow
 
 

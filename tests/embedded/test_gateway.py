@@ -195,6 +195,26 @@ def test_a_signal_that_starts_is_one_start_when_it_is_repeated(http: httpx.Clien
     assert (shown["status_value"], shown["mailbox"], shown["start_id"]) == ({"asked": "why"}, {"signal": {"s": 1}}, "k")
 
 
+def test_a_signal_with_start_reaches_a_run_that_was_started_otherwise(http: httpx.Client) -> None:
+    """Its key names the run only if it starts one."""
+    http.post("/workflows/w", params={"workflow": "ask", "start_id": "s"})
+    assert http.post("/workflows/w/signals/s", params={"start": ""}, json=1, headers={"Idempotency-Key": "k"}).status_code == 204
+    assert (http.get("/workflows/w").json()["start_id"], http.get("/workflows/w").json()["mailbox"]) == ("s", {"signal": {"s": 1}})
+
+
+def test_what_is_sent_to_a_parked_workflow_is_kept_and_told_as_that(make: Callable[..., Serving], hosted: Hosted) -> None:
+    """K17: 423, and 202 for a callback, whose sender has nothing to do any more."""
+    http = make().http
+    http.post("/workflows/w", params={"workflow": "parks"})
+    held = http.post("/callbacks/w/callback-1")
+    assert (held.status_code, held.json()) == (202, {"id": "w", "status": "held"})
+    assert http.post("/callbacks/w/callback-2").status_code == 202
+    refused = http.post("/workflows/w/refs/callback-2")
+    assert (refused.status_code, said(refused)["code"]) == (423, "held") and "do not repeat it" in said(refused)["remedy"]
+    asked = http.get("/workflows/w/outcome", params={"wait": 0.05})
+    assert (asked.status_code, asked.json()["status"]) == (202, "parked")
+
+
 def test_an_error_may_answer_a_wait(http: httpx.Client) -> None:
     begun = http.post("/workflows/w", params={"workflow": "ask"})
     assert http.post("/workflows/w/refs/answer", params={"error": "true"}, json={"code": 7}).status_code == 204
@@ -287,19 +307,18 @@ def test_a_stream_on_which_nothing_comes_is_pinged_and_forgotten_when_its_caller
     until(lambda: not client._subscribers and not serving.service.waiting)
 
 
-def test_a_stream_ends_with_its_gateway_and_with_the_link_of_its_client(make: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_ends_with_its_gateway_and_when_its_client_may_have_missed_something(make: Callable[..., Serving]) -> None:
     """Its caller connects again: elsewhere, or to a client that hears something."""
-    serving = make()
-    stream = Stream(serving, "a")
-    serving.end()
-    assert stream.next() is None
-    monkeypatch.setattr(streams, "PING_S", 0.01)
-    other = make()
-    stream = Stream(other, "a")
+    serving, other = make(), make()
+    callers = [Stream(serving, "a"), Stream(other, "a")]
+    other.service._client.on_gap()
+    assert callers[1].next() is None
+    callers.append(Stream(other, "a"))
     other.service._client.on_lost(TransportError("the broker has gone"))
-    found = stream.next()
-    while found is not None:
-        found = stream.next()
+    assert callers[2].next() is None
+    assert callers[0].events.empty()
+    serving.end()
+    assert callers[0].next() is None
 
 
 def test_a_caller_that_does_not_read_is_let_go_before_it_costs_more_than_its_share(make: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pathlib
 import re
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -109,6 +110,13 @@ def test_with_tokens_it_listens_on_every_address_and_without_on_this_machine_s(g
         assert address in said
         assert http.get("/workflows/w").status_code == status
         assert http.get("/workflows/w", headers={"Authorization": f"Bearer {token}"}).status_code == 404
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    for module in ("starlette", "uvicorn"):
+        code = f"import sys; sys.modules[{module!r}] = None; sys.argv[1:] = ['gateway']; from kwflow.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (2, f"kwflow: kwflow gateway needs {module}: pip install 'kwflow[gateway]'\n")
 
 
 def test_an_address_that_is_taken_is_wrong_usage(gateways: Gateways) -> None:
