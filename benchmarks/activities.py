@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.common import FIGURES, broker
-from kwflow import api, durable
+from kwflow import api, durable, worker
 from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
@@ -26,6 +26,16 @@ import kwflow as kw
 @kw.activity(name="bench_square")
 def square(n: int) -> int:
     return n * n
+
+@kw.activity(name="bench_elsewhere", queue="bench-queue")
+def elsewhere(n: int) -> int:
+    return n * n
+
+def queued(count):
+    total = 0
+    for n in range(count):
+        total += yield elsewhere(n)
+    return total
 
 def chain(count):
     total = 0
@@ -47,17 +57,14 @@ def parent(count):
     for n in range(count):
         yield kw.start_child("nothing", n)
 """
-WORKFLOWS = ("chain", "at_once", "listener", "nothing", "parent")
+WORKFLOWS = ("queued", "chain", "at_once", "listener", "nothing", "parent")
 CHAINS, LINKS, AT_ONCE, TRIPS = 500, 10, 1000, 100
 WAIT_S = 300
 
 
 def measured(client: Client, place: str, figures: dict[str, float]) -> None:
     """All of it, against a running engine."""
-    begun = time.perf_counter()
-    ended = [client.start_and_wait(f"chain-{n}", LINKS, workflow="chain", timeout=WAIT_S) for n in range(CHAINS)]
-    assert {future.result(WAIT_S) for future in ended} == {sum(n * n for n in range(LINKS))}
-    figures[f"{place} activities/s, {CHAINS} chains of {LINKS}"] = CHAINS * LINKS / (time.perf_counter() - begun)
+    figures[f"{place} activities/s, {CHAINS} chains of {LINKS}"] = chains(client, "chain")
     begun = time.perf_counter()
     client.start_and_wait("at-once", AT_ONCE, workflow="at_once", timeout=WAIT_S).result(WAIT_S)
     figures[f"{place} activities/s, {AT_ONCE} at once in one workflow"] = AT_ONCE / (time.perf_counter() - begun)
@@ -67,6 +74,14 @@ def measured(client: Client, place: str, figures: dict[str, float]) -> None:
     begun = time.perf_counter()
     client.start_and_wait("parent", TRIPS, workflow="parent", timeout=WAIT_S).result(WAIT_S)
     figures[f"{place} child start to result, ms"] = 1000 * (time.perf_counter() - begun) / TRIPS
+
+
+def chains(client: Client, workflow: str) -> float:
+    """Calls a second."""
+    begun = time.perf_counter()
+    ended = [client.start_and_wait(f"{workflow}-{n}", LINKS, workflow=workflow, timeout=WAIT_S) for n in range(CHAINS)]
+    assert {future.result(WAIT_S) for future in ended} == {sum(n * n for n in range(LINKS))}
+    return CHAINS * LINKS / (time.perf_counter() - begun)
 
 
 def trips(name: str, figures: dict[str, float], begin: Callable[[int], "concurrent.futures.Future[Any]"]) -> None:
@@ -109,11 +124,14 @@ def kafka(bootstrap: str, directory: pathlib.Path, figures: dict[str, float]) ->
     application = f"bench-{uuid.uuid4().hex[:6]}"
     named = {f"{topic}_topic": f"{application}-{topic}" for topic in ("resume", "result", "error", "scheduler", "reply")}
     config = Config(application_id=application, bootstrap_servers=bootstrap, state_dir=directory, **named)
-    topics.create(topics.admin(config), config, api.declared_topics(), 4, 1)
     workflows = _workflows()
+    topics.create(topics.admin(config), config, api.declared_topics(), 4, 1)
     runner = KafkaRunner(config, lambda incarnation: WorkflowProcessor(config, workflows, api.declared_topics(), incarnation), application, lambda _: None)
     with running(runner.run), Client.kafka(config) as client:
         measured(client, "Kafka", figures)
+        with running(lambda until: worker.run(config, until, on_log=lambda _: None)):
+            client.start_and_wait("joined", 1, workflow="queued", timeout=WAIT_S).result(WAIT_S)
+            figures[f"Kafka calls of a queue/s, engine and worker in one process, {CHAINS} chains of {LINKS}"] = chains(client, "queued")
 
 
 def measure(directory: pathlib.Path) -> None:
