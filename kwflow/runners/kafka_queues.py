@@ -7,6 +7,7 @@ a Worker (ports.py), which knows no log; nothing here blocks for longer than the
 
 from __future__ import annotations
 
+import functools
 import itertools
 import queue
 import time
@@ -27,6 +28,7 @@ from kwflow.runners.answers import failure_record
 from kwflow.runners.broker_errors import BrokerErrors, ending
 from kwflow.runners.environment import LIVE, Environment, made
 from kwflow.runners.instances import Instances
+from kwflow.runners.kafka_member import again
 from kwflow.runners.kafka_reading import gather
 from kwflow.runners.kafka_results import Results
 from kwflow.runners.logs import Line
@@ -67,6 +69,7 @@ class QueueRunner:
         self._delivered: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what is to be done on our thread, as something is in the log
         self._joined = self._paused = False
         self._committed_s = 0.0
+        self._environment = environment
         self._admin = topics.admin(config, environment)
         sizes = topics.sizes(topics.settings_of(self._admin, [config.resume_topic, config.dead_letter_topic]).values())
         self._results = Results(config, config.resume_topic, environment, sizes["batch_size"])
@@ -74,7 +77,8 @@ class QueueRunner:
         self.worker = work(self._deliver)
         settings: dict[str, Any] = {
             "group_id": config.workers_group, "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest",
-            "partition_assignment_strategy": "cooperative-sticky", "session_timeout_ms": 6000, "fetch_queue_backoff_ms": 10, "topic_metadata_propagation_max_ms": topics.TOPIC_MS,
+            "partition_assignment_strategy": "cooperative-sticky", "session_timeout_ms": 6000, "enable_partition_eof": True, "fetch_queue_backoff_ms": 10,
+            "topic_metadata_propagation_max_ms": topics.TOPIC_MS,
         }  # fmt: skip
         if config.instance_id is not None:  # as of an engine (K1): who is started again has its partitions at once
             settings["group_instance_id"] = f"{config.workers_group}-{config.instance_id}-{config.process}"
@@ -126,6 +130,10 @@ class QueueRunner:
             number = next((number for number, mine in self._owned.items() if (mine.topic, mine.number) == (record.topic, record.partition)), None)
             if number is not None:  # else it was fetched before the partition left
                 self._read(number, self._owned[number], record)
+        elif error.code() == KafkaError._PARTITION_EOF:
+            for mine in self._owned.values():
+                if (mine.topic, mine.number) == (message.topic(), message.partition()):
+                    mine.ledger.pass_marks(message.offset() or 0)
         elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
             self.on_log(f"{self.config.workers_group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
         elif not topics.transient(error):
@@ -243,14 +251,10 @@ class QueueRunner:
     # -- the group ---------------------------------------------------------------------------------------------------
     def _on_assign(self, consumer: Consumer, places: list[TopicPartition]) -> None:
         self._joined = True
-        known = {(place.topic, place.partition): place for place in consumer.committed(places, timeout=_ASK_S)} if places else {}
         begins = []
         for place in places:
-            kept = known[place.topic, place.partition]
-            if kept.error is not None:
-                raise KafkaException(kept.error)
+            kept, begin = again(self._environment, functools.partial(_kept, consumer, place))
             number = next(self._count)
-            begin, _ = consumer.get_watermark_offsets(place, timeout=_ASK_S)
             if 0 <= kept.offset < begin:
                 self.on_log(Line.of(_LOST.format(topic=place.topic, number=place.partition, count=begin - kept.offset), "error"))
             position = max(kept.offset, begin)
@@ -310,3 +314,11 @@ class QueueRunner:
 
     def ends_in_a_call(self) -> None:
         """Nothing is noted of what killed a worker: a call that does comes to an end with its attempts."""
+
+
+def _kept(consumer: Consumer, place: TopicPartition) -> tuple[TopicPartition, int]:
+    """What the group keeps of a partition, and where that begins.  Raises KafkaException."""
+    [kept] = consumer.committed([place], timeout=_ASK_S)
+    if kept.error is not None:
+        raise KafkaException(kept.error)
+    return kept, consumer.get_watermark_offsets(place, timeout=_ASK_S)[0]

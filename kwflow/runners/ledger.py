@@ -37,6 +37,10 @@ class Ledger:
         self._open[offset] = self.suspected(offset)  # it stays one until it is done
         return True
 
+    def pass_marks(self, end: int) -> None:
+        """All before this offset was read; the last of it may be marks of transactions, which are no records."""
+        self._next = max(self._next, end)
+
     def suspected(self, offset: int) -> bool:
         """Whether it ran, and was marked, when the writer of the note died."""
         return self.died and self._noted.get(offset, False)

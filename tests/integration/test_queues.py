@@ -74,6 +74,10 @@ class Queues(Site):
         return sorted(json.loads(record.value or b"{}")["workflow_id"] for record in records if ledgers[record.partition].take(record.offset))
 
 
+def _lag(metrics: bytes) -> float:
+    return sum(float(line.split()[-1]) for line in metrics.decode().splitlines() if line.startswith("kwflow_lag_records{"))
+
+
 def get(url: str) -> tuple[int, bytes]:
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
@@ -220,13 +224,16 @@ def test_what_is_no_call_is_a_dead_letter_and_what_is_another_applications_is_le
         site.producer.produce(site.queue, value, "w|1:1")
     assert site.producer.flush(20) == 0
     site.engine("one", MODULE)
-    worker = site.worker("a")
+    worker = site.worker("a", "--http", "127.0.0.1:0")
     site.start("w", "squares", {"numbers": [2]})
     assert site.results(1) == {"w": [4]}
     letters = list(kafka_link.read(site.config, site.config.dead_letter_topic))
     said = [dict(letter.headers) for letter in letters]
     assert [headers["kwflow-error-reason"] for headers in said] == [b"bad-job", b"bad-job"]
     assert {headers["kwflow-error-topic"] for headers in said} == {site.queue.encode()}
+    url = re.search(r"answered on port (\d+)", site.said("a"))
+    assert url is not None
+    site.wait(lambda: _lag(get(f"http://127.0.0.1:{url[1]}/metrics")[1]) == 0)  # the marks of the engine's transactions are no calls
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(30) == 0
     assert "1 answered, 2 dead-letter, 1 of-another-application, 1 taken" in site.said("a").splitlines()[-1]

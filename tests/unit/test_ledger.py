@@ -22,6 +22,20 @@ def test_the_position_stays_before_the_first_record_that_is_open() -> None:
     assert ledger.position == 14
 
 
+def test_marks_of_transactions_at_the_end_are_passed_when_it_is_reached() -> None:
+    """K18: retention deletes them, and a position before them would look as if calls had been lost."""
+    ledger = Ledger(10)
+    ledger.take(10)
+    ledger.pass_marks(12)
+    assert ledger.position == 10
+    ledger.finish(10)
+    assert ledger.position == 12
+    ledger.pass_marks(11)
+    assert ledger.position == 12
+    again = Ledger(12, ledger.note())
+    assert again.take(12)
+
+
 def test_what_is_done_behind_the_position_is_known_to_the_next_owner() -> None:
     """A call that takes an hour: all that were answered behind it would be done again after a crash."""
     ledger = Ledger(0)
