@@ -282,7 +282,10 @@ def activity(
         known = _activities.get(made.name)
         old = "@" in (target.__module__ or "")  # of code that is loaded beside the new: it adds, and replaces nothing
         if known is not None and not old and _place(known.function) != _place(target):
-            raise UsageError(f"two activities are named {made.name!r}: {_place(known.function)} and {_place(target)}; give one another name: @kw.activity(name=...)")
+            remedy = "give one another name: @kw.activity(name=...)"
+            if queue is not None and queue == known.queue:
+                remedy = f"what engines declare and what workers do for the queue {queue} belongs into two processes; here, and embedded, let one module import the activity of the other"
+            raise UsageError(f"two activities are named {made.name!r}: {_place(known.function)} and {_place(target)}; {remedy}")
         if known is None or not old:
             _activities[made.name] = made
         if queue is not None:
