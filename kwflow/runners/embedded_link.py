@@ -20,12 +20,14 @@ from kwflow.errors import TransportError
 from kwflow.ports import Listener
 from kwflow.runners.embedded import Embedded
 from kwflow.runners.embedded_state import STORE_ID, ends_of, read_only, records_of
-from kwflow.runners.socket import Follower, submit
+from kwflow.runners.groups import Group
+from kwflow.runners.socket import Follower, submit, submit_all
 
 __all__ = ["EmbeddedLink", "SocketLink"]
 
 _TICK_S = 0.2
 _AGAIN_S = 0.05
+_TOGETHER_MAX, _TOGETHER_BYTES_MAX = 200, 1_000_000  # records in one request: an engine does nothing else meanwhile
 _APPEND_S = 10.0  # how long a record is offered to an engine that is being started
 
 
@@ -116,18 +118,31 @@ class SocketLink(_Link):
         self._unsent.put((output, failed))
 
     def _send(self) -> None:
-        """In order; one whose answer was lost is written again, which its ids make harmless (M1.4)."""
+        """In order, and what is there in one request: each is on the disk before it is answered.  One whose answer was lost is written again, which its ids make harmless (M1.4)."""
         while (item := self._unsent.get()) is not None:
-            output, failed = item
-            give_up = time.monotonic() + _APPEND_S
-            while True:
-                try:
-                    submit(self._directory, output.topic, output.key, output.value, output.headers)
+            items, size = [item], len(item[0].value or b"")
+            while len(items) < _TOGETHER_MAX and size < _TOGETHER_BYTES_MAX and not self._unsent.empty():
+                item = self._unsent.get()
+                if item is None:
+                    self._unsent.put(None)
                     break
-                except TransportError as error:
-                    if time.monotonic() > give_up or self._stopped.wait(_AGAIN_S):
-                        failed(error)
-                        break
+                items.append(item)
+                size += len(item[0].value or b"")
+            try:
+                submit_all(self._directory, [Group((output,)) for output, _ in items])
+            except TransportError:  # of one of them, perhaps
+                give_up = time.monotonic() + _APPEND_S
+                for output, failed in items:
+                    self._send_one(output, failed, give_up)
+
+    def _send_one(self, output: Output, failed: Callable[[Exception], None], give_up: float) -> None:
+        while True:
+            try:
+                submit(self._directory, output.topic, output.key, output.value, output.headers)
+                return
+            except TransportError as error:
+                if time.monotonic() > give_up or self._stopped.wait(_AGAIN_S):
+                    return failed(error)
 
     def find(self, key: bytes) -> list[Record]:
         with contextlib.closing(read_only(self._directory)) as db:

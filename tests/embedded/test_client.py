@@ -121,6 +121,17 @@ def test_each_of_50_callers_gets_its_own_outcome(client: Client) -> None:
     assert [future.result(30)["message"] for future in futures] == [f"Hello John{n}!" for n in range(50)]
 
 
+def test_what_a_client_sends_at_once_comes_in_its_order_and_each_is_answered(client: Client) -> None:
+    """M1.4, G2: through the socket many of them are one request."""
+    client.start("p", workflow="prices").result(20)
+    updates = [client.update("p", "price", n if n % 50 else -1) for n in range(500)]
+    said = [update.exception(30) or update.result() for update in updates]
+    assert [n for n, answer in enumerate(said) if isinstance(answer, CommandError)] == list(range(0, 500, 50))
+    assert [answer for answer in said if not isinstance(answer, CommandError)] == [{"was": n} for n in range(500) if n % 50]
+    client.signal("p", "stop", "end").result(20)
+    assert client.result("p").result(20) == "end"
+
+
 def test_three_clients_each_receive_their_own(make: Make) -> None:
     """A2, A6."""
     clients = [make() for _ in range(3)]
