@@ -7,7 +7,6 @@ a Worker (ports.py), which knows no log; nothing here blocks for longer than the
 
 from __future__ import annotations
 
-import functools
 import itertools
 import queue
 import time
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from kwflow.config import Config
 from kwflow.core import queues
@@ -28,7 +27,6 @@ from kwflow.runners.answers import failure_record
 from kwflow.runners.broker_errors import BrokerErrors, ending
 from kwflow.runners.environment import LIVE, Environment, made
 from kwflow.runners.instances import Instances
-from kwflow.runners.kafka_member import again
 from kwflow.runners.kafka_reading import gather
 from kwflow.runners.kafka_results import Results
 from kwflow.runners.logs import Line
@@ -45,6 +43,12 @@ _WAIT_S = 0.05
 _COMMIT_S = 1.0
 _ASK_S = 10
 _LOST = "calls in {topic}[{number}] were deleted by retention before a worker read them, {count} records; their workflows wait until their time-outs: give the topic a longer retention.ms"
+_ANEW = "{topic}[{number}] begins anew, at {offset}: it was deleted and created again; what was open of it before, and is not begun, is dropped, and its workflows wait until their time-outs"
+
+
+def _passing(error: KafkaError) -> bool:
+    """Whether the same is worth asking again: what is the client's own (a connection that is lost) passes, as long as the client lives."""
+    return topics.transient(error) or (error.code() < 0 and not error.fatal())
 
 
 class _Answer(msgspec.Struct):
@@ -66,10 +70,10 @@ class QueueRunner:
         self.stats = Stats()
         self._count = itertools.count()
         self._owned: dict[int, OpenCalls] = {}
+        self._assigned: list[TopicPartition] = []  # not owned yet
         self._delivered: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what is to be done on our thread, as something is in the log
         self._joined = self._paused = False
         self._committed_s = 0.0
-        self._environment = environment
         self._admin = topics.admin(config, environment)
         sizes = topics.sizes(topics.settings_of(self._admin, [config.resume_topic, config.dead_letter_topic]).values())
         self._results = Results(config, config.resume_topic, environment, sizes["batch_size"])
@@ -103,6 +107,8 @@ class QueueRunner:
     def turn(self) -> None:
         """Read what there is room for, run it, and note what was answered."""
         self.stats.turned_s = time.monotonic()
+        if self._assigned:
+            self._take_over()
         self._make_room()
         if not all(partition.noted for partition in self._owned.values()):
             self._note(self._owned.values())
@@ -129,6 +135,7 @@ class QueueRunner:
             record = record_of(message)
             number = next((number for number, mine in self._owned.items() if (mine.topic, mine.number) == (record.topic, record.partition)), None)
             if number is not None:  # else it was fetched before the partition left
+                number = self._begun_anew(number, record)
                 self._read(number, self._owned[number], record)
         elif error.code() == KafkaError._PARTITION_EOF:
             for mine in self._owned.values():
@@ -138,6 +145,16 @@ class QueueRunner:
             self.on_log(f"{self.config.workers_group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
         elif not topics.transient(error):
             raise ending(self.config.workers_group, error)
+
+    def _begun_anew(self, number: int, record: Record) -> int:
+        """A topic that was deleted and made again: what is known of its offsets would pass over calls that nobody has done."""
+        partition = self._owned[number]
+        if not partition.ledger.behind(record.offset):
+            return number
+        self.on_log(Line.of(_ANEW.format(topic=record.topic, number=record.partition, offset=record.offset), "warning"))
+        self.worker.disown(number)
+        del self._owned[number]
+        return self._own(TopicPartition(record.topic, record.partition, record.offset), "")
 
     def _read(self, number: int, partition: OpenCalls, record: Record) -> None:
         if not partition.ledger.take(record.offset):
@@ -250,23 +267,58 @@ class QueueRunner:
 
     # -- the group ---------------------------------------------------------------------------------------------------
     def _on_assign(self, consumer: Consumer, places: list[TopicPartition]) -> None:
+        """Its begin is looked up in the next turn.
+
+        1. a broker stops, and its members share the partitions anew
+        2. what it is asked in here fails, and goes through the client's C code, behind which it is nothing that an `except` takes
+        3. the thread of this loop is gone, and nothing was said
+        """
         self._joined = True
-        begins = []
-        for place in places:
-            kept, begin = again(self._environment, functools.partial(_kept, consumer, place))
-            number = next(self._count)
+        where = [TopicPartition(place.topic, place.partition, OFFSET_BEGINNING) for place in places]
+        consumer.incremental_assign(where)
+        if where:
+            consumer.pause(where)  # and resumed: the client keeps it paused for its next owner, which we may be
+        self._assigned += where
+
+    def _take_over(self) -> None:
+        """What was assigned, from where the group stands.  What the broker does not tell now is asked again in the next turn."""
+        places = [TopicPartition(place.topic, place.partition) for place in self._assigned]
+        try:
+            known = {(place.topic, place.partition): place for place in self._consumer.committed(places, timeout=_ASK_S)}
+            begins = [self._consumer.get_watermark_offsets(place, timeout=_ASK_S)[0] for place in places]
+            failed = next((place.error for place in known.values() if place.error is not None), None)
+            if failed is not None:
+                raise KafkaException(failed)
+            for place, begin in zip(places, begins, strict=True):
+                kept = known[place.topic, place.partition]
+                place.offset = max(kept.offset, begin)
+                self._consumer.seek(place)
+        except KafkaException as error:
+            if not _passing(error.args[0]):
+                raise
+            return
+        self._assigned = []
+        for place, begin in zip(places, begins, strict=True):
+            kept = known[place.topic, place.partition]
             if 0 <= kept.offset < begin:
                 self.on_log(Line.of(_LOST.format(topic=place.topic, number=place.partition, count=begin - kept.offset), "error"))
-            position = max(kept.offset, begin)
-            partition = self._owned[number] = OpenCalls(place.topic, place.partition, position, (kept.metadata or "") if position == kept.offset else "", self._care)
-            begins.append(TopicPartition(place.topic, place.partition, position))
-            self.worker.own(number, partition.begun)
-        consumer.incremental_assign(begins)
-        if self._paused:
-            consumer.pause(begins)
+            self._own(place, (kept.metadata or "") if place.offset == kept.offset else "")
+        if not self._paused:
+            self._consumer.resume(places)
+
+    def _own(self, place: TopicPartition, note: str) -> int:
+        number = next(self._count)
+        partition = self._owned[number] = OpenCalls(place.topic, place.partition, place.offset, note, self._care)
+        self.worker.own(number, partition.begun)
+        return number
 
     def _on_revoke(self, consumer: Consumer, places: list[TopicPartition]) -> None:
         self._give_back(self._numbers(places), self.config.activity_grace_s)
+        self._unassign(consumer, places)
+
+    def _unassign(self, consumer: Consumer, places: list[TopicPartition]) -> None:
+        left = {(place.topic, place.partition) for place in places}
+        self._assigned = [place for place in self._assigned if (place.topic, place.partition) not in left]
         consumer.incremental_unassign(places)
 
     def _on_lost(self, consumer: Consumer, places: list[TopicPartition]) -> None:
@@ -274,7 +326,7 @@ class QueueRunner:
         for number in self._numbers(places):
             del self._owned[number]
             self.worker.disown(number)
-        consumer.incremental_unassign(places)
+        self._unassign(consumer, places)
 
     def _numbers(self, places: list[TopicPartition]) -> list[int]:
         left = {(place.topic, place.partition) for place in places}
@@ -314,11 +366,3 @@ class QueueRunner:
 
     def ends_in_a_call(self) -> None:
         """Nothing is noted of what killed a worker: a call that does comes to an end with its attempts."""
-
-
-def _kept(consumer: Consumer, place: TopicPartition) -> tuple[TopicPartition, int]:
-    """What the group keeps of a partition, and where that begins.  Raises KafkaException."""
-    [kept] = consumer.committed([place], timeout=_ASK_S)
-    if kept.error is not None:
-        raise KafkaException(kept.error)
-    return kept, consumer.get_watermark_offsets(place, timeout=_ASK_S)[0]

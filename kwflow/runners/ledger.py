@@ -41,6 +41,10 @@ class Ledger:
         """All before this offset was read; the last of it may be marks of transactions, which are no records."""
         self._next = max(self._next, end)
 
+    def behind(self, offset: int) -> bool:
+        """Whether this record lies before what was read, or was done when we began: it is of another log."""
+        return offset < self._next
+
     def suspected(self, offset: int) -> bool:
         """Whether it ran, and was marked, when the writer of the note died."""
         return self.died and self._noted.get(offset, False)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from kwflow.config import Config
 from kwflow.runners import kafka_link
@@ -150,6 +151,42 @@ def test_a_worker_that_is_asked_to_end_lets_calls_finish_and_nothing_runs_twice(
     site.start("w2", "squares", {"numbers": [7]})
     assert site.results(2) == {"w": [1, 4, 9, 16, 25, 36], "w2": [49]}
     assert len(site.ran("square")) == 7
+
+
+def test_partitions_that_come_back_to_a_worker_that_had_too_much_are_read_again(site: Queues) -> None:
+    """M6.6: the client keeps paused what was paused when it left; the calls there waited for ever."""
+    site.environment["KWFLOW_ACTIVITY_GRACE_S"] = "0"
+    site.engine("one", MODULE)
+    site.worker("a")
+    site.start("w", "squares", {"numbers": list(range(1600)), "gate": "open"})
+    site.wait(lambda: len(site.ran("square")) == 64)
+    site.wait(lambda: len(list(kafka_link.read(site.config, site.queue))) == 1600)
+    second = site.worker("b")
+    site.wait(lambda: len(site.ran("square")) > 64)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(30) == 0
+    (site.directory / "open").touch()
+    assert site.results(1) == {"w": [n * n for n in range(1600)]}
+
+
+def test_calls_in_a_topic_that_was_made_again_are_run(site: Queues) -> None:
+    """What the group knows of the offsets of the one before would pass over them."""
+    site.engine("one", MODULE)
+    for n in range(8):
+        site.start(f"w{n}", "squares", {"numbers": [n, n, n, n]})
+    first = site.worker("a")
+    site.results(8)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(30) == 0
+    site.worker("b")
+    site.start("before", "squares", {"numbers": [1]})
+    site.results(9)
+    admin = AdminClient({"bootstrap.servers": site.broker, "log_level": 0})
+    admin.delete_topics([site.queue])[site.queue].result(20)
+    site.wait(lambda: site.queue not in admin.list_topics(timeout=10).topics)
+    site.run("topics", "create", MODULE, "--partitions", "4")
+    site.start("after", "squares", {"numbers": list(range(12))})
+    assert site.results(10)["after"] == [n * n for n in range(12)]
 
 
 def test_a_call_that_nobody_waits_for_is_taken_back(site: Queues) -> None:

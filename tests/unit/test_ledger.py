@@ -133,3 +133,11 @@ def test_nothing_open_is_lost_and_nothing_noted_is_done_again_whatever_happens(s
 def _todo(position: int, note: str, offsets: list[int]) -> list[int]:
     ledger = Ledger(position, note)
     return [offset for offset in offsets if offset >= position and ledger.take(offset)]
+
+
+def test_a_record_before_what_was_read_is_of_another_log() -> None:
+    """A topic that was deleted and made again begins at 0; what is known of its offsets would pass over calls."""
+    ledger = Ledger(20, "kwflow1 5 0,3 +")
+    assert ledger.behind(0) and ledger.behind(19) and not ledger.behind(20)
+    ledger.take(20)
+    assert ledger.behind(20) and not ledger.behind(21)
