@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -42,13 +43,14 @@ class Call:
     returns.  Each of both may be called on any thread.
     """
 
-    __slots__ = ("_answer", "_answered", "arguments", "info")
+    __slots__ = ("_answer", "_answered", "_lock", "arguments", "info")
 
     def __init__(self, arguments: Mapping[str, Any], info: Any, answer: Callable[[Any, BaseException | None], None]) -> None:
         self.arguments = arguments
         self.info = info
         self._answer = answer
         self._answered = False
+        self._lock = threading.Lock()
 
     def complete(self, value: Any = None) -> None:
         """Its result.  Raises UsageError when it was answered before."""
@@ -65,9 +67,10 @@ class Call:
         return self._answered
 
     def _once(self, value: Any, error: BaseException | None) -> None:
-        if self._answered:
+        with self._lock:
+            before, self._answered = self._answered, True
+        if before:
             raise UsageError(f"this call of {self.info.activity} (workflow {self.info.workflow_id}) was answered before")
-        self._answered = True
         self._answer(value, error)
 
     def __repr__(self) -> str:

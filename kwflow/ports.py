@@ -78,6 +78,9 @@ class Worker(Protocol):
     def turn(self) -> None:
         """Look after what runs, and take more from the stores if there is room; called a few times a second."""
 
+    def hurry(self) -> None:
+        """Nothing more comes until some of these are answered: what waits for more of its kind need not."""
+
     def disown(self, partition: int, grace_s: float = 0.0) -> None:
         """Start nothing more of it; what runs may end within the grace period."""
 

@@ -6,6 +6,7 @@ or queues: who calls, and when, is `dispatch.py`.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from kwflow.activities import Activity, ActivityInfo, failure_payload, running_a
 from kwflow.batches import Call
 from kwflow.core import wire
 from kwflow.core.dispatch import Dispatch
-from kwflow.errors import ActivityError
+from kwflow.errors import ActivityError, UsageError
 
 __all__ = ["calls_of", "carry_out", "conclude", "failure_record", "info_of", "result_record"]
 
@@ -94,4 +95,5 @@ def conclude(activity: Activity[Any, Any], calls: Sequence[Call], returned: Any)
         returned = ActivityError(f"the batch of activity {activity.name} returned {said}; it returns None, or a result or an exception for each call, in their order", "BadResult", final=True)
     for call, answer in zip(calls, [returned] * len(calls) if isinstance(returned, BaseException) else returned, strict=True):
         if not call.answered:
-            call.fail(answer) if isinstance(answer, BaseException) else call.complete(answer)
+            with contextlib.suppress(UsageError):  # a thread of the author's has answered it in this moment; the others still have none
+                call.fail(answer) if isinstance(answer, BaseException) else call.complete(answer)

@@ -30,6 +30,7 @@ _REMEDIES = {  # part of what OpenSSL says -> what it leaves out
 }
 _SETTINGS = {  # what the broker does not take of ours -> where that is set; starting again changes nothing
     KafkaError.INVALID_SESSION_TIMEOUT: '[kafka] "session.timeout.ms" has to be from the broker\'s group.min.session.timeout.ms to its group.max.session.timeout.ms',
+    KafkaError.OFFSET_METADATA_TOO_LARGE: "workers note there which calls are done: the broker's offset.metadata.max.bytes has to be 4096 or more",
     KafkaError.INVALID_TRANSACTION_TIMEOUT: 'make the broker\'s transaction.max.timeout.ms larger, or [kafka] "transaction.timeout.ms" smaller',
 }
 _OTHERS = {

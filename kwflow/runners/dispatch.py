@@ -30,6 +30,7 @@ _LEFT_BEHIND_S = 5.0  # so long a cancelled activity may go on before its slot i
 _LEFT_BEHIND_MAX = 256  # threads of such activities; with more, nothing new is started
 _LOOK_S = 0.2
 _READY_FACTOR = 8  # so many times the concurrency are kept ready, that no slot waits for the engine's next batch
+_BATCH_BYTES_MAX = 16_000_000  # of the arguments of a batch; with more it is begun before it is full
 _SAID_MAX = 2_000  # characters of an error in a log line
 _NEVER = float("inf")
 
@@ -87,13 +88,25 @@ class _Run:
 
 
 class _Gathered:
-    """Calls of an activity with a batch that are not enough for one yet; `due`: when they are one all the same."""
+    """Calls of an activity with a batch that are not enough for one yet; `due`: when they are one all the same.
 
-    __slots__ = ("due", "jobs")
+    They take no room in the window of what is ready: with few slots that is smaller than a batch, and other activities would wait for it.
+    """
+
+    __slots__ = ("bytes", "due", "jobs")
 
     def __init__(self, due: float) -> None:
         self.due = due
         self.jobs: list[_Job] = []
+        self.bytes = 0
+
+    def add(self, job: _Job) -> None:
+        self.jobs.append(job)
+        self.bytes += len(job.dispatch.arguments)
+
+    def remove(self, job: _Job) -> None:
+        self.jobs.remove(job)
+        self.bytes -= len(job.dispatch.arguments)
 
 
 class Dispatcher:
@@ -172,13 +185,27 @@ class Dispatcher:
 
     def turn(self) -> None:
         with self._changed:
-            for partition, item in self._backlog.take():
-                self._enqueue(partition, item)
-            self._start()
+            gathered = -1
+            while gathered < self._gathering:  # a batch has taken some, so that there is room for more
+                gathered = self._gathering
+                for partition, item in self._backlog.take():
+                    self._enqueue(partition, item)
+                self._start()
             now = self._threads.monotonic()
             if now - self._looked > _LOOK_S:
                 self._looked = now
                 self._look(now)
+
+    def hurry(self) -> None:
+        with self._changed:
+            if not self._running:
+                for gathered in self._gathered.values():
+                    gathered.due = 0.0
+                self._start()
+
+    @property
+    def _gathering(self) -> int:
+        return sum(len(gathered.jobs) for gathered in list(self._gathered.values()))
 
     @property
     def busy(self) -> int:
@@ -187,7 +214,7 @@ class Dispatcher:
 
     def counts(self) -> dict[str, int]:
         """How many in each state; from any thread."""
-        return {"running": self._running, "ready": self._backlog.ready, "left-behind": self._behind}
+        return {"running": self._running, "ready": self._backlog.ready + self._gathering, "left-behind": self._behind}
 
     # -- from the backlog to a slot ----------------------------------------------------------------------------------
     def _enqueue(self, partition: int, item: Dispatch) -> None:
@@ -205,8 +232,11 @@ class Dispatcher:
     def _unready(self, job: _Job) -> None:
         """Of one that is ready, or gathered for a batch."""
         gathered = self._gathered.get(job.dispatch.name)
-        (gathered.jobs if gathered is not None and job in gathered.jobs else self._ready).remove(job)
-        self._backlog.room(job.dispatch, -1)
+        if gathered is not None and job in gathered.jobs:
+            gathered.remove(job)
+        else:
+            self._ready.remove(job)
+            self._backlog.room(job.dispatch, -1)
         del self._jobs[job.id]
 
     def _withdraw(self, id: tuple[int, str, str]) -> None:
@@ -219,15 +249,12 @@ class Dispatcher:
             self._cancel(job)
 
     def _start(self) -> None:
-        now = self._threads.monotonic() if self._gathered else 0.0
-        for gathered in list(self._gathered.values()):
-            if gathered.jobs and now >= gathered.due:
-                self._begin_gathered(gathered)
+        self._begin_due()
         while self._ready and self._has_room:
             job = self._ready.popleft()
+            self._backlog.room(job.dispatch, -1)
             activity = job.activity = find_activity(job.dispatch.name)
             if activity is None:
-                self._backlog.room(job.dispatch, -1)
                 del self._jobs[job.id]
                 if job.dispatch.name not in self._unknown:
                     self._unknown.add(job.dispatch.name)
@@ -236,6 +263,7 @@ class Dispatcher:
                 self._begin(activity, [job])
             else:
                 self._gather(activity.batched, job)
+        self._begin_due()
 
     @property
     def _has_room(self) -> bool:
@@ -245,13 +273,19 @@ class Dispatcher:
         gathered = self._gathered.get(job.dispatch.name)
         if gathered is None or not gathered.jobs:
             gathered = self._gathered[job.dispatch.name] = _Gathered(self._threads.monotonic() + batch.within_s)
-        gathered.jobs.append(job)
-        if len(gathered.jobs) >= batch.size or not batch.within_s:
+        gathered.add(job)
+        if len(gathered.jobs) >= batch.size or gathered.bytes >= _BATCH_BYTES_MAX:
             self._begin_gathered(gathered)
+
+    def _begin_due(self) -> None:
+        now = self._threads.monotonic() if self._gathered else 0.0
+        for gathered in list(self._gathered.values()):
+            if gathered.jobs and now >= gathered.due:
+                self._begin_gathered(gathered)
 
     def _begin_gathered(self, gathered: _Gathered) -> None:
         if self._has_room:
-            jobs, gathered.jobs = gathered.jobs, []
+            jobs, gathered.jobs, gathered.bytes = gathered.jobs, [], 0
             self._begin(_of(jobs[0]), jobs)
 
     def _begin(self, activity: Activity[Any, Any], jobs: list[_Job]) -> None:
@@ -260,7 +294,6 @@ class Dispatcher:
         run = _Run(activity, jobs, self._threads.monotonic() + limit_s)
         for job in jobs:
             job.run = run
-            self._backlog.room(job.dispatch, -1)
         self._running += 1
         if activity.is_async if activity.batched is None else activity.batched.is_async:
             run.begun = self._loops.run(lambda: self._run_async(run), lambda: self._ended(run))

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from kwflow.activities import find_activity
 from kwflow.config import Config
 from kwflow.core import queues
 from kwflow.core.dispatch import Dispatch
@@ -30,7 +31,7 @@ from kwflow.runners.instances import Instances
 from kwflow.runners.kafka_reading import gather
 from kwflow.runners.kafka_results import Results
 from kwflow.runners.logs import Line
-from kwflow.runners.open_calls import AHEAD_MAX, OpenCalls
+from kwflow.runners.open_calls import AHEAD_MAX, ASIDE_MAX, OpenCalls
 from kwflow.runners.parked import dead_letter
 from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.topics import record_of
@@ -39,10 +40,13 @@ __all__ = ["QueueRunner"]
 
 _AHEAD_BYTES_MAX = 32_000_000
 _GATHER_MAX = 500
+_NOT_TAKEN = (KafkaError.OFFSET_METADATA_TOO_LARGE, KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.TOPIC_AUTHORIZATION_FAILED)  # of a commit: in the next turn neither
 _WAIT_S = 0.05
 _COMMIT_S = 1.0
 _ASK_S = 10
 _LOST = "calls in {topic}[{number}] were deleted by retention before a worker read them, {count} records; their workflows wait until their time-outs: give the topic a longer retention.ms"
+_UNKNOWN = "no activity {name} in this worker; a call of {id} and maybe others wait in the queue {queue} until it has a worker that knows it"
+_STANDS = "{queues}: no more calls are read, as {count} of activities that this worker does not know wait ({activities}); start it with the modules that have them"
 _ANEW = "{topic}[{number}] begins anew, at {offset}: it was deleted and created again; what was open of it before, and is not begun, is dropped, and its workflows wait until their time-outs"
 
 
@@ -73,6 +77,7 @@ class QueueRunner:
         self._assigned: list[TopicPartition] = []  # not owned yet
         self._delivered: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what is to be done on our thread, as something is in the log
         self._joined = self._paused = False
+        self._unknown: set[str] = set()
         self._committed_s = 0.0
         self._admin = topics.admin(config, environment)
         sizes = topics.sizes(topics.settings_of(self._admin, [config.resume_topic, config.dead_letter_topic]).values())
@@ -116,18 +121,23 @@ class QueueRunner:
             self._take(message)
         self._begin()
         self.worker.turn()
+        if self._paused or any(partition.held_back for partition in self._owned.values()):
+            self.worker.hurry()
         self._settle()
         if time.monotonic() - self._committed_s > _COMMIT_S:
             self._commit(self._owned.values())
 
     def _make_room(self) -> None:
         """Reading stops while too much is open; a consumer that is not asked at all would lose its partitions."""
-        ahead = sum(len(partition.offsets) for partition in self._owned.values())
-        full = ahead >= AHEAD_MAX or (ahead > 1 and sum(partition.bytes for partition in self._owned.values()) >= _AHEAD_BYTES_MAX)
+        aside = sum(len(partition.aside) for partition in self._owned.values())
+        ahead = sum(len(partition.offsets) for partition in self._owned.values()) - aside
+        full = ahead >= AHEAD_MAX or aside >= ASIDE_MAX or (ahead > 1 and sum(partition.bytes for partition in self._owned.values()) >= _AHEAD_BYTES_MAX)
         if full != self._paused:
             self._paused = full
             places = [TopicPartition(partition.topic, partition.number) for partition in self._owned.values()]
             self._consumer.pause(places) if full else self._consumer.resume(places)
+            if full and aside >= ASIDE_MAX:
+                self.on_log(Line.of(_STANDS.format(queues=", ".join(self.names), count=aside, activities=", ".join(sorted(self._unknown)[:9])), "error"))
 
     def _take(self, message: Message) -> None:
         error = message.error()
@@ -166,8 +176,12 @@ class QueueRunner:
             return self._refuse(partition, record, error)
         if isinstance(asked, Dispatch):
             self.stats.counts["taken"] += 1
-            if not partition.open(asked, record.offset):
+            known = not self._care or find_activity(asked.name) is not None
+            if not partition.open(asked, record.offset, known):
                 self._fail(number, asked)
+            elif not known and asked.name not in self._unknown and len(self._unknown) < AHEAD_MAX:
+                self._unknown.add(asked.name)
+                self.on_log(Line.of(_UNKNOWN.format(name=asked.name, id=asked.workflow_id, queue=record.topic), "warning"))
             return
         partition.ledger.finish(record.offset)
         if asked is None:
@@ -240,7 +254,9 @@ class QueueRunner:
         """Before what comes next.  What the group does not take now, as its members change, is noted in the next turn."""
         try:
             self._commit(partitions, wait=True)
-        except KafkaException:
+        except KafkaException as error:
+            if error.args[0].code() in _NOT_TAKEN:
+                raise
             self._forget_notes()
 
     def _forget_notes(self) -> None:

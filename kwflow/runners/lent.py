@@ -69,6 +69,9 @@ class Lent:
                     self._free[key] = None
             self._wake()
 
+    def hurry(self) -> None:
+        """Nothing waits for more here."""
+
     def disown(self, partition: int, grace_s: float = 0.0) -> None:
         """Whoever works on one of these may still answer it."""
         with self._lock:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from kwflow.core.dispatch import Dispatch, encode, state_key
 from kwflow.runners.ledger import Ledger
 
-__all__ = ["AHEAD_MAX", "OpenCalls"]
+__all__ = ["AHEAD_MAX", "ASIDE_MAX", "OpenCalls"]
 
 AHEAD_MAX = 1000  # calls that were read and are not answered; more than run at a time, so that what is taken back is read before it is begun
+ASIDE_MAX = 2000  # calls that were read and that this worker does not know; with more, what a note holds of those behind them would be too little
 _CAREFUL_MAX = 16  # calls that run at a time after a worker has died: so many others lose an attempt with the one that kills
 
 
@@ -33,7 +34,8 @@ class _Calls:
 class OpenCalls:
     """What was read of a partition, from when it became ours.
 
-    Invariant: a call of `offsets` (by workflow and ref) waits, or it is in `begun`, which a Worker takes from.
+    Invariant: a call of `offsets` (by workflow and ref) waits, or it is in `begun`, which a Worker takes from, or it is `aside`: its activity is
+    not known here, and whoever owns the partition next may know it.
     """
 
     def __init__(self, topic: str, number: int, position: int, note: str, care: bool = True) -> None:
@@ -43,17 +45,20 @@ class OpenCalls:
         self.committed: tuple[int, str] = (position, "")
         self.begun = _Calls()
         self.offsets: dict[tuple[str, str], list[int]] = {}  # an engine that is at-least-once hands a call out twice
+        self.aside: set[tuple[str, str]] = set()
         self._waiting: dict[tuple[str, str], Dispatch] = {}
         self._care = care and self.ledger.died
         self._careful_until = position + AHEAD_MAX if self._care else 0
 
-    def open(self, call: Dispatch, offset: int) -> bool:
+    def open(self, call: Dispatch, offset: int, known: bool = True) -> bool:
         """Whether it may begin, when its turn comes; not what ran when two workers died."""
         offsets = self.offsets.setdefault((call.workflow_id, call.ref), [])
         offsets.append(offset)
         may = not (self._care and self.ledger.suspected(offset))
-        if may and len(offsets) == 1:
+        if may and len(offsets) == 1 and known:
             self._waiting[call.workflow_id, call.ref] = call
+        elif may and not known:
+            self.aside.add((call.workflow_id, call.ref))
         return may
 
     def close(self, id: str, ref: str) -> bool:
@@ -63,6 +68,7 @@ class OpenCalls:
             self.ledger.finish(offset)
         if offsets:
             self._waiting.pop((id, ref), None)
+            self.aside.discard((id, ref))
             self.begun.entries.pop(state_key(id, ref), None)
             if not self.offsets:
                 self._careful_until = 0
@@ -88,6 +94,11 @@ class OpenCalls:
                 for offset in self.offsets[id]:
                     self.ledger.suspect(offset)
         return [call for _, call in some]
+
+    @property
+    def held_back(self) -> bool:
+        """Whether some of those that were read do not begin now."""
+        return bool(self._waiting)
 
     @property
     def bytes(self) -> int:

@@ -254,6 +254,22 @@ def test_a_worker_in_any_language_reads_a_topic_and_writes_a_record(site: Queues
     assert site.results(2) == {"w": 36, "x": ["OutOfStock", "none left"]}
 
 
+def test_calls_that_a_worker_does_not_know_keep_no_other_waiting_and_are_told_of(site: Queues) -> None:
+    """G3, docs/ACTIVITIES.md: they stay where they are until a worker is there that knows them."""
+    for n in range(1200):
+        job = {"resume_topic": site.topic("resume"), "workflow_id": f"u{n}", "ref": "1:1", "activity": "nowhere", "attempt": 1, "idempotency_key": f"u{n}|1:1", "arguments": {}}
+        site.producer.produce(site.queue, json.dumps(job), f"u{n}|1:1")
+    assert site.producer.flush(20) == 0
+    site.engine("one", MODULE)
+    worker = site.worker("a")
+    site.start("w", "squares", {"numbers": [2, 3, 4, 5]})
+    assert site.results(1) == {"w": [4, 9, 16, 25]}
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(30) == 0
+    assert site.said("a").count("no activity nowhere in this worker") == 1
+    assert len(site.open()) == 1200
+
+
 def test_what_is_no_call_is_a_dead_letter_and_what_is_another_applications_is_left_to_it(site: Queues) -> None:
     """G3."""
     other = {"resume_topic": "another", "workflow_id": "w", "ref": "1:1", "activity": "square", "attempt": 1, "idempotency_key": "w|1:1", "arguments": {"n": 1}}

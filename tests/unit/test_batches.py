@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import kwflow as kw
+from kwflow.runners.answers import conclude
 from kwflow.runners.threads import Threads
 from tests.unit.test_dispatch import Engine
 
@@ -29,8 +30,8 @@ class Stopped(Threads):
 class Batching(Engine):
     """An engine on a clock of its own, and the batches that it began."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, concurrency: int = 4) -> None:
+        super().__init__(concurrency)
         self.threads = Stopped()
         self.dispatcher._threads = self.threads
         self.dispatcher.own(0, self.store)
@@ -215,6 +216,73 @@ def test_an_async_batch_is_awaited(engine: Batching) -> None:
 
     engine.push(activity, 1, 2)
     assert [engine.answer("w1")["value"], engine.answer("w2")["value"]] == [2, 3]
+
+
+def test_a_batch_may_be_larger_than_what_few_slots_keep_ready() -> None:
+    """BW-1, BW-3: with one slot eight calls are ready, and a hundred may be asked for."""
+    engine = Batching(1)
+    activity = engine.activity(100, within=60)
+    engine.push(activity, *range(150))
+    engine.until(lambda: engine.batches)
+    assert engine.batches == [list(range(100))]
+    engine.answer("w99")
+    engine.until(lambda: engine.dispatcher.counts()["ready"] == 50)
+    engine.pass_s(61)
+    engine.answer("w149")
+    assert engine.batches[1:] == [list(range(100, 150))]
+    engine.dispatcher.close()
+
+
+def test_calls_that_wait_for_a_batch_keep_no_other_activity_waiting(engine: Batching) -> None:
+    """BW-2, BW-14: they filled what is kept ready, for as long as a batch may wait."""
+    engine.push(engine.activity(100, within=3600), *range(40))
+    engine.push(engine.activity(1), 50)
+    assert engine.answer("w50")["value"] == 500
+    engine.until(lambda: engine.dispatcher.counts()["ready"] == 40)
+    assert engine.batches == [[50]]
+
+
+def test_a_batch_without_a_time_takes_what_is_there(engine: Batching) -> None:
+    """BW-3, BW-5."""
+    gate = threading.Event()
+    held = engine.activity(1, then=lambda calls: gate.wait(10) and [0])
+    engine.push(held, 1, 2, 3, 4)
+    engine.push(engine.activity(5, within=0), *range(5, 12))
+    gate.set()
+    engine.answer("w11")
+    assert sorted(map(len, engine.batches)) == [1, 1, 1, 1, 2, 5]
+
+
+def test_a_batch_is_begun_when_nothing_more_can_come(engine: Batching) -> None:
+    """BW-2: a worker reads no more while it has too many calls, or begins only some after another one has died."""
+    activity = engine.activity(100, within=3600)
+    engine.push(activity, 1, 2)
+    engine.dispatcher.hurry()
+    assert engine.answer("w2")["value"] == 20
+    gate = threading.Event()
+    engine.push(engine.activity(1, then=lambda calls: gate.wait(10) and [0]), 3)
+    engine.push(activity, 4)
+    engine.dispatcher.hurry()
+    assert engine.dispatcher.counts() == {"running": 1, "ready": 1, "left-behind": 0}, "what runs makes room when it ends"
+    gate.set()
+
+
+def test_a_call_that_a_thread_answers_while_the_batch_returns_leaves_no_other_without_an_answer() -> None:
+    """BW-7, BW-9: each may be answered on any thread."""
+
+    class Raced(kw.Call):
+        @property
+        def answered(self) -> bool:
+            was = self._answered
+            if not was:
+                self.complete("by a thread")
+            return was
+
+    answers: list[Any] = []
+    activity = kw.activity(name=f"batched-{next(_names)}")(lambda n: n)
+    given = [kind({"n": 1}, kw.ActivityInfo("a", "w", 1, "w|1:1"), lambda value, error: answers.append(value or error)) for kind in (Raced, kw.Call)]
+    conclude(activity, given, None)
+    assert answers[0] == "by a thread" and "left this call without an answer" in str(answers[1])
 
 
 def test_a_call_that_nobody_waits_for_any_more_leaves_the_batch_or_is_told_so(engine: Batching) -> None:

@@ -1,6 +1,7 @@
 """Which calls of a queue may begin, after a worker has died (K19)."""
 
 from kwflow.core.dispatch import Dispatch
+from kwflow.runners.ledger import Ledger
 from kwflow.runners.open_calls import AHEAD_MAX, OpenCalls
 
 
@@ -62,6 +63,16 @@ def test_care_ends_behind_all_that_the_dead_worker_may_have_read() -> None:
         careful.begin()
         careful.close(f"w{n}", f"{n}:1")
         assert careful.careful == (n + 1 < AHEAD_MAX)
+
+
+def test_calls_of_activities_that_are_not_known_here_keep_no_other_waiting() -> None:
+    """G3: nor after a death, when only a few begin at a time; who owns the partition next may know them."""
+    careful = OpenCalls("q", 0, 0, Ledger(0).note())
+    for n in range(40):
+        assert careful.ledger.take(n) and careful.open(call(n), n, known=n >= 20)
+    assert names(careful.begin()) == [f"w{n}" for n in range(20, 36)] and careful.held_back
+    assert len(careful.aside) == 20 and careful.ledger.position == 0
+    assert careful.close("w3", "3:1") and len(careful.aside) == 19
 
 
 def test_a_call_that_was_handed_out_twice_begins_once_and_both_records_are_done_with_its_answer() -> None:
