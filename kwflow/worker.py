@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from kwflow.activities import registered_activities
 from kwflow.config import Config
-from kwflow.errors import TransportError, UsageError
+from kwflow.core.outcomes import describe_error
+from kwflow.errors import UsageError
 
 if TYPE_CHECKING:
     from kwflow.runners.kafka_queues import QueueRunner
@@ -78,13 +79,13 @@ class Lending:
         while not self._stopped.is_set():
             try:
                 self._runner.run(self._stopped.is_set)
-            except TransportError as error:
-                self._on_log(f"queue {self.queue}: {error}; it is begun again")
+            except Exception as error:  # whatever it is: callers would fetch nothing for ever
+                self._on_log(f"queue {self.queue}: {describe_error(error)}; it is begun again")
                 while not self._stopped.wait(1):
                     try:
                         self._runner = self._made()
                         break
-                    except TransportError:
+                    except Exception:
                         """Not yet."""
 
     def finish(self, id: str, ref: str) -> None:

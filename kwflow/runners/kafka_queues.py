@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import queue
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -89,8 +90,8 @@ class QueueRunner:
             "partition_assignment_strategy": "cooperative-sticky", "session_timeout_ms": 6000, "enable_partition_eof": True, "fetch_queue_backoff_ms": 10,
             "topic_metadata_propagation_max_ms": topics.TOPIC_MS,
         }  # fmt: skip
-        if config.instance_id is not None:  # as of an engine (K1): who is started again has its partitions at once
-            settings["group_instance_id"] = f"{config.workers_group}-{config.instance_id}-{config.process}"
+        if config.instance_id is not None and care:  # as of an engine (K1): who is started again has its partitions at once; of the workers of a machine, one for each choice of queues
+            settings["group_instance_id"] = f"{config.workers_group}-{config.instance_id}-{config.process}-{zlib.crc32(' '.join(sorted(names)).encode()):08x}"
         self._consumer = made(Consumer, topics.client_config(config, **settings) | {"error_cb": BrokerErrors(on_log), "on_commit": self._on_commit})
         self._consumer.subscribe(self.names, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 

@@ -79,6 +79,17 @@ def test_a_worker_fetches_locks_and_completes_fails_or_rejects(site: Queues) -> 
     assert site.results(3) == {"a/1": 36, "b": ["OutOfStock", "none left"], "d": 4}
 
 
+def test_a_gateway_lends_several_queues_whatever_identity_its_machine_has(site: Queues) -> None:
+    """They, and the workers of that machine, would be one member of the group, and throw each other out."""
+    site.engine("one", MODULE)
+    config, said, found = site.config.model_copy(update={"instance_id": "here"}), list[str](), set[str]()
+    with Lending(config, site.queue, said.append) as one, Lending(config, f"{site.queue}-mail", said.append) as other:
+        site.start("w", "foreign", 6)
+        site.start("m", "mail", "ada")
+        site.wait(lambda: found.update(call.workflow_id for lending in (one, other) for call in lending.lent.fetch(9, "w", 600)) or found == {"w", "m"})
+    assert said == []
+
+
 def test_a_gateway_that_dies_leaves_what_is_open_to_the_next_and_any_gateway_takes_an_answer(site: Queues) -> None:
     """ET-11: the answer of a worker that fetched from the first one counts; what it did not answer is fetched again, and nothing else."""
     site.engine("one", MODULE)
