@@ -15,11 +15,12 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kwflow.core.charsets import text_in
 from kwflow.errors import UsageError
 from kwflow.gateway.problems import Problem, RequestError
 from kwflow.gateway.service import Gone, Service
 
-__all__ = ["Options", "Seconds", "answer", "any_body", "body", "key_of_request", "no_body", "options", "outcome_path", "refusal", "segment", "service_of", "workflow_path"]
+__all__ = ["Options", "Seconds", "answer", "any_body", "body", "key_of_request", "no_body", "options", "outcome_path", "query", "refusal", "segment", "service_of", "workflow_path"]
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 _T = TypeVar("_T", bound="Options")
@@ -45,10 +46,19 @@ def segment(request: Request, name: str) -> str:
         raise UsageError(f"the {name} in the path is not UTF-8") from None
 
 
+def query(request: Request) -> list[tuple[str, str]]:
+    """Names and values.  Raises UsageError for what is no text: read leniently, two ids could be one."""
+    try:
+        unquote_to_bytes(request.scope["query_string"]).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError("the query is not UTF-8") from None
+    return request.query_params.multi_items()
+
+
 def options(request: Request, kind: type[_T]) -> _T:
     """Raises UsageError for one that is unknown, given twice, or no such value."""
     given: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
+    for name, value in query(request):
         if name in given:
             raise UsageError(f"{name} is given twice")
         given[name] = value
@@ -127,7 +137,7 @@ async def any_body(request: Request) -> Any:
             """It is text, then."""
     charset = parameters.partition("charset=")[2].partition(";")[0].strip(' "') or "utf-8"
     try:
-        text = data.decode(charset)
+        text = text_in(data, charset)
         text.encode("utf-8")
     except (LookupError, ValueError):
         raise RequestError("bad_json", f"the body is neither JSON nor text in {charset[:100]}") from None

@@ -21,13 +21,14 @@ from starlette.types import Receive, Scope, Send
 from kwflow.client import Client, Outcome
 from kwflow.errors import TransportError, UsageError
 from kwflow.gateway import endings
-from kwflow.gateway.requests import service_of
+from kwflow.gateway.requests import query, service_of
 from kwflow.gateway.service import Service, hung_up
 
 __all__ = ["PING_S", "ROUTES", "UNREAD_BYTES_MAX"]
 
 PING_S = 30.0  # AF-9; what is between may take a connection on which nothing comes for dead
 UNREAD_BYTES_MAX = 8_000_000  # of one stream: eight outcomes of the largest size
+_LAST_S = 1.0  # for what is under way when a stream ends: who reads has it by then
 _IDS_MAX = 100  # of one stream: they all are in its URL
 _FIRST = b"retry: 1000\n\n"  # ms after which a browser connects again
 _KNOWN = {"id", "ended"}
@@ -49,6 +50,7 @@ class _Stream(Response):
         self._size = len(_FIRST)
         self._over = False
         self._changed = asyncio.Event()
+        self._ended = asyncio.Event()
         self._told: set[tuple[str, str]] = set()  # runs of which a query or the topic has told, until all were asked for
         self._asking = True
         self._unsubscribe: list[Callable[[], None]] = []
@@ -84,6 +86,7 @@ class _Stream(Response):
         self._over = True
         self._unread.clear()
         self._changed.set()
+        self._ended.set()
 
     async def begin(self, request: Request, ended: bool) -> None:
         """From when this returns on, no outcome of these ids is missed; with `ended` those of runs that have ended come first.  Raises UsageError, TransportError, Gone."""
@@ -113,17 +116,25 @@ class _Stream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] == "HEAD":
             self.end()
-        gone = self._loop.create_task(hung_up(receive))
+        gone, sending = self._loop.create_task(hung_up(receive)), self._loop.create_task(self._send(send))
         gone.add_done_callback(lambda _: self.end())
+        sending.add_done_callback(lambda _: self.end())
         try:
             with self._service.at_end(self.end):
-                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                while not self._over:
-                    await send({"type": "http.response.body", "body": await self._next(), "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._ended.wait()
+                await asyncio.wait([sending], timeout=_LAST_S)
+            if sending.done():
+                sending.result()
         finally:
             gone.cancel()
+            sending.cancel()  # its caller does not read: what it waits for might never come
             self._forget()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        while not self._over:
+            await send({"type": "http.response.body", "body": await self._next(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _next(self) -> bytes:
         """What is there to be told; nothing but a ping, if that is nothing for so long."""
@@ -141,7 +152,7 @@ class _Stream(Response):
 
 def _asked(request: Request) -> tuple[list[str], bool]:
     """Ids, each once, and whether what has ended is told, too.  Raises UsageError."""
-    for name in request.query_params:
+    for name, _ in query(request):
         if name not in _KNOWN:
             raise UsageError(f"options: unknown {name[:100]!r}; there are: {', '.join(sorted(_KNOWN))}")
     ids, ended = list(dict.fromkeys(request.query_params.getlist("id"))), request.query_params.get("ended", "false")

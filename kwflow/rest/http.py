@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from kwflow.activities import activity, activity_info, find_activity
+from kwflow.core.charsets import text_in
 from kwflow.errors import ActivityError
 from kwflow.rest.values import Cookie, Failure, Response, Sent, place, wrong_header
 
@@ -67,7 +68,9 @@ async def request(sent: Sent) -> Response:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """Without the bytes that h11 quotes: a header or a cookie that it refuses may be a secret."""
+    text = str(error).partition(" b'")[0].partition(' b"')[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @functools.cache
@@ -158,11 +161,13 @@ def _decoded(data: bytes, response: Any) -> Any:
     if not kind.lower().startswith("text/"):
         try:
             return msgspec.json.decode(data)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         except ValueError:
             if _is_json(kind):
                 raise
     try:
-        return data.decode(response.charset_encoding or "utf-8")
+        return text_in(data, response.charset_encoding or "utf-8")
     except LookupError as error:
         raise ValueError(str(error)) from None
 
@@ -192,6 +197,7 @@ def _jar(cookies: list[Cookie]) -> http.cookiejar.CookieJar:
 
 
 def _cookies(jar: http.cookiejar.CookieJar) -> list[Cookie]:
-    """Those that are still valid."""
+    """Those that are still valid, and that can be sent: another one would keep each later request, and the one that cancels, from leaving (RFC 6265 §4.1.1: ASCII)."""
     jar.clear_expired_cookies()
-    return [Cookie(cookie.name, cookie.value or "", cookie.domain, cookie.path, bool(cookie.secure), cookie.expires) for cookie in jar]
+    made = [Cookie(cookie.name, cookie.value or "", cookie.domain, cookie.path, bool(cookie.secure), cookie.expires) for cookie in jar]
+    return [cookie for cookie in made if wrong_header({"Cookie": f"{cookie.name}={cookie.value}"}) is None]

@@ -5,6 +5,7 @@ All are plain data; a workflow may return an Outcome as its result.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
@@ -153,7 +154,8 @@ def checked(request: Request) -> Request:
     if not isinstance(method, str) or not method.isascii() or not method.isalpha():
         raise UsageError(f"rest: a method is a word such as POST, not {method!r}")
     if not isinstance(url, str) or not place(url):
-        raise UsageError(f"rest: a URL begins with http:// or https:// and names a host, not {url!r}")
+        shown = re.sub("//[^/]*@", "//", url.partition("?")[0]) if isinstance(url, str) else url
+        raise UsageError(f"rest: a URL begins with http:// or https:// and names a host, not {shown!r}")
     name = given.name if isinstance(given, Activity) else given
     if name is not None and not isinstance(name, str):
         raise UsageError(f"rest: headers_from is an activity (a function under @kw.activity) or its name, not {given!r}")
@@ -181,4 +183,6 @@ def wrong_header(headers: object) -> str | None:
             return f"header {name!r}: a name is letters, digits and hyphens"
         if not isinstance(value, str) or not value.isascii() or not value.isprintable():
             return f"header {name!r}: its value is no printable ASCII text (encode what is not; strip the line break at its end)"
+        if value != value.strip():
+            return f"header {name!r}: its value begins or ends with a space; strip it"
     return None

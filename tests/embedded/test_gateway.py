@@ -330,6 +330,22 @@ def test_a_caller_that_does_not_read_is_let_go_before_it_costs_more_than_its_sha
     assert stream.next() is None
 
 
+def test_a_caller_whose_line_is_full_is_let_go_and_keeps_no_place(make: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is sent to it ever arrives, so that the end of the stream does not either."""
+    monkeypatch.setattr(streams, "UNREAD_BYTES_MAX", 1_000_000)
+    monkeypatch.setattr(streams, "_LAST_S", 0.01)
+    serving = make()
+    serving.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections inherit it
+    with socket.socket() as caller:
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        caller.connect(serving.sock.getsockname())
+        caller.sendall(b"GET /outcomes?id=a HTTP/1.1\r\nHost: a\r\n\r\n")
+        until(lambda: serving.service._client._subscribers)
+        for _ in range(6):
+            assert serving.http.post("/workflows/a", params={"workflow": "big", "wait": 20}, json=400_000).status_code == 200
+        until(lambda: not serving.service._client._subscribers and not serving.service.waiting)
+
+
 @pytest.mark.parametrize(
     ("query", "detail"),
     [

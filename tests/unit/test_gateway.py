@@ -143,6 +143,8 @@ def ask(tmp_path: pathlib.Path) -> Iterator[Asking]:
         ("POST", "/workflows/w/refs/r?error=perhaps", b"", 400, "Expected `bool`"),
         ("POST", "/callbacks/w/callback-1?x=1", b"", 400, "unknown field `x`; there are: none"),
         ("POST", "/callbacks/w/callback-1", b"1" * (BODY_MAX + 1), 413, "limit value_bytes_max"),
+        ("POST", "/workflows/w?start_id=%FF", b"", 400, "the query is not UTF-8"),
+        ("GET", "/outcomes?id=%FF", b"", 400, "the query is not UTF-8"),
         ("GET", "/nothing", b"", 404, "GET /nothing"),
         ("GET", "/workflows/w/", b"", 404, "GET /workflows/w/"),
         ("PUT", "/workflows/w", b"", 405, "PUT /workflows/w"),
@@ -166,6 +168,13 @@ def test_a_body_is_refused_while_it_is_read(ask: Asking) -> None:
 
     assert ask("POST", "/workflows/w", content=chunks()).status_code == 413
     assert ask.written == 0
+
+
+@pytest.mark.parametrize("charset", ["idna", "punycode", "unicode_escape", "Raw-Unicode-Escape", "klingon"])
+def test_a_callback_in_what_is_no_charset_is_refused_unread(ask: Asking, charset: str) -> None:
+    """A megabyte of punycode takes minutes, in which nobody else is served; anybody may send it."""
+    answer = ask("POST", "/callbacks/w/callback-1", content=b"a-b", headers={"Content-Type": f"text/plain; charset={charset}"})
+    assert (answer.status_code, answer.json()["detail"]) == (400, f"the body is neither JSON nor text in {charset.lower()}")
 
 
 def test_two_keys_that_differ_are_refused(ask: Asking) -> None:

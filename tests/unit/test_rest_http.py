@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+import kwflow as kw
 from kwflow import rest
 from kwflow.activities import ActivityInfo, running_as
+from kwflow.rest import values
 from tests.spec import rest_service
 from tests.spec.rest_service import Answer, Service
 
@@ -51,6 +53,9 @@ def test_retry_after_is_seconds_or_a_date_of_at_most_a_day(service: Service) -> 
     [
         Answer(b"\xff", headers={"Content-Type": "text/plain"}),
         Answer(b"x", headers={"Content-Type": "text/plain; charset=klingon"}),
+        Answer(b"a-b", headers={"Content-Type": "text/plain; charset=punycode"}),
+        Answer(b"[" * 9000 + b"]" * 9000, headers={"Content-Type": "application/json"}),
+        Answer(b"[" * 9000 + b"]" * 9000, headers={"Content-Type": "application/octet-stream"}),
         Answer(b'{"a": NaN}', headers={"Content-Type": "application/json"}),
     ],
 )
@@ -112,3 +117,26 @@ def test_headers_from_an_activity_that_is_not_there_or_gives_none_is_final(servi
     assert getattr(missing.value, "final", False)
     with pytest.raises(Exception, match="what activity kwflow.rest.token returned cannot be sent: headers are a mapping of names to texts, not a str"):
         sent(service, headers_from="kwflow.rest.token")
+
+
+@kw.activity
+def padded_secret() -> dict[str, str]:
+    return {"Authorization": "Bearer hush "}
+
+
+def test_a_secret_that_cannot_be_sent_is_in_no_message(service: Service) -> None:
+    """h11 quotes what it refuses."""
+    with pytest.raises(Exception, match="header 'Authorization': its value begins or ends with a space; strip it") as refused:
+        sent(service, headers_from="padded_secret")
+    assert "hush" not in repr(refused.value)
+    told = sent(service, cookies=[rest.Cookie("session", "hush ", "127.0.0.1")])
+    assert told.failure.message.endswith("cannot be sent: LocalProtocolError: Illegal header value")
+    with pytest.raises(kw.UsageError, match="not 'https://x y/'") as wrong:
+        values.checked(rest.Request("GET", "https://me:hush@x y/?token=hush"))
+    assert "hush" not in str(wrong.value)
+
+
+def test_a_cookie_that_no_request_can_carry_is_not_kept(service: Service) -> None:
+    """RFC 6265 §4.1.1; with it neither a retry nor the request that cancels would leave."""
+    told = sent(service, Answer({}, headers={"Set-Cookie": "a=\xff"}))
+    assert (told.failure, told.cookies) == (None, [])
