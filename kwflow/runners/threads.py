@@ -38,17 +38,25 @@ class Threads:
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._idle = 0
+        self._idle = self._busy = self._owed = 0
         self._closed = False
 
     def run(self, call: Callable[[], None]) -> None:
-        """Call it, on some thread."""
+        """Call it, on some thread; on the next one that is free, where the machine has no more of them.  Raises RuntimeError if there is none at all."""
         with self._lock:
             if self._idle:
                 self._idle -= 1
+                self._busy += 1
                 self._calls.put(call)
                 return
-        threading.Thread(target=self._work, args=(call,), name="kwflow-activity", daemon=True).start()
+            try:
+                threading.Thread(target=self._work, args=(call,), name="kwflow-activity", daemon=True).start()
+                self._busy += 1
+            except RuntimeError:  # raised where a result was delivered, it would end the thread that hears of all the others
+                if not self._busy:
+                    raise
+                self._owed += 1
+                self._calls.put(call)
 
     def wait(self, changed: threading.Condition, seconds: float) -> None:
         """Until it is notified, or for so long; the caller holds its lock."""
@@ -65,7 +73,11 @@ class Threads:
             with self._lock:
                 if self._closed:
                     return
-                self._idle += 1
+                if self._owed:
+                    self._owed -= 1
+                else:
+                    self._busy -= 1
+                    self._idle += 1
             call = self._calls.get()
 
     def close(self) -> None:

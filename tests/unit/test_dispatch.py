@@ -87,6 +87,24 @@ def test_what_the_log_takes_neither_as_a_result_nor_as_a_failure_is_told_of(engi
     assert line.startswith("the log takes nothing of activity dispatch-") and "not authorized; its workflow waits" in line
 
 
+def test_a_call_that_no_thread_can_be_made_for_is_run_by_the_next_that_is_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """M6.3: a limit of processes ended the thread that hears of deliveries, and all calls waited for ever."""
+    gate = threading.Event()
+    engine.start(make(lambda: gate.wait()), id="first", ref="0:1")
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        for n in (1, 2):
+            engine.start(make(lambda: "ran"), id=f"w{n}", ref=f"{n}:1")
+        gate.set()
+        assert [engine.answer(id)["value"] for id in ("first", "w1", "w2")] == [True, "ran", "ran"]
+        engine.start(make(lambda: "again"), id="w3", ref="3:1")
+        assert engine.answer("w3")["value"] == "again"
+
+
 def test_a_def_and_an_async_def_answer_with_their_result(engine: Engine) -> None:
     """M6.2, M6.3."""
 
