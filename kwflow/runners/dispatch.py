@@ -447,7 +447,9 @@ class Dispatcher:
             if now > run.deadline and not job.answered:
                 job.answered = True
                 limit_s = (run.activity.timeout_s if self._ends_late else None) or self._limit_s
-                error = ActivityError(f"{job} had no result within {limit_s:g} s (activity_limit_s; set @kw.activity(timeout=...) for a limit of its own)", "Timeout")
+                ours = run.activity.name.startswith("kwflow.")  # of rest.call, which authors decorate with nothing
+                remedy = "raise it: a request_timeout of rest.call is within it" if ours else "set @kw.activity(timeout=...) for a limit of its own"
+                error = ActivityError(f"{job} had no result within {limit_s:g} s (activity_limit_s; {remedy})", "Timeout")
                 _note(job, error, place_of(run.thread))
                 self._tell(job)
                 self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), lambda _: None)

@@ -365,9 +365,11 @@ def test_an_activity_over_the_limit_is_answered_for_and_told(engine: Engine) -> 
         engine.start(make(function), id=id)
         error = engine.answer(id)["error"]
         assert error["type"] == "Timeout"
-        assert "activity_limit_s" in error["message"]
+        assert "(activity_limit_s; set @kw.activity(timeout=...)" in error["message"]
     assert told.wait(10)
-    assert [line.partition(" failed, tried again in ")[2].split(": ")[1] for line in engine.lines] == ["ActivityError", "ActivityError"]
+    engine.start(kw.activity(name="kwflow.tested")(hangs_async), id="c")
+    assert "(activity_limit_s; raise it: a request_timeout of rest.call is within it)" in engine.answer("c")["error"]["message"]
+    assert [line.partition(" failed, tried again in ")[2].split(": ")[1] for line in engine.lines] == ["ActivityError"] * 3
     assert ", in wait (" in engine.lines[0]  # where it hung
     engine.until(lambda: engine.dispatcher.busy == 0)
     engine.dispatcher.close()
