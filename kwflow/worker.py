@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kwflow.activities import registered_activities
 from kwflow.config import Config
@@ -22,13 +22,41 @@ __all__ = ["Lending", "queues_served", "run", "service"]
 
 
 def queues_served(names: Sequence[str] = ()) -> list[str]:
-    """These queues, or those of all activities of this process.  Raises UsageError for one that none of them is for."""
-    known = sorted({activity.queue for activity in registered_activities().values() if activity.queue is not None})
+    """These queues, or those of all activities of this process.  Raises UsageError for one that none of them is for, and for an activity that does nothing here."""
+    activities = registered_activities().values()
+    known = sorted({activity.queue for activity in activities if activity.queue is not None})
     unknown = [name for name in names if name not in known]
     if unknown or not known:
         has = f"there are {', '.join(known)}" if known else "no activity has a queue: @kw.activity(queue=...)"
         raise UsageError(f"no activity for the queue {', '.join(unknown)} in these modules; {has}" if unknown else has)
-    return list(dict.fromkeys(names)) or known
+    served = list(dict.fromkeys(names)) or known
+    stubs = [activity.name for activity in activities if activity.queue in served and activity.batched is None and _is_stub(activity.function)]
+    if stubs:
+        raise UsageError(f"activity {', '.join(sorted(stubs))} has no body in these modules, so that each call would be answered with null: name the module that does what the workflows' only declare")
+    return served
+
+
+def _stub() -> None: ...
+
+
+async def _async_stub() -> None: ...
+
+
+def _documented_stub() -> None:
+    """Its return has another constant."""
+
+
+async def _documented_async_stub() -> None:
+    """Its return has another constant."""
+
+
+_NOTHING = {function.__code__.co_code for function in (_stub, _async_stub, _documented_stub, _documented_async_stub)}
+
+
+def _is_stub(function: Callable[..., Any]) -> bool:
+    """Whether all that there is of it is `...`, `pass` or a docstring."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_code in _NOTHING and set(code.co_consts) <= {None, function.__doc__}
 
 
 def service(config: Config, queues: Sequence[str], on_log: Callable[[str], None] = print) -> QueueRunner:

@@ -115,6 +115,37 @@ def test_an_activity_that_calls_a_queue_declares_its_topic_and_a_name_that_is_no
     assert activities.find_activity(f"{queue}.work").queue == queue  # type: ignore[union-attr]
 
 
+def _dots(n: int) -> int: ...
+
+
+def _documented(n: int) -> int:
+    """Done elsewhere."""
+
+
+async def _later(n: int) -> None:
+    pass
+
+
+def _three(n: int) -> int:
+    return 3
+
+
+def _none(n: int) -> None:
+    print(n)
+
+
+@pytest.mark.parametrize(("function", "refused"), [(_dots, True), (_documented, True), (_later, True), (_three, False), (_none, False)])
+def test_a_worker_does_not_answer_for_an_activity_that_is_only_declared(function: Any, refused: bool) -> None:
+    """Each call would be answered with null, and its workflow go on with that."""
+    queue = f"stub-{next(_count)}"
+    activity = kw.activity(name=queue, queue=queue)(function)
+    if refused:
+        with pytest.raises(kw.UsageError, match=f"activity {queue} has no body in these modules"):
+            worker.queues_served([queue])
+        kw.batch_of(activity, size=2)(lambda calls: None)
+    assert worker.queues_served([queue]) == [queue]
+
+
 def record(key: bytes | None, value: bytes | None) -> Record:
     return Record("q", 0, 7, 0, key, value)
 
