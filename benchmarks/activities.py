@@ -14,9 +14,9 @@ from kwflow import api, durable, worker
 from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
-from kwflow.runners import topics
-from kwflow.runners.embedded import Embedded
-from kwflow.runners.kafka import KafkaRunner
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.runner import KafkaRunner
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 

@@ -13,7 +13,7 @@ from kwflow.config import Config
 from kwflow.core.wire import Output, Record
 from kwflow.durable import set_abandoning
 from kwflow.runners import rocks
-from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.overlay import Overlay, collecting_later
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore

@@ -20,7 +20,7 @@ from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from benchmarks.common import INSTANCES, SOURCE, STEPS, broker, figure, percentiles
 from kwflow import api
 from kwflow.config import Config
-from kwflow.runners import topics
+from kwflow.runners.kafka import topics
 
 PARTITIONS = 4
 OUT = "bench-out"

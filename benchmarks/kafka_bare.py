@@ -1,7 +1,7 @@
 """The engine's loop with no engine in it: the ceiling to compare with.  BOOTSTRAP INPUT NAME BYTES.
 
 Gather, read each key's state, produce one output a record and one state a key, commit with the offsets, settle in
-RocksDB: the calls, records and marks of `kwflow.runners.kafka`, written down once more and deciding nothing.
+RocksDB: the calls, records and marks of `kwflow.runners.kafka.runner`, written down once more and deciding nothing.
 """
 
 from __future__ import annotations

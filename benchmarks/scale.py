@@ -13,8 +13,8 @@ from kwflow.config import Config
 from kwflow.core import timers
 from kwflow.core.wire import Record
 from kwflow.durable import set_abandoning
-from kwflow.runners.embedded import Embedded
-from kwflow.runners.embedded_state import EmbeddedStore
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore

@@ -1,6 +1,6 @@
 """Activities: functions with side effects that a workflow calls durably.  What the decorator makes, and how values travel.
 
-In a step a call becomes a wait (`flows/attempts1.py` retries it, an engine's `runners/dispatch.py` runs it); outside one
+In a step a call becomes a wait (`flows/attempts1.py` retries it, an engine's `runners/activities/dispatch.py` runs it); outside one
 it is the plain function.  Arguments and results travel as JSON and are rebuilt by annotations, as `core/typed.py` says.
 It must not know threads that run activities, or records.
 """

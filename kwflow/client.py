@@ -32,7 +32,7 @@ from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, ProtocolEr
 from kwflow.ports import Link
 
 if TYPE_CHECKING:
-    from kwflow.runners.embedded import Embedded
+    from kwflow.runners.embedded.engine import Embedded
 
 __all__ = ["Client", "Future", "Outcome", "Run"]
 
@@ -123,7 +123,7 @@ class Client:
     @classmethod
     def kafka(cls, config: Config | Path | None = None, **settings: Any) -> Client:
         """For an application on Kafka; `settings` are those of Config.  Raises TransportError when there is no broker (AF-6)."""
-        from kwflow.runners.kafka_link import KafkaLink
+        from kwflow.runners.kafka.link import KafkaLink
 
         made = config if isinstance(config, Config) else load_config(config, **settings)
         return cls(KafkaLink(made), made)
@@ -131,8 +131,8 @@ class Client:
     @classmethod
     def embedded(cls, place: Embedded | Path | str, config: Config | None = None) -> Client:
         """For an embedded engine: the one that this process holds, or by its directory, whoever holds it."""
-        from kwflow.runners.embedded import Embedded
-        from kwflow.runners.embedded_link import EmbeddedLink, SocketLink
+        from kwflow.runners.embedded.engine import Embedded
+        from kwflow.runners.embedded.link import EmbeddedLink, SocketLink
 
         made = config or load_config()
         return cls(EmbeddedLink(place, made) if isinstance(place, Embedded) else SocketLink(Path(place), made), made)

@@ -21,7 +21,7 @@ def service(config: Config) -> tuple[str, Callable[[str], TimerProcessor]]:
 
 def run(config: Config, until: Callable[[], bool], on_log: Callable[[str], None] = print) -> None:
     """Fire timers until `until()`, asked after each batch.  Raises FencedError or TransportError when it has to be started again."""
-    from kwflow.runners.kafka import KafkaRunner
+    from kwflow.runners.kafka.runner import KafkaRunner
 
     name, make = service(config)
     KafkaRunner(config, make, name, on_log).run(until)

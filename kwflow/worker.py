@@ -16,7 +16,7 @@ from kwflow.core.outcomes import describe_error
 from kwflow.errors import UsageError
 
 if TYPE_CHECKING:
-    from kwflow.runners.kafka_queues import QueueRunner
+    from kwflow.runners.kafka.queues import QueueRunner
 
 __all__ = ["Lending", "queues_served", "run", "service"]
 
@@ -61,8 +61,8 @@ def _is_stub(function: Callable[..., Any]) -> bool:
 
 def service(config: Config, queues: Sequence[str], on_log: Callable[[str], None] = print) -> QueueRunner:
     """What serves these queues, turn by turn.  Raises TransportError when topics are missing."""
-    from kwflow.runners.dispatch import Dispatcher
-    from kwflow.runners.kafka_queues import QueueRunner
+    from kwflow.runners.activities.dispatch import Dispatcher
+    from kwflow.runners.kafka.queues import QueueRunner
 
     return QueueRunner(
         config, queues,
@@ -87,7 +87,7 @@ class Lending:
 
     def __init__(self, config: Config, queue: str, on_log: Callable[[str], None] = print) -> None:
         """Raises TransportError when topics are missing."""
-        from kwflow.runners.lent import Lent
+        from kwflow.runners.activities.lent import Lent
 
         self.queue = queue
         self.lent = Lent()
@@ -99,7 +99,7 @@ class Lending:
         self._thread.start()
 
     def _made(self) -> QueueRunner:
-        from kwflow.runners.kafka_queues import QueueRunner
+        from kwflow.runners.kafka.queues import QueueRunner
 
         return QueueRunner(self._config, [self.queue], lambda _: self.lent, self._on_log, care=False)
 

@@ -9,8 +9,8 @@ import time
 
 from rich.console import Console
 
-from kwflow.runners.embedded_state import read_only, records_of
-from kwflow.runners.socket import submit
+from kwflow.runners.embedded.socket import submit
+from kwflow.runners.embedded.state import read_only, records_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRIP = ROOT / "workflows/trip_booking.py"

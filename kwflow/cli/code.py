@@ -38,8 +38,8 @@ def code_store(settings: Config, embedded: Path | None) -> CodeStore:
     """The stored sources, as an engine reads them."""
     if embedded is not None:
         return CodeStore(lambda offset: list(read(settings, embedded, settings.code_topic, offset)), settings.signing_keys)
-    from kwflow.runners import topics
-    from kwflow.runners.kafka_code import CodeTopic
+    from kwflow.runners.kafka import topics
+    from kwflow.runners.kafka.code import CodeTopic
 
     topics.partitions_of(topics.admin(settings), settings)  # says why there is no broker, within `client_connect_s`
     return CodeStore(CodeTopic(settings).read, settings.signing_keys)

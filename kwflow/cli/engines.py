@@ -26,12 +26,12 @@ from kwflow.cli.watching import RestoreBar, carry_logging, ends_in_its_log, log_
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
 from kwflow.errors import UsageError
-from kwflow.runners.embedded import Embedded
-from kwflow.runners.embedded_state import EmbeddedStore
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.embedded.socket import serve
+from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.hosted import processors_of
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.modules import load_workflows
-from kwflow.runners.socket import serve
 from kwflow.runners.supervise import orphaned, supervise
 from kwflow.runners.watchdog import end_when_stuck
 
@@ -151,7 +151,7 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
     except ImportError:
         raise UsageError("--runner faust needs faust-streaming: pip install 'kwflow[faust]'") from None
     from kwflow.runners.faust import application
-    from kwflow.runners.kafka_link import ends_in_a_transaction
+    from kwflow.runners.kafka.link import ends_in_a_transaction
 
     workflows = load_workflows(modules, app_dir, settings.durable_packages)
     log = log_of(settings)
@@ -174,8 +174,8 @@ def _say_counts(counts: Counter[str], log: Callable[[str], None]) -> None:
 
 def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]]], stop: Callable[[], bool], modules: Sequence[str] = ()) -> None:
     """Each processor on a thread of its own with its own clients; the first that fails stops all."""
-    from kwflow.runners import kafka
-    from kwflow.runners.environment import live
+    from kwflow.runners.kafka import runner as kafka
+    from kwflow.runners.kafka.environment import live
 
     log, bar = log_of(settings), RestoreBar()
     wait_for_topics(settings, log, [group for group, _ in makers], modules, stop)

@@ -83,7 +83,7 @@ def show(
 def _found(settings: Config, embedded: Path | None, id: str, locals: bool) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
     """What is told of it, and its frames if they are wanted: variables leave their engine's machine with the changelog only.  Raises UsageError."""
     if embedded is None and not locals:
-        from kwflow.runners import asking
+        from kwflow.runners.kafka import asking
 
         answer = asking.show(settings, id, _from_changelog)
         if answer is not None:
@@ -115,7 +115,7 @@ def _from_changelog(why: str) -> None:
 
 def _rows(settings: Config, embedded: Path | None, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     if embedded is None:
-        from kwflow.runners import asking
+        from kwflow.runners.kafka import asking
 
         answer = asking.list_(settings, _from_changelog)
         if answer is not None:

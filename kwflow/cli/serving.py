@@ -44,7 +44,7 @@ def wait_for_topics(
     settings: Config, log: Callable[[str], None], groups: list[str], modules: Sequence[str], stop: Callable[[], bool] = lambda: False, declared: Iterable[str] | None = None
 ) -> None:  # fmt: skip
     """Raises TransportError when broker or topics (`declared`: default those of the modules) are not as they must be for these groups, after `wait_for_broker_s`; not if it is to stop."""
-    from kwflow.runners import topics
+    from kwflow.runners.kafka import topics
 
     give_up, said = time.monotonic() + settings.wait_for_broker_s, ""
     while True:

@@ -21,9 +21,9 @@ from kwflow.config import Config
 from kwflow.core import wire
 from kwflow.core.wire import Record
 from kwflow.errors import FencedError, KwflowError, TransportError, UnsupportedError, UsageError
-from kwflow.runners.embedded_state import EmbeddedStore, read_only, records_of
+from kwflow.runners.embedded.socket import submit, submit_all
+from kwflow.runners.embedded.state import EmbeddedStore, read_only, records_of
 from kwflow.runners.groups import Group
-from kwflow.runners.socket import submit, submit_all
 
 __all__ = [
     "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
@@ -130,7 +130,7 @@ def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers
     if embedded is not None:
         submit(embedded, settings.resume_topic, wire.key_of(id), value, headers)
         return
-    from kwflow.runners.kafka_link import send
+    from kwflow.runners.kafka.link import send
 
     send(settings, settings.resume_topic, wire.key_of(id), value, headers)
 
@@ -149,7 +149,7 @@ def sole_writer(settings: Config, embedded: Path | None, name: str) -> Iterator[
     if embedded is not None:
         yield lambda groups: (bool(offsets) for some in _parts(groups) for offsets in submit_all(embedded, some))
         return
-    from kwflow.runners.kafka_writer import SoleWriter
+    from kwflow.runners.kafka.writer import SoleWriter
 
     with SoleWriter(settings, name) as writer:
 
@@ -178,7 +178,7 @@ def _parts(groups: Sequence[Group]) -> Iterator[list[Group]]:
 def read(settings: Config, embedded: Path | None, topic: str, start: int = 0) -> Iterator[Record]:
     """Every committed record of a topic that is still there, from an offset on."""
     if embedded is None:
-        from kwflow.runners.kafka_link import read
+        from kwflow.runners.kafka.link import read
 
         yield from read(settings, topic, start=start)
         return
@@ -192,7 +192,7 @@ Wanted = Callable[[bytes, bytes], bool]  # of a key and its value; of a million 
 def states(settings: Config, embedded: Path | None, wanted: Wanted = lambda key, value: True) -> dict[bytes, bytes]:
     """Every entry of the workflows' state, the engine's own (their keys begin with NUL) included."""
     if embedded is None:
-        from kwflow.runners.kafka_link import latest
+        from kwflow.runners.kafka.link import latest
 
         return latest(settings, settings.changelog_topic, wanted=wanted)
     with contextlib.closing(read_only(embedded)) as db:
@@ -207,7 +207,7 @@ def snapshots(settings: Config, embedded: Path | None, wanted: Wanted = lambda k
 def stored(settings: Config, embedded: Path | None, id: str) -> bytes:
     """What is stored of one instance.  Raises UsageError."""
     if embedded is None:
-        from kwflow.runners.kafka_link import state_of
+        from kwflow.runners.kafka.link import state_of
 
         found = state_of(settings, id)
     else:

@@ -33,7 +33,7 @@ def topics_create(
 
     Example: kwflow topics create workflows.trip_booking --bootstrap-servers localhost:9092
     """
-    from kwflow.runners import topics
+    from kwflow.runners.kafka import topics
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     for topic in topics.create(topics.admin(settings), settings, _declared(settings, modules, app_dir), partitions, replication):
@@ -52,7 +52,7 @@ def topics_check(
 
     Example: kwflow topics check workflows.trip_booking
     """
-    from kwflow.runners import topics
+    from kwflow.runners.kafka import topics
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     problems = topics.problems(topics.admin(settings), settings, _declared(settings, modules, app_dir), [settings.application_id, settings.timers_group])
@@ -63,7 +63,7 @@ def topics_check(
 
 def _declared(settings: Config, modules: list[str] | None, app_dir: Path | None) -> frozenset[str]:
     """Topics that these modules declare, and stored code that instances of theirs still run (semantics §9.6)."""
-    from kwflow.runners import topics
+    from kwflow.runners.kafka import topics
 
     if modules:
         load_workflows(modules, app_dir, settings.durable_packages)
@@ -83,7 +83,7 @@ def topics_migrate(
 
     Example: kwflow topics migrate --partitions 12
     """
-    from kwflow.runners import upkeep
+    from kwflow.runners.kafka import upkeep
 
     upkeep.migrate(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), partitions, out.print)
 
@@ -107,7 +107,7 @@ def reset(
 
     Example: kwflow reset --application-id shop --input-from latest
     """
-    from kwflow.runners import upkeep
+    from kwflow.runners.kafka import upkeep
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir)
     for line in upkeep.reset_plan(settings, input_from):

@@ -22,7 +22,7 @@ from kwflow.core.wire import Command, Output, Record
 from kwflow.errors import ActivityError, ProtocolError, RefusedError, SnapshotError, UsageError
 from kwflow.ports import Changes, Decision
 from kwflow.runners import parked
-from kwflow.runners.dispatch import keep
+from kwflow.runners.activities.dispatch import keep
 
 __all__ = ["OPS", "apply", "refuse"]
 

@@ -29,8 +29,9 @@ from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record
 from kwflow.durable import set_abandoning
 from kwflow.ports import Decision
-from kwflow.runners import parked, topics
-from kwflow.runners.kafka_code import take_over
+from kwflow.runners import parked
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.code import take_over
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay, collecting_later
 from kwflow.runners.private import private

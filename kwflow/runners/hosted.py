@@ -13,10 +13,10 @@ from kwflow.config import Config, load_config
 from kwflow.core.contract import Workflows
 from kwflow.durable import set_abandoning
 from kwflow.runners.code import CodeStore
-from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.embedded.socket import serve
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.modules import load_workflows
-from kwflow.runners.socket import serve
 from kwflow.runners.timers import TimerProcessor
 
 __all__ = ["Hosted", "processors_of"]

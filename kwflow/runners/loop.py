@@ -27,7 +27,7 @@ from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, RefusedError, SnapshotError, StepTimeout
 from kwflow.ports import Budget, Changes, Decision, Deliver, Store
 from kwflow.runners import code, commands, deployment, parked
-from kwflow.runners.dispatch import Dispatcher, keep
+from kwflow.runners.activities.dispatch import Dispatcher, keep
 from kwflow.runners.ended import EndedTable
 from kwflow.runners.live import Live, LiveInstances
 from kwflow.runners.parked import dead_letter

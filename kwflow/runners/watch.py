@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 from kwflow.config import Config
 from kwflow.errors import UsageError
 from kwflow.runners import instances, rocks
-from kwflow.runners.dispatch import Dispatcher
+from kwflow.runners.activities.dispatch import Dispatcher
 from kwflow.runners.instances import Instances
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.stats import Histogram, Seen, Stats

@@ -27,7 +27,7 @@ from kwflow.core.wire import Output, Record
 from kwflow.durable import versions
 from kwflow.errors import UsageError
 from kwflow.ports import Decision
-from kwflow.runners.answers import calls_of, carry_out, conclude, info_of
+from kwflow.runners.activities.answers import calls_of, carry_out, conclude, info_of
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor

@@ -7,7 +7,7 @@ import pytest
 
 from kwflow import durable
 from kwflow.config import _SECTIONS, Config, load_config
-from kwflow.runners import topics
+from kwflow.runners.kafka import topics
 from kwflow.testing import WorkflowTester
 
 ROOT = pathlib.Path(__file__).parents[2]

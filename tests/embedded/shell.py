@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from kwflow.config import Config
-from kwflow.runners.embedded_state import EmbeddedStore, read_only
+from kwflow.runners.embedded.state import EmbeddedStore, read_only
 
 ROOT = pathlib.Path(__file__).parents[2]
 TRIP = str(ROOT / "workflows/trip_booking.py")

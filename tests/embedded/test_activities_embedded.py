@@ -12,9 +12,9 @@ import pytest
 from kwflow import durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
-from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.embedded.socket import submit
 from kwflow.runners.loop import WorkflowProcessor
-from kwflow.runners.socket import submit
 from tests.embedded.shell import Shell
 
 MODULE = str(pathlib.Path(__file__).parent / "site_of_activities.py")

@@ -21,7 +21,7 @@ from kwflow.client import Client, Outcome
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError, UsageError
-from kwflow.runners import embedded_link
+from kwflow.runners.embedded import link as embedded_link
 from kwflow.runners.hosted import Hosted
 
 SOURCE = """

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from kwflow import api, durable
 from kwflow.cli import app, code
 from kwflow.config import Config
-from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded.engine import Embedded
 from kwflow.testing import WorkflowTester
 from tests.embedded.shell import ROOT, Shell
 

@@ -21,10 +21,10 @@ from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output
 from kwflow.errors import FencedError, TransportError, UsageError
-from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.embedded.socket import submit
 from kwflow.runners.groups import Group
 from kwflow.runners.loop import WorkflowProcessor
-from kwflow.runners.socket import submit
 from tests.embedded.shell import ROOT, TRIP, Shell
 
 SLOW = """

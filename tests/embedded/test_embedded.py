@@ -14,9 +14,9 @@ from collections.abc import Callable
 import pytest
 
 from kwflow.errors import TransportError
-from kwflow.runners import socket as engine_socket
-from kwflow.runners.embedded import Embedded
-from kwflow.runners.socket import Follower, serve
+from kwflow.runners.embedded import socket as engine_socket
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.embedded.socket import Follower, serve
 from tests.embedded.shell import ROOT, TRIP, Shell
 
 

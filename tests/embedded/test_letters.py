@@ -13,13 +13,13 @@ from kwflow.cli import app
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output, Record
-from kwflow.runners import socket
-from kwflow.runners.embedded import Embedded
-from kwflow.runners.embedded_state import EmbeddedStore
+from kwflow.runners.embedded import socket
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.embedded.socket import serve, submit_all
+from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.groups import Group, Mark
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.parked import remnant
-from kwflow.runners.socket import serve, submit_all
 from kwflow.runners.timers import TimerProcessor
 from tests.simulation.faults import Crashed
 from tests.simulation.test_embedded import Dying

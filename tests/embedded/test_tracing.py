@@ -16,7 +16,7 @@ from kwflow import durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.ports import Decision
-from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.tracing import Tracing

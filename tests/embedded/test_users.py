@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kwflow.runners.embedded import Embedded
-from kwflow.runners.environment import LIVE
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.kafka.environment import LIVE
 from kwflow.runners.private import private
 from tests.simulation.test_found import Lab
 

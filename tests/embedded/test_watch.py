@@ -21,8 +21,8 @@ from kwflow.core.contract import Workflows
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import UsageError
 from kwflow.runners import instances
-from kwflow.runners.embedded import Embedded
-from kwflow.runners.embedded_state import EmbeddedStore
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.instances import Instances, Page
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor

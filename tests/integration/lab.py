@@ -10,8 +10,9 @@ from confluent_kafka import Producer
 from kwflow import api, durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
-from kwflow.runners import kafka_link, topics
-from kwflow.runners.kafka import KafkaRunner
+from kwflow.runners.kafka import link as kafka_link
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.runner import KafkaRunner
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 

@@ -10,7 +10,8 @@ import pytest
 from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.errors import TransportError
-from kwflow.runners import kafka_link, topics
+from kwflow.runners.kafka import link as kafka_link
+from kwflow.runners.kafka import topics
 from tests.integration.broker import Broker, can_start, free_port
 from tests.integration.site import Site, refs
 

@@ -22,8 +22,9 @@ from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError
-from kwflow.runners import kafka_link, topics
-from kwflow.runners.kafka_link import read, send
+from kwflow.runners.kafka import link as kafka_link
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.link import read, send
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.broker, pytest.mark.slow]

@@ -13,8 +13,8 @@ from confluent_kafka.admin import AdminClient
 
 from kwflow.config import Config
 from kwflow.core.wire import Output
-from kwflow.runners.kafka_code import CodeTopic
-from kwflow.runners.kafka_writer import SoleWriter
+from kwflow.runners.kafka.code import CodeTopic
+from kwflow.runners.kafka.writer import SoleWriter
 from tests.integration.test_kafka_engine import Site, answer
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]

@@ -73,7 +73,7 @@ def test_a_second_engine_takes_over_and_sigterm_ends_with_0(site: Site) -> None:
 STOPPED = """
 import pathlib, sys, time
 from kwflow.config import load_config
-from kwflow.runners.kafka import KafkaRunner
+from kwflow.runners.kafka.runner import KafkaRunner
 from kwflow.runners.timers import TimerProcessor
 
 for number in range(40):

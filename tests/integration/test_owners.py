@@ -14,7 +14,7 @@ from confluent_kafka import Producer
 
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
-from kwflow.runners import kafka_link
+from kwflow.runners.kafka import link as kafka_link
 from tests.integration.lab import Lab, stop, turn
 from tests.integration.site import Site, refs
 

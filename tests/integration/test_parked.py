@@ -17,8 +17,8 @@ from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output
 from kwflow.errors import TransportError
-from kwflow.runners import kafka_link
-from kwflow.runners.kafka_writer import SoleWriter
+from kwflow.runners.kafka import link as kafka_link
+from kwflow.runners.kafka.writer import SoleWriter
 from tests.integration.site import ROOT, Site
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]

@@ -17,8 +17,8 @@ from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from kwflow.config import Config
-from kwflow.runners import kafka_link
-from kwflow.runners.ledger import Ledger
+from kwflow.runners.kafka import link as kafka_link
+from kwflow.runners.kafka.ledger import Ledger
 from tests.integration.site import ROOT, Site
 
 MODULE = str(pathlib.Path(__file__).parent / "site_of_queues.py")

@@ -6,8 +6,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from kwflow.runners import kafka_link
-from kwflow.runners.kafka import KafkaRunner
+from kwflow.runners.kafka import link as kafka_link
+from kwflow.runners.kafka.runner import KafkaRunner
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.tracing import Tracing
 from tests.integration.lab import Lab, turn

@@ -14,8 +14,8 @@ from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaExcepti
 from kwflow.core import wire
 from kwflow.core.wire import Record
 from kwflow.errors import FencedError, TransportError
-from kwflow.runners import kafka_link
-from kwflow.runners.kafka import Aborted, KafkaRunner
+from kwflow.runners.kafka import link as kafka_link
+from kwflow.runners.kafka.runner import Aborted, KafkaRunner
 from tests.integration.lab import Handle, Lab, stop, turn
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]

@@ -13,9 +13,10 @@ from kwflow.config import Config
 from kwflow.core import timers
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import TransportError
-from kwflow.runners import kafka_link, topics, upkeep
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import EXPIRES, FORGOTTEN
+from kwflow.runners.kafka import link as kafka_link
+from kwflow.runners.kafka import topics, upkeep
 from kwflow.runners.parked import HOLD
 from tests.integration.lab import Lab, turn
 from tests.integration.site import Site, answer, refs

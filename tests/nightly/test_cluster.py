@@ -16,10 +16,10 @@ from confluent_kafka.admin import NewTopic, OffsetSpec  # type: ignore[attr-defi
 from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.errors import OutcomeUnknown, TransportError
-from kwflow.runners import topics
-from kwflow.runners.environment import LIVE
-from kwflow.runners.kafka_link import read
-from kwflow.runners.kafka_member import offsets
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.environment import LIVE
+from kwflow.runners.kafka.link import read
+from kwflow.runners.kafka.member import offsets
 from tests.integration.broker import Cluster, can_start
 from tests.integration.site import ROOT
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kwflow.runners.socket import submit
+from kwflow.runners.embedded.socket import submit
 from tests.embedded.shell import TRIP, Shell
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1200)]

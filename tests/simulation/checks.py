@@ -21,7 +21,7 @@ from kwflow.core.wire import Output, Record
 from kwflow.durable import canonical_bytes
 from kwflow.ports import Decision
 from kwflow.runners.ended import EXPIRES
-from kwflow.runners.kafka_state import POSITION
+from kwflow.runners.kafka.state import POSITION
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor

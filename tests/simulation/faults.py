@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kwflow.runners.threads import Threads
+from kwflow.runners.activities.threads import Threads
 from kwflow.testing.kafka import Host
 from tests.simulation import probes
 

@@ -14,15 +14,17 @@ from kwflow.activities import Retry
 from kwflow.core import children, instance, messages, step, wire
 from kwflow.core.wire import Record
 from kwflow.durable import versions
-from kwflow.runners import code, kafka, topics
+from kwflow.runners import code
 from kwflow.runners.attempts import Attempts
-from kwflow.runners.kafka import KafkaRunner
-from kwflow.runners.kafka_member import LATEST, Member, again
-from kwflow.runners.kafka_state import PartitionStore
-from kwflow.runners.kafka_transaction import Aborted, Batch, Transactions
+from kwflow.runners.kafka import runner as kafka
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.member import LATEST, Member, again
+from kwflow.runners.kafka.runner import KafkaRunner
+from kwflow.runners.kafka.standby import Cleanup, Standby
+from kwflow.runners.kafka.state import PartitionStore
+from kwflow.runners.kafka.takeover import Takeover
+from kwflow.runners.kafka.transaction import Aborted, Batch, Transactions
 from kwflow.runners.loop import WorkflowProcessor
-from kwflow.runners.standby import Cleanup, Standby
-from kwflow.runners.takeover import Takeover
 from kwflow.runners.timers import TimerProcessor
 from tests.simulation.faults import Faults
 from tests.simulation.world import World

@@ -17,8 +17,8 @@ from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
 from kwflow.runners.attempts import Attempts
-from kwflow.runners.embedded import Embedded
-from kwflow.runners.embedded_state import EmbeddedStore
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor

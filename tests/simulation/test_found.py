@@ -13,9 +13,9 @@ from kwflow.core.contract import Workflows
 from kwflow.core.murmur2 import partition_of
 from kwflow.durable import canonical_bytes
 from kwflow.errors import TransportError
-from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
-from kwflow.runners.kafka import KafkaRunner
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.runner import KafkaRunner
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import WorkflowTester

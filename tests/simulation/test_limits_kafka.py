@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from kwflow.runners.kafka_state import POSITION
+from kwflow.runners.kafka.state import POSITION
 from tests.simulation.test_found import Lab, turn
 
 

@@ -12,8 +12,8 @@ from confluent_kafka import KafkaError
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Decision
-from kwflow.runners.kafka import KafkaRunner
-from kwflow.runners.kafka_transaction import Batch
+from kwflow.runners.kafka.runner import KafkaRunner
+from kwflow.runners.kafka.transaction import Batch
 from kwflow.testing.kafka import Host, Refused
 from kwflow.testing.kafka.broker import Made
 from kwflow.testing.kafka.log import Entry, Partition, Place, Transaction

@@ -8,8 +8,8 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException
 
 from kwflow.errors import TransportError
-from kwflow.runners.kafka_reading import read_to
-from kwflow.runners.kafka_results import Results
+from kwflow.runners.kafka.reading import read_to
+from kwflow.runners.kafka.results import Results
 from kwflow.testing.kafka import Refused, SimulatedEnvironment
 from tests.simulation.test_found import Lab
 from tests.simulation.test_loop import refuse

@@ -8,7 +8,7 @@ import pytest
 from confluent_kafka import OFFSET_INVALID, KafkaError
 
 from kwflow.errors import TransportError
-from kwflow.runners.kafka_state import MOVED, PartitionStore, Restore, agreed
+from kwflow.runners.kafka.state import MOVED, PartitionStore, Restore, agreed
 from kwflow.testing.kafka import Disk, Refused, SimulatedEnvironment
 from kwflow.testing.kafka.log import Partition, Place
 from tests.simulation.test_found import Lab, turn

@@ -4,9 +4,9 @@ import pathlib
 
 import pytest
 
-from kwflow.runners.kafka import KafkaRunner
-from kwflow.runners.kafka_state import PartitionStore
-from kwflow.runners.standby import Cleanup, Standby
+from kwflow.runners.kafka.runner import KafkaRunner
+from kwflow.runners.kafka.standby import Cleanup, Standby
+from kwflow.runners.kafka.state import PartitionStore
 from tests.simulation.test_found import Lab, turn
 
 CHANGELOG = "found-state-changelog"

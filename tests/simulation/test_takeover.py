@@ -15,10 +15,10 @@ from confluent_kafka.admin import AdminClient
 
 from kwflow.errors import TransportError
 from kwflow.runners.attempts import Attempts
-from kwflow.runners.fencing import Fencing
-from kwflow.runners.kafka import KafkaRunner
-from kwflow.runners.kafka_code import CodeTopic
-from kwflow.runners.orphans import Orphans
+from kwflow.runners.kafka.code import CodeTopic
+from kwflow.runners.kafka.fencing import Fencing
+from kwflow.runners.kafka.orphans import Orphans
+from kwflow.runners.kafka.runner import KafkaRunner
 from kwflow.runners.stats import Stats
 from kwflow.testing.kafka import Broker, Refused, SimulatedEnvironment
 from kwflow.testing.kafka.admin import SimulatedAdmin

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from kwflow.runners.kafka import KafkaRunner
+from kwflow.runners.kafka.runner import KafkaRunner
 from tests.simulation.checks import check
 from tests.simulation.planted import PLANTED, SHARED, Planted
 from tests.simulation.world import Failed, World, engine_process

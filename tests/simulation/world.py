@@ -23,14 +23,14 @@ from kwflow.core.dispatch import PREFIX
 from kwflow.core.timers import DUE
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Processor
-from kwflow.runners import topics
+from kwflow.runners.activities.dispatch import Dispatcher
 from kwflow.runners.code import CodeStore
-from kwflow.runners.dispatch import Dispatcher
-from kwflow.runners.kafka import KafkaRunner
-from kwflow.runners.kafka_code import CodeTopic
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.code import CodeTopic
+from kwflow.runners.kafka.runner import KafkaRunner
+from kwflow.runners.kafka.standby import Copies
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.parked import is_parked
-from kwflow.runners.standby import Copies
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing.kafka import Broker, Disk, Host, SimulatedConsumer, SimulatedEnvironment, VirtualTime
 from kwflow.testing.kafka.broker import Made

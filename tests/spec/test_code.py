@@ -20,7 +20,7 @@ from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
 from kwflow.durable import registry
 from kwflow.runners.code import LEASE_MS, CodeStore
-from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.hosted import processors_of
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay

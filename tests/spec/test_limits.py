@@ -25,7 +25,7 @@ from kwflow.errors import StepTimeout
 from kwflow.ports import Decision
 from kwflow.runners import rocks
 from kwflow.runners.budget import Budget
-from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor

@@ -16,7 +16,7 @@ import kwflow as kw
 from kwflow import durable, rest
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
-from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import HANGS, WorkflowTester

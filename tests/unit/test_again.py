@@ -4,8 +4,8 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException
 
 from kwflow.errors import FencedError
-from kwflow.runners.environment import LIVE
-from kwflow.runners.kafka_member import again
+from kwflow.runners.kafka.environment import LIVE
+from kwflow.runners.kafka.member import again
 
 
 def answers(*codes: int) -> list[KafkaException]:

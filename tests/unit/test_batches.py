@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import kwflow as kw
-from kwflow.runners.answers import conclude
-from kwflow.runners.threads import Threads
+from kwflow.runners.activities.answers import conclude
+from kwflow.runners.activities.threads import Threads
 from tests.unit.test_dispatch import Engine
 
 _names = itertools.count()

@@ -11,8 +11,8 @@ from confluent_kafka import KafkaError
 
 from kwflow.config import Config, load_config
 from kwflow.errors import TransportError, UsageError
-from kwflow.runners import topics
-from kwflow.runners.broker_errors import BrokerErrors
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.broker_errors import BrokerErrors
 from kwflow.runners.logs import as_json
 
 ROOT = pathlib.Path(__file__).parents[2]

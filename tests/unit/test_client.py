@@ -12,7 +12,7 @@ from kwflow.config import Config
 from kwflow.core import wire
 from kwflow.core.wire import Record
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError, UsageError
-from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded.engine import Embedded
 
 TIMEOUT_S = 1.0
 

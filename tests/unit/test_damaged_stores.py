@@ -10,10 +10,10 @@ import pytest
 from kwflow.errors import TransportError
 from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
-from kwflow.runners.embedded import SystemClock
-from kwflow.runners.embedded_state import EmbeddedStore, read_only
-from kwflow.runners.environment import LIVE
-from kwflow.runners.kafka_state import PartitionStore
+from kwflow.runners.embedded.engine import SystemClock
+from kwflow.runners.embedded.state import EmbeddedStore, read_only
+from kwflow.runners.kafka.environment import LIVE
+from kwflow.runners.kafka.state import PartitionStore
 from kwflow.runners.private import private
 
 COUNT = 3000

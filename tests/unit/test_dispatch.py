@@ -15,10 +15,10 @@ import pytest
 import kwflow as kw
 from kwflow import durable
 from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
-from kwflow.runners import backlog, dispatch, threads
-from kwflow.runners.dispatch import Dispatcher
-from kwflow.runners.embedded import Embedded
-from kwflow.runners.embedded_state import EmbeddedStore
+from kwflow.runners.activities import backlog, dispatch, threads
+from kwflow.runners.activities.dispatch import Dispatcher
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.logs import as_json
 from kwflow.testing import MemoryStore
 

@@ -17,7 +17,7 @@ from kwflow.errors import CommandError, KwflowError, OutcomeError, OutcomeUnknow
 from kwflow.gateway.application import application
 from kwflow.gateway.problems import KINDS, RequestError, problem_of
 from kwflow.gateway.service import Service
-from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded.engine import Embedded
 
 ROOT = pathlib.Path(__file__).parents[2]
 DONE = {"ok", "delivered", "started", "duplicate"}
@@ -56,7 +56,7 @@ def test_what_an_error_knows_is_in_the_body() -> None:
 
 def replied() -> Iterator[str]:
     """Every word with which the code answers a record: reasons of dead letters, and statuses of replies."""
-    for path in [*(ROOT / "kwflow/core").glob("*.py"), *(ROOT / "kwflow/runners").glob("*.py")]:
+    for path in [*(ROOT / "kwflow/core").glob("*.py"), *(ROOT / "kwflow/runners").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kwflow.runners.ledger import Ledger
+from kwflow.runners.kafka.ledger import Ledger
 
 
 def test_the_position_stays_before_the_first_record_that_is_open() -> None:

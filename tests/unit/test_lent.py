@@ -3,7 +3,7 @@
 import pytest
 
 from kwflow.core.dispatch import Dispatch, Withdraw
-from kwflow.runners.lent import Lent
+from kwflow.runners.activities.lent import Lent
 from kwflow.testing import MemoryStore
 
 LOCK_S = 10.0

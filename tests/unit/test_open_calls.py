@@ -1,8 +1,8 @@
 """Which calls of a queue may begin, after a worker has died (K19)."""
 
 from kwflow.core.dispatch import Dispatch
-from kwflow.runners.ledger import Ledger
-from kwflow.runners.open_calls import AHEAD_MAX, OpenCalls
+from kwflow.runners.kafka.ledger import Ledger
+from kwflow.runners.kafka.open_calls import AHEAD_MAX, OpenCalls
 
 
 def call(n: int) -> Dispatch:

@@ -5,12 +5,12 @@ from kwflow.core import timers
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.wire import Record
 from kwflow.runners import parked
+from kwflow.runners.activities.dispatch import keep
 from kwflow.runners.code import WRITTEN
-from kwflow.runners.dispatch import keep
 from kwflow.runners.ended import FORGOTTEN, EndedTable
-from kwflow.runners.kafka_state import POSITION
+from kwflow.runners.kafka.state import POSITION
+from kwflow.runners.kafka.upkeep import _home
 from kwflow.runners.overlay import Overlay
-from kwflow.runners.upkeep import _home
 from kwflow.testing import MemoryStore
 
 

@@ -1,4 +1,4 @@
-"""An Environment (runners/environment.py) on a simulated broker: one process, its clients and its disk."""
+"""An Environment (runners/kafka/environment.py) on a simulated broker: one process, its clients and its disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import cast
 
 from confluent_kafka.admin import AdminClient
 
-from kwflow.runners.environment import Consumer, Database, Producer, Settings
+from kwflow.runners.kafka.environment import Consumer, Database, Producer, Settings
 from kwflow.testing.kafka.admin import SimulatedAdmin
 from kwflow.testing.kafka.broker import Broker
 from kwflow.testing.kafka.consumer import SimulatedConsumer

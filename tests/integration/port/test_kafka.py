@@ -14,8 +14,8 @@ from confluent_kafka import OFFSET_BEGINNING, IsolationLevel, KafkaError, KafkaE
 from confluent_kafka.admin import ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from kwflow.core.murmur2 import partition_of
-from kwflow.runners.environment import LIVE, Environment
-from kwflow.runners.kafka_member import again
+from kwflow.runners.kafka.environment import LIVE, Environment
+from kwflow.runners.kafka.member import again
 from kwflow.testing.kafka import Broker, Host, SimulatedEnvironment
 
 
@@ -507,7 +507,7 @@ def test_a_seek_is_refused_until_the_partition_is_fetched_so_one_inside_a_callba
 
 
 def test_partitions_given_to_nobody_stay_so_until_their_member_joins_anew(port: Port) -> None:
-    """K7 (runners/orphans.py): a static member restarted between losing a partition and saying so."""
+    """K7 (runners/kafka/orphans.py): a static member restarted between losing a partition and saying so."""
     topic = port.topic(4)
     old = owning(port, topic, "a")
     second = port.member(topic, "b")

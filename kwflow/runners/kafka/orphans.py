@@ -12,8 +12,8 @@ from __future__ import annotations
 from confluent_kafka import ConsumerGroupState, KafkaException
 from confluent_kafka.admin import AdminClient
 
-from kwflow.runners.environment import Environment
-from kwflow.runners.topics import told
+from kwflow.runners.kafka.environment import Environment
+from kwflow.runners.kafka.topics import told
 
 __all__ = ["Orphans"]
 

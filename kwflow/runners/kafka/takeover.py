@@ -13,16 +13,16 @@ from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaException, To
 
 from kwflow.errors import TransportError
 from kwflow.ports import Worker
-from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
-from kwflow.runners.environment import Consumer
-from kwflow.runners.fencing import Fencing, Leftovers
-from kwflow.runners.kafka_code import take_over
-from kwflow.runners.kafka_member import END_WAIT_MS, TRANSACTION_S, Member, again
-from kwflow.runners.kafka_state import MOVED, POSITION, Partition, PartitionStore, Restore, agreed
-from kwflow.runners.orphans import Orphans
-from kwflow.runners.owners import Owner, Owners
-from kwflow.runners.standby import Cleanup, Copies, Standby
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.code import take_over
+from kwflow.runners.kafka.environment import Consumer
+from kwflow.runners.kafka.fencing import Fencing, Leftovers
+from kwflow.runners.kafka.member import END_WAIT_MS, TRANSACTION_S, Member, again
+from kwflow.runners.kafka.orphans import Orphans
+from kwflow.runners.kafka.owners import Owner, Owners
+from kwflow.runners.kafka.standby import Cleanup, Copies, Standby
+from kwflow.runners.kafka.state import MOVED, POSITION, Partition, PartitionStore, Restore, agreed
 
 __all__ = ["Takeover"]
 

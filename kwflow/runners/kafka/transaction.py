@@ -17,11 +17,11 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from kwflow.core.wire import Output, Record
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Decision
-from kwflow.runners.broker_errors import said
 from kwflow.runners.budget import bytes_of
-from kwflow.runners.environment import Producer
-from kwflow.runners.kafka_member import TRANSACTION_S, Member, again
-from kwflow.runners.kafka_state import POSITION
+from kwflow.runners.kafka.broker_errors import said
+from kwflow.runners.kafka.environment import Producer
+from kwflow.runners.kafka.member import TRANSACTION_S, Member, again
+from kwflow.runners.kafka.state import POSITION
 from kwflow.runners.logs import lines_of
 from kwflow.runners.overlay import Overlay
 from kwflow.runners.stats import Stats

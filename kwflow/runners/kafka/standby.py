@@ -12,9 +12,9 @@ from pathlib import Path
 from confluent_kafka import KafkaError, Message, TopicPartition
 
 from kwflow.errors import TransportError
-from kwflow.runners.environment import Consumer, Environment
-from kwflow.runners.kafka_state import PartitionStore
-from kwflow.runners.topics import transient
+from kwflow.runners.kafka.environment import Consumer, Environment
+from kwflow.runners.kafka.state import PartitionStore
+from kwflow.runners.kafka.topics import transient
 
 __all__ = ["Cleanup", "Copies", "Standby"]
 

@@ -25,12 +25,12 @@ from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record
 from kwflow.errors import CommandError, TransportError
 from kwflow.ports import Listener
-from kwflow.runners import topics
-from kwflow.runners.broker_errors import BrokerErrors
-from kwflow.runners.environment import LIVE, made
-from kwflow.runners.kafka_member import LATEST, offsets
-from kwflow.runners.kafka_reading import gather, read_to
-from kwflow.runners.topics import TOPIC_MS, client_config, record_of, transient
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.broker_errors import BrokerErrors
+from kwflow.runners.kafka.environment import LIVE, made
+from kwflow.runners.kafka.member import LATEST, offsets
+from kwflow.runners.kafka.reading import gather, read_to
+from kwflow.runners.kafka.topics import TOPIC_MS, client_config, record_of, transient
 
 __all__ = ["KafkaLink", "ends_in_a_transaction", "latest", "read", "send", "state_of"]
 

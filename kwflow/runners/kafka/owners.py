@@ -13,10 +13,10 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
 from kwflow.runners.attempts import Suspects
-from kwflow.runners.environment import Consumer, Producer
-from kwflow.runners.kafka_member import END_WAIT_MS, TRANSACTION_S, Member
-from kwflow.runners.kafka_reading import gather
-from kwflow.runners.topics import transient
+from kwflow.runners.kafka.environment import Consumer, Producer
+from kwflow.runners.kafka.member import END_WAIT_MS, TRANSACTION_S, Member
+from kwflow.runners.kafka.reading import gather
+from kwflow.runners.kafka.topics import transient
 
 __all__ = ["Attempt", "Owner", "Owners", "owner_key"]
 

@@ -23,7 +23,7 @@ from rocksdict import WriteBatch
 
 from kwflow.errors import TransportError, UsageError
 from kwflow.runners import rocks
-from kwflow.runners.broker_errors import BrokerErrors
+from kwflow.runners.kafka.broker_errors import BrokerErrors
 from kwflow.runners.private import private
 
 __all__ = ["LIVE", "Consumer", "Database", "Environment", "Producer", "live", "made"]

@@ -18,9 +18,9 @@ import msgspec
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import UsageError
-from kwflow.runners import topics
-from kwflow.runners.kafka_link import latest
-from kwflow.runners.owners import Owner, owner_key
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.link import latest
+from kwflow.runners.kafka.owners import Owner, owner_key
 
 __all__ = ["list_", "show"]
 

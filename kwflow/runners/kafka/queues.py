@@ -24,18 +24,18 @@ from kwflow.core.dispatch import Dispatch
 from kwflow.core.wire import Record
 from kwflow.errors import ActivityError, ProtocolError
 from kwflow.ports import Deliver, Worker
-from kwflow.runners import topics
-from kwflow.runners.answers import failure_record
-from kwflow.runners.broker_errors import BrokerErrors, ending
-from kwflow.runners.environment import LIVE, Environment, made
+from kwflow.runners.activities.answers import failure_record
 from kwflow.runners.instances import Instances
-from kwflow.runners.kafka_reading import gather
-from kwflow.runners.kafka_results import Results
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.broker_errors import BrokerErrors, ending
+from kwflow.runners.kafka.environment import LIVE, Environment, made
+from kwflow.runners.kafka.open_calls import AHEAD_MAX, ASIDE_MAX, OpenCalls
+from kwflow.runners.kafka.reading import gather
+from kwflow.runners.kafka.results import Results
+from kwflow.runners.kafka.topics import record_of
 from kwflow.runners.logs import Line
-from kwflow.runners.open_calls import AHEAD_MAX, ASIDE_MAX, OpenCalls
 from kwflow.runners.parked import dead_letter
 from kwflow.runners.stats import Seen, Stats
-from kwflow.runners.topics import record_of
 
 __all__ = ["QueueRunner"]
 

@@ -13,8 +13,8 @@ from confluent_kafka import KafkaError, KafkaException, Message
 
 from kwflow.config import Config
 from kwflow.core.wire import Headers
-from kwflow.runners.environment import Environment, Producer
-from kwflow.runners.topics import client_config
+from kwflow.runners.kafka.environment import Environment, Producer
+from kwflow.runners.kafka.topics import client_config
 
 __all__ = ["Results"]
 

@@ -9,11 +9,11 @@ from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.ports import Processor, Store
-from kwflow.runners import topics
 from kwflow.runners.deployment import run_by
-from kwflow.runners.environment import LIVE, Environment
-from kwflow.runners.kafka_member import LATEST, offsets
-from kwflow.runners.kafka_reading import read_to
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.environment import LIVE, Environment
+from kwflow.runners.kafka.member import LATEST, offsets
+from kwflow.runners.kafka.reading import read_to
 
 __all__ = ["CodeTopic", "take_over"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kwflow.core.dispatch import Dispatch, encode, state_key
-from kwflow.runners.ledger import Ledger
+from kwflow.runners.kafka.ledger import Ledger
 
 __all__ = ["AHEAD_MAX", "ASIDE_MAX", "OpenCalls"]
 

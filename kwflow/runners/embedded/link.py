@@ -18,10 +18,10 @@ from kwflow.config import Config
 from kwflow.core.wire import Output, Record
 from kwflow.errors import TransportError
 from kwflow.ports import Listener
-from kwflow.runners.embedded import Embedded
-from kwflow.runners.embedded_state import STORE_ID, ends_of, read_only, records_of
+from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.embedded.socket import Follower, submit, submit_all
+from kwflow.runners.embedded.state import STORE_ID, ends_of, read_only, records_of
 from kwflow.runners.groups import Group
-from kwflow.runners.socket import Follower, submit, submit_all
 
 __all__ = ["EmbeddedLink", "SocketLink"]
 

@@ -20,7 +20,7 @@ import msgspec
 
 from kwflow.core.wire import Headers, Output, Record
 from kwflow.errors import TransportError
-from kwflow.runners.embedded import Embedded
+from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.groups import Group
 
 __all__ = ["Follower", "serve", "submit", "submit_all"]

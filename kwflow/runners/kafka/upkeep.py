@@ -19,12 +19,12 @@ from kwflow.config import Config
 from kwflow.core import dispatch, timers
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import TransportError, UsageError
-from kwflow.runners import topics
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import EXPIRES, FORGOTTEN
-from kwflow.runners.environment import made
-from kwflow.runners.kafka_link import latest, read
-from kwflow.runners.kafka_state import POSITION
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.environment import made
+from kwflow.runners.kafka.link import latest, read
+from kwflow.runners.kafka.state import POSITION
 from kwflow.runners.parked import HOLD
 
 __all__ = ["migrate", "reset", "reset_plan"]

@@ -13,8 +13,8 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 from kwflow.config import Config
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Clock, Processor
-from kwflow.runners import topics
-from kwflow.runners.environment import Environment
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.environment import Environment
 
 __all__ = ["EARLIEST", "END_WAIT_MS", "LATEST", "RETRY_S", "TRANSACTION_S", "Member", "again", "offsets"]
 

@@ -24,27 +24,27 @@ from kwflow.core.wire import Output, Record
 from kwflow.durable import set_abandoning
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Clock, Decision, Processor
-from kwflow.runners import topics
 from kwflow.runners.attempts import Attempts
-from kwflow.runners.broker_errors import ending
 from kwflow.runners.budget import Budget
-from kwflow.runners.embedded import SystemClock
-from kwflow.runners.embedded_state import failing
-from kwflow.runners.environment import LIVE, Environment
+from kwflow.runners.embedded.engine import SystemClock
+from kwflow.runners.embedded.state import failing
 from kwflow.runners.instances import Instances
-from kwflow.runners.kafka_member import RETRY_S, Member
-from kwflow.runners.kafka_reading import gather
-from kwflow.runners.kafka_results import Results
-from kwflow.runners.kafka_transaction import Aborted, Batch, Rejected, Transactions
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.broker_errors import ending
+from kwflow.runners.kafka.environment import LIVE, Environment
+from kwflow.runners.kafka.member import RETRY_S, Member
+from kwflow.runners.kafka.owners import Owners
+from kwflow.runners.kafka.reading import gather
+from kwflow.runners.kafka.results import Results
+from kwflow.runners.kafka.takeover import Takeover
+from kwflow.runners.kafka.topics import record_of
+from kwflow.runners.kafka.transaction import Aborted, Batch, Rejected, Transactions
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay, collecting_later
-from kwflow.runners.owners import Owners
 from kwflow.runners.parked import dead, forward, remnant
 from kwflow.runners.private import private
 from kwflow.runners.stats import Seen, Stats
-from kwflow.runners.takeover import Takeover
 from kwflow.runners.timers import TimerProcessor
-from kwflow.runners.topics import record_of
 from kwflow.runners.tracing import end_all
 
 __all__ = ["KafkaRunner"]

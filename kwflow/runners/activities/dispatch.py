@@ -19,10 +19,10 @@ from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
 from kwflow.core.outcomes import describe_error
 from kwflow.errors import ActivityError, BusinessError, KwflowBug
 from kwflow.ports import Changes, Deliver, Store
-from kwflow.runners.answers import calls_of, carry_out, conclude, failure_record, info_of, result_record
-from kwflow.runners.backlog import Backlog
+from kwflow.runners.activities.answers import calls_of, carry_out, conclude, failure_record, info_of, result_record
+from kwflow.runners.activities.backlog import Backlog
+from kwflow.runners.activities.threads import AsyncCall, Loops, Threads, place_of
 from kwflow.runners.logs import Line, authors_traceback
-from kwflow.runners.threads import AsyncCall, Loops, Threads, place_of
 
 __all__ = ["Dispatcher", "keep"]
 

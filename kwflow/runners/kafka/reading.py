@@ -9,9 +9,9 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError
-from kwflow.runners import topics
-from kwflow.runners.environment import Consumer, Environment
-from kwflow.runners.kafka_member import END_WAIT_MS
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.environment import Consumer, Environment
+from kwflow.runners.kafka.member import END_WAIT_MS
 
 __all__ = ["gather", "read_to"]
 

@@ -21,9 +21,9 @@ from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaError, Messag
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.ports import Clock, Processor
-from kwflow.runners.environment import Consumer, Environment
-from kwflow.runners.kafka_reading import gather
-from kwflow.runners.topics import transient
+from kwflow.runners.kafka.environment import Consumer, Environment
+from kwflow.runners.kafka.reading import gather
+from kwflow.runners.kafka.topics import transient
 
 __all__ = ["MOVED", "POSITION", "Partition", "PartitionStore", "Restore", "agreed"]
 

@@ -19,10 +19,10 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from kwflow.config import Config
 from kwflow.core.wire import Output
 from kwflow.errors import TransportError
-from kwflow.runners.broker_errors import BrokerErrors
-from kwflow.runners.environment import made
 from kwflow.runners.groups import Group, Undone
-from kwflow.runners.topics import TOPIC_MS, client_config
+from kwflow.runners.kafka.broker_errors import BrokerErrors
+from kwflow.runners.kafka.environment import made
+from kwflow.runners.kafka.topics import TOPIC_MS, client_config
 
 __all__ = ["SoleWriter"]
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 
 from kwflow.errors import TransportError
-from kwflow.runners.environment import Producer
-from kwflow.runners.kafka_member import LATEST, TRANSACTION_S, Member
-from kwflow.runners.topics import needed, offset_of, partitions_of, told, transient
+from kwflow.runners.kafka.environment import Producer
+from kwflow.runners.kafka.member import LATEST, TRANSACTION_S, Member
+from kwflow.runners.kafka.topics import needed, offset_of, partitions_of, told, transient
 
 __all__ = ["Fencing", "Leftovers"]
 

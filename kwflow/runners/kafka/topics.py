@@ -14,8 +14,8 @@ from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource, Con
 from kwflow.config import Config
 from kwflow.core.wire import UNREADABLE, Record
 from kwflow.errors import TransportError
-from kwflow.runners.broker_errors import NO_LOG
-from kwflow.runners.environment import LIVE, Environment
+from kwflow.runners.kafka.broker_errors import NO_LOG
+from kwflow.runners.kafka.environment import LIVE, Environment
 
 __all__ = [
     "TOPIC_MS", "admin", "client_config", "committed_ends", "create", "describe", "ends", "needed", "offset_of", "overridden", "partitions_of", "problems",

@@ -1,7 +1,7 @@
 """The engine with no server: log, state, timers and positions in one RocksDB directory, a transaction is one WriteBatch.
 
 Same records, same offsets rules and the same processors as on Kafka; every topic has one partition.  One process holds
-the directory; others reach it through `submit` (runners/socket.py) or read beside it.  A process killed at any moment
+the directory; others reach it through `submit` (runners/embedded/socket.py) or read beside it.  A process killed at any moment
 goes on from its last committed batch.
 """
 
@@ -27,7 +27,7 @@ from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget, bytes_of
-from kwflow.runners.embedded_state import LOG, NEXT, POSITION, STORE_ID, EmbeddedStore, failing, records_of
+from kwflow.runners.embedded.state import LOG, NEXT, POSITION, STORE_ID, EmbeddedStore, failing, records_of
 from kwflow.runners.groups import Group
 from kwflow.runners.instances import Instances
 from kwflow.runners.logs import lines_of

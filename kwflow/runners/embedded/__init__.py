@@ -1,0 +1,1 @@
+"""The engine with no server: `engine.py` holds a RocksDB directory, `socket.py` lets other processes in."""
