@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from kwflow.activities import registered_activities
+from kwflow.activities import Activity, registered_activities
 from kwflow.config import Config
 from kwflow.core.outcomes import describe_error
 from kwflow.errors import UsageError
@@ -22,17 +22,22 @@ __all__ = ["Lending", "queues_served", "run", "service"]
 
 
 def queues_served(names: Sequence[str] = ()) -> list[str]:
-    """These queues, or those of all activities of this process.  Raises UsageError for one that none of them is for, and for an activity that does nothing here."""
-    activities = registered_activities().values()
-    known = sorted({activity.queue for activity in activities if activity.queue is not None})
+    """These queues, or those of all activities that this process does, and not only declares.
+
+    Raises UsageError for a queue that no activity is for, and for an activity of one that does nothing here.
+    """
+    known: dict[str, list[Activity[Any, Any]]] = {}
+    for activity in registered_activities().values():
+        if activity.queue is not None:
+            known.setdefault(activity.queue, []).append(activity)
     unknown = [name for name in names if name not in known]
     if unknown or not known:
-        has = f"there are {', '.join(known)}" if known else "no activity has a queue: @kw.activity(queue=...)"
+        has = f"there are {', '.join(sorted(known))}" if known else "no activity has a queue: @kw.activity(queue=...)"
         raise UsageError(f"no activity for the queue {', '.join(unknown)} in these modules; {has}" if unknown else has)
-    served = list(dict.fromkeys(names)) or known
-    stubs = [activity.name for activity in activities if activity.queue in served and activity.batched is None and _is_stub(activity.function)]
+    served = list(dict.fromkeys(names)) or sorted(queue for queue, activities in known.items() if not all(map(_is_stub, activities)))
+    stubs = sorted(activity.name for queue in served or known for activity in known[queue] if _is_stub(activity))
     if stubs:
-        raise UsageError(f"activity {', '.join(sorted(stubs))} has no body in these modules, so that each call would be answered with null: name the module that does what the workflows' only declare")
+        raise UsageError(f"activity {', '.join(stubs)} has no body in these modules, so that each call would be answered with null: name the module that does what the workflows' only declare")
     return served
 
 
@@ -53,10 +58,10 @@ async def _documented_async_stub() -> None:
 _NOTHING = {function.__code__.co_code for function in (_stub, _async_stub, _documented_stub, _documented_async_stub)}
 
 
-def _is_stub(function: Callable[..., Any]) -> bool:
-    """Whether all that there is of it is `...`, `pass` or a docstring."""
-    code = getattr(function, "__code__", None)
-    return code is not None and code.co_code in _NOTHING and set(code.co_consts) <= {None, function.__doc__}
+def _is_stub(activity: Activity[Any, Any]) -> bool:
+    """Whether it has no batch, and all that there is of its function is `...`, `pass` or a docstring."""
+    code = getattr(activity.function, "__code__", None)
+    return activity.batched is None and code is not None and code.co_code in _NOTHING and set(code.co_consts) <= {None, activity.function.__doc__}
 
 
 def service(config: Config, queues: Sequence[str], on_log: Callable[[str], None] = print) -> QueueRunner:

@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from confluent_kafka import Consumer, Producer, TopicPartition
 
@@ -19,7 +19,9 @@ SHOP = str(ROOT / "workflows/ecommerce.py")
 class Site:
     """One application on the broker: its topics, engines, and a reader that sees committed records only."""
 
-    def __init__(self, broker: str, application: str, directory: pathlib.Path, partitions: int = 4) -> None:
+    def __init__(
+        self, broker: str, application: str, directory: pathlib.Path, partitions: int = 4, modules: tuple[str, ...] = (TRIP, SHOP), environment: Mapping[str, str] = {}
+    ) -> None:  # fmt: skip
         self.broker = broker
         self.application = application
         self.directory = directory
@@ -28,10 +30,11 @@ class Site:
             "KWFLOW_BOOTSTRAP_SERVERS": broker,
             "KWFLOW_APPLICATION_ID": application,
             **{f"KWFLOW_{name.upper()}_TOPIC": self.topic(name) for name in ("resume", "result", "error", "scheduler")},
+            **environment,
         }
         self.processes: list[subprocess.Popen[str]] = []
         self.producer = Producer({"bootstrap.servers": broker, "log_level": 0})  # default settings: CRC32, so most ids land elsewhere (K6)
-        self.run("topics", "create", TRIP, SHOP, "--partitions", str(partitions))
+        self.run("topics", "create", *modules, "--partitions", str(partitions))
 
     def topic(self, name: str) -> str:
         return f"{self.application}-{name}"

@@ -38,7 +38,7 @@ def send_mails(calls):
     return [kw.BusinessError("bounced", call.arguments["to"]) if call.arguments["to"] == "bad" else f"sent to {call.arguments['to']}" for call in calls]
 
 
-@kw.activity(queue=QUEUE)
+@kw.activity(queue=QUEUE + "-elsewhere")
 def elsewhere(n: int) -> int: ...
 
 

@@ -26,7 +26,7 @@ def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Queu
 
 @contextlib.contextmanager
 def gateway(site: Queues) -> Iterator[Serving]:
-    with Lending(site.config, site.queue, lambda line: None) as lending, Serving(site.config, lambda: Client.kafka(site.config), [lending]) as serving:
+    with Lending(site.config, site.elsewhere, lambda line: None) as lending, Serving(site.config, lambda: Client.kafka(site.config), [lending]) as serving:
         yield serving
 
 
@@ -49,33 +49,33 @@ def test_a_worker_fetches_locks_and_completes_fails_or_rejects(site: Queues) -> 
     with gateway(site) as serving:
         jobs: dict[str, dict[str, Any]] = {}
         while len(jobs) < 4:
-            jobs |= {job["workflow_id"]: job for job in fetch(serving, site.queue, max=10, wait=30, lock=600)}
+            jobs |= {job["workflow_id"]: job for job in fetch(serving, site.elsewhere, max=10, wait=30, lock=600)}
         assert {name: jobs["b"][name] for name in ("activity", "attempt", "arguments", "resume_topic")} == {
             "activity": "elsewhere", "attempt": 1, "arguments": {"n": 6}, "resume_topic": site.topic("resume"),
         }  # fmt: skip
-        assert fetch(serving, site.queue, worker="another") == []
-        stolen = serving.http.post(call(site.queue, jobs["b"], "complete"), params={"worker": "another"}, json=1)
+        assert fetch(serving, site.elsewhere, worker="another") == []
+        stolen = serving.http.post(call(site.elsewhere, jobs["b"], "complete"), params={"worker": "another"}, json=1)
         assert (stolen.status_code, stolen.json()["code"]) == (409, "locked") and "is locked by w, not by another" in stolen.json()["detail"]
         by = {"worker": "w"}
-        assert serving.http.post(call(site.queue, jobs["a/1"], "complete"), params=by, json=36).status_code == 204
-        assert serving.http.post(call(site.queue, jobs["b"], "fail"), params=by, json={"message": "none left", "type": "OutOfStock", "final": True}).status_code == 204
-        assert serving.http.post(call(site.queue, jobs["c"], "reject"), params=by, json={"code": "no", "message": "never"}).status_code == 204
-        again = serving.http.post(call(site.queue, jobs["a/1"], "complete"), params=by, json=2)
+        assert serving.http.post(call(site.elsewhere, jobs["a/1"], "complete"), params=by, json=36).status_code == 204
+        assert serving.http.post(call(site.elsewhere, jobs["b"], "fail"), params=by, json={"message": "none left", "type": "OutOfStock", "final": True}).status_code == 204
+        assert serving.http.post(call(site.elsewhere, jobs["c"], "reject"), params=by, json={"code": "no", "message": "never"}).status_code == 204
+        again = serving.http.post(call(site.elsewhere, jobs["a/1"], "complete"), params=by, json=2)
         assert (again.status_code, again.json()["code"]) in ((404, "unknown_ref"), (404, "not_found"))
-        wrong = serving.http.post(call(site.queue, jobs["d"], "fail"), params=by, json={"final": True})
+        wrong = serving.http.post(call(site.elsewhere, jobs["d"], "fail"), params=by, json={"final": True})
         assert (wrong.status_code, wrong.json()["code"]) == (400, "bad_arguments") and "`message`" in wrong.json()["detail"]
-        extended = serving.http.post(call(site.queue, jobs["d"], "extend"), params={**by, "lock": 30})
+        extended = serving.http.post(call(site.elsewhere, jobs["d"], "extend"), params={**by, "lock": 30})
         assert extended.status_code == 200 and extended.json()["locked_until"] < jobs["d"]["locked_until"]
-        assert serving.http.post(call(site.queue, jobs["d"], "release"), params=by).status_code == 204
-        gone = serving.http.post(call(site.queue, jobs["d"], "extend"), params=by)
+        assert serving.http.post(call(site.elsewhere, jobs["d"], "release"), params=by).status_code == 204
+        gone = serving.http.post(call(site.elsewhere, jobs["d"], "extend"), params=by)
         assert (gone.status_code, gone.json()["code"]) == (409, "not_locked")
-        [released] = fetch(serving, site.queue, worker="another", wait=10)
+        [released] = fetch(serving, site.elsewhere, worker="another", wait=10)
         assert released["workflow_id"] == "d"
-        assert serving.http.post(call(site.queue, released, "complete"), params={"worker": "another"}, json=4).status_code == 204
+        assert serving.http.post(call(site.elsewhere, released, "complete"), params={"worker": "another"}, json=4).status_code == 204
         assert serving.http.get("/workflows/c/outcome", params={"wait": 20}).json()["value"] == "BusinessError: no: never"
         unknown = serving.http.post("/queues/nope/fetch", params=by)
-        assert (unknown.status_code, unknown.json()["code"]) == (404, "no_queue") and site.queue in unknown.json()["detail"]
-        assert serving.http.post(f"/queues/{site.queue}/fetch").status_code == 400
+        assert (unknown.status_code, unknown.json()["code"]) == (404, "no_queue") and site.elsewhere in unknown.json()["detail"]
+        assert serving.http.post(f"/queues/{site.elsewhere}/fetch").status_code == 400
     assert site.results(3) == {"a/1": 36, "b": ["OutOfStock", "none left"], "d": 4}
 
 
@@ -83,7 +83,7 @@ def test_a_gateway_lends_several_queues_whatever_identity_its_machine_has(site: 
     """They, and the workers of that machine, would be one member of the group, and throw each other out."""
     site.engine("one", MODULE)
     config, said, found = site.config.model_copy(update={"instance_id": "here"}), list[str](), set[str]()
-    with Lending(config, site.queue, said.append) as one, Lending(config, f"{site.queue}-mail", said.append) as other:
+    with Lending(config, site.elsewhere, said.append) as one, Lending(config, f"{site.queue}-mail", said.append) as other:
         site.start("w", "foreign", 6)
         site.start("m", "mail", "ada")
         site.wait(lambda: found.update(call.workflow_id for lending in (one, other) for call in lending.lent.fetch(9, "w", 600)) or found == {"w", "m"})
@@ -98,13 +98,13 @@ def test_a_gateway_that_dies_leaves_what_is_open_to_the_next_and_any_gateway_tak
     with gateway(site) as first:
         jobs: dict[str, dict[str, Any]] = {}
         while len(jobs) < 3:
-            jobs |= {job["workflow_id"]: job for job in fetch(first, site.queue, max=10, wait=30, lock=600)}
-        assert first.http.post(call(site.queue, jobs["a"], "complete"), params={"worker": "w"}, json=1).status_code == 204
+            jobs |= {job["workflow_id"]: job for job in fetch(first, site.elsewhere, max=10, wait=30, lock=600)}
+        assert first.http.post(call(site.elsewhere, jobs["a"], "complete"), params={"worker": "w"}, json=1).status_code == 204
     with gateway(site) as second:
-        assert second.http.post(call(site.queue, jobs["b"], "complete"), params={"worker": "w"}, json=2).status_code == 204
+        assert second.http.post(call(site.elsewhere, jobs["b"], "complete"), params={"worker": "w"}, json=2).status_code == 204
         found: list[str] = []
         while "c" not in found:
-            found += [job["workflow_id"] for job in fetch(second, site.queue, worker="another", max=10, wait=30)]
+            found += [job["workflow_id"] for job in fetch(second, site.elsewhere, worker="another", max=10, wait=30)]
         assert "a" not in found
-        assert second.http.post(call(site.queue, jobs["c"], "complete"), params={"worker": "another"}, json=3).status_code == 204
+        assert second.http.post(call(site.elsewhere, jobs["c"], "complete"), params={"worker": "another"}, json=3).status_code == 204
     assert site.results(3) == {"a": 1, "b": 2, "c": 3}

@@ -29,11 +29,11 @@ class Queues(Site):
     """A site with workers."""
 
     def __init__(self, broker: str, application: str, directory: pathlib.Path) -> None:
-        super().__init__(broker, application, directory)
         self.queue = f"{application}-queue"
+        self.elsewhere = f"{self.queue}-elsewhere"
         self.config = Config(bootstrap_servers=broker, application_id=application)
-        self.environment |= {"QUEUES_TEST_DIRECTORY": str(directory), "QUEUES_TEST_QUEUE": self.queue}
-        self.run("topics", "create", MODULE, "--partitions", "4")
+        environment = {"QUEUES_TEST_DIRECTORY": str(directory), "QUEUES_TEST_QUEUE": self.queue}
+        super().__init__(broker, application, directory, modules=(MODULE,), environment=environment)
 
     def worker(self, name: str, *more: str) -> "subprocess.Popen[str]":
         log = open(self.directory / f"worker-{name}.log", "a")
@@ -242,7 +242,7 @@ def test_a_worker_in_any_language_reads_a_topic_and_writes_a_record(site: Queues
     site.engine("one", MODULE)
     site.start("w", "foreign", 6)
     site.start("x", "foreign", 7)
-    jobs = {job["workflow_id"]: job for _, value in site.read(site.queue, 2) for job in [json.loads(value)]}
+    jobs = {job["workflow_id"]: job for _, value in site.read(site.elsewhere, 2) for job in [json.loads(value)]}
     job = jobs["w"]
     assert job == {
         "resume_topic": site.topic("resume"), "workflow_id": "w", "ref": job["ref"], "activity": "elsewhere", "attempt": 1,
@@ -296,16 +296,17 @@ def test_an_instance_whose_call_a_worker_has_is_shown_and_not_forked(site: Queue
     """ET-2: what waits is seen without the worker."""
     site.engine("one", MODULE)
     site.start("w", "foreign", 6)
-    site.read(site.queue, 1)
+    site.read(site.elsewhere, 1)
     [wait] = json.loads(site.run("show", "w", "--json"))["waits"]
-    assert (wait["kind"], wait["name"], wait["queue"], wait["attempt"], wait["function"]) == ("job", "elsewhere", site.queue, 1, "foreign")
-    assert f"a worker of the queue {site.queue} has its call of elsewhere" in site.fails(1, "fork", "w")
+    assert (wait["kind"], wait["name"], wait["queue"], wait["attempt"], wait["function"]) == ("job", "elsewhere", site.elsewhere, 1, "foreign")
+    assert f"a worker of the queue {site.elsewhere} has its call of elsewhere" in site.fails(1, "fork", "w")
 
 
 def test_a_worker_says_what_it_lacks_before_it_begins(site: Queues) -> None:
     """Usage is 2, what is missing on the broker 1, an unknown queue names the known ones."""
     said = site.refused("worker", MODULE, "--queue", "nope")
-    assert f"no activity for the queue nope in these modules; there are {site.queue}, {site.queue}-mail" in said
+    assert f"no activity for the queue nope in these modules; there are {site.queue}, {site.elsewhere}, {site.queue}-mail" in said
+    assert "activity elsewhere has no body in these modules" in site.refused("worker", MODULE, "--queue", site.elsewhere)
     assert "no activity has a queue: @kw.activity(queue=...)" in site.refused("worker", str(ROOT / "workflows/trip_booking.py"))
     site.environment["QUEUES_TEST_QUEUE"] = "not-created"
     assert "topic not-created is missing; topic not-created-mail is missing (kwflow topics create" in site.fails(1, "worker", MODULE)

@@ -142,8 +142,9 @@ def test_a_worker_does_not_answer_for_an_activity_that_is_only_declared(function
     if refused:
         with pytest.raises(kw.UsageError, match=f"activity {queue} has no body in these modules"):
             worker.queues_served([queue])
+        assert queue not in worker.queues_served()
         kw.batch_of(activity, size=2)(lambda calls: None)
-    assert worker.queues_served([queue]) == [queue]
+    assert worker.queues_served([queue]) == [queue] and queue in worker.queues_served()
 
 
 def record(key: bytes | None, value: bytes | None) -> Record:
