@@ -1,1 +1,1 @@
-"""What performs decisions: loop.py says what a record does, embedded.py and kafka.py make it happen."""
+"""What performs decisions: loop.py says what a record does; kafka/, embedded/ and faust.py make it happen, activities/ runs what it hands out."""

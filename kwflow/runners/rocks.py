@@ -7,6 +7,7 @@ process however many partitions it owns.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -14,9 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from rocksdict import BlockBasedIndexType, BlockBasedOptions, Cache, Options, Rdict, ReadOptions, WriteBufferManager
+from rocksdict import BlockBasedIndexType, BlockBasedOptions, Cache, DbClosedError, Options, Rdict, ReadOptions, WriteBufferManager
 
-__all__ = ["Memory", "Place", "entries", "memory", "opened"]
+from kwflow.errors import TransportError
+
+__all__ = ["Memory", "Place", "entries", "failing", "memory", "opened"]
 
 _BLOOM_BITS = 10  # one read in a hundred for a key that is not there goes to disk
 _MEMTABLE_BYTES_MAX = 16 * 1024 * 1024
@@ -108,3 +111,14 @@ def opened(directory: Path, bytes_max: int) -> Rdict:
     made.set_arena_block_size(_ARENA_BYTES)
     made.set_keep_log_file_num(2)
     return Rdict(str(directory), made, {"default": made})  # named, as a store that is there already would get none of them: a cache of its own, and no bloom filter
+
+
+@contextlib.contextmanager
+def failing(directory: Path) -> Iterator[None]:
+    """What the disk and rocksdict, which has no class of its own for it, raise here as TransportError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, (OSError, DbClosedError)):
+            raise
+        raise TransportError(f"{directory} cannot be used any more: {error}") from None

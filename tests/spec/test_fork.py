@@ -13,7 +13,7 @@ from kwflow.core.dispatch import PREFIX, Dispatch, decode
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record
 from kwflow.runners.budget import Budget
-from kwflow.runners.embedded.engine import SystemClock
+from kwflow.runners.clock import SystemClock
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.testing import HANGS, MemoryStore, WorkflowTester

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from confluent_kafka import KafkaError, TopicPartition
 
-from kwflow.runners.embedded.engine import SystemClock
+from kwflow.runners.clock import SystemClock
 from kwflow.runners.kafka.standby import Cleanup, Copies, Standby
 from kwflow.runners.kafka.state import PartitionStore
 from tests.spec.test_edges import Later

@@ -10,7 +10,7 @@ import pytest
 from kwflow.errors import TransportError
 from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
-from kwflow.runners.embedded.engine import SystemClock
+from kwflow.runners.clock import SystemClock
 from kwflow.runners.embedded.state import EmbeddedStore, read_only
 from kwflow.runners.kafka.environment import LIVE
 from kwflow.runners.kafka.state import PartitionStore

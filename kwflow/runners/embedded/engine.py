@@ -27,7 +27,8 @@ from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget, bytes_of
-from kwflow.runners.embedded.state import LOG, NEXT, POSITION, STORE_ID, EmbeddedStore, failing, records_of
+from kwflow.runners.clock import SystemClock
+from kwflow.runners.embedded.state import LOG, NEXT, POSITION, STORE_ID, EmbeddedStore, records_of
 from kwflow.runners.groups import Group
 from kwflow.runners.instances import Instances
 from kwflow.runners.logs import lines_of
@@ -37,7 +38,7 @@ from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.tracing import end_all
 
-__all__ = ["Embedded", "SystemClock"]
+__all__ = ["Embedded"]
 
 _IDLE_S = 0.5  # how long an idle engine sleeps when nothing wakes it; appends and timers do
 _FIRED_MAX = 1000
@@ -46,19 +47,12 @@ _HELD_S = 1.0
 _REPLY_MS = 3_600_000
 
 
-class SystemClock:
-    """The wall clock."""
-
-    def now_ms(self) -> int:
-        return time.time_ns() // 1_000_000
-
-
 class Embedded:
     """One directory, held.  Raises TransportError naming the holder when another process has it."""
 
     def __init__(self, directory: Path, config: Config | None = None, sync: bool = True, clock: Clock | None = None) -> None:
         self.limits = config or Config()
-        with failing(directory):
+        with rocks.failing(directory):
             self.directory = private(directory)
         self.clock = clock or SystemClock()
         self.stats = Stats()
@@ -102,7 +96,7 @@ class Embedded:
             time.sleep(0.02)
 
     def close(self) -> None:
-        with failing(self.directory), self._lock:
+        with rocks.failing(self.directory), self._lock:
             if not self.place.is_left():
                 (self.directory / "engine.pid").unlink(missing_ok=True)
             self.place.close(self.db)
@@ -118,7 +112,7 @@ class Embedded:
 
     def append_all(self, groups: Sequence[Group]) -> list[list[int]]:
         """Write these durably, in one batch; the offsets of each group's records, none of one whose mark is there.  Raises TransportError."""
-        with failing(self.directory), self._lock:
+        with rocks.failing(self.directory), self._lock:
             self._check_place()
             batch, marks, borne = WriteBatch(raw_mode=True), dict[bytes, int](), set[bytes]()
             offsets = [self._put_group(batch, marks, borne, group) for group in groups]
@@ -336,7 +330,7 @@ class Embedded:
             careful = max(self._attempts.suspected_until(number), self.position(topic) + self.limits.batch_records_max)
             self._careful[topic] = min(self.end(topic), careful) if self._attempts.unclean else 0
         try:
-            with failing(self.directory):
+            with rocks.failing(self.directory):
                 self._run(processors, until, on_log)
             self._attempts.finished()
         except TransportError:

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
-from rocksdict import AccessType, DbClosedError, Options, Rdict
+from rocksdict import AccessType, Options, Rdict
 
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError
-from kwflow.runners.rocks import entries
+from kwflow.runners.rocks import entries, failing
 
-__all__ = ["LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "ends_of", "failing", "read_only", "records_of"]
+__all__ = ["LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "ends_of", "read_only", "records_of"]
 
 LOG, NEXT, POSITION = b"L", b"N", b"P"  # of a topic: its records, the offset the next one gets, the first one no committed batch holds
 STORE_ID = b"I"  # one log, from its making to its deletion
 _STATE = b"S"  # of a changelog's name: a processor's state
-
-
-@contextlib.contextmanager
-def failing(directory: Path) -> Iterator[None]:
-    """What the disk and rocksdict, which has no class of its own for it, raise here as TransportError."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) is not Exception and not isinstance(error, (OSError, DbClosedError)):
-            raise
-        raise TransportError(f"{directory} cannot be used any more: {error}") from None
 
 
 class EmbeddedStore:

@@ -26,8 +26,7 @@ from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Clock, Decision, Processor
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.budget import Budget
-from kwflow.runners.embedded.engine import SystemClock
-from kwflow.runners.embedded.state import failing
+from kwflow.runners.clock import SystemClock
 from kwflow.runners.instances import Instances
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.broker_errors import ending
@@ -43,6 +42,7 @@ from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay, collecting_later
 from kwflow.runners.parked import dead, forward, remnant
 from kwflow.runners.private import private
+from kwflow.runners.rocks import failing
 from kwflow.runners.stats import Seen, Stats
 from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.tracing import end_all

@@ -1,0 +1,14 @@
+"""The wall clock of those runners that were given no other."""
+
+from __future__ import annotations
+
+import time
+
+__all__ = ["SystemClock"]
+
+
+class SystemClock:
+    """A Clock (ports.py)."""
+
+    def now_ms(self) -> int:
+        return time.time_ns() // 1_000_000
