@@ -103,6 +103,28 @@ def test_a_signal_that_old_code_had_taken_and_not_read_is_read_by_the_new() -> N
     assert site.w.result("v") == [1, [2]]
 
 
+def test_a_call_that_a_worker_has_is_taken_back_or_taken_over() -> None:
+    """§8.5, M6.6: as timers are."""
+    for takes in (False, True):
+        queue = f"moving-{takes}"
+        called = f"@kw.activity(name='{queue}', queue='{queue}')\ndef work(n: int) -> int: ...\n"
+        site = Site(called + "def main(o):\n    return (yield kw.race([work(7), kw.suspend('never')]))")
+        site.w._workflows.queues = True
+        site.w.start("v")
+        [job] = [wait for wait in site.w.header("v")["waits"] if wait["kind"] == "job"]
+        given = f"old.refs[{job['ref']!r}]), [{job['ref']!r}]" if takes else "None)"
+        site.deploy(called + "def main(o):\n    return (yield o if o is not None else kw.suspend('x'))\n" + f"@kw.migrate(from_='{site.name}:main')\ndef move(old):\n    return main({given}\n")
+        site.w._workflows.queues = True
+        try:
+            assert (site.w.command("v", "migrate") or {})["status"] == "ok"
+        finally:
+            api._migrations.clear()
+        told = [output.value for output in site.w.outputs if output.topic == queue and output.key == f"v|{job['ref']}".encode()]
+        assert (told[-1] is None) is not takes
+        site.w.resume("v", job["ref"] if takes else "x", 49)
+        assert site.w.result("v") == 49
+
+
 def test_a_second_migrate_and_one_without_a_migration_change_nothing(site: Site) -> None:
     """It is for code that is not current."""
     site.deploy("def main(o):\n    yield kw.suspend('x')")
