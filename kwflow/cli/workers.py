@@ -24,7 +24,7 @@ _LOOK_S = 0.1
 
 def worker(
     modules: Modules,
-    queue: Annotated[list[str] | None, typer.Option("--queue", help="Serve this one, and others that are named so; default: those of all activities of the MODULEs.")] = None,
+    queue: Annotated[list[str] | None, typer.Option("--queue", help="Serve this one, and others that are named so; default: those whose activities the MODULEs do, and not only declare.")] = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     wait_for_broker: WaitForBroker = None,

@@ -1,8 +1,8 @@
 """Work that a step hands out and a runner starts after the commit (M6): what it is, and the entry that keeps it meanwhile.
 
 The entry lies beside the state of its partition under `\\0dispatch\\0<offset>\\0<n>\\0<workflow id>`, so that an engine finds what
-is to be done without unpickling an instance, oldest first, and needs no memory for what waits.  `kind` leaves room for
-other workers than the engine's own process.
+is to be done without unpickling an instance, oldest first, and needs no memory for what waits.  Calls that go to the
+workers of a queue are records (`queues.py`); a worker keeps what it has read of them in the same form.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ class Dispatch(msgspec.Struct, frozen=True):
     attempt: int
     key: str
     arguments: bytes
-    kind: str = "activity"
 
 
 class Withdraw(msgspec.Struct, frozen=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, generate_latest
+import functools
+
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -16,6 +18,7 @@ from kwflow.gateway.gate import Gate
 from kwflow.gateway.problems import RequestError, problem_of
 from kwflow.gateway.requests import answer, refusal, service_of
 from kwflow.gateway.service import Gone, Service
+from kwflow.worker import Lending
 
 __all__ = ["application"]
 
@@ -30,6 +33,10 @@ async def _health(request: Request) -> Response:
     if service.ending:
         said = "it ends"
     return answer(503 if said else 200, {"live": not said, "waiting": service.waiting, **({"message": said} if said else {})})
+
+
+def _count(lending: Lending, state: str) -> float:
+    return lending.lent.counts()[state]
 
 
 def _refused(request: Request, error: Exception) -> Response:
@@ -51,6 +58,10 @@ def _gone(request: Request, error: Exception) -> Response:
 def application(service: Service) -> ASGIApp:
     """What a server runs; `service.end()` comes before it stops."""
     registry = CollectorRegistry()
+    calls = Gauge("kwflow_gateway_calls", "Calls of a queue that this gateway has read: free, or locked by a worker.", ["queue", "state"], registry=registry)
+    for queue, lending in service.lendings.items():
+        for state in lending.lent.counts():
+            calls.labels(queue, state).set_function(functools.partial(_count, lending, state))
 
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")

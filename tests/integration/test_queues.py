@@ -17,6 +17,7 @@ from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from kwflow.config import Config
+from kwflow.core.wire import Record
 from kwflow.runners.kafka import link as kafka_link
 from kwflow.runners.kafka.ledger import Ledger
 from tests.integration.site import ROOT, Site
@@ -280,7 +281,8 @@ def test_what_is_no_call_is_a_dead_letter_and_what_is_another_applications_is_le
     worker = site.worker("a", "--http", "127.0.0.1:0")
     site.start("w", "squares", {"numbers": [2]})
     assert site.results(1) == {"w": [4]}
-    letters = list(kafka_link.read(site.config, site.config.dead_letter_topic))
+    letters: list[Record] = []
+    site.wait(lambda: letters.extend(list(kafka_link.read(site.config, site.config.dead_letter_topic))[len(letters) :]) or len(letters) == 2)  # another producer writes them
     said = [dict(letter.headers) for letter in letters]
     assert [headers["kwflow-error-reason"] for headers in said] == [b"bad-job", b"bad-job"]
     assert {headers["kwflow-error-topic"] for headers in said} == {site.queue.encode()}

@@ -512,7 +512,7 @@ EDGES = [
     Edge("activity_bytes_max", "bytes of the result of a def", 100, lambda at, n: answered(at, n, lambda size: "x" * size), r"ResultTooLarge: the result of activity edges-\d+ has 101 bytes, more than activity_bytes_max = 100; return a reference"),
     Edge("activity_bytes_max", "bytes of the result of an async def", 100, lambda at, n: answered(at, n, _later), r"ResultTooLarge: the result of activity edges-\d+ has 101 bytes, more than activity_bytes_max = 100; return a reference"),
     Edge("activity_concurrency", "activities that run at the same time", 3, _at_a_time, r"^1 waits$"),
-    Edge("activity_limit_s", "seconds that an activity may run", 600, _hangs, r"Timeout: activity edges-\d+ of w .attempt 1. had no result within 600 s .activity_limit_s; set @kw.activity.timeout="),
+    Edge("activity_limit_s", "seconds that an activity may run", 600, _hangs, r"Timeout: activity edges-\d+ of w .attempt 1. had no result within 600 s .activity_limit_s: raise it, .* or set @kw.activity.timeout="),
     Edge("activity_grace_s", "seconds that an activity may still take when its engine ends", 10, _grace, r"activity edges-\d+ of a .attempt 1. still runs; the next engine begins it again"),
     Edge("hold_max", "records that a parked instance holds, the one at fault included", 4, _hold, r"a holds 4 records already .limit hold_max.; retry or discard what it holds, then retry this dead letter"),
     Edge("hold_max", "records that a paused instance holds", 4, _paused, r"a holds 4 records already .limit hold_max.; unpause it, then retry this dead letter"),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from kwflow.activities import Activity, find_activity, running_as
-from kwflow.batches import Batch
+from kwflow.batches import Batch, Call
 from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
 from kwflow.core.outcomes import describe_error
 from kwflow.errors import ActivityError, BusinessError, KwflowBug
@@ -75,12 +75,13 @@ class _Job:
 class _Run:
     """One call of an author's function, for one job or a batch of them.  Invariant: it has a slot while a job of it is not settled; `behind`: it goes on without one."""
 
-    __slots__ = ("activity", "begun", "behind", "deadline", "ended", "jobs", "thread", "unsettled")
+    __slots__ = ("activity", "begun", "behind", "deadline", "ended", "jobs", "limit_s", "thread", "unsettled")
 
-    def __init__(self, activity: Activity[Any, Any], jobs: list[_Job], deadline: float) -> None:
+    def __init__(self, activity: Activity[Any, Any], jobs: list[_Job], limit_s: float, deadline: float) -> None:
         self.activity = activity
         self.jobs = jobs
         self.unsettled = len(jobs)
+        self.limit_s = limit_s
         self.deadline = deadline
         self.ended = self.behind = False
         self.thread: threading.Thread | None = None
@@ -289,9 +290,10 @@ class Dispatcher:
             self._begin(_of(jobs[0]), jobs)
 
     def _begin(self, activity: Activity[Any, Any], jobs: list[_Job]) -> None:
-        own_s = activity.timeout_s if self._ends_late else None if activity.timeout_s is None else _NEVER
-        limit_s = own_s or self._limit_s or _NEVER
-        run = _Run(activity, jobs, self._threads.monotonic() + limit_s)
+        limit_s = self._limit_s or _NEVER
+        if activity.timeout_s is not None:
+            limit_s = activity.timeout_s if self._ends_late else _NEVER
+        run = _Run(activity, jobs, limit_s, self._threads.monotonic() + limit_s)
         for job in jobs:
             job.run = run
         self._running += 1
@@ -328,7 +330,7 @@ class Dispatcher:
         self._ended(run, record)
 
     def _call_batch(self, run: _Run, batch: Batch) -> None:
-        calls = calls_of(run.activity, [(job.dispatch, job.info, self._answering(run, job)) for job in run.jobs])
+        calls = self._calls(run)
         try:
             returned = batch.function(calls) if calls else None
         except BaseException as error:
@@ -336,12 +338,15 @@ class Dispatcher:
         conclude(run.activity, calls, returned)
 
     async def _await_batch(self, run: _Run, batch: Batch) -> None:
-        calls = calls_of(run.activity, [(job.dispatch, job.info, self._answering(run, job)) for job in run.jobs])
+        calls = self._calls(run)
         try:
             returned = await batch.function(calls) if calls else None
         except BaseException as error:
             returned = error
         conclude(run.activity, calls, returned)
+
+    def _calls(self, run: _Run) -> list[Call]:
+        return calls_of(run.activity, [(job.dispatch, job.info, self._answering(run, job)) for job in run.jobs])
 
     def _answering(self, run: _Run, job: _Job) -> Callable[[Any, BaseException | None], None]:
         def answer(value: Any, error: BaseException | None) -> None:
@@ -446,10 +451,10 @@ class Dispatcher:
             run = _run_of(job)
             if now > run.deadline and not job.answered:
                 job.answered = True
-                limit_s = (run.activity.timeout_s if self._ends_late else None) or self._limit_s
-                ours = run.activity.name.startswith("kwflow.")  # of rest.call, which authors decorate with nothing
-                remedy = "raise it: a request_timeout of rest.call is within it" if ours else "set @kw.activity(timeout=...) for a limit of its own"
-                error = ActivityError(f"{job} had no result within {limit_s:g} s (activity_limit_s; {remedy})", "Timeout")
+                remedy = "its timeout="
+                if run.activity.timeout_s is None:
+                    remedy = "activity_limit_s: raise it, which a longer request_timeout of rest.call needs, or set @kw.activity(timeout=...) for a limit of its own"
+                error = ActivityError(f"{job} had no result within {run.limit_s:g} s ({remedy})", "Timeout")
                 _note(job, error, place_of(run.thread))
                 self._tell(job)
                 self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), lambda _: None)

@@ -144,18 +144,22 @@ class QueueRunner:
         error = message.error()
         if error is None:
             record = record_of(message)
-            number = next((number for number, mine in self._owned.items() if (mine.topic, mine.number) == (record.topic, record.partition)), None)
+            number = self._number_of(record.topic, record.partition)
             if number is not None:  # else it was fetched before the partition left
                 number = self._begun_anew(number, record)
                 self._read(number, self._owned[number], record)
         elif error.code() == KafkaError._PARTITION_EOF:
-            for mine in self._owned.values():
-                if (mine.topic, mine.number) == (message.topic(), message.partition()):
-                    mine.ledger.pass_marks(message.offset() or 0)
+            number = self._number_of(message.topic(), message.partition())
+            if number is not None:
+                self._owned[number].ledger.pass_marks(message.offset() or 0)
         elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
             self.on_log(f"{self.config.workers_group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
         elif not topics.transient(error):
             raise ending(self.config.workers_group, error)
+
+    def _number_of(self, topic: str | None, partition: int | None) -> int | None:
+        """Of the assignment that a partition is ours by now."""
+        return next((number for number, mine in self._owned.items() if (mine.topic, mine.number) == (topic, partition)), None)
 
     def _begun_anew(self, number: int, record: Record) -> int:
         """A topic that was deleted and made again: what is known of its offsets would pass over calls that nobody has done."""
