@@ -2,7 +2,8 @@
 
 Python can raise in another thread only between bytecodes, so a call that blocks in C cannot be ended: an engine's process
 ends instead, and after its start the record is looked for, until three processes have died of it alone (attempts.py).  One thread
-of the process looks at all watchdogs now and then: waking it for each step would cost more than the step.
+of the process looks now and then at the watchdogs that had a step when it last looked, or have begun one since: waking it for
+each step would cost more than the step, and looking at those of idle engines a processor, where they are many.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -26,8 +26,9 @@ _AGAIN_S = 1.0  # author code may swallow it in a loop; raise again until the st
 _LOOK_S = 1.0
 _START_ME_AGAIN = 3  # exit code
 _ends: list[bool] = []  # set in processes that are nothing but engines
-_watched: weakref.WeakSet[Watchdog] = weakref.WeakSet()
-_registering = threading.Lock()  # a set that another thread adds to while it is passed ends the one thread that looks
+_watched: set[Watchdog] = set()
+_registering = threading.Lock()
+_begins = threading.Event()  # a step that the watcher does not know of
 _watcher: list[threading.Thread] = []
 
 
@@ -45,20 +46,21 @@ class Watchdog:
         self._lock = threading.Lock()
         self._name = ""
         self._ident = 0
-        self._begun = 0.0  # 0: no step runs
+        self._begun = 0.0  # 0: no step runs; negative: one is about to, and nothing may be raised in its thread yet
         self._warned = self._raised = 0.0
-        self.look_s = min(_LOOK_S, self._warn_s / 4, self._abort_s / 4)
-        with _registering:
-            _watched.add(self)
+        self._watched = False
+        self._look_at = 0.0
+        self._look_s = min(_LOOK_S, self._warn_s / 4, self._abort_s / 4)
 
     def run(self, name: str, step: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """What `step` returns.  Raises StepTimeout if it was to be ended, whatever it did about that."""
-        if not _watcher:
-            _watcher.append(threading.Thread(target=_watch, name="kwflow-watchdog", daemon=True))
-            _watcher[0].start()
         self._name, self._ident = name, threading.get_ident()
         self._warned = self._raised = 0.0
-        self._begun = time.monotonic()
+        self._begun = begun = time.monotonic()
+        if not self._watched:
+            self._begun = -begun
+            self._watch()
+            self._begun = begun
         try:
             try:
                 made = step(*args, **kwargs)
@@ -71,6 +73,22 @@ class Watchdog:
         if self._raised:
             raise StepTimeout(f"the step took more than {self._abort_s:g} s without reaching a wait (limit step_abort_ms); do long work in an activity, or raise it and retry")
         return made
+
+    def _watch(self) -> None:
+        with _registering:
+            self._look_at = time.monotonic() + self._look_s
+            self._watched = True
+            _watched.add(self)
+            if not _watcher:
+                _watcher.append(threading.Thread(target=_watch, name="kwflow-watchdog", daemon=True))
+                _watcher[0].start()
+        _begins.set()
+
+    def _rests(self) -> bool:
+        """Whether no step runs; then the next one tells of itself."""
+        self._watched = False  # before it is looked whether one runs: one that begins meanwhile is seen here, or sees this
+        self._watched = bool(self._begun)
+        return not self._watched
 
     def _end(self) -> None:
         """Nothing is raised in this thread any more when this has returned."""
@@ -94,7 +112,7 @@ class Watchdog:
         """Warn or raise if the step runs too long."""
         begun = self._begun
         passed = now - begun
-        if not begun or passed < min(self._warn_s, self._abort_s):
+        if begun <= 0 or passed < min(self._warn_s, self._abort_s):
             return
         if passed >= self._warn_s and self._warned != begun:
             self._warned = begun
@@ -121,11 +139,17 @@ def _raise_in(ident: int) -> bool:
 
 def _watch() -> None:
     while True:
+        now = time.monotonic()
         with _registering:
-            dogs = list(_watched)
-        time.sleep(min([_LOOK_S, *(dog.look_s for dog in dogs)]))
-        for dog in dogs:
-            dog.look(time.monotonic())
+            due = [dog for dog in _watched if dog._look_at <= now]
+            _watched.difference_update([dog for dog in due if dog._rests()])
+        for dog in due:
+            dog._look_at = now + dog._look_s
+            dog.look(now)
+        with _registering:
+            wait = min((dog._look_at for dog in _watched), default=None)
+        _begins.wait(None if wait is None else wait - now)
+        _begins.clear()
 
 
 def _where(ident: int) -> str:

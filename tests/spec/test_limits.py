@@ -553,22 +553,61 @@ def test_a_step_in_a_thread_that_python_does_not_know_goes_on_to_its_end() -> No
         dog.run("w", step)
 
 
-def test_watchdogs_that_are_made_while_all_are_looked_at_do_not_end_the_looking() -> None:
+class Counted(Watchdog):
+    """Tells how often it is looked at."""
+
+    looks = 0
+
+    def look(self, now: float) -> None:
+        self.looks += 1
+        super().look(now)
+
+
+def test_only_engines_that_work_are_looked_at() -> None:
+    """K19: five hundred idle ones, as tests leave them, took a processor for the rest of the run."""
+    idle, busy = (Counted(4, 10**9, lambda _: None) for _ in range(2))  # looked at every ms
+    idle.run("w", int)
+    give_up, seen = time.monotonic() + 20, 0
+
+    def step() -> None:
+        while busy.looks < seen + 50 and time.monotonic() < give_up:
+            time.sleep(0.001)
+
+    busy.run("w", step)
+    looks, seen = idle.looks, busy.looks
+    busy.run("w", step)
+    assert looks <= 1 and idle.looks == looks and busy.looks >= seen + 50
+    seen = busy.looks
+    idle.run("w", lambda: busy.run("v", step))
+    assert idle.looks >= looks + 25, "it works again"
+
+
+def test_watchdogs_that_begin_while_all_are_looked_at_are_all_looked_at_in_the_end() -> None:
     """K19: found by simulation.  The one thread that looks died of it, unnoticed, and no step was ended any more."""
     failed: list[threading.ExceptHookArgs] = []
     before, threading.excepthook = threading.excepthook, failed.append
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    try:
-        Watchdog(4, 10**9, lambda _: None).run("w", int)  # it is looked at every ms
-        give_up = time.monotonic() + 1.5
+    give_up = time.monotonic() + 1.5
+
+    def begin() -> None:
         while time.monotonic() < give_up:
-            kept = [Watchdog(4, 10**9, lambda _: None) for _ in range(500)]
-            del kept
+            for _ in range(20):
+                Watchdog(4, 10**9, lambda _: None).run("w", int)
+
+    try:
+        threads = [threading.Thread(target=begin) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     finally:
         threading.excepthook = before
         sys.setswitchinterval(interval)
     assert failed == []
+    late = Counted(4, 10**9, lambda _: None)
+    late.run("w", lambda: [time.sleep(0.001) for _ in range(10_000) if not late.looks])
+    assert late.looks
 
 
 def test_what_is_held_is_applied_within_the_budget_of_a_transaction_and_the_rest_in_the_next_ones() -> None:
