@@ -95,7 +95,11 @@ _FINDING: dict[str, Callable[..., type]] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The one in Python: its memo is a dict, and five bytes that name a high number in one do not fill the memory of the machine."""
+
+    memo: dict[int, Any]
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "builtins" and name in _REAL:
             return _REAL[name]
@@ -106,7 +110,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 _SEEDS = tuple(_REAL.get(seed.__name__, type(seed.__name__, (Stub,), {"name": seed.__name__})) if callable(seed) else seed for seed in SEEDS)
-_memo = seeded(_SEEDS)
+_memo = seeded(_SEEDS).copy()
 _GENERATORS = (_GENERATOR, _CREATED, _FINISHED)
 
 
@@ -117,7 +121,7 @@ def _stubs(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
             return _stubs_of_format_1(body)
         unpickler = _Unpickler(padded(body))
         unpickler.load()
-        unpickler.memo = _memo
+        unpickler.memo = dict(_memo)
         made = unpickler.load()
         states = unfilled(made.items if isinstance(made, Stub) else made)
         return states[0], list(zip(states[2::3], states[3::3], states[4::3], strict=True))

@@ -4,6 +4,7 @@ import pathlib
 import random
 import subprocess
 import sys
+import tracemalloc
 import types
 from typing import Any
 
@@ -204,6 +205,18 @@ def main():
     }
     [(_, damaged)] = peek(body.replace(b"\x07\xea\x01\x02\x94", b"\x07\xea\x0d\x02\x94"))
     assert repr(damaged["day"]) == r"<datetime.date b'\x07\xea\r\x02'>"
+
+
+def test_damaged_bytes_do_not_fill_the_memory_of_who_looks_at_them() -> None:
+    """G10: found by a property test, whose process took 22 GB: the number of an entry in a memo may be anything."""
+    tracemalloc.start()
+    try:
+        for data in (b"\2", b""):
+            with pytest.raises(SnapshotError):
+                peek(data + b"\x80\x05Nr\0\0\x80\0.")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_body_that_is_a_plain_list_still_loads() -> None:
