@@ -1,4 +1,4 @@
-"""One frozen Config: `kwflow.toml` ([app] [topics] [limits] [durable] [snapshot] [embedded] [gateway] [kafka]) and `KWFLOW_*`; the environment wins over the file."""
+"""One frozen Config: `kwflow.toml` ([app] [topics] [limits] [durable] [snapshot] [embedded] [gateway] [console] [kafka]) and `KWFLOW_*`; the environment wins over the file."""
 
 from __future__ import annotations
 
@@ -87,9 +87,10 @@ class Config(BaseSettings):
     gateway_tokens: list[SecretStr] = Field(default_factory=list, description="who calls the gateway sends one of them (Bearer); without any, everybody who reaches it may do everything")
     gateway_waits_max: int = Field(default=10_000, gt=0, description="requests that wait in one gateway; one more is answered 503")
     gateway_wait_s_max: float = Field(default=300, gt=0, description="how long a request may wait for an outcome")
+    console_tokens: list[SecretStr] = Field(default_factory=list, description="who opens the console gives one of them as the password; without any it answers on this machine only")
     kafka: dict[str, Any] = Field(default_factory=dict, repr=False)  # passwords are in it
 
-    @field_validator("snapshot_keys", "gateway_tokens")
+    @field_validator("snapshot_keys", "gateway_tokens", "console_tokens")
     @classmethod
     def _long_enough(cls, keys: list[SecretStr], field: ValidationInfo) -> list[SecretStr]:
         if any(len(key.get_secret_value()) < _KEY_CHARS_MIN for key in keys):
@@ -166,6 +167,7 @@ class Config(BaseSettings):
 
 _SECTIONS = {  # a setting's name in the section -> in Config
     "app": "{}", "topics": "{}_topic", "limits": "{}", "durable": "durable_{}", "snapshot": "snapshot_{}", "embedded": "embedded_{}", "gateway": "gateway_{}",
+    "console": "console_{}",
 }  # fmt: skip
 
 

@@ -14,35 +14,25 @@ from typing import Annotated, Any
 import typer
 
 from kwflow.cli.lowered import lowered
-from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, out, print_json, print_table, read, snapshots, sole_writer, stored
+from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, out, print_json, print_table
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
 from kwflow.core.wire import Output
 from kwflow.durable import allow_classes_by_value, allow_modules, find_source, registry, versions
 from kwflow.errors import SnapshotError, UsageError
 from kwflow.runners import deployment
-from kwflow.runners.code import LEASE_MS, CodeStore
+from kwflow.runners.code import LEASE_MS
 from kwflow.runners.deployment import Fate
 from kwflow.runners.groups import Group
 from kwflow.runners.instances import header_of
 from kwflow.runners.modules import load_workflows
+from kwflow.runners.outside import code_store, snapshots, sole_writer, stored
 
-__all__ = ["check", "code_app", "code_store", "prepare_stored"]
+__all__ = ["check", "code_app", "prepare_stored"]
 
 code_app = typer.Typer(no_args_is_help=True, help="The code that instances run: old versions beside the new.")
 code_app.command()(lowered)
 _SHOWN = 20
-
-
-def code_store(settings: Config, embedded: Path | None) -> CodeStore:
-    """The stored sources, as an engine reads them."""
-    if embedded is not None:
-        return CodeStore(lambda offset: list(read(settings, embedded, settings.code_topic, offset)), settings.signing_keys)
-    from kwflow.runners.kafka import topics
-    from kwflow.runners.kafka.code import CodeTopic
-
-    topics.partitions_of(topics.admin(settings), settings)  # says why there is no broker, within `client_connect_s`
-    return CodeStore(CodeTopic(settings).read, settings.signing_keys)
 
 
 @code_app.command("list")

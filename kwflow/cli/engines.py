@@ -19,7 +19,6 @@ import typer
 
 from kwflow import api, timers
 from kwflow.cli.code import check as check_code
-from kwflow.cli.code import code_store
 from kwflow.cli.serving import end_if_late, signals, stopper, wait_for_topics
 from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, MaybeDir, Modules, StateDir, Traced, WaitForBroker, err, json_option, out
 from kwflow.cli.watching import RestoreBar, carry_logging, ends_in_its_log, log_of, watched
@@ -32,6 +31,7 @@ from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.hosted import processors_of
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.modules import load_workflows
+from kwflow.runners.outside import code_store
 from kwflow.runners.supervise import orphaned, supervise
 from kwflow.runners.watchdog import end_when_stuck
 

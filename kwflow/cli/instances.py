@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from kwflow.cli.code import code_store
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, err, out, print_json, print_table, snapshots, stored
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, err, out, print_json, print_table
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.durable import versions
 from kwflow.durable.peek import peek
 from kwflow.errors import UsageError
-from kwflow.runners import deployment
-from kwflow.runners.instances import described, row_of
+from kwflow.runners import deployment, outside
+from kwflow.runners.instances import Filter, described, since_ms
+from kwflow.runners.outside import code_store, stored
 
 __all__ = ["list_", "show"]
 
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _ROWS_MAX = 1000  # of a table; each costs half a millisecond, and nobody reads more
-_STATUSES = ("waiting", "closing", "parked", "paused", "ended", "damaged")
 
 
 def _time(instant_ms: float) -> str:
@@ -113,16 +109,6 @@ def _from_changelog(why: str) -> None:
     err.print(f"read from the changelog: {why}", style="dim")
 
 
-def _rows(settings: Config, embedded: Path | None, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    if embedded is None:
-        from kwflow.runners.kafka import asking
-
-        answer = asking.list_(settings, _from_changelog)
-        if answer is not None:
-            return [row for row in answer if wanted(row)]
-    return [row_of(key, data) for key, data in snapshots(settings, embedded, lambda key, data: wanted(row_of(key, data))).items()]
-
-
 def _about(header: dict[str, Any]) -> list[str]:
     """What the header tells besides its waits, a line each."""
     lines = []
@@ -148,20 +134,6 @@ def _about(header: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _since(text: str | None) -> float:
-    """`2h` ago, or an ISO time, in ms.  Raises UsageError."""
-    if text is None:
-        return 0
-    ago = re.fullmatch(r"(\d+)([smhd])", text)
-    try:
-        if ago is not None:
-            return (datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])})).timestamp() * 1000
-        parsed = datetime.fromisoformat(text)
-        return (parsed if parsed.tzinfo is not None else parsed.replace(tzinfo=UTC)).timestamp() * 1000
-    except (ValueError, OverflowError):
-        raise UsageError(f"--since is like 30m, 2h, 7d, or a time like 2026-01-31T12:00 (UTC), not {text!r}") from None
-
-
 def list_(
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
@@ -169,31 +141,28 @@ def list_(
     workflow: Annotated[str | None, typer.Option("--workflow", help="Only this one.")] = None,
     status: Annotated[str | None, typer.Option("--status", help="waiting, closing, parked, paused, ended or damaged.")] = None,
     since: Annotated[str | None, typer.Option("--since", help="Changed since then: 30m, 2h, 7d, or an ISO time (UTC).")] = None,
+    id: Annotated[str, typer.Option("--id", help="Only ids that begin so; with a * in front, that hold this.")] = "",
+    where: Annotated[list[str] | None, typer.Option("--where", help="NAME=VALUE of what kw.set_status was given, such as customer=Ada or order.paid=true; may be given several times.")] = None,
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
     """All instances, or those that are asked for.
 
-    Example: kwflow list --status parked --since 2h --embedded ./state
+    Example: kwflow list --status parked --since 2h --where customer=Ada --embedded ./state
     """
-    if status is not None and status not in _STATUSES:
-        raise UsageError(f"--status is one of {', '.join(_STATUSES)}, not {status!r}")
-    begin = _since(since)
-
-    def wanted(row: dict[str, Any]) -> bool:
-        return bool((workflow is None or row["workflow"] == workflow) and (status is None or row["status"] == status) and row["changed"] >= begin)
-
-    found = _rows(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded, wanted)
-    found.sort(key=lambda row: str(row["id"]))
+    wanted = Filter(status or "", workflow or "", id, since_ms(since), tuple(where or ()))
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    found = outside.instances(settings, embedded, wanted, None if as_json else _ROWS_MAX, _from_changelog)
+    found.rows.sort(key=lambda row: str(row["id"]))
     if as_json:
-        print_json(found)
+        print_json(found.rows)
         return
     table = columns("id", "workflow", "status", "changed", "waits")
-    for row in found[:_ROWS_MAX]:
+    for row in found.rows:
         waits = [" ".join(_wait(wait)) for wait in row["waits"]]
         said = ", ".join(waits[:3]) + (f" and {len(waits) - 3} more" if len(waits) > 3 else "")
         outcome = row["outcome"]
         table.add_row(row["id"], row["workflow"], row["status"] + (f" ({outcome['kind']})" if outcome else ""), _time(row["changed"]) if row["changed"] else "", said)
     print_table(table)
-    if len(found) > _ROWS_MAX:
-        err.print(f"and {len(found) - _ROWS_MAX} more: narrow it by --workflow, --status or --since, or take them all with --json")
+    if found.total > len(found.rows):
+        err.print(f"and {found.total - len(found.rows)} that changed earlier: narrow it by --workflow, --status, --since, --id or --where, or take them all with --json")

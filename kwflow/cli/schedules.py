@@ -8,10 +8,11 @@ import msgspec
 import typer
 
 from kwflow import schedules
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, json_option, print_json, print_table, send, snapshots
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, json_option, print_json, print_table
 from kwflow.config import Config, load_config
 from kwflow.errors import UsageError
 from kwflow.runners.instances import header_of
+from kwflow.runners.outside import send, snapshots
 
 __all__ = ["schedules_app"]
 

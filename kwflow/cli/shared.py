@@ -1,13 +1,11 @@
-"""What every group of commands uses: the options, the consoles, and records in and out, embedded or on Kafka."""
+"""What every group of commands uses: the options and the consoles."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,17 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kwflow.config import Config
-from kwflow.core import wire
-from kwflow.core.wire import Record
 from kwflow.errors import FencedError, KwflowError, TransportError, UnsupportedError, UsageError
-from kwflow.runners.embedded.socket import submit, submit_all
-from kwflow.runners.embedded.state import EmbeddedStore, read_only, records_of
-from kwflow.runners.groups import Group
 
 __all__ = [
     "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
-    "columns", "err", "exit_code", "json_option", "out", "print_json", "print_table", "read", "send", "snapshots", "states", "stored", "text_of", "told",
+    "columns", "err", "exit_code", "json_option", "out", "print_json", "print_table", "text_of", "told",
 ]  # fmt: skip
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -123,99 +115,6 @@ def print_json(value: object) -> None:
     """One line of JSON on the standard output, in ASCII where that is not UTF-8."""
     text = msgspec.json.encode(value).decode()
     out.print(text if out.encoding == "utf-8" else json.dumps(msgspec.json.decode(text), separators=(",", ":")))
-
-
-def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
-    """One record on the resume topic, embedded or on Kafka, durable when this returns."""
-    if embedded is not None:
-        submit(embedded, settings.resume_topic, wire.key_of(id), value, headers)
-        return
-    from kwflow.runners.kafka.link import send
-
-    send(settings, settings.resume_topic, wire.key_of(id), value, headers)
-
-
-Write = Callable[[Sequence[Group]], Iterator[bool]]
-_GROUPS_MAX = 100  # in one batch: an embedded engine does nothing else meanwhile
-_GROUPS_BYTES_MAX = 1_000_000  # base64 and all, a request has at most 16 MB; a transaction has to end within 10 s, over a slow line, too
-
-
-@contextlib.contextmanager
-def sole_writer(settings: Config, embedded: Path | None, name: str) -> Iterator[Write]:
-    """Gives `write(groups)`, which tells of one group after the other whether it was written.
-
-    What is to be done is to be read inside: on Kafka whoever was here before can write nothing more by then.
-    """
-    if embedded is not None:
-        yield lambda groups: (bool(offsets) for some in _parts(groups) for offsets in submit_all(embedded, some))
-        return
-    from kwflow.runners.kafka.writer import SoleWriter
-
-    with SoleWriter(settings, name) as writer:
-
-        def write(groups: Sequence[Group]) -> Iterator[bool]:
-            for some in _parts(groups):
-                yield from (True for _ in writer.write_each(some))
-
-        yield write
-
-
-def _parts(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """As many at a time as one request may hold."""
-    part: list[Group] = []
-    left = _GROUPS_BYTES_MAX
-    for group in groups:
-        size = sum(len(output.key or b"") + len(output.value or b"") + wire.header_bytes(output.headers) for output in group.records)
-        if part and (len(part) >= _GROUPS_MAX or size > left):
-            yield part
-            part, left = [], _GROUPS_BYTES_MAX
-        part.append(group)
-        left -= size
-    if part:
-        yield part
-
-
-def read(settings: Config, embedded: Path | None, topic: str, start: int = 0) -> Iterator[Record]:
-    """Every committed record of a topic that is still there, from an offset on."""
-    if embedded is None:
-        from kwflow.runners.kafka.link import read
-
-        yield from read(settings, topic, start=start)
-        return
-    with contextlib.closing(read_only(embedded)) as db:
-        yield from records_of(db, topic, start)
-
-
-Wanted = Callable[[bytes, bytes], bool]  # of a key and its value; of a million entries few are kept in memory
-
-
-def states(settings: Config, embedded: Path | None, wanted: Wanted = lambda key, value: True) -> dict[bytes, bytes]:
-    """Every entry of the workflows' state, the engine's own (their keys begin with NUL) included."""
-    if embedded is None:
-        from kwflow.runners.kafka.link import latest
-
-        return latest(settings, settings.changelog_topic, wanted=wanted)
-    with contextlib.closing(read_only(embedded)) as db:
-        return {key: value for key, value in EmbeddedStore(db, settings.changelog_topic).scan(b"") if wanted(key, value)}
-
-
-def snapshots(settings: Config, embedded: Path | None, wanted: Wanted = lambda key, value: True) -> dict[bytes, bytes]:
-    """Id -> stored bytes of every instance."""
-    return states(settings, embedded, lambda key, value: not key.startswith(b"\0") and wanted(key, value))
-
-
-def stored(settings: Config, embedded: Path | None, id: str) -> bytes:
-    """What is stored of one instance.  Raises UsageError."""
-    if embedded is None:
-        from kwflow.runners.kafka.link import state_of
-
-        found = state_of(settings, id)
-    else:
-        with contextlib.closing(read_only(embedded)) as db:
-            found = EmbeddedStore(db, settings.changelog_topic).get(wire.key_of(id))
-    if found is None:
-        raise UsageError(f"no instance {id!r}")
-    return found
 
 
 def text_of(data: bytes | None) -> str:

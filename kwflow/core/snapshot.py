@@ -26,7 +26,7 @@ from kwflow.durable.rebuild import MINOR
 from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, SnapshotError
 
-__all__ = ["UNSIGNED", "Keys", "amend", "copy", "ended_header", "key_id", "load", "park", "read_header", "save", "save_ended", "seal_of", "split", "unpark", "waits_of", "wake"]
+__all__ = ["CLASSES", "UNSIGNED", "Keys", "amend", "copy", "ended_header", "key_id", "load", "park", "read_header", "save", "save_ended", "seal_of", "split", "unpark", "waits_of", "wake"]
 
 Keys = Sequence[bytes]
 UNSIGNED = b""  # among the keys, last: what nobody signed is taken too; it signs nothing
@@ -36,7 +36,8 @@ _CHECKSUM_BYTES = 32
 _VERSION = 1
 _KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked", "key", "minor"}
 
-for _tag, _class in enumerate((Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield, SignalWait, UpdateWait, ActivityWait, Child, JobWait)):  # the order is part of the format
+CLASSES: tuple[type[Awaitable], ...] = (Awaitable, Task, Suspension, Timer, All, Race, Timeout, Shield, SignalWait, UpdateWait, ActivityWait, Child, JobWait)  # the order is part of the format
+for _tag, _class in enumerate(CLASSES):
     codec.register_class(_tag, _class)
 
 

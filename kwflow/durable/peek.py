@@ -1,7 +1,7 @@
 """What a snapshot's body holds, looked at without running or even loading the author's code (semantics §4.1, §4.4).
 
 Every class and function the bytes name becomes a stub that only remembers what it was given.  `peek` shows the waiting
-generators, `canonical` is a form of the whole graph that is equal when two graphs are.
+generators, `graph` gives all of it, `Shown` writes values for people, `canonical` is a form of the whole that is equal when two graphs are.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import contextlib
 import io
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date, datetime, time, timedelta
 from typing import Any
 
 from kwflow.durable import rebuild
-from kwflow.durable.codec import _CELL, _CREATED, _FINISHED, _GENERATOR, FORMAT, SEEDS, dumps, padded, seeded, unfilled
+from kwflow.durable.codec import _CELL, _CREATED, _EXCEPTION, _FINISHED, _GENERATOR, _OBJECT, FORMAT, SEEDS, dumps, padded, seeded, unfilled
 from kwflow.durable.frames import SUSPENDED
 from kwflow.errors import CorruptSnapshotError
 
-__all__ = ["Stub", "canonical", "canonical_bytes", "peek"]
+__all__ = ["CREATED", "OBJECT", "WAITING", "Shown", "States", "Stub", "canonical", "canonical_bytes", "graph", "peek", "qualname"]
 
 _REAL: dict[str, type] = {cls.__name__: cls for cls in (set, frozenset, bytearray, complex, range, slice, list, dict, tuple)}
 _TIMES: dict[str, Any] = {f"datetime.{cls.__name__}": cls for cls in (date, datetime, time, timedelta)}
@@ -112,6 +112,16 @@ class _Unpickler(pickle._Unpickler):
 _SEEDS = tuple(_REAL.get(seed.__name__, type(seed.__name__, (Stub,), {"name": seed.__name__})) if callable(seed) else seed for seed in SEEDS)
 _memo = seeded(_SEEDS).copy()
 _GENERATORS = (_GENERATOR, _CREATED, _FINISHED)
+CREATED, OBJECT, WAITING = _CREATED, _OBJECT, _GENERATOR  # kinds of states
+
+
+States = dict[int, tuple[int, Any, Any]]  # by the `id` of a stub: its kind, itself, and what was saved of it
+
+
+def graph(body: bytes) -> tuple[Any, States]:
+    """The root, and what was saved of each object that is filled after it was made.  Raises CorruptSnapshotError."""
+    root, states = _stubs(body)
+    return root, {id(made): (kind, made, state) for kind, made, state in states}
 
 
 def _stubs(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
@@ -147,14 +157,101 @@ def peek(body: bytes) -> list[tuple[str, dict[str, Any]]]:
             values = {name: value for name, value in slots.items() if name[0] != "@"}
             held = made.args[2] if len(made.args) > 2 else ()
             shared = [cells[id(cell)] for cell in held if id(cell) in cells]
-            function = made.args[4] if len(made.args) > 4 else _qualname(made.args[1])
+            function = qualname(made)
             found.append((function, {**values, **({"(shared with inner functions)": shared} if shared else {})}))
     return found
 
 
-def _qualname(path: str) -> str:
-    """The name in a path, without the numbers of functions that share theirs."""
-    return re.sub(r"#\d+", "", path)
+def qualname(made: Stub) -> str:
+    """What a generator or function calls itself: the name in its path, without the numbers of functions that share theirs."""
+    return str(made.args[4]) if len(made.args) > 4 else re.sub(r"#\d+|\.<body>$", "", str(made.args[1]))
+
+
+class Shown:
+    """Values as a person reads them, each in so many characters: what nests without end, or holds itself, is cut off.
+
+    `named` says of an object that is told apart what it is, if it is to be said in other words.
+    """
+
+    def __init__(self, states: States, named: Callable[[Stub], str | None] = lambda _: None) -> None:
+        self._states = states
+        self._named = named
+        self._left = 0
+        self._open: set[int] = set()
+
+    def text(self, value: Any, characters: int) -> str:
+        self._left, self._open = characters, set()
+        return "".join(self._value(value, 0))[: characters + 1]
+
+    def _value(self, value: Any, depth: int) -> Iterator[str]:
+        if self._left <= 0:
+            return
+        if not isinstance(value, (*_BRACKETS, Stub)):
+            yield self._counted(_plain(value, self._left))
+        elif id(value) in self._open or depth > _NESTING_MAX:
+            yield self._counted("…")
+        else:
+            self._open.add(id(value))
+            yield from self._object(value, depth + 1) if isinstance(value, Stub) else self._container(value, depth + 1)
+            self._open.discard(id(value))
+
+    def _counted(self, text: str) -> str:
+        self._left, kept = self._left - len(text), text[: max(self._left, 0)]
+        return kept if self._left >= 0 else f"{kept}…"
+
+    def _container(self, value: Any, depth: int) -> Iterator[str]:
+        before, after = _BRACKETS[type(value)]
+        yield self._counted(before)
+        for number, item in enumerate(value):
+            if self._left <= 0:
+                return
+            yield self._counted(", " if number else "")
+            yield from self._value(item, depth)
+            if isinstance(value, dict):
+                yield self._counted(": ")
+                yield from self._value(value[item], depth)
+        yield self._counted(f",{after}" if isinstance(value, tuple) and len(value) == 1 else after)
+
+    def _object(self, made: Stub, depth: int) -> Iterator[str]:
+        kind, _, state = self._states.get(id(made), (None, None, None))
+        named = self._named(made)
+        if named is None and made.name in ("generator", "function") and len(made.args) > 1:
+            named = f"<{made.name} {qualname(made)}>"
+        if named is not None or made.name in _TIMES:
+            yield self._counted(named or " ".join(made._arguments()))
+        elif kind == _CELL:
+            yield from self._value(state, depth)
+        elif kind == _EXCEPTION and len(made.args) > 1:
+            yield self._counted(str(getattr(made.args[0], "name", getattr(made.args[0], "__name__", "exception"))))
+            yield from self._value(made.args[1], depth)
+        else:
+            yield from self._parts(made, depth)
+
+    def _parts(self, made: Stub, depth: int) -> Iterator[str]:
+        """`Order(items=[1, 2])`."""
+        state = made.state[1] if isinstance(made.state, tuple) and len(made.state) == 2 and made.state[0] is None else made.state
+        attributes = state if isinstance(state, dict) else {}
+        values = [*((None, value) for value in (*made.args, *([state] if state is not None and state is not attributes else []), *made.items)), *attributes.items()]
+        yield self._counted(f"{made.name}(")
+        for number, (name, value) in enumerate(values):
+            if self._left <= 0:
+                return
+            yield self._counted((", " if number else "") + ("" if name is None else f"{name}="))
+            yield from self._value(value, depth)
+        yield self._counted(")")
+
+
+_BRACKETS: dict[type, tuple[str, str]] = {list: ("[", "]"), tuple: ("(", ")"), dict: ("{", "}"), set: ("{", "}"), frozenset: ("{", "}")}
+_NESTING_MAX = 20
+
+
+def _plain(value: Any, characters: int) -> str:
+    if isinstance(value, type):
+        return f"<class {getattr(value, 'name', value.__qualname__)}>"
+    try:
+        return repr(value[: characters + 1] if isinstance(value, (str, bytes, bytearray)) else value)
+    except ValueError:  # Python writes no number of so many digits
+        return f"<int of {value.bit_length()} bits>"
 
 
 def canonical(root: Any) -> str:

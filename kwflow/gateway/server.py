@@ -20,7 +20,7 @@ from kwflow.gateway.application import application
 from kwflow.gateway.service import Service
 from kwflow.worker import Lending
 
-__all__ = ["Server", "listening", "serve"]
+__all__ = ["Server", "listening", "serve", "url_of"]
 
 _DEAD_AFTER_S = 60  # a caller whose machine or line is gone: two sweeps of 30 s, as the affinity service has it (AF-9)
 _IDLE_MAX = 1000  # connections beside those whose requests wait
@@ -72,12 +72,12 @@ def serve(config: Config, connect: Callable[[], Client], host: str, port: int, l
     with ExitStack() as stack:
         sock = stack.enter_context(closing(listening(host, port)))
         service = stack.enter_context(Service(config, connect, [stack.enter_context(Lending(config, queue, log)) for queue in queues]))
-        log(f"kwflow gateway listens on {_url(sock)}")
+        log(f"kwflow gateway listens on {url_of(sock)}")
         if not config.gateway_tokens:
             log("everybody who reaches it may do everything: set gateway_tokens to ask for one")
         Server(service).run([sock])
 
 
-def _url(sock: socket.socket) -> str:
+def url_of(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,18 +1,29 @@
-"""What is told of an instance, as JSON: the same from the changelog and from the engine that owns it.  From headers alone, no code of the author's is loaded."""
+"""What is told of an instance, as JSON, and which ones are asked for: the same from the changelog and from the engine that owns it.
+
+From headers alone, no code of the author's is loaded.  A `Filter` is applied by the engine, and again by who asked: an older engine gives all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import heapq
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import parse_qsl
 
 import msgspec
 
 from kwflow.core import snapshot
 from kwflow.core.murmur2 import partition_of
-from kwflow.errors import SnapshotError
+from kwflow.errors import SnapshotError, UsageError
 
-__all__ = ["Instances", "Page", "array", "described", "header_of", "one", "row_of", "status_of"]
+__all__ = ["ALL", "STATUSES", "Filter", "Found", "Instances", "Page", "array", "asked_for", "described", "header_of", "newest", "newest_of", "one", "row_of", "several", "since_ms", "status_of"]
 
+STATUSES = ("waiting", "closing", "parked", "paused", "ended", "damaged")
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _PAGE = 500
 _HIDDEN = ("v", "code", "lowering", "key", "ids")
 _FIRST_ID = b"\1"  # an engine's own entries begin with NUL
@@ -25,6 +36,118 @@ class Instances(msgspec.Struct, frozen=True):
     engine: str
     partitions: int
     pages: dict[int, Page]
+
+
+class Filter(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Which instances are asked for; what is empty asks for any.
+
+    `id` is how it begins, or with a * in front, what is in it; `since` in ms, when it changed; `where` is NAME=VALUE of the status value, dotted where it nests.
+    """
+
+    status: str = ""
+    workflow: str = ""
+    id: str = ""
+    since: float = 0
+    where: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.status and self.status not in STATUSES:
+            raise UsageError(f"a status is one of {', '.join(STATUSES)}, not {self.status!r}")
+        if without := [one for one in self.where if "=" not in one[1:]]:
+            raise UsageError(f"where is like customer=Ada or order.paid=true, a name and a value of what kw.set_status was given, not {without[0]!r}")
+
+    @property
+    def prefix(self) -> bytes:
+        """What every key begins with."""
+        return b"" if self.id.startswith("*") else self.id.encode("utf-8", "backslashreplace")
+
+    def takes(self, row: dict[str, Any]) -> bool:
+        return bool(
+            (not self.status or row["status"] == self.status)
+            and (not self.workflow or row["workflow"] == self.workflow)
+            and row["changed"] >= self.since
+            and (self.id[1:] in row["id"] if self.id.startswith("*") else row["id"].startswith(self.id))
+            and all(_has(row["status_value"], *one.split("=", 1)) for one in self.where)
+        )
+
+    def query(self) -> list[tuple[str, str]]:
+        """As `GET /instances` takes it."""
+        fields = msgspec.structs.asdict(self)
+        return [(name, f"{one:.0f}" if isinstance(one, float) else str(one)) for name, value in fields.items() if value for one in (value if isinstance(value, tuple) else (value,))]
+
+
+ALL = Filter()
+
+
+def _has(value: Any, name: str, wanted: str) -> bool:
+    """Whether this is there under this name; what is no text is compared as JSON."""
+    for part in name.split("."):
+        if isinstance(value, dict):
+            value = value.get(part, msgspec.UNSET)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return False
+    return value is not msgspec.UNSET and (value if isinstance(value, str) else msgspec.json.encode(value).decode()) == wanted
+
+
+def asked_for(query: Sequence[tuple[str, str]]) -> tuple[Filter, int | None]:
+    """What a query asks for, and at most how many.  Raises UsageError."""
+    given: dict[str, Any] = {}
+    for name, value in query:
+        if name == "where":
+            given[name] = (*given.get(name, ()), value)
+        elif name in given:
+            raise UsageError(f"{name} is given twice")
+        else:
+            given[name] = value
+    try:
+        limit = msgspec.convert(given.pop("limit", None), int | None, strict=False)
+        if limit is not None and limit < 1:
+            raise UsageError(f"limit is at least 1, not {limit}")
+        return msgspec.convert(given, Filter, strict=False), limit
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{error}; there are: {', '.join(Filter.__struct_fields__)}, limit") from None
+
+
+def since_ms(text: str | None) -> float:
+    """`2h` ago, or an ISO time, in ms.  Raises UsageError."""
+    if text is None:
+        return 0
+    ago = re.fullmatch(r"(\d+)([smhd])", text)
+    try:
+        if ago is not None:
+            return (datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])})).timestamp() * 1000
+        parsed = datetime.fromisoformat(text)
+        return (parsed if parsed.tzinfo is not None else parsed.replace(tzinfo=UTC)).timestamp() * 1000
+    except (ValueError, OverflowError):
+        raise UsageError(f"since is like 30m, 2h, 7d, or a time like 2026-01-31T12:00 (UTC), not {text!r}") from None
+
+
+class Found(msgspec.Struct, frozen=True):
+    """The newest of those that were asked for, newest first, and how many there are of each status."""
+
+    rows: list[dict[str, Any]]
+    counts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+
+def newest_of(rows: Iterable[dict[str, Any]], limit: int | None) -> Found:
+    """With a limit no more than those are kept in memory."""
+    counts: Counter[str] = Counter()
+
+    def counted() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            counts[row["status"]] += 1
+            yield row
+
+    def age(row: dict[str, Any]) -> tuple[float, str]:
+        return row["changed"], row["id"]
+
+    return Found(sorted(counted(), key=age, reverse=True) if limit is None else heapq.nlargest(limit, counted(), age), dict(counts))
 
 
 def status_of(header: dict[str, Any]) -> str:
@@ -71,17 +194,55 @@ def one(served: Instances, id: bytes, keys: snapshot.Keys) -> tuple[int, bytes]:
         return 500, msgspec.json.encode({"error": str(error)})
 
 
-def array(served: Instances) -> Iterator[bytes]:
-    """The body of `GET /instances`, page by page; an array that is not closed is not whole: a partition was given away meanwhile."""
-    separator = b"["
+def _pages(served: Instances, wanted: Filter) -> Iterator[list[dict[str, Any]] | None]:
+    """What each page has of them; None once a partition was given away."""
     for page in served.pages.values():
-        start: bytes | None = _FIRST_ID
+        start: bytes | None = max(_FIRST_ID, wanted.prefix)
         while start is not None:
             entries = page(start, _PAGE)
             if entries is None:
+                yield None
                 return
-            if entries:
-                yield separator + b",".join(msgspec.json.encode(row_of(key, data)) for key, data in entries)
-                separator = b","
-            start = entries[-1][0] + b"\0" if len(entries) == _PAGE else None
+            inside = [entry for entry in entries if entry[0].startswith(wanted.prefix)]
+            yield [row for key, data in inside if wanted.takes(row := row_of(key, data))]
+            start = entries[-1][0] + b"\0" if len(inside) == _PAGE else None
+
+
+def array(served: Instances, wanted: Filter = ALL) -> Iterator[bytes]:
+    """The body of `GET /instances`, page by page; an array that is not closed is not whole: a partition was given away meanwhile."""
+    separator = b"["
+    for rows in _pages(served, wanted):
+        if rows is None:
+            return
+        if rows:
+            yield separator + b",".join(map(msgspec.json.encode, rows))
+            separator = b","
     yield b"]" if separator == b"," else b"[]"
+
+
+def several(served: Instances, query: str) -> tuple[int, Iterable[bytes], list[tuple[str, str]]]:
+    """HTTP status, body and headers of `GET /instances?...`: all in parts, or with a limit the newest, and how many there are."""
+    try:
+        wanted, limit = asked_for(parse_qsl(query, keep_blank_values=True))
+    except UsageError as error:
+        return 400, [msgspec.json.encode({"error": str(error)})], []
+    if limit is None:
+        return 200, array(served, wanted), []
+    found = newest(served, wanted, limit)
+    if found is None:
+        return 421, [msgspec.json.encode({"error": "a partition was given away meanwhile"})], []
+    return 200, [msgspec.json.encode(found.rows)], [("Kwflow-Counts", msgspec.json.encode(found.counts).decode())]
+
+
+def newest(served: Instances, wanted: Filter, limit: int) -> Found | None:
+    """`GET /instances?limit=`; None if a partition was given away meanwhile."""
+    gone = False
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal gone
+        for found in _pages(served, wanted):
+            gone = found is None
+            yield from found or ()
+
+    made = newest_of(rows(), limit)
+    return None if gone else made

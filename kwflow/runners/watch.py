@@ -216,16 +216,17 @@ def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterat
                 good = live and ready if path == "/health" else ready
                 self._answer(200 if good else 503, "application/json", msgspec.json.encode(said, order="deterministic"))
             elif path == "/instances" and served is not None:
-                self._list(served)
+                self._list(served, self.path.partition("?")[2])
             elif path.startswith("/instances/") and served is not None:
                 status, body = instances.one(served, unquote(path.removeprefix("/instances/")).encode("utf-8", "surrogateescape"), config.signing_keys)
                 self._answer(status, "application/json", body, served)
             else:
                 self._answer(404, "text/plain", b"there are /health, /health/live, /health/ready, /metrics, and where workflows run /instances and /instances/ID\n")
 
-        def _list(self, served: Instances) -> None:
-            self._head(200, "application/json", served)
-            for part in instances.array(served):
+        def _list(self, served: Instances, query: str) -> None:
+            status, body, headers = instances.several(served, query)
+            self._head(status, "application/json", served, *headers)
+            for part in body:
                 self.wfile.write(part)
 
         def _answer(self, status: int, kind: str, body: bytes, served: Instances | None = None) -> None:

@@ -1,10 +1,10 @@
-"""A gateway on a thread of the test, listening on a real socket, and who reads a stream of its."""
+"""A gateway or a console on a thread of the test, listening on a real socket, and who reads a stream of its."""
 
 import contextlib
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +12,9 @@ import httpx
 
 from kwflow.client import Client
 from kwflow.config import Config
-from kwflow.gateway.server import Server, listening
+from kwflow.console.server import server_of
+from kwflow.console.site import Site
+from kwflow.gateway.server import Server, listening, url_of
 from kwflow.gateway.service import Service
 from kwflow.worker import Lending
 
@@ -71,3 +73,17 @@ class Stream:
 
     def next(self) -> Any:
         return self.events.get(timeout=DEADLINE_S)
+
+
+@contextlib.contextmanager
+def console(site: Site) -> Iterator[httpx.Client]:
+    """A client of a console; what it sends bears the Origin of the console's own pages."""
+    with contextlib.closing(listening("127.0.0.1", 0)) as sock:
+        url, server = url_of(sock), server_of(site)
+        thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
+        thread.start()
+        with httpx.Client(base_url=url, headers={"Origin": url}, timeout=DEADLINE_S, trust_env=False) as http:
+            yield http
+        server.should_exit = True
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()

@@ -261,7 +261,7 @@ def test_a_table_has_its_limit_and_says_so_json_has_all(tmp_path: pathlib.Path) 
     held.run([WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), held.incarnation)], lambda: held.counts["started"] == 1002)
     held.close()
     shown = CliRunner().invoke(app, ["list", "--embedded", str(tmp_path / "state")]).output
-    assert "w00999" in shown and "w01000" not in shown and "and 2 more: narrow it by" in shown
+    assert "w01001" in shown and "w00001" not in shown and "and 2 that changed earlier: narrow it by" in shown
     everything = CliRunner().invoke(app, ["list", "--json", "--embedded", str(tmp_path / "state")]).output
     assert [row["id"] for row in json.loads(everything)] == [f"w{number:05}" for number in range(1002)]
 

@@ -23,7 +23,7 @@ from kwflow.errors import UsageError
 from kwflow.runners import instances
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.state import EmbeddedStore
-from kwflow.runners.instances import Instances, Page
+from kwflow.runners.instances import ALL, Filter, Instances, Page, asked_for
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.watch import serve_http
@@ -143,6 +143,35 @@ def test_instances_are_told_as_the_command_line_tells_them(place: Place) -> None
         assert "code" not in json.loads(said)
         assert get(port, "/instances/nobody")[0] == 404
         assert get(port, "/instances/%00hold")[0] == 404, "an engine's own entries are nobody's"
+
+
+def test_an_engine_gives_the_newest_of_those_that_are_asked_for_and_counts_all_of_them(place: Place) -> None:
+    """So that whoever looks at a page of them does not move a million rows."""
+    for number in range(5):
+        place.send(f"order-{number}", "new:1000")
+    place.send("other", "new:1000")
+    place.run()
+    with serve_http("127.0.0.1:0", [place.held], place.config) as port:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/instances?id=order-&status=waiting&limit=2", timeout=10) as answer:
+            assert [row["id"] for row in json.loads(answer.read())] == ["order-4", "order-3"] and json.loads(answer.headers["Kwflow-Counts"]) == {"waiting": 5}
+        assert [row["id"] for row in json.loads(get(port, "/instances?id=*ther")[1])] == ["other"]
+        wrong = {"limit=0": "at least 1", "limit=x": "there are: status, workflow, id, since, where, limit", "color=red": "color", "status=dead": "a status is one of", "id=a&id=b": "given twice"}
+        for query, said in wrong.items():
+            status, body = get(port, f"/instances?{query}")
+            assert status == 400 and said in json.loads(body)["error"], query
+
+
+def test_a_filter_takes_what_it_says() -> None:
+    row = {"id": "order-7", "workflow": "shop", "status": "waiting", "changed": 100, "status_value": {"customer": "Ada", "order": {"paid": False, "items": [1, {"a": None}]}, "n": 3, "true": True}}
+    for taken in ("customer=Ada", "order.paid=false", "order.items.0=1", "order.items.1.a=null", "n=3", "true=true", 'order.items=[1,{"a":null}]'):
+        assert Filter(where=(taken,)).takes(row), taken
+    for refused in ("customer=ada", "order.paid=0", "order.items.2=1", "order.items.x=1", "n=3.0", "true=1", "nothing=null", "customer.first=A", "order.paid="):
+        assert not Filter(where=(refused,)).takes(row), refused
+    wanted = Filter("waiting", "shop", "order-", 100.0, ("n=3",))
+    assert wanted.takes(row) and asked_for([*wanted.query(), ("limit", "5")]) == (wanted, 5) and asked_for([]) == (ALL, None)
+    for other in ({"status": "ended"}, {"workflow": "x"}, {"changed": 99}, {"id": "rder-7"}, {"status_value": None}):
+        assert not wanted.takes({**row, **other})
+    assert wanted.prefix == b"order-" and Filter(id="*7").prefix == b"" and Filter(id="*der").takes(row)
 
 
 def pages(*kept: tuple[bytes, bytes]) -> Page:

@@ -13,7 +13,6 @@ import msgspec
 import pytest
 
 from kwflow import api, durable
-from kwflow.cli.code import code_store
 from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
@@ -23,6 +22,7 @@ from kwflow.runners.code import LEASE_MS, CodeStore
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.hosted import processors_of
 from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.outside import code_store
 from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore, WorkflowTester
 

@@ -119,6 +119,7 @@ class Emitter:
     filename: str
     cold: bool
     labels: list[Label] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)  # of the wait at each label, for who looks at it
     live: list[str] = field(default_factory=list)
     temporaries: dict[str, None] = field(default_factory=dict)
     exits: list[str | Finally] = field(default_factory=list)
@@ -250,11 +251,12 @@ class Emitter:
             released = ast.Assign([store(name) for name in names], constant(None))
             self.emit(ast.copy_location(released, at) if at is not None else released)
 
-    def label(self) -> int:
-        """A new label here; emits the store that tells `capture` where the generator waits."""
+    def label(self, wait: ast.AST) -> int:
+        """A new label here, for this wait; emits the store that tells `capture` where the generator waits."""
         number = len(self.labels) + 1
         same = self._label_counts[self.path] = self._label_counts.get(self.path, 0) + 1
         self.labels.append(Label(f"{self.path} {same}", tuple(dict.fromkeys(self.live))))
+        self.lines.append(getattr(wait, "lineno", getattr(self.at, "lineno", 0)))
         stored = assign("@l", constant(number))
         self._label_stores.append(stored)
         self.emit(stored)

@@ -97,7 +97,7 @@ class Expressions(Emitter):
             self.emit(assign(delegate, call(begin, self.value(node.value))))
             del self.live[mark:]
             self.live.append(delegate)
-            self.label()
+            self.label(node)
             self.live.pop()
             source: ast.expr = load(delegate)
             if self.cold:
@@ -105,7 +105,7 @@ class Expressions(Emitter):
             return ast.copy_location(ast.YieldFrom(source), node)
         value = self.value(node.value) if node.value is not None else None
         del self.live[mark:]
-        self.label()
+        self.label(node)
         if self.cold:
             value = self.unless_entering(value or constant(None), self._reached())
         return ast.copy_location(ast.Yield(value), node)

@@ -71,6 +71,11 @@ class ModuleLowering:
         """The iterators of a generator expression's loops, outermost first."""
         return self._lower(as_def(node), scope, mangled, cold=False)[0].labels[0].live
 
+    def lines(self, node: ast.AST, scope: Scope) -> dict[str, int]:
+        """The line of each wait, by the name of its label."""
+        lowering = self._lower(as_def(node), scope, scope.class_name, cold=False)[0]
+        return {label.name: line for label, line in zip(lowering.labels, lowering.lines, strict=True)}
+
     def cold(self, node: ast.AST, scope: Scope) -> types.CodeType:
         """The twin that restored generators run, alone."""
         return self._alone(self.cold_def(node, scope), scope, scope.captured, node)

@@ -1,17 +1,20 @@
-"""Lowered code for people: as Python text, its temporaries as names that say what they hold."""
+"""Lowered code for people: as Python text, its temporaries as names that say what they hold; and where in its source a function waits."""
 
 from __future__ import annotations
 
 import ast
 import copy
+import functools
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from kwflow.durable.lower.functions import ModuleLowering
 from kwflow.durable.lower.scopes import Scope, analyze
 from kwflow.durable.registry import RUNTIME
 from kwflow.errors import UsageError
 
-__all__ = ["functions_of", "lowered_text"]
+__all__ = ["Shape", "functions_of", "lowered_text", "shapes_of"]
 
 _SPECIAL = {
     RUNTIME: "runtime", "@l": "label_", "@r": "reach_", "@c": "cells_", "@S": "saved_",
@@ -64,3 +67,26 @@ def _name(name: str) -> str:
         return _SPECIAL[name]
     name = name.removeprefix("@def ")
     return name if name.isidentifier() else re.sub(r"\W+", "_", name.lstrip("@")).strip("_") + "_"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A function in its source: its first and last line, the names of its cells as a snapshot orders them, and the line of each wait by its label."""
+
+    first: int
+    last: int
+    captured: tuple[str, ...]
+    lines: Mapping[str, int]
+
+
+@functools.lru_cache(maxsize=64)
+def shapes_of(source: str) -> Mapping[str, Shape]:
+    """Of every generator of this source, by its path; nothing of it is compiled or run.  Raises as `lower_module`."""
+    scopes = analyze(ast.parse(source))
+    lowering = ModuleLowering("<source>", scopes, 0)
+    found: dict[str, Shape] = {}
+    for node, scope in scopes.items():
+        if scope.kind == "function" and scope.generator:
+            first = min([getattr(node, "lineno", 1), *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+            found[scope.frame_path] = Shape(first, getattr(node, "end_lineno", first), scope.captured, lowering.lines(node, scope))
+    return found

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
+from email.message import Message
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import msgspec
 
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import UsageError
+from kwflow.runners.instances import Filter, Found, newest_of
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.link import latest
 from kwflow.runners.kafka.owners import Owner, owner_key
@@ -49,22 +52,26 @@ def show(config: Config, id: str, note: Note) -> dict[str, Any] | None:
         return None
 
 
-def list_(config: Config, note: Note) -> list[dict[str, Any]] | None:
-    """What the owners of all partitions tell; None, and a note why, if one of them does not.  Raises TransportError."""
+def list_(config: Config, note: Note, wanted: Filter, limit: int | None) -> Found | None:
+    """The newest that the owners of all partitions tell; None, and a note why, if one of them does not.  Raises TransportError."""
+    query = urlencode([*wanted.query(), *([("limit", str(limit))] if limit is not None else [])])
     try:
         numbers = range(_partitions(config))
         owners = _owners(config, numbers)
         rows: list[dict[str, Any]] = []
+        counts: Counter[str] = Counter()
         told: list[int] = []
         for owner in sorted(set(owners.values()), key=lambda owner: owner.engine):
-            status, partitions, body = _get(owner, "/instances")
+            status, headers, body = _get(owner, f"/instances?{query}")
             if status != 200:
                 raise _NoAnswer(f"{owner.engine} at {owner.address} answers {status}")
-            rows += _json(owner, body)
-            told += partitions
+            found = newest_of((row for row in _json(owner, body) if wanted.takes(row)), limit)  # an older engine gives all
+            rows += found.rows
+            counts.update(_json(owner, said.encode()) if (said := headers.get("Kwflow-Counts")) else found.counts)
+            told += [int(number) for number in headers.get("Kwflow-Partitions", "").split(",") if number.isdigit()]
         if sorted(told) != list(numbers):
             raise _NoAnswer("partitions are on their way from one engine to another")
-        return rows
+        return Found(newest_of(rows, limit).rows, dict(counts))
     except _NoAnswer as why:
         note(str(why))
         return None
@@ -95,20 +102,20 @@ def _owners(config: Config, numbers: Any) -> dict[int, Owner]:
     return {number: msgspec.structs.replace(owner, since=0) for number, owner in found.items()}  # one engine is one, whenever it got each
 
 
-def _get(owner: Owner, path: str) -> tuple[int, list[int], bytes]:
-    """(status, the partitions it speaks for, body)."""
+def _get(owner: Owner, path: str) -> tuple[int, Message, bytes]:
+    """(status, headers, body)."""
     try:
         try:
             answer = _OPENER.open(f"http://{owner.address}{path}", timeout=_TIMEOUT_S)
         except urllib.error.HTTPError as error:
             answer = error
         with answer:
-            status, who, partitions, body = answer.status, answer.headers.get("Kwflow-Engine"), answer.headers.get("Kwflow-Partitions", ""), answer.read()
+            status, headers, body = answer.status, answer.headers, answer.read()
     except (OSError, HTTPException, ValueError) as error:
         raise _NoAnswer(f"{owner.engine} does not answer at {owner.address}: {error}") from None
-    if who != owner.engine:
+    if (who := headers.get("Kwflow-Engine")) != owner.engine:
         raise _NoAnswer(f"at {owner.address} answers {who or 'something else'}, not {owner.engine}")
-    return status, [int(number) for number in partitions.split(",") if number.isdigit()], body
+    return status, headers, body
 
 
 def _json(owner: Owner, body: bytes) -> Any:

@@ -32,7 +32,7 @@ from kwflow.runners.kafka.member import LATEST, offsets
 from kwflow.runners.kafka.reading import gather, read_to
 from kwflow.runners.kafka.topics import TOPIC_MS, client_config, record_of, transient
 
-__all__ = ["KafkaLink", "ends_in_a_transaction", "latest", "read", "send", "state_of"]
+__all__ = ["KafkaLink", "ends_in_a_transaction", "latest", "partition_for", "read", "send", "state_of"]
 
 _Places = tuple[tuple[str, int], ...]  # (topic, partition) of an id's outcome, in the result and in the error topic
 _TIMEOUT_S = 20
@@ -286,11 +286,16 @@ def latest(config: Config, topic: str, partition: int | None = None, wanted: Cal
     return {key: value for (_, key), value in found.items()}
 
 
+def partition_for(config: Config, topic: str, key: bytes) -> int | None:
+    """Where a topic holds this key; None if there is no such topic."""
+    partitions = topics.partitions_of(topics.admin(config), config).get(topic, 0)
+    return partition_of(key, partitions) if partitions else None
+
+
 def state_of(config: Config, id: str) -> bytes | None:
     """The stored snapshot of one instance, from the changelog partition that holds it."""
-    partitions = topics.partitions_of(topics.admin(config), config).get(config.changelog_topic, 0)
     key, found = id.encode(), None
-    for record in read(config, config.changelog_topic, partition_of(key, partitions) if partitions else None):
+    for record in read(config, config.changelog_topic, partition_for(config, config.changelog_topic, key)):
         if record.key == key:
             found = record.value
     return found

@@ -1,0 +1,58 @@
+"""The web console as a command."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kwflow.cli.messages import connect
+from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, LogFormat, MaybeDir
+from kwflow.cli.watching import carry_logging, ends_in_its_log, log_of
+from kwflow.config import load_config
+from kwflow.errors import UsageError
+
+__all__ = ["console"]
+
+_OPTIONAL = ("jinja2", "starlette", "uvicorn")
+
+
+def console(
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on; default: every address with console_tokens, 127.0.0.1 without.")] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any that is free; the log says which.")] = 8081,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Only show: no forms, and none is taken.")] = False,
+    app_dir: AppDir = None,
+    log_format: LogFormat = None,
+    config: ConfigFile = None,
+) -> None:
+    """Show in a browser what sleeps, where in its source and why, and act on it, until SIGTERM (docs/CONSOLE.md).
+
+    Example: kwflow console --embedded ./state
+    """
+    try:
+        from kwflow.console.server import serve
+        from kwflow.console.site import Site
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _OPTIONAL:
+            raise
+        raise UsageError(f"kwflow console needs {missing}: pip install 'kwflow[console]'") from None
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, log_format=log_format)
+    log = log_of(settings)
+    carry_logging(log)
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises once more what it was ended by, when all is done
+        signal.signal(number, lambda *_: None)
+    site = Site(settings, embedded, lambda: connect(settings, embedded), _said(embedded, bootstrap_servers, application_id, config), app_dir, read_only)
+    with ends_in_its_log(settings):
+        serve(site, host or ("0.0.0.0" if settings.console_tokens else "127.0.0.1"), port, log)
+
+
+def _said(embedded: Path | None, bootstrap_servers: str | None, application_id: str | None, config: Path | None) -> list[str]:
+    """The options that say where the application is, for the command lines that pages show."""
+    given = {"--embedded": embedded, "--bootstrap-servers": bootstrap_servers, "--application-id": application_id, "--config": config}
+    return [word for name, value in given.items() if value is not None for word in (name, str(value))]

@@ -1,0 +1,99 @@
+"""Who may enter: around the application, before any page.
+
+A console without tokens is for who sits at this machine, and a browser there opens pages from anywhere.  So it answers only under a name that no page from
+elsewhere can have (DNS rebinding), and a form counts only if a page of its own sent it.  Paths are taken as they were sent: an id may hold a slash (%2F).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import ipaddress
+import re
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kwflow.console.site import Site
+
+__all__ = ["Gate", "is_local"]
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",  # with no-referrer a browser's forms would have no Origin
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:@/\[\]\s]+)(?::[0-9]{1,5})?")
+_ASK = {"WWW-Authenticate": 'Basic realm="kwflow console", charset="UTF-8"'}
+
+
+class Gate:
+    """An ASGI application around another one."""
+
+    def __init__(self, site: Site, inner: ASGIApp) -> None:
+        self._site = site
+        self._inner = inner
+        self._tokens = [token.get_secret_value().encode() for token in site.config.console_tokens]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        scope["path"] = scope["raw_path"].decode("ascii", "replace")
+        request = Request(scope)
+        status, title, remedy = self._refused(request)
+        headers = {**_HEADERS, **(_ASK if status == 401 else {})}
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *((name.lower().encode(), value.encode()) for name, value in headers.items())]
+            await send(message)
+
+        if status:
+            await self._site.page("problem.html", status, title=title, detail="", remedy=remedy, bare=True)(scope, receive, sent)
+        else:
+            await self._inner(scope, receive, sent)
+
+    def _refused(self, request: Request) -> tuple[int, str, str]:
+        """Status, why it may not enter, and what to do; 0 if it may."""
+        host = request.headers.get("host", "")
+        if self._tokens and not self._knows(request.headers.get("authorization", "")):
+            return 401, "This console takes a token", "give one of console_tokens as the password; any user name will do"
+        if not self._tokens and not is_local(host):
+            return 403, f"Without tokens this console is not called {host[:200]!r}", "open it as localhost or by its IP address; or set console_tokens, and it answers under any name"
+        if request.method == "POST" and self._site.read_only:
+            return 403, "This console only shows", "start it without --read-only, or use the command line"
+        if request.method == "POST" and not _own(request, host):
+            return 403, "This form was not sent by a page of this console", "open the page of the instance here and use its form; a proxy in front must leave Host, or Sec-Fetch-Site, as it is"
+        return 0, "", ""
+
+    def _knows(self, authorization: str) -> bool:
+        """Every token is compared whole, so that the time tells nothing of them."""
+        scheme, _, encoded = authorization.partition(" ")
+        try:
+            given = base64.b64decode(encoded.strip(), validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return False
+        found = [hmac.compare_digest(given, known) for known in self._tokens]
+        return scheme.lower() == "basic" and any(found)
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host is an address or `localhost`, with or without a port: what DNS gives nobody else."""
+    found = _HOST.fullmatch(host)
+    if found is None or found[1].lower() == "localhost":
+        return found is not None
+    try:
+        ipaddress.ip_address(found[1].strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _own(request: Request, host: str) -> bool:
+    """Browsers say where a form comes from, and no page can say otherwise."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "").lower()
+    return site == "same-origin" if site is not None else host != "" and origin in (f"http://{host.lower()}", f"https://{host.lower()}")

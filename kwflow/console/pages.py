@@ -1,0 +1,116 @@
+"""The pages that only show: the list, an instance, dead letters."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from typing import Any
+from urllib.parse import unquote_to_bytes, urlencode
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from kwflow.console.problems import Problem
+from kwflow.console.reading import ROWS, listed, looked
+from kwflow.console.site import site_of
+from kwflow.console.words import text_of
+from kwflow.core import wire
+from kwflow.core.wire import Record
+from kwflow.errors import UsageError
+from kwflow.runners import letters
+from kwflow.runners.instances import STATUSES, Filter, since_ms
+
+__all__ = ["ROUTES", "part"]
+
+_SAID = {
+    "cancel": "kw.Cancelled was raised where it waits.", "pause": "It is paused: what comes for it waits.", "unpause": "It goes on; what was held is applied in order.",
+    "terminate": "It was ended without running its code.", "signal": "The signal is in its mailbox.", "retry": "Retry is asked for; its engine does it.",
+    "discard": "Discard is asked for; its engine does it.", "letter-retry": "The letter was sent again.", "letter-discard": "The letter was closed.",
+}  # fmt: skip
+_FIELDS = ("status", "workflow", "id", "since", "where", "page")
+
+
+def part(request: Request, name: str) -> str:
+    """A part of the path, percent-encoded as a whole.  Raises UsageError."""
+    try:
+        return unquote_to_bytes(request.path_params[name]).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"the {name} in the path is not UTF-8") from None
+
+
+def _asked(request: Request) -> tuple[Filter, dict[str, str], int]:
+    """The filter, the fields as they were filled in, and which page.  Raises UsageError."""
+    given = {name: request.query_params.get(name, "").strip() for name in _FIELDS}
+    if unknown := set(request.query_params) - {*_FIELDS, "done"}:
+        raise UsageError(f"there is no filter {min(unknown)}; there are {', '.join(_FIELDS)}")
+    number = given.pop("page") or "1"
+    if not number.isdecimal() or len(number) > 6:
+        raise UsageError(f"page is a number, not {number!r}")
+    return Filter(given["status"], given["workflow"], given["id"], since_ms(given["since"] or None), tuple(_words(given["where"]))), given, int(number)
+
+
+def _words(text: str) -> list[str]:
+    """As on a command line: `customer="Ada Lovelace" paid=true`."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f'where {text!r}: {error}; write it as customer="Ada Lovelace" paid=true') from None
+
+
+async def _list(request: Request) -> Response:
+    site = site_of(request)
+    wanted, given, number = _asked(request)
+    found = await site.ask(listed, site, wanted, number)
+    filters = {name: value for name, value in given.items() if value}
+
+    def link(**other: object) -> str:
+        return f"/?{urlencode({**filters, **other})}"
+
+    options = [word for name in ("status", "workflow", "id", "since") if given[name] for word in (f"--{name}", given[name])]
+    command = site.command("list", None, *options, *(word for one in wanted.where for word in ("--where", one)))
+    return site.page("list.html", found=found, given=given, statuses=STATUSES, link=link, command=command, rows_max=ROWS, total=sum(found.counts.values()))
+
+
+async def _instance(request: Request) -> Response:
+    site, id = site_of(request), part(request, "id")
+    found = await site.ask(looked, site, request.app.state.sources, id)
+    if found is None:
+        raise Problem(404, f"There is no instance {id}", "it has ended and was forgotten (ended_retention_ms), or has another id; the list shows what there is")
+    return site.page("instance.html", found=found, said=_SAID.get(request.query_params.get("done", "")), command=site.command)
+
+
+async def _letters(request: Request) -> Response:
+    site, reason = site_of(request), request.query_params.get("reason", "")
+
+    def gathered() -> tuple[list[dict[str, Any]], Counter[str]]:
+        parked = letters.parked_of(site.config, site.embedded)
+        rows = [{"letter": "", "id": id, **one.why, "holds": len(one.hold), "at": one.header.get("updated")} for id, one in parked.items()]
+        rows += [_row(identity, letter) for identity, letter in letters.letters_of(site.config, site.embedded).items()]
+        return [row for row in rows if reason in ("", row["reason"])], Counter(row["reason"] for row in rows)
+
+    rows, reasons = await site.ask(gathered)
+    said = _SAID.get(request.query_params.get("done", ""))
+    return site.page("letters.html", rows=rows[:ROWS], more=max(len(rows) - ROWS, 0), reasons=reasons, reason=reason, said=said, command=site.command)
+
+
+def _row(identity: str, letter: Record) -> dict[str, Any]:
+    reason, message = (wire.header(letter, f"kwflow-error-{name}") or "" for name in ("reason", "message"))
+    return {"letter": identity, "id": text_of(letter.key), "reason": reason, "message": message, "holds": None, "at": letter.timestamp_ms}
+
+
+async def _letter(request: Request) -> Response:
+    site, identity = site_of(request), part(request, "letter")
+    letter = (await site.ask(letters.letters_of, site.config, site.embedded)).get(identity)
+    if letter is None:
+        raise Problem(404, f"There is no open dead letter {identity}", "somebody has dealt with it, or retention has deleted it; the list shows what is open")
+    return site.page("letter.html", identity=identity, row=_row(identity, letter), letter=letter, command=site.command)
+
+
+async def _style(request: Request) -> Response:
+    return Response(site_of(request).style(), media_type="text/css")
+
+
+ROUTES = [
+    Route("/", _list), Route("/style.css", _style), Route("/instances/{id}", _instance), Route("/dead-letters", _letters), Route("/dead-letters/{letter}", _letter),
+]  # fmt: skip

@@ -1,0 +1,133 @@
+"""What pages tell of instances: gathered from what is stored, in a thread, by no code of the author's.
+
+Everything here is what some record or some author wrote: text for a page, and nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from kwflow.console.site import Site
+from kwflow.console.sources import Code, Placed, Sources, placed
+from kwflow.console.words import json_text
+from kwflow.core import snapshot
+from kwflow.core.picture import Node, Picture, picture_of
+from kwflow.core.wire import Record
+from kwflow.errors import KwflowError, SnapshotError, UsageError
+from kwflow.runners import outside
+from kwflow.runners.instances import Filter, Found, described
+
+__all__ = ["Drawn", "Listed", "Looked", "ROWS", "listed", "looked"]
+
+ROWS = 200
+_PAGES_MAX = 25
+_HELD_MAX = 10  # records behind the one at fault
+_VALUE_MAX = 20_000  # characters of what is shown as JSON
+_OPS = {
+    "waiting": ("cancel", "pause", "terminate"), "closing": ("cancel", "pause", "terminate"), "paused": ("unpause", "cancel", "terminate"),
+    "parked": ("retry", "discard", "terminate"), "damaged": ("terminate",),
+}  # fmt: skip
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """One page of rows; `source` says where they are from, `note` why not from the engines."""
+
+    rows: list[dict[str, Any]]
+    counts: dict[str, int]
+    number: int
+    more: int
+    source: str
+    note: str
+    took_ms: float
+
+
+class Drawn(msgspec.Struct, frozen=True):
+    """A node of the picture as a page has it; `wait` is the header's entry of a wait."""
+
+    node: Node
+    placed: Placed | None
+    wait: dict[str, Any]
+    value: str
+
+
+class Looked(msgspec.Struct, frozen=True):
+    """One instance.  `header` is empty if its bytes cannot be read, and `trouble` says why; `untold` why its variables are not shown."""
+
+    id: str
+    header: dict[str, Any]
+    status: str
+    trouble: str
+    untold: str
+    size: int
+    nodes: list[Drawn]
+    whole: bool
+    held_frames: list[Placed]
+    codes: list[Code]
+    status_value: str
+    outcome: str
+    holds: int
+    fault: Record | None
+    behind: list[Record]
+    ops: tuple[str, ...]
+    took_ms: float
+
+
+def listed(site: Site, wanted: Filter, number: int) -> Listed:
+    """The `number`th page of what is asked for.  Raises UsageError, TransportError."""
+    if not 1 <= number <= _PAGES_MAX:
+        raise UsageError(f"a list has {_PAGES_MAX} pages of {ROWS}; narrow it, or take all with {site.command('list', None, '--json')}")
+    notes: list[str] = []
+    began = time.perf_counter()
+    found: Found = outside.instances(site.config, site.embedded, wanted, ROWS * number, notes.append)
+    source = str(site.embedded) if site.embedded is not None else "the changelog" if notes else "the engines"
+    more = min(found.total, ROWS * _PAGES_MAX) - ROWS * number
+    return Listed(found.rows[ROWS * (number - 1) :], found.counts, number, max(more, 0), source, "; ".join(notes), (time.perf_counter() - began) * 1000)
+
+
+def looked(site: Site, sources: Sources, id: str) -> Looked | None:
+    """Everything that is known of an instance; None if there is none.  Raises TransportError."""
+    began = time.perf_counter()
+    entry = outside.entry(site.config, site.embedded, id, _HELD_MAX + 1) if not id.startswith("\0") else None
+    if entry is None:
+        return None
+    keys, header, trouble, untold = site.config.signing_keys, dict[str, Any](), "", ""
+    picture: Picture | None = None
+    codes: dict[str, Code] = {}
+    try:
+        header = described(entry.data, keys)
+        codes = sources.of(snapshot.read_header(entry.data))
+        body = snapshot.split(entry.data, keys)[1]  # variables only of what is verified, where there are keys
+        picture = picture_of(body) if body and header.get("parked", {}).get("was") != "damaged" else None
+    except (SnapshotError, LookupError, TypeError, AttributeError) as error:  # a header may be a forger's
+        said = str(error) if isinstance(error, SnapshotError) else f"its header is none: {error!r}"
+        trouble, untold = ("", said) if header else (said, "")
+    waits = {wait["ref"]: wait for wait in header.get("waits", ())}
+    nodes = [Drawn(node, placed(node.frame, codes, picture.shown) if node.frame is not None else None, waits.get(node.ref, {}), _value(node, picture)) for node in picture.nodes] if picture else []
+    outcome = header.get("outcome") or {}
+    status = header["status"] if header else "damaged"
+    return Looked(
+        id, header, status, trouble, untold, len(entry.data), nodes, picture.whole if picture else True, [placed(frame, codes, picture.shown) for frame in picture.held] if picture else [],
+        list(codes.values()), _text(json_text, header["status_value"]) if "status_value" in header else "", _text(_json_of, outcome.get("value")) if outcome else "",
+        entry.holds, entry.held[0] if entry.held and status == "parked" else None, entry.held[1:] if status == "parked" else entry.held, _OPS.get(status, ()), (time.perf_counter() - began) * 1000,
+    )  # fmt: skip
+
+
+def _value(node: Node, picture: Picture) -> str:
+    return picture.shown.text(node.value, 500) if node.kind != "frame" and node.state != "pending" else ""
+
+
+def _json_of(text: str | None) -> str:
+    """An outcome's value is JSON in a text; none if it was too large for the entry."""
+    return "(it is too large for its entry; kwflow result has it)" if text is None else msgspec.json.format(text, indent=2)
+
+
+def _text(call: Callable[[Any], str], value: Any) -> str:
+    try:
+        made = call(value)
+    except (KwflowError, msgspec.MsgspecError, RecursionError, ValueError):
+        made = str(value)
+    return made if len(made) <= _VALUE_MAX else f"{made[:_VALUE_MAX]}… ({len(made):,} characters)"

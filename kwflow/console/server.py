@@ -1,0 +1,59 @@
+"""The application and its server."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import Callable
+from contextlib import closing
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from kwflow.console import acting, pages
+from kwflow.console.gate import Gate
+from kwflow.console.problems import answered
+from kwflow.console.site import Site
+from kwflow.console.sources import Sources
+from kwflow.errors import KwflowError, UsageError
+from kwflow.gateway.server import listening, url_of
+
+__all__ = ["application", "serve", "server_of"]
+
+_CONNECTIONS_MAX = 100
+_END_S = 5
+
+
+def application(site: Site) -> ASGIApp:
+    inner = Starlette(routes=[*pages.ROUTES, *acting.ROUTES], exception_handlers={KwflowError: answered, HTTPException: answered, Exception: answered})
+    inner.state.site, inner.state.sources = site, Sources(site.config, site.embedded, site.directory)
+    inner.router.redirect_slashes = False
+    return Gate(site, inner)
+
+
+def serve(site: Site, host: str, port: int, log: Callable[[str], None]) -> None:
+    """Answer until SIGTERM.  Raises UsageError if it cannot, or must not, listen there."""
+    if not site.config.console_tokens and not _loopback(host):
+        raise UsageError(f"--host {host}: without tokens the console answers on 127.0.0.1 only; set console_tokens (tokens in [console], made with: openssl rand -hex 32)")
+    with closing(listening(host, port)) as sock:
+        log(f"kwflow console listens on {url_of(sock)}")
+        server_of(site).run([sock])
+
+
+def server_of(site: Site) -> uvicorn.Server:
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    return uvicorn.Server(
+        uvicorn.Config(
+            application(site), loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+            limit_concurrency=_CONNECTIONS_MAX, timeout_graceful_shutdown=_END_S,
+        )
+    )  # fmt: skip
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,56 @@
+"""Instants, lengths of time and sizes, as people read them."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+__all__ = ["When", "instant", "json_text", "size", "text_of", "when"]
+
+_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+class When(msgspec.Struct, frozen=True):
+    """`relative` to now, such as `5 min ago`; `absolute` in UTC."""
+
+    relative: str
+    absolute: str
+
+
+def instant(ms: float) -> str:
+    """A record's timestamp may be anything that its producer took for one."""
+    try:
+        return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):
+        return f"{ms} ms"
+
+
+def when(ms: float, now_ms: float) -> When:
+    length = _length(int(abs(now_ms - ms) / 1000))
+    return When("now" if not length else f"{length} ago" if ms < now_ms else f"in {length}", instant(ms))
+
+
+def _length(seconds: int) -> str:
+    """In its largest unit, with what is left over in the next one."""
+    for (unit, name), (smaller, its_name) in itertools.pairwise((*_UNITS, (1, ""))):
+        if seconds >= unit:
+            rest = seconds % unit // smaller if its_name else 0
+            return f"{seconds // unit} {name}" + (f" {rest} {its_name}" if rest else "")
+    return ""
+
+
+def size(count: int) -> str:
+    return f"{count:,} bytes"
+
+
+def json_text(value: Any) -> str:
+    """Indented, for reading."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+
+
+def text_of(data: bytes | None) -> str:
+    """What a record holds."""
+    return "null" if data is None else data.decode("utf-8", "backslashreplace")

@@ -1,0 +1,169 @@
+"""An instance as a picture: its tasks, the generators on their stacks, and what the innermost wait for; from bytes alone.
+
+No code of the author's is loaded and nothing is run: objects are stubs (durable/peek.py).  Where in a source a label
+stands is for who has the sources (durable/lower/show.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kwflow.core.snapshot import CLASSES
+from kwflow.core.tasks import PENDING, Awaitable, Combinator, Task
+from kwflow.durable.peek import CREATED, OBJECT, WAITING, Shown, States, Stub, graph, qualname
+from kwflow.errors import CorruptSnapshotError
+
+__all__ = ["UNSET", "Frame", "Node", "Picture", "picture_of"]
+
+_NODES_MAX = 200  # of a picture; what is told of waits in the header is told besides
+_RUNNING = ("target", "agen", "gen")  # what iterators of ours call that which they run
+_WRAPPED_MAX = 50  # an `async with` inside an exit stack's entry, and so on
+UNSET = msgspec.UNSET  # a cell that nothing was put into yet
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """One generator: its code (`module` as the header names it), the label where it waits (None: it has not begun), its variables, and what its cells hold, in their order."""
+
+    module: str
+    path: str
+    function: str
+    label: str | None
+    variables: dict[str, Any]
+    cells: tuple[Any, ...]
+
+
+class Node(msgspec.Struct, frozen=True):
+    """A generator on a stack, or what is waited for.
+
+    `kind` is frame, task, all, race, timeout, shield or the kind of a wait; `name` what the author calls it; `ref` of a wait; `key` which of its
+    combinator's children it is; `again` that it was shown before.
+    """
+
+    depth: int
+    kind: str
+    name: str = ""
+    ref: str = ""
+    key: str = ""
+    state: str = PENDING
+    value: Any = None
+    frame: Frame | None = None
+    again: bool = False
+
+
+class Picture(msgspec.Struct, frozen=True):
+    """`nodes` from the outermost generator to what the innermost waits for, then tasks that run beside; `whole` is False if there are more; `held` are generators that wait in variables."""
+
+    nodes: list[Node]
+    whole: bool
+    held: list[Frame]
+    shown: Shown
+
+
+def picture_of(body: bytes) -> Picture:
+    """Of a snapshot's body.  Raises CorruptSnapshotError."""
+    root, states = graph(body)
+    try:
+        return _Drawing(states).picture(root)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptSnapshotError(f"the body of a snapshot is not an instance: {error!r}") from error
+
+
+class _Drawing:
+    """What is still to be drawn lies on a stack of its own: nesting may be deep."""
+
+    def __init__(self, states: States) -> None:
+        self._states = states
+        self._seen: set[int] = set()
+        self._nodes: list[Node] = []
+        self._todo: list[tuple[int, str, Any]] = []
+
+    def picture(self, root: dict[str, Any]) -> Picture:
+        for task in [root["main"], *root["tasks"].values()]:
+            if id(task) not in self._seen and self._fields(task).get("state") == PENDING:
+                self._todo.append((0, "", task))
+                while self._todo and len(self._nodes) < _NODES_MAX:
+                    self._draw(*self._todo.pop())
+        whole = not self._todo
+        waiting = [made for kind, made, _ in self._states.values() if kind == WAITING and id(made) not in self._seen] if whole else []
+        return Picture(self._nodes, whole, [self._frame(made) for made in waiting[:_NODES_MAX]], Shown(self._states, self._named))
+
+    def _draw(self, depth: int, key: str, awaited: Any) -> None:
+        """One thing that is waited for; a task as its stack, which goes on with what it waits for."""
+        cls, fields = self._class(awaited), self._fields(awaited)
+        again = id(awaited) in self._seen
+        self._seen.add(id(awaited))
+        node = Node(depth, getattr(cls, "kind", cls.__name__.lower()), key=key, state=fields["state"], value=fields["value"], again=again)
+        if issubclass(cls, Task):
+            self._nodes.append(msgspec.structs.replace(node, name=fields["name"], ref=str(fields["number"])))
+            if fields["state"] == PENDING and not again:
+                self._stack(depth + 1, fields)
+        elif issubclass(cls, Combinator):
+            self._nodes.append(node)
+            if fields["state"] == PENDING and not again:
+                keys = fields["keys"] or range(len(fields["children"]))
+                self._todo += [(depth + 1, str(key), child) for key, child in reversed(list(zip(keys, fields["children"], strict=True)))]
+        else:
+            self._nodes.append(msgspec.structs.replace(node, name=str(fields.get("name") or fields.get("child_id") or ""), ref=str(fields.get("ref", ""))))
+
+    def _stack(self, depth: int, task: dict[str, Any]) -> None:
+        """The generators of a task, and of those that it waits for with `yield`, which go on the same stack."""
+        while True:
+            gen = task["gen"]
+            while gen is not None and id(gen) not in self._seen and len(self._nodes) < _NODES_MAX:
+                self._seen.add(id(gen))
+                frame = self._frame(gen)
+                self._nodes.append(Node(depth, "frame", frame.function, frame=frame))
+                gen = self._below(gen)
+            inner = task["waiting_on"]
+            if inner is None:
+                return
+            task = self._fields(inner)
+            if not issubclass(self._class(inner), Task) or task["state"] != PENDING or id(inner) in self._seen or len(self._nodes) >= _NODES_MAX:
+                self._todo.append((depth, "", inner))
+                return
+            self._seen.add(id(inner))
+
+    # -- what stubs stand for ----------------------------------------------------------------------------------------
+    def _class(self, made: Any) -> type[Awaitable]:
+        cls: type[Awaitable] = CLASSES[made.args[0]]
+        return cls
+
+    def _fields(self, made: Any) -> dict[str, Any]:
+        if made is None:
+            return {}
+        return dict(zip(self._class(made)._fields, self._states[id(made)][2], strict=True))
+
+    def _frame(self, gen: Stub) -> Frame:
+        kind, _, slots = self._states[id(gen)]
+        cells = tuple(self._content(cell) for cell in (gen.args[2] if len(gen.args) > 2 else ()))
+        variables = {name: value for name, value in slots.items() if name[0] != "@"}
+        return Frame(str(gen.args[0]), str(gen.args[1]), qualname(gen), slots.get("@l") if kind == WAITING else None, variables, cells)
+
+    def _content(self, cell: Stub) -> Any:
+        return self._states[id(cell)][2] if id(cell) in self._states else UNSET
+
+    def _below(self, gen: Stub) -> Stub | None:
+        """The generator that runs inside `yield from` or `await` of this one."""
+        kind, _, slots = self._states[id(gen)]
+        delegates = [value for name, value in slots.items() if name.startswith("@delegate")]
+        return self._generator_in(delegates[-1]) if kind == WAITING and delegates else None
+
+    def _generator_in(self, value: Any) -> Stub | None:
+        """A generator, or that which an iterator of ours runs (awaiting.below)."""
+        for _ in range(_WRAPPED_MAX):
+            if not isinstance(value, Stub) or self._states.get(id(value), (None,))[0] in (WAITING, CREATED):
+                return value if isinstance(value, Stub) else None
+            slots = value.state[-1] if isinstance(value.state, tuple) and value.state else None
+            value = next((slots[name] for name in _RUNNING if isinstance(slots.get(name), Stub)), None) if isinstance(slots, dict) else None
+        return None
+
+    def _named(self, made: Stub) -> str | None:
+        """As its own repr has it."""
+        if self._states.get(id(made), (None,))[0] != OBJECT:
+            return None
+        cls, fields = self._class(made), self._fields(made)
+        if issubclass(cls, Combinator):
+            return f"<{cls.__name__.lower()} of {len(fields['children'])} {fields['state']}>"
+        return f"<task {fields['number']} {fields['name']} {fields['state']}>" if issubclass(cls, Task) else f"<{getattr(cls, 'kind', '')} {fields.get('ref')} {fields['state']}>"

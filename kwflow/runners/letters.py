@@ -1,0 +1,133 @@
+"""Dead letters and parked instances, for those who deal with them: what there is, and what becomes of it (semantics §7, K13, K17)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kwflow.config import Config
+from kwflow.core import wire
+from kwflow.core.wire import Output, Record
+from kwflow.errors import UsageError
+from kwflow.runners.groups import Group, Mark, Undone
+from kwflow.runners.instances import header_of
+from kwflow.runners.outside import Write, read, sole_writer, states
+from kwflow.runners.parked import ADDRESS, HOLD, holds
+
+__all__ = ["Parked", "Settled", "letters_of", "no_such", "parked_of", "settle"]
+
+_DONE = "kwflow-dead-letter-done"
+_FIRST = "kwflow-original-timestamp"
+
+
+class Parked(msgspec.Struct, frozen=True):
+    """An instance that waits for somebody, and what it holds: the record at fault first."""
+
+    header: dict[str, Any]
+    hold: list[Record]
+
+    @property
+    def why(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.header["parked"]
+        return found
+
+
+class Settled(msgspec.Struct, frozen=True):
+    """What became of one that was to be retried or discarded; `done` is False if it is as it was."""
+
+    what: str
+    said: str
+    done: bool = True
+
+
+def letters_of(settings: Config, embedded: Path | None) -> dict[str, Record]:
+    """Identity (`<partition>:<offset>`) -> dead letter that nobody has dealt with; those that only tell of a parked instance are left out."""
+    letters: dict[str, Record] = {}
+    done: set[bytes | None] = set()
+    for record in read(settings, embedded, settings.dead_letter_topic):
+        reason = wire.header(record, "kwflow-error-reason")
+        if reason is None:  # a mark; a letter may bear any header of its sender's, this one too
+            done |= {value for name, value in record.headers if name == _DONE}
+        elif reason != "parked":
+            letters[f"{record.partition}:{record.offset}"] = record
+    return {identity: record for identity, record in letters.items() if identity.encode() not in done}
+
+
+def parked_of(settings: Config, embedded: Path | None) -> dict[str, Parked]:
+    """Id -> every parked instance; one that is only paused is not at fault."""
+    state = states(settings, embedded, lambda key, value: key.startswith(HOLD) or _at_fault(key, value) is not None)
+    held = holds(state)
+    found = {key.decode(): Parked(header, held.get(key.decode(), [])) for key, stored in state.items() if (header := _at_fault(key, stored)) is not None}
+    return dict(sorted(found.items()))
+
+
+def _at_fault(key: bytes, stored: bytes) -> dict[str, Any] | None:
+    header = header_of(stored) if not key.startswith(b"\0") else {}
+    return header if header.get("status") == "parked" and header["parked"]["reason"] != "paused" else None
+
+
+def no_such(what: str) -> UsageError:
+    return UsageError(f"{what!r} is no parked instance and no open dead letter; kwflow dead-letters list shows them")
+
+
+def settle(settings: Config, embedded: Path | None, what: str | None, reason: str | None, op: str) -> Iterator[Settled]:
+    """Retry or discard one of them, or all with this reason, and tell of each.
+
+    A parked instance gets the command (K17); a letter is sent again and marked as done in one transaction, so that it is never sent twice.  Raises UsageError.
+    """
+    with sole_writer(settings, embedded, "dead-letters") as write:
+        parked, letters = _chosen(settings, embedded, what, reason)
+        commands = [Group((Output(settings.resume_topic, id.encode(), b"null", (("kwflow-op", op.encode()),)),)) for id in parked]
+        for id, _ in zip(parked, write(commands), strict=True):
+            yield Settled(id, f"{op} is asked for; its engine does it")
+        left = dict(letters)
+        for identity, letter in letters.items():
+            if op == "retry" and _is_remnant(letter):
+                place = "{}[{}]@{}".format(*(wire.header(letter, f"kwflow-error-{name}") for name in ("topic", "partition", "offset")))
+                yield Settled(identity, f"it holds nothing of its record, which is {place}; send that again from where it came, and discard this", False)
+                del left[identity]
+        yield from _closed(settings, left, op, write)
+
+
+def _closed(settings: Config, letters: dict[str, Record], op: str, write: Write) -> Iterator[Settled]:
+    """One letter that is refused holds up none of the others."""
+    left = list(letters)
+    while left:
+        try:
+            for done in write([_closing(settings, identity, letters[identity], op == "retry") for identity in left]):
+                yield Settled(left.pop(0), ("sent again" if op == "retry" else "closed") if done else "somebody else has dealt with it")
+        except Undone as error:
+            yield Settled(left.pop(0), str(error), False)
+
+
+def _is_remnant(letter: Record) -> bool:
+    """Of a record whose letter would have been too much (K11).  Sent again it would be an empty one, whose own letter hides where the first is."""
+    return letter.value is None and wire.header(letter, "kwflow-error-reason") == "refused"
+
+
+def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: str | None) -> tuple[list[str], dict[str, Record]]:
+    """Parked instances and letters.  Raises UsageError when there are none."""
+    parked, letters = parked_of(settings, embedded), letters_of(settings, embedded)
+    if what is not None:
+        parked, letters = {what: parked[what]} if what in parked else {}, {what: letters[what]} if what in letters else {}
+    ids = [id for id, found in parked.items() if reason in (None, found.why["reason"])]
+    chosen = {identity: record for identity, record in letters.items() if reason in (None, wire.header(record, "kwflow-error-reason"))}
+    if not ids and not chosen:
+        if what is not None:
+            raise no_such(what)
+        raise UsageError("nothing is parked and no dead letter is open" + (f" with reason {reason}" if reason is not None and (parked or letters) else ""))
+    return ids, chosen
+
+
+def _closing(settings: Config, identity: str, letter: Record, again: bool) -> Group:
+    """What deals with a letter: the mark, and before it the record itself with its first timestamp in a header (K13).  Its sender was told what became of it, and nobody waits for more."""
+    mark = Mark(settings.dead_letter_topic, letter.offset, _DONE, identity.encode())
+    records = [Output(settings.dead_letter_topic, letter.key, None, ((mark.name, mark.value),))]
+    if again:
+        headers = tuple(pair for pair in letter.headers if not pair[0].startswith("kwflow-error-") and pair[0] not in ADDRESS)
+        first = () if wire.header(letter, _FIRST) else ((_FIRST, str(letter.timestamp_ms).encode()),)
+        records.insert(0, Output(wire.header(letter, "kwflow-error-topic") or settings.resume_topic, letter.key, letter.value, (*headers, *first)))
+    return Group(tuple(records), mark)

@@ -1,0 +1,176 @@
+"""What is stored of an application, for those who are no engine of it: reading it, embedded or on Kafka, and writing as commands do.
+
+Nothing here disturbs an engine: an embedded directory is opened read-only, beside the engine that holds it, or its engine is asked
+over its socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from kwflow.config import Config
+from kwflow.core import wire
+from kwflow.core.wire import Record
+from kwflow.errors import UsageError
+from kwflow.runners.code import CodeStore
+from kwflow.runners.embedded.socket import submit, submit_all
+from kwflow.runners.embedded.state import EmbeddedStore, read_only, records_of
+from kwflow.runners.groups import Group
+from kwflow.runners.instances import Filter, Found, newest_of, row_of
+from kwflow.runners.parked import HOLD
+
+__all__ = ["Entry", "Wanted", "Write", "code_store", "entry", "instances", "read", "send", "snapshots", "sole_writer", "states", "stored"]
+
+
+def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
+    """One record on the resume topic, embedded or on Kafka, durable when this returns."""
+    if embedded is not None:
+        submit(embedded, settings.resume_topic, wire.key_of(id), value, headers)
+        return
+    from kwflow.runners.kafka.link import send
+
+    send(settings, settings.resume_topic, wire.key_of(id), value, headers)
+
+
+Write = Callable[[Sequence[Group]], Iterator[bool]]
+_GROUPS_MAX = 100  # in one batch: an embedded engine does nothing else meanwhile
+_GROUPS_BYTES_MAX = 1_000_000  # base64 and all, a request has at most 16 MB; a transaction has to end within 10 s, over a slow line, too
+
+
+@contextlib.contextmanager
+def sole_writer(settings: Config, embedded: Path | None, name: str) -> Iterator[Write]:
+    """Gives `write(groups)`, which tells of one group after the other whether it was written.
+
+    What is to be done is to be read inside: on Kafka whoever was here before can write nothing more by then.
+    """
+    if embedded is not None:
+        yield lambda groups: (bool(offsets) for some in _parts(groups) for offsets in submit_all(embedded, some))
+        return
+    from kwflow.runners.kafka.writer import SoleWriter
+
+    with SoleWriter(settings, name) as writer:
+
+        def write(groups: Sequence[Group]) -> Iterator[bool]:
+            for some in _parts(groups):
+                yield from (True for _ in writer.write_each(some))
+
+        yield write
+
+
+def _parts(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """As many at a time as one request may hold."""
+    part: list[Group] = []
+    left = _GROUPS_BYTES_MAX
+    for group in groups:
+        size = sum(len(output.key or b"") + len(output.value or b"") + wire.header_bytes(output.headers) for output in group.records)
+        if part and (len(part) >= _GROUPS_MAX or size > left):
+            yield part
+            part, left = [], _GROUPS_BYTES_MAX
+        part.append(group)
+        left -= size
+    if part:
+        yield part
+
+
+def read(settings: Config, embedded: Path | None, topic: str, start: int = 0) -> Iterator[Record]:
+    """Every committed record of a topic that is still there, from an offset on."""
+    if embedded is None:
+        from kwflow.runners.kafka.link import read
+
+        yield from read(settings, topic, start=start)
+        return
+    with contextlib.closing(read_only(embedded)) as db:
+        yield from records_of(db, topic, start)
+
+
+Wanted = Callable[[bytes, bytes], bool]  # of a key and its value; of a million entries few are kept in memory
+
+
+def states(settings: Config, embedded: Path | None, wanted: Wanted = lambda key, value: True) -> dict[bytes, bytes]:
+    """Every entry of the workflows' state, the engine's own (their keys begin with NUL) included."""
+    if embedded is None:
+        from kwflow.runners.kafka.link import latest
+
+        return latest(settings, settings.changelog_topic, wanted=wanted)
+    with contextlib.closing(read_only(embedded)) as db:
+        return {key: value for key, value in EmbeddedStore(db, settings.changelog_topic).scan(b"") if wanted(key, value)}
+
+
+def snapshots(settings: Config, embedded: Path | None, wanted: Wanted = lambda key, value: True) -> dict[bytes, bytes]:
+    """Id -> stored bytes of every instance."""
+    return states(settings, embedded, lambda key, value: not key.startswith(b"\0") and wanted(key, value))
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """What is stored of one instance, and how many records wait behind it, with the first of them."""
+
+    data: bytes
+    holds: int
+    held: list[Record]
+
+
+def entry(settings: Config, embedded: Path | None, id: str, held_max: int) -> Entry | None:
+    """None if there is no such instance."""
+    key = id.encode("utf-8", "surrogateescape")
+    prefix = HOLD + key + b"\0"
+    if embedded is not None:
+        with contextlib.closing(read_only(embedded)) as db:
+            store = EmbeddedStore(db, settings.changelog_topic)
+            return _entry(store.get(key), (value for _, value in store.scan(prefix)), held_max)
+    from kwflow.runners.kafka.link import latest, partition_for
+
+    found = latest(settings, settings.changelog_topic, partition_for(settings, settings.changelog_topic, key), lambda other, _: other == key or other.startswith(prefix))
+    return _entry(found.pop(key, None), (value for _, value in sorted(found.items())), held_max)
+
+
+def _entry(data: bytes | None, held: Iterable[bytes], held_max: int) -> Entry | None:
+    if data is None:
+        return None
+    count, first = 0, []
+    for value in held:
+        count += 1
+        first += [msgspec.msgpack.decode(value, type=Record)] if count <= held_max else []
+    return Entry(data, count, first)
+
+
+def stored(settings: Config, embedded: Path | None, id: str) -> bytes:
+    """What is stored of one instance.  Raises UsageError."""
+    if embedded is None:
+        from kwflow.runners.kafka.link import state_of
+
+        found = state_of(settings, id)
+    else:
+        with contextlib.closing(read_only(embedded)) as db:
+            found = EmbeddedStore(db, settings.changelog_topic).get(wire.key_of(id))
+    if found is None:
+        raise UsageError(f"no instance {id!r}")
+    return found
+
+
+def code_store(settings: Config, embedded: Path | None) -> CodeStore:
+    """The stored sources, as an engine reads them."""
+    if embedded is not None:
+        return CodeStore(lambda offset: list(read(settings, embedded, settings.code_topic, offset)), settings.signing_keys)
+    from kwflow.runners.kafka import topics
+    from kwflow.runners.kafka.code import CodeTopic
+
+    topics.partitions_of(topics.admin(settings), settings)  # says why there is no broker, within `client_connect_s`
+    return CodeStore(CodeTopic(settings).read, settings.signing_keys)
+
+
+def instances(settings: Config, embedded: Path | None, wanted: Filter, limit: int | None, note: Callable[[str], None]) -> Found:
+    """The newest of those that are asked for: from the engines that have them, if all answer; else, and a note says why, from the changelog."""
+    if embedded is not None:
+        with contextlib.closing(read_only(embedded)) as db:
+            entries = EmbeddedStore(db, settings.changelog_topic).scan(wanted.prefix)
+            return newest_of((row for key, data in entries if not key.startswith(b"\0") and wanted.takes(row := row_of(key, data))), limit)
+    from kwflow.runners.kafka import asking
+
+    answer = asking.list_(settings, note, wanted, limit)
+    if answer is not None:
+        return answer
+    return newest_of((row_of(key, data) for key, data in snapshots(settings, None, lambda key, data: wanted.takes(row_of(key, data))).items()), limit)
