@@ -86,9 +86,9 @@ async def _act(request: Request) -> Response:
     site, id, op = site_of(request), part(request, "id"), request.path_params["op"]
     form = await _form(request)
     if op in _COMMANDS:
-        await site.ask(_commanded, site, op, id, form)
+        await site.act(_commanded, site, op, id, form)
     elif op in ("retry", "discard"):
-        await site.ask(_settled, site, op, id)
+        await site.act(_settled, site, op, id)
     else:
         raise Problem(404, "There is no such page", "the page of the instance has its forms")
     return RedirectResponse(f"/instances/{quote(id, safe='')}?done={op}", 303)
@@ -99,7 +99,7 @@ async def _settle(request: Request) -> Response:
     if op not in ("retry", "discard"):
         raise Problem(404, "There is no such page", "the page of the letter has its forms")
     await _form(request)
-    await site.ask(_settled, site, op, identity)
+    await site.act(_settled, site, op, identity)
     return RedirectResponse(f"/dead-letters?done=letter-{op}", 303)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections import Counter
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlencode
@@ -89,9 +90,10 @@ async def _letters(request: Request) -> Response:
         rows += [_row(identity, letter) for identity, letter in letters.letters_of(site.config, site.embedded).items()]
         return [row for row in rows if reason in ("", row["reason"])], Counter(row["reason"] for row in rows)
 
+    began = time.perf_counter()
     rows, reasons = await site.ask(gathered)
     said = _SAID.get(request.query_params.get("done", ""))
-    return site.page("letters.html", rows=rows[:ROWS], more=max(len(rows) - ROWS, 0), reasons=reasons, reason=reason, said=said, command=site.command)
+    return site.page("letters.html", rows=rows[:ROWS], more=max(len(rows) - ROWS, 0), reasons=reasons, reason=reason, said=said, command=site.command, took_ms=(time.perf_counter() - began) * 1000)
 
 
 def _row(identity: str, letter: Record) -> dict[str, Any]:

@@ -106,14 +106,24 @@ def looked(site: Site, sources: Sources, id: str) -> Looked | None:
         said = str(error) if isinstance(error, SnapshotError) else f"its header is none: {error!r}"
         trouble, untold = ("", said) if header else (said, "")
     waits = {wait["ref"]: wait for wait in header.get("waits", ())}
-    nodes = [Drawn(node, placed(node.frame, codes, picture.shown) if node.frame is not None else None, waits.get(node.ref, {}), _value(node, picture)) for node in picture.nodes] if picture else []
+    nodes, held = _drawn(picture, codes, waits) if picture is not None else ([], [])
     outcome = header.get("outcome") or {}
     status = header["status"] if header else "damaged"
     return Looked(
-        id, header, status, trouble, untold, len(entry.data), nodes, picture.whole if picture else True, [placed(frame, codes, picture.shown) for frame in picture.held] if picture else [],
+        id, header, status, trouble, untold, len(entry.data), nodes, picture.whole if picture else True, held,
         list(codes.values()), _text(json_text, header["status_value"]) if "status_value" in header else "", _text(_json_of, outcome.get("value")) if outcome else "",
         entry.holds, entry.held[0] if entry.held and status == "parked" else None, entry.held[1:] if status == "parked" else entry.held, _OPS.get(status, ()), (time.perf_counter() - began) * 1000,
     )  # fmt: skip
+
+
+def _drawn(picture: Picture, codes: dict[str, Code], waits: dict[str, dict[str, Any]]) -> tuple[list[Drawn], list[Placed]]:
+    frames = sum(node.frame is not None for node in picture.nodes) + len(picture.held)
+
+    def drawn(node: Node) -> Drawn:
+        wait = waits.get(node.ref, {}) if node.kind != "task" else {}
+        return Drawn(node, placed(node.frame, codes, picture.shown, frames) if node.frame is not None else None, wait, _value(node, picture))
+
+    return list(map(drawn, picture.nodes)), [placed(frame, codes, picture.shown, frames) for frame in picture.held]
 
 
 def _value(node: Node, picture: Picture) -> str:

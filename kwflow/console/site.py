@@ -25,7 +25,7 @@ from kwflow.console import words
 __all__ = ["Site", "site_of"]
 
 _T = TypeVar("_T")
-_ASKED_MAX = 4
+_ASKED_MAX = 4  # at a time; and as many commands, which may wait for an engine that does not run
 
 
 class Site:
@@ -38,7 +38,7 @@ class Site:
         self.directory = directory or Path.cwd()  # where modules are looked for, to say whether they are as an instance has them
         self.read_only = read_only
         self._options = options
-        self._asking = asyncio.Semaphore(_ASKED_MAX)
+        self._asking, self._acting = asyncio.Semaphore(_ASKED_MAX), asyncio.Semaphore(_ASKED_MAX)
         self._templates = Environment(loader=PackageLoader("kwflow.console"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
         self._templates.filters |= {"segment": lambda text: quote(text, safe=""), "bytes": words.size}
 
@@ -50,6 +50,11 @@ class Site:
         """What this gives, from a thread."""
         async with self._asking:
             return await run_in_threadpool(call, *arguments)
+
+    async def act(self, call: Callable[..., None], *arguments: Any) -> None:
+        """The same for what changes something."""
+        async with self._acting:
+            await run_in_threadpool(call, *arguments)
 
     def command(self, op: str, of: str | None = None, *options: str) -> str:
         """The command line that does the same, `of` an instance or letter; one that begins with - stands behind all options."""

@@ -5,6 +5,7 @@ Sources are parsed and never run.  Whatever stands in the way (one that is not s
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from collections.abc import Mapping
@@ -27,7 +28,10 @@ __all__ = ["Code", "Line", "Placed", "Sources", "placed"]
 
 _LINES_AROUND = 25  # of a function, before and after where it waits
 _VARIABLES_MAX = 100  # of one generator
-_CHARACTERS_MAX = 1000  # of one variable
+_CHARACTERS_MAX = 1000  # of one variable, in a picture of few generators
+_CHARACTERS_MIN = 100
+_FEW = 20
+_LINE_MAX = 400  # characters
 _UNREADABLE = (SyntaxError, UnsupportedError, RecursionError, ValueError, TypeError)
 
 
@@ -100,14 +104,15 @@ class Sources:
         return ("the file here has changed, and what this instance runs with it" if changed else "the file here has changed, and nothing that this instance runs"), changed
 
 
-def placed(frame: Frame, codes: Mapping[str, Code], shown: Shown) -> Placed:
-    """A generator with its source and its variables."""
+def placed(frame: Frame, codes: Mapping[str, Code], shown: Shown, frames: int) -> Placed:
+    """One of so many generators, with its source and its variables."""
+    characters = _CHARACTERS_MAX if frames <= _FEW else _CHARACTERS_MIN
     code = codes.get(frame.module) or Code(frame.module, "", frame.module, None, "", ())
     shape, said = _shape(code, frame)
     line = shape.lines.get(frame.label or "") if shape is not None else None
     names = shape.captured if shape is not None and len(shape.captured) == len(frame.cells) else tuple(f"(shared with inner functions) {number}" for number in range(1, len(frame.cells) + 1))
     cells = {name: value for name, value in zip(names, frame.cells, strict=True) if value is not UNSET}
-    values = [(name, shown.text(value, _CHARACTERS_MAX)) for name, value in list({**cells, **frame.variables}.items())[:_VARIABLES_MAX]]
+    values = [(name, shown.text(value, characters)) for name, value in list({**cells, **frame.variables}.items())[:_VARIABLES_MAX]]
     more = len(cells) + len(frame.variables) - len(values)
     lines = _excerpt(code.source, shape, line) if code.source is not None and shape is not None else []
     cut = shape is not None and len(lines) < shape.last - shape.first + 1
@@ -129,4 +134,10 @@ def _shape(code: Code, frame: Frame) -> tuple[Shape | None, str]:
 def _excerpt(source: str, shape: Shape, line: int | None) -> list[Line]:
     middle = line or shape.first
     first, last = max(shape.first, middle - _LINES_AROUND), min(shape.last, middle + _LINES_AROUND)
-    return [Line(number, text, number == line) for number, text in enumerate(re.split(r"\r\n?|\n", source)[first - 1 : last], first)]  # lines as Python counts them
+    return [Line(number, text if len(text) <= _LINE_MAX else f"{text[:_LINE_MAX]}…", number == line) for number, text in enumerate(_lines(source)[first - 1 : last], first)]
+
+
+@functools.lru_cache(maxsize=16)
+def _lines(source: str) -> list[str]:
+    """As Python counts them."""
+    return re.split(r"\r\n?|\n", source)

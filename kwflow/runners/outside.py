@@ -95,7 +95,7 @@ def states(settings: Config, embedded: Path | None, wanted: Wanted = lambda key,
     if embedded is None:
         from kwflow.runners.kafka.link import latest
 
-        return latest(settings, settings.changelog_topic, wanted=wanted)
+        return latest(settings, settings.changelog_topic, kept=lambda key, value: value if wanted(key, value) else None)
     with contextlib.closing(read_only(embedded)) as db:
         return {key: value for key, value in EmbeddedStore(db, settings.changelog_topic).scan(b"") if wanted(key, value)}
 
@@ -123,7 +123,8 @@ def entry(settings: Config, embedded: Path | None, id: str, held_max: int) -> En
             return _entry(store.get(key), (value for _, value in store.scan(prefix)), held_max)
     from kwflow.runners.kafka.link import latest, partition_for
 
-    found = latest(settings, settings.changelog_topic, partition_for(settings, settings.changelog_topic, key), lambda other, _: other == key or other.startswith(prefix))
+    partition = partition_for(settings, settings.changelog_topic, key)
+    found = latest(settings, settings.changelog_topic, partition, lambda other, value: value if other == key or other.startswith(prefix) else None)
     return _entry(found.pop(key, None), (value for _, value in sorted(found.items())), held_max)
 
 
@@ -169,8 +170,16 @@ def instances(settings: Config, embedded: Path | None, wanted: Filter, limit: in
             entries = EmbeddedStore(db, settings.changelog_topic).scan(wanted.prefix)
             return newest_of((row for key, data in entries if not key.startswith(b"\0") and wanted.takes(row := row_of(key, data))), limit)
     from kwflow.runners.kafka import asking
+    from kwflow.runners.kafka.link import each_latest
 
     answer = asking.list_(settings, note, wanted, limit)
     if answer is not None:
         return answer
-    return newest_of((row_of(key, data) for key, data in snapshots(settings, None, lambda key, data: wanted.takes(row_of(key, data))).items()), limit)
+    rows = each_latest(settings, settings.changelog_topic, lambda key, data: _row(key, data, wanted))
+    return newest_of((msgspec.json.decode(row) for row in rows), limit)
+
+
+def _row(key: bytes, data: bytes, wanted: Filter) -> bytes | None:
+    """What is kept of an entry until it is known to be the last of its id."""
+    row = row_of(key, data) if not key.startswith(b"\0") else None
+    return msgspec.json.encode(row) if row is not None and wanted.takes(row) else None

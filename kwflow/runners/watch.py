@@ -224,8 +224,8 @@ def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterat
                 self._answer(404, "text/plain", b"there are /health, /health/live, /health/ready, /metrics, and where workflows run /instances and /instances/ID\n")
 
         def _list(self, served: Instances, query: str) -> None:
-            status, body, headers = instances.several(served, query)
-            self._head(status, "application/json", served, *headers)
+            status, body = instances.several(served, query)
+            self._head(status, "application/json", served)
             for part in body:
                 self.wfile.write(part)
 

@@ -9,6 +9,8 @@ import pytest
 
 from kwflow import durable
 from kwflow.core import snapshot
+from kwflow.core.picture import picture_of
+from kwflow.durable.lower.show import shapes_of
 from kwflow.errors import SnapshotError
 from tests.compat import kept
 
@@ -80,3 +82,17 @@ def test_a_format_of_the_future_is_refused_by_name() -> None:
     """The other direction: an old engine says what it does not know."""
     with pytest.raises(SnapshotError, match="KWF9"):
         snapshot.load(b"KWF9" + bytes(60))
+
+
+@pytest.mark.parametrize("release", kept.releases())
+def test_instances_of_an_earlier_release_are_shown_with_the_lines_where_they_wait(release: str) -> None:
+    """The console reads what engines do, and nothing is loaded for it."""
+    counted = 0
+    for scenario in kept.read(release, "instances.json.gz").values():
+        shapes = shapes_of(kept.source_of(release, "workflows", scenario["module"]))
+        stored = [data for step in scenario["steps"] for data in kept.store(step["state"]).entries.values() if data.startswith(b"KWF1")]
+        for body in [body for data in stored if (body := snapshot.split(data)[1])]:
+            frames = [node.frame for node in picture_of(body).nodes if node.frame is not None and node.frame.label is not None]
+            assert all(shapes[frame.path].lines[frame.label or ""] for frame in frames)
+            counted += len(frames)
+    assert counted > 100

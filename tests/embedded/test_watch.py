@@ -152,8 +152,9 @@ def test_an_engine_gives_the_newest_of_those_that_are_asked_for_and_counts_all_o
     place.send("other", "new:1000")
     place.run()
     with serve_http("127.0.0.1:0", [place.held], place.config) as port:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/instances?id=order-&status=waiting&limit=2", timeout=10) as answer:
-            assert [row["id"] for row in json.loads(answer.read())] == ["order-4", "order-3"] and json.loads(answer.headers["Kwflow-Counts"]) == {"waiting": 5}
+        status, body = get(port, "/instances?id=order-&status=waiting&limit=2")
+        assert status == 200 and body.startswith(" "), "who waits is told that it is on its way"
+        assert ([row["id"] for row in json.loads(body)["rows"]], json.loads(body)["counts"]) == (["order-4", "order-3"], {"waiting": 5})
         assert [row["id"] for row in json.loads(get(port, "/instances?id=*ther")[1])] == ["other"]
         wrong = {"limit=0": "at least 1", "limit=x": "there are: status, workflow, id, since, where, limit", "color=red": "color", "status=dead": "a status is one of", "id=a&id=b": "given twice"}
         for query, said in wrong.items():
@@ -204,6 +205,10 @@ def test_all_instances_of_all_pages_are_told_a_damaged_one_too_and_what_is_cut_o
     assert b"".join(instances.array(Instances("engine", 1, {0: pages()}))) == b"[]"
     with pytest.raises(json.JSONDecodeError):
         json.loads(b"".join(instances.array(Instances("engine", 2, {0: pages(*entries[:2]), 1: lambda *_: None}))))
+    some = {0: pages(*entries[:500]), 1: pages(*entries[500:])}
+    found = json.loads(b"".join(instances.newest(Instances("engine", 2, some), Filter(id="00"), 3)))
+    assert (len(found["rows"]), found["counts"]) == (3, {"waiting": 99, "damaged": 1})
+    assert b"".join(instances.newest(Instances("engine", 2, {**some, 2: lambda *_: None}), ALL, 3)).strip() == b""
 
 
 def test_the_number_of_waiting_timers_is_right_after_replacing_cancelling_firing_and_for_tables_that_had_no_count(place: Place) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import pathlib
 import sys
 from typing import Any
 
@@ -16,6 +18,7 @@ from kwflow.durable.peek import Shown, graph
 from kwflow.errors import CorruptSnapshotError
 from kwflow.testing import WorkflowTester
 
+ROOT = pathlib.Path(__file__).parents[2]
 SOURCE = '''
 import kwflow as kw
 
@@ -187,3 +190,13 @@ def test_a_source_tells_the_line_of_every_wait_and_where_each_function_begins_an
     shapes = shapes_of("import nowhere\n@nowhere.decorated\nasync def main(o):\n    async with o as p:\n        x = [1,\n            await p]\n    raise SystemExit\n")
     assert (shapes["main"].first, shapes["main"].last) == (2, 7)
     assert {4, 6} == set(shapes["main"].lines.values())
+
+
+def test_every_wait_of_what_cpython_s_tests_and_ours_have_has_a_line_of_its_function() -> None:
+    counted = 0
+    for path in [*sorted((ROOT / "tests/durable/corpus").rglob("*.py")), *sorted((ROOT / "kwflow/flows").glob("*.py"))]:
+        with contextlib.suppress(SyntaxError):  # of a later Python
+            for shape in shapes_of(path.read_text(encoding="utf-8")).values():
+                assert all(shape.first <= line <= shape.last for line in shape.lines.values()), path
+                counted += len(shape.lines)
+    assert counted > 500

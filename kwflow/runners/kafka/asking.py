@@ -65,9 +65,9 @@ def list_(config: Config, note: Note, wanted: Filter, limit: int | None) -> Foun
             status, headers, body = _get(owner, f"/instances?{query}")
             if status != 200:
                 raise _NoAnswer(f"{owner.engine} at {owner.address} answers {status}")
-            found = newest_of((row for row in _json(owner, body) if wanted.takes(row)), limit)  # an older engine gives all
+            found = _found(_json(owner, body), wanted, limit)
             rows += found.rows
-            counts.update(_json(owner, said.encode()) if (said := headers.get("Kwflow-Counts")) else found.counts)
+            counts.update(found.counts)
             told += [int(number) for number in headers.get("Kwflow-Partitions", "").split(",") if number.isdigit()]
         if sorted(told) != list(numbers):
             raise _NoAnswer("partitions are on their way from one engine to another")
@@ -75,6 +75,12 @@ def list_(config: Config, note: Note, wanted: Filter, limit: int | None) -> Foun
     except _NoAnswer as why:
         note(str(why))
         return None
+
+
+def _found(answer: Any, wanted: Filter, limit: int | None) -> Found:
+    """What an engine gave; an older one gives all that it has, whatever it was asked for."""
+    rows = newest_of((row for row in (answer["rows"] if isinstance(answer, dict) else answer) if wanted.takes(row)), limit)
+    return Found(rows.rows, answer["counts"]) if isinstance(answer, dict) else rows
 
 
 def _partitions(config: Config) -> int:

@@ -32,7 +32,7 @@ from kwflow.runners.kafka.member import LATEST, offsets
 from kwflow.runners.kafka.reading import gather, read_to
 from kwflow.runners.kafka.topics import TOPIC_MS, client_config, record_of, transient
 
-__all__ = ["KafkaLink", "ends_in_a_transaction", "latest", "partition_for", "read", "send", "state_of"]
+__all__ = ["KafkaLink", "each_latest", "ends_in_a_transaction", "latest", "partition_for", "read", "send", "state_of"]
 
 _Places = tuple[tuple[str, int], ...]  # (topic, partition) of an id's outcome, in the result and in the error topic
 _TIMEOUT_S = 20
@@ -273,17 +273,28 @@ def ends_in_a_transaction(config: Config, topic: str) -> bool:
     return before.keys() != {record.partition for record in read_to(LIVE, config, topic, ends, before)}
 
 
-def latest(config: Config, topic: str, partition: int | None = None, wanted: Callable[[bytes, bytes], bool] = lambda key, value: True) -> dict[bytes, bytes]:
-    """What a compacted topic holds: each key's last value that is `wanted`, without those that were deleted.  Raises TransportError."""
+def _as_it_is(key: bytes, value: bytes) -> bytes:
+    return value
+
+
+def latest(config: Config, topic: str, partition: int | None = None, kept: Callable[[bytes, bytes], bytes | None] = _as_it_is) -> dict[bytes, bytes]:
+    """What a compacted topic holds: of each key what is `kept` of its last value, if anything, without those that were deleted.  Raises TransportError."""
     found: dict[tuple[int, bytes], bytes] = {}  # a migration leaves a tombstone where an entry was
     for record in read(config, topic, partition):
         if record.key is None:
             continue
-        if record.value is not None and wanted(record.key, record.value):
-            found[record.partition, record.key] = record.value
+        value = kept(record.key, record.value) if record.value is not None else None
+        if value is not None:
+            found[record.partition, record.key] = value
         else:
             found.pop((record.partition, record.key), None)
     return {key: value for (_, key), value in found.items()}
+
+
+def each_latest(config: Config, topic: str, kept: Callable[[bytes, bytes], bytes | None]) -> Iterator[bytes]:
+    """The values of `latest`, one partition after the other: only one of them is in memory.  Raises TransportError."""
+    for number in range(topics.partitions_of(topics.admin(config), config).get(topic, 1)):
+        yield from latest(config, topic, number, kept).values()
 
 
 def partition_for(config: Config, topic: str, key: bytes) -> int | None:
