@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
-from kwflow.core.wire import Output, Record
+from kwflow.core.wire import Headers, Output, Record
 
 __all__ = ["Budget", "Changes", "Clock", "Decision", "Deliver", "Link", "Listener", "Processor", "Store", "Worker"]
 
@@ -59,9 +59,9 @@ class Budget(Protocol):
         """Whether there is no room for another record."""
 
 
-# (partition, key, value, done): puts one record of the input topic into the log, from any thread; `done(None)` once it is
+# (partition, key, value, headers, done): puts one record of the input topic into the log, from any thread; `done(None)` once it is
 # there, `done(why)` if it never will be
-Deliver: TypeAlias = Callable[[int, bytes, bytes, Callable[[str | None], None]], None]
+Deliver: TypeAlias = Callable[[int, bytes, bytes, Headers, Callable[[str | None], None]], None]
 
 
 class Worker(Protocol):

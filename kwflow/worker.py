@@ -16,6 +16,7 @@ from kwflow.core.outcomes import describe_error
 from kwflow.errors import UsageError
 
 if TYPE_CHECKING:
+    from kwflow.ports import Deliver, Worker
     from kwflow.runners.kafka.queues import QueueRunner
 
 __all__ = ["Lending", "queues_served", "run", "service"]
@@ -68,12 +69,14 @@ def service(config: Config, queues: Sequence[str], on_log: Callable[[str], None]
     """What serves these queues, turn by turn.  Raises TransportError when topics are missing."""
     from kwflow.runners.activities.dispatch import Dispatcher
     from kwflow.runners.kafka.queues import QueueRunner
+    from kwflow.runners.tracing import Tracing
 
-    return QueueRunner(
-        config, queues,
-        lambda deliver: Dispatcher(deliver, on_log, config.activity_concurrency, config.activity_limit_s, config.activity_bytes_max, config.value_bytes_max, ends_late=True),
-        on_log,
-    )  # fmt: skip
+    span = Tracing().call if config.tracing else None
+
+    def work(deliver: Deliver) -> Worker:
+        return Dispatcher(deliver, on_log, config.activity_concurrency, config.activity_limit_s, config.activity_bytes_max, config.value_bytes_max, ends_late=True, span=span)
+
+    return QueueRunner(config, queues, work, on_log)
 
 
 def run(config: Config, until: Callable[[], bool], queues: Sequence[str] = (), on_log: Callable[[str], None] = print) -> None:

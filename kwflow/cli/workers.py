@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from kwflow.cli.serving import end_if_late, signals, stopper, wait_for_topics
-from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, Modules, WaitForBroker
+from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, Modules, Traced, WaitForBroker
 from kwflow.cli.watching import ends_in_its_log, log_of, watched
 from kwflow.config import load_config
 from kwflow.runners.modules import load_modules
@@ -30,6 +30,7 @@ def worker(
     wait_for_broker: WaitForBroker = None,
     processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="So many worker processes, one a core; each is started again when it dies.")] = 1,
     http: Http = None,
+    tracing: Traced = False,
     log_format: LogFormat = None,
     config: ConfigFile = None,
     app_dir: AppDir = None,
@@ -38,7 +39,7 @@ def worker(
 
     Example: kwflow worker shop.activities --queue payments
     """
-    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format)
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format, tracing=tracing or None)
     if processes > 1 and settings.supervisor_pid is None:
         raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow", *sys.argv[1:]], processes, signals(lambda _: None), log_of(settings)))
     with ends_in_its_log(settings):

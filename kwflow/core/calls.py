@@ -140,7 +140,7 @@ class Calls:
             handed = queues.handed_out(Dispatch(self.instance.id, job.ref, name, attempt, key or job.ref, arguments), self.context.topics.resume)
             return self.request(job, queue, queues.key_of(self.instance.id, job.ref), handed, self.travelling)
         wait = self.register(ActivityWait(self.next_id(), self.record.timestamp_ms, name, attempt))
-        self.dispatch.append(Dispatch(self.instance.id, wait.ref, name, attempt, key or wait.ref, arguments))
+        self.dispatch.append(Dispatch(self.instance.id, wait.ref, name, attempt, key or wait.ref, arguments, self.travelling))
         return wait
 
     def abort(self, error: Exception) -> Exception:

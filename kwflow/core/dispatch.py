@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import msgspec
 
+from kwflow.core.wire import Headers
+
 __all__ = ["PREFIX", "Callee", "Dispatch", "Withdraw", "decode", "encode", "state_key"]
 
 PREFIX = b"\0dispatch\0"
@@ -18,8 +20,8 @@ class Callee:
     """What becomes a wait when it is called, such as an activity; itself it is none."""
 
 
-class Dispatch(msgspec.Struct, frozen=True):
-    """Start this.  `key` is the ref of the call's first attempt: the same for all its attempts."""
+class Dispatch(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Start this.  `key` is the ref of the call's first attempt: the same for all its attempts.  `headers` go on with the answer (semantics §9.3)."""
 
     workflow_id: str
     ref: str
@@ -27,6 +29,7 @@ class Dispatch(msgspec.Struct, frozen=True):
     attempt: int
     key: str
     arguments: bytes
+    headers: Headers = ()
 
 
 class Withdraw(msgspec.Struct, frozen=True):

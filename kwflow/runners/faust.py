@@ -26,7 +26,7 @@ from faust.types import TP
 
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
-from kwflow.core.wire import Output, Record
+from kwflow.core.wire import Headers, Output, Record
 from kwflow.durable import set_abandoning
 from kwflow.ports import Decision
 from kwflow.runners import parked
@@ -123,13 +123,13 @@ class Agent:
             raise
         self._restored = True
 
-    def _deliver(self, _pool: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
+    def _deliver(self, _pool: int, key: bytes, value: bytes, headers: Headers, done: Callable[[str | None], None]) -> None:
         """What an activity returned, from its thread; lost with the process, it is made again by the next one."""
 
         async def send() -> None:
             while not self.app.should_stop:
                 try:
-                    await (await self._produce(Output(self.config.resume_topic, key, value)))
+                    await (await self._produce(Output(self.config.resume_topic, key, value, headers)))
                     return done(None)
                 except Exception as error:  # the broker's or Faust's
                     refused = _rejected(error)

@@ -1,23 +1,26 @@
-"""OpenTelemetry spans, one for each committed step (`kwflow[otel]`, option `tracing`).
+"""OpenTelemetry spans, one for each committed step and one for each run of an activity (`kwflow[otel]`, option `tracing`).
 
 The context comes in with a record's `traceparent` and goes out with the step's own in everything it writes, timers
 included: whoever answers carries it back.  A record without one joins the trace that the instance was started in; one of another
-trace links to it.  A span is ended only after its commit, so a batch that is made again shows no step twice.
+trace links to it.  A step's span is ended only after its commit, so a batch that is made again shows no step twice.  An activity's
+is the current one while the author's function runs, so that what that calls is seen below it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
+from kwflow.core.dispatch import Dispatch
 from kwflow.core.instance import Instance
-from kwflow.core.wire import Record, header
+from kwflow.core.outcomes import describe_error
+from kwflow.core.wire import Headers, Record, header
 from kwflow.errors import ProtocolError, UsageError
 
-__all__ = ["Tracing", "configure", "end_all", "fail_all"]
+__all__ = ["CallSpan", "Tracing", "configure", "end_all", "fail_all"]
 
 _CARRIED = ("traceparent", "tracestate")
 
@@ -31,8 +34,7 @@ class Span:
         self._span = span
         self._ended_ns = 0
         self.context = context
-        others = tuple(pair for pair in record.headers if pair[0] not in _CARRIED)
-        self.record = msgspec.structs.replace(record, headers=(*others, *((name, value.encode()) for name, value in context.items())))
+        self.record = msgspec.structs.replace(record, headers=_with_context(record.headers, context))
 
     def done(self, outcome: str, wrong: str | None) -> None:
         """The step is made; `wrong` says what was wrong with it, if anything was."""
@@ -48,16 +50,64 @@ class Span:
         self._span.end(self._ended_ns)
 
 
+class CallSpan:
+    """One run of an activity's function, in a `with`; this one is none, where nothing is traced."""
+
+    def __enter__(self) -> CallSpan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to end."""
+
+    def headers(self, call: Dispatch) -> Headers:
+        """What its answer carries."""
+        return call.headers
+
+    def failed(self, error: BaseException) -> None:
+        """An attempt that it is for has failed."""
+
+
+class _Traced(CallSpan):
+    """Below the step that called; of a batch beside those, with links to them, and each answer goes on in the trace of its call."""
+
+    def __init__(self, tracing: Tracing, calls: Sequence[Dispatch]) -> None:
+        self._tracing = tracing
+        self._calls = calls
+        self._span: Any = None
+        self._token: Any = None
+        self._context: dict[str, str] = {}
+
+    def __enter__(self) -> CallSpan:
+        self._span, self._context = self._tracing.begin_call(self._calls)
+        self._token = self._tracing.enter(self._span)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tracing.leave(self._token)
+        self._span.end()
+
+    def headers(self, call: Dispatch) -> Headers:
+        return _with_context(call.headers, self._context) if self._context and len(self._calls) == 1 else call.headers
+
+    def failed(self, error: BaseException) -> None:
+        if self._span is not None:
+            from opentelemetry.trace import StatusCode
+
+            self._span.record_exception(error)
+            self._span.set_status(StatusCode.ERROR, describe_error(error))
+
+
 class Tracing:
     """Begins spans with a provider's tracer (default: the process's).  Raises UsageError without `kwflow[otel]`."""
 
     def __init__(self, provider: Any = None) -> None:
         try:
-            from opentelemetry import trace
+            from opentelemetry import context, trace
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError:
             raise UsageError("tracing needs OpenTelemetry: pip install 'kwflow[otel]'") from None
         self._trace = trace
+        self._current = context
         self._tracer = trace.get_tracer("kwflow", tracer_provider=provider)
         self._propagator = TraceContextTextMapPropagator()
 
@@ -65,20 +115,49 @@ class Tracing:
         first = self._context(instance.extra.get("trace") if instance is not None else None)
         mine = self._context(_carried(record)) or first
         links = [self._trace.Link(first)] if first is not None and mine is not None and first.trace_id != mine.trace_id else []
-        parent = self._trace.set_span_in_context(self._trace.NonRecordingSpan(mine)) if mine is not None else None
         attributes: dict[str, str | int] = {
             "kwflow.workflow_id": name, "kwflow.workflow": instance.workflow if instance is not None else _text(record, "kwflow-workflow"),
             "messaging.system": "kafka", "messaging.destination.name": record.topic, "messaging.destination.partition.id": str(record.partition), "messaging.kafka.offset": record.offset,
         }  # fmt: skip
-        span = self._tracer.start_span("kwflow.step", parent, kind=self._trace.SpanKind.CONSUMER, attributes=attributes, links=links)
-        context: dict[str, str] = {}
-        self._propagator.inject(context, self._trace.set_span_in_context(span))
-        return Span(span, record, context)
+        span = self._tracer.start_span("kwflow.step", self._below(mine), kind=self._trace.SpanKind.CONSUMER, attributes=attributes, links=links)
+        return Span(span, record, self._injected(span))
 
     def remember(self, instance: Instance, span: Span) -> None:
         """The context of its start stays in the instance's header."""
         if "trace" not in instance.extra:
             instance.extra["trace"] = span.context
+
+    def call(self, calls: Sequence[Dispatch]) -> CallSpan:
+        """Around one run of an activity's function for these calls."""
+        return _Traced(self, calls)
+
+    def begin_call(self, calls: Sequence[Dispatch]) -> tuple[Any, dict[str, str]]:
+        """A span of it, and its context for others."""
+        name = calls[0].name
+        callers = [found for call in calls if (found := self._context(_context_in(call.headers))) is not None]
+        one = len(calls) == 1
+        attributes: dict[str, str | int] = {"kwflow.activity": name, "kwflow.calls": len(calls)}
+        if one:
+            attributes |= {"kwflow.workflow_id": calls[0].workflow_id, "kwflow.attempt": calls[0].attempt, "kwflow.idempotency_key": f"{calls[0].workflow_id}|{calls[0].key}"}
+        parent = self._below(callers[0] if one and callers else None)
+        span = self._tracer.start_span(f"kwflow.activity {name}", parent, attributes=attributes, links=[] if one else [self._trace.Link(caller) for caller in callers])
+        return span, self._injected(span)
+
+    def enter(self, span: Any) -> Any:
+        """What is called from now on, in this thread or task, is below it."""
+        return self._current.attach(self._trace.set_span_in_context(span))
+
+    def leave(self, token: Any) -> None:
+        self._current.detach(token)
+
+    def _below(self, parent: Any) -> Any:
+        """Where a span begins; a new trace without a parent, whatever is current in this thread."""
+        return self._trace.set_span_in_context(self._trace.NonRecordingSpan(parent)) if parent is not None else self._current.Context()
+
+    def _injected(self, span: Any) -> dict[str, str]:
+        context: dict[str, str] = {}
+        self._propagator.inject(context, self._trace.set_span_in_context(span))
+        return context
 
     def _context(self, carrier: Any) -> Any:
         if not isinstance(carrier, dict) or "traceparent" not in carrier:
@@ -96,6 +175,14 @@ def _text(record: Record, name: str) -> str:
 
 def _carried(record: Record) -> dict[str, str]:
     return {name: value for name in _CARRIED if (value := _text(record, name))} if record.headers else {}
+
+
+def _context_in(headers: Headers) -> dict[str, str]:
+    return {name: value.decode("ascii", "replace") for name, value in headers if name in _CARRIED and value}
+
+
+def _with_context(headers: Headers, context: dict[str, str]) -> Headers:
+    return (*(pair for pair in headers if pair[0] not in _CARRIED), *((name, value.encode()) for name, value in context.items()))
 
 
 def end_all(spans: Iterable[object]) -> None:

@@ -275,7 +275,7 @@ class WorkflowTester:
 
             record = carry_out(item, activity, info_of(item), (self.config.activity_bytes_max, self.config.value_bytes_max), run)
             if not (answered and answered[0] is HANGS):
-                self._log(Output(self.config.resume_topic, item.workflow_id.encode(), record, (), self.now_ms))
+                self._log(Output(self.config.resume_topic, item.workflow_id.encode(), record, item.headers, self.now_ms))
 
     def _perform(self, made: Decision, changes: Overlay, store: MemoryStore) -> None:
         store.apply(changes.changes)

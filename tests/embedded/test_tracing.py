@@ -24,8 +24,40 @@ from tests.embedded.shell import ROOT
 
 SOURCE = """
 import kwflow as kw
+from opentelemetry import trace
 kw.declare_topics("asked")
 BROKEN = [True]
+SEEN = []
+
+def seen(what):
+    SEEN.append((what, trace.get_current_span().get_span_context().span_id))
+    return what
+
+@kw.activity(name="traced-plain", retry=kw.Retry(max_attempts=2, first=0.001))
+def plain(fails=0):
+    if kw.activity_info().attempt <= fails:
+        raise RuntimeError("not yet")
+    return seen("plain")
+
+@kw.activity(name="traced-async")
+async def asynchronous():
+    return seen("async")
+
+@kw.activity(name="traced-batch")
+def together(n: int) -> int: ...
+
+@kw.batch_of(together, size=2, within=20)
+def batch(calls):
+    seen("batch")
+    return [call.arguments["n"] for call in calls]
+
+@kw.workflow
+def calls(opts):
+    one = yield plain(opts)
+    two = yield asynchronous()
+    three = yield kw.all([together(1), together(2)])
+    kw.output("?", "asked")
+    return [one, two, three]
 
 def main(opts):
     yield kw.sleep(0.001)
@@ -49,7 +81,8 @@ class Traced:
         self.exporter = InMemorySpanExporter()
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
-        workflows = WorkflowProcessor(self.config, Workflows({"main": module.main}, "main"), frozenset({"asked"}), self.held.incarnation)
+        self.module = module
+        workflows = WorkflowProcessor(self.config, Workflows({"main": module.main, "calls": module.calls}, "main"), frozenset({"asked"}), self.held.incarnation)
         workflows.tracing = Tracing(provider)
         self.processors = [workflows, TimerProcessor(self.config)]
 
@@ -148,6 +181,38 @@ def test_without_the_option_nothing_is_traced_and_headers_travel_as_they_came(tr
     traced.send("a", "new:1", CLIENT)
     assert traced.run("resumed") == []
     assert traced.asked()[2] == "b7ad6b7169203331"
+
+
+def test_activities_are_spans_between_the_step_that_calls_and_the_step_that_goes_on(traced: Traced) -> None:
+    """M6.2; what an author's function does is seen below its span, in a thread, on the event loop and in a batch."""
+    traced.send("c", "new:1", CLIENT, ("kwflow-workflow", b"calls"))
+    spans = {span.context.span_id: span for span in traced.run("resumed", 6)}
+    by_name = {name: [span for span in spans.values() if span.name == name] for name in ("kwflow.activity traced-plain", "kwflow.activity traced-async", "kwflow.activity traced-batch", "kwflow.step")}
+    failed, plain = by_name["kwflow.activity traced-plain"]
+    [asynchronous], [batch] = by_name["kwflow.activity traced-async"], by_name["kwflow.activity traced-batch"]
+    assert [(what, spans[id].name) for what, id in traced.module.SEEN] == [("plain", plain.name), ("async", asynchronous.name), ("batch", batch.name)]
+    assert [dict(span.attributes or {})["kwflow.attempt"] for span in (failed, plain)] == [1, 2]
+    assert "not yet" in str(failed.status.description) and failed.events[0].name == "exception" and plain.status.is_ok is True
+    assert dict(plain.attributes or {})["kwflow.workflow_id"] == "c" and dict(batch.attributes or {}) == {"kwflow.activity": "traced-batch", "kwflow.calls": 2}
+    path, at = [], asynchronous
+    while at.parent is not None and at.parent.span_id in spans:
+        path.append(at.name)
+        at = spans[at.parent.span_id]
+    step = "kwflow.step"
+    assert [*path, at.name] == [asynchronous.name, step, plain.name, step, step, plain.name, step], "the answer, its timer, the answer, the start"
+    assert f"{at.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
+    assert batch.context.trace_id != at.context.trace_id and [link.context.span_id for link in batch.links] == [by_name[step][-3].context.span_id] * 2
+    assert traced.asked()[1] == "0af7651916cd43dd8448eb211c80319c", "the steps behind the batch are in the trace of the workflow still"
+
+
+def test_headers_go_on_over_an_activity_as_over_a_timer_with_tracing_or_without(traced: Traced) -> None:
+    """Semantics §9.3."""
+    processor = traced.processors[0]
+    assert isinstance(processor, WorkflowProcessor)
+    processor.tracing = None
+    traced.send("c", "new:0", CLIENT, ("kwflow-workflow", b"calls"), ("tenant", b"a"))
+    traced.run("resumed", 4)
+    assert [pair for pair in traced.held.read("asked")[0].headers if not pair[0].startswith("kwflow-")] == [CLIENT, ("tenant", b"a")]
 
 
 def test_an_engine_that_does_not_trace_loads_no_opentelemetry() -> None:

@@ -45,8 +45,8 @@ class Queues(Site):
     def said(self, name: str) -> str:
         return (self.directory / f"worker-{name}.log").read_text()
 
-    def start(self, id: str, workflow: str, value: object) -> None:
-        self.producer.produce(self.topic("resume"), f"new:{json.dumps(value)}", id, headers=[("kwflow-workflow", workflow.encode())])
+    def start(self, id: str, workflow: str, value: object, *headers: tuple[str, bytes]) -> None:
+        self.producer.produce(self.topic("resume"), f"new:{json.dumps(value)}", id, headers=[("kwflow-workflow", workflow.encode()), *headers])
         assert self.producer.flush(20) == 0
 
     def ran(self, what: str) -> list[list[str]]:
@@ -96,14 +96,15 @@ def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Queu
 
 
 def test_calls_are_run_by_the_workers_of_their_queue_and_never_by_an_engine(site: Queues) -> None:
-    """M6.6, ET-1: the many calls of one workflow are shared among workers, retries included."""
+    """M6.6, ET-1: the many calls of one workflow are shared among workers, retries included; its headers go with them (semantics §9.3)."""
     engine = site.engine("one", MODULE)
-    site.start("early", "squares", {"numbers": [3]})  # before any worker is there
+    site.start("early", "squares", {"numbers": [3]}, ("tenant", b"a"))  # before any worker is there
     workers = [site.worker("a", "--http", "127.0.0.1:0"), site.worker("b")]
     site.wait(lambda: "serves" in site.said("a") and "serves" in site.said("b"))
     for n in range(20):
         site.start(f"w{n}", "squares", {"numbers": [n, n + 1, -2, 7]})
     assert site.results(21) == {"early": [9], **{f"w{n}": [n * n, (n + 1) ** 2, 4, 49] for n in range(20)}}
+    assert [record.key for record in kafka_link.read(site.config, site.topic("result")) if ("tenant", b"a") in record.headers] == [b"early"]
     pids = {int(words[0]) for words in site.ran("square")}
     assert pids <= {worker.pid for worker in workers} and engine.pid not in pids
     assert len(site.ran("square")) == 1 + 20 * 4 + 20 * 2, "each attempt once"

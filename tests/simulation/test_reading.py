@@ -142,7 +142,7 @@ def test_a_result_that_the_broker_will_never_take_is_given_back(lab: Lab, code: 
     """M6.3: whoever gave it writes that it failed."""
     results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
     refuse(lab, TOPIC, code, times=1)
-    results.deliver(0, b"k", b"1", told.append)
+    results.deliver(0, b"k", b"1", (), told.append)
     environment.producers[0].poll(0)
     assert len(told) == 1 and told[0] is not None and lab.written(TOPIC) == []
 
@@ -151,12 +151,12 @@ def test_a_result_that_did_not_arrive_is_written_again_but_not_after_the_end(lab
     """M6.3: then it stays with its call, which lies in the store."""
     results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
     refuse(lab, TOPIC, KafkaError.NOT_ENOUGH_REPLICAS, times=3)
-    results.deliver(0, b"k", b"1", told.append)
+    results.deliver(0, b"k", b"1", (), told.append)
     for _ in range(5):
         environment.producers[0].poll(0)
     assert told == [None] and lab.written(TOPIC) == ["1"] and len(environment.producers) == 1
     refuse(lab, TOPIC, KafkaError.NOT_ENOUGH_REPLICAS, times=1)
-    results.deliver(0, b"k", b"2", told.append)
+    results.deliver(0, b"k", b"2", (), told.append)
     results.close()
     for _ in range(3):
         environment.producers[0].poll(0)
@@ -169,7 +169,7 @@ def test_a_result_that_did_not_arrive_is_written_again_but_not_after_the_end(lab
 def test_a_producer_that_broke_is_replaced_once(lab: Lab, in_between: bool) -> None:
     """M6.3: all of its records are written again with the next one.  As librdkafka does it: one poll raises, what was queued is reported after that, and it takes nothing more."""
     results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
-    results.deliver(0, b"k", b"0", told.append)
+    results.deliver(0, b"k", b"0", (), told.append)
     broken = environment.producers[0]
     queued = [on_delivery for _, _, on_delivery in broken._queue]
     broken._queue = []
@@ -188,7 +188,7 @@ def test_a_producer_that_broke_is_replaced_once(lab: Lab, in_between: bool) -> N
     if in_between:
         with pytest.raises(KafkaException):
             broken.poll(0)
-        results.deliver(0, b"k", b"1", told.append)
+        results.deliver(0, b"k", b"1", (), told.append)
     environment.served[0]()
     assert len(environment.producers) == 2
     environment.producers[1].poll(0)
@@ -201,7 +201,7 @@ def test_results_that_are_too_much_together_are_written_all_the_same(lab: Lab) -
     results, told = lab.engine("one").results, list[str | None]()
     results.environment = environment = Service(lab)
     for _ in range(5):
-        results.deliver(0, b"k", b"x" * 100_000, told.append)
+        results.deliver(0, b"k", b"x" * 100_000, (), told.append)
     environment.producers[0].poll(0)
     assert told == [None] * 5
 
@@ -209,7 +209,7 @@ def test_results_that_are_too_much_together_are_written_all_the_same(lab: Lab) -
 def test_a_result_that_cannot_even_be_queued_is_given_back(lab: Lab) -> None:
     """M6.3: its workflow had waited until the next restart."""
     results, told = Results(lab.config("any", value_bytes_max=2_000), TOPIC, Service(lab)), list[str | None]()
-    results.deliver(0, b"k", b"x" * 4_000, told.append)
+    results.deliver(0, b"k", b"x" * 4_000, (), told.append)
     assert len(told) == 1 and told[0] is not None
 
 
@@ -218,6 +218,6 @@ def test_a_full_queue_is_waited_for(lab: Lab) -> None:
     producer = results._current()
     full = [True, True]
     environment.host.chance = lambda what: what == "buffer-full" and bool(full) and full.pop()  # type: ignore[method-assign]
-    results.deliver(0, b"k", b"1", told.append)
+    results.deliver(0, b"k", b"1", (), told.append)
     producer.poll(0)
     assert told == [None]

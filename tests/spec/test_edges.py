@@ -29,7 +29,7 @@ from kwflow.client import Client
 from kwflow.config import Config, load_config
 from kwflow.core.contract import Limits, Workflows
 from kwflow.core.dispatch import Dispatch, encode, state_key
-from kwflow.core.wire import Record
+from kwflow.core.wire import Headers, Record
 from kwflow.errors import StepTimeout, UsageError
 from kwflow.gateway.application import application
 from kwflow.gateway.service import Service
@@ -400,7 +400,7 @@ class Calls:
         self.hours = self.dispatcher._threads = Hours()
         self.dispatcher.own(0, self.store)
 
-    def deliver(self, partition: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
+    def deliver(self, partition: int, key: bytes, value: bytes, headers: Headers, done: Callable[[str | None], None]) -> None:
         self.answers[key.decode()] = msgspec.json.decode(value)
         done(None)
 
@@ -472,7 +472,7 @@ def _grace(at: int, seconds: int) -> str:
         workers: list[Dispatcher] = []
 
         def work(deliver: Any) -> Dispatcher:
-            workers.append(WorkflowProcessor.work(processor, lambda number, key, value, done: (answers.append(value), deliver(number, key, value, done)) and None))
+            workers.append(WorkflowProcessor.work(processor, lambda number, key, value, headers, done: (answers.append(value), deliver(number, key, value, headers, done)) and None))
             workers[0]._threads = hours
             return workers[0]
 

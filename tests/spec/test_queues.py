@@ -4,6 +4,7 @@ import itertools
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -152,6 +153,13 @@ def record(key: bytes | None, value: bytes | None) -> Record:
 
 
 GOOD = {"resume_topic": "r", "workflow_id": "w", "ref": "1:2", "activity": "a", "attempt": 3, "idempotency_key": "w|0:1", "arguments": {"n": 1}}
+
+
+def test_the_headers_of_a_call_go_on_with_its_answer() -> None:
+    """Semantics §9.3: all but ours."""
+    written = msgspec.structs.replace(record(b"w|1:2", json.dumps(GOOD).encode()), headers=(("tenant", b"a"), ("kwflow-due-ms", b"1"), ("traceparent", b"00-")))
+    call = queues.read(written, "r")
+    assert isinstance(call, Dispatch) and call.headers == (("tenant", b"a"), ("traceparent", b"00-"))
 
 
 def test_a_worker_reads_what_a_step_has_written() -> None:

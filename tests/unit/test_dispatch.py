@@ -15,6 +15,7 @@ import pytest
 import kwflow as kw
 from kwflow import durable
 from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
+from kwflow.core.wire import Headers
 from kwflow.runners.activities import backlog, dispatch, threads
 from kwflow.runners.activities.dispatch import Dispatcher
 from kwflow.runners.embedded.engine import Embedded
@@ -35,7 +36,7 @@ class Engine:
         self.refuse: Callable[[bytes], str | None] = lambda value: None
         self.dispatcher = Dispatcher(self.deliver, self.lines.append, concurrency, limit_s, 10_000)
 
-    def deliver(self, partition: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
+    def deliver(self, partition: int, key: bytes, value: bytes, headers: Headers, done: Callable[[str | None], None]) -> None:
         refused = self.refuse(value)
         if refused is None:
             assert key.decode() not in self.records, "answered twice"
@@ -487,7 +488,7 @@ def test_ten_thousand_waiting_calls_stay_in_the_store_and_run_in_order_at_most_s
     items = [Dispatch(f"w{n % 100}", f"{n}:1", activity.name, 1, f"{n}:1", activity.encode_arguments((n,), {})) for n in range(10_000)]
     for item in items:
         held.db[store.prefix + state_key(item.workflow_id, item.ref)] = encode(item)
-    engine.deliver = lambda partition, key, value, done: done(None)  # type: ignore[method-assign]
+    engine.deliver = lambda partition, key, value, headers, done: done(None)  # type: ignore[method-assign]
     engine.dispatcher._deliver = engine.deliver
     engine.dispatcher.committed(0, items)
     assert engine.dispatcher.busy <= 8 + 64

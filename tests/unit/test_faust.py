@@ -66,7 +66,7 @@ def test_a_result_that_the_broker_does_not_take_now_is_sent_again_and_one_it_nev
         failures[:] = errors
         agent._loop = asyncio.get_running_loop()
         told: asyncio.Future[str | None] = agent._loop.create_future()
-        agent._deliver(0, b"w", b"{}", told.set_result)
+        agent._deliver(0, b"w", b"{}", (), told.set_result)
         return await asyncio.wait_for(told, 10)
 
     monkeypatch.setattr(app, "send", send)

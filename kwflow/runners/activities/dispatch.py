@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kwflow.activities import Activity, find_activity, running_as
@@ -23,6 +23,7 @@ from kwflow.runners.activities.answers import calls_of, carry_out, conclude, fai
 from kwflow.runners.activities.backlog import Backlog
 from kwflow.runners.activities.threads import AsyncCall, Loops, Threads, place_of
 from kwflow.runners.logs import Line, authors_traceback
+from kwflow.runners.tracing import CallSpan
 
 __all__ = ["Dispatcher", "keep"]
 
@@ -33,6 +34,7 @@ _READY_FACTOR = 8  # so many times the concurrency are kept ready, that no slot 
 _BATCH_BYTES_MAX = 16_000_000  # of the arguments of a batch; with more it is begun before it is full
 _SAID_MAX = 2_000  # characters of an error in a log line
 _NEVER = float("inf")
+_UNTRACED = CallSpan()
 
 
 def keep(state: Changes, items: Iterable[object]) -> None:
@@ -75,14 +77,15 @@ class _Job:
 class _Run:
     """One call of an author's function, for one job or a batch of them.  Invariant: it has a slot while a job of it is not settled; `behind`: it goes on without one."""
 
-    __slots__ = ("activity", "begun", "behind", "deadline", "ended", "jobs", "limit_s", "thread", "unsettled")
+    __slots__ = ("activity", "begun", "behind", "deadline", "ended", "jobs", "limit_s", "span", "thread", "unsettled")
 
-    def __init__(self, activity: Activity[Any, Any], jobs: list[_Job], limit_s: float, deadline: float) -> None:
+    def __init__(self, activity: Activity[Any, Any], jobs: list[_Job], limit_s: float, deadline: float, span: CallSpan) -> None:
         self.activity = activity
         self.jobs = jobs
         self.unsettled = len(jobs)
         self.limit_s = limit_s
         self.deadline = deadline
+        self.span = span
         self.ended = self.behind = False
         self.thread: threading.Thread | None = None
         self.begun: AsyncCall | None = None
@@ -115,14 +118,15 @@ class Dispatcher:
 
     def __init__(
         self, deliver: Deliver, on_log: Callable[[str], None], concurrency: int = 64, limit_s: float = 600.0, result_bytes_max: int = 500_000, record_bytes_max: int = 1_000_000,
-        threads: Threads | None = None, ends_late: bool = False,
+        threads: Threads | None = None, ends_late: bool = False, span: Callable[[Sequence[Dispatch]], CallSpan] | None = None,
     ) -> None:  # fmt: skip
-        """`ends_late`: an activity that has a timeout of its own is ended here after that, too, not only when it is withdrawn."""
+        """`ends_late`: an activity that has a timeout of its own is ended here after that, too, not only when it is withdrawn.  `span` gives that of a run for these calls."""
         self._deliver = deliver
         self._on_log = on_log
         self._concurrency = concurrency
         self._limit_s = limit_s
         self._ends_late = ends_late
+        self._span = span or (lambda _: _UNTRACED)
         self._bytes_max = result_bytes_max, record_bytes_max
         self._backlog = Backlog(concurrency * _READY_FACTOR)
         self._jobs: dict[tuple[int, str, str], _Job] = {}
@@ -293,7 +297,7 @@ class Dispatcher:
         limit_s = self._limit_s or _NEVER
         if activity.timeout_s is not None:
             limit_s = activity.timeout_s if self._ends_late else _NEVER
-        run = _Run(activity, jobs, limit_s, self._threads.monotonic() + limit_s)
+        run = _Run(activity, jobs, limit_s, self._threads.monotonic() + limit_s, self._span([job.dispatch for job in jobs]))
         for job in jobs:
             job.run = run
         self._running += 1
@@ -306,28 +310,35 @@ class Dispatcher:
     # -- running ---------------------------------------------------------------------------------------------------
     def _run(self, run: _Run) -> None:
         run.thread = threading.current_thread()
-        if run.activity.batched is not None:
-            contextvars.Context().run(self._call_batch, run, run.activity.batched)
-            self._ended(run)
-            return
-        [job] = run.jobs
-        record = contextvars.Context().run(carry_out, job.dispatch, run.activity, job.info, self._bytes_max, failed=lambda error: _note(job, error))
+        record = contextvars.Context().run(self._called, run)
         self._ended(run, record)
 
+    def _called(self, run: _Run) -> bytes | None:
+        """The record that answers; None of a batch, whose calls were answered one by one."""
+        with run.span:
+            if run.activity.batched is not None:
+                self._call_batch(run, run.activity.batched)
+                return None
+            [job] = run.jobs
+            return carry_out(job.dispatch, run.activity, job.info, self._bytes_max, failed=lambda error: _note(job, error))
+
     async def _run_async(self, run: _Run) -> None:
+        with run.span:
+            record = await self._awaited(run)
+        self._ended(run, record)
+
+    async def _awaited(self, run: _Run) -> bytes | None:
         if run.activity.batched is not None:
             await self._await_batch(run, run.activity.batched)
-            self._ended(run)
-            return
+            return None
         [job] = run.jobs
         try:
             with running_as(job.info):
                 bound = run.activity.decode_arguments(job.dispatch.arguments)
-                record = result_record(job.dispatch, run.activity, await run.activity.function(*bound.args, **bound.kwargs), self._bytes_max)
+                return result_record(job.dispatch, run.activity, await run.activity.function(*bound.args, **bound.kwargs), self._bytes_max)
         except BaseException as error:
-            record = failure_record(job.dispatch, error, self._bytes_max[1])
             _note(job, error)
-        self._ended(run, record)
+            return failure_record(job.dispatch, error, self._bytes_max[1])
 
     def _call_batch(self, run: _Run, batch: Batch) -> None:
         calls = self._calls(run)
@@ -393,13 +404,15 @@ class Dispatcher:
             self._on_log(job.failed)
 
     def _send(self, job: _Job, record: bytes) -> None:
+        headers = _run_of(job).span.headers(job.dispatch)
+
         def done(refused: str | None) -> None:
             if refused is None:
                 self._finished(job)
             else:
                 error = ActivityError(f"the log does not take the result of activity {job.dispatch.name}: {refused}", "ResultTooLarge", final=True)
                 _note(job, error)
-                self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), told)
+                self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), headers, told)
 
         def told(refused: str | None) -> None:
             if refused is not None:  # no write access to the topic, say
@@ -409,7 +422,7 @@ class Dispatcher:
             self._finished(job)
 
         try:
-            self._deliver(job.partition, job.dispatch.workflow_id.encode(), record, done)
+            self._deliver(job.partition, job.dispatch.workflow_id.encode(), record, headers, done)
         except Exception as error:  # the engine is ending; the call lies in the store still
             if not self._closed:
                 self._on_log(f"the result of {job} could not be delivered: {error}")
@@ -457,7 +470,7 @@ class Dispatcher:
                 error = ActivityError(f"{job} had no result within {run.limit_s:g} s ({remedy})", "Timeout")
                 _note(job, error, place_of(run.thread))
                 self._tell(job)
-                self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), lambda _: None)
+                self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), run.span.headers(job.dispatch), lambda _: None)
                 self._cancel(job)
             elif now - job.cancelled_at > _LEFT_BEHIND_S and not any(other.wanted and not other.answered for other in run.jobs):
                 self._settle(job)
@@ -482,6 +495,7 @@ def _note(job: _Job, error: BaseException, where: str = "") -> None:
     """What the log is to say of a failed attempt: text, as the error would keep alive what its frames hold.  A BusinessError is an outcome."""
     if isinstance(error, BusinessError):
         return
+    _run_of(job).span.failed(error)
     final = isinstance(error, ActivityError) and error.final
     pause_s = None if final else _of(job).retry.pause_s(job.dispatch.attempt, job.info.idempotency_key)
     then = "it was the last attempt" if pause_s is None else f"tried again in {pause_s:.3g} s"

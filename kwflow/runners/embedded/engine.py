@@ -20,7 +20,7 @@ import msgspec
 from rocksdict import Rdict, WriteBatch, WriteOptions
 
 from kwflow.config import Config
-from kwflow.core.wire import Output, Record
+from kwflow.core.wire import Headers, Output, Record
 from kwflow.durable import set_abandoning
 from kwflow.errors import TransportError
 from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
@@ -136,10 +136,10 @@ class Embedded:
     def deliver(self, topic: str) -> Deliver:
         """What puts results of activities into this topic.  Not synced: one that a crash of the machine loses is made again, as its call is still in the state."""
 
-        def write(_partition: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
+        def write(_partition: int, key: bytes, value: bytes, headers: Headers, done: Callable[[str | None], None]) -> None:
             with self._lock:
                 batch, marks = WriteBatch(raw_mode=True), dict[bytes, int]()
-                self._put(batch, marks, Output(topic, key, value))
+                self._put(batch, marks, Output(topic, key, value, headers))
                 self._done(batch, marks, WriteOptions())
             done(None)
             self.wake()

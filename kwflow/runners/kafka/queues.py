@@ -21,7 +21,7 @@ from kwflow.activities import find_activity
 from kwflow.config import Config
 from kwflow.core import queues
 from kwflow.core.dispatch import Dispatch
-from kwflow.core.wire import Record
+from kwflow.core.wire import Headers, Record
 from kwflow.errors import ActivityError, ProtocolError
 from kwflow.ports import Deliver, Worker
 from kwflow.runners.activities.answers import failure_record
@@ -210,7 +210,7 @@ class QueueRunner:
         self.stats.counts["worker-died"] += 1
         self.on_log(Line.of(f"{said}; the attempt has failed", "error"))
         record = failure_record(call, ActivityError(said, "WorkerDied"), self.config.value_bytes_max)
-        self._deliver(number, call.workflow_id.encode(), record, lambda _: None)
+        self._deliver(number, call.workflow_id.encode(), record, call.headers, lambda _: None)
 
     def _refuse(self, partition: OpenCalls, record: Record, error: ProtocolError) -> None:
         """Into the dead letters, and done once it is there."""
@@ -224,10 +224,10 @@ class QueueRunner:
             else:
                 self._delivered.put(lambda: partition.ledger.finish(record.offset))
 
-        self._letters.deliver(0, letter.key, letter.value, done, letter.headers)
+        self._letters.deliver(0, letter.key, letter.value, letter.headers, done)
 
     # -- answers -----------------------------------------------------------------------------------------------------
-    def _deliver(self, number: int, key: bytes, value: bytes, done: Callable[[str | None], None]) -> None:
+    def _deliver(self, number: int, key: bytes, value: bytes, headers: Headers, done: Callable[[str | None], None]) -> None:
         """A call's answer, from any thread."""
 
         def delivered(refused: str | None) -> None:
@@ -235,7 +235,7 @@ class QueueRunner:
                 self._delivered.put(lambda: self._close(number, key.decode(), msgspec.json.decode(value, type=_Answer).ref))
             done(refused)
 
-        self._results.deliver(0, key, value, delivered)
+        self._results.deliver(0, key, value, headers, delivered)
 
     def _close(self, number: int, id: str, ref: str) -> None:
         partition = self._owned.get(number)

@@ -37,7 +37,7 @@ class Results:
         self._served: Callable[[], None] | None = None
         self._closed = False
 
-    def deliver(self, _partition: int, key: bytes | None, value: bytes | None, done: Callable[[str | None], None], headers: Headers = ()) -> None:
+    def deliver(self, _partition: int, key: bytes | None, value: bytes | None, headers: Headers, done: Callable[[str | None], None]) -> None:
         """Produce until the broker has it or refuses it for good.  Raises KafkaException when this one record cannot even be queued."""
 
         def delivered(error: KafkaError | None, _message: Message) -> None:
@@ -46,7 +46,7 @@ class Results:
             elif error.code() in _REFUSED:
                 done(error.str())
             elif not self._closed:
-                self.deliver(_partition, key, value, done, headers)
+                self.deliver(_partition, key, value, headers, done)
 
         while True:
             producer = self._current()
