@@ -14,7 +14,7 @@ from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.durable import versions
-from kwflow.durable.peek import peek
+from kwflow.durable.peek import told
 from kwflow.errors import UsageError
 from kwflow.runners import deployment, outside
 from kwflow.runners.instances import Filter, described, since_ms
@@ -22,6 +22,7 @@ from kwflow.runners.outside import code_store, stored
 
 __all__ = ["list_", "show"]
 
+_CHARACTERS, _JSON_CHARACTERS = 500, 10_000  # of a variable
 _ROWS_MAX = 1000  # of a table; each costs half a millisecond, and nobody reads more
 
 
@@ -44,7 +45,7 @@ def show(
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
-    locals: Annotated[bool, typer.Option("--locals", help="Variables too; objects of your classes are shown as stubs.")] = False,
+    locals: Annotated[bool, typer.Option("--locals", help="Variables too; objects of your classes are shown by what was saved of them.")] = False,
     save: Annotated[Path | None, typer.Option("--save", help="Write it to this file, with the code that it runs, for WorkflowTester.load.")] = None,
     as_json: Json = False,
     config: ConfigFile = None,
@@ -58,9 +59,9 @@ def show(
         data = _saved(settings, embedded, id)
         with open(save, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:  # its variables are in it
             file.write(data)
-    header, frames = _found(settings, embedded, id, locals)
+    header, frames = _found(settings, embedded, id, (_JSON_CHARACTERS if as_json else _CHARACTERS) if locals else 0)
     if as_json:
-        variables = [{"function": function, "locals": {name: repr(value) for name, value in values.items()}} for function, values in frames]
+        variables = [{"function": function, "locals": values} for function, values in frames]
         print_json({**header, **({"frames": variables} if locals else {})})
         return
     seal = "" if header["seal"] == "unsigned" and not settings.signing_keys else f"  ({header['seal']})"
@@ -73,12 +74,12 @@ def show(
     for function, values in frames:
         out.print(f"  {function}")
         for name, value in values.items():
-            out.print(f"    {name} = {value!r}"[:500])
+            out.print(f"    {name} = {value}")
 
 
-def _found(settings: Config, embedded: Path | None, id: str, locals: bool) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
-    """What is told of it, and its frames if they are wanted: variables leave their engine's machine with the changelog only.  Raises UsageError."""
-    if embedded is None and not locals:
+def _found(settings: Config, embedded: Path | None, id: str, characters: int) -> tuple[dict[str, Any], list[tuple[str, dict[str, str]]]]:
+    """What is told of it, and its frames if they are wanted, each variable in so many characters: they leave their engine's machine with the changelog only.  Raises UsageError."""
+    if embedded is None and not characters:
         from kwflow.runners.kafka import asking
 
         answer = asking.show(settings, id, _from_changelog)
@@ -86,8 +87,8 @@ def _found(settings: Config, embedded: Path | None, id: str, locals: bool) -> tu
             return answer, []
     data = stored(settings, embedded, id)
     shown = described(data, settings.signing_keys)
-    body = snapshot.split(data, settings.signing_keys)[1] if locals else b""  # variables only of what is verified, where there are keys
-    return shown, list(peek(body)) if body else []
+    body = snapshot.split(data, settings.signing_keys)[1] if characters else b""  # variables only of what is verified, where there are keys
+    return shown, told(body, characters) if body else []
 
 
 def _saved(settings: Config, embedded: Path | None, id: str) -> bytes:

@@ -1,7 +1,7 @@
 """What a snapshot's body holds, looked at without running or even loading the author's code (semantics §4.1, §4.4).
 
 Every class and function the bytes name becomes a stub that only remembers what it was given.  `peek` shows the waiting
-generators, `graph` gives all of it, `Shown` writes values for people, `canonical` is a form of the whole that is equal when two graphs are.
+generators, `told` its variables as text, `graph` gives all of it, `Shown` writes values for people, `canonical` is a form of the whole that is equal when two graphs are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kwflow.durable.codec import _CELL, _CREATED, _EXCEPTION, _FINISHED, _GENERA
 from kwflow.durable.frames import SUSPENDED
 from kwflow.errors import CorruptSnapshotError
 
-__all__ = ["CREATED", "OBJECT", "WAITING", "Shown", "States", "Stub", "canonical", "canonical_bytes", "graph", "peek", "qualname"]
+__all__ = ["CREATED", "OBJECT", "WAITING", "Shown", "States", "Stub", "canonical", "canonical_bytes", "graph", "peek", "qualname", "told"]
 
 _REAL: dict[str, type] = {cls.__name__: cls for cls in (set, frozenset, bytearray, complex, range, slice, list, dict, tuple)}
 _TIMES: dict[str, Any] = {f"datetime.{cls.__name__}": cls for cls in (date, datetime, time, timedelta)}
@@ -149,7 +149,17 @@ def _stubs_of_format_1(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
 
 def peek(body: bytes) -> list[tuple[str, dict[str, Any]]]:
     """(function, its variables) of each waiting generator, in the order they were met.  Raises CorruptSnapshotError."""
-    _, states = _stubs(body)
+    return _waiting(_stubs(body)[1])
+
+
+def told(body: bytes, characters: int) -> list[tuple[str, dict[str, str]]]:
+    """The same as text, each value in so many characters.  Raises CorruptSnapshotError."""
+    states = _stubs(body)[1]
+    shown = Shown({id(made): (kind, made, state) for kind, made, state in states})
+    return [(function, {name: shown.text(value, characters) for name, value in values.items()}) for function, values in _waiting(states)]
+
+
+def _waiting(states: list[tuple[int, Any, Any]]) -> list[tuple[str, dict[str, Any]]]:
     cells = {id(cell): value for kind, cell, value in states if kind == _CELL}
     found = []
     for kind, made, slots in states:

@@ -287,7 +287,7 @@ def test_show_with_locals_shows_variables_without_the_authors_code(shell: Shell,
     module.unlink()
     said = shell("show", "x", "--locals")
     assert "count = 3" in said
-    assert "order = <shown.Order {'items': ['teapot']}>" in said
+    assert "order = shown.Order(items=['teapot'])" in said
     assert "shown.py:10" in said
 
 
