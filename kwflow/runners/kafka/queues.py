@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Message, TopicPartition
 
 from kwflow.activities import find_activity
 from kwflow.config import Config
@@ -23,12 +23,13 @@ from kwflow.core import queues
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.wire import Headers, Record
 from kwflow.errors import ActivityError, ProtocolError
-from kwflow.ports import Deliver, Worker
+from kwflow.ports import Clock, Deliver, Worker
 from kwflow.runners.activities.answers import failure_record
+from kwflow.runners.clock import SystemClock
 from kwflow.runners.instances import Instances
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.broker_errors import BrokerErrors, ending
-from kwflow.runners.kafka.environment import LIVE, Environment, made
+from kwflow.runners.kafka.environment import LIVE, Consumer, Environment
 from kwflow.runners.kafka.open_calls import AHEAD_MAX, ASIDE_MAX, OpenCalls
 from kwflow.runners.kafka.reading import gather
 from kwflow.runners.kafka.results import Results
@@ -67,8 +68,13 @@ class QueueRunner:
     no later one, so that an answer which comes late meets nothing.
     """
 
-    def __init__(self, config: Config, names: Sequence[str], work: Callable[[Deliver], Worker], on_log: Callable[[str], None] = print, environment: Environment = LIVE, care: bool = True) -> None:
+    def __init__(
+        self, config: Config, names: Sequence[str], work: Callable[[Deliver], Worker], on_log: Callable[[str], None] = print, environment: Environment = LIVE, care: bool = True,
+        clock: Clock | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
+        self.environment = environment
+        self.clock = clock or SystemClock()
         self.names = list(names)
         self._care = care  # where calls run here, one of them may end this process
         self.on_log = on_log
@@ -92,7 +98,7 @@ class QueueRunner:
         }  # fmt: skip
         if config.instance_id is not None and care:  # as of an engine (K1): who is started again has its partitions at once; of the workers of a machine, one for each choice of queues
             settings["group_instance_id"] = f"{config.workers_group}-{config.instance_id}-{config.process}-{zlib.crc32(' '.join(sorted(names)).encode()):08x}"
-        self._consumer = made(Consumer, topics.client_config(config, **settings) | {"error_cb": BrokerErrors(on_log), "on_commit": self._on_commit})
+        self._consumer = environment.consumer(topics.client_config(config, **settings) | {"error_cb": BrokerErrors(on_log), "on_commit": self._on_commit})
         self._consumer.subscribe(self.names, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -125,7 +131,7 @@ class QueueRunner:
         if self._paused or any(partition.held_back for partition in self._owned.values()):
             self.worker.hurry()
         self._settle()
-        if time.monotonic() - self._committed_s > _COMMIT_S:
+        if self.environment.monotonic() - self._committed_s > _COMMIT_S:
             self._commit(self._owned.values())
 
     def _make_room(self) -> None:
@@ -214,7 +220,7 @@ class QueueRunner:
 
     def _refuse(self, partition: OpenCalls, record: Record, error: ProtocolError) -> None:
         """Into the dead letters, and done once it is there."""
-        letter = dead_letter(self.config, record, error.reason, str(error), time.time_ns() // 1_000_000)
+        letter = dead_letter(self.config, record, error.reason, str(error), self.clock.now_ms())
         self.stats.counts["dead-letter"] += 1
         self.on_log(Line.about(f"dead letter {record.topic}[{record.partition}]@{record.offset}: {error}", record, "warning"))
 
@@ -269,7 +275,7 @@ class QueueRunner:
             partition.committed = (-1, "")
 
     def _commit(self, partitions: Iterable[OpenCalls], wait: bool = False, held: bool = True) -> None:
-        self._committed_s = time.monotonic()
+        self._committed_s = self.environment.monotonic()
         changed = []
         for partition in partitions:
             now = partition.ledger.position, partition.ledger.note(held)
@@ -355,9 +361,9 @@ class QueueRunner:
 
     def _give_back(self, numbers: list[int], grace_s: float) -> None:
         """What runs may end, all of it within the grace period; what was answered is noted for the next owner."""
-        give_up = time.monotonic() + grace_s
+        give_up = self.environment.monotonic() + grace_s
         for number in numbers:
-            self.worker.disown(number, max(0.0, give_up - time.monotonic()))
+            self.worker.disown(number, max(0.0, give_up - self.environment.monotonic()))
         self._settle()
         try:
             self._commit([self._owned[number] for number in numbers], wait=True, held=False)

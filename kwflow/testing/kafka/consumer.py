@@ -65,6 +65,8 @@ class SimulatedConsumer:
         self._fetches: dict[Place, _Fetch] = {}
         self._membership: Membership | None = None
         self._callbacks: dict[str, Callback | None] = {}
+        self._on_commit = settings.get("on_commit")
+        self._committed_later: collections.deque[tuple[KafkaError | None, list[TopicPartition]]] = collections.deque()  # what the application is to be told
         self._turn = 0
         self._in_callback = False
         self._closed = False
@@ -145,6 +147,7 @@ class SimulatedConsumer:
         found: list[Message] = []
         while True:
             self._serve()
+            self._report()
             self._take(found, num_messages)
             if len(found) >= num_messages or self._broker.time.now >= until:
                 return found
@@ -228,7 +231,40 @@ class SimulatedConsumer:
             self._host.wait(until)
         if not self._host.answered("committed"):
             raise error_of(KafkaError._TIMED_OUT, "Failed to fetch committed offsets: no answer", retriable=True)
-        return [TopicPartition(partition.topic, partition.partition, group.offsets.get((partition.topic, partition.partition), OFFSET_INVALID)) for partition in partitions]
+        places = [(partition.topic, partition.partition) for partition in partitions]
+        return [_kept(place, group.offsets.get(place, OFFSET_INVALID), group.notes.get(place, "")) for place in places]
+
+    def commit(self, *, offsets: list[TopicPartition], asynchronous: bool = True) -> list[TopicPartition] | None:
+        """Of an asynchronous one `on_commit` is told in a later poll.  It may be carried out and fail all the same."""
+        self._host.call("commit-offsets")
+        error: KafkaError | None = None
+        try:
+            wanted = {(place.topic, place.partition): (place.offset, place.metadata or "") for place in offsets}
+            self._broker.group(self._group).commit(wanted, self.consumer_group_metadata())
+        except Refused as refused:
+            error = KafkaError(refused.code, refused.reason)
+        if not self._host.answered("commit-offsets"):
+            error = KafkaError(KafkaError._TIMED_OUT, "commit-offsets: no answer in time", retriable=True)
+        if asynchronous:
+            self._committed_later.append((error, offsets))
+            return None
+        if error is not None:
+            raise KafkaException(error)
+        return offsets
+
+    def _report(self) -> None:
+        while self._committed_later:
+            error, places = self._committed_later.popleft()
+            if self._on_commit is not None:
+                self._on_commit(error, places)
+
+    def get_watermark_offsets(self, partition: TopicPartition, timeout: float = -1) -> tuple[int, int]:
+        """Its begin, and its end as this reader sees it."""
+        self._host.call("watermarks")
+        found = self._broker.partition((partition.topic, partition.partition))
+        if not self._host.answered("watermarks"):
+            raise error_of(KafkaError._TIMED_OUT, "Failed to get watermark offsets: no answer", retriable=True)
+        return found.start, found.stable if self._committed else found.end
 
     def consumer_group_metadata(self) -> Metadata:
         """Who this client is now, whatever the application has been told."""
@@ -256,6 +292,10 @@ class SimulatedConsumer:
             membership.close()
         self._closed = True
         self._fetches = {}
+
+
+def _kept(place: Place, offset: int, note: str) -> TopicPartition:
+    return TopicPartition(*place, offset, note) if note else TopicPartition(*place, offset)
 
 
 def message_of(place: Place, entry: Entry) -> Message:

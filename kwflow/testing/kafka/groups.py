@@ -19,6 +19,8 @@ from kwflow.testing.kafka.transactions import Refused
 
 __all__ = ["Group", "Member", "Metadata"]
 
+_NOTE_BYTES_MAX = 4_095  # offset.metadata.max.bytes is 4,096, and a note has to be shorter
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Metadata:
@@ -54,6 +56,7 @@ class Group:
         self.members: dict[str, Member] = {}
         self.static: dict[str, str] = {}  # instance id -> member id
         self.offsets: dict[Place, int] = {}
+        self.notes: dict[Place, str] = {}  # the metadata of an offset
         self.pending: dict[Transaction, dict[Place, int]] = {}
         self.rebalancing = False
         self.on_settled: dict[str, Callable[[], None]] = {}  # member id -> its client hears of a completed rebalance
@@ -207,6 +210,20 @@ class Group:
         offsets = self.pending.pop(transaction, {})
         if transaction.state == COMMITTED:
             self.offsets.update(offsets)
+            for place in offsets:
+                self.notes.pop(place, None)
+
+    def commit(self, offsets: Mapping[Place, tuple[int, str]], metadata: Metadata) -> None:
+        """Offsets and their notes, outside a transaction: of a member of this generation, or of nobody as long as there are no members.  Raises Refused if one is not taken; the others are."""
+        if self.members or metadata.member:
+            self._member(metadata.member, metadata.instance)
+            if metadata.generation != self.generation:
+                raise Refused(KafkaError.ILLEGAL_GENERATION, f"generation {metadata.generation}, the group is at {self.generation}")
+        short = {place: kept for place, kept in offsets.items() if len(kept[1].encode()) <= _NOTE_BYTES_MAX}
+        for place, (offset, note) in short.items():
+            self.offsets[place], self.notes[place] = offset, note
+        if len(short) < len(offsets):
+            raise Refused(KafkaError.OFFSET_METADATA_TOO_LARGE, "the metadata of an offset is too large")
 
     def unstable(self, place: Place) -> bool:
         return any(place in offsets for offsets in self.pending.values())

@@ -31,7 +31,7 @@ class Port:
         self.members: list[Member] = []
 
     def settings(self, **more: Any) -> dict[str, Any]:
-        return {"bootstrap.servers": self.bootstrap, "log_level": 0, **{key.replace("_", "."): value for key, value in more.items()}}
+        return {"bootstrap.servers": self.bootstrap, "log_level": 0, **{key if key == "on_commit" else key.replace("_", "."): value for key, value in more.items()}}
 
     def topic(self, partitions: int = 1, **config: str) -> str:
         name = f"{self.name}-{uuid.uuid4().hex[:4]}"
@@ -525,6 +525,115 @@ def test_partitions_given_to_nobody_stay_so_until_their_member_joins_anew(port: 
     new.consumer.subscribe([topic], on_assign=new._assigned, on_revoke=new._revoked, on_lost=new._lost)
     port.until(lambda: new.poll() is not None or second.poll() is not None or len(new.held | second.held) == 4)
     port.open.remove(old.consumer)
+
+
+def test_what_is_written_beside_a_position_is_given_to_the_next_owner_who_asks(port: Port) -> None:
+    """M6.6 (runners/kafka/ledger.py): a worker's note of the calls that are open."""
+    topic = port.topic(2)
+    member = owning(port, topic)
+    port.until(lambda: member.poll() is not None or member.held == {0, 1})
+    assert member.consumer.committed([TopicPartition(topic, 0)], timeout=10)[0].metadata is None
+    member.consumer.commit(offsets=[TopicPartition(topic, 0, 3, "kwflow1 5 0,3! +"), TopicPartition(topic, 1, 4)], asynchronous=False)
+    kept = member.consumer.committed([TopicPartition(topic, 0), TopicPartition(topic, 1)], timeout=10)
+    assert [(place.offset, place.metadata) for place in kept] == [(3, "kwflow1 5 0,3! +"), (4, None)]
+    member.consumer.commit(offsets=[TopicPartition(topic, 0, 2, "back")], asynchronous=False)
+    [kept] = port.consumer().committed([TopicPartition(topic, 0)], timeout=10)
+    assert (kept.offset, kept.metadata) == (2, "back"), "nobody looks whether it goes forward"
+
+
+def test_a_note_of_more_than_4096_bytes_is_refused_with_its_position(port: Port) -> None:
+    """M6.6: offset.metadata.max.bytes."""
+    topic = port.topic(2)
+    member = owning(port, topic)
+    port.until(lambda: member.poll() is not None or member.held == {0, 1})
+    member.consumer.commit(offsets=[TopicPartition(topic, 0, 1, "x" * 4_095)], asynchronous=False)
+    error = refused(lambda: member.consumer.commit(offsets=[TopicPartition(topic, 0, 2, "x" * 4_097)], asynchronous=False))
+    assert error.code() == KafkaError.OFFSET_METADATA_TOO_LARGE
+    assert member.consumer.committed([TopicPartition(topic, 0)], timeout=10)[0].offset == 1
+
+
+def test_a_commit_fails_with_one_of_its_positions_and_the_others_are_taken_all_the_same(port: Port) -> None:
+    """M6.6."""
+    topic = port.topic(2)
+    member = owning(port, topic)
+    port.until(lambda: member.poll() is not None or member.held == {0, 1})
+    error = refused(lambda: member.consumer.commit(offsets=[TopicPartition(topic, 0, 2, "x" * 4_097), TopicPartition(topic, 1, 4, "short")], asynchronous=False))
+    assert error.code() == KafkaError.OFFSET_METADATA_TOO_LARGE
+    kept = member.consumer.committed([TopicPartition(topic, 0), TopicPartition(topic, 1)], timeout=10)
+    assert [place.offset for place in kept] == [-1001, 4]
+
+
+def test_positions_of_a_past_generation_are_refused(port: Port) -> None:
+    """M6.6: a worker that was evicted writes over nobody's note."""
+    topic = port.topic(4)
+    zombie = owning(port, topic, "a", session_timeout_ms=1000, max_poll_interval_ms=1000)
+    port.environment.sleep(4)
+    other = owning(port, topic, "b")
+    port.until(lambda: other.poll() is not None or other.held == {0, 1, 2, 3})
+    other.consumer.commit(offsets=[TopicPartition(topic, 0, 7, "b")], asynchronous=False)
+    error = refused(lambda: zombie.consumer.commit(offsets=[TopicPartition(topic, 0, 1, "a")], asynchronous=False))
+    assert error.code() in (KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.FENCED_INSTANCE_ID)
+    [kept] = other.consumer.committed([TopicPartition(topic, 0)], timeout=10)
+    assert (kept.offset, kept.metadata) == (7, "b")
+
+
+def test_what_becomes_of_a_commit_that_is_not_waited_for_is_told_inside_poll(port: Port) -> None:
+    """M6.6."""
+    topic = port.topic()
+    told: list[Any] = []
+    member = owning(port, topic, on_commit=lambda error, places: told.append((error, [place.offset for place in places])))
+    member.consumer.commit(offsets=[TopicPartition(topic, 0, 3, "note")])
+    assert told == []
+    port.until(lambda: member.poll() is not None or told)
+    assert told == [(None, [3])]
+    assert member.consumer.committed([TopicPartition(topic, 0)], timeout=10)[0].metadata == "note"
+
+
+def test_who_reads_what_is_committed_is_told_of_an_end_before_what_is_undecided(port: Port) -> None:
+    """M6.6: which records a worker that died may have read."""
+    topic, producer, open_one = port.topic(), port.transactional("one"), port.transactional("two")
+    producer.begin_transaction()
+    producer.produce(topic, value=b"decided", partition=0)
+    producer.commit_transaction(20)
+    port.until(lambda: port.consumer().get_watermark_offsets(TopicPartition(topic, 0), timeout=10) == (0, 2))
+    open_one.begin_transaction()
+    open_one.produce(topic, value=b"open", partition=0)
+    assert open_one.flush(20) == 0
+    assert port.consumer().get_watermark_offsets(TopicPartition(topic, 0), timeout=10) == (0, 2)
+    open_one.abort_transaction(20)
+
+
+def test_an_assigned_partition_that_is_paused_in_the_callback_gives_nothing_until_it_was_sought_and_resumed(port: Port) -> None:
+    """M6.6: a worker learns where it begins after the callback."""
+    topic, producer = port.topic(), port.producer()
+    for number in range(5):
+        producer.produce(topic, value=b"%d" % number, partition=0)
+    assert producer.flush(20) == 0
+    assigned: list[Any] = []
+
+    def paused(consumer: Any, places: list[TopicPartition]) -> None:
+        consumer.incremental_assign([TopicPartition(place.topic, place.partition, OFFSET_BEGINNING) for place in places])
+        consumer.pause(places)
+        assigned.extend(places)
+
+    consumer = port.consumer(partition_assignment_strategy="cooperative-sticky", auto_offset_reset="earliest")
+    consumer.subscribe([topic], on_assign=paused)
+    port.until(lambda: consumer.poll(0.05) is not None or assigned)
+    assert consumer.consume(10, 0.5) == []
+
+    def sought() -> bool:
+        try:
+            consumer.seek(TopicPartition(topic, 0, 3))
+        except KafkaException as error:
+            assert error.args[0].code() == KafkaError._STATE
+            return False
+        return True
+
+    port.until(sought)
+    consumer.resume(assigned)
+    found: list[Any] = []
+    port.until(lambda: found.extend(consumer.consume(10, 0.1)) or len(found) >= 2)
+    assert [message.value() for message in found] == [b"3", b"4"]
 
 
 # -- administration ------------------------------------------------------------------------------------------------------
