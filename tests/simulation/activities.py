@@ -1,17 +1,25 @@
 """The activities of the simulation: what an attempt does is said by its plan, so that the outcome of a call is known in advance.
 
 A plan has a word for each attempt, the last one for all that follow: ok, slow, fail (tried again), refuse (a
-BusinessError, which is not), hang (no answer before the timeout).
+BusinessError, which is not), hang (no answer before the timeout), kill (the process that runs it).
 """
+
+from typing import Any
 
 import kwflow as kw
 from tests.simulation import probes
 
 ATTEMPTS_MAX = 3
+QUEUE, MAIL = "sim-queue", "sim-mail"
 
 
 def attempt(plan: list[str]) -> dict[str, int]:
     info = kw.activity_info()
+    probes.begin(info)
+    return outcome(info, plan)
+
+
+def outcome(info: kw.ActivityInfo, plan: list[str]) -> dict[str, int]:
     what = plan[min(info.attempt, len(plan)) - 1]
     probes.perform(info, what)
     if what == "fail":
@@ -33,4 +41,37 @@ def timed(plan: list[str]) -> dict[str, int]:
     return attempt(plan)
 
 
-KINDS = {"timed": timed, "work": work}
+@kw.activity(name="sim-queued", queue=QUEUE, retry=kw.Retry(max_attempts=ATTEMPTS_MAX, first=0.5, jitter=0.5))
+def queued(plan: list[str]) -> dict[str, int]:
+    """A worker does it."""
+    return attempt(plan)
+
+
+@kw.activity(name="sim-queued-timed", queue=QUEUE, timeout=4, retry=kw.Retry(max_attempts=ATTEMPTS_MAX, first=0.5, jitter=0.5))
+def queued_timed(plan: list[str]) -> dict[str, int]:
+    return attempt(plan)
+
+
+@kw.activity(name="sim-mailed", queue=MAIL, retry=kw.Retry(max_attempts=ATTEMPTS_MAX, first=0.5, jitter=0.5))
+def mailed(plan: list[str]) -> dict[str, int]: ...
+
+
+@kw.batch_of(mailed, size=3, within=0.5)
+def mailed_together(calls: list[kw.Call]) -> list[Any]:
+    """One after the other; what is slow is answered when it is known, the rest in the end."""
+    for call in calls:
+        probes.begin(call.info)
+    found: list[Any] = []
+    for call in calls:
+        try:
+            found.append(outcome(call.info, call.arguments["plan"]))
+        except Exception as error:
+            found.append(error)
+        else:
+            if "slow" in call.arguments["plan"]:
+                call.complete(found[-1])
+    return found
+
+
+KINDS = {"mailed": mailed, "queued": queued, "queued-timed": queued_timed, "timed": timed, "work": work}
+QUEUES = {"mailed": MAIL, "queued": QUEUE, "queued-timed": QUEUE}

@@ -28,9 +28,9 @@ from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
 from kwflow.testing.kafka.log import Entry, Place, Transaction
 from kwflow.testing.kafka.time import START_MS
-from tests.simulation import meaning, probes, releases
+from tests.simulation import handed_out, meaning, probes, releases
 from tests.simulation.ledger import Ledger
-from tests.simulation.world import OUTPUTS, RECORD_BYTES_MAX, Failed, Machine, World
+from tests.simulation.world import RECORD_BYTES_MAX, Failed, Machine, World
 
 CODE = b"\0code\0"  # when this partition wrote a source: state of the runner's own
 _DIED = "the engine died three times with this record"
@@ -52,6 +52,7 @@ def check(world: World) -> None:
     _clients(world, ledger)
     _resumes(world, ledger, engines, schedulers)
     meaning.check(world, ledger)
+    handed_out.check(world, ledger)
     if probes.outside:
         raise Failed(f"G8: cleanup of forgotten instances ran: {probes.outside[:5]}")
 
@@ -233,8 +234,9 @@ class WorkflowModel(Model):
         if release not in self.code:
             code = releases.Code(release)
             config = self.world.config.model_copy(update={"instances_cached_max": 0})
-            processor = WorkflowProcessor(config, code.workflows, OUTPUTS, self.world.broker.topics[config.resume_topic].id, lambda _: None, self.sources.get)
+            processor = WorkflowProcessor(config, code.workflows, self.world.outputs, self.world.broker.topics[config.resume_topic].id, lambda _: None, self.sources.get)
             processor.partitions = self.world.partitions
+            processor.queues = True
             processor.keeps_code = False  # when sources are stored is no matter of one record; meaning.py looks at it
             self.code[release] = code, processor
         code, self.processor = self.code[release]
@@ -365,11 +367,11 @@ def _identities(ledger: Ledger) -> None:
 def _clients(world: World, ledger: Ledger) -> None:
     """What clients sent is there, each once (their producer is idempotent)."""
     sent = collections.Counter(
-        dict(entry.headers)["sim-sent"]
+        dict(entry.headers)["kwflow-sim-sent"]
         for place, entries in ledger.entries.items()
-        if place[0] in (world.config.resume_topic, world.config.scheduler_topic)
+        if place[0] in (world.config.resume_topic, world.config.scheduler_topic, *world.queues)
         for entry in entries
-        if entry.transaction is None and "sim-sent" in dict(entry.headers)
+        if entry.transaction is None and "kwflow-sim-sent" in dict(entry.headers)
     )
     if len(sent) != world.clients.sent or max(sent.values(), default=1) > 1:
         raise Failed(f"clients sent {world.clients.sent} records, the log has {sum(sent.values())}")
@@ -378,7 +380,7 @@ def _clients(world: World, ledger: Ledger) -> None:
 def _resumes(world: World, ledger: Ledger, engines: WorkflowModel, schedulers: TimerModel) -> None:
     """G3: the input is exactly what clients, engines and timers wrote; so is every other topic."""
     made = collections.Counter(of_output(output) for output in [*engines.outputs, *schedulers.outputs])
-    for topic in [world.config.resume_topic, world.config.scheduler_topic, world.config.dead_letter_topic, *OUTPUTS, world.config.result_topic, world.config.error_topic]:
+    for topic in [world.config.resume_topic, world.config.scheduler_topic, world.config.dead_letter_topic, *world.outputs, world.config.result_topic, world.config.error_topic]:
         for number in range(world.partitions):
             for entry in ledger.visible((topic, number)):
                 if entry.transaction is not None:

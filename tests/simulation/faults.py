@@ -87,6 +87,9 @@ class Process(Host):
         if what == "send_offsets" and chance.random() < faults.rebalance:
             self.world.rebalance()
             self._pause(self.time.now + 1_500)
+        if what == "commit-offsets" and chance.random() < faults.rebalance:
+            self.world.rebalance_workers()
+            self._pause(self.time.now + 1_500 * chance.random())
         if faults.at in ("", what) and chance.random() < faults.freeze:
             low, high = faults.freeze_ms
             self.freeze(low + (high - low) * chance.random() ** 2)

@@ -14,7 +14,7 @@ from typing import Any
 from kwflow.core import snapshot
 from kwflow.testing.kafka.log import Entry, Place, Transaction
 from tests.simulation import predicted
-from tests.simulation.activities import ATTEMPTS_MAX
+from tests.simulation.activities import ATTEMPTS_MAX, QUEUES
 from tests.simulation.ledger import Ledger
 from tests.simulation.releases import NAME, Release
 from tests.simulation.world import Failed, World
@@ -124,20 +124,22 @@ def _saga(log: _Log, id: str) -> None:
 
 
 # -- activities ----------------------------------------------------------------------------------------------------------
-def outcomes(kind: str, plan: list[str]) -> set[Any]:
-    """How a call with this plan may end: one way, unless time limits its attempts (an engine that is down lets any of them pass)."""
+def outcomes(kind: str, plan: list[str], died: bool = False) -> set[Any]:
+    """How a call with this plan may end: one way, unless time limits its attempts (an engine that is down lets any of them pass), or workers died with it."""
     found: set[Any] = set()
+    limited = kind.endswith("timed")
     for attempt in range(1, ATTEMPTS_MAX + 1):
         word = plan[min(attempt, len(plan)) - 1]
-        if word != "fail":
+        if word not in ("fail", "kill"):
             found.add("refused" if word == "refuse" else attempt)
-        if found and kind == "work":
+        if found and not limited and not died:
             return found
-    return found | ({"ValueError"} if kind == "work" else {"ValueError", "Timeout"})
+    return found | {"ValueError"} | ({"Timeout"} if limited else set()) | ({"WorkerDied"} if died else set())
 
 
 def _calls(world: World, log: _Log) -> None:
     """M6: each call ends as its plan says, and no attempt has more results than it ran."""
+    died = {id for id in dict.fromkeys(log.keys[world.config.resume_topic]) for entry in log.records[world.config.resume_topic, id] if b'"WorkerDied"' in (entry.value or b"")}
     for id in dict.fromkeys(log.keys["sim-said"]):
         for line in log.said(id):
             if line[0] == "called":
@@ -145,10 +147,12 @@ def _calls(world: World, log: _Log) -> None:
                 plan, end = json.JSONDecoder().raw_decode(text)
                 outcome = json.loads(text[end:])
                 discarded = any(("kwflow-op", b"discard") in entry.headers for entry in log.records[world.config.resume_topic, id])
-                if outcome not in outcomes(kind, plan) | ({"Discarded"} if discarded else set()):
-                    raise Failed(f"a call of {id} to {kind} with {plan} ended with {outcome}, not one of {outcomes(kind, plan)}")
+                may = outcomes(kind, plan, kind in QUEUES and any(id == other or id.startswith(f"{other}-") for other in died))  # or its original's
+                if outcome not in may | ({"Discarded"} if discarded else set()):
+                    raise Failed(f"a call of {id} to {kind} with {plan} ended with {outcome}, not one of {may}")
     for id in dict.fromkeys(log.keys[world.config.resume_topic]):
-        results = collections.Counter(_json(entry)["ref"] for entry in log.records[world.config.resume_topic, id] if entry.transaction is None and "sim-sent" not in dict(entry.headers))
+        told = [_json(entry) for entry in log.records[world.config.resume_topic, id] if entry.transaction is None and "kwflow-sim-sent" not in dict(entry.headers)]
+        results = collections.Counter(answer["ref"] for answer in told if answer.get("error", {}).get("type") not in ("Timeout", "WorkerDied"))
         ran = sum(count for (key, _, _), count in world.performed.items() if key.partition("|")[0] == id)
         if sum(results.values()) > ran:
             raise Failed(f"M6: {id} got {dict(results)}, and {ran} attempts ended")

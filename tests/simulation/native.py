@@ -20,6 +20,7 @@ __all__ = ["Instance", "Unpredicted"]
 
 OK, FAILED = "ok", "failed"
 MAX_ATTEMPTS, FIRST_PAUSE_S, JITTER, TIMED_S = 3, 0.5, 0.5, 4  # of the activities there are (activities.py)
+ACTIVITIES = {"mailed": "sim-mail", "queued": "sim-queue", "queued-timed": "sim-queue", "timed": "", "work": ""}  # name -> queue
 Record = dict[str, Any]  # offset, at, value, op, id, start, request, parent, travelling
 Said = tuple[str, str, Any]  # topic, key, value
 
@@ -68,7 +69,7 @@ class Wait:
 
 
 class Ref(Wait):
-    """Ended by a record; `kind`: answer, timer, activity, child, signal, update."""
+    """Ended by a record; `kind`: answer, timer, activity, job, child, signal, update; `name` of a job: its queue."""
 
     def __init__(self, ref: str, kind: str, name: str = "", policy: str = "") -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class Ref(Wait):
 
     @property
     def outside(self) -> bool:
-        return self.kind in ("timer", "activity", "child")
+        return self.kind in ("timer", "activity", "job", "child")
 
 
 class Task(Wait):
@@ -232,10 +233,13 @@ def attempts(name: str, plan: list[str]) -> Any:
     """A call of an activity, from its first attempt to its end."""
     number, key = 1, ""
     while True:
-        attempt = running().register("activity")
+        queue = ACTIVITIES[name]
+        attempt = running().register("job" if queue else "activity", queue)
         key = key or attempt.ref
+        if queue:
+            running().hand_out(attempt, name, number, key, plan)
         try:
-            return (yield kw.timeout(attempt, TIMED_S) if name == "timed" else attempt)
+            return (yield kw.timeout(attempt, TIMED_S) if name.endswith("timed") else attempt)
         except WorkflowError as error:
             told = error.payload
             failure: Any = BusinessError(told["code"]) if told["kind"] == "business" else ActivityError(told["message"], told["type"], told.get("final") is True)
@@ -256,7 +260,7 @@ kw = Kw()
 _source = re.sub(r"^(import|from) .*$", "", pathlib.Path(__file__).with_name("workflows.py").read_text(), flags=re.MULTILINE)
 WORKFLOWS: dict[str, Any] = {
     "json": json, "kw": kw, "threading": types.SimpleNamespace(Lock=_impossible), "probes": types.SimpleNamespace(cleaned=lambda id: None, kill=_impossible),
-    "activities": types.SimpleNamespace(KINDS={name: lambda plan, name=name: running().started(attempts(name, plan)) for name in ("timed", "work")}),
+    "activities": types.SimpleNamespace(KINDS={name: lambda plan, name=name: running().started(attempts(name, plan)) for name in ACTIVITIES}),
 }  # fmt: skip
 exec(compile(_source, "workflows.py, natively", "exec"), WORKFLOWS)
 
@@ -377,7 +381,7 @@ class Instance:
         if op == "query":
             self.reply(record, "ok", ...)
         elif op == "fork":
-            if self.closing or record["away"] or any(wait.kind == "child" for wait in self.waits.values()):
+            if self.closing or record["away"] or any(wait.kind in ("child", "job") for wait in self.waits.values()):
                 return self.reply(record, "rejected")
             self.forks.append(record)
             self.remember(record, "ok", ...)
@@ -464,10 +468,16 @@ class Instance:
     def timer(self, wait: Ref, value: str) -> None:
         self.say("scheduler", f"{self.id}|" + json.dumps({"ref": wait.ref}, separators=(",", ":")), value)
 
+    def hand_out(self, wait: Ref, name: str, attempt: int, key: str, plan: list[str]) -> None:
+        asked = {"activity": f"sim-{name}", "attempt": attempt, "idempotency_key": f"{self.id}|{key}", "arguments": {"plan": plan}}
+        self.say(wait.name, f"{self.id}|{wait.ref}", {"resume_topic": "workflow-resume", "workflow_id": self.id, "ref": wait.ref, **asked})
+
     def leave(self, wait: Ref) -> None:
         """Nobody waits for it any more: whoever works for it is told."""
         if wait.kind == "timer":
             self.timer(wait, "0")
+        elif wait.kind == "job":
+            self.say(wait.name, f"{self.id}|{wait.ref}", None)
         elif wait.kind == "child" and wait.policy != "abandon":
             self.say("resume", f"{self.id}/{wait.ref}", {"op": wait.policy, "start": f"{self.id}|{wait.ref}"})
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -11,14 +12,17 @@ from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 
 from kwflow import schedules
 from kwflow.activities import Retry
-from kwflow.core import children, instance, messages, step, wire
+from kwflow.core import children, instance, messages, queues, step, wire
 from kwflow.core.wire import Record
 from kwflow.durable import versions
 from kwflow.runners import code
 from kwflow.runners.attempts import Attempts
+from kwflow.runners.kafka import ledger, topics
 from kwflow.runners.kafka import runner as kafka
-from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.ledger import Ledger
 from kwflow.runners.kafka.member import LATEST, Member, again
+from kwflow.runners.kafka.open_calls import AHEAD_MAX, OpenCalls
+from kwflow.runners.kafka.queues import QueueRunner
 from kwflow.runners.kafka.runner import KafkaRunner
 from kwflow.runners.kafka.standby import Cleanup, Standby
 from kwflow.runners.kafka.state import PartitionStore
@@ -26,7 +30,9 @@ from kwflow.runners.kafka.takeover import Takeover
 from kwflow.runners.kafka.transaction import Aborted, Batch, Transactions
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
+from tests.simulation.activities import MAIL, QUEUE
 from tests.simulation.faults import Faults
+from tests.simulation.workers import WORKERS
 from tests.simulation.world import World
 
 CRASHES = Faults(crash=0.02)
@@ -328,6 +334,101 @@ def _no_attempts() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(Attempts, "another", lambda _, number, records: (records, None))
 
 
+# -- workers -----------------------------------------------------------------------------------------------------------
+class Queued(World):
+    """Each seed has queues and workers."""
+
+    queue_share = 1.0
+    rest_ms = 200_000
+    switches_max = 100_000
+
+
+class HandsOutBeforeTheCommit(KafkaRunner):
+    def _commit(self, batch: Batch) -> None:
+        handed = [output for output in batch.outputs if output.topic in (QUEUE, MAIL)]
+        batch.outputs = [output for output in batch.outputs if output.topic not in (QUEUE, MAIL)]
+        producer = self.environment.producer({"partitioner": "murmur2_random"})
+        for output in handed:
+            producer.produce(output.topic, output.value, output.key)
+        producer.flush(10)
+        super()._commit(batch)
+
+
+@contextlib.contextmanager
+def _positions_pass_open_calls() -> Iterator[None]:
+    """As of who commits what was read."""
+    with mock.patch.object(Ledger, "position", property(lambda ledger: ledger._next)), mock.patch.object(Ledger, "_still_open", lambda _: ()):
+        yield
+
+
+def _notes_forget_what_is_open() -> contextlib.AbstractContextManager[Any]:
+    still_open = Ledger._still_open
+    return mock.patch.object(Ledger, "_still_open", lambda ledger: list(still_open(ledger))[:1])
+
+
+def _given_back_as_if_done() -> contextlib.AbstractContextManager[Any]:
+    give_back = QueueRunner._give_back
+
+    def given(runner: QueueRunner, numbers: list[int], grace_s: float) -> None:
+        for number in numbers:
+            runner._owned[number].ledger._open.clear()
+        give_back(runner, numbers, grace_s)
+
+    return mock.patch.object(QueueRunner, "_give_back", given)
+
+
+def _nothing_is_taken_back() -> contextlib.AbstractContextManager[Any]:
+    read = queues.read
+    return mock.patch.object(queues, "read", lambda record, topic: read(record, topic) if record.value is not None else None)
+
+
+def _done_before_the_answer_is_there() -> contextlib.AbstractContextManager[Any]:
+    deliver = QueueRunner._deliver
+
+    def delivered(runner: QueueRunner, number: int, key: bytes, value: bytes, *rest: Any) -> None:
+        runner._delivered.put(lambda: runner._close(number, key.decode(), json.loads(value)["ref"]))
+        deliver(runner, number, key, value, *rest)
+
+    return mock.patch.object(QueueRunner, "_deliver", delivered)
+
+
+def _notes_are_not_read() -> contextlib.AbstractContextManager[Any]:
+    read = ledger._read
+    return mock.patch.object(ledger, "_read", lambda position, note: (0, {}, read(position, note)[2]))
+
+
+def _deaths_of_all_that_was_open() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(Ledger, "suspected", lambda ledger, offset: ledger.died and offset in ledger._noted)
+
+
+def _blames_what_came_after_a_death() -> contextlib.AbstractContextManager[Any]:
+    made = OpenCalls.__init__
+
+    def init(calls: OpenCalls, topic: str, number: int, position: int, note: str, end: int, care: bool = True) -> None:
+        made(calls, topic, number, position, note, position + AHEAD_MAX, care)
+
+    return mock.patch.object(OpenCalls, "__init__", init)
+
+
+def _no_care() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(OpenCalls, "careful", property(lambda _: False))
+
+
+def _held_when_given_back() -> contextlib.AbstractContextManager[Any]:
+    note = Ledger.note
+    return mock.patch.object(Ledger, "note", lambda ledger, held=True: note(ledger))
+
+
+def _reads_what_is_undecided() -> contextlib.AbstractContextManager[Any]:
+    made = topics.client_config
+    undecided = {"isolation_level": "read_uncommitted"}
+    return mock.patch.object(topics, "client_config", lambda config, **settings: made(config, **{**settings, **(undecided if settings.get("group_id") == WORKERS else {})}))
+
+
+def _nobody_shares_orphans() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(QueueRunner, "_join_again", lambda _: None)
+
+
 PLANTED = [
     Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_IN_COMMITS, NewIdentityEachStart, first=13),
     Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd, first=3),
@@ -375,4 +476,21 @@ SHARED = [
     Planted("M5", "a parent is told that its child was cancelled when it failed", patch=_failures_are_cancellations, first=14),
     Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None), first=1),
     Planted("schedules", "runs overlap although they must not", world=Impatient, patch=_active_runs_are_forgotten, first=2),
+]
+
+# In what workers do (M6.6).
+HANDED_OUT = [
+    Planted("M6.6", "calls are handed out before the commit", ABORTS, HandsOutBeforeTheCommit, world=Queued),
+    Planted("M6.6", "a position passes open calls", patch=_positions_pass_open_calls, world=Queued),
+    Planted("M6.6", "a note forgets what is open", patch=_notes_forget_what_is_open, world=Queued),
+    Planted("M6.6", "what is open when a partition is given back is taken for done", Faults(stop=0.3, rebalance=0.2), patch=_given_back_as_if_done, world=Queued),
+    Planted("M6.6", "what is taken back begins all the same", patch=_nothing_is_taken_back, world=Queued),
+    Planted("M6.6", "a call is done before its answer is in the log", ABORTS, patch=_done_before_the_answer_is_there, world=Queued),
+    Planted("M6.6", "what is done behind the position is begun again", Faults(kill=0.3), patch=_notes_are_not_read, world=Queued),
+    Planted("M6.6", "calls of transactions that are aborted are begun", ABORTS, patch=_reads_what_is_undecided, world=Queued),
+    Planted("K7", "queues that nobody has stay so", Faults(crash=0.003, kill=0.2, stop=0.2), patch=_nobody_shares_orphans, world=Queued, first=91),
+    Planted("K19", "all that was open when a worker died has failed", Faults(kill=0.2), patch=_deaths_of_all_that_was_open, world=Queued, first=1),
+    Planted("K19", "a call that came after a death is blamed for it", Faults(kill=0.3), patch=_blames_what_came_after_a_death, world=Queued),
+    Planted("K19", "nothing is marked after a death", patch=_no_care, world=Queued, first=9),
+    Planted("K19", "who gives a partition back is taken for dead", Faults(stop=0.3), patch=_held_when_given_back, world=Queued),
 ]

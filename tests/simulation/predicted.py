@@ -15,6 +15,7 @@ from typing import Any
 from kwflow.core.murmur2 import partition_of
 from kwflow.testing.kafka.log import Entry
 from tests.simulation import native
+from tests.simulation.activities import MAIL, QUEUE
 from tests.simulation.world import Failed, World
 
 OWN = ("sim-ask", "sim-said", "result", "error")
@@ -34,14 +35,14 @@ class Log:
         self.fired: collections.Counter[str] = collections.Counter()  # timer's key -> how often
         self.parked: set[str] = set()
         self.disturbed: set[str] = set()
-        forwarded = {headers["sim-sent"] for mine in entries.values() for entry in mine if "kwflow-forwarded" in (headers := dict(entry.headers))}
+        forwarded = {headers["kwflow-sim-sent"] for mine in entries.values() for entry in mine if "kwflow-forwarded" in (headers := dict(entry.headers))}
         started = [(key, dict(entry.headers)) for (topic, key), mine in entries.items() if topic == world.config.resume_topic for entry in mine]
         self.children = {headers["kwflow-parent"]: key for key, headers in started if "kwflow-parent" in headers}
         for (topic, key), mine in entries.items():
             for entry in mine:
                 headers = dict(entry.headers)
                 if topic == world.config.resume_topic:
-                    sent_on = entry.transaction is None and headers.get("sim-sent") in forwarded
+                    sent_on = entry.transaction is None and headers.get("kwflow-sim-sent") in forwarded
                     if not sent_on and (places[entry][1], entry.offset) not in dead:
                         self.inputs[key].append(entry)
                 if topic == world.config.dead_letter_topic:
@@ -59,6 +60,8 @@ class Log:
     def _output(self, topic: str, key: str, entry: Entry, headers: dict[str, bytes | None]) -> None:
         """To whoever wrote it."""
         name = self.names.get(topic, topic)
+        if name in (QUEUE, MAIL):
+            self.outputs[key.rpartition("|")[0]].append((name, key, json.loads(entry.value) if entry.value is not None else None))
         if name not in (*OWN, "resume", "scheduler"):
             return
         text = (entry.value or b"").decode()

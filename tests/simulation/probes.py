@@ -7,6 +7,7 @@ from kwflow.core.step import in_step
 
 outside: list[str] = []  # finally blocks that ran outside a step (G8)
 _kill: list[Callable[[], None]] = []
+_begin: list[Callable[[kw.ActivityInfo], None]] = []
 _perform: list[Callable[[kw.ActivityInfo, str], None]] = []
 
 
@@ -19,13 +20,18 @@ def kill() -> None:
     _kill[-1]()
 
 
+def begin(info: kw.ActivityInfo) -> None:
+    _begin[-1](info)
+
+
 def perform(info: kw.ActivityInfo, what: str) -> None:
     _perform[-1](info, what)
 
 
-def ask(kill: Callable[[], None], perform: Callable[[kw.ActivityInfo, str], None]) -> None:
+def ask(kill: Callable[[], None], begin: Callable[[kw.ActivityInfo], None], perform: Callable[[kw.ActivityInfo, str], None]) -> None:
     """Whom this run's workflows and activities ask."""
     _kill[:] = [kill]
+    _begin[:] = [begin]
     _perform[:] = [perform]
 
 

@@ -12,12 +12,14 @@ SEED = 4
 
 
 class Small(World):
-    """Two machines, one partition each, and a handful of workflows; the same ones in every run."""
+    """Two machines, one partition each, a worker, and a handful of workflows; the same ones in every run."""
+
+    queue_share = 1.0
 
     def __init__(self, faults: Faults) -> None:
         super().__init__(SEED, faults=faults)
         self.chance.seed(SEED)
-        self.machines = self.machines[:2]
+        self.machines = [*[machine for machine in self.machines if not machine.queues][:2], self._worker(0)]
         self.upcoming = []
         self.clients = Clients(self, ids=3, actions=12, killers=False)
 
@@ -28,13 +30,17 @@ def places() -> dict[str, list[int]]:
         world = Small(Faults())
         world.run()
         check(world)
+        assert world.happened["calls answered"] > 2
         return world.places
 
 
 def test_a_crash_at_any_request_or_write_changes_nothing() -> None:
-    """G1, G6."""
+    """G1, G6, M6.6."""
     found = places()
-    required = {"before commit", "after commit", "before database-write", "after database-write", "before send_offsets", "before init_transactions", "before consume", "before list_offsets"}
+    required = {
+        "before commit", "after commit", "before database-write", "after database-write", "before send_offsets", "before init_transactions", "before consume", "before list_offsets",
+        "before commit-offsets", "after commit-offsets", "before watermarks", "before committed",
+    }  # fmt: skip
     assert required <= found.keys()
     moments = {(where, at[index]) for where, at in found.items() for index in (len(at) // 3, -1)}
     assert len(moments) > 40

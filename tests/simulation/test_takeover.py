@@ -401,7 +401,7 @@ def test_a_partition_belongs_to_nobody_if_it_did_in_two_looks_in_a_row(lab: Lab)
     """K7: in a rebalance it may be on its way; whoever leaves the group over that makes another one."""
     admin = Described((True, {0}), (True, {1}), (False, set()), (True, {1}), (False, set()), (True, {1}), (True, {1}), (True, {0, 1}))
     lab.broker.time.advance(60_000)
-    orphans = Orphans(cast(AdminClient, admin), lab.client, "g", "in", 2)
+    orphans = Orphans(cast(AdminClient, admin), lab.client, "g", {"in": 2})
     assert not orphans.found() and len(admin.answers) == 8
     found = []
     for _ in range(10):

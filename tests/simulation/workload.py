@@ -46,6 +46,29 @@ def program(chance: random.Random, depth: int = 3, calls: bool = True) -> Node:
     return [kind, below()]
 
 
+def queue_call(chance: random.Random) -> Node:
+    """A worker does it; some do not survive it."""
+    kind = chance.choice(["queued", "queued", "queued-timed", "mailed"])
+    words = ["ok", "ok", "slow", "slow", "fail", "refuse", *(["hang"] if kind == "queued-timed" else [])]
+    plan = [chance.choice(words) for _ in range(chance.randint(1, 3))]
+    if chance.random() < 0.04:
+        plan[chance.randrange(len(plan))] = "kill"
+    return ["call", kind, plan]
+
+
+def with_queues(chance: random.Random, made: Node) -> Node:
+    """The same, with calls beside it: of several at once, cancelled, limited, raced, of a child."""
+    for _ in range(chance.randint(1, 3)):
+        call = queue_call(chance)
+        many = ["all", *(["rescue", queue_call(chance)] for _ in range(chance.randint(2, 5)))]
+        made = chance.choice([
+            ["sequence", call, made], ["all", call, made], ["race", call, made], ["sequence", many, made], ["race", many, made],
+            ["sequence", ["limit", call, round(4 * chance.random(), 3)], made], ["sequence", ["stop", call, ["sleep", round(2 * chance.random(), 3)]], made],
+            ["sequence", ["stop", call, ["sleep", 0.0]], made], ["sequence", ["kid", call, chance.choice(["cancel", "terminate", "abandon"]), ["sleep", 1.0]], made],
+        ])  # fmt: skip
+    return made
+
+
 class Clients:
     """One actor that sends records; in calm times it answers all that is asked and settles all that is parked."""
 
@@ -67,13 +90,15 @@ class Clients:
         self._fork_share = self._forking.choice([0, 0, 0, 0.1])
         self._telling = random.Random(f"signals {world.seed}")  # its own, too
         self._tell_share = self._telling.choice([0, 0, 0.3])
+        self._queueing = random.Random(f"queues {world.seed}")  # its own, too
         self._timers = 0
         self._read: dict[tuple[str, int], int] = {}
         self._producer = world.client_environment.producer({"partitioner": "murmur2_random"})
 
     def send(self, topic: str, key: str | None, value: str | None, headers: tuple[tuple[str, str], ...] = (), partition: int = -1) -> None:
+        """Its number does not go on with what it leads to, as a client's own headers do."""
         self.sent += 1
-        self._producer.produce(topic, value, key, headers=[*headers, ("sim-sent", str(self.sent))], partition=partition)
+        self._producer.produce(topic, value, key, headers=[*headers, ("kwflow-sim-sent", str(self.sent))], partition=partition)
 
     def work(self) -> None:
         for _ in range(self._actions):
@@ -84,6 +109,8 @@ class Clients:
                 self._fork()
             if self._started and self._telling.random() < self._tell_share:
                 self._ask()
+            if self.world.queues and self._queueing.random() < 0.03:
+                self._disturb_queue()
             self._producer.flush()
         self.finished = True
 
@@ -143,6 +170,8 @@ class Clients:
         made = ["kill"] if self._killers and self.chance.random() < 0.05 else program(self.chance)
         if self._telling.random() < self._tell_share:
             made = self._with_signals(made)
+        if self.world.queues and self._queueing.random() < 0.5:
+            made = with_queues(self._queueing, made)
         headers = (("trace", f"t{self.chance.randrange(10)}"),) if self.chance.random() < 0.3 else ()
         headers += (("kwflow-start-id", f"start-{id}"),) if self.chance.random() < 0.3 else ()
         partition = -1
@@ -160,6 +189,13 @@ class Clients:
             tell = ["tell", other, chance.choice(["s", "s", "t", "rest"]), chance.randrange(100), start]
             made = chance.choice([["sequence", tell, made], ["sequence", made, tell], ["race", made, ["sequence", ["sleep", 0.5], tell]], ["judge", made], ["hear", "s", ["sequence", tell, made]]])
         return made
+
+    def _disturb_queue(self) -> None:
+        """What is no call, another application's, nobody's, or taken back before it was there."""
+        chance, number = self._queueing, self.sent
+        ghost = {"workflow_id": "ghost1", "ref": f"{number}:1", "activity": "sim-queued", "attempt": 1, "idempotency_key": f"ghost1|{number}:1", "arguments": {"plan": [chance.choice(["ok", "slow"])]}}
+        value = chance.choice(["{not json", "[]", json.dumps({"resume_topic": "elsewhere", **ghost}), json.dumps({"resume_topic": self.world.config.resume_topic, **ghost}), None])
+        self.send(chance.choice(self.world.queues), f"ghost1|{number}:1", value)
 
     def _ask(self) -> None:
         """Somebody who may be about to judge."""

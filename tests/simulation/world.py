@@ -22,11 +22,12 @@ from kwflow.config import Config
 from kwflow.core.dispatch import PREFIX
 from kwflow.core.timers import DUE
 from kwflow.errors import FencedError, TransportError
-from kwflow.ports import Processor
+from kwflow.ports import Deliver, Processor
 from kwflow.runners.activities.dispatch import Dispatcher
 from kwflow.runners.code import CodeStore
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.code import CodeTopic
+from kwflow.runners.kafka.queues import QueueRunner
 from kwflow.runners.kafka.runner import KafkaRunner
 from kwflow.runners.kafka.standby import Copies
 from kwflow.runners.loop import WorkflowProcessor
@@ -34,10 +35,13 @@ from kwflow.runners.parked import is_parked
 from kwflow.runners.timers import TimerProcessor
 from kwflow.testing.kafka import Broker, Disk, Host, SimulatedConsumer, SimulatedEnvironment, VirtualTime
 from kwflow.testing.kafka.broker import Made
+from kwflow.testing.kafka.groups import Group
 from kwflow.testing.kafka.log import Entry, Place, Transaction
 from tests.simulation import probes, releases
+from tests.simulation.activities import MAIL, QUEUE
 from tests.simulation.faults import Actors, Crashed, Faults, Process
 from tests.simulation.hub import Hub
+from tests.simulation.workers import WORKERS, Book, NotedGroup, WatchedConsumer
 from tests.simulation.workload import Clients
 
 OUTPUTS = frozenset({"sim-ask", "sim-said"})
@@ -49,11 +53,17 @@ class Failed(AssertionError):
 
 
 class JournalingBroker(Broker):
-    """Keeps everything that was ever appended, in order, whatever compaction does."""
+    """Keeps everything that was ever appended, in order, whatever compaction does; and what workers did (`book`)."""
 
     def __init__(self, time: VirtualTime, seed: int) -> None:
         super().__init__(time, seed)
         self.journal: list[tuple[Place, Entry]] = []
+        self.book = Book()
+
+    def group(self, name: str) -> Group:
+        if name == WORKERS and name not in self.groups:
+            self.groups[name] = NotedGroup(self.time, lambda topic: [partition.place for partition in self.topics[topic].partitions], self.book)
+        return super().group(name)
 
     def append(self, place: Place, records: Iterable[Made], transaction: Transaction | None) -> list[Entry]:
         written = super().append(place, records, transaction)
@@ -77,7 +87,8 @@ class _Environment(SimulatedEnvironment):
         return made
 
     def consumer(self, settings: dict[str, Any]) -> Any:
-        made = SimulatedConsumer(self.broker, self.host, settings)
+        kind = WatchedConsumer if settings["group.id"] == WORKERS else SimulatedConsumer
+        made = kind(self.broker, self.host, settings)
         self._consumers.append(made)
         return made
 
@@ -105,12 +116,13 @@ class Machine:
     """A place where processes run, one after the other; its disk and clock outlive them."""
 
     name: str
-    roles: tuple[str, ...]  # engine, scheduler
+    roles: tuple[str, ...]  # engine, scheduler; or worker
     directory: pathlib.Path
     disk: Disk = dataclasses.field(default_factory=Disk)
     skew_ms: int = 0
     identity: int = 0
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its engine, beside those that all have
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its engine or worker, beside those that all have
+    queues: list[str] = dataclasses.field(default_factory=list)  # of its worker
     release: releases.Release = releases.Release()  # of its next process
     process: Process | None = None
     open: set[pathlib.Path] = dataclasses.field(default_factory=set)  # databases, at the end of the run
@@ -146,6 +158,8 @@ class World:
     """`run()` plays one seed to its end; `checks.check(world)` looks at what is left."""
 
     machines_min = 1
+    workers_max = 3
+    queue_share = 0.4  # of the seeds
     release_ms = 5_000  # from one release to the next, and from one machine to the next, on average
     rest_ms = 900_000  # calm, everything has to be done within this
     jump_ms = 60_000
@@ -177,6 +191,9 @@ class World:
         self.grace_s = self.chance.choice([0, 2])
         self.config = self._base_config()
         releases.forget()  # of the run before
+        self._queueing = random.Random(f"workers {seed}")  # its own: a seed without workers is the run that it was
+        self.queues = [QUEUE, MAIL] if self._queueing.random() < self.queue_share and (faults is None or self.queue_share == 1) else []
+        self.outputs = OUTPUTS | frozenset(self.queues)
         self.code: dict[str, releases.Code] = {}  # of each process
         self.hub.entering = self._enter
         self.client_environment = SimulatedEnvironment(self.broker)
@@ -189,6 +206,16 @@ class World:
         self.machines = [Machine(f"m{number}", self._roles(number), self.directory / f"m{number}") for number in range(self.chance.randint(self.machines_min, 3))]
         if faults is None:
             self._draw_copies(random.Random(f"copies {seed}"))
+        if self.queues:
+            self.machines += [self._worker(number) for number in range(self._queueing.randint(1, self.workers_max))]
+
+    def _worker(self, number: int) -> Machine:
+        """The first one serves all queues; who has no name of its own leaves the group when it ends."""
+        chance = self._queueing
+        name = f"worker{number}"
+        settings: dict[str, Any] = {"activity_concurrency": chance.randint(1, 4), "activity_grace_s": chance.choice([0, 2, 8])}
+        settings |= {"instance_id": None} if chance.random() < 0.5 else {}
+        return Machine(name, ("worker",), self.directory / name, settings=settings, queues=self.queues if number == 0 else chance.choice([self.queues, self.queues[:1]]))
 
     def _draw_copies(self, chance: random.Random) -> None:
         """Who keeps warm copies, and for how long copies and tombstones are kept.  Its own stream: a seed without them is the run that it was."""
@@ -219,7 +246,7 @@ class World:
         )  # fmt: skip
 
     def _create_topics(self) -> None:
-        topics.create(topics.admin(self.config, self.client_environment), self.config, OUTPUTS, self.partitions, 1)
+        topics.create(topics.admin(self.config, self.client_environment), self.config, self.outputs, self.partitions, 1)
         for name, topic in self.broker.topics.items():
             topic.config["max.message.bytes"] = str(RECORD_BYTES_MAX if name == "sim-said" else 2 * RECORD_BYTES_MAX)
 
@@ -230,7 +257,7 @@ class World:
     def run(self) -> None:
         """Raises Failed."""
         probes.outside.clear()
-        probes.ask(self._kill_running, self._perform)
+        probes.ask(self._kill_running, self._begun, self._perform)
         try:
             for machine in self.machines:
                 self.hub.spawn(machine.name, lambda machine=machine: self._operate(machine), self.chance.random() * 3000)
@@ -286,6 +313,15 @@ class World:
                 if waiting:
                     replayed = {entry.key or b"": entry.value for entry in self.broker.partition((changelog, partition.place[1])).committed()}
                     found += self._waiting({key: value for key, value in replayed.items() if value is not None})
+        return found + (self._open_calls() if waiting else [])
+
+    def _open_calls(self) -> list[str]:
+        """Records of queues that workers have not passed."""
+        found = []
+        for partition in [partition for queue in self.queues for partition in self.broker.topics[queue].partitions]:
+            offset = self.broker.group(WORKERS).offsets.get(partition.place, 0)
+            if partition.read(offset, True, 1)[0] or partition.unstable:
+                found.append(f"{partition.place} from {offset}")
         return found
 
     def _waiting(self, state: dict[bytes, bytes]) -> list[str]:
@@ -302,14 +338,28 @@ class World:
                 self.say(f"{name} is killed by a record")
         raise probes.Killed
 
-    def _perform(self, info: kw.ActivityInfo, what: str) -> None:
-        """Called by an activity: what it does takes its time, and dies with its process."""
+    def _process(self) -> Process:
+        """The one that runs.  Raises Crashed if it is no more."""
         name = self.hub.running.partition(" ")[0]
         process = next((machine.process for machine in self.machines if machine.process is not None and machine.process.name == name), None)
         if process is None:
             raise Crashed
+        return process
+
+    def _begun(self, info: kw.ActivityInfo) -> None:
+        self.broker.book.begin(self.time.now, self._process().name, info)
+
+    def _perform(self, info: kw.ActivityInfo, what: str) -> None:
+        """Called by an activity: what it does takes its time, and dies with its process."""
+        process = self._process()
         self.performing += 1
         try:
+            if what == "kill":
+                process.work(5)
+                self.say(f"{process.name} is killed by a call of {info.workflow_id}")
+                self.happened["killed by a call"] += 1
+                process.die()
+                raise Crashed
             if what == "hang":
                 until = self.time.now + 60_000
                 while self.time.now < until and not info.cancelled:
@@ -396,13 +446,15 @@ class World:
                 sources = functools.cache(lambda: CodeStore(CodeTopic(config, environment).read))
 
                 def make(incarnation: str) -> Processor:
-                    made = self.make_engine(config, self.code[process.name].workflows, OUTPUTS, incarnation, process.log, sources())
+                    made = self.make_engine(config, self.code[process.name].workflows, self.outputs, incarnation, process.log, sources())
                     made.work = lambda deliver: Dispatcher(deliver, process.log, config.activity_concurrency, config.activity_limit_s, threads=Actors(process))  # type: ignore[method-assign]
                     return made
 
-                runner = environment.runner(self.runner, config, make, "sim", process.log, process, OUTPUTS)
+                runner = environment.runner(self.runner, config, make, "sim", process.log, process, self.outputs)
+            elif role == "worker":
+                return self._serve(machine, process, config, environment)
             else:
-                runner = environment.runner(self.runner, config, lambda _: self.make_timers(config), "sim-scheduler", process.log, process, OUTPUTS)
+                runner = environment.runner(self.runner, config, lambda _: self.make_timers(config), "sim-scheduler", process.log, process, self.outputs)
             self._count_copies(runner.takeover.copies)
             runner.run(lambda: process.stopping or self.over)
         except (Crashed, probes.Killed):
@@ -414,6 +466,14 @@ class World:
                 raise Failed(f"{process.name} ends although nothing was broken: {error}") from error
             if not error.retryable and not isinstance(error, FencedError):
                 raise Failed(f"{process.name} cannot go on: {error}") from error
+
+    def _serve(self, machine: Machine, process: Process, config: Config, environment: _Environment) -> None:
+        """A worker's life."""
+
+        def work(deliver: Deliver) -> Dispatcher:
+            return Dispatcher(deliver, process.log, config.activity_concurrency, config.activity_limit_s, threads=Actors(process), ends_late=True)
+
+        QueueRunner(config, machine.queues, work, process.log, environment, clock=process).run(lambda: process.stopping or self.over)
 
     def _count_copies(self, copies: Copies) -> None:
         give, look = copies.give, copies._cleanup.look
@@ -487,6 +547,12 @@ class World:
         stranger = group.join("", None, (topic,), 3_000, 1_000, set())
         self.time.after(1_000, lambda: group.leave(stranger))
         self.happened["rebalance"] += 1
+
+    def rebalance_workers(self) -> None:
+        group = self.broker.group(WORKERS)
+        stranger = group.join("", None, tuple(self.queues), 3_000, 1_000, set())
+        self.time.after(1_000, lambda: group.leave(stranger))
+        self.happened["rebalance of workers"] += 1
 
     def summary(self) -> dict[str, Any]:
         return {"seed": self.seed, "virtual s": round(self.time.now / 1000), "calls": self.calls, "crashes": self.crashes, "records": len(self.broker.journal), "sent": self.clients.sent}

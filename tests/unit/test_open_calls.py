@@ -10,11 +10,17 @@ def call(n: int) -> Dispatch:
 
 
 def calls(position: int, note: str, numbers: range) -> OpenCalls:
-    made = OpenCalls("q", 0, position, note)
+    made = OpenCalls("q", 0, position, note, numbers.stop)
     for n in numbers:
         if made.ledger.take(n):
             made.open(call(n), n)
     return made
+
+
+def begin(made: OpenCalls) -> list[Dispatch]:
+    some = made.next()
+    made.begin(some)
+    return some
 
 
 def names(begun: list[Dispatch]) -> list[str]:
@@ -23,62 +29,90 @@ def names(begun: list[Dispatch]) -> list[str]:
 
 def test_all_begin_at_once_where_nobody_has_died() -> None:
     fresh = calls(0, "", range(100))
-    assert not fresh.careful and len(fresh.begin()) == 100 and fresh.begin() == []
+    assert not fresh.careful and len(begin(fresh)) == 100 and begin(fresh) == []
     assert "!" not in fresh.ledger.note()
 
 
 def test_after_a_death_a_few_begin_at_a_time_and_each_is_marked_before() -> None:
     careful = calls(0, calls(0, "", range(40)).ledger.note(), range(40))
-    first = names(careful.begin())
-    assert careful.careful and first == [f"w{n}" for n in range(16)] and careful.begin() == []
+    first = names(begin(careful))
+    assert careful.careful and first == [f"w{n}" for n in range(16)] and begin(careful) == []
     assert careful.ledger.note().count("!") == 16
     careful.close("w3", "3:1")
-    assert names(careful.begin()) == ["w16"]
+    assert names(begin(careful)) == ["w16"]
     for n in range(17):
         careful.close(f"w{n}", f"{n}:1")
-    assert len(careful.begin()) == 16
+    assert len(begin(careful)) == 16
     for n in range(17, 40):
         careful.close(f"w{n}", f"{n}:1")
     assert not careful.careful, "nothing that it may have been is left"
     for n in range(40, 100):
         careful.ledger.take(n)
         careful.open(call(n), n)
-    assert len(careful.begin()) == 60
+    assert len(begin(careful)) == 60
 
 
 def test_what_ran_at_a_second_death_does_not_begin_and_all_else_does() -> None:
     first = calls(0, "", range(20))
-    first.begin()
+    begin(first)
     second = calls(0, first.ledger.note(), range(20))
-    second.begin()
-    third = OpenCalls("q", 0, 0, second.ledger.note())
+    begin(second)
+    third = OpenCalls("q", 0, 0, second.ledger.note(), 20)
     assert [n for n in range(20) if third.ledger.take(n) and not third.open(call(n), n)] == list(range(16))
-    assert names(third.begin()) == ["w16", "w17", "w18", "w19"]
+    assert names(begin(third)) == ["w16", "w17", "w18", "w19"]
     assert third.close("w3", "3:1") and not third.close("w3", "3:1")
 
 
 def test_care_ends_behind_all_that_the_dead_worker_may_have_read() -> None:
     careful = calls(0, "kwflow1 1 0 +", range(AHEAD_MAX + 1))
     for n in range(AHEAD_MAX):
-        careful.begin()
+        begin(careful)
         careful.close(f"w{n}", f"{n}:1")
         assert careful.careful == (n + 1 < AHEAD_MAX)
 
 
+def test_care_does_not_end_before_all_was_read_that_the_dead_worker_may_have_run() -> None:
+    """K19: the first ones were taken back, or failed, and the one that kills was read after that: it killed a worker each time, for ever."""
+    careful = OpenCalls("q", 0, 0, "kwflow1 2 0!,1! +", 4)
+    for n in range(2):
+        assert careful.ledger.take(n) and not careful.open(call(n), n)
+        assert careful.close(f"w{n}", f"{n}:1")
+    for n in range(2, 4):
+        assert careful.ledger.take(n) and careful.open(call(n), n)
+    assert careful.careful and names(careful.next()) == ["w2", "w3"]
+    assert careful.ledger.note().count("!") == 2 and not careful.begun.entries, "marked before"
+    assert names(begin(careful)) == ["w2", "w3"] and len(careful.begun.entries) == 2
+
+
+def test_a_call_that_came_after_a_death_is_not_blamed_for_it() -> None:
+    """K19: it ran when one worker died, not when two did."""
+    first = calls(0, "", range(3))
+    begin(first)
+    second = OpenCalls("q", 0, 0, first.ledger.note(), 3)
+    for n in range(5):
+        assert second.ledger.take(n) and second.open(call(n), n)
+    assert len(begin(second)) == 5
+    third = OpenCalls("q", 0, 0, second.ledger.note(), 5)
+    assert [n for n in range(5) if third.ledger.take(n) and not third.open(call(n), n)] == [0, 1, 2]
+    assert names(begin(third)) == ["w3", "w4"] and third.careful
+    fourth = OpenCalls("q", 0, 0, third.ledger.note(), 5)
+    assert [n for n in range(5) if fourth.ledger.take(n) and not fourth.open(call(n), n)] == [0, 1, 2, 3, 4], "they have seen two die by now"
+
+
 def test_calls_of_activities_that_are_not_known_here_keep_no_other_waiting() -> None:
     """G3: nor after a death, when only a few begin at a time; who owns the partition next may know them."""
-    careful = OpenCalls("q", 0, 0, Ledger(0).note())
+    careful = OpenCalls("q", 0, 0, Ledger(0).note(), 40)
     for n in range(40):
         assert careful.ledger.take(n) and careful.open(call(n), n, known=n >= 20)
-    assert names(careful.begin()) == [f"w{n}" for n in range(20, 36)] and careful.held_back
+    assert names(begin(careful)) == [f"w{n}" for n in range(20, 36)] and careful.held_back
     assert len(careful.aside) == 20 and careful.ledger.position == 0
     assert careful.close("w3", "3:1") and len(careful.aside) == 19
 
 
 def test_a_call_that_was_handed_out_twice_begins_once_and_both_records_are_done_with_its_answer() -> None:
     """An engine that is at-least-once (Faust) writes it again after a crash."""
-    twice = OpenCalls("q", 0, 5, "")
+    twice = OpenCalls("q", 0, 5, "", 7)
     for offset in (5, 6):
         assert twice.ledger.take(offset) and twice.open(call(1), offset)
-    assert names(twice.begin()) == ["w1"] and twice.bytes > 0
+    assert names(begin(twice)) == ["w1"] and twice.bytes > 0
     assert twice.close("w1", "1:1") and twice.ledger.position == 7 and twice.bytes == 0

@@ -1,12 +1,13 @@
 """The calls of one partition of a queue that a worker has read and nobody has answered yet, and in which order they may begin.
 
 After a worker has died (`ledger.py`) one of those that it ran may be why.  So the next one begins a few at a time, each
-marked in the group before; whatever is marked when that one dies, too, is not begun a third time (K19).
+marked in the group before; whatever is marked when that one dies, too, is not begun a third time (K19).  What came after
+the death is not marked: one that has seen a single worker die is begun again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kwflow.core.dispatch import Dispatch, encode, state_key
 from kwflow.runners.kafka.ledger import Ledger
@@ -38,7 +39,8 @@ class OpenCalls:
     not known here, and whoever owns the partition next may know it.
     """
 
-    def __init__(self, topic: str, number: int, position: int, note: str, care: bool = True) -> None:
+    def __init__(self, topic: str, number: int, position: int, note: str, end: int, care: bool = True) -> None:
+        """`end`: of the log when it became ours; a worker that had died by then has read nothing behind it."""
         self.topic = topic
         self.number = number
         self.ledger = Ledger(position, note)
@@ -48,7 +50,7 @@ class OpenCalls:
         self.aside: set[tuple[str, str]] = set()
         self._waiting: dict[tuple[str, str], Dispatch] = {}
         self._care = care and self.ledger.died
-        self._careful_until = position + AHEAD_MAX if self._care else 0
+        self._careful_until = min(position + AHEAD_MAX, end) if self._care else 0
 
     def open(self, call: Dispatch, offset: int, known: bool = True) -> bool:
         """Whether it may begin, when its turn comes; not what ran when two workers died."""
@@ -70,8 +72,6 @@ class OpenCalls:
             self._waiting.pop((id, ref), None)
             self.aside.discard((id, ref))
             self.begun.entries.pop(state_key(id, ref), None)
-            if not self.offsets:
-                self._careful_until = 0
         return bool(offsets)
 
     @property
@@ -84,16 +84,20 @@ class OpenCalls:
         """Whether what may have killed the last worker is still among them."""
         return self.ledger.position < self._careful_until
 
-    def begin(self) -> list[Dispatch]:
-        """Those that may begin now: with care only once they are noted."""
-        some = list(self._waiting.items())[: max(0, _CAREFUL_MAX - len(self.begun.entries)) if self.careful else None]
-        for id, call in some:
-            del self._waiting[id]
-            self.begun.entries[state_key(call.workflow_id, call.ref)] = encode(call)
-            if self.careful:
-                for offset in self.offsets[id]:
+    def next(self) -> list[Dispatch]:
+        """Those that may begin now; with care each is marked, and begins once the group has its mark."""
+        some = list(self._waiting.values())[: max(0, _CAREFUL_MAX - len(self.begun.entries)) if self.careful else None]
+        for call in some if self.careful else ():
+            for offset in self.offsets[call.workflow_id, call.ref]:
+                if offset < self._careful_until:
                     self.ledger.suspect(offset)
-        return [call for _, call in some]
+        return some
+
+    def begin(self, calls: Iterable[Dispatch]) -> None:
+        """A Worker may take them from now on."""
+        for call in calls:
+            del self._waiting[call.workflow_id, call.ref]
+            self.begun.entries[state_key(call.workflow_id, call.ref)] = encode(call)
 
     @property
     def held_back(self) -> bool:

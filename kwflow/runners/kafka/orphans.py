@@ -9,6 +9,8 @@ Only the start of a static member can leave it so, so each looks after its start
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from confluent_kafka import ConsumerGroupState, KafkaException
 from confluent_kafka.admin import AdminClient
 
@@ -23,14 +25,14 @@ _LOOK_S = 2.0  # between two looks: a rebalance has moments in which a partition
 class Orphans:
     """Asked in every turn; it looks at the group now and then and costs nothing once all is well."""
 
-    def __init__(self, admin: AdminClient, environment: Environment, group: str, topic: str, partitions: int) -> None:
+    def __init__(self, admin: AdminClient, environment: Environment, group: str, partitions: Mapping[str, int]) -> None:
+        """`partitions`: of each topic that this member reads, how many there are."""
         self._admin = admin
         self._environment = environment
         self._group = group
-        self._topic = topic
-        self._partitions = partitions
+        self._places = {(topic, number) for topic, count in partitions.items() for number in range(count)}
         self._next_s: float | None = environment.monotonic() + _LOOK_S
-        self._seen: set[int] = set()
+        self._seen: set[tuple[str, int]] = set()
 
     def found(self) -> bool:
         """Whether there are partitions that had no owner in two looks, and have none now."""
@@ -47,7 +49,7 @@ class Orphans:
             return bool(again)
         return False
 
-    def _missing(self) -> set[int] | None:
+    def _missing(self) -> set[tuple[str, int]] | None:
         """None while the group is not stable, or the broker does not answer."""
         try:
             found = told(self._admin.describe_consumer_groups([self._group], request_timeout=5)[self._group], 5)
@@ -55,5 +57,4 @@ class Orphans:
             return None
         if found.state != ConsumerGroupState.STABLE or not found.members:
             return None
-        owned = {place.partition for member in found.members for place in member.assignment.topic_partitions if place.topic == self._topic}
-        return set(range(self._partitions)) - owned
+        return self._places - {(place.topic, place.partition) for member in found.members for place in member.assignment.topic_partitions}

@@ -22,7 +22,7 @@ from kwflow.config import Config
 from kwflow.core import queues
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.wire import Headers, Record
-from kwflow.errors import ActivityError, ProtocolError
+from kwflow.errors import ActivityError, ProtocolError, TransportError
 from kwflow.ports import Clock, Deliver, Worker
 from kwflow.runners.activities.answers import failure_record
 from kwflow.runners.clock import SystemClock
@@ -31,6 +31,7 @@ from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.broker_errors import BrokerErrors, ending
 from kwflow.runners.kafka.environment import LIVE, Consumer, Environment
 from kwflow.runners.kafka.open_calls import AHEAD_MAX, ASIDE_MAX, OpenCalls
+from kwflow.runners.kafka.orphans import Orphans
 from kwflow.runners.kafka.reading import gather
 from kwflow.runners.kafka.results import Results
 from kwflow.runners.kafka.topics import record_of
@@ -46,6 +47,7 @@ _NOT_TAKEN = (KafkaError.OFFSET_METADATA_TOO_LARGE, KafkaError.GROUP_AUTHORIZATI
 _WAIT_S = 0.05
 _COMMIT_S = 1.0
 _ASK_S = 10
+_LEAVE_S = 15
 _LOST = "calls in {topic}[{number}] were deleted by retention before a worker read them, {count} records; their workflows wait until their time-outs: give the topic a longer retention.ms"
 _UNKNOWN = "no activity {name} in this worker; a call of {id} and maybe others wait in the queue {queue} until it has a worker that knows it"
 _STANDS = "{queues}: no more calls are read, as {count} of activities that this worker does not know wait ({activities}); start it with the modules that have them"
@@ -99,6 +101,13 @@ class QueueRunner:
         if config.instance_id is not None and care:  # as of an engine (K1): who is started again has its partitions at once; of the workers of a machine, one for each choice of queues
             settings["group_instance_id"] = f"{config.workers_group}-{config.instance_id}-{config.process}-{zlib.crc32(' '.join(sorted(names)).encode()):08x}"
         self._consumer = environment.consumer(topics.client_config(config, **settings) | {"error_cb": BrokerErrors(on_log), "on_commit": self._on_commit})
+        self._orphans: Orphans | None = None
+        if "group_instance_id" in settings:
+            there = topics.partitions_of(self._admin, config)
+            self._orphans = Orphans(self._admin, environment, config.workers_group, {name: there.get(name, 0) for name in self.names})
+        self._subscribe()
+
+    def _subscribe(self) -> None:
         self._consumer.subscribe(self.names, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -133,6 +142,8 @@ class QueueRunner:
         self._settle()
         if self.environment.monotonic() - self._committed_s > _COMMIT_S:
             self._commit(self._owned.values())
+        if self._orphans is not None and self._orphans.found():
+            self._join_again()
 
     def _make_room(self) -> None:
         """Reading stops while too much is open; a consumer that is not asked at all would lose its partitions."""
@@ -175,7 +186,7 @@ class QueueRunner:
         self.on_log(Line.of(_ANEW.format(topic=record.topic, number=record.partition, offset=record.offset), "warning"))
         self.worker.disown(number)
         del self._owned[number]
-        return self._own(TopicPartition(record.topic, record.partition, record.offset), "")
+        return self._own(TopicPartition(record.topic, record.partition, record.offset), "", record.offset)
 
     def _read(self, number: int, partition: OpenCalls, record: Record) -> None:
         if not partition.ledger.take(record.offset):
@@ -203,12 +214,14 @@ class QueueRunner:
 
     def _begin(self) -> None:
         """All that was read in this turn and not taken back in it.  What a call has killed a worker with it kills the next one with; so it is noted before, and has failed the second time (K19)."""
-        fresh = {number: calls for number, partition in self._owned.items() if partition.noted and (calls := partition.begin())}
+        fresh = {number: calls for number, partition in self._owned.items() if partition.noted and (calls := partition.next())}
         careful = [partition for number in fresh if (partition := self._owned[number]).careful]
         if careful:
             self._note(careful)
         for number, calls in fresh.items():
-            self.worker.committed(number, calls)
+            if self._owned[number].noted:  # else the group did not take it now, and they wait
+                self._owned[number].begin(calls)
+                self.worker.committed(number, calls)
 
     def _fail(self, number: int, call: Dispatch) -> None:
         """It ran when two workers died, one after the other: an attempt of it has failed."""
@@ -307,16 +320,27 @@ class QueueRunner:
             consumer.pause(where)  # and resumed: the client keeps it paused for its next owner, which we may be
         self._assigned += where
 
+    def _join_again(self) -> None:
+        """Leave the group and join it, so that it shares all partitions anew; what is polled meanwhile is read again by whoever has them then."""
+        self.on_log(f"{self.config.workers_group}: partitions of {', '.join(self.names)} belong to nobody; joining again")
+        self._consumer.unsubscribe()
+        give_up = self.environment.monotonic() + self.config.activity_grace_s + _LEAVE_S
+        while self._owned or self._assigned:
+            self._consumer.poll(_WAIT_S)
+            if self.environment.monotonic() > give_up:
+                raise TransportError(f"{self.config.workers_group}: its partitions were not revoked within {_LEAVE_S} s of leaving the group")
+        self._subscribe()
+
     def _take_over(self) -> None:
         """What was assigned, from where the group stands.  What the broker does not tell now is asked again in the next turn."""
         places = [TopicPartition(place.topic, place.partition) for place in self._assigned]
         try:
             known = {(place.topic, place.partition): place for place in self._consumer.committed(places, timeout=_ASK_S)}
-            begins = [self._consumer.get_watermark_offsets(place, timeout=_ASK_S)[0] for place in places]
+            bounds = [self._consumer.get_watermark_offsets(place, timeout=_ASK_S) for place in places]
             failed = next((place.error for place in known.values() if place.error is not None), None)
             if failed is not None:
                 raise KafkaException(failed)
-            for place, begin in zip(places, begins, strict=True):
+            for place, (begin, _) in zip(places, bounds, strict=True):
                 kept = known[place.topic, place.partition]
                 place.offset = max(kept.offset, begin)
                 self._consumer.seek(place)
@@ -325,17 +349,17 @@ class QueueRunner:
                 raise
             return
         self._assigned = []
-        for place, begin in zip(places, begins, strict=True):
+        for place, (begin, end) in zip(places, bounds, strict=True):
             kept = known[place.topic, place.partition]
             if 0 <= kept.offset < begin:
                 self.on_log(Line.of(_LOST.format(topic=place.topic, number=place.partition, count=begin - kept.offset), "error"))
-            self._own(place, (kept.metadata or "") if place.offset == kept.offset else "")
+            self._own(place, (kept.metadata or "") if place.offset == kept.offset else "", end)
         if not self._paused:
             self._consumer.resume(places)
 
-    def _own(self, place: TopicPartition, note: str) -> int:
+    def _own(self, place: TopicPartition, note: str, end: int) -> int:
         number = next(self._count)
-        partition = self._owned[number] = OpenCalls(place.topic, place.partition, place.offset, note, self._care)
+        partition = self._owned[number] = OpenCalls(place.topic, place.partition, place.offset, note, end, self._care)
         self.worker.own(number, partition.begun)
         return number
 

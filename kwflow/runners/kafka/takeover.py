@@ -65,7 +65,7 @@ class Takeover:
         standby = Standby(changelog, self._changelog_consumer, self._store, lambda numbers: member.starts(changelog, numbers))
         self.copies = Copies(standby if config.standby else None, member.partitions, Cleanup(environment, member.directory, config.state_cleanup_s), member.on_log)
         self.consumer = self._new_consumer()
-        self._orphans = Orphans(member.admin, environment, member.group, self._topic, member.partitions)
+        self._orphans = Orphans(member.admin, environment, member.group, {self._topic: member.partitions})
 
     @property
     def busy(self) -> bool:

@@ -42,6 +42,7 @@ class Membership:
         self._generation = -1
         self._joining = False
         self._stalled = False
+        self._gave_up = False
         self._beat()
 
     def metadata(self) -> Metadata:
@@ -53,13 +54,16 @@ class Membership:
         self._stalled = False
 
     def served(self, event: Event) -> None:
-        """Its callback has returned."""
+        """Its callback has returned.  Who gave something up joins again, once it has been told what it got at the same time: it would be somebody else's, too."""
         kind, places = event
         if kind == "assign":
             self.held |= set(places)
         else:
             self.held -= set(places)
-            if kind == "revoke" and self._member:
+            self._gave_up = kind == "revoke"
+        if self._gave_up and not self.events:
+            self._gave_up = False
+            if self._member:
                 self._join()
 
     def leave(self) -> None:

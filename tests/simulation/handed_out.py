@@ -1,0 +1,239 @@
+"""What must be true of the calls that workers had (M6.6): read from the log, from what the group took, and from what began where.
+
+Nothing of the product runs here: a note beside a position is read by ten lines of its own.
+"""
+
+import collections
+import dataclasses
+import json
+import re
+from typing import Any
+
+from kwflow.testing.kafka.log import Entry, Place
+from tests.simulation.ledger import Ledger
+from tests.simulation.workers import Begun, Book, Noted, Taken
+from tests.simulation.world import Failed, World
+
+__all__ = ["check"]
+
+_NEVER = float("inf")
+_NOTE_BYTES_MAX = 4_095
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """A record of a queue that asks for something.  `done_ms`: nobody has to do it from then on, as its answer is in the log, or what takes it back."""
+
+    place: Place
+    offset: int
+    id: str
+    ref: str
+    sent_ms: float
+    headers: tuple[tuple[str, bytes | None], ...]  # which go on with its answer
+    answers: list[Entry] = dataclasses.field(default_factory=list)
+    withdrawn: int | None = None  # where it is taken back
+    done_ms: float = _NEVER
+
+    def __str__(self) -> str:
+        return f"the call {self.id}|{self.ref} at {self.place}@{self.offset}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """What stands beside a position: up to `end` all is done but what is `open`, of which some are marked."""
+
+    end: int = 0
+    open: frozenset[int] = frozenset()
+    marked: frozenset[int] = frozenset()
+    held: bool = False
+
+    @classmethod
+    def of(cls, position: int, text: str) -> "Note":
+        if not text:
+            return cls()
+        found = re.fullmatch(r"kwflow1 ([0-9a-f]+) ([0-9a-f!,]*) (\+?)", text)
+        if found is None:
+            raise Failed(f"a note that cannot be read: {text!r}")
+        steps = [(position + int(step.rstrip("!"), 16), step.endswith("!")) for step in found[2].split(",") if step]
+        return cls(position + int(found[1], 16), frozenset(step for step, _ in steps), frozenset(step for step, marked in steps if marked), found[3] == "+")
+
+    def done(self, position: int, offset: int) -> bool:
+        return offset < position or (offset < self.end and offset not in self.open)
+
+
+def check(world: World, ledger: Ledger) -> None:
+    """Raises Failed naming the first thing that is not as it must be."""
+    if world.queues:
+        calls = _calls(world, ledger)
+        book = world.broker.book
+        _answered(calls)
+        _Noted(book, calls).check()
+        _given_back(book)
+        begun = _begun(book, ledger, calls)
+        for call in calls:
+            _beginnings(call, begun[call])
+            _died(book, call)
+        world.happened["calls answered"] += sum(bool(call.answers) for call in calls)
+        world.happened["calls begun again"] += sum(len(mine) > 1 for mine in begun.values())
+        world.happened["calls that workers died with"] += sum(any(map(_is_death, call.answers)) for call in calls)
+        world.happened["calls never begun"] += sum(call.withdrawn is not None and not begun[call] for call in calls)
+        world.happened["notes of what is open"] += sum("," in noted.note for noted in book.noted)
+
+
+def _visible_ms(entry: Entry) -> float:
+    return entry.appended_ms if entry.transaction is None else entry.transaction.decided_ms
+
+
+def _json(entry: Entry) -> Any:
+    try:
+        return json.loads(entry.value or b"null")
+    except ValueError:
+        return None
+
+
+def _travelling(entry: Entry) -> tuple[tuple[str, bytes | None], ...]:
+    return tuple((name, value) for name, value in entry.headers if not name.startswith("kwflow-"))
+
+
+def _calls(world: World, ledger: Ledger) -> list[Call]:
+    """In the order of their places; what is no call of this application is none."""
+    answers: dict[tuple[str, str], list[Entry]] = collections.defaultdict(list)
+    found: list[Call] = []
+    for number in range(world.partitions):
+        for entry in ledger.visible((world.config.resume_topic, number)):
+            told = _json(entry) if entry.transaction is None and not any(name == "kwflow-sim-sent" for name, _ in entry.headers) else None
+            if isinstance(told, dict) and "ref" in told:
+                answers[(entry.key or b"").decode(), told["ref"]].append(entry)
+    for place in [(queue, number) for queue in world.queues for number in range(world.partitions)]:
+        last: dict[bytes | None, Call] = {}
+        for entry in ledger.visible(place):
+            asked = _json(entry)
+            if entry.value is None and entry.key in last:
+                call = last.pop(entry.key)
+                call.withdrawn, call.done_ms = entry.offset, min(call.done_ms, _visible_ms(entry))
+            elif isinstance(asked, dict) and asked["resume_topic"] == world.config.resume_topic:
+                id, ref = asked["workflow_id"], asked["ref"]
+                done_ms = min(map(_visible_ms, answers[id, ref]), default=_NEVER)
+                call = last[entry.key] = Call(place, entry.offset, id, ref, _visible_ms(entry), _travelling(entry), answers[id, ref], done_ms=done_ms)
+                found.append(call)
+    return found
+
+
+def _answered(calls: list[Call]) -> None:
+    """None is lost, whoever was killed; and its headers go on (semantics §9.3)."""
+    for call in calls:
+        for answer in call.answers:
+            if _travelling(answer) != call.headers:
+                raise Failed(f"{call} had the headers {call.headers}, and its answer has {_travelling(answer)}")
+        if not call.answers and call.withdrawn is None:
+            raise Failed(f"M6.6: {call} was never answered, and never taken back")
+
+
+class _Noted:
+    """Each position that the group took, in order."""
+
+    def __init__(self, book: Book, calls: list[Call]) -> None:
+        self.book = book
+        self.calls: dict[Place, list[Call]] = collections.defaultdict(list)
+        self.done: dict[Place, set[Call]] = collections.defaultdict(set)
+        self.positions: dict[Place, int] = collections.defaultdict(int)
+        for call in calls:
+            self.calls[call.place].append(call)
+
+    def check(self) -> None:
+        for noted in self.book.noted:
+            self._check(noted)
+
+    def _check(self, noted: Noted) -> None:
+        where = f"the position {noted.position} of {noted.place} with {noted.note!r}, noted at {noted.ms:.1f} by {noted.by.process if noted.by else 'nobody'}"
+        if len(noted.note.encode()) > _NOTE_BYTES_MAX:
+            raise Failed(f"M6.6: {where} is too long")
+        if noted.position < self.positions[noted.place]:
+            raise Failed(f"M6.6: {where} goes back from {self.positions[noted.place]}")
+        self.positions[noted.place] = noted.position
+        note = Note.of(noted.position, noted.note)
+        done = {call for call in self.calls[noted.place] if note.done(noted.position, call.offset)}
+        early = [call for call in done if call.done_ms > noted.ms]
+        if early:
+            raise Failed(f"M6.6: {where} passes {early[0]}, which is open until {early[0].done_ms:.1f}")
+        forgotten = self.done[noted.place] - done
+        if forgotten:
+            raise Failed(f"M6.6: {where} forgets that {min(forgotten, key=lambda call: call.offset)} is done")
+        self.done[noted.place] = done
+
+
+def _given_back(book: Book) -> None:
+    """Who gave a partition up has said so: nobody takes it for dead."""
+    last: dict[Taken, Noted] = {noted.by: noted for noted in book.noted if noted.by is not None}
+    for taken in book.taken:
+        noted = last.get(taken)
+        if taken.ended_ms < _NEVER and not taken.lost and not taken.failed and noted is not None and Note.of(noted.position, noted.note).held:
+            raise Failed(f"K19: {taken.process} gave {taken.place} back at {taken.ended_ms:.1f}, and the next owner finds {noted.note!r}, as if it had died")
+
+
+# -- what began --------------------------------------------------------------------------------------------------------
+def _begun(book: Book, ledger: Ledger, calls: list[Call]) -> dict[Call, list[tuple[Begun, Taken]]]:
+    """Each call with its beginnings, and the assignment in which each was.  A worker begins nothing of what it does not have."""
+    of_record = {(call.place, call.offset): call for call in calls}
+    asked: dict[tuple[str, int], list[Call]] = collections.defaultdict(list)
+    for place in dict.fromkeys(call.place for call in calls):
+        for entry in ledger.visible(place):
+            call = of_record.get((place, entry.offset))
+            if call is not None:
+                value = _json(entry)
+                asked[value["idempotency_key"], value["attempt"]].append(call)
+    found: dict[Call, list[tuple[Begun, Taken]]] = collections.defaultdict(list)
+    taken: dict[tuple[str, Place], list[Taken]] = collections.defaultdict(list)
+    for one in book.taken:
+        taken[one.process, one.place].append(one)
+    for begun in book.begun:
+        if begun.process.startswith("worker") and (begun.idempotency_key, begun.attempt) not in asked:
+            raise Failed(f"M6.6: {begun.process} began a call at {begun.ms:.1f} that nobody has asked for: {begun.idempotency_key}, attempt {begun.attempt}")
+        for call in asked[begun.idempotency_key, begun.attempt]:
+            mine = [one for one in taken[begun.process, call.place] if one.begun_ms <= begun.ms and one.read.get(call.offset, _NEVER) <= begun.ms]
+            if not mine or begun.ms > mine[-1].ended_ms:
+                raise Failed(f"M6.6: {begun.process} began {call} at {begun.ms:.1f}, which it does not have")
+            found[call].append((begun, mine[-1]))
+    return found
+
+
+def _beginnings(call: Call, begun: list[tuple[Begun, Taken]]) -> None:
+    for one, taken in begun:
+        position, text = taken.fetched
+        if Note.of(position, text).done(position, call.offset):
+            raise Failed(f"M6.6: {one.process} began {call} at {one.ms:.1f}, although the group's note, {position} with {text!r}, said that it is done")
+        if call.withdrawn is not None and (taken.known.get(call.withdrawn, _NEVER) < one.ms or taken.turns[call.offset] == taken.turns.get(call.withdrawn)):
+            raise Failed(f"M6.6: {one.process} began {call} at {one.ms:.1f}, and had read before that it was taken back")
+    for taken, count in collections.Counter(taken for _, taken in begun).items():
+        if count > 1:
+            raise Failed(f"M6.6: {taken.process} began {call} {count} times while it had the partition")
+
+
+# -- what workers died with --------------------------------------------------------------------------------------------
+def _is_death(answer: Entry) -> bool:
+    return b'"type":"WorkerDied"' in (answer.value or b"")
+
+
+def _died(book: Book, call: Call) -> None:
+    """K19: an attempt has failed only where two workers had the call, marked or not known to be innocent, and gave it back neither time."""
+    for answer in filter(_is_death, call.answers):
+        mine = [one for one in book.taken if one.place == call.place and 0 <= one.fetched_ms <= answer.appended_ms]
+        if not any(_blames(book, call, one) for one in mine):
+            raise Failed(f"K19: {call} was answered with WorkerDied at {answer.appended_ms:.1f}, and no two workers died with it")
+
+
+def _blames(book: Book, call: Call, third: Taken) -> bool:
+    """Whether the second worker marked the call, and had found that one before it died, with the call in the log."""
+    position, text = third.fetched
+    note = Note.of(position, text)
+    if not note.held or call.offset not in note.marked:
+        return False
+    second = next((noted.by for noted in reversed(book.noted) if noted.place == call.place and noted.ms <= third.fetched_ms), None)
+    while second is not None:
+        found = Note.of(*second.fetched)
+        if not found.held:
+            return False
+        if call.offset not in found.marked:
+            return call.sent_ms <= second.fetched_ms
+        second = next((noted.by for noted in reversed(book.noted) if noted.place == call.place and noted.ms <= second.fetched_ms), None)
+    return False

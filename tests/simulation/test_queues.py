@@ -1,0 +1,100 @@
+"""Defects that simulated workers have shown, in the fewest turns; and what a worker does when its group does not answer (M6.6)."""
+
+import json
+import pathlib
+
+import pytest
+
+from kwflow.config import Config
+from kwflow.runners.activities.lent import Lent
+from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.queues import QueueRunner
+from kwflow.testing.kafka import Broker, SimulatedEnvironment
+from tests.simulation.test_found import Losing
+
+QUEUE = "found-queue"
+
+
+class Lab:
+    """Workers that begin nothing by themselves, of one queue, moved turn by turn."""
+
+    def __init__(self, partitions: int) -> None:
+        self.broker = Broker()
+        self.client = SimulatedEnvironment(self.broker)
+        self.config = Config(application_id="found", state_dir=pathlib.Path("none"))
+        topics.create(topics.admin(self.config, self.client), self.config, [QUEUE], partitions, 1)
+        self.producer = self.client.producer({})
+        self.hosts: dict[str, Losing] = {}
+        self.lent: dict[str, Lent] = {}
+        self.said: list[str] = []
+
+    def worker(self, name: str) -> QueueRunner:
+        host = self.hosts[name] = Losing(self.broker, name)
+        lent = self.lent[name] = Lent(lambda: self.broker.time.now / 1000)
+        config = self.config.model_copy(update={"instance_id": name})
+        return QueueRunner(config, [QUEUE], lambda _: lent, self.said.append, SimulatedEnvironment(self.broker, host), clock=host)
+
+    def call(self, ref: str) -> None:
+        value = {"resume_topic": self.config.resume_topic, "workflow_id": "w", "ref": ref, "activity": "a", "attempt": 1, "idempotency_key": f"w|{ref}", "arguments": {}}
+        self.producer.produce(QUEUE, json.dumps(value), f"w|{ref}", 0)
+        self.producer.poll(0)
+
+    def begun(self, name: str) -> list[str]:
+        return [call.ref for call in self.lent[name].fetch(99, "anybody", 60)]
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An activity `a`, for as long as the test takes."""
+    monkeypatch.setattr("kwflow.runners.kafka.queues.find_activity", lambda name: name)
+
+
+def owned(worker: QueueRunner) -> int:
+    return len(worker.seen()[0].owned)
+
+
+def test_a_queue_left_to_nobody_by_a_restart_in_mid_rebalance_is_found() -> None:
+    """K7: a worker with a name of its own was killed before it gave up what is another's; calls in there waited until some worker came or went."""
+    lab = Lab(4)
+    first = lab.worker("one")
+    while owned(first) < 4:
+        first.turn()
+    second = lab.worker("two")
+    while lab.broker.group("found-workers").generation < 2:
+        second.turn()
+    for _ in range(20):  # the first is told to give two up, but does not poll any more
+        second.turn()
+    lab.hosts["one"].alive = False
+    first = lab.worker("one")
+    for _ in range(200):
+        first.turn()
+        second.turn()
+    assert owned(first) == owned(second) == 2
+    assert any("belong to nobody; joining again" in line for line in lab.said)
+
+
+def test_after_a_death_nothing_begins_whose_mark_the_group_did_not_take(known: None) -> None:
+    """K19: the call that kills began without one, and killed one worker after the other."""
+    lab = Lab(1)
+    first = lab.worker("one")
+    while not owned(first):
+        first.turn()
+    lab.call("1:1")
+    while lab.begun("one") != ["1:1"]:
+        first.turn()
+    lab.hosts["one"].alive = False
+    second, host, notes = lab.worker("two"), lab.hosts["two"], lab.broker.group("found-workers").notes
+    asked = []
+
+    def again() -> None:
+        """The first of its commits says that it has the partition, the second one marks the call, and so does the third, as nobody has answered."""
+        asked.append(notes[QUEUE, 0])
+        host.before["commit-offsets"] = again
+        if len(asked) == 2:
+            host.losing["commit-offsets"] = 1
+        assert len(asked) > 3 or lab.begun("two") == []
+
+    host.before["commit-offsets"] = again
+    while lab.begun("two") != ["1:1"]:
+        second.turn()
+    assert len(asked) > 2 and "!" in notes[QUEUE, 0]

@@ -1,0 +1,150 @@
+"""What the workers of a run were given, told and asked, as their group and their log saw it, for those who check it (handed_out.py).
+
+Nothing here knows how a worker keeps its books: it is watched at its consumer and at the group that takes its notes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from confluent_kafka import KafkaException, Message, TopicPartition
+
+import kwflow as kw
+from kwflow.testing.kafka import SimulatedConsumer, VirtualTime
+from kwflow.testing.kafka.groups import Group, Metadata
+from kwflow.testing.kafka.log import Place
+
+__all__ = ["WORKERS", "Begun", "Book", "Noted", "NotedGroup", "Taken", "WatchedConsumer"]
+
+WORKERS = "sim-workers"
+
+
+@dataclasses.dataclass(eq=False)
+class Taken:
+    """One assignment of one partition to one process, from `begun_ms` on; `fetched`: where the group stood then, and its note."""
+
+    process: str
+    place: Place
+    begun_ms: float
+    fetched: tuple[int, str] = (0, "")
+    fetched_ms: float = -1.0
+    ended_ms: float = float("inf")
+    lost: bool = False  # somebody else had it already when it ended
+    failed: bool = False  # a commit while it had it was refused, or not answered
+    read: dict[int, float] = dataclasses.field(default_factory=dict)  # offset -> when it was given
+    turns: dict[int, int] = dataclasses.field(default_factory=dict)  # offset -> in which turn of its reader
+    known: dict[int, float] = dataclasses.field(default_factory=dict)  # offset -> when that turn was over
+
+
+@dataclasses.dataclass(frozen=True)
+class Noted:
+    """What the group took: by whom, where its position is, and what stands beside it."""
+
+    ms: float
+    by: Taken | None  # None: a member that was not told yet that it has it
+    place: Place
+    position: int
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """An activity began: which call that is, the log tells by these two."""
+
+    ms: float
+    process: str
+    idempotency_key: str
+    attempt: int
+
+
+class Book:
+    def __init__(self) -> None:
+        self.taken: list[Taken] = []
+        self.noted: list[Noted] = []
+        self.begun: list[Begun] = []
+        self.members: dict[str, WatchedConsumer] = {}
+
+    def begin(self, ms: float, process: str, info: kw.ActivityInfo) -> None:
+        self.begun.append(Begun(ms, process, info.idempotency_key, info.attempt))
+
+
+class NotedGroup(Group):
+    """Keeps every position that it took."""
+
+    def __init__(self, time: VirtualTime, places: Callable[[str], list[Place]], book: Book) -> None:
+        super().__init__(WORKERS, time, places)
+        self._book = book
+
+    def commit(self, offsets: Mapping[Place, tuple[int, str]], metadata: Metadata) -> None:
+        super().commit(offsets, metadata)
+        mine = self._book.members[metadata.member].holds
+        self._book.noted += [Noted(self._time.now, mine.get(place), place, position, note) for place, (position, note) in offsets.items()]
+
+
+class WatchedConsumer(SimulatedConsumer):
+    """A worker's."""
+
+    def __init__(self, broker: Any, host: Any, settings: dict[str, Any]) -> None:
+        super().__init__(broker, host, settings)
+        self.holds: dict[Place, Taken] = {}
+        self._book: Book = broker.book
+        self._turns = 0
+
+    def incremental_assign(self, partitions: list[TopicPartition]) -> None:
+        super().incremental_assign(partitions)
+        for partition in partitions:
+            place = (partition.topic, partition.partition)
+            self.holds[place] = Taken(self._host.name, place, self._broker.time.now)
+            self._book.taken.append(self.holds[place])
+
+    def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
+        super().incremental_unassign(partitions)
+        for partition in partitions:
+            taken = self.holds.pop((partition.topic, partition.partition), None)
+            if taken is not None:
+                taken.ended_ms = self._broker.time.now
+
+    def committed(self, partitions: list[TopicPartition], timeout: float = -1) -> list[TopicPartition]:
+        found = super().committed(partitions, timeout)
+        for place in found:
+            taken = self.holds[place.topic, place.partition]
+            taken.fetched, taken.fetched_ms = (max(0, place.offset), place.metadata or ""), self._broker.time.now
+        return found
+
+    def subscribe(self, topics: list[str], on_assign: Any = None, on_revoke: Any = None, on_lost: Any = None) -> None:
+        def lost(consumer: Any, places: list[TopicPartition]) -> None:
+            for place in places:
+                self.holds[place.topic, place.partition].lost = True
+            on_lost(consumer, places)
+
+        super().subscribe(topics, on_assign, on_revoke, lost)
+
+    def commit(self, *, offsets: list[TopicPartition], asynchronous: bool = True) -> list[TopicPartition] | None:
+        mine = [self.holds.get((place.topic, place.partition)) for place in offsets]
+        try:
+            return super().commit(offsets=offsets, asynchronous=asynchronous)
+        except KafkaException:
+            for taken in filter(None, mine):
+                taken.failed = True
+            raise
+
+    def consumer_group_metadata(self) -> Metadata:
+        """As whom it asks."""
+        found = super().consumer_group_metadata()
+        self._book.members[found.member] = self
+        return found
+
+    def poll(self, timeout: float = -1) -> Message | None:
+        """With which a worker's turn begins."""
+        self._turns += 1
+        for taken in self.holds.values():
+            taken.known |= dict.fromkeys(taken.read.keys() - taken.known.keys(), self._broker.time.now)
+        return super().poll(timeout)
+
+    def consume(self, num_messages: int = 1, timeout: float = -1) -> list[Message]:
+        found = super().consume(num_messages, timeout)
+        for message in found:
+            if message.error() is None:
+                taken, offset = self.holds[message.topic() or "", message.partition() or 0], message.offset() or 0
+                taken.read[offset], taken.turns[offset] = self._broker.time.now, self._turns
+        return found
