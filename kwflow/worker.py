@@ -71,7 +71,7 @@ def service(config: Config, queues: Sequence[str], on_log: Callable[[str], None]
     from kwflow.runners.kafka.queues import QueueRunner
     from kwflow.runners.tracing import Tracing
 
-    span = Tracing().call if config.tracing else None
+    span = Tracing(None, config.header_bytes_max).call if config.tracing else None
 
     def work(deliver: Deliver) -> Worker:
         return Dispatcher(deliver, on_log, config.activity_concurrency, config.activity_limit_s, config.activity_bytes_max, config.value_bytes_max, ends_late=True, span=span)

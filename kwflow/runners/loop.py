@@ -69,7 +69,7 @@ class WorkflowProcessor:
         self.live = LiveInstances(config)
         self.ended = EndedTable(config)
         self.snapshots = Histogram(BYTES)
-        self.tracing = Tracing() if config.tracing else None
+        self.tracing = Tracing(None, config.header_bytes_max) if config.tracing else None
         allow_modules(config.snapshot_modules)
         allow_classes_by_value(config.snapshot_cloudpickle)
 

@@ -4,25 +4,52 @@ The context comes in with a record's `traceparent` and goes out with the step's 
 included: whoever answers carries it back.  A record without one joins the trace that the instance was started in; one of another
 trace links to it.  A step's span is ended only after its commit, so a batch that is made again shows no step twice.  An activity's
 is the current one while the author's function runs, so that what that calls is seen below it.
+
+What is traced never depends on it: whatever a provider, a sampler or a processor raises costs a span, and a line in the log.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.instance import Instance
 from kwflow.core.outcomes import describe_error
-from kwflow.core.wire import Headers, Record, header
+from kwflow.core.wire import Headers, Record, header, header_bytes
 from kwflow.errors import ProtocolError, UsageError
+from kwflow.runners.logs import authors_traceback
 
 __all__ = ["CallSpan", "Tracing", "configure", "end_all", "fail_all"]
 
 _CARRIED = ("traceparent", "tracestate")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _spared(call: Callable[_P, _T]) -> Callable[_P, _T | None]:
+    """The same, giving None for what OpenTelemetry or what is plugged into it raises: a step would be lost with its engine, an activity never answered."""
+
+    @functools.wraps(call)
+    def spared(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            _said(describe_error(error))
+            return None
+
+    return spared
+
+
+@functools.lru_cache(maxsize=100)
+def _said(why: str) -> None:
+    """Once: it would be said of every step."""
+    logging.getLogger(__name__).warning("tracing loses spans: %s", why)
 
 
 class Span:
@@ -34,8 +61,9 @@ class Span:
         self._span = span
         self._ended_ns = 0
         self.context = context
-        self.record = msgspec.structs.replace(record, headers=_with_context(record.headers, context))
+        self.record = record
 
+    @_spared
     def done(self, outcome: str, wrong: str | None) -> None:
         """The step is made; `wrong` says what was wrong with it, if anything was."""
         self._span.set_attribute("kwflow.outcome", outcome)
@@ -45,6 +73,7 @@ class Span:
             self._span.set_status(StatusCode.ERROR, wrong)
         self._ended_ns = time.time_ns()
 
+    @_spared
     def end(self) -> None:
         """It was committed."""
         self._span.end(self._ended_ns)
@@ -78,29 +107,37 @@ class _Traced(CallSpan):
         self._context: dict[str, str] = {}
 
     def __enter__(self) -> CallSpan:
-        self._span, self._context = self._tracing.begin_call(self._calls)
-        self._token = self._tracing.enter(self._span)
+        self._span, self._context = self._tracing.begin_call(self._calls) or (None, {})
+        self._token = self._tracing.enter(self._span) if self._span is not None else None
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tracing.leave(self._token)
+        if self._span is not None:
+            self._tracing.leave(self._token)
+            self._end()
+
+    @_spared
+    def _end(self) -> None:
         self._span.end()
 
     def headers(self, call: Dispatch) -> Headers:
-        return _with_context(call.headers, self._context) if self._context and len(self._calls) == 1 else call.headers
+        return self._tracing.with_context(call.headers, self._context) if len(self._calls) == 1 else call.headers
 
+    @_spared
     def failed(self, error: BaseException) -> None:
+        """Its text is made here: an author's `__str__` may raise, too."""
         if self._span is not None:
             from opentelemetry.trace import StatusCode
 
-            self._span.record_exception(error)
-            self._span.set_status(StatusCode.ERROR, describe_error(error))
+            kind, said = f"{type(error).__module__}.{type(error).__qualname__}", describe_error(error)
+            self._span.add_event("exception", {"exception.type": kind.removeprefix("builtins."), "exception.message": said, "exception.stacktrace": authors_traceback(error)})
+            self._span.set_status(StatusCode.ERROR, said)
 
 
 class Tracing:
     """Begins spans with a provider's tracer (default: the process's).  Raises UsageError without `kwflow[otel]`."""
 
-    def __init__(self, provider: Any = None) -> None:
+    def __init__(self, provider: Any = None, header_bytes_max: int = 65_536) -> None:
         try:
             from opentelemetry import context, trace
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -110,8 +147,14 @@ class Tracing:
         self._current = context
         self._tracer = trace.get_tracer("kwflow", tracer_provider=provider)
         self._propagator = TraceContextTextMapPropagator()
+        self._header_bytes_max = header_bytes_max
 
     def begin(self, name: str, record: Record, instance: Instance | None) -> Span:
+        span, context = self._begin(name, record, instance) or (self._trace.INVALID_SPAN, {})
+        return Span(span, msgspec.structs.replace(record, headers=self.with_context(record.headers, context)), context)
+
+    @_spared
+    def _begin(self, name: str, record: Record, instance: Instance | None) -> tuple[Any, dict[str, str]]:
         first = self._context(instance.extra.get("trace") if instance is not None else None)
         mine = self._context(_carried(record)) or first
         links = [self._trace.Link(first)] if first is not None and mine is not None and first.trace_id != mine.trace_id else []
@@ -120,17 +163,24 @@ class Tracing:
             "messaging.system": "kafka", "messaging.destination.name": record.topic, "messaging.destination.partition.id": str(record.partition), "messaging.kafka.offset": record.offset,
         }  # fmt: skip
         span = self._tracer.start_span("kwflow.step", self._below(mine), kind=self._trace.SpanKind.CONSUMER, attributes=attributes, links=links)
-        return Span(span, record, self._injected(span))
+        return span, self._injected(span)
+
+    def with_context(self, headers: Headers, context: dict[str, str]) -> Headers:
+        """In place of the context that they have; as they are if they would be too large with it, as a record that is refused is no answer."""
+        others = tuple(pair for pair in headers if pair[0] not in _CARRIED)
+        made = (*others, *((name, value.encode()) for name, value in context.items())) if context else headers
+        return made if header_bytes(made) <= self._header_bytes_max else headers
 
     def remember(self, instance: Instance, span: Span) -> None:
         """The context of its start stays in the instance's header."""
-        if "trace" not in instance.extra:
+        if "trace" not in instance.extra and span.context:
             instance.extra["trace"] = span.context
 
     def call(self, calls: Sequence[Dispatch]) -> CallSpan:
         """Around one run of an activity's function for these calls."""
         return _Traced(self, calls)
 
+    @_spared
     def begin_call(self, calls: Sequence[Dispatch]) -> tuple[Any, dict[str, str]]:
         """A span of it, and its context for others."""
         name = calls[0].name
@@ -143,10 +193,12 @@ class Tracing:
         span = self._tracer.start_span(f"kwflow.activity {name}", parent, attributes=attributes, links=[] if one else [self._trace.Link(caller) for caller in callers])
         return span, self._injected(span)
 
+    @_spared
     def enter(self, span: Any) -> Any:
         """What is called from now on, in this thread or task, is below it."""
         return self._current.attach(self._trace.set_span_in_context(span))
 
+    @_spared
     def leave(self, token: Any) -> None:
         self._current.detach(token)
 
@@ -179,10 +231,6 @@ def _carried(record: Record) -> dict[str, str]:
 
 def _context_in(headers: Headers) -> dict[str, str]:
     return {name: value.decode("ascii", "replace") for name, value in headers if name in _CARRIED and value}
-
-
-def _with_context(headers: Headers, context: dict[str, str]) -> Headers:
-    return (*(pair for pair in headers if pair[0] not in _CARRIED), *((name, value.encode()) for name, value in context.items()))
 
 
 def end_all(spans: Iterable[object]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -38,6 +38,28 @@ def plain(fails=0):
     if kw.activity_info().attempt <= fails:
         raise RuntimeError("not yet")
     return seen("plain")
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+@kw.activity(name="traced-mute", retry=kw.Retry(max_attempts=1))
+def mute():
+    raise Mute
+
+@kw.activity(name="traced-async-mute", retry=kw.Retry(max_attempts=1))
+async def mute_async():
+    raise Mute
+
+@kw.workflow
+def mutes(opts):
+    failed = []
+    for activity in (mute, mute_async):
+        try:
+            yield activity()
+        except kw.ActivityError as error:
+            failed.append(error.type)
+    return failed
 
 @kw.activity(name="traced-async")
 async def asynchronous():
@@ -82,7 +104,7 @@ class Traced:
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.module = module
-        workflows = WorkflowProcessor(self.config, Workflows({"main": module.main, "calls": module.calls}, "main"), frozenset({"asked"}), self.held.incarnation)
+        workflows = WorkflowProcessor(self.config, Workflows({"main": module.main, "calls": module.calls, "mutes": module.mutes}, "main"), frozenset({"asked"}), self.held.incarnation)
         workflows.tracing = Tracing(provider)
         self.processors = [workflows, TimerProcessor(self.config)]
 
@@ -93,6 +115,11 @@ class Traced:
         """Until so many records had this outcome; all spans there are then, in order of their ends."""
         self.held.run(self.processors, lambda: self.held.counts[outcome] >= times)
         return list(self.exporter.get_finished_spans())
+
+    def result(self) -> bytes | None:
+        deadline = time.monotonic() + 10
+        self.held.run(self.processors, lambda: bool(list(self.held.read(self.config.result_topic))) or time.monotonic() > deadline)
+        return [record.value for record in self.held.read(self.config.result_topic)][0]
 
     def asked(self, topic: str = "asked") -> list[str]:
         return [dict(record.headers)["traceparent"] or b"" for record in self.held.read(topic)][-1].decode().split("-")  # type: ignore[return-value]
@@ -203,6 +230,45 @@ def test_activities_are_spans_between_the_step_that_calls_and_the_step_that_goes
     assert f"{at.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
     assert batch.context.trace_id != at.context.trace_id and [link.context.span_id for link in batch.links] == [by_name[step][-3].context.span_id] * 2
     assert traced.asked()[1] == "0af7651916cd43dd8448eb211c80319c", "the steps behind the batch are in the trace of the workflow still"
+
+
+def test_an_activity_whose_error_has_no_text_is_answered(traced: Traced) -> None:
+    """OpenTelemetry asks an error for its text: the author's `__str__` raised in the place of the answer, and the call waited for its time-out."""
+    traced.send("m", "new:null", CLIENT, ("kwflow-workflow", b"mutes"))
+    assert traced.result() == b'["Mute","Mute"]'
+    failed = [span for span in traced.exporter.get_finished_spans() if span.events]
+    assert [dict(span.events[0].attributes or {})["exception.message"] for span in failed] == ["Mute: <no message: __str__ failed>"] * 2
+
+
+class Raising(SpanProcessor):
+    """As one of a program that brings its own provider might."""
+
+    def on_start(self, span: object, parent_context: object = None) -> None:
+        if self.starts:
+            raise RuntimeError("on_start")
+
+    def on_end(self, span: ReadableSpan) -> None:
+        raise RuntimeError("on_end")
+
+    def __init__(self, starts: bool) -> None:
+        self.starts = starts
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_tracing_that_raises_costs_spans_and_nothing_else(traced: Traced, starts: bool) -> None:
+    """An engine ended with the step that it had committed, and calls of activities were never answered."""
+    provider = TracerProvider()
+    provider.add_span_processor(Raising(starts))
+    assert isinstance(traced.processors[0], WorkflowProcessor)
+    traced.processors[0].tracing = Tracing(provider)
+    traced.send("c", "new:1", CLIENT, ("kwflow-workflow", b"calls"))
+    assert traced.result() == b'["plain","async",[1,2]]'
+
+
+def test_a_context_that_has_no_room_among_the_headers_is_left_out(traced: Traced) -> None:
+    """The answer of an activity would have been a dead letter, for which its workflow waits."""
+    traced.send("c", "new:0", ("x" * 10, b"a" * (traced.config.header_bytes_max - 10 - 23)), ("kwflow-workflow", b"calls"))
+    assert traced.result() == b'["plain","async",[1,2]]'
 
 
 def test_headers_go_on_over_an_activity_as_over_a_timer_with_tracing_or_without(traced: Traced) -> None:
