@@ -43,7 +43,7 @@ def _dump_model(value: Any) -> Any:
 
 
 def _check_plain(value: Any, depth: int) -> None:
-    if depth > 500:
+    if depth > wire.LEVELS_MAX:
         raise ValueError("too deeply nested (or cyclic) for JSON")
     if isinstance(value, dict):
         for key, item in value.items():

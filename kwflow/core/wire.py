@@ -19,6 +19,7 @@ from kwflow.errors import ProtocolError, UsageError
 
 __all__ = [
     "DELAY_MS_MAX",
+    "LEVELS_MAX",
     "OPS",
     "UNREADABLE",
     "Address",
@@ -32,6 +33,7 @@ __all__ = [
     "SignalStart",
     "Start",
     "Update",
+    "check_levels",
     "check_size",
     "header",
     "header_bytes",
@@ -49,12 +51,17 @@ __all__ = [
 
 Headers = tuple[tuple[str, bytes | None], ...]
 DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer one is a mistake in units
+LEVELS_MAX = 200  # of values in one another: any Python can read, save and write so many, from any depth of calls (3.11 saves some 450)
 UNREADABLE = ("kwflow-unreadable", b"")  # in place of headers whose names are not UTF-8
 _Text = Annotated[str, msgspec.Meta(max_length=1000)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 _Ttl = Annotated[int, msgspec.Meta(gt=0, le=DELAY_MS_MAX)]
 _HEADER_CHARACTERS_MAX = 1200  # ids of runs, requests and commands: a child's start id holds its parent's id and a ref
 _ID_BYTES_MAX = 512  # wire.md §4: an id is a state key and part of a timer key
+_MESSAGE_LEVELS = 5  # of ours around a value
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+_OPENS = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _ENGINE_ID = re.compile(r"\d+:\d+\Z")
 
 
@@ -249,6 +256,7 @@ def _command(op: str, value: bytes, record: Record) -> Command:
         raise ProtocolError(f"op {op}: {error}", "bad-arguments") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"op {op}: not JSON: {error}", "bad-json") from None
+    _check_message(value)
     return Command(op, decoded, short_header(record, "kwflow-id"), short_header(record, "kwflow-start-id"))
 
 
@@ -291,9 +299,35 @@ def reply_output(topic: str, reply: Reply) -> Output:
 
 def _json(data: bytes) -> object:
     try:
-        return msgspec.json.decode(data)
+        value: object = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not JSON: {error}", "bad-json") from None
+    _check_message(data)
+    return value
+
+
+def _check_message(data: bytes) -> None:
+    try:
+        check_levels(data, 2 * _MESSAGE_LEVELS)  # what was written with one message around it may get another
+    except ValueError as error:
+        raise ProtocolError(str(error), "bad-json") from None
+
+
+def check_levels(data: bytes, more: int = 0) -> None:
+    """Raises ValueError for JSON with more than LEVELS_MAX (and so many more) values in one another; it is JSON, as a decoder says.
+
+    Whoever waits for one would be parked, as it could not be saved: the sender is who can do something about it.
+    """
+    most = LEVELS_MAX + more
+    if data.count(b"[") + data.count(b"{") <= most:
+        return
+    brackets = _STRING.sub(b"", data).translate(_OPENS, _NO_BRACKETS)
+    for _ in range(most):
+        if not brackets:
+            return
+        brackets = brackets.replace(b"[]", b"")  # the innermost level of all
+    if brackets:
+        raise ValueError(f"the JSON has more than {LEVELS_MAX} values in one another; keep long chains in arrays")
 
 
 def travelling_headers(record: Record) -> Headers:
@@ -320,7 +354,7 @@ _DICTS = (dict, getattr(builtins, "frozendict", dict))  # 3.15; as names.DICTS, 
 
 
 def _check_json(value: object, depth: int) -> None:
-    if depth > 500:
+    if depth > LEVELS_MAX + _MESSAGE_LEVELS:
         raise ValueError("too deeply nested (or cyclic) for JSON")
     if isinstance(value, float):
         if value != value or value in (float("inf"), float("-inf")):

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from kwflow.client import Client, Future
 from kwflow.gateway.problems import RequestError
-from kwflow.gateway.requests import Options, Seconds, answer, body, key_of_request, no_body, options, segment, service_of
+from kwflow.gateway.requests import Options, Seconds, answer, body, checked_json, key_of_request, no_body, options, segment, service_of
 from kwflow.gateway.workflows import made
 
 __all__ = ["ROUTES"]
@@ -61,10 +61,9 @@ async def _signal(request: Request) -> Response:
 
 def _input(text: str) -> msgspec.Raw:
     try:
-        msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
+        return checked_json(text.encode(), "input")
+    except UnicodeEncodeError as error:
         raise RequestError("bad_json", f"input is not JSON: {error}") from None
-    return msgspec.Raw(text.encode())
 
 
 async def _update(request: Request) -> Response:

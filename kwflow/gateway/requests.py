@@ -16,11 +16,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kwflow.core.charsets import text_in
+from kwflow.core.wire import check_levels
 from kwflow.errors import UsageError
 from kwflow.gateway.problems import Problem, RequestError
 from kwflow.gateway.service import Gone, Service
 
-__all__ = ["Options", "Seconds", "answer", "any_body", "body", "key_of_request", "no_body", "options", "outcome_path", "query", "refusal", "segment", "service_of", "workflow_path"]
+__all__ = ["Options", "Seconds", "answer", "any_body", "body", "checked_json", "key_of_request", "no_body", "options", "outcome_path", "query", "refusal", "segment", "service_of", "workflow_path"]
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 _T = TypeVar("_T", bound="Options")
@@ -100,19 +101,23 @@ async def _read(request: Request) -> bytes:
         raise RequestError("slow", f"the body was not there within {_READ_S} s") from None
 
 
-def _json(data: bytes) -> msgspec.Raw:
-    """The same bytes, which are JSON; nothing of them is changed on the way.  Raises RequestError."""
+def checked_json(data: bytes, what: str) -> msgspec.Raw:
+    """The same bytes.  Raises RequestError, which says what is no JSON that an engine takes."""
     try:
         msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError("bad_json", f"the body is not JSON: {error}") from None
+        raise RequestError("bad_json", f"{what} is not JSON: {error}") from None
+    try:
+        check_levels(data)
+    except ValueError as error:
+        raise RequestError("bad_json", f"{what} is too deep: {error}") from None
     return msgspec.Raw(data)
 
 
 async def body(request: Request) -> msgspec.Raw:
     """The value; an empty body is null.  Raises RequestError, Gone."""
     data = await _read(request)
-    return _json(data) if data.strip() else _NULL
+    return checked_json(data, "the body") if data.strip() else _NULL
 
 
 async def no_body(request: Request) -> None:
@@ -129,10 +134,10 @@ async def any_body(request: Request) -> Any:
     if not data.strip():
         return _NULL
     if kind == "application/json" or kind.endswith("+json"):
-        return _json(data)
+        return checked_json(data, "the body")
     if not kind.startswith("text/"):
         try:
-            return _json(data)
+            return checked_json(data, "the body")
         except RequestError:
             """It is text, then."""
     charset = parameters.partition("charset=")[2].partition(";")[0].strip(' "') or "utf-8"

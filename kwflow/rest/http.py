@@ -19,6 +19,7 @@ import msgspec
 
 from kwflow.activities import activity, activity_info, find_activity
 from kwflow.core.charsets import text_in
+from kwflow.core.wire import check_levels
 from kwflow.errors import ActivityError
 from kwflow.rest.values import Cookie, Failure, Response, Sent, place, wrong_header
 
@@ -160,12 +161,15 @@ def _decoded(data: bytes, response: Any) -> Any:
     kind = response.headers.get("content-type", "application/json")
     if not kind.lower().startswith("text/"):
         try:
-            return msgspec.json.decode(data)
+            value = msgspec.json.decode(data)
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
         except ValueError:
             if _is_json(kind):
                 raise
+        else:
+            check_levels(data)
+            return value
     try:
         return text_in(data, response.charset_encoding or "utf-8")
     except LookupError as error:

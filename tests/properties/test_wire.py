@@ -5,6 +5,7 @@ Every function that meets what somebody else wrote is here; hypothesis looks for
 
 import dataclasses
 import enum
+import json
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -124,6 +125,26 @@ def test_what_json_dumps_gives_is_read_as_the_same_value(data: bytes) -> None:
     """wire.md §4: no value is changed silently."""
     value = msgspec.json.decode(data)
     assert msgspec.json.decode(wire.json_dumps(value)) == value
+
+
+def _levels(value: object) -> int:
+    return 1 + max(map(_levels, value.values() if isinstance(value, dict) else value), default=0) if isinstance(value, (dict, list)) else 0
+
+
+texts_with_brackets = st.text('[]{}"\\,:a', max_size=6)
+nested = st.recursive(st.none() | texts_with_brackets, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts_with_brackets, inner, max_size=3), max_leaves=12)
+
+
+@many
+@given(nested, st.integers(0, 6))
+def test_levels_of_json_are_counted_exactly_whatever_its_texts_hold(value: object, most: int) -> None:
+    """G3."""
+    refused = False
+    try:
+        wire.check_levels(json.dumps(value).encode(), most - wire.LEVELS_MAX)
+    except ValueError:
+        refused = True
+    assert refused == (_levels(value) > most)
 
 
 class _Struct(msgspec.Struct):

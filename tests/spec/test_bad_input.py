@@ -2,13 +2,14 @@
 
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
 
 from kwflow import durable
 from kwflow.config import Config
-from kwflow.core import snapshot
+from kwflow.core import snapshot, wire
 from kwflow.core.contract import Workflows
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record
@@ -47,12 +48,24 @@ def engine(tmp_path: pathlib.Path) -> WorkflowTester:
     return engine
 
 
+def test_values_as_deep_as_they_may_be_are_saved_and_written(engine: WorkflowTester) -> None:
+    """G3: a deeper one parked its workflow, as the snapshot could not be made; how deep that was differed from Python to Python."""
+    engine.start("a")
+    value: list[Any] = []
+    for _ in range(wire.LEVELS_MAX - 1):
+        value = [value]
+    engine.send("a", b'{"ref":"first","value":' + msgspec.json.encode(value) + b"}")
+    assert engine.waits("a") == ["second"] and engine.header("a")["status"] == "waiting"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
         ("a", b"{", "bad-json"),
         ("a", b"new:{", "bad-json"),
         ("a", b"", "bad-json"),
+        ("a", b'{"ref":"first","value":' + b"[" * 300 + b"]" * 300 + b"}", "bad-json"),
+        ("new", b"new:" + b'{"a":' * 300 + b"1" + b"}" * 300, "bad-json"),
         ("a", b"[1]", "bad-message"),
         ("a", None, "null-value"),
         (None, b"{}", "null-key"),

@@ -27,6 +27,7 @@ import kwflow.client
 from kwflow import durable
 from kwflow.client import Client
 from kwflow.config import Config, load_config
+from kwflow.core import wire
 from kwflow.core.contract import Limits, Workflows
 from kwflow.core.dispatch import Dispatch, encode, state_key
 from kwflow.core.wire import Headers, Record
@@ -566,7 +567,7 @@ def test_an_error_of_an_activity_fits_into_an_input_record_whatever_it_carries(e
 def test_an_error_of_an_activity_as_deep_as_json_may_be_is_answered() -> None:
     """G3: the record is deeper than what it carries; its thread ended, and the workflow waited."""
     details: list[Any] = []
-    for _ in range(500):
+    for _ in range(wire.LEVELS_MAX):
         details = [details]
 
     def fails() -> None:
