@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from kwflow.cli.shared import Application, Bootstrap, ConfigFile, LogFormat, May
 from kwflow.cli.watching import carry_logging, ends_in_its_log, log_of
 from kwflow.config import load_config
 from kwflow.errors import UsageError
+from kwflow.runners import outside
 
 __all__ = ["gateway"]
 
@@ -48,5 +50,6 @@ def gateway(
     open_many_files()
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises once more what it was ended by, when all is done
         signal.signal(number, lambda *_: None)
+    look = functools.partial(outside.asked, settings, embedded)
     with ends_in_its_log(settings):
-        serve(settings, lambda: connect(settings, embedded), host or ("0.0.0.0" if settings.gateway_tokens else "127.0.0.1"), port, log, list(dict.fromkeys(queue or ())))
+        serve(settings, lambda: connect(settings, embedded), look, host or ("0.0.0.0" if settings.gateway_tokens else "127.0.0.1"), port, log, list(dict.fromkeys(queue or ())))

@@ -17,7 +17,7 @@ from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.errors import UsageError
 from kwflow.gateway.application import application
-from kwflow.gateway.service import Service
+from kwflow.gateway.service import Look, Service
 from kwflow.worker import Lending
 
 __all__ = ["Server", "listening", "serve", "url_of"]
@@ -67,11 +67,11 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(config: Config, connect: Callable[[], Client], host: str, port: int, log: Callable[[str], None], queues: Iterable[str] = ()) -> None:
+def serve(config: Config, connect: Callable[[], Client], look: Look, host: str, port: int, log: Callable[[str], None], queues: Iterable[str] = ()) -> None:
     """Answer until SIGTERM, and lend the calls of these queues.  Raises UsageError if it cannot listen there, TransportError if there is no broker (AF-6), or a topic is missing."""
     with ExitStack() as stack:
         sock = stack.enter_context(closing(listening(host, port)))
-        service = stack.enter_context(Service(config, connect, [stack.enter_context(Lending(config, queue, log)) for queue in queues]))
+        service = stack.enter_context(Service(config, connect, look, [stack.enter_context(Lending(config, queue, log)) for queue in queues]))
         log(f"kwflow gateway listens on {url_of(sock)}")
         if not config.gateway_tokens:
             log("everybody who reaches it may do everything: set gateway_tokens to ask for one")

@@ -20,11 +20,13 @@ from starlette.types import Receive
 from kwflow.client import Client, Future
 from kwflow.config import Config
 from kwflow.errors import OutcomeUnknown, TransportError, UsageError
+from kwflow.runners.instances import Filter, Found
 from kwflow.worker import Lending
 
-__all__ = ["Gone", "Service", "hung_up"]
+__all__ = ["Gone", "Look", "Service", "hung_up"]
 
 _T = TypeVar("_T")
+Look = Callable[[Filter, int], Found]
 _SEARCHES_MAX = 4  # what is known is in an entry; outcomes that are older, or larger, are looked for
 
 
@@ -35,8 +37,10 @@ class Gone(Exception):
 class Service:
     """One gateway's client and its waits.  Close it, or use it in a `with`; all else is called on the event loop."""
 
-    def __init__(self, config: Config, connect: Callable[[], Client], lendings: Iterable[Lending] = ()) -> None:
+    def __init__(self, config: Config, connect: Callable[[], Client], look: Look, lendings: Iterable[Lending] = ()) -> None:
+        """`connect` and `look` are called in threads."""
         self.config = config
+        self._look = look
         self.lendings = {lending.queue: lending for lending in lendings}
         self.waiting = 0  # requests that are being answered; Invariant: <= config.gateway_waits_max
         self.ending = False
@@ -133,6 +137,11 @@ class Service:
             _cancel(futures)
             raise Gone
         return done
+
+    async def found(self, wanted: Filter, limit: int) -> Found:
+        """What engines tell of their instances.  Raises TransportError, OutcomeUnknown."""
+        async with self.searching():
+            return await asyncio.to_thread(self._look, wanted, limit)
 
     @contextlib.asynccontextmanager
     async def searching(self) -> AsyncIterator[None]:

@@ -10,12 +10,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kwflow.client import Run
+from kwflow.errors import UsageError
 from kwflow.gateway import endings
-from kwflow.gateway.requests import Options, Seconds, answer, body, key_of_request, options, segment, service_of, workflow_path
+from kwflow.gateway.requests import Options, Seconds, answer, body, key_of_request, options, query, segment, service_of, workflow_path
+from kwflow.runners.instances import asked_for, since_ms
 
 __all__ = ["ROUTES", "made"]
 
 _IDS = uuid.UUID("6f0a4a0e-3c0e-4b51-9d0c-0b9a1f6b4c1d")  # ids that are made of start ids; never to be changed
+_ROWS, _ROWS_MAX = 100, 1000
 
 
 class _Start(Options, frozen=True):
@@ -53,6 +56,20 @@ async def _start(request: Request) -> Response:
     return await endings.after_start(request, client, future, id, start_id, wait)
 
 
+class _Workflows(HTTPEndpoint):
+    async def post(self, request: Request) -> Response:
+        return await _start(request)
+
+    async def get(self, request: Request) -> Response:
+        """The newest of those that are asked for, and how many there are of each status."""
+        given = [(name, f"{since_ms(value):.0f}" if name == "since" else value) for name, value in query(request)]
+        wanted, limit = asked_for(given)
+        if limit is not None and limit > _ROWS_MAX:
+            raise UsageError(f"limit={limit} is more than {_ROWS_MAX}; narrow it by status, workflow, id, since or where")
+        found = await service_of(request).found(wanted, limit or _ROWS)
+        return answer(200, {"workflows": found.rows, "counts": found.counts})
+
+
 class _Workflow(HTTPEndpoint):
     async def post(self, request: Request) -> Response:
         return await _start(request)
@@ -72,7 +89,7 @@ async def _outcome(request: Request) -> Response:
 
 
 ROUTES = [
-    Route("/workflows", _start, methods=["POST"]),
+    Route("/workflows", _Workflows),
     Route("/workflows/{id}", _Workflow),
     Route("/workflows/{id}/outcome", _outcome, methods=["GET"]),
 ]

@@ -15,7 +15,7 @@ import msgspec
 from kwflow.config import Config
 from kwflow.core import wire
 from kwflow.core.wire import Record
-from kwflow.errors import UsageError
+from kwflow.errors import TransportError, UsageError
 from kwflow.runners.code import CodeStore
 from kwflow.runners.embedded.socket import submit, submit_all
 from kwflow.runners.embedded.state import EmbeddedStore, read_only, records_of
@@ -23,7 +23,7 @@ from kwflow.runners.groups import Group
 from kwflow.runners.instances import Filter, Found, newest_of, row_of
 from kwflow.runners.parked import HOLD
 
-__all__ = ["Entry", "Wanted", "Write", "code_store", "entry", "instances", "read", "send", "snapshots", "sole_writer", "states", "stored"]
+__all__ = ["Entry", "Wanted", "Write", "asked", "code_store", "entry", "instances", "read", "send", "snapshots", "sole_writer", "states", "stored"]
 
 
 def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
@@ -177,6 +177,19 @@ def instances(settings: Config, embedded: Path | None, wanted: Filter, limit: in
         return answer
     rows = each_latest(settings, settings.changelog_topic, lambda key, data: _row(key, data, wanted))
     return newest_of((msgspec.json.decode(row) for row in rows), limit)
+
+
+def asked(settings: Config, embedded: Path | None, wanted: Filter, limit: int) -> Found:
+    """The same without reading a whole changelog.  Raises TransportError where an engine does not tell."""
+    if embedded is not None:
+        return instances(settings, embedded, wanted, limit, lambda _: None)
+    from kwflow.runners.kafka import asking
+
+    notes: list[str] = []
+    answer = asking.list_(settings, notes.append, wanted, limit)
+    if answer is None:
+        raise TransportError(f"{'; '.join(notes)}: engines that are started with --http tell of their instances")
+    return answer
 
 
 def _row(key: bytes, data: bytes, wanted: Filter) -> bytes | None:

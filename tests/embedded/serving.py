@@ -1,7 +1,9 @@
 """A gateway or a console on a thread of the test, listening on a real socket, and who reads a stream of its."""
 
 import contextlib
+import functools
 import json
+import pathlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +18,7 @@ from kwflow.console.server import server_of
 from kwflow.console.site import Site
 from kwflow.gateway.server import Server, listening, url_of
 from kwflow.gateway.service import Service
+from kwflow.runners import outside
 from kwflow.worker import Lending
 
 DEADLINE_S = 30
@@ -24,10 +27,10 @@ DEADLINE_S = 30
 class Serving:
     """Answers from its beginning to `close`; `http` is a client of it, `service` what is inside."""
 
-    def __init__(self, config: Config, connect: Callable[[], Client], lendings: Iterable[Lending] = ()) -> None:
+    def __init__(self, config: Config, connect: Callable[[], Client], lendings: Iterable[Lending] = (), embedded: pathlib.Path | None = None) -> None:
         self.sock = listening("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
-        self.service = Service(config, connect, lendings)
+        self.service = Service(config, connect, functools.partial(outside.asked, config, embedded), lendings)
         self.server = Server(self.service)
         self._thread = threading.Thread(target=self.server.run, args=([self.sock],), daemon=True)
         self._thread.start()

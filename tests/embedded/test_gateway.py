@@ -30,12 +30,12 @@ def hosted(tmp_path: pathlib.Path) -> Iterator[Hosted]:
 
 
 @pytest.fixture
-def make(hosted: Hosted) -> Iterator[Callable[..., Serving]]:
+def make(hosted: Hosted, tmp_path: pathlib.Path) -> Iterator[Callable[..., Serving]]:
     """Makes gateways of that engine."""
     made: list[Serving] = []
 
     def make(**settings: Any) -> Serving:
-        made.append(Serving(hosted.config.model_copy(update=settings), lambda: Client.embedded(hosted.engine, hosted.config)))
+        made.append(Serving(hosted.config.model_copy(update=settings), lambda: Client.embedded(hosted.engine, hosted.config), embedded=tmp_path / "state"))
         return made[-1]
 
     yield make
@@ -95,6 +95,22 @@ def test_a_start_that_does_not_wait_is_201_and_200_when_it_is_repeated(http: htt
     assert http.get(first.headers["location"]).json()["status_value"] == {"asked": {"items": 3}}
     other = http.post("/workflows/order%2F7", params={"workflow": "ask"})
     assert (other.status_code, said(other)["code"]) == (409, "exists")
+
+
+def test_workflows_are_listed_newest_first_by_what_is_asked_for(http: httpx.Client) -> None:
+    for n in range(3):
+        http.post(f"/workflows/order-{n}", params={"workflow": "ask"}, json={"customer": "Ada" if n else "Bob", "n": n})
+    http.post("/workflows/other", params={"workflow": "big", "wait": 20}, json=3)
+    everything = http.get("/workflows").json()
+    assert everything["counts"] == {"waiting": 3, "ended": 1}
+    assert [row["changed"] for row in everything["workflows"]] == sorted([row["changed"] for row in everything["workflows"]], reverse=True)
+    asked = http.get("/workflows", params=[("status", "waiting"), ("id", "order-"), ("since", "1h"), ("where", "asked.customer=Ada"), ("where", "asked.n=2")]).json()
+    assert [(row["id"], row["workflow"], row["status_value"]["asked"]["n"]) for row in asked["workflows"]] == [("order-2", "ask", 2)]
+    assert [wait["kind"] for wait in asked["workflows"][0]["waits"]]
+    assert (len(http.get("/workflows", params={"limit": 2}).json()["workflows"]), http.get("/workflows", params={"limit": 2}).json()["counts"]) == (2, everything["counts"])
+    for wrong in ({"limit": 5000}, {"limit": 0}, {"status": "asleep"}, {"since": "yesterday"}, {"where": "x"}, {"customer": "Ada"}):
+        answer = http.get("/workflows", params=wrong)
+        assert (answer.status_code, said(answer)["code"]) == (400, "usage"), wrong
 
 
 def test_an_id_that_the_gateway_makes_is_the_same_for_the_same_key(make: Callable[..., Serving]) -> None:

@@ -14,6 +14,9 @@ from confluent_kafka import Producer
 
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
+from kwflow.errors import TransportError
+from kwflow.runners import outside
+from kwflow.runners.instances import Filter
 from kwflow.runners.kafka import link as kafka_link
 from tests.integration.lab import Lab, stop, turn
 from tests.integration.site import Site, refs
@@ -60,11 +63,16 @@ def test_show_and_list_ask_the_engines_that_own_the_partitions_and_read_the_chan
     site.until(lambda: owned(site, "two"))
     listed, shown = answered(site, "list", "--json"), answered(site, "show", ids[0], "--json")
     assert sorted(row["id"] for row in json.loads(listed)) == sorted(ids)
+    config = Config(bootstrap_servers=site.broker, application_id=site.application)
+    found = outside.asked(config, None, Filter(status="waiting"), 4)
+    assert (len(found.rows), found.counts) == (4, {"waiting": 6}), "what GET /workflows of a gateway gives"
     assert "no instance 'nobody'" in site.refused("show", "nobody")
     assert "kind = " in site.run("show", ids[0], "--locals"), "variables come from the changelog"
     for engine in engines:
         engine.send_signal(signal.SIGKILL)
         engine.wait()
+    with pytest.raises(TransportError, match=r"does not answer at 127.0.0.1:.*engines that are started with --http tell"):
+        outside.asked(config, None, Filter(), 4)
     for said, before in ((site.fails(0, "list", "--json"), listed), (site.fails(0, "show", ids[0], "--json"), shown)):
         assert f"{CHANGELOG}: {site.application}-" in said and "does not answer at 127.0.0.1:" in said
         found = json.loads(next(line for line in said.splitlines() if line[0] in "[{"))

@@ -38,6 +38,7 @@ from kwflow.ports import Decision
 from kwflow.runners.activities.dispatch import Dispatcher
 from kwflow.runners.activities.threads import Threads
 from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.instances import newest_of
 from kwflow.runners.kafka.environment import _Live
 from kwflow.runners.kafka.standby import Cleanup
 from kwflow.runners.loop import WorkflowProcessor
@@ -336,7 +337,7 @@ def _gateway(config: Config, ask: Callable[[Service], str]) -> str:
     """What a gateway says whose engine does not run."""
     with tempfile.TemporaryDirectory() as directory:
         held = Embedded(pathlib.Path(directory), config, sync=False)
-        with Service(config, lambda: Client.embedded(held, config)) as service:
+        with Service(config, lambda: Client.embedded(held, config), lambda wanted, limit: newest_of((), limit)) as service:
             said = ask(service)
         held.close()
     return said

@@ -18,6 +18,7 @@ from kwflow.gateway.application import application
 from kwflow.gateway.problems import KINDS, RequestError, problem_of
 from kwflow.gateway.service import Service
 from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.instances import newest_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 DONE = {"ok", "delivered", "started", "duplicate"}
@@ -96,7 +97,7 @@ class Asking:
     def __init__(self, directory: pathlib.Path, **settings: Any) -> None:
         self.config = Config(command_timeout_s=0.2, value_bytes_max=BODY_MAX, **settings)
         self.engine = Embedded(directory, self.config, sync=False)
-        self.service = Service(self.config, lambda: Client.embedded(self.engine, self.config))
+        self.service = Service(self.config, lambda: Client.embedded(self.engine, self.config), lambda wanted, limit: newest_of((), limit))
         self.application = application(self.service)
 
     def __call__(self, method: str, path: str, **more: Any) -> httpx.Response:
