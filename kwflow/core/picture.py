@@ -12,13 +12,14 @@ import msgspec
 
 from kwflow.core.snapshot import CLASSES
 from kwflow.core.tasks import PENDING, Awaitable, Combinator, Task
-from kwflow.durable.peek import CREATED, OBJECT, WAITING, Shown, States, Stub, graph, qualname
+from kwflow.durable.peek import CREATED, OBJECT, WAITING, Shown, States, Stub, graph, qualname, text
 from kwflow.errors import CorruptSnapshotError
 
 __all__ = ["UNSET", "Frame", "Node", "Picture", "picture_of"]
 
 _NODES_MAX = 200  # of a picture; what is told of waits in the header is told besides
 _RUNNING = ("target", "agen", "gen")  # what iterators of ours call that which they run
+_WORD_MAX = 1000  # characters
 _WRAPPED_MAX = 50  # an `async with` inside an exit stack's entry, and so on
 UNSET = msgspec.UNSET  # a cell that nothing was put into yet
 
@@ -78,6 +79,7 @@ class _Drawing:
         self._seen: set[int] = set()
         self._nodes: list[Node] = []
         self._todo: list[tuple[int, str, Any]] = []
+        self._shown = Shown(states, self._named)
 
     def picture(self, root: dict[str, Any]) -> Picture:
         for task in [root["main"], *root["tasks"].values()]:
@@ -87,25 +89,25 @@ class _Drawing:
                     self._draw(*self._todo.pop())
         whole = not self._todo
         waiting = [made for kind, made, _ in self._states.values() if kind == WAITING and id(made) not in self._seen] if whole else []
-        return Picture(self._nodes, whole, [self._frame(made) for made in waiting[:_NODES_MAX]], Shown(self._states, self._named))
+        return Picture(self._nodes, whole, [self._frame(made) for made in waiting[:_NODES_MAX]], self._shown)
 
     def _draw(self, depth: int, key: str, awaited: Any) -> None:
         """One thing that is waited for; a task as its stack, which goes on with what it waits for."""
         cls, fields = self._class(awaited), self._fields(awaited)
         again = id(awaited) in self._seen
         self._seen.add(id(awaited))
-        node = Node(depth, getattr(cls, "kind", cls.__name__.lower()), key=key, state=fields["state"], value=fields["value"], again=again)
+        node = Node(depth, getattr(cls, "kind", cls.__name__.lower()), key=key, state=text(fields["state"]), value=fields["value"], again=again)
         if issubclass(cls, Task):
-            self._nodes.append(msgspec.structs.replace(node, name=fields["name"], ref=str(fields["number"])))
+            self._nodes.append(msgspec.structs.replace(node, name=self._word(fields["name"]), ref=self._word(fields["number"])))
             if fields["state"] == PENDING and not again:
                 self._stack(depth + 1, fields)
         elif issubclass(cls, Combinator):
             self._nodes.append(node)
             if fields["state"] == PENDING and not again:
                 keys = fields["keys"] or range(len(fields["children"]))
-                self._todo += [(depth + 1, str(key), child) for key, child in reversed(list(zip(keys, fields["children"], strict=True)))]
+                self._todo += [(depth + 1, self._word(key), child) for key, child in reversed(list(zip(keys, fields["children"], strict=True)))]
         else:
-            self._nodes.append(msgspec.structs.replace(node, name=str(fields.get("name") or fields.get("child_id") or ""), ref=str(fields.get("ref", ""))))
+            self._nodes.append(msgspec.structs.replace(node, name=self._word(fields.get("name") or fields.get("child_id") or ""), ref=self._word(fields.get("ref", ""))))
 
     def _stack(self, depth: int, task: dict[str, Any]) -> None:
         """The generators of a task, and of those that it waits for with `yield`, which go on the same stack."""
@@ -138,8 +140,13 @@ class _Drawing:
     def _frame(self, gen: Stub) -> Frame:
         kind, _, slots = self._states[id(gen)]
         cells = tuple(self._content(cell) for cell in (gen.args[2] if len(gen.args) > 2 else ()))
-        variables = {name: value for name, value in slots.items() if name[0] != "@"}
-        return Frame(str(gen.args[0]), str(gen.args[1]), qualname(gen), slots.get("@l") if kind == WAITING else None, variables, cells)
+        variables = {text(name): value for name, value in slots.items() if name[0] != "@"}
+        label = slots.get("@l") if kind == WAITING else None
+        return Frame(text(gen.args[0]), text(gen.args[1]), qualname(gen), None if label is None else text(label), variables, cells)
+
+    def _word(self, value: Any) -> str:
+        """A key, a name or a number: an author's key may be any object."""
+        return value[:_WORD_MAX] if isinstance(value, str) else self._shown.text(value, _WORD_MAX)
 
     def _content(self, cell: Stub) -> Any:
         return self._states[id(cell)][2] if id(cell) in self._states else UNSET
@@ -165,5 +172,10 @@ class _Drawing:
             return None
         cls, fields = self._class(made), self._fields(made)
         if issubclass(cls, Combinator):
-            return f"<{cls.__name__.lower()} of {len(fields['children'])} {fields['state']}>"
-        return f"<task {fields['number']} {fields['name']} {fields['state']}>" if issubclass(cls, Task) else f"<{getattr(cls, 'kind', '')} {fields.get('ref')} {fields['state']}>"
+            return f"<{cls.__name__.lower()} of {len(fields['children'])} {text(fields['state'])}>"
+        named = f"task {_number(fields['number'])} {text(fields['name'])}" if issubclass(cls, Task) else f"{getattr(cls, 'kind', '')} {text(fields.get('ref'))}"
+        return f"<{named} {text(fields['state'])}>"
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) and value.bit_length() < 64 else 0

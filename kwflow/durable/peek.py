@@ -1,6 +1,7 @@
 """What a snapshot's body holds, looked at without running or even loading the author's code (semantics §4.1, §4.4).
 
-Every class and function the bytes name becomes a stub that only remembers what it was given.  `peek` shows the waiting
+Every class and function the bytes name becomes a stub that only remembers what it was given.  Nobody has checked these bytes: none may
+take more memory or time than they are long.  `peek` shows the waiting
 generators, `told` its variables as text, `graph` gives all of it, `Shown` writes values for people, `canonical` is a form of the whole that is equal when two graphs are.
 """
 
@@ -10,7 +11,9 @@ import contextlib
 import io
 import pickle
 import re
-from collections.abc import Callable, Iterator
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date, datetime, time, timedelta
 from typing import Any
 
@@ -19,9 +22,9 @@ from kwflow.durable.codec import _CELL, _CREATED, _EXCEPTION, _FINISHED, _GENERA
 from kwflow.durable.frames import SUSPENDED
 from kwflow.errors import CorruptSnapshotError
 
-__all__ = ["CREATED", "OBJECT", "WAITING", "Shown", "States", "Stub", "canonical", "canonical_bytes", "graph", "peek", "qualname", "told"]
+__all__ = ["CREATED", "OBJECT", "WAITING", "Shown", "States", "Stub", "canonical", "canonical_bytes", "graph", "peek", "qualname", "text", "told"]
 
-_REAL: dict[str, type] = {cls.__name__: cls for cls in (set, frozenset, bytearray, complex, range, slice, list, dict, tuple)}
+_REAL: dict[str, type] = {cls.__name__: cls for cls in (complex, range)}  # what a call of another would copy, or count up: pickle has opcodes for those
 _TIMES: dict[str, Any] = {f"datetime.{cls.__name__}": cls for cls in (date, datetime, time, timedelta)}
 
 
@@ -61,12 +64,17 @@ class Stub:
         return f"<{self.name} {' '.join(held)}>" if held else f"<{self.name}>"
 
     def _arguments(self) -> list[str]:
-        """As they are; times as one reads them, which pickle packs into bytes, with their zone behind."""
+        """As they are; times as one reads them, with their zone behind."""
+        moment, others = self.moment()
+        return [*([moment] if moment else []), *map(repr, others)]
+
+    def moment(self) -> tuple[str, tuple[Any, ...]]:
+        """A time as one reads it, which pickle packs into bytes, and the arguments beside it; empty if it is none."""
         if self.name in _TIMES:
             with contextlib.suppress(Exception):  # damaged
                 count = 1 if isinstance(self.args[0], bytes) else len(self.args)
-                return [str(_TIMES[self.name](*self.args[:count])), *map(repr, self.args[count:])]
-        return [*map(repr, self.args)]
+                return str(_TIMES[self.name](*self.args[:count])), self.args[count:]
+        return "", self.args
 
 
 class _Found(type):
@@ -90,15 +98,61 @@ def _finds(constructor: str, name_of: Callable[..., str]) -> Callable[..., type]
 
 _FINDING: dict[str, Callable[..., type]] = {
     "class_by_value": _finds("class_by_value", lambda *_: "class_by_value"),
-    "local_class": _finds("local_class", lambda metaclass, name, *_: str(name)),
-    "named": _finds("named", lambda module, qualname: f"{module}.{qualname}"),
+    "local_class": _finds("local_class", lambda metaclass, name, *_: text(name)),
+    "named": _finds("named", lambda module, qualname: f"{text(module)}.{text(qualname)}"),
 }
+
+
+def text(value: Any) -> str:
+    """What is a text where these bytes are what they say."""
+    return value if isinstance(value, str) else "?"
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """A tuple of tuples takes hash() as long as all of it is when written out, and as much of the C stack as it is deep.  Raises UnpicklingError."""
+    for key in keys:
+        todo, met = [(key, 0)], 0
+        while todo:
+            value, depth = todo.pop()
+            met += 1
+            if met > _KEY_VALUES_MAX or depth > _KEY_NESTING_MAX:
+                raise pickle.UnpicklingError("a key of a dict, or an item of a set, nests too deeply")
+            if type(value) is tuple:
+                todo += [(item, depth + 1) for item in value]
+
+
+def _check_filled(stack: list[Any]) -> None:
+    """Attributes are for stubs: a constructor of ours is the process's own."""
+    if not isinstance(stack[-2], Stub):
+        raise pickle.UnpicklingError("a state for what is no object")
+
+
+def _load_bytearray(unpickler: Any) -> None:
+    """Python makes one before it looks whether so many bytes are there."""
+    (length,) = struct.unpack("<Q", unpickler.read(8))
+    unpickler.append(bytearray(unpickler.read(min(length, sys.maxsize))))
+
+
+def _after(check: Callable[[list[Any]], None], load: Callable[[Any], None]) -> Callable[[Any], None]:
+    def checked(unpickler: Any) -> None:
+        check(unpickler.stack)
+        load(unpickler)
+
+    return checked
+
+
+_LOADS: Any = pickle._Unpickler.dispatch
+_CHECKS: dict[bytes, Callable[[list[Any]], None]] = {
+    pickle.BUILD: _check_filled, pickle.SETITEM: lambda stack: _check_keys(stack[-2:-1]), pickle.SETITEMS: lambda stack: _check_keys(stack[::2]), pickle.ADDITEMS: _check_keys,
+    pickle.FROZENSET: _check_keys,
+}  # fmt: skip
 
 
 class _Unpickler(pickle._Unpickler):
     """The one in Python: its memo is a dict, and five bytes that name a high number in one do not fill the memory of the machine."""
 
     memo: dict[int, Any]
+    dispatch = {**_LOADS, pickle.BYTEARRAY8[0]: _load_bytearray, **{code[0]: _after(check, _LOADS[code[0]]) for code, check in _CHECKS.items()}}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "builtins" and name in _REAL:
@@ -149,14 +203,21 @@ def _stubs_of_format_1(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
 
 def peek(body: bytes) -> list[tuple[str, dict[str, Any]]]:
     """(function, its variables) of each waiting generator, in the order they were met.  Raises CorruptSnapshotError."""
-    return _waiting(_stubs(body)[1])
+    return _checked(_stubs(body)[1])
+
+
+def _checked(states: list[tuple[int, Any, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        return _waiting(states)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CorruptSnapshotError(f"the body of a snapshot is not an instance: {error!r}") from error
 
 
 def told(body: bytes, characters: int) -> list[tuple[str, dict[str, str]]]:
     """The same as text, each value in so many characters.  Raises CorruptSnapshotError."""
     states = _stubs(body)[1]
     shown = Shown({id(made): (kind, made, state) for kind, made, state in states})
-    return [(function, {name: shown.text(value, characters) for name, value in values.items()}) for function, values in _waiting(states)]
+    return [(function, {text(name): shown.text(value, characters) for name, value in values.items()}) for function, values in _checked(states)]
 
 
 def _waiting(states: list[tuple[int, Any, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -174,7 +235,7 @@ def _waiting(states: list[tuple[int, Any, Any]]) -> list[tuple[str, dict[str, An
 
 def qualname(made: Stub) -> str:
     """What a generator or function calls itself: the name in its path, without the numbers of functions that share theirs."""
-    return str(made.args[4]) if len(made.args) > 4 else re.sub(r"#\d+|\.<body>$", "", str(made.args[1]))
+    return text(made.args[4]) if len(made.args) > 4 else re.sub(r"#\d+|\.<body>$", "", text(made.args[1]))
 
 
 class Shown:
@@ -227,8 +288,14 @@ class Shown:
         named = self._named(made)
         if named is None and made.name in ("generator", "function") and len(made.args) > 1:
             named = f"<{made.name} {qualname(made)}>"
-        if named is not None or made.name in _TIMES:
-            yield self._counted(named or " ".join(made._arguments()))
+        moment, others = made.moment()
+        if named is not None:
+            yield self._counted(named)
+        elif moment:
+            yield self._counted(moment)
+            for other in others:
+                yield self._counted(" ")
+                yield from self._value(other, depth)
         elif kind == _CELL:
             yield from self._value(state, depth)
         elif kind == _EXCEPTION and len(made.args) > 1:
@@ -246,13 +313,15 @@ class Shown:
         for number, (name, value) in enumerate(values):
             if self._left <= 0:
                 return
-            yield self._counted((", " if number else "") + ("" if name is None else f"{name}="))
+            yield self._counted((", " if number else "") + ("" if name is None else f"{text(name)}="))
             yield from self._value(value, depth)
         yield self._counted(")")
 
 
 _BRACKETS: dict[type, tuple[str, str]] = {list: ("[", "]"), tuple: ("(", ")"), dict: ("{", "}"), set: ("{", "}"), frozenset: ("{", "}")}
 _NESTING_MAX = 20
+_KEY_VALUES_MAX = 100_000
+_KEY_NESTING_MAX = 500
 
 
 def _plain(value: Any, characters: int) -> str:
@@ -261,7 +330,7 @@ def _plain(value: Any, characters: int) -> str:
     try:
         return repr(value[: characters + 1] if isinstance(value, (str, bytes, bytearray)) else value)
     except ValueError:  # Python writes no number of so many digits
-        return f"<int of {value.bit_length()} bits>"
+        return f"<int of {value.bit_length()} bits>" if isinstance(value, int) else f"<{type(value).__name__} of large numbers>"
 
 
 def canonical(root: Any) -> str:

@@ -154,6 +154,7 @@ def main(opts):
     for _ in range(60):
         many = [many, many, many]
     number, text = 10 ** 6000, "x" * 100_000
+    numbers, cut = range(10 ** 6000), slice(many, me)
     yield kw.suspend("r")
 """
     picture = drawn(source)
@@ -161,7 +162,21 @@ def main(opts):
     told = {name: picture.shown.text(value, 60) for name, value in frame.variables.items()}
     assert told["me"] == "drawn.Node(other=drawn.Node(other=…))"
     assert told["number"] == "<int of 19932 bits>" and told["text"] == "'" + "x" * 59 + "…"
-    assert len(told["many"]) <= 61 and told["many"].startswith("[[[[")
+    assert told["numbers"] == "<range of large numbers>"
+    assert len(told["many"]) <= 61 and told["many"].startswith("[[[[") and told["cut"].startswith("slice([[[[") and len(told["cut"]) <= 61
+
+
+def test_a_combinator_may_have_any_keys() -> None:
+    """They are told as other values are: an object that held itself, or a number of thousands of digits, ended who looked."""
+    picture = drawn("""
+import kwflow as kw
+class Key: pass
+def main(opts):
+    me = Key()
+    me.me = me
+    yield kw.all({me: kw.suspend("a"), 10 ** 6000: kw.suspend("b"), ("x", 1): kw.suspend("c")})
+""")
+    assert [node.key for node in picture.nodes if node.kind == "suspension"] == ["drawn.Key(me=…)", "<int of 19932 bits>", "('x', 1)"]
 
 
 def test_values_are_told_as_a_person_reads_them() -> None:

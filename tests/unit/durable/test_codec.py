@@ -226,14 +226,26 @@ def main():
 
 def test_damaged_bytes_do_not_fill_the_memory_of_who_looks_at_them() -> None:
     """G10: found by a property test, whose process took 22 GB: the number of an entry in a memo may be anything."""
+    large = b"\x8a\x05\0\0\0\0\1"  # 2 ** 32
+    made = {name: b"\x8c\x08builtins\x8c" + bytes([len(name)]) + name.encode() + b"\x93" for name in ("bytearray", "range", "set")}
+    bombs = (b"Nr\0\0\x80\0.", b"\x96\0\0\0\0\1\0\0\0.", made["bytearray"] + large + b"\x85R.", made["set"] + made["range"] + large + b"\x85R\x85R.")
     tracemalloc.start()
     try:
-        for data in (b"\2", b""):
+        for data in [first + b"\x80\x05" + bomb for bomb in bombs for first in (b"\2", b"")]:
             with pytest.raises(SnapshotError):
-                peek(data + b"\x80\x05Nr\0\0\x80\0.")
+                peek(data)
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_damaged_bytes_keep_nobody_busy_who_looks_at_them() -> None:
+    """G10: a tuple of itself twice, sixty times over, is a hundred bytes; its hash, or its text in a name, takes until the end of time, and one as deep as it is long the process."""
+    wide, deep = b")" + b"2\x86" * 60, b")" + b"\x85" * 1_000_000
+    rebuilt = b"\x8c\x16kwflow.durable.rebuild\x8c\x05named\x93"
+    for bomb in (b"}" + wide + b"Ns.", b"}(" + wide + b"Nu.", b"\x8f(" + wide + b"\x90.", b"(" + wide + b"\x91.", b"}" + deep + b"Ns.", rebuilt + wide + b"N\x86R.", rebuilt + b"}\x8c\1xNsb."):
+        with pytest.raises(SnapshotError):
+            peek(b"\2\x80\x05" + bomb)
 
 
 def test_a_body_that_is_a_plain_list_still_loads() -> None:
