@@ -26,6 +26,8 @@ STATUSES = ("waiting", "closing", "parked", "paused", "ended", "damaged")
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _PAGE = 500
+_LIMIT_MAX = 10_000  # rows; an engine has them in memory until it has looked through all, which without a limit it need not
+_DIGITS_MAX = 9  # of an index
 _BREATH_S = 0.002  # after each page: the engine's own thread goes on, however many rows somebody looks through
 _HIDDEN = ("v", "code", "lowering", "key", "ids")
 _FIRST_ID = b"\1"  # an engine's own entries begin with NUL
@@ -86,7 +88,7 @@ def _has(value: Any, name: str, wanted: str) -> bool:
     for part in name.split("."):
         if isinstance(value, dict):
             value = value.get(part, msgspec.UNSET)
-        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+        elif isinstance(value, list) and part.isdecimal() and len(part) <= _DIGITS_MAX and int(part) < len(value):
             value = value[int(part)]
         else:
             return False
@@ -105,8 +107,8 @@ def asked_for(query: Sequence[tuple[str, str]]) -> tuple[Filter, int | None]:
             given[name] = value
     try:
         limit = msgspec.convert(given.pop("limit", None), int | None, strict=False)
-        if limit is not None and limit < 1:
-            raise UsageError(f"limit is at least 1, not {limit}")
+        if limit is not None and not 1 <= limit <= _LIMIT_MAX:
+            raise UsageError(f"limit is 1 to {_LIMIT_MAX}; without one all come, page by page")
         return msgspec.convert(given, Filter, strict=False), limit
     except msgspec.ValidationError as error:
         raise UsageError(f"{error}; there are: {', '.join(Filter.__struct_fields__)}, limit") from None
@@ -240,6 +242,8 @@ def newest(served: Instances, wanted: Filter, limit: int) -> Iterator[bytes]:
         if rows is None:
             return
         counts.update(row["status"] for row in rows)
-        kept = newest_of([*kept, *rows], limit).rows
+        kept += rows
+        if len(kept) > 2 * limit + _PAGE:  # not after every page: that would take as long again for each
+            kept = newest_of(kept, limit).rows
         yield b" "
-    yield msgspec.json.encode(Found(kept, dict(counts)))
+    yield msgspec.json.encode(Found(newest_of(kept, limit).rows, dict(counts)))
