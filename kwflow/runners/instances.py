@@ -1,6 +1,6 @@
 """What is told of an instance, as JSON, and which ones are asked for: the same from the changelog and from the engine that owns it.
 
-From headers alone, no code of the author's is loaded.  A `Filter` is applied by the engine, and again by who asked: an older engine gives all.
+From headers alone, no code of the author's is loaded, and one that is no header of ours is damaged.  A `Filter` is applied by the engine, and again by who asked: an older engine gives all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 
 from kwflow.core import snapshot
 from kwflow.core.murmur2 import partition_of
-from kwflow.errors import SnapshotError, UsageError
+from kwflow.errors import CorruptSnapshotError, SnapshotError, UsageError
 
 __all__ = ["ALL", "STATUSES", "Filter", "Found", "Instances", "Page", "array", "asked_for", "described", "header_of", "newest", "newest_of", "one", "row_of", "several", "since_ms", "status_of"]
 
@@ -40,6 +40,64 @@ class Instances(msgspec.Struct, frozen=True):
     engine: str
     partitions: int
     pages: dict[int, Page]
+
+
+class _Wait(msgspec.Struct):
+    """As snapshot.waits_of has it."""
+
+    ref: str
+    kind: str
+    since: float
+    due: float = 0
+    name: str = ""
+    attempt: int = 0
+    queue: str = ""
+    child: str = ""
+    workflow: str = ""
+    function: str = ""
+    file: str = ""
+    line: int = 0
+
+
+class _Parked(msgspec.Struct):
+    reason: str
+    message: str
+    offset: int
+    was: str | None = None
+
+
+class _Outcome(msgspec.Struct):
+    kind: str
+    value: str | None
+    at: dict[str, str | int] = {}
+
+
+class _Cancel(msgspec.Struct):
+    reason: str
+    at: float
+
+
+class _Forked(msgspec.Struct):
+    id: str
+
+
+class _Told(msgspec.Struct):
+    """What is told of a header: nobody else looks whether it is what it should be, and one that is not would hide all others."""
+
+    workflow: str
+    waits: list[_Wait]
+    start_id: str = ""
+    created: float = 0
+    updated: float = 0
+    ended: float = 0
+    applied: tuple[str, int, int] | None = None
+    parked: _Parked | None = None
+    outcome: _Outcome | None = None
+    cancel: _Cancel | None = None
+    parent: str = ""
+    forked: _Forked | None = None
+    mailbox: dict[str, dict[str, int]] = {}
+    updates: dict[str, Any] = {}
 
 
 class Filter(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -161,7 +219,7 @@ def status_of(header: dict[str, Any]) -> str:
 
 def described(data: bytes, keys: snapshot.Keys) -> dict[str, Any]:
     """`kwflow show ID --json`.  Raises SnapshotError."""
-    header = snapshot.read_header(data)
+    header = _checked(snapshot.read_header(data))
     shown = {name: value for name, value in header.items() if name not in _HIDDEN}
     return {**shown, "status": status_of(header), "seal": snapshot.seal_of(data, keys)}
 
@@ -169,9 +227,20 @@ def described(data: bytes, keys: snapshot.Keys) -> dict[str, Any]:
 def header_of(data: bytes, read: Callable[[bytes], dict[str, Any]] = snapshot.read_header) -> dict[str, Any]:
     """For who looks at all of them: one that is damaged says so, and hides none of the others."""
     try:
-        return read(data)
+        return _checked(read(data))
     except SnapshotError:
         return {"workflow": "", "status": "damaged", "waits": []}
+
+
+def _checked(header: dict[str, Any]) -> dict[str, Any]:
+    """Raises CorruptSnapshotError."""
+    try:
+        told = msgspec.convert(header, _Told)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise CorruptSnapshotError(f"the header of a snapshot is none: {error}") from None
+    if header["status"] == "parked" and told.parked is None:
+        raise CorruptSnapshotError("the header of a snapshot is none: it is parked, and does not say why")
+    return header
 
 
 def row_of(key: bytes, data: bytes) -> dict[str, Any]:

@@ -198,6 +198,10 @@ def test_a_damaged_instance_is_listed_and_shown_with_the_reason(shop: Shop, http
     assert "Its bytes cannot be read. these bytes are no snapshot" in text_of(http.get(at("broken")).text)
     assert "Its variables are not shown: the body of a snapshot cannot be read" in text_of(http.get(at("broken-body")).text)
     assert "Its variables are not shown: its header is none" in text_of(http.get(at("broken-header")).text)
+    for name, told in {"waits": [3], "updated": "soon", "workflow": 1, "parked": 1, "outcome": []}.items():
+        shop.hosted.engine.db[store.prefix + b"broken-header"] = snapshot.copy(b"", {"v": 1, "status": "waiting", "waits": [], "workflow": "w", name: told})
+        assert "the header of a snapshot is none: Expected" in text_of(http.get(at("broken-header")).text), name
+        assert "broken-header" in ids(http.get("/?status=damaged").text)
     for id in (b"broken", b"broken-body", b"broken-header"):
         del shop.hosted.engine.db[store.prefix + id]
 
