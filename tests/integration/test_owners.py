@@ -63,7 +63,7 @@ def test_show_and_list_ask_the_engines_that_own_the_partitions_and_read_the_chan
     site.until(lambda: owned(site, "two"))
     listed, shown = answered(site, "list", "--json"), answered(site, "show", ids[0], "--json")
     assert sorted(row["id"] for row in json.loads(listed)) == sorted(ids)
-    config = Config(bootstrap_servers=site.broker, application_id=site.application)
+    config = Config(bootstrap_servers=site.broker, application_id=site.application, resume_topic=site.topic("resume"))
     found = outside.asked(config, None, Filter(status="waiting"), 4)
     assert (len(found.rows), found.counts) == (4, {"waiting": 6}), "what GET /workflows of a gateway gives"
     assert "no instance 'nobody'" in site.refused("show", "nobody")
@@ -85,7 +85,7 @@ def test_an_answer_counts_only_if_the_engine_that_is_named_gives_it(site: Site) 
     site.send(id, 'new:{"timeout": 86400000}')
     refs(site, [id])
     assert CHANGELOG not in site.fails(0, "list"), "one that owns both partitions is asked once"
-    config = Config(bootstrap_servers=site.broker, application_id=site.application)
+    config = Config(bootstrap_servers=site.broker, application_id=site.application, resume_topic=site.topic("resume"))
     key = f"{site.topic('resume')}/{partition_of(id.encode(), 2)}".encode()
     owner = json.loads([record.value or b"" for record in kafka_link.read(config, config.owners_topic) if record.key == key][-1])
     producer = Producer({"bootstrap.servers": site.broker, "log_level": 0})
@@ -140,7 +140,7 @@ def test_a_record_that_kills_two_engines_in_turn_ends_in_dead_letters(site: Site
     module.write_text(DEADLY)
     site.send(site.application, 'new:"deadly"')
     site.send(f"{site.application}-other", "new:7")
-    config = Config(bootstrap_servers=site.broker, application_id=site.application)
+    config = Config(bootstrap_servers=site.broker, application_id=site.application, resume_topic=site.topic("resume"))
     deaths = 0
     while not (letters := [record.key for record in kafka_link.read(config, config.dead_letter_topic)]):
         engine = site.engine(("one", "two")[deaths % 2], str(module), False)
