@@ -16,7 +16,6 @@ from kwflow.console.problems import Problem
 from kwflow.console.reading import ROWS, listed, looked
 from kwflow.console.site import site_of
 from kwflow.console.words import text_of
-from kwflow.core import wire
 from kwflow.core.wire import Record
 from kwflow.errors import UsageError
 from kwflow.runners import letters
@@ -97,7 +96,7 @@ async def _letters(request: Request) -> Response:
 
 
 def _row(identity: str, letter: Record) -> dict[str, Any]:
-    reason, message = (wire.header(letter, f"kwflow-error-{name}") or "" for name in ("reason", "message"))
+    reason, message = (letters.said_of(letter, name) or "" for name in ("reason", "message"))
     return {"letter": identity, "id": text_of(letter.key), "reason": reason, "message": message, "holds": None, "at": letter.timestamp_ms}
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 
 from kwflow.config import Config
-from kwflow.core import wire
 from kwflow.core.wire import Output, Record
 from kwflow.errors import UsageError
 from kwflow.runners.groups import Group, Mark, Undone
@@ -17,7 +16,7 @@ from kwflow.runners.instances import header_of
 from kwflow.runners.outside import Write, read, sole_writer, states
 from kwflow.runners.parked import ADDRESS, HOLD, holds
 
-__all__ = ["Parked", "Settled", "letters_of", "no_such", "parked_of", "settle"]
+__all__ = ["Parked", "Settled", "letters_of", "no_such", "parked_of", "said_of", "settle"]
 
 _DONE = "kwflow-dead-letter-done"
 _FIRST = "kwflow-original-timestamp"
@@ -43,12 +42,17 @@ class Settled(msgspec.Struct, frozen=True):
     done: bool = True
 
 
+def said_of(letter: Record, name: str) -> str | None:
+    """What an engine said of it; whoever may write to the topic may have put anything there, and that hides none of the others."""
+    return next((value.decode("utf-8", "backslashreplace") for header, value in reversed(letter.headers) if header == f"kwflow-error-{name}" and value is not None), None)
+
+
 def letters_of(settings: Config, embedded: Path | None) -> dict[str, Record]:
     """Identity (`<partition>:<offset>`) -> dead letter that nobody has dealt with; those that only tell of a parked instance are left out."""
     letters: dict[str, Record] = {}
     done: set[bytes | None] = set()
     for record in read(settings, embedded, settings.dead_letter_topic):
-        reason = wire.header(record, "kwflow-error-reason")
+        reason = said_of(record, "reason")
         if reason is None:  # a mark; a letter may bear any header of its sender's, this one too
             done |= {value for name, value in record.headers if name == _DONE}
         elif reason != "parked":
@@ -86,7 +90,7 @@ def settle(settings: Config, embedded: Path | None, what: str | None, reason: st
         left = dict(letters)
         for identity, letter in letters.items():
             if op == "retry" and _is_remnant(letter):
-                place = "{}[{}]@{}".format(*(wire.header(letter, f"kwflow-error-{name}") for name in ("topic", "partition", "offset")))
+                place = "{}[{}]@{}".format(*(said_of(letter, name) for name in ("topic", "partition", "offset")))
                 yield Settled(identity, f"it holds nothing of its record, which is {place}; send that again from where it came, and discard this", False)
                 del left[identity]
         yield from _closed(settings, left, op, write)
@@ -105,7 +109,7 @@ def _closed(settings: Config, letters: dict[str, Record], op: str, write: Write)
 
 def _is_remnant(letter: Record) -> bool:
     """Of a record whose letter would have been too much (K11).  Sent again it would be an empty one, whose own letter hides where the first is."""
-    return letter.value is None and wire.header(letter, "kwflow-error-reason") == "refused"
+    return letter.value is None and said_of(letter, "reason") == "refused"
 
 
 def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: str | None) -> tuple[list[str], dict[str, Record]]:
@@ -114,7 +118,7 @@ def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: s
     if what is not None:
         parked, letters = {what: parked[what]} if what in parked else {}, {what: letters[what]} if what in letters else {}
     ids = [id for id, found in parked.items() if reason in (None, found.why["reason"])]
-    chosen = {identity: record for identity, record in letters.items() if reason in (None, wire.header(record, "kwflow-error-reason"))}
+    chosen = {identity: record for identity, record in letters.items() if reason in (None, said_of(record, "reason"))}
     if not ids and not chosen:
         if what is not None:
             raise no_such(what)
@@ -128,6 +132,6 @@ def _closing(settings: Config, identity: str, letter: Record, again: bool) -> Gr
     records = [Output(settings.dead_letter_topic, letter.key, None, ((mark.name, mark.value),))]
     if again:
         headers = tuple(pair for pair in letter.headers if not pair[0].startswith("kwflow-error-") and pair[0] not in ADDRESS)
-        first = () if wire.header(letter, _FIRST) else ((_FIRST, str(letter.timestamp_ms).encode()),)
-        records.insert(0, Output(wire.header(letter, "kwflow-error-topic") or settings.resume_topic, letter.key, letter.value, (*headers, *first)))
+        first = () if any(name == _FIRST and value for name, value in headers) else ((_FIRST, str(letter.timestamp_ms).encode()),)
+        records.insert(0, Output(said_of(letter, "topic") or settings.resume_topic, letter.key, letter.value, (*headers, *first)))
     return Group(tuple(records), mark)

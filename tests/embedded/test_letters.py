@@ -323,6 +323,20 @@ def test_a_letter_whose_sender_gave_it_our_mark_is_listed_and_closes_no_other(of
     assert "marked" in said and said.count("bad-json") == before.count("bad-json") + 1
 
 
+def test_a_letter_whose_headers_are_no_text_hides_and_holds_up_none_of_the_others(office: Office) -> None:
+    """G3: its sender may have given it any header, and who may write to the topic any letter."""
+    held = Embedded(office.directory, office.config, sync=False)
+    held.append(office.config.resume_topic, b"odd", b"{", (("kwflow-original-timestamp", b"\xff"),))
+    office.close(held)
+    office.run()
+    held = Embedded(office.directory, office.config, sync=False)
+    held.append(office.config.dead_letter_topic, b"foreign", b"{", (("kwflow-error-reason", b"bad-\xff"), ("kwflow-error-message", b"\xfe")))
+    held.close()
+    assert "bad-\\xff" in office("list") and '"\\\\xfe"' in office("list", "--json")
+    assert office("retry", "--all").count("sent again") == 5
+    assert office.records(office.config.resume_topic)[-2].headers == (("kwflow-original-timestamp", b"\xff"),)
+
+
 def test_one_entry_that_is_damaged_hides_none_of_the_others(office: Office) -> None:
     """It parks once a record comes for it, and is listed then; until then every command that looks at all passes over it."""
     held = Embedded(office.directory, office.config, sync=False)
