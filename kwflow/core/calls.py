@@ -139,6 +139,7 @@ class Calls:
             job = JobWait(self.next_id(), self.record.timestamp_ms, name, attempt, queue)
             handed = queues.handed_out(Dispatch(self.instance.id, job.ref, name, attempt, key or job.ref, arguments), self.context.topics.resume)
             return self.request(job, queue, queues.key_of(self.instance.id, job.ref), handed, self.travelling)
+        self._spend(wire.header_bytes(self.travelling))  # each call has them, as each timer and each call of a queue does
         wait = self.register(ActivityWait(self.next_id(), self.record.timestamp_ms, name, attempt))
         self.dispatch.append(Dispatch(self.instance.id, wait.ref, name, attempt, key or wait.ref, arguments, self.travelling))
         return wait
@@ -275,11 +276,14 @@ class Calls:
         """An output that author code asked for.  Raises UsageError naming a limit."""
         if len(self.outputs) >= self.context.limits.outputs_max:
             raise UsageError(f"more than {self.context.limits.outputs_max} outputs in one step (limit outputs_max); wait in between, such as yield kw.sleep(0), or raise it")
-        size = self._check_size(f"an output to {topic}", value, headers) + len(key)
+        self._spend(self._check_size(f"an output to {topic}", value, headers) + len(key))
+        self.write(topic, key, value, headers, timestamp_ms)
+
+    def _spend(self, size: int) -> None:
+        """Of what one transaction is to hold.  Raises UsageError."""
         if self._bytes + size > self.context.limits.output_bytes_max:
             raise UsageError(f"the outputs of one step have more than {self.context.limits.output_bytes_max} bytes (limit output_bytes_max); wait in between, such as yield kw.sleep(0), or raise it")
         self._bytes += size
-        self.write(topic, key, value, headers, timestamp_ms)
 
     def write(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:
         """Also what the engine says by itself: an end and cancelled timers are told, whatever author code has used up."""

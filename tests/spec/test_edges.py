@@ -109,6 +109,14 @@ def _arguments(at: int, bytes_: int) -> str:
     return "" if made.dispatch else str(result(made)[1])
 
 
+def _travelling(at: int, bytes_: int) -> str:
+    """Each call of an activity keeps the headers of the step's record."""
+    engine = Engine(output_bytes_max=at)
+    engine.module.WORK[:] = [make(lambda text: text)]
+    made = engine.batch(engine.record("a", b'new:["call",1]', (("x", b"x" * (bytes_ - 1)),)))[0]
+    return "" if made.dispatch else str(result(made)[1])
+
+
 def _size_of_state(held: int) -> int:
     engine = Engine()
     engine.start("state", held)
@@ -493,6 +501,7 @@ def _grace(at: int, seconds: int) -> str:
 EDGES = [
     Edge("outputs_max", "outputs of one step", 5, in_a_step("outputs_max", "outputs"), r"more than 5 outputs in one step .limit outputs_max.; wait in between"),
     Edge("output_bytes_max", "bytes of all outputs of one step, keys included", 50, in_a_step("output_bytes_max", "value", 1), r"outputs of one step .* 50 bytes .limit output_bytes_max.; wait in between"),
+    Edge("output_bytes_max", "headers that go on with a call of an activity", 50, _travelling, r"outputs of one step .* 50 bytes .limit output_bytes_max."),
     Edge("output_bytes_max", "outputs of two bytes each, keys included", 25, lambda at, n: in_a_step("output_bytes_max", "outputs")(2 * at, n), r"outputs of one step .* 50 bytes .limit output_bytes_max."),
     Edge("value_bytes_max", "bytes of an output", 300, in_a_step("value_bytes_max", "value"), r"an output to out has 301 bytes, more than 300 .limit value_bytes_max.; send a reference"),
     Edge("value_bytes_max", "bytes of a result", 300, in_a_step("value_bytes_max", "result"), r"the result has 301 bytes, more than 300 .limit value_bytes_max.; return a reference"),
