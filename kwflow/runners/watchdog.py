@@ -152,6 +152,19 @@ def _watch() -> None:
         _begins.clear()
 
 
+def _forked() -> None:
+    """In a process that was forked off: the thread that looks is the parent's, and its locks are as they were in that moment."""
+    global _registering, _begins
+    _registering, _begins = threading.Lock(), threading.Event()
+    for dog in _watched:
+        dog._watched = False
+    _watched.clear()
+    _watcher.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def _where(ident: int) -> str:
     frame = sys._current_frames().get(ident)
     while frame is not None and "kwflow" in frame.f_globals.get("__name__", "").split(".")[:1]:

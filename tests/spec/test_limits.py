@@ -582,6 +582,30 @@ def test_only_engines_that_work_are_looked_at() -> None:
     assert idle.looks >= looks + 25, "it works again"
 
 
+@pytest.mark.slow
+def test_steps_of_a_process_that_was_forked_off_are_ended_too() -> None:
+    """K19: the thread that looks is the parent's."""
+    code = """
+import os
+from kwflow.errors import StepTimeout
+from kwflow.runners.watchdog import Watchdog
+def hang():
+    while True:
+        pass
+known = Watchdog(10, 20, lambda _: None)
+known.run("w", int)
+if not os.fork():
+    for dog in (known, Watchdog(10, 20, lambda _: None)):
+        try:
+            dog.run("w", hang)
+        except StepTimeout:
+            print("ended", flush=True)
+    os._exit(0)
+os.wait()
+"""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout == "ended\n" * 2
+
+
 def test_watchdogs_that_begin_while_all_are_looked_at_are_all_looked_at_in_the_end() -> None:
     """K19: found by simulation.  The one thread that looks died of it, unnoticed, and no step was ended any more."""
     failed: list[threading.ExceptHookArgs] = []
