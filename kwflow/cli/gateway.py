@@ -52,4 +52,4 @@ def gateway(
         signal.signal(number, lambda *_: None)
     look = functools.partial(outside.asked, settings, embedded)
     with ends_in_its_log(settings):
-        serve(settings, lambda: connect(settings, embedded), look, host or ("0.0.0.0" if settings.gateway_tokens else "127.0.0.1"), port, log, list(dict.fromkeys(queue or ())))
+        serve(settings, lambda: connect(settings, embedded), look, host, port, log, list(dict.fromkeys(queue or ())))

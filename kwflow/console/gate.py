@@ -9,15 +9,14 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
-import ipaddress
-import re
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kwflow.console.site import Site
+from kwflow.gateway.gate import is_local
 
-__all__ = ["Gate", "is_local"]
+__all__ = ["Gate"]
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -27,7 +26,6 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:@/\[\]\s]+)(?::[0-9]{1,5})?")
 _ASK = {"WWW-Authenticate": 'Basic realm="kwflow console", charset="UTF-8"'}
 
 
@@ -79,18 +77,6 @@ class Gate:
             return False
         found = [hmac.compare_digest(given, known) for known in self._tokens]
         return scheme.lower() == "basic" and any(found)
-
-
-def is_local(host: str) -> bool:
-    """Whether a Host is an address or `localhost`, with or without a port: what DNS gives nobody else."""
-    found = _HOST.fullmatch(host)
-    if found is None or found[1].lower() == "localhost":
-        return found is not None
-    try:
-        ipaddress.ip_address(found[1].strip("[]"))
-    except ValueError:
-        return False
-    return True
 
 
 def _own(request: Request, host: str) -> bool:

@@ -7,6 +7,8 @@ looked at here is what is routed.
 from __future__ import annotations
 
 import hmac
+import ipaddress
+import re
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -17,11 +19,12 @@ from kwflow.gateway.problems import RequestError, problem_of
 from kwflow.gateway.requests import refusal
 from kwflow.gateway.service import Service
 
-__all__ = ["Gate"]
+__all__ = ["Gate", "is_local"]
 
 _HUNG_UP = 499  # as nginx has it: nobody was there to be answered
 _HEALTH = "/health"
 _CALLBACKS = "/callbacks/"  # their refs are permissions of their own
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:@/\[\]\s]+)(?::[0-9]{1,5})?")
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
 
@@ -72,6 +75,8 @@ class Gate:
                 return RequestError("unauthorized", "every path but /health and /callbacks takes a token")
             if not self._tokens and "origin" in request.headers:  # a page from anywhere, in the browser of somebody who reaches this address
                 return RequestError("web_page", f"the request comes from {request.headers['origin'][:200]!r}")
+            if self._service.of_this_machine and not is_local(request.headers.get("host", "")):  # a page that has its own name lead here (DNS rebinding) needs no Origin
+                return RequestError("web_page", f"the gateway is for this machine, and not called {request.headers.get('host', '')[:200]!r}")
         most = self._service.config.gateway_waits_max
         return RequestError("busy", f"{most} requests wait here already (limit gateway_waits_max)") if self._service.waiting >= most else None
 
@@ -81,3 +86,15 @@ class Gate:
         given = token.strip().encode("latin-1", "replace")
         found = [hmac.compare_digest(given, known) for known in self._tokens]
         return scheme.lower() == "bearer" and any(found)
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host is an address or `localhost`, with or without a port: what DNS gives nobody else."""
+    found = _HOST.fullmatch(host)
+    if found is None or found[1].lower() == "localhost":
+        return found is not None
+    try:
+        ipaddress.ip_address(found[1].strip("[]"))
+    except ValueError:
+        return False
+    return True

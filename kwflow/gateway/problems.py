@@ -79,7 +79,7 @@ KINDS: dict[str, Kind] = {
     "usage": Kind(400, "the request is wrong", "mend what the message names"),
     "protocol": Kind(400, "the record means nothing to the engine", _RECORD),
     "unauthorized": Kind(401, "no token, or not one that is known", "send Authorization: Bearer with one of gateway_tokens"),
-    "web_page": Kind(403, "a web page sends this, and the gateway knows no tokens", "set gateway_tokens, and send one"),
+    "web_page": Kind(403, "a web page may have sent this, and the gateway knows no tokens", "set gateway_tokens, and send one; or call it localhost, or start it with --host"),
     "no_queue": Kind(404, "this gateway does not lend the calls of this queue", "start it with --queue, or ask another gateway"),
     "locked": Kind(409, "another worker has this call", "leave it to that one"),
     "not_locked": Kind(409, "this worker has not locked the call, or the lock is over", "fetch it again"),

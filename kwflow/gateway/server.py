@@ -67,11 +67,15 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(config: Config, connect: Callable[[], Client], look: Look, host: str, port: int, log: Callable[[str], None], queues: Iterable[str] = ()) -> None:
-    """Answer until SIGTERM, and lend the calls of these queues.  Raises UsageError if it cannot listen there, TransportError if there is no broker (AF-6), or a topic is missing."""
+def serve(config: Config, connect: Callable[[], Client], look: Look, host: str | None, port: int, log: Callable[[str], None], queues: Iterable[str] = ()) -> None:
+    """Answer until SIGTERM, and lend the calls of these queues; on every address with tokens and on 127.0.0.1 without, unless `host` says otherwise.
+
+    Raises UsageError if it cannot listen there, TransportError if there is no broker (AF-6), or a topic is missing.
+    """
+    host, of_this_machine = host or ("0.0.0.0" if config.gateway_tokens else "127.0.0.1"), host is None and not config.gateway_tokens
     with ExitStack() as stack:
         sock = stack.enter_context(closing(listening(host, port)))
-        service = stack.enter_context(Service(config, connect, look, [stack.enter_context(Lending(config, queue, log)) for queue in queues]))
+        service = stack.enter_context(Service(config, connect, look, [stack.enter_context(Lending(config, queue, log)) for queue in queues], of_this_machine))
         log(f"kwflow gateway listens on {url_of(sock)}")
         if not config.gateway_tokens:
             log("everybody who reaches it may do everything: set gateway_tokens to ask for one")

@@ -37,10 +37,11 @@ class Gone(Exception):
 class Service:
     """One gateway's client and its waits.  Close it, or use it in a `with`; all else is called on the event loop."""
 
-    def __init__(self, config: Config, connect: Callable[[], Client], look: Look, lendings: Iterable[Lending] = ()) -> None:
-        """`connect` and `look` are called in threads."""
+    def __init__(self, config: Config, connect: Callable[[], Client], look: Look, lendings: Iterable[Lending] = (), of_this_machine: bool = False) -> None:
+        """`connect` and `look` are called in threads.  `of_this_machine`: nobody else is meant to reach it."""
         self.config = config
         self._look = look
+        self.of_this_machine = of_this_machine
         self.lendings = {lending.queue: lending for lending in lendings}
         self.waiting = 0  # requests that are being answered; Invariant: <= config.gateway_waits_max
         self.ending = False

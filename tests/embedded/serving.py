@@ -27,10 +27,10 @@ DEADLINE_S = 30
 class Serving:
     """Answers from its beginning to `close`; `http` is a client of it, `service` what is inside."""
 
-    def __init__(self, config: Config, connect: Callable[[], Client], lendings: Iterable[Lending] = (), embedded: pathlib.Path | None = None) -> None:
+    def __init__(self, config: Config, connect: Callable[[], Client], lendings: Iterable[Lending] = (), embedded: pathlib.Path | None = None, of_this_machine: bool = False) -> None:
         self.sock = listening("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
-        self.service = Service(config, connect, functools.partial(outside.asked, config, embedded), lendings)
+        self.service = Service(config, connect, functools.partial(outside.asked, config, embedded), lendings, of_this_machine)
         self.server = Server(self.service)
         self._thread = threading.Thread(target=self.server.run, args=([self.sock],), daemon=True)
         self._thread.start()

@@ -34,8 +34,8 @@ def make(hosted: Hosted, tmp_path: pathlib.Path) -> Iterator[Callable[..., Servi
     """Makes gateways of that engine."""
     made: list[Serving] = []
 
-    def make(**settings: Any) -> Serving:
-        made.append(Serving(hosted.config.model_copy(update=settings), lambda: Client.embedded(hosted.engine, hosted.config), embedded=tmp_path / "state"))
+    def make(of_this_machine: bool = False, **settings: Any) -> Serving:
+        made.append(Serving(hosted.config.model_copy(update=settings), lambda: Client.embedded(hosted.engine, hosted.config), (), tmp_path / "state", of_this_machine))
         return made[-1]
 
     yield make
@@ -387,6 +387,16 @@ def test_with_tokens_every_path_but_health_and_callbacks_asks_for_one(make: Call
     assert http.get("/health").json() == {"live": True, "waiting": 0}
     for token in (TOKEN, other):
         assert http.get("/workflows/w", headers={"Authorization": f"bearer {token}"}).status_code == 404
+
+
+def test_a_gateway_for_this_machine_is_called_by_no_name_that_a_page_can_have(make: Callable[..., Serving]) -> None:
+    """DNS rebinding: the page of evil.example has evil.example lead to 127.0.0.1, and asks its own origin."""
+    http = make(of_this_machine=True).http
+    for host, status in (("localhost:8080", 404), ("127.0.0.1", 404), ("[::1]:8080", 404), ("evil.example:8080", 403), ("127.0.0.1.evil.example", 403), ("", 403)):
+        answer = http.get("/workflows/nobody", headers={"Host": host})
+        assert (answer.status_code, said(answer)["code"]) == (status, {404: "not_found", 403: "web_page"}[status]), host
+    assert http.get("/health", headers={"Host": "evil.example"}).status_code == 200
+    assert make().http.get("/workflows/nobody", headers={"Host": "gateway.internal"}).status_code == 404
 
 
 def test_without_tokens_a_web_page_is_refused(http: httpx.Client) -> None:
