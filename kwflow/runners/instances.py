@@ -18,9 +18,12 @@ import msgspec
 
 from kwflow.core import snapshot
 from kwflow.core.murmur2 import partition_of
-from kwflow.errors import CorruptSnapshotError, SnapshotError, UsageError
+from kwflow.errors import SnapshotError, UsageError
+from kwflow.runners.told import check_rows, checked_header
 
-__all__ = ["ALL", "STATUSES", "Filter", "Found", "Instances", "Page", "array", "asked_for", "described", "header_of", "newest", "newest_of", "one", "row_of", "several", "since_ms", "status_of"]
+__all__ = [
+    "ALL", "STATUSES", "Filter", "Found", "Instances", "Page", "array", "asked_for", "described", "found_in", "header_of", "newest", "newest_of", "one", "row_of", "several", "since_ms", "status_of",
+]  # fmt: skip
 
 STATUSES = ("waiting", "closing", "parked", "paused", "ended", "damaged")
 
@@ -40,64 +43,6 @@ class Instances(msgspec.Struct, frozen=True):
     engine: str
     partitions: int
     pages: dict[int, Page]
-
-
-class _Wait(msgspec.Struct):
-    """As snapshot.waits_of has it."""
-
-    ref: str
-    kind: str
-    since: float
-    due: float = 0
-    name: str = ""
-    attempt: int = 0
-    queue: str = ""
-    child: str = ""
-    workflow: str = ""
-    function: str = ""
-    file: str = ""
-    line: int = 0
-
-
-class _Parked(msgspec.Struct):
-    reason: str
-    message: str
-    offset: int
-    was: str | None = None
-
-
-class _Outcome(msgspec.Struct):
-    kind: str
-    value: str | None
-    at: dict[str, str | int] = {}
-
-
-class _Cancel(msgspec.Struct):
-    reason: str
-    at: float
-
-
-class _Forked(msgspec.Struct):
-    id: str
-
-
-class _Told(msgspec.Struct):
-    """What is told of a header: nobody else looks whether it is what it should be, and one that is not would hide all others."""
-
-    workflow: str
-    waits: list[_Wait]
-    start_id: str = ""
-    created: float = 0
-    updated: float = 0
-    ended: float = 0
-    applied: tuple[str, int, int] | None = None
-    parked: _Parked | None = None
-    outcome: _Outcome | None = None
-    cancel: _Cancel | None = None
-    parent: str = ""
-    forked: _Forked | None = None
-    mailbox: dict[str, dict[str, int]] = {}
-    updates: dict[str, Any] = {}
 
 
 class Filter(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -212,6 +157,13 @@ def newest_of(rows: Iterable[dict[str, Any]], limit: int | None) -> Found:
     return Found(sorted(counted(), key=age, reverse=True) if limit is None else heapq.nlargest(limit, counted(), age), dict(counts))
 
 
+def found_in(answer: Any, wanted: Filter, limit: int | None) -> Found:
+    """What an engine gave; an older one gives all that it has, whatever it was asked for.  Raises msgspec.ValidationError."""
+    check_rows(answer)
+    found = newest_of((row for row in (answer["rows"] if isinstance(answer, dict) else answer) if wanted.takes({"status_value": None, **row})), limit)
+    return Found(found.rows, answer["counts"]) if isinstance(answer, dict) else found
+
+
 def status_of(header: dict[str, Any]) -> str:
     """The status, with `paused` told from the other reasons to be parked."""
     return "paused" if header["status"] == "parked" and header["parked"]["reason"] == "paused" else str(header["status"])
@@ -219,7 +171,7 @@ def status_of(header: dict[str, Any]) -> str:
 
 def described(data: bytes, keys: snapshot.Keys) -> dict[str, Any]:
     """`kwflow show ID --json`.  Raises SnapshotError."""
-    header = _checked(snapshot.read_header(data))
+    header = checked_header(snapshot.read_header(data))
     shown = {name: value for name, value in header.items() if name not in _HIDDEN}
     return {**shown, "status": status_of(header), "seal": snapshot.seal_of(data, keys)}
 
@@ -227,20 +179,9 @@ def described(data: bytes, keys: snapshot.Keys) -> dict[str, Any]:
 def header_of(data: bytes, read: Callable[[bytes], dict[str, Any]] = snapshot.read_header) -> dict[str, Any]:
     """For who looks at all of them: one that is damaged says so, and hides none of the others."""
     try:
-        return _checked(read(data))
+        return checked_header(read(data))
     except SnapshotError:
         return {"workflow": "", "status": "damaged", "waits": []}
-
-
-def _checked(header: dict[str, Any]) -> dict[str, Any]:
-    """Raises CorruptSnapshotError."""
-    try:
-        told = msgspec.convert(header, _Told)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise CorruptSnapshotError(f"the header of a snapshot is none: {error}") from None
-    if header["status"] == "parked" and told.parked is None:
-        raise CorruptSnapshotError("the header of a snapshot is none: it is parked, and does not say why")
-    return header
 
 
 def row_of(key: bytes, data: bytes) -> dict[str, Any]:

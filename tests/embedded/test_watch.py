@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from urllib.parse import quote
 
+import msgspec
 import pytest
 
 from kwflow import durable
@@ -24,7 +25,7 @@ from kwflow.errors import UsageError
 from kwflow.runners import instances
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.state import EmbeddedStore
-from kwflow.runners.instances import ALL, Filter, Instances, Page, asked_for
+from kwflow.runners.instances import ALL, Filter, Found, Instances, Page, asked_for, found_in
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.timers import TimerProcessor
 from kwflow.runners.watch import serve_http
@@ -174,6 +175,15 @@ def test_the_newest_are_the_same_however_few_are_kept_while_all_are_looked_throu
     assert [row["changed"] for row in all_of_them] == list(reversed(range(5003)))
     for limit in (1, 100, 5003):
         assert json.loads(b"".join(instances.newest(served, ALL, limit))) == {"rows": all_of_them[:limit], "counts": {"ended": 5003}}
+
+
+def test_what_an_engine_answers_is_a_list_of_instances_or_counts_for_nothing() -> None:
+    """An older engine ignores what it is asked for; one of those takes a damaged header for one that waits, and the rest is read from the changelog."""
+    row = {"id": "a", "workflow": "w", "status": "waiting", "changed": 1, "waits": [], "status_value": {"n": 1}, "outcome": None, "start_id": ""}
+    assert found_in([row, {**row, "id": "b"}], Filter(id="a"), 5) == found_in({"rows": [row], "counts": {"waiting": 1}}, Filter(id="a"), 5) == Found([row], {"waiting": 1})
+    for answer in ([{"id": "a"}], [3], 3, None, {"rows": 3}, {"error": "no"}, [{**row, "changed": "now"}], [{**row, "waits": [1]}], {"rows": [row], "counts": 1}):
+        with pytest.raises(msgspec.ValidationError):
+            found_in(answer, ALL, 5)
 
 
 def test_a_filter_takes_what_it_says() -> None:

@@ -20,7 +20,7 @@ import msgspec
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import UsageError
-from kwflow.runners.instances import Filter, Found, newest_of
+from kwflow.runners.instances import Filter, Found, found_in, newest_of
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.link import latest
 from kwflow.runners.kafka.owners import Owner, owner_key
@@ -65,7 +65,7 @@ def list_(config: Config, note: Note, wanted: Filter, limit: int | None) -> Foun
             status, headers, body = _get(owner, f"/instances?{query}")
             if status != 200:
                 raise _NoAnswer(f"{owner.engine} at {owner.address} answers {status}")
-            found = _found(_json(owner, body), wanted, limit)
+            found = _found(owner, body, wanted, limit)
             rows += found.rows
             counts.update(found.counts)
             told += [int(number) for number in headers.get("Kwflow-Partitions", "").split(",") if number.isdigit()]
@@ -77,10 +77,11 @@ def list_(config: Config, note: Note, wanted: Filter, limit: int | None) -> Foun
         return None
 
 
-def _found(answer: Any, wanted: Filter, limit: int | None) -> Found:
-    """What an engine gave; an older one gives all that it has, whatever it was asked for."""
-    rows = newest_of((row for row in (answer["rows"] if isinstance(answer, dict) else answer) if wanted.takes(row)), limit)
-    return Found(rows.rows, answer["counts"]) if isinstance(answer, dict) else rows
+def _found(owner: Owner, body: bytes, wanted: Filter, limit: int | None) -> Found:
+    try:
+        return found_in(_json(owner, body), wanted, limit)
+    except msgspec.ValidationError as error:  # a header that an older engine takes for one, say
+        raise _NoAnswer(f"what {owner.engine} at {owner.address} answers is no list of instances: {error}") from None
 
 
 def _partitions(config: Config) -> int:
