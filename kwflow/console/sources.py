@@ -32,7 +32,7 @@ _CHARACTERS_MAX = 1000  # of one variable, in a picture of few generators
 _CHARACTERS_MIN = 100
 _FEW = 20
 _LINE_MAX = 400  # characters
-_UNREADABLE = (SyntaxError, UnsupportedError, RecursionError, ValueError, TypeError)
+_UNREADABLE = (SyntaxError, UnsupportedError, RecursionError, MemoryError, ValueError, TypeError)  # MemoryError: what Python's parser says of what nests too deeply
 
 
 class Code(msgspec.Struct, frozen=True):
@@ -97,7 +97,7 @@ class Sources:
                 return f"there is no module {name} where this console runs", ()
             if source_version(current) == saved["version"]:
                 return "as the file here", ()
-            units = units_in(current)
+            units = _units(current)
         except (*_UNREADABLE, ImportError, OSError, AttributeError) as error:
             return f"the file here cannot be read: {type(error).__name__}: {error}", ()
         changed = tuple(unit for unit, digest in saved["units"].items() if units.get(unit) != digest)
@@ -135,6 +135,9 @@ def _excerpt(source: str, shape: Shape, line: int | None) -> list[Line]:
     middle = line or shape.first
     first, last = max(shape.first, middle - _LINES_AROUND), min(shape.last, middle + _LINES_AROUND)
     return [Line(number, text if len(text) <= _LINE_MAX else f"{text[:_LINE_MAX]}…", number == line) for number, text in enumerate(_lines(source)[first - 1 : last], first)]
+
+
+_units = functools.lru_cache(maxsize=16)(units_in)  # seconds for a large module, and the same for each of its instances
 
 
 @functools.lru_cache(maxsize=16)

@@ -23,8 +23,11 @@ from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.console.gate import is_local
 from kwflow.console.site import Site
+from kwflow.console.sources import Code, placed
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
+from kwflow.core.picture import Frame
+from kwflow.durable.peek import Shown
 from kwflow.errors import CommandError, TransportError
 from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.hosted import Hosted
@@ -204,6 +207,14 @@ def test_a_damaged_instance_is_listed_and_shown_with_the_reason(shop: Shop, http
         assert "broken-header" in ids(http.get("/?status=damaged").text)
     for id in (b"broken", b"broken-body", b"broken-header"):
         del shop.hosted.engine.db[store.prefix + id]
+
+
+def test_a_source_that_no_python_can_read_is_said_beside_the_generator() -> None:
+    """It may be of another minor; the parser of this one says MemoryError of what nests too deeply."""
+    frame = Frame("m", "main", "main", "1", {"x": 1}, ())
+    for source in ("def main(:", "x = " + "-" * 100_000 + "1", "x = " + "1+" * 100_000 + "1", "\0"):
+        found = placed(frame, {"m": Code("m", "", "m.py", source, "", ())}, Shown({}), 1)
+        assert found.said.startswith("its source cannot be read") and found.variables == [("x", "1")], source[:10]
 
 
 def test_what_is_not_there_is_a_page_that_says_so(shop: Shop, http: httpx.Client) -> None:
