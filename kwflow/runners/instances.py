@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ _PAGE = 500
 _LIMIT_MAX = 10_000  # rows; an engine has them in memory until it has looked through all, which without a limit it need not
 _DIGITS_MAX = 9  # of an index
 _BREATH_S = 0.002  # after each page: the engine's own thread goes on, however many rows somebody looks through
+_looking = threading.Lock()  # a page at a time, breath and all: it goes on however many look
 _HIDDEN = ("v", "code", "lowering", "key", "ids")
 _FIRST_ID = b"\1"  # an engine's own entries begin with NUL
 Page = Callable[[bytes, int], "list[tuple[bytes, bytes]] | None"]  # entries from a key on, at most so many; None once the partition is gone
@@ -213,13 +215,15 @@ def _pages(served: Instances, wanted: Filter) -> Iterator[list[dict[str, Any]] |
     for page in served.pages.values():
         start: bytes | None = max(_FIRST_ID, wanted.prefix)
         while start is not None:
-            entries = page(start, _PAGE)
+            with _looking:
+                entries = page(start, _PAGE)
+                inside = [entry for entry in entries or () if entry[0].startswith(wanted.prefix)]
+                rows = [row for key, data in inside if wanted.takes(row := row_of(key, data))]
+                time.sleep(_BREATH_S)
             if entries is None:
                 yield None
                 return
-            inside = [entry for entry in entries if entry[0].startswith(wanted.prefix)]
-            yield [row for key, data in inside if wanted.takes(row := row_of(key, data))]
-            time.sleep(_BREATH_S)
+            yield rows
             start = entries[-1][0] + b"\0" if len(inside) == _PAGE else None
 
 

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -175,6 +176,27 @@ def test_the_newest_are_the_same_however_few_are_kept_while_all_are_looked_throu
     assert [row["changed"] for row in all_of_them] == list(reversed(range(5003)))
     for limit in (1, 100, 5003):
         assert json.loads(b"".join(instances.newest(served, ALL, limit))) == {"rows": all_of_them[:limit], "counts": {"ended": 5003}}
+
+
+def test_however_many_look_through_all_instances_one_looks_at_a_time() -> None:
+    """The engine's own thread has its turn after each page: of four who asked at once each took as much of the processor as it had."""
+    looking, most = 0, []
+
+    def page(start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        nonlocal looking
+        looking += 1
+        most.append(looking)
+        time.sleep(0.001)
+        looking -= 1
+        return [(b"%s%d" % (start, number), b"KWF?") for number in range(limit)] if len(start) < 10 else []
+
+    answers: list[bytes] = []
+    threads = [threading.Thread(target=lambda: answers.append(b"".join(instances.array(Instances("engine", 1, {0: page}))))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(answers)) == 1 and len(answers) == 8 and len(json.loads(answers[0])) > 500 and max(most) == 1
 
 
 def test_what_an_engine_answers_is_a_list_of_instances_or_counts_for_nothing() -> None:
