@@ -228,14 +228,16 @@ def _pages(served: Instances, wanted: Filter) -> Iterator[list[dict[str, Any]] |
 
 
 def array(served: Instances, wanted: Filter = ALL) -> Iterator[bytes]:
-    """The body of `GET /instances`, page by page; an array that is not closed is not whole: a partition was given away meanwhile."""
+    """The body of `GET /instances`, page by page, a blank for one that has none of them: who waits gives up after some silence.
+
+    An array that is not closed is not whole: a partition was given away meanwhile.
+    """
     separator = b"["
     for rows in _pages(served, wanted):
         if rows is None:
             return
-        if rows:
-            yield separator + b",".join(map(msgspec.json.encode, rows))
-            separator = b","
+        yield separator + b",".join(map(msgspec.json.encode, rows)) if rows else b" "
+        separator = b"," if rows else separator
     yield b"]" if separator == b"," else b"[]"
 
 
