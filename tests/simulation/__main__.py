@@ -25,9 +25,13 @@ def digest(world: World) -> str:
     return hashlib.sha256(("\n".join(world.log).replace(str(world.directory), "") + written).encode()).hexdigest()
 
 
-def play(seed: int, lines: int, digests: bool, happened: "collections.Counter[str]") -> bool:
+class Queued(World):
+    queue_share = 1.0
+
+
+def play(seed: int, kind: type[World], lines: int, digests: bool, happened: "collections.Counter[str]") -> bool:
     """Run and check one seed; what went wrong is printed."""
-    world = World(seed)
+    world = kind(seed)
     begun = time.perf_counter()
     try:
         world.run()
@@ -38,7 +42,8 @@ def play(seed: int, lines: int, digests: bool, happened: "collections.Counter[st
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
         print(world.story(lines))
         traceback.print_exception(error)
-        print(f"FAILED seed {seed} at commit {commit}; again: make sim SEEDS={seed}", flush=True)
+        again = f"'{seed} --queues'" if kind is Queued else seed
+        print(f"FAILED seed {seed} at commit {commit}; again: make sim SEEDS={again}", flush=True)
         return False
     if digests:
         print(f"digest of seed {seed}: {digest(world)}")
@@ -51,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("seeds", nargs="+", help="42, or 0-200 (the last one not included)")
     parser.add_argument("--every", default="0/1", help="1/2: the second half of the seeds, for two processes")
+    parser.add_argument("--queues", action="store_true", help="workers in every seed, not only in a fifth of them")
     parser.add_argument("--lines", type=int, default=60, help="of the log before a failure")
     parser.add_argument("--keep-going", action="store_true", help="after a failure")
     parser.add_argument("--digest", action="store_true", help="of each run, to compare two")
@@ -61,7 +67,7 @@ def main() -> None:
     failed = []
     happened: collections.Counter[str] = collections.Counter()
     for seed in seeds[part::parts]:
-        if not play(seed, given.lines, given.digest, happened):
+        if not play(seed, Queued if given.queues else World, given.lines, given.digest, happened):
             failed.append(seed)
             if not given.keep_going:
                 break

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 
+_SELDOM = {"commit-offsets": 10, "watermarks": 5}  # what a worker does once a second or less -> so many times as often it goes wrong
+
+
 class Crashed(BaseException):
     """The process is killed here."""
 
@@ -72,7 +75,7 @@ class Process(Host):
         if self.world.calm:
             return
         self._count(f"before {what}")
-        if faults.at in ("", what) and chance.random() < faults.crash:
+        if faults.at in ("", what) and chance.random() < faults.crash * _SELDOM.get(what, 1):
             self.crash(f"before {what}")
         if chance.random() < faults.slow:
             self.world.happened["slow"] += 1
@@ -90,7 +93,7 @@ class Process(Host):
         if what == "commit-offsets" and chance.random() < faults.rebalance:
             self.world.rebalance_workers()
             self._pause(self.time.now + 1_500 * chance.random())
-        if faults.at in ("", what) and chance.random() < faults.freeze:
+        if faults.at in ("", what) and chance.random() < faults.freeze * _SELDOM.get(what, 1):
             low, high = faults.freeze_ms
             self.freeze(low + (high - low) * chance.random() ** 2)
             self._pause(self.time.now)
@@ -100,9 +103,9 @@ class Process(Host):
         if self.world.calm:
             return True
         self._count(f"after {what}")
-        if faults.at in ("", what) and chance.random() < faults.crash:
+        if faults.at in ("", what) and chance.random() < faults.crash * _SELDOM.get(what, 1):
             self.crash(f"after {what}")
-        lost = chance.random() < faults.lost
+        lost = chance.random() < faults.lost * _SELDOM.get(what, 1)
         if lost:
             self.world.happened[f"lost {what}"] += 1
         return not lost

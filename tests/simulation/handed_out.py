@@ -234,6 +234,6 @@ def _blames(book: Book, call: Call, third: Taken) -> bool:
         if not found.held:
             return False
         if call.offset not in found.marked:
-            return call.sent_ms <= second.fetched_ms
+            return call.sent_ms <= second.looked_ms
         second = next((noted.by for noted in reversed(book.noted) if noted.place == call.place and noted.ms <= second.fetched_ms), None)
     return False

@@ -110,7 +110,7 @@ class Several(Wait):
         if part.state == FAILED or self.kind == "timeout":
             return part.state, part.value
         if self.kind == "all":
-            return (OK, [one.value for one in self.inputs]) if all(one.state for one in self.parts) else None
+            return (OK, [one.value for one in self.inputs]) if all(one.state == OK for one in self.parts) else None
         return OK, part.value if self.keys is None else (self.keys[self.inputs.index(part)], part.value)
 
     def losers(self, part: Wait) -> list[Wait]:

@@ -42,7 +42,7 @@ def test_two_hundred_seeds_hold_every_guarantee() -> None:
     assert {what for what in PLANNED if not happened[what]} == set(), happened
     assert happened["outputs predicted"] > 5 * happened["outputs not predicted"], "of each output it is known, without the product, that it must be there and where"
     assert happened["copies predicted"] > 50
-    assert happened["calls answered"] > 1_000
+    assert happened["calls answered"] > 300
     assert happened["told by a workflow"] > 100 and happened["rejected by a workflow"] > 10
 
 

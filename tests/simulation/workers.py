@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from confluent_kafka import KafkaException, Message, TopicPartition
+from confluent_kafka import Message, TopicPartition
 
 import kwflow as kw
 from kwflow.testing.kafka import SimulatedConsumer, VirtualTime
@@ -28,6 +28,7 @@ class Taken:
     begun_ms: float
     fetched: tuple[int, str] = (0, "")
     fetched_ms: float = -1.0
+    looked_ms: float = -1.0  # when it was told how far its log went
     ended_ms: float = float("inf")
     lost: bool = False  # somebody else had it already when it ended
     failed: bool = False  # a commit while it had it was refused, or not answered
@@ -123,7 +124,7 @@ class WatchedConsumer(SimulatedConsumer):
         mine = [self.holds.get((place.topic, place.partition)) for place in offsets]
         try:
             return super().commit(offsets=offsets, asynchronous=asynchronous)
-        except KafkaException:
+        except BaseException:  # a process that dies in it, too
             for taken in filter(None, mine):
                 taken.failed = True
             raise
@@ -132,6 +133,11 @@ class WatchedConsumer(SimulatedConsumer):
         """As whom it asks."""
         found = super().consumer_group_metadata()
         self._book.members[found.member] = self
+        return found
+
+    def get_watermark_offsets(self, partition: TopicPartition, timeout: float = -1) -> tuple[int, int]:
+        found = super().get_watermark_offsets(partition, timeout)
+        self.holds[partition.topic, partition.partition].looked_ms = self._broker.time.now
         return found
 
     def poll(self, timeout: float = -1) -> Message | None:

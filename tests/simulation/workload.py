@@ -58,9 +58,9 @@ def queue_call(chance: random.Random) -> Node:
 
 def with_queues(chance: random.Random, made: Node) -> Node:
     """The same, with calls beside it: of several at once, cancelled, limited, raced, of a child."""
-    for _ in range(chance.randint(1, 3)):
+    for _ in range(chance.randint(1, 2)):
         call = queue_call(chance)
-        many = ["all", *(["rescue", queue_call(chance)] for _ in range(chance.randint(2, 5)))]
+        many = ["all", *(["rescue", queue_call(chance)] for _ in range(chance.randint(2, 4)))]
         made = chance.choice([
             ["sequence", call, made], ["all", call, made], ["race", call, made], ["sequence", many, made], ["race", many, made],
             ["sequence", ["limit", call, round(4 * chance.random(), 3)], made], ["sequence", ["stop", call, ["sleep", round(2 * chance.random(), 3)]], made],

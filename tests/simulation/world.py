@@ -158,8 +158,7 @@ class World:
     """`run()` plays one seed to its end; `checks.check(world)` looks at what is left."""
 
     machines_min = 1
-    workers_max = 3
-    queue_share = 0.4  # of the seeds
+    queue_share = 0.2  # of the seeds
     release_ms = 5_000  # from one release to the next, and from one machine to the next, on average
     rest_ms = 900_000  # calm, everything has to be done within this
     jump_ms = 60_000
@@ -207,7 +206,7 @@ class World:
         if faults is None:
             self._draw_copies(random.Random(f"copies {seed}"))
         if self.queues:
-            self.machines += [self._worker(number) for number in range(self._queueing.randint(1, self.workers_max))]
+            self.machines += [self._worker(number) for number in range(self._queueing.choice([1, 1, 2, 2, 3]))]
 
     def _worker(self, number: int) -> Machine:
         """The first one serves all queues; who has no name of its own leaves the group when it ends."""
