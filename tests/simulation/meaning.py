@@ -253,14 +253,16 @@ class _Code:
         self.runs[key] = runs
 
     def _copied(self, key: tuple[int, bytes], made: dict[tuple[int, bytes], dict[str, Any]]) -> None:
-        """One that was made in this transaction was, before it, what its original was: the copy of a copy, too."""
-        origin = key
+        """One that was made in this transaction was, before it, what its original was: the copy of a copy, too.  An original that began in it was nothing."""
+        origin, run = key, ""
         while origin in made:
-            origin = (key[0], made[origin]["forked"]["id"].encode())
+            forked = made[origin]["forked"]
+            origin, run = (key[0], forked["id"].encode()), forked["start_id"]
         header, body = self.saved.get(origin, ({}, b""))
-        self.saved[key] = {**header, "start_id": made[key]["start_id"]}, body
+        was = header.get("start_id") == run
+        self.saved[key] = ({**header, "start_id": made[key]["start_id"]}, body) if was else ({}, b"")
         self.runs.pop(key, None)
-        if origin in self.runs:
+        if was and origin in self.runs:
             self.runs[key] = self.runs[origin]
 
     def _result(self, result: dict[str, Any], key: bytes, now: Release) -> None:
