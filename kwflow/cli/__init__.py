@@ -5,6 +5,8 @@ One module for each group of commands; `shared.py` has what they have in common.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import io
 import os
 import sys
@@ -63,13 +65,31 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _ended() -> int | str | None:
+    """What `sys.exit` takes."""
+    try:
+        app(standalone_mode=True, auto_envvar_prefix="KWFLOW")
+    except SystemExit as ended:
+        return ended.code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        err.print(told(error), style="red")
+        return exit_code(error)
+    return 0
+
+
 def main() -> None:
     """The entry point: errors become one line."""
     _open_streams()
-    try:
-        app(standalone_mode=True, auto_envvar_prefix="KWFLOW")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        err.print(told(error), style="red")
-        sys.exit(exit_code(error))
+    code = _ended()
+    if "confluent_kafka" in sys.modules and (code is None or isinstance(code, int)):
+        # 1. a client that was not closed, perhaps one of the author's module, is dropped as the interpreter ends
+        # 2. it has joined a group, and nobody has asked it since: librdkafka waits until somebody does, with a processor of its own
+        # 3. the engine, which has told of its end, is never started again
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
+        os._exit(code or 0)
+    sys.exit(code)

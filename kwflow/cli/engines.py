@@ -183,7 +183,12 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
         return
     failed: list[BaseException] = []
     environment = live(settings.rocksdb_bytes_max, log)
-    runners = [kafka.KafkaRunner(settings, make, group, log, outputs=api.declared_topics(), environment=environment) for group, make in makers]
+    runners: list[kafka.KafkaRunner] = []
+    with contextlib.ExitStack() as made:
+        for group, make in makers:
+            runners.append(kafka.KafkaRunner(settings, make, group, log, outputs=api.declared_topics(), environment=environment))
+            made.callback(runners[-1].close)
+        made.pop_all()
 
     def run_one(runner: kafka.KafkaRunner) -> None:
         try:

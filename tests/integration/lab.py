@@ -86,5 +86,4 @@ def turn(runner: KafkaRunner, until: Callable[[], object]) -> None:
 
 def stop(runner: KafkaRunner) -> None:
     """Leave as a killed process does: nothing is finished, but its files are free."""
-    runner.takeover.close(clean=False)
-    runner._lock.close()
+    runner.close()

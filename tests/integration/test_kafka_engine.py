@@ -80,13 +80,43 @@ for number in range(40):
     config = load_config(state_dir=pathlib.Path(sys.argv[1]))
     runner = KafkaRunner(config, lambda _: TimerProcessor(config), config.timers_group, lambda _: None)
     time.sleep(number % 8 * 0.03)  # at which moment of its joining it is asked to end is the point of the test
-    runner.run(lambda: True)
+    runner.run(lambda: True) if number % 2 else runner.close()
 """
 
 
 def test_an_engine_that_is_asked_to_end_while_it_joins_its_group_ends(site: Site) -> None:
     """K7: in a process of its own, which librdkafka would hold with Python's lock, so that no thread and no signal handler came to its turn."""
     subprocess.run([sys.executable, "-c", STOPPED, str(site.directory / "one")], env=site.environment, cwd=ROOT, timeout=120, check=True)
+
+
+LEAVES_A_CONSUMER = """
+import os
+from confluent_kafka import Consumer, KafkaException
+from confluent_kafka.admin import AdminClient
+
+group, where = os.environ["KWFLOW_APPLICATION_ID"] + "-mine", {"bootstrap.servers": os.environ["KWFLOW_BOOTSTRAP_SERVERS"], "log_level": 0}
+mine, admin = Consumer({**where, "group.id": group, "partition.assignment.strategy": "cooperative-sticky"}), AdminClient(where)
+mine.subscribe([os.environ["KWFLOW_RESUME_TOPIC"]])
+
+def joined():
+    try:
+        return any(member.assignment.topic_partitions for member in admin.describe_consumer_groups([group])[group].result().members)
+    except KafkaException:
+        return False
+
+while not joined():
+    pass
+
+def main(opts):
+    yield
+"""
+
+
+def test_a_process_ends_although_somebody_has_left_a_client_in_it_that_never_would(site: Site) -> None:
+    """G10: one that has joined and is not asked any more is waited for, for ever; an engine whose scheduler could not begin had one of its own, told of its end, and stayed."""
+    module = site.directory / "leaves_a_consumer.py"
+    module.write_text(LEAVES_A_CONSUMER)
+    site.fails(0, "topics", "create", str(module))
 
 
 def test_a_timer_fires_on_kafka_and_the_saga_is_undone(site: Site) -> None:

@@ -172,6 +172,11 @@ class KafkaRunner:
                 self.takeover.close(clean)
             self._lock.close()
 
+    def close(self) -> None:
+        """Let go of everything, of a runner that is not run after all: a consumer that has joined and was never asked since keeps its process from ending, for ever."""
+        self.takeover.close(clean=False)
+        self._lock.close()
+
     def ends_in_a_call(self) -> None:
         """From another thread: this process is ended because a call of the client does not return, which is no record's fault (K19)."""
         self._attempts.interrupted()
