@@ -27,7 +27,7 @@ def main(opts):
 """
 # the interpreter may lie where only root can read: so load what a first run loads, then become nobody, then run
 PROGRAM = """
-import importlib, os, sys
+import atexit, importlib, os, sys
 uid, modules, *arguments = sys.argv[1:]
 for name in modules.split():
     try:
@@ -41,10 +41,8 @@ if uid != "-":
     assert os.getuid() == int(uid)
 from kwflow import cli
 sys.argv = ["kwflow", *arguments]
-try:
-    cli.main()
-finally:
-    print(*sys.modules, file=sys.stderr)
+atexit.register(lambda: print(*sys.modules, file=sys.stderr))
+cli.main()
 """
 
 
