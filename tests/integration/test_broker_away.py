@@ -42,6 +42,7 @@ def test_an_engine_tells_once_why_its_broker_is_away_stays_live_and_goes_on(own:
         engine = site.engine("one", "workflows/trip_booking.py", True, "--log-format", "json", "--http", f"127.0.0.1:{port}", "--processes", "2")
         site.send("trip-1", 'new:{"timeout": 60000}')
         refs(site, ["trip-1"])
+        site.until(lambda: {line["process"] for line in lines("kwflow engine runs on")} == {0, 1})  # one that begins later knows of no outage
         own.kill()
         site.until(lambda: lines("Connection refused"))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health/live", timeout=30) as answer:
