@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from kwflow.cli.messages import connect
+from kwflow.cli.serving import without_extra
 from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, LogFormat, MaybeDir
 from kwflow.cli.watching import carry_logging, ends_in_its_log, log_of
 from kwflow.config import load_config
-from kwflow.errors import UsageError
 
 __all__ = ["console"]
 
@@ -38,10 +38,7 @@ def console(
         from kwflow.console.server import serve
         from kwflow.console.site import Site
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _OPTIONAL:
-            raise
-        raise UsageError(f"kwflow console needs {missing}: pip install 'kwflow[console]'") from None
+        raise without_extra("console", _OPTIONAL, error) from None
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, log_format=log_format)
     log = log_of(settings)
     carry_logging(log)

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, Letter, MaybeDir, columns, err, out, print_json, print_table, text_of
+from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, Letter, MaybeDir, columns, err, out, print_json, print_table
 from kwflow.config import Config, load_config
 from kwflow.core.wire import Record
 from kwflow.errors import UsageError
 from kwflow.runners.letters import Parked, letters_of, no_such, parked_of, said_of, settle
+from kwflow.runners.outside import text_of
 
 __all__ = ["dead"]
 

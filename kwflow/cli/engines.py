@@ -184,11 +184,6 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
     failed: list[BaseException] = []
     environment = live(settings.rocksdb_bytes_max, log)
     runners: list[kafka.KafkaRunner] = []
-    with contextlib.ExitStack() as made:
-        for group, make in makers:
-            runners.append(kafka.KafkaRunner(settings, make, group, log, outputs=api.declared_topics(), environment=environment))
-            made.callback(runners[-1].close)
-        made.pop_all()
 
     def run_one(runner: kafka.KafkaRunner) -> None:
         try:
@@ -196,11 +191,17 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=run_one, args=(runner,)) for runner in runners]
-    _be_an_engine(log)
-    with watched(settings, runners, log) as address:
+    with contextlib.ExitStack() as stack:
+        unrun = stack.enter_context(contextlib.ExitStack())
+        for group, make in makers:
+            runners.append(kafka.KafkaRunner(settings, make, group, log, outputs=api.declared_topics(), environment=environment))
+            unrun.callback(runners[-1].close)
+        threads = [threading.Thread(target=run_one, args=(runner,)) for runner in runners]
+        _be_an_engine(log)
+        address = stack.enter_context(watched(settings, runners, log))
         for runner in runners:
             runner.owners.address = address
+        unrun.pop_all()  # each closes itself at the end of its run
         for thread in threads:
             thread.start()
         log(f"kwflow engine runs on {settings.bootstrap_servers}")

@@ -10,6 +10,7 @@ import typer
 
 from kwflow.cli.engines import open_many_files
 from kwflow.cli.messages import connect
+from kwflow.cli.serving import without_extra
 from kwflow.cli.shared import Application, Bootstrap, ConfigFile, LogFormat, MaybeDir
 from kwflow.cli.watching import carry_logging, ends_in_its_log, log_of
 from kwflow.config import load_config
@@ -38,10 +39,7 @@ def gateway(
     try:
         from kwflow.gateway.server import serve
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _OPTIONAL:
-            raise
-        raise UsageError(f"kwflow gateway needs {missing}: pip install 'kwflow[gateway]'") from None
+        raise without_extra("gateway", _OPTIONAL, error) from None
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, log_format=log_format)
     if queue and embedded is not None:
         raise UsageError("--queue is for Kafka: an embedded engine runs the activities of queues itself")

@@ -9,10 +9,10 @@ import msgspec
 import typer
 
 from kwflow.cli.messages import connect, wait_for
-from kwflow.cli.shared import Bootstrap, ConfigFile, Json, MaybeDir, json_option, out, print_json, text_of
+from kwflow.cli.shared import Bootstrap, ConfigFile, Json, MaybeDir, json_option, out, print_json
 from kwflow.config import load_config
 from kwflow.errors import UsageError
-from kwflow.runners.outside import read, send
+from kwflow.runners.outside import read, send, text_of
 
 __all__ = ["resume", "start", "tail"]
 

@@ -10,14 +10,20 @@ from typing import Protocol
 
 from kwflow import api
 from kwflow.config import Config
-from kwflow.errors import TransportError
+from kwflow.errors import TransportError, UsageError
 from kwflow.runners.logs import Line
 from kwflow.runners.stats import Stats
 
-__all__ = ["end_if_late", "signals", "stopper", "wait_for_topics"]
+__all__ = ["end_if_late", "signals", "stopper", "wait_for_topics", "without_extra"]
 
 _START_ME_AGAIN = 3
 _COMMIT_S = 90  # beside what else a turn may take: a transaction is asked for thirty seconds, and its abort, too
+
+
+def without_extra(command: str, packages: Sequence[str], error: ModuleNotFoundError) -> Exception:
+    """What is to be raised where a command, which has an extra of its name, found one of these packages missing; the error itself, if it is another one."""
+    missing = (error.name or "").partition(".")[0]
+    return UsageError(f"kwflow {command} needs {missing}: pip install 'kwflow[{command}]'") if missing in packages else error
 
 
 def stopper() -> Callable[[], bool]:

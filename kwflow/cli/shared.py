@@ -19,7 +19,7 @@ from kwflow.errors import FencedError, KwflowError, TransportError, UnsupportedE
 
 __all__ = [
     "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
-    "columns", "err", "exit_code", "json_option", "out", "print_json", "print_table", "text_of", "told",
+    "columns", "err", "exit_code", "json_option", "out", "print_json", "print_table", "told",
 ]  # fmt: skip
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -115,7 +115,3 @@ def print_json(value: object) -> None:
     """One line of JSON on the standard output, in ASCII where that is not UTF-8."""
     text = msgspec.json.encode(value).decode()
     out.print(text if out.encoding == "utf-8" else json.dumps(msgspec.json.decode(text), separators=(",", ":")))
-
-
-def text_of(data: bytes | None) -> str:
-    return "null" if data is None else data.decode("utf-8", "backslashreplace")

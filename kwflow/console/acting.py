@@ -16,10 +16,10 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from kwflow.client import Client, Future
-from kwflow.console.pages import part
 from kwflow.console.problems import Problem
 from kwflow.console.site import Site, site_of
 from kwflow.errors import UsageError
+from kwflow.gateway.requests import segment
 from kwflow.runners import letters
 
 __all__ = ["ROUTES"]
@@ -83,7 +83,7 @@ def _settled(site: Site, op: str, what: str) -> None:
 
 
 async def _act(request: Request) -> Response:
-    site, id, op = site_of(request), part(request, "id"), request.path_params["op"]
+    site, id, op = site_of(request), segment(request, "id"), request.path_params["op"]
     form = await _form(request)
     if op in _COMMANDS:
         await site.act(_commanded, site, op, id, form)
@@ -95,7 +95,7 @@ async def _act(request: Request) -> Response:
 
 
 async def _settle(request: Request) -> Response:
-    site, identity, op = site_of(request), part(request, "letter"), request.path_params["op"]
+    site, identity, op = site_of(request), segment(request, "letter"), request.path_params["op"]
     if op not in ("retry", "discard"):
         raise Problem(404, "There is no such page", "the page of the letter has its forms")
     await _form(request)
@@ -105,7 +105,7 @@ async def _settle(request: Request) -> Response:
 
 async def _confirm(request: Request) -> Response:
     """Asks once more before what cannot be taken back."""
-    site, id, op = site_of(request), part(request, "id"), request.path_params["op"]
+    site, id, op = site_of(request), segment(request, "id"), request.path_params["op"]
     if op not in _ASKS or site.read_only:
         raise Problem(404, "There is no such page", "the page of the instance has its forms")
     given = {name: request.query_params.get(name, "") for name in ("reason", "start_id")}

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hmac
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kwflow.console.site import Site
-from kwflow.gateway.gate import is_local
+from kwflow.gateway.gate import is_local, known
 
 __all__ = ["Gate"]
 
@@ -69,14 +68,12 @@ class Gate:
         return 0, "", ""
 
     def _knows(self, authorization: str) -> bool:
-        """Every token is compared whole, so that the time tells nothing of them."""
         scheme, _, encoded = authorization.partition(" ")
         try:
             given = base64.b64decode(encoded.strip(), validate=True).partition(b":")[2]
         except (binascii.Error, ValueError):
             return False
-        found = [hmac.compare_digest(given, known) for known in self._tokens]
-        return scheme.lower() == "basic" and any(found)
+        return known(self._tokens, given) and scheme.lower() == "basic"
 
 
 def _own(request: Request, host: str) -> bool:

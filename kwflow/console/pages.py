@@ -6,7 +6,7 @@ import shlex
 import time
 from collections import Counter
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlencode
+from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,13 +15,14 @@ from starlette.routing import Route
 from kwflow.console.problems import Problem
 from kwflow.console.reading import ROWS, listed, looked
 from kwflow.console.site import site_of
-from kwflow.console.words import text_of
 from kwflow.core.wire import Record
 from kwflow.errors import UsageError
+from kwflow.gateway.requests import segment
 from kwflow.runners import letters
 from kwflow.runners.instances import STATUSES, Filter, since_ms
+from kwflow.runners.outside import text_of
 
-__all__ = ["ROUTES", "part"]
+__all__ = ["ROUTES"]
 
 _SAID = {
     "cancel": "kw.Cancelled was raised where it waits.", "pause": "It is paused: what comes for it waits.", "unpause": "It goes on; what was held is applied in order.",
@@ -29,14 +30,6 @@ _SAID = {
     "discard": "Discard is asked for; its engine does it.", "letter-retry": "The letter was sent again.", "letter-discard": "The letter was closed.",
 }  # fmt: skip
 _FIELDS = ("status", "workflow", "id", "since", "where", "page")
-
-
-def part(request: Request, name: str) -> str:
-    """A part of the path, percent-encoded as a whole.  Raises UsageError."""
-    try:
-        return unquote_to_bytes(request.path_params[name]).decode("utf-8")
-    except UnicodeDecodeError:
-        raise UsageError(f"the {name} in the path is not UTF-8") from None
 
 
 def _asked(request: Request) -> tuple[Filter, dict[str, str], int]:
@@ -73,7 +66,7 @@ async def _list(request: Request) -> Response:
 
 
 async def _instance(request: Request) -> Response:
-    site, id = site_of(request), part(request, "id")
+    site, id = site_of(request), segment(request, "id")
     found = await site.ask(looked, site, request.app.state.sources, id)
     if found is None:
         raise Problem(404, f"There is no instance {id}", "it has ended and was forgotten (ended_retention_ms), or has another id; the list shows what there is")
@@ -101,7 +94,7 @@ def _row(identity: str, letter: Record) -> dict[str, Any]:
 
 
 async def _letter(request: Request) -> Response:
-    site, identity = site_of(request), part(request, "letter")
+    site, identity = site_of(request), segment(request, "letter")
     letter = (await site.ask(letters.letters_of, site.config, site.embedded)).get(identity)
     if letter is None:
         raise Problem(404, f"There is no open dead letter {identity}", "somebody has dealt with it, or retention has deleted it; the list shows what is open")

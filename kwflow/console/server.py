@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 from collections.abc import Callable
 from contextlib import closing
 
@@ -18,7 +17,7 @@ from kwflow.console.problems import answered
 from kwflow.console.site import Site
 from kwflow.console.sources import Sources
 from kwflow.errors import KwflowError, UsageError
-from kwflow.gateway.server import listening, url_of
+from kwflow.gateway.server import listening, settings, url_of
 
 __all__ = ["application", "serve", "server_of"]
 
@@ -43,13 +42,7 @@ def serve(site: Site, host: str, port: int, log: Callable[[str], None]) -> None:
 
 
 def server_of(site: Site) -> uvicorn.Server:
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    return uvicorn.Server(
-        uvicorn.Config(
-            application(site), loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-            limit_concurrency=_CONNECTIONS_MAX, timeout_graceful_shutdown=_END_S,
-        )
-    )  # fmt: skip
+    return uvicorn.Server(settings(application(site), _CONNECTIONS_MAX, _END_S))
 
 
 def _loopback(host: str) -> bool:

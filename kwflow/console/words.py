@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["When", "instant", "json_text", "size", "text_of", "when"]
+__all__ = ["When", "instant", "json_text", "size", "when"]
 
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -49,8 +49,3 @@ def size(count: int) -> str:
 def json_text(value: Any) -> str:
     """Indented, for reading."""
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-
-
-def text_of(data: bytes | None) -> str:
-    """What a record holds."""
-    return "null" if data is None else data.decode("utf-8", "backslashreplace")

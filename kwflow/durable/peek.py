@@ -1,8 +1,8 @@
 """What a snapshot's body holds, looked at without running or even loading the author's code (semantics §4.1, §4.4).
 
-Every class and function the bytes name becomes a stub that only remembers what it was given.  Nobody has checked these bytes: none may
-take more memory or time than they are long.  `peek` shows the waiting
-generators, `told` its variables as text, `graph` gives all of it, `Shown` writes values for people, `canonical` is a form of the whole that is equal when two graphs are.
+Every class and function the bytes name becomes a stub that only remembers what it was given.  Nobody has checked these bytes:
+none may take more memory or time than they are long.  `peek` shows the waiting generators and their variables, `told` the same
+as text, `graph` gives all of it, `Shown` writes values for people, `canonical` is a form of the whole that is equal when two graphs are.
 """
 
 from __future__ import annotations
@@ -371,11 +371,11 @@ def canonical_bytes(body: bytes) -> str:
         node = nodes[met]
         kind, state = deferred.get(id(node), ("", None))
         if isinstance(node, Stub):
-            text = f"{node.name} {ref(node.args)} {ref(node.state)} {' '.join(map(ref, node.items))} {kind} {ref(state)}"
+            line = f"{node.name} {ref(node.args)} {ref(node.state)} {' '.join(map(ref, node.items))} {kind} {ref(state)}"
         elif isinstance(node, dict):
-            text = "{" + " ".join(f"{ref(key)}: {ref(item)}" for key, item in node.items()) + "}"
+            line = "{" + " ".join(f"{ref(key)}: {ref(item)}" for key, item in node.items()) + "}"
         else:
-            text = f"[{' '.join(map(ref, node))}]"
-        lines.append(f"#{met} {text}")
+            line = f"[{' '.join(map(ref, node))}]"
+        lines.append(f"#{met} {line}")
         met += 1
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.requests import Request
@@ -19,7 +19,7 @@ from kwflow.gateway.problems import RequestError, problem_of
 from kwflow.gateway.requests import refusal
 from kwflow.gateway.service import Service
 
-__all__ = ["Gate", "is_local"]
+__all__ = ["Gate", "is_local", "known"]
 
 _HUNG_UP = 499  # as nginx has it: nobody was there to be answered
 _HEALTH = "/health"
@@ -81,11 +81,13 @@ class Gate:
         return RequestError("busy", f"{most} requests wait here already (limit gateway_waits_max)") if self._service.waiting >= most else None
 
     def _knows(self, authorization: str) -> bool:
-        """Every token is compared whole, so that the time tells nothing of them."""
         scheme, _, token = authorization.partition(" ")
-        given = token.strip().encode("latin-1", "replace")
-        found = [hmac.compare_digest(given, known) for known in self._tokens]
-        return scheme.lower() == "bearer" and any(found)
+        return known(self._tokens, token.strip().encode("latin-1", "replace")) and scheme.lower() == "bearer"
+
+
+def known(tokens: Sequence[bytes], given: bytes) -> bool:
+    """Every token is compared whole, so that the time tells nothing of them."""
+    return any([hmac.compare_digest(given, token) for token in tokens])
 
 
 def is_local(host: str) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from kwflow.client import Client
 from kwflow.config import Config
@@ -20,7 +21,7 @@ from kwflow.gateway.application import application
 from kwflow.gateway.service import Look, Service
 from kwflow.worker import Lending
 
-__all__ = ["Server", "listening", "serve", "url_of"]
+__all__ = ["Server", "listening", "serve", "settings", "url_of"]
 
 _DEAD_AFTER_S = 60  # a caller whose machine or line is gone: two sweeps of 30 s, as the affinity service has it (AF-9)
 _IDLE_MAX = 1000  # connections beside those whose requests wait
@@ -48,19 +49,22 @@ def listening(host: str, port: int) -> socket.socket:
     return made
 
 
+def settings(served: ASGIApp, connections_max: int, end_s: int) -> uvicorn.Config:
+    """Of a server that logs what goes wrong, and ends at most so long after it is asked to."""
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    return uvicorn.Config(
+        served, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+        limit_concurrency=connections_max, timeout_graceful_shutdown=end_s,
+    )  # fmt: skip
+
+
 class Server(uvicorn.Server):
     """uvicorn, with a gateway inside."""
 
     def __init__(self, service: Service) -> None:
         config = service.config
         self._service = service
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        super().__init__(
-            uvicorn.Config(
-                application(service), loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-                limit_concurrency=config.gateway_waits_max + _IDLE_MAX, timeout_graceful_shutdown=math.ceil(config.command_timeout_s) + 1,
-            )
-        )  # fmt: skip
+        super().__init__(settings(application(service), config.gateway_waits_max + _IDLE_MAX, math.ceil(config.command_timeout_s) + 1))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.end()

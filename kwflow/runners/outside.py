@@ -23,7 +23,7 @@ from kwflow.runners.groups import Group
 from kwflow.runners.instances import Filter, Found, newest_of, row_of
 from kwflow.runners.parked import HOLD
 
-__all__ = ["Entry", "Wanted", "Write", "asked", "code_store", "entry", "instances", "read", "send", "snapshots", "sole_writer", "states", "stored"]
+__all__ = ["Entry", "Wanted", "Write", "asked", "code_store", "entry", "instances", "read", "send", "snapshots", "sole_writer", "states", "stored", "text_of"]
 
 
 def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
@@ -196,3 +196,8 @@ def _row(key: bytes, data: bytes, wanted: Filter) -> bytes | None:
     """What is kept of an entry until it is known to be the last of its id."""
     row = row_of(key, data) if not key.startswith(b"\0") else None
     return msgspec.json.encode(row) if row is not None and wanted.takes(row) else None
+
+
+def text_of(data: bytes | None) -> str:
+    """What a record holds, for people."""
+    return "null" if data is None else data.decode("utf-8", "backslashreplace")

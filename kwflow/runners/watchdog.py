@@ -59,7 +59,7 @@ class Watchdog:
         self._begun = begun = time.monotonic()
         if not self._watched:
             self._begun = -begun
-            self._watch()
+            self._register()
             self._begun = begun
         try:
             try:
@@ -74,7 +74,7 @@ class Watchdog:
             raise StepTimeout(f"the step took more than {self._abort_s:g} s without reaching a wait (limit step_abort_ms); do long work in an activity, or raise it and retry")
         return made
 
-    def _watch(self) -> None:
+    def _register(self) -> None:
         with _registering:
             self._look_at = time.monotonic() + self._look_s
             self._watched = True
