@@ -21,9 +21,11 @@ from kwflow.core.current import current, in_step
 from kwflow.core.mailbox import Inbox, Update
 from kwflow.core.migration import OldInstance, OldTask
 from kwflow.core.tasks import Awaitable, Suspension, Task
+from kwflow.core.wire import Record
 from kwflow.durable import registry
 from kwflow.durable.resources import reacquire
 from kwflow.errors import CodeChangedError, UsageError
+from kwflow.feeds import Cancel, Resume, Signal, Start, feed
 from kwflow.waits import Gen, Wait, all, race, shield, sleep, spawn, suspend, timeout
 
 __all__ = [
@@ -31,12 +33,17 @@ __all__ = [
     "ActivityInfo",
     "Awaitable",
     "Call",
+    "Cancel",
     "Child",
     "Gen",
     "Inbox",
     "OldInstance",
     "OldTask",
+    "Record",
+    "Resume",
     "Retry",
+    "Signal",
+    "Start",
     "Suspension",
     "Task",
     "Update",
@@ -50,6 +57,7 @@ __all__ = [
     "declare_topics",
     "declared_topics",
     "declaring",
+    "feed",
     "log",
     "migrate",
     "now",

@@ -160,6 +160,10 @@ class Config(BaseSettings):
     def workers_group(self) -> str:
         return f"{self.application_id}-workers"
 
+    def feed_group(self, topic: str) -> str:
+        """The consumer group of the feed of this topic."""
+        return f"{self.application_id}-feed-{topic}"
+
     @property
     def timers_changelog_topic(self) -> str:
         return f"{self.application_id}-timers-changelog"

@@ -93,6 +93,7 @@ class Processor(Protocol):
 
     input_topic: str
     changelog_topic: str
+    """Of its state; empty for one that has none, whose records may lie in any partition, and whose input is somebody else's."""
     partitions: int
     """Of the input topic; a runner that has more than one says how many."""
 

@@ -18,7 +18,7 @@ import kwflow
 from kwflow.cli.code import code_app
 from kwflow.cli.console import console
 from kwflow.cli.dead_letters import dead
-from kwflow.cli.engines import engine, run, scheduler
+from kwflow.cli.engines import engine, feed, run, scheduler
 from kwflow.cli.gateway import gateway
 from kwflow.cli.instances import list_, show
 from kwflow.cli.messages import cancel, fork, pause, query, result, signal, terminate, unpause, update
@@ -35,7 +35,7 @@ app.add_typer(dead, name="dead-letters")
 app.add_typer(schedules_app, name="schedule")
 app.add_typer(topics_app, name="topics")
 app.add_typer(code_app, name="code")
-for _command in (engine, worker, scheduler, gateway, console, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, fork, result, show, tail, reset):
+for _command in (engine, worker, scheduler, feed, gateway, console, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, fork, result, show, tail, reset):
     app.command()(_command)
 app.command("list")(list_)
 

@@ -25,17 +25,19 @@ from kwflow.cli.watching import RestoreBar, carry_logging, ends_in_its_log, log_
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
 from kwflow.errors import UsageError
+from kwflow.feeds import Feed, registered_feeds
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.socket import serve
 from kwflow.runners.embedded.state import EmbeddedStore
+from kwflow.runners.feeds import FeedProcessor
 from kwflow.runners.hosted import processors_of
 from kwflow.runners.loop import WorkflowProcessor
-from kwflow.runners.modules import load_workflows
+from kwflow.runners.modules import load_modules, load_workflows
 from kwflow.runners.outside import code_store
 from kwflow.runners.supervise import orphaned, supervise
 from kwflow.runners.watchdog import end_when_stuck
 
-__all__ = ["Runner", "engine", "open_many_files", "run", "scheduler"]
+__all__ = ["Runner", "engine", "feed", "open_many_files", "run", "scheduler"]
 
 
 class Runner(enum.StrEnum):
@@ -79,6 +81,7 @@ def engine(
     state_dir: StateDir = None,
     runner: Annotated[Runner, typer.Option("--runner", envvar="KWFLOW_RUNNER", help="faust: in a Faust application, at-least-once (needs kwflow[faust]).")] = Runner.kafka,
     with_scheduler: Annotated[bool, typer.Option("--with-scheduler", envvar="KWFLOW_WITH_SCHEDULER", help="Run the timers in this process too.")] = False,
+    with_feeds: Annotated[bool, typer.Option("--with-feeds", envvar="KWFLOW_WITH_FEEDS", help="Run the feeds of the MODULEs in this process too.")] = False,
     accept_offset_reset: AcceptReset = False,
     wait_for_broker: WaitForBroker = None,
     processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="Kafka: so many engine processes, one a core; each is started again when it dies.")] = 1,
@@ -90,7 +93,7 @@ def engine(
     config: ConfigFile = None,
     app_dir: AppDir = None,
 ) -> None:
-    """Run workflows until SIGTERM; embedded, their timers too.
+    """Run workflows until SIGTERM; embedded, their timers and feeds too.
 
     Example: kwflow engine workflows.trip_booking --bootstrap-servers localhost:9092 --with-scheduler
     """
@@ -105,15 +108,15 @@ def engine(
     if processes > 1 and settings.supervisor_pid is None:
         raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow", *sys.argv[1:]], processes, signals(lambda _: None), log_of(settings)))
     if runner is Runner.faust:
-        _run_in_faust(settings, modules, app_dir, with_scheduler or embedded is not None)
+        _run_in_faust(settings, modules, app_dir, with_scheduler or with_feeds or embedded is not None)
     with ends_in_its_log(settings):
         if embedded is None:
-            _engine_on_kafka(settings, modules, app_dir, with_scheduler)
+            _engine_on_kafka(settings, modules, app_dir, with_scheduler, with_feeds)
         else:
             _engine_embedded(settings, modules, app_dir, embedded, sync)
 
 
-def _engine_on_kafka(settings: Config, modules: list[str], app_dir: Path | None, with_scheduler: bool) -> None:
+def _engine_on_kafka(settings: Config, modules: list[str], app_dir: Path | None, with_scheduler: bool, with_feeds: bool) -> None:
     stop, log = stopper(), log_of(settings)
     workflows = load_workflows(modules, app_dir, settings.durable_packages)
     sources = functools.cache(lambda: code_store(settings, None))  # read once the topics are known to be there
@@ -122,7 +125,24 @@ def _engine_on_kafka(settings: Config, modules: list[str], app_dir: Path | None,
     ]
     if with_scheduler:
         makers.append(timers.service(settings))
+    if with_feeds:
+        makers += _feeds(settings, modules, log)
+    elif fed := sorted(registered_feeds()):
+        log(f"nothing is read of {', '.join(fed)} here: the feeds of these modules run with --with-feeds, or in kwflow feed {' '.join(modules)}")
     _run_on_kafka(settings, makers, stop, modules)
+
+
+def _feeds(settings: Config, modules: Sequence[str], log: Callable[[str], None]) -> list[tuple[str, Callable[[str], FeedProcessor]]]:
+    """The consumer group of each feed of these modules, and what makes its processor.  Raises UsageError when there is none."""
+    if not registered_feeds():
+        raise UsageError(f"no feed in {', '.join(modules)}: a function under @kw.feed(topic)")
+
+
+    def service(feed: Feed) -> tuple[str, Callable[[str], FeedProcessor]]:
+        made = FeedProcessor(settings, feed, log)
+        return settings.feed_group(feed.topic), lambda _incarnation: made
+
+    return [service(feed) for feed in registered_feeds().values()]
 
 
 def _engine_embedded(settings: Config, modules: list[str], app_dir: Path | None, directory: Path, sync: bool) -> None:
@@ -143,7 +163,8 @@ def _engine_embedded(settings: Config, modules: list[str], app_dir: Path | None,
 def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, more: bool) -> NoReturn:
     """Faust's own worker handles the signals and ends the process."""
     if more:
-        raise UsageError("--runner faust runs on Kafka and fires no timers: leave --embedded and --with-scheduler out, and run `kwflow scheduler` beside it")
+        beside = "leave --embedded, --with-scheduler and --with-feeds out, and run `kwflow scheduler` and `kwflow feed` beside it"
+        raise UsageError(f"--runner faust runs on Kafka, fires no timers and reads no feeds: {beside}")
     if settings.kafka:
         raise UsageError("--runner faust takes no [kafka] settings, which are librdkafka's; make a faust.App with its own and give it to kwflow.runners.faust.attach")
     try:
@@ -172,7 +193,7 @@ def _say_counts(counts: Counter[str], log: Callable[[str], None]) -> None:
     log("records: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"))
 
 
-def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]]], stop: Callable[[], bool], modules: Sequence[str] = ()) -> None:
+def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]]], stop: Callable[[], bool], modules: Sequence[str] = (), what: str = "engine runs") -> None:
     """Each processor on a thread of its own with its own clients; the first that fails stops all."""
     from kwflow.runners.kafka import runner as kafka
     from kwflow.runners.kafka.environment import live
@@ -204,7 +225,7 @@ def _run_on_kafka(settings: Config, makers: list[tuple[str, Callable[[str], Any]
         unrun.pop_all()  # each closes itself at the end of its run
         for thread in threads:
             thread.start()
-        log(f"kwflow engine runs on {settings.bootstrap_servers}")
+        log(f"kwflow {what} on {settings.bootstrap_servers}")
         while any(thread.is_alive() for thread in threads):
             bar.look({where: progress for runner in runners for where, progress in runner.restoring().items()})
             end_if_late(runners, 2 * settings.step_abort_ms / 1000 + settings.activity_grace_s, log)
@@ -236,6 +257,31 @@ def scheduler(
     )  # fmt: skip
     with ends_in_its_log(settings):
         _run_on_kafka(settings, [timers.service(settings)], stopper())
+
+
+def feed(
+    modules: Modules,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    state_dir: StateDir = None,
+    wait_for_broker: WaitForBroker = None,
+    processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="So many processes, one a core; each is started again when it dies.")] = 1,
+    http: Http = None,
+    log_format: LogFormat = None,
+    config: ConfigFile = None,
+    app_dir: AppDir = None,
+) -> None:
+    """Run the feeds of MODULE on Kafka until SIGTERM: records of other topics become messages for workflows.
+
+    Example: kwflow feed shop.feeds --bootstrap-servers localhost:9092
+    """
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format)
+    if processes > 1 and settings.supervisor_pid is None:
+        raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow", *sys.argv[1:]], processes, signals(lambda _: None), log_of(settings)))
+    with ends_in_its_log(settings):
+        stop, log = stopper(), log_of(settings)
+        load_modules(modules, app_dir, settings.durable_packages)
+        _run_on_kafka(settings, _feeds(settings, modules, log), stop, modules, f"feed reads {', '.join(sorted(registered_feeds()))}")
 
 
 def run(

@@ -12,6 +12,7 @@ from kwflow import api
 from kwflow.cli.code import prepare_stored
 from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, StateDir, out
 from kwflow.config import Config, load_config
+from kwflow.feeds import registered_feeds
 from kwflow.runners.modules import load_workflows
 
 __all__ = ["From", "reset", "topics_app"]
@@ -36,7 +37,7 @@ def topics_create(
     from kwflow.runners.kafka import topics
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    for topic in topics.create(topics.admin(settings), settings, _declared(settings, modules, app_dir), partitions, replication):
+    for topic in topics.create(topics.admin(settings), settings, _declared(settings, modules, app_dir) | registered_feeds().keys(), partitions, replication):
         out.print(f"created {topic}")
 
 
@@ -55,7 +56,8 @@ def topics_check(
     from kwflow.runners.kafka import topics
 
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    problems = topics.problems(topics.admin(settings), settings, _declared(settings, modules, app_dir), [settings.application_id, settings.timers_group])
+    declared = _declared(settings, modules, app_dir)
+    problems = topics.problems(topics.admin(settings), settings, declared, [settings.application_id, settings.timers_group, *map(settings.feed_group, registered_feeds())])
     for problem in problems:
         out.print(problem)
     raise typer.Exit(1 if problems else 0)

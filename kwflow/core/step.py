@@ -112,7 +112,7 @@ def _start(name: str, message: wire.Start, record: Record, context: Context, bef
         raise ProtocolError(f"no workflow {workflow!r} is registered; known are: {known}", "unknown-workflow")
     options = message.options
     if workflow in context.workflows.inputs:  # before anything is done: what does not fit is a bad record
-        options = typed.rebuilt_input(workflow, context.workflows.inputs[workflow], options)
+        options = typed.rebuilt_input(f"workflow {workflow!r}", context.workflows.inputs[workflow], options)
     instance = Instance(name, workflow, f"{record.partition}-{record.offset}", record.timestamp_ms)
     if record.headers:
         instance.start_id = wire.short_header(record, "kwflow-start-id") or instance.start_id

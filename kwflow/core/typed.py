@@ -82,7 +82,7 @@ def input_json(value: object) -> bytes:
     return wire.json_dumps(to_plain(value, annotated=True))
 
 
-def rebuilt_input(workflow: str, hint: Any, value: object) -> Any:
+def rebuilt_input(whose: str, hint: Any, value: object) -> Any:
     """The input as annotated.  Raises ProtocolError when it does not fit; classes of the author's are built here, so anything may be raised."""
     try:
         return from_plain(value, hint)
@@ -91,7 +91,7 @@ def rebuilt_input(workflow: str, hint: Any, value: object) -> Any:
     except BaseException as error:
         said = outcomes.describe_error(error).removeprefix("ValidationError: ")
     said = " ".join(said.split())  # it is a line of the log, too
-    raise ProtocolError(f"workflow {workflow!r} does not take this input: {said}"[:_SAID_CHARACTERS_MAX], "bad-input")
+    raise ProtocolError(f"{whose} does not take this input: {said}"[:_SAID_CHARACTERS_MAX], "bad-input")
 
 
 def input_hints(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from kwflow import api
 from kwflow.config import Config, load_config
 from kwflow.core.contract import Workflows
 from kwflow.durable import set_abandoning
+from kwflow.feeds import registered_feeds
 from kwflow.runners.code import CodeStore
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.socket import serve
+from kwflow.runners.feeds import FeedProcessor
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.timers import TimerProcessor
@@ -22,12 +24,13 @@ from kwflow.runners.timers import TimerProcessor
 __all__ = ["Hosted", "processors_of"]
 
 
-def processors_of(engine: Embedded, workflows: Workflows, config: Config, on_log: Callable[[str], None]) -> tuple[WorkflowProcessor, TimerProcessor]:
+def processors_of(engine: Embedded, workflows: Workflows, config: Config, on_log: Callable[[str], None]) -> tuple[WorkflowProcessor, TimerProcessor, *tuple[FeedProcessor, ...]]:
     """What an embedded engine runs; the sources of the code that its instances run are kept in its log (G10)."""
     topic = config.code_topic
     engine.compact(topic)
     sources = CodeStore(lambda offset: engine.read(topic, offset, engine.end(topic)), config.signing_keys)
-    return WorkflowProcessor(config, workflows, api.declared_topics(), engine.incarnation, on_log, sources), TimerProcessor(config)
+    fed = [FeedProcessor(config, feed, on_log) for feed in registered_feeds().values()]
+    return WorkflowProcessor(config, workflows, api.declared_topics(), engine.incarnation, on_log, sources), TimerProcessor(config), *fed
 
 
 class Hosted:
@@ -47,15 +50,15 @@ class Hosted:
             stack.callback(set_abandoning, set_abandoning(True, everywhere=True), everywhere=True)  # while it runs, on every thread of this process (semantics §3.3)
             self.engine = Embedded(Path(directory), self.config)
             stack.callback(self.engine.close)
-            self._workflows, self._timers = processors_of(self.engine, loaded, self.config, on_log)
-            stack.callback(self._workflows.live.forget)
+            self._processors = processors_of(self.engine, loaded, self.config, on_log)
+            stack.callback(self._processors[0].live.forget)
             stack.enter_context(serve(self.engine))
             self._thread.start()
             self._stack = stack.pop_all()
 
     def _run(self) -> None:
         try:
-            self.engine.run([self._workflows, self._timers], lambda: self._stopped, self._on_log)
+            self.engine.run(self._processors, lambda: self._stopped, self._on_log)
         except BaseException as error:
             self._failed = error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import msgspec
 from kwflow.config import Config
 from kwflow.core.wire import Output, Record
 from kwflow.errors import UsageError
+from kwflow.runners import feeds
 from kwflow.runners.groups import Group, Mark, Undone
 from kwflow.runners.instances import header_of
 from kwflow.runners.outside import Write, read, sole_writer, states
@@ -127,10 +129,16 @@ def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: s
 
 
 def _closing(settings: Config, identity: str, letter: Record, again: bool) -> Group:
-    """What deals with a letter: the mark, and before it the record itself with its first timestamp in a header (K13).  Its sender was told what became of it, and nobody waits for more."""
+    """What deals with a letter: the mark, and before it the record itself with its first timestamp in a header (K13), or what asks its feed once more.
+
+    Its sender was told what became of it, and nobody waits for more.
+    """
     mark = Mark(settings.dead_letter_topic, letter.offset, _DONE, identity.encode())
     records = [Output(settings.dead_letter_topic, letter.key, None, ((mark.name, mark.value),))]
-    if again:
+    fed = feeds.again(settings, letter, functools.partial(said_of, letter)) if again else None
+    if fed is not None:
+        records.insert(0, fed)
+    elif again:
         headers = tuple(pair for pair in letter.headers if not pair[0].startswith("kwflow-error-") and pair[0] not in ADDRESS)
         first = () if any(name == _FIRST and value for name, value in headers) else ((_FIRST, str(letter.timestamp_ms).encode()),)
         records.insert(0, Output(said_of(letter, "topic") or settings.resume_topic, letter.key, letter.value, (*headers, *first)))

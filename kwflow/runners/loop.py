@@ -25,8 +25,9 @@ from kwflow.durable import allow_classes_by_value, allow_modules, set_abandoning
 from kwflow.durable.registry import Module
 from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, RefusedError, SnapshotError, StepTimeout
+from kwflow.feeds import registered_feeds
 from kwflow.ports import Budget, Changes, Decision, Deliver, Store
-from kwflow.runners import code, commands, deployment, parked
+from kwflow.runners import code, commands, deployment, feeds, parked
 from kwflow.runners.activities.dispatch import Dispatcher, keep
 from kwflow.runners.ended import EndedTable
 from kwflow.runners.live import Live, LiveInstances
@@ -66,6 +67,7 @@ class WorkflowProcessor:
         self.limits = Limits(**{name: getattr(config, name) for name in Limits.__struct_fields__})
         self._prepared: dict[str, frozenset[str]] = {}  # `<module>@<sha256>` -> the topics that loading what it needs has declared
         self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
+        self.fed = feeds.Fed(config, on_log)
         self.live = LiveInstances(config)
         self.ended = EndedTable(config)
         self.snapshots = Histogram(BYTES)
@@ -98,11 +100,12 @@ class WorkflowProcessor:
 
     def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
         try:
-            name = wire.workflow_id(record)
-            command = wire.header(record, "kwflow-op") in commands.OPS
+            name, op = wire.workflow_id(record), wire.header(record, "kwflow-op")
         except ProtocolError:
             return parked.dead(self.config, record, "refused", reason, record.timestamp_ms)
-        if command:
+        if op == feeds.OP:
+            return self.fed.refuse_again(record, reason)
+        if op in commands.OPS:
             return commands.refuse(self.config, state, name, record, reason)
         return parked.park(self.config, state, name, state.get(name.encode()), record, RefusedError(reason), record.timestamp_ms)
 
@@ -207,6 +210,8 @@ class _Batch:
             op = wire.header(record, "kwflow-op") if record.headers else None
             if op in commands.OPS:
                 return self._command(name, record)
+            if op == feeds.OP:
+                return self.processor.fed.again(registered_feeds(), record, self.context.received_ms)
             live = self.live.get(key)
             if live is None:
                 found = self._find(name, key, record)

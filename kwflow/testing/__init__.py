@@ -26,8 +26,10 @@ from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.wire import Output, Record
 from kwflow.durable import versions
 from kwflow.errors import UsageError
-from kwflow.ports import Decision
+from kwflow.feeds import registered_feeds
+from kwflow.ports import Decision, Processor
 from kwflow.runners.activities.answers import calls_of, carry_out, conclude, info_of
+from kwflow.runners.feeds import FeedProcessor
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
@@ -173,7 +175,7 @@ class WorkflowTester:
         return {name: value for name, value in found[0].items() if name != "request"} if found else None
 
     def send(self, id: str | None, value: bytes | None, headers: dict[str, str] | None = None, topic: str | None = None) -> None:
-        """Any record on the resume topic (or another one), processed at once with all that follows from it."""
+        """Any record on the resume topic (or another one, which may have a feed), processed at once with all that follows from it."""
         pairs = tuple((name, text.encode()) for name, text in (headers or {}).items())
         self._log(Output(topic or self.config.resume_topic, id.encode() if id is not None else None, value, pairs, self.now_ms))
         self._work()
@@ -250,7 +252,10 @@ class WorkflowTester:
         raise AssertionError(f"{_FOLLOWING_MAX:,} records followed from one, the last for {', '.join(ids)}; do they answer each other for ever?")
 
     def _apply(self, record: Record) -> None:
-        for processor, store in ((self._workflows, self.state), (self._timers, self.timers)):
+        processors: list[tuple[Processor, MemoryStore]] = [(self._workflows, self.state), (self._timers, self.timers)]
+        if (feed := registered_feeds().get(record.topic)) is not None:
+            processors.append((FeedProcessor(self.config, feed), MemoryStore()))
+        for processor, store in processors:
             if processor.input_topic == record.topic:
                 changes = Overlay(store)
                 with self.globals_check:

@@ -12,17 +12,19 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from confluent_kafka import Producer
 from confluent_kafka.admin import AclBinding, AclOperation, AclPermissionType, AdminClient, ResourcePatternType, ResourceType  # type: ignore[attr-defined]
 
 from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.errors import TransportError
+from kwflow.runners.kafka import link as kafka_link
 from tests.integration.broker import Secured, can_start
 from tests.integration.site import ROOT, TRIP
 from tests.integration.test_client import until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
-USERS = ("engine", "worker", "client", "operator", "reader")
+USERS = ("engine", "worker", "feed", "client", "operator", "reader")
 KINDS = {"topic": ResourceType.TOPIC, "group": ResourceType.GROUP, "transactional_id": ResourceType.TRANSACTIONAL_ID}
 
 PAY = """
@@ -35,6 +37,10 @@ def charge(cents: int) -> str:
 @kw.workflow
 def pay(cents):
     return (yield charge(cents))
+
+@kw.feed("orders")
+def orders(cents: int):
+    return kw.Start(f"fed-{cents}", cents, workflow=pay)
 """
 
 
@@ -96,6 +102,9 @@ class Estate:
     def worker(self) -> "subprocess.Popen[str]":
         return self.began("worker", "worker", self.command("worker", self.pay, "--wait-for-broker", "10"))
 
+    def feed(self) -> "subprocess.Popen[str]":
+        return self.began("feed", "feed", self.command("feed", self.pay, "--state-dir", str(self.directory / "feed"), "--wait-for-broker", "10"))
+
     def began(self, name: str, user: str, command: list[str]) -> "subprocess.Popen[str]":
         with open(self.directory / f"{name}.log", "w") as log:
             self.processes.append(subprocess.Popen(command, env=self.environment(user), cwd=ROOT, stderr=log, text=True))
@@ -123,11 +132,14 @@ def documented() -> list[str]:
     return lines
 
 
-def test_engine_worker_client_and_operator_need_no_more_than_is_documented_and_a_user_that_lacks_it_is_told(estate: Estate) -> None:
+def test_engine_worker_feed_client_and_operator_need_no_more_than_is_documented_and_a_user_that_lacks_it_is_told(estate: Estate) -> None:
     """K1, K19, AF-6: a takeover from an engine that was killed, its fencing included; nothing of it needs rights on the cluster."""
     estate.allow(documented())
     config = Config(application_id="shop", bootstrap_servers=estate.broker.secured, kafka=estate.settings("client"))
-    first, worker = estate.engine("one"), estate.worker()
+    first, worker, feed = estate.engine("one"), estate.worker(), estate.feed()
+    others = Producer({"bootstrap.servers": estate.broker.bootstrap, "log_level": 0})
+    others.produce("orders", "77")
+    assert others.flush(20) == 0
     with Client.kafka(config) as client:
         outcome = client.start_and_wait("trip", {"timeout": 60_000}, timeout=120)
         assert client.start_and_wait("pay", 300, workflow="pay", timeout=120).result() == "paid 300"
@@ -140,8 +152,10 @@ def test_engine_worker_client_and_operator_need_no_more_than_is_documented_and_a
         for ref in asked[1:]:
             client.resume("trip", ref, "booked").result(60)
         outcome.result(120)
-    assert second.poll() is None and worker.poll() is None
-    for name in ("two", "worker"):
+    everything = config.model_copy(update={"bootstrap_servers": estate.broker.bootstrap, "kafka": {}})
+    until(lambda: any(record.key == b"fed-77" and record.value == b'"paid 77"' for record in kafka_link.read(everything, "workflow-result")))
+    assert second.poll() is None and worker.poll() is None and feed.poll() is None
+    for name in ("two", "worker", "feed"):
         log = (estate.directory / f"{name}.log").read_text()
         assert "uthori" not in log, log
     estate.says("operator", 0, "topics", "check", TRIP)

@@ -362,3 +362,17 @@ def test_what_shipping_refuses_or_never_answers_the_order_hears() -> None:
     both.orders.start("8", ["cup"], workflow="order")
     both.orders.finish("8")
     assert "TimeoutError" in both.orders.values("workflow-error")[-1]
+
+
+def test_events_of_two_topics_make_an_order_whichever_comes_first() -> None:
+    """docs/how-to/events.md."""
+    for first, second in (("orders", "payments"), ("payments", "orders")):
+        tester = WorkflowTester(fulfil=sample("events").fulfil)
+        sent = {"orders": b'{"id": "7", "items": ["tea"]}', "payments": b'{"order": "7", "cents": 300}'}
+        tester.send(None, sent[first], topic=first)
+        tester.send("key", sent[second], topic=second)
+        assert tester.result("order-7") == "shipped" and tester.values("shipments") == [{"items": ["tea"], "paid": 300}]
+        tester.send(None, b'{"id": "8", "items": []}', topic="orders")
+        tester.send(None, b'{"order": "9", "cents": 0}', topic="payments")
+        tester.send(None, b'{"order": "8", "cents": 5, "refused": true}', topic="payments")
+        assert tester.values(tester.config.error_topic) == ["CancelToken"] and tester.ids() == []

@@ -469,10 +469,11 @@ def _binding(name: str, value: ast.expr, ifs: Any = ()) -> ast.comprehension:
 
 
 def _native(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether the function is opted out: `@durable.native`, `@kw.durable.native` or `@native`; and activities and their batches, which run outside of steps."""
+    """Whether the function is opted out: `@durable.native`, `@kw.durable.native` or `@native`; and activities, their batches and feeds, which run outside of steps."""
     for decorator in node.decorator_list:
         name = decorator.func if isinstance(decorator, ast.Call) else decorator
         last = name.attr if isinstance(name, ast.Attribute) else name.id if isinstance(name, ast.Name) else ""
-        if last in ("activity", "batch_of") or (last == "native" and name is decorator):
+        called = name is not decorator
+        if last in ("activity", "batch_of") or (last == "feed" and called) or (last == "native" and not called):
             return True
     return False

@@ -16,7 +16,7 @@ from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 from kwflow.errors import TransportError
 from kwflow.runners.kafka.environment import Producer
 from kwflow.runners.kafka.member import LATEST, TRANSACTION_S, Member
-from kwflow.runners.kafka.topics import needed, offset_of, partitions_of, told, transient
+from kwflow.runners.kafka.topics import offset_of, partitions_of, told, transient
 
 __all__ = ["Fencing", "Leftovers"]
 
@@ -114,7 +114,7 @@ class Leftovers:
         try:
             if not self._places:
                 there = partitions_of(member.admin, member.config)
-                self._places = [TopicPartition(topic, number) for topic in needed(member.config, member.outputs) for number in range(there.get(topic, 0))]
+                self._places = [TopicPartition(topic, number) for topic in member.written for number in range(there.get(topic, 0))]
             stable, ends = (self._ends(level) for level in (IsolationLevel.READ_COMMITTED, IsolationLevel.READ_UNCOMMITTED))
         except (KafkaException, TransportError):
             return None

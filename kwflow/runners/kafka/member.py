@@ -77,6 +77,11 @@ class Member:
     partitions: int
     outputs: frozenset[str] = frozenset()
 
+    @property
+    def written(self) -> list[str]:
+        """Every topic that its transactions may write to, and what comes back to it."""
+        return topics.needed(self.config, self.outputs) if self.processor.changelog_topic else [self.config.resume_topic, self.config.dead_letter_topic]
+
     def settings(self, **more: Any) -> dict[str, Any]:
         """Of one more client of this engine."""
         return topics.client_config(self.config, **more)

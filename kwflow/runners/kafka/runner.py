@@ -102,7 +102,7 @@ class KafkaRunner:
         self.member = Member(
             config, environment, self.clock, on_log, group, f"{group}-{self.instance}", self.directory, self.admin, self.processor, self.incarnation, self.partitions, frozenset(outputs)
         )  # fmt: skip
-        sizes, age_max_ms = self._limits(topics.needed(config, self.member.outputs))
+        sizes, age_max_ms = self._limits(self.member.written)
         self.results = Results(config, self.processor.input_topic, environment, sizes["batch_size"])
         self.worker = self.processor.work(self.results.deliver)
         self._turns = 0
@@ -242,7 +242,7 @@ class KafkaRunner:
                     partition.end = message.offset() or 0
             elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
                 self.on_log(f"{self.group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
-            elif not topics.transient(error):
+            elif not topics.transient(error) and (self.processor.changelog_topic or error.code() != KafkaError._UNKNOWN_PARTITION):
                 if error.code() != KafkaError._FATAL:
                     raise ending(self.group, error)
                 raise FencedError(f"{self.group}: {error.str()}{self._like_me() if 'Static consumer fenced' in error.str() else ''}")
@@ -341,7 +341,7 @@ class KafkaRunner:
         return [decision for decision, _ in pairs], [record for _, record in pairs]
 
     def _at_home(self, record: Record) -> bool:
-        return record.key is None or partition_of(record.key, self.partitions) == record.partition
+        return record.key is None or not self.processor.changelog_topic or partition_of(record.key, self.partitions) == record.partition
 
     def _refuse(self, overlay: Overlay, record: Record, why: str) -> Decision:
         """An instance that it would park is on another partition, if the record should be there, too (K6)."""

@@ -25,7 +25,7 @@ from kwflow.runners.kafka.environment import Consumer, Environment
 from kwflow.runners.kafka.reading import gather
 from kwflow.runners.kafka.topics import transient
 
-__all__ = ["MOVED", "POSITION", "Partition", "PartitionStore", "Restore", "agreed"]
+__all__ = ["MOVED", "POSITION", "NoStore", "Partition", "PartitionStore", "Restore", "agreed"]
 
 POSITION = b"\0kwflow"  # K16: {incarnation, next offset, partitions} beside the state it belongs to
 MOVED = -1
@@ -117,6 +117,39 @@ class PartitionStore:
         self._db.close()
 
 
+class NoStore:
+    """The copy of a partition whose processor has no state."""
+
+    offset = 0
+
+    def get(self, key: bytes) -> bytes | None:
+        return None
+
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        return iter(())
+
+    def settle(self, changes: dict[bytes, bytes | None], offset: int | None, as_of_ms: int | None = None) -> None:
+        """Nothing is changed."""
+
+    def next_from(self, start: int) -> int:
+        return start
+
+    def wipe(self) -> None:
+        """It is empty."""
+
+    def is_too_old(self) -> bool:
+        return False
+
+    def page(self, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        return []
+
+    def leave(self) -> None:
+        """Nobody reads it."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 @dataclass
 class Partition:
     """One owned partition.  Invariants: `position` is the offset that the last committed transaction sent, `gathered` what was read from there on.
@@ -125,7 +158,7 @@ class Partition:
     """
 
     number: int
-    store: PartitionStore
+    store: PartitionStore | NoStore
     position: int
     fire_from: int  # K18: nothing fires before this input offset is reached
     careful_until: int  # K19: records before this offset are taken a few at a time
@@ -178,7 +211,7 @@ class Restore:
     `consumer` reads committed records only and reports the partition's end (`enable.partition.eof`); closing it is ours.
     """
 
-    def __init__(self, store: PartitionStore, consumer: Callable[[], Consumer], topic: str, number: int, start: int, end: int) -> None:
+    def __init__(self, store: PartitionStore | NoStore, consumer: Callable[[], Consumer], topic: str, number: int, start: int, end: int) -> None:
         self.store = store
         self.where = TopicPartition(topic, number)
         self.end = end

@@ -22,7 +22,8 @@ from kwflow.runners.kafka.member import END_WAIT_MS, TRANSACTION_S, Member, agai
 from kwflow.runners.kafka.orphans import Orphans
 from kwflow.runners.kafka.owners import Owner, Owners
 from kwflow.runners.kafka.standby import Cleanup, Copies, Standby
-from kwflow.runners.kafka.state import MOVED, POSITION, Partition, PartitionStore, Restore, agreed
+from kwflow.runners.kafka.state import MOVED, POSITION, NoStore, Partition, PartitionStore, Restore, agreed
+from kwflow.runners.logs import Line
 
 __all__ = ["Takeover"]
 
@@ -47,7 +48,7 @@ class Takeover:
         self.assigned: list[int] = []
         self.restoring: dict[int, tuple[Restore, int]] = {}
         self.found: dict[int, tuple[int, int, int]] = {}
-        self._leaving: dict[int, PartitionStore] = {}  # of what is not ours any more, and still open
+        self._leaving: dict[int, PartitionStore | NoStore] = {}  # of what is not ours any more, and still open
         self.wait_s = _IDLE_S  # for how long the main loop may wait for records
         self.joined = False
         self.generation = 0  # goes up with each rebalance that we are told of, an empty one included
@@ -60,10 +61,12 @@ class Takeover:
         self._worker = worker
         self._age_max_ms = age_max_ms
         self._topic, changelog = member.processor.input_topic, member.processor.changelog_topic
+        self._partitions = member.partitions
         config, environment = member.config, member.environment
-        self._incarnation = f"{member.incarnation} {topics.describe(member.admin, config, changelog)[0]}"  # a reset makes the changelog anew, and leaves the input as it is
+        if changelog:
+            self._incarnation = f"{member.incarnation} {topics.describe(member.admin, config, changelog)[0]}"  # a reset makes the changelog anew, and leaves the input as it is
         standby = Standby(changelog, self._changelog_consumer, self._store, lambda numbers: member.starts(changelog, numbers))
-        self.copies = Copies(standby if config.standby else None, member.partitions, Cleanup(environment, member.directory, config.state_cleanup_s), member.on_log)
+        self.copies = Copies(standby if config.standby and changelog else None, member.partitions, Cleanup(environment, member.directory, config.state_cleanup_s), member.on_log)
         self.consumer = self._new_consumer()
         self._orphans = Orphans(member.admin, environment, member.group, {self._topic: member.partitions})
 
@@ -87,9 +90,9 @@ class Takeover:
     def _subscribe(self, consumer: Consumer) -> None:
         consumer.subscribe([self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 
-    def _join_again(self) -> None:
+    def _join_again(self, why: str) -> None:
         """Leave the group and join it, so that it shares all partitions anew; what is polled meanwhile is read again."""
-        self.member.on_log(f"{self.member.group}: partitions of {self._topic} belong to nobody; joining again")
+        self.member.on_log(f"{self.member.group}: {why}; joining again")
         self.consumer.unsubscribe()
         give_up = self.member.environment.monotonic() + TRANSACTION_S
         while (self.owned or self.busy) and self.member.environment.monotonic() < give_up:
@@ -143,6 +146,8 @@ class Takeover:
     # -- restore, then own -----------------------------------------------------------------------------------------
     def turn(self) -> None:
         """Restore what was assigned, a slice at a time, then read from the committed offset on."""
+        if not self.member.processor.changelog_topic:
+            self._count_again()
         self._ask_for_former()
         until = self.member.environment.monotonic() + _SLICE_S
         moved = self._restore(until)
@@ -153,6 +158,14 @@ class Takeover:
         self.wait_s = 0.0 if moved else _PAUSE_S if self.busy else _IDLE_S
         if not self._leftovers.turn() and not self._stuck_since:
             self._fencing.release()
+
+    def _count_again(self) -> None:
+        """A topic of somebody else's may get more partitions; made anew with fewer it is assigned, to who is started again, as it was before."""
+        if max(self.assigned, default=0) < self._partitions:
+            return
+        self._partitions = topics.describe(self.member.admin, self.member.config, self._topic)[1]
+        if max(self.assigned) >= self._partitions:
+            self._join_again(f"{self._topic} has only {self._partitions} partitions now")
 
     def _restore(self, until: float) -> bool:
         """Whether one of them got on."""
@@ -193,7 +206,7 @@ class Takeover:
                 break
         if committed:
             topic = self.member.processor.changelog_topic
-            ends, starts = self._changelog_ends(committed), self.member.starts(topic, committed)
+            ends, starts = (self._changelog_ends(committed), self.member.starts(topic, committed)) if topic else (dict.fromkeys(committed, 0),) * 2
             for number, offset in committed.items():
                 self._stuck_since.pop(number, None)
                 self.found[number] = offset, starts[number], ends[number]
@@ -203,7 +216,7 @@ class Takeover:
         for number in list(self.found):
             committed, start, end = self.found.pop(number)
             self.copies.give(number)
-            store = self._store(number)
+            store = self._store(number) if self.member.processor.changelog_topic else NoStore()
             self.assigned.remove(number)
             self.restoring[number] = Restore(store, self._restore_consumer, self.member.processor.changelog_topic, number, start, end), committed
             if self.member.environment.monotonic() > until:
@@ -254,7 +267,7 @@ class Takeover:
     def look_after(self) -> None:
         """Partitions that nobody has, warm copies, and copies that nobody needs."""
         if self._orphans.found():
-            self._join_again()
+            self._join_again(f"partitions of {self._topic} belong to nobody")
         if self.joined:
             self.copies.turn({*self.owned, *self.restoring, *self.assigned, *self._leaving})
 
@@ -306,6 +319,8 @@ class Takeover:
                 continue
             if position is None:
                 position = committed if committed != OFFSET_INVALID else begin
+            if not member.processor.changelog_topic:
+                position = self._there(where, position, begin, end)
             if position < begin and not member.config.accept_offset_reset:
                 raise TransportError(
                     f"{where}: {position} would be next, and its log begins at {begin}: retention has deleted what was there, applied or not; --accept-offset-reset goes on from the begin",
@@ -326,6 +341,15 @@ class Takeover:
         self._resume(ready)
         for number, partition in ready.items():
             member.on_log(f"{member.group}: owns {self._topic}[{number}] from {partition.position}")
+
+    def _there(self, where: str, position: int, begin: int, end: int) -> int:
+        """Where a topic of somebody else's is read on from, whose retention is theirs, and who may make it anew: no reason to stand still."""
+        if begin <= position <= end:
+            return position
+        deleted = f"retention deleted {begin - position} records before {self.member.group} read them"
+        anew = f"it ends at {end}, before {position}, which would be next: it was made anew, or has lost its last records"
+        self.member.on_log(Line.of(f"{where}: {deleted if position < begin else anew}; it is read from {begin} on", "error"))
+        return begin
 
     def _resume(self, numbers: Iterable[int]) -> None:
         """Fetched at once: librdkafka's thread of a broker, if it has nothing else to do, looks a second later; any request to it wakes it.

@@ -144,8 +144,11 @@ def needed(config: Config, declared: Iterable[str]) -> list[str]:
 
 
 def _rights(config: Config, declared: Iterable[str], groups: Collection[str]) -> dict[str, list[AclOperation]]:
-    """Topic -> what these groups do with it, the engine's, the scheduler's, the workers' (of the queues that are declared); the first two read the settings of all, in `sizes` and `problems`."""
-    read, written = set[str](), set[str]()
+    """Topic -> what these groups do with it: the engine's, the scheduler's, the workers' (of the queues that are declared), those of feeds.
+
+    They read the settings of topics in `sizes`, the first two those of all, in `problems`.
+    """
+    read, written, fed = set[str](), set[str](), _fed(config, groups)
     if config.application_id in groups:
         read |= {config.resume_topic, config.changelog_topic, config.code_topic}
         written |= {*_plain(config, declared), config.reply_topic, config.code_topic, config.changelog_topic}
@@ -155,10 +158,19 @@ def _rights(config: Config, declared: Iterable[str], groups: Collection[str]) ->
     if config.workers_group in groups:
         read |= set(declared)
         written |= {config.resume_topic, config.dead_letter_topic}
+    if fed:
+        read |= {*fed, config.owners_topic}
+        written |= {config.resume_topic, config.dead_letter_topic, config.owners_topic}
     return {
-        topic: [*[AclOperation.READ] * (topic in read), *[AclOperation.WRITE] * (topic in written), AclOperation.DESCRIBE_CONFIGS]
-        for topic in (needed(config, declared) if _keep_state(config, groups) else sorted(read | written))
+        topic: [*[AclOperation.READ] * (topic in read), *[AclOperation.WRITE] * (topic in written), *[AclOperation.DESCRIBE_CONFIGS] * (topic not in fed)]
+        for topic in dict.fromkeys([*(needed(config, declared) if _keep_state(config, groups) else ()), *sorted(read | written)])
     }
+
+
+def _fed(config: Config, groups: Collection[str]) -> list[str]:
+    """The topics of feeds that these groups read."""
+    begin = config.feed_group("")
+    return [group.removeprefix(begin) for group in groups if group.startswith(begin)]
 
 
 def _keep_state(config: Config, groups: Collection[str]) -> bool:
@@ -220,7 +232,7 @@ def _reply_problems(client: AdminClient, config: Config) -> list[str]:
 
 
 def create(client: AdminClient, config: Config, declared: Iterable[str], partitions: int, replication: int) -> list[str]:
-    """Create the missing ones, and wait until they are known to who asks; changelogs take the partition count of their existing input.  Raises TransportError."""
+    """Create the missing ones (`declared`: those of feeds, too), and wait until they are known to who asks; changelogs take the partition count of their existing input.  Raises TransportError."""
     there = partitions_of(client, config)
     new = [NewTopic(topic, partitions, replication) for topic in _plain(config, declared) if topic not in there]
     if config.reply_topic not in there:

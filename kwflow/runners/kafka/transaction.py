@@ -109,7 +109,7 @@ class Transactions:
             self._producer.begin_transaction()
             for output in batch.outputs:
                 self._produce(delivered, output.topic, output.key, output.value, output.headers, output.timestamp_ms, output.partition)
-            for number, overlay in batch.overlays.items():
+            for number, overlay in batch.overlays.items() if changelog else ():
                 overlay.changes[POSITION] = msgspec.json.encode({"topic": member.incarnation, "next": batch.positions[number], "partitions": member.partitions})
                 for key, value in overlay.changes.items():
                     self._produce(delivered, changelog, key, value, (), None, number)
@@ -117,7 +117,7 @@ class Transactions:
             self._again(lambda: self._producer.send_offsets_to_transaction(offsets, group, 10), 10)
             self._again(lambda: self._producer.commit_transaction(30))
         except KafkaException as error:
-            self._abort(error.args[0], failures, {changelog, *(output.topic for output in batch.outputs)})
+            self._abort(error.args[0], failures, {changelog or member.processor.input_topic, *(output.topic for output in batch.outputs)})
         self.aborts = 0
         self.stats.commits.observe(time.perf_counter() - begun)
         return reached

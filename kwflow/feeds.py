@@ -1,0 +1,239 @@
+"""Feeds: plain functions that make messages for workflows of the records in a topic of somebody else's (decision 0058).
+
+A feed decides from its record alone: it does not wait, and calls nothing.  Which records are read, and that each is read
+once, is its runner's (`runners/feeds.py`); it must not know logs or processes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+
+from kwflow.core import children, typed, wire
+from kwflow.core.contract import Limits
+from kwflow.core.mailbox import checked_name
+from kwflow.core.wire import Headers, Output, Record
+from kwflow.durable import registry
+from kwflow.errors import ProtocolError, UsageError
+
+__all__ = ["Cancel", "Feed", "Message", "Resume", "Signal", "Start", "feed", "registered_feeds"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+_ID_CHARACTERS_MAX = 1200
+Workflow: TypeAlias = str | Callable[..., Any] | None
+
+
+class Start(msgspec.Struct, frozen=True):
+    """Start a workflow under this id; one that runs is left alone (G5).
+
+    `workflow`: a name or a function under `@kw.workflow`; None is the engine's default.  Of a `start_id` there is one run, also after its end: for
+    producers that may write the same twice.
+    """
+
+    id: str
+    input: object = None
+    workflow: Workflow = None
+    start_id: str | None = None
+
+
+class Signal(msgspec.Struct, frozen=True):
+    """A signal into this workflow's mailbox; `start` is the workflow to start, with `input`, if the id does not run.
+
+    With a `command_id` it is done once: for producers that may write the same twice.
+    """
+
+    id: str
+    name: str
+    value: object = None
+    start: Workflow = None
+    input: object = None
+    command_id: str | None = None
+
+
+class Resume(msgspec.Struct, frozen=True):
+    """The answer to `ref = kw.suspend()` of this workflow: a value, or with `error=payload` a kw.WorkflowError."""
+
+    id: str
+    ref: str
+    value: object = None
+    error: object = msgspec.UNSET
+
+
+class Cancel(msgspec.Struct, frozen=True):
+    """Raise Cancelled at this workflow's innermost waits; with a `command_id` it is done once."""
+
+    id: str
+    reason: str = ""
+    command_id: str | None = None
+
+
+Message: TypeAlias = Start | Signal | Resume | Cancel
+
+
+class Feed:
+    """A registered function and the topic whose records it is called with, one by one."""
+
+    def __init__(self, topic: str, function: Callable[..., Any]) -> None:
+        self.topic = topic
+        self.function = function
+        self._hints: list[Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"<feed of {self.topic}: {self._place}>"
+
+    @property
+    def _place(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+    def resolved(self) -> list[Any]:
+        """The annotation of each parameter: one of kw.Record is given the record, the other the value.  Raises UsageError for a function that could not be called so."""
+        if self._hints is None:
+            said = f"the feed of {self.topic}, {self._place},"
+            parameters = [parameter for parameter in typed.signature_of(self.function).parameters.values() if parameter.default is parameter.empty]
+            try:
+                known = typing.get_type_hints(self.function, include_extras=True)
+            except Exception as error:  # an annotation is any expression
+                raise UsageError(f"{said} has an annotation that cannot be resolved: {error}") from None
+            hints = [known.get(parameter.name, Any) for parameter in parameters]
+            records = [hint for hint in hints if hint is Record]
+            named = any(parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) for parameter in parameters)
+            if named or len(records) > 1 or not 0 < len(hints) <= 1 + len(records):
+                raise UsageError(f"{said} takes the value of a record, or the whole of it (annotated kw.Record), or both, and nothing else")
+            if (refused := next((why for hint in hints if hint is not Record and (why := typed.unchecked(hint)) is not None), None)) is not None:
+                raise UsageError(f"{said} has an annotation with {refused}")
+            self._hints = hints
+        return self._hints
+
+    def outputs(self, record: Record, resume_topic: str, limits: Limits) -> tuple[Output, ...]:
+        """The records that the function's messages are.  Raises ProtocolError for a value that it does not take, UsageError, and what the function raises."""
+        given = [record if hint is Record else self._value(record, hint) for hint in self.resolved()]
+        headers, outputs, size = wire.travelling_headers(record), [], 0
+        for message in self._messages(self.function(*given)):
+            output = _output(message, resume_topic, headers, limits)
+            outputs.append(output)
+            size += len(output.key or b"") + len(output.value or b"") + wire.header_bytes(output.headers)
+            if len(outputs) > limits.outputs_max or size > limits.output_bytes_max:
+                known = f"limits outputs_max = {limits.outputs_max}, output_bytes_max = {limits.output_bytes_max}"
+                raise UsageError(f"it makes {len(outputs)} messages of {size} bytes of one record, and perhaps more ({known})")
+        return tuple(outputs)
+
+    def _value(self, record: Record, hint: Any) -> Any:
+        """A tombstone's is None, as the JSON null."""
+        if record.value is None:
+            value = None
+        else:
+            try:
+                value = msgspec.json.decode(record.value)
+                wire.check_levels(record.value)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+                raise ProtocolError(f"not JSON: {error}; a feed of something else takes a kw.Record", "bad-json") from None
+        return value if hint is Any else typed.rebuilt_input(f"the feed of {self.topic}", hint, value)
+
+    def _messages(self, made: object) -> Iterable[Message]:
+        if made is None:
+            return ()
+        if isinstance(made, (Start, Signal, Resume, Cancel)):
+            return (made,)
+        if isinstance(made, Iterable) and not isinstance(made, (str, bytes, Mapping)):
+            return made
+        raise UsageError(f"a feed returns None, a message or several (kw.Start, kw.Signal, kw.Resume, kw.Cancel), not {made!r}")
+
+
+def _output(message: object, topic: str, headers: Headers, limits: Limits) -> Output:
+    """Raises UsageError for what no engine would take."""
+    match message:
+        case Start():
+            named = _workflow_header(message.workflow)
+            value, mine = b"new:" + _json(message, typed.input_json, message.input), (*named, *_id_header("kwflow-start-id", message.start_id))
+        case Signal():
+            value, mine = _signal(message), (("kwflow-op", b"signal"), *_id_header("kwflow-id", message.command_id))
+            if len(value) > limits.mailbox_bytes_max:
+                raise UsageError(f"a signal has {len(value)} bytes, more than a mailbox may hold (limit mailbox_bytes_max = {limits.mailbox_bytes_max}); send a reference to it, or raise it")
+        case Resume():
+            if not isinstance(message.ref, str):
+                raise UsageError(f"a ref is a str, not {message.ref!r}")
+            answer = {"value": message.value} if message.error is msgspec.UNSET else {"error": message.error}
+            value, mine = _json(message, wire.json_dumps, {"ref": message.ref, **answer}), ()
+        case Cancel():
+            value, mine = _json(message, wire.json_dumps, {"reason": message.reason}), (("kwflow-op", b"cancel"), *_id_header("kwflow-id", message.command_id))
+        case _:
+            raise UsageError(f"the messages of a feed are kw.Start, kw.Signal, kw.Resume and kw.Cancel, not {message!r}")
+    if not isinstance(message.id, str):
+        raise UsageError(f"a workflow id is a str, not {message.id!r}")
+    if len(value) > limits.value_bytes_max:
+        raise UsageError(f"a message has {len(value)} bytes, more than {limits.value_bytes_max} (limit value_bytes_max); send a reference to it, or raise it")
+    return Output(topic, wire.key_of(message.id), value, (*headers, *mine))
+
+
+def _signal(message: Signal) -> bytes:
+    arguments: dict[str, Any] = {"name": checked_name(message.name, "a signal"), "value": message.value}
+    if message.start is not None:
+        arguments["start"] = {"workflow": _name_of(message.start), "input": msgspec.Raw(_json(message, typed.input_json, message.input))}
+    elif message.input is not None:
+        raise UsageError("kw.Signal(input=...) is for the workflow that start= names")
+    return _json(message, wire.json_dumps, arguments)
+
+
+def _json(message: Message, encode: Callable[[Any], bytes], value: object) -> bytes:
+    try:
+        return encode(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UsageError(f"kw.{type(message).__name__} for {message.id!r} cannot be sent: {error}") from None
+
+
+def _workflow_header(workflow: Workflow) -> Headers:
+    return () if workflow is None else (("kwflow-workflow", _name_of(workflow).encode()),)
+
+
+def _name_of(workflow: Workflow) -> str:
+    from kwflow.api import registered_workflows  # it imports us
+
+    return children.name_of(workflow, registered_workflows(), "a message of a feed")
+
+
+def _id_header(name: str, id: str | None) -> Headers:
+    if id is None:
+        return ()
+    if not isinstance(id, str) or not 1 <= len(id) <= _ID_CHARACTERS_MAX:
+        raise UsageError(f"{'start_id' if name == 'kwflow-start-id' else 'command_id'} is a str of 1 to {_ID_CHARACTERS_MAX} characters, not {id!r}")
+    return ((name, id.encode()),)
+
+
+# -- the registry ------------------------------------------------------------------------------------------------------
+_feeds: dict[str, Feed] = {}
+
+
+def feed(topic: str) -> Callable[[_F], _F]:
+    """Call this function with each record of a topic; the messages that it returns, or yields, are written with its position in one transaction.
+
+    `def orders(order: Order)` is given the value, JSON as its annotation rebuilds it; a parameter that is annotated kw.Record the record as it is.  What
+    it raises makes the record a dead letter `feed-failed`.  Raises UsageError for what cannot be one, or when the topic has a feed.
+    """
+    if not isinstance(topic, str) or not _TOPIC.fullmatch(topic):
+        raise UsageError(f"@kw.feed takes the name of a topic, letters, digits, '.', '_' and '-', not {topic!r}")
+
+    def register(function: _F) -> _F:
+        if registry.version(function.__module__) is not None:  # old code that is loaded beside the new
+            return function
+        if not isinstance(function, types.FunctionType) or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise UsageError(f"@kw.feed takes a function, which waits for nothing, not {function!r}")
+        known = _feeds.get(topic)
+        made = Feed(topic, function)
+        if known is not None and known._place != made._place:
+            raise UsageError(f"the topic {topic} has two feeds: {known._place} and {made._place}; one function may make messages for several workflows")
+        _feeds[topic] = made
+        return function
+
+    return register
+
+
+def registered_feeds() -> dict[str, Feed]:
+    """Topic -> its feed, of this process."""
+    return dict(_feeds)

@@ -1,0 +1,168 @@
+"""The processor of a feed, one more on the loop of every runner: records of somebody else's topic in, messages for workflows out.
+
+It keeps no state: what was read is what the position says, which is committed with the messages.  A record that its feed
+does not take is a dead letter (G3); sent again, it goes into the input topic of the engines, which have the feed, too
+(`again`): nobody else who reads the topic sees it a second time.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from kwflow.config import Config
+from kwflow.core import wire
+from kwflow.core.contract import Limits
+from kwflow.core.outcomes import describe_error
+from kwflow.core.wire import Output, Record
+from kwflow.errors import KwflowBug, ProtocolError, UsageError
+from kwflow.feeds import Feed
+from kwflow.ports import Budget, Changes, Decision, Deliver, Store
+from kwflow.runners import parked
+from kwflow.runners.parked import dead_letter
+from kwflow.runners.watchdog import Watchdog
+
+__all__ = ["OP", "FeedProcessor", "Fed", "again"]
+
+OP = "feed"  # `kwflow-op` of a record whose feed is to be asked once more
+_FED, _KEY = "kwflow-feed", "kwflow-feed-key"
+_MARK = "kwflow-error-feed"
+_SAID_CHARACTERS = 10_000
+
+
+class _Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which record it was."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+
+
+class Fed:
+    """Asks feeds, with the limits and the watchdog of an engine."""
+
+    def __init__(self, config: Config, on_log: Callable[[str], None]) -> None:
+        self.config = config
+        self._limits = Limits(**{name: getattr(config, name) for name in Limits.__struct_fields__})
+        self._watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
+
+    def ask(self, feed: Feed, record: Record, received_ms: int) -> Decision:
+        """What this record does.  Never raises for bad input, or for what the feed does."""
+        config = self.config
+        try:
+            wire.check_size(record, config.value_bytes_max, config.header_bytes_max)
+            outputs = self._watchdog.run(f"the feed of {feed.topic}", feed.outputs, record, config.resume_topic, self._limits)
+        except ProtocolError as error:
+            return _letter(config, record, error.reason, str(error), received_ms)
+        except (KeyboardInterrupt, KwflowBug):
+            raise
+        except BaseException as error:  # author code may raise anything
+            return _letter(config, record, "feed-failed", _said(error, feed), received_ms)
+        return Decision(outputs, counts=("fed",) * len(outputs) or ("fed-nothing",))
+
+    def again(self, feeds: Mapping[str, Feed], record: Record, received_ms: int) -> Decision:
+        """A record with `OP`.  Raises ProtocolError for one that nobody here has sent."""
+        first = _first(record)
+        feed = feeds.get(first.topic)
+        if feed is None:
+            return _letter(self.config, first, "unknown-feed", f"no feed of {first.topic} in this engine; give it the MODULE that has it, and retry", received_ms)
+        return self.ask(feed, first, received_ms)
+
+    def refuse_again(self, record: Record, reason: str) -> Decision:
+        """One whose messages the log would not take."""
+        try:
+            return _letter(self.config, _first(record), "refused", reason, record.timestamp_ms)
+        except ProtocolError as error:
+            return parked.dead(self.config, record, error.reason, str(error), record.timestamp_ms)
+
+
+def _first(record: Record) -> Record:
+    """The record that a feed was to be asked about once more.  Raises ProtocolError."""
+    try:
+        place = msgspec.json.decode(wire.header(record, _FED) or "", type=_Place)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"op {OP} is of kwflow dead-letters retry alone: header {_FED}: {error}", "bad-header") from None
+    key, headers, ours = None, list[tuple[str, bytes | None]](), {"kwflow-op", _FED, _KEY}  # each once, behind those that the record had
+    for name, value in reversed(record.headers):
+        if name not in ours:
+            headers.insert(0, (name, value))
+        elif name == _KEY:
+            key = value
+        ours.discard(name)
+    return Record(place.topic, place.partition, place.offset, place.timestamp_ms, key, record.value, tuple(headers))
+
+
+def _said(error: BaseException, feed: Feed) -> str:
+    """What the feed raised, or made us raise, and where in it."""
+    file, line = feed.function.__code__.co_filename, feed.function.__code__.co_firstlineno
+    return f"{describe_error(error)[:_SAID_CHARACTERS]} ({file}:{next((frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == file), line)})"
+
+
+def _letter(config: Config, record: Record, reason: str, message: str, received_ms: int) -> Decision:
+    """A dead letter that is known for a feed's, and is kept from now on, however old the record.
+
+    Headers of ours that the record bears are another application's, and nobody here waits for an answer to them.
+    """
+    letter = dead_letter(config, record, reason, message, received_ms)
+    marked = msgspec.structs.replace(letter, headers=(*letter.headers, (_MARK, record.topic.encode())), timestamp_ms=received_ms)
+    return Decision((marked,), (f"dead letter {record.topic}[{record.partition}]@{record.offset}: {message}",), ("dead-letter",))
+
+
+def again(config: Config, letter: Record, said: Callable[[str], str | None]) -> Output | None:
+    """What asks the feed of this letter's record once more; None for a letter of anybody else.  `said`: what its headers say."""
+    if said("feed") is None:
+        return None
+    topic = said("topic") or ""
+    try:
+        place = _Place(topic, *(int(said(name) or "") for name in ("partition", "offset", "timestamp")))
+    except ValueError:  # somebody else's letter, under our name
+        return None
+    headers = tuple(pair for pair in letter.headers if not pair[0].startswith("kwflow-error-"))
+    mine = (("kwflow-op", OP.encode()), (_FED, msgspec.json.encode(place)), *(((_KEY, letter.key),) if letter.key is not None else ()))
+    return Output(config.resume_topic, f"{topic}/{place.partition}/{place.offset}".encode(), letter.value, (*headers, *mine))
+
+
+class FeedProcessor:
+    """One feed over its topic."""
+
+    changelog_topic = ""
+
+    def __init__(self, config: Config, feed: Feed, on_log: Callable[[str], None] = print) -> None:
+        """Raises UsageError for a function that could not be called, and for a topic that is the engine's own to read."""
+        feed.resolved()
+        if feed.topic in (config.resume_topic, config.scheduler_topic, config.reply_topic, config.dead_letter_topic):
+            raise UsageError(f"{feed!r}: that topic is kwflow's own; a workflow is told of what comes there otherwise")
+        self.config = config
+        self.feed = feed
+        self.partitions = 1
+        self.input_topic = feed.topic
+        self._fed = Fed(config, on_log)
+
+    def taken_over(self, store: Store) -> dict[str, str]:
+        return {}
+
+    def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
+        made: list[Decision] = []
+        for record in records:
+            decision = self._fed.ask(self.feed, record, received_ms)
+            made.append(decision)
+            if budget is not None:
+                budget.take(sum([len(output.key or b"") + len(output.value or b"") for output in decision.outputs]))
+                if budget.spent():
+                    break
+        return made
+
+    def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
+        return _letter(self.config, record, "refused", reason, record.timestamp_ms)
+
+    def due(self, state: Changes, now_ms: int, limit: int) -> None:
+        return None
+
+    def work(self, deliver: Deliver) -> None:
+        return None
+
+    def next_due_ms(self, store: Store) -> None:
+        return None

@@ -1,0 +1,192 @@
+"""Feeds on a real broker: each record of somebody else's topic once, whoever is killed, and whatever becomes of the topic (decision 0058)."""
+
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from confluent_kafka import Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
+
+from kwflow.config import Config
+from kwflow.core.wire import Record, header
+from kwflow.runners.kafka import link as kafka_link
+from tests.integration.site import ROOT, Site
+
+MODULE = str(pathlib.Path(__file__).parent / "site_of_feeds.py")
+pytestmark = [pytest.mark.broker, pytest.mark.slow]
+
+
+class Feeds(Site):
+    """A site with feeds, and a topic that is somebody else's."""
+
+    def __init__(self, broker: str, application: str, directory: pathlib.Path) -> None:
+        self.events = f"{application}-events-of-others"
+        self.config = Config(bootstrap_servers=broker, application_id=application)
+        super().__init__(broker, application, directory, modules=(MODULE,), environment={"FEEDS_TEST_DIRECTORY": str(directory), "FEEDS_TEST_TOPIC": self.events})
+        self.others = Producer({"bootstrap.servers": broker, "log_level": 0})
+        self.admin = AdminClient({"bootstrap.servers": broker, "log_level": 0})
+
+    def feed(self, name: str, *more: str) -> "subprocess.Popen[str]":
+        log = open(self.directory / f"feed-{name}.log", "a")
+        command = [sys.executable, "-m", "kwflow", "feed", MODULE, "--state-dir", str(self.directory / f"feed-{name}"), *more]
+        process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stderr=log, text=True)
+        self.processes.append(process)
+        return process
+
+    def said(self, name: str = "one") -> str:
+        return (self.directory / f"feed-{name}.log").read_text()
+
+    def event(self, kind: str, id: str = "", number: int = 0, key: str | None = None, partition: int = 0, **headers: bytes) -> None:
+        self.others.produce(self.events, json.dumps({"kind": kind, "id": id, "number": number}), key, partition, headers=list(headers.items()))
+        assert self.others.flush(20) == 0
+
+    def wait(self, found: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 60
+        while not found():
+            assert time.monotonic() < deadline, "\n".join(path.read_text()[-2000:] for path in self.directory.glob("*.log"))
+            time.sleep(0.02)
+
+    def results(self, count: int) -> dict[str, object]:
+        found = self.read(self.topic("result"), count)
+        assert len({id for id, _ in found}) == len(found), "each result once"
+        return {id: json.loads(value) for id, value in found}
+
+    def letters(self) -> list[Record]:
+        return [record for record in kafka_link.read(self.config, self.config.dead_letter_topic) if header(record, "kwflow-error-reason")]
+
+
+@pytest.fixture
+def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Feeds]:
+    site = Feeds(broker, application, tmp_path)
+    yield site
+    site.end()
+
+
+def test_records_of_a_topic_start_workflows_and_signal_them_and_their_headers_go_on(site: Feeds) -> None:
+    """Decision 0058, semantics §9.3: in the order of their partition, of any key or none."""
+    site.event("start", "early", 21, tenant=b"a")  # before any feed is there
+    site.feed("one")
+    site.engine("one", MODULE)
+    for number in range(1, 201):
+        site.event("count", "sum", number, key=random.choice(["x", "y", None]))
+    site.event("nothing")
+    site.event("both", "pair", 3)
+    for id in ("sum", "pair-a", "pair-b"):
+        site.event("count", id, 0)
+    assert site.results(4) == {"early": 42, "sum": [200, 20_100, True], "pair-a": [1, 3, True], "pair-b": [1, 3, True]}
+    assert [record.key for record in kafka_link.read(site.config, site.topic("result")) if ("tenant", b"a") in record.headers] == [b"early"]
+
+
+def test_what_a_feed_does_not_take_is_a_dead_letter_and_is_asked_about_again_where_nobody_else_sees_it(site: Feeds) -> None:
+    """G3, K13: retry does not write to the topic of others."""
+    site.engine("one", MODULE, True, "--with-feeds")
+    for value in ("{", '{"kind": 5}', None):
+        site.others.produce(site.events, value, "k", 1)
+    site.event("unless mended", "late", key="k", partition=2)
+    site.event("start", "next", 4, partition=2)
+    assert site.results(1) == {"next": 8}
+    site.wait(lambda: len(site.letters()) == 4)
+    assert sorted((header(record, "kwflow-error-reason") or "", record.value or b"") for record in site.letters()) == [
+        ("bad-input", b""), ("bad-input", b'{"kind": 5}'), ("bad-json", b"{"), ("feed-failed", b'{"kind": "unless mended", "id": "late", "number": 0}'),
+    ]  # fmt: skip
+    failed = next(header(record, "kwflow-error-message") or "" for record in site.letters() if header(record, "kwflow-error-reason") == "feed-failed")
+    assert failed.startswith("ValueError: late (") and failed.endswith("site_of_feeds.py:35)")
+    assert site.run("dead-letters", "retry", "--all", "--reason", "feed-failed").count("sent again") == 1
+    site.wait(lambda: len(site.letters()) == 5)  # not mended yet
+    (site.directory / "mended").touch()
+    site.run("dead-letters", "retry", "--all", "--reason", "feed-failed")
+    assert site.results(2) == {"next": 8, "late": [site.events, 2, 0, "k"]}, "it is shown the record as it was"
+    assert len(list(kafka_link.read(site.config, site.events))) == 5
+
+
+def test_feeds_that_are_killed_again_and_again_read_each_record_once(site: Feeds) -> None:
+    """K1, K2: messages and position are one transaction; two processes share the partitions, and one ends the transaction that the other died in."""
+    site.engine("one", MODULE)
+    counts = {partition: 0 for partition in range(4)}
+    feeds = {name: site.feed(name) for name in ("one", "two")}
+    chance = random.Random(7)
+    for turn in range(12):
+        for _ in range(200):
+            partition = chance.randrange(4)
+            counts[partition] += 1
+            site.others.produce(site.events, json.dumps({"kind": "count", "id": f"sum-{partition}", "number": counts[partition]}), None, partition)
+        site.others.flush(20)
+        name = chance.choice(list(feeds))
+        site.wait(lambda name=name: "owns" in site.said(name))  # type: ignore[misc]
+        if turn % 2:
+            feeds[name].send_signal(signal.SIGKILL)
+            feeds[name].wait()
+            feeds[name] = site.feed(name)
+    for partition in range(4):
+        site.event("count", f"sum-{partition}", 0, partition=partition)
+    assert site.results(4) == {f"sum-{partition}": [count, count * (count + 1) // 2, True] for partition, count in counts.items()}
+    assert not site.letters()
+
+
+def test_a_record_that_kills_the_feed_is_a_dead_letter_in_the_end_and_the_others_go_on(site: Feeds) -> None:
+    """K19."""
+    site.engine("one", MODULE)
+    for number in range(5):
+        site.event("start", f"w{number}", number)
+    site.event("die", "deadly", 3)
+    site.event("start", "behind", 9)
+    site.feed("one", "--processes", "2")  # which start again what dies
+    assert site.results(6) == {**{f"w{number}": 2 * number for number in range(5)}, "behind": 18}
+    [letter] = site.letters()
+    assert header(letter, "kwflow-error-reason") == "refused"
+    (site.directory / "mended").touch()
+    site.run("dead-letters", "retry", "--all")
+    assert site.results(7)["deadly"] == 6
+
+
+def test_a_topic_that_is_made_anew_shortened_or_given_partitions_is_read_on(site: Feeds) -> None:
+    """It is somebody else's: that is no reason to stand still, and what was lost is said."""
+    site.environment["KWFLOW_KAFKA"] = '{"topic.metadata.refresh.interval.ms": 500}'
+    site.engine("one", MODULE)
+    first = site.feed("one")
+    for number in range(4):
+        site.event("start", f"first-{number}", number)
+    site.results(4)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(30) == 0
+    assert "4 fed" in site.said()
+    for number in range(4):
+        site.event("start", f"lost-{number}", number)
+    site.event("start", "kept", 1)
+    site.admin.delete_records([TopicPartition(site.events, 0, 8)])[TopicPartition(site.events, 0)].result(20)
+    second = site.feed("one")
+    assert site.results(5)["kept"] == 2
+    assert f"{site.events}[0]: retention deleted 4 records before {site.application}-feed-{site.events} read them; it is read from 8 on" in site.said()
+    site.admin.create_partitions([NewPartitions(site.events, 6)])[site.events].result(20)
+    site.wait(lambda: len(site.admin.list_topics(site.events, timeout=10).topics[site.events].partitions) == 6)
+    time_to_know = Producer({"bootstrap.servers": site.broker, "log_level": 0})
+    time_to_know.produce(site.events, json.dumps({"kind": "start", "id": "fifth", "number": 5}), None, 5)
+    assert time_to_know.flush(20) == 0
+    assert site.results(6)["fifth"] == 10
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(30) == 0
+    site.admin.delete_topics([site.events])[site.events].result(20)
+    site.wait(lambda: site.events not in site.admin.list_topics(timeout=10).topics)
+    site.admin.create_topics([NewTopic(site.events, 2, 1)])[site.events].result(20)
+    site.others = Producer({"bootstrap.servers": site.broker, "log_level": 0})
+    site.event("start", "anew", 6)
+    site.feed("one")
+    assert site.results(7)["anew"] == 12
+
+
+def test_feeds_that_nobody_runs_are_told_of_and_what_cannot_be_a_feed_is_wrong_usage(site: Feeds, tmp_path: pathlib.Path) -> None:
+    """A feed runs where somebody says so, as the timers do."""
+    site.engine("one", MODULE)
+    site.wait(lambda: f"nothing is read of {site.events} here" in (site.directory / "one.log").read_text())
+    assert "no feed in" in site.refused("feed", str(ROOT / "workflows/order.py"))
+    assert "--with-feeds" in site.refused("engine", MODULE, "--runner", "faust", "--with-feeds")
+    (tmp_path / "own.py").write_text(f"import kwflow as kw\n\n@kw.feed('{site.topic('resume')}')\ndef f(x): ...\n")
+    assert "that topic is kwflow's own" in site.refused("feed", str(tmp_path / "own.py"))
+    (tmp_path / "missing.py").write_text("import kwflow as kw\n\n@kw.feed('nobody-has-this')\ndef f(x): ...\n")
+    assert "topic nobody-has-this is missing" in site.fails(1, "feed", str(tmp_path / "missing.py"))

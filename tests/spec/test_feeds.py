@@ -1,0 +1,212 @@
+"""Feeds, as an engine in memory asks them: what they are given, what becomes of their messages, and what is a dead letter (decision 0058)."""
+
+import itertools
+import json
+import types
+from typing import Any
+
+import pytest
+
+import kwflow as kw
+from kwflow import durable, feeds
+from kwflow.config import Config
+from kwflow.core.contract import Limits
+from kwflow.core.wire import Output, header
+from kwflow.runners.feeds import FeedProcessor
+from kwflow.runners.letters import _closing
+from kwflow.testing import WorkflowTester
+
+_count = itertools.count()
+HEAD = """
+import dataclasses
+import kwflow as kw
+
+@dataclasses.dataclass
+class Event:
+    id: str
+    n: int = 0
+
+def main(what):
+    return what
+
+def waits(_):
+    try:
+        value = yield kw.suspend("r")
+        more = yield kw.wait_signal("s")
+        return [value, more]
+    except kw.WorkflowError as error:
+        return error.payload
+    except kw.Cancelled:
+        return "cancelled"
+"""
+
+
+def loaded(source: str) -> tuple[types.ModuleType, str]:
+    """The module, whose `TOPIC` is its own, and that topic."""
+    name = f"feeds_{next(_count)}"
+    return durable.load_source(name, f"TOPIC = {name!r}\n{HEAD}{source}", f"{name}.py"), name
+
+
+def engine_of(source: str) -> tuple[WorkflowTester, str]:
+    module, topic = loaded(source)
+    return WorkflowTester(main=module.main, waits=module.waits), topic
+
+
+def letters(tester: WorkflowTester) -> list[tuple[str | None, str | None]]:
+    return [(said(output, "reason"), said(output, "message")) for output in tester.outputs if output.topic == tester.config.dead_letter_topic]
+
+
+def said(output: Output, name: str) -> str | None:
+    return next((value.decode() for key, value in output.headers if key == f"kwflow-error-{name}" and value is not None), None)
+
+
+def test_a_feed_is_given_the_value_as_annotated_the_record_or_both() -> None:
+    """Decision 0058."""
+    for parameters, shown in (
+        ("event: Event", "[event.n, None]"), ("event: dict", "[event['n'], None]"), ("event", "[event['n'], None]"), ("record: kw.Record", "[len(record.value), record.timestamp_ms]"),
+        ("event: Event, record: kw.Record", "[event.n, record.key.decode()]"), ("record: 'kw.Record', event: 'Event', more=5", "[event.n, more]"),
+    ):  # fmt: skip
+        tester, topic = engine_of(f"\n@kw.feed(TOPIC)\ndef fed({parameters}):\n    return kw.Start('w', {shown})\n")
+        tester.send("key", b'{"id": "w", "n": 7}', topic=topic)
+        assert tester.result("w") in ([7, None], [19, tester.now_ms], [7, "key"], [7, 5])
+
+
+def test_every_kind_of_message_does_what_a_client_could_do() -> None:
+    """KW-2, KW-3, M2, M3: starts, signals, answers, errors, cancels; ids of their own make them be done once."""
+    tester, topic = engine_of("""
+@kw.feed(TOPIC)
+def fed(record: kw.Record):
+    op, id = record.value.decode().split()
+    yield {
+        "start": lambda: kw.Start(id, None, "waits", start_id="run"), "value": lambda: kw.Resume(id, "r", 5), "null": lambda: kw.Resume(id, "r"), "error": lambda: kw.Resume(id, "r", error=None),
+        "signal": lambda: kw.Signal(id, "s", [1], command_id="once"), "with start": lambda: kw.Signal(id, "s", 2), "cancel": lambda: kw.Cancel(id, "no"),
+    }[op]()
+""")
+    for line in ("start a", "start a", "value a", "signal a", "start b", "error b", "start c", "cancel c", "start d", "signal d", "signal d", "null d", "start d"):
+        tester.send(None, line.encode(), {"tenant": "x", "kwflow-op": "nonsense"}, topic=topic)
+    assert {id: tester.result(id) for id in "abcd"} == {"a": [5, [1]], "b": None, "c": "cancelled", "d": [None, [1]]}
+    assert tester.counts.count("duplicate-start") == 2 and tester.counts.count("repeated") == 1
+    assert all(("tenant", b"x") in output.headers for output in tester.outputs if output.topic == tester.config.result_topic), "headers go on (semantics §9.3)"
+    assert not letters(tester)
+
+
+def test_one_record_may_be_many_messages_or_none() -> None:
+    """In the order in which they are given."""
+    for made in ("[kw.Start(str(n), n) for n in range(3)]", "(kw.Start(str(n), n) for n in range(3))", "tuple(kw.Start(str(n), n) for n in range(3))", "map(lambda n: kw.Start(str(n), n), range(3))"):
+        tester, topic = engine_of(f"\n@kw.feed(TOPIC)\ndef fed(x):\n    return {made} if x else None\n")
+        tester.send(None, b"null", topic=topic)
+        assert tester.counts == ["fed-nothing"]
+        tester.send(None, b"1", topic=topic)
+        assert tester.values(tester.config.result_topic) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("value", "reason", "message"), [
+    (b"{", "bad-json", "not JSON: "), (b'{"n": 1}', "bad-input", "does not take this input: Object missing required field `id`"), (None, "bad-input", "Expected `object`, got `null`"),
+    (b"[" * 300 + b"]" * 300, "bad-json", "more than 200 values in one another"),
+])  # fmt: skip
+def test_a_value_that_is_not_as_annotated_is_a_dead_letter(value: bytes | None, reason: str, message: str) -> None:
+    """G3."""
+    refuses("return kw.Start(event.id)", value, reason, message)
+
+
+@pytest.mark.parametrize(("body", "message"), [
+    ("raise LookupError('gone')", "LookupError: gone (feeds_"), ("raise SystemExit(5)", "SystemExit: 5"), ("kw.output('x', 'y')", "only inside a running workflow step"),
+    ("return 5", "not 5"), ("return [kw.Start('a'), 'b']", "not 'b'"), ("return {'id': 5}", "not {'id': 5}"), ("yield kw.Start(event.id); raise ValueError('half')", "half"),
+    ("return kw.Start('')", "1 to 512 bytes"), ("return kw.Start(5)", "a workflow id is a str"), ("return kw.Start('a', object())", "kw.Start for 'a' cannot be sent"),
+    ("return kw.Start('a', start_id='')", "start_id is a str"), ("return kw.Start('a', workflow=main)", "a message of a feed takes the name of a workflow"),
+    ("return kw.Start('a', 'x' * 1_100_000)", "value_bytes_max"), ("return kw.Signal('a', '')", "the name of a signal"), ("return kw.Signal('a', 's', 'x' * 300_000)", "mailbox_bytes_max"),
+    ("return kw.Signal('a', 's', input=5)", "start= names"), ("return kw.Resume('a', 5)", "a ref is a str"),
+    ("return (kw.Start('a') for _ in iter(int, 1))", "outputs_max"), ("return (kw.Start('a', 'x' * 900_000) for _ in iter(int, 1))", "output_bytes_max"),
+])  # fmt: skip
+def test_what_a_feed_raises_or_cannot_mean_makes_a_dead_letter_and_nothing_of_it_is_done(body: str, message: str) -> None:
+    """G3: a record is applied as a whole, or not at all."""
+    refuses(body, b'{"id": "w"}', "feed-failed", message)
+
+
+def refuses(body: str, value: bytes | None, reason: str, message: str) -> None:
+    tester, topic = engine_of(f"\n@kw.feed(TOPIC)\ndef fed(event: Event):\n    {body}\n")
+    tester.send("k", value, topic=topic)
+    [(found, text)] = letters(tester)
+    assert found == reason and message in (text or "") and not tester.ids()
+    assert tester.outputs[-1].key == b"k" and tester.outputs[-1].value == value
+
+
+def test_a_feed_that_does_not_come_back_is_ended_by_the_watchdog() -> None:
+    """K19: as a step that never comes to a wait."""
+    module, topic = loaded("\n@kw.feed(TOPIC)\ndef fed(event):\n    while True: pass\n")
+    processor = FeedProcessor(Config(step_timeout_ms=50, step_abort_ms=100), feeds.registered_feeds()[topic], lambda line: None)
+    [decision] = processor.decide(None, [kw.Record(topic, 0, 0, 0, None, b"1")], 0)  # type: ignore[arg-type]
+    assert said(decision.outputs[0], "reason") == "feed-failed" and "step_abort_ms" in (said(decision.outputs[0], "message") or "")
+
+
+def test_a_letter_of_a_feed_is_sent_again_to_the_engines_and_the_feed_sees_the_record_as_it_was() -> None:
+    """K13: whoever else reads the topic sees nothing of it; one that fails again is the same letter again."""
+    tester, topic = engine_of("""
+mended = False
+
+@kw.feed(TOPIC)
+def fed(event: Event, record: kw.Record):
+    if not globals()["mended"]:
+        raise ValueError("not yet")
+    return kw.Start(event.id, [record.topic, record.partition, record.offset, record.timestamp_ms, record.key is None, [list(map(str, pair)) for pair in record.headers]])
+""")
+    tester.send(None, b'{"id": "w"}', {"a": "b", "kwflow-op": "theirs"}, topic=topic)
+    first = tester.now_ms
+    tester.now_ms += 5_000
+
+    def again() -> None:
+        [letter, *others] = reversed([output for output in tester.outputs if output.topic == tester.config.dead_letter_topic])
+        record = kw.Record(letter.topic, 0, len(others), tester.now_ms, letter.key, letter.value, letter.headers)
+        sent = _closing(tester.config, "0:0", record, True).records[0]
+        assert sent.topic == tester.config.resume_topic and sent.key == f"{topic}/0/0".encode()
+        tester._log(sent)
+
+    again()
+    assert [reason for reason, _ in letters(tester)] == ["feed-failed", "feed-failed"]
+    tester.globals_check.active = False
+    feeds.registered_feeds()[topic].function.__globals__["mended"] = True
+    again()
+    assert tester.result("w") == [topic, 0, 0, first, True, [["a", "b'b'"], ["kwflow-op", "b'theirs'"]]]
+
+
+def test_what_asks_a_feed_again_and_is_no_letter_of_one_is_refused() -> None:
+    """G3."""
+    tester, topic = engine_of("")
+    for fed in (None, "{", '{"topic": 5}'):
+        tester.send("k", b"1", {"kwflow-op": "feed", **({"kwflow-feed": fed} if fed else {})})
+    tester.send("k", b"1", {"kwflow-op": "feed", "kwflow-feed": json.dumps({"topic": topic, "partition": 0, "offset": 5, "timestamp_ms": 0})})
+    assert [reason for reason, _ in letters(tester)] == ["bad-header"] * 3 + ["unknown-feed"]
+
+
+@pytest.mark.parametrize(("source", "why"), [
+    ("@kw.feed('a b')\ndef fed(x): ...", "takes the name of a topic"), ("@kw.feed(TOPIC)\nasync def fed(x): ...", "takes a function, which waits for nothing"),
+    ("@kw.feed(TOPIC)\nclass C: ...", "takes a function"), ("@kw.feed(TOPIC)\ndef fed(x): ...\n@kw.feed(TOPIC)\ndef other(x): ...", "has two feeds"),
+])  # fmt: skip
+def test_what_cannot_be_a_feed_is_refused_when_its_module_is_loaded(source: str, why: str) -> None:
+    """With the name of the thing and the remedy."""
+    with pytest.raises(kw.UsageError, match=why):
+        loaded(source)
+
+
+@pytest.mark.parametrize(("parameters", "why"), [
+    ("", "takes the value"), ("a, b", "takes the value"), ("*a", "takes the value"), ("*, a", "takes the value"), ("a: kw.Record, b: kw.Record", "takes the value"),
+    ("a: 'Nothing'", "cannot be resolved"),
+])  # fmt: skip
+def test_a_feed_that_could_not_be_called_is_refused_when_it_is_to_run(parameters: str, why: str) -> None:
+    """Its annotations may name what stands further down in its module."""
+    _, topic = loaded(f"\n@kw.feed(TOPIC)\ndef fed({parameters}): ...\n")
+    with pytest.raises(kw.UsageError, match=why):
+        FeedProcessor(Config(), feeds.registered_feeds()[topic])
+
+
+def test_a_feed_is_called_with_what_an_engine_could_do_with() -> None:
+    """Limits of an engine hold here, too: a record of others that is too large is a dead letter."""
+    module, topic = loaded("\n@kw.feed(TOPIC)\ndef fed(event): ...\n")
+    processor = FeedProcessor(Config(value_bytes_max=100, header_bytes_max=20), feeds.registered_feeds()[topic])
+    record: Any = kw.Record(topic, 3, 9, 1, b"k", b'"%s"' % (b"x" * 100), (("kwflow-request", b"r"), ("kwflow-reply-to", b"0/p")))
+    for one in (record, kw.Record(topic, 3, 9, 1, b"k", b"1", (("a", b"x" * 30),))):
+        [decision] = processor.decide(None, [one], 77)  # type: ignore[arg-type]
+        assert said(decision.outputs[0], "reason") == "too-large" and decision.outputs[0].timestamp_ms == 77, "the letter is kept from now on, however old the record"
+        assert not decision.replies, "an address in a record of others is not ours"
+    assert feeds.registered_feeds()[topic].outputs(kw.Record(topic, 0, 0, 0, None, b"1"), "resume", Limits()) == ()
+    assert header(record, "kwflow-request") == "r"
