@@ -162,7 +162,7 @@ class Activity(Callee, Generic[_P, _R]):
 
         gen = attempts(self.name, self.encode_arguments(args, kwargs))
         gen.__qualname__ = f"activity {self.name}"
-        return current().spawn(gen)
+        return current().call(gen)
 
     # -- values to JSON and back -----------------------------------------------------------------------------------
     @functools.cached_property

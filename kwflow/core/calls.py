@@ -15,10 +15,10 @@ from typing import Any, TypeVar, cast
 
 from kwflow.core import queues, wire
 from kwflow.core.contract import Context, Transition
-from kwflow.core.dispatch import Callee, Dispatch
+from kwflow.core.dispatch import Callee, Dispatch, size_of
 from kwflow.core.instance import Host, Instance, Machine
 from kwflow.core.mailbox import Inbox
-from kwflow.core.tasks import OK, ActivityWait, All, Awaitable, Combinator, JobWait, Race, Shield, Some, Suspension, Task, Timeout, Timer
+from kwflow.core.tasks import FAILED, OK, ActivityWait, All, Awaitable, Combinator, JobWait, Race, Shield, Some, Suspension, Task, Timeout, Timer
 from kwflow.core.wire import DELAY_MS_MAX, Output, Record, Reply
 from kwflow.durable.awaiting import Advance, AsyncGenerator, asyncio_refusal
 from kwflow.errors import NotDurableError, UsageError
@@ -139,9 +139,11 @@ class Calls:
             job = JobWait(self.next_id(), self.record.timestamp_ms, name, attempt, queue)
             handed = queues.handed_out(Dispatch(self.instance.id, job.ref, name, attempt, key or job.ref, arguments), self.context.topics.resume)
             return self.request(job, queue, queues.key_of(self.instance.id, job.ref), handed, self.travelling)
-        self._spend(wire.header_bytes(self.travelling))  # each call has them, as each timer and each call of a queue does
-        wait = self.register(ActivityWait(self.next_id(), self.record.timestamp_ms, name, attempt))
-        self.dispatch.append(Dispatch(self.instance.id, wait.ref, name, attempt, key or wait.ref, arguments, self.travelling))
+        wait = ActivityWait(self.next_id(), self.record.timestamp_ms, name, attempt)
+        call = Dispatch(self.instance.id, wait.ref, name, attempt, key or wait.ref, arguments, self.travelling)
+        self._spend(size_of(call))
+        self.register(wait)
+        self.dispatch.append(call)
         return wait
 
     def abort(self, error: Exception) -> Exception:
@@ -229,6 +231,16 @@ class Calls:
             raise UsageError(f"kw.spawn takes a call of a durable generator function, not {gen!r}")
         return value
 
+    def call(self, gen: types.GeneratorType[Any, Any, Any]) -> Task:
+        """The task of an activity's call, begun.  What refuses it at once is raised where the author calls, not at a yield that comes after ten thousand more."""
+        task = self.machine.adopt(gen)
+        task.observed = True  # while it begins: its failure is told here
+        self.machine.begin(task)
+        if task.state == FAILED:
+            raise task.value
+        task.observed = False
+        return task
+
     def cancel(self, value: object) -> None:
         target = self.classify(value)
         if isinstance(target, types.GeneratorType):
@@ -281,8 +293,9 @@ class Calls:
 
     def _spend(self, size: int) -> None:
         """Of what one transaction is to hold.  Raises UsageError."""
-        if self._bytes + size > self.context.limits.output_bytes_max:
-            raise UsageError(f"the outputs of one step have more than {self.context.limits.output_bytes_max} bytes (limit output_bytes_max); wait in between, such as yield kw.sleep(0), or raise it")
+        most = self.context.limits.output_bytes_max
+        if self._bytes + size > most:
+            raise UsageError(f"the outputs and calls of activities of one step have more than {most} bytes (limit output_bytes_max); wait in between, such as yield kw.sleep(0), or raise it")
         self._bytes += size
 
     def write(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:

@@ -11,7 +11,7 @@ import msgspec
 
 from kwflow.core.wire import Headers
 
-__all__ = ["PREFIX", "Callee", "Dispatch", "Withdraw", "decode", "encode", "state_key"]
+__all__ = ["PREFIX", "Callee", "Dispatch", "Withdraw", "decode", "encode", "size_of", "state_key"]
 
 PREFIX = b"\0dispatch\0"
 
@@ -50,6 +50,11 @@ _decoder = msgspec.msgpack.Decoder(Dispatch)
 
 def encode(item: Dispatch) -> bytes:
     return msgspec.msgpack.encode(item)
+
+
+def size_of(item: Dispatch) -> int:
+    """Bytes of its entry, key included."""
+    return len(state_key(item.workflow_id, item.ref)) + len(encode(item))
 
 
 def decode(data: bytes) -> Dispatch:

@@ -17,7 +17,7 @@ from kwflow import api, flows
 from kwflow.config import Config
 from kwflow.core import children, messages, snapshot, wire
 from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Transition, Workflows
-from kwflow.core.dispatch import Dispatch, decode, state_key
+from kwflow.core.dispatch import Dispatch, decode, size_of, state_key
 from kwflow.core.instance import Instance
 from kwflow.core.step import applied_before, step
 from kwflow.core.wire import Record
@@ -182,6 +182,8 @@ class _Batch:
                 continue
             if made.outputs:
                 budget.take(sum([len(output.key or b"") + len(output.value or b"") for output in made.outputs]))
+            if made.dispatch:
+                budget.take(sum([size_of(item) for item in made.dispatch if isinstance(item, Dispatch)]))
             if len(self.live) > known:  # saved at the end; about as large as it was
                 budget.take(len(next(reversed(self.live.values())).base or b""))
             if budget.spent():

@@ -29,7 +29,7 @@ from kwflow.client import Client
 from kwflow.config import Config, load_config
 from kwflow.core import wire
 from kwflow.core.contract import Limits, Workflows
-from kwflow.core.dispatch import Dispatch, encode, state_key
+from kwflow.core.dispatch import PREFIX, Dispatch, encode, size_of, state_key
 from kwflow.core.wire import Headers, Record
 from kwflow.errors import StepTimeout, UsageError
 from kwflow.gateway.application import application
@@ -109,11 +109,14 @@ def _arguments(at: int, bytes_: int) -> str:
     return "" if made.dispatch else str(result(made)[1])
 
 
-def _travelling(at: int, bytes_: int) -> str:
-    """Each call of an activity keeps the headers of the step's record."""
-    engine = Engine(output_bytes_max=at)
-    engine.module.WORK[:] = [make(lambda text: text)]
-    made = engine.batch(engine.record("a", b'new:["call",1]', (("x", b"x" * (bytes_ - 1)),)))[0]
+def _kept(at: int, bytes_: int, header: int = 0) -> str:
+    """A call of an activity counts as the entry that is kept of it: id, name, arguments, and the headers of the step's record."""
+    engine, work = Engine(output_bytes_max=at), make(lambda text: text)
+    engine.module.WORK[:] = [work]
+    headers = (("x", b"x" * header),) if header else ()
+    empty = Dispatch("a", "0:1", work.name, 1, "0:1", work.encode_arguments(("",), {}), headers)
+    made = engine.batch(engine.record("a", b"new:" + msgspec.json.encode(["call", bytes_ - size_of(empty)]), headers))[0]
+    assert [len(key) + len(entry) for key, entry in engine.store.scan(PREFIX)] == [bytes_] * len(made.dispatch)
     return "" if made.dispatch else str(result(made)[1])
 
 
@@ -500,9 +503,10 @@ def _grace(at: int, seconds: int) -> str:
 
 EDGES = [
     Edge("outputs_max", "outputs of one step", 5, in_a_step("outputs_max", "outputs"), r"more than 5 outputs in one step .limit outputs_max.; wait in between"),
-    Edge("output_bytes_max", "bytes of all outputs of one step, keys included", 50, in_a_step("output_bytes_max", "value", 1), r"outputs of one step .* 50 bytes .limit output_bytes_max.; wait in between"),
-    Edge("output_bytes_max", "headers that go on with a call of an activity", 50, _travelling, r"outputs of one step .* 50 bytes .limit output_bytes_max."),
-    Edge("output_bytes_max", "outputs of two bytes each, keys included", 25, lambda at, n: in_a_step("output_bytes_max", "outputs")(2 * at, n), r"outputs of one step .* 50 bytes .limit output_bytes_max."),
+    Edge("output_bytes_max", "bytes of all outputs of one step, keys included", 50, in_a_step("output_bytes_max", "value", 1), r"outputs and calls of activities of one step .* 50 bytes .limit output_bytes_max.; wait in between"),
+    Edge("output_bytes_max", "bytes that are kept of a call of an activity", 200, _kept, r"outputs and calls of activities of one step .* 200 bytes .limit output_bytes_max.; wait in between"),
+    Edge("output_bytes_max", "headers that go on with a call of an activity", 300, lambda at, n: _kept(at, n, 150), r"outputs and calls of activities of one step .* 300 bytes .limit output_bytes_max."),
+    Edge("output_bytes_max", "outputs of two bytes each, keys included", 25, lambda at, n: in_a_step("output_bytes_max", "outputs")(2 * at, n), r"outputs and calls of activities of one step .* 50 bytes .limit output_bytes_max."),
     Edge("value_bytes_max", "bytes of an output", 300, in_a_step("value_bytes_max", "value"), r"an output to out has 301 bytes, more than 300 .limit value_bytes_max.; send a reference"),
     Edge("value_bytes_max", "bytes of a result", 300, in_a_step("value_bytes_max", "result"), r"the result has 301 bytes, more than 300 .limit value_bytes_max.; return a reference"),
     Edge("value_bytes_max", "bytes of an error's text", 80, _told, r"ValueError: its text has 81 bytes .limit value_bytes_max."),

@@ -16,10 +16,12 @@ import msgspec
 import pytest
 from rocksdict import WriteBatch
 
+import kwflow as kw
 from kwflow import durable
 from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
+from kwflow.core.dispatch import PREFIX, Dispatch, Withdraw
 from kwflow.core.wire import Record
 from kwflow.errors import StepTimeout
 from kwflow.ports import Decision
@@ -72,6 +74,14 @@ def main(opts):
         CLOCK[0] += n
     elif kind == "call":
         yield WORK[0]("x" * n)
+    elif kind == "calls":
+        calls = []
+        try:
+            for _ in range(n):
+                calls.append(WORK[0]("x" * 250_000))
+        except kw.UsageError as error:
+            kw.cancel(kw.all(calls))
+            return f"{len(calls) + 1}: {error}"
     elif kind == "reply":
         kw.reply((yield kw.on_update("u")), "x" * (n - 2))
     elif kind == "state":
@@ -354,6 +364,27 @@ def test_a_batch_ends_when_its_time_or_its_bytes_are_spent_and_the_rest_is_left(
     twice = [engine.record(id, b'{"ref":"nobody"}') for id in "aabbcc"]
     for left, made in ((state, 1), (state + 1, 3), (2 * state, 3), (2 * state + 1, 5), (3 * state + 1, 6)):
         assert len(engine.batch(*twice, budget=Budget(left, 10**9, Ticking()))) == made, left
+
+
+def test_a_batch_ends_when_its_bytes_are_spent_on_calls_of_activities() -> None:
+    """They are entries of the state, and nothing of them is known before their step."""
+    engine = Engine()
+    engine.module.WORK[:] = [kw.activity(name="limits-called")(lambda text: text)]
+    engine.start("call", 1000, "xx")
+    [one] = [len(key) + len(entry) for key, entry in engine.store.scan(PREFIX)]
+    for letter, left, made in (("a", one, 1), ("b", one + 1, 2), ("c", 2 * one + 1, 3), ("d", 10 * one, 3)):
+        records = [engine.record(f"{letter}{n}", b'new:["call",1000]') for n in range(3)]
+        assert len(engine.batch(*records, budget=Budget(left, 10**9, Ticking()))) == made, left
+
+
+def test_ten_thousand_calls_of_256_kb_in_a_step_are_refused_at_eight_megabytes() -> None:
+    """The workflow is told where it calls, and no more of them are made; those that it gave up are taken back."""
+    engine = Engine()
+    engine.module.WORK[:] = [kw.activity(name="limits-many")(lambda text: text)]
+    made = engine.start("calls", 10_000)
+    topic, said = result(made)
+    assert topic == "workflow-result" and said.startswith("32: the outputs and calls of activities of one step have more than 8000000 bytes (limit output_bytes_max)")
+    assert made.logs == () and [type(item) for item in made.dispatch] == [Dispatch] * 31 + [Withdraw] * 31 and not list(engine.store.scan(PREFIX))
 
 
 def test_the_embedded_engine_commits_what_fits_and_goes_on_with_the_rest(tmp_path: pathlib.Path) -> None:
