@@ -213,13 +213,16 @@ class Client:
         self._command(id, "query", None, future, lambda reply: self._settle(future, reply.value), None, start_id)
         return future
 
-    def resume(self, id: str, ref: str, value: object = None, **error: object) -> Future[None]:
-        """Answer a wait, with a value or with `error=payload`.  Raises CommandError: unknown_ref (perhaps answered before), not_found."""
+    def resume(self, id: str, ref: str, value: object = None, *, headers: wire.Headers = (), **error: object) -> Future[None]:
+        """Answer a wait, with a value or with `error=payload`; `headers` travel on from there.  Raises CommandError: unknown_ref (perhaps answered before), not_found."""
         if error.keys() - {"error"}:
             raise UsageError(f"resume takes a value or error=, not {', '.join(error)}")
+        ours = [name for name, _ in headers if name.startswith("kwflow-")]
+        if ours:
+            raise UsageError(f"header {ours[0]!r}: kwflow-* headers belong to the engine")
         future: Future[None] = self._future()
         message = wire.json_dumps({"ref": ref, **(error or {"value": value})})
-        self._send(id, message, (), future, f"resume of {ref}", lambda reply: self._settle(future, None))
+        self._send(id, message, headers, future, f"resume of {ref}", lambda reply: self._settle(future, None))
         return future
 
     def cancel(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:

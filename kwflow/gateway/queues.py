@@ -14,15 +14,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kwflow.core import queues
+from kwflow.core import queues, wire
+from kwflow.core.dispatch import Dispatch
+from kwflow.core.wire import Headers
 from kwflow.errors import CommandError
 from kwflow.gateway.problems import RequestError
 from kwflow.gateway.requests import Options, Seconds, answer, body, no_body, options, segment, service_of
+from kwflow.runners.outside import text_of
 from kwflow.worker import Lending
 
-__all__ = ["ROUTES"]
+__all__ = ["ROUTES", "travelling"]
 
 _LOCK_S_MAX = 86_400
+_OF_A_REQUEST = 1_000  # bytes of the headers by which a client has its reply
 _OVER = ("not_found", "unknown_ref")
 _Lock = Annotated[float, msgspec.Meta(gt=0, le=_LOCK_S_MAX)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
@@ -78,9 +82,14 @@ async def _fetch(request: Request) -> Response:
         left = give_up - time.monotonic()
         if calls or left <= 0 or service.ending:
             until_ms = (time.time_ns() // 1_000_000) + round(asked.lock * 1000)
-            shown = [msgspec.json.decode(queues.handed_out(call, service.config.resume_topic)) for call in calls]
-            return answer(200, [{**call, "locked_until": until_ms} for call in shown])
+            return answer(200, [{**_shown(call, service.config.resume_topic), "locked_until": until_ms} for call in calls])
         await service.first(request, left, lending.lent.arrival(), ends=True)
+
+
+def _shown(call: Dispatch, resume_topic: str) -> dict[str, Any]:
+    """The value of the call's record and its headers: of those with one name the last, and bytes that are no text as people are shown them."""
+    headers = {name: None if value is None else text_of(value) for name, value in call.headers}
+    return {**msgspec.json.decode(queues.handed_out(call, resume_topic)), "headers": headers}
 
 
 def _mine(request: Request, lending: Lending, worker: str) -> tuple[str, str]:
@@ -96,15 +105,21 @@ async def _answered(request: Request, payload: Any, failed: bool) -> Response:
     """204 once it is committed; 404 if nobody waits for it any more."""
     lending = _lending(request)
     id, ref = _mine(request, lending, options(request, _By).worker)
+    headers = travelling(lending.lent.headers(id, ref), service_of(request).config.header_bytes_max)
     client = await service_of(request).client()
     try:
-        await service_of(request).reply(request, client.resume(id, ref, error=payload) if failed else client.resume(id, ref, payload))
+        await service_of(request).reply(request, client.resume(id, ref, headers=headers, error=payload) if failed else client.resume(id, ref, payload, headers=headers))
     except CommandError as error:
         if error.status in _OVER or error.status == "held":
             lending.finish(id, ref)
         raise
     lending.finish(id, ref)
     return answer(204)
+
+
+def travelling(headers: Headers, bytes_max: int) -> Headers:
+    """Those of the call, as the answer of every worker carries them; none where they leave no room for the client's own, as a record that is refused is no answer."""
+    return headers if wire.header_bytes(headers) + _OF_A_REQUEST <= bytes_max else ()
 
 
 async def _complete(request: Request) -> Response:

@@ -9,6 +9,7 @@ from urllib.parse import quote
 import pytest
 
 from kwflow.client import Client
+from kwflow.runners.kafka import link as kafka_link
 from kwflow.worker import Lending
 from tests.embedded.serving import Serving
 from tests.integration.test_queues import MODULE, Queues
@@ -78,6 +79,25 @@ def test_a_worker_fetches_locks_and_completes_fails_or_rejects(site: Queues) -> 
         assert (unknown.status_code, unknown.json()["code"]) == (404, "no_queue") and site.elsewhere in unknown.json()["detail"]
         assert serving.http.post(f"/queues/{site.elsewhere}/fetch").status_code == 400
     assert site.results(3) == {"a/1": 36, "b": ["OutOfStock", "none left"], "d": 4}
+
+
+def test_headers_of_a_call_are_lent_and_travel_on_with_its_answer(site: Queues) -> None:
+    """Semantics §9.3: traces and tenants go on in workers that speak HTTP, and behind them; ours are nobody else's."""
+    site.engine("one", MODULE)
+    given: list[tuple[str, bytes | None]] = [("tenant", b"old"), ("tenant", "Zoë".encode()), ("traceparent", b"00-1-2-01"), ("raw", b"\xff\x00"), ("empty", b""), ("none", None)]
+    for id in ("result", "error"):
+        site.start(id, "foreign", 6, *given)  # type: ignore[arg-type]
+    with gateway(site) as serving:
+        jobs: dict[str, dict[str, Any]] = {}
+        while len(jobs) < 2:
+            jobs |= {job["workflow_id"]: job for job in fetch(serving, site.elsewhere, max=10, wait=30, lock=600)}
+        assert jobs["result"]["headers"] == {"tenant": "Zoë", "traceparent": "00-1-2-01", "raw": "\\xff\x00", "empty": "", "none": None}
+        assert serving.http.post(call(site.elsewhere, jobs["result"], "complete"), params={"worker": "w"}, json=36).status_code == 204
+        assert serving.http.post(call(site.elsewhere, jobs["error"], "reject"), params={"worker": "w"}, json={"code": "no"}).status_code == 204
+    found = {record.key: record for topic in ("result", "error") for record in kafka_link.read(site.config, site.topic(topic))}
+    for record in found.values():
+        assert [pair for pair in record.headers if not pair[0].startswith("kwflow-")] == given
+    assert found.keys() == {b"result", b"error"}
 
 
 def test_a_gateway_lends_several_queues_whatever_identity_its_machine_has(site: Queues) -> None:

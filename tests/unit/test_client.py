@@ -219,3 +219,14 @@ def test_a_time_to_live_that_rounds_to_nothing_is_the_shortest(site: Site) -> No
     """M3: without one a signal lives for ever."""
     site.client.signal("w", "s", ttl=0.0001)
     assert b'"ttl_ms":1' in (site.asked().value or b"").replace(b" ", b"")
+
+
+def test_headers_of_an_answer_go_with_it_and_are_none_of_the_engines(site: Site) -> None:
+    """Semantics §9.3."""
+    future = site.client.resume("w", "0:1", 7, headers=(("tenant", b"north"),))
+    record = site.asked()
+    assert record.headers[0] == ("tenant", b"north") and wire.header(record, "kwflow-request")
+    site.reply(record, "delivered")
+    assert future.result(TIMEOUT_S * 20) is None
+    with pytest.raises(UsageError, match=r"header 'kwflow-op': kwflow-\* headers belong to the engine"):
+        site.client.resume("w", "0:1", 7, headers=(("kwflow-op", b"terminate"),))

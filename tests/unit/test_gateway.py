@@ -16,6 +16,7 @@ from kwflow.config import Config, load_config
 from kwflow.errors import CommandError, KwflowError, OutcomeError, OutcomeUnknown, ProtocolError, TransportError, UsageError
 from kwflow.gateway.application import application
 from kwflow.gateway.problems import KINDS, RequestError, problem_of
+from kwflow.gateway.queues import travelling
 from kwflow.gateway.service import Service
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.instances import newest_of
@@ -88,6 +89,14 @@ def test_every_word_of_the_gateway_itself_is_in_the_table() -> None:
     assert len(used) > 6
     assert used <= KINDS.keys()
     assert problem_of(RequestError("too_large", "x")).http == 413
+
+
+# -- calls that are lent -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("over", [0, 1])
+def test_the_answer_of_a_call_carries_its_headers_if_there_is_room_for_the_clients_own(over: int) -> None:
+    """Semantics §9.3: a record over header_bytes_max would be a dead letter, and its call never answered."""
+    headers = (("x", b"x" * (3_999 + over)),)
+    assert travelling(headers, 5_000) == (() if over else headers)
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------

@@ -46,6 +46,14 @@ def test_calls_are_fetched_oldest_first_and_each_by_one_worker(case: Case) -> No
     assert case.fetch() == [] and case.lent.counts() == {"free": 0, "locked": 3}
 
 
+def test_the_headers_of_a_call_are_known_until_it_is_done(case: Case) -> None:
+    """Semantics §9.3: whoever answers it carries them on."""
+    case.lent.committed(0, [Dispatch("a", "1:1", "a", 1, "1:1", b"{}", (("tenant", b"north"),))])
+    assert case.lent.headers("a", "1:1") == (("tenant", b"north"),) and case.lent.headers("b", "1:1") == ()
+    case.lent.done("a", "1:1")
+    assert case.lent.headers("a", "1:1") == ()
+
+
 def test_a_lock_that_is_over_is_somebody_elses_to_take_and_its_worker_may_answer_until_then(case: Case) -> None:
     """ET-6, ET-10, ET-11, ET-17."""
     case.add("a")

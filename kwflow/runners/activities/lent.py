@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from kwflow.core.dispatch import Dispatch, Withdraw
+from kwflow.core.wire import Headers
 from kwflow.ports import Store
 
 __all__ = ["Lent", "Loan"]
@@ -118,6 +119,11 @@ class Lent:
         """Who has it, also when the lock is over and nobody has fetched it since; None if nobody has, or it is not here."""
         loan = self._loans.get((id, ref))
         return loan.worker if loan is not None else None
+
+    def headers(self, id: str, ref: str) -> Headers:
+        """What its answer carries on; nothing if it is not here."""
+        loan = self._loans.get((id, ref))
+        return loan.call.headers if loan is not None else ()
 
     def extend(self, id: str, ref: str, worker: str, lock_s: float) -> bool:
         """A new lock from now on; False if this worker has none that is not over."""
