@@ -85,9 +85,13 @@ class Config(BaseSettings):
     embedded_retention_ms: int = Field(default=7 * 86_400_000, ge=0, description="applied input records of the embedded log are kept for this long")
     ended_retention_ms: int = Field(default=86_400_000, ge=0, description="so long a start that is repeated under its start id is known after the end (K20)")
     gateway_tokens: list[SecretStr] = Field(default_factory=list, description="who calls the gateway sends one of them (Bearer); without any, everybody who reaches it may do everything")
+    gateway_tls_cert: Path | None = Field(default=None, description="PEM file with the gateway's certificate and those of the CAs between; with gateway_tls_key it speaks HTTPS")
+    gateway_tls_key: Path | None = Field(default=None, description="PEM file with the key of gateway_tls_cert, without a passphrase")
     gateway_waits_max: int = Field(default=10_000, gt=0, description="requests that wait in one gateway; one more is answered 503")
     gateway_wait_s_max: float = Field(default=300, gt=0, description="how long a request may wait for an outcome")
     console_tokens: list[SecretStr] = Field(default_factory=list, description="who opens the console gives one of them as the password; without any it answers on this machine only")
+    console_tls_cert: Path | None = Field(default=None, description="as gateway_tls_cert, for the console")
+    console_tls_key: Path | None = Field(default=None, description="as gateway_tls_key, for the console")
     kafka: dict[str, Any] = Field(default_factory=dict, repr=False)  # passwords are in it
 
     @field_validator("snapshot_keys", "gateway_tokens", "console_tokens")
@@ -128,6 +132,13 @@ class Config(BaseSettings):
             others = [*(other for key, other in named.items() if key != name), self.result_topic, self.error_topic, self.dead_letter_topic]
             if topic in others:
                 raise ValueError(f"{name} {topic!r} is the name of another topic, too")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_certificates(self) -> Config:
+        for kind in ("gateway", "console"):
+            if (getattr(self, f"{kind}_tls_cert") is None) != (getattr(self, f"{kind}_tls_key") is None):
+                raise ValueError(f"{kind}_tls_cert and {kind}_tls_key belong together: give both, or neither")
         return self
 
     @functools.cached_property

@@ -77,6 +77,11 @@ class Gate:
 
 
 def _own(request: Request, host: str) -> bool:
-    """Browsers say where a form comes from, and no page can say otherwise."""
+    """Browsers say where a form comes from, and no page can say otherwise.
+
+    1. the console speaks TLS, or a proxy on this machine does and says so (X-Forwarded-Proto)
+    2. who sits on the line answers http:// under the same name, with a page that sends a form
+    3. its Origin is this host's, and not of this scheme; behind a proxy that says nothing, https may be what looks like http here
+    """
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "").lower()
-    return site == "same-origin" if site is not None else host != "" and origin in (f"http://{host.lower()}", f"https://{host.lower()}")
+    return site == "same-origin" if site is not None else host != "" and origin in {f"{scheme}://{host.lower()}" for scheme in (request.scope["scheme"], "https")}

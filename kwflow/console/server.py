@@ -6,7 +6,6 @@ import ipaddress
 from collections.abc import Callable
 from contextlib import closing
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
@@ -17,7 +16,8 @@ from kwflow.console.problems import answered
 from kwflow.console.site import Site
 from kwflow.console.sources import Sources
 from kwflow.errors import KwflowError, UsageError
-from kwflow.gateway.server import listening, settings, url_of
+from kwflow.gateway.server import Ending, listening, url_of
+from kwflow.gateway.tls import Certificate, certificate_of
 
 __all__ = ["application", "serve", "server_of"]
 
@@ -33,16 +33,17 @@ def application(site: Site) -> ASGIApp:
 
 
 def serve(site: Site, host: str, port: int, log: Callable[[str], None]) -> None:
-    """Answer until SIGTERM.  Raises UsageError if it cannot, or must not, listen there."""
+    """Answer until SIGTERM.  Raises UsageError if it cannot, or must not, listen there, or its certificate is none."""
+    tls = certificate_of(site.config, "console")
     if not site.config.console_tokens and not _loopback(host):
         raise UsageError(f"--host {host}: without tokens the console answers on 127.0.0.1 only; set console_tokens (tokens in [console], made with: openssl rand -hex 32)")
     with closing(listening(host, port)) as sock:
-        log(f"kwflow console listens on {url_of(sock)}")
-        server_of(site).run([sock])
+        log(f"kwflow console listens on {url_of(sock, tls)}")
+        server_of(site, tls).run([sock])
 
 
-def server_of(site: Site) -> uvicorn.Server:
-    return uvicorn.Server(settings(application(site), _CONNECTIONS_MAX, _END_S))
+def server_of(site: Site, tls: Certificate | None = None) -> Ending:
+    return Ending(application(site), _CONNECTIONS_MAX, _END_S, tls)
 
 
 def _loopback(host: str) -> bool:

@@ -5,11 +5,13 @@ SIGTERM stops the listening, answers who waits for an outcome, and lets commands
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -19,13 +21,15 @@ from kwflow.config import Config
 from kwflow.errors import UsageError
 from kwflow.gateway.application import application
 from kwflow.gateway.service import Look, Service
+from kwflow.gateway.tls import Certificate, certificate_of
 from kwflow.worker import Lending
 
-__all__ = ["Server", "listening", "serve", "settings", "url_of"]
+__all__ = ["Ending", "Server", "listening", "serve", "url_of"]
 
 _DEAD_AFTER_S = 60  # a caller whose machine or line is gone: two sweeps of 30 s, as the affinity service has it (AF-9)
 _IDLE_MAX = 1000  # connections beside those whose requests wait
 _BACKLOG = 1024
+_GOODBYE_S = 0.5
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -49,22 +53,42 @@ def listening(host: str, port: int) -> socket.socket:
     return made
 
 
-def settings(served: ASGIApp, connections_max: int, end_s: int) -> uvicorn.Config:
-    """Of a server that logs what goes wrong, and ends at most so long after it is asked to."""
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    return uvicorn.Config(
-        served, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        limit_concurrency=connections_max, timeout_graceful_shutdown=end_s,
-    )  # fmt: skip
+class Ending(uvicorn.Server):
+    """uvicorn, logging what goes wrong, and ending at most `end_s` after it is asked to."""
+
+    def __init__(self, served: ASGIApp, connections_max: int, end_s: int, tls: Certificate | None) -> None:
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        files: dict[str, Any] = {} if tls is None else {"ssl_certfile": tls.cert, "ssl_keyfile": tls.key, "ssl_ciphers": ""}  # Python's; uvicorn's are those of TLS 1.0
+        super().__init__(uvicorn.Config(
+            served, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+            limit_concurrency=connections_max, timeout_graceful_shutdown=end_s, **files,
+        ))  # fmt: skip
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        leaving = asyncio.ensure_future(self._leave())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            leaving.cancel()
+
+    async def _leave(self) -> None:
+        """A TLS connection is closed when both sides have said so, and who keeps one for later does not read: the end would take all of `end_s`."""
+        before: set[Any] = set()
+        while True:
+            closing = {connection for connection in self.server_state.connections if connection.transport.is_closing()}
+            for connection in closing & before:
+                connection.transport.abort()
+            before = closing
+            await asyncio.sleep(_GOODBYE_S)
 
 
-class Server(uvicorn.Server):
-    """uvicorn, with a gateway inside."""
+class Server(Ending):
+    """One with a gateway inside."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, tls: Certificate | None = None) -> None:
         config = service.config
         self._service = service
-        super().__init__(settings(application(service), config.gateway_waits_max + _IDLE_MAX, math.ceil(config.command_timeout_s) + 1))
+        super().__init__(application(service), config.gateway_waits_max + _IDLE_MAX, math.ceil(config.command_timeout_s) + 1, tls)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.end()
@@ -74,18 +98,19 @@ class Server(uvicorn.Server):
 def serve(config: Config, connect: Callable[[], Client], look: Look, host: str | None, port: int, log: Callable[[str], None], queues: Iterable[str] = ()) -> None:
     """Answer until SIGTERM, and lend the calls of these queues; on every address with tokens and on 127.0.0.1 without, unless `host` says otherwise.
 
-    Raises UsageError if it cannot listen there, TransportError if there is no broker (AF-6), or a topic is missing.
+    Raises UsageError if it cannot listen there or its certificate is none, TransportError if there is no broker (AF-6), or a topic is missing.
     """
     host, of_this_machine = host or ("0.0.0.0" if config.gateway_tokens else "127.0.0.1"), host is None and not config.gateway_tokens
+    tls = certificate_of(config, "gateway")
     with ExitStack() as stack:
         sock = stack.enter_context(closing(listening(host, port)))
         service = stack.enter_context(Service(config, connect, look, [stack.enter_context(Lending(config, queue, log)) for queue in queues], of_this_machine))
-        log(f"kwflow gateway listens on {url_of(sock)}")
+        log(f"kwflow gateway listens on {url_of(sock, tls)}")
         if not config.gateway_tokens:
             log("everybody who reaches it may do everything: set gateway_tokens to ask for one")
-        Server(service).run([sock])
+        Server(service, tls).run([sock])
 
 
-def url_of(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def url_of(sock: socket.socket, tls: Certificate | None = None) -> str:
+    scheme, (host, port) = "http" if tls is None else "https", sock.getsockname()[:2]
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

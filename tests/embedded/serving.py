@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import queue
+import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -18,6 +19,7 @@ from kwflow.console.server import server_of
 from kwflow.console.site import Site
 from kwflow.gateway.server import Server, listening, url_of
 from kwflow.gateway.service import Service
+from kwflow.gateway.tls import Certificate, certificate_of
 from kwflow.runners import outside
 from kwflow.worker import Lending
 
@@ -28,13 +30,14 @@ class Serving:
     """Answers from its beginning to `close`; `http` is a client of it, `service` what is inside."""
 
     def __init__(self, config: Config, connect: Callable[[], Client], lendings: Iterable[Lending] = (), embedded: pathlib.Path | None = None, of_this_machine: bool = False) -> None:
+        tls = certificate_of(config, "gateway")
         self.sock = listening("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
+        self.url = url_of(self.sock, tls)
         self.service = Service(config, connect, functools.partial(outside.asked, config, embedded), lendings, of_this_machine)
-        self.server = Server(self.service)
+        self.server = Server(self.service, tls)
         self._thread = threading.Thread(target=self.server.run, args=([self.sock],), daemon=True)
         self._thread.start()
-        self.http = httpx.Client(base_url=self.url, timeout=DEADLINE_S, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=DEADLINE_S, trust_env=False, verify=verified(tls))
 
     def close(self) -> None:
         self.http.close()
@@ -54,12 +57,17 @@ class Serving:
         self.close()
 
 
+def verified(tls: Certificate | None) -> ssl.SSLContext | bool:
+    """What a client takes: this certificate and no other."""
+    return ssl.create_default_context(cafile=tls.cert) if tls is not None else True
+
+
 class Stream:
     """Reads Server-Sent Events on a thread."""
 
     def __init__(self, serving: Serving, *ids: str, **options: str) -> None:
         self.events: queue.Queue[Any] = queue.Queue()
-        self.http = httpx.Client(base_url=serving.url, timeout=DEADLINE_S, trust_env=False)
+        self.http = httpx.Client(base_url=serving.url, timeout=DEADLINE_S, trust_env=False, verify=verified(certificate_of(serving.service.config, "gateway")))
         self.answer = self.http.send(self.http.build_request("GET", "/outcomes", params=[*(("id", id) for id in ids), *options.items()]), stream=True)
         assert (self.answer.status_code, self.answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -81,11 +89,12 @@ class Stream:
 @contextlib.contextmanager
 def console(site: Site) -> Iterator[httpx.Client]:
     """A client of a console; what it sends bears the Origin of the console's own pages."""
+    tls = certificate_of(site.config, "console")
     with contextlib.closing(listening("127.0.0.1", 0)) as sock:
-        url, server = url_of(sock), server_of(site)
+        url, server = url_of(sock, tls), server_of(site, tls)
         thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
         thread.start()
-        with httpx.Client(base_url=url, headers={"Origin": url}, timeout=DEADLINE_S, trust_env=False) as http:
+        with httpx.Client(base_url=url, headers={"Origin": url}, timeout=DEADLINE_S, trust_env=False, verify=verified(tls)) as http:
             yield http
         server.should_exit = True
         thread.join(DEADLINE_S)
