@@ -7,7 +7,6 @@ import difflib
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +23,7 @@ from kwflow.runners import deployment
 from kwflow.runners.code import LEASE_MS
 from kwflow.runners.deployment import Fate
 from kwflow.runners.groups import Group
-from kwflow.runners.instances import header_of
+from kwflow.runners.instances import header_of, instant
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.outside import code_store, snapshots, sole_writer, stored
 
@@ -61,7 +60,7 @@ def list_(
         return
     table = columns("module", "version", "stored", "instances", "ids")
     for row in rows:
-        stored = "no" if row["stored"] is None else datetime.fromtimestamp(row["stored"] / 1000, UTC).isoformat(sep=" ", timespec="seconds")
+        stored = "no" if row["stored"] is None else instant(row["stored"])
         table.add_row(row["module"], row["version"][:12], stored, str(row["instances"]), ", ".join(row["ids"]) + (", …" if len(row["ids"]) < row["instances"] else ""))
     print_table(table)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,21 +16,13 @@ from kwflow.durable import versions
 from kwflow.durable.peek import told
 from kwflow.errors import UsageError
 from kwflow.runners import deployment, outside
-from kwflow.runners.instances import Filter, described, since_ms
+from kwflow.runners.instances import Filter, described, instant, since_ms
 from kwflow.runners.outside import code_store, stored
 
 __all__ = ["list_", "show"]
 
 _CHARACTERS, _JSON_CHARACTERS = 500, 10_000  # of a variable
 _ROWS_MAX = 1000  # of a table; each costs half a millisecond, and nobody reads more
-
-
-def _time(instant_ms: float) -> str:
-    """A record's timestamp may be anything that its producer took for one, such as microseconds."""
-    try:
-        return datetime.fromtimestamp(instant_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds")
-    except (ValueError, OverflowError, OSError):
-        return f"{instant_ms} ms"
 
 
 def _wait(wait: dict[str, Any]) -> list[str]:
@@ -69,7 +60,7 @@ def show(
     for line in _about(header):
         out.print(line)
     for wait in header["waits"]:
-        parts = [*_wait(wait), wait.get("function", ""), f"{wait.get('file', '')}:{wait.get('line', '')}", f"since {_time(wait['since'])}", f"due {_time(wait['due'])}" if "due" in wait else ""]
+        parts = [*_wait(wait), wait.get("function", ""), f"{wait.get('file', '')}:{wait.get('line', '')}", f"since {instant(wait['since'])}", f"due {instant(wait['due'])}" if "due" in wait else ""]
         out.print("  " + "  ".join(part for part in parts if part))
     for function, values in frames:
         out.print(f"  {function}")
@@ -121,7 +112,7 @@ def _about(header: dict[str, Any]) -> list[str]:
         fork = f", a fork of {header['forked']['id']}" if "forked" in header else ""
         lines.append(f"run {header['start_id']}{parent}{fork}")
     if "cancel" in header:
-        lines.append(f"cancelled at {_time(header['cancel']['at'])}: {header['cancel']['reason'] or '(no reason)'}")
+        lines.append(f"cancelled at {instant(header['cancel']['at'])}: {header['cancel']['reason'] or '(no reason)'}")
     if "status_value" in header:
         lines.append(f"status {header['status_value']!r}")
     for kind, boxes in header.get("mailbox", {}).items():
@@ -163,7 +154,7 @@ def list_(
         waits = [" ".join(_wait(wait)) for wait in row["waits"]]
         said = ", ".join(waits[:3]) + (f" and {len(waits) - 3} more" if len(waits) > 3 else "")
         outcome = row["outcome"]
-        table.add_row(row["id"], row["workflow"], row["status"] + (f" ({outcome['kind']})" if outcome else ""), _time(row["changed"]) if row["changed"] else "", said)
+        table.add_row(row["id"], row["workflow"], row["status"] + (f" ({outcome['kind']})" if outcome else ""), instant(row["changed"]) if row["changed"] else "", said)
     print_table(table)
     if found.total > len(found.rows):
         err.print(f"and {found.total - len(found.rows)} that changed earlier: narrow it by --workflow, --status, --since, --id or --where, or take them all with --json")

@@ -21,6 +21,7 @@ from starlette.responses import Response
 from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.console import words
+from kwflow.runners.instances import instant
 from kwflow.runners.outside import text_of
 
 __all__ = ["Site", "site_of"]
@@ -64,7 +65,7 @@ class Site:
 
     def page(self, template: str, status: int = 200, **shown: Any) -> Response:
         now_ms = time.time_ns() // 1_000_000
-        text = self._templates.get_template(template).render(site=self, when=lambda ms: words.when(ms, now_ms), now=words.instant(now_ms), text_of=text_of, **shown)
+        text = self._templates.get_template(template).render(site=self, when=lambda ms: words.when(ms, now_ms), now=instant(now_ms), text_of=text_of, **shown)
         return Response(text.encode("utf-8", "backslashreplace"), status, media_type="text/html; charset=utf-8")
 
     def style(self) -> str:

@@ -1,14 +1,15 @@
-"""Instants, lengths of time and sizes, as people read them."""
+"""Lengths of time and sizes, as people read them."""
 
 from __future__ import annotations
 
 import itertools
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
-__all__ = ["When", "instant", "json_text", "size", "when"]
+from kwflow.runners.instances import instant
+
+__all__ = ["When", "json_text", "size", "when"]
 
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -18,14 +19,6 @@ class When(msgspec.Struct, frozen=True):
 
     relative: str
     absolute: str
-
-
-def instant(ms: float) -> str:
-    """A record's timestamp may be anything that its producer took for one."""
-    try:
-        return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    except (ValueError, OverflowError, OSError):
-        return f"{ms} ms"
 
 
 def when(ms: float, now_ms: float) -> When:

@@ -23,7 +23,8 @@ from kwflow.errors import SnapshotError, UsageError
 from kwflow.runners.told import check_rows, checked_header
 
 __all__ = [
-    "ALL", "STATUSES", "Filter", "Found", "Instances", "Page", "array", "asked_for", "described", "found_in", "header_of", "newest", "newest_of", "one", "row_of", "several", "since_ms", "status_of",
+    "ALL", "STATUSES", "Filter", "Found", "Instances", "Page", "array", "asked_for", "described", "found_in", "header_of", "instant", "newest", "newest_of", "one", "row_of", "several",
+    "since_ms", "status_of",
 ]  # fmt: skip
 
 STATUSES = ("waiting", "closing", "parked", "paused", "ended", "damaged")
@@ -131,6 +132,14 @@ def since_ms(text: str | None) -> float:
         return (parsed if parsed.tzinfo is not None else parsed.replace(tzinfo=UTC)).timestamp() * 1000
     except (ValueError, OverflowError):
         raise UsageError(f"since is like 30m, 2h, 7d, or a time like 2026-01-31T12:00 (UTC), not {text!r}") from None
+
+
+def instant(ms: float) -> str:
+    """An instant for people, in UTC, as `since_ms` takes it.  A record's timestamp may be anything that its producer took for one, such as microseconds."""
+    try:
+        return datetime.fromtimestamp(ms / 1000, UTC).isoformat(sep=" ", timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return f"{ms} ms"
 
 
 class Found(msgspec.Struct, frozen=True):

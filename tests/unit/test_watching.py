@@ -16,6 +16,7 @@ from kwflow.cli.watching import RestoreBar, log_of, watched
 from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.ports import Decision
+from kwflow.runners.instances import instant, since_ms
 from kwflow.runners.logs import as_json, lines_of
 from kwflow.runners.stats import SECONDS, Histogram, Seen, Stats
 from kwflow.runners.watch import advertised, health, metrics_registry, serve_http
@@ -62,6 +63,13 @@ def test_other_lines_are_json_too_and_bytes_that_are_no_text_do_no_harm() -> Non
     assert json.loads(as_json("plain", 0)) == {"time": "1970-01-01T00:00:00.000+00:00", "level": "info", "message": "plain"}
     (line,) = lines_of(Decision(logs=("x",)), Record("t", 0, 0, 0, b"\xff\x00", None))
     assert json.loads(as_json(line))["workflow"] == "\\xff\x00"
+
+
+def test_an_instant_is_shown_in_one_form_which_since_takes_and_what_is_none_as_it_is() -> None:
+    """In commands and in the console: a timestamp may be anything that its producer took for one."""
+    assert instant(1_700_000_000_999) == "2023-11-14 22:13:20+00:00"
+    assert since_ms(instant(1_700_000_000_999)) == 1_700_000_000_000
+    assert instant(10.0**18) == "1e+18 ms"
 
 
 def test_a_histogram_counts_up_to_each_bound_and_beyond() -> None:
