@@ -27,6 +27,8 @@ _ROWS_MAX = 1000  # of a table; each costs half a millisecond, and nobody reads 
 
 def _wait(wait: dict[str, Any]) -> list[str]:
     """Kind and ref; and what is waited for, where there is more to say."""
+    if wait["kind"] == "timer" and "attempt" in wait:
+        return [f"timer {wait['ref']}", f"pause before attempt {wait['attempt']} of {wait['name']}"]
     what = f"{wait['child']} ({wait['workflow']})" if wait["kind"] == "child" else wait.get("name", "")
     return [f"{wait['kind']} {wait['ref']}", *([what + (f" attempt {wait['attempt']}" if "attempt" in wait else "")] if what else [])]
 

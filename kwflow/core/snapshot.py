@@ -33,6 +33,7 @@ UNSIGNED = b""  # among the keys, last: what nobody signed is taken too; it sign
 
 _MAGIC = b"KWF1"
 _CHECKSUM_BYTES = 32
+_ATTEMPTS = "kwflow.flows.attempts1", "attempts"
 _VERSION = 1
 _KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked", "key", "minor"}
 
@@ -79,6 +80,8 @@ def _wait(wait: Suspension) -> dict[str, Any]:
     described: dict[str, Any] = {"ref": wait.ref, "kind": wait.kind, "since": wait.since_ms}
     described |= wait.described()
     waiters: list[Any] = wait.waiters
+    if wait.kind == "timer" and waiters and isinstance(waiters[0], Task):
+        described |= _retried(waiters[0])
     for _ in range(1000):
         if not waiters:
             return described
@@ -93,6 +96,15 @@ def _wait(wait: Suspension) -> dict[str, Any]:
         described["function"], filename, described["line"] = frames.where(gen)
         described["file"] = _relative(filename, known.module if known is not None else "")
     return described
+
+
+def _retried(task: Task) -> dict[str, Any]:
+    """Which activity a timer is the pause of, and the attempt that comes after it, if it is one: the loop of attempts is code of ours, and the timer of an attempt's own is in a Timeout."""
+    known = registry.function_of(task.gen.gi_code) if task.gen is not None else None
+    if task.gen is None or known is None or (known.module, known.path) != _ATTEMPTS:
+        return {}
+    [paused] = frames.describe(task.gen)
+    return {"name": paused.locals["name"], "attempt": paused.locals["number"] + 1}
 
 
 def failed_at(error: BaseException) -> dict[str, Any]:

@@ -60,6 +60,13 @@ def fails(opts):
 
 def parent(opts):
     yield kw.start_child("main", "kid", id=f"{opts}-kid")
+
+@kw.activity(name="console-charge", retry=kw.Retry(first=3600, max=3600))
+def charge(customer):
+    raise ConnectionError(customer)
+
+def pays(opts):
+    yield charge(opts)
 '''
 
 
@@ -71,7 +78,7 @@ class Shop:
         self.file = directory / "console_case.py"
         self.file.write_text(SOURCE)
         module = durable.load_source("console_case", SOURCE, str(self.file))
-        flows = Workflows({name: getattr(module, name) for name in ("main", "other", "fails", "parent")}, "main")
+        flows = Workflows({name: getattr(module, name) for name in ("main", "other", "fails", "parent", "pays")}, "main")
         self.hosted = Hosted(directory / "state", flows, Config(command_timeout_s=10), on_log=lambda _: None)
         self.client = Client.embedded(self.hosted.engine, self.hosted.config)
         self.stack = contextlib.ExitStack()
@@ -143,6 +150,15 @@ def test_the_list_tells_each_instance_what_it_waits_for_and_where_and_filters_by
         ({"status": "ended", "id": "list"}, []), ({"since": "2h", "id": "list-1"}, ["list-1"]), ({"since": "2999-01-01", "id": "list"}, []),
     ):  # fmt: skip
         assert ids(http.get("/", params=query).text) == found, query
+
+
+def test_the_pause_between_two_attempts_says_which_activity_is_tried_again(shop: Shop, http: httpx.Client) -> None:
+    """On both pages, and in `kwflow show` and `kwflow list`."""
+    shop.start("tries", "Ada", "pays")
+    until(lambda: "pause before attempt 2 of console-charge" in text_of(http.get(at("tries")).text))
+    assert "tries pays waiting pause before attempt 2 of console-charge pays console_case.py" in text_of(http.get("/?id=tries").text)
+    for command in (["show", "tries"], ["list", "--id", "tries"]):
+        assert "pause before attempt 2 of console-charge" in CliRunner().invoke(app, [*command, "--embedded", str(shop.directory / "state")], env={"COLUMNS": None}).output
 
 
 def test_a_filter_that_means_nothing_is_refused_by_name(http: httpx.Client) -> None:

@@ -116,6 +116,27 @@ def test_a_failed_attempt_is_made_again_after_its_pause_with_the_same_arguments(
     assert w.result("w") == 7
 
 
+@pytest.mark.parametrize(
+    "call", ["yield work(o)", "yield kw.timeout(work(o), 900)", "yield kw.all([kw.suspend('other'), work(o)])", "yield from [work(o)]", "a = work(o)\n    yield kw.suspend('other')"]
+)
+def test_the_header_says_of_a_pause_which_attempt_of_which_activity_comes_after_it(call: str) -> None:
+    """M3: of that timer and no other; from our own code's variables, on a restored instance as on one that was never saved."""
+    w = run(f"@activity(timeout=100, retry=kw.Retry(first=60, factor=1, jitter=0))\ndef work(x): ...\ndef main(o):\n    {call}", 4, fails(ValueError(), ValueError()))
+    for attempt in (2, 3):
+        pauses = [wait for wait in w.header("w")["waits"] if wait["kind"] == "timer" and wait.keys() & {"name", "attempt"}]
+        assert [(wait["name"].rpartition(".")[2], wait["attempt"], wait["due"] - wait["since"]) for wait in pauses] == [("work", attempt, 60_000)]
+        w.advance(60)
+    header = w.header("w")
+    assert header is None or not [wait for wait in header["waits"] if "attempt" in wait]
+
+
+def test_the_timers_of_attempts_and_of_authors_are_no_pauses() -> None:
+    """Also one that an author's function of that name waits for."""
+    body = "def attempts(name, number):\n    yield kw.sleep(1)\ndef main(o):\n    yield kw.all([work(1), attempts('work', 1), kw.sleep(5)])"
+    w = run(f"@activity(timeout=100)\ndef work(x): ...\n{body}", fake=lambda x: HANGS)
+    assert [sorted(wait.keys() & {"name", "attempt"}) for wait in w.header("w")["waits"]] == [["attempt", "name"], [], [], []]
+
+
 def test_the_last_attempt_raises_activity_error_with_type_message_and_details() -> None:
     """M6.3."""
     body = "def main(o):\n    try:\n        yield work(7)\n    except kw.ActivityError as e:\n        return [str(e), e.type, e.details]"
