@@ -1,6 +1,6 @@
 """An instance as a picture: its tasks, the generators on their stacks, and what the innermost wait for; from bytes alone.
 
-No code of the author's is loaded and nothing is run: objects are stubs (durable/peek.py).  Where in a source a label
+No code of the author's is loaded and nothing is run: objects are stubs (durable/stubs.py).  Where in a source a label
 stands is for who has the sources (durable/lower/show.py).
 """
 
@@ -12,7 +12,8 @@ import msgspec
 
 from kwflow.core.snapshot import CLASSES
 from kwflow.core.tasks import PENDING, Awaitable, Combinator, Task
-from kwflow.durable.peek import CREATED, OBJECT, WAITING, Shown, States, Stub, graph, qualname, text
+from kwflow.durable.peek import Shown
+from kwflow.durable.stubs import CREATED, OBJECT, WAITING, States, Stub, graph, qualname, text
 from kwflow.errors import CorruptSnapshotError
 
 __all__ = ["UNSET", "Frame", "Node", "Picture", "picture_of"]

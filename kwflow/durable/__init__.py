@@ -5,11 +5,12 @@ objects), runtime.py (what lowered code calls), frames.py (a frame as data), cod
 may be named, reducers.py how each kind of value is saved, rebuild.py how it is made again), loader.py (imports).
 """
 
+from kwflow.durable.canonical import canonical, canonical_bytes
 from kwflow.durable.codec import dumps, loads
 from kwflow.durable.frames import Frame, State, capture, describe, discard, is_durable, restore
 from kwflow.durable.loader import durable, find_source, install, installed, load_source, native, rewrite_first, uninstall
 from kwflow.durable.names import allow_classes_by_value, allow_modules
-from kwflow.durable.peek import canonical, canonical_bytes, peek
+from kwflow.durable.peek import peek
 from kwflow.durable.reducers import register_reducer
 from kwflow.durable.resources import reacquire
 from kwflow.durable.runtime import abandoning, set_abandoning

@@ -18,7 +18,8 @@ from kwflow.config import Config
 from kwflow.core import snapshot, timers, wire
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
-from kwflow.durable.peek import canonical_bytes, peek
+from kwflow.durable.canonical import canonical_bytes
+from kwflow.durable.peek import peek
 from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay

@@ -16,7 +16,7 @@ ALLOWED = {
     "durable/codec.py": {"loads", "import_module", "_Unpickler"},  # with the list of allowed names
     "durable/rebuild.py": {"import_module", "loads"},  # fixed names, and modules that names.is_module_value accepts; cloudpickle only where snapshot_cloudpickle allows it
     "durable/versions.py": {"loads", "__import__"},  # codec.loads, on the code that the header names; what an import statement of old code says
-    "durable/peek.py": {"_Unpickler"},  # every name becomes a stub
+    "durable/stubs.py": {"_Unpickler"},  # every name becomes a stub
     "core/snapshot.py": {"loads"},  # codec.loads, after the seal was checked
     "runners/modules.py": {"import_module"},  # names on the command line
 }

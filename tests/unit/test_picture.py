@@ -14,7 +14,8 @@ from kwflow import durable
 from kwflow.core import snapshot
 from kwflow.core.picture import Node, Picture, picture_of
 from kwflow.durable.lower.show import shapes_of
-from kwflow.durable.peek import Shown, graph
+from kwflow.durable.peek import Shown
+from kwflow.durable.stubs import graph
 from kwflow.errors import CorruptSnapshotError
 from kwflow.testing import WorkflowTester
 

@@ -13,7 +13,8 @@ import pytest
 from kwflow import durable
 from kwflow.core import snapshot
 from kwflow.durable import rebuild
-from kwflow.durable.peek import canonical_bytes, peek
+from kwflow.durable.canonical import canonical_bytes
+from kwflow.durable.peek import peek
 from kwflow.errors import SnapshotError, UnsavableError
 from kwflow.testing import WorkflowTester
 

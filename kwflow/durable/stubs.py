@@ -1,0 +1,205 @@
+"""What a snapshot's body holds as stubs: read without running or even loading the author's code (semantics §4.1, §4.4).
+
+Every class and function the bytes name becomes a stub that only remembers what it was given.  Nobody has checked these bytes:
+none may take more memory or time than they are long.  `peek.py` shows what is here to people, `canonical.py` compares it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterable
+from datetime import date, datetime, time, timedelta
+from typing import Any
+
+from kwflow.durable import rebuild
+from kwflow.durable.codec import _CREATED, _FINISHED, _GENERATOR, _OBJECT, FORMAT, SEEDS, padded, seeded, unfilled
+from kwflow.durable.frames import SUSPENDED
+from kwflow.errors import CorruptSnapshotError
+
+__all__ = ["CREATED", "GENERATORS", "OBJECT", "WAITING", "Found", "States", "Stub", "graph", "qualname", "text"]
+
+_REAL: dict[str, type] = {cls.__name__: cls for cls in (complex, range)}  # what a call of another would copy, or count up: pickle has opcodes for those
+_TIMES: dict[str, Any] = {f"datetime.{cls.__name__}": cls for cls in (date, datetime, time, timedelta)}
+_KEY_VALUES_MAX = 100_000
+_KEY_NESTING_MAX = 500
+
+
+class Stub:
+    """Stands for an object of any class; shows its class and what was saved of it."""
+
+    name = ""
+
+    def __new__(cls, *args: Any, **_kwargs: Any) -> Stub:
+        made = object.__new__(cls)
+        made.args, made.state, made.items = args, None, []
+        return made
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Everything happened in __new__, which is all that pickle calls."""
+
+    args: tuple[Any, ...]
+    state: Any
+    items: list[Any]
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, item: Any) -> None:
+        self.items.append(item)
+
+    add = append
+
+    def extend(self, items: Any) -> None:
+        self.items.extend(items)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def __repr__(self) -> str:
+        held = [*self._arguments(), *([repr(self.state)] if self.state is not None else []), *map(repr, self.items)]
+        return f"<{self.name} {' '.join(held)}>" if held else f"<{self.name}>"
+
+    def _arguments(self) -> list[str]:
+        """As they are; times as one reads them, with their zone behind."""
+        moment, others = self.moment()
+        return [*([moment] if moment else []), *map(repr, others)]
+
+    def moment(self) -> tuple[str, tuple[Any, ...]]:
+        """A time as one reads it, which pickle packs into bytes, and the arguments beside it; empty if it is none."""
+        if self.name in _TIMES:
+            with contextlib.suppress(Exception):  # damaged
+                count = 1 if isinstance(self.args[0], bytes) else len(self.args)
+                return str(_TIMES[self.name](*self.args[:count])), self.args[count:]
+        return "", self.args
+
+
+class Found(type):
+    """Stands for a class that the bytes make by a call: pickle makes objects of it."""
+
+    name: str
+    made_of: tuple[Any, ...]
+
+    def __repr__(cls) -> str:
+        return f"<class '{cls.name}'>"
+
+
+def _finds(constructor: str, name_of: Callable[..., str]) -> Callable[..., type]:
+    """In place of a constructor of classes; `name_of` its arguments is what an object of it is shown as."""
+
+    def found(*args: Any) -> type:
+        return Found(constructor, (Stub,), {"name": name_of(*args), "made_of": args})
+
+    return found
+
+
+_FINDING: dict[str, Callable[..., type]] = {
+    "class_by_value": _finds("class_by_value", lambda *_: "class_by_value"),
+    "local_class": _finds("local_class", lambda metaclass, name, *_: text(name)),
+    "named": _finds("named", lambda module, qualname: f"{text(module)}.{text(qualname)}"),
+}
+
+
+def text(value: Any) -> str:
+    """What is a text where these bytes are what they say."""
+    return value if isinstance(value, str) else "?"
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """A tuple of tuples takes hash() as long as all of it is when written out, and as much of the C stack as it is deep.  Raises UnpicklingError."""
+    for key in keys:
+        todo, met = [(key, 0)], 0
+        while todo:
+            value, depth = todo.pop()
+            met += 1
+            if met > _KEY_VALUES_MAX or depth > _KEY_NESTING_MAX:
+                raise pickle.UnpicklingError("a key of a dict, or an item of a set, nests too deeply")
+            if type(value) is tuple:
+                todo += [(item, depth + 1) for item in value]
+
+
+def _check_filled(stack: list[Any]) -> None:
+    """Attributes are for stubs: a constructor of ours is the process's own."""
+    if not isinstance(stack[-2], Stub):
+        raise pickle.UnpicklingError("a state for what is no object")
+
+
+def _load_bytearray(unpickler: Any) -> None:
+    """Python makes one before it looks whether so many bytes are there."""
+    (length,) = struct.unpack("<Q", unpickler.read(8))
+    unpickler.append(bytearray(unpickler.read(min(length, sys.maxsize))))
+
+
+def _after(check: Callable[[list[Any]], None], load: Callable[[Any], None]) -> Callable[[Any], None]:
+    def checked(unpickler: Any) -> None:
+        check(unpickler.stack)
+        load(unpickler)
+
+    return checked
+
+
+_LOADS: Any = pickle._Unpickler.dispatch
+_CHECKS: dict[bytes, Callable[[list[Any]], None]] = {
+    pickle.BUILD: _check_filled, pickle.SETITEM: lambda stack: _check_keys(stack[-2:-1]), pickle.SETITEMS: lambda stack: _check_keys(stack[::2]), pickle.ADDITEMS: _check_keys,
+    pickle.FROZENSET: _check_keys,
+}  # fmt: skip
+
+
+class _Unpickler(pickle._Unpickler):
+    """The one in Python: its memo is a dict, and five bytes that name a high number in one do not fill the memory of the machine."""
+
+    memo: dict[int, Any]
+    dispatch = {**_LOADS, pickle.BYTEARRAY8[0]: _load_bytearray, **{code[0]: _after(check, _LOADS[code[0]]) for code, check in _CHECKS.items()}}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "builtins" and name in _REAL:
+            return _REAL[name]
+        if module == rebuild.__name__ and name in _FINDING:
+            return _FINDING[name]
+        shown = name if module.startswith("kwflow.") or module == "builtins" else f"{module}.{name}"
+        return type(name, (Stub,), {"name": shown, "__module__": module})
+
+
+_SEEDS = tuple(_REAL.get(seed.__name__, type(seed.__name__, (Stub,), {"name": seed.__name__})) if callable(seed) else seed for seed in SEEDS)
+_memo = seeded(_SEEDS).copy()
+GENERATORS = (_GENERATOR, _CREATED, _FINISHED)
+CREATED, OBJECT, WAITING = _CREATED, _OBJECT, _GENERATOR  # kinds of states
+States = dict[int, tuple[int, Any, Any]]  # by the `id` of a stub: its kind, itself, and what was saved of it
+
+
+def graph(body: bytes) -> tuple[Any, States]:
+    """The root, and what was saved of each object that is filled after it was made.  Raises CorruptSnapshotError."""
+    root, states = _stubs(body)
+    return root, {id(made): (kind, made, state) for kind, made, state in states}
+
+
+def _stubs(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
+    """The root and the deferred states, of stubs."""
+    try:
+        if body[:1] != FORMAT:
+            return _stubs_of_format_1(body)
+        unpickler = _Unpickler(padded(body))
+        unpickler.load()
+        unpickler.memo = dict(_memo)
+        made = unpickler.load()
+        states = unfilled(made.items if isinstance(made, Stub) else made)
+        return states[0], list(zip(states[2::3], states[3::3], states[4::3], strict=True))
+    except Exception as error:  # damaged bytes may do anything in an unpickler
+        raise CorruptSnapshotError(f"the body of a snapshot cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _stubs_of_format_1(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
+    unpickler = _Unpickler(io.BytesIO(body))
+    root = unpickler.load()
+    found = [state for states in iter(unpickler.load, None) for state in states]
+    numbers = {"created": _CREATED, "finished": _FINISHED, SUSPENDED: _GENERATOR}
+    return root, [(numbers[state[0]], made, state[1]) if kind == _GENERATOR else (kind, made, state) for kind, made, state in found]
+
+
+def qualname(made: Stub) -> str:
+    """What a generator or function calls itself: the name in its path, without the numbers of functions that share theirs."""
+    return text(made.args[4]) if len(made.args) > 4 else re.sub(r"#\d+|\.<body>$", "", text(made.args[1]))
