@@ -1,7 +1,7 @@
 """Runs activities: a thread each for `def`, one event loop for `async def`, at most `activity_concurrency` at a time.
 
-What waits is `backlog.py`'s; an activity with a batch is called for several calls together, which take one slot.  Author
-code may block, hang, raise anything: it ends as an error record (`answers.py`) and never takes a thread of the engine.
+What waits is `backlog.py`'s, and how an author's function is called and answered `runs.py`'s; an activity with a batch is called
+for several calls together, which take one slot.  Author code may block or hang: it never takes a thread of the engine.
 The engine's thread calls all public methods; it must not know a log: `deliver` puts a result into one.
 """
 
@@ -13,16 +13,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from kwflow.activities import Activity, find_activity, running_as
-from kwflow.batches import Batch, Call
+from kwflow.activities import Activity, find_activity
+from kwflow.batches import Batch
 from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
-from kwflow.core.outcomes import describe_error
-from kwflow.errors import ActivityError, BusinessError, KwflowBug
+from kwflow.errors import ActivityError
 from kwflow.ports import Changes, Deliver, Store
-from kwflow.runners.activities.answers import calls_of, carry_out, conclude, failure_record, info_of, result_record
+from kwflow.runners.activities.answers import failure_record
 from kwflow.runners.activities.backlog import Backlog
-from kwflow.runners.activities.threads import AsyncCall, Loops, Threads, place_of
-from kwflow.runners.logs import Line, authors_traceback
+from kwflow.runners.activities.runs import NEVER, Gathered, Job, Run
+from kwflow.runners.activities.threads import Loops, Threads, place_of
 from kwflow.runners.tracing import CallSpan
 
 __all__ = ["Dispatcher", "keep"]
@@ -32,8 +31,6 @@ _LEFT_BEHIND_MAX = 256  # threads of such activities; with more, nothing new is 
 _LOOK_S = 0.2
 _READY_FACTOR = 8  # so many times the concurrency are kept ready, that no slot waits for the engine's next batch
 _BATCH_BYTES_MAX = 16_000_000  # of the arguments of a batch; with more it is begun before it is full
-_SAID_MAX = 2_000  # characters of an error in a log line
-_NEVER = float("inf")
 _UNTRACED = CallSpan()
 
 
@@ -44,73 +41,6 @@ def keep(state: Changes, items: Iterable[object]) -> None:
             state.put(state_key(item.workflow_id, item.ref), encode(item))
         elif isinstance(item, Withdraw):
             state.put(state_key(item.workflow_id, item.ref), None)
-
-
-class _Job:
-    """One call that is ready or runs.  `failed`: what the log says if it did; `answered`: its record was made; `settled`: it takes no part of its run's slot any more."""
-
-    __slots__ = ("activity", "answered", "cancelled_at", "dispatch", "failed", "info", "partition", "run", "settled")
-
-    def __init__(self, partition: int, dispatch: Dispatch) -> None:
-        self.partition = partition
-        self.dispatch = dispatch
-        self.info = info_of(dispatch)
-        self.activity: Activity[Any, Any] | None = None
-        self.run: _Run | None = None
-        self.cancelled_at = _NEVER
-        self.answered = self.settled = False
-        self.failed: Line | None = None
-
-    @property
-    def id(self) -> tuple[int, str, str]:
-        return self.partition, self.dispatch.workflow_id, self.dispatch.ref
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anybody still waits for it."""
-        return self.cancelled_at == _NEVER
-
-    def __str__(self) -> str:
-        return f"activity {self.dispatch.name} of {self.dispatch.workflow_id} (attempt {self.dispatch.attempt})"
-
-
-class _Run:
-    """One call of an author's function, for one job or a batch of them.  Invariant: it has a slot while a job of it is not settled; `behind`: it goes on without one."""
-
-    __slots__ = ("activity", "begun", "behind", "deadline", "ended", "jobs", "limit_s", "span", "thread", "unsettled")
-
-    def __init__(self, activity: Activity[Any, Any], jobs: list[_Job], limit_s: float, deadline: float, span: CallSpan) -> None:
-        self.activity = activity
-        self.jobs = jobs
-        self.unsettled = len(jobs)
-        self.limit_s = limit_s
-        self.deadline = deadline
-        self.span = span
-        self.ended = self.behind = False
-        self.thread: threading.Thread | None = None
-        self.begun: AsyncCall | None = None
-
-
-class _Gathered:
-    """Calls of an activity with a batch that are not enough for one yet; `due`: when they are one all the same.
-
-    They take no room in the window of what is ready: with few slots that is smaller than a batch, and other activities would wait for it.
-    """
-
-    __slots__ = ("bytes", "due", "jobs")
-
-    def __init__(self, due: float) -> None:
-        self.due = due
-        self.jobs: list[_Job] = []
-        self.bytes = 0
-
-    def add(self, job: _Job) -> None:
-        self.jobs.append(job)
-        self.bytes += len(job.dispatch.arguments)
-
-    def remove(self, job: _Job) -> None:
-        self.jobs.remove(job)
-        self.bytes -= len(job.dispatch.arguments)
 
 
 class Dispatcher:
@@ -129,9 +59,9 @@ class Dispatcher:
         self._span = span or (lambda _: _UNTRACED)
         self._bytes_max = result_bytes_max, record_bytes_max
         self._backlog = Backlog(concurrency * _READY_FACTOR)
-        self._jobs: dict[tuple[int, str, str], _Job] = {}
-        self._ready: deque[_Job] = deque()
-        self._gathered: dict[str, _Gathered] = {}
+        self._jobs: dict[tuple[int, str, str], Job] = {}
+        self._ready: deque[Job] = deque()
+        self._gathered: dict[str, Gathered] = {}
         self._running = 0
         self._behind = 0
         self._closed = False
@@ -223,7 +153,7 @@ class Dispatcher:
 
     # -- from the backlog to a slot ----------------------------------------------------------------------------------
     def _enqueue(self, partition: int, item: Dispatch) -> None:
-        job = _Job(partition, item)
+        job = Job(partition, item)
         before = self._jobs.get(job.id)
         if before is not None and not before.wanted:
             # 1. a fork calls an activity, under the ref that its original has; it is terminated, and the call is cancelled
@@ -234,7 +164,7 @@ class Dispatcher:
             self._ready.append(job)
             self._backlog.room(item, 1)
 
-    def _unready(self, job: _Job) -> None:
+    def _unready(self, job: Job) -> None:
         """Of one that is ready, or gathered for a batch."""
         gathered = self._gathered.get(job.dispatch.name)
         if gathered is not None and job in gathered.jobs:
@@ -274,10 +204,10 @@ class Dispatcher:
     def _has_room(self) -> bool:
         return self._running < self._concurrency and self._behind < _LEFT_BEHIND_MAX and not self._closed
 
-    def _gather(self, batch: Batch, job: _Job) -> None:
+    def _gather(self, batch: Batch, job: Job) -> None:
         gathered = self._gathered.get(job.dispatch.name)
         if gathered is None or not gathered.jobs:
-            gathered = self._gathered[job.dispatch.name] = _Gathered(self._threads.monotonic() + batch.within_s)
+            gathered = self._gathered[job.dispatch.name] = Gathered(self._threads.monotonic() + batch.within_s)
         gathered.add(job)
         if len(gathered.jobs) >= batch.size or gathered.bytes >= _BATCH_BYTES_MAX:
             self._begin_gathered(gathered)
@@ -288,91 +218,36 @@ class Dispatcher:
             if gathered.jobs and now >= gathered.due:
                 self._begin_gathered(gathered)
 
-    def _begin_gathered(self, gathered: _Gathered) -> None:
+    def _begin_gathered(self, gathered: Gathered) -> None:
         if self._has_room:
             jobs, gathered.jobs, gathered.bytes = gathered.jobs, [], 0
-            self._begin(_of(jobs[0]), jobs)
+            self._begin(jobs[0].found, jobs)
 
-    def _begin(self, activity: Activity[Any, Any], jobs: list[_Job]) -> None:
-        limit_s = self._limit_s or _NEVER
+    def _begin(self, activity: Activity[Any, Any], jobs: list[Job]) -> None:
+        limit_s = self._limit_s or NEVER
         if activity.timeout_s is not None:
-            limit_s = activity.timeout_s if self._ends_late else _NEVER
-        run = _Run(activity, jobs, limit_s, self._threads.monotonic() + limit_s, self._span([job.dispatch for job in jobs]))
+            limit_s = activity.timeout_s if self._ends_late else NEVER
+        run = Run(activity, jobs, limit_s, self._threads.monotonic() + limit_s, self._span([job.dispatch for job in jobs]))
         for job in jobs:
             job.run = run
         self._running += 1
-        if activity.is_async if activity.batched is None else activity.batched.is_async:
+        if run.is_async:
             run.begun = self._loops.run(lambda: self._run_async(run), lambda: self._ended(run))
             run.thread = run.begun.thread
         else:
             self._threads.run(lambda: self._run(run))
 
     # -- running ---------------------------------------------------------------------------------------------------
-    def _run(self, run: _Run) -> None:
+    def _run(self, run: Run) -> None:
         run.thread = threading.current_thread()
-        record = contextvars.Context().run(self._called, run)
+        record = contextvars.Context().run(run.called, self._bytes_max, self._answer)
         self._ended(run, record)
 
-    def _called(self, run: _Run) -> bytes | None:
-        """The record that answers; None of a batch, whose calls were answered one by one."""
-        with run.span:
-            if run.activity.batched is not None:
-                self._call_batch(run, run.activity.batched)
-                return None
-            [job] = run.jobs
-            return carry_out(job.dispatch, run.activity, job.info, self._bytes_max, failed=lambda error: _note(job, error))
-
-    async def _run_async(self, run: _Run) -> None:
-        with run.span:
-            record = await self._awaited(run)
+    async def _run_async(self, run: Run) -> None:
+        record = await run.awaited(self._bytes_max, self._answer)
         self._ended(run, record)
 
-    async def _awaited(self, run: _Run) -> bytes | None:
-        if run.activity.batched is not None:
-            await self._await_batch(run, run.activity.batched)
-            return None
-        [job] = run.jobs
-        try:
-            with running_as(job.info):
-                bound = run.activity.decode_arguments(job.dispatch.arguments)
-                return result_record(job.dispatch, run.activity, await run.activity.function(*bound.args, **bound.kwargs), self._bytes_max)
-        except BaseException as error:
-            _note(job, error)
-            return failure_record(job.dispatch, error, self._bytes_max[1])
-
-    def _call_batch(self, run: _Run, batch: Batch) -> None:
-        calls = self._calls(run)
-        try:
-            returned = batch.function(calls) if calls else None
-        except BaseException as error:
-            returned = error
-        conclude(run.activity, calls, returned)
-
-    async def _await_batch(self, run: _Run, batch: Batch) -> None:
-        calls = self._calls(run)
-        try:
-            returned = await batch.function(calls) if calls else None
-        except BaseException as error:
-            returned = error
-        conclude(run.activity, calls, returned)
-
-    def _calls(self, run: _Run) -> list[Call]:
-        return calls_of(run.activity, [(job.dispatch, job.info, self._answering(run, job)) for job in run.jobs])
-
-    def _answering(self, run: _Run, job: _Job) -> Callable[[Any, BaseException | None], None]:
-        def answer(value: Any, error: BaseException | None) -> None:
-            try:
-                if error is not None:
-                    raise error
-                record = result_record(job.dispatch, run.activity, value, self._bytes_max)
-            except BaseException as failed:
-                record = failure_record(job.dispatch, failed, self._bytes_max[1])
-                _note(job, failed)
-            self._answer(job, record)
-
-        return answer
-
-    def _ended(self, run: _Run, record: bytes | None = None) -> None:
+    def _ended(self, run: Run, record: bytes | None = None) -> None:
         """The function has returned, or was cancelled before its first line; with the record that answers its one job."""
         with self._changed:
             run.ended = True
@@ -386,7 +261,7 @@ class Dispatcher:
                 self._finished(job)
 
     # -- the answer ------------------------------------------------------------------------------------------------
-    def _answer(self, job: _Job, record: bytes) -> None:
+    def _answer(self, job: Job, record: bytes) -> None:
         """Deliver, once; nobody needs it any more if the call was cancelled."""
         with self._changed:
             needed = not job.answered and job.wanted
@@ -399,19 +274,19 @@ class Dispatcher:
         else:
             self._finished(job)
 
-    def _tell(self, job: _Job) -> None:
+    def _tell(self, job: Job) -> None:
         if job.failed is not None:
             self._on_log(job.failed)
 
-    def _send(self, job: _Job, record: bytes) -> None:
-        headers = _run_of(job).span.headers(job.dispatch)
+    def _send(self, job: Job, record: bytes) -> None:
+        headers = job.running.span.headers(job.dispatch)
 
         def done(refused: str | None) -> None:
             if refused is None:
                 self._finished(job)
             else:
                 error = ActivityError(f"the log does not take the result of activity {job.dispatch.name}: {refused}", "ResultTooLarge", final=True)
-                _note(job, error)
+                job.note(error)
                 self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), headers, told)
 
         def told(refused: str | None) -> None:
@@ -428,12 +303,12 @@ class Dispatcher:
                 self._on_log(f"the result of {job} could not be delivered: {error}")
             self._finished(job)
 
-    def _finished(self, job: _Job) -> None:
+    def _finished(self, job: Job) -> None:
         with self._changed:
             self._settle(job)
             self._start()
 
-    def _settle(self, job: _Job) -> None:
+    def _settle(self, job: Job) -> None:
         """Nobody has to look after it any more.  With the last one of its run a slot is free, be it that the function goes on."""
         run = job.run
         if job.settled or run is None:
@@ -450,54 +325,30 @@ class Dispatcher:
         self._changed.notify_all()
 
     # -- what does not end -----------------------------------------------------------------------------------------
-    def _cancel(self, job: _Job) -> None:
+    def _cancel(self, job: Job) -> None:
         if job.wanted:
             job.cancelled_at = self._threads.monotonic()
             job.info.cancel()
             run = job.run
-            if run is not None and run.begun is not None and not any(other.wanted and not other.answered for other in run.jobs):
+            if run is not None and run.begun is not None and not run.wanted:
                 run.begun.cancel()
 
     def _look(self, now: float) -> None:
         """Activities over their time are answered for; the slots of cancelled ones that go on are given to others."""
         for job in [job for job in self._jobs.values() if job.run is not None]:
-            run = _run_of(job)
+            run = job.running
             if now > run.deadline and not job.answered:
                 job.answered = True
                 remedy = "its timeout="
                 if run.activity.timeout_s is None:
                     remedy = "activity_limit_s: raise it, which a longer request_timeout of rest.call needs, or set @kw.activity(timeout=...) for a limit of its own"
                 error = ActivityError(f"{job} had no result within {run.limit_s:g} s ({remedy})", "Timeout")
-                _note(job, error, place_of(run.thread))
+                job.note(error, place_of(run.thread))
                 self._tell(job)
                 self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), run.span.headers(job.dispatch), lambda _: None)
                 self._cancel(job)
-            elif now - job.cancelled_at > _LEFT_BEHIND_S and not any(other.wanted and not other.answered for other in run.jobs):
+            elif now - job.cancelled_at > _LEFT_BEHIND_S and not run.wanted:
                 self._settle(job)
                 full = f"; {self._behind} do so, and no more are started until one ends or the engine is restarted" if self._behind >= _LEFT_BEHIND_MAX else "; another takes its slot"
                 self._on_log(f"{job} goes on although nobody waits for it{place_of(run.thread)}{full}")
         self._loops.look(now)
-
-
-def _of(job: _Job) -> Activity[Any, Any]:
-    if job.activity is None:
-        raise KwflowBug(f"{job} runs without an activity")
-    return job.activity
-
-
-def _run_of(job: _Job) -> _Run:
-    if job.run is None:
-        raise KwflowBug(f"{job} is looked at and does not run")
-    return job.run
-
-
-def _note(job: _Job, error: BaseException, where: str = "") -> None:
-    """What the log is to say of a failed attempt: text, as the error would keep alive what its frames hold.  A BusinessError is an outcome."""
-    if isinstance(error, BusinessError):
-        return
-    _run_of(job).span.failed(error)
-    final = isinstance(error, ActivityError) and error.final
-    pause_s = None if final else _of(job).retry.pause_s(job.dispatch.attempt, job.info.idempotency_key)
-    then = "it was the last attempt" if pause_s is None else f"tried again in {pause_s:.3g} s"
-    about = {"workflow": job.dispatch.workflow_id, "activity": job.dispatch.name, "attempt": job.dispatch.attempt}
-    job.failed = Line.failed(f"{job} failed, {then}: {describe_error(error)[:_SAID_MAX]}{where}", authors_traceback(error), "warning" if pause_s is not None else "error", **about)

@@ -1,0 +1,185 @@
+"""One run of an author's function, for a call of an activity or a batch of them: what it is, how it is called, and which record answers.
+
+Author code may raise anything: it ends as a record (`answers.py`), and as what the log is to say.  It must not know slots or stores: when
+a run begins, on which thread, and who is told of an answer, is `dispatch.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kwflow.activities import Activity, running_as
+from kwflow.batches import Call
+from kwflow.core.dispatch import Dispatch
+from kwflow.core.outcomes import describe_error
+from kwflow.errors import ActivityError, BusinessError, KwflowBug
+from kwflow.runners.activities.answers import calls_of, carry_out, conclude, failure_record, info_of, result_record
+from kwflow.runners.activities.threads import AsyncCall
+from kwflow.runners.logs import Line, authors_traceback
+from kwflow.runners.tracing import CallSpan
+
+__all__ = ["NEVER", "Gathered", "Job", "Run"]
+
+NEVER = float("inf")
+_SAID_MAX = 2_000  # characters of an error in a log line
+
+
+class Job:
+    """One call that is ready or runs.  `failed`: what the log says if it did; `answered`: its record was made; `settled`: it takes no part of its run's slot any more."""
+
+    __slots__ = ("activity", "answered", "cancelled_at", "dispatch", "failed", "info", "partition", "run", "settled")
+
+    def __init__(self, partition: int, dispatch: Dispatch) -> None:
+        self.partition = partition
+        self.dispatch = dispatch
+        self.info = info_of(dispatch)
+        self.activity: Activity[Any, Any] | None = None
+        self.run: Run | None = None
+        self.cancelled_at = NEVER
+        self.answered = self.settled = False
+        self.failed: Line | None = None
+
+    @property
+    def id(self) -> tuple[int, str, str]:
+        return self.partition, self.dispatch.workflow_id, self.dispatch.ref
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody still waits for it."""
+        return self.cancelled_at == NEVER
+
+    @property
+    def found(self) -> Activity[Any, Any]:
+        """The activity that it is a call of; looked for before it is gathered or runs."""
+        if self.activity is None:
+            raise KwflowBug(f"{self} runs without an activity")
+        return self.activity
+
+    @property
+    def running(self) -> Run:
+        """Its run, of one that has begun."""
+        if self.run is None:
+            raise KwflowBug(f"{self} is looked at and does not run")
+        return self.run
+
+    def note(self, error: BaseException, where: str = "") -> None:
+        """What the log is to say of a failed attempt: text, as the error would keep alive what its frames hold.  A BusinessError is an outcome."""
+        if isinstance(error, BusinessError):
+            return
+        self.running.span.failed(error)
+        final = isinstance(error, ActivityError) and error.final
+        pause_s = None if final else self.found.retry.pause_s(self.dispatch.attempt, self.info.idempotency_key)
+        then = "it was the last attempt" if pause_s is None else f"tried again in {pause_s:.3g} s"
+        about = {"workflow": self.dispatch.workflow_id, "activity": self.dispatch.name, "attempt": self.dispatch.attempt}
+        said = f"{self} failed, {then}: {describe_error(error)[:_SAID_MAX]}{where}"
+        self.failed = Line.failed(said, authors_traceback(error), "warning" if pause_s is not None else "error", **about)
+
+    def __str__(self) -> str:
+        return f"activity {self.dispatch.name} of {self.dispatch.workflow_id} (attempt {self.dispatch.attempt})"
+
+
+_BytesMax = tuple[int, int]  # of a result, of a record
+_Answer = Callable[[Job, bytes], None]
+
+
+class Run:
+    """One call of an author's function, for one job or a batch of them.  Invariant: it has a slot while a job of it is not settled; `behind`: it goes on without one."""
+
+    __slots__ = ("activity", "begun", "behind", "deadline", "ended", "jobs", "limit_s", "span", "thread", "unsettled")
+
+    def __init__(self, activity: Activity[Any, Any], jobs: Sequence[Job], limit_s: float, deadline: float, span: CallSpan) -> None:
+        self.activity = activity
+        self.jobs = jobs
+        self.unsettled = len(jobs)
+        self.limit_s = limit_s
+        self.deadline = deadline
+        self.span = span
+        self.ended = self.behind = False
+        self.thread: threading.Thread | None = None
+        self.begun: AsyncCall | None = None
+
+    @property
+    def is_async(self) -> bool:
+        return self.activity.is_async if self.activity.batched is None else self.activity.batched.is_async
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody waits for what it still has to answer."""
+        return any(job.wanted and not job.answered for job in self.jobs)
+
+    def called(self, bytes_max: _BytesMax, answer: _Answer) -> bytes | None:
+        """Call a `def`: the record that answers; None of a batch, whose calls are answered one by one."""
+        with self.span:
+            if self.activity.batched is None:
+                [job] = self.jobs
+                return carry_out(job.dispatch, self.activity, job.info, bytes_max, failed=job.note)
+            calls = self._calls(bytes_max, answer)
+            try:
+                returned = self.activity.batched.function(calls) if calls else None
+            except BaseException as error:
+                returned = error
+            conclude(self.activity, calls, returned)
+            return None
+
+    async def awaited(self, bytes_max: _BytesMax, answer: _Answer) -> bytes | None:
+        """The same for an `async def`."""
+        with self.span:
+            if self.activity.batched is None:
+                return await self._awaited_one(bytes_max)
+            calls = self._calls(bytes_max, answer)
+            try:
+                returned = await self.activity.batched.function(calls) if calls else None
+            except BaseException as error:
+                returned = error
+            conclude(self.activity, calls, returned)
+            return None
+
+    async def _awaited_one(self, bytes_max: _BytesMax) -> bytes:
+        [job] = self.jobs
+        try:
+            with running_as(job.info):
+                bound = self.activity.decode_arguments(job.dispatch.arguments)
+                return result_record(job.dispatch, self.activity, await self.activity.function(*bound.args, **bound.kwargs), bytes_max)
+        except BaseException as error:
+            job.note(error)
+            return failure_record(job.dispatch, error, bytes_max[1])
+
+    def _calls(self, bytes_max: _BytesMax, answer: _Answer) -> list[Call]:
+        return calls_of(self.activity, [(job.dispatch, job.info, self._answering(job, bytes_max, answer)) for job in self.jobs])
+
+    def _answering(self, job: Job, bytes_max: _BytesMax, answer: _Answer) -> Callable[[Any, BaseException | None], None]:
+        def answering(value: Any, error: BaseException | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                record = result_record(job.dispatch, self.activity, value, bytes_max)
+            except BaseException as failed:
+                record = failure_record(job.dispatch, failed, bytes_max[1])
+                job.note(failed)
+            answer(job, record)
+
+        return answering
+
+
+class Gathered:
+    """Calls of an activity with a batch that are not enough for one yet; `due`: when they are one all the same.
+
+    They take no room in the window of what is ready: with few slots that is smaller than a batch, and other activities would wait for it.
+    """
+
+    __slots__ = ("bytes", "due", "jobs")
+
+    def __init__(self, due: float) -> None:
+        self.due = due
+        self.jobs: list[Job] = []
+        self.bytes = 0
+
+    def add(self, job: Job) -> None:
+        self.jobs.append(job)
+        self.bytes += len(job.dispatch.arguments)
+
+    def remove(self, job: Job) -> None:
+        self.jobs.remove(job)
+        self.bytes -= len(job.dispatch.arguments)
