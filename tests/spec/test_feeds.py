@@ -3,6 +3,7 @@
 import itertools
 import json
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -39,6 +40,15 @@ def waits(_):
     except kw.Cancelled:
         return "cancelled"
 """
+
+
+@pytest.fixture(autouse=True)
+def feeds_of_a_test_are_none_of_the_next() -> Iterator[None]:
+    """An engine that a later test begins in this process would look at them all, and refuse what is wrong on purpose here."""
+    before = feeds.registered_feeds()
+    yield
+    feeds._feeds.clear()
+    feeds._feeds.update(before)
 
 
 def loaded(source: str) -> tuple[types.ModuleType, str]:
