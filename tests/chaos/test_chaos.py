@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 
+from tests import commands
 from tests.chaos import work
 from tests.integration.broker import Broker, can_start
 
@@ -79,7 +80,7 @@ class Site:
         return answers
 
     def kwflow(self, *arguments: str) -> None:
-        subprocess.run([sys.executable, "-m", "kwflow", *arguments], env=self.environment, cwd=ROOT, check=True, timeout=60)
+        commands.run(*arguments, environment=self.environment).check_returncode()
 
     def start(self, name: str) -> None:
         what = ["scheduler"] if name == "scheduler" else ["engine", "tests/chaos/work.py"]

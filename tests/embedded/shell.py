@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from kwflow.config import Config
 from kwflow.runners.embedded.state import EmbeddedStore, read_only
+from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[2]
 TRIP = str(ROOT / "workflows/trip_booking.py")
@@ -22,7 +23,7 @@ class Shell:
         self.engines: list[subprocess.Popen[str]] = []
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+        done = commands.run(*arguments, "--embedded", str(self.directory))
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout + done.stderr
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 
 from confluent_kafka import Consumer, Producer, TopicPartition
 
+from tests import commands
+
 __all__ = ["ROOT", "SHOP", "TRIP", "Site", "answer", "refs"]
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -40,7 +42,7 @@ class Site:
         return f"{self.application}-{name}"
 
     def run(self, *arguments: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "kwflow", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        done = commands.run(*arguments, environment=self.environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -49,7 +51,7 @@ class Site:
 
     def fails(self, code: int, *arguments: str, typed: str = "") -> str:
         """What a command says that ends with this exit code."""
-        done = subprocess.run([sys.executable, "-m", "kwflow", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, input=typed, timeout=60, check=False)
+        done = commands.run(*arguments, environment=self.environment, typed=typed)
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout + done.stderr
 

@@ -25,6 +25,7 @@ from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportE
 from kwflow.runners.kafka import link as kafka_link
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.link import read, send
+from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -99,7 +100,7 @@ class Application:
         self.run("topics", "create", "--partitions", "4")
 
     def run(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-m", "kwflow", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        done = commands.run(*arguments, environment=self.environment)
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout + done.stderr
 
