@@ -82,12 +82,16 @@ def _seconds(given: timedelta | float) -> float:
 
 @dataclass(frozen=True)
 class ActivityInfo:
-    """Which call an activity is.  `idempotency_key` is the same for every attempt of one call; hand it to services that know such keys."""
+    """Which call an activity is.  `idempotency_key` is the same for every attempt of one call; hand it to services that know such keys.
+
+    `headers` are those of the step that called, as `kw.headers()` gives them there.
+    """
 
     activity: str
     workflow_id: str
     attempt: int
     idempotency_key: str
+    headers: Mapping[str, str | None] = field(default_factory=dict, hash=False)
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
 
     @property

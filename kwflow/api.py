@@ -58,6 +58,7 @@ __all__ = [
     "declared_topics",
     "declaring",
     "feed",
+    "headers",
     "log",
     "migrate",
     "now",
@@ -175,6 +176,14 @@ def workflow_id() -> str:
 def step_id() -> str:
     """The offset of the record this step applies."""
     return str(current().record.offset)
+
+
+def headers() -> dict[str, str | None]:
+    """The headers of the record this step applies, but for kwflow's: those of the start, or of the message that came; they travel over timers, activities and outputs (semantics §9.3).
+
+    Of those with one name the last; bytes that are no UTF-8 escaped as `\\xff`, None for one without a value.  For all its life an instance keeps what it puts into a variable.
+    """
+    return wire.shown_headers(current().travelling)
 
 
 def now() -> datetime:

@@ -13,15 +13,16 @@ import heapq
 import itertools
 import logging
 import os
+import sys
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import msgspec
 
@@ -30,13 +31,17 @@ from kwflow.core import typed, wire
 from kwflow.core.wire import Output, Record
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, ProtocolError, TransportError, UsageError
 from kwflow.ports import Link
+from kwflow.runners.tracing import Tracing
 
 if TYPE_CHECKING:
     from kwflow.runners.embedded.engine import Embedded
 
-__all__ = ["Client", "Future", "Outcome", "Run"]
+__all__ = ["Client", "Future", "Given", "Outcome", "Run"]
 
 _T = TypeVar("_T")
+Given: TypeAlias = Mapping[str, str | bytes | None] | Iterable[tuple[str, str | bytes | None]]
+"""Headers as a caller gives them; a kwflow-* header is a UsageError."""
+
 _SECONDS_MAX = wire.DELAY_MS_MAX // 1000
 _DONE = ("ok", "delivered", "started", "duplicate")
 
@@ -154,22 +159,30 @@ class Client:
         self.close()
 
     # -- what a caller asks for ------------------------------------------------------------------------------------
-    def start(self, id: str | None = None, input: object = None, *, workflow: str | None = None, start_id: str | None = None) -> Future[Run]:
+    def start(self, id: str | None = None, input: object = None, *, workflow: str | None = None, start_id: str | None = None, headers: Given | None = None) -> Future[Run]:
         """Start a workflow; `id` and `start_id` default to new uuids.  The same start id again is the same run, also after its end (K20).
 
+        `headers` travel on from there, over timers, activities and outputs (`kw.headers()`); with `tracing` the context of the current span is one.
         Raises CommandError: exists (another run of the id), unknown_workflow, bad_input (it does not fit the annotation).
         """
         future: Future[Run] = self._future()
-        self._start(id or uuid.uuid4().hex, input, workflow, start_id or uuid.uuid4().hex, future, lambda run: self._settle(future, run))
+        self._start(id or uuid.uuid4().hex, input, workflow, start_id or uuid.uuid4().hex, self._given(headers), future, lambda run: self._settle(future, run))
         return future
 
     def start_and_wait(
-        self, id: str | None = None, input: object = None, *, workflow: str | None = None, start_id: str | None = None, timeout: timedelta | float | None = None
+        self,
+        id: str | None = None,
+        input: object = None,
+        *,
+        workflow: str | None = None,
+        start_id: str | None = None,
+        timeout: timedelta | float | None = None,
+        headers: Given | None = None,
     ) -> Future[Any]:
         """Start a workflow and wait for its result.  Raises what `start` and `result` raise."""
-        id, start_id = id or uuid.uuid4().hex, start_id or uuid.uuid4().hex
+        id, start_id, given = id or uuid.uuid4().hex, start_id or uuid.uuid4().hex, self._given(headers)
         key, waiter = self._followed(id), self._wait(id, start_id, timeout, starting=True)
-        self._link.follow(key, lambda: self._start(id, input, workflow, start_id, waiter.future, lambda run: self._started(waiter, run)))
+        self._link.follow(key, lambda: self._start(id, input, workflow, start_id, given, waiter.future, lambda run: self._started(waiter, run)))
         return waiter.future
 
     def result(self, id: str, *, start_id: str | None = None, timeout: timedelta | float | None = None) -> Future[Any]:
@@ -181,9 +194,19 @@ class Client:
         self._link.follow(key, lambda: self._ask(waiter))
         return waiter.future
 
-    def signal(self, id: str, name: str, value: object = None, *, ttl: timedelta | float | None = None, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
+    def signal(
+        self,
+        id: str,
+        name: str,
+        value: object = None,
+        *,
+        ttl: timedelta | float | None = None,
+        start_id: str | None = None,
+        command_id: str | None = None,
+        headers: Given | None = None,
+    ) -> Future[None]:
         """Into the mailbox; done when it is there for good.  Raises CommandError: not_found, full."""
-        return self._void(id, "signal", _signal(name, value, ttl), command_id, start_id)
+        return self._void(id, "signal", _signal(name, value, ttl), command_id, start_id, headers)
 
     def signal_with_start(
         self,
@@ -196,15 +219,16 @@ class Client:
         ttl: timedelta | float | None = None,
         start_id: str | None = None,
         command_id: str | None = None,
+        headers: Given | None = None,
     ) -> Future[None]:
         """The same, and if the id does not run, start it with the signal in its mailbox; `start_id` names that run."""
         arguments = {**_signal(name, value, ttl), "start": {"workflow": workflow, "input": msgspec.Raw(typed.input_json(input))}}
-        return self._void(id, "signal", arguments, command_id, start_id or uuid.uuid4().hex)
+        return self._void(id, "signal", arguments, command_id, start_id or uuid.uuid4().hex, headers)
 
-    def update(self, id: str, name: str, value: object = None, *, start_id: str | None = None, command_id: str | None = None) -> Future[Any]:
+    def update(self, id: str, name: str, value: object = None, *, start_id: str | None = None, command_id: str | None = None, headers: Given | None = None) -> Future[Any]:
         """What the workflow replies.  Raises CommandError: rejected (by its validator), ended, full, not_found."""
         future = self._future()
-        self._command(id, "update", {"name": name, "value": value}, future, lambda reply: self._settle(future, reply.value), command_id, start_id)
+        self._command(id, "update", {"name": name, "value": value}, future, lambda reply: self._settle(future, reply.value), command_id, start_id, headers)
         return future
 
     def query(self, id: str, *, start_id: str | None = None) -> Future[dict[str, Any]]:
@@ -213,21 +237,18 @@ class Client:
         self._command(id, "query", None, future, lambda reply: self._settle(future, reply.value), None, start_id)
         return future
 
-    def resume(self, id: str, ref: str, value: object = None, *, headers: wire.Headers = (), **error: object) -> Future[None]:
+    def resume(self, id: str, ref: str, value: object = None, *, headers: Given | None = None, **error: object) -> Future[None]:
         """Answer a wait, with a value or with `error=payload`; `headers` travel on from there.  Raises CommandError: unknown_ref (perhaps answered before), not_found."""
         if error.keys() - {"error"}:
             raise UsageError(f"resume takes a value or error=, not {', '.join(error)}")
-        ours = [name for name, _ in headers if name.startswith("kwflow-")]
-        if ours:
-            raise UsageError(f"header {ours[0]!r}: kwflow-* headers belong to the engine")
         future: Future[None] = self._future()
         message = wire.json_dumps({"ref": ref, **(error or {"value": value})})
-        self._send(id, message, headers, future, f"resume of {ref}", lambda reply: self._settle(future, None))
+        self._send(id, message, self._given(headers), future, f"resume of {ref}", lambda reply: self._settle(future, None))
         return future
 
-    def cancel(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
+    def cancel(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None, headers: Given | None = None) -> Future[None]:
         """Raise Cancelled at its innermost waits; done when that has happened."""
-        return self._void(id, "cancel", {"reason": reason}, command_id, start_id)
+        return self._void(id, "cancel", {"reason": reason}, command_id, start_id, headers)
 
     def terminate(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
         """End it without running its code."""
@@ -273,22 +294,38 @@ class Client:
         return unsubscribe
 
     # -- sending -----------------------------------------------------------------------------------------------------
-    def _void(self, id: str, op: str, arguments: object, command_id: str | None, start_id: str | None) -> Future[None]:
+    def _given(self, headers: Given | None) -> wire.Headers:
+        """What travels on from a record of ours: these, and where we are in a trace, unless they say so; a program that has not loaded OpenTelemetry is in none."""
+        given = wire.given_headers(headers) if headers else ()
+        if not self.config.tracing or "opentelemetry.trace" not in sys.modules or any(name == "traceparent" for name, _ in given):
+            return given
+        tracing = Tracing(None, self.config.header_bytes_max)
+        return tracing.with_context(given, tracing.current() or {})
+
+    def _void(self, id: str, op: str, arguments: object, command_id: str | None, start_id: str | None, headers: Given | None = None) -> Future[None]:
         future: Future[None] = self._future()
-        self._command(id, op, arguments, future, lambda _: self._settle(future, None), command_id, start_id)
+        self._command(id, op, arguments, future, lambda _: self._settle(future, None), command_id, start_id, headers)
         return future
 
     def _command(
-        self, id: str, op: str, arguments: object, future: Future[Any], done: Callable[[_Reply], None], command_id: str | None = None, start_id: str | None = None
+        self,
+        id: str,
+        op: str,
+        arguments: object,
+        future: Future[Any],
+        done: Callable[[_Reply], None],
+        command_id: str | None = None,
+        start_id: str | None = None,
+        headers: Given | None = None,
     ) -> None:
         command_id = command_id or uuid.uuid4().hex
-        headers = [("kwflow-op", op.encode()), ("kwflow-id", command_id.encode()), *([("kwflow-start-id", start_id.encode())] if start_id is not None else [])]
-        self._send(id, wire.json_dumps(arguments), tuple(headers), future, op, done, command_id)
+        mine = [("kwflow-op", op.encode()), ("kwflow-id", command_id.encode()), *([("kwflow-start-id", start_id.encode())] if start_id is not None else [])]
+        self._send(id, wire.json_dumps(arguments), (*self._given(headers), *mine), future, op, done, command_id)
 
-    def _start(self, id: str, input: object, workflow: str | None, start_id: str, future: Future[Any], done: Callable[[Run], None]) -> None:
-        headers = [("kwflow-start-id", start_id.encode()), ("kwflow-client", self._link.process.encode()), *([("kwflow-workflow", workflow.encode())] if workflow else [])]
+    def _start(self, id: str, input: object, workflow: str | None, start_id: str, given: wire.Headers, future: Future[Any], done: Callable[[Run], None]) -> None:
+        mine = [("kwflow-start-id", start_id.encode()), ("kwflow-client", self._link.process.encode()), *([("kwflow-workflow", workflow.encode())] if workflow else [])]
         try:
-            self._send(id, b"new:" + typed.input_json(input), tuple(headers), future, "start", lambda reply: done(Run(id, start_id, reply.status == "started")), start_id)
+            self._send(id, b"new:" + typed.input_json(input), (*given, *mine), future, "start", lambda reply: done(Run(id, start_id, reply.status == "started")), start_id)
         except Exception as error:  # what cannot be sent: on a link's thread nobody else would see it
             self._fail(future, error)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from kwflow.cli.shared import Bootstrap, ConfigFile, Json, MaybeDir, err, json_option, out, print_json
+from kwflow.cli.shared import Bootstrap, ConfigFile, GivenHeaders, Json, MaybeDir, err, given_headers, json_option, out, print_json
 from kwflow.client import Client, Future
 from kwflow.config import Config, load_config
 from kwflow.errors import CommandError, OutcomeError
@@ -71,6 +71,7 @@ def signal(
     start: Annotated[bool, typer.Option("--start", help="Start the workflow if the id does not run.")] = False,
     workflow: Annotated[str | None, typer.Option("--workflow", help="With --start: its name.")] = None,
     input: Annotated[str, typer.Option("--input", help="With --start: JSON for its argument.")] = "null",
+    header: GivenHeaders = None,
     start_id: StartId = None,
     command_id: CommandId = None,
     command_timeout: Patience = None,
@@ -82,11 +83,12 @@ def signal(
     Example: kwflow signal order-7 paid --value '{"amount": 3}' --embedded ./state
     """
     content, argument = msgspec.json.decode(json_option(value, "--value")), msgspec.json.decode(json_option(input, "--input"))
+    headers = given_headers(header)
 
     def call(client: Client) -> Future[Any]:
         if start:
-            return client.signal_with_start(id, name, content, workflow=workflow, input=argument, ttl=ttl, start_id=start_id, command_id=command_id)
-        return client.signal(id, name, content, ttl=ttl, start_id=start_id, command_id=command_id)
+            return client.signal_with_start(id, name, content, workflow=workflow, input=argument, ttl=ttl, start_id=start_id, command_id=command_id, headers=headers)
+        return client.signal(id, name, content, ttl=ttl, start_id=start_id, command_id=command_id, headers=headers)
 
     _send(id, embedded, bootstrap_servers, config, command_timeout, as_json, call)
     _said(id, as_json, "delivered")

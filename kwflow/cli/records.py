@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from kwflow.cli.messages import connect, wait_for
-from kwflow.cli.shared import Bootstrap, ConfigFile, Json, MaybeDir, json_option, out, print_json
+from kwflow.cli.shared import Bootstrap, ConfigFile, GivenHeaders, Json, MaybeDir, given_headers, json_option, out, print_json
 from kwflow.config import load_config
 from kwflow.errors import UsageError
 from kwflow.runners.outside import read, send, text_of
@@ -26,6 +26,7 @@ def start(
     start_id: Annotated[str | None, typer.Option("--start-id", help="Repeated under the same id it is one run, also after its end; default: a new one.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for its end and print its result; exit code 1 for any other outcome.")] = False,
     timeout: Annotated[float | None, typer.Option("--timeout", help="With --wait: seconds; the workflow goes on.")] = None,
+    header: GivenHeaders = None,
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
@@ -34,13 +35,13 @@ def start(
     Example: kwflow start order-7 --input '{"items": 3}' --wait --embedded ./state
     """
     settings = load_config(config, bootstrap_servers=bootstrap_servers)
-    argument, run = json_option(input, "--input"), start_id or uuid.uuid4().hex
+    argument, run, given = json_option(input, "--input"), start_id or uuid.uuid4().hex, given_headers(header)
     if wait:
         with connect(settings, embedded) as client:
-            value = wait_for(client.start_and_wait(id, msgspec.json.decode(argument), workflow=workflow, start_id=run, timeout=timeout), id, as_json)
+            value = wait_for(client.start_and_wait(id, msgspec.json.decode(argument), workflow=workflow, start_id=run, timeout=timeout, headers=given), id, as_json)
         print_json({"id": id, "start_id": run, "outcome": "result", "value": value} if as_json else value)
         return
-    headers = (("kwflow-start-id", run.encode()), *([("kwflow-workflow", workflow.encode())] if workflow else []))
+    headers = (*given, ("kwflow-start-id", run.encode()), *([("kwflow-workflow", workflow.encode())] if workflow else []))
     send(settings, embedded, id, b"new:" + argument, headers)
     if as_json:
         print_json({"id": id, "start_id": run})

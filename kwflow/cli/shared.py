@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kwflow.core import wire
 from kwflow.errors import FencedError, KwflowError, TransportError, UnsupportedError, UsageError
 
 __all__ = [
-    "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
-    "columns", "err", "exit_code", "json_option", "out", "print_json", "print_table", "told",
+    "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "GivenHeaders", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
+    "columns", "err", "exit_code", "given_headers", "json_option", "out", "print_json", "print_table", "told",
 ]  # fmt: skip
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -57,6 +58,7 @@ LogFormat = Annotated[str | None, typer.Option("--log-format", help="text or jso
 Traced = Annotated[bool, typer.Option("--tracing", envvar="KWFLOW_TRACING", help="OpenTelemetry spans, sent as the OTEL_* variables say (kwflow[otel]).")]
 Letter = Annotated[str, typer.Argument(metavar="ID|LETTER", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; a list is one array.")]
+GivenHeaders = Annotated[list[str] | None, typer.Option("--header", metavar="NAME=VALUE", help="Travels on from there, over timers, activities and outputs; may be given several times.")]
 Modules = Annotated[list[str], typer.Argument(help="Dotted names or path.py", metavar="MODULE...")]
 
 
@@ -109,6 +111,14 @@ def json_option(text: str, option: str) -> bytes:
         quoted = f"; text is quoted: {option} '{msgspec.json.encode(text).decode()}'" if re.fullmatch(r"[\w .,:@/-]+", text) else ""
         raise UsageError(f"{option} is not JSON: {error}{quoted}") from None
     return text.encode()
+
+
+def given_headers(options: list[str] | None) -> wire.Headers:
+    """What `--header NAME=VALUE` says.  Raises UsageError."""
+    for option in options or ():
+        if "=" not in option.removeprefix("="):
+            raise UsageError(f"--header is NAME=VALUE, not {option!r}")
+    return wire.given_headers([tuple(option.split("=", 1)) for option in options or ()])
 
 
 def print_json(value: object) -> None:

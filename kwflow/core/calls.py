@@ -266,23 +266,7 @@ class Calls:
             raise TypeError(f"a record key is str or bytes, not {type(key).__name__}")
         if timestamp_ms is not None and (not isinstance(timestamp_ms, int) or not 0 <= timestamp_ms <= self.context.received_ms + _AHEAD_MS_MAX):
             raise UsageError(f"timestamp_ms is a whole number of ms since 1970, at most an hour ahead, not {timestamp_ms!r}")
-        self.emit(topic, key_bytes, value, self.travelling + self._author_headers(headers) if headers else self.travelling, timestamp_ms)
-
-    def _author_headers(self, headers: Any) -> wire.Headers:
-        try:
-            pairs = [(name, value) for name, value in (headers.items() if isinstance(headers, Mapping) else headers)]
-        except (TypeError, ValueError):
-            raise TypeError(f"headers are a mapping, or pairs of a name and a value, not {headers!r}") from None
-        checked = []
-        for name, value in pairs:
-            if not isinstance(name, str) or "\0" in name or name != name.encode("utf-8", "ignore").decode():  # librdkafka's binding ends the process, or the name
-                raise UsageError(f"header {name!r}: a name is text in UTF-8 without NUL")
-            if name.startswith("kwflow-") and name not in _OF_A_START:
-                raise UsageError(f"header {name!r}: kwflow-* headers belong to the engine")
-            if value is not None and not isinstance(value, (str, bytes)):
-                raise TypeError(f"header {name!r} is str, bytes or None, not {type(value).__name__}")
-            checked.append((name, value.encode() if isinstance(value, str) else value))
-        return tuple(checked)
+        self.emit(topic, key_bytes, value, self.travelling + wire.given_headers(headers, _OF_A_START) if headers else self.travelling, timestamp_ms)
 
     def emit(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:
         """An output that author code asked for.  Raises UsageError naming a limit."""

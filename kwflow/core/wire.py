@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import functools
 import re
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, NoReturn
 
 import msgspec
@@ -35,6 +36,7 @@ __all__ = [
     "Update",
     "check_levels",
     "check_size",
+    "given_headers",
     "header",
     "header_bytes",
     "is_engine_id",
@@ -45,6 +47,7 @@ __all__ = [
     "reply_address",
     "reply_output",
     "short_header",
+    "shown_headers",
     "travelling_headers",
     "workflow_id",
 ]
@@ -333,6 +336,29 @@ def check_levels(data: bytes, more: int = 0) -> None:
 def travelling_headers(record: Record) -> Headers:
     """The input's headers that outputs carry on: all but ours (semantics §9.3)."""
     return tuple(pair for pair in record.headers if not pair[0].startswith("kwflow-")) if record.headers else ()
+
+
+def given_headers(headers: Any, ours: Collection[str] = ()) -> Headers:
+    """A mapping, or pairs, of names and text, bytes or None.  Raises UsageError or TypeError for what is none, and for kwflow-* headers beside these of ours."""
+    try:
+        pairs = [(name, value) for name, value in (headers.items() if isinstance(headers, Mapping) else headers)]
+    except (TypeError, ValueError):
+        raise TypeError(f"headers are a mapping, or pairs of a name and a value, not {headers!r}") from None
+    checked = []
+    for name, value in pairs:
+        if not isinstance(name, str) or "\0" in name or name != name.encode("utf-8", "ignore").decode():  # librdkafka's binding ends the process, or the name
+            raise UsageError(f"header {name!r}: a name is text in UTF-8 without NUL")
+        if name.startswith("kwflow-") and name not in ours:
+            raise UsageError(f"header {name!r}: kwflow-* headers belong to the engine")
+        if value is not None and not isinstance(value, (str, bytes)):
+            raise TypeError(f"header {name!r} is str, bytes or None, not {type(value).__name__}")
+        checked.append((name, value.encode() if isinstance(value, str) else value))
+    return tuple(checked)
+
+
+def shown_headers(headers: Headers) -> dict[str, str | None]:
+    """Name -> the last value of that name, bytes that are no UTF-8 escaped; None for one without a value."""
+    return {name: None if value is None else value.decode("utf-8", "backslashreplace") for name, value in headers}
 
 
 def is_engine_id(ref: str) -> bool:

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from kwflow.errors import CommandError
 from kwflow.gateway.problems import RequestError
-from kwflow.gateway.requests import Options, answer, any_body, options, segment, service_of
+from kwflow.gateway.requests import Options, answer, any_body, options, segment, service_of, trace_of
 
 __all__ = ["PREFIX", "ROUTES"]
 
@@ -28,7 +28,7 @@ async def _callback(request: Request) -> Response:
         raise RequestError("no_path", f"only refs that begin with {PREFIX} are answered here; others under /workflows")
     value, client = await any_body(request), await service_of(request).client()
     try:
-        await service_of(request).reply(request, client.resume(id, ref, value))
+        await service_of(request).reply(request, client.resume(id, ref, value, headers=trace_of(request)))
     except CommandError as error:
         if error.status in _OVER:
             raise RequestError("nobody_waits", f"{ref} of {id} was answered before, or is not waited for any more") from None

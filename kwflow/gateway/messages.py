@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from kwflow.client import Client, Future
 from kwflow.gateway.problems import RequestError
-from kwflow.gateway.requests import Options, Seconds, answer, body, checked_json, key_of_request, no_body, options, segment, service_of
+from kwflow.gateway.requests import Options, Seconds, answer, body, checked_json, key_of_request, no_body, options, segment, service_of, trace_of
 from kwflow.gateway.workflows import made
 
 __all__ = ["ROUTES"]
@@ -51,10 +51,11 @@ async def _signal(request: Request) -> Response:
     command_id = key_of_request(request, asked.command_id, "command_id")
     value, client = await body(request), await service_of(request).client()
     if asked.start is None:
-        future = client.signal(id, name, value, ttl=asked.ttl, start_id=asked.start_id, command_id=command_id)
+        future = client.signal(id, name, value, ttl=asked.ttl, start_id=asked.start_id, command_id=command_id, headers=trace_of(request))
     else:
         start_id = asked.start_id or command_id  # a message that is repeated starts no second run
-        future = client.signal_with_start(id, name, value, workflow=asked.start or None, input=_input(asked.input), ttl=asked.ttl, start_id=start_id, command_id=command_id)
+        workflow, argument = asked.start or None, _input(asked.input)
+        future = client.signal_with_start(id, name, value, workflow=workflow, input=argument, ttl=asked.ttl, start_id=start_id, command_id=command_id, headers=trace_of(request))
     await service_of(request).reply(request, future)
     return answer(204)
 
@@ -70,13 +71,14 @@ async def _update(request: Request) -> Response:
     id, name, asked = segment(request, "id"), segment(request, "name"), options(request, _Command)
     command_id = key_of_request(request, asked.command_id, "command_id")
     value, client = await body(request), await service_of(request).client()
-    return answer(200, await service_of(request).reply(request, client.update(id, name, value, start_id=asked.start_id, command_id=command_id)))
+    return answer(200, await service_of(request).reply(request, client.update(id, name, value, start_id=asked.start_id, command_id=command_id, headers=trace_of(request))))
 
 
 async def _ref(request: Request) -> Response:
     id, ref, asked = segment(request, "id"), segment(request, "ref"), options(request, _Answer)
     value, client = await body(request), await service_of(request).client()
-    future = client.resume(id, ref, error=value) if asked.error else client.resume(id, ref, value)
+    headers = trace_of(request)
+    future = client.resume(id, ref, headers=headers, error=value) if asked.error else client.resume(id, ref, value, headers=headers)
     await service_of(request).reply(request, future)
     return answer(204)
 

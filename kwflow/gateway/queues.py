@@ -20,7 +20,6 @@ from kwflow.core.wire import Headers
 from kwflow.errors import CommandError
 from kwflow.gateway.problems import RequestError
 from kwflow.gateway.requests import Options, Seconds, answer, body, no_body, options, segment, service_of
-from kwflow.runners.outside import text_of
 from kwflow.worker import Lending
 
 __all__ = ["ROUTES", "travelling"]
@@ -87,9 +86,8 @@ async def _fetch(request: Request) -> Response:
 
 
 def _shown(call: Dispatch, resume_topic: str) -> dict[str, Any]:
-    """The value of the call's record and its headers: of those with one name the last, and bytes that are no text as people are shown them."""
-    headers = {name: None if value is None else text_of(value) for name, value in call.headers}
-    return {**msgspec.json.decode(queues.handed_out(call, resume_topic)), "headers": headers}
+    """The value of the call's record, and its headers."""
+    return {**msgspec.json.decode(queues.handed_out(call, resume_topic)), "headers": wire.shown_headers(call.headers)}
 
 
 def _mine(request: Request, lending: Lending, worker: str) -> tuple[str, str]:

@@ -26,6 +26,7 @@ __all__ = ["Options", "Seconds", "answer", "any_body", "body", "checked_json", "
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 _T = TypeVar("_T", bound="Options")
 _READ_S = 30  # for the body: who sends it more slowly takes a place from others
+_TRACE_CHARACTERS_MAX = 1_000
 _KEY_CHARACTERS_MAX = 1200  # as wire.py takes them
 _NULL = msgspec.Raw(b"null")
 
@@ -67,6 +68,11 @@ def options(request: Request, kind: type[_T]) -> _T:
         return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as error:
         raise UsageError(f"options: {error}; there are: {', '.join(kind.__struct_fields__) or 'none'}") from None
+
+
+def trace_of(request: Request) -> dict[str, str]:
+    """Where the caller is in a trace (W3C Trace Context): it goes on in the workflow."""
+    return {name: value for name in ("traceparent", "tracestate") if len(value := request.headers.get(name, "")[: _TRACE_CHARACTERS_MAX + 1]) in range(1, _TRACE_CHARACTERS_MAX + 1)}
 
 
 def key_of_request(request: Request, given: str | None, option: str) -> str | None:

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from kwflow.client import Run
 from kwflow.errors import UsageError
 from kwflow.gateway import endings
-from kwflow.gateway.requests import Options, Seconds, answer, body, key_of_request, options, query, segment, service_of, workflow_path
+from kwflow.gateway.requests import Options, Seconds, answer, body, key_of_request, options, query, segment, service_of, trace_of, workflow_path
 from kwflow.runners.instances import asked_for, since_ms
 
 __all__ = ["ROUTES", "made"]
@@ -51,8 +51,8 @@ async def _start(request: Request) -> Response:
     id = segment(request, "id") if "id" in request.path_params else uuid.uuid5(_IDS, start_id).hex
     value, client = await body(request), await service_of(request).client()
     if wait is None:
-        return made(request, await service_of(request).reply(request, client.start(id, value, workflow=asked.workflow, start_id=start_id)))
-    future = client.start_and_wait(id, value, workflow=asked.workflow, start_id=start_id)
+        return made(request, await service_of(request).reply(request, client.start(id, value, workflow=asked.workflow, start_id=start_id, headers=trace_of(request))))
+    future = client.start_and_wait(id, value, workflow=asked.workflow, start_id=start_id, headers=trace_of(request))
     return await endings.after_start(request, client, future, id, start_id, wait)
 
 

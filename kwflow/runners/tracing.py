@@ -165,6 +165,11 @@ class Tracing:
         span = self._tracer.start_span("kwflow.step", self._below(mine), kind=self._trace.SpanKind.CONSUMER, attributes=attributes, links=links)
         return span, self._injected(span)
 
+    @_spared
+    def current(self) -> dict[str, str]:
+        """The context of the span that is current where this is called, for others; none where there is none."""
+        return self._injected(self._trace.get_current_span())
+
     def with_context(self, headers: Headers, context: dict[str, str]) -> Headers:
         """In place of the context that they have; as they are if they would be too large with it, as a record that is refused is no answer."""
         others = tuple(pair for pair in headers if pair[0] not in _CARRIED)

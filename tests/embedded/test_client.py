@@ -36,6 +36,15 @@ def ask(o):
     kw.set_status({"asked": o})
     return (yield kw.suspend("answer"))
 
+@kw.activity
+def heard():
+    return kw.activity_info().headers
+
+def hears(o):
+    found = [kw.headers(), (yield heard())]
+    yield kw.suspend("last")
+    return [*found, kw.headers()]
+
 def called(o):
     return (yield kw.suspend("callback-/x"))
 
@@ -72,7 +81,7 @@ def check(value):
     if value < 0:
         raise ValueError("negative")
 """
-NAMES = ("greet", "ask", "called", "parks", "fail", "big", "prices", "typed")
+NAMES = ("greet", "ask", "called", "hears", "parks", "fail", "big", "prices", "typed")
 pytestmark = pytest.mark.slow
 
 
@@ -270,6 +279,19 @@ def test_signal_with_start_and_status(client: Client) -> None:
     client.signal_with_start("w", "s", 1, workflow="ask", input="why").result(20)
     shown = client.query("w").result(20)
     assert (shown["status_value"], shown["mailbox"]) == ({"asked": "why"}, {"signal": {"s": 1}})
+
+
+def test_headers_of_a_call_are_read_by_the_workflow_and_its_activities(client: Client) -> None:
+    """semantics §9.3: kw.headers, kw.activity_info; those of an answer go on from it."""
+    outcome = client.start_and_wait("h", workflow="hears", headers={"tenant": "north", "raw": b"\xff", "none": None})
+    while [wait["ref"] for wait in client.query("h").result(10)["waits"]] != ["last"]:
+        """Its activity has not been answered."""
+    client.resume("h", "last", headers=[("by", "ada")]).result(10)
+    first = {"tenant": "north", "raw": "\\xff", "none": None}
+    assert outcome.result(10) == [first, first, {"by": "ada"}]
+    for wrong, error in (({"kwflow-op": "new"}, UsageError), ({"a\0": "b"}, UsageError), (5, TypeError), ({"a": 5}, TypeError)):
+        with pytest.raises(error):
+            client.start(workflow="greet", headers=wrong)  # type: ignore[arg-type]
 
 
 def test_pause_holds_and_unpause_goes_on(client: Client) -> None:

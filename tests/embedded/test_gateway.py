@@ -196,6 +196,19 @@ def test_signals_updates_and_queries(http: httpx.Client) -> None:
         assert http.post(f"/workflows/{path}").status_code == 404
 
 
+def test_where_a_caller_is_in_a_trace_goes_on_in_the_workflow(http: httpx.Client, hosted: Hosted) -> None:
+    """W3C Trace Context; nothing else of its headers does."""
+    place = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=1"}
+    http.post("/workflows/t?workflow=ask", json=1, headers={**place, "kwflow-op": "cancel", "tenant": "north"})
+    http.post("/workflows/t/refs/answer", json=5, headers={**place, "tracestate": "b=2"})
+    assert http.get("/workflows/t/outcome?wait=10").json()["value"] == 5
+    [record] = [record for record in hosted.engine.read("workflow-result") if record.key == b"t"]
+    assert [(name, value) for name, value in record.headers if not name.startswith("kwflow-")] == [("traceparent", place["traceparent"].encode()), ("tracestate", b"b=2")]
+    http.post("/workflows/u?workflow=ask", json=1, headers={"traceparent": "x" * 1_001})
+    http.post("/workflows/u/refs/answer", json=5, headers={"traceparent": ""})
+    assert http.get("/workflows/u/outcome?wait=10").json()["value"] == 5
+
+
 def test_a_command_that_is_repeated_under_its_key_is_done_once(http: httpx.Client) -> None:
     """M1.4."""
     http.post("/workflows/w", params={"workflow": "ask"})

@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from kwflow import durable
+from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.ports import Decision
@@ -106,6 +108,7 @@ class Traced:
         self.module = module
         workflows = WorkflowProcessor(self.config, Workflows({"main": module.main, "calls": module.calls, "mutes": module.mutes}, "main"), frozenset({"asked"}), self.held.incarnation)
         workflows.tracing = Tracing(provider)
+        self.provider = provider
         self.processors = [workflows, TimerProcessor(self.config)]
 
     def send(self, id: str, value: str, *headers: tuple[str, bytes | None]) -> None:
@@ -199,6 +202,27 @@ def test_a_step_that_is_made_again_in_its_batch_has_one_span_and_one_that_fails_
     spans = traced.run("held")
     assert [(span.attributes or {})["kwflow.outcome"] for span in spans] == ["unknown-ref", "parked"], "what is only held ran no step"
     assert "unsavable" not in str(spans[1].attributes) and "held" in str(spans[1].status.description)
+
+
+def test_a_client_that_traces_sends_where_its_caller_is_unless_it_is_told_otherwise(traced: Traced) -> None:
+    """W3C traceparent: a web handler's span is the parent of the step that it starts."""
+    stopped: list[bool] = []
+    engine = threading.Thread(target=lambda: traced.held.run(traced.processors, lambda: bool(stopped)))
+    engine.start()
+    try:
+        with Client.embedded(traced.held, traced.config) as client:
+            with traced.provider.get_tracer("web").start_as_current_span("POST /orders") as caller:
+                client.start("a", 1).result(10)
+                client.start("b", 1, headers=dict([CLIENT])).result(10)
+            client.start("c", 1).result(10)
+    finally:
+        stopped.append(True)
+        traced.held.wake()
+        engine.join()
+    spans = {str((span.attributes or {})["kwflow.workflow_id"]): span for span in traced.exporter.get_finished_spans() if span.name == "kwflow.step" and span.attributes["kwflow.outcome"] == "started"}  # type: ignore[index]
+    assert spans["a"].parent is not None and spans["a"].parent.span_id == caller.get_span_context().span_id
+    assert f"{spans['b'].context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
+    assert spans["c"].parent is None
 
 
 def test_without_the_option_nothing_is_traced_and_headers_travel_as_they_came(traced: Traced) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from kwflow import durable
+from kwflow.core.wire import Output
 from kwflow.testing import WorkflowTester
 
 HEAD = "import kwflow as kw\nkw.declare_topics('out')\ndef say(x):\n    kw.output(str(x), 'out')\n"
@@ -247,6 +248,15 @@ def test_headers_travel_except_ours_and_a_result_names_its_start() -> None:
     w.send("w", b'{"ref":"r"}', {"trace": "7", "kwflow-x": "no"})
     headers = dict(next(o for o in w.outputs if o.topic == "out").headers)
     assert headers == {"trace": b"7"}
+
+
+def test_headers_are_read_where_they_arrive() -> None:
+    """semantics §9.3: those of the record of this step, as text; a timer brings those of the step that set it."""
+    w = run("def main(o):\n    first = kw.headers()\n    yield kw.sleep(1)\n    again = kw.headers()\n    yield kw.suspend('r')\n    return [first, again, kw.headers()]")
+    w._log(Output(w.config.resume_topic, b"x", b"new:1", (("a", b"1"), ("a", b"2"), ("b", b"\xff"), ("c", None), ("kwflow-x", b"no")), w.now_ms))
+    w.advance(1)
+    w.resume("x", "r")
+    assert w.result("x") == [{"a": "2", "b": "\\xff", "c": None}] * 2 + [{}]
 
 
 def test_damaged_bytes_park_only_that_instance() -> None:

@@ -25,7 +25,7 @@ _SHORT = 200  # characters of each text of an error that a record would not hold
 
 
 def info_of(item: Dispatch) -> ActivityInfo:
-    return ActivityInfo(item.name, item.workflow_id, item.attempt, f"{item.workflow_id}|{item.key}")
+    return ActivityInfo(item.name, item.workflow_id, item.attempt, f"{item.workflow_id}|{item.key}", wire.shown_headers(item.headers))
 
 
 def carry_out(
