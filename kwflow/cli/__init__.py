@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 import kwflow
+from kwflow.cli.bulk import bulk_app
 from kwflow.cli.code import code_app
 from kwflow.cli.console import console
 from kwflow.cli.dead_letters import dead
@@ -35,6 +36,7 @@ app.add_typer(dead, name="dead-letters")
 app.add_typer(schedules_app, name="schedule")
 app.add_typer(topics_app, name="topics")
 app.add_typer(code_app, name="code")
+app.add_typer(bulk_app, name="bulk")
 for _command in (engine, worker, scheduler, feed, gateway, console, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, fork, result, show, tail, reset):
     app.command()(_command)
 app.command("list")(list_)

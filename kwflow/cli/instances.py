@@ -19,10 +19,22 @@ from kwflow.runners import deployment, outside
 from kwflow.runners.instances import Filter, described, instant, since_ms
 from kwflow.runners.outside import code_store, stored
 
-__all__ = ["list_", "show"]
+__all__ = ["IdPart", "OfStatus", "OfWorkflow", "Since", "Where", "list_", "said_where", "show", "wanted_of"]
+
+OfWorkflow = Annotated[str | None, typer.Option("--workflow", help="Only this one.")]
+OfStatus = Annotated[str | None, typer.Option("--status", help="waiting, closing, parked, paused, ended or damaged.")]
+Since = Annotated[str | None, typer.Option("--since", help="Changed since then: 30m, 2h, 7d, or an ISO time (UTC).")]
+IdPart = Annotated[str, typer.Option("--id", help="Only ids that begin so; with a * in front, that hold this.")]
+Where = Annotated[list[str] | None, typer.Option("--where", help="NAME=VALUE of what kw.set_status was given, such as customer=Ada or order.paid=true; may be given several times.")]
+
 
 _CHARACTERS, _JSON_CHARACTERS = 500, 10_000  # of a variable
 _ROWS_MAX = 1000  # of a table; each costs half a millisecond, and nobody reads more
+
+
+def wanted_of(workflow: str | None, status: str | None, since: str | None, id: str, where: list[str] | None) -> Filter:
+    """What these options ask for.  Raises UsageError."""
+    return Filter(status or "", workflow or "", id, since_ms(since), tuple(where or ()))
 
 
 def _wait(wait: dict[str, Any]) -> list[str]:
@@ -75,7 +87,7 @@ def _found(settings: Config, embedded: Path | None, id: str, characters: int) ->
     if embedded is None and not characters:
         from kwflow.runners.kafka import asking
 
-        answer = asking.show(settings, id, _from_changelog)
+        answer = asking.show(settings, id, said_where)
         if answer is not None:
             return answer, []
     data = stored(settings, embedded, id)
@@ -99,7 +111,7 @@ def _saved(settings: Config, embedded: Path | None, id: str) -> bytes:
     return msgspec.json.encode(Saved(snapshot.copy(body, header), {key: store.entries[key].decode() for key in sorted(keys) if key in store.entries}))
 
 
-def _from_changelog(why: str) -> None:
+def said_where(why: str) -> None:
     err.print(f"read from the changelog: {why}", style="dim")
 
 
@@ -132,11 +144,11 @@ def list_(
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
-    workflow: Annotated[str | None, typer.Option("--workflow", help="Only this one.")] = None,
-    status: Annotated[str | None, typer.Option("--status", help="waiting, closing, parked, paused, ended or damaged.")] = None,
-    since: Annotated[str | None, typer.Option("--since", help="Changed since then: 30m, 2h, 7d, or an ISO time (UTC).")] = None,
-    id: Annotated[str, typer.Option("--id", help="Only ids that begin so; with a * in front, that hold this.")] = "",
-    where: Annotated[list[str] | None, typer.Option("--where", help="NAME=VALUE of what kw.set_status was given, such as customer=Ada or order.paid=true; may be given several times.")] = None,
+    workflow: OfWorkflow = None,
+    status: OfStatus = None,
+    since: Since = None,
+    id: IdPart = "",
+    where: Where = None,
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
@@ -144,9 +156,9 @@ def list_(
 
     Example: kwflow list --status parked --since 2h --where customer=Ada --embedded ./state
     """
-    wanted = Filter(status or "", workflow or "", id, since_ms(since), tuple(where or ()))
+    wanted = wanted_of(workflow, status, since, id, where)
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    found = outside.instances(settings, embedded, wanted, None if as_json else _ROWS_MAX, _from_changelog)
+    found = outside.instances(settings, embedded, wanted, None if as_json else _ROWS_MAX, said_where)
     found.rows.sort(key=lambda row: str(row["id"]))
     if as_json:
         print_json(found.rows)

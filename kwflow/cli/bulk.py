@@ -1,0 +1,170 @@
+"""`kwflow bulk …`: one command for all workflows that a filter finds, each by itself and committed when it is told."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.progress import track
+
+from kwflow.cli.instances import IdPart, OfStatus, OfWorkflow, Since, Where, said_where, wanted_of
+from kwflow.cli.messages import CommandId, Patience, Reason, Value, connect
+from kwflow.cli.shared import Bootstrap, ConfigFile, Json, MaybeDir, err, json_option, out, print_json
+from kwflow.client import Client, Future
+from kwflow.config import Config, load_config
+from kwflow.errors import CommandError, TransportError, UsageError
+from kwflow.runners import outside
+from kwflow.runners.instances import ALL, Filter
+
+__all__ = ["bulk_app"]
+
+bulk_app = typer.Typer(no_args_is_help=True, help="One command for many workflows.")
+Everything = Annotated[bool, typer.Option("--everything", help="All workflows that have not ended, where no filter is given.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say which they are.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+_OPEN_MAX = 200  # commands under way: engines go on with other work between them
+_OURS = "kwflow."
+_GONE = ("not_found", "paused")  # since the filter found it
+
+
+class _Asked(msgspec.Struct, frozen=True):
+    """Whom it is for, where they are, and how it is to be told."""
+
+    wanted: Filter
+    settings: Config
+    embedded: Path | None
+    dry_run: bool
+    yes: bool
+    as_json: bool
+
+
+def _each(asked: _Asked, verb: str, command_id: str | None, call: Callable[[Client, str, str, str], Future[Any]]) -> None:
+    """`call` it for each of them with its id, its run and the command's id; exit code 1 if any could not be done.  Raises TransportError when engines cannot be reached."""
+    found = list(_found(asked))
+    if asked.dry_run:
+        for id, start_id in found:
+            print_json({"id": id, "start_id": start_id}) if asked.as_json else out.print(id, markup=False, highlight=False, soft_wrap=True)
+    many = f"{len(found):,} workflow{'s' * (len(found) != 1)}"
+    if not found or asked.dry_run:
+        err.print(many)
+        return
+    if not asked.yes and not typer.confirm(f"{verb} {many}?", err=True):
+        raise typer.Exit(1)
+    name = command_id or f"bulk-{uuid.uuid4().hex[:12]}"
+    counts: Counter[str] = Counter()
+    with connect(asked.settings, asked.embedded) as client:
+        try:
+            for id, status, message in _done(client, found, lambda id, run: call(client, id, run, name)):
+                counts[status] += 1
+                if asked.as_json:
+                    print_json({"id": id, "status": status, **({"message": message} if message else {})})
+                elif status != "ok":
+                    err.print(f"{id}: {status}{f': {message}' if message else ''}", markup=False)
+        except TransportError as error:
+            again = f"{counts.total()} of {len(found)} are done; the same with --command-id {name} does nothing twice"
+            raise TransportError(f"{error}; {again}", error.retryable) from None
+    err.print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    if counts.keys() - {"ok", *_GONE}:
+        raise typer.Exit(1)
+
+
+def _found(asked: _Asked) -> Iterator[tuple[str, str]]:
+    """Id and run of those that have not ended; kwflow's own, such as schedules, only if their workflow is named."""
+    for row in outside.instances(asked.settings, asked.embedded, asked.wanted, None, said_where).rows:
+        if row["status"] != "ended" and (asked.wanted.workflow or not row["workflow"].startswith(_OURS)):
+            yield row["id"], row["start_id"]
+
+
+def _done(client: Client, found: list[tuple[str, str]], call: Callable[[str, str], Future[Any]]) -> Iterator[tuple[str, str, str]]:
+    """Id, status and message of each, in their order."""
+    under_way: deque[tuple[str, Future[Any]]] = deque()
+    for id, start_id in track(found, console=err, disable=not err.is_terminal, transient=True):
+        under_way.append((id, call(id, start_id)))
+        while len(under_way) >= _OPEN_MAX:
+            yield _told(*under_way.popleft())
+    for one in under_way:
+        yield _told(*one)
+
+
+def _told(id: str, future: Future[Any]) -> tuple[str, str, str]:
+    try:
+        future.result()
+        return id, "ok", ""
+    except CommandError as error:
+        return id, error.status, error.message
+
+
+def _asked(
+    verb: str, embedded: Path | None, bootstrap_servers: str | None, config: Path | None, command_timeout: float | None, wanted: Filter, everything: bool, dry_run: bool, yes: bool, as_json: bool
+) -> _Asked:  # fmt: skip
+    if wanted == ALL and not everything:
+        raise UsageError(f"{verb} which ones? --workflow, --status, --since, --id or --where say it, --everything all")
+    return _Asked(wanted, load_config(config, bootstrap_servers=bootstrap_servers, command_timeout_s=command_timeout), embedded, dry_run, yes, as_json)
+
+
+def _command(name: str, doc: str, example: str) -> None:
+    """cancel, terminate, pause and unpause differ in their words only."""
+
+    def command(
+        embedded: MaybeDir = None,
+        bootstrap_servers: Bootstrap = None,
+        workflow: OfWorkflow = None,
+        status: OfStatus = None,
+        since: Since = None,
+        id: IdPart = "",
+        where: Where = None,
+        everything: Everything = False,
+        reason: Reason = "",
+        dry_run: DryRun = False,
+        yes: Yes = False,
+        command_id: CommandId = None,
+        command_timeout: Patience = None,
+        as_json: Json = False,
+        config: ConfigFile = None,
+    ) -> None:
+        wanted = wanted_of(workflow, status, since, id, where)
+        asked = _asked(name, embedded, bootstrap_servers, config, command_timeout, wanted, everything, dry_run, yes, as_json)
+        given = () if name == "unpause" else (reason,)
+        _each(asked, name, command_id, lambda client, id, run, command: getattr(client, name)(id, *given, start_id=run or None, command_id=command))
+
+    bulk_app.command(name, help=f"{doc}\n\n    Example: {example}")(command)
+
+
+_command("cancel", "Raise kw.Cancelled in all of these.", "kwflow bulk cancel --workflow order --where region=north --reason recall --embedded ./state")
+_command("terminate", "End all of these without running their code.", "kwflow bulk terminate --workflow order --id test- --embedded ./state")
+_command("pause", "Hold all records for these.", "kwflow bulk pause --workflow order --status waiting --embedded ./state")
+_command("unpause", "Apply what was held for these, and go on.", "kwflow bulk unpause --status paused --embedded ./state")
+
+
+@bulk_app.command()
+def signal(
+    name: str,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    value: Value = "null",
+    workflow: OfWorkflow = None,
+    status: OfStatus = None,
+    since: Since = None,
+    id: IdPart = "",
+    where: Where = None,
+    everything: Everything = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    command_id: CommandId = None,
+    command_timeout: Patience = None,
+    as_json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """Put the same signal into the mailboxes of these.
+
+    Example: kwflow bulk signal price --value 5 --workflow subscription --embedded ./state
+    """
+    content = msgspec.json.decode(json_option(value, "--value"))
+    asked = _asked("signal", embedded, bootstrap_servers, config, command_timeout, wanted_of(workflow, status, since, id, where), everything, dry_run, yes, as_json)
+    _each(asked, "signal", command_id, lambda client, id, run, command: client.signal(id, name, content, start_id=run or None, command_id=command))

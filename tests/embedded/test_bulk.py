@@ -1,0 +1,100 @@
+"""`kwflow bulk …`: what a filter finds, each once, and nothing else (M2)."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+from kwflow import durable
+from kwflow.client import Client
+from kwflow.config import Config
+from kwflow.core.contract import Workflows
+from kwflow.runners.hosted import Hosted
+from tests import commands
+
+SOURCE = """
+import kwflow as kw
+
+def waits(n):
+    kw.set_status({"even": n % 2 == 0})
+    try:
+        return (yield kw.wait_signal("go"))
+    except kw.Cancelled:
+        return "cancelled"
+
+def other(n):
+    yield kw.wait_signal("go")
+"""
+pytestmark = pytest.mark.slow
+
+
+class Many:
+    """300 workflows that wait, and one command at a time."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        module = durable.load_source("bulk_case", SOURCE, "bulk_case.py")
+        self.hosted = Hosted(directory, Workflows({"waits": module.waits, "other": module.other}, "waits"), Config(), on_log=lambda _: None)
+        self.client = Client.embedded(self.hosted.engine, Config())
+        for run in [self.client.start(f"w{number}", number) for number in range(300)] + [self.client.start("o", 1, workflow="other")]:
+            run.result(20)
+
+    def bulk(self, *arguments: str, code: int = 0, typed: str = "") -> tuple[str, str]:
+        done = commands.run("bulk", *arguments, "--embedded", str(self.directory), typed=typed)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout, done.stderr
+
+    def statuses(self) -> dict[str, str]:
+        rows = json.loads(commands.run("list", "--json", "--embedded", str(self.directory)).stdout)
+        return {row["id"]: row["outcome"]["kind"] if row["outcome"] else row["status"] for row in rows}
+
+    def close(self) -> None:
+        self.client.close()
+        self.hosted.close()
+
+
+@pytest.fixture
+def many(tmp_path: pathlib.Path) -> Iterator[Many]:
+    many = Many(tmp_path / "state")
+    yield many
+    many.close()
+
+
+def test_a_command_is_done_to_all_that_a_filter_finds_and_to_no_others(many: Many) -> None:
+    """M2: more of them than are under way at a time."""
+    said, _ = many.bulk("cancel", "--where", "even=true", "--dry-run")
+    assert sorted(said.split()) == sorted(f"w{number}" for number in range(0, 300, 2)) and set(many.statuses().values()) == {"waiting"}
+    _, counted = many.bulk("pause", "--workflow", "waits", "--reason", "audit", "--yes")
+    assert counted.strip() == "300 ok" and many.statuses()["o"] == "waiting"
+    many.bulk("unpause", "--status", "paused", "--yes")
+    said, _ = many.bulk("signal", "go", "--value", "[5]", "--where", "even=true", "--id", "w1", "--yes", "--json")
+    done = {json.loads(line)["id"] for line in said.splitlines()}
+    assert done == {f"w{number}" for number in range(0, 300, 2) if str(number).startswith("1")}
+    many.bulk("cancel", "--where", "even=false", "--yes")
+    many.bulk("terminate", "--everything", "--yes")
+    wanted = {f"w{number}": "result" if number % 2 or f"w{number}" in done else "terminated" for number in range(300)}
+    assert many.statuses() == {**wanted, "o": "terminated"}
+    assert many.client.result("w1").result(10) == "cancelled" and many.client.result("w10").result(10) == [5]
+    assert many.bulk("cancel", "--everything", "--yes")[1].strip() == "0 workflows"
+
+
+def test_it_asks_first_needs_a_filter_and_leaves_what_is_kwflows_own_alone(many: Many) -> None:
+    """A command that meant others than it was to cannot be taken back."""
+    assert "which ones?" in many.bulk("terminate", "--yes", code=2)[1]
+    assert "cancel 301 workflows?" in many.bulk("cancel", "--everything", typed="n\n", code=1)[1]
+    assert set(many.statuses().values()) == {"waiting"}
+    commands.run("schedule", "add", "nightly", "--every", "1h", "--workflow", "other", "--embedded", str(many.directory)).check_returncode()
+    many.client.query("schedule:nightly").result(10)
+    assert "301 ok" in many.bulk("cancel", "--status", "waiting", typed="y\n")[1]
+    assert many.statuses()["schedule:nightly"] == "waiting"
+    assert "1 ok" in many.bulk("terminate", "--workflow", "kwflow.schedule", "--yes")[1]
+
+
+def test_the_same_again_under_its_id_does_nothing_twice(many: Many) -> None:
+    """M1.4: after an interruption; who is signalled twice has one signal."""
+    many.bulk("pause", "--id", "w7", "--yes")
+    for _ in range(2):
+        many.bulk("signal", "go", "--workflow", "other", "--value", "1", "--command-id", "once", "--yes")
+        assert "not_found" not in many.bulk("unpause", "--id", "w7", "--command-id", "also once", "--yes")[1]
+    assert many.client.result("o").result(10) is None
