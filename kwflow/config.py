@@ -53,6 +53,7 @@ class Config(BaseSettings):
     error_topic: str = "workflow-error"
     scheduler_topic: str = "workflow-scheduler"
     reply_topic: str = "workflow-reply"
+    history_topic: str | None = Field(default=None, description="an event for each step and command goes there, in its transaction; without one none are written")
     durable_packages: list[str] = Field(default_factory=list, description="more packages to make durable, third-party ones too, beside the MODULEs'")
     snapshot_modules: list[str] = Field(default_factory=list, description="modules, not durable ones, whose classes snapshots may hold")
     snapshot_keys: list[SecretStr] = Field(default_factory=list, description="they sign snapshots (HMAC-SHA-256): the first signs, all are accepted; what none of them signed is parked")
@@ -126,6 +127,7 @@ class Config(BaseSettings):
     def _each_its_own(self) -> Config:
         """Results and errors may share a topic, or go nowhere; what the engine reads is nobody else's."""
         named = {"resume_topic": self.resume_topic, "scheduler_topic": self.scheduler_topic, "reply_topic": self.reply_topic}
+        named |= {"history_topic": self.history_topic} if self.history_topic else {}
         for name, topic in named.items():
             if not topic:
                 raise ValueError(f"{name} must not be empty")

@@ -21,6 +21,7 @@ from kwflow.cli.console import console
 from kwflow.cli.dead_letters import dead
 from kwflow.cli.engines import engine, feed, run, scheduler
 from kwflow.cli.gateway import gateway
+from kwflow.cli.history import history
 from kwflow.cli.instances import list_, show
 from kwflow.cli.messages import cancel, fork, pause, query, result, signal, terminate, unpause, update
 from kwflow.cli.records import resume, start, tail
@@ -37,7 +38,7 @@ app.add_typer(schedules_app, name="schedule")
 app.add_typer(topics_app, name="topics")
 app.add_typer(code_app, name="code")
 app.add_typer(bulk_app, name="bulk")
-for _command in (engine, worker, scheduler, feed, gateway, console, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, fork, result, show, tail, reset):
+for _command in (engine, worker, scheduler, feed, gateway, console, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, fork, result, show, history, tail, reset):
     app.command()(_command)
 app.command("list")(list_)
 

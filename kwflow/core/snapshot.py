@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import hmac
+import itertools
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -70,9 +71,10 @@ def save(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[registry.Modu
     return _encode(header | instance.extra if instance.extra else header, body, keys), modules
 
 
-def waits_of(instance: Instance) -> list[dict[str, Any]]:
-    """The header's entry of every pending wait."""
-    return [_wait(wait) for wait in instance.waits.values()]
+def waits_of(instance: Instance, most: int | None = None) -> list[dict[str, Any]]:
+    """The header's entry of every pending wait, or of the first ones."""
+    waits = instance.waits.values()
+    return [_wait(wait) for wait in (waits if most is None else itertools.islice(waits, most))]
 
 
 def _wait(wait: Suspension) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class FeedProcessor:
     def __init__(self, config: Config, feed: Feed, on_log: Callable[[str], None] = print) -> None:
         """Raises UsageError for a function that could not be called, and for a topic that is the engine's own to read."""
         feed.resolved()
-        if feed.topic in (config.resume_topic, config.scheduler_topic, config.reply_topic, config.dead_letter_topic):
+        if feed.topic in (config.resume_topic, config.scheduler_topic, config.reply_topic, config.history_topic, config.dead_letter_topic):
             raise UsageError(f"{feed!r}: that topic is kwflow's own; a workflow is told of what comes there otherwise")
         self.config = config
         self.feed = feed

@@ -30,6 +30,7 @@ from kwflow.ports import Budget, Changes, Decision, Deliver, Store
 from kwflow.runners import code, commands, deployment, feeds, parked
 from kwflow.runners.activities.dispatch import Dispatcher, keep
 from kwflow.runners.ended import EndedTable
+from kwflow.runners.history import History
 from kwflow.runners.live import Live, LiveInstances
 from kwflow.runners.parked import dead_letter
 from kwflow.runners.stats import BYTES, Histogram
@@ -68,6 +69,7 @@ class WorkflowProcessor:
         self._prepared: dict[str, frozenset[str]] = {}  # `<module>@<sha256>` -> the topics that loading what it needs has declared
         self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
         self.fed = feeds.Fed(config, on_log)
+        self.history = History(config) if config.history_topic else None
         self.live = LiveInstances(config)
         self.ended = EndedTable(config)
         self.snapshots = Histogram(BYTES)
@@ -107,7 +109,9 @@ class WorkflowProcessor:
             return self.fed.refuse_again(record, reason)
         if op in commands.OPS:
             return commands.refuse(self.config, state, name, record, reason)
-        return parked.park(self.config, state, name, state.get(name.encode()), record, RefusedError(reason), record.timestamp_ms)
+        stored = state.get(name.encode())
+        made = parked.park(self.config, state, name, stored, record, RefusedError(reason), record.timestamp_ms)
+        return made if self.history is None else self.history.changed(made, record, self.history.cause(record, None), stored, state.get(name.encode()), record.timestamp_ms)
 
     def taken_over(self, store: Store) -> dict[str, str]:
         """Nothing is loaded twice: the next partition may name the same versions.
@@ -167,6 +171,7 @@ class _Batch:
         self.made: list[Decision] = []
         self.held: dict[str, tuple[int, int]] = {}
         self.old: list[bytes] = []  # the instance that was just loaded on old code
+        self.history = processor.history
         self.named: dict[Module, None] = {}  # versions that the snapshots of this batch name, in the order in which they were met: it decides what is written
 
     def run(self) -> list[Decision]:
@@ -238,7 +243,7 @@ class _Batch:
                 raise CorruptSnapshotError(f"this is the snapshot of {header['id']!r}, stored under another id")
             if header["status"] == "parked":
                 wire.parse(record)
-                return parked.hold(self.config, self.state, header, record, self.context.received_ms, self.held)
+                return self._hold(header, record, stored)
             if header["status"] == "ended":
                 return self._after_end(header, record)
             instance = snapshot.wake(header, body, self.processor.sources)
@@ -248,7 +253,7 @@ class _Batch:
                 self.context = msgspec.structs.replace(self.context, topics=self.processor.topics)
             return Live(stored, instance)
         except SnapshotError as error:
-            return parked.park(self.config, self.state, name, stored, record, error, self.context.received_ms)
+            return self._park(name, stored, record, error)
 
     def _after_end(self, header: dict[str, Any], record: Record) -> Live | Decision:
         """K20: the entry that stays after the end; a start it does not know begins anew."""
@@ -280,6 +285,7 @@ class _Batch:
 
     def _step(self, name: str, key: bytes, live: Live, number: int, record: Record) -> Decision:
         live.met.append(number)
+        by = self.history.cause(record, live.instance) if self.history is not None else {}
         made: Transition | BaseException
         try:
             made = self.processor.watchdog.run(name, step, live.instance, record, self.context)
@@ -292,7 +298,7 @@ class _Batch:
         if isinstance(made, BaseException):
             # Not inside the handler: steps are made again here, and what author code raises there would have this error as
             # its context, and save it with the instance.
-            return self._failed(name, key, live, number, made)
+            return self._failed(name, key, live, number, made, by)
         state = made.state
         if isinstance(state, Save):
             live.instance, live.ahead = state.instance, True
@@ -300,7 +306,8 @@ class _Batch:
             self._ended(key, live, state.header)
         elif live.instance is None:
             del self.live[key]
-        return self._decision(name, record, made)
+        decision = self._decision(name, record, made)
+        return decision if self.history is None else self.history.stepped(decision, made, record, by, self.context.received_ms)
 
     def _decision(self, name: str, record: Record, made: Transition) -> Decision:
         logs = tuple(f"{name}: {line}" for line in made.logs) if made.logs else ()
@@ -317,7 +324,7 @@ class _Batch:
         del self.live[key]
         self.end(key, header)
 
-    def _failed(self, name: str, key: bytes, live: Live, number: int, error: BaseException) -> Decision:
+    def _failed(self, name: str, key: bytes, live: Live, number: int, error: BaseException, by: dict[str, Any]) -> Decision:
         """G4.  The steps before this one are made again and saved first; the one that failed is not run a second time."""
         live.forget()
         del self.live[key]
@@ -326,12 +333,21 @@ class _Batch:
         stored = self.state.get(key) if live.ahead else live.base
         header = snapshot.split(stored, self.config.signing_keys)[0] if stored is not None else None
         if header is not None and header["status"] == "parked":
-            return parked.hold(self.config, self.state, header, self.records[number], self.context.received_ms, self.held)
-        return self._park(name, stored, number, error)
+            return self._hold(header, self.records[number], stored)
+        return self._park(name, stored, self.records[number], error, by)
 
-    def _park(self, name: str, stored: bytes | None, number: int, error: BaseException) -> Decision:
+    def _park(self, name: str, stored: bytes | None, record: Record, error: BaseException, by: dict[str, Any] | None = None) -> Decision:
         self.held.pop(name, None)
-        return parked.park(self.config, self.state, name, stored, self.records[number], error, self.context.received_ms)
+        return self._told(parked.park(self.config, self.state, name, stored, record, error, self.context.received_ms), name, record, stored, by)
+
+    def _hold(self, header: dict[str, Any], record: Record, stored: bytes | None) -> Decision:
+        return self._told(parked.hold(self.config, self.state, header, record, self.context.received_ms, self.held), header["id"], record, stored)
+
+    def _told(self, made: Decision, name: str, record: Record, before: bytes | None, by: dict[str, Any] | None = None) -> Decision:
+        """With its event, where history is kept."""
+        if self.history is None:
+            return made
+        return self.history.changed(made, record, by or self.history.cause(record, None), before, self.state.get(name.encode()), self.context.received_ms)
 
     def _again(self, key: bytes, numbers: list[int]) -> None:
         """From the stored bytes on, one by one, each saved."""
@@ -352,7 +368,7 @@ class _Batch:
                     self._again(key, live.met)
                 else:
                     spans = self.made[live.met[0]].spans
-                    made = self._park(key.decode(), live.base, live.met[0], data)
+                    made = self._park(key.decode(), live.base, self.records[live.met[0]], data)
                     fail_all(spans, made.logs[-1])
                     self.made[live.met[0]] = msgspec.structs.replace(made, spans=spans) if spans else made
                 return
@@ -390,7 +406,8 @@ class _Batch:
             raise KwflowBug("a record with an op is no command")
         self._save(name.encode())
         self.held.pop(name, None)
-        return commands.apply(self, name, record, command)
+        before = self.state.get(name.encode()) if self.history is not None else None
+        return self._told(commands.apply(self, name, record, command), name, record, before)
 
     def stored(self, key: bytes) -> bytes | None:
         """What there is of this id, with all that this batch did so far."""

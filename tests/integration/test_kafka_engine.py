@@ -126,6 +126,31 @@ def test_a_timer_fires_on_kafka_and_the_saga_is_undone(site: Site) -> None:
     assert site.read(site.topic("error"), 1)[0] == (f"{site.application}-t", '"timeout"')
 
 
+def test_what_happened_to_an_id_is_told_from_its_partition(site: Site) -> None:
+    """Decision 0059: events are in the transactions of the steps, over kill -9."""
+    assert "no history is kept" in site.refused("history", "w")
+    site.environment["KWFLOW_HISTORY_TOPIC"] = site.topic("history")
+    assert site.topic("history") in site.fails(1, "engine", TRIP)
+    site.run("topics", "create", TRIP, "--partitions", "4")
+    engine = site.engine()
+    ids = [f"{site.application}-{number}" for number in range(6)]
+    for id in ids:
+        site.send(id, 'new:{"timeout": 600000}')
+    asked = refs(site, ids)
+    engine.send_signal(signal.SIGKILL)
+    engine.wait()
+    for id in ids:
+        for kind in ("car", "hotel", "flight"):
+            answer(site, id, asked[id][kind])
+    site.engine("two")
+    site.read(site.topic("result"), len(ids))
+    for id in ids:
+        events = json.loads(site.run("history", id, "--json"))
+        assert [event["event"] for event in events] == ["started", "resumed", "resumed", "resumed"] and events[-1]["outcome"] == {"kind": "result"}
+        assert {event["by"].get("ref") for event in events[1:]} == set(asked[id].values())
+    assert "ended: result" in site.run("history", ids[0]) and site.run("history", "nobody") == ""
+
+
 def test_a_frozen_engine_whose_partitions_moved_writes_nothing_when_it_wakes(site: Site) -> None:
     """K2, K7, G6: trap 1, frozen."""
     ids = [f"{site.application}-{number}" for number in range(4)]

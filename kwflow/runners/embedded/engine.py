@@ -383,10 +383,11 @@ class Embedded:
         return made
 
     def trim(self, processors: Sequence[Processor]) -> int:
-        """Delete consumed input records older than the retention, and replies after an hour, as one range each; outputs stay for their readers.  How many."""
+        """Delete consumed input records and events of the history older than the retention, and replies after an hour, as one range each; outputs stay for their readers.  How many."""
         self._trim_next = time.monotonic() + _TRIM_S
         inputs = sum(self._trim(processor.input_topic, self.position(processor.input_topic), self.limits.embedded_retention_ms) for processor in processors)
-        return inputs + self._trim(self.limits.reply_topic, self.end(self.limits.reply_topic), _REPLY_MS)
+        history = self._trim(self.limits.history_topic, self.end(self.limits.history_topic), self.limits.embedded_retention_ms) if self.limits.history_topic else 0
+        return inputs + history + self._trim(self.limits.reply_topic, self.end(self.limits.reply_topic), _REPLY_MS)
 
     def _trim(self, topic: str, end: int, retention_ms: int) -> int:
         """Timestamps of a log rise with its offsets, so the first record to keep is found by halving."""

@@ -129,7 +129,7 @@ def _changelogs(config: Config) -> tuple[tuple[str, str], ...]:
 
 
 def _plain(config: Config, declared: Iterable[str]) -> list[str]:
-    own = [config.resume_topic, config.result_topic, config.error_topic, config.scheduler_topic, config.dead_letter_topic]
+    own = [config.resume_topic, config.result_topic, config.error_topic, config.history_topic, config.scheduler_topic, config.dead_letter_topic]
     return [topic for topic in dict.fromkeys([*own, *sorted(declared)]) if topic]
 
 

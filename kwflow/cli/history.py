@@ -1,0 +1,94 @@
+"""`kwflow history`: what happened to an instance, from the events that its engines wrote with its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kwflow.cli.shared import Bootstrap, ConfigFile, Json, MaybeDir, out, print_json
+from kwflow.config import Config, load_config
+from kwflow.core import wire
+from kwflow.core.wire import Record
+from kwflow.errors import UsageError
+from kwflow.runners.instances import instant
+from kwflow.runners.outside import read
+
+__all__ = ["history"]
+
+_WAITS = 3  # of a line
+
+
+def history(
+    id: str,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    as_json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """What happened to an instance, if engines note it ([topics] history in kwflow.toml).
+
+    Example: kwflow history order-7 --embedded ./state
+    """
+    settings = load_config(config, bootstrap_servers=bootstrap_servers)
+    if not settings.history_topic:
+        raise UsageError('no history is kept: set [topics] history = "workflow-history" (or KWFLOW_HISTORY_TOPIC) for the engines, and here')
+    events = [event for record in _records(settings, embedded, settings.history_topic, id) if (event := _event(record)) is not None]
+    if as_json:
+        print_json(events)
+        return
+    for event in events:
+        out.print(f"{instant(event['at'])}  {_came(event)}", markup=False, highlight=False, soft_wrap=True)
+        for line in (*_about(event), *event.get("logs", ())):
+            out.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _records(settings: Config, embedded: Path | None, topic: str, id: str) -> Iterator[Record]:
+    key = wire.key_of(id)
+    if embedded is not None:
+        found = read(settings, embedded, topic)
+    else:
+        from kwflow.runners.kafka import link
+
+        found = iter(link.read(settings, topic, link.partition_for(settings, topic, key)))
+    return (record for record in found if record.key == key)
+
+
+def _event(record: Record) -> dict[str, Any] | None:
+    """None for what no engine of ours wrote."""
+    try:
+        event = msgspec.json.decode(record.value or b"")
+        return event if isinstance(event["at"], int) and isinstance(event["event"], str) and isinstance(event["by"], dict) else None
+    except (msgspec.DecodeError, LookupError, TypeError):
+        return None
+
+
+def _came(event: dict[str, Any]) -> str:
+    """What came, and what it did where that is not the same."""
+    by = event["by"]
+    what = " ".join(str(by[name]) for name in ("kind", "name", "child", "ref") if by.get(name))
+    said = [f"attempt {by['attempt']}" if "attempt" in by else "", "an error" if "failed" in by else "", str(by.get("reason", ""))]
+    did = event["event"] if event["event"] not in ("started", "resumed", by.get("kind")) else ""
+    return what + (f" ({', '.join(filter(None, said))})" if any(said) else "") + (f": {did}" if did else "")
+
+
+def _about(event: dict[str, Any]) -> Iterator[str]:
+    """Where it is since."""
+    outcome = event.get("outcome")
+    if outcome:
+        at = outcome.get("at")
+        yield f"ended: {outcome.get('kind')}" + (f" in {at.get('function')} ({at.get('file')}:{at.get('line')})" if at else "")
+        return
+    if event.get("status") not in ("waiting", None):
+        yield f"{event['status']}{': ' if event.get('reason') else ''}{event.get('reason', '')}"
+    waits = event.get("waits", ())
+    for wait in waits[:_WAITS]:
+        where = f" in {wait['function']} ({wait.get('file')}:{wait.get('line')})" if "function" in wait else ""
+        due = f", due {instant(wait['due'])}" if "due" in wait else ""
+        pause = wait["kind"] == "timer" and "attempt" in wait
+        what = f"pause before attempt {wait['attempt']} of {wait.get('name')}" if pause else f"waits for {wait['kind']} {wait.get('name') or wait.get('child') or wait['ref']}"
+        yield f"{what}{where}{due}"
+    if (more := len(waits) - min(len(waits), _WAITS) + event.get("more_waits", 0)) > 0:
+        yield f"and {more} more"

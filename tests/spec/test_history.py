@@ -1,0 +1,133 @@
+"""Events of what happened: one for each step and command that is committed, and no values (decision 0059)."""
+
+from typing import Any
+
+import pytest
+
+from kwflow import durable
+from kwflow.config import Config
+from kwflow.core.contract import Workflows
+from kwflow.core.wire import Record
+from kwflow.runners.history import History
+from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.overlay import Overlay
+from kwflow.testing import MemoryStore, WorkflowTester
+
+SOURCE = """
+import kwflow as kw
+
+@kw.activity(name="history.charge", retry=kw.Retry(first=1, jitter=0))
+def charge(n):
+    if kw.activity_info().attempt < 2:
+        raise ValueError("secret")
+    return n
+
+def child(n):
+    yield kw.wait_signal("done")
+    return n
+
+def order(n):
+    kw.log("begun")
+    paid = yield charge(n)
+    go, _ = yield kw.all([kw.timeout(kw.wait_signal("go"), 100), kw.start_child("child", n, id="c")])
+    raise ValueError("secret")
+
+def counts(n):
+    while True:
+        value = yield kw.wait_signal("next")
+        if value == "file":
+            held = open("/dev/null")
+        if value == "end":
+            return n
+
+def many(n):
+    yield kw.race([kw.suspend(f"r{number}") for number in range(n)])
+"""
+
+
+@pytest.fixture
+def tester(monkeypatch: pytest.MonkeyPatch) -> WorkflowTester:
+    monkeypatch.setenv("KWFLOW_HISTORY_TOPIC", "history")
+    module = durable.load_source("history_case", SOURCE, "history_case.py")
+    return WorkflowTester(**{name: getattr(module, name) for name in ("child", "order", "counts", "many")})
+
+
+def events(tester: WorkflowTester, id: str) -> list[dict[str, Any]]:
+    return [event for output, event in zip([output for output in tester.outputs if output.topic == "history"], tester.values("history"), strict=True) if output.key == id.encode()]
+
+
+def test_each_step_and_each_command_is_an_event_with_what_came_and_where_it_waits_since(tester: WorkflowTester) -> None:
+    """Decision 0059: and neither inputs nor answers nor errors are in one."""
+    tester.start("o", "secret", workflow="order")
+    tester.advance(1)
+    tester.command("o", "signal", {"name": "go", "value": "secret"})
+    tester.command("o", "pause", {"reason": "audit"})
+    tester.command("c", "signal", {"name": "done"})
+    tester.command("o", "unpause")
+    found = events(tester, "o")
+    assert [(event["event"], event["by"]["kind"], event.get("status")) for event in found] == [
+        ("started", "start", "waiting"), ("resumed", "activity", "waiting"), ("resumed", "timer", "waiting"), ("resumed", "activity", "waiting"), ("signal", "signal", "waiting"),
+        ("paused", "pause", "paused"), ("held", "answer", "paused"), ("unpaused", "unpause", None), ("resumed", "child", "ended"),
+    ]  # fmt: skip
+    place = {"function": "order", "file": "history_case.py", "line": 16}
+    assert found[0]["logs"] == ["begun"] and found[0]["waits"] == [{"ref": "0:1", "kind": "activity", "name": "history.charge", "attempt": 1, **place}]
+    assert found[1]["by"] == {"kind": "activity", "ref": "0:1", "name": "history.charge", "attempt": 1, "failed": True} and "failed" not in found[3]["by"]
+    assert found[4]["by"] == {"kind": "signal", "name": "go"} and found[5]["by"] == {"kind": "pause", "reason": "audit"} and found[5]["reason"] == "audit"
+    assert found[-1]["outcome"] == {"kind": "error", "at": {**place, "line": 18}}
+    assert {(event["workflow"], event["start_id"]) for event in found} == {("order", "0-0")}
+    assert not any(b"secret" in (output.value or b"") for output in tester.outputs if output.topic == "history")
+    assert [(event["event"], event["status"]) for event in events(tester, "c")] == [("started", "waiting"), ("signal", "ended")]
+
+
+def test_what_changes_nothing_is_no_event(tester: WorkflowTester) -> None:
+    """G3: ignored by a stated rule, refused, asked, or a dead letter, which has its own topic."""
+    tester.start("w", 1, workflow="counts")
+    tester.start("w", 1, workflow="counts")
+    tester.start("x", 1, workflow="nobody")
+    tester.resume("w", "unknown")
+    tester.command("w", "query")
+    tester.command("w", "signal", {"name": 5})
+    tester.command("w", "migrate")
+    tester.command("w", "retry")
+    tester.command("nobody", "terminate")
+    assert [(event["event"], event["record"]["offset"]) for event in [*events(tester, "w"), *events(tester, "x"), *events(tester, "nobody")]] == [("started", 0)]
+
+
+def test_parked_retried_discarded_forked_and_terminated(tester: WorkflowTester) -> None:
+    """semantics §7: why, and that what was held comes behind it."""
+    tester.start("w", 1, workflow="counts")
+    tester.command("w", "signal", {"name": "next", "value": "file"})
+    tester.command("w", "signal", {"name": "next", "value": 1})
+    tester.command("w", "retry")
+    tester.command("w", "discard")
+    tester.command("w", "fork", {"id": "copy"})
+    tester.command("w", "terminate", {"reason": "enough"})
+    found = events(tester, "w")
+    assert [event["event"] for event in found] == ["started", "parked", "held", "retried", "parked", "held", "discarded", "signal", "forked", "terminated"]
+    assert found[1]["reason"].startswith("UnsavableError: variable 'held' of counts") and found[1]["status"] == "parked"
+    assert found[-2]["logs"] == ["w: forked as copy"] and found[-1]["by"] == {"kind": "terminate", "reason": "enough"} and found[-1]["status"] == "ended"
+
+
+def test_a_batch_whose_steps_are_made_again_has_one_event_for_each(tester: WorkflowTester) -> None:
+    """K15: the last one cannot be saved, so that all are made again one by one, and that one parks it."""
+    config = Config(instances_cached_max=0)
+    processor = WorkflowProcessor(config, Workflows({"counts": tester._workflows.workflows.functions["counts"]}, "counts"), frozenset())
+    values = [b"new:1", *[b'{"name": "next", "value": %s}' % value for value in (b"1", b"2", b'"file"', b"4")]]
+    records = [Record(config.resume_topic, 0, number, 1, b"w", value, (("kwflow-op", b"signal"),) * (number > 0)) for number, value in enumerate(values)]
+    made = processor.decide(Overlay(MemoryStore()), records, 77)
+    told = [[output for output in decision.outputs if output.topic == "history"] for decision in made]
+    assert [len(one) for one in told] == [1] * 5
+    assert [b'"event":"%s"' % word in one[0].value for word, one in zip((b"started", b"signal", b"signal", b"parked", b"held"), told, strict=True)] == [True] * 5  # type: ignore[operator]
+    assert all(one[0].timestamp_ms == 77 for one in told)
+
+
+def test_of_many_waits_the_first_are_told(tester: WorkflowTester) -> None:
+    """An event is small, however much an instance waits for."""
+    tester.start("w", 5_000, workflow="many")
+    [event] = events(tester, "w")
+    assert len(event["waits"]) == 20 and event["more_waits"] == 4_980
+
+
+def test_without_the_setting_there_is_none() -> None:
+    assert WorkflowTester(main=lambda o: o)._workflows.history is None
+    assert isinstance(WorkflowProcessor(Config(history_topic="h"), Workflows({}), frozenset()).history, History)
