@@ -1,19 +1,21 @@
-"""`kwflow …` in a process of its own that ends by itself, forked from one that has imported kwflow: most of what a command takes is its imports."""
+"""`kwflow …` in a process of its own, forked from one that has imported kwflow: most of what a command takes, and half of an engine's start, is imports."""
 
 import contextlib
 import multiprocessing
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from multiprocessing.context import ForkServerProcess
 
-__all__ = ["run"]
+__all__ = ["Started", "run", "start"]
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["kwflow.cli", "kwflow.client", "kwflow.runners.kafka.link", "kwflow.runners.kafka.upkeep", "tests.commands"])
+_context.set_forkserver_preload(["kwflow.cli", "kwflow.client", "kwflow.runners.kafka.queues", "kwflow.runners.kafka.runner", "kwflow.runners.kafka.upkeep", "tests.commands"])
 
 
 def run(*arguments: str, environment: Mapping[str, str] | None = None, typed: str = "", seconds: float = 60) -> "subprocess.CompletedProcess[str]":
@@ -22,8 +24,7 @@ def run(*arguments: str, environment: Mapping[str, str] | None = None, typed: st
         files = [stack.enter_context(tempfile.NamedTemporaryFile("w+")) for _ in range(3)]
         files[0].write(typed)
         files[0].flush()
-        process = _context.Process(target=_be, args=(arguments, dict(os.environ if environment is None else environment), [file.name for file in files]))
-        process.start()
+        process = _forked(arguments, environment, *(file.name for file in files))
         process.join(seconds)
         if process.exitcode is None:
             process.kill()
@@ -33,10 +34,53 @@ def run(*arguments: str, environment: Mapping[str, str] | None = None, typed: st
         return subprocess.CompletedProcess(["kwflow", *arguments], process.exitcode, said, told)
 
 
-def _be(arguments: tuple[str, ...], environment: dict[str, str], files: list[str]) -> None:
+class Started:
+    """A command that goes on, as far as tests use a Popen."""
+
+    def __init__(self, process: ForkServerProcess) -> None:
+        self._process = process
+        self.pid: int = process.pid  # type: ignore[assignment]
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises TimeoutExpired."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("kwflow", timeout or 0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self._process.exitcode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(*arguments: str, log: pathlib.Path, environment: Mapping[str, str] | None = None) -> Started:
+    """What it says goes to the end of this file."""
+    return Started(_forked(arguments, environment, os.devnull, str(log), str(log)))
+
+
+def _forked(arguments: tuple[str, ...], environment: Mapping[str, str] | None, *files: str) -> ForkServerProcess:
+    process = _context.Process(target=_be, args=(arguments, dict(os.environ if environment is None else environment), files))
+    process.start()
+    return process
+
+
+def _be(arguments: tuple[str, ...], environment: dict[str, str], files: tuple[str, ...]) -> None:
     """The command, from its begin to its end."""
-    for number, (name, flags) in enumerate(zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
-        os.dup2(os.open(name, flags), number)
+    for number, (name, flags) in enumerate(zip(files, (os.O_RDONLY, *[os.O_WRONLY | os.O_APPEND | os.O_CREAT] * 2), strict=True)):
+        os.dup2(os.open(name, flags, 0o600), number)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
     os.environ.clear()
     os.environ.update(environment)

@@ -2,14 +2,13 @@
 
 import os
 import pathlib
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 
 from confluent_kafka import Consumer, Producer, TopicPartition
 
 from tests import commands
+from tests.commands import Started
 
 __all__ = ["ROOT", "SHOP", "TRIP", "Site", "answer", "refs"]
 
@@ -34,7 +33,7 @@ class Site:
             **{f"KWFLOW_{name.upper()}_TOPIC": self.topic(name) for name in ("resume", "result", "error", "scheduler")},
             **environment,
         }
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[Started] = []
         self.producer = Producer({"bootstrap.servers": broker, "log_level": 0})  # default settings: CRC32, so most ids land elsewhere (K6)
         self.run("topics", "create", *modules, "--partitions", str(partitions))
 
@@ -55,12 +54,13 @@ class Site:
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout + done.stderr
 
-    def engine(self, name: str = "one", module: str = TRIP, scheduler: bool = True, *more: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "kwflow", "engine", module, "--state-dir", str(self.directory / name), *(["--with-scheduler"] if scheduler else []), *more]
-        log = open(self.directory / f"{name}.log", "a")
-        process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stderr=log, text=True)
-        self.processes.append(process)
-        return process
+    def engine(self, name: str = "one", module: str = TRIP, scheduler: bool = True, *more: str) -> Started:
+        return self.started(f"{name}.log", "engine", module, "--state-dir", str(self.directory / name), *(["--with-scheduler"] if scheduler else []), *more)
+
+    def started(self, log: str, *arguments: str) -> Started:
+        """A command that goes on."""
+        self.processes.append(commands.start(*arguments, log=self.directory / log, environment=self.environment))
+        return self.processes[-1]
 
     def send(self, id: str | None, value: str | None) -> None:
         self.producer.produce(self.topic("resume"), value, id)

@@ -7,8 +7,6 @@ import os
 import pathlib
 import queue
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +24,7 @@ from kwflow.runners.kafka import link as kafka_link
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.link import read, send
 from tests import commands
+from tests.commands import Started
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -95,7 +94,7 @@ class Application:
         self.environment = {**os.environ, "KWFLOW_BOOTSTRAP_SERVERS": broker, "KWFLOW_APPLICATION_ID": name, **{f"KWFLOW_{key.upper()}": topic for key, topic in names.items()}}
         self.module = directory / "client_cases.py"
         self.module.write_text(SOURCE)
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[Started] = []
         self.clients: list[Client] = []
         self.run("topics", "create", "--partitions", "4")
 
@@ -104,10 +103,9 @@ class Application:
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout + done.stderr
 
-    def engine(self, name: str = "one") -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "kwflow", "engine", str(self.module), "--state-dir", str(self.directory / name), "--with-scheduler"]
-        with open(self.directory / f"{name}.log", "a") as log:
-            self.processes.append(subprocess.Popen(command, env=self.environment, cwd=ROOT, stderr=log, text=True))
+    def engine(self, name: str = "one") -> Started:
+        arguments = ("engine", str(self.module), "--state-dir", str(self.directory / name), "--with-scheduler")
+        self.processes.append(commands.start(*arguments, log=self.directory / f"{name}.log", environment=self.environment))
         return self.processes[-1]
 
     def client(self) -> Client:

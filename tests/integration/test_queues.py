@@ -4,8 +4,6 @@ import json
 import pathlib
 import re
 import signal
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +18,7 @@ from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.runners.kafka import link as kafka_link
 from kwflow.runners.kafka.ledger import Ledger
+from tests.commands import Started
 from tests.integration.site import ROOT, Site
 
 MODULE = str(pathlib.Path(__file__).parent / "site_of_queues.py")
@@ -36,11 +35,8 @@ class Queues(Site):
         environment = {"QUEUES_TEST_DIRECTORY": str(directory), "QUEUES_TEST_QUEUE": self.queue}
         super().__init__(broker, application, directory, modules=(MODULE,), environment=environment)
 
-    def worker(self, name: str, *more: str) -> "subprocess.Popen[str]":
-        log = open(self.directory / f"worker-{name}.log", "a")
-        process = subprocess.Popen([sys.executable, "-m", "kwflow", "worker", MODULE, *more], env=self.environment, cwd=ROOT, stderr=log, text=True)
-        self.processes.append(process)
-        return process
+    def worker(self, name: str, *more: str) -> Started:
+        return self.started(f"worker-{name}.log", "worker", MODULE, *more)
 
     def said(self, name: str) -> str:
         return (self.directory / f"worker-{name}.log").read_text()
