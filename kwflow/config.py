@@ -71,6 +71,7 @@ class Config(BaseSettings):
     tasks_max: int = Field(default=100_000, gt=0, description="unsettled tasks of one instance, main included; one more is a UsageError in the workflow")
     nesting_max: int = Field(default=100, gt=0, description="tasks that start inside one another's start; one more is a UsageError in the workflow")
     activity_concurrency: int = Field(default=64, gt=0, description="activities that run at the same time in one engine; the rest waits in the store")
+    activity_rate: float = Field(default=0, ge=0, le=1_000_000, description="activities that one engine or worker process begins in a second, a batch being one; 0 for no limit")
     activity_bytes_max: int = Field(default=256_000, gt=0, description="arguments of one activity, and its result; larger arguments are a UsageError in the workflow, a larger result an ActivityError")
     activity_limit_s: float = Field(default=600, ge=0, description="how long an activity without a timeout of its own may run; 0 for no limit")
     activity_grace_s: float = Field(default=10, ge=0, description="how long running activities may still take when the engine ends or gives a partition away")

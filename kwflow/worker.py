@@ -74,7 +74,8 @@ def service(config: Config, queues: Sequence[str], on_log: Callable[[str], None]
     span = Tracing(None, config.header_bytes_max).call if config.tracing else None
 
     def work(deliver: Deliver) -> Worker:
-        return Dispatcher(deliver, on_log, config.activity_concurrency, config.activity_limit_s, config.activity_bytes_max, config.value_bytes_max, ends_late=True, span=span)
+        limits = config.activity_concurrency, config.activity_limit_s, config.activity_bytes_max, config.value_bytes_max
+        return Dispatcher(deliver, on_log, *limits, ends_late=True, span=span, rate=config.activity_rate)
 
     return QueueRunner(config, queues, work, on_log)
 

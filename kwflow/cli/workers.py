@@ -29,6 +29,7 @@ def worker(
     application_id: Application = None,
     wait_for_broker: WaitForBroker = None,
     processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="So many worker processes, one a core; each is started again when it dies.")] = 1,
+    rate: Annotated[float | None, typer.Option("--rate", help="Calls that each process begins in a second, a batch being one; default: no limit.")] = None,
     http: Http = None,
     tracing: Traced = False,
     log_format: LogFormat = None,
@@ -39,7 +40,10 @@ def worker(
 
     Example: kwflow worker shop.activities --queue payments
     """
-    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format, tracing=tracing or None)
+    settings = load_config(
+        config, bootstrap_servers=bootstrap_servers, application_id=application_id, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format, tracing=tracing or None,
+        activity_rate=rate,
+    )  # fmt: skip
     if processes > 1 and settings.supervisor_pid is None:
         raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow", *sys.argv[1:]], processes, signals(lambda _: None), log_of(settings)))
     with ends_in_its_log(settings):

@@ -80,7 +80,8 @@ class WorkflowProcessor:
     def work(self, deliver: Deliver) -> Dispatcher:
         config = self.config
         span = self.tracing.call if self.tracing is not None else None
-        self.dispatcher = Dispatcher(deliver, self.on_log, config.activity_concurrency, config.activity_limit_s, config.activity_bytes_max, config.value_bytes_max, span=span)
+        limits = config.activity_concurrency, config.activity_limit_s, config.activity_bytes_max, config.value_bytes_max
+        self.dispatcher = Dispatcher(deliver, self.on_log, *limits, span=span, rate=config.activity_rate)
         return self.dispatcher
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:

@@ -58,6 +58,7 @@ OTHERWISE = {
     "supervisor_pid": "a number that names a process",
     "client_connect_s": "how long librdkafka waits: tests/integration/test_client.py::test_a_client_without_broker_or_topics_is_refused_when_it_is_made",
     "wait_for_broker_s": "how long a start asks again: tests/integration/test_kafka_engine.py::test_missing_or_wrong_topics_stop_the_engine_with_one_line",
+    "activity_rate": "in a second, on a clock: tests/unit/test_dispatch.py::test_a_process_begins_so_many_calls_a_second_and_as_many_at_once_after_a_rest",
     "rocksdb_bytes_max": "RocksDB flushes earlier: tests/spec/test_limits.py::test_all_stores_of_a_process_share_one_cache_and_one_write_buffer_manager",
 }
 

@@ -652,3 +652,42 @@ def test_a_partition_with_a_long_queue_does_not_keep_another_from_beginning() ->
     engine.until(lambda: len(ran) == 200)
     assert "b" in ran[:30]
     engine.dispatcher.close()
+
+
+def test_a_process_begins_so_many_calls_a_second_and_as_many_at_once_after_a_rest() -> None:
+    """activity_rate: a batch is one; the rest waits, and what is cancelled meanwhile is never begun."""
+    now, begun = [100.0], list[int]()
+
+    class Clock(threads.Threads):
+        def monotonic(self) -> float:
+            return now[0]
+
+    store, answers = MemoryStore(), list[bytes]()
+    made = Dispatcher(lambda partition, key, value, headers, done: (answers.append(key), done(None))[1], print, threads=Clock(), rate=2)
+    made.own(0, store)
+    noted = make(lambda number: begun.append(number))
+    calls = [Dispatch(f"w{number}", "0:1", noted.name, 1, "0:1", noted.encode_arguments((number,), {})) for number in range(10)]
+    store.apply({state_key(call.workflow_id, call.ref): encode(call) for call in calls})
+    made.committed(0, calls)
+
+    def until(count: int) -> None:
+        deadline = time.monotonic() + 20
+        while len(answers) < count:
+            assert time.monotonic() < deadline
+        made.turn()
+        assert len(begun) == len(answers) == count
+
+    until(2)
+    for count in (2, 3, 3, 4):
+        now[0] += 0.25
+        made.turn()
+        until(count)
+    made.committed(0, [Withdraw("w4", "0:1"), Withdraw("w5", "0:1")])
+    now[0] += 60
+    made.turn()
+    until(6)
+    now[0] += 60
+    made.turn()
+    until(8)
+    assert begun == [0, 1, 2, 3, 6, 7, 8, 9]
+    made.close()

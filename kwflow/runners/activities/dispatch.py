@@ -1,4 +1,4 @@
-"""Runs activities: a thread each for `def`, one event loop for `async def`, at most `activity_concurrency` at a time.
+"""Runs activities: a thread each for `def`, one event loop for `async def`, at most `activity_concurrency` at a time, and `activity_rate` in a second.
 
 What waits is `backlog.py`'s, and how an author's function is called and answered `runs.py`'s; an activity with a batch is called
 for several calls together, which take one slot.  Author code may block or hang: it never takes a thread of the engine.
@@ -20,6 +20,7 @@ from kwflow.errors import ActivityError
 from kwflow.ports import Changes, Deliver, Store
 from kwflow.runners.activities.answers import failure_record
 from kwflow.runners.activities.backlog import Backlog
+from kwflow.runners.activities.pace import Pace
 from kwflow.runners.activities.runs import NEVER, Gathered, Job, Run
 from kwflow.runners.activities.threads import Loops, Threads, place_of
 from kwflow.runners.tracing import CallSpan
@@ -48,9 +49,9 @@ class Dispatcher:
 
     def __init__(
         self, deliver: Deliver, on_log: Callable[[str], None], concurrency: int = 64, limit_s: float = 600.0, result_bytes_max: int = 500_000, record_bytes_max: int = 1_000_000,
-        threads: Threads | None = None, ends_late: bool = False, span: Callable[[Sequence[Dispatch]], CallSpan] | None = None,
+        threads: Threads | None = None, ends_late: bool = False, span: Callable[[Sequence[Dispatch]], CallSpan] | None = None, rate: float = 0,
     ) -> None:  # fmt: skip
-        """`ends_late`: an activity that has a timeout of its own is ended here after that, too, not only when it is withdrawn.  `span` gives that of a run for these calls."""
+        """`ends_late`: an activity that has a timeout of its own is ended here after that, too, not only when it is withdrawn.  `span` gives that of a run for these calls, `rate` is that of Pace."""
         self._deliver = deliver
         self._on_log = on_log
         self._concurrency = concurrency
@@ -67,6 +68,7 @@ class Dispatcher:
         self._closed = False
         self._changed = threading.Condition(threading.RLock())
         self._threads = threads or Threads()
+        self._pace = Pace(rate, self._threads.monotonic())
         self._loops = Loops(on_log)
         self._unknown: set[str] = set()
         self._looked = 0.0
@@ -202,7 +204,7 @@ class Dispatcher:
 
     @property
     def _has_room(self) -> bool:
-        return self._running < self._concurrency and self._behind < _LEFT_BEHIND_MAX and not self._closed
+        return self._running < self._concurrency and self._behind < _LEFT_BEHIND_MAX and not self._closed and self._pace.allows(self._threads.monotonic())
 
     def _gather(self, batch: Batch, job: Job) -> None:
         gathered = self._gathered.get(job.dispatch.name)
@@ -231,6 +233,7 @@ class Dispatcher:
         for job in jobs:
             job.run = run
         self._running += 1
+        self._pace.begun()
         if run.is_async:
             run.begun = self._loops.run(lambda: self._run_async(run), lambda: self._ended(run))
             run.thread = run.begun.thread
