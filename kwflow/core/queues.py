@@ -16,10 +16,10 @@ from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.wire import Record
 from kwflow.errors import ProtocolError, UsageError
 
-__all__ = ["handed_out", "key_of", "read"]
+__all__ = ["Job", "handed_out", "job_of", "key_of", "read"]
 
 
-class _Job(msgspec.Struct):
+class Job(msgspec.Struct, frozen=True):
     """The value, JSON for workers in any language; the answer goes to `resume_topic`, with `workflow_id` as its key."""
 
     resume_topic: str
@@ -31,16 +31,20 @@ class _Job(msgspec.Struct):
     arguments: msgspec.Raw
 
 
-_decoder = msgspec.json.Decoder(_Job)
+_decoder = msgspec.json.Decoder(Job)
 
 
 def key_of(workflow_id: str, ref: str) -> bytes:
     return f"{workflow_id}|{ref}".encode()
 
 
+def job_of(call: Dispatch, resume_topic: str) -> Job:
+    return Job(resume_topic, call.workflow_id, call.ref, call.name, call.attempt, f"{call.workflow_id}|{call.key}", msgspec.Raw(call.arguments))
+
+
 def handed_out(call: Dispatch, resume_topic: str) -> bytes:
     """The value of the record that hands this call out."""
-    return msgspec.json.encode(_Job(resume_topic, call.workflow_id, call.ref, call.name, call.attempt, f"{call.workflow_id}|{call.key}", msgspec.Raw(call.arguments)))
+    return msgspec.json.encode(job_of(call, resume_topic))
 
 
 def read(record: Record, resume_topic: str) -> Dispatch | Withdraw | None:

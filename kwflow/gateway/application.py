@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import msgspec
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,15 +16,19 @@ from starlette.types import ASGIApp, Scope
 
 from kwflow.errors import KwflowError, TransportError
 from kwflow.gateway import callbacks, messages, queues, streams, workflows
-from kwflow.gateway.gate import Gate
+from kwflow.gateway.answers import Health
+from kwflow.gateway.gate import HEALTH, Gate
+from kwflow.gateway.openapi import document
+from kwflow.gateway.operations import Operation, Text
 from kwflow.gateway.problems import RequestError, problem_of
-from kwflow.gateway.requests import answer, refusal, service_of
+from kwflow.gateway.requests import Options, answer, options, refusal, service_of
 from kwflow.gateway.service import Gone, Service
 from kwflow.worker import Lending
 
-__all__ = ["application"]
+__all__ = ["ROUTES", "application"]
 
 
+@Operation("get_health", {200: Health, 503: Health}, None)
 async def _health(request: Request) -> Response:
     """200 while it takes requests; it asks no engine and no broker."""
     service, said = service_of(request), ""
@@ -32,7 +38,7 @@ async def _health(request: Request) -> Response:
         said = str(error)
     if service.ending:
         said = "it ends"
-    return answer(503 if said else 200, {"live": not said, "waiting": service.waiting, **({"message": said} if said else {})})
+    return answer(503 if said else 200, Health(not said, service.waiting, said or msgspec.UNSET))
 
 
 def _count(lending: Lending, state: str) -> float:
@@ -55,6 +61,32 @@ def _gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody hears it
 
 
+_METRICS = Text("text/plain", "In the text format of Prometheus.", "kwflow_gateway_waiting 1.0\n")
+
+
+@Operation("get_metrics", {200: _METRICS}, None)
+async def _metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
+    return Response(generate_latest(request.app.state.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@functools.cache
+def _document() -> bytes:
+    return msgspec.json.encode(document(ROUTES))
+
+
+@Operation("get_openapi", {200: dict[str, Any]})
+async def _openapi(request: Request) -> Response:
+    """This document, the same of every gateway of a version."""
+    options(request, Options)
+    return Response(_document(), media_type="application/json")
+
+
+ROUTES = [
+    Route(HEALTH, _health), Route("/metrics", _metrics), Route("/openapi.json", _openapi), *workflows.ROUTES, *messages.ROUTES, *callbacks.ROUTES, *queues.ROUTES, *streams.ROUTES,
+]  # fmt: skip
+
+
 def application(service: Service) -> ASGIApp:
     """What a server runs; `service.end()` comes before it stops."""
     registry = CollectorRegistry()
@@ -63,13 +95,9 @@ def application(service: Service) -> ASGIApp:
         for state in lending.lent.counts():
             calls.labels(queue, state).set_function(functools.partial(_count, lending, state))
 
-    async def metrics(request: Request) -> Response:
-        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    routes = [Route("/health", _health), Route("/metrics", metrics), *workflows.ROUTES, *messages.ROUTES, *callbacks.ROUTES, *queues.ROUTES, *streams.ROUTES]
-    templates = {route.endpoint: route.path for route in routes}
-    inner = Starlette(routes=routes, exception_handlers={KwflowError: _refused, HTTPException: _unrouted, Gone: _gone, Exception: _refused})
-    inner.state.service = service
+    templates = {route.endpoint: route.path for route in ROUTES}
+    inner = Starlette(routes=ROUTES, exception_handlers={KwflowError: _refused, HTTPException: _unrouted, Gone: _gone, Exception: _refused})
+    inner.state.service, inner.state.registry = service, registry
     inner.router.redirect_slashes = False
 
     def template(scope: Scope) -> str:

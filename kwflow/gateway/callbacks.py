@@ -11,6 +11,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kwflow.errors import CommandError
+from kwflow.gateway.answers import Held
+from kwflow.gateway.operations import ANY, ENGINE, Operation
 from kwflow.gateway.problems import RequestError
 from kwflow.gateway.requests import Options, answer, any_body, options, segment, service_of, trace_of
 
@@ -20,8 +22,12 @@ PREFIX = "callback-"
 _OVER = ("not_found", "unknown_ref")
 
 
+@Operation("answer_callback", {202: Held, 204: None}, body=ANY, words=(*ENGINE, "discarded", "hold_full", "no_path", "nobody_waits"))
 async def _callback(request: Request) -> Response:
-    """204 applied; 202 kept, as the workflow is parked; 410 nobody waits (any more)."""
+    """Answer the wait that this URL stands for, whose ref begins with `callback-`.
+
+    JSON content types have to hold JSON, `text/*` is a string, anything else is JSON if it can be read so, else text.  Only 5xx are worth a repetition.
+    """
     id, ref = segment(request, "id"), segment(request, "ref")
     options(request, Options)
     if not ref.startswith(PREFIX):
@@ -34,7 +40,7 @@ async def _callback(request: Request) -> Response:
             raise RequestError("nobody_waits", f"{ref} of {id} was answered before, or is not waited for any more") from None
         if error.status != "held":
             raise
-        return answer(202, {"id": id, "status": "held"})
+        return answer(202, Held(id, "held"))
     return answer(204)
 
 

@@ -13,15 +13,16 @@ from starlette.responses import Response
 
 from kwflow.client import Client, Future, Outcome
 from kwflow.errors import CommandError, OutcomeError
+from kwflow.gateway.answers import Ended, Running
 from kwflow.gateway.problems import problem_of
 from kwflow.gateway.requests import answer, outcome_path, refusal, service_of
 
 __all__ = ["after_start", "ended", "event_of", "of_last_run", "told", "within"]
 
 
-def event_of(outcome: Outcome) -> dict[str, Any]:
+def event_of(outcome: Outcome) -> Ended:
     """An outcome as all bodies have it."""
-    return {"id": outcome.id, "start_id": outcome.start_id, "outcome": outcome.kind, "value": outcome.value}
+    return Ended(outcome.id, outcome.start_id, outcome.kind, outcome.value)
 
 
 def ended(outcome: Outcome) -> Response:
@@ -40,8 +41,7 @@ def told(future: Future[Any], id: str, start_id: str) -> Outcome:
 
 
 def _runs(request: Request, shown: dict[str, Any]) -> Response:
-    about = {"id": shown["id"], "start_id": shown["start_id"], "status": shown["status"]}
-    return answer(202, about, [("Location", outcome_path(request, shown["id"], shown["start_id"]))])
+    return answer(202, Running(shown["id"], shown["start_id"], shown["status"]), [("Location", outcome_path(request, shown["id"], shown["start_id"]))])
 
 
 def _kept(shown: dict[str, Any]) -> Outcome | None:

@@ -19,11 +19,11 @@ from kwflow.gateway.problems import RequestError, problem_of
 from kwflow.gateway.requests import refusal
 from kwflow.gateway.service import Service
 
-__all__ = ["Gate", "is_local", "known"]
+__all__ = ["CALLBACKS", "HEALTH", "Gate", "is_local", "known"]
 
 _HUNG_UP = 499  # as nginx has it: nobody was there to be answered
-_HEALTH = "/health"
-_CALLBACKS = "/callbacks/"  # their refs are permissions of their own
+HEALTH = "/health"
+CALLBACKS = "/callbacks/"  # their refs are permissions of their own
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:@/\[\]\s]+)(?::[0-9]{1,5})?")
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
@@ -52,7 +52,7 @@ class Gate:
                 status = message["status"]
             await send(message)
 
-        counted = path != _HEALTH  # who asks whether it lives is answered however many wait
+        counted = path != HEALTH  # who asks whether it lives is answered however many wait
         try:
             refused = self._refused(Request(scope), path)
             if refused is not None:
@@ -68,9 +68,9 @@ class Gate:
 
     def _refused(self, request: Request, path: str) -> RequestError | None:
         """Why it may not enter, if so."""
-        if path == _HEALTH:
+        if path == HEALTH:
             return None
-        if not path.startswith(_CALLBACKS):
+        if not path.startswith(CALLBACKS):
             if self._tokens and not self._knows(request.headers.get("authorization", "")):
                 return RequestError("unauthorized", "every path but /health and /callbacks takes a token")
             if not self._tokens and "origin" in request.headers:  # a page from anywhere, in the browser of somebody who reaches this address

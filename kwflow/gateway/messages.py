@@ -6,31 +6,33 @@ What has no answer of its own is 204 once it is committed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from kwflow.client import Client, Future
+from kwflow.gateway.answers import Made
+from kwflow.gateway.operations import ENGINE, HOLD, VALUE, Operation
 from kwflow.gateway.problems import RequestError
-from kwflow.gateway.requests import Options, Seconds, answer, body, checked_json, key_of_request, no_body, options, segment, service_of, trace_of
+from kwflow.gateway.requests import CommandId, Options, Seconds, StartId, answer, body, checked_json, key_of_request, no_body, options, segment, service_of, trace_of
 from kwflow.gateway.workflows import made
 
 __all__ = ["ROUTES"]
 
 
-class _Signal(Options, frozen=True):
-    ttl: Seconds | None = None
-    start: str | None = None
-    input: str = "null"
-    start_id: str | None = None
-    command_id: str | None = None
-
-
 class _Command(Options, frozen=True):
-    start_id: str | None = None
-    command_id: str | None = None
+    start_id: StartId | None = None
+    command_id: CommandId | None = None
+
+
+class _Signal(_Command, frozen=True):
+    ttl: Annotated[Seconds | None, Meta(description="Seconds after which it is not delivered any more.")] = None
+    start: Annotated[str | None, Meta(description="Start this workflow if the id does not run, with the signal in its mailbox, as the run that start_id names; empty: the default one.")] = None
+    input: Annotated[str, Meta(description="JSON, the input of that start.")] = "null"
 
 
 class _Reasoned(_Command, frozen=True):
@@ -38,15 +40,19 @@ class _Reasoned(_Command, frozen=True):
 
 
 class _Fork(_Command, frozen=True):
-    new_id: str | None = None
+    new_id: Annotated[str | None, Meta(description="Of the copy; without, the engine makes one.")] = None
 
 
 class _Answer(Options, frozen=True):
-    error: bool = False
+    error: Annotated[bool, Meta(description="Raise the value at the wait, as kw.WorkflowError.")] = False
 
 
+_RUNS = (*ENGINE, "bad_arguments", "not_found", "repeated")  # whoever is told something has to be there
+
+
+@Operation("signal_workflow", {204: None}, _Signal, VALUE, keyed=True, words=(*_RUNS, *HOLD, "bad_input", "full", "unknown_workflow"))
 async def _signal(request: Request) -> Response:
-    """With `start` it is signal-with-start; an empty one means the default workflow."""
+    """Put a value into the mailbox of a workflow; with `start`, also of one that is not there yet."""
     id, name, asked = segment(request, "id"), segment(request, "name"), options(request, _Signal)
     command_id = key_of_request(request, asked.command_id, "command_id")
     value, client = await body(request), await service_of(request).client()
@@ -67,14 +73,18 @@ def _input(text: str) -> msgspec.Raw:
         raise RequestError("bad_json", f"input is not JSON: {error}") from None
 
 
+@Operation("update_workflow", {200: Any}, _Command, VALUE, keyed=True, words=(*_RUNS, *HOLD, "ended", "full", "rejected"))
 async def _update(request: Request) -> Response:
+    """Send a value that the workflow answers; the reply is its answer."""
     id, name, asked = segment(request, "id"), segment(request, "name"), options(request, _Command)
     command_id = key_of_request(request, asked.command_id, "command_id")
     value, client = await body(request), await service_of(request).client()
     return answer(200, await service_of(request).reply(request, client.update(id, name, value, start_id=asked.start_id, command_id=command_id, headers=trace_of(request))))
 
 
+@Operation("answer_ref", {204: None}, _Answer, VALUE, words=(*ENGINE, *HOLD, "not_found", "unknown_ref"))
 async def _ref(request: Request) -> Response:
+    """Answer a wait with a value."""
     id, ref, asked = segment(request, "id"), segment(request, "ref"), options(request, _Answer)
     value, client = await body(request), await service_of(request).client()
     headers = trace_of(request)
@@ -83,7 +93,7 @@ async def _ref(request: Request) -> Response:
     return answer(204)
 
 
-def _reasoned(send: Callable[[Client, str, _Reasoned, str | None], Future[None]]) -> Callable[[Request], object]:
+def _reasoned(operation: Operation, said: str, send: Callable[[Client, str, _Reasoned, str | None], Future[None]]) -> Callable[[Request], object]:
     """cancel, terminate and pause differ in what is sent only."""
 
     async def endpoint(request: Request) -> Response:
@@ -94,10 +104,13 @@ def _reasoned(send: Callable[[Client, str, _Reasoned, str | None], Future[None]]
         await service_of(request).reply(request, send(client, id, asked, command_id))
         return answer(204)
 
-    return endpoint
+    endpoint.__doc__ = said
+    return operation(endpoint)
 
 
+@Operation("fork_workflow", {200: Made, 201: Made}, _Fork, keyed=True, words=(*_RUNS, "exists", "rejected"))
 async def _fork(request: Request) -> Response:
+    """Let a second instance go on, under another id, from where this one waits."""
     id, asked = segment(request, "id"), options(request, _Fork)
     command_id = key_of_request(request, asked.command_id, "command_id")
     await no_body(request)
@@ -105,12 +118,26 @@ async def _fork(request: Request) -> Response:
     return made(request, await service_of(request).reply(request, client.fork(id, asked.new_id, start_id=asked.start_id, command_id=command_id)))
 
 
-_cancel = _reasoned(lambda client, id, asked, command_id: client.cancel(id, asked.reason, start_id=asked.start_id, command_id=command_id))
-_terminate = _reasoned(lambda client, id, asked, command_id: client.terminate(id, asked.reason, start_id=asked.start_id, command_id=command_id))
-_pause = _reasoned(lambda client, id, asked, command_id: client.pause(id, asked.reason, start_id=asked.start_id, command_id=command_id))
+_cancel = _reasoned(
+    Operation("cancel_workflow", {204: None}, _Reasoned, keyed=True, words=(*_RUNS, *HOLD)),
+    "Raise Cancelled at the innermost waits of a workflow.",
+    lambda client, id, asked, command_id: client.cancel(id, asked.reason, start_id=asked.start_id, command_id=command_id),
+)
+_terminate = _reasoned(
+    Operation("terminate_workflow", {204: None}, _Reasoned, keyed=True, words=_RUNS),
+    "End a workflow without running its code.",
+    lambda client, id, asked, command_id: client.terminate(id, asked.reason, start_id=asked.start_id, command_id=command_id),
+)
+_pause = _reasoned(
+    Operation("pause_workflow", {204: None}, _Reasoned, keyed=True, words=_RUNS),
+    "Hold all that comes for a workflow from here on.",
+    lambda client, id, asked, command_id: client.pause(id, asked.reason, start_id=asked.start_id, command_id=command_id),
+)
 
 
+@Operation("unpause_workflow", {204: None}, _Command, keyed=True, words=_RUNS)
 async def _unpause(request: Request) -> Response:
+    """Apply what was held, in order, and go on."""
     id, asked = segment(request, "id"), options(request, _Command)
     command_id = key_of_request(request, asked.command_id, "command_id")
     await no_body(request)

@@ -5,13 +5,14 @@ A word names each kind of problem: the `status` of a CommandError as it is, or o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import UNSET, Meta, UnsetType
 
 from kwflow.errors import CommandError, KwflowError, OutcomeError, OutcomeUnknown, ProtocolError, TransportError, UsageError
 
-__all__ = ["KINDS", "Kind", "Problem", "RequestError", "problem_of"]
+__all__ = ["KINDS", "Details", "Kind", "Problem", "RequestError", "problem_of"]
 
 
 class Kind(msgspec.Struct, frozen=True):
@@ -22,11 +23,27 @@ class Kind(msgspec.Struct, frozen=True):
     remedy: str
 
 
+class Details(msgspec.Struct, frozen=True):
+    """What went wrong, and what to do (RFC 9457); more of it where more is known."""
+
+    type: Annotated[str, Meta(description="urn:kwflow:CODE.")]
+    title: Annotated[str, Meta(description="What kind of problem it is.")]
+    status: int
+    detail: Annotated[str, Meta(description="What is wrong with this request.")]
+    code: Annotated[str, Meta(description="The word to branch on; later versions may have more of them.")]
+    remedy: Annotated[str, Meta(description="What to do.")]
+    id: Annotated[str | UnsetType, Meta(description="The workflow.")] = UNSET
+    start_id: Annotated[str | UnsetType, Meta(description="Of the run that has ended so.")] = UNSET
+    outcome: Annotated[str | UnsetType, Meta(description="error, cancelled or terminated: how it ended (424).")] = UNSET
+    value: Annotated[Any, Meta(description="What it ended with, any JSON (424).")] = UNSET
+    command_id: Annotated[str | UnsetType, Meta(description="The Idempotency-Key under which to send it again (504).")] = UNSET
+
+
 class Problem(msgspec.Struct, frozen=True):
     """An answer that is no success; `body` is application/problem+json."""
 
     http: int
-    body: dict[str, Any]
+    body: Details
     headers: dict[str, str] = {}
 
 
@@ -114,5 +131,4 @@ def problem_of(error: Exception) -> Problem:
 def _problem(word: str, detail: str, more: dict[str, Any] | None = None) -> Problem:
     kind = KINDS.get(word, _ANOTHER)
     headers = {"Retry-After": str(_RETRY_AFTER_S)} if kind.http in (429, 503) else {"WWW-Authenticate": "Bearer"} if kind.http == 401 else {}
-    body = {"type": f"urn:kwflow:{word}", "title": kind.title, "status": kind.http, "detail": detail or kind.title, "code": word, "remedy": kind.remedy}
-    return Problem(kind.http, {**body, **(more or {})}, headers)
+    return Problem(kind.http, Details(f"urn:kwflow:{word}", kind.title, kind.http, detail or kind.title, word, kind.remedy, **(more or {})), headers)

@@ -18,8 +18,10 @@ from kwflow.core import queues, wire
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.wire import Headers
 from kwflow.errors import CommandError
+from kwflow.gateway.answers import LentCall, Locked
+from kwflow.gateway.operations import ENGINE, HOLD, VALUE, Operation
 from kwflow.gateway.problems import RequestError
-from kwflow.gateway.requests import Options, Seconds, answer, body, no_body, options, segment, service_of
+from kwflow.gateway.requests import Options, Wait, answer, body, no_body, options, segment, service_of
 from kwflow.worker import Lending
 
 __all__ = ["ROUTES", "travelling"]
@@ -27,16 +29,16 @@ __all__ = ["ROUTES", "travelling"]
 _LOCK_S_MAX = 86_400
 _OF_A_REQUEST = 1_000  # bytes of the headers by which a client has its reply
 _OVER = ("not_found", "unknown_ref")
-_Lock = Annotated[float, msgspec.Meta(gt=0, le=_LOCK_S_MAX)]
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+_Lock = Annotated[float, msgspec.Meta(gt=0, le=_LOCK_S_MAX, description="Seconds in which nobody else gets it.")]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, description="A name of the worker's choice, by which it has its locks.")]
 _Text = Annotated[str, msgspec.Meta(max_length=2_000)]
 
 
 class _Fetch(Options, frozen=True):
     worker: _Name
-    max: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
+    max: Annotated[int, msgspec.Meta(ge=1, le=100, description="So many calls at most.")] = 1
     lock: _Lock = 60
-    wait: Seconds = 0
+    wait: Wait = 0
 
 
 class _By(Options, frozen=True):
@@ -47,7 +49,7 @@ class _Locking(_By, frozen=True):
     lock: _Lock = 60
 
 
-class _Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An attempt failed: it is tried again as the activity's `Retry` says, unless `final`."""
 
     message: _Text
@@ -56,7 +58,7 @@ class _Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     final: bool = False
 
 
-class _Rejected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Rejected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An outcome that is no result, a kw.BusinessError at the yield: never tried again."""
 
     code: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
@@ -71,9 +73,10 @@ def _lending(request: Request) -> Lending:
     return lendings[name]
 
 
+@Operation("fetch_calls", {200: list[LentCall]}, _Fetch, words=("no_queue",))
 async def _fetch(request: Request) -> Response:
-    """The calls, locked; an empty list when there was none within `wait` seconds."""
-    lending, asked, service = _lending(request), options(request, _Fetch), service_of(request)
+    """Lock calls that nobody else has, the oldest first; an empty list if there was none within `wait` seconds."""
+    asked, lending, service = options(request, _Fetch), _lending(request), service_of(request)
     give_up = time.monotonic() + service.seconds(asked.wait)
     await no_body(request)
     while True:
@@ -81,13 +84,13 @@ async def _fetch(request: Request) -> Response:
         left = give_up - time.monotonic()
         if calls or left <= 0 or service.ending:
             until_ms = (time.time_ns() // 1_000_000) + round(asked.lock * 1000)
-            return answer(200, [{**_shown(call, service.config.resume_topic), "locked_until": until_ms} for call in calls])
+            return answer(200, [_shown(call, service.config.resume_topic, until_ms) for call in calls])
         await service.first(request, left, lending.lent.arrival(), ends=True)
 
 
-def _shown(call: Dispatch, resume_topic: str) -> dict[str, Any]:
+def _shown(call: Dispatch, resume_topic: str, until_ms: int) -> LentCall:
     """The value of the call's record, and its headers."""
-    return {**msgspec.json.decode(queues.handed_out(call, resume_topic)), "headers": wire.shown_headers(call.headers)}
+    return LentCall(**msgspec.structs.asdict(queues.job_of(call, resume_topic)), headers=wire.shown_headers(call.headers), locked_until=until_ms)
 
 
 def _mine(request: Request, lending: Lending, worker: str) -> tuple[str, str]:
@@ -101,8 +104,8 @@ def _mine(request: Request, lending: Lending, worker: str) -> tuple[str, str]:
 
 async def _answered(request: Request, payload: Any, failed: bool) -> Response:
     """204 once it is committed; 404 if nobody waits for it any more."""
-    lending = _lending(request)
-    id, ref = _mine(request, lending, options(request, _By).worker)
+    by, lending = options(request, _By), _lending(request)
+    id, ref = _mine(request, lending, by.worker)
     headers = travelling(lending.lent.headers(id, ref), service_of(request).config.header_bytes_max)
     client = await service_of(request).client()
     try:
@@ -120,17 +123,26 @@ def travelling(headers: Headers, bytes_max: int) -> Headers:
     return headers if wire.header_bytes(headers) + _OF_A_REQUEST <= bytes_max else ()
 
 
+_ANSWER = (*ENGINE, *HOLD, "locked", "no_queue", "not_found", "unknown_ref")
+
+
+@Operation("complete_call", {204: None}, _By, VALUE, words=_ANSWER)
 async def _complete(request: Request) -> Response:
+    """The call has been done; the body is its result."""
     return await _answered(request, await body(request), False)
 
 
+@Operation("fail_call", {204: None}, _By, Failed, words=(*_ANSWER, "bad_arguments"))
 async def _fail(request: Request) -> Response:
-    said = await _said(request, _Failed)
+    """The attempt has failed: it is tried again as the activity's `Retry` says, unless `final`."""
+    said = await _said(request, Failed)
     return await _answered(request, {"kind": "activity", **said}, True)
 
 
+@Operation("reject_call", {204: None}, _By, Rejected, words=(*_ANSWER, "bad_arguments"))
 async def _reject(request: Request) -> Response:
-    said = await _said(request, _Rejected)
+    """The call has an outcome that is no result, a kw.BusinessError at the yield: never tried again."""
+    said = await _said(request, Rejected)
     return await _answered(request, {"kind": "business", **said}, True)
 
 
@@ -141,19 +153,22 @@ async def _said(request: Request, kind: type[msgspec.Struct]) -> dict[str, Any]:
         raise RequestError("bad_arguments", f"the body: {error}") from None
 
 
+@Operation("extend_call", {200: Locked}, _Locking, words=("locked", "no_queue", "not_locked"))
 async def _extend(request: Request) -> Response:
-    """From now on for so long; a lock that is over cannot be extended (ET-18)."""
-    lending, asked = _lending(request), options(request, _Locking)
+    """Lock it from now on for so long; a lock that is over cannot be extended."""
+    asked, lending = options(request, _Locking), _lending(request)
     id, ref = _mine(request, lending, asked.worker)
     await no_body(request)
     if not lending.lent.extend(id, ref, asked.worker, asked.lock):
         raise RequestError("not_locked", f"{ref} of {id} is not locked by {asked.worker} (any more)")
-    return answer(200, {"locked_until": (time.time_ns() // 1_000_000) + round(asked.lock * 1000)})
+    return answer(200, Locked((time.time_ns() // 1_000_000) + round(asked.lock * 1000)))
 
 
+@Operation("release_call", {204: None}, _By, words=("locked", "no_queue"))
 async def _release(request: Request) -> Response:
-    lending = _lending(request)
-    id, ref = _mine(request, lending, options(request, _By).worker)
+    """Somebody else may have it."""
+    by, lending = options(request, _By), _lending(request)
+    id, ref = _mine(request, lending, by.worker)
     await no_body(request)
     lending.lent.release(id, ref)
     return answer(204)

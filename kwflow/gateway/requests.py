@@ -21,13 +21,19 @@ from kwflow.errors import UsageError
 from kwflow.gateway.problems import Problem, RequestError
 from kwflow.gateway.service import Gone, Service
 
-__all__ = ["Options", "Seconds", "answer", "any_body", "body", "checked_json", "key_of_request", "no_body", "options", "outcome_path", "query", "refusal", "segment", "service_of", "workflow_path"]
+__all__ = [
+    "CommandId", "Options", "Seconds", "StartId", "Wait", "answer", "any_body", "body", "checked_json", "key_of_request", "no_body", "options", "outcome_path", "query", "refusal", "segment",
+    "service_of", "trace_of", "workflow_path",
+]  # fmt: skip
 
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
 _T = TypeVar("_T", bound="Options")
+_KEY_CHARACTERS_MAX = 1200  # as wire.py takes them
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Wait = Annotated[Seconds, msgspec.Meta(description="Seconds to hold the answer, at most gateway_wait_s_max (300).")]
+StartId = Annotated[str, msgspec.Meta(description="Of that run of the workflow only.", extra_json_schema={"minLength": 1, "maxLength": _KEY_CHARACTERS_MAX})]
+CommandId = Annotated[str, msgspec.Meta(description="Makes it be done once however often it is sent.", extra_json_schema={"minLength": 1, "maxLength": _KEY_CHARACTERS_MAX})]
 _READ_S = 30  # for the body: who sends it more slowly takes a place from others
 _TRACE_CHARACTERS_MAX = 1_000
-_KEY_CHARACTERS_MAX = 1200  # as wire.py takes them
 _NULL = msgspec.Raw(b"null")
 
 

@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -21,7 +23,8 @@ from starlette.types import Receive, Scope, Send
 from kwflow.client import Client, Outcome
 from kwflow.errors import TransportError, UsageError
 from kwflow.gateway import endings
-from kwflow.gateway.requests import query, service_of
+from kwflow.gateway.operations import ENGINE, Operation, Text
+from kwflow.gateway.requests import Options, query, service_of
 from kwflow.gateway.service import Service, hung_up
 
 __all__ = ["PING_S", "ROUTES", "UNREAD_BYTES_MAX"]
@@ -31,7 +34,13 @@ UNREAD_BYTES_MAX = 8_000_000  # of one stream: eight outcomes of the largest siz
 _LAST_S = 1.0  # for what is under way when a stream ends: who reads has it by then
 _IDS_MAX = 100  # of one stream: they all are in its URL
 _FIRST = b"retry: 1000\n\n"  # ms after which a browser connects again
-_KNOWN = {"id", "ended"}
+
+
+class _Followed(Options, frozen=True):
+    """As `_asked` takes them."""
+
+    id: Annotated[list[str], Meta(min_length=1, max_length=_IDS_MAX, description="The workflows.")]
+    ended: Annotated[bool, Meta(description="First of each id the last run, if it has ended.")] = False
 
 
 class _Stream(Response):
@@ -153,8 +162,8 @@ class _Stream(Response):
 def _asked(request: Request) -> tuple[list[str], bool]:
     """Ids, each once, and whether what has ended is told, too.  Raises UsageError."""
     for name, _ in query(request):
-        if name not in _KNOWN:
-            raise UsageError(f"options: unknown {name[:100]!r}; there are: {', '.join(sorted(_KNOWN))}")
+        if name not in _Followed.__struct_fields__:
+            raise UsageError(f"options: unknown {name[:100]!r}; there are: {', '.join(_Followed.__struct_fields__)}")
     ids, ended = list(dict.fromkeys(request.query_params.getlist("id"))), request.query_params.get("ended", "false")
     if not 1 <= len(ids) <= _IDS_MAX:
         raise UsageError(f"name 1 to {_IDS_MAX} ids, as in ?id=a&id=b, not {len(ids)}; take more streams for more")
@@ -163,7 +172,16 @@ def _asked(request: Request) -> tuple[list[str], bool]:
     return ids, ended == "true"
 
 
+_EVENTS = Text(
+    "text/event-stream",
+    "Server-Sent Events: `event: outcome`, whose data is an Ended; a comment comes every 30 s.",
+    'event: outcome\ndata: {"id":"a","start_id":"f3a9","outcome":"result","value":{"paid":true}}\n\n',
+)
+
+
+@Operation("follow_outcomes", {200: _EVENTS}, _Followed, words=ENGINE)
 async def _outcomes(request: Request) -> Response:
+    """Outcomes of these workflows as they come, as Server-Sent Events; from the status line on none is missed."""
     ids, ended = _asked(request)
     stream = _Stream(service_of(request), await service_of(request).client(), ids)
     await stream.begin(request, ended)

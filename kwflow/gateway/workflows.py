@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from typing import Annotated
 
+from msgspec import Meta
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,8 +14,10 @@ from starlette.routing import Route
 from kwflow.client import Run
 from kwflow.errors import UsageError
 from kwflow.gateway import endings
-from kwflow.gateway.requests import Options, Seconds, answer, body, key_of_request, options, query, segment, service_of, trace_of, workflow_path
-from kwflow.runners.instances import asked_for, since_ms
+from kwflow.gateway.answers import Ended, Made, Running, Workflow, Workflows
+from kwflow.gateway.operations import ENGINE, HOLD, VALUE, Operation
+from kwflow.gateway.requests import Options, StartId, Wait, answer, body, key_of_request, options, query, segment, service_of, trace_of, workflow_path
+from kwflow.runners.instances import STATUSES, asked_for, since_ms
 
 __all__ = ["ROUTES", "made"]
 
@@ -22,24 +26,38 @@ _ROWS, _ROWS_MAX = 100, 1000
 
 
 class _Start(Options, frozen=True):
-    workflow: str | None = None
-    start_id: str | None = None
-    wait: Seconds | None = None
+    workflow: Annotated[str | None, Meta(description="Its name; without, the default one.")] = None
+    start_id: Annotated[StartId | None, Meta(description="Makes it one run however often it is sent, also after its end.")] = None
+    wait: Wait | None = None
 
 
 class _Of(Options, frozen=True):
-    start_id: str | None = None
+    start_id: StartId | None = None
 
 
 class _Outcome(Options, frozen=True):
-    start_id: str | None = None
-    wait: Seconds = 0
+    start_id: StartId | None = None
+    wait: Wait = 0
+
+
+class _Listed(Options, frozen=True):
+    """As `asked_for` takes them; `since` is told in ms then."""
+
+    status: Annotated[str | None, Meta(extra_json_schema={"enum": list(STATUSES)})] = None
+    workflow: Annotated[str | None, Meta(description="The name of the workflow.")] = None
+    id: Annotated[str | None, Meta(description="How the id begins, or * and what is in it.")] = None
+    since: Annotated[str | None, Meta(description="When it changed last: 30m, 2h or 7d ago, or a time like 2026-01-31T12:00 (UTC).")] = None
+    where: Annotated[list[str] | None, Meta(description="NAME=VALUE of what kw.set_status was given, dotted where it nests; each has to be so.")] = None
+    limit: Annotated[int, Meta(ge=1, le=_ROWS_MAX)] = _ROWS
 
 
 def made(request: Request, run: Run) -> Response:
     """201 with its place; 200 if this start had been made before (K20)."""
-    about = {"id": run.id, "start_id": run.start_id, "new": run.new}
-    return answer(201 if run.new else 200, about, [("Location", workflow_path(request, run.id))])
+    return answer(201 if run.new else 200, Made(run.id, run.start_id, run.new), [("Location", workflow_path(request, run.id))])
+
+
+_STARTS = {200: (Ended, Made), 201: Made, 202: Running}
+_START_WORDS = (*ENGINE, *HOLD, "bad_input", "cancelled", "error", "exists", "terminated", "unknown_workflow")
 
 
 async def _start(request: Request) -> Response:
@@ -57,9 +75,15 @@ async def _start(request: Request) -> Response:
 
 
 class _Workflows(HTTPEndpoint):
+    @Operation("start_new_workflow", _STARTS, _Start, VALUE, keyed=True, words=_START_WORDS)
     async def post(self, request: Request) -> Response:
+        """Start a workflow under an id that is made of its start_id; the body is its input.
+
+        With `wait` the answer is its outcome: 200 for a result, 202 if it has not ended, 424 for any other end.
+        """
         return await _start(request)
 
+    @Operation("list_workflows", {200: Workflows}, _Listed, words=("outcome_unknown", "unreachable"))
     async def get(self, request: Request) -> Response:
         """The newest of those that are asked for, and how many there are of each status."""
         given = [(name, f"{since_ms(value):.0f}" if name == "since" else value) for name, value in query(request)]
@@ -71,18 +95,26 @@ class _Workflows(HTTPEndpoint):
 
 
 class _Workflow(HTTPEndpoint):
+    @Operation("start_workflow", _STARTS, _Start, VALUE, keyed=True, words=_START_WORDS)
     async def post(self, request: Request) -> Response:
+        """Start a workflow; the body is its input.
+
+        With `wait` the answer is its outcome: 200 for a result, 202 if it has not ended, 424 for any other end.
+        """
         return await _start(request)
 
+    @Operation("get_workflow", {200: Workflow}, _Of, words=(*ENGINE, "not_found"))
     async def get(self, request: Request) -> Response:
-        """What a query tells."""
+        """What a query tells: its status, what it waits for, how it has ended.  None of its code runs."""
         id, asked = segment(request, "id"), options(request, _Of)
         client = await service_of(request).client()
         shown = await service_of(request).reply(request, client.query(id, start_id=asked.start_id))
         return answer(200, shown)
 
 
+@Operation("get_outcome", {200: Ended, 202: Running}, _Outcome, words=(*ENGINE, "cancelled", "error", "not_found", "terminated"))
 async def _outcome(request: Request) -> Response:
+    """How it has ended, or does within `wait`: 200 for a result, 424 for any other end."""
     id, asked = segment(request, "id"), options(request, _Outcome)
     seconds, client = service_of(request).seconds(asked.wait), await service_of(request).client()
     return await endings.within(request, client, id, asked.start_id, seconds)

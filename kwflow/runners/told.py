@@ -11,11 +11,11 @@ import msgspec
 
 from kwflow.errors import CorruptSnapshotError
 
-__all__ = ["check_rows", "checked_header"]
+__all__ = ["Cancel", "Forked", "Outcome", "Parked", "Row", "Wait", "check_rows", "checked_header"]
 
 
-class _Wait(msgspec.Struct):
-    """As snapshot.waits_of has it."""
+class Wait(msgspec.Struct):
+    """What a workflow waits for."""
 
     ref: str
     kind: str
@@ -31,60 +31,72 @@ class _Wait(msgspec.Struct):
     line: int = 0
 
 
-class _Parked(msgspec.Struct):
+class Parked(msgspec.Struct):
+    """Why it is parked or paused, and by which record."""
+
     reason: str
     message: str
     offset: int
     was: str | None = None
+    paused: str | None = None
 
 
-class _Outcome(msgspec.Struct):
+class Outcome(msgspec.Struct):
+    """How it has ended; `value` is JSON as text, null if it is too large to be kept here."""
+
     kind: str
     value: str | None
     at: dict[str, str | int] = {}
 
 
-class _Cancel(msgspec.Struct):
+class Cancel(msgspec.Struct):
+    """It was cancelled, and why."""
+
     reason: str
     at: float
 
 
-class _Forked(msgspec.Struct):
+class Forked(msgspec.Struct):
+    """What it is a fork of."""
+
     id: str
+    start_id: str = ""
 
 
 class _Told(msgspec.Struct):
     """What is told of a header: nobody else looks whether it is what it should be, and one that is not would hide all others."""
 
     workflow: str
-    waits: list[_Wait]
+    waits: list[Wait]
     start_id: str = ""
     created: float = 0
     updated: float = 0
     ended: float = 0
     applied: tuple[str, int, int] | None = None
-    parked: _Parked | None = None
-    outcome: _Outcome | None = None
-    cancel: _Cancel | None = None
+    parked: Parked | None = None
+    outcome: Outcome | None = None
+    cancel: Cancel | None = None
     parent: str = ""
-    forked: _Forked | None = None
+    forked: Forked | None = None
     mailbox: dict[str, dict[str, int]] = {}
     updates: dict[str, Any] = {}
 
 
-class _Row(msgspec.Struct):
-    """As row_of makes them."""
+class Row(msgspec.Struct):
+    """A workflow in a list; `changed` in milliseconds since 1970."""
 
     id: str
     workflow: str
     status: str
     changed: float
-    waits: list[_Wait]
-    outcome: _Outcome | None = None
+    waits: list[Wait]
+    start_id: str = ""
+    status_value: Any = None
+    outcome: Outcome | None = None
 
 
 class _Rows(msgspec.Struct):
-    rows: list[_Row]
+    rows: list[Row]
     counts: dict[str, int]
 
 
@@ -101,4 +113,4 @@ def checked_header(header: dict[str, Any]) -> dict[str, Any]:
 
 def check_rows(answer: Any) -> None:
     """Raises msgspec.ValidationError."""
-    msgspec.convert(answer, list[_Row] | _Rows)
+    msgspec.convert(answer, list[Row] | _Rows)

@@ -22,6 +22,7 @@ from kwflow.gateway.service import Service
 from kwflow.gateway.tls import Certificate, certificate_of
 from kwflow.runners import outside
 from kwflow.worker import Lending
+from tests.described import check
 
 DEADLINE_S = 30
 
@@ -37,7 +38,7 @@ class Serving:
         self.server = Server(self.service, tls)
         self._thread = threading.Thread(target=self.server.run, args=([self.sock],), daemon=True)
         self._thread.start()
-        self.http = httpx.Client(base_url=self.url, timeout=DEADLINE_S, trust_env=False, verify=verified(tls))
+        self.http = httpx.Client(base_url=self.url, timeout=DEADLINE_S, trust_env=False, verify=verified(tls), event_hooks={"response": [check]})
 
     def close(self) -> None:
         self.http.close()
@@ -67,7 +68,7 @@ class Stream:
 
     def __init__(self, serving: Serving, *ids: str, **options: str) -> None:
         self.events: queue.Queue[Any] = queue.Queue()
-        self.http = httpx.Client(base_url=serving.url, timeout=DEADLINE_S, trust_env=False, verify=verified(certificate_of(serving.service.config, "gateway")))
+        self.http = httpx.Client(base_url=serving.url, timeout=DEADLINE_S, trust_env=False, verify=verified(certificate_of(serving.service.config, "gateway")), event_hooks={"response": [check]})
         self.answer = self.http.send(self.http.build_request("GET", "/outcomes", params=[*(("id", id) for id in ids), *options.items()]), stream=True)
         assert (self.answer.status_code, self.answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
         self._thread = threading.Thread(target=self._read, daemon=True)

@@ -16,6 +16,7 @@ from kwflow.config import Config
 from kwflow.errors import TransportError
 from kwflow.gateway import streams
 from kwflow.runners.hosted import Hosted
+from tests.described import GATEWAY
 from tests.embedded.serving import DEADLINE_S, Serving, Stream
 from tests.embedded.test_client import workflows
 
@@ -262,6 +263,25 @@ def test_pause_unpause_and_fork(http: httpx.Client) -> None:
     assert http.get(f"{forked.headers['location']}/outcome", params={"wait": 20}).json()["value"] == 2
     assert http.post("/workflows/w/unpause").status_code == 204
     assert http.post("/workflows/w/fork", params={"new_id": "w2"}).json()["id"] == "w2"
+
+
+# -- the document ------------------------------------------------------------------------------------------------------
+def test_it_answers_as_its_openapi_document_says(make: Callable[..., Serving]) -> None:
+    """As it does in all other tests here: `Serving` looks at every answer."""
+    serving = make()
+    http, stream = serving.http, Stream(serving, "b", "c")
+    answers = [
+        http.post("/workflows/b?workflow=ask", json={"customer": "Ada"}), http.get("/workflows/b"), http.get("/workflows?where=asked.customer=Ada"), http.get("/workflows/b/outcome"),
+        http.post("/workflows/b/signals/hello", json=1), http.post("/workflows/b/fork"), http.post("/workflows/b/refs/answer", json=[]), http.get("/workflows/b/outcome?wait=20"),
+        http.post("/workflows/c?workflow=fail&wait=20"), http.post("/callbacks/b/callback-1"), http.post("/queues/q/fetch?worker=w"), http.get("/openapi.json"), http.get("/health"),
+    ]  # fmt: skip
+    assert [(GATEWAY.check(answer), answer.status_code) for answer in answers] == [
+        ("start_workflow", 201), ("get_workflow", 200), ("list_workflows", 200), ("get_outcome", 202), ("signal_workflow", 204), ("fork_workflow", 201), ("answer_ref", 204),
+        ("get_outcome", 200), ("start_workflow", 424), ("answer_callback", 410), ("fetch_calls", 404), ("get_openapi", 200), ("get_health", 200),
+    ]  # fmt: skip
+    assert answers[11].json() == GATEWAY.document
+    for _ in range(2):
+        GATEWAY.check_value({"$ref": "#/components/schemas/Ended"}, stream.next())
 
 
 # -- callbacks ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from kwflow.gateway.queues import travelling
 from kwflow.gateway.service import Service
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.instances import newest_of
+from tests.described import check
 
 ROOT = pathlib.Path(__file__).parents[2]
 DONE = {"ok", "delivered", "started", "duplicate"}
@@ -43,17 +44,17 @@ BODY_MAX = 100
 )  # fmt: skip
 def test_each_error_is_one_status(error: Exception, http: int, code: str) -> None:
     problem = problem_of(error)
-    assert (problem.http, problem.body["status"], problem.body["code"], problem.body["type"]) == (http, http, code, f"urn:kwflow:{code}")
-    assert problem.body["detail"] and problem.body["remedy"] and "secret" not in problem.body["detail"]
+    assert (problem.http, problem.body.status, problem.body.code, problem.body.type) == (http, http, code, f"urn:kwflow:{code}")
+    assert problem.body.detail and problem.body.remedy and "secret" not in problem.body.detail
     assert ("Retry-After" in problem.headers) == (http in (429, 503))
 
 
 def test_what_an_error_knows_is_in_the_body() -> None:
     """RFC 9457: members of its own."""
     unknown = problem_of(OutcomeUnknown("no reply", "id")).body
-    assert unknown["command_id"] == "id"
+    assert unknown.command_id == "id"
     ended = problem_of(OutcomeError("error", {"code": 7}, "w", "s")).body
-    assert (ended["id"], ended["start_id"], ended["outcome"], ended["value"]) == ("w", "s", "error", {"code": 7})
+    assert (ended.id, ended.start_id, ended.outcome, ended.value) == ("w", "s", "error", {"code": 7})
 
 
 def replied() -> Iterator[str]:
@@ -114,7 +115,9 @@ class Asking:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(self.application), base_url="http://gateway") as http:
                 return await http.request(method, path, **more)
 
-        return asyncio.run(ask())
+        answer = asyncio.run(ask())
+        check(answer)
+        return answer
 
     @property
     def written(self) -> int:
