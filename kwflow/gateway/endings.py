@@ -29,7 +29,8 @@ def ended(outcome: Outcome) -> Response:
     """424 for what is no result: no fault of the request, which a client or proxy would repeat after a 5xx, but of what it depended on."""
     if outcome.kind == "result":
         return answer(200, event_of(outcome))
-    return refusal(problem_of(OutcomeError(outcome.kind, outcome.value, outcome.id, outcome.start_id)))
+    value = msgspec.json.decode(outcome.value) if isinstance(outcome.value, msgspec.Raw) else outcome.value  # people read it in `detail`
+    return refusal(problem_of(OutcomeError(outcome.kind, value, outcome.id, outcome.start_id)))
 
 
 def told(future: Future[Any], id: str, start_id: str) -> Outcome:

@@ -160,6 +160,7 @@ def test_what_is_no_result_has_a_status_of_its_own_and_the_outcome_in_the_body(h
         assert http.post(f"/workflows/{op}/{op}", params={"reason": "why"}).status_code == 204
         ended = http.get(f"/workflows/{op}/outcome", params={"wait": 20})
         assert (ended.status_code, said(ended)["outcome"], said(ended)["value"], said(ended)["start_id"]) == (424, outcome, value, started.json()["start_id"])
+        assert said(ended)["detail"] == f"{op}: {outcome}: {value}"
 
 
 def test_the_outcome_of_an_earlier_run_and_one_that_is_too_large_for_its_entry_are_found_in_the_topic(http: httpx.Client) -> None:
