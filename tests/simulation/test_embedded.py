@@ -16,9 +16,11 @@ from kwflow import api, durable
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
+from kwflow.feeds import Feed
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.state import EmbeddedStore
+from kwflow.runners.feeds import FeedProcessor
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
@@ -283,6 +285,18 @@ def test_a_timer_whose_cancel_lies_behind_a_full_batch_does_not_fire(tmp_path: p
     while engine.step([timers]):
         continue
     assert engine.read("workflow-resume") == []
+    engine.close()
+
+
+def test_what_a_feed_has_read_is_an_output_and_stays_for_others(tmp_path: pathlib.Path) -> None:
+    """Decision 0058."""
+    engine, _, _ = made(tmp_path, embedded_retention_ms=1_000)
+    processor = FeedProcessor(engine.limits, Feed("numbers", lambda number: None))
+    engine.append("numbers", None, b"1")
+    with engine_process():
+        assert engine.step([processor], lambda _: None) == 1
+    engine.clock.ms += 1_000  # type: ignore[attr-defined]
+    assert engine.trim([processor]) == 0 and len(engine.read("numbers")) == 1
     engine.close()
 
 

@@ -383,9 +383,13 @@ class Embedded:
         return made
 
     def trim(self, processors: Sequence[Processor]) -> int:
-        """Delete consumed input records and events of the history older than the retention, and replies after an hour, as one range each; outputs stay for their readers.  How many."""
+        """Delete consumed input records and events of the history older than the retention, and replies after an hour, as one range each; how many.
+
+        Outputs stay for their readers, those that a feed has read, too.
+        """
         self._trim_next = time.monotonic() + _TRIM_S
-        inputs = sum(self._trim(processor.input_topic, self.position(processor.input_topic), self.limits.embedded_retention_ms) for processor in processors)
+        own = [processor.input_topic for processor in processors if processor.changelog_topic]
+        inputs = sum(self._trim(topic, self.position(topic), self.limits.embedded_retention_ms) for topic in own)
         history = self._trim(self.limits.history_topic, self.end(self.limits.history_topic), self.limits.embedded_retention_ms) if self.limits.history_topic else 0
         return inputs + history + self._trim(self.limits.reply_topic, self.end(self.limits.reply_topic), _REPLY_MS)
 
