@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -97,17 +97,14 @@ class Feed:
         if self._hints is None:
             said = f"the feed of {self.topic}, {self._place},"
             parameters = [parameter for parameter in typed.signature_of(self.function).parameters.values() if parameter.default is parameter.empty]
-            try:
-                known = typing.get_type_hints(self.function, include_extras=True)
-            except Exception as error:  # an annotation is any expression
-                raise UsageError(f"{said} has an annotation that cannot be resolved: {error}") from None
-            hints = [known.get(parameter.name, Any) for parameter in parameters]
+            hints = [typed.hint_of(f"the parameter {parameter.name} of the feed of {self.topic} ({self._place})", self.function, parameter) for parameter in parameters]
+            hints = [Record if typing.get_origin(hint) is Annotated and hint.__origin__ is Record else hint for hint in hints]
             records = [hint for hint in hints if hint is Record]
             named = any(parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) for parameter in parameters)
             if named or len(records) > 1 or not 0 < len(hints) <= 1 + len(records):
                 raise UsageError(f"{said} takes the value of a record, or the whole of it (annotated kw.Record), or both, and nothing else")
-            if (refused := next((why for hint in hints if hint is not Record and (why := typed.unchecked(hint)) is not None), None)) is not None:
-                raise UsageError(f"{said} has an annotation with {refused}")
+            if (mixed := next((hint for hint in hints if _holds_record(hint)), None)) is not None:
+                raise UsageError(f"{said} is annotated with {mixed}: a record is always there, one at a time, and annotated kw.Record")
             self._hints = hints
         return self._hints
 
@@ -146,6 +143,10 @@ class Feed:
         raise UsageError(f"a feed returns None, a message or several (kw.Start, kw.Signal, kw.Resume, kw.Cancel), not {made!r}")
 
 
+def _holds_record(hint: Any) -> bool:
+    return any(part is Record or _holds_record(part) for part in typing.get_args(hint))
+
+
 def _output(message: object, topic: str, headers: Headers, limits: Limits) -> Output:
     """Raises UsageError for what no engine would take."""
     match message:
@@ -162,6 +163,8 @@ def _output(message: object, topic: str, headers: Headers, limits: Limits) -> Ou
             answer = {"value": message.value} if message.error is msgspec.UNSET else {"error": message.error}
             value, mine = _json(message, wire.json_dumps, {"ref": message.ref, **answer}), ()
         case Cancel():
+            if not isinstance(message.reason, str) or len(message.reason) > wire.REASON_CHARACTERS_MAX:
+                raise UsageError(f"a reason is a str of up to {wire.REASON_CHARACTERS_MAX} characters, not {message.reason!r}")
             value, mine = _json(message, wire.json_dumps, {"reason": message.reason}), (("kwflow-op", b"cancel"), *_id_header("kwflow-id", message.command_id))
         case _:
             raise UsageError(f"the messages of a feed are kw.Start, kw.Signal, kw.Resume and kw.Cancel, not {message!r}")
@@ -169,13 +172,15 @@ def _output(message: object, topic: str, headers: Headers, limits: Limits) -> Ou
         raise UsageError(f"a workflow id is a str, not {message.id!r}")
     if len(value) > limits.value_bytes_max:
         raise UsageError(f"a message has {len(value)} bytes, more than {limits.value_bytes_max} (limit value_bytes_max); send a reference to it, or raise it")
+    if (size := wire.header_bytes(headers) + wire.header_bytes(mine)) > limits.header_bytes_max:
+        raise UsageError(f"a message has headers of {size} bytes with those of the record, more than {limits.header_bytes_max} (limit header_bytes_max)")
     return Output(topic, wire.key_of(message.id), value, (*headers, *mine))
 
 
 def _signal(message: Signal) -> bytes:
     arguments: dict[str, Any] = {"name": checked_name(message.name, "a signal"), "value": message.value}
     if message.start is not None:
-        arguments["start"] = {"workflow": _name_of(message.start), "input": msgspec.Raw(_json(message, typed.input_json, message.input))}
+        arguments["start"] = {"workflow": checked_name(_name_of(message.start), "a workflow"), "input": msgspec.Raw(_json(message, typed.input_json, message.input))}
     elif message.input is not None:
         raise UsageError("kw.Signal(input=...) is for the workflow that start= names")
     return _json(message, wire.json_dumps, arguments)

@@ -19,7 +19,7 @@ import msgspec
 from kwflow.core import outcomes, wire
 from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
 
-__all__ = ["from_plain", "input_hints", "input_json", "rebuilt_input", "signature_of", "to_plain", "unchecked"]
+__all__ = ["from_plain", "hint_of", "input_hints", "input_json", "rebuilt_input", "signature_of", "to_plain", "unchecked"]
 
 _PLAIN = (type(None), bool, int, float, str)
 _JSON: tuple[Any, ...] = (None, True, 1, 1.0, "", [], {})
@@ -99,33 +99,32 @@ def input_hints(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
     found = {}
     for name, function in functions.items():
         said = f"the input of workflow {name!r} ({getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)})"
-        try:
-            hint = _hint_of(function)
-            refused = next(_refused(msgspec.inspect.type_info(hint), True, set()), None)
-        except Exception as error:  # an annotation is any expression
-            remedy = "it has to be there when the engine runs, not only `if TYPE_CHECKING`" if isinstance(error, NameError) else "without an annotation it is the JSON as it is"
-            raise UsageError(f"{said}: its annotation cannot be resolved: {error}; {remedy}") from None
-        if refused is not None:
-            raise UsageError(f"{said} is annotated with {refused}")
+        target = inspect.unwrap(getattr(function, "__func__", function))
+        parameter = next(iter(signature_of(function).parameters.values()), None) if isinstance(target, types.FunctionType) else None
+        hint = hint_of(said, target, parameter) if parameter is not None else Any
         if not _says_nothing(hint):
             found[name] = hint
     return found
 
 
-def _says_nothing(hint: Any) -> bool:
-    return hint in (Any, object, dict) or (typing.get_origin(hint) is dict and typing.get_args(hint) in ((str, Any), (str, object)))
-
-
-def _hint_of(function: Callable[..., Any]) -> Any:
-    """The annotation of the first parameter, Any without one; the others, and that of the result, may name what only type checkers know."""
-    target = inspect.unwrap(getattr(function, "__func__", function))
-    if not isinstance(target, types.FunctionType):
-        return Any
-    parameter = next(iter(signature_of(function).parameters.values()), None)
-    if parameter is None or parameter.annotation is parameter.empty:
+def hint_of(said: str, function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
+    """The annotation of a parameter, Any without one; the others, and that of the result, may name what only type checkers know.  Raises UsageError for one that can rebuild nothing."""
+    if parameter.annotation is parameter.empty:
         return Any
     alone = types.SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
-    return typing.get_type_hints(alone, target.__globals__, include_extras=True)[parameter.name]
+    try:
+        hint = typing.get_type_hints(alone, inspect.unwrap(function).__globals__, include_extras=True)[parameter.name]
+        refused = next(_refused(msgspec.inspect.type_info(hint), True, set()), None)
+    except Exception as error:  # an annotation is any expression
+        remedy = "it has to be there when the engine runs, not only `if TYPE_CHECKING`" if isinstance(error, NameError) else "without an annotation it is the JSON as it is"
+        raise UsageError(f"{said}: its annotation cannot be resolved: {error}; {remedy}") from None
+    if refused is not None:
+        raise UsageError(f"{said} is annotated with {refused}")
+    return hint
+
+
+def _says_nothing(hint: Any) -> bool:
+    return hint in (Any, object, dict) or (typing.get_origin(hint) is dict and typing.get_args(hint) in ((str, Any), (str, object)))
 
 
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:

@@ -22,6 +22,7 @@ __all__ = [
     "DELAY_MS_MAX",
     "LEVELS_MAX",
     "OPS",
+    "REASON_CHARACTERS_MAX",
     "UNREADABLE",
     "Address",
     "Command",
@@ -56,7 +57,8 @@ Headers = tuple[tuple[str, bytes | None], ...]
 DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer one is a mistake in units
 LEVELS_MAX = 200  # of values in one another: any Python can read, save and write so many, from any depth of calls (3.11 saves some 450)
 UNREADABLE = ("kwflow-unreadable", b"")  # in place of headers whose names are not UTF-8
-_Text = Annotated[str, msgspec.Meta(max_length=1000)]
+REASON_CHARACTERS_MAX = 1000
+_Text = Annotated[str, msgspec.Meta(max_length=REASON_CHARACTERS_MAX)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 _Ttl = Annotated[int, msgspec.Meta(gt=0, le=DELAY_MS_MAX)]
 _HEADER_CHARACTERS_MAX = 1200  # ids of runs, requests and commands: a child's start id holds its parent's id and a ref

@@ -150,7 +150,7 @@ class FeedProcessor:
             decision = self._fed.ask(self.feed, record, received_ms)
             made.append(decision)
             if budget is not None:
-                budget.take(sum([len(output.key or b"") + len(output.value or b"") for output in decision.outputs]))
+                budget.take(sum([len(output.key or b"") + len(output.value or b"") + wire.header_bytes(output.headers) for output in decision.outputs]))
                 if budget.spent():
                     break
         return made

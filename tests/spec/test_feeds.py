@@ -74,9 +74,10 @@ def test_a_feed_is_given_the_value_as_annotated_the_record_or_both() -> None:
     """Decision 0058."""
     for parameters, shown in (
         ("event: Event", "[event.n, None]"), ("event: dict", "[event['n'], None]"), ("event", "[event['n'], None]"), ("record: kw.Record", "[len(record.value), record.timestamp_ms]"),
-        ("event: Event, record: kw.Record", "[event.n, record.key.decode()]"), ("record: 'kw.Record', event: 'Event', more=5", "[event.n, more]"),
+        ("event: Event, record: kw.Record", "[event.n, record.key.decode()]"), ("record: 'kw.Record', event: 'Event', more: 'OfTypeCheckers' = 5", "[event.n, more]"),
+        ("record: Annotated[kw.Record, 'of others']", "[len(record.value), record.timestamp_ms]"),
     ):  # fmt: skip
-        tester, topic = engine_of(f"\n@kw.feed(TOPIC)\ndef fed({parameters}):\n    return kw.Start('w', {shown})\n")
+        tester, topic = engine_of(f"\nfrom typing import Annotated\n\n@kw.feed(TOPIC)\ndef fed({parameters}) -> 'OfTypeCheckers':\n    return kw.Start('w', {shown})\n")
         tester.send("key", b'{"id": "w", "n": 7}', topic=topic)
         assert tester.result("w") in ([7, None], [19, tester.now_ms], [7, "key"], [7, 5])
 
@@ -125,7 +126,8 @@ def test_a_value_that_is_not_as_annotated_is_a_dead_letter(value: bytes | None, 
     ("return kw.Start('')", "1 to 512 bytes"), ("return kw.Start(5)", "a workflow id is a str"), ("return kw.Start('a', object())", "kw.Start for 'a' cannot be sent"),
     ("return kw.Start('a', start_id='')", "start_id is a str"), ("return kw.Start('a', workflow=main)", "a message of a feed takes the name of a workflow"),
     ("return kw.Start('a', 'x' * 1_100_000)", "value_bytes_max"), ("return kw.Signal('a', '')", "the name of a signal"), ("return kw.Signal('a', 's', 'x' * 300_000)", "mailbox_bytes_max"),
-    ("return kw.Signal('a', 's', input=5)", "start= names"), ("return kw.Resume('a', 5)", "a ref is a str"),
+    ("return kw.Signal('a', 's', input=5)", "start= names"), ("return kw.Resume('a', 5)", "a ref is a str"), ("return kw.Signal('a', 's', start='x' * 201)", "1 to 200 characters"),
+    ("return kw.Cancel('a', 'x' * 1_001)", "a reason is a str of up to 1000"), ("return kw.Cancel('a', 5)", "a reason is a str"),
     ("return (kw.Start('a') for _ in iter(int, 1))", "outputs_max"), ("return (kw.Start('a', 'x' * 900_000) for _ in iter(int, 1))", "output_bytes_max"),
 ])  # fmt: skip
 def test_what_a_feed_raises_or_cannot_mean_makes_a_dead_letter_and_nothing_of_it_is_done(body: str, message: str) -> None:
@@ -200,18 +202,18 @@ def test_what_cannot_be_a_feed_is_refused_when_its_module_is_loaded(source: str,
 
 @pytest.mark.parametrize(("parameters", "why"), [
     ("", "takes the value"), ("a, b", "takes the value"), ("*a", "takes the value"), ("*, a", "takes the value"), ("a: kw.Record, b: kw.Record", "takes the value"),
-    ("a: 'Nothing'", "cannot be resolved"),
+    ("a: 'Nothing'", "cannot be resolved"), ("a: kw.Record | None", "annotated kw.Record"), ("a: list[kw.Record]", "annotated kw.Record"), ("a: 'Other'", "cannot be rebuilt"),
 ])  # fmt: skip
 def test_a_feed_that_could_not_be_called_is_refused_when_it_is_to_run(parameters: str, why: str) -> None:
     """Its annotations may name what stands further down in its module."""
-    _, topic = loaded(f"\n@kw.feed(TOPIC)\ndef fed({parameters}): ...\n")
+    _, topic = loaded(f"\n@kw.feed(TOPIC)\ndef fed({parameters}): ...\n\nclass Other: ...\n")
     with pytest.raises(kw.UsageError, match=why):
         FeedProcessor(Config(), feeds.registered_feeds()[topic])
 
 
 def test_a_feed_is_called_with_what_an_engine_could_do_with() -> None:
-    """Limits of an engine hold here, too: a record of others that is too large is a dead letter."""
-    module, topic = loaded("\n@kw.feed(TOPIC)\ndef fed(event): ...\n")
+    """Limits of an engine hold here, too: a record of others that is too large is a dead letter, and one whose message would be."""
+    _, topic = loaded("\n@kw.feed(TOPIC)\ndef fed(event): ...\n")
     processor = FeedProcessor(Config(value_bytes_max=100, header_bytes_max=20), feeds.registered_feeds()[topic])
     record: Any = kw.Record(topic, 3, 9, 1, b"k", b'"%s"' % (b"x" * 100), (("kwflow-request", b"r"), ("kwflow-reply-to", b"0/p")))
     for one in (record, kw.Record(topic, 3, 9, 1, b"k", b"1", (("a", b"x" * 30),))):
@@ -219,4 +221,8 @@ def test_a_feed_is_called_with_what_an_engine_could_do_with() -> None:
         assert said(decision.outputs[0], "reason") == "too-large" and decision.outputs[0].timestamp_ms == 77, "the letter is kept from now on, however old the record"
         assert not decision.replies, "an address in a record of others is not ours"
     assert feeds.registered_feeds()[topic].outputs(kw.Record(topic, 0, 0, 0, None, b"1"), "resume", Limits()) == ()
+    _, topic = loaded("\n@kw.feed(TOPIC)\ndef fed(event): return kw.Start('a', start_id=event)\n")
+    for theirs, fits in ((b"x" * 8, True), (b"x" * 9, False)):
+        made = FeedProcessor(Config(header_bytes_max=30), feeds.registered_feeds()[topic]).decide(None, [kw.Record(topic, 0, 0, 0, None, b'"runs"', (("abc", theirs),))], 0)  # type: ignore[arg-type]
+        assert (made[0].counts == ("fed",)) == fits and (fits or "header_bytes_max" in (said(made[0].outputs[0], "message") or ""))
     assert header(record, "kwflow-request") == "r"
