@@ -24,11 +24,13 @@ from kwflow.runners import parked
 from kwflow.runners.parked import dead_letter
 from kwflow.runners.watchdog import Watchdog
 
-__all__ = ["OP", "FeedProcessor", "Fed", "again"]
+__all__ = ["OP", "Fed", "FeedProcessor", "again", "is_letter"]
 
 OP = "feed"  # `kwflow-op` of a record whose feed is to be asked once more
 _FED, _KEY = "kwflow-feed", "kwflow-feed-key"
+_THEIRS = "kwflow-feed-header-"  # before the names of headers that are another application's: no engine may read them as ours
 _MARK = "kwflow-error-feed"
+_ADDED = len(parked.SAID) + 1  # headers of ours, the mark last, behind those that the record had: these may have the same names
 _SAID_CHARACTERS = 10_000
 
 
@@ -74,7 +76,7 @@ class Fed:
     def refuse_again(self, record: Record, reason: str) -> Decision:
         """One whose messages the log would not take."""
         try:
-            return _letter(self.config, _first(record), "refused", reason, record.timestamp_ms)
+            return _letter(self.config, _first(record), "refused", reason, None)
         except ProtocolError as error:
             return parked.dead(self.config, record, error.reason, str(error), record.timestamp_ms)
 
@@ -85,14 +87,9 @@ def _first(record: Record) -> Record:
         place = msgspec.json.decode(wire.header(record, _FED) or "", type=_Place)
     except msgspec.DecodeError as error:
         raise ProtocolError(f"op {OP} is of kwflow dead-letters retry alone: header {_FED}: {error}", "bad-header") from None
-    key, headers, ours = None, list[tuple[str, bytes | None]](), {"kwflow-op", _FED, _KEY}  # each once, behind those that the record had
-    for name, value in reversed(record.headers):
-        if name not in ours:
-            headers.insert(0, (name, value))
-        elif name == _KEY:
-            key = value
-        ours.discard(name)
-    return Record(place.topic, place.partition, place.offset, place.timestamp_ms, key, record.value, tuple(headers))
+    key = next((value for name, value in record.headers if name == _KEY), None)
+    headers = tuple((name.removeprefix(_THEIRS), value) for name, value in record.headers if name.startswith(_THEIRS) or not name.startswith("kwflow-"))
+    return Record(place.topic, place.partition, place.offset, place.timestamp_ms, key, record.value, headers)
 
 
 def _said(error: BaseException, feed: Feed) -> str:
@@ -101,26 +98,31 @@ def _said(error: BaseException, feed: Feed) -> str:
     return f"{describe_error(error)[:_SAID_CHARACTERS]} ({file}:{next((frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == file), line)})"
 
 
-def _letter(config: Config, record: Record, reason: str, message: str, received_ms: int) -> Decision:
-    """A dead letter that is known for a feed's, and is kept from now on, however old the record.
+def _letter(config: Config, record: Record, reason: str, message: str, received_ms: int | None) -> Decision:
+    """A dead letter that is known for a feed's, and is kept from now on (None: the runner knows when), however old the record, or far in the future.
 
     Headers of ours that the record bears are another application's, and nobody here waits for an answer to them.
     """
-    letter = dead_letter(config, record, reason, message, received_ms)
+    letter = dead_letter(config, record, reason, message, record.timestamp_ms if received_ms is None else received_ms)
     marked = msgspec.structs.replace(letter, headers=(*letter.headers, (_MARK, record.topic.encode())), timestamp_ms=received_ms)
     return Decision((marked,), (f"dead letter {record.topic}[{record.partition}]@{record.offset}: {message}",), ("dead-letter",))
 
 
+def is_letter(letter: Record) -> bool:
+    """Whether a feed's processor wrote it: a record that bears the header may have become somebody else's letter."""
+    return len(letter.headers) >= _ADDED and letter.headers[-1][0] == _MARK
+
+
 def again(config: Config, letter: Record, said: Callable[[str], str | None]) -> Output | None:
     """What asks the feed of this letter's record once more; None for a letter of anybody else.  `said`: what its headers say."""
-    if said("feed") is None:
+    if not is_letter(letter):
         return None
     topic = said("topic") or ""
     try:
         place = _Place(topic, *(int(said(name) or "") for name in ("partition", "offset", "timestamp")))
     except ValueError:  # somebody else's letter, under our name
         return None
-    headers = tuple(pair for pair in letter.headers if not pair[0].startswith("kwflow-error-"))
+    headers = tuple((f"{_THEIRS}{name}" if name.startswith("kwflow-") else name, value) for name, value in letter.headers[:-_ADDED])
     mine = (("kwflow-op", OP.encode()), (_FED, msgspec.json.encode(place)), *(((_KEY, letter.key),) if letter.key is not None else ()))
     return Output(config.resume_topic, f"{topic}/{place.partition}/{place.offset}".encode(), letter.value, (*headers, *mine))
 
@@ -156,7 +158,7 @@ class FeedProcessor:
         return made
 
     def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
-        return _letter(self.config, record, "refused", reason, record.timestamp_ms)
+        return _letter(self.config, record, "refused", reason, None)
 
     def due(self, state: Changes, now_ms: int, limit: int) -> None:
         return None

@@ -110,8 +110,11 @@ def _closed(settings: Config, letters: dict[str, Record], op: str, write: Write)
 
 
 def _is_remnant(letter: Record) -> bool:
-    """Of a record whose letter would have been too much (K11).  Sent again it would be an empty one, whose own letter hides where the first is."""
-    return letter.value is None and said_of(letter, "reason") == "refused"
+    """Of a record whose letter would have been too much (K11).  Sent again it would be an empty one, whose own letter hides where the first is.
+
+    A feed's that is empty is that of a tombstone.
+    """
+    return letter.value is None and said_of(letter, "reason") == "refused" and not feeds.is_letter(letter)
 
 
 def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: str | None) -> tuple[list[str], dict[str, Record]]:

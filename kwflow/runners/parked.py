@@ -20,7 +20,8 @@ from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 
 __all__ = [
-    "ADDRESS", "DRAINED_MAX", "HOLD", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "hold_again", "holds", "is_paused", "park", "park_rest", "release", "remnant",
+    "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "hold_again", "holds", "is_paused", "park", "park_rest", "release",
+    "remnant",
 ]  # fmt: skip
 
 DRAINED_MAX = 500
@@ -29,6 +30,7 @@ _MESSAGE_CHARACTERS = 300
 _SAID_CHARACTERS = 10_000  # it is in a header of the dead letter, and of the snapshot
 _KEY_BYTES_MAX = 10_000
 ADDRESS = ("kwflow-request", "kwflow-reply-to")
+SAID = ("reason", "message", "topic", "partition", "offset", "timestamp", "at")  # in headers `kwflow-error-` of a dead letter, behind those that its record had
 
 
 class _Held(Record, frozen=True):
@@ -39,8 +41,8 @@ class _Held(Record, frozen=True):
 
 def dead_letter(config: Config, record: Record, reason: str, message: str, received_ms: int) -> Output:
     """The original key, value and headers, and which record it was, why and when."""
-    said = {"reason": reason, "message": message, "topic": record.topic, "partition": record.partition, "offset": record.offset, "timestamp": record.timestamp_ms, "at": received_ms}
-    headers = tuple((f"kwflow-error-{name}", str(value).encode("utf-8", "replace")) for name, value in said.items())
+    said = (reason, message, record.topic, record.partition, record.offset, record.timestamp_ms, received_ms)
+    headers = tuple((f"kwflow-error-{name}", str(value).encode("utf-8", "replace")) for name, value in zip(SAID, said, strict=True))
     return Output(config.dead_letter_topic, record.key, record.value, (*record.headers, *headers), record.timestamp_ms)
 
 

@@ -6,6 +6,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 import kwflow as kw
@@ -14,7 +15,7 @@ from kwflow.config import Config
 from kwflow.core.contract import Limits
 from kwflow.core.wire import Output, header
 from kwflow.runners.feeds import FeedProcessor
-from kwflow.runners.letters import _closing
+from kwflow.runners.letters import _closing, _is_remnant
 from kwflow.testing import WorkflowTester
 
 _count = itertools.count()
@@ -67,7 +68,7 @@ def letters(tester: WorkflowTester) -> list[tuple[str | None, str | None]]:
 
 
 def said(output: Output, name: str) -> str | None:
-    return next((value.decode() for key, value in output.headers if key == f"kwflow-error-{name}" and value is not None), None)
+    return next((value.decode() for key, value in reversed(output.headers) if key == f"kwflow-error-{name}" and value is not None), None)
 
 
 def test_a_feed_is_given_the_value_as_annotated_the_record_or_both() -> None:
@@ -162,7 +163,9 @@ def fed(event: Event, record: kw.Record):
         raise ValueError("not yet")
     return kw.Start(event.id, [record.topic, record.partition, record.offset, record.timestamp_ms, record.key is None, [list(map(str, pair)) for pair in record.headers]])
 """)
-    tester.send(None, b'{"id": "w"}', {"a": "b", "kwflow-op": "theirs"}, topic=topic)
+    theirs = {"a": "b", "kwflow-op": "x", "kwflow-feed": "x", "kwflow-feed-key": "y", "kwflow-feed-header-a": "z", "kwflow-parent": "p|0:1", "kwflow-forwarded": "0"}
+    theirs |= {"kwflow-error-reason": "of a letter of theirs", "kwflow-error-feed": topic}
+    tester.send(None, b'{"id": "w"}', theirs, topic=topic)
     first = tester.now_ms
     tester.now_ms += 5_000
 
@@ -171,6 +174,8 @@ def fed(event: Event, record: kw.Record):
         record = kw.Record(letter.topic, 0, len(others), tester.now_ms, letter.key, letter.value, letter.headers)
         sent = _closing(tester.config, "0:0", record, True).records[0]
         assert sent.topic == tester.config.resume_topic and sent.key == f"{topic}/0/0".encode()
+        assert [name for name, _ in sent.headers if name in theirs] == ["a", "kwflow-op", "kwflow-feed"], "an engine reads none of theirs as ours"
+        sent = msgspec.structs.replace(sent, headers=(*sent.headers, ("kwflow-original-timestamp", b"5"), ("kwflow-forwarded", b"2")))  # as it is after a move, or a limit that was raised
         tester._log(sent)
 
     again()
@@ -178,7 +183,30 @@ def fed(event: Event, record: kw.Record):
     tester.globals_check.active = False
     feeds.registered_feeds()[topic].function.__globals__["mended"] = True
     again()
-    assert tester.result("w") == [topic, 0, 0, first, True, [["a", "b'b'"], ["kwflow-op", "b'theirs'"]]]
+    assert tester.result("w") == [topic, 0, 0, first, True, [[name, str(value.encode())] for name, value in theirs.items()]]
+
+
+def test_a_letter_is_a_feeds_if_its_processor_wrote_it_whatever_headers_the_record_had() -> None:
+    """K13: another's goes where it came from."""
+    tester, topic = engine_of("")
+    tester.send("w", b"new:{", {"kwflow-error-feed": topic})
+    letter = tester.outputs[-1]
+    sent = _closing(tester.config, "0:0", kw.Record(letter.topic, 0, 0, 5, letter.key, letter.value, letter.headers), True).records[0]
+    assert (sent.key, sent.value) == (b"w", b"new:{") and "kwflow-op" not in dict(sent.headers)
+
+
+def test_the_letter_of_a_record_that_kills_is_kept_from_now_on_and_may_be_that_of_a_tombstone() -> None:
+    """K11, K13, K19: by the time of its record retention would take it at once, or the broker refuse it; empty it is no remnant."""
+    tester, topic = engine_of("\n@kw.feed(TOPIC)\ndef fed(record: kw.Record): return kw.Start(str(record.timestamp_ms), record.value)\n")
+    processor = FeedProcessor(tester.config, feeds.registered_feeds()[topic])
+    for timestamp_ms in (0, 1 << 42):
+        [letter] = processor.refuse(None, kw.Record(topic, 3, 9, timestamp_ms, b"k", None), "it kills").outputs  # type: ignore[arg-type]
+        assert letter.timestamp_ms is None and said(letter, "timestamp") == str(timestamp_ms)
+        record = kw.Record(letter.topic, 0, 0, 5, letter.key, None, letter.headers)
+        assert not _is_remnant(record)
+        tester._log(_closing(tester.config, "0:0", record, True).records[0])
+        tester._work()
+        assert tester.result(str(timestamp_ms)) is None
 
 
 def test_what_asks_a_feed_again_and_is_no_letter_of_one_is_refused() -> None:

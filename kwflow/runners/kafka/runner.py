@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import msgspec
 from confluent_kafka import KafkaError, KafkaException
 
 from kwflow.config import Config
@@ -316,7 +317,7 @@ class KafkaRunner:
             if refused is None:
                 decisions, done[number] = self._decide(overlay, mine, budget)
             elif bare:
-                decisions, done[number] = [remnant(self.config, record, refused, self.clock.now_ms()) for record in mine], mine
+                decisions, done[number] = [self._remnant(record, refused) for record in mine], mine
             else:
                 decisions, done[number] = [self._refuse(overlay, record, refused) for record in mine], mine
             for made, record in zip(decisions, done[number], strict=True):
@@ -346,6 +347,10 @@ class KafkaRunner:
     def _refuse(self, overlay: Overlay, record: Record, why: str) -> Decision:
         """An instance that it would park is on another partition, if the record should be there, too (K6)."""
         return self.processor.refuse(overlay, record, why) if self._at_home(record) else dead(self.config, record, "refused", why, self.clock.now_ms())
+
+    def _remnant(self, record: Record, why: str) -> Decision:
+        """Headers of a topic that is somebody else's are no address of ours: nobody is answered."""
+        return remnant(self.config, record if self.processor.changelog_topic else msgspec.structs.replace(record, headers=()), why, self.clock.now_ms())
 
     def _fire(self) -> None:
         for partition in list(self.owned.values()):
