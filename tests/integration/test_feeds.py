@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from confluent_kafka import Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
+from confluent_kafka import KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewPartitions, NewTopic, ResourceType
 
 from kwflow.config import Config
 from kwflow.core.wire import Record, header
@@ -178,6 +178,48 @@ def test_a_topic_that_is_made_anew_shortened_or_given_partitions_is_read_on(site
     site.event("start", "anew", 6)
     site.feed("one")
     assert site.results(7)["anew"] == 12
+
+
+def test_a_topic_that_is_made_anew_while_it_is_read_is_read_from_its_begin(site: Feeds) -> None:
+    """Nothing is lost silently: the consumer would go on at the offset where it was in the old one."""
+    site.engine("one", MODULE)
+    site.feed("one", "--processes", "2")
+    for number in range(20):
+        site.event("start", f"first-{number}", number)
+    site.results(20)
+    site.admin.delete_topics([site.events])[site.events].result(20)
+
+    def made() -> bool:
+        try:
+            site.admin.create_topics([NewTopic(site.events, 4, 1)])[site.events].result(20)
+        except KafkaException:  # it is not gone yet
+            return False
+        return True
+
+    site.wait(made)
+    site.others = Producer({"bootstrap.servers": site.broker, "log_level": 0})
+    for number in range(60):
+        site.others.produce(site.events, json.dumps({"kind": "start", "id": f"anew-{number}", "number": number}), None, 0)
+    assert site.others.flush(20) == 0
+    site.wait(lambda: "it is read from its begin" in site.said())
+    expected = {*(f"first-{number}".encode() for number in range(20)), *(f"anew-{number}".encode() for number in range(60))}
+    site.wait(lambda: {record.key for record in kafka_link.read(site.config, site.topic("result"))} == expected)
+
+
+def test_what_the_broker_takes_no_letter_of_answers_nobody_whatever_its_headers_say(site: Feeds) -> None:
+    """K11: only where it is is kept of a record that is too large for our topics; headers of kwflow in a topic of others are no address of ours."""
+    larger = ConfigResource(ResourceType.TOPIC, site.events, incremental_configs=[ConfigEntry("max.message.bytes", "4000000", incremental_operation=AlterConfigOpType.SET)])
+    site.admin.incremental_alter_configs([larger])[larger].result(20)
+    site.others = Producer({"bootstrap.servers": site.broker, "log_level": 0, "message.max.bytes": 4_000_000})
+    site.engine("one", MODULE, True, "--with-feeds")
+    waiting = site.application.encode()  # the topic of replies is one for all tests
+    site.others.produce(site.events, b"new:" + random.Random(5).randbytes(3_000_000), "k", 0, headers={"kwflow-parent": waiting + b"|0:1", "kwflow-request": b"r", "kwflow-reply-to": b"0/" + waiting})
+    site.event("start", "next", 4)
+    assert site.results(1) == {"next": 8}
+    site.wait(site.letters)
+    [letter] = site.letters()
+    assert (letter.key, letter.value, header(letter, "kwflow-error-reason"), header(letter, "kwflow-error-offset")) == (b"k", None, "refused", "0")
+    assert not any(record.key == waiting for topic in (site.topic("resume"), site.config.reply_topic) for record in kafka_link.read(site.config, topic))
 
 
 def test_feeds_that_nobody_runs_are_told_of_and_what_cannot_be_a_feed_is_wrong_usage(site: Feeds, tmp_path: pathlib.Path) -> None:

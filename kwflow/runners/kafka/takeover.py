@@ -18,12 +18,12 @@ from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.code import take_over
 from kwflow.runners.kafka.environment import Consumer
 from kwflow.runners.kafka.fencing import Fencing, Leftovers
+from kwflow.runners.kafka.foreign import Foreign
 from kwflow.runners.kafka.member import END_WAIT_MS, TRANSACTION_S, Member, again
 from kwflow.runners.kafka.orphans import Orphans
 from kwflow.runners.kafka.owners import Owner, Owners
 from kwflow.runners.kafka.standby import Cleanup, Copies, Standby
 from kwflow.runners.kafka.state import MOVED, POSITION, NoStore, Partition, PartitionStore, Restore, agreed
-from kwflow.runners.logs import Line
 
 __all__ = ["Takeover"]
 
@@ -55,6 +55,7 @@ class Takeover:
         self._owners = owners
         self._former: dict[int, Owner | None] = {}  # who had what was assigned and is not owned yet
         self._stuck_since: dict[int, float] = {}
+        self._foreign = None if member.processor.changelog_topic else Foreign(member)
         self._fencing = Fencing(member)
         self._leftovers = Leftovers(member, self._fencing)
         self._attempts = attempts
@@ -146,8 +147,9 @@ class Takeover:
     # -- restore, then own -----------------------------------------------------------------------------------------
     def turn(self) -> None:
         """Restore what was assigned, a slice at a time, then read from the committed offset on."""
-        if not self.member.processor.changelog_topic:
-            self._count_again()
+        if self._foreign is not None:
+            self._foreign.look({number: partition.position for number, partition in self.owned.items()})
+            self._count_again(self._foreign)
         self._ask_for_former()
         until = self.member.environment.monotonic() + _SLICE_S
         moved = self._restore(until)
@@ -159,11 +161,11 @@ class Takeover:
         if not self._leftovers.turn() and not self._stuck_since:
             self._fencing.release()
 
-    def _count_again(self) -> None:
+    def _count_again(self, foreign: Foreign) -> None:
         """A topic of somebody else's may get more partitions; made anew with fewer it is assigned, to who is started again, as it was before."""
         if max(self.assigned, default=0) < self._partitions:
             return
-        self._partitions = topics.describe(self.member.admin, self.member.config, self._topic)[1]
+        self._partitions = foreign.count()
         if max(self.assigned) >= self._partitions:
             self._join_again(f"{self._topic} has only {self._partitions} partitions now")
 
@@ -285,7 +287,7 @@ class Takeover:
         failed = next((where.error for where in found if where.error is not None and not topics.transient(where.error)), None)
         if failed is not None:
             raise KafkaException(failed)
-        return {where.partition: where.offset for where in found if where.error is None}
+        return {where.partition: where.offset if self._foreign is None else self._foreign.noted(where) for where in found if where.error is None}
 
     def _store(self, number: int) -> PartitionStore:
         member = self.member
@@ -319,8 +321,8 @@ class Takeover:
                 continue
             if position is None:
                 position = committed if committed != OFFSET_INVALID else begin
-            if not member.processor.changelog_topic:
-                position = self._there(where, position, begin, end)
+            if self._foreign is not None:
+                position = self._foreign.there(where, position, begin, end)
             if position < begin and not member.config.accept_offset_reset:
                 raise TransportError(
                     f"{where}: {position} would be next, and its log begins at {begin}: retention has deleted what was there, applied or not; --accept-offset-reset goes on from the begin",
@@ -341,15 +343,6 @@ class Takeover:
         self._resume(ready)
         for number, partition in ready.items():
             member.on_log(f"{member.group}: owns {self._topic}[{number}] from {partition.position}")
-
-    def _there(self, where: str, position: int, begin: int, end: int) -> int:
-        """Where a topic of somebody else's is read on from, whose retention is theirs, and who may make it anew: no reason to stand still."""
-        if begin <= position <= end:
-            return position
-        deleted = f"retention deleted {begin - position} records before {self.member.group} read them"
-        anew = f"it ends at {end}, before {position}, which would be next: it was made anew, or has lost its last records"
-        self.member.on_log(Line.of(f"{where}: {deleted if position < begin else anew}; it is read from {begin} on", "error"))
-        return begin
 
     def _resume(self, numbers: Iterable[int]) -> None:
         """Fetched at once: librdkafka's thread of a broker, if it has nothing else to do, looks a second later; any request to it wakes it.

@@ -103,7 +103,8 @@ class Transactions:
             elif message.topic() == changelog:
                 reached[message.partition() or 0] = max(reached.get(message.partition() or 0, 0), (message.offset() or 0) + 1)
 
-        offsets = [TopicPartition(member.processor.input_topic, number, position) for number, position in batch.positions.items()]
+        note = "" if changelog else member.incarnation  # of a topic that is somebody else's, who may make it anew meanwhile
+        offsets = [TopicPartition(member.processor.input_topic, number, position, note) for number, position in batch.positions.items()]
         begun = time.perf_counter()
         try:
             self._producer.begin_transaction()
@@ -117,7 +118,7 @@ class Transactions:
             self._again(lambda: self._producer.send_offsets_to_transaction(offsets, group, 10), 10)
             self._again(lambda: self._producer.commit_transaction(30))
         except KafkaException as error:
-            self._abort(error.args[0], failures, {changelog or member.processor.input_topic, *(output.topic for output in batch.outputs)})
+            self._abort(error.args[0], failures, {output.topic for output in batch.outputs} | ({changelog} if changelog else set()) or {member.processor.input_topic})
         self.aborts = 0
         self.stats.commits.observe(time.perf_counter() - begun)
         return reached
