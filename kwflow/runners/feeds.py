@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 import msgspec
 
@@ -37,7 +38,7 @@ _SAID_CHARACTERS = 10_000
 class _Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which record it was."""
 
-    topic: str
+    topic: Annotated[str, msgspec.Meta(max_length=249)]  # it is in each header of a letter, and in a line of the log
     partition: int
     offset: int
     timestamp_ms: int
@@ -95,7 +96,8 @@ def _first(record: Record) -> Record:
 def _said(error: BaseException, feed: Feed) -> str:
     """What the feed raised, or made us raise, and where in it."""
     file, line = feed.function.__code__.co_filename, feed.function.__code__.co_firstlineno
-    return f"{describe_error(error)[:_SAID_CHARACTERS]} ({file}:{next((frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == file), line)})"
+    said = " ".join(describe_error(error)[:_SAID_CHARACTERS].split())  # it is a line of the log, and what is in it may be from the record
+    return f"{said} ({file}:{next((frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == file), line)})"
 
 
 def _letter(config: Config, record: Record, reason: str, message: str, received_ms: int | None) -> Decision:

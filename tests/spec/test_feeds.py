@@ -122,7 +122,8 @@ def test_a_value_that_is_not_as_annotated_is_a_dead_letter(value: bytes | None, 
 
 
 @pytest.mark.parametrize(("body", "message"), [
-    ("raise LookupError('gone')", "LookupError: gone (feeds_"), ("raise SystemExit(5)", "SystemExit: 5"), ("kw.output('x', 'y')", "only inside a running workflow step"),
+    ("raise LookupError('gone')", "LookupError: gone (feeds_"), ("raise LookupError('a\\nb')", "LookupError: a b (feeds_"),
+    ("raise SystemExit(5)", "SystemExit: 5"), ("kw.output('x', 'y')", "only inside a running workflow step"),
     ("return 5", "not 5"), ("return [kw.Start('a'), 'b']", "not 'b'"), ("return {'id': 5}", "not {'id': 5}"), ("yield kw.Start(event.id); raise ValueError('half')", "half"),
     ("return kw.Start('')", "1 to 512 bytes"), ("return kw.Start(5)", "a workflow id is a str"), ("return kw.Start('a', object())", "kw.Start for 'a' cannot be sent"),
     ("return kw.Start('a', start_id='')", "start_id is a str"), ("return kw.Start('a', workflow=main)", "a message of a feed takes the name of a workflow"),
@@ -212,10 +213,10 @@ def test_the_letter_of_a_record_that_kills_is_kept_from_now_on_and_may_be_that_o
 def test_what_asks_a_feed_again_and_is_no_letter_of_one_is_refused() -> None:
     """G3."""
     tester, topic = engine_of("")
-    for fed in (None, "{", '{"topic": 5}'):
+    for fed in (None, "{", '{"topic": 5}', json.dumps({"topic": "t" * 250, "partition": 0, "offset": 5, "timestamp_ms": 0})):
         tester.send("k", b"1", {"kwflow-op": "feed", **({"kwflow-feed": fed} if fed else {})})
     tester.send("k", b"1", {"kwflow-op": "feed", "kwflow-feed": json.dumps({"topic": topic, "partition": 0, "offset": 5, "timestamp_ms": 0})})
-    assert [reason for reason, _ in letters(tester)] == ["bad-header"] * 3 + ["unknown-feed"]
+    assert [reason for reason, _ in letters(tester)] == ["bad-header"] * 4 + ["unknown-feed"]
 
 
 @pytest.mark.parametrize(("source", "why"), [
