@@ -29,6 +29,7 @@ class Foreign:
         self._topic = member.processor.input_topic
         self._look_at = member.environment.monotonic() + _LOOK_S
         self._reached: dict[int, int] = {}
+        self._known: set[int] = set()  # partitions whose committed offset is one of this topic, as its note says
 
     def look(self, reached: dict[int, int]) -> None:
         """Asked in every turn, with the positions.  Raises TransportError once another topic has the name.
@@ -58,6 +59,8 @@ class Foreign:
 
         Copied to another cluster it has the note of the first: who wants it says so.
         """
+        if where.metadata == self._member.incarnation:
+            self._known.add(where.partition)
         if not where.metadata or where.metadata == self._member.incarnation or self._member.config.accept_offset_reset:
             return where.offset
         self._check()  # it may be this process that knows only the old one
@@ -65,14 +68,18 @@ class Foreign:
         self._say(f"{place} was made anew while {self._member.group} read it, up to {where.offset}: it is read from its begin, some of it again; what was left of the old one is lost")
         return OFFSET_INVALID
 
-    def there(self, where: str, position: int, begin: int, end: int) -> int:
-        """Where it is read on from."""
+    def there(self, number: int, position: int, begin: int, end: int) -> int:
+        """Where this partition is read on from."""
         if begin <= position <= end:
             return position
-        deleted = f"retention deleted {begin - position} records before {self._member.group} read them"
-        anew = f"it ends at {end}, before {position}, which would be next: it was made anew, or has lost its last records"
-        self._say(f"{where}: {deleted if position < begin else anew}; it is read from {begin} on")
-        return begin
+        if position < begin:
+            said, next = f"retention deleted {begin - position} records before {self._member.group} read them", begin
+        elif number in self._known:  # by an election of a replica that was behind, say: from its begin all would be read twice
+            said, next = f"it has lost its last records: it ends at {end}, before {position}, which would be next", end
+        else:
+            said, next = f"it ends at {end}, before {position}, which would be next: it was made anew, or has lost its last records", begin
+        self._say(f"{self._topic}[{number}]: {said}; it is read from {next} on")
+        return next
 
     def _say(self, text: str) -> None:
         self._member.on_log(Line.of(text, "error"))

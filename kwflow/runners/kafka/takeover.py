@@ -322,7 +322,7 @@ class Takeover:
             if position is None:
                 position = committed if committed != OFFSET_INVALID else begin
             if self._foreign is not None:
-                position = self._foreign.there(where, position, begin, end)
+                position = self._foreign.there(number, position, begin, end)
             if position < begin and not member.config.accept_offset_reset:
                 raise TransportError(
                     f"{where}: {position} would be next, and its log begins at {begin}: retention has deleted what was there, applied or not; --accept-offset-reset goes on from the begin",
