@@ -17,8 +17,8 @@ from kwflow.cli.messages import CommandId, Patience, Reason, Value, connect
 from kwflow.cli.shared import Bootstrap, ConfigFile, Json, MaybeDir, err, json_option, out, print_json
 from kwflow.client import Client, Future
 from kwflow.config import Config, load_config
-from kwflow.errors import CommandError, TransportError, UsageError
-from kwflow.runners import outside
+from kwflow.errors import CommandError, OutcomeUnknown, TransportError, UsageError
+from kwflow.runners import outside, parked
 from kwflow.runners.instances import ALL, Filter
 
 __all__ = ["bulk_app"]
@@ -30,7 +30,9 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 _OPEN_MAX = 200  # commands under way: engines go on with other work between them
 _OURS = "kwflow."
-_GONE = ("not_found", "paused")  # since the filter found it
+_NO_FAULT = ("ok", "not_found", "paused")  # it has ended since the filter found it; or is paused, and keeps what was sent
+_WAITS_BEHIND = ("cancel", "signal")  # a pause, as their replies do
+_KEPT = "it is paused: this waits behind it, and is done when it is unpaused"
 
 
 class _Asked(msgspec.Struct, frozen=True):
@@ -48,7 +50,7 @@ def _each(asked: _Asked, verb: str, command_id: str | None, call: Callable[[Clie
     """`call` it for each of them with its id, its run and the command's id; exit code 1 if any could not be done.  Raises TransportError when engines cannot be reached."""
     found = list(_found(asked))
     if asked.dry_run:
-        for id, start_id in found:
+        for id, start_id, _ in found:
             print_json({"id": id, "start_id": start_id}) if asked.as_json else out.print(id, markup=False, highlight=False, soft_wrap=True)
     many = f"{len(found):,} workflow{'s' * (len(found) != 1)}"
     if not found or asked.dry_run:
@@ -57,47 +59,75 @@ def _each(asked: _Asked, verb: str, command_id: str | None, call: Callable[[Clie
     if not asked.yes and not typer.confirm(f"{verb} {many}?", err=True):
         raise typer.Exit(1)
     name = command_id or f"bulk-{uuid.uuid4().hex[:12]}"
+    err.print(f"{verb} {many}, --command-id {name}")  # now: who is killed has no last word
     counts: Counter[str] = Counter()
-    with connect(asked.settings, asked.embedded) as client:
-        try:
-            for id, status, message in _done(client, found, lambda id, run: call(client, id, run, name)):
+    try:
+        with connect(asked.settings, asked.embedded) as client:
+            for id, status, message in _done(client, found, lambda id, run: call(client, id, run, name), verb in _WAITS_BEHIND):
                 counts[status] += 1
                 if asked.as_json:
                     print_json({"id": id, "status": status, **({"message": message} if message else {})})
                 elif status != "ok":
                     err.print(f"{id}: {status}{f': {message}' if message else ''}", markup=False)
-        except TransportError as error:
-            again = f"{counts.total()} of {len(found)} are done; the same with --command-id {name} does nothing twice"
+    except BaseException as error:
+        again = f"at least {counts.total():,} of {len(found):,} are done; the same with --command-id {name} does nothing twice"
+        if isinstance(error, TransportError):
             raise TransportError(f"{error}; {again}", error.retryable) from None
+        err.print(f"interrupted: {again}")  # Ctrl-C; or nobody reads what is printed any more
+        raise
     err.print(", ".join(f"{count} {status}" for status, count in counts.items()))
-    if counts.keys() - {"ok", *_GONE}:
+    if counts.keys() - set(_NO_FAULT):
         raise typer.Exit(1)
 
 
-def _found(asked: _Asked) -> Iterator[tuple[str, str]]:
-    """Id and run of those that have not ended; kwflow's own, such as schedules, only if their workflow is named."""
+def _found(asked: _Asked) -> Iterator[tuple[str, str, bool]]:
+    """Id and run of those that have not ended, and whether it is paused; kwflow's own, such as schedules, only if their workflow is named."""
     for row in outside.instances(asked.settings, asked.embedded, asked.wanted, None, said_where).rows:
         if row["status"] != "ended" and (asked.wanted.workflow or not row["workflow"].startswith(_OURS)):
-            yield row["id"], row["start_id"]
+            yield row["id"], row["start_id"], row["status"] == "paused"
 
 
-def _done(client: Client, found: list[tuple[str, str]], call: Callable[[str, str], Future[Any]]) -> Iterator[tuple[str, str, str]]:
+def _done(client: Client, found: list[tuple[str, str, bool]], call: Callable[[str, str], Future[Any]], waits_behind: bool) -> Iterator[tuple[str, str, str]]:
     """Id, status and message of each, in their order."""
-    under_way: deque[tuple[str, Future[Any]]] = deque()
-    for id, start_id in track(found, console=err, disable=not err.is_terminal, transient=True):
-        under_way.append((id, call(id, start_id)))
+    under_way: deque[_Sent] = deque()
+    for id, start_id, paused in track(found, console=err, disable=not err.is_terminal, transient=True):
+        future = call(id, start_id)
+        under_way.append(_Sent(client, id, start_id, future, client.query(id, start_id=start_id or None) if paused and waits_behind else None))
         while len(under_way) >= _OPEN_MAX:
-            yield _told(*under_way.popleft())
+            yield under_way.popleft().told()
     for one in under_way:
-        yield _told(*one)
+        yield one.told()
 
 
-def _told(id: str, future: Future[Any]) -> tuple[str, str, str]:
-    try:
-        future.result()
-        return id, "ok", ""
-    except CommandError as error:
-        return id, error.status, error.message
+class _Sent(msgspec.Struct, frozen=True):
+    """A command under way; behind one to an instance that is paused a query, which is answered in its order though the command is not."""
+
+    client: Client
+    id: str
+    start_id: str
+    future: Future[Any]
+    behind: Future[dict[str, Any]] | None
+
+    def told(self) -> tuple[str, str, str]:
+        """Id, status and message.  Raises TransportError."""
+        try:
+            if self.behind is not None and self._kept(self.behind):
+                return self.id, "paused", _KEPT
+            self.future.result()
+            return self.id, "ok", ""
+        except CommandError as error:
+            return self.id, error.status, error.message
+        except OutcomeUnknown:  # it was paused meanwhile, perhaps
+            if self.behind is not None or not self._kept(self.client.query(self.id, start_id=self.start_id or None)):
+                raise
+            return self.id, "paused", _KEPT
+
+    def _kept(self, asked: Future[dict[str, Any]]) -> bool:
+        try:
+            header = asked.result()
+        except OutcomeUnknown:  # nobody answers: what is said is said of the command
+            return False
+        return parked.is_paused(header) and (not self.future.done() or isinstance(self.future.exception(), OutcomeUnknown))
 
 
 def _asked(

@@ -2,14 +2,18 @@
 
 import json
 import pathlib
+import signal
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from kwflow import durable
+from kwflow.cli.bulk import _Sent
 from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
+from kwflow.errors import OutcomeUnknown
 from kwflow.runners.hosted import Hosted
 from tests import commands
 
@@ -66,7 +70,7 @@ def test_a_command_is_done_to_all_that_a_filter_finds_and_to_no_others(many: Man
     said, _ = many.bulk("cancel", "--where", "even=true", "--dry-run")
     assert sorted(said.split()) == sorted(f"w{number}" for number in range(0, 300, 2)) and set(many.statuses().values()) == {"waiting"}
     _, counted = many.bulk("pause", "--workflow", "waits", "--reason", "audit", "--yes")
-    assert counted.strip() == "300 ok" and many.statuses()["o"] == "waiting"
+    assert counted.splitlines()[-1] == "300 ok" and many.statuses()["o"] == "waiting"
     many.bulk("unpause", "--status", "paused", "--yes")
     said, _ = many.bulk("signal", "go", "--value", "[5]", "--where", "even=true", "--id", "w1", "--yes", "--json")
     done = {json.loads(line)["id"] for line in said.splitlines()}
@@ -98,3 +102,36 @@ def test_the_same_again_under_its_id_does_nothing_twice(many: Many) -> None:
         many.bulk("signal", "go", "--workflow", "other", "--value", "1", "--command-id", "once", "--yes")
         assert "not_found" not in many.bulk("unpause", "--id", "w7", "--command-id", "also once", "--yes")[1]
     assert many.client.result("o").result(10) is None
+
+
+def test_who_is_paused_keeps_the_command_and_holds_up_no_others(many: Many) -> None:
+    """M2: the reply to a cancel or a signal waits with it; the others were not reached, whenever it was repeated."""
+    many.bulk("pause", "--id", "w1", "--yes")
+    said, counted = many.bulk("signal", "go", "--value", "1", "--workflow", "waits", "--yes", "--command-timeout", "10")
+    assert counted.splitlines()[-1] in ("111 paused, 189 ok", "189 ok, 111 paused") and "w1: paused: it is paused: this waits behind it" in counted
+    many.bulk("unpause", "--status", "paused", "--yes")
+    assert {many.client.result(f"w{number}").result(10) for number in range(300)} == {1}
+
+
+def test_one_that_is_paused_between_the_list_and_the_command_is_told_when_its_reply_does_not_come(many: Many) -> None:
+    """M2: as if it had been paused before."""
+    many.client.pause("w7").result(10)
+    sent = _Sent(many.client, "w7", "", many.client.cancel("w7"), None)
+    many.client.query("w7").result(10)
+    sent.future.set_exception(OutcomeUnknown("no reply"))
+    assert sent.told() == ("w7", "paused", "it is paused: this waits behind it, and is done when it is unpaused")
+
+
+def test_who_interrupts_it_is_told_how_it_goes_on(many: Many, tmp_path: pathlib.Path) -> None:
+    """M1.4: Ctrl-C said nothing, and nobody knew the command's id."""
+    log = tmp_path / "log"
+    many.client.close()
+    many.hosted.close()
+    process = commands.start("bulk", "cancel", "--workflow", "waits", "--yes", "--embedded", str(many.directory), log=log)
+    give_up = time.monotonic() + 30
+    while not (log.exists() and "cancel 300 workflows, --command-id bulk-" in log.read_text()):
+        assert time.monotonic() < give_up and process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    first, last = log.read_text().splitlines()
+    assert last == f"interrupted: at least 0 of 300 are done; the same with --command-id {first.rpartition(' ')[2]} does nothing twice"
