@@ -82,11 +82,13 @@ def refuse(config: Config, state: Changes, name: str, record: Record, reason: st
     if draining:  # nothing goes on with it now: somebody has to decide
         state.put(name.encode(), snapshot.amend(stored, config.signing_keys, parked={**header["parked"], "reason": RefusedError.__name__, "message": reason}))
     if draining or op == "retry":
-        return letter
+        return joined([letter, Decision(counts=("parked",))]) if draining else letter
     head = parked.drop_head(state, name)
-    failed = _call_failed(config, state, name, head, record) if head is not None else Decision()
+    if head is None:
+        return letter
+    failed = _call_failed(config, state, name, head, record)
     keep(state, failed.dispatch)
-    return joined([letter, failed])
+    return joined([letter, Decision(counts=("discarded",)), failed])
 
 
 def _header(config: Config, name: str, stored: bytes | None) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """What happened to instances, for those who keep books: an event for each step and each command, in its transaction (config `history_topic`; decision 0059).
 
 Nothing of it is read again: an instance goes on from its snapshot alone.  An event names what came, and where the instance
-waits since; never a value that travelled or a variable.
+waits since; never a value that travelled or a variable, and of a text no more than its begin.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +19,14 @@ from kwflow.core.instance import Instance
 from kwflow.core.wire import Output, Record
 from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Decision
+from kwflow.runners import parked
 from kwflow.runners.instances import status_of
+from kwflow.runners.told import checked_header
 
 __all__ = ["History"]
 
 _WAITS_MAX = 20  # told of one instance; how many more there are is a number
-_LINES_MAX, _CHARACTERS_MAX = 20, 1_000
+_LINES_MAX, _CHARACTERS_MAX = 20, 1_000  # of what an author or a sender wrote: a ref may have 900,000
 _CHANGING = ("terminated", "paused", "unpaused", "retried", "discarded", "forked", "held", "parked")
 _GOES_ON = ("unpaused", "retried", "discarded")  # with what was held, whose events come behind
 _OF_A_WAIT = ("ref", "kind", "name", "attempt", "child", "function", "file", "line", "due")
@@ -47,8 +50,8 @@ class History:
             about = {name: getattr(message.arguments, name, None) for name in ("name", "reason")}
             return {"kind": message.op, **{name: text for name, text in about.items() if text}}
         wait = instance.waits.get(message.ref) if instance is not None and message.ref is not None else None
-        said: dict[str, Any] = {"kind": wait.kind if wait is not None else "answer", "ref": message.ref}
-        said |= {name: value for name, value in wait.described().items() if name in ("name", "attempt", "child")} if wait is not None else {}
+        said: dict[str, Any] = {"kind": wait.kind if wait is not None else "answer", "ref": _begin(message.ref)}
+        said |= {name: _begin(value) for name, value in wait.described().items() if name in ("name", "attempt", "child")} if wait is not None else {}
         return {**said, "failed": True} if message.failed else said
 
     def stepped(self, made: Decision, transition: Transition, record: Record, by: dict[str, Any], received_ms: int) -> Decision:
@@ -58,8 +61,7 @@ class History:
             instance = state.instance
             about = {"workflow": instance.workflow, "start_id": instance.start_id, "status": instance.status, **_waits(snapshot.waits_of(instance, _WAITS_MAX), len(instance.waits))}
         elif isinstance(state, Ended):
-            outcome = {name: value for name, value in state.header["outcome"].items() if name != "value"}
-            about = {"workflow": state.header["workflow"], "start_id": state.header["start_id"], "status": "ended", "outcome": outcome}
+            about = {**_run(state.header), **_end(state.header)}
         else:
             return made
         return self._with(made, record, transition.outcome, by, about, transition.logs, received_ms)
@@ -67,12 +69,23 @@ class History:
     def changed(self, made: Decision, record: Record, by: dict[str, Any], before: bytes | None, after: bytes | None, received_ms: int) -> Decision:
         """After what was done to stored bytes: a command that runs no author code, a record that is held, an instance that is parked."""
         event = next((word for word in made.counts if word in _CHANGING), None)
-        if event is None:
+        if event is None or (event == "unpaused" and not parked.is_paused(_header(before))):
             return made
-        about = _about(after) if after is not None else {**_about(before), "status": "ended", "waits": []}
-        if event in _GOES_ON:
-            about = {name: about[name] for name in ("workflow", "start_id") if name in about}
+        header = _header(after if after is not None else before)
+        about = _run(header)
+        if event == "terminated":
+            about |= _end(header if "outcome" in header else {"outcome": {"kind": "terminated"}})
+        elif event not in _GOES_ON:
+            about |= _state(header)
         return self._with(made, record, event, by, about, made.logs if event == "forked" else (), received_ms)
+
+    def refused(self, made: Decision, record: Record, after: bytes | None, reason: str) -> Decision:
+        """After a record whose Decision the log would not take.  If it was for its event, there is none: with another one nothing would be left of the record (K11)."""
+        event = next((word for word in made.counts if word in _CHANGING), None)
+        if event is None or reason.startswith(f"{self._topic}: "):
+            return made
+        header = _header(after)
+        return self._with(made, record, event, self.cause(record, None), {**_run(header), **_state(header)}, (), record.timestamp_ms)
 
     def _with(self, made: Decision, record: Record, event: str, by: dict[str, Any], about: dict[str, Any], lines: Sequence[str], received_ms: int) -> Decision:
         place = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
@@ -82,20 +95,38 @@ class History:
         return msgspec.structs.replace(made, outputs=(output, *made.outputs))
 
 
-def _about(stored: bytes | None) -> dict[str, Any]:
-    if stored is None:
-        return {}
-    try:
-        header, outer = snapshot.read_inner_header(stored), snapshot.read_header(stored)
-    except SnapshotError:
-        return {"status": "damaged"}
+def _header(stored: bytes | None) -> dict[str, Any]:
+    """What is stored of it; of what was parked unread, with why it is parked."""
+    header: dict[str, Any] = {"status": "damaged"} if stored is not None else {}
+    with contextlib.suppress(SnapshotError):
+        if stored is not None:
+            header = checked_header(snapshot.read_header(stored))
+            header = {**checked_header(snapshot.read_inner_header(stored)), **{name: header[name] for name in ("status", "parked") if name in header}}
+    return header
+
+
+def _run(header: dict[str, Any]) -> dict[str, Any]:
+    return {name: header[name] for name in ("workflow", "start_id") if name in header}
+
+
+def _state(header: dict[str, Any]) -> dict[str, Any]:
+    """Its status, where it waits, and why it is parked by the name of the error alone: what that says may hold what a variable did, and is in the dead letter."""
+    if "waits" not in header:
+        return header
     why = {}
-    if "parked" in outer:
-        reason, said = outer["parked"]["reason"], outer["parked"]["message"][:_CHARACTERS_MAX]
-        why = {"reason": said if reason == "paused" else f"{reason}: {said}"}
-    return {"workflow": header["workflow"], "start_id": header.get("start_id", ""), "status": status_of(outer), **why, **_waits(header["waits"][:_WAITS_MAX], len(header["waits"]))}
+    if "parked" in header:
+        why = {"reason": header["parked"]["message" if header["parked"]["reason"] == "paused" else "reason"]}
+    return {"status": status_of(header), **why, **_waits(header["waits"][:_WAITS_MAX], len(header["waits"]))}
+
+
+def _end(header: dict[str, Any]) -> dict[str, Any]:
+    return {"status": "ended", "outcome": {name: header["outcome"][name] for name in ("kind", "at") if name in header["outcome"]}}
 
 
 def _waits(first: list[dict[str, Any]], count: int) -> dict[str, Any]:
-    told = [{name: wait[name] for name in _OF_A_WAIT if name in wait} for wait in first]
+    told = [{name: _begin(wait[name]) for name in _OF_A_WAIT if name in wait} for wait in first]
     return {"waits": told, **({"more_waits": count - len(told)} if count > len(told) else {})}
+
+
+def _begin(value: Any) -> Any:
+    return value[:_CHARACTERS_MAX] if isinstance(value, str) else value

@@ -109,10 +109,10 @@ class WorkflowProcessor:
         if op == feeds.OP:
             return self.fed.refuse_again(record, reason)
         if op in commands.OPS:
-            return commands.refuse(self.config, state, name, record, reason)
-        stored = state.get(name.encode())
-        made = parked.park(self.config, state, name, stored, record, RefusedError(reason), record.timestamp_ms)
-        return made if self.history is None else self.history.changed(made, record, self.history.cause(record, None), stored, state.get(name.encode()), record.timestamp_ms)
+            made = commands.refuse(self.config, state, name, record, reason)
+        else:
+            made = parked.park(self.config, state, name, state.get(name.encode()), record, RefusedError(reason), record.timestamp_ms)
+        return made if self.history is None else self.history.refused(made, record, state.get(name.encode()), reason)
 
     def taken_over(self, store: Store) -> dict[str, str]:
         """Nothing is loaded twice: the next partition may name the same versions.

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from kwflow import durable
 from kwflow.config import Config
+from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Record
 from kwflow.runners.history import History
@@ -40,6 +42,17 @@ def counts(n):
         if value == "end":
             return n
 
+def keeps(n):
+    held = {n: open("/dev/null")}
+    yield kw.wait_signal("go")
+    return held
+
+def refs(n):
+    a = kw.suspend("0" * n + "a")
+    while True:
+        yield a
+        a = kw.suspend("0" * n + "b")
+
 def many(n):
     yield kw.race([kw.suspend(f"r{number}") for number in range(n)])
 """
@@ -49,7 +62,7 @@ def many(n):
 def tester(monkeypatch: pytest.MonkeyPatch) -> WorkflowTester:
     monkeypatch.setenv("KWFLOW_HISTORY_TOPIC", "history")
     module = durable.load_source("history_case", SOURCE, "history_case.py")
-    return WorkflowTester(**{name: getattr(module, name) for name in ("child", "order", "counts", "many")})
+    return WorkflowTester(**{name: getattr(module, name) for name in ("child", "order", "counts", "many", "keeps", "refs")})
 
 
 def events(tester: WorkflowTester, id: str) -> list[dict[str, Any]]:
@@ -104,8 +117,9 @@ def test_parked_retried_discarded_forked_and_terminated(tester: WorkflowTester) 
     tester.command("w", "terminate", {"reason": "enough"})
     found = events(tester, "w")
     assert [event["event"] for event in found] == ["started", "parked", "held", "retried", "parked", "held", "discarded", "signal", "forked", "terminated"]
-    assert found[1]["reason"].startswith("UnsavableError: variable 'held' of counts") and found[1]["status"] == "parked"
+    assert found[1]["reason"] == "UnsavableError" and found[1]["status"] == "parked"
     assert found[-2]["logs"] == ["w: forked as copy"] and found[-1]["by"] == {"kind": "terminate", "reason": "enough"} and found[-1]["status"] == "ended"
+    assert found[-1]["outcome"] == {"kind": "terminated"} and "reason" not in found[-1]
 
 
 def test_a_batch_whose_steps_are_made_again_has_one_event_for_each(tester: WorkflowTester) -> None:
@@ -131,3 +145,55 @@ def test_of_many_waits_the_first_are_told(tester: WorkflowTester) -> None:
 def test_without_the_setting_there_is_none() -> None:
     assert WorkflowTester(main=lambda o: o)._workflows.history is None
     assert isinstance(WorkflowProcessor(Config(history_topic="h"), Workflows({}), frozenset()).history, History)
+
+
+def test_why_it_is_parked_is_named_and_not_told(tester: WorkflowTester) -> None:
+    """Decision 0059: the key of a dict in a variable, and what a class says that cannot be saved, are values."""
+    tester.start("k", "secret", workflow="keeps")
+    [event] = events(tester, "k")
+    assert (event["event"], event["reason"]) == ("parked", "UnsavableError") and "secret" not in str(event)
+    assert any(b"secret" in (value or b"") for output in tester.outputs if output.topic.endswith("dead-letter") for _, value in output.headers)
+
+
+def test_refs_of_authors_and_of_senders_are_told_by_their_begin(tester: WorkflowTester) -> None:
+    """A limit: an event of 900,000 bytes for each record that a paused instance holds would be refused by many a topic."""
+    tester.start("r", 25_000, workflow="refs")
+    tester.resume("r", "0" * 25_000 + "a", 1)
+    tester.command("r", "pause", {"reason": "x" * 1_000})
+    tester.resume("r", "y" * 900_000, 1)
+    found = [output.value or b"" for output in tester.outputs if output.topic == "history"]
+    assert [event["event"] for event in events(tester, "r")] == ["started", "resumed", "paused", "held"] and max(map(len, found)) < 30_000
+
+
+def test_what_was_not_paused_is_not_unpaused(tester: WorkflowTester) -> None:
+    """Nothing has changed."""
+    tester.start("w", 1, workflow="counts")
+    tester.command("w", "unpause")
+    tester.command("w", "pause")
+    tester.command("w", "unpause")
+    tester.command("w", "unpause")
+    assert [event["event"] for event in events(tester, "w")] == ["started", "paused", "unpaused"]
+
+
+def test_a_header_that_is_none_is_damaged_in_events_too() -> None:
+    """Its bytes are whole, and say what no engine of ours writes: terminate ends it."""
+    processor = WorkflowProcessor(Config(history_topic="h"), Workflows({}), frozenset())
+    for header in ({"status": "waiting"}, {"status": "parked", "parked": None, "start_id": "", "waits": []}, {"status": "waiting", "workflow": "w", "start_id": "", "waits": []}):
+        state = Overlay(MemoryStore())
+        state.put(b"w", snapshot.copy(b"", {"v": 1, "id": "w", "start_id": "s", **header}))
+        [made] = processor.decide(state, [Record("workflow-resume", 0, 9, 1, b"w", b"null", (("kwflow-op", b"terminate"),))], 77)
+        assert b'"event":"terminated"' in (made.outputs[0].value or b"") and made.outputs[0].topic == "h"
+
+
+def test_an_event_that_its_topic_does_not_take_parks_the_instance_and_nothing_is_lost(tester: WorkflowTester) -> None:
+    """K11: the event of that was refused as well, and of the record only its place was left."""
+    config = Config(history_topic="h")
+    processor, state = WorkflowProcessor(config, Workflows({}), frozenset()), Overlay(MemoryStore())
+    record = Record(config.resume_topic, 0, 3, 1, b"w", b"new:1")
+    for reason, topics in (("h: Broker: Message size too large", ["workflow-engine-dead-letter"]), ("ask: Broker: Message size too large", ["h", "workflow-engine-dead-letter"])):
+        assert [output.topic for output in processor.refuse(state, record, reason).outputs] == topics
+    [event] = [msgspec.json.decode(output.value or b"") for output in processor.refuse(state, record, "ask: no").outputs if output.topic == "h"]
+    assert (event["event"], event["status"], event["reason"]) == ("parked", "parked", "RefusedError")
+    discard = Record(config.resume_topic, 0, 4, 1, b"w", b"null", (("kwflow-op", b"discard"),))
+    made = processor.refuse(state, discard, "ask: no")
+    assert [msgspec.json.decode(output.value or b"")["event"] for output in made.outputs if output.topic == "h"] == ["discarded"]
