@@ -18,7 +18,7 @@ __all__ = ["SimulatedAdmin"]
 
 
 class SimulatedAdmin:
-    """What kwflow asks of an AdminClient, and no more."""
+    """What kwflow and the tests of what the simulation is worth ask of an AdminClient, and no more."""
 
     def __init__(self, broker: Broker, host: Host) -> None:
         self._broker = broker
@@ -90,3 +90,11 @@ class SimulatedAdmin:
     def create_topics(self, new_topics: Iterable[Any], operation_timeout: float = 0) -> dict[str, Future[Any]]:
         self._host.call("create_topics")
         return {new.topic: self._done("create_topics", lambda new=new: self._broker.create(new.topic, new.num_partitions, dict(new.config or {}))) for new in new_topics}  # type: ignore[misc]
+
+    def delete_topics(self, topics: list[str], operation_timeout: float = 0) -> dict[str, Future[Any]]:
+        self._host.call("delete_topics")
+        return {name: self._done("delete_topics", lambda name=name: self._broker.delete(name)) for name in topics}  # type: ignore[misc]
+
+    def create_partitions(self, new_partitions: Iterable[Any], operation_timeout: float = 0) -> dict[str, Future[Any]]:
+        self._host.call("create_partitions")
+        return {new.topic: self._done("create_partitions", lambda new=new: self._broker.add_partitions(new.topic, new.new_total_count)) for new in new_partitions}  # type: ignore[misc]

@@ -6,6 +6,7 @@ It lives in virtual time and is asked by the clients beside it; a test or a simu
 
 from __future__ import annotations
 
+import collections
 import random
 from collections.abc import Iterable
 
@@ -30,6 +31,7 @@ class Broker:
         self.chance = random.Random(seed)
         self.topics: dict[str, Topic] = {}
         self.groups: dict[str, Group] = {}
+        self._deleted: collections.Counter[str] = collections.Counter()  # how often
         self.transactions = Coordinator(self.time, self.chance, self.partition, lambda group, transaction: self.group(group).settle(transaction))
 
     def wall_ms(self) -> int:
@@ -38,7 +40,22 @@ class Broker:
     def create(self, name: str, partitions: int, config: dict[str, str] | None = None) -> None:
         if name in self.topics:
             raise Refused(KafkaError.TOPIC_ALREADY_EXISTS, f"topic {name} exists")
-        self.topics[name] = Topic(name, partitions, config)
+        self.topics[name] = Topic(name, partitions, config, self._deleted[name])
+        self.time.changed()
+
+    def add_partitions(self, name: str, count: int) -> None:
+        """So that it has so many."""
+        known = self.topics[name].partitions
+        known += [Partition(name, number) for number in range(len(known), count)]
+        self.time.changed()
+
+    def delete(self, name: str) -> None:
+        """With what groups have committed of it."""
+        del self.topics[name]
+        self._deleted[name] += 1
+        for group in self.groups.values():
+            group.forget(name)
+        self.time.changed()
 
     def partition(self, place: Place) -> Partition:
         topic = self.topics.get(place[0])
@@ -48,8 +65,12 @@ class Broker:
 
     def group(self, name: str) -> Group:
         if name not in self.groups:
-            self.groups[name] = Group(name, self.time, lambda topic: [partition.place for partition in self.topics[topic].partitions] if topic in self.topics else [])
+            self.groups[name] = Group(name, self.time, self.places)
         return self.groups[name]
+
+    def places(self, topic: str) -> list[Place]:
+        """None of a topic that is not there."""
+        return [partition.place for partition in self.topics[topic].partitions] if topic in self.topics else []
 
     def append(self, place: Place, records: Iterable[Made], transaction: Transaction | None) -> list[Entry]:
         """One batch: all of it, or Refused.  The size limit holds for the batch."""

@@ -38,6 +38,8 @@ class _Fetch:
     queue: collections.deque[Entry] = dataclasses.field(default_factory=collections.deque)
     eof_at: int = -1
     stopped: bool = False
+    missing_since: float | None = None  # there is no such partition; the application is told so when the client has asked for the metadata
+    told: bool = False
 
 
 def failure(refused: Refused, **flags: bool) -> KafkaException:
@@ -60,7 +62,8 @@ class SimulatedConsumer:
         self._reset = str(settings.get("auto.offset.reset", "latest"))
         self._eof = bool(settings.get("enable.partition.eof", False))
         self._times = {
-            "session": float(settings.get("session.timeout.ms", 45_000)), "heartbeat": float(settings.get("heartbeat.interval.ms", 3_000)), "poll": float(settings.get("max.poll.interval.ms", 300_000))
+            "session": float(settings.get("session.timeout.ms", 45_000)), "heartbeat": float(settings.get("heartbeat.interval.ms", 3_000)),
+            "poll": float(settings.get("max.poll.interval.ms", 300_000)), "refresh": float(settings.get("topic.metadata.refresh.interval.ms", 300_000)),
         }  # fmt: skip
         self._fetches: dict[Place, _Fetch] = {}
         self._membership: Membership | None = None
@@ -103,10 +106,15 @@ class SimulatedConsumer:
     def _start_at(self, fetch: _Fetch, offset: int) -> None:
         if offset in (OFFSET_INVALID, OFFSET_STORED):
             offset = self._broker.group(self._group).offsets.get(fetch.place, OFFSET_INVALID)
-        partition = self._broker.partition(fetch.place)
         if offset == OFFSET_INVALID:
             offset = {"earliest": OFFSET_BEGINNING, "latest": OFFSET_END}.get(self._reset, OFFSET_INVALID)
-        fetch.offset = fetch.begun = partition.start if offset == OFFSET_BEGINNING else partition.end if offset == OFFSET_END else offset
+        if offset in (OFFSET_BEGINNING, OFFSET_END):
+            try:
+                partition = self._broker.partition(fetch.place)
+                offset = partition.start if offset == OFFSET_BEGINNING else partition.end
+            except Refused:  # which the application is told when it is fetched
+                offset = 0
+        fetch.offset = fetch.begun = offset
 
     def pause(self, partitions: list[TopicPartition]) -> None:
         for partition in partitions:
@@ -199,9 +207,11 @@ class SimulatedConsumer:
         try:
             partition = self._broker.partition(fetch.place)
         except Refused as refused:
-            if found is not None:
-                found.append(Message(fetch.place[0], fetch.place[1], error=KafkaError(refused.code, refused.reason)))
+            if found is not None and (refused.code != KafkaError.UNKNOWN_TOPIC_OR_PART or self._is_told(fetch)):
+                code = KafkaError._UNKNOWN_PARTITION if refused.code == KafkaError.UNKNOWN_TOPIC_OR_PART and fetch.place[0] in self._broker.topics else refused.code
+                found.append(Message(fetch.place[0], fetch.place[1], error=KafkaError(code, refused.reason)))
             return
+        fetch.missing_since, fetch.told = None, False
         if partition.start <= fetch.offset <= partition.end:
             entries, fetch.offset = partition.read(fetch.offset, self._committed, _FETCHED)
             fetch.queue.extend(entries)
@@ -211,8 +221,18 @@ class SimulatedConsumer:
             fetch.stopped = True
             found.append(Message(fetch.place[0], fetch.place[1], fetch.offset, error=KafkaError(KafkaError._AUTO_OFFSET_RESET, f"offset {fetch.offset} is not there")))
 
+    def _is_told(self, fetch: _Fetch) -> bool:
+        """Whether the application is told, once, that there is no such partition."""
+        now = self._broker.time.now
+        fetch.missing_since = fetch.missing_since if fetch.missing_since is not None else now
+        told, fetch.told = fetch.told, now - fetch.missing_since >= self._times["refresh"]
+        return fetch.told and not told
+
     def _end(self, fetch: _Fetch, found: list[Message]) -> None:
-        partition = self._broker.partition(fetch.place)
+        try:
+            partition = self._broker.partition(fetch.place)
+        except Refused:
+            return
         if fetch.offset >= (partition.stable if self._committed else partition.end) and fetch.eof_at != fetch.offset:
             fetch.eof_at = fetch.offset
             if fetch.position >= 0 or fetch.offset > fetch.begun:  # markers and aborted records were passed
@@ -276,7 +296,10 @@ class SimulatedConsumer:
     def offsets_for_times(self, partitions: list[TopicPartition], timeout: float = -1) -> list[TopicPartition]:
         """The first record of each that is not older."""
         self._host.call("offsets_for_times")
-        found = [(partition, self._broker.partition((partition.topic, partition.partition)).entries) for partition in partitions]
+        try:
+            found = [(partition, self._broker.partition((partition.topic, partition.partition)).entries) for partition in partitions]
+        except Refused as refused:
+            raise failure(refused) from None
         return [TopicPartition(old.topic, old.partition, next((entry.offset for entry in entries if entry.timestamp_ms >= old.offset), OFFSET_END)) for old, entries in found]
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from confluent_kafka import KafkaError
 
@@ -195,23 +196,26 @@ class Group:
         return [place for topic in sorted({topic for member in self.members.values() for topic in member.topics}) for place in self._places(topic)]
 
     # -- offsets ---------------------------------------------------------------------------------------------------
-    def add_offsets(self, transaction: Transaction, offsets: Mapping[Place, int], metadata: Metadata) -> None:
+    def add_offsets(self, transaction: Transaction, offsets: Mapping[Place, tuple[int, str]], metadata: Metadata) -> None:
         """Offsets of an open transaction.  They count for who is a member in this generation; without a generation
         and a name nobody is asked (a member that lost its place and has no instance id is like that)."""
         if metadata.generation >= 0 or metadata.member or metadata.instance is not None:
             self._member(metadata.member, metadata.instance)
             if metadata.generation != self.generation:
                 raise Refused(KafkaError.ILLEGAL_GENERATION, f"generation {metadata.generation}, the group is at {self.generation}")
-        self.pending.setdefault(transaction, {}).update(offsets)
-        transaction.groups[self.name] = self.pending[transaction]
+        gone = next((place for place in offsets if place not in self._places(place[0])), None)
+        if gone is not None:
+            raise Refused(KafkaError.UNKNOWN_TOPIC_OR_PART, f"no partition {gone}")
+        for known in (self.pending.setdefault(transaction, {}), transaction.groups.setdefault(self.name, {})):
+            known.update({place: offset for place, (offset, _) in offsets.items()})
+        transaction.notes.update({place: note for place, (_, note) in offsets.items()})
 
     def settle(self, transaction: Transaction) -> None:
         """The transaction's marker reached the offsets."""
         offsets = self.pending.pop(transaction, {})
         if transaction.state == COMMITTED:
             self.offsets.update(offsets)
-            for place in offsets:
-                self.notes.pop(place, None)
+            self.notes.update({place: transaction.notes[place] for place in offsets})
 
     def commit(self, offsets: Mapping[Place, tuple[int, str]], metadata: Metadata) -> None:
         """Offsets and their notes, outside a transaction: of a member of this generation, or of nobody as long as there are no members.  Raises Refused if one is not taken; the others are."""
@@ -224,6 +228,13 @@ class Group:
             self.offsets[place], self.notes[place] = offset, note
         if len(short) < len(offsets):
             raise Refused(KafkaError.OFFSET_METADATA_TOO_LARGE, "the metadata of an offset is too large")
+
+    def forget(self, topic: str) -> None:
+        """It was deleted: what is pending of it in a transaction goes, too."""
+        kept: list[dict[Place, Any]] = [self.offsets, self.notes, *self.pending.values()]
+        for known in kept:
+            for place in [place for place in known if place[0] == topic]:
+                del known[place]
 
     def unstable(self, place: Place) -> bool:
         return any(place in offsets for offsets in self.pending.values())

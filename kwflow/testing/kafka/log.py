@@ -34,6 +34,7 @@ class Transaction:
     decided_ms: float = -1.0
     places: dict[Place, int] = dataclasses.field(default_factory=dict)
     groups: dict[str, dict[Place, int]] = dataclasses.field(default_factory=dict)
+    notes: dict[Place, str] = dataclasses.field(default_factory=dict)  # the metadata of these offsets
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -135,10 +136,10 @@ class Partition:
 
 
 class Topic:
-    """Its partitions and configuration; `id` changes when it is recreated."""
+    """Its partitions and configuration; `id` changes when it is recreated (`number`: how many there were of this name)."""
 
-    def __init__(self, name: str, partitions: int, config: dict[str, str] | None = None) -> None:
+    def __init__(self, name: str, partitions: int, config: dict[str, str] | None = None, number: int = 0) -> None:
         self.name = name
-        self.id = uuid.uuid5(uuid.NAMESPACE_OID, name).hex
+        self.id = uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {number}" if number else name).hex
         self.config = {**_DEFAULTS, **(config or {})}
         self.partitions = [Partition(name, number) for number in range(partitions)]

@@ -1,7 +1,7 @@
 """A client's side of a group: what librdkafka's background thread does while the application does not poll.
 
-It heartbeats, joins again when the group rebalances, and learns that it was evicted; what the application has to be
-told waits in `events` until it polls.  A host that is frozen does none of this until it goes on.
+It heartbeats, joins again when the group rebalances or its topics have more partitions or fewer, and learns that it was evicted; what the
+application has to be told waits in `events` until it polls.  A host that is frozen does none of this until it goes on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Membership:
         self._group = broker.group(group)
         self._instance = instance
         self._topics = topics
-        self._session_ms, self._heartbeat_ms, self._poll_ms = settings["session"], settings["heartbeat"], settings["poll"]
+        self._session_ms, self._heartbeat_ms, self._poll_ms, self._refresh_ms = settings["session"], settings["heartbeat"], settings["poll"], settings["refresh"]
+        self._known, self._looked_ms = self._counts(), broker.time.now
         self._member = ""
         self._generation = -1
         self._joining = False
@@ -100,8 +101,21 @@ class Membership:
                     self._join()
             else:
                 self._group.heartbeat(self._member, self._instance, self._generation)
+                self._refresh()
         except Refused as refused:
             self._refused(refused)
+
+    def _counts(self) -> list[int]:
+        topics = self._broker.topics
+        return [len(topics[name].partitions) if name in topics else 0 for name in self._topics]
+
+    def _refresh(self) -> None:
+        """Ask for the metadata now and then.  Who was started again knows nothing of what there was before, and finds no change."""
+        if self._broker.time.now - self._looked_ms < self._refresh_ms or self.events:
+            return
+        before, self._known, self._looked_ms = self._known, self._counts(), self._broker.time.now
+        if self._known != before:
+            self._join()
 
     def _refused(self, refused: Refused) -> None:
         if refused.code == KafkaError.REBALANCE_IN_PROGRESS:

@@ -173,7 +173,7 @@ class SimulatedProducer:
         """Without a valid offset nothing is sent, and nobody is asked whether this member may."""
         self._host.call("send_offsets")
         self._check("open", "send_offsets_to_transaction")
-        offsets = {(position.topic, position.partition): position.offset for position in positions if position.offset >= 0}
+        offsets = {(position.topic, position.partition): (position.offset, position.metadata or "") for position in positions if position.offset >= 0}
         if not offsets:
             return
         if not isinstance(group_metadata, Metadata):

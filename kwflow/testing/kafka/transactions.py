@@ -6,6 +6,7 @@ own, at a time of its own: in between, one is visible and the other is not.  Err
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 from collections.abc import Callable
@@ -124,7 +125,8 @@ class Coordinator:
             if isinstance(what, str):
                 self._settle_offsets(what, transaction)
             else:
-                self._partition(what).mark(transaction, self._time.now)  # type: ignore[arg-type] # a Place
+                with contextlib.suppress(Refused):  # its topic was deleted meanwhile
+                    self._partition(what).mark(transaction, self._time.now)  # type: ignore[arg-type] # a Place
             left.discard(what)
             if not left:
                 known.current = None

@@ -10,8 +10,8 @@ from typing import Any
 
 import confluent_kafka
 import pytest
-from confluent_kafka import OFFSET_BEGINNING, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
-from confluent_kafka.admin import ConfigResource, NewTopic, OffsetSpec, ResourceType
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import ConfigResource, NewPartitions, NewTopic, OffsetSpec, ResourceType
 
 from kwflow.core.murmur2 import partition_of
 from kwflow.runners.kafka.environment import LIVE, Environment
@@ -634,6 +634,62 @@ def test_an_assigned_partition_that_is_paused_in_the_callback_gives_nothing_unti
     found: list[Any] = []
     port.until(lambda: found.extend(consumer.consume(10, 0.1)) or len(found) >= 2)
     assert [message.value() for message in found] == [b"3", b"4"]
+
+
+# -- topics that others change -------------------------------------------------------------------------------------------
+
+
+def test_a_topic_that_was_made_anew_is_read_on_where_the_one_before_was_and_nobody_says_so(port: Port) -> None:
+    """Decision 0058: a feed has to ask for the topic's id.  What the group has committed goes with the topic, what is pending in a transaction, too."""
+    topic, producer = port.topic(), port.producer()
+    for number in range(5):
+        producer.produce(topic, value=b"old %d" % number, partition=0)
+    assert producer.flush(20) == 0
+    consumer = port.consumer(auto_offset_reset="error")
+    consumer.assign([TopicPartition(topic, 0, OFFSET_BEGINNING)])
+    found: list[Any] = []
+    port.until(lambda: found.extend(consumer.consume(10, 0.1)) or len(found) >= 5)
+    first, second = port.transactional("first"), port.transactional("second")
+    for identity, offset in ((first, 5), (second, 4)):
+        identity.begin_transaction()
+        identity.send_offsets_to_transaction([TopicPartition(topic, 0, offset, "a note")], consumer.consumer_group_metadata(), 10)
+        if identity is first:
+            identity.commit_transaction(20)
+            [kept] = consumer.committed([TopicPartition(topic, 0)], timeout=10)
+            assert (kept.offset, kept.metadata) == (5, "a note")
+    before = str(port.admin.describe_topics(TopicCollection([topic]), request_timeout=10)[topic].result().topic_id)
+    port.admin.delete_topics([topic])[topic].result()
+    port.until(lambda: topic not in port.admin.list_topics(timeout=5).topics)
+    port.admin.create_topics([NewTopic(topic, 1, 1)])[topic].result()
+    port.until(lambda: topic in port.admin.list_topics(timeout=5).topics)
+    assert str(port.admin.describe_topics(TopicCollection([topic]), request_timeout=10)[topic].result().topic_id) != before
+    second.commit_transaction(20)
+    assert consumer.committed([TopicPartition(topic, 0)], timeout=10)[0].offset == OFFSET_INVALID
+    producer = port.producer()
+    for number in range(8):
+        producer.produce(topic, value=b"new %d" % number, partition=0)
+    assert producer.flush(20) == 0
+    found.clear()
+    port.until(lambda: found.extend(consumer.consume(10, 0.1)) or len(found) >= 3)
+    assert [message.value() for message in found] == [b"new 5", b"new 6", b"new 7"]
+
+
+def test_a_position_in_a_partition_that_is_no_more_ends_the_transaction(port: Port) -> None:
+    """Decision 0058: it is made again, at once."""
+    topic, producer = port.topic(), port.transactional()
+    consumer = port.consumer()
+    producer.begin_transaction()
+    error = refused(lambda: producer.send_offsets_to_transaction([TopicPartition(topic, 3, 1)], consumer.consumer_group_metadata(), 10))
+    assert error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART and error.txn_requires_abort()
+    producer.abort_transaction(20)
+
+
+def test_partitions_that_a_topic_is_given_are_shared_once_clients_know_of_them(port: Port) -> None:
+    topic = port.topic()
+    member = port.member(topic, "one", topic_metadata_refresh_interval_ms=200)
+    port.until(lambda: member.poll() or member.held == {0})
+    port.admin.create_partitions([NewPartitions(topic, 3)])[topic].result()
+    port.until(lambda: member.poll() or member.held == {0, 1, 2})
 
 
 # -- administration ------------------------------------------------------------------------------------------------------
