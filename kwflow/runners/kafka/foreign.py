@@ -6,19 +6,19 @@ of, is noted with the offset that the group commits.
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable, Iterable
 
-from confluent_kafka import OFFSET_INVALID, TopicPartition
+from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException, TopicCollection, TopicPartition
 
 from kwflow.errors import TransportError
 from kwflow.runners.kafka import topics
-from kwflow.runners.kafka.member import Member
+from kwflow.runners.kafka.member import Member, again
 from kwflow.runners.logs import Line
 
 __all__ = ["Foreign"]
 
 _LOOK_S = 5.0
-_ANSWER_S = 2.0
+_ANSWER_S = 5
 
 
 class Foreign:
@@ -28,34 +28,45 @@ class Foreign:
         self._member = member
         self._topic = member.processor.input_topic
         self._look_at = member.environment.monotonic() + _LOOK_S
-        self._reached: dict[int, int] = {}
         self._known: set[int] = set()  # partitions whose committed offset is one of this topic, as its note says
 
-    def look(self, reached: dict[int, int]) -> None:
-        """Asked in every turn, with the positions.  Raises TransportError once another topic has the name.
+    def look(self, committed: Callable[[], Iterable[int]]) -> None:
+        """Asked in every turn, with what asks for the group's offsets: they go with their topic.  Raises TransportError once it is not there any more.
+
+        Where nothing comes nobody else would ask: the new one may be exactly as long as what was read of the old.  A broker that is away is
+        asked nothing by the admin client: librdkafka may abort (its issue 4605).
+        """
+        now = self._member.environment.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            if OFFSET_INVALID in committed():
+                self.same()
+
+    def same(self) -> None:
+        """Asked between reading and committing.  Raises TransportError once another topic has the name; else all that was read is of this one, as no id comes back.
 
         1. it is deleted and made anew between two requests of our consumer, and gets more records than were read of the old one
         2. the consumer goes on at the offset where it was, and what lies before that in the new one is never read
         """
-        now = self._member.environment.monotonic()
-        if now >= self._look_at and reached != self._reached:  # a broker that is away is asked nothing: librdkafka may abort (its issue 4605)
-            self._look_at, self._reached = now + _LOOK_S, reached
-            self._check()
-
-    def _check(self) -> None:
         member = self._member
-        there = member.incarnation
-        with contextlib.suppress(TransportError):  # it is not there now, or the broker is not
-            there, _ = topics.describe(member.admin, member.config, self._topic, _ANSWER_S)
-        if there != member.incarnation:
-            raise TransportError(f"{self._topic} was made anew while {member.group} read it; the next start reads the new one from its begin")
+        if again(member.environment, self._id) != member.incarnation:
+            raise TransportError(f"{self._topic} was deleted, or made anew, while {member.group} read it; the next start reads the new one from its begin")
+
+    def _id(self) -> str:
+        """Empty if there is no such topic.  Raises KafkaException."""
+        try:
+            return str(topics.told(self._member.admin.describe_topics(TopicCollection([self._topic]), request_timeout=_ANSWER_S)[self._topic], _ANSWER_S).topic_id)
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                return ""
+            raise
 
     def count(self) -> int:
         """Its partitions now.  Raises TransportError."""
         return topics.describe(self._member.admin, self._member.config, self._topic)[1]
 
     def noted(self, where: TopicPartition) -> int:
-        """A committed offset; none if it was noted for the topic that had this name before: records of this one may have been read under it.
+        """A committed offset; none if it was noted for the topic that had this name before.
 
         Copied to another cluster it has the note of the first: who wants it says so.
         """
@@ -63,9 +74,9 @@ class Foreign:
             self._known.add(where.partition)
         if not where.metadata or where.metadata == self._member.incarnation or self._member.config.accept_offset_reset:
             return where.offset
-        self._check()  # it may be this process that knows only the old one
+        self.same()  # it may be this process that knows only the old one
         place = f"{where.topic}[{where.partition}]"
-        self._say(f"{place} was made anew while {self._member.group} read it, up to {where.offset}: it is read from its begin, some of it again; what was left of the old one is lost")
+        self._say(f"{place} was made anew while {self._member.group} read it, up to {where.offset}: it is read from its begin; what was left of the old one is lost")
         return OFFSET_INVALID
 
     def there(self, number: int, position: int, begin: int, end: int) -> int:

@@ -35,7 +35,7 @@ def again(environment: Environment, call: Callable[[], Any]) -> Any:
             code = error.args[0]
             if code.code() == KafkaError._FENCED:
                 raise FencedError(code.str()) from None
-            if not (topics.transient(code) or code.code() in (KafkaError._STATE, *_NOT_KNOWN_YET)):
+            if code.txn_requires_abort() or not (topics.transient(code) or code.code() in (KafkaError._STATE, *_NOT_KNOWN_YET)):
                 raise
             if environment.monotonic() > give_up:
                 raise TransportError(f"no answer for {2 * TRANSACTION_S} s: {code.str()}") from None

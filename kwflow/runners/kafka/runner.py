@@ -412,6 +412,8 @@ class KafkaRunner:
     def _commit(self, batch: Batch) -> None:
         """One transaction, then the local stores (K8)."""
         begun_ms = self.clock.now_ms()  # this process may stand still in a commit, and somebody else goes on
+        if self.takeover.foreign is not None:
+            self.takeover.foreign.same()
         reached = self.transactions.commit(batch, self._metadata)
         self._bytes_max = min(self.config.batch_bytes_max, self._bytes_max * 9 // 8)
         self.counts.update(batch.counts)

@@ -55,7 +55,7 @@ class Takeover:
         self._owners = owners
         self._former: dict[int, Owner | None] = {}  # who had what was assigned and is not owned yet
         self._stuck_since: dict[int, float] = {}
-        self._foreign = None if member.processor.changelog_topic else Foreign(member)
+        self.foreign = None if member.processor.changelog_topic else Foreign(member)
         self._fencing = Fencing(member)
         self._leftovers = Leftovers(member, self._fencing)
         self._attempts = attempts
@@ -147,9 +147,9 @@ class Takeover:
     # -- restore, then own -----------------------------------------------------------------------------------------
     def turn(self) -> None:
         """Restore what was assigned, a slice at a time, then read from the committed offset on."""
-        if self._foreign is not None:
-            self._foreign.look({number: partition.position for number, partition in self.owned.items()})
-            self._count_again(self._foreign)
+        if self.foreign is not None:
+            self.foreign.look(lambda: self._committed([*self.owned], _ANSWER_S).values())
+            self._count_again(self.foreign)
         self._ask_for_former()
         until = self.member.environment.monotonic() + _SLICE_S
         moved = self._restore(until)
@@ -287,7 +287,7 @@ class Takeover:
         failed = next((where.error for where in found if where.error is not None and not topics.transient(where.error)), None)
         if failed is not None:
             raise KafkaException(failed)
-        return {where.partition: where.offset if self._foreign is None else self._foreign.noted(where) for where in found if where.error is None}
+        return {where.partition: where.offset if self.foreign is None else self.foreign.noted(where) for where in found if where.error is None}
 
     def _store(self, number: int) -> PartitionStore:
         member = self.member
@@ -321,8 +321,8 @@ class Takeover:
                 continue
             if position is None:
                 position = committed if committed != OFFSET_INVALID else begin
-            if self._foreign is not None:
-                position = self._foreign.there(number, position, begin, end)
+            if self.foreign is not None:
+                position = self.foreign.there(number, position, begin, end)
             if position < begin and not member.config.accept_offset_reset:
                 raise TransportError(
                     f"{where}: {position} would be next, and its log begins at {begin}: retention has deleted what was there, applied or not; --accept-offset-reset goes on from the begin",

@@ -96,10 +96,10 @@ def partitions_of(client: AdminClient, config: Config) -> dict[str, int]:
     return {name: len(topic.partitions) for name, topic in found.topics.items()}
 
 
-def describe(client: Any, config: Config, topic: str, within_s: float = 10) -> tuple[str, int]:
+def describe(client: Any, config: Config, topic: str) -> tuple[str, int]:
     """(topic id, partition count).  Raises TransportError."""
     try:
-        found = told(client.describe_topics(TopicCollection([topic]), request_timeout=within_s)[topic], within_s)
+        found = told(client.describe_topics(TopicCollection([topic]), request_timeout=10)[topic], 10)
     except KafkaException as error:
         raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.args[0].str()}; create topics with: kwflow topics create") from None
     return str(found.topic_id), len(found.partitions)
