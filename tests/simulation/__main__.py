@@ -29,9 +29,20 @@ class Queued(World):
     queue_share = 1.0
 
 
-def play(seed: int, kind: type[World], lines: int, digests: bool, happened: "collections.Counter[str]") -> bool:
+class Fed(World):
+    feed_share = 1.0
+
+
+class QueuedAndFed(Queued, Fed):
+    pass
+
+
+KINDS = {"": World, "--queues": Queued, "--feeds": Fed, "--queues --feeds": QueuedAndFed}
+
+
+def play(seed: int, options: str, lines: int, digests: bool, happened: "collections.Counter[str]") -> bool:
     """Run and check one seed; what went wrong is printed."""
-    world = kind(seed)
+    world = KINDS[options](seed)
     begun = time.perf_counter()
     try:
         world.run()
@@ -42,7 +53,7 @@ def play(seed: int, kind: type[World], lines: int, digests: bool, happened: "col
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
         print(world.story(lines))
         traceback.print_exception(error)
-        again = f"'{seed} --queues'" if kind is Queued else seed
+        again = f"'{seed} {options}'" if options else seed
         print(f"FAILED seed {seed} at commit {commit}; again: make sim SEEDS={again}", flush=True)
         return False
     if digests:
@@ -57,6 +68,7 @@ def main() -> None:
     parser.add_argument("seeds", nargs="+", help="42, or 0-200 (the last one not included)")
     parser.add_argument("--every", default="0/1", help="1/2: the second half of the seeds, for two processes")
     parser.add_argument("--queues", action="store_true", help="workers in every seed, not only in a fifth of them")
+    parser.add_argument("--feeds", action="store_true", help="a topic of others in every seed, likewise")
     parser.add_argument("--lines", type=int, default=60, help="of the log before a failure")
     parser.add_argument("--keep-going", action="store_true", help="after a failure")
     parser.add_argument("--digest", action="store_true", help="of each run, to compare two")
@@ -64,10 +76,11 @@ def main() -> None:
     durable.set_abandoning(True, everywhere=True)  # for good: nothing but the simulation lives here
     part, parts = map(int, given.every.split("/"))
     seeds = [seed for text in given.seeds for seed in (range(*map(int, text.split("-"))) if "-" in text else [int(text)])]
+    options = " ".join(option for option, wanted in (("--queues", given.queues), ("--feeds", given.feeds)) if wanted)
     failed = []
     happened: collections.Counter[str] = collections.Counter()
     for seed in seeds[part::parts]:
-        if not play(seed, Queued if given.queues else World, given.lines, given.digest, happened):
+        if not play(seed, options, given.lines, given.digest, happened):
             failed.append(seed)
             if not given.keep_going:
                 break

@@ -28,8 +28,9 @@ from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
 from kwflow.testing.kafka.log import Entry, Place, Transaction
 from kwflow.testing.kafka.time import START_MS
-from tests.simulation import handed_out, meaning, probes, releases
+from tests.simulation import fed, handed_out, meaning, probes, releases
 from tests.simulation.ledger import Ledger
+from tests.simulation.others import GROUP
 from tests.simulation.world import RECORD_BYTES_MAX, Failed, Machine, World
 
 CODE = b"\0code\0"  # when this partition wrote a source: state of the runner's own
@@ -44,9 +45,11 @@ def check(world: World) -> None:
     ledger = Ledger(world)
     engines, schedulers = WorkflowModel(world, ledger), TimerModel(world, ledger)
     for transaction, entries in ledger.transactions():
-        model = schedulers if transaction.producer.startswith("sim-scheduler-") else engines
-        model.apply(transaction, entries)
+        if not transaction.producer.startswith(f"{GROUP}-"):  # fed.py
+            model = schedulers if transaction.producer.startswith("sim-scheduler-") else engines
+            model.apply(transaction, entries)
     _identities(ledger)
+    fed.check(world, ledger)
     engines.finish()
     schedulers.finish()
     _clients(world, ledger)
@@ -151,9 +154,9 @@ class Model:
         for number, outputs in expected.items():
             for output in outputs:
                 mine = wanted[(output.topic, output.key)][number]
-                there = found[(output.topic, output.key)]
-                any_time = there[len(mine)][1] if output.timestamp_ms is None and len(there) > len(mine) else output.timestamp_ms
-                mine.append((of_output(output), any_time))
+                times = [at for what, at in found[(output.topic, output.key)] if what == of_output(output)]
+                before = sum(what == of_output(output) for what, _ in mine)
+                mine.append((of_output(output), times[before] if output.timestamp_ms is None and len(times) > before else output.timestamp_ms))
         for where in sorted({*found, *wanted}, key=repr):
             everything = [one for mine in wanted[where].values() for one in mine]
             ordered = where[1] is not None  # else any partition: these have no order among them
@@ -245,11 +248,15 @@ class WorkflowModel(Model):
     def _refusals(self, ledger: Ledger) -> set[tuple[int, int]]:
         """Records that K19 gave up on; only a process that died often may."""
         found = set()
+        asked = {dict(entry.headers)["number"]: (number, entry.offset) for number, visible in enumerate(self.visible) for entry in visible if ("kwflow-op", b"feed") in entry.headers}
         for number in range(self.world.partitions):
             for entry in ledger.visible((self.world.config.dead_letter_topic, number)):
                 headers = dict(entry.headers)
-                if re.search(_DIED.encode(), headers.get("kwflow-error-message") or b"") and headers.get("kwflow-error-topic") == self.input_topic.encode():
-                    found.add((int(headers["kwflow-error-partition"] or 0), int(headers["kwflow-error-offset"] or 0)))
+                if re.search(_DIED.encode(), headers.get("kwflow-error-message") or b""):
+                    if headers.get("kwflow-error-topic") == self.input_topic.encode():
+                        found.add((int(headers["kwflow-error-partition"] or 0), int(headers["kwflow-error-offset"] or 0)))
+                    elif headers.get("number") in asked and entry.transaction is not None and not entry.transaction.producer.startswith(f"{GROUP}-"):  # its feed was to be asked once more
+                        found.add(asked[headers["number"]])
         if found and self.world.crashes < 3:
             raise Failed(f"K19: {found} refused, and only {self.world.crashes} processes died")
         return found
@@ -285,10 +292,16 @@ class WorkflowModel(Model):
                 [made] = self.processor.decide(overlay, [record], record.timestamp_ms)
             except probes.Killed:
                 raise Failed(f"K19: {record} kills every process, and was applied") from None
-            if all(output.topic != "sim-said" or len(output.value or b"") < RECORD_BYTES_MAX for output in made.outputs):
-                return made, overlay.changes
+            if all(len(output.value or b"") < (1 if output.topic == "sim-said" else 2) * RECORD_BYTES_MAX for output in made.outputs):
+                return _timed(made), overlay.changes
             overlay = Overlay(self.stores[number])
-        return self.processor.refuse(overlay, record, ""), overlay.changes
+        return _timed(self.processor.refuse(overlay, record, "")), overlay.changes
+
+
+def _timed(made: Decision) -> Decision:
+    """The dead letter of a feed is as old as it is, which the model cannot know."""
+    letter = [("kwflow-error-feed" in dict(output.headers)) for output in made.outputs]
+    return msgspec.structs.replace(made, outputs=tuple(msgspec.structs.replace(output, timestamp_ms=None) if its else output for output, its in zip(made.outputs, letter, strict=True)))
 
 
 class TimerModel(Model):
@@ -383,7 +396,7 @@ def _resumes(world: World, ledger: Ledger, engines: WorkflowModel, schedulers: T
     for topic in [world.config.resume_topic, world.config.scheduler_topic, world.config.dead_letter_topic, *world.outputs, world.config.result_topic, world.config.error_topic]:
         for number in range(world.partitions):
             for entry in ledger.visible((topic, number)):
-                if entry.transaction is not None:
+                if entry.transaction is not None and not entry.transaction.producer.startswith(f"{GROUP}-"):
                     made[form(topic, entry.key, entry.value, entry.headers)] -= 1
     wrong = {what: count for what, count in made.items() if count and what[0] != world.config.reply_topic}
     if wrong:

@@ -111,6 +111,8 @@ class Process(Host):
         return not lost
 
     def _count(self, where: str) -> None:
+        if not self.world.counts(self.name):
+            return
         self.world.calls += 1
         if self.world.calls == self.world.faults.crash_call:
             self.crash(where)

@@ -20,6 +20,9 @@ class Ledger:
             if entry.transaction is not None:
                 self._by_transaction.setdefault(entry.transaction, []).append((place, entry))
 
+        for transaction in world.broker.moved:
+            self._by_transaction.setdefault(transaction, [])
+
     def transactions(self) -> Iterator[tuple[Transaction, list[tuple[Place, Entry]]]]:
         """The committed ones, in the order they were decided."""
         done = [(transaction, entries) for transaction, entries in self._by_transaction.items() if transaction.state == COMMITTED]

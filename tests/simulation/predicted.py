@@ -14,7 +14,7 @@ from typing import Any
 
 from kwflow.core.murmur2 import partition_of
 from kwflow.testing.kafka.log import Entry
-from tests.simulation import native
+from tests.simulation import fed, native
 from tests.simulation.activities import MAIL, QUEUE
 from tests.simulation.world import Failed, World
 
@@ -41,6 +41,8 @@ class Log:
         for (topic, key), mine in entries.items():
             for entry in mine:
                 headers = dict(entry.headers)
+                if "kwflow-error-feed" in headers or headers.get("kwflow-op") == b"feed":
+                    continue  # no instance's (fed.py)
                 if topic == world.config.resume_topic:
                     sent_on = entry.transaction is None and headers.get("kwflow-sim-sent") in forwarded
                     if not sent_on and (places[entry][1], entry.offset) not in dead:
@@ -54,7 +56,7 @@ class Log:
                 elif topic == world.config.reply_topic:
                     told = json.loads(entry.value or b"")
                     self.replies[told["request"]].append((told["status"], told["value"]))
-                elif entry.transaction is not None and "kwflow-forwarded" not in headers:
+                elif entry.transaction is not None and "kwflow-forwarded" not in headers and not fed.is_fed(world, places[entry], entry):
                     self._output(topic, key, entry, headers)
 
     def _output(self, topic: str, key: str, entry: Entry, headers: dict[str, bytes | None]) -> None:

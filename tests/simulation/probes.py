@@ -8,6 +8,7 @@ from kwflow.core.step import in_step
 outside: list[str] = []  # finally blocks that ran outside a step (G8)
 _kill: list[Callable[[], None]] = []
 _begin: list[Callable[[kw.ActivityInfo], None]] = []
+_feeding: list[Callable[[], bool]] = []
 _perform: list[Callable[[kw.ActivityInfo, str], None]] = []
 
 
@@ -28,11 +29,17 @@ def perform(info: kw.ActivityInfo, what: str) -> None:
     _perform[-1](info, what)
 
 
-def ask(kill: Callable[[], None], begin: Callable[[kw.ActivityInfo], None], perform: Callable[[kw.ActivityInfo, str], None]) -> None:
+def feeding() -> bool:
+    """Whether a process that runs feeds asks, not an engine."""
+    return _feeding[-1]()
+
+
+def ask(kill: Callable[[], None], begin: Callable[[kw.ActivityInfo], None], perform: Callable[[kw.ActivityInfo, str], None], feeding: Callable[[], bool]) -> None:
     """Whom this run's workflows and activities ask."""
     _kill[:] = [kill]
     _begin[:] = [begin]
     _perform[:] = [perform]
+    _feeding[:] = [feeding]
 
 
 class Killed(KeyboardInterrupt):

@@ -14,7 +14,8 @@ SEEDS = 200
 PLANNED = {
     "abort", "calls begun again", "calls never begun", "calls that workers died with", "compacted", "crash after commit", "crash after commit-offsets", "crash after database-write",
     "crash after send_offsets", "crash before commit", "crash before commit-offsets", "crash before consume", "crash before consume-assigned", "crash before database-write",
-    "crash before producer-poll", "crash before send_offsets", "damage", "deleted copy", "deploy", "freeze", "jump", "kill", "killed by a call", "lost commit", "lost commit-offsets",
+    "crash before producer-poll", "crash before send_offsets", "damage", "deleted copy", "deploy", "events add", "events anew", "events anew in a moment", "events lost", "events shorten",
+    "freeze", "jump", "kill", "killed by a call", "lost commit", "lost commit-offsets",
     "lost list_offsets", "lost send_offsets", "notes of what is open", "promoted", "rebalance", "rebalance of workers", "roll", "slow", "stall", "stop", "took over new helpers", "trickle",
     "went on in old code", "wipe",
 }  # fmt: skip
@@ -43,6 +44,7 @@ def test_two_hundred_seeds_hold_every_guarantee() -> None:
     assert happened["outputs predicted"] > 5 * happened["outputs not predicted"], "of each output it is known, without the product, that it must be there and where"
     assert happened["copies predicted"] > 50
     assert happened["calls answered"] > 300
+    assert happened["events fed"] > 1_000 and happened["events not taken"] > 100 and happened["events asked about once more"] > 100
     assert happened["told by a workflow"] > 100 and happened["rejected by a workflow"] > 10
 
 

@@ -8,6 +8,7 @@ import pytest
 from kwflow.runners.kafka.runner import KafkaRunner
 from tests.simulation.checks import check
 from tests.simulation.planted import HANDED_OUT, PLANTED, SHARED, Planted
+from tests.simulation.planted_feeds import FED
 from tests.simulation.world import Failed, World, engine_process
 
 SEEDS = 40
@@ -30,7 +31,7 @@ def caught(seed: int, planted: Planted | None, faults: Planted) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("planted", [*PLANTED, *SHARED, *HANDED_OUT], ids=lambda planted: f"{planted.rule}: {planted.what}")
+@pytest.mark.parametrize("planted", [*PLANTED, *SHARED, *HANDED_OUT, *FED], ids=lambda planted: f"{planted.rule}: {planted.what}")
 def test_a_planted_bug_is_caught(planted: Planted) -> None:
     for seed in (planted.first, *range(SEEDS)):
         found = caught(seed, planted, planted)

@@ -195,6 +195,13 @@ def call(kind, plan):
     return outcome
 
 
+def note(name):
+    """Whatever comes, in order, for ever."""
+    told = kw.signals(name)
+    while True:
+        say("noted", (yield told.wait())["event"])
+
+
 def positive(value):
     if value < 0:
         raise ValueError("it is negative")
@@ -228,7 +235,7 @@ def account():
 
 NODES = {
     "account": account, "all": every, "ask": ask, "call": call, "child": child, "fail": fail, "hear": hear, "huge": huge, "judge": judge, "kid": kid, "kill": kill, "large": large,
-    "limit": limit, "lock": lock, "race": first, "rescue": rescue, "saga": saga, "sequence": sequence, "shield": shield, "sleep": sleep, "stop": stop, "stuck": stuck, "tell": tell,
+    "limit": limit, "lock": lock, "note": note, "race": first, "rescue": rescue, "saga": saga, "sequence": sequence, "shield": shield, "sleep": sleep, "stop": stop, "stuck": stuck, "tell": tell,
 }  # fmt: skip
 
 

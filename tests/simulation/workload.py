@@ -100,6 +100,9 @@ class Clients:
         self.sent += 1
         self._producer.produce(topic, value, key, headers=[*headers, ("kwflow-sim-sent", str(self.sent))], partition=partition)
 
+    def flush(self) -> None:
+        self._producer.flush()
+
     def work(self) -> None:
         for _ in range(self._actions):
             self.world.hub.pause(self.world.time.now + self.chance.expovariate(1 / 250))
@@ -260,6 +263,8 @@ class Clients:
                     id, value = (entry.key or b"").decode("utf-8", "replace"), (entry.value or b"").decode("utf-8", "replace")
                     if topic == "sim-ask":
                         self.asks.setdefault((id, value), 0)
+                    elif "kwflow-error-feed" in dict(entry.headers):
+                        continue  # no workflow's
                     elif ("kwflow-error-reason", b"parked") in entry.headers or ("kwflow-error-reason", b"refused") in entry.headers:
                         self.parked[id] = self.parked.get(id, 0) + 1
 

@@ -22,9 +22,11 @@ from kwflow.config import Config
 from kwflow.core.dispatch import PREFIX
 from kwflow.core.timers import DUE
 from kwflow.errors import FencedError, TransportError
+from kwflow.feeds import registered_feeds
 from kwflow.ports import Deliver, Processor
 from kwflow.runners.activities.dispatch import Dispatcher
 from kwflow.runners.code import CodeStore
+from kwflow.runners.feeds import FeedProcessor
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.code import CodeTopic
 from kwflow.runners.kafka.queues import QueueRunner
@@ -41,6 +43,7 @@ from tests.simulation import probes, releases
 from tests.simulation.activities import MAIL, QUEUE
 from tests.simulation.faults import Actors, Crashed, Faults, Process
 from tests.simulation.hub import Hub
+from tests.simulation.others import EVENTS, GROUP, MovedGroup, Others
 from tests.simulation.workers import WORKERS, Book, NotedGroup, WatchedConsumer
 from tests.simulation.workload import Clients
 
@@ -59,10 +62,13 @@ class JournalingBroker(Broker):
         super().__init__(time, seed)
         self.journal: list[tuple[Place, Entry]] = []
         self.book = Book()
+        self.moved: dict[Transaction, None] = {}  # the feed's
 
     def group(self, name: str) -> Group:
         if name == WORKERS and name not in self.groups:
-            self.groups[name] = NotedGroup(self.time, lambda topic: [partition.place for partition in self.topics[topic].partitions], self.book)
+            self.groups[name] = NotedGroup(self.time, self.places, self.book)
+        if name == GROUP and name not in self.groups:
+            self.groups[name] = MovedGroup(self.time, self.places, self.moved)
         return super().group(name)
 
     def append(self, place: Place, records: Iterable[Made], transaction: Transaction | None) -> list[Entry]:
@@ -116,7 +122,7 @@ class Machine:
     """A place where processes run, one after the other; its disk and clock outlive them."""
 
     name: str
-    roles: tuple[str, ...]  # engine, scheduler; or worker
+    roles: tuple[str, ...]  # engine, scheduler, feed; or worker
     directory: pathlib.Path
     disk: Disk = dataclasses.field(default_factory=Disk)
     skew_ms: int = 0
@@ -133,13 +139,14 @@ class Machine:
         return f"{self.name}.{self.identity}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Life:
-    """Of a process: when it began, under which instance id, with which code."""
+    """Of a process: when it began, under which instance id, with which code, and when it ended."""
 
     begun: float
     instance: str
     release: releases.Release
+    ended: float = float("inf")
 
 
 @contextlib.contextmanager
@@ -159,6 +166,7 @@ class World:
 
     machines_min = 1
     queue_share = 0.2  # of the seeds
+    feed_share = 0.15
     release_ms = 5_000  # from one release to the next, and from one machine to the next, on average
     rest_ms = 900_000  # calm, everything has to be done within this
     jump_ms = 60_000
@@ -205,8 +213,23 @@ class World:
         self.machines = [Machine(f"m{number}", self._roles(number), self.directory / f"m{number}") for number in range(self.chance.randint(self.machines_min, 3))]
         if faults is None:
             self._draw_copies(random.Random(f"copies {seed}"))
+        self.others: Others | None = None
+        self._feeding = random.Random(f"feeds {seed}")  # its own, too
+        if self._feeding.random() < self.feed_share and (faults is None or self.feed_share == 1):
+            self._add_feeds()
         if self.queues:
             self.machines += [self._worker(number) for number in range(self._queueing.choice([1, 1, 2, 2, 3]))]
+
+    def _add_feeds(self) -> None:
+        """On machines of their own, or beside an engine in its process."""
+        chance = self._feeding
+        self.others = Others(self, killers=chance.random() < 0.3)
+        beside = self.machines[:1] if chance.random() < 0.3 else []
+        added = [Machine(f"feed{number}", (), self.directory / f"feed{number}") for number in range(chance.choice([0, 1] if beside else [1, 1, 2, 2]))]
+        for machine in [*beside, *added]:
+            machine.roles = (*machine.roles, "feed")
+            machine.settings = {**machine.settings, "kafka": {"max.poll.interval.ms": chance.choice([15_000, 300_000]), "topic.metadata.refresh.interval.ms": chance.choice([500, 2_000, 20_000])}}
+        self.machines += added
 
     def _worker(self, number: int) -> Machine:
         """The first one serves all queues; who has no name of its own leaves the group when it ends."""
@@ -249,6 +272,10 @@ class World:
         for name, topic in self.broker.topics.items():
             topic.config["max.message.bytes"] = str(RECORD_BYTES_MAX if name == "sim-said" else 2 * RECORD_BYTES_MAX)
 
+    def counts(self, process: str) -> bool:
+        """Whether requests of this one are among `calls`."""
+        return True
+
     def say(self, line: str) -> None:
         self.log.append(f"{self.time.now:10.1f} {line}")
 
@@ -256,14 +283,16 @@ class World:
     def run(self) -> None:
         """Raises Failed."""
         probes.outside.clear()
-        probes.ask(self._kill_running, self._begun, self._perform)
+        probes.ask(self._kill_running, self._begun, self._perform, lambda: self.hub.running.endswith(" feed"))
         try:
             for machine in self.machines:
                 self.hub.spawn(machine.name, lambda machine=machine: self._operate(machine), self.chance.random() * 3000)
             self.hub.spawn("clients", self.clients.work)
             self.hub.spawn("operator", self._break_things)
             self.hub.spawn("deployer", self._deploy_all)
-            self._until(lambda: self.clients.finished, "the clients never come to an end")
+            if self.others is not None:
+                self.hub.spawn("others", self.others.work)
+            self._until(lambda: self.clients.finished and (self.others is None or self.others.finished), "the clients never come to an end")
             self.calm = True
             self.deploy(self.upcoming[-1] if self.upcoming else self.deployed[-1], at_once=True)
             self.say("calm")
@@ -293,7 +322,8 @@ class World:
         quiet = 0
         while quiet < 3:
             self.hub.pause(self.time.now + 3_000)
-            quiet = quiet + 1 if self.clients.settle() and not self.unread() else 0
+            settled = self.others is None or self.others.settle()
+            quiet = quiet + 1 if self.clients.settle() and settled and not self.unread() else 0
             if self.time.now > give_up:
                 raise Failed(f"after {self.rest_ms / 1000:g} calm seconds there is still: {self.unread() or 'something to answer or to discard'}")
         for machine in self.machines:
@@ -312,6 +342,7 @@ class World:
                 if waiting:
                     replayed = {entry.key or b"": entry.value for entry in self.broker.partition((changelog, partition.place[1])).committed()}
                     found += self._waiting({key: value for key, value in replayed.items() if value is not None})
+        found += self.others.unread() if self.others is not None else []
         return found + (self._open_calls() if waiting else [])
 
     def _open_calls(self) -> list[str]:
@@ -434,6 +465,7 @@ class World:
             while left and not self.over:
                 self.hub.pause(self.time.now + 50)
             process.alive = False
+            machine.lives[-1].ended = self.time.now
             environment.release()
             if not self.over:
                 self._while_down(machine)
@@ -452,6 +484,8 @@ class World:
                 runner = environment.runner(self.runner, config, make, "sim", process.log, process, self.outputs)
             elif role == "worker":
                 return self._serve(machine, process, config, environment)
+            elif role == "feed":
+                runner = environment.runner(self.runner, config, lambda _: FeedProcessor(config, registered_feeds()[EVENTS], process.log), GROUP, process.log, process, frozenset())
             else:
                 runner = environment.runner(self.runner, config, lambda _: self.make_timers(config), "sim-scheduler", process.log, process, self.outputs)
             self._count_copies(runner.takeover.copies)
@@ -461,7 +495,7 @@ class World:
         except (FencedError, TransportError) as error:
             self.say(f"{process.name} {role} ends: {type(error).__name__}: {error}")
             process.stopping = True
-            if self.faults == Faults(markers_ms=self.faults.markers_ms) and len(self.deployed) == 1:
+            if self.faults == Faults(markers_ms=self.faults.markers_ms) and len(self.deployed) == 1 and not (self.others is not None and self.others.changed):
                 raise Failed(f"{process.name} ends although nothing was broken: {error}") from error
             if not error.retryable and not isinstance(error, FencedError):
                 raise Failed(f"{process.name} cannot go on: {error}") from error
@@ -542,6 +576,8 @@ class World:
     def rebalance(self) -> None:
         """A stranger joins a group and soon leaves: generations change under those who are in the middle of a batch."""
         name, topic = self.chance.choice([("sim", self.config.resume_topic), ("sim-scheduler", self.config.scheduler_topic)])
+        if self.hub.running.endswith(" feed"):
+            name, topic = GROUP, EVENTS
         group = self.broker.group(name)
         stranger = group.join("", None, (topic,), 3_000, 1_000, set())
         self.time.after(1_000, lambda: group.leave(stranger))
