@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from kwflow.cli.shared import Bootstrap, ConfigFile, Json, MaybeDir, out, print_json
+from kwflow.cli.shared import Bootstrap, ConfigFile, Json, MaybeDir, err, out, print_json
 from kwflow.config import Config, load_config
 from kwflow.core import wire
 from kwflow.core.wire import Record
@@ -39,6 +39,8 @@ def history(
     if as_json:
         print_json(events)
         return
+    if not events:
+        err.print(f"{settings.history_topic} has no event of {id}: it never ran, none was kept then, or they are deleted")
     for event in events:
         out.print(f"{instant(event['at'])}  {_came(event)}", markup=False, highlight=False, soft_wrap=True)
         for line in (*_about(event), *event.get("logs", ())):

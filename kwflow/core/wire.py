@@ -354,7 +354,10 @@ def given_headers(headers: Any, ours: Collection[str] = ()) -> Headers:
             raise UsageError(f"header {name!r}: kwflow-* headers belong to the engine")
         if value is not None and not isinstance(value, (str, bytes)):
             raise TypeError(f"header {name!r} is str, bytes or None, not {type(value).__name__}")
-        checked.append((name, value.encode() if isinstance(value, str) else value))
+        try:
+            checked.append((name, value.encode() if isinstance(value, str) else value))
+        except UnicodeEncodeError:
+            raise UsageError(f"header {name!r}: its text has no form in UTF-8; give bytes") from None
     return tuple(checked)
 
 

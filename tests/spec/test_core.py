@@ -203,6 +203,7 @@ def main(o):
         ("yield asyncs().__anext__()", "write `await` before it"),
         ("kw.output('x', 'out', key=5)", "a record key is str or bytes, not int"),
         ("kw.output('x', 'out', headers={'a': 5})", "header 'a' is str, bytes or None, not int"),
+        ("kw.output('x', 'out', headers={'a': chr(0xd800)})", "header 'a': its text has no form in UTF-8; give bytes"),
         ("kw.output('x', 'out', headers=5)", "headers are a mapping, or pairs of a name and a value, not 5"),
         ("kw.output('x', 'out', headers=['a'])", "headers are a mapping, or pairs of a name and a value, not ['a']"),
         ("kw.output('x', 'out', headers={'kwflow-id': 'a'})", "'kwflow-id': kwflow-* headers belong to the engine"),
