@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import heapq
 import itertools
 import logging
@@ -18,7 +19,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -165,8 +166,9 @@ class Client:
         `headers` travel on from there, over timers, activities and outputs (`kw.headers()`); with `tracing` the context of the current span is one.
         Raises CommandError: exists (another run of the id), unknown_workflow, bad_input (it does not fit the annotation).
         """
+        given = self._given(headers)
         future: Future[Run] = self._future()
-        self._start(id or uuid.uuid4().hex, input, workflow, start_id or uuid.uuid4().hex, self._given(headers), future, lambda run: self._settle(future, run))
+        self._start(id or uuid.uuid4().hex, input, workflow, start_id or uuid.uuid4().hex, given, future, lambda run: self._settle(future, run))
         return future
 
     def start_and_wait(
@@ -242,8 +244,9 @@ class Client:
         if error.keys() - {"error"}:
             raise UsageError(f"resume takes a value or error=, not {', '.join(error)}")
         future: Future[None] = self._future()
-        message = wire.json_dumps({"ref": ref, **(error or {"value": value})})
-        self._send(id, message, self._given(headers), future, f"resume of {ref}", lambda reply: self._settle(future, None))
+        with self._sending(future):
+            message = wire.json_dumps({"ref": ref, **(error or {"value": value})})
+            self._send(id, message, self._given(headers), future, f"resume of {ref}", lambda reply: self._settle(future, None))
         return future
 
     def cancel(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None, headers: Given | None = None) -> Future[None]:
@@ -320,7 +323,17 @@ class Client:
     ) -> None:
         command_id = command_id or uuid.uuid4().hex
         mine = [("kwflow-op", op.encode()), ("kwflow-id", command_id.encode()), *([("kwflow-start-id", start_id.encode())] if start_id is not None else [])]
-        self._send(id, wire.json_dumps(arguments), (*self._given(headers), *mine), future, op, done, command_id)
+        with self._sending(future):
+            self._send(id, wire.json_dumps(arguments), (*self._given(headers), *mine), future, op, done, command_id)
+
+    @contextlib.contextmanager
+    def _sending(self, future: Future[Any]) -> Iterator[None]:
+        """What cannot be sent its caller hears at once; nothing of it stays here."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(future, error)
+            raise
 
     def _start(self, id: str, input: object, workflow: str | None, start_id: str, given: wire.Headers, future: Future[Any], done: Callable[[Run], None]) -> None:
         mine = [("kwflow-start-id", start_id.encode()), ("kwflow-client", self._link.process.encode()), *([("kwflow-workflow", workflow.encode())] if workflow else [])]

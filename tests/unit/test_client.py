@@ -230,3 +230,15 @@ def test_headers_of_an_answer_go_with_it_and_are_none_of_the_engines(site: Site)
     assert future.result(TIMEOUT_S * 20) is None
     with pytest.raises(UsageError, match=r"header 'kwflow-op': kwflow-\* headers belong to the engine"):
         site.client.resume("w", "0:1", 7, headers=(("kwflow-op", b"terminate"),))
+
+
+def test_what_cannot_be_sent_leaves_nothing_in_the_client(site: Site) -> None:
+    """A limit: a caller that gives what is no header, no JSON or no id goes on for ever, and so did what was kept of each."""
+    client, bad = site.client, {"a": 5}
+    for call in (
+        lambda: client.start("w", headers=bad), lambda: client.signal("w", "s", headers=bad), lambda: client.resume("w", "0:1", headers=bad), lambda: client.update("w", "u", headers=bad),  # type: ignore[dict-item,arg-type]
+        lambda: client.signal("w", "s", object()), lambda: client.resume("w", "0:1", b""), lambda: client.query("|"), lambda: client.resume("", "0:1"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, UsageError)):
+            call()
+    assert not client._open and not client._requests and not site.engine.read(site.config.resume_topic, 0, 1)
