@@ -91,7 +91,11 @@ def _done(client: Client, found: list[tuple[str, str, bool]], call: Callable[[st
     """Id, status and message of each, in their order."""
     under_way: deque[_Sent] = deque()
     for id, start_id, paused in track(found, console=err, disable=not err.is_terminal, transient=True):
-        future = call(id, start_id)
+        try:
+            future = call(id, start_id)
+        except UsageError as error:  # a damaged store has what no record could have made
+            yield id, "bad_id", str(error)
+            continue
         under_way.append(_Sent(client, id, start_id, future, client.query(id, start_id=start_id or None) if paused and waits_behind else None))
         while len(under_way) >= _OPEN_MAX:
             yield under_way.popleft().told()

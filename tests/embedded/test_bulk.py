@@ -14,6 +14,7 @@ from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.errors import OutcomeUnknown
+from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.hosted import Hosted
 from tests import commands
 
@@ -135,3 +136,11 @@ def test_who_interrupts_it_is_told_how_it_goes_on(many: Many, tmp_path: pathlib.
     assert process.wait(20) == 130
     first, last = log.read_text().splitlines()
     assert last == f"interrupted: at least 0 of 300 are done; the same with --command-id {first.rpartition(' ')[2]} does nothing twice"
+
+
+def test_an_entry_under_what_is_no_id_holds_up_no_others(many: Many) -> None:
+    """A damaged store: the others are done, and it is named."""
+    db = many.hosted.engine.db
+    db[EmbeddedStore(db, Config().changelog_topic).prefix + b"a|b"] = b"KWF?"
+    _, told = many.bulk("terminate", "--everything", "--yes", code=1)
+    assert "a|b: bad_id: 'a|b': a workflow id must not contain NUL or |" in told and {"1 bad_id", "301 ok"} == set(told.splitlines()[-1].split(", "))
