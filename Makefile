@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m workflows.demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -rsfE --durations=10 -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -rsfE --durations=10 -n 4 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/repo

@@ -67,7 +67,8 @@ class Started:
 
 
 def start(*arguments: str, log: pathlib.Path, environment: Mapping[str, str] | None = None) -> Started:
-    """What it says goes to the end of this file."""
+    """What it says goes to the end of this file, which is there from now on."""
+    log.touch()
     return Started(_forked(arguments, environment, os.devnull, str(log), str(log)))
 
 
@@ -85,6 +86,7 @@ def _be(arguments: tuple[str, ...], environment: dict[str, str], files: tuple[st
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(_ROOT)
+    sys.path[:0] = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
     sys.argv = ["kwflow", *arguments]
     from kwflow.cli import main
 

@@ -68,8 +68,9 @@ def test_sagas_go_on_after_kill_9_of_a_faust_engine_and_no_state_changes_twice(s
 
 def test_a_faust_engine_refuses_what_it_cannot_do_and_says_what_to_do_instead(site: Site) -> None:
     faust = ("engine", TRIP, "--runner", "faust")
-    assert "run `kwflow scheduler` beside it" in site.refused(*faust, "--with-scheduler")
-    assert "leave --embedded and --with-scheduler out" in site.refused(*faust, "--embedded", str(site.directory / "embedded"))
+    for option in ("--with-scheduler", "--with-feeds"):
+        assert "run `kwflow scheduler` and `kwflow feed` beside it" in site.refused(*faust, option)
+    assert "leave --embedded, --with-scheduler and --with-feeds out" in site.refused(*faust, "--embedded", str(site.directory / "embedded"))
     assert "start as many as you like, each with its own --state-dir" in site.refused(*faust, "--processes", "2")
     settings = site.directory / "kwflow.toml"
     settings.write_text('[kafka]\n"security.protocol" = "SSL"\n')
