@@ -8,7 +8,6 @@ import functools
 import gc
 import resource
 import shlex
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ import typer
 
 from kwflow import api, timers
 from kwflow.cli.code import check as check_code
-from kwflow.cli.serving import end_if_late, signals, stopper, wait_for_topics
+from kwflow.cli.serving import begin_processes, end_if_late, stopper, wait_for_topics
 from kwflow.cli.shared import AcceptReset, AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, MaybeDir, Modules, StateDir, Traced, WaitForBroker, err, json_option, out
 from kwflow.cli.watching import RestoreBar, carry_logging, ends_in_its_log, log_of, watched
 from kwflow.config import Config, load_config
@@ -34,7 +33,7 @@ from kwflow.runners.hosted import processors_of
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.modules import load_modules, load_workflows
 from kwflow.runners.outside import code_store
-from kwflow.runners.supervise import orphaned, supervise
+from kwflow.runners.supervise import orphaned
 from kwflow.runners.watchdog import end_when_stuck
 
 __all__ = ["Runner", "engine", "feed", "open_many_files", "run", "scheduler"]
@@ -105,8 +104,7 @@ def engine(
         raise typer.Exit(check_code(settings, modules, embedded, app_dir))
     if processes > 1 and (embedded is not None or runner is Runner.faust):
         raise UsageError("--processes is for Kafka: one process alone holds an embedded directory, and of Faust's workers start as many as you like, each with its own --state-dir")
-    if processes > 1 and settings.supervisor_pid is None:
-        raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow", *sys.argv[1:]], processes, signals(lambda _: None), log_of(settings)))
+    begin_processes(settings, processes, log_of(settings))
     if runner is Runner.faust:
         _run_in_faust(settings, modules, app_dir, with_scheduler or with_feeds or embedded is not None)
     with ends_in_its_log(settings):
@@ -276,8 +274,7 @@ def feed(
     Example: kwflow feed shop.feeds --bootstrap-servers localhost:9092
     """
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, state_dir=state_dir, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format)
-    if processes > 1 and settings.supervisor_pid is None:
-        raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow", *sys.argv[1:]], processes, signals(lambda _: None), log_of(settings)))
+    begin_processes(settings, processes, log_of(settings))
     with ends_in_its_log(settings):
         stop, log = stopper(), log_of(settings)
         load_modules(modules, app_dir, settings.durable_packages)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
+
+import typer
 
 from kwflow import api
 from kwflow.config import Config
 from kwflow.errors import TransportError, UsageError
 from kwflow.runners.logs import Line
 from kwflow.runners.stats import Stats
+from kwflow.runners.supervise import supervise
 
-__all__ = ["end_if_late", "signals", "stopper", "wait_for_topics", "without_extra"]
+__all__ = ["begin_processes", "end_if_late", "signals", "stopper", "wait_for_topics", "without_extra"]
 
 _START_ME_AGAIN = 3
 _COMMIT_S = 90  # beside what else a turn may take: a transaction is asked for thirty seconds, and its abort, too
@@ -44,6 +48,12 @@ def signals(on_second: Callable[[int], None]) -> Callable[[], int]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     return lambda: len(asked)
+
+
+def begin_processes(settings: Config, processes: int, log: Callable[[str], None]) -> None:
+    """Run so many of this command, each of them started again when it dies, and end with them; nothing for one alone, or in one of them."""
+    if processes > 1 and settings.supervisor_pid is None:
+        raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow", *sys.argv[1:]], processes, signals(lambda _: None), log))
 
 
 def wait_for_topics(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 from collections import Counter
 from typing import Annotated
 
 import typer
 
-from kwflow.cli.serving import end_if_late, signals, stopper, wait_for_topics
+from kwflow.cli.serving import begin_processes, end_if_late, stopper, wait_for_topics
 from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, Http, LogFormat, Modules, Traced, WaitForBroker
 from kwflow.cli.watching import ends_in_its_log, log_of, watched
 from kwflow.config import load_config
 from kwflow.runners.modules import load_modules
-from kwflow.runners.supervise import orphaned, supervise
+from kwflow.runners.supervise import orphaned
 
 __all__ = ["worker"]
 
@@ -44,8 +43,7 @@ def worker(
         config, bootstrap_servers=bootstrap_servers, application_id=application_id, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format, tracing=tracing or None,
         activity_rate=rate,
     )  # fmt: skip
-    if processes > 1 and settings.supervisor_pid is None:
-        raise typer.Exit(supervise([sys.executable, "-P", "-m", "kwflow", *sys.argv[1:]], processes, signals(lambda _: None), log_of(settings)))
+    begin_processes(settings, processes, log_of(settings))
     with ends_in_its_log(settings):
         from kwflow import worker as workers
 
