@@ -11,7 +11,6 @@ import contextvars
 import functools
 import inspect
 import math
-import re
 import threading
 import traceback
 import typing
@@ -38,7 +37,6 @@ _R = TypeVar("_R")
 _Batched = TypeVar("_Batched", bound=Callable[..., Any])
 _TEXT_MAX = 2_000  # characters of an error's message that travel
 _DETAILS_BYTES_MAX = 20_000
-_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +268,7 @@ def activity(
     if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds <= 0):
         raise UsageError(f"@kw.activity(timeout=...) is a timedelta or a number of seconds above 0, not {timeout!r}")
 
-    if queue is not None and (not isinstance(queue, str) or not _TOPIC.fullmatch(queue)):
+    if queue is not None and not wire.is_topic(queue):
         raise UsageError(f"@kw.activity(queue=...) is the name of a topic, letters, digits, '.', '_' and '-', not {queue!r}")
 
     def register(target: Callable[..., Any]) -> Activity[..., Any]:

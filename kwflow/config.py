@@ -6,13 +6,16 @@ import functools
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from kwflow.errors import UsageError
+
+if TYPE_CHECKING:
+    from kwflow.core.contract import Limits
 
 __all__ = ["Config", "load_config"]
 
@@ -149,6 +152,13 @@ class Config(BaseSettings):
         """`snapshot_keys` as bytes; an empty one last (snapshot.UNSIGNED) where unsigned snapshots are taken too."""
         keys = tuple(key.get_secret_value().encode() for key in self.snapshot_keys)
         return (*keys, b"") if keys and self.snapshot_unsigned == "accept" else keys
+
+    @functools.cached_property
+    def limits(self) -> Limits:
+        """What one instance may use."""
+        from kwflow.core.contract import Limits  # which loads what a client does not need
+
+        return Limits(**{name: getattr(self, name) for name in Limits.__struct_fields__})
 
     @property
     def dead_letter_topic(self) -> str:

@@ -7,7 +7,6 @@ once, is its runner's (`runners/feeds.py`); it must not know logs or processes.
 from __future__ import annotations
 
 import inspect
-import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -15,9 +14,8 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
-from kwflow.core import children, typed, wire
+from kwflow.core import children, messages, typed, wire
 from kwflow.core.contract import Limits
-from kwflow.core.mailbox import checked_name
 from kwflow.core.wire import Headers, Output, Record
 from kwflow.durable import registry
 from kwflow.errors import ProtocolError, UsageError
@@ -25,8 +23,6 @@ from kwflow.errors import ProtocolError, UsageError
 __all__ = ["Cancel", "Feed", "Message", "Resume", "Signal", "Start", "feed", "registered_feeds"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
-_ID_CHARACTERS_MAX = 1200
 Workflow: TypeAlias = str | Callable[..., Any] | None
 
 
@@ -154,9 +150,8 @@ def _output(message: object, topic: str, headers: Headers, limits: Limits) -> Ou
             named = _workflow_header(message.workflow)
             value, mine = b"new:" + _json(message, typed.input_json, message.input), (*named, *_id_header("kwflow-start-id", message.start_id))
         case Signal():
-            value, mine = _signal(message), (("kwflow-op", b"signal"), *_id_header("kwflow-id", message.command_id))
-            if len(value) > limits.mailbox_bytes_max:
-                raise UsageError(f"a signal has {len(value)} bytes, more than a mailbox may hold (limit mailbox_bytes_max = {limits.mailbox_bytes_max}); send a reference to it, or raise it")
+            value = _json(message, lambda most: _signal(message, most), limits.mailbox_bytes_max)
+            mine = (("kwflow-op", b"signal"), *_id_header("kwflow-id", message.command_id))
         case Resume():
             if not isinstance(message.ref, str):
                 raise UsageError(f"a ref is a str, not {message.ref!r}")
@@ -177,16 +172,11 @@ def _output(message: object, topic: str, headers: Headers, limits: Limits) -> Ou
     return Output(topic, wire.key_of(message.id), value, (*headers, *mine))
 
 
-def _signal(message: Signal) -> bytes:
-    arguments: dict[str, Any] = {"name": checked_name(message.name, "a signal"), "value": message.value}
-    if message.start is not None:
-        arguments["start"] = {"workflow": checked_name(_name_of(message.start), "a workflow"), "input": msgspec.Raw(_json(message, typed.input_json, message.input))}
-    elif message.input is not None:
-        raise UsageError("kw.Signal(input=...) is for the workflow that start= names")
-    return _json(message, wire.json_dumps, arguments)
+def _signal(message: Signal, most: int) -> bytes:
+    return messages.signal_text("kw.Signal", message.name, message.value, message.start, message.input, _workflows(), most)
 
 
-def _json(message: Message, encode: Callable[[Any], bytes], value: object) -> bytes:
+def _json(message: Message, encode: Callable[[Any], bytes], value: Any) -> bytes:
     try:
         return encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -194,20 +184,20 @@ def _json(message: Message, encode: Callable[[Any], bytes], value: object) -> by
 
 
 def _workflow_header(workflow: Workflow) -> Headers:
-    return () if workflow is None else (("kwflow-workflow", _name_of(workflow).encode()),)
+    return () if workflow is None else (("kwflow-workflow", children.name_of(workflow, _workflows(), "a message of a feed").encode()),)
 
 
-def _name_of(workflow: Workflow) -> str:
+def _workflows() -> dict[str, Callable[..., Any]]:
     from kwflow.api import registered_workflows  # it imports us
 
-    return children.name_of(workflow, registered_workflows(), "a message of a feed")
+    return registered_workflows()
 
 
 def _id_header(name: str, id: str | None) -> Headers:
     if id is None:
         return ()
-    if not isinstance(id, str) or not 1 <= len(id) <= _ID_CHARACTERS_MAX:
-        raise UsageError(f"{'start_id' if name == 'kwflow-start-id' else 'command_id'} is a str of 1 to {_ID_CHARACTERS_MAX} characters, not {id!r}")
+    if not isinstance(id, str) or not 1 <= len(id) <= wire.ID_CHARACTERS_MAX:
+        raise UsageError(f"{'start_id' if name == 'kwflow-start-id' else 'command_id'} is a str of 1 to {wire.ID_CHARACTERS_MAX} characters, not {id!r}")
     return ((name, id.encode()),)
 
 
@@ -221,7 +211,7 @@ def feed(topic: str) -> Callable[[_F], _F]:
     `def orders(order: Order)` is given the value, JSON as its annotation rebuilds it; a parameter that is annotated kw.Record the record as it is.  What
     it raises makes the record a dead letter `feed-failed`.  Raises UsageError for what cannot be one, or when the topic has a feed.
     """
-    if not isinstance(topic, str) or not _TOPIC.fullmatch(topic):
+    if not wire.is_topic(topic):
         raise UsageError(f"@kw.feed takes the name of a topic, letters, digits, '.', '_' and '-', not {topic!r}")
 
     def register(function: _F) -> _F:

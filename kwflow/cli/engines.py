@@ -135,7 +135,6 @@ def _feeds(settings: Config, modules: Sequence[str], log: Callable[[str], None])
     if not registered_feeds():
         raise UsageError(f"no feed in {', '.join(modules)}: a function under @kw.feed(topic)")
 
-
     def service(feed: Feed) -> tuple[str, Callable[[str], FeedProcessor]]:
         made = FeedProcessor(settings, feed, log)
         return settings.feed_group(feed.topic), lambda _incarnation: made

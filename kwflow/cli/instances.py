@@ -27,7 +27,6 @@ Since = Annotated[str | None, typer.Option("--since", help="Changed since then: 
 IdPart = Annotated[str, typer.Option("--id", help="Only ids that begin so; with a * in front, that hold this.")]
 Where = Annotated[list[str] | None, typer.Option("--where", help="NAME=VALUE of what kw.set_status was given, such as customer=Ada or order.paid=true; may be given several times.")]
 
-
 _CHARACTERS, _JSON_CHARACTERS = 500, 10_000  # of a variable
 _ROWS_MAX = 1000  # of a table; each costs half a millisecond, and nobody reads more
 

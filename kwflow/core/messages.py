@@ -8,7 +8,7 @@ pause) are done on the header alone, in `ops.py`.  In the header: `ids`, what th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -25,7 +25,7 @@ from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
 
 __all__ = [
     "ENDED", "IDS_MAX", "OPS", "absent", "after_end", "applied_before", "close", "describe", "ignored", "mailbox_of", "no_migration", "no_room", "on_update", "reject", "remember", "reply",
-    "send_signal", "set_status", "signals", "wait_signal",
+    "send_signal", "set_status", "signal_text", "signals", "wait_signal",
 ]  # fmt: skip
 
 IDS_MAX = 256  # M1.4: so many commands of an instance are known again
@@ -265,19 +265,26 @@ def _answer_update(calls: Calls, waiting: dict[str, Any], status: str, message: 
         remember(calls.instance.extra.setdefault("ids", {}), waiting["id"], status, message, value)
 
 
+def signal_text(said: str, name: str, value: object, start: object, input: object, functions: Mapping[str, Callable[..., Any]], most: int) -> bytes:
+    """The arguments of a signal whose sender hears nothing of it.  Raises UsageError for what no engine, or no mailbox of so many bytes, would take; TypeError or ValueError for what is no JSON."""
+    arguments: dict[str, Any] = {"name": checked_name(name, "a signal"), "value": value}
+    if start is not None:
+        workflow = checked_name(children.name_of(start, functions, f"{said}(start=...)"), "a workflow")
+        arguments["start"] = {"workflow": workflow, "input": msgspec.Raw(typed.input_json(input))}
+    elif input is not None:
+        raise UsageError(f"{said}(input=...) is for the workflow that start= names")
+    text = wire.json_dumps(arguments)
+    if len(text) > most:  # a client hears `full`; here nobody would
+        raise UsageError(f"a signal has {len(text)} bytes, more than a mailbox may hold (limit mailbox_bytes_max = {most}); send a reference to it, or raise it")
+    return text
+
+
 def send_signal(calls: Calls, id: object, name: str, value: object, start: object, input: object) -> None:
     """A signal as a client sends it, without a reply address: what is not there, or has no room, makes it a dead letter (G3)."""
     if not isinstance(id, str):
         raise UsageError(f"a workflow id is a str, not {id!r}")
     key = wire.key_of(id)
-    arguments: dict[str, Any] = {"name": checked_name(name, "a signal"), "value": value}
-    if start is not None:
-        arguments["start"] = {"workflow": children.name_of(start, calls.context.workflows.functions, "kw.send_signal(start=...)"), "input": msgspec.Raw(typed.input_json(input))}
-    elif input is not None:
-        raise UsageError("kw.send_signal(input=...) is for the workflow that start= names")
-    text, most = wire.json_dumps(arguments), calls.context.limits.mailbox_bytes_max
-    if len(text) > most:  # a client hears `full`; here nobody would
-        raise UsageError(f"a signal has {len(text)} bytes, more than a mailbox may hold (limit mailbox_bytes_max = {most}); send a reference to it, or raise it")
+    text = signal_text("kw.send_signal", name, value, start, input, calls.context.workflows.functions, calls.context.limits.mailbox_bytes_max)
     calls.emit(calls.context.topics.resume, key, text, (*calls.travelling, ("kwflow-op", b"signal")))
 
 

@@ -20,6 +20,7 @@ from kwflow.errors import ProtocolError, UsageError
 
 __all__ = [
     "DELAY_MS_MAX",
+    "ID_CHARACTERS_MAX",
     "LEVELS_MAX",
     "OPS",
     "REASON_CHARACTERS_MAX",
@@ -41,6 +42,7 @@ __all__ = [
     "header",
     "header_bytes",
     "is_engine_id",
+    "is_topic",
     "json_dumps",
     "key_of",
     "parent_of",
@@ -61,12 +63,13 @@ REASON_CHARACTERS_MAX = 1000
 _Text = Annotated[str, msgspec.Meta(max_length=REASON_CHARACTERS_MAX)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 _Ttl = Annotated[int, msgspec.Meta(gt=0, le=DELAY_MS_MAX)]
-_HEADER_CHARACTERS_MAX = 1200  # ids of runs, requests and commands: a child's start id holds its parent's id and a ref
+ID_CHARACTERS_MAX = 1200  # ids of runs, requests and commands: a child's start id holds its parent's id and a ref
 _ID_BYTES_MAX = 512  # wire.md §4: an id is a state key and part of a timer key
 _MESSAGE_LEVELS = 5  # of ours around a value
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 _OPENS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 _ENGINE_ID = re.compile(r"\d+:\d+\Z")
 
 
@@ -268,8 +271,8 @@ def _command(op: str, value: bytes, record: Record) -> Command:
 def short_header(record: Record, name: str) -> str | None:
     """A header that is an id: 1 to 1,200 characters.  Raises ProtocolError."""
     text = header(record, name)
-    if text is not None and not 1 <= len(text) <= _HEADER_CHARACTERS_MAX:
-        raise ProtocolError(f"header {name} has 1 to {_HEADER_CHARACTERS_MAX} characters, not {len(text)}", "bad-header")
+    if text is not None and not 1 <= len(text) <= ID_CHARACTERS_MAX:
+        raise ProtocolError(f"header {name} has 1 to {ID_CHARACTERS_MAX} characters, not {len(text)}", "bad-header")
     return text
 
 
@@ -364,6 +367,11 @@ def given_headers(headers: Any, ours: Collection[str] = ()) -> Headers:
 def shown_headers(headers: Headers) -> dict[str, str | None]:
     """Name -> the last value of that name, bytes that are no UTF-8 escaped; None for one without a value."""
     return {name: None if value is None else value.decode("utf-8", "backslashreplace") for name, value in headers}
+
+
+def is_topic(name: object) -> bool:
+    """Whether a topic could be called so: letters, digits, '.', '_' and '-'."""
+    return isinstance(name, str) and _TOPIC.fullmatch(name) is not None
 
 
 def is_engine_id(ref: str) -> bool:

@@ -15,6 +15,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kwflow.core import wire
 from kwflow.core.charsets import text_in
 from kwflow.core.wire import check_levels
 from kwflow.errors import UsageError
@@ -27,11 +28,10 @@ __all__ = [
 ]  # fmt: skip
 
 _T = TypeVar("_T", bound="Options")
-_KEY_CHARACTERS_MAX = 1200  # as wire.py takes them
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Wait = Annotated[Seconds, msgspec.Meta(description="Seconds to hold the answer, at most gateway_wait_s_max (300).")]
-StartId = Annotated[str, msgspec.Meta(description="Of that run of the workflow only.", extra_json_schema={"minLength": 1, "maxLength": _KEY_CHARACTERS_MAX})]
-CommandId = Annotated[str, msgspec.Meta(description="Makes it be done once however often it is sent.", extra_json_schema={"minLength": 1, "maxLength": _KEY_CHARACTERS_MAX})]
+StartId = Annotated[str, msgspec.Meta(description="Of that run of the workflow only.", extra_json_schema={"minLength": 1, "maxLength": wire.ID_CHARACTERS_MAX})]
+CommandId = Annotated[str, msgspec.Meta(description="Makes it be done once however often it is sent.", extra_json_schema={"minLength": 1, "maxLength": wire.ID_CHARACTERS_MAX})]
 _READ_S = 30  # for the body: who sends it more slowly takes a place from others
 _TRACE_CHARACTERS_MAX = 1_000
 _NULL = msgspec.Raw(b"null")
@@ -89,8 +89,8 @@ def key_of_request(request: Request, given: str | None, option: str) -> str | No
     if given is not None and header is not None and given != header:
         raise UsageError(f"{option} and Idempotency-Key differ; give one of them")
     key = header if given is None else given
-    if key is not None and not 1 <= len(key) <= _KEY_CHARACTERS_MAX:
-        raise UsageError(f"{option} (or Idempotency-Key) has 1 to {_KEY_CHARACTERS_MAX} characters, not {len(key)}")
+    if key is not None and not 1 <= len(key) <= wire.ID_CHARACTERS_MAX:
+        raise UsageError(f"{option} (or Idempotency-Key) has 1 to {wire.ID_CHARACTERS_MAX} characters, not {len(key)}")
     return key
 
 

@@ -15,7 +15,6 @@ import msgspec
 
 from kwflow.config import Config
 from kwflow.core import wire
-from kwflow.core.contract import Limits
 from kwflow.core.outcomes import describe_error
 from kwflow.core.wire import Output, Record
 from kwflow.errors import KwflowBug, ProtocolError, UsageError
@@ -45,19 +44,18 @@ class _Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Fed:
-    """Asks feeds, with the limits and the watchdog of an engine."""
+    """Asks feeds, with the limits of an engine."""
 
-    def __init__(self, config: Config, on_log: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, watchdog: Watchdog) -> None:
         self.config = config
-        self._limits = Limits(**{name: getattr(config, name) for name in Limits.__struct_fields__})
-        self._watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
+        self._watchdog = watchdog
 
     def ask(self, feed: Feed, record: Record, received_ms: int) -> Decision:
         """What this record does.  Never raises for bad input, or for what the feed does."""
         config = self.config
         try:
             wire.check_size(record, config.value_bytes_max, config.header_bytes_max)
-            outputs = self._watchdog.run(f"the feed of {feed.topic}", feed.outputs, record, config.resume_topic, self._limits)
+            outputs = self._watchdog.run(f"the feed of {feed.topic}", feed.outputs, record, config.resume_topic, config.limits)
         except ProtocolError as error:
             return _letter(config, record, error.reason, str(error), received_ms)
         except (KeyboardInterrupt, KwflowBug):
@@ -143,7 +141,7 @@ class FeedProcessor:
         self.feed = feed
         self.partitions = 1
         self.input_topic = feed.topic
-        self._fed = Fed(config, on_log)
+        self._fed = Fed(config, Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log))
 
     def taken_over(self, store: Store) -> dict[str, str]:
         return {}

@@ -16,7 +16,7 @@ import msgspec
 from kwflow import api, flows
 from kwflow.config import Config
 from kwflow.core import children, messages, snapshot, wire
-from kwflow.core.contract import Context, Ended, Limits, Save, Topics, Transition, Workflows
+from kwflow.core.contract import Context, Ended, Save, Topics, Transition, Workflows
 from kwflow.core.dispatch import Dispatch, decode, size_of, state_key
 from kwflow.core.instance import Instance
 from kwflow.core.step import applied_before, step
@@ -65,10 +65,10 @@ class WorkflowProcessor:
         self.incarnation = incarnation
         self.workflows = Workflows({**flows.workflows(), **workflows.functions}, workflows.default, workflows.migrations)
         self.topics = Topics(config.resume_topic, config.result_topic or None, config.error_topic or None, config.scheduler_topic, declared)
-        self.limits = Limits(**{name: getattr(config, name) for name in Limits.__struct_fields__})
+        self.limits = config.limits
         self._prepared: dict[str, frozenset[str]] = {}  # `<module>@<sha256>` -> the topics that loading what it needs has declared
         self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
-        self.fed = feeds.Fed(config, on_log)
+        self.fed = feeds.Fed(config, self.watchdog)
         self.history = History(config) if config.history_topic else None
         self.live = LiveInstances(config)
         self.ended = EndedTable(config)

@@ -539,6 +539,7 @@ def test_a_status_is_a_copy_and_has_a_limit() -> None:
         ("kw.send_signal(5, 's')", "a workflow id is a str"),
         ("kw.send_signal('x', '')", "1 to 200 characters"),
         ("kw.send_signal('x', 's', start=gen)", "takes the name of a workflow"),
+        ("kw.send_signal('x', 's', start='w' * 201)", "the name of a workflow is a str of 1 to 200 characters"),
         ("kw.send_signal('x', 's', input=5)", "start="),
         ("kw.send_signal('x', 's', object())", "TypeError"),
         ("kw.send_signal('x', 's', 'v' * 262_122)", "a signal has 262145 bytes, more than a mailbox may hold (limit mailbox_bytes_max = 262144)"),
