@@ -30,6 +30,7 @@ class Site:
             **os.environ,
             "KWFLOW_BOOTSTRAP_SERVERS": broker,
             "KWFLOW_APPLICATION_ID": application,
+            "KWFLOW_STATE_DIR": str(directory / "state"),
             **{f"KWFLOW_{name.upper()}_TOPIC": self.topic(name) for name in ("resume", "result", "error", "scheduler")},
             **environment,
         }

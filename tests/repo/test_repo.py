@@ -77,3 +77,13 @@ def test_ruff_finds_nothing() -> None:
 def test_mypy_strict_finds_nothing() -> None:
     done = subprocess.run([sys.executable, "-m", "mypy", "--cache-dir", "/dev/null"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_nothing_lies_at_the_top_that_does_not_belong_there() -> None:
+    """ARCHITECTURE §2; what a command left behind in a test was committed once."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("NOT TESTED: no git checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    folders = {".ci", "benchmarks", "docs", "kwflow", "scheduler", "tests", "workflows"}
+    files = {".gitattributes", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "docker-compose.yml", "pyproject.toml"}
+    assert {name.partition("/")[0] for name in tracked} == folders | files
