@@ -109,8 +109,8 @@ class Processor(Protocol):
         Once the budget is spent the rest gets no Decision: it belongs to the next transaction.  The first record always gets one.
         """
 
-    def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
-        """What happens to a record whose Decision the log would not take (K11)."""
+    def refuse(self, state: Changes, record: Record, reason: str, topic: str = "") -> Decision:
+        """What happens to a record whose Decision the log would not take (K11); `topic` is the one that did not, where that is known."""
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
         """What has become due by time; None when nothing has."""

@@ -157,7 +157,7 @@ class FeedProcessor:
                     break
         return made
 
-    def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
+    def refuse(self, state: Changes, record: Record, reason: str, topic: str = "") -> Decision:
         return _letter(self.config, record, "refused", reason, None)
 
     def due(self, state: Changes, now_ms: int, limit: int) -> None:

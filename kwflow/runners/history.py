@@ -79,10 +79,10 @@ class History:
             about |= _state(header)
         return self._with(made, record, event, by, about, made.logs if event == "forked" else (), received_ms)
 
-    def refused(self, made: Decision, record: Record, after: bytes | None, reason: str) -> Decision:
-        """After a record whose Decision the log would not take.  If it was for its event, there is none: with another one nothing would be left of the record (K11)."""
+    def refused(self, made: Decision, record: Record, after: bytes | None, topic: str) -> Decision:
+        """After a record whose Decision the log would not take, this topic where that is known.  If it was for its event, there is none: with another one nothing would be left of the record (K11)."""
         event = next((word for word in made.counts if word in _CHANGING), None)
-        if event is None or reason.startswith(f"{self._topic}: "):
+        if event is None or topic == self._topic:
             return made
         header = _header(after)
         return self._with(made, record, event, self.cause(record, None), {**_run(header), **_state(header)}, (), record.timestamp_ms)

@@ -101,7 +101,7 @@ class WorkflowProcessor:
                 live.forget()
             set_abandoning(before)
 
-    def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
+    def refuse(self, state: Changes, record: Record, reason: str, topic: str = "") -> Decision:
         try:
             name, op = wire.workflow_id(record), wire.header(record, "kwflow-op")
         except ProtocolError:
@@ -112,7 +112,7 @@ class WorkflowProcessor:
             made = commands.refuse(self.config, state, name, record, reason)
         else:
             made = parked.park(self.config, state, name, state.get(name.encode()), record, RefusedError(reason), record.timestamp_ms)
-        return made if self.history is None else self.history.refused(made, record, state.get(name.encode()), reason)
+        return made if self.history is None else self.history.refused(made, record, state.get(name.encode()), topic)
 
     def taken_over(self, store: Store) -> dict[str, str]:
         """Nothing is loaded twice: the next partition may name the same versions.

@@ -87,7 +87,7 @@ class TimerProcessor:
             count += 1
         return Decision(counts=("timer",)), (count, low)
 
-    def refuse(self, state: Changes, record: Record, reason: str) -> Decision:
+    def refuse(self, state: Changes, record: Record, reason: str, topic: str = "") -> Decision:
         return parked.dead(self.config, record, "refused", reason, record.timestamp_ms)
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:

@@ -164,7 +164,7 @@ def _producer_kept_after_a_refusal() -> contextlib.AbstractContextManager[Any]:
 
 
 class RefusesTheWholeBatch(KafkaRunner):
-    def _in_halves(self, taken: list[Record], refused: str | None, why: str, alone: int) -> None:
+    def _in_halves(self, taken: list[Record], refused: Any, why: Any, alone: int) -> None:
         self._transact(taken, why)
 
 

@@ -1,5 +1,6 @@
 """The loop on a simulated broker: who it is, what a refused transaction leads to, what is read again, how long it waits (K1, K4, K6, K11, K18)."""
 
+import json
 import pathlib
 import re
 import time
@@ -25,6 +26,13 @@ from tests.simulation.test_found import Lab, turn
 @pytest.fixture
 def lab(tmp_path: pathlib.Path) -> Lab:
     return Lab(tmp_path)
+
+
+class Told(Lab):
+    """It keeps history."""
+
+    def config(self, name: str, **limits: Any) -> Any:
+        return super().config(name, **{**limits, "history_topic": "found-history"})
 
 
 class Anonymous(Lab):
@@ -117,6 +125,18 @@ def test_what_the_broker_will_never_take_parks_its_instance_alone(lab: Lab, code
     turn(engine, lambda: len(lab.written("workflow-scheduler")) == 2)
     assert len(lab.written("found-dead-letter")) == 1
     assert any("message.timestamp.before.max.ms" in line for line in lab.said) == (code == "INVALID_TIMESTAMP"), lab.said
+
+
+@pytest.mark.parametrize(("refused", "told"), [("found-history", []), ("found-out", ["parked"])])
+def test_a_record_is_parked_whole_if_its_event_is_what_the_broker_will_never_take(tmp_path: pathlib.Path, refused: str, told: list[str]) -> None:
+    """K11, decision 0059: then it has no event; one that is not at fault is kept."""
+    lab = Told(tmp_path)
+    engine = lab.engine("one")
+    refuse(lab, refused, KafkaError.MSG_SIZE_TOO_LARGE)
+    start(lab, "twice", "w")
+    turn(engine, lambda: lab.written("found-dead-letter"))
+    assert lab.written("found-dead-letter") == ["new:{}"]
+    assert [json.loads(event)["event"] for event in lab.written("found-history")] == told
 
 
 def test_a_record_is_parked_only_if_it_is_refused_alone_twice(lab: Lab) -> None:

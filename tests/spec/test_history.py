@@ -190,8 +190,8 @@ def test_an_event_that_its_topic_does_not_take_parks_the_instance_and_nothing_is
     config = Config(history_topic="h")
     processor, state = WorkflowProcessor(config, Workflows({}), frozenset()), Overlay(MemoryStore())
     record = Record(config.resume_topic, 0, 3, 1, b"w", b"new:1")
-    for reason, topics in (("h: Broker: Message size too large", ["workflow-engine-dead-letter"]), ("ask: Broker: Message size too large", ["h", "workflow-engine-dead-letter"])):
-        assert [output.topic for output in processor.refuse(state, record, reason).outputs] == topics
+    for topic, topics in (("h", ["workflow-engine-dead-letter"]), ("ask", ["h", "workflow-engine-dead-letter"])):
+        assert [output.topic for output in processor.refuse(state, record, f"{topic}: Broker: Message size too large", topic).outputs] == topics
     [event] = [msgspec.json.decode(output.value or b"") for output in processor.refuse(state, record, "ask: no").outputs if output.topic == "h"]
     assert (event["event"], event["status"], event["reason"]) == ("parked", "parked", "RefusedError")
     discard = Record(config.resume_topic, 0, 4, 1, b"w", b"null", (("kwflow-op", b"discard"),))

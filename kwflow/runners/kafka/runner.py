@@ -60,6 +60,13 @@ _REPLY_ASK_S = 10.0  # a reply topic may get more partitions; how often the brok
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+class _Refused(msgspec.Struct, frozen=True):
+    """Why a record is not applied; `topic` is the one that does not take what it makes, where that is known."""
+
+    reason: str
+    topic: str = ""
+
+
 def _mapped(method: _F) -> _F:
     """What no rule expected of the broker ends the process as one line, to be started again: never as a bug of ours."""
 
@@ -270,32 +277,32 @@ class KafkaRunner:
             self._transact([record for partition in (*waiting[first:], *waiting[:first]) for record in partition.gathered])
 
     def _process_carefully(self, number: int, records: list[Record]) -> None:
-        some, refused = self._attempts.another(number, records)
+        some, killed = self._attempts.another(number, records)
         try:
-            self._transact(some, refused)
+            self._transact(some, None if killed is None else _Refused(killed))
         except (Aborted, TransportError):
             self._attempts.survived(number)
             raise
 
-    def _transact(self, records: list[Record], refused: str | None = None, alone: int = 0) -> list[Record]:
+    def _transact(self, records: list[Record], refused: _Refused | None = None, alone: int = 0) -> list[Record]:
         """One transaction, as large as its budget; those that it left.  A record that the broker rejects alone, twice, is refused; if it takes not even that, next to nothing is left of it (K11)."""
         batch, done = self._step(records, refused, alone > 2)
         taken = [record for mine in done.values() for record in mine]
         why = None
         if len(taken) > 1 and batch.bytes() > self._bytes_max:
-            why = f"more than {self._bytes_max} bytes (batch_bytes_max, or what was aborted last)"  # known once the states are saved; nothing was produced yet
+            why = _Refused(f"more than {self._bytes_max} bytes (batch_bytes_max, or what was aborted last)")  # known once the states are saved; nothing was produced yet
         else:
             try:
                 self._commit(batch)
             except Rejected as error:
-                why = str(error)
+                why = _Refused(error.reason, error.topic)
         if why is not None:  # not inside the handler: author code that runs there would have our error as the context of its own
             self._in_halves(taken, refused, why, alone)
         return [record for record in records if record.offset >= batch.positions[record.partition]]
 
-    def _in_halves(self, taken: list[Record], refused: str | None, why: str, alone: int) -> None:
+    def _in_halves(self, taken: list[Record], refused: _Refused | None, why: _Refused, alone: int) -> None:
         if alone > 2:
-            raise TransportError(f"the broker refuses even the dead letter of {taken[0].topic}[{taken[0].partition}]@{taken[0].offset}: {why}", retryable=False)
+            raise TransportError(f"the broker refuses even the dead letter of {taken[0].topic}[{taken[0].partition}]@{taken[0].offset}: {why.reason}", retryable=False)
         half = len(taken) // 2
         if not half:
             alone = alone if refused is None else 2
@@ -305,7 +312,7 @@ class KafkaRunner:
             while rest:
                 rest = self._transact(rest)
 
-    def _step(self, records: list[Record], refused: str | None, bare: bool) -> tuple[Batch, dict[int, list[Record]]]:
+    def _step(self, records: list[Record], refused: _Refused | None, bare: bool) -> tuple[Batch, dict[int, list[Record]]]:
         """What these records do, up to the budget of one transaction; and which of them, by partition."""
         batch, done = Batch(), {}
         by_partition: dict[int, list[Record]] = {}
@@ -317,7 +324,7 @@ class KafkaRunner:
             if refused is None:
                 decisions, done[number] = self._decide(overlay, mine, budget)
             elif bare:
-                decisions, done[number] = [self._remnant(record, refused) for record in mine], mine
+                decisions, done[number] = [self._remnant(record, refused.reason) for record in mine], mine
             else:
                 decisions, done[number] = [self._refuse(overlay, record, refused) for record in mine], mine
             for made, record in zip(decisions, done[number], strict=True):
@@ -344,9 +351,11 @@ class KafkaRunner:
     def _at_home(self, record: Record) -> bool:
         return record.key is None or not self.processor.changelog_topic or partition_of(record.key, self.partitions) == record.partition
 
-    def _refuse(self, overlay: Overlay, record: Record, why: str) -> Decision:
+    def _refuse(self, overlay: Overlay, record: Record, why: _Refused) -> Decision:
         """An instance that it would park is on another partition, if the record should be there, too (K6)."""
-        return self.processor.refuse(overlay, record, why) if self._at_home(record) else dead(self.config, record, "refused", why, self.clock.now_ms())
+        if self._at_home(record):
+            return self.processor.refuse(overlay, record, why.reason, why.topic)
+        return dead(self.config, record, "refused", why.reason, self.clock.now_ms())
 
     def _remnant(self, record: Record, why: str) -> Decision:
         """Headers of a topic that is somebody else's are no address of ours: nobody is answered."""

@@ -48,7 +48,15 @@ class Aborted(Exception):
 
 
 class Rejected(Exception):
-    """The broker will never take one of these records (K11)."""
+    """The broker will never take one of these records (K11); `topic` is the one that it is for, where that is known."""
+
+    def __init__(self, reason: str, topic: str = "") -> None:
+        super().__init__(reason, topic)
+        self.reason = reason
+        self.topic = topic
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass
@@ -163,7 +171,7 @@ class Transactions:
         if not error.fatal():
             self._again(lambda: self._producer.abort_transaction(30))  # serves the reports too: a record may have been refused before the last one was produced
         places = [*failures, (" or ".join(sorted(written)), error)]
-        rejected = next((f"{topic}: {said(failure)}" for topic, failure in places if failure.code() in _REJECTED), None)
+        rejected = next((Rejected(f"{where}: {said(failure)}", where if where in written else "") for where, failure in places if failure.code() in _REJECTED), None)
         lost = [f"{topic}: {failure.str()}" for topic, failure in failures if failure.code() not in _PURGED]
         if error.fatal() and rejected is None:
             raise FencedError(f"{self.member.group}: {error.str()}{_FENCED if error.code() == KafkaError._FENCED else ''}")
@@ -171,7 +179,7 @@ class Transactions:
             # its sequence numbers are lost, or, after a week without a transaction, its producer id: the next good transaction would fail
             self._producer = self._new_producer()
         if rejected is not None:
-            raise Rejected(rejected)
+            raise rejected
         self.aborts += 1
         why = lost[0] if lost else error.str()
         if self.aborts >= _ABORTS_MAX:
