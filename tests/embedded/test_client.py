@@ -362,7 +362,7 @@ def test_coroutines_wait_for_the_same_futures(client: Client) -> None:
         return await asyncio.gather(*(one(n) for n in range(20)))
 
     assert asyncio.run(all_of_them()) == list(range(20))
-    assert not client._waiters
+    assert not client._outcomes._waiters
 
 
 def test_many_threads_use_one_client(client: Client) -> None:
@@ -387,7 +387,7 @@ def test_nothing_is_left_behind_when_callers_stop_waiting(client: Client) -> Non
         waits(client, f"w{n}")
     for future in futures:
         future.cancel()
-    assert (client._waiters, client._requests, client._open) == ({}, {}, set())
+    assert (client._outcomes._waiters, client._futures._requests, client._futures._open) == ({}, {}, set())
 
 
 class Line(pydantic.BaseModel):
@@ -440,12 +440,12 @@ def test_nobody_waits_for_an_outcome_that_is_not_written(tmp_path: pathlib.Path)
             for call in (lambda client: client.start_and_wait("w"), lambda client: client.result("w"), lambda client: client.subscribe("w", print)):
                 with pytest.raises(UsageError, match="must not be empty"):
                     call(client)
-            assert not client._open
+            assert not client._futures._open
     with Client.embedded(tmp_path / "state") as client:
         for wrong in (lambda: client.result("a|b"), lambda: client.result("w", timeout=-1), lambda: client.start_and_wait("w", timeout=math.nan)):
             with pytest.raises(UsageError):
                 wrong()
-        assert not client._open and not client._waiters
+        assert not client._futures._open and not client._outcomes._waiters
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="NOT TESTED: no fork here")

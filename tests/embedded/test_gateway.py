@@ -353,10 +353,10 @@ def test_a_stream_on_which_nothing_comes_is_pinged_and_forgotten_when_its_caller
     client = serving.service._client
     stream = Stream(serving, "a")
     assert [stream.next() for _ in range(3)] == [": ping"] * 3
-    assert client._subscribers.keys() == {"a"}
+    assert client._outcomes._subscribers.keys() == {"a"}
     stream.answer.close()
     stream.http.close()
-    until(lambda: not client._subscribers and not serving.service.waiting)
+    until(lambda: not client._outcomes._subscribers and not serving.service.waiting)
 
 
 def test_a_stream_ends_with_its_gateway_and_when_its_client_may_have_missed_something(make: Callable[..., Serving]) -> None:
@@ -392,10 +392,10 @@ def test_a_caller_whose_line_is_full_is_let_go_and_keeps_no_place(make: Callable
         caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         caller.connect(serving.sock.getsockname())
         caller.sendall(b"GET /outcomes?id=a HTTP/1.1\r\nHost: a\r\n\r\n")
-        until(lambda: serving.service._client._subscribers)
+        until(lambda: serving.service._client._outcomes._subscribers)
         for _ in range(6):
             assert serving.http.post("/workflows/a", params={"workflow": "big", "wait": 20}, json=400_000).status_code == 200
-        until(lambda: not serving.service._client._subscribers and not serving.service.waiting)
+        until(lambda: not serving.service._client._outcomes._subscribers and not serving.service.waiting)
 
 
 @pytest.mark.parametrize(
@@ -448,8 +448,8 @@ def test_a_caller_that_hangs_up_is_forgotten(make: Callable[..., Serving]) -> No
     for path in (b"POST /workflows/v?workflow=ask&wait=60", b"GET /workflows/w/outcome?wait=60"):
         with socket.create_connection(("127.0.0.1", serving.sock.getsockname()[1])) as caller:
             caller.sendall(path + b" HTTP/1.1\r\nHost: x\r\n\r\n")
-            until(lambda: client._waiters)
-        until(lambda: not client._waiters and not client._open and not serving.service.waiting)
+            until(lambda: client._outcomes._waiters)
+        until(lambda: not client._outcomes._waiters and not client._futures._open and not serving.service.waiting)
     until(lambda: 'path="/workflows/{id}/outcome",status="499"} 1.0' in serving.http.get("/metrics").text)
     assert serving.http.get("/workflows/v").json()["status"] == "waiting"
 

@@ -23,7 +23,7 @@ import msgspec
 import pytest
 
 import kwflow as kw
-import kwflow.client
+import kwflow.client.futures
 from kwflow import durable
 from kwflow.client import Client
 from kwflow.config import Config, load_config
@@ -333,7 +333,7 @@ def _command(at: int, seconds: int) -> str:
     """To an engine that does not run; the clock is the test's."""
     now = [1000.0]
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kwflow.client, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+        patch.setattr(kwflow.client.futures, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
         held = Embedded(pathlib.Path(directory), Config(command_timeout_s=at), sync=False)
         with Client.embedded(held, held.limits) as client:
             asked = client.query("w")

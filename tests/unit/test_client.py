@@ -128,10 +128,10 @@ def test_nothing_is_kept_of_a_command_that_nobody_answers(site: Site) -> None:
     with pytest.raises(OutcomeUnknown, match="it may be done or not: repeat it, a second answer is ignored$"):
         futures[4].result(20)
     deadline = time.monotonic() + 20
-    while client._deadlines:
+    while client._futures._deadlines:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert (client._requests, client._waiters, client._open) == ({}, {}, set())
+    assert (client._futures._requests, client._outcomes._waiters, client._futures._open) == ({}, {}, set())
 
 
 def test_deadlines_of_callers_who_have_gone_are_not_kept(site: Site) -> None:
@@ -139,7 +139,7 @@ def test_deadlines_of_callers_who_have_gone_are_not_kept(site: Site) -> None:
     site.client.result("w", timeout=3_600).cancel()
     site.reply(site.asked(), status="not_found")
     deadline = time.monotonic() + 20
-    while site.client._deadlines:
+    while site.client._futures._deadlines:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -241,4 +241,4 @@ def test_what_cannot_be_sent_leaves_nothing_in_the_client(site: Site) -> None:
     ):  # fmt: skip
         with pytest.raises((TypeError, UsageError)):
             call()
-    assert not client._open and not client._requests and not site.engine.read(site.config.resume_topic, 0, 1)
+    assert not client._futures._open and not client._futures._requests and not site.engine.read(site.config.resume_topic, 0, 1)

@@ -200,7 +200,7 @@ def test_no_reply_is_504_with_the_id_under_which_to_repeat_it(ask: Asking) -> No
     for path, key in (("/workflows/w", "start_id"), ("/workflows/w/signals/s", "command_id"), ("/workflows/w?wait=0", "start_id"), ("/workflows/w?wait=9", "start_id")):
         answer = ask("POST", path, headers={"Idempotency-Key": "mine"})
         assert (answer.status_code, answer.json()["code"], answer.json()["command_id"]) == (504, "outcome_unknown", "mine"), key
-    assert not ask.service._client._waiters and not ask.service._client._requests
+    assert not ask.service._client._outcomes._waiters and not ask.service._client._futures._requests
 
 
 def test_every_method_of_a_path_is_in_allow(ask: Asking) -> None:

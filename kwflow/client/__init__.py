@@ -1,0 +1,305 @@
+"""Start workflows, talk to them, wait for their outcome: one client for Kafka and embedded, for threads and asyncio.
+
+Here is what may be asked, and the record that asks it.  Every call returns a Future at once: `.result()` waits in a thread,
+`await` in a coroutine.  Whatever is awaited is registered before the record is written, so that a fast answer is never missed;
+it is found by the request's or the run's own id, so that nobody gets another's (M1, M4): replies in `futures.py`, outcomes in
+`outcomes.py`.  It must not know a driver: that is the Link (ports.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgspec
+
+from kwflow.client.futures import Future, Futures, Reply, fail, seconds_of, settle
+from kwflow.client.outcomes import Outcome, Outcomes, Waiter
+from kwflow.config import Config, load_config
+from kwflow.core import typed, wire
+from kwflow.core.wire import Output, Record
+from kwflow.errors import CommandError, OutcomeUnknown, TransportError, UsageError
+from kwflow.ports import Link
+from kwflow.runners.tracing import Tracing
+
+if TYPE_CHECKING:
+    from kwflow.runners.embedded.engine import Embedded
+
+__all__ = ["Client", "Future", "Given", "Outcome", "Run"]
+
+Given: TypeAlias = Mapping[str, str | bytes | None] | Iterable[tuple[str, str | bytes | None]]
+"""Headers as a caller gives them; a kwflow-* header is a UsageError."""
+
+_DONE = ("ok", "delivered", "started", "duplicate")
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One run of a workflow id; `new` tells whether this call started it, or it had been started under this start id before."""
+
+    id: str
+    start_id: str
+    new: bool
+
+
+class Client:
+    """The client of one application.  Close it, or use it in a `with`; calls are safe from any thread.
+
+    `counts` counts what was not for anybody here: foreign and unreadable records.
+    """
+
+    def __init__(self, link: Link, config: Config) -> None:
+        self.config = config
+        self.counts: Counter[str] = Counter()
+        self._link = link
+        self._futures = Futures(link.process, self.counts)
+        self._outcomes = Outcomes(link, config, self._futures, self._query, self.counts)
+        link.listen(self)
+
+    @classmethod
+    def kafka(cls, config: Config | Path | None = None, **settings: Any) -> Client:
+        """For an application on Kafka; `settings` are those of Config.  Raises TransportError when there is no broker (AF-6)."""
+        from kwflow.runners.kafka.link import KafkaLink
+
+        made = config if isinstance(config, Config) else load_config(config, **settings)
+        return cls(KafkaLink(made), made)
+
+    @classmethod
+    def embedded(cls, place: Embedded | Path | str, config: Config | None = None) -> Client:
+        """For an embedded engine: the one that this process holds, or by its directory, whoever holds it."""
+        from kwflow.runners.embedded.engine import Embedded
+        from kwflow.runners.embedded.link import EmbeddedLink, SocketLink
+
+        made = config or load_config()
+        return cls(EmbeddedLink(place, made) if isinstance(place, Embedded) else SocketLink(Path(place), made), made)
+
+    @property
+    def lost(self) -> Exception | None:
+        """Why it brings nothing any more, once its link has ended or it was closed: make another one then."""
+        return self._futures.lost
+
+    def close(self) -> None:
+        """Stop waiting; workflows go on."""
+        self.on_lost(TransportError("the client was closed", retryable=False))
+        self._link.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    # -- what a caller asks for ------------------------------------------------------------------------------------
+    def start(self, id: str | None = None, input: object = None, *, workflow: str | None = None, start_id: str | None = None, headers: Given | None = None) -> Future[Run]:
+        """Start a workflow; `id` and `start_id` default to new uuids.  The same start id again is the same run, also after its end (K20).
+
+        `headers` travel on from there, over timers, activities and outputs (`kw.headers()`); with `tracing` the context of the current span is one.
+        Raises CommandError: exists (another run of the id), unknown_workflow, bad_input (it does not fit the annotation).
+        """
+        given = self._given(headers)
+        future: Future[Run] = self._futures.new()
+        self._start(id or uuid.uuid4().hex, input, workflow, start_id or uuid.uuid4().hex, given, future, lambda run: settle(future, run))
+        return future
+
+    def start_and_wait(
+        self,
+        id: str | None = None,
+        input: object = None,
+        *,
+        workflow: str | None = None,
+        start_id: str | None = None,
+        timeout: timedelta | float | None = None,
+        headers: Given | None = None,
+    ) -> Future[Any]:
+        """Start a workflow and wait for its result.  Raises what `start` and `result` raise."""
+        id, start_id, given = id or uuid.uuid4().hex, start_id or uuid.uuid4().hex, self._given(headers)
+
+        def start(waiter: Waiter) -> None:
+            self._start(id, input, workflow, start_id, given, waiter.future, lambda run: self._outcomes.started(waiter, run.new))
+
+        return self._outcomes.wait(id, start_id, timeout, start)
+
+    def result(self, id: str, *, start_id: str | None = None, timeout: timedelta | float | None = None) -> Future[Any]:
+        """The result of the run that is there now, or of the one with this start id, whether it has ended or not.
+
+        Raises OutcomeError (error, cancelled, terminated), TimeoutError (the workflow goes on), CommandError not_found.
+        """
+        return self._outcomes.wait(id, start_id, timeout)
+
+    def signal(
+        self,
+        id: str,
+        name: str,
+        value: object = None,
+        *,
+        ttl: timedelta | float | None = None,
+        start_id: str | None = None,
+        command_id: str | None = None,
+        headers: Given | None = None,
+    ) -> Future[None]:
+        """Into the mailbox; done when it is there for good.  Raises CommandError: not_found, full."""
+        return self._void(id, "signal", _signal(name, value, ttl), command_id, start_id, headers)
+
+    def signal_with_start(
+        self,
+        id: str,
+        name: str,
+        value: object = None,
+        *,
+        workflow: str | None = None,
+        input: object = None,
+        ttl: timedelta | float | None = None,
+        start_id: str | None = None,
+        command_id: str | None = None,
+        headers: Given | None = None,
+    ) -> Future[None]:
+        """The same, and if the id does not run, start it with the signal in its mailbox; `start_id` names that run."""
+        arguments = {**_signal(name, value, ttl), "start": {"workflow": workflow, "input": msgspec.Raw(typed.input_json(input))}}
+        return self._void(id, "signal", arguments, command_id, start_id or uuid.uuid4().hex, headers)
+
+    def update(self, id: str, name: str, value: object = None, *, start_id: str | None = None, command_id: str | None = None, headers: Given | None = None) -> Future[Any]:
+        """What the workflow replies.  Raises CommandError: rejected (by its validator), ended, full, not_found."""
+        future = self._futures.new()
+        self._command(id, "update", {"name": name, "value": value}, future, lambda reply: settle(future, reply.value), command_id, start_id, headers)
+        return future
+
+    def query(self, id: str, *, start_id: str | None = None) -> Future[dict[str, Any]]:
+        """Its header, `status_value` and, after the end, `outcome`; no author code runs.  Raises CommandError not_found."""
+        future: Future[dict[str, Any]] = self._futures.new()
+        self._query(id, start_id, future)
+        return future
+
+    def resume(self, id: str, ref: str, value: object = None, *, headers: Given | None = None, **error: object) -> Future[None]:
+        """Answer a wait, with a value or with `error=payload`; `headers` travel on from there.  Raises CommandError: unknown_ref (perhaps answered before), not_found."""
+        if error.keys() - {"error"}:
+            raise UsageError(f"resume takes a value or error=, not {', '.join(error)}")
+        future: Future[None] = self._futures.new()
+        with self._sending(future):
+            message = wire.json_dumps({"ref": ref, **(error or {"value": value})})
+            self._send(id, message, self._given(headers), future, f"resume of {ref}", lambda reply: settle(future, None))
+        return future
+
+    def cancel(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None, headers: Given | None = None) -> Future[None]:
+        """Raise Cancelled at its innermost waits; done when that has happened."""
+        return self._void(id, "cancel", {"reason": reason}, command_id, start_id, headers)
+
+    def terminate(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
+        """End it without running its code."""
+        return self._void(id, "terminate", {"reason": reason}, command_id, start_id)
+
+    def pause(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
+        """Hold all records for it from here on."""
+        return self._void(id, "pause", {"reason": reason}, command_id, start_id)
+
+    def unpause(self, id: str, *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
+        """Apply what was held, in order, and go on."""
+        return self._void(id, "unpause", None, command_id, start_id)
+
+    def fork(self, id: str, new_id: str | None = None, *, start_id: str | None = None, command_id: str | None = None) -> Future[Run]:
+        """A second instance that goes on from where this one waits now, under an id of its own (default: one that the engine makes); the first is as before.
+
+        Its timers are due when those of the first are, and activities that run are called for it, too.  Raises CommandError: rejected (why it
+        cannot be, such as a child that is waited for), exists, not_found.
+        """
+        future: Future[Run] = self._futures.new()
+        self._command(id, "fork", {"id": new_id}, future, lambda reply: settle(future, Run(**reply.value, new=True)), command_id, start_id)
+        return future
+
+    def subscribe(self, id: str, callback: Callable[[Outcome], None], missed: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        """Call back, on the client's thread, with the outcome of every run of this id from now on, until the function that is returned is called.
+
+        `missed` is called when some may have been missed: the topic was read from its end again, or the client brings nothing any more.
+        """
+        return self._outcomes.subscribe(id, callback, missed)
+
+    # -- sending -----------------------------------------------------------------------------------------------------
+    def _given(self, headers: Given | None) -> wire.Headers:
+        """What travels on from a record of ours: these, and where we are in a trace, unless they say so; a program that has not loaded OpenTelemetry is in none."""
+        given = wire.given_headers(headers) if headers else ()
+        if not self.config.tracing or "opentelemetry.trace" not in sys.modules or any(name == "traceparent" for name, _ in given):
+            return given
+        tracing = Tracing(None, self.config.header_bytes_max)
+        return tracing.with_context(given, tracing.current() or {})
+
+    def _void(self, id: str, op: str, arguments: object, command_id: str | None, start_id: str | None, headers: Given | None = None) -> Future[None]:
+        future: Future[None] = self._futures.new()
+        self._command(id, op, arguments, future, lambda _: settle(future, None), command_id, start_id, headers)
+        return future
+
+    def _query(self, id: str, start_id: str | None, future: Future[Any]) -> None:
+        self._command(id, "query", None, future, lambda reply: settle(future, reply.value), None, start_id)
+
+    def _command(
+        self,
+        id: str,
+        op: str,
+        arguments: object,
+        future: Future[Any],
+        done: Callable[[Reply], None],
+        command_id: str | None = None,
+        start_id: str | None = None,
+        headers: Given | None = None,
+    ) -> None:
+        command_id = command_id or uuid.uuid4().hex
+        mine = [("kwflow-op", op.encode()), ("kwflow-id", command_id.encode()), *([("kwflow-start-id", start_id.encode())] if start_id is not None else [])]
+        with self._sending(future):
+            self._send(id, wire.json_dumps(arguments), (*self._given(headers), *mine), future, op, done, command_id)
+
+    @contextlib.contextmanager
+    def _sending(self, future: Future[Any]) -> Iterator[None]:
+        """What cannot be sent its caller hears at once; nothing of it stays here."""
+        try:
+            yield
+        except Exception as error:
+            fail(future, error)
+            raise
+
+    def _start(self, id: str, input: object, workflow: str | None, start_id: str, given: wire.Headers, future: Future[Any], done: Callable[[Run], None]) -> None:
+        mine = [("kwflow-start-id", start_id.encode()), ("kwflow-client", self._link.process.encode()), *([("kwflow-workflow", workflow.encode())] if workflow else [])]
+        try:
+            self._send(id, b"new:" + typed.input_json(input), (*given, *mine), future, "start", lambda reply: done(Run(id, start_id, reply.status == "started")), start_id)
+        except Exception as error:  # what cannot be sent: on a link's thread nobody else would see it
+            fail(future, error)
+
+    def _send(self, id: str, value: bytes, headers: wire.Headers, future: Future[Any], what: str, done: Callable[[Reply], None], command_id: str = "") -> None:
+        """Register, then write: `done` gets the reply, the future every failure."""
+
+        def replied(reply: Reply) -> None:
+            if reply.status in _DONE:
+                done(reply)
+            else:
+                fail(future, CommandError(reply.status, reply.message, id))
+
+        repeat = f"repeat it under the same id, {command_id}" if command_id else "repeat it, a second answer is ignored"
+        again = "ask again" if what == "query" else f"it may be done or not: {repeat}"
+        unknown = OutcomeUnknown(f"{what} of {id}: no reply within {self.config.command_timeout_s:g} s, perhaps no engine runs; {again}", command_id)
+        request = self._futures.expect(future, replied, self.config.command_timeout_s, unknown)
+        asked = (("kwflow-request", request.encode()), ("kwflow-reply-to", self._link.address.encode()))
+        self._link.append(Output(self.config.resume_topic, wire.key_of(id), value, (*headers, *asked)), lambda error: fail(future, error))
+
+    # -- what the link tells (ports.Listener) ------------------------------------------------------------------------
+    def on_record(self, record: Record) -> None:
+        if record.topic == self.config.reply_topic:
+            self._futures.take(record)
+        else:
+            self._outcomes.take(record)
+
+    def on_tick(self) -> None:
+        self._futures.tick()
+
+    def on_gap(self) -> None:
+        self._outcomes.gap()
+
+    def on_lost(self, error: Exception) -> None:
+        self._futures.lose(error)
+        self._outcomes.tell_missed()
+
+
+def _signal(name: str, value: object, ttl: timedelta | float | None) -> dict[str, Any]:
+    return {"name": name, "value": value, "ttl_ms": None if ttl is None else max(1, round(seconds_of(ttl, "a ttl") * 1000))}

@@ -1,0 +1,165 @@
+"""What callers of one client wait for: futures, each settled once, by a reply, by its deadline or by the client's end.
+
+Its one rule: a future is known before anything is asked, and once it is settled nothing is kept of it, whoever settled it (M1.4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import heapq
+import itertools
+import os
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Generator
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from kwflow.core import wire
+from kwflow.core.wire import Record
+from kwflow.errors import UsageError
+
+__all__ = ["Future", "Futures", "Reply", "fail", "seconds_of", "settle"]
+
+_T = TypeVar("_T")
+_SECONDS_MAX = wire.DELAY_MS_MAX // 1000
+
+
+class Future(concurrent.futures.Future[_T], Generic[_T]):
+    """A value to come: `.result(timeout)` in a thread, `await` in a coroutine.  Cancelling it only stops waiting."""
+
+    told_by: Callable[[], int] = staticmethod(lambda: 0)  # the thread that brings it, which runs callbacks too
+
+    def result(self, timeout: float | None = None) -> _T:
+        self._check()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._check()
+        return super().exception(timeout)
+
+    def _check(self) -> None:
+        if not self.done() and threading.get_ident() == self.told_by():
+            raise UsageError("a callback must not wait: it runs on the client's thread, which would have to bring what it waits for; add a callback, or wait on a thread of yours")
+
+    def __await__(self) -> Generator[Any, None, _T]:
+        return asyncio.wrap_future(self).__await__()
+
+
+class Reply(msgspec.Struct):
+    """What an engine answers to one request."""
+
+    request: str
+    status: str
+    message: str = ""
+    value: Any = None
+
+
+class Futures:
+    """Those of one client that are open, and the replies that they wait for.
+
+    `counts` counts replies that were not for anybody here, `process` is whom those for us are addressed to.
+    """
+
+    def __init__(self, process: str, counts: Counter[str]) -> None:
+        self.lost: Exception | None = None  # why nothing comes any more
+        self._open: set[Future[Any]] = set()
+        self._requests: dict[str, Callable[[Reply], None]] = {}
+        self._deadlines: list[tuple[float, int, str | None, Future[Any], Exception]] = []
+        self._process = process.encode()
+        self._counts = counts
+        self._lock = threading.RLock()
+        self._count = itertools.count()
+        self._pid = os.getpid()
+        self._thread = 0  # the one that the link tells us on
+
+    def new(self) -> Future[Any]:
+        """Raises why there is none: what ended the client, or UsageError in a process that was forked."""
+        future: Future[Any] = Future()
+        future.told_by = lambda: self._thread
+        with self._lock:
+            if self.lost is not None:
+                raise self.lost
+            if os.getpid() != self._pid:  # threads stay behind at a fork: nobody would ever answer
+                raise UsageError(f"this client was made in another process (pid {self._pid}); make one after the fork")
+            self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        return future
+
+    def expect(self, future: Future[Any], replied: Callable[[Reply], None], seconds: float, late: Exception) -> str:
+        """The id of a request, yet to be written, whose reply `replied` gets; without one by then the future fails, `late`."""
+        request = uuid.uuid4().hex
+        with self._lock:
+            self._requests[request] = replied
+        future.add_done_callback(lambda _: self._requests.pop(request, None))
+        self.at(seconds, future, late, request)
+        return request
+
+    def at(self, seconds: float, future: Future[Any], error: Exception, request: str | None = None) -> None:
+        """Fail the future then, if it is still open; with a request, only if that has no reply by then."""
+        with self._lock:
+            heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._count), request, future, error))
+
+    def take(self, record: Record) -> None:
+        """A record of the reply topic."""
+        if record.key != self._process:
+            self._counts["foreign"] += 1
+            return
+        try:
+            reply = msgspec.json.decode(record.value or b"", type=Reply)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            self._counts["unreadable"] += 1
+            return
+        with self._lock:
+            replied = self._requests.pop(reply.request, None)
+        if replied is None:
+            self._counts["foreign"] += 1  # nobody waits for it any more
+        else:
+            replied(reply)
+
+    def tick(self) -> None:
+        """Fail those whose time is over.  On the link's thread."""
+        self._thread = threading.get_ident()
+        now = time.monotonic()
+        due = []
+        with self._lock:
+            while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][3].done()):
+                _, _, request, future, error = heapq.heappop(self._deadlines)
+                if request is None or request in self._requests:
+                    due.append((future, error))
+        for future, error in due:
+            fail(future, error)
+
+    def lose(self, error: Exception) -> None:
+        """Nothing comes any more, and there are no new ones; the first reason is the one that is told."""
+        with self._lock:
+            self.lost = self.lost or error
+            waiting = list(self._open)
+        for future in waiting:
+            fail(future, error)
+
+
+def settle(future: Future[Any], value: object) -> None:
+    """Nothing happens if its caller does not wait any more, or the deadline was first."""
+    with contextlib.suppress(concurrent.futures.InvalidStateError):
+        future.set_result(value)
+
+
+def fail(future: Future[Any], error: Exception) -> None:
+    """As `settle`."""
+    with contextlib.suppress(concurrent.futures.InvalidStateError):
+        future.set_exception(error)
+
+
+def seconds_of(given: timedelta | float, what: str) -> float:
+    """Raises UsageError for what is no length of time."""
+    seconds = given.total_seconds() if isinstance(given, timedelta) else given
+    if not 0 <= seconds <= _SECONDS_MAX:
+        raise UsageError(f"{what} is a timedelta or a number of seconds, from 0 to {_SECONDS_MAX:,}, not {given!r}")
+    return seconds

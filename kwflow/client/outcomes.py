@@ -1,0 +1,225 @@
+"""How the outcome of a run is waited for, and why none is missed (M1.3, M4).
+
+Whoever waits is registered, then the outcomes of the id are followed, and only then the run is started or asked for.  So what
+ends later is told, what has ended before is in the answer, and what the answer does not hold any more is looked for in the
+topic; after a gap it is asked for again.  Its one rule: an outcome is found by the run's own start id, so that nobody gets another's.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+import msgspec
+
+from kwflow.client.futures import Future, Futures, fail, seconds_of, settle
+from kwflow.config import Config
+from kwflow.core import wire
+from kwflow.core.wire import Record
+from kwflow.errors import CommandError, OutcomeError, ProtocolError, TransportError, UsageError
+from kwflow.ports import Link
+
+__all__ = ["Outcome", "Outcomes", "Waiter"]
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How a run ended: `kind` is result, error, cancelled or terminated; `value` is JSON."""
+
+    id: str
+    start_id: str
+    kind: str
+    value: Any
+
+
+# (id, start_id, future): asks what there is of a run
+Query: TypeAlias = Callable[[str, str | None, Future[Any]], None]
+
+
+class Waiter:
+    """Somebody waits for the outcome of a run; `start_id` is None until it is known which run that is."""
+
+    def __init__(self, id: str, start_id: str | None, future: Future[Any], starting: bool) -> None:
+        self.id = id
+        self.start_id = start_id
+        self.future = future
+        self.starting = starting  # its start was not answered yet: whoever asked for the run now might be before it
+        self.missed = False  # something meanwhile, perhaps
+        self.seen: dict[str, Outcome] = {}  # outcomes that came before it was known
+
+
+class Outcomes:
+    """Who waits for outcomes in one client, and who is called back with them."""
+
+    def __init__(self, link: Link, config: Config, futures: Futures, query: Query, counts: Counter[str]) -> None:
+        """`counts` counts outcomes that were not for anybody here."""
+        self._waiters: dict[str, list[Waiter]] = {}
+        self._subscribers: dict[str, list[tuple[Callable[[Outcome], None], Callable[[], None]]]] = {}
+        self._link = link
+        self._config = config
+        self._futures = futures
+        self._query = query
+        self._counts = counts
+        self._lock = threading.RLock()
+
+    # -- one run -----------------------------------------------------------------------------------------------------
+    def wait(self, id: str, start_id: str | None, timeout: timedelta | float | None, start: Callable[[Waiter], None] | None = None) -> Future[Any]:
+        """The result of a run: of one that is there, or that `start` starts, once nothing of it can be missed; it calls `started` then.  Raises UsageError."""
+        key = self._key(id)
+        seconds = None if timeout is None else seconds_of(timeout, "a timeout")
+        waiter = Waiter(id, start_id, self._futures.new(), starting=start is not None)
+        with self._lock:
+            self._waiters.setdefault(id, []).append(waiter)
+        waiter.future.add_done_callback(lambda _: self._forget(waiter))
+        if seconds is not None:
+            self._futures.at(seconds, waiter.future, TimeoutError(f"{id} has not ended within {seconds:g} s; it goes on, ask for its result later"))
+        self._link.follow(key, lambda: (start or self._ask)(waiter))
+        return waiter.future
+
+    def started(self, waiter: Waiter, new: bool) -> None:
+        """Its start was answered; one that is not new may have ended before."""
+        waiter.starting = False
+        if waiter.missed or not new:
+            self._ask(waiter)
+
+    def _key(self, id: str) -> bytes:
+        """The key of an id whose outcome somebody wants to hear of.  Raises UsageError."""
+        if not self._config.result_topic or not self._config.error_topic:
+            raise UsageError("nobody is told of an outcome: config result_topic and error_topic must not be empty for that")
+        return wire.key_of(id)
+
+    def _forget(self, waiter: Waiter) -> None:
+        with self._lock:
+            waiting = self._waiters.get(waiter.id, [])
+            if waiter in waiting:
+                waiting.remove(waiter)
+            if not waiting:
+                self._waiters.pop(waiter.id, None)
+
+    def _ask(self, waiter: Waiter) -> None:
+        """Whether it has ended already: outcomes from before the waiter was registered are not followed."""
+        shown: Future[Any] = Future()
+        shown.add_done_callback(lambda done: self._shown(waiter, done))
+        try:
+            self._query(waiter.id, waiter.start_id, shown)
+        except Exception as error:
+            fail(waiter.future, error)
+
+    def _shown(self, waiter: Waiter, shown: concurrent.futures.Future[Any]) -> None:
+        error = shown.exception()
+        if error is not None:
+            if isinstance(error, CommandError) and error.status == "not_found":
+                threading.Thread(target=self._find, args=(waiter, error), name="kwflow-client-find", daemon=True).start()
+            elif isinstance(error, Exception):
+                fail(waiter.future, error)
+            return
+        header = shown.result()
+        with self._lock:
+            waiter.start_id = header["start_id"]
+            known = waiter.seen.get(header["start_id"])
+        outcome = header.get("outcome")
+        if known is not None:
+            _end(waiter, known)
+        elif outcome is not None and outcome["value"] is not None:
+            _end(waiter, Outcome(waiter.id, header["start_id"], outcome["kind"], msgspec.json.decode(outcome["value"])))
+        elif outcome is not None:  # too large for the entry that is kept; it is in the topic
+            threading.Thread(target=self._find, args=(waiter, TransportError(f"the outcome of {waiter.id} is not kept any more", False)), daemon=True).start()
+
+    def _find(self, waiter: Waiter, error: Exception) -> None:
+        """No entry tells of the run any more, but its record may still be in the topic."""
+        try:
+            found = [outcome for record in self._link.find(wire.key_of(waiter.id)) if (outcome := _outcome_of(record)) is not None]
+        except Exception as failed:
+            return fail(waiter.future, failed)
+        mine = [outcome for outcome in found if waiter.start_id in (None, outcome.start_id)]
+        if mine:
+            _end(waiter, mine[-1] if waiter.start_id is None else mine[0])
+        else:
+            fail(waiter.future, error)
+
+    # -- all runs of an id -------------------------------------------------------------------------------------------
+    def subscribe(self, id: str, callback: Callable[[Outcome], None], missed: Callable[[], None]) -> Callable[[], None]:
+        """As Client.subscribe.  Raises UsageError, TimeoutError."""
+        key, followed = self._key(id), self._futures.new()
+        self._link.follow(key, lambda: settle(followed, None))
+        followed.result(self._config.command_timeout_s)
+        with self._lock:
+            self._subscribers.setdefault(id, []).append((callback, missed))
+
+        def unsubscribe() -> None:
+            with self._lock:
+                callbacks = self._subscribers.get(id, [])
+                if (callback, missed) in callbacks:
+                    callbacks.remove((callback, missed))
+                if not callbacks:
+                    self._subscribers.pop(id, None)
+
+        return unsubscribe
+
+    # -- what the link tells -----------------------------------------------------------------------------------------
+    def take(self, record: Record) -> None:
+        """A record of the result or error topic."""
+        outcome = _outcome_of(record)
+        if outcome is None:
+            self._counts["unreadable"] += 1
+            return
+        with self._lock:
+            waiting, callbacks = list(self._waiters.get(outcome.id, ())), list(self._subscribers.get(outcome.id, ()))
+            for waiter in waiting:
+                if waiter.start_id is None:
+                    waiter.seen[outcome.start_id] = outcome
+        for waiter in waiting:
+            if waiter.start_id == outcome.start_id:
+                _end(waiter, outcome)
+        for callback, _ in callbacks:
+            _tell(outcome.id, lambda: callback(outcome))
+        if not waiting and not callbacks:
+            self._counts["foreign"] += 1
+
+    def gap(self) -> None:
+        """Some may have been missed: what is waited for is asked for again."""
+        with self._lock:
+            waiting = [waiter for waiters in self._waiters.values() for waiter in waiters]
+        for waiter in waiting:
+            if waiter.starting:
+                waiter.missed = True
+            else:
+                self._ask(waiter)
+        self.tell_missed()
+
+    def tell_missed(self) -> None:
+        """Call back those who can only ask themselves."""
+        with self._lock:
+            followed = [(id, missed) for id, callbacks in self._subscribers.items() for _, missed in callbacks]
+        for id, missed in followed:
+            _tell(id, missed)
+
+
+def _outcome_of(record: Record) -> Outcome | None:
+    """None for a record that an author, or somebody else, wrote to the topic."""
+    try:
+        kind, start_id = wire.header(record, "kwflow-outcome"), wire.header(record, "kwflow-start-id")
+        if kind is None or start_id is None or record.key is None or record.value is None:
+            return None
+        return Outcome(record.key.decode(), start_id, kind, msgspec.json.decode(record.value))
+    except (ProtocolError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _end(waiter: Waiter, outcome: Outcome) -> None:
+    if outcome.kind == "result":
+        settle(waiter.future, outcome.value)
+    else:
+        fail(waiter.future, OutcomeError(outcome.kind, outcome.value, outcome.id, outcome.start_id))
+
+
+def _tell(id: str, call: Callable[[], None]) -> None:
+    """A subscriber's code must not end this thread, which others wait on."""
+    try:
+        call()
+    except Exception:
+        logging.getLogger("kwflow.client").exception("a subscriber of %s failed", id)
