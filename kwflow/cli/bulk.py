@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ _OPEN_MAX = 200  # commands under way: engines go on with other work between the
 _OURS = "kwflow."
 _NO_FAULT = ("ok", "not_found", "paused")  # it has ended since the filter found it; or is paused, and keeps what was sent
 _WAITS_BEHIND = ("cancel", "signal")  # a pause, as their replies do
+_NO_SIGNAL = {"name": "", "value": "null"}
 _KEPT = "it is paused: this waits behind it, and is done when it is unpaused"
 
 
@@ -134,50 +136,8 @@ class _Sent(msgspec.Struct, frozen=True):
         return parked.is_paused(header) and (not self.future.done() or isinstance(self.future.exception(), OutcomeUnknown))
 
 
-def _asked(
-    verb: str, embedded: Path | None, bootstrap_servers: str | None, config: Path | None, command_timeout: float | None, wanted: Filter, everything: bool, dry_run: bool, yes: bool, as_json: bool
-) -> _Asked:  # fmt: skip
-    if wanted == ALL and not everything:
-        raise UsageError(f"{verb} which ones? --workflow, --status, --since, --id or --where say it, --everything all")
-    return _Asked(wanted, load_config(config, bootstrap_servers=bootstrap_servers, command_timeout_s=command_timeout), embedded, dry_run, yes, as_json)
-
-
-def _command(name: str, doc: str, example: str) -> None:
-    """cancel, terminate, pause and unpause differ in their words only."""
-
-    def command(
-        embedded: MaybeDir = None,
-        bootstrap_servers: Bootstrap = None,
-        workflow: OfWorkflow = None,
-        status: OfStatus = None,
-        since: Since = None,
-        id: IdPart = "",
-        where: Where = None,
-        everything: Everything = False,
-        reason: Reason = "",
-        dry_run: DryRun = False,
-        yes: Yes = False,
-        command_id: CommandId = None,
-        command_timeout: Patience = None,
-        as_json: Json = False,
-        config: ConfigFile = None,
-    ) -> None:
-        wanted = wanted_of(workflow, status, since, id, where)
-        asked = _asked(name, embedded, bootstrap_servers, config, command_timeout, wanted, everything, dry_run, yes, as_json)
-        given = () if name == "unpause" else (reason,)
-        _each(asked, name, command_id, lambda client, id, run, command: getattr(client, name)(id, *given, start_id=run or None, command_id=command))
-
-    bulk_app.command(name, help=f"{doc}\n\n    Example: {example}")(command)
-
-
-_command("cancel", "Raise kw.Cancelled in all of these.", "kwflow bulk cancel --workflow order --where region=north --reason recall --embedded ./state")
-_command("terminate", "End all of these without running their code.", "kwflow bulk terminate --workflow order --id test- --embedded ./state")
-_command("pause", "Hold all records for these.", "kwflow bulk pause --workflow order --status waiting --embedded ./state")
-_command("unpause", "Apply what was held for these, and go on.", "kwflow bulk unpause --status paused --embedded ./state")
-
-
-@bulk_app.command()
-def signal(
+def _apply(
+    verb: str,
     name: str,
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
@@ -188,6 +148,7 @@ def signal(
     id: IdPart = "",
     where: Where = None,
     everything: Everything = False,
+    reason: Reason = "",
     dry_run: DryRun = False,
     yes: Yes = False,
     command_id: CommandId = None,
@@ -195,10 +156,30 @@ def signal(
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
-    """Put the same signal into the mailboxes of these.
-
-    Example: kwflow bulk signal price --value 5 --workflow subscription --embedded ./state
-    """
+    """What all of these commands do; its parameters are theirs."""
     content = msgspec.json.decode(json_option(value, "--value"))
-    asked = _asked("signal", embedded, bootstrap_servers, config, command_timeout, wanted_of(workflow, status, since, id, where), everything, dry_run, yes, as_json)
-    _each(asked, "signal", command_id, lambda client, id, run, command: client.signal(id, name, content, start_id=run or None, command_id=command))
+    arguments = {"signal": (name, content), "unpause": ()}.get(verb, (reason,))
+    wanted = wanted_of(workflow, status, since, id, where)
+    if wanted == ALL and not everything:
+        raise UsageError(f"{verb} which ones? --workflow, --status, --since, --id or --where say it, --everything all")
+    asked = _Asked(wanted, load_config(config, bootstrap_servers=bootstrap_servers, command_timeout_s=command_timeout), embedded, dry_run, yes, as_json)
+    _each(asked, verb, command_id, lambda client, id, run, command: getattr(client, verb)(id, *arguments, start_id=run or None, command_id=command))
+
+
+def _command(verb: str, doc: str, example: str, **fixed: Any) -> None:
+    """A command with the parameters of `_apply`, but for those that are fixed for its verb."""
+    signature = inspect.signature(_apply, eval_str=True)
+
+    def command(**given: Any) -> None:
+        _apply(verb, **fixed, **given)
+
+    taken = [parameter for parameter in signature.parameters.values() if parameter.name not in ("verb", *fixed)]
+    command.__signature__ = signature.replace(parameters=taken)  # type: ignore[attr-defined]  # it is what Typer reads
+    bulk_app.command(verb, help=f"{doc}\n\n    Example: {example}")(command)
+
+
+_command("cancel", "Raise kw.Cancelled in all of these.", "kwflow bulk cancel --workflow order --where region=north --reason recall --embedded ./state", **_NO_SIGNAL)
+_command("terminate", "End all of these without running their code.", "kwflow bulk terminate --workflow order --id test- --embedded ./state", **_NO_SIGNAL)
+_command("pause", "Hold all records for these.", "kwflow bulk pause --workflow order --status waiting --embedded ./state", **_NO_SIGNAL)
+_command("unpause", "Apply what was held for these, and go on.", "kwflow bulk unpause --status paused --embedded ./state", **_NO_SIGNAL)
+_command("signal", "Put the same signal into the mailboxes of these.", "kwflow bulk signal price --value 5 --workflow subscription --embedded ./state", reason="")
