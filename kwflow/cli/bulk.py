@@ -61,10 +61,10 @@ def _each(asked: _Asked, verb: str, command_id: str | None, call: Callable[[Clie
     if not asked.yes and not typer.confirm(f"{verb} {many}?", err=True):
         raise typer.Exit(1)
     name = command_id or f"bulk-{uuid.uuid4().hex[:12]}"
-    err.print(f"{verb} {many}, --command-id {name}")  # now: who is killed has no last word
     counts: Counter[str] = Counter()
     try:
-        with connect(asked.settings, asked.embedded) as client:
+        with connect(asked.settings, asked.embedded) as client:  # first, as it imports: Python forgets a Ctrl-C that comes while it lets go of a module's lock
+            err.print(f"{verb} {many}, --command-id {name}")  # before any is done: who is killed has no last word
             for id, status, message in _done(client, found, lambda id, run: call(client, id, run, name), verb in _WAITS_BEHIND):
                 counts[status] += 1
                 if asked.as_json:

@@ -1,15 +1,19 @@
 """`kwflow bulk …`: what a filter finds, each once, and nothing else (M2)."""
 
+import contextlib
+import io
 import json
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from kwflow import durable
-from kwflow.cli.bulk import _Sent
+from kwflow.cli.bulk import _Sent, bulk_app
 from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
@@ -134,8 +138,31 @@ def test_who_interrupts_it_is_told_how_it_goes_on(many: Many, tmp_path: pathlib.
         assert time.monotonic() < give_up and process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
-    first, last = log.read_text().splitlines()
+    first, *_, last = log.read_text().splitlines()  # rich says again what it was interrupted in
     assert last == f"interrupted: at least 0 of 300 are done; the same with --command-id {first.rpartition(' ')[2]} does nothing twice"
+
+
+def test_who_interrupts_it_in_its_first_word_is_told_how_it_goes_on(many: Many) -> None:
+    """M1.4: it ended with the id, but without a word of what was done."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            written = super().write(text)
+            if self.getvalue().count("--command-id") == 1:
+                raise KeyboardInterrupt
+            return written
+
+    with contextlib.redirect_stderr(Interrupted()) as said:
+        assert bulk_app(["cancel", "--workflow", "waits", "--yes", "--embedded", str(many.directory)], standalone_mode=False) == 130
+    assert "interrupted: at least 0 of 300 are done; the same with --command-id bulk-" in said.getvalue()
+
+
+def test_it_imports_nothing_once_it_has_begun(many: Many) -> None:
+    """M1.4: CPython ignores what is raised in a callback, such as the one that lets go of a module's lock; a Ctrl-C there was lost, and the command went on."""
+    command = [sys.executable, "-X", "importtime", "-m", "kwflow", "bulk", "cancel", "--workflow", "waits", "--yes", "--embedded", str(many.directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    before, _, after = done.stderr.partition("cancel 300 workflows")
+    assert "kwflow.cli.bulk" in before and [line for line in after.splitlines() if line.startswith("import time:")] == []
 
 
 def test_an_entry_under_what_is_no_id_holds_up_no_others(many: Many) -> None:
