@@ -30,7 +30,7 @@ from kwflow.core.tasks import Awaitable
 from kwflow.core.typed import from_plain, signature_of, to_plain, unchecked
 from kwflow.errors import ActivityError, BusinessError, UsageError
 
-__all__ = ["Activity", "ActivityInfo", "Retry", "activity", "activity_info", "batch_of", "failure_payload", "find_activity", "registered_activities", "running_as"]
+__all__ = ["Activity", "ActivityInfo", "Retry", "activity", "activity_info", "batch_of", "failure_payload", "find_activity", "is_queue", "registered_activities", "running_as"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -235,6 +235,7 @@ class Activity(Callee, Generic[_P, _R]):
 
 # -- the registry ------------------------------------------------------------------------------------------------------
 _activities: dict[str, Activity[Any, Any]] = {}
+_queues: set[str] = set()
 
 
 class _Maker(typing.Protocol):
@@ -294,6 +295,7 @@ def activity(
             from kwflow.api import declare_topics  # it imports us
 
             declare_topics(queue)
+            _queues.add(queue)
         return made
 
     return register if function is None else register(function)
@@ -328,6 +330,11 @@ def _place(function: Callable[..., Any]) -> str:
 def find_activity(name: str) -> Activity[Any, Any] | None:
     """The activity of this name, None when this process has none."""
     return _activities.get(name)
+
+
+def is_queue(topic: str) -> bool:
+    """Whether some activity of this process has this queue."""
+    return topic in _queues
 
 
 def registered_activities() -> dict[str, Activity[Any, Any]]:

@@ -1,4 +1,4 @@
-"""One frozen Config: `kwflow.toml` ([app] [topics] [limits] [durable] [snapshot] [embedded] [gateway] [console] [kafka]) and `KWFLOW_*`; the environment wins over the file."""
+"""One frozen Config: `kwflow.toml` ([app] [topics] [limits] [durable] [snapshot] [embedded] [encryption] [gateway] [console] [kafka]) and `KWFLOW_*`; the environment wins over the file."""
 
 from __future__ import annotations
 
@@ -89,6 +89,9 @@ class Config(BaseSettings):
     rocksdb_bytes_max: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024, description="block cache and write buffers of all local stores of a process together")
     embedded_retention_ms: int = Field(default=7 * 86_400_000, ge=0, description="applied input records of the embedded log are kept for this long")
     ended_retention_ms: int = Field(default=86_400_000, ge=0, description="so long a start that is repeated under its start id is known after the end (K20)")
+    encryption_keys: list[SecretStr] = Field(default_factory=list, description="values on the broker are encrypted with the first (AES-256-GCM), all decrypt; on Kafka only (`kwflow[encryption]`)")
+    encryption_topics: list[str] = Field(default_factory=list, description="more topics to encrypt, such as the resume topic of another application that has the key")
+    encryption_plain_topics: list[str] = Field(default_factory=list, description="topics of kwflow's own, and queues, to leave as they are, for readers that have no key")
     gateway_tokens: list[SecretStr] = Field(default_factory=list, description="who calls the gateway sends one of them (Bearer); without any, everybody who reaches it may do everything")
     gateway_tls_cert: Path | None = Field(default=None, description="PEM file with the gateway's certificate and those of the CAs between; with gateway_tls_key it speaks HTTPS")
     gateway_tls_key: Path | None = Field(default=None, description="PEM file with the key of gateway_tls_cert, without a passphrase")
@@ -99,11 +102,11 @@ class Config(BaseSettings):
     console_tls_key: Path | None = Field(default=None, description="as gateway_tls_key, for the console")
     kafka: dict[str, Any] = Field(default_factory=dict, repr=False)  # passwords are in it
 
-    @field_validator("snapshot_keys", "gateway_tokens", "console_tokens")
+    @field_validator("snapshot_keys", "encryption_keys", "gateway_tokens", "console_tokens")
     @classmethod
     def _long_enough(cls, keys: list[SecretStr], field: ValidationInfo) -> list[SecretStr]:
         if any(len(key.get_secret_value()) < _KEY_CHARS_MIN for key in keys):
-            raise ValueError(f"a {'key' if field.field_name == 'snapshot_keys' else 'token'} has at least {_KEY_CHARS_MIN} characters; make one with: openssl rand -hex 32")
+            raise ValueError(f"a {'key' if str(field.field_name).endswith('_keys') else 'token'} has at least {_KEY_CHARS_MIN} characters; make one with: openssl rand -hex 32")
         return keys
 
     @field_validator("gateway_url")
@@ -154,6 +157,11 @@ class Config(BaseSettings):
         return (*keys, b"") if keys and self.snapshot_unsigned == "accept" else keys
 
     @functools.cached_property
+    def cipher_keys(self) -> tuple[bytes, ...]:
+        """`encryption_keys` as bytes."""
+        return tuple(key.get_secret_value().encode() for key in self.encryption_keys)
+
+    @functools.cached_property
     def limits(self) -> Limits:
         """What one instance may use."""
         from kwflow.core.contract import Limits  # which loads what a client does not need
@@ -194,7 +202,7 @@ class Config(BaseSettings):
 
 
 _SECTIONS = {  # a setting's name in the section -> in Config
-    "app": "{}", "topics": "{}_topic", "limits": "{}", "durable": "durable_{}", "snapshot": "snapshot_{}", "embedded": "embedded_{}", "gateway": "gateway_{}",
+    "app": "{}", "topics": "{}_topic", "limits": "{}", "durable": "durable_{}", "snapshot": "snapshot_{}", "embedded": "embedded_{}", "encryption": "encryption_{}", "gateway": "gateway_{}",
     "console": "console_{}",
 }  # fmt: skip
 

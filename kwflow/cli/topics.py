@@ -90,6 +90,17 @@ def topics_migrate(
     upkeep.migrate(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), partitions, out.print)
 
 
+@topics_app.command("reencrypt")
+def topics_reencrypt(bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
+    """Encrypt the state and the stored code of an application that stands still with the first of `encryption_keys`: what was plain, or encrypted with another.
+
+    Example: kwflow topics reencrypt
+    """
+    from kwflow.runners.kafka import upkeep
+
+    upkeep.reencrypt(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), out.print)
+
+
 class From(enum.StrEnum):
     """Where the input is read from after a reset."""
 

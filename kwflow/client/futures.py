@@ -107,10 +107,11 @@ class Futures:
             heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._count), request, future, error))
 
     def take(self, record: Record) -> None:
-        """A record of the reply topic."""
+        """A record of the reply topic.  Raises TransportError for one that we cannot decrypt: there will be no other."""
         if record.key != self._process:
             self._counts["foreign"] += 1
             return
+        wire.check_decrypted(record)
         try:
             reply = msgspec.json.decode(record.value or b"", type=Reply)
         except (msgspec.DecodeError, UnicodeDecodeError):

@@ -163,7 +163,14 @@ class Outcomes:
     # -- what the link tells -----------------------------------------------------------------------------------------
     def take(self, record: Record) -> None:
         """A record of the result or error topic."""
-        outcome = _outcome_of(record)
+        try:
+            outcome = _outcome_of(record)
+        except TransportError as error:
+            with self._lock:
+                unread = list(self._waiters.get((record.key or b"").decode("utf-8", "replace"), ()))
+            for waiter in unread:
+                fail(waiter.future, error)
+            return
         if outcome is None:
             self._counts["unreadable"] += 1
             return
@@ -200,7 +207,8 @@ class Outcomes:
 
 
 def _outcome_of(record: Record) -> Outcome | None:
-    """None for a record that an author, or somebody else, wrote to the topic."""
+    """None for a record that an author, or somebody else, wrote to the topic.  Raises TransportError for one that we cannot decrypt."""
+    wire.check_decrypted(record)
     try:
         kind, start_id = wire.header(record, "kwflow-outcome"), wire.header(record, "kwflow-start-id")
         if kind is None or start_id is None or record.key is None or record.value is None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import msgspec
 
-from kwflow.errors import ProtocolError, UsageError
+from kwflow.errors import ProtocolError, TransportError, UsageError
 
 __all__ = [
     "DELAY_MS_MAX",
@@ -24,6 +24,7 @@ __all__ = [
     "LEVELS_MAX",
     "OPS",
     "REASON_CHARACTERS_MAX",
+    "ENCRYPTED",
     "UNREADABLE",
     "Address",
     "Command",
@@ -36,6 +37,7 @@ __all__ = [
     "SignalStart",
     "Start",
     "Update",
+    "check_decrypted",
     "check_levels",
     "check_size",
     "given_headers",
@@ -45,10 +47,12 @@ __all__ = [
     "is_topic",
     "json_dumps",
     "key_of",
+    "missing_key",
     "parent_of",
     "parse",
     "reply_address",
     "reply_output",
+    "encrypted_with",
     "short_header",
     "shown_headers",
     "travelling_headers",
@@ -59,6 +63,7 @@ Headers = tuple[tuple[str, bytes | None], ...]
 DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer one is a mistake in units
 LEVELS_MAX = 200  # of values in one another: any Python can read, save and write so many, from any depth of calls (3.11 saves some 450)
 UNREADABLE = ("kwflow-unreadable", b"")  # in place of headers whose names are not UTF-8
+ENCRYPTED = b"\0KWE\1"  # begins a value that is encrypted (runners/kafka/encryption.py), and nothing else that is a message
 REASON_CHARACTERS_MAX = 1000
 _Text = Annotated[str, msgspec.Meta(max_length=REASON_CHARACTERS_MAX)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
@@ -222,6 +227,23 @@ def _id_of(key: bytes) -> str:
         raise ProtocolError("the key is not UTF-8", "bad-key") from None
 
 
+def encrypted_with(value: bytes) -> str:
+    """What is wrong with a value that nobody could open."""
+    id = value[len(ENCRYPTED) : len(ENCRYPTED) + 4].hex()
+    return f"the value is encrypted with key {id}, which is not in encryption_keys, or it is damaged"
+
+
+def missing_key(topic: str, value: bytes | None) -> TransportError:
+    """What to raise where a value counts that nobody could decrypt."""
+    return TransportError(f"topic {topic}: {encrypted_with(value or b'')}", retryable=False)
+
+
+def check_decrypted(record: Record) -> None:
+    """Raises TransportError for a value that nobody could decrypt."""
+    if record.value is not None and record.value.startswith(ENCRYPTED):
+        raise missing_key(record.topic, record.value)
+
+
 def parse(record: Record) -> Start | Resume | Command:
     """What a record on the input topic asks for.  Raises ProtocolError."""
     if record.value is None:
@@ -263,7 +285,7 @@ def _command(op: str, value: bytes, record: Record) -> Command:
     except msgspec.ValidationError as error:
         raise ProtocolError(f"op {op}: {error}", "bad-arguments") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"op {op}: not JSON: {error}", "bad-json") from None
+        raise _not_json(value, error, f"op {op}: ") from None
     _check_message(value)
     return Command(op, decoded, short_header(record, "kwflow-id"), short_header(record, "kwflow-start-id"))
 
@@ -309,9 +331,15 @@ def _json(data: bytes) -> object:
     try:
         value: object = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not JSON: {error}", "bad-json") from None
+        raise _not_json(data, error) from None
     _check_message(data)
     return value
+
+
+def _not_json(data: bytes, error: Exception, where: str = "") -> ProtocolError:
+    if data.startswith(ENCRYPTED):
+        return ProtocolError(f"{where}{encrypted_with(data)}; configure it, then retry the dead letter", "encrypted")
+    return ProtocolError(f"{where}not JSON: {error}", "bad-json")
 
 
 def _check_message(data: bytes) -> None:

@@ -28,6 +28,7 @@ from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Headers, Output, Record
 from kwflow.durable import set_abandoning
+from kwflow.errors import UsageError
 from kwflow.ports import Decision
 from kwflow.runners import parked
 from kwflow.runners.kafka import topics
@@ -70,8 +71,10 @@ def attach(app: faust.App, config: Config, make: Callable[[str], WorkflowProcess
     """Add the workflow agent and its table to an application of yours; what is given back can be watched (`runners.watch.serve_http`).
 
     Its id must be `config.application_id`, its store RocksDB.  `make` gets the input topic's id, with which snapshots
-    tell whether they hold an offset already.  Raises TransportError.
+    tell whether they hold an offset already.  Raises UsageError, TransportError.
     """
+    if config.cipher_keys:
+        raise UsageError("encryption_keys are for kwflow's own runner: what Faust writes would not be encrypted")
     incarnation, partitions = topics.describe(topics.admin(config), config, config.resume_topic)
     return Agent(app, config, make(incarnation), partitions, on_log)
 

@@ -43,3 +43,15 @@ def test_nothing_rests_on_an_assert_which_python_optimizes_away(path: pathlib.Pa
     """Style 16: `is not None` tells mypy what is known; found with `python -O`, where a WorkflowTester found nothing wrong."""
     asserts = [ast.unparse(node.test) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Assert)]
     assert [test for test in asserts if not test.endswith(("is None", "is not None"))] == []
+
+
+PLAIN = {("owners.py", "_write"), ("upkeep.py", "reset")}  # the topic of owners: who has which partition, and which records it was at
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kwflow/runners/kafka").rglob("*.py")), ids=lambda path: path.name)
+def test_whatever_is_written_to_a_broker_goes_through_encryption(path: pathlib.Path) -> None:
+    """Decision 0060: one place that was forgotten would tell everything."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and (path.name, node.name) not in PLAIN:
+            called = {inner.func.attr for inner in ast.walk(node) if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute)}
+            assert "produce" not in called or "encrypt" in called, f"{path.name}: {node.name} writes what is not encrypted"

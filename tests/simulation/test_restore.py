@@ -3,11 +3,14 @@
 import json
 import pathlib
 import types
+from collections.abc import Sequence
 
 import pytest
 from confluent_kafka import OFFSET_INVALID, KafkaError
 
+from kwflow.config import Config
 from kwflow.errors import TransportError
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.state import MOVED, PartitionStore, Restore, agreed
 from kwflow.testing.kafka import Disk, Refused, SimulatedEnvironment
 from kwflow.testing.kafka.log import Partition, Place
@@ -115,11 +118,11 @@ def test_a_copy_whose_engine_stood_still_in_a_commit_is_as_old_as_that_commit(la
     assert engine.takeover._store(0).get(b"w") is None
 
 
-def restored(lab: Lab, store: PartitionStore, gone: int = 0, slices: int = 100) -> int:
+def restored(lab: Lab, store: PartitionStore, gone: int = 0, slices: int = 100, keys: Sequence[str] = ()) -> int:
     """Up to the end of now, whose first records are `gone` after the first slice; how many slices that took."""
     partition = lab.broker.partition((CHANGELOG, 0))
     settings = {"group.id": "r", "isolation.level": "read_committed", "auto.offset.reset": "error", "enable.partition.eof": True}
-    restore = Restore(store, lambda: store.environment.consumer(settings), CHANGELOG, 0, partition.start, partition.end)
+    restore = Restore(store, lambda: store.environment.consumer(settings), CHANGELOG, 0, partition.start, partition.end, Encryption(Config(encryption_keys=list(keys))))
     for number in range(1, slices):
         if restore.slice(0.05):
             return number
@@ -177,13 +180,57 @@ def test_a_copy_that_lacks_what_its_changelog_has_lost_is_made_anew(lab: Lab) ->
     assert [key for key, _ in store.scan(b"")] == [b"w002", b"w003"]
 
 
+ONE, TWO = "1" * 64, "2" * 64
+
+
+def encrypted(lab: Lab, key: str, *entries: tuple[bytes, bytes | None]) -> None:
+    """Written to the changelog by an engine whose first key this is."""
+    encryption = Encryption(Config(encryption_keys=[key]))
+    lab.broker.append((CHANGELOG, 0), [(0, name, encryption.encrypt("workflow-engine-state-changelog", value)[0], []) for name, value in entries], None)
+
+
+def test_what_was_encrypted_with_a_former_key_is_passed_where_a_later_value_can_be_opened(lab: Lab) -> None:
+    """0060: after `kwflow topics reencrypt` the log holds the old values until it is compacted; a copy is a copy of the last ones."""
+    encrypted(lab, ONE, (b"a", b"1"), (b"b", b"1"), (b"gone", b"1"))
+    encrypted(lab, TWO, *((b"%03d" % number, b"x") for number in range(200)), (b"a", b"2"), (b"b", b"2"), (b"gone", None))
+    store = opened(lab)
+    assert restored(lab, store, keys=[TWO]) > 1
+    assert (store.get(b"a"), store.get(b"b"), store.get(b"gone"), store.get(b"199"), store.offset) == (b"2", b"2", None, b"x", 206)
+
+
+def test_a_copy_whose_key_is_missing_is_no_copy_until_it_is_there(lab: Lab) -> None:
+    """0060: it must not count as read to the end without what could not be opened: the key may come later."""
+    encrypted(lab, TWO, (b"first", b"1"))
+    encrypted(lab, ONE, (b"a", b"1"))
+    encrypted(lab, TWO, *((b"%03d" % number, b"x") for number in range(200)))
+    store = opened(lab)
+    for _ in range(2):
+        with pytest.raises(TransportError, match="which is not in encryption_keys"):
+            restored(lab, store, keys=[TWO])
+        assert store.offset == 0 and store.get(b"a") is None
+        store.close()
+        store = opened(lab)
+    restored(lab, store, keys=[TWO, ONE])
+    assert store.get(b"a") == b"1" and store.get(b"first") == b"1" and store.offset == 202
+
+
+def test_a_damaged_entry_is_one_entry(lab: Lab) -> None:
+    """Its key is there, so nothing is to be waited for: whoever needs it finds it damaged."""
+    encrypted(lab, ONE, (b"a", b"1"), (b"b", b"1"))
+    changelog = lab.broker.partition((CHANGELOG, 0))
+    changelog.entries[0].value = (changelog.entries[0].value or b"")[:-1] + b"?"
+    store = opened(lab)
+    restored(lab, store, keys=[ONE])
+    assert (store.get(b"a") or b"").startswith(b"\0KWE") and store.get(b"b") == b"1" and store.offset == 2
+
+
 @pytest.mark.parametrize("still_ms", [AGE_MS - 100, AGE_MS + 1])
 def test_a_restore_in_which_the_engine_stood_still_for_too_long_begins_again_from_nothing(lab: Lab, still_ms: int) -> None:
     """K8: compaction may have removed meanwhile what said that an instance had ended; the copy passed for one that was just written."""
     written(lab, 300)
     changelog, store = lab.broker.partition((CHANGELOG, 0)), opened(lab)
     settings = {"group.id": "r", "isolation.level": "read_committed", "auto.offset.reset": "error", "enable.partition.eof": True}
-    restore = Restore(store, lambda: store.environment.consumer(settings), CHANGELOG, 0, 0, changelog.end)
+    restore = Restore(store, lambda: store.environment.consumer(settings), CHANGELOG, 0, 0, changelog.end, Encryption(Config()))
     assert not restore.slice(0) and store.get(b"w000") == b"1"
     lab.broker.append((CHANGELOG, 0), [(0, b"w000", None, [])], None)
     changelog.entries = [entry for entry in changelog.entries if entry.key != b"w000"]

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from confluent_kafka import KafkaError, TopicPartition
 
+from kwflow.config import Config
 from kwflow.runners.clock import SystemClock
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.standby import Cleanup, Copies, Standby
 from kwflow.runners.kafka.state import PartitionStore
 from tests.spec.test_edges import Later
@@ -44,7 +46,7 @@ class Office:
     def __init__(self, directory: pathlib.Path, delay_s: float = 600, partitions: int = 3) -> None:
         self.environment, self.directory, self.reader, self.said = Later(1 << 20), directory, Reader(), list[str]()
         self.asked: list[list[int]] = []
-        self.standby = Standby("changelog", lambda: self.reader, self.store, self.starts)  # type: ignore[arg-type,return-value]
+        self.standby = Standby("changelog", lambda: self.reader, self.store, self.starts, Encryption(Config()))  # type: ignore[arg-type,return-value]
         self.cleanup = Cleanup(self.environment, directory, delay_s)
         self.copies = Copies(self.standby, partitions, self.cleanup, self.said.append)
 
@@ -91,6 +93,19 @@ def test_a_copy_whose_place_in_the_log_is_gone_begins_anew(office: Office) -> No
     office.turn({0, 2})
     assert office.reader.assigned == {1: 5}
     assert (office.standby.stores[1].get(b"w"), office.standby.stores[1].get(b"v"), office.standby.stores[1].offset) == (None, None, 0)
+
+
+def test_a_warm_copy_has_not_come_past_what_it_has_no_key_for(office: Office) -> None:
+    """0060: whoever takes it over reads on from there, with a key or to an error; a later value that can be opened is as good."""
+    lacking = b"\0KWE\1" + b"key " + bytes(44)
+    office.turn({0, 2}, Message(1, 8, b"v", b"1"))
+    office.turn({0, 2}, Message(1, 9, b"w", lacking), Message(1, 10, b"x", b"1"))
+    copy = office.standby.stores[1]
+    assert (copy.offset, copy.get(b"v"), copy.get(b"w"), copy.get(b"x")) == (9, b"1", None, b"1")
+    office.turn({0, 2}, Message(1, 11, b"y", b"1"))
+    assert copy.offset == 9
+    office.turn({0, 2}, Message(1, 12, b"w", b"2"))
+    assert (copy.offset, copy.get(b"w")) == (13, b"2")
 
 
 def test_copies_that_will_be_followed_are_not_deleted_before_they_are_opened(tmp_path: pathlib.Path) -> None:

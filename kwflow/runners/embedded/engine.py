@@ -22,7 +22,7 @@ from rocksdict import Rdict, WriteBatch, WriteOptions
 from kwflow.config import Config
 from kwflow.core.wire import Headers, Output, Record
 from kwflow.durable import set_abandoning
-from kwflow.errors import TransportError
+from kwflow.errors import TransportError, UsageError
 from kwflow.ports import Clock, Decision, Deliver, Processor, Worker
 from kwflow.runners import rocks
 from kwflow.runners.attempts import Attempts
@@ -48,10 +48,12 @@ _REPLY_MS = 3_600_000
 
 
 class Embedded:
-    """One directory, held.  Raises TransportError naming the holder when another process has it."""
+    """One directory, held.  Raises UsageError, TransportError naming the holder when another process has it."""
 
     def __init__(self, directory: Path, config: Config | None = None, sync: bool = True, clock: Clock | None = None) -> None:
         self.limits = config or Config()
+        if self.limits.cipher_keys:
+            raise UsageError(f"encryption_keys encrypt what lies on a broker, and {directory} is on a disk of yours: encrypt that disk, and leave them out here")
         with rocks.failing(directory):
             self.directory = private(directory)
         self.clock = clock or SystemClock()

@@ -22,11 +22,12 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
-from kwflow.core.wire import Output, Record
+from kwflow.core.wire import Output, Record, missing_key
 from kwflow.errors import CommandError, TransportError
 from kwflow.ports import Listener
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.broker_errors import BrokerErrors
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import LIVE, made
 from kwflow.runners.kafka.member import LATEST, offsets
 from kwflow.runners.kafka.reading import gather, read_to
@@ -48,6 +49,7 @@ class KafkaLink:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.process = uuid.uuid4().hex
+        self._encryption = Encryption(config)
         self._listener: Listener | None = None
         self._asked: queue.SimpleQueue[tuple[_Places, Callable[[], None]]] = queue.SimpleQueue()
         self._followed: set[tuple[str, int]] = set()
@@ -124,7 +126,8 @@ class KafkaLink:
 
         producer = self._producer
         try:
-            producer.produce(output.topic, output.value, output.key, headers=list(output.headers), on_delivery=delivered)
+            value, headers = self._encryption.encrypt(output.topic, output.value, output.headers)
+            producer.produce(output.topic, value, output.key, headers=headers, on_delivery=delivered)
         except BufferError:
             failed(TransportError("the client's queue is full: the broker takes records more slowly than they come"))
         except KafkaException as error:
@@ -219,7 +222,7 @@ class KafkaLink:
     def _take(self, message: Message, listener: Listener) -> None:
         error = message.error()
         if error is None:
-            listener.on_record(record_of(message))
+            listener.on_record(record_of(message, self._encryption))
         elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # retention overtook this reader: from the end again, and ask what was missed
             where = TopicPartition(message.topic() or "", message.partition() or 0)
             self._consumer.incremental_unassign([where])
@@ -245,7 +248,8 @@ def send(config: Config, topic: str, key: bytes | None, value: bytes | None, hea
 
     try:
         producer = _producer(config, error_cb=errors)
-        producer.produce(topic, value, key, headers=list(headers), on_delivery=delivered)
+        encrypted, sent = Encryption(config).encrypt(topic, value, headers)
+        producer.produce(topic, encrypted, key, headers=sent, on_delivery=delivered)
     except KafkaException as error:
         raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
     if producer.flush(_TIMEOUT_S + 5) or failed:
@@ -280,14 +284,19 @@ def _as_it_is(key: bytes, value: bytes) -> bytes:
 def latest(config: Config, topic: str, partition: int | None = None, kept: Callable[[bytes, bytes], bytes | None] = _as_it_is) -> dict[bytes, bytes]:
     """What a compacted topic holds: of each key what is `kept` of its last value, if anything, without those that were deleted.  Raises TransportError."""
     found: dict[tuple[int, bytes], bytes] = {}  # a migration leaves a tombstone where an entry was
+    encryption, unread = Encryption(config), set[tuple[int, bytes]]()
     for record in read(config, topic, partition):
         if record.key is None:
             continue
-        value = kept(record.key, record.value) if record.value is not None else None
+        lacking = encryption.lacks_key(record.value)  # a later value may be one that we can open
+        value = record.value if lacking or record.value is None else kept(record.key, record.value)
         if value is not None:
             found[record.partition, record.key] = value
         else:
             found.pop((record.partition, record.key), None)
+        (unread.add if lacking else unread.discard)((record.partition, record.key))
+    if unread:
+        raise missing_key(topic, found[min(unread)])
     return {key: value for (_, key), value in found.items()}
 
 
@@ -309,4 +318,6 @@ def state_of(config: Config, id: str) -> bytes | None:
     for record in read(config, config.changelog_topic, partition_for(config, config.changelog_topic, key)):
         if record.key == key:
             found = record.value
+    if Encryption(config).lacks_key(found):
+        raise missing_key(config.changelog_topic, found)
     return found

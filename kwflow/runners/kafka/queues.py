@@ -21,7 +21,7 @@ from kwflow.activities import find_activity
 from kwflow.config import Config
 from kwflow.core import queues
 from kwflow.core.dispatch import Dispatch
-from kwflow.core.wire import Headers, Record
+from kwflow.core.wire import Headers, Record, missing_key
 from kwflow.errors import ActivityError, ProtocolError, TransportError
 from kwflow.ports import Clock, Deliver, Worker
 from kwflow.runners.activities.answers import failure_record
@@ -29,6 +29,7 @@ from kwflow.runners.clock import SystemClock
 from kwflow.runners.instances import Instances
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.broker_errors import BrokerErrors, ending
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import LIVE, Consumer, Environment
 from kwflow.runners.kafka.open_calls import AHEAD_MAX, ASIDE_MAX, OpenCalls
 from kwflow.runners.kafka.orphans import Orphans
@@ -81,6 +82,7 @@ class QueueRunner:
         self._care = care  # where calls run here, one of them may end this process
         self.on_log = on_log
         self.stats = Stats()
+        self._encryption = Encryption(config)
         self._count = itertools.count()
         self._owned: dict[int, OpenCalls] = {}
         self._assigned: list[TopicPartition] = []  # not owned yet
@@ -160,10 +162,12 @@ class QueueRunner:
     def _take(self, message: Message) -> None:
         error = message.error()
         if error is None:
-            record = record_of(message)
+            record = record_of(message, self._encryption)
             number = self._number_of(record.topic, record.partition)
             if number is not None:  # else it was fetched before the partition left
                 number = self._begun_anew(number, record)
+                if self._encryption.lacks_key(record.value):
+                    raise missing_key(record.topic, record.value)
                 self._read(number, self._owned[number], record)
         elif error.code() == KafkaError._PARTITION_EOF:
             number = self._number_of(message.topic(), message.partition())

@@ -10,6 +10,7 @@ from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import Consumer, Environment
 from kwflow.runners.kafka.member import END_WAIT_MS
 
@@ -35,6 +36,7 @@ def read_to(environment: Environment, config: Config, topic: str, ends: Mapping[
     left = {number for number, end in ends.items() if starts.get(number, 0) < end}
     if not left:
         return
+    encryption = Encryption(config)
     settings = {"group_id": f"{config.application_id}-read", "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest", "fetch_wait_max_ms": END_WAIT_MS}
     consumer = environment.consumer(topics.client_config(config, **settings, enable_partition_eof=True))
     try:
@@ -44,7 +46,7 @@ def read_to(environment: Environment, config: Config, topic: str, ends: Mapping[
             for message in gather(consumer, 1000, 0.2):
                 number, reached, error = message.partition() or 0, message.offset() or 0, message.error()
                 if error is None:
-                    yield topics.record_of(message)
+                    yield topics.record_of(message, encryption)
                     reached, give_up = reached + 1, environment.monotonic() + _STILL_S
                 elif error.code() != KafkaError._PARTITION_EOF:  # that is the only sign, if all that is left is the marker of a transaction: no record
                     if not topics.transient(error):

@@ -13,6 +13,7 @@ from confluent_kafka import KafkaError, KafkaException, Message
 
 from kwflow.config import Config
 from kwflow.core.wire import Headers
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import Environment, Producer
 from kwflow.runners.kafka.topics import client_config
 
@@ -32,6 +33,7 @@ class Results:
         self.batch_size = batch_size
         self.topic = topic
         self.environment = environment
+        self._encryption = Encryption(config)
         self._lock = threading.Lock()
         self._producer: Producer | None = None
         self._served: Callable[[], None] | None = None
@@ -48,10 +50,11 @@ class Results:
             elif not self._closed:
                 self.deliver(_partition, key, value, headers, done)
 
+        encrypted, sent = self._encryption.encrypt(self.topic, value, headers)
         while True:
             producer = self._current()
             try:
-                producer.produce(self.topic, value, key, headers=list(headers), on_delivery=delivered)
+                producer.produce(self.topic, encrypted, key, headers=sent, on_delivery=delivered)
                 return
             except BufferError:
                 self.environment.sleep(_POLL_S)

@@ -12,8 +12,9 @@ from pathlib import Path
 from confluent_kafka import KafkaError, Message, TopicPartition
 
 from kwflow.errors import TransportError
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import Consumer, Environment
-from kwflow.runners.kafka.state import PartitionStore
+from kwflow.runners.kafka.state import Entries, PartitionStore
 from kwflow.runners.kafka.topics import transient
 
 __all__ = ["Cleanup", "Copies", "Standby"]
@@ -27,7 +28,7 @@ class Standby:
     """Follows partitions of one changelog.  Invariant: a store is open here or in the runner, never in both."""
 
     def __init__(
-        self, topic: str, consumer: Callable[[], Consumer], open_store: Callable[[int], PartitionStore], starts: Callable[[Iterable[int]], dict[int, int]]
+        self, topic: str, consumer: Callable[[], Consumer], open_store: Callable[[int], PartitionStore], starts: Callable[[Iterable[int]], dict[int, int]], encryption: Encryption
     ) -> None:
         self.stores: dict[int, PartitionStore] = {}
         self._followed: set[int] = set()
@@ -36,6 +37,8 @@ class Standby:
         self._consumer: Consumer | None = None
         self._open_store = open_store
         self._starts = starts
+        self._entries: dict[int, Entries] = {}
+        self._encryption = encryption
 
     def follow(self, numbers: set[int]) -> None:
         """From now on these, and no others; more of them in each turn."""
@@ -54,6 +57,7 @@ class Standby:
 
     def give(self, number: int) -> None:
         """Somebody else opens its store now; what is still read of it is passed over."""
+        self._entries.pop(number, None)
         if number in self.stores:
             self.stores.pop(number).close()
 
@@ -69,14 +73,14 @@ class Standby:
         for message in messages:
             self._take(message, changes, reached)
         for number, mine in changes.items():
-            self.stores[number].settle(mine, reached[number])
+            self.stores[number].settle(mine, None if self._entries[number].unread else reached[number])
 
     def _take(self, message: Message, changes: dict[int, dict[bytes, bytes | None]], reached: dict[int, int]) -> None:
         number, error = message.partition() or 0, message.error()
         if number not in self.stores:
             return
         if error is None:
-            changes.setdefault(number, {})[message.key() or b""] = message.value()
+            self._entries.setdefault(number, Entries(self._encryption)).take(message, changes.setdefault(number, {}))
             reached[number] = (message.offset() or 0) + 1
         elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # what we had is no longer there
             changes.pop(number, None)

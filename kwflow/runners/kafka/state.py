@@ -18,14 +18,15 @@ from pathlib import Path
 import msgspec
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaError, Message, TopicPartition
 
-from kwflow.core.wire import Record
+from kwflow.core.wire import Record, missing_key
 from kwflow.errors import TransportError
 from kwflow.ports import Clock, Processor
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import Consumer, Environment
 from kwflow.runners.kafka.reading import gather
 from kwflow.runners.kafka.topics import transient
 
-__all__ = ["MOVED", "POSITION", "NoStore", "Partition", "PartitionStore", "Restore", "agreed"]
+__all__ = ["MOVED", "POSITION", "Entries", "NoStore", "Partition", "PartitionStore", "Restore", "agreed"]
 
 POSITION = b"\0kwflow"  # K16: {incarnation, next offset, partitions} beside the state it belongs to
 MOVED = -1
@@ -205,14 +206,35 @@ class Partition:
         return max(self.position, self.reached) >= self.fire_from
 
 
+class Entries:
+    """What is read of one changelog partition.
+
+    `unread` are entries whose last value we have no key for: a later one may be encrypted with another.  While there are some, the copy has not come as far as it was read.
+    """
+
+    def __init__(self, encryption: Encryption) -> None:
+        self.unread: dict[bytes, bytes | None] = {}
+        self._encryption = encryption
+
+    def take(self, message: Message, changes: dict[bytes, bytes | None]) -> None:
+        key, value = message.key() or b"", self._encryption.decrypt(message.value())
+        if self._encryption.lacks_key(value):
+            self.unread[key] = value
+            return
+        if self.unread:
+            self.unread.pop(key, None)
+        changes[key] = value
+
+
 class Restore:
     """Reads one changelog partition into its store, aborted records left out, up to `end`; a slice at a time.
 
     `consumer` reads committed records only and reports the partition's end (`enable.partition.eof`); closing it is ours.
     """
 
-    def __init__(self, store: PartitionStore | NoStore, consumer: Callable[[], Consumer], topic: str, number: int, start: int, end: int) -> None:
+    def __init__(self, store: PartitionStore | NoStore, consumer: Callable[[], Consumer], topic: str, number: int, start: int, end: int, encryption: Encryption) -> None:
         self.store = store
+        self._entries = Entries(encryption)
         self.where = TopicPartition(topic, number)
         self.end = end
         if store.offset > end:
@@ -235,7 +257,7 @@ class Restore:
         for message in messages:
             error = message.error()
             if error is None:
-                changes[message.key() or b""] = message.value()
+                self._entries.take(message, changes)
                 last = message
             elif self._begins_again(error, message):
                 last = None
@@ -244,10 +266,12 @@ class Restore:
             self.reached = max(self.reached, (last.offset() or 0) + 1)
         self.reached = max(self.reached, self._consumer.position([self.where])[0].offset)  # -1001 on an empty log
         if changes or self.reached != before:
-            self.store.settle(changes, self.reached)
+            self.store.settle(changes, None if self._entries.unread else self.reached)
         if self.reached < self.end:
             return False
         self.close()
+        for value in self._entries.unread.values():
+            raise missing_key(self.where.topic, value)
         return True
 
     def _begins_again(self, error: KafkaError, message: Message) -> bool:
@@ -264,6 +288,7 @@ class Restore:
     def _begin_again(self, consumer: Consumer) -> None:
         self.store.wipe()
         self.reached = 0
+        self._entries.unread.clear()
         consumer.assign([TopicPartition(self.where.topic, self.where.partition, OFFSET_BEGINNING)])
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from kwflow.config import Config
 from kwflow.core.wire import UNREADABLE, Record
 from kwflow.errors import TransportError
 from kwflow.runners.kafka.broker_errors import NO_LOG
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import LIVE, Environment
 
 __all__ = [
@@ -288,11 +289,12 @@ def replication(client: AdminClient, topic: str) -> int:
 _headers = operator.methodcaller("headers")  # which looks whether it left an error behind; a call that the interpreter has made quick does not
 
 
-def record_of(message: Message) -> Record:
-    """A consumed message as the core knows records."""
+def record_of(message: Message, encryption: Encryption) -> Record:
+    """A consumed message as the core knows records, opened if we have its key."""
     try:
         headers = cast("list[tuple[str, Any]] | None", _headers(message))
     except (SystemError, UnicodeDecodeError):  # the library gives none of them when the name of one is not UTF-8
         headers = [UNREADABLE]
     pairs = tuple((name, value if value is None or isinstance(value, bytes) else str(value).encode()) for name, value in headers) if headers else ()
-    return Record(message.topic() or "", message.partition() or 0, message.offset() or 0, message.timestamp()[1], message.key(), message.value(), pairs)
+    value = encryption.decrypt(message.value())
+    return Record(message.topic() or "", message.partition() or 0, message.offset() or 0, message.timestamp()[1], message.key(), value, encryption.decrypt_headers(pairs) if pairs else pairs)

@@ -19,6 +19,7 @@ from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Decision
 from kwflow.runners.budget import bytes_of
 from kwflow.runners.kafka.broker_errors import said
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import Producer
 from kwflow.runners.kafka.member import TRANSACTION_S, Member, again
 from kwflow.runners.kafka.state import POSITION
@@ -92,6 +93,7 @@ class Transactions:
         """`sizes` are producer settings that every topic takes (K11).  Raises FencedError, TransportError."""
         self.member = member
         self.stats = stats
+        self._encryption = Encryption(member.config)
         self.aborts = 0  # in a row
         self._sizes = sizes
         self._producer = self._new_producer()
@@ -143,12 +145,13 @@ class Transactions:
         return producer
 
     def _produce(self, delivered: Any, topic: str, key: bytes | None, value: bytes | None, headers: Any, timestamp_ms: int | None, partition: int | None) -> None:
+        encrypted, sent = self._encryption.encrypt(topic, value, headers)
         place: dict[str, Any] = {} if partition is None else {"partition": partition}
         if timestamp_ms is not None:
             place["timestamp"] = timestamp_ms
         while True:
             try:
-                self._producer.produce(topic, value, key, headers=list(headers), on_delivery=delivered, **place)
+                self._producer.produce(topic, encrypted, key, headers=sent, on_delivery=delivered, **place)
                 return
             except BufferError:
                 self._producer.poll(0.05)

@@ -1,6 +1,6 @@
-"""What is done to an application on Kafka that stands still: forget its state, or move it to more partitions.
+"""What is done to an application on Kafka that stands still: forget its state, move it to more partitions, or encrypt it with another key.
 
-Both refuse while an engine or a scheduler runs, and can be repeated after a crash in their middle: state goes from one
+All refuse while an engine or a scheduler runs, and can be repeated after a crash in their middle: state goes from one
 partition to another in one transaction, and an engine refuses to start before the last step is done (K16).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from confluent_kafka import ConsumerGroupState, ConsumerGroupTopicPartitions, KafkaError, KafkaException, Producer, TopicPartition
@@ -22,16 +22,18 @@ from kwflow.errors import TransportError, UsageError
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import EXPIRES, FORGOTTEN
 from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.link import latest, read
 from kwflow.runners.kafka.state import POSITION
 from kwflow.runners.parked import HOLD
 
-__all__ = ["migrate", "reset", "reset_plan"]
+__all__ = ["migrate", "reencrypt", "reset", "reset_plan"]
 
 _TIMEOUT_S = 30
 _SESSION_MS = 6000
 _AGAIN_S = 0.05
+_Item = TypeVar("_Item")
 _MOVED_MAX = 1000  # entries of one transaction
 _ID = {HOLD: 1, EXPIRES: 1, dispatch.PREFIX: 2, timers.DUE: 2}  # engine's own keys -> how many fields stand beside the key they belong to
 
@@ -212,9 +214,7 @@ def _home(key: bytes) -> bytes | None:
 
 def _move(config: Config, admin: AdminClient, group: str, source: str, changelog: str, partitions: int) -> int:
     """Entry by entry to its home, then what each partition has of its own; the mark that lets engines start comes last."""
-    sizes = topics.sizes(topics.settings_of(admin, [changelog]).values())
-    producer = made(Producer, topics.client_config(config, transactional_id=f"{group}-migrate", transaction_timeout_ms=60_000, **sizes))
-    producer.init_transactions(_TIMEOUT_S)
+    producer, put = _writer(config, admin, group, changelog)
     states = {number: latest(config, changelog, number) for number in range(partitions)}
     moved = 0
     for number, state in states.items():
@@ -222,8 +222,8 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
         for chunk in _chunks(away):
             producer.begin_transaction()
             for key, value, home in chunk:
-                producer.produce(changelog, value, key, partition=home)
-                producer.produce(changelog, None, key, partition=number)
+                put(value, key, home)
+                put(None, key, number)
                 states[home][key] = value
             producer.commit_transaction(60)
             moved += len(chunk)
@@ -235,18 +235,54 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
     written = {key: value for state in states.values() for key, value in state.items() if key.startswith(WRITTEN)}
     for number, state in states.items():
         for key in written.keys() - state.keys():  # an instance that moved is where the code it runs is known to be stored
-            producer.produce(changelog, written[key], key, partition=number)
+            put(written[key], key, number)
         if source == config.scheduler_topic:
             due = sorted(key for key in state if key.startswith(timers.DUE))
-            producer.produce(changelog, b"%d %s" % (len(due), due[0]) if due else None, timers.COUNT, partition=number)
+            put(b"%d %s" % (len(due), due[0]) if due else None, timers.COUNT, number)
         else:
-            producer.produce(changelog, None, FORGOTTEN, partition=number)  # what came may be forgotten sooner; it is looked up anew
+            put(None, FORGOTTEN, number)  # what came may be forgotten sooner; it is looked up anew
         mark = {"topic": incarnation, "next": committed.get(number, _marked(state, incarnation) or 0), "partitions": partitions}
-        producer.produce(changelog, msgspec.json.encode(mark), POSITION, partition=number)
+        put(msgspec.json.encode(mark), POSITION, number)
     producer.commit_transaction(60)
     return moved
 
 
-def _chunks(items: list[tuple[bytes, bytes, int]]) -> Iterator[list[tuple[bytes, bytes, int]]]:
+def _writer(config: Config, admin: AdminClient, group: str, topic: str) -> tuple[Producer, Callable[[bytes | None, bytes, int], None]]:
+    """A transactional producer, and what puts an entry (value, key, partition) into this topic with it."""
+    sizes, encryption = topics.sizes(topics.settings_of(admin, [topic]).values()), Encryption(config)
+    producer = made(Producer, topics.client_config(config, transactional_id=f"{group}-migrate", transaction_timeout_ms=60_000, **sizes))
+    producer.init_transactions(_TIMEOUT_S)
+    return producer, lambda value, key, number: producer.produce(topic, encryption.encrypt(topic, value)[0], key, partition=number)
+
+
+def _chunks(items: list[_Item]) -> Iterator[list[_Item]]:
     for start in range(0, len(items), _MOVED_MAX):
         yield items[start : start + _MOVED_MAX]
+
+
+# -- reencrypt --------------------------------------------------------------------------------------------------------------
+
+
+def reencrypt(config: Config, say: Callable[[str], None]) -> None:
+    """Write every entry of the state and the stored code again, encrypted with the first key: what compaction leaves needs no other.  Raises UsageError, TransportError."""
+    if not config.cipher_keys:
+        raise UsageError("there is nothing to encrypt with: encryption_keys are not set")
+    admin = topics.admin(config)
+    there = topics.partitions_of(admin, config)
+    _standing_still(admin, config)
+    for group, topic in (*((group, changelog) for group, (_, changelog) in _groups(config).items()), (config.application_id, config.code_topic)):
+        if topic not in there:
+            raise UsageError(f"topic {topic} is missing; kwflow topics create makes it")
+        try:
+            producer, put = _writer(config, admin, group, topic)
+            written = 0
+            for number in range(there[topic]):
+                for chunk in _chunks(list(latest(config, topic, number).items())):
+                    producer.begin_transaction()
+                    for key, value in chunk:
+                        put(value, key, number)
+                    producer.commit_transaction(60)
+                    written += len(chunk)
+        except KafkaException as error:
+            raise TransportError(f"cannot write the entries of {topic} again: {error.args[0].str()}; give the command again") from None
+        say(f"{topic}: {written} entries are written again")

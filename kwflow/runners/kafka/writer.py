@@ -21,6 +21,7 @@ from kwflow.core.wire import Output
 from kwflow.errors import TransportError
 from kwflow.runners.groups import Group, Undone
 from kwflow.runners.kafka.broker_errors import BrokerErrors
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.topics import TOPIC_MS, client_config
 
@@ -37,6 +38,7 @@ class SoleWriter:
     def __init__(self, config: Config, name: str) -> None:
         self._config = config
         self._name = f"{config.application_id}-{name}"
+        self._encryption = Encryption(config)
         settings: dict[str, Any] = {"transactional_id": self._name, "transaction_timeout_ms": _TRANSACTION_MS, "retry_backoff_ms": 1, "retry_backoff_max_ms": 100}
         settings["topic_metadata_propagation_max_ms"] = TOPIC_MS
         settings["message_max_bytes"] = max(1_000_000, config.value_bytes_max + config.header_bytes_max)
@@ -68,7 +70,8 @@ class SoleWriter:
         try:
             self._producer.begin_transaction()
             for output in outputs:
-                self._producer.produce(output.topic, output.value, output.key, headers=list(output.headers), on_delivery=delivered)
+                value, headers = self._encryption.encrypt(output.topic, output.value, output.headers)
+                self._producer.produce(output.topic, value, output.key, headers=headers, on_delivery=delivered)
             self._again(lambda: self._producer.commit_transaction(_TIMEOUT_S))
         except KafkaException as error:
             cause = (failed or error.args)[0]  # before the abort, by which the others fail, too
