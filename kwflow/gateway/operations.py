@@ -20,7 +20,7 @@ _T = TypeVar("_T", bound=Callable[..., Any])
 _ATTRIBUTE = "__kwflow_operation__"
 VALUE = "value"  # a body that is one JSON value
 ANY = "any"  # one of who knows nothing of kwflow (callbacks)
-ENGINE = ("bad_header", "outcome_unknown", "refused", "too_large", "unreachable", "wrong_partition")  # what any record for an engine may be answered
+ENGINE = ("bad_header", "encrypted", "outcome_unknown", "refused", "too_large", "unreachable", "wrong_partition")  # what any record for an engine may be answered
 HOLD = ("discarded", "held", "hold_full")  # what one for a workflow that is parked is
 
 

@@ -69,6 +69,7 @@ KINDS: dict[str, Kind] = {
     "bad_key": Kind(400, "this is no workflow id", "take one of 1 to 512 bytes without NUL and |"),
     "bad_message": Kind(400, "the record means nothing to the engine", _RECORD),
     "discarded": Kind(409, "an operator has discarded it", "send it again, if it still matters"),
+    "encrypted": Kind(500, "the engine has not the key of the gateway", "give engines and gateways the same encryption_keys; what was sent is a dead letter"),
     "ended": Kind(409, "the workflow has ended", "ask for its outcome"),
     "exists": Kind(409, "another run has this id", "take another id, or the start_id of that run"),
     "full": Kind(429, "its mailbox is full", "send it again once the workflow has read some"),
