@@ -165,11 +165,14 @@ def _address(where: str) -> tuple[str, int]:
 
 def advertised(config: Config, port: int) -> str:
     """HOST:PORT at which others reach what listens on this port: as configured, or as it was bound; a name for every address."""
-    host, _, configured = (config.http_advertised or "").rpartition(":")
-    if config.http_advertised and configured.isdigit():
+    told = config.http_advertised or ""
+    if told.count(":") > 1 and not told.startswith("["):  # an address of IPv6, as Kubernetes tells it
+        return f"[{told}]:{port}"
+    host, _, configured = told.rpartition(":")
+    if configured.isdigit() and host:
         return f"{host}:{int(configured) + config.process}"
     bound = (config.http or "").rpartition(":")[0]
-    return f"{config.http_advertised or (socket.gethostname() if bound in _EVERY else bound)}:{port}"
+    return f"{told or (socket.gethostname() if bound in _EVERY else bound)}:{port}"
 
 
 class _Server(ThreadingHTTPServer):

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from kwflow.cli import app
+from kwflow.config import Config
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILE = ROOT / "docs/COMMANDS.md"
@@ -89,6 +91,17 @@ def shown() -> Iterator[str]:
         text = path.read_text(encoding="utf-8")
         yield from re.findall(r"^kwflow (.+)$", "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)), re.MULTILINE)
         yield from re.findall(r"^    kwflow (.+)$", text, re.MULTILINE)
+        yield from re.findall(r"^ExecStart=\S+/kwflow (.+)$", text, re.MULTILINE)
+        for container in containers(text):
+            yield shlex.join(container["args"])
+
+
+def containers(text: str) -> Iterator[dict[str, Any]]:
+    """Of the manifests in blocks of YAML."""
+    for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+        for manifest in yaml.safe_load_all(block):
+            pod = manifest["spec"]["template"]["spec"]
+            yield from [*pod.get("initContainers", []), *pod["containers"]]
 
 
 @pytest.mark.parametrize("line", sorted(set(shown())))
@@ -97,10 +110,20 @@ def test_every_command_line_of_the_documents_is_understood(line: str) -> None:
     command.make_context("kwflow", words)
 
 
+def test_what_a_manifest_sets_and_asks_for_is_there() -> None:
+    """A variable that is none is ignored, and a probe of a path that is none kills the pod."""
+    found = list(containers((ROOT / "docs/DEPLOYING.md").read_text(encoding="utf-8")))
+    assert [container["args"][0] for container in found] == ["topics", "engine", "worker", "gateway"]
+    for container in found:
+        assert {variable["name"].removeprefix("KWFLOW_").lower() for variable in container["env"]} <= Config.model_fields.keys()
+        served = {"/health"} if container["args"][0] == "gateway" else {"/health/live", "/health/ready"}
+        assert {probe["httpGet"]["path"] for name, probe in container.items() if name.endswith("Probe")} == (set() if container["args"][0] == "topics" else served)
+
+
 def test_every_option_that_the_documents_name_exists() -> None:
     everywhere = set().union(*map(names_of, COMMANDS.values())) | {"--version"}
     for path in DOCUMENTS:
-        text = re.sub("^kafka-acls .*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        text = re.sub("^kafka-acls .*$|^RUN .*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= everywhere, path
         for span in re.findall(r"`kwflow ([^`…]+?)`", text):
             words = re.sub(r"[|\[\]]", " ", span).split()

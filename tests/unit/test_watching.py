@@ -152,6 +152,7 @@ def test_an_engine_is_told_of_at_the_address_where_others_reach_it() -> None:
     for http, told, process, address in (
         ("10.0.0.7:9100", None, 0, "10.0.0.7:9101"), ("0.0.0.0:9100", None, 0, f"{socket.gethostname()}:9101"), (":9100", None, 0, f"{socket.gethostname()}:9101"),
         ("[::]:0", None, 0, f"{socket.gethostname()}:9101"), ("0.0.0.0:9100", "pod", 2, "pod:9101"), ("0.0.0.0:9100", "pod:80", 2, "pod:82"),
+        ("[::]:9100", "fd00::12", 0, "[fd00::12]:9101"), ("[::]:9100", "[fd00::12]:80", 1, "[fd00::12]:81"),
     ):  # fmt: skip
         assert advertised(Config(http=http, http_advertised=told, process=process), 9101) == address
 
