@@ -181,5 +181,5 @@ def _command(verb: str, doc: str, example: str, **fixed: Any) -> None:
 _command("cancel", "Raise kw.Cancelled in all of these.", "kwflow bulk cancel --workflow order --where region=north --reason recall --embedded ./state", **_NO_SIGNAL)
 _command("terminate", "End all of these without running their code.", "kwflow bulk terminate --workflow order --id test- --embedded ./state", **_NO_SIGNAL)
 _command("pause", "Hold all records for these.", "kwflow bulk pause --workflow order --status waiting --embedded ./state", **_NO_SIGNAL)
-_command("unpause", "Apply what was held for these, and go on.", "kwflow bulk unpause --status paused --embedded ./state", **_NO_SIGNAL)
+_command("unpause", "Apply what was held for these, and go on.", "kwflow bulk unpause --status paused --embedded ./state", **_NO_SIGNAL, reason="")
 _command("signal", "Put the same signal into the mailboxes of these.", "kwflow bulk signal price --value 5 --workflow subscription --embedded ./state", reason="")

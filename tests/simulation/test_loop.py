@@ -162,6 +162,16 @@ def test_trouble_of_the_broker_parks_nothing_and_ends_the_process_if_it_lasts(la
         turn(engine, lambda: engine.owned[0].position == 3)
 
 
+def test_what_is_too_large_for_any_topic_is_told_with_the_topic_it_was_for(lab: Lab) -> None:
+    """K11: the client does not even queue it, and reports nothing: the reason named every topic of the batch."""
+    for topic in lab.broker.topics.values():
+        topic.config["max.message.bytes"] = "250000"
+    engine = lab.engine("one")
+    start(lab, "large", "w")
+    turn(engine, lambda: engine.counts["parked"])
+    assert any("found-out: " in line and " or " not in line for line in lab.said), lab.said
+
+
 def test_a_batch_that_a_slow_line_does_not_take_in_time_is_made_again_in_parts(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """K4, K15: it was made as large as before for ever."""
     flush, sent = SimulatedProducer.flush, []

@@ -119,11 +119,11 @@ class Transactions:
         try:
             self._producer.begin_transaction()
             for output in batch.outputs:
-                self._produce(delivered, output.topic, output.key, output.value, output.headers, output.timestamp_ms, output.partition)
+                self._produce(failures, delivered, output.topic, output.key, output.value, output.headers, output.timestamp_ms, output.partition)
             for number, overlay in batch.overlays.items() if changelog else ():
                 overlay.changes[POSITION] = msgspec.json.encode({"topic": member.incarnation, "next": batch.positions[number], "partitions": member.partitions})
                 for key, value in overlay.changes.items():
-                    self._produce(delivered, changelog, key, value, (), None, number)
+                    self._produce(failures, delivered, changelog, key, value, (), None, number)
             self._send(batch, failures)
             self._again(lambda: self._producer.send_offsets_to_transaction(offsets, group, 10), 10)
             self._again(lambda: self._producer.commit_transaction(30))
@@ -144,7 +144,9 @@ class Transactions:
         self._again(lambda: producer.init_transactions(10), 10)
         return producer
 
-    def _produce(self, delivered: Any, topic: str, key: bytes | None, value: bytes | None, headers: Any, timestamp_ms: int | None, partition: int | None) -> None:
+    def _produce(
+        self, failures: list[tuple[str, KafkaError]], delivered: Any, topic: str, key: bytes | None, value: bytes | None, headers: Any, timestamp_ms: int | None, partition: int | None
+    ) -> None:
         encrypted, sent = self._encryption.encrypt(topic, value, headers)
         place: dict[str, Any] = {} if partition is None else {"partition": partition}
         if timestamp_ms is not None:
@@ -155,6 +157,10 @@ class Transactions:
                 return
             except BufferError:
                 self._producer.poll(0.05)
+            except KafkaException as error:
+                if error.args[0].code() in _REJECTED:  # it is not even queued, so that no report tells the topic
+                    failures.append((topic, error.args[0]))
+                raise
 
     def _send(self, batch: Batch, failures: list[tuple[str, KafkaError]]) -> None:
         """Wait until the broker has what is large.  Raises KafkaException.
