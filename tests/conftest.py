@@ -1,12 +1,16 @@
-"""The time of each suite at the end of every run (the budget of `make test` is per suite), and no test that leaves this process an engine."""
+"""The time of each suite at the end of every run (the budget of `make test` is per suite), none for one example, and no test that leaves this process an engine."""
 
 import collections
 import gc
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from kwflow import durable
+
+hypothesis.settings.register_profile("kwflow", deadline=None)  # no test is a stopwatch: other work may share the machine
+hypothesis.settings.load_profile("kwflow")
 
 
 @pytest.fixture(autouse=True)

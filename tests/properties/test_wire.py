@@ -27,7 +27,7 @@ from kwflow.runners.timers import TimerProcessor
 from kwflow.testing import MemoryStore
 
 pytestmark = pytest.mark.slow
-many = settings(max_examples=300, deadline=None)
+many = settings(max_examples=300)
 
 NAMES = ["kwflow-op", "kwflow-id", "kwflow-workflow", "kwflow-start-id", "kwflow-request", "kwflow-reply-to", "kwflow-parent", "kwflow-client", "kwflow-due-ms", "kwflow-forwarded", "traceparent", "x"]
 texts = st.one_of(st.text(max_size=30), st.sampled_from([*wire.OPS, "null", "0", "1/x", "id|0:1", "5/3f2504e0-4f89-11d3-9a0c-0305e82c3301", "9" * 400, "é" * 5]))

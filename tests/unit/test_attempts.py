@@ -83,7 +83,7 @@ def test_a_healthy_takeover_notes_64_records_at_a_time(tmp_path: pathlib.Path, c
     assert log.stepped == notes
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(), deadly=st.sets(st.integers(0, 139), max_size=3), another_disk=st.booleans())
 @pytest.mark.slow
 def test_only_records_that_three_processes_died_of_alone_are_refused(seed: int, deadly: set[int], another_disk: bool) -> None:
