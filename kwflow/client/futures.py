@@ -23,7 +23,7 @@ import msgspec
 
 from kwflow.core import wire
 from kwflow.core.wire import Record
-from kwflow.errors import UsageError
+from kwflow.errors import TransportError, UsageError
 
 __all__ = ["Future", "Futures", "Reply", "fail", "seconds_of", "settle"]
 
@@ -70,7 +70,7 @@ class Futures:
     def __init__(self, process: str, counts: Counter[str]) -> None:
         self.lost: Exception | None = None  # why nothing comes any more
         self._open: set[Future[Any]] = set()
-        self._requests: dict[str, Callable[[Reply], None]] = {}
+        self._requests: dict[str, tuple[Future[Any], Callable[[Reply], None]]] = {}
         self._deadlines: list[tuple[float, int, str | None, Future[Any], Exception]] = []
         self._process = process.encode()
         self._counts = counts
@@ -96,7 +96,7 @@ class Futures:
         """The id of a request, yet to be written, whose reply `replied` gets; without one by then the future fails, `late`."""
         request = uuid.uuid4().hex
         with self._lock:
-            self._requests[request] = replied
+            self._requests[request] = future, replied
         future.add_done_callback(lambda _: self._requests.pop(request, None))
         self.at(seconds, future, late, request)
         return request
@@ -107,22 +107,29 @@ class Futures:
             heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._count), request, future, error))
 
     def take(self, record: Record) -> None:
-        """A record of the reply topic.  Raises TransportError for one that we cannot decrypt: there will be no other."""
+        """A record of the reply topic.  One that we cannot decrypt may be for whoever waits, and none of them would hear more."""
         if record.key != self._process:
             self._counts["foreign"] += 1
             return
-        wire.check_decrypted(record)
         try:
+            wire.check_decrypted(record)
             reply = msgspec.json.decode(record.value or b"", type=Reply)
         except (msgspec.DecodeError, UnicodeDecodeError):
             self._counts["unreadable"] += 1
             return
+        except TransportError as error:
+            self._counts["unreadable"] += 1
+            with self._lock:
+                waiting = [future for future, _ in self._requests.values()]
+            for future in waiting:
+                fail(future, error)
+            return
         with self._lock:
-            replied = self._requests.pop(reply.request, None)
-        if replied is None:
+            asked = self._requests.pop(reply.request, None)
+        if asked is None:
             self._counts["foreign"] += 1  # nobody waits for it any more
         else:
-            replied(reply)
+            asked[1](reply)
 
     def tick(self) -> None:
         """Fail those whose time is over.  On the link's thread."""

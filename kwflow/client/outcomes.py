@@ -8,6 +8,7 @@ topic; after a gap it is asked for again.  Its one rule: an outcome is found by 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
 import threading
 from collections import Counter
@@ -36,6 +37,14 @@ class Outcome(msgspec.Struct, frozen=True):
     value: Any
 
 
+class _Unread(msgspec.Struct, frozen=True):
+    """The outcome of a run that we cannot decrypt."""
+
+    id: str
+    start_id: str
+    error: TransportError
+
+
 # (id, start_id, future): asks what there is of a run
 Query: TypeAlias = Callable[[str, str | None, Future[Any]], None]
 
@@ -49,7 +58,7 @@ class Waiter:
         self.future = future
         self.starting = starting  # its start was not answered yet: whoever asked for the run now might be before it
         self.missed = False  # something meanwhile, perhaps
-        self.seen: dict[str, Outcome] = {}  # outcomes that came before it was known
+        self.seen: dict[str, Outcome | _Unread] = {}  # outcomes that came before it was known
 
 
 class Outcomes:
@@ -163,14 +172,7 @@ class Outcomes:
     # -- what the link tells -----------------------------------------------------------------------------------------
     def take(self, record: Record) -> None:
         """A record of the result or error topic."""
-        try:
-            outcome = _outcome_of(record)
-        except TransportError as error:
-            with self._lock:
-                unread = list(self._waiters.get((record.key or b"").decode("utf-8", "replace"), ()))
-            for waiter in unread:
-                fail(waiter.future, error)
-            return
+        outcome = _outcome_of(record)
         if outcome is None:
             self._counts["unreadable"] += 1
             return
@@ -182,8 +184,8 @@ class Outcomes:
         for waiter in waiting:
             if waiter.start_id == outcome.start_id:
                 _end(waiter, outcome)
-        for callback, _ in callbacks:
-            _tell(outcome.id, lambda: callback(outcome))
+        for callback, missed in callbacks:
+            _tell(outcome.id, missed if isinstance(outcome, _Unread) else functools.partial(callback, outcome))
         if not waiting and not callbacks:
             self._counts["foreign"] += 1
 
@@ -206,20 +208,23 @@ class Outcomes:
             _tell(id, missed)
 
 
-def _outcome_of(record: Record) -> Outcome | None:
-    """None for a record that an author, or somebody else, wrote to the topic.  Raises TransportError for one that we cannot decrypt."""
-    wire.check_decrypted(record)
+def _outcome_of(record: Record) -> Outcome | _Unread | None:
+    """None for a record that an author, or somebody else, wrote to the topic."""
     try:
         kind, start_id = wire.header(record, "kwflow-outcome"), wire.header(record, "kwflow-start-id")
         if kind is None or start_id is None or record.key is None or record.value is None:
             return None
+        if record.value.startswith(wire.ENCRYPTED):  # whose it is tell key and headers: that of another run, under a former key, is no concern of who waits for this one
+            return _Unread(record.key.decode(), start_id, wire.missing_key(record.topic, record.value))
         return Outcome(record.key.decode(), start_id, kind, msgspec.json.decode(record.value))
     except (ProtocolError, msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 
-def _end(waiter: Waiter, outcome: Outcome) -> None:
-    if outcome.kind == "result":
+def _end(waiter: Waiter, outcome: Outcome | _Unread) -> None:
+    if isinstance(outcome, _Unread):
+        fail(waiter.future, outcome.error)
+    elif outcome.kind == "result":
         settle(waiter.future, outcome.value)
     else:
         fail(waiter.future, OutcomeError(outcome.kind, outcome.value, outcome.id, outcome.start_id))

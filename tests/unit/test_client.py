@@ -13,6 +13,7 @@ from kwflow.core import wire
 from kwflow.core.wire import Record
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError, UsageError
 from kwflow.runners.embedded.engine import Embedded
+from kwflow.runners.kafka.encryption import Encryption
 
 TIMEOUT_S = 1.0
 
@@ -161,6 +162,65 @@ def test_replies_to_others_and_failing_subscribers_harm_nobody(site: Site) -> No
     assert future.result(20) == "mine"
     site.told()
     assert [outcome.value for outcome in got] == [1] and site.client.counts["foreign"] == 1
+
+
+def encrypted() -> bytes:
+    """By somebody with another key."""
+    value, _ = Encryption(Config(encryption_keys=["1" * 64])).encrypt("workflow-reply", b"{}")
+    return value or b""
+
+
+def test_a_reply_that_cannot_be_decrypted_fails_who_waits_and_not_the_client(site: Site) -> None:
+    """Whoever may write to the topic could end a gateway with five bytes (decision 0060)."""
+    for value in (encrypted(), b"\0KWE\1"):
+        waiting = site.client.query("w")
+        site.asked()
+        site.engine.append(site.config.reply_topic, site.client._link.process.encode(), value)
+        with pytest.raises(TransportError, match="not in encryption_keys"):
+            waiting.result(20)
+    future = site.client.query("w")
+    site.reply(site.asked(), value="mine")
+    assert future.result(20) == "mine" and site.client.lost is None
+
+
+def ends_unread(site: Site, start_id: str) -> None:
+    site.engine.append(site.config.result_topic or "", b"w", encrypted(), (("kwflow-outcome", b"result"), ("kwflow-start-id", start_id.encode())))
+
+
+def test_an_outcome_that_cannot_be_decrypted_fails_who_waits_for_that_run(site: Site) -> None:
+    """Whether the run was known before it, or after."""
+    for known_before in (True, False):
+        future = site.client.result("w")
+        query = site.asked()
+        if known_before:
+            site.reply(query, value={"start_id": "mine"})
+            site.told()
+        ends_unread(site, "mine")
+        site.told()
+        if not known_before:
+            site.reply(query, value={"start_id": "mine"})
+        with pytest.raises(TransportError, match="not in encryption_keys"):
+            future.result(20)
+
+
+def test_what_others_encrypted_with_a_former_key_hides_no_outcome(site: Site) -> None:
+    """An earlier run of the id, and an author's own record in the topic: who waits for another one hears of that."""
+    missed: list[bool] = []
+    site.client.subscribe("w", lambda _: None, lambda: missed.append(True))
+    future = site.client.result("w")
+    ends_unread(site, "another")
+    site.engine.append(site.config.result_topic or "", b"w", encrypted())
+    site.ends("mine", 1)
+    site.told()
+    site.reply(site.asked(), value={"start_id": "mine"})
+    assert future.result(20) == 1 and missed == [True]
+    future = site.client.result("w", start_id="mine")
+    site.reply(site.asked(), status="not_found")
+    assert future.result(20) == 1
+    future = site.client.result("w", start_id="another")
+    site.reply(site.asked(), status="not_found")
+    with pytest.raises(TransportError, match="not in encryption_keys"):
+        future.result(20)
 
 
 def test_whoever_waits_asks_again_after_a_gap(site: Site) -> None:
