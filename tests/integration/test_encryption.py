@@ -12,6 +12,7 @@ from confluent_kafka import Consumer, TopicPartition
 from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.errors import TransportError
+from kwflow.runners.kafka.encryption import Encryption
 from tests.integration.site import Site
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -207,3 +208,15 @@ def test_after_reencrypt_nothing_of_the_state_and_the_code_needs_the_old_key(sit
     with client(site, TWO) as caller:
         caller.signal("a", "more", SECRET).result(60)
         site.until(lambda: "answer" in site.run("show", "a"))
+
+
+def test_a_call_that_is_sent_again_from_the_dead_letters_is_encrypted_as_it_was(site: Site) -> None:
+    """The command loads no module, so that no activity tells it what is a queue."""
+    serve(site)
+    call = {"resume_topic": site.topic("resume"), "workflow_id": "a", "ref": "none", "activity": "far", "attempt": 1, "idempotency_key": "a|1:1", "arguments": {"secret": SECRET}}
+    value, _ = Encryption(Config(encryption_keys=[ONE])).encrypt("workflow-resume", json.dumps(call).encode())
+    site.producer.produce(site.topic("queue"), value, b"a|1:1")
+    site.producer.flush(20)
+    site.until(lambda: "bad-job" in site.run("dead-letters", "list"))
+    assert site.run("dead-letters", "retry", "--all", "--reason", "bad-job").count("sent again") == 1
+    assert not [topic for topic, values in raw(site).items() if any(SECRET.encode() in value for value in values)]

@@ -48,9 +48,9 @@ class Encryption:
         if self._keys:
             _library()
 
-    def encrypt(self, topic: str, value: bytes | None, headers: Headers = ()) -> tuple[bytes | None, list[tuple[str, str | bytes | None]]]:
-        """What to write to this topic: encrypted, if the topic is kwflow's own or a queue.  What is encrypted already stays as it is."""
-        if not self._keys or topic in self._plain or not (topic in self._topics or is_queue(topic)):
+    def encrypt(self, topic: str, value: bytes | None, headers: Headers = (), own: bool = False) -> tuple[bytes | None, list[tuple[str, str | bytes | None]]]:
+        """What to write to this topic: encrypted, if the topic is kwflow's own or a queue, or is said to be.  What is encrypted already stays as it is."""
+        if not self._keys or topic in self._plain or not (own or topic in self._topics or is_queue(topic)):
             return value, list(headers)
         return self._encrypted(value), [(name, self._encrypted(text) if name in _QUOTING else text) for name, text in headers]
 

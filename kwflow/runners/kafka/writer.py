@@ -70,7 +70,7 @@ class SoleWriter:
         try:
             self._producer.begin_transaction()
             for output in outputs:
-                value, headers = self._encryption.encrypt(output.topic, output.value, output.headers)
+                value, headers = self._encryption.encrypt(output.topic, output.value, output.headers, own=True)
                 self._producer.produce(output.topic, value, output.key, headers=headers, on_delivery=delivered)
             self._again(lambda: self._producer.commit_transaction(_TIMEOUT_S))
         except KafkaException as error:
