@@ -11,7 +11,8 @@ from confluent_kafka import Consumer, TopicPartition
 
 from kwflow.client import Client
 from kwflow.config import Config
-from kwflow.errors import TransportError
+from kwflow.errors import TransportError, UsageError
+from kwflow.runners.kafka import upkeep
 from kwflow.runners.kafka.encryption import Encryption
 from tests.integration.site import Site
 
@@ -220,3 +221,26 @@ def test_a_call_that_is_sent_again_from_the_dead_letters_is_encrypted_as_it_was(
     site.until(lambda: "bad-job" in site.run("dead-letters", "list"))
     assert site.run("dead-letters", "retry", "--all", "--reason", "bad-job").count("sent again") == 1
     assert not [topic for topic, values in raw(site).items() if any(SECRET.encode() in value for value in values)]
+
+
+def test_reencrypt_goes_on_no_further_once_an_engine_has_started(site: Site) -> None:
+    """What it has read would be written behind that engine's steps: they would be undone, at the next takeover."""
+    serve(site)
+    with client(site, ONE) as caller:
+        caller.start("a", {"secret": SECRET}, workflow="secret_flows").result(60)
+    stop(site)
+    site.environment["KWFLOW_ENCRYPTION_KEYS"] = json.dumps([TWO, ONE])
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if len(said) == 1:
+            site.started("new.log", "engine", "secret_flows", "--state-dir", str(site.directory / "one"))
+            site.until(lambda: (site.directory / "new.log").read_text().count("owns") == 2)
+
+    named = {f"{name}_topic": site.topic(name) for name in ("resume", "scheduler")}
+    config = Config(bootstrap_servers=site.broker, application_id=site.application, encryption_keys=[TWO, ONE], **named)
+    with pytest.raises(UsageError, match=f"{site.application}.* was started meanwhile; stop every engine"):
+        upkeep.reencrypt(config, say)
+    with client(site, TWO, ONE) as caller:
+        caller.signal("a", "more", SECRET).result(60)

@@ -1,7 +1,8 @@
 """What is done to an application on Kafka that stands still: forget its state, move it to more partitions, or encrypt it with another key.
 
 All refuse while an engine or a scheduler runs, and can be repeated after a crash in their middle: state goes from one
-partition to another in one transaction, and an engine refuses to start before the last step is done (K16).
+partition to another in one transaction, and an engine refuses to start before the last step is done (K16).  What is encrypted
+again may be read by engines at any time, so that it is for `reencrypt` to see that none has started.
 """
 
 from __future__ import annotations
@@ -57,15 +58,17 @@ def _done(futures: dict[Any, Any], what: str) -> list[Any]:
 def _standing_still(admin: AdminClient, config: Config) -> None:
     """Raises UsageError naming who still runs; static members stay in the group for a session timeout after they have stopped (KIP-345)."""
     give_up = time.monotonic() + 2 * int(config.kafka.get("session.timeout.ms", _SESSION_MS)) / 1000
-    while running := [group for group in _described(admin, config) if group.state not in (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD) or group.members]:
+    while running := _running(admin, config):
         if time.monotonic() > give_up:
-            who = ", ".join(sorted({member.group_instance_id or member.client_id for group in running for member in group.members})) or running[0].group_id
-            raise UsageError(f"{who} still runs; stop every engine and scheduler of {config.application_id} first")
+            raise UsageError(f"{running} still runs; stop every engine and scheduler of {config.application_id} first")
         time.sleep(0.5)
 
 
-def _described(admin: AdminClient, config: Config) -> list[Any]:
-    return _done(admin.describe_consumer_groups(list(_groups(config)), request_timeout=_TIMEOUT_S), "describe the consumer groups")
+def _running(admin: AdminClient, config: Config) -> str:
+    """Who is a member of our groups, or that somebody is; "" if nobody."""
+    groups = _done(admin.describe_consumer_groups(list(_groups(config)), request_timeout=_TIMEOUT_S), "describe the consumer groups")
+    running = [group for group in groups if group.state not in (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD) or group.members]
+    return ", ".join(sorted({member.group_instance_id or member.client_id for group in running for member in group.members})) or (running[0].group_id if running else "")
 
 
 def _places_done(futures: dict[Any, Any], what: str) -> list[TopicPartition]:
@@ -281,8 +284,23 @@ def reencrypt(config: Config, say: Callable[[str], None]) -> None:
                     producer.begin_transaction()
                     for key, value in chunk:
                         put(value, key, number)
-                    producer.commit_transaction(60)
+                    _commit_alone(producer, admin, config)
                     written += len(chunk)
         except KafkaException as error:
             raise TransportError(f"cannot write the entries of {topic} again: {error.args[0].str()}; give the command again") from None
         say(f"{topic}: {written} entries are written again")
+
+
+def _commit_alone(producer: Producer, admin: AdminClient, config: Config) -> None:
+    """Nobody may have begun to run meanwhile.  Raises UsageError.
+
+    1. an engine starts after we have read the entries, and steps a workflow
+    2. the entry that we read is written behind that step's: the next takeover has the workflow as it was before it
+    Whoever is no member yet once all is sent reads the changelog to behind what is sent.
+    """
+    if producer.flush(60):
+        raise KafkaException(KafkaError(KafkaError._MSG_TIMED_OUT, "the broker has not taken all of it within 60 s"))
+    if running := _running(admin, config):
+        producer.abort_transaction(60)
+        raise UsageError(f"{running} was started meanwhile; stop every engine and scheduler of {config.application_id}, and give the command again")
+    producer.commit_transaction(60)
