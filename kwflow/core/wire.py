@@ -39,6 +39,7 @@ __all__ = [
     "Update",
     "check_decrypted",
     "check_levels",
+    "check_opened",
     "check_size",
     "given_headers",
     "header",
@@ -229,7 +230,7 @@ def _id_of(key: bytes) -> str:
 
 def encrypted_with(value: bytes) -> str:
     """What is wrong with a value that nobody could open."""
-    id = value[len(ENCRYPTED) : len(ENCRYPTED) + 4].hex()
+    id = value[len(ENCRYPTED) : len(ENCRYPTED) + 4].hex() or "of no name"
     return f"the value is encrypted with key {id}, which is not in encryption_keys, or it is damaged"
 
 
@@ -266,8 +267,15 @@ def header_bytes(headers: Headers) -> int:
     return sum([len(name) + len(value or b"") for name, value in headers]) if headers else 0
 
 
+def check_opened(record: Record) -> None:
+    """Raises ProtocolError for a value that nobody could decrypt: its dead letter is as it was, and means what it meant once the key is there."""
+    if record.value is not None and record.value.startswith(ENCRYPTED):
+        raise ProtocolError(f"{encrypted_with(record.value)}; configure it, then retry the dead letter", "encrypted")
+
+
 def check_size(record: Record, value_bytes_max: int, header_bytes_max: int) -> None:
-    """Raises ProtocolError for a record over a limit, or whose headers nobody could read; it is not parsed."""
+    """Raises ProtocolError for a record over a limit, that nobody could decrypt, or whose headers nobody could read; it is not parsed."""
+    check_opened(record)
     if record.headers and UNREADABLE in record.headers:
         raise ProtocolError("the name of a header is not UTF-8, so that none of them could be read; send it again without", "bad-header")
     if record.value is not None and len(record.value) > value_bytes_max:
@@ -285,7 +293,7 @@ def _command(op: str, value: bytes, record: Record) -> Command:
     except msgspec.ValidationError as error:
         raise ProtocolError(f"op {op}: {error}", "bad-arguments") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _not_json(value, error, f"op {op}: ") from None
+        raise ProtocolError(f"op {op}: not JSON: {error}", "bad-json") from None
     _check_message(value)
     return Command(op, decoded, short_header(record, "kwflow-id"), short_header(record, "kwflow-start-id"))
 
@@ -331,15 +339,9 @@ def _json(data: bytes) -> object:
     try:
         value: object = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _not_json(data, error) from None
+        raise ProtocolError(f"not JSON: {error}", "bad-json") from None
     _check_message(data)
     return value
-
-
-def _not_json(data: bytes, error: Exception, where: str = "") -> ProtocolError:
-    if data.startswith(ENCRYPTED):
-        return ProtocolError(f"{where}{encrypted_with(data)}; configure it, then retry the dead letter", "encrypted")
-    return ProtocolError(f"{where}not JSON: {error}", "bad-json")
 
 
 def _check_message(data: bytes) -> None:

@@ -216,11 +216,14 @@ def test_a_call_that_is_sent_again_from_the_dead_letters_is_encrypted_as_it_was(
     serve(site)
     call = {"resume_topic": site.topic("resume"), "workflow_id": "a", "ref": "none", "activity": "far", "attempt": 1, "idempotency_key": "a|1:1", "arguments": {"secret": SECRET}}
     value, _ = Encryption(Config(encryption_keys=[ONE])).encrypt("workflow-resume", json.dumps(call).encode())
-    site.producer.produce(site.topic("queue"), value, b"a|1:1")
+    for broken in (value, b"\0KWE\1", (value or b"")[:-1]):  # a call that is none, and what ends no worker
+        site.producer.produce(site.topic("queue"), broken, b"a|1:1")
     site.producer.flush(20)
-    site.until(lambda: "bad-job" in site.run("dead-letters", "list"))
+    site.until(lambda: len(json.loads(site.run("dead-letters", "list", "--json"))) == 3)
+    assert sorted(row["reason"] for row in json.loads(site.run("dead-letters", "list", "--json"))) == ["bad-job", "encrypted", "encrypted"]
     assert site.run("dead-letters", "retry", "--all", "--reason", "bad-job").count("sent again") == 1
     assert not [topic for topic, values in raw(site).items() if any(SECRET.encode() in value for value in values)]
+    assert site.processes[1].poll() is None
 
 
 def test_reencrypt_goes_on_no_further_once_an_engine_has_started(site: Site) -> None:

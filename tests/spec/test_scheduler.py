@@ -126,6 +126,7 @@ def test_the_value_may_hold_the_separator_and_headers_travel(scheduler: Schedule
     [
         (b"no-separator", b"1", b"bad-key"), (b"|v", b"1", b"bad-key"), (None, b"1", b"bad-key"),
         (b"w|v", b"undefined", b"bad-delay"), (b"w|v", b"1.5", b"bad-delay"), (b"w|v", b"9" * 20, b"bad-delay"), (b"w|v", b"316224000001", b"bad-delay"),
+        (b"w|v", b"\0KWE\1", b"encrypted"),
     ],
 )  # fmt: skip
 def test_malformed_timers_are_dead_lettered_and_the_next_one_works(scheduler: Scheduler, key: bytes | None, value: bytes, reason: bytes) -> None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from kwflow import activities
 from kwflow.config import Config, load_config
-from kwflow.core import wire
+from kwflow.core import queues, wire
 from kwflow.core.wire import Record
 from kwflow.errors import ProtocolError, UsageError
 from kwflow.runners.embedded.engine import Embedded
@@ -103,6 +103,15 @@ def test_each_value_has_its_own_nonce_and_a_salt_ends(monkeypatch: pytest.Monkey
     assert len({value[9:25] for value in values}) == 3
 
 
+def test_a_salt_ends_too_where_two_threads_take_the_last_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen that one is left, and take it; no salt may be without an end then."""
+    monkeypatch.setattr(encryption, "_VALUES_MAX", 10)
+    one = made(ONE)
+    first = encrypted_by(one, RESUME, b"same")
+    one._left = -1
+    assert encrypted_by(one, RESUME, b"same")[9:25] != first[9:25]
+
+
 def test_a_value_whose_key_is_missing_is_told_from_one_that_is_damaged() -> None:
     """The first needs an operator, and ends who reads it as state; the second parks one instance."""
     encrypted = encrypted_by(made(ONE), CHANGELOG, b"x")
@@ -110,6 +119,10 @@ def test_a_value_whose_key_is_missing_is_told_from_one_that_is_damaged() -> None
         assert reader.decrypt(encrypted) == encrypted and reader.lacks_key(encrypted)
     damaged = encrypted[:-1] + bytes([encrypted[-1] ^ 1])
     assert made(ONE).decrypt(damaged) == damaged and not made(ONE).lacks_key(damaged)
+    empty = encrypted_by(made(ONE), CHANGELOG, b"")
+    assert made(TWO).lacks_key(empty) and made(ONE).decrypt(empty) == b""
+    for short in (b"\0KWE\1", empty[:-1]):  # nothing that anybody encrypted: no worker ends for it
+        assert made(TWO).decrypt(short) == short and not made(TWO).lacks_key(short)
     name = encryption.key_id(ONE.encode()).hex()
     assert f"topic {CHANGELOG}: the value is encrypted with key {name}, which is not in encryption_keys" in str(wire.missing_key(CHANGELOG, encrypted))
 
@@ -122,9 +135,11 @@ def test_a_record_that_cannot_be_opened_is_a_dead_letter_that_can_be_retried() -
         read = made(TWO).decrypt(theirs)
         assert read == theirs
         for headers in ((), (("kwflow-op", b"query"),)):
-            with pytest.raises(ProtocolError, match="encrypted with key .*retry the dead letter") as caught:
-                wire.parse(Record(RESUME, 0, 0, 0, b"a", read, headers))
-            assert caught.value.reason == "encrypted"
+            record = Record(RESUME, 0, 0, 0, b"a", read, headers)
+            for refuses in (lambda record=record: wire.check_size(record, 1_000_000, 1_000), lambda record=record: queues.read(record, RESUME)):
+                with pytest.raises(ProtocolError, match="encrypted with key .*retry the dead letter") as caught:
+                    refuses()
+                assert caught.value.reason == "encrypted"
         assert encrypted_by(made(TWO), "workflow-engine-dead-letter", theirs) == theirs
 
 

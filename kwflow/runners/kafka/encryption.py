@@ -28,6 +28,7 @@ _ID_AT = len(ENCRYPTED)
 _SALT_AT = _ID_AT + _ID_BYTES
 _NONCE_AT = _SALT_AT + _SALT_BYTES
 _TEXT_AT = _NONCE_AT + _NONCE_BYTES
+_BYTES_MIN = _TEXT_AT + _TAG_BYTES  # of an empty value
 _VALUES_MAX = 1 << 24  # of one salt
 _SALTS_MAX = 1024  # each process brings one, and values of that one come together
 _QUOTING = frozenset({"kwflow-error-message"})  # headers that may quote a value
@@ -57,7 +58,7 @@ class Encryption:
     def _encrypted(self, value: bytes | None) -> bytes | None:
         if value is None or value.startswith(ENCRYPTED):
             return value
-        if not self._left:
+        if self._left <= 0:  # below, where two threads have taken the last one
             self._begin, self._left = ENCRYPTED + next(iter(self._keys)) + os.urandom(_SALT_BYTES), _VALUES_MAX
         self._left -= 1
         begin, nonce = self._begin, os.urandom(_NONCE_BYTES)  # read once: other threads encrypt as well
@@ -65,7 +66,7 @@ class Encryption:
 
     def decrypt(self, value: bytes | None) -> bytes | None:
         """What was read; what cannot be decrypted stays as it is: `lacks_key`, or it is damaged."""
-        if value is None or not value.startswith(ENCRYPTED) or self.lacks_key(value) or len(value) < _TEXT_AT + _TAG_BYTES:
+        if value is None or not value.startswith(ENCRYPTED) or len(value) < _BYTES_MIN or self.lacks_key(value):
             return value
         from cryptography.exceptions import InvalidTag
 
@@ -78,11 +79,11 @@ class Encryption:
         return tuple([(name, self.decrypt(text) if name in _QUOTING else text) for name, text in headers]) if self._keys else headers
 
     def lacks_key(self, value: bytes | None) -> bool:
-        """Whether it is encrypted with a key that is not among ours.
+        """Whether it is encrypted with a key that is not among ours; what is too short to be encrypted at all is damaged.
 
         A log has what was encrypted with a former key until it is compacted: of a topic that is read as a map the last value of each entry counts.
         """
-        return value is not None and value.startswith(ENCRYPTED) and value[_ID_AT:_SALT_AT] not in self._keys
+        return value is not None and value.startswith(ENCRYPTED) and len(value) >= _BYTES_MIN and value[_ID_AT:_SALT_AT] not in self._keys
 
     def _cipher(self, id_and_salt: bytes) -> AESGCM:
         key = self._keys[id_and_salt[:_ID_BYTES]]
