@@ -82,6 +82,7 @@ def _be(arguments: tuple[str, ...], environment: dict[str, str], files: tuple[st
     """The command, from its begin to its end."""
     for number, (name, flags) in enumerate(zip(files, (os.O_RDONLY, *[os.O_WRONLY | os.O_APPEND | os.O_CREAT] * 2), strict=True)):
         os.dup2(os.open(name, flags, 0o600), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background, such as these tests
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
     os.environ.clear()
     os.environ.update(environment)
