@@ -28,9 +28,10 @@ from kwflow.core.current import current, in_step
 from kwflow.core.dispatch import Callee
 from kwflow.core.tasks import Awaitable
 from kwflow.core.typed import from_plain, signature_of, to_plain, unchecked
-from kwflow.errors import ActivityError, BusinessError, UsageError
+from kwflow.declarations import declare_topics
+from kwflow.errors import ActivityError, BusinessError, CodeChangedError, UsageError
 
-__all__ = ["Activity", "ActivityInfo", "Retry", "activity", "activity_info", "batch_of", "failure_payload", "find_activity", "is_queue", "registered_activities", "running_as"]
+__all__ = ["Activity", "ActivityInfo", "Retry", "activity", "activity_info", "activity_named", "batch_of", "failure_payload", "find_activity", "is_queue", "registered_activities", "running_as"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -152,8 +153,6 @@ class Activity(Callee, Generic[_P, _R]):
         return f"<activity {self.name}>"
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        from kwflow.api import activity_named  # the one place whose functions a snapshot may name
-
         return activity_named, (self.name,)
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Awaitable[_R]:
@@ -292,8 +291,6 @@ def activity(
         if known is None or not old:
             _activities[made.name] = made
         if queue is not None:
-            from kwflow.api import declare_topics  # it imports us
-
             declare_topics(queue)
             _queues.add(queue)
         return made
@@ -330,6 +327,14 @@ def _place(function: Callable[..., Any]) -> str:
 def find_activity(name: str) -> Activity[Any, Any] | None:
     """The activity of this name, None when this process has none."""
     return _activities.get(name)
+
+
+def activity_named(name: str) -> Activity[Any, Any]:
+    """The activity of this name; how snapshots hold activities.  Raises CodeChangedError when this process has none."""
+    found = find_activity(name)
+    if found is None:
+        raise CodeChangedError(f"no activity {name!r} in this process, and an instance holds it")
+    return found
 
 
 def is_queue(topic: str) -> bool:

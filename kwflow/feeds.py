@@ -17,6 +17,7 @@ import msgspec
 from kwflow.core import children, messages, typed, wire
 from kwflow.core.contract import Limits
 from kwflow.core.wire import Headers, Output, Record
+from kwflow.declarations import registered_workflows
 from kwflow.durable import registry
 from kwflow.errors import ProtocolError, UsageError
 
@@ -188,8 +189,6 @@ def _workflow_header(workflow: Workflow) -> Headers:
 
 
 def _workflows() -> dict[str, Callable[..., Any]]:
-    from kwflow.api import registered_workflows  # it imports us
-
     return registered_workflows()
 
 

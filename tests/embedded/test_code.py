@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from typer.testing import CliRunner
 
-from kwflow import api, durable
+from kwflow import declarations, durable
 from kwflow.cli import app, code
 from kwflow.config import Config
 from kwflow.runners.embedded.engine import Embedded
@@ -227,7 +227,7 @@ def test_an_instance_is_saved_with_its_code_and_goes_on_in_a_test(site: Deployme
         tester.resume("a", "s", 8)
         assert tester.result("a") == ["moved", 7, 8]
     finally:
-        api._migrations.clear()
+        declarations._migrations.clear()
     site("terminate", "a")
     assert "waits nowhere: it has ended" in site("show", "a", "--save", str(site.folder / "b.json"), code=2)
     assert not (site.folder / "b.json").exists()

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kwflow import api, durable
+from kwflow import api, declarations, durable
 from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
@@ -84,7 +84,7 @@ def main(o):
 """
     site = Site(text.format("first", "old"))
     site.deploy(text.format("second", "new"))
-    del api._workflows["first-child"]
+    del declarations._workflows["first-child"]
     site.deploy(text.format("second", "newer"))
     site.w.resume("w", "r")
     site.w.resume("c", "c")
@@ -312,8 +312,8 @@ def test_registrations_of_old_code_are_ignored_and_its_topics_are_added() -> Non
     topic = f"only-old-{next(_count)}"
     head = f"@kw.workflow(name='{topic}')\ndef extra(o):\n    yield\nkw.declare_topics('{topic}')\n"
     site = Site(f"{head}def main(o):\n    yield kw.suspend('r')\n    kw.output('x', '{topic}')\n    return 'old'")
-    api._topics.discard(topic)  # as in a process that never had the old code
-    api._workflows.pop(topic)
+    declarations._topics.discard(topic)  # as in a process that never had the old code
+    declarations._workflows.pop(topic)
     site.deploy("def main(o):\n    yield kw.suspend('r')\n    return 'new'")
     site.w.resume("w", "r")
     assert site.w.result("w") == "old"
@@ -440,7 +440,7 @@ def test_what_instances_of_a_partition_run_is_loaded_before_its_first_record_wit
     new = "def main(o):\n    yield kw.suspend('r')\n    return 'new'"
     first = Engine(log, store, f"kw.declare_topics('{topic}')\ndef main(o):\n    yield kw.suspend('r')\n    kw.output('x', '{topic}')\n    return 'old'", name)
     first.batch(("w", b"new:1"))
-    api._topics.discard(topic)  # as in a process that never had the old code
+    declarations._topics.discard(topic)  # as in a process that never had the old code
     engine = Engine(log, store, new, name)
     assert topic not in engine.processor.topics.declared
     [key] = [(record.key or b"").decode() for record in log]
@@ -464,7 +464,7 @@ def test_a_durable_module_that_only_a_workflow_imports_is_imported_before_the_fi
     importlib.import_module(f"{package}.later")  # another MODULE of that engine did; a step could not import what declares a topic
     Engine(log, store, source, name).batch(("w", b"new:1"))
     del sys.modules[f"{package}.later"], registry.modules()[f"{package}.later"]  # type: ignore[attr-defined] # as in a process that has just begun
-    api._topics.discard(topic)
+    declarations._topics.discard(topic)
     engine = Engine(log, store, source, name)
     assert list(engine.processor.taken_over(store)) == [topic]
     assert f"{package}.later" in registry.modules()
@@ -492,7 +492,7 @@ def test_of_many_stored_versions_those_that_no_instance_runs_any_more_are_not_lo
         engine.batch((f"v{n}", b'{"ref":"r"}'), at=100 * n + 50)
     stored = [(record.key or b"").decode() for record in log]
     assert len(stored) == 41
-    api._topics.discard(topic)
+    declarations._topics.discard(topic)
     engine = Engine(log, store, "def main(o):\n    yield kw.suspend('r')\n    return 'new'", name)
     assert engine.processor.taken_over(store)[topic] == stored[0]
     loaded = [key for key in stored if registry.version(registry.version_name(*key.split("@"))) is not None]

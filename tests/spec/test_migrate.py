@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kwflow import api, durable
+from kwflow import api, declarations, durable
 from kwflow.errors import UsageError
 from tests.spec.test_code import HEAD, Site
 
@@ -41,7 +41,7 @@ def site() -> Any:
     site.w.start("v", "opts")
     site.w.resume("v", "first", 1)
     yield site
-    api._migrations.clear()
+    declarations._migrations.clear()
 
 
 def test_it_gets_frames_locals_and_refs_and_what_it_returns_goes_on_in_main_s_place(site: Site) -> None:
@@ -86,7 +86,7 @@ def test_an_object_of_a_class_that_changed_is_the_current_one_s_after_a_move_whe
     try:
         site.w.command("w", "migrate")
     finally:
-        api._migrations.clear()
+        declarations._migrations.clear()
     site.w.resume("w", "r")
     assert site.w.result("w") == [2, True]
 
@@ -99,7 +99,7 @@ def test_a_signal_that_old_code_had_taken_and_not_read_is_read_by_the_new() -> N
         site.w.command("v", "signal", {"name": "s", "value": value})
     site.deploy(f"def main(o):\n    return [(yield kw.wait_signal('s')), kw.signals('s').take()]\n@kw.migrate(from_='{site.name}:main')\ndef move(old):\n    return main(None)\n")
     site.w.command("v", "migrate")
-    api._migrations.clear()
+    declarations._migrations.clear()
     assert site.w.result("v") == [1, [2]]
 
 
@@ -118,7 +118,7 @@ def test_a_call_that_a_worker_has_is_taken_back_or_taken_over() -> None:
         try:
             assert (site.w.command("v", "migrate") or {})["status"] == "ok"
         finally:
-            api._migrations.clear()
+            declarations._migrations.clear()
         told = [output.value for output in site.w.outputs if output.topic == queue and output.key == f"v|{job['ref']}".encode()]
         assert (told[-1] is None) is not takes
         site.w.resume("v", job["ref"] if takes else "x", 49)
@@ -186,4 +186,4 @@ def test_keys_are_checked_and_two_migrations_from_one_key_are_refused() -> None:
         with pytest.raises(UsageError, match="two migrations"):
             api.migrate(from_="m:main")(site)
     finally:
-        api._migrations.clear()
+        declarations._migrations.clear()

@@ -1,0 +1,108 @@
+"""What modules declare when they are imported: topics, workflows, migrations.
+
+Process state, filled at import time only, so that all engines that have the same modules know the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, overload
+
+from kwflow.core.current import in_step
+from kwflow.durable import registry
+from kwflow.errors import UsageError
+
+__all__ = ["declare_topics", "declared_topics", "declaring", "migrate", "registered_migrations", "registered_workflows", "workflow"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_topics: set[str] = set()
+_hearing: list[set[str]] = []
+_workflows: dict[str, Callable[..., Any]] = {}
+_migrations: dict[str, Callable[..., Any]] = {}
+
+
+def declare_topics(*names: str) -> None:
+    """Allow `output` to these topics.  Import time only: a topic declared in a step would differ between engines."""
+    if in_step():
+        raise UsageError("declare_topics belongs at module level, not inside a step")
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"a topic name is a non-empty str, not {name!r}")
+    _topics.update(names)
+    for heard in _hearing:
+        heard.update(names)
+
+
+@contextlib.contextmanager
+def declaring() -> Iterator[set[str]]:
+    """The topics that code which runs inside declares, also those that were declared before."""
+    heard: set[str] = set()
+    _hearing.append(heard)
+    try:
+        yield heard
+    finally:
+        _hearing.pop()
+
+
+def declared_topics() -> frozenset[str]:
+    """Every topic declared in this process."""
+    return frozenset(_topics)
+
+
+@overload
+def workflow(function: _F) -> _F: ...
+@overload
+def workflow(*, name: str | None = None, restart: bool = False) -> Callable[[_F], _F]: ...
+def workflow(function: _F | None = None, *, name: str | None = None, restart: bool = False) -> _F | Callable[[_F], _F]:
+    """Register a workflow under a name (default: the function's); header `kwflow-workflow` of `new:` chooses it.
+
+    With `restart`, a `new:` of an id that runs ends that run, without its author's code, and starts anew; otherwise it
+    changes nothing (G5).
+    """
+
+    def register(target: _F) -> _F:
+        if registry.version(target.__module__) is not None:  # old code that is loaded beside the new (semantics §8.4)
+            return target
+        label = name or target.__name__
+        known = _workflows.get(label)
+        if known is not None and (known.__module__, known.__qualname__) != (target.__module__, target.__qualname__):
+            raise UsageError(f"two workflows are named {label!r}: {known.__module__}.{known.__qualname__} and {target.__module__}.{target.__qualname__}")
+        if restart:
+            target.kwflow_restart = True  # type: ignore[attr-defined]
+        _workflows[label] = target
+        return target
+
+    return register if function is None else register(function)
+
+
+def migrate(*, from_: str) -> Callable[[_F], _F]:
+    """Decorate a function that moves instances waiting in old code: `from_` is main's "module:function", or "module:function@<12 hex>" for one version.
+
+    It gets an OldInstance and returns the unstarted generator that takes main's place, alone or with the refs it takes
+    over; `kwflow code migrate` runs it (docs/CODE.md).
+    """
+    if not isinstance(from_, str) or re.fullmatch(r"[^:@]+:[^:@]+(@[0-9a-f]{12})?", from_) is None:
+        raise UsageError(f'@kw.migrate(from_="module:function") or "module:function@<12 hex>", not {from_!r}')
+
+    def register(target: _F) -> _F:
+        if registry.version(target.__module__) is not None:
+            return target
+        known = _migrations.get(from_)
+        if known is not None and (known.__module__, known.__qualname__) != (target.__module__, target.__qualname__):
+            raise UsageError(f"two migrations are from {from_!r}: {known.__module__}.{known.__qualname__} and {target.__module__}.{target.__qualname__}")
+        _migrations[from_] = target
+        return target
+
+    return register
+
+
+def registered_migrations() -> dict[str, Callable[..., Any]]:
+    """Function key -> function of every `@migrate` in this process."""
+    return dict(_migrations)
+
+
+def registered_workflows() -> dict[str, Callable[..., Any]]:
+    """Name -> function of every `@workflow` in this process."""
+    return dict(_workflows)
