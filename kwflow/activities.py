@@ -225,11 +225,12 @@ class Activity(Callee, Generic[_P, _R]):
             raise ActivityError(f"the result of activity {self.name} cannot be sent: {error}", "BadResult", final=True) from error
 
     def decode_result(self, value: Any) -> Any:
-        """The result as annotated.  Raises ActivityError when it does not fit."""
+        """The result as annotated.  Raises ActivityError when it does not fit, alone: workflows hold it while they compensate, and no snapshot takes a library's error as its cause."""
         try:
             return from_plain(value, self.hints["return"]) if "return" in self.hints else value
         except Exception as error:  # a model's validators may raise anything
-            raise ActivityError(f"the result of activity {self.name} is not as annotated: {error}", "BadResult", final=True) from error
+            said = str(error)
+        raise ActivityError(f"the result of activity {self.name} is not as annotated: {said}", "BadResult", final=True)
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ def activity(
         if known is not None and not old and _place(known.function) != _place(target):
             remedy = "give one another name: @kw.activity(name=...)"
             if queue is not None and queue == known.queue:
-                remedy = f"what engines declare and what workers do for the queue {queue} belongs into two processes; here, and embedded, let one module import the activity of the other"
+                remedy = f"what engines declare and what workers do for the queue {queue!r} belong in two processes; here, and embedded, let one module import the activity of the other"
             raise UsageError(f"two activities are named {made.name!r}: {_place(known.function)} and {_place(target)}; {remedy}")
         if known is None or not old:
             _activities[made.name] = made

@@ -21,7 +21,7 @@ from kwflow.core.current import in_step, slot
 from kwflow.core.dispatch import Withdraw
 from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.snapshot import ended_header, failed_at, waits_of
-from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task
+from kwflow.core.tasks import FAILED, OK, ActivityWait, Awaitable, Suspension, Task
 from kwflow.core.wire import Record
 from kwflow.durable.runtime import set_driving
 from kwflow.errors import Cancelled, KwflowBug, ProtocolError, StepTimeout, StuckError, UsageError
@@ -256,6 +256,9 @@ class Step(Calls):
         extra, limits = self.instance.extra, self.context.limits
         if outcome == "cancelled" and "cancel" not in extra:
             self.logs.append(_NOBODY_CANCELLED)
+        if outcome == "result":
+            lost = [task for task in self.instance.tasks.values() if isinstance(task.waiting_on, ActivityWait) and not task.observed and not task.shielded]
+            self.logs += [f"{task.name}: main has ended and nobody awaited it: it is taken back; write `yield`, or `await`, before the call" for task in lost if not task.cancel_step]
         if "parent" in extra:
             self.outputs.append(children.answer(extra["parent"], self.instance.id, outcome, value, topics.resume, limits.value_bytes_max, self.record.timestamp_ms))
         extra["outcome"] = outcomes.kept(outcome, value, failed_at(error) if error is not None else None)

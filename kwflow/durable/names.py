@@ -104,11 +104,11 @@ _FUNCTIONS: dict[str, frozenset[str]] = {
 }
 for _told, _real in {"_operator": "operator", "_functools": "functools", "_heapq": "heapq", "_bisect": "bisect"}.items():  # where C says they are from
     _FUNCTIONS[_told] = _FUNCTIONS[_real]
-# modules of the standard library whose exceptions a snapshot may name although nobody has imported them yet
+# modules whose exceptions a snapshot may name although nobody has imported them yet: of the standard library, and msgspec, which rebuilds what workflows are sent
 _EXCEPTIONS = frozenset(
     "_csv argparse asyncio.exceptions asyncio.queues binascii calendar concurrent.futures._base concurrent.futures.process concurrent.futures.thread configparser copy csv dataclasses decimal "
-    "email.errors fractions ftplib getopt graphlib gzip http.client http.cookiejar http.cookies imaplib importlib.metadata ipaddress json.decoder locale mailbox netrc plistlib poplib queue re "
-    "re._constants selectors shutil smtplib socket sqlite3 ssl statistics struct subprocess tarfile tokenize tomllib tomllib._parser urllib.error uuid xml.dom xml.etree.ElementTree "
+    "email.errors fractions ftplib getopt graphlib gzip http.client http.cookiejar http.cookies imaplib importlib.metadata ipaddress json.decoder locale mailbox msgspec netrc plistlib poplib queue "
+    "re re._constants selectors shutil smtplib socket sqlite3 ssl statistics struct subprocess tarfile tokenize tomllib tomllib._parser urllib.error uuid xml.dom xml.etree.ElementTree "
     "xml.parsers.expat xml.sax._exceptions xmlrpc.client zipfile zipimport zlib zoneinfo zoneinfo._common".split()
 )
 _OURS_REFUSED = ("kwflow.cli", "kwflow.client", "kwflow.runners", "kwflow.testing", "kwflow.gateway", "kwflow.worker", "kwflow.config", "kwflow.durable.lower")

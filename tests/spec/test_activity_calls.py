@@ -225,6 +225,27 @@ def test_terminate_and_the_end_of_main_leave_no_call_behind() -> None:
     assert (w.result("w"), entries(w), w.header("w")) == ("done", 0, None)
 
 
+QUEUED = "@activity(queue='q')\ndef work(x):\n    return x + 1\n"
+
+
+@pytest.mark.parametrize("work", [WORK, QUEUED], ids=["activity", "job"])
+def test_a_call_that_nobody_awaited_before_main_ended_is_told_of(work: str) -> None:
+    """M3: the end takes it back, and a forgotten `yield` looked like one that was done."""
+    w = run(work + "def main(o):\n    work(1)\n    return 'done'\n    yield", fake=lambda x: HANGS)
+    assert (w.result("w"), entries(w), w.calls) == ("done", 0, [])
+    [said] = w.logs
+    assert re.fullmatch(r"w: activity \S+work: main has ended and nobody awaited it: it is taken back; write `yield`, or `await`, before the call", said), said
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["yield kw.race([work(1), 'at once'])", "a = work(1)\n    yield kw.race([a, 'at once'], cancel_rest=False)", "kw.cancel(work(1))", "work(1)\n    raise ValueError", "kw.shield(work(1))"],
+)
+def test_a_call_that_lost_was_cancelled_or_fell_with_its_workflow_is_nothing_to_tell_of(body: str) -> None:
+    w = run(WORK + f"def main(o):\n    {body}\n    return 'done'\n    yield", fake=lambda x: HANGS)
+    assert not [line for line in w.logs if "nobody awaited it" in line]
+
+
 # -- bad input -----------------------------------------------------------------------------------------------------------
 def test_an_answer_that_somebody_else_sends_is_taken_as_one_and_a_strange_error_is_an_activity_error() -> None:
     w = run("@activity(retry=kw.Retry(max_attempts=1))\ndef work(x):\n    return x\ndef main(o):\n    yield work(1)", fake=lambda x: HANGS)
@@ -234,6 +255,16 @@ def test_an_answer_that_somebody_else_sends_is_taken_as_one_and_a_strange_error_
 
 def test_a_result_that_is_not_as_annotated_is_an_activity_error_at_the_yield() -> None:
     w = run("@activity()\ndef work(x) -> int:\n    return x\ndef main(o):\n    try:\n        yield work(1)\n    except kw.ActivityError as e:\n        return e.type", fake=lambda x: "no int")
+    assert w.result("w") == "BadResult"
+
+
+@pytest.mark.parametrize("hint", ["P", "M"])
+def test_the_error_of_a_result_that_is_not_as_annotated_is_held_over_a_wait_as_any_other(hint: str) -> None:
+    """M6.3, G4: its cause, an error of msgspec's or pydantic's, parked the workflow that compensated."""
+    classes = "import pydantic\nclass M(pydantic.BaseModel):\n    n: int\n@dataclasses.dataclass\nclass P:\n    n: int\n"
+    main = "def main(o):\n    try:\n        yield work(1)\n    except kw.ActivityError as e:\n        yield kw.suspend('undone')\n        return e.type\n"
+    w = run(f"{classes}@activity()\ndef work(x) -> {hint}:\n    return x\n{main}", fake=lambda x: None)
+    w.resume("w", "undone")
     assert w.result("w") == "BadResult"
 
 

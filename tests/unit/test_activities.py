@@ -192,7 +192,7 @@ def test_two_activities_of_one_name_are_refused_with_the_remedy() -> None:
 def test_an_activity_that_is_declared_and_done_in_one_process_is_refused_with_another_remedy() -> None:
     """Of a queue there may be two, in an engine and a worker; another name would part them."""
     kw.activity(name="declared", queue="payments")(test_two_activities_of_one_name_are_refused_with_the_remedy)
-    with pytest.raises(UsageError, match="two activities are named 'declared'.*queue payments belongs into two processes.*import"):
+    with pytest.raises(UsageError, match="two activities are named 'declared'.*queue 'payments' belong in two processes.*import"):
         kw.activity(name="declared", queue="payments")(test_an_activity_that_is_declared_and_done_in_one_process_is_refused_with_another_remedy)
 
 

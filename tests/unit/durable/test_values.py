@@ -56,11 +56,11 @@ def test_an_iterator_goes_on_where_it_was(code: Any, native: Any, name: str) -> 
     assert outcome(code.over(name), True) == outcome(native["over"](name), False)
 
 
-ERRORS = "binascii:Error json.decoder:JSONDecodeError sqlite3:OperationalError urllib.error:URLError asyncio:QueueEmpty subprocess:CalledProcessError zlib:error".split()
+ERRORS = "binascii:Error json.decoder:JSONDecodeError sqlite3:OperationalError urllib.error:URLError asyncio:QueueEmpty subprocess:CalledProcessError zlib:error msgspec:ValidationError".split()
 
 
 @pytest.mark.parametrize("of", ERRORS)
-def test_an_exception_of_the_standard_library_loads_where_its_module_was_not_imported(of: str, code: Any, tmp_path: pathlib.Path) -> None:
+def test_an_exception_of_the_standard_library_or_msgspec_loads_where_its_module_was_not_imported(of: str, code: Any, tmp_path: pathlib.Path) -> None:
     module, name = of.split(":")
     cls = getattr(importlib.import_module(module), name)
     made = cls.__new__(cls)
