@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import tomllib
@@ -210,6 +211,7 @@ _SECTIONS = {  # a setting's name in the section -> in Config
 def load_config(path: Path | None = None, **given: Any) -> Config:
     """The Config of this file (default: `kwflow.toml` here, if there is one); `given` wins over all.  Raises UsageError."""
     values: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     file = path or Path("kwflow.toml")
     if path is not None or file.exists():
         try:
@@ -238,7 +240,21 @@ def load_config(path: Path | None = None, **given: Any) -> Config:
         return config if "kafka" in values or not beside else Config(**{**values, "kafka": {**beside, **config.kafka}})  # a password in the environment, the rest in the file
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "extra_forbidden":
+            raise UsageError(_unknown(str(first["loc"][0]), file, sections)) from None
         where = ".".join(map(str, first["loc"]))
         raise UsageError(f"config {where}: {first['msg']}" if where else f"config: {first['msg']}") from None
     except SettingsError as error:
         raise UsageError(f"config: {error}; in the environment lists and tables are JSON, such as '[\"a\", \"b\"]'") from None
+
+
+def _unknown(name: str, file: Path, sections: dict[str, Any]) -> str:
+    """Says where the setting of this name stands, which is none, and what may be meant."""
+    [near, *_] = difflib.get_close_matches(name, Config.model_fields, 1) or [""]
+    for section, form in _SECTIONS.items():
+        before, after = form.split("{}")
+        own = name.removeprefix(before).removesuffix(after)
+        if form.format(own) == name and own in sections.get(section, {}):
+            meant = near.removeprefix(before).removesuffix(after)
+            return f"{file}: [{section}] has no setting {own!r}" + (f"; did you mean {meant!r}?" if near and form.format(meant) == near else "")
+    return f"there is no setting {name!r}" + (f"; did you mean {near!r}?" if near else "")

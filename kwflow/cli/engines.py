@@ -302,9 +302,13 @@ def run(
         processors = processors_of(held, workflows, settings, log_of(settings))
         looked = {topic: held.end(topic) for topic in (settings.result_topic, settings.error_topic, settings.dead_letter_topic)}
         started: int | None = None
-        if EmbeddedStore(held.db, settings.changelog_topic).get(key) is None:
+        header = _header(held, settings, id)
+        if header is None or header["status"] == "ended":
             started = held.append(settings.resume_topic, key, argument)
-        shown: set[str] = set()
+        else:
+            why = f", parked: {header['parked']['reason']}: {header['parked']['message']}" if header["status"] == "parked" else ""
+            err.print(f"{id} has begun already and goes on where it was{why}; it has its input: another --id begins another")
+        shown: set[tuple[str, str]] = set()
         with serve(held):
             held.run(processors, lambda: stop() or _ended(held, looked, id, started) is not None or _show_waits(held, settings, id, shown, embedded), log_of(settings))
         ended = _ended(held, looked, id, started)
@@ -312,30 +316,48 @@ def run(
         held.close()
     if ended is None:
         raise typer.Exit(130)
-    kind, value = ended
+    kind, value, where = ended
     (out if kind == "result" else err).print(value)
+    for line in where.splitlines():
+        err.print(f"  {line}")
     raise typer.Exit(0 if kind == "result" else 1)
 
 
-def _ended(held: Embedded, looked: dict[str, int], id: str, started: int | None) -> tuple[str, str] | None:
-    """Kind and value of its outcome, or why the start at this offset is a dead letter; looked for from these offsets on, which go up to it.  An author may write there, too."""
+def _header(held: Embedded, settings: Config, id: str) -> dict[str, Any] | None:
+    data = EmbeddedStore(held.db, settings.changelog_topic).get(id.encode())
+    return snapshot.read_header(data) if data is not None else None
+
+
+def _ended(held: Embedded, looked: dict[str, int], id: str, started: int | None) -> tuple[str, str, str] | None:
+    """Kind and value of its outcome, and the lines that an error came through; or why the start at this offset is a dead letter.
+
+    Looked for from these offsets on, which go up to it.  An author may write there, too.
+    """
     for topic in looked:
         while records := held.read(topic, looked[topic]):
             for record in records:
                 kind = wire.header(record, "kwflow-outcome") if record.key == id.encode() else None
                 if kind is not None:
-                    return kind, (record.value or b"null").decode()
+                    return kind, (record.value or b"null").decode(), wire.header(record, "kwflow-failure-traceback") or ""
                 if started is not None and wire.header(record, "kwflow-error-offset") == str(started) and wire.header(record, "kwflow-error-reason") != "parked":
-                    return "refused", wire.header(record, "kwflow-error-message") or ""
+                    return "refused", wire.header(record, "kwflow-error-message") or "", ""
                 looked[topic] = record.offset + 1
     return None
 
 
-def _show_waits(held: Embedded, settings: Config, id: str, shown: set[str], directory: Path) -> bool:
-    data = EmbeddedStore(held.db, settings.changelog_topic).get(id.encode())
-    for wait in snapshot.read_header(data)["waits"] if data is not None else []:
-        if wait["ref"] not in shown and wait["kind"] == "suspension":
-            shown.add(wait["ref"])
-            answer = shlex.join(["kwflow", "resume", id, wait["ref"], "--value", "JSON", "--embedded", str(directory)])
-            err.print(f"waits for {wait['ref']} in {wait.get('function')} ({wait.get('file')}:{wait.get('line')}); answer with: {answer}")
+_ANSWERED = {"suspension": "resume", "signal": "signal", "update": "update"}  # kinds of waits that somebody answers, and the command that does
+
+
+def _show_waits(held: Embedded, settings: Config, id: str, shown: set[tuple[str, str]], directory: Path) -> bool:
+    header = _header(held, settings, id) or {"status": "", "waits": []}
+    if header["status"] == "parked" and ("parked", id) not in shown:
+        shown.add(("parked", id))
+        err.print(f"once that is mended: {shlex.join(['kwflow', 'dead-letters', 'retry', id, '--embedded', str(directory)])}")
+    for wait in header["waits"]:
+        what = (wait["kind"], wait.get("name", wait["ref"]))
+        if what not in shown and wait["kind"] in _ANSWERED:
+            shown.add(what)
+            answer = shlex.join(["kwflow", _ANSWERED[wait["kind"]], id, what[1], "--value", "JSON", "--embedded", str(directory)])
+            named = wait["ref"] if wait["kind"] == "suspension" else " ".join(what)
+            err.print(f"waits for {named} in {wait.get('function')} ({wait.get('file')}:{wait.get('line')}); answer with: {answer}")
     return False

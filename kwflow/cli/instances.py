@@ -73,7 +73,8 @@ def show(
     for line in _about(header):
         out.print(line)
     for wait in header["waits"]:
-        parts = [*_wait(wait), wait.get("function", ""), f"{wait.get('file', '')}:{wait.get('line', '')}", f"since {instant(wait['since'])}", f"due {instant(wait['due'])}" if "due" in wait else ""]
+        where = [wait["function"], f"{wait['file']}:{wait['line']}"] if "file" in wait else []
+        parts = [*_wait(wait), *where, f"since {instant(wait['since'])}", f"due {instant(wait['due'])}" if "due" in wait else ""]
         out.print("  " + "  ".join(part for part in parts if part))
     for function, values in frames:
         out.print(f"  {function}")

@@ -228,7 +228,8 @@ class Calls:
             value = self.machine.adopt(value)
             self.machine.begin(value)
         if not isinstance(value, Task):
-            raise UsageError(f"kw.spawn takes a call of a durable generator function, not {gen!r}")
+            begun = "; it has begun already: keep it in a variable, and wait for it where its value is needed" if isinstance(value, Awaitable) else ""
+            raise UsageError(f"kw.spawn takes a call of a durable generator function, not {gen!r}{begun}")
         return value
 
     def call(self, gen: types.GeneratorType[Any, Any, Any]) -> Task:

@@ -186,6 +186,8 @@ class Step(Calls):
         except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
             raise
         except BaseException as error:
+            if type(error) is TypeError and error.__traceback__ is not None and error.__traceback__.tb_next is None:  # no line of it has run
+                error = UsageError(f"workflow {self.instance.workflow!r} is called with one argument, the start's JSON, as in `def main(opts)`: {error}")
             self._settle_main(FAILED, error)
             return
         if not isinstance(made, types.GeneratorType):

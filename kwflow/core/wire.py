@@ -11,7 +11,8 @@ import dataclasses
 import enum
 import functools
 import re
-from collections.abc import Collection, Mapping
+import types
+from collections.abc import Awaitable, Collection, Mapping
 from typing import Annotated, Any, NoReturn
 
 import msgspec
@@ -416,6 +417,9 @@ def json_dumps(value: object) -> bytes:
 
 
 def _refused(value: object) -> NoReturn:
+    if isinstance(value, (types.GeneratorType, Awaitable)):
+        name = f"the generator {value.__qualname__}" if isinstance(value, types.GeneratorType) else repr(value)
+        raise TypeError(f"{name} has no JSON form: nobody has waited for it; write `yield`, or `await`, before its call")
     raise TypeError(f"an object of class {type(value).__qualname__} has no JSON form; give its values, those of a pydantic model are .model_dump(mode='json')")
 
 

@@ -30,6 +30,15 @@ def _load(name: str) -> types.ModuleType:
     return durable.load_source(path.stem, path.read_bytes(), str(path))
 
 
+def _place(name: str, error: Exception) -> str:
+    """Where it was raised, or where the MODULE itself was looked for."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None and f"{name}.".startswith(f"{error.name}."):
+        return f"looked for in {sys.path[0]}, which --app-dir says, and where Python looks; a file is named with its .py, a function is not named"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = next((frame for frame in reversed(frames) if not frame.filename.startswith("<frozen ")), frames[-1])  # what an import does is no place to look at
+    return f"{where.filename}:{where.lineno}"
+
+
 def load_modules(names: Sequence[str], app_dir: Path | None = None, packages: Sequence[str] = ()) -> list[types.ModuleType]:
     """Import each MODULE (dotted name or path.py), durable; `packages` are made durable too.  Raises UsageError, and errors of kwflow and of syntax as they are."""
     sys.path.insert(0, str(app_dir or Path.cwd()))
@@ -41,8 +50,7 @@ def load_modules(names: Sequence[str], app_dir: Path | None = None, packages: Se
         except (KwflowError, SyntaxError):
             raise
         except Exception as error:  # the module's own code may raise anything
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            raise UsageError(f"cannot import {name}: {type(error).__name__}: {error} ({where.filename}:{where.lineno})") from error
+            raise UsageError(f"cannot import {name}: {type(error).__name__}: {error} ({_place(name, error)})") from error
     return modules
 
 

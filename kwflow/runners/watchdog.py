@@ -116,7 +116,7 @@ class Watchdog:
             return
         if passed >= self._warn_s and self._warned != begun:
             self._warned = begun
-            self._on_log(f"{self._name}: its step runs for {passed:.1f} s, now at {_where(self._ident)}")
+            self._on_log(f"{self._name}: its step runs for {passed:.1f} s, now at {_where(self._ident)}; all others of its partition wait: what takes long belongs in an activity, a pause is kw.sleep")
         if passed >= self._abort_s and now - self._raised >= _AGAIN_S:
             with self._lock:
                 if self._begun == begun:

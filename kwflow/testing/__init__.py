@@ -217,7 +217,9 @@ class WorkflowTester:
         """The result of an ended workflow.  Raises AssertionError when there is none."""
         found = [output for output in self.outputs if output.topic == self.config.result_topic and output.key == id.encode()]
         if not found:
-            raise AssertionError(f"{id} has no result; errors: {self.values(self.config.error_topic)}, log: {self.logs[-3:]}")
+            failed = [dict(output.headers).get("kwflow-failure-traceback") for output in self.outputs if output.topic == self.config.error_topic and output.key == id.encode()]
+            where = failed[-1].decode() if failed and failed[-1] is not None else ""
+            raise AssertionError(f"{id} has no result; errors: {self.values(self.config.error_topic)}, log: {self.logs[-3:]}" + "".join(f"\n  {line}" for line in where.splitlines()))
         return _decoded(found[-1].value)
 
     def header(self, id: str) -> dict[str, Any] | Any:

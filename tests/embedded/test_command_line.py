@@ -101,6 +101,39 @@ def test_the_answer_that_run_proposes_is_one_that_it_takes(tmp_path: pathlib.Pat
         assert running.stdout.read() == "42\n"
 
 
+@pytest.mark.slow
+def test_run_says_that_it_goes_on_why_it_cannot_what_it_waits_for_and_where_it_failed(tmp_path: pathlib.Path) -> None:
+    """It took the place of a new input for one, and was silent about a parked workflow and about signals."""
+    text = "import kwflow as kw\ndef main(opts):\n    held = HELD\n    yield kw.wait_signal('go')\n    raise ValueError(opts)\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def command(*arguments: str) -> list[str]:
+        return [sys.executable, "-m", "kwflow", *arguments]
+
+    def answer(proposed: str) -> None:
+        done = subprocess.run(command(*shlex.split(proposed)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def until(running: subprocess.Popen[str], said: str) -> str:
+        assert running.stderr is not None
+        return next(line.rstrip() for line in running.stderr if said in line)
+
+    (tmp_path / "asking.py").write_text(text.replace("HELD", "open('asking.py')"))
+    with subprocess.Popen(command("run", "asking.py", "--input", "1"), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        assert until(running, "once that is mended") == "once that is mended: kwflow dead-letters retry run --embedded kwflow-run"
+        running.terminate()
+    (tmp_path / "asking.py").write_text(text.replace("HELD", "1"))
+    with subprocess.Popen(command("run", "asking.py", "--input", "2"), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        begun = until(running, "run has begun already and goes on where it was, parked: UnsavableError: variable 'held' of main (asking.py:4)")
+        assert begun.endswith("; it has its input: another --id begins another")
+        answer(until(running, "once that is mended").partition(": kwflow ")[2])
+        said, _, proposed = until(running, "waits for").partition("; answer with: kwflow ")
+        assert said == "waits for signal go in main (asking.py:4)"
+        answer(proposed.replace("JSON", "42"))
+        assert running.stderr is not None and running.stderr.read().splitlines() == ['"ValueError: 1"', "  asking:5 main"]
+    assert running.returncode == 1
+
+
 MANY = """
 import kwflow as kw
 
@@ -231,6 +264,17 @@ def test_show_says_where_a_workflow_failed(tmp_path: pathlib.Path) -> None:
     shown = CliRunner().invoke(app, ["show", "w", "--embedded", str(tmp_path / "state")]).output
     assert shown.splitlines()[0] == "w  main  ended"  # nothing of a signature where there are no keys
     assert shown.splitlines()[-2:] == ["""outcome error: "KeyError: 'missing'\"""", "  in main  failing.py:2"]
+
+
+def test_show_names_no_place_of_a_wait_that_nobody_awaits_now(tmp_path: pathlib.Path) -> None:
+    config, held = Config(), Embedded(tmp_path / "state", sync=False)
+    source = "import kwflow as kw\ndef main(opts):\n    late = kw.sleep(60)\n    yield kw.race([late, 5], cancel_rest=False)\n    yield kw.suspend('r')\n"
+    module = durable.load_source("deadlines", source, "deadlines.py")
+    held.append_all([Group((Output(config.resume_topic, b"w", b"new:{}"),))])
+    held.step([WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), held.incarnation)])
+    held.close()
+    timer, answer = CliRunner().invoke(app, ["show", "w", "--embedded", str(tmp_path / "state")]).output.splitlines()[-2:]
+    assert timer.startswith("  timer 0:1  since ") and answer.startswith("  suspension r  main  deadlines.py:5  since ")
 
 
 def test_code_migrate_asks_for_none_if_one_of_them_is_not_there_or_has_ended(tmp_path: pathlib.Path) -> None:

@@ -127,7 +127,11 @@ def test_bad_arguments_get_one_line_and_exit_code_2(shell: Shell, tmp_path: path
     said = shell("engine", str(broken), code=2)
     assert "JSONDecodeError" in said
     assert "Traceback" not in said
-    assert "cannot import nothing_there" in shell("engine", "nothing_there", code=2)
+    said = shell("engine", "nothing_there.at_all", code=2)
+    assert "cannot import nothing_there" in said and f"looked for in {pathlib.Path.cwd()}, which --app-dir says" in said and "frozen" not in said
+    broken.write_text("import json\n\nimport nothing_there\n")
+    said = shell("engine", str(broken), code=2)
+    assert "No module named 'nothing_there'" in said and "broken.py:3" in said, "the place is the author's, not the machinery of imports"
 
 
 def test_an_engine_that_had_no_file_descriptors_for_a_while_takes_records_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

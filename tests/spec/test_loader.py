@@ -104,6 +104,17 @@ def test_the_file_of_settings_has_a_section_for_packages_and_for_snapshots(tmp_p
     file.write_text("[snapshots]\n")
     with pytest.raises(UsageError, match=r"unknown section \[snapshots\]; there are \[app\]"):
         load_config(file)
+    for text, said in {
+        "[encryption]\nkey = 1\n": "[encryption] has no setting 'key'; did you mean 'keys'?",
+        "[limits]\nvalue_byte_max = 1\n": "[limits] has no setting 'value_byte_max'; did you mean 'value_bytes_max'?",
+        "[topics]\nhistori = 1\n": "[topics] has no setting 'histori'; did you mean 'history'?",
+        "[app]\nzzz = 1\n": "[app] has no setting 'zzz'",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(UsageError, match=re.escape(f"{file}: {said}") + "$"):
+            load_config(file)
+    with pytest.raises(UsageError, match=r"^there is no setting 'resumetopic'; did you mean 'resume_topic'\?$"):
+        load_config(None, resumetopic="x")
     for setting, said in {"snapshot_modules": "modules under [snapshot]", "resume_topic": "resume under [topics]", "hold_max": "hold_max under [app] or [limits]"}.items():
         file.write_text(f"{setting} = 1\n")
         with pytest.raises(UsageError, match=re.escape(f"{setting} stands in a section: write {said}")):

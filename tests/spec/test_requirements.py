@@ -104,6 +104,23 @@ def test_an_error_before_the_first_wait_leaves_no_state() -> None:
     assert (w.values("workflow-error"), w.ids()) == (["TypeError: at once"], [])
 
 
+def test_the_test_kit_says_where_a_workflow_without_a_result_has_failed() -> None:
+    """KW-25: in a test there is no `kwflow show`."""
+    w = run("def pay(o):\n    yield 1\n    return o['price']\ndef main(o):\n    return (yield from pay(o))", {})
+    with pytest.raises(AssertionError, match=r"(?s)w has no result; errors: \[\"KeyError: 'price'\"\].*\n  \S+:\d+ main\n  \S+:\d+ pay$"):
+        w.result("w")
+
+
+@pytest.mark.parametrize("parameters", ["", "a, b", "*, a", "o"])
+def test_a_workflow_that_does_not_take_one_argument_is_told_what_it_is_called_with(parameters: str) -> None:
+    """KW-25, KW-31; a TypeError of its own is left as it is."""
+    [said] = run(f"def main({parameters}):\n    len(5)\n    yield").values("workflow-error")
+    if parameters == "o":
+        assert said == "TypeError: object of type 'int' has no len()"
+    else:
+        assert said.startswith("UsageError: workflow 'main' is called with one argument, the start's JSON, as in `def main(opts)`: main() "), said
+
+
 def test_the_header_of_the_start_chooses_among_several_workflows_and_an_unknown_one_is_named() -> None:
     """KW-31, KW-34."""
     module = load("def main(o):\n    return 'main'\n    yield\ndef other(o):\n    return 'other'\n    yield")
