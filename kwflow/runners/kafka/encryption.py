@@ -21,11 +21,12 @@ from kwflow.errors import UsageError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-__all__ = ["Encryption", "key_id"]
+__all__ = ["NAME_BYTES", "Encryption", "key_id"]
 
 _ID_BYTES, _SALT_BYTES, _NONCE_BYTES, _TAG_BYTES = 4, 16, 12, 16
 _ID_AT = len(ENCRYPTED)
 _SALT_AT = _ID_AT + _ID_BYTES
+NAME_BYTES = _SALT_AT  # of a value, up to its key's id: enough to tell whose it is
 _NONCE_AT = _SALT_AT + _SALT_BYTES
 _TEXT_AT = _NONCE_AT + _NONCE_BYTES
 _BYTES_MIN = _TEXT_AT + _TAG_BYTES  # of an empty value

@@ -27,7 +27,7 @@ from kwflow.errors import CommandError, TransportError
 from kwflow.ports import Listener
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.broker_errors import BrokerErrors
-from kwflow.runners.kafka.encryption import Encryption
+from kwflow.runners.kafka.encryption import NAME_BYTES, Encryption
 from kwflow.runners.kafka.environment import LIVE, made
 from kwflow.runners.kafka.member import LATEST, offsets
 from kwflow.runners.kafka.reading import gather, read_to
@@ -289,7 +289,7 @@ def latest(config: Config, topic: str, partition: int | None = None, kept: Calla
         if record.key is None:
             continue
         lacking = encryption.lacks_key(record.value)  # a later value may be one that we can open
-        value = record.value if lacking or record.value is None else kept(record.key, record.value)
+        value = record.value if record.value is None else record.value[:NAME_BYTES] if lacking else kept(record.key, record.value)
         if value is not None:
             found[record.partition, record.key] = value
         else:

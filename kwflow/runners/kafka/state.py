@@ -21,7 +21,7 @@ from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaError, Messag
 from kwflow.core.wire import Record, missing_key
 from kwflow.errors import TransportError
 from kwflow.ports import Clock, Processor
-from kwflow.runners.kafka.encryption import Encryption
+from kwflow.runners.kafka.encryption import NAME_BYTES, Encryption
 from kwflow.runners.kafka.environment import Consumer, Environment
 from kwflow.runners.kafka.reading import gather
 from kwflow.runners.kafka.topics import transient
@@ -219,7 +219,7 @@ class Entries:
     def take(self, message: Message, changes: dict[bytes, bytes | None]) -> None:
         key, value = message.key() or b"", self._encryption.decrypt(message.value())
         if self._encryption.lacks_key(value):
-            self.unread[key] = value
+            self.unread[key] = value and value[:NAME_BYTES]  # a log that was encrypted anew has all of its entries twice
             return
         if self.unread:
             self.unread.pop(key, None)
