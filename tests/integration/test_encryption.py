@@ -216,11 +216,12 @@ def test_a_call_that_is_sent_again_from_the_dead_letters_is_encrypted_as_it_was(
     serve(site)
     call = {"resume_topic": site.topic("resume"), "workflow_id": "a", "ref": "none", "activity": "far", "attempt": 1, "idempotency_key": "a|1:1", "arguments": {"secret": SECRET}}
     value, _ = Encryption(Config(encryption_keys=[ONE])).encrypt("workflow-resume", json.dumps(call).encode())
-    for broken in (value, b"\0KWE\1", (value or b"")[:-1]):  # a call that is none, and what ends no worker
+    theirs, _ = Encryption(Config(encryption_keys=[TWO])).encrypt("workflow-resume", b"{}")
+    for broken in (value, b"\0KWE\1", (value or b"")[:-1], theirs):  # a call that is none, and what ends no worker
         site.producer.produce(site.topic("queue"), broken, b"a|1:1")
     site.producer.flush(20)
-    site.until(lambda: len(json.loads(site.run("dead-letters", "list", "--json"))) == 3)
-    assert sorted(row["reason"] for row in json.loads(site.run("dead-letters", "list", "--json"))) == ["bad-job", "encrypted", "encrypted"]
+    site.until(lambda: len(json.loads(site.run("dead-letters", "list", "--json"))) == 4)
+    assert sorted(row["reason"] for row in json.loads(site.run("dead-letters", "list", "--json"))) == ["bad-job", *["encrypted"] * 3]
     assert site.run("dead-letters", "retry", "--all", "--reason", "bad-job").count("sent again") == 1
     assert not [topic for topic, values in raw(site).items() if any(SECRET.encode() in value for value in values)]
     assert site.processes[1].poll() is None

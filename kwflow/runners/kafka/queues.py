@@ -21,7 +21,7 @@ from kwflow.activities import find_activity
 from kwflow.config import Config
 from kwflow.core import queues
 from kwflow.core.dispatch import Dispatch
-from kwflow.core.wire import Headers, Record, missing_key
+from kwflow.core.wire import Headers, Record
 from kwflow.errors import ActivityError, ProtocolError, TransportError
 from kwflow.ports import Clock, Deliver, Worker
 from kwflow.runners.activities.answers import failure_record
@@ -166,8 +166,6 @@ class QueueRunner:
             number = self._number_of(record.topic, record.partition)
             if number is not None:  # else it was fetched before the partition left
                 number = self._begun_anew(number, record)
-                if self._encryption.lacks_key(record.value):
-                    raise missing_key(record.topic, record.value)
                 self._read(number, self._owned[number], record)
         elif error.code() == KafkaError._PARTITION_EOF:
             number = self._number_of(message.topic(), message.partition())
