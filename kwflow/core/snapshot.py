@@ -27,7 +27,7 @@ from kwflow.durable.rebuild import MINOR
 from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, SnapshotError
 
-__all__ = ["CLASSES", "UNSIGNED", "Keys", "amend", "copy", "ended_header", "key_id", "load", "park", "read_header", "save", "save_ended", "seal_of", "split", "unpark", "waits_of", "wake"]
+__all__ = ["CLASSES", "UNSIGNED", "Keys", "amend", "copy", "ended_header", "is_call", "key_id", "load", "park", "read_header", "save", "save_ended", "seal_of", "split", "unpark", "waits_of", "wake"]
 
 Keys = Sequence[bytes]
 UNSIGNED = b""  # among the keys, last: what nobody signed is taken too; it signs nothing
@@ -35,6 +35,7 @@ UNSIGNED = b""  # among the keys, last: what nobody signed is taken too; it sign
 _MAGIC = b"KWF1"
 _CHECKSUM_BYTES = 32
 _ATTEMPTS = "kwflow.flows.attempts1", "attempts"
+_CALLS = (_ATTEMPTS, ("kwflow.flows.rest1", "call"))
 _VERSION = 1
 _KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked", "key", "minor"}
 
@@ -107,6 +108,12 @@ def _retried(task: Task) -> dict[str, Any]:
         return {}
     [paused] = frames.describe(task.gen)
     return {"name": paused.locals["name"], "attempt": paused.locals["number"] + 1}
+
+
+def is_call(task: Task) -> bool:
+    """Whether it is the call of an activity, with its attempts and the pauses between them, or a `rest.call`."""
+    known = registry.function_of(task.gen.gi_code) if task.gen is not None else None
+    return known is not None and (known.module, known.path) in _CALLS
 
 
 def failed_at(error: BaseException) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from kwflow.core.contract import Context, Ended, Keep, Save, Transition
 from kwflow.core.current import in_step, slot
 from kwflow.core.dispatch import Withdraw
 from kwflow.core.instance import CLOSING, Instance
-from kwflow.core.snapshot import ended_header, failed_at, waits_of
-from kwflow.core.tasks import FAILED, OK, ActivityWait, Awaitable, Suspension, Task
+from kwflow.core.snapshot import ended_header, failed_at, is_call, waits_of
+from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task, Timer
 from kwflow.core.wire import Record
 from kwflow.durable.runtime import set_driving
 from kwflow.errors import Cancelled, KwflowBug, ProtocolError, StepTimeout, StuckError, UsageError
@@ -38,6 +38,7 @@ _NOBODY_CANCELLED = (
     "it has ended as cancelled, and nobody cancelled it: it waited for what had been cancelled, such as a wait that had lost a kw.race or kw.timeout before; "
     "a wait is for one time: make one for each round (of a signal: kw.signals(name) does), or keep it with cancel_rest=False"
 )
+_LOST_TOLD_MAX = 5  # in the line that tells of what nobody has awaited
 _STUCK_MAX = 100  # a main that catches StuckError and waits for nothing again would loop in the step for ever
 
 
@@ -237,6 +238,13 @@ class Step(Calls):
     def wait_cancelled(self, wait: Suspension) -> None:
         _TELL[wait.kind](self, wait)
 
+    def _never_awaited(self) -> list[str]:
+        """What main began and nobody looked at: almost surely a forgotten `yield`.  A `kw.suspend`, a signal or a spawned generator may be meant so."""
+        calls = [task.name for task in self.instance.tasks.values() if is_call(task) and not (task.observed or task.shielded or task.cancel_step)]
+        waits = [wait for wait in self.instance.waits.values() if not wait.observed]
+        children_of_it = [f"child {wait.child_id}" for wait in waits if isinstance(wait, children.Child) and wait.parent_close != "abandon"]
+        return calls + children_of_it + [f"kw.sleep ({wait.ref})" for wait in waits if isinstance(wait, Timer)]
+
     def main_ended(self, main: Task) -> None:
         topics, outcome = self.context.topics, "result"
         headers = (*self.travelling, *outcomes.run_headers(self.instance.start_id, self.instance.extra))
@@ -258,9 +266,9 @@ class Step(Calls):
         extra, limits = self.instance.extra, self.context.limits
         if outcome == "cancelled" and "cancel" not in extra:
             self.logs.append(_NOBODY_CANCELLED)
-        if outcome == "result":
-            lost = [task for task in self.instance.tasks.values() if isinstance(task.waiting_on, ActivityWait) and not task.observed and not task.shielded]
-            self.logs += [f"{task.name}: main has ended and nobody awaited it: it is taken back; write `yield`, or `await`, before the call" for task in lost if not task.cancel_step]
+        if outcome == "result" and (lost := self._never_awaited()):
+            told = ", ".join(lost[:_LOST_TOLD_MAX]) + (f" and {len(lost) - _LOST_TOLD_MAX} more" if len(lost) > _LOST_TOLD_MAX else "")
+            self.logs.append(f"main has ended, which cancels what nobody has awaited: {told}; write `yield`, or `await`, before the call")
         if "parent" in extra:
             self.outputs.append(children.answer(extra["parent"], self.instance.id, outcome, value, topics.resume, limits.value_bytes_max, self.record.timestamp_ms))
         extra["outcome"] = outcomes.kept(outcome, value, failed_at(error) if error is not None else None)

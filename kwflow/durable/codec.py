@@ -191,7 +191,8 @@ class _Pickler(pickle.Pickler):
         if "<locals>" in cls.__qualname__:
             return self.local_class(cls)
         if not names.allowed(cls.__module__, cls.__qualname__, cls):
-            raise Refused(f"a value of class {cls.__module__}.{cls.__qualname__}; list its module under [snapshot] modules in kwflow.toml, call durable.register_reducer, or keep plain data")
+            plain = "wait behind the except block and keep the error's text" if issubclass(cls, BaseException) else "keep plain data"
+            raise Refused(f"a value of class {cls.__module__}.{cls.__qualname__}; list its module under [snapshot] modules in kwflow.toml, call durable.register_reducer, or {plain}")
         if registry.is_durable(cls.__module__):
             named = self.named(cls)
             if named is None:

@@ -33,7 +33,7 @@ def _load(name: str) -> types.ModuleType:
 def _place(name: str, error: Exception) -> str:
     """Where it was raised, or where the MODULE itself was looked for."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None and f"{name}.".startswith(f"{error.name}."):
-        return f"looked for in {sys.path[0]}, which --app-dir says, and where Python looks; a file is named with its .py, a function is not named"
+        return f"looked for in {sys.path[0]} (--app-dir), and where Python looks; a MODULE is shop.flows or path/flows.py, without a function"
     frames = traceback.extract_tb(error.__traceback__)
     where = next((frame for frame in reversed(frames) if not frame.filename.startswith("<frozen ")), frames[-1])  # what an import does is no place to look at
     return f"{where.filename}:{where.lineno}"

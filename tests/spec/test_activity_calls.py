@@ -228,13 +228,33 @@ def test_terminate_and_the_end_of_main_leave_no_call_behind() -> None:
 QUEUED = "@activity(queue='q')\ndef work(x):\n    return x + 1\n"
 
 
-@pytest.mark.parametrize("work", [WORK, QUEUED], ids=["activity", "job"])
+@pytest.mark.parametrize("work", [WORK, QUEUED, WORK.replace("activity()", "activity(timeout=5)")], ids=["activity", "job", "limited"])
 def test_a_call_that_nobody_awaited_before_main_ended_is_told_of(work: str) -> None:
     """M3: the end takes it back, and a forgotten `yield` looked like one that was done."""
     w = run(work + "def main(o):\n    work(1)\n    return 'done'\n    yield", fake=lambda x: HANGS)
     assert (w.result("w"), entries(w), w.calls) == ("done", 0, [])
     [said] = w.logs
-    assert re.fullmatch(r"w: activity \S+work: main has ended and nobody awaited it: it is taken back; write `yield`, or `await`, before the call", said), said
+    assert re.fullmatch(r"w: main has ended, which cancels what nobody has awaited: activity \S+work; write `yield`, or `await`, before the call", said), said
+
+
+def test_a_call_that_pauses_between_two_attempts_is_told_of_too() -> None:
+    w = run(WORK + "def main(o):\n    work(1)\n    return (yield kw.suspend('end'))", fake=fails(ValueError("not now")))
+    w.resume("w", "end")
+    assert "main has ended, which cancels what nobody has awaited: activity" in w.logs[-1]
+
+
+def test_so_is_a_call_of_a_service() -> None:
+    w = run("from kwflow import rest\ndef main(o):\n    rest.call('GET', 'https://a.example/b', callback=False)\n    return 1\n    yield")
+    assert "nobody has awaited: rest.call GET https://a.example/b; write" in w.logs[0]
+
+
+def test_so_are_children_and_pauses_and_of_many_some() -> None:
+    """M3, M5: a child that is to go on by itself is detached, or abandoned."""
+    begun = ["kw.sleep(5)", "kw.start_child('c', id='a')", "kw.start_child('c', id='b', parent_close='abandon')", "kw.start_child('c', detach=True)", "kw.suspend('s')"]
+    w = run(f"def main(o):\n    {'; '.join(begun)}\n    return 1\n    yield")
+    assert w.logs[0] == "w: main has ended, which cancels what nobody has awaited: child a, kw.sleep (0:1); write `yield`, or `await`, before the call"
+    w = run(WORK + "def main(o):\n    for n in range(7):\n        work(n)\n    return 1\n    yield", fake=lambda x: HANGS)
+    assert len(w.logs) == 1 and w.logs[0].count("work") == 5 and "and 2 more; write" in w.logs[0]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ import sys
 import warnings
 from typing import Any
 
+import pydantic
 import pytest
 
 from kwflow import durable
 from kwflow.durable import iters
 from kwflow.durable.iters import product
+from kwflow.errors import UnsavableError
 
 CASES = pathlib.Path(__file__).with_name("value_cases.py")
 SOURCE = CASES.read_text(encoding="utf-8")
@@ -69,6 +71,12 @@ def test_an_exception_of_the_standard_library_or_msgspec_loads_where_its_module_
     script = "import sys, pathlib\nfrom kwflow import durable\nprint(durable.loads(pathlib.Path(sys.argv[1]).read_bytes()).args)"
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "saved")], capture_output=True, text=True, check=False, cwd=CASES.parents[3])
     assert done.stdout.strip() == "('told',)", done.stderr
+
+
+def test_an_error_of_a_library_is_refused_with_what_to_keep_of_it() -> None:
+    """Whoever compensates in an except block holds it over waits."""
+    with pytest.raises(UnsavableError, match=r"ValidationError; list its module under \[snapshot\] modules in kwflow.toml, .* or wait behind the except block and keep the error's text"):
+        durable.dumps(pydantic.ValidationError.from_exception_data("order", []))
 
 
 HOLDERS = "groups copies watches_its_dict watches_its_set changed_before_the_yield dict_with_its_own_iterator values local_classes classes_set_up exceptions exceptions_set_up managers".split()
