@@ -145,6 +145,12 @@ class Config(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _encrypted_or_not(self) -> Config:
+        if both := sorted(set(self.encryption_topics) & set(self.encryption_plain_topics)):
+            raise ValueError(f"{both[0]} is in encryption_topics and in encryption_plain_topics")
+        return self
+
+    @model_validator(mode="after")
     def _whole_certificates(self) -> Config:
         for kind in ("gateway", "console"):
             if (getattr(self, f"{kind}_tls_cert") is None) != (getattr(self, f"{kind}_tls_key") is None):
