@@ -271,5 +271,8 @@ class Step(Calls):
             self.logs.append(f"main has ended, which cancels what nobody has awaited: {told}; write `yield`, or `await`, before the call")
         if "parent" in extra:
             self.outputs.append(children.answer(extra["parent"], self.instance.id, outcome, value, topics.resume, limits.value_bytes_max, self.record.timestamp_ms))
-        extra["outcome"] = outcomes.kept(outcome, value, failed_at(error) if error is not None else None)
+        at = failed_at(error) if error is not None else {}
+        if outcome == "error":  # no word of what it says: logs and the history are read by many
+            self.logs.append(f"ended with {type(error).__name__}" + (f" in {at['function']} ({at['file']}:{at['line']})" if at else "") + "; kwflow show tells the rest")
+        extra["outcome"] = outcomes.kept(outcome, value, at)
         messages.close(self)

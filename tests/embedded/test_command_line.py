@@ -130,7 +130,8 @@ def test_run_says_that_it_goes_on_why_it_cannot_what_it_waits_for_and_where_it_f
         said, _, proposed = until(running, "waits for").partition("; answer with: kwflow ")
         assert said == "waits for signal go in main (asking.py:4)"
         answer(proposed.replace("JSON", "42"))
-        assert running.stderr is not None and running.stderr.read().splitlines() == ['"ValueError: 1"', "  asking:5 main"]
+        said = "run: ended with ValueError in main (asking.py:5); kwflow show tells the rest"
+        assert running.stderr is not None and running.stderr.read().splitlines() == [said, '"ValueError: 1"', "  asking:5 main"]
     assert running.returncode == 1
 
 
