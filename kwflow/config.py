@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Config", "load_config"]
 
 _KEY_CHARS_MIN = 32
+_NEARLY = 0.92  # of 1: another letter or two
+_OPTIONS = ("KWFLOW_PROCESSES",)  # of commands, with a setting that is called nearly so
 _NOT_YOURS = (  # in [kafka]: each is what some rule rests on (K1, K2, K5, K6, K16), or has a setting of its own
     "bootstrap.servers metadata.broker.list group.id group.instance.id transactional.id enable.auto.commit enable.auto.offset.store auto.offset.reset "
     "isolation.level enable.idempotence enable.partition.eof partitioner partition.assignment.strategy group.protocol"
@@ -216,6 +218,7 @@ _SECTIONS = {  # a setting's name in the section -> in Config
 
 def load_config(path: Path | None = None, **given: Any) -> Config:
     """The Config of this file (default: `kwflow.toml` here, if there is one); `given` wins over all.  Raises UsageError."""
+    _check_environment()
     values: dict[str, Any] = {}
     sections: dict[str, Any] = {}
     file = path or Path("kwflow.toml")
@@ -252,6 +255,14 @@ def load_config(path: Path | None = None, **given: Any) -> Config:
         raise UsageError(f"config {where}: {first['msg']}" if where else f"config: {first['msg']}") from None
     except SettingsError as error:
         raise UsageError(f"config: {error}; in the environment lists and tables are JSON, such as '[\"a\", \"b\"]'") from None
+
+
+def _check_environment() -> None:
+    """Raises UsageError for a variable that is nearly a setting's: it would be passed over, as those are that Kubernetes sets for a service named kwflow."""
+    known = {f"KWFLOW_{name.upper()}" for name in Config.model_fields}
+    for name in os.environ:
+        if name.startswith("KWFLOW_") and name not in known and name not in _OPTIONS and (near := difflib.get_close_matches(name, known, 1, _NEARLY)):
+            raise UsageError(f"{name} is no setting; did you mean {near[0]}?")
 
 
 def _unknown(name: str, file: Path, sections: dict[str, Any]) -> str:

@@ -94,7 +94,7 @@ def test_a_file_is_in_the_encoding_that_python_takes_it_for(tmp_path: pathlib.Pa
     assert "caf\xe9" in _source(str(file), None)[0]
 
 
-def test_the_file_of_settings_has_a_section_for_packages_and_for_snapshots(tmp_path: pathlib.Path) -> None:
+def test_the_file_of_settings_has_a_section_for_packages_and_for_snapshots(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """§5.1, wire.md §3: what the error messages point to."""
     file = tmp_path / "kwflow.toml"
     file.write_text('[durable]\npackages = ["vendor"]\n[snapshot]\nmodules = ["money"]\nbytes_max = 5000\n[embedded]\nretention_ms = 7\n[limits]\nhold_max = 3\n[topics]\nresume = "in"\n')
@@ -115,6 +115,14 @@ def test_the_file_of_settings_has_a_section_for_packages_and_for_snapshots(tmp_p
             load_config(file)
     with pytest.raises(UsageError, match=r"^there is no setting 'resumetopic'; did you mean 'resume_topic'\?$"):
         load_config(None, resumetopic="x")
+    for name, meant in (("KWFLOW_VALUE_BYTE_MAX", "KWFLOW_VALUE_BYTES_MAX"), ("KWFLOW_ENCRYPTION_KEY", "KWFLOW_ENCRYPTION_KEYS")):
+        monkeypatch.setenv(name, "1")
+        with pytest.raises(UsageError, match=rf"^{name} is no setting; did you mean {meant}\?$"):
+            load_config(None)
+        monkeypatch.delenv(name)
+    for other in ("KWFLOW_PORT", "KWFLOW_SERVICE_HOST", "KWFLOW_GATEWAY_PORT_8000_TCP_ADDR", "KWFLOW_GATEWAY_SERVICE_PORT_HTTP", "KWFLOW_PROCESSES", "KWFLOW_ENGINE_STATE_DIR"):
+        monkeypatch.setenv(other, "1")
+    load_config(None)
     for setting, said in {"snapshot_modules": "modules under [snapshot]", "resume_topic": "resume under [topics]", "hold_max": "hold_max under [app] or [limits]"}.items():
         file.write_text(f"{setting} = 1\n")
         with pytest.raises(UsageError, match=re.escape(f"{setting} stands in a section: write {said}")):
