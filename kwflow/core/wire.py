@@ -21,11 +21,11 @@ from kwflow.errors import ProtocolError, TransportError, UsageError
 
 __all__ = [
     "DELAY_MS_MAX",
+    "ENCRYPTED",
     "ID_CHARACTERS_MAX",
     "LEVELS_MAX",
     "OPS",
     "REASON_CHARACTERS_MAX",
-    "ENCRYPTED",
     "UNREADABLE",
     "Address",
     "Command",
@@ -42,6 +42,7 @@ __all__ = [
     "check_levels",
     "check_opened",
     "check_size",
+    "encrypted_with",
     "given_headers",
     "header",
     "header_bytes",
@@ -54,7 +55,6 @@ __all__ = [
     "parse",
     "reply_address",
     "reply_output",
-    "encrypted_with",
     "short_header",
     "shown_headers",
     "travelling_headers",
