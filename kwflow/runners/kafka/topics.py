@@ -204,6 +204,8 @@ def problems(client: AdminClient, config: Config, declared: Iterable[str], group
     found = _unusable(client, config, _rights(config, declared, groups))
     if not all(problem.endswith("is missing") for problem in found):
         return found  # what may not be seen cannot be looked at
+    if config.application_id in groups:  # who writes to them
+        found += [f"topic {name}, which encryption_topics names, is missing" for name in config.encryption_topics if name not in there]
     if not _keep_state(config, groups):
         return found
     for changelog, source in _changelogs(config):
