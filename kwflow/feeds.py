@@ -174,7 +174,7 @@ def _output(message: object, topic: str, headers: Headers, limits: Limits) -> Ou
 
 
 def _signal(message: Signal, most: int) -> bytes:
-    return messages.signal_text("kw.Signal", message.name, message.value, message.start, message.input, _workflows(), most)
+    return messages.signal_text("kw.Signal", message.name, message.value, message.start, message.input, registered_workflows(), most)
 
 
 def _json(message: Message, encode: Callable[[Any], bytes], value: Any) -> bytes:
@@ -185,11 +185,7 @@ def _json(message: Message, encode: Callable[[Any], bytes], value: Any) -> bytes
 
 
 def _workflow_header(workflow: Workflow) -> Headers:
-    return () if workflow is None else (("kwflow-workflow", children.name_of(workflow, _workflows(), "a message of a feed").encode()),)
-
-
-def _workflows() -> dict[str, Callable[..., Any]]:
-    return registered_workflows()
+    return () if workflow is None else (("kwflow-workflow", children.name_of(workflow, registered_workflows(), "a message of a feed").encode()),)
 
 
 def _id_header(name: str, id: str | None) -> Headers:

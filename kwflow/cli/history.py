@@ -60,7 +60,8 @@ def _records(settings: Config, embedded: Path | None, topic: str, id: str) -> It
 
 def _event(record: Record) -> dict[str, Any] | None:
     """None for what no engine of ours wrote.  Raises TransportError for what cannot be opened."""
-    wire.check_decrypted(record)
+    if wire.is_encrypted(record.value):
+        raise wire.missing_key(record.topic, record.value)
     try:
         event = msgspec.json.decode(record.value or b"")
         return event if isinstance(event["at"], int) and isinstance(event["event"], str) and isinstance(event["by"], dict) else None

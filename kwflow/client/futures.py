@@ -23,7 +23,7 @@ import msgspec
 
 from kwflow.core import wire
 from kwflow.core.wire import Record
-from kwflow.errors import TransportError, UsageError
+from kwflow.errors import UsageError
 
 __all__ = ["Future", "Futures", "Reply", "fail", "seconds_of", "settle"]
 
@@ -111,18 +111,17 @@ class Futures:
         if record.key != self._process:
             self._counts["foreign"] += 1
             return
-        try:
-            wire.check_decrypted(record)
-            reply = msgspec.json.decode(record.value or b"", type=Reply)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            self._counts["unreadable"] += 1
-            return
-        except TransportError as error:
+        if wire.is_encrypted(record.value):
             self._counts["unreadable"] += 1
             with self._lock:
                 waiting = [future for future, _ in self._requests.values()]
             for future in waiting:
-                fail(future, error)
+                fail(future, wire.missing_key(record.topic, record.value))
+            return
+        try:
+            reply = msgspec.json.decode(record.value or b"", type=Reply)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            self._counts["unreadable"] += 1
             return
         with self._lock:
             asked = self._requests.pop(reply.request, None)

@@ -52,7 +52,7 @@ def read(record: Record, resume_topic: str) -> Dispatch | Withdraw | None:
     if record.value is None:
         id, _, ref = (record.key or b"").decode("utf-8", "replace").rpartition("|")
         return Withdraw(id, ref)
-    wire.check_opened(record)
+    wire.check_decrypted(record)
     try:
         job = _decoder.decode(record.value)
         if job.resume_topic != resume_topic:

@@ -40,12 +40,12 @@ __all__ = [
     "Update",
     "check_decrypted",
     "check_levels",
-    "check_opened",
     "check_size",
     "encrypted_with",
     "given_headers",
     "header",
     "header_bytes",
+    "is_encrypted",
     "is_engine_id",
     "is_topic",
     "json_dumps",
@@ -240,10 +240,9 @@ def missing_key(topic: str, value: bytes | None) -> TransportError:
     return TransportError(f"topic {topic}: {encrypted_with(value or b'')}", retryable=False)
 
 
-def check_decrypted(record: Record) -> None:
-    """Raises TransportError for a value that nobody could decrypt."""
-    if record.value is not None and record.value.startswith(ENCRYPTED):
-        raise missing_key(record.topic, record.value)
+def is_encrypted(value: bytes | None) -> bool:
+    """Whether it is encrypted still: who read it could not decrypt it."""
+    return value is not None and value.startswith(ENCRYPTED)
 
 
 def parse(record: Record) -> Start | Resume | Command:
@@ -268,15 +267,15 @@ def header_bytes(headers: Headers) -> int:
     return sum([len(name) + len(value or b"") for name, value in headers]) if headers else 0
 
 
-def check_opened(record: Record) -> None:
+def check_decrypted(record: Record) -> None:
     """Raises ProtocolError for a value that nobody could decrypt: its dead letter is as it was, and means what it meant once the key is there."""
-    if record.value is not None and record.value.startswith(ENCRYPTED):
+    if record.value is not None and is_encrypted(record.value):
         raise ProtocolError(f"{encrypted_with(record.value)}; configure it, then retry the dead letter", "encrypted")
 
 
 def check_size(record: Record, value_bytes_max: int, header_bytes_max: int) -> None:
     """Raises ProtocolError for a record over a limit, that nobody could decrypt, or whose headers nobody could read; it is not parsed."""
-    check_opened(record)
+    check_decrypted(record)
     if record.headers and UNREADABLE in record.headers:
         raise ProtocolError("the name of a header is not UTF-8, so that none of them could be read; send it again without", "bad-header")
     if record.value is not None and len(record.value) > value_bytes_max:

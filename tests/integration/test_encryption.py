@@ -185,7 +185,7 @@ def test_a_record_encrypted_with_a_key_that_an_engine_lacks_is_a_dead_letter_unt
     site.environment["KWFLOW_ENCRYPTION_KEYS"] = json.dumps([ONE, TWO])
     serve(site)
     site.run("dead-letters", "retry", "--all")
-    site.until(lambda: "a" in site.run("list"))
+    site.until(lambda: '"a"' in site.run("list", "--json"))
     with client(site, ONE, TWO) as caller:
         caller.signal("a", "more", 1).result(60)
 

@@ -11,7 +11,7 @@ from kwflow.config import Config
 from kwflow.runners.clock import SystemClock
 from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.standby import Cleanup, Copies, Standby
-from kwflow.runners.kafka.state import Entries, PartitionStore
+from kwflow.runners.kafka.state import PartitionStore
 from tests.spec.test_edges import Later
 
 
@@ -140,13 +140,3 @@ def test_only_a_copy_that_nobody_has_needed_for_all_the_time_is_deleted(tmp_path
     office.environment.now += 600
     office.turn({0})
     assert sorted(office.said) == [f"deleted {tmp_path / str(number)}, a copy that nobody has needed for 600 s" for number in (1, 2)]
-
-
-def test_of_an_entry_whose_key_is_missing_no_more_is_kept_than_tells_which() -> None:
-    """A changelog that was encrypted anew has each of its entries twice, and all of the first ones are unread at once."""
-    value, _ = Encryption(Config(encryption_keys=["1" * 64])).encrypt(Config().changelog_topic, bytes(10_000))
-    entries, changes = Entries(Encryption(Config(encryption_keys=["2" * 64]))), dict[bytes, bytes | None]()
-    entries.take(Message(0, 0, b"w", value), changes)  # type: ignore[arg-type]
-    assert value is not None and entries.unread == {b"w": value[:9]} and changes == {}
-    entries.take(Message(0, 1, b"w", b"plain"), changes)  # type: ignore[arg-type]
-    assert entries.unread == {} and changes == {b"w": b"plain"}

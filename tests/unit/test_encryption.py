@@ -17,10 +17,10 @@ from kwflow import activities
 from kwflow.config import Config, load_config
 from kwflow.core import queues, wire
 from kwflow.core.wire import Record
-from kwflow.errors import ProtocolError, UsageError
+from kwflow.errors import ProtocolError, TransportError, UsageError
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.kafka import encryption
-from kwflow.runners.kafka.encryption import Encryption
+from kwflow.runners.kafka.encryption import Encryption, Unread
 
 ONE, TWO = "1" * 64, "2" * 64
 RESUME, CHANGELOG, RESULT = "workflow-resume", "workflow-engine-state-changelog", "workflow-result"
@@ -125,6 +125,16 @@ def test_a_value_whose_key_is_missing_is_told_from_one_that_is_damaged() -> None
         assert made(TWO).decrypt(short) == short and not made(TWO).lacks_key(short)
     name = encryption.key_id(ONE.encode()).hex()
     assert f"topic {CHANGELOG}: the value is encrypted with key {name}, which is not in encryption_keys" in str(wire.missing_key(CHANGELOG, encrypted))
+
+
+def test_of_an_entry_whose_key_is_missing_no_more_is_kept_than_tells_which() -> None:
+    """A changelog that was encrypted anew has each of its entries twice, and all of the first ones are unread at once."""
+    value, unread = encrypted_by(made(ONE), CHANGELOG, bytes(10_000)), Unread(made(TWO))
+    assert unread.passes(b"w", value) and unread and list(unread._names.values()) == [value[:9]]
+    with pytest.raises(TransportError, match=rf"topic {CHANGELOG}: the value is encrypted with key {value[5:9].hex()}"):
+        unread.check(CHANGELOG)
+    assert not unread.passes(b"w", b"plain") and not unread
+    unread.check(CHANGELOG)
 
 
 def test_a_record_that_cannot_be_opened_is_a_dead_letter_that_can_be_retried() -> None:

@@ -6,12 +6,12 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from kwflow.config import Config
-from kwflow.core.wire import Record, missing_key
+from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.ports import Processor, Store
 from kwflow.runners.deployment import run_by
 from kwflow.runners.kafka import topics
-from kwflow.runners.kafka.encryption import Encryption
+from kwflow.runners.kafka.encryption import Encryption, Unread
 from kwflow.runners.kafka.environment import LIVE, Environment
 from kwflow.runners.kafka.member import LATEST, offsets
 from kwflow.runners.kafka.reading import read_to
@@ -37,13 +37,11 @@ class CodeTopic:
             raise TransportError(f"topic {topic} at {self._config.bootstrap_servers}: {error.args[0].str()}") from None
         if end <= self._reached:
             return []
-        found, encryption = list(read_to(self._environment, self._config, topic, {0: end}, {0: offset})), Encryption(self._config)
-        last = {record.key: record.offset for record in found}
-        for record in found:
-            if encryption.lacks_key(record.value) and record.offset == last[record.key]:
-                raise missing_key(topic, record.value)
+        unread = Unread(Encryption(self._config))
+        found = [record for record in read_to(self._environment, self._config, topic, {0: end}, {0: offset}) if not unread.passes(record.key, record.value)]
+        unread.check(topic)
         self._reached = end
-        return [record for record in found if not encryption.lacks_key(record.value)]
+        return found
 
 
 def take_over(processor: Processor, store: Store, admin: AdminClient, config: Config, where: str) -> None:

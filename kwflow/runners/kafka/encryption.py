@@ -15,23 +15,22 @@ from typing import TYPE_CHECKING
 
 from kwflow.activities import is_queue
 from kwflow.config import Config
-from kwflow.core.wire import ENCRYPTED, Headers
+from kwflow.core.wire import ENCRYPTED, Headers, missing_key
 from kwflow.errors import UsageError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-__all__ = ["NAME_BYTES", "Encryption", "key_id"]
+__all__ = ["Encryption", "Unread", "key_id"]
 
 _ID_BYTES, _SALT_BYTES, _NONCE_BYTES, _TAG_BYTES = 4, 16, 12, 16
 _ID_AT = len(ENCRYPTED)
 _SALT_AT = _ID_AT + _ID_BYTES
-NAME_BYTES = _SALT_AT  # of a value, up to its key's id: enough to tell whose it is
 _NONCE_AT = _SALT_AT + _SALT_BYTES
 _TEXT_AT = _NONCE_AT + _NONCE_BYTES
 _BYTES_MIN = _TEXT_AT + _TAG_BYTES  # of an empty value
 _VALUES_MAX = 1 << 24  # of one salt
-_SALTS_MAX = 1024  # each process brings one, and values of that one come together
+_SALTS_MAX = 1024  # a process brings a few, and values of one come together
 _QUOTING = frozenset({"kwflow-error-message"})  # headers that may quote a value
 
 
@@ -80,15 +79,44 @@ class Encryption:
         return tuple([(name, self.decrypt(text) if name in _QUOTING else text) for name, text in headers]) if self._keys else headers
 
     def lacks_key(self, value: bytes | None) -> bool:
-        """Whether it is encrypted with a key that is not among ours; what is too short to be encrypted at all is damaged.
-
-        A log has what was encrypted with a former key until it is compacted: of a topic that is read as a map the last value of each entry counts.
-        """
+        """Whether it is encrypted with a key that is not among ours; what is too short to be encrypted at all is damaged."""
         return value is not None and value.startswith(ENCRYPTED) and len(value) >= _BYTES_MIN and value[_ID_AT:_SALT_AT] not in self._keys
 
     def _cipher(self, id_and_salt: bytes) -> AESGCM:
         key = self._keys[id_and_salt[:_ID_BYTES]]
         return _library()(hmac.digest(key, b"kwflow encrypted value\0" + id_and_salt[_ID_BYTES:], "sha256"))
+
+
+class Unread:
+    """The entries of a topic that is read as a map whose last value we have no key for.
+
+    A log has what was encrypted with a former key until it is compacted, and a later value that we can read in most cases.
+    """
+
+    def __init__(self, encryption: Encryption) -> None:
+        self._encryption = encryption
+        self._names: dict[object, bytes] = {}  # of their keys alone: a log that was encrypted anew has all of its entries twice
+
+    def passes(self, entry: object, value: bytes | None) -> bool:
+        """Whether this value of an entry, decrypted if we could, is to be passed over; any other makes up for those that were."""
+        if self._encryption.lacks_key(value):
+            self._names[entry] = (value or b"")[:_SALT_AT]
+            return True
+        if self._names:
+            self._names.pop(entry, None)
+        return False
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
+    def clear(self) -> None:
+        """What was read is read again."""
+        self._names.clear()
+
+    def check(self, topic: str) -> None:
+        """At the end of the topic.  Raises TransportError if there are some."""
+        for name in self._names.values():
+            raise missing_key(topic, name)
 
 
 def key_id(key: bytes) -> bytes:

@@ -22,12 +22,12 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
-from kwflow.core.wire import Output, Record, missing_key
+from kwflow.core.wire import Output, Record
 from kwflow.errors import CommandError, TransportError
 from kwflow.ports import Listener
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.broker_errors import BrokerErrors
-from kwflow.runners.kafka.encryption import NAME_BYTES, Encryption
+from kwflow.runners.kafka.encryption import Encryption, Unread
 from kwflow.runners.kafka.environment import LIVE, made
 from kwflow.runners.kafka.member import LATEST, offsets
 from kwflow.runners.kafka.reading import gather, read_to
@@ -284,19 +284,16 @@ def _as_it_is(key: bytes, value: bytes) -> bytes:
 def latest(config: Config, topic: str, partition: int | None = None, kept: Callable[[bytes, bytes], bytes | None] = _as_it_is) -> dict[bytes, bytes]:
     """What a compacted topic holds: of each key what is `kept` of its last value, if anything, without those that were deleted.  Raises TransportError."""
     found: dict[tuple[int, bytes], bytes] = {}  # a migration leaves a tombstone where an entry was
-    encryption, unread = Encryption(config), set[tuple[int, bytes]]()
+    unread = Unread(Encryption(config))
     for record in read(config, topic, partition):
-        if record.key is None:
+        if record.key is None or unread.passes((record.partition, record.key), record.value):
             continue
-        lacking = encryption.lacks_key(record.value)  # a later value may be one that we can open
-        value = record.value if record.value is None else record.value[:NAME_BYTES] if lacking else kept(record.key, record.value)
+        value = kept(record.key, record.value) if record.value is not None else None
         if value is not None:
             found[record.partition, record.key] = value
         else:
             found.pop((record.partition, record.key), None)
-        (unread.add if lacking else unread.discard)((record.partition, record.key))
-    if unread:
-        raise missing_key(topic, found[min(unread)])
+    unread.check(topic)
     return {key: value for (_, key), value in found.items()}
 
 
@@ -314,10 +311,9 @@ def partition_for(config: Config, topic: str, key: bytes) -> int | None:
 
 def state_of(config: Config, id: str) -> bytes | None:
     """The stored snapshot of one instance, from the changelog partition that holds it."""
-    key, found = id.encode(), None
+    key, found, unread = id.encode(), None, Unread(Encryption(config))
     for record in read(config, config.changelog_topic, partition_for(config, config.changelog_topic, key)):
-        if record.key == key:
+        if record.key == key and not unread.passes(key, record.value):
             found = record.value
-    if Encryption(config).lacks_key(found):
-        raise missing_key(config.changelog_topic, found)
+    unread.check(config.changelog_topic)
     return found

@@ -12,9 +12,9 @@ from pathlib import Path
 from confluent_kafka import KafkaError, Message, TopicPartition
 
 from kwflow.errors import TransportError
-from kwflow.runners.kafka.encryption import Encryption
+from kwflow.runners.kafka.encryption import Encryption, Unread
 from kwflow.runners.kafka.environment import Consumer, Environment
-from kwflow.runners.kafka.state import Entries, PartitionStore
+from kwflow.runners.kafka.state import PartitionStore
 from kwflow.runners.kafka.topics import transient
 
 __all__ = ["Cleanup", "Copies", "Standby"]
@@ -37,7 +37,7 @@ class Standby:
         self._consumer: Consumer | None = None
         self._open_store = open_store
         self._starts = starts
-        self._entries: dict[int, Entries] = {}
+        self._unread: dict[int, Unread] = {}
         self._encryption = encryption
 
     def follow(self, numbers: set[int]) -> None:
@@ -57,7 +57,7 @@ class Standby:
 
     def give(self, number: int) -> None:
         """Somebody else opens its store now; what is still read of it is passed over."""
-        self._entries.pop(number, None)
+        self._unread.pop(number, None)
         if number in self.stores:
             self.stores.pop(number).close()
 
@@ -73,14 +73,16 @@ class Standby:
         for message in messages:
             self._take(message, changes, reached)
         for number, mine in changes.items():
-            self.stores[number].settle(mine, None if self._entries[number].unread else reached[number])
+            self.stores[number].settle(mine, None if self._unread[number] else reached[number])
 
     def _take(self, message: Message, changes: dict[int, dict[bytes, bytes | None]], reached: dict[int, int]) -> None:
         number, error = message.partition() or 0, message.error()
         if number not in self.stores:
             return
         if error is None:
-            self._entries.setdefault(number, Entries(self._encryption)).take(message, changes.setdefault(number, {}))
+            mine, key, value = changes.setdefault(number, {}), message.key() or b"", self._encryption.decrypt(message.value())
+            if not self._unread.setdefault(number, Unread(self._encryption)).passes(key, value):
+                mine[key] = value
             reached[number] = (message.offset() or 0) + 1
         elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # what we had is no longer there
             changes.pop(number, None)

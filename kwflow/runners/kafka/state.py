@@ -18,15 +18,15 @@ from pathlib import Path
 import msgspec
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaError, Message, TopicPartition
 
-from kwflow.core.wire import Record, missing_key
+from kwflow.core.wire import Record
 from kwflow.errors import TransportError
 from kwflow.ports import Clock, Processor
-from kwflow.runners.kafka.encryption import NAME_BYTES, Encryption
+from kwflow.runners.kafka.encryption import Encryption, Unread
 from kwflow.runners.kafka.environment import Consumer, Environment
 from kwflow.runners.kafka.reading import gather
 from kwflow.runners.kafka.topics import transient
 
-__all__ = ["MOVED", "POSITION", "Entries", "NoStore", "Partition", "PartitionStore", "Restore", "agreed"]
+__all__ = ["MOVED", "POSITION", "NoStore", "Partition", "PartitionStore", "Restore", "agreed"]
 
 POSITION = b"\0kwflow"  # K16: {incarnation, next offset, partitions} beside the state it belongs to
 MOVED = -1
@@ -206,26 +206,6 @@ class Partition:
         return max(self.position, self.reached) >= self.fire_from
 
 
-class Entries:
-    """What is read of one changelog partition.
-
-    `unread` are entries whose last value we have no key for: a later one may be encrypted with another.  While there are some, the copy has not come as far as it was read.
-    """
-
-    def __init__(self, encryption: Encryption) -> None:
-        self.unread: dict[bytes, bytes | None] = {}
-        self._encryption = encryption
-
-    def take(self, message: Message, changes: dict[bytes, bytes | None]) -> None:
-        key, value = message.key() or b"", self._encryption.decrypt(message.value())
-        if self._encryption.lacks_key(value):
-            self.unread[key] = value and value[:NAME_BYTES]  # a log that was encrypted anew has all of its entries twice
-            return
-        if self.unread:
-            self.unread.pop(key, None)
-        changes[key] = value
-
-
 class Restore:
     """Reads one changelog partition into its store, aborted records left out, up to `end`; a slice at a time.
 
@@ -234,7 +214,8 @@ class Restore:
 
     def __init__(self, store: PartitionStore | NoStore, consumer: Callable[[], Consumer], topic: str, number: int, start: int, end: int, encryption: Encryption) -> None:
         self.store = store
-        self._entries = Entries(encryption)
+        self._encryption = encryption
+        self._unread = Unread(encryption)
         self.where = TopicPartition(topic, number)
         self.end = end
         if store.offset > end:
@@ -257,7 +238,9 @@ class Restore:
         for message in messages:
             error = message.error()
             if error is None:
-                self._entries.take(message, changes)
+                key, value = message.key() or b"", self._encryption.decrypt(message.value())
+                if not self._unread.passes(key, value):
+                    changes[key] = value
                 last = message
             elif self._begins_again(error, message):
                 last = None
@@ -266,12 +249,11 @@ class Restore:
             self.reached = max(self.reached, (last.offset() or 0) + 1)
         self.reached = max(self.reached, self._consumer.position([self.where])[0].offset)  # -1001 on an empty log
         if changes or self.reached != before:
-            self.store.settle(changes, None if self._entries.unread else self.reached)
+            self.store.settle(changes, None if self._unread else self.reached)  # while some are unread, the copy has not come so far
         if self.reached < self.end:
             return False
         self.close()
-        for value in self._entries.unread.values():
-            raise missing_key(self.where.topic, value)
+        self._unread.check(self.where.topic)
         return True
 
     def _begins_again(self, error: KafkaError, message: Message) -> bool:
@@ -288,7 +270,7 @@ class Restore:
     def _begin_again(self, consumer: Consumer) -> None:
         self.store.wipe()
         self.reached = 0
-        self._entries.unread.clear()
+        self._unread.clear()
         consumer.assign([TopicPartition(self.where.topic, self.where.partition, OFFSET_BEGINNING)])
 
     def close(self) -> None:
