@@ -18,36 +18,43 @@ CASES: list[Case] = [
     ("Chained comparison", "The next operand is evaluated only if the comparison so far holds.", "def f(a, c):\n    return a < (yield) < c\n", False),
     ("and, or, conditional", "The test of the left side comes before the right side is evaluated.", "def f(a):\n    return a and (yield 1) or ((yield 2) if a else 3)\n", False),
     ("f-string", "A piece before a wait is formatted before it.", 'def f(a):\n    return f"{a:>3} {(yield)}"\n', False),
-    ("Display with a star", "The iterable is taken apart before the wait.", "def f(a):\n    return [*a, (yield)]\n", False),
+    ("Display with a star", "The iterable is unpacked before the wait.", "def f(a):\n    return [*a, (yield)]\n", False),
     ("Augmented assignment", "The target is read before the wait; in-place operators stay.", "def f(o):\n    o.total[0] += yield\n", False),
-    ("Targets", "Each target's parts are evaluated at its turn, after the value is taken apart.", "def f(a, v):\n    a[(yield)], *rest = v\n", False),
-    ("if and elif", "Entered again, the branch is chosen by the label alone; no condition is asked twice.", "def f(a):\n    if a:\n        yield 1\n    elif a is None:\n        yield 2\n", True),
+    ("Targets", "The value is unpacked first; then the parts of each target are evaluated when its turn comes.", "def f(a, v):\n    a[(yield)], *rest = v\n", False),
+    ("if and elif", "When it is entered again, the label alone chooses the branch; no condition is evaluated twice.", "def f(a):\n    if a:\n        yield 1\n    elif a is None:\n        yield 2\n", True),
     ("while with a wait in its condition", "", "def f():\n    while (yield 1):\n        yield 2\n    else:\n        yield 3\n", True),
-    ("for", "The iterator has a name, so that it can be saved. Entered again, the loop gets one dummy round in front and goes on with the same iterator.", "def f(xs):\n    for x in xs:\n        yield x\n    else:\n        yield 'none left'\n", True),
-    ("yield from", "`delegate` gives what is iterated; entered again, `Resume` swallows the first `next`.", "def f(xs):\n    return (yield from xs)\n", True),
-    ("try, a wait in the body", "The first clause asks whether the generator is only forgotten: then no code of the author runs.", "def f():\n    try:\n        yield 1\n    except ValueError:\n        return 2\n    finally:\n        g()\n", True),
+    ("for", "The iterator has a name, so that it can be saved. When it is entered again, the loop first makes one dummy round, then goes on with the same iterator.", "def f(xs):\n    for x in xs:\n        yield x\n    else:\n        yield 'none left'\n", True),
+    ("yield from", "`delegate` gives what is iterated; when it is entered again, `Resume` swallows the first `next`.", "def f(xs):\n    return (yield from xs)\n", True),
+    ("try, a wait in the body", "The first clause asks whether the generator is only being forgotten; if so, none of the author's code runs.", "def f():\n    try:\n        yield 1\n    except ValueError:\n        return 2\n    finally:\n        g()\n", True),
     ("try, a wait in a handler", "The saved exception is raised again into the `try`, so that the handler is entered natively: bare `raise`, `sys.exc_info()` and `__context__` are right.", "def f():\n    try:\n        g()\n    except ValueError as error:\n        yield error\n", True),
-    ("finally that waits", "It notes why it was entered; entered again, that happens again.", "def f():\n    try:\n        return g()\n    finally:\n        yield 1\n", True),
+    ("finally that waits", "It notes why it was entered; when it is entered again, that happens again.", "def f():\n    try:\n        return g()\n    finally:\n        yield 1\n", True),
     ("with", "`__enter__` and `__exit__` are called on the type, as CPython does.", "def f(m):\n    with m as x:\n        yield x\n", True),
     ("match", "Patterns bind in place and are never tried twice: the cold twin notes which case it was.", "def f(v):\n    match v:\n        case [x]:\n            yield x\n        case _:\n            yield 2\n", True),
     ("Closures", "`cells_` are the frame's cells, so that a restored generator and its closures share them again.", "def f():\n    total = 0\n    def add(n):\n        nonlocal total\n        total += n\n    yield add\n    return total\n", True),
-    ("Generator expression", "It stays one. Iterators of inner loops get names; `for name in [value]` is an assignment.", "def f(xs, k):\n    return (x * k for x in xs if x for y in x)\n", False),
-    ("Lambda that waits", "Made from code compiled alone, around the cells and defaults of a lambda in its place.", "def f(n):\n    return lambda x=1: (n, (yield x))\n", False),
+    ("Generator expression", "It stays a generator expression. Iterators of inner loops get names; `for name in [value]` is an assignment.", "def f(xs, k):\n    return (x * k for x in xs if x for y in x)\n", False),
+    ("Lambda that waits", "It is made from code that is compiled alone, around the cells and defaults of a lambda in its place.", "def f(n):\n    return lambda x=1: (n, (yield x))\n", False),
     ("await", "A fresh call runs inline; anything else is waited for.", "async def f(x):\n    return await x + 1\n", True),
     ("async for", "", "async def f(xs):\n    async for x in xs:\n        g(x)\n", False),
     ("async with", "", "async def f(m):\n    async with m as x:\n        g(x)\n", False),
-    ("Comprehension that awaits", "A function of its own on every minor.", "async def f(xs):\n    return [await x for x in xs]\n", False),
-    ("Async generator", "What it yields is an Item, what it waits for is not.", "async def f(x):\n    yield await x\n", False),
+    ("Comprehension that awaits", "It is a function of its own on every minor version of Python.", "async def f(xs):\n    return [await x for x in xs]\n", False),
+    ("Async generator", "What it yields is an Item; what it waits for is not.", "async def f(x):\n    yield await x\n", False),
 ]
 HEAD = """# Lowering: what the compiler makes of a generator
 
-A durable module is compiled from a rewritten tree ([kwflow/durable/lower](../kwflow/durable/lower/__init__.py) reads in the order of its docstring). Each
-generator has two forms. The **hot** twin stands in place of the author's function: every wait is a statement of its own, with its label stored
-before it (in a loop that has one label: before the loop), and what the interpreter would keep on its stack has a name. The **cold** twin is compiled when a saved generator is restored: the same
-code with guards, entered at the label (`reach_`) where the generator waited. `kwflow code lowered MODULE:FUNCTION [--cold]` prints both for your own code.
+This page shows, for each construct of Python, the code that runs in place of yours. You need it to read lowered code, or to change the compiler.
 
-Lines are the author's: tracebacks, `pdb`, coverage and `inspect.getsource` show what was written. Names below end in `_` where the real ones are no
-identifiers (`@spill 0` is `spill_0_`), so that none can meet a name of yours. This page is written by `tests/docs/test_lowering.py` from what the compiler does.
+A durable module is compiled from a rewritten tree ([kwflow/durable/lower](../kwflow/durable/lower/__init__.py) reads in the order of its docstring). Each
+generator has two forms:
+
+- The **hot** twin replaces the author's function. Every wait is a statement of its own, with its label stored
+  before it (in a loop that has only one label: before the loop). What the interpreter would keep on its stack has a name.
+- The **cold** twin is compiled when a saved generator is restored. It is the same
+  code with guards, entered at the label (`reach_`) where the generator waited.
+
+`kwflow code lowered MODULE:FUNCTION [--cold]` prints both for your own code.
+
+Line numbers are the author's: tracebacks, `pdb`, coverage and `inspect.getsource` show what was written. Names below end in `_` where the real ones are not
+identifiers (`@spill 0` is `spill_0_`), so that none can clash with a name of yours. `tests/docs/test_lowering.py` writes this page from what the compiler does.
 
 | construct | hot form | kept for a restore | pass |
 |---|---|---|---|
@@ -60,17 +67,17 @@ identifiers (`@spill 0` is `spill_0_`), so that none can meet a name of yours. T
 | `match` | as written | nothing; the subject, if a guard waits | statements.py |
 | `yield from` | over a named delegate | the delegate | expressions.py |
 | `try` `except` `else` | one clause in front | the exception, in a handler | protected.py |
-| `finally` | skipped when only forgotten | why it was entered, if it waits | protected.py |
+| `finally` | skipped if the generator is only being forgotten | why it was entered, if it waits | protected.py |
 | `with` | `try` and calls on the type | the manager | protected.py |
 | `await` | `yield from` over what is awaited | that | expressions.py |
 | `async for` `async with` | `while` and `try` with awaits | iterator, manager | asyncs.py |
 | nested `def`, `class`, `lambda` | marked, so that its code is known | cells | functions.py |
 | generator expression, lambda or comprehension that waits | see below | its frame | inner.py |
 
-Refused when the module is loaded, with file and line: waits in handlers of `except*` (the groups it splits live where nothing can save them), in the type of an
-`except` clause, in annotations; and code nested more deeply than the interpreter takes once lowered.
+Some code is refused when the module is loaded, with file and line: waits in handlers of `except*` (the groups it splits live where nothing can save them), in the type of an
+`except` clause and in annotations; and code that, once lowered, is nested more deeply than the interpreter accepts.
 
-The cold twin begins with this, left out below:
+Each cold twin begins as follows, which is left out below:
 
 ```py
 def f(saved_):
