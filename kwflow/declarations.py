@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
+from kwflow.core import wire
 from kwflow.core.current import in_step
 from kwflow.durable import registry
 from kwflow.errors import UsageError
@@ -28,8 +29,8 @@ def declare_topics(*names: str) -> None:
     if in_step():
         raise UsageError("declare_topics belongs at module level, not inside a step")
     for name in names:
-        if not isinstance(name, str) or not name:
-            raise UsageError(f"a topic name is a non-empty str, not {name!r}")
+        if not wire.is_topic(name):
+            raise UsageError(f"a topic's name is letters, digits, '.', '_' and '-', not {name!r}")
     _topics.update(names)
     for heard in _hearing:
         heard.update(names)

@@ -344,9 +344,9 @@ _finder = _Finder()
 def install(prefixes: Iterable[str]) -> None:
     """Make every module of these packages durable when it is imported.
 
-    Raises UsageError when one of them has been imported before, since its generators are native already.
+    Raises UsageError when one of them has been imported before, since its generators are native already, and for a single text.
     """
-    wanted = set(prefixes)
+    wanted = set(names.several(prefixes))
     for name, module in list(sys.modules.items()):
         if any(name == prefix or name.startswith(prefix + ".") for prefix in wanted) and name not in registry.modules() and getattr(module, "__file__", None):
             by = ", ".join(_importers(module)) or "a module that is gone"

@@ -10,14 +10,16 @@ from __future__ import annotations
 import builtins
 import sys
 import types
+from collections.abc import Iterable
 from typing import Any
 
 from kwflow.durable import registry
 from kwflow.durable.fingerprint import imports_of
+from kwflow.errors import UsageError
 
 __all__ = [
     "DICTS", "ITERTOOLS", "LAZY", "allow_classes_by_value", "allow_modules", "allowed", "classes_by_value", "defined_in",
-    "find", "importable", "is_allowed_module", "is_module_value", "is_nameable",
+    "find", "importable", "is_allowed_module", "is_module_value", "is_nameable", "several",
 ]  # fmt: skip
 
 DICTS: tuple[type[dict[Any, Any]], type[dict[Any, Any]]] = (dict, getattr(builtins, "frozendict", dict))  # frozendict: 3.15, PEP 814
@@ -117,9 +119,16 @@ _modules: set[str] = set()
 _by_value = False
 
 
-def allow_modules(names: list[str]) -> None:
-    """Modules (and their submodules) whose classes snapshots may hold, beside durable ones (config `snapshot_modules`)."""
-    _modules.update(names)
+def several(names: Iterable[str]) -> Iterable[str]:
+    """The same.  Raises UsageError for one name, which is a row of letters, too."""
+    if isinstance(names, str):
+        raise UsageError(f"a list of names goes here: [{names!r}]")
+    return names
+
+
+def allow_modules(names: Iterable[str]) -> None:
+    """Modules (and their submodules) whose classes snapshots may hold, beside durable ones (config `snapshot_modules`).  Raises UsageError for a single text."""
+    _modules.update(several(names))
 
 
 def allow_classes_by_value(allowed: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kwflow import api, durable
 from kwflow.core.contract import Workflows
+from kwflow.durable.names import several
 from kwflow.errors import KwflowError, UnknownWorkflowError, UsageError
 
 __all__ = ["load_modules", "load_workflows"]
@@ -44,7 +45,7 @@ def load_modules(names: Sequence[str], app_dir: Path | None = None, packages: Se
     sys.path.insert(0, str(app_dir or Path.cwd()))
     durable.install(packages)
     modules = []
-    for name in names:
+    for name in several(names):
         try:
             modules.append(_load(name))
         except (KwflowError, SyntaxError):

@@ -7,12 +7,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from kwflow import durable
+from kwflow import api, durable
 from kwflow.config import Config
 from kwflow.core import snapshot, wire
 from kwflow.core.contract import Workflows
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record
+from kwflow.errors import UsageError
 from kwflow.ports import Decision
 from kwflow.runners import parked
 from kwflow.runners.loop import WorkflowProcessor
@@ -369,3 +370,11 @@ def test_under_a_runner_that_may_read_a_record_again_an_ended_start_is_not_begun
         store.apply(changes.changes)
         counts.append(made.counts[0])
     assert counts == ["started", "repeated", "resumed", "repeated", "repeated", "started"]
+
+
+def test_a_topic_that_kafka_could_not_have_is_refused_where_it_is_declared() -> None:
+    """§9.6: an engine said at its start that it was missing, and `topics create` that the broker refused it."""
+    for name in ("two words", "", "x" * 250, "ä", ["out"], 5):
+        with pytest.raises(UsageError, match="a topic's name is letters, digits"):
+            api.declare_topics(name)  # type: ignore[arg-type]
+    assert "two words" not in api.declared_topics()

@@ -10,10 +10,11 @@ import zipfile
 
 import pytest
 
+from kwflow import durable
 from kwflow.cli.lowered import _source
 from kwflow.config import load_config
 from kwflow.errors import UsageError
-from kwflow.runners.modules import load_workflows
+from kwflow.runners.modules import load_modules, load_workflows
 
 WORKFLOW = "import kwflow as kw\ndef main(o):\n    yield kw.suspend('a')\n"
 
@@ -222,6 +223,13 @@ def test_a_module_in_a_zip_file_is_durable_and_one_without_source_is_refused(pac
     python(package, "import py_compile; py_compile.compile('compiled.py', 'compiled.pyc')")
     (package / "compiled.py").unlink()
     assert said(package, script).split() == ["True", "True"]
+
+
+def test_one_name_where_a_list_of_names_goes_is_refused_not_taken_for_its_letters() -> None:
+    """§5.2: nothing was durable then, which the first start told."""
+    for call in (durable.install, durable.allow_modules, load_modules):
+        with pytest.raises(UsageError, match=r"a list of names goes here: \['shop'\]"):
+            call("shop")
 
 
 @pytest.mark.slow
