@@ -20,7 +20,7 @@ from kwflow.runners.code import CodeStore
 from kwflow.runners.embedded.socket import submit, submit_all
 from kwflow.runners.embedded.state import EmbeddedStore, read_only, records_of
 from kwflow.runners.groups import Group
-from kwflow.runners.instances import Filter, Found, newest_of, row_of
+from kwflow.runners.instances import Filter, Found, newest_of
 from kwflow.runners.parked import HOLD
 
 __all__ = ["Entry", "Wanted", "Write", "asked", "code_store", "entry", "instances", "read", "send", "snapshots", "sole_writer", "states", "stored", "text_of"]
@@ -168,7 +168,7 @@ def instances(settings: Config, embedded: Path | None, wanted: Filter, limit: in
     if embedded is not None:
         with contextlib.closing(read_only(embedded)) as db:
             entries = EmbeddedStore(db, settings.changelog_topic).scan(wanted.prefix)
-            return newest_of((row for key, data in entries if not key.startswith(b"\0") and wanted.takes(row := row_of(key, data))), limit)
+            return newest_of((row for key, data in entries if not key.startswith(b"\0") and (row := wanted.row(key, data)) is not None), limit)
     from kwflow.runners.kafka import asking
     from kwflow.runners.kafka.link import each_latest
 
@@ -194,8 +194,8 @@ def asked(settings: Config, embedded: Path | None, wanted: Filter, limit: int) -
 
 def _row(key: bytes, data: bytes, wanted: Filter) -> bytes | None:
     """What is kept of an entry until it is known to be the last of its id."""
-    row = row_of(key, data) if not key.startswith(b"\0") else None
-    return msgspec.json.encode(row) if row is not None and wanted.takes(row) else None
+    row = wanted.row(key, data) if not key.startswith(b"\0") else None
+    return msgspec.json.encode(row) if row is not None else None
 
 
 def text_of(data: bytes | None) -> str:
