@@ -28,6 +28,7 @@ from kwflow.core.current import current, in_step
 from kwflow.core.dispatch import Callee
 from kwflow.core.tasks import Awaitable
 from kwflow.core.typed import from_plain, signature_of, to_plain, unchecked
+from kwflow.core.values import json_dumps
 from kwflow.declarations import declare_topics
 from kwflow.errors import ActivityError, BusinessError, CodeChangedError, UsageError
 
@@ -188,7 +189,7 @@ class Activity(Callee, Generic[_P, _R]):
         encoded = []
         for name, value in given.items():
             try:
-                encoded.append(wire.json_dumps(name) + b":" + wire.json_dumps(to_plain(value, name in self.hints)))
+                encoded.append(json_dumps(name) + b":" + json_dumps(to_plain(value, name in self.hints)))
             except (TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise UsageError(f"argument {name!r} of activity {self.name} cannot be sent: {error}") from None
         return b"{" + b",".join(encoded) + b"}"
@@ -220,7 +221,7 @@ class Activity(Callee, Generic[_P, _R]):
     def encode_result(self, value: Any) -> bytes:
         """The result as JSON.  Raises ActivityError saying why it cannot be sent."""
         try:
-            return wire.json_dumps(to_plain(value, "return" in self.hints))
+            return json_dumps(to_plain(value, "return" in self.hints))
         except Exception as error:  # serializers of models may raise anything
             raise ActivityError(f"the result of activity {self.name} cannot be sent: {error}", "BadResult", final=True) from error
 
@@ -367,7 +368,7 @@ def _text(value: object) -> str:
 
 def _sendable(value: Any) -> Any:
     try:
-        encoded = wire.json_dumps(to_plain(value, annotated=True))
+        encoded = json_dumps(to_plain(value, annotated=True))
     except Exception as error:
         return f"<not sent: {error}>"[:_TEXT_MAX]
     return msgspec.json.decode(encoded) if len(encoded) <= _DETAILS_BYTES_MAX else f"<not sent: {len(encoded)} bytes>"

@@ -18,6 +18,7 @@ from kwflow.core.current import current
 from kwflow.core.mailbox import Inbox, Update
 from kwflow.core.migration import OldInstance, OldTask
 from kwflow.core.tasks import Awaitable, Suspension, Task
+from kwflow.core.values import json_dumps
 from kwflow.core.wire import Record
 from kwflow.declarations import declare_topics, declared_topics, declaring, migrate, registered_migrations, registered_workflows, workflow
 from kwflow.durable.resources import reacquire
@@ -149,7 +150,7 @@ def output(value: str | bytes | None, topic: str, key: str | bytes | None = None
 
 def output_json(value: object, topic: str, key: str | bytes | None = None, headers: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None, timestamp_ms: int | None = None) -> None:
     """`output` of the value as compact JSON."""
-    current().output(wire.json_dumps(value), topic, key, headers, timestamp_ms)
+    current().output(json_dumps(value), topic, key, headers, timestamp_ms)
 
 
 def log(*parts: object) -> None:

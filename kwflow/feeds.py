@@ -16,6 +16,7 @@ import msgspec
 
 from kwflow.core import children, messages, typed, wire
 from kwflow.core.contract import Limits
+from kwflow.core.values import check_levels, json_dumps
 from kwflow.core.wire import Headers, Output, Record
 from kwflow.declarations import registered_workflows
 from kwflow.durable import registry
@@ -125,7 +126,7 @@ class Feed:
         else:
             try:
                 value = msgspec.json.decode(record.value)
-                wire.check_levels(record.value)
+                check_levels(record.value)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
                 raise ProtocolError(f"not JSON: {error}; a feed of something else takes a kw.Record", "bad-json") from None
         return value if hint is Any else typed.rebuilt_input(f"the feed of {self.topic}", hint, value)
@@ -157,11 +158,11 @@ def _output(message: object, topic: str, headers: Headers, limits: Limits) -> Ou
             if not isinstance(message.ref, str):
                 raise UsageError(f"a ref is a str, not {message.ref!r}")
             answer = {"value": message.value} if message.error is msgspec.UNSET else {"error": message.error}
-            value, mine = _json(message, wire.json_dumps, {"ref": message.ref, **answer}), ()
+            value, mine = _json(message, json_dumps, {"ref": message.ref, **answer}), ()
         case Cancel():
             if not isinstance(message.reason, str) or len(message.reason) > wire.REASON_CHARACTERS_MAX:
                 raise UsageError(f"a reason is a str of up to {wire.REASON_CHARACTERS_MAX} characters, not {message.reason!r}")
-            value, mine = _json(message, wire.json_dumps, {"reason": message.reason}), (("kwflow-op", b"cancel"), *_id_header("kwflow-id", message.command_id))
+            value, mine = _json(message, json_dumps, {"reason": message.reason}), (("kwflow-op", b"cancel"), *_id_header("kwflow-id", message.command_id))
         case _:
             raise UsageError(f"the messages of a feed are kw.Start, kw.Signal, kw.Resume and kw.Cancel, not {message!r}")
     if not isinstance(message.id, str):

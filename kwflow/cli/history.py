@@ -11,6 +11,7 @@ import msgspec
 from kwflow.cli.shared import Bootstrap, ConfigFile, Json, MaybeDir, err, out, print_json
 from kwflow.config import Config, load_config
 from kwflow.core import wire
+from kwflow.core.encrypted import is_encrypted, missing_key
 from kwflow.core.wire import Record
 from kwflow.errors import UsageError
 from kwflow.runners.instances import instant
@@ -60,8 +61,8 @@ def _records(settings: Config, embedded: Path | None, topic: str, id: str) -> It
 
 def _event(record: Record) -> dict[str, Any] | None:
     """None for what no engine of ours wrote.  Raises TransportError for what cannot be opened."""
-    if wire.is_encrypted(record.value):
-        raise wire.missing_key(record.topic, record.value)
+    if is_encrypted(record.value):
+        raise missing_key(record.topic, record.value)
     try:
         event = msgspec.json.decode(record.value or b"")
         return event if isinstance(event["at"], int) and isinstance(event["event"], str) and isinstance(event["by"], dict) else None

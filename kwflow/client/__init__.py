@@ -24,6 +24,7 @@ from kwflow.client.futures import Future, Futures, Reply, fail, seconds_of, sett
 from kwflow.client.outcomes import Outcome, Outcomes, Waiter
 from kwflow.config import Config, load_config
 from kwflow.core import typed, wire
+from kwflow.core.values import json_dumps
 from kwflow.core.wire import Output, Record
 from kwflow.errors import CommandError, OutcomeUnknown, TransportError, UsageError
 from kwflow.ports import Link
@@ -181,7 +182,7 @@ class Client:
             raise UsageError(f"resume takes a value or error=, not {', '.join(error)}")
         future: Future[None] = self._futures.new()
         with self._sending(future):
-            message = wire.json_dumps({"ref": ref, **(error or {"value": value})})
+            message = json_dumps({"ref": ref, **(error or {"value": value})})
             self._send(id, message, self._given(headers), future, f"resume of {ref}", lambda reply: settle(future, None))
         return future
 
@@ -249,7 +250,7 @@ class Client:
         command_id = command_id or uuid.uuid4().hex
         mine = [("kwflow-op", op.encode()), ("kwflow-id", command_id.encode()), *([("kwflow-start-id", start_id.encode())] if start_id is not None else [])]
         with self._sending(future):
-            self._send(id, wire.json_dumps(arguments), (*self._given(headers), *mine), future, op, done, command_id)
+            self._send(id, json_dumps(arguments), (*self._given(headers), *mine), future, op, done, command_id)
 
     @contextlib.contextmanager
     def _sending(self, future: Future[Any]) -> Iterator[None]:

@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from kwflow.core import wire
+from kwflow.core.encrypted import is_encrypted, missing_key
 from kwflow.core.wire import Record
 from kwflow.errors import UsageError
 
@@ -111,12 +112,12 @@ class Futures:
         if record.key != self._process:
             self._counts["foreign"] += 1
             return
-        if wire.is_encrypted(record.value):
+        if is_encrypted(record.value):
             self._counts["unreadable"] += 1
             with self._lock:
                 waiting = [future for future, _ in self._requests.values()]
             for future in waiting:
-                fail(future, wire.missing_key(record.topic, record.value))
+                fail(future, missing_key(record.topic, record.value))
             return
         try:
             reply = msgspec.json.decode(record.value or b"", type=Reply)

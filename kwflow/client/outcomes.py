@@ -21,6 +21,7 @@ import msgspec
 from kwflow.client.futures import Future, Futures, fail, seconds_of, settle
 from kwflow.config import Config
 from kwflow.core import wire
+from kwflow.core.encrypted import is_encrypted, missing_key
 from kwflow.core.wire import Record
 from kwflow.errors import CommandError, OutcomeError, ProtocolError, TransportError, UsageError
 from kwflow.ports import Link
@@ -214,8 +215,8 @@ def _outcome_of(record: Record) -> Outcome | _Unread | None:
         kind, start_id = wire.header(record, "kwflow-outcome"), wire.header(record, "kwflow-start-id")
         if kind is None or start_id is None or record.key is None or record.value is None:
             return None
-        if wire.is_encrypted(record.value):  # whose it is tell key and headers: that of another run, under a former key, is no concern of who waits for this one
-            return _Unread(record.key.decode(), start_id, wire.missing_key(record.topic, record.value))
+        if is_encrypted(record.value):  # whose it is tell key and headers: that of another run, under a former key, is no concern of who waits for this one
+            return _Unread(record.key.decode(), start_id, missing_key(record.topic, record.value))
         return Outcome(record.key.decode(), start_id, kind, msgspec.json.decode(record.value))
     except (ProtocolError, msgspec.DecodeError, UnicodeDecodeError):
         return None

@@ -19,6 +19,7 @@ from kwflow.core.dispatch import Callee, Dispatch, size_of
 from kwflow.core.instance import Host, Instance, Machine
 from kwflow.core.mailbox import Inbox
 from kwflow.core.tasks import FAILED, OK, ActivityWait, All, Awaitable, Combinator, JobWait, Race, Shield, Some, Suspension, Task, Timeout, Timer
+from kwflow.core.values import json_dumps
 from kwflow.core.wire import DELAY_MS_MAX, Output, Record, Reply
 from kwflow.durable.awaiting import Advance, AsyncGenerator, asyncio_refusal
 from kwflow.errors import NotDurableError, UsageError
@@ -303,7 +304,7 @@ class Calls:
 
 def timer_key(id: str, ref: str) -> bytes:
     """The scheduler record's key; its value sets or cancels."""
-    return id.encode() + b"|" + wire.json_dumps({"ref": ref})
+    return id.encode() + b"|" + json_dumps({"ref": ref})
 
 
 def _name(value: Any) -> str:

@@ -14,6 +14,7 @@ import msgspec
 from kwflow.core import typed, wire
 from kwflow.core.calls import Calls
 from kwflow.core.tasks import FAILED, Outcome, Suspension
+from kwflow.core.values import json_dumps
 from kwflow.core.wire import Output, Record
 from kwflow.durable import registry
 from kwflow.errors import ChildError, ProtocolError, UsageError
@@ -92,8 +93,8 @@ def answer(parent: str, child_id: str, outcome: str, value: bytes, topic: str, b
     key, _, ref = parent.partition("|")
     body = b'"value":' + value if outcome == "result" else b'"error":' + _failure(child_id, outcome, value)
     if len(body) + len(ref) + 20 > bytes_max:
-        body = b'"error":' + _failure(child_id, outcome if outcome != "result" else "too_large", wire.json_dumps(f"its {outcome} has {len(value)} bytes"))
-    return Output(topic, key.encode(), b'{"ref":' + wire.json_dumps(ref) + b"," + body + b"}", (), timestamp_ms)
+        body = b'"error":' + _failure(child_id, outcome if outcome != "result" else "too_large", json_dumps(f"its {outcome} has {len(value)} bytes"))
+    return Output(topic, key.encode(), b'{"ref":' + json_dumps(ref) + b"," + body + b"}", (), timestamp_ms)
 
 
 def _failure(child_id: str, outcome: str, error: bytes) -> bytes:
@@ -109,7 +110,7 @@ def refused(record: Record, outcome: str, message: str, topic: str) -> tuple[Out
     if parent is None:
         return ()
     child_id = (record.key or b"").decode("utf-8", "backslashreplace")
-    return (answer(parent, child_id, outcome, wire.json_dumps(message), topic, 1_000_000, record.timestamp_ms),)
+    return (answer(parent, child_id, outcome, json_dumps(message), topic, 1_000_000, record.timestamp_ms),)
 
 
 def answer_again(header: dict[str, Any], record: Record, topic: str, bytes_max: int) -> tuple[Output, ...]:
@@ -140,5 +141,5 @@ def _told(parent: str, ref: str, child_id: str, parent_close: str, record: Recor
         return []
     run = f"{parent}|{ref}"
     headers = (("kwflow-op", parent_close.encode()), ("kwflow-start-id", run.encode()), ("kwflow-id", f"{run}|{parent_close}".encode()))
-    value = wire.json_dumps({"reason": f"its parent {parent} no longer waits for it"[:1000]})
+    value = json_dumps({"reason": f"its parent {parent} no longer waits for it"[:1000]})
     return [Output(topic, child_id.encode(), value, (*wire.travelling_headers(record), *headers), record.timestamp_ms)]

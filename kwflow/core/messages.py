@@ -20,6 +20,7 @@ from kwflow.core.current import slot
 from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.mailbox import Inbox, Mailbox, SignalWait, Update, checked_name
 from kwflow.core.outcomes import describe_error
+from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Command, Record, Reply
 from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
 
@@ -79,7 +80,7 @@ def applied_before(calls: Calls, command: Command) -> Transition | None:
 def remember(ids: dict[str, list[Any]], id: str, status: str, message: str = "", value: object = None) -> None:
     """Keep what a command was answered: the last 256, the values of the last 16."""
     if value is not None:
-        if len(wire.json_dumps(value)) > _VALUE_BYTES_MAX:
+        if len(json_dumps(value)) > _VALUE_BYTES_MAX:
             status, message, value = "repeated", "it was done before; the value it was answered is too large to be kept", None
         else:
             with_value = [known for known in ids.values() if known[2] is not None]
@@ -231,10 +232,10 @@ def on_update(calls: Calls, name: str, validator: Callable[[Any], object] | None
 
 def reply(calls: Calls, update: object, value: object) -> None:
     """Answer an update, in the transaction of this step.  After the end it was answered `ended` and this does nothing."""
-    size = len(wire.json_dumps(value))
+    size = len(json_dumps(value))
     if size > calls.context.limits.value_bytes_max // 2:
         raise UsageError(f"a reply has at most {calls.context.limits.value_bytes_max // 2} bytes, not {size} (half of limit value_bytes_max); reply a reference to it, or raise it")
-    _settle_update(calls, "kw.reply", update, "ok", "", msgspec.json.decode(wire.json_dumps(value)))
+    _settle_update(calls, "kw.reply", update, "ok", "", msgspec.json.decode(json_dumps(value)))
 
 
 def reject(calls: Calls, update: object, reason: str) -> None:
@@ -273,7 +274,7 @@ def signal_text(said: str, name: str, value: object, start: object, input: objec
         arguments["start"] = {"workflow": workflow, "input": msgspec.Raw(typed.input_json(input))}
     elif input is not None:
         raise UsageError(f"{said}(input=...) is for the workflow that start= names")
-    text = wire.json_dumps(arguments)
+    text = json_dumps(arguments)
     if len(text) > most:  # a client hears `full`; here nobody would
         raise UsageError(f"a signal has {len(text)} bytes, more than a mailbox may hold (limit mailbox_bytes_max = {most}); send a reference to it, or raise it")
     return text
@@ -290,7 +291,7 @@ def send_signal(calls: Calls, id: object, name: str, value: object, start: objec
 
 def set_status(calls: Calls, value: object) -> None:
     """What a query shows; a copy, so that later changes of the value are not seen."""
-    encoded = wire.json_dumps(value)
+    encoded = json_dumps(value)
     if len(encoded) > _STATUS_BYTES_MAX:
         raise UsageError(f"a status has at most {_STATUS_BYTES_MAX} bytes, not {len(encoded)}; it is read by every listing")
     calls.instance.extra["status_value"] = msgspec.json.decode(encoded)

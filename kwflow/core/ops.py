@@ -15,6 +15,7 @@ from kwflow.core import children, outcomes, queues, wire
 from kwflow.core.calls import timer_key
 from kwflow.core.contract import Topics
 from kwflow.core.dispatch import Withdraw
+from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Output, Record, Reply
 
 __all__ = ["Closing", "fork", "seen", "terminate", "unforkable"]
@@ -76,7 +77,7 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
     ]  # fmt: skip
     kept = {name: value for name, value in header.items() if name not in ("v", "status", "waits", "code", "lowering", "parked", "created", "updated", "mailbox", "updates")}
     if "outcome" not in header:
-        value = wire.json_dumps(f"Terminated: {reason}" if reason else "Terminated")
+        value = json_dumps(f"Terminated: {reason}" if reason else "Terminated")
         if topics.error is not None:
             headers = (
                 *wire.travelling_headers(record), *outcomes.run_headers(header["start_id"], header),

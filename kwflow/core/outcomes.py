@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kwflow.core import wire
+from kwflow.core.values import json_dumps
 from kwflow.errors import Cancelled, WorkflowError
 
 __all__ = ["describe_error", "error_value", "kept", "run_headers", "traceback_text"]
@@ -40,13 +41,13 @@ def error_value(error: BaseException, bytes_max: int) -> bytes:
     """The error record's value: a WorkflowError's payload as it is, else the described error."""
     if isinstance(error, WorkflowError):
         try:
-            payload = wire.json_dumps(error.payload)
+            payload = json_dumps(error.payload)
             if len(payload) <= bytes_max:
                 return payload
         except (TypeError, ValueError):
             pass
-    text = wire.json_dumps(describe_error(error))
-    return text if len(text) <= bytes_max else wire.json_dumps(f"{type(error).__name__}: its text has {len(text)} bytes (limit value_bytes_max)")
+    text = json_dumps(describe_error(error))
+    return text if len(text) <= bytes_max else json_dumps(f"{type(error).__name__}: its text has {len(text)} bytes (limit value_bytes_max)")
 
 
 def traceback_text(error: BaseException) -> bytes:

@@ -13,6 +13,7 @@ import msgspec
 
 from kwflow.core import wire
 from kwflow.core.dispatch import Dispatch, Withdraw
+from kwflow.core.encrypted import check_decrypted
 from kwflow.core.wire import Record
 from kwflow.errors import ProtocolError, UsageError
 
@@ -52,7 +53,7 @@ def read(record: Record, resume_topic: str) -> Dispatch | Withdraw | None:
     if record.value is None:
         id, _, ref = (record.key or b"").decode("utf-8", "replace").rpartition("|")
         return Withdraw(id, ref)
-    wire.check_decrypted(record)
+    check_decrypted(record.value)
     try:
         job = _decoder.decode(record.value)
         if job.resume_topic != resume_topic:

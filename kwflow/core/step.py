@@ -22,6 +22,7 @@ from kwflow.core.dispatch import Withdraw
 from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.snapshot import ended_header, failed_at, is_call, waits_of
 from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task, Timer
+from kwflow.core.values import json_dumps
 from kwflow.core.wire import Record
 from kwflow.durable.runtime import set_driving
 from kwflow.errors import Cancelled, KwflowBug, ProtocolError, StepTimeout, StuckError, UsageError
@@ -252,7 +253,7 @@ class Step(Calls):
         value, topic = b"", topics.result
         if error is None:
             try:
-                value = wire.json_dumps(main.value)
+                value = json_dumps(main.value)
                 if len(value) > self.context.limits.value_bytes_max:
                     raise UsageError(f"the result has {len(value)} bytes, more than {self.context.limits.value_bytes_max} (limit value_bytes_max); return a reference to it, or raise it")
             except Exception as failed:  # the result may have no JSON form: that is the workflow's error, too

@@ -16,7 +16,8 @@ from typing import Any
 
 import msgspec
 
-from kwflow.core import outcomes, wire
+from kwflow.core import outcomes
+from kwflow.core.values import LEVELS_MAX, json_dumps
 from kwflow.errors import KwflowBug, ProtocolError, StepTimeout, UsageError
 
 __all__ = ["from_plain", "hint_of", "input_hints", "input_json", "rebuilt_input", "signature_of", "to_plain", "unchecked"]
@@ -43,7 +44,7 @@ def _dump_model(value: Any) -> Any:
 
 
 def _check_plain(value: Any, depth: int) -> None:
-    if depth > wire.LEVELS_MAX:
+    if depth > LEVELS_MAX:
         raise ValueError("too deeply nested (or cyclic) for JSON")
     if isinstance(value, dict):
         for key, item in value.items():
@@ -78,8 +79,8 @@ def _load_model(hint: Any, value: Any) -> Any:
 def input_json(value: object) -> bytes:
     """What starts a workflow, as JSON; whether its parameter has an annotation is known where it runs.  Raises TypeError or ValueError."""
     with contextlib.suppress(TypeError):  # bytes, a pydantic model, or what holds one
-        return wire.json_dumps(value)
-    return wire.json_dumps(to_plain(value, annotated=True))
+        return json_dumps(value)
+    return json_dumps(to_plain(value, annotated=True))
 
 
 def rebuilt_input(whose: str, hint: Any, value: object) -> Any:

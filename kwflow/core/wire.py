@@ -6,24 +6,20 @@ bytes of a record lives here; it must not know instances or tasks.
 
 from __future__ import annotations
 
-import builtins
-import dataclasses
-import enum
 import functools
 import re
-import types
-from collections.abc import Awaitable, Collection, Mapping
-from typing import Annotated, Any, NoReturn
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any
 
 import msgspec
 
-from kwflow.errors import ProtocolError, TransportError, UsageError
+from kwflow.core.encrypted import check_decrypted
+from kwflow.core.values import MESSAGE_LEVELS, check_levels
+from kwflow.errors import ProtocolError, UsageError
 
 __all__ = [
     "DELAY_MS_MAX",
-    "ENCRYPTED",
     "ID_CHARACTERS_MAX",
-    "LEVELS_MAX",
     "OPS",
     "REASON_CHARACTERS_MAX",
     "UNREADABLE",
@@ -38,19 +34,13 @@ __all__ = [
     "SignalStart",
     "Start",
     "Update",
-    "check_decrypted",
-    "check_levels",
     "check_size",
-    "encrypted_with",
     "given_headers",
     "header",
     "header_bytes",
-    "is_encrypted",
     "is_engine_id",
     "is_topic",
-    "json_dumps",
     "key_of",
-    "missing_key",
     "parent_of",
     "parse",
     "reply_address",
@@ -63,19 +53,13 @@ __all__ = [
 
 Headers = tuple[tuple[str, bytes | None], ...]
 DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer one is a mistake in units
-LEVELS_MAX = 200  # of values in one another: any Python can read, save and write so many, from any depth of calls (3.11 saves some 450)
 UNREADABLE = ("kwflow-unreadable", b"")  # in place of headers whose names are not UTF-8
-ENCRYPTED = b"\0KWE\1"  # begins a value that is encrypted (runners/kafka/encryption.py), and nothing else that is a message
 REASON_CHARACTERS_MAX = 1000
 _Text = Annotated[str, msgspec.Meta(max_length=REASON_CHARACTERS_MAX)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 _Ttl = Annotated[int, msgspec.Meta(gt=0, le=DELAY_MS_MAX)]
 ID_CHARACTERS_MAX = 1200  # ids of runs, requests and commands: a child's start id holds its parent's id and a ref
 _ID_BYTES_MAX = 512  # wire.md §4: an id is a state key and part of a timer key
-_MESSAGE_LEVELS = 5  # of ours around a value
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
-_OPENS = bytes.maketrans(b"{}", b"[]")
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 _ENGINE_ID = re.compile(r"\d+:\d+\Z")
 
@@ -229,22 +213,6 @@ def _id_of(key: bytes) -> str:
         raise ProtocolError("the key is not UTF-8", "bad-key") from None
 
 
-def encrypted_with(value: bytes) -> str:
-    """What is wrong with a value that nobody could open."""
-    id = value[len(ENCRYPTED) : len(ENCRYPTED) + 4].hex() or "of no name"
-    return f"the value is encrypted with key {id}, which is not in encryption_keys, or it is damaged"
-
-
-def missing_key(topic: str, value: bytes | None) -> TransportError:
-    """What to raise where a value counts that nobody could decrypt."""
-    return TransportError(f"topic {topic}: {encrypted_with(value or b'')}", retryable=False)
-
-
-def is_encrypted(value: bytes | None) -> bool:
-    """Whether it is encrypted still: who read it could not decrypt it."""
-    return value is not None and value.startswith(ENCRYPTED)
-
-
 def parse(record: Record) -> Start | Resume | Command:
     """What a record on the input topic asks for.  Raises ProtocolError."""
     if record.value is None:
@@ -267,15 +235,9 @@ def header_bytes(headers: Headers) -> int:
     return sum([len(name) + len(value or b"") for name, value in headers]) if headers else 0
 
 
-def check_decrypted(record: Record) -> None:
-    """Raises ProtocolError for a value that nobody could decrypt: its dead letter is as it was, and means what it meant once the key is there."""
-    if record.value is not None and is_encrypted(record.value):
-        raise ProtocolError(f"{encrypted_with(record.value)}; configure it, then retry the dead letter", "encrypted")
-
-
 def check_size(record: Record, value_bytes_max: int, header_bytes_max: int) -> None:
     """Raises ProtocolError for a record over a limit, that nobody could decrypt, or whose headers nobody could read; it is not parsed."""
-    check_decrypted(record)
+    check_decrypted(record.value)
     if record.headers and UNREADABLE in record.headers:
         raise ProtocolError("the name of a header is not UTF-8, so that none of them could be read; send it again without", "bad-header")
     if record.value is not None and len(record.value) > value_bytes_max:
@@ -346,26 +308,9 @@ def _json(data: bytes) -> object:
 
 def _check_message(data: bytes) -> None:
     try:
-        check_levels(data, 2 * _MESSAGE_LEVELS)  # what was written with one message around it may get another
+        check_levels(data, 2 * MESSAGE_LEVELS)  # what was written with one message around it may get another
     except ValueError as error:
         raise ProtocolError(str(error), "bad-json") from None
-
-
-def check_levels(data: bytes, more: int = 0) -> None:
-    """Raises ValueError for JSON with more than LEVELS_MAX (and so many more) values in one another; it is JSON, as a decoder says.
-
-    Whoever waits for one would be parked, as it could not be saved: the sender is who can do something about it.
-    """
-    most = LEVELS_MAX + more
-    if data.count(b"[") + data.count(b"{") <= most:
-        return
-    brackets = _STRING.sub(b"", data).translate(_OPENS, _NO_BRACKETS)
-    for _ in range(most):
-        if not brackets:
-            return
-        brackets = brackets.replace(b"[]", b"")  # the innermost level of all
-    if brackets:
-        raise ValueError(f"the JSON has more than {LEVELS_MAX} values in one another; keep long chains in arrays")
 
 
 def travelling_headers(record: Record) -> Headers:
@@ -407,52 +352,3 @@ def is_topic(name: object) -> bool:
 def is_engine_id(ref: str) -> bool:
     """Whether a ref id has the form reserved for `<offset>:<n>` (semantics §9.2)."""
     return _ENGINE_ID.match(ref) is not None
-
-
-def json_dumps(value: object) -> bytes:
-    """Compact JSON in insertion order; refuses what msgspec would change silently (wire.md §4)."""
-    _check_json(value, 0)
-    return msgspec.json.encode(value, enc_hook=_refused)
-
-
-def _refused(value: object) -> NoReturn:
-    if isinstance(value, (types.GeneratorType, Awaitable)):
-        name = f"the generator {value.__qualname__}" if isinstance(value, types.GeneratorType) else repr(value)
-        raise TypeError(f"{name} has no JSON form: nobody has waited for it; write `yield`, or `await`, before its call")
-    raise TypeError(f"an object of class {type(value).__qualname__} has no JSON form; give its values, those of a pydantic model are .model_dump(mode='json')")
-
-
-_DICTS = (dict, getattr(builtins, "frozendict", dict))  # 3.15; as names.DICTS, of a package that clients do not load
-
-
-def _check_json(value: object, depth: int) -> None:
-    if depth > LEVELS_MAX + _MESSAGE_LEVELS:
-        raise ValueError("too deeply nested (or cyclic) for JSON")
-    if isinstance(value, float):
-        if value != value or value in (float("inf"), float("-inf")):
-            raise ValueError(f"{value!r} has no JSON form")
-    elif isinstance(value, (bytes, bytearray, memoryview)):
-        raise TypeError("bytes have no JSON form; decode them first")
-    elif isinstance(value, str):
-        value.encode("utf-8")
-    elif isinstance(value, _DICTS):
-        for key, item in value.items():
-            _check_json(key, depth + 1)
-            _check_json(item, depth + 1)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            _check_json(item, depth + 1)
-    elif value is not None and not isinstance(value, int):
-        for item in _parts(value):
-            _check_json(item, depth + 1)
-
-
-def _parts(value: Any) -> list[Any]:
-    """What msgspec writes of an object of somebody's class."""
-    if isinstance(value, enum.Enum):
-        return [value.value]
-    names = getattr(type(value), "__struct_fields__", None)
-    if names is None:
-        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else [field for field in getattr(type(value), "__attrs_attrs__", ()) if not field.name.startswith("_")]
-        names = [field.name for field in fields]
-    return [getattr(value, name, None) for name in names]

@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from kwflow.core import wire
 from kwflow.core.charsets import text_in
-from kwflow.core.wire import check_levels
+from kwflow.core.values import check_levels
 from kwflow.errors import UsageError
 from kwflow.gateway.problems import Problem, RequestError
 from kwflow.gateway.service import Gone, Service

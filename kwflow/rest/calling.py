@@ -16,9 +16,10 @@ from urllib.parse import quote
 import msgspec
 
 from kwflow.activities import Retry
-from kwflow.core import typed, wire
+from kwflow.core import typed
 from kwflow.core.current import current
 from kwflow.core.tasks import FAILED, ActivityWait, Awaitable, Suspension, Timer
+from kwflow.core.values import json_dumps
 from kwflow.errors import ActivityError, BusinessError, Cancelled, KwflowBug, UsageError, WorkflowError
 from kwflow.rest import http
 from kwflow.rest.values import Callback, Cookie, Failure, Outcome, Plan, Request, Response, RestCancelled, RestError, Sent, Status, checked, place, wrong_header
@@ -217,7 +218,7 @@ class Calling:
         headers = _called("headers", request.headers, self._callback()) if callable(request.headers) else request.headers
         try:
             body = typed.to_plain(body, annotated=True)
-            wire.json_dumps(body)
+            json_dumps(body)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise UsageError(f"the body of {request.method} {place(request.url)} has no JSON form: {error}") from None
         bytes_max = current().context.limits.activity_bytes_max

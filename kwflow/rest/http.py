@@ -19,7 +19,7 @@ import msgspec
 
 from kwflow.activities import activity, activity_info, find_activity
 from kwflow.core.charsets import text_in
-from kwflow.core.wire import check_levels
+from kwflow.core.values import check_levels
 from kwflow.errors import ActivityError
 from kwflow.rest.values import Cookie, Failure, Response, Sent, place, wrong_header
 

@@ -18,6 +18,7 @@ from kwflow.core import children, messages, ops, snapshot, wire
 from kwflow.core.contract import Context
 from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.murmur2 import partition_of
+from kwflow.core.values import json_dumps
 from kwflow.core.wire import Command, Output, Record
 from kwflow.errors import ActivityError, ProtocolError, RefusedError, SnapshotError, UsageError
 from kwflow.ports import Changes, Decision
@@ -237,7 +238,7 @@ def _call_failed(config: Config, state: Changes, name: str, head: Record, record
     if answer.failed and isinstance(answer.value, dict) and answer.value.get("type") == _DISCARDED:
         return Decision(dispatch=(Withdraw(name, str(answer.ref)),))
     error = failure_payload(ActivityError("its result was discarded", _DISCARDED, final=True))
-    return Decision((Output(config.resume_topic, name.encode(), wire.json_dumps({"ref": answer.ref, "error": error}), (), record.timestamp_ms),))
+    return Decision((Output(config.resume_topic, name.encode(), json_dumps({"ref": answer.ref, "error": error}), (), record.timestamp_ms),))
 
 
 def _drain(batch: Batch, name: str, record: Record, discard: bool) -> list[Decision]:

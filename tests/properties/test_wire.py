@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from kwflow.config import Config
 from kwflow.core import snapshot, timers, wire
 from kwflow.core.contract import Workflows
+from kwflow.core.values import LEVELS_MAX, check_levels, json_dumps
 from kwflow.core.wire import Record
 from kwflow.durable.canonical import canonical_bytes
 from kwflow.durable.peek import peek
@@ -125,7 +126,7 @@ def test_damaged_snapshots_are_refused_by_name_and_nothing_of_them_is_evaluated(
 def test_what_json_dumps_gives_is_read_as_the_same_value(data: bytes) -> None:
     """wire.md §4: no value is changed silently."""
     value = msgspec.json.decode(data)
-    assert msgspec.json.decode(wire.json_dumps(value)) == value
+    assert msgspec.json.decode(json_dumps(value)) == value
 
 
 def _levels(value: object) -> int:
@@ -142,7 +143,7 @@ def test_levels_of_json_are_counted_exactly_whatever_its_texts_hold(value: objec
     """G3."""
     refused = False
     try:
-        wire.check_levels(json.dumps(value).encode(), most - wire.LEVELS_MAX)
+        check_levels(json.dumps(value).encode(), most - LEVELS_MAX)
     except ValueError:
         refused = True
     assert refused == (_levels(value) > most)
@@ -163,9 +164,9 @@ def test_what_has_no_json_form_is_refused_within_objects_too(wrap: Callable[[obj
     """wire.md §4: msgspec writes NaN and infinity as null and bytes as base64, and says nothing."""
     for held in (float("nan"), float("inf"), -float("inf"), b"x"):
         with pytest.raises((TypeError, ValueError), match="no JSON form"):
-            wire.json_dumps(wrap(held))
-    assert b"1" in wire.json_dumps(wrap(1))
+            json_dumps(wrap(held))
+    assert b"1" in json_dumps(wrap(1))
     cyclic = _Data(None)
     cyclic.held = [cyclic]
     with pytest.raises(ValueError, match="nested"):
-        wire.json_dumps(cyclic)
+        json_dumps(cyclic)

@@ -9,9 +9,10 @@ import pytest
 
 from kwflow import api, durable
 from kwflow.config import Config
-from kwflow.core import snapshot, wire
+from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
 from kwflow.core.murmur2 import partition_of
+from kwflow.core.values import LEVELS_MAX
 from kwflow.core.wire import Output, Record
 from kwflow.errors import UsageError
 from kwflow.ports import Decision
@@ -53,7 +54,7 @@ def test_values_as_deep_as_they_may_be_are_saved_and_written(engine: WorkflowTes
     """G3: a deeper one parked its workflow, as the snapshot could not be made; how deep that was differed from Python to Python."""
     engine.start("a")
     value: list[Any] = []
-    for _ in range(wire.LEVELS_MAX - 1):
+    for _ in range(LEVELS_MAX - 1):
         value = [value]
     engine.send("a", b'{"ref":"first","value":' + msgspec.json.encode(value) + b"}")
     assert engine.waits("a") == ["second"] and engine.header("a")["status"] == "waiting"

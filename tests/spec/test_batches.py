@@ -9,7 +9,8 @@ from kwflow import durable
 from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.contract import Workflows
-from kwflow.core.wire import Record, json_dumps
+from kwflow.core.values import json_dumps
+from kwflow.core.wire import Record
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore

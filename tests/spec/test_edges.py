@@ -27,9 +27,9 @@ import kwflow.client.futures
 from kwflow import durable
 from kwflow.client import Client
 from kwflow.config import Config, load_config
-from kwflow.core import wire
 from kwflow.core.contract import Limits, Workflows
 from kwflow.core.dispatch import PREFIX, Dispatch, encode, size_of, state_key
+from kwflow.core.values import LEVELS_MAX
 from kwflow.core.wire import Headers, Record
 from kwflow.errors import StepTimeout, UsageError
 from kwflow.gateway.application import application
@@ -582,7 +582,7 @@ def test_an_error_of_an_activity_fits_into_an_input_record_whatever_it_carries(e
 def test_an_error_of_an_activity_as_deep_as_json_may_be_is_answered() -> None:
     """G3: the record is deeper than what it carries; its thread ended, and the workflow waited."""
     details: list[Any] = []
-    for _ in range(wire.LEVELS_MAX):
+    for _ in range(LEVELS_MAX):
         details = [details]
 
     def fails() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kwflow.core.wire import json_dumps
+from kwflow.core.values import json_dumps
 from kwflow.testing import WorkflowTester
 from tests.spec.test_messages import outcomes, run, status
 

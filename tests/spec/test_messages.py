@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kwflow import durable
-from kwflow.core import wire
+from kwflow.core.values import LEVELS_MAX
 from kwflow.core.wire import Output
 from kwflow.runners import parked
 from kwflow.testing import WorkflowTester
@@ -55,7 +55,7 @@ def main(n):
     kw.reply(update, nest(n))
     yield kw.suspend("s")
 """
-    for depth in (wire.LEVELS_MAX - 1, wire.LEVELS_MAX):
+    for depth in (LEVELS_MAX - 1, LEVELS_MAX):
         w = run(body, depth)
         assert status(w.command("w", "query")) == status(w.command("w", "update", {"name": "u"})) == "ok"
 

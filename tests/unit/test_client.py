@@ -10,6 +10,7 @@ import pytest
 from kwflow.client import Client, Future
 from kwflow.config import Config
 from kwflow.core import wire
+from kwflow.core.values import json_dumps
 from kwflow.core.wire import Record
 from kwflow.errors import CommandError, OutcomeError, OutcomeUnknown, TransportError, UsageError
 from kwflow.runners.embedded.engine import Embedded
@@ -38,11 +39,11 @@ class Site:
 
     def reply(self, record: Record, status: str = "ok", value: object = None, key: bytes | None = None) -> None:
         body = {"request": wire.header(record, "kwflow-request"), "status": status, "message": "", "value": value}
-        self.engine.append(self.config.reply_topic, key or self.client._link.process.encode(), wire.json_dumps(body))
+        self.engine.append(self.config.reply_topic, key or self.client._link.process.encode(), json_dumps(body))
 
     def ends(self, start_id: str, value: object, kind: str = "result") -> None:
         headers = (("kwflow-outcome", kind.encode()), ("kwflow-start-id", start_id.encode()))
-        self.engine.append(self.config.result_topic or "", b"w", wire.json_dumps(value), headers)
+        self.engine.append(self.config.result_topic or "", b"w", json_dumps(value), headers)
 
     def told(self) -> None:
         """All that was written has reached the client."""

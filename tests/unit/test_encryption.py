@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from kwflow import activities
 from kwflow.config import Config, load_config
 from kwflow.core import queues, wire
+from kwflow.core.encrypted import missing_key
 from kwflow.core.wire import Record
 from kwflow.errors import ProtocolError, TransportError, UsageError
 from kwflow.runners.embedded.engine import Embedded
@@ -124,7 +125,7 @@ def test_a_value_whose_key_is_missing_is_told_from_one_that_is_damaged() -> None
     for short in (b"\0KWE\1", empty[:-1]):  # nothing that anybody encrypted: no worker ends for it
         assert made(TWO).decrypt(short) == short and not made(TWO).lacks_key(short)
     name = encryption.key_id(ONE.encode()).hex()
-    assert f"topic {CHANGELOG}: the value is encrypted with key {name}, which is not in encryption_keys" in str(wire.missing_key(CHANGELOG, encrypted))
+    assert f"topic {CHANGELOG}: the value is encrypted with key {name}, which is not in encryption_keys" in str(missing_key(CHANGELOG, encrypted))
 
 
 def test_of_an_entry_whose_key_is_missing_no_more_is_kept_than_tells_which() -> None:

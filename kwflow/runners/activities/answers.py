@@ -17,6 +17,7 @@ from kwflow.activities import Activity, ActivityInfo, failure_payload, running_a
 from kwflow.batches import Call
 from kwflow.core import wire
 from kwflow.core.dispatch import Dispatch
+from kwflow.core.values import json_dumps
 from kwflow.errors import ActivityError, UsageError
 
 __all__ = ["calls_of", "carry_out", "conclude", "failure_record", "info_of", "result_record"]
@@ -47,7 +48,7 @@ def result_record(item: Dispatch, activity: Activity[Any, Any], value: Any, byte
         value.close()
         raise ActivityError(f"activity {activity.name} returned a coroutine; declare it with `async def`", "BadResult", final=True)
     encoded = activity.encode_result(value)
-    record = b'{"ref":' + wire.json_dumps(item.ref) + b',"value":' + encoded + b"}"
+    record = b'{"ref":' + json_dumps(item.ref) + b',"value":' + encoded + b"}"
     for size, limit, name in ((len(encoded), bytes_max[0], "activity_bytes_max"), (len(record), bytes_max[1], "value_bytes_max")):
         if size > limit:
             raise ActivityError(f"the result of activity {activity.name} has {size} bytes, more than {name} = {limit}; return a reference to it", "ResultTooLarge", final=True)

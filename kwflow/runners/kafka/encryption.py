@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from kwflow.activities import is_queue
 from kwflow.config import Config
-from kwflow.core.wire import ENCRYPTED, Headers, missing_key
+from kwflow.core.encrypted import ENCRYPTED, missing_key
+from kwflow.core.wire import Headers
 from kwflow.errors import UsageError
 
 if TYPE_CHECKING:
