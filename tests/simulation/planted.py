@@ -170,7 +170,11 @@ class RefusesTheWholeBatch(KafkaRunner):
 
 def _outputs_stamped_with_now() -> contextlib.AbstractContextManager[Any]:
     produce = Transactions._produce
-    return mock.patch.object(Transactions, "_produce", lambda *arguments: produce(*arguments[:-2], None, arguments[-1]))
+
+    def now(transactions: Transactions, reports: Any, topic: str, key: bytes | None, value: bytes | None, headers: Any = (), timestamp_ms: int | None = None, partition: int | None = None) -> None:
+        produce(transactions, reports, topic, key, value, headers, None, partition)
+
+    return mock.patch.object(Transactions, "_produce", now)
 
 
 class FiresWithoutOffsets(KafkaRunner):
@@ -185,9 +189,9 @@ def _what_the_queue_does_not_take_is_dropped() -> contextlib.AbstractContextMana
     """Half of a step stays in the transaction."""
     produce = Transactions._produce
 
-    def dropping(transactions: Transactions, *arguments: Any) -> None:
+    def dropping(transactions: Transactions, *arguments: Any, **place: Any) -> None:
         with mock.patch.object(transactions._producer, "poll", side_effect=InterruptedError), contextlib.suppress(InterruptedError):
-            produce(transactions, *arguments)
+            produce(transactions, *arguments, **place)
 
     return mock.patch.object(Transactions, "_produce", dropping)
 

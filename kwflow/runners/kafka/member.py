@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from kwflow.config import Config
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Clock, Processor
 from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import Environment
 
 __all__ = ["EARLIEST", "END_WAIT_MS", "LATEST", "RETRY_S", "TRANSACTION_S", "Member", "again", "offsets"]
@@ -76,6 +78,10 @@ class Member:
     incarnation: str
     partitions: int
     outputs: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def encryption(self) -> Encryption:
+        return Encryption(self.config)
 
     @property
     def written(self) -> list[str]:

@@ -31,7 +31,6 @@ from kwflow.runners.clock import SystemClock
 from kwflow.runners.instances import Instances
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.broker_errors import ending
-from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import LIVE, Environment
 from kwflow.runners.kafka.member import RETRY_S, Member
 from kwflow.runners.kafka.owners import Owners
@@ -112,7 +111,6 @@ class KafkaRunner:
             config, environment, self.clock, on_log, group, f"{group}-{self.instance}", self.directory, self.admin, self.processor, self.incarnation, self.partitions, frozenset(outputs)
         )  # fmt: skip
         sizes, age_max_ms = self._limits(self.member.written)
-        self._encryption = Encryption(config)
         self.results = Results(config, self.processor.input_topic, environment, sizes["batch_size"])
         self.worker = self.processor.work(self.results.deliver)
         self._turns = 0
@@ -246,7 +244,7 @@ class KafkaRunner:
                 # 3. it is restored and owned, and those old records would be stepped again
                 partition = self.owned.get(message.partition() or 0)
                 if partition is not None and (message.offset() or 0) >= partition.position:
-                    partition.gathered.append(record_of(message, self._encryption))
+                    partition.gathered.append(record_of(message, self.member.encryption))
             elif error.code() == KafkaError._PARTITION_EOF:
                 if (partition := self.owned.get(message.partition() or 0)) is not None:
                     partition.end = message.offset() or 0

@@ -16,7 +16,6 @@ from kwflow.ports import Worker
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.code import take_over
-from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import Consumer
 from kwflow.runners.kafka.fencing import Fencing, Leftovers
 from kwflow.runners.kafka.foreign import Foreign
@@ -67,8 +66,7 @@ class Takeover:
         config, environment = member.config, member.environment
         if changelog:
             self._incarnation = f"{member.incarnation} {topics.describe(member.admin, config, changelog)[0]}"  # a reset makes the changelog anew, and leaves the input as it is
-        self._encryption = Encryption(config)
-        standby = Standby(changelog, self._changelog_consumer, self._store, lambda numbers: member.starts(changelog, numbers), self._encryption)
+        standby = Standby(changelog, self._changelog_consumer, self._store, lambda numbers: member.starts(changelog, numbers), member.encryption)
         self.copies = Copies(standby if config.standby and changelog else None, member.partitions, Cleanup(environment, member.directory, config.state_cleanup_s), member.on_log)
         self.consumer = self._new_consumer()
         self._orphans = Orphans(member.admin, environment, member.group, {self._topic: member.partitions})
@@ -222,7 +220,7 @@ class Takeover:
             self.copies.give(number)
             store = self._store(number) if self.member.processor.changelog_topic else NoStore()
             self.assigned.remove(number)
-            self.restoring[number] = Restore(store, self._restore_consumer, self.member.processor.changelog_topic, number, start, end, self._encryption), committed
+            self.restoring[number] = Restore(store, self._restore_consumer, self.member.processor.changelog_topic, number, start, end, self.member.encryption), committed
             if self.member.environment.monotonic() > until:
                 break
 

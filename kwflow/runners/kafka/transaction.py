@@ -14,12 +14,11 @@ from typing import Any
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
-from kwflow.core.wire import Output, Record
+from kwflow.core.wire import Headers, Output, Record
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Decision
 from kwflow.runners.budget import bytes_of
 from kwflow.runners.kafka.broker_errors import said
-from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import Producer
 from kwflow.runners.kafka.member import TRANSACTION_S, Member, again
 from kwflow.runners.kafka.state import POSITION
@@ -86,6 +85,22 @@ class Batch:
         return bytes_of((change for overlay in self.overlays.values() for change in overlay.changes.items()), self.outputs)
 
 
+class _Reports:
+    """What the broker reports of the records of one transaction: why it took one not, and how far the changelog's partitions reach."""
+
+    def __init__(self, changelog: str) -> None:
+        self.failures: list[tuple[str, KafkaError]] = []
+        self.reached: dict[int, int] = {}
+        self._changelog = changelog
+
+    def delivered(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None:
+            self.failures.append((message.topic() or "", error))
+        elif message.topic() == self._changelog:
+            number = message.partition() or 0
+            self.reached[number] = max(self.reached.get(number, 0), (message.offset() or 0) + 1)
+
+
 class Transactions:
     """Those of one engine, one after the other; its producer is made anew when that is the only way on."""
 
@@ -93,7 +108,6 @@ class Transactions:
         """`sizes` are producer settings that every topic takes (K11).  Raises FencedError, TransportError."""
         self.member = member
         self.stats = stats
-        self._encryption = Encryption(member.config)
         self.aborts = 0  # in a row
         self._sizes = sizes
         self._producer = self._new_producer()
@@ -103,35 +117,27 @@ class Transactions:
 
         Raises Rejected, Aborted, FencedError, TransportError.
         """
-        reached: dict[int, int] = {}
-        failures: list[tuple[str, KafkaError]] = []
         member, changelog = self.member, self.member.processor.changelog_topic
-
-        def delivered(error: KafkaError | None, message: Message) -> None:
-            if error is not None:
-                failures.append((message.topic() or "", error))
-            elif message.topic() == changelog:
-                reached[message.partition() or 0] = max(reached.get(message.partition() or 0, 0), (message.offset() or 0) + 1)
-
+        reports = _Reports(changelog)
         note = "" if changelog else member.incarnation  # of a topic that is somebody else's, who may make it anew meanwhile
         offsets = [TopicPartition(member.processor.input_topic, number, position, note) for number, position in batch.positions.items()]
         begun = time.perf_counter()
         try:
             self._producer.begin_transaction()
             for output in batch.outputs:
-                self._produce(failures, delivered, output.topic, output.key, output.value, output.headers, output.timestamp_ms, output.partition)
+                self._produce(reports, output.topic, output.key, output.value, output.headers, output.timestamp_ms, output.partition)
             for number, overlay in batch.overlays.items() if changelog else ():
                 overlay.changes[POSITION] = msgspec.json.encode({"topic": member.incarnation, "next": batch.positions[number], "partitions": member.partitions})
                 for key, value in overlay.changes.items():
-                    self._produce(failures, delivered, changelog, key, value, (), None, number)
-            self._send(batch, failures)
+                    self._produce(reports, changelog, key, value, partition=number)
+            self._send(batch, reports)
             self._again(lambda: self._producer.send_offsets_to_transaction(offsets, group, 10), 10)
             self._again(lambda: self._producer.commit_transaction(30))
         except KafkaException as error:
-            self._abort(error.args[0], failures, {output.topic for output in batch.outputs} | ({changelog} if changelog else set()) or {member.processor.input_topic})
+            self._abort(error.args[0], reports.failures, {output.topic for output in batch.outputs} | ({changelog} if changelog else set()) or {member.processor.input_topic})
         self.aborts = 0
         self.stats.commits.observe(time.perf_counter() - begun)
-        return reached
+        return reports.reached
 
     def _new_producer(self) -> Producer:
         """init_transactions fences the previous run of this identity and ends its dead transaction."""
@@ -145,24 +151,24 @@ class Transactions:
         return producer
 
     def _produce(
-        self, failures: list[tuple[str, KafkaError]], delivered: Any, topic: str, key: bytes | None, value: bytes | None, headers: Any, timestamp_ms: int | None, partition: int | None
+        self, reports: _Reports, topic: str, key: bytes | None, value: bytes | None, headers: Headers = (), timestamp_ms: int | None = None, partition: int | None = None
     ) -> None:
-        encrypted, sent = self._encryption.encrypt(topic, value, headers)
+        encrypted, sent = self.member.encryption.encrypt(topic, value, headers)
         place: dict[str, Any] = {} if partition is None else {"partition": partition}
         if timestamp_ms is not None:
             place["timestamp"] = timestamp_ms
         while True:
             try:
-                self._producer.produce(topic, encrypted, key, headers=sent, on_delivery=delivered, **place)
+                self._producer.produce(topic, encrypted, key, headers=sent, on_delivery=reports.delivered, **place)
                 return
             except BufferError:
                 self._producer.poll(0.05)
             except KafkaException as error:
                 if error.args[0].code() in _REJECTED:  # it is not even queued, so that no report tells the topic
-                    failures.append((topic, error.args[0]))
+                    reports.failures.append((topic, error.args[0]))
                 raise
 
-    def _send(self, batch: Batch, failures: list[tuple[str, KafkaError]]) -> None:
+    def _send(self, batch: Batch, reports: _Reports) -> None:
         """Wait until the broker has what is large.  Raises KafkaException.
 
         1. a line takes 200 KB a second, and a batch has 12 MB
@@ -172,7 +178,7 @@ class Transactions:
         size = batch.bytes()
         if size > _LARGE_BYTES and (left := self._again(lambda: self._producer.flush(_SENT_S), _SENT_S)):
             late = KafkaError(KafkaError._MSG_TIMED_OUT, f"the broker has not taken {left} records of a transaction of {size:,} bytes within {_SENT_S} s")
-            failures.insert(0, (self.member.group, late))
+            reports.failures.insert(0, (self.member.group, late))
             raise KafkaException(late)
 
     def _abort(self, error: KafkaError, failures: list[tuple[str, KafkaError]], written: set[str]) -> None:
