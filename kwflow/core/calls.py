@@ -1,7 +1,7 @@
-"""What `kw.*` calls do in a running step: waits, combinators and outputs are made here.
+"""What `kw.*` calls do in a running step: this module creates waits, combinators and outputs.
 
-`step.py` decides what a record does and runs the step; calls with rules of their own (messages, children) have modules
-of their own and act on the same `Calls`.
+`step.py` decides what a record does, and runs the step.  Calls with rules of their own (messages, children) have their own
+modules and act on the same `Calls`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from kwflow.errors import NotDurableError, UsageError
 __all__ = ["Calls", "timer_key"]
 
 _Wait = TypeVar("_Wait", bound=Suspension)
-_OF_A_START = ("kwflow-workflow", "kwflow-start-id")  # an author may start workflows, of this application or of another one
-_AHEAD_MS_MAX = 3_600_000  # K13: Kafka 4 refuses what lies further ahead
+_OF_A_START = ("kwflow-workflow", "kwflow-start-id")  # an author may start workflows, of this application or another one
+_AHEAD_MS_MAX = 3_600_000  # K13: Kafka 4 refuses timestamps that are further ahead
 
 
 class Calls:
-    """One step while it runs, as author code sees it.  Its buffers are its own, so a failed step leaves nothing (KW-39)."""
+    """One step while it runs, as author code sees it.  It has its own buffers, so a failed step leaves nothing behind (KW-39)."""
 
     def __init__(self, instance: Instance, record: Record, context: Context) -> None:
         self.instance = instance
@@ -42,8 +42,8 @@ class Calls:
         self.logs: list[str] = []
         self.dispatch: list[object] = []
         self.replies: list[Reply] = []
-        self.outcome = ""  # the word for counters, where it is not the one that the step was begun with
-        self.machine = Machine(instance, cast(Host, self), context.limits.nesting_max, context.limits.tasks_max)  # a Step is one
+        self.outcome = ""  # the word for counters, if it is not the one that `run` was given
+        self.machine = Machine(instance, cast(Host, self), context.limits.nesting_max, context.limits.tasks_max)  # a Step is a Host
         self.travelling = wire.travelling_headers(record)
         self._ids = 0
         self._bytes = 0
@@ -89,11 +89,11 @@ class Calls:
         return gen
 
     def run(self, first: Callable[[], None], outcome: str) -> Transition:
-        """Do `first`, then everything it made ready (step.Step)."""
+        """Call `first`, then run everything that it made ready (step.Step)."""
         raise NotImplementedError
 
     def answer(self, status: str, message: str = "", value: object = None) -> None:
-        """Reply to whoever sent the record of this step, if they wait for one."""
+        """Reply to the sender of this step's record, if it waits for a reply."""
         address = wire.reply_address(self.record)
         if address is not None:
             self.replies.append(Reply(address, status, message, value))
@@ -110,7 +110,7 @@ class Calls:
         return self.register(Suspension(ref, self.record.timestamp_ms))
 
     def sleep(self, delay: timedelta | float, due_ms: int | None = None) -> Timer:
-        """Due so long after this record was received, or at an instant that is known."""
+        """Create a timer that is due after `delay` from the receipt of this record, or at `due_ms` if that is given."""
         seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
             raise UsageError(f"a delay is a timedelta or a number of seconds, not {delay!r}")
@@ -118,12 +118,12 @@ class Calls:
         if delay_ms > DELAY_MS_MAX:
             raise UsageError(f"a delay is at most ten years ({DELAY_MS_MAX // 1000} s), not {delay!r}; to wait without an end use kw.suspend()")
         at = self.record.timestamp_ms
-        timer = Timer(self.next_id(), at, delay_ms if due_ms is None else due_ms - at)  # of the record alone: the clock is no part of the state (semantics §4.1)
+        timer = Timer(self.next_id(), at, delay_ms if due_ms is None else due_ms - at)  # from the record's timestamp alone: the clock is not part of the state (semantics §4.1)
         due = ("kwflow-due-ms", str(self.context.received_ms + delay_ms if due_ms is None else due_ms).encode())
         return self.request(timer, self.context.topics.scheduler, self.timer_key(timer), str(delay_ms).encode(), (*self.travelling, due))
 
     def request(self, wait: _Wait, topic: str, key: bytes, value: bytes, headers: wire.Headers) -> _Wait:
-        """A wait and the record that asks for its answer, or neither."""
+        """Register a wait and write the record that asks for its answer; both or neither."""
         self.register(wait)
         try:
             self.emit(topic, key, value, headers)
@@ -133,7 +133,10 @@ class Calls:
         return wait
 
     def activity(self, name: str, arguments: bytes, attempt: int, key: str, queue: str | None = None) -> ActivityWait:
-        """A wait for one attempt of an activity, which is started after the commit, here or by a worker of the queue; `key` is the first attempt's ref, "" for the first (M6.2, M6.6)."""
+        """Create a wait for one attempt of an activity, which the engine, or a worker of the queue, starts after the commit (M6.2, M6.6).
+
+        `key` is the ref of the first attempt, and "" for the first attempt itself.
+        """
         if len(arguments) > self.context.limits.activity_bytes_max:
             raise UsageError(f"the arguments of activity {name} have {len(arguments)} bytes, more than {self.context.limits.activity_bytes_max} (limit activity_bytes_max); pass a reference to them")
         if queue is not None and self.context.queues:
@@ -148,7 +151,7 @@ class Calls:
         return wait
 
     def abort(self, error: Exception) -> Exception:
-        """End this step with an error that author code cannot swallow: the instance is parked (G4).  Returns it, to be raised."""
+        """End this step with an error that author code cannot swallow, so that the instance is parked (G4).  Return the error, for the caller to raise."""
         self.machine.bug = self.machine.bug or error
         return error
 
@@ -162,14 +165,17 @@ class Calls:
         while True:
             self._ids += 1
             ref = f"{self.record.offset}:{self._ids}"
-            if ref not in self.instance.waits:  # offsets start again when a topic is recreated (semantics §9.2)
+            if ref not in self.instance.waits:  # offsets begin anew when a topic is recreated (semantics §9.2)
                 return ref
 
     def timer_key(self, timer: Timer) -> bytes:
         return timer_key(self.instance.id, timer.ref)
 
     def children(self, items: Iterable[Any] | Mapping[Any, Any], cancel_rest: bool) -> tuple[list[Awaitable], list[Any] | None, bool | Some]:
-        """Check all, then start each unstarted generator in input order; plain values count as settled.  Also the keys, and what is cancelled in the end."""
+        """Check all items, then start each unstarted generator in input order; plain values count as settled.
+
+        Return the children, their keys, and the `cancel_rest` of the combinator.
+        """
         if isinstance(items, Awaitable) or isinstance(items, types.GeneratorType) and items.gi_code.co_name != "<genexpr>":
             raise UsageError("kw.all and kw.race take a list of waits, not one wait; did you mean [...] around it?")
         if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
@@ -177,7 +183,7 @@ class Calls:
             raise UsageError(f"kw.all and kw.race take a list or mapping of waits, not {items!r}")
         keys = list(items) if isinstance(items, Mapping) else None
         values: list[object] = []
-        made_here = Some()  # waits that author code never holds
+        made_here = Some()  # waits created here, which author code never holds
         for item in items.values() if isinstance(items, Mapping) else items:
             if isinstance(item, Inbox):
                 made_here.append(len(values))
@@ -185,7 +191,7 @@ class Calls:
         return [self.awaitable(value) for value in values], keys, made_here if made_here and not cancel_rest else bool(cancel_rest)
 
     def awaitable(self, value: object) -> Awaitable:
-        """Anything as a started awaitable."""
+        """Return any value as a started awaitable."""
         value = self.classify(value)
         if isinstance(value, types.GeneratorType):
             task = self.machine.adopt(value)
@@ -218,7 +224,7 @@ class Calls:
         if isinstance(value, types.GeneratorType):
             value = self.machine.adopt(value)
         if isinstance(value, Task):
-            value.shielded = True  # before it starts, so that the tasks it makes are shielded with it
+            value.shielded = True  # before it starts, so that the tasks it creates are shielded, too
             value.observed = True
             self.machine.begin(value)
         return self._combine(Shield(self.awaitable(value)))
@@ -234,9 +240,12 @@ class Calls:
         return value
 
     def call(self, gen: types.GeneratorType[Any, Any, Any]) -> Task:
-        """The task of an activity's call, begun.  What refuses it at once is raised where the author calls, not at a yield that comes after ten thousand more."""
+        """Begin the call of an activity and return its task.
+
+        An error that refuses it at once is raised where the author calls, not at a yield that comes ten thousand calls later.
+        """
         task = self.machine.adopt(gen)
-        task.observed = True  # while it begins: its failure is told here
+        task.observed = True  # while it begins, so that its failure is not logged: it is raised below
         self.machine.begin(task)
         if task.state == FAILED:
             raise task.value
@@ -271,26 +280,26 @@ class Calls:
         self.emit(topic, key_bytes, value, self.travelling + wire.given_headers(headers, _OF_A_START) if headers else self.travelling, timestamp_ms)
 
     def emit(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:
-        """An output that author code asked for.  Raises UsageError naming a limit."""
+        """Write an output that author code asked for.  Raises UsageError that names the limit."""
         if len(self.outputs) >= self.context.limits.outputs_max:
             raise UsageError(f"more than {self.context.limits.outputs_max} outputs in one step (limit outputs_max); wait in between, such as yield kw.sleep(0), or raise it")
         self._spend(self._check_size(f"an output to {topic}", value, headers) + len(key))
         self.write(topic, key, value, headers, timestamp_ms)
 
     def _spend(self, size: int) -> None:
-        """Of what one transaction is to hold.  Raises UsageError."""
+        """Count bytes against what one step may write (`output_bytes_max`).  Raises UsageError."""
         most = self.context.limits.output_bytes_max
         if self._bytes + size > most:
             raise UsageError(f"the outputs and calls of activities of one step have more than {most} bytes (limit output_bytes_max); wait in between, such as yield kw.sleep(0), or raise it")
         self._bytes += size
 
     def write(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:
-        """Also what the engine says by itself: an end and cancelled timers are told, whatever author code has used up."""
+        """Write an output without counting it.  The engine's own outputs, such as an end or a cancelled timer, are written however much author code has used up."""
         at = self.record.timestamp_ms if timestamp_ms is None else timestamp_ms  # KW-10
         self.outputs.append(Output(topic, key, value, headers, at))
 
     def _check_size(self, what: str, value: bytes | None, headers: wire.Headers) -> int:
-        """Bytes of value and headers.  Raises UsageError naming the limit."""
+        """Return the bytes of value and headers.  Raises UsageError that names the limit."""
         limits = self.context.limits
         value_bytes, header_bytes = len(value or b""), wire.header_bytes(headers) if headers else 0
         if value_bytes > limits.value_bytes_max:
@@ -303,7 +312,7 @@ class Calls:
         return datetime.fromtimestamp(self.instance.now_ms / 1000, UTC)
 
 def timer_key(id: str, ref: str) -> bytes:
-    """The scheduler record's key; its value sets or cancels."""
+    """Return the key of a timer's records on the scheduler topic; their value sets or cancels the timer."""
     return id.encode() + b"|" + json_dumps({"ref": ref})
 
 

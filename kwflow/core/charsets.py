@@ -1,4 +1,4 @@
-"""Texts of programs that name their own charset.  One rule: what is no charset is none here, though Python has a codec of that name."""
+"""Decoding text from programs that name their charset.  One rule: only charsets are accepted, not every codec that Python has."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import codecs
 
 __all__ = ["text_in"]
 
-_NONE = frozenset({"idna", "punycode", "raw-unicode-escape", "unicode-escape"})  # spellings of names and of source; of the first two a megabyte takes minutes, in which nobody else is served
+_NONE = frozenset({"idna", "punycode", "raw-unicode-escape", "unicode-escape"})  # encodings of host names and source code; the first two take minutes per megabyte, and block all others
 
 
 def text_in(data: bytes, charset: str) -> str:
-    """Raises LookupError for an unknown charset, ValueError for bytes that are not of it."""
+    """Decode the bytes.  Raises LookupError for an unknown charset, ValueError for bytes that are not valid in it."""
     if codecs.lookup(charset).name.replace("_", "-") in _NONE:
         raise LookupError(f"unknown encoding: {charset}")
     return data.decode(charset)

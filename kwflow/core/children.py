@@ -1,7 +1,7 @@
-"""Child workflows (M5): how they are started, how their end reaches the parent, and what becomes of them when it stops waiting.
+"""Child workflows (M5): how they are started, how their end reaches the parent, and what happens to them when the parent stops waiting.
 
-A child's start id and its `kwflow-parent` header are `<parent id>|<ref>`; what ends it, or refuses to begin it, writes
-the parent's ref record in the same transaction.  So a parent never waits for nobody.
+The start id of a child and its `kwflow-parent` header are `<parent id>|<ref>`.  Whatever ends the child, or refuses to
+start it, writes the parent's ref record in the same transaction.  So a parent never waits for a child that does not exist.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ POLICIES = ("cancel", "terminate", "abandon")
 
 
 class Child(Suspension):
-    """A wait for the outcome of a child workflow.  When nobody waits any more, `parent_close` says what the child is told."""
+    """A wait for the outcome of a child workflow.  `parent_close` says what the child is told when nobody waits for it any more."""
 
     __slots__ = ("child_id", "parent_close", "workflow")
     kind = "child"
@@ -47,7 +47,7 @@ class Child(Suspension):
 
 
 def start(calls: Calls, workflow: object, input: object, id: str | None, parent_close: str, detach: bool) -> Child | str:
-    """The wait for a new child; with `detach` its id, and nobody waits."""
+    """Start a child and return the wait for it; with `detach` return its id, and nobody waits."""
     name = name_of(workflow, calls.context.workflows.functions, "kw.start_child")
     if parent_close not in POLICIES:
         raise UsageError(f"parent_close is one of {', '.join(POLICIES)}, not {parent_close!r}")
@@ -65,7 +65,10 @@ def start(calls: Calls, workflow: object, input: object, id: str | None, parent_
 
 
 def name_of(workflow: object, functions: Mapping[str, Callable[..., Any]], said: str) -> str:
-    """The name of a workflow that is given by name or as a function; of old code, the one that is registered now under what it is called there.  Raises UsageError."""
+    """Return the name of a workflow that is given by name or as a function.
+
+    For a function of an old version of a module, this is the workflow registered now under the same module and qualified name.  Raises UsageError.
+    """
     if isinstance(workflow, str) and workflow:
         return workflow  # it may be registered in another engine of this application
     home = registry.version(getattr(workflow, "__module__", None) or "")
@@ -89,7 +92,7 @@ def _check_id(id: object, parent: str) -> None:
 
 # -- what the parent is told -------------------------------------------------------------------------------------------
 def answer(parent: str, child_id: str, outcome: str, value: bytes, topic: str, bytes_max: int, timestamp_ms: int) -> Output:
-    """The parent's ref record: `value` is the JSON of the result, or of the error; too large for a record it is an error itself."""
+    """Return the parent's ref record.  `value` is the JSON of the result or of the error; if it is too large for a record, the parent gets an error that says so."""
     key, _, ref = parent.partition("|")
     body = b'"value":' + value if outcome == "result" else b'"error":' + _failure(child_id, outcome, value)
     if len(body) + len(ref) + 20 > bytes_max:
@@ -102,7 +105,7 @@ def _failure(child_id: str, outcome: str, error: bytes) -> bytes:
 
 
 def refused(record: Record, outcome: str, message: str, topic: str) -> tuple[Output, ...]:
-    """The answer to the parent of a start that never ran; nothing for any other record."""
+    """Return the answer to the parent of a start that never ran; nothing for any other record."""
     try:
         parent = wire.parent_of(record)
     except ProtocolError:
@@ -114,7 +117,7 @@ def refused(record: Record, outcome: str, message: str, topic: str) -> tuple[Out
 
 
 def answer_again(header: dict[str, Any], record: Record, topic: str, bytes_max: int) -> tuple[Output, ...]:
-    """A child's start that is repeated after its end: the parent gets what it was answered."""
+    """Answer the start of a child that is repeated after the child's end: the parent gets the same answer again."""
     outcome = header.get("outcome")
     if wire.parent_of(record) is None or outcome is None:
         return ()
@@ -125,18 +128,18 @@ def answer_again(header: dict[str, Any], record: Record, topic: str, bytes_max: 
 
 # -- what the child is told --------------------------------------------------------------------------------------------
 def left(calls: Calls, wait: Child) -> None:
-    """Nobody waits for it any more."""
+    """Tell the child that nobody waits for it any more, as its `parent_close` says."""
     for output in _told(calls.instance.id, wait.ref, wait.child_id, wait.parent_close, calls.record, calls.context.topics.resume):
         calls.write(output.topic, output.key or b"", output.value, output.headers)
 
 
 def left_header(header: dict[str, Any], wait: dict[str, Any], record: Record, topic: str) -> list[Output]:
-    """The same from the parent's header."""
+    """Return the same records as `left` writes, made from the parent's header."""
     return _told(header["id"], wait["ref"], wait["child"], wait["parent_close"], record, topic)
 
 
 def _told(parent: str, ref: str, child_id: str, parent_close: str, record: Record, topic: str) -> list[Output]:
-    """Limited to the run that this parent started, and idempotent."""
+    """The command to the child, if any.  It is limited to the run that this parent started, and idempotent."""
     if parent_close == "abandon":
         return []
     run = f"{parent}|{ref}"

@@ -1,4 +1,4 @@
-"""What a step takes and what it gives: plain frozen data that runners and the core share."""
+"""The input and output of a step, as plain frozen data that runners and the core share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Context", "Ended", "Keep", "Limits", "Save", "Topics", "Transition",
 
 
 class Topics(msgspec.Struct, frozen=True):
-    """Topic names; None for result or error disables that output (KW-12).  `declared` are those authors may write to."""
+    """Topic names.  None for `result` or `error` disables that output (KW-12).  `declared` are the topics that authors may write to."""
 
     resume: str = "workflow-resume"
     result: str | None = "workflow-result"
@@ -26,7 +26,7 @@ class Topics(msgspec.Struct, frozen=True):
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What one instance may use; over it the call raises UsageError inside the workflow."""
+    """What one instance may use.  A call that exceeds a limit raises UsageError inside the workflow; a message that exceeds those of the mailbox is refused."""
 
     outputs_max: int = 10_000
     output_bytes_max: int = 8_000_000
@@ -42,23 +42,23 @@ class Limits(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Workflows:
-    """Name -> workflow function; `default` is the one a `new:` without a name starts."""
+    """Workflow functions by name.  `default` is the one that a `new:` record without a name starts."""
 
     functions: Mapping[str, Callable[[Any], Any]]
     default: str | None = None
-    migrations: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # by function key
-    inputs: Mapping[str, Any] = field(init=False, repr=False, compare=False)  # name -> the annotation that its input is rebuilt by, where there is one
+    migrations: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # by the key of the function
+    inputs: Mapping[str, Any] = field(init=False, repr=False, compare=False)  # by name: the annotation from which its input is rebuilt, if there is one
 
     def __post_init__(self) -> None:
-        """Raises UsageError for an annotation that can rebuild nothing: when an engine starts, not at each start of the workflow."""
+        """Raises UsageError for an annotation that no input could be rebuilt from: once, when an engine starts, not at each start of the workflow."""
         object.__setattr__(self, "inputs", typed.input_hints(self.functions))
 
 
 class Context(msgspec.Struct, frozen=True):
-    """What a step may know beside its record.
+    """What a step may know besides its record.
 
-    `queues`: whether activities with a queue go there, to workers; otherwise the engine runs them.  `native` accepts
-    generators that cannot be saved (in-process runs).  `gateway_url` is where services call back.
+    `queues` says whether calls of activities with a queue go to the workers of that queue; otherwise the engine runs them.
+    `native` accepts generators that cannot be saved (in-process runs).  Services call back at `gateway_url`.
     """
 
     received_ms: int
@@ -72,7 +72,7 @@ class Context(msgspec.Struct, frozen=True):
 
 
 class Keep(msgspec.Struct, frozen=True):
-    """The stored state stays as it is."""
+    """Leave the stored state as it is."""
 
 
 class Save(msgspec.Struct, frozen=True):
@@ -82,7 +82,7 @@ class Save(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """Delete the stored state; `header` is what the entry that stays after the end (K20) holds."""
+    """Delete the stored state.  `header` is the content of the entry that stays after the end (K20)."""
 
     header: dict[str, Any]
 
@@ -90,9 +90,9 @@ class Ended(msgspec.Struct, frozen=True):
 class Transition(msgspec.Struct, frozen=True):
     """What the record did.  Nothing has happened yet: a runner makes all of it happen in one transaction, or none.
 
-    `outputs` become visible in this order, together with state and offset, never before; `logs` are written and
-    `dispatch` is started only after the commit; `replies` answer commands, in the same transaction.  `outcome` is the
-    word that counters use: started, resumed, repeated, duplicate-start, unknown-id, unknown-ref, or a command's.
+    `outputs` become visible in this order, together with state and offset, never before.  `logs` are written and
+    `dispatch` is started only after the commit.  `replies` answer commands, in the same transaction.  `outcome` is the
+    word that counters use: started, resumed, repeated, duplicate-start, unknown-id, unknown-ref, or that of a command.
     """
 
     state: Keep | Save | Ended

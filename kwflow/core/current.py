@@ -1,4 +1,4 @@
-"""Which step runs on this thread: the one process state of the core, because author code calls `kw.*` with nothing that would lead to its step."""
+"""The step that runs on this thread: the only process state of the core.  It is needed because author code calls `kw.*` without an argument that leads to its step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def in_step() -> bool:
 
 
 def current() -> Calls:
-    """The running step.  Raises UsageError outside one (semantics §1.8)."""
+    """Return the running step.  Raises UsageError outside a step (semantics §1.8)."""
     running: Calls | None = getattr(slot, "step", None)
     if running is None:
         raise UsageError("kw.* functions work only inside a running workflow step, not at import time or on another thread")

@@ -1,8 +1,8 @@
-"""Work that a step hands out and a runner starts after the commit (M6): what it is, and the entry that keeps it meanwhile.
+"""Activity calls that a step hands out and a runner starts after the commit (M6), and the entries that keep them until then.
 
-The entry lies beside the state of its partition under `\\0dispatch\\0<offset>\\0<n>\\0<workflow id>`, so that an engine finds what
-is to be done without unpickling an instance, oldest first, and needs no memory for what waits.  Calls that go to the
-workers of a queue are records (`queues.py`); a worker keeps what it has read of them in the same form.
+An entry is stored beside the state of its partition under `\\0dispatch\\0<offset>\\0<n>\\0<workflow id>`.  So an engine finds
+its pending calls, oldest first, without unpickling an instance, and needs no memory for calls that wait.  Calls that go to
+the workers of a queue are records instead (`queues.py`); a worker stores the calls that it has read in this same form.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ PREFIX = b"\0dispatch\0"
 
 
 class Callee:
-    """What becomes a wait when it is called, such as an activity; itself it is none."""
+    """Something that returns a wait when it is called, such as an activity, but is not a wait itself."""
 
 
 class Dispatch(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Start this.  `key` is the ref of the call's first attempt: the same for all its attempts.  `headers` go on with the answer (semantics §9.3)."""
+    """Start this attempt.  `key` is the ref of the call's first attempt, the same for all its attempts.  `headers` travel on with the answer (semantics §9.3)."""
 
     workflow_id: str
     ref: str
@@ -33,14 +33,14 @@ class Dispatch(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Withdraw(msgspec.Struct, frozen=True):
-    """Nobody waits for this ref any more: it was answered or cancelled."""
+    """Nobody waits for this ref any more, because it was answered or cancelled."""
 
     workflow_id: str
     ref: str
 
 
 def state_key(workflow_id: str, ref: str) -> bytes:
-    """Of the entry; refs of dispatched waits are the engine's `<offset>:<n>`, so that keys sort as they were made."""
+    """Return the key of the entry.  Refs of dispatched waits are the engine's own, `<offset>:<n>`, so keys sort in the order of the calls."""
     offset, _, number = ref.partition(":")
     return PREFIX + b"%020d\0%010d\0" % (int(offset), int(number)) + workflow_id.encode()
 
@@ -53,7 +53,7 @@ def encode(item: Dispatch) -> bytes:
 
 
 def size_of(item: Dispatch) -> int:
-    """Bytes of its entry, key included."""
+    """Return the size of its entry in bytes, including the key."""
     return len(state_key(item.workflow_id, item.ref)) + len(encode(item))
 
 

@@ -1,7 +1,7 @@
 """One workflow instance: its tasks and waits, and the machine that moves them within a step.
 
-Who is woken, cancelled and started, and in which order (wire.md §2), is decided here and nowhere else.  It must not
-know records, topics or JSON; `step.py` feeds it.  Nothing here recurses over the author's data: chains of waits may be
+This module alone decides who is woken, cancelled and started, and in which order (wire.md §2).  It must not know records,
+topics or JSON; `step.py` drives it.  Nothing here recurses over the author's data, because chains of waits may be
 thousands deep.
 """
 
@@ -23,7 +23,7 @@ from kwflow.errors import Cancelled, KwflowBug, StepTimeout, UsageError
 __all__ = ["Instance", "Machine"]
 
 WAITING, CLOSING, ENDED = "waiting", "closing", "ended"
-_ABORTS = (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout)  # never an outcome of author code: the step fails (G4)
+_ABORTS = (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout)  # never outcomes of author code: the step fails (G4)
 
 
 class Instance:
@@ -47,23 +47,23 @@ class Instance:
         self.tasks: dict[int, Task] = {}
         self.waits: dict[str, Suspension] = {}
         self.joins: list[Combinator] = []
-        self.mailbox: Mailbox | None = None  # made by the first signal, or the first that is waited for
-        self.extra: dict[str, Any] = {}  # header keys this version does not know: kept
-        self.pins: Pins = {}  # the versions of modules it runs that are not current (semantics §8.2)
+        self.mailbox: Mailbox | None = None  # created by the first signal, or by the first wait for one
+        self.extra: dict[str, Any] = {}  # header entries beside the fixed ones; those that this version does not know are kept
+        self.pins: Pins = {}  # module versions that it runs and that are not current (semantics §8.2)
         self._adopted: weakref.WeakKeyDictionary[Any, Task] = weakref.WeakKeyDictionary()
 
     def adopted(self) -> weakref.WeakKeyDictionary[Any, Task]:
-        """Generator -> its one task (semantics §1.2); weak, so that a finished generator nobody holds is forgotten."""
+        """The one task of each generator (semantics §1.2).  Weak, so that a finished generator that nobody holds is forgotten."""
         return self._adopted
 
     def forget(self) -> None:
-        """Drop the live generators without their cleanup (G8); left to the cyclic collector they could go at any time."""
+        """Drop the live generators without running their cleanup (G8).  The cyclic collector could otherwise finalize them at any time."""
         for task in self.tasks.values():
             if task.gen is not None:
                 discard(task.gen)
 
     def graph(self) -> dict[str, Any]:
-        """Everything the body of a snapshot holds; the header holds the rest."""
+        """Return everything that the body of a snapshot holds; the header holds the rest."""
         finished = []
         if len(self._adopted) > len(self.tasks):  # author code still holds generators that have ended
             finished = sorted(((gen, task) for gen, task in self._adopted.items() if task.settled), key=lambda pair: pair[1].number)
@@ -80,23 +80,23 @@ class Instance:
 
 
 class Host(Protocol):
-    """What the machine asks of the step that runs it."""
+    """What the machine needs from the step that runs it."""
 
     def classify(self, value: object) -> object:
-        """What author code yielded as a generator, an awaitable or a plain value.  Raises UsageError."""
+        """Return what author code yielded as a generator, an awaitable or a plain value.  Raises UsageError."""
 
     def task_failed(self, task: Task) -> None:
-        """A task that nobody awaits has failed."""
+        """Report that a task that nobody awaits has failed."""
 
     def wait_cancelled(self, wait: Suspension) -> None:
-        """Tell whoever works for it outside: the scheduler, a child."""
+        """Tell whoever works for it outside, such as the scheduler or a child."""
 
     def main_ended(self, main: Task) -> None:
         """Emit the result or error record."""
 
 
 class Machine:
-    """Moves one instance within one step."""
+    """Moves the tasks and waits of one instance within one step."""
 
     def __init__(self, instance: Instance, host: Host, nesting_max: int, tasks_max: int) -> None:
         self.instance = instance
@@ -108,16 +108,16 @@ class Machine:
         self._tasks_max = tasks_max
         self._nesting = 0
         self._join_dirty = False
-        self._mail: list[tuple[str, str]] = []  # kind and name of what was handed back and may be waited for
+        self._mail: list[tuple[str, str]] = []  # (kind, name) of mail that was handed back and that a wait may be waiting for
 
-    # -- what lowered code tells (durable.runtime.Driver) ----------------------------------------------------------
+    # -- called by lowered code (durable.runtime.Driver) -----------------------------------------------------------
     def delegating(self, gen: types.GeneratorType[Any, Any, Any]) -> None:
-        """Natively `yield from` would feed None to a generator that has begun (semantics §1.2)."""
+        """Refuse `yield from` of a generator that has begun: natively it would send None into it (semantics §1.2)."""
         if gen in self.instance.adopted() or gen.gi_suspended or gen.gi_frame is None:
             raise UsageError(f"`yield from` of {gen.__qualname__}, which has begun already; write `yield` to wait for its result")
 
     def entered(self, manager: Any, value: Any) -> None:
-        """A wait inside a plain context manager becomes the target of the `with` instead (semantics §5.6)."""
+        """Refuse a wait in a plain context manager: instead of being waited for, it would become the target of the `with` (semantics §5.6)."""
         if isinstance(value, Awaitable) and isinstance(manager, contextlib._GeneratorContextManager):
             name = getattr(manager.gen, "__qualname__", "the context manager")
             error = UsageError(f"{name} yields {value!r}, which `with` gives to its target instead of waiting for it; wait before or after {name}")
@@ -125,18 +125,18 @@ class Machine:
             raise error
 
     def owns(self, gen: types.GeneratorType[Any, Any, Any]) -> bool:
-        """Whether it is a task of this instance: one generator, one task (semantics §1.2)."""
+        """Whether this generator is a task of this instance: one generator, one task (semantics §1.2)."""
         return gen in self.instance.adopted()
 
     def catching(self, error: BaseException) -> None:
-        """What must end the step ends it even if author code swallows it (semantics §2.5)."""
+        """Note an error that must end the step, so that it does even if author code swallows it (semantics §2.5)."""
         forget_frames(error)
         if isinstance(error, _ABORTS):
             self.bug = self.bug or error
 
     # -- tasks ---------------------------------------------------------------------------------------------------
     def adopt(self, gen: types.GeneratorType[Any, Any, Any]) -> Task:
-        """The task of this generator, made on first use; not started yet."""
+        """Return the task of this generator; it is created on first use, and not started."""
         instance = self.instance
         known = instance.adopted().get(gen)
         if known is not None:
@@ -156,7 +156,7 @@ class Machine:
         return task
 
     def begin(self, task: Task) -> None:
-        """Run an unstarted task to its first wait, now (KW-17: ids are numbered in this order)."""
+        """Run an unstarted task to its first wait at once (KW-17: ids are numbered in this order)."""
         if task.started or task.settled:
             return
         if self._nesting >= self._nesting_max:
@@ -195,7 +195,7 @@ class Machine:
             while len(self.running) > base:
                 current = self.running[-1]
                 waits_for = self._advance(current)
-                if waits_for is None:  # ended: its creator goes on at once, as with `yield from`
+                if waits_for is None:  # it ended: the task that yielded it continues at once, as with `yield from`
                     self.running.pop()
                     if len(self.running) > base:
                         self.running[-1].pending = (current.state, current.value)
@@ -217,14 +217,14 @@ class Machine:
             waits_for.waiters.append(task)
             waits_for.observed = True
             waits_for = task
-        for task in blocked:  # a cancel that came while it ran is delivered at this wait (semantics §2.1)
+        for task in blocked:  # a cancel that arrived while the task ran is delivered at this wait (semantics §2.1)
             if task.cancel_requested:
                 task.cancel_requested = False
                 if task.waiting_on is not None:
                     self.cancel_all([task.waiting_on])
 
     def _advance(self, task: Task) -> Awaitable | None:
-        """Feed a task until it yields something that would block (returned) or ends (None).  Settled values need no queue (KW-38)."""
+        """Run a task until it yields something that blocks, and return that; None if the task ends.  Settled values need no queue (KW-38)."""
         gen = task.gen
         if gen is None:
             raise KwflowBug(f"{task!r} runs without a generator")
@@ -242,7 +242,7 @@ class Machine:
                 self.bug = self.bug or error
                 raise
             except BaseException as error:  # Cancelled and SystemExit are outcomes too (semantics §2.5)
-                if error.__traceback__ is not None:  # without this frame, which would keep the generator alive as long as the error
+                if error.__traceback__ is not None:  # drop our own frame, which would keep the generator alive for as long as the error
                     BaseException.__setattr__(error, "__traceback__", error.__traceback__.tb_next)
                 forget_frames(error)
                 self._end(task, FAILED, error)
@@ -271,7 +271,7 @@ class Machine:
         task.gen = None
         task.cancel_requested = False
         if task.below:
-            task.below = live_below(task.below)  # all that outlives it
+            task.below = live_below(task.below)  # those that outlive it
         self.instance.tasks.pop(task.number, None)
         self._join_dirty = bool(self.instance.joins)
         self.settle(task, state, value)
@@ -283,13 +283,13 @@ class Machine:
 
     # -- settling ------------------------------------------------------------------------------------------------
     def settle(self, target: Awaitable, state: str, value: Any) -> None:
-        """Settle, wake every waiter, then cancel the losers of the combinators this decided."""
+        """Settle a target, wake every waiter, then cancel the losers of the combinators that this decides."""
         losers = self._settle_up(target, state, value)
         if losers:
             self.cancel_all(losers)
 
     def combine(self, combinator: Combinator) -> None:
-        """Attach a new combinator to its started children and decide it if one of them already does."""
+        """Attach a new combinator to its started children, and decide it if one of them already does."""
         if self.instance.mailbox is not None:
             self._fetch_for(combinator)
         for child in combinator.distinct():
@@ -313,7 +313,7 @@ class Machine:
     def _settle_up(self, target: Awaitable, state: str, value: Any) -> list[Awaitable]:
         losers: list[Awaitable] = []
         work: list[tuple[Awaitable, str, Any]] = [(target, state, value)]
-        for item, item_state, item_value in work:  # it grows meanwhile
+        for item, item_state, item_value in work:  # the list grows during the loop
             if item.state != PENDING:
                 raise KwflowBug(f"{item!r} settled twice")
             item.state, item.value = item_state, item_value
@@ -341,14 +341,14 @@ class Machine:
         return losers
 
     def _leave(self, combinator: Combinator) -> list[Awaitable]:
-        """Detach a decided combinator from its pending children (else each round of a loop would leave a waiter behind)."""
+        """Detach a decided combinator from its pending children (otherwise each round of a loop would leave a waiter behind); return those to cancel."""
         rest = [child for child in combinator.distinct() if not child.settled]
         for child in rest:
             child.waiters = [waiter for waiter in child.waiters if waiter is not combinator]
         return combinator.cancelled(rest)
 
     def _joins(self, combinator: Combinator) -> bool:
-        """With wait_rest: whether it has to wait for the rest; it is then settled by `check_joins`."""
+        """Whether a decided combinator with `wait_rest` still has to wait for the rest; if so, `check_joins` settles it later."""
         if combinator.wait_rest and self._rest(combinator):
             self.instance.joins.append(combinator)
             self._join_dirty = True
@@ -372,13 +372,13 @@ class Machine:
 
     # -- mail (M3) -----------------------------------------------------------------------------------------------
     def deliver(self, kind: str, name: str) -> None:
-        """Give what is in a box to those who wait for it, in the order in which they were made."""
+        """Give the mail of one box to the waits for it, in the order in which these were created."""
         for wait in [wait for wait in self.instance.waits.values() if isinstance(wait, SignalWait)]:
             if wait.kind == kind and wait.name == name and wait.waiters and not wait.settled and not self._fetch(wait):
                 return
 
     def _fetch_for(self, combinator: Combinator) -> None:
-        """What a new combinator takes from the mailbox at once: all that it needs, or no more than what decides it."""
+        """Let a new combinator take mail at once: an All takes all that it needs, any other one no more than decides it."""
         settled = False
         for child in combinator.distinct():
             if isinstance(child, SignalWait) and not child.settled and (not settled or isinstance(combinator, All)):
@@ -386,7 +386,7 @@ class Machine:
             settled = settled or child.settled
 
     def _fetch(self, wait: SignalWait) -> bool:
-        """Settle it with the oldest mail, if there is any."""
+        """Settle the wait with the oldest mail of its name, if there is any; return whether there was."""
         mailbox = self.instance.mailbox
         mail = mailbox.take(wait.kind, wait.name, self.instance.now_ms) if mailbox is not None else None
         if mail is None:
@@ -402,7 +402,7 @@ class Machine:
 
     # -- cancelling ----------------------------------------------------------------------------------------------
     def cancel_all(self, targets: list[Awaitable]) -> None:
-        """Cancel in order, down to the innermost waits; handlers are queued, never run here (1.3 rule 13)."""
+        """Cancel the targets in order, down to the innermost waits.  Handlers are queued, never run here (1.3 rule 13)."""
         stack = list(reversed(targets))
         while stack:
             target = stack.pop()
@@ -435,7 +435,7 @@ class Machine:
     def _cancel_combinator(self, combinator: Combinator) -> list[Awaitable]:
         if self.instance.mailbox is not None:
             self._hand_back(combinator.distinct())
-        if combinator.decided is not None:  # joining: the waiter must not lose its cancel to a result decided before
+        if combinator.decided is not None:  # joining: the waiter must not miss its cancel because a result was decided before
             combinator.decided = (FAILED, Cancelled())
         elif not combinator.children:
             return list(reversed(self._settle_up(combinator, FAILED, Cancelled())))

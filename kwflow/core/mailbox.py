@@ -1,8 +1,8 @@
 """Signals and updates that wait to be read: the mailbox of an instance, and the waits that read it (M3).
 
-FIFO for each name.  A signal is consumed when its value reaches author code: a wait takes one only when a task or
-combinator waits for it, and a combinator that is decided without it hands it back to its place.  It must not know
-records; who is woken is `instance.py`.
+Each name is a FIFO.  A signal is consumed when its value reaches author code: a wait takes one only when a task or a
+combinator waits for it, and a combinator that is decided without it returns it to its place.  This module must not know
+records; `instance.py` decides who is woken.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAME_CHARACTERS_MAX = 200
 
 
 class Mail(msgspec.Struct, frozen=True):
-    """One signal or update; `number` is its place."""
+    """One signal or update; `number` is its place in the order of arrival."""
 
     number: int
     value: Any = None
@@ -32,9 +32,10 @@ class Mail(msgspec.Struct, frozen=True):
 
 
 class Mailbox:
-    """What has come and was not read.  Invariant: `count` and `bytes` are those of all mail in `boxes`.
+    """All unread mail.  Invariant: `count` and `bytes` are the totals of all mail in `boxes`.
 
-    `validators` are those of the updates that the workflow takes; `lost` counts what expired since it was last told.
+    `validators` has an entry for each update that the workflow accepts.  `lost` counts the mail that has expired since it
+    was last logged.
     """
 
     __slots__ = ("boxes", "bytes", "count", "lost", "number_next", "validators")
@@ -46,12 +47,12 @@ class Mailbox:
         self.count = self.bytes = self.lost = 0
 
     def put(self, kind: str, name: str, value: object, size: int, expires_ms: int | None) -> None:
-        """Behind all others of that name."""
+        """Put mail behind all other mail of that name."""
         self._insert(kind, name, Mail(self.number_next, value, size, expires_ms))
         self.number_next += 1
 
     def put_back(self, kind: str, name: str, mail: Mail) -> None:
-        """Where it was."""
+        """Return mail to the place where it was."""
         self._insert(kind, name, mail)
 
     def _insert(self, kind: str, name: str, mail: Mail) -> None:
@@ -60,7 +61,7 @@ class Mailbox:
         self.bytes += mail.bytes
 
     def take(self, kind: str, name: str, now_ms: int) -> Mail | None:
-        """The oldest of that name whose time is not over."""
+        """Remove and return the oldest mail of that name that has not expired, or None."""
         box = self.boxes.get((kind, name))
         while box:
             mail = box.pop(0)
@@ -74,12 +75,12 @@ class Mailbox:
         return None
 
     def unread(self, now_ms: int) -> tuple[int, int]:
-        """How many, and of how many bytes, whose time is not over."""
+        """Return the number and the total bytes of the mail that has not expired."""
         gone = [mail for box in self.boxes.values() for mail in box if mail.expires_ms is not None and mail.expires_ms <= now_ms]
         return self.count - len(gone), self.bytes - sum(mail.bytes for mail in gone)
 
     def expire(self, now_ms: int) -> None:
-        """Forget all whose time is over."""
+        """Drop all expired mail."""
         for (kind, name), box in list(self.boxes.items()):
             kept = [mail for mail in box if mail.expires_ms is None or now_ms < mail.expires_ms]
             self.count -= len(box) - len(kept)
@@ -91,7 +92,7 @@ class Mailbox:
                 del self.boxes[kind, name]
 
     def sizes(self) -> dict[str, dict[str, int]]:
-        """Kind -> name -> how many, for the header."""
+        """Return the number of unread mail by kind and name, for the header."""
         found: dict[str, dict[str, int]] = {}
         for (kind, name), box in self.boxes.items():
             found.setdefault(kind, {})[name] = len(box)
@@ -99,7 +100,7 @@ class Mailbox:
 
 
 class SignalWait(Suspension):
-    """A wait for the next signal of a name.  `mail` is what it took and nobody has read yet."""
+    """A wait for the next signal of a name.  `mail` is what it has taken from the mailbox and nobody has read yet."""
 
     __slots__ = ("mail", "name")
     kind = "signal"
@@ -122,7 +123,7 @@ class UpdateWait(SignalWait):
 
 
 class Update:
-    """A request that this workflow answers: `kw.reply(update, value)`."""
+    """A request that this workflow answers with `kw.reply(update, value)`."""
 
     __slots__ = ("name", "number", "value")
 
@@ -136,7 +137,7 @@ class Update:
 
 
 class Inbox:
-    """The signals, or updates, of one name: `yield inbox` waits for the next, `take()` gives all that are there, `len()` counts them."""
+    """The signals or updates of one name: `yield inbox` waits for the next one, `take()` returns all that are there, `len()` counts them."""
 
     __slots__ = ("_kind", "name")
 
@@ -145,13 +146,13 @@ class Inbox:
         self.name = name
 
     def wait(self) -> SignalWait:
-        """A wait for the next one, as `yield inbox` makes it."""
+        """Create a wait for the next message, as `yield inbox` does."""
         running = current()
         made = (SignalWait if self._kind == "signal" else UpdateWait)(running.next_id(), running.record.timestamp_ms, self.name)
         return running.register(made)
 
     def take(self) -> list[Any]:
-        """All that are there now, oldest first; they count as read."""
+        """Return all messages that are there now, oldest first; they count as read."""
         instance = current().instance
         if instance.mailbox is None:
             return []
@@ -168,7 +169,7 @@ class Inbox:
         return len(instance.mailbox.boxes.get((self._kind, self.name), ()))
 
     def __bool__(self) -> bool:
-        return True  # an empty inbox is still one; ask len()
+        return True  # an empty inbox is still true; ask len()
 
     def __iter__(self) -> Generator[Any, Any, Any]:
         return self.wait().__iter__()
@@ -181,21 +182,24 @@ class Inbox:
 
 
 def checked_name(name: object, what: str) -> str:
-    """Raises UsageError for what no sender could name."""
+    """Return the name.  Raises UsageError for a name that no sender could use."""
     if not isinstance(name, str) or not 1 <= len(name) <= _NAME_CHARACTERS_MAX:
         raise UsageError(f"the name of {what} is a str of 1 to {_NAME_CHARACTERS_MAX} characters, not {name!r}")
     return name
 
 
 def mark_read(target: Awaitable) -> None:
-    """What this wait took has reached author code."""
+    """Note that what this wait took has reached author code."""
     for wait in _below(target):
         if isinstance(wait, SignalWait):
             wait.mail = None
 
 
 def give_back(target: Awaitable, mailbox: Mailbox) -> list[tuple[str, str]]:
-    """Put back what was taken below a wait that lost and nobody read; the wait counts as cancelled.  Which names have mail again."""
+    """Put back the mail that was taken below a wait that lost, and that nobody has read; the wait counts as cancelled.
+
+    Return the (kind, name) pairs that have mail again.
+    """
     found: list[tuple[str, str]] = []
     combinators = []
     for wait in _below(target):
@@ -213,7 +217,7 @@ def give_back(target: Awaitable, mailbox: Mailbox) -> list[tuple[str, str]]:
 
 
 def _below(target: Awaitable) -> Iterator[Awaitable]:
-    """The wait and all below it that are no tasks: what a task took, its own code has read."""
+    """The wait and everything below it, but nothing below a task: its own code has read what it took."""
     stack, seen = [target], set[int]()
     while stack:
         item = stack.pop()

@@ -1,8 +1,8 @@
-"""What a command does in a step, and the calls by which author code meets messages (M2, M3).
+"""What a command does in a step, and the calls by which author code reads and sends messages (M2, M3).
 
-Each op is a function of the running step and the command; ops in which author code has no part (query, terminate,
-pause) are done on the header alone, in `ops.py`.  In the header: `ids`, what the last commands were answered;
-`updates`, who waits for the answer to an accepted update; `mailbox`, how much is unread.
+Each op is a function of the running step and the command.  Ops that run no author code (query, terminate, pause) need
+only the header and are in `ops.py`.  Three entries of the header belong to this module: `ids` holds the replies to the
+last commands, `updates` who waits for the answer to an accepted update, `mailbox` how much is unread.
 """
 
 from __future__ import annotations
@@ -29,31 +29,34 @@ __all__ = [
     "send_signal", "set_status", "signal_text", "signals", "wait_signal",
 ]  # fmt: skip
 
-IDS_MAX = 256  # M1.4: so many commands of an instance are known again
-_VALUES_MAX = 16  # of these, so many keep the value they were answered; an update may be repeated soon, not for ever
+IDS_MAX = 256  # M1.4: how many commands an instance recognizes when they are repeated
+_VALUES_MAX = 16  # how many of these keep the value of their reply; an update may be repeated soon, not for ever
 _VALUE_BYTES_MAX = 4096
-_STATUS_BYTES_MAX = 16_384  # it is in the header, which every listing reads
-_ADDRESSES_MAX = 8  # who may wait for one update, having sent it with the same kwflow-id
+_STATUS_BYTES_MAX = 16_384  # it is stored in the header, which every listing reads
+_ADDRESSES_MAX = 8  # how many senders may wait for one update that all of them sent with the same kwflow-id
 _PENDING = "pending"
 ENDED = "it has ended"
 
 
 # -- replies ---------------------------------------------------------------------------------------------------------
 def ignored(outcome: str, address: Address | None, said: str = "") -> Transition:
-    """Nothing changes, by a stated rule (G3)."""
+    """The Transition of a record that changes nothing, by a stated rule (G3)."""
     status = {"unknown-id": "not_found", "unknown-ref": "unknown_ref"}[outcome]
     return Transition(Keep(), replies=(Reply(address, status, said),) if address is not None else (), outcome=outcome)
 
 
 def absent(command: Command, address: Address | None, said: str = "") -> Transition:
-    """A command for an id, or a run of it, that is not there.  Raises ProtocolError for a message nobody would miss otherwise (G3)."""
+    """The Transition of a command for an id, or a run of it, that does not exist.
+
+    Raises ProtocolError for a signal or update whose sender waits for no reply: it would be lost silently otherwise (G3).
+    """
     if address is None and command.op in ("signal", "update"):
         raise ProtocolError(f"{command.op} {command.arguments.name!r} is for a run that is not there, and its sender does not wait for a reply", "not-found")
     return ignored("unknown-id", address, said)
 
 
 def after_end(header: dict[str, Any], command: Command, address: Address | None) -> Transition:
-    """A command that comes after the end: it gets the reply it had before, else that nobody is there."""
+    """The Transition of a command that arrives after the end: a repeated one gets its earlier reply, any other one is told that the workflow has ended."""
     known = header.get("ids", {}).get(command.id) if command.id is not None else None
     if known is not None:
         return Transition(Keep(), replies=(Reply(address, *known),) if address is not None else (), outcome="repeated")
@@ -63,7 +66,7 @@ def after_end(header: dict[str, Any], command: Command, address: Address | None)
 
 
 def applied_before(calls: Calls, command: Command) -> Transition | None:
-    """M1.4: the same `kwflow-id` changes nothing a second time and gets the same reply, also one that is still to come."""
+    """M1.4: a command with a known `kwflow-id` changes nothing and gets the same reply as before, even if that is still to come.  None for a new command."""
     extra = calls.instance.extra
     known = extra.get("ids", {}).get(command.id) if command.id is not None else None
     if known is None:
@@ -78,7 +81,7 @@ def applied_before(calls: Calls, command: Command) -> Transition | None:
 
 
 def remember(ids: dict[str, list[Any]], id: str, status: str, message: str = "", value: object = None) -> None:
-    """Keep what a command was answered: the last 256, the values of the last 16."""
+    """Keep the reply to a command: the last 256 replies, and the values of the last 16."""
     if value is not None:
         if len(json_dumps(value)) > _VALUE_BYTES_MAX:
             status, message, value = "repeated", "it was done before; the value it was answered is too large to be kept", None
@@ -101,7 +104,7 @@ def _answer(calls: Calls, command: Command, status: str, message: str = "", valu
 
 # -- ops -------------------------------------------------------------------------------------------------------------
 def _cancel(calls: Calls, command: Command) -> None:
-    """Raise Cancelled at main's innermost waits; in a closing instance at those of what still cleans up."""
+    """Raise Cancelled at main's innermost waits; in a closing instance, at those of the tasks that still clean up."""
     instance = calls.instance
     instance.extra["cancel"] = {"reason": command.arguments.reason, "at": calls.record.timestamp_ms}
     tasks = list(instance.tasks.values()) if instance.status == CLOSING else [instance.main]
@@ -120,7 +123,7 @@ def _signal(calls: Calls, command: Command) -> None:
 
 
 def _update(calls: Calls, command: Command) -> None:
-    """Accepted by its validator it is mail that will be answered; else it is answered now, and nothing has changed."""
+    """Put an update that its validator accepts into the mailbox; the workflow will answer it.  Answer any other one now, and change nothing."""
     arguments: wire.Update = command.arguments
     instance = calls.instance
     mailbox = instance.mailbox
@@ -142,7 +145,10 @@ def _update(calls: Calls, command: Command) -> None:
 
 
 def _refuse(calls: Calls, status: str, why: str) -> None:
-    """Told to whoever waits; else the record is a dead letter (G3), which the outcome asks for.  It may be sent again: it was not applied."""
+    """Tell the sender why, if it waits for a reply; otherwise the outcome `refused` makes the record a dead letter (G3).
+
+    The command may be sent again, since it was not applied.
+    """
     calls.answer(status, why)
     if not calls.replies:
         calls.outcome = "refused"
@@ -150,7 +156,7 @@ def _refuse(calls: Calls, status: str, why: str) -> None:
 
 
 def _validate(validator: Callable[[Any], object] | None, value: object) -> str | None:
-    """Why the validator refuses it.  It looks at the value only: `kw.*` does not work in it, so that a refusal leaves nothing behind."""
+    """Return why the validator refuses the value, or None.  `kw.*` does not work inside a validator, so that a refusal leaves nothing behind."""
     if validator is None:
         return None
     running, slot.step = slot.step, None
@@ -166,9 +172,9 @@ def _validate(validator: Callable[[Any], object] | None, value: object) -> str |
 
 
 def no_room(instance: Instance | None, record: Record, limits: Limits, command: Command) -> Transition | None:
-    """What happens to a message when the mailbox is full; it may be sent again.  Raises ProtocolError when its sender does not wait for the reply."""
+    """The Transition of a message that the mailbox has no room for, or None.  It may be sent again.  Raises ProtocolError if its sender does not wait for a reply."""
     mailbox = instance.mailbox if instance is not None else None
-    if command.op not in ("signal", "update") or (mailbox is None and command.op == "update"):  # which nobody takes
+    if command.op not in ("signal", "update") or (mailbox is None and command.op == "update"):  # nobody takes this update: `_update` will refuse it
         return None
     count, held = mailbox.unread(max(instance.now_ms, record.timestamp_ms)) if instance is not None and mailbox is not None else (0, 0)
     size = len(record.value or b"")
@@ -193,7 +199,7 @@ def _migrate(calls: Calls, command: Command) -> None:
 
 
 def no_migration(calls: Calls, command: Command) -> Transition | None:
-    """What happens to `migrate` when the instance runs current code, or no migration is for the code that it runs."""
+    """The Transition of a `migrate` that finds current code, or code that no migration is for; None if the command can be applied."""
     if command.op != "migrate" or migration.find(calls.instance, calls.context.workflows.migrations) is not None:
         return None
     address = wire.reply_address(calls.record)
@@ -205,25 +211,25 @@ OPS: dict[str, Callable[[Calls, Command], None]] = {"cancel": _cancel, "migrate"
 
 # -- the calls of authors --------------------------------------------------------------------------------------------
 def mailbox_of(instance: Instance) -> Mailbox:
-    """The mailbox, made when it is first needed."""
+    """Return the mailbox of the instance; it is created when it is first needed."""
     if instance.mailbox is None:
         instance.mailbox = Mailbox()
     return instance.mailbox
 
 
 def wait_signal(calls: Calls, name: str) -> SignalWait:
-    """One signal."""
+    """Wait for one signal."""
     return signals(calls, name).wait()
 
 
 def signals(calls: Calls, name: str) -> Inbox:
-    """All signals of a name, one after the other."""
+    """The inbox of all signals of a name, one after the other."""
     mailbox_of(calls.instance)
     return Inbox("signal", checked_name(name, "a signal"))
 
 
 def on_update(calls: Calls, name: str, validator: Callable[[Any], object] | None) -> Inbox:
-    """From here on updates of this name are taken, if the validator raises nothing."""
+    """Accept updates of this name from now on, if the validator raises nothing; return their inbox."""
     if validator is not None and (not callable(validator) or inspect.isgeneratorfunction(validator) or inspect.iscoroutinefunction(validator)):
         raise UsageError(f"a validator is a plain function of the value that raises what is wrong with it, not {validator!r}")
     mailbox_of(calls.instance).validators[checked_name(name, "an update")] = validator
@@ -231,7 +237,7 @@ def on_update(calls: Calls, name: str, validator: Callable[[Any], object] | None
 
 
 def reply(calls: Calls, update: object, value: object) -> None:
-    """Answer an update, in the transaction of this step.  After the end it was answered `ended` and this does nothing."""
+    """Answer an update, in the transaction of this step.  Once main has ended, the update has been answered with `ended`, and this does nothing."""
     size = len(json_dumps(value))
     if size > calls.context.limits.value_bytes_max // 2:
         raise UsageError(f"a reply has at most {calls.context.limits.value_bytes_max // 2} bytes, not {size} (half of limit value_bytes_max); reply a reference to it, or raise it")
@@ -239,10 +245,10 @@ def reply(calls: Calls, update: object, value: object) -> None:
 
 
 def reject(calls: Calls, update: object, reason: str) -> None:
-    """Answer an update as its validator could have done, had it known."""
+    """Reject an update after it was accepted; the sender gets the same answer as from a validator."""
     if not isinstance(reason, str):
         raise UsageError(f"kw.reject takes a reason, not {reason!r}; kw.reply gives a value")
-    _settle_update(calls, "kw.reject", update, "rejected", reason[:1000].encode("utf-8", "replace").decode(), None)  # it is often the text of some error
+    _settle_update(calls, "kw.reject", update, "rejected", reason[:1000].encode("utf-8", "replace").decode(), None)  # the reason is often the text of an error
 
 
 def _settle_update(calls: Calls, said: str, update: object, status: str, message: str, value: object) -> None:
@@ -267,7 +273,10 @@ def _answer_update(calls: Calls, waiting: dict[str, Any], status: str, message: 
 
 
 def signal_text(said: str, name: str, value: object, start: object, input: object, functions: Mapping[str, Callable[..., Any]], most: int) -> bytes:
-    """The arguments of a signal whose sender hears nothing of it.  Raises UsageError for what no engine, or no mailbox of so many bytes, would take; TypeError or ValueError for what is no JSON."""
+    """Return the JSON arguments of a signal whose sender gets no reply.
+
+    Raises UsageError for what no engine, or no mailbox of `most` bytes, would accept; TypeError or ValueError for a value that has no JSON form.
+    """
     arguments: dict[str, Any] = {"name": checked_name(name, "a signal"), "value": value}
     if start is not None:
         workflow = checked_name(children.name_of(start, functions, f"{said}(start=...)"), "a workflow")
@@ -275,13 +284,13 @@ def signal_text(said: str, name: str, value: object, start: object, input: objec
     elif input is not None:
         raise UsageError(f"{said}(input=...) is for the workflow that start= names")
     text = json_dumps(arguments)
-    if len(text) > most:  # a client hears `full`; here nobody would
+    if len(text) > most:  # a client is answered `full`; this sender would not hear of it
         raise UsageError(f"a signal has {len(text)} bytes, more than a mailbox may hold (limit mailbox_bytes_max = {most}); send a reference to it, or raise it")
     return text
 
 
 def send_signal(calls: Calls, id: object, name: str, value: object, start: object, input: object) -> None:
-    """A signal as a client sends it, without a reply address: what is not there, or has no room, makes it a dead letter (G3)."""
+    """Send a signal as a client does, but without a reply address: if its receiver does not exist or has no room, it becomes a dead letter (G3)."""
     if not isinstance(id, str):
         raise UsageError(f"a workflow id is a str, not {id!r}")
     key = wire.key_of(id)
@@ -290,7 +299,7 @@ def send_signal(calls: Calls, id: object, name: str, value: object, start: objec
 
 
 def set_status(calls: Calls, value: object) -> None:
-    """What a query shows; a copy, so that later changes of the value are not seen."""
+    """Set the status that a query shows.  It is a copy: later changes of the value do not show."""
     encoded = json_dumps(value)
     if len(encoded) > _STATUS_BYTES_MAX:
         raise UsageError(f"a status has at most {_STATUS_BYTES_MAX} bytes, not {len(encoded)}; it is read by every listing")
@@ -299,7 +308,7 @@ def set_status(calls: Calls, value: object) -> None:
 
 # -- at the end of a step ----------------------------------------------------------------------------------------------
 def describe(calls: Calls, mailbox: Mailbox) -> None:
-    """Into the header: how much is unread; into the log: what expired."""
+    """Write into the header how much is unread, and into the log how much has expired."""
     extra = calls.instance.extra
     if mailbox.lost:
         calls.logs.append(f"{mailbox.lost} signals expired before they were read (ttl_ms)")
@@ -310,6 +319,6 @@ def describe(calls: Calls, mailbox: Mailbox) -> None:
 
 
 def close(calls: Calls) -> None:
-    """Main has ended: nobody will answer what is open."""
+    """Answer all open updates with `ended`: main has ended, and nobody else will answer them."""
     for waiting in calls.instance.extra.pop("updates", {}).values():
         _answer_update(calls, waiting, "ended")

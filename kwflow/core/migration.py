@@ -1,9 +1,9 @@
 """Moving a waiting instance to other code: what `kwflow code migrate` does in a step (semantics §8.5).
 
 The author's function, `@kw.migrate(from_="module:function")`, looks at the instance and returns the unstarted generator
-that takes main's place, and the refs it takes over.  All this is the step of the command's record: the new generator
-runs to its first wait in it, ids and time are that record's, and if anything fails the step fails, so that the instance
-is parked as it was.
+that takes main's place, and the refs that it takes over.  All of this is one step, that of the command's record: in it,
+the new generator runs to its first wait, with the ids and the time of that record.  If anything fails, the step fails,
+and the instance is parked as it was.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["OldInstance", "OldTask", "find", "migrate"]
 
 @dataclass(frozen=True)
 class OldTask:
-    """A task as it waits: its frames, outermost first, and what it waits for (`state` and `value`, of a combinator also `children`)."""
+    """A task as it waits: its frames, outermost first, and what it waits for (which has `state` and `value`, and `children` if it is a combinator)."""
 
     name: str
     frames: tuple[Frame, ...]
@@ -35,10 +35,10 @@ class OldTask:
 
 @dataclass(frozen=True)
 class OldInstance:
-    """What a migration may look at; nothing it does with it changes the old instance.
+    """What a migration may look at.  Nothing that it does with this changes the old instance.
 
-    `function` is main's key ("module:function") and `version` the 12 digits of its module's version; `tasks` begins with
-    main; `refs` are the pending waits, to be handed to the new generator, which may yield them.
+    `function` is the key of main ("module:function") and `version` the 12 digits of its module's version.  `tasks` begins
+    with main.  `refs` are the pending waits; hand them to the new generator, which may yield them.
     """
 
     id: str
@@ -50,7 +50,7 @@ class OldInstance:
 
     @property
     def frames(self) -> tuple[Frame, ...]:
-        """Main's, outermost first."""
+        """The frames of main, outermost first."""
         return self.tasks[0].frames
 
     @property
@@ -60,7 +60,7 @@ class OldInstance:
 
 
 def find(instance: Instance, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any] | None:
-    """The migration for this instance: of exactly its version (`module:function@<12 hex>`), or of its function if its module is not current."""
+    """Return the migration for this instance, or None: the one for exactly its version (`module:function@<12 hex>`), else, if its module is outdated, the one for its function."""
     gen = instance.main.gen if instance.main is not None else None
     function = registry.function_of(gen.gi_code) if gen is not None else None
     if function is None or instance.status == CLOSING:
@@ -73,7 +73,7 @@ def find(instance: Instance, known: Mapping[str, Callable[..., Any]]) -> Callabl
 
 
 def migrate(calls: Calls) -> bool:
-    """Put the new generator in main's place and run it to its first wait; False if no migration is for this instance.
+    """Put the new generator in main's place and run it to its first wait; return False if there is no migration for this instance.
 
     Raises MigrationError.
     """
@@ -99,7 +99,7 @@ def migrate(calls: Calls) -> bool:
 
 def _view(instance: Instance, tasks: list[Task]) -> OldInstance:
     shown = tuple(OldTask(task.name, tuple(describe(task.gen)) if task.gen is not None else (), task.waiting_on) for task in tasks)
-    gen = tasks[0].gen  # main's, which is made before all others
+    gen = tasks[0].gen  # main is created before all other tasks
     function = registry.function_of(gen.gi_code) if gen is not None else None
     if function is None:
         raise KwflowBug("a main without code")
@@ -131,7 +131,7 @@ def _result(function: Callable[..., Any], view: OldInstance, calls: Calls, waits
 
 
 def _drop(calls: Calls, tasks: list[Task], waits: Mapping[str, Suspension], taken: set[str]) -> None:
-    """Forget the old generators without their cleanup (G8), and end what only they waited for; what is taken over waits for nobody yet."""
+    """Forget the old generators without running their cleanup (G8), and end the waits that are not taken over; nobody waits yet for those that are."""
     instance = calls.instance
     if instance.mailbox is not None:
         for task in tasks:
@@ -154,7 +154,7 @@ def _drop(calls: Calls, tasks: list[Task], waits: Mapping[str, Suspension], take
 
 
 def _settle_above(target: Awaitable) -> None:
-    """Nobody waits for it any more; combinators of old code count as cancelled, should new code hold one."""
+    """Detach everything that waits for the target.  Combinators of old code count as cancelled, in case new code holds one."""
     stack = list(target.waiters)
     target.waiters = []
     while stack:

@@ -1,4 +1,4 @@
-"""Java's partitioner: which partition a key belongs to (K6).  librdkafka's default is CRC32 and puts most keys elsewhere."""
+"""Java's partitioner: which partition a key belongs to (K6).  librdkafka's default is CRC32, which puts most keys elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def murmur2(data: bytes) -> int:
     return h ^ h >> 15
 
 
-@functools.lru_cache(maxsize=65_536)  # ids come again and again, and Python takes microseconds for one
+@functools.lru_cache(maxsize=65_536)  # the same ids come again and again, and Python needs microseconds to hash one
 def partition_of(key: bytes, partitions: int) -> int:
-    """As Java's default partitioner for a key that is not null."""
+    """Return the partition that Java's default partitioner chooses for a key that is not null."""
     return (murmur2(key) & 0x7FFFFFFF) % partitions

@@ -1,7 +1,7 @@
-"""Ops that run no author code: what a query shows, how an instance is ended and how it is copied, from its header alone (M2, M3).
+"""Ops that run no author code: what a query shows, how an instance is ended, and how it is copied, from its header alone (M2, M3).
 
-They work on an instance that is parked, whose code is gone or whose body is damaged.  It must not know state or
-bytes of snapshots: a header goes in, data comes out.
+So they also work on an instance that is parked, whose code is gone, or whose body is damaged.  This module must not know
+stores or the bytes of snapshots: a header goes in, data comes out.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["Closing", "fork", "seen", "terminate", "unforkable"]
 
 _SHOWN = ("id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "forked", "mailbox")
 _WAITS_SHOWN_MAX = 100
-_OF_ONE_RUN = ("client", "parent", "ids", "updates", "parked")  # who sent it something, and waits for it
+_OF_ONE_RUN = ("client", "parent", "ids", "updates", "parked")  # who started it, sent it something or waits for it
 
 
 class Closing(msgspec.Struct, frozen=True):
-    """What ending an instance does: records to write, what is told after the commit, who is answered, and the entry that stays (K20)."""
+    """What ending an instance does: records to write, calls to withdraw after the commit, replies, and the header of the entry that stays (K20)."""
 
     outputs: tuple[Output, ...]
     dispatch: tuple[object, ...]
@@ -35,7 +35,7 @@ class Closing(msgspec.Struct, frozen=True):
 
 
 def seen(header: dict[str, Any]) -> dict[str, Any]:
-    """What a query answers: the header without the engine's own entries; `waits` are the first 100 of `waits_total`."""
+    """Return the answer to a query: the header without the engine's own entries.  `waits` are the first 100 of `waits_total`."""
     shown = {name: header[name] for name in _SHOWN if name in header}
     waits = header.get("waits", [])
     return {**shown, "waits": waits[:_WAITS_SHOWN_MAX], "waits_total": len(waits)}
@@ -59,11 +59,11 @@ def _job(header: dict[str, Any], wait: dict[str, Any], record: Record, topics: T
 
 TELL: dict[str, Callable[[dict[str, Any], dict[str, Any], Record, Topics], tuple[list[Output], list[object]]]] = {
     "activity": _activity, "child": _child, "job": _job, "timer": _timer,
-}  # fmt: skip  # who works for a wait, by its kind
+}  # fmt: skip  # by kind of wait: how to tell whoever works for it
 
 
 def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topics) -> Closing:
-    """End it now: whoever works for its waits is told, an error record says so unless its result is already written."""
+    """End an instance now.  Whoever works for its waits is told; an error record is written, unless the workflow already has an outcome."""
     outputs: list[Output] = []
     dispatch: list[object] = []
     for wait in header.get("waits", []):
@@ -91,7 +91,7 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
 
 
 def unforkable(header: dict[str, Any]) -> str | None:
-    """Why there can be no second one that goes on from here; None if there can."""
+    """Return why no copy can continue from here; None if one can."""
     if header["status"] != "waiting":
         return {"closing": "it has ended and cleans up", "ended": "it has ended"}.get(header["status"], f"it is {header['status']}")
     if header["workflow"].startswith("kwflow."):
@@ -109,12 +109,12 @@ def unforkable(header: dict[str, Any]) -> str | None:
 
 
 def fork(header: dict[str, Any], id: str, record: Record, incarnation: str, client: str | None, topics: Topics) -> tuple[dict[str, Any], list[Output]]:
-    """The header of the copy, and the records that set its timers; whoever waits for the original does not wait for it."""
+    """Return the header of the copy, and the records that set its timers.  Nobody who waits for the original waits for the copy."""
     own = {"id": id, "start_id": f"fork-{record.partition}-{record.offset}", "applied": [incarnation, record.partition, record.offset], "created": record.timestamp_ms, "updated": record.timestamp_ms}
     made = {**{name: value for name, value in header.items() if name not in _OF_ONE_RUN}, **own, "forked": {"id": header["id"], "start_id": header["start_id"]}}
     if client is not None:
         made["client"] = client
-    if "updates" in header:  # accepted: the copy will answer them, and nobody listens
+    if "updates" in header:  # the copy will answer the accepted updates, but nobody waits for these answers
         made["updates"] = {number: {"id": None, "to": []} for number in header["updates"]}
     timers = []
     for wait in header["waits"]:

@@ -1,4 +1,4 @@
-"""How the end of a workflow is written down: its headers, errors as values, tracebacks as text (M4)."""
+"""How the end of a workflow is recorded: headers, errors as values, tracebacks as text (M4)."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from kwflow.errors import Cancelled, WorkflowError
 
 __all__ = ["describe_error", "error_value", "kept", "run_headers", "traceback_text"]
 
-_KEPT_VALUE_BYTES_MAX = 65_536  # M4: the entry kept after the end holds the outcome up to this
+_KEPT_VALUE_BYTES_MAX = 65_536  # M4: the entry that stays after the end holds outcomes up to this size
 
 
 def run_headers(start_id: str, extra: dict[str, Any]) -> wire.Headers:
-    """Which run a result or error record is of, and who started it."""
+    """Return the headers that tell which run a result or error record belongs to, and who started it."""
     client = extra.get("client")
     run = (("kwflow-start-id", start_id.encode()),)
     return run if client is None else (*run, ("kwflow-client", client.encode()))
 
 
 def kept(kind: str, value: bytes, at: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The outcome as the entry that stays after the end holds it (K20); `value` is JSON text, None when it is too large; `at` is where it failed."""
+    """Return the outcome in the form of the entry that stays after the end (K20).  `value` is JSON text, and None there if it is too large; `at` is where it failed."""
     return {"kind": kind, "value": value.decode() if len(value) <= _KEPT_VALUE_BYTES_MAX else None, **({"at": at} if at else {})}
 
 
 def describe_error(error: BaseException) -> str:
-    """`TypeName: message`, `TypeName` without one (semantics §9.4)."""
+    """Return `TypeName: message`, or `TypeName` if there is no message (semantics §9.4)."""
     if isinstance(error, Cancelled):
         return "CancelToken"
     try:
@@ -38,7 +38,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def error_value(error: BaseException, bytes_max: int) -> bytes:
-    """The error record's value: a WorkflowError's payload as it is, else the described error."""
+    """Return the value of an error record: the payload of a WorkflowError as it is, otherwise the described error."""
     if isinstance(error, WorkflowError):
         try:
             payload = json_dumps(error.payload)
@@ -51,7 +51,7 @@ def error_value(error: BaseException, bytes_max: int) -> bytes:
 
 
 def traceback_text(error: BaseException) -> bytes:
-    """Where in the author's modules it came through, outermost first."""
+    """Return the lines in the author's modules that the error came through, outermost first."""
     lines = []
     tb = error.__traceback__
     while tb is not None:

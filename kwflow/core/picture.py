@@ -1,7 +1,7 @@
-"""An instance as a picture: its tasks, the generators on their stacks, and what the innermost wait for; from bytes alone.
+"""An instance as a picture, from its bytes alone: its tasks, the generators on their stacks, and what the innermost ones wait for.
 
-No code of the author's is loaded and nothing is run: objects are stubs (durable/stubs.py).  Where in a source a label
-stands is for who has the sources (durable/lower/show.py).
+No author code is loaded and nothing is run: objects are stubs (durable/stubs.py).  Finding the line of a label takes the
+sources, and is done by durable/lower/show.py.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from kwflow.errors import CorruptSnapshotError
 
 __all__ = ["UNSET", "Frame", "Node", "Picture", "picture_of"]
 
-_NODES_MAX = 200  # of a picture; what is told of waits in the header is told besides
-_RUNNING = ("target", "agen", "gen")  # what iterators of ours call that which they run
+_NODES_MAX = 200  # of a picture; the header lists the waits besides
+_RUNNING = ("target", "agen", "gen")  # the attributes in which our own iterators hold what they run
 _WORD_MAX = 1000  # characters
 _WRAPPED_MAX = 50  # an `async with` inside an exit stack's entry, and so on
-UNSET = msgspec.UNSET  # a cell that nothing was put into yet
+UNSET = msgspec.UNSET  # the content of a cell that has not been assigned yet
 
 
 class Frame(msgspec.Struct, frozen=True):
-    """One generator: its code (`module` as the header names it), the label where it waits (None: it has not begun), its variables, and what its cells hold, in their order."""
+    """One generator: its code (`module` as the header names it), the label where it waits (None if it has not begun), its variables, and the contents of its cells in order."""
 
     module: str
     path: str
@@ -37,10 +37,10 @@ class Frame(msgspec.Struct, frozen=True):
 
 
 class Node(msgspec.Struct, frozen=True):
-    """A generator on a stack, or what is waited for.
+    """A generator on a stack, or something that is waited for.
 
-    `kind` is frame, task, all, race, timeout, shield or the kind of a wait; `name` what the author calls it; `ref` of a wait; `key` which of its
-    combinator's children it is; `again` that it was shown before.
+    `kind` is frame, task, all, race, timeout, shield or the kind of a wait.  `name` is what the author calls it, `ref` the ref of a wait (or the number of a
+    task), `key` tells which child of its combinator it is, and `again` that it was shown before.
     """
 
     depth: int
@@ -55,7 +55,11 @@ class Node(msgspec.Struct, frozen=True):
 
 
 class Picture(msgspec.Struct, frozen=True):
-    """`nodes` from the outermost generator to what the innermost waits for, then tasks that run beside; `whole` is False if there are more; `held` are generators that wait in variables."""
+    """An instance as it waits.
+
+    `nodes` go from the outermost generator to what the innermost one waits for; further tasks follow.  `whole` is False if there are more nodes than shown.
+    `held` are waiting generators that only variables hold.
+    """
 
     nodes: list[Node]
     whole: bool
@@ -64,7 +68,7 @@ class Picture(msgspec.Struct, frozen=True):
 
 
 def picture_of(body: bytes) -> Picture:
-    """Of a snapshot's body.  Raises CorruptSnapshotError."""
+    """Draw the body of a snapshot.  Raises CorruptSnapshotError."""
     root, states = graph(body)
     try:
         return _Drawing(states).picture(root)
@@ -73,7 +77,7 @@ def picture_of(body: bytes) -> Picture:
 
 
 class _Drawing:
-    """What is still to be drawn lies on a stack of its own: nesting may be deep."""
+    """Draws without recursion, with a stack of what is still to be drawn, because nesting may be deep."""
 
     def __init__(self, states: States) -> None:
         self._states = states
@@ -93,7 +97,7 @@ class _Drawing:
         return Picture(self._nodes, whole, [self._frame(made) for made in waiting[:_NODES_MAX]], self._shown)
 
     def _draw(self, depth: int, key: str, awaited: Any) -> None:
-        """One thing that is waited for; a task as its stack, which goes on with what it waits for."""
+        """Draw one thing that is waited for.  A task is drawn as its stack, followed by what it waits for."""
         cls, fields = self._class(awaited), self._fields(awaited)
         again = id(awaited) in self._seen
         self._seen.add(id(awaited))
@@ -111,7 +115,7 @@ class _Drawing:
             self._nodes.append(msgspec.structs.replace(node, name=self._word(fields.get("name") or fields.get("child_id") or ""), ref=self._word(fields.get("ref", ""))))
 
     def _stack(self, depth: int, task: dict[str, Any]) -> None:
-        """The generators of a task, and of those that it waits for with `yield`, which go on the same stack."""
+        """Draw the generators of a task, and on the same stack those of the tasks that it waits for with `yield`."""
         while True:
             gen = task["gen"]
             while gen is not None and id(gen) not in self._seen and len(self._nodes) < _NODES_MAX:
@@ -146,20 +150,20 @@ class _Drawing:
         return Frame(text(gen.args[0]), text(gen.args[1]), qualname(gen), None if label is None else text(label), variables, cells)
 
     def _word(self, value: Any) -> str:
-        """A key, a name or a number: an author's key may be any object."""
+        """Return a key, name or number as text; an author's key may be any object."""
         return value[:_WORD_MAX] if isinstance(value, str) else self._shown.text(value, _WORD_MAX)
 
     def _content(self, cell: Stub) -> Any:
         return self._states[id(cell)][2] if id(cell) in self._states else UNSET
 
     def _below(self, gen: Stub) -> Stub | None:
-        """The generator that runs inside `yield from` or `await` of this one."""
+        """Return the generator that this one runs in a `yield from` or `await`, or None."""
         kind, _, slots = self._states[id(gen)]
         delegates = [value for name, value in slots.items() if name.startswith("@delegate")]
         return self._generator_in(delegates[-1]) if kind == WAITING and delegates else None
 
     def _generator_in(self, value: Any) -> Stub | None:
-        """A generator, or that which an iterator of ours runs (awaiting.below)."""
+        """Return the value if it is a generator, or the generator that one of our iterators runs (awaiting.below)."""
         for _ in range(_WRAPPED_MAX):
             if not isinstance(value, Stub) or self._states.get(id(value), (None,))[0] in (WAITING, CREATED):
                 return value if isinstance(value, Stub) else None
@@ -168,7 +172,7 @@ class _Drawing:
         return None
 
     def _named(self, made: Stub) -> str | None:
-        """As its own repr has it."""
+        """Return the text that the object's own repr gives, or None if it is not one of our classes."""
         if self._states.get(id(made), (None,))[0] != OBJECT:
             return None
         cls, fields = self._class(made), self._fields(made)

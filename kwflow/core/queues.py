@@ -1,8 +1,8 @@
-"""Calls of activities that workers outside of the engines run: the record that hands one out, and the one that takes it back (M6.6).
+"""Activity calls that workers outside the engines run: the record that hands a call out, and the record that withdraws it (M6.6).
 
-A call is a record of its queue's topic, written by the step that calls; its key is `<workflow id>|<ref>`, so that the many
-calls of one workflow spread over the partitions, and what takes a call back (no value) comes after it in the same one.
-Total: bytes from outside become a value or a ProtocolError.
+A call is a record in the topic of its queue, written by the step that makes the call.  Its key is `<workflow id>|<ref>`, so
+that the calls of one workflow spread over the partitions, and the record that withdraws a call (one without a value)
+follows it in the same partition.  All functions are total: bytes from outside become a value or a ProtocolError.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Job", "handed_out", "job_of", "key_of", "read"]
 
 
 class Job(msgspec.Struct, frozen=True):
-    """The value, JSON for workers in any language; the answer goes to `resume_topic`, with `workflow_id` as its key."""
+    """The value of a call's record, JSON for workers in any language.  The answer goes to `resume_topic`, with `workflow_id` as its key."""
 
     resume_topic: str
     workflow_id: str
@@ -49,7 +49,7 @@ def handed_out(call: Dispatch, resume_topic: str) -> bytes:
 
 
 def read(record: Record, resume_topic: str) -> Dispatch | Withdraw | None:
-    """What a record of a queue asks for; None if it is for another application, whose answers go elsewhere.  Raises ProtocolError."""
+    """Return what a record of a queue asks for; None if it belongs to another application, whose answers go elsewhere.  Raises ProtocolError."""
     if record.value is None:
         id, _, ref = (record.key or b"").decode("utf-8", "replace").rpartition("|")
         return Withdraw(id, ref)

@@ -1,8 +1,8 @@
 """An instance as bytes: a readable header, the pickled graph, a checksum (wire.md §3).
 
-`KWF1`, u32 header length, header JSON, body, SHA-256 of all before it, or HMAC-SHA-256 where there are keys (the header's
-`key` says which).  The header is read without loading code or unpickling; a body is unpickled only after the seal and the
-code it needs have been checked.  Of several keys the first one signs, all are accepted.
+The format is `KWF1`, u32 header length, header JSON, body, and the SHA-256 of everything before it, or an HMAC-SHA-256 if
+there are keys (the header's `key` says which one).  The header is read without loading code or unpickling.  A body is
+unpickled only after the seal and the code that it needs have been checked.  The first of several keys signs; all are accepted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kwflow.errors import CorruptSnapshotError, SnapshotError
 __all__ = ["CLASSES", "UNSIGNED", "Keys", "amend", "copy", "ended_header", "is_call", "key_id", "load", "park", "read_header", "save", "save_ended", "seal_of", "split", "unpark", "waits_of", "wake"]
 
 Keys = Sequence[bytes]
-UNSIGNED = b""  # among the keys, last: what nobody signed is taken too; it signs nothing
+UNSIGNED = b""  # the last of the keys, if present: unsigned snapshots are accepted too; it signs nothing
 
 _MAGIC = b"KWF1"
 _CHECKSUM_BYTES = 32
@@ -45,7 +45,7 @@ for _tag, _class in enumerate(CLASSES):
 
 
 def save(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[registry.Module]]:
-    """The instance as it waits now, and the versions of modules that the snapshot names.  Raises UnsavableError naming what cannot be saved (G4)."""
+    """Return the instance as bytes, as it waits now, and the module versions that the snapshot refers to.  Raises UnsavableError that names what cannot be saved (G4)."""
     body, held, minor = codec.dumps_with_code(instance.graph(), instance.pins)
     code, modules = {}, []
     for reference in sorted(held):
@@ -73,13 +73,13 @@ def save(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[registry.Modu
 
 
 def waits_of(instance: Instance, most: int | None = None) -> list[dict[str, Any]]:
-    """The header's entry of every pending wait, or of the first ones."""
+    """Return the header's entries for all pending waits, or for the first `most` ones."""
     waits = instance.waits.values()
     return [_wait(wait) for wait in (waits if most is None else itertools.islice(waits, most))]
 
 
 def _wait(wait: Suspension) -> dict[str, Any]:
-    """Where the task that waits for it is: function, file (relative to the module's root) and line."""
+    """Describe a wait and where the task that waits for it stands: function, file (relative to the module's root) and line."""
     described: dict[str, Any] = {"ref": wait.ref, "kind": wait.kind, "since": wait.since_ms}
     described |= wait.described()
     waiters: list[Any] = wait.waiters
@@ -91,7 +91,7 @@ def _wait(wait: Suspension) -> dict[str, Any]:
         if isinstance(waiters[0], Task) and (not waiters[0].waiters or not _is_ours(waiters[0])):
             break
         waiters = waiters[0].waiters
-    else:  # too far up to be looked for at every save
+    else:  # too many levels up to search at every save
         return described
     gen = waiters[0].gen
     if gen is not None:
@@ -102,7 +102,10 @@ def _wait(wait: Suspension) -> dict[str, Any]:
 
 
 def _retried(task: Task) -> dict[str, Any]:
-    """Which activity a timer is the pause of, and the attempt that comes after it, if it is one: the loop of attempts is code of ours, and the timer of an attempt's own is in a Timeout."""
+    """Return the activity and the next attempt, if this task's timer is the pause between two attempts.
+
+    Our own loop of attempts waits for such a pause directly; the timer of an attempt's time-out is inside a Timeout.
+    """
     known = registry.function_of(task.gen.gi_code) if task.gen is not None else None
     if task.gen is None or known is None or (known.module, known.path) != _ATTEMPTS:
         return {}
@@ -111,13 +114,13 @@ def _retried(task: Task) -> dict[str, Any]:
 
 
 def is_call(task: Task) -> bool:
-    """Whether it is the call of an activity, with its attempts and the pauses between them, or a `rest.call`."""
+    """Whether the task is the call of an activity, with its attempts and the pauses between them, or a `rest.call`."""
     known = registry.function_of(task.gen.gi_code) if task.gen is not None else None
     return known is not None and (known.module, known.path) in _CALLS
 
 
 def failed_at(error: BaseException) -> dict[str, Any]:
-    """The innermost frame that an error came through in a durable module of the author's, as a wait's header says it; empty if there is none."""
+    """Return the innermost frame of the author's durable modules that an error came through, in the form of a wait's header; empty if there is none."""
     found: dict[str, Any] = {}
     tb = error.__traceback__
     while tb is not None:
@@ -130,12 +133,12 @@ def failed_at(error: BaseException) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _relative(filename: str, module: str) -> str:
-    """From the folder on that the module's name begins in."""
+    """Return the file name relative to the folder that contains the module's top-level package."""
     return "/".join(filename.split("/")[-(module.count(".") + 1) :])
 
 
 def _is_ours(task: Task) -> bool:
-    """Whether it runs code of kwflow.flows; who waits for it tells an author more."""
+    """Whether the task runs code of kwflow.flows; whoever waits for it tells an author more."""
     known = registry.function_of(task.gen.gi_code) if task.gen is not None else None
     return known is not None and known.module.startswith("kwflow.")
 
@@ -151,12 +154,12 @@ def _encode(header: dict[str, Any], body: bytes, keys: Keys) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def key_id(key: bytes) -> str:
-    """A key's public name in headers: 8 hex digits that do not give it away."""
+    """Return the public name of a key in headers: 8 hex digits that do not reveal it."""
     return hashlib.sha256(b"kwflow snapshot key\0" + key).hexdigest()[:8]
 
 
 def seal_of(data: bytes, keys: Keys = ()) -> str:
-    """For people: `unsigned`, `verified`, `not verified: …` or `forged`.  Raises SnapshotError for damaged bytes."""
+    """Describe the seal for people: `unsigned`, `verified …`, `not verified: …` or `forged: …`.  Raises SnapshotError for damaged bytes."""
     name = _split(data)[0].get("key")
     if name is None:
         return "unsigned"
@@ -171,7 +174,7 @@ def _signed(data: bytes, key: bytes) -> bool:
 
 
 def split(data: bytes, keys: Keys = ()) -> tuple[dict[str, Any], bytes]:
-    """Header and body, checked but nothing unpickled; with keys only what one of them signed.  Raises SnapshotError."""
+    """Return header and body, checked but not unpickled.  With keys, only what one of them signed is accepted (see UNSIGNED).  Raises SnapshotError."""
     header, body = _split(data)
     name = header.get("key")
     if name is None and (not keys or UNSIGNED in keys):
@@ -204,23 +207,26 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def read_header(data: bytes) -> dict[str, Any]:
-    """The header for showing it: no author code is loaded, nothing unpickled, no key needed (`seal_of` says what it is worth).  Raises SnapshotError."""
+    """Return the header, for display: this loads no author code, unpickles nothing and needs no key (`seal_of` tells how far to trust it).  Raises SnapshotError."""
     return _split(data)[0]
 
 
 def read_inner_header(data: bytes) -> dict[str, Any]:
-    """The same of what was parked unread, as its key or its format is not known here; of any other, its own.  Raises SnapshotError."""
+    """Return the inner header of a snapshot that was parked unread, because its key or format was unknown; of any other, its own header.  Raises SnapshotError."""
     header, body = _split(data)
     return read_header(body) if header.get("parked", {}).get("was") == "damaged" else header
 
 
 def load(data: bytes, sources: Sources = no_sources, keys: Keys = ()) -> Instance:
-    """The instance, waiting where it was, on the code it waits in.  Raises CodeChangedError when that is neither here nor stored, CorruptSnapshotError."""
+    """Return the instance, waiting where it was, on the code that it waits in.
+
+    Raises CodeChangedError if that code is neither loaded nor stored, CorruptSnapshotError.
+    """
     return wake(*split(data, keys), sources)
 
 
 def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources) -> Instance:
-    """`load` for what `split` gave."""
+    """Do what `load` does, for the header and body that `split` returned."""
     if header.get("minor", MINOR) != MINOR:
         raise SnapshotError(f"it holds a class as code of Python {header['minor']} (snapshot_cloudpickle); this is {MINOR}: run it there, then retry")
     try:
@@ -238,7 +244,7 @@ def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources) -> 
 
 
 def park(stored: bytes | None, base: dict[str, Any], reason: str, message: str, offset: int, keys: Keys = ()) -> bytes:
-    """The same state, marked: its records are held until somebody retries.  `base` is the header of one never stored."""
+    """Return the same state, marked as parked: its records are held until somebody retries.  `base` is the header if nothing was stored before."""
     header, body = dict(base), b""
     if stored is not None:
         try:
@@ -251,7 +257,7 @@ def park(stored: bytes | None, base: dict[str, Any], reason: str, message: str, 
 
 
 def unpark(stored: bytes, keys: Keys = ()) -> bytes | None:
-    """What was stored before it was parked; None for a start that never was."""
+    """Return what was stored before it was parked; None if that was nothing, because its start failed."""
     header, body = split(stored, keys)
     was = header.pop("parked", {}).get("was")
     if was == "damaged":
@@ -260,18 +266,18 @@ def unpark(stored: bytes, keys: Keys = ()) -> bytes | None:
 
 
 def amend(stored: bytes, keys: Keys = (), **fields: Any) -> bytes:
-    """The same state with other entries in its header.  Raises SnapshotError."""
+    """Return the same state with these entries in its header.  Raises SnapshotError."""
     header, body = split(stored, keys)
     return _encode({**header, **fields}, body, keys)
 
 
 def copy(body: bytes, header: dict[str, Any], keys: Keys = ()) -> bytes:
-    """A snapshot of this body, from another one, under a header of its own."""
+    """Return a snapshot with the body of another one under a header of its own."""
     return _encode(dict(header), body, keys)
 
 
 def ended_header(instance: Instance) -> dict[str, Any]:
-    """What the entry that stays after the end holds (K20)."""
+    """Return the content of the entry that stays after the end (K20)."""
     own = {"id": instance.id, "workflow": instance.workflow, "start_id": instance.start_id, "applied": instance.applied, "ended": instance.updated_ms}
     return {**own, **{name: value for name, value in instance.extra.items() if name != "mailbox"}}
 

@@ -1,8 +1,8 @@
 """step(instance, record, context) -> Transition: the main path; read this first.
 
-Pure: a function of its arguments.  What a record does to an instance is decided here; `calls.py` is what author code
-does meanwhile, `messages.py` what commands do, `instance.py` moves the tasks, `snapshot.py` turns instances into bytes,
-a runner makes a Transition happen.
+Pure: a function of its arguments.  This module decides what a record does to an instance.  `calls.py` holds the calls
+that author code makes in a step, `messages.py` what commands do, `instance.py` moves the tasks, `snapshot.py` turns
+instances into bytes, and a runner makes the Transition happen.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kwflow.errors import Cancelled, KwflowBug, ProtocolError, StepTimeout, Stuc
 
 __all__ = ["Step", "applied_before", "step"]
 
-_TELL: dict[str, Callable[[Calls, Any], None]] = {  # who works for a wait outside, by its kind; told when it is cancelled
+_TELL: dict[str, Callable[[Calls, Any], None]] = {  # by kind of wait: how to tell whoever works for it outside that it was cancelled
     "activity": lambda calls, wait: calls.dispatch.append(Withdraw(calls.instance.id, wait.ref)),
     "timer": lambda calls, timer: calls.write(calls.context.topics.scheduler, calls.timer_key(timer), b"0", calls.travelling),
     "child": children.left,
@@ -39,15 +39,15 @@ _NOBODY_CANCELLED = (
     "it has ended as cancelled, and nobody cancelled it: it waited for what had been cancelled, such as a wait that had lost a kw.race or kw.timeout before; "
     "a wait is for one time: make one for each round (of a signal: kw.signals(name) does), or keep it with cancel_rest=False"
 )
-_LOST_TOLD_MAX = 5  # in the line that tells of what nobody has awaited
-_STUCK_MAX = 100  # a main that catches StuckError and waits for nothing again would loop in the step for ever
+_LOST_TOLD_MAX = 5  # in the log line that lists what nobody has awaited
+_STUCK_MAX = 100  # a main that catches StuckError and again waits for what nothing can wake would keep the step in a loop for ever
 
 
 def step(instance: Instance | None, record: Record, context: Context) -> Transition:
-    """Apply one record.  Consumes `instance`: after any exception load it again from its bytes.
+    """Apply one record.  Consumes `instance`: after any exception, load it again from its bytes.
 
-    Raises ProtocolError (dead-letter the record); anything else means that the step failed and the instance is to
-    be parked (G4).
+    Raises ProtocolError if the record is to be dead-lettered; any other exception means that the step has failed and the
+    instance is to be parked (G4).
     """
     name = wire.workflow_id(record)
     message = wire.parse(record)
@@ -78,12 +78,12 @@ def step(instance: Instance | None, record: Record, context: Context) -> Transit
 
 
 def applied_before(last: Sequence[Any] | None, record: Record, incarnation: str) -> bool:
-    """Whether this record was applied already; offsets compare only within one incarnation and partition (wire.md §3)."""
+    """Whether this record was applied already.  Offsets are comparable only within one incarnation and partition (wire.md §3)."""
     return last is not None and (last[0], last[1]) == (incarnation, record.partition) and record.offset <= last[2]
 
 
 def _known(start_id: str, record: Record, address: wire.Address | None, context: Context) -> Transition:
-    """A start of an id that runs changes nothing (G5); its sender, or the parent, is told whether it is this very start."""
+    """A start of an id that is running changes nothing (G5).  Its sender is told whether it is a repetition of the same start; a parent is told if it is not."""
     same = wire.short_header(record, "kwflow-start-id") == start_id
     replies = (wire.Reply(address, "duplicate" if same else "exists"),) if address is not None else ()
     told = () if same else children.refused(record, "exists", "another workflow runs under this id", context.topics.resume)
@@ -97,7 +97,7 @@ def _restarts(message: wire.Start, context: Context) -> bool:
 
 
 def _restart(instance: Instance, message: wire.Start, record: Record, context: Context) -> Transition:
-    """End the run that is there as `terminate` does, without its author's code, and start anew in the same step."""
+    """End the current run as `terminate` does, without running author code, and start a new one in the same step."""
     header = {"id": instance.id, "start_id": instance.start_id, "waits": waits_of(instance), **instance.extra}
     closing = ops.terminate(header, "restarted", record, context.topics)
     made = _start(instance.id, message, record, context)
@@ -106,14 +106,14 @@ def _restart(instance: Instance, message: wire.Start, record: Record, context: C
 
 
 def _start(name: str, message: wire.Start, record: Record, context: Context, before: Callable[[Calls], None] = lambda calls: calls.answer("started")) -> Transition:
-    """Start a workflow; `before` is what the record does besides, before its first line."""
+    """Start a workflow.  `before` runs ahead of the workflow's first line; it is whatever else the record does."""
     workflow = message.workflow or context.workflows.default
     function = context.workflows.functions.get(workflow) if workflow is not None else None
     if workflow is None or function is None:
         known = ", ".join(sorted(context.workflows.functions)) or "none"
         raise ProtocolError(f"no workflow {workflow!r} is registered; known are: {known}", "unknown-workflow")
     options = message.options
-    if workflow in context.workflows.inputs:  # before anything is done: what does not fit is a bad record
+    if workflow in context.workflows.inputs:  # before anything is done: an input that does not fit makes this a bad record
         options = typed.rebuilt_input(f"workflow {workflow!r}", context.workflows.inputs[workflow], options)
     instance = Instance(name, workflow, f"{record.partition}-{record.offset}", record.timestamp_ms)
     if record.headers:
@@ -130,7 +130,7 @@ def _start(name: str, message: wire.Start, record: Record, context: Context, bef
 
 
 def _command(name: str, instance: Instance | None, command: wire.Command, record: Record, context: Context) -> Transition:
-    """What author code has a part in; the other ops are done on the header alone (ops.py)."""
+    """Apply a command that involves author code; all other ops work on the header alone (ops.py)."""
     apply = messages.OPS.get(command.op)
     if apply is None:
         raise KwflowBug(f"op {command.op} is not for a step")
@@ -145,10 +145,10 @@ def _command(name: str, instance: Instance | None, command: wire.Command, record
 
 
 class Step(Calls):
-    """One step: the record is applied, then everything it made ready, then the instance is what the Transition says."""
+    """One step: it applies the record, then runs everything that this made ready; the instance afterwards is what the Transition says."""
 
     def run(self, first: Callable[[], None], outcome: str) -> Transition:
-        """Do `first`, then everything it made ready; the instance afterwards is what the Transition says."""
+        """Call `first`, then run everything that it made ready.  The instance afterwards is what the Transition says."""
         if in_step():
             raise KwflowBug("a step inside a step")
         instance = self.instance
@@ -173,11 +173,11 @@ class Step(Calls):
         if instance.mailbox is not None:
             messages.describe(self, instance.mailbox)
         state = self._state()
-        del self.machine  # it holds this step as its host: the cycle would leave each step to the collector
+        del self.machine  # it refers to this step as its host: because of that cycle, only the collector would free each step
         return Transition(state, tuple(self.outputs), tuple(self.logs), tuple(self.dispatch), tuple(self.replies), self.outcome or outcome)
 
     def start_main(self, function: Callable[[Any], Any], options: object) -> None:
-        """Call the workflow function; a plain function's value is its result (KW-32), its error the error record (KW-25)."""
+        """Call the workflow function.  The value of a plain function is the result (KW-32), its exception the error record (KW-25)."""
         task = Task(self.instance.task_next, None, getattr(function, "__qualname__", "main"))
         self.instance.task_next += 1
         self.instance.main = task
@@ -188,7 +188,7 @@ class Step(Calls):
         except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
             raise
         except BaseException as error:
-            if type(error) is TypeError and error.__traceback__ is not None and error.__traceback__.tb_next is None:  # no line of it has run
+            if type(error) is TypeError and error.__traceback__ is not None and error.__traceback__.tb_next is None:  # none of its lines has run
                 error = UsageError(f"workflow {self.instance.workflow!r} is called with one argument, the start's JSON, as in `def main(opts)`: {error}")
             self._settle_main(FAILED, error)
             return
@@ -232,7 +232,7 @@ class Step(Calls):
             return Ended(ended_header(instance))
         return Save(instance)
 
-    # -- what the machine asks (instance.Host) ---------------------------------------------------------------------
+    # -- what the machine asks for (instance.Host) -----------------------------------------------------------------
     def task_failed(self, task: Task) -> None:
         self.logs.append(f"{task.name}: nobody awaits it and it failed: {outcomes.describe_error(task.value)}")
 
@@ -240,7 +240,10 @@ class Step(Calls):
         _TELL[wait.kind](self, wait)
 
     def _never_awaited(self) -> list[str]:
-        """What main began and nobody looked at: almost surely a forgotten `yield`.  A `kw.suspend`, a signal or a spawned generator may be meant so."""
+        """Name what main began and nobody has awaited: almost certainly a forgotten `yield`.
+
+        A `kw.suspend`, a signal or a spawned generator is not named: that may be intended.
+        """
         calls = [task.name for task in self.instance.tasks.values() if is_call(task) and not (task.observed or task.shielded or task.cancel_step)]
         waits = [wait for wait in self.instance.waits.values() if not wait.observed]
         children_of_it = [f"child {wait.child_id}" for wait in waits if isinstance(wait, children.Child) and wait.parent_close != "abandon"]
@@ -249,14 +252,14 @@ class Step(Calls):
     def main_ended(self, main: Task) -> None:
         topics, outcome = self.context.topics, "result"
         headers = (*self.travelling, *outcomes.run_headers(self.instance.start_id, self.instance.extra))
-        error: BaseException | None = main.value if main.state == FAILED else None  # not raised here: its traceback would keep this step and main alive
+        error: BaseException | None = main.value if main.state == FAILED else None  # never raised here: its traceback would keep this step and main alive
         value, topic = b"", topics.result
         if error is None:
             try:
                 value = json_dumps(main.value)
                 if len(value) > self.context.limits.value_bytes_max:
                     raise UsageError(f"the result has {len(value)} bytes, more than {self.context.limits.value_bytes_max} (limit value_bytes_max); return a reference to it, or raise it")
-            except Exception as failed:  # the result may have no JSON form: that is the workflow's error, too
+            except Exception as failed:  # the result may have no JSON form: this, too, is an error of the workflow
                 error = failed
         if error is not None:
             outcome = "cancelled" if isinstance(error, Cancelled) else "error"
@@ -273,7 +276,7 @@ class Step(Calls):
         if "parent" in extra:
             self.outputs.append(children.answer(extra["parent"], self.instance.id, outcome, value, topics.resume, limits.value_bytes_max, self.record.timestamp_ms))
         at = failed_at(error) if error is not None else {}
-        if outcome == "error":  # no word of what it says: logs and the history are read by many
+        if outcome == "error":  # without the error's message: many people read logs and the history
             self.logs.append(f"ended with {type(error).__name__}" + (f" in {at['function']} ({at['file']}:{at['line']})" if at else "") + "; kwflow show tells the rest")
         extra["outcome"] = outcomes.kept(outcome, value, at)
         messages.close(self)

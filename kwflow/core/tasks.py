@@ -1,7 +1,7 @@
 """What a workflow can wait for: suspensions, timers, tasks and combinators, as plain picklable data.
 
-Every rule of the form "when this child settles, does the combinator decide, and what?" lives here.  It must not know
-records or queues: who is woken when, and in which order, is `instance.py`.
+Every rule of the form "when this child settles, does the combinator decide, and what?" lives here.  This module must not
+know records or queues; `instance.py` decides who is woken, when, and in which order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["FAILED", "OK", "PENDING", "ActivityWait", "All", "Awaitable", "Combi
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 
-    _T = TypeVar("_T", covariant=True, default=Any)  # `Awaitable` alone means that anything may come
+    _T = TypeVar("_T", covariant=True, default=Any)  # a bare `Awaitable` may give any value
 else:
     from typing import TypeVar
 
@@ -29,11 +29,11 @@ PENDING, OK, FAILED = "pending", "ok", "failed"
 Outcome = tuple[str, Any]
 
 
-_Wait = Once  # the name that snapshots of 0.1 hold
+_Wait = Once  # the name that snapshots of 0.1 contain
 
 
 class Awaitable(Generic[_T]):
-    """Something that settles once; `yield`, `yield from` and `await` give its value.  Invariant: `waiters` is empty once `state` is not PENDING."""
+    """Something that settles once; `yield`, `yield from` and `await` return its value.  Invariant: `waiters` is empty once `state` is not PENDING."""
 
     __slots__ = ("__weakref__", "observed", "state", "value", "waiters")
     _fields: ClassVar[tuple[str, ...]] = ("observed", "state", "value", "waiters")
@@ -62,7 +62,7 @@ class Awaitable(Generic[_T]):
         return Once(self)  # type: ignore[return-value]
 
     def __getstate__(self) -> tuple[Any, ...]:
-        """The fields in the order of `_fields`, which is part of the snapshot format."""
+        """Return the fields in the order of `_fields`, which is part of the snapshot format."""
         return type(self)._values(self)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -73,8 +73,9 @@ class Awaitable(Generic[_T]):
 class Suspension(Awaitable[_T]):
     """A wait with a ref id that a record settles.
 
-    A kind of its own is a subclass with `kind`, what the header tells of it beside ref and place (`described`), what an
-    answer makes of it (`answer`), and whether somebody outside works for it and is told when it is cancelled (`outside`).
+    Each further kind is a subclass.  It defines its `kind`, what the header says of it besides ref and place (`described`),
+    the outcome that an answer gives it (`answer`), and whether somebody outside works for it and is told when it is
+    cancelled (`outside`).
     """
 
     __slots__ = ("ref", "since_ms")
@@ -92,11 +93,11 @@ class Suspension(Awaitable[_T]):
         return self.ref
 
     def described(self) -> dict[str, Any]:
-        """Its own entries in the header, JSON; enough to end it without author code (M3)."""
+        """Return its own entries in the header, as JSON values; they suffice to end it without author code (M3)."""
         return {}
 
     def answer(self, failed: bool, value: object) -> Outcome:
-        """What a resume record's `value` or `error` makes of it."""
+        """Return the outcome for the `value` or `error` of a resume record."""
         return (FAILED, WorkflowError(value)) if failed else (OK, value)
 
     def __repr__(self) -> str:
@@ -120,7 +121,7 @@ class Timer(Suspension[None]):
 
 
 class ActivityWait(Suspension):
-    """A wait for one attempt of an activity, which an engine runs outside (M6)."""
+    """A wait for one attempt of an activity, which an engine runs outside the step (M6)."""
 
     __slots__ = ("attempt", "name")
     kind = "activity"
@@ -136,7 +137,7 @@ class ActivityWait(Suspension):
 
 
 class JobWait(ActivityWait):
-    """The same for an activity with a queue: a worker outside of the engines runs it (M6.6)."""
+    """A wait for one attempt of an activity with a queue, which a worker outside the engines runs (M6.6)."""
 
     __slots__ = ("queue",)
     kind = "job"
@@ -153,7 +154,7 @@ class Task(Awaitable[_T]):
     """A running durable generator.
 
     Invariant: `number` is never reused in an instance.  `pending` is set while the task is queued, `waiting_on` while
-    it waits, neither while it runs.  `below` holds the tasks it created, for `wait_rest`.
+    it waits, neither while it runs.  `below` holds the tasks that it created, for `wait_rest`.
     """
 
     __slots__ = ("below", "below_max", "cancel_requested", "cancel_step", "gen", "name", "number", "pending", "shielded", "started", "waiting_on")
@@ -173,7 +174,10 @@ class Task(Awaitable[_T]):
         self.below_max = 16
 
     def add_below(self, task: Task) -> None:
-        """Remember a task made by this one; settled ones are dropped: those at the end at once (a chain keeps one), all at doubling sizes."""
+        """Remember a task that this one created.
+
+        Settled tasks are dropped: those at the end of the list at once (so a chain keeps one), all others whenever the list has doubled.
+        """
         while self.below and self.below[-1].settled and not self.below[-1].below:
             self.below.pop()
         self.below.append(task)
@@ -186,13 +190,16 @@ class Task(Awaitable[_T]):
 
 
 class Some(list[int]):
-    """Which ones.  A class, so that a kwflow that does not know it parks what holds it: it took any list for "cancel them all"."""
+    """Indices of the children to cancel.
+
+    It is a class of its own so that an older kwflow, which took any list for "cancel them all", does not know it and parks an instance that holds one.
+    """
 
 
 class Combinator(Awaitable):
-    """A wait over several children.  `decided` is the outcome once known; with `wait_rest` it settles later than that.
+    """A wait over several children.  `decided` is the outcome once it is known; with `wait_rest` the combinator settles later than that.
 
-    `cancel_rest`: whether losers are cancelled, or which (indices of those that nobody else holds).
+    `cancel_rest` says whether losers are cancelled, or which ones: the indices of those that nobody else holds.
     """
 
     __slots__ = ("cancel_rest", "children", "decided", "keys", "wait_rest")
@@ -211,15 +218,15 @@ class Combinator(Awaitable):
         return [child for child in self.children if not (id(child) in seen or seen.add(id(child)))]  # type: ignore[func-returns-value]
 
     def decide(self, child: Awaitable) -> Outcome | None:
-        """The outcome if this settled child decides, else None."""
+        """Return the outcome if this settled child decides, else None."""
         raise NotImplementedError
 
     def losers(self, child: Awaitable) -> list[Awaitable]:
-        """Now that this child has decided: whose values nobody will get from here, if they have any."""
+        """Return the losers, now that `child` has decided: children whose values, if they have any, nobody will get through this combinator."""
         return self.cancelled([other for other in self.distinct() if other is not child])
 
     def cancelled(self, rest: list[Awaitable]) -> list[Awaitable]:
-        """Those of the rest that are cancelled."""
+        """Return those of the rest that are to be cancelled."""
         if not isinstance(self.cancel_rest, Some):
             return rest if self.cancel_rest else []
         own = [self.children[n] for n in self.cancel_rest]
@@ -265,7 +272,7 @@ class Race(Combinator):
 
 
 class Timeout(Combinator):
-    """x, or TimeoutError when the timer is first.  A timer that was only cancelled decides nothing: x is still cleaning up."""
+    """The outcome of x, or TimeoutError if the timer is first.  A timer that was merely cancelled decides nothing: x is still cleaning up."""
 
     __slots__ = ()
 
@@ -278,7 +285,7 @@ class Timeout(Combinator):
 
 
 class Shield(Combinator):
-    """x, but a cancel that arrives meanwhile is held back and raised once x has settled (semantics §1.6)."""
+    """The outcome of x; but a cancel that arrives meanwhile is held back, and raised once x has settled (semantics §1.6)."""
 
     __slots__ = ("held",)
 
@@ -294,7 +301,7 @@ class Shield(Combinator):
 
 
 def live_below(roots: list[Any]) -> list[Task]:
-    """Every unsettled task at or below these awaitables, in input order (iterative: nesting may be deep)."""
+    """Return every unsettled task at or below these awaitables, in input order (iteratively: nesting may be deep)."""
     found: list[Task] = []
     seen: set[int] = set()
     stack = list(reversed(roots))

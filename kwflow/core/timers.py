@@ -1,7 +1,7 @@
-"""The timer table, pure: records on the scheduler topic set, replace and cancel; due ones become resume records.
+"""The timer table, pure: records on the scheduler topic set, replace and cancel timers; timers that are due become resume records.
 
-SC-1..SC-9.  Key `<workflow id>|<value>`, value the delay in ms as text (`0` or null cancels).  The table is ordered by
-due time, so that a tick reads only what is due.  It must not know a clock: now arrives as an argument.
+SC-1..SC-9.  The key is `<workflow id>|<value>`, the value the delay in ms as text (`0` or null cancels).  The table is
+ordered by due time, so that a tick reads only what is due.  This module must not know a clock: the current time is an argument.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from kwflow.errors import ProtocolError
 __all__ = ["COUNT", "DUE", "cancel_or_set", "due_entries", "fire"]
 
 DUE = b"\0due\0"
-COUNT = b"\0timers"  # `<how many are set> <due key that none lies before>`: counting a million entries, or passing those that were deleted, would take seconds
-_PACKED = b"\2"  # no header's name began like this in the form before
+COUNT = b"\0timers"  # `<number of timers set> <due key before which there is none>`: counting a million entries, or skipping deleted ones, would take seconds
+_PACKED = b"\2"  # in the earlier form, no header name began like this
 _DELAY = re.compile(rb"[+-]?\d{1,15}")
-_INSTANT = re.compile(r"[0-9]{1,15}")  # ms until the year 33658; int() would take digits of any script, and refuse 5000 of them
+_INSTANT = re.compile(r"[0-9]{1,15}")  # ms up to the year 33658; int() would accept the digits of any script, and refuse 5000 of them
 
 
 def _due_key(due_ms: int, offset: int, key: bytes) -> bytes:
@@ -39,9 +39,9 @@ def _delay_ms(value: bytes | None) -> int:
 
 
 def cancel_or_set(record: Record, stored: bytes | None) -> dict[bytes, bytes | None]:
-    """The changes this record makes to the table; `stored` is the due key that its timer has now.  Raises ProtocolError.
+    """Return the changes that this record makes to the table.  `stored` is the due key that its timer has now.
 
-    A negative delay is due at once (SC-8).
+    A negative delay is due at once (SC-8).  Raises ProtocolError.
     """
     key = record.key
     if key is None or b"|" not in key or key.startswith(b"\0") or not key.partition(b"|")[0]:
@@ -62,25 +62,25 @@ def cancel_or_set(record: Record, stored: bytes | None) -> dict[bytes, bytes | N
 
 
 def due_entries(due_key: bytes) -> tuple[int, bytes]:
-    """(due in ms, timer key) of a table entry."""
+    """Return the due time in ms and the timer key of a table entry."""
     _, _, due_ms, _, key = due_key.split(b"\0", 4)
     return int(due_ms), key
 
 
 def fire(due_key: bytes, headers: bytes, resume_topic: str, now_ms: int) -> tuple[dict[bytes, bytes | None], Output]:
-    """The entry's removal and its resume record."""
+    """Return the changes that remove an entry, and its resume record."""
     _, key = due_entries(due_key)
     workflow, _, value = key.partition(b"|")
     return {due_key: None, key: None}, Output(resume_topic, workflow, value, _unpacked(headers), now_ms)
 
 
 def _packed(headers: Headers) -> bytes:
-    """Bytes for a table entry; header values may hold any bytes, so no separator would do."""
+    """Encode headers for a table entry.  Their values may hold any bytes, so no separator would do."""
     return _PACKED + msgspec.msgpack.encode(headers) if headers else b""
 
 
 def _unpacked(data: bytes) -> Headers:
     if data.startswith(_PACKED):
         return msgspec.msgpack.decode(data[1:], type=Headers)
-    plain = (pair.partition(b"\1") for pair in data.split(b"\0") if pair)  # as 0.1.0 wrote them
+    plain = (pair.partition(b"\1") for pair in data.split(b"\0") if pair)  # the form that 0.1.0 wrote
     return tuple((name.decode("utf-8", "replace"), content) for name, _, content in plain)

@@ -1,6 +1,6 @@
-"""Typed values: what travels as JSON, and how annotations rebuild it, for activities and for the inputs of workflows.
+"""Typed values: how they become JSON, and how annotations rebuild them, for activities and for the inputs of workflows.
 
-Every rule of that travelling lives here (decision 0050); it must not know records or instances.
+Every rule of this conversion lives here (decision 0050).  This module must not know records or instances.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["from_plain", "hint_of", "input_hints", "input_json", "rebuilt_input"
 
 _PLAIN = (type(None), bool, int, float, str)
 _JSON: tuple[Any, ...] = (None, True, 1, 1.0, "", [], {})
-_SAID_CHARACTERS_MAX = 2_000  # a model's validators may say something of each of 10,000 items
+_SAID_CHARACTERS_MAX = 2_000  # the validators of a model may report an error for each of 10,000 items
 
 
 def to_plain(value: Any, annotated: bool) -> Any:
-    """As JSON values.  Without an annotation nothing could rebuild more, so only JSON values are taken.  Raises TypeError or ValueError."""
+    """Convert a value to JSON values.  Without an annotation, nothing could rebuild any other value, so only JSON values are accepted.  Raises TypeError or ValueError."""
     if annotated:
         return msgspec.to_builtins(value, builtin_types=(), str_keys=True, enc_hook=_dump_model)
     _check_plain(value, 0)
@@ -59,7 +59,7 @@ def _check_plain(value: Any, depth: int) -> None:
 
 
 def from_plain(value: Any, hint: Any) -> Any:
-    """JSON values as this annotation says: dataclasses, msgspec structs, pydantic models, and what they and containers hold."""
+    """Rebuild a value from JSON values by its annotation: dataclasses, msgspec structs, pydantic models, and what these and containers hold."""
     return msgspec.convert(value, hint, str_keys=True, dec_hook=_load_model)
 
 
@@ -70,33 +70,36 @@ def _load_model(hint: Any, value: Any) -> Any:
     if isinstance(hint, type) and isinstance(value, hint):
         return value
     origin, items = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (collections.abc.Iterable, collections.abc.Container, collections.abc.Reversible):  # that every list is one, msgspec does not see
+    if origin in (collections.abc.Iterable, collections.abc.Container, collections.abc.Reversible):  # msgspec does not see that every list is one
         return from_plain(value, list[items])  # type: ignore[valid-type]
     raise TypeError(f"the annotation {getattr(hint, '__qualname__', hint)} cannot be rebuilt from JSON")
 
 
 # -- the inputs of workflows -------------------------------------------------------------------------------------------
 def input_json(value: object) -> bytes:
-    """What starts a workflow, as JSON; whether its parameter has an annotation is known where it runs.  Raises TypeError or ValueError."""
-    with contextlib.suppress(TypeError):  # bytes, a pydantic model, or what holds one
+    """Return the input of a workflow as JSON; only the engine that runs it knows whether its parameter has an annotation.  Raises TypeError or ValueError."""
+    with contextlib.suppress(TypeError):  # bytes, a pydantic model, or a container of them
         return json_dumps(value)
     return json_dumps(to_plain(value, annotated=True))
 
 
 def rebuilt_input(whose: str, hint: Any, value: object) -> Any:
-    """The input as annotated.  Raises ProtocolError when it does not fit; classes of the author's are built here, so anything may be raised."""
+    """Rebuild the input by its annotation.  Raises ProtocolError if it does not fit: this builds the author's classes, so any exception may come out of them."""
     try:
         return from_plain(value, hint)
     except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
         raise
     except BaseException as error:
         said = outcomes.describe_error(error).removeprefix("ValidationError: ")
-    said = " ".join(said.split())  # it is a line of the log, too
+    said = " ".join(said.split())  # it is also written to the log, as one line
     raise ProtocolError(f"{whose} does not take this input: {said}"[:_SAID_CHARACTERS_MAX], "bad-input")
 
 
 def input_hints(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
-    """Name -> annotation of the parameter, of those whose input it rebuilds.  Raises UsageError for one that can rebuild nothing."""
+    """Return, by name of the workflow, the annotations that inputs are rebuilt by; those that say nothing are left out.
+
+    Raises UsageError for an annotation that nothing can be rebuilt from.
+    """
     found = {}
     for name, function in functions.items():
         said = f"the input of workflow {name!r} ({getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)})"
@@ -109,7 +112,10 @@ def input_hints(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
 
 
 def hint_of(said: str, function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
-    """The annotation of a parameter, Any without one; the others, and that of the result, may name what only type checkers know.  Raises UsageError for one that can rebuild nothing."""
+    """Return the annotation of this parameter, or Any.  Those of the others and of the result are not resolved: they may use names that only type checkers know.
+
+    Raises UsageError for an annotation that nothing can be rebuilt from.
+    """
     if parameter.annotation is parameter.empty:
         return Any
     alone = types.SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
@@ -129,7 +135,7 @@ def _says_nothing(hint: Any) -> bool:
 
 
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """Its parameters.  From 3.14 on annotations are evaluated when somebody asks: one may name what comes further down, or type checkers alone know."""
+    """Return its signature.  From 3.14 on, annotations are evaluated on demand, and may use names that are defined further down or known only to type checkers."""
     if sys.version_info >= (3, 14):
         from annotationlib import Format
 
@@ -138,16 +144,19 @@ def signature_of(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def unchecked(hint: Any) -> str | None:
-    """Names a class in it that would be rebuilt without its checks, and what to do; None, too, for an annotation that msgspec does not know."""
+    """Name a class in the annotation that would be rebuilt without its checks, and the remedy.  None if there is none, or if msgspec does not know the annotation."""
     try:
         found = msgspec.inspect.type_info(hint)
-    except Exception:  # it names what is not there, perhaps
+    except Exception:  # it may use a name that does not exist
         return None
     return next(_refused(found, False, set()), None)
 
 
 def _refused(found: object, needed: bool, seen: set[tuple[int, bool]]) -> Iterator[str]:
-    """Names the classes in it that are not rebuilt, and what to do: dataclasses of pydantic, and where a value is needed, as it is not of a field with a default, what JSON cannot become."""
+    """Name the classes in it that are not rebuilt, and the remedy.
+
+    These are dataclasses of pydantic and, where a value is needed (not in a field that has a default), classes that cannot be rebuilt from JSON.
+    """
     if isinstance(found, msgspec.inspect.CustomType) and needed and not hasattr(found.cls, "model_validate") and not _is_of_json(found.cls):
         remedy = "make it a dataclass, or give it model_dump and model_validate as pydantic has them; without an annotation the input is the JSON as it is"
         yield f"{found.cls.__module__}.{found.cls.__qualname__}, which cannot be rebuilt from JSON: {remedy}"
@@ -165,5 +174,5 @@ def _refused(found: object, needed: bool, seen: set[tuple[int, bool]]) -> Iterat
 def _is_of_json(hint: type) -> bool:
     try:
         return any(isinstance(value, hint) for value in _JSON)
-    except TypeError:  # a Protocol that is for type checkers alone
+    except TypeError:  # a Protocol that is only for type checkers
         return False

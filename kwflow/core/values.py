@@ -1,4 +1,4 @@
-"""The JSON that a value of a message may be: written without a silent change, and no deeper than any Python can read, save and write it."""
+"""The JSON values of messages.  One rule: they are written without a silent change, and nested no deeper than every supported Python can read, save and write."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import msgspec
 
 __all__ = ["LEVELS_MAX", "MESSAGE_LEVELS", "check_levels", "json_dumps"]
 
-LEVELS_MAX = 200  # of values in one another: any Python can read, save and write so many, from any depth of calls (3.11 saves some 450)
-MESSAGE_LEVELS = 5  # of ours around a value
+LEVELS_MAX = 200  # of nested values: every Python can read, save and write that many, from any depth of calls (3.11 saves about 450)
+MESSAGE_LEVELS = 5  # levels that our own messages put around a value
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 _OPENS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_DICTS = (dict, getattr(builtins, "frozendict", dict))  # 3.15; as names.DICTS, of a package that clients do not load
+_DICTS = (dict, getattr(builtins, "frozendict", dict))  # frozendict is in 3.15; the same as names.DICTS, which is in a package that clients do not load
 
 
 def json_dumps(value: object) -> bytes:
-    """Compact JSON in insertion order; refuses what msgspec would change silently (wire.md §4)."""
+    """Return compact JSON in insertion order; refuse what msgspec would change silently (wire.md §4)."""
     _check_json(value, 0)
     return msgspec.json.encode(value, enc_hook=_refused)
 
@@ -58,7 +58,7 @@ def _check_json(value: object, depth: int) -> None:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What msgspec writes of an object of somebody's class."""
+    """The values that msgspec writes for an object of an author's class."""
     if isinstance(value, enum.Enum):
         return [value.value]
     names = getattr(type(value), "__struct_fields__", None)
@@ -69,9 +69,9 @@ def _parts(value: Any) -> list[Any]:
 
 
 def check_levels(data: bytes, more: int = 0) -> None:
-    """Raises ValueError for JSON with more than LEVELS_MAX (and so many more) values in one another; it is JSON, as a decoder says.
+    """Raises ValueError for JSON that nests values more than LEVELS_MAX + `more` deep.  A decoder must have accepted `data` before.
 
-    Whoever waits for one would be parked, as it could not be saved: the sender is who can do something about it.
+    An instance that received such a value could not be saved and would be parked.  Only the sender can do something about it.
     """
     most = LEVELS_MAX + more
     if data.count(b"[") + data.count(b"{") <= most:
@@ -80,6 +80,6 @@ def check_levels(data: bytes, more: int = 0) -> None:
     for _ in range(most):
         if not brackets:
             return
-        brackets = brackets.replace(b"[]", b"")  # the innermost level of all
+        brackets = brackets.replace(b"[]", b"")  # removes the innermost level everywhere
     if brackets:
         raise ValueError(f"the JSON has more than {LEVELS_MAX} values in one another; keep long chains in arrays")

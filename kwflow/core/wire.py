@@ -1,7 +1,7 @@
 """Records in and out, and what a record on the input topic means.
 
-Total functions: bytes from outside become a value or a ProtocolError, never anything else.  Every rule about the
-bytes of a record lives here; it must not know instances or tasks.
+All functions are total: bytes from outside become a value or a ProtocolError, never anything else.  Every rule about the
+bytes of a record lives here.  This module must not know instances or tasks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 Headers = tuple[tuple[str, bytes | None], ...]
-DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer one is a mistake in units
+DELAY_MS_MAX = 10 * 366 * 24 * 3600 * 1000  # ten years: a longer delay is a mistake in units
 UNREADABLE = ("kwflow-unreadable", b"")  # in place of headers whose names are not UTF-8
 REASON_CHARACTERS_MAX = 1000
 _Text = Annotated[str, msgspec.Meta(max_length=REASON_CHARACTERS_MAX)]
@@ -77,7 +77,7 @@ class Record(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True):
-    """One record to write; `timestamp_ms` and `partition` None leave the choice to the runner."""
+    """One record to write.  `timestamp_ms` and `partition` are chosen by the runner if they are None."""
 
     topic: str
     key: bytes | None
@@ -88,14 +88,14 @@ class Output(msgspec.Struct, frozen=True):
 
 
 class Start(msgspec.Struct, frozen=True):
-    """`new:<json>`: start a workflow (KW-2); `workflow` None means the default one."""
+    """`new:<json>`: start a workflow (KW-2).  `workflow` None means the default one."""
 
     options: object
     workflow: str | None
 
 
 class Resume(msgspec.Struct, frozen=True):
-    """`{"ref", "value"|"error"}` (KW-3); `ref` None is ignored by rule (KW-5)."""
+    """`{"ref", "value"|"error"}`: answer a wait (KW-3).  `ref` None is ignored by rule (KW-5)."""
 
     ref: str | None
     value: object
@@ -103,7 +103,7 @@ class Resume(msgspec.Struct, frozen=True):
 
 
 class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The arguments of cancel, terminate, pause, unpause; the JSON `null` is the same as `{}`."""
+    """The arguments of cancel, terminate, pause and unpause.  The JSON `null` means the same as `{}`."""
 
     reason: _Text = ""
 
@@ -113,14 +113,14 @@ class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SignalStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Signal-with-start: what to start if the id does not run."""
+    """Signal-with-start: what to start if the id is not running."""
 
     workflow: _Name | None = None
     input: Any = None
 
 
 class Signal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The arguments of a signal; it is not delivered any more `ttl_ms` after the record's timestamp."""
+    """The arguments of a signal.  It expires `ttl_ms` after the timestamp of its record."""
 
     name: _Name
     value: Any = None
@@ -148,7 +148,7 @@ OPS: dict[str, type[msgspec.Struct]] = {
 
 
 class Command(msgspec.Struct, frozen=True):
-    """A record with header `kwflow-op` (M1, M2); `id` makes it idempotent, `start_id` limits it to that run of the workflow id."""
+    """A record with the header `kwflow-op` (M1, M2).  `id` makes it idempotent; `start_id` limits it to that run of the workflow id."""
 
     op: str
     arguments: Any
@@ -165,7 +165,7 @@ class Address(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What became of a command; `value` is plain JSON."""
+    """The reply to a command; `value` is plain JSON."""
 
     to: Address
     status: str
@@ -174,7 +174,7 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 def header(record: Record, name: str) -> str | None:
-    """The last header of that name as text (Kafka allows repeats; the last one was added last)."""
+    """Return the last header of that name as text, or None (Kafka allows repeated names; the last one was added last).  Raises ProtocolError."""
     for key, value in reversed(record.headers):
         if key == name and value is not None:
             try:
@@ -185,14 +185,14 @@ def header(record: Record, name: str) -> str | None:
 
 
 def workflow_id(record: Record) -> str:
-    """The record's key as a workflow id: 1-512 UTF-8 bytes without NUL and `|`.  Raises ProtocolError."""
+    """Return the record's key as a workflow id: 1 to 512 UTF-8 bytes without NUL and `|`.  Raises ProtocolError."""
     if record.key is None:
         raise ProtocolError("the record has no key", "null-key")
     return _id_of(record.key)
 
 
 def key_of(id: str) -> bytes:
-    """The key of the records of this workflow.  Raises UsageError for what is no workflow id."""
+    """Return the key of the records for this workflow.  Raises UsageError for what is not a workflow id."""
     try:
         key = id.encode()
         _id_of(key)
@@ -201,7 +201,7 @@ def key_of(id: str) -> bytes:
     return key
 
 
-@functools.lru_cache(maxsize=100_000)  # a key comes again and again, and is checked at several places
+@functools.lru_cache(maxsize=100_000)  # the same keys come again and again, and are checked in several places
 def _id_of(key: bytes) -> str:
     if not 1 <= len(key) <= _ID_BYTES_MAX:
         raise ProtocolError(f"a workflow id has 1 to {_ID_BYTES_MAX} bytes, not {len(key)}", "bad-key")
@@ -214,7 +214,7 @@ def _id_of(key: bytes) -> str:
 
 
 def parse(record: Record) -> Start | Resume | Command:
-    """What a record on the input topic asks for.  Raises ProtocolError."""
+    """Return what a record on the input topic asks for.  Raises ProtocolError."""
     if record.value is None:
         raise ProtocolError("the record has no value", "null-value")
     op = header(record, "kwflow-op") if record.headers else None
@@ -231,12 +231,12 @@ def parse(record: Record) -> Start | Resume | Command:
 
 
 def header_bytes(headers: Headers) -> int:
-    """How much all headers have together; names count in characters."""
+    """Return the total size of the headers in bytes; names count in characters."""
     return sum([len(name) + len(value or b"") for name, value in headers]) if headers else 0
 
 
 def check_size(record: Record, value_bytes_max: int, header_bytes_max: int) -> None:
-    """Raises ProtocolError for a record over a limit, that nobody could decrypt, or whose headers nobody could read; it is not parsed."""
+    """Raises ProtocolError for a record that exceeds a limit, that could not be decrypted, or whose headers could not be read.  Such a record is not parsed."""
     check_decrypted(record.value)
     if record.headers and UNREADABLE in record.headers:
         raise ProtocolError("the name of a header is not UTF-8, so that none of them could be read; send it again without", "bad-header")
@@ -261,7 +261,7 @@ def _command(op: str, value: bytes, record: Record) -> Command:
 
 
 def short_header(record: Record, name: str) -> str | None:
-    """A header that is an id: 1 to 1,200 characters.  Raises ProtocolError."""
+    """Return a header that holds an id of 1 to 1,200 characters, or None.  Raises ProtocolError."""
     text = header(record, name)
     if text is not None and not 1 <= len(text) <= ID_CHARACTERS_MAX:
         raise ProtocolError(f"header {name} has 1 to {ID_CHARACTERS_MAX} characters, not {len(text)}", "bad-header")
@@ -269,7 +269,7 @@ def short_header(record: Record, name: str) -> str | None:
 
 
 def reply_address(record: Record) -> Address | None:
-    """Where the sender waits; None when it does not.  Raises ProtocolError for an address that is none."""
+    """Return where the sender waits for the reply, or None if it does not.  Raises ProtocolError for a malformed address."""
     if not record.headers:
         return None
     request, place = short_header(record, "kwflow-request"), short_header(record, "kwflow-reply-to")
@@ -282,7 +282,7 @@ def reply_address(record: Record) -> Address | None:
 
 
 def parent_of(record: Record) -> str | None:
-    """`<parent id>|<ref>` of a start that a parent made.  Raises ProtocolError."""
+    """Return `<parent id>|<ref>` of a start that a parent wrote, or None.  Raises ProtocolError."""
     if not record.headers or record.value is None or not record.value.startswith(b"new:"):
         return None
     parent = short_header(record, "kwflow-parent")
@@ -292,9 +292,9 @@ def parent_of(record: Record) -> str | None:
 
 
 def reply_output(topic: str, reply: Reply) -> Output:
-    """The record that answers; it is keyed by the process that waits on that partition."""
+    """Return the record that carries the reply; its key is the process that waits on that partition."""
     value = {"request": reply.to.request, "status": reply.status, "message": reply.message, "value": reply.value}
-    return Output(topic, reply.to.process.encode(), msgspec.json.encode(value), (), None, reply.to.partition)  # plain JSON, which is checked; a level deeper here
+    return Output(topic, reply.to.process.encode(), msgspec.json.encode(value), (), None, reply.to.partition)  # the value is plain JSON and was checked; here it is one level deeper
 
 
 def _json(data: bytes) -> object:
@@ -308,25 +308,25 @@ def _json(data: bytes) -> object:
 
 def _check_message(data: bytes) -> None:
     try:
-        check_levels(data, 2 * MESSAGE_LEVELS)  # what was written with one message around it may get another
+        check_levels(data, 2 * MESSAGE_LEVELS)  # a value that was written inside one message may be put into another
     except ValueError as error:
         raise ProtocolError(str(error), "bad-json") from None
 
 
 def travelling_headers(record: Record) -> Headers:
-    """The input's headers that outputs carry on: all but ours (semantics §9.3)."""
+    """Return the headers of the input that outputs propagate: all but our own (semantics §9.3)."""
     return tuple(pair for pair in record.headers if not pair[0].startswith("kwflow-")) if record.headers else ()
 
 
 def given_headers(headers: Any, ours: Collection[str] = ()) -> Headers:
-    """A mapping, or pairs, of names and text, bytes or None.  Raises UsageError or TypeError for what is none, and for kwflow-* headers beside these of ours."""
+    """Return headers from a mapping or pairs, whose values are text, bytes or None.  Raises UsageError or TypeError for anything else, and for kwflow-* names other than `ours`."""
     try:
         pairs = [(name, value) for name, value in (headers.items() if isinstance(headers, Mapping) else headers)]
     except (TypeError, ValueError):
         raise TypeError(f"headers are a mapping, or pairs of a name and a value, not {headers!r}") from None
     checked = []
     for name, value in pairs:
-        if not isinstance(name, str) or "\0" in name or name != name.encode("utf-8", "ignore").decode():  # librdkafka's binding ends the process, or the name
+        if not isinstance(name, str) or "\0" in name or name != name.encode("utf-8", "ignore").decode():  # librdkafka's binding would end the process, or cut the name off
             raise UsageError(f"header {name!r}: a name is text in UTF-8 without NUL")
         if name.startswith("kwflow-") and name not in ours:
             raise UsageError(f"header {name!r}: kwflow-* headers belong to the engine")
@@ -340,15 +340,15 @@ def given_headers(headers: Any, ours: Collection[str] = ()) -> Headers:
 
 
 def shown_headers(headers: Headers) -> dict[str, str | None]:
-    """Name -> the last value of that name, bytes that are no UTF-8 escaped; None for one without a value."""
+    """Return the last value of each name; bytes that are not UTF-8 are escaped, and a header without a value is None."""
     return {name: None if value is None else value.decode("utf-8", "backslashreplace") for name, value in headers}
 
 
 def is_topic(name: object) -> bool:
-    """Whether a topic could be called so: letters, digits, '.', '_' and '-'."""
+    """Whether a topic could have this name: letters, digits, '.', '_' and '-'."""
     return isinstance(name, str) and _TOPIC.fullmatch(name) is not None
 
 
 def is_engine_id(ref: str) -> bool:
-    """Whether a ref id has the form reserved for `<offset>:<n>` (semantics §9.2)."""
+    """Whether a ref id has the form `<offset>:<n>`, which is reserved for the engine (semantics §9.2)."""
     return _ENGINE_ID.match(ref) is not None
