@@ -1,4 +1,4 @@
-"""An agent: a model decides, tools act, a person answers when it asks; a thousand turns cost what the first ones did."""
+"""An agent: a model decides, tools act, and a person answers its questions; the thousandth turn costs no more than the first."""
 
 import dataclasses
 from collections import deque
@@ -6,12 +6,12 @@ from datetime import timedelta
 
 import kwflow as kw
 
-REMEMBERED = 20  # messages; older ones are in the model's own summary
+REMEMBERED = 20  # messages; the model's summary covers older ones
 
 
 @dataclasses.dataclass
 class Move:
-    """What the model wants: a tool with its argument, a question for a person, or to be done with an answer."""
+    """What the model wants to do: use a tool, ask a person, or finish with an answer."""
 
     tool: str | None = None
     argument: str = ""
@@ -22,7 +22,7 @@ class Move:
 
 @kw.activity(timeout=120, retry=kw.Retry(max_attempts=10, first=2, max=120))
 async def ask_model(goal: str, turn: int, summary: str, memory: list[str]) -> Move:
-    """Put your model's client here; this one counts, asks a person now and then, and is done after 30 turns."""
+    """Put your model's client here; this stub counts, asks a person every 10 turns, and finishes after 30."""
     if turn == 30:
         return Move(answer=f"{goal}: {summary}")
     if turn % 10 == 9:
@@ -37,14 +37,14 @@ def add(text: str) -> str:
 
 @kw.activity(timeout=60)
 def look_up(text: str) -> str:
-    return f"nothing is known of {text}"
+    return f"nothing is known about {text}"
 
 
 TOOLS = {"add": add, "look_up": look_up}
 
 
 def use(move):
-    """The tool's result; an error is something the model can learn from."""
+    """Return the tool's result; an error is returned, too, so that the model can learn from it."""
     tool = TOOLS.get(move.tool)
     if tool is None:
         return f"there is no tool {move.tool!r}; there are {', '.join(TOOLS)}"
@@ -55,7 +55,7 @@ def use(move):
 
 
 def answer_of_person(question):
-    """Signal `answer`; nobody there for a day is an answer, too."""
+    """Wait for the signal `answer`; if nobody answers for a day, that is an answer, too."""
     kw.set_status({"question": question})
     try:
         return (yield kw.timeout(kw.wait_signal("answer"), timedelta(days=1)))

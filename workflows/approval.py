@@ -1,4 +1,4 @@
-"""Human approval: asked, reminded every day, escalated to the manager, refused when nobody decides."""
+"""Human approval: ask, remind every day, escalate to the manager, and refuse if nobody decides."""
 
 from datetime import timedelta
 
@@ -9,11 +9,11 @@ DAY = timedelta(days=1)
 
 @kw.activity(timeout=30)
 def ask_person(person: str, text: str, workflow: str) -> None:
-    """Mails a link; behind it a web page sends the signal `decision` to this workflow."""
+    """Mail a link to a web page that sends the signal `decision` to this workflow."""
 
 
 def decision_within(time):
-    """What somebody decided, None when the time is over.  A signal that came earlier is there already."""
+    """Return the decision, or None if there is none in time.  A signal that came earlier counts."""
     try:
         return (yield kw.timeout(kw.wait_signal("decision"), time))
     except TimeoutError:

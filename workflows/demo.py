@@ -1,4 +1,4 @@
-"""`make demo`: trips booked on the embedded engine, which is killed with SIGKILL in the middle and goes on."""
+"""`make demo`: trips are booked on the embedded engine, which is killed with SIGKILL in the middle and continues."""
 
 import pathlib
 import signal
@@ -82,7 +82,7 @@ def main() -> None:
         submit(directory, "workflow-resume", id.encode(), b'{"ref":"%s",%s}' % (ref.encode(), what.encode()))
 
     running = engine(directory)
-    console.rule("a trip, and the engine killed in the middle")
+    console.rule("a trip; the engine is killed in the middle")
     start("happy", 600_000)
     answer("happy", "car")
     timeline.until("saga-reserve-flight", "happy")
@@ -98,7 +98,7 @@ def main() -> None:
     answer("refused", "car")
     answer("refused", "hotel", '"error":"no room"')
     timeline.until("workflow-error", "refused")
-    console.rule("nobody answers in time: undone too")
+    console.rule("answers come too late: undone, too")
     start("late", 1500)
     answer("late", "flight")
     timeline.until("workflow-error", "late")
@@ -107,7 +107,7 @@ def main() -> None:
     say(f"engine ended with {code}", "bold blue")
     booked = [value for topic, _, value in timeline.records if topic == "workflow-result"]
     if code or len(booked) != 1:
-        sys.exit("demo: not as expected")
+        sys.exit("demo: the outcome is not as expected")
     say(f"one booked, two undone, nothing lost or doubled; the state was in {directory}", "bold green")
 
 

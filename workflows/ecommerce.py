@@ -1,4 +1,4 @@
-"""A shopping cart that waits for its owner: messages on ref "main", a reminder when it is abandoned."""
+"""A shopping cart that waits for its owner: it takes messages on ref "main" and sends a reminder when it is abandoned."""
 
 import kwflow as kw
 

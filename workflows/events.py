@@ -1,4 +1,4 @@
-"""Orders and payments are topics of other teams: a feed each makes them signals, of which the first starts the order's workflow."""
+"""Orders and payments come from other teams' topics: feeds turn them into signals, and the first signal starts the order's workflow."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ def orders(order: Order):
 @kw.feed("payments")
 def payments(payment: Payment):
     if not payment.cents:
-        return None  # nothing was to be paid: nobody waits for it
+        return None  # there was nothing to pay, so nobody waits for it
     if payment.refused:
         return kw.Cancel(f"order-{payment.order}", "the payment was refused")
     return kw.Signal(f"order-{payment.order}", "paid", payment.cents, start="fulfil")
@@ -36,7 +36,7 @@ def payments(payment: Payment):
 
 @kw.workflow
 def fulfil(_):
-    """Of two topics nobody knows which comes first, and a mailbox does not mind."""
+    """Wait for both signals; mailboxes keep them, so either may come first."""
     order, cents = yield kw.timeout(kw.all([kw.wait_signal("order"), kw.wait_signal("paid")]), 3 * 86_400)
     kw.output_json({"items": order["items"], "paid": cents}, "shipments")
     return "shipped"

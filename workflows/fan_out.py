@@ -1,4 +1,4 @@
-"""Fan-out: a thousand items, so many at a time, and what fails does not stop the rest."""
+"""Fan-out: process a thousand items, a limited number at a time; failures do not stop the rest."""
 
 from collections import deque
 
@@ -13,7 +13,7 @@ def process_item(item: str) -> int:
 
 
 def worker(todo, done, failed):
-    """Takes items until none is left; all workers share the three containers."""
+    """Process items until none are left; all workers share the three containers."""
     while todo:
         item = todo.popleft()
         try:

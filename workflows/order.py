@@ -1,4 +1,4 @@
-"""An order: paid, reserved, shipped; what was done is undone in reverse order when something fails for good."""
+"""An order is paid, reserved and shipped; if a step fails for good, the steps before it are undone in reverse order."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ class Order:
 
 @kw.activity(timeout=30, retry=kw.Retry(max_attempts=6, first=1, factor=3, max=300))
 def charge_card(order: Order) -> str:
-    """The payment's id.  The service gets the idempotency key, so that a second attempt finds the first one's payment."""
+    """Return the payment's id.  The service gets the idempotency key, so a second attempt finds the payment of the first."""
     if order.cents > 1_000_000:
         raise kw.BusinessError("declined", "over the card's limit")
     return f"payment-{kw.activity_info().idempotency_key}"
@@ -24,13 +24,13 @@ def charge_card(order: Order) -> str:
 
 @kw.activity(timeout=30, retry=kw.Retry(max_attempts=None, max=3600))
 def refund_card(payment: str) -> None:
-    """Must succeed in the end: tried again for ever."""
+    """Must succeed in the end, so it is retried forever."""
 
 
 @kw.activity(timeout=10)
 def reserve_stock(order: Order) -> None:
     if order.count > 100:
-        raise kw.BusinessError("sold-out", f"{order.count} of {order.sku} are not there", {"left": 100})
+        raise kw.BusinessError("sold-out", f"{order.count} of {order.sku} are not in stock", {"left": 100})
 
 
 @kw.activity(timeout=10, retry=kw.Retry(max_attempts=None, max=3600))
@@ -56,7 +56,7 @@ def main(opts):
         yield reserve_stock(order)
         undo.append(lambda: release_stock(order))
         tracking = yield ship_parcel(order)
-    except BaseException as error:  # a refusal, an activity that failed for good, or somebody cancelled the order
+    except BaseException as error:  # a refusal, an activity that failed for good, or a cancelled order
         for compensate in reversed(undo):
             yield compensate()
         yield tell_customer(order.customer, f"order {order.number} is cancelled: {error}")

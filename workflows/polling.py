@@ -1,4 +1,4 @@
-"""Polling: a job elsewhere is started, asked for with growing pauses until it is done, and stopped when it takes too long."""
+"""Polling: start a job elsewhere, ask for its state with growing pauses until it is done, and stop it if it takes too long."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ class Export:
 
 @kw.activity(timeout=60)
 def start_export(table: str) -> str:
-    """The job's id; the idempotency key keeps a second attempt from starting a second job."""
+    """Return the job's id; pass the idempotency key on, so that a second attempt does not start a second job."""
     return f"job-{table}"
 
 

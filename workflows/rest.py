@@ -1,4 +1,4 @@
-"""A build by a service that takes hours: it is asked once, beats its heart, calls back when it is done, and is told to stop when nobody waits any more."""
+"""A build that takes a service hours: it is requested once, sends heartbeats, calls back when it is done, and is stopped when nobody waits any more."""
 
 import os
 
@@ -8,7 +8,7 @@ from kwflow import rest
 
 @kw.activity
 def build_token() -> dict[str, str]:
-    """Runs where a request is sent; what it returns is stored nowhere."""
+    """Runs in the process that sends the request; the token is not stored anywhere."""
     return {"Authorization": f"Bearer {os.environ.get('BUILD_TOKEN', '')}"}
 
 
@@ -27,12 +27,12 @@ def build(service, labels):
 
 
 def tell(service, result):
-    """The response is the answer."""
+    """Call without a callback: the response is the answer."""
     return rest.call("POST", f"{service}/results", body=result, callback=False, headers_from=build_token)
 
 
 def main(opts):
-    """`opts`: {"service", "labels"}.  Returns {"status", "revision"}; the service gets it, too, whatever became of the build."""
+    """`opts`: {"service", "labels"}.  Returns {"status", "revision"}, and sends it to the service, whatever the build's outcome."""
     try:
         built = yield build(opts["service"], opts["labels"])
         result = {"status": "SUCCESS", "revision": built.response["revision"]}

@@ -1,4 +1,4 @@
-"""A subscription: charged every month for years, changed and cancelled by signals, ended when it is not paid."""
+"""A subscription: charged every month for years, changed or cancelled by signals, ended if it is not paid."""
 
 from datetime import timedelta
 
@@ -7,7 +7,7 @@ import kwflow as kw
 
 @kw.activity(timeout=60, retry=kw.Retry(max_attempts=5))
 def charge_period(customer: str, plan: str, period: int) -> str:
-    """The invoice's number."""
+    """Return the invoice's number."""
     return f"{customer}-{period}"
 
 
@@ -16,7 +16,7 @@ def mail_customer(customer: str, text: str) -> None: ...
 
 
 def months_after(start, count):
-    """The same day of a later month, or its last day."""
+    """Return the same day of a later month, or that month's last day."""
     year, month = divmod(start.month - 1 + count, 12)
     day = start.day
     while True:
@@ -27,7 +27,7 @@ def months_after(start, count):
 
 
 def paid(customer, plan, period):
-    """Whether the period is paid in the end: tried on four days, three days apart."""
+    """Try to charge the period four times, three days apart; return whether it was paid."""
     for attempt in range(4):
         try:
             yield charge_period(customer, plan, period)

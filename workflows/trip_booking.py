@@ -1,4 +1,4 @@
-"""A saga: book car, hotel and flight together, within a deadline, or undo what was booked."""
+"""A saga: book a car, a hotel and a flight within a deadline, or undo what was booked."""
 
 import kwflow as kw
 
@@ -6,7 +6,7 @@ kw.declare_topics(*(f"saga-{step}-{kind}" for step in ("reserve", "cancel") for 
 
 
 def reserve(kind):
-    """Ask for a reservation; somebody answers with the ref, perhaps tomorrow."""
+    """Ask for a reservation; somebody answers the ref, perhaps tomorrow."""
     resume = kw.suspend()
     kw.output(resume.id, f"saga-reserve-{kind}")
     try:

@@ -25,16 +25,16 @@ from kwflow.runners.instances import ALL, Filter
 __all__ = ["bulk_app"]
 
 bulk_app = typer.Typer(no_args_is_help=True, help="One command for many workflows.")
-Everything = Annotated[bool, typer.Option("--everything", help="All workflows that have not ended, where no filter is given.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say which they are.")]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+Everything = Annotated[bool, typer.Option("--everything", help="Without a filter: all workflows that have not ended.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list them.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")]
 
 _OPEN_MAX = 200  # commands under way: engines go on with other work between them
 _OURS = "kwflow."
 _NO_FAULT = ("ok", "not_found", "paused")  # it has ended since the filter found it; or is paused, and keeps what was sent
 _WAITS_BEHIND = ("cancel", "signal")  # a pause, as their replies do
 _NO_SIGNAL = {"name": "", "value": "null"}
-_KEPT = "it is paused: this waits behind it, and is done when it is unpaused"
+_KEPT = "the instance is paused: this is done when it is unpaused"
 
 
 class _Asked(msgspec.Struct, frozen=True):
@@ -72,7 +72,7 @@ def _each(asked: _Asked, verb: str, command_id: str | None, call: Callable[[Clie
                 elif status != "ok":
                     err.print(f"{id}: {status}{f': {message}' if message else ''}", markup=False)
     except BaseException as error:
-        again = f"at least {counts.total():,} of {len(found):,} are done; the same with --command-id {name} does nothing twice"
+        again = f"at least {counts.total():,} of {len(found):,} are done; repeat with --command-id {name}, which does nothing twice"
         if isinstance(error, TransportError):
             raise TransportError(f"{error}; {again}", error.retryable) from None
         err.print(f"interrupted: {again}")  # Ctrl-C; or nobody reads what is printed any more
@@ -161,7 +161,7 @@ def _apply(
     arguments = {"signal": (name, content), "unpause": ()}.get(verb, (reason,))
     wanted = wanted_of(workflow, status, since, id, where)
     if wanted == ALL and not everything:
-        raise UsageError(f"{verb} which ones? --workflow, --status, --since, --id or --where say it, --everything all")
+        raise UsageError(f"{verb} which workflows? select them with --workflow, --status, --since, --id or --where, or all with --everything")
     asked = _Asked(wanted, load_config(config, bootstrap_servers=bootstrap_servers, command_timeout_s=command_timeout), embedded, dry_run, yes, as_json)
     _each(asked, verb, command_id, lambda client, id, run, command: getattr(client, verb)(id, *arguments, start_id=run or None, command_id=command))
 
@@ -178,8 +178,8 @@ def _command(verb: str, doc: str, example: str, **fixed: Any) -> None:
     bulk_app.command(verb, help=f"{doc}\n\n    Example: {example}")(command)
 
 
-_command("cancel", "Raise kw.Cancelled in all of these.", "kwflow bulk cancel --workflow order --where region=north --reason recall --embedded ./state", **_NO_SIGNAL)
-_command("terminate", "End all of these without running their code.", "kwflow bulk terminate --workflow order --id test- --embedded ./state", **_NO_SIGNAL)
-_command("pause", "Hold all records for these.", "kwflow bulk pause --workflow order --status waiting --embedded ./state", **_NO_SIGNAL)
-_command("unpause", "Apply what was held for these, and go on.", "kwflow bulk unpause --status paused --embedded ./state", **_NO_SIGNAL, reason="")
-_command("signal", "Put the same signal into the mailboxes of these.", "kwflow bulk signal price --value 5 --workflow subscription --embedded ./state", reason="")
+_command("cancel", "Raise kw.Cancelled in all selected workflows.", "kwflow bulk cancel --workflow order --where region=north --reason recall --embedded ./state", **_NO_SIGNAL)
+_command("terminate", "End all selected workflows without running their code.", "kwflow bulk terminate --workflow order --id test- --embedded ./state", **_NO_SIGNAL)
+_command("pause", "Hold all records for the selected workflows.", "kwflow bulk pause --workflow order --status waiting --embedded ./state", **_NO_SIGNAL)
+_command("unpause", "Apply the records held for the selected workflows, and let them continue.", "kwflow bulk unpause --status paused --embedded ./state", **_NO_SIGNAL, reason="")
+_command("signal", "Put the same signal into the mailboxes of all selected workflows.", "kwflow bulk signal price --value 5 --workflow subscription --embedded ./state", reason="")

@@ -29,7 +29,7 @@ from kwflow.runners.outside import code_store, snapshots, sole_writer, stored
 
 __all__ = ["check", "code_app", "prepare_stored"]
 
-code_app = typer.Typer(no_args_is_help=True, help="The code that instances run: old versions beside the new.")
+code_app = typer.Typer(no_args_is_help=True, help="The code that instances run: old and new versions.")
 code_app.command()(lowered)
 _SHOWN = 20
 
@@ -39,11 +39,11 @@ def list_(
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
-    every: Annotated[bool, typer.Option("--ids", help="All ids, not only some.")] = False,
+    every: Annotated[bool, typer.Option("--ids", help="All ids, not only the first five.")] = False,
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
-    """Every version of a module that is stored or that an instance runs.
+    """List every version of a module that is stored or that an instance runs.
 
     Example: kwflow code list --embedded ./state
     """
@@ -69,7 +69,7 @@ def list_(
 def diff(
     id: str, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None, app_dir: AppDir = None
 ) -> None:
-    """The stored source of what an instance runs against the source that is here; nothing is imported.
+    """Compare the stored source of an instance with the source on this machine; nothing is imported.
 
     Example: kwflow code diff order-7 --embedded ./state
     """
@@ -92,19 +92,19 @@ def diff(
 @code_app.command()
 def migrate(
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID...")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every instance; those no migration is for are left alone.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All instances; those without a migration are left alone.")] = False,
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     config: ConfigFile = None,
 ) -> None:
-    """Have the engine move instances with the `@kw.migrate` functions of its modules, each in a step of its own.
+    """Have the engine migrate instances with the `@kw.migrate` functions of its modules, each in a step of its own.
 
     Example: kwflow code migrate order-7 --embedded ./state
     """
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     if bool(ids) == every:
-        raise UsageError("name instances, or give --all")
+        raise UsageError("give the ids of instances, or --all")
     for key in [wire.key_of(id) for id in ids or []]:
         if header_of(stored(settings, embedded, key.decode()))["status"] == "ended":
             raise UsageError(f"{key.decode()!r} has ended")
@@ -113,13 +113,13 @@ def migrate(
     with sole_writer(settings, embedded, "code-migrate") as write:
         for _ in write(asked):
             pass
-    out.print(f"asked for {len(chosen)}; kwflow code list shows what they run then")
+    out.print(f"migrations requested: {len(chosen)}; kwflow code list shows what the instances run afterwards")
 
 
 @code_app.command()
 def gc(
-    days: Annotated[float, typer.Option("--older-than", help="Days since it was last used; at least 2.")] = 7,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    days: Annotated[float, typer.Option("--older-than", help="Days since a version was last used; at least 2.")] = 7,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
@@ -130,12 +130,12 @@ def gc(
     Example: kwflow code gc --older-than 30 --embedded ./state
     """
     if days * LEASE_MS < 2 * LEASE_MS:
-        raise UsageError("--older-than is at least 2 days: what is in use is written again only after a day")
+        raise UsageError("--older-than must be at least 2 days: engines renew the versions that they use only once a day")
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     stored = snapshots(settings, embedded)
     unknown = [key.decode() for key, data in sorted(stored.items()) if header_of(data, snapshot.read_inner_header)["status"] == "damaged"]
     if unknown:
-        raise UsageError(f"{unknown[0]} is damaged, so that nobody knows which code it runs; mend or terminate it first")
+        raise UsageError(f"{unknown[0]} is damaged, so the code that it runs is unknown; repair or terminate it first")
     store = code_store(settings, embedded)  # after them: what an engine began to run meanwhile was written with its first snapshot
     kept = versions.needed(deployment.versions_in(stored), store.entries)
     oldest = time.time_ns() // 1_000_000 - days * 86_400_000
@@ -160,7 +160,7 @@ def check(settings: Config, modules: Sequence[str], embedded: Path | None, app_d
     classes = {(name, cls) for fate in fates for name, changed in fate.changed.items() for cls in changed}
     for name, cls in sorted(classes):
         holders = sum(cls in fate.changed.get(name, ()) for fate in fates)
-        out.print(f"class {name}.{cls} has changed since {holders} of them were saved")
+        out.print(f"class {name}.{cls} has changed since {holders} of these instances were saved")
     return 1 if counts["parked"] else 0
 
 

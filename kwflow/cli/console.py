@@ -23,14 +23,14 @@ def console(
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
-    host: Annotated[str | None, typer.Option("--host", help="Address to listen on; default: every address with console_tokens, 127.0.0.1 without.")] = None,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any that is free; the log says which.")] = 8081,
-    read_only: Annotated[bool, typer.Option("--read-only", help="Only show: no forms, and none is taken.")] = False,
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on; default: all addresses if console_tokens is set, else 127.0.0.1.")] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one, which the log names.")] = 8081,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Only show: pages have no forms, and submitted forms are refused.")] = False,
     app_dir: AppDir = None,
     log_format: LogFormat = None,
     config: ConfigFile = None,
 ) -> None:
-    """Show in a browser what sleeps, where in its source and why, and act on it, until SIGTERM (docs/CONSOLE.md).
+    """Show in a browser where workflows wait in their source, and for what, and act on them; runs until SIGTERM (docs/CONSOLE.md).
 
     Example: kwflow console --embedded ./state
     """

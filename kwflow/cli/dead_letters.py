@@ -19,15 +19,15 @@ __all__ = ["dead"]
 dead = typer.Typer(no_args_is_help=True, help="Records that could not be applied, and parked instances.")
 _SHOWN_MAX = 10  # records of a hold that `show` prints
 All = Annotated[bool, typer.Option("--all", help="Everything that `dead-letters list` shows.")]
-Reason = Annotated[str | None, typer.Option("--reason", help="With --all: only what has this reason.")]
-What = Annotated[str | None, typer.Argument(metavar="ID|LETTER", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]
+Reason = Annotated[str | None, typer.Option("--reason", help="With --all: only those with this reason.")]
+What = Annotated[str | None, typer.Argument(metavar="ID|LETTER", help="Id of a parked instance, or a dead letter as `dead-letters list` names it.")]
 
 
 @dead.command("list")
 def dead_list(
     embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, as_json: Json = False, config: ConfigFile = None
 ) -> None:  # fmt: skip
-    """What could not be applied, and why: records by themselves, and parked instances with the records that wait behind.
+    """List what could not be applied, and why: single records, and parked instances with the records held for them.
 
     Example: kwflow dead-letters list --embedded ./state
     """
@@ -49,7 +49,7 @@ def dead_list(
 
 @dead.command("show")
 def dead_show(what: Letter, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
-    """One dead letter with its headers, or a parked instance: why, where it waits, the record at fault and the hold behind it.
+    """Show a dead letter with its headers, or a parked instance: why it is parked, where it waits, the record at fault and the records held behind it.
 
     Example: kwflow dead-letters show order-7 --embedded ./state
     """
@@ -91,7 +91,7 @@ def _show_record(record: Record) -> None:
 def dead_retry(
     what: What = None, every: All = False, reason: Reason = None, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None
 ) -> None:
-    """Apply what a parked instance holds, in order, or send a dead-lettered record again.
+    """Apply the records that a parked instance holds, in order, or send a dead-lettered record again.
 
     Example: kwflow dead-letters retry order-7 --embedded ./state
     """
@@ -111,7 +111,7 @@ def dead_discard(
 
 def _settle(settings: Config, embedded: Path | None, what: str | None, every: bool, reason: str | None, op: str) -> None:
     if (what is None) != every or (reason is not None and not every):
-        raise UsageError(f"give one ID or LETTER, or --all (with --reason for some of them): kwflow dead-letters {op} ...")
+        raise UsageError(f"give one ID or LETTER, or --all (--reason selects some of them): kwflow dead-letters {op} ...")
     refused = False
     for one in settle(settings, embedded, what, reason, op):
         if one.done:

@@ -78,21 +78,21 @@ def engine(
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     state_dir: StateDir = None,
-    runner: Annotated[Runner, typer.Option("--runner", envvar="KWFLOW_RUNNER", help="faust: in a Faust application, at-least-once (needs kwflow[faust]).")] = Runner.kafka,
+    runner: Annotated[Runner, typer.Option("--runner", envvar="KWFLOW_RUNNER", help="faust: run in a Faust application, at-least-once (needs kwflow[faust]).")] = Runner.kafka,
     with_scheduler: Annotated[bool, typer.Option("--with-scheduler", envvar="KWFLOW_WITH_SCHEDULER", help="Run the timers in this process too.")] = False,
     with_feeds: Annotated[bool, typer.Option("--with-feeds", envvar="KWFLOW_WITH_FEEDS", help="Run the feeds of the MODULEs in this process too.")] = False,
     accept_offset_reset: AcceptReset = False,
     wait_for_broker: WaitForBroker = None,
-    processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="Kafka: so many engine processes, one a core; each is started again when it dies.")] = 1,
+    processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="Kafka: number of engine processes, usually one per core; a process that dies is restarted.")] = 1,
     http: Http = None,
     log_format: LogFormat = None,
     tracing: Traced = False,
-    sync: Annotated[bool, typer.Option("--sync/--no-sync", envvar="KWFLOW_SYNC", help="Embedded: each batch is on disk before it counts.")] = True,
-    check: Annotated[bool, typer.Option("--check", help="Run nothing: say what deploying MODULE would do to the instances that wait; exit 1 if any would be parked.")] = False,
+    sync: Annotated[bool, typer.Option("--sync/--no-sync", envvar="KWFLOW_SYNC", help="Embedded: write each batch to disk before it counts.")] = True,
+    check: Annotated[bool, typer.Option("--check", help="Run nothing; print what deploying MODULE would do to waiting instances; exit 1 if any would be parked.")] = False,
     config: ConfigFile = None,
     app_dir: AppDir = None,
 ) -> None:
-    """Run workflows until SIGTERM; embedded, their timers and feeds too.
+    """Run workflows until SIGTERM; an embedded engine runs their timers and feeds, too.
 
     Example: kwflow engine workflows.trip_booking --bootstrap-servers localhost:9092 --with-scheduler
     """
@@ -103,7 +103,7 @@ def engine(
     if check:
         raise typer.Exit(check_code(settings, modules, embedded, app_dir))
     if processes > 1 and (embedded is not None or runner is Runner.faust):
-        raise UsageError("--processes is for Kafka: one process alone holds an embedded directory, and of Faust's workers start as many as you like, each with its own --state-dir")
+        raise UsageError("--processes is for Kafka: only one process can use an embedded directory; with Faust, start as many workers as you like, each with its own --state-dir")
     begin_processes(settings, processes, log_of(settings))
     if runner is Runner.faust:
         _run_in_faust(settings, modules, app_dir, with_scheduler or with_feeds or embedded is not None)
@@ -126,14 +126,14 @@ def _engine_on_kafka(settings: Config, modules: list[str], app_dir: Path | None,
     if with_feeds:
         makers += _feeds(settings, modules, log)
     elif fed := sorted(registered_feeds()):
-        log(f"nothing is read of {', '.join(fed)} here: the feeds of these modules run with --with-feeds, or in kwflow feed {' '.join(modules)}")
+        log(f"{', '.join(fed)}: not read here; run the feeds of these modules with --with-feeds, or with kwflow feed {' '.join(modules)}")
     _run_on_kafka(settings, makers, stop, modules)
 
 
 def _feeds(settings: Config, modules: Sequence[str], log: Callable[[str], None]) -> list[tuple[str, Callable[[str], FeedProcessor]]]:
     """The consumer group of each feed of these modules, and what makes its processor.  Raises UsageError when there is none."""
     if not registered_feeds():
-        raise UsageError(f"no feed in {', '.join(modules)}: a function under @kw.feed(topic)")
+        raise UsageError(f"no feed in {', '.join(modules)}; decorate a function with @kw.feed(topic)")
 
     def service(feed: Feed) -> tuple[str, Callable[[str], FeedProcessor]]:
         made = FeedProcessor(settings, feed, log)
@@ -160,10 +160,10 @@ def _engine_embedded(settings: Config, modules: list[str], app_dir: Path | None,
 def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, more: bool) -> NoReturn:
     """Faust's own worker handles the signals and ends the process."""
     if more:
-        beside = "leave --embedded, --with-scheduler and --with-feeds out, and run `kwflow scheduler` and `kwflow feed` beside it"
+        beside = "leave out --embedded, --with-scheduler and --with-feeds, and run `kwflow scheduler` and `kwflow feed` beside it"
         raise UsageError(f"--runner faust runs on Kafka, fires no timers and reads no feeds: {beside}")
     if settings.kafka:
-        raise UsageError("--runner faust takes no [kafka] settings, which are librdkafka's; make a faust.App with its own and give it to kwflow.runners.faust.attach")
+        raise UsageError("--runner faust does not use [kafka] settings, which are for librdkafka; configure a faust.App of your own and pass it to kwflow.runners.faust.attach")
     try:
         import faust
     except ImportError:
@@ -176,8 +176,8 @@ def _run_in_faust(settings: Config, modules: list[str], app_dir: Path | None, mo
     wait_for_topics(settings, log, [settings.application_id], modules)
     if ends_in_a_transaction(settings, settings.changelog_topic):
         raise UsageError(
-            f"{settings.changelog_topic} was written in transactions, as the Kafka runner does: Faust never comes to the end of such a topic; "
-            "take another --application-id, or kwflow reset first"
+            f"{settings.changelog_topic} was written in transactions by the Kafka runner, and Faust never reaches the end of such a topic; "
+            "use another --application-id, or run kwflow reset first"
         )
     app, agent = application(settings, lambda incarnation: WorkflowProcessor(settings, workflows, api.declared_topics(), incarnation, log, code_store(settings, None)), log)
     err.print(f"kwflow engine runs in Faust on {settings.bootstrap_servers}, at-least-once", style="green")
@@ -244,7 +244,7 @@ def scheduler(
     log_format: LogFormat = None,
     config: ConfigFile = None,
 ) -> None:
-    """Run the timers on Kafka until SIGTERM; it runs no code of yours.
+    """Run the timers on Kafka until SIGTERM; none of your code runs in it.
 
     Example: kwflow scheduler --bootstrap-servers localhost:9092
     """
@@ -262,7 +262,7 @@ def feed(
     application_id: Application = None,
     state_dir: StateDir = None,
     wait_for_broker: WaitForBroker = None,
-    processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="So many processes, one a core; each is started again when it dies.")] = 1,
+    processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="Number of processes, usually one per core; a process that dies is restarted.")] = 1,
     http: Http = None,
     log_format: LogFormat = None,
     config: ConfigFile = None,
@@ -283,18 +283,18 @@ def feed(
 def run(
     module: Annotated[str, typer.Argument(metavar="MODULE")],
     input: Annotated[str, typer.Option("--input", help="JSON for main's argument.")] = "null",
-    embedded: Annotated[Path, typer.Option("--embedded", envvar="KWFLOW_EMBEDDED", help="Directory of its state.")] = Path("kwflow-run"),
-    id: Annotated[str, typer.Option("--id", help="Of the workflow.")] = "run",
+    embedded: Annotated[Path, typer.Option("--embedded", envvar="KWFLOW_EMBEDDED", help="Directory for its state.")] = Path("kwflow-run"),
+    id: Annotated[str, typer.Option("--id", help="Id of the workflow.")] = "run",
     config: ConfigFile = None,
     app_dir: AppDir = None,
 ) -> None:
-    """Start one workflow, run it to its end and print its result; started again, it goes on where it was.
+    """Start one workflow, run it to its end and print its result; run again, it continues where it was.
 
     Example: kwflow run workflows/trip_booking.py --input '{"timeout": 60000}'
     """
     settings = load_config(config)
     if not settings.result_topic or not settings.error_topic:
-        raise UsageError("kwflow run prints what goes to the result or the error topic: config result_topic and error_topic must not be empty")
+        raise UsageError("kwflow run prints what arrives in the result or error topic: set result_topic and error_topic in the configuration")
     key, argument, stop = wire.key_of(id), b"new:" + json_option(input, "--input"), stopper()
     workflows = load_workflows([module], app_dir, settings.durable_packages)
     held = Embedded(embedded, settings)
@@ -307,7 +307,7 @@ def run(
             started = held.append(settings.resume_topic, key, argument)
         else:
             why = f", parked: {header['parked']['reason']}: {header['parked']['message']}" if header["status"] == "parked" else ""
-            err.print(f"{id} has begun already and goes on where it was{why}; it has its input: another --id begins another")
+            err.print(f"{id} has already started and continues where it was{why}; it keeps its first input: use another --id to start another")
         shown: set[tuple[str, str]] = set()
         with serve(held):
             held.run(processors, lambda: stop() or _ended(held, looked, id, started) is not None or _show_waits(held, settings, id, shown, embedded), log_of(settings))
@@ -352,7 +352,7 @@ def _show_waits(held: Embedded, settings: Config, id: str, shown: set[tuple[str,
     header = _header(held, settings, id) or {"status": "", "waits": []}
     if header["status"] == "parked" and ("parked", id) not in shown:
         shown.add(("parked", id))
-        err.print(f"once that is mended: {shlex.join(['kwflow', 'dead-letters', 'retry', id, '--embedded', str(directory)])}")
+        err.print(f"once that is fixed: {shlex.join(['kwflow', 'dead-letters', 'retry', id, '--embedded', str(directory)])}")
     for wait in header["waits"]:
         what = (wait["kind"], wait.get("name", wait["ref"]))
         if what not in shown and wait["kind"] in _ANSWERED:

@@ -26,13 +26,13 @@ def gateway(
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
-    host: Annotated[str | None, typer.Option("--host", help="Address to listen on; default: every address with gateway_tokens, 127.0.0.1 without.")] = None,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any that is free; the log says which.")] = 8080,
-    queue: Annotated[list[str] | None, typer.Option("--queue", help="Lend the calls of this queue to workers that speak HTTP; Kafka only, may be given several times.")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on; default: all addresses if gateway_tokens is set, else 127.0.0.1.")] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one, which the log names.")] = 8080,
+    queue: Annotated[list[str] | None, typer.Option("--queue", help="Hand the calls of this queue to workers that speak HTTP; Kafka only; may be given several times.")] = None,
     log_format: LogFormat = None,
     config: ConfigFile = None,
 ) -> None:
-    """Answer HTTP until SIGTERM, for programs in any language (docs/HTTP.md); as many gateways as you like may run side by side.
+    """Serve HTTP until SIGTERM, for programs in any language (docs/HTTP.md); any number of gateways may run side by side.
 
     Example: kwflow gateway --port 8080 --bootstrap-servers localhost:9092
     """

@@ -29,7 +29,7 @@ def history(
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
-    """What happened to an instance, if engines note it ([topics] history in kwflow.toml).
+    """Show what happened to an instance, if engines record it ([topics] history in kwflow.toml).
 
     Example: kwflow history order-7 --embedded ./state
     """
@@ -41,7 +41,7 @@ def history(
         print_json(events)
         return
     if not events:
-        err.print(f"{settings.history_topic} has no event of {id}: it never ran, none was kept then, or they are deleted")
+        err.print(f"{settings.history_topic} has no events of {id}: it never ran, none were kept then, or they have been deleted")
     for event in events:
         out.print(f"{instant(event['at'])}  {_came(event)}", markup=False, highlight=False, soft_wrap=True)
         for line in (*_about(event), *event.get("logs", ())):

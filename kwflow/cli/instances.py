@@ -21,11 +21,11 @@ from kwflow.runners.outside import code_store, stored
 
 __all__ = ["IdPart", "OfStatus", "OfWorkflow", "Since", "Where", "list_", "said_where", "show", "wanted_of"]
 
-OfWorkflow = Annotated[str | None, typer.Option("--workflow", help="Only this one.")]
-OfStatus = Annotated[str | None, typer.Option("--status", help="waiting, closing, parked, paused, ended or damaged.")]
+OfWorkflow = Annotated[str | None, typer.Option("--workflow", help="Only instances of this workflow.")]
+OfStatus = Annotated[str | None, typer.Option("--status", help="Only this status: waiting, closing, parked, paused, ended or damaged.")]
 Since = Annotated[str | None, typer.Option("--since", help="Changed since then: 30m, 2h, 7d, or an ISO time (UTC).")]
-IdPart = Annotated[str, typer.Option("--id", help="Only ids that begin so; with a * in front, that hold this.")]
-Where = Annotated[list[str] | None, typer.Option("--where", help="NAME=VALUE of what kw.set_status was given, such as customer=Ada or order.paid=true; may be given several times.")]
+IdPart = Annotated[str, typer.Option("--id", help="Only ids that begin with this; with a leading *, ids that contain it.")]
+Where = Annotated[list[str] | None, typer.Option("--where", help="NAME=VALUE in the status set by kw.set_status, such as customer=Ada or order.paid=true; may be given several times.")]
 
 _CHARACTERS, _JSON_CHARACTERS = 500, 10_000  # of a variable
 _ROWS_MAX = 1000  # of a table; each costs half a millisecond, and nobody reads more
@@ -49,12 +49,12 @@ def show(
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
-    locals: Annotated[bool, typer.Option("--locals", help="Variables too; objects of your classes are shown by what was saved of them.")] = False,
-    save: Annotated[Path | None, typer.Option("--save", help="Write it to this file, with the code that it runs, for WorkflowTester.load.")] = None,
+    locals: Annotated[bool, typer.Option("--locals", help="Show variables, too; for objects of your classes, what was saved of them.")] = False,
+    save: Annotated[Path | None, typer.Option("--save", help="Save the instance to this file, with the code that it runs, for WorkflowTester.load.")] = None,
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
-    """Where an instance waits, or failed, from its header alone: no code of yours is loaded.
+    """Show where an instance waits, or failed, from its header alone: none of your code is loaded.
 
     Example: kwflow show order-7 --locals --embedded ./state
     """
@@ -105,7 +105,7 @@ def _saved(settings: Config, embedded: Path | None, id: str) -> bytes:
         data = snapshot.unpark(data, settings.signing_keys)
     header, body = snapshot.split(data, settings.signing_keys) if data is not None else ({}, b"")
     if data is None or not body:
-        raise UsageError(f"{id!r} waits nowhere: {'it has ended' if header else 'its start failed'}; there is nothing to save")
+        raise UsageError(f"{id!r} is not waiting: {'it has ended' if header else 'its start failed'}; there is nothing to save")
     store = code_store(settings, embedded)
     keys = versions.needed((versions.entry_key(name, saved["version"]) for name, saved in deployment.code_of(header)), store.entries)
     return msgspec.json.encode(Saved(snapshot.copy(body, header), {key: store.entries[key].decode() for key in sorted(keys) if key in store.entries}))
@@ -132,7 +132,7 @@ def _about(header: dict[str, Any]) -> list[str]:
     for kind, boxes in header.get("mailbox", {}).items():
         lines.append(f"unread {kind}s: " + ", ".join(f"{count} {name}" for name, count in boxes.items()))
     if header.get("updates"):
-        lines.append(f"updates not answered: {len(header['updates'])}")
+        lines.append(f"unanswered updates: {len(header['updates'])}")
     if "outcome" in header:
         lines.append(f"outcome {header['outcome']['kind']}: {header['outcome']['value']}")
         at = header["outcome"].get("at")
@@ -152,7 +152,7 @@ def list_(
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
-    """All instances, or those that are asked for.
+    """List all instances, or those that match the filters.
 
     Example: kwflow list --status parked --since 2h --where customer=Ada --embedded ./state
     """
@@ -171,4 +171,4 @@ def list_(
         table.add_row(row["id"], row["workflow"], row["status"] + (f" ({outcome['kind']})" if outcome else ""), instant(row["changed"]) if row["changed"] else "", said)
     print_table(table)
     if found.total > len(found.rows):
-        err.print(f"and {found.total - len(found.rows)} that changed earlier: narrow it by --workflow, --status, --since, --id or --where, or take them all with --json")
+        err.print(f"and {found.total - len(found.rows)} more that changed earlier: filter with --workflow, --status, --since, --id or --where, or list all with --json")

@@ -17,11 +17,11 @@ __all__ = ["lowered"]
 
 
 def lowered(
-    target: Annotated[str, typer.Argument(metavar="MODULE[:FUNCTION]", help="A dotted name or a path.py, and the function; without one its functions are listed.")],
-    cold: Annotated[bool, typer.Option("--cold", help="The twin that runs after a restore: entered at the label where the generator waited.")] = False,
+    target: Annotated[str, typer.Argument(metavar="MODULE[:FUNCTION]", help="Dotted name or path.py, and a function; without a function, list those of the module.")],
+    cold: Annotated[bool, typer.Option("--cold", help="Print the twin that runs after a restore: it is entered at the label where the generator waited.")] = False,
     app_dir: AppDir = None,
 ) -> None:
-    """Print the Python that a durable function is compiled as.
+    """Print the Python code that a durable function is compiled to.
 
     Example: kwflow code lowered workflows/trip_booking.py:main
     """

@@ -21,16 +21,16 @@ def start(
     id: str,
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
-    workflow: Annotated[str | None, typer.Option("--workflow", help="Name; default: the engine's first MODULE.")] = None,
+    workflow: Annotated[str | None, typer.Option("--workflow", help="Name of the workflow; default: the engine's first MODULE.")] = None,
     input: Annotated[str, typer.Option("--input", help="JSON for the workflow's argument.")] = "null",
-    start_id: Annotated[str | None, typer.Option("--start-id", help="Repeated under the same id it is one run, also after its end; default: a new one.")] = None,
+    start_id: Annotated[str | None, typer.Option("--start-id", help="Id of the run: starts repeated with the same id are one run, even after its end; default: a new id.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for its end and print its result; exit code 1 for any other outcome.")] = False,
-    timeout: Annotated[float | None, typer.Option("--timeout", help="With --wait: seconds; the workflow goes on.")] = None,
+    timeout: Annotated[float | None, typer.Option("--timeout", help="With --wait: seconds to wait; the workflow continues.")] = None,
     header: GivenHeaders = None,
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
-    """Start a workflow under an id; an id that runs is left alone. Without --wait the start is only written: an unknown workflow becomes a dead letter.
+    """Start a workflow under an id; if one already runs under it, nothing changes. Without --wait, the start is only written: an unknown workflow becomes a dead letter.
 
     Example: kwflow start order-7 --input '{"items": 3}' --wait --embedded ./state
     """
@@ -56,7 +56,7 @@ def resume(
     error: Annotated[str | None, typer.Option("--error", help="JSON that is raised as kw.WorkflowError.")] = None,
     config: ConfigFile = None,
 ) -> None:
-    """Answer a wait. The answer is only written: the engine ignores, and logs, one that nobody waits for.
+    """Answer a wait. The answer is only written; the engine ignores and logs an answer that nobody waits for.
 
     Example: kwflow resume order-7 0:1 --value '"paid"' --embedded ./state
     """
@@ -71,7 +71,7 @@ def tail(
     topic: str,
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
-    offset: Annotated[int, typer.Option(help="From this offset on.")] = 0,
+    offset: Annotated[int, typer.Option(help="Start at this offset.")] = 0,
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:

@@ -50,19 +50,19 @@ def _tell(name: str, do: str, embedded: Any, bootstrap_servers: str | None, appl
 @schedules_app.command()
 def add(
     name: Name,
-    workflow: Annotated[str, typer.Option("--workflow", help="What to start.")],
-    cron: Annotated[str | None, typer.Option("--cron", help="Five fields, as cron has them.")] = None,
-    every: Annotated[str | None, typer.Option("--every", help="Like 90s, 5m, 1h30m, 1d.")] = None,
+    workflow: Annotated[str, typer.Option("--workflow", help="Name of the workflow to start.")],
+    cron: Annotated[str | None, typer.Option("--cron", help="Cron expression with five fields.")] = None,
+    every: Annotated[str | None, typer.Option("--every", help="Interval, such as 90s, 5m, 1h30m, 1d.")] = None,
     input: Annotated[str, typer.Option("--input", help="JSON for the workflow's argument.")] = "null",
-    timezone: Annotated[str, typer.Option("--timezone", help="Of the cron expression, like Europe/Berlin.")] = "UTC",
-    overlap: Annotated[str, typer.Option("--overlap", help="When a run is still on: skip, queue or allow.")] = "skip",
-    catch_up: Annotated[str, typer.Option("--catch-up", help="After downtime run what was missed for at most so long.")] = "1h",
+    timezone: Annotated[str, typer.Option("--timezone", help="Time zone of the cron expression, such as Europe/Berlin.")] = "UTC",
+    overlap: Annotated[str, typer.Option("--overlap", help="If a run has not ended yet: skip, queue or allow.")] = "skip",
+    catch_up: Annotated[str, typer.Option("--catch-up", help="After downtime, run what was missed within this time.")] = "1h",
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     config: ConfigFile = None,
 ) -> None:
-    """Add a schedule, or change the one of this name.
+    """Add a schedule, or change the one with this name.
 
     Example: kwflow schedule add nightly --cron "0 3 * * *" --timezone Europe/Berlin --workflow report --input '{"days": 1}'
     """
@@ -82,7 +82,7 @@ def list_(
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
-    """All schedules: when they are next, and what became of their runs.
+    """List all schedules: when they run next, and what became of their runs.
 
     Example: kwflow schedule list --embedded ./state
     """
@@ -97,14 +97,14 @@ def list_(
         following = "parked" if status["status"] == "parked" else "paused" if status.get("paused") else status.get("next") or "never"
         counts = [f"{status[count]} {word}" for count, word in (("active", "on"), ("failed", "failed"), ("skipped", "skipped"), ("missed", "missed")) if status.get(count)]
         if status.get("last_failed"):
-            counts.append(f"the last that failed: {status['last_failed']}")
+            counts.append(f"last failed: {status['last_failed']}")
         table.add_row(name, when, plan.get("workflow", ""), following, ", ".join([str(status.get("runs", "")), *counts]))
     print_table(table)
 
 
 @schedules_app.command()
 def pause(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
-    """Start nothing but what is queued already until it is unpaused; what comes due meanwhile is not made up.
+    """Start only runs that are already queued, until the schedule is unpaused; times that pass meanwhile are not made up.
 
     Example: kwflow schedule pause nightly
     """
@@ -113,7 +113,7 @@ def pause(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = 
 
 @schedules_app.command()
 def unpause(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
-    """Go on with the next time.
+    """Continue a schedule with its next time.
 
     Example: kwflow schedule unpause nightly
     """
@@ -122,7 +122,7 @@ def unpause(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap 
 
 @schedules_app.command()
 def trigger(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
-    """Start a run now; the overlap policy holds for it too.
+    """Start a run now; the overlap policy applies to it, too.
 
     Example: kwflow schedule trigger nightly
     """
@@ -131,7 +131,7 @@ def trigger(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap 
 
 @schedules_app.command()
 def remove(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
-    """End the schedule; runs that are on go on.
+    """End a schedule; workflows that it has started continue.
 
     Example: kwflow schedule remove nightly
     """

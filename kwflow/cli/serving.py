@@ -68,7 +68,7 @@ def wait_for_topics(
             found = topics.problems(topics.admin(settings), settings, api.declared_topics() if declared is None else declared, groups)
             if not found:
                 return
-            remedy = f" ({' '.join(['kwflow topics create', *modules])} makes what is missing)" if any(problem.endswith("is missing") for problem in found) else ""
+            remedy = f" (create what is missing with {' '.join(['kwflow topics create', *modules])})" if any(problem.endswith("is missing") for problem in found) else ""
             problem = TransportError("; ".join(found) + remedy, retryable=False)
         except TransportError as error:
             problem = error
@@ -95,7 +95,7 @@ class Late(Protocol):
 def end_if_late(loops: Sequence[Late], turn_s: float, log: Callable[[str], None]) -> None:
     """End this process, to be started again, if one of them does not come back from a call; `turn_s` is what a turn may take beside transactions."""
     if any(loop.stats.is_late(time.monotonic(), turn_s + _COMMIT_S) for loop in loops):
-        log("the Kafka client does not come back from a call; this process ends, and is to be started again")
+        log("a call of the Kafka client does not return; this process ends, and should be restarted")
         for loop in loops:
             if loop.stats.back_by_s:
                 loop.ends_in_a_call()

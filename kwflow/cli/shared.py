@@ -45,20 +45,20 @@ class _Plain(Console):
 
 out, err = _Plain(), _Plain(stderr=True)
 
-Bootstrap = Annotated[str | None, typer.Option("--bootstrap-servers", help="H:P of Kafka; default from the config.")]
-Application = Annotated[str | None, typer.Option("--application-id", help="Names the group and its topics.")]
-StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Local state; each engine its own.")]
+Bootstrap = Annotated[str | None, typer.Option("--bootstrap-servers", help="HOST:PORT of Kafka; default: from the configuration.")]
+Application = Annotated[str | None, typer.Option("--application-id", help="Names the consumer group and its topics.")]
+StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Directory of local state; each engine needs its own.")]
 MaybeDir = Annotated[Path | None, typer.Option("--embedded", envvar="KWFLOW_EMBEDDED", help="Directory of the embedded engine, instead of Kafka.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", envvar="KWFLOW_CONFIG", help="kwflow.toml; default: the one here, if any.")]
-AppDir = Annotated[Path | None, typer.Option("--app-dir", envvar="KWFLOW_APP_DIR", help="Where MODULEs are looked for first; default: here.")]
-AcceptReset = Annotated[bool, typer.Option("--accept-offset-reset", help="Start from the group's offsets although they differ from the stored ones, or retention has deleted what is next.")]
-WaitForBroker = Annotated[float | None, typer.Option("--wait-for-broker", help="Seconds to wait for the broker and the topics; default 0.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", envvar="KWFLOW_CONFIG", help="Configuration file; default: kwflow.toml in the current directory, if there is one.")]
+AppDir = Annotated[Path | None, typer.Option("--app-dir", envvar="KWFLOW_APP_DIR", help="Directory where MODULEs are looked up first; default: the current one.")]
+AcceptReset = Annotated[bool, typer.Option("--accept-offset-reset", help="Start from the group's offsets even if they differ from the stored ones, or if retention has deleted the next records.")]
+WaitForBroker = Annotated[float | None, typer.Option("--wait-for-broker", help="Seconds to wait for the broker and the topics; default: 0.")]
 Http = Annotated[str | None, typer.Option("--http", help="HOST:PORT for GET /health, /metrics and /instances; process n of several listens on PORT + n.")]
-LogFormat = Annotated[str | None, typer.Option("--log-format", help="text or json; json has workflow id, topic, partition and offset.")]
-Traced = Annotated[bool, typer.Option("--tracing", envvar="KWFLOW_TRACING", help="OpenTelemetry spans, sent as the OTEL_* variables say (kwflow[otel]).")]
-Letter = Annotated[str, typer.Argument(metavar="ID|LETTER", help="A parked instance's id, or a dead letter as `dead-letters list` names it.")]
+LogFormat = Annotated[str | None, typer.Option("--log-format", help="text or json; json lines include workflow id, topic, partition and offset.")]
+Traced = Annotated[bool, typer.Option("--tracing", envvar="KWFLOW_TRACING", help="Send OpenTelemetry spans as the OTEL_* variables say (needs kwflow[otel]).")]
+Letter = Annotated[str, typer.Argument(metavar="ID|LETTER", help="Id of a parked instance, or a dead letter as `dead-letters list` names it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; a list is one array.")]
-GivenHeaders = Annotated[list[str] | None, typer.Option("--header", metavar="NAME=VALUE", help="Travels on from there, over timers, activities and outputs; may be given several times.")]
+GivenHeaders = Annotated[list[str] | None, typer.Option("--header", metavar="NAME=VALUE", help="Header that is passed on to timers, activities and outputs; may be given several times.")]
 Modules = Annotated[list[str], typer.Argument(help="Dotted names or path.py", metavar="MODULE...")]
 
 
@@ -83,10 +83,10 @@ def told(error: Exception) -> str:
     if (kafka := sys.modules.get("confluent_kafka")) is not None and isinstance(error, kafka.KafkaException):  # what no place knows an answer to
         return f"kwflow: Kafka: {error.args[0].str()}"
     if isinstance(error, UnicodeEncodeError) and _of_argument(error):
-        return f"kwflow: {error.object!a} is no text in UTF-8"
+        return f"kwflow: {error.object!a} is not valid UTF-8"
     if isinstance(error, OSError):  # it names the thing: a full disk, a file that must not be written
         return f"kwflow: {error}"
-    return f"kwflow: {type(error).__name__}: {error} (a bug of kwflow's; KWFLOW_TRACEBACK=1 shows where)"
+    return f"kwflow: {type(error).__name__}: {error} (a bug in kwflow; KWFLOW_TRACEBACK=1 shows where)"
 
 
 def columns(*names: str) -> Table:
@@ -108,7 +108,7 @@ def json_option(text: str, option: str) -> bytes:
     try:
         msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
-        quoted = f"; text is quoted: {option} '{msgspec.json.encode(text).decode()}'" if re.fullmatch(r"[\w .,:@/-]+", text) else ""
+        quoted = f"; quote text: {option} '{msgspec.json.encode(text).decode()}'" if re.fullmatch(r"[\w .,:@/-]+", text) else ""
         raise UsageError(f"{option} is not JSON: {error}{quoted}") from None
     return text.encode()
 
@@ -117,7 +117,7 @@ def given_headers(options: list[str] | None) -> wire.Headers:
     """What `--header NAME=VALUE` says.  Raises UsageError."""
     for option in options or ():
         if "=" not in option.removeprefix("="):
-            raise UsageError(f"--header is NAME=VALUE, not {option!r}")
+            raise UsageError(f"--header must be NAME=VALUE, not {option!r}")
     return wire.given_headers([tuple(option.split("=", 1)) for option in options or ()])
 
 

@@ -25,7 +25,7 @@ def topics_create(
     modules: Annotated[list[str] | None, typer.Argument(metavar="MODULE...")] = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
-    partitions: Annotated[int, typer.Option(help="For input and output topics.")] = 4,
+    partitions: Annotated[int, typer.Option(help="Number of partitions of input and output topics.")] = 4,
     replication: Annotated[int, typer.Option(help="Replication factor.")] = 1,
     config: ConfigFile = None,
     app_dir: AppDir = None,
@@ -49,7 +49,7 @@ def topics_check(
     config: ConfigFile = None,
     app_dir: AppDir = None,
 ) -> None:
-    """Say what is missing; exit 1 if anything is.
+    """Print which topics are missing or wrong; exit 1 if any are.
 
     Example: kwflow topics check workflows.trip_booking
     """
@@ -76,12 +76,12 @@ def _declared(settings: Config, modules: list[str] | None, app_dir: Path | None)
 
 @topics_app.command("migrate")
 def topics_migrate(
-    partitions: Annotated[int, typer.Option(help="How many the input topics and their changelogs are to have; only more than now.")],
+    partitions: Annotated[int, typer.Option(help="New number of partitions of the input topics and their changelogs; must be more than now.")],
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     config: ConfigFile = None,
 ) -> None:
-    """Give an application that stands still more partitions, and move its state to where keys belong then.
+    """Give a stopped application more partitions, and move its state to the partitions where its keys then belong.
 
     Example: kwflow topics migrate --partitions 12
     """
@@ -92,7 +92,7 @@ def topics_migrate(
 
 @topics_app.command("reencrypt")
 def topics_reencrypt(bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None) -> None:
-    """Encrypt the state and the stored code of an application that stands still with the first of `encryption_keys`: what was plain, or encrypted with another.
+    """Encrypt the state and the stored code of a stopped application with the first of `encryption_keys`, whether they were plain or encrypted with another key.
 
     Example: kwflow topics reencrypt
     """
@@ -109,14 +109,14 @@ class From(enum.StrEnum):
 
 
 def reset(
-    input_from: Annotated[From, typer.Option("--input-from", help="earliest: every record that is still there is applied again.")] = From.latest,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    input_from: Annotated[From, typer.Option("--input-from", help="earliest: apply every record that is still there again.")] = From.latest,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     state_dir: StateDir = None,
     config: ConfigFile = None,
 ) -> None:
-    """Forget every instance and timer of an application that stands still; says what it would do and asks.  (Embedded: delete the directory.)
+    """Delete every instance and timer of a stopped application; prints its plan and asks first.  (Embedded: delete the directory.)
 
     Example: kwflow reset --application-id shop --input-from latest
     """

@@ -23,19 +23,19 @@ _LOOK_S = 0.1
 
 def worker(
     modules: Modules,
-    queue: Annotated[list[str] | None, typer.Option("--queue", help="Serve this one, and others that are named so; default: those whose activities the MODULEs do, and not only declare.")] = None,
+    queue: Annotated[list[str] | None, typer.Option("--queue", help="Serve this queue; may be given several times; default: queues whose activities the MODULEs implement, not just declare.")] = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     wait_for_broker: WaitForBroker = None,
-    processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="So many worker processes, one a core; each is started again when it dies.")] = 1,
-    rate: Annotated[float | None, typer.Option("--rate", help="Calls that each process begins in a second, a batch being one; default: no limit.")] = None,
+    processes: Annotated[int, typer.Option("--processes", min=1, envvar="KWFLOW_PROCESSES", help="Number of worker processes, usually one per core; a process that dies is restarted.")] = 1,
+    rate: Annotated[float | None, typer.Option("--rate", help="Calls that each process starts per second; a batch counts as one; default: no limit.")] = None,
     http: Http = None,
     tracing: Traced = False,
     log_format: LogFormat = None,
     config: ConfigFile = None,
     app_dir: AppDir = None,
 ) -> None:
-    """Run activities that have a queue, for the engines on Kafka, until SIGTERM.
+    """Run activities that have a queue, for engines on Kafka, until SIGTERM.
 
     Example: kwflow worker shop.activities --queue payments
     """

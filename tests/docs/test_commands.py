@@ -21,11 +21,11 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EVERYWHERE = 8  # commands that have an option in the same words, for it to be told once
 HEAD = """# Commands
 
-`kwflow COMMAND --help` says the same: this page is written by `tests/docs/test_commands.py` from the command line itself. What a command prints is on the
-standard output; what it says of itself, and errors, on the standard error. Exit codes: 0; 1 an error, or an outcome that is no result; 2 wrong usage; 3 start me
-again ([OPERATIONS.md](OPERATIONS.md#processes)); 130 interrupted. An option that is not given is taken from `KWFLOW_<COMMAND>_<OPTION>`, where that is set.
+This page is generated from the command line by `tests/docs/test_commands.py`; `kwflow COMMAND --help` prints the same. Commands print results on standard output,
+and messages and errors on standard error. Exit codes: 0: success; 1: an error, or an outcome that is not a result; 2: wrong usage; 3: "start me again"
+([OPERATIONS.md](OPERATIONS.md#processes)); 130: interrupted. Options that are not given are read from `KWFLOW_<COMMAND>_<OPTION>`, if that is set.
 
-Options that many commands have, named below where they are taken:
+Options that many commands share; below, each command lists those that it has by name only:
 
 """
 

@@ -90,7 +90,7 @@ def test_a_command_is_done_to_all_that_a_filter_finds_and_to_no_others(many: Man
 
 def test_it_asks_first_needs_a_filter_and_leaves_what_is_kwflows_own_alone(many: Many) -> None:
     """A command that meant others than it was to cannot be taken back."""
-    assert "which ones?" in many.bulk("terminate", "--yes", code=2)[1]
+    assert "which workflows?" in many.bulk("terminate", "--yes", code=2)[1]
     assert "cancel 301 workflows?" in many.bulk("cancel", "--everything", typed="n\n", code=1)[1]
     assert set(many.statuses().values()) == {"waiting"}
     commands.run("schedule", "add", "nightly", "--every", "1h", "--workflow", "other", "--embedded", str(many.directory)).check_returncode()
@@ -113,7 +113,7 @@ def test_who_is_paused_keeps_the_command_and_holds_up_no_others(many: Many) -> N
     """M2: the reply to a cancel or a signal waits with it; the others were not reached, whenever it was repeated."""
     many.bulk("pause", "--id", "w1", "--yes")
     said, counted = many.bulk("signal", "go", "--value", "1", "--workflow", "waits", "--yes", "--command-timeout", "10")
-    assert counted.splitlines()[-1] in ("111 paused, 189 ok", "189 ok, 111 paused") and "w1: paused: it is paused: this waits behind it" in counted
+    assert counted.splitlines()[-1] in ("111 paused, 189 ok", "189 ok, 111 paused") and "w1: paused: the instance is paused: this is done" in counted
     many.bulk("unpause", "--status", "paused", "--yes")
     assert {many.client.result(f"w{number}").result(10) for number in range(300)} == {1}
 
@@ -124,7 +124,7 @@ def test_one_that_is_paused_between_the_list_and_the_command_is_told_when_its_re
     sent = _Sent(many.client, "w7", "", many.client.cancel("w7"), None)
     many.client.query("w7").result(10)
     sent.future.set_exception(OutcomeUnknown("no reply"))
-    assert sent.told() == ("w7", "paused", "it is paused: this waits behind it, and is done when it is unpaused")
+    assert sent.told() == ("w7", "paused", "the instance is paused: this is done when it is unpaused")
 
 
 def test_who_interrupts_it_is_told_how_it_goes_on(many: Many, tmp_path: pathlib.Path) -> None:
@@ -139,7 +139,7 @@ def test_who_interrupts_it_is_told_how_it_goes_on(many: Many, tmp_path: pathlib.
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
     first, *_, last = log.read_text().splitlines()  # rich says again what it was interrupted in
-    assert last == f"interrupted: at least 0 of 300 are done; the same with --command-id {first.rpartition(' ')[2]} does nothing twice"
+    assert last == f"interrupted: at least 0 of 300 are done; repeat with --command-id {first.rpartition(' ')[2]}, which does nothing twice"
 
 
 def test_who_interrupts_it_in_its_first_word_is_told_how_it_goes_on(many: Many) -> None:
@@ -154,7 +154,7 @@ def test_who_interrupts_it_in_its_first_word_is_told_how_it_goes_on(many: Many) 
 
     with contextlib.redirect_stderr(Interrupted()) as said:
         assert bulk_app(["cancel", "--workflow", "waits", "--yes", "--embedded", str(many.directory)], standalone_mode=False) == 130
-    assert "interrupted: at least 0 of 300 are done; the same with --command-id bulk-" in said.getvalue()
+    assert "interrupted: at least 0 of 300 are done; repeat with --command-id bulk-" in said.getvalue()
 
 
 def test_it_imports_nothing_once_it_has_begun(many: Many) -> None:

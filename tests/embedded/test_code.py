@@ -124,7 +124,7 @@ def test_a_deployment_is_checked_before_it_is_made_then_seen_compared_moved_and_
     said = site("engine", "--check", *modules)
     assert "3 waiting: 1 resume on this code, 2 stay on old code, 0 would be parked" in said
     assert "stay on old code: a  shop.trips: main has changed; a migration is there" in said
-    assert "class shop.trips.Order has changed since 2 of them were saved" in said
+    assert "class shop.trips.Order has changed since 2 of these instances were saved" in said
     (site.folder / "shop/broken.py").write_text(BROKEN.replace("'r'", "'s'").replace("import shop.helpers", ""))
     (site.folder / "shop/helpers.py").write_text("raise OSError('no licence')")
     said = site("engine", "--check", *modules, code=1)
@@ -229,7 +229,7 @@ def test_an_instance_is_saved_with_its_code_and_goes_on_in_a_test(site: Deployme
     finally:
         declarations._migrations.clear()
     site("terminate", "a")
-    assert "waits nowhere: it has ended" in site("show", "a", "--save", str(site.folder / "b.json"), code=2)
+    assert "is not waiting: it has ended" in site("show", "a", "--save", str(site.folder / "b.json"), code=2)
     assert not (site.folder / "b.json").exists()
 
 

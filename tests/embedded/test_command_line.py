@@ -120,13 +120,13 @@ def test_run_says_that_it_goes_on_why_it_cannot_what_it_waits_for_and_where_it_f
 
     (tmp_path / "asking.py").write_text(text.replace("HELD", "open('asking.py')"))
     with subprocess.Popen(command("run", "asking.py", "--input", "1"), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
-        assert until(running, "once that is mended") == "once that is mended: kwflow dead-letters retry run --embedded kwflow-run"
+        assert until(running, "once that is fixed") == "once that is fixed: kwflow dead-letters retry run --embedded kwflow-run"
         running.terminate()
     (tmp_path / "asking.py").write_text(text.replace("HELD", "1"))
     with subprocess.Popen(command("run", "asking.py", "--input", "2"), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
-        begun = until(running, "run has begun already and goes on where it was, parked: UnsavableError: variable 'held' of main (asking.py:4)")
-        assert begun.endswith("; it has its input: another --id begins another")
-        answer(until(running, "once that is mended").partition(": kwflow ")[2])
+        begun = until(running, "run has already started and continues where it was, parked: UnsavableError: variable 'held' of main (asking.py:4)")
+        assert begun.endswith("; it keeps its first input: use another --id to start another")
+        answer(until(running, "once that is fixed").partition(": kwflow ")[2])
         said, _, proposed = until(running, "waits for").partition("; answer with: kwflow ")
         assert said == "waits for signal go in main (asking.py:4)"
         answer(proposed.replace("JSON", "42"))
@@ -192,7 +192,7 @@ def test_run_is_refused_where_no_outcome_is_written(tmp_path: pathlib.Path, monk
     monkeypatch.setenv("KWFLOW_ERROR_TOPIC", "")
     (tmp_path / "adding.py").write_text("def main(opts):\n    return sum(opts)\n    yield\n")
     done = CliRunner().invoke(app, ["run", str(tmp_path / "adding.py"), "--embedded", str(tmp_path / "state")])
-    assert isinstance(done.exception, UsageError) and "result_topic and error_topic must not be empty" in str(done.exception)
+    assert isinstance(done.exception, UsageError) and "set result_topic and error_topic in the configuration" in str(done.exception)
 
 
 @pytest.mark.slow
@@ -290,7 +290,7 @@ def test_code_migrate_asks_for_none_if_one_of_them_is_not_there_or_has_ended(tmp
         return str(done.exception) if isinstance(done.exception, UsageError) else done.output
 
     assert (migrate("waits", "nobody"), migrate("waits", "over")) == ("no instance 'nobody'", "'over' has ended")
-    assert migrate("waits").startswith("asked for 1;")
+    assert migrate("waits").startswith("migrations requested: 1;")
     held = Embedded(tmp_path / "state", sync=False)
     assert [record.key for record in held.read(config.resume_topic)[2:]] == [b"waits"]
     held.close()
@@ -306,7 +306,7 @@ def test_a_table_has_its_limit_and_says_so_json_has_all(tmp_path: pathlib.Path) 
     held.run([WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), held.incarnation)], lambda: held.counts["started"] == 1002)
     held.close()
     shown = CliRunner().invoke(app, ["list", "--embedded", str(tmp_path / "state")]).output
-    assert "w01001" in shown and "w00001" not in shown and "and 2 that changed earlier: narrow it by" in shown
+    assert "w01001" in shown and "w00001" not in shown and "and 2 more that changed earlier: filter with" in shown
     everything = CliRunner().invoke(app, ["list", "--json", "--embedded", str(tmp_path / "state")]).output
     assert [row["id"] for row in json.loads(everything)] == [f"w{number:05}" for number in range(1002)]
 
@@ -474,4 +474,4 @@ def test_an_engine_whose_streams_are_closed_runs_and_what_an_output_cannot_show_
     assert "gr\\xf6\\xdfe" in asked[0]
     assert [one["id"] for one in json.loads(asked[1])] == ["größe"]
     no_text = subprocess.run(shell.command("signal", "größe", os.fsdecode(b"\xff")), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert (no_text.returncode, no_text.stderr) == (2, "kwflow: '\\udcff' is no text in UTF-8\n")
+    assert (no_text.returncode, no_text.stderr) == (2, "kwflow: '\\udcff' is not valid UTF-8\n")

@@ -347,7 +347,7 @@ def test_one_entry_that_is_damaged_hides_none_of_the_others(office: Office) -> N
     said = [kwflow(office.directory, *command) for command in (("list",), ("schedule", "list"), ("code", "list"), ("code", "migrate", "--all"), ("code", "gc"))]
     assert ["damaged" in line for line in said] == [True, False, False, False, True], said
     assert "\"damaged\"," in kwflow(office.directory, "list", "--status", "damaged", "--json")
-    assert "asked for 2;" in said[3] and said[4] == "damaged is damaged, so that nobody knows which code it runs; mend or terminate it first"
+    assert "migrations requested: 2;" in said[3] and said[4] == "damaged is damaged, so the code that it runs is unknown; repair or terminate it first"
     kwflow(office.directory, "resume", "damaged", "r")
     office.run()
     assert "CorruptSnapshotError" in office("list")

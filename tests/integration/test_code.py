@@ -62,7 +62,7 @@ def test_instances_of_either_code_finish_on_it_under_engines_of_the_other(site: 
     site.read(site.topic("asked"), 8)
     said = site.run("engine", "--check", "shop", "--app-dir", str(site.directory / "new"))
     assert "8 waiting: 0 resume on this code, 8 stay on old code, 0 would be parked" in said
-    assert "class shop.Item has changed since 8 of them were saved" in said
+    assert "class shop.Item has changed since 8 of these instances were saved" in said
     assert "shop" in site.run("code", "list")
     assert "+        self.price = 1" in site.run("code", "diff", old_ids[0], "--app-dir", str(site.directory / "new"))
     assert "0 of 1 versions" in site.run("code", "gc")

@@ -248,7 +248,7 @@ def test_what_the_broker_takes_no_letter_of_answers_nobody_whatever_its_headers_
 def test_feeds_that_nobody_runs_are_told_of_and_what_cannot_be_a_feed_is_wrong_usage(site: Feeds, tmp_path: pathlib.Path) -> None:
     """A feed runs where somebody says so, as the timers do."""
     site.engine("one", MODULE)
-    site.wait(lambda: any(f"nothing is read of {site.events} here" in log.read_text() for log in site.directory.glob("one.log")))
+    site.wait(lambda: any(f"{site.events}: not read here" in log.read_text() for log in site.directory.glob("one.log")))
     assert "no feed in" in site.refused("feed", str(ROOT / "workflows/order.py"))
     assert "--with-feeds" in site.refused("engine", MODULE, "--runner", "faust", "--with-feeds")
     (tmp_path / "own.py").write_text(f"import kwflow as kw\n\n@kw.feed('{site.topic('resume')}')\ndef f(x): ...\n")

@@ -150,7 +150,7 @@ def test_what_happened_to_an_id_is_told_from_its_partition(site: Site) -> None:
         assert {event["by"].get("ref") for event in events[1:]} == set(asked[id].values())
     assert "ended: result" in site.run("history", ids[0])
     told = site.fails(0, "history", "nobody")
-    assert told.strip() == f"{site.topic('history')} has no event of nobody: it never ran, none was kept then, or they are deleted"
+    assert told.strip() == f"{site.topic('history')} has no events of nobody: it never ran, none were kept then, or they have been deleted"
 
 
 def test_a_frozen_engine_whose_partitions_moved_writes_nothing_when_it_wakes(site: Site) -> None:

@@ -66,7 +66,7 @@ def test_an_order_is_charged_reserved_and_shipped() -> None:
 def test_an_order_that_is_sold_out_gets_its_money_back() -> None:
     w = started("order", {**ORDER, "count": 200})
     assert called(w) == ["charge_card", "reserve_stock", "refund_card", "tell_customer"]
-    assert w.values("workflow-error") == ["BusinessError: sold-out: 200 of cup are not there"]
+    assert w.values("workflow-error") == ["BusinessError: sold-out: 200 of cup are not in stock"]
 
 
 def test_an_order_that_cannot_be_shipped_is_undone_in_reverse_after_its_retries_and_a_refund_goes_on_until_it_works() -> None:

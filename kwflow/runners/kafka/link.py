@@ -73,7 +73,7 @@ class KafkaLink:
         needed = [self.config.resume_topic, self.config.reply_topic, *self._ends]
         missing = [topic for topic in needed if topic not in there]
         if missing:
-            raise TransportError(f"{self.config.bootstrap_servers} has no topic {', '.join(missing)}; kwflow topics create makes what is missing, unless an ACL hides it", retryable=False)
+            raise TransportError(f"{self.config.bootstrap_servers} has no topic {', '.join(missing)}; create what is missing with kwflow topics create, unless an ACL hides it", retryable=False)
         return {topic: there[topic] for topic in needed}
 
     def _assign(self, topic: str, number: int) -> None:
@@ -261,7 +261,7 @@ def read(config: Config, topic: str, partition: int | None = None, start: int = 
     admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
     if topic not in there:
-        raise TransportError(f"{config.bootstrap_servers} has no topic {topic} (is --application-id right? kwflow topics create makes what is missing)", retryable=False)
+        raise TransportError(f"{config.bootstrap_servers} has no topic {topic} (is --application-id right? kwflow topics create creates missing topics)", retryable=False)
     try:
         ends = offsets(LIVE, config, admin, topic, range(there[topic]) if partition is None else [partition], LATEST)
     except KafkaException as error:
