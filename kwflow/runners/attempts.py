@@ -1,8 +1,8 @@
-"""Records that kill the process: found by counting deaths where they outlive it (K19, decision 0043).
+"""Records that kill the process: found by counting deaths in a place that outlives the process (K19, decision 0043).
 
-After an unclean stop, its own or that of whoever had the partition before, the records of what may have been the fatal
-batch are taken a few at a time, these few written down before their step.  Only those of a few that a process died in are
-taken one by one, and one that three processes died of alone is refused.
+After an unclean stop, of this engine or of the partition's previous owner, the records of what may have been the fatal
+batch are taken a few at a time, and each group is noted before its step.  If a process dies in such a group, its records are
+taken one by one.  A record that three processes died of, each while it stepped that record alone, is refused.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from kwflow.runners.private import replace
 __all__ = ["Attempts", "Suspects"]
 
 _ATTEMPTS_MAX = 3
-_TOGETHER_MAX = 64  # a batch of thousands costs some dozen notes, and a death in one of them 64
+_TOGETHER_MAX = 64  # a batch of thousands of records costs a few dozen notes; a death in one group costs 64 more
 
 
 class Suspects(msgspec.Struct, frozen=True, array_like=True, order=True):
-    """Records from `offset` to before `until` may kill; `count` processes may have died with the first of them alone."""
+    """The records from `offset` up to, but not including, `until` may kill; `count` processes may have died while they stepped the first of them alone."""
 
     offset: int
     count: int
     until: int
 
 
-Note = Callable[[int, Suspects | None], None]  # of a partition; None: nothing of it is suspected
+Note = Callable[[int, Suspects | None], None]  # (partition, its suspects); None: nothing in it is suspected
 
 
 class Attempts:
-    """Kept in the runner's locked directory, and `note`d where other engines find it.
+    """The suspects of this process, kept in the runner's locked directory and passed to `note`, which puts them where other engines find them.
 
-    `unclean` tells whether the previous run here ended without `finished`, `fresh` whether nothing is known of one.
+    `unclean` is true if the previous run in this directory ended without a call of `finished`; `fresh` if there is no sign of a previous run.
     """
 
     def __init__(self, directory: Path, note: Note = lambda *_: None) -> None:
@@ -47,8 +47,8 @@ class Attempts:
         self._note = note
         self.unclean = self._running.exists()
         self.fresh = not self.unclean and not self._stopped.exists()
-        self._known: dict[int, Suspects] = {}  # what processes before this one have died of
-        self._mine: dict[int, Suspects] = {}  # what this one would have died of, if it had
+        self._known: dict[int, Suspects] = {}  # what earlier processes may have died of
+        self._mine: dict[int, Suspects] = {}  # what this process will have died of, if it dies now
         if self.unclean and self._path.exists():
             try:
                 self._known = msgspec.json.decode(self._path.read_bytes(), type=dict[int, Suspects])
@@ -58,15 +58,15 @@ class Attempts:
         self._touched = self._running.stat()
 
     def learn(self, partition: int, suspects: Suspects) -> None:
-        """What whoever had this partition last has noted."""
+        """Take over what the last owner of this partition has noted."""
         self._known[partition] = max(suspects, self._known.get(partition, suspects))
 
     def suspected_until(self, partition: int) -> int:
-        """Records of it before this offset, if some are left, may have killed."""
+        """The offset before which the remaining records of this partition may have killed a process; -1 if none are suspected."""
         return self._known[partition].until if partition in self._known else -1
 
     def another(self, partition: int, records: list[Record]) -> tuple[list[Record], str | None]:
-        """Which of a partition's records, in order, come next, durably noted before their step; and why it is refused, if it is one that killed too often."""
+        """Return the records of a partition that come next, in order, durably noted before their step; and why the first one is refused, if it killed too often."""
         offset = records[0].offset
         known = self._known.get(partition)
         deaths = known.count if known is not None and known.offset == offset else 0
@@ -75,14 +75,14 @@ class Attempts:
         else:
             records = records[:_TOGETHER_MAX]
             suspects = Suspects(offset, int(len(records) == 1), records[-1].offset + 1)
-        if self._mine.get(partition) != suspects:  # else its transaction was aborted and is made again
+        if self._mine.get(partition) != suspects:  # if equal, the transaction was aborted and is being repeated
             self._mine[partition] = suspects
             self._save()
         self._note(partition, suspects)
         return records, None if deaths < _ATTEMPTS_MAX else "the engine died three times with this record"
 
     def survived(self, partition: int) -> None:
-        """They were stepped, and what went wrong after that was no fault of theirs: nobody need count it."""
+        """Record that the noted records were stepped: whatever went wrong afterwards was not their fault, and must not be counted as a death."""
         suspects = self._mine.pop(partition)
         self._save()
         self._take_back(partition, suspects)
@@ -96,13 +96,13 @@ class Attempts:
         replace(self._path, msgspec.json.encode(self._known | self._mine))
 
     def interrupted(self) -> None:
-        """This process ends by no record's fault.  From another thread."""
+        """This process ends for a reason that is no record's fault.  Called from another thread."""
         self.finished()
         for partition, suspects in self._mine.items():
             self._take_back(partition, suspects)
 
     def finished(self) -> None:
-        """A clean stop.  In a directory that was removed, or is another engine's by now, nothing is done."""
+        """Record a clean stop.  Does nothing if the directory was removed, or belongs to another engine by now."""
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(self._running.stat(), self._touched):
                 self._stopped.touch()

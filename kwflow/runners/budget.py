@@ -1,7 +1,7 @@
-"""What one transaction may hold: its bytes and the time its steps take.
+"""The limits of one transaction: the bytes it writes and the time its steps take.
 
-Soft where a figure is known only afterwards: a batch stops at the first record past its budget, and one record always
-fits.  It must not know what the records are.
+The limits are soft, because some sizes are known only after a step: a batch stops after the record that exceeds its
+budget, and one record always fits.  This module must not know what the records are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Budget", "bytes_of"]
 
 
 class Budget:
-    """Counts what a batch has made so far.  `spent` once there is no room for another record."""
+    """Counts what a batch has produced so far; `spent` returns true once there is no room for another record."""
 
     __slots__ = ("_bytes_left", "_clock", "_until_ms")
 
@@ -32,6 +32,6 @@ class Budget:
 
 
 def bytes_of(changes: Iterable[tuple[bytes, bytes | None]], outputs: Iterable[Output]) -> int:
-    """Bytes of keys and values that a transaction writes; headers are few and limited on their own."""
+    """The bytes of keys and values that a transaction writes.  Headers are not counted: they are few and have their own limit."""
     states = sum([len(key) + len(value or b"") for key, value in changes])
     return states + sum([len(output.key or b"") + len(output.value or b"") for output in outputs])

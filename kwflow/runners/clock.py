@@ -1,4 +1,4 @@
-"""The wall clock of those runners that were given no other."""
+"""The wall clock of every runner that was not given another."""
 
 from __future__ import annotations
 

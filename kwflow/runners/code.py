@@ -1,10 +1,10 @@
-"""The code store (semantics §8, G10): sources of module versions in the compacted topic `<app>-code`, one record each.
+"""The code store (semantics §8, G10): the sources of module versions in the compacted topic `<app>-code`, one record each.
 
 An entry is an output of the batch that stores the first snapshot naming its version, so both are in one transaction.
-Which entries a partition has written is in its own state, so an aborted batch leaves no false memory.  An entry is
-written again when it is a day old and still in use; `kwflow code gc` removes only those that are much older, so that it
-can run beside engines.  Where there are keys an entry is signed as snapshots are, and one that no key signed is not there.
-It must not know what a source is.
+Each partition remembers in its own state which entries it has written, so an aborted batch leaves no false memory.  An
+entry is written again when it is a day old and still in use; `kwflow code gc` removes only entries that are much older, so
+it can run beside engines.  If there are keys, entries are signed as snapshots are, and an entry that no key signed is
+treated as missing.  This module must not know what a source is.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from kwflow.ports import Changes, Store
 __all__ = ["LEASE_MS", "WRITTEN", "CodeStore", "named_in", "offer"]
 
 LEASE_MS = 86_400_000
-_SEAL = b"\nHMAC-SHA-256 "  # then the digest in hex; JSON holds no line break
-WRITTEN = b"\0code\0"  # state: when this partition last wrote the entry, and the id of the key it was signed with
+_SEAL = b"\nHMAC-SHA-256 "  # followed by the digest in hex; the JSON before it contains no line break
+WRITTEN = b"\0code\0"  # prefix in the state: when this partition last wrote an entry, and the id of the key that signed it
 
 
 class CodeStore:
-    """Key -> entry of every version that is stored, held in memory.
+    """The entries of all stored versions by key, held in memory.
 
-    `read(offset)` gives the committed records of the topic from there to its end; it is asked at start, and again when
-    a key is unknown: another engine, with other code, may have written it since.
+    `read(offset)` returns the committed records of the topic from that offset to its end.  It is called at the start, and
+    again whenever a key is unknown, because another engine with other code may have written it since.
     """
 
     def __init__(self, read: Callable[[int], Sequence[Record]], keys: Sequence[bytes] = ()) -> None:
@@ -63,14 +63,14 @@ def _signature(key: bytes, name: bytes, data: bytes) -> bytes:
 
 
 def offer(topic: str, state: Changes, module: Module, now_ms: int, keys: Sequence[bytes] = ()) -> list[Output]:
-    """The entries that are to be committed with a snapshot that names this version, those of modules it imports included."""
+    """Return the entries that must be committed with a snapshot that names this version, including those of the modules it imports."""
     seal = key_id(keys[0]).encode() if keys else b""
     if _fresh(state, module, now_ms, seal):
         return []
     made = []
     for found in versions.stored_with(module):
         if not _fresh(state, found, now_ms, seal):
-            if "__name__" in found.namespace:  # not of what nobody has imported yet: a marker has the next owner of the partition import it
+            if "__name__" in found.namespace:  # only of modules that were imported: a marker makes the next owner of the partition import its module
                 state.put(_marker(found), b"%d %s" % (now_ms, seal))
             name, data = _marker(found)[len(WRITTEN) :], versions.entry(found)
             made.append(Output(topic, name, data + _SEAL + _signature(keys[0], name, data) if keys else data, (), now_ms))
@@ -78,9 +78,9 @@ def offer(topic: str, state: Changes, module: Module, now_ms: int, keys: Sequenc
 
 
 def named_in(state: Store) -> list[str]:
-    """`<module>@<sha256>` of every version that a snapshot in this state names, and of some that none names any more.
+    """`<module>@<sha256>` of every version that a snapshot in this state names, and of some that no snapshot names any more.
 
-    Whoever wrote a snapshot that names a version wrote the marker with it, so this needs no look at the snapshots themselves.
+    A snapshot that names a version is never committed before the version's marker, so the snapshots themselves need not be read.
     """
     return [key[len(WRITTEN) :].decode() for key, _ in state.scan(WRITTEN)]
 
@@ -90,6 +90,6 @@ def _marker(module: Module) -> bytes:
 
 
 def _fresh(state: Changes, module: Module, now_ms: int, seal: bytes) -> bool:
-    """Whether it was written within a day, signed with the key that signs now."""
+    """Whether this partition wrote the entry within the last day, signed with the current signing key."""
     when, _, signed = (state.get(_marker(module)) or b"").partition(b" ")
     return when != b"" and signed == seal and now_ms < int(when) + LEASE_MS

@@ -1,7 +1,7 @@
-"""Commands that run no author code, done on stored bytes: query, terminate, pause and unpause, fork, retry and discard (M2, K17).
+"""Commands that run no author code and work on stored bytes: query, terminate, pause and unpause, fork, retry and discard (M2, K17).
 
-They reach an instance that is parked or damaged, which no step could.  It must not run a step itself: what was held is
-applied by the batch that it is given.
+They reach an instance that is parked or damaged, which no step could.  This module must not run a step itself: records
+that were held are applied by the batch that it is given.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["OPS", "apply", "refuse"]
 
 
 class Batch(Protocol):
-    """What a command needs of the batch it is part of."""
+    """What a command needs from the batch it is part of."""
 
     config: Config
     state: Changes
@@ -37,23 +37,23 @@ class Batch(Protocol):
     partitions: int
 
     def stored(self, key: bytes) -> bytes | None:
-        """What there is of this id, with all that this batch did so far."""
+        """The stored bytes of this id, including everything that this batch did so far."""
 
     def calls(self, name: str, refs: Sequence[str]) -> dict[str, Dispatch | None]:
-        """The calls of activities that these waits are for."""
+        """The activity calls behind these waits, by ref; None for a call that is not stored here."""
 
     def put(self, key: bytes, data: bytes) -> None:
-        """Save what no record of its own has met."""
+        """Save an instance that no record of its own has reached yet."""
 
     def drain(self, records: list[Record]) -> list[Decision]:
-        """Apply records that were held."""
+        """Apply held records."""
 
     def end(self, key: bytes, header: dict[str, Any]) -> None:
-        """Leave the entry that stays after the end, or nothing."""
+        """Replace the instance by the entry that stays after its end, or by nothing."""
 
 
 def apply(batch: Batch, name: str, record: Record, command: Command) -> Decision:
-    """Do it, unless this `kwflow-id` was done before (M1.4) or there is no such run (M1.5).  Raises ProtocolError."""
+    """Carry out a command, unless one with this `kwflow-id` was carried out before (M1.4) or there is no such run (M1.5).  Raises ProtocolError."""
     wire.reply_address(record)
     stored = batch.state.get(name.encode())
     header = _header(batch.config, name, stored)
@@ -70,17 +70,17 @@ def apply(batch: Batch, name: str, record: Record, command: Command) -> Decision
 
 
 def refuse(config: Config, state: Changes, name: str, record: Record, reason: str) -> Decision:
-    """A command whose Decision the log would not take becomes a dead letter; of a discard at least the head goes.
+    """Dead-letter a command whose Decision the log refused.  A discard still drops the head of the hold:
 
-    1. a discard drops the head and applies the rest, and one of the rest makes an output that no broker takes
-    2. if nothing of it were done, the next discard would do the same, and the instance could never be settled
+    1. A discard drops the head and applies the rest of the hold, and one of these records produces an output that no broker accepts.
+    2. If the discard had no effect at all, the next one would fail in the same way, and the instance could never be settled.
     """
     letter, op, stored = parked.dead(config, record, "refused", reason, record.timestamp_ms), wire.header(record, "kwflow-op"), state.get(name.encode())
     header = _header(config, name, stored)
     if op not in ("retry", "discard") or header["status"] != "parked" or stored is None:
         return letter
     draining = header["parked"]["reason"] == "draining"
-    if draining:  # nothing goes on with it now: somebody has to decide
+    if draining:  # nothing continues the drain now: somebody has to decide
         state.put(name.encode(), snapshot.amend(stored, config.signing_keys, parked={**header["parked"], "reason": RefusedError.__name__, "message": reason}))
     if draining or op == "retry":
         return joined([letter, Decision(counts=("parked",))]) if draining else letter
@@ -105,7 +105,7 @@ def _replied(batch: Batch, record: Record, status: str, message: str = "", value
 
 
 def _done(batch: Batch, name: str, record: Record, command: Command, status: str, made: Sequence[Decision] = (), message: str = "", value: object = None) -> Decision:
-    """The reply, remembered in the header if there is still one, and all that was done besides."""
+    """The reply, remembered in the header if the instance still has one, joined with everything else that was done."""
     key = name.encode()
     stored = batch.state.get(key)
     left = _header(batch.config, name, stored)
@@ -118,12 +118,12 @@ def _done(batch: Batch, name: str, record: Record, command: Command, status: str
 
 
 def joined(made: Sequence[Decision]) -> Decision:
-    """Several decisions as one, in order."""
+    """Join several decisions into one, in order."""
     return Decision(*(tuple(item for decision in made for item in getattr(decision, field)) for field in Decision.__struct_fields__))
 
 
 def _terminate(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
-    """What is held meets the end: commands are answered, the rest is ignored by rule (G3)."""
+    """End the run.  Records on hold meet the end: commands are answered, the rest is ignored by rule (G3)."""
     topics = batch.context.topics
     closing = ops.terminate(header, command.arguments.reason, record, topics)
     held = list(parked.all_held(batch.state, name))
@@ -137,7 +137,7 @@ def _terminate(batch: Batch, name: str, header: dict[str, Any], record: Record, 
 
 
 def _pause(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
-    """From here on its records join the hold; one that is parked already stays so when it is retried."""
+    """Pause: from here on the instance's records join the hold.  If it is parked already, it cannot be retried before it is unpaused."""
     key, reason = name.encode(), command.arguments.reason
     stored = batch.state.get(key)
     if header["status"] == "parked" and stored is not None:
@@ -151,16 +151,17 @@ def _unpause(batch: Batch, name: str, header: dict[str, Any], record: Record, co
     key, stored = name.encode(), batch.state.get(name.encode())
     if not parked.is_paused(header) or stored is None:
         return _done(batch, name, record, command, "ok", message="it was not paused")
-    if header["parked"]["reason"] not in ("paused", "draining"):  # it had failed before: retry or discard
+    if header["parked"]["reason"] not in ("paused", "draining"):  # it had failed before: it needs retry or discard
         batch.state.put(key, snapshot.amend(stored, batch.config.signing_keys, parked={entry: value for entry, value in header["parked"].items() if entry != "paused"}))
         return _done(batch, name, record, command, "ok", message="it is still parked; retry or discard")
     return _done(batch, name, record, command, "ok", _drain(batch, name, record, discard=False))
 
 
 def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
-    """What waits here waits under another id, too, and each goes on by itself; what is held is the original's alone.
+    """Copy the waiting instance under another id; each then continues on its own.  Records on hold belong to the original alone.
 
-    The copy lies in the same partition: both are committed in one transaction, and no snapshot travels in a record that anybody could have written.
+    The copy stays in the same partition, so both are committed in one transaction, and no snapshot travels in a record that
+    anybody could have written.
     """
 
     def refused(status: str, why: str) -> Decision:
@@ -202,35 +203,38 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
 
 
 def _free_id(batch: Batch, name: str, record: Record) -> str:
-    """The first that lies in this partition; offsets make it nobody else's."""
+    """The first generated id that belongs to this partition; the record's offset makes it unique."""
     ids = (f"{name}/fork-{record.offset}{end}" for end in itertools.chain([""], (f"-{number}" for number in itertools.count(2))))
     return next(id for id in ids if partition_of(id.encode(), batch.partitions) == record.partition)
 
 
 def _retry(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
-    """What is held is applied in order; discard drops its head first, if that has failed."""
+    """Retry or discard: apply the hold in order.  Discard drops its head first, if that record has failed."""
     if header["status"] != "parked":
         said = (f"{name}: {command.op} ignored: it is not parked",)
         return joined([_replied(batch, record, "not_found", "it is not parked", count="not-parked"), Decision(logs=said)])
     if parked.is_paused(header):
         said = (f"{name}: {command.op} ignored: it is paused",)
         return joined([_replied(batch, record, "paused", "unpause it first", count="not-parked"), Decision(logs=said)])
-    failed = header["parked"]["reason"] != "draining"  # else what is next may be all right, and another discard is about to be finished
+    failed = header["parked"]["reason"] != "draining"  # while draining, an earlier command is still being completed, and the next record may be fine
     return _done(batch, name, record, command, "ok", _drain(batch, name, record, discard=command.op == "discard" and failed))
 
 
 def _discarded(batch: Batch, name: str, head: Record, record: Record) -> Decision:
-    """Whoever waits for it is told."""
+    """Tell whoever waits for the dropped head."""
     told = children.refused(head, "discarded", "its start failed and was discarded", batch.config.resume_topic)
     mine = Decision(told, replies=parked.answered(batch.config, head, "discarded"))
     return joined([mine, _call_failed(batch.config, batch.state, name, head, record)])
 
 
 def _call_failed(config: Config, state: Changes, name: str, head: Record, record: Record) -> Decision:
-    """A workflow must not wait for an activity whose result was dropped: the call fails, and if it is that which was dropped, nobody works for it any more."""
+    """Fail the activity call whose result was dropped, so that its workflow does not wait forever.
+
+    If the dropped record was already that failure, withdraw the call: nobody shall work on it any more.
+    """
     try:
         answer = wire.parse(head)
-    except ProtocolError:  # it ended processes, and was parked unread
+    except ProtocolError:  # it killed processes, and was parked unread
         return Decision()
     waits = _header(config, name, state.get(name.encode()))["waits"]
     if not isinstance(answer, wire.Resume) or not any(wait["kind"] in ("activity", "job") and wait["ref"] == answer.ref for wait in waits):
@@ -245,7 +249,7 @@ def _drain(batch: Batch, name: str, record: Record, discard: bool) -> list[Decis
     released = parked.release(batch.config, batch.state, name)
     header = _header(batch.config, name, batch.state.get(name.encode()))
     if header["status"] == "ended":
-        batch.end(name.encode(), header)  # the time at which it may be forgotten may have come while it was parked
+        batch.end(name.encode(), header)  # its retention may have expired while it was parked
     made = [_discarded(batch, name, released[0], record)] if discard and released else []
     made += batch.drain(released[1 if discard else 0 :])
     rest = parked.park_rest(batch.config, batch.state, name)

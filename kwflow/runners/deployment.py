@@ -1,6 +1,6 @@
-"""What a deployment will do to the instances that are stored: which go on in the new code, which on old code, which would be parked.
+"""What a deployment will do to stored instances: which continue in the new code, which on old code, and which would be parked.
 
-Every snapshot is really loaded, on the code it would run, and forgotten again; no step is run.
+Every snapshot is really loaded, on the code that it would run, and then forgotten; no step is run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Migrations = Mapping[str, Callable[..., Any]]
 class Fate:
     """What would become of one instance.
 
-    `kind` is resume, old or parked; `why` are sentences; `migration` tells whether `kwflow code migrate` would move it;
-    `changed` are the classes, by module, that are not what they were when it was saved.
+    `kind` is resume, old or parked; `why` holds sentences; `migration` is true if `kwflow code migrate` would move it;
+    `changed` lists, by module, the classes that have changed since it was saved.
     """
 
     id: str
@@ -38,7 +38,7 @@ class Fate:
 
 
 def check(stored: Mapping[bytes, bytes], sources: versions.Sources, migrations: Migrations, keys: snapshot.Keys = ()) -> Iterator[Fate]:
-    """The fate of each instance that waits, with the modules that are loaded now; what is parked already or has ended is left out."""
+    """Yield the fate of each waiting instance, with the modules that are loaded now.  Instances that are parked already or have ended are left out."""
     before = set_abandoning(True)
     try:
         for key, data in sorted(stored.items()):
@@ -76,18 +76,18 @@ def _changed(header: dict[str, Any], sources: versions.Sources) -> Iterator[tupl
 
 
 def code_of(header: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Module and what the snapshot holds of it, for each version of a module in its header."""
+    """(module name, what the snapshot says about that version) for each version of a module in the header."""
     return [(versions.split_reference(reference)[0], saved) for reference, saved in header.get("code", {}).items()]
 
 
 def source_of(name: str, version: str, sources: versions.Sources) -> str | None:
-    """The stored source of a version; None when it is not there."""
+    """The stored source of a version; None if it is not stored."""
     data = sources(versions.entry_key(name, version))
     return versions.source_in(data) if data is not None else None
 
 
 def run_by(store: Store) -> frozenset[str]:
-    """`<module>@<sha256>` of every version that a snapshot in this state names; a look at each of them."""
+    """`<module>@<sha256>` of every version that a snapshot in this state names.  Reads the header of every snapshot."""
     found: set[tuple[str, str]] = set()
     for key, data in store.scan(b""):
         if not key.startswith(b"\0"):
@@ -96,7 +96,7 @@ def run_by(store: Store) -> frozenset[str]:
 
 
 def versions_in(stored: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """`<module>@<sha256>` -> the instances whose snapshots name it, from their headers alone; damaged ones name none."""
+    """`<module>@<sha256>` -> the instances whose snapshots name it, from their headers alone; a damaged snapshot names none."""
     found: dict[str, list[str]] = {}
     for key, data in sorted(stored.items()):
         for name, saved in code_of(header_of(data, snapshot.read_inner_header)):

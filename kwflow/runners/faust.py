@@ -1,11 +1,12 @@
-"""The same steps in a Faust agent, for those who run Faust already: at-least-once, and said so.
+"""The same steps in a Faust agent, for those who run Faust already.  This runner is at-least-once.
 
-An event's outputs are acknowledged by the broker before its state is written, its state before it is written here and
-its offset may be committed.  A crash in between reads the event again: outputs may then appear twice, state does not change twice,
-because a snapshot tells which offset it holds already.  Exactly-once is the other runner (`kafka.py`).
+The broker acknowledges an event's outputs before its state is written to the changelog, and the state before it is written
+to the local table and the offset may be committed.  After a crash in between, the event is read again: outputs may then appear
+twice, but state does not change twice, because a snapshot says which offset it already contains.  For exactly-once, use the
+other runner (`kafka/`).
 
-The table is `<application id>-state` and its changelog the one of the other runner, so `kwflow show`, `list` and `topics
-create` work as they do there.  Timers are fired by `kwflow scheduler`, which is exactly-once.
+The table is `<application id>-state`, and its changelog is the same topic as with the other runner, so `kwflow show`, `list`
+and `topics create` work as they do there.  Timers are fired by `kwflow scheduler`, which is exactly-once.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ from kwflow.runners.tracing import end_all
 
 __all__ = ["Agent", "application", "attach"]
 
-_SESSION_S = 10  # Faust's default of 60 keeps the partitions of a killed engine from the next one for that long
+_SESSION_S = 10  # with Faust's default of 60 s, the partitions of a killed engine would be stuck for that long
 _REJECTED = (InvalidTimestampError, MessageSizeTooLargeError, RecordListTooLargeError, TopicAuthorizationFailedError)
-_ALL = 0  # activities of all partitions of this process are one pool
+_ALL = 0  # the activities of all partitions of this process are one pool, with this number
 _TURN_S = 0.2
-_REPLY_ASK_S = 10.0  # as on Kafka (kafka.py)
-_FORGOTTEN_MAX = 50  # entries of ended instances that expire with one event
+_REPLY_ASK_S = 10.0  # as in the Kafka runner
+_FORGOTTEN_MAX = 50  # how many entries of ended instances may expire with one event
 
 
 def application(config: Config, make: Callable[[str], WorkflowProcessor], on_log: Callable[[str], None] = print) -> tuple[faust.App, Agent]:
-    """A Faust application that runs workflows and nothing else, and its agent.  Raises TransportError when the broker or the topic is not there."""
+    """Return a Faust application that runs only workflows, and its agent.  Raises TransportError if the broker or the topic is missing."""
     directory = private(config.state_dir / config.application_id / "faust")
     app = faust.App(
         config.application_id,
@@ -68,10 +69,10 @@ def application(config: Config, make: Callable[[str], WorkflowProcessor], on_log
 
 
 def attach(app: faust.App, config: Config, make: Callable[[str], WorkflowProcessor], on_log: Callable[[str], None] = print) -> Agent:
-    """Add the workflow agent and its table to an application of yours; what is given back can be watched (`runners.watch.serve_http`).
+    """Add the workflow agent and its table to your application; the returned agent can be watched (`runners.watch.serve_http`).
 
-    Its id must be `config.application_id`, its store RocksDB.  `make` gets the input topic's id, with which snapshots
-    tell whether they hold an offset already.  Raises UsageError, TransportError.
+    The application's id must be `config.application_id`, and its store RocksDB.  `make` is given the id of the input topic,
+    from which snapshots can tell whether they already contain an offset.  Raises UsageError, TransportError.
     """
     if config.cipher_keys:
         raise UsageError("encryption_keys are for kwflow's own runner: what Faust writes would not be encrypted")
@@ -80,7 +81,7 @@ def attach(app: faust.App, config: Config, make: Callable[[str], WorkflowProcess
 
 
 class Agent:
-    """One agent over the resume topic.  Invariant: steps run on one thread, one at a time, in the order of the stream."""
+    """The agent of the resume topic.  Invariant: steps run on one thread, one at a time, in the order of the stream."""
 
     def __init__(self, app: faust.App, config: Config, processor: WorkflowProcessor, partitions: int, on_log: Callable[[str], None]) -> None:
         self.app = app
@@ -96,7 +97,7 @@ class Agent:
         self._state = _Table(self.table, partitions)
         self._steps = ThreadPoolExecutor(1, "kwflow-step")
         self._joined = False
-        self._restored = False  # all that was assigned last, and the code that it needs was loaded
+        self._restored = False  # all partitions of the last assignment are restored, and the code that they need is loaded
         self._stepping = False
         self._reply_partitions, self._reply_asked = 0, -_REPLY_ASK_S
         self._applied: dict[int, int] = {}  # partition -> the offset after the last one applied here
@@ -116,7 +117,7 @@ class Agent:
         self._worker.disown(_ALL)
 
     async def _recovered(self) -> None:
-        """Before the first record of what was assigned (semantics §9.6).  Faust would go on after an error here, so that it ends the process."""
+        """Load the code of the assigned partitions before their first record (semantics §9.6).  An error ends the process: Faust would go on after it."""
         self._state.forget()
         admin = topics.admin(self.config)
         try:
@@ -127,7 +128,7 @@ class Agent:
         self._restored = True
 
     def _deliver(self, _pool: int, key: bytes, value: bytes, headers: Headers, done: Callable[[str | None], None]) -> None:
-        """What an activity returned, from its thread; lost with the process, it is made again by the next one."""
+        """Send what an activity returned; called from its thread.  If the process dies before, the next one runs the activity again."""
 
         async def send() -> None:
             while not self.app.should_stop:
@@ -144,15 +145,15 @@ class Agent:
             asyncio.run_coroutine_threadsafe(send(), self._loop)
 
     async def _turn(self) -> None:
-        """Start what the table still holds of activities, at first and after each rebalance; end those that took too long."""
+        """Start the activities that the table still holds, at first and after each rebalance, and end those that took too long."""
         if not self._stepping:
             self.stats.turned_s = time.monotonic()
-        if self._restored and not self._worker.owns(_ALL):  # not while the table is being restored: what is not there yet would not be looked for again
+        if self._restored and not self._worker.owns(_ALL):  # not during a restore: calls that are not in the table yet would not be looked for again
             self._worker.own(_ALL, self._state)
         self._worker.turn()
 
     async def _run(self, stream: Any) -> None:
-        """An error here ends the process: Faust itself would go on with the next event and lose this one."""
+        """Apply each event.  An error ends the process: Faust itself would go on with the next event and lose this one."""
         self._loop = asyncio.get_running_loop()
         async for event in stream.noack().events():
             self._stepping, self.stats.turned_s = True, time.monotonic()
@@ -165,7 +166,7 @@ class Agent:
             event.ack()
 
     async def _apply(self, message: Any) -> None:
-        """What the broker will never take of it is refused; if it takes not even that, next to nothing is left of it (K11)."""
+        """Apply one record.  If the broker refuses its outputs, the record is refused; if it refuses that too, a bare dead letter takes its place (K11)."""
         record = _record(message)
         self._state.partition = record.partition
         refused = None
@@ -186,7 +187,7 @@ class Agent:
             return self._done(record, made)
 
     def _done(self, record: Record, made: Iterable[Decision]) -> None:
-        """What comes after the broker has it."""
+        """Do what follows once the broker has everything: counts, logs, activities, spans."""
         self._applied[record.partition] = record.offset + 1
         for decision in made:
             self.stats.counts.update(decision.counts)
@@ -196,7 +197,7 @@ class Agent:
             end_all(decision.spans)
 
     def _decide(self, overlay: Overlay, record: Record, now_ms: int, refused: str | None, bare: bool) -> list[Decision]:
-        with collecting_later():  # in CPython 3.11 a collection amid ast.parse lets the traceback of another thread in, whose ast.parse breaks this one
+        with collecting_later():  # in CPython 3.11 a collection inside ast.parse may let another thread format a traceback, whose ast.parse breaks this one
             if refused is not None:
                 return [parked.remnant(self.config, record, refused, now_ms) if bare else self.processor.refuse(overlay, record, refused)]
             if record.key is not None and partition_of(record.key, self.partitions) != record.partition:
@@ -205,13 +206,13 @@ class Agent:
             return [*self.processor.decide(overlay, [record], now_ms), *([expired] if expired is not None else [])]
 
     async def _send(self, made: Iterable[Decision]) -> None:
-        """Acknowledged by the broker when this returns."""
+        """Send the outputs and replies; the broker has acknowledged them when this returns."""
         sent = [await self._produce(output) for decision in made for output in (*decision.outputs, *[reply for reply in decision.replies if await self._answerable(reply)])]
         if sent:
             await asyncio.gather(*sent)
 
     async def _answerable(self, reply: Output) -> bool:
-        """A reply to a partition that does not exist would end every engine; it is counted and left out."""
+        """Whether the reply's partition exists.  A reply to a missing one would end every engine, so it is counted and left out."""
         asked, place = self.config.reply_topic, reply.partition or 0
         if place >= self._reply_partitions and time.monotonic() - self._reply_asked >= _REPLY_ASK_S:
             self._reply_asked = time.monotonic()
@@ -231,7 +232,7 @@ class Agent:
         )  # fmt: skip
 
     def seen(self) -> list[Seen]:
-        """How it stands; the lag is of partitions of which a record was applied here."""
+        """The present state.  The lag covers partitions of which a record was applied here."""
         topic = self.config.resume_topic
         mine = sorted(place.partition for place in self.app.consumer.assignment() if place.topic == topic) if self._joined else []
         ends = {number: self.app.consumer.highwater(TP(topic, number)) for number in mine if number in self._applied}
@@ -239,12 +240,12 @@ class Agent:
         return [Seen("faust", topic, self._joined, mine if self._restored else [], [] if self._restored else mine, {}, lag)]
 
     def instances(self) -> None:
-        """Faust's table cannot be read in order from another thread; `kwflow list` and `show` read its changelog."""
+        """None: Faust's table cannot be read in order from another thread, so `kwflow list` and `show` read its changelog."""
         return
 
 
 def _rejected(error: BaseException) -> str | None:
-    """What of it the broker will never take; Faust hides it where its own producer refuses."""
+    """Why the broker will never accept an output; None if it may accept it later.  Faust wraps the cause when its own producer refuses."""
     cause = error.__cause__ if isinstance(error, ProducerSendError) else error
     return str(cause) or type(cause).__name__ if isinstance(cause, _REJECTED) else None
 
@@ -257,8 +258,8 @@ def _record(message: Any) -> Record:
 class _Table:
     """A Store over the table's entries of the partition that is being stepped.
 
-    Faust's stores cannot be scanned by prefix, so the engine's own keys, the few that begin with NUL, are kept sorted
-    in memory; they are read from the table once after each rebalance.
+    Faust's stores cannot be scanned by prefix.  So the engine's own keys, the few that begin with NUL, are kept sorted in
+    memory; they are read from the table once after each rebalance.
     """
 
     def __init__(self, table: Any, partitions: int) -> None:
@@ -275,9 +276,10 @@ class _Table:
         return found
 
     async def write(self, changes: dict[bytes, bytes | None]) -> None:
-        """Into the changelog, and here once the broker has it: what a crash or a refusal leaves here alone passes for applied when the event is read again.
+        """Write changes to the changelog, and to the table only once the broker has them.
 
-        Of the engine's own keys new ones come first and those that go last: of changes that a crash cuts short nothing is lost when they are made again.
+        A change that a crash or a refusal left in the table alone would pass for applied when the event is read again.
+        New keys of the engine's own come first and deletions of such keys last: if a crash cuts the changes short, nothing is lost when they are repeated.
         """
         topic, table = self._table.changelog_topic, self._table
         ordered = sorted(changes.items(), key=lambda change: 1 if not change[0].startswith(b"\0") else 0 if change[1] is not None else 2)
@@ -311,7 +313,7 @@ class _Table:
         return self._own
 
     def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        own = self._keys() if prefix.startswith(b"\0") else sorted(self._table.keys())  # all of it only for who is in trouble
+        own = self._keys() if prefix.startswith(b"\0") else sorted(self._table.keys())  # a scan of all keys is rare: only when something is wrong
         place = bisect.bisect_left(own, max(prefix, start))
         for key in own[place:]:
             if not key.startswith(prefix):

@@ -1,8 +1,8 @@
-"""The processor of a feed, one more on the loop of every runner: records of somebody else's topic in, messages for workflows out.
+"""The processor of a feed, one more processor on every runner's loop: it reads somebody else's topic and writes messages for workflows.
 
-It keeps no state: what was read is what the position says, which is committed with the messages.  A record that its feed
-does not take is a dead letter (G3); sent again, it goes into the input topic of the engines, which have the feed, too
-(`again`): nobody else who reads the topic sees it a second time.
+It keeps no state: the position says what was read, and is committed together with the messages.  A record that its feed
+does not accept becomes a dead letter (G3).  When that is retried, it goes into the input topic of the engines, which have
+the feed as well (`again`), so that no other reader of the feed's topic sees the record a second time.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from kwflow.runners.watchdog import Watchdog
 
 __all__ = ["OP", "Fed", "FeedProcessor", "again", "is_letter"]
 
-OP = "feed"  # `kwflow-op` of a record whose feed is to be asked once more
+OP = "feed"  # the `kwflow-op` of a record that its feed is to be asked about again
 _FED, _KEY = "kwflow-feed", "kwflow-feed-key"
-_THEIRS = "kwflow-feed-header-"  # before the names of headers that are another application's: no engine may read them as ours
+_THEIRS = "kwflow-feed-header-"  # prefix for headers that belong to another application, so that no engine reads them as ours
 _MARK = "kwflow-error-feed"
-_ADDED = len(parked.SAID) + 1  # headers of ours, the mark last, behind those that the record had: these may have the same names
+_ADDED = len(parked.SAID) + 1  # how many headers of ours follow those that the record had, which may have the same names; the mark is the last one
 _SAID_CHARACTERS = 10_000
 
 
 class _Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which record it was."""
+    """The place of the original record in the feed's topic."""
 
-    topic: Annotated[str, msgspec.Meta(max_length=249)]  # it is in each header of a letter, and in a line of the log
+    topic: Annotated[str, msgspec.Meta(max_length=249)]  # Kafka's limit; it is part of a letter's headers and of a log line
     partition: int
     offset: int
     timestamp_ms: int
 
 
 class Fed:
-    """Asks feeds, with the limits of an engine."""
+    """Asks feeds what a record does, within the limits of an engine."""
 
     def __init__(self, config: Config, watchdog: Watchdog) -> None:
         self.config = config
         self._watchdog = watchdog
 
     def ask(self, feed: Feed, record: Record, received_ms: int) -> Decision:
-        """What this record does.  Never raises for bad input, or for what the feed does."""
+        """Return what this record does.  Never raises for bad input, or for anything that the feed raises."""
         config = self.config
         try:
             wire.check_size(record, config.value_bytes_max, config.header_bytes_max)
@@ -65,7 +65,7 @@ class Fed:
         return Decision(outputs, counts=("fed",) * len(outputs) or ("fed-nothing",))
 
     def again(self, feeds: Mapping[str, Feed], record: Record, received_ms: int) -> Decision:
-        """A record with `OP`.  Raises ProtocolError for one that nobody here has sent."""
+        """Ask the feed again about a record with `OP`.  Raises ProtocolError for a record that kwflow did not send."""
         first = _first(record)
         feed = feeds.get(first.topic)
         if feed is None:
@@ -73,7 +73,7 @@ class Fed:
         return self.ask(feed, first, received_ms)
 
     def refuse_again(self, record: Record, reason: str) -> Decision:
-        """One whose messages the log would not take."""
+        """Dead-letter a record with `OP` whose messages the log refused."""
         try:
             return _letter(self.config, _first(record), "refused", reason, None)
         except ProtocolError as error:
@@ -81,7 +81,7 @@ class Fed:
 
 
 def _first(record: Record) -> Record:
-    """The record that a feed was to be asked about once more.  Raises ProtocolError."""
+    """Rebuild the original record that a feed is to be asked about again.  Raises ProtocolError."""
     try:
         place = msgspec.json.decode(wire.header(record, _FED) or "", type=_Place)
     except msgspec.DecodeError as error:
@@ -92,16 +92,17 @@ def _first(record: Record) -> Record:
 
 
 def _said(error: BaseException, feed: Feed) -> str:
-    """What the feed raised, or made us raise, and where in it."""
+    """What the feed raised, or caused us to raise, and at which line of it."""
     file, line = feed.function.__code__.co_filename, feed.function.__code__.co_firstlineno
-    said = " ".join(describe_error(error)[:_SAID_CHARACTERS].split())  # it is a line of the log, and what is in it may be from the record
+    said = " ".join(describe_error(error)[:_SAID_CHARACTERS].split())  # on one line for the log, as the text may come from the record
     return f"{said} ({file}:{next((frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == file), line)})"
 
 
 def _letter(config: Config, record: Record, reason: str, message: str, received_ms: int | None) -> Decision:
-    """A dead letter that is known for a feed's, and is kept from now on (None: the runner knows when), however old the record, or far in the future.
+    """A dead letter that is marked as a feed's.
 
-    Headers of ours that the record bears are another application's, and nobody here waits for an answer to them.
+    Its timestamp is `received_ms` (None: the runner sets it), so that its retention begins now, even if the record is old or dated far in the future.
+    `kwflow-` headers of the record belong to another application, and nobody here waits for an answer to them.
     """
     letter = dead_letter(config, record, reason, message, record.timestamp_ms if received_ms is None else received_ms)
     marked = msgspec.structs.replace(letter, headers=(*letter.headers, (_MARK, record.topic.encode())), timestamp_ms=received_ms)
@@ -109,18 +110,18 @@ def _letter(config: Config, record: Record, reason: str, message: str, received_
 
 
 def is_letter(letter: Record) -> bool:
-    """Whether a feed's processor wrote it: a record that bears the header may have become somebody else's letter."""
+    """Whether a feed's processor wrote this letter.  The header must be the last one: a record that carries it itself may have become an ordinary letter."""
     return len(letter.headers) >= _ADDED and letter.headers[-1][0] == _MARK
 
 
 def again(config: Config, letter: Record, said: Callable[[str], str | None]) -> Output | None:
-    """What asks the feed of this letter's record once more; None for a letter of anybody else.  `said`: what its headers say."""
+    """The record that asks the feed again about this letter's record; None if the letter is not a feed's.  `said` returns what its headers say."""
     if not is_letter(letter):
         return None
     topic = said("topic") or ""
     try:
         place = _Place(topic, *(int(said(name) or "") for name in ("partition", "offset", "timestamp")))
-    except ValueError:  # somebody else's letter, under our name
+    except ValueError:  # somebody else wrote this letter under our name
         return None
     headers = tuple((f"{_THEIRS}{name}" if name.startswith("kwflow-") else name, value) for name, value in letter.headers[:-_ADDED])
     mine = (("kwflow-op", OP.encode()), (_FED, msgspec.json.encode(place)), *(((_KEY, letter.key),) if letter.key is not None else ()))
@@ -133,7 +134,7 @@ class FeedProcessor:
     changelog_topic = ""
 
     def __init__(self, config: Config, feed: Feed, on_log: Callable[[str], None] = print) -> None:
-        """Raises UsageError for a function that could not be called, and for a topic that is the engine's own to read."""
+        """Raises UsageError for a function that cannot be called, and for a topic that is kwflow's own."""
         feed.resolved()
         if feed.topic in (config.resume_topic, config.scheduler_topic, config.reply_topic, config.history_topic, config.dead_letter_topic):
             raise UsageError(f"{feed!r}: that topic is kwflow's own; a workflow is told of what comes there otherwise")

@@ -1,4 +1,4 @@
-"""Records that are written together or not at all: what a command of an operator asks of an embedded engine, or writes on Kafka itself."""
+"""Records that are written together or not at all.  An operator's command sends them to an embedded engine, or writes them to Kafka itself."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "Mark", "Undone"]
 
-_MARK = b"M"  # in the database of an embedded engine, before a mark: the offset of the last record that bears it
+_MARK = b"M"  # prefix of a mark's entry in the database of an embedded engine; the value is the offset of the last record with this mark
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """A header that some record of a topic, from an offset on, may have.  It has an entry of its own: to look for it is one read, however long the topic is."""
+    """A header that some record of a topic, from an offset on, may have.  It has its own database entry: finding it takes one read, however long the topic is."""
 
     topic: str
     offset: int
@@ -27,11 +27,11 @@ class Mark(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> bytes:
-        """The entry's."""
+        """The key of the mark's database entry."""
         return _MARK + b"\0".join((self.topic.encode(), self.name.encode(), self.value))
 
     def is_in(self, db: Rdict) -> bool:
-        """Whether a record from `offset` on bears it."""
+        """Whether a record from `offset` on has this header."""
         found = db.get(self.key)
         return found is not None and int(found) >= self.offset
 
@@ -40,11 +40,11 @@ class Mark(msgspec.Struct, frozen=True):
 
 
 class Group(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Records that are written together or not at all; not at all if the mark is there, which one of them bears."""
+    """Records that are written together or not at all.  If the mark `unless`, which one of them carries, is already there, nothing is written."""
 
     records: tuple[Output, ...]
     unless: Mark | None = None
 
 
 class Undone(TransportError):
-    """One that is not taken; nothing of it was written."""
+    """A group was refused, and none of its records was written."""

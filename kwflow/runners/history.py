@@ -1,7 +1,7 @@
-"""What happened to instances, for those who keep books: an event for each step and each command, in its transaction (config `history_topic`; decision 0059).
+"""What happened to instances, for audits: one event for each step and each command, in its transaction (config `history_topic`; decision 0059).
 
-Nothing of it is read again: an instance goes on from its snapshot alone.  An event names what came, and where the instance
-waits since; never a value that travelled or a variable, and of a text no more than its begin.
+The engine never reads an event again: an instance continues from its snapshot alone.  An event names what arrived and where
+the instance waits from then on.  It never holds a value that was sent, or a variable, and of a text only the beginning.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from kwflow.runners.told import checked_header
 
 __all__ = ["History"]
 
-_WAITS_MAX = 20  # told of one instance; how many more there are is a number
-_LINES_MAX, _CHARACTERS_MAX = 20, 1_000  # of what an author or a sender wrote: a ref may have 900,000
+_WAITS_MAX = 20  # waits in one event; of those beyond it only the number is given
+_LINES_MAX, _CHARACTERS_MAX = 20, 1_000  # limits for text that an author or a sender wrote: a ref may have 900,000 characters
 _CHANGING = ("terminated", "paused", "unpaused", "retried", "discarded", "forked", "held", "parked")
-_GOES_ON = ("unpaused", "retried", "discarded")  # with what was held, whose events come behind
+_GOES_ON = ("unpaused", "retried", "discarded")  # the instance continues with the records that were held, and their events follow
 _OF_A_WAIT = ("ref", "kind", "name", "attempt", "child", "function", "file", "line", "due")
 
 
 class History:
-    """Adds its event to what a record did."""
+    """Adds an event to the decision that a record led to."""
 
     def __init__(self, config: Config) -> None:
         self._topic = config.history_topic or ""
 
     def cause(self, record: Record, instance: Instance | None) -> dict[str, Any]:
-        """What came: a start, a command by its op, or the answer of a wait by the wait's kind."""
+        """Describe what arrived: a start, a command by its op, or the answer to a wait by the wait's kind."""
         try:
             message = wire.parse(record)
         except ProtocolError:
@@ -55,7 +55,7 @@ class History:
         return {**said, "failed": True} if message.failed else said
 
     def stepped(self, made: Decision, transition: Transition, record: Record, by: dict[str, Any], received_ms: int) -> Decision:
-        """After a step; one that changed nothing, by a stated rule, is no event."""
+        """Add the event of a step.  A step that changed nothing, by a stated rule, has no event."""
         state = transition.state
         if isinstance(state, Save):
             instance = state.instance
@@ -67,7 +67,7 @@ class History:
         return self._with(made, record, transition.outcome, by, about, transition.logs, received_ms)
 
     def changed(self, made: Decision, record: Record, by: dict[str, Any], before: bytes | None, after: bytes | None, received_ms: int) -> Decision:
-        """After what was done to stored bytes: a command that runs no author code, a record that is held, an instance that is parked."""
+        """Add the event of a change to stored bytes: by a command that runs no author code, a record that is held, or an instance that is parked."""
         event = next((word for word in made.counts if word in _CHANGING), None)
         if event is None or (event == "unpaused" and not parked.is_paused(_header(before))):
             return made
@@ -80,7 +80,10 @@ class History:
         return self._with(made, record, event, by, about, made.logs if event == "forked" else (), received_ms)
 
     def refused(self, made: Decision, record: Record, after: bytes | None, topic: str) -> Decision:
-        """After a record whose Decision the log would not take, this topic where that is known.  If it was for its event, there is none: with another one nothing would be left of the record (K11)."""
+        """Add the event of a record whose Decision the log refused; `topic` is the topic that refused it, if known.
+
+        If that was the history topic, there is no event: with another one nothing would be left of the record (K11).
+        """
         event = next((word for word in made.counts if word in _CHANGING), None)
         if event is None or topic == self._topic:
             return made
@@ -96,7 +99,7 @@ class History:
 
 
 def _header(stored: bytes | None) -> dict[str, Any]:
-    """What is stored of it; of what was parked unread, with why it is parked."""
+    """The stored header: the inner one, with the status and the reason of the outer one if the instance was parked unread."""
     header: dict[str, Any] = {"status": "damaged"} if stored is not None else {}
     with contextlib.suppress(SnapshotError):
         if stored is not None:
@@ -110,7 +113,10 @@ def _run(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state(header: dict[str, Any]) -> dict[str, Any]:
-    """Its status, where it waits, and why it is parked by the name of the error alone: what that says may hold what a variable did, and is in the dead letter."""
+    """The status, the waits, and why the instance is parked.
+
+    Of the error only the name is given: its message may contain the value of a variable, and is in the dead letter.
+    """
     if "waits" not in header:
         return header
     why = {}

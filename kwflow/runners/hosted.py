@@ -1,4 +1,4 @@
-"""An embedded engine on a thread of this process, for programs that hold it themselves (a web application, a notebook)."""
+"""An embedded engine on a thread of this process, for programs that host their own engine (a web application, a notebook)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Hosted", "processors_of"]
 
 
 def processors_of(engine: Embedded, workflows: Workflows, config: Config, on_log: Callable[[str], None]) -> tuple[WorkflowProcessor, TimerProcessor, *tuple[FeedProcessor, ...]]:
-    """What an embedded engine runs; the sources of the code that its instances run are kept in its log (G10)."""
+    """Return the processors that an embedded engine runs.  The sources of the code that its instances run are kept in its log (G10)."""
     topic = config.code_topic
     engine.compact(topic)
     sources = CodeStore(lambda offset: engine.read(topic, offset, engine.end(topic)), config.signing_keys)
@@ -34,9 +34,9 @@ def processors_of(engine: Embedded, workflows: Workflows, config: Config, on_log
 
 
 class Hosted:
-    """Runs from here to `close()`; other processes reach it through its socket, this one by `Client.embedded(hosted.engine)`.
+    """An engine that runs until `close()`.  Other processes reach it through its socket, this process with `Client.embedded(hosted.engine)`.
 
-    `workflows` are MODULE names as `kwflow engine` takes them, or loaded ones.  `close` raises what ended the engine, if anything did.
+    `workflows` are MODULE names as for `kwflow engine`, or loaded workflows.  If an error ended the engine, `close` raises it.
     """
 
     def __init__(self, directory: Path | str, workflows: list[str] | Workflows, config: Config | None = None, on_log: Callable[[str], None] = print) -> None:
@@ -47,7 +47,7 @@ class Hosted:
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="kwflow-engine", daemon=True)
         with contextlib.ExitStack() as stack:
-            stack.callback(set_abandoning, set_abandoning(True, everywhere=True), everywhere=True)  # while it runs, on every thread of this process (semantics §3.3)
+            stack.callback(set_abandoning, set_abandoning(True, everywhere=True), everywhere=True)  # while the engine runs, on every thread of this process (semantics §3.3)
             self.engine = Embedded(Path(directory), self.config)
             stack.callback(self.engine.close)
             self._processors = processors_of(self.engine, loaded, self.config, on_log)
@@ -63,7 +63,7 @@ class Hosted:
             self._failed = error
 
     def close(self) -> None:
-        """Finish the batch, then stop; close the clients first."""
+        """Finish the current batch, then stop.  Close the clients first.  Raises the error that ended the engine, if one did."""
         self._stopped = True
         self.engine.wake()
         self._thread.join()

@@ -1,6 +1,7 @@
-"""What is told of an instance, as JSON, and which ones are asked for: the same from the changelog and from the engine that owns it.
+"""What is reported about instances, as JSON, and which ones a query selects: the same from the changelog and from the engine that owns them.
 
-From headers alone, no code of the author's is loaded, and one that is no header of ours is damaged.  A `Filter` is applied by the engine, and again by who asked: an older engine gives all.
+Everything comes from headers alone: no author's code is loaded, and an entry without a valid header is reported as damaged.  A
+`Filter` is applied by the engine and again by the caller, because an older engine returns all instances.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ STATUSES = ("waiting", "closing", "parked", "paused", "ended", "damaged")
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _PAGE = 500
-_LIMIT_MAX = 10_000  # rows; an engine has them in memory until it has looked through all, which without a limit it need not
-_DIGITS_MAX = 9  # of an index
-_BREATH = 0.4  # of the time that a page took, after it: the engine's own thread goes on, however many rows somebody looks through
-_looking = threading.Lock()  # a page at a time, breath and all: it goes on however many look
+_LIMIT_MAX = 10_000  # rows; with a limit an engine keeps them in memory until it has looked through all instances, without one it does not
+_DIGITS_MAX = 9  # of a list index in `where`
+_BREATH = 0.4  # pause after each page, as a share of the time the page took, so that the engine's own thread goes on, however many rows are looked through
+_looking = threading.Lock()  # one page at a time, including its pause: the engine goes on, however many callers there are
 _HIDDEN = ("v", "code", "lowering", "key", "ids")
 _FIRST_ID = b"\1"  # an engine's own entries begin with NUL
-Page = Callable[[bytes, int], "list[tuple[bytes, bytes]] | None"]  # entries from a key on, at most so many; None once the partition is gone
+Page = Callable[[bytes, int], "list[tuple[bytes, bytes]] | None"]  # (first key, limit) -> entries; None once the partition is no longer owned
 
 
 class Instances(msgspec.Struct, frozen=True):
-    """What one engine has now: `pages` of the partitions that it owns, out of so many `partitions`."""
+    """The instances of one engine now: `pages` by number of the partitions that it owns, out of `partitions` in total."""
 
     engine: str
     partitions: int
@@ -51,9 +52,10 @@ class Instances(msgspec.Struct, frozen=True):
 
 
 class Filter(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Which instances are asked for; what is empty asks for any.
+    """Which instances a query selects; an empty field selects any.
 
-    `id` is how it begins, or with a * in front, what is in it; `since` in ms, when it changed; `where` is NAME=VALUE of the status value, dotted where it nests.
+    `id` is a prefix of the id or, with a * in front, a part of it.  `since` selects instances that changed at that time or later, in ms since the epoch.
+    `where` holds NAME=VALUE pairs of the status value; NAME is dotted for nested values.
     """
 
     status: str = ""
@@ -70,11 +72,14 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
 
     @property
     def prefix(self) -> bytes:
-        """What every key begins with."""
+        """The bytes that every selected key begins with."""
         return b"" if self.id.startswith("*") else self.id.encode("utf-8", "backslashreplace")
 
     def row(self, key: bytes, data: bytes) -> dict[str, Any] | None:
-        """The entry's row, if it is asked for.  Most that are not lack a text that it has to have: seen in a fifth of the time that decoding and checking takes."""
+        """Return the row of an entry, or None if it is not selected.
+
+        Most entries that are not selected lack a text that a selected one must contain.  Finding that takes a fifth of the time of decoding and checking.
+        """
         if not self._names(key):
             return None
         for text in _texts_of(self):
@@ -96,7 +101,7 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
         )
 
     def query(self) -> list[tuple[str, str]]:
-        """As `GET /instances` takes it."""
+        """The query parameters for `GET /instances`."""
         fields = msgspec.structs.asdict(self)
         return [(name, f"{one:.0f}" if isinstance(one, float) else str(one)) for name, value in fields.items() if value for one in (value if isinstance(value, tuple) else (value,))]
 
@@ -106,8 +111,8 @@ ALL = Filter()
 
 @functools.lru_cache(maxsize=64)
 def _texts_of(wanted: Filter) -> list[bytes]:
-    """What every snapshot that is asked for has in it: its header is JSON as `_json` writes it."""
-    texts = [value for _, _, value in (one.partition("=") for one in wanted.where) if _json(value) == f'"{value}"']  # the same within a text and without
+    """The texts that every selected snapshot contains, as its header is JSON in the form that `_json` writes."""
+    texts = [value for _, _, value in (one.partition("=") for one in wanted.where) if _json(value) == f'"{value}"']  # not escaped by JSON: the same in and out of quotes
     texts += [_json(part) for one in wanted.where for part in one.partition("=")[0].split(".") if not part.isdecimal()]
     if wanted.workflow:
         texts.append(f'"workflow":{_json(wanted.workflow)}')
@@ -121,7 +126,7 @@ def _json(text: str) -> str:
 
 
 def _has(value: Any, name: str, wanted: str) -> bool:
-    """Whether this is there under this name; what is no text is compared as JSON."""
+    """Whether `value` has `wanted` under this dotted name; anything but a string is compared as JSON."""
     for part in name.split("."):
         if isinstance(value, dict):
             value = value.get(part, msgspec.UNSET)
@@ -133,7 +138,7 @@ def _has(value: Any, name: str, wanted: str) -> bool:
 
 
 def asked_for(query: Sequence[tuple[str, str]]) -> tuple[Filter, int | None]:
-    """What a query asks for, and at most how many.  Raises UsageError."""
+    """Parse a query into a filter and a limit (None: no limit).  Raises UsageError."""
     given: dict[str, Any] = {}
     for name, value in query:
         if name == "where":
@@ -152,7 +157,7 @@ def asked_for(query: Sequence[tuple[str, str]]) -> tuple[Filter, int | None]:
 
 
 def since_ms(text: str | None) -> float:
-    """`2h` ago, or an ISO time, in ms.  Raises UsageError."""
+    """Parse an age such as `2h`, or an ISO time, into ms since the epoch; None is 0.  Raises UsageError."""
     if text is None:
         return 0
     ago = re.fullmatch(r"(\d+)([smhd])", text)
@@ -166,7 +171,10 @@ def since_ms(text: str | None) -> float:
 
 
 def instant(ms: float) -> str:
-    """An instant for people, in UTC, as `since_ms` takes it.  A record's timestamp may be anything that its producer took for one, such as microseconds."""
+    """Format an instant for people, in UTC, as `since_ms` accepts it.
+
+    A record's timestamp may be anything that its producer sent, such as microseconds; one that is no date is shown as a number.
+    """
     try:
         return datetime.fromtimestamp(ms / 1000, UTC).isoformat(sep=" ", timespec="seconds")
     except (ValueError, OverflowError, OSError):
@@ -174,7 +182,7 @@ def instant(ms: float) -> str:
 
 
 class Found(msgspec.Struct, frozen=True):
-    """The newest of those that were asked for, newest first, and how many there are of each status."""
+    """The newest of the selected instances, newest first, and how many are selected for each status."""
 
     rows: list[dict[str, Any]]
     counts: dict[str, int]
@@ -185,7 +193,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 def newest_of(rows: Iterable[dict[str, Any]], limit: int | None) -> Found:
-    """With a limit no more than those are kept in memory."""
+    """Return the newest rows and the counts of all.  With a limit, no more rows than that are kept in memory."""
     counts: Counter[str] = Counter()
 
     def counted() -> Iterator[dict[str, Any]]:
@@ -200,26 +208,26 @@ def newest_of(rows: Iterable[dict[str, Any]], limit: int | None) -> Found:
 
 
 def found_in(answer: Any, wanted: Filter, limit: int | None) -> Found:
-    """What an engine gave; an older one gives all that it has, whatever it was asked for.  Raises msgspec.ValidationError."""
+    """Read an engine's answer.  An older engine returns all its instances, whatever the query.  Raises msgspec.ValidationError."""
     check_rows(answer)
     found = newest_of((row for row in (answer["rows"] if isinstance(answer, dict) else answer) if wanted.takes({"status_value": None, **row})), limit)
     return Found(found.rows, answer["counts"]) if isinstance(answer, dict) else found
 
 
 def status_of(header: dict[str, Any]) -> str:
-    """The status, with `paused` told from the other reasons to be parked."""
+    """The status, which distinguishes `paused` from the other reasons to be parked."""
     return "paused" if header["status"] == "parked" and header["parked"]["reason"] == "paused" else str(header["status"])
 
 
 def described(data: bytes, keys: snapshot.Keys) -> dict[str, Any]:
-    """`kwflow show ID --json`.  Raises SnapshotError."""
+    """What `kwflow show ID --json` prints.  Raises SnapshotError."""
     header = checked_header(snapshot.read_header(data))
     shown = {name: value for name, value in header.items() if name not in _HIDDEN}
     return {**shown, "status": status_of(header), "seal": snapshot.seal_of(data, keys)}
 
 
 def header_of(data: bytes, read: Callable[[bytes], dict[str, Any]] = snapshot.read_header) -> dict[str, Any]:
-    """For who looks at all of them: one that is damaged says so, and hides none of the others."""
+    """Return the header, for callers that look at all instances: a damaged one is reported as damaged, and hides none of the others."""
     try:
         return checked_header(read(data))
     except SnapshotError:
@@ -241,7 +249,7 @@ def row_of(key: bytes, data: bytes) -> dict[str, Any]:
 
 
 def one(served: Instances, id: bytes, keys: snapshot.Keys) -> tuple[int, bytes]:
-    """HTTP status and body of `GET /instances/ID`."""
+    """Return the HTTP status and the body for `GET /instances/ID`."""
     number = partition_of(id, served.partitions)
     entries = served.pages[number](id, 1) if number in served.pages else None
     if entries is None:
@@ -255,7 +263,7 @@ def one(served: Instances, id: bytes, keys: snapshot.Keys) -> tuple[int, bytes]:
 
 
 def _pages(served: Instances, wanted: Filter) -> Iterator[list[dict[str, Any]] | None]:
-    """What each page has of them; None once a partition was given away."""
+    """Yield the selected rows of each page; None, as the last item, once a partition was given away."""
     for page in served.pages.values():
         start: bytes | None = max(_FIRST_ID, wanted.prefix)
         while start is not None:
@@ -273,9 +281,9 @@ def _pages(served: Instances, wanted: Filter) -> Iterator[list[dict[str, Any]] |
 
 
 def array(served: Instances, wanted: Filter = ALL) -> Iterator[bytes]:
-    """The body of `GET /instances`, page by page, a blank for one that has none of them: who waits gives up after some silence.
+    """Yield the body of `GET /instances`, page by page.  A page without a selected row gives a blank, as the client gives up after some silence.
 
-    An array that is not closed is not whole: a partition was given away meanwhile.
+    If the array is not closed, it is incomplete: a partition was given away meanwhile.
     """
     separator = b"["
     for rows in _pages(served, wanted):
@@ -287,7 +295,7 @@ def array(served: Instances, wanted: Filter = ALL) -> Iterator[bytes]:
 
 
 def several(served: Instances, query: str) -> tuple[int, Iterable[bytes]]:
-    """HTTP status and body, in parts, of `GET /instances?...`."""
+    """Return the HTTP status and the body, in parts, for `GET /instances?...`."""
     try:
         wanted, limit = asked_for(parse_qsl(query, keep_blank_values=True))
     except UsageError as error:
@@ -296,7 +304,10 @@ def several(served: Instances, query: str) -> tuple[int, Iterable[bytes]]:
 
 
 def newest(served: Instances, wanted: Filter, limit: int) -> Iterator[bytes]:
-    """The body with a limit, a `Found`; blanks before it tell who waits that it is on its way, and nothing comes behind them if a partition was given away meanwhile."""
+    """Yield the body of a query with a limit: a `Found`, with blanks before it that keep the client waiting.
+
+    If a partition was given away meanwhile, nothing follows the blanks.
+    """
     kept: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
     for rows in _pages(served, wanted):
@@ -304,7 +315,7 @@ def newest(served: Instances, wanted: Filter, limit: int) -> Iterator[bytes]:
             return
         counts.update(row["status"] for row in rows)
         kept += rows
-        if len(kept) > 2 * limit + _PAGE:  # not after every page: that would take as long again for each
+        if len(kept) > 2 * limit + _PAGE:  # not after every page, which would cost as much again
             kept = newest_of(kept, limit).rows
         yield b" "
     yield msgspec.json.encode(Found(newest_of(kept, limit).rows, dict(counts)))

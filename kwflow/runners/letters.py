@@ -1,4 +1,4 @@
-"""Dead letters and parked instances, for those who deal with them: what there is, and what becomes of it (semantics §7, K13, K17)."""
+"""Dead letters and parked instances, for operators: lists them, and retries or discards them (semantics §7, K13, K17)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FIRST = "kwflow-original-timestamp"
 
 
 class Parked(msgspec.Struct, frozen=True):
-    """An instance that waits for somebody, and what it holds: the record at fault first."""
+    """An instance that waits for an operator, and the records that it holds: the one at fault first."""
 
     header: dict[str, Any]
     hold: list[Record]
@@ -37,7 +37,7 @@ class Parked(msgspec.Struct, frozen=True):
 
 
 class Settled(msgspec.Struct, frozen=True):
-    """What became of one that was to be retried or discarded; `done` is False if it is as it was."""
+    """What became of an instance or a letter that was to be retried or discarded; `done` is False if nothing was changed."""
 
     what: str
     said: str
@@ -45,17 +45,20 @@ class Settled(msgspec.Struct, frozen=True):
 
 
 def said_of(letter: Record, name: str) -> str | None:
-    """What an engine said of it; whoever may write to the topic may have put anything there, and that hides none of the others."""
+    """What an engine noted about a letter under this name; None if nothing.
+
+    Whoever may write to the topic may have put any bytes there; they are shown escaped, so that no letter hides the others.
+    """
     return next((value.decode("utf-8", "backslashreplace") for header, value in reversed(letter.headers) if header == f"kwflow-error-{name}" and value is not None), None)
 
 
 def letters_of(settings: Config, embedded: Path | None) -> dict[str, Record]:
-    """Identity (`<partition>:<offset>`) -> dead letter that nobody has dealt with; those that only tell of a parked instance are left out."""
+    """Identity (`<partition>:<offset>`) -> open dead letter; letters that only report a parked instance are left out."""
     letters: dict[str, Record] = {}
     done: set[bytes | None] = set()
     for record in read(settings, embedded, settings.dead_letter_topic):
         reason = said_of(record, "reason")
-        if reason is None:  # a mark; a letter may bear any header of its sender's, this one too
+        if reason is None:  # a mark, not a letter; a letter may carry any header of its sender, even this one
             done |= {value for name, value in record.headers if name == _DONE}
         elif reason != "parked":
             letters[f"{record.partition}:{record.offset}"] = record
@@ -63,7 +66,7 @@ def letters_of(settings: Config, embedded: Path | None) -> dict[str, Record]:
 
 
 def parked_of(settings: Config, embedded: Path | None) -> dict[str, Parked]:
-    """Id -> every parked instance; one that is only paused is not at fault."""
+    """Id -> parked instance, of all of them; one that is only paused is left out, as nothing is wrong with it."""
     state = states(settings, embedded, lambda key, value: key.startswith(HOLD) or _at_fault(key, value) is not None)
     held = holds(state)
     found = {key.decode(): Parked(header, held.get(key.decode(), [])) for key, stored in state.items() if (header := _at_fault(key, stored)) is not None}
@@ -80,9 +83,10 @@ def no_such(what: str) -> UsageError:
 
 
 def settle(settings: Config, embedded: Path | None, what: str | None, reason: str | None, op: str) -> Iterator[Settled]:
-    """Retry or discard one of them, or all with this reason, and tell of each.
+    """Retry or discard one instance or letter, or all with this reason, and yield what became of each.
 
-    A parked instance gets the command (K17); a letter is sent again and marked as done in one transaction, so that it is never sent twice.  Raises UsageError.
+    A parked instance is sent the command (K17).  A letter is sent again and marked as done in one transaction, so that it
+    is never sent twice.  Raises UsageError.
     """
     with sole_writer(settings, embedded, "dead-letters") as write:
         parked, letters = _chosen(settings, embedded, what, reason)
@@ -99,7 +103,7 @@ def settle(settings: Config, embedded: Path | None, what: str | None, reason: st
 
 
 def _closed(settings: Config, letters: dict[str, Record], op: str, write: Write) -> Iterator[Settled]:
-    """One letter that is refused holds up none of the others."""
+    """Close the letters one after the other; one that is refused holds up none of the others."""
     left = list(letters)
     while left:
         try:
@@ -110,15 +114,16 @@ def _closed(settings: Config, letters: dict[str, Record], op: str, write: Write)
 
 
 def _is_remnant(letter: Record) -> bool:
-    """Of a record whose letter would have been too much (K11).  Sent again it would be an empty one, whose own letter hides where the first is.
+    """Whether a letter says where its record is, but does not hold it, because the full letter was refused (K11).
 
-    A feed's that is empty is that of a tombstone.
+    Sent again it would be an empty record, whose own letter would hide where the first record is.  A feed's letter that is
+    empty stands for a tombstone.
     """
     return letter.value is None and said_of(letter, "reason") == "refused" and not feeds.is_letter(letter)
 
 
 def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: str | None) -> tuple[list[str], dict[str, Record]]:
-    """Parked instances and letters.  Raises UsageError when there are none."""
+    """The selected parked instances and letters.  Raises UsageError if there are none."""
     parked, letters = parked_of(settings, embedded), letters_of(settings, embedded)
     if what is not None:
         parked, letters = {what: parked[what]} if what in parked else {}, {what: letters[what]} if what in letters else {}
@@ -132,9 +137,9 @@ def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: s
 
 
 def _closing(settings: Config, identity: str, letter: Record, again: bool) -> Group:
-    """What deals with a letter: the mark, and before it the record itself with its first timestamp in a header (K13), or what asks its feed once more.
+    """The records that close a letter: the mark; for a retry, before it the record itself with its first timestamp in a header (K13), or what asks its feed again.
 
-    Its sender was told what became of it, and nobody waits for more.
+    The address for replies is removed: the sender was told what became of the record, and waits for nothing more.
     """
     mark = Mark(settings.dead_letter_topic, letter.offset, _DONE, identity.encode())
     records = [Output(settings.dead_letter_topic, letter.key, None, ((mark.name, mark.value),))]

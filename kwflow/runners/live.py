@@ -1,4 +1,4 @@
-"""Instances kept alive between batches, so that a hot one is not unpickled (K3)."""
+"""Instances kept alive between batches, so that a busy one need not be unpickled (K3)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["Live", "LiveInstances"]
 class Live:
     """An instance that may be ahead of its stored bytes.
 
-    `base` is what the state has for it, `ahead` whether a step was made since, `met` the batch's records it met since,
-    `old` whether it was loaded on old code.
+    `base` is what the state holds for it; `ahead` tells whether it made a step since; `met` lists the numbers of the batch's
+    records that it has received since; `old` tells whether it was loaded on old code.
     """
 
     __slots__ = ("ahead", "base", "instance", "met", "old")
@@ -30,9 +30,9 @@ class Live:
 
 
 class LiveInstances:
-    """A cache of limited size; least recently used go first, without their cleanup (G8).
+    """A cache of limited size; the least recently used instances are dropped first, without running their cleanup (G8).
 
-    One is used only if its bytes are still what is stored, so that nobody has to tell the cache of aborts and takeovers.
+    An instance is used only if its bytes are still those that are stored, so nobody has to tell the cache about aborts and takeovers.
     """
 
     def __init__(self, config: Config) -> None:
@@ -45,7 +45,7 @@ class LiveInstances:
         return len(self._sleeping)
 
     def awake(self, key: bytes, stored: bytes) -> Live | None:
-        """The live instance of exactly these bytes, if it is here; taken out."""
+        """Take out and return the live instance of exactly these bytes; None if it is not here."""
         live = self._sleeping.pop(key, None)
         if live is not None:
             self._bytes -= len(live.base or b"")
@@ -57,8 +57,11 @@ class LiveInstances:
         return None
 
     def keep(self, key: bytes, live: Live) -> None:
-        """But not what ran on old code, also when it was moved in this step: before each step it is asked anew which code it holds, whether it was kept or restored (semantics §8.2)."""
-        if key in self._sleeping:  # a run that was terminated, or whose batch was aborted
+        """Keep an instance for the next batch, unless it ran on old code, even if this step moved it to the current code.
+
+        Such an instance is loaded again, so that before each step it is decided anew which code it holds, the same as after a restore (semantics §8.2).
+        """
+        if key in self._sleeping:  # an earlier run that was terminated, or whose batch was aborted
             self._let_go(key)
         if live.old:
             return live.forget()
@@ -74,7 +77,7 @@ class LiveInstances:
         live.forget()
 
     def forget(self) -> None:
-        """Let go of all; what is stored is the truth."""
+        """Drop all instances; what is stored is the truth."""
         for live in self._sleeping.values():
             live.forget()
         self._sleeping.clear()

@@ -1,4 +1,4 @@
-"""Log lines: text that people read, with what it is about beside it for machines."""
+"""Log lines: text for people, together with what it is about, for machines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TRACEBACK_MAX = 10_000  # characters
 
 
 class Line(str):
-    """A line that has a level, and may be about one record or have fields of its own; whoever wants text has it, `as_json` adds the rest."""
+    """A line that has a level, and may be about one record or have fields of its own.  It is its text; `as_json` adds the rest."""
 
     __slots__ = ("fields", "level", "record")
     fields: dict[str, Any]
@@ -39,21 +39,21 @@ class Line(str):
 
     @classmethod
     def of(cls, text: str, level: str) -> Line:
-        """One about no record."""
+        """A line that is about no record."""
         line = cls(text)
         line.level = level
         return line
 
     @classmethod
     def failed(cls, text: str, traceback: str, level: str, **fields: Any) -> Line:
-        """One with a traceback, below it as text and a field of JSON."""
+        """A line with a traceback, which is below the message in text and a field of its own in JSON."""
         line = cls.of(f"{text}\n{traceback}" if traceback else text, level)
         line.fields = {**fields, "traceback": traceback} if traceback else fields
         return line
 
 
 def authors_traceback(error: BaseException) -> str:
-    """As Python prints it, causes too, without frames of ours; empty if no others are left."""
+    """The traceback as Python prints it, with causes, but without frames of kwflow; empty if no other frames are left."""
     try:
         told = TracebackException.from_exception(error, limit=-_FRAMES, compact=True)
         inside, frames = [told], 0
@@ -64,19 +64,23 @@ def authors_traceback(error: BaseException) -> str:
             one.stack = StackSummary.from_list([FrameSummary(frame.filename, frame.lineno, frame.name, line=frame.line) for frame in one.stack if not frame.filename.startswith(_OURS)])
             frames += len(one.stack)
         text = _sendable("".join(told.format()).rstrip("\n")) if frames else ""
-    except Exception as failed:  # an author's error may raise where it is looked at
+    except Exception as failed:  # an author's exception may itself raise when it is formatted
         return f"<no traceback: {type(failed).__name__}>"
     return text if len(text) <= _TRACEBACK_MAX else f"{text[: _TRACEBACK_MAX // 2]}\n...\n{text[-_TRACEBACK_MAX // 2 :]}"
 
 
 def lines_of(decision: Decision, record: Record) -> Iterable[Line]:
-    """What a decision said about its record."""
+    """The log lines of a decision, about its record."""
     level = "warning" if not _WARNED.isdisjoint(decision.counts) else "info"
     return [Line.about(text, record, level) for text in decision.logs]
 
 
 def as_json(line: str, now_s: float | None = None, process: int | None = None) -> bytes:
-    """One JSON object: time, level, message, the process's number if there are several, workflow id, topic, partition and offset if it is about a record, and its own fields."""
+    """Encode a line as one JSON object.
+
+    It has the time, level and message; the process's number if there are several; the workflow id, topic, partition and offset
+    if the line is about a record; and the line's own fields.
+    """
     at = datetime.fromtimestamp(time.time() if now_s is None else now_s, UTC).isoformat(timespec="milliseconds")
     fields: dict[str, Any] = getattr(line, "fields", {})
     said: dict[str, Any] = {"time": at, "level": getattr(line, "level", "info"), "message": _sendable(line.removesuffix(f"\n{fields.get('traceback')}"))}

@@ -1,7 +1,7 @@
-"""What a batch of records does, failures included: the processor of workflows that every runner runs.
+"""The processor of workflows, which every runner runs: it decides what a batch of records does, failures included.
 
-A record that means nothing is dead-lettered (G3), a step that fails parks its instance (semantics §7); `decide` itself
-never raises for bad input.  It must not know a log, a store on disk or a clock.
+A record without meaning is dead-lettered (G3), and a step that fails parks its instance (semantics §7); `decide` itself
+never raises for bad input.  This module must not know a log, a store on disk or a clock.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from kwflow.runners.watchdog import Watchdog
 __all__ = ["WorkflowProcessor", "dead_letter"]
 
 _WENT_WRONG = {"parked", "dead-letter", "held"}
-_IGNORED = ("unknown-id", "unknown-ref", "duplicate-start", "repeated")  # G3: by a stated rule, counted and said once
-_LOADED_UNSEEN_MAX = 16  # old versions of code, at a takeover
-_OWN_START_ID = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")  # `<partition>-<offset>`, given by the step when the client gave none
+_IGNORED = ("unknown-id", "unknown-ref", "duplicate-start", "repeated")  # G3: ignored by a stated rule; each is counted, and logged in one line
+_LOADED_UNSEEN_MAX = 16  # at a takeover, so many old versions of code are loaded without looking whether a snapshot names them
+_OWN_START_ID = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")  # `<partition>-<offset>`, chosen by the step if the client chose none
 
 
 class WorkflowProcessor:
@@ -51,22 +51,22 @@ class WorkflowProcessor:
     def __init__(
         self, config: Config, workflows: Workflows, declared: frozenset[str], incarnation: str = "", on_log: Callable[[str], None] = print, sources: Sources | None = None
     ) -> None:
-        """`sources` is the code store's look-up; without one nothing is stored, and an instance whose code changed is parked."""
+        """`sources` looks up the code store.  Without it no code is stored, and an instance whose code has changed is parked."""
         self.config = config
         self.on_log = on_log
         self.dispatcher: Dispatcher | None = None
         self.partitions = 1
         self.keeps_code = sources is not None
         self.sources = sources or no_sources
-        self.queues = False  # set by a runner that workers can read the topics of; else activities with a queue are run here, too
-        self.at_least_once = False  # set by a runner that may read a record again: what has ended is then remembered for every start
+        self.queues = False  # set by a runner whose topics workers can read; otherwise activities with a queue also run here
+        self.at_least_once = False  # set by a runner that may read a record twice: then every ended run leaves an entry
         self.input_topic = config.resume_topic
         self.changelog_topic = config.changelog_topic
         self.incarnation = incarnation
         self.workflows = Workflows({**flows.workflows(), **workflows.functions}, workflows.default, workflows.migrations)
         self.topics = Topics(config.resume_topic, config.result_topic or None, config.error_topic or None, config.scheduler_topic, declared)
         self.limits = config.limits
-        self._prepared: dict[str, frozenset[str]] = {}  # `<module>@<sha256>` -> the topics that loading what it needs has declared
+        self._prepared: dict[str, frozenset[str]] = {}  # `<module>@<sha256>` -> the topics that were declared when it and what it needs were loaded
         self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
         self.fed = feeds.Fed(config, self.watchdog)
         self.history = History(config) if config.history_topic else None
@@ -92,7 +92,7 @@ class WorkflowProcessor:
         return self.ended.next_due_ms(store)
 
     def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
-        before = set_abandoning(True)  # semantics §3.3: an instance that is dropped here is only forgotten
+        before = set_abandoning(True)  # semantics §3.3: an instance dropped here is only forgotten, without its cleanup
         batch = _Batch(self, state, records, received_ms, budget)
         try:
             return batch.run()
@@ -115,11 +115,11 @@ class WorkflowProcessor:
         return made if self.history is None else self.history.refused(made, record, state.get(name.encode()), topic)
 
     def taken_over(self, store: Store) -> dict[str, str]:
-        """Nothing is loaded twice: the next partition may name the same versions.
+        """Load the versions that this partition names.  None is loaded twice, as the next partition may name the same ones.
 
-        1. a module is deployed each day, and nobody calls `kwflow code gc`
-        2. after a year hundreds of versions are stored that no instance runs any more; loading one takes 0.1 s
-        3. so of more than some, only those that a snapshot names are loaded: a look at a snapshot takes 5 us
+        1. A module is deployed each day, and nobody runs `kwflow code gc`.
+        2. After a year hundreds of versions are stored that no instance runs any more; loading one takes 0.1 s.
+        3. So beyond a few, only versions that a snapshot names are loaded: reading the header of a snapshot takes 5 us.
         """
         old, unused, run = 0, set[str](), functools.cache(lambda: deployment.run_by(store))
 
@@ -139,25 +139,25 @@ class WorkflowProcessor:
                 with api.declaring() as declared:
                     versions.prepare(key, self.sources, wanted)
                 self._prepared[key] = frozenset(declared)
-            except SnapshotError as error:  # what needs it is parked when it wakes, and may be retried
+            except SnapshotError as error:  # an instance that needs it is parked when it wakes, and can be retried
                 self.on_log(f"{key[: key.index('@') + 13]}: {error}")
         self.allow(api.declared_topics())
         declared_by = {topic: key for key in named for topic in self._prepared[key]}
-        for key in unused:  # in the next partition it may be named
+        for key in unused:  # a snapshot of the next partition may name it
             del self._prepared[key]
         return declared_by
 
     def allow(self, declared: frozenset[str]) -> None:
-        """Stored versions declare topics when they are loaded; what may be written to is the union (semantics §9.6)."""
+        """Allow outputs to these topics as well.  Stored versions declare topics when they are loaded; the union may be written to (semantics §9.6)."""
         if not declared <= self.topics.declared:
             self.topics = msgspec.structs.replace(self.topics, declared=self.topics.declared | declared)
 
 
 class _Batch:
-    """The records of one `decide`.  Instances stay live from record to record and are saved once, at the end (K15).
+    """The records of one `decide`.  Instances stay live from record to record, and are saved once, at the end (K15).
 
-    Invariant: while an instance is `ahead`, the state holds nothing of what it did since `base`; so when a later step
-    or the save fails, the records it met are done again one by one, and exactly the one at fault parks it.
+    Invariant: while an instance is `ahead`, the state holds nothing of what it did since `base`.  So if a later step or the
+    save fails, the records in `met` are repeated one by one from `base`, and exactly the one at fault parks the instance.
     """
 
     def __init__(self, processor: WorkflowProcessor, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None) -> None:
@@ -171,9 +171,9 @@ class _Batch:
         self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows, processor.queues, gateway_url=self.config.gateway_url)
         self.made: list[Decision] = []
         self.held: dict[str, tuple[int, int]] = {}
-        self.old: list[bytes] = []  # the instance that was just loaded on old code
+        self.old: list[bytes] = []  # at most one key: the instance that was just loaded on old code
         self.history = processor.history
-        self.named: dict[Module, None] = {}  # versions that the snapshots of this batch name, in the order in which they were met: it decides what is written
+        self.named: dict[Module, None] = {}  # versions that this batch's snapshots name, in the order in which they are written to the code store
 
     def run(self) -> list[Decision]:
         budget = self.budget
@@ -190,21 +190,21 @@ class _Batch:
                 budget.take(sum([len(output.key or b"") + len(output.value or b"") for output in made.outputs]))
             if made.dispatch:
                 budget.take(sum([size_of(item) for item in made.dispatch if isinstance(item, Dispatch)]))
-            if len(self.live) > known:  # saved at the end; about as large as it was
+            if len(self.live) > known:  # it is saved at the end, and is then about as large as before
                 budget.take(len(next(reversed(self.live.values())).base or b""))
             if budget.spent():
                 del self.made[number + 1 :]
                 break
         for key in list(self.live):
             self._save(key)
-        for made in self.made:  # only now: a step that was made again may have handed out something else
+        for made in self.made:  # only now, as a step that was repeated may have dispatched something else
             if made.dispatch:
                 keep(self.state, made.dispatch)
         self._keep_code()
         return self.made
 
     def _keep_code(self) -> None:
-        """The sources of what was saved become visible with it (G10)."""
+        """Write the sources of the saved snapshots, so that both become visible together (G10)."""
         entries = [output for module in self.named for output in code.offer(self.config.code_topic, self.state, module, self.context.received_ms, self.config.signing_keys)]
         if entries:
             self.made[-1] = msgspec.structs.replace(self.made[-1], outputs=(*self.made[-1].outputs, *entries))
@@ -231,7 +231,7 @@ class _Batch:
         return self._step(name, key, live, number, record) if self.processor.tracing is None else self._traced(self.processor.tracing, name, key, live, number)
 
     def _find(self, name: str, key: bytes, record: Record) -> Live | Decision:
-        """The instance for this record, or what happens when there is none that could run.  Raises ProtocolError."""
+        """Return the instance for this record, or the decision if there is none that can run.  Raises ProtocolError."""
         stored = self.state.get(key)
         if stored is None:
             return Live(None, None)
@@ -257,7 +257,7 @@ class _Batch:
             return self._park(name, stored, record, error)
 
     def _after_end(self, header: dict[str, Any], record: Record) -> Live | Decision:
-        """K20: the entry that stays after the end; a start it does not know begins anew."""
+        """K20: answer from the entry that stays after the end.  A start that it does not know begins a new run."""
         message = wire.parse(record)
         if applied_before(header.get("applied"), record, self.context.incarnation):
             return Decision(counts=("repeated",))
@@ -276,7 +276,7 @@ class _Batch:
 
     # -- one step ----------------------------------------------------------------------------------------------------
     def _traced(self, tracing: Tracing, name: str, key: bytes, live: Live, number: int) -> Decision:
-        """The same with a span, whose context takes the place of the record's."""
+        """Step inside a span, whose context replaces the record's."""
         span = tracing.begin(name, self.records[number], live.instance)
         made = self._step(name, key, live, number, span.record)
         if live.instance is not None and live.ahead:
@@ -294,11 +294,11 @@ class _Batch:
             if live.instance is None:
                 del self.live[key]
             return parked.dead(self.config, record, error.reason, str(error), self.context.received_ms)
-        except (Exception, StepTimeout) as error:  # KwflowBug and MemoryError too: one instance never stops the others
+        except (Exception, StepTimeout) as error:  # even KwflowBug and MemoryError: one instance never stops the others
             made = error
         if isinstance(made, BaseException):
-            # Not inside the handler: steps are made again here, and what author code raises there would have this error as
-            # its context, and save it with the instance.
+            # Not inside the handler: _failed repeats steps, and an error that author code raises in them would get this error
+            # as its context, which would then be saved with the instance.
             return self._failed(name, key, live, number, made, by)
         state = made.state
         if isinstance(state, Save):
@@ -326,7 +326,7 @@ class _Batch:
         self.end(key, header)
 
     def _failed(self, name: str, key: bytes, live: Live, number: int, error: BaseException, by: dict[str, Any]) -> Decision:
-        """G4.  The steps before this one are made again and saved first; the one that failed is not run a second time."""
+        """Park the instance whose step failed (G4).  Its earlier steps are repeated and saved first; the failed one is not run a second time."""
         live.forget()
         del self.live[key]
         if live.ahead:
@@ -345,19 +345,19 @@ class _Batch:
         return self._told(parked.hold(self.config, self.state, header, record, self.context.received_ms, self.held), header["id"], record, stored)
 
     def _told(self, made: Decision, name: str, record: Record, before: bytes | None, by: dict[str, Any] | None = None) -> Decision:
-        """With its event, where history is kept."""
+        """Add the event, if history is kept."""
         if self.history is None:
             return made
         return self.history.changed(made, record, by or self.history.cause(record, None), before, self.state.get(name.encode()), self.context.received_ms)
 
     def _again(self, key: bytes, numbers: list[int]) -> None:
-        """From the stored bytes on, one by one, each saved."""
+        """Repeat these records one by one from the stored bytes, and save after each."""
         for number in numbers:
             self.made[number] = self._decide(number)
             self._save(key)
 
     def _save(self, key: bytes) -> None:
-        """Put a live instance's bytes into the state and let it sleep."""
+        """Put a live instance's bytes into the state, and the instance into the cache."""
         live = self.live.pop(key, None)
         if live is None or live.instance is None:
             return
@@ -383,7 +383,7 @@ class _Batch:
         self.processor.live.keep(key, live)
 
     def _bytes(self, instance: Instance) -> tuple[bytes | Exception, list[Module]]:
-        """The instance's snapshot and what it names, or why there is none (returned: steps are made again then, outside of any handler)."""
+        """The instance's snapshot and the versions that it names, or the error.  It is returned because the caller repeats steps, outside of any handler."""
         try:
             data, modules = snapshot.save(instance, self.config.signing_keys)
         except Exception as error:  # reducers of author classes may raise anything
@@ -393,7 +393,7 @@ class _Batch:
         return data, modules
 
     def _warn_of_size(self, live: Live, size: int) -> None:
-        """Said when an instance grows over the limit, not each time it is saved."""
+        """Log once when an instance grows over the limit, not each time it is saved."""
         limit = self.config.snapshot_bytes_warn
         if limit >= len(live.base or b""):
             last = live.met[-1]
@@ -411,38 +411,41 @@ class _Batch:
         return self._told(commands.apply(self, name, record, command), name, record, before)
 
     def stored(self, key: bytes) -> bytes | None:
-        """What there is of this id, with all that this batch did so far."""
+        """The stored bytes of this id, including everything that this batch did so far."""
         self._save(key)
         return self.state.get(key)
 
     def calls(self, name: str, refs: Sequence[str]) -> dict[str, Dispatch | None]:
-        """The calls of activities that these waits are for; those of this batch are not in the state yet."""
+        """The activity calls behind these waits.  Calls made in this batch are not in the state yet."""
         made = {item.ref: item for decision in self.made for item in decision.dispatch if isinstance(item, Dispatch) and item.workflow_id == name}
         stored = {ref: self.state.get(state_key(name, ref)) for ref in refs}
         return {ref: decode(data) if data is not None else made.get(ref) for ref, data in stored.items()}
 
     def put(self, key: bytes, data: bytes) -> None:
-        """Save what no record of its own has met: a fork is as large as its original, however many there are of it."""
+        """Save an instance that no record of its own has reached, and charge it to the budget: each fork is as large as its original."""
         self.state.put(key, data)
         if self.budget is not None:
             self.budget.take(len(data))
 
     def drain(self, records: list[Record]) -> list[Decision]:
-        """Apply what was held, each record with its original offset; a failure parks the instance again (K17).  What the budget leaves is held as before."""
+        """Apply held records, each with its original offset; a failure parks the instance again (K17).  Records beyond the budget are held as before."""
         made = _Batch(self.processor, self.state, records, self.context.received_ms, self.budget).run()
         parked.hold_again(self.state, records[len(made) :])
         return made
 
     def end(self, key: bytes, header: dict[str, Any]) -> None:
-        """Nothing is left of it but the entry that a client's repeated start meets (K20)."""
+        """Replace an ended instance by the entry that recognizes a client's repeated start (K20), or by nothing."""
         if self.processor.at_least_once or (header["start_id"] and not _is_own(header)):
-            # by our clock: after an outage its record's timestamp may be older than the retention, and the repetitions that its client sent meanwhile wait behind it
+            # By our clock: after an outage the record's timestamp may be older than the retention, while its client's repetitions wait behind it.
             self.processor.ended.keep(self.state, key, {**header, "ended": max(header["ended"], self.context.received_ms)})
         elif self.state.get(key) is not None:
             self.state.put(key, None)
 
 
 def _is_own(header: dict[str, Any]) -> bool:
-    """Whether no client named this run.  A name like 2026-17 is told from our own by where the instance is and how far it has come."""
+    """Whether the start id was chosen by the step, not by a client.
+
+    A client's name such as 2026-17 differs from ours by the instance's partition and by the offset that it has reached.
+    """
     place, applied = _OWN_START_ID.fullmatch(header["start_id"]), header.get("applied")
     return place is not None and applied is not None and int(place[1]) == applied[1] and int(place[2]) <= applied[2]

@@ -21,7 +21,7 @@ def _load(name: str) -> types.ModuleType:
     if not name.endswith(".py"):
         try:
             durable.install([name.partition(".")[0]])
-        except UsageError as error:  # a program has imported its own package: it says itself what of that is durable
+        except UsageError as error:  # a program has imported its own package, and must say itself which part of it is durable
             if not durable.installed(name):
                 raise UsageError(f"{error}; a program that belongs to the package says kwflow.durable.install([{name!r}]) before it imports that") from None
         return importlib.import_module(name)
@@ -32,16 +32,19 @@ def _load(name: str) -> types.ModuleType:
 
 
 def _place(name: str, error: Exception) -> str:
-    """Where it was raised, or where the MODULE itself was looked for."""
+    """Where the error was raised or, if the MODULE itself is missing, where it was looked for."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None and f"{name}.".startswith(f"{error.name}."):
         return f"looked for in {sys.path[0]} (--app-dir), and where Python looks; a MODULE is shop.flows or path/flows.py, without a function"
     frames = traceback.extract_tb(error.__traceback__)
-    where = next((frame for frame in reversed(frames) if not frame.filename.startswith("<frozen ")), frames[-1])  # what an import does is no place to look at
+    where = next((frame for frame in reversed(frames) if not frame.filename.startswith("<frozen ")), frames[-1])  # frames of the import system help nobody
     return f"{where.filename}:{where.lineno}"
 
 
 def load_modules(names: Sequence[str], app_dir: Path | None = None, packages: Sequence[str] = ()) -> list[types.ModuleType]:
-    """Import each MODULE (dotted name or path.py), durable; `packages` are made durable too.  Raises UsageError, and errors of kwflow and of syntax as they are."""
+    """Import each MODULE (dotted name or path.py) as durable; `packages` are made durable too.
+
+    Raises UsageError if a module cannot be imported; errors of kwflow and of syntax are passed on unchanged.
+    """
     sys.path.insert(0, str(app_dir or Path.cwd()))
     durable.install(packages)
     modules = []
@@ -56,9 +59,9 @@ def load_modules(names: Sequence[str], app_dir: Path | None = None, packages: Se
 
 
 def load_workflows(names: Sequence[str], app_dir: Path | None = None, packages: Sequence[str] = ()) -> Workflows:
-    """Load these modules, and collect their `main`s and `@kw.workflow`s.
+    """Load these modules, and collect their `main` functions and `@kw.workflow`s.
 
-    Raises UsageError for a name clash or modules without workflows, and what `load_modules` raises.
+    Raises UsageError for a name clash, UnknownWorkflowError if the modules have no workflow, and what `load_modules` raises.
     """
     functions: dict[str, object] = {}
     default: str | None = None

@@ -1,7 +1,7 @@
-"""What is stored of an application, for those who are no engine of it: reading it, embedded or on Kafka, and writing as commands do.
+"""The stored data of an application, for programs that are not its engine: reading it, embedded or on Kafka, and writing as commands do.
 
-Nothing here disturbs an engine: an embedded directory is opened read-only, beside the engine that holds it, or its engine is asked
-over its socket.
+Nothing here disturbs an engine: an embedded directory is opened read-only beside the engine that holds it, or that engine is
+asked over its socket.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Entry", "Wanted", "Write", "asked", "code_store", "entry", "instance
 
 
 def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
-    """One record on the resume topic, embedded or on Kafka, durable when this returns."""
+    """Write one record to the resume topic, embedded or on Kafka.  It is durable when this returns."""
     if embedded is not None:
         submit(embedded, settings.resume_topic, wire.key_of(id), value, headers)
         return
@@ -37,15 +37,15 @@ def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers
 
 
 Write = Callable[[Sequence[Group]], Iterator[bool]]
-_GROUPS_MAX = 100  # in one batch: an embedded engine does nothing else meanwhile
-_GROUPS_BYTES_MAX = 1_000_000  # base64 and all, a request has at most 16 MB; a transaction has to end within 10 s, over a slow line, too
+_GROUPS_MAX = 100  # in one batch, during which an embedded engine does nothing else
+_GROUPS_BYTES_MAX = 1_000_000  # a request has at most 16 MB, base64 included, and a transaction must end within 10 s, even over a slow line
 
 
 @contextlib.contextmanager
 def sole_writer(settings: Config, embedded: Path | None, name: str) -> Iterator[Write]:
-    """Gives `write(groups)`, which tells of one group after the other whether it was written.
+    """Yield `write(groups)`, which yields for each group in turn whether it was written.
 
-    What is to be done is to be read inside: on Kafka whoever was here before can write nothing more by then.
+    Read inside of this what is to be done: on Kafka, an earlier writer can write nothing more by then.
     """
     if embedded is not None:
         yield lambda groups: (bool(offsets) for some in _parts(groups) for offsets in submit_all(embedded, some))
@@ -62,7 +62,7 @@ def sole_writer(settings: Config, embedded: Path | None, name: str) -> Iterator[
 
 
 def _parts(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """As many at a time as one request may hold."""
+    """Split groups into parts, each as large as one request may be."""
     part: list[Group] = []
     left = _GROUPS_BYTES_MAX
     for group in groups:
@@ -77,7 +77,7 @@ def _parts(groups: Sequence[Group]) -> Iterator[list[Group]]:
 
 
 def read(settings: Config, embedded: Path | None, topic: str, start: int = 0) -> Iterator[Record]:
-    """Every committed record of a topic that is still there, from an offset on."""
+    """Yield every committed record that a topic still has, from an offset on."""
     if embedded is None:
         from kwflow.runners.kafka.link import read
 
@@ -87,11 +87,11 @@ def read(settings: Config, embedded: Path | None, topic: str, start: int = 0) ->
         yield from records_of(db, topic, start)
 
 
-Wanted = Callable[[bytes, bytes], bool]  # of a key and its value; of a million entries few are kept in memory
+Wanted = Callable[[bytes, bytes], bool]  # (key, value) -> whether to keep the entry: of a million entries few shall be in memory
 
 
 def states(settings: Config, embedded: Path | None, wanted: Wanted = lambda key, value: True) -> dict[bytes, bytes]:
-    """Every entry of the workflows' state, the engine's own (their keys begin with NUL) included."""
+    """Every entry of the workflows' state, including the engine's own, whose keys begin with NUL."""
     if embedded is None:
         from kwflow.runners.kafka.link import latest
 
@@ -106,7 +106,7 @@ def snapshots(settings: Config, embedded: Path | None, wanted: Wanted = lambda k
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """What is stored of one instance, and how many records wait behind it, with the first of them."""
+    """The stored bytes of one instance, the number of records on its hold, and the first of these."""
 
     data: bytes
     holds: int
@@ -114,7 +114,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 def entry(settings: Config, embedded: Path | None, id: str, held_max: int) -> Entry | None:
-    """None if there is no such instance."""
+    """Return an instance with at most `held_max` of its held records; None if there is no such instance."""
     key = id.encode("utf-8", "surrogateescape")
     prefix = HOLD + key + b"\0"
     if embedded is not None:
@@ -139,7 +139,7 @@ def _entry(data: bytes | None, held: Iterable[bytes], held_max: int) -> Entry | 
 
 
 def stored(settings: Config, embedded: Path | None, id: str) -> bytes:
-    """What is stored of one instance.  Raises UsageError."""
+    """The stored bytes of one instance.  Raises UsageError if there is no such instance."""
     if embedded is None:
         from kwflow.runners.kafka.link import state_of
 
@@ -159,12 +159,12 @@ def code_store(settings: Config, embedded: Path | None) -> CodeStore:
     from kwflow.runners.kafka import topics
     from kwflow.runners.kafka.code import CodeTopic
 
-    topics.partitions_of(topics.admin(settings), settings)  # says why there is no broker, within `client_connect_s`
+    topics.partitions_of(topics.admin(settings), settings)  # raises within `client_connect_s` if there is no broker, and says why
     return CodeStore(CodeTopic(settings).read, settings.signing_keys)
 
 
 def instances(settings: Config, embedded: Path | None, wanted: Filter, limit: int | None, note: Callable[[str], None]) -> Found:
-    """The newest of those that are asked for: from the engines that have them, if all answer; else, and a note says why, from the changelog."""
+    """The newest of the selected instances: from the engines that own them, if all of them answer; otherwise from the changelog, and a note says why."""
     if embedded is not None:
         with contextlib.closing(read_only(embedded)) as db:
             entries = EmbeddedStore(db, settings.changelog_topic).scan(wanted.prefix)
@@ -180,7 +180,7 @@ def instances(settings: Config, embedded: Path | None, wanted: Filter, limit: in
 
 
 def asked(settings: Config, embedded: Path | None, wanted: Filter, limit: int) -> Found:
-    """The same without reading a whole changelog.  Raises TransportError where an engine does not tell."""
+    """The same, but without reading a whole changelog.  Raises TransportError if an engine does not answer."""
     if embedded is not None:
         return instances(settings, embedded, wanted, limit, lambda _: None)
     from kwflow.runners.kafka import asking
@@ -193,11 +193,11 @@ def asked(settings: Config, embedded: Path | None, wanted: Filter, limit: int) -
 
 
 def _row(key: bytes, data: bytes, wanted: Filter) -> bytes | None:
-    """What is kept of an entry until it is known to be the last of its id."""
+    """What to keep of an entry until it is known to be the last one of its id."""
     row = wanted.row(key, data) if not key.startswith(b"\0") else None
     return msgspec.json.encode(row) if row is not None else None
 
 
 def text_of(data: bytes | None) -> str:
-    """What a record holds, for people."""
+    """The value of a record, for people."""
     return "null" if data is None else data.decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""What a batch changes before it is committed, and the calm in which it is decided and committed."""
+"""The uncommitted changes of a batch, and the pause in garbage collection during which a batch is decided and committed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ __all__ = ["Overlay", "collecting_later"]
 
 @contextlib.contextmanager
 def collecting_later() -> Iterator[None]:
-    """No cyclic collection within: what runs a batch puts its decisions and its commit into this, as it would pass all that they hold, and nearly all of that is freed without one."""
+    """Suspend cyclic garbage collection inside of this.
+
+    Runners decide and commit a batch inside of it: a collection would traverse everything that the batch holds, nearly all of which is freed without one.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -24,7 +27,7 @@ def collecting_later() -> Iterator[None]:
 
 
 class Overlay:
-    """A store with changes on top: within a batch you read your own writes (K3)."""
+    """A store with uncommitted changes on top: within a batch you read your own writes (K3)."""
 
     def __init__(self, below: Store) -> None:
         self.below = below

@@ -1,7 +1,7 @@
 """What cannot be applied: dead letters, and parked instances with their hold (semantics §7, K17).
 
-A parked instance keeps its last good state; the record at fault is the head of its hold, what comes later queues
-behind it, as entries `\\0hold\\0<id>\\0<offset>` of the same state.  It must not run a step.
+A parked instance keeps its last good state.  The record at fault is the head of its hold, and later records queue behind
+it, as entries `\\0hold\\0<id>\\0<offset>` of the same state.  This module must not run a step.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ __all__ = [
 DRAINED_MAX = 500
 HOLD = b"\0hold\0"
 _MESSAGE_CHARACTERS = 300
-_SAID_CHARACTERS = 10_000  # it is in a header of the dead letter, and of the snapshot
+_SAID_CHARACTERS = 10_000  # of an error message, which goes into a header of the dead letter and into that of the snapshot
 _KEY_BYTES_MAX = 10_000
 ADDRESS = ("kwflow-request", "kwflow-reply-to")
-SAID = ("reason", "message", "topic", "partition", "offset", "timestamp", "at")  # in headers `kwflow-error-` of a dead letter, behind those that its record had
+SAID = ("reason", "message", "topic", "partition", "offset", "timestamp", "at")  # the headers `kwflow-error-...` of a dead letter, which follow those that its record had
 
 
 class _Held(Record, frozen=True):
-    """A record that was taken out of a hold; if it comes back, then to its place."""
+    """A record that was taken out of a hold.  If it is put back, it returns to its `place`."""
 
     place: int = 0
 
 
 def dead_letter(config: Config, record: Record, reason: str, message: str, received_ms: int) -> Output:
-    """The original key, value and headers, and which record it was, why and when."""
+    """Build a dead letter: the record's key, value and headers, and headers that say which record it was, why it was refused and when."""
     said = (reason, message, record.topic, record.partition, record.offset, record.timestamp_ms, received_ms)
     headers = tuple((f"kwflow-error-{name}", str(value).encode("utf-8", "replace")) for name, value in zip(SAID, said, strict=True))
     return Output(config.dead_letter_topic, record.key, record.value, (*record.headers, *headers), record.timestamp_ms)
 
 
 def dead(config: Config, record: Record, reason: str, message: str, received_ms: int) -> Decision:
-    """The record is dead-lettered alone; nothing else changes."""
+    """Dead-letter the record alone; nothing else changes."""
     where = f"{record.topic}[{record.partition}]@{record.offset}"
     letter = dead_letter(config, record, reason, message, received_ms)
     status = reason.replace("-", "_")
@@ -57,7 +57,7 @@ def dead(config: Config, record: Record, reason: str, message: str, received_ms:
 
 
 def remnant(config: Config, record: Record, reason: str, received_ms: int) -> Decision:
-    """For a record whose dead letter the broker does not take: one that says which it was and why, and holds nothing of it that could be too much (K11)."""
+    """Replace a dead letter that the broker refused by one that says which record it was and why, without anything that could be too large (K11)."""
     message = f"{reason}; a dead letter with its value and headers was refused, too: they are only where it came from"
     made = dead(config, record, "refused", message, received_ms)
     bare = msgspec.structs.replace(record, key=record.key if len(record.key or b"") <= _KEY_BYTES_MAX else None, value=None, headers=())
@@ -66,7 +66,7 @@ def remnant(config: Config, record: Record, reason: str, received_ms: int) -> De
 
 
 def forward(config: Config, record: Record, partitions: int, received_ms: int) -> Decision:
-    """A record on another partition than its key belongs to is sent there, once (K6)."""
+    """Send a record that is in the wrong partition to the one that its key belongs to, once (K6)."""
     if record.key is None or wire.header(record, "kwflow-forwarded") is not None:
         return dead(config, record, "wrong-partition", "forwarded once already", received_ms)
     headers = (*record.headers, ("kwflow-forwarded", str(record.partition).encode()))
@@ -75,7 +75,7 @@ def forward(config: Config, record: Record, partitions: int, received_ms: int) -
 
 
 def answered(config: Config, record: Record, status: str, message: str = "", value: object = None) -> tuple[Output, ...]:
-    """The reply to a record that no step answers, if its sender waits for one."""
+    """The reply to a record that no step answers; empty if its sender waits for none."""
     try:
         address = wire.reply_address(record)
     except ProtocolError:
@@ -84,9 +84,9 @@ def answered(config: Config, record: Record, status: str, message: str = "", val
 
 
 def park(config: Config, state: Changes, name: str, stored: bytes | None, record: Record, error: BaseException, received_ms: int) -> Decision:
-    """The instance goes back to `stored` and waits for somebody; this record is the head of its hold."""
+    """Put the instance back to `stored`, to wait for an operator; this record becomes the head of its hold."""
     reason = type(error).__name__
-    message = str(error).encode("utf-8", "replace").decode()[:_SAID_CHARACTERS] or reason  # author code may have written it
+    message = str(error).encode("utf-8", "replace").decode()[:_SAID_CHARACTERS] or reason  # author code may have written the message
     base = {"id": name, "workflow": _text(record, "workflow"), "start_id": _text(record, "start-id"), "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
     base |= {entry: value for entry in ("client", "parent") if (value := _text(record, entry))} if stored is None else {}
     state.put(name.encode(), snapshot.park(stored, base, reason, message, record.offset, config.signing_keys))
@@ -97,7 +97,10 @@ def park(config: Config, state: Changes, name: str, stored: bytes | None, record
 
 
 def _told(config: Config, record: Record, reason: str, message: str) -> tuple[Record, tuple[Output, ...]]:
-    """The record as it waits for somebody to retry, which may take days: its sender hears so now, and nothing more (one request, one reply)."""
+    """Return the record as it is kept, and the reply that its sender gets now, as a retry may be days away.
+
+    The kept record has no address for replies any more: one request gets one reply.
+    """
     replies = answered(config, record, "held", f"it is parked ({reason}: {message[:_MESSAGE_CHARACTERS]}); this is kept and is applied when it is retried")
     if not replies:
         return record, ()
@@ -105,7 +108,7 @@ def _told(config: Config, record: Record, reason: str, message: str) -> tuple[Re
 
 
 def _text(record: Record, name: str) -> str:
-    """What a first start would have been called; a header that is no text was not looked at by the step."""
+    """Return a header as text; empty if it is missing or is not text, as the step may have failed before it looked at the header."""
     try:
         return (wire.parent_of(record) if name == "parent" else wire.header(record, f"kwflow-{name}")) or ""
     except ProtocolError:
@@ -113,7 +116,7 @@ def _text(record: Record, name: str) -> str:
 
 
 def is_paused(header: dict[str, Any]) -> bool:
-    """Whether somebody paused it, be it parked besides or not."""
+    """Whether somebody paused the instance, even if it is also parked for another reason."""
     mark = header.get("parked") if header["status"] == "parked" else None
     return mark is not None and (mark["reason"] == "paused" or "paused" in mark)
 
@@ -126,9 +129,9 @@ def is_parked(config: Config, stored: bytes | None) -> bool:
 
 
 def hold(config: Config, state: Changes, header: dict[str, Any], record: Record, received_ms: int, known: dict[str, tuple[int, int]]) -> Decision:
-    """The record waits behind the others; `known` remembers for a batch how many an instance holds, and the place of the last.
+    """Put the record at the end of the hold.  `known` remembers, for a batch, how many records an instance holds and the place of the last.
 
-    Behind one that failed its sender is told so; behind one that is paused, or is being drained, it waits with it.
+    If the instance failed, the record's sender is told so now; if it is paused or being drained, the sender waits as the record does.
     """
     name: str = header["id"]
     count, last = known.get(name) or _last(state, name)
@@ -143,14 +146,14 @@ def hold(config: Config, state: Changes, header: dict[str, Any], record: Record,
 
 
 def release(config: Config, state: Changes, name: str) -> list[Record]:
-    """Put the state back as it was before it was parked; the first of what was held, in order."""
+    """Put the state back to what it was before the instance was parked, and return the first held records, in order."""
     stored = state.get(name.encode())
     state.put(name.encode(), snapshot.unpark(stored, config.signing_keys) if stored is not None else None)
     return held(state, name)
 
 
 def held(state: Changes, name: str) -> list[Record]:
-    """The first records of the hold, taken out; as many as one transaction may apply (K17)."""
+    """Take out and return the first records of the hold, as many as one transaction may apply (K17)."""
     found: list[Record] = []
     for key, value in list(itertools.islice(state.scan(_prefix(name)), DRAINED_MAX)):
         state.put(key, None)
@@ -159,13 +162,13 @@ def held(state: Changes, name: str) -> list[Record]:
 
 
 def hold_again(state: Changes, records: Sequence[Record]) -> None:
-    """Where they were, what was taken out and not applied."""
+    """Put records that were taken out, but not applied, back to their places."""
     for record in records:
         _put(state, wire.workflow_id(record), record, -1)
 
 
 def drop_head(state: Changes, name: str) -> Record | None:
-    """Take the first record of the hold out."""
+    """Take out and return the first record of the hold; None if there is none."""
     for key, value in itertools.islice(state.scan(_prefix(name)), 1):
         state.put(key, None)
         return msgspec.msgpack.decode(value, type=Record)
@@ -173,13 +176,13 @@ def drop_head(state: Changes, name: str) -> Record | None:
 
 
 def all_held(state: Changes, name: str) -> Iterator[Record]:
-    """Everything of the hold, taken out."""
+    """Take out and yield every record of the hold."""
     while records := held(state, name):
         yield from records
 
 
 def park_rest(config: Config, state: Changes, name: str) -> Output | None:
-    """If more is held: park the instance again behind it, with the command that goes on; what arrives meanwhile joins the hold."""
+    """If records are left on the hold, park the instance again and return the command that continues; records that arrive meanwhile join the hold."""
     stored = state.get(name.encode())
     if next(iter(state.scan(_prefix(name))), None) is None or is_parked(config, stored):
         return None
@@ -189,7 +192,7 @@ def park_rest(config: Config, state: Changes, name: str) -> Output | None:
 
 
 def holds(state: Mapping[bytes, bytes]) -> dict[str, list[Record]]:
-    """Id -> what each parked instance holds, in order, for looking at it."""
+    """Id -> the records that each parked instance holds, in order, for inspection."""
     found: dict[str, list[Record]] = {}
     for key in sorted(key for key in state if key.startswith(HOLD)):
         found.setdefault(key[len(HOLD) :].rpartition(b"\0")[0].decode(), []).append(msgspec.msgpack.decode(state[key], type=Record))
@@ -205,7 +208,7 @@ def _place(key: bytes) -> int:
 
 
 def _last(state: Changes, name: str) -> tuple[int, int]:
-    """How many are held, and the place of the last."""
+    """How many records are held, and the place of the last; -1 if there are none."""
     count, last = 0, b""
     for key, _ in state.scan(_prefix(name)):
         count, last = count + 1, key
@@ -213,7 +216,10 @@ def _last(state: Changes, name: str) -> tuple[int, int]:
 
 
 def _put(state: Changes, name: str, record: Record, last: int) -> int:
-    """Behind the last one, whose offset may be larger: the instance moved to another partition, or its topic was made again."""
+    """Store a record behind the last one, and return its place.
+
+    The offset of the last one may be larger, if the instance moved to another partition or its topic was created anew.
+    """
     place = record.place if isinstance(record, _Held) else max(record.offset, last + 1)
     state.put(_prefix(name) + b"%020d" % place, msgspec.msgpack.encode(Record(*msgspec.structs.astuple(record)[: len(Record.__struct_fields__)])))
     return place

@@ -1,4 +1,4 @@
-"""State directories belong to their user alone: what they hold is what workflows know."""
+"""Directories and files of state.  A state directory is accessible to its user alone, as it holds everything that workflows know."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["private", "replace"]
 
 
 def private(directory: Path) -> Path:
-    """Make it and every missing one above it with mode 0700; one that is there loses the rights of others, if it is ours."""
+    """Create a directory and its missing parents with mode 0700.  If the directory exists and is ours, revoke the rights of other users."""
     missing = [directory, *directory.parents]
     for path in reversed(missing):
         if not path.exists():
@@ -23,7 +23,7 @@ def private(directory: Path) -> Path:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write it as a whole, durable when this returns: whoever reads finds the old content or the new."""
+    """Replace a file's content atomically, durable when this returns: a reader finds either the old content or the new."""
     new = path.with_name(path.name + ".new")
     with open(new, "wb") as file:
         file.write(content)

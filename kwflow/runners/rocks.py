@@ -1,8 +1,8 @@
-"""How kwflow opens RocksDB: one block cache and one write-buffer manager for every store of the process.
+"""How kwflow opens RocksDB: one block cache and one write-buffer manager for all stores of the process.
 
-A cache per store would multiply by partitions: each brings 32 MB of cache and two memtables of 64 MB by RocksDB's
-defaults.  Here memtables, index and filter blocks are all charged to one cache, so `rocksdb_bytes_max` holds for the
-process however many partitions it owns.
+With a cache per store, memory would grow with the number of partitions: by RocksDB's defaults each has 32 MB of cache and
+two memtables of 64 MB.  Here memtables, index blocks and filter blocks are all charged to one cache, so `rocksdb_bytes_max`
+holds for the process, however many partitions it owns.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from kwflow.errors import TransportError
 
 __all__ = ["Memory", "Place", "entries", "failing", "memory", "opened"]
 
-_BLOOM_BITS = 10  # one read in a hundred for a key that is not there goes to disk
+_BLOOM_BITS = 10  # one in a hundred reads of a missing key goes to disk
 _MEMTABLE_BYTES_MAX = 16 * 1024 * 1024
-_ARENA_BYTES = 32 * 1024  # a memtable takes its memory in pieces of this; of the 1 MB that RocksDB chooses, two for each of 200 stores would be more than the cache
+_ARENA_BYTES = 32 * 1024  # a memtable allocates memory in blocks of this size; with RocksDB's 1 MB, two blocks for each of 200 stores would exceed the cache
 
 
 class Memory:
-    """What the stores of a process share; `usage` is what they use of it now, in bytes."""
+    """The memory that the stores of a process share; `usage` returns how much of it they use now, in bytes."""
 
     def __init__(self, bytes_max: int) -> None:
         self.bytes_max = bytes_max
@@ -39,10 +39,10 @@ class Memory:
 
 
 def entries(db: Rdict, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-    """Keys with this prefix, which does not end in 0xff, and their values, in order, from `start` on.  Raises whatever says that the database is damaged."""
-    # 1. a hundred thousand workflows have ended, and lie deleted in the store until it is compacted
-    # 2. somebody looks for the first of what lies before them, and nothing is there
-    # 3. without a bound RocksDB passes all of them, to find the next key that is
+    """Yield the entries with this key prefix, in order, from `start` on; it must not end in 0xff.  Raises what RocksDB raises for a damaged database."""
+    # 1. A hundred thousand workflows have ended; until the store is compacted it keeps a tombstone for each.
+    # 2. A scan looks for the first key of a prefix that sorts before them, and there is none.
+    # 3. Without an upper bound RocksDB passes all the tombstones to find the next key that exists.
     within = ReadOptions()
     within.set_iterate_upper_bound(prefix[:-1] + bytes([prefix[-1] + 1]))
     found = db.iter(within)
@@ -50,18 +50,18 @@ def entries(db: Rdict, prefix: bytes, start: bytes = b"") -> Iterator[tuple[byte
     while found.valid():
         yield cast(bytes, found.key()), cast(bytes, found.value())
         found.next()
-    # 1. a timer lies in a block that the disk has damaged
-    # 2. RocksDB's iterator ends before it, as it does at the end of the database
-    # 3. the timer would never fire, and nobody would know
+    # 1. A timer is stored in a block that the disk has damaged.
+    # 2. RocksDB's iterator stops before it, as it does at the end of the database.
+    # 3. Without this check the timer would never fire, and nobody would know.
     found.status()
 
 
 class Place:
-    """Where a database is open.
+    """The directory of an open database, which may be replaced under it:
 
-    1. an operator removes, moves or replaces its directory
-    2. the engine has the files open, and goes on: an embedded one takes records that nobody finds at its next start
-    3. RocksDB makes further files by name, the last ones when it is closed: in the place of those of whoever has begun there meanwhile
+    1. An operator removes, moves or replaces the directory.
+    2. The engine has the files open and goes on: an embedded one accepts records that nobody finds at its next start.
+    3. RocksDB creates further files by name, the last ones on close: over the files of a process that has started in the new directory meanwhile.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -69,14 +69,14 @@ class Place:
         self._opened = os.stat(self._lock)
 
     def is_left(self) -> bool:
-        """Whether what is there now is something else, or nothing: then write no more."""
+        """Whether the directory is gone or is another one now; then nothing more may be written."""
         try:
             return not os.path.samestat(os.stat(self._lock), self._opened)
         except OSError:
             return True
 
     def close(self, db: Rdict) -> None:
-        """In a place that is left, never, and not when Python forgets it or ends, which would close it as well."""
+        """Close the database, unless its directory was replaced: then it is leaked on purpose, as Python would also close it when it frees it or exits."""
         if self.is_left():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
         else:
@@ -85,21 +85,21 @@ class Place:
 
 @functools.cache
 def memory(bytes_max: int) -> Memory:
-    """The one Memory of this process for this limit."""
+    """Return the one Memory of this process for this limit."""
     return Memory(bytes_max)
 
 
 def opened(directory: Path, bytes_max: int) -> Rdict:
-    """A store with raw keys and values, made if it is missing.  Raises what rocksdict raises."""
+    """Open a store with raw keys and values, and create it if it is missing.  Raises what rocksdict raises."""
     shared = memory(bytes_max)
     table = BlockBasedOptions()
     table.set_block_cache(shared.cache)
     table.set_bloom_filter(_BLOOM_BITS, False)
     table.set_cache_index_and_filter_blocks(True)
     table.set_pin_l0_filter_and_index_blocks_in_cache(True)
-    # 1. a table of a million timers is one file, its filter one block of 2 MB
-    # 2. the cache is divided into 64 parts of 2 MB, none of which keeps such a block
-    # 3. each look for a key reads all of it again: 0.3 ms; of a filter in parts it reads one of 4 KB, which stays
+    # 1. A table of a million timers is one file, whose filter is one block of 2 MB.
+    # 2. The cache is divided into 64 shards of 2 MB, none of which keeps such a block.
+    # 3. Each lookup of a key reads the whole block again, in 0.3 ms.  Of a partitioned filter it reads one part of 4 KB, which stays cached.
     table.set_index_type(BlockBasedIndexType.two_level_index_search())
     table.set_partition_filters(True)
     table.set_pin_top_level_index_and_filter(True)
@@ -110,12 +110,12 @@ def opened(directory: Path, bytes_max: int) -> Rdict:
     made.set_write_buffer_size(min(_MEMTABLE_BYTES_MAX, max(64 * 1024, bytes_max // 4)))
     made.set_arena_block_size(_ARENA_BYTES)
     made.set_keep_log_file_num(2)
-    return Rdict(str(directory), made, {"default": made})  # named, as a store that is there already would get none of them: a cache of its own, and no bloom filter
+    return Rdict(str(directory), made, {"default": made})  # passed by name too, or an existing store would not get these options, but a cache of its own and no bloom filter
 
 
 @contextlib.contextmanager
 def failing(directory: Path) -> Iterator[None]:
-    """What the disk and rocksdict, which has no class of its own for it, raise here as TransportError."""
+    """Turn errors of the disk and of rocksdict, which raises plain Exception, into TransportError."""
     try:
         yield
     except Exception as error:

@@ -1,6 +1,6 @@
-"""What a runner counts while it runs: plain numbers that the loop adds to and other threads only read.
+"""What a runner counts while it runs: plain numbers that the loop adds to and that other threads only read.
 
-Nothing is formatted here and nothing locks: the loop pays an addition, whoever looks does the rest (runners/watch.py).
+Nothing is formatted or locked here: the loop pays for an addition, and the reader does the rest (runners/watch.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BYTES = (256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0)
 
 
 class Histogram:
-    """How many values were at most each bound.  Invariant: `counts` has one more entry than `bounds`, for what is larger."""
+    """Counts values by upper bound.  Invariant: `counts` has one more entry than `bounds`, for larger values."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -32,7 +32,7 @@ class Histogram:
         self.total += value
 
     def buckets(self) -> list[tuple[str, int]]:
-        """(upper bound, how many up to it), as Prometheus wants it."""
+        """(upper bound, how many values up to it) for each bound, in the form of Prometheus."""
         made, so_far = [], 0
         for bound, count in zip([*map(str, self.bounds), "+Inf"], list(self.counts), strict=True):
             so_far += count
@@ -41,8 +41,8 @@ class Histogram:
 
 
 class Stats:
-    """One runner's, by the monotonic clock: `turned_s` is when its loop last came round, 0 before the first time; `back_by_s`
-    when the call of the client that it is in should have returned, 0 outside of one."""
+    """The numbers of one runner.  `turned_s` is when its loop last came round, 0 before the first time; `back_by_s` is when the
+    current call of the Kafka client should return, 0 outside of one.  Both are on the monotonic clock."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()  # what became of records, by the words of Decision.counts
@@ -51,16 +51,16 @@ class Stats:
         self.back_by_s = 0.0
 
     def is_late(self, now: float, turn_max_s: float) -> bool:
-        """Whether the loop does not come back: from a client that ignores its own time-out, or from anything else for far too long."""
+        """Whether the loop is stuck: in a client that ignores its own timeout, or for far too long in anything else."""
         back_by_s, turned_s = self.back_by_s, self.turned_s
         return bool(back_by_s and now > back_by_s) or bool(turned_s and now > turned_s + turn_max_s)
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """How a runner stands at one moment.
+    """The state of a runner's input at one moment.
 
-    `owned` are restored and ours, `restoring` partition -> (changelog offset reached, its end), `waiting` assigned and
-    not begun; `lag` input records that are not applied yet; `timers` None where the runner has none.
+    `owned`: partitions that are ours and restored; `restoring`: partition -> (changelog offset reached, its end); `waiting`: partitions
+    that are assigned, but whose restore has not begun; `lag`: partition -> number of records not applied yet; `timers`: None if the runner has none.
     """
 
     name: str
@@ -74,5 +74,5 @@ class Seen(msgspec.Struct, frozen=True):
 
     @property
     def ready(self) -> bool:
-        """It has its share of the partitions and all of them are restored; the share may be none where engines are many."""
+        """Whether the runner has its share of the partitions, all restored.  With many engines that share may be empty."""
         return self.joined and not self.waiting and not self.restoring

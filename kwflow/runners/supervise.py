@@ -1,8 +1,9 @@
-"""One process per core: N engines of one application on this machine, each started again when it dies.
+"""One process per core: N engines of one application on this machine, each restarted when it dies.
 
 Each is the same command with its number in the environment (K1: own identity, own state directory); they share nothing
-but the broker.  A process that was killed or asks for it (exit code 3) comes back, the first time at once, then ever
-later up to half a minute; one that says that its start can never work (1, 2) ends all.  It must not know Kafka.
+but the broker.  A process that was killed, or that asks for a restart (exit code 3), is restarted: the first time at once,
+then after growing delays of up to half a minute.  A process whose exit code says that it can never start (1, 2) ends all of
+them.  This module must not know Kafka.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ __all__ = ["orphaned", "supervise"]
 
 _LOOK_S = 0.1
 _BACKOFF_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-_STEADY_S = 60  # one that ran for this long had started well: its next death is a first one again
+_STEADY_S = 60  # a process that ran for this long had started well: its next death counts as the first
 _HOPELESS = (1, 2)
 NUMBER, PARENT = "KWFLOW_PROCESS", "KWFLOW_SUPERVISOR_PID"
 
 
 class _Child:
-    """One numbered process.  Invariant: `process` is None only while it waits for `again_at`."""
+    """One numbered process.  Invariant: `process` is None only before the first start, and while it waits for `again_at`."""
 
     def __init__(self, number: int, command: Sequence[str], on_log: Callable[[str], None]) -> None:
         self.number = number
@@ -35,19 +36,19 @@ class _Child:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """In a session of its own: Ctrl-C on the terminal is the supervisor's to pass on, once."""
+        """Start the process in a session of its own: Ctrl-C on the terminal reaches the supervisor alone, which passes it on once."""
         environment = {**os.environ, NUMBER: str(self.number), PARENT: str(os.getpid())}
         self._started = time.monotonic()
         self.process = subprocess.Popen(self._command, env=environment, start_new_session=True)
 
     def look(self) -> int | None:
-        """Start it again when it is time; the exit code of one that is not to be started again."""
+        """Restart the process when it is time.  Returns its exit code if it must not be restarted, else None."""
         now = time.monotonic()
         if self.process is None:
             if now >= self.again_at:
                 try:
                     self.start()
-                except OSError as error:  # no memory for one process more, say: the others go on
+                except OSError as error:  # such as too little memory for one more process; the others go on
                     self._later(now, f"cannot be started: {error.strerror}")
             return None
         code = self.process.poll()
@@ -70,10 +71,10 @@ class _Child:
 
 
 def supervise(command: Sequence[str], count: int, asked: Callable[[], int], on_log: Callable[[str], None]) -> int:
-    """Run `count` numbered copies until `asked()` is not 0 or one cannot work; the exit code.
+    """Run `count` numbered copies until `asked()` is not 0 or one of them can never work; return the exit code.
 
-    `asked` counts the signals to stop: at the first all end cleanly, at the second at once.  0 if every process ended well
-    after that, else the code of one that did not.
+    `asked` counts the signals to stop: after the first all processes end cleanly, after the second they are killed.  The code
+    is 0 if every process ended well, else that of one that did not.
     """
     children = [_Child(number, command, on_log) for number in range(count)]
     for child in children:
@@ -101,5 +102,5 @@ def supervise(command: Sequence[str], count: int, asked: Callable[[], int], on_l
 
 
 def orphaned(supervisor_pid: int | None) -> bool:
-    """Whether the supervisor of this process is gone, so that nobody would end it."""
+    """Whether the supervisor of this process is gone, so that nobody else would end this process."""
     return supervisor_pid is not None and os.getppid() != supervisor_pid

@@ -1,6 +1,6 @@
-"""The processor of timers, one more on the loop of every runner (K18): the table over the scheduler topic, and what is due.
+"""The processor of timers, one more processor on every runner's loop (K18): it keeps the table of the scheduler topic, and fires what is due.
 
-What a record means and what fires is decided in `core/timers.py`; here is the table's place in a state.
+`core/timers.py` decides what a record means and what fires; this module keeps the table in the state.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["TimerProcessor"]
 
 
 class TimerProcessor:
-    """The timer table over the scheduler topic; `due` fires."""
+    """The timer table of the scheduler topic; `due` fires timers."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -49,26 +49,26 @@ class TimerProcessor:
 
     @staticmethod
     def _table(state: Store) -> tuple[int, bytes]:
-        """How many timers are set, and a due key that none of them lies before."""
+        """How many timers are set, and a lower bound of their due keys."""
         known = state.get(timers.COUNT)
         if known is not None:
             count, _, first = known.partition(b" ")
             return int(count), first
-        keys = [key for key, _ in state.scan(timers.DUE)]  # once, for a table of an earlier version
+        keys = [key for key, _ in state.scan(timers.DUE)]  # once, for a table that an earlier version wrote
         return len(keys), keys[0] if keys else b""
 
     @staticmethod
     def _put_table(state: Changes, count: int, low: bytes) -> None:
-        """The low end stays when its timer is cancelled, until its time has come, because of this:
+        """Store the count and the lower bound.  The bound stays when its timer is cancelled, until its time has come, because:
 
-        1. a workflow cancels its timeout; the next one's is due at another time, and is cancelled, too
-        2. the store keeps what was deleted until it is compacted
-        3. whoever looked for the next entry at each of them would pass thousands that were deleted, again and again
+        1. A workflow cancels its timeout; that of the next workflow is due at another time, and is cancelled too.
+        2. The store keeps deleted entries until it is compacted.
+        3. If each cancellation looked for the next entry, it would pass thousands of deleted ones, again and again.
         """
         state.put(timers.COUNT, b"%d %s" % (count, low if count else b""))
 
     def _decide(self, state: Changes, record: Record, received_ms: int, table: tuple[int, bytes]) -> tuple[Decision, tuple[int, bytes]]:
-        """What it does, and the table's count and low end then."""
+        """What the record does, and the table's count and lower bound after it."""
         try:
             wire.check_size(record, self.config.value_bytes_max, self.config.header_bytes_max)
             stored = state.get(record.key) if record.key else None

@@ -1,6 +1,6 @@
-"""The kinds of what is told of an instance: of a header that nobody signed, and of a row that another engine sends.
+"""The types of what is reported about an instance: in a header that may be unsigned, and in a row that another engine sends.
 
-Nobody behind this looks again: whatever passes can be listed, compared and shown.
+Nobody checks again after this module: whatever passes can be listed, compared and shown.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Forked(msgspec.Struct):
 
 
 class _Told(msgspec.Struct):
-    """What is told of a header: nobody else looks whether it is what it should be, and one that is not would hide all others."""
+    """The fields of a header that are reported.  Nobody else checks their types, and one bad header would hide all others."""
 
     workflow: str
     waits: list[Wait]
@@ -101,7 +101,7 @@ class _Rows(msgspec.Struct):
 
 
 def checked_header(header: dict[str, Any]) -> dict[str, Any]:
-    """The same.  Raises CorruptSnapshotError."""
+    """Return the header unchanged.  Raises CorruptSnapshotError if a field has the wrong type."""
     try:
         told = msgspec.convert(header, _Told)
     except (msgspec.ValidationError, RecursionError) as error:
@@ -112,5 +112,5 @@ def checked_header(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_rows(answer: Any) -> None:
-    """Raises msgspec.ValidationError."""
+    """Check the answer of an engine.  Raises msgspec.ValidationError."""
     msgspec.convert(answer, list[Row] | _Rows)

@@ -1,11 +1,12 @@
 """OpenTelemetry spans, one for each committed step and one for each run of an activity (`kwflow[otel]`, option `tracing`).
 
-The context comes in with a record's `traceparent` and goes out with the step's own in everything it writes, timers
-included: whoever answers carries it back.  A record without one joins the trace that the instance was started in; one of another
-trace links to it.  A step's span is ended only after its commit, so a batch that is made again shows no step twice.  An activity's
-is the current one while the author's function runs, so that what that calls is seen below it.
+The context arrives in a record's `traceparent`.  Everything that the step writes, timers included, carries the step's own
+context, and whoever answers sends it back.  The step of a record without a context joins the trace that the instance was
+started in; the step of a record from another trace links to that one.  A step's span is ended only after its commit, so a
+batch that is repeated shows no step twice.  An activity's span is current while the author's function runs, so that what the
+function calls appears below it.
 
-What is traced never depends on it: whatever a provider, a sampler or a processor raises costs a span, and a line in the log.
+The engine never depends on tracing: whatever a provider, a sampler or a processor raises costs a span, and a line in the log.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _T = TypeVar("_T")
 
 
 def _spared(call: Callable[_P, _T]) -> Callable[_P, _T | None]:
-    """The same, giving None for what OpenTelemetry or what is plugged into it raises: a step would be lost with its engine, an activity never answered."""
+    """Wrap a call so that it returns None if OpenTelemetry or a plugin raises.  The error would otherwise end the engine, or leave an activity unanswered."""
 
     @functools.wraps(call)
     def spared(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
@@ -48,12 +49,12 @@ def _spared(call: Callable[_P, _T]) -> Callable[_P, _T | None]:
 
 @functools.lru_cache(maxsize=100)
 def _said(why: str) -> None:
-    """Once: it would be said of every step."""
+    """Log a reason once, as it would otherwise be logged for every step."""
     logging.getLogger(__name__).warning("tracing loses spans: %s", why)
 
 
 class Span:
-    """One step's.  `record` is its record with the step's own context in the headers."""
+    """The span of one step.  `record` is the step's record, with the step's own context in its headers."""
 
     __slots__ = ("_ended_ns", "_span", "context", "record")
 
@@ -65,7 +66,7 @@ class Span:
 
     @_spared
     def done(self, outcome: str, wrong: str | None) -> None:
-        """The step is made; `wrong` says what was wrong with it, if anything was."""
+        """The step was made; `wrong` says what went wrong, if anything did."""
         self._span.set_attribute("kwflow.outcome", outcome)
         if wrong is not None:
             from opentelemetry.trace import StatusCode
@@ -75,12 +76,12 @@ class Span:
 
     @_spared
     def end(self) -> None:
-        """It was committed."""
+        """The step was committed."""
         self._span.end(self._ended_ns)
 
 
 class CallSpan:
-    """One run of an activity's function, in a `with`; this one is none, where nothing is traced."""
+    """The span of one run of an activity's function, used in a `with`.  This class is the null span, for engines that do not trace."""
 
     def __enter__(self) -> CallSpan:
         return self
@@ -89,15 +90,18 @@ class CallSpan:
         """Nothing to end."""
 
     def headers(self, call: Dispatch) -> Headers:
-        """What its answer carries."""
+        """The headers of the answer to this call."""
         return call.headers
 
     def failed(self, error: BaseException) -> None:
-        """An attempt that it is for has failed."""
+        """Note that this attempt has failed."""
 
 
 class _Traced(CallSpan):
-    """Below the step that called; of a batch beside those, with links to them, and each answer goes on in the trace of its call."""
+    """The span of one run, a child of the step that made the call.
+
+    The span of a batch begins a new trace, with links to the steps that made its calls, and each answer continues the trace of its own call.
+    """
 
     def __init__(self, tracing: Tracing, calls: Sequence[Dispatch]) -> None:
         self._tracing = tracing
@@ -125,7 +129,7 @@ class _Traced(CallSpan):
 
     @_spared
     def failed(self, error: BaseException) -> None:
-        """Its text is made here: an author's `__str__` may raise, too."""
+        """The error is formatted inside of this spared method, as an author's `__str__` may raise too."""
         if self._span is not None:
             from opentelemetry.trace import StatusCode
 
@@ -135,7 +139,7 @@ class _Traced(CallSpan):
 
 
 class Tracing:
-    """Begins spans with a provider's tracer (default: the process's).  Raises UsageError without `kwflow[otel]`."""
+    """Begins spans with a provider's tracer (default: the process's provider).  Raises UsageError without `kwflow[otel]`."""
 
     def __init__(self, provider: Any = None, header_bytes_max: int = 65_536) -> None:
         try:
@@ -167,27 +171,27 @@ class Tracing:
 
     @_spared
     def current(self) -> dict[str, str]:
-        """The context of the span that is current where this is called, for others; none where there is none."""
+        """The context of the caller's current span, in a form to send to others; empty if there is none."""
         return self._injected(self._trace.get_current_span())
 
     def with_context(self, headers: Headers, context: dict[str, str]) -> Headers:
-        """In place of the context that they have; as they are if they would be too large with it, as a record that is refused is no answer."""
+        """Replace the context in these headers.  They stay unchanged if they would become too large, as a record that is refused is no answer."""
         others = tuple(pair for pair in headers if pair[0] not in _CARRIED)
         made = (*others, *((name, value.encode()) for name, value in context.items())) if context else headers
         return made if header_bytes(made) <= self._header_bytes_max else headers
 
     def remember(self, instance: Instance, span: Span) -> None:
-        """The context of its start stays in the instance's header."""
+        """Keep the context of the instance's first step in its header."""
         if "trace" not in instance.extra and span.context:
             instance.extra["trace"] = span.context
 
     def call(self, calls: Sequence[Dispatch]) -> CallSpan:
-        """Around one run of an activity's function for these calls."""
+        """Return a context manager for one run of an activity's function for these calls."""
         return _Traced(self, calls)
 
     @_spared
     def begin_call(self, calls: Sequence[Dispatch]) -> tuple[Any, dict[str, str]]:
-        """A span of it, and its context for others."""
+        """Start the span of a run; return it and its context in a form to send to others."""
         name = calls[0].name
         callers = [found for call in calls if (found := self._context(_context_in(call.headers))) is not None]
         one = len(calls) == 1
@@ -200,7 +204,7 @@ class Tracing:
 
     @_spared
     def enter(self, span: Any) -> Any:
-        """What is called from now on, in this thread or task, is below it."""
+        """Make the span current: spans that are begun from now on in this thread or task are its children."""
         return self._current.attach(self._trace.set_span_in_context(span))
 
     @_spared
@@ -208,7 +212,7 @@ class Tracing:
         self._current.detach(token)
 
     def _below(self, parent: Any) -> Any:
-        """Where a span begins; a new trace without a parent, whatever is current in this thread."""
+        """The context of a new span: below `parent`, or a new trace if that is None, whatever span is current in this thread."""
         return self._trace.set_span_in_context(self._trace.NonRecordingSpan(parent)) if parent is not None else self._current.Context()
 
     def _injected(self, span: Any) -> dict[str, str]:
@@ -239,21 +243,21 @@ def _context_in(headers: Headers) -> dict[str, str]:
 
 
 def end_all(spans: Iterable[object]) -> None:
-    """Their steps are committed."""
+    """End spans whose steps were committed."""
     for span in spans:
         if isinstance(span, Span):
             span.end()
 
 
 def fail_all(spans: Iterable[object], wrong: str) -> None:
-    """Their instance could not be saved after all."""
+    """Mark spans whose instance could not be saved after all."""
     for span in spans:
         if isinstance(span, Span):
             span.done("parked", wrong)
 
 
 def configure(name: str) -> None:
-    """Send spans by OTLP over HTTP as the OTEL_* variables say, unless the process has a provider already.  Raises UsageError without `kwflow[otel]`."""
+    """Send spans by OTLP over HTTP, as the OTEL_* variables say, unless the process has a provider already.  Raises UsageError without `kwflow[otel]`."""
     try:
         from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

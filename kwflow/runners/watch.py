@@ -1,7 +1,7 @@
-"""`GET /health`, `/metrics` and `/instances` of a running engine, on a thread of its own that only reads.
+"""`GET /health`, `/metrics` and `/instances` of a running engine, served on a thread of its own that only reads.
 
-All metrics are made when somebody asks, from numbers the loop keeps anyway (runners/stats.py): an engine that nobody
-looks at pays nothing for being watchable.
+All metrics are computed on request, from numbers that the loop keeps anyway (runners/stats.py), so an engine that nobody
+watches pays nothing.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from kwflow.runners.stats import Histogram, Seen, Stats
 
 __all__ = ["Watched", "advertised", "health", "is_live", "metrics_registry", "serve_http"]
 
-_STUCK_S = 60  # beyond the longest step: a commit may be asked for twice the transaction timeout
+_STUCK_S = 60  # beyond the longest step: a commit may be retried for twice the transaction timeout
 _REQUEST_S = 10
 _EVERY = ("", "0.0.0.0", "[::]")
 
 
 class Watched(Protocol):
-    """A runner, as far as it is watched."""
+    """The part of a runner that is watched."""
 
     @property
     def stats(self) -> Stats: ...
@@ -45,14 +45,14 @@ class Watched(Protocol):
     def watched_processors(self) -> Sequence[object]: ...
 
     def seen(self) -> list[Seen]:
-        """How it stands now, for each of its inputs.  Called from another thread; it may ask the broker."""
+        """The present state of each of its inputs.  Called from another thread; it may ask the broker."""
 
     def instances(self) -> Instances | None:
-        """What it has now; None if it runs no workflows.  Called from another thread."""
+        """The instances that it has now; None if it runs no workflows.  Called from another thread."""
 
 
 def health(runners: Sequence[Watched], config: Config) -> tuple[bool, bool, dict[str, Any]]:
-    """Whether it is live (each loop came round lately), whether ready (restored and owning), and both with details as JSON."""
+    """Whether the engine is live (each loop came round lately), whether it is ready (its partitions are owned and restored), and both with details, for JSON."""
     live = is_live(runners, config)
     seen = [(runner, one) for runner in runners for one in runner.seen()]
     ready = bool(seen) and all(one.ready and runner.stats.turned_s > 0 for runner, one in seen)
@@ -65,7 +65,7 @@ def _details(one: Seen) -> dict[str, Any]:
 
 
 def is_live(runners: Sequence[Watched], config: Config) -> bool:
-    """Whether each loop that has begun came round lately.  Asks nobody: a broker that is away is no reason to start an engine again."""
+    """Whether each loop that has begun came round lately.  Asks no broker: an unreachable one is no reason to restart an engine."""
     now, limit = time.monotonic(), config.step_abort_ms / 1000 + _STUCK_S
     return all(now - runner.stats.turned_s < limit for runner in runners if runner.stats.turned_s)
 
@@ -148,7 +148,7 @@ def _histogram(name: str, text: str, parts: Sequence[Histogram]) -> Metric:
 
 
 def metrics_registry(runners: Sequence[Watched], config: Config) -> CollectorRegistry:
-    """A registry of its own, so that two engines in one process do not meet."""
+    """Return a registry for these runners alone, so that two engines in one process do not collide."""
     registry = CollectorRegistry()
     registry.register(_Metrics(runners, config))
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -164,9 +164,9 @@ def _address(where: str) -> tuple[str, int]:
 
 
 def advertised(config: Config, port: int) -> str:
-    """HOST:PORT at which others reach what listens on this port: as configured, or as it was bound; a name for every address."""
+    """HOST:PORT at which others reach a listener on this port: as configured, or as it was bound; the host's name if it was bound to every address."""
     told = config.http_advertised or ""
-    if told.count(":") > 1 and not told.startswith("["):  # an address of IPv6, as Kubernetes tells it
+    if told.count(":") > 1 and not told.startswith("["):  # a bare IPv6 address, as Kubernetes gives it
         return f"[{told}]:{port}"
     host, _, configured = told.rpartition(":")
     if configured.isdigit() and host:
@@ -176,7 +176,7 @@ def advertised(config: Config, port: int) -> str:
 
 
 class _Server(ThreadingHTTPServer):
-    """Prints nothing into the log of the engine."""
+    """A server that prints nothing into the engine's log."""
 
     daemon_threads = True
 
@@ -185,12 +185,12 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A connection that broke off is nobody's trouble here."""
+        """Ignore it: a connection that broke is no problem of the engine."""
 
 
 @contextlib.contextmanager
 def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterator[int]:
-    """Answer while inside; gives the port.  Raises UsageError if the address cannot be listened on."""
+    """Serve while inside of this, and yield the port.  Raises UsageError if the address cannot be listened on."""
     registry = metrics_registry(runners, config)
 
     class Handler(BaseHTTPRequestHandler):
@@ -245,7 +245,7 @@ def serve_http(where: str, runners: Sequence[Watched], config: Config) -> Iterat
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
-            """Probes come every few seconds; they are not worth a line."""
+            """Log nothing: probes come every few seconds."""
 
     try:
         server = _Server(_address(where), Handler)

@@ -1,9 +1,11 @@
-"""Author code that never reaches a wait: named in the log, then ended, so that the partition goes on (K19).
+"""Author code that never reaches a wait: it is named in the log, then ended, so that the partition goes on (K19).
 
-Python can raise in another thread only between bytecodes, so a call that blocks in C cannot be ended: an engine's process
-ends instead, and after its start the record is looked for, until three processes have died of it alone (attempts.py).  One thread
-of the process looks now and then at the watchdogs that had a step when it last looked, or have begun one since: waking it for
-each step would cost more than the step, and looking at those of idle engines a processor, where they are many.
+Python can raise an exception in another thread only between bytecodes, so a call that blocks in C cannot be ended.  An
+engine's process ends instead; after its restart the record is searched for, until three processes have died of it alone (attempts.py).
+
+One watcher thread per process looks now and then at each watchdog that had a step when it last looked, or that has begun one
+since.  To wake it for each step would cost more than the step; to look at idle watchdogs too would keep a processor busy in
+processes with many engines.
 """
 
 from __future__ import annotations
@@ -22,38 +24,38 @@ __all__ = ["Watchdog", "end_when_stuck"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_AGAIN_S = 1.0  # author code may swallow it in a loop; raise again until the step ends
+_AGAIN_S = 1.0  # author code may swallow the exception in a loop: raise it again until the step ends
 _LOOK_S = 1.0
 _START_ME_AGAIN = 3  # exit code
-_ends: list[bool] = []  # set in processes that are nothing but engines
+_ends: list[bool] = []  # not empty in processes that are nothing but engines
 _watched: set[Watchdog] = set()
 _registering = threading.Lock()
-_begins = threading.Event()  # a step that the watcher does not know of
+_begins = threading.Event()  # set when a step has begun that the watcher does not know of
 _watcher: list[threading.Thread] = []
 
 
 class Watchdog:
-    """Around each step of one thread: `watchdog.run(id, step, ...)`.
+    """Watches each step of one thread: `watchdog.run(id, step, ...)`.
 
-    After `warn_ms` the log says where the step is; at `abort_ms` StepTimeout is raised in it, and again at its end if
-    author code swallowed it.
+    After `warn_ms` the log says where the step is.  At `abort_ms` StepTimeout is raised in it, and again at its end if author
+    code swallowed it.
     """
 
     def __init__(self, warn_ms: int, abort_ms: int, on_log: Callable[[str], None]) -> None:
         self._warn_s, self._abort_s = warn_ms / 1000, abort_ms / 1000
-        self._stuck_s = self._abort_s + max(2.0, self._abort_s / 2)  # well before the broker gives the partition to the next engine
+        self._stuck_s = self._abort_s + max(2.0, self._abort_s / 2)  # must be well before the broker gives the partition to another engine
         self._on_log = on_log
         self._lock = threading.Lock()
         self._name = ""
         self._ident = 0
-        self._begun = 0.0  # 0: no step runs; negative: one is about to, and nothing may be raised in its thread yet
+        self._begun = 0.0  # 0: no step runs; negative: one is about to run, and nothing may be raised in its thread yet
         self._warned = self._raised = 0.0
         self._watched = False
         self._look_at = 0.0
         self._look_s = min(_LOOK_S, self._warn_s / 4, self._abort_s / 4)
 
     def run(self, name: str, step: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """What `step` returns.  Raises StepTimeout if it was to be ended, whatever it did about that."""
+        """Return what `step` returns.  Raises StepTimeout if the step ran too long, even if it swallowed the exception."""
         self._name, self._ident = name, threading.get_ident()
         self._warned = self._raised = 0.0
         self._begun = begun = time.monotonic()
@@ -67,9 +69,9 @@ class Watchdog:
             finally:
                 self._end()
         except StepTimeout:
-            self._end()  # it may have come before the first instruction of the other
+            self._end()  # the exception may have arrived before the first instruction of the call above
             if not self._raised:
-                raise  # author code's own
+                raise  # author code raised it itself
         if self._raised:
             raise StepTimeout(f"the step took more than {self._abort_s:g} s without reaching a wait (limit step_abort_ms); do long work in an activity, or raise it and retry")
         return made
@@ -85,21 +87,21 @@ class Watchdog:
         _begins.set()
 
     def _rests(self) -> bool:
-        """Whether no step runs; then the next one tells of itself."""
-        self._watched = False  # before it is looked whether one runs: one that begins meanwhile is seen here, or sees this
+        """Whether no step runs now.  If so, the next step registers itself."""
+        self._watched = False  # before the look at _begun: a step that begins meanwhile is seen here, or sees this and registers
         self._watched = bool(self._begun)
         return not self._watched
 
     def _end(self) -> None:
-        """Nothing is raised in this thread any more when this has returned."""
+        """End the watch over a step: once this has returned, nothing more is raised in this thread."""
         while True:
             try:
                 with self._lock:
                     self._begun = 0.0
                     if not self._raised:
                         return
-                    # One may still be on its way.  It is not taken back but replaced and waited for: taken back, CPython before
-                    # 3.13 looks for it at each jump and call from then on (loops take 1.4 times as long), and 3.11 hangs when traced.
+                    # An exception may still be pending.  It is not cleared, but set again and awaited: once cleared, CPython before 3.13
+                    # checks for it at each jump and call from then on (loops take 1.4 times as long), and 3.11 hangs when traced.
                     if not _raise_in(self._ident):
                         return
                     while True:
@@ -109,7 +111,7 @@ class Watchdog:
                     return
 
     def look(self, now: float) -> None:
-        """Warn or raise if the step runs too long."""
+        """Warn, raise StepTimeout or end the process, depending on how long the step has been running."""
         begun = self._begun
         passed = now - begun
         if begun <= 0 or passed < min(self._warn_s, self._abort_s):
@@ -128,12 +130,12 @@ class Watchdog:
 
 
 def end_when_stuck() -> None:
-    """From now on a step that cannot be ended ends this process, with exit code 3."""
+    """Let a step that cannot be ended end this process from now on, with exit code 3."""
     _ends.append(True)
 
 
 def _raise_in(ident: int) -> bool:
-    """False if there is no such thread: gevent has numbers of its own."""
+    """Raise StepTimeout in a thread.  False if there is no such thread, as with gevent, which has thread numbers of its own."""
     return bool(ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(StepTimeout)))
 
 
@@ -153,7 +155,7 @@ def _watch() -> None:
 
 
 def _forked() -> None:
-    """In a process that was forked off: the thread that looks is the parent's, and its locks are as they were in that moment."""
+    """Start afresh in a forked child: the watcher thread exists in the parent alone, and locks were copied in the state of that moment."""
     global _registering, _begins
     _registering, _begins = threading.Lock(), threading.Event()
     for dog in _watched:
