@@ -12,6 +12,7 @@ import typer
 from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, err, out, print_json, print_table
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot
+from kwflow.core.picture import named
 from kwflow.durable import versions
 from kwflow.durable.peek import told
 from kwflow.errors import UsageError
@@ -93,7 +94,7 @@ def _found(settings: Config, embedded: Path | None, id: str, characters: int) ->
     data = stored(settings, embedded, id)
     shown = described(data, settings.signing_keys)
     body = snapshot.split(data, settings.signing_keys)[1] if characters else b""  # variables only of what is verified, where there are keys
-    return shown, told(body, characters) if body else []
+    return shown, told(body, characters, named) if body else []
 
 
 def _saved(settings: Config, embedded: Path | None, id: str) -> bytes:

@@ -16,7 +16,7 @@ from kwflow.durable.peek import Shown
 from kwflow.durable.stubs import CREATED, OBJECT, WAITING, States, Stub, graph, qualname, text
 from kwflow.errors import CorruptSnapshotError
 
-__all__ = ["UNSET", "Frame", "Node", "Picture", "picture_of"]
+__all__ = ["UNSET", "Frame", "Node", "Picture", "named", "picture_of"]
 
 _NODES_MAX = 200  # of a picture; the header lists the waits besides
 _RUNNING = ("target", "agen", "gen")  # the attributes in which our own iterators hold what they run
@@ -84,11 +84,11 @@ class _Drawing:
         self._seen: set[int] = set()
         self._nodes: list[Node] = []
         self._todo: list[tuple[int, str, Any]] = []
-        self._shown = Shown(states, self._named)
+        self._shown = Shown(states, named)
 
     def picture(self, root: dict[str, Any]) -> Picture:
         for task in [root["main"], *root["tasks"].values()]:
-            if id(task) not in self._seen and self._fields(task).get("state") == PENDING:
+            if id(task) not in self._seen and _fields(self._states, task).get("state") == PENDING:
                 self._todo.append((0, "", task))
                 while self._todo and len(self._nodes) < _NODES_MAX:
                     self._draw(*self._todo.pop())
@@ -98,7 +98,7 @@ class _Drawing:
 
     def _draw(self, depth: int, key: str, awaited: Any) -> None:
         """Draw one thing that is waited for.  A task is drawn as its stack, followed by what it waits for."""
-        cls, fields = self._class(awaited), self._fields(awaited)
+        cls, fields = _class(awaited), _fields(self._states, awaited)
         again = id(awaited) in self._seen
         self._seen.add(id(awaited))
         node = Node(depth, getattr(cls, "kind", cls.__name__.lower()), key=key, state=text(fields["state"]), value=fields["value"], again=again)
@@ -126,22 +126,13 @@ class _Drawing:
             inner = task["waiting_on"]
             if inner is None:
                 return
-            task = self._fields(inner)
-            if not issubclass(self._class(inner), Task) or task["state"] != PENDING or id(inner) in self._seen or len(self._nodes) >= _NODES_MAX:
+            task = _fields(self._states, inner)
+            if not issubclass(_class(inner), Task) or task["state"] != PENDING or id(inner) in self._seen or len(self._nodes) >= _NODES_MAX:
                 self._todo.append((depth, "", inner))
                 return
             self._seen.add(id(inner))
 
     # -- what stubs stand for ----------------------------------------------------------------------------------------
-    def _class(self, made: Any) -> type[Awaitable]:
-        cls: type[Awaitable] = CLASSES[made.args[0]]
-        return cls
-
-    def _fields(self, made: Any) -> dict[str, Any]:
-        if made is None:
-            return {}
-        return dict(zip(self._class(made)._fields, self._states[id(made)][2], strict=True))
-
     def _frame(self, gen: Stub) -> Frame:
         kind, _, slots = self._states[id(gen)]
         cells = tuple(self._content(cell) for cell in (gen.args[2] if len(gen.args) > 2 else ()))
@@ -171,15 +162,25 @@ class _Drawing:
             value = next((slots[name] for name in _RUNNING if isinstance(slots.get(name), Stub)), None) if isinstance(slots, dict) else None
         return None
 
-    def _named(self, made: Stub) -> str | None:
-        """Return the text that the object's own repr gives, or None if it is not one of our classes."""
-        if self._states.get(id(made), (None,))[0] != OBJECT:
-            return None
-        cls, fields = self._class(made), self._fields(made)
-        if issubclass(cls, Combinator):
-            return f"<{cls.__name__.lower()} of {len(fields['children'])} {text(fields['state'])}>"
-        named = f"task {_number(fields['number'])} {text(fields['name'])}" if issubclass(cls, Task) else f"{getattr(cls, 'kind', '')} {text(fields.get('ref'))}"
-        return f"<{named} {text(fields['state'])}>"
+
+def named(states: States, made: Stub) -> str | None:
+    """Return the text that the repr of an awaitable gives, or None for any other object.  Raises LookupError, TypeError or ValueError if it is damaged."""
+    if states.get(id(made), (None,))[0] != OBJECT:
+        return None
+    cls, fields = _class(made), _fields(states, made)
+    if issubclass(cls, Combinator):
+        return f"<{cls.__name__.lower()} of {len(fields['children'])} {text(fields['state'])}>"
+    name = f"task {_number(fields['number'])} {text(fields['name'])}" if issubclass(cls, Task) else f"{getattr(cls, 'kind', '')} {text(fields.get('ref'))}"
+    return f"<{name} {text(fields['state'])}>"
+
+
+def _class(made: Any) -> type[Awaitable]:
+    cls: type[Awaitable] = CLASSES[made.args[0]]
+    return cls
+
+
+def _fields(states: States, made: Any) -> dict[str, Any]:
+    return {} if made is None else dict(zip(_class(made)._fields, states[id(made)][2], strict=True))
 
 
 def _number(value: Any) -> int:

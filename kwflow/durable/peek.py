@@ -5,6 +5,7 @@ It must not know how the bytes are read: that is `stubs.py`.  What nests without
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -16,25 +17,33 @@ __all__ = ["Shown", "peek", "told"]
 
 _BRACKETS: dict[type, tuple[str, str]] = {list: ("[", "]"), tuple: ("(", ")"), dict: ("{", "}"), set: ("{", "}"), frozenset: ("{", "}")}
 _NESTING_MAX = 20
+Naming = Callable[[States, Stub], "str | None"]
+
+
+def _unnamed(_states: States, _made: Stub) -> None:
+    """Nothing has a name of its own."""
 
 
 def peek(body: bytes) -> list[tuple[str, dict[str, Any]]]:
     """(function, its variables) of each waiting generator, in the order they were met.  Raises CorruptSnapshotError."""
-    return _checked(graph(body)[1].values())
+    with _corrupt_if_it_fails():
+        return _waiting(graph(body)[1].values())
 
 
-def _checked(states: Collection[tuple[int, Any, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        return _waiting(states)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise CorruptSnapshotError(f"the body of a snapshot is not an instance: {error!r}") from error
-
-
-def told(body: bytes, characters: int) -> list[tuple[str, dict[str, str]]]:
+def told(body: bytes, characters: int, named: Naming = _unnamed) -> list[tuple[str, dict[str, str]]]:
     """The same as text, each value in so many characters.  Raises CorruptSnapshotError."""
-    states = graph(body)[1]
-    shown = Shown(states)
-    return [(function, {text(name): shown.text(value, characters) for name, value in values.items()}) for function, values in _checked(states.values())]
+    with _corrupt_if_it_fails():
+        states = graph(body)[1]
+        shown = Shown(states, named)
+        return [(function, {text(name): shown.text(value, characters) for name, value in values.items()}) for function, values in _waiting(states.values())]
+
+
+@contextlib.contextmanager
+def _corrupt_if_it_fails() -> Iterator[None]:
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptSnapshotError(f"the body of a snapshot is not an instance: {error!r}") from error
 
 
 def _waiting(states: Collection[tuple[int, Any, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -56,7 +65,7 @@ class Shown:
     `named` says of an object that is told apart what it is, if it is to be said in other words.
     """
 
-    def __init__(self, states: States, named: Callable[[Stub], str | None] = lambda _: None) -> None:
+    def __init__(self, states: States, named: Naming = _unnamed) -> None:
         self._states = states
         self._named = named
         self._left = 0
@@ -97,7 +106,7 @@ class Shown:
 
     def _object(self, made: Stub, depth: int) -> Iterator[str]:
         kind, _, state = self._states.get(id(made), (None, None, None))
-        named = self._named(made)
+        named = self._named(self._states, made)
         if named is None and made.name in ("generator", "function") and len(made.args) > 1:
             named = f"<{made.name} {qualname(made)}>"
         moment, others = made.moment()

@@ -54,7 +54,7 @@ class Order:
         self.items = ["teapot"]
 
 def main(opts):
-    order, count = Order(), 3
+    order, count, timer = Order(), 3, kw.sleep(60)
     yield kw.suspend("r")
     return count
 """
@@ -334,6 +334,7 @@ def test_show_with_locals_shows_variables_without_the_authors_code(shell: Shell,
     assert "count = 3" in said
     assert "order = shown.Order(items=['teapot'])" in said
     assert "shown.py:10" in said
+    assert "timer = <timer 0:1 pending>" in said, "not the class and the number that stand for it in a snapshot"
 
 
 def test_a_fenced_engine_is_to_be_started_again_and_one_that_would_only_fail_again_is_not() -> None:
