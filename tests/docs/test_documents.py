@@ -68,7 +68,23 @@ def test_every_setting_is_documented_and_those_of_the_table_with_their_defaults(
         assert default == ("none" if real is None or real == [] else str(real).lower()), name
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def anchors(path: pathlib.Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda p: p.name)
 def test_links_between_documents_lead_somewhere(path: pathlib.Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-        assert (path.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", path.read_text(encoding="utf-8")):
+        there = path.parent / target if target else path
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), f"{target}#{anchor}"
+
+
+def test_places_in_documents_that_the_code_names_are_there() -> None:
+    named = {found for path in (ROOT / "kwflow").rglob("*.py") for found in re.findall(r"(docs/[\w/-]+\.md)(?:#([\w-]+))?", path.read_text(encoding="utf-8"))}
+    assert named
+    for document, anchor in named:
+        assert not anchor or anchor in anchors(ROOT / document), f"{document}#{anchor}"
+        assert (ROOT / document).exists(), document
