@@ -1,8 +1,8 @@
-"""Generators that survive a process: saved at a yield, they go on from there later, elsewhere, on another minor.
+"""Generators that survive a process: saved at a yield, they continue from there later, elsewhere, on another minor of Python.
 
-A library of its own: nothing here knows workflows or Kafka.  Reading order: lower/__init__.py (source to two code
-objects), runtime.py (what lowered code calls), frames.py (a frame as data), codec.py (an object graph as bytes: names.py says what
-may be named, reducers.py how each kind of value is saved, rebuild.py how it is made again), loader.py (imports).
+A library of its own: nothing here knows workflows or Kafka.  Reading order: lower/__init__.py (source to two code objects),
+runtime.py (what lowered code calls), frames.py (a frame as data), codec.py (an object graph as bytes; names.py says what may
+be named, reducers.py how each kind of value is saved, rebuild.py how it is built again), loader.py (imports).
 """
 
 from kwflow.durable.canonical import canonical, canonical_bytes

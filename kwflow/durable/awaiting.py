@@ -1,8 +1,8 @@
 """What async code of durable modules calls: `await`, async generators and async context managers, as plain picklable data.
 
-Lowered `async def` is a durable generator; what it awaits is an iterator with `send`, `throw` and `close` (PEP 380), which can
-be saved in the middle.  Coroutines of other code cannot, so they are refused here, asyncio's with the name of what to
-write instead.
+A lowered `async def` is a durable generator.  What it awaits is an iterator with `send`, `throw` and `close` (PEP 380), which
+can be saved in the middle.  Coroutines of other code cannot be saved, so they are refused here; for asyncio's, the error
+names what to write instead.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _INSTEAD = {
 
 
 def asyncio_refusal(value: object) -> UsageError | None:
-    """Why this value cannot be awaited by a workflow, if it belongs to asyncio or to code that is not durable."""
+    """Return why a workflow cannot await this value, if it belongs to asyncio or to code that is not durable; otherwise None."""
     if hasattr(value, "_asyncio_future_blocking"):
         return _refusal(f"asyncio's {type(value).__name__}", type(value).__name__)
     if inspect.iscoroutine(value):
@@ -53,7 +53,7 @@ def asyncio_refusal(value: object) -> UsageError | None:
         module = value.cr_frame.f_globals.get("__name__", "") if value.cr_frame is not None else ""
         given = value.cr_frame.f_locals.values() if value.cr_frame is not None else ()
         for unawaited in (value, *filter(inspect.iscoroutine, given)):
-            unawaited.close()  # or the interpreter would warn that it was never awaited
+            unawaited.close()  # otherwise the interpreter would warn that it was never awaited
         if module.split(".")[0] == "asyncio":
             return _refusal(f"asyncio's {name}", name.split(".")[0])
         return UsageError(f"{name} ({code.co_filename}:{code.co_firstlineno}) is a coroutine of code that is not durable and could not be saved; {_DURABLE}")
@@ -73,7 +73,7 @@ def _refusal(what: str, name: str) -> UsageError:
 
 # -- await -------------------------------------------------------------------------------------------------------------
 class Once:
-    """Hands its target to whoever drives the generators, once; what is sent back is the value of the `await`."""
+    """Yields its target once, to whoever drives the generators; what is sent back is the value of the `await`."""
 
     __slots__ = ("target",)
 
@@ -97,27 +97,27 @@ class Once:
         try:
             raise error
         finally:
-            del error  # a frame that holds the error which holds the frame would keep much alive
+            del error  # the frame holds the error, and the error the frame: this cycle would keep much alive
 
     def close(self) -> None:
         self.target = None
 
 
 def not_awaitable(value: Any) -> TypeError:
-    """As this Python says it."""
+    """Return the error of `await` for this value, worded as in this Python."""
     name = type(value).__name__
     return TypeError(f"object {name} can't be used in 'await' expression" if sys.version_info < (3, 14) else f"'{name}' object can't be awaited")
 
 
 def no_iterator(value: Any, got: Any) -> TypeError:
-    """The same of what `__await__` returned."""
+    """Return the error for what `__await__` of this value returned, worded as in this Python."""
     if sys.version_info < (3, 15):
         return TypeError(f"__await__() returned non-iterator of type '{type(got).__name__}'")
     return TypeError(f"{_full_name(type(value))}.__await__() must return an iterator, not {_full_name(type(got))}")
 
 
 def no_manager(cls: type[Any], methods: tuple[str, str], others: tuple[str, str]) -> TypeError:
-    """What `with` or `async with` raises without these methods, as this Python says it; `others` are those of the other statement."""
+    """Return what `with` or `async with` raises if these methods are missing, worded as in this Python.  `others` are the methods of the other statement."""
     enters, leaves = (hasattr(cls, method) for method in methods)
     kind, statement = ("context manager", "async with") if methods[0] == "__enter__" else ("asynchronous context manager", "with")
     lacks = f"object does not support the {kind} protocol"
@@ -134,9 +134,9 @@ def _full_name(cls: type[Any]) -> str:
 
 
 def iterator_of(value: Any) -> Any:
-    """What `await value` iterates, for anything but a generator.  Raises TypeError as natively, UsageError for asyncio's."""
+    """Return what `await value` iterates, for anything but a generator.  Raises TypeError as Python does, UsageError for values of asyncio."""
     if inspect.iscoroutine(value):
-        from kwflow.durable import stacks  # which is above this module in everything else
+        from kwflow.durable import stacks  # stacks imports this module, so not at the top
 
         stack = stacks.instead_of(value)
         if stack is not None:
@@ -154,7 +154,7 @@ def iterator_of(value: Any) -> Any:
 
 
 def below(delegate: Any) -> Any:
-    """The generator that runs inside a delegate of ours, or the delegate itself."""
+    """Return the generator that runs inside one of our delegates, or the delegate itself."""
     while isinstance(delegate, _Chained):
         delegate = delegate.target
     return delegate.agen.gen if isinstance(delegate, Advance) else delegate
@@ -162,7 +162,7 @@ def below(delegate: Any) -> Any:
 
 # -- async generators ----------------------------------------------------------------------------------------------------
 class Item:
-    """What an async generator yields, as opposed to what it waits for."""
+    """Wraps what an async generator yields, as opposed to what it waits for."""
 
     __slots__ = ("value",)
 
@@ -255,7 +255,7 @@ class Advance:
     def close(self) -> None:
         if self.state == "going":
             self.state = "ended"
-            if sys.version_info >= (3, 13):  # before, natively, the generator is left as it is until it is dropped
+            if sys.version_info >= (3, 13):  # before 3.13, Python leaves the generator as it is until it is dropped
                 self.agen.gen.close()
                 self.agen.running = False
 
@@ -291,12 +291,12 @@ class Advance:
         try:
             raise StopIteration if self.kind == "aclose" and isinstance(ended, (StopAsyncIteration, GeneratorExit)) else ended
         finally:
-            BaseException.__setattr__(ended, "__context__", context)  # raising it here has put another one there
+            BaseException.__setattr__(ended, "__context__", context)  # raising it here has set another one
             del context, ended, arguments
 
 
 def aiter_(source: Any) -> Any:
-    """`type(source).__aiter__`, with the checks of `async for`."""
+    """Return what `__aiter__` of the type returns, with the checks of `async for`."""
     refusal = asyncio_refusal(source)
     if refusal is not None:
         raise refusal
@@ -310,7 +310,7 @@ def aiter_(source: Any) -> Any:
 
 
 def anext_(iterator: Any) -> Any:
-    """The awaitable for the next value."""
+    """Return the awaitable for the next value."""
     found = type(iterator).__anext__(iterator)
     if not isinstance(found, types.GeneratorType) and not hasattr(type(found), "__await__"):
         raise TypeError(f"'async for' received an invalid object from __anext__: {type(found).__name__}")
@@ -319,13 +319,13 @@ def anext_(iterator: Any) -> Any:
 
 # -- async context managers ------------------------------------------------------------------------------------------------
 def aenter(manager: Any) -> Any:
-    """The awaitable of `__aenter__`, looked up as `async with` does; contextlib's managers in a form that can be saved."""
+    """Return the awaitable of `__aenter__`, looked up as `async with` does; for contextlib's managers, one that can be saved."""
     cls = type(manager)
     enter = getattr(cls, "__aenter__", None)
     if enter is None or not hasattr(cls, "__aexit__"):
         raise no_manager(cls, ("__aenter__", "__aexit__"), ("__enter__", "__exit__"))
     if cls is contextlib._AsyncGeneratorContextManager and isinstance(manager.gen, AsyncGenerator):
-        for name in ("args", "kwds", "func"):  # as contextlib does: only needed to make it again
+        for name in ("args", "kwds", "func"):  # as contextlib does: they are only needed to make the manager again
             manager.__dict__.pop(name, None)
         return Entering(manager.gen.__anext__())
     if cls is contextlib.aclosing:
@@ -338,7 +338,7 @@ def aenter(manager: Any) -> Any:
 
 
 def aleave(manager: Any) -> Any:
-    """The awaitable of `__aexit__` with the exception being handled."""
+    """Return the awaitable of `__aexit__` with the exception that is being handled."""
     return leaving(manager, *sys.exc_info())
 
 
@@ -347,7 +347,7 @@ def aexit(manager: Any) -> Any:
 
 
 def leaving(manager: Any, *exc_info: Any) -> Any:
-    """The awaitable of `__aexit__`; of contextlib's managers in a form that can be saved."""
+    """Return the awaitable of `__aexit__`; for contextlib's managers, one that can be saved."""
     cls = type(manager)
     if cls is contextlib._AsyncGeneratorContextManager and isinstance(manager.gen, AsyncGenerator):
         return Leaving(manager.gen, exc_info[1])
@@ -363,7 +363,7 @@ def leaving(manager: Any, *exc_info: Any) -> Any:
 
 
 class Settled(Once):
-    """An awaitable that has its value already."""
+    """An awaitable that already has its value."""
 
     __slots__ = ()
 
@@ -375,7 +375,7 @@ class Settled(Once):
 
 
 class _Chained:
-    """An awaitable around another one: what that ends with decides what comes next."""
+    """An awaitable around another one.  How the inner one ends decides what comes next (`ended`)."""
 
     __slots__ = ("target",)
 
@@ -421,12 +421,12 @@ class _Chained:
                     raise ending
             finally:
                 if ending is not None and ending is error:
-                    BaseException.__setattr__(ending, "__context__", context)  # raising it here has put another one there
+                    BaseException.__setattr__(ending, "__context__", context)  # raising it here has set another one
                 del context, error, ending, arguments
             go, arguments = self.target.send, (None,)
 
     def ended(self, value: Any, error: BaseException | None) -> BaseException | None:
-        """StopIteration with the result, an error to raise, or None to go on with another target."""
+        """Return StopIteration with the result, an error to raise, or None to continue with another target."""
         raise NotImplementedError
 
 
@@ -442,7 +442,7 @@ class Entering(_Chained):
 
 
 class Leaving(_Chained):
-    """`__aexit__` of an @asynccontextmanager: the rules of contextlib, as a state that can be saved."""
+    """`__aexit__` of an @asynccontextmanager: the rules of contextlib, in a form that can be saved."""
 
     __slots__ = ("agen", "complaint", "error")
 
@@ -466,7 +466,7 @@ class Leaving(_Chained):
         return error
 
     def _wrapped(self, error: BaseException) -> bool:
-        """Our own StopIteration, which left the generator as a RuntimeError."""
+        """Whether this is our own StopIteration, which left the generator as a RuntimeError."""
         return isinstance(self.error, (StopIteration, StopAsyncIteration)) and isinstance(error, RuntimeError) and error.__cause__ is self.error
 
 

@@ -1,8 +1,8 @@
-"""What lowering made of a module, kept beside Python's own cache: `__pycache__/<name>.<tag>.kwflow` (semantics §5.2).
+"""A cache of lowered modules beside Python's own cache: `__pycache__/<name>.<tag>.kwflow` (semantics §5.2).
 
-Keyed by the source's hash, the interpreter, the file's name and the lowering itself, its files' times included, so that
-nothing stale is ever taken.  A file that cannot be read, or that another kwflow wrote, is as good as none; one that cannot
-be written is not missed.  Nothing else of `durable` but the loader touches files.
+The key is the hash of the source, the interpreter, the name of the file and the lowering itself, including the times of its
+files, so that nothing stale is ever used.  A file that cannot be read, or that another kwflow wrote, counts as missing; a
+failed write is ignored.  In `durable`, only this module and the loader touch files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["load"]
 
 
 def load(name: str, source: str, filename: str) -> Module:
-    """The lowered module, from the cache when it is there.  Raises as `lower_module`."""
+    """Return the lowered module, from the cache if it is there.  Raises what `lower_module` raises."""
     path = _path(filename)
     if path is None:
         return lower_module(name, source, filename)
@@ -45,7 +45,7 @@ def load(name: str, source: str, filename: str) -> Module:
 
 
 def _path(filename: str) -> str | None:
-    """None for what is no file, or where the interpreter caches nothing."""
+    """Return the path of the cached file; None if the source is not a file, or if the interpreter caches nothing."""
     if not filename.endswith(".py") or not os.path.isfile(filename):
         return None
     try:
@@ -56,7 +56,7 @@ def _path(filename: str) -> str | None:
 
 @functools.cache
 def _lowering() -> tuple[tuple[str, int, int], ...]:
-    """Name, time and size of each file that decides what is made; empty where they are no files (a zip)."""
+    """Return name, time and size of each file of the lowering; empty if they are not files (in a zip)."""
     directory = pathlib.Path(lower.__file__).parent
     try:
         stats = [(file.name, file.stat()) for file in sorted(directory.glob("*.py"))]
@@ -66,7 +66,7 @@ def _lowering() -> tuple[tuple[str, int, int], ...]:
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
-    """Whole or not at all, whoever else writes the same file now."""
+    """Write the file as a whole or not at all, whoever else writes it at the same time."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(exist_ok=True, parents=True)

@@ -1,4 +1,4 @@
-"""The canonical form of a graph: a text that is equal for two that mean the same, whatever numbers pickle gave their objects and in whatever order their sets are."""
+"""The canonical form of a graph: a text that is the same for equal graphs, whatever numbers pickle gave their objects and in whatever order their sets are."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["canonical", "canonical_bytes"]
 
 
 def canonical(root: Any) -> str:
-    """A text that is equal for two graphs that mean the same: nodes numbered as they are met, sets sorted, strings by value.
+    """Return a text that is the same for equal graphs: nodes are numbered in the order of the walk, sets are sorted, strings stand by value.
 
-    Raises UnsavableError, as `dumps`.
+    Raises UnsavableError, as `dumps` does.
     """
     return canonical_bytes(dumps(root))
 
 
 def canonical_bytes(body: bytes) -> str:
-    """`canonical` of what these bytes hold.  Raises CorruptSnapshotError."""
+    """Return `canonical` of the graph that these bytes hold.  Raises CorruptSnapshotError."""
     root, states = graph(body)
     deferred = {key: (kind, dict(sorted(state.items())) if kind in GENERATORS else state) for key, (kind, _, state) in states.items()}
     numbers: dict[int, int] = {}
@@ -39,7 +39,7 @@ def canonical_bytes(body: bytes) -> str:
             nodes.append(value)
         return f"#{numbers[id(value)]}"
 
-    def flat(value: Any) -> str:  # elements of sets are hashable: no cycle leads through them without an object
+    def flat(value: Any) -> str:  # elements of sets are hashable: every cycle through them goes through an object
         return f"{value.name}{flat(value.args)}{flat(value.state)}" if isinstance(value, Stub) else ref(value)
 
     lines = [ref(root)]

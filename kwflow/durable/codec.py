@@ -1,11 +1,11 @@
 """Object graphs that hold durable generators, to bytes and back.
 
-A body is one pickle of one list: the root, whether there are fillers, then (kind, shell, state) for each object that was met as
-an empty shell.  The list grows while it is pickled, so identity and cycles survive and a chain of 20,000 generators does not
-recurse.  CPython refuses that for a plain list (gh-149816: 3.14 and 3.15 since summer 2026) and allows it for the items of an
-iterator, which costs a microsecond more.  Both sides begin with the same table of names (`SEEDS`) in their memo, which makes
-small snapshots small.  What may be named is decided in names.py, how values are reduced in reducers.py; it must not know
-workflows.  Both sides of the format stand in this one file, whatever its length: a change of one is a change of the other.
+A body is one pickle of one list: the root, whether there are fillers, then (kind, shell, state) for each object that was pickled
+as an empty shell.  The list grows while it is pickled, so identity and cycles survive, and a chain of 20,000 generators does not
+recurse.  CPython refuses this for a plain list (gh-149816: 3.14 and 3.15 since summer 2026) but allows it for the items of an
+iterator, which costs a microsecond more.  Both sides begin with the same table of names (`SEEDS`) in their memo, which keeps
+small snapshots small.  names.py decides what may be named, reducers.py how values are reduced; this module must not know
+workflows.  Both directions of the format are in this one file, whatever its length: a change of one is a change of the other.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from kwflow.errors import CorruptSnapshotError, KwflowBug, ResourceError, Snapsh
 
 __all__ = ["FORMAT", "SEEDS", "Code", "dumps", "dumps_with_code", "loads", "padded", "register_class", "seeded", "unfilled"]
 
-Code = dict[str, tuple[registry.Module, dict[str, str]]]  # reference -> the version it stands for, and hashes of its units that are held
+Code = dict[str, tuple[registry.Module, dict[str, str]]]  # by reference: the version that it stands for, and the hashes of its units that are held
 
 FORMAT = b"\2"
-# kinds of states, part of the format
+# Kinds of states; part of the format.
 _GENERATOR, _CELL, _FUNCTION, _EXCEPTION, _OBJECT, _CREATED, _FINISHED, _REENTER = range(8)
 _STATES = 255  # the number of the list itself among the classes of `register_class`
-_TOGETHER = 1000  # items, as every pickler has it; where others begin, a body has a filler: part of the format
+_TOGETHER = 1000  # items that every pickler writes as one batch; each further batch of a body begins with a filler: part of the format
 _KINDS = {SUSPENDED: _GENERATOR, CREATED: _CREATED, FINISHED: _FINISHED}
 
-# What both memos hold from the start.  Part of format 2: never changed, only a new format may have another list.
+# What both memos hold from the start.  Part of format 2, so never change it: only a new format may have another list.
 SEEDS: tuple[Any, ...] = (
     *(rebuild.CONSTRUCTORS[name] for name in "generator cell function exception instance bound method global_of iterator_at custom".split()),
     *(getattr(builtins, name) for name in "iter range enumerate zip reversed map filter".split()),
     *map(sys.intern, ("main", "tasks", "waits", "joins", "finished", "steps", "task_next", "now_ms", "pending", "ok", "failed", "@l", "self", "opts")),
 )
-_PADDING = b"N" + b"\x94" * len(SEEDS) + b"."  # lets an unpickler count as many memo entries as the seeds are
+_PADDING = b"N" + b"\x94" * len(SEEDS) + b"."  # makes an unpickler count as many memo entries as there are seeds
 
 
 def padded(body: bytes) -> io.BytesIO:
-    """What an unpickler reads: first the padding, by a `load` of its own, then what comes after the format's number."""
+    """Return what an unpickler reads: first the padding, with a `load` of its own, then what follows the number of the format."""
     return io.BytesIO(_PADDING + body[1:])
 
 
 def seeded(seeds: tuple[Any, ...]) -> Any:
-    """The memo of an unpickler that holds these, to be given to others."""
+    """Return the memo of an unpickler that holds these seeds, to be assigned to other unpicklers."""
 
     class Template(pickle.Unpickler):
         def persistent_load(self, number: str) -> Any:
@@ -69,18 +69,18 @@ def seeded(seeds: tuple[Any, ...]) -> Any:
 
 
 class _Pickler(pickle.Pickler):
-    """`pins` are the versions of modules that the graph was loaded with; `held` is the code it holds now (semantics §8.1)."""
+    """Pickles one graph.  `pins` are the module versions that it was loaded with; `held` is the code that it holds now (semantics §8.1)."""
 
     states: list[Any]
     pins: registry.Pins
     held: Code
-    units: dict[registry.Module, tuple[str, dict[str, str]]]  # the reference of each module with code that is held, and what of it is
-    minor = ""  # of Python, if the graph holds what only that one can load
+    units: dict[registry.Module, tuple[str, dict[str, str]]]  # for each module with code that is held: its reference, and the units held
+    minor = ""  # the minor of Python, if the graph holds something that only this one can load
 
     def begin(self, root: Any, pins: registry.Pins) -> None:
         self.pins, self.held, self.units = pins, {}, {}
         self.memo = _pickler_memo
-        self.states = states = [root, None] if _lists_may_grow else _States((root, True))  # two from the start: a list of one is not looked at again after its item
+        self.states = states = [root, None] if _lists_may_grow else _States((root, True))  # two items from the start: pickle does not look again at a list of one after its item
         self.dump(states)
 
     def reducer_override(self, value: Any) -> Any:
@@ -96,7 +96,7 @@ class _Pickler(pickle.Pickler):
         return rebuild.instance, (_STATES,), None, itertools.chain(itertools.islice(states, _TOGETHER), states.later())
 
     def sentinel(self, value: Any) -> Any:
-        """How the global that this very object is bound to is named; None if it is not."""
+        """Reduce this object to the name of the global that is bound to it; None if there is none."""
         name = registry.sentinel(value)
         found = registry.reference(*name, value, self.pins) if name is not None and not is_value(value) else None
         if name is None or found is None:
@@ -105,7 +105,7 @@ class _Pickler(pickle.Pickler):
         return rebuild.global_of, (found[0], name[1])
 
     def hold(self, function: registry.Function) -> str:
-        """The reference of the module this function is of; its unit is held from now on."""
+        """Return the reference of this function's module, and note that the graph holds the function's unit."""
         home = function.home
         known = self.units.get(home)
         if known is None:
@@ -115,7 +115,7 @@ class _Pickler(pickle.Pickler):
         return known[0]
 
     def named(self, value: type | types.FunctionType) -> Any:
-        """A class or function of a durable module, by name; None when it is not what the module has there."""
+        """Reduce a class or function of a durable module to its name; None if the module has something else under that name."""
         found = registry.reference(registry.logical_name(value.__module__), value.__qualname__, value, self.pins)
         if found is None:
             return None
@@ -125,7 +125,7 @@ class _Pickler(pickle.Pickler):
         return rebuild.named, (found[0], value.__qualname__)
 
     def first(self, cls: type[Any], value: Any) -> Any:
-        """An object of a class that was not met before: how its objects are saved is kept."""
+        """Reduce an object of a class that was not seen before, and remember how objects of this class are saved."""
         if issubclass(cls, type):
             return self.class_(value)
         if "<locals>" in cls.__qualname__:
@@ -145,7 +145,7 @@ class _Pickler(pickle.Pickler):
         return self.reducer_override(value)
 
     def remember_local(self, cls: type[Any]) -> None:
-        """Each call of a function makes another class: what is kept must not keep all of them alive."""
+        """Limit what is remembered: each call of a function makes another class, and the tables must not keep all of them alive."""
         if len(_local_classes) >= _LOCAL_CLASSES_MAX:
             for known in _local_classes:
                 plain.discard(known)
@@ -158,7 +158,7 @@ class _Pickler(pickle.Pickler):
         return self.sentinel(value) or (reducer(value) if reducer is not None else NotImplemented)
 
     def by_name(self, value: Any) -> Any:
-        """An object whose class has it saved as "the global of this name", such as `msgspec.UNSET`: pickle does not ask whether that may be named."""
+        """Reduce an object that its class saves as "the global of this name", such as `msgspec.UNSET`; pickle itself does not check whether that may be named."""
         known = self.sentinel(value)
         name = as_pickle_reduces(value)
         if known is not None or not isinstance(name, str):
@@ -202,7 +202,7 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
     def local_class(self, cls: type[Any]) -> Any:
-        """By its parts, else, if that is allowed, as cloudpickle's bytes, which bind the snapshot to this minor."""
+        """Reduce a local class to its parts, or, if that fails and is allowed, to cloudpickle's bytes, which bind the snapshot to this minor."""
         try:
             return reduce_class(cls)
         except Refused as why:
@@ -220,7 +220,7 @@ class _Pickler(pickle.Pickler):
         slots |= {name: getattr(error, name) for name in own if hasattr(error, name)}
         args = error.args
         if isinstance(error, BaseExceptionGroup):
-            args, slots["args"] = (error.message, error.exceptions), args  # those of an __init__ of the author's do not make a group
+            args, slots["args"] = (error.message, error.exceptions), args  # a group cannot be built from the arguments of an author's __init__
         self.states += (_EXCEPTION, error, (error.__dict__, slots, error.__cause__, error.__context__, error.__suppress_context__))
         return rebuild.exception, (cls, args)
 
@@ -242,7 +242,7 @@ class _Pickler(pickle.Pickler):
     def function(self, fn: types.FunctionType) -> Any:
         module, name = fn.__module__, fn.__qualname__
         if module == rebuild.__name__:
-            return NotImplemented  # the constructors that our own reducers name
+            return NotImplemented  # these are the constructors that our own reducers name
         known = registry.function_of(fn.__code__)
         if "<" not in name and registry.is_durable(module):
             named = self.named(fn)
@@ -259,7 +259,7 @@ class _Pickler(pickle.Pickler):
             return rebuild.exit_callback, (is_async, fn.__closure__)
         if known is None:
             raise Refused(f"the function {name} ({fn.__code__.co_filename}:{fn.__code__.co_firstlineno}), which belongs to no durable module")
-        elsewhere = None if module == known.namespace["__name__"] else module  # by functools.wraps
+        elsewhere = None if module == known.namespace["__name__"] else module  # changed by functools.wraps
         attributes = {name: value for name, value in fn.__dict__.items() if name != "_is_coroutine_mark"} if known.coroutine else fn.__dict__
         self.states += (_FUNCTION, fn, (fn.__defaults__, fn.__kwdefaults__, attributes, fn.__name__, fn.__qualname__, fn.__doc__, elsewhere))
         return rebuild.function, (self.hold(known), known.path, fn.__closure__ or ())
@@ -268,7 +268,7 @@ class _Pickler(pickle.Pickler):
         return rebuild.method, (value.__self__, value.__func__)
 
     def traceback(self, value: types.TracebackType) -> Any:
-        """Lost, as exceptions lose theirs; every `__aexit__` that waits is given one."""
+        """A traceback is lost, as those of exceptions are; but it must not be refused, since every `__aexit__` that waits is given one."""
         return rebuild.nothing, ()
 
     def module(self, value: types.ModuleType) -> Any:
@@ -283,10 +283,14 @@ class _Pickler(pickle.Pickler):
 
 
 class _States(list[Any]):
-    """What a body lists, growing while it is pickled: see the module's docstring."""
+    """The list of a body, which grows while it is pickled: see the docstring of the module."""
 
     def later(self) -> Iterator[Any]:
-        """Pickle writes a thousand items together and asks for the second of them before it writes the first: a filler, which brings no more."""
+        """Yield the items after the first thousand.
+
+        Pickle writes a thousand items as one batch, and asks for the second item of a batch before it writes the first.  So the first one is a filler,
+        which adds nothing to the list.
+        """
         for place in itertools.count(_TOGETHER):
             if place >= len(self):
                 return
@@ -295,8 +299,8 @@ class _States(list[Any]):
             yield self[place]
 
 
-_checked: set[type] = set()  # classes that may be named; only positive answers, `allow_modules` may add some
-_local_classes: list[type] = []  # those that `plain` and `_REDUCERS` hold
+_checked: set[type] = set()  # classes that may be named; only positive answers are kept, because `allow_modules` may add more
+_local_classes: list[type] = []  # local classes that `plain` and `_REDUCERS` hold
 _LOCAL_CLASSES_MAX = 50
 _TYPES_WITHOUT_A_NAME = (type(None), type(NotImplemented), type(...))
 _REDUCERS: dict[type, Any] = {
@@ -315,7 +319,7 @@ _pickler_memo = _seeded_pickler.memo
 
 
 def _meaning(of: rebuild.Names) -> tuple[Any, ...]:
-    """The seeds as an unpickler has them: bound to the versions of modules that its snapshot is of."""
+    """Return the seeds for an unpickler, bound to the module versions that its snapshot means."""
     return tuple(getattr(of, seed.__name__) if getattr(seed, "__name__", None) in _METHODS else seed for seed in SEEDS)
 
 
@@ -331,7 +335,7 @@ def _named(module: str | None, qualname: str) -> Any:
 
 
 def register_class(tag: int, cls: type) -> None:
-    """Objects of this class are saved as shells with their `__getstate__` deferred; the tag is part of the snapshot format."""
+    """Save objects of this class as shells, with their `__getstate__` deferred.  The tag is part of the snapshot format."""
     rebuild.register(tag, cls)
 
     def registered(pickler: _Pickler, value: Any) -> Any:
@@ -350,7 +354,7 @@ class _TracingPickler(_Pickler):
 
 
 def _last_seen(root: Any, pins: registry.Pins) -> list[Any]:
-    """The last objects that a save of this graph looks at before it fails."""
+    """Return the last objects that a save of this graph looks at before it fails."""
     pickler = _TracingPickler(io.BytesIO(), PROTOCOL)
     pickler.seen = collections.deque(maxlen=20)
     with contextlib.suppress(Exception):
@@ -367,16 +371,16 @@ def _is_savable(value: Any, pins: registry.Pins) -> bool:
 
 
 def dumps(root: Any) -> bytes:
-    """The graph below `root` as bytes.
+    """Return the graph below `root` as bytes.
 
-    Raises UnsavableError naming variable, function, file, line and type of what cannot be saved, NotDurableError for a
+    Raises UnsavableError that names variable, function, file, line and type of what cannot be saved, NotDurableError for a
     native generator.
     """
     return dumps_with_code(root, {})[0]
 
 
 def dumps_with_code(root: Any, pins: registry.Pins) -> tuple[bytes, Code, str]:
-    """`dumps` of a graph that was loaded with these pins, the code it holds, and the minor it is bound to, if it is."""
+    """Return `dumps` of a graph that was loaded with these pins, the code that it holds, and the minor that it is bound to ("" if to none)."""
     file = io.BytesIO()
     file.write(FORMAT)
     pickler = _Pickler(file, PROTOCOL)
@@ -389,7 +393,7 @@ def dumps_with_code(root: Any, pins: registry.Pins) -> tuple[bytes, Code, str]:
 
 # -- back ----------------------------------------------------------------------------------------------------------
 
-_MOVED = {"pathlib._local": "pathlib"}  # of snapshots that an earlier release wrote on another minor
+_MOVED = {"pathlib._local": "pathlib"}  # in snapshots that an earlier release wrote on another minor
 
 
 class _Unpickler(pickle.Unpickler):
@@ -408,7 +412,7 @@ class _Unpickler(pickle.Unpickler):
             except ImportError:
                 module = _MOVED.get(module, module)
         if module == "itertools" and sys.version_info >= (3, 14) and name in names.ITERTOOLS:
-            return getattr(iters, name)  # what an earlier release stored: 3.14 takes no state for the originals
+            return getattr(iters, name)  # stored by an earlier release: on 3.14 the originals accept no state
         try:
             found: Any = names.find(sys.modules[module], name)
         except (KeyError, AttributeError):
@@ -424,9 +428,10 @@ _no_pins: registry.Pins = {}
 
 
 def loads(data: bytes, pins: registry.Pins = _no_pins, lowering: int = LOWERING_VERSION) -> Any:
-    """The graph again; generators wait at the yields where they were saved, in the versions of modules that are pinned, else in the current ones.
+    """Return the graph that was saved.  Generators wait at the yields where they were saved, in the pinned versions of modules, or else in the current ones.
 
-    Raises SnapshotError and nothing else; CodeChangedError names the module that misses something.  Objects with `__durable_reenter__` are told last; what that raises comes as a ResourceError.
+    Raises SnapshotError and nothing else; a CodeChangedError names the module that lacks something.  `__durable_reenter__` of objects that have it is called last;
+    what it raises becomes a ResourceError.
     """
     waiting: list[types.GeneratorType[Any, Any, Any]] = []
     try:
@@ -458,14 +463,14 @@ def _states(data: bytes, pins: registry.Pins) -> tuple[Any, list[Any]]:
 
 
 def unfilled(states: list[Any]) -> list[Any]:
-    """What a body lists, without fillers; a list of an earlier release has none."""
+    """Remove the fillers from the list of a body; a list written by an earlier release has none."""
     if states[1] is not None:
         del states[_TOGETHER::_TOGETHER]
     return states
 
 
 def _states_of_format_1(data: bytes, pins: registry.Pins) -> tuple[Any, list[Any]]:
-    """0.1.0: the root, then lists of (kind, shell, state) until None, as pickles of their own with one memo."""
+    """Read what 0.1.0 wrote: the root, then lists of (kind, shell, state) until None, as separate pickles that share one memo."""
     unpickler = _Unpickler(io.BytesIO(data))
     unpickler.names = rebuild.Names(pins)
     root = unpickler.load()
@@ -477,7 +482,7 @@ def _states_of_format_1(data: bytes, pins: registry.Pins) -> tuple[Any, list[Any
 
 
 def _upgrade(states: list[Any], lowering: int) -> None:
-    """What an older lowering saved of each waiting generator, as this one names it."""
+    """Rename what an older lowering saved of each waiting generator to the names that this one uses."""
     for number in range(0, len(states), 3):
         kind, made, saved = states[number : number + 3]
         function = registry.function_of(made.gi_code) if kind == _GENERATOR else None
@@ -486,7 +491,7 @@ def _upgrade(states: list[Any], lowering: int) -> None:
 
 
 def _fill(states: list[Any], waiting: list[types.GeneratorType[Any, Any, Any]]) -> list[Any]:
-    """Give the shells their content; returns the resources among them."""
+    """Fill the shells; return the objects with `__durable_reenter__` among them."""
     reentered = []
     for kind, made, state in zip(states[::3], states[1::3], states[2::3], strict=True):
         if kind == _GENERATOR:
@@ -521,7 +526,7 @@ def _reenter(resource: Any, waiting: list[types.GeneratorType[Any, Any, Any]]) -
 
 
 class _Probe(_Pickler):
-    """Each item brings one more, as a chain of generators does, until there are so many."""
+    """Pickles a list in which each item adds one more, as a chain of generators does, until there are `until` items."""
 
     until: int
 
@@ -534,7 +539,7 @@ class _Probe(_Pickler):
 
 
 def _nothing_is_left_out(count: int) -> bool:
-    """An interpreter that asked for items earlier, or for fewer together, would lose states without a word."""
+    """Whether this interpreter pickles a growing list completely; one that asked for items earlier, or had smaller batches, would lose states silently."""
     file = io.BytesIO(FORMAT)
     file.seek(len(FORMAT))
     probe = _Probe(file, PROTOCOL)

@@ -1,7 +1,7 @@
-"""Which value stopped a save, and how it is reached: for the error message only, after the save has failed.
+"""Which value made a save fail, and how it is reached; used only for the error message, after the failure.
 
-The object is the last one the pickler looked at; the way to it is the shortest through variables of durable generators,
-containers, attributes, closures and exceptions.
+The value is the last object that the pickler looked at.  The way to it is the shortest one through variables of durable
+generators, containers, attributes, closures and exceptions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class _Place:
-    """A variable of a waiting generator, and the way on from it."""
+    """A variable of a waiting generator, and the path that leads on from it."""
 
     variable: str = ""
     function: str = ""
@@ -48,7 +48,7 @@ class _Place:
 
 
 def explain(root: Any, error: Exception, seen: list[Any], savable: Callable[[Any], bool]) -> SnapshotError:
-    """The error to raise for a graph that could not be saved; `seen` are the last objects the pickler looked at, newest last."""
+    """Return the error to raise for a graph that could not be saved.  `seen` are the last objects that the pickler looked at, newest last."""
     reason = str(error) or type(error).__name__
     if isinstance(error, RecursionError):
         reason = "it is nested too deeply; keep long chains in lists"
@@ -66,7 +66,7 @@ def explain(root: Any, error: Exception, seen: list[Any], savable: Callable[[Any
 
 
 def _find(root: Any, wanted: list[Any]) -> tuple[Any, _Place] | None:
-    """The newest of these objects, or else another of them, and a way to it; an object rather than its class."""
+    """Return the newest of these objects that can be reached, with a way to it.  An object is preferred to its class."""
     if len(wanted) > 1 and wanted[0] is type(wanted[1]):
         wanted = wanted[1:]
     for candidates in (wanted[:1], wanted):
@@ -79,12 +79,12 @@ def _find(root: Any, wanted: list[Any]) -> tuple[Any, _Place] | None:
 
 
 def _variables(root: Any) -> Iterator[tuple[Any, _Place]]:
-    """The variables of every generator that can be reached."""
+    """Yield the variables of every generator that can be reached, with their places."""
     return ((value, place) for value, place in _reached(root, False) if place.variable and place.path == place.variable)
 
 
 def _reached(root: Any, thorough: bool) -> Iterator[tuple[Any, _Place]]:
-    """Every object below, breadth first, each with the shortest way to it."""
+    """Yield every object at or below the root, breadth first, each with the shortest way to it."""
     seen: set[int] = set()
     queue: collections.deque[tuple[Any, _Place]] = collections.deque([(root, _Place(path="it"))])
     while queue and len(seen) < _LOOKED_AT_MAX:
@@ -116,7 +116,7 @@ def _below(value: Any, place: _Place, thorough: bool) -> Iterator[tuple[Any, _Pl
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, each with how an author would write it."""
+    """Yield what an object holds, each part with the text that an author would write for it."""
     if isinstance(value, types.CellType):
         try:
             yield "", value.cell_contents
@@ -164,7 +164,7 @@ def _shown(key: Any) -> str:
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """Read from the object itself, never through a property of the author's."""
+    """Yield the attributes that are stored in the object itself, never the value of an author's property."""
     try:
         held = object.__getattribute__(value, "__dict__")
     except (AttributeError, TypeError):

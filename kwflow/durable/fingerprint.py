@@ -1,7 +1,7 @@
-"""Hashes of source that stay equal over formatting, comments, docstrings, line moves and CPython minors.
+"""Hashes of source that do not change with formatting, comments, docstrings, moved lines and CPython minors.
 
-A canonical walk of the AST: no positions, no contexts, constants by `ascii()`; `ast.dump`, `ast.unparse` and bytecode
-all differ between minors.
+They are taken over a canonical walk of the AST, without positions and contexts, with constants by `ascii()`, because
+`ast.dump`, `ast.unparse` and bytecode all differ between minors.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 def source_version(source: str) -> str:
-    """What names a version of a module: the sha256 of its text, 64 hex digits."""
+    """Return the name of a version of a module: the sha256 of its source, 64 hex digits."""
     return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def canonical_hash(*nodes: ast.AST, annotations: bool = False) -> str:
-    """16 hex digits over the canonical form."""
+    """Return 16 hex digits of the hash over the canonical form."""
     digest = hashlib.sha256()
     for node in nodes:
         for token in _tokens(node, _POSITIONLESS if annotations else _SKIPPED):
@@ -41,7 +41,7 @@ def canonical_hash(*nodes: ast.AST, annotations: bool = False) -> str:
 
 
 def unit_hash(node: ast.AST) -> str:
-    """What pins an instance: the outermost def's arguments and body, not its docstring, annotations, decorators, defaults."""
+    """Return the hash that pins an instance: over the arguments and body of the outermost def, without docstring, annotations, decorators and defaults."""
     if not isinstance(node, _FUNCTIONS):
         return canonical_hash(node)
     args = node.args
@@ -50,7 +50,10 @@ def unit_hash(node: ast.AST) -> str:
 
 
 def class_hashes(source: str) -> dict[str, tuple[str, set[str]]]:
-    """Top-level class -> its hash, annotations included (a dataclass is made from them), and the names its bases mention; none for a name defined twice."""
+    """Return by name of each top-level class its hash and the names that its bases mention.
+
+    The hash includes annotations, since a dataclass is made from them.  Names that are defined twice are left out.
+    """
     classes: dict[str, list[ast.ClassDef]] = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef):
@@ -59,9 +62,9 @@ def class_hashes(source: str) -> dict[str, tuple[str, set[str]]]:
     return {name: (canonical_hash(*found, annotations=True), mentioned[name]) for name, found in classes.items() if len(found) == 1}
 
 
-@functools.lru_cache(1024)  # each partition asks for each module once a day
+@functools.lru_cache(1024)  # each partition asks this for each module once a day
 def imports_of(source: str, package: str, in_functions: bool = False) -> frozenset[str]:
-    """Every module name that import statements anywhere in it, or in its functions, may mean; `package` is its `__package__`."""
+    """Return every module name that the source's import statements may mean, or only those in its functions.  `package` is its `__package__`."""
     found: set[str] = set()
     tree = ast.parse(source)
     for node in ast.walk(ast.Module([node for node in ast.walk(tree) if isinstance(node, _FUNCTIONS)], []) if in_functions else tree):
@@ -76,7 +79,7 @@ def imports_of(source: str, package: str, in_functions: bool = False) -> frozens
 
 
 def _tokens(node: object, skipped: frozenset[str]) -> Iterator[str]:
-    """Iterative, so that a long chain of operators does not meet the recursion limit."""
+    """Yield the tokens of the canonical form; iterative, so that a long chain of operators does not hit the recursion limit."""
     stack: list[object] = [node]
     while stack:
         item = stack.pop()

@@ -1,8 +1,8 @@
-"""`itertools` as plain classes that can be saved on every Python, 3.14 included, where the originals no longer can.
+"""`itertools` as plain classes that can be saved on every Python, including 3.14, where the originals no longer can.
 
-Each takes the arguments of its original, and `__reduce__` and `__setstate__` have the shapes the original had up to 3.13: a saved original
-becomes its twin here, and what an older release stored loads into one; on 3.14 a durable module that imports the original has its
-twin.  Authors may use them directly: `from kwflow.durable.iters import pairwise`.
+Each class takes the arguments of its original, and its `__reduce__` and `__setstate__` have the shapes that the original had up to
+3.13.  So a saved original becomes its twin here, and what an older release stored loads into the twin.  On 3.14, a durable module
+that imports the original gets the twin.  Authors may use them directly: `from kwflow.durable.iters import pairwise`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
 
 
 class Broken(IteratorBase):
-    """A dict or set iterator whose container had changed its size: it says so for ever, as the original does."""
+    """A dict or set iterator whose container has changed its size: it raises this error for ever, as the original does."""
 
     __slots__ = ("message",)
 
@@ -37,7 +37,7 @@ class Broken(IteratorBase):
 
 
 class Later(IteratorBase):
-    """An iterator over a container that was still empty when this was made, because it holds the iterator."""
+    """An iterator over a container that is still being filled when the iterator is made, because the container holds it."""
 
     __slots__ = ("inner", "position", "size", "source", "way")
 
@@ -62,7 +62,7 @@ class Later(IteratorBase):
 
 
 class SetIterator(IteratorBase):
-    """The rest of a set in the order it had when it was saved, watching the set itself for changes of its size."""
+    """The rest of a set in the order that it had when it was saved; it watches the set itself for changes of its size."""
 
     __slots__ = ("rest", "size", "source")
 
@@ -186,7 +186,7 @@ class accumulate(IteratorBase):
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, tuple) and len(state) == 3:
             self.total, self.initial, self.begun = state
-        else:  # the original's; a total of None it saves as an islice over an accumulate
+        else:  # the state of the original, which saves a total of None as an islice over an accumulate
             self.total, self.begun = state, state is not None
 
 
@@ -322,7 +322,7 @@ class groupby(IteratorBase):
         return groupby, (self.iterator, self.key), [held for held in (self.target, self.current_key, self.value) if held is not _UNSET]
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple):  # the original's, which forgets all when the current value is taken
+        if isinstance(state, tuple):  # the state of the original, which is lost when the current value has been taken
             self.value, self.target, self.current_key = state
         elif state:
             self.target, self.current_key, self.value = (*state, _UNSET, _UNSET)[:3]
@@ -404,11 +404,11 @@ class starmap(IteratorBase):
         return starmap, (self.function, self.iterator)
 
 
-_TEE_MAX = 57  # as many as one link of the original holds: what both sides have read can go
+_TEE_MAX = 57  # as many as one link of the original holds: links that both sides have read can be freed
 
 
 class _tee_dataobject:
-    """A link of the list that the copies of a tee share: what was read from the iterator, and the next link."""
+    """A link of the list that the copies of a tee share: the values that were read from the iterator, and the next link."""
 
     __slots__ = ("iterator", "next", "values")
 
@@ -449,7 +449,7 @@ class _tee(IteratorBase):
 
 
 def tee(iterable: Iterable[Any], n: int = 2) -> tuple[_tee, ...]:
-    """`n` independent iterators over one."""
+    """Return `n` independent iterators over one iterable."""
     first = _tee(iterable)
     return tuple(first if k == 0 else _tee(first) for k in range(n))
 
@@ -538,7 +538,7 @@ class batched(IteratorBase):
 
 
 def twins(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """What this namespace has of itertools, as it is here."""
+    """Return, by name, the twins of everything in this namespace that is from itertools."""
     here = sys.modules[__name__]
     found = {id(original): getattr(here, name) for name in __all__ if (original := getattr(itertools, name, None)) is not None} | {id(itertools): here}
     return {name: found[id(value)] for name, value in namespace.items() if id(value) in found}

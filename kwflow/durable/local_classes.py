@@ -1,8 +1,8 @@
-"""Classes defined inside a function of a durable module: saved as what they are made of.
+"""Classes defined inside a function of a durable module: they are saved as their parts.
 
-Their functions go by the name of their source, as closures do, so such a snapshot loads on every minor of Python and holds no
-code.  What generated code has made (enums, named tuples, attrs) has no such parts; cloudpickle saves it if that is allowed, since it
-binds the snapshot to one minor and makes every byte of it a way to run code.
+Their functions are saved by their path in the source, as closures are, so such a snapshot loads on every minor of Python and
+contains no code.  Classes made by generated code (enums, named tuples, attrs) have no such parts.  cloudpickle saves these, but only
+if that is allowed, since it binds the snapshot to one minor and makes every byte of it a way to run code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PARAMS = ("init", "repr", "eq", "order", "unsafe_hash", "frozen", "match_args",
 
 
 def reduce_class(cls: type[Any]) -> Any:
-    """What `__reduce__` of this class would be.  Raises Refused when it cannot be made again from its parts."""
+    """Return what `__reduce__` of this class would return.  Raises Refused if the class cannot be rebuilt from its parts."""
     if isinstance(cls, enum.EnumMeta) or (issubclass(cls, tuple) and hasattr(cls, "_fields")):
         raise Refused(f"the class {cls.__qualname__} is defined inside a function; define enums and named tuples at module level")
     if type(cls) not in (type, abc.ABCMeta):
@@ -33,23 +33,23 @@ def reduce_class(cls: type[Any]) -> Any:
     dataclass = {name: getattr(params, name) for name in _PARAMS if hasattr(params, name)} if params is not None else None
     if dataclass and "__slots__" in cls.__dict__:
         raise Refused(f"the dataclass {cls.__qualname__} with slots is defined inside a function; define it at module level")
-    cls.__doc__  # 3.15 writes that of a dataclass when it is first asked for
+    cls.__doc__  # 3.15 creates the docstring of a dataclass when it is first read
     members = {name: _member(cls, name, value) for name, value in cls.__dict__.items() if not _made_again(name, value, dataclass)}
     if annotations := _annotations(cls):
         members["__annotations__"] = annotations
     if dataclass is not None:
         members |= _fields(cls)
-    members = dict(sorted(members.items())) | {"__qualname__": cls.__qualname__}  # in one order, whatever made the class
+    members = dict(sorted(members.items())) | {"__qualname__": cls.__qualname__}  # in the same order, however the class was made
     return rebuild.local_class, (type(cls), cls.__name__, cls.__bases__, cls.__dict__.get("__slots__")), (members, dataclass), None, None, rebuild.set_class
 
 
 def by_value(cls: type[Any]) -> tuple[str, bytes]:
-    """The arguments of `rebuild.class_by_value`: this minor, and cloudpickle's bytes.  Raises Refused."""
+    """Return the arguments of `rebuild.class_by_value`: this minor, and cloudpickle's bytes.  Raises Refused."""
     import cloudpickle  # type: ignore[import-untyped] # it has no types
 
     try:
         return rebuild.MINOR, cloudpickle.dumps(cls)
-    except Exception as error:  # it walks into all that the class refers to
+    except Exception as error:  # cloudpickle walks into everything that the class refers to
         raise Refused(f"the class {cls.__qualname__} is defined inside a function, and cloudpickle cannot save it: {error}") from error
 
 
@@ -62,7 +62,7 @@ def _made_again(name: str, value: Any, dataclass: Any) -> bool:
 
 
 def _annotations(cls: type[Any]) -> dict[str, Any]:
-    """Its own; names that mean nothing yet as text."""
+    """Return the class's own annotations; a name that cannot be resolved yet is kept as text."""
     own: dict[str, Any] = cls.__dict__.get("__annotations__", {})
     if sys.version_info >= (3, 14):
         import annotationlib  # type: ignore[import-not-found, unused-ignore] # since 3.14

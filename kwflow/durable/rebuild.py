@@ -1,8 +1,8 @@
-"""Constructors that snapshots name: what an unpickler of ours may call beside a fixed table of builtins.
+"""Constructors that snapshots name: what our unpickler may call besides a fixed table of builtins.
 
-`Names` has those that need to know which versions of modules the snapshot is of (semantics §8.2).
+`Names` has those that need to know which module versions the snapshot means (semantics §8.2).
 
-Cells, functions, classes, exceptions and generators come into being empty; `codec.loads` fills them afterwards, so that
+Cells, functions, classes, exceptions and generators are created empty, and `codec.loads` fills them afterwards, so that
 cycles and chains of any length need no recursion.  Names and arguments here are part of the snapshot format.
 """
 
@@ -35,7 +35,7 @@ __all__ = [
     "nothing", "numpy_array", "path", "register", "set_class", "set_exception", "set_function", "super_of", "tag_of", "view", "zone",
 ]  # fmt: skip
 
-# what __init__ of a builtin exception stores beside args, which __new__ alone does not
+# What __init__ of a builtin exception stores besides args, and __new__ alone does not.
 EXCEPTION_ATTRIBUTES: dict[type[BaseException], tuple[str, ...]] = {
     StopIteration: ("value",),
     StopAsyncIteration: (),
@@ -51,7 +51,7 @@ EXCEPTION_ATTRIBUTES: dict[type[BaseException], tuple[str, ...]] = {
 
 _makers: dict[int, Callable[[], Any]] = {}
 _tags: dict[type[Any], int] = {}
-builders: dict[str, Callable[[Any], Any]] = {}  # `register_reducer`: name in snapshots -> build
+builders: dict[str, Callable[[Any], Any]] = {}  # by name in snapshots: the `build` of `register_reducer`
 
 
 def register(tag: int, cls: type[Any]) -> None:
@@ -64,7 +64,7 @@ def tag_of(cls: type[Any]) -> int:
 
 
 def instance(tag: int) -> Any:
-    """An object of a registered class, still empty."""
+    """Return an object of a registered class, still empty."""
     try:
         make = _makers[tag]
     except KeyError:
@@ -88,9 +88,9 @@ def cell() -> types.CellType:
 
 
 class Names:
-    """What the names in one snapshot mean: the versions its header pins, else current code.
+    """What the names in one snapshot mean: the versions that its header pins, or else current code.
 
-    Every method that is no property of Python is a constructor; `module` is a reference as `registry.reference` makes it.
+    Every public method is a constructor.  Its argument `module` is a reference as `registry.reference` returns it.
     """
 
     def __init__(self, pins: Pins) -> None:
@@ -115,7 +115,10 @@ class Names:
         return as_coroutine(made) if found.coroutine else made
 
     def named(self, module: str, qualname: str) -> Any:
-        """A class or function that a durable module defines, or what has taken its place (it was moved, or renamed) and may be named itself; never what is inside a module that it has."""
+        """Return a class or function that a durable module defines, or what has taken its place (after a move or a renaming) if that may be named itself.
+
+        The name never leads into another module that this one has imported.
+        """
         home = registry.module(module, self.pins)
         found = self._global(home, module, qualname)
         is_own = isinstance(found, (type, types.FunctionType)) and registry.logical_name(found.__module__) == home.name and found.__qualname__ == qualname
@@ -124,7 +127,7 @@ class Names:
         return found
 
     def global_of(self, module: str, name: str) -> Any:
-        """A sentinel: whatever a durable module's global is bound to now (semantics §4.3), unless no snapshot may name that."""
+        """Return a sentinel: whatever the global of a durable module is bound to now (semantics §4.3), if a snapshot may name that."""
         found = self._global(registry.module(module, self.pins), module, name)
         if name[0] == "@" or name[:2] == "__" or (isinstance(found, (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)) and not names.is_nameable(found)):
             raise CodeChangedError(f"a snapshot names {module}.{name}, which is not allowed: it is a {type(found).__name__}", module)
@@ -142,7 +145,7 @@ class Names:
             raise CodeChangedError(f"a snapshot names {module}.{qualname}, which is gone", module) from None
 
     def imported_module(self, name: str) -> types.ModuleType:
-        """A module by name; imported only if it is of the standard library or some durable module imports it."""
+        """Return a module by name.  It is imported only if it is in the standard library, allowed by `allow_modules`, or imported by a durable module."""
         pinned = self.pins.get(name) or registry.version(name)
         if pinned is not None:
             return sys.modules[pinned.namespace["__name__"]]
@@ -151,7 +154,7 @@ class Names:
         return importlib.import_module(name)
 
 
-# what picklers name: an unpickler gives the methods of its `Names` for these
+# Picklers name the functions below; an unpickler replaces them by the methods of its own `Names`.
 CURRENT = Names({})
 
 
@@ -176,7 +179,7 @@ def imported_module(*arguments: Any) -> Any:
 
 
 def set_function(made: types.FunctionType, state: tuple[Any, ...]) -> None:
-    """`__module__` None: that of the code it was made from."""
+    """Fill a function.  A `module` of None leaves it that of the code it was made from."""
     made.__defaults__, made.__kwdefaults__, attributes, made.__name__, made.__qualname__, made.__doc__, module = state
     if module is not None:
         made.__module__ = module
@@ -184,7 +187,7 @@ def set_function(made: types.FunctionType, state: tuple[Any, ...]) -> None:
 
 
 def exit_callback(is_async: bool, closure: tuple[types.CellType, ...]) -> types.FunctionType:
-    """How an exit stack holds what `callback` or `push_async_callback` was given."""
+    """Return the wrapper in which an exit stack holds what `callback` or `push_async_callback` was given."""
     return made_callback(is_async, closure)
 
 
@@ -199,13 +202,13 @@ _local: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 
 
 def local_class(metaclass: type[Any], name: str, bases: tuple[type[Any], ...], slots: Any) -> type[Any]:
-    """A class without its members, which `set_class` gives it."""
+    """Return a class without its members; `set_class` adds them."""
     if not (isinstance(metaclass, type) and issubclass(metaclass, type)):
         raise CorruptSnapshotError(f"a snapshot makes a class by {metaclass!r}, which is no metaclass")
     options, members = {"metaclass": metaclass} if metaclass is not type else {}, {"__slots__": slots} if slots is not None else {}
     try:
         made: type[Any] = types.new_class(name, bases, options, lambda space: space.update(members))
-    except Exception:  # an `__init_subclass__` that wants arguments, or members: what it did to the class is among these
+    except Exception:  # an `__init_subclass__` that needs arguments or members: what it did to the class is among the saved members
         with _untold(bases):
             made = types.new_class(name, bases, options, lambda space: space.update(members))
     _local.add(made)
@@ -214,7 +217,7 @@ def local_class(metaclass: type[Any], name: str, bases: tuple[type[Any], ...], s
 
 @contextlib.contextmanager
 def _untold(bases: tuple[type[Any], ...]) -> Iterator[None]:
-    """The bases are not told of a class that this thread makes meanwhile."""
+    """Keep `__init_subclass__` of the bases from running for classes that this thread makes meanwhile."""
     here = threading.get_ident()
     hooks = {base: hook for one in bases for base in one.__mro__ if isinstance(hook := base.__dict__.get("__init_subclass__"), classmethod)}
     for base, hook in hooks.items():
@@ -230,7 +233,7 @@ MINOR = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def class_by_value(minor: str, data: bytes) -> type[Any]:
-    """A class as cloudpickle's bytes, which hold code of one minor and are only taken where that is allowed."""
+    """Return a class from cloudpickle's bytes.  They hold code of one minor, and are accepted only where that is allowed."""
     if not names.classes_by_value():
         raise SnapshotError("a snapshot holds a class as code (cloudpickle), which snapshot_cloudpickle does not allow here")
     if minor != MINOR:
@@ -242,7 +245,7 @@ def class_by_value(minor: str, data: bytes) -> type[Any]:
 
 
 def set_class(made: type[Any], state: tuple[dict[str, Any], dict[str, Any] | None]) -> None:
-    """Its members, and the arguments of `dataclass` when that decorator had made the rest."""
+    """Fill a class: set its members, and apply `dataclass` with its arguments if that decorator had made the rest."""
     if made not in _local:
         raise CorruptSnapshotError(f"a snapshot changes the class {made!r}")
     members, dataclass = state
@@ -253,7 +256,7 @@ def set_class(made: type[Any], state: tuple[dict[str, Any], dict[str, Any] | Non
 
 
 def _member(value: Any) -> Any:
-    """Descriptors are saved as what they wrap, since pickle knows none of them."""
+    """Return a member; descriptors were saved as what they wrap, since pickle does not know them."""
     if not isinstance(value, Wrapped):
         return value
     if value.kind == "field":
@@ -263,7 +266,7 @@ def _member(value: Any) -> Any:
 
 
 class Wrapped:
-    """A property, classmethod, staticmethod or field of a dataclass among the members of a saved class."""
+    """A property, classmethod, staticmethod or dataclass field among the members of a saved class."""
 
     __slots__ = ("held", "kind")
 
@@ -290,7 +293,7 @@ def is_bound(owner: Any, name: str) -> bool:
 
 
 def bound(owner: Any, name: str) -> Any:
-    """A bound method of a builtin value, such as `undo.append`, or of a builtin class, such as `dict.fromkeys`."""
+    """Return a bound method of a builtin value, such as `undo.append`, or of a builtin class, such as `dict.fromkeys`."""
     if not is_bound(owner, name):
         raise CorruptSnapshotError(f"a snapshot names {type(owner).__name__}.{name}, which no snapshot of ours does")
     return getattr(owner, name)
@@ -323,14 +326,14 @@ _CONTENTS: dict[str, Callable[[Any], Any]] = {
 
 
 def contents(source: Any, way: str) -> Any:
-    """A fresh iterator over what a dict or a deque holds."""
+    """Return a fresh iterator over a dict or a deque."""
     return _CONTENTS[way](source)
 
 
 def iterator_at(source: Any, way: str, position: int, size: int) -> Any:
-    """An iterator that has given `position` items of the `size` the container had when it was saved.
+    """Return an iterator that is past `position` of the `size` items that the container had when it was saved.
 
-    A native one; while the container is still being filled (it holds its own iterator), one that begins later.
+    It is a native one, unless the container is still being filled (because it holds its own iterator): then it is one that begins later.
     """
     if len(source) != size:
         from kwflow.durable.iters import Later
@@ -348,7 +351,7 @@ _exception_slots: weakref.WeakKeyDictionary[type[BaseException], tuple[tuple[str
 
 
 def exception_slots(cls: type[BaseException]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The attributes of such an exception that neither args nor `__dict__` hold: of builtin classes, and of those with `__slots__`."""
+    """Return the attributes of such an exception that neither args nor `__dict__` hold: those of builtin classes, and those in `__slots__`."""
     found = _exception_slots.get(cls)
     if found is None:
         builtin = [name for base in cls.__mro__ for name in EXCEPTION_ATTRIBUTES.get(base, ())]
@@ -366,7 +369,7 @@ def _mangled(cls: type[Any], name: str) -> str:
     return f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
 
 
-_set = BaseException.__setattr__  # the class's own may allow nothing: a frozen dataclass
+_set = BaseException.__setattr__  # the class's own may refuse everything, as that of a frozen dataclass does
 
 
 def exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
@@ -374,9 +377,9 @@ def exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
         raise CorruptSnapshotError(f"a snapshot raises {cls!r}, which is no exception class")
     native: Any = next(new for base in cls.__mro__ if isinstance(new := base.__dict__.get("__new__"), types.BuiltinFunctionType))
     try:
-        made: BaseException = native(cls, *args)  # not the author's, which may want other arguments
+        made: BaseException = native(cls, *args)  # not the author's `__new__`, which may need other arguments
     except (TypeError, ValueError):
-        made = cls.__new__(cls, *args) if issubclass(cls, BaseExceptionGroup) else native(cls)  # a group of an earlier release
+        made = cls.__new__(cls, *args) if issubclass(cls, BaseExceptionGroup) else native(cls)  # a group that an earlier release saved
     _set(made, "args", args)
     return made
 
@@ -385,11 +388,11 @@ def set_exception(made: BaseException, state: tuple[dict[str, Any], dict[str, An
     attributes, slots, cause, context, suppress = state
     for name, value in slots.items():
         if getattr(made, name, slots) is value:
-            continue  # an OSError whose errno was set to None shows it instead of its message
+            continue  # setting errno of an OSError to None, too, would make it show that instead of its message
         try:
             _set(made, name, value)
         except (AttributeError, TypeError):
-            continue  # read-only on this minor: args hold it
+            continue  # read-only on this minor, where args hold it
     made.__dict__.update(attributes)
     _set(made, "__cause__", cause)
     _set(made, "__context__", context)
@@ -397,7 +400,7 @@ def set_exception(made: BaseException, state: tuple[dict[str, Any], dict[str, An
 
 
 def path(kind: str, text: str) -> Any:
-    """A pathlib path: the module of its class differs between minors."""
+    """Return a pathlib path; the module of its class differs between minors."""
     if kind not in ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"):
         raise CorruptSnapshotError(f"a snapshot holds a path of class {kind!r}")
     return getattr(importlib.import_module("pathlib"), kind)(text)
@@ -412,7 +415,7 @@ def logger(name: str) -> Any:
 
 
 def match(pattern: re.Pattern[Any], way: str, text: Any, first: int, last: int) -> Any:
-    """The match that this pattern finds again in the same text."""
+    """Return the match that this pattern finds again in the same text."""
     found = {"match": re.Pattern.match, "fullmatch": re.Pattern.fullmatch, "search": re.Pattern.search}[way](pattern, text, first, last)
     if found is None:
         raise CorruptSnapshotError("a snapshot holds a match of a pattern that does not match")
@@ -420,7 +423,7 @@ def match(pattern: re.Pattern[Any], way: str, text: Any, first: int, last: int) 
 
 
 def numpy_array(dtype: Any, shape: tuple[int, ...] | None, data: Any) -> Any:
-    """An array, a scalar (`shape` None) or a dtype (`data` None too) of numpy."""
+    """Return a numpy array, scalar (if `shape` is None) or dtype (if `data` is None, too)."""
     numpy = importlib.import_module("numpy")
     kind = numpy.dtype(dtype)
     if data is None:
@@ -434,7 +437,7 @@ def numpy_array(dtype: Any, shape: tuple[int, ...] | None, data: Any) -> Any:
 
 
 def custom(name: str, state: Any) -> Any:
-    """What a reducer of the author's has saved (`durable.register_reducer`)."""
+    """Rebuild what a reducer of the author has saved (`durable.register_reducer`)."""
     try:
         build = builders[name]
     except KeyError:

@@ -1,7 +1,7 @@
-"""What does not outlive a process: connections, files, locks, and how an author gets them back after a restore.
+"""What does not outlive a process (connections, files, locks), and how an author gets it back after a restore.
 
-Two ways.  `reacquire` wraps a resource whose class is not the author's: the wrapper is saved as how to make it.  An object of
-a class with `__durable_reenter__` is saved as any other (`__getstate__` says what of it) and told when it is back.
+There are two ways.  `reacquire` wraps a resource whose class is not the author's; what is saved is how to create it.  An object
+of a class with `__durable_reenter__` is saved like any other (`__getstate__` selects what), and this method is called after a restore.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _ABSENT: Any = object()
 
 
 def reacquire(factory: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-    """`factory(*args, **kwargs)`, in a wrapper that a variable may hold over a wait.
+    """Return `factory(*args, **kwargs)` in a wrapper that a variable may hold over a wait.
 
-    Calls, attributes, items and `with` go through to the resource.  It is made now; after a restore it is made again when it is first
-    used, so what `factory` raises then is raised in the author's code, at that use.  If it was in a `with` block, it is entered again.
-    What it held is not kept: the position of a file, a lock that was taken, an open transaction.
+    Calls, attributes, items and `with` go through to the resource.  It is created now, and again when it is first used after a
+    restore; what `factory` raises then is raised in the author's code, at that use.  If it was in a `with` block, it is entered
+    again.  Its state is not kept: the position of a file, a lock that was taken, an open transaction.
     """
     if not callable(factory):
         raise UsageError(f"kw.reacquire takes what makes the resource, not the resource: kw.reacquire(lambda: ...), not {type(factory).__name__}")
     made: Any = Reacquired(factory, args, kwargs)
     object.__getattribute__(made, "_kw_resource")()
-    return made  # type: ignore[no-any-return]  # to the author it is what factory makes
+    return made  # type: ignore[no-any-return]  # to the author it is what `factory` returns
 
 
 class Reacquired:
-    """The wrapper; its own attributes begin with `_kw_`, all others are the resource's."""
+    """The wrapper.  Its own attributes begin with `_kw_`; all others are those of the resource."""
 
     __slots__ = ("__weakref__", "_kw_args", "_kw_entered", "_kw_factory", "_kw_held", "_kw_kwargs")
 
@@ -48,7 +48,7 @@ class Reacquired:
             object.__setattr__(self, f"_kw_{name}", value)
 
     def _kw_resource(self) -> Any:
-        """The resource of this process, made and entered as often as it was if it is not there yet."""
+        """Return the resource of this process.  If there is none yet, create it and enter it as often as it was entered before."""
         if self._kw_held is _ABSENT:
             held = self._kw_factory(*self._kw_args, **self._kw_kwargs)
             for _ in range(self._kw_entered):
@@ -57,7 +57,7 @@ class Reacquired:
         return self._kw_held
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):  # asked for by copy, inspect and the like: no reason to open anything
+        if name.startswith("__") and name.endswith("__"):  # copy, inspect and the like ask for these: no reason to open anything
             raise AttributeError(name)
         return getattr(self._kw_resource(), name)
 
@@ -77,10 +77,10 @@ class Reacquired:
         entered = self._kw_entered
         object.__setattr__(self, "_kw_entered", max(0, entered - 1))
         if self._kw_held is _ABSENT or not entered:
-            return None  # not used since the restore: there is nothing to leave
+            return None  # not used since the restore: there is nothing to exit
         return type(self._kw_held).__exit__(self._kw_held, *error)
 
-    __iter__ = None  # a place in it would be lost silently; iterate over a list
+    __iter__ = None  # the position of an iterator would be lost silently; iterate over a list
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._kw_resource()(*args, **kwargs)
