@@ -1,1 +1,1 @@
-"""The Kafka runner: `runner.py` is the loop, `takeover.py` has the partitions, `transaction.py` commits; everything that knows the broker lives here."""
+"""The Kafka runner: `runner.py` is the loop, `takeover.py` manages the partitions, `transaction.py` commits.  Everything that knows the broker lives here."""

@@ -1,7 +1,8 @@
-"""What librdkafka says of its connections: why there is no broker, told by us once a minute instead of by it twenty times a second.
+"""Connection errors of librdkafka: we log why there is no broker once a minute, where it would log twenty times a second.
 
-Its own log goes past ours, into the middle of JSON lines too, and is off (`log_level` in topics.client_config, and NO_LOG for
-fatal errors, which have no lower level; `[kafka]` may turn it on).  The same texts come to a client's `error_cb`, inside whatever call serves that client.
+librdkafka's own log bypasses ours, even into the middle of JSON lines, and is off (`log_level` in topics.client_config, and
+NO_LOG for fatal errors, which have no lower level; `[kafka]` may turn it on).  The same texts arrive in a client's `error_cb`,
+inside whatever call serves that client.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _EVERY_S = 60.0
 _VARYING = re.compile(r"^(Group|Txn)Coordinator: |/(bootstrap|\d+)(?=:)| \(after \d+ms in state \w+(, \d+ identical error\(s\) suppressed)?\)")
 _AWAY = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT)
 _NO_REASON = "connections are closed, or not answered, without a reason: if it expects TLS or a user, say so in [kafka], security.protocol"
-_REMEDIES = {  # part of what OpenSSL says -> what it leaves out
+_REMEDIES = {  # part of an OpenSSL message -> what the message leaves out
     "certificate verify failed": "; or it has expired, or is for another host: openssl s_client -connect HOST:PORT -CAfile FILE -verify_hostname HOST says which",
     "ssl/tls alert": "; the broker does not take the certificate of this client: [kafka] ssl.certificate.location is missing, has expired, or is signed by a CA that it does not know",
 }
-_SETTINGS = {  # what the broker does not take of ours -> where that is set; starting again changes nothing
+_SETTINGS = {  # a setting of ours that the broker refuses -> where to change it; a restart does not help
     KafkaError.INVALID_SESSION_TIMEOUT: '[kafka] "session.timeout.ms" has to be from the broker\'s group.min.session.timeout.ms to its group.max.session.timeout.ms',
     KafkaError.OFFSET_METADATA_TOO_LARGE: "workers note there which calls are done: the broker's offset.metadata.max.bytes has to be 4096 or more",
     KafkaError.INVALID_TRANSACTION_TIMEOUT: 'make the broker\'s transaction.max.timeout.ms larger, or [kafka] "transaction.timeout.ms" smaller',
@@ -40,27 +41,27 @@ _OTHERS = {
 
 
 def said(error: KafkaError) -> str:
-    """What the broker says, and what to do about it if that is known."""
+    """The broker's message, with the remedy if one is known."""
     remedy = (_SETTINGS | _OTHERS).get(error.code())
     return f"{error.str()}; {remedy}" if remedy else error.str()
 
 
 def ending(where: str, error: KafkaError) -> TransportError:
-    """What this process ends with."""
+    """The error that ends this process; retryable unless it is about a setting."""
     return TransportError(f"{where}: {said(error)}", retryable=error.code() not in _SETTINGS)
 
 
 class BrokerErrors:
-    """An `error_cb`; any number of clients may share it.  Fatal errors are left to the call that fails with them."""
+    """An `error_cb` that any number of clients may share.  Fatal errors are left to the call that fails with them."""
 
     def __init__(self, on_log: Callable[[str], None] | None = None, now_s: Callable[[], float] = time.monotonic) -> None:
         self._on_log = on_log
         self._now_s = now_s
-        self._again_s: dict[str, float] = {}  # what was told -> when it may be told again
+        self._again_s: dict[str, float] = {}  # logged text -> when it may be logged again
         self.last = ""
 
     def __call__(self, error: KafkaError) -> None:
-        if error.fatal() or error.code() == KafkaError._ALL_BROKERS_DOWN:  # it comes beside the reason for each of them
+        if error.fatal() or error.code() == KafkaError._ALL_BROKERS_DOWN:  # it comes in addition to the reason for each broker
             return
         text = _VARYING.sub("", error.str())
         self.last = text = text + next((remedy for said, remedy in _REMEDIES.items() if said in text), "")
@@ -70,6 +71,6 @@ class BrokerErrors:
             self._on_log(Line.of(f"Kafka: {text}; trying again", "warning"))
 
     def because(self, error: KafkaError) -> str:
-        """What failed, and why there is no broker if that is why."""
+        """The error's text, and why there is no broker if that may be the cause."""
         why = self.last or (_NO_REASON if error.code() in _AWAY else "")
         return f"{error.str()} ({why})" if why else error.str()

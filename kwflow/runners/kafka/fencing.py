@@ -1,12 +1,12 @@
-"""The transaction of an engine that died in it is ended by whoever takes its partitions over, not by its time-out (K1).
+"""Ending the open transaction of a dead engine: whoever takes its partitions over does it, instead of waiting for its timeout (K1).
 
-1. an engine is killed between `send_offsets_to_transaction` and the end of its commit
-2. another one is given its partitions; their offsets, or the end of their changelogs, stay undecided
-3. the broker ends the transaction only after `transaction.timeout.ms`: every instance there would stand still for so long
+1. An engine is killed between `send_offsets_to_transaction` and the end of its commit.
+2. Another engine is given its partitions; their committed offsets, or the ends of their changelogs, stay undecided.
+3. The broker ends the transaction only after `transaction.timeout.ms`; every instance there would stand still for that long.
 
-`init_transactions` with the dead one's id ends it at once, and fences that engine for good.  So it is done only to an
-engine that is no member of the group any more, which owns nothing, and only while something does wait for it: one that was
-merely slow, has finished its transaction, and joins again, is left alone.
+`init_transactions` with the dead engine's id ends the transaction at once, and fences that engine for good.  So it is done
+only to an engine that is no longer a member of the group, which therefore owns nothing, and only while something waits for the
+transaction.  An engine that was merely slow, has finished its transaction and joins again is left alone.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from kwflow.runners.kafka.topics import offset_of, partitions_of, told, transien
 __all__ = ["Fencing", "Leftovers"]
 
 _AGAIN_S = 1.0
-_ASK_S = 0.1  # the first request aborts; only the answer to its repetition, half a second later, says so, and nobody waits for that
+_ASK_S = 0.1  # the first request aborts the transaction; only the repeated one, half a second later, confirms it, and nobody waits for that
 _ANSWER_S = 5.0
-_LOOK_S = 1.0  # transactions of engines that live seldom take longer
+_LOOK_S = 1.0  # transactions of live engines seldom take longer
 
 
 class Fencing:
-    """Remembers whom it has asked to be fenced, so that it is done once."""
+    """Ends transactions of dead engines, and remembers which engines it has fenced, so that it does so once."""
 
     def __init__(self, member: Member) -> None:
         self._member = member
@@ -35,7 +35,7 @@ class Fencing:
         self._asking: dict[str, Producer] = {}
 
     def end_transaction_of(self, engine: str) -> None:
-        """Asked in each turn until what waits for it goes on; does nothing to an engine that may still commit it."""
+        """End an engine's open transaction.  Called in each turn until what waits for it goes on; does nothing to an engine that may still commit it."""
         member, now = self._member, self._member.environment.monotonic()
         if engine not in self._asking:
             if engine == member.name or now < self._next_s.get(engine, 0.0):
@@ -56,11 +56,11 @@ class Fencing:
         self._next_s[engine] = now + TRANSACTION_S
 
     def release(self) -> None:
-        """Nothing waits any more: whoever starts under one of these names is not to be fenced by a request that goes on."""
+        """Drop all requests, as nothing waits any more: an engine that starts under one of these names must not be fenced by one of them."""
         self._asking.clear()
 
     def _is_member(self, engine: str) -> bool:
-        """Also when nobody knows: then its transaction ends by itself."""
+        """Whether the engine is a member of the group; true if the broker does not answer, as its transaction then ends by its timeout."""
         try:
             found = told(self._member.admin.describe_consumer_groups([self._member.group], request_timeout=_ANSWER_S)[self._member.group], _ANSWER_S)
         except KafkaException:
@@ -71,12 +71,12 @@ class Fencing:
 class Leftovers:
     """Open transactions of engines that are gone, in topics where only readers wait for them.
 
-    1. an engine is killed when some of its outputs are sent already, and its offsets and changelog are not
-    2. nothing that the next owner needs is undecided, so it goes on
-    3. readers of those outputs' partitions see nothing of what it does, until the transaction times out
+    1. An engine is killed when some of its outputs are sent, but not its offsets and changelog entries.
+    2. Nothing that the next owner needs is undecided, so it goes on.
+    3. Readers of the partitions with those outputs see nothing of what the next owner writes, until the transaction times out.
 
-    Whose transaction it is that keeps a partition undecided is not to be asked of the broker with this client.  One that is
-    open in two looks is taken for that of an engine that went without giving back what it had.
+    This client cannot ask the broker whose transaction keeps a partition undecided.  A transaction that is open in two looks
+    is taken for that of an engine that went without giving its partitions back.
     """
 
     def __init__(self, member: Member, fencing: Fencing) -> None:
@@ -88,13 +88,13 @@ class Leftovers:
         self._seen: set[tuple[TopicPartition, int]] | None = None
 
     def suspect(self, engine: str) -> None:
-        """It went without giving back a partition."""
+        """Note that an engine went without giving a partition back."""
         self._next_s, self._seen = self._member.environment.monotonic(), None
         self._until_s = self._next_s + 2 * TRANSACTION_S  # the broker has ended it by then
         self._gone.add(engine)
 
     def turn(self) -> bool:
-        """Look now and then; whether there is anything left to look after."""
+        """Look now and then; true while there is something left to look after."""
         now = self._member.environment.monotonic()
         if not self._gone or now < self._next_s:
             return bool(self._gone)
@@ -109,7 +109,7 @@ class Leftovers:
         return bool(self._gone)
 
     def _undecided(self) -> set[tuple[TopicPartition, int]] | None:
-        """Partitions with an open transaction, and where it begins; None when the broker does not tell."""
+        """The partitions with an open transaction, each with the offset where it begins; None if the broker does not answer."""
         member = self._member
         try:
             if not self._places:

@@ -1,9 +1,9 @@
-"""Which records of one partition are done, where they may be done in any order, and what a consumer group keeps of that.
+"""Which records of a partition are done, where they may finish in any order, and what a consumer group stores about that.
 
-A group keeps one position for a partition, before the first record that is open: a call that takes an hour would have all
-that were answered behind it done again after a crash.  So which records are open is noted beside the position, in the
-text that Kafka keeps with it, and whether somebody holds the partition: who finds a note that was not given back knows
-that its writer died.  A note that is not ours, or belongs to another position, says nothing.
+A group stores one position per partition, which is before the first open record.  So after a crash during a call that takes
+an hour, all calls behind it that were answered would be repeated.  Therefore the open records are noted beside the position,
+in the metadata text that Kafka stores with it, and also whether somebody holds the partition: whoever finds a note that is
+still held knows that its writer died.  A note in another format, or for another position, is ignored.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ _HELD, _SUSPECT = "+", "!"
 
 
 class Ledger:
-    """Records are taken in the order of their offsets and finished in any.
+    """The done and open records of one partition.  Records are taken in the order of their offsets, and finished in any order.
 
-    Invariant: below `_next`, and below `_noted_end` as far as it was noted, what is not open is done.  `died`: who wrote
-    the note did not give the partition back; what it had marked as suspects ran at that time.
+    Invariant: below `_next`, and below `_noted_end` as far as the note goes, a record that is not open is done.  `died` is true
+    if the writer of the note did not give the partition back; the records that it had marked as suspects were running then.
     """
 
     def __init__(self, position: int, note: str = "") -> None:
         self._next = position
-        self._open: dict[int, bool] = {}  # in the order of the offsets -> whether it is a suspect
+        self._open: dict[int, bool] = {}  # offset, in order -> whether it is a suspect
         self._noted_end, self._noted, self.died = _read(position, note)
 
     def take(self, offset: int) -> bool:
-        """Whether this record, the next one that was read, is still to be done."""
+        """Take the next record that was read; false if it is done already."""
         self._next = offset + 1
         if offset < self._noted_end and offset not in self._noted:
             return False
-        self._open[offset] = self.suspected(offset)  # it stays one until it is done
+        self._open[offset] = self.suspected(offset)  # a suspect remains one until it is done
         return True
 
     def pass_marks(self, end: int) -> None:
-        """All before this offset was read; the last of it may be marks of transactions, which are no records."""
+        """Note that everything before this offset was read: the last offsets may be transaction markers, which are not records."""
         self._next = max(self._next, end)
 
     def behind(self, offset: int) -> bool:
-        """Whether this record lies before what was read, or was done when we began: it is of another log."""
+        """Whether this record is before the read position, so that it must be from another log (the topic was created anew)."""
         return offset < self._next
 
     def suspected(self, offset: int) -> bool:
-        """Whether it ran, and was marked, when the writer of the note died."""
+        """Whether the record was running, and marked, when the writer of the note died."""
         return self.died and self._noted.get(offset, False)
 
     def suspect(self, offset: int) -> None:
-        """Mark one that is open: should we die, it may be why."""
+        """Mark an open record: if this process dies, the record may be why."""
         if offset in self._open:
             self._open[offset] = True
 
@@ -59,11 +59,11 @@ class Ledger:
 
     @property
     def position(self) -> int:
-        """The first offset that is open, or comes next."""
+        """The first open offset, or else the next one."""
         return next(iter(self._open), self._next)
 
     def note(self, held: bool = True) -> str:
-        """What is done behind `position`, and whether this partition is held still; of more than a note holds, what comes first."""
+        """The note: what is done behind `position`, and whether the partition is still held.  If there is too much for a note, it covers the first part."""
         position, end = self.position, max(self._next, self._noted_end)
         parts, length = [], 60
         for offset, suspect in self._still_open():
@@ -81,7 +81,7 @@ class Ledger:
 
 
 def _read(position: int, note: str) -> tuple[int, dict[int, bool], bool]:
-    """Up to which offset the note knows, which of those are open (and suspects), and whether it was held; total."""
+    """Parse a note: the offset up to which it goes, the open records (and which are suspects), and whether it is held.  Never raises."""
     try:
         form, end, steps, held = note.split(" ")
         if form != _FORMAT:

@@ -1,9 +1,9 @@
-"""A client's way to an application on Kafka: records in, and committed records out.
+"""A client's link to an application on Kafka: it sends records, and receives committed records.
 
-One consumer without a group, assigned by numeric offsets that were asked for before anything is produced (M1.3): an
-`OFFSET_END` resolves late and would miss a fast outcome.  It follows the one reply partition of this process, and of
-the result and error topics the partitions of those ids that somebody waits for.  Each topic puts an id where its own
-count of partitions says.
+It has one consumer without a group, which is assigned numeric offsets that were looked up before anything is produced (M1.3):
+`OFFSET_END` is resolved late and would miss a fast outcome.  The consumer follows the one reply partition of this process,
+and those partitions of the result and error topics that hold the ids somebody waits for.  Which partition holds an id
+depends on each topic's own partition count.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ __all__ = ["KafkaLink", "each_latest", "ends_in_a_transaction", "latest", "parti
 
 _Places = tuple[tuple[str, int], ...]  # (topic, partition) of an id's outcome, in the result and in the error topic
 _TIMEOUT_S = 20
-_SEND_SHARE = 0.75  # of the time of a command; librdkafka looks once a second
-_SEND_S_MIN = 5  # a first connection takes its time
-_COUNT_S = 30  # how late more partitions may be seen
-_POLL_S = 0.05  # how late the first request for a partition, a delivery report or a time-out may be seen
+_SEND_SHARE = 0.75  # of a command's timeout; librdkafka checks for expired records once a second
+_SEND_S_MIN = 5  # the first connection may take some time
+_COUNT_S = 30  # maximum delay until added partitions are noticed
+_POLL_S = 0.05  # maximum delay until the first request for a partition, a delivery report or a timeout is noticed
 
 
 class KafkaLink:
-    """A Link (ports.py).  Raises TransportError when there is no broker, or topics are missing, within `client_connect_s` (AF-6)."""
+    """A Link (ports.py).  Raises TransportError within `client_connect_s` if there is no broker, or if topics are missing (AF-6)."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -53,7 +53,7 @@ class KafkaLink:
         self._listener: Listener | None = None
         self._asked: queue.SimpleQueue[tuple[_Places, Callable[[], None]]] = queue.SimpleQueue()
         self._followed: set[tuple[str, int]] = set()
-        self._pending: Counter[_Places] = Counter()  # -> what waits in `_asked`: records of the same places keep the order of the calls
+        self._pending: Counter[_Places] = Counter()  # how many calls wait in `_asked`, so that records for the same places keep the order of the calls
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kwflow-client", daemon=True)
@@ -77,13 +77,13 @@ class KafkaLink:
         return {topic: there[topic] for topic in needed}
 
     def _assign(self, topic: str, number: int) -> None:
-        """From the end of now on: what read_committed readers see, so that an outcome of an open transaction is not passed over."""
+        """Follow a partition from its present end, as read_committed readers see it, so that the outcome in a transaction that is still open is not missed."""
         give_up = time.monotonic() + self.config.client_connect_s
         while True:
             try:
                 _, end = self._consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=self.config.client_connect_s, cached=False)
                 break
-            except KafkaException:  # a partition that is new, or has a new leader, is not known everywhere at once; not marked as retriable
+            except KafkaException:  # a new partition, or a new leader, is not known everywhere at once; the error is not marked as retriable
                 if time.monotonic() > give_up:
                     raise
             time.sleep(_POLL_S)
@@ -107,8 +107,8 @@ class KafkaLink:
         self._in_order(self._places(output.key), False, lambda: self._produce(output, failed))
 
     def _in_order(self, places: _Places, follow: bool, call: Callable[[], None]) -> None:
-        """Now, or on our thread behind what waits for these to be followed."""
-        ours = threading.current_thread() is self._thread  # a callback's
+        """Make the call now or, if these places are not followed yet, on our thread, after the calls that already wait for them."""
+        ours = threading.current_thread() is self._thread  # when called from a callback
         with self._lock:
             later = bool(self._pending[places]) or (follow and not self._followed.issuperset(places))
             if later and not ours:
@@ -144,15 +144,18 @@ class KafkaLink:
         return TransportError(f"{self.config.bootstrap_servers} did not take the record for {output.topic}: {error.str()}", retryable)
 
     def _new_producer(self) -> Producer:
-        """One that gives a record up before its command's time is over: what no broker took is told as that, and not as perhaps done."""
+        """Create a producer that gives a record up before its command times out.  The command then fails as not sent, not as perhaps done."""
         return _producer(self.config, min(_TIMEOUT_S, max(_SEND_S_MIN, _SEND_SHARE * self.config.command_timeout_s)))
 
     def _serve(self) -> None:
-        with contextlib.suppress(KafkaException):  # one that broke says so here, once: the next record goes by another one
+        with contextlib.suppress(KafkaException):  # a broken producer says so here, once; the next record goes through a new one
             self._producer.poll(0)
 
     def _replace(self, broken: Producer) -> None:
-        """A broker that has lost its last records, by a failure of power, say, takes no others of the same idempotent producer; whoever sent what that one still has is told that it failed."""
+        """Replace a broken producer.  The flush tells the senders of its queued records that they failed.
+
+        A broker that has lost its last records, such as by a power failure, accepts no more records from the same idempotent producer.
+        """
         with self._lock:
             if self._producer is broken:
                 self._producer = self._new_producer()
@@ -202,7 +205,10 @@ class KafkaLink:
                 self._followed.add(place)
 
     def _recount(self, listener: Listener) -> None:
-        """A topic that was given more partitions puts ids elsewhere: all of it is followed from then on, its new partitions from their begin, and who waits asks what was missed."""
+        """Notice that a topic was given more partitions, which moves ids to other partitions.
+
+        All of its partitions are followed from then on, the new ones from their beginning, and callers that wait are told to ask for what they missed.
+        """
         if time.monotonic() < self._count_next:
             return
         self._count_next = time.monotonic() + _COUNT_S
@@ -210,7 +216,7 @@ class KafkaLink:
             known = self._partitions[topic]
             try:
                 count = len(self._consumer.list_topics(topic, timeout=1).topics[topic].partitions)
-            except KafkaException:  # the next time, then
+            except KafkaException:  # try again the next time
                 return
             if count > known:
                 self._consumer.incremental_assign([TopicPartition(topic, number, 0) for number in range(known, count)])
@@ -223,7 +229,7 @@ class KafkaLink:
         error = message.error()
         if error is None:
             listener.on_record(record_of(message, self._encryption))
-        elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # retention overtook this reader: from the end again, and ask what was missed
+        elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # retention overtook this reader: follow from the end again, and report the gap
             where = TopicPartition(message.topic() or "", message.partition() or 0)
             self._consumer.incremental_unassign([where])
             self._assign(where.topic, where.partition)
@@ -238,7 +244,7 @@ def _producer(config: Config, timeout_s: float = _TIMEOUT_S, **more: Any) -> Pro
 
 
 def send(config: Config, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
-    """One record, acknowledged by the broker when this returns.  Raises TransportError."""
+    """Send one record; the broker has acknowledged it when this returns.  Raises TransportError."""
     failed: list[str] = []
     errors = BrokerErrors()
 
@@ -257,7 +263,7 @@ def send(config: Config, topic: str, key: bytes | None, value: bytes | None, hea
 
 
 def read(config: Config, topic: str, partition: int | None = None, start: int = 0) -> Iterator[Record]:
-    """The committed records of a topic from its begin, or this offset, to its end of now; one partition, or all.  Raises TransportError."""
+    """Yield the committed records of one partition, or of all, from `start` to the present end of the topic.  Raises TransportError."""
     admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
     if topic not in there:
@@ -270,7 +276,7 @@ def read(config: Config, topic: str, partition: int | None = None, start: int = 
 
 
 def ends_in_a_transaction(config: Config, topic: str) -> bool:
-    """Whether the last offset of some partition is the mark of a transaction, which is no record.  Raises TransportError."""
+    """Whether the last offset of any partition is a transaction marker, which is not a record.  Raises TransportError."""
     admin = topics.admin(config)
     ends = offsets(LIVE, config, admin, topic, range(topics.describe(admin, config, topic)[1]), LATEST)
     before = {number: end - 1 for number, end in ends.items() if end}
@@ -282,8 +288,11 @@ def _as_it_is(key: bytes, value: bytes) -> bytes:
 
 
 def latest(config: Config, topic: str, partition: int | None = None, kept: Callable[[bytes, bytes], bytes | None] = _as_it_is) -> dict[bytes, bytes]:
-    """What a compacted topic holds: of each key what is `kept` of its last value, if anything, without those that were deleted.  Raises TransportError."""
-    found: dict[tuple[int, bytes], bytes] = {}  # a migration leaves a tombstone where an entry was
+    """Key -> what `kept` returns for the last value of each key in a compacted topic.
+
+    Deleted keys, and keys for which `kept` returns None, are left out.  Raises TransportError.
+    """
+    found: dict[tuple[int, bytes], bytes] = {}  # by partition too, as a migration leaves a tombstone in the partition where an entry was
     unread = Unread(Encryption(config))
     for record in read(config, topic, partition):
         if record.key is None or unread.passes((record.partition, record.key), record.value):
@@ -298,13 +307,13 @@ def latest(config: Config, topic: str, partition: int | None = None, kept: Calla
 
 
 def each_latest(config: Config, topic: str, kept: Callable[[bytes, bytes], bytes | None]) -> Iterator[bytes]:
-    """The values of `latest`, one partition after the other: only one of them is in memory.  Raises TransportError."""
+    """Yield the values of `latest` partition by partition, with only one partition in memory.  Raises TransportError."""
     for number in range(topics.partitions_of(topics.admin(config), config).get(topic, 1)):
         yield from latest(config, topic, number, kept).values()
 
 
 def partition_for(config: Config, topic: str, key: bytes) -> int | None:
-    """Where a topic holds this key; None if there is no such topic."""
+    """The partition of a topic that holds this key; None if there is no such topic."""
     partitions = topics.partitions_of(topics.admin(config), config).get(topic, 0)
     return partition_of(key, partitions) if partitions else None
 

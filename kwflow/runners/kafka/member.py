@@ -1,4 +1,4 @@
-"""Who an engine is in its consumer group, and how it asks the broker (K1, K4): what the parts of the Kafka runner share."""
+"""The identity of an engine in its consumer group, and how it asks the broker (K1, K4).  The parts of the Kafka runner share this."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["EARLIEST", "END_WAIT_MS", "LATEST", "RETRY_S", "TRANSACTION_S", "Mem
 TRANSACTION_S = 15  # a dead engine with another identity blocks its partitions for this long (K1)
 RETRY_S = 0.02
 EARLIEST, LATEST = OffsetSpec.earliest(), OffsetSpec.latest()  # type: ignore[no-untyped-call] # the library has no types here
-_NOT_KNOWN_YET = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._NOENT)  # a topic that was just made; the leaders, by a broker that was just started
-END_WAIT_MS = 10  # fetch.wait.max.ms of those who read to an end
+_NOT_KNOWN_YET = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._NOENT)  # of a topic that was just created, or of partition leaders by a broker that was just started
+END_WAIT_MS = 10  # fetch.wait.max.ms of consumers that read a topic to its end
 
 
 def again(environment: Environment, call: Callable[[], Any]) -> Any:
-    """The same call again while it is retriable, for twice the transaction timeout (K4); then the process has to end."""
+    """Repeat a call while its error is retriable, for twice the transaction timeout (K4); then TransportError ends the process.  Raises FencedError, KafkaException."""
     give_up = environment.monotonic() + 2 * TRANSACTION_S
     while True:
         try:
@@ -45,7 +45,7 @@ def again(environment: Environment, call: Callable[[], Any]) -> Any:
 
 
 def offsets(environment: Environment, config: Config, admin: AdminClient, topic: str, partitions: Iterable[int], spec: OffsetSpec) -> dict[int, int]:
-    """Partition -> its begin or end, what open transactions have written included (K5).  Raises KafkaException, TransportError."""
+    """Partition -> its first offset or its end, as `spec` says; what open transactions have written is included (K5).  Raises KafkaException, TransportError."""
     asked = {TopicPartition(topic, number): spec for number in partitions}
     clients = [admin]
 
@@ -54,7 +54,7 @@ def offsets(environment: Environment, config: Config, admin: AdminClient, topic:
         try:
             return {where.partition: topics.offset_of(future, 10) for where, future in futures.items()}
         except KafkaException as error:
-            if error.args[0].code() == KafkaError.FENCED_LEADER_EPOCH:  # after a restart of the broker; a client that knows an older epoch never asks anew
+            if error.args[0].code() == KafkaError.FENCED_LEADER_EPOCH:  # after a broker's restart; a client that knows an older epoch never refreshes it
                 clients.append(topics.admin(config, environment))
             raise
 
@@ -64,7 +64,11 @@ def offsets(environment: Environment, config: Config, admin: AdminClient, topic:
 
 @dataclass(frozen=True)
 class Member:
-    """`name` is both its `group.instance.id` and its `transactional.id`; `incarnation` and `partitions` are the input topic's, `outputs` the topics that workflows declare."""
+    """One engine as a member of its consumer group.
+
+    `name` is both its `group.instance.id` and its `transactional.id`.  `incarnation` (topic id) and `partitions` belong to
+    the input topic; `outputs` are the topics that workflows declare.
+    """
 
     config: Config
     environment: Environment
@@ -85,11 +89,11 @@ class Member:
 
     @property
     def written(self) -> list[str]:
-        """Every topic that its transactions may write to, and what comes back to it."""
+        """Every topic that this engine's transactions may write to, and those that it reads."""
         return topics.needed(self.config, self.outputs) if self.processor.changelog_topic else [self.config.resume_topic, self.config.dead_letter_topic]
 
     def settings(self, **more: Any) -> dict[str, Any]:
-        """Of one more client of this engine."""
+        """The settings for another client of this engine."""
         return topics.client_config(self.config, **more)
 
     def ends(self, topic: str, numbers: Iterable[int]) -> dict[int, int]:

@@ -1,8 +1,8 @@
-"""The calls of one partition of a queue that a worker has read and nobody has answered yet, and in which order they may begin.
+"""The open calls of one partition of a queue: read by a worker and not yet answered; and the order in which they may begin.
 
-After a worker has died (`ledger.py`) one of those that it ran may be why.  So the next one begins a few at a time, each
-marked in the group before; whatever is marked when that one dies, too, is not begun a third time (K19).  What came after
-the death is not marked: one that has seen a single worker die is begun again.
+After a worker has died (`ledger.py`), one of the calls that it ran may be the cause.  So the next worker begins a few calls
+at a time, and marks each in the group beforehand.  If that worker dies too, the marked calls are not begun a third time
+(K19).  Calls that arrived after the first death are not marked: a call during which a single worker died is begun again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from kwflow.runners.kafka.ledger import Ledger
 
 __all__ = ["AHEAD_MAX", "ASIDE_MAX", "OpenCalls"]
 
-AHEAD_MAX = 1000  # calls that were read and are not answered; more than run at a time, so that what is taken back is read before it is begun
-ASIDE_MAX = 2000  # calls that were read and that this worker does not know; with more, what a note holds of those behind them would be too little
-_CAREFUL_MAX = 16  # calls that run at a time after a worker has died: so many others lose an attempt with the one that kills
+AHEAD_MAX = 1000  # calls that are read and not answered; more than can run at a time, so that a withdrawal is read before its call begins
+ASIDE_MAX = 2000  # calls that are read, but whose activity this worker does not know; with more, a note would have too little room for the calls behind them
+_CAREFUL_MAX = 16  # calls that run at a time after a worker has died: so many, at most, lose an attempt together with the one that kills
 
 
 class _Calls:
-    """A Store of the calls that are open in one partition, for a Worker."""
+    """A Store of the begun calls of one partition, for a Worker."""
 
     def __init__(self) -> None:
         self.entries: dict[bytes, bytes] = {}
@@ -33,27 +33,27 @@ class _Calls:
 
 
 class OpenCalls:
-    """What was read of a partition, from when it became ours.
+    """The calls that were read from a partition since it became ours.
 
-    Invariant: a call of `offsets` (by workflow and ref) waits, or it is in `begun`, which a Worker takes from, or it is `aside`: its activity is
-    not known here, and whoever owns the partition next may know it.
+    Invariant: a call in `offsets` (by workflow and ref) is waiting, or it is in `begun`, from which a Worker takes calls, or it is `aside`: its activity
+    is not known here, but the next owner of the partition may know it.
     """
 
     def __init__(self, topic: str, number: int, position: int, note: str, end: int, care: bool = True) -> None:
-        """`end`: of the log when it became ours; a worker that had died by then has read nothing behind it."""
+        """`end` is the end of the log when the partition became ours: a worker that had died by then has read nothing beyond it."""
         self.topic = topic
         self.number = number
         self.ledger = Ledger(position, note)
         self.committed: tuple[int, str] = (position, "")
         self.begun = _Calls()
-        self.offsets: dict[tuple[str, str], list[int]] = {}  # an engine that is at-least-once hands a call out twice
+        self.offsets: dict[tuple[str, str], list[int]] = {}  # several for a call that an at-least-once engine has handed out twice
         self.aside: set[tuple[str, str]] = set()
         self._waiting: dict[tuple[str, str], Dispatch] = {}
         self._care = care and self.ledger.died
         self._careful_until = min(position + AHEAD_MAX, end) if self._care else 0
 
     def open(self, call: Dispatch, offset: int, known: bool = True) -> bool:
-        """Whether it may begin, when its turn comes; not what ran when two workers died."""
+        """Add a call.  False if it may not begin, because two workers died while it ran."""
         offsets = self.offsets.setdefault((call.workflow_id, call.ref), [])
         offsets.append(offset)
         may = not (self._care and self.ledger.suspected(offset))
@@ -64,7 +64,7 @@ class OpenCalls:
         return may
 
     def close(self, id: str, ref: str) -> bool:
-        """Whether it was open."""
+        """Remove a call that is answered or withdrawn.  False if it was not open."""
         offsets = self.offsets.pop((id, ref), [])
         for offset in offsets:
             self.ledger.finish(offset)
@@ -76,16 +76,16 @@ class OpenCalls:
 
     @property
     def noted(self) -> bool:
-        """Whether the group knows that it is ours."""
+        """Whether the group's note says that the partition is ours."""
         return bool(self.committed[1])
 
     @property
     def careful(self) -> bool:
-        """Whether what may have killed the last worker is still among them."""
+        """Whether a call that may have killed the last worker is still open."""
         return self.ledger.position < self._careful_until
 
     def next(self) -> list[Dispatch]:
-        """Those that may begin now; with care each is marked, and begins once the group has its mark."""
+        """The calls that may begin now.  In careful mode each is marked, and must begin only once the group has its mark."""
         some = list(self._waiting.values())[: max(0, _CAREFUL_MAX - len(self.begun.entries)) if self.careful else None]
         for call in some if self.careful else ():
             for offset in self.offsets[call.workflow_id, call.ref]:
@@ -94,14 +94,14 @@ class OpenCalls:
         return some
 
     def begin(self, calls: Iterable[Dispatch]) -> None:
-        """A Worker may take them from now on."""
+        """Hand calls over to the Worker."""
         for call in calls:
             del self._waiting[call.workflow_id, call.ref]
             self.begun.entries[state_key(call.workflow_id, call.ref)] = encode(call)
 
     @property
     def held_back(self) -> bool:
-        """Whether some of those that were read do not begin now."""
+        """Whether some calls were read that do not begin yet."""
         return bool(self._waiting)
 
     @property

@@ -1,10 +1,10 @@
-"""Partitions that nobody has although the group is stable: found after a start, so that the group can be made to share anew (K7).
+"""Partitions without an owner although the group is stable: found after a start, so that the group can be made to rebalance (K7).
 
-1. a rebalance takes a partition from a static member, which is to give it up and then join once more
-2. its process dies before that; the next one with its name is given what the group noted for it, without a rebalance
-3. the partition stays nobody's until somebody joins or leaves, perhaps for days (seen on Kafka 4.1)
+1. A rebalance takes a partition from a static member, which must give it up and then join once more.
+2. Its process dies before that.  The next process with its name is given what the group had noted for it, without a rebalance.
+3. The partition has no owner until somebody joins or leaves, perhaps for days (seen on Kafka 4.1).
 
-Only the start of a static member can leave it so, so each looks after its start, until it has seen that all is shared.
+Only the start of a static member can cause this, so each member looks after its start, until it has seen every partition owned.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from kwflow.runners.kafka.topics import told
 
 __all__ = ["Orphans"]
 
-_LOOK_S = 2.0  # between two looks: a rebalance has moments in which a partition is on its way
+_LOOK_S = 2.0  # between two looks: during a rebalance a partition may be without an owner for a moment
 
 
 class Orphans:
-    """Asked in every turn; it looks at the group now and then and costs nothing once all is well."""
+    """Called in every turn; it looks at the group now and then, and costs nothing once all partitions have been seen owned."""
 
     def __init__(self, admin: AdminClient, environment: Environment, group: str, partitions: Mapping[str, int]) -> None:
-        """`partitions`: of each topic that this member reads, how many there are."""
+        """`partitions`: topic -> partition count, of each topic that this member reads."""
         self._admin = admin
         self._environment = environment
         self._group = group
@@ -35,7 +35,7 @@ class Orphans:
         self._seen: set[tuple[str, int]] = set()
 
     def found(self) -> bool:
-        """Whether there are partitions that had no owner in two looks, and have none now."""
+        """Whether some partition had no owner in two consecutive looks."""
         if self._next_s is None or self._environment.monotonic() < self._next_s:
             return False
         self._next_s = self._environment.monotonic() + _LOOK_S
@@ -50,7 +50,7 @@ class Orphans:
         return False
 
     def _missing(self) -> set[tuple[str, int]] | None:
-        """None while the group is not stable, or the broker does not answer."""
+        """The partitions without an owner; None while the group is not stable, or the broker does not answer."""
         try:
             found = told(self._admin.describe_consumer_groups([self._group], request_timeout=5)[self._group], 5)
         except KafkaException:

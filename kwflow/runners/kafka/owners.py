@@ -1,7 +1,8 @@
-"""`<app>-owners`: which engine has which partition, where it answers, and at which record it may die (K1, K19).
+"""`<app>-owners`: which engine owns which partition, at which address it answers, and at which record it may die (K1, K19).
 
-A compacted topic with one partition, written outside of transactions and before anything is done with what was taken
-over.  It may be behind: whoever acts on an entry asks the group, or the engine itself, whether it still holds.
+This is a compacted topic with one partition.  An engine writes to it outside of transactions, before it does anything with
+a partition that it took over.  Entries may be outdated: whoever acts on one asks the group, or the engine itself, whether it
+still holds.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ from kwflow.runners.kafka.topics import transient
 
 __all__ = ["Attempt", "Owner", "Owners", "owner_key"]
 
-_TIMEOUT_S = 5.0  # an engine goes on without this topic: it then takes over more slowly, and others do not find it
+_TIMEOUT_S = 5.0  # then an engine goes on without this topic: its takeovers are slower, and others do not find it
 _GOODBYE_S = 1.0
-_QUIET_S = 60.0  # once it did not answer nothing waits for it for so long: what it would tell others, each record to be taken with care would wait for
+_QUIET_S = 60.0  # after a failure nothing waits for this topic for so long: otherwise every record that is taken with care would wait for it
 
 
 _T = TypeVar("_T")
 
 
 class Owner(msgspec.Struct, frozen=True):
-    """`engine` is its `transactional.id` and `group.instance.id`; `address` HOST:PORT if it answers over HTTP; `since` in ms."""
+    """The owner of a partition.
+
+    `engine` is its `transactional.id` and `group.instance.id`; `address` is HOST:PORT if it answers over HTTP; `since` is in ms since the epoch.
+    """
 
     engine: str
     address: str | None
@@ -37,7 +41,7 @@ class Owner(msgspec.Struct, frozen=True):
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """Suspects (attempts.py) among the records of the topic with this id."""
+    """Suspects (attempts.py) among the records of the topic whose id is `topic`."""
 
     topic: str
     offset: int
@@ -46,12 +50,12 @@ class Attempt(msgspec.Struct, frozen=True):
 
 
 def owner_key(topic: str, number: int) -> bytes:
-    """The entry of an input topic's partition."""
+    """The key of the entry for a partition of an input topic."""
     return f"{topic}/{number}".encode()
 
 
 class Owners:
-    """One engine's view of the topic.  Nothing here raises for a broker that does not answer."""
+    """One engine's view of the topic.  Nothing here raises if the broker does not answer."""
 
     def __init__(self, member: Member) -> None:
         self.address: str | None = None
@@ -64,7 +68,7 @@ class Owners:
 
     # -- what is there ---------------------------------------------------------------------------------------------
     def read(self) -> None:
-        """To its end of now."""
+        """Read the topic to its present end.  If that fails, the entries stay as they are."""
         environment = self._member.environment
         settings = {"group_id": f"{self._member.group}-owners", "enable_auto_commit": False, "auto_offset_reset": "earliest", "enable_partition_eof": True, "fetch_wait_max_ms": END_WAIT_MS}
         consumer = environment.consumer(self._member.settings(**settings))
@@ -85,7 +89,7 @@ class Owners:
         self._entries = {key: value for key, value in latest.items() if value}
 
     def _take(self, consumer: Consumer, latest: dict[bytes, bytes]) -> bool:
-        """Whether the end is reached.  Raises KafkaException."""
+        """Take what has arrived; true once the end is reached.  Raises KafkaException."""
         for message in gather(consumer, 1000, 0.05):
             error = message.error()
             if error is None:
@@ -97,11 +101,11 @@ class Owners:
         return False
 
     def owner(self, number: int) -> Owner | None:
-        """Who had it last, and did not give it back."""
+        """The last owner, if it did not give the partition back."""
         return self._decoded(owner_key(self._member.processor.input_topic, number), Owner)
 
     def attempt(self, number: int) -> Suspects | None:
-        """What whoever had it last was at, if that may have killed it."""
+        """The records that may have killed the last owner; None if there are none."""
         found = self._decoded(self._attempt_key(number), Attempt)
         return Suspects(found.offset, found.count, found.until) if found is not None and found.topic == self._member.incarnation else None
 
@@ -113,14 +117,14 @@ class Owners:
 
     # -- what we say -----------------------------------------------------------------------------------------------
     def announce(self, numbers: Iterable[int]) -> None:
-        """These partitions are ours.  Returns once the broker has it, so that whoever comes after us knows whose transaction may be open."""
+        """Announce that these partitions are ours.  Returns once the broker has it, so that the next owner knows whose transaction may be open."""
         for number in numbers:
             self._announced.add(number)
             self._write(owner_key(self._member.processor.input_topic, number), msgspec.json.encode(Owner(self._member.name, self.address, self._member.clock.now_ms())))
         self._flush(_TIMEOUT_S)
 
     def withdraw(self, numbers: list[int]) -> None:
-        """Given back with nothing open: nobody need look after it."""
+        """Remove the entries of partitions that are given back with nothing open: the next owner need not look after anything."""
         mine = self._announced.intersection(numbers)
         for number in sorted(mine):
             self._write(owner_key(self._member.processor.input_topic, number), None)
@@ -130,11 +134,11 @@ class Owners:
             self._flush(_GOODBYE_S)
 
     def forget(self, numbers: list[int]) -> None:
-        """Lost: another engine may have written its name already."""
+        """Forget partitions that were lost, without a write: another engine may have written its name already."""
         self._announced.difference_update(numbers)
 
     def attempted(self, number: int, suspects: Suspects | None) -> None:
-        """Before a step that may be the last of this process; None takes it back."""
+        """Note the records of a step that may kill this process, before the step; None removes the note."""
         self._write(self._attempt_key(number), msgspec.json.encode(Attempt(self._member.incarnation, suspects.offset, suspects.count, suspects.until)) if suspects else None)
         self._flush(_TIMEOUT_S)
 
@@ -143,7 +147,7 @@ class Owners:
 
     def _write(self, key: bytes, value: bytes | None) -> None:
         if self._made is None:
-            # not idempotent: that waits half a second for a producer id; one request at a time keeps the order, and an entry may be there twice
+            # Not idempotent, as that would wait half a second for a producer id.  One request at a time keeps the order, and duplicate entries do no harm.
             self._made = self._member.environment.producer(self._member.settings(linger_ms=0, max_in_flight=1, message_timeout_ms=int(_TIMEOUT_S * 1000)))
         try:
             self._made.produce(self._topic, value, key, on_delivery=self._delivered)
@@ -158,7 +162,7 @@ class Owners:
 
     def _flush(self, seconds: float) -> None:
         if self._made is not None and self._quiet:
-            self._made.poll(0)  # it may have answered
+            self._made.poll(0)  # it may have answered meanwhile
         elif self._made is not None and self._made.flush(seconds):
             self._complain(f"no answer within {seconds:g} s")
 

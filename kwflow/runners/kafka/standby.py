@@ -1,7 +1,7 @@
-"""Warm copies of partitions that other engines own, and the end of copies nobody needs (kafka.md §4).
+"""Warm copies of partitions that other engines own, and the deletion of copies that nobody needs (kafka.md §4).
 
-A standby follows the changelogs into the very stores that a takeover restores from, so that a restore begins near the
-end.  Without it, the store of a partition that has left is kept for a while, in case it comes back, and then deleted.
+A standby follows the changelogs and writes them to the very stores that a takeover restores, so that a restore begins near
+the end.  Without a standby, the store of a partition that has left is kept for a while, in case it returns, and then deleted.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from kwflow.runners.kafka.topics import transient
 __all__ = ["Cleanup", "Copies", "Standby"]
 
 _LOOK_S = 1.0
-_RECORDS_MAX = 2000  # of one turn: a standby must not keep the running partitions waiting
-_OPENED_MAX = 3  # likewise
+_RECORDS_MAX = 2000  # in one turn: a standby must not keep the running partitions waiting
+_OPENED_MAX = 3  # stores opened in one turn, for the same reason
 
 
 class Standby:
-    """Follows partitions of one changelog.  Invariant: a store is open here or in the runner, never in both."""
+    """Follows partitions of one changelog.  Invariant: a store is open either here or in the runner, never in both."""
 
     def __init__(
         self, topic: str, consumer: Callable[[], Consumer], open_store: Callable[[int], PartitionStore], starts: Callable[[Iterable[int]], dict[int, int]], encryption: Encryption
@@ -41,7 +41,7 @@ class Standby:
         self._encryption = encryption
 
     def follow(self, numbers: set[int]) -> None:
-        """From now on these, and no others; more of them in each turn."""
+        """Follow these partitions and no others from now on.  Each turn opens only a few of those that are new."""
         for number in self.stores.keys() - numbers:
             self.give(number)
         if self._consumer is not None and (gone := self._followed - self.stores.keys()):
@@ -56,13 +56,13 @@ class Standby:
         self._followed = set(self.stores)
 
     def give(self, number: int) -> None:
-        """Somebody else opens its store now; what is still read of it is passed over."""
+        """Close the store of a partition that somebody else is about to open.  Records of it that still arrive are ignored."""
         self._unread.pop(number, None)
         if number in self.stores:
             self.stores.pop(number).close()
 
     def turn(self) -> None:
-        """Take what is there.  Raises TransportError."""
+        """Store what has arrived.  Raises TransportError."""
         if self._consumer is None or not self.stores:
             return
         changes: dict[int, dict[bytes, bytes | None]] = {}
@@ -84,14 +84,14 @@ class Standby:
             if not self._unread.setdefault(number, Unread(self._encryption)).passes(key, value):
                 mine[key] = value
             reached[number] = (message.offset() or 0) + 1
-        elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # what we had is no longer there
+        elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # our position is no longer in the log
             changes.pop(number, None)
             self._begin_again(number)
         elif error.code() != KafkaError._PARTITION_EOF and not transient(error):
             raise TransportError(f"standby of {self._topic}[{number}]: {error.str()}")
 
     def _begin_again(self, number: int) -> None:
-        """The next turn follows it again, from the begin."""
+        """Wipe the store and let the next turn follow the partition from the beginning."""
         self.stores[number].wipe()
         self.give(number)
 
@@ -115,7 +115,7 @@ class Cleanup:
         self._unused_since: dict[int, float] = {}
 
     def look(self, used: set[int]) -> list[Path]:
-        """Delete what is due, looked at once a second; which ones were."""
+        """Delete the stores that are due, looking at most once a second; return those that were deleted."""
         now = self._environment.monotonic()
         if now < self._next:
             return []
@@ -129,7 +129,7 @@ class Cleanup:
 
 
 class Copies:
-    """What the runner sees of both: told in each turn which partitions are its own."""
+    """Standby and Cleanup as the runner uses them: each turn says which partitions are its own."""
 
     def __init__(self, standby: Standby | None, partitions: int, cleanup: Cleanup, on_log: Callable[[str], None]) -> None:
         self.standby = standby
@@ -140,14 +140,14 @@ class Copies:
     def turn(self, mine: set[int]) -> None:
         used = mine
         if self.standby is not None:
-            used = set(range(self._partitions))  # those that are to be opened, too
+            used = set(range(self._partitions))  # including those that are not opened yet
             self.standby.follow(used - mine)
             self.standby.turn()
         for path in self._cleanup.look(used):
             self._on_log(f"deleted {path}, a copy that nobody has needed for {self._cleanup.delay_s:g} s")
 
     def give(self, number: int) -> None:
-        """The runner opens this partition's store now."""
+        """Release this partition's store, as the runner opens it now."""
         if self.standby is not None:
             self.standby.give(number)
 

@@ -1,7 +1,7 @@
-"""Partitions of one engine from their assignment to their loss: assigned, restored a slice at a time, owned (K2, K5, K7, K16).
+"""The partitions of one engine, from their assignment to their loss: assigned, restored a slice at a time, owned (K2, K5, K7, K16).
 
-Callbacks run inside poll and consume and only note what happened; `turn` does the work.  It must not know what is done
-with the records of a partition that is owned.
+Callbacks run inside poll and consume and only note what happened; `turn` does the work.  This module must not know what is
+done with the records of an owned partition.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from kwflow.runners.kafka.state import MOVED, POSITION, NoStore, Partition, Part
 
 __all__ = ["Takeover"]
 
-_SLICE_S = 0.1  # K5: a restore never keeps the running partitions waiting for longer, but for the last thing it began
-_ANSWER_S = 0.05  # for an offset, if it is decided; who asks again hears of it earlier than who waits
+_SLICE_S = 0.1  # K5: a restore keeps the running partitions waiting no longer than this, plus the last action that it began
+_ANSWER_S = 0.05  # for a committed offset that is decided; to ask again gives an answer earlier than to wait
 _PATIENCE_S = 1.0
 _STUCK_S = 0.1
 _WAKE_S = 0.01
 _IDLE_S = 0.25
-_PAUSE_S = 0.02  # a restore that waits for the broker is looked at again
+_PAUSE_S = 0.02  # until a restore that waits for the broker is looked at again
 
 
 class Takeover:
-    """Invariant: a partition is in at most one of `assigned`, `restoring` (with the group's committed offset) and `owned`.
+    """Takes partitions over and gives them back.
 
-    `found`: of those that are assigned, the group's committed offset, and begin and end of the changelog after that.
+    Invariant: a partition is in at most one of `assigned`, `restoring` (with the group's committed offset) and `owned`.
+    `found` has, for assigned partitions, the group's committed offset, and the changelog's begin and end, which were looked up after it.
     """
 
     def __init__(self, member: Member, owners: Owners, attempts: Attempts, worker: Worker | None, age_max_ms: int) -> None:
@@ -48,12 +49,12 @@ class Takeover:
         self.assigned: list[int] = []
         self.restoring: dict[int, tuple[Restore, int]] = {}
         self.found: dict[int, tuple[int, int, int]] = {}
-        self._leaving: dict[int, PartitionStore | NoStore] = {}  # of what is not ours any more, and still open
-        self.wait_s = _IDLE_S  # for how long the main loop may wait for records
+        self._leaving: dict[int, PartitionStore | NoStore] = {}  # stores that are still open, of partitions that are no longer ours
+        self.wait_s = _IDLE_S  # how long the main loop may wait for records
         self.joined = False
-        self.generation = 0  # goes up with each rebalance that we are told of, an empty one included
+        self.generation = 0  # incremented with each rebalance that we are told of, even an empty one
         self._owners = owners
-        self._former: dict[int, Owner | None] = {}  # who had what was assigned and is not owned yet
+        self._former: dict[int, Owner | None] = {}  # the last owners of partitions that are assigned or restoring
         self._stuck_since: dict[int, float] = {}
         self.foreign = None if member.processor.changelog_topic else Foreign(member)
         self._fencing = Fencing(member)
@@ -65,7 +66,7 @@ class Takeover:
         self._partitions = member.partitions
         config, environment = member.config, member.environment
         if changelog:
-            self._incarnation = f"{member.incarnation} {topics.describe(member.admin, config, changelog)[0]}"  # a reset makes the changelog anew, and leaves the input as it is
+            self._incarnation = f"{member.incarnation} {topics.describe(member.admin, config, changelog)[0]}"  # both ids, as a reset creates the changelog anew and leaves the input as it is
         standby = Standby(changelog, self._changelog_consumer, self._store, lambda numbers: member.starts(changelog, numbers), member.encryption)
         self.copies = Copies(standby if config.standby and changelog else None, member.partitions, Cleanup(environment, member.directory, config.state_cleanup_s), member.on_log)
         self.consumer = self._new_consumer()
@@ -92,20 +93,20 @@ class Takeover:
         consumer.subscribe([self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 
     def _join_again(self, why: str) -> None:
-        """Leave the group and join it, so that it shares all partitions anew; what is polled meanwhile is read again."""
+        """Leave the group and join it again, so that it reassigns all partitions.  Records that are polled meanwhile are read again."""
         self.member.on_log(f"{self.member.group}: {why}; joining again")
         self.consumer.unsubscribe()
         give_up = self.member.environment.monotonic() + TRANSACTION_S
         while (self.owned or self.busy) and self.member.environment.monotonic() < give_up:
             self.consumer.poll(0.1)
-        if self.owned or self.busy:  # what was polled of these would be passed over
+        if self.owned or self.busy:  # records of these that were polled here would be skipped
             raise TransportError(f"{self.member.group}: its partitions were not revoked within {TRANSACTION_S} s of leaving the group")
         self._subscribe(self.consumer)
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self.joined = True
         self.generation += 1
-        for partition in partitions:  # any explicit offset: without one a group with no commit is an error before we seek
+        for partition in partitions:  # any explicit offset will do: without one, a group with no commit would be an error before we seek
             partition.offset = OFFSET_BEGINNING
         consumer.incremental_assign(partitions)
         if partitions:
@@ -113,7 +114,7 @@ class Takeover:
             self.assigned += [partition.partition for partition in partitions]
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """A clean one: activities that run may end first, so that the next owner need not begin them again (M6.5)."""
+        """Give partitions back cleanly: running activities may end first, so that the next owner need not begin them again (M6.5)."""
         give_up = self.member.environment.monotonic() + self.member.config.activity_grace_s
         for partition in partitions:
             if self._worker is not None:
@@ -130,7 +131,7 @@ class Takeover:
             self._former.pop(partition.partition, None)
             self._stuck_since.pop(partition.partition, None)
             gone = self.owned.pop(partition.partition, None)
-            if gone is not None:  # to close one takes 0.01 s: whoever waits for the partition would wait for all of them
+            if gone is not None:  # closed later: closing a store takes 0.01 s, and the next owner of a partition would wait for all of them
                 gone.store.leave()
                 self._leaving[partition.partition] = gone.store
             self.found.pop(partition.partition, None)
@@ -146,7 +147,7 @@ class Takeover:
 
     # -- restore, then own -----------------------------------------------------------------------------------------
     def turn(self) -> None:
-        """Restore what was assigned, a slice at a time, then read from the committed offset on."""
+        """Restore assigned partitions, a slice at a time, then read them from the committed offset on."""
         if self.foreign is not None:
             self.foreign.look(lambda: self._committed([*self.owned], _ANSWER_S).values())
             self._count_again(self.foreign)
@@ -162,7 +163,10 @@ class Takeover:
             self._fencing.release()
 
     def _count_again(self, foreign: Foreign) -> None:
-        """A topic of somebody else's may get more partitions; made anew with fewer it is assigned, to who is started again, as it was before."""
+        """Count the partitions of somebody else's topic again, as it may get more.
+
+        If it was created anew with fewer, a restarted member is still assigned the partitions that it had before, and must join again.
+        """
         if max(self.assigned, default=0) < self._partitions:
             return
         self._partitions = foreign.count()
@@ -170,7 +174,7 @@ class Takeover:
             self._join_again(f"{self._topic} has only {self._partitions} partitions now")
 
     def _restore(self, until: float) -> bool:
-        """Whether one of them got on."""
+        """Continue the restores; true if one of them made progress."""
         finished, stuck, moved = [], [], False
         for number, (restore, _) in list(self.restoring.items()):
             reached = restore.reached
@@ -186,12 +190,12 @@ class Takeover:
         if finished:
             self._own(finished)
         for number, undecided in topics.committed_ends(self.member.admin, self.member.processor.changelog_topic, stuck).items():
-            if undecided < self.restoring[number][0].end:  # the first transaction of its changelog that is open begins there
+            if undecided < self.restoring[number][0].end:  # the first open transaction in its changelog begins there
                 self._fence_former(number)
         return moved or bool(finished)
 
     def _find(self, until: float) -> None:
-        """First what the group has committed, then the changelogs' ends: the other order could miss the last transaction."""
+        """Look up what the group has committed, and after that the changelogs' ends: the other order could miss the last transaction."""
         unknown = [number for number in self.assigned if number not in self.found]
         fresh = [number for number in unknown if number not in self._stuck_since]
         self._stuck_since |= dict.fromkeys(fresh, self.member.environment.monotonic())
@@ -214,7 +218,7 @@ class Takeover:
                 self.found[number] = offset, starts[number], ends[number]
 
     def _begin(self, until: float) -> None:
-        """Opening a store takes 0.03 s of a quiet disk, and none can be opened by halves."""
+        """Begin restores until the time is over.  Opening a store takes 0.03 s on an idle disk, and cannot be split."""
         for number in list(self.found):
             committed, start, end = self.found.pop(number)
             self.copies.give(number)
@@ -244,17 +248,17 @@ class Takeover:
                 self._attempts.learn(number, suspects)
 
     def _has_died(self, number: int) -> bool:
-        """Whether who had this partition before went without giving it back, and our own directory knows nothing of it (K19)."""
+        """Whether the last owner went without giving this partition back, and our own directory knows nothing about that (K19)."""
         former = self._former.get(number)
         return former is not None and (former.engine != self.member.name or self._attempts.fresh)
 
     def _is_careful(self, number: int) -> bool:
-        """Whether the record at fault may still lie ahead: then the next owner has to know of who died, and of what was counted."""
+        """Whether the record at fault may still lie ahead: then the next owner must learn who died, and how many deaths were counted."""
         partition = self.owned.get(number)
         return partition is not None and partition.position < partition.careful_until
 
     def _is_stuck(self, number: int) -> bool:
-        """Whether this has waited for longer than an engine that lives would let it, and somebody had it before."""
+        """Whether this partition has waited for longer than a live engine would make it wait, and had an owner before."""
         return self._waited_s(number) >= _STUCK_S and self._former.get(number) is not None
 
     def _waited_s(self, number: int) -> float:
@@ -267,7 +271,7 @@ class Takeover:
             self._fencing.end_transaction_of(former.engine)
 
     def look_after(self) -> None:
-        """Partitions that nobody has, warm copies, and copies that nobody needs."""
+        """Look after partitions without an owner, warm copies, and copies that nobody needs."""
         if self._orphans.found():
             self._join_again(f"partitions of {self._topic} belong to nobody")
         if self.joined:
@@ -277,7 +281,7 @@ class Takeover:
         return self.member.ends(self.member.processor.changelog_topic, numbers)
 
     def _committed(self, numbers: list[int], patience_s: float = _PATIENCE_S) -> dict[int, int]:
-        """The group's offsets; none while a transaction with the offset of one of them is open (asked again in the next turn, and for longer)."""
+        """The group's committed offsets; empty while an open transaction contains the offset of one of them.  The next turn asks again, for longer."""
         try:
             found = self.consumer.committed([TopicPartition(self._topic, number) for number in numbers], timeout=patience_s) if numbers else []
         except KafkaException as error:
@@ -300,11 +304,11 @@ class Takeover:
         return self.member.environment.consumer(self.member.settings(**settings, **more))
 
     def _restore_consumer(self) -> Consumer:
-        """Told of the end at once: the broker would keep the request for half a second otherwise, and everybody waits for it."""
+        """Create a consumer that learns of the end at once: otherwise the broker would hold the request for half a second, while everybody waits for it."""
         return self._changelog_consumer(fetch_wait_max_ms=END_WAIT_MS)
 
     def _own(self, numbers: list[int]) -> None:
-        """Restored, all of these."""
+        """Take ownership of these restored partitions."""
         member, ready = self.member, dict[int, Partition]()
         begins, ends = member.starts(self._topic, numbers), member.ends(self._topic, numbers)
         for number in numbers:
@@ -316,7 +320,7 @@ class Takeover:
                     raise TransportError(
                         f"{where}: the group's offset is {committed}, the state's is another: somebody reset one of them; --accept-offset-reset starts from the group's", retryable=False
                     )
-                self._cancel_restore(number)  # this process stood still while another owner went on; it will hear of that, or restores again
+                self._cancel_restore(number)  # this process was suspended while another owner went on: it will be told of the loss, or restores again
                 self.assigned.append(number)
                 continue
             if position is None:
@@ -345,9 +349,10 @@ class Takeover:
             member.on_log(f"{member.group}: owns {self._topic}[{number}] from {partition.position}")
 
     def _resume(self, numbers: Iterable[int]) -> None:
-        """Fetched at once: librdkafka's thread of a broker, if it has nothing else to do, looks a second later; any request to it wakes it.
+        """Resume these partitions, and make librdkafka fetch them at once.
 
-        All of them before that: their leader answers a fetch of some after half a second if nothing comes there, and what is asked of it meanwhile later.
+        An idle broker thread of librdkafka looks for new work only after a second, but any request to its broker wakes it.  All partitions are resumed
+        before that request: a fetch of only some of them may be held by their leader for half a second, and later requests to it would wait behind that.
         """
         where = [TopicPartition(self._topic, number, 0) for number in numbers]
         self.consumer.resume(where)
@@ -355,18 +360,18 @@ class Takeover:
             self.consumer.offsets_for_times(where, timeout=_WAKE_S)
 
     def seek(self, number: int, offset: int) -> None:
-        """Read on from there; again while librdkafka says that it is not ready."""
+        """Continue reading at an offset; repeated while librdkafka is not ready."""
         again(self.member.environment, lambda: self.consumer.seek(TopicPartition(self._topic, number, offset)))
 
     def close(self, clean: bool) -> None:
-        """Leave the group, and let go of everything that is open; `clean` when nothing of it needs to be looked after."""
+        """Leave the group, and close everything that is open.  `clean` says that the next owners need not look after anything."""
         if not clean:
             self._owners.forget([*self.owned])
         self.copies.close()
         if not self.joined:
-            # 1. a process is asked to end while it joins: `close` ends the group's part of librdkafka
-            # 2. the broker's answer, which was under way, is an assignment, and brings the callback
-            # 3. that asks the part that has ended something, and waits for ever, with Python's lock (librdkafka #4041)
+            # 1. A process is asked to end while it joins, and `close` ends librdkafka's thread for the group.
+            # 2. The broker's answer, which was under way, is an assignment, and calls the callback.
+            # 3. The callback makes a request to the thread that has ended, and waits forever while it holds the GIL (librdkafka #4041).
             self.consumer.unsubscribe()
             self.consumer.poll(0)
         self.consumer.close()
