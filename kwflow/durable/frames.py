@@ -1,7 +1,7 @@
 """How a suspended generator is read and put back; the only file that knows frames.
 
-`read` copies the frame's user variables and the temporaries that are live at its label; `shell` makes an unstarted
-generator of the cold twin whose state dict is filled later, and `enter` runs it to its yield without author code.
+`read` copies the author's variables in the frame, and the temporaries that are live at its label.  `shell` creates an unstarted
+generator of the cold twin, whose state dict is filled later, and `enter` runs it to its yield without running author code.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from kwflow.errors import CodeChangedError, KwflowBug, NotDurableError, UsageErr
 __all__ = ["Frame", "State", "capture", "describe", "discard", "empty", "enter", "forget_shells", "is_durable", "read", "refill", "restore", "snap", "where"]
 
 Gen: TypeAlias = "types.GeneratorType[Any, Any, Any]"
-_REFERENCES_TO_OURS = 3  # the frame's, the variable's and the argument's
+_REFERENCES_TO_OURS = 3  # that of the frame, of the variable and of the argument
 CREATED, SUSPENDED, FINISHED = "created", "suspended", "finished"
 
 
 @dataclass
 class State:
-    """A generator as data.  `slots` maps names to values (`@l` to the label's name); `cells` are as `Function.captured`."""
+    """A generator as data.  `slots` maps names to values (`@l` to the name of the label); `cells` are in the order of `Function.captured`."""
 
     function: Function
     status: str
@@ -49,7 +49,7 @@ class Frame:
 
 
 def is_durable(value: Any) -> bool:
-    """Whether a generator function, or a generator, can be saved at its yields."""
+    """Whether this generator or generator function can be saved at its yields."""
     code = getattr(value, "gi_code", None) or getattr(getattr(value, "__func__", value), "__code__", None)
     function = registry.function_of(code) if isinstance(code, types.CodeType) else None
     return function is not None and function.kind == "generator"
@@ -68,9 +68,9 @@ def _function(gen: Gen) -> Function:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What to read of the frames of one code object: for each label its name and the variables that matter there (none for generator expressions)."""
+    """What to read from frames of one code object: for each label its name and the variables that matter there (no labels for generator expressions)."""
 
-    code: types.CodeType  # held, so that its id stays its own
+    code: types.CodeType  # held, so that its id is not reused
     function: Function
     labels: tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -92,7 +92,7 @@ def _plan(gen: Gen) -> _Plan:
 
 
 def snap(gen: Gen) -> tuple[Function, str, dict[str, Any], tuple[types.CellType, ...]]:
-    """Function, status, slots and cells, sharing every value: the hot half of `read`.  Raises as it does."""
+    """Return function, status, slots and cells, sharing every value: the hot part of `read`.  Raises what `read` raises."""
     plan = _plans.get(id(gen.gi_code)) or _plan(gen)
     frame = gen.gi_frame
     if frame is None:
@@ -113,14 +113,14 @@ def snap(gen: Gen) -> tuple[Function, str, dict[str, Any], tuple[types.CellType,
 
 
 def _snap_slowly(gen: Gen, function: Function, frame: types.FrameType) -> tuple[Function, str, dict[str, Any], tuple[types.CellType, ...]]:
-    """Of a generator that has not begun, or of a generator expression."""
+    """Do what `snap` does, for a generator that has not begun, or a generator expression."""
     if gen.gi_running:
         raise UsageError(f"{gen.__qualname__} is running; only a waiting generator can be saved")
     names = copied_locals(frame)
     created = not gen.gi_suspended
     if ".0" in names:  # the first iterator of a generator expression
         names[ITERATOR if created else function.labels[0].live[0]] = names.pop(".0")
-    if created and "@S" in names:  # a restored one that has not run yet
+    if created and "@S" in names:  # a restored generator that has not run yet
         slots = dict(names["@S"])
         slots.pop("@l", None)
         return function, CREATED, slots, slots.pop("@c")
@@ -128,31 +128,31 @@ def _snap_slowly(gen: Gen, function: Function, frame: types.FrameType) -> tuple[
     slots = {name: value for name, value in names.items() if name[0] != "@" and name not in captured}
     if created:
         return function, CREATED, slots, _created_cells(gen, function, names)
-    label = function.labels[names.get("@l", 1) - 1]  # a generator expression has one
+    label = function.labels[names.get("@l", 1) - 1]  # a generator expression has just one label
     slots |= {name: names[name] for name in label.live if name in names}
     slots[_LABEL] = label.name
     return function, SUSPENDED, slots, names.get("@c", ())
 
 
 def read(gen: Gen) -> State:
-    """Its state, sharing every value.  Raises NotDurableError; UsageError while it runs."""
+    """Return its state, sharing every value.  Raises NotDurableError, or UsageError while it is running."""
     return State(*snap(gen), gen.__name__, gen.__qualname__)
 
 
 def copied_locals(frame: types.FrameType) -> dict[str, Any]:
-    """The frame's variables; the copy that frames keep until 3.12 is emptied, or it would hold what the author has dropped."""
+    """Return a copy of the frame's variables.  The copy that frames themselves keep until 3.12 is emptied; it would hold what the author has dropped."""
     found = frame.f_locals
     names = dict(found)
     if type(found) is dict:
         if sys.getrefcount(found) == _REFERENCES_TO_OURS:
             found.clear()
-        else:  # the author has called locals() and keeps it
+        else:  # the author has called locals() and keeps the result
             shown(found)
     return names
 
 
 def _created_cells(gen: Gen, function: Function, names: dict[str, Any]) -> tuple[types.CellType, ...]:
-    """Before its first line: the free cells are the function object's, its own hold arguments only it can see."""
+    """Return the cells of a generator before its first line: free ones are those of the function object, its own hold arguments that only it can see."""
     if not function.captured:
         return ()
     free: dict[str, types.CellType] = {}
@@ -165,11 +165,11 @@ def _created_cells(gen: Gen, function: Function, names: dict[str, Any]) -> tuple
     return tuple(free[name] if name in free else own[name] for name in function.captured)
 
 
-_shells: dict[Gen, dict[str, Any]] = {}  # made and not filled yet
+_shells: dict[Gen, dict[str, Any]] = {}  # created and not filled yet
 
 
 def shell(function: Function, cells: tuple[types.CellType, ...], name: str | None, qualname: str | None) -> tuple[Gen, dict[str, Any]]:
-    """An unstarted generator and the dict its first step will read; fill it, then `enter` if it was suspended."""
+    """Return an unstarted generator and the dict that its first step will read; fill the dict, then call `enter` if the generator was suspended."""
     slots: dict[str, Any] = {"@c": cells}
     gen: Gen = types.FunctionType(function.cold, function.namespace, name or function.name, None, cells)(slots)
     gen.__qualname__ = qualname or function.qualname
@@ -177,28 +177,28 @@ def shell(function: Function, cells: tuple[types.CellType, ...], name: str | Non
 
 
 def empty(function: Function, cells: tuple[types.CellType, ...], name: str | None, qualname: str | None) -> Gen:
-    """A shell for `refill`."""
+    """Return a shell for `refill`."""
     gen, slots = shell(function, cells, name, qualname)
     _shells[gen] = slots
     return gen
 
 
 def refill(gen: Gen, status: str, saved: dict[str, Any]) -> None:
-    """Fill what `empty` made."""
+    """Fill a shell that `empty` returned."""
     slots = _shells.pop(gen, None)
-    if slots is None:  # another thread's load has failed meanwhile, or the snapshot has two states for it
+    if slots is None:  # a load on another thread has failed meanwhile, or the snapshot has two states for it
         frame = gen.gi_frame
         slots = copied_locals(frame)["@S"] if frame is not None else {}
     fill(gen, slots, status, saved)
 
 
 def forget_shells() -> None:
-    """After a load that failed half-way."""
+    """Forget all shells, after a load that failed half-way."""
     _shells.clear()
 
 
 def fill(gen: Gen, slots: dict[str, Any], status: str, saved: dict[str, Any]) -> None:
-    """Put the saved slots into a shell's dict; a finished one is closed."""
+    """Put the saved slots into a shell's dict; close a generator that was finished."""
     slots.update(saved)
     if status == SUSPENDED:
         function = _function(gen)
@@ -213,17 +213,17 @@ def fill(gen: Gen, slots: dict[str, Any], status: str, saved: dict[str, Any]) ->
 
 
 def enter(gen: Gen) -> None:
-    """The handshake: run guards only, down to the yield it waited at."""
+    """Do the handshake: run only guards, down to the yield where the generator waited."""
     next(gen)
 
 
 def capture(gen: Gen) -> State:
-    """Its state in process, no bytes: values, cells and delegates are shared with the generator."""
+    """Return its state within this process, without bytes: values, cells and delegates are shared with the generator."""
     return read(gen)
 
 
 def restore(state: State) -> Gen:
-    """A generator that goes on from the state as the captured one would have."""
+    """Return a generator that continues from the state as the captured one would have."""
     gen, slots = shell(state.function, state.cells, state.name, state.qualname)
     fill(gen, slots, state.status, state.slots)
     if state.status == SUSPENDED:
@@ -232,7 +232,7 @@ def restore(state: State) -> Gen:
 
 
 def discard(gen: Gen) -> None:
-    """Forget it without running the author's cleanup (G8); its variables are let go, also when somebody (a traceback) holds its frame."""
+    """Forget a generator without running the author's cleanup (G8).  Its variables are released, even if somebody (a traceback) holds its frame."""
     frame = gen.gi_frame
     before = set_abandoning(True)
     try:
@@ -240,12 +240,12 @@ def discard(gen: Gen) -> None:
         if frame is not None:
             frame.clear()
     finally:
-        del frame  # from 3.12 on its `f_back` is the frame of this call: a cycle that would keep what our callers hold
+        del frame  # from 3.12 on, its `f_back` is the frame of this call: a cycle that would keep alive what our callers hold
         set_abandoning(before)
 
 
 def where(gen: Gen) -> tuple[str, str, int]:
-    """Function, file and line of the innermost wait of a `yield from` chain; cheaper than `describe`."""
+    """Return function, file and line of the innermost wait of a `yield from` chain; cheaper than `describe`."""
     while True:
         frame, inner = gen.gi_frame, gen.gi_yieldfrom
         if inner is not None:
@@ -256,7 +256,7 @@ def where(gen: Gen) -> tuple[str, str, int]:
 
 
 def describe(gen: Gen) -> list[Frame]:
-    """Function, file, line and variables of each generator of a `yield from` chain, outermost first; runs nothing."""
+    """Return function, file, line and variables of each generator of a `yield from` chain, outermost first; this runs nothing."""
     frames = []
     current: Any = gen
     while isinstance(current, types.GeneratorType) and current.gi_frame is not None and registry.function_of(current.gi_code) is not None:

@@ -1,7 +1,7 @@
-"""How a module becomes durable: an import hook, `load_source`, and marks for single functions.
+"""How a module becomes durable: an import hook, `load_source`, and decorators for single functions.
 
-The only file of `durable` that may read files.  A durable module is lowered before it runs; what cannot be lowered
-stops the import (semantics §5).
+Apart from the cache, this is the only module of `durable` that may read files.  A durable module is lowered before it runs;
+code that cannot be lowered stops the import (semantics §5).
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
 _CONTAINERS = (*names.DICTS, list, set, tuple, frozenset, bytearray)
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.GeneratorType)
-_NAMED_TYPES = ("NewType", "ParamSpec", "TypeAliasType", "TypeVarTuple")  # what else typing makes is a value
+_NAMED_TYPES = ("NewType", "ParamSpec", "TypeAliasType", "TypeVarTuple")  # everything else that typing makes is a value
 
 
 def native(function: _F) -> _F:
-    """Opt a function of a durable module out: it stays as written and its generators cannot be saved."""
+    """Opt a function of a durable module out: it stays as written, and its generators cannot be saved."""
     return function
 
 
 def durable(function: _F) -> _F:
-    """Make one module-level generator function durable, in a module that is not: `@durable` directly above its def.
+    """Make one module-level generator function durable, in a module that is not: write `@durable` directly above its def.
 
-    Raises UsageError for methods and inner functions, UnsupportedError for what cannot be lowered or has no source.
+    Raises UsageError for methods and inner functions, UnsupportedError for code that cannot be lowered or has no source.
     """
     raw: Any = function
     if not isinstance(raw, types.FunctionType) or raw.__qualname__ != raw.__name__:
@@ -57,16 +57,16 @@ def durable(function: _F) -> _F:
         lines, first = inspect.getsourcelines(raw)
     except OSError:
         raise UnsupportedError(f"{raw.__module__}.{raw.__name__} has no source, so it cannot be made durable") from None
-    within = lines[0][0].isspace()  # an `if` or `try`
+    within = lines[0][0].isspace()  # inside an `if` or `try`
     tree = ast.increment_lineno(ast.parse("if True:\n" * within + "".join(lines)), first - 1 - within)
-    tree.body = tree.body[0].body if within else tree.body  # type: ignore[attr-defined] # of that `if`
+    tree.body = tree.body[0].body if within else tree.body  # type: ignore[attr-defined] # the body of that `if`
     _bare(tree.body[0])
-    if raw.__code__.co_flags & __future__.annotations.compiler_flag:  # its inner functions have annotations, too
+    if raw.__code__.co_flags & __future__.annotations.compiler_flag:  # needed for the annotations of its inner functions
         tree.body.insert(0, ast.ImportFrom("__future__", [ast.alias("annotations")], 0))
     lowered = lower_module(raw.__module__, tree, raw.__code__.co_filename)
     lowered.whole = False
     known = registry.modules().get(raw.__module__)
-    if known is not None:  # others of this module were decorated before
+    if known is not None:  # other functions of this module were decorated before
         lowered.functions, lowered.units = {**known.functions, **lowered.functions}, {**known.units, **lowered.units}
         for other in known.functions.values():
             other.home = lowered
@@ -84,7 +84,7 @@ def durable(function: _F) -> _F:
 
 
 def _bare(node: ast.stmt) -> None:
-    """Without what ran already when the function was defined: decorators, defaults, annotations."""
+    """Remove what ran already when the function was defined: decorators, defaults, annotations."""
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         raise UnsupportedError(f"@durable takes a def, not {type(node).__name__}")
     node.decorator_list, node.returns = [], None
@@ -97,7 +97,7 @@ def _bare(node: ast.stmt) -> None:
 
 
 def load_source(name: str, source: str | bytes | ast.Module, filename: str = "<source>") -> types.ModuleType:
-    """Run a module from its source, durable, and put it into `sys.modules` under this name.
+    """Run a module from its source as a durable module, and put it into `sys.modules` under this name.
 
     Raises UnsupportedError, SyntaxError, or what the module's own code raises.
     """
@@ -120,7 +120,7 @@ def load_source(name: str, source: str | bytes | ast.Module, filename: str = "<s
 
 
 def run(module: types.ModuleType, source: str | ast.Module, filename: str) -> None:
-    """Lower and execute in this module's namespace."""
+    """Lower the source and execute it in this module's namespace."""
     lowered = _named(lambda: cache.load(module.__name__, source, filename), filename) if isinstance(source, str) else lower_module(module.__name__, source, filename)
     lowered.namespace = module.__dict__
     before = registry.add_module(lowered)
@@ -138,7 +138,7 @@ def run(module: types.ModuleType, source: str | ast.Module, filename: str) -> No
 
 
 def execute(module: types.ModuleType, lowered: registry.Module, bound: Mapping[str, type] = MappingProxyType({})) -> None:
-    """Run its code; `bound` are the classes that stand for those of a stored version."""
+    """Run the code of a module.  `bound` are the current classes that a stored version uses in place of its own."""
     runtime.inject(module.__dict__, lowered, bound)
     exec(lowered.code, module.__dict__)
     _import_now(module, lowered.source)
@@ -151,14 +151,14 @@ def execute(module: types.ModuleType, lowered: registry.Module, bound: Mapping[s
 
 
 def _import_now(module: types.ModuleType, source: str) -> None:
-    """Lazy imports (PEP 810): what cannot be imported fails now, not months later in a step; what needs a module that is not finished stays lazy."""
+    """Resolve lazy imports (PEP 810): a failing import fails now, not months later in a step.  One that needs a module still being imported stays lazy."""
     lazy = [name for name, value in module.__dict__.items() if isinstance(value, names.LAZY)]
     nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Import)] if lazy else []
-    submodules = [alias.name for node in nodes for alias in node.names if "." in alias.name]  # of `import a.b` the `b` is lazy, too
+    submodules = [alias.name for node in nodes for alias in node.names if "." in alias.name]  # in `import a.b`, the `b` is lazy, too
     for path in [*lazy, *submodules]:
         try:
             operator.attrgetter(path)(module)
-        except AttributeError:  # taken away, or another object by now
+        except AttributeError:  # the name has been deleted, or is bound to another object by now
             continue
         except ImportError as error:
             if not getattr(getattr(sys.modules.get(error.name or ""), "__spec__", None), "_initializing", False):
@@ -166,9 +166,9 @@ def _import_now(module: types.ModuleType, source: str) -> None:
 
 
 def current(name: str) -> registry.Module | None:
-    """The durable module of this name, imported if `install` made its package durable; None when there is none any more.
+    """Return the durable module of this name; import it if `install` made its package durable.  None if there is no such module any more.
 
-    Raises CodeChangedError when its own code fails.
+    Raises CodeChangedError if its own code fails.
     """
     if name not in registry.modules() and _finder.matches(name):
         try:
@@ -182,7 +182,7 @@ def current(name: str) -> registry.Module | None:
 
 
 def find_source(name: str, directory: str) -> str | None:
-    """The text of a module, looked for in this directory and where `import` finds it; neither it nor its packages are imported."""
+    """Return the source of a module, which is searched in this directory and where `import` would find it.  Neither the module nor its packages are imported."""
     path: Sequence[str] | None = [directory, *sys.path]
     spec: ModuleSpec | None = None
     parts = name.split(".")
@@ -190,7 +190,7 @@ def find_source(name: str, directory: str) -> str | None:
         if path is None:
             return None
         part = ".".join(parts[:count])
-        spec = importlib.machinery.PathFinder.find_spec(part, path) or _spec_of_others(part, path if count > 1 else None)  # an editable install may be a finder
+        spec = importlib.machinery.PathFinder.find_spec(part, path) or _spec_of_others(part, path if count > 1 else None)  # an editable install may be a finder of its own
         if spec is None:
             return None
         path = spec.submodule_search_locations
@@ -199,7 +199,7 @@ def find_source(name: str, directory: str) -> str | None:
 
 
 def unloaded(name: str) -> registry.Module | None:
-    """A durable module that nobody has imported yet, for its source: nothing of it runs.  None if it is none, or could not be imported."""
+    """Return a durable module that nobody has imported yet, for its source; none of it is run.  None if it is not durable, or could not be imported."""
     if _finder not in sys.meta_path:
         return None
     package = name.rpartition(".")[0]
@@ -218,7 +218,7 @@ def unloaded(name: str) -> registry.Module | None:
 
 
 def exists(name: str) -> bool:
-    """Whether `import` would find it."""
+    """Whether `import` would find a module of this name."""
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
@@ -231,7 +231,7 @@ class _Loader(importlib.abc.InspectLoader):
         self.filename = filename
 
     def __getattr__(self, name: str) -> Any:
-        """The files of a package are read as its own loader reads them."""
+        """Read the files of a package as its own loader does."""
         if name not in ("get_data", "get_resource_reader"):
             raise AttributeError(name)
         return getattr(self.inner, name)
@@ -264,19 +264,19 @@ def _source_of(loader: Any, fullname: str, filename: str) -> str | None:
         return source
     if not filename.endswith(".py") or not os.path.exists(filename):
         return None
-    with open(filename, "rb") as file:  # a loader that rewrites, such as pytest's
+    with open(filename, "rb") as file:  # for a loader that rewrites, such as pytest's
         return _named(lambda: importlib.util.decode_source(file.read()), filename)
 
 
 def _named(read: Callable[[], _T], filename: str) -> _T:
-    """What is read of this file; Python does not name it when its encoding is wrong.  Raises SyntaxError."""
+    """Return what `read` returns, and name the file in its errors; Python does not, if its encoding is wrong.  Raises SyntaxError."""
     try:
         return read()
     except SyntaxError as error:
         error.filename = error.filename or filename
         raise
     except (ImportError, UnicodeDecodeError) as error:
-        wrong = error.__cause__ or error  # a loader says only that there is no source
+        wrong = error.__cause__ or error  # the loader's own error says only that there is no source
         if isinstance(wrong, UnicodeDecodeError):
             raise SyntaxError(str(wrong), (filename, None, None, None)) from error
         raise
@@ -287,12 +287,12 @@ _rewriters: list[Rewriter] = []
 
 
 def rewrite_first(rewriter: Rewriter) -> None:
-    """Change the tree (tree, source, filename) of modules whose own loader would have rewritten it, before it is lowered (semantics §5.5)."""
+    """Have this function (tree, source, filename) rewrite modules before they are lowered, if their own loader would have rewritten them (semantics §5.5)."""
     _rewriters.append(rewriter)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Asks the other finders for the spec and puts lowering in between."""
+    """Asks the other finders for the spec, and inserts lowering."""
 
     def __init__(self) -> None:
         self.prefixes: set[str] = set()
@@ -322,7 +322,7 @@ def _spec_of_others(fullname: str, path: Sequence[str] | None, target: types.Mod
 
 
 def _declares(fullname: str, path: Sequence[str] | None) -> bool:
-    """Whether a module says `__kwflow_durable__ = True` at its top level; only modules next to durable ones are looked at."""
+    """Whether a module sets `__kwflow_durable__ = True` at its top level.  Modules of the standard library, of kwflow and in site-packages are not looked at."""
     if fullname.partition(".")[0] in sys.stdlib_module_names or fullname.partition(".")[0] == "kwflow":
         return False
     spec = _spec_of_others(fullname, path)
@@ -344,7 +344,7 @@ _finder = _Finder()
 def install(prefixes: Iterable[str]) -> None:
     """Make every module of these packages durable when it is imported.
 
-    Raises UsageError when one of them has been imported before, since its generators are native already, and for a single text.
+    Raises UsageError if one of them has been imported before, since its generators are native already, and for a single str instead of a list.
     """
     wanted = set(names.several(prefixes))
     for name, module in list(sys.modules.items()):
@@ -362,7 +362,7 @@ def installed(name: str) -> bool:
 
 
 def _importers(imported: types.ModuleType) -> list[str]:
-    """Which modules outside it hold it, a module below it, or something that was defined there; a program of its package needs to hold nothing."""
+    """Return the modules outside this one that hold it, a module below it, or something defined there; or the program itself, if it is in this package."""
     package = imported.__name__ + "."
     program = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")  # `python -m`
     if (program + ".").startswith(package):
@@ -376,7 +376,7 @@ def _importers(imported: types.ModuleType) -> list[str]:
 
 
 def uninstall() -> None:
-    """Take the hook out again; what was imported stays durable."""
+    """Remove the import hook; modules that were imported stay durable."""
     _finder.prefixes.clear()
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)

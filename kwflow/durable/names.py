@@ -1,8 +1,8 @@
 """What a snapshot may name: one list for saving and for loading, so that nothing is saved that will not load.
 
-A name is a way to code, so the list is short: constructors of ours, harmless builtins, value classes of the standard
-library, and what durable modules and the modules of `allow_modules` define *themselves*: a name never leads through a module that
-one of them imported (`flow` + `os.system`), nor to a class or function that could not be named where it is defined now.
+A name gives access to code, so the list is short: our own constructors, harmless builtins, value classes of the standard library,
+and what durable modules and the modules of `allow_modules` define *themselves*.  A name never leads through a module that one of
+them imported (`flow` + `os.system`), nor to a class or function that could not be named in the module that now defines it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 DICTS: tuple[type[dict[Any, Any]], type[dict[Any, Any]]] = (dict, getattr(builtins, "frozendict", dict))  # frozendict: 3.15, PEP 814
-LAZY: Any = getattr(types, "LazyImportType", ())  # 3.15, PEP 810; of an older Python nothing is an instance
+LAZY: Any = getattr(types, "LazyImportType", ())  # 3.15, PEP 810; on an older Python nothing is an instance of it
 _BUILTINS = frozenset(
     "object type int float complex str bytes bytearray bool list tuple dict frozendict set frozenset range slice memoryview enumerate zip map filter reversed "
     "iter NotImplemented Ellipsis property staticmethod classmethod super len min max sum abs sorted repr str print all any isinstance issubclass callable round hash id next "
@@ -104,9 +104,9 @@ _FUNCTIONS: dict[str, frozenset[str]] = {
         "urllib.parse": "parse_qs parse_qsl quote quote_plus unquote unquote_plus urldefrag urlencode urljoin urlparse urlsplit urlunparse urlunsplit",
     }.items()
 }
-for _told, _real in {"_operator": "operator", "_functools": "functools", "_heapq": "heapq", "_bisect": "bisect"}.items():  # where C says they are from
+for _told, _real in {"_operator": "operator", "_functools": "functools", "_heapq": "heapq", "_bisect": "bisect"}.items():  # the modules that functions written in C name as theirs
     _FUNCTIONS[_told] = _FUNCTIONS[_real]
-# modules whose exceptions a snapshot may name although nobody has imported them yet: of the standard library, and msgspec, which rebuilds what workflows are sent
+# Modules whose exceptions a snapshot may name although nobody has imported them yet: the standard library, and msgspec, which rebuilds the inputs of workflows.
 _EXCEPTIONS = frozenset(
     "_csv argparse asyncio.exceptions asyncio.queues binascii calendar concurrent.futures._base concurrent.futures.process concurrent.futures.thread configparser copy csv dataclasses decimal "
     "email.errors fractions ftplib getopt graphlib gzip http.client http.cookiejar http.cookies imaplib importlib.metadata ipaddress json.decoder locale mailbox msgspec netrc plistlib poplib queue "
@@ -120,19 +120,19 @@ _by_value = False
 
 
 def several(names: Iterable[str]) -> Iterable[str]:
-    """The same.  Raises UsageError for one name, which is a row of letters, too."""
+    """Return these names.  Raises UsageError for a single str, which would count as a list of letters."""
     if isinstance(names, str):
         raise UsageError(f"a list of names goes here: [{names!r}]")
     return names
 
 
 def allow_modules(names: Iterable[str]) -> None:
-    """Modules (and their submodules) whose classes snapshots may hold, beside durable ones (config `snapshot_modules`).  Raises UsageError for a single text."""
+    """Let snapshots hold classes of these modules and their submodules, besides durable ones (config `snapshot_modules`).  Raises UsageError for a single str."""
     _modules.update(several(names))
 
 
 def allow_classes_by_value(allowed: bool) -> None:
-    """Whether snapshots may hold classes as cloudpickle's bytes, which are code (config `snapshot_cloudpickle`)."""
+    """Set whether snapshots may hold classes as cloudpickle's bytes, which are code (config `snapshot_cloudpickle`)."""
     global _by_value
     _by_value = allowed
 
@@ -146,7 +146,7 @@ def is_allowed_module(module: str) -> bool:
 
 
 def importable(module: str) -> bool:
-    """Whether naming this module may import it: code that runs because bytes say so."""
+    """Whether naming this module in a snapshot may import it, which runs code because bytes say so."""
     return module in _CLASSES or module in _FUNCTIONS or module in _EXCEPTIONS or module in _DURABLE or (not registry.is_durable(module) and is_allowed_module(module))
 
 
@@ -154,7 +154,7 @@ _RUN_BY_IMPORT = frozenset("__main__ antigravity idlelib test this turtledemo".s
 
 
 def is_module_value(name: str) -> bool:
-    """Whether a variable may hold this module: one that is loaded, of the standard library, or imported in the source of a durable module."""
+    """Whether a variable may hold this module: one that is loaded or allowed, of the standard library, or imported in the source of a durable module."""
     top = name.partition(".")[0]
     if top == "kwflow":
         return name in ("kwflow", "kwflow.api", "kwflow.durable.iters", "kwflow.rest")
@@ -166,16 +166,16 @@ def is_module_value(name: str) -> bool:
 def _imports(module: registry.Module, name: str) -> bool:
     try:
         return name in imports_of(module.source, module.package)
-    except SyntaxError:  # it was given as a tree with names that no source has, as pytest's
+    except SyntaxError:  # it was given as a tree with names that no source can have, as pytest's trees are
         return False
 
 
 def allowed(module: str, qualname: str, value: object) -> bool:
-    """Whether a snapshot may name this object: value classes of known modules, functions only from fixed tables."""
+    """Whether a snapshot may name this object: value classes of known modules, and functions only from fixed tables or allowed modules."""
     if module == "builtins":
         return qualname in _BUILTINS or (isinstance(value, type) and issubclass(value, BaseException))
     if module == "kwflow.durable.rebuild":
-        from kwflow.durable.rebuild import CONSTRUCTORS  # it is below this module in everything else
+        from kwflow.durable.rebuild import CONSTRUCTORS  # rebuild imports this module, so not at the top
 
         return qualname in CONSTRUCTORS
     if module.split(".")[0] == "kwflow":
@@ -191,7 +191,7 @@ def allowed(module: str, qualname: str, value: object) -> bool:
 
 
 def is_nameable(value: object) -> bool:
-    """Whether a snapshot may name this class or function by what it says of itself, wherever it was found."""
+    """Whether a snapshot may name this class or function by its own `__module__` and `__qualname__`, wherever it was found."""
     return isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) and isinstance(value.__module__, str) and allowed(value.__module__, value.__qualname__, value)
 
 
@@ -204,7 +204,7 @@ def _ours(module: str, qualname: str, value: object) -> bool:
 
 
 def defined_in(module: str, qualname: str, value: object) -> bool:
-    """Whether a class or function says of itself that this is its name: not something the module has imported."""
+    """Whether this is the object's own module and name, and not something that the module has imported."""
     if isinstance(value, types.ModuleType):
         return False
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
@@ -213,7 +213,7 @@ def defined_in(module: str, qualname: str, value: object) -> bool:
 
 
 def find(module: Any, qualname: str) -> Any:
-    """The attribute at the end of a dotted name that leads through classes only.  Raises AttributeError."""
+    """Return the attribute at the end of a dotted name that leads through classes only.  Raises AttributeError."""
     found = module
     first = True
     for part in qualname.split("."):

@@ -1,6 +1,6 @@
-"""What a snapshot's body holds, for people: the waiting generators and their variables, and values in so many characters.
+"""What the body of a snapshot holds, for people: the waiting generators and their variables, as text of limited length.
 
-It must not know how the bytes are read: that is `stubs.py`.  What nests without end, or holds itself, has an end here.
+This module must not know how the bytes are read: that is `stubs.py`.  Values that nest too deeply, or hold themselves, are cut off.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def _unnamed(_states: States, _made: Stub) -> None:
 
 
 def peek(body: bytes) -> list[tuple[str, dict[str, Any]]]:
-    """(function, its variables) of each waiting generator, in the order they were met.  Raises CorruptSnapshotError."""
+    """Return (function, its variables) for each waiting generator, in the order in which they were saved.  Raises CorruptSnapshotError."""
     with _corrupt_if_it_fails():
         return _waiting(graph(body)[1].values())
 
 
 def told(body: bytes, characters: int, named: Naming = _unnamed) -> list[tuple[str, dict[str, str]]]:
-    """The same as text, each value in so many characters.  Raises CorruptSnapshotError."""
+    """Return what `peek` does, with each value as text of so many characters at most.  Raises CorruptSnapshotError."""
     with _corrupt_if_it_fails():
         states = graph(body)[1]
         shown = Shown(states, named)
@@ -60,9 +60,9 @@ def _waiting(states: Collection[tuple[int, Any, Any]]) -> list[tuple[str, dict[s
 
 
 class Shown:
-    """Values as a person reads them, each in so many characters: what nests without end, or holds itself, is cut off.
+    """Renders values for people, each within a number of characters; what nests too deeply, or holds itself, is cut off.
 
-    `named` says of an object that is told apart what it is, if it is to be said in other words.
+    `named` returns the text for an object that is to be shown in a way of its own, and None for any other.
     """
 
     def __init__(self, states: States, named: Naming = _unnamed) -> None:
@@ -126,7 +126,7 @@ class Shown:
             yield from self._parts(made, depth)
 
     def _parts(self, made: Stub, depth: int) -> Iterator[str]:
-        """`Order(items=[1, 2])`."""
+        """Render an object as `Order(items=[1, 2])`."""
         state = made.state[1] if isinstance(made.state, tuple) and len(made.state) == 2 and made.state[0] is None else made.state
         attributes = state if isinstance(state, dict) else {}
         values = [*((None, value) for value in (*made.args, *([state] if state is not None and state is not attributes else []), *made.items)), *attributes.items()]
@@ -144,5 +144,5 @@ def _plain(value: Any, characters: int) -> str:
         return f"<class {getattr(value, 'name', value.__qualname__)}>"
     try:
         return repr(value[: characters + 1] if isinstance(value, (str, bytes, bytearray)) else value)
-    except ValueError:  # Python writes no number of so many digits
+    except ValueError:  # Python refuses to write a number of so many digits
         return f"<int of {value.bit_length()} bits>" if isinstance(value, int) else f"<{type(value).__name__} of large numbers>"

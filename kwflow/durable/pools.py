@@ -1,4 +1,4 @@
-"""The iterators of `itertools` over whole pools, as plain classes that can be saved in the middle; see iters.py."""
+"""The iterators of `itertools` over whole pools, as plain classes that can be saved half-way; see iters.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["IteratorBase", "combinations", "combinations_with_replacement", "per
 
 
 class IteratorBase:
-    """An iterator that is saved as its class, the arguments that make it, and a state."""
+    """An iterator that is saved as its class, the arguments that create it, and a state."""
 
     __slots__ = ("__weakref__",)
 
@@ -21,7 +21,7 @@ class IteratorBase:
 
 
 class _Indexed(IteratorBase):
-    """Goes through tuples of indices into a pool.  Invariant: `state` is None before the first one, () after the last."""
+    """Iterates over tuples of indices into a pool.  Invariant: `state` is None before the first tuple, () after the last one."""
 
     __slots__ = ("pool", "state", "width")
 
@@ -82,7 +82,7 @@ class combinations_with_replacement(_Indexed):
         return ()
 
 
-_EMPTY: Any = range(0)  # the one empty tuple of indices, which is not "after the last"
+_EMPTY: Any = range(0)  # stands for the empty tuple of indices, since () means "after the last"
 
 
 class permutations(_Indexed):

@@ -1,7 +1,7 @@
-"""How each kind of value that a local may hold is saved, beside generators, functions, cells and exceptions (codec.py).
+"""How each kind of value that a variable may hold is saved, besides generators, functions, cells and exceptions (codec.py).
 
-One table, by exact type or, for modules that need not be loaded, by name.  A reducer gives what `pickle` expects of
-`__reduce__`; what it names is in rebuild.py or iters.py, never a private name of the standard library, so that a
+There is one table, by exact type or, for modules that need not be loaded, by name.  A reducer returns what `pickle` expects
+of `__reduce__`.  It names constructors in rebuild.py or iters.py, never a private name of the standard library, so that a
 snapshot written on one minor of Python loads on the others.
 """
 
@@ -29,12 +29,12 @@ from kwflow.errors import UsageError
 
 __all__ = ["PROTOCOL", "Refused", "as_pickle_reduces", "cannot_be_filled", "is_value", "plain", "reduce_module", "reducer_of", "register_reducer"]
 
-PROTOCOL = 5  # of pickle's
+PROTOCOL = 5  # of pickle
 Reducer = Callable[[Any], Any]
 _ATOMS = (type(None), bool, int, float, str, bytes, bytearray, tuple, list, dict, set, frozenset, type, types.FunctionType, types.GeneratorType, types.CellType)
 
 
-plain: set[type[Any]] = set()  # classes whose objects pickle handles by itself, unless the object is a sentinel
+plain: set[type[Any]] = set()  # classes whose objects pickle can save by itself, unless the object is a sentinel
 
 
 class Refused(Exception):
@@ -42,11 +42,11 @@ class Refused(Exception):
 
 
 def register_reducer(cls: type[Any], reduce: Callable[[Any], Any], build: Callable[[Any], Any], name: str | None = None) -> None:
-    """Save objects of exactly this class as `reduce(object)`, and make them again by `build(that)`.
+    """Save objects of exactly this class as `reduce(object)`, and rebuild them with `build(that value)`.
 
-    `reduce` gives any value that can be saved; it must not lead back to the object.  `name` (default: the class's) is what
-    stands in snapshots: it must stay as long as they do.  In old code that is loaded beside the new it is ignored, but for
-    classes of that old code (semantics §8.4).  Raises UsageError for builtin values and for a name that is taken.
+    `reduce` returns any value that can be saved and that does not lead back to the object.  `name` (by default that of the
+    class) is written into snapshots, so keep it as long as they live.  In old code that is loaded beside the new, this call has
+    no effect, except for classes of that old code (semantics §8.4).  Raises UsageError for builtin values and for a name that is taken.
     """
     key = name or f"{cls.__module__}.{cls.__qualname__}"
     old = registry.version(getattr(build, "__module__", None) or "")
@@ -69,7 +69,7 @@ _owners: dict[str, type[Any]] = {}
 
 
 def reducer_of(cls: type[Any]) -> Reducer | None:
-    """The reducer of this class, if it has one."""
+    """Return the reducer of this class, if it has one."""
     found = _BY_TYPE.get(cls)
     if found is None and issubclass(cls, enum.Enum) and cls.__reduce_ex__ in _ENUMS:
         return _enum
@@ -81,7 +81,7 @@ def reducer_of(cls: type[Any]) -> Reducer | None:
 
 
 def is_value(value: Any) -> bool:
-    """Whether a copy is as good as the object: no global stands for it, since that may be bound to another one after a deployment."""
+    """Whether a copy is as good as the object.  Such a value is never saved as the global bound to it, which may be bound to another value after a deployment."""
     cls = type(value)
     if isinstance(value, enum.Enum):
         return names.allowed(cls.__module__, cls.__qualname__, cls)
@@ -92,24 +92,24 @@ def is_value(value: Any) -> bool:
 
 
 def as_pickle_reduces(value: Any) -> Any:
-    """What its class, or somebody for it, would have pickle make of it; None if that is what every class does, or fails."""
+    """Return what its class, or a function registered for it, tells pickle to save; None if that is the default of all classes, or if it fails."""
     cls: Any = type(value)
     reduce: Any = copyreg.dispatch_table.get(cls)
     if reduce is None and cls.__reduce__ is object.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__:
         return None
     try:
         return reduce(value) if reduce is not None else value.__reduce_ex__(PROTOCOL)
-    except Exception:  # it is said when it is saved
+    except Exception:  # saving it will raise the error
         return None
 
 
 def cannot_be_filled(cls: Any) -> bool:
-    """Whether `__getattr__` fails where an unpickler asks an empty object for `__setstate__`."""
+    """Whether `__getattr__` of this class fails when an unpickler asks an empty object for `__setstate__`."""
     if not hasattr(cls, "__getattr__") or cls.__reduce__ is not object.__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__:
         return False
     try:
         empty = cls.__new__(cls)
-    except Exception:  # it wants arguments
+    except Exception:  # it needs arguments
         return False
     try:
         getattr(empty, "__setstate__", None)
@@ -122,7 +122,7 @@ def cannot_be_filled(cls: Any) -> bool:
 
 
 def _itertool(value: Any) -> Any:
-    """As its twin in iters.py, which takes the same arguments and state."""
+    """Save it as its twin in iters.py, which takes the same arguments and state."""
     if sys.version_info >= (3, 14):
         name = type(value).__name__.lstrip("_")
         raise Refused(f"itertools.{name} cannot be looked into since Python 3.14; use kwflow.durable.iters.{name}, which is what `import itertools` at a durable module's top means there")
@@ -130,16 +130,16 @@ def _itertool(value: Any) -> Any:
         warnings.simplefilter("ignore", DeprecationWarning)
         made = value.__reduce__()
     twin = getattr(iters, made[0].__name__, None) if made[0].__module__ == "itertools" else None
-    if twin is None or twin is iters._grouper:  # whose parent is still the original
+    if twin is None or twin is iters._grouper:  # a group's parent is still the original
         return (twin or made[0], *made[1:])
     again = twin(*made[1])
     if len(made) > 2 and made[2] is not None:
         again.__setstate__(made[2])
-    return again.__reduce__()  # so that a live one and a restored one are saved alike
+    return again.__reduce__()  # so that live and restored iterators are saved alike
 
 
 def _groupby(value: Any) -> Any:
-    """Looked into, since its own `__reduce__` forgets which group it is in while that is read."""
+    """Save a groupby by looking into it, since its own `__reduce__` loses the current group while that is being read."""
     held = gc.get_referents(value)
     source, key, *state = held[1:] if held[0] is itertools.groupby else held
     return iters.groupby, (source, key), state
@@ -157,12 +157,12 @@ _WAYS = {
 
 
 def _source(value: Any, kinds: type | tuple[type, ...]) -> Any:
-    """What an iterator iterates; None once it has ended."""
+    """Return the container that an iterator iterates; None once the iterator has ended."""
     return next((held for held in gc.get_referents(value) if isinstance(held, kinds)), None)
 
 
 def _rest(value: Any) -> list[Any] | str:
-    """What is still to come, or why nothing will: its source has changed."""
+    """Return the items that are still to come, or the error message if there will be none, because the source has changed."""
     try:
         rest: list[Any] = value.__reduce__()[1][0]
         return rest
@@ -171,7 +171,7 @@ def _rest(value: Any) -> list[Any] | str:
 
 
 def _dict_iterator(value: Any) -> Any:
-    """By its dict and position, so that it sees later values and notices later insertions, as it would have."""
+    """Save it as its dict and position, so that it sees later values and notices later insertions, as the original would have."""
     way = _WAYS[type(value).__name__]
     source = _source(value, names.DICTS)
     if source is None:
@@ -180,7 +180,7 @@ def _dict_iterator(value: Any) -> Any:
     if isinstance(rest, str):
         return iters.Broken, (rest,)
     if not _is_tail(rest, source, way):
-        return iter, (rest,)  # keys were taken out and others put in: no position says that
+        return iter, (rest,)  # keys were removed and others added: no position describes that
     return rebuild.iterator_at, (source, way, len(source) - len(rest), len(source))
 
 
@@ -300,7 +300,10 @@ def _logger(value: Any) -> Any:
 
 
 def _enum(value: Any) -> Any:
-    """By its value on every minor; some reduce to `getattr`, which nothing may name.  A value that only equals itself, such as a function, finds no member after a restore."""
+    """Save an enum member by its value, on every minor; Python reduces some to `getattr`, which snapshots may not name.
+
+    A member whose value equals only itself, such as a function, is saved by its name, since the value would find no member after a restore.
+    """
     equal: Any = type(value._value_).__eq__
     if equal is object.__eq__ and value._name_ is not None:
         return operator.getitem, (type(value), value._name_)
@@ -329,7 +332,7 @@ def _numpy_dtype(value: Any) -> Any:
 
 
 def _described(kind: Any) -> Any:
-    """What `numpy.dtype` makes the same of; its own `descr` has the room between fields as more fields."""
+    """Return a description from which `numpy.dtype` makes the same type; its own `descr` turns the padding between fields into more fields."""
     if kind.subdtype is not None:
         return _described(kind.base), kind.shape
     if kind.names is None:
@@ -354,7 +357,7 @@ _BY_TYPE: dict[type[Any], Reducer] = {
     type(iter(collections.deque())): _deque_iterator,
     _REVERSED_DEQUE: _deque_iterator,
     types.BuiltinFunctionType: _builtin,
-    type(re.compile("").search): _builtin,  # methods that are told their class have a type of their own
+    type(re.compile("").search): _builtin,  # methods that receive their defining class have a type of their own
     types.MethodWrapperType: _bound,
     types.MethodDescriptorType: _descriptor,
     types.WrapperDescriptorType: _descriptor,
@@ -387,4 +390,4 @@ _VALUES = frozenset(
     "ipaddress.IPv4Address ipaddress.IPv4Interface ipaddress.IPv4Network ipaddress.IPv6Address ipaddress.IPv6Interface ipaddress.IPv6Network re.Pattern uuid.UUID zoneinfo.ZoneInfo".split()
 ).union(_PATHS)
 _FAMILIES: dict[str, Reducer] = {"numpy.generic": _numpy_scalar, "numpy.dtype": _numpy_dtype}
-register_reducer(typing.TypeVar, lambda variable: variable.__name__, typing.TypeVar)  # of `def f[T]`; without its bound
+register_reducer(typing.TypeVar, lambda variable: variable.__name__, typing.TypeVar)  # the T of `def f[T]`; saved without its bound

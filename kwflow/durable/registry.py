@@ -1,9 +1,9 @@
-"""Code object -> the function of a durable module it was compiled from, and back from (module, path) to code.
+"""From a code object to the function of a durable module that it was compiled from, and from (module, path) back to code.
 
 A module may be loaded in several versions at once: the current one under its name, stored ones as `name@<12 hex>`
-(semantics §8.3).  Snapshots name modules by *reference*: `name` for the version the instance runs, `name@<12 hex>` for
-code of another version that it came to hold.  Process state on purpose (wire.md §5): code is what a process has loaded.
-Entries keep their code objects alive, because code objects compare by value and two functions may have equal ones.
+(semantics §8.3).  Snapshots name modules by *reference*: `name` for the version that the instance runs, `name@<12 hex>` for
+code of another version that it holds.  This is process state on purpose (wire.md §5): code is what a process has loaded.
+Entries keep their code objects alive, because code objects compare by value, and two functions may have equal ones.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-RUNTIME = "__@kw__"  # the global that lowered code calls; `import *` does not take it along, and classes do not mangle it
+RUNTIME = "__@kw__"  # the global that lowered code calls; `import *` does not import it, and classes do not mangle it
 
 
 class Label(NamedTuple):
-    """A place to wait at: its name (path in the source) and the temporaries that are needed after it."""
+    """A place where a generator can wait: its name (the path in the source) and the temporaries that are needed after it."""
 
     name: str
     live: tuple[str, ...]
@@ -36,8 +36,8 @@ class Label(NamedTuple):
 class Function:
     """One function, lambda or generator of a durable module; `coroutine` is true for a generator written as async def.
 
-    `free` are the names of the function object's closure, `captured` all cells of a generator's frame; both sorted, as
-    the compiler orders them.  `path` is unique in the module ("main.<locals>.book#2").
+    `free` are the names in the function object's closure, `captured` those of all cells in a generator's frame; both are
+    sorted, which is the compiler's order.  `path` is unique in the module ("main.<locals>.book#2").
     """
 
     module: str
@@ -57,7 +57,7 @@ class Function:
     compile_cold: Callable[[], types.CodeType]
     compile_plain: Callable[[], types.CodeType]
     compile_annotated: Callable[[], types.CodeType]
-    home: Module = field(init=False, repr=False)  # set by who makes it
+    home: Module = field(init=False, repr=False)  # set by the creator
 
     @functools.cached_property
     def label_numbers(self) -> dict[str, int]:
@@ -65,7 +65,7 @@ class Function:
 
     @functools.cached_property
     def cold(self) -> types.CodeType:
-        """The twin that restored generators run; every captured name is a free variable, in the order of `captured`."""
+        """The twin that restored generators run.  Every captured name is a free variable of it, in the order of `captured`."""
         return self._registered(self.compile_cold(), self.captured)
 
     @functools.cached_property
@@ -75,10 +75,10 @@ class Function:
 
     @functools.cached_property
     def annotations(self) -> dict[str, Any]:
-        """Those of a closure that is made again, as far as its module can tell them."""
+        """The annotations of a closure that is rebuilt, as far as they can be evaluated in its module."""
         try:
             return types.FunctionType(self.compile_annotated(), self.namespace)().__annotations__  # type: ignore[no-any-return]
-        except Exception:  # the author's code
+        except Exception:  # annotations are author code
             return {}
 
     def _registered(self, code: types.CodeType, names: tuple[str, ...]) -> types.CodeType:
@@ -94,10 +94,10 @@ class Function:
 
 @dataclass(eq=False)
 class Module:
-    """One version of a durable module: its functions by path, the hashes of its units (semantics §8.1) and the namespace it runs in.
+    """One version of a durable module: its functions by path, the hashes of its units (semantics §8.1) and the namespace that it runs in.
 
-    `name` is the name authors know it by, also when this version is loaded as `name@<12 hex>`; `version` is the sha256 of its
-    source.  `whole` is False when its source alone cannot be run: only some of its functions are durable (`@durable`), or it was given as a tree.
+    `name` is the name that authors know, even if this version is loaded as `name@<12 hex>`.  `version` is the sha256 of its source.
+    `whole` is False if its source alone cannot be run, because only some of its functions are durable (`@durable`) or it was given as a tree.
     """
 
     name: str
@@ -110,20 +110,20 @@ class Module:
     namespace: dict[str, Any] = field(default_factory=dict)
     whole: bool = True
     lowered: Any = None  # what lowering made of the source, as plain data that a cache may keep
-    stored: Mapping[str, Any] | None = None  # what it was loaded from, if it is a stored version
+    stored: Mapping[str, Any] | None = None  # the entry that it was loaded from, if it is a stored version
 
     @property
     def package(self) -> str:
         return str(self.namespace.get("__package__") or "")
 
 
-Pins = Mapping[str, Module]  # reference -> the version it stands for, of what is not simply current
-Place = tuple[Mapping[str, Function], str]  # a function that nobody has asked for yet: those of its module, and its path
+Pins = Mapping[str, Module]  # by reference: the version that it stands for, unless that is simply the current one
+Place = tuple[Mapping[str, Function], str]  # a function that nobody has asked for yet: the functions of its module, and its path
 _functions: dict[int, tuple[types.CodeType, Function | Place]] = {}
 _modules: dict[str, Module] = {}  # the current ones
 _versions: dict[str, Module] = {}  # stored ones, by `name@<12 hex>`
-_replaced: list[Module] = []  # what was current before a reload: live code of it keeps its metadata (semantics §5.4)
-_sentinels: dict[int, tuple[Any, dict[str, str]]] = {}  # module -> name, the module that made it first; the object is held, so that its id stays its own
+_replaced: list[Module] = []  # what was current before a reload: its live code keeps its metadata (semantics §5.4)
+_sentinels: dict[int, tuple[Any, dict[str, str]]] = {}  # by id: the object, held so that its id is not reused, and its name by module, beginning with the module that made it
 
 
 def register_code(code: types.CodeType, function: Function | Place) -> None:
@@ -131,7 +131,7 @@ def register_code(code: types.CodeType, function: Function | Place) -> None:
 
 
 def function_of(code: types.CodeType) -> Function | None:
-    """The durable function this code object belongs to, if any."""
+    """Return the durable function that this code object belongs to, or None."""
     entry = _functions.get(id(code))
     if entry is None:
         return None
@@ -145,7 +145,7 @@ def function_of(code: types.CodeType) -> Function | None:
 
 
 def add_module(loaded: Module) -> Module | None:
-    """This version is the current one from now on; stored ones that bound classes of the one before are loaded anew.  The one before."""
+    """Make this version the current one, and return the previous one.  Stored versions may have bound classes of that one, so they will be loaded again."""
     before = _modules.get(loaded.name)
     if before is not None and before.namespace is not loaded.namespace:
         _replaced.append(before)
@@ -156,7 +156,7 @@ def add_module(loaded: Module) -> Module | None:
 
 
 def remove_module(loaded: Module, before: Module | None) -> None:
-    """Its import has failed: the one before is current again."""
+    """Make the previous version current again, after the import of this one has failed."""
     if before is None:
         _modules.pop(loaded.name, None)
     else:
@@ -164,50 +164,50 @@ def remove_module(loaded: Module, before: Module | None) -> None:
 
 
 def add_version(loaded: Module) -> None:
-    """A stored version, loaded beside the current one."""
+    """Register a stored version that is loaded beside the current one."""
     _versions[version_name(loaded.name, loaded.version)] = loaded
 
 
 def drop_version(name: str) -> None:
-    """It could not be loaded."""
+    """Remove a stored version that could not be loaded."""
     _versions.pop(name, None)
 
 
 def version_name(name: str, version: str) -> str:
-    """The name in `sys.modules` of a version that is not current."""
+    """Return the name in `sys.modules` of a version that is not current."""
     return f"{name}@{version[:12]}"
 
 
 def version(name: str) -> Module | None:
-    """The stored version loaded as `name@<12 hex>`."""
+    """Return the stored version that is loaded as `name@<12 hex>`, or None."""
     return _versions.get(name)
 
 
 def versions_of(name: str) -> list[Module]:
-    """Every version of the module that this process has loaded, the current one first."""
+    """Return every version of the module that this process has loaded, the current one first."""
     current = _modules.get(name)
     others = [loaded for loaded in (*_versions.values(), *reversed(_replaced)) if loaded.name == name]
     return [current, *others] if current is not None else others
 
 
 def known() -> list[Module]:
-    """The current modules and the stored versions that this process has loaded."""
+    """Return the current modules and the stored versions that this process has loaded."""
     return [*_modules.values(), *_versions.values()]
 
 
 def is_durable(name: str) -> bool:
-    """Whether a `__module__` or reference is of a durable module that is loaded, in any version."""
+    """Whether a `__module__` or reference belongs to a durable module that is loaded, in any version."""
     return name in _modules or name in _versions
 
 
 def logical_name(name: str) -> str:
-    """The module that authors know for a `__module__` or `__name__`: `name@<12 hex>` is `name`."""
+    """Return the module name that authors know for a `__module__` or `__name__`: `name` for `name@<12 hex>`."""
     found = _versions.get(name)
     return found.name if found is not None else name
 
 
 def lookup(namespace: Mapping[str, Any], qualname: str) -> Any:
-    """The object at this dotted name.  Raises KeyError or AttributeError."""
+    """Return the object at this dotted name.  Raises KeyError or AttributeError."""
     first, _, rest = qualname.partition(".")
     found = namespace[first]
     for part in rest.split(".") if rest else ():
@@ -216,12 +216,15 @@ def lookup(namespace: Mapping[str, Any], qualname: str) -> Any:
 
 
 def reference_of(home: Module, plain: Module | None) -> str:
-    """The name for this version in a snapshot of an instance that runs `plain`."""
+    """Return the name for this version in a snapshot of an instance that runs the version `plain`."""
     return home.name if plain is not None and plain.version == home.version else version_name(home.name, home.version)
 
 
 def reference(name: str, qualname: str, value: object, pins: Pins) -> tuple[str, Module] | None:
-    """How a snapshot names this very object of a durable module (by its logical name), and in which version; None when no version has it there."""
+    """Return the reference by which a snapshot names this very object of a durable module (`name` is the logical name), and its version.
+
+    None if no version has the object under this name.
+    """
     plain = pins.get(name) or _modules.get(name)
     for home in [plain, *versions_of(name)] if plain is not None else versions_of(name):
         try:
@@ -233,18 +236,18 @@ def reference(name: str, qualname: str, value: object, pins: Pins) -> tuple[str,
 
 
 def add_sentinels(loaded: Module, named: Mapping[str, Any]) -> None:
-    """Objects that are saved as "the global of this name" (semantics §4.3); those of the current version replace what the module had."""
+    """Register objects that are saved as "the global of this name" (semantics §4.3); those of the current version replace the module's earlier ones."""
     if _modules.get(loaded.name) is loaded:
         for identity, (_, known) in [*_sentinels.items()]:
             known.pop(loaded.name, None)
             if not known:
                 del _sentinels[identity]
     for name, value in named.items():
-        _sentinels.setdefault(id(value), (value, {}))[1].setdefault(loaded.name, name)  # what a stored version shares with current code goes by its current name
+        _sentinels.setdefault(id(value), (value, {}))[1].setdefault(loaded.name, name)  # an object that a stored version shares with current code is saved under its current name
 
 
 def sentinel(value: Any) -> tuple[str, str] | None:
-    """(module, name) of the global this very object is bound to, if it is one; of several modules, that which made it."""
+    """Return (module, name) of the global that is bound to this very object, or None; of several modules, the one that made it."""
     entry = _sentinels.get(id(value))
     return next(iter(entry[1].items())) if entry is not None else None
 
@@ -254,7 +257,7 @@ def modules() -> Mapping[str, Module]:
 
 
 def module(reference: str, pins: Pins) -> Module:
-    """What a reference in a snapshot stands for.  Raises CodeChangedError when no durable module of that name is loaded."""
+    """Return what a reference in a snapshot stands for.  Raises CodeChangedError if no durable module of that name is loaded."""
     found = pins.get(reference) or _modules.get(reference) or _versions.get(reference)
     if found is None:
         raise CodeChangedError(f"the durable module {reference!r} is not loaded", reference)

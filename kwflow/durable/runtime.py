@@ -1,4 +1,4 @@
-"""What lowered code calls: one object per module, its global `RUNTIME`.  Nothing here may raise StopIteration by accident."""
+"""What lowered code calls: one object per module, its global `RUNTIME`.  One rule: nothing here may raise StopIteration by accident."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _forget_by_default = False
 
 
 class Driver(Protocol):
-    """Whoever runs durable generators on this thread may want to know what only lowered code sees."""
+    """Whoever runs durable generators on this thread and wants to be told what only lowered code sees."""
 
     def delegating(self, gen: types.GeneratorType[Any, Any, Any]) -> None:
-        """`yield from gen` is about to begin.  What this raises is raised there."""
+        """Called when `yield from gen` is about to begin.  What this raises is raised there."""
 
     def entered(self, manager: Any, value: Any) -> None:
-        """A `with` that holds a wait has entered this manager and got this value.  What this raises is raised there."""
+        """Called when a `with` that contains a wait has entered this manager and received this value.  What this raises is raised there."""
 
     def owns(self, gen: types.GeneratorType[Any, Any, Any]) -> bool:
-        """Whether this generator is the driver's already, so that `await` has to wait for it instead of running it."""
+        """Whether this generator already belongs to the driver, so that `await` has to wait for it instead of running it."""
 
     def catching(self, error: BaseException) -> None:
-        """An error has reached a `try` or `with` of the author that holds a wait, and may be swallowed by it."""
+        """Called when an error has reached an author's `try` or `with` that contains a wait, which may swallow it."""
 
 
 class _Thread(threading.local):
-    forget: bool | None = None  # None: as the process does by default
+    forget: bool | None = None  # None: the default of the process
     collecting = False
     driver: Driver | None = None
 
@@ -49,20 +49,20 @@ _thread = _Thread()
 
 
 def set_driving(forget: bool | None, driver: Driver | None) -> tuple[bool | None, Driver | None]:
-    """On this thread, from now on: whether generators that are dropped are only forgotten, and who is told.  Returns what both were."""
+    """Set for this thread whether generators that are dropped are merely forgotten, and who is told.  Return both previous values."""
     before = _thread.forget, _thread.driver
     _thread.forget, _thread.driver = forget, driver
     return before
 
 
 def abandoning() -> bool:
-    """Whether a GeneratorExit that arrives now means "forgotten": cleanup of the author is skipped (G8)."""
+    """Whether a GeneratorExit that arrives now means "forgotten", so that the author's cleanup is skipped (G8)."""
     forget = _thread.forget
     return _forget_by_default if forget is None or _thread.collecting else forget
 
 
 def set_abandoning(value: bool | None, everywhere: bool = False) -> bool | None:
-    """Set it for this thread (None: the process's default again) or as the process's default; returns what it was."""
+    """Set `abandoning` for this thread (None: back to the default of the process) or, with `everywhere`, that default.  Return the previous value."""
     global _forget_by_default
     if everywhere:
         before, _forget_by_default = _forget_by_default, bool(value)
@@ -72,7 +72,7 @@ def set_abandoning(value: bool | None, everywhere: bool = False) -> bool | None:
 
 
 def clean_up_here() -> None:
-    """On this thread, where no workflow runs, what is dropped is cleaned up, but what a collection finds: that may be a workflow's."""
+    """On this thread, which runs no workflow, clean up generators that are dropped; but not those that a collection finds, which may be a workflow's."""
     _thread.forget = False
     if _collects not in gc.callbacks:
         gc.callbacks.append(_collects)
@@ -83,9 +83,9 @@ def _collects(phase: str, _: object) -> None:
 
 
 def forget_frames(error: BaseException) -> None:
-    """Take the frames of this package out of the error's tracebacks, those of its causes and contexts included.
+    """Remove our own frames from the error's traceback, and from those of its causes and contexts.
 
-    They say nothing to the author, and each holds its callers, among them whoever drives the generator: an error that is
+    They tell the author nothing, and each one holds its callers, among them whoever drives the generator.  So an error that is
     kept would keep generators alive that have ended.
     """
     seen: set[int] = set()
@@ -116,7 +116,7 @@ _OUR_MODULES = (__name__, awaiting.__name__)
 
 
 def abandoned() -> type[BaseException] | tuple[()]:
-    """The first except clause around every wait: catches the GeneratorExit of a forgotten generator, else nothing."""
+    """The type of the first except clause around every wait: it catches the GeneratorExit of a forgotten generator, and nothing else."""
     _tell()
     return GeneratorExit if abandoning() else ()
 
@@ -129,30 +129,30 @@ def _tell() -> None:
 
 
 def kept() -> bool:
-    """Whether a `finally` runs: not when a forgotten generator is being dropped."""
+    """Whether a `finally` runs: it does, unless a forgotten generator is being dropped."""
     _tell()
     return not (sys.exc_info()[0] is GeneratorExit and abandoning())
 
 
 def entry(manager: Any) -> Any:
-    """`__enter__`, looked up as the with statement does: both methods on the type, before either runs.
+    """Return `__enter__`, looked up as the with statement does: both methods on the type, before either runs.
 
-    Lowered code calls it, and `__exit__`, itself: no frame of ours stands in the author's tracebacks.
+    Lowered code itself calls it and `__exit__`, so that none of our frames is in the author's tracebacks.
     """
     cls = type(manager)
     enter_ = getattr(cls, "__enter__", None)
     if enter_ is None or not hasattr(cls, "__exit__"):
         raise awaiting.no_manager(cls, ("__enter__", "__exit__"), ("__aenter__", "__aexit__"))
-    if not isinstance(manager, contextlib._GeneratorContextManager) and "<locals>" not in cls.__qualname__:  # those come and go
+    if not isinstance(manager, contextlib._GeneratorContextManager) and "<locals>" not in cls.__qualname__:  # classes that are made again and again are not kept
         _managers.add(cls)
     return enter_
 
 
-_managers: set[type] = set()  # types that have passed the checks above and of which no driver is told
+_managers: set[type] = set()  # types that have passed the checks above and that no driver has to be told of
 
 
 def entered(manager: Any, value: Any) -> Any:
-    """What `__enter__` returned; a driver is told."""
+    """Return what `__enter__` returned, and tell the driver."""
     driver = _thread.driver
     if driver is not None:
         driver.entered(manager, value)
@@ -160,7 +160,7 @@ def entered(manager: Any, value: Any) -> Any:
 
 
 class _Iterable:
-    """An iterator without `__iter__` (legal for `for`), given one."""
+    """Wraps an iterator without `__iter__` (which `for` allows) and adds one."""
 
     def __init__(self, iterator: Any) -> None:
         self.iterator = iterator
@@ -173,17 +173,17 @@ class _Iterable:
 
 
 _SOURCES: tuple[Any, ...] = ([], (), "", "\u00e9", b"", {}, {}.values(), {}.items(), set(), range(0), range(1 << 70), enumerate(()), zip(), map(str, ()), reversed([]))
-_ITERATORS = frozenset(type(iter(source)) for source in _SOURCES) | {types.GeneratorType}  # iter() of one is itself, no need to ask
+_ITERATORS = frozenset(type(iter(source)) for source in _SOURCES) | {types.GeneratorType}  # iter() of one of these is the iterator itself, no need to check
 
 
 def iterate(source: Any) -> Iterator[Any]:
-    """iter(source) as an object that `for` takes again and again as itself."""
+    """Return iter(source) as an iterator whose own iter() is itself, so that `for` can take it again and again."""
     iterator: Iterator[Any] = iter(source)
     return iterator if type(iterator) in _ITERATORS else own_iterator(iterator)
 
 
 def own_iterator(iterator: Any) -> Iterator[Any]:
-    """The same for what `iter` gave, if its type is not known."""
+    """Do the same for an iterator that `iter` returned, if its type is not known."""
     try:
         if iter(iterator) is iterator:
             return iterator  # type: ignore[no-any-return]
@@ -196,7 +196,7 @@ class _Delegate(_Iterable):
     """`_Iterable` for `yield from`: send, throw and close go to the iterator if it has them (PEP 380)."""
 
     def __getattr__(self, name: str) -> Any:
-        """Looked up when it is needed, as CPython does; the author's `close` is cleanup, skipped when the generator is only forgotten (G8)."""
+        """Look a method up when it is needed, as CPython does.  The author's `close` is cleanup, which is skipped if the generator is merely forgotten (G8)."""
         if name == "close" and abandoning():
             return _nothing
         if name in ("send", "throw", "close"):
@@ -205,17 +205,17 @@ class _Delegate(_Iterable):
 
 
 def _nothing() -> None:
-    """The `close` of what is only forgotten."""
+    """The `close` of an iterator that is merely forgotten."""
 
 
 def _may_close(iterator: object) -> bool:
-    """Whether it could have a `close`; asked without running code of the author."""
+    """Whether the iterator could have a `close`; this runs no author code."""
     cls = type(iterator)
     return hasattr(cls, "close") or hasattr(cls, "__getattr__") or "close" in getattr(iterator, "__dict__", ())
 
 
 def delegate(source: Any) -> Any:
-    """What `yield from source` iterates."""
+    """Return what `yield from source` iterates."""
     if isinstance(source, types.GeneratorType):
         driver = _thread.driver
         if driver is not None:
@@ -236,7 +236,7 @@ _OURS = (awaiting.Once, awaiting.Advance, awaiting._Chained)
 
 
 def awaited(value: Any) -> Any:
-    """What `await value` iterates: a fresh durable generator runs here, one that runs elsewhere is waited for (semantics §6.1)."""
+    """Return what `await value` iterates: a fresh durable generator runs here, any other generator is waited for (semantics §6.1)."""
     if isinstance(value, types.GeneratorType):
         if value.gi_code.co_name == "<genexpr>":
             raise awaiting.not_awaitable(value)
@@ -248,11 +248,11 @@ def awaited(value: Any) -> Any:
     return iterator if isinstance(iterator, _OURS) else delegate(iterator)
 
 
-_EMPTY = types.CellType()  # compared with another cell, it tells whether that is empty; contents are not looked at
+_EMPTY = types.CellType()  # a comparison with it tells whether a cell is empty, without looking at contents
 
 
 def first(slots: dict[str, Any], name: str = "", cell: types.CellType | None = None) -> Any:
-    """Empties a state that has been read and returns its value of that name: what zero-argument `super()` looks for."""
+    """Empty a state that has been read, and return its value of that name (or the content of its cell), which zero-argument `super()` looks for."""
     value = slots.get(name)
     slots.clear()
     if cell is not None:
@@ -264,7 +264,7 @@ def first(slots: dict[str, Any], name: str = "", cell: types.CellType | None = N
 
 
 def links(error: BaseException) -> tuple[types.TracebackType | None, list[tuple[BaseException, BaseException | None]]]:
-    """What raising it again, to enter a handler or a `finally`, would change: also a cycle of contexts, which CPython cuts."""
+    """Return what raising the error again, to enter a handler or a `finally`, would change: its traceback and contexts, including a cycle, which CPython would cut."""
     contexts: list[tuple[BaseException, BaseException | None]] = [(error, error.__context__)]
     seen = set()
     other = sys.exc_info()[1]
@@ -277,7 +277,7 @@ def links(error: BaseException) -> tuple[types.TracebackType | None, list[tuple[
 
 
 def relink(error: BaseException, saved: tuple[types.TracebackType | None, list[tuple[BaseException, BaseException | None]]]) -> None:
-    """Put that back; one that comes from bytes has no traceback and keeps the line where it was raised again."""
+    """Restore what `links` returned.  An error that was loaded from bytes has no traceback, and keeps the line where it was raised again."""
     traceback, contexts = saved
     for other, context in contexts:
         BaseException.__setattr__(other, "__context__", context)
@@ -286,7 +286,7 @@ def relink(error: BaseException, saved: tuple[types.TracebackType | None, list[t
 
 
 class Resume:
-    """A delegate that is already started: swallows the handshake's `next`, then passes everything on (PEP 380)."""
+    """A delegate that has already been started: it swallows the `next` of the handshake, then passes everything on (PEP 380)."""
 
     def __init__(self, target: Any, _reached: int) -> None:
         self.target = target
@@ -311,31 +311,31 @@ class Resume:
 
 
 def unbound(name: str) -> NoReturn:
-    """Reading a variable of this generator that holds nothing."""
+    """Raise the error for reading a variable of this generator that is not bound."""
     raise UnboundLocalError(f"cannot access local variable {name!r} where it is not associated with a value")
 
 
 def shown(found: dict[str, Any]) -> dict[str, Any]:
-    """A frame's `locals()` without the names that lowering has added; until 3.12 the same dict each time, as natively."""
+    """Remove from a frame's `locals()` the names that lowering has added.  Until 3.12 it is the same dict each time, as in Python itself."""
     for name in [name for name in found if name[:1] == "@"]:
         del found[name]
     return found
 
 
 def looked(function: Any, found: Any) -> Any:
-    """What `locals()`, `vars()` or `dir()` gave, if it is those (semantics §5.5)."""
+    """Return what `locals()`, `vars()` or `dir()` returned, without our names; if the function is another one, its value as it is (semantics §5.5)."""
     if function is builtins.dir:
         return [name for name in found if name[:1] != "@"]
     return shown(found) if function in (builtins.locals, builtins.vars) else found
 
 
 def inject(namespace: dict[str, Any], module: Module, bound: Mapping[str, type]) -> None:
-    """The globals that lowered code of a module uses beside the author's."""
+    """Add to a module's namespace the globals that its lowered code uses besides the author's."""
     namespace.update({RUNTIME: Runtime(module, bound), "@type": builtins.type, "@iter": builtins.iter, "@exc_info": sys.exc_info, "@managers": _managers, "@iterators": _ITERATORS, "@empty": _EMPTY})
 
 
 class Runtime:
-    """The helpers as attributes, and `mark`, which tells the registry what each code object is."""
+    """The helpers as attributes, and `mark`, which tells the registry which function each code object belongs to."""
 
     abandoned = staticmethod(abandoned)
     kept = staticmethod(kept)
@@ -373,38 +373,38 @@ class Runtime:
     async_generator = awaiting.AsyncGenerator
 
     def __init__(self, module: Module, bound: Mapping[str, type]) -> None:
-        self.bound = bound  # classes of the current module that a stored version takes as its own
+        self.bound = bound  # classes of the current module that a stored version uses as its own
         self._functions = module.functions
         self._marks: dict[str, Callable[[Any], Any]] = {}
 
     def mark(self, path: str) -> Callable[[Any], Any]:
-        """The innermost decorator of every function: registers its code."""
+        """Return the innermost decorator of every function; it registers the function's code."""
         found = self._marks.get(path)
         if found is None:
             found = self._marks[path] = functools.partial(_mark, (self._functions, path))
         return found
 
     def marked(self, path: str, function: Any) -> Any:
-        """The same for lambdas."""
+        """Do what `mark` does, for lambdas."""
         return _mark((self._functions, path), function)
 
     def mark_coroutine(self, path: str) -> Callable[[Any], Any]:
-        """The same for async functions."""
+        """Do what `mark` does, for async functions."""
         return lambda function: as_coroutine(_mark((self._functions, path), function))
 
     def generator(self, path: str, made: types.GeneratorType[Any, Any, Any]) -> Any:
-        """The same for generator expressions."""
+        """Do what `mark` does, for generator expressions."""
         register_code(made.gi_code, (self._functions, path))
         return made
 
     @staticmethod
     def called(qualname: str, made: Any) -> Any:
-        """A function or generator by the name that it has where it was written."""
+        """Give a function or generator the name that it has where it was written."""
         made.__qualname__ = qualname
         return made
 
     def closure(self, path: str, lender: types.FunctionType) -> types.FunctionType:
-        """A function without a def, around the cells and defaults that a lambda in its place has."""
+        """Return a function that has no def, with the cells and defaults of the lambda that stands in its place."""
         function = self._functions[path]
         made = types.FunctionType(function.plain, lender.__globals__, function.name, lender.__defaults__, lender.__closure__)
         made.__kwdefaults__ = lender.__kwdefaults__
@@ -417,7 +417,7 @@ def _mark(place: Place, fn: types.FunctionType) -> types.FunctionType:
 
 
 def as_coroutine(fn: types.FunctionType) -> types.FunctionType:
-    """`inspect.iscoroutinefunction` says yes, as for the async def it was (from 3.12 on, where it can be told)."""
+    """Make `inspect.iscoroutinefunction` true for it, as for the async def that it was (from 3.12 on, where this is possible)."""
     mark: Callable[[Any], Any] | None = getattr(inspect, "markcoroutinefunction", None)
     if mark is not None:
         mark(fn)

@@ -1,7 +1,7 @@
-"""contextlib's exit stacks in durable code: what `AsyncExitStack` awaits, as states that can be saved, and what its callbacks are.
+"""contextlib's exit stacks in durable code: what `AsyncExitStack` awaits, in a form that can be saved, and its callbacks.
 
-Its own methods are coroutines, which nothing can save.  What they do is done here step by step, on the author's own stack; its
-entries stay what contextlib made them, so that `push`, `callback`, `pop_all` and `ExitStack` need nothing of ours.
+Its own methods are coroutines, which nothing can save.  This module does the same step by step, on the author's own stack.  The
+entries stay as contextlib made them, so that `push`, `callback`, `pop_all` and `ExitStack` need no code of ours.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from kwflow.durable.runtime import abandoning, awaited
 
 __all__ = ["Closing", "EnteringInto", "Unwinding", "instead_of", "is_async_callback", "made_callback"]
 
-_STACK: Any = contextlib.AsyncExitStack  # its underlined methods, which typeshed does not have
+_STACK: Any = contextlib.AsyncExitStack  # for its private methods, which typeshed does not have
 _CALLBACKS = (_STACK._create_cb_wrapper(print).__code__, _STACK._create_async_cb_wrapper(print).__code__)
 _CLOSED_OVER = ("args", "callback", "kwds")
 
 
 def is_async_callback(function: types.FunctionType) -> bool | None:
-    """Whether this function is how a stack holds what `push_async_callback` was given; None: it is not what `callback` was given either."""
+    """Return True if this is the wrapper that `push_async_callback` makes, False if it is that of `callback`, None if it is neither."""
     if function.__code__ in _CALLBACKS and function.__code__.co_freevars == _CLOSED_OVER:
         return _CALLBACKS.index(function.__code__) == 1
     return None
 
 
 def made_callback(is_async: bool, closure: tuple[types.CellType, ...]) -> types.FunctionType:
-    """The same function again, around these cells."""
+    """Return the same wrapper around these cells."""
     return types.FunctionType(_CALLBACKS[is_async], vars(contextlib), "_exit_wrapper", None, closure)
 
 
@@ -55,9 +55,9 @@ class EnteringInto(_Chained):
 
 
 class Unwinding(_Chained):
-    """`__aexit__` of an AsyncExitStack: contextlib's rules about what is suppressed and which error is whose context.
+    """`__aexit__` of an AsyncExitStack: contextlib's rules about what is suppressed, and which error is the context of which.
 
-    `error` is what the next callback is given; `context` what the error that leaves at the end keeps as its context.
+    `error` is passed to the next callback; `context` is the context of the error that is raised at the end.
     """
 
     __slots__ = ("context", "error", "handled", "ignored", "pending", "received", "stack", "suppressed")
@@ -93,7 +93,7 @@ class Unwinding(_Chained):
         return StopIteration(self.result())
 
     def close(self) -> None:
-        """As natively the other entries are given the GeneratorExit, unless the generator is only forgotten (G8)."""
+        """Pass the GeneratorExit to the other entries, as Python does, unless the generator is merely forgotten (G8)."""
         exit_: BaseException = GeneratorExit()
         try:
             self.target.close()
@@ -114,7 +114,7 @@ class Unwinding(_Chained):
         return self.received and self.suppressed
 
     def _leaving(self, callback: Any, details: tuple[Any, Any, Any]) -> Any:
-        """The awaitable of one entry; of contextlib's own managers in a form that can be saved."""
+        """Return the awaitable of one entry; for contextlib's own managers, one that can be saved."""
         manager = callback.__self__ if isinstance(callback, types.MethodType) else None
         self.ignored = isinstance(callback, types.FunctionType) and is_async_callback(callback) is True
         if self.ignored:
@@ -128,7 +128,7 @@ class Unwinding(_Chained):
         self.suppressed, self.pending, self.error = True, False, None
 
     def _failed(self, raised: BaseException) -> None:
-        """This error goes on in place of the one before, which becomes the end of its chain of contexts."""
+        """Replace the current error by this one; the previous error becomes the end of its chain of contexts."""
         last = raised
         while last.__context__ is not None and last.__context__ is not self.error:
             if last.__context__ is self.handled:
@@ -142,14 +142,14 @@ class Unwinding(_Chained):
             return super()._outcome(go, *arguments)
         except BaseException as error:
             if self.pending and error is self.error:
-                BaseException.__setattr__(error, "__context__", self.context)  # raising it has put another one there
+                BaseException.__setattr__(error, "__context__", self.context)  # raising it has set another one
             raise
         finally:
             del arguments
 
 
 def _details(error: BaseException | None) -> tuple[type[BaseException] | None, BaseException | None, types.TracebackType | None]:
-    """What an entry is called with; an error that comes from bytes has no traceback and gets one, as if it were raised here."""
+    """Return the arguments for an entry.  An error that was loaded from bytes has no traceback, and gets one as if it were raised here."""
     if error is None:
         return None, None, None
     if error.__traceback__ is None:
@@ -182,7 +182,7 @@ _INSTEAD: dict[types.CodeType, Callable[[dict[str, Any]], Any]] = {
 
 
 def instead_of(coroutine: types.CoroutineType[Any, Any, Any]) -> Any:
-    """The iterator that stands for a coroutine of a stack, which has not begun; None for any other."""
+    """Return the iterator that replaces an unstarted coroutine of an exit stack; None for any other coroutine."""
     make = _INSTEAD.get(coroutine.cr_code)
     if make is None or coroutine.cr_frame is None or coroutine.cr_suspended:
         return None

@@ -1,7 +1,7 @@
-"""What a snapshot's body holds as stubs: read without running or even loading the author's code (semantics §4.1, §4.4).
+"""The body of a snapshot as stubs: read without running or even loading author code (semantics §4.1, §4.4).
 
-Every class and function the bytes name becomes a stub that only remembers what it was given.  Nobody has checked these bytes:
-none may take more memory or time than they are long.  `peek.py` shows what is here to people, `canonical.py` compares it.
+Every class and function that the bytes name becomes a stub that only remembers what it was given.  Nobody has checked these bytes:
+memory and time must stay in proportion to their length.  `peek.py` shows stubs to people, `canonical.py` compares them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from kwflow.errors import CorruptSnapshotError
 
 __all__ = ["CREATED", "GENERATORS", "OBJECT", "WAITING", "Found", "States", "Stub", "graph", "qualname", "text"]
 
-_REAL: dict[str, type] = {cls.__name__: cls for cls in (complex, range)}  # what a call of another would copy, or count up: pickle has opcodes for those
+_REAL: dict[str, type] = {cls.__name__: cls for cls in (complex, range)}  # a call of any other would copy or count up its arguments; pickle has opcodes for those
 _TIMES: dict[str, Any] = {f"datetime.{cls.__name__}": cls for cls in (date, datetime, time, timedelta)}
 _KEY_VALUES_MAX = 100_000
 _KEY_NESTING_MAX = 500
 
 
 class Stub:
-    """Stands for an object of any class; shows its class and what was saved of it."""
+    """Stands for an object of any class; remembers its class and what was saved of it."""
 
     name = ""
 
@@ -40,7 +40,7 @@ class Stub:
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Everything happened in __new__, which is all that pickle calls."""
+        """Do nothing: everything happens in __new__, which is all that pickle calls."""
 
     args: tuple[Any, ...]
     state: Any
@@ -65,21 +65,21 @@ class Stub:
         return f"<{self.name} {' '.join(held)}>" if held else f"<{self.name}>"
 
     def _arguments(self) -> list[str]:
-        """As they are; times as one reads them, with their zone behind."""
+        """Return the texts of the arguments; a time is readable, followed by its zone."""
         moment, others = self.moment()
         return [*([moment] if moment else []), *map(repr, others)]
 
     def moment(self) -> tuple[str, tuple[Any, ...]]:
-        """A time as one reads it, which pickle packs into bytes, and the arguments beside it; empty if it is none."""
+        """Return a time, which pickle packs into bytes, as readable text, and the other arguments; the text is empty if this is not a time."""
         if self.name in _TIMES:
-            with contextlib.suppress(Exception):  # damaged
+            with contextlib.suppress(Exception):  # the bytes are damaged
                 count = 1 if isinstance(self.args[0], bytes) else len(self.args)
                 return str(_TIMES[self.name](*self.args[:count])), self.args[count:]
         return "", self.args
 
 
 class Found(type):
-    """Stands for a class that the bytes make by a call: pickle makes objects of it."""
+    """Stands for a class that the bytes create by a call; pickle makes objects of it."""
 
     name: str
     made_of: tuple[Any, ...]
@@ -89,7 +89,7 @@ class Found(type):
 
 
 def _finds(constructor: str, name_of: Callable[..., str]) -> Callable[..., type]:
-    """In place of a constructor of classes; `name_of` its arguments is what an object of it is shown as."""
+    """Return a function that replaces a constructor of classes; `name_of(*arguments)` is the name under which objects of the class are shown."""
 
     def found(*args: Any) -> type:
         return Found(constructor, (Stub,), {"name": name_of(*args), "made_of": args})
@@ -105,12 +105,12 @@ _FINDING: dict[str, Callable[..., type]] = {
 
 
 def text(value: Any) -> str:
-    """What is a text where these bytes are what they say."""
+    """Return a value that is a str unless the bytes are damaged or forged; then "?"."""
     return value if isinstance(value, str) else "?"
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
-    """A tuple of tuples takes hash() as long as all of it is when written out, and as much of the C stack as it is deep.  Raises UnpicklingError."""
+    """Raises UnpicklingError for keys that are too large for hash(): for a tuple of tuples, it takes time for every part of every part, and C stack for every level."""
     for key in keys:
         todo, met = [(key, 0)], 0
         while todo:
@@ -123,13 +123,13 @@ def _check_keys(keys: Iterable[Any]) -> None:
 
 
 def _check_filled(stack: list[Any]) -> None:
-    """Attributes are for stubs: a constructor of ours is the process's own."""
+    """Raises UnpicklingError if the bytes would set attributes of anything but a stub: one of our constructors belongs to the process."""
     if not isinstance(stack[-2], Stub):
         raise pickle.UnpicklingError("a state for what is no object")
 
 
 def _load_bytearray(unpickler: Any) -> None:
-    """Python makes one before it looks whether so many bytes are there."""
+    """Read the bytes before the bytearray is created; Python creates it before it checks whether there are so many bytes."""
     (length,) = struct.unpack("<Q", unpickler.read(8))
     unpickler.append(bytearray(unpickler.read(min(length, sys.maxsize))))
 
@@ -150,7 +150,7 @@ _CHECKS: dict[bytes, Callable[[list[Any]], None]] = {
 
 
 class _Unpickler(pickle._Unpickler):
-    """The one in Python: its memo is a dict, and five bytes that name a high number in one do not fill the memory of the machine."""
+    """The pure Python unpickler.  Its memo is a dict, so that five bytes that name a high memo number do not fill the machine's memory."""
 
     memo: dict[int, Any]
     dispatch = {**_LOADS, pickle.BYTEARRAY8[0]: _load_bytearray, **{code[0]: _after(check, _LOADS[code[0]]) for code, check in _CHECKS.items()}}
@@ -168,17 +168,17 @@ _SEEDS = tuple(_REAL.get(seed.__name__, type(seed.__name__, (Stub,), {"name": se
 _memo = seeded(_SEEDS).copy()
 GENERATORS = (_GENERATOR, _CREATED, _FINISHED)
 CREATED, OBJECT, WAITING = _CREATED, _OBJECT, _GENERATOR  # kinds of states
-States = dict[int, tuple[int, Any, Any]]  # by the `id` of a stub: its kind, itself, and what was saved of it
+States = dict[int, tuple[int, Any, Any]]  # by the `id` of a stub: its kind, the stub itself, and what was saved of it
 
 
 def graph(body: bytes) -> tuple[Any, States]:
-    """The root, and what was saved of each object that is filled after it was made.  Raises CorruptSnapshotError."""
+    """Return the root, and the saved state of each object that is filled after its creation.  Raises CorruptSnapshotError."""
     root, states = _stubs(body)
     return root, {id(made): (kind, made, state) for kind, made, state in states}
 
 
 def _stubs(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
-    """The root and the deferred states, of stubs."""
+    """Return the root and the deferred states, all as stubs."""
     try:
         if body[:1] != FORMAT:
             return _stubs_of_format_1(body)
@@ -201,5 +201,5 @@ def _stubs_of_format_1(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
 
 
 def qualname(made: Stub) -> str:
-    """What a generator or function calls itself: the name in its path, without the numbers of functions that share theirs."""
+    """Return the qualified name of a generator or function: its path without the numbers that tell functions of the same name apart."""
     return text(made.args[4]) if len(made.args) > 4 else re.sub(r"#\d+|\.<body>$", "", text(made.args[1]))

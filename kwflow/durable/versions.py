@@ -1,8 +1,8 @@
-"""Old code beside new: which version of each module a snapshot's names mean, and stored versions as modules (semantics §8).
+"""Old code beside new: which version of each module the names in a snapshot mean, and stored versions as modules (semantics §8).
 
 A version of a module is the sha256 of its source.  If every unit of M that a snapshot holds is unchanged, M means the
-current M; otherwise all of M means the stored version, loaded as `M@<12 hex>`.  Whoever keeps the sources hands them in
-as `Sources`; nothing here reads them.
+current M; otherwise all of M means the stored version, loaded as `M@<12 hex>`.  Whoever stores the sources passes them in
+as `Sources`; nothing here reads the store.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError,
 
 __all__ = ["Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "needed", "no_sources", "prepare", "resolve", "source_in", "split_reference", "stored_with"]
 
-Sources = Callable[[str], bytes | None]  # `<module>@<sha256>` -> the stored entry; asked only for what is not loaded
+Sources = Callable[[str], bytes | None]  # from `<module>@<sha256>` to the stored entry; called only for versions that are not loaded
 _REFERENCE = re.compile(r"(.+)@([0-9a-f]{12})")
 
 
 def no_sources(_key: str) -> bytes | None:
-    """Nothing is stored."""
+    """Sources for when nothing is stored."""
     return None
 
 
@@ -42,7 +42,7 @@ def entry_key(name: str, version: str) -> str:
 
 
 def entry(module: Module) -> bytes:
-    """What is stored of one version: JSON with its source, its file relative to the module's root, and the versions of the durable modules it imports."""
+    """Return what is stored of one version: JSON with its source, its file relative to the module's root, and the versions of the durable modules that it imports."""
     imports = {name: found.version for name, found in _imports(module).items()}
     if module.stored is not None:
         return json.dumps({**module.stored, "imports": {**module.stored["imports"], **imports}}).encode()
@@ -52,7 +52,7 @@ def entry(module: Module) -> bytes:
 
 
 def _imports(module: Module) -> dict[str, Module]:
-    """With those that it has yet to import: in its functions, or anywhere while nobody has imported it."""
+    """Return the durable modules that it imports, and those that it will import later: in its functions, or anywhere if it has not been imported itself."""
     loaded = [(name, registry.modules().get(name)) for name in sorted(imports_of(module.source, module.package))]
     later = sorted(imports_of(module.source, module.package, in_functions="__name__" in module.namespace))
     found = dict(loaded + [(name, loader.unloaded(name)) for name in later if name not in sys.modules])
@@ -60,12 +60,12 @@ def _imports(module: Module) -> dict[str, Module]:
 
 
 def source_in(data: bytes) -> str:
-    """The source of a stored entry."""
+    """Return the source in a stored entry."""
     return str(json.loads(data)["source"])
 
 
 def needed(keys: Iterable[str], entries: Mapping[str, bytes]) -> set[str]:
-    """These entries, and those of the modules they import, all the way down."""
+    """Return the keys of these entries and of those that they import, directly or indirectly."""
     found = list(keys)
     for key in found:
         imports = json.loads(entries[key])["imports"] if key in entries else {}
@@ -74,7 +74,7 @@ def needed(keys: Iterable[str], entries: Mapping[str, bytes]) -> set[str]:
 
 
 def stored_with(module: Module) -> list[Module]:
-    """The module and the durable ones it imports, all the way down: old code may need them after they are gone."""
+    """Return the module and the durable ones that it imports, directly or indirectly: old code may need them after they are gone."""
     found = [module] if module.whole else []
     keys = {entry_key(known.name, known.version) for known in found}
     for known in found:
@@ -85,16 +85,16 @@ def stored_with(module: Module) -> list[Module]:
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """Module and 12 hex digits of a reference; none for the version that the instance runs."""
+    """Return the module and the 12 hex digits of a reference; the digits are "" for the version that the instance runs."""
     explicit = _REFERENCE.fullmatch(reference)
     return (explicit[1], explicit[2]) if explicit is not None else (reference, "")
 
 
 # -- which version -------------------------------------------------------------------------------------------------
 def loads(body: bytes, code: Mapping[str, Any], sources: Sources, lowering: int = LOWERING_VERSION) -> tuple[Any, Pins]:
-    """The graph of a snapshot with this `code` header, and the versions it runs.  Raises SnapshotError.
+    """Return the graph of a snapshot with this `code` header, and the versions that it runs.  Raises SnapshotError.
 
-    `lowering` is the version that wrote it; what a newer one wrote is refused before anything is loaded.
+    `lowering` is the lowering version that wrote it; if that is newer than ours, the snapshot is refused before anything is loaded.
     """
     if lowering > LOWERING_VERSION:
         raise SnapshotError(f"it was saved by a newer kwflow (lowering version {lowering}; this one reads up to {LOWERING_VERSION}); upgrade kwflow, then retry")
@@ -102,7 +102,7 @@ def loads(body: bytes, code: Mapping[str, Any], sources: Sources, lowering: int 
     while True:
         try:
             return codec.loads(body, pins, lowering), pins
-        except CodeChangedError as error:  # something it holds by name is gone, though no unit that it waits in has changed
+        except CodeChangedError as error:  # something that it holds by name is gone, though no unit in which it waits has changed
             saved = code.get(error.module)
             pinned = pins.get(error.module)
             if saved is None or (pinned is not None and pinned.version == saved["version"]):
@@ -117,7 +117,7 @@ def loads(body: bytes, code: Mapping[str, Any], sources: Sources, lowering: int 
 
 
 def _classes_changed(code: Mapping[str, Any], pins: Pins, sources: Sources) -> list[str]:
-    """Of the modules that a snapshot holds something of, where they are current ones."""
+    """Name the classes that have changed, in the modules that a snapshot holds something of and that mean the current code."""
     found = []
     for name, saved in code.items():
         current = registry.modules().get(name)
@@ -128,7 +128,7 @@ def _classes_changed(code: Mapping[str, Any], pins: Pins, sources: Sources) -> l
 
 
 def resolve(code: Mapping[str, Any], sources: Sources) -> Pins:
-    """What each reference stands for, where it is not simply the current module (semantics §8.2).  Raises CodeChangedError."""
+    """Return what each reference stands for, unless that is simply the current module (semantics §8.2).  Raises CodeChangedError."""
     pins: dict[str, Module] = {}
     for reference, saved in code.items():
         current = registry.modules().get(reference)
@@ -147,29 +147,30 @@ def resolve(code: Mapping[str, Any], sources: Sources) -> Pins:
 def prepare(key: str, sources: Sources, wanted: Callable[[str], bool] = lambda key: True) -> None:
     """Load what an instance that holds code of this version (`<module>@<sha256>`) needs when it wakes.
 
-    That is the current module, and the stored one too if any of its units is not as it is there, and it is `wanted`.  Raises CodeChangedError when its code fails.
+    That is the current module and, if any of its units differs from the stored version and that one is `wanted`, the stored version, too.
+    Raises CodeChangedError if its code fails.
     """
     name, _, version = key.rpartition("@")
     current = loader.current(name)
     if current is not None and current.version == version:
         return
     data = sources(key)
-    if data is not None and wanted(key) and (current is None or not _has_units_of(current, source_in(data))):  # None: nobody has held it for long, and it was cleared up
+    if data is not None and wanted(key) and (current is None or not _has_units_of(current, source_in(data))):  # None: no instance has held this version for long, and it was deleted
         _version(name, version, sources, "it is not the current version")
 
 
-_units_here = functools.lru_cache(maxsize=16)(units_in)  # each of a hundred stored versions is compared with the current one
+_units_here = functools.lru_cache(maxsize=16)(units_in)  # the current source is compared with each of perhaps a hundred stored versions
 
 
 def _has_units_of(current: Module, source: str) -> bool:
     try:
         return units_in(source).items() <= _units_here(current.source).items()
-    except (SyntaxError, RecursionError):  # written for another minor of Python; loading it says so
+    except (SyntaxError, RecursionError):  # written for another minor of Python; loading it will say so
         return False
 
 
 def changed_units(current: Module | None, saved: Mapping[str, Any]) -> list[str]:
-    """What of the code that a snapshot holds is not as it was, one sentence each."""
+    """Describe what has changed in the code that a snapshot holds, one sentence for each unit."""
     if current is None:
         return ["the module is gone"]
     if current.version == saved["version"]:
@@ -186,13 +187,13 @@ def _version(name: str, version: str, sources: Sources, why: str) -> Module:
     if data is None:
         raise CodeChangedError(f"{name}: {why} since this instance went to sleep in it, and the source it ran ({version[:12]}) is not stored; deploy that code again, then retry")
     stored = json.loads(data)
-    _take_away(_stand_in({other: wanted for other, wanted in stored["imports"].items() if name.startswith(f"{other}.")}, sources))  # as `import` does, its packages first, which may import it
+    _take_away(_stand_in({other: wanted for other, wanted in stored["imports"].items() if name.startswith(f"{other}.")}, sources))  # its packages first, as `import` does; they may import it
     known = registry.version(registry.version_name(name, version))
     return known if known is not None and known.version == version else _load(name, version, stored, sources)
 
 
 def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> Module:
-    """Run a stored version as the module `name@<12 hex>`.  Raises CodeChangedError when its own code fails."""
+    """Run a stored version as the module `name@<12 hex>`.  Raises CodeChangedError if its own code fails."""
     hidden = registry.version_name(name, version)
     source, current = str(stored["source"]), registry.modules().get(name)
     if source_version(source) != version:
@@ -203,22 +204,22 @@ def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> 
     module.__dict__["__kwflow_durable__"] = True
     if stored["package"]:
         module.__path__ = list(getattr(sys.modules.get(name), "__path__", []))
-        module.__spec__ = getattr(sys.modules.get(name), "__spec__", None)  # `importlib.resources` and `pkgutil` ask it for the package's files
+        module.__spec__ = getattr(sys.modules.get(name), "__spec__", None)  # `importlib.resources` and `pkgutil` use it to find the package's files
     filename = f"{module.__file__}@{version[:12]}"
-    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # tracebacks show the old lines
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # so that tracebacks show the old lines
     bound, before = _unchanged_classes(source, current), registry.known()
     module.__dict__["__builtins__"] = {**vars(builtins), "__import__": functools.partial(_import, {**stored["imports"], name: version}, sources)}
     try:
         sys.modules[hidden] = module
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they were said when this code was new
+            warnings.simplefilter("ignore")  # they were shown when this code was new
             lowered = lower_module(name, source, filename, frozenset(bound))
         lowered.namespace, lowered.stored = module.__dict__, stored
         registry.add_version(lowered)
         loader.execute(module, lowered, bound)
-        _take_away(_stand_in(stored["imports"], sources))  # those that only functions import, so that what cannot be loaded is known now
+        _take_away(_stand_in(stored["imports"], sources))  # load those that only functions import, too, so that a failure shows now
     except BaseException as error:
-        for made in [other for other in registry.known() if other not in before and other.stored is not None]:  # in a cycle, others hold what has failed
+        for made in [other for other in registry.known() if other not in before and other.stored is not None]:  # in a cycle of imports, others hold the module that has failed
             registry.drop_version(made.namespace["__name__"])
             sys.modules.pop(made.namespace["__name__"], None)
         sys.modules.pop(hidden, None)
@@ -229,7 +230,7 @@ def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> 
 
 
 def _file(name: str, stored: dict[str, Any], current: Module | None) -> str:
-    """Where the module is here, or would be."""
+    """Return the file of the module in this process, or where it would be."""
     if current is not None:
         return str(current.namespace.get("__file__") or current.filename)
     parent = getattr(sys.modules.get(name.rpartition(".")[0]), "__path__", None)
@@ -237,7 +238,7 @@ def _file(name: str, stored: dict[str, Any], current: Module | None) -> str:
 
 
 def _import(imports: Mapping[str, str], sources: Sources, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
-    """What an import statement of old code does, at its top and in its functions: modules that are gone are stored ones, and may import each other."""
+    """Run an import statement of old code, at module level or in a function: stored versions stand in for modules that are gone, and may import each other."""
     base = importlib.util.resolve_name("." * level + name, globals["__package__"]) if level else name
     meant = {f"{base}.{part}" for part in fromlist or ()}
     gone = _stand_in({other: version for other, version in imports.items() if f"{base}.".startswith(f"{other}.") or other in meant}, sources)
@@ -253,12 +254,12 @@ def _take_away(gone: Iterable[str]) -> None:
 
 
 def _stand_in(imports: Mapping[str, str], sources: Sources) -> list[str]:
-    """Put stored versions of modules that are gone where `import` finds them; the names, to be taken away afterwards."""
+    """Put stored versions of modules that are gone where `import` finds them; return their names, which are to be removed afterwards."""
     missing = {name: version for name, version in imports.items() if name not in sys.modules and not loader.exists(name)}
     loaded = {name: _version(name, version, sources, "the module is gone") for name, version in sorted(missing.items())}  # packages first
     packages = [package for name in loaded for package in itertools.accumulate(name.split(".")[:-1], "{}.{}".format)]
     empty = [package for package in dict.fromkeys(packages) if package not in loaded and package not in sys.modules and not loader.exists(package)]
-    for package in empty:  # one without an `__init__.py`, which no source stands for
+    for package in empty:  # packages without an `__init__.py`, which have no source
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = []
     for name, found in loaded.items():
@@ -266,12 +267,12 @@ def _stand_in(imports: Mapping[str, str], sources: Sources) -> list[str]:
     for name in (*empty, *loaded):
         package, _, last = name.rpartition(".")
         if package in sys.modules and not hasattr(sys.modules[package], last):
-            setattr(sys.modules[package], last, sys.modules[name])  # stays: `import a.b` looks there when it runs
+            setattr(sys.modules[package], last, sys.modules[name])  # not removed: `import a.b` looks there when it runs
     return [*empty, *loaded]
 
 
 def _unchanged_classes(source: str, current: Module | None) -> dict[str, Any]:
-    """The top-level classes that bind to the current ones (semantics §8.4): their own AST and that of every class they derive from is the same."""
+    """Return the top-level classes that bind to the current ones (semantics §8.4): their own AST and that of every class that they derive from is unchanged."""
     if current is None:
         return {}
     names = set(class_hashes(source)) - set(changed_classes(source, current.source))
@@ -279,7 +280,7 @@ def _unchanged_classes(source: str, current: Module | None) -> dict[str, Any]:
 
 
 def changed_classes(source: str, current: str) -> list[str]:
-    """Top-level classes of the first source that are not the same in the second, or derive from one that is not."""
+    """Name the top-level classes of the first source that differ in the second, or derive from one that differs."""
     before, now = class_hashes(source), class_hashes(current)
     changed = {name for name, (digest, _) in before.items() if name not in now or now[name][0] != digest}
     while more := {name for name, (_, bases) in before.items() if name not in changed and not changed.isdisjoint(bases)}:

@@ -8,10 +8,10 @@
     statements.py   the rest
     inner.py        functions without a def: lambdas, generator expressions
     functions.py    nested functions, the twins, functions compiled alone
-    lint.py         calls that are thrown away
+    lint.py         calls whose result is thrown away
 
-What is compiled at load is the module with its hot twins; cold twins, functions compiled alone and hashes of units are made
-from the source when they are first asked for.  docs/LOWERING.md shows every construct before and after.
+At load, only the module with its hot twins is compiled.  Cold twins, functions compiled alone and hashes of units are made
+from the source when they are first needed.  docs/LOWERING.md shows every construct before and after.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from kwflow.errors import UnsupportedError
 __all__ = ["LOWERING_VERSION", "Lowered", "lower_module", "module_of", "units_in"]
 
 LOWERING_VERSION = 1
-_DEEP = 5  # nested blocks from which on the cold twin is compiled at load: it may pass CPython's limit of 20
+_DEEP = 5  # with more nested blocks than this, the cold twin is compiled at load: it may exceed CPython's limit of 20
 _BLOCKS = (ast.For, ast.While, ast.Try, ast.TryStar, ast.With, ast.AsyncFor, ast.AsyncWith, ast.comprehension)
 _PLAIN, _MAKER = "plain", "maker"
 Facts = tuple[str, str, str, str, bool, bool, str, int, tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...]]
 Warned = tuple[tuple[str, int], ...]
-Lowered = tuple[types.CodeType, tuple[Facts, ...], Warned]  # code, what to know of each function, warnings: plain data that `marshal` takes
+Lowered = tuple[types.CodeType, tuple[Facts, ...], Warned]  # code, facts about each function, warnings: plain data that `marshal` accepts
 
 
 def lower_module(name: str, source: str | ast.Module, filename: str, bound: frozenset[str] = frozenset()) -> Module:
-    """Lower one module; top-level classes in `bound` are not made but taken from the runtime (semantics §8.4).
+    """Lower one module.  Top-level classes in `bound` are not created but taken from the runtime (semantics §8.4).
 
-    Raises SyntaxError as the compiler does, UnsupportedError for what cannot be durable.
+    Raises SyntaxError as the compiler does, UnsupportedError for code that cannot be durable.
     """
     text = source if isinstance(source, str) else ast.unparse(source)
     later = _Later(text, filename, None if isinstance(source, str) else source)
@@ -55,7 +55,7 @@ def lower_module(name: str, source: str | ast.Module, filename: str, bound: froz
 
 
 def module_of(name: str, text: str, version: str, filename: str, code: types.CodeType, facts: Callable[[], tuple[Facts, ...]], warnings: Warned) -> Module:
-    """The module again, from its text, its version and what `Module.lowered` was, the facts only when they are asked for.  Says its warnings again, too."""
+    """Rebuild a module from its text, its version and the parts of `Module.lowered`; the facts are read only when needed.  Its warnings are shown again, too."""
     return _module(name, version, _Later(text, filename, None), code, facts, warnings)
 
 
@@ -67,14 +67,14 @@ def _module(name: str, version: str, later: _Later, code: types.CodeType, facts:
 
 
 def units_in(source: str) -> dict[str, str]:
-    """Unit -> its hash, for all of a source; nothing is lowered."""
+    """Return the hash of each unit of a source; nothing is lowered."""
     later = _Later(source, "<source>", None)
     outermost = {_outermost(scope).path for _, scope in later.nodes.values()}
     return {path: unit_hash(later.nodes[path][0]) for path in outermost}
 
 
 class _Functions(Mapping[str, Function]):
-    """Path -> the function, made when it is first asked for: most are in no snapshot, and making all of them was a third of a cached import."""
+    """Functions by path, each created when it is first asked for: most are in no snapshot, and creating all of them took a third of a cached import."""
 
     home: Module
 
@@ -112,7 +112,7 @@ class _Functions(Mapping[str, Function]):
 
 
 class _Later:
-    """A module's tree and scopes, made when something has to be compiled from them."""
+    """The tree and scopes of a module, made when something has to be compiled from them."""
 
     def __init__(self, text: str, filename: str, tree: ast.Module | None) -> None:
         self.text = text
@@ -129,7 +129,7 @@ class _Later:
 
     @functools.cached_property
     def nodes(self) -> dict[str, tuple[ast.AST, Scope]]:
-        """Path -> the function; an async generator function has two, itself and its body."""
+        """Function nodes by path; an async generator function has two paths, its own and that of its body."""
         found: dict[str, tuple[ast.AST, Scope]] = {}
         for node, scope in self.lowering.scopes.items():
             if scope.kind == "function":
@@ -143,7 +143,7 @@ class _Later:
 
     def lowered(self, bound: frozenset[str]) -> Lowered:
         collecting = gc.isenabled()
-        gc.disable()  # what is made here lives to its end: a collection would only walk over it
+        gc.disable()  # everything made here lives until it is done: a collection would find nothing
         try:
             return self._lowered(bound)
         finally:
@@ -151,7 +151,7 @@ class _Later:
                 gc.enable()
 
     def _lowered(self, bound: frozenset[str]) -> Lowered:
-        compile(self.tree, self.filename, "exec", dont_inherit=True, optimize=0)  # the compiler's own errors come first, in its own words
+        compile(self.tree, self.filename, "exec", dont_inherit=True, optimize=0)  # so that the compiler's own errors come first, in its own words
         lowering = self.lowering
         try:
             code = lowering.compile(lowering.module(self.tree, bound))
@@ -181,7 +181,7 @@ def _facts(lowering: ModuleLowering) -> Iterator[Facts]:
 
 
 class _Units(Mapping[str, str]):
-    """Unit -> its hash, made when it is asked for: most units are in no snapshot."""
+    """Hashes by unit, each computed when it is asked for: most units are in no snapshot."""
 
     def __init__(self, later: _Later, functions: _Functions) -> None:
         self._later = later
@@ -216,7 +216,7 @@ def _future_flags(tree: ast.Module) -> int:
 
 
 def _outermost(scope: Scope) -> Scope:
-    """The function that is no other function's inside: the unit whose change pins an instance (semantics §8.1)."""
+    """Return the outermost function around a scope: the unit whose change pins an instance (semantics §8.1)."""
     found, outer = scope, scope.parent
     while outer is not None:
         if outer.kind == "function":

@@ -1,4 +1,4 @@
-"""async for and async with, put together from `try` and `while` with an `await` where the interpreter has one."""
+"""async for and async with, composed of `try` and `while`, with an `await` where the interpreter has one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Asyncs(Protected):
         self.emit(assign(iterator, constant(None)))
 
     def statement_AsyncWith(self, node: ast.AsyncWith) -> None:
-        """As `with`, one item after the other; both ways out await."""
+        """Lower it like `with`, one item after the other; both ways out await."""
         item, *rest = node.items
         body: list[ast.stmt] = [ast.copy_location(ast.AsyncWith(rest, node.body), node)] if rest else node.body
         manager, entered, open_ = self.temporary("manager"), self.temporary("entered"), self.temporary("open")

@@ -1,8 +1,8 @@
 """Sequences of lowered statements, labels, temporaries and the guards of the cold twin.
 
-The hot twin runs from the start; the cold one is entered with `@r` set to the label to reach (0: run normally).  The
-invariant that every construct keeps: when a block with labels first..last runs, `@r` is 0 or one of them.  How a list
-of statements keeps it is decided here (`close`) and nowhere else; it must not know the statements themselves.
+The hot twin runs from the start; the cold one is entered with `@r` set to the label to reach (0: run normally).  Every
+construct keeps this invariant: when a block with the labels first..last runs, `@r` is 0 or one of them.  Only `close`, in this
+file, decides how a list of statements keeps it.  This module must not know the statements themselves.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def assign(name: str, value: ast.expr) -> ast.Assign:
 
 
 def helper(name: str) -> ast.Attribute:
-    """A function of the module's injected runtime: one global, so that no user name can shadow it."""
+    """Return a reference to a function of the module's injected runtime; that is a single global, so that no author's name can shadow it."""
     return ast.Attribute(load(RUNTIME), name, ast.Load())
 
 
@@ -46,13 +46,16 @@ def call(name: str, *arguments: ast.expr) -> ast.Call:
 
 
 def is_bound(scope: Scope, name: str) -> ast.expr:
-    """Whether a variable of this generator that closures share holds something: in the cold twin it is a free one, and reading it unbound would be a NameError only."""
+    """Return the test whether a variable that this generator shares with closures is bound.
+
+    In the cold twin it is a free variable, and reading it unbound would raise only a NameError.
+    """
     cell = ast.Subscript(load("@c"), constant(scope.captured.index(name)), ast.Load())
     return ast.Compare(cell, [ast.NotEq()], [load("@empty")])
 
 
 def located(tree: ast.Module) -> ast.Module:
-    """`ast.fix_missing_locations`: what has no place in the source gets that of the node around it; what was parsed has its own, all the way down."""
+    """Do what `ast.fix_missing_locations` does: nodes without a position get that of the enclosing node.  Parsed nodes have their own, all the way down."""
     stack: list[tuple[ast.AST, tuple[int, int, int, int]]] = [(tree, (1, 0, 1, 0))]
     while stack:
         node, place = stack.pop()
@@ -61,14 +64,14 @@ def located(tree: ast.Module) -> ast.Module:
             place = (known["lineno"], known["col_offset"], known.get("end_lineno") or known["lineno"], known.get("end_col_offset") or known["col_offset"])
         elif node._attributes:
             known["lineno"], known["col_offset"], known["end_lineno"], known["end_col_offset"] = place
-            if type(node) is ast.Attribute:  # the compiler puts a call on the line where its method's name ends: of a whole def the last one, which then ran
+            if type(node) is ast.Attribute:  # the compiler puts a call on the line where its method's name ends: for a whole def that would be its last line
                 known["end_lineno"], known["end_col_offset"] = place[:2]
         stack += [(child, place) for child in child_nodes(node) if "_kw_parsed" not in child.__dict__]
     return tree
 
 
 def _take_out(statements: list[ast.stmt], wanted: ast.stmt) -> bool:
-    """Remove this very statement, however deep it stands in these; whether it was there."""
+    """Remove this very statement from these, at any depth; return whether it was there."""
     for number, statement in enumerate(statements):
         if statement is wanted:
             del statements[number]
@@ -83,7 +86,7 @@ def _take_out(statements: list[ast.stmt], wanted: ast.stmt) -> bool:
 
 @dataclass
 class Block:
-    """Lowered statements and their labels.  Invariant: no labels inside means first > last."""
+    """Lowered statements and the range of their labels.  Invariant: first > last if there are no labels inside."""
 
     body: list[ast.stmt]
     first: int
@@ -96,7 +99,7 @@ class Block:
 
 @dataclass
 class Finally:
-    """An enclosing `finally` that waits: every way out of its body has to note itself in `completion` (and `value`)."""
+    """An enclosing `finally` that waits.  Every way out of its body has to be noted in `completion` (and `value`)."""
 
     completion: str
     value: str
@@ -104,7 +107,7 @@ class Finally:
     continues: bool = False
 
 
-_LASTING = {"async-iterator", "entered", "for-iterator", "for-value", "manager"}  # with their compound statement, unless an exception or a return leaves it
+_LASTING = {"async-iterator", "entered", "for-iterator", "for-value", "manager"}  # cleared at the end of their compound statement, unless an exception or a return leaves it
 LOOP = "loop"
 _HOLDING = {"augment", "bool", "compare", "delegate", "if", "spill", "unpack"}  # roles of temporaries whose values end with their statement
 RAISED, RETURNED, BROKE, CONTINUED = 1, 2, 3, 4
@@ -113,13 +116,13 @@ _LEAVING = (ast.Return, ast.Raise, ast.Break, ast.Continue)
 
 @dataclass
 class Emitter:
-    """The state of lowering one function: where statements go, what is live, which labels there are."""
+    """The state of lowering one function: where statements go, which temporaries are live, which labels there are."""
 
     scope: Scope
     filename: str
     cold: bool
     labels: list[Label] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)  # of the wait at each label, for who looks at it
+    lines: list[int] = field(default_factory=list)  # the line of the wait at each label, for display
     live: list[str] = field(default_factory=list)
     temporaries: dict[str, None] = field(default_factory=dict)
     exits: list[str | Finally] = field(default_factory=list)
@@ -147,11 +150,11 @@ class Emitter:
         self._items.append(block)
 
     def emit_labelled(self, statement: ast.stmt, first: int) -> None:
-        """A statement that holds every label from `first` to the newest."""
+        """Emit a statement that contains every label from `first` to the newest."""
         self.emit_block(Block([statement], first, len(self.labels)))
 
     def emit_compound(self, statement: ast.stmt, first: int) -> None:
-        """A statement whose parts have been lowered since `first` was the next label."""
+        """Emit a statement whose parts have been lowered since `first` was the next label."""
         if len(self.labels) >= first:
             self.emit_labelled(statement, first)
         else:
@@ -164,7 +167,7 @@ class Emitter:
 
     @contextmanager
     def collect(self) -> Iterator[Block]:
-        """Statements emitted inside become the yielded block's body, with guards, when the `with` ends."""
+        """Collect the statements emitted inside the `with`; when it ends, they become the body of the yielded block, with guards."""
         saved, self._items = self._items, []
         block = Block([], len(self.labels) + 1, 0)
         try:
@@ -175,7 +178,7 @@ class Emitter:
             self._items = saved
 
     def close(self, items: list[Block]) -> list[ast.stmt]:
-        """One statement list: what is before the last label is skipped while another label is to be reached."""
+        """Return one list of statements, in which everything before a label is skipped while that label is to be reached."""
         marked = [number for number, item in enumerate(items) if item.labelled]
         if not self.cold or not marked:
             return [statement for item in items for statement in item.body] or [self.place(ast.Pass())]
@@ -207,11 +210,11 @@ class Emitter:
 
     @staticmethod
     def unless_entering(normally: ast.expr, entering: ast.expr) -> ast.IfExp:
-        """The expression as the author wrote it, or this one while a label is to be reached."""
+        """Return the choice between the expression that the author wrote, and another one while a label is to be reached."""
         return ast.IfExp(ast.UnaryOp(ast.Not(), load("@r")), normally, entering)
 
     def branch(self, test: ast.expr, body: Block, orelse: Block | None = None) -> Block:
-        """`if` with labels in either branch."""
+        """Return an `if` with labels in either branch."""
         blocks = [block for block in (body, orelse) if block is not None and block.labelled]
         if self.cold and blocks:
             test = self.unless_entering(test, self.up_to(body.last) if body.labelled else constant(False))
@@ -220,7 +223,7 @@ class Emitter:
 
     # -- names ---------------------------------------------------------------------------------------------------
     def temporary(self, role: str) -> str:
-        """A fresh temporary, named by what it means: its role and the path of its statement (semantics §4.2)."""
+        """Return a fresh temporary, named by its meaning: its role and the path of its statement (semantics §4.2)."""
         name = base = f"@{role} {self.path}"
         number = 1
         while name in self.temporaries:
@@ -234,25 +237,25 @@ class Emitter:
         return name
 
     def held(self, since: int) -> list[str]:
-        """The temporaries that hold values since there were `since` of them; the caller releases them."""
+        """Return the temporaries beyond the first `since` that hold values; the caller must release them."""
         names, self.holding[since:] = self.holding[since:], []
         return names
 
     def held_in(self, since: int) -> list[str]:
-        """All that may still hold values when an exception or a return has left, since `mark_held` gave `since`."""
+        """Return the temporaries that may still hold values after an exception or a return, created since `mark_held` returned `since`."""
         return self._held[since:]
 
     def mark_held(self) -> int:
         return len(self._held)
 
     def release(self, names: list[str], at: ast.AST | None = None) -> None:
-        """Let go: an object must not live longer because something was waited for beside it.  `at` is whose line it has, for those who step."""
+        """Emit statements that clear these temporaries: an object must not live longer because of a wait beside it.  `at` gives the line that a debugger shows."""
         if names:
             released = ast.Assign([store(name) for name in names], constant(None))
             self.emit(ast.copy_location(released, at) if at is not None else released)
 
     def label(self, wait: ast.AST) -> int:
-        """A new label here, for this wait; emits the store that tells `capture` where the generator waits."""
+        """Create a label for this wait, and emit the store that tells `capture` where the generator waits."""
         number = len(self.labels) + 1
         same = self._label_counts[self.path] = self._label_counts.get(self.path, 0) + 1
         self.labels.append(Label(f"{self.path} {same}", tuple(dict.fromkeys(self.live))))
@@ -263,7 +266,7 @@ class Emitter:
         return number
 
     def store_before_loop(self, node: ast.stmt, body: list[ast.stmt], first: int) -> None:
-        """Where the body of a loop has one label, the hot twin stores it once, before the loop: it is the same in every round."""
+        """If the body of a loop has one label, let the hot twin store it once, before the loop, since it is the same in every round."""
         if not self.cold and len(self.labels) == first:
             stored = self._label_stores[first - 1]
             if not _take_out(body, stored):
@@ -275,7 +278,7 @@ class Emitter:
         raise NotImplementedError
 
     def block(self, statements: list[ast.stmt], name: str) -> Block:
-        """Lower a statement list; `name` is the field it stands in, for the paths of what is inside."""
+        """Lower a list of statements; `name` is the field that it is in, for the paths of what is inside."""
         outer, outer_at = self.path, self.at
         with self.collect() as block:
             for number, node in enumerate(statements):

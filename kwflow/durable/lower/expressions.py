@@ -1,8 +1,8 @@
-"""Hoisting: a yield anywhere in an expression becomes a statement, and what was evaluated before it is kept.
+"""Hoisting: a yield anywhere in an expression becomes a statement, and the values that were evaluated before it are kept.
 
-`value(e)` emits what has to happen first and returns an expression without yields; CPython's order of evaluation is
-kept because everything to the left of the last yield goes into temporaries, in order.  Every rule about the order
-inside an expression lives here.
+`value(e)` emits what has to happen first, and returns an expression without yields.  CPython's order of evaluation is
+preserved, because everything to the left of the last yield goes into temporaries, in order.  Every rule about the order of
+evaluation inside an expression lives here.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Part = tuple[str, ast.expr]
 
 
 def _fixed(node: ast.expr) -> bool:
-    """Whether evaluating it later, or twice, makes no difference."""
-    if isinstance(node, ast.Call):  # ours: `@kw.mark("path")`
+    """Whether it makes no difference if the node is evaluated later, or twice."""
+    if isinstance(node, ast.Call):  # one of ours: `@kw.mark("path")`
         return _fixed(node.func) and all(map(_fixed, node.args))
     return isinstance(node, ast.Constant) or (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == RUNTIME)
 
@@ -35,7 +35,7 @@ class Expressions(Emitter):
     """The passes over expressions."""
 
     def value(self, node: ast.expr) -> ast.expr:
-        """The node without its yields."""
+        """Emit the yields of the node, and return it without them."""
         if not has_yield(node):
             return node
         method = getattr(self, f"value_{type(node).__name__}", None)
@@ -45,7 +45,7 @@ class Expressions(Emitter):
         return ast.copy_location(result, node) if not hasattr(result, "lineno") else result
 
     def spill(self, value: ast.expr, mark: int) -> ast.expr:
-        """Evaluate now into a temporary; what was live only for this value is not any more."""
+        """Evaluate a value into a temporary now; what was live only for this value no longer is."""
         if is_temporary(value):
             del self.live[mark:]
             self.live.append(value.id)  # type: ignore[attr-defined]
@@ -62,7 +62,7 @@ class Expressions(Emitter):
         del self.live[mark:]
 
     def sequence(self, parts: list[Part]) -> list[ast.expr]:
-        """Parts evaluated left to right; each comes back in the form in which it stands in its parent."""
+        """Evaluate parts from left to right; return each in the form that it has in its parent."""
         last = max(number for number, (_, node) in enumerate(parts) if has_yield(node))
         results = []
         for number, (kind, node) in enumerate(parts):
@@ -89,7 +89,7 @@ class Expressions(Emitter):
 
     # -- suspending ------------------------------------------------------------------------------------------------
     def suspension(self, node: ast.Yield | ast.YieldFrom | ast.Await) -> ast.expr:
-        """Emit up to the wait and return the yield itself; the caller emits its statement with the newest label."""
+        """Emit everything up to the wait, and return the yield itself; the caller emits its statement with the newest label."""
         mark = len(self.live)
         if isinstance(node, (ast.YieldFrom, ast.Await)):
             delegate = self.temporary("delegate")
@@ -145,7 +145,7 @@ class Expressions(Emitter):
         return load(result)
 
     def _chain(self, result: str, left: ast.expr, ops: list[ast.cmpop], comparators: list[ast.expr]) -> None:
-        """The next operand only if the comparison so far holds; the value is that of the last comparison made."""
+        """Evaluate the next operand only if the comparison holds so far; the value is that of the last comparison made."""
         mark = len(self.live)
         right = self.value(comparators[0])
         if len(ops) > 1:
@@ -214,7 +214,7 @@ class Expressions(Emitter):
         return ast.Subscript(value, index, ast.Load())
 
     def index(self, node: ast.expr) -> ast.expr:
-        """An index with its slices as calls, so that it is an ordinary expression."""
+        """Return an index with its slices as calls, so that it is an ordinary expression."""
         if isinstance(node, ast.Slice):
             return ast.copy_location(call("slice", *(part or constant(None) for part in (node.lower, node.upper, node.step))), node)
         if isinstance(node, ast.Tuple) and any(isinstance(element, ast.Slice) for element in node.elts):
@@ -231,7 +231,7 @@ class Expressions(Emitter):
         return ast.Starred(self.value(node.value), ast.Load())
 
     def value_Set(self, node: ast.Set) -> ast.expr:
-        """Elements are hashed at the end, but at each `*x` what is there so far is hashed first."""
+        """Lower a set.  Its elements are hashed at the end, except that at each `*x` the elements so far are hashed first."""
         stars = [number for number, element in enumerate(node.elts) if isinstance(element, ast.Starred)]
         cuts = [number for number in stars if any(map(has_yield, node.elts[number + 1 :]))]
         if not cuts:
@@ -244,7 +244,7 @@ class Expressions(Emitter):
         return ast.Set([head, *self.sequence([self.element(element) for element in rest])])
 
     def value_Dict(self, node: ast.Dict) -> ast.expr:
-        """Keys are hashed at the end, but at each `**m` what is there so far is built first."""
+        """Lower a dict.  Its keys are hashed at the end, except that at each `**m` the dict so far is built first."""
         pairs = list(zip(node.keys, node.values, strict=True))
         cuts = [n for n, (key, _) in enumerate(pairs) if key is None and any(has_yield(k) or has_yield(v) for k, v in pairs[n + 1 :])]
         head: list[ast.expr] = []
@@ -266,7 +266,7 @@ class Expressions(Emitter):
         return ast.JoinedStr(self.sequence([(PIECE if isinstance(piece, ast.FormattedValue) else PLAIN, piece) for piece in node.values]))
 
     def value_TemplateStr(self, node: Any) -> ast.expr:
-        """Values are evaluated in order and not formatted; format specs are, each after its value (3.14)."""
+        """Lower a template string (3.14).  Values are evaluated in order and not formatted; format specs are formatted, each after its value."""
         parts: list[Part] = []
         for piece in node.values:
             if not isinstance(piece, ast.Constant):
@@ -298,7 +298,7 @@ class Expressions(Emitter):
         return ast.Lambda(self.defaults(node.args), node.body)
 
     def defaults(self, args: ast.arguments) -> ast.arguments:
-        """The arguments with their default values lowered."""
+        """Return the arguments with their default values lowered."""
         parts = [(PLAIN, default) for default in [*args.defaults, *(d for d in args.kw_defaults if d is not None)]]
         values = iter(self.sequence(parts) if any(has_yield(node) for _, node in parts) else [node for _, node in parts])
         positional = [next(values) for _ in args.defaults]

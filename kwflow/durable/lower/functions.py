@@ -1,7 +1,7 @@
-"""From a module's tree to its lowered code: nested functions, the two twins, and single functions compiled alone.
+"""From the tree of a module to its lowered code: nested functions, the two twins, and single functions compiled alone.
 
-A function is compiled three ways: in place (hot), alone and cold (to restore a generator), alone and plain (to rebuild
-a closure).  Alone means inside a factory that makes every captured name a free variable, so that saved cells fit.
+A function is compiled in three ways: in place (hot), alone and cold (to restore a generator), alone and plain (to rebuild a
+closure).  "Alone" means inside a factory that makes every captured name a free variable, so that saved cells fit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kwflow.durable.registry import Label
 __all__ = ["ModuleLowering"]
 
 class ModuleLowering:
-    """Lowers the functions of one module; every tree it is given stays as it was."""
+    """Lowers the functions of one module.  It never changes a tree that it is given."""
 
     def __init__(self, filename: str, scopes: dict[ast.AST, Scope], flags: int) -> None:
         self.filename = filename
@@ -41,12 +41,12 @@ class ModuleLowering:
 
     # -- one function --------------------------------------------------------------------------------------------
     def hot(self, node: ast.FunctionDef, scope: Scope, mangled: str | None) -> list[ast.stmt]:
-        """The body of a durable generator in place: it runs from the start and can be captured at every label."""
+        """Return the body of a durable generator in place: it runs from the start and can be captured at every label."""
         body = self._lower(node, scope, mangled, cold=False)[1]
         head: list[ast.stmt] = [*node.body[: len(node.body) - len(without_docstring(node.body))], *self._declarations(scope)]
-        begin = next(iter(without_docstring(node.body)), node)  # the line that a debugger shows first
+        begin = next(iter(without_docstring(node.body)), node)  # has the line that a debugger shows first
         lent = sorted(scope.lent - scope.globals - scope.nonlocals)
-        if lent:  # bound somewhere else: the compiler must know that they are names of this function
+        if lent:  # bound only in code compiled alone, so this tells the compiler that they are names of this function
             head.append(ast.copy_location(ast.If(constant(False), [assign(name, constant(None)) for name in lent], []), begin))
         if scope.captured:
             head.append(ast.copy_location(assign("@c", cells_of(scope)), begin))
@@ -61,23 +61,23 @@ class ModuleLowering:
         statements = [rewriter.visit(statement) for statement in without_docstring(node.body)]
         lowering = Statements(scope, self.filename, cold, at=node)
         body = lowering.block(statements, "").body
-        if not lowering.labels:  # async code that never waits is a generator all the same
+        if not lowering.labels:  # async code that never waits has to be a generator nevertheless
             body = [ast.copy_location(ast.If(constant(False), [ast.Expr(ast.Yield())], []), node), *body]
         if not cold:
             self.labels[scope.frame_path] = tuple(Label(label.name, label.live) for label in lowering.labels)
         return lowering, body
 
     def live(self, node: ast.GeneratorExp, scope: Scope, mangled: str | None) -> tuple[str, ...]:
-        """The iterators of a generator expression's loops, outermost first."""
+        """Return the names of the iterators of a generator expression's loops, outermost first."""
         return self._lower(as_def(node), scope, mangled, cold=False)[0].labels[0].live
 
     def lines(self, node: ast.AST, scope: Scope) -> dict[str, int]:
-        """The line of each wait, by the name of its label."""
+        """Return the line of each wait by the name of its label."""
         lowering = self._lower(as_def(node), scope, scope.class_name, cold=False)[0]
         return {label.name: line for label, line in zip(lowering.labels, lowering.lines, strict=True)}
 
     def cold(self, node: ast.AST, scope: Scope) -> types.CodeType:
-        """The twin that restored generators run, alone."""
+        """Compile the twin that restored generators run, alone."""
         return self._alone(self.cold_def(node, scope), scope, scope.captured, node)
 
     def cold_def(self, node: ast.AST, scope: Scope) -> ast.FunctionDef:
@@ -99,7 +99,7 @@ class ModuleLowering:
         return ast.FunctionDef(f"@def {definition.name}", arguments, [*declared, *prologue, *body], [], None)
 
     def _without_state(self, scope: Scope) -> list[ast.stmt]:
-        """Empty the state, whoever holds it; where `super` is used, under any name, the first variable is the first argument again."""
+        """Return statements that empty the state, whoever holds it; if `super` is used, under any name, they make the frame's first variable the first argument again."""
         if "__class__" not in scope.free or not scope.arguments:
             return [ast.Expr(call("first", load("@S"))), ast.Delete([ast.Name("@S", ast.Del())])]
         name = scope.arguments[0]
@@ -107,7 +107,7 @@ class ModuleLowering:
         return [assign("@S", call("first", load("@S"), constant(name), *cell))]
 
     def plain(self, node: ast.AST, scope: Scope) -> types.CodeType:
-        """The function as it stands in the module, alone."""
+        """Compile the function as it stands in the module, alone."""
         return self._alone(self.plain_def(node, scope), scope, scope.free, node)
 
     def plain_def(self, node: ast.AST, scope: Scope) -> ast.FunctionDef | ast.Lambda:
@@ -119,14 +119,14 @@ class ModuleLowering:
         return ast.FunctionDef(f"@def {definition.name}", rewriter.arguments(definition.args, bare=True), body, [], None)
 
     def maker(self, node: ast.AST, scope: Scope) -> types.CodeType:
-        """The function that makes async generators, alone."""
+        """Compile the function that creates async generators, alone."""
         if not isinstance(node, ast.AsyncFunctionDef):
             raise TypeError(type(node).__name__)
         arguments = Rewriter(self, scope, scope.class_name).arguments(node.args, bare=True)
         return self._alone(ast.FunctionDef(f"@def {node.name}", arguments, forwarded(node, scope, scope.frame_path), [], None), scope, scope.free, node)
 
     def annotated(self, node: ast.AST, scope: Scope) -> types.CodeType:
-        """Makes a function that has its annotations, but those that mention variables of the functions and classes around it."""
+        """Compile code that returns a function with the annotations of this one, except those that use variables of enclosing functions and classes."""
         local, outer = set[str](), scope.parent
         while outer is not None and outer.kind != "module":
             local, outer = local | outer.bound, outer.parent
@@ -144,9 +144,9 @@ class ModuleLowering:
         return next(const for const in self.compile(located(ast.Module([factory], []))).co_consts if isinstance(const, types.CodeType))
 
     def _alone(self, inner: Any, scope: Scope, captured: tuple[str, ...], at: ast.AST) -> types.CodeType:
-        """Its code with `captured` as free variables; `inner` is a lambda, or a def named `@...`: a name of its own that recursive calls do not mean."""
+        """Compile code with `captured` as free variables.  `inner` is a lambda, or a def named `@...`, which recursive calls in the author's code do not refer to."""
         ast.copy_location(inner, at)
-        if decorators := getattr(at, "decorator_list", []):  # never run; a function begins at its first decorator
+        if decorators := getattr(at, "decorator_list", []):  # never run; but the first line of a function is that of its first decorator
             inner.decorator_list = [ast.copy_location(constant(None), decorators[0])]
         body: list[ast.stmt] = [assign(name, constant(None)) for name in captured]
         body += [ast.Return(inner)] if isinstance(inner, ast.Lambda) else [inner]
@@ -162,16 +162,16 @@ class ModuleLowering:
 
 
 def _taken(node: ast.ClassDef) -> ast.stmt:
-    """In place of a class statement: the class that the runtime has for it."""
+    """Return what replaces a class statement: an assignment of the class that the runtime has for it."""
     return ast.copy_location(assign(node.name, ast.Subscript(helper("bound"), constant(node.name), ast.Load())), node)
 
 
 def _renamed(code: types.CodeType, inside: str, real: str) -> types.CodeType:
-    """The code and what is nested in it, with the qualified names they have in the author's module."""
+    """Return the code, and the code nested in it, with the qualified names that they have in the author's module."""
 
     def name(text: str) -> str:
         rest = text[len(inside) :]
-        return real + (rest.removeprefix(".<locals>") if real.endswith("<genexpr>") else rest)  # what is in an expression has no <locals> in its name
+        return real + (rest.removeprefix(".<locals>") if real.endswith("<genexpr>") else rest)  # names inside an expression have no <locals>
 
     def one(const: object) -> object:
         if isinstance(const, types.CodeType):
@@ -180,12 +180,12 @@ def _renamed(code: types.CodeType, inside: str, real: str) -> types.CodeType:
             return name(const)
         return const
 
-    qualname = code.co_qualname  # one declared global has no function around it in its name
+    qualname = code.co_qualname  # that of a function declared global does not name the enclosing function
     return code.replace(co_qualname=name(qualname) if qualname.startswith(inside) else qualname, co_consts=tuple(map(one, code.co_consts)))
 
 
 def cells_of(scope: Scope) -> ast.expr:
-    """An expression for the frame's own cells, in the order of `captured`."""
+    """Return an expression for the cells of the frame, in the order of `captured`."""
     lender = ast.Lambda(no_arguments(), ast.Tuple([load(name) for name in scope.captured], ast.Load()))
     return ast.Attribute(lender, "__closure__", ast.Load())
 
@@ -202,11 +202,11 @@ _visitors: dict[type, Any] = {}  # node class -> method: looked up once, not for
 
 
 class Rewriter:
-    """Replaces what is inside a function by its lowered form; makes new nodes, never changes one.
+    """Replaces what is inside a function by its lowered form.  It creates new nodes, and never changes one.
 
-    `mangled` is the class whose private names have to be spelled out, because the code is compiled outside it;
-    `lowered` means the function around is a generator being lowered: its declarations move to its top, and with `cold`
-    zero-argument `super()` gets its arguments, since the cold twin's first argument is its state.
+    `mangled` is the class whose private names have to be spelled out, because the code is compiled outside it.
+    `lowered` means that the enclosing function is a generator being lowered: its declarations move to its top.  With `cold`,
+    zero-argument `super()` gets its arguments, since the first argument of the cold twin is its state.
     """
 
     def __init__(self, module: ModuleLowering, scope: Scope, mangled: str | None, lowered: bool = False, cold: bool = False) -> None:
@@ -215,11 +215,11 @@ class Rewriter:
         self.mangled = mangled
         self.lowered = lowered
         self.cold = cold
-        self.direct = cold  # in the frame of the cold twin itself, not in a comprehension, which may be a function
-        self.apart = False  # in a comprehension of the cold twin that has to be a function
+        self.direct = cold  # inside the frame of the cold twin itself, not in a comprehension, which may be a function
+        self.apart = False  # inside a comprehension of the cold twin that has to be a function
 
     def visit(self, node: Any) -> Any:
-        """The lowered form of a node or a list of nodes: the same object where nothing changes."""
+        """Return the lowered form of a node or a list of nodes: the same object if nothing changes."""
         if isinstance(node, ast.AST):
             kind = type(node)
             if kind not in _visitors:
@@ -278,7 +278,7 @@ class Rewriter:
     def visit_Lambda(self, node: ast.Lambda) -> Any:
         scope = self.module.scopes[node]
         if scope.generator:
-            self.module.hot(as_def(node), scope, self.mangled)  # for its labels, and to refuse at load what is refused
+            self.module.hot(as_def(node), scope, self.mangled)  # for its labels, and to refuse at load what cannot be lowered
             lender = template(scope)
             lender.args = self.arguments(node.args)
             return ast.copy_location(call("closure", constant(scope.path), ast.copy_location(lender, node)), node)
@@ -287,7 +287,7 @@ class Rewriter:
         return self._named(call("marked", constant(scope.path), rebuilt), node, scope)
 
     def visit_GeneratorExp(self, node: ast.GeneratorExp) -> Any:
-        """It stays one; its iterators get names, `.0` natively for the first, so that they can be saved."""
+        """Keep a generator expression as one, but give its iterators names, so that they can be saved; the first one natively has the name `.0`."""
         scope = self.module.scopes[node]
         if scope.coroutine:
             return ast.copy_location(call("async_generator", self._made(node, scope)), node)
@@ -326,7 +326,7 @@ class Rewriter:
     visit_SetComp = visit_DictComp = visit_ListComp
 
     def _in_place(self, node: Comprehension) -> Any:
-        """Only the first iterable of a comprehension is sure to be evaluated in the frame around it."""
+        """Rebuild a comprehension; only its first iterable is certain to be evaluated in the enclosing frame."""
         first, *rest = node.generators
         source = self.visit(first.iter)
         self.direct = False
@@ -335,7 +335,7 @@ class Rewriter:
         return rebuilt
 
     def _made(self, node: Comprehension, scope: Scope) -> ast.expr:
-        """A call of the function that a comprehension which awaits is."""
+        """Return a call of the function that an awaiting comprehension becomes."""
         self.module.hot(as_def(node), scope, self.mangled)
         first = node.generators[0]
         started = ast.copy_location(call("aiter" if first.is_async else "iter", self.visit(first.iter)), first.iter)
@@ -347,7 +347,7 @@ class Rewriter:
         return ast.copy_location(ast.Yield(call("Item", self.visit(node.value) if node.value is not None else constant(None))), node)
 
     def arguments(self, args: ast.arguments, bare: bool = False) -> ast.arguments:
-        """The parameters as this code spells them; `bare` without defaults and annotations, for code compiled alone."""
+        """Return the parameters as this code spells them; with `bare`, without defaults and annotations, for code compiled alone."""
 
         def one(arg: ast.arg | None) -> ast.arg | None:
             if arg is None:
@@ -392,7 +392,10 @@ class Rewriter:
         return ast.copy_location(ast.IfExp(is_bound(self.scope, name.id), name, call("unbound", constant(name.id))), name)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
-        """As `visit_Name`, without a statement more, since places are named by their numbers; one that waits is read when it is lowered."""
+        """Check the target as `visit_Name` does, without adding a statement, since paths contain the numbers of statements.
+
+        One that waits is checked when it is lowered.
+        """
         rebuilt = self._rebuilt(node)
         target = rebuilt.target
         return self._if_bound(rebuilt, target.id) if self._is_own(target) and not has_yield(node) else rebuilt
@@ -424,7 +427,7 @@ class Rewriter:
     visit_MatchAs = visit_MatchStar = visit_ExceptHandler
 
     def visit_match_case(self, node: ast.match_case) -> Any:
-        """Patterns may name things, not compute them."""
+        """Leave names in patterns as they are: a pattern can name values, but not compute them."""
         direct, self.direct = self.direct, False
         pattern = self.visit(node.pattern)
         self.direct = direct
@@ -443,12 +446,12 @@ _INLINED = sys.version_info >= (3, 12)
 
 
 def _shadows(scope: Scope, captured: set[str]) -> bool:
-    """Whether a comprehension has a cell of its own under a name that is free around it: where it is inlined, CPython 3.12 and 3.13 use that cell for both from then on."""
+    """Whether a comprehension has a cell of its own under a name that is free around it; after inlining it, CPython 3.12 and 3.13 use that cell for both."""
     return not captured.isdisjoint(scope.cells) or any(child.kind == "comprehension" and _shadows(child, captured) for child in scope.children)
 
 
 def _function(node: ast.ListComp | ast.SetComp | ast.DictComp) -> ast.expr:
-    """A comprehension as what no version inlines."""
+    """Return a comprehension in a form that no version of Python inlines."""
     if not isinstance(node, ast.DictComp):
         item = node.elt
     else:
@@ -458,18 +461,18 @@ def _function(node: ast.ListComp | ast.SetComp | ast.DictComp) -> ast.expr:
 
 
 def _pairs(mapping: ast.expr) -> ast.expr:
-    """`*{**mapping}.items()`."""
+    """Return `*{**mapping}.items()`."""
     items = ast.Attribute(ast.Dict([None], [mapping]), "items", ast.Load())
     return ast.copy_location(ast.Starred(ast.Call(items, [], []), ast.Load()), mapping)
 
 
 def _binding(name: str, value: ast.expr, ifs: Any = ()) -> ast.comprehension:
-    """`for name in [value]`, which the compiler turns into an assignment."""
+    """Return `for name in [value]`, which the compiler turns into an assignment."""
     return ast.comprehension(store(name), ast.List([value], ast.Load()), list(ifs), 0)
 
 
 def _native(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether the function is opted out: `@durable.native`, `@kw.durable.native` or `@native`; and activities, their batches and feeds, which run outside of steps."""
+    """Whether the function is opted out by `@durable.native`, `@kw.durable.native` or `@native`, or is an activity, a batch of one or a feed, which run outside steps."""
     for decorator in node.decorator_list:
         name = decorator.func if isinstance(decorator, ast.Call) else decorator
         last = name.attr if isinstance(name, ast.Attribute) else name.id if isinstance(name, ast.Name) else ""

@@ -1,8 +1,8 @@
 """Functions without a def: generator expressions, lambdas that wait, comprehensions that await, bodies of async generators.
 
-Each has a form as a def, `as_def`, which is what the rest of the lowering sees.  A generator expression stays one in place, so
-that creating it costs nothing; the others are made in place from code compiled alone (`template` lends its cells).
-Nothing here rewrites what is inside.
+Each has a form as a def, `as_def`, which the rest of the lowering works on.  In place, a generator expression stays one, so that
+creating it costs nothing; the others are created from code compiled alone (`template` lends its cells).  Nothing here rewrites
+what is inside.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kwflow.durable.lower.scopes import ITERATOR, RESULT, Comprehension, Scope, 
 
 __all__ = ["as_def", "forwarded", "no_arguments", "spread", "template"]
 
-_RESULTS: dict[type, tuple[ast.expr, str, str]] = {  # empty, what adds an item, what adds all of a display
+_RESULTS: dict[type, tuple[ast.expr, str, str]] = {  # the empty container, the helper that adds an item, the helper that adds a whole display
     ast.ListComp: (ast.List([], ast.Load()), "append", "extend"),
     ast.SetComp: (call("set"), "add", "update"),
     ast.DictComp: (ast.Dict([], []), "setitem", "merge"),
@@ -27,12 +27,12 @@ def no_arguments() -> ast.arguments:
 
 
 def template(scope: Scope) -> ast.Lambda:
-    """A lambda that closes over what this scope takes from outside, in the same order."""
+    """Return a lambda that closes over the free names of this scope, in the same order."""
     return ast.Lambda(no_arguments(), ast.Tuple([load(name) for name in scope.free], ast.Load()))
 
 
 def as_def(node: ast.AST) -> ast.FunctionDef:
-    """The function as a def: same name, same parameters, a body of statements."""
+    """Return the function as a def with the same name, the same parameters and a body of statements."""
     if isinstance(node, ast.FunctionDef):
         return node
     if isinstance(node, ast.AsyncFunctionDef):
@@ -56,7 +56,7 @@ def as_def(node: ast.AST) -> ast.FunctionDef:
 
 
 def spread(node: ast.GeneratorExp) -> ast.GeneratorExp:
-    """`(*e for ...)` as the loop that it is (PEP 798)."""
+    """Return `(*e for ...)` with its star written as one more loop (PEP 798)."""
     if not isinstance(node.elt, ast.Starred):
         return node
     each, name = (ast.copy_location(ast.Name(_EACH, context), node.elt) for context in (ast.Store(), ast.Load()))
@@ -64,7 +64,7 @@ def spread(node: ast.GeneratorExp) -> ast.GeneratorExp:
 
 
 def _display(node: ast.ListComp | ast.SetComp | ast.DictComp) -> ast.expr | None:
-    """What `[*e for ...]`, `{*e for ...}` or `{**e for ...}` adds each time, as a display: it says as natively what e must be."""
+    """Return what `[*e for ...]`, `{*e for ...}` or `{**e for ...}` adds each time, as a display, which raises Python's own error for a wrong e; None without a star."""
     made: ast.expr
     if isinstance(node, ast.DictComp):
         if node.value is not None:
@@ -82,7 +82,7 @@ def _def(node: ast.AST, name: str, arguments: ast.arguments, body: list[ast.stmt
 
 
 def _loops(node: Comprehension, innermost: ast.stmt) -> ast.stmt:
-    """The clauses of a comprehension as nested statements; the first iterable is the argument."""
+    """Return the clauses of a comprehension as nested statements; the first iterable is the argument."""
     statement = innermost
     for number in reversed(range(len(node.generators))):
         clause = node.generators[number]
@@ -95,7 +95,7 @@ def _loops(node: Comprehension, innermost: ast.stmt) -> ast.stmt:
 
 
 def forwarded(node: ast.AsyncFunctionDef, scope: Scope, path: str) -> list[ast.stmt]:
-    """The body of the def that stands for an async generator function: it calls the generator and wraps it."""
+    """Return the body of the def that replaces an async generator function: it calls the generator and wraps it."""
     args = node.args
 
     def spelled(arg: ast.arg) -> str:

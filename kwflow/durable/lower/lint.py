@@ -1,4 +1,4 @@
-"""What is legal Python and almost surely a mistake: `book("car")` alone on a line runs nothing when `book` is a generator."""
+"""Code that is legal Python and almost certainly a mistake: `book("car")` alone on a line runs nothing if `book` is a generator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Warned = tuple[str, int]
 
 
 def lost_calls(scopes: dict[ast.AST, Scope]) -> tuple[Warned, ...]:
-    """Text and line for each call of a generator function of this module whose result is thrown away (semantics §1.4)."""
+    """Return a text and a line for each call of a generator function of this module whose result is thrown away (semantics §1.4)."""
     generators = {(scope.parent, node.name): scope for node, scope in scopes.items() if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
 
     def means(name: str, scope: Scope | None) -> Scope | None:
@@ -36,6 +36,6 @@ def lost_calls(scopes: dict[ast.AST, Scope]) -> tuple[Warned, ...]:
 
 
 def warn_of(found: Iterable[Warned], filename: str) -> None:
-    """Say them."""
+    """Issue these warnings."""
     for text, lineno in found:
         warnings.warn_explicit(text, LostCallWarning, filename, lineno)

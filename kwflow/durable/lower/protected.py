@@ -1,8 +1,8 @@
-"""try and with: entered again natively, so that bare `raise`, sys.exc_info() and `__context__` are the real ones.
+"""try and with.  They are really entered again, so that a bare `raise`, sys.exc_info() and `__context__` are the real ones.
 
-To reach a label in a handler the saved exception is raised into the `try` again; to reach one in a `finally`, the
-completion that led there (`Finally`) happens again.  Where GeneratorExit could arrive because somebody forgets the
-generator, the author's cleanup is skipped (G8).  Everything about exceptions lives here.
+To reach a label in a handler, the saved exception is raised in the `try` again.  To reach one in a `finally`, the completion
+that led there (`Finally`) is repeated.  Where a GeneratorExit may arrive because a generator is forgotten, the author's
+cleanup is skipped (G8).  Everything about exceptions lives here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _type_of(name: str) -> ast.expr:
 
 
 def _kept() -> ast.expr:
-    """Whether a `finally` runs: always when no exception is on its way, and then without asking the runtime."""
+    """Return the test whether a `finally` runs: always if no exception is pending, and then without asking the runtime."""
     error = ast.Subscript(ast.Call(load("@exc_info"), [], []), constant(1), ast.Load())
     return ast.BoolOp(ast.Or(), [ast.Compare(error, [ast.Is()], [constant(None)]), call("kept")])
 
@@ -36,7 +36,7 @@ class Protected(Expressions):
         raise NotImplementedError
 
     def escapes(self, statements: list[ast.stmt]) -> bool:
-        """Whether return, break or continue can leave these statements (loops inside keep their own break and continue)."""
+        """Whether a return, break or continue can leave these statements (a break or continue of a loop among them does not)."""
         return any(_escapes(statement, False) for statement in statements)
 
     # -- try -----------------------------------------------------------------------------------------------------
@@ -80,11 +80,11 @@ class Protected(Expressions):
 
     @staticmethod
     def _links(handled: str) -> str:
-        """Raising again changes `__context__` and the traceback; kept here and put back in the handler."""
+        """Name the variable that keeps `__context__` and the traceback, which raising again changes; the handler restores them."""
         return handled.replace("@handled", "@links")
 
     def _handler(self, handler: ast.ExceptHandler, handled: str, number: int, names: list[str]) -> Block:
-        """The body; one that waits keeps its exception in `handled`, and the author's name is bound as CPython does."""
+        """Return the body of a handler.  One that waits keeps its exception in `handled`, and the author's name is bound as CPython does it."""
         if has_yield(handler.type):
             raise self.refuse(handler, "a yield in the type of an except clause")
         if not any(map(has_yield, handler.body)):
@@ -98,7 +98,7 @@ class Protected(Expressions):
                 self.emit(ast.copy_location(assign(handler.name, load(handled)), handler))
                 body = self.block(handler.body, f"except{number}-")
                 unbind: list[ast.stmt] = [assign(handler.name, constant(None)), ast.Delete([ast.Name(handler.name, ast.Del())])]
-                if handler.name in self.scope.captured:  # others may see the cell: forgetting a generator must not empty it
+                if handler.name in self.scope.captured:  # others may use the cell, so forgetting a generator must not empty it
                     unbind = [ast.If(_kept(), unbind, [])]
                 self.emit_block(Block([ast.copy_location(ast.Try(body.body, [], [], unbind), handler)], body.first, body.last))
         self.live.remove(handled)
@@ -150,7 +150,7 @@ class Protected(Expressions):
         return ast.Compare(load(pending.completion), [ast.Eq()], [constant(how)])
 
     def _happen_again(self, pending: Finally, links: str) -> list[ast.stmt]:
-        """What led into the `finally`, once more; the `finally`s further out are told again, as on the first way out."""
+        """Return statements that repeat what led into the `finally`; outer `finally`s are told again, as on the first way out."""
         outer = [exit_ for exit_ in self.exits if isinstance(exit_, Finally)]
         returned = [assign(exit_.value, load(pending.value)) for exit_ in outer] + [assign(exit_.completion, constant(RETURNED)) for exit_ in outer]
         raising: list[ast.stmt] = [assign(links, call("links", load(pending.value))), ast.Raise(load(pending.value))]
@@ -162,18 +162,18 @@ class Protected(Expressions):
         return again
 
     def leaving_loop(self, how: int) -> list[ast.stmt]:
-        """What a break or continue tells the `finally`s between it and its loop."""
+        """Return what a break or continue tells the `finally`s between it and its loop."""
         told: list[ast.stmt] = []
         for exit_ in reversed(self.exits):
             if not isinstance(exit_, Finally):
                 break
             exit_.breaks |= how == BROKE
             exit_.continues |= how == CONTINUED
-            told += [assign(exit_.completion, constant(how)), assign(exit_.value, constant(None))]  # nothing of an earlier round
+            told += [assign(exit_.completion, constant(how)), assign(exit_.value, constant(None))]  # and drop the value of an earlier round
         return told
 
     def statement_TryStar(self, node: ast.stmt) -> None:
-        """`except*`: the groups it splits live where nothing can save them, so its handlers must not wait."""
+        """Lower `except*`.  The groups that it splits are on the interpreter's stack, where nothing can save them, so its handlers must not wait."""
         if any(has_yield(handler) for handler in node.handlers):  # type: ignore[attr-defined]
             raise self.refuse(node, "a yield in a handler of except*")
         if node.finalbody:  # type: ignore[attr-defined]
@@ -247,12 +247,12 @@ class Protected(Expressions):
 
     @staticmethod
     def dropping(names: list[str]) -> list[ast.stmt]:
-        """Let go what an exception or a return has left holding: natively it would have been on the stack."""
+        """Return statements that clear the temporaries that an exception or a return has left; natively, their values would have been on the stack."""
         return [ast.Assign([store(name) for name in names], constant(None))] if names else []
 
     @staticmethod
     def _enter(manager: str) -> ast.expr:
-        """`__enter__`; with the checks of the with statement, and told to the driver, for types that are not known to need neither."""
+        """Return a call of `__enter__`.  Types that are not known to be safe get the checks of the with statement, and the driver is told."""
         known = ast.Compare(_type_of(manager), [ast.In()], [load("@managers")])
         quick = ast.Call(ast.Attribute(_type_of(manager), "__enter__", ast.Load()), [load(manager)], [])
         return ast.IfExp(known, quick, call("entered", load(manager), ast.Call(call("entry", load(manager)), [load(manager)], [])))
@@ -262,7 +262,7 @@ class Protected(Expressions):
         return ast.Call(ast.Attribute(_type_of(manager), "__exit__", ast.Load()), [load(manager), *error], [])
 
     def _goes_on(self, manager: str) -> ast.expr:
-        """Whether the exception does: `__exit__` is not called for what is only forgotten (G8)."""
+        """Return the test whether the exception propagates; `__exit__` is not called if the generator is merely forgotten (G8)."""
         forgotten = ast.UnaryOp(ast.Not(), call("kept"))
         return ast.BoolOp(ast.Or(), [forgotten, ast.UnaryOp(ast.Not(), self._exit(manager, ast.Starred(ast.Call(load("@exc_info"), [], []), ast.Load())))])
 

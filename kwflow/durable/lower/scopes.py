@@ -1,8 +1,8 @@
-"""Which names a function binds, shares with nested functions and takes from outside; where its yields are.
+"""Which names a function binds, shares with nested functions and takes from outside; and where its yields are.
 
-An analysis of our own, not `symtable`: a comprehension is a scope natively until 3.11 and inlined since 3.12 (PEP 709),
-and what a snapshot holds must not depend on the minor that wrote it.  A comprehension that awaits is a function on all
-of them, since that is what it is lowered to.  Every question about names is answered here; nothing here changes a tree.
+This is our own analysis, not `symtable`: natively, a comprehension is a scope until 3.11 and inlined since 3.12 (PEP 709), and
+what a snapshot holds must not depend on the minor that wrote it.  A comprehension that awaits is a function on all minors,
+since that is what it is lowered to.  Every question about names is answered here; nothing here changes a tree.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["ITERATOR", "RESULT", "Comprehension", "Scope", "analyze", "child_nod
 
 Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 ITERATOR = ".iterator"  # the argument of a comprehension that is a function: its first iterable, evaluated outside
-RESULT = ".result"  # and what it has collected so far
+RESULT = ".result"  # and the variable for what it has collected so far
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp)
 _NAMES = {ast.ListComp: "<listcomp>", ast.SetComp: "<setcomp>", ast.DictComp: "<dictcomp>", ast.GeneratorExp: "<genexpr>"}
 _LEAVES = (ast.Name, ast.Constant)
@@ -28,10 +28,10 @@ _WAITS = (ast.Yield, ast.YieldFrom, ast.Await, ast.AsyncFor, ast.AsyncWith)
 class Scope:
     """One scope.  `kind` is module, class, function, types (the type parameters of a def or class) or comprehension.
 
-    A generator expression, and a comprehension that awaits, is a function.  `coroutine` is true for async code, `produces`
-    for an async generator; `lent` are names of its own that only comprehensions inside bind, from code compiled alone.
-    Invariant, after `analyze`: `free` are the names taken from enclosing functions, `cells` the names of its own that
-    nested functions take, both as the compiled code spells them (mangled) and sorted.
+    Generator expressions, and comprehensions that await, are functions.  `coroutine` is true for async code, `produces` for an
+    async generator.  `lent` are the scope's own names that only comprehensions in it bind, in code that is compiled alone.
+    Invariant, after `analyze`: `free` are the names taken from enclosing functions, `cells` its own names that nested
+    functions take; both are sorted, and spelled as in the compiled code (mangled).
     """
 
     kind: str
@@ -56,12 +56,12 @@ class Scope:
 
     @property
     def frame_path(self) -> str:
-        """The path of the function whose frames run this scope: an async generator function only makes them."""
+        """The path of the function whose frames run this scope; an async generator function itself only creates the generators."""
         return f"{self.path}.<body>" if self.produces and isinstance(self.node, ast.AsyncFunctionDef) else self.path
 
     @property
     def captured(self) -> tuple[str, ...]:
-        """All cells of the function's frame, in the order in which they are saved."""
+        """The names of all cells in the function's frame, in the order in which they are saved."""
         return tuple(sorted({*self.free, *self.cells}))
 
     @property
@@ -70,7 +70,7 @@ class Scope:
 
 
 def mangle(name: str, class_name: str | None) -> str:
-    """A private name as the compiler spells it inside that class."""
+    """Return a private name as the compiler spells it inside that class."""
     if class_name is None or not name.startswith("__") or name.endswith("__") or "." in name:
         return name
     stripped = class_name.lstrip("_")
@@ -78,7 +78,7 @@ def mangle(name: str, class_name: str | None) -> str:
 
 
 def has_yield(node: ast.AST | None) -> bool:
-    """Whether evaluating this node in its own scope can suspend; nested functions count only by their defaults and decorators."""
+    """Whether evaluating this node in its own scope can suspend; of nested functions, only defaults, decorators and the like count."""
     if node is None or isinstance(node, _LEAVES):
         return False
     known = getattr(node, "_kw_yields", None)
@@ -88,14 +88,14 @@ def has_yield(node: ast.AST | None) -> bool:
     return bool(known)
 
 
-_NO_NODES = frozenset({"arg", "attr", "conversion", "ctx", "id", "is_lazy", "kind", "level", "module", "name", "op", "ops", "rest", "type_comment"})  # or operators, which hold nothing
+_NO_NODES = frozenset({"arg", "attr", "conversion", "ctx", "id", "is_lazy", "kind", "level", "module", "name", "op", "ops", "rest", "type_comment"})  # no nodes, or only operators
 _fields: dict[type, tuple[str, ...]] = {ast.Constant: ()}
 if sys.version_info >= (3, 12):
     _fields[ast.TypeAlias] = ast.TypeAlias._fields  # its name is a node
 
 
 def node_fields(kind: type[ast.AST]) -> tuple[str, ...]:
-    """The fields of this class that may hold nodes which hold something; half of lowering is walking trees."""
+    """Return the fields of this class that may hold nodes worth visiting.  Half the time of lowering is spent walking trees."""
     fields = _fields.get(kind)
     if fields is None:
         fields = _fields[kind] = tuple(name for name in kind._fields if name not in _NO_NODES)
@@ -103,7 +103,7 @@ def node_fields(kind: type[ast.AST]) -> tuple[str, ...]:
 
 
 def child_nodes(node: ast.AST) -> list[ast.AST]:
-    """`ast.iter_child_nodes` without contexts and operators, several times as fast."""
+    """Return what `ast.iter_child_nodes` yields, without contexts and operators; several times as fast."""
     found: list[ast.AST] = []
     known = node.__dict__
     for name in node_fields(type(node)):
@@ -116,7 +116,7 @@ def child_nodes(node: ast.AST) -> list[ast.AST]:
 
 
 def own_parts(node: ast.AST) -> Iterator[ast.AST]:
-    """The child nodes that run in the same scope and activation as the node."""
+    """Yield the child nodes that run in the same scope and activation as the node."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         yield from node.decorator_list
         yield from _defaults(node.args)
@@ -132,21 +132,21 @@ def own_parts(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def elements(node: Comprehension) -> list[ast.expr]:
-    """What it makes one item of: `{**m for ...}` has one part that is a mapping (PEP 798, 3.15)."""
+    """Return the expressions that make one item of a comprehension; `{**m for ...}` has only one, a mapping (PEP 798, 3.15)."""
     if not isinstance(node, ast.DictComp):
         return [node.elt]
     return [node.key] if node.value is None else [node.key, node.value]
 
 
 def _inner_parts(node: Comprehension) -> Iterator[ast.AST]:
-    """What a comprehension evaluates in its own scope: everything but its first iterable."""
+    """Yield what a comprehension evaluates in its own scope: everything but its first iterable."""
     yield from elements(node)
     for number, generator in enumerate(node.generators):
         yield from [generator.iter, *generator.ifs] if number else generator.ifs
 
 
 def _waits_in_async(node: ast.AST) -> bool:
-    """Whether evaluating it awaits, in a tree that is not lowered yet."""
+    """Whether evaluating a node of a tree that is not lowered yet awaits."""
     if isinstance(node, ast.Await) or (isinstance(node, _COMPREHENSIONS) and asynchronous(node)):
         return True
     return any(map(_waits_in_async, own_parts(node)))
@@ -180,7 +180,7 @@ def _annotations(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.A
 
 
 def analyze(tree: ast.Module) -> dict[ast.AST, Scope]:
-    """The scope of every module, class, function, lambda and comprehension node."""
+    """Return the scope of every module, class, function, lambda and comprehension node."""
     builder = _Builder()
     root = Scope("module", tree, None, "")
     builder.scopes[tree] = root
@@ -194,7 +194,7 @@ _visitors: dict[type, Any] = {}  # node class -> method: looked up once, not for
 
 
 class _Builder:
-    """One walk that fills `bound`, `used` and the declarations; names are mangled on the way in."""
+    """Walks the tree once and fills `bound`, `used` and the declarations; names are mangled when they are entered."""
 
     def __init__(self) -> None:
         self.scopes: dict[ast.AST, Scope] = {}
@@ -243,7 +243,7 @@ class _Builder:
         self.visit(node.value, scope)
 
     def visit_NamedExpr(self, node: ast.NamedExpr, scope: Scope) -> None:
-        """In a comprehension the name belongs to the function around it."""
+        """Bind the target; in a comprehension, its name belongs to the enclosing function."""
         self.visit(node.value, scope)
         name = mangle(node.target.id, scope.class_name)
         inside: list[Scope] = []
@@ -309,7 +309,7 @@ class _Builder:
         child.produces = any(map(_produces, node.body))
 
     def _type_parameters(self, node: ast.AST, scope: Scope) -> Scope:
-        """The scope that `def f[T]` puts between a function and its surroundings (PEP 695)."""
+        """Return the scope that `def f[T]` puts between a function and its surroundings (PEP 695)."""
         parameters = getattr(node, "type_params", [])
         if not parameters:
             return scope
@@ -369,7 +369,7 @@ class _Builder:
 
 
 def _resolve(root: Scope) -> None:
-    """Fill `free` and `cells` of every scope: a name taken from outside makes a cell in its owner and is free on the way."""
+    """Fill `free` and `cells` of every scope: a name taken from outside is a cell in the scope that owns it, and free in all scopes on the way."""
     free: dict[Scope, set[str]] = {}
     cells: dict[Scope, set[str]] = {}
     order = [root]
@@ -394,7 +394,7 @@ def _resolve(root: Scope) -> None:
 
 
 def _way_out(scope: Scope, name: str) -> list[Scope] | None:
-    """The scopes from this one to the one that owns the name, the owner last; None for globals and builtins."""
+    """Return the scopes from this one to the one that owns the name, which is last; None for globals and builtins."""
     way = [scope]
     outer = scope.parent
     while outer is not None:

@@ -1,4 +1,4 @@
-"""Lowered code for people: as Python text, its temporaries as names that say what they hold; and where in its source a function waits."""
+"""Lowered code for people: as Python text, with readable names for its temporaries; and where in its source a function waits."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _SPECIAL = {
 
 
 def lowered_text(source: str, path: str, filename: str = "<source>", cold: bool = False) -> str:
-    """What a function of this source is compiled as; the hot twin, or the cold one that restored generators run.
+    """Return what a function of this source is compiled as: the hot twin, or with `cold` the one that restored generators run.
 
-    Raises UsageError for a path that is not there, with those that are; and as `lower_module`.
+    Raises UsageError for an unknown path, with the known ones, and what `lower_module` raises.
     """
     tree = ast.parse(source, filename)
     scopes = analyze(tree)
@@ -41,7 +41,7 @@ def lowered_text(source: str, path: str, filename: str = "<source>", cold: bool 
 
 
 def functions_of(source: str) -> list[str]:
-    """The paths that `lowered_text` takes."""
+    """Return the paths that `lowered_text` accepts."""
     return [scope.frame_path for scope in _functions(analyze(ast.parse(source)))]
 
 
@@ -50,7 +50,7 @@ def _functions(scopes: dict[ast.AST, Scope]) -> list[Scope]:
 
 
 def readable(tree: ast.AST) -> str:
-    """Python text of a tree whose names are no identifiers."""
+    """Return the Python text of a tree whose names are not all identifiers."""
     shown = copy.deepcopy(tree)
     for node in ast.walk(shown):
         for field in ("id", "name", "arg"):
@@ -71,7 +71,7 @@ def _name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A function in its source: its first and last line, the names of its cells as a snapshot orders them, and the line of each wait by its label."""
+    """A function in its source: its first and last line, the names of its cells in the order of a snapshot, and the line of each wait by the name of its label."""
 
     first: int
     last: int
@@ -81,7 +81,7 @@ class Shape:
 
 @functools.lru_cache(maxsize=64)
 def shapes_of(source: str) -> Mapping[str, Shape]:
-    """Of every generator of this source, by its path; nothing of it is compiled or run.  Raises as `lower_module`."""
+    """Return the shape of every generator of this source by path; nothing is compiled or run.  Raises what `lower_module` raises."""
     scopes = analyze(ast.parse(source))
     lowering = ModuleLowering("<source>", scopes, 0)
     found: dict[str, Shape] = {}

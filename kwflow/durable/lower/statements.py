@@ -1,4 +1,4 @@
-"""Statements: targets, branches, loops and match, each with its hot form and, while a label is to be reached, its guard."""
+"""Statements: targets, branches, loops and match, each with its hot form and with the guard for when a label is to be reached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Statements(Asyncs):
     """The passes over statements; `statement` is the entry."""
 
     def statement(self, node: ast.stmt) -> None:
-        """Lower one statement.  One without yields stands as it is, unless it leaves a `finally` that has to know."""
+        """Lower one statement.  One without yields stays as it is, unless it leaves the body of a `finally` that has to be told."""
         if not has_yield(node) and not (any(isinstance(exit_, Finally) for exit_ in self.exits) and self.escapes([node])):
             self.emit(node)
             return
@@ -91,7 +91,7 @@ class Statements(Asyncs):
             self._places(node.target)
 
     def _places(self, target: ast.expr) -> list[ast.expr]:
-        """The expressions inside an attribute or subscript target, lowered."""
+        """Return the expressions inside an attribute or subscript target, lowered."""
         if isinstance(target, ast.Attribute):
             return [self.value(target.value)]
         if isinstance(target, ast.Subscript):
@@ -108,7 +108,7 @@ class Statements(Asyncs):
         return ast.copy_location(ast.Name(target.id, context), target)  # type: ignore[attr-defined]
 
     def assign_to(self, target: ast.expr, value: ast.expr) -> None:
-        """Assign an evaluated value; what is inside the target is evaluated now."""
+        """Assign an evaluated value; the expressions inside the target are evaluated now."""
         mark = len(self.live)
         if not has_yield(target):
             self.emit(ast.copy_location(ast.Assign([target], value), target))
@@ -125,7 +125,7 @@ class Statements(Asyncs):
         del self.live[mark:]
 
     def statement_AugAssign(self, node: ast.AugAssign) -> None:
-        """`x += v`: x is read before v is evaluated and stored after; in-place operators and their messages stay."""
+        """Lower `x += v`: x is read before v is evaluated, and stored afterwards; in-place operators and their error messages stay the same."""
         places = []
         for part in self._places(node.target):
             places.append(part if isinstance(part, ast.Constant) else self.spill(part, len(self.live)))
@@ -162,7 +162,7 @@ class Statements(Asyncs):
         parts, holding = [part for part in (node.exc, node.cause) if part is not None], len(self.holding)
         *error, last = self.sequence([(PLAIN, part) for part in parts])
         let_go: list[ast.expr] = [ast.NamedExpr(store(name), constant(None)) for name in self.held(holding)]
-        if let_go:  # the error's own traceback holds this frame: a temporary that holds the error would make a cycle
+        if let_go:  # the traceback of the error holds this frame, so a temporary that holds the error would make a cycle
             last = ast.Subscript(ast.Tuple([last, *let_go], ast.Load()), constant(0), ast.Load())
         self.emit(ast.copy_location(ast.Raise(error[0], last) if error else ast.Raise(last), node))
 
@@ -200,7 +200,7 @@ class Statements(Asyncs):
         self.emit_block(self.branch(test, body, orelse))
 
     def after_release(self, names: list[str], statements: list[ast.stmt], name: str) -> Block:
-        """A block that first lets go what led into it."""
+        """Return a block that first releases the temporaries of the expression that led into it."""
         with self.collect() as block:
             self.release(names, statements[0] if statements else None)
             if statements:
@@ -263,7 +263,7 @@ class Statements(Asyncs):
         self.store_before_loop(node, body.body, first)
         over: ast.expr = load(iterator)
         if self.cold:
-            current: ast.expr = constant(None)  # entered at the value it had, which a target that waits still needs
+            current: ast.expr = constant(None)  # the loop is entered with the value that it had, which a target that waits still needs
             if in_target >= first:
                 current = ast.IfExp(self.up_to(in_target), load(value), current)
             entering = ast.IfExp(self.up_to(body.last), call("chain", ast.Tuple([current], ast.Load()), load(iterator)), constant(()))
@@ -290,10 +290,9 @@ class Statements(Asyncs):
 
     # -- match ---------------------------------------------------------------------------------------------------------
     def statement_Match(self, node: ast.Match) -> None:
-        """Bodies stand in place in the hot twin; the cold one notes which case matched and enters bodies by their labels.
+        """Lower a match.  In the hot twin, bodies stay in place; the cold twin notes which case matched, and enters bodies by their labels.
 
-        Patterns bind in place and are never run again.  A guard that waits cuts the match in two: the cases after it
-        are tried only if it fails.
+        Patterns bind in place and are never run again.  A guard that waits splits the match in two: the cases after it are tried only if it fails.
         """
         mark, holding = len(self.live), len(self.holding)
         subject = self.value(node.subject)
@@ -301,7 +300,7 @@ class Statements(Asyncs):
         if not self.cold and not waiting_guards:
             names = self.held(holding)
             cases = [ast.match_case(case.pattern, case.guard, self.after_release(names, case.body, f"case{n}-").body) for n, case in enumerate(node.cases)]
-            self.emit(ast.copy_location(ast.Match(subject, cases), node))  # hot: no guards, so its labels need no range
+            self.emit(ast.copy_location(ast.Match(subject, cases), node))  # the hot twin has no guards for labels, so this statement needs no range
             self.release(names)
             return
         chosen = self.temporary("case")
@@ -317,7 +316,7 @@ class Statements(Asyncs):
         self._dispatch(node, chosen)
 
     def _chooser(self, node: ast.Match, subject: ast.expr, chosen: str, numbers: range) -> ast.stmt:
-        """A native match whose bodies only note the case: n + 1, or -(n + 1) when its guard has still to be asked."""
+        """Return a native match whose bodies only note the number of the case: n + 1, or -(n + 1) if its guard is still to be evaluated."""
         cases = []
         for number in numbers:
             case = node.cases[number]
@@ -343,7 +342,7 @@ class Statements(Asyncs):
             self.emit_block(self.branch(ast.UnaryOp(ast.Not(), load(chosen)), rest))
 
     def _dispatch(self, node: ast.Match, chosen: str) -> None:
-        """An elif chain, so that a body entered by its label is not followed by a question nobody can answer."""
+        """Emit an elif chain over the cases, so that no further test runs after a body that was entered by its label: `chosen` is not set then."""
         bodies = [self.block(case.body, f"case{number}-") for number, case in enumerate(node.cases)]
         chain: Block | None = None
         for number in reversed(range(len(bodies))):
@@ -356,6 +355,6 @@ class Statements(Asyncs):
 
 
 def _like(node: ast.stmt, **changed: object) -> ast.stmt:
-    """A copy of the node with some fields replaced; the tree that was given is never changed."""
+    """Return a copy of the node with some fields replaced; the given tree is never changed."""
     fields: dict[str, Any] = {name: changed.get(name, getattr(node, name, None)) for name in node._fields if name in changed or hasattr(node, name)}
     return ast.copy_location(type(node)(**fields), node)

@@ -1,8 +1,8 @@
 """Reading what an older lowering wrote (semantics §4.2, §8.6).
 
-A snapshot names waits by their path in the source and slots by their role and path, so most of what a newer lowering
-does differently does not show.  What does is here, by the version that wrote it; a slot that means nothing any more is
-refused by name before anything runs, never dropped.  Whoever raises LOWERING_VERSION says here how the one before is
+A snapshot names waits by their path in the source, and slots by their role and path, so most changes of the lowering do
+not affect it.  Those that do are listed here, by the version that wrote the snapshot.  A slot that has no meaning any more is
+refused by name before anything runs, never dropped.  Whoever raises LOWERING_VERSION defines here how the previous one is
 read, and keeps snapshots of it in tests/compat.
 """
 
@@ -15,11 +15,11 @@ from kwflow.errors import CodeChangedError
 
 __all__ = ["RENAMED", "upgraded"]
 
-RENAMED: dict[int, dict[str, str]] = {}  # lowering version -> role as it calls it -> as the next version does
+RENAMED: dict[int, dict[str, str]] = {}  # by lowering version: the roles that the next version renames, from old to new name
 
 
 def upgraded(function: Function, saved: dict[str, Any], lowering: int, now: int) -> dict[str, Any]:
-    """The slots of a waiting generator as lowering `now` names them.  Raises CodeChangedError."""
+    """Return the slots of a waiting generator under the names that lowering version `now` uses.  Raises CodeChangedError."""
     slots = dict(saved)
     for version in range(lowering, now):
         roles = RENAMED.get(version, {})
