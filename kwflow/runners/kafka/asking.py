@@ -1,7 +1,7 @@
-"""Ask the engine that owns an instance, over the HTTP that it may serve, before anybody reads a whole changelog.
+"""Asking the engine that owns an instance over HTTP, if it serves that, before anybody reads a whole changelog.
 
-Who owns what comes from `<app>-owners`, which may be old; so an answer counts only if the engine that is named there gives
-it, for partitions that it owns as it answers.
+The owners come from `<app>-owners`, which may be outdated.  So an answer counts only if it comes from the engine that is named
+there, and covers partitions that it owns when it answers.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from kwflow.runners.kafka.owners import Owner, owner_key
 __all__ = ["list_", "show"]
 
 _TIMEOUT_S = 5
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # an engine is no address of the world outside
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without proxies: an engine is not on the outside network
 Note = Callable[[str], None]
 
 
 class _NoAnswer(Exception):
-    """Why the changelog has to be read."""
+    """Raised with the reason why the changelog has to be read."""
 
 
 def show(config: Config, id: str, note: Note) -> dict[str, Any] | None:
-    """What its owner tells of it; None, and a note why, if there is no answer.  Raises UsageError when there is no such instance, TransportError."""
+    """What an instance's owner reports about it; None, and a note why, if there is no answer.  Raises UsageError if there is no such instance, TransportError."""
     try:
         number = partition_of(id.encode(), _partitions(config))
         owner = _owners(config, [number])[number]
@@ -53,7 +53,7 @@ def show(config: Config, id: str, note: Note) -> dict[str, Any] | None:
 
 
 def list_(config: Config, note: Note, wanted: Filter, limit: int | None) -> Found | None:
-    """The newest that the owners of all partitions tell; None, and a note why, if one of them does not.  Raises TransportError."""
+    """The newest instances that the owners of all partitions report; None, and a note why, if one of them does not answer.  Raises TransportError."""
     query = urlencode([*wanted.query(), *([("limit", str(limit))] if limit is not None else [])])
     try:
         numbers = range(_partitions(config))
@@ -80,7 +80,7 @@ def list_(config: Config, note: Note, wanted: Filter, limit: int | None) -> Foun
 def _found(owner: Owner, body: bytes, wanted: Filter, limit: int | None) -> Found:
     try:
         return found_in(_json(owner, body), wanted, limit)
-    except msgspec.ValidationError as error:  # a header that an older engine takes for one, say
+    except msgspec.ValidationError as error:  # such as a bad header that an older engine lets pass
         raise _NoAnswer(f"what {owner.engine} at {owner.address} answers is no list of instances: {error}") from None
 
 
@@ -92,7 +92,7 @@ def _partitions(config: Config) -> int:
 
 
 def _owners(config: Config, numbers: Any) -> dict[int, Owner]:
-    """Of these partitions, each with an address."""
+    """Partition -> its owner, each with an address."""
     said = latest(config, config.owners_topic)
     found: dict[int, Owner] = {}
     for number in numbers:
@@ -106,11 +106,11 @@ def _owners(config: Config, numbers: Any) -> dict[int, Owner]:
             raise _NoAnswer(f"what {config.owners_topic} says of {where} cannot be read") from None
         if owner.address is None:
             raise _NoAnswer(f"{owner.engine}, which owns {where}, runs without --http")
-    return {number: msgspec.structs.replace(owner, since=0) for number, owner in found.items()}  # one engine is one, whenever it got each
+    return {number: msgspec.structs.replace(owner, since=0) for number, owner in found.items()}  # without `since`, so that one engine is equal in all of its partitions
 
 
 def _get(owner: Owner, path: str) -> tuple[int, Message, bytes]:
-    """(status, headers, body)."""
+    """(status, headers, body) of the owner's answer."""
     try:
         try:
             answer = _OPENER.open(f"http://{owner.address}{path}", timeout=_TIMEOUT_S)
@@ -128,5 +128,5 @@ def _get(owner: Owner, path: str) -> tuple[int, Message, bytes]:
 def _json(owner: Owner, body: bytes) -> Any:
     try:
         return msgspec.json.decode(body)
-    except msgspec.DecodeError:  # it gave a partition away while it answered
+    except msgspec.DecodeError:  # it gave a partition away while it answered, and so ended the answer early
         raise _NoAnswer(f"the answer of {owner.engine} at {owner.address} is not whole") from None

@@ -1,4 +1,4 @@
-"""The topic `<app>-code` on Kafka, read from an offset to its end, and the code that instances of a partition need."""
+"""Reading the topic `<app>-code` on Kafka from an offset to its end, and loading the code that instances of a partition need."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class CodeTopic:
         self._config = config
         self._environment = environment
         self._admin = topics.admin(config, environment)
-        self._reached = 0  # what was read, marks of transactions included
+        self._reached = 0  # the offset up to which the topic was read, transaction markers included
 
     def read(self, offset: int) -> list[Record]:
-        """The committed records from this offset, after those that were read before, to the end of now, also if transactions are still open before it."""
+        """The committed records from this offset, which follows those read before, to the present end, even if transactions before that end are still open."""
         topic = self._config.code_topic
         try:
             end = offsets(self._environment, self._config, self._admin, topic, [0], LATEST)[0]
@@ -45,9 +45,9 @@ class CodeTopic:
 
 
 def take_over(processor: Processor, store: Store, admin: AdminClient, config: Config, where: str) -> None:
-    """Load what instances of a restored partition need, before its first record (semantics §9.6).
+    """Load the code that instances of a restored partition need, before its first record (semantics §9.6).
 
-    The topics that stored code declares must be there like all others, unless no instance runs it any more.  Raises TransportError.
+    Topics that stored code declares must exist, as all others, unless no instance runs that code any more.  Raises TransportError.
     """
     declared = processor.taken_over(store)
     there = topics.partitions_of(admin, config) if declared else {}

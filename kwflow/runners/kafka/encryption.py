@@ -1,8 +1,8 @@
-"""What kwflow writes to a broker, encrypted: values, and no keys and headers (decision 0060).
+"""Encryption of what kwflow writes to a broker: values, but not keys and headers (decision 0060).
 
-An encrypted value: `\\0KWE` and the version 1, the key's id (4 bytes), a salt (16), a nonce (12), then ciphertext and tag (16) of AES-256-GCM
-under HMAC-SHA-256(key, "kwflow encrypted value" NUL salt).  A salt is for 2^24 values at the most, with random nonces: one key alone would be used
-up after 2^32 of them, a few days of a busy application.  Whatever begins otherwise is not encrypted, and read as it is.
+An encrypted value is `\\0KWE` and the version 1, the key's id (4 bytes), a salt (16), a nonce (12), then ciphertext and tag (16) of AES-256-GCM
+under HMAC-SHA-256(key, "kwflow encrypted value" NUL salt).  Nonces are random, and a salt is used for at most 2^24 values: one key alone would be
+used up after 2^32 values, a few days of a busy application.  A value that begins otherwise is not encrypted, and is read as it is.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _ID_AT = len(ENCRYPTED)
 _SALT_AT = _ID_AT + _ID_BYTES
 _NONCE_AT = _SALT_AT + _SALT_BYTES
 _TEXT_AT = _NONCE_AT + _NONCE_BYTES
-_BYTES_MIN = _TEXT_AT + _TAG_BYTES  # of an empty value
-_VALUES_MAX = 1 << 24  # of one salt
-_SALTS_MAX = 1024  # a process brings a few, and values of one come together
+_BYTES_MIN = _TEXT_AT + _TAG_BYTES  # the size of an encrypted empty value
+_VALUES_MAX = 1 << 24  # with one salt
+_SALTS_MAX = 1024  # ciphers that are cached: a process uses few salts, and values with the same salt come together
 _QUOTING = frozenset({"kwflow-error-message"})  # headers that may quote a value
 
 
 class Encryption:
-    """That of one application, with `encryption_keys`: the first encrypts, all decrypt.  Without keys nothing is encrypted."""
+    """The encryption of one application, with `encryption_keys`: the first key encrypts, all of them decrypt.  Without keys nothing is encrypted."""
 
     def __init__(self, config: Config) -> None:
-        """Raises UsageError where there are keys and no library."""
+        """Raises UsageError if there are keys, but the library is not installed."""
         self._keys = {key_id(key): key for key in config.cipher_keys}
-        self._begin = b""  # of every value with the salt of now: up to the nonce
+        self._begin = b""  # how every value with the present salt begins: everything before the nonce
         self._left = 0
         self._ciphers = functools.lru_cache(maxsize=_SALTS_MAX)(self._cipher)
         self._topics = {config.resume_topic, config.scheduler_topic, config.result_topic, config.error_topic, config.reply_topic, config.history_topic, config.dead_letter_topic}
@@ -51,7 +51,11 @@ class Encryption:
             _library()
 
     def encrypt(self, topic: str, value: bytes | None, headers: Headers = (), own: bool = False) -> tuple[bytes | None, list[tuple[str, str | bytes | None]]]:
-        """What to write to this topic: encrypted, if the topic is kwflow's own or a queue, or is said to be.  What is encrypted already stays as it is."""
+        """Return the value and headers to write to a topic.
+
+        They are encrypted if the topic is kwflow's own or a queue, or if the config or `own` says so, but not in `encryption_plain_topics`.
+        A value that is encrypted already stays as it is.
+        """
         if not self._keys or topic in self._plain or not (own or topic in self._topics or is_queue(topic)):
             return value, list(headers)
         return self._encrypted(value), [(name, self._encrypted(text) if name in _QUOTING else text) for name, text in headers]
@@ -59,14 +63,14 @@ class Encryption:
     def _encrypted(self, value: bytes | None) -> bytes | None:
         if value is None or value.startswith(ENCRYPTED):
             return value
-        if self._left <= 0:  # below, where two threads have taken the last one
+        if self._left <= 0:  # less than 0 if two threads have taken the last one
             self._begin, self._left = ENCRYPTED + next(iter(self._keys)) + os.urandom(_SALT_BYTES), _VALUES_MAX
         self._left -= 1
         begin, nonce = self._begin, os.urandom(_NONCE_BYTES)  # read once: other threads encrypt as well
         return begin + nonce + self._ciphers(begin[_ID_AT:]).encrypt(nonce, value, None)
 
     def decrypt(self, value: bytes | None) -> bytes | None:
-        """What was read; what cannot be decrypted stays as it is: `lacks_key`, or it is damaged."""
+        """Decrypt a value that was read.  One that cannot be decrypted, because we lack its key (`lacks_key`) or it is damaged, is returned unchanged."""
         if value is None or not value.startswith(ENCRYPTED) or len(value) < _BYTES_MIN or self.lacks_key(value):
             return value
         from cryptography.exceptions import InvalidTag
@@ -80,7 +84,7 @@ class Encryption:
         return tuple([(name, self.decrypt(text) if name in _QUOTING else text) for name, text in headers]) if self._keys else headers
 
     def lacks_key(self, value: bytes | None) -> bool:
-        """Whether it is encrypted with a key that is not among ours; what is too short to be encrypted at all is damaged."""
+        """Whether a value is encrypted with a key that is not among ours; one that is too short to be encrypted is damaged instead."""
         return value is not None and value.startswith(ENCRYPTED) and len(value) >= _BYTES_MIN and value[_ID_AT:_SALT_AT] not in self._keys
 
     def _cipher(self, id_and_salt: bytes) -> AESGCM:
@@ -89,17 +93,17 @@ class Encryption:
 
 
 class Unread:
-    """The entries of a topic that is read as a map whose last value we have no key for.
+    """The entries whose last value we have no key for, in a topic that is read as a map.
 
-    A log has what was encrypted with a former key until it is compacted, and a later value that we can read in most cases.
+    Until a log is compacted it has values that were encrypted with a former key; in most cases a later value follows that we can read.
     """
 
     def __init__(self, encryption: Encryption) -> None:
         self._encryption = encryption
-        self._names: dict[object, bytes] = {}  # of their keys alone: a log that was encrypted anew has all of its entries twice
+        self._names: dict[object, bytes] = {}  # entry -> the beginning of its value, with the key's id; not more, as a log that was encrypted again has every entry twice
 
     def passes(self, entry: object, value: bytes | None) -> bool:
-        """Whether this value of an entry, decrypted if we could, is to be passed over; any other makes up for those that were."""
+        """Whether to skip this value of an entry, which is decrypted if we have its key.  A readable value makes up for earlier ones that were skipped."""
         if self._encryption.lacks_key(value):
             self._names[entry] = (value or b"")[:_SALT_AT]
             return True
@@ -111,17 +115,17 @@ class Unread:
         return bool(self._names)
 
     def clear(self) -> None:
-        """What was read is read again."""
+        """Forget everything, as the topic is read again."""
         self._names.clear()
 
     def check(self, topic: str) -> None:
-        """At the end of the topic.  Raises TransportError if there are some."""
+        """Check for unread entries at the end of the topic.  Raises TransportError if there are any."""
         for name in self._names.values():
             raise missing_key(topic, name)
 
 
 def key_id(key: bytes) -> bytes:
-    """A key's public name: 4 bytes that do not give it away."""
+    """The public name of a key: 4 bytes that do not reveal it."""
     return hashlib.sha256(b"kwflow encryption key\0" + key).digest()[:_ID_BYTES]
 
 

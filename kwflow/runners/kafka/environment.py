@@ -1,8 +1,8 @@
-"""What the Kafka runner is given from outside: its clients, its local database, what runs beside it, and the passing of time.
+"""What the Kafka runner gets from outside: its clients, its local database, background work, and the passing of time.
 
-`LIVE` makes those of confluent-kafka and RocksDB; the simulated broker of `kwflow.testing` makes others with the same
-surface, so that the unchanged runner is what the simulation tests.  Every object the runner does not write itself is
-made here.
+`LIVE` creates clients of confluent-kafka and RocksDB databases.  The simulated broker of `kwflow.testing` creates others with
+the same interface, so that the simulation tests the unchanged runner.  Every object that the runner does not implement
+itself is created here.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from kwflow.runners.private import private
 __all__ = ["LIVE", "Consumer", "Database", "Environment", "Producer", "live", "made"]
 
 Settings = dict[str, Any]
-_DAMAGED = "damaged"  # a file in the directory of a database that is
-_LACKING = {  # what a machine has no more of, as RocksDB says it: no damage; and what to do
+_DAMAGED = "damaged"  # the name of a file that marks its database's directory as damaged
+_LACKING = {  # errors in RocksDB's words when the machine lacks something, which is no damage -> the remedy
     os.strerror(code): "; each partition takes seven open files or more: raise their limit (ulimit -n)" if code == errno.EMFILE else ""
     for code in (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 }
@@ -38,7 +38,7 @@ Rebalanced = Callable[[Any, list[TopicPartition]], None]
 
 
 class Consumer(Protocol):
-    """`confluent_kafka.Consumer`, as far as it is used.  Callbacks run inside poll and consume; errors come inside the list."""
+    """The part of `confluent_kafka.Consumer` that is used.  Callbacks run inside poll and consume; errors arrive as messages in the list."""
 
     def subscribe(self, topics: list[str], on_assign: Rebalanced = ..., on_revoke: Rebalanced = ..., on_lost: Rebalanced = ...) -> None: ...
     def unsubscribe(self) -> None: ...
@@ -61,7 +61,7 @@ class Consumer(Protocol):
 
 
 class Producer(Protocol):
-    """`confluent_kafka.Producer`, as far as it is used."""
+    """The part of `confluent_kafka.Producer` that is used."""
 
     def __len__(self) -> int: ...
     def init_transactions(self, timeout: float) -> None: ...
@@ -84,35 +84,35 @@ class Database(Protocol):
         """Entries whose key starts with the prefix, in key order, from `start` on."""
 
     def write(self, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
-        """All of these, or none; None deletes."""
+        """Write all of these changes, or none; None deletes."""
 
     def close(self) -> None: ...
 
 
 class Environment(Protocol):
-    """Makes the clients (settings are librdkafka's) and the databases, and knows how time passes for waiting."""
+    """Creates clients (settings are librdkafka's) and databases, and provides the time for waiting."""
 
     def consumer(self, settings: Settings) -> Consumer: ...
     def producer(self, settings: Settings) -> Producer: ...
     def admin(self, settings: Settings) -> AdminClient: ...
 
     def database(self, directory: Path) -> Database:
-        """Open it, made if missing.  Raises OSError for want of files, room or rights, and whatever says that it is damaged."""
+        """Open a database, and create it if it is missing.  Raises OSError for a lack of open files, space or rights, and other errors if it is damaged."""
 
     def wipe(self, directory: Path) -> None:
         """Remove a database that nobody has open."""
 
     def monotonic(self) -> float:
-        """Seconds that only go forward."""
+        """Seconds on a clock that never goes back."""
 
     def sleep(self, seconds: float) -> None: ...
 
     def background(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
-        """Do it beside all else; what is returned waits for its end."""
+        """Run the work in the background; the returned function waits for its end."""
 
 
 class _Rocks:
-    """RocksDB with its WAL on and without sync: the changelog is the truth (K8).  One that turns out to be damaged is not opened again."""
+    """RocksDB with the WAL on and without sync: the changelog is the truth (K8).  A database that turns out to be damaged is not opened again."""
 
     def __init__(self, directory: Path, bytes_max: int) -> None:
         self._directory = directory
@@ -141,7 +141,7 @@ class _Rocks:
             raise self._failed(error) from None
 
     def _failed(self, error: Exception) -> TransportError:
-        """What ends this process; the next one makes a damaged copy anew."""
+        """The error that ends this process.  The next process creates a damaged copy anew."""
         remedy = _remedy(error) or ""
         if "Corruption" in str(error):
             (self._directory / _DAMAGED).touch()
@@ -170,7 +170,7 @@ class _Rocks:
 
 
 def _remedy(error: Exception) -> str | None:
-    """None where the machine lacks nothing."""
+    """The remedy if the machine lacks something, perhaps empty; None for any other error."""
     return next((remedy for lacking, remedy in _LACKING.items() if lacking in str(error)), None)
 
 
@@ -178,7 +178,7 @@ _C = TypeVar("_C")
 
 
 def made(client: Callable[[Settings], _C], settings: Settings) -> _C:
-    """A client of confluent-kafka.  Raises UsageError for what librdkafka does not know as a setting, or cannot read."""
+    """Create a client of confluent-kafka.  Raises UsageError for settings that librdkafka does not know, or files that it cannot read."""
     try:
         return client(settings)
     except confluent_kafka.KafkaException as error:
@@ -187,7 +187,7 @@ def made(client: Callable[[Settings], _C], settings: Settings) -> _C:
 
 
 def _unread(text: str, settings: Settings) -> str:
-    """Of a file that it names the setting of: OpenSSL says neither which it is, nor what it lacks."""
+    """Details about the file whose setting the error names: OpenSSL says neither which file it is, nor what is wrong with it."""
     for name, path in settings.items():
         if name.endswith(".location") and name in text:
             try:
@@ -199,7 +199,7 @@ def _unread(text: str, settings: Settings) -> str:
 
 
 class _Admin(AdminClient):
-    """Whoever asks for metadata, which comes first, is told why there is no broker."""
+    """An admin client whose metadata request, which comes first, says why there is no broker."""
 
     def __init__(self, settings: Settings) -> None:
         self._errors = BrokerErrors()
@@ -209,13 +209,13 @@ class _Admin(AdminClient):
         try:
             return super().list_topics(*arguments, **named)
         except confluent_kafka.KafkaException as error:
-            self.poll(0)  # an admin client is told of its errors in no other call
+            self.poll(0)  # an admin client's error callback is called nowhere else
             cause = error.args[0]
             raise confluent_kafka.KafkaException(KafkaError(cause.code(), self._errors.because(cause))) from None
 
 
 class _Live:
-    """The real ones; all databases share `rocksdb_bytes_max` bytes of memory, and all clients tell once of a broker that is away."""
+    """The real environment.  All databases share `rocksdb_bytes_max` bytes of memory, and all clients together report an unreachable broker once."""
 
     def __init__(self, rocksdb_bytes_max: int, on_log: Callable[[str], None] | None = None) -> None:
         self._bytes_max = rocksdb_bytes_max
@@ -249,7 +249,7 @@ class _Live:
 
 
 def live(rocksdb_bytes_max: int, on_log: Callable[[str], None] | None = None) -> Environment:
-    """The real one; `on_log` hears why there is no broker."""
+    """Create a real environment; `on_log` is told why there is no broker."""
     return _Live(rocksdb_bytes_max, on_log)
 
 

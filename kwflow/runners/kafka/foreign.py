@@ -1,7 +1,7 @@
-"""An input topic that is somebody else's (decision 0058): what becomes of it is no reason to stand still, and what was lost is said.
+"""An input topic that belongs to somebody else (decision 0058): whatever happens to it, the engine goes on, and logs what was lost.
 
-Its owner may give it partitions, shorten it, and make it anew under the same name.  Which of these topics a position is
-of, is noted with the offset that the group commits.
+Its owner may add partitions, delete records, or create it anew under the same name.  The offset that the group commits has a
+note that says to which of these topics it belongs.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ _ANSWER_S = 5
 
 
 class Foreign:
-    """The input topic of this member, as it was when its process began."""
+    """The input topic of this member, as it was when the process began."""
 
     def __init__(self, member: Member) -> None:
         self._member = member
         self._topic = member.processor.input_topic
         self._look_at = member.environment.monotonic() + _LOOK_S
-        self._known: set[int] = set()  # partitions whose committed offset is one of this topic, as its note says
+        self._known: set[int] = set()  # partitions whose committed offset belongs to this topic, according to its note
 
     def look(self, committed: Callable[[], Iterable[int]]) -> None:
-        """Asked in every turn, with what asks for the group's offsets: they go with their topic.  Raises TransportError once it is not there any more.
+        """Check now and then whether the topic still exists.  Raises TransportError if not.
 
-        Where nothing comes nobody else would ask: the new one may be exactly as long as what was read of the old.  A broker that is away is
-        asked nothing by the admin client: librdkafka may abort (its issue 4605).
+        Called in every turn.  `committed` asks for the group's offsets, which vanish with their topic.  If no records arrive, nothing else would notice:
+        the new topic may be exactly as long as what was read of the old one.  The admin client is used only once the broker has answered, as
+        librdkafka may abort if the broker is unreachable (its issue 4605).
         """
         now = self._member.environment.monotonic()
         if now >= self._look_at:
@@ -43,17 +44,19 @@ class Foreign:
                 self.same()
 
     def same(self) -> None:
-        """Asked between reading and committing.  Raises TransportError once another topic has the name; else all that was read is of this one, as no id comes back.
+        """Check the topic's id between reading and committing.  Raises TransportError if another topic has the name now.
 
-        1. it is deleted and made anew between two requests of our consumer, and gets more records than were read of the old one
-        2. the consumer goes on at the offset where it was, and what lies before that in the new one is never read
+        1. The topic is deleted and created anew between two requests of our consumer, and gets more records than were read of the old one.
+        2. The consumer goes on at its offset, and the records before that offset in the new topic are never read.
+
+        If the id is the same, all records that were read are of this topic, as no id is used twice.
         """
         member = self._member
         if again(member.environment, self._id) != member.incarnation:
             raise TransportError(f"{self._topic} was deleted, or made anew, while {member.group} read it; the next start reads the new one from its begin")
 
     def _id(self) -> str:
-        """Empty if there is no such topic.  Raises KafkaException."""
+        """The topic's id; empty if there is no such topic.  Raises KafkaException."""
         try:
             return str(topics.told(self._member.admin.describe_topics(TopicCollection([self._topic]), request_timeout=_ANSWER_S)[self._topic], _ANSWER_S).topic_id)
         except KafkaException as error:
@@ -62,30 +65,30 @@ class Foreign:
             raise
 
     def count(self) -> int:
-        """Its partitions now.  Raises TransportError."""
+        """The present partition count.  Raises TransportError."""
         return topics.describe(self._member.admin, self._member.config, self._topic)[1]
 
     def noted(self, where: TopicPartition) -> int:
-        """A committed offset; none if it was noted for the topic that had this name before.
+        """The committed offset; OFFSET_INVALID if its note names the topic that had this name before.
 
-        Copied to another cluster it has the note of the first: who wants it says so.
+        An offset that was copied to another cluster has the note of the first one; `accept_offset_reset` accepts it.
         """
         if where.metadata == self._member.incarnation:
             self._known.add(where.partition)
         if not where.metadata or where.metadata == self._member.incarnation or self._member.config.accept_offset_reset:
             return where.offset
-        self.same()  # it may be this process that knows only the old one
+        self.same()  # raises if it is this process that knows only the old topic
         place = f"{where.topic}[{where.partition}]"
         self._say(f"{place} was made anew while {self._member.group} read it, up to {where.offset}: it is read from its begin; what was left of the old one is lost")
         return OFFSET_INVALID
 
     def there(self, number: int, position: int, begin: int, end: int) -> int:
-        """Where this partition is read on from."""
+        """The offset from which this partition is read on; logs what was lost."""
         if begin <= position <= end:
             return position
         if position < begin:
             said, next = f"retention deleted {begin - position} records before {self._member.group} read them", begin
-        elif number in self._known:  # by an election of a replica that was behind, say: from its begin all would be read twice
+        elif number in self._known:  # such as by the election of a replica that was behind: from the beginning everything would be read twice
             said, next = f"it has lost its last records: it ends at {end}, before {position}, which would be next", end
         else:
             said, next = f"it ends at {end}, before {position}, which would be next: it was made anew, or has lost its last records", begin

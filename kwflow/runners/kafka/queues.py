@@ -1,8 +1,8 @@
-"""A worker's loop on Kafka: calls of activities out of the topics of queues, their answers into the input topic of the engines (M6.6).
+"""A worker's loop on Kafka: it reads activity calls from the topics of queues, and writes their answers to the engines' input topic (M6.6).
 
-At least once: a record is done once its answer is in the log, or nobody waits for it any more, and the group's position
-goes past it then (`ledger.py`).  A worker that dies leaves what was open to the others of its group.  Who runs a call is
-a Worker (ports.py), which knows no log; nothing here blocks for longer than the grace period of a partition that leaves.
+At least once: a record is done once its answer is in the log, or nobody waits for it any more; only then the group's
+position moves past it (`ledger.py`).  When a worker dies, its open calls go to the others in its group.  A Worker (ports.py),
+which knows no log, runs the calls.  Nothing here blocks for longer than the grace period of a partition that leaves.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = ["QueueRunner"]
 
 _AHEAD_BYTES_MAX = 32_000_000
 _GATHER_MAX = 500
-_NOT_TAKEN = (KafkaError.OFFSET_METADATA_TOO_LARGE, KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.TOPIC_AUTHORIZATION_FAILED)  # of a commit: in the next turn neither
+_NOT_TAKEN = (KafkaError.OFFSET_METADATA_TOO_LARGE, KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.TOPIC_AUTHORIZATION_FAILED)  # errors of a commit that would fail in the next turn too
 _WAIT_S = 0.05
 _COMMIT_S = 1.0
 _ASK_S = 10
@@ -56,7 +56,7 @@ _ANEW = "{topic}[{number}] begins anew, at {offset}: it was deleted and created 
 
 
 def _passing(error: KafkaError) -> bool:
-    """Whether the same is worth asking again: what is the client's own (a connection that is lost) passes, as long as the client lives."""
+    """Whether it is worth asking again: the client's own errors, such as a lost connection, pass as long as the client is alive."""
     return topics.transient(error) or (error.code() < 0 and not error.fatal())
 
 
@@ -65,10 +65,10 @@ class _Answer(msgspec.Struct):
 
 
 class QueueRunner:
-    """Serves these queues, as one of the workers of an application.  `work` makes who runs the calls, given where answers go.
+    """Serves these queues, as one of an application's workers.  `work` creates the Worker that runs the calls, and is given where to deliver answers.
 
-    Raises TransportError when a topic is missing.  Invariant: a number stands for one assignment of one partition, and for
-    no later one, so that an answer which comes late meets nothing.
+    Raises TransportError if a topic is missing.  Invariant: a number stands for one assignment of one partition, and never
+    for a later one, so that a late answer closes nothing.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class QueueRunner:
         self.environment = environment
         self.clock = clock or SystemClock()
         self.names = list(names)
-        self._care = care  # where calls run here, one of them may end this process
+        self._care = care  # true if calls run in this process, so that one of them may kill it
         self.on_log = on_log
         self.stats = Stats()
         self._encryption = Encryption(config)
         self._count = itertools.count()
         self._owned: dict[int, OpenCalls] = {}
-        self._assigned: list[TopicPartition] = []  # not owned yet
-        self._delivered: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what is to be done on our thread, as something is in the log
+        self._assigned: list[TopicPartition] = []  # assigned, but not owned yet
+        self._delivered: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # work for our thread, now that something is in the log
         self._joined = self._paused = False
         self._unknown: set[str] = set()
         self._committed_s = 0.0
@@ -100,7 +100,7 @@ class QueueRunner:
             "partition_assignment_strategy": "cooperative-sticky", "session_timeout_ms": 6000, "enable_partition_eof": True, "fetch_queue_backoff_ms": 10,
             "topic_metadata_propagation_max_ms": topics.TOPIC_MS,
         }  # fmt: skip
-        if config.instance_id is not None and care:  # as of an engine (K1): who is started again has its partitions at once; of the workers of a machine, one for each choice of queues
+        if config.instance_id is not None and care:  # as in an engine (K1): a restarted worker has its partitions at once; unique per set of queues on a machine
             settings["group_instance_id"] = f"{config.workers_group}-{config.instance_id}-{config.process}-{zlib.crc32(' '.join(sorted(names)).encode()):08x}"
         self._consumer = environment.consumer(topics.client_config(config, **settings) | {"error_cb": BrokerErrors(on_log), "on_commit": self._on_commit})
         self._orphans: Orphans | None = None
@@ -114,7 +114,7 @@ class QueueRunner:
 
     # -- the loop --------------------------------------------------------------------------------------------------
     def run(self, until: Callable[[], bool]) -> None:
-        """Go on until `until()`; then let what runs finish, for the grace period, and leave the group.  Raises TransportError when it has to be started again."""
+        """Run until `until()`; then let running calls finish, within the grace period, and leave the group.  Raises TransportError if it must be restarted."""
         try:
             while not until():
                 self.turn()
@@ -128,7 +128,7 @@ class QueueRunner:
             self._consumer.close()
 
     def turn(self) -> None:
-        """Read what there is room for, run it, and note what was answered."""
+        """Read as many calls as there is room for, run them, and note those that were answered."""
         self.stats.turned_s = time.monotonic()
         if self._assigned:
             self._take_over()
@@ -148,7 +148,7 @@ class QueueRunner:
             self._join_again()
 
     def _make_room(self) -> None:
-        """Reading stops while too much is open; a consumer that is not asked at all would lose its partitions."""
+        """Pause reading while too much is open.  The consumer is still polled, as it would otherwise lose its partitions."""
         aside = sum(len(partition.aside) for partition in self._owned.values())
         ahead = sum(len(partition.offsets) for partition in self._owned.values()) - aside
         full = ahead >= AHEAD_MAX or aside >= ASIDE_MAX or (ahead > 1 and sum(partition.bytes for partition in self._owned.values()) >= _AHEAD_BYTES_MAX)
@@ -164,7 +164,7 @@ class QueueRunner:
         if error is None:
             record = record_of(message, self._encryption)
             number = self._number_of(record.topic, record.partition)
-            if number is not None:  # else it was fetched before the partition left
+            if number is not None:  # if None, it was fetched before the partition left
                 number = self._begun_anew(number, record)
                 self._read(number, self._owned[number], record)
         elif error.code() == KafkaError._PARTITION_EOF:
@@ -177,11 +177,14 @@ class QueueRunner:
             raise ending(self.config.workers_group, error)
 
     def _number_of(self, topic: str | None, partition: int | None) -> int | None:
-        """Of the assignment that a partition is ours by now."""
+        """The number of the assignment by which a partition is ours now; None if it is not ours."""
         return next((number for number, mine in self._owned.items() if (mine.topic, mine.number) == (topic, partition)), None)
 
     def _begun_anew(self, number: int, record: Record) -> int:
-        """A topic that was deleted and made again: what is known of its offsets would pass over calls that nobody has done."""
+        """Start afresh if the topic was deleted and created again; return the assignment's number.
+
+        What was noted about offsets of the old topic would make us skip calls that nobody has done.
+        """
         partition = self._owned[number]
         if not partition.ledger.behind(record.offset):
             return number
@@ -215,18 +218,21 @@ class QueueRunner:
             self.worker.committed(number, [asked])
 
     def _begin(self) -> None:
-        """All that was read in this turn and not taken back in it.  What a call has killed a worker with it kills the next one with; so it is noted before, and has failed the second time (K19)."""
+        """Begin the calls that were read in this turn and not withdrawn in it.
+
+        A call that kills one worker kills the next one too.  So in careful mode calls are noted before they begin, and fail after the second death (K19).
+        """
         fresh = {number: calls for number, partition in self._owned.items() if partition.noted and (calls := partition.next())}
         careful = [partition for number in fresh if (partition := self._owned[number]).careful]
         if careful:
             self._note(careful)
         for number, calls in fresh.items():
-            if self._owned[number].noted:  # else the group did not take it now, and they wait
+            if self._owned[number].noted:  # if not, the group did not accept the note now, and the calls wait
                 self._owned[number].begin(calls)
                 self.worker.committed(number, calls)
 
     def _fail(self, number: int, call: Dispatch) -> None:
-        """It ran when two workers died, one after the other: an attempt of it has failed."""
+        """Fail an attempt of a call that was running when two workers died, one after the other."""
         said = f"two workers died while activity {call.name} of {call.workflow_id} (attempt {call.attempt}) ran: out of memory, say, or a crash in C"
         self.stats.counts["worker-died"] += 1
         self.on_log(Line.of(f"{said}; the attempt has failed", "error"))
@@ -234,7 +240,7 @@ class QueueRunner:
         self._deliver(number, call.workflow_id.encode(), record, call.headers, lambda _: None)
 
     def _refuse(self, partition: OpenCalls, record: Record, error: ProtocolError) -> None:
-        """Into the dead letters, and done once it is there."""
+        """Dead-letter a record; it is done once the letter is in its topic."""
         letter = dead_letter(self.config, record, error.reason, str(error), self.clock.now_ms())
         self.stats.counts["dead-letter"] += 1
         self.on_log(Line.about(f"dead letter {record.topic}[{record.partition}]@{record.offset}: {error}", record, "warning"))
@@ -249,7 +255,7 @@ class QueueRunner:
 
     # -- answers -----------------------------------------------------------------------------------------------------
     def _deliver(self, number: int, key: bytes, value: bytes, headers: Headers, done: Callable[[str | None], None]) -> None:
-        """A call's answer, from any thread."""
+        """Deliver a call's answer.  May be called from any thread."""
 
         def delivered(refused: str | None) -> None:
             if refused is None:
@@ -264,7 +270,7 @@ class QueueRunner:
             self.stats.counts["answered"] += 1
 
     def finish(self, id: str, ref: str) -> None:
-        """From any thread: somebody else has answered this call, or nobody waits for it any more."""
+        """Close a call that somebody else has answered, or that nobody waits for any more.  May be called from any thread."""
 
         def close() -> None:
             for number in self._owned:
@@ -277,7 +283,7 @@ class QueueRunner:
             self._delivered.get()()
 
     def _note(self, partitions: Iterable[OpenCalls]) -> None:
-        """Before what comes next.  What the group does not take now, as its members change, is noted in the next turn."""
+        """Commit the notes of these partitions, and wait for it.  If the group refuses it now, because its members change, the next turn does it."""
         try:
             self._commit(partitions, wait=True)
         except KafkaException as error:
@@ -303,27 +309,27 @@ class QueueRunner:
             self._consumer.commit(offsets=changed)
 
     def _on_commit(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
-        """What was not committed is with the next one; a member that was evicted hears of it by losing its partitions."""
+        """Repeat a failed commit with the next one.  An evicted member learns of that by losing its partitions."""
         if error is not None:
             self._forget_notes()
 
     # -- the group ---------------------------------------------------------------------------------------------------
     def _on_assign(self, consumer: Consumer, places: list[TopicPartition]) -> None:
-        """Its begin is looked up in the next turn.
+        """Note assigned partitions.  Where to begin is looked up in the next turn, not in this callback:
 
-        1. a broker stops, and its members share the partitions anew
-        2. what it is asked in here fails, and goes through the client's C code, behind which it is nothing that an `except` takes
-        3. the thread of this loop is gone, and nothing was said
+        1. A broker stops, and the group's members rebalance.
+        2. A request made in here fails, and its error passes through the client's C code, after which no `except` catches it.
+        3. The thread of this loop would be gone, without a word.
         """
         self._joined = True
         where = [TopicPartition(place.topic, place.partition, OFFSET_BEGINNING) for place in places]
         consumer.incremental_assign(where)
         if where:
-            consumer.pause(where)  # and resumed: the client keeps it paused for its next owner, which we may be
+            consumer.pause(where)  # _take_over resumes it: the client keeps a partition paused for its next owner, which may be us
         self._assigned += where
 
     def _join_again(self) -> None:
-        """Leave the group and join it, so that it shares all partitions anew; what is polled meanwhile is read again by whoever has them then."""
+        """Leave the group and join it again, so that it reassigns all partitions.  Records that are polled meanwhile are read again by the next owners."""
         self.on_log(f"{self.config.workers_group}: partitions of {', '.join(self.names)} belong to nobody; joining again")
         self._consumer.unsubscribe()
         give_up = self.environment.monotonic() + self.config.activity_grace_s + _LEAVE_S
@@ -334,7 +340,7 @@ class QueueRunner:
         self._subscribe()
 
     def _take_over(self) -> None:
-        """What was assigned, from where the group stands.  What the broker does not tell now is asked again in the next turn."""
+        """Own the assigned partitions, from the group's positions on.  If the broker does not answer now, the next turn asks again."""
         places = [TopicPartition(place.topic, place.partition) for place in self._assigned]
         try:
             known = {(place.topic, place.partition): place for place in self._consumer.committed(places, timeout=_ASK_S)}
@@ -375,7 +381,7 @@ class QueueRunner:
         consumer.incremental_unassign(places)
 
     def _on_lost(self, consumer: Consumer, places: list[TopicPartition]) -> None:
-        """Others have them already."""
+        """Drop partitions that others own already."""
         for number in self._numbers(places):
             del self._owned[number]
             self.worker.disown(number)
@@ -386,14 +392,14 @@ class QueueRunner:
         return [number for number, partition in self._owned.items() if (partition.topic, partition.number) in left]
 
     def _give_back(self, numbers: list[int], grace_s: float) -> None:
-        """What runs may end, all of it within the grace period; what was answered is noted for the next owner."""
+        """Let running calls end, all within the grace period, and note for the next owner which ones were answered."""
         give_up = self.environment.monotonic() + grace_s
         for number in numbers:
             self.worker.disown(number, max(0.0, give_up - self.environment.monotonic()))
         self._settle()
         try:
             self._commit([self._owned[number] for number in numbers], wait=True, held=False)
-        except KafkaException as error:  # they are somebody's again, or the broker is away: what was answered is asked for once more
+        except KafkaException as error:  # they have a new owner already, or the broker is unreachable: calls that were answered will run again
             self.on_log(Line.of(f"{self.config.workers_group}: what was answered last could not be noted: {error.args[0].str()}", "warning"))
         for number in numbers:
             del self._owned[number]
@@ -404,7 +410,7 @@ class QueueRunner:
         return (self.worker,)
 
     def seen(self) -> list[Seen]:
-        """How each queue stands; asks the broker for its ends."""
+        """The present state of each queue; asks the broker for its ends."""
         owned = list(self._owned.copy().values())
         found = []
         for name in self.names:
@@ -418,4 +424,4 @@ class QueueRunner:
         return None
 
     def ends_in_a_call(self) -> None:
-        """Nothing is noted of what killed a worker: a call that does comes to an end with its attempts."""
+        """Nothing to note: a call that kills workers ends when its attempts are used up."""

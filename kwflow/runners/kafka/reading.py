@@ -1,4 +1,4 @@
-"""Reading a topic on Kafka to its end of now, for whoever has to know all that is committed there."""
+"""Reading a topic on Kafka to its present end, for callers that must know everything that is committed there."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from kwflow.runners.kafka.member import END_WAIT_MS
 
 __all__ = ["gather", "read_to"]
 
-_STILL_S = 40  # with nothing new: what lies behind somebody's open transaction becomes visible when that ends, after 15 s at the latest if it is ours (K1)
+_STILL_S = 40  # without a new record: records behind an open transaction become visible when it ends, after 15 s at most if it is kwflow's (K1)
 
 
 def gather(consumer: Consumer, most: int, seconds: float) -> list[Message]:
-    """What is here, after waiting so long for the first: `consume` waits for all of it, or for the whole time."""
+    """Return the messages that have arrived, after waiting at most `seconds` for the first.  `consume` alone would wait for all of them, or for the whole time."""
     first = consumer.poll(seconds)
     if first is None:
         return []
@@ -28,10 +28,10 @@ def gather(consumer: Consumer, most: int, seconds: float) -> list[Message]:
 
 
 def read_to(environment: Environment, config: Config, topic: str, ends: Mapping[int, int], starts: Mapping[int, int]) -> Iterator[Record]:
-    """What is committed from these offsets (0 where none is given) to these ends, and perhaps some more.
+    """Yield the committed records from these offsets (0 if none is given) to these ends, and perhaps some more.
 
-    The end that a consumer of committed records is told of lies before the first transaction that is open, be there what
-    there may behind it; so that end counts only once it has come as far as the topic's own.  Raises TransportError.
+    A consumer of committed records is told of an end that lies before the first open transaction, whatever follows that.  So an
+    end that is reported counts only once it is as far as the given one.  Raises TransportError.
     """
     left = {number for number, end in ends.items() if starts.get(number, 0) < end}
     if not left:
@@ -48,7 +48,7 @@ def read_to(environment: Environment, config: Config, topic: str, ends: Mapping[
                 if error is None:
                     yield topics.record_of(message, encryption)
                     reached, give_up = reached + 1, environment.monotonic() + _STILL_S
-                elif error.code() != KafkaError._PARTITION_EOF:  # that is the only sign, if all that is left is the marker of a transaction: no record
+                elif error.code() != KafkaError._PARTITION_EOF:  # the end is the only sign if all that is left is a transaction marker, which is not a record
                     if not topics.transient(error):
                         raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.str()}")
                     continue

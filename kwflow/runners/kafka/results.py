@@ -1,7 +1,7 @@
-"""Results of activities into the input topic: idempotent, outside any transaction (M6.3).
+"""Writing results of activities into the input topic: idempotently, outside of any transaction (M6.3).
 
-A result may be written twice or by a former owner; the ref it answers is gone then, and it is ignored.  So this
-producer needs no fencing, and one that broke is replaced and its records are written again.
+A result may be written twice, or by a former owner; then the ref that it answers is gone, and it is ignored.  So this
+producer needs no fencing.  A broken producer is replaced, and its records are written again.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["Results"]
 
 _REFUSED = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_RECORD, KafkaError.TOPIC_AUTHORIZATION_FAILED}
 _POLL_S = 0.1
-_KEY_BYTES_MAX = 1_000  # of an id, which counts in the limit of the producer too
+_KEY_BYTES_MAX = 1_000  # of an id, which counts towards the producer's limit too
 
 
 class Results:
-    """A producer that is made with the first result, and what serves its delivery reports meanwhile."""
+    """A producer that is created with the first result, and a background task that serves its delivery reports."""
 
     def __init__(self, config: Config, topic: str, environment: Environment, batch_size: int = 1_000_000) -> None:
-        """`batch_size` is what every topic takes (K11)."""
+        """`batch_size` is a size that every topic accepts (K11)."""
         self.config = config
         self.batch_size = batch_size
         self.topic = topic
@@ -40,7 +40,7 @@ class Results:
         self._closed = False
 
     def deliver(self, _partition: int, key: bytes | None, value: bytes | None, headers: Headers, done: Callable[[str | None], None]) -> None:
-        """Produce until the broker has it or refuses it for good.  Raises KafkaException when this one record cannot even be queued."""
+        """Produce a record until the broker has it or refuses it for good.  Raises KafkaException if this record cannot even be queued."""
 
         def delivered(error: KafkaError | None, _message: Message) -> None:
             if error is None:
@@ -83,11 +83,11 @@ class Results:
         while not self._closed and (self._producer is producer or len(producer)):
             try:
                 producer.poll(_POLL_S)
-            except KafkaException:  # it broke; librdkafka says so once, in whatever call serves its events, and gives back what was queued in the next ones
+            except KafkaException:  # it broke: librdkafka raises this once, in any call that serves its events; the next calls report the queued records as failed
                 self._replace(producer)
 
     def close(self) -> None:
-        """What is not delivered yet stays with the calls that lie in the store."""
+        """Stop.  Results that are not delivered yet are lost, but their calls are still in the store."""
         self._closed = True
         if self._served is not None:
             self._served()

@@ -1,8 +1,8 @@
 """The exactly-once loop on Kafka: gather, step, commit, settle (K1-K18; one processor, one consumer, one producer).
 
-A batch's outputs, state changes and offsets are one transaction; author code runs before it begins (K15), nobody polls
-from the last consume until the commit has returned (K2), and RocksDB is written only after it (K8).  A transaction
-that was aborted is made again from its first offset; what is fenced, fatal or unknown ends the process (K4).
+A batch's outputs, state changes and offsets are one transaction.  Author code runs before the transaction begins (K15),
+nobody polls from the last consume until the commit has returned (K2), and RocksDB is written only after the commit (K8).  An
+aborted transaction is repeated from its first offset; an error that is fenced, fatal or unknown ends the process (K4).
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ _FIRED_MAX = 500
 _BYTES_MIN = 16_384
 _QUIET_S = 60.0
 _DAY_MS = 86_400_000
-_REPLY_ASK_S = 10.0  # a reply topic may get more partitions; how often the broker is asked because of an address it does not have
+_REPLY_ASK_S = 10.0  # how often the broker is asked for the reply topic's partitions, which may grow, because of an address that does not exist
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class _Refused(msgspec.Struct, frozen=True):
-    """Why a record is not applied; `topic` is the one that does not take what it makes, where that is known."""
+    """Why a record is not applied; `topic` is the one that refuses its outputs, if known."""
 
     reason: str
     topic: str = ""
 
 
 def _mapped(method: _F) -> _F:
-    """What no rule expected of the broker ends the process as one line, to be started again: never as a bug of ours."""
+    """Turn an unexpected error of the broker into one that ends the process in one log line, to be restarted: never report it as a bug of ours."""
 
     @functools.wraps(method)
     def mapped(*arguments: Any, **named: Any) -> Any:
@@ -81,7 +81,7 @@ def _mapped(method: _F) -> _F:
 
 
 class KafkaRunner:
-    """Runs one processor.  Raises FencedError or TransportError when this process has to end and be started again."""
+    """Runs one processor.  Raises FencedError or TransportError if this process must end and be restarted."""
 
     @_mapped
     def __init__(
@@ -114,10 +114,10 @@ class KafkaRunner:
         self.results = Results(config, self.processor.input_topic, environment, sizes["batch_size"])
         self.worker = self.processor.work(self.results.deliver)
         self._turns = 0
-        self._bytes_max = config.batch_bytes_max  # of a transaction: what is aborted may have been more than its line takes in time, and is made again in halves
+        self._bytes_max = config.batch_bytes_max  # of a transaction; halved by an abort, as the batch may have been too large for its network line
         self.stats = Stats()
         self.counts = self.stats.counts
-        self._metadata: Any = None  # who we are in the group as of `_generation`; it takes a millisecond to ask, and with what is out of date the commit is refused
+        self._metadata: Any = None  # our group metadata as of `_generation`; asking takes a millisecond, and outdated metadata makes the commit fail
         self._generation = -1
         self.owners = Owners(self.member)
         self._attempts = Attempts(self.directory, self.owners.attempted)
@@ -128,7 +128,7 @@ class KafkaRunner:
 
     # -- who we are (K1) -------------------------------------------------------------------------------------------
     def _instance_id(self) -> str:
-        """A UUID in the locked state directory: two processes never share one."""
+        """Return our identity: a UUID in the locked state directory, so that two processes never share one; or the configured instance_id."""
         path = private(self.directory) / "instance-id"
         self._lock = open(path, "a+", encoding="utf-8", errors="replace")
         try:
@@ -147,7 +147,7 @@ class KafkaRunner:
         return f"{known}-{self.config.process}"
 
     def _limits(self, names: Iterable[str]) -> tuple[dict[str, int], int]:
-        """Producer sizes that every topic takes (K11), and how old a local copy may be (K8)."""
+        """Producer sizes that every topic accepts (K11), and how old a local copy may be, in ms (K8)."""
         there = topics.partitions_of(self.admin, self.config)
         self._reply_partitions, self._reply_asked = there.get(self.config.reply_topic, 0), 0.0
         settings = topics.settings_of(self.admin, [name for name in names if name in there])
@@ -157,7 +157,7 @@ class KafkaRunner:
     # -- the loop --------------------------------------------------------------------------------------------------
     @_mapped
     def run(self, until: Callable[[], bool]) -> None:
-        """Go on until `until()`, asked after each batch; then leave the group.  From here on this process is an engine (semantics §3.3)."""
+        """Run until `until()`, which is called after each batch, then leave the group.  From here on this process is an engine (semantics §3.3)."""
         set_abandoning(True, everywhere=True)
         clean = False
         try:
@@ -169,31 +169,31 @@ class KafkaRunner:
         except TransportError:
             self._attempts.finished()  # the broker's fault, or the disk's, not a record's (K19)
             raise
-        except KafkaException as error:  # what no place above knows an answer to ends this process (K4)
+        except KafkaException as error:  # an error that nothing above handles ends this process (K4)
             self._attempts.finished()
             raise ending(self.group, error.args[0]) from error
         finally:
             if self.worker is not None:
                 self.worker.close(self.config.activity_grace_s if clean else 0)
                 self.results.close()
-            with contextlib.nullcontext() if clean else contextlib.suppress(TransportError):  # of a full disk: what was raised says it
+            with contextlib.nullcontext() if clean else contextlib.suppress(TransportError):  # such as for a full disk, which the error being raised already reports
                 self.takeover.close(clean)
             self._lock.close()
 
     def close(self) -> None:
-        """Let go of everything, of a runner that is not run after all: a consumer that has joined and was never asked since keeps its process from ending, for ever."""
+        """Close everything in a runner that is not run after all: a consumer that has joined, and is never polled again, keeps its process from ending forever."""
         self.takeover.close(clean=False)
         self._lock.close()
 
     def ends_in_a_call(self) -> None:
-        """From another thread: this process is ended because a call of the client does not return, which is no record's fault (K19)."""
+        """Note, from another thread, that this process is ended because a call of the client does not return, which is no record's fault (K19)."""
         self._attempts.interrupted()
 
     def turn(self) -> None:
-        """One transaction of records, then what is due.
+        """Commit one transaction of records, then fire what is due.
 
-        What was gathered and did not fit stays with its partition: between two transactions the group, timers and
-        activities get their turn, however slow the steps are.
+        Gathered records that did not fit stay with their partition: between two transactions the group, timers and activities
+        get their turn, however slow the steps are.
         """
         self.stats.turned_s = time.monotonic()
         self._gather()
@@ -216,10 +216,10 @@ class KafkaRunner:
                 if partition.gathered:
                     partition.drop()
                     self.takeover.seek(number, partition.position)
-            self.environment.sleep(RETRY_S * 2 ** min(self.transactions.aborts, 5))  # a member that was evicted hears of it with its next heartbeat
+            self.environment.sleep(RETRY_S * 2 ** min(self.transactions.aborts, 5))  # an evicted member learns of it with its next heartbeat
 
     def _work(self) -> None:
-        """Activities of a partition begin once all that was in its log at the takeover has been applied: some of it are results."""
+        """Run activities.  Those of a partition begin once everything in its log at the takeover has been applied, as some of it may be results."""
         if self.worker is None:
             return
         for number, partition in self.owned.items():
@@ -228,7 +228,7 @@ class KafkaRunner:
         self.worker.turn()
 
     def _gather(self) -> None:
-        """What is here, of partitions that are ours after the last consume (K2): nobody polls again before the commit."""
+        """Gather the records that have arrived for partitions that are ours after the last consume (K2); nobody polls again before the commit."""
         waiting = [record for partition in self.owned.values() for record in partition.gathered]
         due = [partition.due_of(self.processor) for partition in self.owned.values() if partition.caught_up]
         wait = min([0.0 if waiting else self.takeover.wait_s, *(max(0.0, (at - self.clock.now_ms()) / 1000) for at in due if at is not None)])
@@ -239,9 +239,9 @@ class KafkaRunner:
         for message in messages:
             error = message.error()
             if error is None:
-                # 1. a partition is assigned, at an offset that is only a placeholder, and paused
-                # 2. what was fetched before the pause is delivered here, in the same gather
-                # 3. it is restored and owned, and those old records would be stepped again
+                # 1. A partition is assigned at an offset that is only a placeholder, and paused.
+                # 2. Records that were fetched before the pause are delivered here, in the same gather.
+                # 3. If they were kept, they would be stepped again once the partition is restored and owned.
                 partition = self.owned.get(message.partition() or 0)
                 if partition is not None and (message.offset() or 0) >= partition.position:
                     partition.gathered.append(record_of(message, self.member.encryption))
@@ -260,20 +260,20 @@ class KafkaRunner:
         return f"; unless that is a later start of this engine, another one has the same identity, {self.instance}: {where}"
 
     def _reached(self) -> None:
-        """Ends that were read, once everything before them is applied: a batch that was aborted is read again first (K18)."""
+        """Note the ends of logs up to which everything is applied: the records of an aborted batch must be read again first (K18)."""
         for partition in self.owned.values():
             if not partition.gathered:
                 partition.reached = partition.end
 
     def _process(self) -> None:
-        """One transaction; after an unclean stop of a few records only, where the one that killed us may be (K19)."""
+        """Commit one transaction.  After an unclean stop it has only a few records, as long as the one that killed the process may be among them (K19)."""
         waiting = [partition for partition in self.owned.values() if partition.gathered]
         careful = next((partition for partition in waiting if partition.next_is_careful(self.config.batch_records_max)), None)
         if careful is not None:
             self._process_carefully(careful.number, [record for record in careful.gathered if record.offset < careful.careful_until])
         elif waiting:
             self._turns += 1
-            first = self._turns % len(waiting)  # slow steps of one partition leave little of the budget to those after it: each is the first in its turn
+            first = self._turns % len(waiting)  # slow steps in one partition leave little budget to the others, so each goes first in turn
             self._transact([record for partition in (*waiting[first:], *waiting[:first]) for record in partition.gathered])
 
     def _process_carefully(self, number: int, records: list[Record]) -> None:
@@ -285,18 +285,21 @@ class KafkaRunner:
             raise
 
     def _transact(self, records: list[Record], refused: _Refused | None = None, alone: int = 0) -> list[Record]:
-        """One transaction, as large as its budget; those that it left.  A record that the broker rejects alone, twice, is refused; if it takes not even that, next to nothing is left of it (K11)."""
+        """Commit one transaction, as large as its budget; return the records that did not fit.
+
+        A record that the broker rejects twice, alone, is refused; if the broker rejects that too, a bare dead letter takes its place (K11).
+        """
         batch, done = self._step(records, refused, alone > 2)
         taken = [record for mine in done.values() for record in mine]
         why = None
         if len(taken) > 1 and batch.bytes() > self._bytes_max:
-            why = _Refused(f"more than {self._bytes_max} bytes (batch_bytes_max, or what was aborted last)")  # known once the states are saved; nothing was produced yet
+            why = _Refused(f"more than {self._bytes_max} bytes (batch_bytes_max, or what was aborted last)")  # known only now that the states are saved; nothing was produced yet
         else:
             try:
                 self._commit(batch)
             except Rejected as error:
                 why = _Refused(error.reason, error.topic)
-        if why is not None:  # not inside the handler: author code that runs there would have our error as the context of its own
+        if why is not None:  # not inside the handler: errors of author code that runs in it would get our error as their context
             self._in_halves(taken, refused, why, alone)
         return [record for record in records if record.offset >= batch.positions[record.partition]]
 
@@ -313,7 +316,7 @@ class KafkaRunner:
                 rest = self._transact(rest)
 
     def _step(self, records: list[Record], refused: _Refused | None, bare: bool) -> tuple[Batch, dict[int, list[Record]]]:
-        """What these records do, up to the budget of one transaction; and which of them, by partition."""
+        """Decide what these records do, up to the budget of one transaction; return the batch, and the records in it by partition."""
         batch, done = Batch(), {}
         by_partition: dict[int, list[Record]] = {}
         for record in records:
@@ -335,7 +338,7 @@ class KafkaRunner:
         return batch, done
 
     def _decide(self, overlay: Overlay, records: list[Record], budget: Budget) -> tuple[list[Decision], list[Record]]:
-        """The processor's decisions, and for which record each; those on the wrong partition go to the right one first (K6)."""
+        """The processor's decisions, and the record of each.  Records in the wrong partition are forwarded to the right one (K6)."""
         now_ms = self.clock.now_ms()
         right = [record for record in records if self._at_home(record)]
         made = self.processor.decide(overlay, right, now_ms, budget) if right else []
@@ -345,20 +348,20 @@ class KafkaRunner:
         last = right[len(made) - 1].offset if len(made) < len(right) else records[-1].offset
         away = [record for record in records if record.offset <= last and id(record) not in at_home]
         pairs = [*zip(made, right, strict=False), *((forward(self.config, record, self.partitions, now_ms), record) for record in away)]
-        pairs.sort(key=lambda pair: pair[1].offset)  # the second half of a batch that is divided must not lie before the first
+        pairs.sort(key=lambda pair: pair[1].offset)  # by offset, as the second half of a batch that is split must not lie before the first
         return [decision for decision, _ in pairs], [record for _, record in pairs]
 
     def _at_home(self, record: Record) -> bool:
         return record.key is None or not self.processor.changelog_topic or partition_of(record.key, self.partitions) == record.partition
 
     def _refuse(self, overlay: Overlay, record: Record, why: _Refused) -> Decision:
-        """An instance that it would park is on another partition, if the record should be there, too (K6)."""
+        """Refuse a record.  If it is in the wrong partition it is dead-lettered, as the instance that it would park is in another one (K6)."""
         if self._at_home(record):
             return self.processor.refuse(overlay, record, why.reason, why.topic)
         return dead(self.config, record, "refused", why.reason, self.clock.now_ms())
 
     def _remnant(self, record: Record, why: str) -> Decision:
-        """Headers of a topic that is somebody else's are no address of ours: nobody is answered."""
+        """A bare dead letter (K11).  Headers from somebody else's topic are not our reply addresses, so nobody is answered."""
         return remnant(self.config, record if self.processor.changelog_topic else msgspec.structs.replace(record, headers=()), why, self.clock.now_ms())
 
     def _fire(self) -> None:
@@ -374,11 +377,11 @@ class KafkaRunner:
                 self._commit(batch)
 
     def _pass_marks(self) -> None:
-        """Once it is quiet, commit past the marks of transactions at the end of a log.
+        """Once a partition is quiet, commit past the transaction markers at the end of its log.
 
-        1. a timer fires: its record and the mark of its transaction are the last of a partition
-        2. nothing more comes, and after a week retention deletes both
-        3. whoever takes over has to read on from the mark: that is before the begin of the log now, as if records had been lost
+        1. A timer fires: its record and its transaction's marker are the last in a partition.
+        2. Nothing more arrives, and after a week retention deletes both.
+        3. The next owner would have to read on from the marker, which is before the beginning of the log now, as if records had been lost.
         """
         now = self.environment.monotonic()
         for partition in list(self.owned.values()):
@@ -395,17 +398,17 @@ class KafkaRunner:
         return (self.processor,)
 
     def restoring(self) -> dict[tuple[str, int], tuple[int, int]]:
-        """(changelog, partition) -> (offset reached, end)."""
+        """(changelog, partition) -> (offset reached, end), for each running restore."""
         return {(self.processor.changelog_topic, number): (restore.reached, restore.end) for number, (restore, _) in self.takeover.restoring.copy().items()}
 
     def instances(self) -> Instances | None:
-        """Those of the partitions owned now; None in a scheduler."""
+        """The instances in the partitions that are owned now; None if the processor is not that of workflows."""
         if not isinstance(self.processor, WorkflowProcessor):
             return None
         return Instances(self.member.name, self.partitions, {number: partition.store.page for number, partition in self.owned.copy().items()})
 
     def seen(self) -> list[Seen]:
-        """How it stands now; asks the broker for the input's committed end."""
+        """The present state; asks the broker for the input's committed end."""
         topic, owned = self.processor.input_topic, dict(self.owned)
         ends = topics.committed_ends(self.admin, topic, owned)
         lag = {number: max(0, ends.get(number, 0) - max(partition.position, partition.reached)) for number, partition in owned.items()}
@@ -413,14 +416,14 @@ class KafkaRunner:
         if isinstance(self.processor, TimerProcessor):
             timers = 0
             for partition in owned.values():
-                with contextlib.suppress(Exception):  # its store was closed meanwhile
+                with contextlib.suppress(Exception):  # the store may have been closed meanwhile
                     timers += self.processor.waiting(partition.store)
         return [Seen(self.group, topic, self.takeover.joined, sorted(owned), sorted(self.takeover.assigned), {number: progress for (_, number), progress in self.restoring().items()}, lag, timers)]
 
     # -- commit and settle -----------------------------------------------------------------------------------------
     def _commit(self, batch: Batch) -> None:
-        """One transaction, then the local stores (K8)."""
-        begun_ms = self.clock.now_ms()  # this process may stand still in a commit, and somebody else goes on
+        """Commit one transaction, then write to the local stores (K8)."""
+        begun_ms = self.clock.now_ms()  # before the commit: this process may be suspended in it while another owner goes on
         if self.takeover.foreign is not None:
             self.takeover.foreign.same()
         reached = self.transactions.commit(batch, self._metadata)
@@ -438,7 +441,7 @@ class KafkaRunner:
                 self.worker.committed(number, items)
 
     def _reply(self, batch: Batch, replies: Iterable[Output]) -> None:
-        """Replies go with the batch; to a partition that does not exist they would abort it, so they are counted and left out."""
+        """Add replies to the batch.  One to a partition that does not exist would abort the batch, so it is counted and left out."""
         for reply in replies:
             if (reply.partition or 0) >= self._reply_partitions and self.environment.monotonic() - self._reply_asked >= _REPLY_ASK_S:
                 self._reply_asked = self.environment.monotonic()

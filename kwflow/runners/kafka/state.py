@@ -1,8 +1,9 @@
-"""The local copy of one partition's state (K8), and how it is brought up to its changelog's end (K5).
+"""The local copy of one partition's state (K8), and how it is restored to its changelog's end (K5).
 
-RocksDB, WAL on, sync off: the changelog is the truth.  Each settle writes the changes and the changelog offset they
-reach in one WriteBatch; a copy that belongs to another incarnation of input or changelog, is ahead of the changelog or behind its begin, or is
-so old that tombstones may have been compacted away is wiped and restored.
+It is a RocksDB with the WAL on and sync off: the changelog is the truth.  Each settle writes the changes, and the changelog
+offset that they reach, in one WriteBatch.  A copy is wiped and restored if it belongs to another incarnation of the input or
+the changelog, if it is ahead of the changelog or behind its beginning, or if it is so old that tombstones may have been
+compacted away.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from kwflow.runners.kafka.topics import transient
 
 __all__ = ["MOVED", "POSITION", "NoStore", "Partition", "PartitionStore", "Restore", "agreed"]
 
-POSITION = b"\0kwflow"  # K16: {incarnation, next offset, partitions} beside the state it belongs to
+POSITION = b"\0kwflow"  # K16: the key of {topic id, next offset, partition count}, stored beside the state that they belong to
 MOVED = -1
 
 _STATE, _META = b"s", b"m"
@@ -37,7 +38,7 @@ _SLICE_RECORDS = 2000
 
 
 class PartitionStore:
-    """A Store; `offset` is the changelog offset that the next restore starts from (0: nothing yet)."""
+    """A Store; `offset` is the changelog offset from which the next restore starts (0: nothing is stored yet)."""
 
     def __init__(self, environment: Environment, directory: Path, incarnation: str, clock: Clock, age_max_ms: int) -> None:
         self.environment = environment
@@ -46,19 +47,19 @@ class PartitionStore:
         self.clock = clock
         self._age_max_ms = age_max_ms
         self._read_ms = clock.now_ms()
-        self._lock = threading.Lock()  # of `page` and `close`: an iterator that another thread has open would keep the database
+        self._lock = threading.Lock()  # for `page` and `close`: an iterator that another thread has open would keep the database open
         self._closed = False
         try:
             self._db = environment.database(directory)
         except OSError:
             raise
-        except Exception:  # one damaged store is wiped alone
+        except Exception:  # a damaged store is wiped; the others are not affected
             environment.wipe(directory)
             self._db = environment.database(directory)
         written_ms = int(self._meta("written") or 0)
-        if not written_ms:  # nothing was ever: it is new
+        if not written_ms:  # nothing was ever written: it is new
             self._begin()
-        elif self._meta("incarnation") != incarnation or abs(clock.now_ms() - written_ms) > age_max_ms:  # written by a clock that was far ahead: of any age
+        elif self._meta("incarnation") != incarnation or abs(clock.now_ms() - written_ms) > age_max_ms:  # abs: if the clock was far ahead when it was written, its age is unknown
             self.wipe()
 
     def _meta(self, name: str) -> str:
@@ -69,19 +70,19 @@ class PartitionStore:
         return int(self._meta("offset") or 0)
 
     def wipe(self) -> None:
-        """Start from nothing."""
+        """Delete everything and start from an empty store."""
         self._db.close()
         self.environment.wipe(self.directory)
         self._db = self.environment.database(self.directory)
         self._begin()
 
     def is_too_old(self) -> bool:
-        """Asked after each read of the changelog, and before that is settled: whether this process stood still for so long that tombstones may be gone."""
+        """Whether this process was suspended for so long that tombstones may be gone.  Called after each read of the changelog, before the records are settled."""
         before, self._read_ms = self._read_ms, self.clock.now_ms()
         return abs(self._read_ms - before) > self._age_max_ms
 
     def next_from(self, start: int) -> int:
-        """The offset to read on from in a changelog that begins at `start`; a copy that lacks what was before that is wiped."""
+        """The offset to continue from in a changelog that begins at `start`.  A copy that lacks records from before `start` is wiped."""
         if 0 < self.offset < start:
             self.wipe()
         return max(self.offset, start)
@@ -97,19 +98,19 @@ class PartitionStore:
             yield key[1:], value
 
     def settle(self, changes: dict[bytes, bytes | None], offset: int | None, as_of_ms: int | None = None) -> None:
-        """The changes, and up to where in the changelog they reach; they were all there was then, or now."""
+        """Write changes and the changelog offset that they reach (None: unchanged).  The copy was complete up to there at `as_of_ms`; None: now."""
         about = [(_META + b"written", b"%d" % (self.clock.now_ms() if as_of_ms is None else as_of_ms))]
         if offset is not None:
             about.append((_META + b"offset", b"%d" % offset))
         self._db.write(itertools.chain(((_STATE + key, value) for key, value in changes.items()), about))
 
     def page(self, start: bytes, limit: int) -> list[tuple[bytes, bytes]] | None:
-        """For other threads: entries from this key on, at most so many; None once it is closed."""
+        """For other threads: at most `limit` entries from this key on; None once the store is closed."""
         with self._lock:
             return None if self._closed else list(itertools.islice(self.scan(b"", start), limit))
 
     def leave(self) -> None:
-        """Other threads are told nothing more."""
+        """Give other threads no more entries."""
         with self._lock:
             self._closed = True
 
@@ -119,7 +120,7 @@ class PartitionStore:
 
 
 class NoStore:
-    """The copy of a partition whose processor has no state."""
+    """The store of a partition whose processor has no state."""
 
     offset = 0
 
@@ -130,13 +131,13 @@ class NoStore:
         return iter(())
 
     def settle(self, changes: dict[bytes, bytes | None], offset: int | None, as_of_ms: int | None = None) -> None:
-        """Nothing is changed."""
+        """Do nothing: there is no state."""
 
     def next_from(self, start: int) -> int:
         return start
 
     def wipe(self) -> None:
-        """It is empty."""
+        """Do nothing: it is always empty."""
 
     def is_too_old(self) -> bool:
         return False
@@ -145,17 +146,18 @@ class NoStore:
         return []
 
     def leave(self) -> None:
-        """Nobody reads it."""
+        """Do nothing: nobody reads it."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 @dataclass
 class Partition:
-    """One owned partition.  Invariants: `position` is the offset that the last committed transaction sent, `gathered` what was read from there on.
+    """One owned partition.
 
-    A revoke takes it out of `owned` with what was gathered, a restore puts a new one in its place (K2's epoch).
+    Invariants: `position` is the offset that the last committed transaction sent; `gathered` holds the records that were read from there on.
+    A revoke removes it from `owned` together with its gathered records; a later restore puts a new object in its place (K2's epoch).
     """
 
     number: int
@@ -164,52 +166,55 @@ class Partition:
     fire_from: int  # K18: nothing fires before this input offset is reached
     careful_until: int  # K19: records before this offset are taken a few at a time
     gathered: list[Record] = field(default_factory=list)
-    end: int = 0  # where the consumer saw the log end
-    reached: int = 0  # the same once everything before it was applied: there are no records then, only marks of transactions
-    quiet_since: float | None = None  # when `reached` was first seen to lie behind `position`, with no commit since
-    due_ms: int | None = None  # what `due_of` found last; looked up again once a commit has changed the store
+    end: int = 0  # where the consumer saw the end of the log
+    reached: int = 0  # equal to `end` once everything before it was applied: between `position` and it there are only transaction markers
+    quiet_since: float | None = None  # when `reached` was first seen to be greater than `position`, with no commit since
+    due_ms: int | None = None  # the last result of `due_of`; looked up again once a commit has changed the store
     due_known: bool = False
 
     def applied(self, position: int) -> None:
-        """A transaction with this offset was committed."""
+        """Note that a transaction with this offset was committed."""
         self.position = position
         self.quiet_since = None
         self.due_known = False
         del self.gathered[: bisect.bisect_left(self.gathered, position, key=_offset_of)]
 
     def next_is_careful(self, most: int) -> bool:
-        """Whether the next record may be of the fatal batch, of at most so many: that batch began with the first record, and there may be none from `position` to `careful_until`."""
+        """Whether the next record may be one of the fatal batch, which had at most `most` records.
+
+        That batch began with the first record there is, and between `position` and `careful_until` there may be none.
+        """
         offset = self.gathered[0].offset
         if self.position < self.careful_until <= offset:
             self.careful_until = min(offset + most, self.fire_from)
         return offset < self.careful_until
 
     def drop(self) -> None:
-        """Nothing of what was gathered was applied: it is read again."""
+        """Drop the gathered records, none of which was applied; they are read again."""
         self.gathered.clear()
         self.end = 0
 
     def due_of(self, processor: Processor) -> int | None:
-        """When something becomes due here; a look into the store only after a change."""
+        """When something becomes due here, in ms since the epoch; None for never.  Reads the store only after a change."""
         if not self.due_known:
             self.due_ms, self.due_known = processor.next_due_ms(self.store), True
         return self.due_ms
 
     @property
     def caught_up(self) -> bool:
-        """Whether all that was there when it was taken over has been applied.
+        """Whether every record that was there at the takeover has been applied.
 
-        1. An engine sets a timer: its record and the mark of its transaction are the last of the partition
-        2. it is killed; the next one's position is the mark, the end is behind it
-        3. no record will come from there, so by positions alone it would wait for ever, and fire nothing
+        1. An engine sets a timer: the record and its transaction's marker are the last in the partition.
+        2. The engine is killed.  The position of the next one is the marker's offset, and the end of the log is after it.
+        3. No record will come from there, so judged by `position` alone it would wait forever, and fire nothing.
         """
         return max(self.position, self.reached) >= self.fire_from
 
 
 class Restore:
-    """Reads one changelog partition into its store, aborted records left out, up to `end`; a slice at a time.
+    """Reads one changelog partition, without aborted records, into its store up to `end`, a slice at a time.
 
-    `consumer` reads committed records only and reports the partition's end (`enable.partition.eof`); closing it is ours.
+    `consumer` creates a consumer of committed records that reports the partition's end (`enable.partition.eof`); Restore closes it.
     """
 
     def __init__(self, store: PartitionStore | NoStore, consumer: Callable[[], Consumer], topic: str, number: int, start: int, end: int, encryption: Encryption) -> None:
@@ -226,7 +231,7 @@ class Restore:
             self._consumer.assign([TopicPartition(topic, number, self.reached)])
 
     def slice(self, seconds: float) -> bool:
-        """Go on for about this long; whether the end is reached.  Raises TransportError."""
+        """Continue for about this long; true once the end is reached.  Raises TransportError."""
         if self._consumer is None:
             return True
         changes: dict[bytes, bytes | None] = {}
@@ -249,7 +254,7 @@ class Restore:
             self.reached = max(self.reached, (last.offset() or 0) + 1)
         self.reached = max(self.reached, self._consumer.position([self.where])[0].offset)  # -1001 on an empty log
         if changes or self.reached != before:
-            self.store.settle(changes, None if self._unread else self.reached)  # while some are unread, the copy has not come so far
+            self.store.settle(changes, None if self._unread else self.reached)  # while some values are unread, the copy is not complete up to here
         if self.reached < self.end:
             return False
         self.close()
@@ -257,7 +262,7 @@ class Restore:
         return True
 
     def _begins_again(self, error: KafkaError, message: Message) -> bool:
-        """Whether what we had is no longer there and was wiped.  Raises TransportError."""
+        """Handle an error; true if our position is no longer in the log, so that the store was wiped.  Raises TransportError."""
         if error.code() == KafkaError._PARTITION_EOF:
             self.reached = max(self.reached, message.offset() or 0)
         elif error.code() == KafkaError._AUTO_OFFSET_RESET and self._consumer is not None:
@@ -281,9 +286,9 @@ class Restore:
 
 
 def agreed(saved: bytes | None, committed: int, incarnation: str, partitions: int, where: str) -> int | None:
-    """The offset that the group and the state both name (K16); None: neither has one; MOVED: they differ.
+    """The offset on which the group and the state agree (K16); None if neither has one; MOVED if they differ.
 
-    Raises TransportError when the state belongs to another topic.
+    Raises TransportError if the state belongs to another topic.
     """
     known = msgspec.json.decode(saved) if saved is not None else None
     if known is not None and (known["topic"] != incarnation or known["partitions"] != partitions):

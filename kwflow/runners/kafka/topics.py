@@ -1,4 +1,4 @@
-"""The topics an application needs: what is missing or wrong is named, or created (K12).  Auto-creation is never relied on."""
+"""The topics that an application needs: names what is missing or wrong, or creates it (K12).  kwflow never relies on auto-creation."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = [
 _DAY_MS = 86_400_000
 _LATE_S = 5.0
 _LOOK_S = 0.02
-_MESSAGE_BYTES_MAX = 1_000_000_000  # librdkafka's; a topic may take twice as much
-_TRANSIENT = {  # what a leader or coordinator that moves, or was just made, answers; librdkafka marks few of them as retriable
+_MESSAGE_BYTES_MAX = 1_000_000_000  # librdkafka's maximum; a topic may allow twice as much
+_TRANSIENT = {  # answers of a leader or coordinator that moves or is new; librdkafka marks only few of them as retriable
     KafkaError._ALL_BROKERS_DOWN,
     KafkaError._RESOLVE,
     KafkaError._TIMED_OUT,
@@ -47,24 +47,24 @@ _TRANSIENT = {  # what a leader or coordinator that moves, or was just made, ans
     KafkaError.REQUEST_TIMED_OUT,
     KafkaError.UNKNOWN_LEADER_EPOCH,
 }
-TOPIC_MS = 5_000  # so long a topic that the broker does not know may be one that was just made; librdkafka's 30 s are longer than a record waits, which then says that it timed out
+TOPIC_MS = 5_000  # how long an unknown topic may still be one that was just created; with librdkafka's 30 s a record would report a timeout before it
 _REPLY_MS = 3_600_000
 _COMPACT = {"cleanup.policy": "compact", "delete.retention.ms": str(7 * _DAY_MS), "segment.bytes": str(64 * 1024 * 1024)}
 
 
 def client_config(config: Config, **settings: Any) -> dict[str, Any]:
-    """Settings for one client; `[kafka]` of the config (security and all) goes to librdkafka as it is.  What the client would log itself: broker_errors.py."""
+    """Settings for one client.  `[kafka]` of the config, security included, goes to librdkafka unchanged.  The client's own log is off (broker_errors.py)."""
     quiet = {} if "log_level" in config.kafka else {"log_level": 0, "logger": NO_LOG}
     return {"bootstrap.servers": config.bootstrap_servers, **quiet, **{key.replace("_", "."): value for key, value in settings.items()}, **config.kafka}
 
 
 def transient(error: KafkaError) -> bool:
-    """Whether the same again may do: not for a transaction that has to be aborted, or a client that is lost."""
+    """Whether repeating the call may help; false if a transaction must be aborted or the client is lost."""
     return not error.fatal() and not error.txn_requires_abort() and (error.retriable() or error.code() in _TRANSIENT)
 
 
 def told(future: Any, within_s: float) -> Any:
-    """The result of an admin request that was given this long: later than that the library has lost it.  Raises KafkaException."""
+    """The result of an admin request with this timeout; if there is none soon after it, the library has lost the request.  Raises KafkaException."""
     try:
         return future.result(within_s + _LATE_S)
     except TimeoutError:
@@ -72,11 +72,11 @@ def told(future: Any, within_s: float) -> Any:
 
 
 def offset_of(future: Any, within_s: float) -> int:
-    """What `list_offsets` found.  Raises KafkaException, also for no answer: of a partition whose leader has just moved the library may say -1001, and no error.
+    """The offset that `list_offsets` found.  Raises KafkaException, also for -1001, which the library may return without an error if the leader has just moved:
 
-    1. an engine takes a partition over while a broker stops
-    2. its changelog would end at -1001: the local copy, which is ahead of that, is wiped, and there is nothing to restore
-    3. what waits there would be unknown from then on
+    1. An engine takes a partition over while a broker stops.
+    2. Its changelog would seem to end at -1001: the local copy, which is ahead of that, would be wiped, and nothing restored.
+    3. The workflows that wait there would be unknown from then on.
     """
     offset = int(told(future, within_s).offset)
     if offset < 0:
@@ -89,7 +89,7 @@ def admin(config: Config, environment: Environment = LIVE) -> AdminClient:
 
 
 def partitions_of(client: AdminClient, config: Config) -> dict[str, int]:
-    """Topic -> partition count.  Raises TransportError when the broker does not answer."""
+    """Topic -> partition count, of all topics.  Raises TransportError if the broker does not answer."""
     try:
         found = client.list_topics(timeout=config.client_connect_s)
     except KafkaException as error:
@@ -98,7 +98,7 @@ def partitions_of(client: AdminClient, config: Config) -> dict[str, int]:
 
 
 def describe(client: Any, config: Config, topic: str) -> tuple[str, int]:
-    """(topic id, partition count).  Raises TransportError."""
+    """(topic id, partition count) of a topic.  Raises TransportError."""
     try:
         found = told(client.describe_topics(TopicCollection([topic]), request_timeout=10)[topic], 10)
     except KafkaException as error:
@@ -120,7 +120,7 @@ def settings_of(client: AdminClient, names: Iterable[str]) -> dict[str, dict[str
 
 
 def sizes(settings: Iterable[dict[str, str]]) -> dict[str, int]:
-    """Producer sizes for topics with these settings: the largest limit for a record, and a batch that each of them takes (K11)."""
+    """Producer sizes for topics with these settings: the largest record limit of them, and a batch size that all of them accept (K11)."""
     limits = [int(found["max.message.bytes"]) for found in settings]
     return {"message_max_bytes": min(_MESSAGE_BYTES_MAX, max(limits)), "batch_size": min(1_000_000, min(limits) * 9 // 10)}
 
@@ -135,19 +135,19 @@ def _plain(config: Config, declared: Iterable[str]) -> list[str]:
 
 
 def _reply(config: Config) -> dict[str, str]:
-    """A reply is read by whoever waits for it, at once."""
+    """Settings of the reply topic: a short retention, as a reply is read at once by whoever waits for it."""
     return {"cleanup.policy": "delete", "retention.ms": str(_REPLY_MS)}
 
 
 def needed(config: Config, declared: Iterable[str]) -> list[str]:
-    """Every topic the application reads or writes."""
+    """Every topic that the application reads or writes."""
     return [*_plain(config, declared), config.reply_topic, config.code_topic, config.owners_topic, *(changelog for changelog, _ in _changelogs(config))]
 
 
 def _rights(config: Config, declared: Iterable[str], groups: Collection[str]) -> dict[str, list[AclOperation]]:
-    """Topic -> what these groups do with it: the engine's, the scheduler's, the workers' (of the queues that are declared), those of feeds.
+    """Topic -> what these groups do with it: the groups of engines, schedulers, workers (on the declared queues) and feeds.
 
-    They read the settings of topics in `sizes`, the first two those of all, in `problems`.
+    All of them read settings of topics for `sizes`; engines and schedulers read those of all topics, for `problems`.
     """
     read, written, fed = set[str](), set[str](), _fed(config, groups)
     if config.application_id in groups:
@@ -179,12 +179,12 @@ def _keep_state(config: Config, groups: Collection[str]) -> bool:
 
 
 def _unusable(client: Any, config: Config, rights: dict[str, list[AclOperation]]) -> list[str]:
-    """Topics that are missing, or that the broker does not let us use as we have to.  Raises TransportError."""
+    """Name the topics that are missing, or that the broker does not let us use as we must.  Raises TransportError."""
     missing, lacked = [], dict[str, list[str]]()
     for topic, future in client.describe_topics(TopicCollection(list(rights)), include_authorized_operations=True, request_timeout=10).items():
         try:
             allowed = told(future, 10).authorized_operations
-            lacking = [right.name for right in rights[topic] if right not in allowed] if allowed else []  # a broker may not tell
+            lacking = [right.name for right in rights[topic] if right not in allowed] if allowed else []  # empty if the broker does not report them
             if lacking:
                 lacked.setdefault(" and ".join(lacking), []).append(topic)
         except KafkaException as error:
@@ -199,12 +199,12 @@ def _unusable(client: Any, config: Config, rights: dict[str, list[AclOperation]]
 
 
 def problems(client: AdminClient, config: Config, declared: Iterable[str], groups: Collection[str]) -> list[str]:
-    """What is not as it must be for these groups, the engine's, the scheduler's and the workers', one sentence each; empty when all is well.  Raises TransportError."""
+    """What is wrong with the topics for these groups (of engines, schedulers, workers, feeds), one sentence each; empty if all is well.  Raises TransportError."""
     there = partitions_of(client, config)
     found = _unusable(client, config, _rights(config, declared, groups))
     if not all(problem.endswith("is missing") for problem in found):
-        return found  # what may not be seen cannot be looked at
-    if config.application_id in groups:  # who writes to them
+        return found  # without the right to see a topic, nothing more about it can be checked
+    if config.application_id in groups:  # engines write to these topics
         found += [f"topic {name}, which encryption_topics names, is missing" for name in config.encryption_topics if name not in there]
     if not _keep_state(config, groups):
         return found
@@ -223,7 +223,7 @@ def problems(client: AdminClient, config: Config, declared: Iterable[str], group
 
 
 def _single_problems(client: AdminClient, topic: str, partitions: int, lost: str) -> list[str]:
-    """One partition, so that reading it to its end is reading all of it."""
+    """Problems of a topic that must have one partition, so that reading it to the end reads all of it."""
     found = [f"topic {topic} has {partitions} partitions; it must have one"] if partitions != 1 else []
     policy = settings_of(client, [topic])[topic]["cleanup.policy"]
     return found + ([f"topic {topic} has cleanup.policy={policy}; it must be compact alone, or {lost} would be lost"] if policy != "compact" else [])
@@ -235,7 +235,10 @@ def _reply_problems(client: AdminClient, config: Config) -> list[str]:
 
 
 def create(client: AdminClient, config: Config, declared: Iterable[str], partitions: int, replication: int) -> list[str]:
-    """Create the missing ones (`declared`: those of feeds, too), and wait until they are known to who asks; changelogs take the partition count of their existing input.  Raises TransportError."""
+    """Create the missing topics (`declared` includes those of feeds), and wait until the broker knows them; return their names.
+
+    A changelog gets the partition count of its input, if that exists.  Raises TransportError.
+    """
     there = partitions_of(client, config)
     new = [NewTopic(topic, partitions, replication) for topic in _plain(config, declared) if topic not in there]
     if config.reply_topic not in there:
@@ -251,7 +254,7 @@ def create(client: AdminClient, config: Config, declared: Iterable[str], partiti
             raise TransportError(f"cannot create topic {topic}: {error.args[0].str()}", retryable=False) from None
     made = [topic.topic for topic in new]
     give_up = time.monotonic() + config.client_connect_s
-    while unknown := sorted(set(made) - partitions_of(client, config).keys()):  # the controller has it, a broker hears of it a little later
+    while unknown := sorted(set(made) - partitions_of(client, config).keys()):  # the controller knows a new topic first, the other brokers a little later
         if time.monotonic() > give_up:
             raise TransportError(f"{config.bootstrap_servers} does not know yet: {', '.join(unknown)}; kwflow topics check tells when it does")
         time.sleep(_LOOK_S)
@@ -259,7 +262,7 @@ def create(client: AdminClient, config: Config, declared: Iterable[str], partiti
 
 
 def committed_ends(client: AdminClient, topic: str, partitions: Iterable[int]) -> dict[int, int]:
-    """Partition -> the offset up to which its transactions are decided; without those that the broker does not tell now."""
+    """Partition -> the offset up to which its transactions are decided.  Partitions for which the broker does not answer now are left out."""
     asked = {TopicPartition(topic, number): OffsetSpec.latest() for number in partitions}  # type: ignore[no-untyped-call] # the library has no types here
     found: dict[int, int] = {}
     for where, future in (client.list_offsets(asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=2) if asked else {}).items():
@@ -269,7 +272,7 @@ def committed_ends(client: AdminClient, topic: str, partitions: Iterable[int]) -
 
 
 def ends(client: AdminClient, topic: str, partitions: int, latest: bool) -> dict[int, int]:
-    """Partition -> the offset of its end, or of its begin.  Raises TransportError."""
+    """Partition -> the offset of its end or, if not `latest`, of its beginning.  Raises TransportError."""
     spec = OffsetSpec.latest() if latest else OffsetSpec.earliest()  # type: ignore[no-untyped-call]
     asked = client.list_offsets({TopicPartition(topic, number): spec for number in range(partitions)}, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=10)
     try:
@@ -279,7 +282,7 @@ def ends(client: AdminClient, topic: str, partitions: int, latest: bool) -> dict
 
 
 def overridden(client: AdminClient, topic: str) -> dict[str, str]:
-    """The settings that this topic has of its own."""
+    """The settings of this topic that differ from the broker's defaults because they were set for the topic."""
     [future] = client.describe_configs([ConfigResource(ResourceType.TOPIC, topic)], request_timeout=10).values()
     return {name: entry.value for name, entry in told(future, 10).items() if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value}
 
@@ -288,14 +291,14 @@ def replication(client: AdminClient, topic: str) -> int:
     return len(client.list_topics(topic, timeout=10).topics[topic].partitions[0].replicas)
 
 
-_headers = operator.methodcaller("headers")  # which looks whether it left an error behind; a call that the interpreter has made quick does not
+_headers = operator.methodcaller("headers")  # methodcaller checks whether the call left an error set; a call that the interpreter has specialized does not
 
 
 def record_of(message: Message, encryption: Encryption) -> Record:
-    """A consumed message as the core knows records, opened if we have its key."""
+    """Convert a consumed message to the core's Record, decrypted if we have its key."""
     try:
         headers = cast("list[tuple[str, Any]] | None", _headers(message))
-    except (SystemError, UnicodeDecodeError):  # the library gives none of them when the name of one is not UTF-8
+    except (SystemError, UnicodeDecodeError):  # the library returns no headers at all if the name of one is not UTF-8
         headers = [UNREADABLE]
     pairs = tuple((name, value if value is None or isinstance(value, bytes) else str(value).encode()) for name, value in headers) if headers else ()
     value = encryption.decrypt(message.value())

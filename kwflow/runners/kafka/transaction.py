@@ -1,7 +1,7 @@
-"""A batch as one transaction of Kafka: its outputs, its state changes and its offsets, all or nothing (K1, K4, K11, K14).
+"""A batch as one Kafka transaction: its outputs, its state changes and its offsets, all or nothing (K1, K4, K11, K14).
 
-What fails ends in one of three ways: the broker will never take it (Rejected), it has not happened and is made again
-(Aborted), or nobody knows, and this process ends (FencedError, TransportError).
+A failed transaction ends in one of three ways: the broker will never accept it (Rejected); it has not happened and is
+repeated (Aborted); or its outcome is unknown, and this process ends (FencedError, TransportError).
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _REJECTED = {
     KafkaError.INVALID_RECORD,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
 }
-_PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}  # never sent, or sent and forgotten: by our own abort
+_PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}  # records that our own abort removed, whether they were sent or not
 _FENCED = f"; its transaction was open for more than {TRANSACTION_S} s, or another engine has ended it"
 _LATE_S = 5.0
-_SENT_S = 10  # a large batch that is not sent by then is made again in parts, while its transaction can still be aborted
-_LARGE_BYTES = 100_000  # smaller ones are sent with the commit: a round trip less
-_ABORTS_MAX = 10  # in a row; then this process ends, so that whoever watches it sees the trouble
+_SENT_S = 10  # a large batch that is not sent by then is repeated in parts, while its transaction can still be aborted
+_LARGE_BYTES = 100_000  # smaller batches are sent with the commit, which saves a round trip
+_ABORTS_MAX = 10  # in a row; then this process ends, so that its supervisor sees the trouble
 
 
 class Aborted(Exception):
-    """Nothing of the transaction has happened; its records will be read again."""
+    """Nothing in the transaction has happened; its records will be read again."""
 
 
 class Rejected(Exception):
-    """The broker will never take one of these records (K11); `topic` is the one that it is for, where that is known."""
+    """The broker will never accept one of these records (K11); `topic` is the one that it is for, if known."""
 
     def __init__(self, reason: str, topic: str = "") -> None:
         super().__init__(reason, topic)
@@ -61,7 +61,7 @@ class Rejected(Exception):
 
 @dataclass
 class Batch:
-    """What one transaction is to hold; `positions` are the offsets it sends."""
+    """The contents of one transaction; `positions` are the offsets that it sends."""
 
     overlays: dict[int, Overlay] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Batch:
     spans: list[object] = field(default_factory=list)
 
     def add(self, number: int, made: Decision, record: Record | None = None) -> None:
-        """All of a decision but its replies."""
+        """Add a decision, except for its replies."""
         self.outputs += made.outputs
         if made.logs:
             self.logs += made.logs if record is None else lines_of(made, record)
@@ -86,7 +86,7 @@ class Batch:
 
 
 class _Reports:
-    """What the broker reports of the records of one transaction: why it took one not, and how far the changelog's partitions reach."""
+    """The delivery reports for one transaction's records: why the broker refused some, and how far the changelog's partitions reach."""
 
     def __init__(self, changelog: str) -> None:
         self.failures: list[tuple[str, KafkaError]] = []
@@ -102,10 +102,10 @@ class _Reports:
 
 
 class Transactions:
-    """Those of one engine, one after the other; its producer is made anew when that is the only way on."""
+    """The transactions of one engine, one after the other.  The producer is replaced when there is no other way to go on."""
 
     def __init__(self, member: Member, sizes: dict[str, int], stats: Stats) -> None:
-        """`sizes` are producer settings that every topic takes (K11).  Raises FencedError, TransportError."""
+        """`sizes` are producer settings that every topic accepts (K11).  Raises FencedError, TransportError."""
         self.member = member
         self.stats = stats
         self.aborts = 0  # in a row
@@ -113,13 +113,14 @@ class Transactions:
         self._producer = self._new_producer()
 
     def commit(self, batch: Batch, group: Any) -> dict[int, int]:
-        """Partition -> the changelog's offset after this batch.  `group` is the consumer's metadata; an offset goes with every partition that the batch touches (K14).
+        """Commit a batch; return partition -> the changelog's offset after it.
 
+        `group` is the consumer's metadata.  An offset is sent for every partition that the batch touches (K14).
         Raises Rejected, Aborted, FencedError, TransportError.
         """
         member, changelog = self.member, self.member.processor.changelog_topic
         reports = _Reports(changelog)
-        note = "" if changelog else member.incarnation  # of a topic that is somebody else's, who may make it anew meanwhile
+        note = "" if changelog else member.incarnation  # the id of a topic that belongs to somebody else, who may create it anew meanwhile
         offsets = [TopicPartition(member.processor.input_topic, number, position, note) for number, position in batch.positions.items()]
         begun = time.perf_counter()
         try:
@@ -140,7 +141,7 @@ class Transactions:
         return reports.reached
 
     def _new_producer(self) -> Producer:
-        """init_transactions fences the previous run of this identity and ends its dead transaction."""
+        """Create a producer.  init_transactions fences the previous run with this identity, and ends its open transaction."""
         producer = self.member.environment.producer(
             self.member.settings(
                 transactional_id=self.member.name, partitioner="murmur2_random", linger_ms=100, retry_backoff_ms=1, retry_backoff_max_ms=100,
@@ -164,16 +165,16 @@ class Transactions:
             except BufferError:
                 self._producer.poll(0.05)
             except KafkaException as error:
-                if error.args[0].code() in _REJECTED:  # it is not even queued, so that no report tells the topic
+                if error.args[0].code() in _REJECTED:  # it was not even queued, so no delivery report names the topic
                     reports.failures.append((topic, error.args[0]))
                 raise
 
     def _send(self, batch: Batch, reports: _Reports) -> None:
-        """Wait until the broker has what is large.  Raises KafkaException.
+        """Wait until the broker has a large batch.  Raises KafkaException.
 
-        1. a line takes 200 KB a second, and a batch has 12 MB
-        2. where the group's coordinator is, is asked behind all that: the call that sends the offsets comes back a minute after its time-out
-        3. the process ends, or its transaction is ended by the broker; the next one makes the same batch, for ever
+        1. The line carries 200 KB a second, and a batch has 12 MB.
+        2. The request for the group's coordinator is queued behind all that, so the call that sends the offsets returns a minute after its timeout.
+        3. The process ends, or the broker ends its transaction; the next process makes the same batch, and so on forever.
         """
         size = batch.bytes()
         if size > _LARGE_BYTES and (left := self._again(lambda: self._producer.flush(_SENT_S), _SENT_S)):
@@ -182,16 +183,19 @@ class Transactions:
             raise KafkaException(late)
 
     def _abort(self, error: KafkaError, failures: list[tuple[str, KafkaError]], written: set[str]) -> None:
-        """Nothing of the batch, which wrote to these topics, has happened.  Raises Rejected for what the broker will never take, Aborted, or what ends the process."""
+        """Abort a batch that wrote to these topics, so that nothing in it has happened.
+
+        Always raises: Rejected if the broker will never accept a record, Aborted, or an error that ends the process.
+        """
         if not error.fatal():
-            self._again(lambda: self._producer.abort_transaction(30))  # serves the reports too: a record may have been refused before the last one was produced
+            self._again(lambda: self._producer.abort_transaction(30))  # this also serves delivery reports: a record may have been refused before the last one was produced
         places = [*failures, (" or ".join(sorted(written)), error)]
         rejected = next((Rejected(f"{where}: {said(failure)}", where if where in written else "") for where, failure in places if failure.code() in _REJECTED), None)
         lost = [f"{topic}: {failure.str()}" for topic, failure in failures if failure.code() not in _PURGED]
         if error.fatal() and rejected is None:
             raise FencedError(f"{self.member.group}: {error.str()}{_FENCED if error.code() == KafkaError._FENCED else ''}")
         if rejected is not None or lost or error.code() == KafkaError.INVALID_PRODUCER_ID_MAPPING:
-            # its sequence numbers are lost, or, after a week without a transaction, its producer id: the next good transaction would fail
+            # Its sequence numbers are lost or, after a week without a transaction, its producer id: the next transaction would fail, even a good one.
             self._producer = self._new_producer()
         if rejected is not None:
             raise rejected
@@ -202,7 +206,7 @@ class Transactions:
         raise Aborted(why)
 
     def _again(self, call: Callable[[], Any], within_s: float = 30) -> Any:
-        """K4.  A call that does not even return within its own time-out is noted, for whoever ends this process then."""
+        """Repeat a call as K4 says.  `back_by_s` says when it should return, so that a call that ignores its own timeout is noticed and the process ended."""
 
         def timed() -> Any:
             self.stats.back_by_s = time.monotonic() + within_s + _LATE_S

@@ -1,8 +1,8 @@
-"""What is done to an application on Kafka that stands still: forget its state, move it to more partitions, or encrypt it with another key.
+"""Maintenance of an application on Kafka that is stopped: forget its state, move it to more partitions, or encrypt it with another key.
 
-All refuse while an engine or a scheduler runs, and can be repeated after a crash in their middle: state goes from one
-partition to another in one transaction, and an engine refuses to start before the last step is done (K16).  What is encrypted
-again may be read by engines at any time, so that it is for `reencrypt` to see that none has started.
+Each operation refuses to run beside an engine or a scheduler, and can be repeated after a crash in the middle: an entry moves
+from one partition to another in one transaction, and an engine refuses to start before the last step is done (K16).  Engines can
+read re-encrypted entries at any time, so `reencrypt` itself checks that none has started meanwhile.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _TIMEOUT_S = 30
 _SESSION_MS = 6000
 _AGAIN_S = 0.05
 _Item = TypeVar("_Item")
-_MOVED_MAX = 1000  # entries of one transaction
-_ID = {HOLD: 1, EXPIRES: 1, dispatch.PREFIX: 2, timers.DUE: 2}  # engine's own keys -> how many fields stand beside the key they belong to
+_MOVED_MAX = 1000  # entries in one transaction
+_ID = {HOLD: 1, EXPIRES: 1, dispatch.PREFIX: 2, timers.DUE: 2}  # prefix of an engine's own keys -> how many fields such a key has beside the record key it belongs to
 
 
 def _groups(config: Config) -> dict[str, tuple[str, str]]:
-    """Consumer group -> its input topic and changelog."""
+    """Consumer group -> (input topic, changelog)."""
     return {
         config.application_id: (config.resume_topic, config.changelog_topic),
         config.timers_group: (config.scheduler_topic, config.timers_changelog_topic),
@@ -48,7 +48,7 @@ def _groups(config: Config) -> dict[str, tuple[str, str]]:
 
 
 def _done(futures: dict[Any, Any], what: str) -> list[Any]:
-    """Their results.  Raises TransportError."""
+    """The results of admin requests.  Raises TransportError."""
     try:
         return [topics.told(future, _TIMEOUT_S) for future in futures.values()]
     except KafkaException as error:
@@ -56,7 +56,7 @@ def _done(futures: dict[Any, Any], what: str) -> list[Any]:
 
 
 def _standing_still(admin: AdminClient, config: Config) -> None:
-    """Raises UsageError naming who still runs; static members stay in the group for a session timeout after they have stopped (KIP-345)."""
+    """Wait until nothing runs.  Raises UsageError that names what still runs; stopped static members stay in the group for a session timeout (KIP-345)."""
     give_up = time.monotonic() + 2 * int(config.kafka.get("session.timeout.ms", _SESSION_MS)) / 1000
     while running := _running(admin, config):
         if time.monotonic() > give_up:
@@ -65,14 +65,14 @@ def _standing_still(admin: AdminClient, config: Config) -> None:
 
 
 def _running(admin: AdminClient, config: Config) -> str:
-    """Who is a member of our groups, or that somebody is; "" if nobody."""
+    """The names of our groups' members or, if they are not known, of a group that is in use; "" if nothing runs."""
     groups = _done(admin.describe_consumer_groups(list(_groups(config)), request_timeout=_TIMEOUT_S), "describe the consumer groups")
     running = [group for group in groups if group.state not in (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD) or group.members]
     return ", ".join(sorted({member.group_instance_id or member.client_id for group in running for member in group.members})) or (running[0].group_id if running else "")
 
 
 def _places_done(futures: dict[Any, Any], what: str) -> list[TopicPartition]:
-    """The partitions of a request about a group; one may fail alone.  Raises TransportError."""
+    """The partitions in the answer to a request about a group.  Raises TransportError, also if a single partition failed."""
     places = [place for found in _done(futures, what) for place in found.topic_partitions]
     for place in places:
         if place.error is not None:
@@ -81,14 +81,14 @@ def _places_done(futures: dict[Any, Any], what: str) -> list[TopicPartition]:
 
 
 def _offsets(admin: AdminClient, group: str, topic: str, partitions: int) -> dict[int, int]:
-    """Partition -> the offset that the group committed, for those that it did."""
+    """Partition -> the offset that the group committed; partitions without one are left out."""
     asked = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, number) for number in range(partitions)])
     places = _places_done(admin.list_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"read the offsets of {group}")
     return {place.partition: place.offset for place in places if place.offset >= 0}
 
 
 def _marked(state: dict[bytes, bytes], incarnation: str) -> int | None:
-    """The offset that the state names (K16): the group forgets its own after a week without members."""
+    """The offset that the state names (K16), as a group forgets its own after a week without members; None if it names none of this topic."""
     mark = msgspec.json.decode(state[POSITION]) if POSITION in state else {}
     return int(mark["next"]) if mark.get("topic") == incarnation else None
 
@@ -97,7 +97,7 @@ def _marked(state: dict[bytes, bytes], incarnation: str) -> int | None:
 
 
 def reset_plan(config: Config, input_from: str) -> list[str]:
-    """What `reset` would do, one line each.  Raises UsageError while something runs, TransportError."""
+    """What `reset` would do, one line for each action.  Raises UsageError while something runs, TransportError."""
     admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
     _standing_still(admin, config)
@@ -116,7 +116,7 @@ def reset_plan(config: Config, input_from: str) -> list[str]:
 
 
 def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
-    """Forget every instance and timer; results, errors, dead letters and stored code stay.  Raises UsageError, TransportError."""
+    """Forget every instance and timer.  Results, errors, dead letters and stored code stay.  Raises UsageError, TransportError."""
     admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
     _standing_still(admin, config)
@@ -129,7 +129,7 @@ def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
             asked = ConsumerGroupTopicPartitions(group, [TopicPartition(source, number, offset) for number, offset in ends.items()])
             _places_done(admin.alter_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"set the offsets of {group}")
             say(f"{group} begins at the {input_from} of {source}")
-    if config.owners_topic in there:  # who died at which record is of no account any more
+    if config.owners_topic in there:  # its notes of owners, and of the records that they died at, no longer apply
         producer = made(Producer, topics.client_config(config, enable_idempotence=True))
         for record in read(config, config.owners_topic):
             producer.produce(config.owners_topic, None, record.key)
@@ -138,7 +138,7 @@ def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
 
 
 def _emptied(admin: AdminClient, config: Config, topic: str, partitions: int) -> None:
-    """Compacted topics cannot be truncated: the topic is deleted and created again as it was."""
+    """Empty a compacted topic.  It cannot be truncated, so it is deleted and created again with the same settings."""
     settings = topics.overridden(admin, topic)
     replication = topics.replication(admin, topic)
     known = {None, topics.describe(admin, config, topic)[0]}
@@ -161,7 +161,7 @@ def _emptied(admin: AdminClient, config: Config, topic: str, partitions: int) ->
 def _id(admin: AdminClient, config: Config, topic: str) -> str | None:
     try:
         return topics.describe(admin, config, topic)[0]
-    except TransportError:  # there is none now
+    except TransportError:  # the topic does not exist now
         return None
 
 
@@ -169,10 +169,10 @@ def _id(admin: AdminClient, config: Config, topic: str) -> str | None:
 
 
 def migrate(config: Config, partitions: int, say: Callable[[str], None]) -> None:
-    """Give the input topics and their changelogs so many partitions, and move every entry to the one its key belongs to.
+    """Give the input topics and their changelogs this many partitions, and move every entry to the one that its key belongs to.
 
-    Everything that was produced must have been applied before, and nothing be produced meanwhile: order between an old and
-    a new partition is not kept.  Raises UsageError, TransportError.
+    Everything that was produced must be applied already, and nothing may be produced meanwhile, as the order between an old
+    and a new partition is not kept.  Raises UsageError, TransportError.
     """
     admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
@@ -195,7 +195,7 @@ def migrate(config: Config, partitions: int, say: Callable[[str], None]) -> None
 
 
 def _applied(config: Config, admin: AdminClient, group: str, topic: str, changelog: str, partitions: int) -> None:
-    """Offsets alone do not tell: the marks of transactions have some too."""
+    """Raises UsageError if records of the topic are not applied yet.  They are read, as offsets alone do not tell: transaction markers have offsets too."""
     begins, (incarnation, _) = topics.ends(admin, topic, partitions, latest=False), topics.describe(admin, config, topic)
     committed = _offsets(admin, group, topic, partitions)
     for number in begins.keys() - committed.keys():
@@ -207,7 +207,7 @@ def _applied(config: Config, admin: AdminClient, group: str, topic: str, changel
 
 
 def _home(key: bytes) -> bytes | None:
-    """The record key whose partition an entry belongs to; None for what each partition has of its own."""
+    """The record key that decides which partition an entry belongs to; None for entries that each partition has of its own."""
     for prefix, fields in _ID.items():
         if key.startswith(prefix):
             rest = key[len(prefix) :]
@@ -216,7 +216,7 @@ def _home(key: bytes) -> bytes | None:
 
 
 def _move(config: Config, admin: AdminClient, group: str, source: str, changelog: str, partitions: int) -> int:
-    """Entry by entry to its home, then what each partition has of its own; the mark that lets engines start comes last."""
+    """Move each entry to its home, then write the entries that each partition has of its own; the mark that lets engines start comes last."""
     producer, put = _writer(config, admin, group, changelog)
     states = {number: latest(config, changelog, number) for number in range(partitions)}
     moved = 0
@@ -237,13 +237,13 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
     producer.begin_transaction()
     written = {key: value for state in states.values() for key, value in state.items() if key.startswith(WRITTEN)}
     for number, state in states.items():
-        for key in written.keys() - state.keys():  # an instance that moved is where the code it runs is known to be stored
+        for key in written.keys() - state.keys():  # the partition to which an instance moved must know that the instance's code is stored
             put(written[key], key, number)
         if source == config.scheduler_topic:
             due = sorted(key for key in state if key.startswith(timers.DUE))
             put(b"%d %s" % (len(due), due[0]) if due else None, timers.COUNT, number)
         else:
-            put(None, FORGOTTEN, number)  # what came may be forgotten sooner; it is looked up anew
+            put(None, FORGOTTEN, number)  # entries that moved here may expire sooner: the first one is looked up anew
         mark = {"topic": incarnation, "next": committed.get(number, _marked(state, incarnation) or 0), "partitions": partitions}
         put(msgspec.json.encode(mark), POSITION, number)
     producer.commit_transaction(60)
@@ -251,7 +251,7 @@ def _move(config: Config, admin: AdminClient, group: str, source: str, changelog
 
 
 def _writer(config: Config, admin: AdminClient, group: str, topic: str) -> tuple[Producer, Callable[[bytes | None, bytes, int], None]]:
-    """A transactional producer, and what puts an entry (value, key, partition) into this topic with it."""
+    """A transactional producer, and a function that writes an entry (value, key, partition) to this topic with it."""
     sizes, encryption = topics.sizes(topics.settings_of(admin, [topic]).values()), Encryption(config)
     producer = made(Producer, topics.client_config(config, transactional_id=f"{group}-migrate", transaction_timeout_ms=60_000, **sizes))
     producer.init_transactions(_TIMEOUT_S)
@@ -267,7 +267,7 @@ def _chunks(items: list[_Item]) -> Iterator[list[_Item]]:
 
 
 def reencrypt(config: Config, say: Callable[[str], None]) -> None:
-    """Write every entry of the state and the stored code again, encrypted with the first key: what compaction leaves needs no other.  Raises UsageError, TransportError."""
+    """Write all entries of state and stored code again, encrypted with the first key: after compaction no other is needed.  Raises UsageError, TransportError."""
     if not config.cipher_keys:
         raise UsageError("there is nothing to encrypt with: encryption_keys are not set")
     admin = topics.admin(config)
@@ -292,11 +292,12 @@ def reencrypt(config: Config, say: Callable[[str], None]) -> None:
 
 
 def _commit_alone(producer: Producer, admin: AdminClient, config: Config) -> None:
-    """Nobody may have begun to run meanwhile.  Raises UsageError.
+    """Commit, if nobody has begun to run meanwhile.  Raises UsageError otherwise.
 
-    1. an engine starts after we have read the entries, and steps a workflow
-    2. the entry that we read is written behind that step's: the next takeover has the workflow as it was before it
-    Whoever is no member yet once all is sent reads the changelog to behind what is sent.
+    1. An engine starts after we have read the entries, and steps a workflow.
+    2. The entry that we read is written after that step's entry: the next takeover would restore the workflow as it was before the step.
+
+    An engine that is not a member yet when everything is sent will read the changelog beyond what was sent.
     """
     if producer.flush(60):
         raise KafkaException(KafkaError(KafkaError._MSG_TIMED_OUT, "the broker has not taken all of it within 60 s"))

@@ -1,9 +1,10 @@
-"""Several records as one transaction on Kafka, under a name that one process has at a time: for commands of operators.
+"""Writing several records in one transaction on Kafka, under a name that only one process has at a time: for operators' commands.
 
-1. an operator sends dead letters again, and is killed between a record and the mark that it was sent
-2. or two operators send the same ones again at the same time
-Here it is record and mark, or neither; and what is read after a SoleWriter was made is nobody else's to write about: it
-has fenced whoever had the name, and ended what that one left open.
+It prevents two failures:
+1. An operator sends dead letters again, and is killed between a record and the mark that it was sent.
+2. Two operators send the same dead letters again at the same time.
+Here record and mark are written together or not at all.  And once a SoleWriter is made, it has fenced the former owner of its
+name and ended that one's open transaction: nobody else can act any more on what is read from then on.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from kwflow.runners.kafka.topics import TOPIC_MS, client_config
 __all__ = ["SoleWriter"]
 
 _TIMEOUT_S = 20
-_TRANSACTION_MS = 10_000  # so long a writer that was killed keeps readers waiting, if nobody takes its name
+_TRANSACTION_MS = 10_000  # a writer that was killed keeps readers waiting for this long, unless another one takes its name
 _AGAIN_S = 0.05
 
 
 class SoleWriter:
-    """Raises TransportError when there is no broker, or another process has taken the name."""
+    """The only writer under a name.  Raises TransportError if there is no broker, or if another process has taken the name."""
 
     def __init__(self, config: Config, name: str) -> None:
         self._config = config
@@ -47,7 +48,10 @@ class SoleWriter:
         self._again(lambda: self._producer.init_transactions(_TIMEOUT_S))
 
     def write_each(self, groups: Sequence[Group]) -> Iterator[None]:
-        """All of each, or none: together in one transaction, or where the broker does not take them together each in its own.  Raises as `write`, at the group at fault."""
+        """Write each group completely or not at all, in one transaction or, if the broker refuses that, each group in its own; yield after each group.
+
+        Raises what `write` raises, at the group at fault.
+        """
         try:
             self.write([output for group in groups for output in group.records])
             yield from [None] * len(groups)
@@ -55,12 +59,12 @@ class SoleWriter:
             for group in groups:
                 try:
                     self.write(group.records)
-                except Undone:  # it may have met what the one before left behind: the broker misses a number of its sequence
+                except Undone:  # the refused group before it may be the cause, as it leaves a gap in the sequence numbers that the broker expects
                     self.write(group.records)
                 yield
 
     def write(self, outputs: Sequence[Output]) -> None:
-        """All of these, or none; committed when this returns.  Raises Undone, TransportError when another process has the name, or the outcome is not known."""
+        """Write all of these, or none; committed when this returns.  Raises Undone, or TransportError if another process has the name or the outcome is unknown."""
         failed: list[KafkaError] = []
 
         def delivered(error: KafkaError | None, _message: Message) -> None:
@@ -74,14 +78,14 @@ class SoleWriter:
                 self._producer.produce(output.topic, value, output.key, headers=headers, on_delivery=delivered)
             self._again(lambda: self._producer.commit_transaction(_TIMEOUT_S))
         except KafkaException as error:
-            cause = (failed or error.args)[0]  # before the abort, by which the others fail, too
+            cause = (failed or error.args)[0]  # taken before the abort, which makes the other records fail too
             if error.args[0].fatal():
                 raise self._told(cause) from None
             self._again(lambda: self._producer.abort_transaction(_TIMEOUT_S))
             raise Undone(str(self._told(cause))) from None
 
     def _again(self, call: Callable[[], None]) -> None:
-        """The same call again while it is retriable (K4).  Raises KafkaException for what has to be aborted."""
+        """Repeat a call while its error is retriable (K4).  Raises KafkaException if the transaction must be aborted, else TransportError."""
         give_up = time.monotonic() + _TIMEOUT_S
         while True:
             try:
@@ -97,7 +101,7 @@ class SoleWriter:
     def _told(self, cause: KafkaError) -> TransportError:
         if cause.code() == KafkaError._FENCED:
             return TransportError(f"another process has begun to do this meanwhile ({self._name}); look again what is left to do", retryable=False)
-        with contextlib.suppress(KafkaException):  # what ends the producer is raised by each call of it, this one, too
+        with contextlib.suppress(KafkaException):  # the error that ended the producer is raised by each of its calls, even this one
             self._producer.poll(0)
         return TransportError(f"{self._config.bootstrap_servers} did not take the records: {self._errors.because(cause)}")
 
