@@ -1,8 +1,8 @@
-"""Activities: functions with side effects that a workflow calls durably.  What the decorator makes, and how values travel.
+"""Activities: functions with side effects that a workflow calls durably.  This module has the decorator, and the conversion of values.
 
-In a step a call becomes a wait (`flows/attempts1.py` retries it, an engine's `runners/activities/dispatch.py` runs it); outside one
-it is the plain function.  Arguments and results travel as JSON and are rebuilt by annotations, as `core/typed.py` says.
-It must not know threads that run activities, or records.
+In a step, a call becomes a wait (`flows/attempts1.py` retries it, `runners/activities/dispatch.py` of an engine runs it).  Outside a
+step, it calls the plain function.  Arguments and results travel as JSON and are rebuilt by annotations, as `core/typed.py` defines.
+This module must not know records, or the threads that run activities.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ __all__ = ["Activity", "ActivityInfo", "Retry", "activity", "activity_info", "ac
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _Batched = TypeVar("_Batched", bound=Callable[..., Any])
-_TEXT_MAX = 2_000  # characters of an error's message that travel
+_TEXT_MAX = 2_000  # characters of an error's message that are sent
 _DETAILS_BYTES_MAX = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How often and how fast an activity is tried again: after `first`, `first*factor`, ..., at most `max` (seconds or timedelta).
+    """How often an activity is retried, and how fast: after `first`, `first*factor`, ..., at most `max` (seconds or timedelta).
 
-    `max_attempts` counts the first one; None means for ever.  Each pause is shortened by up to `jitter` of itself, so
-    that a thousand workflows that failed together do not come back together.
+    `max_attempts` includes the first attempt; None means no limit.  Each pause is shortened by up to `jitter` of itself, so that
+    a thousand workflows that failed at the same time do not retry at the same time.
     """
 
     max_attempts: int | None = 5
@@ -66,7 +66,7 @@ class Retry:
             raise UsageError(f"Retry.jitter is a part of the pause, 0 to 1, not {self.jitter!r}")
 
     def pause_s(self, attempt: int, key: str) -> float | None:
-        """Seconds to wait after this attempt failed; None when it was the last.  The jitter is a hash of key and attempt: a step draws no chance."""
+        """Return the seconds to wait after this attempt has failed; None if it was the last.  The jitter is a hash of key and attempt, since a step uses no randomness."""
         if self.max_attempts is not None and attempt >= self.max_attempts:
             return None
         try:
@@ -82,9 +82,9 @@ def _seconds(given: timedelta | float) -> float:
 
 @dataclass(frozen=True)
 class ActivityInfo:
-    """Which call an activity is.  `idempotency_key` is the same for every attempt of one call; hand it to services that know such keys.
+    """The call that an activity runs for.  `idempotency_key` is the same for every attempt of one call; pass it to services that accept such keys.
 
-    `headers` are those of the step that called, as `kw.headers()` gives them there.
+    `headers` are those of the step that made the call, as `kw.headers()` returns them there.
     """
 
     activity: str
@@ -96,7 +96,7 @@ class ActivityInfo:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the workflow no longer waits for this attempt; a long activity looks now and then, and stops."""
+        """Whether the workflow no longer waits for this attempt.  A long activity should check this now and then, and stop."""
         return self._cancelled.is_set()
 
     def cancel(self) -> None:
@@ -104,7 +104,7 @@ class ActivityInfo:
         self._cancelled.set()
 
     def wait_cancelled(self, seconds: float) -> bool:
-        """Sleep for that long, or less if the workflow stops waiting; whether it has.  For `def` activities that poll."""
+        """Sleep for so long, or until the workflow stops waiting; return whether it has.  For `def` activities that poll."""
         return self._cancelled.wait(seconds)
 
 
@@ -112,7 +112,7 @@ _info: contextvars.ContextVar[ActivityInfo] = contextvars.ContextVar("kwflow_act
 
 
 def activity_info() -> ActivityInfo:
-    """The call that is running here.  Raises UsageError outside an activity."""
+    """Return the call that this activity runs for.  Raises UsageError outside an activity."""
     try:
         return _info.get()
     except LookupError:
@@ -120,7 +120,7 @@ def activity_info() -> ActivityInfo:
 
 
 class running_as:
-    """A with block in which `activity_info()` gives this."""
+    """A context manager in which `activity_info()` returns this info."""
 
     def __init__(self, info: ActivityInfo) -> None:
         self.info = info
@@ -134,7 +134,7 @@ class running_as:
 
 
 class Activity(Callee, Generic[_P, _R]):
-    """A registered function: in a step its call starts with this step's commit and gives a wait, elsewhere it is the function."""
+    """A registered function.  In a step, calling it returns a wait, and the call starts with the commit of the step; elsewhere it is the plain function."""
 
     __name__: str
     __qualname__: str
@@ -157,7 +157,7 @@ class Activity(Callee, Generic[_P, _R]):
         return activity_named, (self.name,)
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Awaitable[_R]:
-        """The wait, in a workflow; outside of one what `function` gives, which is typed there."""
+        """Return the wait, in a workflow; outside one, what `function` returns, which has the function's own type."""
         if not in_step():
             return self.function(*args, **kwargs)  # type: ignore[return-value]
         from kwflow.flows import attempts
@@ -169,7 +169,7 @@ class Activity(Callee, Generic[_P, _R]):
     # -- values to JSON and back -----------------------------------------------------------------------------------
     @functools.cached_property
     def hints(self) -> dict[str, Any]:
-        """The annotations, resolved at first use.  Raises UsageError when one names nothing, or a class whose checks would be passed over."""
+        """The annotations, resolved at first use.  Raises UsageError if one cannot be resolved, or has a class whose checks would be skipped."""
         try:
             found = typing.get_type_hints(self.function, include_extras=True)
         except Exception as error:  # an annotation is any expression
@@ -180,7 +180,7 @@ class Activity(Callee, Generic[_P, _R]):
         return found
 
     def encode_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
-        """The arguments by parameter name.  Raises TypeError as the call would, UsageError for what has no JSON form."""
+        """Return the arguments as a JSON object by parameter name.  Raises TypeError as the call would, UsageError for a value that has no JSON form."""
         try:
             given = self.signature.bind(*args, **kwargs).arguments
         except TypeError as error:
@@ -195,7 +195,7 @@ class Activity(Callee, Generic[_P, _R]):
         return b"{" + b",".join(encoded) + b"}"
 
     def decode_arguments(self, data: bytes) -> inspect.BoundArguments:
-        """What to call the function with.  Raises ActivityError when they no longer fit it."""
+        """Return the arguments to call the function with.  Raises ActivityError if they no longer fit it."""
         bound = self.signature.bind_partial()
         try:
             for name, value in msgspec.json.decode(data).items():
@@ -219,14 +219,17 @@ class Activity(Callee, Generic[_P, _R]):
         return from_plain(value, hint)
 
     def encode_result(self, value: Any) -> bytes:
-        """The result as JSON.  Raises ActivityError saying why it cannot be sent."""
+        """Return the result as JSON.  Raises ActivityError that tells why it cannot be sent."""
         try:
             return json_dumps(to_plain(value, "return" in self.hints))
         except Exception as error:  # serializers of models may raise anything
             raise ActivityError(f"the result of activity {self.name} cannot be sent: {error}", "BadResult", final=True) from error
 
     def decode_result(self, value: Any) -> Any:
-        """The result as annotated.  Raises ActivityError when it does not fit, alone: workflows hold it while they compensate, and no snapshot takes a library's error as its cause."""
+        """Return the result as annotated.  Raises ActivityError if it does not fit.
+
+        That error has no cause: workflows hold it while they compensate, and a snapshot could not hold a library's error.
+        """
         try:
             return from_plain(value, self.hints["return"]) if "return" in self.hints else value
         except Exception as error:  # a model's validators may raise anything
@@ -240,7 +243,7 @@ _queues: set[str] = set()
 
 
 class _Maker(typing.Protocol):
-    """`@activity(...)`: what it makes of a function, by what the function gives."""
+    """The type of `@activity(...)`: what it returns for `def` and for `async def` functions."""
 
     @overload
     def __call__(self, function: Callable[_P, Coroutine[Any, Any, _R]], /) -> Activity[_P, _R]: ...
@@ -257,11 +260,11 @@ def activity(*, name: str | None = None, retry: Retry | None = None, timeout: ti
 def activity(
     function: Callable[..., Any] | None = None, *, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None, queue: str | None = None
 ) -> Any:  # fmt: skip
-    """Make a `def` or `async def` an activity; `name` (default: the function's) is what waiting calls are found by.
+    """Make a `def` or `async def` an activity.  Waiting calls find it by `name`, which defaults to that of the function.
 
-    Each attempt may take `timeout` (seconds or timedelta), from the step that starts it on.  With a `queue`, a topic, calls are
-    run by whoever serves that (`kwflow worker`), not by engines on Kafka.  Raises UsageError for what cannot be one, or when
-    another activity has the name.
+    Each attempt may take up to `timeout` (seconds or timedelta), counted from the step that starts it.  With a `queue`, the name of a
+    topic, calls are run by workers that serve it (`kwflow worker`), not by engines on Kafka.  Raises UsageError for a function that
+    cannot be an activity, and if another activity has the same name.
     """
     policy = Retry() if retry is None else retry
     if not isinstance(policy, Retry):
@@ -279,12 +282,12 @@ def activity(
         if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
             raise UsageError(f"{target.__qualname__} has a yield: an activity is an ordinary function; a workflow calls it with a yield")
         owner = target.__qualname__.rpartition(".")[0]
-        if owner and not owner.endswith(">"):  # not <locals>, <listcomp>
+        if owner and not owner.endswith(">"):  # a class, not <locals> or <listcomp>
             remedy = "write one that calls the method of an object that is a global of its module"
             raise UsageError(f"{target.__qualname__} is a method; an activity is a function, so that any engine can find it by its name: {remedy}")
         made = Activity(target, name or target.__name__, policy, seconds, queue)
         known = _activities.get(made.name)
-        old = "@" in (target.__module__ or "")  # of code that is loaded beside the new: it adds, and replaces nothing
+        old = "@" in (target.__module__ or "")  # an old version that is loaded beside the new one may add activities, but not replace any
         if known is not None and not old and _place(known.function) != _place(target):
             remedy = "give one another name: @kw.activity(name=...)"
             if queue is not None and queue == known.queue:
@@ -301,11 +304,11 @@ def activity(
 
 
 def batch_of(called: Activity[Any, Any], *, size: int, within: timedelta | float = 1.0) -> Callable[[_Batched], _Batched]:
-    """Let a function do calls of an activity together: `@kw.batch_of(charge, size=100, within=2.0)` above `def charge_all(calls)`.
+    """Let one function handle many calls of an activity: `@kw.batch_of(charge, size=100, within=2.0)` above `def charge_all(calls)`.
 
-    It is called with a list of kw.Call: `size` of them, or as many as there are `within` seconds after the first (BW-1).
+    It is called with a list of kw.Call: `size` of them, or as many as have arrived `within` seconds after the first (BW-1).
     It answers each with `call.complete(value)` or `call.fail(error)`, or returns a list with a result or an exception for
-    each, in their order.  What it raises is the error of all that have no answer.  Raises UsageError.
+    each, in the same order.  An exception that it raises is the error of all calls without an answer.  Raises UsageError.
     """
     if not isinstance(called, Activity):
         raise UsageError(f"@kw.batch_of takes an activity, not {called!r}")
@@ -327,12 +330,12 @@ def _place(function: Callable[..., Any]) -> str:
 
 
 def find_activity(name: str) -> Activity[Any, Any] | None:
-    """The activity of this name, None when this process has none."""
+    """Return the activity of this name, or None if this process has none."""
     return _activities.get(name)
 
 
 def activity_named(name: str) -> Activity[Any, Any]:
-    """The activity of this name; how snapshots hold activities.  Raises CodeChangedError when this process has none."""
+    """Return the activity of this name; snapshots refer to activities like this.  Raises CodeChangedError if this process has none."""
     found = find_activity(name)
     if found is None:
         raise CodeChangedError(f"no activity {name!r} in this process, and an instance holds it")
@@ -340,18 +343,18 @@ def activity_named(name: str) -> Activity[Any, Any]:
 
 
 def is_queue(topic: str) -> bool:
-    """Whether some activity of this process has this queue."""
+    """Whether this topic is the queue of an activity of this process."""
     return topic in _queues
 
 
 def registered_activities() -> dict[str, Activity[Any, Any]]:
-    """Name -> every activity of this process."""
+    """Return every activity of this process by name."""
     return dict(_activities)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
 def failure_payload(error: BaseException) -> dict[str, Any]:
-    """What travels as `error` of the resume record; total, whatever the error is.  `final`: trying again cannot help."""
+    """Return the `error` of the resume record.  It never fails, whatever the error is.  `final` means that a retry cannot help."""
     if isinstance(error, BusinessError):
         return {"kind": "business", "code": _text(error.code), "message": _text(error.message), "variables": _sendable(error.variables)}
     if isinstance(error, ActivityError):

@@ -1,6 +1,6 @@
-"""What authors import as `kwflow`: thin functions over the running step, beside what modules declare when they are imported.
+"""What authors import as `kwflow`: thin functions over the running step, and the declarations of modules.
 
-They act on the current step, and raise UsageError outside one.
+The functions act on the current step, and raise UsageError outside a step.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ __all__ = [
 ]
 
 def cancel(x: object) -> None:
-    """Raise Cancelled at the innermost waits of x, in this step, after the current code has reached its next wait."""
+    """Raise Cancelled at the innermost waits of x; this happens in the same step, after the current code has reached its next wait."""
     current().cancel(x)
 
 
@@ -94,93 +94,94 @@ def start_child(workflow: str | Callable[..., Any], input: object = None, *, id:
 @overload
 def start_child(workflow: str | Callable[..., Any], input: object = None, *, id: str | None = None, parent_close: str = "cancel", detach: Literal[True]) -> str: ...
 def start_child(workflow: str | Callable[..., Any], input: object = None, *, id: str | None = None, parent_close: str = "cancel", detach: bool = False) -> Child | str:
-    """Start another workflow by name or function; `yield` gives its result or raises ChildError (M5).
+    """Start another workflow by name or function; `yield` returns its result or raises ChildError (M5).
 
-    `id` defaults to `<this id>/<ref>`.  When this workflow ends or stops waiting, the child is told what `parent_close` says:
-    cancel, terminate, or nothing (abandon).  With `detach=True` nobody waits, and the id is returned.
+    `id` defaults to `<this id>/<ref>`.  When this workflow ends or stops waiting, `parent_close` decides what the child is told:
+    cancel, terminate, or nothing (abandon).  With `detach=True` nobody waits, and the call returns the id.
     """
     return children.start(current(), workflow, input, id, parent_close, detach)
 
 
 def wait_signal(name: str) -> Awaitable[Any]:
-    """The next signal of this name; one that came before is kept, in order (M3)."""
+    """Wait for the next signal of this name.  Signals that arrived earlier are kept, in order (M3)."""
     return messages.wait_signal(current(), name)
 
 
 def signals(name: str) -> Inbox:
-    """The mailbox of this name: `yield inbox` waits for the next signal, `inbox.take()` gives all that are there, `len(inbox)` counts them."""
+    """Return the inbox of this name: `yield inbox` waits for the next signal, `inbox.take()` returns all that are there, `len(inbox)` counts them."""
     return messages.signals(current(), name)
 
 
 def on_update(name: str, validator: Callable[[Any], object] | None = None) -> Inbox:
-    """Take updates of this name from here on: `update = yield inbox`, then `kw.reply(update, value)`.
+    """Accept updates of this name from now on: `update = yield inbox`, then `kw.reply(update, value)`.
 
-    The validator, a plain function of the value, refuses one by raising; kw.* functions do not work in it.
+    The validator is a plain function of the value, which refuses an update by raising; kw.* functions do not work in it.
     """
     return messages.on_update(current(), name, validator)
 
 
 def reply(update: Update, value: object = None) -> None:
-    """Answer an update with JSON; sent when this step is committed.  What is open at the end is answered `ended`."""
+    """Answer an update with JSON; the answer is sent when this step is committed.  Updates still open at the end are answered with `ended`."""
     messages.reply(current(), update, value)
 
 
 def reject(update: Update, reason: str) -> None:
-    """Answer an update with a refusal, as its validator would have done: its sender gets CommandError `rejected` with the reason."""
+    """Refuse an update, as its validator would have done: its sender gets CommandError `rejected` with the reason."""
     messages.reject(current(), update, reason)
 
 
 def send_signal(id: str, name: str, value: object = None, *, start: str | Callable[..., Any] | None = None, input: object = None) -> None:
-    """Put a signal into another workflow's mailbox, with this step's commit; `start` is the workflow to start, with `input`, if the id does not run.
+    """Send a signal to another workflow's mailbox, with the commit of this step.  If the id is not running, `start` is the workflow to start, with `input`.
 
-    Nobody waits: a signal for an id that is not there, or whose mailbox is full, is a dead letter.  Raises UsageError.
+    The sender does not wait: a signal for an id that does not exist, or whose mailbox is full, becomes a dead letter.  Raises UsageError.
     """
     messages.send_signal(current(), id, name, value, start, input)
 
 
 def set_status(value: object) -> None:
-    """JSON that queries and listings show, at most 16 KiB."""
+    """Set the JSON value that queries and listings show; at most 16 KiB."""
     messages.set_status(current(), value)
 
 
 def output(value: str | bytes | None, topic: str, key: str | bytes | None = None, headers: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None, timestamp_ms: int | None = None) -> None:
-    """Write one record with this step; key defaults to this workflow's id, value None is a tombstone."""
+    """Write one record with this step.  The key defaults to this workflow's id; the value None is a tombstone."""
     current().output(value, topic, key, headers, timestamp_ms)
 
 
 def output_json(value: object, topic: str, key: str | bytes | None = None, headers: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None, timestamp_ms: int | None = None) -> None:
-    """`output` of the value as compact JSON."""
+    """Write the value as compact JSON, as `output` does."""
     current().output(json_dumps(value), topic, key, headers, timestamp_ms)
 
 
 def log(*parts: object) -> None:
-    """A line that is written once, after this step is committed."""
+    """Write a line to the log, once, after this step is committed."""
     current().logs.append(" ".join(str(part) for part in parts))
 
 
 def workflow_id() -> str:
-    """The id of this instance."""
+    """Return the id of this instance."""
     return current().instance.id
 
 
 def step_id() -> str:
-    """The offset of the record this step applies."""
+    """Return the offset of the record that this step applies."""
     return str(current().record.offset)
 
 
 def headers() -> dict[str, str | None]:
-    """The headers of the record this step applies, but for kwflow's: those of the start, or of the message that came; they travel over timers, activities and outputs (semantics §9.3).
+    """Return the headers of the record that this step applies, without kwflow's own: those of the start, or of the message that arrived.
 
-    Of those with one name the last; bytes that are no UTF-8 escaped as `\\xff`, None for one without a value.  For all its life an instance keeps what it puts into a variable.
+    They are propagated through timers, activities and outputs (semantics §9.3).  Of headers with the same name, the last one counts.  Bytes that are not
+    UTF-8 are escaped as `\\xff`; a header without a value is None.  An instance that needs them later has to keep them in a variable.
     """
     return wire.shown_headers(current().travelling)
 
 
 def now() -> datetime:
-    """Aware UTC: the later of the record's timestamp and the last one this instance saw (semantics §9.1)."""
+    """Return the time as an aware datetime in UTC: the record's timestamp, or the latest one that this instance has seen, if that is later (semantics §9.1)."""
     return current().now()
 
 
 for _value in [globals()[_name] for _name in __all__]:
-    if isinstance(_value, types.FunctionType):  # wherever it is written, this is what a snapshot that holds it names
+    if isinstance(_value, types.FunctionType):  # wherever it is defined, a snapshot that holds it names this module
         _value.__module__ = __name__

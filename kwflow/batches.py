@@ -1,4 +1,4 @@
-"""Batches: one call of a function for many calls of an activity (BW-1..BW-16), for services that take many things at a time."""
+"""Batches: one call of a function for many calls of an activity (BW-1..BW-16), for services that accept many items at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIZE_MAX = 10_000
 
 
 class Batch:
-    """A function that takes calls of an activity together: `size` of them, or those that there are `within_s` after the first."""
+    """A function that handles many calls of an activity: `size` of them, or as many as have arrived `within_s` seconds after the first."""
 
     __slots__ = ("function", "is_async", "size", "within_s")
 
@@ -37,10 +37,10 @@ class Batch:
 
 
 class Call:
-    """One call in a batch: its arguments as annotated, by name, and which call it is.
+    """One call in a batch: its arguments by name, as annotated, and its `info`.
 
-    It is answered once, with `complete` or `fail`, at any time until the function of the batch returns; or by what that
-    returns.  Each of both may be called on any thread.
+    It is answered once: with `complete` or `fail`, at any time before the function of the batch returns, or by what that
+    function returns.  `complete` and `fail` may be called on any thread.
     """
 
     __slots__ = ("_answer", "_answered", "_lock", "arguments", "info")
@@ -53,11 +53,11 @@ class Call:
         self._lock = threading.Lock()
 
     def complete(self, value: Any = None) -> None:
-        """Its result.  Raises UsageError when it was answered before."""
+        """Answer the call with its result.  Raises UsageError if it was answered before."""
         self._once(value, None)
 
     def fail(self, error: BaseException) -> None:
-        """What it raises: tried again as `Retry` says, unless it is a BusinessError or final.  Raises UsageError when it was answered before."""
+        """Answer the call with an error; it is retried as `Retry` says, unless the error is a BusinessError or final.  Raises UsageError if it was answered before."""
         if not isinstance(error, BaseException):
             raise UsageError(f"call.fail takes an exception, such as kw.ActivityError(...) or kw.BusinessError(...), not {error!r}")
         self._once(None, error)

@@ -1,4 +1,7 @@
-"""One frozen Config: `kwflow.toml` ([app] [topics] [limits] [durable] [snapshot] [embedded] [encryption] [gateway] [console] [kafka]) and `KWFLOW_*`; the environment wins over the file."""
+"""One frozen Config, from `kwflow.toml` and `KWFLOW_*`; the environment wins over the file.
+
+The sections of the file are [app] [topics] [limits] [durable] [snapshot] [embedded] [encryption] [gateway] [console] [kafka].
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["Config", "load_config"]
 
 _KEY_CHARS_MIN = 32
-_NEARLY = 0.92  # of 1: another letter or two
-_OPTIONS = ("KWFLOW_PROCESSES",)  # of commands, with a setting that is called nearly so
-_NOT_YOURS = (  # in [kafka]: each is what some rule rests on (K1, K2, K5, K6, K16), or has a setting of its own
+_NEARLY = 0.92  # how similar, of 1: a letter or two differ
+_OPTIONS = ("KWFLOW_PROCESSES",)  # variables of commands whose names are similar to that of a setting
+_NOT_YOURS = (  # in [kafka]: some rule depends on each of these (K1, K2, K5, K6, K16), or it has a setting of its own
     "bootstrap.servers metadata.broker.list group.id group.instance.id transactional.id enable.auto.commit enable.auto.offset.store auto.offset.reset "
     "isolation.level enable.idempotence enable.partition.eof partitioner partition.assignment.strategy group.protocol"
 ).split()
@@ -33,7 +36,7 @@ _INSTEAD = {name: "; say bootstrap_servers in [app]" for name in ("bootstrap.ser
 
 
 class Config(BaseSettings):
-    """Everything that can be set.  `kafka` goes to librdkafka as it is (security.protocol, sasl.*, ssl.*)."""
+    """All settings.  `kafka` is passed to librdkafka unchanged (security.protocol, sasl.*, ssl.*)."""
 
     model_config = SettingsConfigDict(env_prefix="KWFLOW_", frozen=True, extra="forbid")
 
@@ -103,7 +106,7 @@ class Config(BaseSettings):
     console_tokens: list[SecretStr] = Field(default_factory=list, description="who opens the console gives one of them as the password; without any it answers on this machine only")
     console_tls_cert: Path | None = Field(default=None, description="as gateway_tls_cert, for the console")
     console_tls_key: Path | None = Field(default=None, description="as gateway_tls_key, for the console")
-    kafka: dict[str, Any] = Field(default_factory=dict, repr=False)  # passwords are in it
+    kafka: dict[str, Any] = Field(default_factory=dict, repr=False)  # it contains passwords
 
     @field_validator("snapshot_keys", "encryption_keys", "gateway_tokens", "console_tokens")
     @classmethod
@@ -115,7 +118,7 @@ class Config(BaseSettings):
     @field_validator("gateway_url")
     @classmethod
     def _a_place(cls, url: str | None) -> str | None:
-        """Without the slash at its end."""
+        """Check the URL, and remove a slash at its end."""
         parts = urlsplit(url or "")
         if url is not None and (parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment):
             raise ValueError(f"it is like https://flows.example or https://example.com/flows, not {url!r}")
@@ -135,7 +138,7 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _each_its_own(self) -> Config:
-        """Results and errors may share a topic, or go nowhere; what the engine reads is nobody else's."""
+        """Check that each topic of the engine's own has a name of its own.  Only results and errors may share a topic, or go nowhere."""
         named = {"resume_topic": self.resume_topic, "scheduler_topic": self.scheduler_topic, "reply_topic": self.reply_topic}
         named |= {"history_topic": self.history_topic} if self.history_topic else {}
         for name, topic in named.items():
@@ -161,7 +164,7 @@ class Config(BaseSettings):
 
     @functools.cached_property
     def signing_keys(self) -> tuple[bytes, ...]:
-        """`snapshot_keys` as bytes; an empty one last (snapshot.UNSIGNED) where unsigned snapshots are taken too."""
+        """`snapshot_keys` as bytes; the last one is empty (snapshot.UNSIGNED) if unsigned snapshots are accepted, too."""
         keys = tuple(key.get_secret_value().encode() for key in self.snapshot_keys)
         return (*keys, b"") if keys and self.snapshot_unsigned == "accept" else keys
 
@@ -173,7 +176,7 @@ class Config(BaseSettings):
     @functools.cached_property
     def limits(self) -> Limits:
         """What one instance may use."""
-        from kwflow.core.contract import Limits  # which loads what a client does not need
+        from kwflow.core.contract import Limits  # it loads what a client does not need
 
         return Limits(**{name: getattr(self, name) for name in Limits.__struct_fields__})
 
@@ -210,14 +213,14 @@ class Config(BaseSettings):
         return f"{self.application_id}-timers-changelog"
 
 
-_SECTIONS = {  # a setting's name in the section -> in Config
+_SECTIONS = {  # by section: the name in Config for the name of a setting in the section
     "app": "{}", "topics": "{}_topic", "limits": "{}", "durable": "durable_{}", "snapshot": "snapshot_{}", "embedded": "embedded_{}", "encryption": "encryption_{}", "gateway": "gateway_{}",
     "console": "console_{}",
 }  # fmt: skip
 
 
 def load_config(path: Path | None = None, **given: Any) -> Config:
-    """The Config of this file (default: `kwflow.toml` here, if there is one); `given` wins over all.  Raises UsageError."""
+    """Return the Config from this file (default: `kwflow.toml` in the current directory, if it exists).  `given` wins over everything else.  Raises UsageError."""
     _check_environment()
     values: dict[str, Any] = {}
     sections: dict[str, Any] = {}
@@ -225,7 +228,7 @@ def load_config(path: Path | None = None, **given: Any) -> Config:
     if path is not None or file.exists():
         try:
             sections = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:  # it is no TOML, or no UTF-8
+        except (OSError, ValueError) as error:  # not TOML, or not UTF-8
             raise UsageError(f"{file}: {error}") from None
         for section, content in sections.items():
             if section == "kafka":
@@ -234,7 +237,7 @@ def load_config(path: Path | None = None, **given: Any) -> Config:
                 raise UsageError(f"{file}: {section} is a section: write [{section}] above its settings")
             elif section in _SECTIONS:
                 values |= {_SECTIONS[section].format(name): value for name, value in content.items()}
-            elif section in Config.model_fields:  # as it is called in the environment and everywhere else
+            elif section in Config.model_fields:  # its full name, as in the environment and everywhere else
                 fits = [form.split("{}") for form in _SECTIONS.values()]
                 before, after = max((fit for fit in fits if section.startswith(fit[0]) and section.endswith(fit[1])), key=lambda fit: len(fit[0] + fit[1]))
                 places = " or ".join(f"[{known}]" for known, form in _SECTIONS.items() if form == f"{before}{{}}{after}")
@@ -246,7 +249,7 @@ def load_config(path: Path | None = None, **given: Any) -> Config:
     values |= {name: value for name, value in given.items() if value is not None}
     try:
         config = Config(**values)
-        return config if "kafka" in values or not beside else Config(**{**values, "kafka": {**beside, **config.kafka}})  # a password in the environment, the rest in the file
+        return config if "kafka" in values or not beside else Config(**{**values, "kafka": {**beside, **config.kafka}})  # such as a password in the environment, and the rest in the file
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "extra_forbidden":
@@ -258,7 +261,10 @@ def load_config(path: Path | None = None, **given: Any) -> Config:
 
 
 def _check_environment() -> None:
-    """Raises UsageError for a variable that is nearly a setting's: it would be passed over, as those are that Kubernetes sets for a service named kwflow."""
+    """Raises UsageError for a variable whose name is similar to that of a setting.
+
+    Others are ignored, because Kubernetes sets some for a service that is named kwflow.
+    """
     known = {f"KWFLOW_{name.upper()}" for name in Config.model_fields}
     for name in os.environ:
         if name.startswith("KWFLOW_") and name not in known and name not in _OPTIONS and (near := difflib.get_close_matches(name, known, 1, _NEARLY)):
@@ -266,7 +272,7 @@ def _check_environment() -> None:
 
 
 def _unknown(name: str, file: Path, sections: dict[str, Any]) -> str:
-    """Says where the setting of this name stands, which is none, and what may be meant."""
+    """Return the error for an unknown setting: where it is set, and which one may be meant."""
     [near, *_] = difflib.get_close_matches(name, Config.model_fields, 1) or [""]
     for section, form in _SECTIONS.items():
         before, after = form.split("{}")

@@ -1,6 +1,6 @@
 """What modules declare when they are imported: topics, workflows, migrations.
 
-Process state, filled at import time only, so that all engines that have the same modules know the same.
+This is process state that is filled only at import time, so that all engines with the same modules have the same declarations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _migrations: dict[str, Callable[..., Any]] = {}
 
 
 def declare_topics(*names: str) -> None:
-    """Allow `output` to these topics.  Import time only: a topic declared in a step would differ between engines."""
+    """Allow `output` to these topics.  Only at import time: a topic declared in a step would be known to some engines and not to others."""
     if in_step():
         raise UsageError("declare_topics belongs at module level, not inside a step")
     for name in names:
@@ -38,7 +38,7 @@ def declare_topics(*names: str) -> None:
 
 @contextlib.contextmanager
 def declaring() -> Iterator[set[str]]:
-    """The topics that code which runs inside declares, also those that were declared before."""
+    """Collect the topics that code inside the `with` declares, including those that were declared before."""
     heard: set[str] = set()
     _hearing.append(heard)
     try:
@@ -48,7 +48,7 @@ def declaring() -> Iterator[set[str]]:
 
 
 def declared_topics() -> frozenset[str]:
-    """Every topic declared in this process."""
+    """Return every topic declared in this process."""
     return frozenset(_topics)
 
 
@@ -57,14 +57,14 @@ def workflow(function: _F) -> _F: ...
 @overload
 def workflow(*, name: str | None = None, restart: bool = False) -> Callable[[_F], _F]: ...
 def workflow(function: _F | None = None, *, name: str | None = None, restart: bool = False) -> _F | Callable[[_F], _F]:
-    """Register a workflow under a name (default: the function's); header `kwflow-workflow` of `new:` chooses it.
+    """Register a workflow under a name (default: that of the function), by which the header `kwflow-workflow` of a `new:` selects it.
 
-    With `restart`, a `new:` of an id that runs ends that run, without its author's code, and starts anew; otherwise it
-    changes nothing (G5).
+    With `restart`, a `new:` for an id that is running ends that run, without running its code, and starts a new one; otherwise
+    it changes nothing (G5).
     """
 
     def register(target: _F) -> _F:
-        if registry.version(target.__module__) is not None:  # old code that is loaded beside the new (semantics §8.4)
+        if registry.version(target.__module__) is not None:  # an old version that is loaded beside the new one (semantics §8.4)
             return target
         label = name or target.__name__
         known = _workflows.get(label)
@@ -79,10 +79,10 @@ def workflow(function: _F | None = None, *, name: str | None = None, restart: bo
 
 
 def migrate(*, from_: str) -> Callable[[_F], _F]:
-    """Decorate a function that moves instances waiting in old code: `from_` is main's "module:function", or "module:function@<12 hex>" for one version.
+    """Register a function that moves instances waiting in old code.  `from_` is main's "module:function", or "module:function@<12 hex>" for one version.
 
-    It gets an OldInstance and returns the unstarted generator that takes main's place, alone or with the refs it takes
-    over; `kwflow code migrate` runs it (docs/CODE.md).
+    The function gets an OldInstance, and returns the unstarted generator that takes main's place, alone or with the refs that it
+    takes over.  `kwflow code migrate` runs it (docs/CODE.md).
     """
     if not isinstance(from_, str) or re.fullmatch(r"[^:@]+:[^:@]+(@[0-9a-f]{12})?", from_) is None:
         raise UsageError(f'@kw.migrate(from_="module:function") or "module:function@<12 hex>", not {from_!r}')
@@ -100,10 +100,10 @@ def migrate(*, from_: str) -> Callable[[_F], _F]:
 
 
 def registered_migrations() -> dict[str, Callable[..., Any]]:
-    """Function key -> function of every `@migrate` in this process."""
+    """Return the function of every `@migrate` in this process by the key of the function that it migrates from."""
     return dict(_migrations)
 
 
 def registered_workflows() -> dict[str, Callable[..., Any]]:
-    """Name -> function of every `@workflow` in this process."""
+    """Return the function of every `@workflow` in this process by name."""
     return dict(_workflows)

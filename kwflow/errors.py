@@ -1,28 +1,28 @@
-"""Every exception kwflow raises, cut by who has to act.  Imports nothing.
+"""Every exception that kwflow raises, grouped by who has to act.  Imports nothing.
 
     KwflowError
     ├ UsageError            the author's code: fix it
-    │   ├ UnsupportedError      a construct that a durable module must not hold, found when it is loaded
+    │   ├ UnsupportedError      a construct that a durable module must not contain, found when it is loaded
     │   ├ NotDurableError       a generator that cannot be saved was handed to the engine
     │   ├ UnknownWorkflowError  no workflow of that name is registered
     │   ├ StuckError            nothing is left that could wake the workflow (G9)
-    │   ├ MigrationError        a migration did not give what takes a waiting instance's place; it is parked as it was
-    │   └ WorkflowError         an error that came in with a record; carries its JSON payload
+    │   ├ MigrationError        a migration did not return a replacement for a waiting instance, which is parked as it was
+    │   └ WorkflowError         an error that arrived in a record; carries its JSON payload
     │       └ ChildError            a child workflow ended without a result, or did not start
-    ├ ProtocolError         the record: dead-letter it and go on
+    ├ ProtocolError         the record: dead-letter it and continue
     ├ SnapshotError         stored state: park the instance
     │   ├ CodeChangedError
-    │   ├ RefusedError          the record killed processes, or the broker takes nothing of what it makes
+    │   ├ RefusedError          the record killed processes, or the broker rejects what its step writes
     │   ├ ResourceError         an object could not get its resource back after a restore
     │   ├ UnsavableError        a value that cannot be saved; names variable, function, place and type
     │   └ CorruptSnapshotError
-    ├ TransportError        broker or store; `retryable` tells whether trying again can help
+    ├ TransportError        broker or store; `retryable` tells whether a retry can help
     │   ├ FencedError           another owner took over: stop
     │   └ OutcomeUnknown        no reply to a client's command: repeat it under the same id
-    ├ CommandError          a client's command was refused; `status` is the reply's
+    ├ CommandError          a client's command was refused; `status` is that of the reply
     ├ OutcomeError          a workflow that a client waited for ended without a result
     ├ ActivityError         an activity failed for good
-    └ BusinessError         an outcome that the business knows, by its code; passes from an activity to its workflow as it is
+    └ BusinessError         an outcome that the business expects, with a code; passes unchanged from an activity to its workflow
     KwflowBug               our own invariant broke (never the author's fault)
     StepTimeout             a BaseException: author code ran too long without a wait; its instance is parked
     Cancelled               a BaseException, so that `except Exception` does not swallow it
@@ -62,23 +62,23 @@ __all__ = [
 
 
 class KwflowError(Exception):
-    """Base of everything kwflow raises on purpose, except Cancelled and KwflowBug."""
+    """Base of everything that kwflow raises on purpose, except Cancelled, StepTimeout and KwflowBug."""
 
 
 class UsageError(KwflowError):
-    """The author's code used kwflow wrongly; the message says what to write instead."""
+    """The author's code uses kwflow in a wrong way; the message says what to write instead."""
 
 
 class UnsupportedError(UsageError):
-    """A construct that lowering refuses, with file, line and its name; raised when the module is loaded, never later."""
+    """Lowering refuses a construct; the message names it with file and line.  Raised when the module is loaded, never later."""
 
 
 class NotDurableError(UsageError):
-    """A generator whose module is not durable was handed to the engine; it could not be saved while it waits."""
+    """A generator whose module is not durable was given to the engine, which could not save it while it waits."""
 
 
 class LostCallWarning(UserWarning):
-    """A call of a durable generator function whose result is thrown away: nothing of it runs."""
+    """The result of calling a durable generator function is thrown away, so that none of it runs."""
 
 
 class NotDurableWarning(UserWarning):
@@ -90,15 +90,15 @@ class UnknownWorkflowError(UsageError):
 
 
 class StuckError(UsageError):
-    """Main waits, but nothing pending could ever wake it (G9); raised at main's wait so that its cleanup runs."""
+    """Main waits, but nothing that is pending could ever wake it (G9).  Raised at main's wait, so that its cleanup runs."""
 
 
 class MigrationError(UsageError):
-    """`@kw.migrate`'s function raised, or returned something else than an unstarted durable generator and pending refs."""
+    """The function of a `@kw.migrate` raised, or returned something other than an unstarted durable generator and pending refs."""
 
 
 class WorkflowError(UsageError):
-    """A resume record carried `error`; `payload` is that JSON value, unchanged."""
+    """A resume record carried an `error`; `payload` is that JSON value, unchanged."""
 
     def __init__(self, payload: object = None) -> None:
         super().__init__(payload)
@@ -108,8 +108,8 @@ class WorkflowError(UsageError):
 class ChildError(WorkflowError):
     """A child workflow has no result.
 
-    `outcome` is error, cancelled, terminated, or why it did not start (exists, unknown_workflow, bad_input, discarded ...); `error`
-    is the JSON value of its error record, or a text; `id` is the child's.
+    `outcome` is error, cancelled, terminated, or why it did not start (exists, unknown_workflow, bad_input, discarded ...).  `error`
+    is the JSON value of its error record, or a text.  `id` is that of the child.
     """
 
     def __init__(self, payload: dict[str, object]) -> None:
@@ -123,7 +123,7 @@ class ChildError(WorkflowError):
 
 
 class ProtocolError(KwflowError):
-    """A record from outside means nothing to us; `reason` is the short word that counters and dead letters use."""
+    """A record from outside has no meaning for kwflow; `reason` is the short word that counters and dead letters use."""
 
     def __init__(self, message: str, reason: str = "protocol") -> None:
         super().__init__(message, reason)
@@ -138,7 +138,7 @@ class SnapshotError(KwflowError):
 
 
 class CodeChangedError(SnapshotError):
-    """A snapshot needs code that is neither current nor stored (G10); `module` is what misses it, if one alone does."""
+    """A snapshot needs code that is neither current nor stored (G10); `module` is the module that lacks it, if that is a single one."""
 
     def __init__(self, message: str, module: str = "") -> None:
         super().__init__(message, module)
@@ -149,15 +149,15 @@ class CodeChangedError(SnapshotError):
 
 
 class CorruptSnapshotError(SnapshotError):
-    """Stored bytes are not a snapshot of ours, or their checksum does not match; nothing was unpickled."""
+    """Stored bytes are not a snapshot of kwflow, or their checksum does not match, or their content cannot be read."""
 
 
 class RefusedError(SnapshotError):
-    """A record that is not tried again by itself: processes died of it (K19), or the broker rejects what its step makes (K11); its instance is parked."""
+    """A record is not retried automatically, because processes died of it (K19) or the broker rejects what its step writes (K11).  Its instance is parked."""
 
 
 class ResourceError(SnapshotError):
-    """`__durable_reenter__` of an object raised after a restore; `type_name` is its class.  Nothing of the workflow has run."""
+    """`__durable_reenter__` of an object raised after a restore; `type_name` is its class.  No code of the workflow has run."""
 
     def __init__(self, message: str, type_name: str = "") -> None:
         super().__init__(message, type_name)
@@ -200,7 +200,7 @@ class FencedError(TransportError):
 
 
 class OutcomeUnknown(TransportError):
-    """No reply within `command_timeout_s`: it may be done, or be done later.  Repeat it with this `command_id`; it is done once (M1.4)."""
+    """A command got no reply within `command_timeout_s`: it may have taken effect, or take effect later.  Repeat it with this `command_id`: it takes effect once (M1.4)."""
 
     def __init__(self, message: str, command_id: str = "") -> None:
         super().__init__(message, True)
@@ -211,7 +211,7 @@ class OutcomeUnknown(TransportError):
 class CommandError(KwflowError):
     """The command changed nothing; `status` is the word of the reply: not_found, exists, full, rejected, ended, unknown_ref ...
 
-    One that is `held` is kept: the workflow is parked, and somebody has to retry it; the command is applied then.
+    A command with the status `held` is kept: the workflow is parked, and the command is applied when somebody retries the workflow.
     """
 
     def __init__(self, status: str, message: str = "", id: str = "") -> None:
@@ -225,7 +225,7 @@ class CommandError(KwflowError):
 
 
 class OutcomeError(KwflowError):
-    """The workflow has no result: `kind` is error, cancelled or terminated, `value` the JSON of its error record."""
+    """The workflow has no result; `kind` is error, cancelled or terminated, `value` the JSON value of its error record."""
 
     def __init__(self, kind: str, value: object = None, id: str = "", start_id: str = "") -> None:
         super().__init__(kind, value, id, start_id)
@@ -241,7 +241,7 @@ class OutcomeError(KwflowError):
 class ActivityError(KwflowError):
     """An activity failed after its retries; `type` and `details` come from the activity.
 
-    Raised by an activity itself, `final` says that trying again cannot help.
+    If an activity itself raises it, `final` says that a retry cannot help.
     """
 
     def __init__(self, message: str, type: str = "", details: object = None, final: bool = False) -> None:
@@ -255,7 +255,7 @@ class ActivityError(KwflowError):
 
 
 class BusinessError(KwflowError):
-    """An expected refusal, such as "card declined": never tried again; `code` is for programs, `variables` is any JSON."""
+    """An expected refusal, such as "card declined", which is never retried.  `code` is for programs, `variables` is any JSON value."""
 
     def __init__(self, code: str, message: str = "", variables: object = None) -> None:
         super().__init__(code, message, variables)
@@ -268,15 +268,15 @@ class BusinessError(KwflowError):
 
 
 class KwflowBug(Exception):
-    """An invariant of kwflow broke; aborts the step even if author code swallowed it."""
+    """An invariant of kwflow is broken; this aborts the step even if author code swallows it."""
 
 
 class StepTimeout(BaseException):
-    """Raised by the engine in a step that does not reach a wait; the step is undone and its instance parked."""
+    """Raised by the engine in a step that does not reach a wait; the step is undone, and its instance parked."""
 
 
 class Cancelled(BaseException):
-    """Raised at the wait of a cancelled task; catch it only to clean up, then re-raise."""
+    """Raised at the wait of a cancelled task.  Catch it only to clean up, then raise it again."""
 
 
 CancelToken = Cancelled

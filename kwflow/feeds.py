@@ -1,7 +1,7 @@
-"""Feeds: plain functions that make messages for workflows of the records in a topic of somebody else's (decision 0058).
+"""Feeds: plain functions that turn the records of somebody else's topic into messages for workflows (decision 0058).
 
-A feed decides from its record alone: it does not wait, and calls nothing.  Which records are read, and that each is read
-once, is its runner's (`runners/feeds.py`); it must not know logs or processes.
+A feed decides from its record alone: it does not wait, and calls no services.  Its runner (`runners/feeds.py`) decides which
+records are read, and that each counts once.  This module must not know logs or processes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Workflow: TypeAlias = str | Callable[..., Any] | None
 
 
 class Start(msgspec.Struct, frozen=True):
-    """Start a workflow under this id; one that runs is left alone (G5).
+    """Start a workflow under this id; if the id is running, nothing changes (G5).
 
-    `workflow`: a name or a function under `@kw.workflow`; None is the engine's default.  Of a `start_id` there is one run, also after its end: for
-    producers that may write the same twice.
+    `workflow` is a name or a function under `@kw.workflow`; None means the engine's default.  A `start_id` is run once, even after its end: use it for
+    producers that may write the same record twice.
     """
 
     id: str
@@ -42,9 +42,9 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Signal(msgspec.Struct, frozen=True):
-    """A signal into this workflow's mailbox; `start` is the workflow to start, with `input`, if the id does not run.
+    """Put a signal into this workflow's mailbox; if the id is not running, `start` is the workflow to start, with `input`.
 
-    With a `command_id` it is done once: for producers that may write the same twice.
+    With a `command_id` it takes effect once: use it for producers that may write the same record twice.
     """
 
     id: str
@@ -56,7 +56,7 @@ class Signal(msgspec.Struct, frozen=True):
 
 
 class Resume(msgspec.Struct, frozen=True):
-    """The answer to `ref = kw.suspend()` of this workflow: a value, or with `error=payload` a kw.WorkflowError."""
+    """Answer `ref = kw.suspend()` of this workflow with a value, or with `error=payload`, which raises kw.WorkflowError there."""
 
     id: str
     ref: str
@@ -65,7 +65,7 @@ class Resume(msgspec.Struct, frozen=True):
 
 
 class Cancel(msgspec.Struct, frozen=True):
-    """Raise Cancelled at this workflow's innermost waits; with a `command_id` it is done once."""
+    """Raise Cancelled at this workflow's innermost waits; with a `command_id` it takes effect once."""
 
     id: str
     reason: str = ""
@@ -76,7 +76,7 @@ Message: TypeAlias = Start | Signal | Resume | Cancel
 
 
 class Feed:
-    """A registered function and the topic whose records it is called with, one by one."""
+    """A registered function, and the topic whose records it is called with one by one."""
 
     def __init__(self, topic: str, function: Callable[..., Any]) -> None:
         self.topic = topic
@@ -91,7 +91,10 @@ class Feed:
         return f"{self.function.__module__}.{self.function.__qualname__}"
 
     def resolved(self) -> list[Any]:
-        """The annotation of each parameter: one of kw.Record is given the record, the other the value.  Raises UsageError for a function that could not be called so."""
+        """Return the annotation of each parameter.  A parameter annotated kw.Record receives the record, the other one its value.
+
+        Raises UsageError for a function that cannot be called like this.
+        """
         if self._hints is None:
             said = f"the feed of {self.topic}, {self._place},"
             parameters = [parameter for parameter in typed.signature_of(self.function).parameters.values() if parameter.default is parameter.empty]
@@ -107,7 +110,7 @@ class Feed:
         return self._hints
 
     def outputs(self, record: Record, resume_topic: str, limits: Limits) -> tuple[Output, ...]:
-        """The records that the function's messages are.  Raises ProtocolError for a value that it does not take, UsageError, and what the function raises."""
+        """Return the records for the messages that the function returns.  Raises ProtocolError for a value that it does not accept, UsageError, and what it raises."""
         given = [record if hint is Record else self._value(record, hint) for hint in self.resolved()]
         headers, outputs, size = wire.travelling_headers(record), [], 0
         for message in self._messages(self.function(*given)):
@@ -120,7 +123,7 @@ class Feed:
         return tuple(outputs)
 
     def _value(self, record: Record, hint: Any) -> Any:
-        """A tombstone's is None, as the JSON null."""
+        """Return the value of a record; that of a tombstone is None, as for the JSON null."""
         if record.value is None:
             value = None
         else:
@@ -146,7 +149,7 @@ def _holds_record(hint: Any) -> bool:
 
 
 def _output(message: object, topic: str, headers: Headers, limits: Limits) -> Output:
-    """Raises UsageError for what no engine would take."""
+    """Return the record for a message.  Raises UsageError for one that no engine would accept."""
     match message:
         case Start():
             named = _workflow_header(message.workflow)
@@ -202,16 +205,16 @@ _feeds: dict[str, Feed] = {}
 
 
 def feed(topic: str) -> Callable[[_F], _F]:
-    """Call this function with each record of a topic; the messages that it returns, or yields, are written with its position in one transaction.
+    """Call this function with each record of a topic.  The messages that it returns or yields are written in one transaction with the position in the topic.
 
-    `def orders(order: Order)` is given the value, JSON as its annotation rebuilds it; a parameter that is annotated kw.Record the record as it is.  What
-    it raises makes the record a dead letter `feed-failed`.  Raises UsageError for what cannot be one, or when the topic has a feed.
+    `def orders(order: Order)` receives the value, JSON that the annotation rebuilds; a parameter annotated kw.Record receives the record as it is.  An
+    exception makes the record a dead letter `feed-failed`.  Raises UsageError for a function that cannot be a feed, and if the topic has another feed.
     """
     if not wire.is_topic(topic):
         raise UsageError(f"@kw.feed takes the name of a topic, letters, digits, '.', '_' and '-', not {topic!r}")
 
     def register(function: _F) -> _F:
-        if registry.version(function.__module__) is not None:  # old code that is loaded beside the new
+        if registry.version(function.__module__) is not None:  # an old version that is loaded beside the new one
             return function
         if not isinstance(function, types.FunctionType) or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise UsageError(f"@kw.feed takes a function, which waits for nothing, not {function!r}")
@@ -226,5 +229,5 @@ def feed(topic: str) -> Callable[[_F], _F]:
 
 
 def registered_feeds() -> dict[str, Feed]:
-    """Topic -> its feed, of this process."""
+    """Return the feeds of this process by topic."""
     return dict(_feeds)

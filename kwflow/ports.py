@@ -1,4 +1,4 @@
-"""What the runners and what they run expect of each other.  Protocols and plain data only."""
+"""The interfaces between the runners and what they run.  Protocols and plain data only."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ class Store(Protocol):
     def get(self, key: bytes) -> bytes | None: ...
 
     def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        """Entries whose key starts with the prefix, in key order; those before `start` are not even passed over."""
+        """Yield the entries whose key starts with the prefix, in key order.  Those before `start` are not even read."""
 
 
 class Changes(Store, Protocol):
-    """A Store that takes changes, which nobody else sees before they are committed."""
+    """A Store that can be changed; nobody else sees the changes before they are committed."""
 
     def put(self, key: bytes, value: bytes | None) -> None:
-        """None deletes."""
+        """Set a value; None deletes the entry."""
 
 
 class Clock(Protocol):
-    """Wall-clock time, replaceable in tests."""
+    """Wall-clock time, which tests can replace."""
 
     def now_ms(self) -> int: ...
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """What one record (or time) did beside its changes of state.  Nothing has happened yet: state, outputs and offset are committed together, or not at all.
+    """What one record (or the passing of time) did, besides its changes of state.
 
-    `replies` are outputs to the partition that somebody waits on; one that is not there (any more) is counted and left
-    out.  `logs` are written, `dispatch` is started and `spans` are ended after the commit; `counts` name what was counted.
+    Nothing has happened yet: state, outputs and offset are committed together, or not at all.  `replies` are outputs to the partition on
+    which somebody waits; a reply to a partition that does not exist (any more) is counted and left out.  `logs` are written, `dispatch` is
+    started and `spans` are ended after the commit.  `counts` are the names of the counters to increment.
     """
 
     outputs: tuple[Output, ...] = ()
@@ -53,43 +54,43 @@ class Budget(Protocol):
     """What one transaction may hold."""
 
     def take(self, size: int) -> None:
-        """So many bytes more will be written."""
+        """Note that `size` more bytes will be written."""
 
     def spent(self) -> bool:
         """Whether there is no room for another record."""
 
 
-# (partition, key, value, headers, done): puts one record of the input topic into the log, from any thread; `done(None)` once it is
-# there, `done(why)` if it never will be
+# (partition, key, value, headers, done): write one record to the input topic, from any thread.  It calls `done(None)` once the record
+# is in the log, or `done(why)` if it never will be.
 Deliver: TypeAlias = Callable[[int, bytes, bytes, Headers, Callable[[str | None], None]], None]
 
 
 class Worker(Protocol):
-    """Does what commits hand out, outside of them.  All is called by the engine's thread, and nothing blocks but for a grace period."""
+    """Does the work that commits hand out, outside of them.  The engine's thread calls all methods; none of them blocks, except for a grace period."""
 
     def own(self, partition: int, store: Store) -> None:
-        """Begin with what lies in this store: once every record that was there at the takeover has been applied, for some hold results."""
+        """Begin with the calls in this store; called once every record present at the takeover has been applied, since some of these hold results."""
 
     def owns(self, partition: int) -> bool: ...
 
     def committed(self, partition: int, items: Iterable[object]) -> None:
-        """A commit has made these: start, or stop, in this order."""
+        """Start, or stop, what a commit has handed out, in this order."""
 
     def turn(self) -> None:
-        """Look after what runs, and take more from the stores if there is room; called a few times a second."""
+        """Look after the running calls, and take more from the stores if there is room; called a few times a second."""
 
     def hurry(self) -> None:
-        """Nothing more comes until some of these are answered: what waits for more of its kind need not."""
+        """No more calls will come until some of these are answered, so a call that waits for others of its kind need not wait any longer."""
 
     def disown(self, partition: int, grace_s: float = 0.0) -> None:
-        """Start nothing more of it; what runs may end within the grace period."""
+        """Start no more calls of this partition; running ones may finish within the grace period."""
 
     def close(self, grace_s: float = 0.0) -> None:
-        """End; what runs may end within the grace period."""
+        """Stop; running calls may finish within the grace period."""
 
 
 class Processor(Protocol):
-    """A pure decider over one input topic and its own state; changes of state go to the `Changes` it is given."""
+    """A pure decider over one input topic and its own state.  It writes changes of state to the `Changes` that it is given."""
 
     input_topic: str
     changelog_topic: str
@@ -98,44 +99,44 @@ class Processor(Protocol):
     """Of the input topic; a runner that has more than one says how many."""
 
     def taken_over(self, store: Store) -> Mapping[str, str]:
-        """Load what the instances of this partition need, before its first record (semantics §9.6).
+        """Load the code that the instances of this partition need, before its first record (semantics §9.6).
 
-        The topics that this code declares, each with the version (`<module>@<sha256>`) because of which it was loaded.
+        Return the topics that this code declares, each with the version (`<module>@<sha256>`) because of which it was loaded.
         """
 
     def decide(self, state: Changes, records: Sequence[Record], received_ms: int, budget: Budget | None = None) -> list[Decision]:
-        """What these records of one partition do, in order; one Decision each.  Never raises for bad input.
+        """Return what these records of one partition do, in order, as one Decision for each.  Never raises for bad input.
 
-        Once the budget is spent the rest gets no Decision: it belongs to the next transaction.  The first record always gets one.
+        Once the budget is spent, the remaining records get no Decision: they belong to the next transaction.  The first record always gets one.
         """
 
     def refuse(self, state: Changes, record: Record, reason: str, topic: str = "") -> Decision:
-        """What happens to a record whose Decision the log would not take (K11); `topic` is the one that did not, where that is known."""
+        """Return what happens to a record whose Decision the log has rejected (K11); `topic` is the topic that did, if that is known."""
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
-        """What has become due by time; None when nothing has."""
+        """Return what has become due by time; None if nothing has."""
 
     def work(self, deliver: Deliver) -> Worker | None:
-        """Who does what decisions dispatch, and delivers what comes of it; None when they dispatch nothing."""
+        """Return the Worker that does what decisions dispatch, and delivers the results; None if they dispatch nothing."""
 
     def next_due_ms(self, store: Store) -> int | None:
-        """When `due` is to be asked next; None for never."""
+        """Return when `due` is to be called next; None for never."""
 
 
 class Listener(Protocol):
     """What a Link tells a client, on a thread of its own."""
 
     def on_record(self, record: Record) -> None:
-        """A committed record of the reply, result or error topic; for each partition in order."""
+        """Called with a committed record of the reply, result or error topic; in order for each partition."""
 
     def on_tick(self) -> None:
-        """Several times a second."""
+        """Called several times a second."""
 
     def on_gap(self) -> None:
-        """Records may have been missed."""
+        """Called when records may have been missed."""
 
     def on_lost(self, error: Exception) -> None:
-        """Nothing will come any more."""
+        """Called when no more records will come."""
 
 
 class Link(Protocol):
@@ -145,18 +146,18 @@ class Link(Protocol):
 
     @property
     def address(self) -> str:
-        """`kwflow-reply-to` for this process (M1.2)."""
+        """The `kwflow-reply-to` of this process (M1.2)."""
 
     def listen(self, listener: Listener) -> None:
-        """Begin; replies are followed from before this on."""
+        """Begin to call the listener; replies are followed from a point before this call."""
 
     def follow(self, key: bytes, ready: Callable[[], None]) -> None:
-        """Follow the outcomes of this id from now on; `ready` is called once nothing that is written later can be missed (M1.3)."""
+        """Follow the outcomes of this id from now on; `ready` is called once no record that is written later can be missed (M1.3)."""
 
     def append(self, output: Output, failed: Callable[[Exception], None]) -> None:
-        """Write one record; returns at once.  `failed` is called if it was not written, or perhaps not."""
+        """Write one record, and return at once.  `failed` is called if it was not written, or possibly not."""
 
     def find(self, key: bytes) -> list[Record]:
-        """The result and error records of this id that are still there, oldest first in each topic.  Blocks."""
+        """Return the result and error records of this id that still exist, oldest first in each topic.  Blocks."""
 
     def close(self) -> None: ...

@@ -1,8 +1,8 @@
 """Durable modules in pytest: `kwflow_durable = package ...` in the ini file, or `__kwflow_durable__ = True` in a test module.
 
-Found by pytest through its entry point, and light, because it is loaded wherever kwflow is installed.  The hook is
-installed before the first conftest is imported; a durable test module gets pytest's assertion rewrite first and is
-lowered after it (semantics §5.5).
+pytest finds this module through its entry point, and loads it wherever kwflow is installed, so it is light.  The hook is
+installed before the first conftest is imported.  A durable test module first gets pytest's assertion rewrite, and is then
+lowered (semantics §5.5).
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 
 def _adapt(tree: ast.Module) -> None:
-    """pytest's temporaries begin with `@`, as those of lowering do, which are saved only where lowering needs them; its nodes may end before they begin."""
+    """Make pytest's tree fit for lowering.
+
+    Its temporaries begin with `@` like those of lowering, which are saved only where lowering needs them, so they are renamed.  Its nodes may end before they begin.
+    """
     ast.fix_missing_locations(tree)
     for node in ast.walk(tree):
         if isinstance(node, (ast.stmt, ast.expr, ast.alias)) and (node.end_lineno or 0) < node.lineno:

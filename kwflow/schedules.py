@@ -1,7 +1,7 @@
 """When a schedule is due and what it does then: plain functions over plain data, called by the workflow in `flows/schedule1.py`.
 
-Cron expressions mean what they mean to Debian's cron, daylight saving included (cronsim).  No clock: now arrives as an
-argument.  The state is a dict of JSON values, so that a newer kwflow can read what an older one saved.
+Cron expressions mean what they mean to Debian's cron, including daylight saving (cronsim).  No clock is read: the current time
+is an argument.  The state is a dict of JSON values, so that a newer kwflow can read what an older one saved.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ __all__ = ["SIGNAL", "WORKFLOW", "begin", "checked", "due", "duration_ms", "ende
 
 WORKFLOW = "kwflow.schedule"
 SIGNAL = "kwflow.schedule"
-_CAUGHT_UP_MAX = 1_000  # missed times that one waking looks at
+_CAUGHT_UP_MAX = 1_000  # missed times handled in one waking
 _QUEUED_MAX = 100
 _ACTIVE_MAX = 1_000
-_NAME_BYTES_MAX = 400  # with a time and a number it is the id of a run
-_LATE_MS = 60_000  # an engine that is busy is late by less than this; such a time is never missed
+_NAME_BYTES_MAX = 400  # with a time and a number added, it is the id of a run
+_LATE_MS = 60_000  # a busy engine is late by less than this; a time that is no older never counts as missed
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `kwflow schedule add` says.  Either `cron` (with `timezone`) or `every_ms`; `catch_up_ms`: how old a missed time may be to run all the same."""
+    """The settings of `kwflow schedule add`: either `cron` (with `timezone`) or `every_ms`.  `catch_up_ms` is how old a missed time may be and still run."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=r"\A[^|\x00]*\Z")]
     workflow: Annotated[str, msgspec.Meta(min_length=1)]
@@ -42,7 +42,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def checked(plan: object) -> dict[str, Any]:
-    """The plan with its defaults.  Raises UsageError for what it cannot mean."""
+    """Return the plan with its defaults filled in.  Raises UsageError for an invalid plan."""
     try:
         made = msgspec.convert(plan, Plan)
     except msgspec.ValidationError as error:
@@ -57,7 +57,7 @@ def checked(plan: object) -> dict[str, Any]:
 
 
 def instance_id(name: str) -> str:
-    """The workflow id of a schedule."""
+    """Return the workflow id of a schedule."""
     return f"schedule:{name}"
 
 
@@ -65,7 +65,7 @@ _DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9
 
 
 def duration_ms(text: str) -> int:
-    """`90s`, `5m`, `1h30m`, `2d` in ms.  Raises UsageError."""
+    """Return a duration such as `90s`, `5m`, `1h30m` or `2d` in ms.  Raises UsageError."""
     found = _DURATION.fullmatch(text)
     if found is None or not any(found.groups()):
         raise UsageError(f"a duration is like 90s, 5m, 1h30m or 2d, not {text!r}")
@@ -74,7 +74,7 @@ def duration_ms(text: str) -> int:
 
 
 def next_ms(plan: dict[str, Any], after_ms: int, anchor_ms: int) -> int | None:
-    """The first time after `after_ms`; intervals count from `anchor_ms`.  None when a cron expression never comes again.  Raises UsageError."""
+    """Return the first time after `after_ms`; intervals count from `anchor_ms`.  None if a cron expression has no further time.  Raises UsageError."""
     if plan["every_ms"] is not None:
         every = int(plan["every_ms"])
         return anchor_ms + ((after_ms - anchor_ms) // every + 1) * every
@@ -87,14 +87,14 @@ def next_ms(plan: dict[str, Any], after_ms: int, anchor_ms: int) -> int | None:
         raise UsageError(f"cron expression {plan['cron']!r}: {error}") from None
     for found in times:
         at_ms = round(found.timestamp() * 1000)
-        if at_ms > after_ms:  # a time in the hour that daylight saving repeats may come out as its first pass
+        if at_ms > after_ms:  # in the hour that daylight saving repeats, cronsim may return the first occurrence again
             return at_ms
     return None
 
 
 # -- the state of a running schedule -------------------------------------------------------------------------------------
 def begin(plan: object, now_ms: int) -> dict[str, Any]:
-    """A new schedule: nothing before now is due.  Raises UsageError."""
+    """Return the state of a new schedule, in which no time up to now is due.  Raises UsageError."""
     return {
         "plan": checked(plan), "anchor": now_ms, "after": now_ms, "paused": False, "removed": False, "triggers": 0, "triggered": 0,
         "active": {}, "queue": [], "runs": 0, "skipped": 0, "missed": 0, "last": None, "failed": 0,
@@ -102,7 +102,7 @@ def begin(plan: object, now_ms: int) -> dict[str, Any]:
 
 
 def due(state: dict[str, Any], now_ms: int) -> list[str]:
-    """The ids of the runs to start now; missed times, triggers and the queue are worked off as the overlap policy says."""
+    """Return the ids of the runs to start now.  Missed times, triggers and the queue are handled as the overlap policy says."""
     found: list[str] = []
     for run in _asked(state, now_ms):
         if state["plan"]["overlap"] == "queue" and len(state["queue"]) < _QUEUED_MAX:
@@ -124,15 +124,15 @@ def _start(state: dict[str, Any], run: str, now_ms: int, found: list[str]) -> No
 
 
 def _asked(state: dict[str, Any], now_ms: int) -> list[str]:
-    """The runs that time and people ask for, as ids: the schedule's name and the time."""
+    """Return the runs that the time and people ask for, as ids: the name of the schedule and the time."""
     name, plan = state["plan"]["name"], state["plan"]
     times: list[int] = []
     oldest = now_ms - max(plan["catch_up_ms"], _LATE_MS)
-    if state["paused"]:  # what comes due is not wanted
+    if state["paused"]:  # times that come due are to be skipped
         state["after"] = max(state["after"], now_ms)
     while (at_ms := next_ms(plan, state["after"], state["anchor"])) is not None and at_ms <= now_ms:
         state["after"] = at_ms
-        if at_ms < oldest:  # the rest of what is too old is passed over at once
+        if at_ms < oldest:  # skip all the others that are too old at once
             state["missed"] += 1
             state["after"] = oldest - 1
         elif len(times) >= _CAUGHT_UP_MAX:
@@ -149,7 +149,7 @@ def _asked(state: dict[str, Any], now_ms: int) -> list[str]:
 
 
 def ended(state: dict[str, Any], run: str, outcome: str) -> None:
-    """A run has ended."""
+    """Note that a run has ended."""
     state["active"].pop(run, None)
     if outcome != "result":
         state["failed"] += 1
@@ -157,7 +157,7 @@ def ended(state: dict[str, Any], run: str, outcome: str) -> None:
 
 
 def told(state: dict[str, Any], message: object, now_ms: int) -> str | None:
-    """A signal: set, pause, unpause, trigger, remove.  What was wrong with it, for the log; it changes nothing then."""
+    """Apply a signal: set, pause, unpause, trigger or remove.  Return what is wrong with it, for the log; it has changed nothing then."""
     do = message.get("do") if isinstance(message, dict) else None
     if do == "set" and isinstance(message, dict):
         try:
@@ -168,7 +168,7 @@ def told(state: dict[str, Any], message: object, now_ms: int) -> str | None:
             state["plan"], state["after"], state["anchor"], state["queue"] = plan, now_ms, now_ms, []
     elif do in ("pause", "unpause"):
         if state["paused"] and do == "unpause":
-            state["after"] = max(state["after"], now_ms)  # what came due meanwhile was not wanted
+            state["after"] = max(state["after"], now_ms)  # times that came due meanwhile are skipped
         state["paused"] = do == "pause"
     elif do == "trigger":
         state["triggers"] += 1
@@ -180,11 +180,11 @@ def told(state: dict[str, Any], message: object, now_ms: int) -> str | None:
 
 
 def status(state: dict[str, Any]) -> dict[str, Any]:
-    """What `kwflow schedule list` shows; times in ISO 8601."""
+    """Return what `kwflow schedule list` shows; times are in ISO 8601."""
     plan = {name: value for name, value in state["plan"].items() if name != "input" and value is not None}
     following = next_ms(state["plan"], state["after"], state["anchor"])
     shown = {name: state[name] for name in ("paused", "runs", "failed", "skipped", "missed", "last")}
-    shown["last_failed"] = state.get("last_failed")  # one that began under an earlier version has none
+    shown["last_failed"] = state.get("last_failed")  # the state of a schedule from an earlier version has none
     return {**shown, "plan": plan, "next": None if following is None or state["paused"] else _iso(following), "active": len(state["active"]), "queued": len(state["queue"])}
 
 

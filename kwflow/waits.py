@@ -1,7 +1,7 @@
-"""What a workflow waits for, as typed functions over the running step: each says what its wait gives.
+"""What a workflow waits for, as typed functions over the running step: the type of each tells what its wait returns.
 
-Types only describe: `all` gives a list also where it is typed as a tuple, as `asyncio.gather` does, so that unpacking knows
-each part.  Every overload lives here; those for tuples and mappings overlap with the one for iterables, and come first.
+Types only describe: `all` returns a list even where it is typed as a tuple, as `asyncio.gather` does, so that type checkers know
+each part when it is unpacked.  Every overload lives here; those for tuples and mappings overlap with the one for iterables, and come first.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _C = TypeVar("_C")
 _D = TypeVar("_D")
 _E = TypeVar("_E")
 Gen: TypeAlias = Generator[Any, Any, _T]
-Wait: TypeAlias = Generator[Any, Any, _T] | collections.abc.Awaitable[_T]  # a call of a durable function in either spelling, or what these functions return
+Wait: TypeAlias = Generator[Any, Any, _T] | collections.abc.Awaitable[_T]  # a call of a durable function, `def` or `async def`, or what these functions return
 
 
 def suspend(id: str | None = None) -> Suspension[Any]:
-    """A wait that a record `{"ref": id, ...}` ends; registered now, so an answer before the `yield` is kept (KW-18)."""
+    """Create a wait that a record `{"ref": id, ...}` ends.  It is registered now, so an answer before the `yield` is kept (KW-18)."""
     return current().suspend(id)
 
 
@@ -48,7 +48,7 @@ def all(items: Iterable[Wait[_T]], *, cancel_rest: bool = True, wait_rest: bool 
 @overload
 def all(items: Iterable[Any], *, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable[Any]: ...
 def all(items: Iterable[Any] | Mapping[Any, Any], *more: Any, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable[Any]:
-    """All results in input order (a mapping gives a dict); the first error wins and the rest are cancelled."""
+    """Wait for all results, in input order (a dict for a mapping).  The first error wins, and the rest are cancelled."""
     return current().all(_alone(items, more), cancel_rest, wait_rest)
 
 
@@ -65,7 +65,7 @@ def race(items: Iterable[Wait[_T]], *, cancel_rest: bool = True, wait_rest: bool
 @overload
 def race(items: Iterable[Any], *, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable[Any]: ...
 def race(items: Iterable[Any] | Mapping[Any, Any], *more: Any, cancel_rest: bool = True, wait_rest: bool = False) -> Awaitable[Any]:
-    """The first to settle, value or error (a mapping gives (key, value)); the rest are cancelled."""
+    """Wait for the first to settle, with a value or an error (for a mapping, with (key, value)); the rest are cancelled."""
     return current().race(_alone(items, more), cancel_rest, wait_rest)
 
 
@@ -76,20 +76,20 @@ def _alone(items: _T, more: tuple[Any, ...]) -> _T:
 
 
 def spawn(gen: Generator[Any, Any, _T] | collections.abc.Coroutine[Any, Any, _T]) -> Task[_T]:
-    """Start a child task now; its error does not touch the parent unless awaited."""
+    """Start a child task now.  Its error does not affect the parent, unless the parent awaits it."""
     return current().spawn(gen)
 
 
 def sleep(delay: timedelta | float) -> Awaitable[None]:
-    """A timer over the scheduler topic, in seconds or as timedelta; starts now, cancelled when left."""
+    """Create a timer through the scheduler topic; the delay is in seconds or a timedelta.  It starts now, and is cancelled when nobody waits for it any more."""
     return current().sleep(delay)
 
 
 def timeout(x: Wait[_T], delay: timedelta | float) -> Awaitable[_T]:
-    """x, or TimeoutError after the delay, with x cancelled."""
+    """Wait for x; after the delay, cancel it and raise TimeoutError."""
     return current().timeout(x, delay)
 
 
 def shield(x: Wait[_T]) -> Awaitable[_T]:
-    """x; a cancel of the waiter is held back until x has settled, and raised then."""
+    """Wait for x; a cancel of the waiter is held back until x has settled, and raised then."""
     return current().shield(x)

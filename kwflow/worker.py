@@ -1,6 +1,6 @@
-"""Workers: processes that run the activities of queues for an application on Kafka: `kwflow worker`, or `run` in a program (M6.6).
+"""Workers: processes that run the activities of queues for an application on Kafka, with `kwflow worker` or `run` in a program (M6.6).
 
-A worker needs the modules of its activities, and of Kafka only the topics of its queues and the engines' input topic. It keeps nothing on disk.
+A worker needs the modules of its activities, and on Kafka only the topics of its queues and the engines' input topic.  It keeps nothing on disk.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["Lending", "queues_served", "run", "service"]
 
 
 def queues_served(names: Sequence[str] = ()) -> list[str]:
-    """These queues, or those of all activities that this process does, and not only declares.
+    """Return these queues, or those of all activities that this process implements and does not merely declare.
 
-    Raises UsageError for a queue that no activity is for, and for an activity of one that does nothing here.
+    Raises UsageError for a queue without an activity, and for an activity of a queue that has no body here.
     """
     known: dict[str, list[Activity[Any, Any]]] = {}
     for activity in registered_activities().values():
@@ -49,24 +49,24 @@ async def _async_stub() -> None: ...
 
 
 def _documented_stub() -> None:
-    """Its return has another constant."""
+    """A docstring is a constant, too, so the return may load its constant by another index."""
 
 
 async def _documented_async_stub() -> None:
-    """Its return has another constant."""
+    """The same for `async def`."""
 
 
 _NOTHING = {function.__code__.co_code for function in (_stub, _async_stub, _documented_stub, _documented_async_stub)}
 
 
 def _is_stub(activity: Activity[Any, Any]) -> bool:
-    """Whether it has no batch, and all that there is of its function is `...`, `pass` or a docstring."""
+    """Whether the activity has no batch, and the body of its function is only `...`, `pass` or a docstring."""
     code = getattr(activity.function, "__code__", None)
     return activity.batched is None and code is not None and code.co_code in _NOTHING and set(code.co_consts) <= {None, activity.function.__doc__}
 
 
 def service(config: Config, queues: Sequence[str], on_log: Callable[[str], None] = print) -> QueueRunner:
-    """What serves these queues, turn by turn.  Raises TransportError when topics are missing."""
+    """Return the runner that serves these queues.  Raises TransportError if topics are missing."""
     from kwflow.runners.activities.dispatch import Dispatcher
     from kwflow.runners.kafka.queues import QueueRunner
     from kwflow.runners.tracing import Tracing
@@ -81,21 +81,21 @@ def service(config: Config, queues: Sequence[str], on_log: Callable[[str], None]
 
 
 def run(config: Config, until: Callable[[], bool], queues: Sequence[str] = (), on_log: Callable[[str], None] = print) -> None:
-    """Run activities of these queues (default: all that this process has) until `until()`, asked several times a second.
+    """Run the activities of these queues (default: all queues of this process) until `until()` is true, which is called several times a second.
 
-    Raises UsageError, and TransportError when it has to be started again.
+    Raises UsageError, and TransportError if it has to be started again.
     """
     service(config, queues_served(queues), on_log).run(until)
 
 
 class Lending:
-    """A queue whose calls others come and fetch, on a thread of this process; in a `with`, or `close` it.
+    """A queue whose calls others fetch, served by a thread of this process.  Use it in a `with`, or call `close`.
 
-    One whose broker has gone begins again by itself; meanwhile there is nothing to fetch.
+    If its broker goes away, it reconnects by itself; until then there is nothing to fetch.
     """
 
     def __init__(self, config: Config, queue: str, on_log: Callable[[str], None] = print) -> None:
-        """Raises TransportError when topics are missing."""
+        """Raises TransportError if topics are missing."""
         from kwflow.runners.activities.lent import Lent
 
         self.queue = queue
@@ -116,7 +116,7 @@ class Lending:
         while not self._stopped.is_set():
             try:
                 self._runner.run(self._stopped.is_set)
-            except Exception as error:  # whatever it is: callers would fetch nothing for ever
+            except Exception as error:  # any error: otherwise callers would never again fetch anything
                 self._on_log(f"queue {self.queue}: {describe_error(error)}; it is begun again")
                 while not self._stopped.wait(1):
                     try:
@@ -126,12 +126,12 @@ class Lending:
                         """Not yet."""
 
     def finish(self, id: str, ref: str) -> None:
-        """This call was answered, or nobody waits for it any more."""
+        """Note that this call was answered, or that nobody waits for it any more."""
         self.lent.done(id, ref)
         self._runner.finish(id, ref)
 
     def close(self) -> None:
-        """What is locked may still be answered, by any gateway."""
+        """Stop serving.  Locked calls may still be answered, through any gateway."""
         self._stopped.set()
         self._thread.join(10)
 

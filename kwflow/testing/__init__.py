@@ -1,6 +1,6 @@
 """Drive a workflow by hand in your own tests: start it, resume it, move the clock, look at what it wrote.
 
-Everything is real but the log: each step is saved to bytes and loaded again, as in an engine.
+Everything but the log is real: after each step, the instance is saved to bytes and loaded again, as in an engine.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Call(NamedTuple):
 
 
 class Saved(msgspec.Struct, frozen=True):
-    """What `kwflow show ID --save FILE` writes, as JSON: a snapshot, and the stored sources (`<module>@<sha256>`) that it needs."""
+    """What `kwflow show ID --save FILE` writes as JSON: a snapshot, and the stored sources (`<module>@<sha256>`) that it needs."""
 
     snapshot: bytes
     sources: dict[str, str]
 
 
 class MemoryStore:
-    """A Store in a dict."""
+    """A Store that is a dict."""
 
     def __init__(self) -> None:
         self.entries: dict[bytes, bytes] = {}
@@ -75,29 +75,28 @@ class MemoryStore:
                 self.entries[key] = value
 
 
-_FOLLOWING_MAX = 100_000  # an engine goes on with them, between other work; a test would never end
+_FOLLOWING_MAX = 100_000  # an engine would carry on, between other work; a test would never end
 
-_GATEWAY_URL = "https://gateway.example"  # where nothing is: a test answers with `resume` what a service would post there
+_GATEWAY_URL = "https://gateway.example"  # nothing is there: a test calls `resume` where a service would post an answer
 
 HANGS: Any = object()
 """What a fake returns that never answers: the activity's timeout is what ends it."""
 
 
 class WorkflowTester:
-    """An engine and a scheduler in memory, on a clock of your own (`now_ms`).
+    """An engine and a scheduler in memory, with their own clock (`now_ms`).
 
-    `outputs` collects every record written, in order; `values(topic)` decodes those of one topic.  `command` gives what
-    a client would be replied, `replies` every reply; that it, `reply` and `header` may give None is not told to type
-    checkers (`| Any`), or each test would have to assert what it knows.  A step that changes a
-    global of a durable module is an AssertionError (semantics §3.4); `globals_check.active = False` for a module that
-    keeps a cache there.
+    `outputs` collects every record written, in order; `values(topic)` decodes those of one topic.  `command` returns the reply
+    that a client would get; `replies` has every reply.  `command`, `reply` and `header` may return None, which their types hide
+    (`| Any`), because otherwise each test would have to assert what it knows.  A step that changes a global of a durable module
+    raises an AssertionError (semantics §3.4); set `globals_check.active = False` for a module that keeps a cache there.
 
-    Activities run where they are called, one after the other, or what `fake` puts in their place; `calls` lists them.
-    Time passes only by `advance` and `finish`.
+    Activities, or their replacements by `fake`, run when they are called, one after the other; `calls` lists them.  Time passes
+    only in `advance` and `finish`.
     """
 
     def __init__(self, main: Any = None, **workflows: Any) -> None:
-        config = Config(instances_cached_max=0)  # every step starts from bytes
+        config = Config(instances_cached_max=0)  # so that every step starts from bytes
         self.config = config.model_copy(update={"gateway_url": config.gateway_url or _GATEWAY_URL})
         self.now_ms = 1_700_000_000_000
         self.outputs: list[Output] = []
@@ -116,7 +115,7 @@ class WorkflowTester:
         self._dispatched: deque[Dispatch] = deque()
 
     def fake(self, activity: str | Activity[Any, Any], function: Callable[..., Any]) -> None:
-        """Call this in place of an activity, by its name or itself; it may raise, or return HANGS."""
+        """Call this function instead of an activity, which is given itself or by its name.  The function may raise, or return HANGS."""
         name = activity if isinstance(activity, str) else activity.name
         if find_activity(name) is None:
             raise UsageError(f"no activity {name!r}; known are: {', '.join(sorted(registered_activities())) or 'none'}")
@@ -128,31 +127,31 @@ class WorkflowTester:
         return WorkflowProcessor(self.config, Workflows(functions, default, api.registered_migrations()), api.declared_topics(), sources=self._code.get)
 
     def deploy(self, main: Any = None, **workflows: Any) -> None:
-        """Go on with other code: new starts take it, instances that wait go on as after a deployment (docs/CODE.md)."""
+        """Continue with other code: new starts use it, and instances that wait continue as after a deployment (docs/CODE.md)."""
         self._workflows = self._engine(main, workflows)
 
     def load(self, file: str | Path) -> str:
-        """An instance that `kwflow show ID --save FILE` took from an engine, on the code it waits in; its id.
+        """Load an instance that `kwflow show ID --save FILE` took from an engine, on the code in which it waits; return its id.
 
-        The clock goes on from its last step, and its timers are set; answer whatever else it waits for with `resume`, activities and children, too; `fake` those that it will call.
-        A file is as good as code: load only what you have saved.
+        The clock continues from its last step, and its timers are set.  Answer everything else that it waits for with `resume`, including activities and
+        children; `fake` the activities that it will call.  A file is as powerful as code: load only what you saved yourself.
         """
         saved = msgspec.json.decode(Path(file).read_bytes(), type=Saved)
         header = snapshot.read_header(saved.snapshot)
         id: str = header["id"]
         self._code |= {key: source.encode() for key, source in saved.sources.items()}
-        for key in saved.sources:  # now, that its activities can be faked before the step that calls one
+        for key in saved.sources:  # now, so that its activities can be faked before the step that calls one
             versions.prepare(key, self._code.get)
         self.state.apply({id.encode(): saved.snapshot})
         self.now_ms = max(self.now_ms, header["updated"])
         for wait in header["waits"]:
-            if "due" in wait:  # an earlier version did not note it
+            if "due" in wait:  # an earlier version did not save it
                 due = (("kwflow-due-ms", str(wait["due"]).encode()),)
                 self._log(Output(self.config.scheduler_topic, timer_key(id, wait["ref"]), b"1", due, self.now_ms))
         return id
 
     def start(self, id: str, options: Any = None, workflow: str | None = None, **headers: str) -> None:
-        """`new:` for this id; `options` as JSON, as a client sends it."""
+        """Send `new:` for this id, with `options` as JSON, as a client does."""
         named = {"kwflow-workflow": workflow} if workflow else {}
         self.send(id, b"new:" + typed.input_json(options), {**headers, **named})
 
@@ -161,27 +160,27 @@ class WorkflowTester:
         self.send(id, msgspec.json.encode({"ref": ref, **(error if error else {"value": value})}))
 
     def command(self, id: str, op: str, arguments: Any = None, **headers: str) -> dict[str, Any] | Any:
-        """A command as a client sends it (`kwflow_id="x"` is header kwflow-id); its reply {"status", "message", "value"}, None if there is none yet."""
+        """Send a command as a client does (`kwflow_id="x"` is the header kwflow-id); return its reply {"status", "message", "value"}, None if there is none yet."""
         request = f"request-{len(self.outputs)}"
         named = {name.replace("_", "-"): text for name, text in headers.items()}
         self.send(id, msgspec.json.encode(arguments), {"kwflow-op": op, "kwflow-request": request, "kwflow-reply-to": "0/test", **named})
         return self.reply(request)
 
     def reply(self, request: str) -> dict[str, Any] | Any:
-        """The reply to this request; None if there is none yet."""
+        """Return the reply to this request; None if there is none yet."""
         found = [reply for reply in self.replies if reply["request"] == request]
         if len(found) > 1:
             raise AssertionError(f"{request} was answered {len(found)} times")
         return {name: value for name, value in found[0].items() if name != "request"} if found else None
 
     def send(self, id: str | None, value: bytes | None, headers: dict[str, str] | None = None, topic: str | None = None) -> None:
-        """Any record on the resume topic (or another one, which may have a feed), processed at once with all that follows from it."""
+        """Write any record to the resume topic (or to another one, which may have a feed), and process it at once, with everything that follows from it."""
         pairs = tuple((name, text.encode()) for name, text in (headers or {}).items())
         self._log(Output(topic or self.config.resume_topic, id.encode() if id is not None else None, value, pairs, self.now_ms))
         self._work()
 
     def advance(self, seconds: float) -> None:
-        """Move the clock; timers that become due fire in order."""
+        """Move the clock forward; timers that become due fire in order."""
         target = self.now_ms + round(seconds * 1000)
         while True:
             due = self._timers.next_due_ms(self.timers)
@@ -196,7 +195,7 @@ class WorkflowTester:
         self.now_ms = target
 
     def finish(self, id: str) -> None:
-        """Move the clock from timer to timer until this workflow has ended.  Raises AssertionError when it waits for something else."""
+        """Move the clock from timer to timer until this workflow has ended.  Raises AssertionError if it is parked, or if it waits and no timer is set."""
         while (header := self.header(id)) is not None and header["status"] != "ended":
             if header["status"] == "parked":
                 raise AssertionError(f"{id} is parked: {header['parked']['message']}")
@@ -206,15 +205,15 @@ class WorkflowTester:
             self.advance(max(0, due - self.now_ms) / 1000)
 
     def values(self, topic: str) -> list[Any]:
-        """What was written to a topic: JSON where it is JSON, else text."""
+        """Return the values written to a topic: decoded if they are JSON, otherwise as text."""
         return [_decoded(output.value) for output in self.outputs if output.topic == topic]
 
     def outputs_to(self, topic: str) -> list[str | None]:
-        """The values written to a topic, as text."""
+        """Return the values written to a topic, as text."""
         return [None if output.value is None else output.value.decode() for output in self.outputs if output.topic == topic]
 
     def result(self, id: str) -> Any:
-        """The result of an ended workflow.  Raises AssertionError when there is none."""
+        """Return the result of an ended workflow.  Raises AssertionError if there is none."""
         found = [output for output in self.outputs if output.topic == self.config.result_topic and output.key == id.encode()]
         if not found:
             failed = [dict(output.headers).get("kwflow-failure-traceback") for output in self.outputs if output.topic == self.config.error_topic and output.key == id.encode()]
@@ -223,20 +222,20 @@ class WorkflowTester:
         return _decoded(found[-1].value)
 
     def header(self, id: str) -> dict[str, Any] | Any:
-        """The header of the stored instance, None when there is none."""
+        """Return the header of the stored instance, or None if there is none."""
         stored = self.state.get(id.encode())
         return snapshot.read_header(stored) if stored is not None else None
 
     def ids(self) -> list[str]:
-        """The instances that are stored."""
+        """Return the ids of the instances that are stored."""
         return sorted(key.decode() for key in self.state.entries if not key.startswith(b"\0"))
 
     def waits(self, id: str) -> list[str]:
-        """The refs an instance waits for."""
+        """Return the refs that an instance waits for."""
         return [wait["ref"] for wait in (self.header(id) or {}).get("waits", [])]
 
     def _log(self, output: Output) -> None:
-        """Write a record; all that follows from it happens before this returns, in the order in which it was written."""
+        """Write a record.  Everything that follows from it happens before this returns, in the order in which it was written."""
         if output.topic == self.config.code_topic:
             self._code[(output.key or b"").decode()] = output.value
             return
@@ -265,7 +264,7 @@ class WorkflowTester:
                 self._perform(made, changes, store)
 
     def _work(self) -> None:
-        """Run what was dispatched; not where it was, so that a chain of any length does not recurse."""
+        """Run the dispatched calls; here and not where they are dispatched, so that a chain of any length does not recurse."""
         while self._dispatched:
             item = self._dispatched.popleft()
             activity = find_activity(item.name)
@@ -299,7 +298,7 @@ class WorkflowTester:
 
 
 def _alone(item: Dispatch, activity: Activity[Any, Any]) -> Callable[..., Any]:
-    """A batch of one call, as a function of its arguments."""
+    """Return a batch of one call as a function of the call's arguments."""
 
     def call(*_: Any, **__: Any) -> Any:
         answers: list[tuple[Any, BaseException | None]] = []
@@ -315,7 +314,7 @@ def _alone(item: Dispatch, activity: Activity[Any, Any]) -> Callable[..., Any]:
 
 
 def _outcome(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Of an async activity, also where the test itself runs in an event loop (pytest-asyncio): in a loop of its own, on a thread of its own."""
+    """Run the coroutine of an async activity.  If the test itself runs in an event loop (pytest-asyncio), use a loop and a thread of its own."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

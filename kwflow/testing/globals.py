@@ -1,4 +1,4 @@
-"""Module globals are neither saved nor rolled back (semantics §3.4): a step that changes one fails the author's test."""
+"""Module globals are neither saved nor rolled back (semantics §3.4), so a step that changes one fails the author's test."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from kwflow.durable import names, registry
 __all__ = ["GlobalsCheck"]
 
 _DEPTH_MAX = 5
-_LAZY = object()  # stands for what is imported once it is used (PEP 810)
+_LAZY = object()  # stands for a module that is imported when it is first used (PEP 810)
 _CONTAINERS = (list, tuple, set, frozenset)
 
 
 class GlobalsCheck:
-    """`with check:` around a step; raises AssertionError naming each global that is bound or filled otherwise afterwards.
+    """`with check:` around a step raises AssertionError that names each global whose binding or content has changed.
 
-    Looked at are the durable modules of the top-level packages that `functions()`, the workflows, are defined in.
-    Containers are compared by what they hold, five deep; any other object by identity, so a change inside one of your
-    own classes is not seen.  Invariant: `active` False checks nothing.
+    It looks at the durable modules of the top-level packages in which `functions()`, the workflows, are defined.
+    Containers are compared by content, five levels deep, and all other objects by identity, so a change inside an object
+    of the author's own class is not seen.  Invariant: if `active` is False, nothing is checked.
     """
 
     def __init__(self, functions: Callable[[], Iterable[Any]]) -> None:
@@ -34,7 +34,7 @@ class GlobalsCheck:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None) -> None:
         if error is None and self.active:
             after = self._globals()
-            pairs = [(module, before, after.get(module, before)) for module, before in self._before.items()]  # what the step imported is no change
+            pairs = [(module, before, after.get(module, before)) for module, before in self._before.items()]  # a module that the step imported is no change
             changed = sorted(f"{module}.{name}" for module, before, now in pairs for name in before.keys() | now.keys() if _differs(before.get(name), now.get(name)))
             if changed:
                 raise AssertionError(f"a step changed {', '.join(changed)}: globals are neither saved nor rolled back; keep state in variables of the workflow")
@@ -46,11 +46,11 @@ class GlobalsCheck:
 
 
 def _differs(before: Any, now: Any) -> bool:
-    return before is not _LAZY and [before] != [now]  # in lists: NaN is itself
+    return before is not _LAZY and [before] != [now]  # in lists, so that NaN equals itself
 
 
 def _is_apart(module: str, name: str, value: Any) -> bool:
-    """What Python or kwflow binds: `import` binds a module in its package."""
+    """Whether this global is bound by Python or kwflow and not by the author; `import`, for one, binds a module in its package."""
     return name[0] == "@" or name.startswith("__") or (isinstance(value, types.ModuleType) and registry.logical_name(value.__name__) == f"{module}.{name}")
 
 

@@ -1,4 +1,4 @@
-"""`confluent_kafka.admin.AdminClient` on the simulated broker: its functions give futures that are already done."""
+"""`confluent_kafka.admin.AdminClient` on the simulated broker: its methods return futures that are already done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["SimulatedAdmin"]
 
 
 class SimulatedAdmin:
-    """What kwflow and the tests of what the simulation is worth ask of an AdminClient, and no more."""
+    """The part of an AdminClient that kwflow uses, and the tests that compare the simulation with a real broker; no more."""
 
     def __init__(self, broker: Broker, host: Host) -> None:
         self._broker = broker

@@ -1,6 +1,6 @@
-"""A broker in memory with Kafka's rules for transactions, groups and compaction (measured against a real one by tests/integration/port).
+"""A broker in memory with Kafka's rules for transactions, groups and compaction (tests/integration/port compares it with a real one).
 
-It lives in virtual time and is asked by the clients beside it; a test or a simulation looks at `topics` and
+It runs in virtual time and serves the simulated clients in this package.  A test or a simulation may look at `topics` and
 `groups` directly.
 """
 
@@ -24,14 +24,14 @@ Made = tuple[int, bytes | None, bytes | None, Headers]  # timestamp, key, value,
 
 
 class Broker:
-    """Topics, groups, transactions.  `wall_ms` is its own wall clock, for the check of timestamps."""
+    """Topics, groups and transactions.  `wall_ms` is its own wall clock, against which timestamps are checked."""
 
     def __init__(self, time: VirtualTime | None = None, seed: int = 0) -> None:
         self.time = time or VirtualTime()
         self.chance = random.Random(seed)
         self.topics: dict[str, Topic] = {}
         self.groups: dict[str, Group] = {}
-        self._deleted: collections.Counter[str] = collections.Counter()  # how often
+        self._deleted: collections.Counter[str] = collections.Counter()  # how often each topic was deleted
         self.transactions = Coordinator(self.time, self.chance, self.partition, lambda group, transaction: self.group(group).settle(transaction))
 
     def wall_ms(self) -> int:
@@ -44,13 +44,13 @@ class Broker:
         self.time.changed()
 
     def add_partitions(self, name: str, count: int) -> None:
-        """So that it has so many."""
+        """Add partitions until the topic has `count` of them."""
         known = self.topics[name].partitions
         known += [Partition(name, number) for number in range(len(known), count)]
         self.time.changed()
 
     def delete(self, name: str) -> None:
-        """With what groups have committed of it."""
+        """Delete a topic, with the offsets that groups have committed for it."""
         del self.topics[name]
         self._deleted[name] += 1
         for group in self.groups.values():
@@ -69,11 +69,11 @@ class Broker:
         return self.groups[name]
 
     def places(self, topic: str) -> list[Place]:
-        """None of a topic that is not there."""
+        """Return the partitions of a topic; none if it does not exist."""
         return [partition.place for partition in self.topics[topic].partitions] if topic in self.topics else []
 
     def append(self, place: Place, records: Iterable[Made], transaction: Transaction | None) -> list[Entry]:
-        """One batch: all of it, or Refused.  The size limit holds for the batch."""
+        """Append one batch: all of it, or Refused.  The size limit applies to the batch."""
         partition = self.partition(place)
         limit = int(self.topics[place[0]].config["max.message.bytes"])
         made = [Entry(0, timestamp, key, value, headers, transaction, self.time.now) for timestamp, key, value, headers in records]

@@ -1,7 +1,7 @@
 """`confluent_kafka.Consumer` on the simulated broker.
 
-Callbacks run inside poll and consume, errors come inside the list, records fetched before a pause may still come, and a
-partition just assigned may not be ready to be sought (`_STATE`).
+Callbacks run inside poll and consume, errors are items of the list, records that were fetched before a pause may still
+arrive, and a seek in a partition that was just assigned may fail because it is not ready (`_STATE`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kwflow.testing.kafka.transactions import Refused
 __all__ = ["SimulatedConsumer"]
 
 Callback = Callable[[Any, list[TopicPartition]], None]
-_FETCHED = 100  # records of one partition that are here before they are asked for
+_FETCHED = 100  # records of one partition that are fetched in advance
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Fetch:
-    """One assigned partition, from `begun` on: `offset` is read next, `position` follows what the application got (-1001: nothing yet)."""
+    """One assigned partition, read from `begun` on.  `offset` is fetched next; `position` follows what the application has received (-1001: nothing yet)."""
 
     place: Place
     offset: int
@@ -38,7 +38,7 @@ class _Fetch:
     queue: collections.deque[Entry] = dataclasses.field(default_factory=collections.deque)
     eof_at: int = -1
     stopped: bool = False
-    missing_since: float | None = None  # there is no such partition; the application is told so when the client has asked for the metadata
+    missing_since: float | None = None  # since when there is no such partition; the application is told once the client has refreshed the metadata
     told: bool = False
 
 
@@ -51,7 +51,7 @@ def error_of(code: int, reason: str, **flags: bool) -> KafkaException:
 
 
 class SimulatedConsumer:
-    """Settings are librdkafka's; those that matter here are read, the others taken as they are."""
+    """A consumer.  Settings are those of librdkafka; those that matter here are used, all others are accepted and ignored."""
 
     def __init__(self, broker: Broker, host: Host, settings: dict[str, Any]) -> None:
         self._broker = broker
@@ -69,7 +69,7 @@ class SimulatedConsumer:
         self._membership: Membership | None = None
         self._callbacks: dict[str, Callback | None] = {}
         self._on_commit = settings.get("on_commit")
-        self._committed_later: collections.deque[tuple[KafkaError | None, list[TopicPartition]]] = collections.deque()  # what the application is to be told
+        self._committed_later: collections.deque[tuple[KafkaError | None, list[TopicPartition]]] = collections.deque()  # what `on_commit` is still to be told
         self._turn = 0
         self._in_callback = False
         self._closed = False
@@ -80,7 +80,7 @@ class SimulatedConsumer:
         self._membership = Membership(self._broker, self._host, self._group, self._instance, tuple(topics), self._times)
 
     def unsubscribe(self) -> None:
-        """Leave; what was held is revoked in the next poll."""
+        """Leave the group; what was held is revoked in the next poll."""
         if self._membership is not None:
             self._membership.leave()
 
@@ -94,7 +94,7 @@ class SimulatedConsumer:
             fetch = self._fetches[place] = _Fetch(place, 0)
             self._start_at(fetch, partition.offset)
             if self._host.chance("stale-fetch"):
-                self._fetch(fetch)  # it comes although the partition is paused in the next moment
+                self._fetch(fetch)  # these records arrive although the partition is paused a moment later
 
     def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
         for partition in partitions:
@@ -112,7 +112,7 @@ class SimulatedConsumer:
             try:
                 partition = self._broker.partition(fetch.place)
                 offset = partition.start if offset == OFFSET_BEGINNING else partition.end
-            except Refused:  # which the application is told when it is fetched
+            except Refused:  # the application is told when the partition is fetched
                 offset = 0
         fetch.offset = fetch.begun = offset
 
@@ -162,7 +162,7 @@ class SimulatedConsumer:
             self._host.wait(until)
 
     def _serve(self) -> None:
-        """Callbacks, in the order things happened."""
+        """Call the callbacks, in the order of the events."""
         membership = self._membership
         if membership is None:
             return
@@ -222,7 +222,7 @@ class SimulatedConsumer:
             found.append(Message(fetch.place[0], fetch.place[1], fetch.offset, error=KafkaError(KafkaError._AUTO_OFFSET_RESET, f"offset {fetch.offset} is not there")))
 
     def _is_told(self, fetch: _Fetch) -> bool:
-        """Whether the application is told, once, that there is no such partition."""
+        """Whether to tell the application now, once, that there is no such partition."""
         now = self._broker.time.now
         fetch.missing_since = fetch.missing_since if fetch.missing_since is not None else now
         told, fetch.told = fetch.told, now - fetch.missing_since >= self._times["refresh"]
@@ -235,13 +235,13 @@ class SimulatedConsumer:
             return
         if fetch.offset >= (partition.stable if self._committed else partition.end) and fetch.eof_at != fetch.offset:
             fetch.eof_at = fetch.offset
-            if fetch.position >= 0 or fetch.offset > fetch.begun:  # markers and aborted records were passed
+            if fetch.position >= 0 or fetch.offset > fetch.begun:  # past markers and aborted records
                 fetch.position = max(fetch.position, fetch.offset)
             found.append(Message(fetch.place[0], fetch.place[1], fetch.offset, error=KafkaError(KafkaError._PARTITION_EOF, "end of partition")))
 
     # -- the group -------------------------------------------------------------------------------------------------
     def committed(self, partitions: list[TopicPartition], timeout: float = -1) -> list[TopicPartition]:
-        """Times out while an offset is pending in a transaction (RequireStable)."""
+        """Return committed offsets.  Times out while one of them is pending in a transaction (RequireStable)."""
         self._host.call("committed")
         group = self._broker.group(self._group)
         until = self._broker.time.now + 1000 * timeout
@@ -255,7 +255,7 @@ class SimulatedConsumer:
         return [_kept(place, group.offsets.get(place, OFFSET_INVALID), group.notes.get(place, "")) for place in places]
 
     def commit(self, *, offsets: list[TopicPartition], asynchronous: bool = True) -> list[TopicPartition] | None:
-        """Of an asynchronous one `on_commit` is told in a later poll.  It may be carried out and fail all the same."""
+        """Commit offsets.  For an asynchronous commit, `on_commit` is called in a later poll.  A commit may be carried out and fail nevertheless."""
         self._host.call("commit-offsets")
         error: KafkaError | None = None
         try:
@@ -279,7 +279,7 @@ class SimulatedConsumer:
                 self._on_commit(error, places)
 
     def get_watermark_offsets(self, partition: TopicPartition, timeout: float = -1) -> tuple[int, int]:
-        """Its begin, and its end as this reader sees it."""
+        """Return the start of a partition, and its end as this reader sees it."""
         self._host.call("watermarks")
         found = self._broker.partition((partition.topic, partition.partition))
         if not self._host.answered("watermarks"):
@@ -287,14 +287,14 @@ class SimulatedConsumer:
         return found.start, found.stable if self._committed else found.end
 
     def consumer_group_metadata(self) -> Metadata:
-        """Who this client is now, whatever the application has been told."""
+        """Return the identity that this client has now, whatever the application has been told."""
         return self._membership.metadata() if self._membership is not None else Metadata(self._group, "", self._instance, -1)
 
     def memberid(self) -> str:
         return self.consumer_group_metadata().member
 
     def offsets_for_times(self, partitions: list[TopicPartition], timeout: float = -1) -> list[TopicPartition]:
-        """The first record of each that is not older."""
+        """Return the offset of the first record in each partition that is not older than the given time."""
         self._host.call("offsets_for_times")
         try:
             found = [(partition, self._broker.partition((partition.topic, partition.partition)).entries) for partition in partitions]
@@ -303,7 +303,7 @@ class SimulatedConsumer:
         return [TopicPartition(old.topic, old.partition, next((entry.offset for entry in entries if entry.timestamp_ms >= old.offset), OFFSET_END)) for old, entries in found]
 
     def close(self) -> None:
-        """Leave; the application is told that what it held is revoked."""
+        """Leave the group; the application is told that what it held is revoked."""
         if self._closed:
             return
         membership = self._membership

@@ -20,13 +20,13 @@ __all__ = ["Disk", "SimulatedEnvironment"]
 
 
 class Disk:
-    """The databases of one machine: they outlive its processes, each written batch whole."""
+    """The databases of one machine.  They outlive its processes, and each batch is written as a whole."""
 
     def __init__(self) -> None:
         self.databases: dict[Path, _Content] = {}
 
     def release(self) -> None:
-        """The process has gone, and its locks with it."""
+        """Release all locks, as when the process has ended."""
         for content in self.databases.values():
             content.held = False
 
@@ -44,7 +44,7 @@ class _Database:
 
     def __init__(self, content: _Content, host: Host) -> None:
         if content.held:
-            raise Exception("another process holds the lock of this database")  # as rocksdict does: an OSError is for what a machine lacks
+            raise Exception("another process holds the lock of this database")  # a plain Exception, as rocksdict raises; an OSError means that the machine lacks something
         if content.damaged:
             raise Exception("the database is damaged")
         content.held = True
@@ -55,7 +55,7 @@ class _Database:
         return self._content.values.get(key)
 
     def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        """As it was when this was called."""
+        """Yield the entries whose keys exist when the iteration begins."""
         keys = self._content.keys
         begin = end = bisect.bisect_left(keys, max(prefix, start))
         while end < len(keys) and keys[end].startswith(prefix):
@@ -83,7 +83,7 @@ class _Database:
 
 
 class SimulatedEnvironment:
-    """What one runner is given; runners of one process share the host, those of one machine the disk."""
+    """The environment of one runner; runners of one process share the host, those of one machine the disk."""
 
     def __init__(self, broker: Broker, host: Host | None = None, disk: Disk | None = None) -> None:
         self.broker = broker

@@ -1,8 +1,8 @@
 """Consumer groups: generations, cooperative rebalances, static members, offsets that are pending in a transaction.
 
-A rebalance begins when somebody joins, leaves or times out; it completes when every member has joined again (in the
-background: the application need not poll for that), and gives each its share.  A partition that moves is first taken
-from its owner and given away in the next generation, after the owner's application has served its callback.
+A rebalance begins when a member joins, leaves or times out.  It completes when every member has joined again (in the
+background: the application need not poll for that), and gives each member its share.  A partition that moves is first
+revoked from its owner, and assigned in the next generation, after the owner's application has served its callback.
 Errors are raised as `Refused`.
 """
 
@@ -25,7 +25,7 @@ _NOTE_BYTES_MAX = 4_095  # offset.metadata.max.bytes is 4,096, and a note has to
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Metadata:
-    """What `consumer_group_metadata()` gives: who somebody was in a group at one moment."""
+    """What `consumer_group_metadata()` returns: the identity of a member in a group at one moment."""
 
     group: str
     member: str
@@ -35,7 +35,7 @@ class Metadata:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Member:
-    """`claimed` is what its client says it holds; `given` what the group wants it to hold."""
+    """One member.  `claimed` is what its client says that it holds, `given` what the group wants it to hold."""
 
     id: str
     instance: str | None
@@ -49,18 +49,18 @@ class Member:
 
 
 class Group:
-    """One group.  `places` gives the partitions of a topic; `history` has every completed assignment, for checkers."""
+    """One group.  `places` returns the partitions of a topic; `history` has every completed assignment, for checkers."""
 
     def __init__(self, name: str, time: VirtualTime, places: Callable[[str], list[Place]]) -> None:
         self.name = name
         self.generation = 0
         self.members: dict[str, Member] = {}
-        self.static: dict[str, str] = {}  # instance id -> member id
+        self.static: dict[str, str] = {}  # member ids by instance id
         self.offsets: dict[Place, int] = {}
-        self.notes: dict[Place, str] = {}  # the metadata of an offset
+        self.notes: dict[Place, str] = {}  # the metadata of offsets
         self.pending: dict[Transaction, dict[Place, int]] = {}
         self.rebalancing = False
-        self.on_settled: dict[str, Callable[[], None]] = {}  # member id -> its client hears of a completed rebalance
+        self.on_settled: dict[str, Callable[[], None]] = {}  # by member id: tells its client of a completed rebalance
         self.history: list[tuple[float, dict[str, set[Place]]]] = []
         self._time = time
         self._places = places
@@ -69,7 +69,7 @@ class Group:
 
     # -- membership ------------------------------------------------------------------------------------------------
     def join(self, member_id: str, instance: str | None, topics: tuple[str, ...], session_ms: float, rebalance_ms: float, claimed: set[Place]) -> str:
-        """Join or join again; the member id.  The outcome is in `settled` once the rebalance has completed."""
+        """Join, or join again, and return the member id.  `settled` returns the outcome once the rebalance has completed."""
         if member_id and member_id not in self.members:
             raise Refused(KafkaError.FENCED_INSTANCE_ID if instance in self.static else KafkaError.UNKNOWN_MEMBER_ID, "not a member")
         known = self.static.get(instance) if instance is not None else None
@@ -90,7 +90,7 @@ class Group:
         return member_id
 
     def _replace(self, old: str) -> str:
-        """A static member that was restarted: it gets what it had, without a rebalance, and the old one is fenced."""
+        """Replace a static member that was restarted: it gets what it had, without a rebalance, and the old one is fenced."""
         member = self.members.pop(old)
         self._numbers += 1
         member.id = f"{member.instance}-{self._numbers}"
@@ -104,13 +104,13 @@ class Group:
         return member.id
 
     def leave(self, member_id: str) -> None:
-        """A dynamic member goes; a static one is awaited until its session has timed out."""
+        """Remove a dynamic member; a static one stays until its session has timed out."""
         member = self.members.get(member_id)
         if member is not None and member.instance is None:
             self._remove(member)
 
     def remove(self, member_id: str) -> None:
-        """Static or not."""
+        """Remove a member, static or not."""
         if member_id in self.members:
             self._remove(self.members[member_id])
 
@@ -123,7 +123,7 @@ class Group:
             raise Refused(KafkaError.ILLEGAL_GENERATION, "an older generation")
 
     def settled(self, member_id: str, instance: str | None) -> tuple[int, set[Place]] | None:
-        """The answer to its join: generation and share; None while the rebalance it joined goes on (the next one may have begun meanwhile)."""
+        """Return the answer to the member's join, generation and share; None while the rebalance that it joined is going on (the next one may have begun meanwhile)."""
         member = self._member(member_id, instance)
         member.seen_ms = self._time.now
         return None if self.rebalancing and member.joined else (self.generation, set(member.given))
@@ -168,7 +168,7 @@ class Group:
         self._time.changed()
 
     def _give_up(self, number: int) -> None:
-        """Dynamic members that have not joined in time are out; static ones keep their place until their session ends."""
+        """Remove dynamic members that have not joined in time, and complete; static members keep their place until their session ends."""
         if not self.rebalancing or number != self._round:
             return
         for member in [member for member in self.members.values() if not member.joined and member.instance is None]:
@@ -197,8 +197,8 @@ class Group:
 
     # -- offsets ---------------------------------------------------------------------------------------------------
     def add_offsets(self, transaction: Transaction, offsets: Mapping[Place, tuple[int, str]], metadata: Metadata) -> None:
-        """Offsets of an open transaction.  They count for who is a member in this generation; without a generation
-        and a name nobody is asked (a member that lost its place and has no instance id is like that)."""
+        """Add offsets to an open transaction.  They are accepted from a member of this generation.  Metadata without a generation,
+        a member id and an instance id is not checked (as that of a dynamic member that was evicted)."""
         if metadata.generation >= 0 or metadata.member or metadata.instance is not None:
             self._member(metadata.member, metadata.instance)
             if metadata.generation != self.generation:
@@ -211,14 +211,18 @@ class Group:
         transaction.notes.update({place: note for place, (_, note) in offsets.items()})
 
     def settle(self, transaction: Transaction) -> None:
-        """The transaction's marker reached the offsets."""
+        """Apply or drop a transaction's offsets: its marker has reached them."""
         offsets = self.pending.pop(transaction, {})
         if transaction.state == COMMITTED:
             self.offsets.update(offsets)
             self.notes.update({place: transaction.notes[place] for place in offsets})
 
     def commit(self, offsets: Mapping[Place, tuple[int, str]], metadata: Metadata) -> None:
-        """Offsets and their notes, outside a transaction: of a member of this generation, or of nobody as long as there are no members.  Raises Refused if one is not taken; the others are."""
+        """Commit offsets and their notes outside a transaction.
+
+        They are accepted from a member of this generation, or from a non-member while there are no members.  Raises Refused if a note is too long; the
+        other offsets are committed nevertheless.
+        """
         if self.members or metadata.member:
             self._member(metadata.member, metadata.instance)
             if metadata.generation != self.generation:
@@ -230,7 +234,7 @@ class Group:
             raise Refused(KafkaError.OFFSET_METADATA_TOO_LARGE, "the metadata of an offset is too large")
 
     def forget(self, topic: str) -> None:
-        """It was deleted: what is pending of it in a transaction goes, too."""
+        """Forget the offsets of a deleted topic, including those pending in a transaction."""
         kept: list[dict[Place, Any]] = [self.offsets, self.notes, *self.pending.values()]
         for known in kept:
             for place in [place for place in known if place[0] == topic]:
@@ -241,7 +245,7 @@ class Group:
 
 
 def assign(places: list[Place], claimed: Mapping[str, set[Place]]) -> dict[str, set[Place]]:
-    """Cooperative-sticky: balanced, and nobody loses more than has to move."""
+    """Assign partitions as cooperative-sticky does: balanced, and no member loses more than has to move."""
     if not claimed:
         return {}
     shares: dict[str, set[Place]] = {member: set() for member in claimed}

@@ -1,6 +1,6 @@
-"""Topics and partitions as a broker keeps them: control markers that take offsets, aborted records, the last stable offset, compaction.
+"""Topics and partitions as a broker keeps them: control markers that use up offsets, aborted records, the last stable offset, compaction.
 
-Whether a reader sees an entry is decided here and nowhere else.  It must not know clients, groups or time.
+This module alone decides whether a reader sees an entry.  It must not know clients, groups or time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["ABORTED", "COMMITTED", "OPEN", "Entry", "Partition", "Place", "Topic
 OPEN, COMMITTED, ABORTED = "open", "committed", "aborted"
 Headers = list[tuple[str, bytes | None]]
 Place = tuple[str, int]  # topic, partition
-OVERHEAD_BYTES = 70  # of a record in its batch, about
+OVERHEAD_BYTES = 70  # roughly, of a record in its batch
 _DEFAULTS = {"cleanup.policy": "delete", "delete.retention.ms": "86400000", "max.message.bytes": "1048588", "retention.ms": "604800000", "segment.bytes": "1073741824"}
 
 
@@ -23,8 +23,8 @@ _DEFAULTS = {"cleanup.policy": "delete", "delete.retention.ms": "86400000", "max
 class Transaction:
     """One transaction of one producer epoch.
 
-    Decided (`state`) at once, visible only place by place as its markers are written: `places` holds where it wrote,
-    with its first offset there, until the marker is.
+    It is decided (`state`) at one instant, but becomes visible place by place, as its markers are written.  `places` holds
+    each place where it wrote, with its first offset there, until the marker is written.
     """
 
     producer: str
@@ -39,7 +39,7 @@ class Transaction:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Entry:
-    """One record or control marker.  `transaction` None: written outside any."""
+    """One record or control marker.  `transaction` is None if it was written outside a transaction."""
 
     offset: int
     timestamp_ms: int
@@ -49,7 +49,7 @@ class Entry:
     transaction: Transaction | None
     appended_ms: float
     control: bool = False
-    cleaned_ms: float | None = None  # a tombstone: when compaction first passed it, and removed what was before it
+    cleaned_ms: float | None = None  # of a tombstone: when compaction first passed it and removed the records before it
 
     @property
     def size_bytes(self) -> int:
@@ -57,14 +57,14 @@ class Entry:
 
 
 class Partition:
-    """Invariant: `entries` is in the order of offsets (with gaps, after compaction); `start` <= `stable` <= `end`."""
+    """One partition.  Invariant: `entries` are in the order of their offsets (with gaps, after compaction); `start` <= `stable` <= `end`."""
 
     def __init__(self, topic: str, number: int) -> None:
         self.place: Place = (topic, number)
         self.entries: list[Entry] = []
         self.start = 0
         self.end = 0
-        self.unstable: dict[Transaction, int] = {}  # not yet marked here -> first offset
+        self.unstable: dict[Transaction, int] = {}  # transactions without a marker here yet, and their first offset
 
     @property
     def stable(self) -> int:
@@ -80,17 +80,17 @@ class Partition:
         return entry
 
     def mark(self, transaction: Transaction, now_ms: float) -> None:
-        """The control marker that makes a decided transaction's records visible, or never so, here."""
+        """Write the control marker of a decided transaction, which makes its records here visible, or finally invisible."""
         self.entries.append(Entry(self.end, int(now_ms), None, None, [], transaction, now_ms, control=True))
         self.end += 1
         self.unstable.pop(transaction, None)
 
     def visible(self, entry: Entry) -> bool:
-        """To a read_committed reader; the entry lies before `stable`."""
+        """Whether a read_committed reader sees the entry, which must be before `stable`."""
         return not entry.control and (entry.transaction is None or entry.transaction.state == COMMITTED)
 
     def read(self, offset: int, committed: bool, limit: int) -> tuple[list[Entry], int]:
-        """What a reader at this offset gets, and the offset it stands at then (behind markers and aborted records too)."""
+        """Return what a reader at this offset gets, and the offset where it is afterwards (past markers and aborted records, too)."""
         until = self.stable if committed else self.end
         found: list[Entry] = []
         for index in range(self._index(offset), len(self.entries)):
@@ -104,7 +104,7 @@ class Partition:
         return found, max(until, offset)
 
     def committed(self) -> Iterator[Entry]:
-        """Everything a read_committed reader would get now, from the start."""
+        """Return everything that a read_committed reader would get now, from the start."""
         stable = self.stable
         return (entry for entry in self.entries if entry.offset < stable and self.visible(entry))
 
@@ -112,7 +112,10 @@ class Partition:
         return bisect.bisect_left(self.entries, offset, key=lambda entry: entry.offset)
 
     def compact(self, before: int, now_ms: float, retention_ms: float) -> int:
-        """Keep the last record of each key below an offset; a tombstone for its retention only, counted from when it was first passed; how many went."""
+        """Below an offset, keep only the last record of each key; return how many entries were removed.
+
+        A tombstone is kept only for its retention, counted from when compaction first passed it.
+        """
         before = min(before, self.stable)
         last = {entry.key: entry.offset for entry in self.entries if entry.offset < self.stable and self.visible(entry)}
 
@@ -130,13 +133,13 @@ class Partition:
         return count - len(self.entries)
 
     def delete_before(self, offset: int) -> None:
-        """Retention: the log starts here now."""
+        """Apply retention: let the log start at this offset."""
         self.start = max(self.start, min(offset, self.stable))
         del self.entries[: self._index(self.start)]
 
 
 class Topic:
-    """Its partitions and configuration; `id` changes when it is recreated (`number`: how many there were of this name)."""
+    """A topic's partitions and configuration.  `id` changes when it is recreated; `number` is how many topics of this name there were before."""
 
     def __init__(self, name: str, partitions: int, config: dict[str, str] | None = None, number: int = 0) -> None:
         self.name = name

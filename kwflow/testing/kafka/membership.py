@@ -1,7 +1,7 @@
 """A client's side of a group: what librdkafka's background thread does while the application does not poll.
 
-It heartbeats, joins again when the group rebalances or its topics have more partitions or fewer, and learns that it was evicted; what the
-application has to be told waits in `events` until it polls.  A host that is frozen does none of this until it goes on.
+It sends heartbeats, joins again when the group rebalances or the number of partitions of its topics changes, and learns that it was
+evicted.  What the application has to be told waits in `events` until it polls.  A frozen host does none of this until it runs again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Event = tuple[Literal["assign", "revoke", "lost"], list[Place]]
 
 
 class Membership:
-    """`held` is what the application was told that it holds."""
+    """The membership of one client.  `held` is what the application was told that it holds."""
 
     def __init__(self, broker: Broker, host: Host, group: str, instance: str | None, topics: tuple[str, ...], settings: dict[str, float]) -> None:
         self.events: collections.deque[Event] = collections.deque()
@@ -50,12 +50,16 @@ class Membership:
         return Metadata(self._group.name, self._member, self._instance, self._generation)
 
     def polled(self) -> None:
-        """The application polls: it is alive, and joins again if it was taken for dead."""
+        """Note that the application polls: it is alive, and joins again if it was considered dead."""
         self.polled_ms = self._broker.time.now
         self._stalled = False
 
     def served(self, event: Event) -> None:
-        """Its callback has returned.  Who gave something up joins again, once it has been told what it got at the same time: it would be somebody else's, too."""
+        """Note that the callback of an event has returned.
+
+        A client that gave something up joins again, but only after it was told what it was assigned at the same time: otherwise
+        that would be assigned to somebody else, too.
+        """
         kind, places = event
         if kind == "assign":
             self.held |= set(places)
@@ -68,7 +72,7 @@ class Membership:
                 self._join()
 
     def leave(self) -> None:
-        """Unsubscribe: static or not, the group is left at once."""
+        """Unsubscribe: leave the group at once, static or not."""
         if self._member:
             self._group.remove(self._member)
         self._member, self._generation, self._joining = "", -1, False
@@ -90,7 +94,7 @@ class Membership:
         self._broker.time.after(self._heartbeat_ms, self._beat)
 
     def work(self) -> None:
-        """One turn of the background thread."""
+        """Do one turn of the background thread."""
         try:
             if not self._stalled and self._broker.time.now - self.polled_ms > self._poll_ms:
                 self._stall()
@@ -110,7 +114,7 @@ class Membership:
         return [len(topics[name].partitions) if name in topics else 0 for name in self._topics]
 
     def _refresh(self) -> None:
-        """Ask for the metadata now and then.  Who was started again knows nothing of what there was before, and finds no change."""
+        """Refresh the metadata now and then.  A client that was restarted does not know the earlier number of partitions, and finds no change."""
         if self._broker.time.now - self._looked_ms < self._refresh_ms or self.events:
             return
         before, self._known, self._looked_ms = self._known, self._counts(), self._broker.time.now
@@ -130,7 +134,7 @@ class Membership:
         self._broker.time.changed()
 
     def _stall(self) -> None:
-        """max.poll.interval.ms is over: heartbeats end, the application is told when it polls."""
+        """max.poll.interval.ms has passed: stop heartbeats; the application is told when it polls."""
         self._stalled = True
         self.errors.append(KafkaError(KafkaError._MAX_POLL_EXCEEDED, f"application maximum poll interval ({self._poll_ms:g} ms) exceeded"))
         if self._member:
@@ -154,12 +158,12 @@ class Membership:
         self._look()
 
     def _told(self) -> None:
-        """The answer to the join has come, if there is still somebody to hear it."""
+        """Handle the answer to the join, if this client can still receive it."""
         if self._host.alive and self._host.running and not self.closed and self._joining:
             self.work()
 
     def _look(self) -> None:
-        """Whether the rebalance this member joined has completed."""
+        """Check whether the rebalance that this member joined has completed, and note what it assigned."""
         settled = self._group.settled(self._member, self._instance)
         if settled is None:
             return

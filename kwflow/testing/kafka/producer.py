@@ -1,7 +1,7 @@
 """`confluent_kafka.Producer` on the simulated broker: buffered, with the states of a transactional producer.
 
-A delivery that failed makes the transaction one that can only be aborted, and leaves the producer with sequence numbers
-that the broker does not expect: its next transaction fails whatever it holds.  A fenced producer is dead for good.
+After a failed delivery, the transaction can only be aborted, and the producer has sequence numbers that the broker does not
+expect: its next transaction fails, whatever it contains.  A fenced producer is unusable for ever.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Queued = tuple[Place, Made, Delivered | None]
 
 
 class SimulatedProducer:
-    """Settings are librdkafka's; `partitioner` is murmur2_random, anything else puts a key elsewhere (as CRC32 does)."""
+    """A producer.  Settings are those of librdkafka.  Any `partitioner` but murmur2_random puts keys elsewhere (as CRC32 does)."""
 
     def __init__(self, broker: Broker, host: Host, settings: dict[str, Any]) -> None:
         self._broker = broker
@@ -45,7 +45,7 @@ class SimulatedProducer:
         self._state = "new"  # ready, open, committing, broken (to be aborted), fenced
         self._broken: KafkaError | None = None
         self._sequence_lost = False
-        self._registered = False  # whether the coordinator knows of the open transaction
+        self._registered = False  # whether the coordinator knows the open transaction
 
     def __len__(self) -> int:
         return len(self._queue) + len(self._reports)
@@ -73,7 +73,7 @@ class SimulatedProducer:
         return partition_of(key, count) if self._java else sum(key) % count
 
     def poll(self, timeout: float = 0) -> int:
-        """Serve delivery reports, waiting so long for the first."""
+        """Serve delivery reports; wait up to the timeout for the first one."""
         self._host.call("producer-poll")
         until = self._broker.time.now + 1000 * timeout
         while not self._queue and not self._reports and self._broker.time.now < until:
@@ -95,7 +95,7 @@ class SimulatedProducer:
         return count
 
     def _send(self) -> None:
-        """Everything that is queued, in batches of one partition."""
+        """Send everything that is queued, in batches of one partition each."""
         queued, self._queue = self._queue, []
         batch: list[Queued] = []
         size = 0
@@ -128,7 +128,7 @@ class SimulatedProducer:
                 self._reports.append((callback, None, _message(place, made, entry.offset)))
 
     def _begun(self) -> Transaction:
-        """The transaction at the coordinator; while the last one still ends, the client asks again by itself."""
+        """Return the transaction at the coordinator.  While the last one is still ending, the client asks again by itself."""
         while True:
             try:
                 found = self._broker.transactions.add(self._id, self._epoch)
@@ -170,7 +170,7 @@ class SimulatedProducer:
         self._state = "open"
 
     def send_offsets_to_transaction(self, positions: list[TopicPartition], group_metadata: object, timeout: float = -1) -> None:
-        """Without a valid offset nothing is sent, and nobody is asked whether this member may."""
+        """Add offsets to the transaction.  Without a valid offset, nothing is sent, and the member is not checked."""
         self._host.call("send_offsets")
         self._check("open", "send_offsets_to_transaction")
         offsets = {(position.topic, position.partition): (position.offset, position.metadata or "") for position in positions if position.offset >= 0}
@@ -183,12 +183,12 @@ class SimulatedProducer:
         except Refused as refused:
             lost = self._sequence_lost
             self._fail(refused)
-            self._sequence_lost = lost  # no record was rejected
+            self._sequence_lost = lost  # unchanged, since no record was rejected
             raise KafkaException(self._broken) from None
         self._answer("send_offsets")
 
     def commit_transaction(self, timeout: float = -1) -> None:
-        """Sends what is queued; may say that it timed out although it succeeded: the same call again then says how it ended."""
+        """Send what is queued, and commit.  This may time out although it succeeds; the same call again then tells how it ended."""
         self._host.call("commit")
         if self._state == "open":
             self._send()

@@ -1,4 +1,4 @@
-"""Virtual time: what happens later is in a queue, and time passes only when somebody waits."""
+"""Virtual time: future events are in a queue, and time passes only when somebody waits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _REQUEST_MS = 0.1
 
 
 class VirtualTime:
-    """`now` is in ms and only goes forward; `version` grows when something happened that a waiting client may look for."""
+    """The clock and its events.  `now` is in ms and never goes back; `version` grows when something happens that a waiting client may be waiting for."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -29,11 +29,11 @@ class VirtualTime:
         self.version += 1
 
     def next_ms(self) -> float | None:
-        """When the next thing happens."""
+        """Return the time of the next event, or None."""
         return self._queue[0][0] if self._queue else None
 
     def advance(self, until: float) -> None:
-        """Let everything happen that is due until then, in order."""
+        """Run all events that are due until then, in order."""
         while self._queue and self._queue[0][0] <= until:
             at, _, do = heapq.heappop(self._queue)
             self.now = max(self.now, at)
@@ -42,11 +42,11 @@ class VirtualTime:
 
 
 class Host:
-    """The process that a client lives in.  This one never fails, and waiting lets time pass.
+    """The process that a client runs in.  This one never fails, and waiting lets time pass.
 
-    A simulation overrides `call` (each request and each write: it may wait, raise, or say that the answer is lost),
-    `wait` and `background`.  The clients of a host that is not `running` (frozen) do nothing in the background, those of
-    one that is not `alive` never again.
+    A simulation overrides `call` (for each request and each write: it may wait or raise), `answered` (whether the answer is
+    lost), `wait` and `background`.  The clients of a host that is not `running` (frozen) do nothing in the background;
+    those of a host that is not `alive` never do anything again.
     """
 
     def __init__(self, time: VirtualTime, name: str = "host") -> None:
@@ -56,27 +56,27 @@ class Host:
         self.alive = True
 
     def now_ms(self) -> int:
-        """This process's wall clock."""
+        """Return the time of this process's wall clock."""
         return START_MS + int(self.time.now)
 
     def call(self, what: str) -> None:
-        """Before a request or a write, named after the client's function; it takes a moment."""
+        """Called before each request or write, which is named after the client's function; it takes a moment."""
         self.time.advance(self.time.now + _REQUEST_MS)
 
     def answered(self, what: str) -> bool:
-        """Whether the answer of a request that was carried out arrives."""
+        """Whether the answer to a request that was carried out arrives."""
         return True
 
     def chance(self, what: str) -> bool:
-        """Whether something happens that may happen (`buffer-full`, `stale-fetch`, `not-ready`, ...)."""
+        """Whether something that may happen does happen (`buffer-full`, `stale-fetch`, `not-ready`, ...)."""
         return False
 
     def background(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
-        """Do it beside all else; what is returned waits for its end.  Raises RuntimeError: this host does one thing at a time."""
+        """Run work beside everything else, and return a function that waits for its end.  This one raises RuntimeError: it does one thing at a time."""
         raise RuntimeError(f"{self.name} cannot run {name}: a Host that does several things at a time overrides background()")
 
     def wait(self, until: float) -> None:
-        """Return at this time, or earlier when something happened."""
+        """Return at this time, or earlier if something happens."""
         version = self.time.version
         while self.time.now < until and self.time.version == version:
             upcoming = self.time.next_ms()

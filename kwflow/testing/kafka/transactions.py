@@ -1,7 +1,7 @@
-"""The transaction coordinator: producer epochs and fencing, decided transactions whose markers come later, time-outs.
+"""The transaction coordinator: producer epochs and fencing, decided transactions whose markers are written later, time-outs.
 
-A transaction is decided at one instant, but each partition, and each group's offsets, learns of it by a marker of its
-own, at a time of its own: in between, one is visible and the other is not.  Errors are raised as `Refused`.
+A transaction is decided at one instant, but each partition, and the offsets of each group, learn of it by their own marker,
+at their own time; in between, one is visible and another is not.  Errors are raised as `Refused`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Coordinator", "Refused"]
 
 
 class Refused(Exception):
-    """What the broker answers instead of doing it; `code` is Kafka's."""
+    """The broker refuses a request; `code` is Kafka's error code."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(code, reason)
@@ -31,14 +31,14 @@ class Refused(Exception):
 
 @dataclasses.dataclass(slots=True)
 class Identity:
-    """One transactional id.  `ending` until every marker of the decided transaction is written."""
+    """One transactional id.  It is `ending` until every marker of its decided transaction is written."""
 
     name: str
     epoch: int = -1
     timeout_ms: float = 60_000
     current: Transaction | None = None
     expired: bool = False
-    ended: str | None = None  # how the last transaction of this epoch ended: a repeated EndTxn gets the same answer
+    ended: str | None = None  # how the last transaction of this epoch ended, since a repeated EndTxn gets the same answer
 
     @property
     def ending(self) -> bool:
@@ -46,7 +46,7 @@ class Identity:
 
 
 class Coordinator:
-    """`settle_offsets(group, transaction)` is called when the marker reaches a group's offsets."""
+    """The transaction coordinator.  It calls `settle_offsets(group, transaction)` when the marker reaches the offsets of a group."""
 
     def __init__(self, time: VirtualTime, chance: random.Random, partition: Callable[[Place], Partition], settle_offsets: Callable[[str, Transaction], None]) -> None:
         self._time = time
@@ -54,10 +54,10 @@ class Coordinator:
         self._partition = partition
         self._settle_offsets = settle_offsets
         self._identities: dict[str, Identity] = {}
-        self.marker_delay_ms = 20.0  # at most, between the decision and each marker; most come much sooner
+        self.marker_delay_ms = 20.0  # at most, between the decision and each marker; most are written much sooner
 
     def init(self, name: str, timeout_ms: float) -> int:
-        """Fence whoever has this id and end its transaction; the new epoch."""
+        """Fence whoever has this id, end its transaction, and return the new epoch."""
         known = self._identities.setdefault(name, Identity(name))
         known.timeout_ms, known.expired = timeout_ms, False
         if known.current is not None and known.current.state == OPEN:
@@ -78,12 +78,12 @@ class Coordinator:
         return known
 
     def expire(self, name: str) -> None:
-        """Forget it, as after `transactional.id.expiration.ms` without a transaction; whoever initialises it again goes on."""
+        """Forget an id, as after `transactional.id.expiration.ms` without a transaction; a producer that initializes it again can continue."""
         assert self._identities[name].current is None
         self._identities[name].expired = True
 
     def add(self, name: str, epoch: int) -> Transaction:
-        """The open transaction, begun if there is none."""
+        """Return the open transaction; begin one if there is none."""
         known = self._known(name, epoch)
         if known.ending:
             raise Refused(KafkaError.CONCURRENT_TRANSACTIONS, "markers of the last transaction are still being written")
@@ -96,7 +96,7 @@ class Coordinator:
         transaction.places.setdefault(place, offset)
 
     def end(self, name: str, epoch: int, state: str) -> None:
-        """Decide: `COMMITTED` or `ABORTED`.  Asked again, it answers as it did."""
+        """Decide the transaction as `COMMITTED` or `ABORTED`.  A repeated request gets the same answer."""
         known = self._known(name, epoch)
         if known.current is None or known.ending:
             ended = known.current.state if known.current is not None else known.ended
@@ -125,7 +125,7 @@ class Coordinator:
             if isinstance(what, str):
                 self._settle_offsets(what, transaction)
             else:
-                with contextlib.suppress(Refused):  # its topic was deleted meanwhile
+                with contextlib.suppress(Refused):  # the topic was deleted meanwhile
                     self._partition(what).mark(transaction, self._time.now)  # type: ignore[arg-type] # a Place
             left.discard(what)
             if not left:
