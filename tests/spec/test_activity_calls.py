@@ -1,4 +1,4 @@
-"""Calls of activities as a workflow meets them (M6), each step through real snapshots."""
+"""Activity calls as a workflow sees them (M6), each step through real snapshots."""
 
 import asyncio
 import itertools
@@ -18,7 +18,7 @@ HEAD = "import dataclasses\nimport kwflow as kw\ndef activity(**options):\n    r
 
 
 def run(body: str, options: Any = None, fake: Any = None) -> WorkflowTester:
-    """A started tester for a module with this text, whose one activity is `work`."""
+    """A started tester for a module with this text, whose only activity is `work`."""
     name = f"activity_case_{next(_count)}"
     module = durable.load_source(name, HEAD + body, f"{name}.py")
     tester = WorkflowTester(module.main)
@@ -33,7 +33,7 @@ def error(tester: WorkflowTester) -> Any:
 
 
 def entries(tester: WorkflowTester) -> int:
-    """Calls that lie in the store."""
+    """The calls in the store."""
     return sum(key.startswith(PREFIX) for key in tester.state.entries)
 
 
@@ -41,7 +41,7 @@ WORK = "@activity()\ndef work(x):\n    return x + 1\n"
 
 
 def fails(*errors: BaseException) -> Any:
-    """Raises these, one a call, then returns its argument."""
+    """Raises these errors, one a call, then returns its argument."""
     left = list(errors)
 
     def fake(x):
@@ -60,7 +60,7 @@ def test_a_call_is_started_after_the_step_and_its_result_is_what_the_yield_gives
 
 
 def test_a_call_begins_when_it_is_made_like_every_wait() -> None:
-    """Semantics §1.1: a list of calls runs at the same time."""
+    """Semantics §1.1: the calls in a list run at the same time."""
     w = run(WORK + "def main(o):\n    a, b = work(1), work(2)\n    yield kw.suspend('gate')\n    return [(yield b), (yield a)]")
     assert [call.arguments for call in w.calls] == [{"x": 1}, {"x": 2}]
     w.resume("w", "gate")
@@ -79,7 +79,7 @@ def test_yield_from_and_async_activities_work_too() -> None:
 
 
 def test_the_test_kit_runs_async_activities_and_fakes_where_the_test_itself_runs_in_a_loop() -> None:
-    """M6: `asyncio.run` refuses there, as in a test of pytest-asyncio's."""
+    """M6: `asyncio.run` refuses to run inside a loop, as in a test under pytest-asyncio."""
     text = "import asyncio\n@activity()\nasync def work(x):\n    await asyncio.sleep(0)\n    return x + 1, kw.activity_info().workflow_id\ndef main(o):\n    return (yield work(o))"
 
     async def fake(x: int) -> int:
@@ -104,7 +104,7 @@ RETRYING = "@activity(retry=kw.Retry(max_attempts=3, first=10, factor=2, max=60,
 
 
 def test_a_failed_attempt_is_made_again_after_its_pause_with_the_same_arguments() -> None:
-    """M6.4: durable, so the pause is a timer like any other."""
+    """M6.4: the pause is durable, because it is a timer like any other."""
     w = run(RETRYING + "def main(o):\n    return (yield work(7))", fake=fails(ValueError("1"), SystemExit(2)))
     assert [call.attempt for call in w.calls] == [1]
     w.advance(9.9)
@@ -120,7 +120,7 @@ def test_a_failed_attempt_is_made_again_after_its_pause_with_the_same_arguments(
     "call", ["yield work(o)", "yield kw.timeout(work(o), 900)", "yield kw.all([kw.suspend('other'), work(o)])", "yield from [work(o)]", "a = work(o)\n    yield kw.suspend('other')"]
 )
 def test_the_header_says_of_a_pause_which_attempt_of_which_activity_comes_after_it(call: str) -> None:
-    """M3: of that timer and no other; from our own code's variables, on a restored instance as on one that was never saved."""
+    """M3: for that timer and no other. The facts come from variables of kwflow's own code, in a restored instance as in one that was never saved."""
     w = run(f"@activity(timeout=100, retry=kw.Retry(first=60, factor=1, jitter=0))\ndef work(x): ...\ndef main(o):\n    {call}", 4, fails(ValueError(), ValueError()))
     for attempt in (2, 3):
         pauses = [wait for wait in w.header("w")["waits"] if wait["kind"] == "timer" and wait.keys() & {"name", "attempt"}]
@@ -131,7 +131,7 @@ def test_the_header_says_of_a_pause_which_attempt_of_which_activity_comes_after_
 
 
 def test_the_timers_of_attempts_and_of_authors_are_no_pauses() -> None:
-    """Also one that an author's function of that name waits for."""
+    """Nor is a timer that an author's function of that name waits for."""
     body = "def attempts(name, number):\n    yield kw.sleep(1)\ndef main(o):\n    yield kw.all([work(1), attempts('work', 1), kw.sleep(5)])"
     w = run(f"@activity(timeout=100)\ndef work(x): ...\n{body}", fake=lambda x: HANGS)
     assert [sorted(wait.keys() & {"name", "attempt"}) for wait in w.header("w")["waits"]] == [["attempt", "name"], [], [], []]
@@ -166,7 +166,7 @@ LIMITED = "@activity(timeout=30, retry=kw.Retry(max_attempts=2, first=5, jitter=
 
 
 def test_an_attempt_over_its_time_is_made_again_and_its_late_answer_is_ignored() -> None:
-    """M6.4: a race of result and timer."""
+    """M6.4: the result races the timer."""
     answers = iter([HANGS, "second"])
     w = run(LIMITED + "def main(o):\n    return (yield work(7))", fake=lambda x: next(answers))
     [first, _timer] = w.waits("w")
@@ -189,7 +189,7 @@ def test_when_all_attempts_are_over_their_time_the_error_says_timeout() -> None:
 
 
 def test_retries_draw_no_chance_two_runs_pause_alike() -> None:
-    """Semantics §4.1: jitter is a hash of workflow id, ref and attempt."""
+    """Semantics §4.1: jitter is a hash of workflow id, ref and attempt, not a random number."""
     body = "@activity(retry=kw.Retry(jitter=1))\ndef work(x):\n    raise ValueError\ndef main(o):\n    yield kw.all([work(n) for n in range(20)])"
     delays = []
     for _ in range(2):
@@ -230,7 +230,7 @@ QUEUED = "@activity(queue='q')\ndef work(x):\n    return x + 1\n"
 
 @pytest.mark.parametrize("work", [WORK, QUEUED, WORK.replace("activity()", "activity(timeout=5)")], ids=["activity", "job", "limited"])
 def test_a_call_that_nobody_awaited_before_main_ended_is_told_of(work: str) -> None:
-    """M3: the end takes it back, and a forgotten `yield` looked like one that was done."""
+    """M3: the end of main cancels the call and logs it. Without the log, a forgotten `yield` looked like a call that was done."""
     w = run(work + "def main(o):\n    work(1)\n    return 'done'\n    yield", fake=lambda x: HANGS)
     assert (w.result("w"), entries(w), w.calls) == ("done", 0, [])
     [said] = w.logs
@@ -249,7 +249,7 @@ def test_so_is_a_call_of_a_service() -> None:
 
 
 def test_so_are_children_and_pauses_and_of_many_some() -> None:
-    """M3, M5: a child that is to go on by itself is detached, or abandoned."""
+    """M3, M5: a child that is to continue by itself is detached, or its policy is to abandon it."""
     begun = ["kw.sleep(5)", "kw.start_child('c', id='a')", "kw.start_child('c', id='b', parent_close='abandon')", "kw.start_child('c', detach=True)", "kw.suspend('s')"]
     w = run(f"def main(o):\n    {'; '.join(begun)}\n    return 1\n    yield")
     assert w.logs[0] == "w: main has ended, which cancels what nobody has awaited: child a, kw.sleep (0:1); write `yield`, or `await`, before the call"
@@ -280,7 +280,7 @@ def test_a_result_that_is_not_as_annotated_is_an_activity_error_at_the_yield() -
 
 @pytest.mark.parametrize("hint", ["P", "M"])
 def test_the_error_of_a_result_that_is_not_as_annotated_is_held_over_a_wait_as_any_other(hint: str) -> None:
-    """M6.3, G4: its cause, an error of msgspec's or pydantic's, parked the workflow that compensated."""
+    """M6.3, G4: its cause, an error of msgspec or pydantic, could not be saved and parked the workflow that was compensating."""
     classes = "import pydantic\nclass M(pydantic.BaseModel):\n    n: int\n@dataclasses.dataclass\nclass P:\n    n: int\n"
     main = "def main(o):\n    try:\n        yield work(1)\n    except kw.ActivityError as e:\n        yield kw.suspend('undone')\n        return e.type\n"
     w = run(f"{classes}@activity()\ndef work(x) -> {hint}:\n    return x\n{main}", fake=lambda x: None)
@@ -321,14 +321,14 @@ def test_a_workflow_whose_activity_is_gone_from_the_code_is_parked_and_goes_on_w
 
 
 def test_activities_are_values_a_workflow_may_keep_over_a_yield() -> None:
-    """Saved by name: a dict of tools in a local."""
+    """They are saved by name, as in a dict of tools in a local variable."""
     w = run(WORK + "def main(o):\n    tools = {'w': work}\n    yield kw.suspend('gate')\n    return (yield tools['w'](1))")
     w.resume("w", "gate")
     assert w.result("w") == 2
 
 
 def test_a_waiting_call_takes_few_bytes() -> None:
-    """Fan-out: 1,000 pending calls of one instance fit a snapshot by far."""
+    """Fan-out: 1,000 pending calls of one instance fit into a snapshot with much room to spare."""
     w = run(WORK + "def main(o):\n    yield kw.all([work(n) for n in range(1000)])", fake=lambda x: HANGS)
     stored = w.state.get(b"w")
     assert stored is not None
@@ -343,7 +343,7 @@ def test_an_activity_called_from_an_activity_is_the_plain_function() -> None:
 
 
 def test_the_code_header_names_our_durable_module_beside_the_authors() -> None:
-    """Semantics §8: kwflow's own frames are units of their own module, so that neither pins the other."""
+    """Semantics §8: kwflow's own frames are units of their own module, so neither module pins the other."""
     w = run(WORK + "def main(o):\n    yield work(1)", fake=lambda x: HANGS)
     stored = w.state.get(b"w")
     assert stored is not None
@@ -353,7 +353,7 @@ def test_the_code_header_names_our_durable_module_beside_the_authors() -> None:
 
 
 def test_an_instance_that_finishes_on_old_code_calls_the_activity_that_is_deployed_now() -> None:
-    """Semantics §8.4: an old version of a module registers nothing that the current code has."""
+    """Semantics §8.4: an old version of a module registers nothing that the current code also has."""
     text = "import kwflow as kw\n@kw.activity(name='of-versions')\ndef work(x):\n    return [x, '{0}']\ndef main(o):\n    yield kw.suspend('gate')\n    return ['{0}', (yield work(1))]"
     module = durable.load_source("activity_versions", text.format("old"), "activity_versions.py")
     w = WorkflowTester(module.main)
@@ -364,14 +364,14 @@ def test_an_instance_that_finishes_on_old_code_calls_the_activity_that_is_deploy
 
 
 def test_async_workflows_await_activities() -> None:
-    """Semantics §6; an `async def` activity of the same module stays one of asyncio."""
+    """Semantics §6. An `async def` activity of the same module stays an asyncio coroutine."""
     body = "import asyncio\n@activity()\nasync def work(x):\n    await asyncio.sleep(0)\n    return x + 1\n"
     body += "async def main(o):\n    call = work(1)\n    return [await call, await work(2), await kw.all([work(3), call])]"
     assert run(body).result("w") == [2, 3, [4, 2]]
 
 
 def test_an_activity_that_is_not_called_is_refused_where_a_wait_is_expected() -> None:
-    """Semantics §1.3: natively it would come back at once, as a plain value."""
+    """Semantics §1.3: natively it would be returned at once, as a plain value."""
     assert error(run(WORK + "def main(o):\n    yield work")) == "UsageError: work is a function, not a wait; did you mean work()?"
     assert error(run(WORK + "def main(o):\n    yield kw.all([work])")) == "UsageError: work is a function, not a wait; did you mean work()?"
 
@@ -381,7 +381,7 @@ HOLDING = "        held = __import__('threading').Lock()\n        yield kw.suspe
 
 
 def test_a_call_whose_result_is_discarded_fails_for_the_workflow_waits_for_it() -> None:
-    """Semantics §7, M6: otherwise nobody would answer it until the next restart, which would begin it again."""
+    """Semantics §7, M6: otherwise nobody would answer it until the next restart, which would start it again."""
     body = "def main(o):\n    try:\n        yield work(o)\n" + HOLDING + "    except kw.ActivityError as error:\n        return [error.type, error.final]"
     w = run(WORK + body, 1)
     assert (w.header("w") or {})["parked"]["reason"] == "UnsavableError"

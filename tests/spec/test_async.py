@@ -90,7 +90,7 @@ def test_the_same_saga_in_both_spellings_writes_the_same_records(options: Any, a
 
 
 def test_await_runs_a_fresh_call_inline_and_waits_for_one_that_is_a_task() -> None:
-    """§6.1: no task is made for the first."""
+    """§6.1: a fresh call does not become a task."""
     w = run("""
 async def child(name):
     say(name + " begins")
@@ -110,7 +110,7 @@ async def main(o):
 
 
 def test_a_call_that_was_cancelled_before_it_began_is_cancelled_when_it_is_awaited() -> None:
-    """§6.1, §1.2: its first use was the cancel."""
+    """§6.1, §1.2: the cancel was its first use."""
     w = run("""
 async def child():
     say("never")
@@ -192,7 +192,7 @@ ASYNCIO = {
 @pytest.mark.parametrize("expression", ASYNCIO)
 @pytest.mark.parametrize("how", ["await {}", "await kw.all([{}])", "await kw.race([{}, kw.suspend()])", "await helper({})"])
 def test_what_belongs_to_asyncio_is_refused_with_the_name_of_what_to_write(expression: str, how: str) -> None:
-    """§6.2: asyncio.sleep(0), an uncontended Lock and Queue.get would work silently."""
+    """§6.2: otherwise asyncio.sleep(0), an uncontended Lock and Queue.get would work, and nothing would say that they are wrong."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         w = run(f"import asyncio\nasync def helper(x):\n    return await x\nasync def main(o):\n    {how.format(expression)}\n")
@@ -253,7 +253,7 @@ def test_a_coroutine_function_of_other_code_in_a_durable_module_is_warned_about(
 
 
 def test_where_an_async_workflow_waits_is_told_down_to_the_async_generator() -> None:
-    """KW-7: the header's waits."""
+    """KW-7: in the waits of the header."""
     w = run("async def inner():\n    await kw.suspend('deep')\n    yield 1\nasync def main(o):\n    async for x in inner():\n        say(x)\n")
     [wait] = (w.header("w") or {})["waits"]
     assert wait["function"].endswith("inner")

@@ -1,4 +1,4 @@
-"""Bad input: applied, ignored by a stated rule, dead-lettered or parked; never lost, never fatal (G3, G4, KW-4..8)."""
+"""Bad input is applied, ignored by a stated rule, dead-lettered or parked; it is never lost and never fatal (G3, G4, KW-4..8)."""
 
 import pathlib
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def engine(tmp_path: pathlib.Path) -> WorkflowTester:
 
 
 def test_values_as_deep_as_they_may_be_are_saved_and_written(engine: WorkflowTester) -> None:
-    """G3: a deeper one parked its workflow, as the snapshot could not be made; how deep that was differed from Python to Python."""
+    """G3: a deeper value parked its workflow, because the snapshot could not be made; how deep that was depended on the Python version."""
     engine.start("a")
     value: list[Any] = []
     for _ in range(LEVELS_MAX - 1):
@@ -100,7 +100,7 @@ def test_an_undeclared_topic_raises_in_the_workflow_naming_it_and_the_remedy(eng
 
 
 def test_an_instance_is_parked_whatever_its_error_says() -> None:
-    """G4: it is in headers; half a surrogate pair ended the engine, and a long one no broker takes."""
+    """G4: the error is in headers. Half a surrogate pair in it ended the engine, and no broker accepts a very long one."""
     module = durable.load_source("says", """
 import kwflow as kw
 class Held:
@@ -118,7 +118,7 @@ def main(o):
 
 
 def test_no_topic_at_all_is_refused_also_where_outcomes_are_not_written() -> None:
-    """KW-12: a topic that is turned off is no topic that may be written to; the engine could not write the record, and ended."""
+    """KW-12: a topic that is turned off cannot be written to. The engine could not write the record, and ended."""
     module = durable.load_source("nowhere", "import kwflow as kw\ndef main(o):\n    kw.output('x', o)\n    yield kw.suspend('r')\n")
     processor = WorkflowProcessor(Config(result_topic=""), Workflows({"main": module.main}, "main"), frozenset())
     [made] = processor.decide(Overlay(MemoryStore()), [Record("workflow-resume", 0, 0, 1, b"w", b"new:null")], 1)
@@ -155,7 +155,7 @@ def test_discard_drops_the_record_that_parked_it_and_applies_the_rest(engine: Wo
 
 
 def test_a_record_on_another_partition_than_its_keys_is_forwarded_once_as_it_was() -> None:
-    """K6: what still lies wrong then, or has no key, is a dead letter; it must not go round."""
+    """K6: a record that is on the wrong partition even then, or has no key, is a dead letter; it must not circulate."""
     config, record = Config(), Record("workflow-resume", 0, 7, 1, b"w1", b"{}", (("mine", b"travels"),))
     home = partition_of(b"w1", 4)
     made = parked.forward(config, record, 4, 0)
@@ -167,7 +167,7 @@ def test_a_record_on_another_partition_than_its_keys_is_forwarded_once_as_it_was
 
 
 def test_an_endless_loop_without_a_wait_is_logged_with_its_line_and_its_instance_is_parked() -> None:
-    """K19: also when author code swallows everything."""
+    """K19: even if author code swallows everything."""
     source = "def main(opts):\n    while opts != 'fine':\n        try:\n            sum(range(100))\n        except BaseException:\n            pass\n    return 'ended'\n    yield\n"
     module = durable.load_source("endless", source.replace("pass", "break"), "endless.py")
     lines: list[str] = []
@@ -226,7 +226,7 @@ def test_a_long_hold_is_drained_in_bounded_transactions_and_what_arrives_meanwhi
 
 @pytest.mark.parametrize("op", [b"retry", b"discard"])
 def test_a_hold_keeps_its_order_on_a_partition_whose_offsets_begin_again(op: bytes) -> None:
-    """G2, K17: after `kwflow topics migrate`, or under a topic that was made again; a discard would drop what has not failed."""
+    """G2, K17: after `kwflow topics migrate`, or with a topic that was recreated. Otherwise a discard would drop a record that has not failed."""
     source = """
 import kwflow as kw
 FAILS = [True]
@@ -262,7 +262,7 @@ def main(o):
 
 
 def test_in_the_middle_of_a_drain_a_discard_drops_nothing_until_the_log_has_refused_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """K11, K17: what is next has failed nowhere yet; once it has, the instance says so, and a discard is the way out."""
+    """K11, K17: the next record has not failed yet. Once it has, the instance says so, and a discard is the way out."""
     monkeypatch.setattr(parked, "DRAINED_MAX", 1)
     store, more = MemoryStore(), b'{"ref":"more","value":1}'
     engine = Engine(store, 0)
@@ -308,7 +308,7 @@ def test_in_the_middle_of_a_drain_a_discard_drops_nothing_until_the_log_has_refu
 
 
 def test_what_ended_in_the_middle_of_a_long_hold_is_known_to_the_rest_of_it(engine: WorkflowTester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K17, K20: a start that its client repeated meanwhile is no second run, and what comes too late is told so."""
+    """K17, K20: a start that its client repeated meanwhile does not begin a second run, and whoever comes too late is told so."""
     monkeypatch.setattr(parked, "DRAINED_MAX", 3)
     engine.start("a", **{"kwflow-start-id": "mine"})
     engine.resume("a", "first", "unsavable")
@@ -324,7 +324,7 @@ def test_what_ended_in_the_middle_of_a_long_hold_is_known_to_the_rest_of_it(engi
 
 
 def test_what_ended_in_the_middle_of_a_long_hold_is_forgotten_in_its_time_and_terminated_writes_no_second_outcome(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K17, K20: between two transactions of the drain its time may come, or an operator."""
+    """K17, K20: its retention may end between two transactions of the drain, or an operator may act."""
     monkeypatch.setattr(parked, "DRAINED_MAX", 1)
     module = durable.load_source("bad_input", SOURCE, str(tmp_path / "bad_input.py"))
     (tmp_path / "bad_input.py").write_text(SOURCE)
@@ -359,7 +359,7 @@ def test_what_ended_in_the_middle_of_a_long_hold_is_forgotten_in_its_time_and_te
 
 @pytest.mark.parametrize("cached", [0, 1], ids=["restored", "live"])
 def test_under_a_runner_that_may_read_a_record_again_an_ended_start_is_not_begun_anew(cached: int) -> None:
-    """G5; `kwflow engine --runner faust`: the record that started it, and the one that ended it, are known by their offsets."""
+    """G5; `kwflow engine --runner faust`: the record that started it and the one that ended it are recognised by their offsets."""
     module = durable.load_source("read_again", "import kwflow as kw\ndef main(o):\n    yield kw.suspend('r')\n")
     processor, store = WorkflowProcessor(Config(instances_cached_max=cached), Workflows({"main": module.main}, "main"), frozenset(), "topic id"), MemoryStore()
     processor.at_least_once = True
@@ -374,7 +374,7 @@ def test_under_a_runner_that_may_read_a_record_again_an_ended_start_is_not_begun
 
 
 def test_a_topic_that_kafka_could_not_have_is_refused_where_it_is_declared() -> None:
-    """§9.6: an engine said at its start that it was missing, and `topics create` that the broker refused it."""
+    """§9.6: before, an engine reported at its start that the topic was missing, and `topics create` that the broker refused it."""
     for name in ("two words", "", "x" * 250, "ä", ["out"], 5):
         with pytest.raises(UsageError, match="a topic's name is letters, digits"):
             api.declare_topics(name)  # type: ignore[arg-type]

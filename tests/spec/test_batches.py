@@ -1,4 +1,4 @@
-"""What a batch saves is the state at its end; how records are cut into batches may decide whether a state has to be savable, and nothing else (K15, decision 0044)."""
+"""A batch saves the state at its end. How records are cut into batches may decide whether a state has to be savable, and nothing else (K15, decision 0044)."""
 
 import itertools
 import random
@@ -65,7 +65,7 @@ def values(unsavable: tuple[int, ...], failing: int | None) -> list[bytes]:
 
 
 def at_fault(unsavable: tuple[int, ...], failing: int | None, cut: tuple[int, ...]) -> int | None:
-    """The record that parks it: of the first batch in which a step fails, or whose last state cannot be saved, the first one whose state cannot, or that step."""
+    """The record that parks it, in the first batch in which a step fails or the last state cannot be saved: the first record whose state cannot be saved, or whose step fails."""
     for begin, end in itertools.pairwise((0, *cut, RECORDS)):
         if failing is not None and failing < end:
             return min(number for number in (*unsavable, failing) if begin <= number <= failing)
@@ -78,7 +78,9 @@ def at_fault(unsavable: tuple[int, ...], failing: int | None, cut: tuple[int, ..
 @pytest.mark.parametrize("failing", [None, 2])
 @pytest.mark.parametrize("unsavable", [kinds for number in range(WAITS + 1) for kinds in itertools.combinations(range(WAITS), number)], ids=str)
 def test_a_state_between_two_records_of_a_batch_need_not_be_savable_and_whatever_is_written_is_what_one_run_writes(unsavable: tuple[int, ...], failing: int | None, cached: int) -> None:
-    """Every way to cut the records into batches: a beginning of what they would write if all could be saved, up to the record at fault, and all of it after a retry, if no step fails."""
+    """With every way to cut the records into batches, what is written is a prefix of what they would write if all could be saved,
+    up to the record at fault. After a retry it is all of it, if no step fails.
+    """
     everything = [*map(str, range(WAITS)), '"ended"']
     for cut in CUTS:
         engine = Engine(cached)
@@ -94,7 +96,7 @@ def test_a_state_between_two_records_of_a_batch_need_not_be_savable_and_whatever
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_batch_finds_what_the_store_will_hold_after_it(seed: int) -> None:
-    """K3: from any key on, of any prefix."""
+    """K3: from any key on, with any prefix."""
     chance = random.Random(seed)
     keys = [bytes(chance.choices(b"ab", k=chance.randrange(1, 5))) for _ in range(8)]
     store = MemoryStore()

@@ -1,4 +1,4 @@
-"""Children (M5): start, outcome, refusal, policies; each through real snapshots."""
+"""Children (M5): start, outcome, refusal and policies, each through real snapshots."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def main(o):
 
 
 def headers(w: WorkflowTester, op: str) -> list[dict[str, Any]]:
-    """The headers of every command of this op that was written."""
+    """The headers of every command with this op that was written."""
     return [dict(output.headers) for output in w.outputs if dict(output.headers).get("kwflow-op") == op.encode()]
 
 
@@ -51,7 +51,7 @@ def test_the_default_id_is_the_parents_and_the_ref_and_a_function_names_its_work
 
 
 def test_the_childs_outcome_and_the_parents_answer_are_of_one_decision() -> None:
-    """M5: one transaction."""
+    """M5: in one transaction."""
     w = run(ASK, 1)
     w.advance(1)
     written = [(output.topic, output.key) for output in w.outputs]
@@ -69,7 +69,7 @@ def test_the_childs_outcome_and_the_parents_answer_are_of_one_decision() -> None
     ],
 )
 def test_a_child_without_a_result_raises_child_error(act: Any, outcome: str, error: Any) -> None:
-    """M5: a parent never waits for nobody."""
+    """M5: a parent never waits for an answer that cannot come."""
     w = run(ASK, "wait")
     act(w)
     assert w.result("w") == ["c", outcome, error, f"child c: {outcome}: {error}"]
@@ -81,7 +81,7 @@ def test_a_child_error_that_is_not_caught_is_the_error_of_the_parent() -> None:
 
 
 def test_a_child_whose_id_runs_already_is_answered_exists_and_that_one_is_left_alone() -> None:
-    """M5: refused."""
+    """M5: the start is refused."""
     body = "def main(o):\n    if o == 'idle':\n        return (yield kw.suspend('r'))\n    try:\n        yield kw.start_child('double', 1, id='w')\n"
     w = run(CHILD + body + "    except kw.ChildError as e:\n        return e.outcome", "idle")
     w.start("other", 1)
@@ -90,7 +90,7 @@ def test_a_child_whose_id_runs_already_is_answered_exists_and_that_one_is_left_a
 
 
 def test_a_child_of_an_unknown_workflow_is_dead_lettered_and_answered() -> None:
-    """M5: dead-lettered."""
+    """M5."""
     w = run("def main(o):\n    try:\n        yield kw.start_child('nothing')\n    except kw.ChildError as e:\n        return [e.outcome, e.error]")
     assert w.result("w")[0] == "unknown_workflow"
     assert len(w.outputs_to(w.config.dead_letter_topic)) == 1
@@ -122,7 +122,7 @@ def test_a_child_whose_first_step_failed_is_answered_when_somebody_gives_it_up(o
 
 
 def test_a_child_whose_start_is_held_behind_another_run_is_answered_when_that_is_terminated() -> None:
-    """M5, K17: what is held goes with it, and its parent would wait for ever."""
+    """M5, K17: held records are dropped with that run, and the parent would wait for ever."""
     w = run(BROKEN)
     w.start("other")
     assert w.waits("other") and w.counts[-1] == "held"
@@ -132,7 +132,7 @@ def test_a_child_whose_start_is_held_behind_another_run_is_answered_when_that_is
 
 
 def test_a_result_too_large_for_the_parents_record_is_an_error_there() -> None:
-    """At the edge and one past it."""
+    """At the limit and one past it."""
     body = "def big(n):\n    yield\n    return 'x' * n\ndef main(o):\n    try:\n        return len((yield kw.start_child('big', o))) if o else 0\n"
     w = run(body + "    except kw.ChildError as e:\n        return e.outcome")
     edge = next(n for n in range(999_900, 1_000_000) if _answer(w, n) == "too_large")
@@ -206,7 +206,7 @@ def test_a_detached_child_gives_its_id_at_once_and_lives_on() -> None:
 
 
 def test_a_repeated_start_of_a_child_that_has_ended_answers_again() -> None:
-    """K20: such a record can come from a dead letter that is sent again."""
+    """K20: such a record can come from a dead letter that is retried."""
     w = run(ASK, 1)
     start = next(output for output in w.outputs if output.key == b"c" and (output.value or b"").startswith(b"new:"))
     w.advance(1)
@@ -216,7 +216,7 @@ def test_a_repeated_start_of_a_child_that_has_ended_answers_again() -> None:
 
 
 def test_a_repeated_start_of_a_child_whose_outcome_was_too_large_to_be_kept_says_so() -> None:
-    """K20, M4: at the edge and one past it."""
+    """K20, M4: at the limit and one past it."""
     for size, said in ((65_534, b'"value":"xx'), (65_535, b'"outcome":"too_large"')):
         w = run("def big(n):\n    yield\n    return 'x' * n\ndef main(o):\n    return len((yield kw.start_child('big', o, id='c')))", size)
         assert w.result("w") == size
@@ -248,7 +248,7 @@ def test_wrong_calls_are_named_and_start_nothing(call: str, said: str) -> None:
 
 @pytest.mark.slow
 def test_a_tree_of_1000_children() -> None:
-    """M5: three levels of ten, each adds up what is below it."""
+    """M5: three levels of ten, each of which sums the level below."""
     node = "def node(depth):\n    if not depth:\n        return 1\n    return sum((yield kw.all([kw.start_child('node', depth - 1) for _ in range(10)])))\n"
     w = run(node + "def main(o):\n    return (yield kw.start_child('node', 3))")
     assert w.result("w") == 1000

@@ -1,4 +1,4 @@
-"""Code that changes under a running workflow (G10, semantics §8): each deployment meets instances that wait in the middle."""
+"""Code that changes under a running workflow (G10, semantics §8): each deployment meets instances that are in the middle of their work."""
 
 import contextlib
 import importlib
@@ -31,7 +31,7 @@ _count = itertools.count()
 
 
 class Site:
-    """A module that is deployed again and again, and an instance `w` that was started on its first code."""
+    """A module that is deployed again and again, and an instance `w` that was started on its first version."""
 
     def __init__(self, source: str) -> None:
         self.name = f"code_case_{next(_count)}"
@@ -49,7 +49,7 @@ class Site:
 
 
 def test_an_instance_finishes_on_the_code_it_started_on_while_new_ones_take_the_new() -> None:
-    """G10, §8.2: its helpers are the old ones, too."""
+    """G10, §8.2: with the old helpers, too."""
     text = "def price():\n    return {0}\ndef main(o):\n    first = yield kw.suspend('r')\n    yield kw.suspend('s')\n    return ['{1}', first, price()]"
     site = Site(text.format(1, "old"))
     site.deploy(text.format(2, "new"))
@@ -70,7 +70,7 @@ def test_an_instance_whose_own_units_are_unchanged_takes_the_new_code_around_the
 
 
 def test_old_code_starts_the_workflow_that_is_registered_now_where_it_names_its_own() -> None:
-    """§8.2: its function is another object than the one that is registered; each instance that named one so failed after a deployment."""
+    """§8.2: the function in old code is a different object from the registered one, so each instance that named one failed after a deployment."""
     text = """
 @kw.workflow(name='{0}-child')
 def child(o):
@@ -93,7 +93,7 @@ def main(o):
 
 @pytest.mark.parametrize("cached", [0, 10])
 def test_an_instance_that_holds_nothing_of_the_old_code_any_more_leaves_it_whether_it_was_kept_live_or_restored(cached: int) -> None:
-    """§8.2, §4.1: found by simulation; one that was kept went on with the old helper, one that was restored with the new one."""
+    """§8.2, §4.1: found by simulation. An instance that was kept live went on with the old helper, and a restored one with the new helper."""
     text = """
 def price():
     return {0}
@@ -118,7 +118,7 @@ def main(o):
 
 
 def test_the_variables_of_an_instance_on_old_code_are_shown_objects_of_old_classes_too() -> None:
-    """§4.4, §8.4: no code of either version is needed for it."""
+    """§4.4, §8.4: this needs no code of either version."""
     text = """
 class Order:
     price = {0}
@@ -219,7 +219,7 @@ def main(o):
 
 @pytest.mark.parametrize("what", DEPLOYMENTS)
 def test_an_instance_that_waits_in_the_middle_survives(what: str) -> None:
-    """G10, each in an instance that waits, through two more steps of the old code."""
+    """G10: each change meets an instance that waits, followed by two more steps of the old code."""
     before, after = DEPLOYMENTS[what]
     waits = before.replace("yield kw.suspend('r')", "yield kw.suspend('r'); yield kw.suspend('s')")
     site = Site(waits)
@@ -231,7 +231,7 @@ def test_an_instance_that_waits_in_the_middle_survives(what: str) -> None:
 
 
 def test_changed_classes_alone_pin_nothing() -> None:
-    """§8.4: what was saved of the old class is given to the new one; `__setstate__` is for that."""
+    """§8.4: the new class receives what was saved of the old one; `__setstate__` is for that."""
     text = "class Order:\n    def __init__(self):\n        self.price = 3\n{}\ndef main(o):\n    order = Order()\n    yield kw.suspend('r')\n    return vars(order)"
     site = Site(text.format(""))
     site.deploy(text.format("    def __setstate__(self, state):\n        self.cents = state['price'] * 100"))
@@ -240,7 +240,7 @@ def test_changed_classes_alone_pin_nothing() -> None:
 
 
 def test_old_code_sees_an_exception_of_current_code_if_its_class_did_not_change() -> None:
-    """§8.4: top-level classes with unchanged AST are the current ones."""
+    """§8.4: top-level classes with an unchanged AST are the current ones."""
     helper = f"code_helper_{next(_count)}"
     text = f"class Mine(Exception):\n    pass\ndef main(o):\n    yield kw.suspend('r')\n    import {helper}\n    try:\n        {helper}.fail()\n    except Mine:\n        return {{}}"
     site = Site(text.format("'old'"))
@@ -265,7 +265,7 @@ def test_a_module_that_was_renamed_is_found_in_the_store_with_the_helpers_it_imp
 
 
 def test_what_the_store_cannot_answer_parks_the_instance_and_a_retry_goes_on_with_the_code_that_is_deployed_again(tmp_path: pathlib.Path) -> None:
-    """G10: functions made durable one by one have no module that could be run from its source."""
+    """G10: functions that were made durable one by one have no module whose source could be run."""
     name = f"code_case_{next(_count)}"
     text = "from kwflow.durable import durable\nimport kwflow as kw\n@durable\ndef main(o):\n    yield kw.suspend('r')\n    return {}\n"
 
@@ -291,7 +291,7 @@ def test_what_the_store_cannot_answer_parks_the_instance_and_a_retry_goes_on_wit
 
 @pytest.mark.parametrize(("raised", "said"), [("OSError('no licence')", "OSError: no licence"), ("SystemExit(3)", "SystemExit: 3"), ("kw.UsageError('no')", "UsageError: no")])
 def test_an_exception_while_old_code_loads_parks_the_instance_alone(raised: str, said: str) -> None:
-    """§8.4: it is tried again when somebody retries."""
+    """§8.4: loading is tried again with a retry."""
     site = Site(f"import sys\nif 'code_is_broken' in sys.modules:\n    raise {raised}\ndef main(o):\n    yield kw.suspend('r')\n    return 'old'")
     site.deploy("def main(o):\n    yield kw.suspend('r')\n    return 'new'")
     site.w.start("v")
@@ -322,7 +322,7 @@ def test_registrations_of_old_code_are_ignored_and_its_topics_are_added() -> Non
 
 
 def test_a_version_that_is_deployed_again_is_simply_current() -> None:
-    """§8.3: snapshots write logical names."""
+    """§8.3: snapshots hold logical names."""
     first = "def main(o):\n    yield kw.suspend('r')\n    yield kw.suspend('s')\n    return __name__"
     site = Site(first)
     site.deploy("def main(o):\n    yield kw.suspend('x')")
@@ -333,7 +333,7 @@ def test_a_version_that_is_deployed_again_is_simply_current() -> None:
 
 
 def test_headers_say_which_version_an_instance_waits_in_and_where() -> None:
-    """Wire §3; the file is the old one."""
+    """Wire §3: the file is the old one."""
     site = Site("def main(o):\n    yield kw.suspend('r')\n    yield kw.suspend('s')")
     [version] = site.versions("w")
     site.deploy("\n\n\ndef main(o):\n    yield kw.suspend('r')\n    yield kw.suspend('other')")
@@ -345,7 +345,7 @@ def test_headers_say_which_version_an_instance_waits_in_and_where() -> None:
 
 # -- the store -------------------------------------------------------------------------------------------------------
 class Engine:
-    """One processor and the records it wrote to the code topic; `commit` False is a transaction that was aborted."""
+    """One processor and the records it wrote to the code topic. `commit` False stands for a transaction that was aborted."""
 
     def __init__(self, log: list[Record], store: MemoryStore, source: str, name: str, keys: tuple[str, ...] = ()) -> None:
         self.log, self.store = log, store
@@ -355,7 +355,7 @@ class Engine:
         self.processor = WorkflowProcessor(config, Workflows({"main": main}, "main"), api.declared_topics(), sources=code)
 
     def batch(self, *values: tuple[str, bytes], at: int = 0, commit: bool = True) -> list[str]:
-        """The values of what was written beside code entries."""
+        """The values of the records written beside code entries."""
         overlay = Overlay(self.store)
         records = [Record("workflow-resume", 0, at + number, at, id.encode(), value) for number, (id, value) in enumerate(values)]
         made = [output for decision in self.processor.decide(overlay, records, at) for output in decision.outputs]
@@ -372,7 +372,7 @@ class Engine:
 
 
 def test_a_source_is_written_with_the_first_snapshot_that_names_it_and_again_after_an_abort() -> None:
-    """Wire §4: in that transaction; a false memory of an aborted one would lose the code."""
+    """Wire §4: it is written in that snapshot's transaction. To take an aborted one for written would lose the code."""
     log: list[Record] = []
     engine = Engine(log, MemoryStore(), "def main(o):\n    yield kw.suspend('r')\n    yield kw.suspend('s')", f"code_case_{next(_count)}")
     engine.batch(("a", b"new:1"), commit=False)
@@ -386,7 +386,7 @@ def test_a_source_is_written_with_the_first_snapshot_that_names_it_and_again_aft
 
 
 def test_an_engine_with_other_code_asks_for_the_version_that_a_snapshot_names() -> None:
-    """G10: after a rebalance an instance arrives that another engine wrote a minute ago; it is not parked."""
+    """G10: after a rebalance, an instance arrives that another engine wrote a minute ago. It is not parked."""
     log: list[Record] = []
     store, name = MemoryStore(), f"code_case_{next(_count)}"
     old = "def main(o):\n    yield kw.suspend('r')\n    yield kw.suspend('s')\n    return 'old'"
@@ -400,7 +400,7 @@ def test_an_engine_with_other_code_asks_for_the_version_that_a_snapshot_names() 
 
 
 def test_with_keys_an_entry_that_no_key_signed_is_not_there() -> None:
-    """Who can write to the topic must not thereby run code; the name is signed with the source, and keys rotate as those of snapshots."""
+    """Write access to the topic must not be enough to run code. The name is signed with the source, and keys are rotated as those of snapshots are."""
     log: list[Record] = []
     store, name = MemoryStore(), f"code_case_{next(_count)}"
     old, new = "def main(o):\n    yield kw.suspend('r')\n    return 'old'", "def main(o):\n    yield kw.suspend('r')\n    return 'new'"
@@ -481,7 +481,7 @@ def test_a_version_of_which_no_unit_has_changed_is_not_loaded_beside_the_current
 
 
 def test_of_many_stored_versions_those_that_no_instance_runs_any_more_are_not_loaded_at_a_takeover() -> None:
-    """§9.6: after a year of daily deployments without `code gc` an engine had loaded hundreds of them before its first record, each 0.1 s and a megabyte."""
+    """§9.6: after a year of daily deployments without `code gc`, an engine loaded hundreds of them before its first record, each at 0.1 s and a megabyte."""
     log: list[Record] = []
     store, name, topic = MemoryStore(), f"code_case_{next(_count)}", f"only-old-{next(_count)}"
     Engine(log, store, f"kw.declare_topics('{topic}')\ndef main(o):\n    yield kw.suspend('r')\n    kw.output('x', '{topic}')\n    return 'first'", name).batch(("w", b"new:1"))

@@ -1,4 +1,4 @@
-"""Rules of the core, each driven through real snapshots: combinators, cancelling, ids, errors, ends (semantics §1, §2, §9)."""
+"""Rules of the core, each through real snapshots: combinators, cancelling, ids, errors and ends (semantics §1, §2, §9)."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _count = [0]
 
 
 def run(body: str, options: Any = None) -> WorkflowTester:
-    """A started tester for a module whose text this is."""
+    """A started tester for a module with this text."""
     _count[0] += 1
     module = durable.load_source(f"core_case_{_count[0]}", HEAD + body, f"core_case_{_count[0]}.py")
     tester = WorkflowTester(module.main)
@@ -256,7 +256,7 @@ def test_headers_travel_except_ours_and_a_result_names_its_start() -> None:
 
 
 def test_headers_are_read_where_they_arrive() -> None:
-    """semantics §9.3: those of the record of this step, as text; a timer brings those of the step that set it."""
+    """semantics §9.3: the headers of the record that started this step, as text. A timer carries those of the step that set it."""
     w = run("def main(o):\n    first = kw.headers()\n    yield kw.sleep(1)\n    again = kw.headers()\n    yield kw.suspend('r')\n    return [first, again, kw.headers()]")
     w._log(Output(w.config.resume_topic, b"x", b"new:1", (("a", b"1"), ("a", b"2"), ("b", b"\xff"), ("c", None), ("kwflow-x", b"no")), w.now_ms))
     w.advance(1)
@@ -277,7 +277,7 @@ def test_damaged_bytes_park_only_that_instance() -> None:
 
 
 def test_a_start_of_a_running_id_begins_anew_only_where_restart_is_declared() -> None:
-    """G5, KW-6: the old run is terminated, its timers are cancelled, its cleanup does not run."""
+    """G5, KW-6: the old run is terminated, its timers are cancelled, and its cleanup does not run."""
     source = HEAD + '''
 @kw.workflow(name="restarting", restart=True)
 def main(o):
@@ -302,20 +302,20 @@ def main(o):
 
 
 def test_a_timer_that_could_not_be_asked_for_is_not_waited_for() -> None:
-    """G9: a wait that nobody will answer would keep the workflow for ever."""
+    """G9: a wait that can never be answered would keep the workflow for ever."""
     w = run("def main(o):\n    for _ in range(10_000):\n        kw.output('x', 'out')\n    try:\n        kw.sleep(1)\n    except kw.UsageError:\n        pass\n    yield kw.all([kw.suspend('r')])")
     assert w.waits("w") == ["r"]
 
 
 def test_the_longest_sleep_is_taken_by_the_scheduler() -> None:
-    """SC-1: what it does not take is a dead letter, and its workflow would wait for ever."""
+    """SC-1: a delay that the scheduler refuses is a dead letter, and its workflow would wait for ever."""
     w = run("def main(o):\n    yield kw.sleep(316224000)\n    return 'awake'")
     w.advance(316224000)
     assert w.result("w") == "awake" and w.outputs_to(w.config.dead_letter_topic) == []
 
 
 def test_a_wait_below_thousands_of_combinators_is_saved() -> None:
-    """G4: its task, whose line the header tells, is looked for so far up and no further."""
+    """G4: to find its task, whose line is in the header, the search goes up a limited number of levels."""
     w = run("""
 def main(o):
     wait = kw.suspend("r")

@@ -1,4 +1,4 @@
-"""Same snapshot and same record: the same outputs and an equal graph (semantics §4.1), whatever the hash seed, cached or restored."""
+"""The same snapshot and record give the same outputs and an equal graph (semantics §4.1), whatever the hash seed, cached or restored."""
 
 import hashlib
 import os
@@ -40,7 +40,7 @@ EVERYTHING = Vector("everything", HOLDS_EVERYTHING, [("b=1", []), ("c=2", []), (
 
 
 def forms(vector: Vector, cached: int) -> list[str]:
-    """The canonical form of what is stored after each event, with what was written."""
+    """The canonical form of what is stored after each event, and what was written."""
     engine = Engine(program(vector), cached)
     found = []
     for value in [b"new:{}", *(value_of(event) for event, _ in vector.events)]:
@@ -57,7 +57,7 @@ def forms(vector: Vector, cached: int) -> list[str]:
 @needs_frames_alone
 @pytest.mark.parametrize("vector", [*VECTORS, EVERYTHING, FAILED], ids=lambda vector: vector.id)
 def test_a_cached_instance_is_stored_as_a_restored_one_is(vector: Vector) -> None:
-    """K3: whether an instance was kept alive or loaded is nowhere to be seen."""
+    """K3: nothing shows whether an instance was kept live or loaded."""
     assert forms(vector, cached=0) == forms(vector, cached=100)
 
 

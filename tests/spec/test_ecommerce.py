@@ -1,6 +1,6 @@
-"""T-KW-1: the cart, saved to bytes and loaded after every step; names, topics and texts as the reference has them.
+"""T-KW-1: the cart, saved to bytes and loaded after every step, with the names, topics and texts of the reference.
 
-The reference starts the next timer after it has read the message; offsets count every record, so ids match its trace.
+The reference starts the next timer after it has read the message. Offsets count every record, so ids match its trace.
 """
 
 import pathlib

@@ -1,7 +1,7 @@
-"""Each limit of Config one below its edge, at it, and one past it: what fits is done, what does not is told which limit, where, and what to do.
+"""Each limit of Config one below its edge, at it, and one past it. What fits is done; what does not is refused with the limit, the place and the remedy.
 
-A number in Config is a limit unless OTHERWISE says what else it is; one that has neither a row in EDGES nor a place
-in OTHERWISE fails the suite, and so does a place where it is not looked at.
+A number in Config is a limit unless OTHERWISE says what else it is. A number with neither a row in EDGES nor a place in OTHERWISE
+fails the suite, and so does a place in OTHERWISE that does not test it.
 """
 
 import ast
@@ -65,7 +65,7 @@ OTHERWISE = {
 
 @dataclass(frozen=True)
 class Edge:
-    """`probe(limit, amount)`: "" if so much fits where the limit is that, else what was said; `past`: by how much it is exceeded first."""
+    """`probe(limit, amount)` returns "" if this amount fits under this limit, else the message. `past`: the first excess over the limit."""
 
     limit: str
     sentence: str
@@ -77,7 +77,7 @@ class Edge:
 
 # -- what a step asks for ----------------------------------------------------------------------------------------------
 def in_a_step(limit: str, kind: str, less: int = 0) -> Callable[[int, int], str]:
-    """Started as this kind with so much; `less` is what the amount has besides."""
+    """Started with this kind and amount; `less` is the part of the amount that is overhead."""
 
     def probe(at: int, amount: int) -> str:
         made = Engine(**{limit: at}).start(kind, amount - less)
@@ -90,13 +90,13 @@ def in_a_step(limit: str, kind: str, less: int = 0) -> Callable[[int, int], str]
 
 
 def _told(at: int, bytes_: int) -> str:
-    """An error record's text has its type's name and quotes."""
+    """The text of an error record also has the name of its type, and quotes."""
     _, value = result(Engine(value_bytes_max=at).start("raise", bytes_ - len('"ValueError: "')))
     return "" if value.endswith("x") else str(value)
 
 
 def _replied(at: int, bytes_: int) -> str:
-    """A reply may have half of what a record may."""
+    """A reply may be half as large as a record."""
     engine = Engine(value_bytes_max=2 * at)
     engine.start("reply", bytes_)
     made = engine.batch(engine.record("a", b'{"name":"u","value":1}', (("kwflow-op", b"update"), *ASKED)))[0]
@@ -128,7 +128,7 @@ def _size_of_state(held: int) -> int:
 
 
 def _held(bytes_: int) -> int:
-    """How much an instance must hold to have a snapshot of so many bytes."""
+    """How much an instance must hold for its snapshot to have this many bytes."""
     held = 1000 + bytes_ - _size_of_state(1000)
     assert _size_of_state(held) == bytes_
     return held
@@ -147,7 +147,7 @@ def _warned(at: int, bytes_: int) -> str:
 
 # -- what comes in -------------------------------------------------------------------------------------------------------
 def refusal(made: Decision) -> str:
-    """Of a dead letter."""
+    """The message of a dead letter."""
     return (dict(made.outputs[0].headers)["kwflow-error-message"] or b"").decode() if made.counts == ("dead-letter",) else ""
 
 
@@ -167,7 +167,7 @@ def _timer(at: int, bytes_: int) -> str:
 
 
 def mail(limits: dict[str, int], sizes: list[int], op: str = "signal", asked: bool = True) -> str:
-    """Messages of these bytes to an instance that reads none; what was said to the last."""
+    """Sends messages of these sizes to an instance that reads none; returns the answer to the last."""
     engine, made = Engine(**limits), Decision()
     engine.start("mail", 0)
     for size in sizes:
@@ -194,7 +194,7 @@ def _paused(at: int, records: int) -> str:
 
 # -- what a transaction holds --------------------------------------------------------------------------------------------
 class Manual:
-    """A clock that somebody else moves."""
+    """A clock that the test moves."""
 
     def __init__(self, at: list[int] | None = None) -> None:
         self.at = at or [0]
@@ -204,7 +204,7 @@ class Manual:
 
 
 def batches(starts: list[tuple[str, int]], **limits: Any) -> str:
-    """How many records each batch of the embedded engine took; "" if it was one."""
+    """How many records each batch of the embedded engine took; "" if there was one batch."""
     module = durable.load_source("limits", SOURCE, "limits.py")
     config = Config(**limits)
     with tempfile.TemporaryDirectory() as directory:
@@ -236,7 +236,7 @@ def _ms(at: int, ms: int) -> str:
 
 # -- what is kept --------------------------------------------------------------------------------------------------------
 def kept_live(instances: int, **limits: int) -> str:
-    """How many of so many instances stayed live, if not all did; none lost anything by it, and no cleanup ran (G8)."""
+    """How many of these instances stayed live, if not all did. None lost anything by it, and no cleanup ran (G8)."""
     engine = Engine(**limits)
     engine.batch(*(engine.record(f"i{number}", b'new:["state",1000]') for number in range(instances)))
     kept = len(engine.processor.live)
@@ -247,7 +247,7 @@ def kept_live(instances: int, **limits: int) -> str:
 
 
 def _cached_bytes(at: int, bytes_: int) -> str:
-    """Two snapshots, with so many bytes together as `bytes_` is from `at`."""
+    """Two snapshots that together have as many bytes as `bytes_` says, from `at`."""
     engine = Engine()
     engine.batch(engine.record("i0", b'new:["state",1000]'))
     return kept_live(2, instances_cached_bytes_max=2 * len(engine.store.entries[b"i0"]) - (bytes_ - at))
@@ -280,7 +280,7 @@ def _ended(at: int, after_ms: int) -> str:
 
 
 class Later(_Live):
-    """The real environment at a time that is given."""
+    """The real environment at a given time."""
 
     now = 0.0
 
@@ -300,7 +300,7 @@ def _copies(at: int, seconds: int) -> str:
 
 # -- how long -----------------------------------------------------------------------------------------------------------
 def run_for(dog: Watchdog, ms: int) -> None:
-    """A step of author code that swallows what ends it.  Raises StepTimeout all the same."""
+    """A step of author code that swallows what ends it. Raises StepTimeout all the same."""
 
     def step() -> None:
         dog._begun = float(math.floor(dog._begun))  # so that the sum below is exact, however long the machine has been up
@@ -330,7 +330,7 @@ def _aborted(at: int, ms: int) -> str:
 
 
 def _command(at: int, seconds: int) -> str:
-    """To an engine that does not run; the clock is the test's."""
+    """A command to an engine that does not run, on the test's clock."""
     now = [1000.0]
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(kwflow.client.futures, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
@@ -346,7 +346,7 @@ def _command(at: int, seconds: int) -> str:
 
 # -- the gateway -------------------------------------------------------------------------------------------------------
 def _gateway(config: Config, ask: Callable[[Service], str]) -> str:
-    """What a gateway says whose engine does not run."""
+    """The answer of a gateway whose engine does not run."""
     with tempfile.TemporaryDirectory() as directory:
         held = Embedded(pathlib.Path(directory), config, sync=False)
         with Service(config, lambda: Client.embedded(held, config), lambda wanted, limit: newest_of((), limit)) as service:
@@ -356,7 +356,7 @@ def _gateway(config: Config, ask: Callable[[Service], str]) -> str:
 
 
 def _waits(at: int, requests: int) -> str:
-    """The last of so many requests that are there at the same time."""
+    """The last of this many requests that wait at the same time."""
     async def last(service: Service) -> httpx.Response:
         service.waiting = requests - 1
         async with httpx.AsyncClient(transport=httpx.ASGITransport(application(service)), base_url="http://gateway") as http:
@@ -386,7 +386,7 @@ def make(function: Any) -> Any:
 
 
 class Hours(Threads):
-    """Real threads, a clock that is the test's: waiting moves it, and at `until` what `then` says happens."""
+    """Real threads and the test's clock: waiting moves it, and at `until` what `then` says happens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -405,7 +405,7 @@ class Hours(Threads):
 
 
 class Calls:
-    """Activities of an engine of this configuration, and what they answered."""
+    """Activities of an engine with this configuration, and their answers."""
 
     def __init__(self, **limits: int) -> None:
         self.engine, self.answers, self.lines, self.store = Engine(**limits), dict[str, Any](), list[str](), MemoryStore()
@@ -448,7 +448,7 @@ async def _later(size: int) -> str:
 
 
 def _at_a_time(at: int, number: int) -> str:
-    """How many wait, if any do; all come to their turn."""
+    """How many wait, if any do; all get their turn."""
     calls, gate = Calls(activity_concurrency=at), threading.Event()
     work = make(lambda: gate.wait(DEADLINE_S))
     for one in range(number):
@@ -474,7 +474,7 @@ def _hangs(at: int, seconds: int) -> str:
 
 
 def _grace(at: int, seconds: int) -> str:
-    """An activity that takes so long after the engine was told to end."""
+    """An activity that goes on for so long after the engine was told to stop."""
     gate, hours, lines, answers = threading.Event(), Hours(), list[str](), list[bytes]()
     config = Config(activity_grace_s=at)
     module = durable.load_source("limits", SOURCE, "limits.py")
@@ -563,7 +563,7 @@ def test_what_is_at_a_limit_fits_and_what_is_past_it_is_told_the_limit_the_place
 
 @pytest.mark.parametrize("error", [kw.ActivityError("é" * 2000, "Large", {"held": "x" * 19_000}, final=True), kw.BusinessError("large", "é" * 2000, {"held": "x" * 19_000}), ValueError("é" * 2000)])
 def test_an_error_of_an_activity_fits_into_an_input_record_whatever_it_carries(error: Exception) -> None:
-    """G3: as a dead letter it would leave its workflow waiting."""
+    """G3: as a dead letter, it would leave its workflow waiting."""
 
     def fails() -> None:
         raise error
@@ -580,7 +580,7 @@ def test_an_error_of_an_activity_fits_into_an_input_record_whatever_it_carries(e
 
 
 def test_an_error_of_an_activity_as_deep_as_json_may_be_is_answered() -> None:
-    """G3: the record is deeper than what it carries; its thread ended, and the workflow waited."""
+    """G3: the record is deeper than what it carries. Its thread ended, and the workflow waited."""
     details: list[Any] = []
     for _ in range(LEVELS_MAX):
         details = [details]
@@ -600,14 +600,14 @@ def test_an_activity_limit_s_of_0_is_no_limit() -> None:
 
 
 def _numbers() -> Iterator[str]:
-    """Names in Config that stand for a number."""
+    """The fields of Config that are numbers."""
     for name, field in Config.model_fields.items():
         if field.annotation in (int, float, int | None):
             yield name
 
 
 def test_every_number_in_config_has_its_edge_tested_here_or_is_no_limit() -> None:
-    """Who adds a limit adds a row to EDGES, or says in OTHERWISE where it is tested, or what it is."""
+    """If you add a limit, add a row to EDGES, or say in OTHERWISE where it is tested or what it is."""
     assert sorted({edge.limit for edge in EDGES} | OTHERWISE.keys()) == sorted(_numbers())
     assert {edge.limit for edge in EDGES}.isdisjoint(OTHERWISE)
     assert set(Limits.__struct_fields__) <= {edge.limit for edge in EDGES}, "what one instance may use"
@@ -615,7 +615,7 @@ def test_every_number_in_config_has_its_edge_tested_here_or_is_no_limit() -> Non
 
 @pytest.mark.parametrize("limit", [name for name, where in OTHERWISE.items() if "::" in where])
 def test_what_is_tested_elsewhere_is_looked_at_there(limit: str) -> None:
-    """The test is there and names the setting, as Config or as the command line does."""
+    """The test exists and names the setting, as Config or the command line does."""
     file, _, name = OTHERWISE[limit].partition(": ")[2].partition("::")
     source = (ROOT / file).read_text()
     [test] = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name]
@@ -625,7 +625,7 @@ def test_what_is_tested_elsewhere_is_looked_at_there(limit: str) -> None:
 
 @pytest.mark.parametrize("limit", sorted(_numbers()))
 def test_a_limit_that_would_stop_everything_is_refused_by_name(limit: str) -> None:
-    """One below the least, and the least; a number in a limit's place that is no number, too."""
+    """One below the minimum, and the minimum; and something that is not a number."""
     least = next((least for part in Config.model_fields[limit].metadata for least in (getattr(part, "ge", None), getattr(part, "gt", None)) if least is not None), None)
     if least is None:
         assert limit == "supervisor_pid"
