@@ -66,7 +66,10 @@ class Retry:
             raise UsageError(f"Retry.jitter is a part of the pause, 0 to 1, not {self.jitter!r}")
 
     def pause_s(self, attempt: int, key: str) -> float | None:
-        """Return the seconds to wait after this attempt has failed; None if it was the last.  The jitter is a hash of key and attempt, since a step uses no randomness."""
+        """Return the seconds to wait after this attempt has failed; None if it was the last.
+
+        The jitter is a hash of key and attempt, since a step uses no randomness.
+        """
         if self.max_attempts is not None and attempt >= self.max_attempts:
             return None
         try:

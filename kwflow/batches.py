@@ -57,7 +57,10 @@ class Call:
         self._once(value, None)
 
     def fail(self, error: BaseException) -> None:
-        """Answer the call with an error; it is retried as `Retry` says, unless the error is a BusinessError or final.  Raises UsageError if it was answered before."""
+        """Answer the call with an error.  It is retried as `Retry` says, unless the error is a BusinessError or final.
+
+        Raises UsageError if it was answered before.
+        """
         if not isinstance(error, BaseException):
             raise UsageError(f"call.fail takes an exception, such as kw.ActivityError(...) or kw.BusinessError(...), not {error!r}")
         self._once(None, error)

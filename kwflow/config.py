@@ -138,7 +138,7 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _each_its_own(self) -> Config:
-        """Check that each topic of the engine's own has a name of its own.  Only results and errors may share a topic, or go nowhere."""
+        """Check that the topics of resumes, timers, replies and history share their names with no other topic; results and errors may share one, or go nowhere."""
         named = {"resume_topic": self.resume_topic, "scheduler_topic": self.scheduler_topic, "reply_topic": self.reply_topic}
         named |= {"history_topic": self.history_topic} if self.history_topic else {}
         for name, topic in named.items():
@@ -220,7 +220,10 @@ _SECTIONS = {  # by section: the name in Config for the name of a setting in the
 
 
 def load_config(path: Path | None = None, **given: Any) -> Config:
-    """Return the Config from this file (default: `kwflow.toml` in the current directory, if it exists).  `given` wins over everything else.  Raises UsageError."""
+    """Return the Config from this file (default: `kwflow.toml` in the current directory, if it exists).
+
+    `given` wins over everything else.  Raises UsageError.
+    """
     _check_environment()
     values: dict[str, Any] = {}
     sections: dict[str, Any] = {}

@@ -200,7 +200,10 @@ class FencedError(TransportError):
 
 
 class OutcomeUnknown(TransportError):
-    """A command got no reply within `command_timeout_s`: it may have taken effect, or take effect later.  Repeat it with this `command_id`: it takes effect once (M1.4)."""
+    """A command got no reply within `command_timeout_s`: it may have taken effect, or take effect later.
+
+    Repeat it with this `command_id`: it takes effect once (M1.4).
+    """
 
     def __init__(self, message: str, command_id: str = "") -> None:
         super().__init__(message, True)

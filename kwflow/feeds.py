@@ -110,7 +110,7 @@ class Feed:
         return self._hints
 
     def outputs(self, record: Record, resume_topic: str, limits: Limits) -> tuple[Output, ...]:
-        """Return the records for the messages that the function returns.  Raises ProtocolError for a value that it does not accept, UsageError, and what it raises."""
+        """Return the records for the messages of the function.  Raises ProtocolError for a value that it does not accept, UsageError, and what it raises."""
         given = [record if hint is Record else self._value(record, hint) for hint in self.resolved()]
         headers, outputs, size = wire.travelling_headers(record), [], 0
         for message in self._messages(self.function(*given)):

@@ -35,7 +35,8 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 def _adapt(tree: ast.Module) -> None:
     """Make pytest's tree fit for lowering.
 
-    Its temporaries begin with `@` like those of lowering, which are saved only where lowering needs them, so they are renamed.  Its nodes may end before they begin.
+    Its temporaries begin with `@` like those of lowering, which are saved only where lowering needs them, so they are renamed.
+    Its nodes may end before they begin.
     """
     ast.fix_missing_locations(tree)
     for node in ast.walk(tree):

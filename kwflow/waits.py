@@ -81,7 +81,7 @@ def spawn(gen: Generator[Any, Any, _T] | collections.abc.Coroutine[Any, Any, _T]
 
 
 def sleep(delay: timedelta | float) -> Awaitable[None]:
-    """Create a timer through the scheduler topic; the delay is in seconds or a timedelta.  It starts now, and is cancelled when nobody waits for it any more."""
+    """Create a timer through the scheduler topic; the delay is in seconds or a timedelta.  It starts now, and is cancelled when it is left."""
     return current().sleep(delay)
 
 

@@ -1,1 +1,1 @@
-"""The pure engine: what a record does to an instance.  Knows no Kafka, clock, chance, thread or file."""
+"""The pure engine: what a record does to an instance.  It knows no Kafka, clock, randomness, threads or files."""

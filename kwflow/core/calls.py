@@ -294,7 +294,7 @@ class Calls:
         self._bytes += size
 
     def write(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:
-        """Write an output without counting it.  The engine's own outputs, such as an end or a cancelled timer, are written however much author code has used up."""
+        """Write an output without counting it: the engine's own, such as an end or a cancelled timer, are written however much author code has used up."""
         at = self.record.timestamp_ms if timestamp_ms is None else timestamp_ms  # KW-10
         self.outputs.append(Output(topic, key, value, headers, at))
 

@@ -92,7 +92,7 @@ def _check_id(id: object, parent: str) -> None:
 
 # -- what the parent is told -------------------------------------------------------------------------------------------
 def answer(parent: str, child_id: str, outcome: str, value: bytes, topic: str, bytes_max: int, timestamp_ms: int) -> Output:
-    """Return the parent's ref record.  `value` is the JSON of the result or of the error; if it is too large for a record, the parent gets an error that says so."""
+    """Return the parent's ref record.  `value` is the JSON of the result or the error; if it is too large for a record, the parent gets an error instead."""
     key, _, ref = parent.partition("|")
     body = b'"value":' + value if outcome == "result" else b'"error":' + _failure(child_id, outcome, value)
     if len(body) + len(ref) + 20 > bytes_max:

@@ -1,4 +1,4 @@
-"""The step that runs on this thread: the only process state of the core.  It is needed because author code calls `kw.*` without an argument that leads to its step."""
+"""The step that runs on this thread: the only process state of the core, because author code calls `kw.*` without anything that leads to its step."""
 
 from __future__ import annotations
 

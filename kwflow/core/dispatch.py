@@ -21,7 +21,7 @@ class Callee:
 
 
 class Dispatch(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Start this attempt.  `key` is the ref of the call's first attempt, the same for all its attempts.  `headers` travel on with the answer (semantics §9.3)."""
+    """Start this attempt of a call.  `key` is the ref of its first attempt, the same for all attempts.  `headers` travel on with the answer (semantics §9.3)."""
 
     workflow_id: str
     ref: str

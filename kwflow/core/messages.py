@@ -172,7 +172,10 @@ def _validate(validator: Callable[[Any], object] | None, value: object) -> str |
 
 
 def no_room(instance: Instance | None, record: Record, limits: Limits, command: Command) -> Transition | None:
-    """The Transition of a message that the mailbox has no room for, or None.  It may be sent again.  Raises ProtocolError if its sender does not wait for a reply."""
+    """The Transition of a message that the mailbox has no room for, or None.  It may be sent again.
+
+    Raises ProtocolError if its sender does not wait for a reply.
+    """
     mailbox = instance.mailbox if instance is not None else None
     if command.op not in ("signal", "update") or (mailbox is None and command.op == "update"):  # nobody takes this update: `_update` will refuse it
         return None

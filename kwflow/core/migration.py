@@ -60,7 +60,10 @@ class OldInstance:
 
 
 def find(instance: Instance, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any] | None:
-    """Return the migration for this instance, or None: the one for exactly its version (`module:function@<12 hex>`), else, if its module is outdated, the one for its function."""
+    """Return the migration for this instance, or None.
+
+    It is the one for exactly its version (`module:function@<12 hex>`), or else, if its module is not current, the one for its function.
+    """
     gen = instance.main.gen if instance.main is not None else None
     function = registry.function_of(gen.gi_code) if gen is not None else None
     if function is None or instance.status == CLOSING:

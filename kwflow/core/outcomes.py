@@ -21,7 +21,10 @@ def run_headers(start_id: str, extra: dict[str, Any]) -> wire.Headers:
 
 
 def kept(kind: str, value: bytes, at: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the outcome in the form of the entry that stays after the end (K20).  `value` is JSON text, and None there if it is too large; `at` is where it failed."""
+    """Return the outcome in the form of the entry that stays after the end (K20).
+
+    `value` is JSON text; in the entry it is None if it is too large.  `at` is where the workflow failed.
+    """
     return {"kind": kind, "value": value.decode() if len(value) <= _KEPT_VALUE_BYTES_MAX else None, **({"at": at} if at else {})}
 
 

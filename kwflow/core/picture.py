@@ -26,7 +26,10 @@ UNSET = msgspec.UNSET  # the content of a cell that has not been assigned yet
 
 
 class Frame(msgspec.Struct, frozen=True):
-    """One generator: its code (`module` as the header names it), the label where it waits (None if it has not begun), its variables, and the contents of its cells in order."""
+    """One generator: its code, the label where it waits (None if it has not begun), its variables, and the contents of its cells in order.
+
+    `module` is named as in the header.
+    """
 
     module: str
     path: str

@@ -45,7 +45,10 @@ for _tag, _class in enumerate(CLASSES):
 
 
 def save(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[registry.Module]]:
-    """Return the instance as bytes, as it waits now, and the module versions that the snapshot refers to.  Raises UnsavableError that names what cannot be saved (G4)."""
+    """Return the instance as bytes, as it waits now, and the module versions that the snapshot refers to.
+
+    Raises UnsavableError that names what cannot be saved (G4).
+    """
     body, held, minor = codec.dumps_with_code(instance.graph(), instance.pins)
     code, modules = {}, []
     for reference in sorted(held):
@@ -207,12 +210,12 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def read_header(data: bytes) -> dict[str, Any]:
-    """Return the header, for display: this loads no author code, unpickles nothing and needs no key (`seal_of` tells how far to trust it).  Raises SnapshotError."""
+    """Return the header for display: no author code is loaded, nothing unpickled, no key needed (`seal_of` tells what it is worth).  Raises SnapshotError."""
     return _split(data)[0]
 
 
 def read_inner_header(data: bytes) -> dict[str, Any]:
-    """Return the inner header of a snapshot that was parked unread, because its key or format was unknown; of any other, its own header.  Raises SnapshotError."""
+    """Return the inner header of a snapshot that was parked unread because its key or format was unknown; of any other, its own.  Raises SnapshotError."""
     header, body = _split(data)
     return read_header(body) if header.get("parked", {}).get("was") == "damaged" else header
 

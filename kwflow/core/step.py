@@ -83,7 +83,7 @@ def applied_before(last: Sequence[Any] | None, record: Record, incarnation: str)
 
 
 def _known(start_id: str, record: Record, address: wire.Address | None, context: Context) -> Transition:
-    """A start of an id that is running changes nothing (G5).  Its sender is told whether it is a repetition of the same start; a parent is told if it is not."""
+    """A start of an id that is running changes nothing (G5).  Its sender is told whether it repeats the same start; a parent is told if it does not."""
     same = wire.short_header(record, "kwflow-start-id") == start_id
     replies = (wire.Reply(address, "duplicate" if same else "exists"),) if address is not None else ()
     told = () if same else children.refused(record, "exists", "another workflow runs under this id", context.topics.resume)

@@ -28,7 +28,7 @@ _SAID_CHARACTERS_MAX = 2_000  # the validators of a model may report an error fo
 
 
 def to_plain(value: Any, annotated: bool) -> Any:
-    """Convert a value to JSON values.  Without an annotation, nothing could rebuild any other value, so only JSON values are accepted.  Raises TypeError or ValueError."""
+    """Convert to JSON values.  Without an annotation only JSON values are accepted, since nothing could rebuild others.  Raises TypeError or ValueError."""
     if annotated:
         return msgspec.to_builtins(value, builtin_types=(), str_keys=True, enc_hook=_dump_model)
     _check_plain(value, 0)
@@ -84,7 +84,7 @@ def input_json(value: object) -> bytes:
 
 
 def rebuilt_input(whose: str, hint: Any, value: object) -> Any:
-    """Rebuild the input by its annotation.  Raises ProtocolError if it does not fit: this builds the author's classes, so any exception may come out of them."""
+    """Rebuild the input by its annotation.  Raises ProtocolError if it does not fit; it builds the author's classes, which may raise anything."""
     try:
         return from_plain(value, hint)
     except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
@@ -96,10 +96,7 @@ def rebuilt_input(whose: str, hint: Any, value: object) -> Any:
 
 
 def input_hints(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
-    """Return, by name of the workflow, the annotations that inputs are rebuilt by; those that say nothing are left out.
-
-    Raises UsageError for an annotation that nothing can be rebuilt from.
-    """
+    """Return by workflow name the annotations that inputs are rebuilt by, if they say anything.  Raises UsageError for one that can rebuild nothing."""
     found = {}
     for name, function in functions.items():
         said = f"the input of workflow {name!r} ({getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)})"
@@ -112,7 +109,7 @@ def input_hints(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
 
 
 def hint_of(said: str, function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
-    """Return the annotation of this parameter, or Any.  Those of the others and of the result are not resolved: they may use names that only type checkers know.
+    """Return the annotation of this parameter, or Any.  All others are not resolved, since they may use names that only type checkers know.
 
     Raises UsageError for an annotation that nothing can be rebuilt from.
     """
@@ -135,7 +132,7 @@ def _says_nothing(hint: Any) -> bool:
 
 
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """Return its signature.  From 3.14 on, annotations are evaluated on demand, and may use names that are defined further down or known only to type checkers."""
+    """Return its signature.  From 3.14 on, annotations are evaluated on demand: they may use names that are defined later, or that only type checkers know."""
     if sys.version_info >= (3, 14):
         from annotationlib import Format
 
@@ -144,7 +141,7 @@ def signature_of(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def unchecked(hint: Any) -> str | None:
-    """Name a class in the annotation that would be rebuilt without its checks, and the remedy.  None if there is none, or if msgspec does not know the annotation."""
+    """Name a class in it that would be rebuilt without its checks, and the remedy; None if there is none, or if msgspec does not know the annotation."""
     try:
         found = msgspec.inspect.type_info(hint)
     except Exception:  # it may use a name that does not exist

@@ -1,4 +1,4 @@
-"""The JSON values of messages.  One rule: they are written without a silent change, and nested no deeper than every supported Python can read, save and write."""
+"""The JSON values of messages.  One rule: they are written without a silent change, and nested no deeper than any Python can read, save and write."""
 
 from __future__ import annotations
 

@@ -319,7 +319,10 @@ def travelling_headers(record: Record) -> Headers:
 
 
 def given_headers(headers: Any, ours: Collection[str] = ()) -> Headers:
-    """Return headers from a mapping or pairs, whose values are text, bytes or None.  Raises UsageError or TypeError for anything else, and for kwflow-* names other than `ours`."""
+    """Return headers from a mapping or pairs, whose values are text, bytes or None.
+
+    Raises UsageError or TypeError for anything else, and UsageError for kwflow-* names other than `ours`.
+    """
     try:
         pairs = [(name, value) for name, value in (headers.items() if isinstance(headers, Mapping) else headers)]
     except (TypeError, ValueError):

@@ -158,7 +158,7 @@ class _Pickler(pickle.Pickler):
         return self.sentinel(value) or (reducer(value) if reducer is not None else NotImplemented)
 
     def by_name(self, value: Any) -> Any:
-        """Reduce an object that its class saves as "the global of this name", such as `msgspec.UNSET`; pickle itself does not check whether that may be named."""
+        """Reduce an object that its class saves as "the global of this name", such as `msgspec.UNSET`; pickle does not ask whether that may be named."""
         known = self.sentinel(value)
         name = as_pickle_reduces(value)
         if known is not None or not isinstance(name, str):
@@ -430,8 +430,8 @@ _no_pins: registry.Pins = {}
 def loads(data: bytes, pins: registry.Pins = _no_pins, lowering: int = LOWERING_VERSION) -> Any:
     """Return the graph that was saved.  Generators wait at the yields where they were saved, in the pinned versions of modules, or else in the current ones.
 
-    Raises SnapshotError and nothing else; a CodeChangedError names the module that lacks something.  `__durable_reenter__` of objects that have it is called last;
-    what it raises becomes a ResourceError.
+    Raises SnapshotError and nothing else; a CodeChangedError names the module that lacks something.  `__durable_reenter__` of objects that have it is
+    called last; what it raises becomes a ResourceError.
     """
     waiting: list[types.GeneratorType[Any, Any, Any]] = []
     try:

@@ -182,7 +182,7 @@ def current(name: str) -> registry.Module | None:
 
 
 def find_source(name: str, directory: str) -> str | None:
-    """Return the source of a module, which is searched in this directory and where `import` would find it.  Neither the module nor its packages are imported."""
+    """Return the source of a module, searched for in this directory and where `import` finds it.  Neither the module nor its packages are imported."""
     path: Sequence[str] | None = [directory, *sys.path]
     spec: ModuleSpec | None = None
     parts = name.split(".")
@@ -322,7 +322,7 @@ def _spec_of_others(fullname: str, path: Sequence[str] | None, target: types.Mod
 
 
 def _declares(fullname: str, path: Sequence[str] | None) -> bool:
-    """Whether a module sets `__kwflow_durable__ = True` at its top level.  Modules of the standard library, of kwflow and in site-packages are not looked at."""
+    """Whether a module sets `__kwflow_durable__ = True` at its top level.  Modules of the standard library, kwflow's and those in site-packages never do."""
     if fullname.partition(".")[0] in sys.stdlib_module_names or fullname.partition(".")[0] == "kwflow":
         return False
     spec = _spec_of_others(fullname, path)

@@ -73,7 +73,7 @@ def _annotations(cls: type[Any]) -> dict[str, Any]:
 
 
 def _fields(cls: type[Any]) -> dict[str, Any]:
-    """The fields as the author wrote them, for `dataclass` to work on again; inherited ones are with the base."""
+    """Return the fields as the author wrote them, so that `dataclass` can be applied again; inherited fields come with the base class."""
     import dataclasses
 
     own = _annotations(cls)

@@ -127,7 +127,10 @@ def several(names: Iterable[str]) -> Iterable[str]:
 
 
 def allow_modules(names: Iterable[str]) -> None:
-    """Let snapshots hold classes of these modules and their submodules, besides durable ones (config `snapshot_modules`).  Raises UsageError for a single str."""
+    """Let snapshots hold classes of these modules and their submodules, besides durable ones (config `snapshot_modules`).
+
+    Raises UsageError for a single str.
+    """
     _modules.update(several(names))
 
 

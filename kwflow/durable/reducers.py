@@ -81,7 +81,7 @@ def reducer_of(cls: type[Any]) -> Reducer | None:
 
 
 def is_value(value: Any) -> bool:
-    """Whether a copy is as good as the object.  Such a value is never saved as the global bound to it, which may be bound to another value after a deployment."""
+    """Whether a copy is as good as the object.  Such a value is never saved as the global bound to it: after a deployment, that may be another value."""
     cls = type(value)
     if isinstance(value, enum.Enum):
         return names.allowed(cls.__module__, cls.__qualname__, cls)

@@ -264,7 +264,10 @@ def first(slots: dict[str, Any], name: str = "", cell: types.CellType | None = N
 
 
 def links(error: BaseException) -> tuple[types.TracebackType | None, list[tuple[BaseException, BaseException | None]]]:
-    """Return what raising the error again, to enter a handler or a `finally`, would change: its traceback and contexts, including a cycle, which CPython would cut."""
+    """Return what raising the error again, to enter a handler or a `finally`, would change: its traceback and contexts.
+
+    These include a cycle of contexts, which CPython would cut.
+    """
     contexts: list[tuple[BaseException, BaseException | None]] = [(error, error.__context__)]
     seen = set()
     other = sys.exc_info()[1]

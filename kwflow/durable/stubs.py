@@ -110,7 +110,10 @@ def text(value: Any) -> str:
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
-    """Raises UnpicklingError for keys that are too large for hash(): for a tuple of tuples, it takes time for every part of every part, and C stack for every level."""
+    """Raises UnpicklingError for keys that hash() could not handle.
+
+    For a tuple of tuples, hash() takes time in proportion to its full size written out, and C stack in proportion to its depth.
+    """
     for key in keys:
         todo, met = [(key, 0)], 0
         while todo:

@@ -42,7 +42,7 @@ def entry_key(name: str, version: str) -> str:
 
 
 def entry(module: Module) -> bytes:
-    """Return what is stored of one version: JSON with its source, its file relative to the module's root, and the versions of the durable modules that it imports."""
+    """Return what is stored of one version: JSON with its source, its file relative to the module's root, and the versions of its durable imports."""
     imports = {name: found.version for name, found in _imports(module).items()}
     if module.stored is not None:
         return json.dumps({**module.stored, "imports": {**module.stored["imports"], **imports}}).encode()

@@ -160,7 +160,10 @@ class WorkflowTester:
         self.send(id, msgspec.json.encode({"ref": ref, **(error if error else {"value": value})}))
 
     def command(self, id: str, op: str, arguments: Any = None, **headers: str) -> dict[str, Any] | Any:
-        """Send a command as a client does (`kwflow_id="x"` is the header kwflow-id); return its reply {"status", "message", "value"}, None if there is none yet."""
+        """Send a command as a client does (`kwflow_id="x"` is the header kwflow-id).
+
+        Return its reply {"status", "message", "value"}, or None if there is none yet.
+        """
         request = f"request-{len(self.outputs)}"
         named = {name.replace("_", "-"): text for name, text in headers.items()}
         self.send(id, msgspec.json.encode(arguments), {"kwflow-op": op, "kwflow-request": request, "kwflow-reply-to": "0/test", **named})

@@ -55,7 +55,7 @@ def lower_module(name: str, source: str | ast.Module, filename: str, bound: froz
 
 
 def module_of(name: str, text: str, version: str, filename: str, code: types.CodeType, facts: Callable[[], tuple[Facts, ...]], warnings: Warned) -> Module:
-    """Rebuild a module from its text, its version and the parts of `Module.lowered`; the facts are read only when needed.  Its warnings are shown again, too."""
+    """Rebuild a module from its text, its version and the parts of `Module.lowered`; facts are read only when needed.  Its warnings are shown again."""
     return _module(name, version, _Later(text, filename, None), code, facts, warnings)
 
 

@@ -249,7 +249,10 @@ class Emitter:
         return len(self._held)
 
     def release(self, names: list[str], at: ast.AST | None = None) -> None:
-        """Emit statements that clear these temporaries: an object must not live longer because of a wait beside it.  `at` gives the line that a debugger shows."""
+        """Emit statements that clear these temporaries: an object must not live longer because of a wait beside it.
+
+        `at` is the node whose line a debugger shows.
+        """
         if names:
             released = ast.Assign([store(name) for name in names], constant(None))
             self.emit(ast.copy_location(released, at) if at is not None else released)

@@ -99,7 +99,10 @@ class ModuleLowering:
         return ast.FunctionDef(f"@def {definition.name}", arguments, [*declared, *prologue, *body], [], None)
 
     def _without_state(self, scope: Scope) -> list[ast.stmt]:
-        """Return statements that empty the state, whoever holds it; if `super` is used, under any name, they make the frame's first variable the first argument again."""
+        """Return statements that empty the state, whoever holds it.
+
+        If `super` is used, under any name, they also make the first variable of the frame the first argument again.
+        """
         if "__class__" not in scope.free or not scope.arguments:
             return [ast.Expr(call("first", load("@S"))), ast.Delete([ast.Name("@S", ast.Del())])]
         name = scope.arguments[0]
@@ -144,7 +147,7 @@ class ModuleLowering:
         return next(const for const in self.compile(located(ast.Module([factory], []))).co_consts if isinstance(const, types.CodeType))
 
     def _alone(self, inner: Any, scope: Scope, captured: tuple[str, ...], at: ast.AST) -> types.CodeType:
-        """Compile code with `captured` as free variables.  `inner` is a lambda, or a def named `@...`, which recursive calls in the author's code do not refer to."""
+        """Compile code with `captured` as free variables.  `inner` is a lambda, or a def named `@...`, a name that recursive calls do not mean."""
         ast.copy_location(inner, at)
         if decorators := getattr(at, "decorator_list", []):  # never run; but the first line of a function is that of its first decorator
             inner.decorator_list = [ast.copy_location(constant(None), decorators[0])]
@@ -472,7 +475,7 @@ def _binding(name: str, value: ast.expr, ifs: Any = ()) -> ast.comprehension:
 
 
 def _native(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether the function is opted out by `@durable.native`, `@kw.durable.native` or `@native`, or is an activity, a batch of one or a feed, which run outside steps."""
+    """Whether the function is opted out by `@durable.native`, `@kw.durable.native` or `@native`, or runs outside steps: activities, their batches and feeds."""
     for decorator in node.decorator_list:
         name = decorator.func if isinstance(decorator, ast.Call) else decorator
         last = name.attr if isinstance(name, ast.Attribute) else name.id if isinstance(name, ast.Name) else ""

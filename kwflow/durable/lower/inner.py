@@ -64,7 +64,10 @@ def spread(node: ast.GeneratorExp) -> ast.GeneratorExp:
 
 
 def _display(node: ast.ListComp | ast.SetComp | ast.DictComp) -> ast.expr | None:
-    """Return what `[*e for ...]`, `{*e for ...}` or `{**e for ...}` adds each time, as a display, which raises Python's own error for a wrong e; None without a star."""
+    """Return what `[*e for ...]`, `{*e for ...}` or `{**e for ...}` adds each time, as a display; None without a star.
+
+    A display raises Python's own error if e is of the wrong type.
+    """
     made: ast.expr
     if isinstance(node, ast.DictComp):
         if node.value is not None:

@@ -71,7 +71,7 @@ def _name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A function in its source: its first and last line, the names of its cells in the order of a snapshot, and the line of each wait by the name of its label."""
+    """A function in its source: its first and last line, the names of its cells in the order of a snapshot, and the line of each wait by its label."""
 
     first: int
     last: int

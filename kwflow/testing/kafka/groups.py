@@ -123,7 +123,7 @@ class Group:
             raise Refused(KafkaError.ILLEGAL_GENERATION, "an older generation")
 
     def settled(self, member_id: str, instance: str | None) -> tuple[int, set[Place]] | None:
-        """Return the answer to the member's join, generation and share; None while the rebalance that it joined is going on (the next one may have begun meanwhile)."""
+        """Return the answer to the member's join, its generation and share; None while that rebalance is going on (the next one may have begun meanwhile)."""
         member = self._member(member_id, instance)
         member.seen_ms = self._time.now
         return None if self.rebalancing and member.joined else (self.generation, set(member.given))
