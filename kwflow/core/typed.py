@@ -84,7 +84,7 @@ def input_json(value: object) -> bytes:
 
 
 def rebuilt_input(whose: str, hint: Any, value: object) -> Any:
-    """Rebuild the input by its annotation.  Raises ProtocolError if it does not fit; it builds the author's classes, which may raise anything."""
+    """Rebuild the input by its annotation.  Raises ProtocolError if it does not fit, whatever the author's classes, which are built here, raise."""
     try:
         return from_plain(value, hint)
     except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):

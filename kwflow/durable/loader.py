@@ -322,7 +322,7 @@ def _spec_of_others(fullname: str, path: Sequence[str] | None, target: types.Mod
 
 
 def _declares(fullname: str, path: Sequence[str] | None) -> bool:
-    """Whether a module sets `__kwflow_durable__ = True` at its top level.  Modules of the standard library, kwflow's and those in site-packages never do."""
+    """Whether a module sets `__kwflow_durable__ = True` at its top level.  Modules of the standard library, kwflow's and those in site-packages do not count."""
     if fullname.partition(".")[0] in sys.stdlib_module_names or fullname.partition(".")[0] == "kwflow":
         return False
     spec = _spec_of_others(fullname, path)
