@@ -1,9 +1,9 @@
-"""Start workflows, talk to them, wait for their outcome: one client for Kafka and embedded, for threads and asyncio.
+"""Start workflows, talk to them, wait for their outcome: one client for Kafka and embedded engines, for threads and asyncio.
 
-Here is what may be asked, and the record that asks it.  Every call returns a Future at once: `.result()` waits in a thread,
-`await` in a coroutine.  Whatever is awaited is registered before the record is written, so that a fast answer is never missed;
-it is found by the request's or the run's own id, so that nobody gets another's (M1, M4): replies in `futures.py`, outcomes in
-`outcomes.py`.  It must not know a driver: that is the Link (ports.py).
+This module has the requests, and the record that each of them sends.  Every call returns a Future at once: wait for it with
+`.result()` in a thread, or with `await` in a coroutine.  A future is registered before its record is written, so that a fast
+answer is never missed, and an answer is matched by the id of the request or of the run, so that nobody gets another's (M1, M4):
+replies in `futures.py`, outcomes in `outcomes.py`.  This module must not know a driver: that is the Link (ports.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _DONE = ("ok", "delivered", "started", "duplicate")
 
 
 class Run(msgspec.Struct, frozen=True):
-    """One run of a workflow id; `new` tells whether this call started it, or it had been started under this start id before."""
+    """One run of a workflow id.  `new` is true if this call started it, false if it had already been started under this start id."""
 
     id: str
     start_id: str
@@ -50,9 +50,9 @@ class Run(msgspec.Struct, frozen=True):
 
 
 class Client:
-    """The client of one application.  Close it, or use it in a `with`; calls are safe from any thread.
+    """A client of one application.  Close it, or use it in a `with`; calls are safe from any thread.
 
-    `counts` counts what was not for anybody here: foreign and unreadable records.
+    `counts` counts the records that were for nobody here: foreign and unreadable ones.
     """
 
     def __init__(self, link: Link, config: Config) -> None:
@@ -65,7 +65,7 @@ class Client:
 
     @classmethod
     def kafka(cls, config: Config | Path | None = None, **settings: Any) -> Client:
-        """For an application on Kafka; `settings` are those of Config.  Raises TransportError when there is no broker (AF-6)."""
+        """Create a client for an application on Kafka; `settings` are those of Config.  Raises TransportError if there is no broker (AF-6)."""
         from kwflow.runners.kafka.link import KafkaLink
 
         made = config if isinstance(config, Config) else load_config(config, **settings)
@@ -73,7 +73,7 @@ class Client:
 
     @classmethod
     def embedded(cls, place: Embedded | Path | str, config: Config | None = None) -> Client:
-        """For an embedded engine: the one that this process holds, or by its directory, whoever holds it."""
+        """Create a client for an embedded engine: the one that this process holds or, given a directory, whichever process holds it."""
         from kwflow.runners.embedded.engine import Embedded
         from kwflow.runners.embedded.link import EmbeddedLink, SocketLink
 
@@ -82,11 +82,11 @@ class Client:
 
     @property
     def lost(self) -> Exception | None:
-        """Why it brings nothing any more, once its link has ended or it was closed: make another one then."""
+        """Why the client no longer works, once its link has ended or it was closed; None before.  Create another client then."""
         return self._futures.lost
 
     def close(self) -> None:
-        """Stop waiting; workflows go on."""
+        """Stop waiting for anything.  Workflows go on."""
         self.on_lost(TransportError("the client was closed", retryable=False))
         self._link.close()
 
@@ -98,10 +98,10 @@ class Client:
 
     # -- what a caller asks for ------------------------------------------------------------------------------------
     def start(self, id: str | None = None, input: object = None, *, workflow: str | None = None, start_id: str | None = None, headers: Given | None = None) -> Future[Run]:
-        """Start a workflow; `id` and `start_id` default to new uuids.  The same start id again is the same run, also after its end (K20).
+        """Start a workflow; `id` and `start_id` default to new uuids.  A repeated start id means the same run, even after its end (K20).
 
-        `headers` travel on from there, over timers, activities and outputs (`kw.headers()`); with `tracing` the context of the current span is one.
-        Raises CommandError: exists (another run of the id), unknown_workflow, bad_input (it does not fit the annotation).
+        `headers` are passed on through timers, activities and outputs (`kw.headers()`); with `tracing` they include the current span's context.
+        Raises CommandError: exists (another run has the id), unknown_workflow, bad_input (the input does not fit the annotation).
         """
         given = self._given(headers)
         future: Future[Run] = self._futures.new()
@@ -127,7 +127,7 @@ class Client:
         return self._outcomes.wait(id, start_id, timeout, start)
 
     def result(self, id: str, *, start_id: str | None = None, timeout: timedelta | float | None = None) -> Future[Any]:
-        """The result of the run that is there now, or of the one with this start id, whether it has ended or not.
+        """Wait for the result of the present run, or of the run with this start id, whether it has ended already or not.
 
         Raises OutcomeError (error, cancelled, terminated), TimeoutError (the workflow goes on), CommandError not_found.
         """
@@ -144,7 +144,7 @@ class Client:
         command_id: str | None = None,
         headers: Given | None = None,
     ) -> Future[None]:
-        """Into the mailbox; done when it is there for good.  Raises CommandError: not_found, full."""
+        """Put a signal into the workflow's mailbox; done when it is committed there.  Raises CommandError: not_found, full."""
         return self._void(id, "signal", _signal(name, value, ttl), command_id, start_id, headers)
 
     def signal_with_start(
@@ -160,24 +160,27 @@ class Client:
         command_id: str | None = None,
         headers: Given | None = None,
     ) -> Future[None]:
-        """The same, and if the id does not run, start it with the signal in its mailbox; `start_id` names that run."""
+        """Signal a workflow; if no run has the id, start one with the signal in its mailbox, under this `start_id`."""
         arguments = {**_signal(name, value, ttl), "start": {"workflow": workflow, "input": msgspec.Raw(typed.input_json(input))}}
         return self._void(id, "signal", arguments, command_id, start_id or uuid.uuid4().hex, headers)
 
     def update(self, id: str, name: str, value: object = None, *, start_id: str | None = None, command_id: str | None = None, headers: Given | None = None) -> Future[Any]:
-        """What the workflow replies.  Raises CommandError: rejected (by its validator), ended, full, not_found."""
+        """Send an update, and wait for the workflow's reply to it.  Raises CommandError: rejected (by its validator), ended, full, not_found."""
         future = self._futures.new()
         self._command(id, "update", {"name": name, "value": value}, future, lambda reply: settle(future, reply.value), command_id, start_id, headers)
         return future
 
     def query(self, id: str, *, start_id: str | None = None) -> Future[dict[str, Any]]:
-        """Its header, `status_value` and, after the end, `outcome`; no author code runs.  Raises CommandError not_found."""
+        """The workflow's header, with its `status_value` and, after the end, its `outcome`; runs no author code.  Raises CommandError not_found."""
         future: Future[dict[str, Any]] = self._futures.new()
         self._query(id, start_id, future)
         return future
 
     def resume(self, id: str, ref: str, value: object = None, *, headers: Given | None = None, **error: object) -> Future[None]:
-        """Answer a wait, with a value or with `error=payload`; `headers` travel on from there.  Raises CommandError: unknown_ref (perhaps answered before), not_found."""
+        """Answer a wait with a value, or with `error=payload`; `headers` are passed on from there.
+
+        Raises CommandError: unknown_ref (perhaps it was answered before), not_found.
+        """
         if error.keys() - {"error"}:
             raise UsageError(f"resume takes a value or error=, not {', '.join(error)}")
         future: Future[None] = self._futures.new()
@@ -187,41 +190,44 @@ class Client:
         return future
 
     def cancel(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None, headers: Given | None = None) -> Future[None]:
-        """Raise Cancelled at its innermost waits; done when that has happened."""
+        """Raise Cancelled at the workflow's innermost waits; done when that has happened."""
         return self._void(id, "cancel", {"reason": reason}, command_id, start_id, headers)
 
     def terminate(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
-        """End it without running its code."""
+        """End the workflow without running its code."""
         return self._void(id, "terminate", {"reason": reason}, command_id, start_id)
 
     def pause(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
-        """Hold all records for it from here on."""
+        """Pause the workflow: hold all of its records from here on."""
         return self._void(id, "pause", {"reason": reason}, command_id, start_id)
 
     def unpause(self, id: str, *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
-        """Apply what was held, in order, and go on."""
+        """Apply the workflow's held records in order, and let it go on."""
         return self._void(id, "unpause", None, command_id, start_id)
 
     def fork(self, id: str, new_id: str | None = None, *, start_id: str | None = None, command_id: str | None = None) -> Future[Run]:
-        """A second instance that goes on from where this one waits now, under an id of its own (default: one that the engine makes); the first is as before.
+        """Create a second instance that continues from where this one waits now, under `new_id` (default: an id that the engine makes).
 
-        Its timers are due when those of the first are, and activities that run are called for it, too.  Raises CommandError: rejected (why it
-        cannot be, such as a child that is waited for), exists, not_found.
+        The first instance is not changed.  The fork's timers are due when those of the first are, and running activities are called for it too.
+        Raises CommandError: rejected (with the reason, such as a child that the instance waits for), exists, not_found.
         """
         future: Future[Run] = self._futures.new()
         self._command(id, "fork", {"id": new_id}, future, lambda reply: settle(future, Run(**reply.value, new=True)), command_id, start_id)
         return future
 
     def subscribe(self, id: str, callback: Callable[[Outcome], None], missed: Callable[[], None] = lambda: None) -> Callable[[], None]:
-        """Call back, on the client's thread, with the outcome of every run of this id from now on, until the function that is returned is called.
+        """Call back, on the client's thread, with the outcome of every run of this id from now on, until the returned function is called.
 
-        `missed` is called when some may have been missed: the topic was read from its end again, or the client brings nothing any more.
+        `missed` is called when outcomes may have been missed: the topic had to be read from its end again, or the client has ended.
         """
         return self._outcomes.subscribe(id, callback, missed)
 
     # -- sending -----------------------------------------------------------------------------------------------------
     def _given(self, headers: Given | None) -> wire.Headers:
-        """What travels on from a record of ours: these, and where we are in a trace, unless they say so; a program that has not loaded OpenTelemetry is in none."""
+        """The headers that a record of ours passes on: those given and, unless they have one, the current trace context.
+
+        A program that has not loaded OpenTelemetry has no trace context.
+        """
         given = wire.given_headers(headers) if headers else ()
         if not self.config.tracing or "opentelemetry.trace" not in sys.modules or any(name == "traceparent" for name, _ in given):
             return given
@@ -254,7 +260,7 @@ class Client:
 
     @contextlib.contextmanager
     def _sending(self, future: Future[Any]) -> Iterator[None]:
-        """What cannot be sent its caller hears at once; nothing of it stays here."""
+        """Raise an error of sending to the caller at once, and settle the future, so that nothing of it is kept."""
         try:
             yield
         except Exception as error:
@@ -265,11 +271,11 @@ class Client:
         mine = [("kwflow-start-id", start_id.encode()), ("kwflow-client", self._link.process.encode()), *([("kwflow-workflow", workflow.encode())] if workflow else [])]
         try:
             self._send(id, b"new:" + typed.input_json(input), (*given, *mine), future, "start", lambda reply: done(Run(id, start_id, reply.status == "started")), start_id)
-        except Exception as error:  # what cannot be sent: on a link's thread nobody else would see it
+        except Exception as error:  # through the future: on a link's thread nobody would see an exception
             fail(future, error)
 
     def _send(self, id: str, value: bytes, headers: wire.Headers, future: Future[Any], what: str, done: Callable[[Reply], None], command_id: str = "") -> None:
-        """Register, then write: `done` gets the reply, the future every failure."""
+        """Register the request, then write its record: `done` gets a good reply, the future every failure."""
 
         def replied(reply: Reply) -> None:
             if reply.status in _DONE:

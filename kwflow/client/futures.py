@@ -1,6 +1,6 @@
 """What callers of one client wait for: futures, each settled once, by a reply, by its deadline or by the client's end.
 
-Its one rule: a future is known before anything is asked, and once it is settled nothing is kept of it, whoever settled it (M1.4).
+The one rule: a future is registered before its request is sent, and once it is settled nothing is kept of it, whoever settled it (M1.4).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _SECONDS_MAX = wire.DELAY_MS_MAX // 1000
 
 
 class Future(concurrent.futures.Future[_T], Generic[_T]):
-    """A value to come: `.result(timeout)` in a thread, `await` in a coroutine.  Cancelling it only stops waiting."""
+    """A value to come: `.result(timeout)` waits for it in a thread, `await` in a coroutine.  Cancelling it only stops the waiting."""
 
-    told_by: Callable[[], int] = staticmethod(lambda: 0)  # the thread that brings it, which runs callbacks too
+    told_by: Callable[[], int] = staticmethod(lambda: 0)  # the id of the thread that settles it, which also runs callbacks
 
     def result(self, timeout: float | None = None) -> _T:
         self._check()
@@ -54,7 +54,7 @@ class Future(concurrent.futures.Future[_T], Generic[_T]):
 
 
 class Reply(msgspec.Struct):
-    """What an engine answers to one request."""
+    """An engine's answer to one request."""
 
     request: str
     status: str
@@ -63,13 +63,13 @@ class Reply(msgspec.Struct):
 
 
 class Futures:
-    """Those of one client that are open, and the replies that they wait for.
+    """The open futures of one client, and the replies that they wait for.
 
-    `counts` counts replies that were not for anybody here, `process` is whom those for us are addressed to.
+    `counts` counts replies that were for nobody here; `process` is the address of replies for us.
     """
 
     def __init__(self, process: str, counts: Counter[str]) -> None:
-        self.lost: Exception | None = None  # why nothing comes any more
+        self.lost: Exception | None = None  # why no more replies come
         self._open: set[Future[Any]] = set()
         self._requests: dict[str, tuple[Future[Any], Callable[[Reply], None]]] = {}
         self._deadlines: list[tuple[float, int, str | None, Future[Any], Exception]] = []
@@ -78,23 +78,26 @@ class Futures:
         self._lock = threading.RLock()
         self._count = itertools.count()
         self._pid = os.getpid()
-        self._thread = 0  # the one that the link tells us on
+        self._thread = 0  # the thread on which the link calls us
 
     def new(self) -> Future[Any]:
-        """Raises why there is none: what ended the client, or UsageError in a process that was forked."""
+        """Create a future.  Raises the error that ended the client, or UsageError in a forked process."""
         future: Future[Any] = Future()
         future.told_by = lambda: self._thread
         with self._lock:
             if self.lost is not None:
                 raise self.lost
-            if os.getpid() != self._pid:  # threads stay behind at a fork: nobody would ever answer
+            if os.getpid() != self._pid:  # a fork does not copy threads: nobody would ever answer
                 raise UsageError(f"this client was made in another process (pid {self._pid}); make one after the fork")
             self._open.add(future)
         future.add_done_callback(self._open.discard)
         return future
 
     def expect(self, future: Future[Any], replied: Callable[[Reply], None], seconds: float, late: Exception) -> str:
-        """The id of a request, yet to be written, whose reply `replied` gets; without one by then the future fails, `late`."""
+        """Register a request that is about to be written, and return its id.
+
+        `replied` is called with the reply; if there is none after `seconds`, the future fails with `late`.
+        """
         request = uuid.uuid4().hex
         with self._lock:
             self._requests[request] = future, replied
@@ -103,12 +106,15 @@ class Futures:
         return request
 
     def at(self, seconds: float, future: Future[Any], error: Exception, request: str | None = None) -> None:
-        """Fail the future then, if it is still open; with a request, only if that has no reply by then."""
+        """Fail the future after `seconds`, if it is still open and, if `request` is given, that has no reply by then."""
         with self._lock:
             heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._count), request, future, error))
 
     def take(self, record: Record) -> None:
-        """A record of the reply topic.  One that we cannot decrypt may be for whoever waits, and none of them would hear more."""
+        """Take a record of the reply topic.
+
+        A reply that we cannot decrypt may be for any request, which would then get no other: so it fails all of them.
+        """
         if record.key != self._process:
             self._counts["foreign"] += 1
             return
@@ -132,7 +138,7 @@ class Futures:
             asked[1](reply)
 
     def tick(self) -> None:
-        """Fail those whose time is over.  On the link's thread."""
+        """Fail the futures whose deadline is over.  Called on the link's thread."""
         self._thread = threading.get_ident()
         now = time.monotonic()
         due = []
@@ -145,7 +151,7 @@ class Futures:
             fail(future, error)
 
     def lose(self, error: Exception) -> None:
-        """Nothing comes any more, and there are no new ones; the first reason is the one that is told."""
+        """Fail all open futures and allow no new ones, as no more replies come.  Of several reasons the first is reported."""
         with self._lock:
             self.lost = self.lost or error
             waiting = list(self._open)
@@ -154,19 +160,19 @@ class Futures:
 
 
 def settle(future: Future[Any], value: object) -> None:
-    """Nothing happens if its caller does not wait any more, or the deadline was first."""
+    """Set the result.  Does nothing if the caller no longer waits, or the deadline came first."""
     with contextlib.suppress(concurrent.futures.InvalidStateError):
         future.set_result(value)
 
 
 def fail(future: Future[Any], error: Exception) -> None:
-    """As `settle`."""
+    """Set an exception, otherwise like `settle`."""
     with contextlib.suppress(concurrent.futures.InvalidStateError):
         future.set_exception(error)
 
 
 def seconds_of(given: timedelta | float, what: str) -> float:
-    """Raises UsageError for what is no length of time."""
+    """Convert a length of time to seconds.  Raises UsageError if it is none, or is too long."""
     seconds = given.total_seconds() if isinstance(given, timedelta) else given
     if not 0 <= seconds <= _SECONDS_MAX:
         raise UsageError(f"{what} is a timedelta or a number of seconds, from 0 to {_SECONDS_MAX:,}, not {given!r}")

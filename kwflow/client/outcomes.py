@@ -1,8 +1,9 @@
-"""How the outcome of a run is waited for, and why none is missed (M1.3, M4).
+"""How the outcome of a run is awaited, and why none is missed (M1.3, M4).
 
-Whoever waits is registered, then the outcomes of the id are followed, and only then the run is started or asked for.  So what
-ends later is told, what has ended before is in the answer, and what the answer does not hold any more is looked for in the
-topic; after a gap it is asked for again.  Its one rule: an outcome is found by the run's own start id, so that nobody gets another's.
+A waiter is registered first, then the outcomes of the id are followed, and only then the run is started or queried.  So the
+outcome of a run that ends later arrives in the topic, that of a run that has ended before is in the query's answer, and an
+outcome that the answer no longer has is searched for in the topic; after a gap the query is repeated.  The one rule: an outcome
+is matched by the run's own start id, so that nobody gets another run's.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["Outcome", "Outcomes", "Waiter"]
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How a run ended: `kind` is result, error, cancelled or terminated; `value` is JSON."""
+    """How a run ended: `kind` is result, error, cancelled or terminated; `value` is the decoded JSON."""
 
     id: str
     start_id: str
@@ -39,34 +40,34 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class _Unread(msgspec.Struct, frozen=True):
-    """The outcome of a run that we cannot decrypt."""
+    """An outcome that we cannot decrypt."""
 
     id: str
     start_id: str
     error: TransportError
 
 
-# (id, start_id, future): asks what there is of a run
+# (id, start_id, future): queries a run
 Query: TypeAlias = Callable[[str, str | None, Future[Any]], None]
 
 
 class Waiter:
-    """Somebody waits for the outcome of a run; `start_id` is None until it is known which run that is."""
+    """A caller that waits for the outcome of a run; `start_id` is None until it is known which run that is."""
 
     def __init__(self, id: str, start_id: str | None, future: Future[Any], starting: bool) -> None:
         self.id = id
         self.start_id = start_id
         self.future = future
-        self.starting = starting  # its start was not answered yet: whoever asked for the run now might be before it
-        self.missed = False  # something meanwhile, perhaps
-        self.seen: dict[str, Outcome | _Unread] = {}  # outcomes that came before it was known
+        self.starting = starting  # its start is not answered yet: a query now might arrive before the start
+        self.missed = False  # whether something may have been missed while it was starting
+        self.seen: dict[str, Outcome | _Unread] = {}  # start id -> an outcome that arrived before our `start_id` was known
 
 
 class Outcomes:
-    """Who waits for outcomes in one client, and who is called back with them."""
+    """The waiters for outcomes in one client, and the subscribers that are called back with them."""
 
     def __init__(self, link: Link, config: Config, futures: Futures, query: Query, counts: Counter[str]) -> None:
-        """`counts` counts outcomes that were not for anybody here."""
+        """`counts` counts outcomes that were for nobody here."""
         self._waiters: dict[str, list[Waiter]] = {}
         self._subscribers: dict[str, list[tuple[Callable[[Outcome], None], Callable[[], None]]]] = {}
         self._link = link
@@ -78,7 +79,10 @@ class Outcomes:
 
     # -- one run -----------------------------------------------------------------------------------------------------
     def wait(self, id: str, start_id: str | None, timeout: timedelta | float | None, start: Callable[[Waiter], None] | None = None) -> Future[Any]:
-        """The result of a run: of one that is there, or that `start` starts, once nothing of it can be missed; it calls `started` then.  Raises UsageError."""
+        """Wait for the result of a run, either one that exists or one that `start` starts.  Raises UsageError.
+
+        `start` is called once no outcome can be missed; when the start is answered it must call `started`.
+        """
         key = self._key(id)
         seconds = None if timeout is None else seconds_of(timeout, "a timeout")
         waiter = Waiter(id, start_id, self._futures.new(), starting=start is not None)
@@ -91,13 +95,13 @@ class Outcomes:
         return waiter.future
 
     def started(self, waiter: Waiter, new: bool) -> None:
-        """Its start was answered; one that is not new may have ended before."""
+        """A waiter's start was answered.  A run that is not new may have ended before, so it is queried."""
         waiter.starting = False
         if waiter.missed or not new:
             self._ask(waiter)
 
     def _key(self, id: str) -> bytes:
-        """The key of an id whose outcome somebody wants to hear of.  Raises UsageError."""
+        """The record key of an id whose outcome is awaited.  Raises UsageError."""
         if not self._config.result_topic or not self._config.error_topic:
             raise UsageError("nobody is told of an outcome: config result_topic and error_topic must not be empty for that")
         return wire.key_of(id)
@@ -111,7 +115,7 @@ class Outcomes:
                 self._waiters.pop(waiter.id, None)
 
     def _ask(self, waiter: Waiter) -> None:
-        """Whether it has ended already: outcomes from before the waiter was registered are not followed."""
+        """Query whether the run has ended already, as outcomes from before the waiter was registered are not followed."""
         shown: Future[Any] = Future()
         shown.add_done_callback(lambda done: self._shown(waiter, done))
         try:
@@ -136,11 +140,11 @@ class Outcomes:
             _end(waiter, known)
         elif outcome is not None and outcome["value"] is not None:
             _end(waiter, Outcome(waiter.id, header["start_id"], outcome["kind"], msgspec.json.decode(outcome["value"])))
-        elif outcome is not None:  # too large for the entry that is kept; it is in the topic
+        elif outcome is not None:  # too large for the entry that is kept; it may be in the topic
             threading.Thread(target=self._find, args=(waiter, TransportError(f"the outcome of {waiter.id} is not kept any more", False)), daemon=True).start()
 
     def _find(self, waiter: Waiter, error: Exception) -> None:
-        """No entry tells of the run any more, but its record may still be in the topic."""
+        """Search the topic for the outcome of a run that has no entry any more; fail with `error` if it is not there."""
         try:
             found = [outcome for record in self._link.find(wire.key_of(waiter.id)) if (outcome := _outcome_of(record)) is not None]
         except Exception as failed:
@@ -153,7 +157,7 @@ class Outcomes:
 
     # -- all runs of an id -------------------------------------------------------------------------------------------
     def subscribe(self, id: str, callback: Callable[[Outcome], None], missed: Callable[[], None]) -> Callable[[], None]:
-        """As Client.subscribe.  Raises UsageError, TimeoutError."""
+        """See Client.subscribe.  Raises UsageError, TimeoutError."""
         key, followed = self._key(id), self._futures.new()
         self._link.follow(key, lambda: settle(followed, None))
         followed.result(self._config.command_timeout_s)
@@ -172,7 +176,7 @@ class Outcomes:
 
     # -- what the link tells -----------------------------------------------------------------------------------------
     def take(self, record: Record) -> None:
-        """A record of the result or error topic."""
+        """Take a record of the result or error topic."""
         outcome = _outcome_of(record)
         if outcome is None:
             self._counts["unreadable"] += 1
@@ -191,7 +195,7 @@ class Outcomes:
             self._counts["foreign"] += 1
 
     def gap(self) -> None:
-        """Some may have been missed: what is waited for is asked for again."""
+        """Query all awaited runs again, as outcomes may have been missed."""
         with self._lock:
             waiting = [waiter for waiters in self._waiters.values() for waiter in waiters]
         for waiter in waiting:
@@ -202,7 +206,7 @@ class Outcomes:
         self.tell_missed()
 
     def tell_missed(self) -> None:
-        """Call back those who can only ask themselves."""
+        """Call `missed` of all subscribers, who must query for themselves."""
         with self._lock:
             followed = [(id, missed) for id, callbacks in self._subscribers.items() for _, missed in callbacks]
         for id, missed in followed:
@@ -210,12 +214,12 @@ class Outcomes:
 
 
 def _outcome_of(record: Record) -> Outcome | _Unread | None:
-    """None for a record that an author, or somebody else, wrote to the topic."""
+    """Decode an outcome; None for any other record that an author, or somebody else, wrote to the topic."""
     try:
         kind, start_id = wire.header(record, "kwflow-outcome"), wire.header(record, "kwflow-start-id")
         if kind is None or start_id is None or record.key is None or record.value is None:
             return None
-        if is_encrypted(record.value):  # whose it is tell key and headers: that of another run, under a former key, is no concern of who waits for this one
+        if is_encrypted(record.value):  # key and headers say whose it is, so that another run's, under a former key, fails only those who wait for that
             return _Unread(record.key.decode(), start_id, missing_key(record.topic, record.value))
         return Outcome(record.key.decode(), start_id, kind, msgspec.json.decode(record.value))
     except (ProtocolError, msgspec.DecodeError, UnicodeDecodeError):
@@ -232,7 +236,7 @@ def _end(waiter: Waiter, outcome: Outcome | _Unread) -> None:
 
 
 def _tell(id: str, call: Callable[[], None]) -> None:
-    """A subscriber's code must not end this thread, which others wait on."""
+    """Call a subscriber, whose errors must not end this thread, which others depend on."""
     try:
         call()
     except Exception:

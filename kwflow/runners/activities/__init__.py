@@ -1,1 +1,1 @@
-"""Activities in a process: what waits (`backlog.py`), what runs and when (`dispatch.py`), how (`runs.py`), what answers (`answers.py`); and calls that are lent to others (`lent.py`)."""
+"""Activities: waiting calls (`backlog.py`), when they run (`dispatch.py`) and how (`runs.py`), their answers (`answers.py`), calls lent to others (`lent.py`)."""

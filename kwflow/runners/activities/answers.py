@@ -1,7 +1,7 @@
-"""The record that answers one call of an activity: its result, or whatever it raised (M6.3).
+"""The record that answers one activity call: its result, or whatever it raised (M6.3).
 
-Everything an activity can do ends as such a record: what cannot be sent, or is too large, too.  It must not know threads
-or queues: who calls, and when, is `dispatch.py`.
+Everything that an activity can do ends as such a record, even a result that cannot be sent or is too large.  This module must
+not know threads or queues: `dispatch.py` decides who calls, and when.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kwflow.errors import ActivityError, UsageError
 
 __all__ = ["calls_of", "carry_out", "conclude", "failure_record", "info_of", "result_record"]
 
-_SHORT = 200  # characters of each text of an error that a record would not hold whole
+_SHORT = 200  # characters that are kept of each text of an error that is too large for a record
 
 
 def info_of(item: Dispatch) -> ActivityInfo:
@@ -33,7 +33,10 @@ def carry_out(
     item: Dispatch, activity: Activity[Any, Any], info: ActivityInfo, bytes_max: tuple[int, int], function: Callable[..., Any] | None = None,
     failed: Callable[[BaseException], None] = lambda error: None,
 ) -> bytes:  # fmt: skip
-    """Call it (or `function` in its place) and make the record that answers; whatever it raises is in there, and `failed` hears of it.  `bytes_max`: of the result, of the record."""
+    """Call the activity (or `function` in its place) and return the record that answers.
+
+    An error of any kind is in that record, and is also passed to `failed`.  `bytes_max` has the limits of the result and of the record.
+    """
     try:
         with running_as(info):
             bound = activity.decode_arguments(item.arguments)
@@ -56,9 +59,9 @@ def result_record(item: Dispatch, activity: Activity[Any, Any], value: Any, byte
 
 
 def failure_record(item: Dispatch, error: BaseException, bytes_max: int) -> bytes:
-    """The error without what is too large for a record: as a dead letter it would leave its workflow waiting."""
+    """The record of an error, shortened if it is too large: as a dead letter it would leave its workflow waiting."""
     payload = failure_payload(error)
-    record = msgspec.json.encode({"ref": item.ref, "error": payload})  # all in it is checked; a level deeper here
+    record = msgspec.json.encode({"ref": item.ref, "error": payload})  # the payload is checked already; here it is nested one level deeper
     if len(record) <= bytes_max:
         return record
     said = f"<not sent: the error has {len(record)} bytes (limit value_bytes_max)>"
@@ -71,7 +74,7 @@ _Answer = Callable[[Any, BaseException | None], None]
 
 
 def calls_of(activity: Activity[Any, Any], given: Sequence[tuple[Dispatch, ActivityInfo, _Answer]]) -> list[Call]:
-    """What a batch's function is called with; whose arguments no longer fit is answered, and not among them."""
+    """The calls that are passed to a batch's function.  A call whose arguments no longer fit the function is answered, and left out."""
     calls = []
     for item, info, answer in given:
         try:
@@ -85,7 +88,7 @@ def calls_of(activity: Activity[Any, Any], given: Sequence[tuple[Dispatch, Activ
 
 
 def conclude(activity: Activity[Any, Any], calls: Sequence[Call], returned: Any) -> None:
-    """Answer the calls of a batch that have no answer yet, by what its function returned, or raised."""
+    """Answer the calls of a batch that have no answer yet, according to what its function returned or raised."""
     if inspect.iscoroutine(returned):
         returned.close()
         returned = ActivityError(f"the batch of activity {activity.name} returned a coroutine; declare it with `async def`", "BadResult", final=True)
@@ -96,5 +99,5 @@ def conclude(activity: Activity[Any, Any], calls: Sequence[Call], returned: Any)
         returned = ActivityError(f"the batch of activity {activity.name} returned {said}; it returns None, or a result or an exception for each call, in their order", "BadResult", final=True)
     for call, answer in zip(calls, [returned] * len(calls) if isinstance(returned, BaseException) else returned, strict=True):
         if not call.answered:
-            with contextlib.suppress(UsageError):  # a thread of the author's has answered it in this moment; the others still have none
+            with contextlib.suppress(UsageError):  # a thread of the author's has just answered it; go on with the others
                 call.fail(answer) if isinstance(answer, BaseException) else call.complete(answer)

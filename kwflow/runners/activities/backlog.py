@@ -1,7 +1,7 @@
-"""Which calls of activities wait for their turn: a window of them in memory, oldest first, all else in the stores.
+"""The activity calls that wait for their turn: a window of them is in memory, oldest first, and the rest is in the stores.
 
-The store is the queue: what a commit hands out lies there until it is answered.  So ten thousand waiting calls cost no
-memory, and a new owner of a partition finds what its predecessor left (at-least-once).  It must not know what runs.
+The store is the queue: a call that a commit dispatches stays there until it is answered.  So ten thousand waiting calls cost
+no memory, and a new owner of a partition finds what its predecessor left (at-least-once).  This module must not know what runs.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from kwflow.ports import Store
 
 __all__ = ["Backlog"]
 
-_BYTES_MAX = 16_000_000  # of the arguments of what is ready
+_BYTES_MAX = 16_000_000  # of the arguments of calls that are ready
 
 
 class _Owned:
-    """A partition: its store, the last entry taken into memory, whether more lies behind it, and what lies before it and found no room."""
+    """A partition: its store, the last entry taken into memory (`cursor`), whether `more` follow it, and entries before it that found no room (`late`)."""
 
     __slots__ = ("cursor", "late", "more", "store")
 
@@ -30,7 +30,7 @@ class _Owned:
 
 
 class Backlog:
-    """The calls of the partitions that are owned.  Whoever asks makes what it is given ready (`room`), or not, before it asks for more."""
+    """The waiting calls of the owned partitions.  A caller decides whether each call that it is given becomes ready (`room`) before it asks for the next."""
 
     def __init__(self, ready_max: int) -> None:
         self.ready_max = ready_max
@@ -52,7 +52,7 @@ class Backlog:
         self._owned.pop(partition, None)
 
     def room(self, item: Dispatch, taken: int) -> None:
-        """It has become ready (1), or is no more (-1)."""
+        """Count a call that has become ready (`taken` 1), or is no longer ready (-1)."""
         self._ready += taken
         self._bytes += taken * len(item.arguments)
 
@@ -65,7 +65,10 @@ class Backlog:
         return self._ready >= self.ready_max or self._bytes >= _BYTES_MAX
 
     def offer(self, partition: int, item: Dispatch) -> bool:
-        """Whether it may be ready at once; else it is left where it lies.  Of what sorts before the cursor (a record of a hold, applied late) the key is kept, as it would not be found again."""
+        """Whether a new call may become ready at once; if not, it stays in the store.
+
+        If it sorts before the cursor (its record was on a hold and is applied late), its key is kept in `late`, as a scan would not find it again.
+        """
         owned, key = self._owned[partition], state_key(item.workflow_id, item.ref)
         if key > owned.cursor:
             if owned.more or self.full:
@@ -78,7 +81,10 @@ class Backlog:
         return True
 
     def take(self) -> Iterator[tuple[int, Dispatch]]:
-        """What there is room for once half of it is free; a share for each partition, or one with a long queue would keep the others from beginning."""
+        """Yield as many calls as there is room for, once half of the window is free.
+
+        Each partition gets a share, as otherwise one with a long queue would keep the others from beginning.
+        """
         waiting = [(partition, owned) for partition, owned in self._owned.items() if owned.more or owned.late]
         room = self.ready_max - self._ready
         if waiting and room > self.ready_max // 2:
@@ -93,7 +99,7 @@ class Backlog:
                 return
             share -= 1
             waiting = owned.store.get(owned.late.popleft())
-            if waiting is not None:  # it was not withdrawn meanwhile
+            if waiting is not None:  # None: it was withdrawn meanwhile
                 yield decode(waiting)
         if not owned.more:
             return

@@ -1,8 +1,8 @@
-"""Runs activities: a thread each for `def`, one event loop for `async def`, at most `activity_concurrency` at a time, and `activity_rate` in a second.
+"""Runs activities: a thread for each `def`, one event loop for `async def`; at most `activity_concurrency` at a time, and `activity_rate` per second.
 
-What waits is `backlog.py`'s, and how an author's function is called and answered `runs.py`'s; an activity with a batch is called
-for several calls together, which take one slot.  Author code may block or hang: it never takes a thread of the engine.
-The engine's thread calls all public methods; it must not know a log: `deliver` puts a result into one.
+`backlog.py` has the waiting calls, and `runs.py` calls an author's function and makes the answer.  An activity with a batch is
+called for several calls together, which take one slot.  Author code may block or hang, but never on a thread of the engine.
+The engine's thread calls all public methods.  This module must not know a log: `deliver` puts a result into one.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from kwflow.runners.tracing import CallSpan
 
 __all__ = ["Dispatcher", "keep"]
 
-_LEFT_BEHIND_S = 5.0  # so long a cancelled activity may go on before its slot is given to another
-_LEFT_BEHIND_MAX = 256  # threads of such activities; with more, nothing new is started
+_LEFT_BEHIND_S = 5.0  # how long a cancelled activity may go on before its slot is given to another
+_LEFT_BEHIND_MAX = 256  # activities that go on without a slot; with so many, nothing new is started
 _LOOK_S = 0.2
-_READY_FACTOR = 8  # so many times the concurrency are kept ready, that no slot waits for the engine's next batch
-_BATCH_BYTES_MAX = 16_000_000  # of the arguments of a batch; with more it is begun before it is full
+_READY_FACTOR = 8  # times the concurrency: so many calls are kept ready that no slot waits for the engine's next batch
+_BATCH_BYTES_MAX = 16_000_000  # of a batch's arguments; a batch with more is begun before it is full
 _UNTRACED = CallSpan()
 
 
 def keep(state: Changes, items: Iterable[object]) -> None:
-    """The entries of what a batch hands out, among its changes: made for a start, removed when nobody waits any more."""
+    """Put the entries of dispatched items among a batch's changes: one is added for a call, and removed when nobody waits for the call any more."""
     for item in items:
         if isinstance(item, Dispatch):
             state.put(state_key(item.workflow_id, item.ref), encode(item))
@@ -45,13 +45,16 @@ def keep(state: Changes, items: Iterable[object]) -> None:
 
 
 class Dispatcher:
-    """Starts what commits hand out.  Invariant: what is ready or runs is in `_jobs` once; all else is in the stores."""
+    """Starts the calls that commits dispatch.  Invariant: a call that is ready or runs is in `_jobs` once; all others are in the stores."""
 
     def __init__(
         self, deliver: Deliver, on_log: Callable[[str], None], concurrency: int = 64, limit_s: float = 600.0, result_bytes_max: int = 500_000, record_bytes_max: int = 1_000_000,
         threads: Threads | None = None, ends_late: bool = False, span: Callable[[Sequence[Dispatch]], CallSpan] | None = None, rate: float = 0,
     ) -> None:  # fmt: skip
-        """`ends_late`: an activity that has a timeout of its own is ended here after that, too, not only when it is withdrawn.  `span` gives that of a run for these calls, `rate` is that of Pace."""
+        """`ends_late`: an activity that has a timeout of its own is also ended here after that time, not only when it is withdrawn.
+
+        `span` returns the tracing span of a run for these calls; `rate` is that of Pace.
+        """
         self._deliver = deliver
         self._on_log = on_log
         self._concurrency = concurrency
@@ -90,7 +93,7 @@ class Dispatcher:
         self._wait(lambda: any(job.partition == partition and job.wanted for job in self._jobs.values()), grace_s)
 
     def close(self, grace_s: float = 0.0) -> None:
-        """What still runs after the grace period is left behind, on threads that end with the process."""
+        """End.  Activities that still run after the grace period are left behind, on threads that end with the process."""
         for partition in self._backlog.partitions:
             self.disown(partition)
         self._wait(lambda: any(job.wanted for job in self._jobs.values()), grace_s)
@@ -123,7 +126,7 @@ class Dispatcher:
     def turn(self) -> None:
         with self._changed:
             gathered = -1
-            while gathered < self._gathering:  # a batch has taken some, so that there is room for more
+            while gathered < self._gathering:  # repeat while batches take calls, as that makes room for more
                 gathered = self._gathering
                 for partition, item in self._backlog.take():
                     self._enqueue(partition, item)
@@ -146,11 +149,11 @@ class Dispatcher:
 
     @property
     def busy(self) -> int:
-        """How many are in memory, ready or running."""
+        """How many calls are in memory, ready or running."""
         return len(self._jobs)
 
     def counts(self) -> dict[str, int]:
-        """How many in each state; from any thread."""
+        """How many calls are in each state.  May be called from any thread."""
         return {"running": self._running, "ready": self._backlog.ready + self._gathering, "left-behind": self._behind}
 
     # -- from the backlog to a slot ----------------------------------------------------------------------------------
@@ -158,8 +161,8 @@ class Dispatcher:
         job = Job(partition, item)
         before = self._jobs.get(job.id)
         if before is not None and not before.wanted:
-            # 1. a fork calls an activity, under the ref that its original has; it is terminated, and the call is cancelled
-            # 2. another fork is made under the same id, while the call still goes on: what it returns is dropped
+            # 1. A fork calls an activity under the same ref as its original.  The fork is terminated, and the call is cancelled.
+            # 2. Another fork is made under the same id while the old call still runs: what the old call returns is dropped.
             self._settle(before)
         if self._jobs.get(job.id) is None:
             self._jobs[job.id] = job
@@ -167,7 +170,7 @@ class Dispatcher:
             self._backlog.room(item, 1)
 
     def _unready(self, job: Job) -> None:
-        """Of one that is ready, or gathered for a batch."""
+        """Remove a job that is ready, or gathered for a batch."""
         gathered = self._gathered.get(job.dispatch.name)
         if gathered is not None and job in gathered.jobs:
             gathered.remove(job)
@@ -251,7 +254,7 @@ class Dispatcher:
         self._ended(run, record)
 
     def _ended(self, run: Run, record: bytes | None = None) -> None:
-        """The function has returned, or was cancelled before its first line; with the record that answers its one job."""
+        """Note that the function has returned, or was cancelled before its first line; `record` answers the one job of a run without a batch."""
         with self._changed:
             run.ended = True
             if run.behind:
@@ -265,14 +268,14 @@ class Dispatcher:
 
     # -- the answer ------------------------------------------------------------------------------------------------
     def _answer(self, job: Job, record: bytes) -> None:
-        """Deliver, once; nobody needs it any more if the call was cancelled."""
+        """Deliver an answer, once, unless the call was cancelled, so that nobody needs it any more."""
         with self._changed:
             needed = not job.answered and job.wanted
             job.answered = True
         if needed:
             try:
                 self._tell(job)
-            finally:  # a log that cannot be written keeps nobody waiting
+            finally:  # even if the log line cannot be written, the workflow gets its answer
                 self._send(job, record)
         else:
             self._finished(job)
@@ -293,7 +296,7 @@ class Dispatcher:
                 self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), headers, told)
 
         def told(refused: str | None) -> None:
-            if refused is not None:  # no write access to the topic, say
+            if refused is not None:  # such as without write access to the topic
                 self._on_log(f"the log takes nothing of {job}: {refused}; its workflow waits, and it is begun again at the next start")
             else:
                 self._tell(job)
@@ -301,7 +304,7 @@ class Dispatcher:
 
         try:
             self._deliver(job.partition, job.dispatch.workflow_id.encode(), record, headers, done)
-        except Exception as error:  # the engine is ending; the call lies in the store still
+        except Exception as error:  # the engine is ending; the call is still in the store
             if not self._closed:
                 self._on_log(f"the result of {job} could not be delivered: {error}")
             self._finished(job)
@@ -312,7 +315,7 @@ class Dispatcher:
             self._start()
 
     def _settle(self, job: Job) -> None:
-        """Nobody has to look after it any more.  With the last one of its run a slot is free, be it that the function goes on."""
+        """Remove a job that needs no more attention.  With the last job of a run its slot becomes free, even if the function goes on."""
         run = job.run
         if job.settled or run is None:
             return
@@ -337,7 +340,7 @@ class Dispatcher:
                 run.begun.cancel()
 
     def _look(self, now: float) -> None:
-        """Activities over their time are answered for; the slots of cancelled ones that go on are given to others."""
+        """Fail activities that are over their time, and free the slots of cancelled ones that go on."""
         for job in [job for job in self._jobs.values() if job.run is not None]:
             run = job.running
             if now > run.deadline and not job.answered:

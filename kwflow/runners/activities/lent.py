@@ -1,8 +1,8 @@
-"""Calls of a queue for workers that come and fetch them: who has which call, and until when (ET-3, ET-6, ET-10, ET-11, ET-17..ET-19).
+"""Calls of a queue for workers that fetch them: who has which call, and until when (ET-3, ET-6, ET-10, ET-11, ET-17..ET-19).
 
-A lock is soft: when its time is over another one may have the call, and until then its worker may still answer.  It lives
-here only; whoever takes the partition over hands the call out again, so that workers see some calls twice.  Called by the
-thread that reads the queue (ports.Worker) and by those of the callers; it must not know HTTP.
+A lock is soft: when its time is over, another worker may get the call, and until one does, the first worker may still answer.
+Locks are only in memory: the next owner of the partition hands the call out again, so workers see some calls twice.  This
+module is called by the thread that reads the queue (ports.Worker) and by callers' threads; it must not know HTTP.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Lent", "Loan"]
 
 
 class Loan:
-    """One call: free, or locked by `worker` until `until_s`, of the monotonic clock."""
+    """One call: free, or locked by `worker` until `until_s` on the monotonic clock."""
 
     __slots__ = ("call", "partition", "until_s", "worker")
 
@@ -62,7 +62,7 @@ class Lent:
             self._wake()
 
     def turn(self) -> None:
-        """Locks that are over are open."""
+        """Free the calls whose locks have expired."""
         now_s = self._now_s()
         with self._lock:
             for key, loan in self._loans.items():
@@ -71,10 +71,10 @@ class Lent:
             self._wake()
 
     def hurry(self) -> None:
-        """Nothing waits for more here."""
+        """Do nothing: no call waits for others here."""
 
     def disown(self, partition: int, grace_s: float = 0.0) -> None:
-        """Whoever works on one of these may still answer it."""
+        """Forget the calls of a partition.  Workers that have one may still answer it."""
         with self._lock:
             self._owned.discard(partition)
             for key in [key for key, loan in self._loans.items() if loan.partition == partition]:
@@ -97,7 +97,7 @@ class Lent:
 
     # -- what callers do -------------------------------------------------------------------------------------------
     def fetch(self, most: int, worker: str, lock_s: float) -> list[Dispatch]:
-        """Up to so many calls, the oldest first, locked from now on; none is given to two."""
+        """Return and lock at most `most` free calls, the oldest first; no call is given to two workers."""
         until_s = self._now_s() + lock_s
         with self._lock:
             keys = list(self._free)[:most]
@@ -107,7 +107,7 @@ class Lent:
             return [self._loans[key].call for key in keys]
 
     def arrival(self) -> concurrent.futures.Future[None]:
-        """Done when there may be something to fetch."""
+        """A future that is done when there may be something to fetch."""
         future: concurrent.futures.Future[None] = concurrent.futures.Future()
         with self._lock:
             self._waiting = [other for other in self._waiting if not other.done()]
@@ -116,17 +116,17 @@ class Lent:
         return future
 
     def holder(self, id: str, ref: str) -> str | None:
-        """Who has it, also when the lock is over and nobody has fetched it since; None if nobody has, or it is not here."""
+        """The worker that has the call, even if its lock has expired and nobody has fetched the call since; None if nobody has it, or it is not here."""
         loan = self._loans.get((id, ref))
         return loan.worker if loan is not None else None
 
     def headers(self, id: str, ref: str) -> Headers:
-        """What its answer carries on; nothing if it is not here."""
+        """The headers that the call's answer must carry; empty if the call is not here."""
         loan = self._loans.get((id, ref))
         return loan.call.headers if loan is not None else ()
 
     def extend(self, id: str, ref: str, worker: str, lock_s: float) -> bool:
-        """A new lock from now on; False if this worker has none that is not over."""
+        """Renew a lock, from now on; False if this worker has no unexpired lock on the call."""
         with self._lock:
             loan = self._loans.get((id, ref))
             if loan is None or loan.worker != worker or loan.until_s <= self._now_s():
@@ -135,7 +135,7 @@ class Lent:
             return True
 
     def release(self, id: str, ref: str) -> None:
-        """Somebody else may have it now."""
+        """Unlock a call, so that somebody else may have it now."""
         with self._lock:
             loan = self._loans.get((id, ref))
             if loan is not None:
@@ -144,10 +144,10 @@ class Lent:
                 self._wake()
 
     def done(self, id: str, ref: str) -> None:
-        """It was answered, or nobody waits for it."""
+        """Remove a call that was answered, or that nobody waits for any more."""
         with self._lock:
             self._drop((id, ref))
 
     def counts(self) -> dict[str, int]:
-        """How many are free, and how many locked."""
+        """How many calls are free, and how many are locked."""
         return {"free": len(self._free), "locked": len(self._loans) - len(self._free)}

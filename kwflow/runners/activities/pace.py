@@ -1,4 +1,4 @@
-"""How many runs of activities a process may begin in a second: a bucket of tokens, full after a second of rest."""
+"""How many activity runs a process may begin per second: a token bucket that is full after a second of rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Pace"]
 
 
 class Pace:
-    """At most `rate` a second, and as many at once after a rest; no limit for 0."""
+    """At most `rate` runs per second, and as many at once after a rest; 0 means no limit."""
 
     def __init__(self, rate: float, now: float) -> None:
         self._rate = rate
@@ -17,7 +17,7 @@ class Pace:
         self._now = now
 
     def allows(self, now: float) -> bool:
-        """Whether one more may begin; times do not go back."""
+        """Whether one more run may begin.  `now` must not go back."""
         if self._rate:
             self._tokens = min(self._most, self._tokens + (now - self._now) * self._rate)
             self._now = now

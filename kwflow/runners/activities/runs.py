@@ -1,7 +1,7 @@
-"""One run of an author's function, for a call of an activity or a batch of them: what it is, how it is called, and which record answers.
+"""One run of an author's function, for one activity call or a batch of them: its state, how it is called, and which record answers it.
 
-Author code may raise anything: it ends as a record (`answers.py`), and as what the log is to say.  It must not know slots or stores: when
-a run begins, on which thread, and who is told of an answer, is `dispatch.py`.
+Author code may raise anything; the error becomes a record (`answers.py`) and a log line.  This module must not know slots or
+stores: `dispatch.py` decides when and on which thread a run begins, and who gets its answer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from kwflow.runners.tracing import CallSpan
 __all__ = ["NEVER", "Gathered", "Job", "Run"]
 
 NEVER = float("inf")
-_SAID_MAX = 2_000  # characters of an error in a log line
+_SAID_MAX = 2_000  # characters of an error's text in a log line
 
 
 class Job:
-    """One call that is ready or runs.  `failed`: what the log says if it did; `answered`: its record was made; `settled`: it takes no part of its run's slot any more."""
+    """One call that is ready or runs.  `failed`: the log line if it failed; `answered`: its record was made; `settled`: it no longer keeps its run's slot."""
 
     __slots__ = ("activity", "answered", "cancelled_at", "dispatch", "failed", "info", "partition", "run", "settled")
 
@@ -47,25 +47,25 @@ class Job:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody still waits for it."""
+        """Whether anybody still waits for the call."""
         return self.cancelled_at == NEVER
 
     @property
     def found(self) -> Activity[Any, Any]:
-        """The activity that it is a call of; looked for before it is gathered or runs."""
+        """The called activity, which is looked up before the job is gathered or runs.  Raises KwflowBug before that."""
         if self.activity is None:
             raise KwflowBug(f"{self} runs without an activity")
         return self.activity
 
     @property
     def running(self) -> Run:
-        """Its run, of one that has begun."""
+        """The run of a job that has begun.  Raises KwflowBug before that."""
         if self.run is None:
             raise KwflowBug(f"{self} is looked at and does not run")
         return self.run
 
     def note(self, error: BaseException, where: str = "") -> None:
-        """What the log is to say of a failed attempt: text, as the error would keep alive what its frames hold.  A BusinessError is an outcome."""
+        """Keep the log line of a failed attempt, as text: the error would keep alive what its frames hold.  A BusinessError is an outcome, not a failure."""
         if isinstance(error, BusinessError):
             return
         self.running.span.failed(error)
@@ -80,12 +80,15 @@ class Job:
         return f"activity {self.dispatch.name} of {self.dispatch.workflow_id} (attempt {self.dispatch.attempt})"
 
 
-_BytesMax = tuple[int, int]  # of a result, of a record
+_BytesMax = tuple[int, int]  # limits of a result and of a record
 _Answer = Callable[[Job, bytes], None]
 
 
 class Run:
-    """One call of an author's function, for one job or a batch of them.  Invariant: it has a slot while a job of it is not settled; `behind`: it goes on without one."""
+    """One call of an author's function, for one job or a batch of them.
+
+    Invariant: a run has a slot while any of its jobs is not settled.  `behind`: the function goes on without a slot.
+    """
 
     __slots__ = ("activity", "begun", "behind", "deadline", "ended", "jobs", "limit_s", "span", "thread", "unsettled")
 
@@ -106,11 +109,11 @@ class Run:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody waits for what it still has to answer."""
+        """Whether anybody waits for one of its jobs that is not answered yet."""
         return any(job.wanted and not job.answered for job in self.jobs)
 
     def called(self, bytes_max: _BytesMax, answer: _Answer) -> bytes | None:
-        """Call a `def`: the record that answers; None of a batch, whose calls are answered one by one."""
+        """Call a `def`; return the record that answers, or None for a batch, whose calls are answered one by one."""
         with self.span:
             if self.activity.batched is None:
                 [job] = self.jobs
@@ -124,7 +127,7 @@ class Run:
             return None
 
     async def awaited(self, bytes_max: _BytesMax, answer: _Answer) -> bytes | None:
-        """The same for an `async def`."""
+        """Call an `async def`, otherwise like `called`."""
         with self.span:
             if self.activity.batched is None:
                 return await self._awaited_one(bytes_max)
@@ -164,9 +167,9 @@ class Run:
 
 
 class Gathered:
-    """Calls of an activity with a batch that are not enough for one yet; `due`: when they are one all the same.
+    """Calls of an activity with a batch that do not fill one yet; at `due` they are run as a batch anyway.
 
-    They take no room in the window of what is ready: with few slots that is smaller than a batch, and other activities would wait for it.
+    They take no room in the window of ready calls: with few slots that is smaller than a batch, and other activities would wait for it to fill.
     """
 
     __slots__ = ("bytes", "due", "jobs")

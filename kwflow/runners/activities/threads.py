@@ -1,7 +1,7 @@
 """Where activities run: threads for calls that may never end, and an event loop that one of them may block.
 
-Every thread is a daemon: what hangs in it dies with the process and keeps nothing from ending.  It must not know what
-runs.
+Every thread is a daemon: a call that hangs in it dies with the process, and does not keep the process from ending.  This
+module must not know what runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STUCK_S = 10.0
 
 
 def place_of(thread: threading.Thread | None) -> str:
-    """Where a thread is, for a log line."""
+    """The function and line where a thread is now, for a log line; empty if it is not known."""
     frame = sys._current_frames().get(thread.ident or 0) if thread is not None else None
     if frame is None:
         return ""
@@ -33,7 +33,7 @@ def place_of(thread: threading.Thread | None) -> str:
 
 
 class Threads:
-    """As many as there are calls at a time; none is made while an idle one is there."""
+    """As many threads as there are simultaneous calls; none is created while an idle one exists."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -42,7 +42,7 @@ class Threads:
         self._closed = False
 
     def run(self, call: Callable[[], None]) -> None:
-        """Call it, on some thread; on the next one that is free, where the machine has no more of them.  Raises RuntimeError if there is none at all."""
+        """Make the call on some thread: if no more can be created, on the next one that becomes free.  Raises RuntimeError if there is none at all."""
         with self._lock:
             if self._idle:
                 self._idle -= 1
@@ -52,18 +52,18 @@ class Threads:
             try:
                 threading.Thread(target=self._work, args=(call,), name="kwflow-activity", daemon=True).start()
                 self._busy += 1
-            except RuntimeError:  # raised where a result was delivered, it would end the thread that hears of all the others
+            except RuntimeError:  # if it were raised where a result is delivered, it would end the thread that all deliveries depend on
                 if not self._busy:
                     raise
                 self._owed += 1
                 self._calls.put(call)
 
     def wait(self, changed: threading.Condition, seconds: float) -> None:
-        """Until it is notified, or for so long; the caller holds its lock."""
+        """Wait until the condition is notified, or for this long.  The caller holds its lock."""
         changed.wait(seconds)
 
     def monotonic(self) -> float:
-        """Seconds that only go forward."""
+        """Seconds on a clock that never goes back."""
         return time.monotonic()
 
     def _work(self, call: Callable[[], None] | None) -> None:
@@ -81,7 +81,7 @@ class Threads:
             call = self._calls.get()
 
     def close(self) -> None:
-        """Idle threads end; others do when their call has."""
+        """End idle threads; the others end after their call."""
         with self._lock:
             self._closed = True
             for _ in range(self._idle):
@@ -107,7 +107,7 @@ class _Loop(threading.Thread):
         while not self.closing:
             try:
                 self.loop.run_forever()
-            except BaseException as error:  # SystemExit of a task that an activity left behind
+            except BaseException as error:  # such as SystemExit from a task that an activity left behind
                 self._on_log(f"a task that an activity started ended with {type(error).__name__}: {error}")
 
     def stop(self) -> None:
@@ -116,7 +116,7 @@ class _Loop(threading.Thread):
 
 
 class AsyncCall:
-    """A coroutine on a loop."""
+    """A coroutine that runs on a loop."""
 
     def __init__(self, thread: _Loop) -> None:
         self.thread = thread
@@ -125,7 +125,7 @@ class AsyncCall:
         self._cancelled = False
 
     def begin(self, work: Callable[[], Coroutine[Any, Any, None]], never_begun: Callable[[], None]) -> None:
-        """On the loop's thread: a task with a context of its own; `never_begun` if it was cancelled before its first line."""
+        """Create the task, with a context of its own, on the loop's thread; `never_begun` is called if it is cancelled before its first line."""
 
         async def body() -> None:
             self.begun = True
@@ -137,7 +137,7 @@ class AsyncCall:
             self._task.cancel()
 
     def cancel(self) -> None:
-        """Raise asyncio's CancelledError in it; from any thread."""
+        """Raise asyncio's CancelledError in the coroutine.  May be called from any thread."""
         self.thread.loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
@@ -147,21 +147,21 @@ class AsyncCall:
 
 
 class Loops:
-    """One loop, made when needed; one that is blocked is left to what blocks it and another takes its place."""
+    """One event loop, created when needed.  A blocked loop is abandoned to what blocks it, and replaced by another."""
 
     def __init__(self, on_log: Callable[[str], None]) -> None:
         self._on_log = on_log
         self._thread: _Loop | None = None
 
     def run(self, work: Callable[[], Coroutine[Any, Any, None]], never_begun: Callable[[], None]) -> AsyncCall:
-        """Run this coroutine function; it must not raise."""
+        """Run this coroutine function on the loop; it must not raise."""
         thread = self._thread = self._thread or _Loop(self._on_log)
         call = AsyncCall(thread)
         thread.loop.call_soon_threadsafe(call.begin, work, never_begun)
         return call
 
     def look(self, now: float) -> None:
-        """Whether the loop still answers; called now and then."""
+        """Check whether the loop still answers, and abandon it if not.  Called now and then."""
         thread = self._thread
         if thread is None:
             return

@@ -1,1 +1,1 @@
-"""The engine with no server: `engine.py` holds a RocksDB directory, `socket.py` lets other processes in."""
+"""The engine without a server: `engine.py` holds a RocksDB directory, `socket.py` gives other processes access to it."""

@@ -1,8 +1,8 @@
-"""The engine with no server: log, state, timers and positions in one RocksDB directory, a transaction is one WriteBatch.
+"""The engine without a server: log, state, timers and positions are in one RocksDB directory, and a transaction is one WriteBatch.
 
-Same records, same offsets rules and the same processors as on Kafka; every topic has one partition.  One process holds
-the directory; others reach it through `submit` (runners/embedded/socket.py) or read beside it.  A process killed at any moment
-goes on from its last committed batch.
+Records, the rules for offsets, and the processors are the same as on Kafka; every topic has one partition.  One process holds
+the directory; others reach it through `submit` (runners/embedded/socket.py), or read beside it.  If the process is killed, at
+any moment, the next one continues from the last committed batch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from kwflow.runners.tracing import end_all
 
 __all__ = ["Embedded"]
 
-_IDLE_S = 0.5  # how long an idle engine sleeps when nothing wakes it; appends and timers do
+_IDLE_S = 0.5  # how long an idle engine sleeps, unless an append or a timer wakes it
 _FIRED_MAX = 1000
 _TRIM_S = 5
 _HELD_S = 1.0
@@ -48,7 +48,7 @@ _REPLY_MS = 3_600_000
 
 
 class Embedded:
-    """One directory, held.  Raises UsageError, TransportError naming the holder when another process has it."""
+    """An engine that holds one directory.  Raises UsageError; TransportError, which names the holder, if another process has the directory."""
 
     def __init__(self, directory: Path, config: Config | None = None, sync: bool = True, clock: Clock | None = None) -> None:
         self.limits = config or Config()
@@ -64,11 +64,11 @@ class Embedded:
         self._appended = False
         self._written = threading.Condition()
         self._writes = 0
-        self._marks: dict[bytes, int] = {}  # ends and positions as the database has them: while it is held nobody else writes
+        self._marks: dict[bytes, int] = {}  # ends and positions as in the database, to which nobody else writes while we hold it
         self._due: dict[str, int | None] = {}  # changelog -> when something becomes due; looked up again once a commit has changed the tables
-        self._first: dict[str, int] = {}  # input topic -> its first record that was not trimmed
+        self._first: dict[str, int] = {}  # topic -> the offset of its first record that was not trimmed
         self._trim_next = 0.0
-        self._workers: dict[str, tuple[Worker, int]] = {}  # input topic -> who does what commits hand out, and from which position on
+        self._workers: dict[str, tuple[Worker, int]] = {}  # input topic -> (the Worker for what commits dispatch, the position from which on it begins)
         self._attempts: Attempts | None = None
         self._careful: dict[str, int] = {}  # K19: records before this offset are taken a few at a time
         self._lock = threading.RLock()
@@ -88,7 +88,7 @@ class Embedded:
         self.incarnation = cast(bytes, self.db[STORE_ID]).decode()
 
     def _open(self, give_up: float) -> Rdict:
-        """Others hold it for a moment, when they append a record while no engine runs."""
+        """Open the database, with retries: others hold it for a moment when they append a record while no engine runs."""
         while True:
             try:
                 return rocks.opened(self.directory, self.limits.rocksdb_bytes_max)
@@ -109,11 +109,11 @@ class Embedded:
 
     # -- the log ---------------------------------------------------------------------------------------------------
     def append(self, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...] = ()) -> int:
-        """Write one record durably; its offset."""
+        """Write one record durably; return its offset."""
         return self.append_all([Group((Output(topic, key, value, headers),))])[0][0]
 
     def append_all(self, groups: Sequence[Group]) -> list[list[int]]:
-        """Write these durably, in one batch; the offsets of each group's records, none of one whose mark is there.  Raises TransportError."""
+        """Write groups durably, in one batch; return the offsets of each group's records, none for a group whose mark is already there.  Raises TransportError."""
         with rocks.failing(self.directory), self._lock:
             self._check_place()
             batch, marks, borne = WriteBatch(raw_mode=True), dict[bytes, int](), set[bytes]()
@@ -136,7 +136,10 @@ class Embedded:
         return offsets
 
     def deliver(self, topic: str) -> Deliver:
-        """What puts results of activities into this topic.  Not synced: one that a crash of the machine loses is made again, as its call is still in the state."""
+        """Return the function that writes results of activities to this topic.
+
+        It does not sync: if a crash of the machine loses a result, the activity runs again, as its call is still in the state.
+        """
 
         def write(_partition: int, key: bytes, value: bytes, headers: Headers, done: Callable[[str | None], None]) -> None:
             with self._lock:
@@ -149,7 +152,7 @@ class Embedded:
         return write
 
     def _put(self, batch: WriteBatch, marks: dict[bytes, int], output: Output) -> int:
-        """One record of a batch, and the end of its topic then."""
+        """Add a record to a batch, and its topic's new end to `marks`; return its offset."""
         topic = output.topic
         end = NEXT + topic.encode()
         offset = marks[end] if end in marks else self._mark(end)
@@ -160,10 +163,10 @@ class Embedded:
         return offset
 
     def _done(self, batch: WriteBatch, marks: dict[bytes, int], options: WriteOptions) -> None:
-        """Write a batch and the ends and positions that hold after it."""
+        """Write a batch, and the ends and positions that hold after it."""
         for key, offset in marks.items():
             batch.put(key, b"%d" % offset)
-            self._marks.pop(key, None)  # a write that fails may have happened: then the database is asked again
+            self._marks.pop(key, None)  # a write that fails may have happened all the same: then the database is asked again
         self.db.write(batch, options)
         self._marks |= marks
 
@@ -171,19 +174,19 @@ class Embedded:
         known = self._marks.get(key)
         if known is not None:
             return known
-        with self._lock:  # not while another thread writes it: what is remembered then must be what it has written
+        with self._lock:  # not while another thread writes it: we must remember the value that the thread has written
             return self._marks.setdefault(key, int(self.db.get(key) or 0))
 
     def end(self, topic: str) -> int:
-        """The offset the next record of this topic gets."""
+        """The offset that the next record of this topic will get."""
         return self._mark(NEXT + topic.encode())
 
     def read(self, topic: str, offset: int = 0, limit: int = 1000) -> list[Record]:
-        """Records from this offset on."""
+        """At most `limit` records from this offset on."""
         return list(itertools.islice(records_of(self.db, topic, offset), limit))
 
     def compact(self, topic: str) -> int:
-        """Keep the newest record of each key, and none of keys whose newest has no value; how many are gone."""
+        """Keep only the newest record of each key, and delete that too if it has no value; return how many records were deleted."""
         newest: dict[bytes | None, int] = {}
         records = self.read(topic, 0, self.end(topic))
         for record in records:
@@ -194,12 +197,12 @@ class Embedded:
         return len(gone)
 
     def position(self, topic: str) -> int:
-        """The offset of the first record of an input topic that no committed batch holds."""
+        """The offset of the first record in an input topic that no committed batch contains."""
         return self._mark(POSITION + topic.encode())
 
     # -- the engine ------------------------------------------------------------------------------------------------
     def step(self, processors: Sequence[Processor], on_log: Callable[[str], None] = print) -> int:
-        """Apply what is there and fire what is due, each processor in one atomic batch; how much was done."""
+        """Apply waiting records and fire what is due, for each processor in atomic batches; return how much was done."""
         done = 0
         for processor in processors:
             with collecting_later():
@@ -225,7 +228,7 @@ class Embedded:
             outputs = [output for decision in made for output in (*decision.outputs, *decision.replies)]
             if len(made) == 1 or bytes_of(overlay.changes.items(), outputs) <= self.limits.batch_bytes_max:
                 break
-            records = records[: len(made) // 2]  # what they save turned out to be more than one transaction may hold
+            records = records[: len(made) // 2]  # the saved states turned out to be larger than one transaction may be
         logs = [line for decision, record in zip(made, records, strict=False) if decision.logs for line in lines_of(decision, record)]
         self._perform(processor, made, store, overlay, (topic, records[len(made) - 1].offset + 1))
         for line in logs:
@@ -233,7 +236,7 @@ class Embedded:
         return len(made)
 
     def _waiting(self, topic: str, position: int) -> list[Record]:
-        """As many records as a batch may have, and no more than one past its bytes."""
+        """As many waiting records as a batch may have; the last one may exceed its bytes."""
         records: list[Record] = []
         room = self.limits.batch_bytes_max
         for record in itertools.islice(records_of(self.db, topic, position), self.limits.batch_records_max):
@@ -244,7 +247,7 @@ class Embedded:
         return records
 
     def _fire(self, processor: Processor, on_log: Callable[[str], None]) -> int:
-        """Nothing fires while records wait that may cancel it (K18)."""
+        """Fire what is due, but not while records wait that may cancel it (K18); return how many outputs that made."""
         if self.position(processor.input_topic) < self.end(processor.input_topic):
             return 0
         due_ms, now_ms = self._due_of(processor), self.clock.now_ms()
@@ -261,14 +264,14 @@ class Embedded:
         return len(made.outputs)
 
     def _due_of(self, processor: Processor) -> int | None:
-        """When something becomes due."""
+        """When something of a processor becomes due, in ms since the epoch; None for never."""
         name = processor.changelog_topic
         if name not in self._due:
             self._due[name] = processor.next_due_ms(EmbeddedStore(self.db, name))
         return self._due[name]
 
     def _perform(self, processor: Processor, made: Sequence[Decision], store: EmbeddedStore, overlay: Overlay, consumed: tuple[str, int] | None) -> None:
-        """Commit what was decided, then what comes after a commit.  Every topic here has one partition: a reply to another has no address."""
+        """Commit decisions, then do what follows a commit.  Every topic has one partition here, so a reply to another partition is counted and left out."""
         outputs: list[Output] = []
         for decision in made:
             outputs += decision.outputs
@@ -278,7 +281,7 @@ class Embedded:
                 else:
                     self.counts["reply-gone"] += 1
         begun = time.perf_counter()
-        if any(key[:1] == b"\0" for key in overlay.changes):  # the tables' keys; ids and timer keys have no NUL
+        if any(key[:1] == b"\0" for key in overlay.changes):  # keys of the tables begin with NUL; ids and keys of timers do not
             self._due.pop(processor.changelog_topic, None)
         self._commit(store, overlay, outputs, consumed)
         self.stats.commits.observe(time.perf_counter() - begun)
@@ -312,14 +315,14 @@ class Embedded:
             self._written.notify_all()
 
     def wait_written(self, seen: int, seconds: float) -> int:
-        """Wait until more writes than `seen` were made; how many there are now.  For those who follow topics."""
+        """Wait at most this long until there were more writes than `seen`; return their number.  For threads that follow topics."""
         with self._written:
             if self._writes == seen:
                 self._written.wait(seconds)
             return self._writes
 
     def run(self, processors: Sequence[Processor], until: Callable[[], bool], on_log: Callable[[str], None] = print) -> None:
-        """Go on until `until()`; it is asked after every batch.  From here on this process is an engine (semantics §3.3)."""
+        """Run until `until()`, which is called after every batch.  From here on this process is an engine (semantics §3.3)."""
         set_abandoning(True, everywhere=True)
         self.watched_processors = processors
         for processor in processors:
@@ -344,7 +347,7 @@ class Embedded:
             self._workers.clear()
 
     def _work(self, processors: Sequence[Processor]) -> None:
-        """Activities begin once all that was in the log at the start has been applied: some of it are results (M6.5)."""
+        """Run activities once everything that was in the log at the start has been applied, as some of it may be results (M6.5)."""
         for processor in processors:
             worker, begin = self._workers.get(processor.input_topic, (None, 0))
             if worker is None:
@@ -371,12 +374,12 @@ class Embedded:
                 self._appended = False
 
     def instances(self) -> Instances:
-        """All of them, in one partition."""
+        """All instances, in one partition."""
         store = EmbeddedStore(self.db, self.limits.changelog_topic)
         return Instances("embedded", 1, {0: lambda start, limit: list(itertools.islice(store.scan(b"", start), limit))})
 
     def seen(self) -> list[Seen]:
-        """How it stands: one partition each, nothing to restore."""
+        """The present state: one partition for each processor, and nothing to restore."""
         made = []
         for processor in self.watched_processors:
             topic = processor.input_topic
@@ -385,9 +388,9 @@ class Embedded:
         return made
 
     def trim(self, processors: Sequence[Processor]) -> int:
-        """Delete consumed input records and events of the history older than the retention, and replies after an hour, as one range each; how many.
+        """Delete consumed input records and history events older than the retention, and replies older than an hour, each as one range; return how many.
 
-        Outputs stay for their readers, those that a feed has read, too.
+        Outputs stay for their readers, including those that a feed has read.
         """
         self._trim_next = time.monotonic() + _TRIM_S
         own = [processor.input_topic for processor in processors if processor.changelog_topic]
@@ -396,7 +399,7 @@ class Embedded:
         return inputs + history + self._trim(self.limits.reply_topic, self.end(self.limits.reply_topic), _REPLY_MS)
 
     def _trim(self, topic: str, end: int, retention_ms: int) -> int:
-        """Timestamps of a log rise with its offsets, so the first record to keep is found by halving."""
+        """Trim one topic.  Timestamps in a log rise with its offsets, so the first record to keep is found by binary search."""
         kept = self.clock.now_ms() - retention_ms
         first = self._first_of(topic)
         low, high = first, end
@@ -420,7 +423,7 @@ class Embedded:
         return self._first[topic]
 
     def wake(self) -> None:
-        """End the idle wait of `run`."""
+        """Wake `run` from its idle wait."""
         with self.woken:
             self._appended = True
             self.woken.notify_all()

@@ -1,7 +1,7 @@
-"""A client's way to an embedded engine: in the process that holds it, or through its socket.
+"""A client's link to an embedded engine: in the process that holds it, or through its socket.
 
-Every embedded topic has one partition, so a client follows reply, result and error topic whole, from numeric offsets
-taken when it was made (M1.3).  Through the socket it connects again when the engine was killed and goes on from there.
+Every embedded topic has one partition, so a client follows the whole reply, result and error topics, from numeric offsets that
+were looked up when it was created (M1.3).  If an engine is killed, a client of its socket reconnects to the next one and continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["EmbeddedLink", "SocketLink"]
 
 _TICK_S = 0.2
 _AGAIN_S = 0.05
-_TOGETHER_MAX, _TOGETHER_BYTES_MAX = 200, 1_000_000  # records in one request: an engine does nothing else meanwhile
+_TOGETHER_MAX, _TOGETHER_BYTES_MAX = 200, 1_000_000  # records in one request, during which an engine does nothing else
 _APPEND_S = 10.0  # how long a record is offered to an engine that is being started
 
 
@@ -36,7 +36,7 @@ def _followed(config: Config) -> list[str]:
 
 
 class _Link:
-    """What both have in common: one thread that follows."""
+    """What both links have in common: one thread that follows topics."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -65,7 +65,7 @@ class _Link:
 
 
 class EmbeddedLink(_Link):
-    """To the engine that this process holds; close the client before the engine."""
+    """A link to the engine that this process holds.  Close the client before the engine."""
 
     def __init__(self, engine: Embedded, config: Config) -> None:
         super().__init__(config)
@@ -94,7 +94,7 @@ class EmbeddedLink(_Link):
 
 
 class SocketLink(_Link):
-    """To whoever holds the directory.  While nobody does, records are written to it directly and wait for an engine."""
+    """A link to whichever process holds the directory.  While none does, records are written to it directly, and wait for an engine."""
 
     def __init__(self, directory: Path, config: Config) -> None:
         super().__init__(config)
@@ -104,7 +104,7 @@ class SocketLink(_Link):
         self._sender = threading.Thread(target=self._send, name="kwflow-client-send", daemon=True)
 
     def _ends(self) -> tuple[dict[str, int], bytes | None]:
-        """Where each topic ends, and which log that is."""
+        """The end of each topic, and the id of the log."""
         if not (self._directory / "CURRENT").exists():
             return dict.fromkeys(_followed(self.config), 0), None
         with contextlib.closing(read_only(self._directory)) as db:
@@ -118,7 +118,10 @@ class SocketLink(_Link):
         self._unsent.put((output, failed))
 
     def _send(self) -> None:
-        """In order, and what is there in one request: each is on the disk before it is answered.  One whose answer was lost is written again, which its ids make harmless (M1.4)."""
+        """Send records in order, and all that wait in one request; they are on disk before the request is answered.
+
+        If the answer is lost, the records are written again, which is harmless because of their ids (M1.4).
+        """
         while (item := self._unsent.get()) is not None:
             items, size = [item], len(item[0].value or b"")
             while len(items) < _TOGETHER_MAX and size < _TOGETHER_BYTES_MAX and not self._unsent.empty():
@@ -130,7 +133,7 @@ class SocketLink(_Link):
                 size += len(item[0].value or b"")
             try:
                 submit_all(self._directory, [Group((output,)) for output, _ in items])
-            except TransportError:  # of one of them, perhaps
+            except TransportError:  # perhaps because of one of the records
                 give_up = time.monotonic() + _APPEND_S
                 for output, failed in items:
                     self._send_one(output, failed, give_up)
@@ -161,7 +164,7 @@ class SocketLink(_Link):
                 for record in follower.read(_TICK_S):
                     self._positions[record.topic] = record.offset + 1
                     listener.on_record(record)
-            except (OSError, TransportError):  # no engine runs, it was killed, or its log is another one: from these positions on it is read from the next connection
+            except (OSError, TransportError):  # no engine runs, it was killed, or its log is another one; the next connection continues from these positions
                 if follower is not None:
                     follower.close()
                     follower = None
@@ -171,7 +174,7 @@ class SocketLink(_Link):
             follower.close()
 
     def _begin_anew(self, log: bytes | None, listener: Listener) -> None:
-        """Somebody has deleted the directory, and what is there now is another log: of all its records none was seen."""
+        """Begin at offset 0: somebody has deleted the directory, and what is there now is another log, of which nothing was seen yet."""
         self._positions = dict.fromkeys(self._positions, 0)
         if self._log is not None:
             listener.on_gap()

@@ -1,9 +1,9 @@
-"""How other processes reach the engine that holds an embedded directory: a Unix socket in it, JSON lines.
+"""How other processes reach the engine that holds an embedded directory: a Unix socket in that directory, with JSON lines.
 
-One request a connection.  {"groups"} appends each group's records or none of them; the answer is {"offsets"}.  {"follow": {topic:
-offset}} is answered with the records from there on, as they are committed, and now and then an empty line, so that
-either side notices that the other has gone.  The socket's address goes through /proc/self/fd because a path may have
-107 bytes only.
+There is one request per connection.  {"groups"} appends, for each group, all of its records or none; the answer is {"offsets"}.
+{"follow": {topic: offset}} is answered with the records from these offsets on, as they are committed, and now and then with an
+empty line, so that either side notices when the other has gone.  The socket's address goes through /proc/self/fd if needed,
+because the path of a socket may have only 107 bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["Follower", "serve", "submit", "submit_all"]
 
 _NAME = "engine.sock"
 _REQUEST_BYTES_MAX = 16 * 1024 * 1024
-_FOLLOWED_MAX = 500  # records of a topic in one go
-_SIGN_S = 0.5  # how often a follower that has nothing to read hears that the engine is there
+_FOLLOWED_MAX = 500  # records of one topic that are sent at once
+_SIGN_S = 0.5  # how often a follower is told that the engine is alive when there is nothing to read
 _GONE_S = 5.0
 _AGAIN_S = 0.05
 
@@ -53,7 +53,7 @@ def _address(directory: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def serve(engine: Embedded) -> Iterator[None]:
-    """Take appends from other processes while inside."""
+    """Serve requests of other processes while inside of this."""
     (engine.directory / _NAME).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with _address(engine.directory) as address:
@@ -72,7 +72,7 @@ def serve(engine: Embedded) -> Iterator[None]:
         while not stopped.is_set():
             try:
                 connection, _ = listener.accept()
-            except OSError:  # stopped, or no file descriptor is free now
+            except OSError:  # stopped, or no file descriptor is free at the moment
                 stopped.wait(_AGAIN_S)
                 continue
             worker = threading.Thread(target=answer, args=(connection,), name="kwflow-socket", daemon=True)
@@ -111,7 +111,7 @@ def _answer(engine: Embedded, connection: socket.socket, stopped: threading.Even
 
 
 def _follow(engine: Embedded, connection: socket.socket, positions: dict[str, int], stopped: threading.Event) -> None:
-    """Until either side goes away."""
+    """Send records until either side goes away."""
     seen, sign_at = -1, 0.0
     while not stopped.is_set():
         seen = engine.wait_written(seen, _SIGN_S)
@@ -119,11 +119,11 @@ def _follow(engine: Embedded, connection: socket.socket, positions: dict[str, in
         for topic, position in positions.items():
             records = engine.read(topic, position, _FOLLOWED_MAX)
             if len(records) == _FOLLOWED_MAX:
-                seen = -1  # more is there already
+                seen = -1  # do not wait: more records are there already
             lines += [msgspec.json.encode(record) for record in records]
             if records:
                 positions[topic] = records[-1].offset + 1
-        if lines or time.monotonic() >= sign_at:  # also while all that is written goes to other topics
+        if lines or time.monotonic() >= sign_at:  # even while everything that is written goes to other topics
             connection.sendall(b"\n".join(lines) + b"\n")
             sign_at = time.monotonic() + _SIGN_S
 
@@ -139,12 +139,12 @@ def _line(connection: socket.socket) -> bytes:
 
 
 def submit(directory: Path, topic: str, key: bytes | None, value: bytes | None, headers: Headers = ()) -> int:
-    """Append one record: through the engine that runs, else directly; its offset.  Raises TransportError."""
+    """Append one record, through the running engine or else directly; return its offset.  Raises TransportError."""
     return submit_all(directory, [Group((Output(topic, key, value, headers),))])[0][0]
 
 
 def submit_all(directory: Path, groups: Sequence[Group]) -> list[list[int]]:
-    """Append these in one batch; the offsets of each group's records, none of one whose mark is there.  Raises TransportError."""
+    """Append groups in one batch; return the offsets of each group's records, none for a group whose mark is already there.  Raises TransportError."""
     if not (directory / _NAME).exists():
         engine = Embedded(directory)
         try:
@@ -159,7 +159,7 @@ def submit_all(directory: Path, groups: Sequence[Group]) -> list[list[int]]:
                 connection.connect(address)
             connection.sendall(msgspec.json.encode(_Request(tuple(groups))) + b"\n")
             answer = msgspec.json.decode(_line(connection))
-        except ConnectionRefusedError:  # left behind by a killed engine
+        except ConnectionRefusedError:  # the socket was left behind by a killed engine
             (directory / _NAME).unlink(missing_ok=True)
             return submit_all(directory, groups)
         except (OSError, msgspec.DecodeError) as error:
@@ -170,7 +170,7 @@ def submit_all(directory: Path, groups: Sequence[Group]) -> list[list[int]]:
 
 
 class Follower:
-    """The records that a running engine commits to some topics, from these offsets on.  Raises OSError when no engine runs there."""
+    """The records that a running engine commits to some topics, from these offsets on.  Raises OSError if no engine runs there."""
 
     def __init__(self, directory: Path, positions: dict[str, int]) -> None:
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -185,7 +185,7 @@ class Follower:
             raise
 
     def read(self, seconds: float) -> Iterator[Record]:
-        """What has come, waiting so long for the first.  Raises OSError when the engine has gone, TransportError when it refuses."""
+        """Yield the records that have arrived, after waiting at most `seconds`.  Raises OSError if the engine has gone, TransportError if it refuses."""
         self._connection.settimeout(seconds)
         try:
             part = self._connection.recv(1 << 20)

@@ -1,4 +1,4 @@
-"""What lies where in the database of an embedded engine, and reading it, also beside the engine that holds it."""
+"""The layout of an embedded engine's database, and reading it, even beside the engine that holds it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kwflow.runners.rocks import entries, failing
 
 __all__ = ["LOG", "NEXT", "POSITION", "STORE_ID", "EmbeddedStore", "ends_of", "read_only", "records_of"]
 
-LOG, NEXT, POSITION = b"L", b"N", b"P"  # of a topic: its records, the offset the next one gets, the first one no committed batch holds
-STORE_ID = b"I"  # one log, from its making to its deletion
-_STATE = b"S"  # of a changelog's name: a processor's state
+LOG, NEXT, POSITION = b"L", b"N", b"P"  # prefixes, per topic: its records; the offset that the next one gets; the offset of the first one that no committed batch contains
+STORE_ID = b"I"  # the id of this log, from its creation to its deletion
+_STATE = b"S"  # prefix, followed by the name of a changelog: a processor's state
 
 
 class EmbeddedStore:
-    """One processor's state in the database."""
+    """A Store: one processor's state in the database."""
 
     def __init__(self, db: Rdict, name: str) -> None:
         self._db = db
@@ -36,7 +36,7 @@ class EmbeddedStore:
 
 
 def read_only(directory: Path) -> Rdict:
-    """The database as it is now, also while an engine holds it.  Raises TransportError when there is none."""
+    """Open the database as it is now, even while an engine holds it.  Raises TransportError if there is none."""
     if not (directory / "CURRENT").exists():
         raise TransportError(f"{directory} holds no embedded engine")
     with failing(directory):
@@ -44,7 +44,7 @@ def read_only(directory: Path) -> Rdict:
 
 
 def records_of(db: Rdict, topic: str, offset: int = 0) -> Iterator[Record]:
-    """The records of a topic from this offset on that are still there, oldest first."""
+    """Yield the records of a topic that are still there, from this offset on, oldest first."""
     prefix = LOG + topic.encode() + b"\0"
     for _, value in entries(db, prefix, prefix + b"%020d" % offset):
         yield msgspec.msgpack.decode(value, type=Record)
