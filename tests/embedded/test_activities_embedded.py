@@ -1,4 +1,4 @@
-"""Activities on the embedded engine as processes: killed in the middle, ended while one runs (M6.5)."""
+"""Activities on embedded engines that run as processes: killed in the middle of an activity, or stopped while one runs (M6.5)."""
 
 import contextlib
 import json
@@ -47,14 +47,14 @@ def ran(shell: Shell) -> list[str]:
 
 
 def results(shell: Shell) -> dict[str, object]:
-    """Workflow id -> result; each exactly once."""
+    """Workflow id -> result; each occurs exactly once."""
     found = [line.split(" ", 2)[1:] for line in shell.records("workflow-result")]
     assert len({id for id, _ in found}) == len(found)
     return {id: json.loads(value) for id, value in found}
 
 
 def test_an_activity_whose_result_is_in_the_log_already_is_not_begun_again(tmp_path: pathlib.Path) -> None:
-    """M6.5: its engine was killed before it could apply it, and much lies before it."""
+    """M6.5: its engine was killed before it could apply the result, and many records are in front of it."""
     module = durable.load_source("answered", ANSWERED, "answered.py")
     config = Config(batch_records_max=1)
     with contextlib.closing(Embedded(tmp_path, config, sync=False)) as held:
@@ -70,7 +70,7 @@ def test_an_activity_whose_result_is_in_the_log_already_is_not_begun_again(tmp_p
 
 
 def test_activities_that_ran_when_the_engine_was_killed_run_again_with_the_same_key_and_count_once(shell: Shell) -> None:
-    """M6.5: at least once; the workflow sees one result each."""
+    """M6.5: at least once, but the workflow sees one result for each."""
     engine = shell.engine(MODULE)
     shell("start", "w", "--workflow", "fan_out", "--input", "5")
     shell.until(lambda: len(ran(shell)) == 5)
@@ -115,7 +115,7 @@ def test_an_engine_that_is_asked_to_end_lets_activities_finish_and_nothing_runs_
 
 
 def test_activities_that_exit_hang_and_fail_end_as_errors_at_the_yield_and_the_engine_ends_in_time(shell: Shell) -> None:
-    """M6: each ends as a clear ActivityError, the engine goes on; a thread that hangs does not keep the process."""
+    """M6: each ends as a clear ActivityError and the engine goes on. A thread that hangs does not keep the process alive."""
     engine = shell.engine(MODULE)
     shell("start", "w", "--workflow", "bad")
     shell.until(lambda: results(shell))
@@ -133,7 +133,7 @@ def resident_bytes(pid: int) -> int:
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_ten_thousand_activities_that_wait_in_one_engine_keep_its_memory_flat(shell: Shell) -> None:
-    """M6.2: what waits lies in the store; a thousand live instances are kept in memory either way."""
+    """M6.2: waiting calls are in the store. A thousand live instances are kept in memory either way."""
     engine = shell.engine(MODULE)
 
     def waiting() -> int:

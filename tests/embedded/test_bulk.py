@@ -1,4 +1,4 @@
-"""`kwflow bulk …`: what a filter finds, each once, and nothing else (M2)."""
+"""`kwflow bulk …` acts on what a filter finds, once on each, and on nothing else (M2)."""
 
 import contextlib
 import io
@@ -71,7 +71,7 @@ def many(tmp_path: pathlib.Path) -> Iterator[Many]:
 
 
 def test_a_command_is_done_to_all_that_a_filter_finds_and_to_no_others(many: Many) -> None:
-    """M2: more of them than are under way at a time."""
+    """M2: to more of them than are in progress at a time."""
     said, _ = many.bulk("cancel", "--where", "even=true", "--dry-run")
     assert sorted(said.split()) == sorted(f"w{number}" for number in range(0, 300, 2)) and set(many.statuses().values()) == {"waiting"}
     _, counted = many.bulk("pause", "--workflow", "waits", "--reason", "audit", "--yes")
@@ -89,7 +89,7 @@ def test_a_command_is_done_to_all_that_a_filter_finds_and_to_no_others(many: Man
 
 
 def test_it_asks_first_needs_a_filter_and_leaves_what_is_kwflows_own_alone(many: Many) -> None:
-    """A command that meant others than it was to cannot be taken back."""
+    """A command that hit the wrong instances could not be undone."""
     assert "which workflows?" in many.bulk("terminate", "--yes", code=2)[1]
     assert "cancel 301 workflows?" in many.bulk("cancel", "--everything", typed="n\n", code=1)[1]
     assert set(many.statuses().values()) == {"waiting"}
@@ -101,7 +101,7 @@ def test_it_asks_first_needs_a_filter_and_leaves_what_is_kwflows_own_alone(many:
 
 
 def test_the_same_again_under_its_id_does_nothing_twice(many: Many) -> None:
-    """M1.4: after an interruption; who is signalled twice has one signal."""
+    """M1.4: after an interruption. An instance that is signalled twice gets one signal."""
     many.bulk("pause", "--id", "w7", "--yes")
     for _ in range(2):
         many.bulk("signal", "go", "--workflow", "other", "--value", "1", "--command-id", "once", "--yes")
@@ -110,7 +110,7 @@ def test_the_same_again_under_its_id_does_nothing_twice(many: Many) -> None:
 
 
 def test_who_is_paused_keeps_the_command_and_holds_up_no_others(many: Many) -> None:
-    """M2: the reply to a cancel or a signal waits with it; the others were not reached, whenever it was repeated."""
+    """M2: a paused instance holds a cancel or a signal, and its reply with it. The other instances were never reached, however often the command was repeated."""
     many.bulk("pause", "--id", "w1", "--yes")
     said, counted = many.bulk("signal", "go", "--value", "1", "--workflow", "waits", "--yes", "--command-timeout", "10")
     assert counted.splitlines()[-1] in ("111 paused, 189 ok", "189 ok, 111 paused") and "w1: paused: the instance is paused: this is done" in counted
@@ -128,7 +128,7 @@ def test_one_that_is_paused_between_the_list_and_the_command_is_told_when_its_re
 
 
 def test_who_interrupts_it_is_told_how_it_goes_on(many: Many, tmp_path: pathlib.Path) -> None:
-    """M1.4: Ctrl-C said nothing, and nobody knew the command's id."""
+    """M1.4: Ctrl-C printed nothing, and nobody knew the command's id."""
     log = tmp_path / "log"
     many.client.close()
     many.hosted.close()
@@ -143,7 +143,7 @@ def test_who_interrupts_it_is_told_how_it_goes_on(many: Many, tmp_path: pathlib.
 
 
 def test_who_interrupts_it_in_its_first_word_is_told_how_it_goes_on(many: Many) -> None:
-    """M1.4: it ended with the id, but without a word of what was done."""
+    """M1.4: it printed the id when it ended, but not what had been done."""
 
     class Interrupted(io.StringIO):
         def write(self, text: str) -> int:
@@ -158,7 +158,7 @@ def test_who_interrupts_it_in_its_first_word_is_told_how_it_goes_on(many: Many) 
 
 
 def test_it_imports_nothing_once_it_has_begun(many: Many) -> None:
-    """M1.4: CPython ignores what is raised in a callback, such as the one that lets go of a module's lock; a Ctrl-C there was lost, and the command went on."""
+    """M1.4: CPython ignores exceptions in a callback, such as the one that releases a module's lock. A Ctrl-C there was lost, and the command went on."""
     command = [sys.executable, "-X", "importtime", "-m", "kwflow", "bulk", "cancel", "--workflow", "waits", "--yes", "--embedded", str(many.directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     before, _, after = done.stderr.partition("cancel 300 workflows")
@@ -166,7 +166,7 @@ def test_it_imports_nothing_once_it_has_begun(many: Many) -> None:
 
 
 def test_an_entry_under_what_is_no_id_holds_up_no_others(many: Many) -> None:
-    """A damaged store: the others are done, and it is named."""
+    """A damaged store: the other instances are done, and the entry is named."""
     db = many.hosted.engine.db
     db[EmbeddedStore(db, Config().changelog_topic).prefix + b"a|b"] = b"KWF?"
     _, told = many.bulk("terminate", "--everything", "--yes", code=1)

@@ -1,4 +1,4 @@
-"""The client on an embedded engine, in the engine's process and through its socket: the same tests for both (M1, M4, A1-A12)."""
+"""The client on an embedded engine, in the engine's process and through its socket, with the same tests for both (M1, M4, A1-A12)."""
 
 import asyncio
 import math
@@ -131,7 +131,7 @@ def test_each_of_50_callers_gets_its_own_outcome(client: Client) -> None:
 
 
 def test_what_a_client_sends_at_once_comes_in_its_order_and_each_is_answered(client: Client) -> None:
-    """M1.4, G2: through the socket many of them are one request."""
+    """M1.4, G2: through the socket, many commands are one request."""
     client.start("p", workflow="prices").result(20)
     updates = [client.update("p", "price", n if n % 50 else -1) for n in range(500)]
     said = [update.exception(30) or update.result() for update in updates]
@@ -149,7 +149,7 @@ def test_three_clients_each_receive_their_own(make: Make) -> None:
 
 
 def test_an_outcome_from_before_anybody_listened_is_given(client: Client, make: Make) -> None:
-    """A3, A5: also to a client that is new."""
+    """A3, A5: to a new client, too."""
     run = client.start("w", 7, workflow="ask").result(20)
     waits(client, "w")
     client.resume("w", "answer", {"x": 1}).result(20)
@@ -167,7 +167,7 @@ def test_a_client_that_comes_while_it_runs_gets_the_outcome(client: Client, make
 
 
 def test_two_runs_of_one_id_are_told_apart(client: Client) -> None:
-    """M4: by the start id; the earlier one is found in the topic after the later one has begun."""
+    """M4: by the start id. The outcome of the earlier run is found in the topic after the later one has begun."""
     first = client.start_and_wait("w", workflow="ask", start_id="one")
     waits(client, "w")
     with pytest.raises(CommandError) as refused:
@@ -282,7 +282,7 @@ def test_signal_with_start_and_status(client: Client) -> None:
 
 
 def test_headers_of_a_call_are_read_by_the_workflow_and_its_activities(client: Client) -> None:
-    """semantics §9.3: kw.headers, kw.activity_info; those of an answer go on from it."""
+    """semantics §9.3: through kw.headers and kw.activity_info. The headers of an answer are passed on from there."""
     outcome = client.start_and_wait("h", workflow="hears", headers={"tenant": "north", "raw": b"\xff", "none": None})
     while [wait["ref"] for wait in client.query("h").result(10)["waits"]] != ["last"]:
         """Its activity has not been answered."""
@@ -325,7 +325,7 @@ def test_an_outcome_too_large_to_be_kept_is_found_in_its_topic(client: Client, m
 
 
 def test_a_workflow_that_a_plain_record_started_can_be_waited_for(client: Client, hosted: Hosted) -> None:
-    """Without a start id nothing is kept after the end, but its record is still in the topic."""
+    """Without a start id nothing is kept after the end, but its outcome is still in the topic."""
     hosted.engine.append(hosted.config.resume_topic, b"w", b"new:null")
     waits(client, "w")
     waiting = client.result("w", timeout=20)
@@ -348,7 +348,7 @@ def test_a_subscriber_is_called_for_each_outcome_until_it_leaves(client: Client)
 
 
 def test_coroutines_wait_for_the_same_futures(client: Client) -> None:
-    """One implementation, no twins."""
+    """There is one implementation, not one for threads and one for asyncio."""
 
     async def one(n: int) -> Any:
         return (await client.start_and_wait(None, {"name": n}, workflow="greet"))["name"]
@@ -396,7 +396,7 @@ class Line(pydantic.BaseModel):
 
 
 def test_a_typed_object_is_given_and_the_workflow_is_given_one_and_what_does_not_fit_is_refused(client: Client) -> None:
-    """Decision 0050; the client's class is its own, what travels is JSON."""
+    """Decision 0050: the client may have a class of its own, because what is sent is JSON."""
     given = Line(sku="a", key=b"two")
     outcome = client.start_and_wait("w", given, workflow="typed")
     client.signal_with_start("v", "s", workflow="typed", input=given).result(20)
@@ -450,7 +450,7 @@ def test_nobody_waits_for_an_outcome_that_is_not_written(tmp_path: pathlib.Path)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="NOT TESTED: no fork here")
 def test_a_client_that_a_fork_has_copied_says_so(client: Client) -> None:
-    """Servers that fork their workers: the client's thread stays behind, and its futures would wait for ever."""
+    """For servers that fork their workers: the client's thread stays behind in the parent, and futures would wait for ever."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -465,7 +465,7 @@ def test_a_client_that_a_fork_has_copied_says_so(client: Client) -> None:
 
 
 def test_a_callback_that_waits_is_told_that_it_must_not(client: Client) -> None:
-    """It runs on the thread that would bring the answer: it would wait for ever, and everybody with it."""
+    """It runs on the thread that would deliver the answer: it would wait for ever, and everybody else with it."""
     said: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def waits(done: Any) -> None:
@@ -484,7 +484,7 @@ def test_a_callback_that_waits_is_told_that_it_must_not(client: Client) -> None:
 
 
 def test_a_client_outlives_the_state_that_it_was_made_for(tmp_path: pathlib.Path) -> None:
-    """Somebody deletes the directory and starts the engine anew: who waits is told that its run is gone, the others go on."""
+    """Somebody deletes the directory and starts the engine again. A caller that waits is told that its run is gone; the others go on."""
     config = Config(command_timeout_s=10)
     with Client.embedded(tmp_path / "state", config) as client:
         with Hosted(tmp_path / "state", workflows(), config, on_log=lambda _: None):
@@ -527,7 +527,7 @@ def test_without_an_engine_a_command_has_an_unknown_outcome_and_is_done_once_whe
 
 
 def test_a_directory_that_cannot_be_made_is_named_to_every_caller(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AF-6: the thread that sends must outlive what it could not send."""
+    """AF-6: the sending thread must survive what it could not send."""
     monkeypatch.setattr(embedded_link, "_APPEND_S", 0.1)
     (tmp_path / "loop").symlink_to("loop")
     with Client.embedded(tmp_path / "loop" / "state") as client:
@@ -537,7 +537,7 @@ def test_a_directory_that_cannot_be_made_is_named_to_every_caller(tmp_path: path
 
 
 def test_an_engine_that_could_not_be_hosted_leaves_its_directory_free_and_may_be_closed_twice(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A notebook: the mistake is mended, and the cell is run again."""
+    """As in a notebook: the mistake is corrected, and the cell is run again."""
     with monkeypatch.context() as without, pytest.raises(UsageError, match="otel"):
         without.setitem(sys.modules, "opentelemetry", None)
         Hosted(tmp_path / "state", workflows(), Config(tracing=True), on_log=lambda _: None)
@@ -546,7 +546,7 @@ def test_an_engine_that_could_not_be_hosted_leaves_its_directory_free_and_may_be
 
 
 def test_a_program_that_hosted_an_engine_closes_its_own_generators_as_before(tmp_path: pathlib.Path) -> None:
-    """Semantics §3.3: forgetting is for as long as the engine runs."""
+    """Semantics §3.3: generators are forgotten only as long as the engine runs."""
     cleaned: list[str] = []
     module = durable.load_source("closing_case", "def gen(cleaned):\n    try:\n        yield 1\n    finally:\n        cleaned.append('cleaned')\n", "closing_case.py")
     with Hosted(tmp_path / "state", workflows(), on_log=lambda _: None) as hosted, Client.embedded(hosted.engine) as client:

@@ -1,4 +1,4 @@
-"""Deployments of the embedded engine: stopped, its code replaced, started again, as its user does it (G10)."""
+"""Deployments of the embedded engine: it is stopped, its code is replaced, and it is started again, as its user does it (G10)."""
 
 import json
 import os
@@ -35,7 +35,7 @@ class Deployments(Shell):
         (directory / "shop/__init__.py").write_text("")
 
     def deploy(self, files: dict[str, str], *modules: str) -> None:
-        """Stop the engine, replace the files (empty: delete), start it with these modules."""
+        """Stop the engine, replace the files (empty text deletes one), and start it with these modules."""
         self.stop()
         for name, text in files.items():
             path = self.folder / "shop" / name
@@ -64,7 +64,7 @@ def waits_for(site: Shell, id: str, ref: str) -> None:
 
 @pytest.mark.slow
 def test_instances_outlive_a_changed_a_renamed_and_a_deleted_module(site: Deployments) -> None:
-    """G10, wire §4: the engine is another process each time; helpers that are gone come from the store."""
+    """G10, wire §4: the engine is another process each time, and helpers that are gone come from the store."""
     site.deploy({"trips.py": OLD, "helpers.py": "def help_():\n    return 'helped'\n"}, "shop.trips")
     site("start", "w", "--input", "1")
     waits_for(site, "w", "r")
@@ -81,7 +81,7 @@ def test_instances_outlive_a_changed_a_renamed_and_a_deleted_module(site: Deploy
 
 @pytest.mark.slow
 def test_old_code_that_instances_wait_in_is_loaded_when_the_engine_starts(site: Deployments) -> None:
-    """Semantics §9.6: before any record; in a program that holds its engine itself, too."""
+    """Semantics §9.6: before any record, and in a program that hosts its engine itself, too."""
     loads = site.folder / "loads"
     noted = HEAD + f"open({str(loads)!r}, 'a').write(__name__ + chr(10))\n"
     site.deploy({"trips.py": noted + "def main(opts):\n    yield kw.suspend('r')\n    return 'old'\n"}, "shop.trips")
@@ -150,7 +150,7 @@ def test_a_deployment_is_checked_before_it_is_made_then_seen_compared_moved_and_
 
 
 class Ago:
-    """A clock that is so many days behind."""
+    """A clock that is this many days behind."""
 
     def __init__(self, days: float) -> None:
         self.days = days
@@ -161,7 +161,7 @@ class Ago:
 
 @pytest.mark.slow
 def test_gc_removes_what_no_instance_runs_and_nobody_has_used_for_days_with_what_it_imports_kept(site: Deployments) -> None:
-    """Wire §4: entries go only by gc."""
+    """Wire §4: entries are removed only by gc."""
     site.deploy({"trips.py": NEW}, "shop.trips")
     site("start", "w")
     waits_for(site, "w", "r")
@@ -186,7 +186,7 @@ def test_gc_removes_what_no_instance_runs_and_nobody_has_used_for_days_with_what
 
 
 def test_gc_keeps_what_an_engine_begins_to_run_while_it_looks_at_the_instances(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """G10: to look at a million takes long; a rollback meanwhile writes its source anew, in the transaction of the first snapshot that names it."""
+    """G10: looking at a million instances takes long. A rollback meanwhile writes its source again, in the transaction of the first snapshot that names it."""
     topic, snapshots = Config().code_topic, code.snapshots
 
     def written(ago: float) -> None:
@@ -205,7 +205,7 @@ def test_gc_keeps_what_an_engine_begins_to_run_while_it_looks_at_the_instances(t
 
 
 def test_an_instance_is_saved_with_its_code_and_goes_on_in_a_test(site: Deployments) -> None:
-    """ARCHITECTURE §1: a saved one can be copied; nothing of the package has to be there."""
+    """ARCHITECTURE §1: a saved instance can be copied. The package need not be installed there."""
     site.deploy({"flows.py": OLD, "helpers.py": "def help_():\n    return 'helped'\n"}, "shop.flows")
     site("start", "a", "--input", "5")
     waits_for(site, "a", "r")
@@ -234,7 +234,7 @@ def test_an_instance_is_saved_with_its_code_and_goes_on_in_a_test(site: Deployme
 
 
 def test_activities_of_what_is_loaded_can_be_faked_before_it_calls_one(site: Deployments) -> None:
-    """Where nothing of the package is there, nobody knew their names, and the first step called them in earnest."""
+    """Without the package nobody knew their names, and the first step really called them."""
     body = "@kw.activity\ndef charge_once(n: int) -> str:\n    raise AssertionError('called')\n\ndef main(opts):\n    yield kw.suspend('r')\n    return (yield charge_once(opts))\n"
     site.deploy({"flows.py": HEAD + body}, "shop.flows")
     site("start", "a", "--input", "5")

@@ -1,4 +1,4 @@
-"""The command line as its user meets it: help, inspection, dead letters, signals in the middle of a step, errors in one line."""
+"""The command line as its user sees it: help, inspection, dead letters, signals in the middle of a step, errors in one line."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def test_the_answer_that_run_proposes_is_one_that_it_takes(tmp_path: pathlib.Pat
 
 @pytest.mark.slow
 def test_run_says_that_it_goes_on_why_it_cannot_what_it_waits_for_and_where_it_failed(tmp_path: pathlib.Path) -> None:
-    """It took the place of a new input for one, and was silent about a parked workflow and about signals."""
+    """It did not say that a run that is already there keeps its first input, and was silent about a parked workflow and about signals."""
     text = "import kwflow as kw\ndef main(opts):\n    held = HELD\n    yield kw.wait_signal('go')\n    raise ValueError(opts)\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -161,7 +161,7 @@ def test_run_finds_its_outcome_behind_those_of_a_thousand_children(tmp_path: pat
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(42, 0), (-1, 1)])
 def test_run_tells_the_outcome_from_what_the_author_writes_there_and_by_its_kind(tmp_path: pathlib.Path, number: int, code: int) -> None:
-    """KW-12; one topic for results and errors."""
+    """KW-12, with one topic for results and errors."""
     (tmp_path / "writes.py").write_text("""
 import kwflow as kw
 def main(number):
@@ -179,7 +179,7 @@ def main(number):
 
 @pytest.mark.slow
 def test_run_ends_when_its_start_is_refused(tmp_path: pathlib.Path) -> None:
-    """It waited for an outcome of what had never begun."""
+    """It waited for the outcome of a run that had never begun."""
     (tmp_path / "counting.py").write_text("def main(number: int):\n    return number\n    yield\n")
     for given, code, said in (('"two"', 1, "does not take this input: Expected `int`, got `str`"), ("2", 0, "")):
         command = [sys.executable, "-m", "kwflow", "run", str(tmp_path / "counting.py"), "--input", given, "--embedded", str(tmp_path / "state")]
@@ -197,7 +197,7 @@ def test_run_is_refused_where_no_outcome_is_written(tmp_path: pathlib.Path, monk
 
 @pytest.mark.slow
 def test_what_records_hold_is_printed_as_it_is_and_no_terminal_obeys_it(tmp_path: pathlib.Path) -> None:
-    """Issue of every program that prints what it was sent: markup, emoji codes, escape sequences."""
+    """A problem of every program that prints what it was sent: markup, emoji codes, escape sequences."""
     (tmp_path / "echo.py").write_text("import kwflow as kw\ndef main(opts):\n    yield kw.sleep(0)\n    return opts\n")
     state = ["--embedded", str(tmp_path / "state")]
     id, value = "[red]urn:key:7", '{"at":"urn:key:7 :smile: [bold]x"}'
@@ -219,7 +219,7 @@ def test_what_records_hold_is_printed_as_it_is_and_no_terminal_obeys_it(tmp_path
 @pytest.mark.parametrize("command", ["start", "resume", "run", "code"])
 @pytest.mark.parametrize("id", ["", "a|b", "x" * 513])
 def test_a_wrong_id_is_refused_before_anything_is_written(tmp_path: pathlib.Path, command: str, id: str) -> None:
-    """wire.md: what the engine would dead-letter, and `run` wait for for ever."""
+    """wire.md: the engine would dead-letter it, and `run` would wait for it for ever."""
     (tmp_path / "adding.py").write_text("def main(opts):\n    return sum(opts)\n    yield\n")
     arguments = {"start": [id], "resume": [id, "r"], "run": [str(tmp_path / "adding.py"), "--id", id], "code": ["migrate", id]}[command]
     done = CliRunner().invoke(app, [command, *arguments, "--embedded", str(tmp_path / "state")])
@@ -237,14 +237,14 @@ def test_text_that_is_no_json_is_answered_with_how_it_is_written() -> None:
 
 
 def test_an_empty_answer_is_none(tmp_path: pathlib.Path) -> None:
-    """A variable that a shell does not know would have answered with null."""
+    """An unset shell variable would have answered with null."""
     done = CliRunner().invoke(app, ["resume", "w", "r", "--value", "", "--embedded", str(tmp_path / "state")])
     assert isinstance(done.exception, UsageError) and str(done.exception).startswith("--value is not JSON")
     assert not (tmp_path / "state").exists()
 
 
 def test_a_timestamp_that_is_no_time_hides_no_instance(tmp_path: pathlib.Path) -> None:
-    """Before 4.0 Kafka takes any, such as microseconds."""
+    """Kafka before 4.0 accepts any timestamp, such as one in microseconds."""
     config, held = Config(), Embedded(tmp_path / "state", sync=False)
     module = durable.load_source("timed", "import kwflow as kw\ndef main(opts):\n    yield kw.suspend('r')\n", "timed.py")
     held.append_all([Group((Output(config.resume_topic, b"w", b"new:null", (), 1_700_000_000_000_000),))])
@@ -256,7 +256,7 @@ def test_a_timestamp_that_is_no_time_hides_no_instance(tmp_path: pathlib.Path) -
 
 
 def test_show_says_where_a_workflow_failed(tmp_path: pathlib.Path) -> None:
-    """K20: the traceback travels with the error record only, which show does not read."""
+    """K20: the traceback is only in the error record, which show does not read."""
     config, held = Config(), Embedded(tmp_path / "state", sync=False)
     module = durable.load_source("failing", "def main(opts):\n    return opts['missing']\n    yield\n", "shop/failing.py")
     held.append_all([Group((Output(config.resume_topic, b"w", b"new:{}", (("kwflow-start-id", b"s"),)),))])
@@ -384,7 +384,7 @@ def main(opts):
 
 @pytest.mark.slow
 def test_a_parked_instance_is_shown_with_its_hold_and_a_retry_that_is_killed_in_the_middle_applies_each_record_once(shell: Shell, tmp_path: pathlib.Path) -> None:
-    """Semantics §7, K17: 1,200 records are three transactions; the engine is killed between them and goes on."""
+    """Semantics §7, K17: 1,200 records are three transactions. The engine is killed between them, and goes on."""
     module, mended = tmp_path / "counting.py", tmp_path / "mended"
     module.write_text(COUNTING.replace("held = open(__file__)", "held = open(__file__)\n            yield kw.suspend('never')"))
     engine = shell.engine(str(module))
@@ -409,7 +409,7 @@ def test_a_parked_instance_is_shown_with_its_hold_and_a_retry_that_is_killed_in_
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_middle_of_a_step_finishes_the_batch_and_author_code_never_sees_it(shell: Shell, tmp_path: pathlib.Path, number: signal.Signals) -> None:
-    """Semantics §2.5: no compensation because of it."""
+    """Semantics §2.5: a signal causes no compensation."""
     module = tmp_path / "slow.py"
     module.write_text(SLOW.replace('kw.log("step begins")', f'open({str(tmp_path / "begun")!r}, "w").close()'))
     engine = shell.engine(str(module))
@@ -461,7 +461,7 @@ def test_no_broker_is_one_line_and_exit_code_3() -> None:
 
 @pytest.mark.slow
 def test_an_engine_whose_streams_are_closed_runs_and_what_an_output_cannot_show_is_escaped(shell: Shell) -> None:
-    """Found by running it in odd ways: its database had the number of the standard error, and JSON logs ended it."""
+    """Found by running it in unusual ways: its database got the file descriptor of the standard error, and JSON logs ended it."""
     started = subprocess.Popen(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *shell.command("engine", TRIP, "--log-format", "json")], cwd=ROOT)
     shell.until(lambda: started.poll() is not None or (shell.directory / "engine.sock").exists())
     try:

@@ -1,4 +1,4 @@
-"""The console on an embedded engine that runs beside it: what pages tell, what forms do, and who may enter (docs/CONSOLE.md)."""
+"""The console on an embedded engine that runs beside it: what pages show, what forms do, and who may enter (docs/CONSOLE.md)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def pays(opts):
 
 
 class Shop:
-    """An engine with instances, and consoles of it."""
+    """An engine with instances, and consoles for it."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
@@ -122,7 +122,7 @@ def at(id: str) -> str:
 
 
 def text_of(page: str) -> str:
-    """What a reader of the page sees."""
+    """The text that a reader of the page sees."""
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
 
 
@@ -169,7 +169,7 @@ def test_a_filter_that_means_nothing_is_refused_by_name(http: httpx.Client) -> N
 
 
 def test_an_instance_is_shown_in_the_source_that_it_runs_also_when_the_file_has_changed_since(shop: Shop, http: httpx.Client) -> None:
-    """The picture is of the stored version (semantics §8.1): line, stack and variables are as they were."""
+    """The page shows the stored version (semantics §8.1): line, stack and variables are as they were."""
     shop.start("looked", "Ada")
     shop.start("mother", "mother", "parent")
     page = text_of(http.get(at("looked")).text)
@@ -226,7 +226,7 @@ def test_a_damaged_instance_is_listed_and_shown_with_the_reason(shop: Shop, http
 
 
 def test_a_source_that_no_python_can_read_is_said_beside_the_generator() -> None:
-    """It may be of another minor; the parser of this one says MemoryError of what nests too deeply."""
+    """The source may be for another minor version. The parser of this one raises MemoryError for code that is nested too deeply."""
     frame = Frame("m", "main", "main", "1", {"x": 1}, ())
     for source in ("def main(:", "x = " + "-" * 100_000 + "1", "x = " + "1+" * 100_000 + "1", "\0"):
         found = placed(frame, {"m": Code("m", "", "m.py", source, "", ())}, Shown({}), 1)
@@ -323,7 +323,7 @@ def test_a_command_that_no_engine_answers_says_so(shop: Shop) -> None:
 
 # -- who may enter -----------------------------------------------------------------------------------------------------
 def test_without_tokens_only_a_host_that_dns_gives_nobody_else_is_answered(http: httpx.Client) -> None:
-    """DNS rebinding: a page from elsewhere reaches this port, under its own name."""
+    """DNS rebinding: a page from elsewhere reaches this port under its own name."""
     for host in ("localhost", "LOCALHOST:8081", "127.0.0.1:8081", "[::1]:8081", "10.0.0.7"):
         assert is_local(host) and http.get("/style.css", headers={"Host": host}).status_code == 200
     for host in ("evil.example", "", "127.0.0.1.evil.example", "localhost@evil.example", "[::1", "localhost.evil.example:80", "evil.example#localhost", "localhost:80:80"):

@@ -1,4 +1,4 @@
-"""The embedded engine as its user meets it: a process, killed and started again (G1, G6)."""
+"""The embedded engine as its user sees it: a process that is killed and started again (G1, G6)."""
 
 import contextlib
 import os
@@ -76,7 +76,7 @@ def test_a_second_holder_of_the_directory_is_told_who_has_it(tmp_path: pathlib.P
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["moved", "replaced"])
 def test_an_engine_whose_directory_is_moved_or_replaced_ends_and_leaves_what_is_there_now_alone(shell: Shell, tmp_path: pathlib.Path, how: str) -> None:
-    """G3: it went on in its open files, took records that nobody would find there, and removed the socket of the next engine when it ended."""
+    """G3: it went on in its open files and took records that nobody would find there. When it ended, it removed the socket of the next engine."""
     engine = shell.engine(TRIP)
     assert engine.stderr is not None
     shell("start", "trip", "--input", '{"timeout": 600000}')
@@ -96,7 +96,7 @@ def test_an_engine_whose_directory_is_moved_or_replaced_ends_and_leaves_what_is_
 
 
 def test_a_record_is_not_taken_into_a_directory_that_is_gone(tmp_path: pathlib.Path) -> None:
-    """A restart would not find it."""
+    """It would not be found after a restart."""
     held = Embedded(tmp_path / "here")
     try:
         held.append("t", b"k", b"v")
@@ -135,7 +135,7 @@ def test_bad_arguments_get_one_line_and_exit_code_2(shell: Shell, tmp_path: path
 
 
 def test_an_engine_that_had_no_file_descriptors_for_a_while_takes_records_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """G3: others reach it through its socket, which needs one for each of them."""
+    """G3: others reach it through its socket, and each connection needs a file descriptor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(contextlib.closing(Embedded(tmp_path)))
@@ -158,7 +158,7 @@ def test_an_engine_that_had_no_file_descriptors_for_a_while_takes_records_again(
 
 @pytest.mark.slow
 def test_an_engine_takes_as_many_open_files_as_it_may(shell: Shell) -> None:
-    """The soft limit of most systems, 1,024, is less than what 150 partitions take."""
+    """The soft limit of most systems, 1,024, is less than 150 partitions need."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
@@ -169,7 +169,7 @@ def test_an_engine_takes_as_many_open_files_as_it_may(shell: Shell) -> None:
 
 
 def test_an_engine_that_is_busy_with_other_topics_is_heard_and_hears_that_a_follower_has_gone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """M1: else clients connect again every 5 s, and those that have left keep a thread and a file each."""
+    """M1: otherwise clients reconnect every 5 s, and each that has left still holds a thread and a file."""
     monkeypatch.setattr(engine_socket, "_SIGN_S", 0.05)
     monkeypatch.setattr(engine_socket, "_GONE_S", 0.5)
     with contextlib.closing(Embedded(tmp_path, sync=False)) as engine, serve(engine):
@@ -193,7 +193,7 @@ def test_an_engine_that_is_busy_with_other_topics_is_heard_and_hears_that_a_foll
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize("where", ["a pipe that nobody reads", "/dev/full"])
 def test_an_engine_whose_log_cannot_be_written_goes_on(shell: Shell, form: str, where: str) -> None:
-    """G3: what it has to say is lost, not what it has to do."""
+    """G3: it loses log lines, not work."""
     with contextlib.ExitStack() as stack:
         read, write = os.pipe()
         log = stack.enter_context(open(where if where.startswith("/") else write, "wb", buffering=0))
@@ -229,7 +229,7 @@ def main(opts):
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "code"), [("kill", 9), ("hang", 3)])
 def test_a_record_that_kills_or_hangs_the_engine_parks_its_instance_at_the_sixth_start(shell: Shell, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, what: str, code: int) -> None:
-    """K19: a call that blocks in C cannot be ended, so the process ends; the records around it are applied."""
+    """K19: a call that blocks in C cannot be interrupted, so the process ends. The records around it are applied."""
     monkeypatch.setenv("KWFLOW_STEP_TIMEOUT_MS", "200")
     monkeypatch.setenv("KWFLOW_STEP_ABORT_MS", "400")
     (tmp_path / "kills.py").write_text(KILLS)
@@ -260,7 +260,7 @@ def main(o):
 
 @pytest.mark.slow
 def test_a_full_disk_is_no_record_s_fault_and_is_told_to_everybody(shell: Shell, tmp_path: pathlib.Path) -> None:
-    """K19, G3: however often it is started there, nothing is parked; with room again all goes on."""
+    """K19, G3: however often the engine is started on the full disk, nothing is parked. With room again, everything goes on."""
     (tmp_path / "grows.py").write_text(GROWS)
     grows = str(tmp_path / "grows.py")
     shell("start", "w")

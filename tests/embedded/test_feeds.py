@@ -1,4 +1,4 @@
-"""Feeds of an embedded engine: of what its workflows write, in the same log (decision 0058)."""
+"""Feeds of an embedded engine, from what its workflows write, in the same log (decision 0058)."""
 
 import json
 import pathlib

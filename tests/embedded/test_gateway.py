@@ -65,7 +65,7 @@ def said(answer: httpx.Response) -> dict[str, Any]:
 
 # -- starts and outcomes -----------------------------------------------------------------------------------------------
 def test_each_of_50_callers_gets_exactly_its_own_outcome(make: Callable[..., Serving]) -> None:
-    """A1, A2: two gateways, whose callers wait at the same time."""
+    """A1, A2: through two gateways, with callers that wait at the same time."""
     gateways = [make(), make()]
 
     async def all_of_them() -> list[httpx.Response]:
@@ -115,7 +115,7 @@ def test_workflows_are_listed_newest_first_by_what_is_asked_for(http: httpx.Clie
 
 
 def test_an_id_that_the_gateway_makes_is_the_same_for_the_same_key(make: Callable[..., Serving]) -> None:
-    """A caller that does not know whether its start arrived repeats it, at any gateway: there is one run."""
+    """A caller that does not know whether its start arrived can repeat it at any gateway: there is one run."""
     headers = {"Idempotency-Key": "from-the-mail-4711"}
     first, again = (make().http.post("/workflows", params={"workflow": "ask"}, headers=headers) for _ in range(2))
     assert (first.status_code, again.status_code) == (201, 200)
@@ -139,7 +139,7 @@ def test_a_wait_that_is_over_leaves_it_running_and_tells_where_to_ask(http: http
 
 
 def test_who_asks_before_the_end_is_answered_at_the_end(make: Callable[..., Serving]) -> None:
-    """A5: another gateway than the one that started it."""
+    """A5: at another gateway than the one that started it."""
     one, two = make(), make()
     one.http.post("/workflows/w", params={"workflow": "ask"})
     answers: list[httpx.Response] = []
@@ -199,7 +199,7 @@ def test_signals_updates_and_queries(http: httpx.Client) -> None:
 
 
 def test_where_a_caller_is_in_a_trace_goes_on_in_the_workflow(http: httpx.Client, hosted: Hosted) -> None:
-    """W3C Trace Context; nothing else of its headers does."""
+    """W3C Trace Context; no other header of the caller is passed on."""
     place = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=1"}
     http.post("/workflows/t?workflow=ask", json=1, headers={**place, "kwflow-op": "cancel", "tenant": "north"})
     http.post("/workflows/t/refs/answer", json=5, headers={**place, "tracestate": "b=2"})
@@ -234,7 +234,7 @@ def test_a_signal_with_start_reaches_a_run_that_was_started_otherwise(http: http
 
 
 def test_what_is_sent_to_a_parked_workflow_is_kept_and_told_as_that(make: Callable[..., Serving], hosted: Hosted) -> None:
-    """K17: 423, and 202 for a callback, whose sender has nothing to do any more."""
+    """K17: 423, and 202 for a callback, whose sender has nothing left to do."""
     http = make().http
     http.post("/workflows/w", params={"workflow": "parks"})
     held = http.post("/callbacks/w/callback-1")
@@ -268,7 +268,7 @@ def test_pause_unpause_and_fork(http: httpx.Client) -> None:
 
 # -- the document ------------------------------------------------------------------------------------------------------
 def test_it_answers_as_its_openapi_document_says(make: Callable[..., Serving]) -> None:
-    """As it does in all other tests here: `Serving` looks at every answer."""
+    """As in all other tests of this file: `Serving` checks every answer."""
     serving = make()
     http, stream = serving.http, Stream(serving, "b", "c")
     answers = [
@@ -295,7 +295,7 @@ def test_it_answers_as_its_openapi_document_says(make: Callable[..., Serving]) -
     ],
 )  # fmt: skip
 def test_a_callback_answers_its_wait_once_without_a_token(make: Callable[..., Serving], kind: str | None, body: bytes, value: object) -> None:
-    """LR-12: who answers knows the URL and nothing else; the second time nobody waits any more."""
+    """LR-12: whoever answers knows the URL and nothing else. The second time, nobody waits any more."""
     serving = make(gateway_tokens=Config(gateway_tokens=[TOKEN]).gateway_tokens)
     mine = {"Authorization": f"Bearer {TOKEN}"}
     serving.http.post("/workflows/a%2Fb", params={"workflow": "called"}, headers=mine)
@@ -360,7 +360,7 @@ def test_a_stream_on_which_nothing_comes_is_pinged_and_forgotten_when_its_caller
 
 
 def test_a_stream_ends_with_its_gateway_and_when_its_client_may_have_missed_something(make: Callable[..., Serving]) -> None:
-    """Its caller connects again: elsewhere, or to a client that hears something."""
+    """Its caller reconnects: elsewhere, or to a client that receives outcomes."""
     serving, other = make(), make()
     callers = [Stream(serving, "a"), Stream(other, "a")]
     other.service._client.on_gap()
@@ -374,7 +374,7 @@ def test_a_stream_ends_with_its_gateway_and_when_its_client_may_have_missed_some
 
 
 def test_a_caller_that_does_not_read_is_let_go_before_it_costs_more_than_its_share(make: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit for what is unread; it is told of the last run when it asks again."""
+    """There is a limit for unread events. When it asks again, it is told of the last run."""
     monkeypatch.setattr(streams, "UNREAD_BYTES_MAX", 100)
     serving = make()
     stream = Stream(serving, "a")
@@ -383,7 +383,7 @@ def test_a_caller_that_does_not_read_is_let_go_before_it_costs_more_than_its_sha
 
 
 def test_a_caller_whose_line_is_full_is_let_go_and_keeps_no_place(make: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that is sent to it ever arrives, so that the end of the stream does not either."""
+    """Nothing that is sent to it ever arrives, so the end of the stream does not either."""
     monkeypatch.setattr(streams, "UNREAD_BYTES_MAX", 1_000_000)
     monkeypatch.setattr(streams, "_LAST_S", 0.01)
     serving = make()
@@ -424,7 +424,7 @@ def test_with_tokens_every_path_but_health_and_callbacks_asks_for_one(make: Call
 
 
 def test_a_gateway_for_this_machine_is_called_by_no_name_that_a_page_can_have(make: Callable[..., Serving]) -> None:
-    """DNS rebinding: the page of evil.example has evil.example lead to 127.0.0.1, and asks its own origin."""
+    """DNS rebinding: the page of evil.example lets evil.example resolve to 127.0.0.1, and then asks its own origin."""
     http = make(of_this_machine=True).http
     for host, status in (("localhost:8080", 404), ("127.0.0.1", 404), ("[::1]:8080", 404), ("evil.example:8080", 403), ("127.0.0.1.evil.example", 403), ("", 403)):
         answer = http.get("/workflows/nobody", headers={"Host": host})
@@ -434,14 +434,14 @@ def test_a_gateway_for_this_machine_is_called_by_no_name_that_a_page_can_have(ma
 
 
 def test_without_tokens_a_web_page_is_refused(http: httpx.Client) -> None:
-    """It could be any page in the browser of somebody who reaches the address."""
+    """It could be any page in the browser of somebody who can reach the address."""
     answer = http.post("/workflows/w", params={"workflow": "ask"}, headers={"Origin": "https://elsewhere.example"})
     assert (answer.status_code, said(answer)["code"]) == (403, "web_page")
     assert http.get("/workflows/w").status_code == 404
 
 
 def test_a_caller_that_hangs_up_is_forgotten(make: Callable[..., Serving]) -> None:
-    """AF defect 6: nothing of it is left, in the gateway or in the client."""
+    """AF defect 6: nothing of it is left, neither in the gateway nor in the client."""
     serving = make()
     client = serving.service._client
     serving.http.post("/workflows/w", params={"workflow": "ask"})
@@ -490,7 +490,7 @@ def test_more_requests_than_may_wait_are_told_so(make: Callable[..., Serving]) -
 
 
 def test_a_gateway_that_ends_answers_who_waits(make: Callable[..., Serving]) -> None:
-    """A caller asks the next one; nothing is lost."""
+    """The caller asks the next gateway; nothing is lost."""
     serving = make()
     answers: list[httpx.Response] = []
     asking = threading.Thread(target=lambda: answers.append(serving.http.post("/workflows/w", params={"workflow": "ask", "wait": 300})))
@@ -529,7 +529,7 @@ def test_while_it_cannot_be_made_anew_requests_are_unreachable(make: Callable[..
 
 
 def test_a_connection_whose_other_end_is_gone_ends_within_two_sweeps_of_30_s(make: Callable[..., Serving]) -> None:
-    """A12, AF-9: the kernel looks, for every connection; what waits or is streamed then hears that it was closed."""
+    """A12, AF-9: the kernel checks every connection. What waits or streams on it then learns that it was closed."""
     sock = make().sock
     found = {name: sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT") if hasattr(socket, name)}
     assert found == {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 60_000} | found

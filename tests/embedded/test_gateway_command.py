@@ -1,4 +1,4 @@
-"""`kwflow gateway` as a process, on an engine that is another one: how it begins, ends, and is killed."""
+"""`kwflow gateway` as a process, on an engine in another process: how it begins, ends, and is killed."""
 
 import contextlib
 import json
@@ -27,14 +27,14 @@ def main(o):
 
 
 class Gateways:
-    """Processes, each with a client of it."""
+    """Gateway processes, each with a client of it."""
 
     def __init__(self, shell: Shell) -> None:
         self.shell = shell
         self.stack = contextlib.ExitStack()
 
     def start(self, *options: str, **environment: str) -> "tuple[subprocess.Popen[str], httpx.Client, str]":
-        """And what it says when it begins."""
+        """Returns what it prints when it begins, too."""
         command = self.shell.command("gateway", "--port", "0", *options)
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **environment})
         self.shell.engines.append(process)
@@ -57,7 +57,7 @@ def gateways(shell: Shell, tmp_path: pathlib.Path) -> Iterator[Gateways]:
 
 
 def asking(http: httpx.Client, path: str) -> tuple[threading.Thread, list[Any]]:
-    """A caller that waits for an outcome; what it gets is put into the list."""
+    """A caller that waits for an outcome and puts it into the list."""
     found: list[Any] = []
 
     def ask() -> None:
@@ -72,7 +72,7 @@ def asking(http: httpx.Client, path: str) -> tuple[threading.Thread, list[Any]]:
 
 
 def test_callers_of_a_gateway_that_was_killed_have_their_outcome_from_another(gateways: Gateways) -> None:
-    """A4, A5: SIGKILL while they wait; they repeat what they asked, under the same key."""
+    """A4, A5: SIGKILL while they wait. They repeat their request under the same key."""
     one, http, _ = gateways.start()
     callers = [asking(http, f"/workflows/w{n}?start_id=s{n}&wait=60") for n in range(5)]
     gateways.shell.until(lambda: all(http.get(f"/workflows/w{n}").status_code == 200 for n in range(5)))

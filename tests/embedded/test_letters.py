@@ -1,4 +1,4 @@
-"""A dead letter that is retried is sent again and marked as done in one batch: killed at any moment, or done twice, it is sent once."""
+"""Retrying a dead letter sends it again and marks it as done in one batch. If that is killed at any moment, or done twice, the letter is sent once."""
 
 import json
 import pathlib
@@ -79,7 +79,7 @@ def test_a_letter_that_is_named_twice_in_one_batch_is_sent_once(tmp_path: pathli
 
 
 class Counting:
-    """A database that counts what is read of it."""
+    """A database that counts how much is read from it."""
 
     def __init__(self, db: Any) -> None:
         self._db = db
@@ -109,7 +109,7 @@ class Opened(Embedded):
 
 
 def refused(directory: pathlib.Path, number: int) -> Embedded:
-    """An engine with so many letters."""
+    """An engine with this many letters."""
     held = Embedded(directory, Config(), sync=False)
     why = (("kwflow-error-reason", b"json"), ("kwflow-error-message", b"it is none"), ("kwflow-error-topic", b"workflow-resume"))
     held.append_all([Group((Output(Config().dead_letter_topic, b"w%d" % one, b"{", why),)) for one in range(number)])
@@ -166,7 +166,7 @@ def kwflow(directory: pathlib.Path, *command: str) -> str:
 
 
 class Office:
-    """An engine that has stopped, and an operator: `parked` is at fault and holds twelve records, `paused` is not; three letters."""
+    """An engine that has stopped, and an operator. `parked` is at fault and holds twelve records, `paused` is not at fault; there are three letters."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         (directory / "kept.py").write_text(SOURCE)
@@ -224,7 +224,7 @@ def test_what_is_at_fault_is_listed_with_its_reason_and_what_it_holds_and_what_i
 
 
 def test_a_parked_instance_is_shown_where_it_waits_with_the_record_at_fault_and_ten_behind_it(office: Office) -> None:
-    """Also one that holds nothing is no unknown one."""
+    """An instance that holds nothing is not unknown, either."""
     said = office("show", "parked").splitlines()
     assert said[0].startswith("parked  main  parked at offset 3: UnsavableError: variable 'held'")
     waits, head = said.index(f"  waits for suspension r  main  {said[said.index('the record at fault:') - 1].rpartition('  ')[2]}"), said.index("the record at fault:")
@@ -239,7 +239,7 @@ def test_a_parked_instance_is_shown_where_it_waits_with_the_record_at_fault_and_
 
 
 def test_a_letter_that_is_retried_goes_where_it_came_from_as_it_was_with_its_first_time(office: Office) -> None:
-    """K13; what was added to tell why it is a letter is not sent."""
+    """K13: the headers that say why it is a letter are not sent."""
     first = {letter.offset: str(letter.timestamp_ms).encode() for letter in office.records(office.config.dead_letter_topic)}
     assert "0:1: sent again" in office("retry", "0:1") and "0:3: sent again" in office("retry", "0:3")
     for topic, offset, key, value, headers in ((office.config.resume_topic, 1, b"a", b"{", (("mine", b"travels"),)), (office.config.scheduler_topic, 3, b"c|{}", b"soon", ())):
@@ -248,7 +248,7 @@ def test_a_letter_that_is_retried_goes_where_it_came_from_as_it_was_with_its_fir
 
 
 def test_a_table_cuts_no_id_off_however_narrow_it_is(tmp_path: pathlib.Path) -> None:
-    """Runs of a schedule differ at their ids' ends only; in a pipe a row is one line, for grep."""
+    """Runs of a schedule differ only at the ends of their ids. In a pipe a row is one line, for grep."""
     held, id = Embedded(tmp_path, sync=False), "nightly@" + "".join(f"{number:03}" for number in range(100))
     held.append(Config().dead_letter_topic, id.encode(), b"{", (("kwflow-error-reason", b"bad-json"),))
     held.db[EmbeddedStore(held.db, Config().changelog_topic).prefix + id.encode()] = b"KWF?"
@@ -271,7 +271,7 @@ def test_a_letter_that_fails_again_keeps_its_first_time(office: Office) -> None:
 
 
 def test_a_letter_whose_sender_was_told_is_a_letter_again_when_it_fails_again(office: Office) -> None:
-    """G3, M1.2: one request has one reply, so that nobody but the operator hears of what becomes of it now."""
+    """G3, M1.2: one request has one reply, so only the operator learns what becomes of it now."""
     held = Embedded(office.directory, office.config, sync=False)
     headers = (("kwflow-op", b"signal"), ("kwflow-request", b"r"), ("kwflow-reply-to", b"0/p"))
     held.append(office.config.resume_topic, b"nobody", b'{"name":5}', headers)
@@ -288,7 +288,7 @@ def test_a_letter_whose_sender_was_told_is_a_letter_again_when_it_fails_again(of
 
 
 def test_a_letter_without_its_record_is_not_sent_but_says_where_that_is(office: Office) -> None:
-    """G3, K11: sent again it would be an empty record, whose own letter would hide where the one that was refused is."""
+    """G3, K11: it would be sent as an empty record, whose own letter would hide where the refused one is."""
     held = Embedded(office.directory, office.config, sync=False)
     [made] = remnant(office.config, held.read(office.config.resume_topic)[-1], "too large", 1).outputs
     held.append(made.topic, made.key, made.value, made.headers)
@@ -324,7 +324,7 @@ def test_a_letter_whose_sender_gave_it_our_mark_is_listed_and_closes_no_other(of
 
 
 def test_a_letter_whose_headers_are_no_text_hides_and_holds_up_none_of_the_others(office: Office) -> None:
-    """G3: its sender may have given it any header, and who may write to the topic any letter."""
+    """G3: its sender may have given it any header, and whoever may write to the topic may write any letter."""
     held = Embedded(office.directory, office.config, sync=False)
     held.append(office.config.resume_topic, b"odd", b"{", (("kwflow-original-timestamp", b"\xff"),))
     office.close(held)
@@ -338,7 +338,7 @@ def test_a_letter_whose_headers_are_no_text_hides_and_holds_up_none_of_the_other
 
 
 def test_one_entry_that_is_damaged_hides_none_of_the_others(office: Office) -> None:
-    """It parks once a record comes for it, and is listed then; until then every command that looks at all passes over it."""
+    """It is parked, and then listed, once a record for it arrives. Until then, every command that looks at all instances skips it."""
     held = Embedded(office.directory, office.config, sync=False)
     held.db[EmbeddedStore(held.db, office.config.changelog_topic).prefix + b"damaged"] = b"KWF?"
     office.close(held)

@@ -134,7 +134,7 @@ def test_list_chooses_by_workflow_status_and_time(shell: Shell) -> None:
 
 
 def test_a_caller_whose_engine_is_killed_in_between_gets_its_own_outcome(shell: Shell, tmp_path: pathlib.Path) -> None:
-    """A4, A5, G6: through the socket; what is sent while no engine runs waits for the next one."""
+    """A4, A5, G6: through the socket. What is sent while no engine runs waits for the next one."""
     with Client.embedded(shell.directory, Config(command_timeout_s=60)) as client:
         futures = [client.start_and_wait(f"w{n}") for n in range(5)]
         for n in range(5):

@@ -1,4 +1,4 @@
-"""rest.call on the embedded engine as a process that is killed in the middle; the service and `kwflow gateway` go on."""
+"""rest.call on an embedded engine that is a process and is killed in the middle, while the service and `kwflow gateway` go on."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def shell(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
-    """Engines are told where the gateway is before it runs."""
+    """Engines are told the gateway's address before it runs."""
     monkeypatch.setenv("KWFLOW_GATEWAY_URL", f"http://127.0.0.1:{free_port()}")
     shell = Shell(tmp_path / "state")
     yield shell
@@ -54,7 +54,7 @@ def begin(shell: Shell, base: str) -> None:
 
 
 def post(url: str, value: Any) -> int:
-    """A callback; its status."""
+    """Sends a callback; returns its status."""
     return httpx.post(url, json=value, timeout=60, trust_env=False).status_code
 
 
@@ -88,7 +88,7 @@ def test_a_callback_that_comes_after_a_kill_finds_the_workflow_waiting(shell: Sh
 
 
 def test_a_request_that_was_under_way_is_sent_again_under_its_key_and_its_first_callback_counts(shell: Shell, service: Service) -> None:
-    """LR-13, defect 5.3.8: at least once; the service knows it by its Idempotency-Key and its callback URL."""
+    """LR-13, defect 5.3.8: at least once. The service recognises it by its Idempotency-Key and its callback URL."""
     gone_on = threading.Event()
 
     def slow(asked: Asked) -> Answer:

@@ -30,7 +30,7 @@ def runs(shell: Shell) -> list[str]:
 
 
 def test_a_schedule_is_added_listed_paused_triggered_and_removed_and_survives_kill_9(shell: Shell) -> None:
-    """Each command as a user gives it."""
+    """Each command as a user types it."""
     module = str(shell.directory.parent / "jobs.py")
     engine = shell.engine(module)
     shell("schedule", "add", "quick", "--every", "1s", "--workflow", "jobs", "--input", '{"n": 1}')

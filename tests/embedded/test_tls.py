@@ -1,4 +1,4 @@
-"""TLS of gateways and consoles, with a certificate that openssl makes: who is answered, how it ends, and what is wrong with the files."""
+"""TLS of gateways and consoles, with a certificate made by openssl: who is answered, how it ends, and what is wrong with the files."""
 
 import os
 import pathlib
@@ -51,7 +51,7 @@ def made(directory: pathlib.Path, name: str) -> Certificate:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A directory with two certificates and keys, and what is none."""
+    """A directory with two certificates and their keys, and a file that is neither."""
     directory = tmp_path_factory.mktemp("certificates")
     for name in ("one", "other"):
         made(directory, name)
@@ -95,7 +95,7 @@ def test_a_gateway_answers_those_who_know_its_certificate_and_streams_to_them(ho
 
 @pytest.mark.parametrize(("version", "taken"), [(ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True), (ssl.TLSVersion.TLSv1_3, True)])
 def test_tls_is_1_2_or_newer_with_ciphers_of_today(hosted: Hosted, files: pathlib.Path, version: ssl.TLSVersion, taken: bool) -> None:
-    """uvicorn's own list of ciphers has those that TLS 1.0 had, without authenticated encryption."""
+    """uvicorn's own list has the ciphers of TLS 1.0, without authenticated encryption."""
     context = ssl.create_default_context(cafile=files / "one.pem")
     context.set_ciphers("ALL:@SECLEVEL=0")
     with warnings.catch_warnings(action="ignore"):  # that 1.1 is old
@@ -111,7 +111,7 @@ def test_tls_is_1_2_or_newer_with_ciphers_of_today(hosted: Hosted, files: pathli
 
 
 def test_a_gateway_ends_at_once_although_callers_keep_their_connections(hosted: Hosted, files: pathlib.Path) -> None:
-    """Each side of TLS says goodbye, and who does not read never does: it took as long as commands may, 11 s here."""
+    """Both sides of TLS say goodbye, and a caller that does not read never does. It took as long as commands may, 11 s here."""
     gateway = serving(hosted, files)
     with httpx.Client(base_url=gateway.url, verify=verified(Certificate(files / "one.pem", files / "one.key")), trust_env=False) as idle:
         assert idle.get("/health").status_code == 200
@@ -121,7 +121,7 @@ def test_a_gateway_ends_at_once_although_callers_keep_their_connections(hosted: 
 
 
 def test_forms_of_a_console_with_tls_come_from_https_only(hosted: Hosted, files: pathlib.Path) -> None:
-    """Who sits on the line answers http:// under the console's name, with a page whose form goes to the console."""
+    """An attacker on the line can answer http:// under the console's name, with a page whose form posts to the console."""
     client = Client.embedded(hosted.engine, hosted.config)
     client.start("w").result(10)
     site = Site(hosted.config.model_copy(update=settings(files, "console")), hosted.engine.directory, lambda: Client.embedded(hosted.engine, hosted.config))
@@ -187,7 +187,7 @@ def test_half_a_certificate_is_refused(kind: Literal["gateway", "console"], half
 
 @pytest.mark.parametrize("kind", ["gateway", "console"])
 def test_a_command_that_cannot_use_its_certificate_ends_with_2_before_it_connects(files: pathlib.Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong usage: to start it again would not help."""
+    """Wrong usage: starting it again would not help."""
     monkeypatch.setenv(f"KWFLOW_{kind.upper()}_TLS_CERT", str(files / "one.pem"))
     monkeypatch.setenv(f"KWFLOW_{kind.upper()}_TLS_KEY", str(files / "other.key"))
     ended = CliRunner().invoke(app, [kind, "--port", "0", "--bootstrap-servers", "localhost:1"])

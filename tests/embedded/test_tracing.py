@@ -1,4 +1,4 @@
-"""OpenTelemetry: one span for each committed step, and a trace that travels through outputs, timers and answers."""
+"""OpenTelemetry: one span for each committed step, and a trace that goes through outputs, timers and answers."""
 
 import pathlib
 import subprocess
@@ -115,7 +115,7 @@ class Traced:
         self.held.append(self.config.resume_topic, id.encode(), value.encode(), headers)
 
     def run(self, outcome: str, times: int = 1) -> list[ReadableSpan]:
-        """Until so many records had this outcome; all spans there are then, in order of their ends."""
+        """Until this many records had this outcome. Returns all spans there are then, in the order of their ends."""
         self.held.run(self.processors, lambda: self.held.counts[outcome] >= times)
         return list(self.exporter.get_finished_spans())
 
@@ -136,7 +136,7 @@ def traced(tmp_path: pathlib.Path) -> Iterator[Traced]:
 
 
 def test_a_trace_goes_from_the_client_through_start_timer_output_and_answer(traced: Traced) -> None:
-    """W3C traceparent in record headers; each step's span is the parent of what answers it."""
+    """W3C traceparent in record headers: each step's span is the parent of what answers it."""
     traced.send("a", "new:1", CLIENT)
     start, timer = traced.run("resumed")
     assert f"{start.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c" and start.parent is not None and f"{start.parent.span_id:016x}" == "b7ad6b7169203331"
@@ -192,7 +192,7 @@ def test_a_record_without_context_joins_the_trace_of_the_start_and_one_of_anothe
 
 
 def test_a_step_that_is_made_again_in_its_batch_has_one_span_and_one_that_fails_says_why(traced: Traced) -> None:
-    """K15: the save fails at the end of the batch, the records are done again one by one."""
+    """K15: the save fails at the end of the batch, and the records are done again one by one."""
     traced.send("b", "new:1")
     traced.run("resumed")
     traced.exporter.clear()
@@ -235,7 +235,7 @@ def test_without_the_option_nothing_is_traced_and_headers_travel_as_they_came(tr
 
 
 def test_activities_are_spans_between_the_step_that_calls_and_the_step_that_goes_on(traced: Traced) -> None:
-    """M6.2; what an author's function does is seen below its span, in a thread, on the event loop and in a batch."""
+    """M6.2: spans that the author's function makes are below its own, in a thread, on the event loop and in a batch."""
     traced.send("c", "new:1", CLIENT, ("kwflow-workflow", b"calls"))
     spans = {span.context.span_id: span for span in traced.run("resumed", 6)}
     by_name = {name: [span for span in spans.values() if span.name == name] for name in ("kwflow.activity traced-plain", "kwflow.activity traced-async", "kwflow.activity traced-batch", "kwflow.step")}
@@ -257,7 +257,7 @@ def test_activities_are_spans_between_the_step_that_calls_and_the_step_that_goes
 
 
 def test_an_activity_whose_error_has_no_text_is_answered(traced: Traced) -> None:
-    """OpenTelemetry asks an error for its text: the author's `__str__` raised in the place of the answer, and the call waited for its time-out."""
+    """OpenTelemetry asks an error for its text. The author's `__str__` raised where the answer should have been sent, and the call waited for its timeout."""
     traced.send("m", "new:null", CLIENT, ("kwflow-workflow", b"mutes"))
     assert traced.result() == b'["Mute","Mute"]'
     failed = [span for span in traced.exporter.get_finished_spans() if span.events]
@@ -265,7 +265,7 @@ def test_an_activity_whose_error_has_no_text_is_answered(traced: Traced) -> None
 
 
 class Raising(SpanProcessor):
-    """As one of a program that brings its own provider might."""
+    """Such as a program that brings its own provider might have."""
 
     def on_start(self, span: object, parent_context: object = None) -> None:
         if self.starts:
@@ -280,7 +280,7 @@ class Raising(SpanProcessor):
 
 @pytest.mark.parametrize("starts", [True, False])
 def test_tracing_that_raises_costs_spans_and_nothing_else(traced: Traced, starts: bool) -> None:
-    """An engine ended with the step that it had committed, and calls of activities were never answered."""
+    """An engine ended after the step that it had committed, and activity calls were never answered."""
     provider = TracerProvider()
     provider.add_span_processor(Raising(starts))
     assert isinstance(traced.processors[0], WorkflowProcessor)
@@ -290,7 +290,7 @@ def test_tracing_that_raises_costs_spans_and_nothing_else(traced: Traced, starts
 
 
 def test_a_context_that_has_no_room_among_the_headers_is_left_out(traced: Traced) -> None:
-    """The answer of an activity would have been a dead letter, for which its workflow waits."""
+    """Otherwise the answer of an activity would be a dead letter, and its workflow would wait for it."""
     traced.send("c", "new:0", ("x" * 10, b"a" * (traced.config.header_bytes_max - 10 - 23)), ("kwflow-workflow", b"calls"))
     assert traced.result() == b'["plain","async",[1,2]]'
 

@@ -1,4 +1,4 @@
-"""Who may read state, and what kwflow needs of the user it runs as: nothing but its own directory."""
+"""Who may read the state, and what kwflow needs of the user it runs as: nothing but its own directory."""
 
 import os
 import pathlib
@@ -51,7 +51,7 @@ def mode(path: pathlib.Path) -> int:
 
 
 def test_state_directories_are_their_users_alone(tmp_path: pathlib.Path) -> None:
-    """0700, whatever the umask, and the ones above them that had to be made; an open one that is ours is closed."""
+    """0700, whatever the umask, for them and for parent directories that had to be made. A directory of ours that is open to others is closed."""
     before = os.umask(0)
     try:
         Embedded(tmp_path / "a" / "b").close()

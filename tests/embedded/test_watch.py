@@ -1,4 +1,4 @@
-"""GET /health and /metrics of an engine with no broker; what they say is what happened."""
+"""GET /health and /metrics of an engine without a broker: what they report is what happened."""
 
 import http.client
 import json
@@ -149,7 +149,7 @@ def test_instances_are_told_as_the_command_line_tells_them(place: Place) -> None
 
 
 def test_an_engine_gives_the_newest_of_those_that_are_asked_for_and_counts_all_of_them(place: Place) -> None:
-    """So that whoever looks at a page of them does not move a million rows."""
+    """So a page of them does not move a million rows."""
     for number in range(5):
         place.send(f"order-{number}", "new:1000")
     place.send("other", "new:1000")
@@ -169,7 +169,7 @@ def test_an_engine_gives_the_newest_of_those_that_are_asked_for_and_counts_all_o
 
 
 def test_the_newest_are_the_same_however_few_are_kept_while_all_are_looked_through() -> None:
-    """It takes as long as the list without a limit: sorting what is kept for each page anew held an engine of 60,000 instances for 44 s."""
+    """It takes as long as the list without a limit. To sort the rows that are kept again for each page held up an engine of 60,000 instances for 44 s."""
     stored = {b"%05d" % number: snapshot.save_ended({"id": "", "workflow": "w", "ended": number * 7919 % 5003}) for number in range(5003)}
     served = Instances("engine", 1, {0: pages(*stored.items())})
     all_of_them = json.loads(b"".join(instances.newest(served, ALL, 10_000)))["rows"]
@@ -179,7 +179,7 @@ def test_the_newest_are_the_same_however_few_are_kept_while_all_are_looked_throu
 
 
 def test_however_many_look_through_all_instances_one_looks_at_a_time() -> None:
-    """The engine's own thread has its turn after each page: of four who asked at once each took as much of the processor as it had."""
+    """The engine's own thread gets its turn after each page. Of four requests at once, each took as much of the processor as the engine had."""
     looking, most = 0, []
 
     def page(start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
@@ -200,7 +200,7 @@ def test_however_many_look_through_all_instances_one_looks_at_a_time() -> None:
 
 
 def test_what_an_engine_answers_is_a_list_of_instances_or_counts_for_nothing() -> None:
-    """An older engine ignores what it is asked for; one of those takes a damaged header for one that waits, and the rest is read from the changelog."""
+    """An older engine ignores the parameters. One of those takes a damaged header for a waiting one, and the rest is read from the changelog."""
     row = {"id": "a", "workflow": "w", "status": "waiting", "changed": 1, "waits": [], "status_value": {"n": 1}, "outcome": None, "start_id": ""}
     assert found_in([row, {**row, "id": "b"}], Filter(id="a"), 5) == found_in({"rows": [row], "counts": {"waiting": 1}}, Filter(id="a"), 5) == Found([row], {"waiting": 1})
     for answer in ([{"id": "a"}], [3], 3, None, {"rows": 3}, {"error": "no"}, [{**row, "changed": "now"}], [{**row, "waits": [1]}], {"rows": [row], "counts": 1}):
@@ -209,12 +209,12 @@ def test_what_an_engine_answers_is_a_list_of_instances_or_counts_for_nothing() -
 
 
 def pages(*kept: tuple[bytes, bytes]) -> Page:
-    """Of a partition that holds these."""
+    """The pages of a partition that has these instances."""
     return lambda start, limit: [entry for entry in sorted(kept) if entry[0] >= start][:limit]
 
 
 def test_an_instance_of_a_partition_that_is_elsewhere_is_not_called_unknown(place: Place) -> None:
-    """421: whoever asks then reads the changelog; 404 would tell a user that there is no such instance."""
+    """421: the asking side then reads the changelog. 404 would tell a user that there is no such instance."""
     place.send("w", "new:1000")
     place.held.append(place.config.resume_topic, b"w", b'{"name":"s"}', (("kwflow-op", b"signal"), ("kwflow-id", b"once")))
     place.run()
@@ -227,7 +227,7 @@ def test_an_instance_of_a_partition_that_is_elsewhere_is_not_called_unknown(plac
 
 
 def test_all_instances_of_all_pages_are_told_a_damaged_one_too_and_what_is_cut_off_is_no_json(place: Place) -> None:
-    """A partition that is given away in the middle leaves the list without its end."""
+    """If a partition is given away in the middle, the list is left without its end."""
     place.send("w", "new:1000")
     place.run()
     stored = EmbeddedStore(place.held.db, place.config.changelog_topic).get(b"w") or b""

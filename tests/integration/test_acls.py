@@ -45,7 +45,7 @@ def orders(cents: int):
 
 
 def bindings(line: str) -> Iterator[AclBinding]:
-    """What a line of `kafka-acls` adds."""
+    """The ACLs that a line of `kafka-acls` adds."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--add", action="store_true", required=True)
     parser.add_argument("--allow-principal", required=True)
@@ -133,7 +133,7 @@ def documented() -> list[str]:
 
 
 def test_engine_worker_feed_client_and_operator_need_no_more_than_is_documented_and_a_user_that_lacks_it_is_told(estate: Estate) -> None:
-    """K1, K19, AF-6: a takeover from an engine that was killed, its fencing included; nothing of it needs rights on the cluster."""
+    """K1, K19, AF-6: a takeover from an engine that was killed, its fencing included. None of it needs rights on the cluster."""
     estate.allow(documented())
     config = Config(application_id="shop", bootstrap_servers=estate.broker.secured, kafka=estate.settings("client"))
     first, worker, feed = estate.engine("one"), estate.worker(), estate.feed()

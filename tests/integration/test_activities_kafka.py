@@ -1,4 +1,4 @@
-"""Activities on a real broker: engines killed in the middle, partitions that move, an engine that ends (M6.5)."""
+"""Activities on a real broker: engines killed in the middle, partitions that move, and an engine that stops (M6.5)."""
 
 import json
 import pathlib
@@ -48,7 +48,7 @@ def results(site: Site, count: int) -> dict[str, object]:
 
 
 def test_the_next_owner_begins_again_what_the_killed_engine_ran(site: Site) -> None:
-    """M6.5, G6: a local copy is there the second time, and none the third."""
+    """M6.5, G6: it has a local copy the second time, and none the third."""
     ids = [f"w{n}" for n in range(6)]
     first = site.engine("one", MODULE)
     for id in ids:
@@ -68,7 +68,7 @@ def test_the_next_owner_begins_again_what_the_killed_engine_ran(site: Site) -> N
 
 
 def test_chains_go_on_through_kills_and_rebalances(site: Site) -> None:
-    """M6.5, G1: two engines share the partitions, one after the other is killed."""
+    """M6.5, G1: two engines share the partitions, and one after the other is killed."""
     (site.directory / "gate").touch()
     ids = [f"c{n}" for n in range(20)]
     engines = [site.engine("one", MODULE), site.engine("two", MODULE)]
@@ -104,7 +104,7 @@ def test_retries_and_time_outs_are_timers_of_the_scheduler(site: Site) -> None:
 
 
 def test_a_schedule_runs_on_kafka_and_goes_on_after_a_kill(site: Site) -> None:
-    """The commands are the same; no time runs twice."""
+    """The commands are the same, and no time of the schedule runs twice."""
     (site.directory / "gate").touch()
     first = site.engine("one", MODULE)
     site.run("schedule", "add", "squares", "--every", "1s", "--workflow", "chain", "--input", "2", "--overlap", "allow")

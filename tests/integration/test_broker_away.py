@@ -1,4 +1,4 @@
-"""A broker of its own that goes away under a running engine, and what the engine says and answers meanwhile."""
+"""A broker of its own that goes away under a running engine, and what the engine logs and answers meanwhile."""
 
 import json
 import pathlib
@@ -29,7 +29,9 @@ def own(tmp_path: pathlib.Path) -> Iterator[Broker]:
 
 
 def test_an_engine_tells_once_why_its_broker_is_away_stays_live_and_goes_on(own: Broker, application: str, tmp_path: pathlib.Path) -> None:
-    """G6; section "Watching" of OPERATIONS: every line is JSON, and an outage is a line of each process.  One whose client does not come back from it ends with 3, and is started again."""
+    """G6; section "Watching" of OPERATIONS: every line is JSON, and an outage is one line from each process.
+    A process whose client does not come back from it ends with 3, and is started again.
+    """
     site = Site(own.bootstrap, application, tmp_path)
     port = free_port(2)
     log = tmp_path / "one.log"
@@ -58,7 +60,7 @@ def test_an_engine_tells_once_why_its_broker_is_away_stays_live_and_goes_on(own:
 
 
 def test_a_client_goes_on_after_its_broker_has_lost_what_it_had_taken_last(own: Broker, application: str, tmp_path: pathlib.Path) -> None:
-    """Kafka does not sync: a failure of power takes records that were acknowledged, and the next of the same idempotent producer is out of sequence, which is fatal for it."""
+    """Kafka does not sync: a power failure loses records that were acknowledged. The next record of the same idempotent producer is out of sequence, which is fatal for it."""
     config = Config(application_id=application, bootstrap_servers=own.bootstrap, state_dir=tmp_path)
     topics.create(topics.admin(config), config, [], 1, 1)
     log = own.directory / "log" / f"{config.resume_topic}-0" / "00000000000000000000.log"

@@ -1,4 +1,4 @@
-"""The client on a real broker, engines as processes that are killed (M1, M4, M5, A1-A12)."""
+"""The client on a real broker, with engines as processes that are killed (M1, M4, M5, A1-A12)."""
 
 import asyncio
 import base64
@@ -190,7 +190,7 @@ def test_a_caller_whose_engine_is_killed_in_between_gets_its_outcome(app: Applic
 
 
 def test_a_fork_is_committed_with_its_timers_and_calls_and_outlives_its_engine(app: Application) -> None:
-    """Decision 0048, G1: killed as soon as the fork is answered."""
+    """Decision 0048, G1: the engine is killed as soon as the fork is answered."""
     engine, client, gate = app.engine(), app.client(), app.directory / "gate"
     asked = app.directory / "gate.asked"
     client.start("w", {"gate": str(gate)}, workflow="look_and_sleep").result(60)
@@ -244,7 +244,7 @@ def test_commands_are_answered_and_done_once(app: Application) -> None:
 
 
 def test_an_outcome_is_found_wherever_its_topic_puts_it(app: Application) -> None:
-    """M1.3, A1: the error topic was made by somebody else, with one partition; the result topic has four."""
+    """M1.3, A1: the error topic was made by somebody else, with one partition. The result topic has four."""
     app.config = app.config.model_copy(update={"error_topic": f"{app.config.error_topic}-of-all"})
     app.environment["KWFLOW_ERROR_TOPIC"] = app.config.error_topic
     assert topics.create(topics.admin(app.config), app.config, (), partitions=1, replication=1) == [app.config.error_topic]
@@ -262,7 +262,7 @@ def test_an_outcome_is_found_wherever_its_topic_puts_it(app: Application) -> Non
 
 
 def test_foreign_records_and_addresses_that_are_gone_harm_nobody(app: Application) -> None:
-    """A7, A8, M1.2: a reply to a partition that does not exist would abort the transaction of everybody."""
+    """A7, A8, M1.2: a reply to a partition that does not exist would abort the transaction for everybody."""
     app.engine()
     client = app.client()
     future = client.start_and_wait("w", workflow="ask")
@@ -283,7 +283,7 @@ def test_foreign_records_and_addresses_that_are_gone_harm_nobody(app: Applicatio
 
 
 def test_outcomes_are_heard_of_after_their_topic_was_given_more_partitions(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
-    """M1.3, A1: a client lives for months, and which partition is an id's changes then."""
+    """M1.3, A1: a client lives for months, and then the partition of an id changes."""
     monkeypatch.setattr(kafka_link, "_COUNT_S", 0.1)
     client = app.client()
     before = [client.start_and_wait(f"b{n}", {"name": n}, workflow="greet", timeout=60) for n in range(8)]
@@ -310,7 +310,7 @@ def test_a_subscriber_is_called_for_each_outcome_until_it_leaves(app: Applicatio
 
 
 def test_a_callback_may_wait_for_the_next_workflow(app: Application) -> None:
-    """A1, M1.3: callbacks run on the client's thread; what they ask for is followed like anything else."""
+    """A1, M1.3: callbacks run on the client's thread. What they ask for is followed like anything else."""
     app.engine()
     client = app.client()
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -346,7 +346,7 @@ def test_a_client_without_broker_or_topics_is_refused_when_it_is_made(broker: st
 
 
 def test_a_client_whose_topic_was_deleted_is_told_of_that(app: Application) -> None:
-    """M1.4: not that the outcome is unknown, after a time-out; librdkafka would take the topic for one that was just made."""
+    """M1.4: not that the outcome is unknown, after a timeout. librdkafka would take the topic for one that was just created."""
     client = app.client()
     admin = topics.admin(app.config)
     [deleted] = admin.delete_topics([app.config.resume_topic]).values()
@@ -378,7 +378,7 @@ def test_the_reply_topic_is_made_with_a_short_retention_and_checked(app: Applica
 
 
 def test_a_timer_set_before_a_kill_fires_in_the_next_engine_though_nothing_else_comes(app: Application) -> None:
-    """K18: the mark of the transaction that set it is the last of its partition."""
+    """K18: the marker of the transaction that set it is the last in its partition."""
     engine = app.engine()
     client = app.client()
     future = client.start_and_wait("c", 100, workflow="child")

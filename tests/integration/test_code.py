@@ -1,4 +1,4 @@
-"""Two engines on different code, on a real broker: instances change hands in both directions and none is parked (G10)."""
+"""Two engines with different code, on a real broker: instances change hands in both directions, and none is parked (G10)."""
 
 import json
 import pathlib
@@ -53,7 +53,9 @@ def engine(site: Site, code: str, name: str) -> "subprocess.Popen[str]":
 
 
 def test_instances_of_either_code_finish_on_it_under_engines_of_the_other(site: Site) -> None:
-    """G10, K7, and what a deployment would do is said beside a running engine: old instances go to the new engine, then all go to an engine that runs the old code again."""
+    """G10, K7: old instances go to the new engine, then all go to an engine that runs the old code again.
+    Beside a running engine, the commands say what a deployment would do.
+    """
     old_ids = [f"{site.application}-a{number}" for number in range(8)]
     new_ids = [f"{site.application}-b{number}" for number in range(8)]
     first = engine(site, "old", "one")
@@ -102,7 +104,7 @@ def test_gc_removes_what_nobody_has_used_for_days(site: Site) -> None:
 
 
 def test_the_code_topic_is_read_to_its_end_when_nothing_but_the_marker_of_a_transaction_is_left(site: Site) -> None:
-    """G10: a look-up of a version that is not stored reads on behind the last entry, where no record tells how far it is."""
+    """G10: the look-up of a version that is not stored reads on behind the last entry, where no record shows how far it is."""
     config = Config(bootstrap_servers=site.broker, application_id=site.application)
     with SoleWriter(config, "code-test") as writer:
         writer.write([Output(config.code_topic, b"shop@0", b"{}")])
@@ -112,7 +114,7 @@ def test_the_code_topic_is_read_to_its_end_when_nothing_but_the_marker_of_a_tran
 
 
 def test_what_instances_wait_in_is_loaded_before_the_first_record_and_its_topics_must_be_there(site: Site) -> None:
-    """Semantics §9.6, K12: a topic that only stored code declares is missing; it is named, made, and the engine starts."""
+    """Semantics §9.6, K12: a topic that only stored code declares is missing. It is named and created, and the engine starts."""
     only_old, loads = site.topic("only-old"), site.directory / "loads"
     text = (site.directory / "old" / "shop.py").read_text()
     (site.directory / "old" / "shop.py").write_text(f"{text}kw.declare_topics({only_old!r})\nopen({str(loads)!r}, 'a').write(__name__ + chr(10))\n")

@@ -64,7 +64,7 @@ def test_rows_come_from_the_engines_and_from_the_changelog_when_they_do_not_answ
 
 
 def assert_an_older_engine_is_filtered(site: Site, http: httpx.Client, rows: list[dict[str, object]], paused: str) -> None:
-    """One that knows neither filters nor limits tells all that it has."""
+    """An engine that knows neither filters nor limits returns all that it has."""
 
     class Engine(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""Nothing that a workflow is given, holds or tells lies readable on the broker (decision 0060)."""
+"""Nothing that a workflow is given, holds or writes is readable on the broker (decision 0060)."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site
 
 
 def raw(site: Site) -> dict[str, list[bytes]]:
-    """Topic -> of each of its records value and headers, as they lie there, those of aborted transactions included."""
+    """Topic -> value and headers of each of its records, as stored, those of aborted transactions included."""
     consumer = Consumer({"bootstrap.servers": site.broker, "group.id": "raw", "log_level": 0, "enable.partition.eof": True, "isolation.level": "read_uncommitted", "enable.auto.commit": False})
     there = {name: topic for name, topic in consumer.list_topics(timeout=10).topics.items() if name.startswith(site.application)}
     found: dict[str, list[bytes]] = {name: [] for name in there}
@@ -125,7 +125,7 @@ def through(site: Site, id: str, starts: bool = True) -> None:
 
 
 def test_nothing_that_a_workflow_holds_lies_readable_on_the_broker_and_everybody_with_the_key_reads_it(site: Site) -> None:
-    """Client, engine, scheduler, worker, feed, history and commands, engines killed in between."""
+    """Client, engine, scheduler, worker, feed, history and commands, with engines killed in between."""
     serve(site)
     through(site, "first")
     site.processes[0].send_signal(signal.SIGKILL)
@@ -191,7 +191,7 @@ def test_a_record_encrypted_with_a_key_that_an_engine_lacks_is_a_dead_letter_unt
 
 
 def test_after_reencrypt_nothing_of_the_state_and_the_code_needs_the_old_key(site: Site) -> None:
-    """From plain to a key, and from that to the next one; a workflow sleeps meanwhile."""
+    """From plain to a key, and from that key to the next one, while a workflow sleeps."""
     site.environment["KWFLOW_ENCRYPTION_KEYS"] = "[]"
     serve(site)
     with client(site) as caller:
@@ -215,7 +215,7 @@ def test_after_reencrypt_nothing_of_the_state_and_the_code_needs_the_old_key(sit
 
 
 def test_a_call_that_is_sent_again_from_the_dead_letters_is_encrypted_as_it_was(site: Site) -> None:
-    """The command loads no module, so that no activity tells it what is a queue."""
+    """The command loads no module, so no activity tells it which topic is a queue."""
     serve(site)
     call = {"resume_topic": site.topic("resume"), "workflow_id": "a", "ref": "none", "activity": "far", "attempt": 1, "idempotency_key": "a|1:1", "arguments": {"secret": SECRET}}
     value, _ = Encryption(Config(encryption_keys=[ONE])).encrypt("workflow-resume", json.dumps(call).encode())
@@ -231,7 +231,7 @@ def test_a_call_that_is_sent_again_from_the_dead_letters_is_encrypted_as_it_was(
 
 
 def test_reencrypt_goes_on_no_further_once_an_engine_has_started(site: Site) -> None:
-    """What it has read would be written behind that engine's steps: they would be undone, at the next takeover."""
+    """It would write what it has read behind that engine's steps, which would be undone at the next takeover."""
     serve(site)
     with client(site, ONE) as caller:
         caller.start("a", {"secret": SECRET}, workflow="secret_flows").result(60)

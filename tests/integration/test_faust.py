@@ -1,4 +1,4 @@
-"""The same steps in a Faust agent (`kwflow engine --runner faust`): at-least-once, on a real broker."""
+"""The same steps in a Faust agent (`kwflow engine --runner faust`): at least once, on a real broker."""
 
 import contextlib
 import importlib.util
@@ -33,7 +33,7 @@ def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site
 
 
 def test_sagas_go_on_after_kill_9_of_a_faust_engine_and_no_state_changes_twice(site: Site) -> None:
-    """G6; outputs may appear twice, results do not change; `show` and `list` read the same changelog; bad records are dead letters."""
+    """G6: outputs may appear twice, results do not change. `show` and `list` read the same changelog; bad records are dead letters."""
     ids = [f"{site.application}-{number}" for number in range(3)]
     engine = site.engine("one", TRIP, False, "--runner", "faust")
     site.send("bad", "{not json")
@@ -107,7 +107,7 @@ def asked(site: Site, path: str) -> tuple[int, str]:
 
 
 def test_activities_run_beside_a_faust_agent_and_it_can_be_watched(site: Site) -> None:
-    """M6: their results come back as records.  The same health and metrics as of the other runners."""
+    """M6: their results come back as records. Health and metrics are the same as those of the other runners."""
     module = site.directory / "doubling.py"
     module.write_text(WITH_ACTIVITY)
     site.engine("one", str(module), False, "--runner", "faust", "--http", "127.0.0.1:0")
@@ -141,7 +141,7 @@ def main(opts):
 
 
 def test_old_code_that_instances_wait_in_is_loaded_before_the_first_record(site: Site) -> None:
-    """Semantics §9.6: as soon as the table is restored, though no record comes."""
+    """Semantics §9.6: as soon as the table is restored, even if no record comes."""
     module = site.directory / "versions.py"
     module.write_text(VERSION.replace("VERSION", "first"))
     engine = site.engine("one", str(module), False, "--runner", "faust")
@@ -157,7 +157,7 @@ def test_old_code_that_instances_wait_in_is_loaded_before_the_first_record(site:
 
 
 def read_again(site: Site) -> None:
-    """Set the group back to the begin, as a commit that was lost does with its last records; refused as long as it has a member."""
+    """Set the group back to the beginning, as a lost commit does with its last records. Refused as long as the group has a member."""
     admin, deadline = AdminClient({"bootstrap.servers": site.broker}), time.monotonic() + 60
     while True:
         places = [TopicPartition(site.topic("resume"), number, 0) for number in range(4)]
@@ -169,7 +169,7 @@ def read_again(site: Site) -> None:
 
 
 def test_records_that_are_read_again_are_recognised_and_not_applied_twice(site: Site) -> None:
-    """By the offset in the header of what waits, and of what is kept of the ended; neither had a start id of its client's."""
+    """By the offset in the header of waiting instances and in what is kept of ended ones. Neither had a start id from a client."""
     module = site.directory / "versions.py"
     module.write_text(VERSION)
     engine = site.engine("one", str(module), False, "--runner", "faust")
@@ -197,7 +197,7 @@ def main(opts):
 
 
 def test_what_the_broker_does_not_take_is_refused_and_the_engine_goes_on(site: Site) -> None:
-    """K11: a dead letter, a state, and a reply to a partition that does not exist; the state was told as written, and was not."""
+    """K11: a dead letter, a state, and a reply to a partition that does not exist. The state was reported as written, and was not."""
     small = ConfigResource(ResourceType.TOPIC, f"{site.application}-state-changelog", incremental_configs=[ConfigEntry("max.message.bytes", "20000", incremental_operation=AlterConfigOpType.SET)])
     admin = AdminClient({"bootstrap.servers": site.broker})
     [future] = admin.incremental_alter_configs([small]).values()
@@ -219,7 +219,7 @@ def test_what_the_broker_does_not_take_is_refused_and_the_engine_goes_on(site: S
 
 
 def test_an_application_that_the_kafka_runner_ran_is_refused_by_name(site: Site) -> None:
-    """Its changelog ends with the mark of a transaction, which Faust waits for without end; a reset makes it anew."""
+    """Its changelog ends with a transaction marker, for which Faust would wait for ever. A reset recreates it."""
     engine = site.engine("kafka")
     site.send("trip-1", 'new:{"timeout": 600000}')
     refs(site, ["trip-1"])

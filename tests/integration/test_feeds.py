@@ -1,4 +1,4 @@
-"""Feeds on a real broker: each record of somebody else's topic once, whoever is killed, and whatever becomes of the topic (decision 0058)."""
+"""Feeds on a real broker: each record of a foreign topic once, whoever is killed and whatever happens to the topic (decision 0058)."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
 
 class Feeds(Site):
-    """A site with feeds, and a topic that is somebody else's."""
+    """A site with feeds, and a topic that belongs to somebody else."""
 
     def __init__(self, broker: str, application: str, directory: pathlib.Path) -> None:
         self.events = f"{application}-events-of-others"
@@ -69,7 +69,7 @@ def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Feed
 
 
 def test_records_of_a_topic_start_workflows_and_signal_them_and_their_headers_go_on(site: Feeds) -> None:
-    """Decision 0058, semantics §9.3: in the order of their partition, of any key or none."""
+    """Decision 0058, semantics §9.3: in the order of their partition, with any key or none."""
     site.event("start", "early", 21, tenant=b"a")  # before any feed is there
     site.feed("one")
     site.engine("one", MODULE)
@@ -84,7 +84,7 @@ def test_records_of_a_topic_start_workflows_and_signal_them_and_their_headers_go
 
 
 def test_what_a_feed_does_not_take_is_a_dead_letter_and_is_asked_about_again_where_nobody_else_sees_it(site: Feeds) -> None:
-    """G3, K13: retry does not write to the topic of others."""
+    """G3, K13: a retry does not write to the foreign topic."""
     site.engine("one", MODULE, True, "--with-feeds")
     for value in ("{", '{"kind": 5}', None):
         site.others.produce(site.events, value, "k", 1)
@@ -106,7 +106,7 @@ def test_what_a_feed_does_not_take_is_a_dead_letter_and_is_asked_about_again_whe
 
 
 def test_feeds_that_are_killed_again_and_again_read_each_record_once(site: Feeds) -> None:
-    """K1, K2: messages and position are one transaction; two processes share the partitions, and one ends the transaction that the other died in."""
+    """K1, K2: messages and position are one transaction. Two processes share the partitions, and one ends the transaction that the other died in."""
     site.engine("one", MODULE)
     counts = {partition: 0 for partition in range(4)}
     feeds = {name: site.feed(name) for name in ("one", "two")}
@@ -146,7 +146,7 @@ def test_a_record_that_kills_the_feed_is_a_dead_letter_in_the_end_and_the_others
 
 
 def test_a_topic_that_is_made_anew_shortened_or_given_partitions_is_read_on(site: Feeds) -> None:
-    """It is somebody else's: that is no reason to stand still, and what was lost is said."""
+    """The topic belongs to somebody else, so this is no reason to stand still. What was lost is reported."""
     site.environment["KWFLOW_KAFKA"] = '{"topic.metadata.refresh.interval.ms": 500}'
     site.engine("one", MODULE)
     first = site.feed("one")
@@ -181,7 +181,7 @@ def test_a_topic_that_is_made_anew_shortened_or_given_partitions_is_read_on(site
 
 
 def test_a_topic_that_is_made_anew_while_it_is_read_is_read_from_its_begin(site: Feeds) -> None:
-    """Nothing is lost silently, and nothing is read twice: the consumer would go on at the offset where it was in the old one."""
+    """Nothing is lost silently, and nothing is read twice. The consumer alone would go on at its offset in the old topic."""
     site.engine("one", MODULE)
     site.feed("one", "--processes", "2")
     for number in range(20):
@@ -227,7 +227,7 @@ def test_a_topic_that_has_lost_its_last_records_is_read_from_its_end(site: Feeds
 
 
 def test_what_the_broker_takes_no_letter_of_answers_nobody_whatever_its_headers_say(site: Feeds) -> None:
-    """K11: only where it is is kept of a record that is too large for our topics; headers of kwflow in a topic of others are no address of ours."""
+    """K11: of a record that is too large for our topics, only its position is kept. kwflow headers in a foreign topic are not an address of ours."""
     larger = ConfigResource(ResourceType.TOPIC, site.events, incremental_configs=[ConfigEntry("max.message.bytes", "4000000", incremental_operation=AlterConfigOpType.SET)])
     site.admin.incremental_alter_configs([larger])[larger].result(20)
     site.others = Producer({"bootstrap.servers": site.broker, "log_level": 0, "message.max.bytes": 4_000_000})
@@ -246,7 +246,7 @@ def test_what_the_broker_takes_no_letter_of_answers_nobody_whatever_its_headers_
 
 
 def test_feeds_that_nobody_runs_are_told_of_and_what_cannot_be_a_feed_is_wrong_usage(site: Feeds, tmp_path: pathlib.Path) -> None:
-    """A feed runs where somebody says so, as the timers do."""
+    """A feed runs only where it is asked for, as timers do."""
     site.engine("one", MODULE)
     site.wait(lambda: any(f"{site.events}: not read here" in log.read_text() for log in site.directory.glob("one.log")))
     assert "no feed in" in site.refused("feed", str(ROOT / "workflows/order.py"))

@@ -1,4 +1,4 @@
-"""Gateways on a real broker, engines as processes (AF-30, A1-A5)."""
+"""Gateways on a real broker, with engines as processes (AF-30, A1-A5)."""
 
 import asyncio
 import os
@@ -46,7 +46,7 @@ def serve() -> Iterator[Callable[..., Serving]]:
 
 
 def test_each_of_50_callers_of_two_gateways_gets_exactly_its_own_outcome(app: Application, serve: Callable[..., Serving]) -> None:
-    """A1, A2; A3 by those that end in their first step."""
+    """A1, A2, and A3 through workflows that end in their first step."""
     app.engine()
     gateways = [serve(app), serve(app)]
 
@@ -68,7 +68,7 @@ def test_each_of_50_callers_of_two_gateways_gets_exactly_its_own_outcome(app: Ap
 
 
 def test_a_stream_on_kafka_tells_of_its_ids_and_what_is_too_large_is_413(app: Application, serve: Callable[..., Serving]) -> None:
-    """A11; one gateway streams, another one starts."""
+    """A11: one gateway streams, and another one starts."""
     app.engine()
     one, two = serve(app), serve(app)
     stream = Stream(one, "a", "b")
@@ -83,7 +83,7 @@ def test_a_stream_on_kafka_tells_of_its_ids_and_what_is_too_large_is_413(app: Ap
 
 
 def gateway_of(app: Application) -> "tuple[subprocess.Popen[str], str]":
-    """One as a process, and its address."""
+    """A gateway as a process, and its address."""
     command = [sys.executable, "-m", "kwflow", "gateway", "--port", "0"]
     process = subprocess.Popen(command, env={**os.environ, **app.environment}, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     app.processes.append(process)
@@ -129,7 +129,7 @@ def test_callers_of_a_gateway_that_was_killed_have_their_outcome_from_another(ap
 
 
 def test_while_the_broker_is_away_requests_are_503_and_then_served_again(application: str, tmp_path: pathlib.Path, serve: Callable[..., Serving]) -> None:
-    """AF-6: what was not sent is told as that, not as perhaps done."""
+    """AF-6: what was not sent is reported as not sent, not as possibly done."""
     if not can_start():
         pytest.skip("NOT TESTED: no broker that may be killed (java with mvn)")
     broker = Broker(tmp_path / "kafka")

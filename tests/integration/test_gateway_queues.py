@@ -43,7 +43,7 @@ def call(queue: str, job: dict[str, Any], what: str) -> str:
 
 
 def test_a_worker_fetches_locks_and_completes_fails_or_rejects(site: Queues) -> None:
-    """ET-1, ET-3, ET-10, ET-12, ET-13, ET-16, ET-21: 204 means that it is committed."""
+    """ET-1, ET-3, ET-10, ET-12, ET-13, ET-16, ET-21: 204 means that the answer is committed."""
     site.engine("one", MODULE)
     for id in ("a/1", "b", "c", "d"):
         site.start(id, "foreign", 6)
@@ -82,7 +82,7 @@ def test_a_worker_fetches_locks_and_completes_fails_or_rejects(site: Queues) -> 
 
 
 def test_headers_of_a_call_are_lent_and_travel_on_with_its_answer(site: Queues) -> None:
-    """Semantics §9.3: traces and tenants go on in workers that speak HTTP, and behind them; ours are nobody else's."""
+    """Semantics §9.3: traces and tenants continue in workers that speak HTTP, and behind them. kwflow's own headers are not passed on."""
     site.engine("one", MODULE)
     given: list[tuple[str, bytes | None]] = [("tenant", b"old"), ("tenant", "Zoë".encode()), ("traceparent", b"00-1-2-01"), ("raw", b"\xff\x00"), ("empty", b""), ("none", None)]
     for id in ("result", "error"):
@@ -101,7 +101,7 @@ def test_headers_of_a_call_are_lent_and_travel_on_with_its_answer(site: Queues) 
 
 
 def test_a_gateway_lends_several_queues_whatever_identity_its_machine_has(site: Queues) -> None:
-    """They, and the workers of that machine, would be one member of the group, and throw each other out."""
+    """With that identity, they and the workers of that machine would be one member of the group, and evict each other."""
     site.engine("one", MODULE)
     config, said, found = site.config.model_copy(update={"instance_id": "here"}), list[str](), set[str]()
     with Lending(config, site.elsewhere, said.append) as one, Lending(config, f"{site.queue}-mail", said.append) as other:
@@ -112,7 +112,7 @@ def test_a_gateway_lends_several_queues_whatever_identity_its_machine_has(site: 
 
 
 def test_a_gateway_that_dies_leaves_what_is_open_to_the_next_and_any_gateway_takes_an_answer(site: Queues) -> None:
-    """ET-11: the answer of a worker that fetched from the first one counts; what it did not answer is fetched again, and nothing else."""
+    """ET-11: the answer of a worker that fetched from the first gateway counts. What it did not answer is fetched again, and nothing else."""
     site.engine("one", MODULE)
     for id in ("a", "b", "c"):
         site.start(id, "foreign", 6)

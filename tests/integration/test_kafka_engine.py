@@ -85,7 +85,7 @@ for number in range(40):
 
 
 def test_an_engine_that_is_asked_to_end_while_it_joins_its_group_ends(site: Site) -> None:
-    """K7: in a process of its own, which librdkafka would hold with Python's lock, so that no thread and no signal handler came to its turn."""
+    """K7: in its own process, because librdkafka would hold it with Python's lock, so that no thread and no signal handler got its turn."""
     subprocess.run([sys.executable, "-c", STOPPED, str(site.directory / "one")], env=site.environment, cwd=ROOT, timeout=120, check=True)
 
 
@@ -113,7 +113,7 @@ def main(opts):
 
 
 def test_a_process_ends_although_somebody_has_left_a_client_in_it_that_never_would(site: Site) -> None:
-    """G10: one that has joined and is not asked any more is waited for, for ever; an engine whose scheduler could not begin had one of its own, told of its end, and stayed."""
+    """G10: a consumer that has joined and is no longer polled is waited for, for ever. An engine whose scheduler could not start had such a consumer, reported its end, and stayed."""
     module = site.directory / "leaves_a_consumer.py"
     module.write_text(LEAVES_A_CONSUMER)
     site.fails(0, "topics", "create", str(module))
@@ -127,7 +127,7 @@ def test_a_timer_fires_on_kafka_and_the_saga_is_undone(site: Site) -> None:
 
 
 def test_what_happened_to_an_id_is_told_from_its_partition(site: Site) -> None:
-    """Decision 0059: events are in the transactions of the steps, over kill -9."""
+    """Decision 0059: events are in the transactions of the steps, and survive kill -9."""
     assert "no history is kept" in site.refused("history", "w")
     site.environment["KWFLOW_HISTORY_TOPIC"] = site.topic("history")
     assert site.topic("history") in site.fails(1, "engine", TRIP)
@@ -198,7 +198,7 @@ def main(o):
 
 
 def test_a_full_disk_ends_the_engine_with_its_reason_and_with_room_again_all_goes_on(site: Site) -> None:
-    """G1, K8, K19: exit code 3, start me again; what the disk did not take is in the changelog."""
+    """G1, K8, K19: exit code 3, start me again. What the disk did not take is in the changelog."""
     grows = site.directory / "grows.py"
     grows.write_text(GROWS)
     engine = site.engine(module=str(grows))
@@ -246,7 +246,7 @@ def single(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Si
 
 @pytest.mark.parametrize("case", TRIPS, ids=lambda case: case.name)
 def test_a_saga_of_the_reference_ends_as_it_should_on_a_broker(single: Site, case: Trip) -> None:
-    """T-KW-2..5; no scheduler runs, the timer's answer is given by hand."""
+    """T-KW-2..5: no scheduler runs, and the test gives the timer's answer."""
     id = single.application
     single.send(id, "new:" + json.dumps(case.options))
     for ref, failed in case.answers:

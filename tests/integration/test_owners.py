@@ -1,4 +1,4 @@
-"""Who owns which partition, on a real broker: `show` and `list` ask the owner, deaths are counted whoever died (K19)."""
+"""Who owns which partition, on a real broker: `show` and `list` ask the owner, and deaths are counted whoever died (K19)."""
 
 import json
 import pathlib
@@ -48,7 +48,7 @@ def owned(site: Site, name: str) -> set[str]:
 
 
 def answered(site: Site, *command: str) -> str:
-    """What a command says once engines answer; a partition may just be on its way to the other one."""
+    """What a command prints once engines answer. A partition may be on its way to the other engine."""
     said: list[str] = []
     site.until(lambda: said.append(site.fails(0, *command)) or CHANGELOG not in said[-1])
     return said[-1]
@@ -101,7 +101,7 @@ def test_an_answer_counts_only_if_the_engine_that_is_named_gives_it(site: Site) 
     [(200, "0", b"[]", "partitions are on their way from one engine to another"), (503, "0,1", b"[]", "answers 503"), (200, "0,1", b'[{"id":"w"}', "is not whole")],
 )
 def test_a_list_counts_only_if_it_is_whole_and_of_all_partitions(site: Site, status: int, partitions: str, body: bytes, why: str) -> None:
-    """While partitions move, some are told of by nobody; the changelog knows all."""
+    """While partitions move, nobody reports some of them. The changelog has all."""
 
     class Engine(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -134,7 +134,7 @@ def test_an_engine_without_http_is_named_and_one_that_ended_cleanly_owns_nothing
 
 
 def test_a_record_that_kills_two_engines_in_turn_ends_in_dead_letters(site: Site) -> None:
-    """K19: state directories of their own; three times alone, after a batch that nobody suspected, and perhaps a few that somebody did."""
+    """K19: with state directories of their own. Three times alone, after one batch that nobody suspected, and perhaps once among a few suspects."""
     site.environment["KWFLOW_KAFKA"] = '{"session.timeout.ms": 1500, "heartbeat.interval.ms": 300, "log_level": 0}'  # who has died is gone sooner
     module = site.directory / "deadly.py"
     module.write_text(DEADLY)
@@ -158,7 +158,7 @@ class Died(BaseException):
 
 
 class Dying:
-    """A producer whose process dies at the commit, or, once its outputs are sent, at this topic."""
+    """A producer whose process dies at the commit or, once its outputs are sent, at this topic."""
 
     def __init__(self, producer: Producer, topic: str | None) -> None:
         self._producer = producer
@@ -179,7 +179,7 @@ class Dying:
 
 @pytest.mark.parametrize("outputs_only", [False, True], ids=["with its offsets", "outputs only"])
 def test_a_transaction_that_its_dead_engine_left_open_is_ended_by_the_next_owner(lab: Lab, outputs_only: bool) -> None:
-    """K1: on a real coordinator; with another identity it would be open for fifteen seconds."""
+    """K1: on a real coordinator. With another identity the transaction would be open for fifteen seconds."""
     id = lab.base["application_id"]
     first = lab.engine("one")
     lab.send("resume", id, "new:{}")

@@ -74,7 +74,7 @@ LETTERS = 1200  # twelve transactions
 
 
 def letters(site: Site, count: int = LETTERS, topic: str | None = None, value: bytes = b"{not json") -> list[str]:
-    """So many dead letters, as an engine writes them; their keys."""
+    """This many dead letters, as an engine writes them; returns their keys."""
     headers = [("kwflow-error-reason", "bad-json"), ("kwflow-error-topic", topic or site.topic("resume")), ("kwflow-error-message", "no JSON")]
     for number in range(count):
         site.producer.produce(f"{site.application}-dead-letter", value, f"k{number:04}", headers=headers)
@@ -87,7 +87,7 @@ def resent(site: Site) -> list[str]:
 
 
 def test_letters_are_sent_again_once_although_the_command_is_killed_again_and_again(site: Site) -> None:
-    """K13: a letter and its mark are in one transaction; the next command ends the one that a killed one left open."""
+    """K13: a letter and its mark are in one transaction. The next command ends the transaction that a killed one left open."""
     expected, chance = letters(site), random.Random(5)
     command = [sys.executable, "-m", "kwflow", "dead-letters", "retry", "--all"]
     for _ in range(5):
@@ -149,7 +149,7 @@ def test_a_letter_that_the_broker_does_not_take_leaves_the_writer_fit_for_the_ne
 
 
 def test_a_letter_that_was_too_large_is_sent_again_once_the_limit_is_raised(site: Site) -> None:
-    """So its message says; a client's own limit is 1,000,000."""
+    """As its message says. A client's own limit is 1,000,000."""
     config = Config(bootstrap_servers=site.broker, application_id=site.application, value_bytes_max=1_040_000)
     with SoleWriter(config, "dead-letters") as writer:
         writer.write([Output(site.topic("resume"), b"large", b"x" * 1_039_000)])
@@ -157,7 +157,7 @@ def test_a_letter_that_was_too_large_is_sent_again_once_the_limit_is_raised(site
 
 
 def test_what_was_committed_behind_a_transaction_that_is_open_is_waited_for(site: Site) -> None:
-    """K5: an engine has written a letter and not committed; the mark that an operator has made since lies behind it, and without it a letter would be sent twice."""
+    """K5: an engine has written a letter and not committed. The mark that an operator has made since is behind it, and without that mark a letter would be sent twice."""
     config = Config(bootstrap_servers=site.broker, application_id=site.application)
     topic, place = config.dead_letter_topic, partition_of(b"k", 4)
     site.producer.produce(topic, b"first", b"k", place)

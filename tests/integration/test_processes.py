@@ -1,4 +1,4 @@
-"""Several processes of one engine, supervised (K1), and what each answers about itself on Kafka."""
+"""Several processes of one engine, supervised (K1), and what each reports about itself on Kafka."""
 
 import json
 import os
@@ -34,7 +34,7 @@ class Many(Site):
         return process
 
     def health(self, number: int) -> dict[str, object]:
-        """Empty while it does not answer."""
+        """Empty as long as it does not answer."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port + number}/health", timeout=5) as answer:
                 return dict(json.loads(answer.read()))
@@ -73,7 +73,7 @@ def many(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Many
 
 
 def test_two_processes_share_the_partitions_a_killed_one_comes_back_and_sigterm_ends_all_cleanly(many: Many) -> None:
-    """K1: identities and state directories of their own; nothing is lost or doubled by the kill."""
+    """K1: each has its own identity and state directory. The kill loses and doubles nothing."""
     supervisor = many.supervisor()
     until(lambda: sorted(many.owned(0) + many.owned(1)) == [0, 1, 2, 3] and many.owned(0) and many.owned(1), many.log)
     until(lambda: all(many.health(number).get("ready") for number in (0, 1)), many.log)

@@ -1,4 +1,4 @@
-"""Activities with a queue on a real broker: engines hand calls out, workers answer them, whoever of both is killed (M6.6, BW, ET)."""
+"""Activities with a queue on a real broker: engines hand calls out and workers answer them, whichever of them is killed (M6.6, BW, ET)."""
 
 import json
 import pathlib
@@ -61,7 +61,7 @@ class Queues(Site):
             time.sleep(0.02)
 
     def open(self) -> list[str]:
-        """Of which workflows calls are open for the next owners of the queue, as the group's positions and notes tell them."""
+        """The workflows whose calls are open for the next owners of the queue, by the group's positions and notes."""
         consumer = Consumer({"bootstrap.servers": self.broker, "group.id": self.config.workers_group, "log_level": 0})
         try:
             kept = consumer.committed([TopicPartition(self.queue, number) for number in range(4)], timeout=10)
@@ -92,7 +92,7 @@ def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Queu
 
 
 def test_calls_are_run_by_the_workers_of_their_queue_and_never_by_an_engine(site: Queues) -> None:
-    """M6.6, ET-1: the many calls of one workflow are shared among workers, retries included; its headers go with them (semantics §9.3)."""
+    """M6.6, ET-1: the many calls of one workflow are shared among workers, retries included. Its headers go with them (semantics §9.3)."""
     engine = site.engine("one", MODULE)
     site.start("early", "squares", {"numbers": [3]}, ("tenant", b"a"))  # before any worker is there
     workers = [site.worker("a", "--http", "127.0.0.1:0"), site.worker("b")]
@@ -114,7 +114,7 @@ def test_calls_are_run_by_the_workers_of_their_queue_and_never_by_an_engine(site
 
 
 def test_what_a_killed_worker_ran_is_begun_again_and_what_it_had_answered_is_not(site: Queues) -> None:
-    """M6.6: at least once; one call that takes long keeps none behind it from being done for good."""
+    """M6.6: at least once. One call that takes long does not keep those behind it from being finished for good."""
     site.engine("one", MODULE)
     first = site.worker("a")
     site.start("long", "squares", {"numbers": [1, 2, 3, 4], "gate": "open"})
@@ -136,7 +136,7 @@ def test_what_a_killed_worker_ran_is_begun_again_and_what_it_had_answered_is_not
 
 
 def test_a_worker_that_is_asked_to_end_lets_calls_finish_and_nothing_runs_twice(site: Queues) -> None:
-    """BW-15, M6.5: grace; the rest goes to the other one."""
+    """BW-15, M6.5: grace; the rest goes to the other worker."""
     site.engine("one", MODULE)
     first = site.worker("a")
     site.start("w", "squares", {"numbers": [1, 2, 3, 4, 5, 6], "gate": "open"})
@@ -152,7 +152,7 @@ def test_a_worker_that_is_asked_to_end_lets_calls_finish_and_nothing_runs_twice(
 
 
 def test_partitions_that_come_back_to_a_worker_that_had_too_much_are_read_again(site: Queues) -> None:
-    """M6.6: the client keeps paused what was paused when it left; the calls there waited for ever."""
+    """M6.6: the client keeps a partition paused that was paused when it left. The calls there waited for ever."""
     site.environment["KWFLOW_ACTIVITY_GRACE_S"] = "0"
     site.engine("one", MODULE)
     site.worker("a")
@@ -168,7 +168,7 @@ def test_partitions_that_come_back_to_a_worker_that_had_too_much_are_read_again(
 
 
 def test_calls_in_a_topic_that_was_made_again_are_run(site: Queues) -> None:
-    """What the group knows of the offsets of the one before would pass over them."""
+    """The group's offsets of the former topic would skip them."""
     site.engine("one", MODULE)
     for n in range(8):
         site.start(f"w{n}", "squares", {"numbers": [n, n, n, n]})
@@ -206,7 +206,7 @@ def test_a_call_that_nobody_waits_for_is_taken_back(site: Queues) -> None:
 
 
 def test_a_call_that_kills_its_worker_ends_with_its_attempts_and_the_others_are_done(site: Queues) -> None:
-    """K19: out of memory, say, or a crash in C; each worker in turn would die of it for ever."""
+    """K19: for example out of memory, or a crash in C. Each worker in turn would die of it, for ever."""
     site.engine("one", MODULE)
     for n in range(10):
         site.start(f"w{n}", "squares", {"numbers": [n]})
@@ -236,7 +236,7 @@ def test_ten_calls_of_ten_workflows_are_one_batch(site: Queues) -> None:
 
 
 def test_a_worker_in_any_language_reads_a_topic_and_writes_a_record(site: Queues) -> None:
-    """M6.6, docs/WIRE.md: an answer is a resume record, an error what ACTIVITIES.md says."""
+    """M6.6, docs/WIRE.md: an answer is a resume record, and an error is what ACTIVITIES.md says."""
     site.engine("one", MODULE)
     site.start("w", "foreign", 6)
     site.start("x", "foreign", 7)
@@ -253,7 +253,7 @@ def test_a_worker_in_any_language_reads_a_topic_and_writes_a_record(site: Queues
 
 
 def test_calls_that_a_worker_does_not_know_keep_no_other_waiting_and_are_told_of(site: Queues) -> None:
-    """G3, docs/ACTIVITIES.md: they stay where they are until a worker is there that knows them."""
+    """G3, docs/ACTIVITIES.md: they stay where they are until there is a worker that knows them."""
     for n in range(1200):
         job = {"resume_topic": site.topic("resume"), "workflow_id": f"u{n}", "ref": "1:1", "activity": "nowhere", "attempt": 1, "idempotency_key": f"u{n}|1:1", "arguments": {}}
         site.producer.produce(site.queue, json.dumps(job), f"u{n}|1:1")
@@ -292,7 +292,7 @@ def test_what_is_no_call_is_a_dead_letter_and_what_is_another_applications_is_le
 
 
 def test_an_instance_whose_call_a_worker_has_is_shown_and_not_forked(site: Queues) -> None:
-    """ET-2: what waits is seen without the worker."""
+    """ET-2: the waiting call is shown without the worker."""
     site.engine("one", MODULE)
     site.start("w", "foreign", 6)
     site.read(site.elsewhere, 1)
@@ -302,7 +302,7 @@ def test_an_instance_whose_call_a_worker_has_is_shown_and_not_forked(site: Queue
 
 
 def test_a_worker_says_what_it_lacks_before_it_begins(site: Queues) -> None:
-    """Usage is 2, what is missing on the broker 1, an unknown queue names the known ones."""
+    """Wrong usage is 2, what is missing on the broker is 1, and an unknown queue is refused with the known ones."""
     said = site.refused("worker", MODULE, "--queue", "nope")
     assert f"no activity for the queue nope in these modules; there are {site.queue}, {site.elsewhere}, {site.queue}-mail" in said
     assert "activity elsewhere has no body in these modules" in site.refused("worker", MODULE, "--queue", site.elsewhere)

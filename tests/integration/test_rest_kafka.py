@@ -1,4 +1,4 @@
-"""rest.call on a real broker: the engine that sent the request is killed, and another one hears the callback."""
+"""rest.call on a real broker: the engine that sent the request is killed, and another one receives the callback."""
 
 import json
 import pathlib
@@ -34,7 +34,7 @@ def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site
 
 
 def test_jobs_that_were_begun_by_a_killed_engine_call_back_to_its_heir(site: Site) -> None:
-    """LR-12, LR-13, G6: each job is asked for once by its key, and each workflow gets the answer of its own."""
+    """LR-12, LR-13, G6: each job is requested once, by its key, and each workflow gets the answer of its own job."""
     ids = [f"build/{n}" for n in range(8)]
     with rest_service.service() as service:
         service.answers["/build"] = Answer({"id": 7}, 202)

@@ -1,4 +1,4 @@
-"""A standby's copy is promoted by a takeover; a copy that nobody needs is deleted (kafka.md §4, K5, K8)."""
+"""A standby's copy is promoted by a takeover, and a copy that nobody needs is deleted (kafka.md §4, K5, K8)."""
 
 
 import pytest

@@ -1,4 +1,4 @@
-"""Tracing on a real broker: spans end with their commit, and the context is in what readers get."""
+"""Tracing on a real broker: spans end with their commit, and readers of a record get its context."""
 
 
 import pytest
@@ -24,7 +24,7 @@ def traced(runner: KafkaRunner) -> InMemorySpanExporter:
 
 
 def test_a_step_whose_transaction_was_aborted_and_is_made_again_has_one_span(lab: Lab) -> None:
-    """K11: the broker rejects the output of one of two instances in a batch; the other's step is made twice and committed once."""
+    """K11: the broker rejects the output of one of two instances in a batch. The other's step is made twice and committed once."""
     runner = lab.engine("one", value_bytes_max=2_000_000)
     exporter = traced(runner)
     for id in ("large", "small"):

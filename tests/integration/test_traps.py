@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
 
 def gather(runner: KafkaRunner) -> bool:
-    """Whether anything was there of what it owns."""
+    """Whether there was any record in what it owns."""
     runner._gather()
     return any(partition.gathered for partition in runner.owned.values())
 
@@ -34,7 +34,7 @@ def gather_some(runner: KafkaRunner) -> None:
 
 
 def test_a_stalled_engine_whose_partition_moved_commits_nothing_although_it_heartbeats(lab: Lab) -> None:
-    """K2: trap 1.  It stalls between its last poll and its commit; its client goes on in the background."""
+    """K2: trap 1. It stalls between its last poll and its commit, while its client goes on in the background."""
     id = lab.base["application_id"]
     first = lab.engine("one")
     turn(first, lambda: first.owned)
@@ -54,7 +54,7 @@ def test_a_stalled_engine_whose_partition_moved_commits_nothing_although_it_hear
 
 
 def test_an_evicted_scheduler_fires_nothing(lab: Lab) -> None:
-    """K14: trap 2.  A transaction without offsets would not be refused."""
+    """K14: trap 2. A transaction without offsets would not be refused."""
     id = lab.base["application_id"]
     first = lab.scheduler("one")
     turn(first, lambda: first.owned)
@@ -82,7 +82,7 @@ def test_a_zombie_with_the_same_identity_is_refused(lab: Lab) -> None:
 
 
 def test_one_whose_state_directory_was_copied_is_told_whose_identity_it_has_in_no_line_of_the_clients_own(lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
-    """K1; section "Watching" of OPERATIONS: librdkafka logs what is fatal at its lowest level, which no log_level turns off."""
+    """K1; section "Watching" of OPERATIONS: librdkafka logs fatal errors at its lowest level, which no log_level turns off."""
     first = lab.engine("one")
     turn(first, lambda: first.owned)
     known = first.directory / "instance-id"
@@ -97,7 +97,7 @@ def test_one_whose_state_directory_was_copied_is_told_whose_identity_it_has_in_n
 
 
 def test_a_first_start_on_an_empty_changelog_applies_what_was_waiting(lab: Lab) -> None:
-    """K5: trap 5; the position of a reader stays -1001 on an empty log."""
+    """K5: trap 5. The position of a reader stays -1001 on an empty log."""
     id = lab.base["application_id"]
     lab.send("resume", id, "new:{}")
     lab.send("resume", id, '{"ref": "r", "value": "early"}')
@@ -107,7 +107,7 @@ def test_a_first_start_on_an_empty_changelog_applies_what_was_waiting(lab: Lab) 
 
 
 def test_records_that_come_before_the_restore_wait_for_it(lab: Lab) -> None:
-    """K5: trap 5; stepped on an empty state they would be ignored as of unknown ids, and lost."""
+    """K5: trap 5. Stepped on an empty state, they would be ignored as records of unknown ids, and lost."""
     id = lab.base["application_id"]
     first = lab.engine("one")
     lab.send("resume", id, "new:{}")
@@ -148,7 +148,7 @@ def test_offsets_that_somebody_reset_stop_the_engine_unless_accepted(lab: Lab) -
 
 
 def test_a_record_that_killed_the_engine_three_times_is_refused(lab: Lab) -> None:
-    """K19: each run dies in the same record; then it is dead-lettered and the engine goes on."""
+    """K19: each run dies in the same record. Then the record is dead-lettered and the engine goes on."""
     id = lab.base["application_id"]
     lab.send("resume", id, "new:{}")
     lab.send("resume", f"{id}-other", "new:{}")
@@ -166,7 +166,7 @@ def test_a_record_that_killed_the_engine_three_times_is_refused(lab: Lab) -> Non
 
 
 class Hurried(Handle):
-    """Every look at it finds a whole batch_ms_max gone."""
+    """A clock on which a whole batch_ms_max has passed each time it is read."""
 
     def now_ms(self) -> int:
         self.ms += 100
@@ -174,7 +174,7 @@ class Hurried(Handle):
 
 
 def test_what_was_gathered_and_not_applied_goes_with_its_partition(lab: Lab) -> None:
-    """K2: a gather of slow steps is many transactions; the group is served between them, and the next owner applies the rest once."""
+    """K2: a gather of slow steps becomes many transactions. The group is served between them, and the next owner applies the rest once."""
     lab.clock = Hurried()
     first = lab.engine("one")
     turn(first, lambda: first.owned)
@@ -190,7 +190,7 @@ def test_what_was_gathered_and_not_applied_goes_with_its_partition(lab: Lab) -> 
 
 
 def test_a_record_too_large_for_a_dead_letter_is_told_of_without_its_value(lab: Lab) -> None:
-    """K10, K11: the dead letter has headers more than the record had."""
+    """K10, K11: the dead letter has more headers than the record had."""
     engine = lab.engine("one")
     turn(engine, lambda: engine.owned)
     lab.producer = Producer({"bootstrap.servers": lab.base["bootstrap_servers"], "log_level": 0, "message.max.bytes": 1_048_588})
@@ -218,7 +218,7 @@ asyncio.run(send(*sys.argv[1:]))
 
 @pytest.mark.skipif(importlib.util.find_spec("aiokafka") is None, reason="NOT TESTED: no client is here that sends such a header (kwflow[faust])")
 def test_a_record_with_a_header_whose_name_is_not_utf_8_is_a_dead_letter(lab: Lab) -> None:
-    """G3, K19: the library cannot give its headers; it ended every engine in turn, before any of its records was looked at."""
+    """G3, K19: the library cannot return its headers. It ended every engine in turn, before any of its records was looked at."""
     engine = lab.engine("one")
     turn(engine, lambda: engine.owned)
     for number in range(100):  # a call that has become quick tells nothing of the error that it left behind
@@ -234,7 +234,7 @@ def test_a_record_with_a_header_whose_name_is_not_utf_8_is_a_dead_letter(lab: La
 
 
 def test_large_records_are_not_heaped_up_while_steps_are_slow(lab: Lab) -> None:
-    """Each turn brings one more at most where those that wait have the bytes of a batch."""
+    """When the waiting records have the bytes of a batch, each turn reads at most one more."""
     lab.clock = Hurried()
     runner = lab.engine("one", batch_bytes_max=300_000)
     turn(runner, lambda: runner.owned)
@@ -248,7 +248,7 @@ def test_large_records_are_not_heaped_up_while_steps_are_slow(lab: Lab) -> None:
 
 
 def test_a_batch_is_split_over_transactions_by_its_bytes_and_nothing_is_left_out(lab: Lab) -> None:
-    """Twenty instances whose states turn out larger than a transaction may be; each is stepped once."""
+    """The states of twenty instances turn out larger than a transaction may be. Each is stepped once."""
     for number in range(20):
         lab.send("resume", f"id-{number}", "new:" + json.dumps("x" * 2000))
     runner = lab.engine("one", batch_bytes_max=9_000)
@@ -271,7 +271,7 @@ def test_an_identity_that_the_disk_has_damaged_is_replaced_by_a_new_one(lab: Lab
 
 @pytest.mark.parametrize("setting", ["session.timeout.ms", "transaction.timeout.ms"])
 def test_a_time_that_the_broker_does_not_allow_ends_the_engine_for_good_with_where_it_is_set(lab: Lab, setting: str) -> None:
-    """With exit code 3 a supervisor would start it again for ever."""
+    """With exit code 3, a supervisor would start it again for ever."""
     lab.base["kafka"] |= {setting: 500 if setting == "session.timeout.ms" else 10_000_000}
     with pytest.raises(TransportError, match=re.escape(f'[kafka] "{setting}"')) as ended:
         turn(lab.engine("one"), lambda: False)

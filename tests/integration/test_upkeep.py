@@ -1,4 +1,4 @@
-"""What an operator does to an application that stands still: more partitions, and a reset (K5, K6, K16)."""
+"""What an operator does to an application that is stopped: more partitions, and a reset (K5, K6, K16)."""
 
 import json
 import pathlib
@@ -80,7 +80,7 @@ def test_waiting_workflows_and_their_timers_move_with_their_keys_to_more_partiti
 
 
 def test_what_has_moved_is_not_taken_for_deleted_because_it_was_where_it_had_been(site: Site) -> None:
-    """An entry is what its own partition says of it; in which order partitions are read is chance."""
+    """An entry is what its own partition says it is. The order in which partitions are read is chance."""
     topic = f"{site.application}-state-changelog"
     for old, new in ((0, 1), (1, 0)):
         for partition, value in ((old, "state"), (new, "state"), (old, None)):
@@ -120,7 +120,7 @@ def test_a_reset_says_what_it_would_do_and_forgets_every_instance(site: Site) ->
 
 
 def test_a_copy_of_what_a_reset_has_emptied_is_made_anew_on_machines_that_come_back_late(lab: Lab) -> None:
-    """K8: the new changelog has come as far as the old one was by then."""
+    """K8: by then the new changelog is as long as the old one was."""
     other = lab.engine("other")
     lab.send("resume", "ghost", "new:{}")
     turn(other, lambda: other.owned and other.owned[0].position == 1)
@@ -137,7 +137,7 @@ def test_a_copy_of_what_a_reset_has_emptied_is_made_anew_on_machines_that_come_b
 
 
 def test_what_a_changelog_takes_is_moved_however_large_or_small_its_limit(lab: Lab) -> None:
-    """K11: a client's own limit is a megabyte, for a record and for a batch; half-way no engine starts."""
+    """K11: a client's own limit is a megabyte, for a record and for a batch. If the move stops half-way, no engine starts."""
     config = lab.config("one")
     for partitions, limit, sizes in ((8, 300_000, [100_000] * 8), (9, 3_000_000, [2_000_000])):
         limited(lab, config.changelog_topic, limit)
@@ -160,7 +160,7 @@ def test_a_topic_that_takes_more_than_the_client_can_send_is_no_wrong_setting(la
 
 
 def test_a_reset_that_could_not_set_an_offset_says_so(lab: Lab) -> None:
-    """The broker tells it of each partition: the request as a whole went well."""
+    """The broker reports it for each partition, although the request as a whole succeeded."""
     config = lab.config("one")
     member = Consumer({"bootstrap.servers": lab.base["bootstrap_servers"], "group.id": config.application_id})
 
@@ -175,7 +175,7 @@ def test_a_reset_that_could_not_set_an_offset_says_so(lab: Lab) -> None:
 
 
 def test_what_a_group_has_forgotten_is_known_from_the_state_when_partitions_are_added(lab: Lab) -> None:
-    """K16: offsets expire after a week without an engine; applied records counted as waiting, for ever."""
+    """K16: offsets expire after a week without an engine. Applied records counted as waiting, for ever."""
     config, admin = lab.config("one"), topics.admin(lab.config("one"))
     engine = lab.engine("one")
     lab.send("resume", "w", "new:{}")
@@ -191,7 +191,7 @@ def test_what_a_group_has_forgotten_is_known_from_the_state_when_partitions_are_
 
 
 def limited(lab: Lab, topic: str, limit: int) -> None:
-    """This topic takes so many bytes at a time."""
+    """This topic accepts this many bytes at a time."""
     entry = ConfigEntry("max.message.bytes", str(limit), incremental_operation=AlterConfigOpType.SET)
     admin = topics.admin(lab.config("any"))
     [done] = admin.incremental_alter_configs([ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])]).values()
@@ -199,7 +199,7 @@ def limited(lab: Lab, topic: str, limit: int) -> None:
 
 
 def test_a_reset_ends_where_somebody_else_makes_the_topic_that_it_has_deleted(lab: Lab) -> None:
-    """As any client does where topics are created automatically; it tried to create it for ever, with none of its settings in force."""
+    """As any client does where topics are created automatically. The reset tried to create it for ever, and none of its settings were in force."""
     config = lab.config("any")
     admin = topics.admin(config)
     over = threading.Event()

@@ -1,4 +1,4 @@
-"""Feeds, as an engine in memory asks them: what they are given, what becomes of their messages, and what is a dead letter (decision 0058)."""
+"""Feeds, as an engine in memory calls them: what they are given, what becomes of their messages, and what is a dead letter (decision 0058)."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def waits(_):
 
 @pytest.fixture(autouse=True)
 def feeds_of_a_test_are_none_of_the_next() -> Iterator[None]:
-    """An engine that a later test begins in this process would look at them all, and refuse what is wrong on purpose here."""
+    """An engine that a later test starts in this process would check them all, and refuse those that are wrong on purpose here."""
     before = feeds.registered_feeds()
     yield
     feeds._feeds.clear()
@@ -53,7 +53,7 @@ def feeds_of_a_test_are_none_of_the_next() -> Iterator[None]:
 
 
 def loaded(source: str) -> tuple[types.ModuleType, str]:
-    """The module, whose `TOPIC` is its own, and that topic."""
+    """The module, whose `TOPIC` belongs to it alone, and that topic."""
     name = f"feeds_{next(_count)}"
     return durable.load_source(name, f"TOPIC = {name!r}\n{HEAD}{source}", f"{name}.py"), name
 
@@ -84,7 +84,7 @@ def test_a_feed_is_given_the_value_as_annotated_the_record_or_both() -> None:
 
 
 def test_every_kind_of_message_does_what_a_client_could_do() -> None:
-    """KW-2, KW-3, M2, M3: starts, signals, answers, errors, cancels; ids of their own make them be done once."""
+    """KW-2, KW-3, M2, M3: starts, signals, answers, errors, cancels. With ids of their own they are done once."""
     tester, topic = engine_of("""
 @kw.feed(TOPIC)
 def fed(record: kw.Record):
@@ -103,7 +103,7 @@ def fed(record: kw.Record):
 
 
 def test_one_record_may_be_many_messages_or_none() -> None:
-    """In the order in which they are given."""
+    """They are sent in the order in which the feed returns them."""
     for made in ("[kw.Start(str(n), n) for n in range(3)]", "(kw.Start(str(n), n) for n in range(3))", "tuple(kw.Start(str(n), n) for n in range(3))", "map(lambda n: kw.Start(str(n), n), range(3))"):
         tester, topic = engine_of(f"\n@kw.feed(TOPIC)\ndef fed(x):\n    return {made} if x else None\n")
         tester.send(None, b"null", topic=topic)
@@ -133,7 +133,7 @@ def test_a_value_that_is_not_as_annotated_is_a_dead_letter(value: bytes | None, 
     ("return (kw.Start('a') for _ in iter(int, 1))", "outputs_max"), ("return (kw.Start('a', 'x' * 900_000) for _ in iter(int, 1))", "output_bytes_max"),
 ])  # fmt: skip
 def test_what_a_feed_raises_or_cannot_mean_makes_a_dead_letter_and_nothing_of_it_is_done(body: str, message: str) -> None:
-    """G3: a record is applied as a whole, or not at all."""
+    """G3: a record is applied as a whole or not at all."""
     refuses(body, b'{"id": "w"}', "feed-failed", message)
 
 
@@ -146,7 +146,7 @@ def refuses(body: str, value: bytes | None, reason: str, message: str) -> None:
 
 
 def test_a_feed_that_does_not_come_back_is_ended_by_the_watchdog() -> None:
-    """K19: as a step that never comes to a wait."""
+    """K19: like a step that never reaches a wait."""
     module, topic = loaded("\n@kw.feed(TOPIC)\ndef fed(event):\n    while True: pass\n")
     processor = FeedProcessor(Config(step_timeout_ms=50, step_abort_ms=100), feeds.registered_feeds()[topic], lambda line: None)
     [decision] = processor.decide(None, [kw.Record(topic, 0, 0, 0, None, b"1")], 0)  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def test_a_feed_that_does_not_come_back_is_ended_by_the_watchdog() -> None:
 
 
 def test_a_letter_of_a_feed_is_sent_again_to_the_engines_and_the_feed_sees_the_record_as_it_was() -> None:
-    """K13: whoever else reads the topic sees nothing of it; one that fails again is the same letter again."""
+    """K13: other readers of the topic see nothing of it. A letter that fails again is the same letter again."""
     tester, topic = engine_of("""
 mended = False
 
@@ -188,7 +188,7 @@ def fed(event: Event, record: kw.Record):
 
 
 def test_a_letter_is_a_feeds_if_its_processor_wrote_it_whatever_headers_the_record_had() -> None:
-    """K13: another's goes where it came from."""
+    """K13: a letter of another processor goes back where it came from."""
     tester, topic = engine_of("")
     tester.send("w", b"new:{", {"kwflow-error-feed": topic})
     letter = tester.outputs[-1]
@@ -197,7 +197,7 @@ def test_a_letter_is_a_feeds_if_its_processor_wrote_it_whatever_headers_the_reco
 
 
 def test_the_letter_of_a_record_that_kills_is_kept_from_now_on_and_may_be_that_of_a_tombstone() -> None:
-    """K11, K13, K19: by the time of its record retention would take it at once, or the broker refuse it; empty it is no remnant."""
+    """K11, K13, K19: with the timestamp of its record, retention would delete it at once, or the broker refuse it. An empty letter is not a remnant."""
     tester, topic = engine_of("\n@kw.feed(TOPIC)\ndef fed(record: kw.Record): return kw.Start(str(record.timestamp_ms), record.value)\n")
     processor = FeedProcessor(tester.config, feeds.registered_feeds()[topic])
     for timestamp_ms in (0, 1 << 42):
@@ -224,7 +224,7 @@ def test_what_asks_a_feed_again_and_is_no_letter_of_one_is_refused() -> None:
     ("@kw.feed(TOPIC)\nclass C: ...", "takes a function"), ("@kw.feed(TOPIC)\ndef fed(x): ...\n@kw.feed(TOPIC)\ndef other(x): ...", "has two feeds"),
 ])  # fmt: skip
 def test_what_cannot_be_a_feed_is_refused_when_its_module_is_loaded(source: str, why: str) -> None:
-    """With the name of the thing and the remedy."""
+    """The error has the name of the thing and the remedy."""
     with pytest.raises(kw.UsageError, match=why):
         loaded(source)
 
@@ -234,14 +234,14 @@ def test_what_cannot_be_a_feed_is_refused_when_its_module_is_loaded(source: str,
     ("a: 'Nothing'", "cannot be resolved"), ("a: kw.Record | None", "annotated kw.Record"), ("a: list[kw.Record]", "annotated kw.Record"), ("a: 'Other'", "cannot be rebuilt"),
 ])  # fmt: skip
 def test_a_feed_that_could_not_be_called_is_refused_when_it_is_to_run(parameters: str, why: str) -> None:
-    """Its annotations may name what stands further down in its module."""
+    """Its annotations may name classes that are defined further down in its module."""
     _, topic = loaded(f"\n@kw.feed(TOPIC)\ndef fed({parameters}): ...\n\nclass Other: ...\n")
     with pytest.raises(kw.UsageError, match=why):
         FeedProcessor(Config(), feeds.registered_feeds()[topic])
 
 
 def test_a_feed_is_called_with_what_an_engine_could_do_with() -> None:
-    """Limits of an engine hold here, too: a record of others that is too large is a dead letter, and one whose message would be."""
+    """The limits of an engine apply here, too: a record of the foreign topic that is too large is a dead letter, and so is one whose message would be too large."""
     _, topic = loaded("\n@kw.feed(TOPIC)\ndef fed(event): ...\n")
     processor = FeedProcessor(Config(value_bytes_max=100, header_bytes_max=20), feeds.registered_feeds()[topic])
     record: Any = kw.Record(topic, 3, 9, 1, b"k", b'"%s"' % (b"x" * 100), (("kwflow-request", b"r"), ("kwflow-reply-to", b"0/p")))

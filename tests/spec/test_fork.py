@@ -1,4 +1,4 @@
-"""`fork`: a second instance goes on from where one waits, and the first is as before (decision 0048)."""
+"""`fork`: a second instance goes on from where the first one waits, and the first is unchanged (decision 0048)."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ def forked(w: WorkflowTester, to: str | None = "copy", **headers: str) -> dict[s
 
 
 def test_both_go_on_by_themselves_with_all_that_was_done_before() -> None:
-    """ARCHITECTURE §1: a saved one can be copied, inspected, forked."""
+    """ARCHITECTURE §1: a saved instance can be copied, inspected and forked."""
     w = run(WAITS, "start")
     w.command("w", "signal", {"name": "s", "value": 1})
     before = w.state.entries[b"w"]
@@ -76,7 +76,7 @@ def test_both_go_on_by_themselves_with_all_that_was_done_before() -> None:
 
 
 def test_a_fork_says_of_whom_it_is_one_and_whoever_waits_for_the_first_does_not_wait_for_it() -> None:
-    """M1: `client`, `parent` and open updates are of one run."""
+    """M1: `client`, `parent` and open updates belong to one run."""
     body = "def main(o):\n    update = yield kw.on_update('u')\n    yield kw.suspend('r')\n    kw.reply(update, 'done')\n    return o\n"
     w = run(body, 5, **{"kwflow-client": "me", "kwflow-start-id": "first", "kwflow-parent": "p|1:1"})
     w.send("w", b'{"name":"u"}', {"kwflow-op": "update", "kwflow-request": "q", "kwflow-reply-to": "0/me", "kwflow-id": "once"})
@@ -93,7 +93,7 @@ def test_a_fork_says_of_whom_it_is_one_and_whoever_waits_for_the_first_does_not_
 
 
 def test_its_timers_are_due_when_those_of_the_first_are() -> None:
-    """SC-1: and each cancels its own only."""
+    """SC-1: each instance cancels only its own."""
     w = run(TIMED)
     w.advance(20)
     forked(w)
@@ -106,7 +106,7 @@ def test_its_timers_are_due_when_those_of_the_first_are() -> None:
 
 
 def test_when_a_timer_is_due_is_in_the_header_as_the_record_alone_says_it() -> None:
-    """semantics §4.1: state holds no clock; §9: a delay counts from when its record is received, which may be later."""
+    """semantics §4.1: state holds no clock. §9: a delay counts from when its record is received, which may be later."""
     w = run("def main(o):\n    yield kw.suspend('r')\n    yield kw.sleep(60)\n")
     at = w.now_ms
     w.now_ms += 3_600_000
@@ -117,7 +117,7 @@ def test_when_a_timer_is_due_is_in_the_header_as_the_record_alone_says_it() -> N
 
 
 def test_activities_that_run_are_called_for_it_too_under_a_key_of_its_own() -> None:
-    """M6.2: what is done twice is done for two workflows."""
+    """M6.2: the call is made twice because there are two workflows."""
     w = WorkflowTester(durable.load_source("fork_case_charges", HEAD + CHARGES).main)
     w.fake(fork_case_charge, lambda amount: HANGS)
     w.start("w", 8)
@@ -137,7 +137,7 @@ def test_one_that_waits_for_an_update_takes_updates_of_its_own() -> None:
 
 
 def test_a_call_of_the_same_batch_is_found_too() -> None:
-    """K15: what a batch hands out is stored at its end."""
+    """K15: calls that a batch hands out are stored at its end."""
     module = durable.load_source("fork_case_batch", HEAD + CHARGES)
     processor, state = WorkflowProcessor(Config(), Workflows({"main": module.main}, "main"), frozenset()), Overlay(MemoryStore())
     sent = [(b"w", b"new:1", ()), (b"w", b'{"id":"copy"}', FORK), (b"copy", b'{"id":"third"}', FORK)]
@@ -149,7 +149,7 @@ def test_a_call_of_the_same_batch_is_found_too() -> None:
 
 
 def test_a_fork_whose_record_is_read_again_is_there_once_and_answered_again() -> None:
-    """G1: at least once is what Faust reads."""
+    """G1: Faust reads records at least once."""
     processor = WorkflowProcessor(Config(), Workflows({"main": durable.load_source("fork_case_again", HEAD + WAITS).main}, "main"), frozenset())
     state, asked = Overlay(MemoryStore()), (*FORK, ("kwflow-request", b"q"), ("kwflow-reply-to", b"0/me"))
     processor.decide(state, [Record("workflow-resume", 0, 0, 1, b"w", b"new:1")], 1)
@@ -161,7 +161,7 @@ def test_a_fork_whose_record_is_read_again_is_there_once_and_answered_again() ->
 
 
 def test_copies_count_in_what_a_batch_may_write() -> None:
-    """The bytes of a transaction are limited before it is made, and with them its memory."""
+    """The bytes of a transaction are limited before it is made, and so is its memory."""
     module = durable.load_source("fork_case_large", HEAD + "def main(o):\n    large = 'x' * 100_000\n    yield kw.suspend('r')\n    return large\n")
     processor, state = WorkflowProcessor(Config(), Workflows({"main": module.main}, "main"), frozenset()), Overlay(MemoryStore())
     processor.decide(state, [Record("workflow-resume", 0, 0, 1, b"w", b"new:1")], 1)
@@ -170,7 +170,7 @@ def test_copies_count_in_what_a_batch_may_write() -> None:
 
 
 def test_without_an_id_it_gets_one_that_lies_in_the_same_partition() -> None:
-    """KW-1: a fork lies beside its original."""
+    """KW-1: a fork is stored beside its original."""
     w = run(WAITS)
     w._workflows.partitions = 7
     ids = []
@@ -224,7 +224,7 @@ def test_what_cannot_be_forked_says_why(case: str) -> None:
 
 
 def test_one_that_does_not_say_when_its_timers_are_due_is_forked_after_its_next_step() -> None:
-    """Versions before did not say it."""
+    """Earlier versions did not write it."""
     w = run("def main(o):\n    yield kw.sleep(60)\n    return o\n", 4)
     (wait,) = w.header("w")["waits"]
     w.state.entries[b"w"] = snapshot.amend(w.state.entries[b"w"], waits=[{name: value for name, value in wait.items() if name != "due"}])
@@ -236,7 +236,7 @@ def test_one_that_does_not_say_when_its_timers_are_due_is_forked_after_its_next_
 
 
 def test_one_that_is_parked_is_forked_as_it_was_before_the_record_that_parked_it() -> None:
-    """semantics §7: what is held is the original's."""
+    """semantics §7: held records belong to the original."""
     w = run(PARKS, 3)
     w.resume("w", "r", "park")
     held = {key for key in w.state.entries if key.startswith(b"\0hold")}
@@ -262,7 +262,7 @@ def test_what_runs_under_the_id_is_not_touched_and_what_has_ended_may_be_followe
 
 
 def test_a_fork_that_is_repeated_is_the_same_one() -> None:
-    """M1.4; and a record that is read again under at-least-once finds the copy further on."""
+    """M1.4. A record that is read again under at-least-once finds the copy further on."""
     w = run(WAITS)
     first = forked(w, None, kwflow_id="once")
     w.command(first["value"]["id"], "signal", {"name": "s", "value": 1})

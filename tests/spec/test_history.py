@@ -1,4 +1,4 @@
-"""Events of what happened: one for each step and command that is committed, and no values (decision 0059)."""
+"""Events of what happened: one for each step and command that is committed, without values (decision 0059)."""
 
 from typing import Any
 
@@ -70,7 +70,7 @@ def events(tester: WorkflowTester, id: str) -> list[dict[str, Any]]:
 
 
 def test_each_step_and_each_command_is_an_event_with_what_came_and_where_it_waits_since(tester: WorkflowTester) -> None:
-    """Decision 0059: and neither inputs nor answers nor errors are in one."""
+    """Decision 0059: no event has an input, an answer or an error."""
     tester.start("o", "secret", workflow="order")
     tester.advance(1)
     tester.command("o", "signal", {"name": "go", "value": "secret"})
@@ -93,7 +93,7 @@ def test_each_step_and_each_command_is_an_event_with_what_came_and_where_it_wait
 
 
 def test_what_changes_nothing_is_no_event(tester: WorkflowTester) -> None:
-    """G3: ignored by a stated rule, refused, asked, or a dead letter, which has its own topic."""
+    """G3: a record that is ignored by a stated rule or refused, a query, or a dead letter, which has its own topic."""
     tester.start("w", 1, workflow="counts")
     tester.start("w", 1, workflow="counts")
     tester.start("x", 1, workflow="nobody")
@@ -107,7 +107,7 @@ def test_what_changes_nothing_is_no_event(tester: WorkflowTester) -> None:
 
 
 def test_parked_retried_discarded_forked_and_terminated(tester: WorkflowTester) -> None:
-    """semantics §7: why, and that what was held comes behind it."""
+    """semantics §7: each event says why, and those of held records follow it."""
     tester.start("w", 1, workflow="counts")
     tester.command("w", "signal", {"name": "next", "value": "file"})
     tester.command("w", "signal", {"name": "next", "value": 1})
@@ -123,7 +123,7 @@ def test_parked_retried_discarded_forked_and_terminated(tester: WorkflowTester) 
 
 
 def test_a_batch_whose_steps_are_made_again_has_one_event_for_each(tester: WorkflowTester) -> None:
-    """K15: the last one cannot be saved, so that all are made again one by one, and that one parks it."""
+    """K15: the last state cannot be saved, so all steps are made again one by one, and the last one parks the instance."""
     config = Config(instances_cached_max=0)
     processor = WorkflowProcessor(config, Workflows({"counts": tester._workflows.workflows.functions["counts"]}, "counts"), frozenset())
     values = [b"new:1", *[b'{"name": "next", "value": %s}' % value for value in (b"1", b"2", b'"file"', b"4")]]
@@ -136,7 +136,7 @@ def test_a_batch_whose_steps_are_made_again_has_one_event_for_each(tester: Workf
 
 
 def test_of_many_waits_the_first_are_told(tester: WorkflowTester) -> None:
-    """An event is small, however much an instance waits for."""
+    """An event stays small, however much an instance waits for."""
     tester.start("w", 5_000, workflow="many")
     [event] = events(tester, "w")
     assert len(event["waits"]) == 20 and event["more_waits"] == 4_980
@@ -148,7 +148,7 @@ def test_without_the_setting_there_is_none() -> None:
 
 
 def test_why_it_is_parked_is_named_and_not_told(tester: WorkflowTester) -> None:
-    """Decision 0059: the key of a dict in a variable, and what a class says that cannot be saved, are values."""
+    """Decision 0059: the key of a dict in a variable, and the text of a class that cannot be saved, are values."""
     tester.start("k", "secret", workflow="keeps")
     [event] = events(tester, "k")
     assert (event["event"], event["reason"]) == ("parked", "UnsavableError") and "secret" not in str(event)
@@ -156,7 +156,7 @@ def test_why_it_is_parked_is_named_and_not_told(tester: WorkflowTester) -> None:
 
 
 def test_refs_of_authors_and_of_senders_are_told_by_their_begin(tester: WorkflowTester) -> None:
-    """A limit: an event of 900,000 bytes for each record that a paused instance holds would be refused by many a topic."""
+    """This is a limit. Many topics would refuse an event of 900,000 bytes for each record that a paused instance holds."""
     tester.start("r", 25_000, workflow="refs")
     tester.resume("r", "0" * 25_000 + "a", 1)
     tester.command("r", "pause", {"reason": "x" * 1_000})
@@ -176,7 +176,7 @@ def test_what_was_not_paused_is_not_unpaused(tester: WorkflowTester) -> None:
 
 
 def test_a_header_that_is_none_is_damaged_in_events_too() -> None:
-    """Its bytes are whole, and say what no engine of ours writes: terminate ends it."""
+    """Its bytes are intact, but no engine of ours writes such a header. Terminate ends the instance."""
     processor = WorkflowProcessor(Config(history_topic="h"), Workflows({}), frozenset())
     for header in ({"status": "waiting"}, {"status": "parked", "parked": None, "start_id": "", "waits": []}, {"status": "waiting", "workflow": "w", "start_id": "", "waits": []}):
         state = Overlay(MemoryStore())
@@ -186,7 +186,7 @@ def test_a_header_that_is_none_is_damaged_in_events_too() -> None:
 
 
 def test_an_event_that_its_topic_does_not_take_parks_the_instance_and_nothing_is_lost(tester: WorkflowTester) -> None:
-    """K11: the event of that was refused as well, and of the record only its place was left."""
+    """K11: the event of the parking was refused as well, and only the place of the record was left."""
     config = Config(history_topic="h")
     processor, state = WorkflowProcessor(config, Workflows({}), frozenset()), Overlay(MemoryStore())
     record = Record(config.resume_topic, 0, 3, 1, b"w", b"new:1")

@@ -1,4 +1,4 @@
-"""Limits of Config beyond their edges (test_edges.py): what else is so when one is met; nothing is lost (G3, G4)."""
+"""Limits of Config beyond their edges (test_edges.py): what else holds when one is reached. Nothing is lost (G3, G4)."""
 
 import contextlib
 import gc
@@ -98,7 +98,7 @@ def main(opts):
 
 
 class Engine:
-    """A processor over a store in memory, a batch at a time."""
+    """A processor over a store in memory, one batch at a time."""
 
     def __init__(self, **limits: Any) -> None:
         self.module = durable.load_source("limits", SOURCE, "limits.py")
@@ -118,7 +118,7 @@ class Engine:
         return made
 
     def due(self, now_ms: int, limit: int = 1000) -> tuple[str, ...]:
-        """What was counted when time had come so far."""
+        """The counts when time has come this far."""
         overlay = Overlay(self.store)
         made = self.processor.due(overlay, now_ms, limit)
         self.store.apply(overlay.changes)
@@ -129,7 +129,7 @@ class Engine:
 
 
 def result(made: Decision) -> tuple[str, Any]:
-    """(topic, value) of what main ended with."""
+    """(topic, value) of the outcome of main."""
     last = made.outputs[-1]
     return last.topic, msgspec.json.decode(last.value or b"null")
 
@@ -148,7 +148,7 @@ def test_an_input_over_its_size_is_dead_lettered_unread(what: str) -> None:
 
 
 def test_a_snapshot_is_warned_about_once_and_refused_at_its_limit() -> None:
-    """G4: over it the instance keeps what it had, and is parked."""
+    """G4: above it, the instance keeps the state it had and is parked."""
     engine = Engine()
     engine.start("state", 1000)
     small = len(engine.store.entries[b"a"])
@@ -183,7 +183,7 @@ def test_the_cache_of_live_instances_is_bounded_by_number_and_by_bytes_and_evict
 
 
 def test_the_one_that_was_used_longest_ago_goes_first_and_coming_and_going_takes_no_room() -> None:
-    """K3; what is stored under another hand meanwhile is loaded anew, and the old one is forgotten without cleanup (G8)."""
+    """K3. An instance that another engine has stored meanwhile is loaded again, and the old one is forgotten without cleanup (G8)."""
     engine = Engine(instances_cached_max=2)
     live, nobody = engine.processor.live, b'{"ref":"nobody"}'
     for id in "ab":
@@ -209,7 +209,7 @@ def test_the_one_that_was_used_longest_ago_goes_first_and_coming_and_going_takes
 
 @pytest.mark.parametrize("end", ["terminated", "aborted"])
 def test_a_run_that_takes_the_place_of_another_takes_its_room_too(end: str) -> None:
-    """K3, G8: else the room that is left would shrink until nothing is kept."""
+    """K3, G8: otherwise the remaining room would shrink until nothing is kept."""
     engine = Engine(instances_cached_bytes_max=10_000)
     for _ in range(10):
         engine.start("state", 1000)
@@ -224,13 +224,13 @@ def test_a_run_that_takes_the_place_of_another_takes_its_room_too(end: str) -> N
 
 
 def reasons(made: list[Decision]) -> list[str]:
-    """How each record was counted, a dead letter by its reason."""
+    """How each record was counted; a dead letter by its reason."""
     return [(dict(one.outputs[0].headers)["kwflow-error-reason"] or b"").decode() if one.counts == ("dead-letter",) else one.counts[0] for one in made]
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_the_hold_of_a_parked_instance_has_at_most_hold_max_records_the_one_at_fault_included(together: bool) -> None:
-    """K17, G3: in one batch, or in several; what is released makes room again."""
+    """K17, G3: in one batch or in several. Records that are released make room again."""
     engine = Engine(hold_max=3, snapshot_bytes_max=3000)
     engine.start("state", 100)
     large = engine.record("a", b'new:["state",5000]')
@@ -245,7 +245,7 @@ def test_the_hold_of_a_parked_instance_has_at_most_hold_max_records_the_one_at_f
 
 
 def test_a_hold_that_is_given_up_in_the_middle_of_a_batch_makes_room_in_the_same_batch() -> None:
-    """K17: how many an instance holds is counted once a batch, and anew after a command."""
+    """K17: how many records an instance holds is counted once a batch, and again after a command."""
     engine = Engine(hold_max=3, snapshot_bytes_max=3000)
     engine.start("state", 2000, "b")
     more, discard = (b'{"ref":"more"}', ()), (b"null", (("kwflow-op", b"discard"),))
@@ -255,7 +255,7 @@ def test_a_hold_that_is_given_up_in_the_middle_of_a_batch_makes_room_in_the_same
 
 
 def test_a_step_is_reported_at_its_time_out_once_and_not_before() -> None:
-    """Semantics §3.2; the clock is the test's."""
+    """Semantics §3.2, on the test's clock."""
     lines: list[str] = []
     dog = Watchdog(10**9, 2 * 10**9, lines.append)
 
@@ -283,7 +283,7 @@ def test_an_ended_instance_is_forgotten_at_ended_retention_ms() -> None:
 
 
 def test_what_ended_under_a_shorter_retention_is_forgotten_all_the_same() -> None:
-    """The entry that says when lies at the time that was right when it was written."""
+    """The entry that says when is at the time that was right when it was written."""
     engine = Engine(ended_retention_ms=1000)
     started(engine, NOW_MS)
     longer = Engine(ended_retention_ms=5000)
@@ -294,7 +294,7 @@ def test_what_ended_under_a_shorter_retention_is_forgotten_all_the_same() -> Non
 
 
 def test_a_start_that_was_repeated_during_an_outage_longer_than_the_retention_is_one_run() -> None:
-    """K20: the retention counts from when it ended, not from when its record was written."""
+    """K20: the retention counts from when the run ended, not from when its record was written."""
     engine = Engine(ended_retention_ms=1000)
     for _ in range(2):
         assert started(engine, NOW_MS + 60_000) == (("started",) if engine.offset == 1 else ("duplicate-start",))
@@ -303,7 +303,7 @@ def test_a_start_that_was_repeated_during_an_outage_longer_than_the_retention_is
 
 
 class CountingStore(MemoryStore):
-    """Keeps what was deleted, as a store does until it is compacted, and counts what is passed over."""
+    """Keeps deleted entries, as a store does until it is compacted, and counts those that are passed over."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -322,7 +322,7 @@ class CountingStore(MemoryStore):
 
 
 def test_forgetting_does_not_pass_over_what_was_forgotten_before() -> None:
-    """A store keeps deleted entries for long; whoever looked for the first one from the beginning would pass all of them, after each commit."""
+    """A store keeps deleted entries for long. To look for the first entry from the beginning would pass all of them, after each commit."""
     engine = Engine(ended_retention_ms=1000)
     engine.store = CountingStore()
     for n in range(300):
@@ -340,7 +340,7 @@ def test_forgetting_does_not_pass_over_what_was_forgotten_before() -> None:
 
 
 class Ticking:
-    """A clock that goes on by a ms with each look."""
+    """A clock that advances by a millisecond each time it is read."""
 
     def __init__(self) -> None:
         self.at = 0
@@ -367,7 +367,7 @@ def test_a_batch_ends_when_its_time_or_its_bytes_are_spent_and_the_rest_is_left(
 
 
 def test_a_batch_ends_when_its_bytes_are_spent_on_calls_of_activities() -> None:
-    """They are entries of the state, and nothing of them is known before their step."""
+    """They are entries of the state, and their size is not known before their step."""
     engine = Engine()
     engine.module.WORK[:] = [kw.activity(name="limits-called")(lambda text: text)]
     engine.start("call", 1000, "xx")
@@ -378,7 +378,7 @@ def test_a_batch_ends_when_its_bytes_are_spent_on_calls_of_activities() -> None:
 
 
 def test_ten_thousand_calls_of_256_kb_in_a_step_are_refused_at_eight_megabytes() -> None:
-    """The workflow is told where it calls, and no more of them are made; those that it gave up are taken back."""
+    """The error is raised in the workflow where it calls, and no more calls are made. Those that it gave up are taken back."""
     engine = Engine()
     engine.module.WORK[:] = [kw.activity(name="limits-many")(lambda text: text)]
     made = engine.start("calls", 10_000)
@@ -388,7 +388,7 @@ def test_ten_thousand_calls_of_256_kb_in_a_step_are_refused_at_eight_megabytes()
 
 
 def test_the_embedded_engine_commits_what_fits_and_goes_on_with_the_rest(tmp_path: pathlib.Path) -> None:
-    """One record always fits; states that turn out larger than the batch may be are halved."""
+    """One record always fits. If states turn out larger than the batch may be, the batch is halved."""
     module = durable.load_source("limits", SOURCE, "limits.py")
     config = Config(batch_bytes_max=10_000, batch_records_max=100)
     held = Embedded(tmp_path, config, sync=False)
@@ -407,7 +407,7 @@ def test_the_embedded_engine_commits_what_fits_and_goes_on_with_the_rest(tmp_pat
 
 
 def test_the_embedded_engine_reads_no_more_than_a_batch_may_have(tmp_path: pathlib.Path) -> None:
-    """Thousands of large records are not in memory at once, whatever becomes of them: these are of unknown ids."""
+    """Thousands of large records are never in memory at once, whatever becomes of them: these have unknown ids."""
     for over, sizes in ((-1, [2, 2, 1, 0]), (0, [2, 2, 1, 0]), (1, [3, 2, 0])):
         config = Config(batch_bytes_max=200_000 + over)
         held = Embedded(tmp_path / str(over), config, sync=False)
@@ -419,7 +419,7 @@ def test_the_embedded_engine_reads_no_more_than_a_batch_may_have(tmp_path: pathl
 
 
 def test_all_stores_of_a_process_share_one_cache_and_one_write_buffer_manager(tmp_path: pathlib.Path) -> None:
-    """Eight stores hold less in memory than half of what was written to them; on their own they would hold all of it."""
+    """Eight stores together hold less in memory than half of what was written to them. Each on its own would hold all of it."""
     limit = 4 * 1024 * 1024
     stores = [Embedded(tmp_path / str(n), Config(rocksdb_bytes_max=limit), sync=False) for n in range(8)]
     try:
@@ -434,7 +434,7 @@ def test_all_stores_of_a_process_share_one_cache_and_one_write_buffer_manager(tm
 
 
 def test_what_is_written_and_what_is_read_are_both_charged_to_the_shared_cache(tmp_path: pathlib.Path) -> None:
-    """One limit for all: memtables by the write-buffer manager, blocks by the table's cache; also in a store that an earlier run has made."""
+    """One limit for all: memtables through the write-buffer manager, blocks through the table's cache. It also applies to a store that an earlier run has made."""
     limit = 64 * 1024 * 1024 + 1  # nobody else's
     usage = rocks.memory(limit).usage
     with contextlib.closing(Embedded(tmp_path / "state", Config(rocksdb_bytes_max=limit), sync=False)) as held:
@@ -449,7 +449,7 @@ def test_what_is_written_and_what_is_read_are_both_charged_to_the_shared_cache(t
 
 
 def test_stores_that_hold_next_to_nothing_leave_the_shared_cache_to_what_is_read(tmp_path: pathlib.Path) -> None:
-    """A memtable took 1 or 2 MB with its first entries: with 64 partitions they were the whole cache, no block was kept, and each write was near a flush."""
+    """A memtable took 1 or 2 MB with its first entries. With 64 partitions, memtables filled the whole cache, no block was kept, and each write was near a flush."""
     limit = 32 * 1024 * 1024 + 1  # nobody else's
     with contextlib.ExitStack() as opened:
         for number in range(40):
@@ -461,7 +461,7 @@ def test_stores_that_hold_next_to_nothing_leave_the_shared_cache_to_what_is_read
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/io").exists(), reason="reads /proc")
 def test_a_look_for_a_key_reads_some_kilobytes_however_many_keys_a_file_has(tmp_path: pathlib.Path) -> None:
-    """A filter in one block is more than a part of the cache holds, and would be read for each look, all of it: a million timers cost each 0.3 ms."""
+    """A filter in one block is larger than a part of the cache holds, so all of it would be read for each look-up: with a million timers, 0.3 ms for each."""
 
     def read() -> int:
         return int(pathlib.Path("/proc/self/io").read_text().split()[1])
@@ -481,7 +481,7 @@ def test_a_look_for_a_key_reads_some_kilobytes_however_many_keys_a_file_has(tmp_
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/io").exists(), reason="reads /proc")
 def test_a_look_for_what_is_not_there_passes_nothing_of_what_has_ended_behind_it(tmp_path: pathlib.Path) -> None:
-    """Entries that are deleted lie in the store until it is compacted; 20,000 workflows that had ended cost an embedded engine 6 ms at each look for what is due."""
+    """Deleted entries stay in the store until it is compacted. 20,000 workflows that had ended cost an embedded engine 6 ms at each look for what is due."""
 
     def read() -> int:
         return int(pathlib.Path("/proc/self/io").read_text().split()[1])
@@ -507,7 +507,7 @@ def test_a_look_for_what_is_not_there_passes_nothing_of_what_has_ended_behind_it
 
 
 def test_what_finds_keys_in_a_store_lies_in_the_shared_cache_too(tmp_path: pathlib.Path) -> None:
-    """Indexes and filters grow with the keys: those of a million waiting instances would be megabytes that no limit counts."""
+    """Indexes and filters grow with the keys. Those of a million waiting instances would be megabytes that no limit counts."""
     db = rocks.opened(tmp_path, 64 * 1024 * 1024)
     batch = WriteBatch(raw_mode=True)
     for n in range(100_000):
@@ -519,7 +519,7 @@ def test_what_finds_keys_in_a_store_lies_in_the_shared_cache_too(tmp_path: pathl
 
 
 def test_consumed_input_is_trimmed_while_the_embedded_engine_runs(tmp_path: pathlib.Path) -> None:
-    """Outputs and what is not applied yet stay."""
+    """Outputs and what is not yet applied stay."""
     config = Config(embedded_retention_ms=0, batch_records_max=10)
     held = Embedded(tmp_path, config, sync=False)
     timers = TimerProcessor(config)
@@ -567,13 +567,13 @@ print(seen)
 
 
 def test_a_step_that_was_ended_leaves_nothing_behind_in_the_interpreter() -> None:
-    """K19: found with a debugger, which hung on Python 3.11; on 3.11 and 3.12 every loop of the process took 1.4 times as long from then on."""
+    """K19: found with a debugger, which hung on Python 3.11. On 3.11 and 3.12, every loop of the process took 1.4 times as long from then on."""
     done = subprocess.run([sys.executable, "-c", ENDED_AND_TRACED], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["the step took more than 1e+06 s"] * 2 + ["['call']"], done.stderr
 
 
 def test_a_step_in_a_thread_that_python_does_not_know_goes_on_to_its_end() -> None:
-    """K19: gevent gives threads numbers of its own."""
+    """K19: gevent gives threads its own numbers."""
     dog = Watchdog(10**9, 10**9, lambda _: None)
 
     def step() -> None:
@@ -585,7 +585,7 @@ def test_a_step_in_a_thread_that_python_does_not_know_goes_on_to_its_end() -> No
 
 
 class Counted(Watchdog):
-    """Tells how often it is looked at."""
+    """Counts how often it is looked at."""
 
     looks = 0
 
@@ -595,7 +595,7 @@ class Counted(Watchdog):
 
 
 def test_only_engines_that_work_are_looked_at() -> None:
-    """K19: five hundred idle ones, as tests leave them, took a processor for the rest of the run."""
+    """K19: five hundred idle engines, as tests leave them, used a whole processor for the rest of the run."""
     idle, busy = (Counted(4, 10**9, lambda _: None) for _ in range(2))  # looked at every ms
     idle.run("w", int)
     give_up, seen = time.monotonic() + 20, 0
@@ -615,7 +615,7 @@ def test_only_engines_that_work_are_looked_at() -> None:
 
 @pytest.mark.slow
 def test_steps_of_a_process_that_was_forked_off_are_ended_too() -> None:
-    """K19: the thread that looks is the parent's."""
+    """K19: the watching thread exists only in the parent."""
     code = """
 import os
 from kwflow.errors import StepTimeout
@@ -638,7 +638,7 @@ os.wait()
 
 
 def test_watchdogs_that_begin_while_all_are_looked_at_are_all_looked_at_in_the_end() -> None:
-    """K19: found by simulation.  The one thread that looks died of it, unnoticed, and no step was ended any more."""
+    """K19: found by simulation. The single watching thread died of it, unnoticed, and no step was ended any more."""
     failed: list[threading.ExceptHookArgs] = []
     before, threading.excepthook = threading.excepthook, failed.append
     interval = sys.getswitchinterval()
@@ -666,7 +666,7 @@ def test_watchdogs_that_begin_while_all_are_looked_at_are_all_looked_at_in_the_e
 
 
 def test_what_is_held_is_applied_within_the_budget_of_a_transaction_and_the_rest_in_the_next_ones() -> None:
-    """K11, K17: 500 records of a hold, each with large outputs or slow, were one transaction, which failed again and again."""
+    """K11, K17: 500 records of a hold, each slow or with large outputs, were one transaction, which failed again and again."""
     engine = Engine()
 
     def command(op: bytes, budget: Budget | None = None) -> Decision:

@@ -1,4 +1,4 @@
-"""Which modules are durable, and what is said when one cannot be (semantics §5), each in a process of its own."""
+"""Which modules are durable, and the error when one cannot be (semantics §5), each in a process of its own."""
 
 import importlib.util
 import pathlib
@@ -59,7 +59,7 @@ def test_durable_are_the_packages_of_the_modules_those_that_say_so_and_configure
 
 @pytest.mark.slow
 def test_a_program_that_belongs_to_the_package_of_its_workflows_says_what_of_it_is_durable(package: pathlib.Path) -> None:
-    """§5.1: it has imported its own package before it can host an engine, `python -m shop.program` the one above it; what it says is not widened."""
+    """§5.1: the program has imported its own package before it can host an engine, and `python -m shop.program` the package above it. What it declares is not widened."""
     (package / "shop/program.py").write_text(textwrap.dedent("""
         from kwflow import durable
         from kwflow.errors import UsageError
@@ -84,7 +84,7 @@ def test_a_program_that_belongs_to_the_package_of_its_workflows_says_what_of_it_
 
 @pytest.mark.parametrize("head", [b"\xef\xbb\xbf", b"# -*- coding: latin-1 -*-\n"])
 def test_a_file_is_in_the_encoding_that_python_takes_it_for(tmp_path: pathlib.Path, head: bytes) -> None:
-    """§5.1: with a byte order mark, or a line that says so; `kwflow engine path.py` as `import`."""
+    """§5.1: with a byte order mark, or a line that declares the encoding. `kwflow engine path.py` does the same as `import`."""
     file = tmp_path / "encoded_flow.py"
     file.write_bytes(head + "def main(o):\n    yield\n    return 'caf\xe9'\n".encode("latin-1" if b"latin" in head else "utf-8"))
     main = load_workflows([str(file)], tmp_path).functions["encoded_flow"]
@@ -96,7 +96,7 @@ def test_a_file_is_in_the_encoding_that_python_takes_it_for(tmp_path: pathlib.Pa
 
 
 def test_the_file_of_settings_has_a_section_for_packages_and_for_snapshots(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """§5.1, wire.md §3: what the error messages point to."""
+    """§5.1, wire.md §3: the sections that the error messages point to."""
     file = tmp_path / "kwflow.toml"
     file.write_text('[durable]\npackages = ["vendor"]\n[snapshot]\nmodules = ["money"]\nbytes_max = 5000\n[embedded]\nretention_ms = 7\n[limits]\nhold_max = 3\n[topics]\nresume = "in"\n')
     config = load_config(file)
@@ -146,7 +146,7 @@ def test_a_file_of_settings_that_cannot_be_read_says_where(tmp_path: pathlib.Pat
     ({"scheduler": "workflow-resume"}, "is the name of another"), ({"reply": "workflow-engine-dead-letter"}, "reply_topic"), ({"error": "workflow-scheduler"}, "scheduler_topic"),
 ])  # fmt: skip
 def test_what_the_engine_reads_is_nobody_else_s_topic(names: dict[str, str], said: str) -> None:
-    """KW-12: results and errors may share one, or go nowhere."""
+    """KW-12: results and errors may share a topic, or have none."""
     with pytest.raises(UsageError, match=f"^config: .*{said}"):
         load_config(**{f"{name}_topic": topic for name, topic in names.items()})
     assert load_config(error_topic="workflow-result").error_topic == "workflow-result"
@@ -154,7 +154,7 @@ def test_what_the_engine_reads_is_nobody_else_s_topic(names: dict[str, str], sai
 
 
 def test_a_list_in_the_environment_that_is_no_json_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was called a bug of ours."""
+    """It was reported as a bug of kwflow."""
     monkeypatch.setenv("KWFLOW_SNAPSHOT_KEYS", "0123456789abcdef0123456789abcdef")
     with pytest.raises(UsageError, match='"snapshot_keys".* are JSON'):
         load_config()
@@ -162,7 +162,7 @@ def test_a_list_in_the_environment_that_is_no_json_is_wrong_usage(monkeypatch: p
 
 @pytest.mark.parametrize("text", [b"x = '\xff'\n", b"\n\n\nx = '\xff'\n", b"# coding: nonesuch\n", b"\xef\xbb\xbf# coding: latin-1\n", b"x = 1\0\n"])
 def test_a_file_that_cannot_be_decoded_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
-    """Python says the reason alone; a package has many files.  As a path, and as a module."""
+    """Python gives only the reason, and a package has many files. Both as a path and as a module."""
     (tmp_path / "undecoded.py").write_bytes(text)
     monkeypatch.syspath_prepend(tmp_path)
     for module in (str(tmp_path / "undecoded.py"), "undecoded"):
@@ -172,7 +172,7 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path: pathlib.Path, monkeypa
 
 @pytest.mark.slow
 def test_a_workflow_of_the_program_itself_is_told_where_it_belongs(tmp_path: pathlib.Path) -> None:
-    """`python -m flows` with the mark at its top: it was told to set that."""
+    """`python -m flows` with the mark at its top: the error asked for the mark that was there."""
     script = """
         __kwflow_durable__ = True
         from kwflow.testing import WorkflowTester
@@ -186,7 +186,7 @@ def test_a_workflow_of_the_program_itself_is_told_where_it_belongs(tmp_path: pat
 
 
 def test_the_source_of_a_module_is_found_where_a_finder_of_an_editable_install_has_it(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/CODE.md: `kwflow code diff` said that it was gone.  Setuptools installs such a finder for packages whose directories have other names."""
+    """docs/CODE.md: `kwflow code diff` said that the module was gone. Setuptools installs such a finder for packages whose directories have other names."""
     from kwflow import durable
 
     (tmp_path / "__init__.py").write_text("raise RuntimeError")
@@ -226,7 +226,7 @@ def test_a_module_in_a_zip_file_is_durable_and_one_without_source_is_refused(pac
 
 
 def test_one_name_where_a_list_of_names_goes_is_refused_not_taken_for_its_letters() -> None:
-    """§5.2: nothing was durable then, which the first start told."""
+    """§5.2: nothing was durable then, and only the first start showed it."""
     for call in (durable.install, durable.allow_modules, load_modules):
         with pytest.raises(UsageError, match=r"a list of names goes here: \['shop'\]"):
             call("shop")
@@ -249,14 +249,14 @@ def test_a_module_imported_too_early_is_refused_with_who_imported_it(package: pa
 
 @pytest.mark.slow
 def test_a_stale_pyc_of_the_plain_module_is_not_used(package: pathlib.Path) -> None:
-    """§5.2: pip writes one when it installs."""
+    """§5.2: pip writes one when it installs a package."""
     assert python(package, "import shop.orders").returncode == 0
     assert said(package, "from kwflow import durable\ndurable.install(['shop'])\nimport shop.orders\nprint(durable.is_durable(shop.orders.main))") == "True"
 
 
 @pytest.mark.slow
 def test_code_of_main_is_refused_for_snapshots_of_an_engine(tmp_path: pathlib.Path) -> None:
-    """§5.4: no other process could find it again."""
+    """§5.4: no other process could find the code again."""
     (tmp_path / "script.py").write_text(
         "import kwflow as kw\nfrom kwflow import durable\nfrom kwflow.testing import WorkflowTester\n"
         "@durable.durable\ndef flow(o):\n    yield kw.suspend('a')\n"
@@ -303,7 +303,7 @@ def test_bad():
 
 @pytest.mark.slow
 def test_the_lines_of_a_durable_module_are_the_authors() -> None:
-    """§5.5: line coverage is exact; a tracer sees the lines that natively run."""
+    """§5.5: line coverage is exact. A tracer sees the lines that run natively."""
     script = """
         import sys
         from kwflow import durable
@@ -326,7 +326,7 @@ def test_the_lines_of_a_durable_module_are_the_authors() -> None:
 
 
 def test_locals_of_a_durable_generator_hide_what_lowering_has_added() -> None:
-    """§5.5: `vars()` and `dir()`, too, in a live one and in a restored one; a function of the author that is called so is left alone."""
+    """§5.5: also with `vars()` and `dir()`, in a live and in a restored generator. An author's function of one of these names is left alone."""
     from kwflow import durable
 
     module = durable.load_source(

@@ -1,6 +1,6 @@
-"""A new kwflow is a code change too (semantics §8.6): the next lowering version reads this one's snapshots, this one refuses the next one's by name.
+"""A new kwflow is a code change, too (semantics §8.6): the next lowering version reads this one's snapshots, and this one refuses the next one's by name.
 
-The next version is this package, copied and changed as its developers would change it.
+The next version is a copy of this package, changed as its developers would change it.
 """
 
 import pathlib
@@ -48,13 +48,13 @@ else:
 
 
 class Kwflow:
-    """One version of the package, run in processes of its own."""
+    """One version of the package, run in its own processes."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
 
     def __call__(self, state: pathlib.Path, first: int, last: int) -> str:
-        """Answer the waits from `first` up to `last`; what there is to say then."""
+        """Answer the waits from `first` up to `last`; returns what the process prints then."""
         command = [sys.executable, "-c", DRIVER, str(state), str(first), str(last)]
         done = subprocess.run(command, cwd=self.folder, env={"PYTHONPATH": str(self.folder)}, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, done.stderr
@@ -89,7 +89,7 @@ def test_the_next_lowering_version_reads_what_this_one_saved_and_this_one_refuse
 
 @pytest.mark.slow
 def test_a_slot_that_a_lowering_version_does_not_know_parks_the_instance_before_anything_runs(tmp_path: pathlib.Path) -> None:
-    """G7: never dropped."""
+    """G7: a slot is never dropped."""
     this, following = Kwflow(ROOT), changed(tmp_path / "next", "{}")
     state = tmp_path / "state"
     assert this(state, 1, 2) == "lowering 1"

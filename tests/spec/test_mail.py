@@ -1,4 +1,4 @@
-"""Signals, updates and status (M3): the mailbox, who reads what in races, validators and replies; each through real snapshots."""
+"""Signals, updates and status (M3): the mailbox, which wait reads a message in races, validators and replies. Each through real snapshots."""
 
 from typing import Any
 
@@ -69,7 +69,7 @@ def test_a_resume_record_does_not_settle_a_wait_for_a_signal() -> None:
 
 
 def test_a_wait_that_is_made_and_never_waited_for_takes_nothing() -> None:
-    """M3: consumed when the value reaches author code."""
+    """M3: a message is consumed when its value reaches author code."""
     w = run("def main(o):\n    kw.wait_signal('a')\n    yield kw.suspend('go')\n    return (yield kw.wait_signal('a'))")
     signal(w, "a", 1)
     w.resume("w", "go")
@@ -186,7 +186,7 @@ SLEEPS = "def main(o):\n    yield kw.suspend('go')\n    return len(kw.signals('a
 
 
 def test_over_1000_messages_the_reply_is_full_or_there_is_a_dead_letter() -> None:
-    """M3, at the edge and one past it; what was read leaves room."""
+    """M3, at the limit and one past it. Messages that were read make room."""
     w = run("def main(o):\n    yield kw.suspend('go')\n    say(len(kw.signals('a').take()))\n    return (yield kw.suspend('end'))")
     for number in range(1000):
         w.send("w", b'{"name":"a","value":%d}' % number, {"kwflow-op": "signal"})
@@ -209,7 +209,7 @@ def test_large_signals_fill_the_mailbox_before_they_could_fill_the_snapshot() ->
 
 @pytest.mark.parametrize("size", [262_144, 262_145])
 def test_the_first_signal_fits_into_a_mailbox_too_be_there_one_or_not(size: int) -> None:
-    """M3, at the edge and one past it: one that was larger than a snapshot may be would park a workflow that reads no signals."""
+    """M3, at the limit and one past it: a signal larger than a snapshot may be would park a workflow that reads no signals."""
     w = run("def main(o):\n    yield kw.suspend('go')")
     value = "x" * (size - len('{"name":"a","value":""}'))
     start = {"name": "a", "start": {}, "value": "x" * (size - len('{"name":"a","start":{},"value":""}'))}
@@ -231,7 +231,7 @@ def test_large_updates_fill_the_mailbox_too_until_they_are_read() -> None:
 
 
 def test_a_full_signal_may_be_sent_again_under_its_id() -> None:
-    """M1.4: only what was applied is known again."""
+    """M1.4: only what was applied is recognised."""
     w = run("def main(o):\n    yield kw.suspend('go')\n    kw.signals('a').take()\n    return (yield kw.wait_signal('a'))")
     for _ in range(2):
         signal(w, "a", "x" * 100_000)
@@ -243,7 +243,7 @@ def test_a_full_signal_may_be_sent_again_under_its_id() -> None:
 
 
 def test_a_signal_whose_ttl_is_over_is_not_delivered_and_that_is_logged() -> None:
-    """M3, AF-32: at the edge and one past it."""
+    """M3, AF-32: at the limit and one past it."""
     w = run("def main(o):\n    yield kw.suspend('go')\n    return kw.signals('a').take()")
     signal(w, "a", "short", ttl_ms=1000)
     signal(w, "a", "long", ttl_ms=1001)
@@ -292,7 +292,7 @@ def test_a_signal_that_is_repeated_after_the_end_starts_no_second_run() -> None:
 
 
 def test_a_loop_over_an_inbox_and_what_goes_on_leaves_no_waits_behind() -> None:
-    """The wait that a race made of an inbox is held by nobody else: each round of a queue's loop left one, for as long as it ran."""
+    """Nobody else holds the wait that a race makes from an inbox. Each round of a queue's loop left one behind, for as long as the workflow ran."""
     w = run("""
 def main(o):
     jobs, running = kw.signals('job'), {}
@@ -359,7 +359,7 @@ def test_a_validator_cannot_act() -> None:
 
 
 def test_an_update_is_answered_in_a_later_step_and_a_repeated_one_too() -> None:
-    """M1.4, M3: whoever repeats it waits for the same answer."""
+    """M1.4, M3: a client that repeats it waits for the same answer."""
     w = run("def main(o):\n    u = yield kw.on_update('u')\n    answer = yield kw.suspend('slow')\n    kw.reply(u, answer)\n    yield kw.suspend('end')")
     requests = []
     for _ in range(2):
@@ -383,7 +383,7 @@ def test_updates_that_are_open_at_the_end_are_answered_ended() -> None:
 
 
 def test_while_it_cleans_up_no_update_is_taken_and_the_reply_to_one_that_was_does_nothing() -> None:
-    """M3: all were answered when main ended."""
+    """M3: all of them were answered when main ended."""
     w = run("""
 def helper(u):
     try:
@@ -423,7 +423,7 @@ def test_an_update_nobody_waits_for_needs_no_address() -> None:
 
 
 def test_values_that_were_answered_are_kept_for_the_last_16_ids() -> None:
-    """M1.4, at the edge and one past it; a value over 4 KiB is not kept."""
+    """M1.4, at the limit and one past it. A value over 4 KiB is not kept."""
     w = run("def main(o):\n    updates = kw.on_update('u')\n    while True:\n        u = yield updates\n        kw.reply(u, u.value)")
     for number in range(17):
         assert (update(w, number, name="u", kwflow_id=str(number)) or {})["value"] == number
@@ -435,7 +435,7 @@ def test_values_that_were_answered_are_kept_for_the_last_16_ids() -> None:
 
 
 def test_a_workflow_may_reject_an_update_that_it_has_taken() -> None:
-    """M3: what only an activity finds out, no validator can say.  A reason that is no UTF-8 failed where replies are encoded, outside of any step."""
+    """M3: a validator cannot know what only an activity finds out. A reason that is not valid UTF-8 failed where replies are encoded, outside any step."""
     w = run("def main(o):\n    u = yield kw.on_update('u')\n    yield kw.suspend('r')\n    kw.reject(u, f'{u.value} is sold out\\ud800')\n    yield kw.suspend('end')")
     request = f"request-{len(w.outputs)}"
     assert update(w, 1, name="u", kwflow_id="x") is None
@@ -470,7 +470,7 @@ def main(lock):
 
 
 def test_a_workflow_signals_another_and_starts_it_with_its_first_signal() -> None:
-    """M2, M3, in the transaction of its step; headers travel on."""
+    """M2, M3, in the transaction of its step. Headers are passed on."""
     w = run(LOCK, "lock", trace="t-1")
     assert dict(next(output for output in w.outputs if output.key == b"lock").headers) == {"trace": b"t-1", "kwflow-op": b"signal"}
     w.start("second", "lock")
@@ -490,7 +490,7 @@ def test_a_signal_of_a_workflow_that_reaches_nobody_is_a_dead_letter() -> None:
 
 
 def test_workflows_that_signal_each_other_for_ever_do_not_stop_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine does other work between; a tester would never come back."""
+    """An engine does other work in between; a tester would never return."""
     monkeypatch.setattr("kwflow.testing._FOLLOWING_MAX", 100)
     with pytest.raises(AssertionError, match="100 records followed from one, the last for ping, w; do they answer each other for ever"):
         run("def main(o):\n    while True:\n        kw.send_signal(o, 's', start='ping')\n        yield kw.wait_signal('s')\nkw.workflow(name='ping')(lambda o: main('w'))", "ping")
@@ -505,7 +505,7 @@ def test_workflows_that_signal_each_other_for_ever_do_not_stop_a_test(monkeypatc
     ids=["race", "timeout"],
 )
 def test_a_workflow_that_ends_at_a_wait_that_has_lost_before_is_told_that_nobody_cancelled_it(body: str) -> None:
-    """A wait is for one time: in its second race it is Cancelled at once, which reads as if somebody had cancelled the workflow."""
+    """A wait can be used once. In its second race it is Cancelled at once, which looks as if somebody had cancelled the workflow."""
     w = run(f"def main(o):\n    {body}")
     w.advance(5)
     assert outcomes(w) == [("cancelled", "0-0")]
@@ -517,7 +517,7 @@ def test_a_workflow_that_ends_at_a_wait_that_has_lost_before_is_told_that_nobody
 
 # -- status --------------------------------------------------------------------------------------------------------------
 def test_a_status_is_a_copy_and_has_a_limit() -> None:
-    """M3, at the edge and one past it."""
+    """M3, at the limit and one past it."""
     w = run("def main(o):\n    said = ['a']\n    kw.set_status(said)\n    said.append('b')\n    yield kw.suspend('go')\n    kw.set_status('x' * 16382)\n    kw.set_status('x' * 16383)")
     assert ((w.command("w", "query") or {})["value"])["status_value"] == ["a"]
     w.resume("w", "go")

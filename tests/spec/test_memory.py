@@ -1,4 +1,4 @@
-"""What a step leaves in memory: nothing that only a collection of cycles would free (semantics §3.3, kafka.md §4)."""
+"""What a step leaves in memory: nothing that only the cyclic collector would free (semantics §3.3, kafka.md §4)."""
 
 import gc
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ WAYS = {
 
 
 def frames_keep_their_callers() -> bool:
-    """Whether the frame of a generator that failed holds all frames below it, and so itself: in early patch releases of CPython 3.12 and 3.13."""
+    """Whether the frame of a generator that failed holds all frames below it, and so itself, as in early patch releases of CPython 3.12 and 3.13."""
 
     def fails() -> Iterator[int]:
         yield 1
@@ -54,7 +54,7 @@ def no_collections() -> Iterator[None]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_leaves_nothing_to_the_cyclic_collector(way: str) -> None:
-    """Whatever it met: a batch of thousands would be walked over by a collection, and its memory kept until then."""
+    """Whatever happened in it. Otherwise a collection would walk over a batch of thousands, and its memory would be kept until then."""
     source = f"import kwflow as kw\n\ndef child(number):\n    yield kw.suspend(str(number))\n\ndef main(opts):\n    {WAYS[way]}\n"
     main = durable.load_source("garbage", source, "garbage.py").main
     processor, store, offset, left = WorkflowProcessor(Config(), Workflows({"main": main}, "main"), frozenset()), MemoryStore(), 0, []

@@ -1,4 +1,4 @@
-"""Commands and their replies (M1, M2, M4), each driven through real snapshots."""
+"""Commands and their replies (M1, M2, M4), each through real snapshots."""
 
 import pathlib
 from typing import Any
@@ -24,7 +24,7 @@ _count = [0]
 
 
 def run(body: str, options: Any = None, **headers: str) -> WorkflowTester:
-    """A started tester for a module whose text this is."""
+    """A started tester for a module with this text."""
     _count[0] += 1
     module = durable.load_source(f"message_case_{_count[0]}", HEAD + body, f"message_case_{_count[0]}.py")
     tester = WorkflowTester(module.main, **{name: getattr(module, name) for name in ("big", "broken", "double", "node") if hasattr(module, name)})
@@ -45,7 +45,7 @@ def outcomes(tester: WorkflowTester) -> list[tuple[str, str]]:
 
 
 def test_what_is_as_deep_as_json_may_be_is_replied_too() -> None:
-    """G3: a reply is a level deeper than what it tells; it ended the engine."""
+    """G3: a reply is one level deeper than what it carries; it ended the engine."""
     body = """
 def nest(n):
     return [nest(n - 1)] if n else []
@@ -77,7 +77,7 @@ def test_a_start_is_replied_started_then_duplicate_or_exists_and_duplicate_also_
 
 @pytest.mark.parametrize("start_id", ["2026-17", "0-017", "0-99999", "٠-٠"])
 def test_a_start_id_that_looks_like_one_of_ours_is_known_after_the_end_too(start_id: str) -> None:
-    """K20: ours are `<partition>-<offset>`; an order may be called so, too."""
+    """K20: the engine's are `<partition>-<offset>`, and an order may have such a number, too."""
     w = run("def main(o):\n    return 1\n    yield")
     assert w.header("w") is None, "nobody named that start"
     for _ in range(2):
@@ -103,7 +103,7 @@ def test_a_resume_is_replied_delivered_unknown_ref_or_not_found() -> None:
 
 
 def test_who_comes_after_the_end_is_told_that_it_was_the_end() -> None:
-    """K20, M1.5: while the entry stays; not for an id that never ran, or another run of it."""
+    """K20, M1.5: as long as the entry stays, and not for an id that never ran or for another run of it."""
     w = run(WAITS, **{"kwflow-start-id": "s"})
     w.resume("w", "r", 1)
     w.send("w", b'{"ref":"r"}', {"kwflow-request": "late", "kwflow-reply-to": "0/p"})
@@ -151,7 +151,7 @@ def main(o):
 
 
 def test_what_an_ended_workflow_failed_at_is_kept_the_authors_innermost_frame() -> None:
-    """K20, M4: not the library's, nor ours; the traceback as a whole is the error record's."""
+    """K20, M4: not a frame of a library or of kwflow. The full traceback is in the error record."""
     w = run(FAILS, **{"kwflow-start-id": "s"})
     w.resume("w", "r")
     outcome = (w.command("w", "query") or {})["value"]["outcome"]
@@ -187,7 +187,7 @@ def test_a_workflow_that_swallows_the_cancel_goes_on() -> None:
 
 # -- terminate -------------------------------------------------------------------------------------------------------
 def test_terminate_ends_without_author_code_and_cancels_timers() -> None:
-    """M2, M3: each wait's header entry has what it takes."""
+    """M2, M3: each wait's entry in the header has what this needs."""
     w = run("def main(o):\n    try:\n        yield kw.all([kw.sleep(60), kw.suspend('r'), kw.sleep(90)])\n    finally:\n        say('ran')", **{"kwflow-start-id": "s"})
     assert status(w.command("w", "terminate", {"reason": "by hand"})) == "ok"
     assert w.outputs_to("out") == []
@@ -201,7 +201,7 @@ def test_terminate_ends_without_author_code_and_cancels_timers() -> None:
 
 
 def test_what_is_held_behind_a_parked_instance_is_answered_at_once_and_applied_by_a_retry(tmp_path: pathlib.Path) -> None:
-    """M1.4: its caller would hear nothing, and take it for lost.  One request, one reply."""
+    """M1.4: otherwise its caller would hear nothing and take it for lost. One request, one reply."""
     mended = tmp_path / "mended"
     body = "import os, threading\ndef main(o):\n    yield kw.suspend('r')\n    held = None if os.path.exists(o) else threading.Lock()\n    return (yield kw.wait_signal('s'))"
     w = run(body, str(mended))
@@ -231,7 +231,7 @@ def test_terminate_reaches_an_instance_that_is_parked() -> None:
 
 @pytest.mark.parametrize("records", [1, 5])
 def test_what_is_held_behind_a_paused_instance_is_answered_when_it_is_terminated(records: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """G3: all of it, also what no drain would take in one go; each is counted."""
+    """G3: all of it, even more than one drain would take. Each record is counted."""
     monkeypatch.setattr(parked, "DRAINED_MAX", 2)
     w = run("def main(o):\n    yield kw.suspend('r')")
     w.command("w", "pause")
@@ -244,7 +244,7 @@ def test_what_is_held_behind_a_paused_instance_is_answered_when_it_is_terminated
 
 
 def test_an_instance_that_was_parked_by_its_start_is_told_by_its_run_and_client() -> None:
-    """M4: whoever waits for that run hears of its end."""
+    """M4: whoever waits for that run learns of its end."""
     w = run("import threading\ndef main(o):\n    lock = threading.Lock()\n    yield kw.suspend('r')", **{"kwflow-start-id": "s", "kwflow-client": "c"})
     header = w.header("w") or {}
     assert (header["status"], header["start_id"], header["client"]) == ("parked", "s", "c")
@@ -255,7 +255,7 @@ def test_an_instance_that_was_parked_by_its_start_is_told_by_its_run_and_client(
 
 
 def test_what_comes_while_a_long_hold_is_applied_is_answered_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One request, one reply: it is not at fault, nor behind what is."""
+    """One request, one reply: the record is not at fault, nor behind one that is."""
     monkeypatch.setattr(parked, "DRAINED_MAX", 1)
     w = run("def main(o):\n    yield kw.suspend('r')\n    return (yield kw.suspend('s'))")
     w.command("w", "pause")
@@ -264,7 +264,7 @@ def test_what_comes_while_a_long_hold_is_applied_is_answered_in_its_turn(monkeyp
     log, late = w._log, ["late", "too late"]
 
     def meanwhile(output: Output) -> None:
-        """These are written before the command with which the engine goes on."""
+        """These are written before the command with which the engine continues."""
         if late and output.topic == w.config.resume_topic and dict(output.headers).get("kwflow-op") == b"retry":
             request = late.pop(0)
             address = (("kwflow-request", request.encode()), ("kwflow-reply-to", b"0/p"))
@@ -318,7 +318,7 @@ def test_unpause_of_what_is_not_paused_changes_nothing() -> None:
 
 
 def test_a_damaged_instance_is_paused_and_unpaused_like_any_other() -> None:
-    """G4: nothing of it can be changed, and that must not end the engine; the next record parks it."""
+    """G4: nothing of it can be changed, and that must not end the engine. The next record parks it."""
     w = run(WAITS)
     damaged = w.state.entries[b"w"] = (w.state.get(b"w") or b"")[:-1] + b"?"
     for op in ("unpause", "pause", "unpause"):
@@ -345,7 +345,7 @@ def test_a_command_repeated_with_its_id_changes_nothing_and_gets_the_same_reply(
 
 
 def test_the_last_256_ids_are_known_again_and_no_more() -> None:
-    """M1.4, at the edge and one past it."""
+    """M1.4, at the limit and one past it."""
     w = run("def main(o):\n    while True:\n        try:\n            yield kw.suspend('r')\n        except kw.Cancelled:\n            say('cancelled')")
     for number in range(257):
         w.command("w", "cancel", kwflow_id=f"id-{number}")
@@ -357,7 +357,7 @@ def test_the_last_256_ids_are_known_again_and_no_more() -> None:
 
 @pytest.mark.parametrize("op", ["pause", "terminate", "discard"])
 def test_an_op_on_the_header_is_idempotent_too(op: str) -> None:
-    """M1.4: a discard that is repeated must not drop another record, a pause not pause again what was unpaused."""
+    """M1.4: a repeated discard must not drop another record, and a repeated pause must not pause again what was unpaused."""
     w = run("import threading\ndef main(o):\n    while True:\n        if (yield kw.suspend('r')):\n            lock = threading.Lock()\n            yield kw.suspend('s')", **{"kwflow-start-id": "s"})
     if op == "discard":
         w.resume("w", "r", True)

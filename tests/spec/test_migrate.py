@@ -1,4 +1,4 @@
-"""`@kw.migrate`: a waiting instance is moved to other code in the step of the command (semantics §8.5)."""
+"""`@kw.migrate`: a waiting instance is migrated to other code in the step of the command (semantics §8.5)."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def site() -> Any:
 
 
 def test_it_gets_frames_locals_and_refs_and_what_it_returns_goes_on_in_main_s_place(site: Site) -> None:
-    """§8.5: the refs it takes over are still answered; timers that are not are cancelled; nobody's cleanup runs (G8)."""
+    """§8.5: the refs it takes over are still answered. Timers that it does not take over are cancelled. Nobody's cleanup runs (G8)."""
     site.deploy(NEW.replace("{name}", site.name))
     assert sorted(site.w.waits("v")) == ["2:1", "a", "b"]
     reply = site.w.command("v", "migrate")
@@ -63,7 +63,7 @@ def test_it_gets_frames_locals_and_refs_and_what_it_returns_goes_on_in_main_s_pl
 
 
 def test_a_moved_instance_is_on_current_code_and_what_it_brought_along_on_its_own(site: Site) -> None:
-    """§8.2: the closure that was handed over is of the old version."""
+    """§8.2: the closure that was handed over belongs to the old version."""
     [old] = site.versions("v")
     site.deploy(NEW.replace("{name}", site.name))
     site.w.command("v", "migrate")
@@ -74,7 +74,7 @@ def test_a_moved_instance_is_on_current_code_and_what_it_brought_along_on_its_ow
 
 @pytest.mark.parametrize("cached", [0, 10])
 def test_an_object_of_a_class_that_changed_is_the_current_one_s_after_a_move_whether_the_instance_was_kept_live_or_restored(cached: int) -> None:
-    """§8.5, §4.1: one that was kept had the old class until it was evicted."""
+    """§8.5, §4.1: in an instance that was kept live, it had the old class until the instance was evicted."""
     text = "class Order:\n    {0}\n    def __init__(self, o):\n        self.o = o\n"
     site = Site(text.format("price = 1") + "def main(o):\n    order = Order(o)\n    yield kw.suspend('r')\n")
     site.w.config = site.w.config.model_copy(update={"instances_cached_max": cached})
@@ -126,7 +126,7 @@ def test_a_call_that_a_worker_has_is_taken_back_or_taken_over() -> None:
 
 
 def test_a_second_migrate_and_one_without_a_migration_change_nothing(site: Site) -> None:
-    """It is for code that is not current."""
+    """A migration is for code that is not current."""
     site.deploy("def main(o):\n    yield kw.suspend('x')")
     before = site.w.state.entries[b"v"]
     reply = site.w.command("v", "migrate")
@@ -153,7 +153,7 @@ def test_a_second_migrate_and_one_without_a_migration_change_nothing(site: Site)
     ],
 )
 def test_a_migration_that_fails_parks_the_instance_as_it_was(site: Site, body: str, said: str) -> None:
-    """§8.5: a discard goes on with the old code, a retry with a mended migration."""
+    """§8.5: a discard goes on with the old code, a retry with a corrected migration."""
     text = f"def main(o):\n    1 / o\n    yield kw.suspend('new')\n    return 'moved'\n@kw.migrate(from_='{site.name}:main')\ndef move(old):\n    {{}}\n"
     site.deploy(text.format(body))
     site.w.command("v", "migrate")

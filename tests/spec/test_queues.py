@@ -34,7 +34,7 @@ def main(n):
 
 
 def made(queues: bool = True) -> tuple[WorkflowTester, str]:
-    """A tester whose engine hands calls out, or runs them, and the queue."""
+    """A tester whose engine hands calls out or runs them, and the queue."""
     name = f"queue_case_{next(_count)}"
     tester = WorkflowTester(durable.load_source(name, SOURCE, f"{name}.py").main)
     tester._workflows.queues = queues
@@ -46,7 +46,7 @@ def handed(tester: WorkflowTester, queue: str) -> list[tuple[str, Any]]:
 
 
 def test_a_call_is_a_record_of_its_queue_and_nothing_lies_beside_the_state() -> None:
-    """M6.6, G1: outputs of a step become visible with its state."""
+    """M6.6, G1: outputs of a step become visible together with its state."""
     tester, queue = made()
     tester.start("w", 4)
     ref = next(wait["ref"] for wait in tester.header("w")["waits"] if wait["kind"] == "job")
@@ -62,14 +62,14 @@ def test_a_call_is_a_record_of_its_queue_and_nothing_lies_beside_the_state() -> 
 
 
 def test_where_no_worker_can_read_a_topic_the_engine_runs_the_call() -> None:
-    """Embedded engines, and tests."""
+    """In embedded engines, and in tests."""
     tester, queue = made(queues=False)
     tester.start("w", 4)
     assert tester.result("w") == 5 and handed(tester, queue) == []
 
 
 def test_a_call_over_its_time_is_taken_back_and_handed_out_again_under_the_same_key() -> None:
-    """M6.4: the pause between is durable; the second attempt has a ref of its own."""
+    """M6.4: the pause in between is durable. The second attempt has its own ref."""
     tester, queue = made()
     tester.start("w", 4)
     tester.advance(60)
@@ -84,7 +84,7 @@ def test_a_call_over_its_time_is_taken_back_and_handed_out_again_under_the_same_
 
 
 def test_whoever_ends_an_instance_takes_its_calls_back() -> None:
-    """M3: by the header alone."""
+    """M3: from the header alone."""
     for op in ("terminate", "cancel"):
         tester, queue = made()
         tester.start("w", 4)
@@ -120,7 +120,7 @@ def _dots(n: int) -> int: ...
 
 
 def _documented(n: int) -> int:
-    """Done elsewhere."""
+    """Runs elsewhere."""
 
 
 async def _later(n: int) -> None:
@@ -137,7 +137,7 @@ def _none(n: int) -> None:
 
 @pytest.mark.parametrize(("function", "refused"), [(_dots, True), (_documented, True), (_later, True), (_three, False), (_none, False)])
 def test_a_worker_does_not_answer_for_an_activity_that_is_only_declared(function: Any, refused: bool) -> None:
-    """Each call would be answered with null, and its workflow go on with that."""
+    """Each call would be answered with null, and its workflow would go on with that."""
     queue = f"stub-{next(_count)}"
     activity = kw.activity(name=queue, queue=queue)(function)
     if refused:
@@ -156,7 +156,7 @@ GOOD = {"resume_topic": "r", "workflow_id": "w", "ref": "1:2", "activity": "a", 
 
 
 def test_the_headers_of_a_call_go_on_with_its_answer() -> None:
-    """Semantics §9.3: all but ours."""
+    """Semantics §9.3: all but kwflow's own."""
     written = msgspec.structs.replace(record(b"w|1:2", json.dumps(GOOD).encode()), headers=(("tenant", b"a"), ("kwflow-due-ms", b"1"), ("traceparent", b"00-")))
     call = queues.read(written, "r")
     assert isinstance(call, Dispatch) and call.headers == (("tenant", b"a"), ("traceparent", b"00-"))
@@ -183,7 +183,7 @@ _almost = st.dictionaries(st.sampled_from(sorted(GOOD)), st.text(max_size=9)).ma
 
 @given(st.one_of(st.none(), st.binary(max_size=80)), st.one_of(st.none(), st.binary(max_size=200), _almost))
 def test_reading_is_total(key: bytes | None, value: bytes | None) -> None:
-    """wire.md §5: a value or a ProtocolError, whatever the bytes."""
+    """wire.md §5: it gives a value or a ProtocolError, whatever the bytes."""
     try:
         queues.read(record(key, value), "r")
     except ProtocolError:

@@ -1,4 +1,4 @@
-"""Requirements of the reference that no other file states: topics, interleaving, leaks, identity, long chains, T-KW-7, 10, 11."""
+"""Requirements of the reference that no other file covers: topics, interleaving, leaks, identity, long chains, T-KW-7, 10, 11."""
 
 import re
 from typing import Any
@@ -51,7 +51,7 @@ def test_a_resume_of_no_known_ref_changes_nothing(value: bytes) -> None:
 
 
 def test_a_workflow_starts_and_resumes_others_over_the_resume_topic() -> None:
-    """KW-11: always declared."""
+    """KW-11: that topic is always declared."""
     w = run("""
 def main(o):
     if o == 'child':
@@ -105,7 +105,7 @@ def test_an_error_before_the_first_wait_leaves_no_state() -> None:
 
 
 def test_the_test_kit_says_where_a_workflow_without_a_result_has_failed() -> None:
-    """KW-25: in a test there is no `kwflow show`."""
+    """KW-25: a test has no `kwflow show`."""
     w = run("def pay(o):\n    yield 1\n    return o['price']\ndef main(o):\n    return (yield from pay(o))", {})
     with pytest.raises(AssertionError, match=r"(?s)w has no result; errors: \[\"KeyError: 'price'\"\].*\n  \S+:\d+ main\n  \S+:\d+ pay$"):
         w.result("w")
@@ -113,7 +113,7 @@ def test_the_test_kit_says_where_a_workflow_without_a_result_has_failed() -> Non
 
 @pytest.mark.parametrize("parameters", ["", "a, b", "*, a", "o"])
 def test_a_workflow_that_does_not_take_one_argument_is_told_what_it_is_called_with(parameters: str) -> None:
-    """KW-25, KW-31; a TypeError of its own is left as it is."""
+    """KW-25, KW-31. A TypeError of its own is left as it is."""
     [said] = run(f"def main({parameters}):\n    len(5)\n    yield").values("workflow-error")
     if parameters == "o":
         assert said == "TypeError: object of type 'int' has no len()"
@@ -158,7 +158,7 @@ def main(o):
 
 
 def test_5000_settled_waits_and_1000_nested_tasks_need_no_stack() -> None:
-    """KW-38; nested ones are also saved and loaded."""
+    """KW-38. The nested ones are also saved and loaded."""
     w = run("""
 def deep(n):
     if n:
@@ -266,7 +266,7 @@ def test_the_same_record_on_the_same_bytes_gives_the_same_outputs() -> None:
 
 
 def test_an_answer_that_comes_before_its_suspension_exists_is_ignored_by_rule() -> None:
-    """KW-19: a ref is known from `kw.suspend` on; for messages that come at any time there are signals."""
+    """KW-19: a ref is known from `kw.suspend` on. For messages that may come at any time there are signals."""
     w = run("def main(o):\n    yield kw.suspend('gate')\n    return (yield kw.suspend('late'))")
     w.resume("w", "late", "too early")
     assert w.counts[-1] == "unknown-ref"
@@ -283,7 +283,7 @@ def test_the_defaults_are_those_of_the_reference() -> None:
 
 
 def test_the_test_kit_drives_a_workflow_by_hand_with_real_cancelling() -> None:
-    """KW-35: start, resume, reject, the trace of outputs, what is waited for; the reference's mock cannot cancel."""
+    """KW-35: start, resume, reject, the trace of outputs, and the pending waits. The reference's mock cannot cancel."""
     w = run("""
 def child():
     try:
@@ -307,5 +307,5 @@ def main(o):
     ],
 )  # fmt: skip
 def test_a_key_belongs_to_the_partition_that_javas_clients_choose(key: str, hashed: int) -> None:
-    """K6: the values of Kafka's own test of its hash (UtilsTest.testMurmur2)."""
+    """K6: the values are those of Kafka's own test of its hash (UtilsTest.testMurmur2)."""
     assert partition_of(key.encode(), 1_000_003) == (hashed & 0x7FFFFFFF) % 1_000_003

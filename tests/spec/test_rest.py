@@ -1,4 +1,4 @@
-"""rest.call by the requirements LR-1 to LR-22 (reference-systems §5): a real service over HTTP, a clock of the test's own."""
+"""rest.call by the requirements LR-1 to LR-22 (reference-systems §5), with a real service over HTTP and the test's own clock."""
 
 import asyncio
 import pathlib
@@ -25,7 +25,7 @@ DONE = {"status": "SUCCESS", "scm": {"url": "…", "revision": "new-scm-tag"}}
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    """The example's: each job is cancelled at the path that it was answered with."""
+    """The service of the example: each job is cancelled at the path that was in its answer."""
     with rest_service.service() as made:
         made.answers = {
             "/prebuild": Answer({"cancelPath": "/cancel/1"}, headers={"Set-Cookie": "myCookieName=myCookieValue"}),
@@ -44,7 +44,7 @@ def started(workflow: str, order: Any) -> WorkflowTester:
 
 
 def callbacks(tester: WorkflowTester) -> list[str]:
-    """The refs of callbacks that somebody waits for."""
+    """The refs of callbacks that are waited for."""
     return [ref for ref in tester.waits("w") if ref.startswith("callback-") and not ref.endswith("-heartbeat")]
 
 
@@ -55,13 +55,13 @@ def under_way(tester: WorkflowTester) -> str:
 
 
 def timers(tester: WorkflowTester) -> int:
-    """How many are set."""
+    """How many timers are set."""
     return int(tester.timers.entries[b"\0timers"].split()[0])
 
 
 # -- the tests of the reference (table 5.2) ------------------------------------------------------------------------------
 def test_two_jobs_call_back_and_the_result_has_the_labels_as_they_were(service: Service) -> None:
-    """LR-5, LR-12, LR-19: what is sent is JSON once, not escaped twice."""
+    """LR-5, LR-12, LR-19: the body is encoded as JSON once, not escaped twice."""
     tester = started("release", {"base": service.base, "labels": LABELS, "timeout": 30})
     service.call_back(tester, "/prebuild", DONE)
     service.call_back(tester, "/build", {"status": "SUCCESS"})
@@ -76,14 +76,14 @@ def test_two_jobs_call_back_and_the_result_has_the_labels_as_they_were(service: 
 
 
 def test_a_service_that_is_not_there_is_an_error_that_the_workflow_catches(service: Service) -> None:
-    """LR-8, LR-19: no retries; the process goes on to its last task."""
+    """LR-8, LR-19: without retries; the process continues to its last task."""
     tester = WorkflowTester(flows.asked)
     tester.start("w", {"url": nowhere()})
     assert tester.result("w") == {"status": "SYSTEM_ERROR", "response": None, "initial": None, "called_back": None, "cancel": None, "error": "ConnectionError", "http": None, "attempts": 1}
 
 
 def test_retries_wait_longer_each_time_and_give_up_with_the_error(service: Service) -> None:
-    """LR-13, LR-14: max_attempts counts the first; pauses are as documented, and logged with what went wrong."""
+    """LR-13, LR-14: max_attempts includes the first attempt. Pauses are as documented, and logged with the reason of the failure."""
     tester = started("one", {"base": nowhere().rstrip("/"), "retry": {"max_attempts": 4, "first": 0.25, "factor": 2}})
     tester.finish("w")
     assert (tester.result("w")["status"], tester.result("w")["error"], tester.result("w")["attempts"]) == ("SYSTEM_ERROR", "ConnectionError", 4)
@@ -93,7 +93,7 @@ def test_retries_wait_longer_each_time_and_give_up_with_the_error(service: Servi
 
 
 def test_a_cancel_from_outside_stops_the_job_and_waits_for_its_last_word(service: Service) -> None:
-    """LR-15, LR-16, LR-20: the second job is never begun, and what is shielded runs after the cancel."""
+    """LR-15, LR-16, LR-20: the second job never begins, and what is shielded runs after the cancel."""
     tester = started("release", {"base": service.base, "timeout": 30})
     tester.command("w", "cancel")
     assert service.last("/cancel/1").body == {"why": "cancelled"}
@@ -127,14 +127,14 @@ def test_a_cancel_that_is_not_confirmed_in_time_ends_the_wait_and_a_late_callbac
 
 
 def test_without_success_and_cancel_the_callback_is_the_answer(service: Service) -> None:
-    """LR-18: no template is SUCCESS, whatever the service says of itself (LR-22)."""
+    """LR-18: without a template the status is SUCCESS, whatever the service says of itself (LR-22)."""
     tester = started("one", {"base": service.base, "timeout": 10, "success": False, "cancel": False})
     service.call_back(tester, "/build", {"status": "error", "revision": "new-scm-tag"})
     assert (tester.result("w")["status"], tester.result("w")["response"]["revision"]) == ("SUCCESS", "new-scm-tag")
 
 
 def test_a_heart_that_stops_is_a_death_without_a_cancel_request(service: Service) -> None:
-    """LR-15, LR-17: beats until 2 s, 4 s of silence."""
+    """LR-15, LR-17: heartbeats until 2 s, then 4 s of silence."""
     tester = started("one", {"base": service.base, "timeout": 10, "heartbeat": 4})
     for _ in range(4):
         tester.advance(0.5)
@@ -148,7 +148,7 @@ def test_a_heart_that_stops_is_a_death_without_a_cancel_request(service: Service
 
 # -- what the reference has no tests for ---------------------------------------------------------------------------------
 def test_beats_keep_a_job_alive_for_longer_than_the_heartbeat_timeout(service: Service) -> None:
-    """LR-17 (defect 5.3.1: there no beat was ever seen)."""
+    """LR-17 (defect 5.3.1: the reference never saw a heartbeat)."""
     tester = started("one", {"base": service.base, "heartbeat": 4})
     for _ in range(10):
         tester.advance(3)
@@ -160,7 +160,7 @@ def test_beats_keep_a_job_alive_for_longer_than_the_heartbeat_timeout(service: S
 
 
 def test_the_heart_need_not_beat_before_the_service_has_answered() -> None:
-    """LR-17: between a successful invocation and the end of waiting; a beat before is taken."""
+    """LR-17: heartbeats are required between a successful invocation and the end of waiting. An earlier one is accepted."""
     tester = WorkflowTester(flows.one)
     tester.fake(rest.request, lambda sent: HANGS)
     tester.start("w", {"base": "https://builder.example", "heartbeat": 4})
@@ -205,7 +205,7 @@ def test_a_callback_that_came_as_an_error_has_failed_and_success_is_not_asked(se
     ],
 )
 def test_without_a_callback_the_response_is_the_answer(service: Service, answer: Answer, response: Any) -> None:
-    """LR-9, LR-12: arrays stay arrays, nothing is None, what is no JSON by its Content-Type is text."""
+    """LR-9, LR-12: arrays stay arrays, no content is None, and what is not JSON by its Content-Type is text."""
     service.answers["/now"] = answer
     told = started("asked", {"url": f"{service.base}/now"}).result("w")
     assert (told["status"], told["response"], told["initial"], told["called_back"]) == ("SUCCESS", response, response, None)
@@ -213,7 +213,7 @@ def test_without_a_callback_the_response_is_the_answer(service: Service, answer:
 
 @pytest.mark.parametrize("status", [300, 302, 400, 401, 404, 409, 422])
 def test_what_the_service_does_not_take_is_not_sent_again(service: Service, status: int) -> None:
-    """LR-8, and the deviation from it: another attempt would be answered alike."""
+    """LR-8, and the deviation from it: another attempt would get the same answer."""
     service.answers["/build"] = Answer({"detail": "no"}, status)
     told = started("one", {"base": service.base}).result("w")
     assert (told["status"], told["error"], told["http"], told["attempts"]) == ("SYSTEM_ERROR", "StatusError", status, 1)
@@ -256,7 +256,7 @@ def test_a_response_that_is_too_large_is_refused_and_not_read_to_its_end(service
 
 
 def test_a_cancel_between_two_attempts_ends_the_call(service: Service) -> None:
-    """LR-13: the wait is over at once; what has no response is cancelled nowhere."""
+    """LR-13: the wait ends at once. Without a response there is nothing to cancel at the service."""
     service.answers["/build"] = Answer(status=503)
     tester = started("cancelled_by_signal", {"base": service.base})
     tester.command("w", "signal", {"name": "stop"})
@@ -266,14 +266,14 @@ def test_a_cancel_between_two_attempts_ends_the_call(service: Service) -> None:
 
 
 def test_a_cancel_before_anything_was_sent_sends_nothing(service: Service) -> None:
-    """LR-11 and defect 5.3.5: it was evaluated as if it had run."""
+    """LR-11 and defect 5.3.5: the cancel URL was evaluated as if the request had run."""
     told = started("cancelled_at_once", {"base": service.base}).result("w")
     assert (told["status"], told["attempts"]) == ("CANCELLED", 0)
     assert service.asked == []
 
 
 def test_a_cancel_while_the_request_is_under_way_waits_for_its_response_and_cancels_what_it_began(service: Service) -> None:
-    """LR-16: only the response says how; here the first request is never answered by itself."""
+    """LR-16: only the response says how to cancel. Here the first request is never answered by itself."""
     tester = WorkflowTester(flows.cancelled_by_signal)
     tester.fake(rest.request, lambda sent: HANGS if sent.url.endswith("/build") else rest.Response(200, "stopping"))
     tester.start("w", {"base": service.base})
@@ -295,7 +295,7 @@ def test_a_cancel_that_nobody_can_be_told_of_ends_the_call_at_once_also_while_th
 
 
 def test_a_beat_or_the_end_of_the_time_while_a_cancel_is_held_back_lets_it_go_on() -> None:
-    """LR-16: the response is still waited for."""
+    """LR-16: the call still waits for the response."""
     for seconds, then in ((0, "-heartbeat"), (50, "")):
         tester = WorkflowTester(flows.cancelled_by_signal)
         tester.fake(rest.request, lambda sent: HANGS if sent.url.endswith("/build") else rest.Response(200))
@@ -322,7 +322,7 @@ def test_a_request_that_is_not_answered_is_given_up_with_the_cancel_timeout() ->
 
 
 def test_a_second_cancel_does_not_cut_the_first_one_short(service: Service) -> None:
-    """LR-16: cancelling takes no longer than cancel_timeout anyway."""
+    """LR-16: cancelling takes at most cancel_timeout anyway."""
     tester = started("release", {"base": service.base})
     tester.command("w", "cancel")
     tester.advance(1)
@@ -341,7 +341,7 @@ def test_what_is_shielded_is_not_cancelled(service: Service) -> None:
 
 
 def test_a_timeout_of_the_authors_own_cancels_the_job_while_the_workflow_goes_on(service: Service) -> None:
-    """kw.timeout is as it is everywhere; the instance ends when the service has been told and has answered."""
+    """kw.timeout works as it does everywhere. The instance ends when the service has received the cancel and has answered."""
     tester = started("within", {"base": service.base})
     tester.advance(10)
     assert tester.result("w") == "too late"
@@ -352,7 +352,7 @@ def test_a_timeout_of_the_authors_own_cancels_the_job_while_the_workflow_goes_on
 
 
 def test_two_calls_at_a_time_have_callbacks_of_their_own(service: Service) -> None:
-    """X-1: kw.all over calls; each URL is told to one job."""
+    """X-1: kw.all over calls. Each URL is given to one job."""
     tester = started("both", {"base": service.base})
     first, second = callbacks(tester)
     tester.resume("w", second, {"status": "SUCCESS", "n": 2})
@@ -367,7 +367,7 @@ def test_in_an_async_def_a_call_is_awaited(service: Service) -> None:
 
 
 def test_a_cancel_request_that_does_not_need_the_response_is_sent_without_one(service: Service) -> None:
-    """LR-10: cancelUrlTemplate; it may know the callback, too, and has headers of its own."""
+    """LR-10: cancelUrlTemplate. It may also contain the callback, and has its own headers."""
     service.answers |= {"/build": Answer(status=503), "/jobs/7": Answer({"stopped": 7})}
     tester = started("with_static_cancel", {"base": service.base})
     tester.advance(10)
@@ -379,7 +379,7 @@ def test_a_cancel_request_that_does_not_need_the_response_is_sent_without_one(se
 
 
 def test_a_cancel_that_fails_changes_no_status_and_is_logged(service: Service) -> None:
-    """LR-16: errors of the cancel request are ignored; a function that raises is one."""
+    """LR-16: errors of the cancel request are ignored, and a function that raises counts as one."""
     service.answers["/cancel/2"] = Answer(status=404)
     tester = started("one", {"base": service.base, "timeout": 2, "cancel_timeout": 2})
     tester.advance(2)
@@ -411,7 +411,7 @@ def test_only_the_first_callback_counts(service: Service) -> None:
 
 
 def test_a_callback_before_the_response_is_kept(service: Service) -> None:
-    """LR-12, X-1, defect 5.3.7: the ref is waited for before the request is made."""
+    """LR-12, X-1, defect 5.3.7: the wait for the ref begins before the request is made."""
     tester = WorkflowTester(flows.one)
 
     def fast(asked: Asked) -> Answer:
@@ -425,7 +425,7 @@ def test_a_callback_before_the_response_is_kept(service: Service) -> None:
 
 
 def test_who_has_called_back_is_not_asked_again_although_its_response_was_lost(service: Service) -> None:
-    """LR-13: the connection broke after the service had done it."""
+    """LR-13: the connection broke after the service had done the job."""
     tester = WorkflowTester(flows.one)
 
     def lost(sent: rest.Sent) -> rest.Response:
@@ -456,7 +456,7 @@ def test_cookies_are_added_and_replaced_and_a_response_without_any_wipes_none(se
 
 
 def test_headers_are_sent_as_they_are_and_those_of_an_activity_are_stored_nowhere(service: Service) -> None:
-    """LR-6: `Basic abc==` was cut; secrets stay out of arguments and state."""
+    """LR-6: `Basic abc==` was cut off. Secrets stay out of arguments and state."""
     tester = started("one", {"base": service.base})
     assert service.last("/build").headers["authorization"] == "Bearer abc=="
     service.answers["/secret"] = Answer({})
@@ -469,7 +469,7 @@ def test_headers_are_sent_as_they_are_and_those_of_an_activity_are_stored_nowher
 
 
 def test_a_secret_that_cannot_be_sent_is_not_told(service: Service) -> None:
-    """Such as one that was read from a file, with the line break at its end."""
+    """For example one that was read from a file, with the line break at its end."""
     tester = WorkflowTester(flows.with_bad_secrets)
     tester.start("w", f"{service.base}/secret")
     assert "what activity bad_secret_headers returned cannot be sent: header 'Authorization'" in tester.values("workflow-error")[0]
@@ -485,7 +485,7 @@ def test_a_body_is_json_unless_its_content_type_says_otherwise(service: Service)
 
 
 def test_urls_are_of_the_gateway_and_hold_ids_encoded(service: Service) -> None:
-    """LR-4: `null…` where no host was configured; the heartbeat's is there if somebody listens to it."""
+    """LR-4: the URL was `null…` where no host was configured. The heartbeat's URL is there if heartbeats are waited for."""
     tester = WorkflowTester(flows.one)
     tester.start("a/b ü", {"base": service.base})
     told = service.last("/build").body
@@ -496,7 +496,7 @@ def test_urls_are_of_the_gateway_and_hold_ids_encoded(service: Service) -> None:
 
 
 def test_without_a_gateway_url_a_call_is_refused_with_the_remedy(service: Service) -> None:
-    """LR-4: fail at start."""
+    """LR-4: it fails at the start."""
     tester = WorkflowTester(flows.one)
     tester._workflows.config = tester.config.model_copy(update={"gateway_url": None})
     tester.start("w", {"base": service.base})
@@ -511,7 +511,7 @@ def test_a_gateway_url_that_is_none_is_refused(url: str) -> None:
 
 
 def test_a_wrong_call_is_refused_where_it_is_made() -> None:
-    """Bad input: the thing, the place, the remedy."""
+    """Bad input: the error names the thing, the place and the remedy."""
     tester = started("wrong", None)
     parts = ["a method is a word", "names a host, not 'builder.example'", "nobody tells the service where to call back", "there is no callback that body", "timeout=...) is a timedelta or a number",
              "kw.Retry(max_attempts=1)", "headers_from is an activity", "leave heartbeat_timeout out", "rest.call(success=...) takes a plain function"]  # fmt: skip
@@ -520,7 +520,7 @@ def test_a_wrong_call_is_refused_where_it_is_made() -> None:
 
 
 def test_what_cannot_be_sent_is_a_usage_error_at_the_wait() -> None:
-    """A header decides nothing about what follows it: no line breaks."""
+    """A header must not affect what follows it: no line breaks."""
     parts = ["has no JSON form", "header 'X': its value is no printable ASCII", "header 'a b': a name is", "(limit header_bytes_max)", "takes a plain function, and this one gives a wait"]
     for told, part in zip(started("unsendable", None).result("w"), parts, strict=True):
         assert part in told
@@ -548,7 +548,7 @@ def test_an_error_of_the_authors_functions_is_raised_at_the_wait_and_leaves_noth
 
 
 def test_a_request_takes_no_longer_than_it_may() -> None:
-    """LR-1: time-outs are wired through (defect 5.3.3)."""
+    """LR-1: timeouts are passed on to the HTTP client (defect 5.3.3)."""
     with rest_service.serving(lambda asked: Answer()) as base:
         pass  # nobody accepts there any more
     with running_as(ActivityInfo("kwflow.rest.request", "w", 1, "w|1")):
@@ -568,7 +568,7 @@ def test_an_engine_without_httpx_says_what_to_install(service: Service, monkeypa
 # -- whatever happens, in whatever order ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("seed", range(40))
 def test_in_any_order_of_events_a_call_ends_and_leaves_nothing_behind(seed: int) -> None:
-    """LR-11 to LR-21: the last word of the service counts unless the call had ended before; every wait ends in time."""
+    """LR-11 to LR-21: the last word of the service counts unless the call had ended before. Every wait ends in time."""
     chance = random.Random(seed)
     told: list[str] = []
     tester = WorkflowTester(flows.cancelled_by_signal if seed % 2 else flows.one)
