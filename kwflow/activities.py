@@ -57,13 +57,13 @@ class Retry:
 
     def __post_init__(self) -> None:
         if self.max_attempts is not None and (isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1):
-            raise UsageError(f"Retry.max_attempts is a whole number from 1 on, or None for no limit, not {self.max_attempts!r}")
+            raise UsageError(f"Retry.max_attempts must be an integer of at least 1, or None for no limit, not {self.max_attempts!r}")
         for name, least in (("first", 0), ("factor", 1), ("max", 0), ("jitter", 0)):
             value = _seconds(getattr(self, name)) if name in ("first", "max") else getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
-                raise UsageError(f"Retry.{name} is a {'timedelta or a ' if name in ('first', 'max') else ''}number from {least} on, not {getattr(self, name)!r}")
+                raise UsageError(f"Retry.{name} must be a {'timedelta or a ' if name in ('first', 'max') else ''}number of at least {least}, not {getattr(self, name)!r}")
         if self.jitter > 1:
-            raise UsageError(f"Retry.jitter is a part of the pause, 0 to 1, not {self.jitter!r}")
+            raise UsageError(f"Retry.jitter must be a fraction of the pause, from 0 to 1, not {self.jitter!r}")
 
     def pause_s(self, attempt: int, key: str) -> float | None:
         """Return the seconds to wait after this attempt has failed; None if it was the last.
@@ -187,7 +187,7 @@ class Activity(Callee, Generic[_P, _R]):
         try:
             given = self.signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            hint = "; its time-out and retries stand at @kw.activity" if kwargs.keys() & {"timeout", "retry"} else ""
+            hint = "; set its timeout and retries in @kw.activity(...)" if kwargs.keys() & {"timeout", "retry"} else ""
             raise TypeError(f"activity {self.name}: {error}{hint}") from None
         encoded = []
         for name, value in given.items():
@@ -204,11 +204,11 @@ class Activity(Callee, Generic[_P, _R]):
             for name, value in msgspec.json.decode(data).items():
                 parameter = self.signature.parameters.get(name)
                 if parameter is None:
-                    raise TypeError(f"it has no parameter {name!r} any more")
+                    raise TypeError(f"the function no longer has a parameter {name!r}")
                 bound.arguments[name] = self._rebuild_argument(parameter, value)
             self.signature.bind(*bound.args, **bound.kwargs)
         except Exception as error:  # a model's validators may raise anything
-            raise ActivityError(f"activity {self.name} does not take its arguments: {error}", "BadArguments", final=True) from error
+            raise ActivityError(f"activity {self.name} does not accept its arguments: {error}", "BadArguments", final=True) from error
         return bound
 
     def _rebuild_argument(self, parameter: inspect.Parameter, value: Any) -> Any:
@@ -237,7 +237,7 @@ class Activity(Callee, Generic[_P, _R]):
             return from_plain(value, self.hints["return"]) if "return" in self.hints else value
         except Exception as error:  # a model's validators may raise anything
             said = str(error)
-        raise ActivityError(f"the result of activity {self.name} is not as annotated: {said}", "BadResult", final=True)
+        raise ActivityError(f"the result of activity {self.name} does not match its annotation: {said}", "BadResult", final=True)
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
@@ -271,30 +271,30 @@ def activity(
     """
     policy = Retry() if retry is None else retry
     if not isinstance(policy, Retry):
-        raise UsageError(f"@kw.activity(retry=...) takes a kw.Retry, not {retry!r}")
+        raise UsageError(f"@kw.activity(retry=...) must be a kw.Retry, not {retry!r}")
     seconds = None if timeout is None else _seconds(timeout)
     if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds <= 0):
-        raise UsageError(f"@kw.activity(timeout=...) is a timedelta or a number of seconds above 0, not {timeout!r}")
+        raise UsageError(f"@kw.activity(timeout=...) must be a timedelta or a number of seconds above 0, not {timeout!r}")
 
     if queue is not None and not wire.is_topic(queue):
-        raise UsageError(f"@kw.activity(queue=...) is the name of a topic, letters, digits, '.', '_' and '-', not {queue!r}")
+        raise UsageError(f"@kw.activity(queue=...) must be a topic name of letters, digits, '.', '_' and '-', not {queue!r}")
 
     def register(target: Callable[..., Any]) -> Activity[..., Any]:
         if not inspect.isroutine(target) or isinstance(target, (staticmethod, classmethod)):
-            raise UsageError(f"@kw.activity takes a function, not {target!r}")
+            raise UsageError(f"@kw.activity must decorate a function, not {target!r}")
         if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
-            raise UsageError(f"{target.__qualname__} has a yield: an activity is an ordinary function; a workflow calls it with a yield")
+            raise UsageError(f"{target.__qualname__} contains a yield: an activity is an ordinary function; the yield belongs in the workflow that calls it")
         owner = target.__qualname__.rpartition(".")[0]
         if owner and not owner.endswith(">"):  # a class, not <locals> or <listcomp>
-            remedy = "write one that calls the method of an object that is a global of its module"
-            raise UsageError(f"{target.__qualname__} is a method; an activity is a function, so that any engine can find it by its name: {remedy}")
+            remedy = "write a function that calls the method of a module-level object"
+            raise UsageError(f"{target.__qualname__} is a method, but an activity must be a function, which any engine can find by name: {remedy}")
         made = Activity(target, name or target.__name__, policy, seconds, queue)
         known = _activities.get(made.name)
         old = "@" in (target.__module__ or "")  # an old version that is loaded beside the new one may add activities, but not replace any
         if known is not None and not old and _place(known.function) != _place(target):
-            remedy = "give one another name: @kw.activity(name=...)"
+            remedy = "rename one with @kw.activity(name=...)"
             if queue is not None and queue == known.queue:
-                remedy = f"what engines declare and what workers do for the queue {queue!r} belong in two processes; here, and embedded, let one module import the activity of the other"
+                remedy = f"the declaration for engines and the implementation for workers of queue {queue!r} belong in two processes; in one, or embedded, let one module import the other's activity"
             raise UsageError(f"two activities are named {made.name!r}: {_place(known.function)} and {_place(target)}; {remedy}")
         if known is None or not old:
             _activities[made.name] = made
@@ -321,7 +321,7 @@ def batch_of(called: Activity[Any, Any], *, size: int, within: timedelta | float
         if called.batched is not None and _place(called.batched.function) != _place(function):
             raise UsageError(f"activity {called.name} has two batches: {_place(called.batched.function)} and {_place(function)}")
         if called.timeout_s is not None and made.within_s >= called.timeout_s:
-            raise UsageError(f"a batch of activity {called.name} may wait {made.within_s:g} s for more calls, and each has only {called.timeout_s:g} s (timeout=): make within= smaller (BW-6)")
+            raise UsageError(f"a batch of activity {called.name} may wait {made.within_s:g} s for more calls, but each call has only {called.timeout_s:g} s (timeout=): reduce within= (BW-6)")
         called.batched = made
         return function
 
@@ -341,7 +341,7 @@ def activity_named(name: str) -> Activity[Any, Any]:
     """Return the activity of this name; snapshots refer to activities like this.  Raises CodeChangedError if this process has none."""
     found = find_activity(name)
     if found is None:
-        raise CodeChangedError(f"no activity {name!r} in this process, and an instance holds it")
+        raise CodeChangedError(f"an instance holds activity {name!r}, which does not exist in this process")
     return found
 
 

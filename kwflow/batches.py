@@ -25,9 +25,9 @@ class Batch:
         """Raises UsageError."""
         within_s = within.total_seconds() if isinstance(within, timedelta) else within
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _SIZE_MAX:
-            raise UsageError(f"@kw.batch_of(size=...) is a whole number from 1 to {_SIZE_MAX:,}, not {size!r}")
+            raise UsageError(f"@kw.batch_of(size=...) must be an integer from 1 to {_SIZE_MAX:,}, not {size!r}")
         if isinstance(within_s, bool) or not isinstance(within_s, (int, float)) or not math.isfinite(within_s) or within_s < 0:
-            raise UsageError(f"@kw.batch_of(within=...) is a timedelta or a number of seconds from 0 on, not {within!r}")
+            raise UsageError(f"@kw.batch_of(within=...) must be a timedelta or a number of seconds of at least 0, not {within!r}")
         if not inspect.isroutine(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise UsageError(f"@kw.batch_of(...) takes a function of a list of kw.Call, not {function!r}")
         self.function = function

@@ -27,10 +27,10 @@ _migrations: dict[str, Callable[..., Any]] = {}
 def declare_topics(*names: str) -> None:
     """Allow `output` to these topics.  Only at import time: a topic declared in a step would be known to some engines and not to others."""
     if in_step():
-        raise UsageError("declare_topics belongs at module level, not inside a step")
+        raise UsageError("call declare_topics at module level, not inside a step")
     for name in names:
         if not wire.is_topic(name):
-            raise UsageError(f"a topic's name is letters, digits, '.', '_' and '-', not {name!r}")
+            raise UsageError(f"a topic name consists of letters, digits, '.', '_' and '-', not {name!r}")
     _topics.update(names)
     for heard in _hearing:
         heard.update(names)
@@ -92,7 +92,7 @@ def migrate(*, from_: str) -> Callable[[_F], _F]:
             return target
         known = _migrations.get(from_)
         if known is not None and (known.__module__, known.__qualname__) != (target.__module__, target.__qualname__):
-            raise UsageError(f"two migrations are from {from_!r}: {known.__module__}.{known.__qualname__} and {target.__module__}.{target.__qualname__}")
+            raise UsageError(f"two migrations migrate from {from_!r}: {known.__module__}.{known.__qualname__} and {target.__module__}.{target.__qualname__}")
         _migrations[from_] = target
         return target
 

@@ -103,9 +103,9 @@ class Feed:
             records = [hint for hint in hints if hint is Record]
             named = any(parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) for parameter in parameters)
             if named or len(records) > 1 or not 0 < len(hints) <= 1 + len(records):
-                raise UsageError(f"{said} takes the value of a record, or the whole of it (annotated kw.Record), or both, and nothing else")
+                raise UsageError(f"{said} must take the value of a record, or the whole record (annotated kw.Record), or both, and nothing else")
             if (mixed := next((hint for hint in hints if _holds_record(hint)), None)) is not None:
-                raise UsageError(f"{said} is annotated with {mixed}: a record is always there, one at a time, and annotated kw.Record")
+                raise UsageError(f"{said} is annotated with {mixed}: it always gets exactly one record, so annotate kw.Record")
             self._hints = hints
         return self._hints
 
@@ -119,7 +119,7 @@ class Feed:
             size += len(output.key or b"") + len(output.value or b"") + wire.header_bytes(output.headers)
             if len(outputs) > limits.outputs_max or size > limits.output_bytes_max:
                 known = f"limits outputs_max = {limits.outputs_max}, output_bytes_max = {limits.output_bytes_max}"
-                raise UsageError(f"it makes {len(outputs)} messages of {size} bytes of one record, and perhaps more ({known})")
+                raise UsageError(f"one record yields {len(outputs)} messages of {size} bytes, perhaps more ({known})")
         return tuple(outputs)
 
     def _value(self, record: Record, hint: Any) -> Any:
@@ -131,7 +131,7 @@ class Feed:
                 value = msgspec.json.decode(record.value)
                 check_levels(record.value)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
-                raise ProtocolError(f"not JSON: {error}; a feed of something else takes a kw.Record", "bad-json") from None
+                raise ProtocolError(f"not JSON: {error}; for other formats, let the feed take a kw.Record", "bad-json") from None
         return value if hint is Any else typed.rebuilt_input(f"the feed of {self.topic}", hint, value)
 
     def _messages(self, made: object) -> Iterable[Message]:
@@ -141,7 +141,7 @@ class Feed:
             return (made,)
         if isinstance(made, Iterable) and not isinstance(made, (str, bytes, Mapping)):
             return made
-        raise UsageError(f"a feed returns None, a message or several (kw.Start, kw.Signal, kw.Resume, kw.Cancel), not {made!r}")
+        raise UsageError(f"a feed must return None, a message or several messages (kw.Start, kw.Signal, kw.Resume, kw.Cancel), not {made!r}")
 
 
 def _holds_record(hint: Any) -> bool:
@@ -159,21 +159,21 @@ def _output(message: object, topic: str, headers: Headers, limits: Limits) -> Ou
             mine = (("kwflow-op", b"signal"), *_id_header("kwflow-id", message.command_id))
         case Resume():
             if not isinstance(message.ref, str):
-                raise UsageError(f"a ref is a str, not {message.ref!r}")
+                raise UsageError(f"a ref must be a str, not {message.ref!r}")
             answer = {"value": message.value} if message.error is msgspec.UNSET else {"error": message.error}
             value, mine = _json(message, json_dumps, {"ref": message.ref, **answer}), ()
         case Cancel():
             if not isinstance(message.reason, str) or len(message.reason) > wire.REASON_CHARACTERS_MAX:
-                raise UsageError(f"a reason is a str of up to {wire.REASON_CHARACTERS_MAX} characters, not {message.reason!r}")
+                raise UsageError(f"a reason must be a str of up to {wire.REASON_CHARACTERS_MAX} characters, not {message.reason!r}")
             value, mine = _json(message, json_dumps, {"reason": message.reason}), (("kwflow-op", b"cancel"), *_id_header("kwflow-id", message.command_id))
         case _:
-            raise UsageError(f"the messages of a feed are kw.Start, kw.Signal, kw.Resume and kw.Cancel, not {message!r}")
+            raise UsageError(f"the messages of a feed must be kw.Start, kw.Signal, kw.Resume or kw.Cancel, not {message!r}")
     if not isinstance(message.id, str):
-        raise UsageError(f"a workflow id is a str, not {message.id!r}")
+        raise UsageError(f"a workflow id must be a str, not {message.id!r}")
     if len(value) > limits.value_bytes_max:
-        raise UsageError(f"a message has {len(value)} bytes, more than {limits.value_bytes_max} (limit value_bytes_max); send a reference to it, or raise it")
+        raise UsageError(f"a message has {len(value)} bytes, more than {limits.value_bytes_max} (limit value_bytes_max); send a reference instead, or raise the limit")
     if (size := wire.header_bytes(headers) + wire.header_bytes(mine)) > limits.header_bytes_max:
-        raise UsageError(f"a message has headers of {size} bytes with those of the record, more than {limits.header_bytes_max} (limit header_bytes_max)")
+        raise UsageError(f"a message has {size} bytes of headers, including the record's, more than {limits.header_bytes_max} (limit header_bytes_max)")
     return Output(topic, wire.key_of(message.id), value, (*headers, *mine))
 
 
@@ -196,7 +196,7 @@ def _id_header(name: str, id: str | None) -> Headers:
     if id is None:
         return ()
     if not isinstance(id, str) or not 1 <= len(id) <= wire.ID_CHARACTERS_MAX:
-        raise UsageError(f"{'start_id' if name == 'kwflow-start-id' else 'command_id'} is a str of 1 to {wire.ID_CHARACTERS_MAX} characters, not {id!r}")
+        raise UsageError(f"{'start_id' if name == 'kwflow-start-id' else 'command_id'} must be a str of 1 to {wire.ID_CHARACTERS_MAX} characters, not {id!r}")
     return ((name, id.encode()),)
 
 
@@ -211,17 +211,17 @@ def feed(topic: str) -> Callable[[_F], _F]:
     exception makes the record a dead letter `feed-failed`.  Raises UsageError for a function that cannot be a feed, and if the topic has another feed.
     """
     if not wire.is_topic(topic):
-        raise UsageError(f"@kw.feed takes the name of a topic, letters, digits, '.', '_' and '-', not {topic!r}")
+        raise UsageError(f"@kw.feed takes a topic name of letters, digits, '.', '_' and '-', not {topic!r}")
 
     def register(function: _F) -> _F:
         if registry.version(function.__module__) is not None:  # an old version that is loaded beside the new one
             return function
         if not isinstance(function, types.FunctionType) or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-            raise UsageError(f"@kw.feed takes a function, which waits for nothing, not {function!r}")
+            raise UsageError(f"@kw.feed must decorate an ordinary function, which does not wait, not {function!r}")
         known = _feeds.get(topic)
         made = Feed(topic, function)
         if known is not None and known._place != made._place:
-            raise UsageError(f"the topic {topic} has two feeds: {known._place} and {made._place}; one function may make messages for several workflows")
+            raise UsageError(f"the topic {topic} has two feeds: {known._place} and {made._place}; one function may return messages for several workflows")
         _feeds[topic] = made
         return function
 

@@ -48,9 +48,9 @@ def checked(plan: object) -> dict[str, Any]:
     except msgspec.ValidationError as error:
         raise UsageError(f"schedule: {error}") from None
     if len(made.name.encode()) > _NAME_BYTES_MAX:
-        raise UsageError(f"the name of a schedule has at most {_NAME_BYTES_MAX} bytes, not {len(made.name.encode())}")
+        raise UsageError(f"the name of a schedule can have at most {_NAME_BYTES_MAX} bytes, not {len(made.name.encode())}")
     if (made.cron is None) == (made.every_ms is None):
-        raise UsageError("a schedule has either a cron expression or an interval")
+        raise UsageError("a schedule needs either a cron expression or an interval")
     found: dict[str, Any] = msgspec.to_builtins(made)
     next_ms(found, 0, 0)
     return found
@@ -68,7 +68,7 @@ def duration_ms(text: str) -> int:
     """Return a duration such as `90s`, `5m`, `1h30m` or `2d` in ms.  Raises UsageError."""
     found = _DURATION.fullmatch(text)
     if found is None or not any(found.groups()):
-        raise UsageError(f"a duration is like 90s, 5m, 1h30m or 2d, not {text!r}")
+        raise UsageError(f"a duration must look like 90s, 5m, 1h30m or 2d, not {text!r}")
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return (((days * 24 + hours) * 60 + minutes) * 60 + seconds) * 1000
 

@@ -33,12 +33,12 @@ def queues_served(names: Sequence[str] = ()) -> list[str]:
             known.setdefault(activity.queue, []).append(activity)
     unknown = [name for name in names if name not in known]
     if unknown or not known:
-        has = f"there are {', '.join(sorted(known))}" if known else "no activity has a queue: @kw.activity(queue=...)"
+        has = f"there are {', '.join(sorted(known))}" if known else "no activity has a queue; set one with @kw.activity(queue=...)"
         raise UsageError(f"no activity for the queue {', '.join(unknown)} in these modules; {has}" if unknown else has)
     served = list(dict.fromkeys(names)) or sorted(queue for queue, activities in known.items() if not all(map(_is_stub, activities)))
     stubs = sorted(activity.name for queue in served or known for activity in known[queue] if _is_stub(activity))
     if stubs:
-        raise UsageError(f"activity {', '.join(stubs)} has no body in these modules, so that each call would be answered with null: name the module that does what the workflows' only declare")
+        raise UsageError(f"activity {', '.join(stubs)} has no body in these modules, so each call would be answered with null: name the module that implements what the workflows only declare")
     return served
 
 
@@ -117,7 +117,7 @@ class Lending:
             try:
                 self._runner.run(self._stopped.is_set)
             except Exception as error:  # any error: otherwise callers would never again fetch anything
-                self._on_log(f"queue {self.queue}: {describe_error(error)}; it is begun again")
+                self._on_log(f"queue {self.queue}: {describe_error(error)}; it is restarted")
                 while not self._stopped.wait(1):
                     try:
                         self._runner = self._made()

@@ -182,7 +182,7 @@ class Client:
         Raises CommandError: unknown_ref (perhaps it was answered before), not_found.
         """
         if error.keys() - {"error"}:
-            raise UsageError(f"resume takes a value or error=, not {', '.join(error)}")
+            raise UsageError(f"resume takes either a value or error=, not {', '.join(error)}")
         future: Future[None] = self._futures.new()
         with self._sending(future):
             message = json_dumps({"ref": ref, **(error or {"value": value})})
@@ -283,9 +283,9 @@ class Client:
             else:
                 fail(future, CommandError(reply.status, reply.message, id))
 
-        repeat = f"repeat it under the same id, {command_id}" if command_id else "repeat it, a second answer is ignored"
-        again = "ask again" if what == "query" else f"it may be done or not: {repeat}"
-        unknown = OutcomeUnknown(f"{what} of {id}: no reply within {self.config.command_timeout_s:g} s, perhaps no engine runs; {again}", command_id)
+        repeat = f"repeat it under the same id, {command_id}" if command_id else "repeat it; a second answer is ignored"
+        again = "ask again" if what == "query" else f"it may or may not have been done: {repeat}"
+        unknown = OutcomeUnknown(f"{what} of {id}: no reply within {self.config.command_timeout_s:g} s; perhaps no engine is running; {again}", command_id)
         request = self._futures.expect(future, replied, self.config.command_timeout_s, unknown)
         asked = (("kwflow-request", request.encode()), ("kwflow-reply-to", self._link.address.encode()))
         self._link.append(Output(self.config.resume_topic, wire.key_of(id), value, (*headers, *asked)), lambda error: fail(future, error))

@@ -47,7 +47,7 @@ class Future(concurrent.futures.Future[_T], Generic[_T]):
 
     def _check(self) -> None:
         if not self.done() and threading.get_ident() == self.told_by():
-            raise UsageError("a callback must not wait: it runs on the client's thread, which would have to bring what it waits for; add a callback, or wait on a thread of yours")
+            raise UsageError("a callback must not wait: it runs on the client's thread, which has to deliver the result; add another callback, or wait on a thread of your own")
 
     def __await__(self) -> Generator[Any, None, _T]:
         return asyncio.wrap_future(self).__await__()
@@ -88,7 +88,7 @@ class Futures:
             if self.lost is not None:
                 raise self.lost
             if os.getpid() != self._pid:  # a fork does not copy threads: nobody would ever answer
-                raise UsageError(f"this client was made in another process (pid {self._pid}); make one after the fork")
+                raise UsageError(f"this client was created in another process (pid {self._pid}); create one after the fork")
             self._open.add(future)
         future.add_done_callback(self._open.discard)
         return future
@@ -175,5 +175,5 @@ def seconds_of(given: timedelta | float, what: str) -> float:
     """Convert a length of time to seconds.  Raises UsageError if it is none, or is too long."""
     seconds = given.total_seconds() if isinstance(given, timedelta) else given
     if not 0 <= seconds <= _SECONDS_MAX:
-        raise UsageError(f"{what} is a timedelta or a number of seconds, from 0 to {_SECONDS_MAX:,}, not {given!r}")
+        raise UsageError(f"{what} must be a timedelta or a number of seconds, from 0 to {_SECONDS_MAX:,}, not {given!r}")
     return seconds

@@ -90,7 +90,7 @@ class Outcomes:
             self._waiters.setdefault(id, []).append(waiter)
         waiter.future.add_done_callback(lambda _: self._forget(waiter))
         if seconds is not None:
-            self._futures.at(seconds, waiter.future, TimeoutError(f"{id} has not ended within {seconds:g} s; it goes on, ask for its result later"))
+            self._futures.at(seconds, waiter.future, TimeoutError(f"{id} has not ended within {seconds:g} s; it is still running: ask for its result later"))
         self._link.follow(key, lambda: (start or self._ask)(waiter))
         return waiter.future
 
@@ -103,7 +103,7 @@ class Outcomes:
     def _key(self, id: str) -> bytes:
         """The record key of an id whose outcome is awaited.  Raises UsageError."""
         if not self._config.result_topic or not self._config.error_topic:
-            raise UsageError("nobody is told of an outcome: config result_topic and error_topic must not be empty for that")
+            raise UsageError("nobody is told of an outcome: config set result_topic and error_topic in the configuration for that")
         return wire.key_of(id)
 
     def _forget(self, waiter: Waiter) -> None:
@@ -141,7 +141,7 @@ class Outcomes:
         elif outcome is not None and outcome["value"] is not None:
             _end(waiter, Outcome(waiter.id, header["start_id"], outcome["kind"], msgspec.json.decode(outcome["value"])))
         elif outcome is not None:  # too large for the entry that is kept; it may be in the topic
-            threading.Thread(target=self._find, args=(waiter, TransportError(f"the outcome of {waiter.id} is not kept any more", False)), daemon=True).start()
+            threading.Thread(target=self._find, args=(waiter, TransportError(f"the outcome of {waiter.id} is no longer kept", False)), daemon=True).start()
 
     def _find(self, waiter: Waiter, error: Exception) -> None:
         """Search the topic for the outcome of a run that has no entry any more; fail with `error` if it is not there."""

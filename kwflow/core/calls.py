@@ -60,12 +60,12 @@ class Calls:
         if isinstance(value, (list, tuple, set, frozenset, dict)):
             items = value.values() if isinstance(value, dict) else value
             if any(isinstance(item, (Awaitable, types.GeneratorType)) for item in items):
-                raise UsageError(f"a {type(value).__name__} of waits is no wait; use kw.all(...) or kw.race(...)")
+                raise UsageError(f"a {type(value).__name__} of waits is not a wait; use kw.all(...) or kw.race(...)")
             return value
         if isinstance(value, AsyncGenerator):
-            raise UsageError(f"{value!r} is no wait: `yield` in an async def makes an async generator; write `await` in it, or `async for` over it")
+            raise UsageError(f"{value!r} is not a wait: a `yield` makes an async def an async generator; use `await` inside it, or `async for` over it")
         if isinstance(value, Advance):
-            raise UsageError(f"a step of {value.agen!r} is no wait of its own; write `await` before it")
+            raise UsageError(f"a step of {value.agen!r} is not a wait; write `await` before it")
         refusal = asyncio_refusal(value)
         if refusal is not None:
             raise refusal
@@ -74,7 +74,7 @@ class Calls:
     def _durable(self, gen: types.GeneratorType[Any, Any, Any]) -> object:
         code = gen.gi_code
         if code.co_name == "<genexpr>":
-            raise UsageError("a generator expression is no wait; did you mean kw.all(...) around it?")
+            raise UsageError("a generator expression is not a wait; did you mean kw.all(...) around it?")
         if self.context.native:
             return gen
         from kwflow.durable import is_durable
@@ -82,7 +82,7 @@ class Calls:
         if not is_durable(gen):
             program = gen.gi_frame is not None and gen.gi_frame.f_globals.get("__name__") == "__main__"
             if program:
-                remedy = "the program itself never is: move it to a module that this imports, durable"
+                remedy = "the main program is never durable: move it to a durable module that the program imports"
             else:
                 remedy = "load its module with kwflow.durable.install([package]) or load_source, or set __kwflow_durable__ = True in it"
             raise NotDurableError(f"{gen.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is not durable; {remedy}")
@@ -102,21 +102,21 @@ class Calls:
         if ref is None:
             ref = self.next_id()
         elif not isinstance(ref, str) or not ref:
-            raise UsageError(f"a ref id is a non-empty str, not {ref!r}")
+            raise UsageError(f"a ref id must be a non-empty str, not {ref!r}")
         elif wire.is_engine_id(ref):
             raise UsageError(f"ref ids like {ref!r} are reserved for the engine")
         elif ref in self.instance.waits:
-            raise UsageError(f"{ref!r} is already waited for; a ref id can be pending only once")
+            raise UsageError(f"a wait for {ref!r} is already pending; a ref id can be pending only once")
         return self.register(Suspension(ref, self.record.timestamp_ms))
 
     def sleep(self, delay: timedelta | float, due_ms: int | None = None) -> Timer:
         """Create a timer that is due after `delay` from the receipt of this record, or at `due_ms` if that is given."""
         seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
-            raise UsageError(f"a delay is a timedelta or a number of seconds, not {delay!r}")
+            raise UsageError(f"a delay must be a timedelta or a number of seconds, not {delay!r}")
         delay_ms = max(1, math.ceil(round(seconds * 1000, 6)))  # never 0: on the scheduler topic 0 means cancel
         if delay_ms > DELAY_MS_MAX:
-            raise UsageError(f"a delay is at most ten years ({DELAY_MS_MAX // 1000} s), not {delay!r}; to wait without an end use kw.suspend()")
+            raise UsageError(f"a delay is at most ten years ({DELAY_MS_MAX // 1000} s), not {delay!r}; to wait without a limit, use kw.suspend()")
         at = self.record.timestamp_ms
         timer = Timer(self.next_id(), at, delay_ms if due_ms is None else due_ms - at)  # from the record's timestamp alone: the clock is not part of the state (semantics §4.1)
         due = ("kwflow-due-ms", str(self.context.received_ms + delay_ms if due_ms is None else due_ms).encode())
@@ -138,7 +138,7 @@ class Calls:
         `key` is the ref of the first attempt, and "" for the first attempt itself.
         """
         if len(arguments) > self.context.limits.activity_bytes_max:
-            raise UsageError(f"the arguments of activity {name} have {len(arguments)} bytes, more than {self.context.limits.activity_bytes_max} (limit activity_bytes_max); pass a reference to them")
+            raise UsageError(f"the arguments of activity {name} have {len(arguments)} bytes, more than {self.context.limits.activity_bytes_max} (limit activity_bytes_max); pass a reference instead")
         if queue is not None and self.context.queues:
             job = JobWait(self.next_id(), self.record.timestamp_ms, name, attempt, queue)
             handed = queues.handed_out(Dispatch(self.instance.id, job.ref, name, attempt, key or job.ref, arguments), self.context.topics.resume)
@@ -157,7 +157,7 @@ class Calls:
 
     def register(self, wait: _Wait) -> _Wait:
         if len(self.instance.waits) >= self.context.limits.waits_max:
-            raise UsageError(f"more than {self.context.limits.waits_max} pending waits (limit waits_max); wait for fewer at a time, or raise it")
+            raise UsageError(f"more than {self.context.limits.waits_max} pending waits (limit waits_max); wait for fewer at a time, or raise the limit")
         self.instance.waits[wait.ref] = wait
         return wait
 
@@ -235,7 +235,7 @@ class Calls:
             value = self.machine.adopt(value)
             self.machine.begin(value)
         if not isinstance(value, Task):
-            begun = "; it has begun already: keep it in a variable, and wait for it where its value is needed" if isinstance(value, Awaitable) else ""
+            begun = "; it has already started: keep it in a variable, and wait for it where you need its value" if isinstance(value, Awaitable) else ""
             raise UsageError(f"kw.spawn takes a call of a durable generator function, not {gen!r}{begun}")
         return value
 
@@ -257,7 +257,7 @@ class Calls:
         if isinstance(target, types.GeneratorType):
             target = self.machine.adopt(target)
         if not isinstance(target, Awaitable):
-            raise UsageError(f"{value!r} is no wait, so it cannot be cancelled")
+            raise UsageError(f"{value!r} is not a wait, so it cannot be cancelled")
         self.machine.cancel_all([target])
 
     def _combine(self, combinator: Combinator) -> Combinator:
@@ -274,15 +274,15 @@ class Calls:
             raise TypeError(f"kw.output takes str, bytes or None, not {type(value).__name__}; use kw.output_json")
         key_bytes = self.instance.id.encode() if key is None else key.encode() if isinstance(key, str) else key
         if not isinstance(key_bytes, bytes):
-            raise TypeError(f"a record key is str or bytes, not {type(key).__name__}")
+            raise TypeError(f"a record key must be str or bytes, not {type(key).__name__}")
         if timestamp_ms is not None and (not isinstance(timestamp_ms, int) or not 0 <= timestamp_ms <= self.context.received_ms + _AHEAD_MS_MAX):
-            raise UsageError(f"timestamp_ms is a whole number of ms since 1970, at most an hour ahead, not {timestamp_ms!r}")
+            raise UsageError(f"timestamp_ms must be an integer of ms since 1970, at most an hour ahead, not {timestamp_ms!r}")
         self.emit(topic, key_bytes, value, self.travelling + wire.given_headers(headers, _OF_A_START) if headers else self.travelling, timestamp_ms)
 
     def emit(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:
         """Write an output that author code asked for.  Raises UsageError that names the limit."""
         if len(self.outputs) >= self.context.limits.outputs_max:
-            raise UsageError(f"more than {self.context.limits.outputs_max} outputs in one step (limit outputs_max); wait in between, such as yield kw.sleep(0), or raise it")
+            raise UsageError(f"more than {self.context.limits.outputs_max} outputs in one step (limit outputs_max); wait in between, such as with yield kw.sleep(0), or raise the limit")
         self._spend(self._check_size(f"an output to {topic}", value, headers) + len(key))
         self.write(topic, key, value, headers, timestamp_ms)
 
@@ -290,7 +290,7 @@ class Calls:
         """Count bytes against what one step may write (`output_bytes_max`).  Raises UsageError."""
         most = self.context.limits.output_bytes_max
         if self._bytes + size > most:
-            raise UsageError(f"the outputs and calls of activities of one step have more than {most} bytes (limit output_bytes_max); wait in between, such as yield kw.sleep(0), or raise it")
+            raise UsageError(f"the outputs and activity calls of one step have more than {most} bytes (limit output_bytes_max); wait in between, such as with yield kw.sleep(0), or raise the limit")
         self._bytes += size
 
     def write(self, topic: str, key: bytes, value: bytes | None, headers: wire.Headers, timestamp_ms: int | None = None) -> None:
@@ -303,9 +303,9 @@ class Calls:
         limits = self.context.limits
         value_bytes, header_bytes = len(value or b""), wire.header_bytes(headers) if headers else 0
         if value_bytes > limits.value_bytes_max:
-            raise UsageError(f"{what} has {value_bytes} bytes, more than {limits.value_bytes_max} (limit value_bytes_max); send a reference to it, or raise it")
+            raise UsageError(f"{what} has {value_bytes} bytes, more than {limits.value_bytes_max} (limit value_bytes_max); send a reference instead, or raise the limit")
         if header_bytes > limits.header_bytes_max:
-            raise UsageError(f"the headers of {what} have {header_bytes} bytes, more than {limits.header_bytes_max} (limit header_bytes_max); put it into the value, or raise it")
+            raise UsageError(f"the headers of {what} have {header_bytes} bytes, more than {limits.header_bytes_max} (limit header_bytes_max); put the data into the value, or raise the limit")
         return value_bytes + header_bytes
 
     def now(self) -> datetime:

@@ -76,14 +76,14 @@ def name_of(workflow: object, functions: Mapping[str, Callable[..., Any]], said:
     for name, function in functions.items():
         if function is workflow or (home is not None and "<locals>" not in place and (function.__module__, getattr(function, "__qualname__", "")) == (home.name, place)):
             return name
-    raise UsageError(f"{said} takes the name of a workflow, or a function that is registered as one, not {workflow!r}; there are: {', '.join(sorted(functions))}")
+    raise UsageError(f"{said} takes the name of a workflow or a function registered as one, not {workflow!r}; there are: {', '.join(sorted(functions))}")
 
 
 def _check_id(id: object, parent: str) -> None:
     if not isinstance(id, str):
-        raise UsageError(f"a workflow id is a str, not {id!r}")
+        raise UsageError(f"a workflow id must be a str, not {id!r}")
     if id == parent:
-        raise UsageError(f"{id!r} is this workflow; a child has an id of its own")
+        raise UsageError(f"{id!r} is this workflow; a child needs an id of its own")
     try:
         wire.workflow_id(Record("", 0, 0, 0, id.encode("utf-8", "surrogatepass"), None))
     except ProtocolError as error:
@@ -122,7 +122,7 @@ def answer_again(header: dict[str, Any], record: Record, topic: str, bytes_max: 
     if wire.parent_of(record) is None or outcome is None:
         return ()
     if outcome["value"] is None:
-        return refused(record, "too_large", "its outcome is too large to be kept", topic)
+        return refused(record, "too_large", "its outcome is too large to keep", topic)
     return (answer(header.get("parent", ""), header["id"], outcome["kind"], outcome["value"].encode(), topic, bytes_max, record.timestamp_ms),)
 
 

@@ -114,7 +114,7 @@ class Machine:
     def delegating(self, gen: types.GeneratorType[Any, Any, Any]) -> None:
         """Refuse `yield from` of a generator that has begun: natively it would send None into it (semantics §1.2)."""
         if gen in self.instance.adopted() or gen.gi_suspended or gen.gi_frame is None:
-            raise UsageError(f"`yield from` of {gen.__qualname__}, which has begun already; write `yield` to wait for its result")
+            raise UsageError(f"`yield from` of {gen.__qualname__}, which has already started; write `yield` to wait for its result")
 
     def entered(self, manager: Any, value: Any) -> None:
         """Refuse a wait in a plain context manager: instead of being waited for, it would become the target of the `with` (semantics §5.6)."""
@@ -142,9 +142,9 @@ class Machine:
         if known is not None:
             return known
         if gen.gi_frame is None or gen.gi_suspended or gen.gi_running:
-            raise UsageError(f"{gen.__qualname__} has already run outside the engine; give kwflow a fresh call of it")
+            raise UsageError(f"{gen.__qualname__} has already run outside the engine; pass a new call to kwflow")
         if len(instance.tasks) >= self._tasks_max:
-            raise UsageError(f"more than {self._tasks_max} tasks in one workflow (limit tasks_max); wait for some before more are started, use children, or raise it")
+            raise UsageError(f"more than {self._tasks_max} tasks in one workflow (limit tasks_max); wait for some before you start more, use children, or raise the limit")
         task = Task(instance.task_next, gen, gen.__qualname__)
         instance.task_next += 1
         instance.tasks[task.number] = task
@@ -160,7 +160,7 @@ class Machine:
         if task.started or task.settled:
             return
         if self._nesting >= self._nesting_max:
-            raise UsageError(f"tasks start inside one another over {self._nesting_max} deep (limit nesting_max); use yield from where a task of its own is not needed, or raise it")
+            raise UsageError(f"tasks start inside one another more than {self._nesting_max} deep (limit nesting_max); use yield from where no separate task is needed, or raise the limit")
         self._nesting += 1
         try:
             task.pending = (OK, None)
@@ -263,7 +263,7 @@ class Machine:
                     mark_read(target)
                 task.pending = (target.state, target.value)
             elif target in self.running:
-                task.pending = (FAILED, UsageError(f"{task.name} waits for {target!r}, which is itself or waits for it"))
+                task.pending = (FAILED, UsageError(f"{task.name} waits for {target!r}, which is the task itself or waits for it"))
             else:
                 return target
 

@@ -184,7 +184,7 @@ class Inbox:
 def checked_name(name: object, what: str) -> str:
     """Return the name.  Raises UsageError for a name that no sender could use."""
     if not isinstance(name, str) or not 1 <= len(name) <= _NAME_CHARACTERS_MAX:
-        raise UsageError(f"the name of {what} is a str of 1 to {_NAME_CHARACTERS_MAX} characters, not {name!r}")
+        raise UsageError(f"the name of {what} must be a str of 1 to {_NAME_CHARACTERS_MAX} characters, not {name!r}")
     return name
 
 

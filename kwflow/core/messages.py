@@ -51,7 +51,7 @@ def absent(command: Command, address: Address | None, said: str = "") -> Transit
     Raises ProtocolError for a signal or update whose sender waits for no reply: it would be lost silently otherwise (G3).
     """
     if address is None and command.op in ("signal", "update"):
-        raise ProtocolError(f"{command.op} {command.arguments.name!r} is for a run that is not there, and its sender does not wait for a reply", "not-found")
+        raise ProtocolError(f"{command.op} {command.arguments.name!r} is for a run that does not exist, and its sender does not wait for a reply", "not-found")
     return ignored("unknown-id", address, said)
 
 
@@ -84,11 +84,11 @@ def remember(ids: dict[str, list[Any]], id: str, status: str, message: str = "",
     """Keep the reply to a command: the last 256 replies, and the values of the last 16."""
     if value is not None:
         if len(json_dumps(value)) > _VALUE_BYTES_MAX:
-            status, message, value = "repeated", "it was done before; the value it was answered is too large to be kept", None
+            status, message, value = "repeated", "it was done before; the reply was too large to keep", None
         else:
             with_value = [known for known in ids.values() if known[2] is not None]
             for known in with_value[: max(0, len(with_value) - _VALUES_MAX + 1)]:
-                known[:] = "repeated", "it was done before; the value it was answered is no longer kept", None
+                known[:] = "repeated", "it was done before; the reply is no longer kept", None
     ids.pop(id, None)
     ids[id] = [status, message, value]
     while len(ids) > IDS_MAX:
@@ -128,10 +128,10 @@ def _update(calls: Calls, command: Command) -> None:
     instance = calls.instance
     mailbox = instance.mailbox
     if instance.status == CLOSING:
-        return _refuse(calls, "ended", "it has ended and cleans up")
+        return _refuse(calls, "ended", "it has ended and is cleaning up")
     known = mailbox.validators if mailbox is not None else {}
     if mailbox is None or arguments.name not in known:
-        return _refuse(calls, "rejected", f"no update {arguments.name!r} is taken; there are: {', '.join(sorted(known)) or 'none'}")
+        return _refuse(calls, "rejected", f"no update {arguments.name!r} is accepted; there are: {', '.join(sorted(known)) or 'none'}")
     refused = _validate(known[arguments.name], arguments.value)
     if refused is not None:
         return _refuse(calls, "rejected", refused)
@@ -184,10 +184,10 @@ def no_room(instance: Instance | None, record: Record, limits: Limits, command: 
     if count < limits.mailbox_max and held + size <= limits.mailbox_bytes_max:
         return None
     if size > limits.mailbox_bytes_max:
-        said = f"it has {size} bytes, more than a mailbox may hold (limit mailbox_bytes_max = {limits.mailbox_bytes_max}); send a reference to it, or raise it"
+        said = f"it has {size} bytes, more than a mailbox may hold (limit mailbox_bytes_max = {limits.mailbox_bytes_max}); send a reference instead, or raise the limit"
     else:
         known = f"limits mailbox_max = {limits.mailbox_max}, mailbox_bytes_max = {limits.mailbox_bytes_max}"
-        said = f"the mailbox holds {count} messages of {held} bytes ({known}); send it again once the workflow has read some, or raise them"
+        said = f"the mailbox holds {count} messages of {held} bytes ({known}); send it again once the workflow has read some, or raise the limits"
     address = wire.reply_address(record)
     if address is None:
         raise ProtocolError(said, "mailbox-full")
@@ -196,7 +196,7 @@ def no_room(instance: Instance | None, record: Record, limits: Limits, command: 
 
 def _migrate(calls: Calls, command: Command) -> None:
     if not migration.migrate(calls):
-        raise KwflowBug("a migration that was there is not")
+        raise KwflowBug("a migration that was there no longer exists")
     calls.logs.append("migrated")
     _answer(calls, command, "ok")
 
@@ -206,7 +206,7 @@ def no_migration(calls: Calls, command: Command) -> Transition | None:
     if command.op != "migrate" or migration.find(calls.instance, calls.context.workflows.migrations) is not None:
         return None
     address = wire.reply_address(calls.record)
-    return Transition(Keep(), replies=(Reply(address, "unchanged", "no migration is for the code it runs"),) if address is not None else (), outcome="not-migrated")
+    return Transition(Keep(), replies=(Reply(address, "unchanged", "there is no migration for the code that it runs"),) if address is not None else (), outcome="not-migrated")
 
 
 OPS: dict[str, Callable[[Calls, Command], None]] = {"cancel": _cancel, "migrate": _migrate, "signal": _signal, "update": _update}
@@ -234,7 +234,7 @@ def signals(calls: Calls, name: str) -> Inbox:
 def on_update(calls: Calls, name: str, validator: Callable[[Any], object] | None) -> Inbox:
     """Accept updates of this name from now on, if the validator raises nothing; return their inbox."""
     if validator is not None and (not callable(validator) or inspect.isgeneratorfunction(validator) or inspect.iscoroutinefunction(validator)):
-        raise UsageError(f"a validator is a plain function of the value that raises what is wrong with it, not {validator!r}")
+        raise UsageError(f"a validator must be a plain function of the value that raises an error if it is wrong, not {validator!r}")
     mailbox_of(calls.instance).validators[checked_name(name, "an update")] = validator
     return Inbox("update", name)
 
@@ -243,26 +243,26 @@ def reply(calls: Calls, update: object, value: object) -> None:
     """Answer an update, in the transaction of this step.  Once main has ended, the update has been answered with `ended`, and this does nothing."""
     size = len(json_dumps(value))
     if size > calls.context.limits.value_bytes_max // 2:
-        raise UsageError(f"a reply has at most {calls.context.limits.value_bytes_max // 2} bytes, not {size} (half of limit value_bytes_max); reply a reference to it, or raise it")
+        raise UsageError(f"a reply can have at most {calls.context.limits.value_bytes_max // 2} bytes, not {size} (half of limit value_bytes_max); reply with a reference instead, or raise the limit")
     _settle_update(calls, "kw.reply", update, "ok", "", msgspec.json.decode(json_dumps(value)))
 
 
 def reject(calls: Calls, update: object, reason: str) -> None:
     """Reject an update after it was accepted; the sender gets the same answer as from a validator."""
     if not isinstance(reason, str):
-        raise UsageError(f"kw.reject takes a reason, not {reason!r}; kw.reply gives a value")
+        raise UsageError(f"kw.reject takes a reason, not {reason!r}; to reply with a value, use kw.reply")
     _settle_update(calls, "kw.reject", update, "rejected", reason[:1000].encode("utf-8", "replace").decode(), None)  # the reason is often the text of an error
 
 
 def _settle_update(calls: Calls, said: str, update: object, status: str, message: str, value: object) -> None:
     if not isinstance(update, Update):
-        raise UsageError(f"{said} takes an update that kw.on_update gave, not {update!r}")
+        raise UsageError(f"{said} takes an update from kw.on_update, not {update!r}")
     extra = calls.instance.extra
     waiting = extra.get("updates", {}).pop(str(update.number), None)
     if waiting is None:
         if calls.instance.status == CLOSING:
             return
-        raise UsageError(f"{update!r} has been answered already")
+        raise UsageError(f"{update!r} has already been answered")
     _answer_update(calls, waiting, status, message, value)
     if not extra["updates"]:
         del extra["updates"]
@@ -288,14 +288,14 @@ def signal_text(said: str, name: str, value: object, start: object, input: objec
         raise UsageError(f"{said}(input=...) is for the workflow that start= names")
     text = json_dumps(arguments)
     if len(text) > most:  # a client is answered `full`; this sender would not hear of it
-        raise UsageError(f"a signal has {len(text)} bytes, more than a mailbox may hold (limit mailbox_bytes_max = {most}); send a reference to it, or raise it")
+        raise UsageError(f"a signal has {len(text)} bytes, more than a mailbox may hold (limit mailbox_bytes_max = {most}); send a reference instead, or raise the limit")
     return text
 
 
 def send_signal(calls: Calls, id: object, name: str, value: object, start: object, input: object) -> None:
     """Send a signal as a client does, but without a reply address: if its receiver does not exist or has no room, it becomes a dead letter (G3)."""
     if not isinstance(id, str):
-        raise UsageError(f"a workflow id is a str, not {id!r}")
+        raise UsageError(f"a workflow id must be a str, not {id!r}")
     key = wire.key_of(id)
     text = signal_text("kw.send_signal", name, value, start, input, calls.context.workflows.functions, calls.context.limits.mailbox_bytes_max)
     calls.emit(calls.context.topics.resume, key, text, (*calls.travelling, ("kwflow-op", b"signal")))
@@ -305,7 +305,7 @@ def set_status(calls: Calls, value: object) -> None:
     """Set the status that a query shows.  It is a copy: later changes of the value do not show."""
     encoded = json_dumps(value)
     if len(encoded) > _STATUS_BYTES_MAX:
-        raise UsageError(f"a status has at most {_STATUS_BYTES_MAX} bytes, not {len(encoded)}; it is read by every listing")
+        raise UsageError(f"a status can have at most {_STATUS_BYTES_MAX} bytes, not {len(encoded)}; every listing reads it")
     calls.instance.extra["status_value"] = msgspec.json.decode(encoded)
 
 

@@ -93,16 +93,16 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
 def unforkable(header: dict[str, Any]) -> str | None:
     """Return why no copy can continue from here; None if one can."""
     if header["status"] != "waiting":
-        return {"closing": "it has ended and cleans up", "ended": "it has ended"}.get(header["status"], f"it is {header['status']}")
+        return {"closing": "it has ended and is cleaning up", "ended": "it has ended"}.get(header["status"], f"it is {header['status']}")
     if header["workflow"].startswith("kwflow."):
-        return "it is kwflow's own: both would start the same runs, and no command knows the second; for another schedule there is kwflow schedule add"
+        return "it belongs to kwflow: both would start the same runs, and no command could address the second; add another schedule with kwflow schedule add"
     for wait in header["waits"]:
         if wait["kind"] == "child":
-            return f"it waits for its child {wait['child']}, which tells only {header['id']} of its end; fork it when that has ended"
+            return f"it waits for its child {wait['child']}, which reports its end only to {header['id']}; fork it when the child has ended"
         if wait["kind"] == "timer" and "due" not in wait:
-            return "an earlier version of kwflow saved it, which did not note when its timers are due; fork it after its next step (a signal that nobody reads is one)"
+            return "it was saved by an earlier version of kwflow, which did not store when timers are due; fork it after its next step (an unread signal causes one)"
         if wait["kind"] == "job":
-            return f"a worker of the queue {wait['queue']} has its call of {wait['name']}, whose arguments are only there; fork it when that has been answered"
+            return f"a worker of the queue {wait['queue']} has its call of {wait['name']}, and only the worker has the arguments; fork it when the call has been answered"
         if wait["kind"] not in _FORKABLE:
             return f"it has a {wait['kind']} pending, which this version of kwflow does not know"
     return None

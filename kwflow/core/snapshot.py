@@ -54,7 +54,7 @@ def save(instance: Instance, keys: Keys = ()) -> tuple[bytes, list[registry.Modu
     for reference in sorted(held):
         module, units = held[reference]
         if module.name == "__main__":
-            raise SnapshotError("code of __main__ cannot be found again by another process; put the workflow into a module of its own")
+            raise SnapshotError("another process cannot find code of __main__; put the workflow into a module of its own")
         code[reference] = {"version": module.version, "units": {name: units[name] for name in sorted(units)}}
         modules.append(module)
     header = {
@@ -183,16 +183,16 @@ def split(data: bytes, keys: Keys = ()) -> tuple[dict[str, Any], bytes]:
     if name is None and (not keys or UNSIGNED in keys):
         return header, body
     if name is None:
-        raise CorruptSnapshotError('the snapshot is not signed, and snapshot_keys are set; it is not loaded (snapshot_unsigned = "accept" takes those from before there were keys)')
+        raise CorruptSnapshotError('the snapshot is not signed, and snapshot_keys are set; it is not loaded (snapshot_unsigned = "accept" accepts those from before there were keys)')
     for key in keys:
         if key != UNSIGNED and key_id(key) == name and _signed(data, key):
             return header, body
-    raise CorruptSnapshotError(f"the snapshot says that key {name} signed it, which no key of snapshot_keys did; it is not loaded")
+    raise CorruptSnapshotError(f"the snapshot claims to be signed by key {name}, but no key of snapshot_keys signed it; it is not loaded")
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
     if len(data) < 8 + _CHECKSUM_BYTES or not data.startswith(b"KWF"):
-        raise CorruptSnapshotError("these bytes are no snapshot")
+        raise CorruptSnapshotError("these bytes are not a snapshot")
     if data[:4] != _MAGIC:
         raise SnapshotError(f"snapshot format {data[:4]!r} is unknown to this version of kwflow")
     (length,) = struct.unpack(">I", data[4:8])

@@ -36,8 +36,8 @@ _TELL: dict[str, Callable[[Calls, Any], None]] = {  # by kind of wait: how to te
     "job": lambda calls, job: calls.write(job.queue, queues.key_of(calls.instance.id, job.ref), None, calls.travelling),
 }
 _NOBODY_CANCELLED = (
-    "it has ended as cancelled, and nobody cancelled it: it waited for what had been cancelled, such as a wait that had lost a kw.race or kw.timeout before; "
-    "a wait is for one time: make one for each round (of a signal: kw.signals(name) does), or keep it with cancel_rest=False"
+    "it has ended as cancelled, but nobody cancelled it: it waited for something already cancelled, such as a wait that lost a kw.race or kw.timeout; "
+    "a wait can be used once: make a new one for each round (for signals, kw.signals(name) does), or keep it with cancel_rest=False"
 )
 _LOST_TOLD_MAX = 5  # in the log line that lists what nobody has awaited
 _STUCK_MAX = 100  # a main that catches StuckError and again waits for what nothing can wake would keep the step in a loop for ever
@@ -111,7 +111,7 @@ def _start(name: str, message: wire.Start, record: Record, context: Context, bef
     function = context.workflows.functions.get(workflow) if workflow is not None else None
     if workflow is None or function is None:
         known = ", ".join(sorted(context.workflows.functions)) or "none"
-        raise ProtocolError(f"no workflow {workflow!r} is registered; known are: {known}", "unknown-workflow")
+        raise ProtocolError(f"no workflow {workflow!r} is registered; there are: {known}", "unknown-workflow")
     options = message.options
     if workflow in context.workflows.inputs:  # before anything is done: an input that does not fit makes this a bad record
         options = typed.rebuilt_input(f"workflow {workflow!r}", context.workflows.inputs[workflow], options)
@@ -189,7 +189,7 @@ class Step(Calls):
             raise
         except BaseException as error:
             if type(error) is TypeError and error.__traceback__ is not None and error.__traceback__.tb_next is None:  # none of its lines has run
-                error = UsageError(f"workflow {self.instance.workflow!r} is called with one argument, the start's JSON, as in `def main(opts)`: {error}")
+                error = UsageError(f"workflow {self.instance.workflow!r} is called with one argument, the JSON given at the start, as in `def main(opts)`: {error}")
             self._settle_main(FAILED, error)
             return
         if not isinstance(made, types.GeneratorType):
@@ -218,7 +218,7 @@ class Step(Calls):
                 return
             if main.waiting_on is None:
                 raise KwflowBug("main neither waits nor has ended")
-            self.machine.interrupt(main, StuckError("the workflow is stuck: nothing is left that could wake it"))
+            self.machine.interrupt(main, StuckError("the workflow is stuck: nothing can wake it any more"))
         raise StuckError(f"the workflow waited for nothing {_STUCK_MAX} times in one step")
 
     def _state(self) -> Save | Ended:
@@ -234,7 +234,7 @@ class Step(Calls):
 
     # -- what the machine asks for (instance.Host) -----------------------------------------------------------------
     def task_failed(self, task: Task) -> None:
-        self.logs.append(f"{task.name}: nobody awaits it and it failed: {outcomes.describe_error(task.value)}")
+        self.logs.append(f"{task.name} failed, and nobody awaits it: {outcomes.describe_error(task.value)}")
 
     def wait_cancelled(self, wait: Suspension) -> None:
         _TELL[wait.kind](self, wait)
@@ -258,7 +258,7 @@ class Step(Calls):
             try:
                 value = json_dumps(main.value)
                 if len(value) > self.context.limits.value_bytes_max:
-                    raise UsageError(f"the result has {len(value)} bytes, more than {self.context.limits.value_bytes_max} (limit value_bytes_max); return a reference to it, or raise it")
+                    raise UsageError(f"the result has {len(value)} bytes, more than {self.context.limits.value_bytes_max} (limit value_bytes_max); return a reference instead, or raise the limit")
             except Exception as failed:  # the result may have no JSON form: this, too, is an error of the workflow
                 error = failed
         if error is not None:
@@ -272,11 +272,11 @@ class Step(Calls):
             self.logs.append(_NOBODY_CANCELLED)
         if outcome == "result" and (lost := self._never_awaited()):
             told = ", ".join(lost[:_LOST_TOLD_MAX]) + (f" and {len(lost) - _LOST_TOLD_MAX} more" if len(lost) > _LOST_TOLD_MAX else "")
-            self.logs.append(f"main has ended, which cancels what nobody has awaited: {told}; write `yield`, or `await`, before the call")
+            self.logs.append(f"main has ended, which cancels calls that nobody has awaited: {told}; write `yield` or `await` before the call")
         if "parent" in extra:
             self.outputs.append(children.answer(extra["parent"], self.instance.id, outcome, value, topics.resume, limits.value_bytes_max, self.record.timestamp_ms))
         at = failed_at(error) if error is not None else {}
         if outcome == "error":  # without the error's message: many people read logs and the history
-            self.logs.append(f"ended with {type(error).__name__}" + (f" in {at['function']} ({at['file']}:{at['line']})" if at else "") + "; kwflow show tells the rest")
+            self.logs.append(f"ended with {type(error).__name__}" + (f" in {at['function']} ({at['file']}:{at['line']})" if at else "") + "; kwflow show has the details")
         extra["outcome"] = outcomes.kept(outcome, value, at)
         messages.close(self)

@@ -31,7 +31,7 @@ def _delay_ms(value: bytes | None) -> int:
         return 0
     text = value.strip()
     if _DELAY.fullmatch(text) is None:
-        raise ProtocolError(f"a delay is a whole number of ms, not {value[:40]!r}", "bad-delay")
+        raise ProtocolError(f"a delay must be an integer of ms, not {value[:40]!r}", "bad-delay")
     delay = int(text)
     if delay > DELAY_MS_MAX:
         raise ProtocolError(f"a delay is at most {DELAY_MS_MAX} ms, not {delay}", "bad-delay")
@@ -54,7 +54,7 @@ def cancel_or_set(record: Record, stored: bytes | None) -> dict[bytes, bytes | N
     if delay:
         absolute = header(record, "kwflow-due-ms")
         if absolute is not None and _INSTANT.fullmatch(absolute) is None:
-            raise ProtocolError(f"kwflow-due-ms is a whole number of ms, not {absolute[:40]!r}", "bad-delay")
+            raise ProtocolError(f"kwflow-due-ms must be an integer of ms, not {absolute[:40]!r}", "bad-delay")
         due_key = _due_key(int(absolute) if absolute is not None else record.timestamp_ms + max(0, delay), record.offset, key)
         changes[due_key] = _packed(travelling_headers(record))
         changes[key] = due_key

@@ -39,7 +39,7 @@ def _dump_model(value: Any) -> Any:
     dump = getattr(value, "model_dump", None)  # pydantic
     if dump is None:
         name = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise TypeError(f"a value of class {name} has no JSON form; make it a dataclass, or give it model_dump and model_validate as pydantic has them")
+        raise TypeError(f"a value of class {name} has no JSON form; make it a dataclass, or give it the model_dump and model_validate methods of pydantic")
     return dump(mode="json")
 
 
@@ -49,13 +49,13 @@ def _check_plain(value: Any, depth: int) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise TypeError(f"the key {key!r} is no str; annotate it as dict[{type(key).__name__}, ...]")
+                raise TypeError(f"the key {key!r} is not a str; annotate it as dict[{type(key).__name__}, ...]")
             _check_plain(item, depth + 1)
     elif isinstance(value, (list, tuple)):
         for item in value:
             _check_plain(item, depth + 1)
     elif type(value) not in _PLAIN:
-        raise TypeError(f"a value of class {type(value).__qualname__} needs an annotation, which rebuilds it on the other side")
+        raise TypeError(f"a value of class {type(value).__qualname__} needs an annotation, from which the other side rebuilds it")
 
 
 def from_plain(value: Any, hint: Any) -> Any:
@@ -92,7 +92,7 @@ def rebuilt_input(whose: str, hint: Any, value: object) -> Any:
     except BaseException as error:
         said = outcomes.describe_error(error).removeprefix("ValidationError: ")
     said = " ".join(said.split())  # it is also written to the log, as one line
-    raise ProtocolError(f"{whose} does not take this input: {said}"[:_SAID_CHARACTERS_MAX], "bad-input")
+    raise ProtocolError(f"{whose} does not accept this input: {said}"[:_SAID_CHARACTERS_MAX], "bad-input")
 
 
 def input_hints(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def hint_of(said: str, function: Callable[..., Any], parameter: inspect.Paramete
         hint = typing.get_type_hints(alone, inspect.unwrap(function).__globals__, include_extras=True)[parameter.name]
         refused = next(_refused(msgspec.inspect.type_info(hint), True, set()), None)
     except Exception as error:  # an annotation is any expression
-        remedy = "it has to be there when the engine runs, not only `if TYPE_CHECKING`" if isinstance(error, NameError) else "without an annotation it is the JSON as it is"
+        remedy = "it must exist at run time, not only under `if TYPE_CHECKING`" if isinstance(error, NameError) else "without an annotation, the input is plain JSON"
         raise UsageError(f"{said}: its annotation cannot be resolved: {error}; {remedy}") from None
     if refused is not None:
         raise UsageError(f"{said} is annotated with {refused}")
@@ -155,7 +155,7 @@ def _refused(found: object, needed: bool, seen: set[tuple[int, bool]]) -> Iterat
     These are dataclasses of pydantic and, where a value is needed (not in a field that has a default), classes that cannot be rebuilt from JSON.
     """
     if isinstance(found, msgspec.inspect.CustomType) and needed and not hasattr(found.cls, "model_validate") and not _is_of_json(found.cls):
-        remedy = "make it a dataclass, or give it model_dump and model_validate as pydantic has them; without an annotation the input is the JSON as it is"
+        remedy = "make it a dataclass, or give it the model_dump and model_validate methods of pydantic; without an annotation, the input is plain JSON"
         yield f"{found.cls.__module__}.{found.cls.__qualname__}, which cannot be rebuilt from JSON: {remedy}"
     if isinstance(found, msgspec.inspect.DataclassType) and hasattr(found.cls, "__pydantic_validator__"):
         remedy = "make it a pydantic.BaseModel, or a dataclass of the standard library"

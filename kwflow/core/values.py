@@ -31,8 +31,8 @@ def json_dumps(value: object) -> bytes:
 def _refused(value: object) -> NoReturn:
     if isinstance(value, (types.GeneratorType, Awaitable)):
         name = f"the generator {value.__qualname__}" if isinstance(value, types.GeneratorType) else repr(value)
-        raise TypeError(f"{name} has no JSON form: nobody has waited for it; write `yield`, or `await`, before its call")
-    raise TypeError(f"an object of class {type(value).__qualname__} has no JSON form; give its values, those of a pydantic model are .model_dump(mode='json')")
+        raise TypeError(f"{name} has no JSON form, as nobody has waited for it; write `yield` or `await` before its call")
+    raise TypeError(f"an object of class {type(value).__qualname__} has no JSON form; pass its values, for a pydantic model .model_dump(mode='json')")
 
 
 def _check_json(value: object, depth: int) -> None:
@@ -82,4 +82,4 @@ def check_levels(data: bytes, more: int = 0) -> None:
             return
         brackets = brackets.replace(b"[]", b"")  # removes the innermost level everywhere
     if brackets:
-        raise ValueError(f"the JSON has more than {LEVELS_MAX} values in one another; keep long chains in arrays")
+        raise ValueError(f"the JSON is nested more than {LEVELS_MAX} levels deep; keep long chains in arrays")

@@ -239,17 +239,23 @@ def check_size(record: Record, value_bytes_max: int, header_bytes_max: int) -> N
     """Raises ProtocolError for a record that exceeds a limit, that could not be decrypted, or whose headers could not be read.  Such a record is not parsed."""
     check_decrypted(record.value)
     if record.headers and UNREADABLE in record.headers:
-        raise ProtocolError("the name of a header is not UTF-8, so that none of them could be read; send it again without", "bad-header")
+        raise ProtocolError("the name of a header is not UTF-8, so none of the headers could be read; send the record again without it", "bad-header")
     if record.value is not None and len(record.value) > value_bytes_max:
-        raise ProtocolError(f"the value has {len(record.value)} bytes, more than {value_bytes_max} (limit value_bytes_max); send a reference to it, or raise it and retry the dead letter", "too-large")
+        raise ProtocolError(
+            f"the value has {len(record.value)} bytes, more than {value_bytes_max} (limit value_bytes_max); send a reference or raise the limit, then retry the dead letter",
+            "too-large",
+        )
     if record.headers and (size := header_bytes(record.headers)) > header_bytes_max:
-        raise ProtocolError(f"the headers have {size} bytes, more than {header_bytes_max} (limit header_bytes_max); put it into the value, or raise it and retry the dead letter", "too-large")
+        raise ProtocolError(
+            f"the headers have {size} bytes, more than {header_bytes_max} (limit header_bytes_max); put data into the value or raise the limit, then retry the dead letter",
+            "too-large",
+        )
 
 
 def _command(op: str, value: bytes, record: Record) -> Command:
     arguments = OPS.get(op)
     if arguments is None:
-        raise ProtocolError(f"unknown op {op[:100]!r}; known are: {', '.join(OPS)}", "unknown-op")
+        raise ProtocolError(f"unknown op {op[:100]!r}; there are: {', '.join(OPS)}", "unknown-op")
     try:
         decoded = arguments() if value == b"null" and arguments in (Fork, Reason, Nothing) else msgspec.json.decode(value, type=arguments)
     except msgspec.ValidationError as error:
@@ -277,7 +283,7 @@ def reply_address(record: Record) -> Address | None:
         return None
     partition, slash, process = (place or "").partition("/")
     if request is None or not slash or not process or not partition.isdecimal() or len(partition) > 9:
-        raise ProtocolError("who waits for a reply sends kwflow-request: <uuid> and kwflow-reply-to: <partition>/<process uuid>", "bad-header")
+        raise ProtocolError("a sender that waits for a reply must send kwflow-request: <uuid> and kwflow-reply-to: <partition>/<process uuid>", "bad-header")
     return Address(int(partition), process, request)
 
 
@@ -326,19 +332,19 @@ def given_headers(headers: Any, ours: Collection[str] = ()) -> Headers:
     try:
         pairs = [(name, value) for name, value in (headers.items() if isinstance(headers, Mapping) else headers)]
     except (TypeError, ValueError):
-        raise TypeError(f"headers are a mapping, or pairs of a name and a value, not {headers!r}") from None
+        raise TypeError(f"headers must be a mapping, or pairs of a name and a value, not {headers!r}") from None
     checked = []
     for name, value in pairs:
         if not isinstance(name, str) or "\0" in name or name != name.encode("utf-8", "ignore").decode():  # librdkafka's binding would end the process, or cut the name off
-            raise UsageError(f"header {name!r}: a name is text in UTF-8 without NUL")
+            raise UsageError(f"header {name!r}: a name must be UTF-8 text without NUL")
         if name.startswith("kwflow-") and name not in ours:
             raise UsageError(f"header {name!r}: kwflow-* headers belong to the engine")
         if value is not None and not isinstance(value, (str, bytes)):
-            raise TypeError(f"header {name!r} is str, bytes or None, not {type(value).__name__}")
+            raise TypeError(f"header {name!r} must be str, bytes or None, not {type(value).__name__}")
         try:
             checked.append((name, value.encode() if isinstance(value, str) else value))
         except UnicodeEncodeError:
-            raise UsageError(f"header {name!r}: its text has no form in UTF-8; give bytes") from None
+            raise UsageError(f"header {name!r}: its text cannot be encoded as UTF-8; pass bytes") from None
     return tuple(checked)
 
 

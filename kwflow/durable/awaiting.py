@@ -22,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 Gen: TypeAlias = "types.GeneratorType[Any, Any, Any]"
-_NO_LOCK = "nothing where no wait is inside: no other code of this workflow runs between two waits; else one task that does one thing after the other"
+_NO_LOCK = "no lock around code without waits, because nothing else of this workflow runs between two waits; otherwise, one task that works sequentially"
 _INSTEAD = {
     "sleep": "kw.sleep(seconds)",
     "gather": "kw.all([...])",
@@ -56,19 +56,19 @@ def asyncio_refusal(value: object) -> UsageError | None:
             unawaited.close()  # otherwise the interpreter would warn that it was never awaited
         if module.split(".")[0] == "asyncio":
             return _refusal(f"asyncio's {name}", name.split(".")[0])
-        return UsageError(f"{name} ({code.co_filename}:{code.co_firstlineno}) is a coroutine of code that is not durable and could not be saved; {_DURABLE}")
+        return UsageError(f"{name} ({code.co_filename}:{code.co_firstlineno}) is a coroutine of code that is not durable, so it could not be saved; {_DURABLE}")
     if inspect.isasyncgen(value):
         code = value.ag_code
         return UsageError(f"{value.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is an async generator of code that is not durable; {_DURABLE}")
     return None
 
 
-_DURABLE = "make its module durable (name it for the engine, or set __kwflow_durable__ = True in it)"
+_DURABLE = "make its module durable (pass it to the engine, or set __kwflow_durable__ = True in it)"
 
 
 def _refusal(what: str, name: str) -> UsageError:
     instead = _INSTEAD.get(name, "kw.suspend(), kw.sleep, kw.all, kw.race, or an activity for work outside")
-    return UsageError(f"{what} cannot be awaited in a workflow, where no event loop runs; use {instead}")
+    return UsageError(f"{what} cannot be awaited in a workflow, which has no event loop; use {instead}")
 
 
 # -- await -------------------------------------------------------------------------------------------------------------

@@ -165,9 +165,9 @@ class _Pickler(pickle.Pickler):
             return known or NotImplemented
         module = pickle.whichmodule(value, name)  # type: ignore[attr-defined] # it is not in typeshed
         if registry.is_durable(module):
-            raise Refused(f"{module}.{name}, a {type(value).__name__}, which is found by no name of a global; look it up where it is needed")
+            raise Refused(f"{module}.{name}, a {type(value).__name__}, which no global name refers to; look it up where it is needed")
         if not names.allowed(module, name, value):
-            raise Refused(f"{module}.{name} of a module that is not durable; list it under [snapshot] modules in kwflow.toml, or use it where it is needed")
+            raise Refused(f"{module}.{name} of a module that is not durable; list the module under [snapshot] modules in kwflow.toml, or use it where it is needed")
         return name
 
     def unfillable(self, value: Any) -> Any:
@@ -175,7 +175,7 @@ class _Pickler(pickle.Pickler):
         made = known or value.__reduce_ex__(PROTOCOL)
         if known is None and len(made) > 2 and made[2] is not None:
             name = type(value).__qualname__
-            raise Refused(f"the __getattr__ of {name} fails while an object has no attributes yet, so that it would not load; let it raise AttributeError for names that begin with __")
+            raise Refused(f"the __getattr__ of {name} fails on an object without attributes, so it could not be loaded; let it raise AttributeError for names that begin with __")
         return made
 
     def resource(self, value: Any) -> Any:
@@ -191,12 +191,12 @@ class _Pickler(pickle.Pickler):
         if "<locals>" in cls.__qualname__:
             return self.local_class(cls)
         if not names.allowed(cls.__module__, cls.__qualname__, cls):
-            plain = "wait behind the except block and keep the error's text" if issubclass(cls, BaseException) else "keep plain data"
+            plain = "wait after the except block and keep only the error's text" if issubclass(cls, BaseException) else "keep plain data"
             raise Refused(f"a value of class {cls.__module__}.{cls.__qualname__}; list its module under [snapshot] modules in kwflow.toml, call durable.register_reducer, or {plain}")
         if registry.is_durable(cls.__module__):
             named = self.named(cls)
             if named is None:
-                raise Refused(f"the class {cls.__module__}.{cls.__qualname__} is not what its module has under that name")
+                raise Refused(f"the class {cls.__module__}.{cls.__qualname__} is not the one that its module has under that name")
             return named
         _checked.add(cls)
         return NotImplemented
@@ -253,12 +253,12 @@ class _Pickler(pickle.Pickler):
         elif "<" not in name and _named(module, name) is fn:
             if names.allowed(module, name, fn):
                 return NotImplemented
-            raise Refused(f"the function {module}.{name} of a module that is not durable; list it under [snapshot] modules in kwflow.toml, or call it where it is needed")
+            raise Refused(f"the function {module}.{name} of a module that is not durable; list the module under [snapshot] modules in kwflow.toml, or call the function where it is needed")
         if known is None and (is_async := is_async_callback(fn)) is not None:
             self.states += (_FUNCTION, fn, (None, None, fn.__dict__, fn.__name__, name, None, None))
             return rebuild.exit_callback, (is_async, fn.__closure__)
         if known is None:
-            raise Refused(f"the function {name} ({fn.__code__.co_filename}:{fn.__code__.co_firstlineno}), which belongs to no durable module")
+            raise Refused(f"the function {name} ({fn.__code__.co_filename}:{fn.__code__.co_firstlineno}), which does not belong to a durable module")
         elsewhere = None if module == known.namespace["__name__"] else module  # changed by functools.wraps
         attributes = {name: value for name, value in fn.__dict__.items() if name != "_is_coroutine_mark"} if known.coroutine else fn.__dict__
         self.states += (_FUNCTION, fn, (fn.__defaults__, fn.__kwdefaults__, attributes, fn.__name__, fn.__qualname__, fn.__doc__, elsewhere))
@@ -417,8 +417,8 @@ class _Unpickler(pickle.Unpickler):
             found: Any = names.find(sys.modules[module], name)
         except (KeyError, AttributeError):
             if module == "builtins":
-                raise SnapshotError(f"a snapshot names {name}, which Python {rebuild.MINOR} does not have; a newer Python saved it, and can go on with it") from None
-            raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is gone") from None
+                raise SnapshotError(f"a snapshot names {name}, which Python {rebuild.MINOR} does not have; it was saved by a newer Python, which can continue it") from None
+            raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which no longer exists") from None
         if not names.allowed(module, name, found) and not names.is_nameable(found):
             raise CorruptSnapshotError(f"a snapshot names {module}.{name}, which is not allowed")
         return found
@@ -447,7 +447,7 @@ def loads(data: bytes, pins: registry.Pins = _no_pins, lowering: int = LOWERING_
         forget_shells()
         if isinstance(error, SnapshotError) or not isinstance(error, Exception):
             raise
-        raise CorruptSnapshotError(f"not a snapshot that can be read: {type(error).__name__}: {error}") from error
+        raise CorruptSnapshotError(f"not a readable snapshot: {type(error).__name__}: {error}") from error
     for resource in reentered:
         _reenter(resource, waiting)
     return root
@@ -522,7 +522,7 @@ def _reenter(resource: Any, waiting: list[types.GeneratorType[Any, Any, Any]]) -
         for gen in waiting:
             discard(gen)
         name = type(resource).__qualname__
-        raise ResourceError(f"{name}.__durable_reenter__ failed: {type(error).__name__}: {error}; once it can be made again, retry", name) from error
+        raise ResourceError(f"{name}.__durable_reenter__ failed: {type(error).__name__}: {error}; retry once it can be reacquired", name) from error
 
 
 class _Probe(_Pickler):
@@ -554,4 +554,4 @@ def _nothing_is_left_out(count: int) -> bool:
 _lists_may_grow = True
 _lists_may_grow = _nothing_is_left_out(3)
 if not _lists_may_grow and not _nothing_is_left_out(_TOGETHER + 1):
-    raise KwflowBug("this Python pickles items in another way than kwflow needs; nothing can be saved with it")
+    raise KwflowBug("this Python pickles items in a way that kwflow does not support; nothing can be saved")

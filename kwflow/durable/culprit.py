@@ -23,16 +23,16 @@ __all__ = ["explain"]
 
 _LOOKED_AT_MAX = 300_000
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, bytearray, types.ModuleType, types.CodeType, types.BuiltinFunctionType)
-_REMEDY = "drop it before the yield, make it again after a restore with kw.reacquire(...), or do this work in an activity"
+_REMEDY = "drop it before the yield, recreate it after a restore with kw.reacquire(...), or do this work in an activity"
 _REMEDIES = {
-    "_thread.lock": "a step runs alone and needs no lock; one for other threads is bound to a global of the module",
-    "_thread.RLock": "a step runs alone and needs no lock; one for other threads is bound to a global of the module",
+    "_thread.lock": "a step runs alone and needs no lock; bind a lock for other threads to a global of the module",
+    "_thread.RLock": "a step runs alone and needs no lock; bind a lock for other threads to a global of the module",
     "_asyncio.Future": "wait with kw.suspend, kw.sleep or an activity: asyncio's futures do not outlive a process",
     "_asyncio.Task": "wait with kw.spawn or an activity: asyncio's tasks do not outlive a process",
     "_io.TextIOWrapper": "read what is needed before the yield, or keep kw.reacquire(lambda: open(...))",
     "_io.BufferedReader": "read what is needed before the yield, or keep kw.reacquire(lambda: open(...))",
-    "builtins.coroutine": "await it at once; only coroutines of durable modules are kept over a wait",
-    "builtins.frame": "keep what you need of it as text",
+    "builtins.coroutine": "await it at once; only coroutines of durable modules survive a wait",
+    "builtins.frame": "keep what you need from it as text",
     "builtins.traceback": "keep traceback.format_exception(error)",
 }
 

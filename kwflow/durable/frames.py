@@ -61,7 +61,7 @@ def _function(gen: Gen) -> Function:
         code = gen.gi_code
         raise NotDurableError(
             f"the generator {gen.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is not durable; "
-            "load its module with kwflow (name it for the engine, or set __kwflow_durable__ = True in it)"
+            "load its module with kwflow (pass it to the engine, or set __kwflow_durable__ = True in it)"
         )
     return function
 
@@ -205,7 +205,7 @@ def fill(gen: Gen, slots: dict[str, Any], status: str, saved: dict[str, Any]) ->
         try:
             slots["@l"] = function.label_numbers[saved["@l"]]
         except KeyError:
-            raise CodeChangedError(f"{function.module}.{function.path} has no wait {saved.get('@l')!r} any more") from None
+            raise CodeChangedError(f"{function.module}.{function.path} no longer has the wait {saved.get('@l')!r}") from None
         return
     slots["@l"] = 0
     if status == FINISHED:

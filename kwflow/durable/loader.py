@@ -50,7 +50,7 @@ def durable(function: _F) -> _F:
     """
     raw: Any = function
     if not isinstance(raw, types.FunctionType) or raw.__qualname__ != raw.__name__:
-        raise UsageError(f"@durable takes a module-level function, not {getattr(raw, '__qualname__', raw)!r}; make the whole module durable instead (__kwflow_durable__ = True)")
+        raise UsageError(f"@durable must decorate a module-level function, not {getattr(raw, '__qualname__', raw)!r}; make the whole module durable instead (__kwflow_durable__ = True)")
     if registry.function_of(raw.__code__) is not None:
         return function
     try:
@@ -86,7 +86,7 @@ def durable(function: _F) -> _F:
 def _bare(node: ast.stmt) -> None:
     """Remove what ran already when the function was defined: decorators, defaults, annotations."""
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        raise UnsupportedError(f"@durable takes a def, not {type(node).__name__}")
+        raise UnsupportedError(f"@durable must decorate a def, not {type(node).__name__}")
     node.decorator_list, node.returns = [], None
     arguments = node.args
     for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]:
@@ -349,8 +349,8 @@ def install(prefixes: Iterable[str]) -> None:
     wanted = set(names.several(prefixes))
     for name, module in list(sys.modules.items()):
         if any(name == prefix or name.startswith(prefix + ".") for prefix in wanted) and name not in registry.modules() and getattr(module, "__file__", None):
-            by = ", ".join(_importers(module)) or "a module that is gone"
-            raise UsageError(f"{name} was imported (by {by}) before kwflow could make it durable; import it after kwflow.durable.install, or let kwflow do it (kwflow engine {name})")
+            by = ", ".join(_importers(module)) or "a module that no longer exists"
+            raise UsageError(f"{name} was imported (by {by}) before kwflow could make it durable; import it after kwflow.durable.install, or let kwflow import it (kwflow engine {name})")
     _finder.prefixes |= wanted
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)

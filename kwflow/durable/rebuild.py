@@ -100,7 +100,7 @@ class Names:
         try:
             return registry.module(module, self.pins).functions[path]
         except KeyError:
-            raise CodeChangedError(f"{module} has no function {path!r} any more", module) from None
+            raise CodeChangedError(f"{module} no longer has a function {path!r}", module) from None
 
     def generator(
         self, module: str, path: str, cells: tuple[types.CellType, ...] = (), name: str | None = None, qualname: str | None = None
@@ -142,7 +142,7 @@ class Names:
                 raise AttributeError(qualname)
             return names.find(found, rest) if rest else found
         except (KeyError, AttributeError):
-            raise CodeChangedError(f"a snapshot names {module}.{qualname}, which is gone", module) from None
+            raise CodeChangedError(f"a snapshot names {module}.{qualname}, which no longer exists", module) from None
 
     def imported_module(self, name: str) -> types.ModuleType:
         """Return a module by name.  It is imported only if it is in the standard library, allowed by `allow_modules`, or imported by a durable module."""
@@ -204,7 +204,7 @@ _local: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 def local_class(metaclass: type[Any], name: str, bases: tuple[type[Any], ...], slots: Any) -> type[Any]:
     """Return a class without its members; `set_class` adds them."""
     if not (isinstance(metaclass, type) and issubclass(metaclass, type)):
-        raise CorruptSnapshotError(f"a snapshot makes a class by {metaclass!r}, which is no metaclass")
+        raise CorruptSnapshotError(f"a snapshot makes a class by {metaclass!r}, which is not a metaclass")
     options, members = {"metaclass": metaclass} if metaclass is not type else {}, {"__slots__": slots} if slots is not None else {}
     try:
         made: type[Any] = types.new_class(name, bases, options, lambda space: space.update(members))
@@ -374,7 +374,7 @@ _set = BaseException.__setattr__  # the class's own may refuse everything, as th
 
 def exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
     if not (isinstance(cls, type) and issubclass(cls, BaseException)):
-        raise CorruptSnapshotError(f"a snapshot raises {cls!r}, which is no exception class")
+        raise CorruptSnapshotError(f"a snapshot raises {cls!r}, which is not an exception class")
     native: Any = next(new for base in cls.__mro__ if isinstance(new := base.__dict__.get("__new__"), types.BuiltinFunctionType))
     try:
         made: BaseException = native(cls, *args)  # not the author's `__new__`, which may need other arguments

@@ -55,10 +55,10 @@ def register_reducer(cls: type[Any], reduce: Callable[[Any], Any], build: Callab
             return
         key = f"{key}@{old.version[:12]}"
     if not isinstance(cls, type) or cls in _ATOMS or issubclass(cls, BaseException):
-        raise UsageError(f"{cls!r} has its own way into snapshots; register_reducer is for other classes")
+        raise UsageError(f"{cls!r} is already saved by kwflow; register_reducer is for other classes")
     known = _owners.get(key)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise UsageError(f"the reducer {key!r} is for {known.__module__}.{known.__qualname__} already; give this one a name of its own")
+        raise UsageError(f"the reducer {key!r} is for {known.__module__}.{known.__qualname__} already; give this one another name")
     _owners[key] = cls
     rebuild.builders[key] = build
     plain.discard(cls)
@@ -125,7 +125,7 @@ def _itertool(value: Any) -> Any:
     """Save it as its twin in iters.py, which takes the same arguments and state."""
     if sys.version_info >= (3, 14):
         name = type(value).__name__.lstrip("_")
-        raise Refused(f"itertools.{name} cannot be looked into since Python 3.14; use kwflow.durable.iters.{name}, which is what `import itertools` at a durable module's top means there")
+        raise Refused(f"itertools.{name} cannot be inspected since Python 3.14; use kwflow.durable.iters.{name}, which is what `import itertools` at a durable module's top means there")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         made = value.__reduce__()
@@ -147,7 +147,7 @@ def _groupby(value: Any) -> Any:
 
 def _hidden(value: Any) -> Any:
     name = type(value).__name__
-    raise Refused(f"itertools.{name} cannot be looked into; use kwflow.durable.iters.{name}")
+    raise Refused(f"itertools.{name} cannot be inspected; use kwflow.durable.iters.{name}")
 
 
 _WAYS = {
@@ -245,7 +245,7 @@ def _descriptor(value: Any) -> Any:
 def reduce_module(value: Any) -> Any:
     name: str = value.__name__
     if not names.is_module_value(name) or sys.modules.get(name) is not value:
-        raise Refused(f"the module {name!r}, which cannot be found by that name; import it where it is needed")
+        raise Refused(f"the module {name!r}, which cannot be found under that name; import it where it is needed")
     return rebuild.imported_module, (name,)
 
 
@@ -260,7 +260,7 @@ def _view(value: Any) -> Any:
 def _memory(value: Any) -> Any:
     whole = value.obj
     if not isinstance(whole, (bytes, bytearray, array.array)) or value.nbytes != memoryview(whole).nbytes or value.format != memoryview(whole).format:
-        raise Refused("a memoryview of a part of something; keep the bytes, or the whole and its bounds")
+        raise Refused("a memoryview of part of an object; keep the bytes, or the whole object and the bounds")
     return rebuild.memory, (whole,)
 
 
@@ -323,7 +323,7 @@ def _numpy_array(value: Any) -> Any:
 
 def _numpy_scalar(value: Any) -> Any:
     if value.dtype.hasobject:
-        raise Refused("a numpy.void with objects in it; keep its item()")
+        raise Refused("a numpy.void that holds objects; keep its item()")
     return rebuild.numpy_array, (_described(value.dtype), None, value.tobytes())
 
 
@@ -337,7 +337,7 @@ def _described(kind: Any) -> Any:
         return _described(kind.base), kind.shape
     if kind.names is None:
         if kind.kind not in "?bcfimuMOSUV":
-            raise Refused(f"numpy's {kind}, which has no name that it could be made from again; keep a list, or an array of objects")
+            raise Refused(f"numpy's {kind}, which has no name from which it could be recreated; keep a list, or an array of objects")
         return kind.str
     fields = [kind.fields[name] for name in kind.names]
     described = {"names": list(kind.names), "formats": [_described(field[0]) for field in fields], "offsets": [field[1] for field in fields], "itemsize": kind.itemsize}

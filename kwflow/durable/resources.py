@@ -25,7 +25,7 @@ def reacquire(factory: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     again.  Its state is not kept: the position of a file, a lock that was taken, an open transaction.
     """
     if not callable(factory):
-        raise UsageError(f"kw.reacquire takes what makes the resource, not the resource: kw.reacquire(lambda: ...), not {type(factory).__name__}")
+        raise UsageError(f"kw.reacquire takes a function that creates the resource, not the resource: kw.reacquire(lambda: ...), not {type(factory).__name__}")
     made: Any = Reacquired(factory, args, kwargs)
     object.__getattribute__(made, "_kw_resource")()
     return made  # type: ignore[no-any-return]  # to the author it is what `factory` returns

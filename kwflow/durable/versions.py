@@ -112,7 +112,7 @@ def loads(body: bytes, code: Mapping[str, Any], sources: Sources, lowering: int 
             changed = _classes_changed(code, pins, sources)
             if error.__cause__ is None or not changed:
                 raise
-            why = f"may not take what was saved: {type(error.__cause__).__name__}: {error.__cause__}; let them (__setstate__; an enum: _missing_), then retry"
+            why = f"may not accept what was saved: {type(error.__cause__).__name__}: {error.__cause__}; let them (__setstate__; an enum: _missing_), then retry"
             raise CodeChangedError(f"classes that have changed since it was saved ({', '.join(changed)}) {why}") from error
 
 
@@ -172,10 +172,10 @@ def _has_units_of(current: Module, source: str) -> bool:
 def changed_units(current: Module | None, saved: Mapping[str, Any]) -> list[str]:
     """Describe what has changed in the code that a snapshot holds, one sentence for each unit."""
     if current is None:
-        return ["the module is gone"]
+        return ["the module no longer exists"]
     if current.version == saved["version"]:
         return []
-    return [f"{unit} {'has changed' if unit in current.units else 'is gone'}" for unit, digest in saved["units"].items() if current.units.get(unit) != digest]
+    return [f"{unit} {'has changed' if unit in current.units else 'no longer exists'}" for unit, digest in saved["units"].items() if current.units.get(unit) != digest]
 
 
 # -- stored versions as modules --------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def _version(name: str, version: str, sources: Sources, why: str) -> Module:
         return known
     data = sources(entry_key(name, version))
     if data is None:
-        raise CodeChangedError(f"{name}: {why} since this instance went to sleep in it, and the source it ran ({version[:12]}) is not stored; deploy that code again, then retry")
+        raise CodeChangedError(f"{name}: {why} since this instance began to wait in it, and the source that it runs ({version[:12]}) is not stored; deploy that code again, then retry")
     stored = json.loads(data)
     _take_away(_stand_in({other: wanted for other, wanted in stored["imports"].items() if name.startswith(f"{other}.")}, sources))  # its packages first, as `import` does; they may import it
     known = registry.version(registry.version_name(name, version))
@@ -197,7 +197,7 @@ def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> 
     hidden = registry.version_name(name, version)
     source, current = str(stored["source"]), registry.modules().get(name)
     if source_version(source) != version:
-        raise CodeChangedError(f"the stored source of {hidden} is not the one it should be: its sha256 differs")
+        raise CodeChangedError(f"the stored source of {hidden} is not the right one: its sha256 differs")
     module = types.ModuleType(hidden)
     module.__file__ = _file(name, stored, current)
     module.__package__ = name if stored["package"] else name.rpartition(".")[0]
@@ -256,7 +256,7 @@ def _take_away(gone: Iterable[str]) -> None:
 def _stand_in(imports: Mapping[str, str], sources: Sources) -> list[str]:
     """Put stored versions of modules that are gone where `import` finds them; return their names, which are to be removed afterwards."""
     missing = {name: version for name, version in imports.items() if name not in sys.modules and not loader.exists(name)}
-    loaded = {name: _version(name, version, sources, "the module is gone") for name, version in sorted(missing.items())}  # packages first
+    loaded = {name: _version(name, version, sources, "the module no longer exists") for name, version in sorted(missing.items())}  # packages first
     packages = [package for name in loaded for package in itertools.accumulate(name.split(".")[:-1], "{}.{}".format)]
     empty = [package for package in dict.fromkeys(packages) if package not in loaded and package not in sys.modules and not loader.exists(package)]
     for package in empty:  # packages without an `__init__.py`, which have no source

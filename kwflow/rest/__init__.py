@@ -74,7 +74,7 @@ def call(
 def _positive(name: str, given: timedelta | float) -> float:
     value = given.total_seconds() if isinstance(given, timedelta) else given
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise UsageError(f"rest.call({name}=...) is a timedelta or a number of seconds above 0, not {given!r}")
+        raise UsageError(f"rest.call({name}=...) must be a timedelta or a number of seconds above 0, not {given!r}")
     return value
 
 

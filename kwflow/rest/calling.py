@@ -339,7 +339,7 @@ def _checked_headers(headers: object) -> dict[str, str]:
         raise UsageError(f"rest.call: {wrong}")
     size, size_max = sum(len(name) + len(value) for name, value in headers.items()), current().context.limits.header_bytes_max
     if size > size_max:
-        raise UsageError(f"the headers of rest.call have {size} bytes, more than {size_max} (limit header_bytes_max); put it into the body, or raise it")
+        raise UsageError(f"the headers of rest.call have {size} bytes, more than {size_max} (limit header_bytes_max); put the data into the body, or raise the limit")
     return dict(headers)
 
 

@@ -23,7 +23,7 @@ def _load(name: str) -> types.ModuleType:
             durable.install([name.partition(".")[0]])
         except UsageError as error:  # a program has imported its own package, and must say itself which part of it is durable
             if not durable.installed(name):
-                raise UsageError(f"{error}; a program that belongs to the package says kwflow.durable.install([{name!r}]) before it imports that") from None
+                raise UsageError(f"{error}; a program in the package must call kwflow.durable.install([{name!r}]) before it imports the module") from None
         return importlib.import_module(name)
     path = Path(name)
     if not path.exists():
@@ -34,7 +34,7 @@ def _load(name: str) -> types.ModuleType:
 def _place(name: str, error: Exception) -> str:
     """Where the error was raised or, if the MODULE itself is missing, where it was looked for."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None and f"{name}.".startswith(f"{error.name}."):
-        return f"looked for in {sys.path[0]} (--app-dir), and where Python looks; a MODULE is shop.flows or path/flows.py, without a function"
+        return f"looked in {sys.path[0]} (--app-dir) and on Python's path; a MODULE is shop.flows or path/flows.py, without a function"
     frames = traceback.extract_tb(error.__traceback__)
     where = next((frame for frame in reversed(frames) if not frame.filename.startswith("<frozen ")), frames[-1])  # frames of the import system help nobody
     return f"{where.filename}:{where.lineno}"
@@ -70,7 +70,7 @@ def load_workflows(names: Sequence[str], app_dir: Path | None = None, packages: 
         if main is not None:
             short = module.__name__.rpartition(".")[2]
             if short in functions:
-                raise UsageError(f"two workflows are named {short!r}; give one a name with @kw.workflow(name=...)")
+                raise UsageError(f"two workflows are named {short!r}; rename one with @kw.workflow(name=...)")
             functions[short] = main
             default = default or short
     for short, function in api.registered_workflows().items():

@@ -118,7 +118,7 @@ class WorkflowTester:
         """Call this function instead of an activity, which is given itself or by its name.  The function may raise, or return HANGS."""
         name = activity if isinstance(activity, str) else activity.name
         if find_activity(name) is None:
-            raise UsageError(f"no activity {name!r}; known are: {', '.join(sorted(registered_activities())) or 'none'}")
+            raise UsageError(f"no activity {name!r}; there are: {', '.join(sorted(registered_activities())) or 'none'}")
         self._fakes[name] = function
 
     def _engine(self, main: Any, workflows: dict[str, Any]) -> WorkflowProcessor:
@@ -204,7 +204,7 @@ class WorkflowTester:
                 raise AssertionError(f"{id} is parked: {header['parked']['message']}")
             due = self._timers.next_due_ms(self.timers)
             if due is None:
-                raise AssertionError(f"{id} waits for {header['waits']} and no timer is set")
+                raise AssertionError(f"{id} waits for {header['waits']}, and no timer is set")
             self.advance(max(0, due - self.now_ms) / 1000)
 
     def values(self, topic: str) -> list[Any]:
@@ -253,7 +253,7 @@ class WorkflowTester:
             if not self._unread:
                 return
         ids = sorted({(last.key or b"").decode("utf-8", "replace") for last in self.outputs[-10:]})
-        raise AssertionError(f"{_FOLLOWING_MAX:,} records followed from one, the last for {', '.join(ids)}; do they answer each other for ever?")
+        raise AssertionError(f"one record led to {_FOLLOWING_MAX:,} more, the last for {', '.join(ids)}; do these workflows answer each other forever?")
 
     def _apply(self, record: Record) -> None:
         processors: list[tuple[Processor, MemoryStore]] = [(self._workflows, self.state), (self._timers, self.timers)]

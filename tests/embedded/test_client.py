@@ -405,7 +405,7 @@ def test_a_typed_object_is_given_and_the_workflow_is_given_one_and_what_does_not
         client.resume(id, "answer", 1).result(20)
     assert outcome.result(20) == client.result("v").result(20) == ["Line", "a", 3, 1]
     for refused in (client.start("x", {"sku": 7}, workflow="typed"), client.start_and_wait("x", None, workflow="typed"), client.signal_with_start("x", "s", workflow="typed", input={})):
-        with pytest.raises(CommandError, match="workflow 'typed' does not take this input") as error:
+        with pytest.raises(CommandError, match="workflow 'typed' does not accept this input") as error:
             refused.result(20)
         assert error.value.status == "bad_input"
     with pytest.raises(CommandError, match="not_found"):
@@ -438,7 +438,7 @@ def test_nobody_waits_for_an_outcome_that_is_not_written(tmp_path: pathlib.Path)
     for off in ("result_topic", "error_topic"):
         with Client.embedded(tmp_path / off, Config(**{off: ""})) as client:
             for call in (lambda client: client.start_and_wait("w"), lambda client: client.result("w"), lambda client: client.subscribe("w", print)):
-                with pytest.raises(UsageError, match="must not be empty"):
+                with pytest.raises(UsageError, match="set result_topic and error_topic"):
                     call(client)
             assert not client._futures._open
     with Client.embedded(tmp_path / "state") as client:

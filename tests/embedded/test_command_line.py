@@ -130,7 +130,7 @@ def test_run_says_that_it_goes_on_why_it_cannot_what_it_waits_for_and_where_it_f
         said, _, proposed = until(running, "waits for").partition("; answer with: kwflow ")
         assert said == "waits for signal go in main (asking.py:4)"
         answer(proposed.replace("JSON", "42"))
-        said = "run: ended with ValueError in main (asking.py:5); kwflow show tells the rest"
+        said = "run: ended with ValueError in main (asking.py:5); kwflow show has the details"
         assert running.stderr is not None and running.stderr.read().splitlines() == [said, '"ValueError: 1"', "  asking:5 main"]
     assert running.returncode == 1
 
@@ -181,7 +181,7 @@ def main(number):
 def test_run_ends_when_its_start_is_refused(tmp_path: pathlib.Path) -> None:
     """It waited for the outcome of a run that had never begun."""
     (tmp_path / "counting.py").write_text("def main(number: int):\n    return number\n    yield\n")
-    for given, code, said in (('"two"', 1, "does not take this input: Expected `int`, got `str`"), ("2", 0, "")):
+    for given, code, said in (('"two"', 1, "does not accept this input: Expected `int`, got `str`"), ("2", 0, "")):
         command = [sys.executable, "-m", "kwflow", "run", str(tmp_path / "counting.py"), "--input", given, "--embedded", str(tmp_path / "state")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stdout, said in done.stderr.splitlines()[-1] if said else True) == (code, "" if code else "2\n", True), done.stderr

@@ -214,7 +214,7 @@ def test_a_damaged_instance_is_listed_and_shown_with_the_reason(shop: Shop, http
     shop.hosted.engine.db[store.prefix + b"broken-body"] = snapshot.copy(b"\2nothing", snapshot.read_header(whole))
     shop.hosted.engine.db[store.prefix + b"broken-header"] = snapshot.copy(b"", {"v": 1, "status": "waiting", "waits": [], "workflow": "w", "code": 3})
     assert ids(http.get("/?status=damaged").text) == ["broken"]
-    assert "Its bytes cannot be read. these bytes are no snapshot" in text_of(http.get(at("broken")).text)
+    assert "Its bytes cannot be read. these bytes are not a snapshot" in text_of(http.get(at("broken")).text)
     assert "Its variables are not shown: the body of a snapshot cannot be read" in text_of(http.get(at("broken-body")).text)
     assert "Its variables are not shown: its header is none" in text_of(http.get(at("broken-header")).text)
     for name, told in {"waits": [3], "updated": "soon", "workflow": 1, "parked": 1, "outcome": []}.items():

@@ -128,7 +128,7 @@ def test_bad_arguments_get_one_line_and_exit_code_2(shell: Shell, tmp_path: path
     assert "JSONDecodeError" in said
     assert "Traceback" not in said
     said = shell("engine", "nothing_there.at_all", code=2)
-    assert "cannot import nothing_there" in said and f"looked for in {pathlib.Path.cwd()} (--app-dir)" in said and "frozen" not in said
+    assert "cannot import nothing_there" in said and f"looked in {pathlib.Path.cwd()} (--app-dir)" in said and "frozen" not in said
     broken.write_text("import json\n\nimport nothing_there\n")
     said = shell("engine", str(broken), code=2)
     assert "No module named 'nothing_there'" in said and "broken.py:3" in said, "the place is the author's, not the machinery of imports"

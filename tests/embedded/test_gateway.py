@@ -311,7 +311,7 @@ def test_a_callback_is_refused_that_is_no_json_is_for_another_ref_or_for_nobody(
     assert said(http.post("/callbacks/w/callback-1", content=b"{", headers={"Content-Type": "application/json"}))["code"] == "bad_json"
     assert said(http.post("/callbacks/w/callback-1", content=b"\xff", headers={"Content-Type": "text/plain"}))["code"] == "bad_json"
     deep = said(http.post("/callbacks/w/callback-1", content=b"[" * 300 + b"]" * 300, headers={"Content-Type": "application/json"}))
-    assert deep["code"] == "bad_json" and "more than 200 values in one another" in deep["detail"]
+    assert deep["code"] == "bad_json" and "nested more than 200 levels deep" in deep["detail"]
     assert said(http.post("/callbacks/w/answer"))["code"] == "no_path"
     assert http.post("/callbacks/nobody/callback-1").status_code == 410
     assert http.get("/workflows/w").json()["status"] == "waiting"

@@ -181,7 +181,7 @@ def test_key_and_certificate_may_be_in_one_file(files: pathlib.Path) -> None:
 @pytest.mark.parametrize("kind", ["gateway", "console"])
 @pytest.mark.parametrize("half", ["cert", "key"])
 def test_half_a_certificate_is_refused(kind: Literal["gateway", "console"], half: str) -> None:
-    with pytest.raises(UsageError, match=f"{kind}_tls_cert and {kind}_tls_key belong together: give both, or neither"):
+    with pytest.raises(UsageError, match=f"{kind}_tls_cert and {kind}_tls_key belong together: set both or neither"):
         load_config(**{f"{kind}_tls_{half}": "file"})
 
 

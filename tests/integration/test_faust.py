@@ -74,7 +74,7 @@ def test_a_faust_engine_refuses_what_it_cannot_do_and_says_what_to_do_instead(si
     assert "start as many as you like, each with its own --state-dir" in site.refused(*faust, "--processes", "2")
     settings = site.directory / "kwflow.toml"
     settings.write_text('[kafka]\n"security.protocol" = "SSL"\n')
-    assert "give it to kwflow.runners.faust.attach" in site.refused(*faust, "--config", str(settings))
+    assert "pass it to kwflow.runners.faust.attach" in site.refused(*faust, "--config", str(settings))
     (site.directory / "faust.py").write_text("raise ImportError('not here')")
     site.environment["PYTHONPATH"] = str(site.directory)
     assert "pip install 'kwflow[faust]'" in site.refused(*faust)

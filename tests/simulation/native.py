@@ -496,7 +496,7 @@ class Instance:
             self.drain()
             if self.main.state or self.waits:  # type: ignore[union-attr]
                 break
-            self.interrupt(self.main, StuckError("the workflow is stuck: nothing is left that could wake it"))  # type: ignore[arg-type]
+            self.interrupt(self.main, StuckError("the workflow is stuck: nothing can wake it any more"))  # type: ignore[arg-type]
         if self.closing and (not self.tasks or not self.waits):
             for wait in self.waits.values():
                 if wait.outside:

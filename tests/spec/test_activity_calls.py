@@ -234,13 +234,13 @@ def test_a_call_that_nobody_awaited_before_main_ended_is_told_of(work: str) -> N
     w = run(work + "def main(o):\n    work(1)\n    return 'done'\n    yield", fake=lambda x: HANGS)
     assert (w.result("w"), entries(w), w.calls) == ("done", 0, [])
     [said] = w.logs
-    assert re.fullmatch(r"w: main has ended, which cancels what nobody has awaited: activity \S+work; write `yield`, or `await`, before the call", said), said
+    assert re.fullmatch(r"w: main has ended, which cancels calls that nobody has awaited: activity \S+work; write `yield` or `await` before the call", said), said
 
 
 def test_a_call_that_pauses_between_two_attempts_is_told_of_too() -> None:
     w = run(WORK + "def main(o):\n    work(1)\n    return (yield kw.suspend('end'))", fake=fails(ValueError("not now")))
     w.resume("w", "end")
-    assert "main has ended, which cancels what nobody has awaited: activity" in w.logs[-1]
+    assert "main has ended, which cancels calls that nobody has awaited: activity" in w.logs[-1]
 
 
 def test_so_is_a_call_of_a_service() -> None:
@@ -252,7 +252,7 @@ def test_so_are_children_and_pauses_and_of_many_some() -> None:
     """M3, M5: a child that is to continue by itself is detached, or its policy is to abandon it."""
     begun = ["kw.sleep(5)", "kw.start_child('c', id='a')", "kw.start_child('c', id='b', parent_close='abandon')", "kw.start_child('c', detach=True)", "kw.suspend('s')"]
     w = run(f"def main(o):\n    {'; '.join(begun)}\n    return 1\n    yield")
-    assert w.logs[0] == "w: main has ended, which cancels what nobody has awaited: child a, kw.sleep (0:1); write `yield`, or `await`, before the call"
+    assert w.logs[0] == "w: main has ended, which cancels calls that nobody has awaited: child a, kw.sleep (0:1); write `yield` or `await` before the call"
     w = run(WORK + "def main(o):\n    for n in range(7):\n        work(n)\n    return 1\n    yield", fake=lambda x: HANGS)
     assert len(w.logs) == 1 and w.logs[0].count("work") == 5 and "and 2 more; write" in w.logs[0]
 
@@ -296,7 +296,7 @@ def test_results_come_back_as_annotated() -> None:
 
 @pytest.mark.parametrize(("call", "said"), [
     ("work()", "TypeError: activity .*work: missing a required argument: 'x'"),
-    ("work(1, timeout=5)", "TypeError: activity .*work: got an unexpected keyword argument 'timeout'; its time-out and retries stand at @kw.activity"),
+    ("work(1, timeout=5)", "TypeError: activity .*work: got an unexpected keyword argument 'timeout'; set its timeout and retries in @kw.activity"),
     ("work(object())", "UsageError: argument 'x' of activity .* cannot be sent: a value of class object needs an annotation"),
     ("work('x' * 300_000)", "UsageError: the arguments of activity .* more than 256000 .limit activity_bytes_max."),
 ])  # fmt: skip

@@ -183,8 +183,8 @@ ASYNCIO = {
     "asyncio.sleep(0)": "kw.sleep",
     "asyncio.wait_for(asyncio.sleep(1), 1)": "kw.timeout",
     "asyncio.Queue().get()": "kw.suspend",
-    "asyncio.Lock().acquire()": "nothing where no wait is inside",
-    "asyncio.Semaphore().__aenter__()": "one task that does one thing after the other",
+    "asyncio.Lock().acquire()": "no lock around code without waits",
+    "asyncio.Semaphore().__aenter__()": "one task that works sequentially",
     "asyncio.to_thread(print)": "activity",
 }
 

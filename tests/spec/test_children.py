@@ -235,7 +235,7 @@ def test_a_repeated_start_of_a_child_whose_outcome_was_too_large_to_be_kept_says
         ("kw.start_child('double', id='x' * 513)", "1 to 512 bytes"),
         ("kw.start_child('double', id='')", "1 to 512 bytes"),
         ("kw.start_child('double', id='\\ud800')", "not UTF-8"),
-        ("kw.start_child('double', id=7)", "a workflow id is a str"),
+        ("kw.start_child('double', id=7)", "a workflow id must be a str"),
         ("kw.start_child('double', object())", "TypeError"),
         ("kw.start_child('double', parent_close='kill')", "parent_close is one of cancel, terminate, abandon"),
     ],

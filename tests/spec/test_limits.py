@@ -383,7 +383,7 @@ def test_ten_thousand_calls_of_256_kb_in_a_step_are_refused_at_eight_megabytes()
     engine.module.WORK[:] = [kw.activity(name="limits-many")(lambda text: text)]
     made = engine.start("calls", 10_000)
     topic, said = result(made)
-    assert topic == "workflow-result" and said.startswith("32: the outputs and calls of activities of one step have more than 8000000 bytes (limit output_bytes_max)")
+    assert topic == "workflow-result" and said.startswith("32: the outputs and activity calls of one step have more than 8000000 bytes (limit output_bytes_max)")
     assert made.logs == () and [type(item) for item in made.dispatch] == [Dispatch] * 31 + [Withdraw] * 31 and not list(engine.store.scan(PREFIX))
 
 

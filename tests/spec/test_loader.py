@@ -103,7 +103,7 @@ def test_the_file_of_settings_has_a_section_for_packages_and_for_snapshots(tmp_p
     assert (config.durable_packages, config.snapshot_modules, config.snapshot_bytes_max, config.embedded_retention_ms) == (["vendor"], ["money"], 5000, 7)
     assert (config.hold_max, config.resume_topic) == (3, "in")
     file.write_text("[snapshots]\n")
-    with pytest.raises(UsageError, match=r"unknown section \[snapshots\]; there are \[app\]"):
+    with pytest.raises(UsageError, match=r"unknown section \[snapshots\]; sections are \[app\]"):
         load_config(file)
     for text, said in {
         "[encryption]\nkey = 1\n": "[encryption] has no setting 'key'; did you mean 'keys'?",
@@ -118,7 +118,7 @@ def test_the_file_of_settings_has_a_section_for_packages_and_for_snapshots(tmp_p
         load_config(None, resumetopic="x")
     for name, meant in (("KWFLOW_VALUE_BYTE_MAX", "KWFLOW_VALUE_BYTES_MAX"), ("KWFLOW_ENCRYPTION_KEY", "KWFLOW_ENCRYPTION_KEYS")):
         monkeypatch.setenv(name, "1")
-        with pytest.raises(UsageError, match=rf"^{name} is no setting; did you mean {meant}\?$"):
+        with pytest.raises(UsageError, match=rf"^{name} is not a setting; did you mean {meant}\?$"):
             load_config(None)
         monkeypatch.delenv(name)
     for other in ("KWFLOW_PORT", "KWFLOW_SERVICE_HOST", "KWFLOW_GATEWAY_PORT_8000_TCP_ADDR", "KWFLOW_GATEWAY_SERVICE_PORT_HTTP", "KWFLOW_PROCESSES", "KWFLOW_ENGINE_STATE_DIR"):
@@ -126,7 +126,7 @@ def test_the_file_of_settings_has_a_section_for_packages_and_for_snapshots(tmp_p
     load_config(None)
     for setting, said in {"snapshot_modules": "modules under [snapshot]", "resume_topic": "resume under [topics]", "hold_max": "hold_max under [app] or [limits]"}.items():
         file.write_text(f"{setting} = 1\n")
-        with pytest.raises(UsageError, match=re.escape(f"{setting} stands in a section: write {said}")):
+        with pytest.raises(UsageError, match=re.escape(f"{setting} belongs in a section: write {said}")):
             load_config(file)
 
 
@@ -142,8 +142,8 @@ def test_a_file_of_settings_that_cannot_be_read_says_where(tmp_path: pathlib.Pat
 
 
 @pytest.mark.parametrize(("names", "said"), [
-    ({"resume": ""}, "resume_topic must not be empty"), ({"result": "workflow-resume"}, "resume_topic 'workflow-resume' is the name of another topic, too"),
-    ({"scheduler": "workflow-resume"}, "is the name of another"), ({"reply": "workflow-engine-dead-letter"}, "reply_topic"), ({"error": "workflow-scheduler"}, "scheduler_topic"),
+    ({"resume": ""}, "resume_topic must not be empty"), ({"result": "workflow-resume"}, "resume_topic 'workflow-resume' is also the name of another topic"),
+    ({"scheduler": "workflow-resume"}, "is also the name of another"), ({"reply": "workflow-engine-dead-letter"}, "reply_topic"), ({"error": "workflow-scheduler"}, "scheduler_topic"),
 ])  # fmt: skip
 def test_what_the_engine_reads_is_nobody_else_s_topic(names: dict[str, str], said: str) -> None:
     """KW-12: results and errors may share a topic, or have none."""
@@ -182,7 +182,7 @@ def test_a_workflow_of_the_program_itself_is_told_where_it_belongs(tmp_path: pat
         tester.start("a")
         print(tester.values("workflow-error"))
     """
-    assert "the program itself never is: move it to a module that this imports" in said(tmp_path, script)
+    assert "the main program is never durable: move it to a durable module that the program imports" in said(tmp_path, script)
 
 
 def test_the_source_of_a_module_is_found_where_a_finder_of_an_editable_install_has_it(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,8 @@ def test_the_first_signal_fits_into_a_mailbox_too_be_there_one_or_not(size: int)
     if size == 262_144:
         assert [status(reply) for reply in said] == ["delivered", "delivered"]
     else:
-        assert said == [{"status": "full", "message": f"it has {size} bytes, more than a mailbox may hold (limit mailbox_bytes_max = 262144); send a reference to it, or raise it", "value": None}] * 2
+        message = f"it has {size} bytes, more than a mailbox may hold (limit mailbox_bytes_max = 262144); send a reference instead, or raise the limit"
+        assert said == [{"status": "full", "message": message, "value": None}] * 2
         assert w.header("new") is None and "mailbox" not in (w.header("w") or {})
 
 
@@ -346,10 +347,10 @@ def test_an_update_that_its_validator_refuses_changes_nothing_and_says_why() -> 
     w = run(PRICES)
     assert update(w, -1) == {"status": "rejected", "message": "ValueError: -1 is no price", "value": None}
     assert status(update(w, "x")) == "rejected"
-    assert update(w, 5, name="colour") == {"status": "rejected", "message": "no update 'colour' is taken; there are: price", "value": None}
+    assert update(w, 5, name="colour") == {"status": "rejected", "message": "no update 'colour' is accepted; there are: price", "value": None}
     assert ((w.command("w", "query") or {})["value"])["status_value"] == {"price": 1}
     assert mailbox(w) == {}
-    assert (update(run("def main(o):\n    yield kw.suspend('r')"), 5) or {})["message"] == "no update 'price' is taken; there are: none"
+    assert (update(run("def main(o):\n    yield kw.suspend('r')"), 5) or {})["message"] == "no update 'price' is accepted; there are: none"
 
 
 def test_a_validator_cannot_act() -> None:
@@ -396,7 +397,7 @@ def main(o):
     kw.spawn(helper((yield kw.on_update("u"))))
 """)
     assert status(update(w, 1, name="u")) == "ended"
-    assert update(w, 2, name="u") == {"status": "ended", "message": "it has ended and cleans up", "value": None}
+    assert update(w, 2, name="u") == {"status": "ended", "message": "it has ended and is cleaning up", "value": None}
     w.resume("w", "clean")
     assert (w.outputs_to("out"), w.values("workflow-error")) == (["cleaned"], [])
 
@@ -413,7 +414,7 @@ def test_updates_that_are_open_when_it_is_terminated_are_answered_ended() -> Non
 def test_an_update_is_answered_once() -> None:
     w = run("def main(o):\n    u = yield kw.on_update('u')\n    kw.reply(u, 1)\n    try:\n        kw.reply(u, 2)\n    except kw.UsageError as e:\n        return str(e)")
     update(w, 1, name="u")
-    assert "has been answered already" in w.result("w")
+    assert "has already been answered" in w.result("w")
 
 
 def test_an_update_nobody_waits_for_needs_no_address() -> None:
@@ -492,7 +493,7 @@ def test_a_signal_of_a_workflow_that_reaches_nobody_is_a_dead_letter() -> None:
 def test_workflows_that_signal_each_other_for_ever_do_not_stop_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine does other work in between; a tester would never return."""
     monkeypatch.setattr("kwflow.testing._FOLLOWING_MAX", 100)
-    with pytest.raises(AssertionError, match="100 records followed from one, the last for ping, w; do they answer each other for ever"):
+    with pytest.raises(AssertionError, match="one record led to 100 more, the last for ping, w; do these workflows answer each other forever"):
         run("def main(o):\n    while True:\n        kw.send_signal(o, 's', start='ping')\n        yield kw.wait_signal('s')\nkw.workflow(name='ping')(lambda o: main('w'))", "ping")
 
 
@@ -531,15 +532,15 @@ def test_a_status_is_a_copy_and_has_a_limit() -> None:
         ("kw.wait_signal('')", "1 to 200 characters"),
         ("kw.wait_signal('x' * 201)", "1 to 200 characters"),
         ("kw.signals(5)", "1 to 200 characters"),
-        ("kw.on_update('u', 5)", "a validator is a plain function"),
-        ("kw.on_update('u', gen)", "a validator is a plain function"),
+        ("kw.on_update('u', 5)", "a validator must be a plain function"),
+        ("kw.on_update('u', gen)", "a validator must be a plain function"),
         ("kw.reply(5)", "takes an update"),
         ("kw.reject(5, 'x')", "takes an update"),
         ("kw.send_signal('', 's')", "UsageError: ''"),
-        ("kw.send_signal(5, 's')", "a workflow id is a str"),
+        ("kw.send_signal(5, 's')", "a workflow id must be a str"),
         ("kw.send_signal('x', '')", "1 to 200 characters"),
         ("kw.send_signal('x', 's', start=gen)", "takes the name of a workflow"),
-        ("kw.send_signal('x', 's', start='w' * 201)", "the name of a workflow is a str of 1 to 200 characters"),
+        ("kw.send_signal('x', 's', start='w' * 201)", "the name of a workflow must be a str of 1 to 200 characters"),
         ("kw.send_signal('x', 's', input=5)", "start="),
         ("kw.send_signal('x', 's', object())", "TypeError"),
         ("kw.send_signal('x', 's', 'v' * 262_122)", "a signal has 262145 bytes, more than a mailbox may hold (limit mailbox_bytes_max = 262144)"),

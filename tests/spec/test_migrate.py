@@ -149,7 +149,7 @@ def test_a_second_migrate_and_one_without_a_migration_change_nothing(site: Site)
         ("return main(1), 'a'", "iterable of ref ids"),
         ("return main(0)", "failed before its first wait: ZeroDivisionError"),
         ("old = main(1); next(old); return old", "a call of a durable generator function"),
-        ("return (wait for wait in [kw.suspend('new')])", "what it returned cannot be run: a generator expression is no wait"),
+        ("return (wait for wait in [kw.suspend('new')])", "what it returned cannot be run: a generator expression is not a wait"),
     ],
 )
 def test_a_migration_that_fails_parks_the_instance_as_it_was(site: Site, body: str, said: str) -> None:

@@ -110,7 +110,7 @@ def test_an_activity_that_calls_a_queue_declares_its_topic_and_a_name_that_is_no
     tester, queue = made()
     assert queue in api.declared_topics()
     for name in ("", "no spaces", "ä", "x" * 250, 5):
-        with pytest.raises(kw.UsageError, match="is the name of a topic"):
+        with pytest.raises(kw.UsageError, match="must be a topic name"):
             kw.activity(queue=name)(lambda: None)  # type: ignore[call-overload]
     assert queue in worker.queues_served() and worker.queues_served([queue, queue]) == [queue]
     assert activities.find_activity(f"{queue}.work").queue == queue  # type: ignore[union-attr]

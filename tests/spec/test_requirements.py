@@ -118,7 +118,7 @@ def test_a_workflow_that_does_not_take_one_argument_is_told_what_it_is_called_wi
     if parameters == "o":
         assert said == "TypeError: object of type 'int' has no len()"
     else:
-        assert said.startswith("UsageError: workflow 'main' is called with one argument, the start's JSON, as in `def main(opts)`: main() "), said
+        assert said.startswith("UsageError: workflow 'main' is called with one argument, the JSON given at the start, as in `def main(opts)`: main() "), said
 
 
 def test_the_header_of_the_start_chooses_among_several_workflows_and_an_unknown_one_is_named() -> None:

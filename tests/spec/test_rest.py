@@ -513,7 +513,7 @@ def test_a_gateway_url_that_is_none_is_refused(url: str) -> None:
 def test_a_wrong_call_is_refused_where_it_is_made() -> None:
     """Bad input: the error names the thing, the place and the remedy."""
     tester = started("wrong", None)
-    parts = ["a method is a word", "names a host, not 'builder.example'", "nobody tells the service where to call back", "there is no callback that body", "timeout=...) is a timedelta or a number",
+    parts = ["a method is a word", "names a host, not 'builder.example'", "nobody tells the service where to call back", "there is no callback that body", "timeout=...) must be a timedelta",
              "kw.Retry(max_attempts=1)", "headers_from is an activity", "leave heartbeat_timeout out", "rest.call(success=...) takes a plain function"]  # fmt: skip
     for told, part in zip(tester.result("w"), parts, strict=True):
         assert part in told

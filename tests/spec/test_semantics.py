@@ -83,7 +83,7 @@ def main(o):
 def test_yield_from_a_generator_that_has_begun_is_refused(first: str) -> None:
     """§1.2: natively it would be fed None."""
     w = run(f"def child():\n    yield kw.suspend('c')\n    yield kw.suspend('d')\ndef main(o):\n    c = child()\n    {first}\n    yield from c")
-    assert "`yield from` of child, which has begun already" in error(w)
+    assert "`yield from` of child, which has already started" in error(w)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def native(main: Any) -> Any:
 def test_a_header_name_that_no_record_can_bear_is_an_error_at_the_call(name: object) -> None:
     """K11: on Kafka half a surrogate pair ended the process, and a NUL the name."""
     tester = run(f"def main(opts):\n    kw.output('x', 'out', headers=[({name!r}, 'v')])\n")
-    assert error(tester).startswith(f"UsageError: header {name!r}: a name is text")
+    assert error(tester).startswith(f"UsageError: header {name!r}: a name must be UTF-8 text")
     assert tester.values("out") == []
 
 

@@ -124,7 +124,7 @@ def test_an_input_that_does_not_fit_is_a_dead_letter_and_a_reply_that_say_where_
     """G3: nothing has run; after a correction the dead letter is retried as any other."""
     w = WorkflowTester(load("def main(o: Order):" + WAITS).main)
     w.start("w", {**PLAIN, "lines": [{"sku": "a", "count": "two"}]}, **{"kwflow-request": "r", "kwflow-reply-to": "0/p"})
-    said = "workflow 'main' does not take this input: Expected `int`, got `str` - at `$.lines[0].count`"
+    said = "workflow 'main' does not accept this input: Expected `int`, got `str` - at `$.lines[0].count`"
     assert refused(w) == [("bad-input", said)]
     assert w.reply("r") == {"status": "bad_input", "message": said, "value": None}
     assert (w.ids(), w.counts) == ([], ["dead-letter"])
@@ -160,7 +160,7 @@ def main(o):
     module = load(body)
     w = WorkflowTester(module.main, child=module.child)
     w.start("w")
-    missing = "workflow 'child' does not take this input: Object missing required field `{}`"
+    missing = "workflow 'child' does not accept this input: Object missing required field `{}`"
     assert w.result("w") == [["bad_input", missing.format("count")], 5, ["bad_input", missing.format("sku")]]
     assert w.result("signalled") == 6
     reply = w.command("x", "signal", {"name": "s", "start": {"workflow": "child", "input": 3}})

@@ -123,12 +123,12 @@ def test_what_has_no_json_form_is_refused_where_it_is_given(value: Any) -> None:
 def test_a_result_that_is_not_as_annotated_is_an_activity_error_naming_where() -> None:
     def load() -> Line: ...
 
-    with pytest.raises(ActivityError, match=r"not as annotated: .*\$.count"):
+    with pytest.raises(ActivityError, match=r"does not match its annotation: .*\$.count"):
         make(load).decode_result({"sku": "a", "count": "many"})
 
 
 def test_arguments_that_no_longer_fit_are_final() -> None:
-    with pytest.raises(ActivityError, match="it has no parameter 'a' any more") as caught:
+    with pytest.raises(ActivityError, match="the function no longer has a parameter 'a'") as caught:
         make(lambda b: b).decode_arguments(b'{"a":1}')
     assert caught.value.final
 
@@ -220,11 +220,11 @@ class Unbound:
 
 
 @pytest.mark.parametrize(("target", "options", "message"), [
-    (_generator, {}, "has a yield"),
-    (3, {}, "takes a function"),
-    (Unbound.method, {}, "is a method.*write one that calls the method of an object"),
-    (Line, {}, "takes a function"),
-    (len, {"retry": 3}, "takes a kw.Retry"),
+    (_generator, {}, "contains a yield"),
+    (3, {}, "must decorate a function"),
+    (Unbound.method, {}, "is a method.*write a function that calls the method of a module-level object"),
+    (Line, {}, "must decorate a function"),
+    (len, {"retry": 3}, "must be a kw.Retry"),
     (len, {"timeout": 0}, "above 0"),
     (len, {"timeout": "1s"}, "above 0"),
 ])  # fmt: skip

@@ -370,8 +370,8 @@ def main(n):
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"size": 0}, "whole number from 1 to 10,000, not 0"), ({"size": True}, "not True"), ({"size": 2, "within": -1}, "seconds from 0 on, not -1"),
-    ({"size": 2, "within": 5}, "may wait 5 s for more calls, and each has only 5 s"),
+    ({"size": 0}, "an integer from 1 to 10,000, not 0"), ({"size": True}, "not True"), ({"size": 2, "within": -1}, "seconds of at least 0, not -1"),
+    ({"size": 2, "within": 5}, "may wait 5 s for more calls, but each call has only 5 s"),
 ])  # fmt: skip
 def test_a_batch_that_cannot_work_is_refused_where_it_is_declared(options: Any, said: str) -> None:
     """BW-6: the reference warns, by an error of its own practically never."""

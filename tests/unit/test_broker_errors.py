@@ -77,15 +77,15 @@ def test_a_file_of_tls_that_is_missing_is_named_with_its_setting_and_what_it_lac
 def test_names_in_kafka_that_are_kwflows_own_or_not_quoted_are_refused_and_no_value_is_shown(tmp_path: pathlib.Path) -> None:
     """K1, K2, K5, K6, K16: with isolation.level = read_uncommitted, results of aborted transactions would be taken for real."""
     for name in ("isolation.level", "enable.auto.commit", "partitioner", "transactional.id"):
-        with pytest.raises(UsageError, match=f"{re.escape(name)} is kwflow's own to set"):
+        with pytest.raises(UsageError, match=f"{re.escape(name)} is set by kwflow itself"):
             settings_in(tmp_path, f'[kafka]\n"{name}" = "x"\n')
-    with pytest.raises(UsageError, match=r"bootstrap.servers is kwflow's own to set; say bootstrap_servers in \[app\]"):
+    with pytest.raises(UsageError, match=r"bootstrap.servers is set by kwflow itself; set bootstrap_servers in \[app\]"):
         settings_in(tmp_path, '[kafka]\n"bootstrap.servers" = "x:1"\n')
-    with pytest.raises(UsageError, match=r"config kafka: .*group.protocol is kwflow's own to set; leave it out: engines take part in the classic protocol, "):
+    with pytest.raises(UsageError, match=r"config kafka: .*group.protocol is set by kwflow itself; leave it out: engines use the classic protocol, "):
         settings_in(tmp_path, '[kafka]\n"group.protocol" = "consumer"\n')
     with pytest.raises(UsageError, match=r'quoted: "sasl.password" = …$'):
         settings_in(tmp_path, '[kafka]\nsasl.password = "hunter2"\n')
-    with pytest.raises(UsageError, match=r"sasl.password is neither text nor a number$"):
+    with pytest.raises(UsageError, match=r"sasl.password is neither a string nor a number$"):
         settings_in(tmp_path, '[kafka]\n"sasl.password" = ["hunter2"]\n')
 
 

@@ -162,10 +162,10 @@ def test_a_value_of_which_a_bit_was_changed_is_not_opened(place: int, bit: int) 
 
 
 def test_keys_are_long_enough_and_never_shown(tmp_path: Any) -> None:
-    with pytest.raises(ValidationError, match="a key has at least 32"):
+    with pytest.raises(ValidationError, match="a key must have at least 32"):
         Config(encryption_keys=["1" * 31])
     assert ONE not in repr(Config(encryption_keys=[ONE]))
-    with pytest.raises(ValidationError, match="jobs is in encryption_topics and in encryption_plain_topics"):
+    with pytest.raises(ValidationError, match="jobs is both in encryption_topics and in encryption_plain_topics"):
         Config(encryption_topics=["jobs"], encryption_plain_topics=["orders", "jobs"])
     file = tmp_path / "kwflow.toml"
     file.write_text(f'[encryption]\nkeys = ["{ONE}"]\ntopics = ["a"]\nplain_topics = ["b"]\n')

@@ -216,6 +216,6 @@ def test_requests_are_counted_by_their_path_in_general(ask: Asking) -> None:
 
 
 def test_tokens_are_secret_and_long() -> None:
-    with pytest.raises(UsageError, match=r"config gateway_tokens: .*a token has at least 32 characters; make one with: openssl rand -hex 32"):
+    with pytest.raises(UsageError, match=r"config gateway_tokens: .*a token must have at least 32 characters; make one with: openssl rand -hex 32"):
         load_config(gateway_tokens=["short"])
     assert "xxx" not in repr(load_config(gateway_tokens=["x" * 32]))

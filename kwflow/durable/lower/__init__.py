@@ -163,7 +163,7 @@ class _Later:
         except RecursionError:
             raise UnsupportedError(f"{self.filename}: code nested too deeply to be made durable") from None
         except SyntaxError as error:
-            raise UnsupportedError(f"{self.filename}:{error.lineno}: {error.msg} once made durable; nest less") from error
+            raise UnsupportedError(f"{self.filename}:{error.lineno}: {error.msg} in the durable version of the code; reduce the nesting") from error
         return code, facts, lost_calls(lowering.scopes)
 
 

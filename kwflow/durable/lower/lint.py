@@ -31,7 +31,7 @@ def lost_calls(scopes: dict[ast.AST, Scope]) -> tuple[Warned, ...]:
         for name, lineno in scope.bare_calls:
             called = means(name, scope)
             if called is not None and called.generator:
-                found.append((f"{name}(...) is thrown away: it runs nothing; write `{wait} {name}(...)` or kw.spawn({name}(...))", lineno))
+                found.append((f"the result of {name}(...) is discarded, so nothing runs; write `{wait} {name}(...)` or kw.spawn({name}(...))", lineno))
     return tuple(found)
 
 

@@ -34,7 +34,7 @@ def lowered_text(source: str, path: str, filename: str = "<source>", cold: bool 
         raise UsageError(f"{filename} has no function {path!r}; there are: {', '.join(found) or 'none'}")
     node, scope = found[path]
     if cold and not scope.generator:
-        raise UsageError(f"{path} is no generator: it has no cold twin")
+        raise UsageError(f"{path} is not a generator, so it has no cold twin")
     lowering = ModuleLowering(filename, scopes, 0)
     definition = lowering.cold_def(node, scope) if cold else lowering.plain_def(node, scope)
     return readable(definition)

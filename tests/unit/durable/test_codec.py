@@ -333,7 +333,7 @@ def test_a_snapshot_resumes_in_another_process_with_another_hash_seed(code: Any,
 def test_what_only_a_newer_python_has_is_refused_by_name(code: Any) -> None:
     """G7."""
     newer = durable.dumps(memoryview).replace(b"memoryview", b"frozendict")
-    with pytest.raises(SnapshotError, match=r"names frozendict, which Python 3\.\d+ does not have; a newer Python saved it"):
+    with pytest.raises(SnapshotError, match=r"names frozendict, which Python 3\.\d+ does not have; it was saved by a newer Python"):
         durable.loads(newer)
 
 

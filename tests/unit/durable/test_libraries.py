@@ -74,7 +74,7 @@ def held():
     assert aligned == [True, False, False, True]
 
 
-@pytest.mark.parametrize(("made", "said"), [("np.array(['a'], np.dtypes.StringDType())", r"StringDType\(\)"), ("np.ones(1, [('o', 'O')])[0]", "numpy.void with objects")])
+@pytest.mark.parametrize(("made", "said"), [("np.array(['a'], np.dtypes.StringDType())", r"StringDType\(\)"), ("np.ones(1, [('o', 'O')])[0]", "numpy.void that holds objects")])
 def test_what_numpy_cannot_make_again_is_refused(made: str, said: str) -> None:
     needs("numpy")
     with pytest.raises(UnsavableError, match=f"'array' of held .*{said}"):

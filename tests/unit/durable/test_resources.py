@@ -176,7 +176,7 @@ def test_what_the_factory_raises_after_a_restore_is_raised_where_the_resource_is
 
 
 def test_reacquire_takes_a_factory_and_is_not_iterated(code: Any) -> None:
-    with pytest.raises(UsageError, match="what makes the resource"):
+    with pytest.raises(UsageError, match="creates the resource"):
         kw.reacquire(object())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="not iterable"):
         iter(kw.reacquire(list))
@@ -287,7 +287,7 @@ def test_reducers_have_names_of_their_own_and_are_not_for_builtin_values() -> No
     with pytest.raises(UsageError, match="'test-money' is for"):
         durable.register_reducer(threading.Thread, lambda _: 0, lambda _: None, name="test-money")
     for cls in (dict, int, ValueError):
-        with pytest.raises(UsageError, match="its own way"):
+        with pytest.raises(UsageError, match="already saved by kwflow"):
             durable.register_reducer(cls, lambda value: value, lambda value: value)
 
 
@@ -341,7 +341,7 @@ def test_the_way_to_the_culprit_is_shown(code: Any, name: str) -> None:
         (lambda: __import__("contextvars").ContextVar("v"), "context variables"),
         (lambda: __import__("contextvars").copy_context(), "context variables"),
         (lambda: __import__("itertools").pairwise("ab"), r"kwflow\.durable\.iters\.pairwise"),
-        (lambda: memoryview(b"abc")[1:], "part of something"),
+        (lambda: memoryview(b"abc")[1:], "part of an object"),
         (lambda: open(__file__), r"kw\.reacquire\(lambda: open"),
         (lambda: (n for n in [1]), "not durable"),
         (lambda: threading.Thread, r"threading\.Thread"),
@@ -401,7 +401,7 @@ def test_an_object_whose_getattr_fails_before_it_has_attributes_is_refused_and_d
     for _ in range(2):
         error = error_of(module.main(module.Settings({"limit": 3})))
         assert error.variable == "value"
-        assert "the __getattr__ of Settings fails while an object has no attributes yet" in str(error)
+        assert "the __getattr__ of Settings fails on an object without attributes" in str(error)
 
 
 NAMED = """

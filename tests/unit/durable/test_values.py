@@ -75,7 +75,7 @@ def test_an_exception_of_the_standard_library_or_msgspec_loads_where_its_module_
 
 def test_an_error_of_a_library_is_refused_with_what_to_keep_of_it() -> None:
     """Whoever compensates in an except block holds it over waits."""
-    with pytest.raises(UnsavableError, match=r"ValidationError; list its module under \[snapshot\] modules in kwflow.toml, .* or wait behind the except block and keep the error's text"):
+    with pytest.raises(UnsavableError, match=r"ValidationError; list its module under \[snapshot\] modules in kwflow.toml, .* or wait after the except block and keep only the error's text"):
         durable.dumps(pydantic.ValidationError.from_exception_data("order", []))
 
 
