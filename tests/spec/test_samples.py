@@ -1,4 +1,4 @@
-"""The samples as their how-tos tell them: happy, failing, late, and for as long as they are meant to live."""
+"""The samples as their how-tos describe them: when all goes well, when something fails or is late, and for as long as they are meant to live."""
 
 import importlib
 import pathlib
@@ -202,7 +202,7 @@ def test_an_agent_learns_of_tools_that_fail_or_are_not_there() -> None:
 
 @pytest.mark.slow
 def test_a_thousand_turns_of_an_agent_cost_what_the_first_ones_did() -> None:
-    """The continuation is saved, not a history: snapshot size and step time stay flat."""
+    """The continuation is saved and not a history, so snapshot size and step time stay flat."""
     module = sample("agent")
     sizes: list[int] = []
     times: list[float] = []
@@ -259,7 +259,7 @@ def test_months_end_where_they_end() -> None:
 
 # -- rest ----------------------------------------------------------------------------------------------------------------
 def service(answers: dict[str, Any], sent: list[rest.Sent]) -> Any:
-    """What a fake of the request answers, by method and the end of the URL; it notes what it is asked."""
+    """Answers of a fake of the request activity, by method and the end of the URL. It notes each request."""
 
     def fake(asked: rest.Sent) -> rest.Response:
         sent.append(asked)
@@ -317,7 +317,7 @@ def test_samples_import_only_public_kwflow(name: str) -> None:
 
 # -- two applications ----------------------------------------------------------------------------------------------------
 class Applications:
-    """Two testers; what one writes to the other's input topic is brought there, as by a broker."""
+    """Two testers. What one writes to the other's input topic is delivered there, as a broker would."""
 
     def __init__(self) -> None:
         module = sample("two_applications")
@@ -331,7 +331,7 @@ class Applications:
 
 
 def test_an_order_is_shipped_by_the_other_application_and_hears_of_it() -> None:
-    """DO-1..DO-4, DO-6, X-1: no wait between the request and the wait for its answer."""
+    """DO-1..DO-4, DO-6, X-1: there is no wait between the request and the wait for its answer."""
     both = Applications()
     both.orders.start("7", ["cup"], workflow="order")
     both.bring()

@@ -1,4 +1,4 @@
-"""The timer table: SC-1..SC-9, order and never early, with a clock that is an argument."""
+"""The timer table: SC-1..SC-9, the order of timers, and that none is early, with a clock that is an argument."""
 
 import random
 
@@ -49,7 +49,7 @@ def test_the_reference_test_of_the_scheduler(scheduler: Scheduler) -> None:
 
 
 def test_a_timer_fires_at_the_time_of_its_record_plus_the_delay_and_not_a_millisecond_before(scheduler: Scheduler) -> None:
-    """SC-1, SC-4 (the reference: once a minute)."""
+    """SC-1, SC-4 (the reference looks once a minute)."""
     scheduler.set(b"w|v", b"1000", at=500)
     assert scheduler.processor.next_due_ms(scheduler.store) == 1500
     assert scheduler.fire(1499) == []
@@ -108,7 +108,7 @@ def test_setting_a_key_again_replaces_its_timer(scheduler: Scheduler) -> None:
 
 
 def test_the_value_may_hold_the_separator_and_headers_travel(scheduler: Scheduler) -> None:
-    """SC-7: split at the first `|` only."""
+    """SC-7: the key is split at the first `|` only."""
     scheduler.set(b'w|{"ref":"a|b"}', b"1", headers=(("trace", b"7"), ("kwflow-x", b"no")))
     scheduler.set(b"x|1", b"1")
     changes = Overlay(scheduler.store)
@@ -145,7 +145,7 @@ def test_a_negative_delay_fires_at_once(scheduler: Scheduler) -> None:
 
 
 def test_the_table_is_read_from_its_first_due_entry_only(scheduler: Scheduler) -> None:
-    """SC-3, SC-4: ordered by due time, no scan of all timers at each tick."""
+    """SC-3, SC-4: it is ordered by due time, and a tick does not scan all timers."""
     for n in range(100):
         scheduler.set(b"w|%d" % n, b"%d" % (1000 + n))
     met: list[bytes] = []
@@ -164,7 +164,7 @@ def test_the_table_is_read_from_its_first_due_entry_only(scheduler: Scheduler) -
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_timer_is_due_before_the_low_end_of_the_table_whatever_was_set_replaced_cancelled_and_fired(seed: int) -> None:
-    """Against a plain dict; what was deleted before the low end is never passed again, and once it has come due the low end is the first entry."""
+    """Compared with a plain dict. What was deleted before the low end is never passed again, and once the low end has come due, it is the first entry."""
     chance = random.Random(seed)
     processor, store, model, now, offset = TimerProcessor(Config()), MemoryStore(), dict[bytes, int](), 0, 0
     for _ in range(200):
@@ -195,7 +195,7 @@ def test_no_timer_is_due_before_the_low_end_of_the_table_whatever_was_set_replac
 
 
 def test_timeouts_that_are_set_and_cancelled_have_nobody_look_through_the_table(scheduler: Scheduler) -> None:
-    """A look from where a cancelled one was passes all that the store has not forgotten yet: with timeouts of two lengths 100,000 of them, 3 ms, at each that was cancelled."""
+    """A scan from where a cancelled timer was passes all entries that the store has not yet forgotten: with timeouts of two lengths, 100,000 of them, 3 ms, at each cancel."""
     scheduler.set(b"far|v", b"100000")
     looks: list[bytes] = []
 

@@ -1,4 +1,4 @@
-"""semantics.md rule by rule, where no other file states it: waiting, cancelling, running again, what a snapshot promises, time."""
+"""semantics.md rule by rule, where no other file covers it: waiting, cancelling, running again, what a snapshot promises, and time."""
 
 import gc
 import importlib
@@ -64,7 +64,7 @@ def main(o):
 
 
 def test_a_generator_is_one_task_however_often_it_is_used() -> None:
-    """§1.2: the result of its one run, again and again, also after it has ended."""
+    """§1.2: each use gives the result of its one run, also after it has ended."""
     w = run("""
 def child():
     say("ran")
@@ -81,7 +81,7 @@ def main(o):
 
 @pytest.mark.parametrize("first", ["kw.spawn(c)", "next(c)"])
 def test_yield_from_a_generator_that_has_begun_is_refused(first: str) -> None:
-    """§1.2: natively it would be fed None."""
+    """§1.2: natively it would be sent None."""
     w = run(f"def child():\n    yield kw.suspend('c')\n    yield kw.suspend('d')\ndef main(o):\n    c = child()\n    {first}\n    yield from c")
     assert "`yield from` of child, which has already started" in error(w)
 
@@ -128,7 +128,7 @@ def test_yield_from_a_wait_equals_yield_of_it() -> None:
 
 
 def test_combinators_start_every_child_before_they_decide() -> None:
-    """§1.5: also those after one that has settled already."""
+    """§1.5: also those that come after one that has settled already."""
     w = run("""
 def at_once(n):
     say(n)
@@ -155,7 +155,7 @@ def test_one_wait_may_be_in_a_combinator_several_times(wait: str, expected: Any)
 
 
 def test_waiters_go_on_in_the_order_in_which_they_came_and_before_the_losers_clean_up() -> None:
-    """§1.5 (the reference: last first, KW-29)."""
+    """§1.5 (in the reference the last goes on first, KW-29)."""
     w = run("""
 def waiter(n, x):
     yield x
@@ -202,7 +202,7 @@ def main(o):
 
 
 def test_the_end_of_a_task_looks_once_at_each_wait_that_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """§1.5: with 2,000 of them each had been looked up among all of them, 13 ms at each step."""
+    """§1.5: with 2,000 of them, each was looked up among all of them, 13 ms at each step."""
     w = run("""
 def loser(n):
     try:
@@ -244,7 +244,7 @@ def test_a_childs_error_that_nobody_awaits_is_reported_and_harms_nobody() -> Non
 
 
 def test_an_error_of_a_class_that_takes_no_attributes_goes_through_tasks_and_waits_as_any_other() -> None:
-    """A frozen dataclass refuses even what an interpreter sets: its traceback and its context."""
+    """A frozen dataclass refuses even what the interpreter sets: its traceback and its context."""
     w = run("""
 import dataclasses
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +275,7 @@ def main(o):
 
 
 def test_the_api_works_in_a_running_step_only() -> None:
-    """§1.8: not at import, not on another thread."""
+    """§1.8: not during an import, not on another thread."""
     with pytest.raises(kw.UsageError, match="inside a running workflow step"):
         kw.suspend()
     found: list[str] = []
@@ -304,7 +304,7 @@ def native(main: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["bad \ud800", "cut\0off", 5])
 def test_a_header_name_that_no_record_can_bear_is_an_error_at_the_call(name: object) -> None:
-    """K11: on Kafka half a surrogate pair ended the process, and a NUL the name."""
+    """K11: on Kafka, half a surrogate pair in the name ended the process, and a NUL cut the name off."""
     tester = run(f"def main(opts):\n    kw.output('x', 'out', headers=[({name!r}, 'v')])\n")
     assert error(tester).startswith(f"UsageError: header {name!r}: a name must be UTF-8 text")
     assert tester.values("out") == []
@@ -336,7 +336,7 @@ def main(o):
 
 
 def test_a_cancel_of_a_running_task_is_delivered_at_its_next_wait_that_blocks() -> None:
-    """§2.1: also of itself and of its parent; it is recorded, so it is never lost."""
+    """§2.1: also a cancel of itself and of its parent. It is recorded, so it is never lost."""
     w = run("""
 def child(box):
     kw.cancel(box["self"])
@@ -415,7 +415,7 @@ def main(o):
 
 
 def test_a_timeout_that_is_cancelled_ends_when_what_it_waited_for_has_cleaned_up() -> None:
-    """§2.2: its timer is cancelled at once, which is no time-out and decides nothing."""
+    """§2.2: its timer is cancelled at once. That is no timeout and decides nothing."""
     w = run("""
 def child():
     try:
@@ -441,7 +441,7 @@ def main(o):
 
 
 def test_a_cancel_reaches_who_waits_for_the_rest_of_a_race_that_is_decided_and_who_waits_for_nothing() -> None:
-    """§1.5, §2.2: a result that was decided before does not take the cancel's place."""
+    """§1.5, §2.2: a result that was decided before does not replace the cancel."""
     w = run("""
 def loser():
     try:
@@ -521,7 +521,7 @@ def test_a_keyboard_interrupt_aborts_the_step_even_if_author_code_swallowed_it(s
 @pytest.mark.parametrize("where", ["def main(o):\n    raise {}", "def main(o):\n    yield 1\n    raise {}", "def no(value):\n    raise {}\ndef main(o):\n    yield kw.on_update('u', no)"])
 @pytest.mark.parametrize("error", ["MemoryError", "StepTimeout", "KwflowBug"])
 def test_what_is_no_outcome_of_author_code_parks_the_instance_wherever_it_comes_up(error: str, where: str) -> None:
-    """§2.5, G4: in a generator, a plain function, a validator."""
+    """§2.5, G4: in a generator, a plain function or a validator."""
     w = run("from kwflow.errors import KwflowBug, StepTimeout\n" + where.format(error))
     if "on_update" in where:
         w.command("w", "update", {"name": "u"})
@@ -553,7 +553,7 @@ def main(o):
 
 
 def test_lines_of_kw_log_are_carried_in_the_transition() -> None:
-    """§3.1: written by the runner, after the commit."""
+    """§3.1: the runner writes them after the commit."""
 
     def main(_: object) -> Any:
         kw.log("booked", 3)
@@ -632,7 +632,7 @@ def test_the_test_kit_takes_a_nan_and_a_module_that_a_step_imports_for_no_change
 
 @pytest.mark.skipif((3, 13) <= sys.version_info < (3, 13, 6), reason="NOT TESTED: this Python crashes on frames that outlive their generators (gh-125723)")
 def test_what_is_forgotten_lets_its_variables_go_also_when_its_frame_is_held() -> None:
-    """§3.3: a manager may keep the frame that entered it (`sys._getframe`), a traceback keeps those it passed."""
+    """§3.3: a context manager may keep the frame that entered it (`sys._getframe`), and a traceback keeps those that it passed through."""
     made = load("class Held:\n    pass\ndef gen():\n    held = Held()\n    yield held\n").gen()
     held = weakref.ref(next(made))
     frame = made.gi_frame
@@ -661,7 +661,7 @@ def main(o):
 
 
 def test_whatever_kw_has_is_held_over_a_wait_also_what_is_called_with_the_value_of_one() -> None:
-    """§4: a call with a wait among its arguments holds the function meanwhile.  Types for annotations apart."""
+    """§4: a call with a wait among its arguments holds the function meanwhile. Types for annotations are excepted."""
     w = run("""
 def main(o):
     held = {name: getattr(kw, name) for name in kw.__all__ if name not in ("Gen", "Wait")}
@@ -719,7 +719,7 @@ def test_the_header_alone_tells_where_an_instance_waits_relative_to_its_module()
 
 
 def test_now_is_aware_utc_and_never_goes_back() -> None:
-    """§9.1: the later of the record's timestamp and the instance's last."""
+    """§9.1: the later of the record's timestamp and the instance's last one."""
     w = run("""
 def main(o):
     times = []

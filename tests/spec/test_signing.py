@@ -1,4 +1,4 @@
-"""Signed snapshots: only what one of our keys signed is ever unpickled; everything else parks its instance and waits for a key."""
+"""Signed snapshots: only what one of the application's keys signed is ever unpickled. Everything else parks its instance and waits for a key."""
 
 import hashlib
 import hmac
@@ -43,14 +43,14 @@ RAN: list[str] = []
 
 
 class Bomb:
-    """Says so when it is unpickled."""
+    """Reports that it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RAN.append, ("unpickled",)
 
 
 class Engine:
-    """One after another on the same store, each with its own keys."""
+    """Engines on the same store, one after another, each with its own keys."""
 
     def __init__(self, store: MemoryStore, offset: int, *keys: str, **more: Any) -> None:
         module = durable.load_source("signing", SOURCE, "signing.py")
@@ -67,13 +67,13 @@ class Engine:
 
 
 def parked(store: MemoryStore) -> str:
-    """Why."""
+    """The reason."""
     return str(snapshot.read_header(store.entries[b"a"])["parked"]["message"])
 
 
 @pytest.mark.parametrize(("before", "after", "why"), [((), (ONE,), "not signed"), ((TWO,), (ONE,), "no key"), ((ONE,), (), "no key"), ((ONE,), (TWO, THREE), "no key")])
 def test_what_no_key_of_ours_signed_is_parked_and_goes_on_once_its_key_is_there(before: tuple[str, ...], after: tuple[str, ...], why: str) -> None:
-    """G4, G10's way out: nothing is lost, retry with the right keys drains the hold."""
+    """G4, and the way out of G10: nothing is lost, and a retry with the right keys drains the hold."""
     store = MemoryStore()
     assert Engine(store, 0, *before).send(b"new:1").counts == ("started",)
     engine = Engine(store, 10, *after)
@@ -100,7 +100,7 @@ def test_the_first_key_signs_and_all_are_accepted_so_that_keys_can_be_rotated() 
 
 
 def test_whatever_a_record_or_a_command_leaves_of_an_instance_is_signed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy, paused, being drained, parked, both, and what stays after the end: else the next record would park it."""
+    """A copy, a paused, draining or parked instance, one that is both, and what stays after the end. Otherwise the next record would park it."""
     monkeypatch.setattr(parking, "DRAINED_MAX", 1)
     store, more, start = MemoryStore(), b'{"ref":"more","value":1}', (b"new:1", ("kwflow-start-id", b"mine"))
     engine = Engine(store, 0, ONE)
@@ -136,7 +136,7 @@ def test_whatever_a_record_or_a_command_leaves_of_an_instance_is_signed(monkeypa
 
 
 def test_the_code_of_one_whose_key_is_missing_is_still_in_use() -> None:
-    """G10: `kwflow code gc` would remove what its retry needs, once the key is there."""
+    """G10: otherwise `kwflow code gc` would remove what its retry needs once the key is there."""
     store = MemoryStore()
     Engine(store, 0, ONE).send(b"new:1")
     running = deployment.versions_in(store.entries)
@@ -145,7 +145,7 @@ def test_the_code_of_one_whose_key_is_missing_is_still_in_use() -> None:
 
 
 def test_keys_are_introduced_while_unsigned_instances_wait() -> None:
-    """They go on and are signed as they are saved; those that were parked for it go on with a retry; then nothing unsigned is left."""
+    """They go on, and are signed when they are saved. Those that were parked for it go on with a retry. Then nothing unsigned is left."""
     store = MemoryStore()
     Engine(store, 0).send(b"new:1")
     assert Engine(store, 10, ONE).send(b'{"ref":"more","value":1}').counts == ("parked",)
@@ -165,7 +165,7 @@ def test_keys_are_introduced_while_unsigned_instances_wait() -> None:
 
 
 def test_where_unsigned_ones_are_accepted_wrongly_signed_ones_are_not() -> None:
-    """Nor is the mark that accepts them a key."""
+    """The marker that accepts unsigned ones is not a key, either."""
     keys = Config(snapshot_keys=[ONE], snapshot_unsigned="accept").signing_keys
     assert keys == (ONE.encode(), snapshot.UNSIGNED)
     for key, name in ((b"guess" * 8, ONE.encode()), (b"", b""), (TWO.encode(), TWO.encode())):
@@ -179,7 +179,7 @@ def test_where_unsigned_ones_are_accepted_wrongly_signed_ones_are_not() -> None:
 
 
 def forge(header: dict[str, Any], key: bytes | None) -> bytes:
-    """Bytes of a snapshot whose body does something when it is unpickled."""
+    """Bytes of a snapshot whose body runs code when it is unpickled."""
     text = json.dumps({"v": 1, "id": "a", "workflow": "main", "status": "waiting", "start_id": "", "created": 0, "updated": 0, "waits": [], **header}).encode()
     data = b"KWF1" + struct.pack(">I", len(text)) + text + pickle.dumps(Bomb())
     return data + (hashlib.sha256(data).digest() if key is None else hmac.digest(key, data, "sha256"))
@@ -197,7 +197,7 @@ def forge(header: dict[str, Any], key: bytes | None) -> bytes:
     ids=["plain checksum", "wrong key", "another key's name", "no name", "says that it is parked"],
 )
 def test_a_forged_snapshot_is_never_unpickled(forged: bytes) -> None:
-    """The checksum anybody can compute is no proof where keys are set; nor is unpickling ever tried to find out."""
+    """Where keys are set, the checksum proves nothing, because anybody can compute it. Unpickling is never tried to find out."""
     RAN.clear()
     store = MemoryStore()
     store.entries[b"a"] = forged
@@ -211,7 +211,7 @@ def test_a_forged_snapshot_is_never_unpickled(forged: bytes) -> None:
 
 
 def test_nothing_that_a_forged_header_says_is_told_or_acted_on() -> None:
-    """Commands run on headers alone: a forged one is damaged, whoever it names is not told of its end."""
+    """Commands run on headers alone. A forged header is damaged: whoever it names is not told of its end."""
     waits = [{"ref": "0:1", "kind": "timer", "since": 0}, {"ref": "0:2", "kind": "child", "since": 0, "child": "victim", "workflow": "w", "policy": "terminate"}]
     for told in ({"ended": 0, "status": "ended", "ids": {"once": ["ok", "forged", None]}}, {"start_id": "theirs", "parent": "victim|0:1", "waits": waits, "status_value": "forged"}):
         store = MemoryStore()

@@ -73,7 +73,7 @@ def test_a_duplicate_start_and_an_unknown_ref_change_nothing(trip: WorkflowTeste
 
 @pytest.mark.parametrize("case", TRIPS, ids=lambda case: case.name)
 def test_a_saga_of_the_reference_ends_as_it_should(case: Trip) -> None:
-    """T-KW-2..5; order across topics is free."""
+    """T-KW-2..5; the order across topics may vary."""
     module = durable.load_source("trip_booking", SOURCE.read_text(encoding="utf-8"), str(SOURCE))
     saga = WorkflowTester(module.main)
     saga.start("thread1", case.options)

@@ -1,4 +1,4 @@
-"""What a workflow is given is rebuilt by the annotation of its parameter, as an activity's arguments are (decision 0050)."""
+"""The input of a workflow is rebuilt by the annotation of its parameter, as an activity's arguments are (decision 0050)."""
 
 import dataclasses
 import itertools
@@ -42,7 +42,7 @@ _names = itertools.count()
 
 
 def load(body: str, models: str = MODELS, head: str = "") -> Any:
-    """A durable module with these workflows, and one with the classes that they mention."""
+    """A durable module with these workflows, and a module with the classes that they mention."""
     number = next(_names)
     durable.load_source(f"typed_models_{number}", models)
     text = f"{head}import kwflow as kw\nfrom typing import *\nfrom typed_models_{number} import *\n{body}"
@@ -71,7 +71,7 @@ WAITS = """
 @pytest.mark.parametrize("head", ["", "from __future__ import annotations\n"], ids=["as-written", "postponed"])
 @pytest.mark.parametrize("spelling", ["def main(o: Order):", "@kw.workflow(name='n{n}')\ndef main(o: Order) -> kw.Gen[list]:", "def main(o: 'Order | None' = None):"])
 def test_the_input_is_what_the_annotation_says_and_a_saved_object_from_then_on(spelling: str, head: str) -> None:
-    """All that activities rebuild, through a snapshot."""
+    """Everything that activities rebuild, through a snapshot."""
     w = started(spelling.replace("{n}", str(next(_names))) + WAITS, PLAIN, head=head)
     w.resume("w", "r")
     assert w.result("w") == [2, "s", True, 2026, [0, 255], 9]
@@ -105,14 +105,14 @@ def test_without_an_annotation_that_rebuilds_something_the_input_is_the_json_as_
 
 
 def test_what_else_is_annotated_need_not_be_known_here() -> None:
-    """An import for type checkers alone is not there when the engine runs; only the input's annotation is looked at."""
+    """An import for type checkers alone does not exist when the engine runs. Only the input's annotation is checked."""
     body = "def main(line: Line, other: 'Nothing' = 1) -> 'Nothing':\n    return line.count"
     assert started(body, {"sku": "a", "count": 5}).result("w") == 5
 
 
 @pytest.mark.parametrize("annotation", ["Iterable[Line]", "Reversible[Line]", "dict[str, Iterable[Line]]"])
 def test_what_any_list_is_for_a_type_checker_is_rebuilt_as_a_list(annotation: str) -> None:
-    """It was taken when the engine started, and each start was a dead letter."""
+    """It was accepted when the engine started, and then each start was a dead letter."""
     lines: Any = [{"sku": "a", "count": 2}]
     body = f"def main(o: {annotation}):\n    yield kw.suspend('r')\n    return [line.count for line in (o['x'] if isinstance(o, dict) else o)]"
     tester = started(body, {"x": lines} if "dict" in annotation else lines)
@@ -121,7 +121,7 @@ def test_what_any_list_is_for_a_type_checker_is_rebuilt_as_a_list(annotation: st
 
 
 def test_an_input_that_does_not_fit_is_a_dead_letter_and_a_reply_that_say_where_and_what_was_expected() -> None:
-    """G3: nothing has run; after a correction the dead letter is retried as any other."""
+    """G3: nothing has run. After a correction, the dead letter is retried as any other."""
     w = WorkflowTester(load("def main(o: Order):" + WAITS).main)
     w.start("w", {**PLAIN, "lines": [{"sku": "a", "count": "two"}]}, **{"kwflow-request": "r", "kwflow-reply-to": "0/p"})
     said = "workflow 'main' does not accept this input: Expected `int`, got `str` - at `$.lines[0].count`"
@@ -135,7 +135,7 @@ def test_an_input_that_does_not_fit_is_a_dead_letter_and_a_reply_that_say_where_
     [("ValueError('odd')", "odd"), ("KeyError('k')", "KeyError: 'k'"), ("SystemExit(3)", "SystemExit: 3"), ("kw.now()", "UsageError: "), ("ValueError('a\\nb' * 9999)", "a b")],
 )
 def test_whatever_a_class_raises_while_it_is_built_is_bad_input(raised: str, said: str) -> None:
-    """No engine ends of it, and nothing is parked: nothing of the workflow was there."""
+    """It ends no engine, and nothing is parked, because nothing of the workflow exists yet."""
     models = f"import dataclasses, kwflow as kw\n@dataclasses.dataclass\nclass Odd:\n    n: int\n    def __post_init__(self):\n        raise {raised}"
     w = started("def main(o: Odd):\n    return 1\n    yield", {"n": 1}, models=models)
     [(reason, message)] = refused(w)
@@ -171,7 +171,7 @@ def main(o):
 
 
 def test_a_start_that_does_not_fit_ends_no_run_that_it_would_restart() -> None:
-    """KW-6: refused before anything is done."""
+    """KW-6: it is refused before anything is done."""
     w = started(f"@kw.workflow(name='again{next(_names)}', restart=True)\ndef main(n: int):\n    yield kw.suspend('r')\n    return n", 1)
     w.start("w", "two")
     assert ([reason for reason, _ in refused(w)], w.waits("w")) == (["bad-input"], ["r"])
@@ -181,7 +181,7 @@ def test_a_start_that_does_not_fit_ends_no_run_that_it_would_restart() -> None:
 
 
 def test_a_class_that_changes_under_a_waiting_instance_is_a_class_like_any_other() -> None:
-    """The input was rebuilt once, when it came; new starts are given the class that is deployed."""
+    """The input was rebuilt once, when it came. New starts get the deployed class."""
     text = "import dataclasses, kwflow as kw\n@dataclasses.dataclass\nclass Line:\n    sku: str\n    count: int{more}\ndef main(o: Line):\n    yield kw.suspend('r')\n    return [{value}]\n"
     old, new = text.format(more="", value="o.count"), text.format(more="\n    price: int = 3", value="o.price")
     name = f"typed_deployed_{next(_names)}"
@@ -209,7 +209,7 @@ def test_a_class_that_changes_under_a_waiting_instance_is_a_class_like_any_other
     ],
 )
 def test_an_annotation_that_rebuilds_nothing_is_said_when_the_engine_starts(body: str, said: str) -> None:
-    """Before the first record: not as a dead letter for each start."""
+    """Before the first record, instead of as a dead letter for each start."""
     module = load(body, models="import dataclasses, pydantic.dataclasses\n" + MODELS.replace("import dataclasses,", "import", 1))
     with pytest.raises(UsageError, match=re.compile(f"the input of workflow 'shop'.* {said}")):
         Workflows({"shop": module.main})

@@ -1,4 +1,4 @@
-"""V1-V39, each three ways: saved and loaded at every step, kept live, and all events in one batch."""
+"""V1-V39, each in three ways: saved and loaded at every step, kept live, and all events in one batch."""
 
 import textwrap
 from typing import Any
@@ -28,13 +28,13 @@ def value_of(event: str) -> bytes:
 
 
 def lines(outputs: list[Output]) -> list[str]:
-    """What a vector's expectations are written in."""
+    """The format of a vector's expectations."""
     names = {"o": "", "workflow-result": "result ", "workflow-error": "error "}
     return [names[output.topic] + (output.value or b"").decode() for output in outputs if output.topic in names]
 
 
 class Engine:
-    """One processor over a store in memory; `batch` decides everything it is given at once."""
+    """One processor over a store in memory. `batch` decides everything it is given at once."""
 
     def __init__(self, main: Any, cached: int) -> None:
         self.store = MemoryStore()
@@ -77,7 +77,7 @@ def test_outputs_ids_keys_and_tombstones_of_two_steps() -> None:
 
 
 class Site(Engine):
-    """Several instances; what is sent is decided at once, and may be decided again as one batch."""
+    """Several instances. What is sent is decided at once, and may be decided again as one batch."""
 
     def __init__(self, main: Any, cached: int) -> None:
         super().__init__(main, cached)
@@ -97,7 +97,7 @@ class Site(Engine):
 @pytest.mark.parametrize("cached", [0, 100])
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector.id)
 def test_a_fork_at_any_wait_of_a_vector_writes_what_is_left_of_it_and_so_does_the_first(vector: Vector, cached: int) -> None:
-    """Decision 0048; forks of forks included, and K15: all of it in one batch writes the same."""
+    """Decision 0048, forks of forks included. K15: all of it in one batch writes the same."""
     main = program(vector)
     site, running, closing = Site(main, cached), ["w"], False
     made = [site.send("w", b"new:{}")]

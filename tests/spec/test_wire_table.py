@@ -1,4 +1,4 @@
-"""Every row of the table of bad input in docs/WIRE.md, sent to a real processor (G3): nothing is lost, nobody gets another's reply."""
+"""Every row of the table of bad input in docs/WIRE.md, sent to a real processor (G3): nothing is lost, and nobody gets another's reply."""
 
 import pathlib
 import re
@@ -74,7 +74,7 @@ def letters(w: WorkflowTester) -> list[str]:
 
 
 def sent(w: WorkflowTester, row: Row, **address: str) -> dict[bytes, bytes]:
-    """The state before."""
+    """Sends it; returns the state from before."""
     before = dict(w.state.entries)
     w.send(TO[row.to], row.value, {**({"kwflow-op": row.op} if row.op else {}), **row.headers, **address})
     return before
