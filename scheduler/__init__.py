@@ -1,1 +1,1 @@
-"""The timer service of the demo: `python -m scheduler`, the same as `kwflow scheduler`."""
+"""The timer service of the demo: `python -m scheduler` is the same as `kwflow scheduler`."""

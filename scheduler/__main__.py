@@ -1,4 +1,4 @@
-"""`python -m scheduler [options]` is `kwflow scheduler [options]`: the service of `kwflow.timers` with its options and signals."""
+"""`python -m scheduler [options]` runs `kwflow scheduler [options]`: the service of `kwflow.timers`, with its options and signals."""
 
 import sys
 

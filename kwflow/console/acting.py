@@ -1,6 +1,6 @@
-"""The forms: each does what a command does, by the same calls, and leads back to the page of what it was done to.
+"""The forms: each does what a command does, with the same calls, and leads back to the page of the instance or letter.
 
-A command is for the run that the page showed (its start id): if another one has the id by then, nothing is done.
+A command is for the run that the page showed (its start id): if another run has the id by then, nothing is done.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kwflow.runners import letters
 __all__ = ["ROUTES"]
 
 _READ_S = 10
-_BEYOND_VALUE = 10_000  # bytes of a form besides the value that it may have; encoded it may be three times as long
+_BEYOND_VALUE = 10_000  # bytes of a form in addition to its value, which may be three times as long when it is encoded
 _FIELDS_MAX = 10
 Form = dict[str, str]
 _ASKS = {"terminate": "It ends without running its code; its timers, activities and children are cancelled.", "discard": "The record at fault is dropped for good, and the rest is applied."}
@@ -43,7 +43,7 @@ _COMMANDS: dict[str, Callable[[Client, str, Form], Future[Any]]] = {
 
 
 def _json(text: str) -> Any:
-    """Raises UsageError."""
+    """Decode a value; an empty field is null.  Raises UsageError."""
     try:
         return msgspec.json.decode(text.strip() or "null")
     except (msgspec.DecodeError, RecursionError) as error:
@@ -51,7 +51,7 @@ def _json(text: str) -> Any:
 
 
 async def _form(request: Request) -> Form:
-    """What was filled in; an empty field is as one that is not there.  Raises UsageError, Problem."""
+    """The fields that were filled in; an empty field counts as missing.  Raises UsageError, Problem."""
     site, parts, size = site_of(request), [], 0
     try:
         async with asyncio.timeout(_READ_S):
@@ -70,13 +70,13 @@ async def _form(request: Request) -> Form:
 
 
 def _commanded(site: Site, op: str, id: str, form: Form) -> None:
-    """Raises what the client does, CommandError if the engine refuses it."""
+    """Send a command, and wait for its reply.  Raises what the client raises, such as CommandError if the engine refuses it."""
     with site.connect() as client:
         _COMMANDS[op](client, id, form).result()
 
 
 def _settled(site: Site, op: str, what: str) -> None:
-    """Raises UsageError, Problem."""
+    """Retry or discard a parked instance or a letter.  Raises UsageError, Problem."""
     for one in letters.settle(site.config, site.embedded, what, None, op):
         if not one.done:
             raise Problem(409, one.said, f"{site.command('dead-letters show', what)} shows it whole")
@@ -104,7 +104,7 @@ async def _settle(request: Request) -> Response:
 
 
 async def _confirm(request: Request) -> Response:
-    """Asks once more before what cannot be taken back."""
+    """Ask for confirmation of an action that cannot be undone."""
     site, id, op = site_of(request), segment(request, "id"), request.path_params["op"]
     if op not in _ASKS or site.read_only:
         raise Problem(404, "There is no such page", "the page of the instance has its forms")

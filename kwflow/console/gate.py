@@ -1,7 +1,7 @@
-"""Who may enter: around the application, before any page.
+"""Admission to the application, before any page.
 
-A console without tokens is for who sits at this machine, and a browser there opens pages from anywhere.  So it answers only under a name that no page from
-elsewhere can have (DNS rebinding), and a form counts only if a page of its own sent it.  Paths are taken as they were sent: an id may hold a slash (%2F).
+A console without tokens is for the user of this machine, whose browser opens pages from anywhere.  So it answers only under a name that no page from
+elsewhere can have (DNS rebinding), and accepts a form only from one of its own pages.  Paths are used as they were sent: an id may contain a slash (%2F).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Gate"]
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",  # with no-referrer a browser's forms would have no Origin
+    "Referrer-Policy": "same-origin",  # with no-referrer a browser would send forms without an Origin
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
@@ -55,7 +55,7 @@ class Gate:
             await self._inner(scope, receive, sent)
 
     def _refused(self, request: Request) -> tuple[int, str, str]:
-        """Status, why it may not enter, and what to do; 0 if it may."""
+        """The status (0 if the request may enter), why it may not, and what to do."""
         host = request.headers.get("host", "")
         if self._tokens and not self._knows(request.headers.get("authorization", "")):
             return 401, "This console takes a token", "give one of console_tokens as the password; any user name will do"
@@ -77,11 +77,11 @@ class Gate:
 
 
 def _own(request: Request, host: str) -> bool:
-    """Browsers say where a form comes from, and no page can say otherwise.
+    """Whether a form comes from a page of this console.  Browsers say where a form comes from, and no page can say otherwise.
 
-    1. the console speaks TLS, or a proxy on this machine does and says so (X-Forwarded-Proto)
-    2. who sits on the line answers http:// under the same name, with a page that sends a form
-    3. its Origin is this host's, and not of this scheme; behind a proxy that says nothing, https may be what looks like http here
+    1. The console speaks TLS, or a proxy on this machine does and says so (X-Forwarded-Proto).
+    2. An attacker on the line answers http:// under the same name, with a page that sends a form.
+    3. That form's Origin has this host, but not this scheme.  Behind a proxy that does not say so, https looks like http here, so https is accepted too.
     """
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "").lower()
     return site == "same-origin" if site is not None else host != "" and origin in {f"{scheme}://{host.lower()}" for scheme in (request.scope["scheme"], "https")}

@@ -1,4 +1,4 @@
-"""The pages that only show: the list, an instance, dead letters."""
+"""The pages that only show something: the list, an instance, dead letters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FIELDS = ("status", "workflow", "id", "since", "where", "page")
 
 
 def _asked(request: Request) -> tuple[Filter, dict[str, str], int]:
-    """The filter, the fields as they were filled in, and which page.  Raises UsageError."""
+    """The filter, the fields as they were filled in, and the number of the page.  Raises UsageError."""
     given = {name: request.query_params.get(name, "").strip() for name in _FIELDS}
     if unknown := set(request.query_params) - {*_FIELDS, "done"}:
         raise UsageError(f"there is no filter {min(unknown)}; there are {', '.join(_FIELDS)}")
@@ -44,7 +44,7 @@ def _asked(request: Request) -> tuple[Filter, dict[str, str], int]:
 
 
 def _words(text: str) -> list[str]:
-    """As on a command line: `customer="Ada Lovelace" paid=true`."""
+    """Split text as a command line is split: `customer="Ada Lovelace" paid=true`.  Raises UsageError."""
     try:
         return shlex.split(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What went wrong, as a page: status, what it is, and what to do."""
+"""Errors as pages: the status, what went wrong, and what to do about it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STATUSES: tuple[tuple[type[Exception], int, str, str], ...] = (  # the first th
 
 
 class Problem(KwflowError):
-    """A page that cannot be what was asked for."""
+    """The requested page cannot be shown, or the form cannot be carried out."""
 
     def __init__(self, status: int, title: str, remedy: str) -> None:
         super().__init__(status, title, remedy)
@@ -33,7 +33,7 @@ class Problem(KwflowError):
 
 
 def answered(request: Request, error: Exception) -> Response:
-    """The page that says so; what is no error of kwflow's is logged whole, and only its kind is shown."""
+    """The page for an error.  An error that is not one of kwflow's is logged with its traceback, and only its type is shown."""
     page = site_of(request).page
     if isinstance(error, Problem):
         return page("problem.html", error.status, title=error.title, detail="", remedy=error.remedy, bare=False)

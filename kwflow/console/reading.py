@@ -1,6 +1,6 @@
-"""What pages tell of instances: gathered from what is stored, in a thread, by no code of the author's.
+"""What pages show of instances: gathered from stored data, in a thread, without running any author's code.
 
-Everything here is what some record or some author wrote: text for a page, and nothing else.
+Everything here was written by some record's sender or some author: it is text for a page, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = ["Drawn", "Listed", "Looked", "ROWS", "listed", "looked"]
 
 ROWS = 200
 _PAGES_MAX = 25
-_HELD_MAX = 10  # records behind the one at fault
-_VALUE_MAX = 20_000  # characters of what is shown as JSON
+_HELD_MAX = 10  # records shown behind the one at fault
+_VALUE_MAX = 20_000  # characters of a value shown as JSON
 _OPS = {
     "waiting": ("cancel", "pause", "terminate"), "closing": ("cancel", "pause", "terminate"), "paused": ("unpause", "cancel", "terminate"),
     "parked": ("retry", "discard", "terminate"), "damaged": ("terminate",),
@@ -34,7 +34,7 @@ _OPS = {
 
 
 class Listed(msgspec.Struct, frozen=True):
-    """One page of rows; `source` says where they are from, `note` why not from the engines."""
+    """One page of rows; `source` says where they come from, and `note` why not from the engines."""
 
     rows: list[dict[str, Any]]
     counts: dict[str, int]
@@ -46,7 +46,7 @@ class Listed(msgspec.Struct, frozen=True):
 
 
 class Drawn(msgspec.Struct, frozen=True):
-    """A node of the picture as a page has it; `wait` is the header's entry of a wait."""
+    """A node of the picture, prepared for a page; `wait` is the header's entry for a wait."""
 
     node: Node
     placed: Placed | None
@@ -55,7 +55,7 @@ class Drawn(msgspec.Struct, frozen=True):
 
 
 class Looked(msgspec.Struct, frozen=True):
-    """One instance.  `header` is empty if its bytes cannot be read, and `trouble` says why; `untold` why its variables are not shown."""
+    """One instance.  `header` is empty if its bytes cannot be read, and `trouble` says why; `untold` says why its variables are not shown."""
 
     id: str
     header: dict[str, Any]
@@ -77,7 +77,7 @@ class Looked(msgspec.Struct, frozen=True):
 
 
 def listed(site: Site, wanted: Filter, number: int) -> Listed:
-    """The `number`th page of what is asked for.  Raises UsageError, TransportError."""
+    """Page `number` of the selected instances.  Raises UsageError, TransportError."""
     if not 1 <= number <= _PAGES_MAX:
         raise UsageError(f"a list has {_PAGES_MAX} pages of {ROWS}; narrow it, or take all with {site.command('list', None, '--json')}")
     notes: list[str] = []
@@ -100,9 +100,9 @@ def looked(site: Site, sources: Sources, id: str) -> Looked | None:
     try:
         header = described(entry.data, keys)
         codes = sources.of(snapshot.read_header(entry.data))
-        body = snapshot.split(entry.data, keys)[1]  # variables only of what is verified, where there are keys
+        body = snapshot.split(entry.data, keys)[1]  # if there are keys, variables are shown only of verified bytes
         picture = picture_of(body) if body and header.get("parked", {}).get("was") != "damaged" else None
-    except (SnapshotError, LookupError, TypeError, AttributeError) as error:  # a header may be a forger's
+    except (SnapshotError, LookupError, TypeError, AttributeError) as error:  # a header may be forged
         said = str(error) if isinstance(error, SnapshotError) else f"its header is none: {error!r}"
         trouble, untold = ("", said) if header else (said, "")
     waits = {wait["ref"]: wait for wait in header.get("waits", ())}
@@ -131,7 +131,7 @@ def _value(node: Node, picture: Picture) -> str:
 
 
 def _json_of(text: str | None) -> str:
-    """An outcome's value is JSON in a text; none if it was too large for the entry."""
+    """An outcome's value, formatted; it is JSON text, or None if it was too large for the entry."""
     return "(it is too large for its entry; kwflow result has it)" if text is None else msgspec.json.format(text, indent=2)
 
 

@@ -1,4 +1,4 @@
-"""The application and its server."""
+"""The console's application and its server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def application(site: Site) -> ASGIApp:
 
 
 def serve(site: Site, host: str, port: int, log: Callable[[str], None]) -> None:
-    """Answer until SIGTERM.  Raises UsageError if it cannot, or must not, listen there, or its certificate is none."""
+    """Serve until SIGTERM.  Raises UsageError if it cannot or must not listen there, or if its certificate is invalid."""
     tls = certificate_of(site.config, "console")
     if not site.config.console_tokens and not _loopback(host):
         raise UsageError(f"--host {host}: without tokens the console answers on 127.0.0.1 only; set console_tokens (tokens in [console], made with: openssl rand -hex 32)")

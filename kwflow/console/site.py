@@ -1,6 +1,6 @@
-"""What all pages share: which application it is, how it is asked, and how a page is made.
+"""What all pages share: which application they are about, how it is queried, and how a page is rendered.
 
-Whatever reads or waits runs in a thread, and only so many at a time: a console asks slowly rather than much.
+Whatever reads or waits runs in a thread, and only a few at a time: a console would rather be slow than burden the application.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from kwflow.runners.outside import text_of
 __all__ = ["Site", "site_of"]
 
 _T = TypeVar("_T")
-_ASKED_MAX = 4  # at a time; and as many commands, which may wait for an engine that does not run
+_ASKED_MAX = 4  # at a time; and as many commands, which may be waiting for an engine that does not run
 
 
 class Site:
-    """One console.  `options` are those of the command line that say where the application is."""
+    """One console.  `options` are the command-line options that say where the application is."""
 
     def __init__(self, config: Config, embedded: Path | None, connect: Callable[[], Client], options: Sequence[str] = (), directory: Path | None = None, read_only: bool = False) -> None:
         self.config = config
         self.embedded = embedded
         self.connect = connect
-        self.directory = directory or Path.cwd()  # where modules are looked for, to say whether they are as an instance has them
+        self.directory = directory or Path.cwd()  # where modules are looked for, to compare them with those of an instance
         self.read_only = read_only
         self._options = options
         self._asking, self._acting = asyncio.Semaphore(_ASKED_MAX), asyncio.Semaphore(_ASKED_MAX)
@@ -49,17 +49,17 @@ class Site:
         return str(self.embedded) if self.embedded is not None else self.config.bootstrap_servers
 
     async def ask(self, call: Callable[..., _T], *arguments: Any) -> _T:
-        """What this gives, from a thread."""
+        """Run a call that reads, in a thread, and return its result."""
         async with self._asking:
             return await run_in_threadpool(call, *arguments)
 
     async def act(self, call: Callable[..., None], *arguments: Any) -> None:
-        """The same for what changes something."""
+        """Run a call that changes something, in a thread."""
         async with self._acting:
             await run_in_threadpool(call, *arguments)
 
     def command(self, op: str, of: str | None = None, *options: str) -> str:
-        """The command line that does the same, `of` an instance or letter; one that begins with - stands behind all options."""
+        """The command line that does the same, `of` an instance or letter; an id that begins with - comes after all options."""
         last = of is not None and of.startswith("-")
         return shlex.join(["kwflow", *op.split(), *([of] if of is not None and not last else []), *options, *self._options, *(["--", of] if of is not None and last else [])])
 

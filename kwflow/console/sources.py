@@ -1,6 +1,6 @@
-"""Where in its source a generator waits: the function as the instance has it, from the stored version, also if the file here has changed since.
+"""Where in its source a generator waits: the function as the instance runs it, from the stored version, even if the file here has changed since.
 
-Sources are parsed and never run.  Whatever stands in the way (one that is not stored, or is of another minor of Python) is said beside the frame.
+Sources are parsed, never run.  If something stands in the way (a source is not stored, or needs another minor of Python), the page says so beside the frame.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from kwflow.runners.outside import code_store
 
 __all__ = ["Code", "Line", "Placed", "Sources", "placed"]
 
-_LINES_AROUND = 25  # of a function, before and after where it waits
+_LINES_AROUND = 25  # of a function, before and after the line where it waits
 _VARIABLES_MAX = 100  # of one generator
 _CHARACTERS_MAX = 1000  # of one variable, in a picture of few generators
 _CHARACTERS_MIN = 100
 _FEW = 20
 _LINE_MAX = 400  # characters
-_UNREADABLE = (SyntaxError, UnsupportedError, RecursionError, MemoryError, ValueError, TypeError)  # MemoryError: what Python's parser says of what nests too deeply
+_UNREADABLE = (SyntaxError, UnsupportedError, RecursionError, MemoryError, ValueError, TypeError)  # MemoryError: raised by Python's parser for code that nests too deeply
 
 
 class Code(msgspec.Struct, frozen=True):
-    """One version of a module that an instance runs; `file` as its author has it; `here` is how the file here compares, `changed` which units differ."""
+    """One version of a module that an instance runs.  `file` is the author's path; `here` says how the file here compares; `changed` lists the units that differ."""
 
     module: str
     version: str
@@ -66,7 +66,7 @@ class Placed(msgspec.Struct, frozen=True):
 
 
 class Sources:
-    """The stored versions, read again when one is not known; safe from any thread."""
+    """The stored versions, which are read again if one is not known; safe from any thread."""
 
     def __init__(self, config: Config, embedded: Path | None, directory: Path) -> None:
         self._config = config
@@ -76,7 +76,7 @@ class Sources:
         self._lock = threading.Lock()
 
     def of(self, header: Mapping[str, Any]) -> dict[str, Code]:
-        """Reference -> the version that it stands for in this header."""
+        """Reference -> the module version that it stands for in this header."""
         named = {reference: (versions.split_reference(reference)[0], saved) for reference, saved in header.get("code", {}).items()}
         with self._lock:
             if any(versions.entry_key(name, saved["version"]) not in self._known for name, saved in named.values()):
@@ -90,7 +90,7 @@ class Sources:
         return Code(name, saved["version"], stored.get("file", name), stored.get("source"), here, changed)
 
     def _compared(self, name: str, saved: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-        """How the file here is beside it, as an engine looks at it; nothing is imported."""
+        """How the file here compares with a saved version, judged as an engine does; nothing is imported."""
         try:
             current = find_source(name, str(self._directory))
             if current is None:
@@ -105,7 +105,7 @@ class Sources:
 
 
 def placed(frame: Frame, codes: Mapping[str, Code], shown: Shown, frames: int) -> Placed:
-    """One of so many generators, with its source and its variables."""
+    """One generator with its source and its variables; with many `frames` the variables are cut shorter."""
     characters = _CHARACTERS_MAX if frames <= _FEW else _CHARACTERS_MIN
     code = codes.get(frame.module) or Code(frame.module, "", frame.module, None, "", ())
     shape, said = _shape(code, frame)
@@ -137,10 +137,10 @@ def _excerpt(source: str, shape: Shape, line: int | None) -> list[Line]:
     return [Line(number, text if len(text) <= _LINE_MAX else f"{text[:_LINE_MAX]}…", number == line) for number, text in enumerate(_lines(source)[first - 1 : last], first)]
 
 
-_units = functools.lru_cache(maxsize=16)(units_in)  # seconds for a large module, and the same for each of its instances
+_units = functools.lru_cache(maxsize=16)(units_in)  # cached, as it takes seconds for a large module, whose instances all need it
 
 
 @functools.lru_cache(maxsize=16)
 def _lines(source: str) -> list[str]:
-    """As Python counts them."""
+    """The lines of a source, split as Python counts them."""
     return re.split(r"\r\n?|\n", source)

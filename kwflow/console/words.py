@@ -1,4 +1,4 @@
-"""Lengths of time and sizes, as people read them."""
+"""Times, sizes and JSON in a form for people."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def when(ms: float, now_ms: float) -> When:
 
 
 def _length(seconds: int) -> str:
-    """In its largest unit, with what is left over in the next one."""
+    """A length of time in its largest unit, with the rest in the next one; empty for less than a second."""
     for (unit, name), (smaller, its_name) in itertools.pairwise((*_UNITS, (1, ""))):
         if seconds >= unit:
             rest = seconds % unit // smaller if its_name else 0
@@ -40,5 +40,5 @@ def size(count: int) -> str:
 
 
 def json_text(value: Any) -> str:
-    """Indented, for reading."""
+    """JSON, indented for reading."""
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

@@ -1,7 +1,7 @@
-"""What the gateway answers with: the JSON of every body that is no problem, a struct for each.
+"""The JSON bodies of the gateway's answers, except for problems: one struct for each.
 
-Those that a gateway makes are made of these; what engines tell is passed on as it comes, and described here.
-Docstrings are what callers read (openapi.py).
+The gateway makes its own answers from these structs.  What engines report is passed on unchanged, and described here.
+Callers read these docstrings (openapi.py).
 """
 
 from __future__ import annotations

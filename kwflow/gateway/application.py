@@ -1,4 +1,4 @@
-"""The application: all routes, and what is answered when one of them raises."""
+"""The application: all routes, and the answers when one of them raises."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def _health(request: Request) -> Response:
     """200 while it takes requests; it asks no engine and no broker."""
     service, said = service_of(request), ""
     try:
-        await service.client()  # one whose link was lost is made anew, also when nobody else comes
+        await service.client()  # replaces a client whose link was lost, even if no other request comes
     except TransportError as error:
         said = str(error)
     if service.ending:
@@ -50,7 +50,7 @@ def _refused(request: Request, error: Exception) -> Response:
 
 
 def _unrouted(request: Request, error: Exception) -> Response:
-    """What routing itself refuses."""
+    """Answer what routing itself refuses."""
     status = getattr(error, "status_code", 400)
     made = refusal(problem_of(RequestError({404: "no_path", 405: "no_method"}.get(status, "usage"), f"{request.method} {request.scope['path'][:200]}")))
     made.headers.update(getattr(error, "headers", None) or {})  # Allow
@@ -58,7 +58,7 @@ def _unrouted(request: Request, error: Exception) -> Response:
 
 
 def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody hears it
+    return Response(status_code=499)  # nobody receives it
 
 
 _METRICS = Text("text/plain", "In the text format of Prometheus.", "kwflow_gateway_waiting 1.0\n")
@@ -88,7 +88,7 @@ ROUTES = [
 
 
 def application(service: Service) -> ASGIApp:
-    """What a server runs; `service.end()` comes before it stops."""
+    """The application for a server, which must call `service.end()` before it stops."""
     registry = CollectorRegistry()
     calls = Gauge("kwflow_gateway_calls", "Calls of a queue that this gateway has read: free, or locked by a worker.", ["queue", "state"], registry=registry)
     for queue, lending in service.lendings.items():

@@ -1,7 +1,7 @@
-"""`POST /callbacks/ID/REF`: a service that was given this URL answers the wait it stands for.
+"""`POST /callbacks/ID/REF`: a service that was given this URL answers the wait that it stands for.
 
-Such a ref holds a part that nobody can guess, so that the URL is its own permission: no token is asked for, and only refs
-that begin with `callback-` are answered here.  Its sender knows nothing of kwflow, and is told by status alone what to do.
+Such a ref has a part that nobody can guess, so the URL is its own permission: no token is required, and only refs that begin
+with `callback-` are answered here.  The sender knows nothing of kwflow; the status alone tells it what to do.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How a run ended, as HTTP: a result is 200, any other end 424, and 202 with a place to ask again while it runs.
+"""How a run ended, as HTTP: 200 for a result, 424 for any other end, and 202 with a place to ask again while it runs.
 
-Every answer about an outcome is made here, so that a start that waits, `GET …/outcome` and a stream tell the same (AF-30).
+Every answer about an outcome is made here, so that a start that waits, `GET …/outcome` and a stream say the same (AF-30).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ __all__ = ["after_start", "ended", "event_of", "of_last_run", "told", "within"]
 
 
 def event_of(outcome: Outcome) -> Ended:
-    """An outcome as all bodies have it."""
+    """An outcome in the form that it has in all bodies."""
     return Ended(outcome.id, outcome.start_id, outcome.kind, outcome.value)
 
 
 def ended(outcome: Outcome) -> Response:
-    """424 for what is no result: no fault of the request, which a client or proxy would repeat after a 5xx, but of what it depended on."""
+    """The answer for an outcome.  One that is no result is 424, for a failure of what the request depended on; after a 5xx a client or proxy would repeat it."""
     if outcome.kind == "result":
         return answer(200, event_of(outcome))
-    value = msgspec.json.decode(outcome.value) if isinstance(outcome.value, msgspec.Raw) else outcome.value  # people read it in `detail`
+    value = msgspec.json.decode(outcome.value) if isinstance(outcome.value, msgspec.Raw) else outcome.value  # decoded, as people read it in `detail`
     return refusal(problem_of(OutcomeError(outcome.kind, value, outcome.id, outcome.start_id)))
 
 
 def told(future: Future[Any], id: str, start_id: str) -> Outcome:
-    """The outcome that a future of `result` brought.  Raises what is no outcome."""
+    """The outcome that a future of `result` has.  Raises its error if that is no outcome."""
     try:
         return Outcome(id, start_id, "result", future.result())
     except OutcomeError as error:
@@ -46,7 +46,7 @@ def _runs(request: Request, shown: dict[str, Any]) -> Response:
 
 
 def _kept(shown: dict[str, Any]) -> Outcome | None:
-    """The outcome, if a query tells it whole."""
+    """The outcome, if the answer of a query contains it completely; else None."""
     outcome = shown.get("outcome")
     if outcome is None or outcome["value"] is None:
         return None
@@ -54,7 +54,7 @@ def _kept(shown: dict[str, Any]) -> Outcome | None:
 
 
 async def _asked(request: Request, client: Client, id: str, start_id: str | None) -> dict[str, Any] | None:
-    """What a query tells; None if there is no such run (any more)."""
+    """The answer of a query; None if there is no such run (any more)."""
     try:
         return await service_of(request).reply(request, client.query(id, start_id=start_id))
     except CommandError as error:
@@ -64,7 +64,7 @@ async def _asked(request: Request, client: Client, id: str, start_id: str | None
 
 
 async def _found(request: Request, client: Client, id: str, start_id: str | None) -> Outcome:
-    """The outcome that is in the topic only.  Raises CommandError not_found if it is not there either."""
+    """Find an outcome that is only in the topic.  Raises CommandError not_found if it is not there either."""
     service = service_of(request)
     async with service.searching():
         future = client.result(id, start_id=start_id)
@@ -78,7 +78,7 @@ async def _found(request: Request, client: Client, id: str, start_id: str | None
 
 
 async def of_last_run(request: Request, client: Client, id: str) -> Outcome | None:
-    """How the run that there was last has ended; None if it runs, or nothing is known of this id."""
+    """The outcome of the id's last run; None if that still runs, or if nothing is known of this id."""
     shown = await _asked(request, client, id, None)
     if shown is None or shown.get("outcome") is None:
         return None
@@ -86,7 +86,7 @@ async def of_last_run(request: Request, client: Client, id: str) -> Outcome | No
 
 
 async def within(request: Request, client: Client, id: str, start_id: str | None, seconds: float) -> Response:
-    """The outcome of a run that may be long ended, or be within so long."""
+    """The answer for a run's outcome: it may have ended long ago, or be awaited for at most `seconds`."""
     shown = await _asked(request, client, id, start_id)
     if shown is None:
         return ended(await _found(request, client, id, start_id))
@@ -104,10 +104,10 @@ async def within(request: Request, client: Client, id: str, start_id: str | None
 
 
 async def after_start(request: Request, client: Client, future: Future[Any], id: str, start_id: str, seconds: float) -> Response:
-    """The outcome of what was just started.
+    """The answer for the outcome of a run that was just started.
 
-    Once the time is over, 202 is said only if the start is known to have been done.  A query is asked for that: it comes after
-    the start in the same partition, so that a start which was refused is told first, and its reason is not lost.
+    When the time is over, the answer is 202 only if the start is known to have been applied.  A query finds that out: it
+    follows the start in the same partition, so if the start was refused, that reply comes first, and its reason is not lost.
     """
     service = service_of(request)
     asked: Future[Any] | None = None

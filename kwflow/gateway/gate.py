@@ -1,7 +1,7 @@
-"""Who may enter, how many at a time, and what is counted: around the application, before any route.
+"""Admission to the application, before any route: which requests may enter, how many at a time, and the counts of all.
 
-It must not know what a route does.  Paths are taken as they were sent: an id may hold a slash (%2F), and what is
-looked at here is what is routed.
+This module must not know what a route does.  It uses paths as they were sent: an id may contain a slash (%2F), and the path
+that is checked here must be the one that is routed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from kwflow.gateway.service import Service
 
 __all__ = ["CALLBACKS", "HEALTH", "Gate", "is_local", "known"]
 
-_HUNG_UP = 499  # as nginx has it: nobody was there to be answered
+_HUNG_UP = 499  # nginx's status for a caller that hung up before it was answered
 HEALTH = "/health"
-CALLBACKS = "/callbacks/"  # their refs are permissions of their own
+CALLBACKS = "/callbacks/"  # the refs in these paths are their own permission
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:@/\[\]\s]+)(?::[0-9]{1,5})?")
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
@@ -52,7 +52,7 @@ class Gate:
                 status = message["status"]
             await send(message)
 
-        counted = path != HEALTH  # who asks whether it lives is answered however many wait
+        counted = path != HEALTH  # a health check is answered, however many requests wait
         try:
             refused = self._refused(Request(scope), path)
             if refused is not None:
@@ -67,15 +67,15 @@ class Gate:
             self._count.labels(scope["method"] if scope["method"] in _METHODS else "other", self._template(scope), str(status)).inc()
 
     def _refused(self, request: Request, path: str) -> RequestError | None:
-        """Why it may not enter, if so."""
+        """Why the request may not enter; None if it may."""
         if path == HEALTH:
             return None
         if not path.startswith(CALLBACKS):
             if self._tokens and not self._knows(request.headers.get("authorization", "")):
                 return RequestError("unauthorized", "every path but /health and /callbacks takes a token")
-            if not self._tokens and "origin" in request.headers:  # a page from anywhere, in the browser of somebody who reaches this address
+            if not self._tokens and "origin" in request.headers:  # a page from anywhere, open in the browser of somebody who can reach this address
                 return RequestError("web_page", f"the request comes from {request.headers['origin'][:200]!r}")
-            if self._service.of_this_machine and not is_local(request.headers.get("host", "")):  # a page that has its own name lead here (DNS rebinding) needs no Origin
+            if self._service.of_this_machine and not is_local(request.headers.get("host", "")):  # a page whose own name resolves to us (DNS rebinding) need not send an Origin
                 return RequestError("web_page", f"the gateway is for this machine, and not called {request.headers.get('host', '')[:200]!r}")
         most = self._service.config.gateway_waits_max
         return RequestError("busy", f"{most} requests wait here already (limit gateway_waits_max)") if self._service.waiting >= most else None
@@ -86,12 +86,12 @@ class Gate:
 
 
 def known(tokens: Sequence[bytes], given: bytes) -> bool:
-    """Every token is compared whole, so that the time tells nothing of them."""
+    """Whether this is one of the tokens.  All are compared completely, so that the time reveals nothing about them."""
     return any([hmac.compare_digest(given, token) for token in tokens])
 
 
 def is_local(host: str) -> bool:
-    """Whether a Host is an address or `localhost`, with or without a port: what DNS gives nobody else."""
+    """Whether a Host is an IP address or `localhost`, with or without a port: no one else can get such a name from DNS."""
     found = _HOST.fullmatch(host)
     if found is None or found[1].lower() == "localhost":
         return found is not None

@@ -1,6 +1,6 @@
-"""Messages to a workflow that runs: signals, updates, answers to its waits, and what ends, holds or copies it.
+"""Messages to a running workflow: signals, updates, answers to its waits, and commands that end, hold or copy it.
 
-What has no answer of its own is 204 once it is committed.
+A message without an answer of its own is answered with 204 once it is committed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Answer(Options, frozen=True):
     error: Annotated[bool, Meta(description="Raise the value at the wait, as kw.WorkflowError.")] = False
 
 
-_RUNS = (*ENGINE, "bad_arguments", "not_found", "repeated")  # whoever is told something has to be there
+_RUNS = (*ENGINE, "bad_arguments", "not_found", "repeated")  # of messages for which there must be a run
 
 
 @Operation("signal_workflow", {204: None}, _Signal, VALUE, keyed=True, words=(*_RUNS, *HOLD, "bad_input", "full", "unknown_workflow"))
@@ -59,7 +59,7 @@ async def _signal(request: Request) -> Response:
     if asked.start is None:
         future = client.signal(id, name, value, ttl=asked.ttl, start_id=asked.start_id, command_id=command_id, headers=trace_of(request))
     else:
-        start_id = asked.start_id or command_id  # a message that is repeated starts no second run
+        start_id = asked.start_id or command_id  # so that a repeated message does not start a second run
         workflow, argument = asked.start or None, _input(asked.input)
         future = client.signal_with_start(id, name, value, workflow=workflow, input=argument, ttl=asked.ttl, start_id=start_id, command_id=command_id, headers=trace_of(request))
     await service_of(request).reply(request, future)
@@ -94,7 +94,7 @@ async def _ref(request: Request) -> Response:
 
 
 def _reasoned(operation: Operation, said: str, send: Callable[[Client, str, _Reasoned, str | None], Future[None]]) -> Callable[[Request], object]:
-    """cancel, terminate and pause differ in what is sent only."""
+    """Make the handler for cancel, terminate or pause, which differ only in what they send."""
 
     async def endpoint(request: Request) -> Response:
         id, asked = segment(request, "id"), options(request, _Reasoned)

@@ -1,8 +1,8 @@
-"""The gateway's OpenAPI document, made of what the code knows: `GET /openapi.json`, and docs/openapi.json.
+"""The gateway's OpenAPI document, generated from the code: `GET /openapi.json`, and docs/openapi.json.
 
-Paths and methods come from the routes, what they take and answer from the Operation of each handler, options and bodies
-from the structs that are decoded and encoded, problems from KINDS, prose from docstrings.  It is the same for every gateway:
-settings are no part of it.
+Paths and methods come from the routes, inputs and answers from the Operation of each handler, options and bodies from the
+structs that are decoded and encoded, problems from KINDS, and prose from docstrings.  The document is the same for every
+gateway: it contains no settings.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ A traceparent and a tracestate go on with what is sent to a workflow. Calls are 
 
 
 def _operations(routes: Iterable[Route]) -> Iterator[tuple[str, str, Callable[..., Any]]]:
-    """Path, method and handler of all that is served."""
+    """Yield path, method and handler of everything that is served."""
     for route in routes:
         if inspect.isclass(route.endpoint):
             yield from ((route.path, method, getattr(route.endpoint, method)) for method in _METHODS if hasattr(route.endpoint, method))
@@ -53,7 +53,7 @@ def _operations(routes: Iterable[Route]) -> Iterator[tuple[str, str, Callable[..
 
 
 def document(routes: Iterable[Route]) -> dict[str, Any]:
-    """OpenAPI 3.1, of these routes."""
+    """The OpenAPI 3.1 document for these routes."""
     served = list(_operations(routes))
     made = _Document([operation_of(handler) for _, _, handler in served])
     paths: dict[str, dict[str, Any]] = {}
@@ -74,7 +74,7 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
 
 
 class _Document:
-    """What operations share: schemas of all structs, and the responses that were named so far."""
+    """What operations share: the schemas of all structs, and the named responses so far."""
 
     def __init__(self, all_of_them: list[Operation]) -> None:
         answers = [kind for one in all_of_them for answer in one.answers.values() for kind in _kinds(answer) if not isinstance(kind, Text)]
@@ -126,7 +126,7 @@ class _Document:
         return {**made, "content": {_JSON: {"schema": schemas[0] if len(schemas) == 1 else {"oneOf": schemas}}}}
 
     def _problems(self, words: set[str]) -> dict[str, Any]:
-        """A response for each status; those with the same words are one."""
+        """A response for each status.  Responses with the same words are shared."""
         found: dict[str, Any] = {}
         for status in sorted({KINDS[word].http for word in words}):
             same = sorted(word for word in words if KINDS[word].http == status)
@@ -144,13 +144,13 @@ class _Document:
 
 
 def _words(operation: Operation, path: str, method: str) -> set[str]:
-    """Of all problems that it has a name for."""
+    """The words of all problems that an operation may be answered with."""
     words = {*operation.words, "bug"}
     if path != HEALTH:
         words |= {"busy"} if path.startswith(CALLBACKS) else {"busy", "unauthorized", "web_page"}
     if operation.options is not None:
         words.add("usage")
-    if method == "post":  # a body is read, also where there should be none
+    if method == "post":  # a body is read, even if there should be none
         words |= {"slow", "too_large"} if operation.body is None else {"slow", "too_large", "bad_json"}
     return words
 
@@ -168,7 +168,7 @@ def _segment(name: str) -> dict[str, Any]:
 
 
 def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """An option that is left out is None; in a query nothing is."""
+    """The schema of an option without null: an option that is left out is None, but a query has no nulls."""
     if "anyOf" not in schema:
         return schema
     [given] = (one for one in schema["anyOf"] if one != {"type": "null"})
@@ -176,7 +176,7 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _said(schema: dict[str, Any]) -> dict[str, Any]:
-    """Where people look for what a parameter is."""
+    """Move a schema's description to the parameter, where people look for it."""
     about = {"description": schema["description"]} if "description" in schema else {}
     return {**about, "schema": {name: value for name, value in schema.items() if name != "description"}}
 
@@ -187,7 +187,7 @@ def _described(kind: Any) -> str:
 
 
 def _prose(thing: Any) -> tuple[str, str]:
-    """What its docstring says first, and what behind it.  Raises KwflowBug without one."""
+    """The first paragraph of a docstring, and the rest.  Raises KwflowBug if there is no docstring."""
     text = inspect.getdoc(thing)
     if not text:
         raise KwflowBug(f"{thing!r} has no docstring for callers to read")

@@ -1,7 +1,7 @@
-"""What each route takes and answers, said once where its handler is, for `openapi.py` to tell.
+"""What each route takes and answers, declared once at its handler, for `openapi.py`.
 
-A handler's docstring is what callers read of it: the first line, and what is behind it.  Words of problems that every
-request of its kind may meet are not named there: who may enter, and what is wrong with a body, `openapi.py` adds.
+Callers read a handler's docstring, the first line as a summary.  A handler does not name the words of problems that every
+request of its kind may meet: `openapi.py` adds those of admission and of reading a body.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ __all__ = ["ANY", "ENGINE", "HOLD", "VALUE", "Operation", "Text", "operation_of"
 _T = TypeVar("_T", bound=Callable[..., Any])
 _ATTRIBUTE = "__kwflow_operation__"
 VALUE = "value"  # a body that is one JSON value
-ANY = "any"  # one of who knows nothing of kwflow (callbacks)
-ENGINE = ("bad_header", "encrypted", "outcome_unknown", "refused", "too_large", "unreachable", "wrong_partition")  # what any record for an engine may be answered
-HOLD = ("discarded", "held", "hold_full")  # what one for a workflow that is parked is
+ANY = "any"  # a body from a sender that knows nothing of kwflow (callbacks)
+ENGINE = ("bad_header", "encrypted", "outcome_unknown", "refused", "too_large", "unreachable", "wrong_partition")  # possible answers to any record for an engine
+HOLD = ("discarded", "held", "hold_full")  # possible answers to a record for a parked workflow
 
 
 class Text(msgspec.Struct, frozen=True):
-    """An answer that is no JSON: its media type, what it is, and one as it may look."""
+    """An answer that is not JSON: its media type, its description, and an example."""
 
     media_type: str
     description: str
@@ -35,8 +35,8 @@ class Text(msgspec.Struct, frozen=True):
 class Operation(msgspec.Struct, frozen=True):
     """A decorator of handlers.
 
-    `answers` has a struct, a list of them, a `Text`, several kinds in a tuple, or None for no body, for each status; `options` is None where the query is not looked
-    at; `body` is VALUE, ANY, a struct or None; `keyed` where Idempotency-Key is taken; `words` are keys of KINDS.
+    `answers` has, for each status, a struct, a list of structs, a `Text`, a tuple of several kinds, or None for no body.  `options` is None if the
+    query is ignored; `body` is VALUE, ANY, a struct or None; `keyed` says that Idempotency-Key is accepted; `words` are keys of KINDS.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Which error is which HTTP status: every mapping lives here, and is total (RFC 9457).
+"""Which error is which HTTP status: every such mapping is here, and covers every error (RFC 9457).
 
-A word names each kind of problem: the `status` of a CommandError as it is, or one of the gateway's own.
+A word names each kind of problem: the unchanged `status` of a CommandError, or a word of the gateway's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["KINDS", "Details", "Kind", "Problem", "RequestError", "problem_of"]
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """One kind of problem: its HTTP status, what it is, and what to do."""
+    """One kind of problem: its HTTP status, what it is, and what to do about it."""
 
     http: int
     title: str
@@ -40,7 +40,7 @@ class Details(msgspec.Struct, frozen=True):
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """An answer that is no success; `body` is application/problem+json."""
+    """An answer for a problem; `body` is application/problem+json."""
 
     http: int
     body: Details
@@ -89,7 +89,7 @@ KINDS: dict[str, Kind] = {
     "unknown_ref": Kind(404, "nobody waits for this ref", "it was perhaps answered before; GET of the workflow tells what it waits for"),
     "unknown_workflow": Kind(404, "no workflow has this name", "take one of those that are named, or deploy it"),
     "wrong_partition": Kind(409, "topics and engines disagree about partitions", "kwflow topics check"),
-    # how a workflow ended that somebody waited for
+    # how an awaited workflow ended
     "error": Kind(424, "the workflow failed", "see value"),
     "cancelled": Kind(424, "the workflow was cancelled", "see value"),
     "terminated": Kind(424, "the workflow was terminated", "see value"),
@@ -116,7 +116,7 @@ _WORDS: tuple[tuple[type[Exception], str], ...] = ((OutcomeUnknown, "outcome_unk
 
 
 def problem_of(error: Exception) -> Problem:
-    """What is answered when this was raised."""
+    """The answer when this error was raised."""
     if isinstance(error, CommandError):
         return _problem(error.status, error.message, {"id": error.id})
     if isinstance(error, OutcomeError):

@@ -1,7 +1,7 @@
-"""Calls of activities for workers that speak HTTP only: fetch and lock, then complete, fail or reject (ET-3..ET-19).
+"""Activity calls for workers that speak only HTTP: fetch and lock, then complete, fail or reject (ET-3..ET-19).
 
-An answer goes the way of every answer, through the client, so that 204 means it is committed, and any gateway takes it; who
-has the call locked is known to the one that handed it out.  That is `kwflow.worker.Lending`.
+An answer is sent through the client, as all answers are, so 204 means that it is committed, and any gateway accepts it.  Only
+the gateway that handed a call out knows who has locked it, by its `kwflow.worker.Lending`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kwflow.worker import Lending
 __all__ = ["ROUTES", "travelling"]
 
 _LOCK_S_MAX = 86_400
-_OF_A_REQUEST = 1_000  # bytes of the headers by which a client has its reply
+_OF_A_REQUEST = 1_000  # bytes for the headers by which the client gets its reply
 _OVER = ("not_found", "unknown_ref")
 _Lock = Annotated[float, msgspec.Meta(gt=0, le=_LOCK_S_MAX, description="Seconds in which nobody else gets it.")]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, description="A name of the worker's choice, by which it has its locks.")]
@@ -89,12 +89,12 @@ async def _fetch(request: Request) -> Response:
 
 
 def _shown(call: Dispatch, resume_topic: str, until_ms: int) -> LentCall:
-    """The value of the call's record, and its headers."""
+    """A call as workers see it: the value of its record, and its headers."""
     return LentCall(**msgspec.structs.asdict(queues.job_of(call, resume_topic)), headers=wire.shown_headers(call.headers), locked_until=until_ms)
 
 
 def _mine(request: Request, lending: Lending, worker: str) -> tuple[str, str]:
-    """Workflow id and ref of a call that nobody else has.  Raises RequestError (ET-10, ET-11)."""
+    """Workflow id and ref of a call that no other worker has.  Raises RequestError (ET-10, ET-11)."""
     id, ref = segment(request, "id"), segment(request, "ref")
     holder = lending.lent.holder(id, ref)
     if holder not in (None, worker):
@@ -103,7 +103,7 @@ def _mine(request: Request, lending: Lending, worker: str) -> tuple[str, str]:
 
 
 async def _answered(request: Request, payload: Any, failed: bool) -> Response:
-    """204 once it is committed; 404 if nobody waits for it any more."""
+    """Send an answer to a call: 204 once it is committed, 404 if nobody waits for it any more."""
     by, lending = options(request, _By), _lending(request)
     id, ref = _mine(request, lending, by.worker)
     headers = travelling(lending.lent.headers(id, ref), service_of(request).config.header_bytes_max)
@@ -119,7 +119,10 @@ async def _answered(request: Request, payload: Any, failed: bool) -> Response:
 
 
 def travelling(headers: Headers, bytes_max: int) -> Headers:
-    """Those of the call, as the answer of every worker carries them; none where they leave no room for the client's own, as a record that is refused is no answer."""
+    """The call's headers, which every worker's answer carries.
+
+    None are passed on if they leave no room for the client's own, as a record that is refused is no answer.
+    """
     return headers if wire.header_bytes(headers) + _OF_A_REQUEST <= bytes_max else ()
 
 

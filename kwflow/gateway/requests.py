@@ -1,6 +1,6 @@
-"""What a request says: ids from its path, options from its query, one JSON value from its body.
+"""The parts of a request: ids from its path, options from its query, one JSON value from its body.
 
-The body is always the value, options are always in the query.  Every check of them lives here; whatever is wrong is a
+The body is always the value, and options are always in the query.  Every check of them is here; whatever is wrong raises a
 UsageError or RequestError that names it.
 """
 
@@ -32,13 +32,13 @@ Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Wait = Annotated[Seconds, msgspec.Meta(description="Seconds to hold the answer, at most gateway_wait_s_max (300).")]
 StartId = Annotated[str, msgspec.Meta(description="Of that run of the workflow only.", extra_json_schema={"minLength": 1, "maxLength": wire.ID_CHARACTERS_MAX})]
 CommandId = Annotated[str, msgspec.Meta(description="Makes it be done once however often it is sent.", extra_json_schema={"minLength": 1, "maxLength": wire.ID_CHARACTERS_MAX})]
-_READ_S = 30  # for the body: who sends it more slowly takes a place from others
+_READ_S = 30  # for the body: a slower sender would take a place from others
 _TRACE_CHARACTERS_MAX = 1_000
 _NULL = msgspec.Raw(b"null")
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The options of one route: its fields are all that its query may have."""
+    """The options of one route: its query may have these fields and no others."""
 
 
 def service_of(request: Request) -> Service:
@@ -47,7 +47,7 @@ def service_of(request: Request) -> Service:
 
 
 def segment(request: Request, name: str) -> str:
-    """A part of the path; the application sees paths as they were sent, so that an id may hold a slash (%2F).  Raises UsageError."""
+    """A part of the path, decoded.  The application sees paths as they were sent, so that an id may contain a slash (%2F).  Raises UsageError."""
     try:
         return unquote_to_bytes(request.path_params[name]).decode("utf-8")
     except UnicodeDecodeError:
@@ -55,7 +55,7 @@ def segment(request: Request, name: str) -> str:
 
 
 def query(request: Request) -> list[tuple[str, str]]:
-    """Names and values.  Raises UsageError for what is no text: read leniently, two ids could be one."""
+    """The names and values in the query.  Raises UsageError if it is not UTF-8: if it were read leniently, two ids could become one."""
     try:
         unquote_to_bytes(request.scope["query_string"]).decode("utf-8")
     except UnicodeDecodeError:
@@ -64,7 +64,7 @@ def query(request: Request) -> list[tuple[str, str]]:
 
 
 def options(request: Request, kind: type[_T]) -> _T:
-    """Raises UsageError for one that is unknown, given twice, or no such value."""
+    """Decode the query's options.  Raises UsageError for one that is unknown, given twice, or has a wrong value."""
     given: dict[str, str] = {}
     for name, value in query(request):
         if name in given:
@@ -77,14 +77,14 @@ def options(request: Request, kind: type[_T]) -> _T:
 
 
 def trace_of(request: Request) -> dict[str, str]:
-    """Where the caller is in a trace (W3C Trace Context): it goes on in the workflow."""
+    """The caller's trace context (W3C Trace Context), which continues in the workflow."""
     return {name: value for name in ("traceparent", "tracestate") if len(value := request.headers.get(name, "")[: _TRACE_CHARACTERS_MAX + 1]) in range(1, _TRACE_CHARACTERS_MAX + 1)}
 
 
 def key_of_request(request: Request, given: str | None, option: str) -> str | None:
-    """What makes it idempotent: this option, or the header Idempotency-Key.  Raises UsageError if they differ."""
+    """The key that makes the request idempotent: this option, or the header Idempotency-Key.  Raises UsageError if they differ."""
     header = request.headers.get("idempotency-key")
-    if header is not None and len(header) > 1 and header[0] == header[-1] == '"':  # as the draft of the header has it: a quoted string
+    if header is not None and len(header) > 1 and header[0] == header[-1] == '"':  # a quoted string, as the header's draft says
         header = header[1:-1]
     if given is not None and header is not None and given != header:
         raise UsageError(f"{option} and Idempotency-Key differ; give one of them")
@@ -95,7 +95,7 @@ def key_of_request(request: Request, given: str | None, option: str) -> str | No
 
 
 async def _read(request: Request) -> bytes:
-    """The body, up to `value_bytes_max`.  Raises RequestError, Gone."""
+    """Read the body, up to `value_bytes_max`.  Raises RequestError, Gone."""
     most, parts, size = service_of(request).config.value_bytes_max, [], 0
     try:
         async with asyncio.timeout(_READ_S):
@@ -114,7 +114,7 @@ async def _read(request: Request) -> bytes:
 
 
 def checked_json(data: bytes, what: str) -> msgspec.Raw:
-    """The same bytes.  Raises RequestError, which says what is no JSON that an engine takes."""
+    """Return the same bytes.  Raises RequestError, which names `what`, if they are not JSON that an engine accepts."""
     try:
         msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -127,19 +127,22 @@ def checked_json(data: bytes, what: str) -> msgspec.Raw:
 
 
 async def body(request: Request) -> msgspec.Raw:
-    """The value; an empty body is null.  Raises RequestError, Gone."""
+    """The value in the body; an empty body is null.  Raises RequestError, Gone."""
     data = await _read(request)
     return checked_json(data, "the body") if data.strip() else _NULL
 
 
 async def no_body(request: Request) -> None:
-    """Raises UsageError if there is one: its sender thinks that it does something."""
+    """Check that there is no body.  Raises UsageError if there is one, as its sender expects it to have an effect."""
     if await _read(request):
         raise UsageError("this path takes no body; options are in the query")
 
 
 async def any_body(request: Request) -> Any:
-    """The value of who does not know kwflow: JSON by its content type, `text/*` is text, anything else is JSON if it can be read so, else text.  Raises RequestError, Gone."""
+    """The value from a sender that does not know kwflow.  Raises RequestError, Gone.
+
+    A JSON content type must have JSON, `text/*` is text, and anything else is JSON if it can be read so, else text.
+    """
     data = await _read(request)
     kind, _, parameters = request.headers.get("content-type", "").lower().partition(";")
     kind = kind.strip()
@@ -170,7 +173,7 @@ def outcome_path(request: Request, id: str, start_id: str | None) -> str:
 
 
 def answer(http: int, value: object = None, headers: Iterable[tuple[str, str]] = ()) -> Response:
-    """JSON, or nothing at all with 204."""
+    """An answer in JSON, or without a body for 204."""
     content = msgspec.json.encode(value) if http != 204 else None
     return Response(content, http, dict(headers), media_type="application/json" if http != 204 else None)
 

@@ -1,6 +1,6 @@
 """The server of a gateway: where it listens, and how it ends.
 
-SIGTERM stops the listening, answers who waits for an outcome, and lets commands have their replies.
+On SIGTERM it stops listening, answers the requests that wait for an outcome, and lets commands get their replies.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from kwflow.worker import Lending
 
 __all__ = ["Ending", "Server", "listening", "serve", "url_of"]
 
-_DEAD_AFTER_S = 60  # a caller whose machine or line is gone: two sweeps of 30 s, as the affinity service has it (AF-9)
-_IDLE_MAX = 1000  # connections beside those whose requests wait
+_DEAD_AFTER_S = 60  # for a caller whose machine or line is gone: two sweeps of 30 s, as in the affinity service (AF-9)
+_IDLE_MAX = 1000  # connections in addition to those whose requests wait
 _BACKLOG = 1024
 _GOODBYE_S = 0.5
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket whose connections end when nobody is there any more.  Raises UsageError."""
+    """A listening socket whose connections end when the other side is gone.  Raises UsageError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         made = socket.socket(found[0], socket.SOCK_STREAM)
@@ -42,7 +42,7 @@ def listening(host: str, port: int) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", _DEAD_AFTER_S // 2), ("TCP_KEEPINTVL", _DEAD_AFTER_S // 4), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", _DEAD_AFTER_S * 1000)):
-        if hasattr(socket, name):  # Linux has all; connections inherit them
+        if hasattr(socket, name):  # Linux has all of these; connections inherit them
             made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     try:
         made.bind(found[4])
@@ -54,11 +54,11 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 class Ending(uvicorn.Server):
-    """uvicorn, logging what goes wrong, and ending at most `end_s` after it is asked to."""
+    """A uvicorn server that logs only problems, and ends at most `end_s` after it is asked to."""
 
     def __init__(self, served: ASGIApp, connections_max: int, end_s: int, tls: Certificate | None) -> None:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        files: dict[str, Any] = {} if tls is None else {"ssl_certfile": tls.cert, "ssl_keyfile": tls.key, "ssl_ciphers": ""}  # Python's; uvicorn's are those of TLS 1.0
+        files: dict[str, Any] = {} if tls is None else {"ssl_certfile": tls.cert, "ssl_keyfile": tls.key, "ssl_ciphers": ""}  # Python's default ciphers; uvicorn's are those of TLS 1.0
         super().__init__(uvicorn.Config(
             served, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
             limit_concurrency=connections_max, timeout_graceful_shutdown=end_s, **files,
@@ -72,7 +72,10 @@ class Ending(uvicorn.Server):
             leaving.cancel()
 
     async def _leave(self) -> None:
-        """A TLS connection is closed when both sides have said so, and who keeps one for later does not read: the end would take all of `end_s`."""
+        """Abort connections that are slow to close.
+
+        A TLS connection is closed only once both sides have said so, but a client that keeps one for later use does not read: the end would take all of `end_s`.
+        """
         before: set[Any] = set()
         while True:
             closing = {connection for connection in self.server_state.connections if connection.transport.is_closing()}
@@ -83,7 +86,7 @@ class Ending(uvicorn.Server):
 
 
 class Server(Ending):
-    """One with a gateway inside."""
+    """The server of a gateway."""
 
     def __init__(self, service: Service, tls: Certificate | None = None) -> None:
         config = service.config
@@ -96,9 +99,10 @@ class Server(Ending):
 
 
 def serve(config: Config, connect: Callable[[], Client], look: Look, host: str | None, port: int, log: Callable[[str], None], queues: Iterable[str] = ()) -> None:
-    """Answer until SIGTERM, and lend the calls of these queues; on every address with tokens and on 127.0.0.1 without, unless `host` says otherwise.
+    """Serve until SIGTERM, and lend the calls of these queues.
 
-    Raises UsageError if it cannot listen there or its certificate is none, TransportError if there is no broker (AF-6), or a topic is missing.
+    Unless `host` says otherwise, it listens on every address if there are tokens, and on 127.0.0.1 if not.  Raises UsageError if it cannot listen
+    there or its certificate is invalid, TransportError if there is no broker (AF-6) or a topic is missing.
     """
     host, of_this_machine = host or ("0.0.0.0" if config.gateway_tokens else "127.0.0.1"), host is None and not config.gateway_tokens
     tls = certificate_of(config, "gateway")

@@ -1,7 +1,7 @@
 """What all routes share: the client, and waiting for it without a thread.
 
-Every wait of a request lives here, for three reasons that end it early: a caller that hung up is forgotten, a gateway
-that ends answers who waits, and a client whose link is lost is made anew.  It must not know paths or bodies.
+Every wait of a request is here, because three things end it early: a caller that hangs up is forgotten, a gateway that ends
+answers the requests that wait, and a client whose link is lost is replaced.  This module must not know paths or bodies.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ __all__ = ["Gone", "Look", "Service", "hung_up"]
 
 _T = TypeVar("_T")
 Look = Callable[[Filter, int], Found]
-_SEARCHES_MAX = 4  # what is known is in an entry; outcomes that are older, or larger, are looked for
+_SEARCHES_MAX = 4  # at a time; most outcomes are in an entry, and only older or larger ones are searched for
 
 
 class Gone(Exception):
-    """The caller has hung up; nobody is there to be answered."""
+    """The caller has hung up, so there is nobody to answer."""
 
 
 class Service:
-    """One gateway's client and its waits.  Close it, or use it in a `with`; all else is called on the event loop."""
+    """One gateway's client and its waits.  Close it, or use it in a `with`; everything else is called on the event loop."""
 
     def __init__(self, config: Config, connect: Callable[[], Client], look: Look, lendings: Iterable[Lending] = (), of_this_machine: bool = False) -> None:
-        """`connect` and `look` are called in threads.  `of_this_machine`: nobody else is meant to reach it."""
+        """`connect` and `look` are called in threads.  `of_this_machine` says that only this machine is meant to reach the gateway."""
         self.config = config
         self._look = look
         self.of_this_machine = of_this_machine
@@ -63,14 +63,14 @@ class Service:
         self.close()
 
     def end(self) -> None:
-        """Who waits for an outcome is answered now, and nobody waits for long any more."""
+        """Answer the requests that wait for an outcome now; from here on no request waits for long."""
         self.ending = True
         for callback in list(self._at_end):
             callback()
 
     @contextlib.contextmanager
     def at_end(self, callback: Callable[[], None]) -> Iterator[None]:
-        """Called when the gateway ends; at once if it does already."""
+        """Inside of this, call `callback` when the gateway ends; at once if it is already ending."""
         self._at_end.add(callback)
         if self.ending:
             callback()
@@ -85,7 +85,7 @@ class Service:
         if self._client.lost is None:
             return self._client
         async with self._mending:
-            if self._failed_s > asked_s:  # while this one waited: it would fail alike, as late as the broker lets it
+            if self._failed_s > asked_s:  # another attempt failed while this one waited; this one would fail in the same way, and take as long
                 raise self._failure
             if self._client.lost is not None and not self.ending:
                 lost = self._client
@@ -98,19 +98,22 @@ class Service:
         return self._client
 
     def seconds(self, wait: float) -> float:
-        """How long a caller may wait.  Raises UsageError."""
+        """Return how long a caller wants to wait.  Raises UsageError if that is too long."""
         most = self.config.gateway_wait_s_max
         if wait > most:
             raise UsageError(f"wait={wait:g} is more than {most:g} s (limit gateway_wait_s_max); wait shorter and ask for the outcome again, the workflow goes on")
         return wait
 
     async def reply(self, request: Request, future: Future[_T]) -> _T:
-        """What an engine replies; the client's own deadline ends it.  Raises what the future does, and Gone."""
+        """Wait for an engine's reply, until the client's own deadline.  Raises what the future raises, and Gone."""
         await self.first(request, None, future)
         return future.result()
 
     async def first(self, request: Request, seconds: float | None, *futures: concurrent.futures.Future[Any], ends: bool = False) -> bool:
-        """Whether one of them is done, within so long; with `ends`, before the gateway ends.  When the caller hangs up they are cancelled.  Raises Gone."""
+        """Wait for one of these futures, at most this long (None: without limit); true if one is done.
+
+        With `ends` the wait is over when the gateway ends.  If the caller hangs up, the futures are cancelled.  Raises Gone.
+        """
         loop = asyncio.get_running_loop()
         released: asyncio.Future[None] = loop.create_future()
 
@@ -140,13 +143,13 @@ class Service:
         return done
 
     async def found(self, wanted: Filter, limit: int) -> Found:
-        """What engines tell of their instances.  Raises TransportError, OutcomeUnknown."""
+        """What engines report about their instances.  Raises TransportError, OutcomeUnknown."""
         async with self.searching():
             return await asyncio.to_thread(self._look, wanted, limit)
 
     @contextlib.asynccontextmanager
     async def searching(self) -> AsyncIterator[None]:
-        """To read topics from their begin, a few at a time: on Kafka each search is a reader of its own.  Raises OutcomeUnknown."""
+        """Limit searches that read topics from their beginning to a few at a time: on Kafka each has a consumer of its own.  Raises OutcomeUnknown."""
         try:
             async with asyncio.timeout(self.config.command_timeout_s):
                 await self._searches.acquire()
@@ -158,19 +161,19 @@ class Service:
             self._searches.release()
 
     async def late(self, request: Request, future: Future[_T]) -> _T:
-        """What is known to be there and is looked for, as long as a reply may take.  Raises OutcomeUnknown, Gone."""
+        """Wait for the search for something that is known to exist, as long as a reply may take.  Raises OutcomeUnknown, Gone."""
         if not await self.first(request, self.config.command_timeout_s, future):
             raise OutcomeUnknown(f"not found within {self.config.command_timeout_s:g} s; ask again")
         return future.result()
 
 
 def _cancel(futures: Iterable[concurrent.futures.Future[Any]]) -> None:
-    """They are not waited for any more: the client forgets them."""
+    """Cancel futures that nobody waits for any more, so that the client forgets them."""
     for future in futures:
         future.cancel()
 
 
 async def hung_up(receive: Receive) -> None:
-    """Ends when the caller hangs up; what is left of the body is of no interest."""
+    """Return when the caller hangs up; the rest of the body is ignored."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,8 +1,8 @@
-"""`GET /outcomes?id=a&id=b`: outcomes as they come, as Server-Sent Events (AF-4, AF-8, AF-9).
+"""`GET /outcomes?id=a&id=b`: outcomes as they arrive, as Server-Sent Events (AF-4, AF-8, AF-9).
 
-Outcomes go one way, so that this needs no second protocol: any HTTP client reads it, proxies know it, and browsers connect
-again by themselves.  A stream tells of its own ids to its own caller, and is bounded: who reads too slowly is let go, and
-asks again with `ended=true`.
+Outcomes go in one direction, so this needs no second protocol: any HTTP client can read it, proxies know it, and browsers
+reconnect by themselves.  A stream has one caller and that caller's ids, and its buffer is bounded: a caller that reads too
+slowly is disconnected, and asks again with `ended=true`.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from kwflow.gateway.service import Service, hung_up
 
 __all__ = ["PING_S", "ROUTES", "UNREAD_BYTES_MAX"]
 
-PING_S = 30.0  # AF-9; what is between may take a connection on which nothing comes for dead
+PING_S = 30.0  # AF-9; a proxy may take a connection for dead on which nothing comes
 UNREAD_BYTES_MAX = 8_000_000  # of one stream: eight outcomes of the largest size
-_LAST_S = 1.0  # for what is under way when a stream ends: who reads has it by then
-_IDS_MAX = 100  # of one stream: they all are in its URL
-_FIRST = b"retry: 1000\n\n"  # ms after which a browser connects again
+_LAST_S = 1.0  # for data that is under way when a stream ends: a caller that reads has it by then
+_IDS_MAX = 100  # of one stream, as all of them are in its URL
+_FIRST = b"retry: 1000\n\n"  # ms until a browser reconnects
 
 
 class _Followed(Options, frozen=True):
-    """As `_asked` takes them."""
+    """The options, for the document; `_asked` reads them."""
 
     id: Annotated[list[str], Meta(min_length=1, max_length=_IDS_MAX, description="The workflows.")]
     ended: Annotated[bool, Meta(description="First of each id the last run, if it has ended.")] = False
 
 
 class _Stream(Response):
-    """One caller and what it is yet to be told.  Invariant: all is called on the event loop but `on_outcome` and `on_missed`."""
+    """One caller, and the events that are still to be sent to it.  Invariant: all but `on_outcome` and `on_missed` is called on the event loop."""
 
     media_type = "text/event-stream"
 
@@ -60,7 +60,7 @@ class _Stream(Response):
         self._over = False
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
-        self._told: set[tuple[str, str]] = set()  # runs of which a query or the topic has told, until all were asked for
+        self._told: set[tuple[str, str]] = set()  # runs whose outcome was sent, from a query or the topic, until all queries are done
         self._asking = True
         self._unsubscribe: list[Callable[[], None]] = []
 
@@ -69,7 +69,7 @@ class _Stream(Response):
         self._on_loop(self.tell, outcome)
 
     def on_missed(self) -> None:
-        """Called on the client's thread: whoever connects again with `ended=true` is told what it was."""
+        """Called on the client's thread.  Ends the stream: a caller that reconnects with `ended=true` gets what was missed."""
         self._on_loop(self.end)
 
     def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:
@@ -77,7 +77,7 @@ class _Stream(Response):
             self._loop.call_soon_threadsafe(call, *arguments)
 
     def tell(self, outcome: Outcome) -> None:
-        """Once for each run, though a query may tell of it and the topic, too."""
+        """Queue an outcome, once for each run, although both a query and the topic may bring it."""
         if (outcome.id, outcome.start_id) in self._told or self._over:
             return
         if self._asking:
@@ -98,7 +98,10 @@ class _Stream(Response):
         self._ended.set()
 
     async def begin(self, request: Request, ended: bool) -> None:
-        """From when this returns on, no outcome of these ids is missed; with `ended` those of runs that have ended come first.  Raises UsageError, TransportError, Gone."""
+        """Subscribe; once this returns, no outcome of these ids is missed.
+
+        With `ended`, the outcomes of runs that have ended already come first.  Raises UsageError, TransportError, Gone.
+        """
         try:
             await asyncio.to_thread(self._subscribe)
             for id in self._ids if ended else ():
@@ -111,7 +114,7 @@ class _Stream(Response):
         self._asking = False
 
     def _subscribe(self) -> None:
-        """Each waits for the broker to say where a partition ends."""
+        """Subscribe to each id, in a thread, as that waits for the broker to say where a partition ends."""
         try:
             for id in self._ids:
                 self._unsubscribe.append(self._client.subscribe(id, self.on_outcome, self.on_missed))
@@ -136,7 +139,7 @@ class _Stream(Response):
                 sending.result()
         finally:
             gone.cancel()
-            sending.cancel()  # its caller does not read: what it waits for might never come
+            sending.cancel()  # the caller does not read, so the send might never end
             self._forget()
 
     async def _send(self, send: Send) -> None:
@@ -146,7 +149,7 @@ class _Stream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _next(self) -> bytes:
-        """What is there to be told; nothing but a ping, if that is nothing for so long."""
+        """The next event, or a ping if there is none for a while."""
         if not self._unread:
             self._changed.clear()
             try:
@@ -160,7 +163,7 @@ class _Stream(Response):
 
 
 def _asked(request: Request) -> tuple[list[str], bool]:
-    """Ids, each once, and whether what has ended is told, too.  Raises UsageError."""
+    """The ids, each once, and whether to send outcomes of runs that have ended already.  Raises UsageError."""
     for name, _ in query(request):
         if name not in _Followed.__struct_fields__:
             raise UsageError(f"options: unknown {name[:100]!r}; there are: {', '.join(_Followed.__struct_fields__)}")

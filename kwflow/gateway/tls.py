@@ -1,6 +1,6 @@
-"""The certificate of a server of ours: what is wrong with its files is said here, before anything listens or connects.
+"""The TLS certificate of our servers: problems with its files are reported here, before anything listens or connects.
 
-uvicorn does the rest.  A console has one as a gateway does, under settings of its own.
+uvicorn does the rest.  The console and the gateway each have settings of their own for it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ __all__ = ["Certificate", "certificate_of"]
 
 
 class Certificate(NamedTuple):
-    """Two PEM files; `cert` has the server's own certificate first, those of the CAs between it and a root behind it."""
+    """Two PEM files.  `cert` has the server's own certificate first, followed by those of the CAs between it and a root."""
 
     cert: Path
     key: Path
 
 
 def certificate_of(config: Config, kind: Literal["console", "gateway"]) -> Certificate | None:
-    """That of `gateway_tls_cert` and `gateway_tls_key`, or of the console's; None where there is none.  Raises UsageError for what no server could use."""
+    """The certificate of `gateway_tls_cert` and `gateway_tls_key`, or of the console's settings; None if not set.  Raises UsageError if no server could use it."""
     cert, key = getattr(config, f"{kind}_tls_cert"), getattr(config, f"{kind}_tls_key")
-    if cert is None or key is None:  # neither: Config takes no half
+    if cert is None or key is None:  # neither is set: Config does not allow one alone
         return None
     _check_pem(f"{kind}_tls_cert", cert, b"CERTIFICATE-----", "certificate in PEM")
     _check_pem(f"{kind}_tls_key", key, b"PRIVATE KEY-----", "private key in PEM")
@@ -42,7 +42,7 @@ def certificate_of(config: Config, kind: Literal["console", "gateway"]) -> Certi
 
 
 def _check_pem(setting: str, path: Path, holds: bytes, what: str) -> None:
-    """OpenSSL's own errors name no file."""
+    """Check that a file has PEM of the right kind, as OpenSSL's own errors name no file.  Raises UsageError."""
     try:
         data = path.read_bytes()
     except OSError as error:

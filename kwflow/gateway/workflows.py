@@ -1,4 +1,4 @@
-"""Starts, queries and outcomes: the routes of a workflow as a thing that is made, looked at and waited for."""
+"""Starts, queries and outcomes: the routes by which a workflow is created, inspected and awaited."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kwflow.runners.instances import STATUSES, asked_for, since_ms
 
 __all__ = ["ROUTES", "made"]
 
-_IDS = uuid.UUID("6f0a4a0e-3c0e-4b51-9d0c-0b9a1f6b4c1d")  # ids that are made of start ids; never to be changed
+_IDS = uuid.UUID("6f0a4a0e-3c0e-4b51-9d0c-0b9a1f6b4c1d")  # the namespace of ids that are made from start ids; must never change
 _ROWS, _ROWS_MAX = 100, 1000
 
 
@@ -41,7 +41,7 @@ class _Outcome(Options, frozen=True):
 
 
 class _Listed(Options, frozen=True):
-    """As `asked_for` takes them; `since` is told in ms then."""
+    """The options, for the document; `asked_for` reads them, with `since` converted to ms."""
 
     status: Annotated[str | None, Meta(extra_json_schema={"enum": list(STATUSES)})] = None
     workflow: Annotated[str | None, Meta(description="The name of the workflow.")] = None
@@ -52,7 +52,7 @@ class _Listed(Options, frozen=True):
 
 
 def made(request: Request, run: Run) -> Response:
-    """201 with its place; 200 if this start had been made before (K20)."""
+    """201 with the run's Location; 200 if this start had been made before (K20)."""
     return answer(201 if run.new else 200, Made(run.id, run.start_id, run.new), [("Location", workflow_path(request, run.id))])
 
 
@@ -61,7 +61,7 @@ _START_WORDS = (*ENGINE, *HOLD, "bad_input", "cancelled", "error", "exists", "te
 
 
 async def _start(request: Request) -> Response:
-    """Without an id in the path it gets one, the same when the same start is repeated."""
+    """Start a workflow.  Without an id in the path it gets one, which is the same if the same start is repeated."""
     asked = options(request, _Start)
     wait = None if asked.wait is None else service_of(request).seconds(asked.wait)
     given = key_of_request(request, asked.start_id, "start_id")

@@ -1,7 +1,7 @@
 """Calls of HTTP services that answer at once, or much later at a callback URL; durable from the request to the callback.
 
-`call` is what authors use.  `values.py` is what it takes and gives, `calling.py` decides what happens next, `http.py` sends one
-request, `flows/rest1.py` waits.  Nothing here loads httpx before a request is sent.
+Authors use `call`.  `values.py` has its arguments and results, `calling.py` decides what happens next, `http.py` sends one
+request, and `flows/rest1.py` waits.  Nothing here loads httpx before a request is sent.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ def call(
     cancel: Callable[[Any], Request | None] | Request | None = None,
     cancel_timeout: timedelta | float = 30,
 ) -> Awaitable[Outcome]:
-    """Send a request with this step's commit, and wait until the service calls back: a wait that gives an Outcome.
+    """Send a request with this step's commit, and wait until the service calls back.  Returns a wait whose result is an Outcome.
 
-    `body` (JSON, or text under a Content-Type of your own that is no JSON) and `headers` are values, or plain functions of the
-    Callback that has the URLs.  With `callback=False` the HTTP response is the answer.  `success` says of the answer whether it is one.
+    `body` (JSON, or text with a Content-Type of your own that is not JSON) and `headers` are values, or plain functions of the
+    Callback, which has the URLs.  With `callback=False` the HTTP response is the answer.  `success` decides whether an answer is a success.
 
-    Connection problems and the statuses 408, 425, 429 and 5xx are tried again as `retry` says (kw.Retry() by default), under one
-    Idempotency-Key; one request may take `request_timeout`.  `timeout` is for all of it, `heartbeat_timeout` for the silence between
-    two POSTs to the heartbeat URL once the service has answered.  When the time is over, or the wait is cancelled, `cancel` makes a
-    request of the response to the first one (or is one), and a callback is waited for so much longer: `cancel_timeout`.  Times are
-    seconds or timedeltas.  `headers_from` is an activity without parameters that is called where the request is sent: what it
-    returns is sent as headers too, and stored nowhere.  `cookies` are those of an earlier Outcome.
+    After connection problems and the statuses 408, 425, 429 and 5xx, the request is tried again as `retry` says (kw.Retry() by default),
+    under one Idempotency-Key.  One request may take `request_timeout`, and the whole call `timeout`; `heartbeat_timeout` limits the
+    silence between two POSTs to the heartbeat URL, once the service has answered.  When the time is over, or the wait is cancelled,
+    the request `cancel` is sent, which may be a function of the response to the first request, and the callback is awaited for
+    `cancel_timeout` more.  Times are seconds or timedeltas.  `headers_from` is an activity without parameters that is called where the
+    request is sent: what it returns is also sent as headers, and stored nowhere.  `cookies` are those of an earlier Outcome.
 
-    Raises UsageError at once for what cannot be sent; at the wait RestError for every status but SUCCESS, and RestCancelled (a
-    Cancelled) when the wait was cancelled.  Source: reference-systems LR-1 to LR-22.
+    Raises UsageError at once for what cannot be sent; at the wait, RestError for every status but SUCCESS, and RestCancelled (a
+    Cancelled) if the wait was cancelled.  Source: reference-systems LR-1 to LR-22.
     """
     made = Plan(
         request=checked(Request(method, url, body, headers or {}, headers_from)), callback=callback, cookies=list(cookies), retry=_retry(retry),
@@ -79,7 +79,7 @@ def _positive(name: str, given: timedelta | float) -> float:
 
 
 def _retry(retry: Retry | None) -> dict[str, Any]:
-    """As plain values: a policy of ours that is kept in snapshots could get no field any more."""
+    """The retry policy as plain values: if snapshots held our Retry class, it could not get another field."""
     if retry is not None and not isinstance(retry, Retry):
         raise UsageError(f"rest.call(retry=...) takes a kw.Retry, not {retry!r}; for no second attempt kw.Retry(max_attempts=1)")
     return dataclasses.asdict(retry or Retry())

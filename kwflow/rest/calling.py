@@ -1,9 +1,9 @@
-"""What happens next in a call of a service: its state, and what each wait that ends makes of it.  No I/O, no clock; runs in steps.
+"""What happens next in a call of a service: its state, and how each wait that ends changes it.  No I/O and no clock; it runs in steps.
 
-`flows/rest1.py` waits for what `wait` gives, tells of a cancel, and calls `go_on`, until it is `over`.  A Calling lies in snapshots:
-an attribute is added with a default in the class, and neither it nor a method that rest1 calls is renamed.
+`flows/rest1.py` waits for what `wait` returns, reports a cancel, and calls `go_on`, until the call is `over`.  Snapshots hold a
+Calling: a new attribute needs a default in the class, and neither an attribute nor a method that rest1 calls is ever renamed.
 
-One rule: the ref of the callback is waited for from before the first request until the end, so that no answer is ever lost (X-1).
+The one rule: the callback's ref is awaited from before the first request until the end, so that no answer is ever lost (X-1).
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ from kwflow.rest.values import Callback, Cookie, Failure, Outcome, Plan, Request
 
 __all__ = ["Calling", "gateway_url"]
 
-_RETRIED = (408, 425, 429)  # and 5xx: what another attempt may change (LR-8)
+_RETRIED = (408, 425, 429)  # and 5xx: statuses that another attempt may change (LR-8)
 _NO_GATEWAY = (
     "rest.call gives the service a URL to call back, and gateway_url is not set: set it to where the service reaches `kwflow gateway`, "
     "as `url` under [gateway] in kwflow.toml, or as KWFLOW_GATEWAY_URL; or say callback=False if the HTTP response is the answer"
 )
-_WAITS = ("token_wait", "answer", "attempt", "beat", "pause", "silence", "limit", "grace")  # in the order in which they are looked at: what the service says goes before timers
+_WAITS = ("token_wait", "answer", "attempt", "beat", "pause", "silence", "limit", "grace")  # in the order in which they are examined: what the service says comes before timers
 
 
 class Calling:
-    """One call.  Invariant: each name of `_WAITS` is a pending wait, or None."""
+    """The state of one call.  Invariant: each attribute named in `_WAITS` is a pending wait, or None."""
 
     token_wait: ActivityWait | None = None  # for the secret of the callback's URL
     attempt: ActivityWait | None = None  # the request that is under way
     answer: Suspension[Any] | None = None  # the callback
     beat: Suspension[Any] | None = None
     pause: Timer | None = None  # until the next attempt
-    silence: Timer | None = None  # of the heartbeat
-    limit: Timer | None = None  # of all of it
-    grace: Timer | None = None  # of the cancel procedure
+    silence: Timer | None = None  # the time in which the next heartbeat must come
+    limit: Timer | None = None  # the timeout of the whole call
+    grace: Timer | None = None  # the timeout of the cancel procedure
 
     over = False
     token = ""
-    status: Status | None = None  # CANCELLED, TIMED_OUT or DIED, once it is
+    status: Status | None = None  # CANCELLED, TIMED_OUT or DIED, once that is so
     unwanted = False  # the wait for this call was cancelled
     stopping = False  # the cancel procedure has begun
-    sent: Sent | None = None  # the request, while it may be tried again; the one that cancels once it is made
+    sent: Sent | None = None  # the request, while it may be tried again; once `cancel_made`, the one that cancels
     cancel_made = False
-    tries = 0  # of that request
-    key = ""  # of all of them
+    tries = 0  # attempts of the request in `sent`
+    key = ""  # the idempotency key of all these attempts
     attempts = 0
     answered = False  # the callback has come
-    refused = False  # as an error
+    refused = False  # the callback was an error
     responded = False  # the first request has a response
 
     initial: Any = None
@@ -80,7 +80,10 @@ class Calling:
             self._begin()
 
     def wait(self) -> Awaitable:
-        """The first of all that may happen.  A cancel is held back while a request is under way whose response says how to cancel what it began (LR-16)."""
+        """A wait for the first of all that may happen.
+
+        A cancel is held back while a request is under way, as its response may say how to cancel what it began (LR-16).
+        """
         waits = [wait for name in _WAITS if (wait := getattr(self, name)) is not None]
         if not waits:
             raise KwflowBug("a call that is not over waits for nothing")
@@ -89,7 +92,7 @@ class Calling:
         return current().shield(first) if held else first
 
     def cancelled(self) -> None:
-        """Somebody has cancelled the wait, and with it, perhaps, what it waited for; a further time changes nothing."""
+        """Note that somebody has cancelled the wait and, perhaps with it, the waits of this call.  A second cancel changes nothing."""
         self.unwanted = True
         for name in _WAITS:
             wait = getattr(self, name)
@@ -99,12 +102,12 @@ class Calling:
             self._stop("CANCELLED")
 
     def failed(self, error: Exception) -> None:
-        """A wait has ended with this error, which `go_on` finds there.  Raises it if none has."""
+        """A wait has ended with this error, and `go_on` will find it there.  Raises the error if no wait has ended."""
         if not any(wait is not None and wait.settled for wait in (getattr(self, name) for name in _WAITS)):
             raise error
 
     def go_on(self) -> None:
-        """Do what follows from all that has happened."""
+        """Handle every wait that has ended."""
         for name in _WAITS:
             wait = getattr(self, name)
             if wait is not None and wait.settled and not self.over:
@@ -112,12 +115,12 @@ class Calling:
                 getattr(self, f"_on_{name}")(wait)
 
     def close(self) -> None:
-        """Leave nothing behind that would wait, or work, for nobody."""
+        """Drop all waits, so that nothing waits or works for nobody."""
         for name in _WAITS:
             self._drop(name)
 
     def outcome(self) -> Outcome:
-        """What it has come to.  Raises RestError, or RestCancelled if the wait was cancelled, for all but SUCCESS."""
+        """The outcome of a SUCCESS.  Raises RestError for every other status, or RestCancelled if the wait was cancelled."""
         status = self.status or ("SYSTEM_ERROR" if self.error is not None else "FAILED" if self.refused else "SUCCESS")
         response = self.called_back if self.answered else self.initial
         if status == "SUCCESS" and self.plan.success is not None and not _called("success", self.plan.success, response):
@@ -144,9 +147,9 @@ class Calling:
         failure = response.failure or _status_failure(response)
         if failure is None:
             self._succeeded(response)
-        elif self.answered:  # the service has done it, or stopped, whatever became of the response
+        elif self.answered:  # the service has finished or stopped, whatever became of the response
             self._finish()
-        elif self.stopping and not self.cancel_made:  # it will not be asked again
+        elif self.stopping and not self.cancel_made:  # the request is not repeated
             self._send_cancel()
         elif (pause_s := self._pause_s(response, failure)) is not None:
             current().logs.append(f"{failure.message}; tried again in {pause_s:.3g} s")
@@ -163,7 +166,7 @@ class Calling:
             self._stopped()
             return
         self.initial, self.responded, self.sent = response.body, True, None
-        self.plan = msgspec.structs.replace(self.plan, request=Request(self.plan.request.method, self.plan.request.url))  # what was sent need not wait for months
+        self.plan = msgspec.structs.replace(self.plan, request=Request(self.plan.request.method, self.plan.request.url))  # body and headers need not be in snapshots for months
         if self.answered or not self.plan.callback:
             self._finish()
         elif self.stopping:
@@ -202,7 +205,7 @@ class Calling:
         self._send()
 
     def _send(self) -> None:
-        """The next attempt, started with this step's commit; under the key of the first."""
+        """Begin the next attempt, which starts with this step's commit, under the key of the first."""
         if self.sent is None:
             raise KwflowBug("a call without a request")
         self.tries += 1
@@ -213,7 +216,7 @@ class Calling:
         self.key = self.key or self.attempt.ref
 
     def _made(self, request: Request) -> Sent:
-        """With what the author's functions give for body and headers.  Raises UsageError for what cannot be sent."""
+        """Make the request, with what the author's functions return for body and headers.  Raises UsageError for what cannot be sent."""
         body = _called("body", request.body, self._callback()) if callable(request.body) else request.body
         headers = _called("headers", request.headers, self._callback()) if callable(request.headers) else request.headers
         try:
@@ -226,7 +229,7 @@ class Calling:
         return Sent(request.method, request.url, _checked_headers(headers), body, [], self.plan.request_timeout_s, bytes_max, name)
 
     def _pause_s(self, response: Response, failure: Failure) -> float | None:
-        """Seconds until the next attempt; None when there is none."""
+        """Seconds until the next attempt; None if there is none."""
         status = failure.status or 0
         if response.final or (status and status not in _RETRIED and status < 500):
             return None
@@ -239,7 +242,7 @@ class Calling:
         return f"callback-{self.token}"
 
     def _listen(self) -> None:
-        """Wait for what may come by the refs of the callback, as far as nobody does."""
+        """Wait on the refs of the callback, unless that is done already."""
         if self.answer is None and not self.answered:
             self.answer = current().suspend(self._ref)
         if self.beat is None and self.plan.heartbeat_s is not None and not self.stopping:
@@ -252,18 +255,18 @@ class Calling:
         return Callback(url, f"{url}-heartbeat" if self.plan.heartbeat_s is not None else None)
 
     def _watch(self) -> None:
-        """From now on the heart has to beat (LR-17)."""
+        """Start the heartbeat timeout, or start it anew (LR-17)."""
         if self.plan.heartbeat_s is not None:
             self._drop("silence")
             self.silence = current().sleep(self.plan.heartbeat_s)
 
     # -- the end ----------------------------------------------------------------------------------------------------------
     def _stop(self, status: Status) -> None:
-        """The time is over, or nobody wants it any more: tell the service, and give it `cancel_timeout` for a last callback (LR-16)."""
+        """The time is over, or the call is not wanted any more: tell the service, and give it `cancel_timeout` for a last callback (LR-16)."""
         self.status, self.stopping = status, True
         for name in ("token_wait", "pause", "beat", "silence", "limit"):
             self._drop(name)
-        if self.answered and status == "TIMED_OUT":  # it is done; only the response to the first request is missing
+        if self.answered and status == "TIMED_OUT":  # the service is done; only the response to the first request is missing
             self.status = None
         if self.answered or self.attempts == 0 or self.plan.cancel is None:
             self._finish()
@@ -273,17 +276,17 @@ class Calling:
         if not self.over:
             self.grace = current().sleep(self.plan.cancel_timeout_s)
             if self.token:
-                self._listen()  # the cancel took this wait with it
+                self._listen()  # a cancel may have ended this wait too
 
     def _send_cancel(self) -> None:
-        """Whatever is wrong with it is logged: the status says how the call ended, not how this did."""
+        """Send the cancel request.  Any problem with it is only logged: the status says how the call ended, not how the cancel request did."""
         cancel = self.plan.cancel
         try:
             made = _called("cancel", cancel, self.initial) if callable(cancel) and self.responded else cancel
             if not isinstance(made, Request):
                 if made is not None and made is not cancel:
                     raise UsageError(f"rest.call(cancel=...) gives a rest.Request or None, not {made!r}")
-                self._finish()  # nobody knows how to
+                self._finish()  # nobody knows how to cancel it
                 return
             self.sent, self.tries, self.key, self.cancel_made = self._made(checked(made)), 0, "", True
             self._send()
@@ -294,7 +297,7 @@ class Calling:
             self._finish()
 
     def _stopped(self) -> None:
-        """The cancel request has ended, well or not: the callback is waited for, if there is to be one."""
+        """The cancel request has ended, successfully or not: keep waiting for the callback, if there is to be one."""
         if self.answered or not self.plan.callback:
             self._finish()
 
@@ -313,7 +316,7 @@ class Calling:
 
 
 def gateway_url() -> str:
-    """Where services call back, without a slash at its end.  Raises UsageError saying where to set it."""
+    """The URL where services call back, without a slash at its end.  Raises UsageError, which says where to set it."""
     found = current().context.gateway_url
     if found is None:
         raise UsageError(_NO_GATEWAY)
@@ -325,7 +328,7 @@ def _where(plan: Plan) -> str:
 
 
 def _called(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """A function of the author's, in this step.  Raises what it raises."""
+    """Call a function of the author's, in this step.  Raises what it raises, and UsageError if it returns a wait."""
     value = function(*arguments)
     if inspect.isgenerator(value) or inspect.isawaitable(value) or isinstance(value, Awaitable):
         raise UsageError(f"rest.call({name}=...) takes a plain function, and this one gives a wait; wait before rest.call, and use the result here")
@@ -333,7 +336,7 @@ def _called(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _checked_headers(headers: object) -> dict[str, str]:
-    """Raises UsageError naming the header."""
+    """The headers as a dict.  Raises UsageError, which names the header or the limit."""
     wrong = wrong_header(headers)
     if wrong is not None or not isinstance(headers, Mapping):
         raise UsageError(f"rest.call: {wrong}")
@@ -344,12 +347,12 @@ def _checked_headers(headers: object) -> dict[str, str]:
 
 
 def _response(wait: ActivityWait) -> Response:
-    """What came of an attempt; an activity that raised, such as one an engine ended, is a failure."""
+    """The response of an attempt; an activity that raised, such as one that an engine ended, becomes a failure."""
     if wait.state != FAILED:
         try:
             found: Response = http.request.decode_result(wait.value)
             return found
-        except ActivityError as error:  # somebody has answered in its place (kwflow resume)
+        except ActivityError as error:  # somebody has answered in the activity's place (kwflow resume)
             return Response(0, failure=Failure(error.type, str(error)), final=True)
     told = wait.value.payload if isinstance(wait.value, WorkflowError) else None
     final = isinstance(told, dict) and (told.get("final") is True or told.get("kind") == "business")
@@ -366,7 +369,7 @@ def _raised(activity: str, error: object) -> Failure:
 
 
 def _status_failure(response: Response) -> Failure | None:
-    """Of a status outside 200-299 that a fake gave without saying more (LR-8)."""
+    """A failure for a status outside 200-299 that a fake returned without one (LR-8)."""
     if 200 <= response.status < 300:
         return None
     return Failure("StatusError", f"the request was answered with {response.status}", response.status, response.body)

@@ -1,6 +1,6 @@
-"""The activities behind rest.call: one draws the token of a callback, one sends a request.  The only file that knows httpx.
+"""The activities behind rest.call: one draws the token of a callback, the other sends a request.  This is the only file that knows httpx.
 
-Whatever happens on the line is a Response: `calling.py` decides what is tried again, and logs it with the step.
+Whatever happens on the network becomes a Response: `calling.py` decides what is tried again, and logs it with the step.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from kwflow.rest.values import Cookie, Failure, Response, Sent, place, wrong_hea
 
 __all__ = ["request", "token"]
 
-_SAFE = ("GET", "HEAD", "OPTIONS")  # a repeated one does nothing twice
-_ERROR_BODY_CHARACTERS_MAX = 2_000  # of the text that a response with an error status has
-_COOKIES_MAX = 50  # RFC 6265 §6.1: what a client should be able to keep for a host
-_COOKIE_CHARACTERS_MAX = 16_384  # of all of them; they travel with each request
+_SAFE = ("GET", "HEAD", "OPTIONS")  # methods that are safe to repeat
+_ERROR_BODY_CHARACTERS_MAX = 2_000  # of the text in a response with an error status
+_COOKIES_MAX = 50  # RFC 6265 §6.1: how many a client should be able to keep for a host
+_COOKIE_CHARACTERS_MAX = 16_384  # of all cookies together, as they are sent with each request
 _RETRY_AFTER_S_MAX = 86_400.0
 
 
@@ -40,7 +40,7 @@ def token() -> str:
 
 @activity(name="kwflow.rest.request")
 async def request(sent: Sent) -> Response:
-    """Send one HTTP request; redirects are not followed.  Raises ActivityError where this engine cannot send any."""
+    """Send one HTTP request, without following redirects.  Raises ActivityError if this engine cannot send requests."""
     try:
         import httpx
     except ImportError:
@@ -69,14 +69,14 @@ async def request(sent: Sent) -> Response:
 
 
 def _said(error: Exception) -> str:
-    """Without the bytes that h11 quotes: a header or a cookie that it refuses may be a secret."""
+    """An error's text without the bytes that h11 quotes: a header or a cookie that it refuses may be a secret."""
     text = str(error).partition(" b'")[0].partition(' b"')[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
-    """Reading the certificates that the system trusts takes longer than most requests."""
+    """The TLS context, cached: reading the certificates that the system trusts takes longer than most requests."""
     import httpx
 
     return httpx.create_ssl_context()
@@ -84,7 +84,7 @@ def _tls() -> ssl.SSLContext:
 
 # -- what is sent --------------------------------------------------------------------------------------------------------
 async def _headers(sent: Sent) -> dict[str, str]:
-    """The author's, and what they leave to us.  Raises ActivityError for an activity of theirs that gives none."""
+    """The author's headers, and defaults for those they leave to us.  Raises ActivityError if the `headers_from` activity returns none that can be sent."""
     headers = dict(sent.headers)
     if sent.headers_from is not None:
         found = find_activity(sent.headers_from)
@@ -95,7 +95,7 @@ async def _headers(sent: Sent) -> dict[str, str]:
             raise ActivityError(f"what activity {sent.headers_from} returned cannot be sent: {wrong}", "BadHeaders", final=True)
         headers |= given
     present = {name.lower() for name in headers}
-    if "accept-encoding" not in present:  # a compressed response is larger than the limit says before anybody sees it
+    if "accept-encoding" not in present:  # a compressed response could exceed the limit before anybody notices
         headers["Accept-Encoding"] = "identity"
     if "accept" not in present:
         headers["Accept"] = "application/json"
@@ -105,7 +105,7 @@ async def _headers(sent: Sent) -> dict[str, str]:
 
 
 def _content(body: Any, headers: dict[str, str]) -> bytes | None:
-    """The body, whose Content-Type is JSON unless the author's says otherwise of a text."""
+    """The encoded body: JSON, unless it is text and the author gave another Content-Type."""
     if body is None:
         return None
     kind = next((value for name, value in headers.items() if name.lower() == "content-type"), None)
@@ -123,7 +123,7 @@ def _is_json(kind: str) -> bool:
 
 # -- what comes back -----------------------------------------------------------------------------------------------------
 async def _read(response: Any, bytes_max: int) -> bytes | None:
-    """The body, None when it is larger: then no more of it is read."""
+    """Read the body; None if it is larger than `bytes_max`, and then the rest is not read."""
     data = bytearray()
     async for part in response.aiter_bytes():
         data += part
@@ -157,7 +157,7 @@ def _response(where: str, response: Any, data: bytes | None, cookies: list[Cooki
 
 
 def _decoded(data: bytes, response: Any) -> Any:
-    """JSON; text where the Content-Type is text, or another one and it is no JSON: as the gateway takes callbacks.  Raises ValueError."""
+    """Decode a body as the gateway decodes callbacks: text for a text Content-Type, else JSON, or text if it is no JSON and has another type.  Raises ValueError."""
     kind = response.headers.get("content-type", "application/json")
     if not kind.lower().startswith("text/"):
         try:
@@ -177,7 +177,7 @@ def _decoded(data: bytes, response: Any) -> Any:
 
 
 def _retry_after_s(header: str | None) -> float | None:
-    """Seconds, or a date (RFC 9110 §10.2.3); None for what is neither."""
+    """Parse Retry-After, which has seconds or a date (RFC 9110 §10.2.3); None for anything else."""
     if header is None:
         return None
     try:
@@ -201,7 +201,10 @@ def _jar(cookies: list[Cookie]) -> http.cookiejar.CookieJar:
 
 
 def _cookies(jar: http.cookiejar.CookieJar) -> list[Cookie]:
-    """Those that are still valid, and that can be sent: another one would keep each later request, and the one that cancels, from leaving (RFC 6265 §4.1.1: ASCII)."""
+    """The cookies that are still valid and can be sent.
+
+    Any other would make each later request fail, even the one that cancels (RFC 6265 §4.1.1: ASCII).
+    """
     jar.clear_expired_cookies()
     made = [Cookie(cookie.name, cookie.value or "", cookie.domain, cookie.path, bool(cookie.secure), cookie.expires) for cookie in jar]
     return [cookie for cookie in made if wrong_header({"Cookie": f"{cookie.name}={cookie.value}"}) is None]

@@ -1,4 +1,4 @@
-"""What a call of a service takes and gives.  Snapshots hold these: a field is added at the end, with a default, and none is renamed.
+"""The arguments and results of a call of a service.  Snapshots hold these: new fields go to the end, with a default, and none is ever renamed.
 
 All are plain data; a workflow may return an Outcome as its result.
 """
@@ -23,19 +23,19 @@ Status: TypeAlias = Literal["SUCCESS", "FAILED", "CANCELLED", "TIMED_OUT", "DIED
 
 
 class Callback(msgspec.Struct, frozen=True):
-    """Where the service calls back, once, with its answer as JSON (POST); `heartbeat_url` is None without a heartbeat_timeout."""
+    """The URL that the service calls back once, with its answer as JSON (POST); `heartbeat_url` is None without a heartbeat_timeout."""
 
     url: str
     heartbeat_url: str | None = None
 
 
-Body: TypeAlias = Any  # JSON, or a function of the Callback that gives it
+Body: TypeAlias = Any  # JSON, or a function of the Callback that returns it
 Headers: TypeAlias = Mapping[str, str] | Callable[[Callback], Mapping[str, str]]
-HeadersFrom: TypeAlias = Activity[[], Any] | str | None  # an activity that gives a mapping, whichever
+HeadersFrom: TypeAlias = Activity[[], Any] | str | None  # an activity that returns a mapping, or its name
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What tells the service to stop; `body`, `headers` and `headers_from` are as those of rest.call, none of which it takes over."""
+    """The request that tells the service to stop.  `body`, `headers` and `headers_from` are as in rest.call, but none of that call's are taken over."""
 
     method: str
     url: str
@@ -45,7 +45,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Cookie(msgspec.Struct, frozen=True):
-    """A cookie that the service has set; it is sent to the hosts and paths that it is for."""
+    """A cookie that the service has set.  It is sent only to the hosts and paths that it is for."""
 
     name: str
     value: str
@@ -56,7 +56,7 @@ class Cookie(msgspec.Struct, frozen=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """What went wrong.  `type`: ConnectionError, Timeout, StatusError, ResponseError, RequestError, or what an activity raised.
+    """What went wrong.  `type` is ConnectionError, Timeout, StatusError, ResponseError, RequestError, or what an activity raised.
 
     `status` and `body` are those of a response with an error status.
     """
@@ -68,10 +68,10 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What became of a call.  `response` is the callback's JSON, or without a callback that of the HTTP response (None for an empty one).
+    """How a call ended.  `response` is the callback's JSON, or without a callback that of the HTTP response (None for an empty one).
 
-    `error` is there where status is SYSTEM_ERROR; `attempts` counts the requests sent, without those that cancel; `cookies` are for a
-    next call of the same service.  What the service says in `response` is its own affair (LR-22).
+    `error` is set if status is SYSTEM_ERROR; `attempts` counts the requests sent, except those that cancel; `cookies` are for
+    further calls of the same service.  What `response` means is the service's own affair (LR-22).
     """
 
     status: Status
@@ -85,7 +85,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class Sent(msgspec.Struct, frozen=True):
-    """One HTTP request, as the activity `kwflow.rest.request` gets it."""
+    """One HTTP request: the argument of the activity `kwflow.rest.request`."""
 
     method: str
     url: str
@@ -98,9 +98,9 @@ class Sent(msgspec.Struct, frozen=True):
 
 
 class Response(msgspec.Struct, frozen=True):
-    """What came back, as the activity `kwflow.rest.request` gives it.  `cookies` are all that are valid now, None: as before.
+    """What came back: the result of the activity `kwflow.rest.request`.  `cookies` are all that are valid now; None: unchanged.
 
-    Without a response, or with one that cannot be read, `failure` says why, and `final` that another attempt would not help.
+    If there is no response, or one that cannot be read, `failure` says why, and `final` whether another attempt is useless.
     """
 
     status: int
@@ -127,7 +127,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class RestError(KwflowError):
-    """A call has not succeeded: `outcome` says how it ended, and what the service had answered until then."""
+    """A call did not succeed: `outcome` says how it ended, and what the service had answered until then."""
 
     def __init__(self, message: str, outcome: Outcome) -> None:
         super().__init__(message, outcome)
@@ -138,7 +138,7 @@ class RestError(KwflowError):
 
 
 class RestCancelled(Cancelled):
-    """The wait for a call was cancelled, and the service told so if the call says how; `outcome` is that of the call."""
+    """The wait for a call was cancelled, and the service was told so if the call says how; `outcome` is that of the call."""
 
     def __init__(self, message: str, outcome: Outcome) -> None:
         super().__init__(message, outcome)
@@ -149,7 +149,7 @@ class RestCancelled(Cancelled):
 
 
 def checked(request: Request) -> Request:
-    """With its method in capitals, and an activity by its name.  Raises UsageError for what cannot be sent."""
+    """Return the request with its method in capitals, and an activity replaced by its name.  Raises UsageError for what cannot be sent."""
     method, url, given = request.method, request.url, request.headers_from
     if not isinstance(method, str) or not method.isascii() or not method.isalpha():
         raise UsageError(f"rest: a method is a word such as POST, not {method!r}")
@@ -163,7 +163,7 @@ def checked(request: Request) -> Request:
 
 
 def place(url: str) -> str:
-    """Scheme, host and path, for messages: a query or a password is nobody's business.  "" for what is no URL."""
+    """Scheme, host and path of a URL, for messages, which must not show a query or a password; "" for what is no URL."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -175,7 +175,10 @@ def place(url: str) -> str:
 
 
 def wrong_header(headers: object) -> str | None:
-    """What of these cannot be sent, without the value, which may be a secret: a line break in one would begin another header."""
+    """Say which of these headers cannot be sent, without its value, which may be a secret; None if all can.
+
+    A line break in a value, for example, would begin another header.
+    """
     if not isinstance(headers, Mapping):
         return f"headers are a mapping of names to texts, not a {type(headers).__name__}"
     for name, value in headers.items():
