@@ -1,1 +1,1 @@
-"""`make bench`: each figure beside a bare loop measured in the same run; a table and bench-results.json."""
+"""`make bench`: each figure next to that of a bare loop, measured in the same run; the results are a table and bench-results.json."""

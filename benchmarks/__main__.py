@@ -1,4 +1,7 @@
-"""`python -m benchmarks [GROUP...]`: figures as a table and as bench-results.json; groups are generators, loading, embedded, scale, activities, kafka, restore."""
+"""`python -m benchmarks [GROUP...]` prints figures as a table and writes bench-results.json.
+
+The groups are generators, loading, embedded, scale, activities, kafka and restore.
+"""
 
 import importlib
 import json

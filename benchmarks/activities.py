@@ -1,4 +1,4 @@
-"""Activities, signals, outcomes and children, measured through the client: the same code embedded and on Kafka."""
+"""Activities, signals, outcomes and children, measured through the client, with the same code embedded and on Kafka."""
 
 import concurrent.futures
 import contextlib
@@ -63,7 +63,7 @@ WAIT_S = 300
 
 
 def measured(client: Client, place: str, figures: dict[str, float]) -> None:
-    """All of it, against a running engine."""
+    """Measure everything against a running engine."""
     figures[f"{place} activities/s, {CHAINS} chains of {LINKS}"] = chains(client, "chain")
     begun = time.perf_counter()
     client.start_and_wait("at-once", AT_ONCE, workflow="at_once", timeout=WAIT_S).result(WAIT_S)
@@ -77,7 +77,7 @@ def measured(client: Client, place: str, figures: dict[str, float]) -> None:
 
 
 def chains(client: Client, workflow: str) -> float:
-    """Calls a second."""
+    """Measure calls per second."""
     begun = time.perf_counter()
     ended = [client.start_and_wait(f"{workflow}-{n}", LINKS, workflow=workflow, timeout=WAIT_S) for n in range(CHAINS)]
     assert {future.result(WAIT_S) for future in ended} == {sum(n * n for n in range(LINKS))}
@@ -96,7 +96,7 @@ def trips(name: str, figures: dict[str, float], begin: Callable[[int], "concurre
 
 @contextlib.contextmanager
 def running(run: Callable[[Callable[[], bool]], Any]) -> Iterator[None]:
-    """An engine on a thread of its own."""
+    """Run an engine on a thread of its own while inside of this."""
     done = threading.Event()
     thread = threading.Thread(target=lambda: run(done.is_set))
     thread.start()
@@ -135,7 +135,7 @@ def kafka(bootstrap: str, directory: pathlib.Path, figures: dict[str, float]) ->
 
 
 def measure(directory: pathlib.Path) -> None:
-    """Both, into the figures of this run."""
+    """Measure both, and add to the figures of this run."""
     embedded(directory / "embedded", FIGURES)
     with broker(directory) as bootstrap:
         if bootstrap is not None:

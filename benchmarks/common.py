@@ -1,4 +1,4 @@
-"""What every group of figures uses: the workflow that is measured, clocks, the broker, and where figures go."""
+"""What every group of figures uses: the measured workflow, the broker, and where figures go."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(opts):
         kw.output(str(value), "bench-out")
 """
 INSTANCES = 500
-SHARE = float(os.environ.get("KWFLOW_BENCH_SHARE", "1"))  # of what is measured: less tells whether it runs, not how fast
+SHARE = float(os.environ.get("KWFLOW_BENCH_SHARE", "1"))  # of the full amount of work: with less, a run shows whether the benchmarks work, not how fast
 
 
 def share(count: int) -> int:
@@ -39,14 +39,14 @@ TARGETS: dict[str, str] = {}
 
 
 def figure(name: str, value: float, target: str = "") -> None:
-    """Note a figure; `target` is what the project promises itself, as text."""
+    """Note a figure; `target` is the project's own goal, as text."""
     FIGURES[name] = value
     if target:
         TARGETS[name] = target
 
 
 def percentiles(name: str, seconds: list[float]) -> float:
-    """Note p50 and p99 in ms; p50 in seconds."""
+    """Note p50 and p99 in ms; return p50 in seconds."""
     ordered = sorted(seconds)
     figure(f"{name}, ms p50", 1000 * ordered[len(ordered) // 2])
     figure(f"{name}, ms p99", 1000 * ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)])
@@ -54,7 +54,7 @@ def percentiles(name: str, seconds: list[float]) -> float:
 
 
 def workflow() -> Any:
-    """The measured workflow's module, durable."""
+    """Load the module of the measured workflow as durable code."""
     return durable.load_source("bench_workflows", SOURCE, "bench_workflows.py")
 
 
@@ -64,7 +64,7 @@ def processor(config: Config, incarnation: str) -> WorkflowProcessor:
 
 @contextlib.contextmanager
 def broker(directory: pathlib.Path) -> Iterator[str | None]:
-    """A Kafka that is there already, or one from Maven's jars; None where there is neither."""
+    """Yield the address of a Kafka that exists already, or of one that is started from Maven's jars; None if there is neither."""
     given = os.environ.get("KWFLOW_TEST_BOOTSTRAP")
     if given or not (shutil.which("java") and shutil.which("mvn")):
         yield given

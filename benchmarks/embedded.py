@@ -1,4 +1,4 @@
-"""The step alone, the embedded engine against the same reads and writes with no engine in between, and timers on time."""
+"""The step alone, the embedded engine compared with the same reads and writes without an engine, and how late timers fire."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def measure(directory: pathlib.Path) -> None:
 
 
 def core(per: int) -> float:
-    """us of this thread's CPU for a step: decode, run, save; nothing is written anywhere."""
+    """us of this thread's CPU for one step: decode, run, save.  Nothing is written anywhere."""
     made = processor(Config(), "incarnation")
     store, offset, spent, steps = MemoryStore(), 0, 0.0, 0
     for turn in range(12):
@@ -66,7 +66,7 @@ def core(per: int) -> float:
 
 
 def engine(directory: pathlib.Path, batch: int, steps: int) -> tuple[float, int]:
-    """(steps a second, bytes of a snapshot) of a backlog of answers."""
+    """(steps per second, bytes of a snapshot) for a backlog of answers."""
     config = Config(batch_records_max=batch)
     held = Embedded(directory, config)
     processors = [processor(config, held.incarnation), TimerProcessor(config)]
@@ -92,7 +92,7 @@ def put(held: Embedded, records: list[tuple[bytes, bytes]]) -> None:
 
 
 def bare(directory: pathlib.Path, size: int, per: int, steps: int) -> float:
-    """The same bytes read and written in the same batches with the same sync."""
+    """Steps per second of a loop that reads and writes the same bytes in the same batches with the same sync."""
     directory.mkdir()
     db = rocks.opened(directory, Config().rocksdb_bytes_max)
     sync = WriteOptions()
@@ -121,7 +121,7 @@ def bare(directory: pathlib.Path, size: int, per: int, steps: int) -> float:
 
 
 def lateness(directory: pathlib.Path) -> None:
-    """How late timers fire on an idle engine."""
+    """Measure how late timers fire on an idle engine."""
     config = Config()
     held = Embedded(directory, config)
     for n in range(20):

@@ -1,6 +1,6 @@
-"""Figures of durable generators: hot twins against native ones, saving and restoring against a plain pickle of the same variables.
+"""Figures of durable generators: hot twins compared with native generators, saving and restoring with a plain pickle of the same variables.
 
-Every figure is a ratio of two times of one run, each the best of many short bursts, so that a busy machine does not show.
+Every figure but the size is a ratio of two times in one run, each the best of many short bursts, so that a busy machine does not show.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ LIMITS = {
 
 
 def best(work: Callable[[], Any], burst: int, bursts: int = 100) -> float:
-    """Seconds of one call: the best burst."""
+    """Seconds per call, in the best burst."""
     found = float("inf")
     for _ in range(bursts):
         begun = time.perf_counter()
@@ -122,7 +122,7 @@ def measure(_directory: pathlib.Path) -> None:
 
 
 def figures() -> dict[str, float]:
-    """All of them, by name."""
+    """Measure all figures; return them by name."""
     found: dict[str, float] = {}
     lowered: Any = durable.load_source("bench_loops", LOOPS, "bench_loops.py")
     native: dict[str, Any] = {}
@@ -146,7 +146,7 @@ def against_pickle(found: dict[str, float], shown: str, gen: Any, variables: Any
 
 
 def saga_bytes() -> list[int]:
-    """The stored graph of a saga that waits in a reservation, at its first and at its second."""
+    """The sizes of the stored graph of a saga that waits in a reservation: in the first one, and in the second."""
     engine = WorkflowTester(durable.load_source("bench_saga", SAGA, "bench_saga.py").__dict__["main"])
     engine.start("w", {})
     sizes = [len(snapshot.split(engine.state.entries[b"w"])[1])]

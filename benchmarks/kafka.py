@@ -1,7 +1,7 @@
-"""The Kafka engine against the same loop with no engine in it: a process each, the same topics' partitions and bytes, in turns.
+"""The Kafka engine compared with the same loop without an engine: each in a process of its own, with as many partitions and bytes, in turns.
 
-The engine is `kwflow engine` as a user starts it.  Rates are taken between the tenth and the last part of a backlog, so that no start-up
-counts; its CPU is what the kernel says its process used meanwhile, librdkafka's threads included.
+The engine is `kwflow engine`, as a user starts it.  Rates are measured from a tenth of a backlog to its end, so that the start
+does not count; CPU is what the kernel says the process used meanwhile, including librdkafka's threads.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ PARTITIONS = 4
 OUT = "bench-out"
 TRIPS = 300
 ECHO_S = 10
-SNAPSHOT_BYTES = 681  # what the embedded group prints for this workflow
+SNAPSHOT_BYTES = 681  # as the embedded group prints it for this workflow
 
 
 class Lab:
-    """One application with its topics; `bare-out` and a bare changelog beside them for the loop without an engine."""
+    """One application with its topics, and an output topic and a changelog for the loop without an engine."""
 
     def __init__(self, bootstrap: str, directory: pathlib.Path) -> None:
         name = f"bench-{uuid.uuid4().hex[:6]}"
@@ -81,7 +81,7 @@ class Lab:
 
 
 class Reader:
-    """Counts committed records of a topic from its end on."""
+    """Counts the committed records of a topic from its present end on."""
 
     def __init__(self, bootstrap: str, topic: str) -> None:
         self.consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "bench-reader", "isolation.level": "read_committed", "fetch.wait.max.ms": 10, "log_level": 0})
@@ -93,7 +93,7 @@ class Reader:
         for _ in range(50):
             try:
                 return int(self.consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=10)[1])
-            except KafkaException:  # the topic is so new that nobody leads this partition yet
+            except KafkaException:  # the topic is so new that this partition has no leader yet
                 time.sleep(0.1)
         raise RuntimeError(f"{topic}[{partition}] has no leader")
 
@@ -107,13 +107,13 @@ class Reader:
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time of a process so far."""
+    """The user and system time that a process has used so far."""
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def drained(process: subprocess.Popen[bytes], reader: Reader) -> tuple[float, float]:
-    """(steps a second, us of CPU a step) of what is in the log already."""
+    """(steps per second, us of CPU per step) for a backlog that is already in the log."""
     first = STEPS // 10
     reader.until(first)
     begun, spent = time.perf_counter(), cpu_s(process.pid)
@@ -122,7 +122,7 @@ def drained(process: subprocess.Popen[bytes], reader: Reader) -> tuple[float, fl
 
 
 def trips(lab: Lab, reader: Reader) -> list[float]:
-    """Seconds from a record to its answer, one at a time."""
+    """Seconds from a record to its answer, measured one at a time, without the first sixth."""
     seconds = []
     for n in range(TRIPS):
         begun = time.perf_counter()
@@ -164,7 +164,7 @@ def measure(directory: pathlib.Path) -> None:
 
 
 def sequential(bootstrap: str, directory: pathlib.Path) -> None:
-    """Every instance has one question open, which a client answers: the engine asks, then the bare loop in its place, each with topics of its own."""
+    """Measure a loop in which every instance has one open question that a client answers: with the engine, then with the bare loop, each with its own topics."""
     best = {"engine": (0.0, 0.0), "two": (0.0, 0.0), "bare": (0.0, 0.0)}
     for turn in range(2):
         lab = Lab(bootstrap, directory / f"engine{turn}")
@@ -183,13 +183,13 @@ def sequential(bootstrap: str, directory: pathlib.Path) -> None:
 
 
 def settle(reader: Reader) -> None:
-    """Until nothing comes for a second."""
+    """Read until nothing comes for a second."""
     while reader.consumer.consume(1000, 1.0):
         continue
 
 
 def echoed(lab: Lab, asking: contextlib.AbstractContextManager[subprocess.Popen[bytes]], topic: str) -> tuple[float, float]:
-    """Every instance has one question open; a client answers each: (steps a second of the whole loop, us of CPU of who asks a step)."""
+    """(steps per second of the whole loop, us of CPU per step of the asking process), while a client answers every question."""
     with asking as process, lab.running("-m", "benchmarks.kafka_echo", lab.config.bootstrap_servers, topic, lab.config.resume_topic):
         reader = Reader(lab.config.bootstrap_servers, topic)
         lab.send(INSTANCES)

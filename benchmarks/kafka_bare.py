@@ -1,7 +1,7 @@
-"""The engine's loop with no engine in it: the ceiling to compare with.  BOOTSTRAP INPUT NAME BYTES.
+"""The engine's loop without an engine: the upper limit to compare with.  Arguments: BOOTSTRAP INPUT NAME BYTES.
 
-Gather, read each key's state, produce one output a record and one state a key, commit with the offsets, settle in
-RocksDB: the calls, records and marks of `kwflow.runners.kafka.runner`, written down once more and deciding nothing.
+It gathers records, reads each key's state, produces one output per record and one state per key, commits with the offsets, and
+settles in RocksDB: the same calls, records and marks as `kwflow.runners.kafka.runner`, but without any decision.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MARK = b"\0kwflow"
 
 
 class Loop:
-    """With `size` bytes a state, and as many records a transaction as the engine may take."""
+    """The loop, with `size` bytes per state, and as many records per transaction as the engine may take."""
 
     def __init__(self, bootstrap: str, source: str, name: str, size: int, directory: Path) -> None:
         config = Config()

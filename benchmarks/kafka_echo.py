@@ -1,4 +1,4 @@
-"""A client that answers every question at once.  BOOTSTRAP QUESTIONS ANSWERS."""
+"""A client that answers every question at once.  Arguments: BOOTSTRAP QUESTIONS ANSWERS."""
 
 from __future__ import annotations
 

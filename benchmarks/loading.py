@@ -1,4 +1,4 @@
-"""What importing a durable module costs: lowering against compiling, the cache against Python's own."""
+"""The cost of importing a durable module: lowering compared with compiling, and our cache with Python's own."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def main{n}(opts):
 
 
 def cpu(work: Callable[[], Any], repeat: int) -> float:
-    """Seconds of CPU of the best of some runs: one lowering takes longer than a turn on a busy core."""
+    """Seconds of CPU of the best of several runs.  CPU time, as one lowering takes longer than a time slice on a busy core."""
     best = float("inf")
     for _ in range(repeat):
         begun = time.process_time()
@@ -57,7 +57,7 @@ def cpu(work: Callable[[], Any], repeat: int) -> float:
 
 
 def measure(directory: pathlib.Path) -> None:
-    """Importing 1,000 lines: uncached against its compile, cached against its cached import."""
+    """Measure the import of 1,000 lines: uncached compared with compiling them, cached compared with Python's cached import."""
     source = "".join(UNIT.format(n=n) for n in range(31))
     for name in ("bench_native", "bench_durable"):
         (directory / f"{name}.py").write_text(source)

@@ -1,4 +1,4 @@
-"""A million waiting instances come back: from the changelog into a new engine's store, as `kwflow engine` does it."""
+"""Restoring a million waiting instances: from the changelog into a new engine's store, as `kwflow engine` does it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def measure(directory: pathlib.Path) -> None:
 
 
 def fill(lab: Lab) -> int:
-    """A changelog as so many started instances leave it; the bytes of one snapshot."""
+    """Fill the changelog as a million started instances would; return the bytes of one snapshot."""
     workflow()
     store = MemoryStore()
     overlay = Overlay(store)
@@ -68,7 +68,7 @@ def fill(lab: Lab) -> int:
 
 
 def progress(port: int) -> float | None:
-    """Partitions restored, in parts; None while it does not answer."""
+    """How many partitions are restored, with fractions; None while the engine does not answer."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()

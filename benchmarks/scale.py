@@ -1,4 +1,4 @@
-"""What must not grow: a step's cost with the steps before it, with the timers that wait, with the ones that have fired."""
+"""What must not grow: the cost of a step with the number of earlier steps, of waiting timers, or of timers that have fired."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def measure(directory: pathlib.Path) -> None:
 
 
 class Lifetime:
-    """One workflow that has made so many steps."""
+    """One workflow that has made this many steps."""
 
     def __init__(self, steps: int) -> None:
         self.processor, self.store, self.offset = processor(Config(), "incarnation"), MemoryStore(), 0
@@ -44,7 +44,7 @@ class Lifetime:
             self.batch(min(1000, steps - self.offset))
 
     def batch(self, count: int, value: bytes = b'{"ref":"r","value":7}') -> float:
-        """Seconds of CPU of so many steps, saved once."""
+        """Make `count` steps, saved once; return the seconds of CPU."""
         overlay = Overlay(self.store)
         records = [Record("workflow-resume", 0, self.offset + n, 1000, b"one", value) for n in range(count)]
         self.offset += count
@@ -55,12 +55,12 @@ class Lifetime:
         return spent
 
     def cost(self) -> float:
-        """us of CPU for a step, saved each ten steps."""
+        """us of CPU per step, with a save every ten steps."""
         return sum(self.batch(10) for _ in range(20)) / 200 * 1e6
 
 
 def waiting(directory: pathlib.Path) -> None:
-    """The embedded engine's steps with no timer and with a million, and with many that have fired."""
+    """Compare the embedded engine's steps without timers, with a million, and after many have fired."""
     plain, crowded = (Bench(directory / name) for name in ("plain", "crowded"))
     begun = time.perf_counter()
     fill(crowded.held, crowded.config, crowded.clock.now_ms())
@@ -79,7 +79,7 @@ def waiting(directory: pathlib.Path) -> None:
 
 
 def ratio(one: Lifetime | Bench, other: Lifetime | Bench) -> float:
-    """Of the CPU of their steps, the best of each, in turns, so that both meet the same machine."""
+    """The ratio of the CPU of their steps: the best of each, measured in turns, so that both meet the same machine."""
     costs = [(one.cost(), other.cost()) for _ in range(TURNS)]
     return min(cost for cost, _ in costs) / min(cost for _, cost in costs)
 
@@ -100,7 +100,7 @@ class Bench:
             pass
 
     def cost(self) -> float:
-        """us of CPU for a step, in batches of a hundred, each with a look at the timers."""
+        """us of CPU per step, in batches of a hundred, each with a look at the timers."""
         begun = time.thread_time()
         for first in range(0, STEPS, 100):
             put(self.held, [(b"i%d" % (n % INSTANCES), b'{"ref":"r","value":1}') for n in range(first, first + 100)])
@@ -110,7 +110,7 @@ class Bench:
 
 
 class Hand:
-    """A clock set by hand."""
+    """A clock that is set by hand."""
 
     def __init__(self) -> None:
         self.ms = 1_700_000_000_000
@@ -120,7 +120,7 @@ class Hand:
 
 
 def fill(held: Embedded, config: Config, now_ms: int) -> None:
-    """Entries as setting them would leave behind; one due each ms from a second on."""
+    """Write the entries of a million timers directly, as if they had been set; one is due each ms."""
     prefix = b"S" + config.timers_changelog_topic.encode() + b"\0"
     for first in range(0, TIMERS, 10_000):
         batch = WriteBatch(raw_mode=True)
@@ -131,4 +131,4 @@ def fill(held: Embedded, config: Config, now_ms: int) -> None:
         if first == 0:
             batch.put(prefix + timers.COUNT, b"%d %s" % (TIMERS, timers.cancel_or_set(Record(config.scheduler_topic, 0, 0, now_ms, b"nobody0|{}", b"1"), None)[b"nobody0|{}"]))
         held.db.write(batch)
-    held._due.clear()  # it remembers when something is due until it has changed a table itself
+    held._due.clear()  # the engine remembers when something is due until it changes a table itself

@@ -1,4 +1,4 @@
-"""`kwflow …` in a process of its own, forked from one that has imported kwflow: most of what a command takes, and half of an engine's start, is imports."""
+"""Run `kwflow …` in a process forked from one that has imported kwflow: most of a command's time, and half of an engine's start, is spent on imports."""
 
 import contextlib
 import multiprocessing
@@ -19,7 +19,7 @@ _context.set_forkserver_preload(["kwflow.cli", "kwflow.client", "kwflow.runners.
 
 
 def run(*arguments: str, environment: Mapping[str, str] | None = None, typed: str = "", seconds: float = 60) -> "subprocess.CompletedProcess[str]":
-    """What it said and how it ended, as `subprocess.run` of `python -m kwflow` here would tell.  Raises TimeoutExpired."""
+    """Run a command to its end; return its output and exit code, as `subprocess.run` of `python -m kwflow` would.  Raises TimeoutExpired."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.NamedTemporaryFile("w+")) for _ in range(3)]
         files[0].write(typed)
@@ -35,7 +35,7 @@ def run(*arguments: str, environment: Mapping[str, str] | None = None, typed: st
 
 
 class Started:
-    """A command that goes on, as far as tests use a Popen."""
+    """A command that keeps running, with the part of Popen's interface that tests use."""
 
     def __init__(self, process: ForkServerProcess) -> None:
         self._process = process
@@ -49,14 +49,14 @@ class Started:
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Raises TimeoutExpired."""
+        """Wait for the end; return the exit code.  Raises TimeoutExpired."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired("kwflow", timeout or 0)
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended, and who forked it has not told us yet
+        with contextlib.suppress(ProcessLookupError):  # it has ended, but the fork server has not told us yet
             if self._process.exitcode is None:
                 os.kill(self.pid, number)
 
@@ -68,7 +68,7 @@ class Started:
 
 
 def start(*arguments: str, log: pathlib.Path, environment: Mapping[str, str] | None = None) -> Started:
-    """What it says goes to the end of this file, which is there from now on."""
+    """Start a command that appends its output to this file, which exists when this returns."""
     log.touch()
     return Started(_forked(arguments, environment, os.devnull, str(log), str(log)))
 
@@ -80,10 +80,10 @@ def _forked(arguments: tuple[str, ...], environment: Mapping[str, str] | None, *
 
 
 def _be(arguments: tuple[str, ...], environment: dict[str, str], files: tuple[str, ...]) -> None:
-    """The command, from its begin to its end."""
+    """Be the command, in the forked process."""
     for number, (name, flags) in enumerate(zip(files, (os.O_RDONLY, *[os.O_WRONLY | os.O_APPEND | os.O_CREAT] * 2), strict=True)):
         os.dup2(os.open(name, flags, 0o600), number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background, such as these tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes processes that it starts in the background, such as these tests, ignore it
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
     os.environ.clear()
     os.environ.update(environment)

@@ -1,4 +1,4 @@
-"""The time of each suite at the end of every run (the budget of `make test` is per suite), none for one example, and no test that leaves this process an engine."""
+"""For all tests: the time of each suite at the end of a run (the budget of `make test` is per suite), no deadline for examples, no process left an engine."""
 
 import collections
 import gc
@@ -9,13 +9,13 @@ import pytest
 
 from kwflow import durable
 
-hypothesis.settings.register_profile("kwflow", deadline=None)  # no test is a stopwatch: other work may share the machine
+hypothesis.settings.register_profile("kwflow", deadline=None)  # no test measures time: other work may share the machine
 hypothesis.settings.load_profile("kwflow")
 
 
 @pytest.fixture(autouse=True)
 def no_engine_is_left() -> Iterator[None]:
-    """A runner makes its process an engine, in which dropped generators are forgotten (semantics §3.3); the next test is none."""
+    """A runner makes its process an engine, in which dropped generators are forgotten (semantics §3.3); undo that for the next test."""
     durable.set_abandoning(False, everywhere=True)
     yield
     durable.set_abandoning(False, everywhere=True)
@@ -32,7 +32,11 @@ def pytest_collection_finish() -> None:
 
 
 def _pass_over() -> None:
-    """What is here now (the thousands of tests that pytest holds, what a file of them left) would be walked by every collection from here on: half of the processor time of tests/spec."""
+    """Exclude all present objects from further garbage collections.
+
+    They are the thousands of tests that pytest holds, and what a file of tests has left.  To traverse them in each collection took half of the
+    processor time of tests/spec.
+    """
     gc.collect()
     gc.freeze()
 

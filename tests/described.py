@@ -1,4 +1,4 @@
-"""Answers of a gateway against its OpenAPI document: what it answers anywhere in the tests is what the document says."""
+"""Checks a gateway's answers against its OpenAPI document, for all answers anywhere in the tests."""
 
 import copy
 import json
@@ -13,11 +13,11 @@ from referencing.jsonschema import DRAFT202012
 from kwflow.gateway.application import ROUTES
 from kwflow.gateway.openapi import document
 
-_REFUSED = (401, 403, 404, 405, 503)  # what a path or a method that there is not may be answered
+_REFUSED = (401, 403, 404, 405, 503)  # possible answers for a path or a method that does not exist
 
 
 class Described:
-    """A document, and the same with no member allowed that its schemas do not name."""
+    """An OpenAPI document, and a strict copy whose schemas allow no members that they do not name."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
@@ -29,20 +29,20 @@ class Described:
         self._validators: dict[str, Draft202012Validator] = {}
 
     def operation_of(self, method: str, path: str) -> dict[str, Any] | None:
-        """That of a path as it was sent."""
+        """The operation for a path as it was sent; None if there is none."""
         template = next((template for template, pattern in self._paths.items() if pattern.fullmatch(path)), None)
         found: dict[str, Any] | None = self.document["paths"][template].get(method.lower()) if template is not None else None
         return found
 
     def check(self, answer: httpx.Response) -> str | None:
-        """The operation whose answer this is; None for a path or a method that there is not."""
+        """Check an answer, and return the name of its operation; None for a path or a method that does not exist."""
         path = answer.request.url.raw_path.partition(b"?")[0].decode()
         operation = self.operation_of(answer.request.method, path)
         if operation is None:
             assert answer.status_code in _REFUSED or answer.request.method == "HEAD", f"{answer.request.method} {path} is not in the document"
             return None
         about = f"{answer.request.method} {path} {answer.status_code}"
-        if answer.is_success and "400" in operation["responses"]:  # without, the query is not looked at
+        if answer.is_success and "400" in operation["responses"]:  # if there is no 400, the query is ignored
             assert set(answer.request.url.params) <= options_of(operation).keys(), about
         assert str(answer.status_code) in operation["responses"], f"{about} is not in the document of {operation['operationId']}"
         self._check_content(about, self._found(operation["responses"][str(answer.status_code)]), answer)
@@ -59,7 +59,7 @@ class Described:
             self.check_value(response["content"][kind]["schema"], answer.json())
 
     def check_value(self, schema: dict[str, Any], value: object) -> None:
-        """Raises jsonschema.ValidationError."""
+        """Check a value against a schema.  Raises jsonschema.ValidationError."""
         text = json.dumps(schema).replace('"#/', '"urn:document#/')
         if text not in self._validators:
             self._validators[text] = Draft202012Validator(json.loads(text), registry=self._registry)
@@ -73,7 +73,7 @@ class Described:
 
 
 def options_of(operation: dict[str, Any], place: str = "query") -> dict[str, dict[str, Any]]:
-    """Its parameters there, by name, in their order."""
+    """The parameters of an operation in one place, by name, in their order."""
     return {parameter["name"]: parameter for parameter in operation.get("parameters", ()) if parameter["in"] == place}
 
 
@@ -81,5 +81,5 @@ GATEWAY = Described(document(ROUTES))
 
 
 def check(answer: httpx.Response) -> None:
-    """As httpx calls it for each response."""
+    """A response hook for httpx, which calls it for each response."""
     GATEWAY.check(answer)

@@ -108,7 +108,7 @@ def _told(config: Config, record: Record, reason: str, message: str) -> tuple[Re
 
 
 def _text(record: Record, name: str) -> str:
-    """Return a header as text; empty if it is missing or is not text, as the step may have failed before it looked at the header."""
+    """A header that a first start may have, for the entry of a parked instance; empty if it is missing, or if it is not text and the step never looked at it."""
     try:
         return (wire.parent_of(record) if name == "parent" else wire.header(record, f"kwflow-{name}")) or ""
     except ProtocolError:

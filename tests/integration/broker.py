@@ -1,4 +1,4 @@
-"""A Kafka of our own from Maven jars, of one node or three: started, killed with SIGKILL, and started again on the same log."""
+"""A Kafka of our own from Maven's jars, with one node or three: started, killed with SIGKILL, and started again on the same log."""
 
 import contextlib
 import fcntl
@@ -17,7 +17,7 @@ from confluent_kafka.admin import AdminClient
 __all__ = ["Broker", "Cluster", "Secured", "can_start", "free_port"]
 
 ROOT = pathlib.Path(__file__).parents[2]
-VERSION = os.environ.get("KWFLOW_TEST_KAFKA")  # another one than pom.xml's, such as 3.7.2
+VERSION = os.environ.get("KWFLOW_TEST_KAFKA")  # a version other than pom.xml's, such as 3.7.2
 LIB = ROOT / ".kafka" / (VERSION or "lib")
 
 
@@ -26,7 +26,10 @@ def can_start() -> bool:
 
 
 def free_port(count: int = 1) -> int:
-    """The first of so many free ports in a row, below those that the kernel gives to outgoing connections: nobody takes them while their server is down."""
+    """Return the first of `count` consecutive free ports.
+
+    They are below those that the kernel gives to outgoing connections, so nobody takes them while their server is down.
+    """
     while True:
         first = random.SystemRandom().randrange(12_000, 32_000)
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
@@ -36,7 +39,7 @@ def free_port(count: int = 1) -> int:
 
 
 def jars() -> pathlib.Path:
-    """Fetched once; test processes that start together wait for each other."""
+    """The directory of Kafka's jars, which are fetched once; test processes that start together wait for each other."""
     LIB.mkdir(parents=True, exist_ok=True)
     with open(LIB.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -71,9 +74,9 @@ auto.create.topics.enable=false
 
 
 class Broker:
-    """One node; `bootstrap` stays the same over restarts."""
+    """A broker of one node; `bootstrap` stays the same over restarts."""
 
-    jvm = ("-XX:TieredStopAtLevel=1",)  # without its optimising compiler: half the processor time of a start
+    jvm = ("-XX:TieredStopAtLevel=1",)  # without the optimising compiler, which halves the processor time of a start
 
     def __init__(self, directory: pathlib.Path, port: int | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -96,7 +99,7 @@ class Broker:
         self._process = subprocess.Popen([*self._java, "-Xms256m", "-Xmx512m", "kafka.Kafka", str(self._server)], stdout=self._log, stderr=self._log)
 
     def start(self) -> None:
-        """It answers when this returns."""
+        """Start the broker; it answers when this returns."""
         self.launch()
         admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
         deadline = time.monotonic() + 60
@@ -110,7 +113,7 @@ class Broker:
                 continue
 
     def stop(self) -> None:
-        """As an operator does: what it leads is given to others first, if there are any."""
+        """Stop it as an operator does: its leaderships move to other nodes first, if there are any."""
         self._process.terminate()
         self._process.wait(60)
 
@@ -120,7 +123,7 @@ class Broker:
 
 
 class Secured(Broker):
-    """With a second listener, of TLS, whose users may do what ACLs allow; whoever comes by the first one may do everything."""
+    """A broker with a second listener, for TLS, whose users may do what ACLs allow; users of the first one may do everything."""
 
     PASSWORD = "secret"
 
@@ -150,7 +153,7 @@ ssl.keystore.password={self.PASSWORD}
 
 
 class Node(Broker):
-    """One of several."""
+    """One node of several."""
 
     def __init__(self, directory: pathlib.Path, number: int, ports: list[int]) -> None:
         self.number = number
@@ -165,7 +168,7 @@ class Node(Broker):
 
 
 class Cluster:
-    """Three nodes; whatever is written lies on two of them before it is acknowledged."""
+    """Three nodes; a record is on at least two of them before it is acknowledged."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         ports = [free_port(2) for _ in range(3)]
@@ -179,7 +182,7 @@ class Cluster:
         self.settle()
 
     def settle(self) -> None:
-        """Until every partition lies on all of them again."""
+        """Wait until every partition is in sync on all nodes again."""
         deadline = time.monotonic() + 120
         while True:
             assert time.monotonic() < deadline, "the nodes did not come together within 120 s"

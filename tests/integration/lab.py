@@ -1,4 +1,4 @@
-"""Kafka runners in the test's own process, moved turn by turn against a real broker."""
+"""Kafka runners in the test's own process, which the test moves turn by turn, against a real broker."""
 
 import pathlib
 import time
@@ -28,7 +28,7 @@ def main(opts):
 
 
 class Handle:
-    """A clock that is set by hand."""
+    """A clock that a test sets by hand."""
 
     def __init__(self) -> None:
         self.ms = time.time_ns() // 1_000_000
@@ -38,7 +38,7 @@ class Handle:
 
 
 class Lab:
-    """Runners of one application in this process, moved turn by turn; evicted after a second without a poll."""
+    """Runners of one application in this process, moved turn by turn; the group evicts them after a second without a poll."""
 
     def __init__(self, broker: str, application: str, directory: pathlib.Path) -> None:
         self.directory = directory
@@ -85,5 +85,5 @@ def turn(runner: KafkaRunner, until: Callable[[], object]) -> None:
 
 
 def stop(runner: KafkaRunner) -> None:
-    """Leave as a killed process does: nothing is finished, but its files are free."""
+    """Stop a runner as a kill would: nothing is finished, but its files are released."""
     runner.close()

@@ -1,4 +1,4 @@
-"""One application on the broker as its user meets it: the command line, a plain producer, a read_committed consumer."""
+"""One application on the broker as a user sees it: the command line, a plain producer, and a read_committed consumer."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ SHOP = str(ROOT / "workflows/ecommerce.py")
 
 
 class Site:
-    """One application on the broker: its topics, engines, and a reader that sees committed records only."""
+    """One application on the broker: its topics, its engines, and a reader that sees only committed records."""
 
     def __init__(
         self, broker: str, application: str, directory: pathlib.Path, partitions: int = 4, modules: tuple[str, ...] = (TRIP, SHOP), environment: Mapping[str, str] = {}
@@ -35,7 +35,7 @@ class Site:
             **environment,
         }
         self.processes: list[Started] = []
-        self.producer = Producer({"bootstrap.servers": broker, "log_level": 0})  # default settings: CRC32, so most ids land elsewhere (K6)
+        self.producer = Producer({"bootstrap.servers": broker, "log_level": 0})  # default settings: CRC32, so most ids go to another partition (K6)
         self.run("topics", "create", *modules, "--partitions", str(partitions))
 
     def topic(self, name: str) -> str:
@@ -50,7 +50,7 @@ class Site:
         return self.fails(2, *arguments)
 
     def fails(self, code: int, *arguments: str, typed: str = "") -> str:
-        """What a command says that ends with this exit code."""
+        """Run a command that must end with this exit code; return its output."""
         done = commands.run(*arguments, environment=self.environment, typed=typed)
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout + done.stderr
@@ -59,7 +59,7 @@ class Site:
         return self.started(f"{name}.log", "engine", module, "--state-dir", str(self.directory / name), *(["--with-scheduler"] if scheduler else []), *more)
 
     def started(self, log: str, *arguments: str) -> Started:
-        """A command that goes on."""
+        """Start a command that keeps running."""
         self.processes.append(commands.start(*arguments, log=self.directory / log, environment=self.environment))
         return self.processes[-1]
 
@@ -68,7 +68,7 @@ class Site:
         assert self.producer.flush(20) == 0
 
     def read(self, topic: str, count: int, seconds: float = 60) -> list[tuple[str, str]]:
-        """The first `count` committed records of a topic, all partitions."""
+        """Read the first `count` committed records of a topic, from all partitions."""
         consumer = Consumer({"bootstrap.servers": self.broker, "group.id": "reader", "log_level": 0, "isolation.level": "read_committed", "auto.offset.reset": "earliest", "enable.auto.commit": False})
         partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
         consumer.assign([TopicPartition(topic, number, 0) for number in partitions])
@@ -95,7 +95,7 @@ class Site:
 
 
 def refs(site: Site, ids: list[str], once: bool = True) -> dict[str, dict[str, str]]:
-    """What each saga asked for; the topics of the sample are shared by all tests, so reading goes on until all ids are there."""
+    """id -> kind -> the ref that each saga asked with.  All tests share the sample's topics, so reading continues until all ids are there."""
     asked: dict[str, dict[str, str]] = {}
     for kind in ("car", "hotel", "flight"):
         seen: list[tuple[str, str]] = []

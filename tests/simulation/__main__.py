@@ -1,4 +1,4 @@
-"""`python -m tests.simulation 0-200` plays these seeds; a failure says how to play it again.  `make sim SEEDS=0-10000` does."""
+"""`python -m tests.simulation 0-200` plays these seeds, as `make sim SEEDS=0-200` does; a failure says how to play it again."""
 
 import argparse
 import collections
@@ -20,7 +20,7 @@ from tests.simulation.world import World  # noqa: E402
 
 
 def digest(world: World) -> str:
-    """Of everything that was said and written, in order."""
+    """The hash of everything that was logged and written, in order."""
     written = "".join(f"{place}{entry.offset}{entry.timestamp_ms}{entry.key!r}{entry.value!r}{entry.headers}" for place, entry in world.broker.journal)
     return hashlib.sha256(("\n".join(world.log).replace(str(world.directory), "") + written).encode()).hexdigest()
 
@@ -41,7 +41,7 @@ KINDS = {"": World, "--queues": Queued, "--feeds": Fed, "--queues --feeds": Queu
 
 
 def play(seed: int, options: str, lines: int, digests: bool, happened: "collections.Counter[str]") -> bool:
-    """Run and check one seed; what went wrong is printed."""
+    """Run and check one seed; print what went wrong.  False if it failed."""
     world = KINDS[options](seed)
     begun = time.perf_counter()
     try:
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--keep-going", action="store_true", help="after a failure")
     parser.add_argument("--digest", action="store_true", help="of each run, to compare two")
     given = parser.parse_args()
-    durable.set_abandoning(True, everywhere=True)  # for good: nothing but the simulation lives here
+    durable.set_abandoning(True, everywhere=True)  # for good: this process runs nothing but the simulation
     part, parts = map(int, given.every.split("/"))
     seeds = [seed for text in given.seeds for seed in (range(*map(int, text.split("-"))) if "-" in text else [int(text)])]
     options = " ".join(option for option, wanted in (("--queues", given.queues), ("--feeds", given.feeds)) if wanted)

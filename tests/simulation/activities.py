@@ -1,6 +1,6 @@
-"""The activities of the simulation: what an attempt does is said by its plan, so that the outcome of a call is known in advance.
+"""The activities of the simulation.  A call's plan says what each attempt does, so that its outcome is known in advance.
 
-A plan has a word for each attempt, the last one for all that follow: ok, slow, fail (tried again), refuse (a
+A plan has a word for each attempt, and the last one holds for all that follow: ok, slow, fail (which is tried again), refuse (a
 BusinessError, which is not), hang (no answer before the timeout), kill (the process that runs it).
 """
 
@@ -31,19 +31,19 @@ def outcome(info: kw.ActivityInfo, plan: list[str]) -> dict[str, int]:
 
 @kw.activity(name="sim-work", retry=kw.Retry(max_attempts=ATTEMPTS_MAX, first=0.5, jitter=0.5))
 def work(plan: list[str]) -> dict[str, int]:
-    """As long as it takes."""
+    """An activity that may take any time."""
     return attempt(plan)
 
 
 @kw.activity(name="sim-timed", timeout=4, retry=kw.Retry(max_attempts=ATTEMPTS_MAX, first=0.5, jitter=0.5))
 def timed(plan: list[str]) -> dict[str, int]:
-    """Each attempt has four seconds; a slow one may need more."""
+    """An activity whose attempts have four seconds each; a slow one may need more."""
     return attempt(plan)
 
 
 @kw.activity(name="sim-queued", queue=QUEUE, retry=kw.Retry(max_attempts=ATTEMPTS_MAX, first=0.5, jitter=0.5))
 def queued(plan: list[str]) -> dict[str, int]:
-    """A worker does it."""
+    """An activity that workers run."""
     return attempt(plan)
 
 
@@ -58,7 +58,7 @@ def mailed(plan: list[str]) -> dict[str, int]: ...
 
 @kw.batch_of(mailed, size=3, within=0.5)
 def mailed_together(calls: list[kw.Call]) -> list[Any]:
-    """One after the other; what is slow is answered when it is known, the rest in the end."""
+    """Run the calls one after the other; slow ones are answered at once, the others by the list that is returned."""
     for call in calls:
         probes.begin(call.info)
     found: list[Any] = []

@@ -1,8 +1,8 @@
-"""What must be true of a finished run, by the sequential model: the same processors, one record after the other, no faults.
+"""What must be true of a finished run, according to the sequential model: the same processors, one record after the other, without faults.
 
-Per committed transaction: it holds exactly the outputs and changes of state of the records whose offsets it moves past
-(G1), in order (G2), and nothing else.  Timers: each firing was due, still set, and behind nothing that could cancel it.
-At the end: what every reader sees is what one sequential run would have written, and each copy of the state is its.
+Each committed transaction has exactly the outputs and state changes of the records whose offsets it moves past (G1), in order
+(G2), and nothing else.  Each timer that fired was due, still set, and no unread record could have cancelled it.  At the end,
+every reader sees what one sequential run would have written, and each copy of the state equals that run's.
 """
 
 import collections
@@ -33,15 +33,15 @@ from tests.simulation.ledger import Ledger
 from tests.simulation.others import GROUP
 from tests.simulation.world import RECORD_BYTES_MAX, Failed, Machine, World
 
-CODE = b"\0code\0"  # when this partition wrote a source: state of the runner's own
+CODE = b"\0code\0"  # when this partition wrote a source: state of the runner itself
 _DIED = "the engine died three times with this record"
-_UNEQUAL = {"kwflow-due-ms", "kwflow-error-at", "kwflow-error-message", "kwflow-failure-traceback"}  # when and how, which the model cannot know
+_UNEQUAL = {"kwflow-due-ms", "kwflow-error-at", "kwflow-error-message", "kwflow-failure-traceback"}  # headers about when and how, which the model cannot know
 Form = tuple[str, bytes | None, bytes | None, tuple[tuple[str, bytes | None], ...]]
 Timed = tuple[Form, int | None]
 
 
 def check(world: World) -> None:
-    """Raises Failed naming the first thing that is not as it must be."""
+    """Raises Failed, which names the first thing that is wrong."""
     ledger = Ledger(world)
     engines, schedulers = WorkflowModel(world, ledger), TimerModel(world, ledger)
     for transaction, entries in ledger.transactions():
@@ -61,7 +61,7 @@ def check(world: World) -> None:
 
 
 def form(topic: str, key: bytes | None, value: bytes | None, headers: Any) -> Form:
-    if value is not None and value.startswith(b'{"request":'):  # what it says of a parked instance has its message, of one that ended the engine's time, and the place of its error
+    if value is not None and value.startswith(b'{"request":'):  # replies contain what the model cannot know: the message of a parked instance, the engine's time of an end, and the place of an error
         value = re.sub(rb',"at":\{[^}]*\}', b"", value)
         value = re.sub(rb'"ended":\d+', b'"ended":0', re.sub(rb'"message":"[^"]*"', b'"message":""', value))
     return topic, key, value, tuple((name, content) for name, content in headers if name not in _UNEQUAL)
@@ -72,19 +72,19 @@ def of_output(output: Output) -> Form:
 
 
 def state_form(key: bytes, value: bytes | None) -> object:
-    """Two stored values that mean the same have the same form."""
+    """A form of a stored value that is the same for values with the same meaning."""
     if value is None or not value.startswith(b"KWF"):
         return value
     header, body = snapshot.split(value)
     if "parked" in header:
         header["parked"] = {**header["parked"], "message": ""}
     header.pop("ended", None)
-    header.get("outcome", {}).pop("at", None)  # an error that was saved has lost the way it came
+    header.get("outcome", {}).pop("at", None)  # an error that was saved has lost its traceback
     return json.dumps(header, sort_keys=True), canonical_bytes(body) if body and header.get("parked", {}).get("was") != "damaged" else body
 
 
 def _timeless(key: bytes) -> bytes:
-    """The table of what ended is ordered by the engine's clock, which the model cannot know."""
+    """A key without its time: the table of ended instances is ordered by the engine's clock, which the model cannot know."""
     return EXPIRES + key.split(b"\0", 3)[3] if key.startswith(EXPIRES) else key
 
 
@@ -106,7 +106,7 @@ def _in_order(mine: list[Timed], found: list[Timed]) -> bool:
 
 
 class Model:
-    """One application's partitions, each with its state and the next offset."""
+    """The model of one application's partitions, each with its state and its next offset."""
 
     def __init__(self, world: World, ledger: Ledger, group: str, input_topic: str, changelog: str) -> None:
         self.world = world
@@ -131,7 +131,7 @@ class Model:
         return [self.record(number, entry) for entry in self.visible[number] if begin <= entry.offset < offset]
 
     def positions(self, transaction: Transaction, entries: list[tuple[Place, Entry]]) -> dict[int, int]:
-        """The offsets it moved to: those sent to the group, those in the changelog beside the state; they must be equal (K14, K16)."""
+        """The offsets that a transaction moved to: those sent to the group and those in the changelog beside the state must be equal (K14, K16)."""
         sent = {place[1]: offset for place, offset in transaction.groups.get(self.group, {}).items() if place[0] == self.input_topic}
         stored = {place[1]: json.loads(entry.value or b"{}")["next"] for place, entry in entries if place[0] == self.changelog and entry.key == POSITION}
         touched = {place[1] for place, _ in entries if place[0] == self.changelog}
@@ -143,7 +143,7 @@ class Model:
         return f"the transaction of {transaction.producer} decided at {transaction.decided_ms:.1f}"
 
     def same_outputs(self, transaction: Transaction, expected: dict[int, list[Output]], entries: list[tuple[Place, Entry]]) -> None:
-        """Per input partition, topic and key in order, with the timestamps that the model knows (K13); and each where its key belongs (K6)."""
+        """Compare outputs per input partition, topic and key, in order, with the timestamps that the model knows (K13); each is where its key belongs (K6)."""
         found: dict[tuple[str, bytes | None], list[Timed]] = collections.defaultdict(list)
         for place, entry in entries:
             if place[0] != self.changelog:
@@ -159,12 +159,12 @@ class Model:
                 mine.append((of_output(output), times[before] if output.timestamp_ms is None and len(times) > before else output.timestamp_ms))
         for where in sorted({*found, *wanted}, key=repr):
             everything = [one for mine in wanted[where].values() for one in mine]
-            ordered = where[1] is not None  # else any partition: these have no order among them
+            ordered = where[1] is not None  # without a key they may be in any partition, and have no order
             if sorted(found[where], key=repr) != sorted(everything, key=repr) or (ordered and not all(_in_order(mine, found[where]) for mine in wanted[where].values())):
                 raise Failed(f"G1: {self._name(transaction)} wrote to {where}:\n  {found[where]}\nand should have written\n  {everything}")
 
     def same_changes(self, transaction: Transaction, number: int, before: dict[bytes, bytes | None], entries: list[tuple[Place, Entry]]) -> None:
-        """No state without its outputs; the last record of each key counts (K9).  `before` has what changed keys were."""
+        """Compare state changes: no state without its outputs; the last record of each key counts (K9).  `before` has the old values of changed keys."""
         found = {_timeless(entry.key or b""): entry.value for place, entry in entries if place == (self.changelog, number) and entry.key != POSITION}
         for key in sorted({*found, *before}):
             wanted = self.stores[number].get(key)
@@ -173,7 +173,7 @@ class Model:
                 raise Failed(f"G1: {self._name(transaction)}, {self.changelog}[{number}], {key!r} is not as it should be:\n{_difference(state_form(key, written), state_form(key, wanted))}")
 
     def finish(self) -> None:
-        """All is read, and every copy of the state is what the model has."""
+        """Everything is read, and every copy of the state equals the model's."""
         for number, store in enumerate(self.stores):
             left = [entry.offset for entry in self.visible[number] if entry.offset >= self.next[number]]
             if left:
@@ -193,12 +193,12 @@ class Model:
                 raise Failed(f"{what}: {key!r} is not as it should be:\n{_difference(forms.get(key), wanted.get(key))}")
 
     def _same_on_disk(self, number: int, wanted: dict[bytes, object]) -> None:
-        """The local copy of whoever owned the partition last (K8)."""
+        """Check the local copy of the partition's last owner (K8)."""
         owner = next((share for _, shares in reversed(self.world.broker.group(self.group).history) for share in shares.items() if (self.input_topic, number) in share[1]), None)
         if owner is None:
             return
         instance = owner[0].rpartition("-")[0].removeprefix(f"{self.group}-")
-        machine = next(machine for machine in self.world.machines if instance.split(".")[0] == machine.name)  # no stranger: they have left
+        machine = next(machine for machine in self.world.machines if instance.split(".")[0] == machine.name)  # never a stranger's: those have left
         content = machine.disk.databases.get(self._place(machine, number))
         if content is not None and machine.instance == instance and not content.damaged:
             self._same(f"the disk of {machine.name}, {self.group}[{number}]", wanted, {key[1:]: value for key, value in content.values.items() if key[:1] == b"s" and _is_state(key[1:])})
@@ -207,7 +207,10 @@ class Model:
         return machine.directory / "sim" / "0" / self.group / str(number)
 
     def _copy(self, machine: Machine, number: int) -> None:
-        """Whatever lies on a disk, whoever wrote it last, is what was committed up to its offset; but for what changed later, of which compaction may have left nothing to read (K8)."""
+        """Check a copy on a disk, whoever wrote it: it must have what was committed up to its offset (K8).
+
+        Keys that changed later are left out, as compaction may have removed their old values before they could be read.
+        """
         place = self._place(machine, number)
         content = machine.disk.databases.get(place)
         if content is None or content.damaged or b"mwritten" not in content.values:
@@ -233,20 +236,20 @@ class WorkflowModel(Model):
         self.refused = self._refusals(ledger)
 
     def _run(self, release: releases.Release) -> None:
-        """What comes next was done by this code."""
+        """Switch to the code that made the next transaction."""
         if release not in self.code:
             code = releases.Code(release)
             config = self.world.config.model_copy(update={"instances_cached_max": 0})
             processor = WorkflowProcessor(config, code.workflows, self.world.outputs, self.world.broker.topics[config.resume_topic].id, lambda _: None, self.sources.get)
             processor.partitions = self.world.partitions
             processor.queues = True
-            processor.keeps_code = False  # when sources are stored is no matter of one record; meaning.py looks at it
+            processor.keeps_code = False  # when sources are stored does not depend on one record; meaning.py checks it
             self.code[release] = code, processor
         code, self.processor = self.code[release]
         code.enter()
 
     def _refusals(self, ledger: Ledger) -> set[tuple[int, int]]:
-        """Records that K19 gave up on; only a process that died often may."""
+        """The records that were refused by K19, which needs three deaths."""
         found = set()
         asked = {dict(entry.headers)["number"]: (number, entry.offset) for number, visible in enumerate(self.visible) for entry in visible if ("kwflow-op", b"feed") in entry.headers}
         for number in range(self.world.partitions):
@@ -255,7 +258,7 @@ class WorkflowModel(Model):
                 if re.search(_DIED.encode(), headers.get("kwflow-error-message") or b""):
                     if headers.get("kwflow-error-topic") == self.input_topic.encode():
                         found.add((int(headers["kwflow-error-partition"] or 0), int(headers["kwflow-error-offset"] or 0)))
-                    elif headers.get("number") in asked and entry.transaction is not None and not entry.transaction.producer.startswith(f"{GROUP}-"):  # its feed was to be asked once more
+                    elif headers.get("number") in asked and entry.transaction is not None and not entry.transaction.producer.startswith(f"{GROUP}-"):  # its feed was asked about it again
                         found.add(asked[headers["number"]])
         if found and self.world.crashes < 3:
             raise Failed(f"K19: {found} refused, and only {self.world.crashes} processes died")
@@ -282,7 +285,7 @@ class WorkflowModel(Model):
         self.same_outputs(transaction, expected, entries)
 
     def decide(self, number: int, record: Record) -> tuple[Decision, dict[bytes, bytes | None]]:
-        """What this record does alone; what K6, K11 and K19 do to it, included."""
+        """What this record does alone, including what K6, K11 and K19 do to it."""
         overlay = Overlay(self.stores[number])
         if record.key is not None and partition_of(record.key, self.world.partitions) != number:
             headers = (*record.headers, ("kwflow-forwarded", str(number).encode()))
@@ -299,7 +302,7 @@ class WorkflowModel(Model):
 
 
 def _timed(made: Decision) -> Decision:
-    """The dead letter of a feed is as old as it is, which the model cannot know."""
+    """A decision whose feed's dead letters have no timestamp, as the model cannot know it."""
     letter = [("kwflow-error-feed" in dict(output.headers)) for output in made.outputs]
     return msgspec.structs.replace(made, outputs=tuple(msgspec.structs.replace(output, timestamp_ms=None) if its else output for output, its in zip(made.outputs, letter, strict=True)))
 
@@ -319,7 +322,7 @@ class TimerModel(Model):
                 expected[number] += made.outputs
             mine = [entry for place, entry in entries if place == (self.changelog, number)]
             removed = [entry.key or b"" for entry in mine if entry.value is None and (entry.key or b"").startswith(timers.DUE)]
-            if not records and any(entry.key == timers.COUNT for entry in mine):  # none is removed when the first had been cancelled
+            if not records and any(entry.key == timers.COUNT for entry in mine):  # nothing is removed if the first timer had been cancelled
                 for key in sorted(removed):
                     self._may_fire(transaction, number, key, offset, entries)
                 fired = self.processor.due(overlay, 2**62, len(removed))
@@ -343,7 +346,7 @@ class TimerModel(Model):
         self._nothing_before(transaction, number, offset, timer)
 
     def _nothing_before(self, transaction: Transaction, number: int, offset: int, timer: bytes) -> None:
-        """K18: what was there when the partition was assigned has been read."""
+        """K18: all records that were there when the partition was assigned have been read."""
         place = (self.input_topic, number)
         assigned, holder = 0.0, ""
         for at, shares in self._history:
@@ -366,7 +369,7 @@ class TimerModel(Model):
 
 
 def _identities(ledger: Ledger) -> None:
-    """K1: what starts under a name ends what that name left open, before it begins anything of its own."""
+    """K1: a process that starts under a name ends that name's open transaction before it begins one of its own."""
     of_name: dict[str, list[Transaction]] = collections.defaultdict(list)
     for transaction in ledger.all():
         of_name[".".join(transaction.producer.split(".")[:1]) + re.sub(r"^[^.]*\.(\d+).*", r".\1", transaction.producer)].append(transaction)
@@ -378,7 +381,7 @@ def _identities(ledger: Ledger) -> None:
 
 
 def _clients(world: World, ledger: Ledger) -> None:
-    """What clients sent is there, each once (their producer is idempotent)."""
+    """Everything that clients sent is in the log, exactly once (their producer is idempotent)."""
     sent = collections.Counter(
         dict(entry.headers)["kwflow-sim-sent"]
         for place, entries in ledger.entries.items()
@@ -391,7 +394,7 @@ def _clients(world: World, ledger: Ledger) -> None:
 
 
 def _resumes(world: World, ledger: Ledger, engines: WorkflowModel, schedulers: TimerModel) -> None:
-    """G3: the input is exactly what clients, engines and timers wrote; so is every other topic."""
+    """G3: the input topic has exactly what clients, engines and timers wrote, and so has every other topic."""
     made = collections.Counter(of_output(output) for output in [*engines.outputs, *schedulers.outputs])
     for topic in [world.config.resume_topic, world.config.scheduler_topic, world.config.dead_letter_topic, *world.outputs, world.config.result_topic, world.config.error_topic]:
         for number in range(world.partitions):

@@ -1,4 +1,4 @@
-"""The plan of faults of one seed: which kinds happen, how often, and the processes they happen to."""
+"""The faults of one seed: which kinds happen, and how often; and the processes that they happen to."""
 
 import contextlib
 import dataclasses
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 
-_SELDOM = {"commit-offsets": 10, "watermarks": 5}  # what a worker does once a second or less -> so many times as often it goes wrong
+_SELDOM = {"commit-offsets": 10, "watermarks": 5}  # calls that a worker makes only once a second or less -> how many times as often they go wrong
 
 
 class Crashed(BaseException):
-    """The process is killed here."""
+    """Raised where the process is killed."""
 
 
 @dataclasses.dataclass
@@ -28,26 +28,26 @@ class Faults:
 
     crash: float = 0.0
     slow: float = 0.0
-    stall: float = 0.0  # the application does not go on; its client's background thread does
-    freeze: float = 0.0  # nothing of the process goes on: a zombie when it comes back
-    lost: float = 0.0  # carried out, but the answer does not come
+    stall: float = 0.0  # the application stands still, but its client's background thread does not
+    freeze: float = 0.0  # the whole process stands still, and is a zombie when it continues
+    lost: float = 0.0  # the request is carried out, but the answer is lost
     abort: float = 0.0  # a batch is not delivered in time
     kill: float = 0.0
     stop: float = 0.0
     jump: float = 0.0  # of a machine's clock
     wipe: float = 0.0  # of a state directory, while its machine is down (probability)
-    damage: float = 0.0  # of one database, likewise
+    damage: float = 0.0  # of one database, also while its machine is down
     compact: float = 0.0
     rebalance: float = 0.0  # of each send_offsets: a stranger joins the group while a batch is being committed
-    trickle: float = 0.0  # of each read of a restore: it takes long
+    trickle: float = 0.0  # of each read of a restore, which then takes long
     at: str = ""  # crash and freeze happen only at this call
-    crash_call: int = 0  # crash at the n-th request, write or answer, and at no other
+    crash_call: int = 0  # if not 0, crash at the n-th request, write or answer, and at no other
     freeze_ms: tuple[int, int] = (0, 40_000)
     markers_ms: float = 2.0  # how long after the decision a transaction's markers come
 
     @classmethod
     def draw(cls, chance: random.Random) -> "Faults":
-        """Each kind is on in about half of the seeds, with a rate of its own."""
+        """Draw faults: each kind happens in about half of the seeds, with a rate of its own."""
         most = {
             "crash": 0.01, "slow": 0.05, "stall": 0.002, "freeze": 0.002, "lost": 0.03, "abort": 0.02, "kill": 0.1, "stop": 0.05, "jump": 0.1, "wipe": 0.5, "damage": 0.3, "compact": 0.5,
             "rebalance": 0.03, "trickle": 0.2,
@@ -57,7 +57,7 @@ class Faults:
 
 
 class Process(Host):
-    """One life of one process.  Every request it makes and every batch it writes goes through `call` and `answered`."""
+    """One life of one process.  Every request that it makes, and every batch that it writes, passes through `call` and `answered`."""
 
     def __init__(self, world: "World", name: str, skew: Callable[[], int]) -> None:
         super().__init__(world.time, name)
@@ -130,7 +130,7 @@ class Process(Host):
         self._pause(until, watch=True)
 
     def work(self, ms: float) -> None:
-        """Somebody's own work, which takes so long."""
+        """Work that takes this long."""
         self._pause(self.time.now + ms)
 
     def background(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
@@ -183,7 +183,7 @@ class Process(Host):
 
 
 class Actors(Threads):
-    """Where the activities of a simulated process run: each is an actor of its own, and ends with the process."""
+    """The threads on which a simulated process runs activities: each is an actor of its own, which ends with the process."""
 
     def __init__(self, process: Process) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What must be true of a feed (decision 0058): read from the log, from the positions that its transactions moved, and from the events themselves.
+"""What must be true of a feed (decision 0058), checked against the log, the positions that its transactions moved, and the events themselves.
 
-Nothing of the product runs here: what becomes of an event is said by its kind, in twenty lines.
+No product code runs here: `messages` says in twenty lines what becomes of each kind of event.
 """
 
 import collections
@@ -20,14 +20,14 @@ Headers = tuple[tuple[str, bytes | None], ...]
 Message = tuple[str, Any, Headers]  # key, value, headers
 Form = tuple[str, bytes | None, Any, Headers]  # topic, key, value, headers
 _NEVER = float("inf")
-_UNKNOWN = {"kwflow-error-message", "kwflow-error-at"}  # what a checker cannot know of a dead letter
+_UNKNOWN = {"kwflow-error-message", "kwflow-error-at"}  # headers of a dead letter that a checker cannot predict
 _DIED = b"the engine died three times with this record"
 _FED = re.compile(rb'"event":"\d+\.\d+"|"reason":"event \d+\.\d+"')
-_ENDED_MS = 5_000  # after somebody has the partition
+_ENDED_MS = 5_000  # within this time after somebody has the partition
 
 
 def check(world: World, ledger: Ledger) -> None:
-    """Raises Failed naming the first thing that is not as it must be."""
+    """Raises Failed, which names the first thing that is wrong."""
     if world.others is not None:
         checker = _Fed(world)
         for transaction, entries in ledger.transactions():
@@ -40,7 +40,7 @@ def check(world: World, ledger: Ledger) -> None:
 
 
 def messages(event: Sent, feeding: bool = True) -> list[Message] | str:
-    """What it makes, or the reason of its dead letter; `feeding`: where feeds run, in which something is still to be mended."""
+    """The messages that an event makes, or the reason of its dead letter.  `feeding`: in a process that runs feeds, where `late` events still fail."""
     try:
         value = json.loads(event.value or b"null")
         number, kind, to = value["number"], value["kind"], value["to"]
@@ -62,7 +62,7 @@ def messages(event: Sent, feeding: bool = True) -> list[Message] | str:
 
 
 class _Fed:
-    """All transactions of the feed, one after the other."""
+    """Checks all transactions of the feed, one after the other."""
 
     def __init__(self, world: World) -> None:
         assert world.others is not None
@@ -89,13 +89,13 @@ class _Fed:
             self.done[event] = transaction
 
     def _moved(self, transaction: Transaction, fed: set[Sent], where: str) -> None:
-        """What a position passes is in its transaction, or makes nothing, or was lost; and what is in it is passed by it."""
+        """Every event that a position passes is in its transaction, or makes nothing, or was lost; and the position passes every event in the transaction."""
         for place, offset in transaction.groups.get(GROUP, {}).items():
             topic = next((event.topic for event in fed if event.partition == place[1]), transaction.notes[place] or self.others.topic_at(transaction.begun_ms))
             begin = self.position[topic, place[1]]
             passed = {event for event in self.of_partition[topic, place[1]] if begin <= event.offset < offset}
             for event in sorted(passed - fed, key=lambda event: event.offset):
-                if not messages(event):  # whether it was read is not to be seen: it may have been, before it was lost
+                if not messages(event):  # one cannot see whether it was read: it may have been, before it was lost
                     continue
                 if event.lost_ms > transaction.begun_ms:
                     raise Failed(f"G3: {where} moves {GROUP} from {begin} to {offset}, over {event}, which is not in it")
@@ -108,7 +108,7 @@ class _Fed:
             raise Failed(f"{where} has {min(fed, key=lambda event: event.number)}, and its position is not behind that: {transaction.groups}")
 
     def finish(self) -> None:
-        """What was there to be read at the end was read."""
+        """Every event that was still there at the end was read."""
         for event in self.others.sent:
             if event not in self.done and event.lost_ms == _NEVER and messages(event):
                 raise Failed(f"G3: {event} was never read")
@@ -117,14 +117,14 @@ class _Fed:
 
 
 def _same(world: World, event: Sent, written: list[tuple[Place, Entry]], feeding: bool, where: str) -> None:
-    """G1: what an event has become, and nothing else."""
+    """G1: the records written for an event are exactly those that it must become."""
     forms = [_form(world, place, entry) for place, entry in written]
     wanted = _expected(world, event, messages(event, feeding))
     if any(_DIED in (dict(entry.headers).get("kwflow-error-message") or b"") for _, entry in written):
         if world.crashes < 3:
             raise Failed(f"K19: {event} is refused, and only {world.crashes} processes died")
         wanted = _expected(world, event, "refused")
-    if sorted(forms, key=repr) != sorted(wanted, key=repr):  # of several keys, which have no order among them
+    if sorted(forms, key=repr) != sorted(wanted, key=repr):  # sorted, as records with different keys have no order among them
         raise Failed(f"G1: {where} wrote of {event}:\n  {forms}\nand should have written\n  {wanted}")
 
 
@@ -147,7 +147,7 @@ def _value(value: bytes | None) -> Any:
 
 
 def _in_order(world: World, ledger: Ledger) -> None:
-    """G2: what events of one partition say to one workflow comes in their order."""
+    """G2: messages from events of one partition to one workflow arrive in the events' order."""
     assert world.others is not None
     for number in range(world.partitions):
         last: dict[tuple[bytes | None, str, int], tuple[int, int]] = {}
@@ -162,7 +162,7 @@ def _in_order(world: World, ledger: Ledger) -> None:
 
 
 def _asked_again(world: World, ledger: Ledger) -> None:
-    """A dead letter that is retried does what its record would have, once; it is the engine's to do, where the feed is mended."""
+    """A retried dead letter does once what its record would have done.  An engine does it, where the feed no longer fails."""
     assert world.others is not None
     found: dict[Sent, list[tuple[Place, Entry]]] = collections.defaultdict(list)
     for transaction, entries in ledger.transactions():
@@ -177,12 +177,15 @@ def _asked_again(world: World, ledger: Ledger) -> None:
 
 
 def is_fed(world: World, place: Place, entry: Entry) -> bool:
-    """Whether it is a message that a feed has made, in its own process or asked by an engine."""
+    """Whether this is a message that a feed has made, in its own process or when an engine asked it."""
     return place[0] == world.config.resume_topic and entry.transaction is not None and _FED.search(entry.value or b"") is not None
 
 
 def _readers(world: World, ledger: Ledger) -> None:
-    """K1: what a feed died in is ended by who has its partitions next, and readers of the input topic wait for nothing longer (where nothing but deaths may keep it from that)."""
+    """K1: the next owner of a dead feed's partitions ends its transaction, so that readers of the input topic do not wait longer.
+
+    Checked only in runs without other faults that could prevent it.
+    """
     faults = world.faults
     if any((faults.slow, faults.stall, faults.freeze, faults.lost, faults.abort, faults.rebalance, faults.jump, faults.wipe)) or faults.markers_ms > 100:
         return
@@ -196,5 +199,5 @@ def _readers(world: World, ledger: Ledger) -> None:
 
 
 def _lives(world: World, name: str, since: float, until: float) -> bool:
-    """Whether one process of this name lives all the time."""
+    """Whether one process with this name lives all of this time."""
     return any(f"{GROUP}-{life.instance}-0" == name and life.begun <= since and life.ended >= until for machine in world.machines for life in machine.lives)

@@ -1,6 +1,6 @@
-"""What must be true of the calls that workers had (M6.6): read from the log, from what the group took, and from what began where.
+"""What must be true of the calls that workers had (M6.6), checked against the log, the commits of the group, and which call began where.
 
-Nothing of the product runs here: a note beside a position is read by ten lines of its own.
+No product code runs here: ten lines of this file parse the note beside a position.
 """
 
 import collections
@@ -22,16 +22,16 @@ _NOTE_BYTES_MAX = 4_095
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """A record of a queue that asks for something.  `done_ms`: nobody has to do it from then on, as its answer is in the log, or what takes it back."""
+    """A record of a queue that is a call.  From `done_ms` on nobody has to do it, as its answer or its withdrawal is in the log."""
 
     place: Place
     offset: int
     id: str
     ref: str
     sent_ms: float
-    headers: tuple[tuple[str, bytes | None], ...]  # which go on with its answer
+    headers: tuple[tuple[str, bytes | None], ...]  # which its answer must carry
     answers: list[Entry] = dataclasses.field(default_factory=list)
-    withdrawn: int | None = None  # where it is taken back
+    withdrawn: int | None = None  # offset of its withdrawal
     done_ms: float = _NEVER
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """What stands beside a position: up to `end` all is done but what is `open`, of which some are marked."""
+    """The note beside a position: up to `end` every record is done, except those that are `open`, of which some are marked."""
 
     end: int = 0
     open: frozenset[int] = frozenset()
@@ -62,7 +62,7 @@ class Note:
 
 
 def check(world: World, ledger: Ledger) -> None:
-    """Raises Failed naming the first thing that is not as it must be."""
+    """Raises Failed, which names the first thing that is wrong."""
     if world.queues:
         calls = _calls(world, ledger)
         book = world.broker.book
@@ -96,7 +96,7 @@ def _travelling(entry: Entry) -> tuple[tuple[str, bytes | None], ...]:
 
 
 def _calls(world: World, ledger: Ledger) -> list[Call]:
-    """In the order of their places; what is no call of this application is none."""
+    """All calls of this application, in the order of their places."""
     answers: dict[tuple[str, str], list[Entry]] = collections.defaultdict(list)
     found: list[Call] = []
     for number in range(world.partitions):
@@ -120,7 +120,7 @@ def _calls(world: World, ledger: Ledger) -> list[Call]:
 
 
 def _answered(calls: list[Call]) -> None:
-    """None is lost, whoever was killed; and its headers go on (semantics §9.3)."""
+    """No call is lost, whoever was killed; and its answer carries its headers (semantics §9.3)."""
     for call in calls:
         for answer in call.answers:
             if _travelling(answer) != call.headers:
@@ -130,7 +130,7 @@ def _answered(calls: list[Call]) -> None:
 
 
 class _Noted:
-    """Each position that the group took, in order."""
+    """Checks each position that the group accepted, in order."""
 
     def __init__(self, book: Book, calls: list[Call]) -> None:
         self.book = book
@@ -163,7 +163,7 @@ class _Noted:
 
 
 def _given_back(book: Book) -> None:
-    """Who gave a partition up has said so: nobody takes it for dead."""
+    """A worker that gave a partition back has said so in its note, so that nobody takes it for dead."""
     last: dict[Taken, Noted] = {noted.by: noted for noted in book.noted if noted.by is not None}
     for taken in book.taken:
         noted = last.get(taken)
@@ -173,7 +173,7 @@ def _given_back(book: Book) -> None:
 
 # -- what began --------------------------------------------------------------------------------------------------------
 def _begun(book: Book, ledger: Ledger, calls: list[Call]) -> dict[Call, list[tuple[Begun, Taken]]]:
-    """Each call with its beginnings, and the assignment in which each was.  A worker begins nothing of what it does not have."""
+    """Each call with its beginnings, and the assignment of each.  A worker must not begin a call that it does not have."""
     of_record = {(call.place, call.offset): call for call in calls}
     asked: dict[tuple[str, int], list[Call]] = collections.defaultdict(list)
     for place in dict.fromkeys(call.place for call in calls):
@@ -215,7 +215,7 @@ def _is_death(answer: Entry) -> bool:
 
 
 def _died(book: Book, call: Call) -> None:
-    """K19: an attempt has failed only where two workers had the call, marked or not known to be innocent, and gave it back neither time."""
+    """K19: an attempt was failed only if two workers had the call, marked or not known to be innocent, and neither gave it back."""
     for answer in filter(_is_death, call.answers):
         mine = [one for one in book.taken if one.place == call.place and 0 <= one.fetched_ms <= answer.appended_ms]
         if not any(_blames(book, call, one) for one in mine):
@@ -223,7 +223,7 @@ def _died(book: Book, call: Call) -> None:
 
 
 def _blames(book: Book, call: Call, third: Taken) -> bool:
-    """Whether the second worker marked the call, and had found that one before it died, with the call in the log."""
+    """Whether the second worker marked the call, after it had found that the first one died when the call was in the log already."""
     position, text = third.fetched
     note = Note.of(position, text)
     if not note.held or call.offset not in note.marked:

@@ -1,4 +1,4 @@
-"""Actors in one thread, each a greenlet, moved by virtual time and one source of chance."""
+"""Actors in one thread, each a greenlet, scheduled by virtual time and one source of randomness."""
 
 import heapq
 import random
@@ -12,7 +12,7 @@ from kwflow.testing.kafka import VirtualTime
 class Actor:
     def __init__(self, name: str, work: Callable[[], None], main: greenlet.greenlet) -> None:
         self.name = name
-        self.token = 0  # of its last pause: older entries of the queue are stale
+        self.token = 0  # of its last pause: older entries in the queue are stale
         self.ended = False
         self.greenlet = greenlet.greenlet(self._run, parent=main)
         self._work = work
@@ -27,7 +27,7 @@ class Actor:
 
 
 class Hub:
-    """`run` goes on until told; an actor gives up control only in `pause`."""
+    """Runs actors until it is told to stop; an actor gives up control only in `pause`."""
 
     def __init__(self, time: VirtualTime, chance: random.Random) -> None:
         self.time = time
@@ -38,7 +38,7 @@ class Hub:
         self._watching: dict[Actor, None] = {}
         self._version = time.version
         self._current: Actor | None = None
-        self.entering: Callable[[str], None] = lambda name: None  # told before an actor goes on
+        self.entering: Callable[[str], None] = lambda name: None  # called before an actor goes on
 
     @property
     def running(self) -> str:
@@ -55,7 +55,7 @@ class Hub:
         heapq.heappush(self._queue, (at, self.chance.random(), actor.token, actor))
 
     def pause(self, until: float, watch: bool = False) -> None:
-        """Give up control; go on at that time, or, watching, when something has changed."""
+        """Give up control; continue at that time or, if `watch`, once something has changed."""
         actor = self._current
         assert actor is not None, "pause outside an actor"
         self._push(actor, until)
@@ -69,7 +69,7 @@ class Hub:
             self._push(actor, self.time.now)
 
     def close(self, error: type[BaseException]) -> None:
-        """Raise it in every actor that has not ended."""
+        """Raise this error in every actor that has not ended."""
         for actor in {entry[3]: None for entry in self._queue}:
             while actor.greenlet:  # started and not ended
                 actor.greenlet.throw(error)

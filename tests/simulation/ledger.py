@@ -1,4 +1,4 @@
-"""What a run has written, for those who check it."""
+"""Everything that a run has written, for the checkers."""
 
 import collections
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """Everything that was ever written, whatever compaction removed since."""
+    """Every record that was ever written, even if compaction has removed it since."""
 
     def __init__(self, world: World) -> None:
         self.entries: dict[Place, list[Entry]] = collections.defaultdict(list)
@@ -24,7 +24,7 @@ class Ledger:
             self._by_transaction.setdefault(transaction, [])
 
     def transactions(self) -> Iterator[tuple[Transaction, list[tuple[Place, Entry]]]]:
-        """The committed ones, in the order they were decided."""
+        """The committed transactions, in the order in which they were decided."""
         done = [(transaction, entries) for transaction, entries in self._by_transaction.items() if transaction.state == COMMITTED]
         return iter(sorted(done, key=lambda pair: pair[0].decided_ms))
 

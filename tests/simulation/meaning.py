@@ -1,8 +1,8 @@
-"""What must be true of a run whatever the processors say: outcomes known in closed form, and what no record may do.
+"""What must be true of a run whatever the processors say: outcomes that are known in closed form, and what no record may do.
 
-Nothing here runs product code but to read a snapshot's header.  Sums of accounts, undo order of sagas, outcomes of
-activities by their plans, times of schedules, replies; the version that an instance begins and ends on (G10), and what
-an older kwflow may do to what a newer one saved (G7).
+The only product code that runs here reads a snapshot's header.  Checked are sums of accounts, the undo order of sagas, outcomes
+of activities by their plans, times of schedules, and replies; the version that an instance begins and ends on (G10), and what an
+older kwflow may do to a snapshot that a newer one saved (G7).
 """
 
 import collections
@@ -23,7 +23,7 @@ Reply = tuple[str, Any]
 
 
 def check(world: World, ledger: Ledger) -> None:
-    """Raises Failed naming the first thing that is not as it must be."""
+    """Raises Failed, which names the first thing that is wrong."""
     log = _Log(world, ledger)
     _Code(world).check(ledger)
     for id in world.clients.special.accounts:
@@ -37,7 +37,7 @@ def check(world: World, ledger: Ledger) -> None:
 
 
 class _Log:
-    """The visible records of a run by topic and key, in order; values as JSON where they are."""
+    """The visible records of a run by topic and key, in order."""
 
     def __init__(self, world: World, ledger: Ledger) -> None:
         self.config = world.config
@@ -56,7 +56,7 @@ class _Log:
                     self.dead.add((int(headers["kwflow-error-partition"] or 0), int(headers["kwflow-error-offset"] or 0)))
 
     def inputs(self, id: str) -> list[Entry]:
-        """What was written for this id and not dead-lettered, in the order in which it is applied."""
+        """The records for this id that were not dead-lettered, in the order in which they are applied."""
         return [entry for entry in self.records[self.config.resume_topic, id] if (self.place[entry][1], entry.offset) not in self.dead]
 
     def results(self, id: str) -> list[Any]:
@@ -85,7 +85,10 @@ def _wrong(what: str, found: object, wanted: object) -> None:
 
 # -- accounts ------------------------------------------------------------------------------------------------------------
 def _account(log: _Log, id: str) -> None:
-    """M1.4, M2, M3: its total is the sum of what it was told, each command once, read by whatever wait; each request is answered once, an update with twice its value."""
+    """M1.4, M2, M3: an account's total is the sum of the values it was sent, each command counted once, whichever wait read it.
+
+    Each request is answered once, an update with twice its value.
+    """
     total = heard = 0
     done: dict[bytes | None, Reply] = {}
     wanted: dict[str, list[Reply]] = {}
@@ -105,13 +108,13 @@ def _account(log: _Log, id: str) -> None:
     _wrong(f"the result of {id}", [result["found"] for result in log.results(id)], [[total, heard]])
     replies = log.replies()
     found = {request: replies.get(request, []) for request in wanted}
-    held = {request: mine for request, mine in found.items() if mine == [("held", None)]}  # told so at once, while it was parked
+    held = {request: mine for request, mine in found.items() if mine == [("held", None)]}  # the sender was told so at once, as the account was parked
     _wrong(f"the replies of {id}", found, wanted | held)
 
 
 # -- sagas ---------------------------------------------------------------------------------------------------------------
 def _saga(log: _Log, id: str) -> None:
-    """What was booked is undone in reverse order if the saga fails, and not at all if it does not."""
+    """Bookings are undone in reverse order if the saga fails, and not at all if it does not."""
     lines = log.said(id)
     booked = [line[1:] for line in lines if line[0] == "answered"]
     undone = [line[1:] for line in lines if line[0] == "undo"]
@@ -125,7 +128,7 @@ def _saga(log: _Log, id: str) -> None:
 
 # -- activities ----------------------------------------------------------------------------------------------------------
 def outcomes(kind: str, plan: list[str], died: bool = False) -> set[Any]:
-    """How a call with this plan may end: one way, unless time limits its attempts (an engine that is down lets any of them pass), or workers died with it."""
+    """How a call with this plan may end: in one way, unless its attempts have a timeout (which an engine that is down lets pass), or workers died with it."""
     found: set[Any] = set()
     limited = kind.endswith("timed")
     for attempt in range(1, ATTEMPTS_MAX + 1):
@@ -138,7 +141,7 @@ def outcomes(kind: str, plan: list[str], died: bool = False) -> set[Any]:
 
 
 def _calls(world: World, log: _Log) -> None:
-    """M6: each call ends as its plan says, and no attempt has more results than it ran."""
+    """M6: each call ends as its plan says, and there are no more results than attempts that ended."""
     died = {id for id in dict.fromkeys(log.keys[world.config.resume_topic]) for entry in log.records[world.config.resume_topic, id] if b'"WorkerDied"' in (entry.value or b"")}
     for id in dict.fromkeys(log.keys["sim-said"]):
         for line in log.said(id):
@@ -147,7 +150,7 @@ def _calls(world: World, log: _Log) -> None:
                 plan, end = json.JSONDecoder().raw_decode(text)
                 outcome = json.loads(text[end:])
                 discarded = any(("kwflow-op", b"discard") in entry.headers for entry in log.records[world.config.resume_topic, id])
-                may = outcomes(kind, plan, kind in QUEUES and any(id == other or id.startswith(f"{other}-") for other in died))  # or its original's
+                may = outcomes(kind, plan, kind in QUEUES and any(id == other or id.startswith(f"{other}-") for other in died))  # the id itself, or that of its original
                 if outcome not in may | ({"Discarded"} if discarded else set()):
                     raise Failed(f"a call of {id} to {kind} with {plan} ended with {outcome}, not one of {may}")
     for id in dict.fromkeys(log.keys[world.config.resume_topic]):
@@ -160,7 +163,7 @@ def _calls(world: World, log: _Log) -> None:
 
 # -- schedules -----------------------------------------------------------------------------------------------------------
 def _schedule(log: _Log, id: str) -> None:
-    """Each run once, at a multiple of the interval, and after the one before unless they may overlap; their number is what its status says."""
+    """Each run starts once, at a multiple of the interval, and after the end of the previous one unless they may overlap; the schedule reports their number."""
     [begun] = [entry for entry in log.inputs(id) if (entry.value or b"").startswith(b"new:")]
     plan = json.loads((begun.value or b"")[4:])
     names = [key for key in log.keys[log.config.resume_topic] if key.startswith(f"{plan['name']}@")]
@@ -185,24 +188,24 @@ def _decided_ms(entry: Entry) -> float:
 
 
 def _time_ms(name: str) -> int:
-    """Of a run that is named `<schedule>@<ISO 8601>`."""
+    """The time of a run that is named `<schedule>@<ISO 8601>`, in ms since the epoch."""
     text = re.sub(r"^[^@]*@|[+].*", "", name).replace("Z", "+00:00")
     return round(datetime.datetime.fromisoformat(text).timestamp() * 1000)
 
 
 # -- code ----------------------------------------------------------------------------------------------------------------
 class _Code:
-    """G7 and G10 over all committed snapshots and results, in order: whose code each goes on in, whichever releases its owners run.
+    """Checks G7 and G10 for all committed snapshots and results, in order: on which code each instance continues, whichever releases its owners run.
 
-    It begins on the code of the process that starts it, keeps to its own main whatever is deployed, and takes the helpers
-    of the process wherever that runs the same main.
+    An instance begins on the code of the process that starts it, keeps its own main whatever is deployed, and takes the
+    helpers of a process that runs the same main.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.sources: set[str] = set()
         self.saved: dict[tuple[int, bytes], tuple[dict[str, Any], bytes]] = {}
-        self.runs: dict[tuple[int, bytes], Release] = {}  # where an instance's last snapshot says that it is
+        self.runs: dict[tuple[int, bytes], Release] = {}  # the code that an instance's last snapshot names
         self.known = {release.version: release.code for release in world.deployed}
 
     def check(self, ledger: Ledger) -> None:
@@ -243,7 +246,7 @@ class _Code:
             return
         was, runs = self.runs.get(key) if before.get("start_id") == header["start_id"] else None, self.known[code[NAME]["version"]]
         if before_body != body or was is None:
-            held = ["main" in header.get("code", {}).get(NAME, {}).get("units", {}) for header in (before, header)]  # what cleans up behind it is the same everywhere
+            held = ["main" in header.get("code", {}).get(NAME, {}).get("units", {}) for header in (before, header)]  # without main, what is left to clean up is the same in every release
             allowed = {(True, True): [self._goes_on_in(was, now.code)], (True, False): [self._goes_on_in(was, now.code), now.code]}.get((*held,), [now.code])
             if runs not in allowed:
                 raise Failed(f"G10: {key} is saved on {runs} by {transaction.producer} at {transaction.decided_ms:.1f}, not on one of {allowed}")
@@ -253,7 +256,7 @@ class _Code:
         self.runs[key] = runs
 
     def _copied(self, key: tuple[int, bytes], made: dict[tuple[int, bytes], dict[str, Any]]) -> None:
-        """One that was made in this transaction was, before it, what its original was: the copy of a copy, too.  An original that began in it was nothing."""
+        """A copy made in this transaction, even of another copy, was before it what its original was; an original that began in it was nothing."""
         origin, run = key, ""
         while origin in made:
             forked = made[origin]["forked"]
@@ -266,7 +269,7 @@ class _Code:
             self.runs[key] = self.runs[origin]
 
     def _result(self, result: dict[str, Any], key: bytes, now: Release) -> None:
-        """Of an instance that was there before, or of one that began in this transaction."""
+        """Check the result of an instance that existed before, or that began in this transaction."""
         _wrong(f"G10: the code that {key!r} ended on", result["ended"], result["began"])
         befores = {None, *(runs for (_, other), runs in self.runs.items() if other == key)}
         allowed = [(f"main {runs.main}", runs.helper) for runs in (self._goes_on_in(before, now.code) for before in befores)]

@@ -1,8 +1,8 @@
-"""What the workflows of the simulation mean: their source, run by plain Python on an engine of its own in three hundred lines.
+"""The meaning of the simulation's workflows: their source, run by plain Python on a small engine of its own.
 
-Nothing of kwflow runs here: no lowering, no snapshots, no steps of ours.  Generators stay alive from their first record to
-their last, one instance at a time, and whatever a record makes ready runs at once.  Only what comes in and what goes out
-are kwflow's words: refs, ops, topics.  semantics.md and wire.md §2 say the order; where this and the product differ, one is wrong.
+No kwflow code runs here: no lowering, no snapshots, no steps.  Generators stay alive from their first record to their last, one
+instance at a time, and whatever a record makes ready runs at once.  Only inputs and outputs are in kwflow's terms: refs, ops,
+topics.  semantics.md and wire.md §2 define the order; where this and the product differ, one of them is wrong.
 """
 
 import collections
@@ -19,14 +19,14 @@ from typing import Any
 __all__ = ["Instance", "Unpredicted"]
 
 OK, FAILED = "ok", "failed"
-MAX_ATTEMPTS, FIRST_PAUSE_S, JITTER, TIMED_S = 3, 0.5, 0.5, 4  # of the activities there are (activities.py)
+MAX_ATTEMPTS, FIRST_PAUSE_S, JITTER, TIMED_S = 3, 0.5, 0.5, 4  # of the simulation's activities (activities.py)
 ACTIVITIES = {"mailed": "sim-mail", "queued": "sim-queue", "queued-timed": "sim-queue", "timed": "", "work": ""}  # name -> queue
 Record = dict[str, Any]  # offset, at, value, op, id, start, request, parent, travelling
 Said = tuple[str, str, Any]  # topic, key, value
 
 
 class Unpredicted(Exception):
-    """What becomes of this instance depends on more than its records: on sizes, on saving, on who dies."""
+    """The fate of this instance depends on more than its records: on sizes, on saving, on which process dies."""
 
 
 class Cancelled(BaseException):
@@ -69,7 +69,7 @@ class Wait:
 
 
 class Ref(Wait):
-    """Ended by a record; `kind`: answer, timer, activity, job, child, signal, update; `name` of a job: its queue."""
+    """A wait that a record ends.  `kind` is answer, timer, activity, job, child, signal or update; the `name` of a job is its queue."""
 
     def __init__(self, ref: str, kind: str, name: str = "", policy: str = "") -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Task(Wait):
 
 
 class Several(Wait):
-    """`kind`: all, race, timeout, shield.  `own`: the parts that are cancelled in the end; None: all."""
+    """A combinator.  `kind` is all, race, timeout or shield; `own` has the parts that are cancelled in the end, None means all."""
 
     def __init__(self, kind: str, parts: list[Wait], keys: list[Any] | None = None, wait_rest: bool = False, own: list[Wait] | None = None) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Kw:
     def output(self, value: str, topic: str) -> None:
         if len(value) > 100_000:
             raise Unpredicted("a record that is refused")
-        if _running:  # else a generator that was dropped says its last words
+        if _running:  # if not, a dropped generator is running its cleanup
             running().say(topic, running().id, value)
 
     def suspend(self) -> Ref:
@@ -230,7 +230,7 @@ class Kw:
 
 
 def attempts(name: str, plan: list[str]) -> Any:
-    """A call of an activity, from its first attempt to its end."""
+    """An activity call, from its first attempt to its end."""
     number, key = 1, ""
     while True:
         queue = ACTIVITIES[name]
@@ -267,14 +267,14 @@ exec(compile(_source, "workflows.py, natively", "exec"), WORKFLOWS)
 
 # -- one instance ----------------------------------------------------------------------------------------------------------
 class Instance:
-    """All runs of one id, one after the other.  `said` is what they write, in order; `replies` who was answered what."""
+    """All runs of one id, one after the other.  `said` has their outputs, in order; `replies` has the replies to each request."""
 
     def __init__(self, id: str) -> None:
         self.id = id
         self.said: list[Said] = []
         self.replies: dict[str, list[tuple[str, Any]]] = collections.defaultdict(list)
-        self.kept: list[Any] = []  # generators that were forgotten: closed now they would say something
-        self.forks: list[Record] = []  # those that copied it
+        self.kept: list[Any] = []  # forgotten generators, kept because closing them now would make them write something
+        self.forks: list[Record] = []  # the records that copied it
         self.ended: dict[str, Any] | None = None  # of the last run, if a client named it
         self.main: Task | None = None
 
@@ -287,7 +287,7 @@ class Instance:
             _running.pop()
 
     def become(self, id: str, record: Record) -> None:
-        """The copy that this record made of what came so far: nobody waits for it, and its timers are its own."""
+        """Become the copy that this record made: nobody waits for it, and its timers are its own."""
         self.id, self.said, self.forks, self.start, self.parent, self.ended, self.record = id, [], [], record["fork start"], None, None, record
         self.replies.clear()
         self.paused, self.hold, self.known = False, [], {}
@@ -298,7 +298,7 @@ class Instance:
                 self.timer(wait, str(max(1, wait.due - record["at"])))
 
     def close(self) -> None:
-        """Forget it.  What generators say when they are closed is heard by nobody, as long as that is now."""
+        """Forget the instance.  Its generators are closed now, while nobody takes what they write."""
         for task in (*self.kept, *(self.tasks if self.main is not None else ())):
             with contextlib.suppress(BaseException):
                 task.gen.close()
@@ -372,7 +372,7 @@ class Instance:
         self.reply(record, *known or ("ended" if self.ended and record["op"] == "update" else "not_found" if record["op"] or record["value"].get("ref") else "",))
 
     def _command(self, record: Record) -> None:
-        """Done on what is stored."""
+        """A command that works on the stored instance."""
         op = record["op"]
         if record["start"] not in (None, self.start):
             return self.reply(record, "not_found")
@@ -411,7 +411,7 @@ class Instance:
             self.reply(record, "ok")
 
     def _message(self, record: Record) -> None:
-        """Signal, update, cancel: author code has a part in it."""
+        """Signal, update or cancel, in which author code takes part."""
         op, value = record["op"], record["value"]
         if record["start"] not in (None, self.start):
             return self.reply(record, "not_found")
@@ -473,7 +473,7 @@ class Instance:
         self.say(wait.name, f"{self.id}|{wait.ref}", {"resume_topic": "workflow-resume", "workflow_id": self.id, "ref": wait.ref, **asked})
 
     def leave(self, wait: Ref) -> None:
-        """Nobody waits for it any more: whoever works for it is told."""
+        """Leave a wait: tell the timer, worker or child behind it that nobody waits any more."""
         if wait.kind == "timer":
             self.timer(wait, "0")
         elif wait.kind == "job":
@@ -553,7 +553,7 @@ class Instance:
             self.drain()
 
     def drive(self, task: Task) -> None:
-        """Run it, and the generators that it yields, until the innermost one waits or all have ended."""
+        """Run a task, and the generators that it yields, until the innermost one waits or all have ended."""
         base = len(self.stack)
         self.stack.append(task)
         while len(self.stack) > base:
@@ -632,7 +632,7 @@ class Instance:
         self.cancel(self.up(target, state, value))
 
     def up(self, target: Wait, state: str, value: Any) -> list[Wait]:
-        """Through all that it decides; the losers, inner ones first."""
+        """Settle a wait, and all waits that it decides; return the losers, inner ones first."""
         losers: list[Wait] = []
         work = [(target, state, value)]
         for item, item_state, item_value in work:
@@ -763,7 +763,7 @@ class Instance:
                 return
 
     def read(self, target: Wait) -> None:
-        """What it took has reached author code."""
+        """Note that the mail that this wait took has reached author code."""
         for wait in below(target):
             if isinstance(wait, Ref):
                 wait.mail = None
@@ -786,7 +786,7 @@ class Instance:
 
 
 def below(target: Wait) -> list[Wait]:
-    """It and what is below it that is no task."""
+    """A wait and the waits below it, but not below tasks."""
     return [target, *(one for part in target.parts for one in below(part))] if isinstance(target, Several) else [target]
 
 

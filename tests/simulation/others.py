@@ -1,6 +1,6 @@
-"""A topic of somebody else's, who writes to it, changes it as they like, and knows nothing of kwflow; and the feed that reads it (decision 0058).
+"""A topic that belongs to others, who write to it, change it as they like, and know nothing of kwflow; and the feed that reads it (decision 0058).
 
-An event says itself what the feed makes of it, so that the checker (fed.py) knows without running the feed.
+Each event says what the feed makes of it, so that the checker (fed.py) knows it without running the feed.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ __all__ = ["EVENTS", "GROUP", "HUGE", "NOTED", "MovedGroup", "Others", "Sent"]
 
 EVENTS = "sim-events"
 GROUP = f"sim-feed-{EVENTS}"
-HUGE = "z" * 450_000  # no topic of the simulation takes it
+HUGE = "z" * 450_000  # no topic of the simulation accepts it
 NOTED = {"program": ["note", "event"]}
 _UNREADABLE = ("{not json", '{"kind": "tell"}', '{"number": 1, "kind": "tell", "to": 5}', "[]", None)
 
@@ -40,7 +40,7 @@ class Event:
 
 @kw.feed(EVENTS)
 def fed(event: Event) -> Iterable[Any]:
-    """`late`: it fails where feeds run, and is mended where engines ask it once more."""
+    """The feed.  An event of kind `late` fails where feeds run, and works when an engine asks the feed again."""
     match event.kind:
         case "tell" | "several":
             return told(event)
@@ -70,7 +70,10 @@ def told(event: Event) -> Iterator[kw.Signal]:
 
 @dataclasses.dataclass(eq=False)
 class Sent:
-    """A record of theirs; `topic`: the id of the topic that it was written to, as one may be made anew.  `lost_ms`: when its retention, or the end of its topic, took it."""
+    """A record of theirs.
+
+    `topic` is the id of the topic that it was written to, which may be created anew; `lost_ms` is when retention, or the deletion of its topic, removed it.
+    """
 
     number: int
     topic: str
@@ -87,7 +90,7 @@ class Sent:
 
 
 class MovedGroup(Group):
-    """Keeps every transaction that sent it a position: one that reads what makes nothing writes nothing else."""
+    """A group that keeps every transaction that sent it a position: a transaction whose events make no messages writes nothing else."""
 
     def __init__(self, time: VirtualTime, places: Callable[[str], list[Place]], moved: dict[Transaction, None]) -> None:
         super().__init__(GROUP, time, places)
@@ -99,23 +102,23 @@ class MovedGroup(Group):
 
 
 class Others:
-    """One actor beside the clients; in calm times it has each dead letter of the feed asked about once more.  All by a chance of its own."""
+    """An actor beside the clients, with a random stream of its own.  In calm times it has the feed asked again about each of its dead letters."""
 
     def __init__(self, world: "World", killers: bool, events: int | None = None, changes: list[str] | None = None) -> None:
-        """How often something is written, and what becomes of the topic meanwhile, is drawn unless it is said."""
+        """The number of events, and the changes to the topic, are drawn unless they are given."""
         self.world = world
         self.chance = random.Random(f"events {world.seed}")
         self.sent: list[Sent] = []
         self.finished = False
-        self.changed = 0  # how often the topic was
-        self.retried: set[Sent] = set()  # whose dead letters were
+        self.changed = 0  # how often the topic was changed
+        self.retried: set[Sent] = set()  # events whose dead letters were retried
         self._killers = killers
         self._ids = [f"told-by-event{number}" for number in range(self.chance.randint(1, 6))]
         self._count = events or self.chance.randint(15, 60)
         self.changes = changes or self.chance.choice([[], ["add"], ["shorten"], ["shorten", "shorten", "add"], ["anew"], ["anew in a moment"], ["add", "anew in a moment", "shorten"]])
         self._read: dict[int, int] = {}
         self._producer = world.client_environment.producer({})
-        self._topics: list[tuple[float, str]] = []  # since when there was which
+        self._topics: list[tuple[float, str]] = []  # (since when, topic id)
         self._create(self.chance.randint(1, 4))
 
     def _create(self, partitions: int) -> None:
@@ -123,7 +126,7 @@ class Others:
         self._topics.append((self.world.time.now, self.world.broker.topics[EVENTS].id))
 
     def topic_at(self, ms: float) -> str:
-        """Its id at that time; of one that was deleted, until the next one is made."""
+        """The topic's id at that time; after a deletion the old id, until the next topic is created."""
         return [topic for since, topic in self._topics if since <= ms][-1]
 
     def work(self) -> None:
@@ -139,11 +142,11 @@ class Others:
         self.finished = True
 
     def settle(self) -> bool:
-        """Calm times: one round; whether there was nothing to do."""
+        """Do one round in calm times; true if there was nothing to do."""
         return not self._retry(1.0)
 
     def unread(self) -> list[str]:
-        """Partitions in which something is left that the group has not passed."""
+        """The partitions in which the group has not passed everything."""
         offsets, found = self.world.broker.group(GROUP).offsets, []
         for partition in self.world.broker.topics[EVENTS].partitions:
             offset = offsets.get(partition.place, 0)
@@ -156,7 +159,7 @@ class Others:
 
     # -- what they write -------------------------------------------------------------------------------------------
     def _send(self, partition: int | None = None) -> None:
-        """Anywhere, whatever the key, of which some have none; headers that are kwflow's names mean nothing in there."""
+        """Send an event to any partition, whatever its key; some have no key.  A header with a kwflow name means nothing in this topic."""
         chance, number = self.chance, len(self.sent)
         topic = self.world.broker.topics[EVENTS]
         key = chance.choice([None, f"k{chance.randrange(5)}".encode()])
@@ -192,7 +195,7 @@ class Others:
         elif what == "shorten":
             partition = self.chance.choice(topic.partitions)
             read = 0
-            if self.chance.random() < 0.5:  # of what nobody has read
+            if self.chance.random() < 0.5:  # delete events that nobody has read
                 self._end_feeds()
                 self._send_many(partition.place[1])
                 read = world.broker.group(GROUP).offsets.get(partition.place, 0)
@@ -202,7 +205,7 @@ class Others:
                     event.lost_ms = min(event.lost_ms, world.time.now)
             world.time.changed()
         else:
-            if what == "anew in a moment":  # and all who read it are started again, so quickly that the group takes them for who they were
+            if what == "anew in a moment":  # its readers are restarted too, so quickly that the group takes them for the old members
                 self._end_feeds()
             world.broker.delete(EVENTS)
             for event in self._there(topic.id):
@@ -219,7 +222,7 @@ class Others:
                 machine.process.die()
 
     def _outgrow(self, ends: list[int]) -> None:
-        """It is longer than the one before, if that was not long, before anybody looks."""
+        """Make the new topic longer than the old one, if that was short, before anybody looks."""
         there = self.world.broker.topics[EVENTS].partitions
         for _ in range(20):
             if any(partition.end <= end for partition, end in zip(there, ends, strict=False)):
@@ -235,7 +238,7 @@ class Others:
 
     # -- dead letters ------------------------------------------------------------------------------------------------
     def _retry(self, share: float) -> int:
-        """Letters of the feed, once each; not of what kills, or of what was asked about once more already."""
+        """Retry dead letters of the feed, once each, except for events that kill or were asked about again already; return how many."""
         config, count = self.world.config, 0
         for partition in self.world.broker.topics[config.dead_letter_topic].partitions:
             number = partition.place[1]

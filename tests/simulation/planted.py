@@ -1,4 +1,4 @@
-"""One bug for each rule of exactly-once (K1-K20), planted into the runner or what it runs; `test_teeth.py` wants each of them caught."""
+"""One bug for each rule of exactly-once (K1-K20), planted into the runner or what it runs; `test_teeth.py` checks that each of them is caught."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ from tests.simulation.world import World
 
 CRASHES = Faults(crash=0.02)
 CRASHES_IN_COMMITS = Faults(crash=0.1, at="commit")
-ZOMBIES_JUST_IN_TIME = Faults(freeze=0.15, at="commit", freeze_ms=(5_800, 6_800))  # evicted, and back before they are fenced
+ZOMBIES_JUST_IN_TIME = Faults(freeze=0.15, at="commit", freeze_ms=(5_800, 6_800))  # long enough to be evicted, but back before they are fenced
 ZOMBIES_IN_POLLS = Faults(freeze=0.03, at="consume", freeze_ms=(7_000, 14_000))
 ABORTS = Faults(abort=0.1)
 REBALANCES = Faults(kill=0.2, stop=0.4, rebalance=0.2)
@@ -46,7 +46,7 @@ SLOW_MARKERS = Faults(stop=0.5, wipe=3.0, markers_ms=8000)
 
 @dataclasses.dataclass
 class Planted:
-    """A bug: what to replace, and the faults that give it its chance; `first`: the seed that is tried first, for one that is seldom noticed."""
+    """A bug: what to replace, and the faults that expose it; `first` is the seed that is tried first, for a bug that is seldom noticed."""
 
     rule: str
     what: str
@@ -65,7 +65,7 @@ class NewIdentityEachStart(KafkaRunner):
 
 
 class PollsBeforeItCommits(KafkaRunner):
-    """And asks who it is after that."""
+    """And asks for its group metadata after that."""
 
     def _commit(self, batch: Batch) -> None:
         kept = dict(self.owned)
@@ -96,7 +96,7 @@ class SeeksBehindTheBatchAfterAnAbort(KafkaRunner):
 
 
 def _begun_anew_after_a_timeout() -> contextlib.AbstractContextManager[Any]:
-    """Re-initialises in place and makes the batch again, although the commit may have succeeded."""
+    """Re-initialises the producer in place and repeats the batch, although the commit may have succeeded."""
     again = Transactions._again
 
     def once(transactions: Transactions, call: Callable[[], Any], within_s: float = 30) -> Any:
@@ -124,7 +124,7 @@ def _restored_to_the_stable_offset_only() -> contextlib.AbstractContextManager[A
 
 
 def _asks_for_the_end_first() -> contextlib.AbstractContextManager[Any]:
-    """The changelog's end, then what the group has committed."""
+    """Looks up the changelog's end first, then what the group has committed."""
     find = Takeover._find
 
     def ends_first(takeover: Takeover, until: float) -> None:
@@ -186,7 +186,7 @@ class FiresWithoutOffsets(KafkaRunner):
 
 
 def _what_the_queue_does_not_take_is_dropped() -> contextlib.AbstractContextManager[Any]:
-    """Half of a step stays in the transaction."""
+    """Only half of a step stays in the transaction."""
     produce = Transactions._produce
 
     def dropping(transactions: Transactions, *arguments: Any, **place: Any) -> None:
@@ -234,7 +234,7 @@ class ForgetsWhoStarted(WorkflowProcessor):
 
 
 class ShortChangelogs(World):
-    """cleanup.policy=delete: what is old goes, whether it is the last of its key or not."""
+    """cleanup.policy=delete: old records are deleted, even the last one of a key."""
 
     def compact(self) -> None:
         for partition in self.broker.topics[self.config.changelog_topic].partitions:
@@ -251,7 +251,7 @@ class Crowd(World):
 
 
 class Warm(Crowd):
-    """Each engine keeps copies of what the others own, and tombstones go soon."""
+    """Each engine keeps copies of the others' partitions, and tombstones are removed soon."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -340,7 +340,7 @@ def _no_attempts() -> contextlib.AbstractContextManager[Any]:
 
 # -- workers -----------------------------------------------------------------------------------------------------------
 class Queued(World):
-    """Each seed has queues and workers."""
+    """A world in which each seed has queues and workers."""
 
     queue_share = 1.0
     rest_ms = 200_000
@@ -360,7 +360,7 @@ class HandsOutBeforeTheCommit(KafkaRunner):
 
 @contextlib.contextmanager
 def _positions_pass_open_calls() -> Iterator[None]:
-    """As of who commits what was read."""
+    """Like a consumer that commits what it has read."""
     with mock.patch.object(Ledger, "position", property(lambda ledger: ledger._next)), mock.patch.object(Ledger, "_still_open", lambda _: ()):
         yield
 
@@ -466,7 +466,7 @@ PLANTED = [
     Planted("K20", "a start that ended is begun again by its repetition", Faults(), engine=ForgetsWhoStarted),
 ]
 
-# In what runner and model share, so that only outcomes that are known without them can tell (meaning.py).
+# Bugs in code that the runner and the model share, so that only outcomes that are known without both can reveal them (meaning.py).
 SHARED = [
     Planted("G7", "what a newer kwflow saved is taken for its own", patch=_newer_snapshots_are_taken, first=1),
     Planted("G10", "an instance goes on in changed code", patch=lambda: mock.patch.object(versions, "changed_units", lambda *_: [])),
@@ -482,7 +482,7 @@ SHARED = [
     Planted("schedules", "runs overlap although they must not", world=Impatient, patch=_active_runs_are_forgotten, first=2),
 ]
 
-# In what workers do (M6.6).
+# Bugs in what workers do (M6.6).
 HANDED_OUT = [
     Planted("M6.6", "calls are handed out before the commit", ABORTS, HandsOutBeforeTheCommit, world=Queued),
     Planted("M6.6", "a position passes open calls", patch=_positions_pass_open_calls, world=Queued),

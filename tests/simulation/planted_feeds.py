@@ -1,4 +1,4 @@
-"""Bugs of feeds (decision 0058), as those in `planted.py`."""
+"""Planted bugs of feeds (decision 0058), like those in `planted.py`."""
 
 import contextlib
 from typing import Any
@@ -17,7 +17,7 @@ ZOMBIES_IN_TRANSACTIONS = Faults(freeze=0.3, at="send_offsets", freeze_ms=(500, 
 
 
 class Fed(World):
-    """Each seed has a feed."""
+    """A world in which each seed has a feed."""
 
     feed_share = 1.0
     rest_ms = 200_000
@@ -25,7 +25,7 @@ class Fed(World):
 
 
 class Changed(Fed):
-    """What others do to their topic, they do."""
+    """A world in which others make every kind of change to their topic."""
 
     def _add_feeds(self) -> None:
         super()._add_feeds()
@@ -34,7 +34,7 @@ class Changed(Fed):
 
 
 class Pair(Fed):
-    """A feed that died is away for longer than its transaction may be open; another one goes on."""
+    """Two feeds: one that dies is away for longer than its transaction may be open, and the other one goes on."""
 
     def _add_feeds(self) -> None:
         super()._add_feeds()

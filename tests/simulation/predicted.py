@@ -1,9 +1,9 @@
-"""Every output of an instance, in order, as its workflow's source says (native.py): what was written must be that and nothing else.
+"""Checks every output of an instance, in order, against its workflow's source (native.py): exactly these must have been written.
 
-An instance that was parked goes on with what it held, in order, as if nothing had been; only who waited for a reply hears of it.
-Left out is what depends on more than an instance's records: states that cannot be saved or are too large, outputs that the
-broker refuses, records that kill; instances of which something was discarded, or that were terminated or paused while they were parked;
-schedules, which are kwflow's own code.
+A parked instance continues with its held records, in order, as if nothing had happened; only senders that waited for a reply
+notice.  Left out is what depends on more than an instance's records: states that cannot be saved or are too large, outputs that
+the broker refuses, and records that kill; instances of which a record was discarded, or that were terminated or paused while
+they were parked; and schedules, which are kwflow's own code.
 """
 
 import collections
@@ -22,17 +22,17 @@ OWN = ("sim-ask", "sim-said", "result", "error")
 
 
 class Log:
-    """The visible records of a run, by what they are of."""
+    """The visible records of a run, sorted by what they belong to."""
 
     def __init__(self, world: World, entries: dict[tuple[str, str], list[Entry]], places: dict[Entry, tuple[str, int]], dead: set[tuple[int, int]]) -> None:
-        """`dead`: records of the resume topic that were dead-lettered alone."""
+        """`dead`: (partition, offset) of records in the resume topic that were dead-lettered alone."""
         self.world = world
         self.places = places
         self.names = {world.config.result_topic: "result", world.config.error_topic: "error", world.config.resume_topic: "resume", world.config.scheduler_topic: "scheduler"}
         self.inputs: dict[str, list[Entry]] = collections.defaultdict(list)
-        self.outputs: dict[str, list[native.Said]] = collections.defaultdict(list)  # id -> what it has written, in order for each topic and key
+        self.outputs: dict[str, list[native.Said]] = collections.defaultdict(list)  # id -> its outputs, in order for each topic and key
         self.replies: dict[str, list[tuple[str, Any]]] = collections.defaultdict(list)
-        self.fired: collections.Counter[str] = collections.Counter()  # timer's key -> how often
+        self.fired: collections.Counter[str] = collections.Counter()  # timer's key -> how often it fired
         self.parked: set[str] = set()
         self.disturbed: set[str] = set()
         forwarded = {headers["kwflow-sim-sent"] for mine in entries.values() for entry in mine if "kwflow-forwarded" in (headers := dict(entry.headers))}
@@ -42,7 +42,7 @@ class Log:
             for entry in mine:
                 headers = dict(entry.headers)
                 if "kwflow-error-feed" in headers or headers.get("kwflow-op") == b"feed":
-                    continue  # no instance's (fed.py)
+                    continue  # belongs to no instance (fed.py)
                 if topic == world.config.resume_topic:
                     sent_on = entry.transaction is None and headers.get("kwflow-sim-sent") in forwarded
                     if not sent_on and (places[entry][1], entry.offset) not in dead:
@@ -60,7 +60,7 @@ class Log:
                     self._output(topic, key, entry, headers)
 
     def _output(self, topic: str, key: str, entry: Entry, headers: dict[str, bytes | None]) -> None:
-        """To whoever wrote it."""
+        """Assign an output to the instance that wrote it."""
         name = self.names.get(topic, topic)
         if name in (QUEUE, MAIL):
             self.outputs[key.rpartition("|")[0]].append((name, key, json.loads(entry.value) if entry.value is not None else None))
@@ -84,10 +84,10 @@ class Log:
             self.fired[f"{key}|{text}"] += 1
         elif name == "resume" and "kwflow-op" not in headers:
             value = json.loads(text) if text[:1] == "{" else {}
-            self.outputs[self.children.get(f"{key}|{value.get('ref')}".encode(), key)].append((name, key, value))  # a child's end; else nobody's but a discard's
+            self.outputs[self.children.get(f"{key}|{value.get('ref')}".encode(), key)].append((name, key, value))  # the end of a child, or else the effect of a discard
 
     def away(self, entry: Entry) -> bool:
-        """Whether the copy that it asks for would lie in another partition."""
+        """Whether the copy that this record asks for would belong to another partition."""
         copy = self.copy(entry)
         return copy is not None and partition_of(copy.encode(), self.world.partitions) != self.places[entry][1]
 
@@ -107,7 +107,7 @@ class Log:
 
 
 def check(log: Log) -> None:
-    """Raises Failed naming the first instance whose outputs are not as they must be."""
+    """Raises Failed, which names the first instance whose outputs are wrong."""
     happened = log.world.happened
     made = {copy: id for id, entries in log.inputs.items() for entry in entries if (copy := log.copy(entry)) is not None}
     unheard = log.outputs.keys() - log.inputs.keys() - made.keys()
@@ -127,13 +127,13 @@ def check(log: Log) -> None:
             happened["copies predicted"] += id in made and instance.id == id and bool(instance.said)
             _same(log, id, instance)
             records = [log.record(entry) for entry in log.inputs[id]]
-            at_once = ("pause", "query", "unpause") if id in log.parked else ()  # they pass by what is held
+            at_once = ("pause", "query", "unpause") if id in log.parked else ()  # these commands overtake held records
             _same_replies(log, id, instance, [record["request"] for record in records if record["request"] and record["op"] not in at_once])
             _fired(log, instance)
 
 
 def _played(log: Log, id: str, made: dict[str, str], instances: list[native.Instance], until: float = math.inf) -> native.Instance:
-    """What its records make of it, up to an offset.  A copy is its original, played again up to there.  Raises Unpredicted."""
+    """Play an instance's records, up to an offset.  A copy is its original, played again up to the fork.  Raises Unpredicted."""
     entries = log.inputs[id]
     schedule = any(dict(entry.headers).get("kwflow-workflow") not in (None, b"main") for entry in entries)
     ops = {dict(entry.headers).get("kwflow-op") for entry in entries}
@@ -168,12 +168,12 @@ def _same_replies(log: Log, id: str, instance: native.Instance, requests: list[s
 
 
 def _answers(seen: tuple[str, Any], wanted: tuple[str, Any], parked: bool) -> bool:
-    """`...` stands for any value; whoever waits for an instance that is parked hears so at once, and nothing more."""
+    """Whether a reply is as wanted; `...` stands for any value.  The sender of a record for a parked instance is told so at once, and gets no other reply."""
     return (parked and seen == ("held", None)) or (seen[0] == wanted[0] and wanted[1] in (..., seen[1]))
 
 
 def _fired(log: Log, instance: native.Instance) -> None:
-    """A timer fires once unless it is cancelled, and then not twice either: at the end of a run nothing is due any more."""
+    """A timer fires exactly once, or at most once if it was cancelled: at the end of a run nothing is due any more."""
     for (topic, key), values in _by_key(instance.said).items():
         if topic == "scheduler" and not (log.fired[key] == 1 if "0" not in values else log.fired[key] <= 1):
             raise Failed(f"the timer {key} with {values} fired {log.fired[key]} times")
@@ -187,7 +187,7 @@ def _by_key(outputs: list[native.Said]) -> dict[tuple[str, str], list[Any]]:
 
 
 def _of_any_release(value: Any) -> Any:
-    """Without what says which code it was: meaning.py looks at that."""
+    """The value without what says which code it came from, which meaning.py checks."""
     if isinstance(value, dict):
         return {name: _of_any_release(one) for name, one in value.items() if name not in ("began", "ended", "helper")}
     if isinstance(value, list):
@@ -196,7 +196,7 @@ def _of_any_release(value: Any) -> Any:
 
 
 def _equal(topic: str, wanted: list[Any], found: list[Any]) -> bool:
-    """Of an error only the first word counts where its text is the product's own."""
+    """Whether outputs are equal.  Of an error only the first word counts, as the text may be the product's own."""
     if topic != "error":
         return wanted == found
     first_words = [[one.split(":")[0] if isinstance(one, str) else one for one in values] for values in (wanted, found)]

@@ -1,4 +1,4 @@
-"""What the simulation's workflow and activities tell their world; process state, replaced for each run."""
+"""How the simulation's workflow and activities call into their world; this is process state, which is replaced for each run."""
 
 from collections.abc import Callable
 
@@ -30,12 +30,12 @@ def perform(info: kw.ActivityInfo, what: str) -> None:
 
 
 def feeding() -> bool:
-    """Whether a process that runs feeds asks, not an engine."""
+    """Whether the caller is a process that runs feeds, not an engine."""
     return _feeding[-1]()
 
 
 def ask(kill: Callable[[], None], begin: Callable[[kw.ActivityInfo], None], perform: Callable[[kw.ActivityInfo, str], None], feeding: Callable[[], bool]) -> None:
-    """Whom this run's workflows and activities ask."""
+    """Set the functions that this run's workflows and activities call."""
     _kill[:] = [kill]
     _begin[:] = [begin]
     _perform[:] = [perform]
@@ -43,4 +43,4 @@ def ask(kill: Callable[[], None], begin: Callable[[kw.ActivityInfo], None], perf
 
 
 class Killed(KeyboardInterrupt):
-    """What a step is left with when its process is killed in it."""
+    """Raised in a step to end it when its process is killed."""

@@ -1,7 +1,7 @@
 """The releases that one run deploys: what changes in the workflow's source, and whether a newer kwflow runs it (G7, G10).
 
-Code is state of a process, and all simulated processes live in this one; so each has a `Code`, which is what is loaded
-while one of its actors runs.  The checkers play each transaction with the code of the process that made it.
+Loaded code is state of a process, and all simulated processes share this one.  So each has a `Code`, which is loaded while one
+of its actors runs.  The checkers play each transaction with the code of the process that made it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ NAME = "sim_workflows"
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """`main`: the workflow's own code is another one; `helper`: only what it calls is; `newer`: the lowering of a kwflow that is to come."""
+    """A release.  `main` is the version of the workflow's own code, `helper` that of a function that it calls; `newer`: the lowering of a future kwflow."""
 
     main: int = 0
     helper: int = 0
@@ -33,7 +33,7 @@ class Release:
 
     @property
     def code(self) -> "Release":
-        """Whichever kwflow runs it."""
+        """The same code, without regard to which kwflow runs it."""
         return dataclasses.replace(self, newer=False)
 
     @property
@@ -50,12 +50,12 @@ class Release:
 
     @functools.cached_property
     def version(self) -> str:
-        """As a snapshot names it."""
+        """The version as a snapshot names it."""
         return source_version(self.source)
 
 
 def draw(chance: random.Random) -> list[Release]:
-    """Those that follow the first one.  The last has the newest kwflow, so that whatever was saved can be read in the end."""
+    """Draw the releases that follow the first one.  The last one has the newest kwflow, so that every snapshot can be read in the end."""
     found, current = [], Release()
     for _ in range(chance.choice([0, 0, 0, 1, 3, 3])):
         new_main = chance.random() < 0.6
@@ -67,7 +67,7 @@ def draw(chance: random.Random) -> list[Release]:
 
 
 def with_rollbacks(upcoming: list[Release], chance: random.Random) -> list[Release]:
-    """The same, but now and then the one before is deployed again in between."""
+    """Return these releases, where now and then the previous one is deployed again in between."""
     found: list[Release] = []
     for before, release in zip([Release(), *upcoming], upcoming, strict=False):
         found += [release, before, release] if chance.random() < 0.3 else [release]
@@ -87,7 +87,7 @@ class Code:
         self.workflows = Workflows({"main": self._module.main}, "main")
 
     def enter(self) -> None:
-        """It is what this process runs from now on."""
+        """Make this the loaded code from now on."""
         if Code._running is self:
             return
         if Code._running is not None:
@@ -104,17 +104,17 @@ class Code:
 
 
 def _taken_out() -> tuple[dict[str, registry.Module], dict[str, types.ModuleType]]:
-    """The stored versions that are loaded, which nobody has now."""
+    """Take the loaded stored versions out of the registry, and return them."""
     names = [name for name, module in registry._versions.items() if module.name == NAME]
     return {name: registry._versions.pop(name) for name in names}, {name: sys.modules.pop(name) for name in names if name in sys.modules}
 
 
 @functools.cache
 def _loaded(release: Release) -> tuple[types.ModuleType, registry.Module]:
-    """Its module, and what is known of it; once for all processes, as nothing in it changes."""
+    """A release's module and its registry entry; loaded once for all processes, as nothing in it changes."""
     running = Code._running
     leave()
-    registry._modules.pop(NAME, None)  # this is no reload: nothing of another process is replaced
+    registry._modules.pop(NAME, None)  # so that this is no reload, and nothing of another process is replaced
     found = durable.load_source(NAME, release.source, str(SOURCE)), registry._modules[NAME]
     if running is not None:
         running.enter()
@@ -122,7 +122,7 @@ def _loaded(release: Release) -> tuple[types.ModuleType, registry.Module]:
 
 
 def leave() -> None:
-    """No simulated process runs any more; what was loaded for one is forgotten."""
+    """Unload the code of the simulated process that ran last."""
     if Code._running is not None:
         Code._running._leave()
         Code._running = None
@@ -131,7 +131,7 @@ def leave() -> None:
 
 
 def forget() -> None:
-    """After a run: the code of stored versions, which the registry keeps alive."""
+    """After a run, forget the code of stored versions, which the registry would keep alive."""
     leave()
     for identity, (_, function) in list(registry._functions.items()):
         home = function.home if isinstance(function, registry.Function) else getattr(function[0], "home", None)

@@ -1,6 +1,6 @@
-"""What the workers of a run were given, told and asked, as their group and their log saw it, for those who check it (handed_out.py).
+"""What the workers of a run were assigned, read and committed, as seen by their group and their log, for the checker (handed_out.py).
 
-Nothing here knows how a worker keeps its books: it is watched at its consumer and at the group that takes its notes.
+Nothing here knows how a worker keeps its notes: it is observed at its consumer, and at the group that accepts the notes.
 """
 
 import dataclasses
@@ -21,28 +21,28 @@ WORKERS = "sim-workers"
 
 @dataclasses.dataclass(eq=False)
 class Taken:
-    """One assignment of one partition to one process, from `begun_ms` on; `fetched`: where the group stood then, and its note."""
+    """One assignment of one partition to one process, from `begun_ms` on; `fetched` is the group's position then, and its note."""
 
     process: str
     place: Place
     begun_ms: float
     fetched: tuple[int, str] = (0, "")
     fetched_ms: float = -1.0
-    looked_ms: float = -1.0  # when it was told how far its log went
+    looked_ms: float = -1.0  # when it learned where its log ends
     ended_ms: float = float("inf")
-    lost: bool = False  # somebody else had it already when it ended
-    failed: bool = False  # a commit while it had it was refused, or not answered
-    read: dict[int, float] = dataclasses.field(default_factory=dict)  # offset -> when it was given
+    lost: bool = False  # somebody else had the partition already when it ended
+    failed: bool = False  # a commit during the assignment was refused, or not answered
+    read: dict[int, float] = dataclasses.field(default_factory=dict)  # offset -> when the record was delivered
     turns: dict[int, int] = dataclasses.field(default_factory=dict)  # offset -> in which turn of its reader
     known: dict[int, float] = dataclasses.field(default_factory=dict)  # offset -> when that turn was over
 
 
 @dataclasses.dataclass(frozen=True)
 class Noted:
-    """What the group took: by whom, where its position is, and what stands beside it."""
+    """A commit that the group accepted: from whom, its position, and the note beside it."""
 
     ms: float
-    by: Taken | None  # None: a member that was not told yet that it has it
+    by: Taken | None  # None: a member that was not told yet that it has the partition
     place: Place
     position: int
     note: str
@@ -50,7 +50,7 @@ class Noted:
 
 @dataclasses.dataclass(frozen=True)
 class Begun:
-    """An activity began: which call that is, the log tells by these two."""
+    """An activity began; by its key and attempt the log tells which call it is."""
 
     ms: float
     process: str
@@ -70,7 +70,7 @@ class Book:
 
 
 class NotedGroup(Group):
-    """Keeps every position that it took."""
+    """A group that records every position that it accepts."""
 
     def __init__(self, time: VirtualTime, places: Callable[[str], list[Place]], book: Book) -> None:
         super().__init__(WORKERS, time, places)
@@ -83,7 +83,7 @@ class NotedGroup(Group):
 
 
 class WatchedConsumer(SimulatedConsumer):
-    """A worker's."""
+    """A worker's consumer, which records what happens to it."""
 
     def __init__(self, broker: Any, host: Any, settings: dict[str, Any]) -> None:
         super().__init__(broker, host, settings)
@@ -124,13 +124,13 @@ class WatchedConsumer(SimulatedConsumer):
         mine = [self.holds.get((place.topic, place.partition)) for place in offsets]
         try:
             return super().commit(offsets=offsets, asynchronous=asynchronous)
-        except BaseException:  # a process that dies in it, too
+        except BaseException:  # even if the process dies in it
             for taken in filter(None, mine):
                 taken.failed = True
             raise
 
     def consumer_group_metadata(self) -> Metadata:
-        """As whom it asks."""
+        """Note which member this consumer is."""
         found = super().consumer_group_metadata()
         self._book.members[found.member] = self
         return found
@@ -141,7 +141,7 @@ class WatchedConsumer(SimulatedConsumer):
         return found
 
     def poll(self, timeout: float = -1) -> Message | None:
-        """With which a worker's turn begins."""
+        """Poll, with which a worker's turn begins."""
         self._turns += 1
         for taken in self.holds.values():
             taken.known |= dict.fromkeys(taken.read.keys() - taken.known.keys(), self._broker.time.now)

@@ -1,4 +1,4 @@
-"""What clients do: start random programs, answer what these ask, and send what should not be sent."""
+"""What clients do: they start random programs, answer what these ask, and send records that they should not send."""
 
 import json
 import random
@@ -14,14 +14,14 @@ Node = list[Any]
 
 
 def call(chance: random.Random) -> Node:
-    """An activity, and what its attempts do."""
+    """Draw an activity call, and what its attempts do."""
     kind = chance.choice(["work", "work", "timed"])
     words = ["ok", "slow", "fail", "refuse", *(["hang"] if kind == "timed" else [])]
     return ["call", kind, [chance.choice(words) for _ in range(chance.randint(1, 3))]]
 
 
 def program(chance: random.Random, depth: int = 3, calls: bool = True) -> Node:
-    """A random tree; leaves wait for somebody, for time, or for an activity."""
+    """Draw a random tree, whose leaves wait for an answer, for time, or for an activity."""
     leaf = lambda: program(chance, 0, calls)
     below = lambda: program(chance, depth - 1, calls)
     if calls and chance.random() < 0.12:
@@ -47,7 +47,7 @@ def program(chance: random.Random, depth: int = 3, calls: bool = True) -> Node:
 
 
 def queue_call(chance: random.Random) -> Node:
-    """A worker does it; some do not survive it."""
+    """Draw a call that a worker runs; some calls kill it."""
     kind = chance.choice(["queued", "queued", "queued-timed", "mailed"])
     words = ["ok", "ok", "slow", "slow", "fail", "refuse", *(["hang"] if kind == "queued-timed" else [])]
     plan = [chance.choice(words) for _ in range(chance.randint(1, 3))]
@@ -57,7 +57,7 @@ def queue_call(chance: random.Random) -> Node:
 
 
 def with_queues(chance: random.Random, made: Node) -> Node:
-    """The same, with calls beside it: of several at once, cancelled, limited, raced, of a child."""
+    """Combine a program with calls of queues: several at once, cancelled, limited, raced, or in a child."""
     for _ in range(chance.randint(1, 2)):
         call = queue_call(chance)
         many = ["all", *(["rescue", queue_call(chance)] for _ in range(chance.randint(2, 4)))]
@@ -70,7 +70,7 @@ def with_queues(chance: random.Random, made: Node) -> Node:
 
 
 class Clients:
-    """One actor that sends records; in calm times it answers all that is asked and settles all that is parked."""
+    """An actor that sends records; in calm times it answers every question and settles every parked instance."""
 
     def __init__(self, world: "World", ids: int, actions: int, killers: bool) -> None:
         self.world = world
@@ -78,7 +78,7 @@ class Clients:
         self.sent = 0
         self.finished = False
         self.asks: dict[tuple[str, str], int] = {}  # (id, ref) -> answers sent
-        self.parked: dict[str, int] = {}  # id -> letters seen and not dealt with
+        self.parked: dict[str, int] = {}  # id -> number of dead letters that are not dealt with
         self.special = Special(self)
         self._retried: set[str] = set()
         self._ids = ids
@@ -86,17 +86,17 @@ class Clients:
         self._killers = killers
         self._started: list[str] = []
         self._forks: list[tuple[str, str]] = []  # (id, id of its copy)
-        self._forking = random.Random(f"forks {world.seed}")  # its own: three of four seeds are the runs that they would be without forks
+        self._forking = random.Random(f"forks {world.seed}")  # a stream of its own: three of four seeds are the same runs as without forks
         self._fork_share = self._forking.choice([0, 0, 0, 0.1])
-        self._telling = random.Random(f"signals {world.seed}")  # its own, too
+        self._telling = random.Random(f"signals {world.seed}")  # also a stream of its own
         self._tell_share = self._telling.choice([0, 0, 0.3])
-        self._queueing = random.Random(f"queues {world.seed}")  # its own, too
+        self._queueing = random.Random(f"queues {world.seed}")  # also a stream of its own
         self._timers = 0
         self._read: dict[tuple[str, int], int] = {}
         self._producer = world.client_environment.producer({"partitioner": "murmur2_random"})
 
     def send(self, topic: str, key: str | None, value: str | None, headers: tuple[tuple[str, str], ...] = (), partition: int = -1) -> None:
-        """Its number does not go on with what it leads to, as a client's own headers do."""
+        """Send a record, with its number in a header that is not passed on, unlike a client's own headers."""
         self.sent += 1
         self._producer.produce(topic, value, key, headers=[*headers, ("kwflow-sim-sent", str(self.sent))], partition=partition)
 
@@ -118,7 +118,7 @@ class Clients:
         self.finished = True
 
     def settle(self) -> bool:
-        """Calm times: one round; whether there was nothing to do."""
+        """Do one round in calm times; true if there was nothing to do."""
         self._look()
         for id, copy in self._forks:
             for ask in [ask for ask in self.asks if ask[0] == id]:
@@ -184,7 +184,7 @@ class Clients:
             self.send(self.world.config.resume_topic, id, "new:" + json.dumps({"program": made}), headers, partition)
 
     def _with_signals(self, made: Node) -> Node:
-        """The same, and it tells others something, or is asked meanwhile."""
+        """Extend a program so that it sends signals to others, or can be asked meanwhile."""
         chance = self._telling
         for _ in range(chance.randint(1, 3)):
             other = chance.choice([*self._started, *(f"told{number}" for number in range(5)), "ghost1"])
@@ -194,14 +194,14 @@ class Clients:
         return made
 
     def _disturb_queue(self) -> None:
-        """What is no call, another application's, nobody's, or taken back before it was there."""
+        """Send a queue a record that is no call, or is another application's, or nobody's, or withdraws a call that does not exist."""
         chance, number = self._queueing, self.sent
         ghost = {"workflow_id": "ghost1", "ref": f"{number}:1", "activity": "sim-queued", "attempt": 1, "idempotency_key": f"ghost1|{number}:1", "arguments": {"plan": [chance.choice(["ok", "slow"])]}}
         value = chance.choice(["{not json", "[]", json.dumps({"resume_topic": "elsewhere", **ghost}), json.dumps({"resume_topic": self.world.config.resume_topic, **ghost}), None])
         self.send(chance.choice(self.world.queues), f"ghost1|{number}:1", value)
 
     def _ask(self) -> None:
-        """Somebody who may be about to judge."""
+        """Send an update to a workflow that may be running `judge`."""
         chance, number = self._telling, self._telling.randrange(10_000)
         id = chance.choice([*self._started, *(f"told{number}" for number in range(5))])
         home = partition_of(id.encode(), self.world.partitions)
@@ -210,7 +210,7 @@ class Clients:
             self.send(self.world.config.resume_topic, id, json.dumps({"name": "judge", "value": chance.randrange(100)}), headers)
 
     def _fork(self) -> None:
-        """Of one that was started, or of a copy; most lie where they must."""
+        """Fork a started workflow or a copy; most of the new ids belong to the right partition."""
         chance = self._forking
         id = chance.choice([*self._started, *(copy for _, copy in self._forks)])
         home = partition_of(id.encode(), self.world.partitions)
@@ -230,7 +230,7 @@ class Clients:
         self.send(self.world.config.resume_topic, id, "null", (("kwflow-op", op),))
 
     def _message(self, id: str) -> None:
-        """A command, often sent twice under its id, to a running id, one that has ended, or a child."""
+        """Send a command, sometimes twice under its id, to a running id, one that has ended, or a child."""
         chance = self.chance
         target = f"{id}/{chance.randrange(40)}:{chance.randint(1, 3)}" if chance.random() < 0.3 else id
         op = chance.choices(["signal", "cancel", "terminate", "pause", "unpause", "query", "update"], [8, 2, 1, 2, 3, 2, 1])[0]
@@ -238,7 +238,7 @@ class Clients:
         if op == "signal" and chance.random() < 0.3:
             arguments["ttl_ms"] = chance.randint(1, 10_000)
         headers = (("kwflow-op", op), ("kwflow-id", f"command-{chance.randrange(10_000)}"))
-        if chance.random() < 0.7:  # one process for each input partition: the replies of several have no order among them
+        if chance.random() < 0.7:  # one reply address per input partition, as replies from several partitions have no order among them
             number = partition_of(target.encode(), self.world.partitions)
             place = f"{number}/client{number}" if chance.random() < 0.9 else f"{self.world.partitions}/gone"
             headers += (("kwflow-request", f"request-{self.sent}"), ("kwflow-reply-to", place))
@@ -246,7 +246,7 @@ class Clients:
             self.send(self.world.config.resume_topic, target, json.dumps(arguments), headers)
 
     def _timer(self) -> None:
-        """A timer of somebody else's; often it is cancelled again."""
+        """Set a timer that belongs to nobody here; often it is cancelled again."""
         self._timers += 1
         key = f"other{self._timers % 7}|" + json.dumps({"ref": f"timer{self._timers}"})
         self.send(self.world.config.scheduler_topic, key, str(self.chance.choice([1, 500, 5_000, 15_000])))
@@ -264,15 +264,15 @@ class Clients:
                     if topic == "sim-ask":
                         self.asks.setdefault((id, value), 0)
                     elif "kwflow-error-feed" in dict(entry.headers):
-                        continue  # no workflow's
+                        continue  # belongs to no workflow
                     elif ("kwflow-error-reason", b"parked") in entry.headers or ("kwflow-error-reason", b"refused") in entry.headers:
                         self.parked[id] = self.parked.get(id, 0) + 1
 
 
 class Special:
-    """Workflows whose right outcome is known in closed form (meaning.py): accounts, sagas, schedules.
+    """Workflows whose correct outcome is known in closed form (meaning.py): accounts, sagas and schedules.
 
-    Nobody cancels or discards them; an account may be paused.
+    Nobody cancels or discards them, but an account may be paused.
     """
 
     def __init__(self, clients: Clients) -> None:
@@ -303,7 +303,7 @@ class Special:
             self._tell(chance.choice(self.accounts), chance.choice(["signal", "update"]), "add", chance.randint(-3, 20))
 
     def settle(self) -> list[str]:
-        """First whatever was paused goes on; once that is done, all come to their ends.  Who has still to be told something."""
+        """First unpause everything; once that is done, end everything.  Returns the ids that still have to be sent something."""
         if not self._going_on:
             self._going_on = True
             for id in self.accounts:
@@ -324,14 +324,14 @@ class Special:
         self.clients.send(self.clients.world.config.resume_topic, id, "new:" + json.dumps(input), (("kwflow-start-id", f"start-{id}"), *headers))
 
     def _schedule(self) -> None:
-        """Its runs wait for a moment, for somebody, or for an activity."""
+        """Start a schedule, whose runs wait for a moment, for an answer, or for an activity."""
         name, chance = f"plan{len(self.schedules)}", self.chance
         node = chance.choice([["sleep", 0.5], ["ask", "scheduled"], call(chance), ["fail", "as told"]])
         plan = {"name": name, "workflow": "main", "input": {"program": node}, "every_ms": chance.choice([2_000, 5_000, 20_000]), "overlap": chance.choice(["skip", "queue", "allow"])}
         self._start(self.schedules, "schedule:plan", plan, ("kwflow-workflow", SCHEDULE))
 
     def _tell(self, id: str, op: str, name: str = "", value: object = None) -> None:
-        """A command with a request of its own each time it is sent; now and then it is sent twice under its id."""
+        """Send a command, with a new request id each time; now and then it is sent twice under its command id."""
         self._told += 1
         clients, topic = self.clients, self.clients.world.config.resume_topic
         arguments = {"name": name, "value": value} if name else {}

@@ -1,6 +1,6 @@
-"""One simulated run: machines with engines and schedulers, clients, an operator who breaks things, one seed.
+"""One simulated run: machines with engines and schedulers, clients, an operator who breaks things, and one seed.
 
-Everything happens in one thread, in virtual time, in an order that the seed decides; the runner is the real one.
+Everything happens in one thread, in virtual time, in an order that the seed determines.  The runner is the real one.
 """
 
 import collections
@@ -48,7 +48,7 @@ from tests.simulation.workers import WORKERS, Book, NotedGroup, WatchedConsumer
 from tests.simulation.workload import Clients
 
 OUTPUTS = frozenset({"sim-ask", "sim-said"})
-RECORD_BYTES_MAX = 200_000  # of sim-said; other topics take more, so that it is the broker that refuses
+RECORD_BYTES_MAX = 200_000  # of sim-said; other topics allow more, so that it is the broker that refuses a record
 
 
 class Failed(AssertionError):
@@ -56,13 +56,13 @@ class Failed(AssertionError):
 
 
 class JournalingBroker(Broker):
-    """Keeps everything that was ever appended, in order, whatever compaction does; and what workers did (`book`)."""
+    """A broker that keeps everything that was ever appended, in order, whatever compaction does; and what workers did (`book`)."""
 
     def __init__(self, time: VirtualTime, seed: int) -> None:
         super().__init__(time, seed)
         self.journal: list[tuple[Place, Entry]] = []
         self.book = Book()
-        self.moved: dict[Transaction, None] = {}  # the feed's
+        self.moved: dict[Transaction, None] = {}  # transactions of the feed
 
     def group(self, name: str) -> Group:
         if name == WORKERS and name not in self.groups:
@@ -78,7 +78,7 @@ class JournalingBroker(Broker):
 
 
 class _Environment(SimulatedEnvironment):
-    """Of one process; what it made is cut off when the process has gone."""
+    """The environment of one process; what it created is cut off when the process is gone."""
 
     def __init__(self, broker: Broker, host: Host, disk: Disk) -> None:
         super().__init__(broker, host, disk)
@@ -86,7 +86,7 @@ class _Environment(SimulatedEnvironment):
         self._runners: list[KafkaRunner] = []
 
     def runner(self, kind: type[KafkaRunner], *arguments: Any) -> KafkaRunner:
-        """Known before its constructor runs, in which the process may die."""
+        """Create a runner that is registered before its constructor runs, as the process may die in that."""
         made = kind.__new__(kind)
         self._runners.append(made)
         made.__init__(*arguments, self)  # type: ignore[misc]
@@ -99,7 +99,7 @@ class _Environment(SimulatedEnvironment):
         return made
 
     def database(self, directory: pathlib.Path) -> Any:
-        directory.mkdir(parents=True, exist_ok=True)  # where the clean-up looks
+        directory.mkdir(parents=True, exist_ok=True)  # Cleanup looks at directories
         return super().database(directory)
 
     def wipe(self, directory: pathlib.Path) -> None:
@@ -119,7 +119,7 @@ class _Environment(SimulatedEnvironment):
 
 @dataclasses.dataclass(eq=False)
 class Machine:
-    """A place where processes run, one after the other; its disk and clock outlive them."""
+    """A machine on which processes run, one after the other; its disk and clock outlive them."""
 
     name: str
     roles: tuple[str, ...]  # engine, scheduler, feed; or worker
@@ -127,7 +127,7 @@ class Machine:
     disk: Disk = dataclasses.field(default_factory=Disk)
     skew_ms: int = 0
     identity: int = 0
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its engine or worker, beside those that all have
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its engine or worker, in addition to those that all have
     queues: list[str] = dataclasses.field(default_factory=list)  # of its worker
     release: releases.Release = releases.Release()  # of its next process
     process: Process | None = None
@@ -141,7 +141,7 @@ class Machine:
 
 @dataclasses.dataclass
 class Life:
-    """Of a process: when it began, under which instance id, with which code, and when it ended."""
+    """The life of a process: when it began, under which instance id, with which code, and when it ended."""
 
     begun: float
     instance: str
@@ -151,7 +151,7 @@ class Life:
 
 @contextlib.contextmanager
 def engine_process() -> Iterator[None]:
-    """This process forgets generators as an engine does, until everything of the runs inside is gone."""
+    """Inside of this, the test's process forgets generators as an engine does, until everything from the runs is gone."""
     before = durable.set_abandoning(True, everywhere=True)
     try:
         yield
@@ -162,16 +162,16 @@ def engine_process() -> Iterator[None]:
 
 
 class World:
-    """`run()` plays one seed to its end; `checks.check(world)` looks at what is left."""
+    """`run()` plays one seed to its end; `checks.check(world)` checks what is left."""
 
     machines_min = 1
     queue_share = 0.2  # of the seeds
     feed_share = 0.15
     release_ms = 5_000  # from one release to the next, and from one machine to the next, on average
-    rest_ms = 900_000  # calm, everything has to be done within this
+    rest_ms = 900_000  # in the calm at the end, everything must be done within this time
     jump_ms = 60_000
-    truncated = False  # whether changelogs lose what compaction has emptied at their begin
-    switches_max = 400_000  # of each half; a run that needs more does not come to rest
+    truncated = False  # whether changelogs lose the part at their beginning that compaction has emptied
+    switches_max = 400_000  # in each half of a run; a run that needs more never comes to rest
 
     def __init__(
         self, seed: int, runner: type[KafkaRunner] = KafkaRunner, faults: Faults | None = None, engine: Callable[..., Processor] = WorkflowProcessor, timers: Callable[..., Processor] = TimerProcessor
@@ -185,10 +185,10 @@ class World:
         self.calm = False
         self.over = False
         self.calls = self.crashes = 0
-        self.places: dict[str, list[int]] = {}  # before or after which request or write -> which of `calls` these were
-        self.happened: collections.Counter[str] = collections.Counter()  # faults that there were
+        self.places: dict[str, list[int]] = {}  # place (before or after which request or write) -> the numbers of these `calls`
+        self.happened: collections.Counter[str] = collections.Counter()  # faults and other events that happened
         self.performing = 0
-        self.performed: collections.Counter[tuple[str, int, str]] = collections.Counter()  # (call's key, attempt, word of its plan) -> how often it ran to its end
+        self.performed: collections.Counter[tuple[str, int, str]] = collections.Counter()  # (call's key, attempt, word of the plan) -> how often it ran to its end
         self.log: list[str] = []
         self.runner = runner
         self.make_engine, self.make_timers = engine, timers
@@ -197,8 +197,8 @@ class World:
         self.partitions = self.chance.randint(1, 4)
         self.grace_s = self.chance.choice([0, 2])
         self.config = self._base_config()
-        releases.forget()  # of the run before
-        self._queueing = random.Random(f"workers {seed}")  # its own: a seed without workers is the run that it was
+        releases.forget()  # from the previous run
+        self._queueing = random.Random(f"workers {seed}")  # a stream of its own: a seed without workers is the same run as before there were any
         self.queues = [QUEUE, MAIL] if self._queueing.random() < self.queue_share and (faults is None or self.queue_share == 1) else []
         self.outputs = OUTPUTS | frozenset(self.queues)
         self.code: dict[str, releases.Code] = {}  # of each process
@@ -207,21 +207,21 @@ class World:
         self._create_topics()
         self.broker.transactions.marker_delay_ms = self.faults.markers_ms
         self.clients = Clients(self, ids=self.chance.randint(5, 30), actions=self.chance.randint(40, 160), killers=self.chance.random() < 0.3)
-        self._rollout = random.Random(seed)  # its own, so that what else happens in a seed depends on it as little as may be
+        self._rollout = random.Random(seed)  # a stream of its own, so that everything else in a seed depends on it as little as possible
         self.upcoming = releases.with_rollbacks(releases.draw(self.chance), self._rollout)
         self.deployed = [releases.Release()]
         self.machines = [Machine(f"m{number}", self._roles(number), self.directory / f"m{number}") for number in range(self.chance.randint(self.machines_min, 3))]
         if faults is None:
             self._draw_copies(random.Random(f"copies {seed}"))
         self.others: Others | None = None
-        self._feeding = random.Random(f"feeds {seed}")  # its own, too
+        self._feeding = random.Random(f"feeds {seed}")  # also a stream of its own
         if self._feeding.random() < self.feed_share and (faults is None or self.feed_share == 1):
             self._add_feeds()
         if self.queues:
             self.machines += [self._worker(number) for number in range(self._queueing.choice([1, 1, 2, 2, 3]))]
 
     def _add_feeds(self) -> None:
-        """On machines of their own, or beside an engine in its process."""
+        """Add feeds, on machines of their own or beside an engine in its process."""
         chance = self._feeding
         self.others = Others(self, killers=chance.random() < 0.3)
         beside = self.machines[:1] if chance.random() < 0.3 else []
@@ -232,7 +232,7 @@ class World:
         self.machines += added
 
     def _worker(self, number: int) -> Machine:
-        """The first one serves all queues; who has no name of its own leaves the group when it ends."""
+        """Draw a worker.  The first one serves all queues; one without an instance id leaves the group when it ends."""
         chance = self._queueing
         name = f"worker{number}"
         settings: dict[str, Any] = {"activity_concurrency": chance.randint(1, 4), "activity_grace_s": chance.choice([0, 2, 8])}
@@ -240,7 +240,7 @@ class World:
         return Machine(name, ("worker",), self.directory / name, settings=settings, queues=self.queues if number == 0 else chance.choice([self.queues, self.queues[:1]]))
 
     def _draw_copies(self, chance: random.Random) -> None:
-        """Who keeps warm copies, and for how long copies and tombstones are kept.  Its own stream: a seed without them is the run that it was."""
+        """Draw who keeps warm copies, and how long copies and tombstones are kept; from a stream of its own, so that a seed without them is unchanged."""
         if chance.random() < 0.4:
             for machine in self.machines:
                 machine.settings = {"standby": chance.random() < 0.7, "state_cleanup_s": chance.choice([0, 2, 10, 600])}
@@ -249,7 +249,7 @@ class World:
             self.truncated = chance.random() < 0.3
 
     def age(self, retention_ms: int) -> None:
-        """Tombstones go so soon that a process may stand still for longer; no clock is off so far that it matters."""
+        """Remove tombstones so soon that a process may be suspended for longer; clocks are not off far enough to matter."""
         for name in (self.config.changelog_topic, self.config.timers_changelog_topic):
             self.broker.topics[name].config["delete.retention.ms"] = str(retention_ms)
         self.faults.freeze_ms = (retention_ms // 2, 3 * retention_ms)
@@ -273,7 +273,7 @@ class World:
             topic.config["max.message.bytes"] = str(RECORD_BYTES_MAX if name == "sim-said" else 2 * RECORD_BYTES_MAX)
 
     def counts(self, process: str) -> bool:
-        """Whether requests of this one are among `calls`."""
+        """Whether requests of this process are counted in `calls`."""
         return True
 
     def say(self, line: str) -> None:
@@ -281,7 +281,7 @@ class World:
 
     # -- the run ---------------------------------------------------------------------------------------------------
     def run(self) -> None:
-        """Raises Failed."""
+        """Play the seed.  Raises Failed."""
         probes.outside.clear()
         probes.ask(self._kill_running, self._begun, self._perform, lambda: self.hub.running.endswith(" feed"))
         try:
@@ -318,7 +318,7 @@ class World:
         self.hub.run(enough)
 
     def _settle(self, give_up: float) -> None:
-        """Answer and discard until nothing is left to do, nothing is due, and all is read."""
+        """Answer and discard until nothing is left to do, nothing is due, and everything is read."""
         quiet = 0
         while quiet < 3:
             self.hub.pause(self.time.now + 3_000)
@@ -331,7 +331,7 @@ class World:
         self.over = True
 
     def unread(self, waiting: bool = True) -> list[str]:
-        """What engines and schedulers have still to do; `waiting`: what comes of timers and activities, too."""
+        """What engines and schedulers still have to do; with `waiting`, including what timers and activities will cause."""
         found = ["an activity runs"] if waiting and self.performing else []
         for topic, group, changelog in ((self.config.resume_topic, "sim", self.config.changelog_topic), (self.config.scheduler_topic, "sim-scheduler", self.config.timers_changelog_topic)):
             for partition in self.broker.topics[topic].partitions:
@@ -346,7 +346,7 @@ class World:
         return found + (self._open_calls() if waiting else [])
 
     def _open_calls(self) -> list[str]:
-        """Records of queues that workers have not passed."""
+        """Where records of queues are left that workers have not passed."""
         found = []
         for partition in [partition for queue in self.queues for partition in self.broker.topics[queue].partitions]:
             offset = self.broker.group(WORKERS).offsets.get(partition.place, 0)
@@ -355,12 +355,12 @@ class World:
         return found
 
     def _waiting(self, state: dict[bytes, bytes]) -> list[str]:
-        """Timers that are set, and calls of activities that are not answered; one that is paused may hold its answer."""
+        """Timers that are set, and activity calls that are not answered, except for parked or paused instances, which may hold the answer."""
         timers = [f"timer {key!r}" for key in state if key.startswith(DUE)]
         return timers + [f"activity {key!r}" for key in state if key.startswith(PREFIX) and not is_parked(self.config, state.get(key.rpartition(b"\0")[2]))]
 
     def _kill_running(self) -> None:
-        """Called by author code in a step: the process it runs in does not survive it."""
+        """Called by author code in a step: kill the process that it runs in."""
         name = self.hub.running.partition(" ")[0]
         for machine in self.machines:
             if machine.process is not None and machine.process.name == name:
@@ -369,7 +369,7 @@ class World:
         raise probes.Killed
 
     def _process(self) -> Process:
-        """The one that runs.  Raises Crashed if it is no more."""
+        """The process that is running now.  Raises Crashed if it is gone."""
         name = self.hub.running.partition(" ")[0]
         process = next((machine.process for machine in self.machines if machine.process is not None and machine.process.name == name), None)
         if process is None:
@@ -380,7 +380,7 @@ class World:
         self.broker.book.begin(self.time.now, self._process().name, info)
 
     def _perform(self, info: kw.ActivityInfo, what: str) -> None:
-        """Called by an activity: what it does takes its time, and dies with its process."""
+        """Called by an activity: do what its plan says, which takes time, and dies with its process."""
         process = self._process()
         self.performing += 1
         try:
@@ -408,7 +408,7 @@ class World:
                 self.deploy(self.upcoming.pop(0), at_once=self._rollout.random() < 0.2)
 
     def deploy(self, release: releases.Release, at_once: bool) -> None:
-        """One process after the other ends, or all at once; the next ones are of this release."""
+        """Deploy a release: processes end one after the other, or all at once, and the next ones run this release."""
         if release != self.deployed[-1]:
             self.deployed.append(release)
             self.happened["deploy"] += 1
@@ -433,19 +433,19 @@ class World:
         self.say(f"{process.name} {'is stopped' if process.alive else 'is killed'} for a release")
 
     def release_of(self, transaction: Transaction) -> releases.Release:
-        """The code of the process that made it."""
+        """The release of the process that made a transaction."""
         machine = next(machine for machine in self.machines if f"-{machine.name}." in transaction.producer)
         return [life for life in machine.lives if life.begun <= transaction.begun_ms][-1].release
 
     def _enter(self, actor: str) -> None:
-        """What this actor's process has loaded is what is loaded."""
+        """Load the code of this actor's process."""
         code = self.code.get(actor.partition(" ")[0])
         if code is not None:
             code.enter()
 
     # -- machines --------------------------------------------------------------------------------------------------
     def _operate(self, machine: Machine) -> None:
-        """Start its process again and again, as a supervisor does."""
+        """Start a machine's process again and again, as a supervisor does."""
         while not self.over:
             process = machine.process = Process(self, f"{machine.name}/{len(machine.lives)}", lambda: machine.skew_ms)
             self.code[process.name] = releases.Code(machine.release)
@@ -574,7 +574,7 @@ class World:
                     partition.delete_before(partition.entries[0].offset)
 
     def rebalance(self) -> None:
-        """A stranger joins a group and soon leaves: generations change under those who are in the middle of a batch."""
+        """Let a stranger join a group and leave it soon: the generation changes while members are in the middle of a batch."""
         name, topic = self.chance.choice([("sim", self.config.resume_topic), ("sim-scheduler", self.config.scheduler_topic)])
         if self.hub.running.endswith(" feed"):
             name, topic = GROUP, EVENTS
