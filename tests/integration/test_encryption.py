@@ -4,7 +4,9 @@ import json
 import os
 import pathlib
 import signal
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
@@ -24,6 +26,7 @@ SOURCE = '''
 import os
 
 import kwflow as kw
+from kwflow import rest
 
 QUEUE = os.environ["QUEUE"]
 FOREIGN = os.environ["FOREIGN"]
@@ -34,16 +37,30 @@ def far(secret: str) -> str:
     return "far " + secret
 
 
+@kw.activity(queue=QUEUE)
+def one_of_many(secret: str) -> str: ...
+
+
+@kw.batch_of(one_of_many, size=1, within=0)
+def many(calls):
+    return ["many " + call.arguments["secret"] for call in calls]
+
+
 @kw.activity
 def near(secret: str) -> str:
     return "near " + secret
+
+
+@kw.workflow
+def child(secret):
+    return (yield rest.call("POST", os.environ["SERVICE"], body={"posted": secret}, callback=False)).response
 
 
 def main(opts):
     secret = opts["secret"]
     kw.set_status({"about": secret})
     told = yield kw.wait_signal("more")
-    found = yield kw.all([far(secret), near(secret), kw.sleep(0.1)])
+    found = yield kw.all([far(secret), one_of_many(secret), near(secret), kw.start_child("child", secret), kw.sleep(0.1)])
     answer = yield kw.suspend("answer")
     return [secret, told, found, answer]
 
@@ -60,8 +77,31 @@ def read(order):
 '''
 
 
+class Echo(BaseHTTPRequestHandler):
+    """A service that answers with what it was sent."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
 @pytest.fixture
-def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site]:
+def service() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Echo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def site(broker: str, application: str, tmp_path: pathlib.Path, service: str) -> Iterator[Site]:
     (tmp_path / "secret_flows.py").write_text(SOURCE)
     environment = {
         "KWFLOW_ENCRYPTION_KEYS": json.dumps([ONE]),
@@ -69,6 +109,7 @@ def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site
         "KWFLOW_HISTORY_TOPIC": f"{application}-history",
         "QUEUE": f"{application}-queue",
         "FOREIGN": f"{application}-foreign",
+        "SERVICE": service,
         "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
         "KWFLOW_KAFKA": '{"session.timeout.ms": 2000, "heartbeat.interval.ms": 300, "log_level": 0}',
     }
@@ -121,7 +162,7 @@ def through(site: Site, id: str, starts: bool = True) -> None:
         assert f"secret = '{SECRET}'" in site.run("show", id, "--locals")
         assert caller.query(id).result(60)["status_value"] == {"about": SECRET}
         caller.resume(id, "answer", SECRET).result(60)
-        assert caller.result(id).result(60) == [SECRET, SECRET, [f"far {SECRET}", f"near {SECRET}", None], SECRET]
+        assert caller.result(id).result(60) == [SECRET, SECRET, [f"far {SECRET}", f"many {SECRET}", f"near {SECRET}", {"posted": SECRET}, None], SECRET]
 
 
 def test_nothing_that_a_workflow_holds_lies_readable_on_the_broker_and_everybody_with_the_key_reads_it(site: Site) -> None:
