@@ -390,7 +390,7 @@ def test_ten_thousand_calls_of_256_kb_in_a_step_are_refused_at_eight_megabytes()
 def test_the_embedded_engine_commits_what_fits_and_goes_on_with_the_rest(tmp_path: pathlib.Path) -> None:
     """One record always fits. If states turn out larger than the batch may be, the batch is halved."""
     module = durable.load_source("limits", SOURCE, "limits.py")
-    config = Config(batch_bytes_max=10_000, batch_records_max=100)
+    config = Config(batch_bytes_max=10_000, batch_records_max=100, batch_ms_max=60_000)
     held = Embedded(tmp_path, config, sync=False)
     try:
         processors = [WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset({"out"}), held.incarnation)]
@@ -409,7 +409,7 @@ def test_the_embedded_engine_commits_what_fits_and_goes_on_with_the_rest(tmp_pat
 def test_the_embedded_engine_reads_no_more_than_a_batch_may_have(tmp_path: pathlib.Path) -> None:
     """Thousands of large records are never in memory at once, whatever becomes of them: these have unknown ids."""
     for over, sizes in ((-1, [2, 2, 1, 0]), (0, [2, 2, 1, 0]), (1, [3, 2, 0])):
-        config = Config(batch_bytes_max=200_000 + over)
+        config = Config(batch_bytes_max=200_000 + over, batch_ms_max=60_000)
         held = Embedded(tmp_path / str(over), config, sync=False)
         processors = [WorkflowProcessor(config, Workflows({}), frozenset(), held.incarnation)]
         for n in range(5):
