@@ -200,7 +200,7 @@ class FencedError(TransportError):
 
 
 class OutcomeUnknown(TransportError):
-    """A command got no reply within `command_timeout_s`: it may have taken effect, or take effect later.
+    """A command got no reply within `command_timeout_s`, or no broker acknowledged it: it may have taken effect, or take effect later.
 
     Repeat it with this `command_id`: it takes effect once (M1.4).
     """

@@ -285,10 +285,17 @@ class Client:
 
         repeat = f"repeat it under the same id, {command_id}" if command_id else "repeat it; a second answer is ignored"
         again = "ask again" if what == "query" else f"it may or may not have been done: {repeat}"
-        unknown = OutcomeUnknown(f"{what} of {id}: no reply within {self.config.command_timeout_s:g} s; perhaps no engine is running; {again}", command_id)
-        request = self._futures.expect(future, replied, self.config.command_timeout_s, unknown)
+
+        def unknown(why: str) -> OutcomeUnknown:
+            return OutcomeUnknown(f"{what} of {id}: {why}; {again}", command_id)
+
+        def unsent(error: Exception) -> None:
+            fail(future, unknown(str(error)) if isinstance(error, OutcomeUnknown) else error)
+
+        silence = unknown(f"no reply within {self.config.command_timeout_s:g} s; perhaps no engine is running")
+        request = self._futures.expect(future, replied, self.config.command_timeout_s, silence)
         asked = (("kwflow-request", request.encode()), ("kwflow-reply-to", self._link.address.encode()))
-        self._link.append(Output(self.config.resume_topic, wire.key_of(id), value, (*headers, *asked)), lambda error: fail(future, error))
+        self._link.append(Output(self.config.resume_topic, wire.key_of(id), value, (*headers, *asked)), unsent)
 
     # -- what the link tells (ports.Listener) ------------------------------------------------------------------------
     def on_record(self, record: Record) -> None:

@@ -108,7 +108,7 @@ KINDS: dict[str, Kind] = {
     "bug": Kind(500, "a bug of kwflow's", "see the log of the gateway"),
     "busy": Kind(503, "so many requests wait here already", "send it again, to another gateway if there is one; or raise gateway_waits_max"),
     "unreachable": Kind(503, "the engines cannot be reached", "send it again; if it stays, mend what detail names"),
-    "outcome_unknown": Kind(504, "no engine has replied: it may be done, or be done later", "send it again under the same Idempotency-Key: it is done once"),
+    "outcome_unknown": Kind(504, "no broker or no engine has replied: it may be done, or be done later", "send it again under the same Idempotency-Key: it is done once"),
 }
 _ANOTHER = Kind(409, "the engine refuses it", "see detail; engines of another version may know more reasons than this gateway")
 _RETRY_AFTER_S = 1

@@ -9,7 +9,7 @@ import pytest
 
 from kwflow.client import Client
 from kwflow.config import Config
-from kwflow.errors import TransportError
+from kwflow.errors import OutcomeUnknown, TransportError
 from kwflow.runners.kafka import link as kafka_link
 from kwflow.runners.kafka import topics
 from tests.integration.broker import Broker, can_start, free_port
@@ -86,3 +86,21 @@ def test_a_client_goes_on_after_its_broker_has_lost_what_it_had_taken_last(own: 
         client.signal("w4", "s")
         client._link._producer.flush()  # type: ignore[attr-defined]
         assert sent() == ["w0", "w1", "w4"]
+
+
+def test_what_a_broker_may_take_yet_is_told_as_unknown_with_the_id_to_repeat_it_under(own: Broker, application: str, tmp_path: pathlib.Path) -> None:
+    """M1.4: a frozen broker, or a leader whose followers are away, has the record and says nothing; who were told that it was not taken would send it again under another id."""
+    config = Config(application_id=application, bootstrap_servers=own.bootstrap, state_dir=tmp_path, command_timeout_s=7)
+    topics.create(topics.admin(config), config, [], 1, 1)
+    with Client.kafka(config) as client:
+        client.signal("warm", "s")
+        client._link._producer.flush()  # type: ignore[attr-defined]
+        own.freeze()
+        try:
+            with pytest.raises(OutcomeUnknown, match="Message timed out; it may or may not have been done: repeat it under the same id, mine") as unknown:
+                client.signal("w", "s", command_id="mine").result(60)
+        finally:
+            own.thaw()
+        assert unknown.value.command_id == "mine"
+        sent = [record.key for record in kafka_link.read(config, config.resume_topic)]
+        assert sent == [b"warm", b"w"]

@@ -23,7 +23,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 from kwflow.config import Config
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record
-from kwflow.errors import CommandError, TransportError
+from kwflow.errors import CommandError, OutcomeUnknown, TransportError
 from kwflow.ports import Listener
 from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.broker_errors import BrokerErrors
@@ -40,6 +40,15 @@ _TIMEOUT_S = 20
 _SEND_SHARE = 0.75  # of a command's timeout; librdkafka checks for expired records once a second
 _SEND_S_MIN = 5  # the first connection may take some time
 _COUNT_S = 30  # maximum delay until added partitions are noticed
+_PERHAPS_TAKEN = {  # a broker that is frozen, or leads without in-sync followers, has the record and may still append it
+    KafkaError._MSG_TIMED_OUT,
+    KafkaError._TIMED_OUT,
+    KafkaError._TRANSPORT,
+    KafkaError._PURGE_INFLIGHT,
+    KafkaError.NETWORK_EXCEPTION,
+    KafkaError.REQUEST_TIMED_OUT,
+    KafkaError.NOT_ENOUGH_REPLICAS_AFTER_APPEND,
+}
 _POLL_S = 0.05  # maximum delay until the first request for a partition, a delivery report or a timeout is noticed
 
 
@@ -122,7 +131,7 @@ class KafkaLink:
     def _produce(self, output: Output, failed: Callable[[Exception], None]) -> None:
         def delivered(error: KafkaError | None, _message: Message) -> None:
             if error is not None:
-                failed(self._not_taken(output, error, True))
+                failed(self._not_taken(output, error, True) if error.code() not in _PERHAPS_TAKEN else self._perhaps_taken(output, error))
 
         producer = self._producer
         try:
@@ -143,8 +152,11 @@ class KafkaLink:
             return CommandError("too_large", said, (output.key or b"").decode())
         return TransportError(f"{self.config.bootstrap_servers} did not take the record for {output.topic}: {error.str()}", retryable)
 
+    def _perhaps_taken(self, output: Output, error: KafkaError) -> OutcomeUnknown:
+        return OutcomeUnknown(f"{self.config.bootstrap_servers} did not acknowledge the record for {output.topic}: {error.str()}")
+
     def _new_producer(self) -> Producer:
-        """Create a producer that gives a record up before its command times out.  The command then fails as not sent, not as perhaps done."""
+        """Create a producer that gives a record up before its command times out.  The command then fails as not acknowledged, not as unanswered by an engine."""
         return _producer(self.config, min(_TIMEOUT_S, max(_SEND_S_MIN, _SEND_SHARE * self.config.command_timeout_s)))
 
     def _serve(self) -> None:
