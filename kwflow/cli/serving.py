@@ -95,7 +95,7 @@ class Late(Protocol):
 def end_if_late(loops: Sequence[Late], turn_s: float, log: Callable[[str], None]) -> None:
     """End this process, to be started again, if one of them does not come back from a call; `turn_s` is what a turn may take beside transactions."""
     if any(loop.stats.is_late(time.monotonic(), turn_s + _COMMIT_S) for loop in loops):
-        log("a call of the Kafka client does not return; this process ends, and should be restarted")
+        log(Line.of("a call of the Kafka client does not return; this process ends, and should be restarted", "error"))
         for loop in loops:
             if loop.stats.back_by_s:
                 loop.ends_in_a_call()

@@ -14,6 +14,8 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
+from kwflow.runners.logs import Line
+
 __all__ = ["orphaned", "supervise"]
 
 _LOOK_S = 0.1
@@ -63,7 +65,7 @@ class _Child:
         delay = _BACKOFF_S[min(self._deaths, len(_BACKOFF_S) - 1)]
         self._deaths += 1
         self.again_at = now + delay
-        self._on_log(f"process {self.number} {how}; it is started again {f'in {delay:g} s' if delay else 'at once'}")
+        self._on_log(Line.of(f"process {self.number} {how}; it is started again {f'in {delay:g} s' if delay else 'at once'}", "warning"))
 
     def end(self, number: int) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -84,7 +86,7 @@ def supervise(command: Sequence[str], count: int, asked: Callable[[], int], on_l
         for child in children:
             code = child.look()
             if code is not None:
-                on_log(f"process {child.number} ended with {code}: starting it again would not help; all end")
+                on_log(Line.of(f"process {child.number} ended with {code}: starting it again would not help; all end", "error"))
                 hopeless = code
         time.sleep(_LOOK_S)
     for child in children:

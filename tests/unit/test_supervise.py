@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from kwflow.runners import supervise as supervising
+from kwflow.runners.logs import Line
 from kwflow.runners.supervise import _Child, supervise
 
 CHILD = """
@@ -81,6 +82,7 @@ def test_a_process_that_cannot_be_started_again_is_tried_later(tmp_path: pathlib
         now[0] = child.again_at
     assert [line.partition("; ")[2] for line in said] == ["it is started again at once", "it is started again in 1 s", "it is started again in 2 s"]
     assert said[1].startswith("process 0 cannot be started: No such file")
+    assert {line.level for line in said if isinstance(line, Line)} == {"warning"}, "an end that nobody asked for is not among what is only told"
     away.rename(program)
     child.look()
     assert child.process is not None
