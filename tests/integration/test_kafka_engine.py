@@ -323,8 +323,10 @@ def test_missing_or_wrong_topics_stop_the_engine_with_one_line(broker: str, appl
     done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "KWFLOW_RESUME_TOPIC": f"{application}-resume"})
     assert f"did not take the record for {application}-resume: Broker: Unknown topic" in done.stderr, done.stderr
     wrong = NewTopic(f"{application}-state-changelog", 3, 1, config={"cleanup.policy": "delete"})
-    for future in admin.create_topics([NewTopic(f"{application}-resume", 2, 1), wrong]).values():
+    compact = NewTopic(f"{application}-resume", 2, 1, config={"cleanup.policy": "compact,delete"})
+    for future in admin.create_topics([compact, wrong]).values():
         future.result()
     said = started()
+    assert f"topic {application}-resume has cleanup.policy=compact,delete; it must be delete" in said
     assert f"topic {application}-state-changelog has 3 partitions, its input {application}-resume has 2" in said
     assert "it must be compact alone" in said

@@ -293,7 +293,7 @@ def test_an_engine_whose_group_has_forgotten_its_offset_goes_on_where_its_state_
     second.run(lambda: True)
     lab.broker.group("found").offsets[("workflow-resume", 0)] = 0
     third = lab.engine("three")
-    with pytest.raises(TransportError, match="somebody reset one of them"):
+    with pytest.raises(TransportError, match="somebody reset one of them. Delete those of the group found, and it goes on where the state is"):
         turn(third, lambda: third.owned)
     lab.kill(third, "three")
     fourth = lab.engine("four", accept_offset_reset=True)

@@ -318,7 +318,9 @@ class Takeover:
             if position == MOVED:
                 if self._committed([number]) == {number: committed}:
                     raise TransportError(
-                        f"{where}: the group's offset is {committed}, the state's is another: somebody reset one of them; --accept-offset-reset starts from the group's", retryable=False
+                        f"{where}: the group's offset is {committed}, the state's is another: somebody reset one of them. Delete those of the group {member.group}, and it goes on where the state is; "
+                        "--accept-offset-reset starts from the group's: what it passes over is lost, and what has ended and been forgotten begins again",
+                        retryable=False,
                     )
                 self._cancel_restore(number)  # this process was suspended while another owner went on: it will be told of the loss, or restores again
                 self.assigned.append(number)

@@ -206,6 +206,7 @@ def problems(client: AdminClient, config: Config, declared: Iterable[str], group
         return found  # without the right to see a topic, nothing more about it can be checked
     if config.application_id in groups:  # engines write to these topics
         found += [f"topic {name}, which encryption_topics names, is missing" for name in config.encryption_topics if name not in there]
+    found += _compacted(client, [topic for topic in _inputs(config, declared, groups) if topic in there])
     if not _keep_state(config, groups):
         return found
     for changelog, source in _changelogs(config):
@@ -227,6 +228,19 @@ def _single_problems(client: AdminClient, topic: str, partitions: int, lost: str
     found = [f"topic {topic} has {partitions} partitions; it must have one"] if partitions != 1 else []
     policy = settings_of(client, [topic])[topic]["cleanup.policy"]
     return found + ([f"topic {topic} has cleanup.policy={policy}; it must be compact alone, or {lost} would be lost"] if policy != "compact" else [])
+
+
+def _inputs(config: Config, declared: Iterable[str], groups: Collection[str]) -> list[str]:
+    """What these groups read record by record; workers declare their queues."""
+    engines, timers = [config.resume_topic] * (config.application_id in groups), [config.scheduler_topic] * (config.timers_group in groups)
+    return [*engines, *timers, *(declared if config.workers_group in groups else ())]
+
+
+def _compacted(client: AdminClient, names: list[str]) -> list[str]:
+    """A broker whose log.cleanup.policy is compact makes them so."""
+    policies = {topic: settings["cleanup.policy"] for topic, settings in settings_of(client, names).items()}
+    compact = [topic for topic, policy in policies.items() if "compact" in policy]
+    return [f"topic {topic} has cleanup.policy={policies[topic]}; it must be delete, or of records that wait there under one key only the last would be left" for topic in compact]
 
 
 def _reply_problems(client: AdminClient, config: Config) -> list[str]:
