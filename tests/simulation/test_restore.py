@@ -218,7 +218,7 @@ def test_a_damaged_entry_is_one_entry(lab: Lab) -> None:
     """Its key is there, so nothing is to be waited for: whoever needs it finds it damaged."""
     encrypted(lab, ONE, (b"a", b"1"), (b"b", b"1"))
     changelog = lab.broker.partition((CHANGELOG, 0))
-    changelog.entries[0].value = (changelog.entries[0].value or b"")[:-1] + b"?"
+    changelog.entries[0].value = (changelog.entries[0].value or b"")[:-1]
     store = opened(lab)
     restored(lab, store, keys=[ONE])
     assert (store.get(b"a") or b"").startswith(b"\0KWE") and store.get(b"b") == b"1" and store.offset == 2
@@ -299,6 +299,43 @@ def test_an_engine_whose_group_has_forgotten_its_offset_goes_on_where_its_state_
     fourth = lab.engine("four", accept_offset_reset=True)
     turn(fourth, lambda: fourth.owned, 2000)
     assert fourth.owned[0].position == 0
+
+
+def test_a_changelog_that_was_created_again_is_not_taken_for_that_of_a_group_that_had_no_instances(lab: Lab) -> None:
+    """G6: whatever waited would be gone, and nobody told."""
+    lab.send("workflow-resume", "w", "new:{}")
+    first = lab.engine("one")
+    turn(first, lambda: first.owned and first.owned[0].position == 1)
+    first.run(lambda: True)
+    made_again(lab)
+    second = lab.engine("two")
+    with pytest.raises(TransportError, match="the group has applied what is before 1, and found-state-changelog.0. is empty: that topic was deleted") as refused:
+        turn(second, lambda: second.owned)
+    assert not refused.value.retryable
+    lab.kill(second, "two")
+    third = lab.engine("three", accept_offset_reset=True)
+    turn(third, lambda: third.owned)
+    assert third.owned[0].position == 1
+
+
+def test_a_changelog_that_is_created_again_under_a_running_engine_ends_it_before_it_writes_there(lab: Lab) -> None:
+    """G6: the next owner would restore what has changed since, and nothing of what slept."""
+    lab.send("workflow-resume", "w", "new:{}")
+    engine = lab.engine("one")
+    turn(engine, lambda: engine.owned and engine.owned[0].position == 1)
+    lab.broker.delete("found-state-changelog")
+    lab.send("workflow-resume", "v", "new:{}")
+    turn(engine, lambda: engine.transactions.aborts)
+    made_again(lab)
+    with pytest.raises(TransportError, match="found-state-changelog is another topic than when this engine began"):
+        turn(engine, lambda: engine.owned[0].position == 2)
+    assert lab.broker.partition(("found-state-changelog", 0)).end == 0
+
+
+def made_again(lab: Lab) -> None:
+    if "found-state-changelog" in lab.broker.topics:
+        lab.broker.delete("found-state-changelog")
+    lab.broker.create("found-state-changelog", 1, {"cleanup.policy": "compact"})
 
 
 def test_an_engine_without_any_offset_begins_where_the_log_does(lab: Lab) -> None:

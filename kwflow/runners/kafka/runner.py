@@ -119,6 +119,7 @@ class KafkaRunner:
         self.counts = self.stats.counts
         self._metadata: Any = None  # our group metadata as of `_generation`; asking takes a millisecond, and outdated metadata makes the commit fail
         self._generation = -1
+        self._topic_missing = False
         self.owners = Owners(self.member)
         self._attempts = Attempts(self.directory, self.owners.attempted)
         self.transactions = Transactions(self.member, sizes, self.stats)
@@ -196,6 +197,8 @@ class KafkaRunner:
         get their turn, however slow the steps are.
         """
         self.stats.turned_s = time.monotonic()
+        if self._topic_missing:
+            self._topic_missing = not self.takeover.is_same_changelog()
         self._gather()
         try:
             with collecting_later():
@@ -210,6 +213,7 @@ class KafkaRunner:
             raise TransportError(f"{self.group}: the broker does not take what is due by time: {error}", retryable=False) from None
         except Aborted as error:
             self.on_log(f"{self.group}: a transaction was aborted and is made again: {error}")
+            self._topic_missing |= error.missing and bool(self.processor.changelog_topic)
             self._generation = -1
             self._bytes_max = max(_BYTES_MIN, self._bytes_max // 2)
             for number, partition in self.owned.items():

@@ -36,6 +36,9 @@ _IDLE_S = 0.25
 _PAUSE_S = 0.02  # until a restore that waits for the broker is looked at again
 
 
+_GONE = "that topic was deleted and created again, and what its instances or timers were is gone from the broker. --accept-offset-reset begins with none"
+
+
 class Takeover:
     """Takes partitions over and gives them back.
 
@@ -214,6 +217,8 @@ class Takeover:
             topic = self.member.processor.changelog_topic
             ends, starts = (self._changelog_ends(committed), self.member.starts(topic, committed)) if topic else (dict.fromkeys(committed, 0),) * 2
             for number, offset in committed.items():
+                if topic and offset > 0 and ends[number] == 0 and not self.member.config.accept_offset_reset:
+                    raise TransportError(f"{self._topic}[{number}]: the group has applied what is before {offset}, and {topic}[{number}] is empty: {_GONE}", retryable=False)
                 self._stuck_since.pop(number, None)
                 self.found[number] = offset, starts[number], ends[number]
 
@@ -269,6 +274,24 @@ class Takeover:
         former = self._former.get(number)
         if former is not None:
             self._fencing.end_transaction_of(former.engine)
+
+    def is_same_changelog(self) -> bool:
+        """Whether the changelog is there, and the one that this engine has read.
+
+        1. it is deleted and created again while engines run, whose transactions are aborted in between
+        2. they go on with what they have, and write what changes
+        3. the next owner restores that alone: no instance that slept meanwhile is there any more, and nobody has said so
+
+        Raises TransportError when it is another one.
+        """
+        changelog = self.member.processor.changelog_topic
+        try:
+            found = topics.describe(self.member.admin, self.member.config, changelog)[0]
+        except TransportError:
+            return False
+        if f"{self.member.incarnation} {found}" != self._incarnation:
+            raise TransportError(f"{changelog} is another topic than when this engine began: {_GONE}", retryable=False)
+        return True
 
     def look_after(self) -> None:
         """Look after partitions without an owner, warm copies, and copies that nobody needs."""

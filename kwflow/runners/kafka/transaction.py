@@ -35,6 +35,7 @@ _REJECTED = {
     KafkaError.INVALID_RECORD,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
 }
+_MISSING = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
 _PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}  # records that our own abort removed, whether they were sent or not
 _FENCED = f"; its transaction was open for more than {TRANSACTION_S} s, or another engine has ended it"
 _LATE_S = 5.0
@@ -44,7 +45,11 @@ _ABORTS_MAX = 10  # in a row; then this process ends, so that its supervisor see
 
 
 class Aborted(Exception):
-    """Nothing in the transaction has happened; its records will be read again."""
+    """Nothing in the transaction has happened; its records will be read again.  `missing`: a topic was not there."""
+
+    def __init__(self, why: str, missing: bool = False) -> None:
+        super().__init__(why)
+        self.missing = missing
 
 
 class Rejected(Exception):
@@ -203,7 +208,7 @@ class Transactions:
         why = lost[0] if lost else error.str()
         if self.aborts >= _ABORTS_MAX:
             raise TransportError(f"{self.member.group}: {_ABORTS_MAX} transactions in a row were aborted: {why}")
-        raise Aborted(why)
+        raise Aborted(why, any(failure.code() in _MISSING for _, failure in places))
 
     def _again(self, call: Callable[[], Any], within_s: float = 30) -> Any:
         """Repeat a call as K4 says.  `back_by_s` says when it should return, so that a call that ignores its own timeout is noticed and the process ended."""
