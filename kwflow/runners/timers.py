@@ -50,11 +50,10 @@ class TimerProcessor:
     @staticmethod
     def _table(state: Store) -> tuple[int, bytes]:
         """How many timers are set, and a lower bound of their due keys."""
-        known = state.get(timers.COUNT)
-        if known is not None:
-            count, _, first = known.partition(b" ")
+        count, _, first = (state.get(timers.COUNT) or b"").partition(b" ")
+        if first or count == b"0":
             return int(count), first
-        keys = [key for key, _ in state.scan(timers.DUE)]  # once, for a table that an earlier version wrote
+        keys = [key for key, _ in state.scan(timers.DUE)]  # once, for a table that an earlier version wrote, or what is left of one whose changelog was lost
         return len(keys), keys[0] if keys else b""
 
     @staticmethod

@@ -214,3 +214,10 @@ def test_timeouts_that_are_set_and_cancelled_have_nobody_look_through_the_table(
     assert scheduler.fire(500) == []
     assert len(looks) <= 2, "once the first of them would have been due"
     assert scheduler.processor.next_due_ms(looking) == 100_000
+
+
+def test_what_is_left_of_a_table_whose_changelog_was_lost_is_counted_again() -> None:
+    """An engine that had gone on with a new changelog left a count of timers there that are not in it; every scheduler ended as by a bug."""
+    processor, store = TimerProcessor(Config()), MemoryStore()
+    store.entries[COUNT] = b"7 "
+    assert processor.next_due_ms(store) is None

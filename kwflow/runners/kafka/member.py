@@ -81,6 +81,7 @@ class Member:
     processor: Processor
     incarnation: str
     partitions: int
+    changelog: str
     outputs: frozenset[str] = frozenset()
 
     @functools.cached_property

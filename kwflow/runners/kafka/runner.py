@@ -108,7 +108,8 @@ class KafkaRunner:
         if isinstance(self.processor, WorkflowProcessor):
             self.processor.queues = True
         self.member = Member(
-            config, environment, self.clock, on_log, group, f"{group}-{self.instance}", self.directory, self.admin, self.processor, self.incarnation, self.partitions, frozenset(outputs)
+            config, environment, self.clock, on_log, group, f"{group}-{self.instance}", self.directory, self.admin, self.processor, self.incarnation, self.partitions,
+            topics.describe(self.admin, config, self.processor.changelog_topic)[0] if self.processor.changelog_topic else "", frozenset(outputs),
         )  # fmt: skip
         sizes, age_max_ms = self._limits(self.member.written)
         self.results = Results(config, self.processor.input_topic, environment, sizes["batch_size"])

@@ -36,7 +36,7 @@ _IDLE_S = 0.25
 _PAUSE_S = 0.02  # until a restore that waits for the broker is looked at again
 
 
-_GONE = "that topic was deleted and created again, and what its instances or timers were is gone from the broker. --accept-offset-reset begins with none"
+_GONE = "it was deleted and created again, and the instances or timers that it held are gone from the broker. --accept-offset-reset begins with what it holds now"
 
 
 class Takeover:
@@ -57,6 +57,7 @@ class Takeover:
         self.joined = False
         self.generation = 0  # incremented with each rebalance that we are told of, even an empty one
         self._owners = owners
+        self._noted: dict[int, str] = {}  # what the group's offset was committed with
         self._former: dict[int, Owner | None] = {}  # the last owners of partitions that are assigned or restoring
         self._stuck_since: dict[int, float] = {}
         self.foreign = None if member.processor.changelog_topic else Foreign(member)
@@ -69,7 +70,7 @@ class Takeover:
         self._partitions = member.partitions
         config, environment = member.config, member.environment
         if changelog:
-            self._incarnation = f"{member.incarnation} {topics.describe(member.admin, config, changelog)[0]}"  # both ids, as a reset creates the changelog anew and leaves the input as it is
+            self._incarnation = f"{member.incarnation} {member.changelog}"  # both ids, as a reset creates the changelog anew and leaves the input as it is
         standby = Standby(changelog, self._changelog_consumer, self._store, lambda numbers: member.starts(changelog, numbers), member.encryption)
         self.copies = Copies(standby if config.standby and changelog else None, member.partitions, Cleanup(environment, member.directory, config.state_cleanup_s), member.on_log)
         self.consumer = self._new_consumer()
@@ -215,10 +216,10 @@ class Takeover:
                 break
         if committed:
             topic = self.member.processor.changelog_topic
+            if topic and not all(self.is_same_changelog(note) for note in {self._noted.pop(number, "") for number in committed}):
+                return  # it is not told now
             ends, starts = (self._changelog_ends(committed), self.member.starts(topic, committed)) if topic else (dict.fromkeys(committed, 0),) * 2
             for number, offset in committed.items():
-                if topic and offset > 0 and ends[number] == 0 and not self.member.config.accept_offset_reset:
-                    raise TransportError(f"{self._topic}[{number}]: the group has applied what is before {offset}, and {topic}[{number}] is empty: {_GONE}", retryable=False)
                 self._stuck_since.pop(number, None)
                 self.found[number] = offset, starts[number], ends[number]
 
@@ -275,22 +276,22 @@ class Takeover:
         if former is not None:
             self._fencing.end_transaction_of(former.engine)
 
-    def is_same_changelog(self) -> bool:
-        """Whether the changelog is there, and the one that this engine has read.
+    def is_same_changelog(self, noted: str = "") -> bool:
+        """Whether the changelog is there, and the one that this engine has read, and that the group's offset was `noted` with.
 
-        1. it is deleted and created again while engines run, whose transactions are aborted in between
+        1. it is deleted and created again while engines run, or stand still
         2. they go on with what they have, and write what changes
         3. the next owner restores that alone: no instance that slept meanwhile is there any more, and nobody has said so
 
         Raises TransportError when it is another one.
         """
-        changelog = self.member.processor.changelog_topic
+        member, changelog = self.member, self.member.processor.changelog_topic
         try:
-            found = topics.describe(self.member.admin, self.member.config, changelog)[0]
+            found = topics.describe(member.admin, member.config, changelog)[0]
         except TransportError:
             return False
-        if f"{self.member.incarnation} {found}" != self._incarnation:
-            raise TransportError(f"{changelog} is another topic than when this engine began: {_GONE}", retryable=False)
+        if found != member.changelog or (noted and noted != found and not member.config.accept_offset_reset):
+            raise TransportError(f"{changelog} is not the topic any more that it was: {_GONE}", retryable=False)
         return True
 
     def look_after(self) -> None:
@@ -314,6 +315,7 @@ class Takeover:
         failed = next((where.error for where in found if where.error is not None and not topics.transient(where.error)), None)
         if failed is not None:
             raise KafkaException(failed)
+        self._noted |= {where.partition: where.metadata or "" for where in found if where.error is None}
         return {where.partition: where.offset if self.foreign is None else self.foreign.noted(where) for where in found if where.error is None}
 
     def _store(self, number: int) -> PartitionStore:

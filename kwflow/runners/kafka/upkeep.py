@@ -128,8 +128,6 @@ def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
             ends = topics.ends(admin, source, there[source], latest=input_from == "latest")
             asked = ConsumerGroupTopicPartitions(group, [TopicPartition(source, number, offset) for number, offset in ends.items()])
             _places_done(admin.alter_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"set the offsets of {group}")
-            if changelog in there:
-                _mark(config, admin, source, changelog, ends)
             say(f"{group} begins at the {input_from} of {source}")
     if config.owners_topic in there:  # its notes of owners, and of the records that they died at, no longer apply
         producer = made(Producer, topics.client_config(config, enable_idempotence=True))
@@ -137,18 +135,6 @@ def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
             producer.produce(config.owners_topic, None, record.key)
         producer.flush(_TIMEOUT_S)
     shutil.rmtree(config.state_dir / config.application_id, ignore_errors=True)
-
-
-def _mark(config: Config, admin: AdminClient, source: str, changelog: str, offsets: dict[int, int]) -> None:
-    """An engine whose changelog is empty although its group has an offset takes it for lost."""
-    incarnation, partitions = topics.describe(admin, config, source)
-    failed: list[str] = []
-    producer, encryption = made(Producer, topics.client_config(config, enable_idempotence=True)), Encryption(config)
-    for number, offset in offsets.items():
-        value, _ = encryption.encrypt(changelog, msgspec.json.encode({"topic": incarnation, "next": offset, "partitions": partitions}))
-        producer.produce(changelog, value, POSITION, number, on_delivery=lambda error, _: failed.append(error.str()) if error is not None else None)
-    if producer.flush(_TIMEOUT_S) or failed:
-        raise TransportError(f"cannot write to {changelog}, which is empty now: {failed[0] if failed else 'no answer'}; reset again")
 
 
 def _emptied(admin: AdminClient, config: Config, topic: str, partitions: int) -> None:
