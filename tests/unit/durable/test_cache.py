@@ -1,4 +1,4 @@
-"""The cache of lowered modules: taken when it fits, never when it does not, never missed (semantics §5.2)."""
+"""The cache of lowered modules: used when it fits, never when it does not, and never required (semantics §5.2)."""
 
 import os
 import pathlib
@@ -47,7 +47,7 @@ def test_a_module_is_lowered_once_and_again_when_its_source_changes(tmp_path: pa
     (tmp_path / "cached.py").write_text(SOURCE.replace("(got, 1)", "(got, 2)"))
     assert run(tmp_path) == "3 ('back', 2) ['x'] 2"
     assert cache_of(tmp_path).stat().st_mtime_ns != before.st_mtime_ns
-    assert [path.name for path in (tmp_path / "__pycache__").iterdir()] == [cache_of(tmp_path).name]  # no temporary file stays
+    assert [path.name for path in (tmp_path / "__pycache__").iterdir()] == [cache_of(tmp_path).name]  # no temporary file is left behind
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What bytes keep and what they refuse: identity, cycles, long chains, other processes, hostile bytes, named errors."""
+"""What snapshot bytes keep and what they refuse: identity, cycles, long chains, other processes, hostile bytes, named errors."""
 
 import pathlib
 import random
@@ -131,7 +131,7 @@ def main():
 
 
 def test_a_closure_keeps_its_annotations() -> None:
-    """What is made of a function's signature, such as the schema of a tool, is the same after a restore; what only the call knows is left out."""
+    """What is derived from a function's signature, such as the schema of a tool, is the same after a restore. Annotations that only the call itself knows are left out."""
     gen = durable.load_source("annotated_tools", TOOLS.format(""), "annotated_tools.py").main()
     next(gen)
     saved = durable.dumps(gen)
@@ -167,7 +167,7 @@ def test_a_chain_of_20000_generators_is_saved_without_recursion(code: Any) -> No
 @pytest.mark.parametrize("grows", [codec._lists_may_grow, False])
 @pytest.mark.parametrize("length", [1, *range(330, 337), *range(663, 670), *range(996, 1003)])
 def test_a_chain_of_any_length_is_saved_whole(length: int, grows: bool, code: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each state brings the next generator, also where pickle begins another thousand of items: after 332, 665 and 998 of them; by a list, and by an iterator as Python 3.14 wants it."""
+    """Each state brings in the next generator, also where pickle begins another batch of 1,000 items: after 332, 665 and 998 of them. Both by a list and by an iterator, as Python 3.14 wants it."""
     monkeypatch.setattr(codec, "_lists_may_grow", grows)
     made = [code.leaf()]
     for _ in range(length):
@@ -183,7 +183,7 @@ def test_a_chain_of_any_length_is_saved_whole(length: int, grows: bool, code: An
 
 
 def test_times_are_shown_to_be_read() -> None:
-    """Semantics §4.4: pickle has dates and times as bytes; bytes that are none are shown as they are."""
+    """Semantics §4.4: pickle stores dates and times as bytes. Bytes that are no valid date or time are shown as they are."""
     source = """
 import datetime
 from zoneinfo import ZoneInfo
@@ -208,7 +208,7 @@ def main():
 
 
 def test_values_that_have_no_end_are_told_in_so_many_characters() -> None:
-    """Semantics §4.4: `kwflow show --locals` ended with a bug of kwflow's."""
+    """Semantics §4.4: on such values, `kwflow show --locals` ended with an internal error of kwflow."""
     source = """
 def main():
     number, deep, itself = 10**5000, [], []
@@ -225,7 +225,7 @@ def main():
 
 
 def test_damaged_bytes_do_not_fill_the_memory_of_who_looks_at_them() -> None:
-    """G10: found by a property test, whose process took 22 GB: the number of an entry in a memo may be anything."""
+    """G10: found by a property test whose process took 22 GB, because the number of an entry in a memo may be anything."""
     large = b"\x8a\x05\0\0\0\0\1"  # 2 ** 32
     made = {name: b"\x8c\x08builtins\x8c" + bytes([len(name)]) + name.encode() + b"\x93" for name in ("bytearray", "range", "set")}
     bombs = (b"Nr\0\0\x80\0.", b"\x96\0\0\0\0\1\0\0\0.", made["bytearray"] + large + b"\x85R.", made["set"] + made["range"] + large + b"\x85R\x85R.")
@@ -240,7 +240,7 @@ def test_damaged_bytes_do_not_fill_the_memory_of_who_looks_at_them() -> None:
 
 
 def test_damaged_bytes_keep_nobody_busy_who_looks_at_them() -> None:
-    """G10: a tuple of itself twice, sixty times over, is a hundred bytes; its hash, or its text in a name, takes until the end of time, and one as deep as it is long the process."""
+    """G10: a tuple that holds the last one twice, sixty levels deep, is a hundred bytes, but its hash, or its text in a name, takes forever. One as deep as it is long ends the process."""
     wide, deep = b")" + b"2\x86" * 60, b")" + b"\x85" * 1_000_000
     rebuilt = b"\x8c\x16kwflow.durable.rebuild\x8c\x05named\x93"
     for bomb in (b"}" + wide + b"Ns.", b"}(" + wide + b"Nu.", b"\x8f(" + wide + b"\x90.", b"(" + wide + b"\x91.", b"}" + deep + b"Ns.", rebuilt + wide + b"N\x86R.", rebuilt + b"}\x8c\1xNsb."):
@@ -249,7 +249,7 @@ def test_damaged_bytes_keep_nobody_busy_who_looks_at_them() -> None:
 
 
 def test_a_body_that_is_a_plain_list_still_loads() -> None:
-    """As every Python up to 3.13 writes them."""
+    """Every Python up to 3.13 writes bodies in this form."""
     source = "def main():\n    held = [(yield 1)]\n    got = yield held\n    held.append(got)\n    return held\n"
     durable.load_source("former", source, "former.py")
     body = (
@@ -302,7 +302,7 @@ def test_a_native_generator_is_refused_with_the_way_to_make_it_durable(code: Any
         ("async def f():\n    try:\n        pass\n    except (await f()):\n        pass", "except clause"),
         *(
             [("async def f():\n    def g(x: (await f())):\n        pass", "annotation"), ("def f():\n    x: (yield) = (yield)\n", "annotation")]
-            if sys.version_info < (3, 14)  # a SyntaxError of Python's own since
+            if sys.version_info < (3, 14)  # Python itself raises a SyntaxError for it since 3.14
             else []
         ),
     ],
@@ -337,12 +337,12 @@ def test_what_only_a_newer_python_has_is_refused_by_name(code: Any) -> None:
         durable.loads(newer)
 
 
-# LONG_BINPUT (r) reserves memory for any index it names; in a snapshot the checksum stands before it
+# LONG_BINPUT (r) reserves memory for any index it names; in a snapshot, the checksum is verified first
 _BYTES = [byte for byte in range(256) if byte != ord("r")]
 
 
 def test_any_bytes_load_or_are_refused(code: Any) -> None:
-    """Seeded; mutated snapshots load or give SnapshotError, nothing else."""
+    """Seeded. Mutated snapshots load or raise SnapshotError, and nothing else happens."""
     gen = code.odd()
     next(gen)
     data = durable.dumps(gen)
@@ -362,7 +362,7 @@ def test_any_bytes_load_or_are_refused(code: Any) -> None:
 
 @pytest.mark.parametrize("attack", [b"cos\nsystem\n(S'true'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.", b"csubprocess\nPopen\n(S'true'\ntR.", b"cbuiltins\ngetattr\n.", b"ckwflow.durable.codec\nsys\n."])
 def test_names_outside_the_list_are_never_called(attack: bytes) -> None:
-    """Wire.md §3."""
+    """wire.md §3."""
     with pytest.raises(SnapshotError, match="not allowed|gone|not loaded"):
         durable.loads(attack)
 
@@ -450,7 +450,7 @@ def test_a_timeout_error_says_the_same_after_it_was_saved() -> None:
 
 
 def test_every_function_of_kw_may_be_held_over_a_wait_that_is_among_its_arguments() -> None:
-    """`kw.spawn(f((yield x)))` holds it meanwhile; a snapshot names it where it is defined, and 0.1.0 named all in kwflow.api."""
+    """`kw.spawn(f((yield x)))` holds the function meanwhile. A snapshot names it by the module that defines it, where 0.1.0 named all of them in kwflow.api."""
     functions = [found for name in kw.__all__ if isinstance(found := getattr(kw, name), types.FunctionType)]
     assert len(functions) > 25
     for found in functions:

@@ -1,4 +1,4 @@
-"""Hashes of units: stable over what does not matter and over CPython's minors, changed by anything else (semantics §8.1)."""
+"""Hashes of units: unaffected by what does not matter and by CPython's minors, changed by anything else (semantics §8.1)."""
 
 import ast
 import json
@@ -60,7 +60,7 @@ def test_imports_are_every_name_that_could_be_a_module() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("version", [version for version in SUPPORTED if version != f"{sys.version_info[0]}.{sys.version_info[1]}"])
 def test_the_hashes_of_standard_library_code_are_the_same_on_other_minors(version: str) -> None:
-    """G7: a snapshot must not be taken for one of other code because another minor reads it."""
+    """G7: a snapshot must not be mistaken for one of other code because another minor reads it."""
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     files = [str(path) for path in [*sorted(library.glob("*.py"))[:60], *library.glob("test/test_fstring.py")]]
     mine = {path: fingerprints.hashes(path) for path in files}

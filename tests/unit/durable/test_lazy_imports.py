@@ -1,4 +1,4 @@
-"""`lazy import` in durable modules (PEP 810): what cannot be imported is known when an engine starts, not months later in a step."""
+"""`lazy import` in durable modules (PEP 810): a module that cannot be imported is found when the engine starts, not months later in a step."""
 
 import importlib
 import pathlib
@@ -32,7 +32,7 @@ def test_what_is_not_there_is_missed_when_the_module_is_loaded(package: pathlib.
 
 @pytest.mark.parametrize("first", ["flows", "helpers"])
 def test_modules_that_import_each_other_lazily_may_be_imported_in_any_order(package: pathlib.Path, first: str) -> None:
-    """Where a module is not finished its names stay lazy; that the first step that uses one imports it is no change of a global."""
+    """The names of a module that is not finished stay lazy. That the first step to use one imports it does not count as a change of a global."""
     imports = f"import kwflow as kw\nlazy from {package.name}.helpers import helper\nlazy from {package.name}.limits import LIMIT\nlazy from itertools import count\n"
     (package / "flows.py").write_text(imports + MAIN)
     (package / "helpers.py").write_text(f"from {package.name}.flows import main\ndef helper():\n    return main.__name__\n")
@@ -46,7 +46,7 @@ def test_modules_that_import_each_other_lazily_may_be_imported_in_any_order(pack
 
 
 def test_old_code_imports_lazily_what_was_there_then() -> None:
-    """§8.3: a module that is gone is the stored one."""
+    """§8.3: for a module that is gone, it is the stored one."""
     helpers = Deployed("lazily_gone")
     helpers.deploy("def helper():\n    return 'as it was'\n")
     site = Deployed()

@@ -1,4 +1,4 @@
-"""Values of well-known libraries in locals; skipped by name where a library is missing."""
+"""Values of well-known libraries in locals. Tests of a library that is missing are skipped by name."""
 
 import importlib
 from typing import Any
@@ -10,7 +10,7 @@ from kwflow.errors import UnsavableError
 
 
 def kept(source: str, name: str) -> Any:
-    """What the generator `held` returns when it is saved and loaded at its yield."""
+    """Return what the generator `held` returns when it is saved and loaded at its yield."""
     module = durable.load_source(f"library_{name}", source, f"library_{name}.py")
     gen = module.held()
     next(gen)

@@ -37,7 +37,7 @@ def main(o):
 
 
 def test_classes_that_are_made_again_and_again_do_not_stay() -> None:
-    """Each call makes its own; an engine runs for months."""
+    """Each call makes its own class, and an engine runs for months."""
     source = """
 def main():
     class Failed(Exception):
@@ -81,7 +81,7 @@ def test_an_enum_made_in_a_function_is_refused_with_the_remedies() -> None:
 
 
 def test_where_it_is_allowed_the_class_is_saved_and_the_header_names_the_minor() -> None:
-    """The header alone tells that only this minor can go on."""
+    """The header alone shows that only this minor can go on."""
     tester = WorkflowTester(durable.load_source("coloured", SOURCE).main)
     durable.allow_classes_by_value(True)  # as `snapshot_cloudpickle` does for an engine
     try:
@@ -108,7 +108,7 @@ def test_another_minor_is_refused_by_name_before_anything_is_unpickled() -> None
 
 @pytest.mark.usefixtures("by_value")
 def test_objects_of_classes_that_no_import_finds_are_shown() -> None:
-    """semantics §4.4: `show --locals` took what holds one for a damaged snapshot."""
+    """Semantics §4.4: `show --locals` mistook a snapshot that holds one for a damaged one."""
     source = """
 import dataclasses
 import enum

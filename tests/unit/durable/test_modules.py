@@ -24,7 +24,7 @@ Write = Callable[[dict[str, str]], str]
 
 @pytest.fixture
 def write(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Puts files on `sys.path` below a name that no other test has; `NAME` in their text is that name."""
+    """Return a function that writes files to `sys.path` below a name that no other test has. `NAME` in their paths and text stands for that name."""
     name = f"placed_{next(_count)}"
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -39,7 +39,7 @@ def write(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 
 def forget(name: str) -> None:
-    """As in a process that has not imported it."""
+    """Forget a module, as if this process had not imported it."""
     for known in [known for known in sys.modules if known.startswith(name)]:
         del sys.modules[known]
         registry.modules().pop(known, None)  # type: ignore[attr-defined]
@@ -53,7 +53,7 @@ IMPORTS = [
 
 @pytest.mark.parametrize("statement", IMPORTS)
 def test_a_module_that_a_function_imports_is_kept_however_it_is_imported(write: Write, statement: str) -> None:
-    """docs/LOCALS.md: by name; in the next process nobody may have imported it yet."""
+    """docs/LOCALS.md: it is kept by name. In the next process, nobody may have imported it yet."""
     name = write({"NAME_plain/__init__.py": "", "NAME_plain/prices.py": "", "NAME_plain/other.py": "", "NAME_plain/inner/deep.py": ""})
     source = f"def main():\n    {statement}\n    yield\n    yield m.__name__\n".replace("NAME", name)
     gen = durable.load_source(f"{name}_flow", source).main()
@@ -75,7 +75,7 @@ def test_a_module_that_only_old_code_imports_is_kept(write: Write) -> None:
 
 
 def test_a_module_that_a_function_made_durable_alone_imports_is_kept(write: Write) -> None:
-    """docs/LOCALS.md: whichever of a module's functions it is."""
+    """docs/LOCALS.md: this holds for each function of a module."""
     head, body = "from kwflow.durable import durable\n", "@durable\ndef {}():\n    from NAME_plain import {} as m\n    yield\n    yield m.__name__\n"
     name = write({"NAME_plain/__init__.py": "", "NAME_plain/one.py": "", "NAME_plain/two.py": "", "NAME_flow.py": head + body.format("first", "one") + body.format("second", "two")})
     module = __import__(f"{name}_flow")
@@ -87,7 +87,7 @@ def test_a_module_that_a_function_made_durable_alone_imports_is_kept(write: Writ
 
 
 def test_a_durable_module_in_a_variable_is_the_stored_one_once_it_is_gone(write: Write, tmp_path: pathlib.Path) -> None:
-    """docs/CODE.md: as it is for `import`; and the current one while it is there."""
+    """docs/CODE.md: the same as for `import`. While the current module exists, it is that one."""
     name = write({"NAME_flow.py": "def main():\n    import NAME_prices as m\n    yield\n    yield m.RATE\n", "NAME_prices.py": "RATE = 1\n"})
     durable.install([f"{name}_flow", f"{name}_prices"])
     site = Deployed(f"{name}_flow")
@@ -102,7 +102,7 @@ def test_a_durable_module_in_a_variable_is_the_stored_one_once_it_is_gone(write:
 
 
 def test_a_class_of_a_library_that_has_moved_is_what_its_old_name_means_now(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/LOCALS.md: of `snapshot_modules`; an upgrade of the library must not park what waits."""
+    """docs/LOCALS.md: a library of `snapshot_modules`. An upgrade of the library must not park instances that wait."""
     name = write({"NAME_lib/__init__.py": "", "NAME_lib/a.py": "import subprocess\nclass P:\n    pass\n", "NAME_lib/b.py": "class P:\n    pass\n"})
     monkeypatch.setattr(names, "_modules", {f"{name}_lib"})
     gen = durable.load_source(f"{name}_flow", f"from {name}_lib.a import P\ndef main():\n    p = P()\n    yield\n    yield p\n").main()
@@ -128,7 +128,7 @@ CYCLE = {
 
 @pytest.mark.parametrize("gone", [["__init__", "trips", "models"], ["trips", "models"], ["models"]])
 def test_modules_that_import_each_other_are_found_in_the_store(write: Write, tmp_path: pathlib.Path, gone: list[str]) -> None:
-    """docs/CODE.md: renamed and deleted modules too; they run in the order in which they were imported."""
+    """docs/CODE.md: also when modules were renamed or deleted. They run in the order in which they were imported."""
     name = write(CYCLE)
     durable.install([name])
     site = Deployed(f"{name}.trips")
@@ -154,7 +154,7 @@ STATEMENTS = [
 @pytest.mark.parametrize("statement", STATEMENTS)
 @pytest.mark.parametrize("whole", ["package", "directory", ""])
 def test_a_function_of_old_code_imports_what_is_gone(write: Write, tmp_path: pathlib.Path, statement: str, whole: str) -> None:
-    """docs/CODE.md: an import in a function was an ImportError of the workflow."""
+    """docs/CODE.md: an import in a function used to raise ImportError in the workflow."""
     head = {} if whole == "directory" else {"NAME/__init__.py": ""}
     name = write({**head, "NAME/models.py": "def price():\n    return 4\n", "NAME/trips.py": f"{OWN}def main():\n    {statement}\n    yield\n    {statement}\n    yield price()\n"})
     durable.install([name])
@@ -172,7 +172,7 @@ def test_a_function_of_old_code_imports_what_is_gone(write: Write, tmp_path: pat
 
 
 def test_old_code_that_fails_in_a_cycle_is_tried_again_as_a_whole(write: Write, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/CODE.md: nothing that holds what has failed is kept."""
+    """docs/CODE.md: no module that holds one that failed is kept."""
     name = write({**CYCLE, "NAME/trips.py": "import os\n" + CYCLE["NAME/trips.py"].replace("def main", "os.environ['NAME']\ndef main")})
     durable.install([name])
     monkeypatch.setenv(name, "1")
@@ -198,7 +198,7 @@ DATA = {
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_durable_package_has_its_files_and_its_source_as_any_other(write: Write, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
-    """§5.2: `importlib.resources`, `pkgutil.get_data`, `inspect`, tracebacks; in a zip too."""
+    """§5.2: `importlib.resources`, `pkgutil.get_data`, `inspect` and tracebacks work, in a zip too."""
     name = write(DATA)
     if zipped:
         shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, name)
@@ -218,7 +218,7 @@ def test_a_durable_package_has_its_files_and_its_source_as_any_other(write: Writ
 
 
 def test_an_old_version_of_a_package_has_the_files_of_the_current_one(write: Write) -> None:
-    """§8.3: `__name__` is another one in it."""
+    """§8.3: `__name__` has another value in the old version."""
     name = write({**DATA, "NAME/__init__.py": DATA["NAME/__init__.py"] + "def main():\n    yield\n    yield TEXT, READ\n"})
     durable.install([name])
     site = Deployed(name)
@@ -232,7 +232,7 @@ def test_an_old_version_of_a_package_has_the_files_of_the_current_one(write: Wri
 @pytest.mark.parametrize("imported", [False, True])
 @pytest.mark.parametrize("statement", ["from .models import price", "from .below.models import price", "import NAME.below.models as m; price = m.price"])
 def test_what_a_function_has_yet_to_import_is_stored_with_it(write: Write, tmp_path: pathlib.Path, statement: str, imported: bool) -> None:
-    """docs/CODE.md: a deployment that deletes the module is before that import, or after it."""
+    """docs/CODE.md: the deployment that deletes the module comes before that import, or after it."""
     flow = f"import kwflow as kw\ndef main(o):\n    yield kw.suspend('a')\n    {statement}\n    yield kw.suspend('b')\n    {statement}\n    return price()\n"
     models = {f"NAME/{below}models.py": "import NAME.rates as rates\ndef price():\n    return rates.RATE\n" for below in ("", "below/")}
     name = write({"NAME/__init__.py": "", "NAME/flow.py": flow, "NAME/below/__init__.py": "", "NAME/rates.py": "import NAME.models\nRATE = 4\n", **models})

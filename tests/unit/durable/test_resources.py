@@ -1,4 +1,4 @@
-"""What does not outlive a process, reducers of one's own, and errors that name what cannot be saved."""
+"""Objects that do not outlive a process, reducers of the author's own, and errors that name what cannot be saved."""
 
 import contextlib
 import socket
@@ -229,7 +229,7 @@ def test_an_instance_whose_resource_does_not_come_back_is_parked_and_goes_on_whe
 
 
 class Money:
-    """Not savable by itself: its class is of a module that is not durable."""
+    """Cannot be saved by itself: its class is in a module that is not durable."""
 
     def __init__(self, cents: int) -> None:
         self.cents = cents
@@ -392,7 +392,7 @@ def main(value):
 
 
 def test_an_object_whose_getattr_fails_before_it_has_attributes_is_refused_and_does_not_fail_to_load() -> None:
-    """An unpickler asks an empty object for `__setstate__`; one that needs no filling, and a class that says it has none, are kept."""
+    """An unpickler asks an empty object for `__setstate__`. An object that needs no filling is kept, and so is one whose class says that it has no `__setstate__`."""
     module = durable.load_source("delegating", DELEGATES, "delegating.py")
     for value in (module.Row(limit=3), module.Careful({"limit": 3})):
         gen = module.main(value)

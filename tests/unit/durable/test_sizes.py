@@ -6,7 +6,7 @@ from benchmarks import generators
 
 
 def test_the_graph_of_a_saga_of_two_frames_is_under_600_bytes() -> None:
-    """With its first reservation made and its undo in the list, too."""
+    """Including its first reservation and the undo of it in the list."""
     assert max(generators.saga_bytes()) < generators.LIMITS["body of a saga of two frames, bytes"]
 
 

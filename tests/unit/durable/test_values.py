@@ -1,4 +1,4 @@
-"""What locals may hold: each kind of value, saved at a yield in the middle of its use, goes on as it would have natively."""
+"""What locals may hold: each kind of value, saved at a yield in the middle of its use, goes on as it would have done natively."""
 
 import importlib
 import itertools
@@ -35,7 +35,7 @@ def native() -> Any:
 
 
 def outcome(gen: Any, every: bool) -> list[str]:
-    """Everything it yields and returns, as text; saved and restored at every yield, in one save with its yielded values."""
+    """Everything the generator yields and returns, as text. With `every`, it is saved and restored at each yield."""
     met: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -54,7 +54,7 @@ NAMES = re.findall(r'^    "([\w. ]+)": lambda', SOURCE, re.MULTILINE)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_iterator_goes_on_where_it_was(code: Any, native: Any, name: str) -> None:
-    """Saved at every item, and no warning of Python about it."""
+    """It is saved at every item, and Python gives no warning about it."""
     assert outcome(code.over(name), True) == outcome(native["over"](name), False)
 
 
@@ -74,7 +74,7 @@ def test_an_exception_of_the_standard_library_or_msgspec_loads_where_its_module_
 
 
 def test_an_error_of_a_library_is_refused_with_what_to_keep_of_it() -> None:
-    """Whoever compensates in an except block holds it over waits."""
+    """Authors who compensate in an except block hold the error over waits."""
     with pytest.raises(UnsavableError, match=r"ValidationError; list its module under \[snapshot\] modules in kwflow.toml, .* or wait after the except block and keep only the error's text"):
         durable.dumps(pydantic.ValidationError.from_exception_data("order", []))
 
@@ -88,7 +88,7 @@ def test_what_a_generator_holds_is_the_same_after_each_restore(code: Any, native
 
 
 def test_what_is_imported_from_itertools_has_a_twin_for_each_name_and_the_module() -> None:
-    """Since 3.14 a durable module is given these; what else it has is left alone."""
+    """Since 3.14 a durable module gets these twins. Its other names are left alone."""
     public = {name: value for name, value in vars(itertools).items() if name[0] != "_"}
     found = iters.twins({"it": itertools, "other": 1, "product": product, **{f"my_{name}": value for name, value in public.items()}})
     assert found == {"it": iters, **{f"my_{name}": getattr(iters, name) for name in public}}

@@ -1,4 +1,4 @@
-"""Old code beside new, in one process: what names in a snapshot mean (semantics §8)."""
+"""Old code beside new code in one process: what the names in a snapshot mean (semantics §8)."""
 
 import itertools
 import sys
@@ -14,7 +14,7 @@ _count = itertools.count()
 
 
 class Deployed:
-    """One module, deployed again and again under one name; what ran is kept in `stored`, as an engine keeps it."""
+    """One module, deployed again and again under one name. `stored` keeps the sources that ran, as an engine does."""
 
     def __init__(self, name: str = "") -> None:
         self.name = name or f"versioned_{next(_count)}"
@@ -31,7 +31,7 @@ class Deployed:
         return body, {reference: {"version": module.version, "units": units} for reference, (module, units) in held.items()}
 
     def asleep(self, gen: Any) -> tuple[bytes, dict[str, Any]]:
-        """What it is saved as at its first wait."""
+        """Run a generator to its first wait and return what it is saved as."""
         next(gen)
         return self.save(gen)
 
@@ -39,7 +39,7 @@ class Deployed:
         return versions.loads(*saved, self.stored.get)
 
     def again(self, saved: tuple[bytes, dict[str, Any]]) -> Any:
-        """Loaded, saved and loaded once more: what a second step meets."""
+        """Load, save and load once more, which is what a second step meets."""
         return self.load(self.save(*self.load(saved)))[0]
 
 
@@ -59,7 +59,7 @@ def test_an_unchanged_unit_takes_the_new_module_and_all_that_it_calls(site: Depl
 
 
 def test_a_changed_unit_stays_on_the_stored_module_with_all_that_it_calls(site: Deployed) -> None:
-    """§8.2: never mixed; the helper is the old one, too."""
+    """§8.2: versions are never mixed; the helper is the old one, too."""
     gen = site.deploy("def helper():\n    return 1\ndef main():\n    yield\n    yield helper()").main()
     saved = site.asleep(gen)
     module = site.deploy("def helper():\n    return 2\ndef main():\n    yield\n    yield helper() * 10")
@@ -93,7 +93,7 @@ def test_docstring_annotations_decorators_and_defaults_are_no_part_of_a_unit(sit
 
 
 def test_an_old_version_is_a_module_of_its_own_in_sys_modules(site: Deployed) -> None:
-    """§8.3: dataclasses need it; `__package__` and `__file__` are M's."""
+    """§8.3: dataclasses need it. `__package__` and `__file__` are those of M."""
     source = "import sys\nfrom dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n"
     source += "def main():\n    p = P(1)\n    yield\n    yield p, __name__, __file__, __package__, sys.modules[__name__].P is P"
     gen = site.deploy(source).main()
@@ -139,7 +139,7 @@ def test_unchanged_top_level_classes_are_the_current_ones_changed_ones_and_what_
 
 
 def test_class_changes_alone_pin_nothing(site: Deployed) -> None:
-    """§8.4: `__setstate__` is for them."""
+    """§8.4: `__setstate__` handles them."""
     text = "class P:\n    def __init__(self):\n        self.x = 1\n{}\ndef main():\n    p = P()\n    yield\n    yield p"
     gen = site.deploy(text.format("")).main()
     saved = site.asleep(gen)
@@ -168,7 +168,7 @@ CHANGED = {
 
 @pytest.mark.parametrize("what", CHANGED)
 def test_what_old_objects_are_in_a_class_that_got_a_field(site: Deployed, what: str) -> None:
-    """As docs/CODE.md has it, in a field put before the others and after them."""
+    """As docs/CODE.md describes it, for a field put before the others and for one put after them."""
     head, *expected = CHANGED[what]
     imports = "from dataclasses import dataclass\nfrom typing import NamedTuple\nimport attrs, msgspec, pydantic\n"
     text = f"{imports}{head}{{}}def hold():\n    value = P(a=1, b=3)\n    yield\n    yield {SHOWN}\n"
@@ -181,7 +181,7 @@ def test_what_old_objects_are_in_a_class_that_got_a_field(site: Deployed, what: 
 
 @pytest.mark.parametrize("head", ["@attrs.define", "@dataclass(frozen=True, slots=True)"])
 def test_an_object_that_lacks_a_field_is_not_saved_again_unless_setstate_sets_it(site: Deployed, head: str) -> None:
-    """As docs/CODE.md has it: what such a class generates reads every field."""
+    """As docs/CODE.md describes it: the methods that such a class generates read every field."""
     text = f"from dataclasses import dataclass\nimport attrs\n{head}\nclass P:\n{{}}def hold():\n    value = P(a=1, b=3)\n    yield\n    yield {SHOWN}\n"
     gen = site.deploy(text.format("    a: int = 1\n    b: int = 2\n")).hold()
     saved = site.asleep(gen)
@@ -189,7 +189,7 @@ def test_an_object_that_lacks_a_field_is_not_saved_again_unless_setstate_sets_it
     with pytest.raises(UnsavableError, match="no attribute 'z'"):
         site.again(saved)
     setstate = "    def __setstate__(self, state):\n        for name, value in zip('abz', [*state, 9]):\n            object.__setattr__(self, name, value)\n"
-    if "attrs" not in head:  # whose state is another one then
+    if "attrs" not in head:  # attrs saves the state in another form once there is a __setstate__
         site.deploy(text.format(FIELDS["after"] + setstate))
         assert next(site.again(saved)) == DEFAULTED
 
@@ -199,7 +199,7 @@ ENUMS = {"RED = 1\n    ROUND = 3": "RED", "ROUGE = 1": "ROUGE", "NEW = enum.auto
 
 @pytest.mark.parametrize(("now", "found"), ENUMS.items())
 def test_an_enums_member_is_the_one_that_has_its_value_now(site: Deployed, now: str, found: str) -> None:
-    """As docs/CODE.md has it."""
+    """As docs/CODE.md describes it."""
     text = "import enum\nclass C(enum.Enum):\n    {}\ndef hold():\n    value = [*C][0]\n    yield\n    yield value.name\n"
     gen = site.deploy(text.format("RED = enum.auto()")).hold()
     saved = site.asleep(gen)
@@ -216,7 +216,7 @@ def test_a_class_that_is_gone_is_found_in_the_stored_version(site: Deployed) -> 
 
 
 def test_a_function_held_by_name_is_code_that_is_held(site: Deployed) -> None:
-    """§8.1: what it does later is what it did when it was kept."""
+    """§8.1: when it is called later, it does what it did when it was kept."""
     gen = site.deploy("def undo():\n    return 'old'\ndef main():\n    f = [undo]\n    yield\n    yield f[0]()").main()
     saved = site.asleep(gen)
     site.deploy("def main():\n    f = [undo]\n    yield\n    yield f[0]()\ndef undo():\n    return 'new'")
@@ -224,7 +224,7 @@ def test_a_function_held_by_name_is_code_that_is_held(site: Deployed) -> None:
 
 
 def test_code_of_two_versions_in_one_graph_stays_apart(site: Deployed) -> None:
-    """§8.2: a class that did not change is current, and so is the generator its method makes in old code."""
+    """§8.2: a class that did not change is current, and so is the generator that its method makes in old code."""
     text = "LIMIT = {0}\nclass Loop:\n    def steps(self):\n        while True:\n            yield LIMIT\n"
     text += "def main():\n    inner = Loop().steps()\n    yield\n    yield LIMIT, next(inner)\n    yield LIMIT, next(inner), {0}"
     gen = site.deploy(text.format(1)).main()
@@ -254,7 +254,7 @@ def test_a_sentinel_is_the_object_of_the_version_that_runs(site: Deployed) -> No
 
 
 def test_a_plain_object_that_is_an_attribute_of_a_class_is_that_attribute_again(site: Deployed) -> None:
-    """§4.3: nothing but its identity tells what it is; in old code, of a class that has changed, it is that of the old class."""
+    """§4.3: only its identity shows what it is. In old code, for a class that has changed, it is the attribute of the old class."""
     text = "class Options:\n    MISSING = object()\n    limit = {0}\ndef main():\n    mark = Options.MISSING\n    yield\n    yield mark is Options.MISSING, {0}"
     gen = site.deploy(text.format(1)).main()
     saved = site.asleep(gen)
@@ -264,7 +264,7 @@ def test_a_plain_object_that_is_an_attribute_of_a_class_is_that_attribute_again(
 
 
 def test_a_sentinel_that_several_modules_import_is_that_of_the_module_which_made_it(site: Deployed) -> None:
-    """§4.3: what it is does not hang on who was imported last, and a module that only imports it, too, is no code that is held."""
+    """§4.3: what it is does not depend on which module was imported last. A module that merely imports it too does not count as code that is held."""
     made, other = Deployed(), Deployed()
     made.deploy("MISSING = object()\n")
     gen = site.deploy(f"from {made.name} import MISSING as mark\ndef main():\n    held = mark\n    yield\n    yield held is mark").main()
@@ -290,7 +290,7 @@ VALUES = {
 
 @pytest.mark.parametrize("what", VALUES)
 def test_a_value_stays_what_it_was_whatever_a_global_that_was_bound_to_it_is_bound_to_now(site: Deployed, what: str) -> None:
-    """§4.3 is for objects that are one: no name stands for a value, as none does for a float."""
+    """§4.3 is for objects with an identity. No name stands for a value, just as none does for a float."""
     before, now, held = VALUES[what]
     head = "import datetime, decimal, enum, pathlib, re, zoneinfo\nclass C(enum.Enum):\n    RED = 1\n    BLUE = 2\n"
     text = head + "GLOBAL = {}\ndef main():\n    held = {}\n    yield held\n    yield held\n"
@@ -328,7 +328,7 @@ def test_an_exception_while_old_code_loads_and_a_source_that_is_not_stored_name_
 
 
 def test_old_code_imports_current_modules_and_stored_ones_only_where_they_are_gone(site: Deployed) -> None:
-    """§8.4; a helper module that was deleted or renamed is found with the code that needs it."""
+    """§8.4: a helper module that was deleted or renamed is found with the code that needs it."""
     helper = Deployed()
     helper.deploy("def help_():\n    return 'old'")
     gen = site.deploy(f"from {helper.name} import help_\nimport {helper.name} as h\ndef main():\n    yield\n    yield help_(), h.help_()").main()
@@ -354,7 +354,7 @@ def test_a_module_that_is_gone_is_found_in_the_store(site: Deployed) -> None:
 
 
 def test_a_stored_source_that_was_changed_is_refused(site: Deployed) -> None:
-    """The header names it by sha256, and the header is checked."""
+    """The header names it by its sha256, and the header is verified."""
     gen = site.deploy("def main():\n    yield").main()
     saved = site.asleep(gen)
     site.deploy("def main():\n    yield 2")
@@ -369,7 +369,7 @@ MAIN = "def main():\n    p = P()\n    yield\n    yield type(p), p.x\n"
 
 @pytest.mark.parametrize("there", ["from {other} import P", "from {other} import Q as P", "class Q:\n    pass\nP = Q", "import {other}\nP = {other}.Q"])
 def test_a_class_that_has_moved_or_was_renamed_is_what_its_old_name_means_now(site: Deployed, there: str) -> None:
-    """§8.4: as one that has changed; saved again it goes by its new name, so that the old one may go then."""
+    """§8.4: treated as a class that has changed. When it is saved again, its new name is used, so that the old name may be removed then."""
     other = Deployed(f"{site.name}_other")
     gen = site.deploy(CLASS + MAIN).main()
     saved = site.asleep(gen)
@@ -386,7 +386,7 @@ def test_a_class_that_has_moved_or_was_renamed_is_what_its_old_name_means_now(si
 
 @pytest.mark.parametrize("there", ["from subprocess import Popen as P", "import os as P", "P = None", "from os import system as P"])
 def test_a_class_whose_name_means_something_else_now_is_found_in_the_stored_version(site: Deployed, there: str) -> None:
-    """G10, wire.md §3: a name never leads to what could not be named itself."""
+    """G10, wire.md §3: a name never leads to an object that could not have been named itself."""
     gen = site.deploy(CLASS + MAIN).main()
     saved = site.asleep(gen)
     site.deploy(f"{there}\n{MAIN}")
@@ -408,7 +408,7 @@ def test_what_a_global_is_bound_to_after_a_deployment_is_what_was_saved_as_that_
 
 @pytest.mark.parametrize("now", ["import os as MISSING", "from os import system as MISSING", "from subprocess import Popen as MISSING"])
 def test_a_global_that_is_bound_to_what_no_snapshot_may_name_is_found_in_the_stored_version(site: Deployed, now: str) -> None:
-    """Wire.md §3."""
+    """wire.md §3."""
     text = "{}\ndef main():\n    mark = MISSING\n    yield\n    yield mark is MISSING, type(mark)\n"
     gen = site.deploy(text.format("MISSING = object()")).main()
     saved = site.asleep(gen)
@@ -421,7 +421,7 @@ def test_a_global_that_is_bound_to_what_no_snapshot_may_name_is_found_in_the_sto
     ("class P:\n    def __setstate__(self, state):\n        raise KeyError('y')", "KeyError: 'y'"),
 ])  # fmt: skip
 def test_a_class_that_cannot_take_what_was_saved_is_named_with_the_remedy(site: Deployed, now: str, why: str) -> None:
-    """§8.4: it was called no snapshot that can be read."""
+    """§8.4: the error used to say that the snapshot cannot be read."""
     text = "import dataclasses\n{}\ndef main():\n    p = P()\n    yield\n    yield p\n"
     gen = site.deploy(text.format("@dataclasses.dataclass\nclass P:\n    x: int = 1")).main()
     saved = site.asleep(gen)

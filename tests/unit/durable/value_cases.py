@@ -1,4 +1,4 @@
-"""What generators of durable modules hold while they wait; test_values.py runs this natively and restored at every yield."""
+"""Values that generators of durable modules hold while they wait. test_values.py runs them natively and restored at every yield."""
 
 import abc
 import array
