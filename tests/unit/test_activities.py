@@ -1,4 +1,4 @@
-"""What travels to an activity and back (M6.3), its retry policy, its registry."""
+"""What is sent to an activity and back (M6.3), its retry policy, and its registry."""
 
 import dataclasses
 import datetime
@@ -49,13 +49,13 @@ def make(function: Any, **options: Any) -> Activity[Any, Any]:
 
 
 def there(activity: Activity[Any, Any], *args: Any, **kwargs: Any) -> Any:
-    """The arguments as the function meets them."""
+    """The arguments as the function receives them."""
     bound = activity.decode_arguments(activity.encode_arguments(args, kwargs))
     return activity.function(*bound.args, **bound.kwargs)
 
 
 def back(activity: Activity[Any, Any], value: Any) -> Any:
-    """The result as the workflow meets it."""
+    """The result as the workflow receives it."""
     return activity.decode_result(msgspec.json.decode(activity.encode_result(value)))
 
 
@@ -80,7 +80,7 @@ ORDER = Order([Line("a", 2, datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC))]
     ids=str,
 )
 def test_annotated_arguments_and_results_arrive_as_they_were(hint: Any, value: Any) -> None:
-    """M6.3: dataclasses, msgspec structs, pydantic models, and what they and containers hold."""
+    """M6.3: dataclasses, msgspec structs, pydantic models, what they contain, and containers of them."""
 
     def echo(x):
         return x
@@ -156,7 +156,7 @@ def test_a_dataclass_of_pydantic_is_refused_as_its_checks_would_be_passed_over()
 # -- the decorator -------------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(sys.version_info < (3, 14), reason="PEP 649")
 def test_an_annotation_may_name_a_class_that_comes_further_down() -> None:
-    """Evaluated when it is needed, not at the decorator, as of Python 3.14."""
+    """Annotations are evaluated when they are needed and not at the decorator, as in Python 3.14."""
     text = """
 @make
 def priced(line: Line) -> Line: return line
@@ -190,7 +190,7 @@ def test_two_activities_of_one_name_are_refused_with_the_remedy() -> None:
 
 
 def test_an_activity_that_is_declared_and_done_in_one_process_is_refused_with_another_remedy() -> None:
-    """Of a queue there may be two, in an engine and a worker; another name would part them."""
+    """A queue may have two of them, one in an engine and one in a worker. Different names would separate them."""
     kw.activity(name="declared", queue="payments")(test_two_activities_of_one_name_are_refused_with_the_remedy)
     with pytest.raises(UsageError, match="two activities are named 'declared'.*queue 'payments' belong in two processes.*import"):
         kw.activity(name="declared", queue="payments")(test_an_activity_that_is_declared_and_done_in_one_process_is_refused_with_another_remedy)
@@ -244,7 +244,7 @@ def test_pauses_grow_up_to_max_and_end_with_the_attempts() -> None:
 
 
 def test_jitter_shortens_by_its_part_at_most_differs_by_key_and_is_no_chance() -> None:
-    """A step is pure (semantics §4.1)."""
+    """A step is pure (semantics §4.1), so the jitter is not random."""
     policy = kw.Retry(first=10, jitter=0.5)
     pauses = {policy.pause_s(1, f"w|{n}:1") for n in range(1000)}
     assert len(pauses) > 900

@@ -1,4 +1,4 @@
-"""K19: which records are stepped together and alone after deaths, and which is refused."""
+"""K19: which records are stepped together and which alone after deaths, and which record is refused."""
 
 import pathlib
 import random
@@ -21,7 +21,7 @@ class Died(Exception):
 
 
 class Log:
-    """Records that kill whoever steps them, and processes one after the other that take them with care."""
+    """Records that kill the process that steps them, and processes that take them with care, one process after the other."""
 
     def __init__(self, directory: pathlib.Path, count: int, deadly: set[int]) -> None:
         self.directory = directory
@@ -29,12 +29,12 @@ class Log:
         self.deadly = deadly
         self.position = 0
         self.refused: list[int] = []
-        self.stepped = 0  # in how many transactions
-        self.alone: list[int] = []  # the record, for each process that died with one alone
-        self.noted: Suspects | None = None  # where others find it
+        self.stepped = 0  # the number of transactions
+        self.alone: list[int] = []  # the record, for each process that died with one record alone
+        self.noted: Suspects | None = None  # where other processes find it
 
     def process(self, dies_at: int | None = None) -> None:
-        """One process to its end, or its death; `dies_at` is an offset at which it dies of something else."""
+        """Run one process to its end or its death. At the offset `dies_at`, it dies of something else."""
         attempts = Attempts(self.directory, lambda _, suspects: setattr(self, "noted", suspects))
         if self.noted is not None:
             attempts.learn(0, self.noted)
@@ -49,7 +49,7 @@ class Log:
             self.stepped += 1
 
     def processes(self, chance: random.Random | None = None, another_disk: bool = False) -> int:
-        """How many died until all was done."""
+        """Return how many processes died until all records were done."""
         deaths = 0
         while True:
             if another_disk:
@@ -64,7 +64,7 @@ class Log:
 @pytest.mark.parametrize("another_disk", [False, True], ids=["same disk", "other disks"])
 @pytest.mark.parametrize("deadly", [0, 63, 64, 149])
 def test_a_record_that_kills_does_so_four_times_after_the_first(tmp_path: pathlib.Path, deadly: int, another_disk: bool) -> None:
-    """Once with others, three times alone; every other record is stepped."""
+    """Once together with others and three times alone. Every other record is stepped."""
     log = Log(tmp_path / "first", 150, {deadly})
     log.directory.mkdir()
     assert log.processes(another_disk=another_disk) == 4
@@ -77,7 +77,7 @@ def test_a_record_that_is_there_alone_kills_three_times_after_the_first(tmp_path
 
 @pytest.mark.parametrize(("count", "notes"), [(64, 1), (65, 2), (1000, 16)])
 def test_a_healthy_takeover_notes_64_records_at_a_time(tmp_path: pathlib.Path, count: int, notes: int) -> None:
-    """Each note is waited for, on the disk and by the broker."""
+    """Each note is waited for, on the disk and at the broker."""
     log = Log(tmp_path, count, set())
     log.process()
     assert log.stepped == notes
@@ -87,7 +87,7 @@ def test_a_healthy_takeover_notes_64_records_at_a_time(tmp_path: pathlib.Path, c
 @given(seed=st.integers(), deadly=st.sets(st.integers(0, 139), max_size=3), another_disk=st.booleans())
 @pytest.mark.slow
 def test_only_records_that_three_processes_died_of_alone_are_refused(seed: int, deadly: set[int], another_disk: bool) -> None:
-    """Whatever else processes die of in between; and all that do kill are refused."""
+    """Whatever else processes die of in between. And every record that does kill is refused."""
     with tempfile.TemporaryDirectory() as directory:
         log = Log(pathlib.Path(directory, "first"), 140, deadly)
         log.directory.mkdir()
@@ -97,7 +97,7 @@ def test_only_records_that_three_processes_died_of_alone_are_refused(seed: int, 
 
 
 def test_a_batch_that_is_made_again_is_no_second_attempt(tmp_path: pathlib.Path) -> None:
-    """Processes that died are counted, not transactions that were aborted: four rebalances used to park an innocent record."""
+    """Deaths of processes are counted, not aborted transactions: four rebalances used to park an innocent record."""
     noted: list[Suspects | None] = []
     Attempts(tmp_path)
     attempts = Attempts(tmp_path, lambda _, suspects: noted.append(suspects))

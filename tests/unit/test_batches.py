@@ -17,7 +17,7 @@ _names = itertools.count()
 
 
 class Stopped(Threads):
-    """Time passes only when it is told to."""
+    """A clock that advances only when the test advances it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Stopped(Threads):
 
 
 class Batching(Engine):
-    """An engine on a clock of its own, and the batches that it began."""
+    """An engine with a clock of its own. It records the batches that it began."""
 
     def __init__(self, concurrency: int = 4) -> None:
         super().__init__(concurrency)
@@ -39,7 +39,7 @@ class Batching(Engine):
         self._refs = itertools.count()
 
     def activity(self, size: int, within: float = 1.0, then: Callable[[list[kw.Call]], Any] | None = None, **options: Any) -> Any:
-        """One that takes a number, in batches that are noted; each call is answered with ten times its number, or as `then` does."""
+        """An activity that takes a number. Its batches are recorded, and each call is answered with ten times its number, or as `then` does."""
 
         def one(n: int) -> int: ...
 
@@ -69,7 +69,7 @@ def engine() -> Iterator[Batching]:
 
 
 def test_calls_are_done_together_as_soon_as_there_are_enough(engine: Batching) -> None:
-    """BW-1, vector A: 1, 2, 3 at once; 4 waits for its time."""
+    """BW-1, vector A: 1, 2 and 3 are done at once; 4 waits for its time."""
     activity = engine.activity(3, within=1)
     engine.push(activity, 1, 2)
     assert engine.batches == [] and engine.dispatcher.counts() == {"running": 0, "ready": 2, "left-behind": 0}
@@ -84,7 +84,7 @@ def test_calls_are_done_together_as_soon_as_there_are_enough(engine: Batching) -
 
 
 def test_the_time_of_a_batch_begins_with_its_first_call_and_with_none_nothing_is_called(engine: Batching) -> None:
-    """BW-2; vector C: the reference calls its handler with nothing."""
+    """BW-2, vector C: the reference calls its handler with nothing."""
     activity = engine.activity(2, within=1)
     engine.pass_s(5)
     engine.push(activity, 1)
@@ -101,7 +101,7 @@ def test_the_time_of_a_batch_begins_with_its_first_call_and_with_none_nothing_is
 
 
 def test_a_batch_has_at_most_its_size_and_without_a_time_what_is_there_goes_at_once(engine: Batching) -> None:
-    """BW-3: the reference drains whatever was fetched; a service has its limit.  BW-5."""
+    """BW-3: the reference drains whatever was fetched, but a service has its limit. BW-5."""
     activity = engine.activity(3)
     engine.push(activity, *range(7))
     engine.answer("w5")
@@ -113,7 +113,7 @@ def test_a_batch_has_at_most_its_size_and_without_a_time_what_is_there_goes_at_o
 
 
 def test_what_comes_while_a_batch_runs_is_in_the_next_one(engine: Batching) -> None:
-    """BW-4: none lost, none twice."""
+    """BW-4: no call is lost, and none is done twice."""
     gate = threading.Event()
     activity = engine.activity(2, then=lambda calls: gate.wait(10) and None or [0] * len(calls))
     engine.push(activity, 1, 2, 3, 4)
@@ -124,7 +124,7 @@ def test_what_comes_while_a_batch_runs_is_in_the_next_one(engine: Batching) -> N
 
 
 def test_each_call_is_answered_by_itself_and_only_once(engine: Batching) -> None:
-    """BW-7, BW-9: a second answer is an error where it is given, and not sent."""
+    """BW-7, BW-9: a second answer raises an error where it is given, and is not sent."""
     second: list[str] = []
 
     def then(calls: list[kw.Call]) -> None:
@@ -166,7 +166,7 @@ def test_what_a_batch_must_not_return_is_the_error_of_all_its_calls(engine: Batc
 
 
 def test_what_a_batch_raises_is_the_error_of_those_that_have_no_answer(engine: Batching) -> None:
-    """BW-11: the reference leaves them to the expiry of their locks."""
+    """BW-11: the reference leaves such calls until their locks expire."""
 
     def then(calls: list[kw.Call]) -> None:
         calls[0].complete()
@@ -219,7 +219,7 @@ def test_an_async_batch_is_awaited(engine: Batching) -> None:
 
 
 def test_a_batch_may_be_larger_than_what_few_slots_keep_ready() -> None:
-    """BW-1, BW-3: with one slot eight calls are ready, and a hundred may be asked for."""
+    """BW-1, BW-3: with one slot, eight calls are kept ready, but a batch may want a hundred."""
     engine = Batching(1)
     activity = engine.activity(100, within=60)
     engine.push(activity, *range(150))
@@ -234,7 +234,7 @@ def test_a_batch_may_be_larger_than_what_few_slots_keep_ready() -> None:
 
 
 def test_calls_that_wait_for_a_batch_keep_no_other_activity_waiting(engine: Batching) -> None:
-    """BW-2, BW-14: they filled what is kept ready, for as long as a batch may wait."""
+    """BW-2, BW-14: they used to fill the room for calls that are kept ready, for as long as a batch may wait."""
     engine.push(engine.activity(100, within=3600), *range(40))
     engine.push(engine.activity(1), 50)
     assert engine.answer("w50")["value"] == 500
@@ -254,7 +254,7 @@ def test_a_batch_without_a_time_takes_what_is_there(engine: Batching) -> None:
 
 
 def test_a_batch_is_begun_when_nothing_more_can_come(engine: Batching) -> None:
-    """BW-2: a worker reads no more while it has too many calls, or begins only some after another one has died."""
+    """BW-2: a worker stops reading while it has too many calls, and begins only a few at a time after another worker has died."""
     activity = engine.activity(100, within=3600)
     engine.push(activity, 1, 2)
     engine.dispatcher.hurry()
@@ -268,7 +268,7 @@ def test_a_batch_is_begun_when_nothing_more_can_come(engine: Batching) -> None:
 
 
 def test_a_call_that_a_thread_answers_while_the_batch_returns_leaves_no_other_without_an_answer() -> None:
-    """BW-7, BW-9: each may be answered on any thread."""
+    """BW-7, BW-9: each call may be answered on any thread."""
 
     class Raced(kw.Call):
         @property
@@ -310,7 +310,7 @@ def test_a_call_that_nobody_waits_for_any_more_leaves_the_batch_or_is_told_so(en
 
 
 def test_a_batch_takes_one_slot_until_all_its_calls_are_answered(engine: Batching) -> None:
-    """BW-13, BW-14: and the slot is free with the last answer, though the function goes on."""
+    """BW-13, BW-14: the slot is free with the last answer, even if the function goes on."""
     gate = threading.Event()
 
     def then(calls: list[kw.Call]) -> None:
@@ -374,7 +374,7 @@ def main(n):
     ({"size": 2, "within": 5}, "may wait 5 s for more calls, but each call has only 5 s"),
 ])  # fmt: skip
 def test_a_batch_that_cannot_work_is_refused_where_it_is_declared(options: Any, said: str) -> None:
-    """BW-6: the reference warns, by an error of its own practically never."""
+    """BW-6: the reference only warns, and because of a bug of its own practically never does."""
     activity = kw.activity(name=f"batched-{next(_names)}", timeout=5)(lambda n: n)
     with pytest.raises(kw.UsageError, match=said):
         kw.batch_of(activity, **options)(lambda calls: None)

@@ -1,4 +1,4 @@
-"""What is told of a broker that is away: each reason once a minute, by us and not by librdkafka's own log."""
+"""What is reported about a broker that is away: each reason once a minute, by kwflow and not by librdkafka's own log."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ def away(ms: int, more: str = "") -> KafkaError:
 
 
 def test_the_same_reason_is_told_once_a_minute_and_another_one_at_once() -> None:
-    """Measured before: 200 lines a second while a broker was away."""
+    """Measured before: 200 lines per second while a broker was away."""
     told: list[str] = []
     now = [0.0]
     errors = BrokerErrors(told.append, lambda: now[0])
@@ -53,7 +53,7 @@ def test_what_asks_for_a_broker_is_told_why_there_is_none() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [["list"], ["signal", "x", "y"], ["code", "list"], ["reset"]], ids=" ".join)
 def test_a_command_without_a_broker_says_why_in_one_line_and_ends_with_3(command: list[str], tmp_path: pathlib.Path) -> None:
-    done = run(tmp_path, "[app]\nclient_connect_s = 1.5\n", *command)  # a busy machine takes a while to be refused
+    done = run(tmp_path, "[app]\nclient_connect_s = 1.5\n", *command)  # a busy machine takes a while to be refused a connection
     assert done.returncode == 3
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and f"no broker at {NOBODY}" in done.stderr and REFUSED in done.stderr, done.stderr
@@ -62,20 +62,20 @@ def test_a_command_without_a_broker_says_why_in_one_line_and_ends_with_3(command
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [["list"], ["start", "x"], ["dead-letters", "retry", "--all"]], ids=" ".join)
 def test_a_setting_that_librdkafka_does_not_know_is_wrong_usage(command: list[str], tmp_path: pathlib.Path) -> None:
-    """Exit code 3 would have a supervisor start it again for ever."""
+    """With exit code 3, a supervisor would start it again forever."""
     done = run(tmp_path, '[kafka]\n"no.such.setting" = 1\n', *command)
     assert (done.returncode, done.stderr) == (2, 'kwflow: config [kafka]: No such configuration property: "no.such.setting"\n')
 
 
 @pytest.mark.slow
 def test_a_file_of_tls_that_is_missing_is_named_with_its_setting_and_what_it_lacks(tmp_path: pathlib.Path) -> None:
-    """OpenSSL says: system lib."""
+    """OpenSSL only says: system lib."""
     done = run(tmp_path, f"""[kafka]\n"security.protocol" = "SSL"\n"ssl.certificate.location" = "{tmp_path}/gone.pem"\n""", "list")
     assert done.returncode == 2 and "ssl.certificate.location" in done.stderr and f"({tmp_path}/gone.pem: No such file or directory)" in done.stderr, done.stderr
 
 
 def test_names_in_kafka_that_are_kwflows_own_or_not_quoted_are_refused_and_no_value_is_shown(tmp_path: pathlib.Path) -> None:
-    """K1, K2, K5, K6, K16: with isolation.level = read_uncommitted, results of aborted transactions would be taken for real."""
+    """K1, K2, K5, K6, K16: with isolation.level = read_uncommitted, results of aborted transactions would be taken as real."""
     for name in ("isolation.level", "enable.auto.commit", "partitioner", "transactional.id"):
         with pytest.raises(UsageError, match=f"{re.escape(name)} is set by kwflow itself"):
             settings_in(tmp_path, f'[kafka]\n"{name}" = "x"\n')
@@ -90,7 +90,7 @@ def test_names_in_kafka_that_are_kwflows_own_or_not_quoted_are_refused_and_no_va
 
 
 def test_a_password_comes_by_the_environment_beside_what_the_file_says_and_is_not_shown(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It took the place of all that the file said, security.protocol too: the client spoke plain text to a port of TLS, which says nothing."""
+    """It used to replace everything that the file set, including security.protocol. The client then spoke plain text to a TLS port, which reports nothing."""
     monkeypatch.setenv("KWFLOW_KAFKA", '{"sasl.password": "hunter2"}')
     config = settings_in(tmp_path, '[kafka]\n"security.protocol" = "SASL_SSL"\n"sasl.password" = "old"\n')
     assert config.kafka == {"security.protocol": "SASL_SSL", "sasl.password": "hunter2"}
@@ -115,7 +115,7 @@ def test_every_line_of_an_engine_that_logs_json_is_json_the_last_one_too(tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [["engine", "plain"], ["scheduler"]], ids=" ".join)
 def test_who_waits_for_its_broker_ends_when_it_is_asked_to(command: list[str], tmp_path: pathlib.Path) -> None:
-    """It went on for all of the time, and ended with 3: start me again."""
+    """It used to go on waiting for the whole time and then end with 3, "start me again"."""
     (tmp_path / "plain.py").write_text("def main(opts):\n    return 1\n    yield\n")
     (tmp_path / "kwflow.toml").write_text("[app]\nclient_connect_s = 0.2\nwait_for_broker_s = 3600\n")
     words = [sys.executable, "-m", "kwflow", *command, "--bootstrap-servers", NOBODY]

@@ -1,4 +1,4 @@
-"""A client whose engine is this test: replies and outcomes come when and in what order it says (M1, M4)."""
+"""A client whose engine is this test: replies and outcomes come when the test sends them, and in the order of the test (M1, M4)."""
 
 import pathlib
 import time
@@ -20,7 +20,7 @@ TIMEOUT_S = 1.0
 
 
 class Site:
-    """What a client has asked, and what it is told."""
+    """A client, what it has asked, and the answers that it gets."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.config = Config(command_timeout_s=TIMEOUT_S)
@@ -29,7 +29,7 @@ class Site:
         self.read = 0
 
     def asked(self) -> Record:
-        """Its next record."""
+        """Return the client's next record."""
         deadline = time.monotonic() + 20
         while not (found := self.engine.read(self.config.resume_topic, self.read, 1)):
             assert time.monotonic() < deadline
@@ -46,7 +46,7 @@ class Site:
         self.engine.append(self.config.result_topic or "", b"w", json_dumps(value), headers)
 
     def told(self) -> None:
-        """All that was written has reached the client."""
+        """Wait until everything that was written has reached the client."""
         ends = {topic: self.engine.end(topic) for topic in self.client._link._positions}  # type: ignore[attr-defined]
         deadline = time.monotonic() + 20
         while self.client._link._positions != ends:  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ def site(tmp_path: pathlib.Path) -> Iterator[Site]:
 
 
 def test_an_outcome_that_came_before_it_was_known_whose_it_is_reaches_its_caller(site: Site) -> None:
-    """M1.3: and that of another run does not."""
+    """M1.3: the outcome of another run does not."""
     future = site.client.result("w")
     query = site.asked()
     site.ends("another", 0)
@@ -87,7 +87,7 @@ def test_an_outcome_that_comes_once_it_is_known_whose_it_is_reaches_its_caller(s
 
 @pytest.mark.parametrize(("start_id", "value"), [(None, 3), ("first", 1), ("second", 2), ("never", None)])
 def test_an_outcome_that_only_its_topic_has_is_found_there(site: Site, start_id: str | None, value: int | None) -> None:
-    """The run that is asked for, or the last one."""
+    """It is the outcome of the requested run, or of the last one."""
     for number, name in enumerate(("first", "second", "third"), 1):
         site.ends(name, number)
     site.told()
@@ -101,7 +101,7 @@ def test_an_outcome_that_only_its_topic_has_is_found_there(site: Site, start_id:
 
 
 def test_a_caller_whose_command_was_answered_waits_for_as_long_as_it_takes(site: Site) -> None:
-    """The time-out of a command is for its reply alone."""
+    """The timeout of a command is for its reply alone."""
     waiting = site.client.start_and_wait("w", start_id="mine")
     limited = site.client.result("v", timeout=2 * TIMEOUT_S)
     site.reply(site.asked(), status="started")
@@ -137,7 +137,7 @@ def test_nothing_is_kept_of_a_command_that_nobody_answers(site: Site) -> None:
 
 
 def test_deadlines_of_callers_who_have_gone_are_not_kept(site: Site) -> None:
-    """A program that asks often has few open questions."""
+    """A program that asks often then has few open questions."""
     site.client.result("w", timeout=3_600).cancel()
     site.reply(site.asked(), status="not_found")
     deadline = time.monotonic() + 20
@@ -166,13 +166,13 @@ def test_replies_to_others_and_failing_subscribers_harm_nobody(site: Site) -> No
 
 
 def encrypted() -> bytes:
-    """By somebody with another key."""
+    """A value that somebody encrypted with another key."""
     value, _ = Encryption(Config(encryption_keys=["1" * 64])).encrypt("workflow-reply", b"{}")
     return value or b""
 
 
 def test_a_reply_that_cannot_be_decrypted_fails_who_waits_and_not_the_client(site: Site) -> None:
-    """Whoever may write to the topic could end a gateway with five bytes (decision 0060)."""
+    """Otherwise, anybody who may write to the topic could end a gateway with five bytes (decision 0060)."""
     for value in (encrypted(), b"\0KWE\1"):
         waiting = site.client.query("w")
         site.asked()
@@ -189,7 +189,7 @@ def ends_unread(site: Site, start_id: str) -> None:
 
 
 def test_an_outcome_that_cannot_be_decrypted_fails_who_waits_for_that_run(site: Site) -> None:
-    """Whether the run was known before it, or after."""
+    """Whether the run became known before the outcome came or after it."""
     for known_before in (True, False):
         future = site.client.result("w")
         query = site.asked()
@@ -205,7 +205,7 @@ def test_an_outcome_that_cannot_be_decrypted_fails_who_waits_for_that_run(site: 
 
 
 def test_what_others_encrypted_with_a_former_key_hides_no_outcome(site: Site) -> None:
-    """An earlier run of the id, and an author's own record in the topic: who waits for another one hears of that."""
+    """Here, the outcome of an earlier run of the id, and a record of the author in the topic. A caller who waits for the earlier run gets the error."""
     missed: list[bool] = []
     site.client.subscribe("w", lambda _: None, lambda: missed.append(True))
     future = site.client.result("w")
@@ -225,7 +225,7 @@ def test_what_others_encrypted_with_a_former_key_hides_no_outcome(site: Site) ->
 
 
 def test_whoever_waits_asks_again_after_a_gap(site: Site) -> None:
-    """Retention overtook the reader: an outcome may have been among what it missed."""
+    """Retention overtook the reader, so an outcome may be among the records that it missed."""
     future = site.client.result("w", start_id="mine")
     site.reply(site.asked(), value={"start_id": "mine"})
     site.told()
@@ -235,7 +235,7 @@ def test_whoever_waits_asks_again_after_a_gap(site: Site) -> None:
 
 
 def test_a_gap_before_a_start_was_answered_is_asked_about_once_it_is(site: Site) -> None:
-    """What asked at once might be read before the start, and be told that there is no such run."""
+    """A question asked at once might be read before the start, and be answered with "there is no such run"."""
     future = site.client.start_and_wait("w", start_id="mine")
     start = site.asked()
     site.client.on_gap()
@@ -252,7 +252,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 
 
 def test_what_fails_on_the_way_is_told_to_whoever_waits(site: Site) -> None:
-    """On a link's thread nobody else would see it."""
+    """On a link's thread nobody else would see the error."""
     future = site.client.start_and_wait("w", object())
     with pytest.raises(TypeError):
         future.result(20)
@@ -277,7 +277,7 @@ def test_the_first_reason_why_a_client_ended_is_the_one_that_it_tells(site: Site
 
 
 def test_a_time_to_live_that_rounds_to_nothing_is_the_shortest(site: Site) -> None:
-    """M3: without one a signal lives for ever."""
+    """M3: without a time to live, a signal lives forever."""
     site.client.signal("w", "s", ttl=0.0001)
     assert b'"ttl_ms":1' in (site.asked().value or b"").replace(b" ", b"")
 
@@ -294,7 +294,7 @@ def test_headers_of_an_answer_go_with_it_and_are_none_of_the_engines(site: Site)
 
 
 def test_what_cannot_be_sent_leaves_nothing_in_the_client(site: Site) -> None:
-    """A limit: a caller that gives what is no header, no JSON or no id goes on for ever, and so did what was kept of each."""
+    """A limit: a caller that passes invalid headers, no JSON or no id may do so forever, and what was kept of each call used to stay forever, too."""
     client, bad = site.client, {"a": 5}
     for call in (
         lambda: client.start("w", headers=bad), lambda: client.signal("w", "s", headers=bad), lambda: client.resume("w", "0:1", headers=bad), lambda: client.update("w", "u", headers=bad),  # type: ignore[dict-item,arg-type]

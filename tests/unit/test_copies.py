@@ -1,4 +1,4 @@
-"""Warm copies of what other engines own, and the end of copies that nobody needs (kafka.md §4, K8): real stores, the clock and the broker are the test's."""
+"""Warm copies of partitions that other engines own, and the end of copies that nobody needs (kafka.md §4, K8). The stores are real; the clock and the broker are the test's."""
 
 import pathlib
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from tests.spec.test_edges import Later
 
 
 class Message:
-    """One of the changelog, or an error of its reader."""
+    """A message of the changelog, or an error of its reader."""
 
     def __init__(self, partition: int, offset: int, key: bytes = b"", value: bytes | None = None, error: int | None = None) -> None:
         self.partition, self.offset, self.key, self.value = lambda: partition, lambda: offset, lambda: key, lambda: value
@@ -24,7 +24,7 @@ class Message:
 
 
 class Reader:
-    """A consumer that gives what it is told to."""
+    """A consumer that returns the messages it was given."""
 
     def __init__(self) -> None:
         self.assigned: dict[int, int] = {}
@@ -64,7 +64,7 @@ class Office:
 
 
 def test_copies_are_given_without_a_question_about_the_others_and_taken_a_few_at_a_time(tmp_path: pathlib.Path) -> None:
-    """K5: of a hundred, each that was given cost a question about each that was left; and all were opened in one turn."""
+    """K5: of a hundred copies, each one given away cost a query about each one that was left, and all of them were opened in one turn."""
     office, ends = Office(tmp_path, partitions=10), Message(9, 7, b"w", b"1")
     for followed in (3, 6, 9, 10, 10):
         office.turn(set())
@@ -86,7 +86,7 @@ def office(tmp_path: pathlib.Path) -> Office:
 
 
 def test_a_copy_whose_place_in_the_log_is_gone_begins_anew(office: Office) -> None:
-    """What was read before it in the same go is of no use either."""
+    """What was read for it before, in the same turn, is of no use either."""
     office.turn({0, 2}, Message(1, 8, b"w", b"old"))
     office.turn({0, 2}, Message(1, 9, b"v", b"older"), Message(1, 9, error=KafkaError._AUTO_OFFSET_RESET))
     assert 1 not in office.standby.stores
@@ -96,7 +96,7 @@ def test_a_copy_whose_place_in_the_log_is_gone_begins_anew(office: Office) -> No
 
 
 def test_a_warm_copy_has_not_come_past_what_it_has_no_key_for(office: Office) -> None:
-    """0060: whoever takes it over reads on from there, with a key or to an error; a later value that can be opened is as good."""
+    """0060: an engine that takes it over reads on from there, and has a key or ends with an error. A later value that can be decrypted is just as good."""
     lacking = b"\0KWE\1" + b"key " + bytes(44)
     office.turn({0, 2}, Message(1, 8, b"v", b"1"))
     office.turn({0, 2}, Message(1, 9, b"w", lacking), Message(1, 10, b"x", b"1"))
@@ -109,7 +109,7 @@ def test_a_warm_copy_has_not_come_past_what_it_has_no_key_for(office: Office) ->
 
 
 def test_copies_that_will_be_followed_are_not_deleted_before_they_are_opened(tmp_path: pathlib.Path) -> None:
-    """A few are opened in each turn; `state_cleanup_s = 0` deleted all others, so that an engine that was started again had none of its warm copies."""
+    """A few are opened in each turn. `state_cleanup_s = 0` used to delete all others, so that an engine that was started again had none of its warm copies."""
     office = Office(tmp_path, delay_s=0, partitions=10)
     for number in range(11):
         (tmp_path / str(number)).mkdir()
@@ -118,10 +118,10 @@ def test_copies_that_will_be_followed_are_not_deleted_before_they_are_opened(tmp
 
 
 def test_only_a_copy_that_nobody_has_needed_for_all_the_time_is_deleted(tmp_path: pathlib.Path) -> None:
-    """Neither one that runs, nor one that is warm, nor one that came back in between."""
+    """A copy is kept if its partition runs here, if it is warm, or if it was needed again in between."""
     office = Office(tmp_path, delay_s=600)
     office.turn({0})
-    (tmp_path / "7").mkdir()  # of a partition that is no more
+    (tmp_path / "7").mkdir()  # of a partition that no longer exists
     (tmp_path / "attempts").touch()
     for number in (0, 7):
         (tmp_path / str(number)).mkdir(exist_ok=True)

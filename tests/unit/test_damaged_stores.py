@@ -1,4 +1,4 @@
-"""A disk that has damaged what it was given: never taken for the end of a database, and made anew where a log can do that."""
+"""A disk that has damaged its data: the damage is never taken for the end of a database, and a store is rebuilt where a log makes that possible."""
 
 import gc
 import pathlib
@@ -24,7 +24,7 @@ def store(directory: pathlib.Path) -> PartitionStore:
 
 
 def damage(directory: pathlib.Path) -> None:
-    """The second half of each table but its index."""
+    """Damage the second half of each table, but not its index."""
     for table in directory.glob("*.sst"):
         data = bytearray(table.read_bytes())
         for position in range(len(data) // 2, len(data) * 8 // 10, 7):
@@ -44,7 +44,7 @@ def damaged(tmp_path: pathlib.Path) -> PartitionStore:
 
 
 def told(read: Callable[[PartitionStore], object], store: PartitionStore) -> tuple[str, bool]:
-    """The error alone: what it was raised in holds the database open."""
+    """Return the error's text alone, because its traceback would hold the database open."""
     try:
         return f"it read {read(store)!r:.80}", False
     except TransportError as error:
@@ -65,7 +65,7 @@ def middle(store: PartitionStore) -> object:
 
 @pytest.mark.parametrize("read", [last, whole, middle])
 def test_a_damaged_copy_is_told_of_and_not_taken_for_its_end_and_the_next_start_makes_it_anew(damaged: PartitionStore, read: Callable[[PartitionStore], object]) -> None:
-    """K8: one damaged store is wiped alone.  Retryable: exit code 3, start me again."""
+    """K8: one damaged store is wiped alone. The error is retryable: exit code 3, "start me again"."""
     assert damaged.offset == 7
     said, retryable = told(read, damaged)
     assert "partition cannot be used any more: Corruption" in said and said.endswith("; it is made anew at the next start") and retryable
@@ -79,7 +79,7 @@ def test_a_damaged_copy_is_told_of_and_not_taken_for_its_end_and_the_next_start_
 
 @pytest.mark.parametrize(("lacking", "room", "said"), [(resource.RLIMIT_NOFILE, 3, "raise their limit (ulimit -n)"), (resource.RLIMIT_FSIZE, 0, "File too large")])
 def test_a_copy_that_cannot_be_opened_for_want_of_files_or_room_is_kept(tmp_path: pathlib.Path, lacking: int, room: int, said: str) -> None:
-    """K8: it is not damaged, and a full disk would not take it again."""
+    """K8: it is not damaged, and a full disk could not hold a restored one."""
     filled = store(tmp_path / "partition")
     filled.settle({b"a": b"b"}, 7)
     filled.close()
@@ -103,7 +103,7 @@ def test_what_is_whole_is_read_to_its_end(tmp_path: pathlib.Path) -> None:
 
 
 def test_an_embedded_database_that_is_damaged_is_told_of_too(tmp_path: pathlib.Path) -> None:
-    """It is the only copy: it is not made anew."""
+    """It is the only copy, so it is not rebuilt."""
     db = rocks.opened(tmp_path / "state", 1 << 24)
     for number in range(COUNT):
         db[b"Slog\0%05d" % number] = bytes([number % 251]) * 300
@@ -116,7 +116,7 @@ def test_an_embedded_database_that_is_damaged_is_told_of_too(tmp_path: pathlib.P
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_copy_that_was_moved_or_replaced_is_not_written_any_more_and_nothing_is_put_where_it_was(tmp_path: pathlib.Path, replaced: bool) -> None:
-    """K8, K19: RocksDB makes files by name, when it is closed, too: among those of whoever has begun there meanwhile.  Its counts of deaths are left alone as well."""
+    """K8, K19: RocksDB creates files by name, also when it is closed. They would land among those of a successor that has begun there. Its counts of deaths are left alone, too."""
     directory, other = tmp_path / "engine" / "partition", tmp_path / "other" / "partition"
     another, _ = store(private(other.parent) / other.name), Attempts(other.parent)
     another.settle({b"a": b"another"}, 1)

@@ -1,4 +1,4 @@
-"""The executor of activities, with real threads and a real event loop: whatever an activity does, it ends as a record and the next one runs."""
+"""The executor of activities, with real threads and a real event loop: whatever an activity does, it ends as a record, and the next one runs."""
 
 import asyncio
 import gc
@@ -27,7 +27,7 @@ _names = itertools.count()
 
 
 class Engine:
-    """What surrounds a dispatcher: a store, commits, and a log of answers."""
+    """The surroundings of a dispatcher: a store, commits, and a log of answers."""
 
     def __init__(self, concurrency: int = 4, limit_s: float = 600.0) -> None:
         self.store = MemoryStore()
@@ -80,16 +80,16 @@ def make(function: Any, **options: Any) -> Any:
 
 
 def test_what_the_log_takes_neither_as_a_result_nor_as_a_failure_is_told_of(engine: Engine) -> None:
-    """G3, M6.3: where an engine may not write to its own input; its workflow waited, and nobody heard why."""
+    """G3, M6.3: this happens where an engine may not write to its own input. The workflow used to wait, and nobody was told why."""
     engine.refuse = lambda _: "not authorized"
     engine.start(make(lambda: 1))
     engine.until(lambda: engine.dispatcher.busy == 0)
-    [line] = engine.lines  # and nothing of an attempt that failed, as it is begun again
+    [line] = engine.lines  # nothing is reported of a failed attempt, because it is begun again
     assert line.startswith("the log takes nothing of activity dispatch-") and "not authorized; its workflow waits" in line
 
 
 def test_a_call_that_no_thread_can_be_made_for_is_run_by_the_next_that_is_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """M6.3: a limit of processes ended the thread that hears of deliveries, and all calls waited for ever."""
+    """M6.3: a limit on the number of processes used to end the thread that receives delivery reports, and all calls waited forever."""
     gate = threading.Event()
     engine.start(make(lambda: gate.wait()), id="first", ref="0:1")
 
@@ -130,7 +130,7 @@ def rows(log, more):
 
 
 def test_what_an_activity_drops_is_cleaned_up_and_what_a_collection_finds_meanwhile_is_a_workflows_and_is_not(engine: Engine) -> None:
-    """G8 is for workflows: an engine skips the cleanup of generators that it forgets, and cyclic collections run on any thread."""
+    """G8 is about workflows: an engine skips the cleanup of generators that it forgets, and cyclic collections run on any thread."""
     rows = durable.load_source("helpers_of_activities", HELPERS).rows
     log: list[str] = []
 
@@ -242,7 +242,7 @@ async def _refused_async(n):
 
 @pytest.mark.parametrize("function", [_refused, _refused_async])
 def test_a_failed_attempt_is_logged_once_with_the_authors_traceback_and_what_comes_then(engine: Engine, function: Any) -> None:
-    """M6.5: a warning while it is tried again, an error for the last one; machines get the traceback as a field of its own."""
+    """M6.5: a warning while it is going to be tried again, an error for the last attempt. Log lines for machines have the traceback in a field of its own."""
     activity = make(function, retry=kw.Retry(max_attempts=2, first=3, jitter=0))
     for attempt in (1, 2):
         engine.commit(Dispatch(f"w{attempt}", "0:1", activity.name, attempt, "0:1", b'{"n":1}'))
@@ -283,7 +283,7 @@ def _large_one(n):
 
 
 def _no_text(n):
-    raise FileNotFoundError("caf\udce9.txt")  # the name of a file, as Python reads one that is not UTF-8
+    raise FileNotFoundError("caf\udce9.txt")  # a file name that is not UTF-8, as Python reads it
 
 
 def _final(n):
@@ -292,7 +292,7 @@ def _final(n):
 
 @pytest.mark.parametrize(("function", "level"), [(_recurses, "warning"), (_hides, "warning"), (_long, "warning"), (_no_text, "warning"), (_final, "error"), (_large_one, "error")])
 def test_whatever_an_attempt_raises_its_line_is_one_of_a_bounded_size(engine: Engine, function: Any, level: str) -> None:
-    """An error that hides, or is large, or recurses; one that is not tried again is the last."""
+    """An error whose notes raise, or that is large, or that recurses. An error that is not tried again is logged as the last one."""
     engine.start(make(function), 1)
     engine.answer()
     [line] = engine.lines
@@ -300,7 +300,7 @@ def test_whatever_an_attempt_raises_its_line_is_one_of_a_bounded_size(engine: En
 
 
 def test_a_log_that_cannot_be_written_keeps_no_workflow_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """M6.3: print raises where a pipe is closed, or where its encoding has no such character."""
+    """M6.3: print raises where a pipe is closed, or where the output's encoding lacks a character."""
 
     def broken(line: str) -> None:
         raise BrokenPipeError
@@ -317,7 +317,7 @@ def test_a_log_that_cannot_be_written_keeps_no_workflow_waiting(monkeypatch: pyt
 
 
 def test_an_outcome_is_no_failure_and_nothing_that_nobody_waits_for_is_logged(engine: Engine) -> None:
-    """M6.5: a BusinessError is logged as little as a result; what was cancelled has failed nobody."""
+    """M6.5: a BusinessError is not logged, just as a result is not. A call that was cancelled has failed nobody."""
     begun = threading.Event()
 
     def declined():
@@ -348,7 +348,7 @@ def test_a_task_that_an_activity_left_behind_does_not_end_the_event_loop(engine:
 
 
 def test_an_activity_over_the_limit_is_answered_for_and_told(engine: Engine) -> None:
-    """One that hangs ends as a clear error at the yield."""
+    """An activity that hangs ends as a clear error at the yield."""
     engine.dispatcher.close()
     engine = Engine(limit_s=0.05)
     engine.dispatcher.own(0, engine.store)
@@ -369,7 +369,7 @@ def test_an_activity_over_the_limit_is_answered_for_and_told(engine: Engine) -> 
         assert "had no result within 0.05 s (activity_limit_s: raise it, which a longer request_timeout of rest.call needs, or set @kw.activity(timeout=...)" in error["message"]
     assert told.wait(10)
     assert [line.partition(" failed, tried again in ")[2].split(": ")[1] for line in engine.lines] == ["ActivityError"] * 2
-    assert ", in wait (" in engine.lines[0]  # where it hung
+    assert ", in wait (" in engine.lines[0]  # the place where it hung
     engine.until(lambda: engine.dispatcher.busy == 0)
     engine.dispatcher.close()
 
@@ -439,7 +439,7 @@ def test_withdrawn_calls_are_not_begun_and_running_ones_are_told(engine: Engine)
 
 
 def test_a_call_that_is_made_again_while_the_cancelled_one_goes_on_is_begun_and_answered(engine: Engine) -> None:
-    """M6.4: a fork that takes over the id of one that was terminated calls under the same ref."""
+    """M6.4: a fork that takes over the id of a terminated instance makes calls under the same ref."""
     gate, began = threading.Event(), threading.Event()
     begun = itertools.count()
 
@@ -504,7 +504,7 @@ def test_ten_thousand_waiting_calls_stay_in_the_store_and_run_in_order_at_most_s
 
 
 def test_calls_of_records_that_were_held_wait_in_the_store_too_each_runs_once_and_one_that_was_withdrawn_never() -> None:
-    """M6.2, K17: `dead-letters retry --all` after an outage; their refs are older than what was handed out meanwhile, and all of them were put into memory."""
+    """M6.2, K17: this is `dead-letters retry --all` after an outage. Their refs are older than those handed out meanwhile, and all of them used to be loaded into memory."""
     engine, gate, ran = Engine(concurrency=4), threading.Event(), []
     activity = make(lambda n: (gate.wait(), ran.append(n)) and None)
     engine.dispatcher.own(0, engine.store)
@@ -540,7 +540,7 @@ def test_a_new_owner_begins_what_lies_in_the_store_and_a_former_one_begins_nothi
 
 
 def test_what_runs_may_end_within_the_grace_period(engine: Engine) -> None:
-    """M6.5: a partition that goes waits for no activity of another."""
+    """M6.5: a partition that leaves does not wait for an activity of another partition."""
     began, gate, begun = threading.Event(), threading.Event(), time.monotonic()
 
     def slow():
@@ -559,7 +559,7 @@ def test_what_runs_may_end_within_the_grace_period(engine: Engine) -> None:
 
 
 def test_a_dispatcher_that_was_closed_waits_for_nothing_more(engine: Engine) -> None:
-    """The partitions are revoked after it was closed: whoever ends waited twice for an activity that does not end."""
+    """The partitions are revoked after the dispatcher was closed. A process that ended used to wait twice for an activity that does not end."""
     release = threading.Event()
     engine.start(make(lambda: release.wait(30)))
     engine.dispatcher.close(0)
@@ -580,7 +580,7 @@ def test_a_call_of_an_activity_that_is_not_here_waits_in_the_store_and_is_said_o
 
 
 def test_a_result_that_the_log_refuses_is_answered_with_the_reason(engine: Engine) -> None:
-    """K11: the broker may take less than we do."""
+    """K11: the broker may accept less than kwflow does."""
     engine.refuse = lambda value: "message too large" if b"value" in value else None
     engine.start(make(lambda: "result"))
     error = engine.answer()["error"]
@@ -593,7 +593,7 @@ def test_a_result_that_the_log_refuses_is_answered_with_the_reason(engine: Engin
 
 @pytest.mark.parametrize("ends_late", [False, True])
 def test_a_worker_ends_a_call_at_its_own_timeout_and_an_engine_leaves_that_to_the_workflows_timer(ends_late: bool) -> None:
-    """M6.6: what takes the call back may lie behind more than a worker reads ahead."""
+    """M6.6: the record that withdraws the call may be further behind than a worker reads ahead."""
     engine, ended = Engine(), threading.Event()
     engine.dispatcher = Dispatcher(engine.deliver, engine.lines.append, limit_s=0.01, ends_late=ends_late)
     engine.dispatcher.own(0, engine.store)
@@ -626,7 +626,7 @@ def test_context_variables_of_one_call_are_not_seen_by_the_next(engine: Engine) 
 
 
 def test_large_arguments_do_not_fill_the_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept ready is bounded in bytes, too; the rest waits in the store."""
+    """The calls that are kept ready are also bounded in bytes. The rest waits in the store."""
     monkeypatch.setattr(backlog, "_BYTES_MAX", 1000)
     gate = threading.Event()
     activity = make(lambda text: gate.wait() and len(text))
@@ -655,7 +655,7 @@ def test_a_partition_with_a_long_queue_does_not_keep_another_from_beginning() ->
 
 
 def test_a_process_begins_so_many_calls_a_second_and_as_many_at_once_after_a_rest() -> None:
-    """activity_rate: a batch is one; the rest waits, and what is cancelled meanwhile is never begun."""
+    """activity_rate: a batch counts as one call. The rest waits, and calls that are cancelled meanwhile are never begun."""
     now, begun = [100.0], list[int]()
 
     class Clock(threads.Threads):
@@ -689,5 +689,5 @@ def test_a_process_begins_so_many_calls_a_second_and_as_many_at_once_after_a_res
     now[0] += 60
     made.turn()
     until(8)
-    assert [sorted(begun[:2]), begun[2:4], sorted(begun[4:6]), sorted(begun[6:])] == [[0, 1], [2, 3], [6, 7], [8, 9]]  # two at once: on two threads
+    assert [sorted(begun[:2]), begun[2:4], sorted(begun[4:6]), sorted(begun[6:])] == [[0, 1], [2, 3], [6, 7], [8, 9]]  # two at once, on two threads
     made.close()

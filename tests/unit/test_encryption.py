@@ -1,4 +1,4 @@
-"""Values as they lie on a broker (decision 0060): encrypted, opened, and what is said of what cannot be opened."""
+"""Values as they are stored on a broker (decision 0060): how they are encrypted and decrypted, and what is reported of values that cannot be decrypted."""
 
 import hashlib
 import hmac
@@ -59,7 +59,7 @@ def test_what_was_encrypted_is_opened_by_whoever_has_the_key(value: bytes) -> No
 
 
 def test_the_bytes_are_those_that_wire_md_says() -> None:
-    """Read here by its words alone: a reader in another language does the same."""
+    """Decrypted here only by what the document says, as a reader in another language would do it."""
     encrypted = encrypted_by(made(ONE), RESUME, b'{"ref":"r"}')
     magic, id, salt, nonce, text = encrypted[:5], encrypted[5:9], encrypted[9:25], encrypted[25:37], encrypted[37:]
     assert (magic, id) == (b"\0KWE\x01", hashlib.sha256(b"kwflow encryption key\0" + ONE.encode()).digest()[:4])
@@ -70,7 +70,7 @@ def test_the_bytes_are_those_that_wire_md_says() -> None:
 
 
 def test_nothing_is_encrypted_without_a_key_and_plain_values_are_read_with_one() -> None:
-    """Programs without the key may start workflows; what lay there before there were keys goes on."""
+    """Programs without the key may start workflows, and values from before there were keys remain readable."""
     assert made().encrypt(CHANGELOG, b"x", (("a", b"b"),)) == (b"x", [("a", b"b")])
     assert made(ONE).decrypt(b"KWF1...") == b"KWF1..."
     assert made(ONE).decrypt(None) is None and made(ONE).encrypt(RESUME, None) == (None, [])
@@ -105,7 +105,7 @@ def test_each_value_has_its_own_nonce_and_a_salt_ends(monkeypatch: pytest.Monkey
 
 
 def test_a_salt_ends_too_where_two_threads_take_the_last_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both have seen that one is left, and take it; no salt may be without an end then."""
+    """Both threads have seen that one value is left, and take it. Even then, no salt may be used without end."""
     monkeypatch.setattr(encryption, "_VALUES_MAX", 10)
     one = made(ONE)
     first = encrypted_by(one, RESUME, b"same")
@@ -114,7 +114,7 @@ def test_a_salt_ends_too_where_two_threads_take_the_last_of_it(monkeypatch: pyte
 
 
 def test_a_value_whose_key_is_missing_is_told_from_one_that_is_damaged() -> None:
-    """The first needs an operator, and ends who reads it as state; the second parks one instance."""
+    """A missing key needs an operator, and ends the process that reads the value as state. A damaged value parks one instance."""
     encrypted = encrypted_by(made(ONE), CHANGELOG, b"x")
     for reader in (made(), made(TWO)):
         assert reader.decrypt(encrypted) == encrypted and reader.lacks_key(encrypted)
@@ -122,14 +122,14 @@ def test_a_value_whose_key_is_missing_is_told_from_one_that_is_damaged() -> None
     assert made(ONE).decrypt(damaged) == damaged and not made(ONE).lacks_key(damaged)
     empty = encrypted_by(made(ONE), CHANGELOG, b"")
     assert made(TWO).lacks_key(empty) and made(ONE).decrypt(empty) == b""
-    for short in (b"\0KWE\1", empty[:-1]):  # nothing that anybody encrypted: no worker ends for it
+    for short in (b"\0KWE\1", empty[:-1]):  # nobody has encrypted these, so no worker ends because of them
         assert made(TWO).decrypt(short) == short and not made(TWO).lacks_key(short)
     name = encryption.key_id(ONE.encode()).hex()
     assert f"topic {CHANGELOG}: the value is encrypted with key {name}, which is not in encryption_keys" in str(missing_key(CHANGELOG, encrypted))
 
 
 def test_of_an_entry_whose_key_is_missing_no_more_is_kept_than_tells_which() -> None:
-    """A changelog that was encrypted anew has each of its entries twice, and all of the first ones are unread at once."""
+    """A changelog that was re-encrypted has each of its entries twice, and at first all of the first ones are unread at once."""
     value, unread = encrypted_by(made(ONE), CHANGELOG, bytes(10_000)), Unread(made(TWO))
     assert unread.passes(b"w", value) and unread and list(unread._names.values()) == [value[:9]]
     with pytest.raises(TransportError, match=rf"topic {CHANGELOG}: the value is encrypted with key {value[5:9].hex()}"):
@@ -139,7 +139,7 @@ def test_of_an_entry_whose_key_is_missing_no_more_is_kept_than_tells_which() -> 
 
 
 def test_a_record_that_cannot_be_opened_is_a_dead_letter_that_can_be_retried() -> None:
-    """Nobody can end an engine with five bytes; with the key, the letter as it is means what it meant."""
+    """Nobody can end an engine with five bytes. Once the key is there, the letter, unchanged, means what it meant."""
     other = made(ONE)
     mine = b"\0KWE\1" + encryption.key_id(TWO.encode())
     for theirs in (encrypted_by(other, RESUME, b"new:1"), encrypted_by(other, RESUME, b"null"), b"\0KWE\1", mine, mine + bytes(44)):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("faust") is None, reaso
 
 
 def test_what_a_rebalance_restores_late_is_found_and_activities_begin_after_it() -> None:
-    """K17, M6.5: its timer runs while the table is being restored."""
+    """K17, M6.5: the agent's timer runs while the table is being restored."""
     import faust
 
     from kwflow.runners.faust import Agent
@@ -40,7 +40,7 @@ def test_what_a_rebalance_restores_late_is_found_and_activities_begin_after_it()
 
 
 def test_a_result_that_the_broker_does_not_take_now_is_sent_again_and_one_it_never_takes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """M6.3: after a long outage a workflow got the error of a result that is too large."""
+    """M6.3: after a long outage, a workflow used to get the error for a result that is too large."""
     import faust
     from aiokafka.errors import KafkaTimeoutError, MessageSizeTooLargeError
     from faust.exceptions import ProducerSendError

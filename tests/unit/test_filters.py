@@ -1,4 +1,4 @@
-"""Which instances a filter of `kwflow list` takes: by a row, and by the bytes of a snapshot that is not decoded."""
+"""Which instances a filter of `kwflow list` matches: by a row, and by the bytes of a snapshot that is not decoded."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def test_a_filter_takes_what_it_says() -> None:
 @settings(max_examples=300)
 @given(value=told, other=st.tuples(texts, told), id=texts, workflow=texts, parked=st.sampled_from(["", "paused", "unsavable"]), cut=st.integers(0, 3))
 def test_what_is_passed_over_by_its_bytes_is_what_a_filter_does_not_take(value: Any, other: tuple[str, Any], id: str, workflow: str, parked: str, cut: int) -> None:
-    """Most of a million instances are never decoded; none that is asked for is among them."""
+    """Of a million instances most are never decoded, and none that matches is among those."""
     header = {"v": 1, "id": id, "workflow": workflow, "status": "parked" if parked else "waiting", "updated": 5, "waits": [], "status_value": value}
     stored = snapshot.copy(b"body", header | ({"parked": {"reason": parked, "message": "Ada", "offset": 1}} if parked else {}))
     stored, key = (stored[:-cut] if cut else stored), id.encode()

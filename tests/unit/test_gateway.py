@@ -1,4 +1,4 @@
-"""Errors as HTTP, and requests that are wrong in themselves: no engine runs."""
+"""Errors as HTTP, and requests that are wrong in themselves. No engine runs."""
 
 import ast
 import asyncio
@@ -24,7 +24,7 @@ from tests.described import check
 
 ROOT = pathlib.Path(__file__).parents[2]
 DONE = {"ok", "delivered", "started", "duplicate"}
-OF_OTHERS = {"bad_delay", "bad_job"}  # of timers and of workers, whose records come from engines
+OF_OTHERS = {"bad_delay", "bad_job"}  # reasons of timers and workers, whose records come from engines
 BODY_MAX = 100
 
 
@@ -50,7 +50,7 @@ def test_each_error_is_one_status(error: Exception, http: int, code: str) -> Non
 
 
 def test_what_an_error_knows_is_in_the_body() -> None:
-    """RFC 9457: members of its own."""
+    """RFC 9457: as extension members."""
     unknown = problem_of(OutcomeUnknown("no reply", "id")).body
     assert unknown.command_id == "id"
     ended = problem_of(OutcomeError("error", {"code": 7}, "w", "s")).body
@@ -58,7 +58,7 @@ def test_what_an_error_knows_is_in_the_body() -> None:
 
 
 def replied() -> Iterator[str]:
-    """Every word with which the code answers a record: reasons of dead letters, and statuses of replies."""
+    """Every word with which the code answers a record: the reasons of dead letters and the statuses of replies."""
     for path in [*(ROOT / "kwflow/core").glob("*.py"), *(ROOT / "kwflow/runners").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
@@ -71,7 +71,7 @@ def replied() -> Iterator[str]:
 
 
 def test_the_table_knows_every_word_with_which_an_engine_answers() -> None:
-    """A new reason gets its row: otherwise it would be 409 without a remedy."""
+    """A new reason needs a row. Without one, it would be a 409 without a remedy."""
     words = set(replied())
     assert len(words) > 15 and {"bad_input", "held", "full", "too_large", "rejected", "wrong_partition"} <= words
     assert words - DONE - OF_OTHERS - KINDS.keys() == set()
@@ -95,7 +95,7 @@ def test_every_word_of_the_gateway_itself_is_in_the_table() -> None:
 # -- calls that are lent -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("over", [0, 1])
 def test_the_answer_of_a_call_carries_its_headers_if_there_is_room_for_the_clients_own(over: int) -> None:
-    """Semantics §9.3: a record over header_bytes_max would be a dead letter, and its call never answered."""
+    """Semantics §9.3: a record over header_bytes_max would become a dead letter, and its call would never be answered."""
     headers = (("x", b"x" * (3_999 + over)),)
     assert travelling(headers, 5_000) == (() if over else headers)
 
@@ -171,7 +171,7 @@ def test_a_request_that_is_wrong_is_told_what_where_and_the_remedy_and_sends_not
 
 
 def test_a_body_is_refused_while_it_is_read(ask: Asking) -> None:
-    """The limit holds for what comes in chunks, without a length: nobody reads it to its end."""
+    """The limit also holds for a body that comes in chunks, without a length: it is not read to its end."""
     read = []
 
     async def chunks() -> Any:
@@ -185,7 +185,7 @@ def test_a_body_is_refused_while_it_is_read(ask: Asking) -> None:
 
 @pytest.mark.parametrize("charset", ["idna", "punycode", "unicode_escape", "Raw-Unicode-Escape", "klingon"])
 def test_a_callback_in_what_is_no_charset_is_refused_unread(ask: Asking, charset: str) -> None:
-    """A megabyte of punycode takes minutes, in which nobody else is served; anybody may send it."""
+    """Anybody may send a megabyte of punycode. Decoding it takes minutes, in which nobody else is served."""
     answer = ask("POST", "/callbacks/w/callback-1", content=b"a-b", headers={"Content-Type": f"text/plain; charset={charset}"})
     assert (answer.status_code, answer.json()["detail"]) == (400, f"the body is neither JSON nor text in {charset.lower()}")
 
@@ -196,7 +196,7 @@ def test_two_keys_that_differ_are_refused(ask: Asking) -> None:
 
 
 def test_no_reply_is_504_with_the_id_under_which_to_repeat_it(ask: Asking) -> None:
-    """M1.4: it may be done, or be done later."""
+    """M1.4: it may have been done, or may be done later."""
     for path, key in (("/workflows/w", "start_id"), ("/workflows/w/signals/s", "command_id"), ("/workflows/w?wait=0", "start_id"), ("/workflows/w?wait=9", "start_id")):
         answer = ask("POST", path, headers={"Idempotency-Key": "mine"})
         assert (answer.status_code, answer.json()["code"], answer.json()["command_id"]) == (504, "outcome_unknown", "mine"), key
@@ -208,7 +208,7 @@ def test_every_method_of_a_path_is_in_allow(ask: Asking) -> None:
 
 
 def test_requests_are_counted_by_their_path_in_general(ask: Asking) -> None:
-    """Ids, and methods that somebody makes up, are no labels: metrics would grow with every one."""
+    """Ids, and methods that a client makes up, are not used as labels: metrics would grow with each of them."""
     for method, path in (("GET", "/nothing"), ("BREW", "/workflows/w"), ("PUT", "/workflows/v")):
         ask(method, path)
     counted = sorted(re.findall(r"kwflow_gateway_requests_total\{(.*?)\} 1.0", ask("GET", "/metrics").text))

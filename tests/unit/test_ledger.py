@@ -1,4 +1,4 @@
-"""Which records of a partition are done, in whatever order, and what a group's note remembers of it."""
+"""Which records of a partition are done, in whatever order, and what a group's note remembers of that."""
 
 import random
 
@@ -12,7 +12,7 @@ from kwflow.runners.kafka.ledger import Ledger
 def test_the_position_stays_before_the_first_record_that_is_open() -> None:
     ledger = Ledger(10)
     assert ledger.position == 10
-    assert all(ledger.take(offset) for offset in (10, 11, 13))  # 12 is the mark of a transaction
+    assert all(ledger.take(offset) for offset in (10, 11, 13))  # 12 is a transaction marker
     assert ledger.position == 10
     ledger.finish(11)
     assert ledger.position == 10
@@ -23,7 +23,7 @@ def test_the_position_stays_before_the_first_record_that_is_open() -> None:
 
 
 def test_marks_of_transactions_at_the_end_are_passed_when_it_is_reached() -> None:
-    """K18: retention deletes them, and a position before them would look as if calls had been lost."""
+    """K18: retention deletes the markers, and a position before them would look as if calls had been lost."""
     ledger = Ledger(10)
     ledger.take(10)
     ledger.pass_marks(12)
@@ -37,7 +37,7 @@ def test_marks_of_transactions_at_the_end_are_passed_when_it_is_reached() -> Non
 
 
 def test_what_is_done_behind_the_position_is_known_to_the_next_owner() -> None:
-    """A call that takes an hour: all that were answered behind it would be done again after a crash."""
+    """While one call takes an hour, others behind it are answered. Without the note, all of those would be done again after a crash."""
     ledger = Ledger(0)
     for offset in range(100):
         ledger.take(offset)
@@ -64,13 +64,13 @@ def test_a_note_is_kept_for_the_owner_after_the_next_who_has_not_read_so_far() -
 
 @pytest.mark.parametrize("note", ["", "x", "kwflow1 z 1 ", "kwflow2 5 1 ", "kwflow1 5", "kwflow1 5 1", "kwflow1 5 1,,x ", "kwflow1 5 ! ", "a b c d", "\x00", "kwflow1   "])
 def test_a_note_that_is_not_ours_says_nothing(note: str) -> None:
-    """Total: an operator, or another tool, may have written it."""
+    """This holds for any text: an operator, or another tool, may have written the note."""
     ledger = Ledger(5, note)
     assert all(ledger.take(offset) for offset in range(5, 20))
 
 
 def test_a_note_that_would_be_too_long_tells_of_the_first_records() -> None:
-    """offset.metadata.max.bytes is 4,096 by default; a longer one would be refused with the position."""
+    """offset.metadata.max.bytes is 4,096 by default. A longer note would be refused, and the position with it."""
     ledger = Ledger(10**12)
     for n in range(20_000):
         ledger.take(10**12 + n)
@@ -85,7 +85,7 @@ def test_a_note_that_would_be_too_long_tells_of_the_first_records() -> None:
 
 
 def test_who_finds_a_note_that_was_not_given_back_knows_that_its_writer_died_and_what_it_ran() -> None:
-    """K19: marks are made only where it matters, so without one nothing is suspected."""
+    """K19: marks are made only where it matters, so without a mark nothing is suspected."""
     first = Ledger(0)
     assert not first.died
     for offset in (0, 1, 2):
@@ -95,7 +95,7 @@ def test_who_finds_a_note_that_was_not_given_back_knows_that_its_writer_died_and
     for offset in (0, 1, 2):
         second.take(offset)
     second.suspect(1)
-    second.suspect(7)  # it is not open
+    second.suspect(7)  # ignored: it is not open
     third = Ledger(0, second.note())
     assert third.died and [offset for offset in range(9) if third.suspected(offset)] == [1]
     for offset in (0, 1, 2):
@@ -108,7 +108,7 @@ def test_who_finds_a_note_that_was_not_given_back_knows_that_its_writer_died_and
 
 @given(st.integers(0, 2**31))
 def test_nothing_open_is_lost_and_nothing_noted_is_done_again_whatever_happens(seed: int) -> None:
-    """Owners that come and go at any moment, with gaps in the offsets."""
+    """Owners come and go at any moment, and the offsets have gaps."""
     chance = random.Random(seed)
     offsets = sorted(chance.sample(range(200), 60))
     done: set[int] = set()
@@ -136,7 +136,7 @@ def _todo(position: int, note: str, offsets: list[int]) -> list[int]:
 
 
 def test_a_record_before_what_was_read_is_of_another_log() -> None:
-    """A topic that was deleted and made again begins at 0; what is known of its offsets would pass over calls."""
+    """A topic that was deleted and created again begins at 0. What is known of its former offsets would skip calls."""
     ledger = Ledger(20, "kwflow1 5 0,3 +")
     assert ledger.behind(0) and ledger.behind(19) and not ledger.behind(20)
     ledger.take(20)

@@ -1,4 +1,4 @@
-"""Calls that are lent to workers which come and fetch them (spec ET-3..ET-21, on a clock of the test's own)."""
+"""Calls that are lent to workers which fetch them (spec ET-3..ET-21), on a clock of the test's own."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def case() -> Case:
 
 
 def test_calls_are_fetched_oldest_first_and_each_by_one_worker(case: Case) -> None:
-    """ET-3, ET-4, ET-6, ET-7: nor by the same one again."""
+    """ET-3, ET-4, ET-6, ET-7: nor does the same worker get it again."""
     case.add("a", "b", "c")
     assert case.fetch(2) == ["a", "b"]
     assert case.fetch(worker="another") == ["c"]
@@ -47,7 +47,7 @@ def test_calls_are_fetched_oldest_first_and_each_by_one_worker(case: Case) -> No
 
 
 def test_the_headers_of_a_call_are_known_until_it_is_done(case: Case) -> None:
-    """Semantics §9.3: whoever answers it carries them on."""
+    """Semantics §9.3: the answer carries them on."""
     case.lent.committed(0, [Dispatch("a", "1:1", "a", 1, "1:1", b"{}", (("tenant", b"north"),))])
     assert case.lent.headers("a", "1:1") == (("tenant", b"north"),) and case.lent.headers("b", "1:1") == ()
     case.lent.done("a", "1:1")
@@ -67,7 +67,7 @@ def test_a_lock_that_is_over_is_somebody_elses_to_take_and_its_worker_may_answer
 
 
 def test_a_lock_is_extended_from_now_on_by_who_has_it_and_not_when_it_is_over(case: Case) -> None:
-    """ET-18: not additive."""
+    """ET-18: the extension is not added to the time that is left."""
     case.add("a")
     case.fetch()
     case.pass_s(9)
@@ -113,7 +113,7 @@ def test_a_partition_that_leaves_takes_its_calls_along_and_what_comes_late_of_it
 
 
 def test_who_waits_is_told_when_there_is_something(case: Case) -> None:
-    """ET-23: created, released, or a lock that is over."""
+    """ET-23: when a call is created or released, and when a lock expires."""
     first = case.lent.arrival()
     assert not first.done()
     case.add("a")

@@ -72,7 +72,7 @@ def test_care_ends_behind_all_that_the_dead_worker_may_have_read() -> None:
 
 
 def test_care_does_not_end_before_all_was_read_that_the_dead_worker_may_have_run() -> None:
-    """K19: the first ones were taken back, or failed, and the one that kills was read after that: it killed a worker each time, for ever."""
+    """K19: the first ones were taken back, or failed, and the one that kills was read after that. It used to kill a worker each time, forever."""
     careful = OpenCalls("q", 0, 0, "kwflow1 2 0!,1! +", 4)
     for n in range(2):
         assert careful.ledger.take(n) and not careful.open(call(n), n)
@@ -100,7 +100,7 @@ def test_a_call_that_came_after_a_death_is_not_blamed_for_it() -> None:
 
 
 def test_calls_of_activities_that_are_not_known_here_keep_no_other_waiting() -> None:
-    """G3: nor after a death, when only a few begin at a time; who owns the partition next may know them."""
+    """G3: not even after a death, when only a few begin at a time. The next owner of the partition may know them."""
     careful = OpenCalls("q", 0, 0, Ledger(0).note(), 40)
     for n in range(40):
         assert careful.ledger.take(n) and careful.open(call(n), n, known=n >= 20)
@@ -110,7 +110,7 @@ def test_calls_of_activities_that_are_not_known_here_keep_no_other_waiting() -> 
 
 
 def test_a_call_that_was_handed_out_twice_begins_once_and_both_records_are_done_with_its_answer() -> None:
-    """An engine that is at-least-once (Faust) writes it again after a crash."""
+    """An at-least-once engine (Faust) writes the call again after a crash."""
     twice = OpenCalls("q", 0, 5, "", 7)
     for offset in (5, 6):
         assert twice.ledger.take(offset) and twice.open(call(1), offset)

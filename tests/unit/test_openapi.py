@@ -1,4 +1,4 @@
-"""docs/openapi.json is what a gateway tells of itself (KWFLOW_REWRITE=1 writes it anew), and what it tells is so."""
+"""docs/openapi.json is what a gateway reports of itself (KWFLOW_REWRITE=1 rewrites it), and what it reports is true."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TOKEN = "t" * 32
 PARTS = {"id": "w", "name": "n", "queue": "q", "ref": "callback-1"}
 BODY = {"fail": b'{"message": "m"}', "reject": b'{"code": "c"}'}
 OPERATIONS = [(path, method, operation) for path, methods in GATEWAY.document["paths"].items() for method, operation in methods.items()]
-CHECKED = [(path, method, operation) for path, method, operation in OPERATIONS if "400" in operation["responses"]]  # those that look at their query
+CHECKED = [(path, method, operation) for path, method, operation in OPERATIONS if "400" in operation["responses"]]  # those that check their query
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def asking(directory: pathlib.Path, **settings: Any) -> Iterator[Asking]:
 
 
 def sent(ask: Asking, path: str, method: str, query: str = "", **more: Any) -> httpx.Response:
-    """A request to a path of the document."""
+    """Send a request to a path of the document."""
     return ask(method.upper(), path.format(**PARTS) + query, **{"content": BODY.get(path.rpartition("/")[2], b""), **more})
 
 
@@ -51,7 +51,7 @@ def named(one: Any) -> str:
 
 
 def canonical(value: Any) -> Any:
-    """Without the order of alternatives, which is that of a version of msgspec."""
+    """Sort alternatives, whose order depends on the version of msgspec."""
     if isinstance(value, dict):
         return {name: sorted(map(canonical, one), key=json.dumps) if name == "anyOf" else canonical(one) for name, one in value.items()}
     return [canonical(one) for one in value] if isinstance(value, list) else value

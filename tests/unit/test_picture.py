@@ -76,7 +76,7 @@ def line(node: Node) -> str:
 
 
 def test_the_whole_stack_is_told_from_the_outermost_generator_to_what_the_innermost_wait_for() -> None:
-    """Tasks of combinators are below them; `yield` and `yield from` go on the same stack; what runs beside comes last."""
+    """Tasks of combinators are below them; `yield` and `yield from` continue the same stack; what runs beside comes last."""
     picture = drawn()
     assert picture.whole and "\n".join(map(line, picture.nodes)) == (
         """
@@ -111,7 +111,7 @@ task ask 2
 
 
 def test_the_line_of_the_innermost_generator_is_what_the_header_says_of_its_wait() -> None:
-    """The header has it from the running frame, the picture from the source."""
+    """The header has the line from the running frame, the picture has it from the source."""
     tester = WorkflowTester(durable.load_source("drawn", SOURCE).main)
     tester.start("w", 1)
     header = tester.header("w")
@@ -143,7 +143,7 @@ def test_a_picture_has_its_limit_and_says_so(depth: int) -> None:
 
 
 def test_what_holds_itself_nests_or_is_long_is_cut_off() -> None:
-    """A snapshot may hold what a page, or a terminal, could not."""
+    """A snapshot may hold what a page or a terminal could not."""
     source = """
 import kwflow as kw
 class Node: pass
@@ -168,7 +168,7 @@ def main(opts):
 
 
 def test_a_combinator_may_have_any_keys() -> None:
-    """They are told as other values are: an object that held itself, or a number of thousands of digits, ended who looked."""
+    """They are shown as other values are. An object that holds itself, or a number with thousands of digits, used to end the process that looked at it."""
     picture = drawn("""
 import kwflow as kw
 class Key: pass
@@ -202,7 +202,7 @@ def test_bytes_that_hold_no_instance_are_refused_by_name() -> None:
 
 
 def test_a_source_tells_the_line_of_every_wait_and_where_each_function_begins_and_ends() -> None:
-    """The line is that of the wait itself, as a traceback has it; nothing is compiled or run."""
+    """The line is that of the wait itself, as a traceback has it. Nothing is compiled or run."""
     shapes = shapes_of("import nowhere\n@nowhere.decorated\nasync def main(o):\n    async with o as p:\n        x = [1,\n            await p]\n    raise SystemExit\n")
     assert (shapes["main"].first, shapes["main"].last) == (2, 7)
     assert {4, 6} == set(shapes["main"].lines.values())
@@ -211,7 +211,7 @@ def test_a_source_tells_the_line_of_every_wait_and_where_each_function_begins_an
 def test_every_wait_of_what_cpython_s_tests_and_ours_have_has_a_line_of_its_function() -> None:
     counted = 0
     for path in [*sorted((ROOT / "tests/durable/corpus").rglob("*.py")), *sorted((ROOT / "kwflow/flows").glob("*.py"))]:
-        with contextlib.suppress(SyntaxError):  # of a later Python
+        with contextlib.suppress(SyntaxError):  # it needs a later Python
             for shape in shapes_of(path.read_text(encoding="utf-8")).values():
                 assert all(shape.first <= line <= shape.last for line in shape.lines.values()), path
                 counted += len(shape.lines)

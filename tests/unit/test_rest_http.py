@@ -1,4 +1,4 @@
-"""One request of rest.call, as the activity sends it: what goes out, and what each response is told as."""
+"""One request of rest.call, as the activity sends it: what goes out, and how each response is reported."""
 
 import asyncio
 import email.utils
@@ -23,10 +23,10 @@ def service() -> Iterator[Service]:
 
 
 def sent(service: Service, answer: Answer | None = None, **given: Any) -> Any:
-    """The Response to a request with these fields."""
+    """Send a request with these fields and return the Response."""
     service.answers["/"] = answer or Answer({})
     with running_as(ActivityInfo(rest.request.name, "w", 1, "w|1")):
-        return asyncio.run(rest.request.function(rest.Sent(**{"method": "POST", "url": service.base + "/", **given})))  # type: ignore[arg-type]  # an Activity's function is typed as what a call of it gives
+        return asyncio.run(rest.request.function(rest.Sent(**{"method": "POST", "url": service.base + "/", **given})))  # type: ignore[arg-type]  # its type is that of a call of the Activity
 
 
 def test_an_error_status_tells_what_the_service_said(service: Service) -> None:
@@ -40,7 +40,7 @@ def test_an_error_status_tells_what_the_service_said(service: Service) -> None:
 
 
 def test_retry_after_is_seconds_or_a_date_of_at_most_a_day(service: Service) -> None:
-    """RFC 9110 §10.2.3; what is neither says nothing."""
+    """RFC 9110 §10.2.3. A value that is neither means nothing."""
     date = email.utils.formatdate(time.time() + 1000, usegmt=True)
     found = [sent(service, Answer(status=503, headers={"Retry-After": text})).retry_after_s for text in ("7", "999999999", date, "Thu, 01 Jan 1970 00:00:00 GMT", "soon")]
     assert found[:2] == [7, 86_400]
@@ -84,7 +84,7 @@ def test_more_cookies_than_travel_with_each_request_are_refused(service: Service
 
 
 def test_cookies_go_to_those_that_they_are_for(service: Service) -> None:
-    """LR-7: not to another host, another path, in the clear when they are secure, or when they have expired."""
+    """LR-7: not to another host or another path, not in plain text if they are secure, and not after they have expired."""
     for_others = [
         rest.Cookie("host", "x", "builder.example"),
         rest.Cookie("path", "x", "127.0.0.1", "/other"),
@@ -137,6 +137,6 @@ def test_a_secret_that_cannot_be_sent_is_in_no_message(service: Service) -> None
 
 
 def test_a_cookie_that_no_request_can_carry_is_not_kept(service: Service) -> None:
-    """RFC 6265 §4.1.1; with it neither a retry nor the request that cancels would leave."""
+    """RFC 6265 §4.1.1. With such a cookie, neither a retry nor the cancelling request could be sent."""
     told = sent(service, Answer({}, headers={"Set-Cookie": "a=\xff"}))
     assert (told.failure, told.cookies) == (None, [])

@@ -1,4 +1,4 @@
-"""When schedules are due (time zones, daylight saving, downtime) and what the overlap policies do."""
+"""When schedules are due (time zones, daylight saving, downtime), and what the overlap policies do."""
 
 from datetime import datetime
 from typing import Any
@@ -18,7 +18,7 @@ def ms(text: str) -> int:
 
 
 def times(cron: str, zone: str, after: str, count: int) -> list[str]:
-    """The next times, as that zone's clocks show them."""
+    """The next times, as the clocks of that zone show them."""
     plan = schedules.checked({"name": "n", "workflow": "w", "cron": cron, "timezone": zone})
     found, at = [], ms(after)
     for _ in range(count):
@@ -35,7 +35,7 @@ def test_a_cron_expression_is_in_its_time_zone_through_the_seasons() -> None:
 
 
 def test_a_time_that_daylight_saving_skips_runs_right_after_the_gap() -> None:
-    """As Debian's cron does: at 02:30 on that day there is no 02:30."""
+    """As Debian's cron does: on that day, 02:30 does not exist."""
     assert times("30 2 * * *", "Europe/Berlin", "2026-03-28T12:00:00Z", 2) == ["2026-03-29T03:00+02:00", "2026-03-30T02:30+02:00"]
 
 
@@ -70,7 +70,7 @@ def test_a_plan_that_means_nothing_is_refused_by_what_is_wrong(plan: dict[str, A
 
 
 def test_the_longest_interval_and_name_make_times_and_ids() -> None:
-    """What could only fail in the engine is refused before it is sent."""
+    """What would otherwise fail in the engine is refused before it is sent."""
     plan = schedules.checked({"name": "毎" * 133, "workflow": "w", "every_ms": 316_224_000_000})
     state = schedules.begin(plan, BEGIN)
     assert schedules.told(state, {"do": "trigger"}, BEGIN) is None
@@ -153,7 +153,7 @@ def test_queued_runs_are_made_one_after_the_other_in_order() -> None:
 
 
 def late(w: WorkflowTester, seconds: int) -> None:
-    """The engine is down for so long: its timers fire when it is back."""
+    """Stop the engine for this long: its timers fire when it is back."""
     w.now_ms += seconds * 1000
     w.advance(0)
 
@@ -168,7 +168,7 @@ def test_after_downtime_what_was_missed_runs_as_far_back_as_catch_up_says() -> N
 
 
 def test_after_downtime_without_catch_up_only_what_is_less_than_a_minute_late_runs() -> None:
-    """A busy engine is a little late; that is no downtime."""
+    """A busy engine is a little late, which is not downtime."""
     w = schedule(input=0, catch_up_ms=0)
     late(w, 3570)
     assert begun(w) == ["2023-11-14T23:12:20Z"]
@@ -242,7 +242,7 @@ def test_set_changes_the_plan_of_a_running_schedule_and_a_wrong_one_changes_noth
 
 
 def test_it_lives_for_years_without_growing() -> None:
-    """No history: 296 days, and the snapshot is as large as after 40."""
+    """It has no history: after 296 days, the snapshot is as large as after 40."""
     w = schedule(cron="0 3 * * *", timezone="Europe/Berlin", input=0)
     w.advance(40 * 86_400)
     sizes = set()
@@ -261,7 +261,7 @@ def test_a_start_with_a_wrong_plan_is_an_error_record() -> None:
 
 
 def test_a_schedule_is_not_woken_again_and_again_when_the_engines_clock_is_behind_the_schedulers() -> None:
-    """Found by simulation: a timer counted from the engine's clock was due early, by the scheduler's; the next one too, thousands of times."""
+    """Found by simulation: a timer counted from the engine's clock was due early by the scheduler's, and so was the next one, thousands of times."""
     module = durable.load_source("schedule_skewed", "def main(o):\n    return 1\n    yield\n", "schedule_skewed.py")
     w = WorkflowTester(module.main)
     w.start("schedule:s", {"name": "s", "workflow": "main", "every_ms": 60_000}, "kwflow.schedule")
@@ -278,7 +278,7 @@ def test_a_schedule_is_not_woken_again_and_again_when_the_engines_clock_is_behin
 
 
 def test_a_schedule_is_not_forked() -> None:
-    """Decision 0048: no command would know the second one."""
+    """Decision 0048: no command would find the second one."""
     w = schedule(input=0)
     assert w.command("schedule:job", "fork")["status"] == "rejected"
     assert w.ids() == ["schedule:job"]

@@ -1,4 +1,4 @@
-"""What a supervisor makes of its children's ends; real processes (K1)."""
+"""What a supervisor does when its children end. The processes are real (K1)."""
 
 import pathlib
 import subprocess
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 
 def asking(directory: pathlib.Path, signals: int) -> Callable[[], int]:
-    """0 until both children are ready for a signal, then one more each time it is asked."""
+    """Return a function that gives 0 until both children are ready for a signal, then one more at each call."""
     asked = [0]
 
     def count() -> int:
@@ -45,13 +45,13 @@ def test_the_exit_code_is_that_of_a_process_that_did_not_end_well(tmp_path: path
 
 
 def test_a_process_that_keeps_dying_is_started_again_later_and_later_and_one_that_ran_for_over_a_minute_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real processes; the clock is the test's."""
+    """The processes are real, the clock is the test's."""
     now = [0.0]
     monkeypatch.setattr(supervising, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     child = _Child(0, ["sh", "-c", "exit 3"], print)
 
     def waits_after(seconds: float) -> float:
-        """After it has run for so long."""
+        """The pause before the next start, after the process has run for this long."""
         now[0] = child.again_at - 0.001
         assert child.look() is None and child.process is None, "not before its time"
         now[0] = child.again_at
@@ -66,7 +66,7 @@ def test_a_process_that_keeps_dying_is_started_again_later_and_later_and_one_tha
 
 
 def test_a_process_that_cannot_be_started_again_is_tried_later(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system had no memory for it, say; the supervisor ended, and with it all the others.  Here it is the program that is gone for a moment."""
+    """For example, the system lacked the memory for it. The supervisor used to end, and all others with it. Here the program is missing for a moment."""
     now, said = [0.0], list[str]()
     monkeypatch.setattr(supervising, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     program = tmp_path / "program"
@@ -90,7 +90,7 @@ def test_a_process_that_cannot_be_started_again_is_tried_later(tmp_path: pathlib
 
 
 def test_a_file_beside_the_workflows_is_no_module_of_pythons_to_the_processes(tmp_path: pathlib.Path) -> None:
-    """One engine alone is a script: where it is started is not where it imports from."""
+    """A single engine runs as a script, so Python does not import from the directory where it is started."""
     (tmp_path / "token.py").write_text("raise SystemExit('the wrong one')\n")
     (tmp_path / "plain.py").write_text("def main(opts):\n    return 1\n    yield\n")
     (tmp_path / "kwflow.toml").write_text("[app]\nbootstrap_servers = '127.0.0.1:1'\nclient_connect_s = 0.2\nwait_for_broker_s = 3600\n")

@@ -1,4 +1,4 @@
-"""Which partition an entry of the state belongs to when an application gets more of them (K6): where the records go that meet it."""
+"""Which partition an entry of the state belongs to when an application gets more partitions (K6): the one to which the records about it go."""
 
 from kwflow.config import Config
 from kwflow.core import timers
@@ -15,7 +15,7 @@ from kwflow.testing import MemoryStore
 
 
 def test_what_is_kept_of_an_instance_or_a_timer_moves_with_its_key() -> None:
-    """Its hold, its activities, what says when it may be forgotten; each entry as the engine writes it."""
+    """Its hold, its activities, and the entry that says when it may be forgotten, each as the engine writes it."""
     config, state = Config(), Overlay(MemoryStore())
     behind = Record(config.resume_topic, 0, 41, 0, b"order-7", b"{}")
     parked.park(config, state, "order-7", None, behind, ValueError("no"), 0)

@@ -1,4 +1,4 @@
-"""What an engine says of itself: log lines for machines, a bar while it restores, numbers that add up."""
+"""What an engine reports of itself: log lines for machines, a progress bar while it restores, and numbers that add up."""
 
 import io
 import json
@@ -28,7 +28,7 @@ NEVER = 10.0**9
 
 def test_a_log_line_about_a_record_has_its_workflow_id_topic_partition_and_offset() -> None:
     (line,) = lines_of(Decision(logs=("order-7: hello",), counts=("resumed",)), RECORD)
-    assert line == "order-7: hello"  # as text it is only its text
+    assert line == "order-7: hello"  # as text, a line is only its text
     assert json.loads(as_json(line, 0)) == {
         "time": "1970-01-01T00:00:00.000+00:00", "level": "info", "message": "order-7: hello",
         "workflow": "order-7", "topic": "workflow-resume", "partition": 3, "offset": 41,
@@ -66,7 +66,7 @@ def test_other_lines_are_json_too_and_bytes_that_are_no_text_do_no_harm() -> Non
 
 
 def test_an_instant_is_shown_in_one_form_which_since_takes_and_what_is_none_as_it_is() -> None:
-    """In commands and in the console: a timestamp may be anything that its producer took for one."""
+    """In commands and in the console. A timestamp may be anything that its producer took for one."""
     assert instant(1_700_000_000_999) == "2023-11-14 22:13:20+00:00"
     assert since_ms(instant(1_700_000_000_999)) == 1_700_000_000_000
     assert instant(10.0**18) == "1e+18 ms"
@@ -82,7 +82,7 @@ def test_a_histogram_counts_up_to_each_bound_and_beyond() -> None:
 
 
 class Restoring:
-    """A runner in the middle of a restore, as far as it is watched."""
+    """A runner in the middle of a restore, with as much of it as is watched."""
 
     def __init__(self, joined: bool = True, owned: list[int] = [0], waiting: list[int] = [3], restoring: dict[int, tuple[int, int]] = {2: (250, 1000)}, turned_s_ago: float = 0) -> None:
         self.stats = Stats()
@@ -98,7 +98,7 @@ class Restoring:
 
 
 def test_health_is_not_ready_and_says_how_far_it_is_while_a_partition_is_restored() -> None:
-    """G6: `GET /health` (live, ready: restored and owning), metrics of restore progress and partitions."""
+    """G6: `GET /health` (live; ready: restored and owning), and metrics of restore progress and partitions."""
     runner = Restoring()
     with serve_http("127.0.0.1:0", [runner], Config()) as port:
         status, said = get(port, "/health")
@@ -148,7 +148,7 @@ def test_metrics_of_several_runners_are_added_and_a_restore_is_at_most_whole() -
 
 
 def test_an_engine_is_told_of_at_the_address_where_others_reach_it() -> None:
-    """As it was bound, or configured; each of several processes has its own port; every address of a machine is its name."""
+    """It is the address that was bound or configured. Each of several processes has its own port, and the wildcard address becomes the name of the machine."""
     for http, told, process, address in (
         ("10.0.0.7:9100", None, 0, "10.0.0.7:9101"), ("0.0.0.0:9100", None, 0, f"{socket.gethostname()}:9101"), (":9100", None, 0, f"{socket.gethostname()}:9101"),
         ("[::]:0", None, 0, f"{socket.gethostname()}:9101"), ("0.0.0.0:9100", "pod", 2, "pod:9101"), ("0.0.0.0:9100", "pod:80", 2, "pod:82"),
