@@ -1,4 +1,4 @@
-"""A small world whose one fault is a crash: at each kind of request and write, before it is carried out and after, once early and once late."""
+"""A small world whose only fault is a crash: at each kind of request and write, before it is carried out and after it, once early and once late."""
 
 import pytest
 
@@ -13,7 +13,7 @@ SEED = 4
 
 
 class Small(World):
-    """Two machines, one partition each, a worker, and a handful of workflows; the same ones in every run."""
+    """Two machines with one partition each, a worker, and a handful of workflows; the same ones in every run."""
 
     queue_share = 1.0
 
@@ -26,7 +26,7 @@ class Small(World):
 
 
 class SmallFed(Small):
-    """One engine and one feed, which is who may die."""
+    """One engine and one feed. Only the feed may die."""
 
     queue_share = 0.0
     feed_share = 1.0
@@ -38,14 +38,14 @@ class SmallFed(Small):
         self.clients = Clients(self, ids=1, actions=2, killers=False)
 
     def _add_feeds(self) -> None:
-        """Once there is a plan."""
+        """Feeds are added once there is a plan."""
 
     def counts(self, process: str) -> bool:
         return process.startswith("feed")
 
 
 def places(kind: type[Small]) -> dict[str, list[int]]:
-    """Before and after which request or write a process may die, and when in a run without faults."""
+    """Return the places where a process may die, before and after which request or write, and at which calls of a run without faults they come."""
     with engine_process():
         world = kind(Faults())
         world.run()
@@ -55,7 +55,7 @@ def places(kind: type[Small]) -> dict[str, list[int]]:
 
 
 def died(kind: type[Small], required: set[str]) -> int:
-    """In how many runs, each of which was right."""
+    """Check a run for each place, and return how many runs that were."""
     found = places(kind)
     assert required <= found.keys()
     moments = {(where, at[index]) for where, at in found.items() for index in (len(at) // 3, -1)}

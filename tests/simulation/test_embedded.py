@@ -1,6 +1,6 @@
-"""The embedded engine, killed before and after every one of its writes, one run for each: the logs come out the same, to the last byte (G1, G3, G6).
+"""The embedded engine is killed before and after each of its writes, in one run for each: the logs come out the same, to the last byte (G1, G3, G6).
 
-RocksDB is the real one; what dies is the process around it, so the write-ahead log is there for the next one.
+RocksDB is real. What dies is the process around it, so the write-ahead log is there for the next process.
 """
 
 import itertools
@@ -42,7 +42,7 @@ class Clock:
 
 
 class Dying:
-    """A database whose process dies at its n-th write, before or after it is done."""
+    """A database whose process dies at its n-th write, before or after the write is done."""
 
     def __init__(self, db: Any, count: Callable[[], str]) -> None:
         self._db = db
@@ -66,7 +66,7 @@ class Dying:
 
 
 class Run:
-    """Programs of one seed to their ends; the client answers what is asked when the engine has nothing left to do."""
+    """Run the programs of one seed to their ends. The client answers what is asked whenever the engine has nothing left to do."""
 
     def __init__(self, directory: pathlib.Path, seed: int, die_at: int = 0, fate: str = "", kind: type[Embedded] = Embedded) -> None:
         self.kind = kind
@@ -94,7 +94,7 @@ class Run:
         return engine
 
     def again(self, work: Callable[[], Any], done: Callable[[], bool]) -> Any:
-        """Do it; if the process dies of it, its next one goes on, and does it again unless it was done."""
+        """Do the work. If the process dies of it, its successor goes on, and does the work again unless it was done."""
         try:
             return work()
         except Crashed:
@@ -134,7 +134,7 @@ class Run:
 
 
 def differs(directory: pathlib.Path, seed: int, kind: type[Embedded] = Embedded) -> str | None:
-    """The first kill after which a log is not what it is without one."""
+    """Return the first kill after which a log differs from the log without a kill."""
     whole = Run(directory / "whole", seed, kind=kind)
     whole.play()
     logs = whole.logs()
@@ -151,7 +151,7 @@ def differs(directory: pathlib.Path, seed: int, kind: type[Embedded] = Embedded)
 
 
 class CommitsInTwoWrites(Embedded):
-    """Outputs first, then state and position."""
+    """It writes the outputs first, then state and position."""
 
     def _commit(self, store: Any, overlay: Overlay, outputs: Any, consumed: tuple[str, int] | None) -> None:
         super()._commit(store, Overlay(store), outputs, None)
@@ -171,7 +171,7 @@ def test_a_commit_in_two_writes_is_noticed(tmp_path: pathlib.Path) -> None:
 
 @pytest.fixture
 def held(tmp_path: pathlib.Path) -> Iterator[Embedded]:
-    """Its second write happens and fails all the same, and its process goes on."""
+    """An engine whose second write takes place but fails, and whose process goes on."""
     engine, writes = Embedded(tmp_path, sync=False, clock=Clock()), itertools.count(1)
     engine.db = Dying(engine.db, lambda: "after" if next(writes) == 2 else "")  # type: ignore[assignment]
     yield engine
@@ -179,7 +179,7 @@ def held(tmp_path: pathlib.Path) -> Iterator[Embedded]:
 
 
 def test_after_a_write_that_failed_and_happened_nothing_is_written_over(held: Embedded) -> None:
-    """G3: ends are remembered while the directory is held."""
+    """G3: the ends of the logs are remembered while the directory is held."""
     held.append("workflow-resume", b"a", b"1")
     with pytest.raises(Crashed):
         held.append("workflow-resume", b"a", b"2")
@@ -188,7 +188,7 @@ def test_after_a_write_that_failed_and_happened_nothing_is_written_over(held: Em
 
 
 def test_after_a_write_that_failed_and_happened_its_timer_fires(held: Embedded) -> None:
-    """K18: when something becomes due is remembered, too."""
+    """K18: the time when something becomes due is remembered, too."""
     timers = TimerProcessor(Config())
     assert held.step([timers]) == 0
     held.append("workflow-scheduler", b"a|{}", b"1000")
@@ -200,7 +200,7 @@ def test_after_a_write_that_failed_and_happened_its_timer_fires(held: Embedded) 
 
 
 def test_attempts_at_a_record_are_not_counted_for_one_of_another_topic(tmp_path: pathlib.Path) -> None:
-    """K19: both have offset 0."""
+    """K19: both records have offset 0."""
     attempts = Attempts(tmp_path)
     for _ in range(3):
         attempts = Attempts(tmp_path)
@@ -227,7 +227,7 @@ def main(opts):
 
 
 class Ticking(Clock):
-    """Time passes with every look at it: a batch has one step."""
+    """Time passes each time it is read, so that a batch has one step."""
 
     def now_ms(self) -> int:
         self.ms += 1
@@ -247,7 +247,7 @@ def start(engine: Embedded, count: int) -> None:
 
 
 def taken(engine: Embedded, processor: WorkflowProcessor) -> list[int]:
-    """How many records each batch took."""
+    """Return how many records each batch took."""
     found = []
     while done := engine.step([processor], lambda _: None):
         found.append(done)
@@ -256,7 +256,7 @@ def taken(engine: Embedded, processor: WorkflowProcessor) -> list[int]:
 
 @pytest.mark.parametrize(("limits", "batches"), [({"batch_ms_max": 1}, [1, 1, 1]), ({"batch_bytes_max": 1}, [1, 1, 1]), ({"batch_records_max": 2}, [2, 1]), ({}, [3])])
 def test_what_a_batch_left_is_the_next_ones(tmp_path: pathlib.Path, limits: dict[str, int], batches: list[int]) -> None:
-    """K15: its position moves past what was stepped, and no further."""
+    """K15: the position moves past what was stepped, and no further."""
     engine, processor, _ = made(tmp_path, **limits)
     engine.clock = Ticking() if "batch_ms_max" in limits else engine.clock
     start(engine, 3)

@@ -19,7 +19,7 @@ GROUP = f"feeds-feed-{EVENTS}"
 
 
 class Lab:
-    """Feeds of one topic, moved turn by turn."""
+    """Feeds of one topic, which move turn by turn."""
 
     def __init__(self, directory: pathlib.Path, partitions: int = 1) -> None:
         self.broker = Broker()
@@ -49,7 +49,7 @@ class Lab:
         self.broker.create(EVENTS, partitions)
 
     def fed(self) -> list[int]:
-        """The numbers of what was fed, in order."""
+        """The numbers of the events that were fed, in order."""
         return [int(json.loads(entry.value or b"")["value"]["event"].split(".")[0]) for entry in self.broker.partition((self.config.resume_topic, 0)).committed()]
 
     def stop(self, name: str, feed: KafkaRunner) -> None:
@@ -66,7 +66,7 @@ def until_fed(lab: Lab, feed: KafkaRunner, count: int) -> None:
 
 
 def test_a_feed_does_not_read_on_in_a_topic_that_was_made_anew_and_is_longer_already(tmp_path: pathlib.Path) -> None:
-    """G3: librdkafka goes on where it was, and says nothing; what is before that was never read."""
+    """G3: librdkafka goes on where it was and reports nothing. What is before that position was never read."""
     lab = Lab(tmp_path)
     lab.send(5)
     feed = lab.feed("one")
@@ -82,7 +82,7 @@ def test_a_feed_does_not_read_on_in_a_topic_that_was_made_anew_and_is_longer_alr
 
 
 def test_a_feed_that_has_nothing_to_read_hears_within_seconds_that_its_topic_was_made_anew(tmp_path: pathlib.Path) -> None:
-    """G3: the new one is exactly as long as the old one was, so that nothing came where it reads."""
+    """G3: the new topic is exactly as long as the old one was, so nothing arrives where the feed reads."""
     lab = Lab(tmp_path)
     lab.send(5)
     feed = lab.feed("one")
@@ -96,7 +96,7 @@ def test_a_feed_that_has_nothing_to_read_hears_within_seconds_that_its_topic_was
 
 
 def test_a_position_in_a_topic_that_is_no_more_is_none_in_the_next_one(tmp_path: pathlib.Path) -> None:
-    """G3: it was committed just after the new one was there, by who had not heard of it."""
+    """G3: it was committed just after the new topic existed, by a feed that had not heard of it."""
     lab = Lab(tmp_path)
     lab.send(5)
     feed = lab.feed("one")
@@ -112,7 +112,7 @@ def test_a_position_in_a_topic_that_is_no_more_is_none_in_the_next_one(tmp_path:
 
 
 def test_who_says_so_begins_at_the_position_all_the_same(tmp_path: pathlib.Path) -> None:
-    """--accept-offset-reset: a mirrored cluster has positions, and topics of other ids."""
+    """--accept-offset-reset: a mirrored cluster has the positions, but its topics have other ids."""
     lab = Lab(tmp_path)
     lab.send(5)
     feed = lab.feed("one")
@@ -126,7 +126,7 @@ def test_who_says_so_begins_at_the_position_all_the_same(tmp_path: pathlib.Path)
 
 
 def test_a_position_without_a_note_is_taken_as_it_is(tmp_path: pathlib.Path) -> None:
-    """Somebody set it with Kafka's own tool, where the feed is to begin."""
+    """An operator set it with Kafka's own tools, to where the feed is to begin."""
     lab = Lab(tmp_path)
     lab.send(5)
     lab.broker.group(GROUP).offsets[EVENTS, 0] = 3

@@ -1,4 +1,4 @@
-"""Defects that the simulation found, each as the smallest story that shows it; the real runner on the simulated broker."""
+"""Defects that the simulation found, each as the shortest sequence that shows it. The real runner runs on the simulated broker."""
 
 import pathlib
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def stopped(opts):
 
 
 class Losing(Host):
-    """A process whose next answers to one kind of request are lost."""
+    """A process that loses the next answers to one kind of request."""
 
     def __init__(self, broker: Broker, name: str = "host") -> None:
         super().__init__(broker.time, name)
@@ -105,7 +105,7 @@ class Losing(Host):
 
 
 class Lab:
-    """One application on a simulated broker; runners are moved turn by turn."""
+    """One application on a simulated broker. Its runners move turn by turn."""
 
     def __init__(self, directory: pathlib.Path, partitions: int = 1) -> None:
         self.broker = Broker()
@@ -114,7 +114,7 @@ class Lab:
         self.module = durable.load_source("found_workflows", SOURCE, "found_workflows.py")
         self.client = SimulatedEnvironment(self.broker)
         topics.create(topics.admin(self.config("any"), self.client), self.config("any"), ["found-out"], partitions, 1)
-        self.broker.topics["found-out"].config["max.message.bytes"] = "200000"  # other topics take more, so that it is the broker that refuses
+        self.broker.topics["found-out"].config["max.message.bytes"] = "200000"  # other topics accept more, so that the refusal comes from the broker
         self.producer = self.client.producer({"partitioner": "murmur2_random"})
         self.said: list[str] = []
         self.disks: dict[str, Disk] = {}
@@ -163,7 +163,7 @@ def turn(runner: KafkaRunner, until: Callable[[], object], turns: int = 200) -> 
 
 
 def test_timers_fire_after_a_restart_although_the_log_ends_with_a_marker(lab: Lab) -> None:
-    """K18.  What engines write ends with the marker of a transaction: it takes an offset, and no position ever reaches it."""
+    """K18. What engines write ends with a transaction marker, which occupies an offset that no position ever reaches."""
     engine = lab.engine("one")
     lab.producer.produce("workflow-resume", value=b"new:{}", key=b"w", headers=[("kwflow-workflow", "late")])
     lab.producer.poll(0)
@@ -183,7 +183,7 @@ def test_a_lost_answer_of_list_offsets_is_asked_for_again(lab: Lab) -> None:
 
 
 def test_a_record_refused_before_the_last_one_of_its_batch_was_produced_parks_its_instance_alone(lab: Lab) -> None:
-    """K11: the report of the refusal is served only by the abort, and the producer is of no use after it."""
+    """K11: the refusal is reported only during the abort, and the producer is of no use after it."""
     engine = lab.engine("one")
     lab.hosts["one"].chance = lambda what: what == "send-early"  # type: ignore[method-assign]
     lab.send("workflow-resume", "good", "new:{}")
@@ -195,7 +195,7 @@ def test_a_record_refused_before_the_last_one_of_its_batch_was_produced_parks_it
 
 
 def test_a_batch_that_is_divided_loses_no_record_that_is_forwarded(tmp_path: pathlib.Path) -> None:
-    """K6, K11: forwarded records stood last in the batch, so that its first half moved the position past them."""
+    """K6, K11: forwarded records used to be last in the batch, so that its first half moved the position past them."""
     lab = Lab(tmp_path, partitions=2)
     ids = [f"w{number}" for number in range(12)]
     home, away = ([id for id in ids if partition_of(id.encode(), 2) == number] for number in range(2))
@@ -209,7 +209,7 @@ def test_a_batch_that_is_divided_loses_no_record_that_is_forwarded(tmp_path: pat
     settle = engine._commit
 
     def commit(batch: Any) -> None:
-        """A process that dies after this one goes on behind its position: what lies before it has been forwarded, or is lost."""
+        """If the process dies after this commit, its successor goes on at the position: records before it have been forwarded or are lost."""
         settle(batch)
         there = {entry.key for entry in lab.broker.partition(("workflow-resume", 1)).entries if entry.transaction is not None and entry.transaction.state == COMMITTED}
         passed = [id for id in sent[: batch.positions.get(0, 0)] if id in away]
@@ -222,7 +222,7 @@ def test_a_batch_that_is_divided_loses_no_record_that_is_forwarded(tmp_path: pat
 
 
 def test_a_discard_whose_rest_the_broker_refuses_drops_at_least_the_head(lab: Lab) -> None:
-    """K11, K17: the command used to join the hold, which then could never be emptied."""
+    """K11, K17: the command used to join the held records, which then could never be emptied."""
     engine = lab.engine("one")
     for _ in range(2):
         lab.producer.produce("workflow-resume", value=b"new:{}", key=b"bad", headers=[("kwflow-workflow", "large")])
@@ -237,7 +237,7 @@ def test_a_discard_whose_rest_the_broker_refuses_drops_at_least_the_head(lab: La
 
 
 def test_a_retry_whose_decision_the_broker_refuses_drops_nothing(lab: Lab) -> None:
-    """K11, K17: only who discards wants something dropped; the command alone is the dead letter."""
+    """K11, K17: only a discard is meant to drop something. The command alone becomes a dead letter."""
     engine = lab.engine("one")
     lab.producer.produce("workflow-resume", value=b"new:{}", key=b"bad", headers=[("kwflow-workflow", "large")])
     lab.producer.produce("workflow-resume", value=b"null", key=b"bad", headers=[("kwflow-op", "retry")])
@@ -256,7 +256,7 @@ def test_a_broker_in_trouble_is_no_record_s_fault(lab: Lab) -> None:
 
 
 def test_an_engine_that_stood_still_while_another_went_on_does_not_blame_the_operator(lab: Lab) -> None:
-    """K16: committed was read, then nothing for a while, then the changelog's end, which is another's by now."""
+    """K16: the engine read the committed offset, stood still, and then read the end of the changelog, which another engine had moved meanwhile."""
     lab.send("workflow-resume", "w", "new:{}")
     first = lab.engine("one")
     turn(first, lambda: first.owned and first.owned[0].position == 1)
@@ -272,12 +272,12 @@ def test_an_engine_that_stood_still_while_another_went_on_does_not_blame_the_ope
 
 
 def test_a_partition_left_to_nobody_by_a_restart_in_mid_rebalance_is_found(tmp_path: pathlib.Path) -> None:
-    """K7: seen on Kafka 4.1 too (tests/integration/port)."""
+    """K7: also seen on Kafka 4.1 (tests/integration/port)."""
     lab = Lab(tmp_path, partitions=4)
     first = lab.engine("one")
     turn(first, lambda: len(first.owned) == 4)
     second = lab.engine("two")
-    for _ in range(20):  # the first is told to give two up, but does not poll any more
+    for _ in range(20):  # the first is told to give up two partitions, but no longer polls
         second.turn()
     assert not second.owned
     lab.kill(first, "one")
@@ -290,7 +290,7 @@ def test_a_partition_left_to_nobody_by_a_restart_in_mid_rebalance_is_found(tmp_p
 
 
 def test_steps_that_are_made_again_raise_without_our_errors_as_context(tmp_path: pathlib.Path) -> None:
-    """G4: they ran inside the handler of a refusal, and its exception was saved, or could not be, with the author's."""
+    """G4: they used to run inside the handler of a refusal. Its exception was saved with the author's, or could not be saved."""
     lab = Lab(tmp_path)
     engine = lab.engine("one")
     lab.producer.produce("workflow-resume", value=b"new:{}", key=b"handled", headers=[("kwflow-workflow", "handled")])
@@ -303,7 +303,7 @@ def test_steps_that_are_made_again_raise_without_our_errors_as_context(tmp_path:
 
 @pytest.mark.parametrize(("name", "refs"), [("stopped", ["r"]), ("failing", ["r", "d"])])
 def test_what_ended_with_an_error_leaves_the_same_snapshot_restored_or_not(name: str, refs: list[str]) -> None:
-    """Semantics §4.1: an error's traceback kept the generator that had ended alive, and it was saved."""
+    """Semantics §4.1: the traceback of an error kept the generator that had ended alive, so it was saved."""
     module = durable.load_source("found_workflows", SOURCE, "found_workflows.py")
     forms = []
     for cached in (0, 10):
@@ -317,6 +317,6 @@ def test_what_ended_with_an_error_leaves_the_same_snapshot_restored_or_not(name:
 
 
 def test_an_os_error_says_the_same_after_it_was_saved() -> None:
-    """T-KW-5: TimeoutError is an OSError; attributes that were never set were restored as None, and shown."""
+    """T-KW-5: TimeoutError is an OSError. Attributes that were never set used to be restored as None, and shown."""
     kept = durable.loads(durable.dumps([TimeoutError("kw.timeout"), FileNotFoundError(2, "gone", "x.txt")]))
     assert [str(error) for error in kept] == ["kw.timeout", "[Errno 2] gone: 'x.txt'"]

@@ -1,4 +1,4 @@
-"""What one transaction of the Kafka runner holds, one below each limit, at it and one past it; the rest of what was gathered is the next one's."""
+"""What one transaction of the Kafka runner holds: one below each limit, at the limit, and one past it. The rest of what was gathered goes into the next one."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from tests.simulation.test_found import Lab, turn
 
 
 def transactions(directory: pathlib.Path, records: int, **limits: int) -> tuple[list[int], int]:
-    """How many records each transaction of a backlog took, and the bytes of all states."""
+    """Return how many records each transaction of a backlog took, and the size of all states in bytes."""
     lab = Lab(directory)
     for number in range(records):
         lab.send("workflow-resume", f"w{number}", "new:{}")
@@ -33,13 +33,13 @@ def test_a_transaction_has_at_most_batch_records_max_records(tmp_path: pathlib.P
 
 
 def test_a_long_backlog_is_as_many_full_transactions_as_it_needs(tmp_path: pathlib.Path) -> None:
-    """What was gathered and did not fit counts with what is gathered next."""
+    """What was gathered and did not fit is counted together with what is gathered next."""
     assert transactions(tmp_path, 24, batch_records_max=5)[0] == [5, 5, 5, 5, 4]
 
 
 @pytest.mark.parametrize(("over", "sizes"), [(-1, [2]), (0, [2]), (1, [1, 1])])
 def test_a_transaction_has_at_most_batch_bytes_max_bytes(tmp_path: pathlib.Path, over: int, sizes: list[int]) -> None:
-    """Known once the states are saved; nothing was produced yet."""
+    """The size is known once the states are saved, before anything is produced."""
     _, states = transactions(tmp_path / "measured", 2)
     assert transactions(tmp_path / "limited", 2, batch_bytes_max=states - over)[0] == sizes
 
@@ -49,7 +49,7 @@ def test_a_record_that_is_larger_than_a_transaction_should_be_has_one_of_its_own
 
 
 def test_a_topic_that_takes_less_than_the_others_limits_neither_them_nor_a_batch_of_records_that_it_takes(tmp_path: pathlib.Path) -> None:
-    """K11: the outputs' topic takes 200 kB; the changelog more, and many small outputs are several requests."""
+    """K11: the outputs' topic accepts 200 kB, the changelog accepts more, and many small outputs are several requests."""
     lab = Lab(tmp_path)
     lab.send("workflow-resume", "large", "new:" + json.dumps("x" * 300_000))
     for number in range(6):

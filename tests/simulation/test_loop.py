@@ -1,4 +1,4 @@
-"""The loop on a simulated broker: who it is, what a refused transaction leads to, what is read again, how long it waits (K1, K4, K6, K11, K18)."""
+"""The loop on a simulated broker: its identity, what follows from a refused transaction, what is read again, and how long it waits (K1, K4, K6, K11, K18)."""
 
 import json
 import pathlib
@@ -29,7 +29,7 @@ def lab(tmp_path: pathlib.Path) -> Lab:
 
 
 class Told(Lab):
-    """It keeps history."""
+    """Its engines keep history."""
 
     def config(self, name: str, **limits: Any) -> Any:
         return super().config(name, **{**limits, "history_topic": "found-history"})
@@ -47,7 +47,7 @@ def start(lab: Lab, workflow: str, id: str) -> None:
 
 
 def refuse(lab: Lab, topic: str, code: int, times: int = 10**9) -> None:
-    """The broker does not take what is written to this topic, so many times."""
+    """Make the broker refuse what is written to this topic, this many times."""
     append, left = lab.broker.append, [times]
 
     def refusing(place: Place, records: Iterable[Made], transaction: Transaction | None) -> list[Entry]:
@@ -81,7 +81,7 @@ def test_an_identity_lasts_as_long_as_its_directory_and_has_one_process_at_a_tim
 
 
 def test_one_that_was_replaced_under_its_name_says_that_it_was_fenced(lab: Lab) -> None:
-    """K1: whoever watches it starts no other."""
+    """K1: so its supervisor does not start another one."""
     first = lab.engine("one")
     turn(first, lambda: first.owned)
     first._lock.close()
@@ -90,12 +90,12 @@ def test_one_that_was_replaced_under_its_name_says_that_it_was_fenced(lab: Lab) 
     turn(second, lambda: second.owned)
     with pytest.raises(FencedError, match="another one has the same identity"):
         turn(first, lambda: False)
-    with pytest.raises(FencedError, match="no right$"):  # fatal as well, and nobody fenced it
+    with pytest.raises(FencedError, match="no right$"):  # this is fatal too, but nobody fenced it
         second.transactions._abort(KafkaError(KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED, "no right", fatal=True), [], set())
 
 
 def test_an_engine_that_stood_still_for_too_long_joins_again(lab: Lab) -> None:
-    """K7: its partitions are another's meanwhile, or nobody's."""
+    """K7: its partitions belong to another engine meanwhile, or to nobody."""
     engine = lab.engine("one")
     turn(engine, lambda: engine.owned)
     lab.broker.time.advance(lab.broker.time.now + 301_000)
@@ -106,7 +106,7 @@ def test_an_engine_that_stood_still_for_too_long_joins_again(lab: Lab) -> None:
 
 # -- what the broker does not take -----------------------------------------------------------------------------------
 def test_a_topic_that_takes_more_than_others_is_given_more(lab: Lab) -> None:
-    """K11: the largest of all topics is the producer's limit, nine tenths of the smallest a batch's."""
+    """K11: the largest limit of all topics is the producer's, and a batch's limit is nine tenths of the smallest."""
     start(lab, "big", "big")
     start(lab, "twice", "twice")
     engine = lab.engine("one")
@@ -129,7 +129,7 @@ def test_what_the_broker_will_never_take_parks_its_instance_alone(lab: Lab, code
 
 @pytest.mark.parametrize(("refused", "told"), [("found-history", []), ("found-out", ["parked"])])
 def test_a_record_is_parked_whole_if_its_event_is_what_the_broker_will_never_take(tmp_path: pathlib.Path, refused: str, told: list[str]) -> None:
-    """K11, decision 0059: then it has no event; one that is not at fault is kept."""
+    """K11, decision 0059: then it has no event. An event that is not at fault is kept."""
     lab = Told(tmp_path)
     engine = lab.engine("one")
     refuse(lab, refused, KafkaError.MSG_SIZE_TOO_LARGE)
@@ -149,7 +149,7 @@ def test_a_record_is_parked_only_if_it_is_refused_alone_twice(lab: Lab) -> None:
 
 
 def test_trouble_of_the_broker_parks_nothing_and_ends_the_process_if_it_lasts(lab: Lab) -> None:
-    """K4, K11: each transaction that was committed meanwhile begins the count anew."""
+    """K4, K11: each transaction that is committed in between resets the count."""
     engine = lab.engine("one")
     for number in range(2):
         refuse(lab, "found-out", KafkaError.NOT_ENOUGH_REPLICAS, times=9)
@@ -163,7 +163,7 @@ def test_trouble_of_the_broker_parks_nothing_and_ends_the_process_if_it_lasts(la
 
 
 def test_what_is_too_large_for_any_topic_is_told_with_the_topic_it_was_for(lab: Lab) -> None:
-    """K11: the client does not even queue it, and reports nothing: the reason named every topic of the batch."""
+    """K11: the client does not even queue it, so no topic is reported; the reason used to name every topic of the batch."""
     for topic in lab.broker.topics.values():
         topic.config["max.message.bytes"] = "250000"
     engine = lab.engine("one")
@@ -173,7 +173,7 @@ def test_what_is_too_large_for_any_topic_is_told_with_the_topic_it_was_for(lab: 
 
 
 def test_a_batch_that_a_slow_line_does_not_take_in_time_is_made_again_in_parts(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K4, K15: it was made as large as before for ever."""
+    """K4, K15: it used to be repeated in the same size forever."""
     flush, sent = SimulatedProducer.flush, []
 
     def slow(producer: SimulatedProducer, timeout: float = -1) -> int:
@@ -191,7 +191,7 @@ def test_a_batch_that_a_slow_line_does_not_take_in_time_is_made_again_in_parts(l
 
 
 def test_a_dead_letter_that_is_refused_too_ends_the_engine_for_good(lab: Lab) -> None:
-    """K10: there is nowhere to put it."""
+    """K10: there is no other place for it."""
     engine = lab.engine("one")
     refuse(lab, "found-dead-letter", KafkaError.TOPIC_AUTHORIZATION_FAILED)
     start(lab, "large", "w")
@@ -202,7 +202,7 @@ def test_a_dead_letter_that_is_refused_too_ends_the_engine_for_good(lab: Lab) ->
 
 @pytest.mark.parametrize("large", ["value", "headers", "key"])
 def test_a_record_that_is_too_large_for_a_dead_letter_leaves_one_that_says_where_it_is(lab: Lab, large: str) -> None:
-    """K10, K11: what a producer with no limit of its own can write to the input must not end all engines."""
+    """K10, K11: a record that a producer without a limit of its own can write to the input must not end all engines."""
     engine = lab.engine("one")
     start(lab, "late", "before")
     producer = lab.client.producer({"partitioner": "murmur2_random", "message.max.bytes": 1_048_588})
@@ -219,7 +219,7 @@ def test_a_record_that_is_too_large_for_a_dead_letter_leaves_one_that_says_where
 
 
 def test_a_timestamp_that_the_dead_letters_do_not_take_is_only_in_a_header(lab: Lab) -> None:
-    """K11, K13: the input may be set to take any, and takes any before Kafka 4."""
+    """K11, K13: the input may be configured to accept any timestamp, and accepts any before Kafka 4."""
     engine = lab.engine("one")
     append, late = lab.broker.append, START_MS + 1_800_000
 
@@ -237,7 +237,7 @@ def test_a_timestamp_that_the_dead_letters_do_not_take_is_only_in_a_header(lab: 
 
 
 def test_what_is_due_and_refused_ends_the_scheduler_with_the_reason(lab: Lab) -> None:
-    """K11: there is no record to be refused; it was called a bug of kwflow's."""
+    """K11: there is no record that could be refused; it used to be reported as a bug of kwflow."""
     scheduler = lab.scheduler("one")
     refuse(lab, "workflow-resume", KafkaError.TOPIC_AUTHORIZATION_FAILED)
     lab.send("workflow-scheduler", "w|1", "1")
@@ -259,7 +259,7 @@ def test_a_broker_that_never_answers_ends_the_process(lab: Lab) -> None:
 
 
 def test_an_abort_is_soon_over_and_its_records_are_applied_in_order(lab: Lab) -> None:
-    """K3, K18: what was read of the log's end is read again, too."""
+    """K3, K18: what was read at the end of the log is read again, too."""
     engine = lab.engine("one")
     turn(engine, lambda: engine.owned)
     start(lab, "main", "w")
@@ -272,7 +272,7 @@ def test_an_abort_is_soon_over_and_its_records_are_applied_in_order(lab: Lab) ->
 
 
 def test_an_identity_that_the_broker_has_forgotten_is_made_anew_after_one_abort(lab: Lab) -> None:
-    """K1: `transactional.id.expiration.ms`, a week without a transaction.  The client asks for a new producer id only if it has to end a transaction that has begun, and none can begin."""
+    """K1: `transactional.id.expiration.ms`, a week without a transaction. The client asks for a new producer id only when it ends a transaction that has begun, but none can begin."""
     engine = lab.engine("one")
     turn(engine, lambda: engine.owned)
     lab.broker.transactions.expire(engine.member.name)
@@ -283,7 +283,7 @@ def test_an_identity_that_the_broker_has_forgotten_is_made_anew_after_one_abort(
 
 
 class Ticking:
-    """Time passes with every look at it: a batch has one step."""
+    """Time passes each time it is read, so that a batch has one step."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -294,7 +294,7 @@ class Ticking:
 
 
 def test_a_record_over_the_producers_own_limit_parks_its_instance(lab: Lab) -> None:
-    """K11: refused by the client, when it is produced."""
+    """K11: the client refuses it when it is produced."""
     for topic in lab.broker.topics.values():
         topic.config["max.message.bytes"] = "200000"
     engine = lab.engine("one")
@@ -304,7 +304,7 @@ def test_a_record_over_the_producers_own_limit_parks_its_instance(lab: Lab) -> N
 
 @pytest.mark.parametrize("what", ["send_offsets", "commit", "abort"])
 def test_an_answer_that_is_lost_is_asked_for_again_and_nothing_else_happens(lab: Lab, what: str) -> None:
-    """K4: the same call."""
+    """K4: by the same call."""
     engine = lab.engine("one")
     turn(engine, lambda: engine.owned)
     lab.hosts["one"].losing[what] = 2
@@ -316,7 +316,7 @@ def test_an_answer_that_is_lost_is_asked_for_again_and_nothing_else_happens(lab:
 
 
 def test_a_partition_that_is_not_ready_yet_is_sought_again(lab: Lab) -> None:
-    """K5: librdkafka says so for a moment after an assignment."""
+    """K5: librdkafka reports that for a moment after an assignment."""
     left = [1, 1, 1]
     engine = lab.engine("one")
     lab.hosts["one"].chance = lambda what: what == "not-ready" and bool(left) and bool(left.pop())  # type: ignore[method-assign]
@@ -325,7 +325,7 @@ def test_a_partition_that_is_not_ready_yet_is_sought_again(lab: Lab) -> None:
 
 
 def test_what_was_fetched_before_a_partition_was_paused_is_not_applied_again(lab: Lab) -> None:
-    """K2: its placeholder of an offset is the begin of the log."""
+    """K2: the placeholder for its offset is the beginning of the log."""
     start(lab, "main", "w")
     first = lab.engine("one")
     turn(first, lambda: first.owned and first.owned[0].position == 1)
@@ -356,7 +356,7 @@ def test_a_partition_without_a_leader_for_a_moment_is_read_on(lab: Lab) -> None:
 
 
 def test_a_call_of_the_client_has_a_time_by_which_it_is_back_and_between_calls_there_is_none(lab: Lab) -> None:
-    """K4: whoever ends this process then looks at it from another thread."""
+    """K4: the thread that ends this process then looks at this time."""
     engine = lab.engine("one")
     start(lab, "main", "w")
     back: list[bool] = []
@@ -368,7 +368,7 @@ def test_a_call_of_the_client_has_a_time_by_which_it_is_back_and_between_calls_t
 
 
 def test_what_two_records_of_a_partition_hand_out_is_handed_out_after_one_commit() -> None:
-    """M6: what is left out would wait for the next owner."""
+    """M6: what is left out would wait for the next owner of the partition."""
     batch = Batch()
     for number, items in ((0, ("a",)), (1, ("b",)), (0, ("c", "d")), (0, ())):
         batch.add(number, Decision(dispatch=items))
@@ -377,7 +377,7 @@ def test_what_two_records_of_a_partition_hand_out_is_handed_out_after_one_commit
 
 # -- records on the wrong partition ----------------------------------------------------------------------------------
 def test_a_batch_that_ends_early_forwards_only_what_lies_before_its_end(tmp_path: pathlib.Path) -> None:
-    """K6: the position moves past what is forwarded, and with it past what was not stepped."""
+    """K6: the position moves past what is forwarded, and so past everything before it that was not stepped."""
     lab = Lab(tmp_path, partitions=2)
     ids = [f"w{number}" for number in range(12)]
     home, away = ([id for id in ids if partition_of(id.encode(), 2) == number] for number in range(2))
@@ -393,7 +393,7 @@ def test_a_batch_that_ends_early_forwards_only_what_lies_before_its_end(tmp_path
 
 
 def test_a_record_that_the_right_partition_does_not_take_parks_nothing_on_the_wrong_one(tmp_path: pathlib.Path) -> None:
-    """K6, K11: its instance is not there, nor whatever could retry it."""
+    """K6, K11: neither its instance is there, nor anything that could retry it."""
     lab = Lab(tmp_path, partitions=2)
     [away, *_] = [f"w{number}" for number in range(12) if partition_of(b"w%d" % number, 2) == 1]
     lab.producer.produce("workflow-resume", value=b"new:{}", key=away.encode(), partition=0)
@@ -407,7 +407,7 @@ def test_a_record_that_the_right_partition_does_not_take_parks_nothing_on_the_wr
 
 
 def test_a_half_that_ends_early_goes_on_with_what_it_left(lab: Lab) -> None:
-    """K11: the next half moves the position past it."""
+    """K11: the next half would otherwise move the position past it."""
     engine = lab.engine("one", batch_ms_max=1)
     for id in ("a", "b", "c"):
         start(lab, "main", id)
@@ -430,7 +430,7 @@ def ask(lab: Lab, partition: int) -> None:
 
 
 def test_a_reply_to_a_partition_that_does_not_exist_is_left_out_until_it_does(lab: Lab) -> None:
-    """M1: it would abort the transaction of everybody else; the broker is asked at most every ten seconds."""
+    """M1: otherwise it would abort the transaction of everybody else. The broker is asked at most every ten seconds."""
     engine = lab.engine("one")
     start(lab, "main", "w")
     ask(lab, 0)
@@ -457,7 +457,7 @@ def elapsed_ms(lab: Lab, runner: KafkaRunner, until: Callable[[], object]) -> fl
 
 
 def test_nothing_that_could_be_done_waits_for_more_to_come(lab: Lab) -> None:
-    """What was gathered and did not fit, and a partition to be restored."""
+    """Neither what was gathered and did not fit, nor a partition that is to be restored."""
     for number in range(10):
         start(lab, "main", f"w{number}")
     engine = lab.engine("one", batch_ms_max=1)
@@ -469,7 +469,7 @@ def test_nothing_that_could_be_done_waits_for_more_to_come(lab: Lab) -> None:
 
 
 def test_slow_steps_of_one_partition_leave_the_others_their_turn(tmp_path: pathlib.Path) -> None:
-    """Each partition is the first in its turn: what it leaves of the budget may be nothing."""
+    """Each partition comes first in its turn, because what it leaves of the budget may be nothing."""
     lab = Lab(tmp_path, partitions=2)
     for number in range(120):
         start(lab, "main", f"w{number}")
@@ -483,7 +483,7 @@ def test_slow_steps_of_one_partition_leave_the_others_their_turn(tmp_path: pathl
 
 
 def test_a_timer_that_what_has_come_cancels_does_not_fire(lab: Lab) -> None:
-    """K18: also when it is due by the time the scheduler looks."""
+    """K18: even if it is due by the time the scheduler looks."""
     scheduler = lab.scheduler("two")
     lab.send("workflow-scheduler", "w|1", "1000")
     turn(scheduler, lambda: scheduler.owned and scheduler.owned[0].position == 1)
@@ -497,7 +497,7 @@ def test_a_timer_that_what_has_come_cancels_does_not_fire(lab: Lab) -> None:
 
 
 def test_the_end_of_the_log_that_was_seen_before_an_abort_is_not_reached(lab: Lab) -> None:
-    """K18: what lies before it is read again, which takes a moment."""
+    """K18: what comes before it is read again, which takes a moment."""
     first = lab.scheduler("two")
     lab.send("workflow-scheduler", "w|1", "1000")
     turn(first, lambda: first.owned and first.owned[0].position == 1)
@@ -515,7 +515,7 @@ def test_the_end_of_the_log_that_was_seen_before_an_abort_is_not_reached(lab: La
 
 
 def test_a_timer_fires_when_it_is_due_and_an_engine_at_rest_asks_for_nothing_but_records(lab: Lab) -> None:
-    """K18; what a start or a takeover looks after ends once it is well."""
+    """K18; the checks that follow a start or a takeover stop once all is well."""
     engine, scheduler = lab.engine("one"), lab.scheduler("two")
     turn(engine, lambda: engine.owned)
     turn(scheduler, lambda: scheduler.owned)
@@ -540,7 +540,7 @@ def test_a_timer_fires_when_it_is_due_and_an_engine_at_rest_asks_for_nothing_but
 
 
 def test_a_mark_that_retention_took_with_all_before_it_keeps_nobody_from_taking_over(lab: Lab) -> None:
-    """K16: after a quiet week every engine ended at its start, as if records had been lost."""
+    """K16: after a quiet week, every engine used to end at its start, as if records had been lost."""
     engine, scheduler = lab.engine("one"), lab.scheduler("two")
     start(lab, "late", "w")
     turn(engine, lambda: lab.written("workflow-scheduler"))

@@ -1,4 +1,4 @@
-"""Defects that simulated workers have shown, in the fewest turns; and what a worker does when its group does not answer (M6.6)."""
+"""Defects that simulated workers have shown, in the fewest turns, and what a worker does when its group does not answer (M6.6)."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ QUEUE = "found-queue"
 
 
 class Lab:
-    """Workers that begin nothing by themselves, of one queue, moved turn by turn."""
+    """Workers of one queue that begin nothing by themselves and move turn by turn."""
 
     def __init__(self, partitions: int) -> None:
         self.broker = Broker()
@@ -45,7 +45,7 @@ class Lab:
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An activity `a`, for as long as the test takes."""
+    """An activity `a`, for the duration of the test."""
     monkeypatch.setattr("kwflow.runners.kafka.queues.find_activity", lambda name: name)
 
 
@@ -54,7 +54,7 @@ def owned(worker: QueueRunner) -> int:
 
 
 def test_a_queue_left_to_nobody_by_a_restart_in_mid_rebalance_is_found() -> None:
-    """K7: a worker with a name of its own was killed before it gave up what is another's; calls in there waited until some worker came or went."""
+    """K7: a worker with a fixed name was killed before it gave up partitions that belong to another. Calls in those used to wait until some worker came or went."""
     lab = Lab(4)
     first = lab.worker("one")
     while owned(first) < 4:
@@ -62,7 +62,7 @@ def test_a_queue_left_to_nobody_by_a_restart_in_mid_rebalance_is_found() -> None
     second = lab.worker("two")
     while lab.broker.group("found-workers").generation < 2:
         second.turn()
-    for _ in range(20):  # the first is told to give two up, but does not poll any more
+    for _ in range(20):  # the first is told to give up two partitions, but no longer polls
         second.turn()
     lab.hosts["one"].alive = False
     first = lab.worker("one")
@@ -74,7 +74,7 @@ def test_a_queue_left_to_nobody_by_a_restart_in_mid_rebalance_is_found() -> None
 
 
 def test_after_a_death_nothing_begins_whose_mark_the_group_did_not_take(known: None) -> None:
-    """K19: the call that kills began without one, and killed one worker after the other."""
+    """K19: the call that kills used to begin without a mark, and killed one worker after the other."""
     lab = Lab(1)
     first = lab.worker("one")
     while not owned(first):
@@ -87,7 +87,7 @@ def test_after_a_death_nothing_begins_whose_mark_the_group_did_not_take(known: N
     asked = []
 
     def again() -> None:
-        """The first of its commits says that it has the partition, the second one marks the call, and so does the third, as nobody has answered."""
+        """The first commit says that the worker has the partition. The second one marks the call, and so does the third, because nobody has answered the second."""
         asked.append(notes[QUEUE, 0])
         host.before["commit-offsets"] = again
         if len(asked) == 2:

@@ -1,4 +1,4 @@
-"""Reading a topic to its end of now, and results that are written outside of transactions (K4, K5, M6.3)."""
+"""Reading a topic up to its present end, and results that are written outside of transactions (K4, K5, M6.3)."""
 
 import pathlib
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def lab(tmp_path: pathlib.Path) -> Lab:
 
 
 def transaction(lab: Lab, name: str, *values: bytes, timeout_ms: int = 60_000) -> Any:
-    """One that is open, of somebody else."""
+    """A transaction of somebody else that is left open."""
     writer = lab.client.producer({"transactional.id": name, "transaction.timeout.ms": timeout_ms})
     writer.init_transactions(1)
     writer.begin_transaction()
@@ -55,7 +55,7 @@ def test_all_that_is_committed_is_read_and_nothing_else_though_the_end_is_a_mark
 
 
 def test_what_lies_behind_an_open_transaction_is_waited_for(lab: Lab) -> None:
-    """K5: its partition's end, as a reader of committed records is told, lies before it."""
+    """K5: the end of its partition, as a reader of committed records sees it, is before it."""
     transaction(lab, "a", b"1", timeout_ms=15_000)
     lab.send(TOPIC, "k", "2")
     begun_ms = lab.broker.time.now
@@ -73,7 +73,7 @@ def test_an_open_transaction_is_not_waited_for_for_ever(lab: Lab) -> None:
 
 
 def test_as_long_as_records_come_there_is_no_end_to_patience(lab: Lab) -> None:
-    """A long topic takes longer to read than anybody waits for one record."""
+    """Reading a long topic takes longer than anybody waits for a single record."""
     for number in range(3):
         transaction(lab, f"t{number}", b"%d" % number, timeout_ms=30_000 * (number + 1))
         lab.send(TOPIC, "k", f"after {number}")
@@ -116,7 +116,7 @@ def test_a_reader_goes_on_after_trouble_that_passes(lab: Lab, code: int, read_al
 
 # -- results -----------------------------------------------------------------------------------------------------------
 class Service(SimulatedEnvironment):
-    """What serves the delivery reports is called by hand."""
+    """An environment whose delivery reports are served when the test calls for it."""
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab.broker)
@@ -139,7 +139,7 @@ class Service(SimulatedEnvironment):
 
 @pytest.mark.parametrize("code", [KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_RECORD, KafkaError.TOPIC_AUTHORIZATION_FAILED])
 def test_a_result_that_the_broker_will_never_take_is_given_back(lab: Lab, code: int) -> None:
-    """M6.3: whoever gave it writes that it failed."""
+    """M6.3: its sender then writes that it failed."""
     results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
     refuse(lab, TOPIC, code, times=1)
     results.deliver(0, b"k", b"1", (), told.append)
@@ -148,7 +148,7 @@ def test_a_result_that_the_broker_will_never_take_is_given_back(lab: Lab, code: 
 
 
 def test_a_result_that_did_not_arrive_is_written_again_but_not_after_the_end(lab: Lab) -> None:
-    """M6.3: then it stays with its call, which lies in the store."""
+    """M6.3: after the end, it stays with its call, which is in the store."""
     results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
     refuse(lab, TOPIC, KafkaError.NOT_ENOUGH_REPLICAS, times=3)
     results.deliver(0, b"k", b"1", (), told.append)
@@ -167,7 +167,7 @@ def test_a_result_that_did_not_arrive_is_written_again_but_not_after_the_end(lab
 
 @pytest.mark.parametrize("in_between", [False, True], ids=["a report comes first", "a result comes first"])
 def test_a_producer_that_broke_is_replaced_once(lab: Lab, in_between: bool) -> None:
-    """M6.3: all of its records are written again with the next one.  As librdkafka does it: one poll raises, what was queued is reported after that, and it takes nothing more."""
+    """M6.3: all of its records are written again with the next one. As in librdkafka, one poll raises, then what was queued is reported, and the producer accepts nothing more."""
     results, told = Results(lab.config("any"), TOPIC, environment := Service(lab)), list[str | None]()
     results.deliver(0, b"k", b"0", (), told.append)
     broken = environment.producers[0]
@@ -196,7 +196,7 @@ def test_a_producer_that_broke_is_replaced_once(lab: Lab, in_between: bool) -> N
 
 
 def test_results_that_are_too_much_together_are_written_all_the_same(lab: Lab) -> None:
-    """K11: the broker refuses a batch that is larger than its topic takes, and all of it had failed."""
+    """K11: the broker refuses a batch that is larger than its topic accepts, and all of the batch used to fail."""
     lab.broker.topics["workflow-resume"].config["max.message.bytes"] = "300000"
     results, told = lab.engine("one").results, list[str | None]()
     results.environment = environment = Service(lab)
@@ -207,7 +207,7 @@ def test_results_that_are_too_much_together_are_written_all_the_same(lab: Lab) -
 
 
 def test_a_result_that_cannot_even_be_queued_is_given_back(lab: Lab) -> None:
-    """M6.3: its workflow had waited until the next restart."""
+    """M6.3: its workflow used to wait until the next restart."""
     results, told = Results(lab.config("any", value_bytes_max=2_000), TOPIC, Service(lab)), list[str | None]()
     results.deliver(0, b"k", b"x" * 4_000, (), told.append)
     assert len(told) == 1 and told[0] is not None

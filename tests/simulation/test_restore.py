@@ -1,4 +1,4 @@
-"""The local copy of a partition, and where its input goes on: what is kept, what is made anew, and what ends the engine (K5, K8, K16)."""
+"""The local copy of a partition, and where its input goes on: what is kept, what is rebuilt, and what ends the engine (K5, K8, K16)."""
 
 import json
 import pathlib
@@ -32,7 +32,7 @@ def opened(lab: Lab, incarnation: str = "topic") -> PartitionStore:
 
 
 def held(store: PartitionStore) -> tuple[bytes | None, int]:
-    """Of one key, and up to where it was written; closed after that."""
+    """Return the value of one key and the offset up to which the store was written, and close it."""
     found = store.get(b"w"), store.offset
     store.close()
     return found
@@ -59,7 +59,7 @@ def test_a_copy_is_made_anew_once_its_tombstones_may_be_compacted_away_or_its_to
 
 
 def test_a_copy_of_a_clock_that_was_far_ahead_is_made_anew(lab: Lab) -> None:
-    """K8: how old it is nobody knows; it had passed for a new one for as long as that clock was ahead."""
+    """K8: nobody knows how old it is. It would have passed for a new one for as long as that clock was ahead."""
     store = opened(lab)
     store.settle({b"w": b"1"}, 5)
     store.close()
@@ -79,7 +79,7 @@ def test_who_reads_from_another_thread_is_told_nothing_once_the_copy_is_closed(l
 
 
 def test_a_copy_that_was_away_for_half_the_tombstones_retention_brings_nothing_back(lab: Lab) -> None:
-    """K8: as the engine reads it from the changelog's settings."""
+    """K8: by the retention that the engine reads from the changelog's settings."""
     lab.broker.topics[CHANGELOG].config["delete.retention.ms"] = str(2 * DAY_MS)
     lab.send("workflow-resume", "w", "new:{}")
     first = lab.engine("one")
@@ -99,7 +99,7 @@ def test_a_copy_that_was_away_for_half_the_tombstones_retention_brings_nothing_b
 
 
 def test_a_copy_whose_engine_stood_still_in_a_commit_is_as_old_as_that_commit(lab: Lab) -> None:
-    """K8: another engine has its partition by then, and what that has removed is no longer told."""
+    """K8: another engine has its partition by then, and what that engine has removed is no longer in the changelog."""
     lab.broker.topics[CHANGELOG].config["delete.retention.ms"] = str(2 * DAY_MS)
     engine, host = lab.engine("one"), lab.hosts["one"]
     turn(engine, lambda: engine.owned)
@@ -119,7 +119,7 @@ def test_a_copy_whose_engine_stood_still_in_a_commit_is_as_old_as_that_commit(la
 
 
 def restored(lab: Lab, store: PartitionStore, gone: int = 0, slices: int = 100, keys: Sequence[str] = ()) -> int:
-    """Up to the end of now, whose first records are `gone` after the first slice; how many slices that took."""
+    """Restore up to the present end of the log, whose first records are `gone` after the first slice. Return how many slices that took."""
     partition = lab.broker.partition((CHANGELOG, 0))
     settings = {"group.id": "r", "isolation.level": "read_committed", "auto.offset.reset": "error", "enable.partition.eof": True}
     restore = Restore(store, lambda: store.environment.consumer(settings), CHANGELOG, 0, partition.start, partition.end, Encryption(Config(encryption_keys=list(keys))))
@@ -131,7 +131,7 @@ def restored(lab: Lab, store: PartitionStore, gone: int = 0, slices: int = 100, 
 
 
 def test_a_copy_notes_how_far_it_is_with_each_commit(lab: Lab) -> None:
-    """K8: the next owner of this directory reads on from there, where there is only the mark of the last transaction."""
+    """K8: the next owner of this directory reads on from there, where there is only the marker of the last transaction."""
     changelog = lab.broker.partition((CHANGELOG, 0))
     engine = lab.engine("one")
     turn(engine, lambda: engine.owned)
@@ -147,7 +147,7 @@ def written(lab: Lab, count: int) -> None:
 
 
 def test_a_copy_ahead_of_its_changelog_is_made_anew_and_one_at_its_end_is_not_read_for(lab: Lab) -> None:
-    """K8: a changelog that has lost its end, by an election or a backup, is the truth all the same."""
+    """K8: a changelog that has lost its end, through an election or a backup, is the truth nevertheless."""
     written(lab, 3)
     store = opened(lab)
     store.settle({b"stale": b"1"}, 4)
@@ -184,13 +184,13 @@ ONE, TWO = "1" * 64, "2" * 64
 
 
 def encrypted(lab: Lab, key: str, *entries: tuple[bytes, bytes | None]) -> None:
-    """Written to the changelog by an engine whose first key this is."""
+    """Write entries to the changelog as an engine does whose first key is this one."""
     encryption = Encryption(Config(encryption_keys=[key]))
     lab.broker.append((CHANGELOG, 0), [(0, name, encryption.encrypt("workflow-engine-state-changelog", value)[0], []) for name, value in entries], None)
 
 
 def test_what_was_encrypted_with_a_former_key_is_passed_where_a_later_value_can_be_opened(lab: Lab) -> None:
-    """0060: after `kwflow topics reencrypt` the log holds the old values until it is compacted; a copy is a copy of the last ones."""
+    """0060: after `kwflow topics reencrypt`, the log holds the old values until it is compacted. A copy only needs the last value of each key."""
     encrypted(lab, ONE, (b"a", b"1"), (b"b", b"1"), (b"gone", b"1"))
     encrypted(lab, TWO, *((b"%03d" % number, b"x") for number in range(200)), (b"a", b"2"), (b"b", b"2"), (b"gone", None))
     store = opened(lab)
@@ -199,7 +199,7 @@ def test_what_was_encrypted_with_a_former_key_is_passed_where_a_later_value_can_
 
 
 def test_a_copy_whose_key_is_missing_is_no_copy_until_it_is_there(lab: Lab) -> None:
-    """0060: it must not count as read to the end without what could not be opened: the key may come later."""
+    """0060: it must not count as read to the end without the values that could not be decrypted, because the key may come later."""
     encrypted(lab, TWO, (b"first", b"1"))
     encrypted(lab, ONE, (b"a", b"1"))
     encrypted(lab, TWO, *((b"%03d" % number, b"x") for number in range(200)))
@@ -215,7 +215,7 @@ def test_a_copy_whose_key_is_missing_is_no_copy_until_it_is_there(lab: Lab) -> N
 
 
 def test_a_damaged_entry_is_one_entry(lab: Lab) -> None:
-    """Its key is there, so nothing is to be waited for: whoever needs it finds it damaged."""
+    """The key is there, so there is nothing to wait for. Whoever needs the entry finds it damaged."""
     encrypted(lab, ONE, (b"a", b"1"), (b"b", b"1"))
     changelog = lab.broker.partition((CHANGELOG, 0))
     changelog.entries[0].value = (changelog.entries[0].value or b"")[:-1]
@@ -226,7 +226,7 @@ def test_a_damaged_entry_is_one_entry(lab: Lab) -> None:
 
 @pytest.mark.parametrize("still_ms", [AGE_MS - 100, AGE_MS + 1])
 def test_a_restore_in_which_the_engine_stood_still_for_too_long_begins_again_from_nothing(lab: Lab, still_ms: int) -> None:
-    """K8: compaction may have removed meanwhile what said that an instance had ended; the copy passed for one that was just written."""
+    """K8: compaction may have removed meanwhile the record that an instance had ended. The copy used to pass for one that was just written."""
     written(lab, 300)
     changelog, store = lab.broker.partition((CHANGELOG, 0)), opened(lab)
     settings = {"group.id": "r", "isolation.level": "read_committed", "auto.offset.reset": "error", "enable.partition.eof": True}
@@ -267,7 +267,7 @@ def test_a_restore_goes_on_after_trouble_that_passes_and_ends_the_engine_after_o
     [(None, OFFSET_INVALID, None), (None, 7, 7), (7, OFFSET_INVALID, 7), (7, 7, 7), (7, 6, MOVED), (7, 8, MOVED)],
 )
 def test_group_and_state_have_to_agree_on_the_offset(saved: int | None, committed: int, found: int | None) -> None:
-    """K16: group offsets expire after seven days; the state has its own."""
+    """K16: group offsets expire after seven days, so the state has an offset of its own."""
     state = None if saved is None else json.dumps({"topic": "t", "next": saved, "partitions": 2}).encode()
     assert agreed(state, committed, "t", 2, "in[0]") == found
 
@@ -281,7 +281,7 @@ def test_a_state_of_another_topic_or_another_number_of_partitions_is_refused(inc
 
 
 def test_an_engine_whose_group_has_forgotten_its_offset_goes_on_where_its_state_does(lab: Lab) -> None:
-    """K16: from the begin of the log it would do everything twice."""
+    """K16: from the beginning of the log, it would do everything twice."""
     lab.send("workflow-resume", "w", "new:{}")
     first = lab.engine("one")
     turn(first, lambda: first.owned and first.owned[0].position == 1)
@@ -302,7 +302,7 @@ def test_an_engine_whose_group_has_forgotten_its_offset_goes_on_where_its_state_
 
 
 def test_a_changelog_that_was_created_again_is_not_taken_for_that_of_a_group_that_had_no_instances(lab: Lab) -> None:
-    """G6: whatever waited would be gone, and nobody told."""
+    """G6: otherwise whatever waited would be gone, and nobody would be told."""
     lab.send("workflow-resume", "w", "new:{}")
     first = lab.engine("one")
     turn(first, lambda: first.owned and first.owned[0].position == 1)
@@ -319,7 +319,7 @@ def test_a_changelog_that_was_created_again_is_not_taken_for_that_of_a_group_tha
 
 
 def test_a_changelog_that_is_created_again_under_a_running_engine_ends_it_before_it_writes_there(lab: Lab) -> None:
-    """G6: the next owner would restore what has changed since, and nothing of what slept."""
+    """G6: otherwise the next owner would restore what has changed since, and nothing of what slept."""
     lab.send("workflow-resume", "w", "new:{}")
     engine = lab.engine("one")
     turn(engine, lambda: engine.owned and engine.owned[0].position == 1)
@@ -339,7 +339,7 @@ def made_again(lab: Lab) -> None:
 
 
 def test_an_engine_without_any_offset_begins_where_the_log_does(lab: Lab) -> None:
-    """K16: retention may have taken the first records."""
+    """K16: retention may have removed the first records."""
     for number in range(3):
         lab.send("workflow-resume", f"w{number}", "new:{}")
     lab.broker.partition(("workflow-resume", 0)).delete_before(2)
@@ -349,7 +349,7 @@ def test_an_engine_without_any_offset_begins_where_the_log_does(lab: Lab) -> Non
 
 
 def test_what_retention_took_before_it_was_applied_ends_the_engine_until_that_is_accepted(lab: Lab) -> None:
-    """K16: it was started again for ever, with --accept-offset-reset too."""
+    """K16: it used to be started again forever, even with --accept-offset-reset."""
     lab.send("workflow-resume", "w", "new:{}")
     first = lab.engine("one")
     turn(first, lambda: first.owned and first.owned[0].position == 1)
@@ -372,7 +372,7 @@ def test_what_retention_took_before_it_was_applied_ends_the_engine_until_that_is
 
 
 def test_a_gap_that_was_accepted_need_not_be_accepted_again(lab: Lab) -> None:
-    """K16: although nothing came after it."""
+    """K16: even if nothing came after it."""
     lab.send("workflow-resume", "w", "new:{}")
     lab.send("workflow-resume", "v", "new:{}")
     first = lab.engine("one", batch_records_max=1)

@@ -19,7 +19,7 @@ NEW, NEWER, HELPER = Release(1), Release(2), Release(2, 1)
 
 
 class Rolling(World):
-    """Three engines, and releases that come sooner than the last one has reached all of them."""
+    """Three engines, and releases that come before the last one has reached all of them."""
 
     machines_min = 3
     release_ms = 10_000
@@ -30,14 +30,14 @@ class Rolling(World):
         self.clients = Clients(self, ids=120, actions=300, killers=False)
 
     def _while_down(self, machine: Machine) -> None:
-        """Often so long that others have its partitions meanwhile."""
+        """Often stay down so long that others own its partitions meanwhile."""
         super()._while_down(machine)
         if not self.calm and self._rollout.random() < 0.5:
             self.hub.pause(self.time.now + 8_000)
 
 
 def test_whatever_is_deployed_and_rolled_back_one_engine_after_the_other_an_instance_keeps_to_its_code() -> None:
-    """All guarantees, of engines of which each may run another release: instances moved to engines with older code, with newer code, and to new helpers."""
+    """All guarantees hold for engines that may each run another release: for instances that moved to engines with older code, with newer code, and to new helpers."""
     happened: collections.Counter[str] = collections.Counter()
     with engine_process():
         for seed in SEEDS:
@@ -54,10 +54,10 @@ def test_whatever_is_deployed_and_rolled_back_one_engine_after_the_other_an_inst
 
 
 def test_an_engine_that_looks_for_stored_code_only_at_its_start_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another engine, with a newer release, has stored it since; what needs it would be parked until somebody restarts the engine."""
+    """Another engine, with a newer release, has stored the code since. An instance that needs it would be parked until somebody restarts the engine."""
     monkeypatch.setattr(CodeStore, "__call__", lambda store, key: store.entries.get(key))
     with engine_process():
-        for seed in (17, *range(40)):  # those that are known to show it come first
+        for seed in (17, *range(40)):  # seeds that are known to show it come first
             world = Rolling(seed)
             try:
                 world.run()

@@ -1,4 +1,4 @@
-"""Two hundred seeds of engines, schedulers, workers, clients and faults in virtual time (G1-G10; K1-K20; M6.6); `make sim SEEDS=…` plays more."""
+"""Two hundred seeds of engines, schedulers, workers, clients and faults in virtual time (G1-G10; K1-K20; M6.6). `make sim SEEDS=…` runs more."""
 
 import collections
 import json
@@ -21,7 +21,7 @@ PLANNED = {
     "lost list_offsets", "lost send_offsets", "notes of what is open", "promoted", "rebalance", "rebalance of workers", "roll", "slow", "stall", "stop", "took over new helpers", "trickle",
     "went on in old code", "wipe",
 }  # fmt: skip
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_frames_alone]  # an error that a live task ended with would keep its generator, a restored one does not
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_frames_alone]  # the error that a live task ended with would keep its generator, a restored one does not
 
 
 def simulate(*arguments: str, hash_seed: str = "random") -> "subprocess.Popen[str]":
@@ -36,7 +36,7 @@ def ended(process: "subprocess.Popen[str]") -> str:
 
 
 def test_two_hundred_seeds_hold_every_guarantee() -> None:
-    """A failure prints its seed, the commit, and how to play it again.  Every kind of fault was among them."""
+    """A failure prints its seed, the commit, and how to run it again. Every kind of fault occurred."""
     halves = [simulate(f"0-{SEEDS}", "--every", f"{half}/2") for half in range(2)]
     happened: collections.Counter[str] = collections.Counter()
     for said in [ended(half) for half in halves]:
@@ -51,7 +51,7 @@ def test_two_hundred_seeds_hold_every_guarantee() -> None:
 
 
 def test_a_seed_is_the_same_run_in_another_process() -> None:
-    """Whatever the hash seed: otherwise a seed that failed once could not be looked at."""
+    """Whatever the hash seed is. Otherwise a seed that failed once could not be examined."""
     runs = [simulate("7", "21", "--digest", hash_seed=seed) for seed in ("1", "2")]
     first, second = (ended(run) for run in runs)
     assert [line for line in first.splitlines() if "digest" in line] == [line for line in second.splitlines() if "digest" in line]

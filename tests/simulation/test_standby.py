@@ -1,4 +1,4 @@
-"""A copy that follows another engine's partition, and the end of one that nobody needs (kafka.md §4, K5, K8)."""
+"""A copy that follows another engine's partition, and the end of a copy that nobody needs (kafka.md §4, K5, K8)."""
 
 import pathlib
 
@@ -29,7 +29,7 @@ def content(store: PartitionStore) -> list[tuple[bytes, bytes]]:
 
 
 def test_a_copy_follows_is_promoted_and_goes_on_as_a_copy_once_its_partition_has_left_again(lab: Lab) -> None:
-    """K5: what a takeover reads is what came after the copy's last turn."""
+    """K5: a takeover reads only what came after the copy's last turn."""
     owner, other = lab.engine("owner"), lab.engine("other", standby=True)
     turn(owner, lambda: owner.owned)
     turn(other, lambda: owner.turn() or standby(other).stores)
@@ -57,7 +57,7 @@ def test_a_copy_follows_is_promoted_and_goes_on_as_a_copy_once_its_partition_has
 
 
 def test_a_copy_that_cannot_follow_from_where_it_is_begins_again_from_nothing(lab: Lab) -> None:
-    """K8: its changelog has lost its end, by an election or a backup."""
+    """K8: its changelog has lost its end, through an election or a backup."""
     owner, other = lab.engine("owner"), lab.engine("other", standby=True)
     lab.send("workflow-resume", "w", "new:{}")
     turn(owner, lambda: owner.owned and owner.owned[0].position == 1)
@@ -95,7 +95,7 @@ def test_a_copy_that_lacks_what_its_changelog_has_lost_begins_again_from_nothing
 
 @pytest.mark.parametrize("ahead_ms", [DAY_MS - 1, DAY_MS + 1])
 def test_a_copy_whose_engine_stood_still_for_half_the_tombstones_retention_begins_again_from_nothing(lab: Lab, ahead_ms: int) -> None:
-    """K8: compaction may have removed meanwhile what said that an instance had ended; one that has nothing to read for as long is kept."""
+    """K8: compaction may have removed meanwhile the record that an instance had ended. A copy that has nothing to read for as long is kept."""
     lab.broker.topics[CHANGELOG].config["delete.retention.ms"] = str(2 * DAY_MS)
     copies = standby(lab.engine("other", standby=True))
     lab.broker.append((CHANGELOG, 0), [(0, b"ended", b"1", [])], None)
@@ -138,7 +138,7 @@ def test_a_copy_is_deleted_once_nobody_has_needed_it_for_long_enough(lab: Lab, t
 
 
 def test_copies_of_other_engines_partitions_are_needed(lab: Lab) -> None:
-    """A standby's store is open; deleted under it, a takeover would find nothing."""
+    """A standby's store is open. If it were deleted meanwhile, a takeover would find nothing."""
     owner, other = lab.engine("owner"), lab.engine("other", standby=True, state_cleanup_s=1)
     turn(owner, lambda: owner.owned)
     turn(other, lambda: owner.turn() or standby(other).stores)
@@ -150,7 +150,7 @@ def test_copies_of_other_engines_partitions_are_needed(lab: Lab) -> None:
 
 @pytest.mark.parametrize("follows", [False, True])
 def test_what_is_about_to_be_owned_is_neither_followed_nor_deleted(lab: Lab, follows: bool) -> None:
-    """K5, K8: from before the group has said what is whose, until it is owned."""
+    """K5, K8: from before the group has assigned the partitions until the partition is owned."""
     lab.broker.append((CHANGELOG, 0), [(0, b"w%d" % number, b"1", []) for number in range(2_000)], None)
     engine = lab.engine("one", standby=follows, state_cleanup_s=0)
     (engine.directory / "0").mkdir()

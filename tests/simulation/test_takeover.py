@@ -1,4 +1,4 @@
-"""What a new owner finds: an open transaction of who was killed in it (K1, K5), a record that kills every engine in turn (K19)."""
+"""What a new owner finds: an open transaction of an engine that was killed in it (K1, K5), or a record that kills every engine in turn (K19)."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ def die() -> None:
 
 
 def dies_of(engine: KafkaRunner, key: bytes) -> None:
-    """A record with this key kills its process."""
+    """Let a record with this key kill the engine's process."""
     decide = engine.processor.decide
 
     def deadly(state, records, *rest):  # type: ignore[no-untyped-def]
@@ -60,7 +60,7 @@ def lost() -> None:
 
 
 def killed_at(lab: Lab, runner: KafkaRunner, name: str, what: str) -> None:
-    """Its next call of this kind is its last."""
+    """Kill the runner at its next call of this kind."""
     lab.hosts[name].before[what] = die
     with pytest.raises(Killed):
         for _ in range(50):
@@ -70,7 +70,7 @@ def killed_at(lab: Lab, runner: KafkaRunner, name: str, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["commit", "send_offsets"])
 def test_the_transaction_of_an_engine_that_died_in_it_is_ended_by_whoever_takes_over(lab: Lab, what: str) -> None:
-    """K1: within the session timeout and two seconds, not after transaction.timeout.ms.  Records are sent early, so that the changelog is open too."""
+    """K1: within the session timeout and two seconds, and not only after transaction.timeout.ms. Records are sent early, so that the changelog is open too."""
     first = lab.engine("one")
     lab.send("workflow-resume", "w", "new:{}")
     turn(first, lambda: first.owned and first.owned[0].position == 1)
@@ -87,7 +87,7 @@ def test_the_transaction_of_an_engine_that_died_in_it_is_ended_by_whoever_takes_
 
 @pytest.mark.parametrize("lost", [0, 2])
 def test_outputs_that_an_engine_died_over_do_not_keep_their_readers_waiting(lab: Lab, lost: int) -> None:
-    """K1: nothing that the next owner needs is undecided; those who read the outputs would wait for transaction.timeout.ms."""
+    """K1: nothing that the next owner needs is undecided, but readers of the outputs would wait for transaction.timeout.ms."""
     first = lab.engine("one")
     lab.send("workflow-resume", "w", "new:{}")
     turn(first, lambda: first.owned and first.owned[0].position == 1)
@@ -122,7 +122,7 @@ def test_outputs_that_an_engine_died_over_do_not_keep_their_readers_waiting(lab:
 
 
 def test_an_engine_that_is_a_member_of_the_group_is_never_fenced(lab: Lab) -> None:
-    """What the owners topic says may be old: the named one may own other partitions by now."""
+    """What the owners topic says may be outdated: the named engine may own other partitions by now."""
     first = lab.engine("one")
     lab.send("workflow-resume", "w", "new:{}")
     turn(first, lambda: first.owned and first.owned[0].position == 1)
@@ -156,7 +156,7 @@ def test_whom_nobody_can_ask_about_is_not_fenced_and_asked_about_once_a_second(l
 
 
 def test_what_is_known_of_who_had_a_partition_goes_with_it(lab: Lab) -> None:
-    """K1: it comes back when another one had it, and died over it."""
+    """K1: the partition comes back when another engine has owned it, and died over it."""
     second = lab.engine("two")
     lab.hosts["two"].losing["committed"] = 10**9
     turn(second, lambda: second.takeover.assigned and second.takeover._former)
@@ -175,7 +175,7 @@ def test_what_is_known_of_who_had_a_partition_goes_with_it(lab: Lab) -> None:
 
 
 class Watched(SimulatedEnvironment):
-    """Knows what consumers it has made."""
+    """An environment that remembers the consumers it has made."""
 
     def consumer(self, settings: Any) -> Any:
         made = super().consumer(settings)
@@ -185,7 +185,7 @@ class Watched(SimulatedEnvironment):
 
 @pytest.mark.parametrize("what", ["assigned", "restoring", "owned"])
 def test_nothing_is_left_open_of_a_partition_that_was_lost(lab: Lab, what: str) -> None:
-    """K2, K5: a revoke cancels a restore; the copy is opened again when the partition comes back."""
+    """K2, K5: a revoke cancels a restore. The copy is opened again when the partition comes back."""
     [changelog] = lab.broker.topics["found-state-changelog"].partitions
     lab.broker.append(changelog.place, [(0, b"w%d" % number, b"1", []) for number in range(2_000)], None)
     engine = lab.engine("one", Watched, batch_records_max=20)
@@ -215,7 +215,7 @@ def test_nothing_is_left_open_of_an_engine_that_ended(lab: Lab, until: str) -> N
 
 
 def test_a_rebalance_that_leaves_an_engine_what_it_has_aborts_no_transaction(tmp_path: pathlib.Path) -> None:
-    """K2: the group is at its next generation, though no partition has moved; whoever commits as of the last one is refused."""
+    """K2: the group is at its next generation although no partition has moved, and a commit under the last generation is refused."""
     lab = Lab(tmp_path, partitions=2)
     first = lab.engine("one")
     turn(first, lambda: len(first.owned) == 2)
@@ -231,7 +231,7 @@ def test_a_rebalance_that_leaves_an_engine_what_it_has_aborts_no_transaction(tmp
 
 
 def test_partitions_that_have_to_wait_keep_those_that_run_waiting_for_a_tenth_of_a_second(tmp_path: pathlib.Path) -> None:
-    """K5: somebody's transaction is open in all changelogs."""
+    """K5: a transaction of somebody else is open in all changelogs."""
     lab = Lab(tmp_path, partitions=8)
     writer = lab.client.producer({"transactional.id": "other", "transaction.timeout.ms": 60_000})
     writer.init_transactions(1)
@@ -250,7 +250,7 @@ def test_partitions_that_have_to_wait_keep_those_that_run_waiting_for_a_tenth_of
 
 
 def test_offsets_that_have_to_wait_keep_those_that_run_waiting_for_a_tenth_of_a_second(tmp_path: pathlib.Path) -> None:
-    """K5: somebody's transaction that nobody may end is open over all offsets; each was asked for, for a second, in one turn."""
+    """K5: a transaction that nobody may end is open over all offsets. Each offset used to be asked for, for a second, in one turn."""
     lab = Lab(tmp_path, partitions=8)
     engine = lab.engine("one")
     writer = lab.client.producer({"transactional.id": "other", "transaction.timeout.ms": 60_000})
@@ -269,13 +269,13 @@ def test_offsets_that_have_to_wait_keep_those_that_run_waiting_for_a_tenth_of_a_
 
 
 def slow_opening(lab: Lab, name: str) -> None:
-    """RocksDB's, and questions about offsets, as measured."""
+    """Make RocksDB's opening and queries about offsets as slow as measured."""
     call = lab.hosts[name].call
     lab.hosts[name].call = lambda what: (call(what), lab.broker.time.advance(lab.broker.time.now + {"database-open": 30, "list_offsets": 5}.get(what, 0)))[0]  # type: ignore[method-assign,func-returns-value]
 
 
 def test_a_takeover_of_many_partitions_keeps_those_that_run_waiting_for_a_tenth_of_a_second(tmp_path: pathlib.Path) -> None:
-    """K5: on a real broker all of them were begun in one turn, of 3.3 s for forty, 5.7 s for a hundred and twenty."""
+    """K5: on a real broker, all of them used to be begun in one turn, which took 3.3 s for forty and 5.7 s for a hundred and twenty."""
     lab = Lab(tmp_path, partitions=40)
     first, second = lab.engine("one"), lab.engine("two")
     turn(first, lambda: len(first.owned) == 40)
@@ -295,7 +295,7 @@ def test_a_takeover_of_many_partitions_keeps_those_that_run_waiting_for_a_tenth_
 
 
 class SlowClosing(SimulatedEnvironment):
-    """As RocksDB's, measured."""
+    """An environment whose databases close as slowly as RocksDB's were measured to."""
 
     def database(self, directory: pathlib.Path) -> Any:
         made = super().database(directory)
@@ -305,7 +305,7 @@ class SlowClosing(SimulatedEnvironment):
 
 
 def test_giving_many_partitions_away_keeps_neither_those_that_run_nor_their_next_owner_waiting(tmp_path: pathlib.Path) -> None:
-    """K5, K7: on a real broker the copies of sixty were closed before the group heard that they are free, 0.9 s later."""
+    """K5, K7: on a real broker, the copies of sixty partitions used to be closed before the group heard that they are free, 0.9 s later."""
     lab = Lab(tmp_path, partitions=40)
     first = lab.engine("one", SlowClosing)
     turn(first, lambda: len(first.owned) == 40)
@@ -324,14 +324,14 @@ def test_giving_many_partitions_away_keeps_neither_those_that_run_nor_their_next
 
 
 def test_a_copy_that_is_new_is_opened_once(lab: Lab) -> None:
-    """K8: there is nothing in it to wipe; half of a first start with many partitions was that."""
+    """K8: there is nothing in it to wipe. That used to be half of a first start with many partitions."""
     engine = lab.engine("one")
     lab.hosts["one"].before["database-wipe"] = lambda: pytest.fail("it is empty")
     turn(engine, lambda: engine.owned)
 
 
 def test_an_answer_without_an_offset_is_asked_for_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K5, G6: what librdkafka gives for a partition whose leader has just moved; a changelog that ended at -1001 was restored by wiping the copy, and its workflows were unknown from then on."""
+    """K5, G6: librdkafka answers so for a partition whose leader has just moved. A changelog "ending at -1001" used to be restored by wiping the copy, and its workflows were unknown from then on."""
     engine = lab.engine("one")
     start(lab, "main", "w")
     turn(engine, lambda: engine.owned and engine.owned[0].store.get(b"w"))
@@ -353,7 +353,7 @@ def test_an_answer_without_an_offset_is_asked_for_again(lab: Lab, monkeypatch: p
 
 
 def test_a_partition_s_committed_offset_that_could_not_be_told_is_asked_for_again(lab: Lab) -> None:
-    """K5: the library tells it beside the others', with an error instead of raising one."""
+    """K5: the library reports it beside the others' offsets, with an error in it, instead of raising one."""
     engine = lab.engine("one")
     turn(engine, lambda: engine.owned)
     start(lab, "main", "w")
@@ -384,7 +384,7 @@ def test_a_group_that_may_not_be_asked_ends_the_engine(lab: Lab) -> None:
 
 
 class Described:
-    """An AdminClient that is told of the group what is in turn: whether it is stable, and which of two partitions somebody has."""
+    """An AdminClient that answers in turn: whether the group is stable, and which of two partitions have an owner."""
 
     def __init__(self, *answers: tuple[bool, set[int]]) -> None:
         self.answers = list(answers)
@@ -398,7 +398,7 @@ class Described:
 
 
 def test_a_partition_belongs_to_nobody_if_it_did_in_two_looks_in_a_row(lab: Lab) -> None:
-    """K7: in a rebalance it may be on its way; whoever leaves the group over that makes another one."""
+    """K7: in a rebalance it may be on its way to an owner, and an engine that leaves the group because of it causes another rebalance."""
     admin = Described((True, {0}), (True, {1}), (False, set()), (True, {1}), (False, set()), (True, {1}), (True, {1}), (True, {0, 1}))
     lab.broker.time.advance(60_000)
     orphans = Orphans(cast(AdminClient, admin), lab.client, "g", {"in": 2})
@@ -437,7 +437,7 @@ def test_a_partition_that_was_given_back_has_no_owner(lab: Lab) -> None:
 
 @pytest.mark.parametrize("visitors", [0, 1])
 def test_a_record_that_kills_every_engine_in_turn_is_refused_whoever_tried_it(lab: Lab, visitors: int) -> None:
-    """K19: state directories of their own; the attempts are in the log, also when an engine had the partition in between and gave it back before that record."""
+    """K19: each engine has its own state directory, but the attempts are in the log. Also if another engine had the partition in between and gave it back before that record."""
     lab.send("workflow-resume", "bad", "new:{}")
     lab.send("workflow-resume", "good", "new:{}")
     deaths = 0
@@ -462,7 +462,7 @@ def test_a_record_that_kills_every_engine_in_turn_is_refused_whoever_tried_it(la
 
 
 def test_a_record_that_kills_every_engine_is_refused_although_more_than_a_batch_was_aborted_before_it(lab: Lab) -> None:
-    """K19: care was taken of as many offsets as a batch has records, and none of these offsets had a record: the process died of it for ever."""
+    """K19: care used to be taken for as many offsets as a batch has records. None of these offsets had a record, so the process died of it forever."""
     firing = lab.client.producer({"transactional.id": "firing"})
     firing.init_transactions()
     firing.begin_transaction()
@@ -486,7 +486,7 @@ def test_a_record_that_kills_every_engine_is_refused_although_more_than_a_batch_
 
 
 def test_what_cannot_be_read_of_owners_or_tells_of_another_topic_is_passed_over(lab: Lab) -> None:
-    """K19: the topic is written to outside of transactions, and outlives the input that it tells of."""
+    """K19: the topic is written to outside of transactions, and outlives the input that it is about."""
     key = b"workflow-resume/0"
     lab.send("workflow-resume", "w", "new:{}")
     lab.broker.append(("found-owners", 0), [(0, key, b"{", []), (0, key + b"/attempts", b'{"topic":"another","offset":0,"count":9,"until":1}', [])], None)
@@ -496,7 +496,7 @@ def test_what_cannot_be_read_of_owners_or_tells_of_another_topic_is_passed_over(
 
 
 class Silent:
-    """A consumer that is told nothing."""
+    """A consumer that receives nothing."""
 
     def __init__(self, environment: SimulatedEnvironment) -> None:
         self._environment = environment
@@ -517,7 +517,7 @@ class OwnersAreSilent(SimulatedEnvironment):
 
 
 def test_an_owners_topic_that_cannot_be_read_is_waited_for_once(tmp_path: pathlib.Path) -> None:
-    """K19: five seconds, then one for each partition that comes within a minute."""
+    """K19: five seconds, then one second for each partition that comes within a minute."""
     lab = Lab(tmp_path)
     engine = lab.engine("one", OwnersAreSilent)
     begun_ms = lab.broker.time.now
@@ -533,7 +533,7 @@ def test_an_owners_topic_that_cannot_be_read_is_waited_for_once(tmp_path: pathli
 
 
 def test_an_engine_that_ends_in_trouble_leaves_its_name_and_its_successor_takes_care_up_to_the_end(lab: Lab) -> None:
-    """K1, K19: its transaction may be open; records that come later have killed nobody."""
+    """K1, K19: its transaction may be open. Records that come later have killed nobody."""
     first = lab.engine("one")
     lab.send("workflow-resume", "w", "new:{}")
     turn(first, lambda: first.owned and first.owned[0].position == 1)
@@ -571,14 +571,14 @@ class Away:
 
 
 class WithoutOwners(SimulatedEnvironment):
-    """Only the owners topic is written to outside of transactions."""
+    """An environment where the owners topic cannot be written: it is the only one that is written outside of transactions."""
 
     def producer(self, settings: Any) -> Any:
         return super().producer(settings) if "transactional.id" in settings else Away(self)
 
 
 def test_an_engine_that_lost_its_disk_with_its_life_takes_care_too(lab: Lab) -> None:
-    """K19: it is called as before, and its directory knows nothing of its death; the owners topic does."""
+    """K19: it has the same name as before, and its directory knows nothing of its death, but the owners topic does."""
     first = lab.engine("one")
     lab.send("workflow-resume", "w", "new:{}")
     turn(first, lambda: first.owned and first.owned[0].position == 1)
@@ -592,7 +592,7 @@ def test_an_engine_that_lost_its_disk_with_its_life_takes_care_too(lab: Lab) -> 
 
 
 def test_attempts_at_a_record_of_a_topic_that_was_made_anew_count_nothing(lab: Lab) -> None:
-    """K19, K16: the same offset is another record now."""
+    """K19, K16: the same offset is a different record now."""
     noted = json.dumps({"topic": "the one before", "offset": 0, "count": 3, "until": 1}).encode()
     lab.producer.produce("found-owners", value=noted, key=b"workflow-resume/0/attempts")
     lab.send("workflow-resume", "w", "new:{}")
@@ -602,7 +602,7 @@ def test_attempts_at_a_record_of_a_topic_that_was_made_anew_count_nothing(lab: L
 
 
 def test_an_owners_topic_that_does_not_answer_is_waited_for_once(lab: Lab) -> None:
-    """K19: each record that was to be taken with care used to wait five seconds for it; the count on the disk protects as well."""
+    """K19: each record to be stepped with care used to wait five seconds for it. The count on the disk protects as well."""
     for number in range(300):
         lab.send("workflow-resume", f"id{number}", "new:{}")
     engine = lab.engine("one")
@@ -616,7 +616,7 @@ def test_an_owners_topic_that_does_not_answer_is_waited_for_once(lab: Lab) -> No
 
 @pytest.mark.parametrize("ended", [False, True], ids=["killed meanwhile", "ended by it"])
 def test_what_a_broker_in_trouble_interrupts_is_no_attempt_for_the_next_engine(lab: Lab, ended: bool) -> None:
-    """K19: the record was stepped, and its process went on, or ended because it could not be committed."""
+    """K19: the record was stepped. Then its process went on, or ended because the step could not be committed."""
     append = lab.broker.append
     lab.send("workflow-resume", "w", "new:{}")
     for number in range(5):
@@ -626,7 +626,7 @@ def test_what_a_broker_in_trouble_interrupts_is_no_attempt_for_the_next_engine(l
         if ended:
             lab.hosts[name].before["commit"] = lost
         else:
-            refuse(lab, "found-state-changelog", KafkaError.NOT_ENOUGH_REPLICAS)  # and not what is told in found-owners
+            refuse(lab, "found-state-changelog", KafkaError.NOT_ENOUGH_REPLICAS)  # but not what is written to found-owners
         with pytest.raises(TransportError) if ended else contextlib.nullcontext():
             for _ in range(3):
                 engine.turn()
@@ -638,7 +638,7 @@ def test_what_a_broker_in_trouble_interrupts_is_no_attempt_for_the_next_engine(l
 
 
 def test_a_commit_that_never_returns_is_no_death_of_its_record(lab: Lab) -> None:
-    """K19, K4: the record was stepped well; the process is ended because the client hangs."""
+    """K19, K4: the record was stepped well. The process is ended because the client hangs."""
     lab.send("workflow-resume", "w", "new:{}")
     killed_at(lab, lab.engine("one"), "one", "commit")
     for number in range(5):
@@ -687,7 +687,7 @@ class Unsettled(SimulatedEnvironment):
 
 @pytest.mark.parametrize("code", [KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.FENCED_LEADER_EPOCH])
 def test_a_leader_that_is_not_known_yet_is_asked_again(lab: Lab, code: int) -> None:
-    """K4: topics that were just made, and brokers that were just restarted, answer so for a moment; an engine used to end."""
+    """K4: topics that were just created, and brokers that were just restarted, answer so for a moment. An engine used to end."""
     unsettled = Unsettled(lab.broker, code)
     assert CodeTopic(lab.config("any"), unsettled).read(0) == []
     assert unsettled.refusals == []
@@ -699,7 +699,7 @@ def test_a_leader_that_is_not_known_yet_is_asked_again(lab: Lab, code: int) -> N
 
 
 def test_a_loop_that_does_not_come_back_is_seen() -> None:
-    """K4: librdkafka has calls that ignore their own time-outs when a broker dies under them; the process ends then."""
+    """K4: librdkafka has calls that ignore their own timeouts when a broker dies under them. The process is ended then."""
     stats = Stats()
     assert not stats.is_late(1e9, 300), "it has not begun"
     stats.turned_s = 1_000.0

@@ -16,10 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def caught(seed: int, planted: Planted | None, faults: Planted) -> str | None:
-    """What the run of this seed was found to do wrong, if anything."""
+    """Return what the run of this seed was found to do wrong, if anything."""
     bug = planted or Planted("", "")
     with engine_process(), bug.patch():
-        kind = faults.world if planted is not None or faults.runner is not KafkaRunner or faults.patch is not contextlib.nullcontext else World  # a world that is the bug itself
+        kind = faults.world if planted is not None or faults.runner is not KafkaRunner or faults.patch is not contextlib.nullcontext else World  # a world that is itself the bug
         world = kind(seed, bug.runner, dataclasses.replace(faults.faults), bug.engine, bug.timers)
         try:
             world.run()

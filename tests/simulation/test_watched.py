@@ -1,4 +1,4 @@
-"""What an engine on Kafka tells who watches it, in each state from its start on; the real runner on the simulated broker."""
+"""What an engine on Kafka reports in each state from its start on. The real runner runs on the simulated broker."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ def lab(tmp_path: pathlib.Path) -> Lab:
 
 
 def test_an_engine_is_ready_once_it_has_joined_and_owns_what_it_was_given(lab: Lab) -> None:
-    """Not before its first partition, nor while somebody's open transaction keeps it from its restore."""
+    """It is not ready before its first partition, nor while somebody's open transaction keeps it from its restore."""
     first = lab.engine("one")
     assert [(seen.joined, seen.ready) for seen in first.seen()] == [(False, False)]
     lab.send("workflow-resume", "w", "new:{}")
