@@ -1,7 +1,7 @@
-"""Run one corpus generator natively and lowered through the same scripts and say where they part.
+"""Run one corpus generator natively and lowered through the same scripts, and report where they differ.
 
-Owns: scripts, traces, the ways of re-entry. Must not know how lowering works: it uses only what kwflow.durable exports.
-The native run is the oracle; no expected result is written down anywhere.
+Owns scripts, traces, and the ways of re-entry. Must not know how lowering works: it uses only what kwflow.durable exports.
+The native run is the oracle. No expected result is written down anywhere.
 """
 
 import inspect
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
-OPS_MAX = 30  # an endless generator is cut here; the longest finite one of the corpus needs fewer
+OPS_MAX = 30  # an endless generator is cut off here; the longest finite one of the corpus needs fewer
 THROW_POINTS_MAX = 10  # throws at later yields repeat what loops already showed
-KEPT: list[Any] = []  # every generator ever driven: a collected one could run its finally inside another script's log
+KEPT: list[Any] = []  # every generator ever driven: one that is collected could run its finally inside another script's log
 
-NATIVE_NAME = re.compile(r"\bcoroutine\b")  # what messages of the interpreter call the native twin of an async function
+NATIVE_NAME = re.compile(r"\bcoroutine\b")  # the interpreter's messages call the native twin of an async function so
 MODULE = re.compile("corpus_(native|lowered)_")
 ITERATED = re.compile(r"\w+(?=\\*' object has no attribute \\*'send)")  # 3.15 makes no iterator of a list in `yield from`, and names the list
 
@@ -49,13 +49,13 @@ THROWN: dict[str, Callable[[], Any]] = {
 
 
 def module_names() -> list[str]:
-    """Names of the corpus files this interpreter can compile."""
+    """The names of the corpus files that this interpreter can compile."""
     names = sorted(p.stem for p in CORPUS.glob("*.py"))
     return [n for n in names if not n.startswith("py3") or sys.version_info >= (3, int(n[3:]))]
 
 
 def on_every_minor(text: str) -> str:
-    """What a generator met before it was saved was said by the Python it ran on then: 3.14 and 3.15 have other words for some."""
+    """Replace messages by a common form. What a generator met before it was saved has the words of the Python it ran on; 3.14 and 3.15 changed some."""
     text = MODULE.sub("", text)
     text = re.sub(r"object (\w+) can\\*'t be used in \\*'await\\*' expression|\\*'(\w+)\\*' object can\\*'t be awaited", r"await \1\2", text)
     text, quoted = re.subn(r"__await__\(\) returned non-iterator of type \\*'(\w+)\\*'|\w+\.\w+\.__await__\(\) must return an iterator, not (\w+)", r"__await__() gave \1\2", text)
@@ -68,7 +68,7 @@ def source_of(name: str) -> str:
 
 
 def load_native(name: str) -> dict[str, Any]:
-    """Exec the corpus file as it is, as a module that classes can be found in."""
+    """Execute the corpus file as it is, as a module in which its classes can be found."""
     module = types.ModuleType(f"corpus_native_{name}")
     sys.modules[module.__name__] = module
     exec(compile(source_of(name), str(CORPUS / f"{name}.py"), "exec"), module.__dict__)
@@ -76,7 +76,7 @@ def load_native(name: str) -> dict[str, Any]:
 
 
 class Driven:
-    """A native coroutine behaves as a generator after its end; while it runs they are the same."""
+    """Make a native coroutine behave as a generator after its end. While it runs, the two are the same."""
 
     def __init__(self, coroutine: Any) -> None:
         self.coroutine = coroutine
@@ -96,7 +96,7 @@ class Driven:
                 raise error
             return self.coroutine.throw(error)
         finally:
-            del error  # or the error would hold this frame, which holds the error
+            del error  # otherwise the error would hold this frame, which holds the error
             self._note()
 
     def close(self) -> Any:
@@ -132,7 +132,7 @@ def stream(values: str) -> Iterator[Op]:
 
 
 def scripts_for(start: Callable[[], Any], log: list[str]) -> list[Script]:
-    """Scripts for one generator: each value stream, and for each yield a throw, two throws, and a close there."""
+    """Return the scripts for one generator: each value stream, and for each yield a throw, two throws, and a close there."""
     scripts = [Script("send before start", (("send", 1), *stream("ints"))), Script("close twice", (("close", None),) * 2)]
     for values in STREAMS:
         plain = Script(values, tuple(stream(values)))
@@ -150,7 +150,7 @@ def scripts_for(start: Callable[[], Any], log: list[str]) -> list[Script]:
 
 
 def describe_error(error: BaseException | None, depth: int = 6) -> Any:
-    """An exception as comparable data: type, arguments, and the chains that pickle would lose."""
+    """An exception as comparable data: its type, its arguments, and the chains that pickle would lose."""
     if error is None or depth == 0:
         return None
     chains = (describe_error(error.__cause__, depth - 1), describe_error(error.__context__, depth - 1))
@@ -173,9 +173,9 @@ def apply(generator: Any, op: Op) -> tuple[Any, ...]:
 
 
 def run(start: Callable[[], Any], script: Script, log: list[str], trip: Trip | None = None) -> list[tuple[Any, ...]]:
-    """Drive a fresh generator through the script; one entry (outcome, its data, what was logged meanwhile) per op.
+    """Drive a fresh generator through the script. Return one entry (outcome, its data, what was logged meanwhile) per op.
 
-    trip is applied before the first op and after every yield; what it raises is an entry of its own and ends the run.
+    trip is applied before the first op and after every yield. What it raises becomes an entry of its own and ends the run.
     """
     log.clear()
     generator = start()
@@ -205,7 +205,7 @@ def shallow(generator: Any) -> Any:
     state = durable.capture(generator)
     made = durable.restore(state)
     shared = any(name.startswith("@delegate") for name in state.slots)  # discarding one of the two would close it
-    del state  # from 3.12 on a frame that errors hold leads to those that have closed it, which would keep what is in here
+    del state  # from 3.12 on, a frame that errors hold leads to the frames that have closed it, which would keep what is in here
     if not shared:
         durable.discard(generator)
     return made
@@ -223,7 +223,7 @@ TRIPS: dict[str, Trip | None] = {"lowered": None, "restored": shallow, "pickled"
 
 
 def difference(native: Callable[[], Any], native_log: list[str], other: Callable[[], Any], other_log: list[str], trip: Trip | None) -> str | None:
-    """The first script and step where the two differ, as text; None when there is none."""
+    """The first script and step where the two differ, as text, or None if there is none."""
     for script in scripts_for(native, native_log):
         expected = run(native, script, native_log)
         got = run(other, script, other_log, trip)

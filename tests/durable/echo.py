@@ -1,13 +1,13 @@
 """The yield-echo mutation of CPython's own tests (H3): every sub-expression of an ordinary test method becomes a yield.
 
-A test method turns into a generator in which each expression E is `(yield E)` and a bare yield stands before every
-statement; a driver sends each value back, so the test must still pass, whatever the position of the yield.  Lowered by
-kwflow and captured and restored in process at sampled yields, it tests evaluation order, scopes and re-entry against a
-suite that nobody here wrote.  Nothing of that suite is kept here: the interpreter's own `test` package is used in place.
+A test method turns into a generator in which each expression E is `(yield E)`, with a bare yield in front of every
+statement. A driver sends each value back, so the test must still pass, wherever the yields are. Lowered by kwflow, and
+captured and restored in process at sampled yields, it tests evaluation order, scopes and re-entry against a suite that
+nobody here wrote. No part of that suite is kept here: the interpreter's own `test` package is used in place.
 
     python tests/durable/echo.py [--native] MODULE[:COUNT]...     one JSON line each: `Outcome` as a dict; COUNT methods by hash
 
-Owns the mutation and the driver; must not know how lowering works.
+Owns the mutation and the driver. Must not know how lowering works.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 ECHOED = "@echo"  # the module global through which mutated code reaches its driver
-DENSE_MAX = 60  # every yield up to here is a restore; later ones are sampled, loops repeat what they showed
+DENSE_MAX = 60  # every yield up to here is a restore; later ones are sampled, because loops repeat what they showed
 RESTORES_MAX = 300  # per test
 
 # modules whose test methods are mutated: language, builtins, and the pure Python of the standard library
@@ -79,7 +79,7 @@ LATER = {  # tests that later releases of CPython have added or changed
 
 
 def left_out(module: str) -> dict[str, str]:
-    """Method -> why."""
+    """Method -> why it is left out."""
     return EXCLUDED.get(module, {}) | LATER.get(module, {})
 
 
@@ -100,7 +100,7 @@ def has_slice(node: ast.expr) -> bool:
 
 
 def within(node: ast.expr) -> ast.expr:
-    """The expression itself with everything below it echoed that runs in the same activation."""
+    """The expression itself, with everything below it echoed that runs in the same activation."""
     if isinstance(node, ast.Lambda):
         return changed(node, args=defaults(node.args))
     if isinstance(node, _COMPREHENSIONS):
@@ -131,7 +131,7 @@ def defaults(args: ast.arguments) -> ast.arguments:
 
 
 def target(node: ast.expr) -> ast.expr:
-    """A target: what it evaluates on its way is echoed."""
+    """A target, with what it evaluates on the way echoed."""
     if isinstance(node, (ast.Tuple, ast.List)):
         return changed(node, elts=[target(element) for element in node.elts])
     if isinstance(node, ast.Starred):
@@ -160,9 +160,9 @@ def echoed_statement(node: ast.stmt) -> ast.stmt:
         elif name in ("body", "orelse", "finalbody") and not isinstance(node, ast.ClassDef):
             new[name] = block(value) if value else []
         elif name == "annotation" or (name == "handlers" and not isinstance(node, ast.Try)):
-            continue  # not evaluated in a function; a handler of except* must not wait
+            continue  # not evaluated in a function; or a handler of except*, which must not wait
         elif name == "handlers":
-            new[name] = [changed(handler, body=block(handler.body)) for handler in value]  # not its type: refused
+            new[name] = [changed(handler, body=block(handler.body)) for handler in value]  # not its type, which would be refused
         elif isinstance(value, ast.expr):
             new[name] = echoed(value)
         elif isinstance(value, list):
@@ -183,7 +183,7 @@ def part_of_statement(node: Any) -> Any:
 
 
 def changed(node: Any, **new: Any) -> Any:
-    """A copy with some fields replaced; no tree is ever changed."""
+    """A copy with some fields replaced. No tree is ever changed."""
     fields = {name: new.get(name, getattr(node, name, None)) for name in node._fields if name in new or hasattr(node, name)}
     return ast.copy_location(type(node)(**fields), node)
 
@@ -231,14 +231,14 @@ class _Replace(ast.NodeTransformer):
 
 
 class Driver:
-    """Runs mutated tests: echoes every value, and re-enters the generator at sampled yields when `trip` is given."""
+    """Runs mutated tests: echoes every value, and re-enters the generator at sampled yields if `trip` is given."""
 
     def __init__(self, trip: Callable[[Any], Any] | None) -> None:
         self.trip = trip
         self.yields = self.restores = 0
 
     def driven(self, function: types.FunctionType) -> Callable[..., Any]:
-        """The decorator next to a mutated method."""
+        """The decorator put on each mutated method."""
 
         if self.trip is not None:
             precompiled(function)
@@ -271,7 +271,7 @@ class Driver:
 
 
 def precompiled(function: types.FunctionType) -> None:
-    """Its cold twin now: some tests lower the recursion limit."""
+    """Compile its cold twin now, because some tests lower the recursion limit."""
     from kwflow.durable import registry
 
     known = registry.function_of(function.__code__)
@@ -280,7 +280,7 @@ def precompiled(function: types.FunctionType) -> None:
 
 
 def restored(gen: Any) -> Any:
-    """The same generator entered again from its captured state; the old one is forgotten, which runs nothing (G8)."""
+    """The same generator, entered again from its captured state. The old one is forgotten, which runs nothing (G8)."""
     from kwflow import durable
 
     made = durable.restore(durable.capture(gen))
@@ -293,7 +293,7 @@ def restored(gen: Any) -> Any:
 
 @dataclasses.dataclass
 class Outcome:
-    """What one module's tests did.  `failed` and `errors` map "Class.method" to the end of a traceback."""
+    """What one module's tests did. `failed` maps "Class.method" to the end of a traceback."""
 
     module: str
     mutated: int = 0
@@ -314,13 +314,13 @@ def source_file(module: str) -> pathlib.Path | None:
 
 
 def chosen(module: str, names: list[str], count: int | None) -> list[str]:
-    """A fixed sample: the first by hash, so that it does not move when CPython adds a test."""
+    """A fixed sample: the first names by hash, so that it does not change when CPython adds a test."""
     ordered = sorted(names, key=lambda name: hashlib.sha256(f"{module}.{name}".encode()).digest())
     return ordered[:count]
 
 
 def prepare(module: str, count: int | None) -> tuple[ast.Module, list[str], str]:
-    """The module's tree with `count` of its methods mutated (None: all), their names, its file name."""
+    """The module's tree with `count` of its methods mutated (None: all), the names of those, and its file name."""
     path = source_file(module)
     if path is None:
         raise FileNotFoundError(f"test.{module}")
@@ -342,7 +342,7 @@ def asynchronous_left_alone(tree: ast.Module) -> ast.Module:
 
 
 def load(module: str, tree: ast.Module, filename: str, driver: Driver, native: bool) -> types.ModuleType:
-    """The mutated module under its own name, so that what its tests pickle is found."""
+    """Load the mutated module under its own name, so that what its tests pickle is found."""
     name = f"test.{module}"
     made = types.ModuleType(name)
     made.__file__ = filename
@@ -368,7 +368,7 @@ def cases(module: types.ModuleType) -> Iterator[unittest.TestCase]:
 
 
 def run(module: str, count: int | None = None, native: bool = False, trip: Callable[[Any], Any] | None = restored) -> Outcome:
-    """Run the mutated tests of one module in this process.  Raises FileNotFoundError where `test.MODULE` is not there."""
+    """Run the mutated tests of one module in this process. Raises FileNotFoundError if there is no `test.MODULE`."""
     from test import support
 
     support.use_resources, support.verbose = [], 0
@@ -391,7 +391,7 @@ def run(module: str, count: int | None = None, native: bool = False, trip: Calla
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background, and some tests raise it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background, and some tests raise it
     parser = argparse.ArgumentParser()
     parser.add_argument("modules", nargs="+", metavar="MODULE[:COUNT]")
     parser.add_argument("--native", action="store_true")

@@ -1,8 +1,8 @@
-"""Run in a child by test_hostile.py: `hostile.py SEED COUNT PROGRESS`, with limits on memory and processor time.
+"""Run in a child process by test_hostile.py: `hostile.py SEED COUNT PROGRESS`, with limits on memory and processor time.
 
-Takes real snapshots, damages them, makes the checksum of every other one right again, and loads them: each loads or gives a
-SnapshotError.  An audit hook watches what the loads do: nothing is run, opened for writing, or imported beyond the allowed names.
-Prints {"loaded", "refused", "wrong": [...]}; PROGRESS holds the number of the one that is being loaded.
+Takes real snapshots, damages them, corrects the checksum of every other one, and loads them: each loads or raises
+SnapshotError. An audit hook watches the loads: nothing is run, opened for writing, or imported beyond the allowed names.
+Prints {"loaded", "refused", "wrong": [...]}. PROGRESS holds the number of the snapshot that is being loaded.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def main(opts):
         yield kw.race({"all": kw.all([book("car", undo), book("hotel", undo)]), "late": kw.sleep(1000)})
     return [undo, list(it), found.group(), call("11"), kept.b is table, len(queue)]
 '''
-# opcodes and operands that damage cleverly: names, calls, memo, sizes
+# opcodes and operands that damage most cleverly: names, calls, memo, sizes
 PIECES = [
     b"\x93", b"R", b"b", b"\x81", b"\x92", b"0", b"2", b"N", b"]", b"}", b")", b"\x85", b"\x86", b"a", b"e", b"s", b"u", b"t", b"(", b".", b"h\x00", b"h\x03", b"h\x0a", b"K\xff",
     b"\x8a\x01\x7f", b"J\xff\xff\xff\x7f", b"\x8b\xff\xff\xff\x7f", b"\x8d\xff\xff\xff\xff\xff\xff\xff\x0f", b"\x96\xff\xff\xff\xff\xff\x00\x00\x00", b"r\xff\xff\xff\x0f",
@@ -88,7 +88,7 @@ def real() -> list[bytes]:
 
 
 def earlier() -> list[bytes]:
-    """The largest that 0.1.0 stored."""
+    """The largest snapshot that 0.1.0 stored."""
     found = []
     for scenario in kept.read("0.1.0", "instances.json.gz").values():
         state = kept.store(kept.msgspec.convert(scenario["steps"][0], kept.Step).state)
@@ -103,7 +103,7 @@ def sealed(data: bytes) -> bytes:
 
 
 def damaged(data: bytes, others: list[bytes], chance: random.Random) -> bytes:
-    """Changed in one to four places, mostly in the body."""
+    """The data changed in one to four places, mostly in the body."""
     (length,) = struct.unpack(">I", data[4:8])
     made = bytearray(data)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):

@@ -1,7 +1,7 @@
 """Random generators over the grammar that is lowered, random scripts for them, and the smallest program that still differs (H6).
 
-A program is text, made from a seed: a fixed prelude whose helpers log what they are asked, and one generator `g`.  The
-native run is the oracle, as in corpus_harness; nothing here knows how lowering works.  A program ends: loops count.
+A program is text, made from a seed: a fixed prelude, whose helpers log how they are called, and one generator `g`. The
+native run is the oracle, as in corpus_harness. Nothing here knows how lowering works. Programs end, because loops count.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def inner(n):
 
 
 class Maker:
-    """One program from a seed."""
+    """Makes one program from a seed."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -118,7 +118,7 @@ class Maker:
         if self.captured:
             lines += ["    def bump(n=1):", "        nonlocal a", "        a = n if not isinstance(a, int) else a + 1", "        log(('bump', b))", "        return a"]
         for _ in range(self.random.randrange(3, 6)):
-            if self.chance(0.8):  # or the first error would end most programs
+            if self.chance(0.8):  # otherwise the first error would end most programs
                 lines += ["    try:", *self.block(2, False), "    except Exception as e:", "        log((e, e.__context__))"]
             else:
                 lines += self.statement(1, False)
@@ -264,12 +264,12 @@ class Maker:
 
 
 def bare(text: str) -> str:
-    """What may stand in an f-string of 3.11, and in the iterable of a comprehension."""
+    """What may be in an f-string of 3.11, and in the iterable of a comprehension."""
     return "(yield a)" if any(mark in text for mark in ("'", "{", ":=", "\\")) else text
 
 
 def scripts_for(seed: int) -> Iterator[harness.Script]:
-    """What a driver does: mostly it sends, sometimes it throws or closes."""
+    """What a driver does: mostly it sends, and sometimes it throws or closes."""
     chosen = random.Random(f"scripts {seed}")
     for number in range(SCRIPTS):
         ops: list[harness.Op] = [("send", None)]
@@ -285,7 +285,7 @@ def scripts_for(seed: int) -> Iterator[harness.Script]:
 
 
 def reentered(gen: Any) -> Any:
-    """In process; from bytes where it waits in another generator, which the old copy would share and hold."""
+    """Restore it in process, or from bytes where it waits in another generator, which the old copy would share and hold."""
     return harness.deep(gen) if gen.gi_yieldfrom is not None else harness.shallow(gen)
 
 
@@ -294,7 +294,7 @@ TRIPS: dict[str, harness.Trip | None] = {"lowered": None, "restored": reentered,
 
 @dataclass
 class Difference:
-    """A program that does something else once it is lowered."""
+    """A program that behaves differently once it is lowered."""
 
     seed: int
     source: str
@@ -339,7 +339,7 @@ class TooLong(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds: float = 5.0) -> Iterator[list[bool]]:
-    """Processor time for the block; the list is not empty when it was not enough."""
+    """Limit the block's processor time. The list is not empty if it was exceeded."""
     late: list[bool] = []
 
     def raising(*_: Any) -> None:
@@ -358,7 +358,7 @@ def time_limit(seconds: float = 5.0) -> Iterator[list[bool]]:
 
 
 def difference(seed: int, source: str) -> Difference | None:
-    """The first difference, shrunk or not; None when there is none.  Raises SyntaxError for what is no program."""
+    """The first difference, not shrunk yet, or None. Raises SyntaxError if the source is no program."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain, other = native(source), lowered(source)
@@ -390,7 +390,7 @@ def check(seed: int) -> Difference | None:
 
 
 def shrunk(found: Difference, tries_max: int = 2000) -> Difference:
-    """The smallest program reached by dropping statements, unfolding compound ones and replacing expressions by their parts."""
+    """The smallest program reached by dropping statements, unfolding compound ones, and replacing expressions by their parts."""
     tries = 0
     smaller = True
     while smaller and tries < tries_max:
@@ -401,7 +401,7 @@ def shrunk(found: Difference, tries_max: int = 2000) -> Difference:
                 other = difference(found.seed, source)
             except Exception:
                 continue
-            if other is not None and " at 0x" not in other.text:  # an address is no difference
+            if other is not None and " at 0x" not in other.text:  # a different address does not count
                 found, smaller = other, True
                 break
             if tries >= tries_max:

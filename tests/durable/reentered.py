@@ -1,7 +1,7 @@
-"""CPython's own tests of generators, each generator captured and restored in process before every resume (H1).
+"""CPython's own tests of generators, with each generator captured and restored in process before every resume (H1).
 
-The test module is lowered as it is; what its generator functions return is wrapped in the harness, so that `next`, `send`,
-`throw` and `close` of a test reach a generator that has just been entered again, with the very same objects (no bytes).
+The test module is lowered as it is. What its generator functions return is wrapped in the harness, so that `next`, `send`,
+`throw` and `close` in a test reach a generator that has just been entered again, with the very same objects (no bytes).
 
     python tests/durable/reentered.py MODULE...     one JSON line each: `echo.Outcome` as a dict
 """
@@ -33,7 +33,7 @@ _STACK = "compares the whole stack: a restored generator delegates through `Resu
 _CODE = "makes a function of a generator's code without the globals of its module"
 _FUNCTION = "asks the generator function itself, where the harness has a wrapper"
 
-# doctests compile their own code, so they are not lowered and not run
+# doctests compile their own code, so they are not lowered, and are not run
 EXCLUDED = {
     "test_generators": {
         "GeneratorStackTraceTest.test_send_with_yield_from": _STACK,
@@ -55,7 +55,7 @@ LATER = {
 
 
 class Proxy:
-    """A generator that is another one after every resume."""
+    """A generator that is replaced by a restored one before every resume."""
 
     driver: Driver
 
@@ -81,7 +81,7 @@ class Proxy:
         try:
             return self.resumed().throw(*error)
         finally:
-            del error  # or its traceback would hold this frame, which holds the error
+            del error  # otherwise its traceback would hold this frame, which holds the error
 
     def close(self) -> Any:
         return self.resumed().close()
@@ -91,7 +91,7 @@ class Proxy:
 
 
 class Driver:
-    """What the mutated module reaches through its global `@echo`."""
+    """The object that the mutated module reaches through its global `@echo`."""
 
     def __init__(self) -> None:
         self.restores = 0
@@ -103,7 +103,7 @@ class Driver:
         made = durable.restore(durable.capture(gen))
         self.restores += 1
         if isinstance(gen.gi_yieldfrom, types.GeneratorType):
-            self.parked.append(gen)  # the two share it, and closing one would close it
+            self.parked.append(gen)  # the two share the inner generator, and closing one would close it
         else:
             durable.discard(gen)
         return made
@@ -120,7 +120,7 @@ class Driver:
 
 
 def with_proxies(tree: ast.Module) -> ast.Module:
-    """Every generator function gets a decorator of ours next to it."""
+    """Give every generator function a decorator of the harness."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and any(isinstance(part, (ast.Yield, ast.YieldFrom)) for part in echo.own(ast.Module(node.body, []))):
             mark = ast.copy_location(ast.Attribute(ast.Name(echo.ECHOED, ast.Load()), "proxied", ast.Load()), node)
@@ -129,7 +129,7 @@ def with_proxies(tree: ast.Module) -> ast.Module:
 
 
 def run(module: str) -> echo.Outcome:
-    """Run all tests of one module but the excluded ones.  Raises FileNotFoundError where `test.MODULE` is not there."""
+    """Run all tests of one module except the excluded ones. Raises FileNotFoundError if there is no `test.MODULE`."""
     from test import support
 
     support.use_resources, support.verbose = [], 0

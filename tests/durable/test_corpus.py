@@ -16,7 +16,7 @@ from tests.nightly import minor
 from tests.nightly.test_minors import SUPPORTED, interpreter
 
 pytestmark = [
-    # what the corpus does on purpose when a generator is dropped: it ignores GeneratorExit, or its delegate's `close` raises
+    # the corpus does this on purpose when a generator is dropped: it ignores GeneratorExit, or its delegate's `close` raises
     pytest.mark.filterwarnings("ignore:(?s)Exception ignored (in|while).*(ignored GeneratorExit|ZeroDivisionError):pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:.*with a literal:SyntaxWarning"),  # random programs compare literals
 ]
@@ -33,7 +33,7 @@ lowered = functools.cache(harness.load_lowered)
 
 @each_case
 def test_the_corpus_itself_is_repeatable(module: str, name: str) -> None:
-    """An oracle that differs from itself (addresses in a repr, state left in a global) would blame the lowering."""
+    """An oracle that differs between two runs (addresses in a repr, state left in a global) would blame the lowering."""
     space, again = native(module), harness.load_native(module)
     for script in harness.scripts_for(space[name], space["LOG"]):
         first = harness.run(space[name], script, space["LOG"])
@@ -56,10 +56,10 @@ def test_a_generator_restored_at_every_yield_does_what_it_does_natively(module: 
 def test_forgetting_a_generator_never_runs_its_cleanup(module: str, name: str, way: str) -> None:
     """G8."""
     before = durable.set_abandoning(True)
-    harness.KEPT.clear()  # gc.collect() below would walk them all
+    harness.KEPT.clear()  # otherwise gc.collect() below would visit them all
     durable.set_abandoning(before)
     gc.collect()
-    gc.freeze()  # each collection below looks at what this test made, and at nothing else
+    gc.freeze()  # each collection below then visits only what this test made
     space = lowered(module)
     script = harness.Script("ints", tuple(harness.stream("ints")))
     for k in range(harness.OPS_MAX):
@@ -74,11 +74,11 @@ def test_forgetting_a_generator_never_runs_its_cleanup(module: str, name: str, w
         del generator
         gc.collect()
         durable.set_abandoning(before)
-        assert [entry for entry in space["LOG"] if "gone" not in entry] == [], f"{way} at yield {k}"  # lifetimes: objects' own ends
+        assert [entry for entry in space["LOG"] if "gone" not in entry] == [], f"{way} at yield {k}"  # in lifetimes, objects log their own ends
 
 
 def test_every_saved_generator_goes_on_in_another_process(tmp_path: pathlib.Path) -> None:
-    """Saved at every yield, compared from there on; across minors: make nightly."""
+    """Saved at every yield, and compared from there on. Across minors: make nightly."""
     minor.write(str(tmp_path / "snapshots.json"))
     script = [sys.executable, minor.__file__, "resume", str(tmp_path / "snapshots.json")]
     done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=100, env={**os.environ, "PYTHONHASHSEED": "11"})
@@ -87,7 +87,7 @@ def test_every_saved_generator_goes_on_in_another_process(tmp_path: pathlib.Path
 
 @pytest.mark.parametrize("version", SUPPORTED)
 def test_a_restored_generator_keeps_its_variables_apart_from_those_of_comprehensions_on_every_minor(version: str) -> None:
-    """CPython 3.12 and 3.13 take a cell of an inlined comprehension for a free variable of the same name: natively none of a workflow's is one, restored each that is captured is."""
+    """CPython 3.12 and 3.13 take a cell of an inlined comprehension for a free variable of the same name. Natively, no variable of a workflow is one; restored, each captured one is."""
     script = f"import sys; sys.path[:0] = {[str(minor.ROOT), str(minor.ROOT / 'tests/durable')]}; import corpus_harness as harness\n"
     script += "native, lowered = harness.load_native('scopes'), harness.load_lowered('scopes')\n"
     script += "name = 'g_comprehensions_that_capture_a_captured_name'; print(harness.difference(native[name], native['LOG'], lowered[name], lowered['LOG'], harness.TRIPS['pickled']))"

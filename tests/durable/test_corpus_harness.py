@@ -1,4 +1,4 @@
-"""The corpus harness has teeth: a re-entry that loses something small is noticed."""
+"""The corpus harness has teeth: it notices a re-entry that loses something small."""
 
 import corpus_harness as harness
 
@@ -35,7 +35,7 @@ def test_a_failing_trip_is_reported_with_its_error() -> None:
 
 
 def test_a_lost_exception_context_is_noticed() -> None:
-    """g_context_of_thrown logs the context; describe_error must carry chains as well."""
+    """g_context_of_thrown logs the context. describe_error must compare the chains as well."""
     try:
         try:
             raise KeyError("a")

@@ -1,4 +1,4 @@
-"""A sample of CPython's own tests with a yield in every place (H3): echo.py says how, make nightly runs them all."""
+"""A sample of CPython's own tests with a yield in every place (H3). echo.py explains how, and make nightly runs them all."""
 
 import json
 import pathlib
@@ -37,7 +37,7 @@ def outcomes(*modules: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("group", range(5))
 def test_mutated_tests_of_cpython_pass_when_restored_at_their_yields(group: int) -> None:
-    """G8; eleven modules a group, each in the interpreter's own `test` package."""
+    """G8: eleven modules per group, each from the interpreter's own `test` package."""
     done = outcomes(*(f"{module}:{METHODS_EACH}" for module in SAMPLE[group * 11 : group * 11 + 11]))
     assert len(done) == 11
     for outcome in done:
@@ -51,7 +51,7 @@ def test_mutated_tests_of_cpython_pass_when_restored_at_their_yields(group: int)
     ("test_raise", 30, 3), ("test_exceptions", 80, 30), ("test_patma", 300, 0), ("test_named_expressions", 60, 0),
 ])  # fmt: skip
 def test_cpythons_tests_of_generators_pass_when_every_generator_is_restored_before_every_resume(module: str, tests_min: int, restores_min: int) -> None:
-    """H1, G8; the last two have no generators of their own: there it is the lowered module that passes."""
+    """H1, G8: the last two have no generators of their own, so there it is the lowered module that passes."""
     done = subprocess.run([sys.executable, "-W", "ignore", str(pathlib.Path(reentered.__file__)), module], capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
     outcome = json.loads(done.stdout)
@@ -84,7 +84,7 @@ def backwards(self: Expressions, parts: list[Any]) -> list[Any]:
 
 
 def off_by_one(last: int) -> Any:
-    """Fault: the last label of a block is looked for in the next one."""
+    """Fault: the last label of a block is looked up in the next block."""
     return CORRECT_UP_TO(last - 1)
 
 
@@ -94,7 +94,7 @@ def no_exit(self: Protected, manager: str, *error: Any) -> Any:
 
 
 def no_chain(self: Expressions, result: str, op: Any, values: list[Any]) -> None:
-    """Fault: the right side of `and` and `or` is not looked at."""
+    """Fault: the right side of `and` and `or` is not examined."""
     self.assign_into(result, values[0])
 
 
@@ -110,7 +110,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_lowering_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of the pass with one fault; the same tests pass without it (above and nightly)."""
+    """A copy of the lowering pass with one fault. Without the fault, the same tests pass (above and nightly)."""
     owner, name, wrong, module = FAULTS[fault]
     monkeypatch.setattr(owner, name, wrong)
     try:

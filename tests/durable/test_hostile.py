@@ -1,4 +1,4 @@
-"""Bytes that somebody changed: each loads or gives SnapshotError, in a child with limits, never a crash, a hang or a foreign import."""
+"""Damaged bytes: each loads or raises SnapshotError, in a child process with limits. There is never a crash, a hang or a foreign import."""
 
 import json
 import os
@@ -33,18 +33,18 @@ def run(seed: int, count: int, tmp_path: pathlib.Path, seconds: float) -> None:
 
 @pytest.mark.slow
 def test_1500_damaged_snapshots_load_or_are_refused(tmp_path: pathlib.Path) -> None:
-    """Half of them with the checksum made right again."""
+    """Half of them have a corrected checksum."""
     run(20261124, 1500, tmp_path, 100)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_10000_damaged_snapshots_load_or_are_refused(tmp_path: pathlib.Path) -> None:
-    """A new seed each time; it is in the message when something is found."""
+    """The seed is new each time, and is in the message if something is found."""
     run(int.from_bytes(os.urandom(4), "big"), 10_000, tmp_path, 800)
 
 
-# -- what somebody who can make the checksum right may name ----------------------------------------------------------
+# -- what somebody who can correct the checksum may name ----------------------------------------------------------
 
 SOURCE = """
 import os, subprocess
@@ -89,7 +89,7 @@ FORBIDDEN = [
 
 @pytest.mark.parametrize("name", FORBIDDEN)
 def test_names_outside_the_list_are_never_called(flow: Any, name: str) -> None:
-    """Wire.md §3: not by a right checksum, and not through what an author's module has imported."""
+    """wire.md §3: not with a correct checksum, and not through what an author's module has imported."""
     before = set(sys.modules)
     with pytest.raises(SnapshotError, match="not allowed|no longer exists|not loaded|no class or function"):
         durable.loads(named(*name.split(" ")))
@@ -97,7 +97,7 @@ def test_names_outside_the_list_are_never_called(flow: Any, name: str) -> None:
 
 
 def constructed(name: str, *arguments: Any) -> bytes:
-    """A body that calls a constructor of kwflow's with these plain arguments."""
+    """A body that calls one of kwflow's constructors with these plain arguments."""
     call = named("kwflow.durable.rebuild", name)[:-6]
     return call + pickletools.optimize(pickle.dumps(arguments, 3))[2:-1] + b"R."  # without frames, whose lengths would be wrong here
 
@@ -129,7 +129,7 @@ def constructed(name: str, *arguments: Any) -> bytes:
 )
 def test_constructors_make_nothing_but_what_a_save_would_have_named(flow: Any, name: str, arguments: tuple[Any, ...]) -> None:
     body = constructed(name, *arguments)
-    assert len(list(pickletools.genops(body[1:]))) > 5  # it is a pickle, so what refuses it is kwflow
+    assert len(list(pickletools.genops(body[1:]))) > 5  # it is a valid pickle, so the refusal comes from kwflow
     with pytest.raises(SnapshotError, match="a snapshot (names|holds|changes) |is not loaded|no longer has a function|descriptor 'search'"):
         durable.loads(body)
 

@@ -1,4 +1,4 @@
-"""A generator that stayed live and one that was restored at every yield are the same to the bytes they are saved as."""
+"""A generator that stayed live and one that was restored at every yield are saved as the same bytes."""
 
 import functools
 import gc
@@ -11,7 +11,7 @@ from kwflow import durable
 from kwflow.durable import set_abandoning
 
 lowered = functools.cache(harness.load_lowered)
-SHOWS_ITS_FRAME = "g_locals_are_kept"  # holds `locals()`, which until 3.12 is the frame's own dict: it changes when the frame is looked at
+SHOWS_ITS_FRAME = "g_locals_are_kept"  # holds `locals()`, which until 3.12 is the frame's own dict, so it changes when the frame is looked at
 CASES = [(m, g) for m in harness.module_names() for g in harness.generators_of(harness.load_native(m)) if g != SHOWS_ITS_FRAME]
 SCRIPTS = ("ints", "none")
 
@@ -20,7 +20,7 @@ SCRIPTS = ("ints", "none")
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(("module", "name"), CASES, ids=[f"{m}.{g}" for m, g in CASES])
 def test_hot_then_saved_equals_restored_all_along(module: str, name: str, script: str) -> None:
-    """K3: the canonical form after k operations does not tell which of them it was."""
+    """K3: the canonical form after k operations does not show which of the two it was."""
     if name == "g_locals_are_kept":
         pytest.skip("it holds its locals(), which until 3.12 are the frame's own dict: what is in them depends on who looked at the frame last")
     space = lowered(module)
@@ -40,7 +40,7 @@ def test_hot_then_saved_equals_restored_all_along(module: str, name: str, script
 
 
 def test_a_generator_dropped_in_a_cycle_during_another_step_runs_nothing() -> None:
-    """G8, semantics §3.3: nor its `finally`, `with`, `except`; whatever collects it."""
+    """G8, semantics §3.3: neither its `finally` nor its `with` or `except`, whatever collects it."""
     source = """
 LOG = []
 class Manager:

@@ -1,4 +1,4 @@
-"""Random programs: native against lowered, restored and pickled at every yield (H6).  10,000 of them: make nightly."""
+"""Random programs: native against lowered, restored and pickled at every yield (H6). For 10,000 of them: make nightly."""
 
 import ast
 from typing import Any
@@ -17,14 +17,14 @@ PROGRAMS, EACH = 500, 50
 
 @pytest.mark.parametrize("first", range(0, PROGRAMS, EACH))
 def test_a_random_program_does_what_it_does_natively(first: int) -> None:
-    """G8; a failure shows the seed, the script and the shrunk program."""
+    """G8. A failure shows the seed, the script and the shrunk program."""
     for seed in range(first, first + EACH):
         found = random_programs.check(seed)
         assert found is None, str(found)
 
 
 def test_programs_are_what_they_are_meant_to_be() -> None:
-    """The same seed is the same program; they use the grammar; most run for a while."""
+    """The same seed makes the same program, programs use the grammar, and most run for a while."""
     sources = [random_programs.Maker(seed).source() for seed in range(200)]
     assert sources == [random_programs.Maker(seed).source() for seed in range(200)]
     text = "\n".join(sources)

@@ -1,4 +1,4 @@
-"""Tracebacks, debuggers, coverage and inspect show the author's own lines, of generators that were restored too."""
+"""Tracebacks, debuggers, coverage and inspect show the author's own lines, also for generators that were restored."""
 
 import bdb
 import inspect
@@ -102,7 +102,7 @@ def test_getsource_signature_and_docstring_are_the_authors(modules: Any) -> None
 
 
 class Debugger(bdb.Bdb):
-    """What pdb is made of: stops where it is told to."""
+    """The base of pdb. Stops at its breakpoints."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def test_a_breakpoint_on_a_line_of_a_durable_generator_stops_there(modules: Any)
 
 
 def traced(run: Callable[[], object], filename: str) -> list[int]:
-    """The lines that run meanwhile, without those that repeat the one before."""
+    """The lines that run meanwhile, without immediate repetitions."""
     seen: list[int] = []
 
     def tracer(frame: types.FrameType, event: str, _: Any) -> Any:
@@ -157,9 +157,9 @@ def executed(start: Callable[[], Any], filename: str) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("module", harness.module_names())
 def test_no_line_that_runs_is_missed_by_line_coverage(module: str) -> None:
-    """Semantics §5.5; a declaration, the head of a def and a `with` that fails may count as run where natively they have no code."""
+    """Semantics §5.5. Lines that have no code natively may count as run: a declaration, the head of a def, a `with` that fails."""
     filename = str(harness.CORPUS / f"{module}.py")
-    assert set(traced(lambda: harness.load_lowered(module), filename)) == set(traced(lambda: harness.load_native(module), filename))  # the last line of each def had run
+    assert set(traced(lambda: harness.load_lowered(module), filename)) == set(traced(lambda: harness.load_native(module), filename))  # the last line of each def counts as run
     native, lowered = harness.load_native(module), harness.load_lowered(module)
     for name in harness.generators_of(native):
         assert set(executed(native[name], filename)) - set(executed(lowered[name], filename)) == set(), name

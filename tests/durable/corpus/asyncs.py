@@ -11,7 +11,7 @@ def log(x):
 
 
 class Pause:
-    """Yields its value to the driver, gives back what the driver sends."""
+    """Yields its value to the driver and returns what the driver sends."""
 
     def __init__(self, value):
         self.value = value
