@@ -60,7 +60,7 @@ def test_an_activity_whose_result_is_in_the_log_already_is_not_begun_again(tmp_p
     with contextlib.closing(Embedded(tmp_path, config, sync=False)) as held:
         processor = WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), held.incarnation, lambda _: None)
         held.append(config.resume_topic, b"w", b"new:null")
-        held.step([processor])  # its call is in the state, and nobody has begun it
+        held.step([processor])  # its call is in the state, but nobody has begun it
         for n in range(5):
             held.append(config.resume_topic, b"other-%d" % n, b'{"ref":"late"}')
         held.append(config.resume_topic, b"w", b'{"ref":"0:1","value":"kept"}')

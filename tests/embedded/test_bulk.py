@@ -138,7 +138,7 @@ def test_who_interrupts_it_is_told_how_it_goes_on(many: Many, tmp_path: pathlib.
         assert time.monotonic() < give_up and process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
-    first, *_, last = log.read_text().splitlines()  # rich says again what it was interrupted in
+    first, *_, last = log.read_text().splitlines()  # rich repeats the line that was interrupted
     assert last == f"interrupted: at least 0 of 300 are done; repeat with --command-id {first.rpartition(' ')[2]}, which does nothing twice"
 
 

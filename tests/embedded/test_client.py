@@ -237,7 +237,7 @@ def test_records_that_are_not_ours_are_counted_and_harm_nobody(client: Client, h
     client.resume("w", "answer", "mine").result(20)
     assert future.result(20) == "mine"
     assert client.counts["unreadable"] == 4
-    assert client.counts["foreign"] in (2, 3)  # the foreign error is of an id that is waited for, unless the result was read first: topics have no order among them
+    assert client.counts["foreign"] in (2, 3)  # the foreign error has an id that is waited for, unless the result was read first: there is no order between topics
 
 
 def test_a_reply_address_that_is_gone_does_not_stop_the_command(client: Client, hosted: Hosted) -> None:

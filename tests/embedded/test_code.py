@@ -219,7 +219,7 @@ def test_an_instance_is_saved_with_its_code_and_goes_on_in_a_test(site: Deployme
     tester.resume("a", "s")
     assert tester.result("a") == ["old", 7, "helped"]
     assert site.stored("a") == before
-    mended = durable.load_source("shop.flows", HEAD + "def main(opts, got, s):\n    return ['moved', got, (yield s)]\n" + MOVES)  # deployed, and tried on what waits there
+    mended = durable.load_source("shop.flows", HEAD + "def main(opts, got, s):\n    return ['moved', got, (yield s)]\n" + MOVES)  # deployed, and tried with what waits there
     try:
         tester = WorkflowTester(mended.main)
         tester.load(site.folder / "a.json")

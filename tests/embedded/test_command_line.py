@@ -263,7 +263,7 @@ def test_show_says_where_a_workflow_failed(tmp_path: pathlib.Path) -> None:
     held.step([WorkflowProcessor(config, Workflows({"main": module.main}, "main"), frozenset(), held.incarnation)])
     held.close()
     shown = CliRunner().invoke(app, ["show", "w", "--embedded", str(tmp_path / "state")]).output
-    assert shown.splitlines()[0] == "w  main  ended"  # nothing of a signature where there are no keys
+    assert shown.splitlines()[0] == "w  main  ended"  # nothing about a signature where there are no keys
     assert shown.splitlines()[-2:] == ["""outcome error: "KeyError: 'missing'\"""", "  in main  failing.py:2"]
 
 
@@ -351,7 +351,7 @@ def test_dead_letters_are_listed_shown_retried_and_discarded(shell: Shell) -> No
     shell.until(lambda: "bad-message" in shell("dead-letters", "list"))
     assert "{not json" in shell("dead-letters", "show", "0:0")
     shell("dead-letters", "discard", "0:1")
-    shell("dead-letters", "retry", "0:0")  # still no JSON: a new letter, before or after the mark that closes the old one
+    shell("dead-letters", "retry", "0:0")  # still no JSON: it becomes a new letter, before or after the record that closes the old one
     new: list[str] = []
     shell.until(lambda: new.extend(letter for letter in ("0:3", "0:4") if letter in shell("dead-letters", "list")) or new)
     said = shell("dead-letters", "list")

@@ -136,7 +136,7 @@ def ids(page: str) -> list[str]:
     return [html.unescape(id) for id in re.findall(r'<td><a class="id" href="/instances/[^"]*">([^<]*)</a></td>', page)]
 
 
-# -- what pages tell ---------------------------------------------------------------------------------------------------
+# -- what pages show ---------------------------------------------------------------------------------------------------
 def test_the_list_tells_each_instance_what_it_waits_for_and_where_and_filters_by_all_of_it(shop: Shop, http: httpx.Client) -> None:
     shop.start("list-1", "Ada Lovelace")
     shop.start("list-2", "Bob")
@@ -300,7 +300,7 @@ def test_parked_instances_and_letters_are_shown_with_the_record_at_fault_and_ret
     assert http.post(f"{at('stuck')}/retry").status_code == 303
     assert "Discard dropped ? The record at fault is dropped for good" in text_of(http.get(f"{at('dropped')}/discard").text)
     assert http.post(f"{at('dropped')}/discard").status_code == 303
-    shop.client.signal("dropped", "last").result(20)  # it comes behind the discard: once it is answered the rest is applied
+    shop.client.signal("dropped", "last").result(20)  # it comes after the discard: once it is answered, the rest is applied
     assert "12 signals note" in text_of(http.get(at("dropped")).text) and shop.status("stuck") == "parked"
     answer = http.post(f"{at('dropped')}/discard")
     assert answer.status_code == 400 and "no parked instance" in text_of(answer.text)

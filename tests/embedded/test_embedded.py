@@ -27,7 +27,7 @@ def test_a_saga_goes_on_after_kill_9_and_answers_given_meanwhile_are_applied_onc
     shell("start", "trip", "--input", '{"timeout": 600000}')
     shell.until(lambda: len(shell.records("saga-reserve-flight")) == 1)
     shell("resume", "trip", "0:1", "--value", '"ok"')
-    shell.until(lambda: "suspension 0:1 " not in shell("show", "trip"))  # not "0:1" alone: the time of day may read so
+    shell.until(lambda: "suspension 0:1 " not in shell("show", "trip"))  # not "0:1" alone, which may also be part of the time of day
     engine.send_signal(signal.SIGKILL)
     engine.wait()
     shell("resume", "trip", "0:2", "--value", '"ok"')
@@ -44,7 +44,7 @@ def test_sigterm_ends_the_engine_with_0_and_a_timer_fires_in_the_next_one(shell:
     """SC-1, semantics §2.5."""
     engine = shell.engine(TRIP)
     shell("start", "trip", "--input", '{"timeout": 8000}')
-    shell.until(lambda: shell.stored("trip"))  # looked for in this process: a command may take as long as the timer on a busy machine
+    shell.until(lambda: shell.stored("trip"))  # looked up in this process, because a command may take as long as the timer on a busy machine
     engine.send_signal(signal.SIGTERM)
     assert engine.wait(20) == 0
     assert engine.stderr is not None
@@ -145,7 +145,7 @@ def test_an_engine_that_had_no_file_descriptors_for_a_while_takes_records_again(
         with contextlib.ExitStack() as limited:
             limited.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-            for other in others:  # the system may have set one aside for the first already
+            for other in others:  # the system may have reserved one for the first already
                 other.connect("engine.sock")
                 other.sendall(b'{"groups":[{"records":[{"topic":"t","key":null,"value":null,"headers":[]}]}]}\n')
             others[1].settimeout(0.2)
@@ -204,7 +204,7 @@ def test_an_engine_whose_log_cannot_be_written_goes_on(shell: Shell, form: str, 
         stack.callback(engine.kill)
         shell.until((shell.directory / "engine.sock").exists)
         for _ in range(2):
-            shell("resume", "nobody", "nothing")  # is told of
+            shell("resume", "nobody", "nothing")  # this is reported
         shell("start", "trip-1", "--input", '{"timeout": 60000}')
         shell.until(lambda: shell.stored("trip-1"))
         engine.terminate()

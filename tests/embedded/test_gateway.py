@@ -387,7 +387,7 @@ def test_a_caller_whose_line_is_full_is_let_go_and_keeps_no_place(make: Callable
     monkeypatch.setattr(streams, "UNREAD_BYTES_MAX", 1_000_000)
     monkeypatch.setattr(streams, "_LAST_S", 0.01)
     serving = make()
-    serving.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections inherit it
+    serving.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections inherit this
     with socket.socket() as caller:
         caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         caller.connect(serving.sock.getsockname())

@@ -278,7 +278,7 @@ def test_a_letter_whose_sender_was_told_is_a_letter_again_when_it_fails_again(of
     office.close(held)
     held = Embedded(office.directory, office.config, sync=False)
     letter = held.read(office.config.dead_letter_topic)[-1]
-    held.append(office.config.dead_letter_topic, b"nobody", b'{"name":"s"}', letter.headers)  # as if it had been refused for something that was mended since
+    held.append(office.config.dead_letter_topic, b"nobody", b'{"name":"s"}', letter.headers)  # as if it had been refused for a reason that was mended since
     office.close(held)
     assert len(office.records(office.config.reply_topic)) == 1
     assert "0:5: sent again" in office("retry", "0:5")

@@ -77,7 +77,7 @@ def serving(hosted: Hosted, files: pathlib.Path) -> Serving:
     return Serving(hosted.config.model_copy(update=settings(files, "gateway")), lambda: Client.embedded(hosted.engine, hosted.config))
 
 
-# -- who is answered -----------------------------------------------------------------------------------------------------
+# -- who gets an answer -------------------------------------------------------------------------------------------------
 def test_a_gateway_answers_those_who_know_its_certificate_and_streams_to_them(hosted: Hosted, files: pathlib.Path) -> None:
     with serving(hosted, files) as gateway:
         assert gateway.url.startswith("https://127.0.0.1:")
@@ -98,7 +98,7 @@ def test_tls_is_1_2_or_newer_with_ciphers_of_today(hosted: Hosted, files: pathli
     """uvicorn's own list has the ciphers of TLS 1.0, without authenticated encryption."""
     context = ssl.create_default_context(cafile=files / "one.pem")
     context.set_ciphers("ALL:@SECLEVEL=0")
-    with warnings.catch_warnings(action="ignore"):  # that 1.1 is old
+    with warnings.catch_warnings(action="ignore"):  # the warning that 1.1 is old
         context.minimum_version = context.maximum_version = version
     with serving(hosted, files) as gateway, socket.create_connection(gateway.sock.getsockname()[:2]) as plain:
         if not taken:

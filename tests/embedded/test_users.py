@@ -25,7 +25,7 @@ def main(opts):
     yield kw.sleep(0.01)
     return "done by " + str(opts)
 """
-# the interpreter may lie where only root can read: so load what a first run loads, then become nobody, then run
+# the interpreter may be where only root can read it: so load what a first run loads, then become nobody, then run
 PROGRAM = """
 import atexit, importlib, os, sys
 uid, modules, *arguments = sys.argv[1:]

@@ -97,10 +97,10 @@ def test_metrics_say_what_became_of_records_timers_snapshots_and_the_cache(place
         assert value(text, 'kwflow_records_total{outcome="unknown-ref"}') == 1
         assert value(text, 'kwflow_steps_total{outcome="resumed"}') == 1
         assert value(text, 'kwflow_steps_total{outcome="parked"}') == 1
-        assert value(text, "kwflow_dead_letters_total") == 2  # the record that was no JSON, and what tells of the parked one
+        assert value(text, "kwflow_dead_letters_total") == 2  # the record that was no JSON, and the one about the parked instance
         assert value(text, "kwflow_timers_waiting") == 2  # b's was cancelled by its race; the parked a keeps its own
         assert value(text, 'kwflow_instance_cache_total{result="hit"}') == 3
-        assert value(text, "kwflow_instances_live") == 2  # b and c; what is parked is not kept
+        assert value(text, "kwflow_instances_live") == 2  # b and c; the parked one is not kept live
         assert value(text, "kwflow_snapshot_bytes_count") == 4  # three starts and one resume; the parked one was not saved
         assert 4 * 256 < value(text, "kwflow_snapshot_bytes_sum") < 4 * 4096
         assert {state: value(text, f'kwflow_activities{{state="{state}"}}') for state in ("running", "ready", "left-behind")} == {"running": 0, "ready": 0, "left-behind": 0}

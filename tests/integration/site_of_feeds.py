@@ -24,7 +24,7 @@ def events(event: Event, record: kw.Record):
             return kw.Start(event.id, event.number, workflow=twice)
         case "count":
             return kw.Signal(event.id, "count", event.number, start="sums")
-        case "both":  # a generator does as well
+        case "both":  # a generator is accepted as well
             return (kw.Signal(f"{event.id}-{name}", "count", event.number, start=sums) for name in "ab")
         case "die":
             if not (HERE / "mended").exists():

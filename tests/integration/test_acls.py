@@ -78,7 +78,7 @@ class Estate:
             future.result(20)
         for user in {re.search(r"User:(\w+)", line)[1] for line in lines}:  # type: ignore[index] # each line has one
             admin = AdminClient({"bootstrap.servers": self.broker.secured, "log_level": 0, **self.settings(user)})
-            until(lambda admin=admin: admin.list_topics(timeout=10).topics)  # type: ignore[misc]  # an ACL is not known everywhere at once
+            until(lambda admin=admin: admin.list_topics(timeout=10).topics)  # type: ignore[misc]  # an ACL does not reach all brokers at once
 
     def settings(self, user: str) -> dict[str, str]:
         return {"security.protocol": "SASL_SSL", "sasl.mechanism": "PLAIN", "sasl.username": user, "sasl.password": Secured.PASSWORD, "ssl.ca.location": str(self.broker.certificate)}

@@ -37,7 +37,7 @@ def test_an_engine_tells_once_why_its_broker_is_away_stays_live_and_goes_on(own:
     log = tmp_path / "one.log"
 
     def lines(about: str) -> list[dict[str, object]]:
-        said = [line for line in log.read_text().splitlines() if "Assertion" not in line]  # librdkafka's own, of which a process may die then
+        said = [line for line in log.read_text().splitlines() if "Assertion" not in line]  # an assertion in librdkafka may end a process then
         return [line for line in map(json.loads, said) if about in str(line["message"])]
 
     try:

@@ -88,7 +88,7 @@ def test_instances_of_either_code_finish_on_it_under_engines_of_the_other(site: 
     assert results == {id: '"old"' for id in old_ids} | {id: '"new"' for id in new_ids}
     assert third.poll() is None
     entries = site.read(f"{site.application}-code", 2)
-    while len({key for key, _ in entries}) < 2:  # each partition writes the version that it names: one key may come several times first
+    while len({key for key, _ in entries}) < 2:  # each partition writes the version that it names, so one key may come several times first
         entries = site.read(f"{site.application}-code", len(entries) + 1)
     assert json.loads(site.read(f"{site.application}-code", 1)[0][1])["file"] == "shop.py"
 

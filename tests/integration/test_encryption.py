@@ -179,7 +179,7 @@ def test_nothing_that_a_workflow_holds_lies_readable_on_the_broker_and_everybody
             caller.start_and_wait("third", {"secret": SECRET}, workflow="fails").result(60)
     through(site, "second", starts=False)
     site.producer.produce(f"{site.application}-foreign", json.dumps({"id": "fourth", "secret": SECRET}), b"x")
-    site.send("fifth", json.dumps({"ref": "nobody"}) + SECRET)  # of a program without the key, and a dead letter
+    site.send("fifth", json.dumps({"ref": "nobody"}) + SECRET)  # from a program without the key; it becomes a dead letter
     site.until(lambda: "fourth" in site.run("list"), 10)
     through(site, "fourth", starts=False)
     site.until(lambda: "fifth" in site.run("dead-letters", "list"))
@@ -202,7 +202,7 @@ def test_who_lacks_the_key_is_told_so_and_nothing_is_lost(site: Site) -> None:
         without.signal("a", "more", 1).result(60)
     stop(site)
     keyed = site.environment["KWFLOW_ENCRYPTION_KEYS"]
-    for keys, directory in (("[]", "one"), ("[]", "fresh"), (json.dumps([TWO]), "one")):  # with a local copy of the state, and without
+    for keys, directory in (("[]", "one"), ("[]", "fresh"), (json.dumps([TWO]), "one")):  # with a local copy of the state, and without one
         site.environment["KWFLOW_ENCRYPTION_KEYS"] = keys
         engine = site.started("keyless.log", "engine", "secret_flows", "--state-dir", str(site.directory / directory))
         assert engine.wait(60) == 1
@@ -261,7 +261,7 @@ def test_a_call_that_is_sent_again_from_the_dead_letters_is_encrypted_as_it_was(
     call = {"resume_topic": site.topic("resume"), "workflow_id": "a", "ref": "none", "activity": "far", "attempt": 1, "idempotency_key": "a|1:1", "arguments": {"secret": SECRET}}
     value, _ = Encryption(Config(encryption_keys=[ONE])).encrypt("workflow-resume", json.dumps(call).encode())
     theirs, _ = Encryption(Config(encryption_keys=[TWO])).encrypt("workflow-resume", b"{}")
-    for broken in (value, b"\0KWE\1", (value or b"")[:-1], theirs):  # a call that is none, and what ends no worker
+    for broken in (value, b"\0KWE\1", (value or b"")[:-1], theirs):  # none of them is a call, and none ends a worker
         site.producer.produce(site.topic("queue"), broken, b"a|1:1")
     site.producer.flush(20)
     site.until(lambda: len(json.loads(site.run("dead-letters", "list", "--json"))) == 4)

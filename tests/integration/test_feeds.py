@@ -70,7 +70,7 @@ def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Feed
 
 def test_records_of_a_topic_start_workflows_and_signal_them_and_their_headers_go_on(site: Feeds) -> None:
     """Decision 0058, semantics §9.3: in the order of their partition, with any key or none."""
-    site.event("start", "early", 21, tenant=b"a")  # before any feed is there
+    site.event("start", "early", 21, tenant=b"a")  # before there is any feed
     site.feed("one")
     site.engine("one", MODULE)
     for number in range(1, 201):
@@ -98,7 +98,7 @@ def test_what_a_feed_does_not_take_is_a_dead_letter_and_is_asked_about_again_whe
     failed = next(header(record, "kwflow-error-message") or "" for record in site.letters() if header(record, "kwflow-error-reason") == "feed-failed")
     assert failed.startswith("ValueError: late (") and failed.endswith("site_of_feeds.py:35)")
     assert site.run("dead-letters", "retry", "--all", "--reason", "feed-failed").count("sent again") == 1
-    site.wait(lambda: len(site.letters()) == 5)  # not mended yet
+    site.wait(lambda: len(site.letters()) == 5)  # not fixed yet
     (site.directory / "mended").touch()
     site.run("dead-letters", "retry", "--all", "--reason", "feed-failed")
     assert site.results(2) == {"next": 8, "late": [site.events, 2, 0, "k"]}, "it is shown the record as it was"
@@ -136,7 +136,7 @@ def test_a_record_that_kills_the_feed_is_a_dead_letter_in_the_end_and_the_others
         site.event("start", f"w{number}", number)
     site.event("die", "deadly", 3)
     site.event("start", "behind", 9)
-    site.feed("one", "--processes", "2")  # which start again what dies
+    site.feed("one", "--processes", "2")  # which restart a process that dies
     assert site.results(6) == {**{f"w{number}": 2 * number for number in range(5)}, "behind": 18}
     [letter] = site.letters()
     assert header(letter, "kwflow-error-reason") == "refused"
@@ -192,7 +192,7 @@ def test_a_topic_that_is_made_anew_while_it_is_read_is_read_from_its_begin(site:
     def made() -> bool:
         try:
             site.admin.create_topics([NewTopic(site.events, 4, 1)])[site.events].result(20)
-        except KafkaException:  # it is not gone yet
+        except KafkaException:  # the topic still exists
             return False
         return True
 
@@ -232,9 +232,9 @@ def test_what_the_broker_takes_no_letter_of_answers_nobody_whatever_its_headers_
     site.admin.incremental_alter_configs([larger])[larger].result(20)
     site.others = Producer({"bootstrap.servers": site.broker, "log_level": 0, "message.max.bytes": 4_000_000})
     site.engine("one", MODULE, True, "--with-feeds")
-    waiting = site.application.encode()  # the topic of replies is one for all tests
+    waiting = site.application.encode()  # all tests share the topic of replies
     headers, refused = {"kwflow-parent": waiting + b"|0:1", "kwflow-request": b"r", "kwflow-reply-to": b"0/" + waiting}, list[object]()
-    while not refused or refused[-1] is not None:  # the broker hears of its setting a little later
+    while not refused or refused[-1] is not None:  # the new setting reaches the broker a little later
         site.others.produce(site.events, b"new:" + random.Random(5).randbytes(3_000_000), "k", 0, headers=headers, on_delivery=lambda error, _: refused.append(error))
         site.others.flush(20)
     site.event("start", "next", 4)

@@ -170,7 +170,7 @@ def test_a_frozen_engine_whose_partitions_moved_writes_nothing_when_it_wakes(sit
     site.read(site.topic("result"), len(ids))
     first.send_signal(signal.SIGCONT)
     late = f"{site.application}-late"
-    site.send(late, 'new:{"timeout": 1}')  # ends in an error record, written by whoever owns its partition now
+    site.send(late, 'new:{"timeout": 1}')  # ends in an error record, which is written by the present owner of its partition
     site.read(site.topic("error"), 1)
     assert sorted(id for id, _ in site.read(site.topic("result"), len(ids))) == sorted(ids)
 
@@ -220,7 +220,7 @@ def test_an_output_larger_than_the_broker_takes_parks_its_instance_and_no_innoce
     """K11, K15, G4: traps 3 and 4."""
     module = site.directory / "large.py"
     module.write_text(LARGE)
-    site.environment["KWFLOW_VALUE_BYTES_MAX"] = "4000000"  # the topic takes less than the workflow may write
+    site.environment["KWFLOW_VALUE_BYTES_MAX"] = "4000000"  # the topic accepts less than the workflow may write
     ids = [f"{site.application}-{number}" for number in range(9)]
     for number, id in enumerate(ids):
         site.send(id, f'new:{{"bytes": {3_000_000 if number == 4 else 10}}}')

@@ -135,7 +135,7 @@ def test_an_engine_without_http_is_named_and_one_that_ended_cleanly_owns_nothing
 
 def test_a_record_that_kills_two_engines_in_turn_ends_in_dead_letters(site: Site) -> None:
     """K19: with state directories of their own. Three times alone, after one batch that nobody suspected, and perhaps once among a few suspects."""
-    site.environment["KWFLOW_KAFKA"] = '{"session.timeout.ms": 1500, "heartbeat.interval.ms": 300, "log_level": 0}'  # who has died is gone sooner
+    site.environment["KWFLOW_KAFKA"] = '{"session.timeout.ms": 1500, "heartbeat.interval.ms": 300, "log_level": 0}'  # so that a dead engine leaves the group sooner
     module = site.directory / "deadly.py"
     module.write_text(DEADLY)
     site.send(site.application, 'new:"deadly"')

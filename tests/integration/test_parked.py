@@ -93,9 +93,9 @@ def test_letters_are_sent_again_once_although_the_command_is_killed_again_and_ag
     for _ in range(5):
         process = subprocess.Popen(command, env={**site.environment, "PYTHONUNBUFFERED": "1"}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert process.stdout is not None
-        for _ in range(chance.choice((1, 95, 100, 105))):  # a hundred letters are done, and the next are under way
+        for _ in range(chance.choice((1, 95, 100, 105))):  # a hundred letters are done, and the next ones are in progress
             process.stdout.readline()
-        time.sleep(chance.random() * 0.01)  # when it is killed is the point of the test, nothing waits for this
+        time.sleep(chance.random() * 0.01)  # the moment of the kill is the point of the test; nothing waits for this
         process.kill()
         process.communicate()
     assert 500 <= len(resent(site)) < LETTERS

@@ -90,7 +90,7 @@ def test_two_processes_share_the_partitions_a_killed_one_comes_back_and_sigterm_
     until(lambda: sorted(many.owned(0) + many.owned(1)) == [0, 1, 2, 3], many.log)
     assert "was killed by SIGKILL; it is started again at once" in many.log.read_text()
     assert victim not in many.children(supervisor) and len(many.children(supervisor)) == 2
-    # the killed one's commit may still be counted by nobody: its process is new
+    # a commit of the killed process may be counted by nobody, because its successor begins at zero
     assert sum(many.metric(number, 'kwflow_records_total{outcome="started"}') for number in (0, 1)) >= 10
     assert all(many.metric(number, "kwflow_commit_seconds_count") > 0 for number in (0, 1) if many.metric(number, 'kwflow_records_total{outcome="started"}'))
     until(lambda: sum(many.metric(number, "kwflow_lag_records") for number in (0, 1)) == 0, many.log)

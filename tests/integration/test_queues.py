@@ -94,7 +94,7 @@ def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Queu
 def test_calls_are_run_by_the_workers_of_their_queue_and_never_by_an_engine(site: Queues) -> None:
     """M6.6, ET-1: the many calls of one workflow are shared among workers, retries included. Its headers go with them (semantics §9.3)."""
     engine = site.engine("one", MODULE)
-    site.start("early", "squares", {"numbers": [3]}, ("tenant", b"a"))  # before any worker is there
+    site.start("early", "squares", {"numbers": [3]}, ("tenant", b"a"))  # before there is any worker
     workers = [site.worker("a", "--http", "127.0.0.1:0"), site.worker("b")]
     site.wait(lambda: "serves" in site.said("a") and "serves" in site.said("b"))
     for n in range(20):
@@ -106,7 +106,7 @@ def test_calls_are_run_by_the_workers_of_their_queue_and_never_by_an_engine(site
     assert len(site.ran("square")) == 1 + 20 * 4 + 20 * 2, "each attempt once"
     at = re.search(r"answered on port (\d+)", site.said("a"))
     assert at is not None
-    site.wait(lambda: get(f"http://127.0.0.1:{at[1]}/health")[0] == 200)  # it may join late, when the other one has done all of it
+    site.wait(lambda: get(f"http://127.0.0.1:{at[1]}/health")[0] == 200)  # it may join late, when the other one has done everything
     assert {one["input"] for one in json.loads(get(f"http://127.0.0.1:{at[1]}/health")[1])["runners"]} == {site.queue, f"{site.queue}-mail"}
     metrics = get(f"http://127.0.0.1:{at[1]}/metrics")[1]
     assert b'kwflow_activities{state="running"} 0.0' in metrics and b'kwflow_partitions{state="owned"' in metrics
@@ -211,7 +211,7 @@ def test_a_call_that_kills_its_worker_ends_with_its_attempts_and_the_others_are_
     for n in range(10):
         site.start(f"w{n}", "squares", {"numbers": [n]})
     site.start("poison", "poison", None)
-    site.environment["KWFLOW_INSTANCE_ID"] = "a"  # so that the next one need not wait for the session of the last
+    site.environment["KWFLOW_INSTANCE_ID"] = "a"  # so that the next worker need not wait for the end of the last one's session
     worker = site.worker("a")
     while len(list(kafka_link.read(site.config, site.topic("result")))) < 11:
         if worker.poll() is not None:
@@ -285,7 +285,7 @@ def test_what_is_no_call_is_a_dead_letter_and_what_is_another_applications_is_le
     assert {headers["kwflow-error-topic"] for headers in said} == {site.queue.encode()}
     url = re.search(r"answered on port (\d+)", site.said("a"))
     assert url is not None
-    site.wait(lambda: _lag(get(f"http://127.0.0.1:{url[1]}/metrics")[1]) == 0)  # the marks of the engine's transactions are no calls
+    site.wait(lambda: _lag(get(f"http://127.0.0.1:{url[1]}/metrics")[1]) == 0)  # the markers of the engine's transactions are not calls
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(30) == 0
     assert "1 answered, 2 dead-letter, 1 of-another-application, 1 taken" in site.said("a").splitlines()[-1]

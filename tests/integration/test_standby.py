@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
 
 def test_a_takeover_begins_where_the_standbys_copy_ends(lab: Lab) -> None:
-    lab.base["kafka"]["max.poll.interval.ms"] = 30_000  # on a busy machine one that is turned after the other would lose its partition to it
+    lab.base["kafka"]["max.poll.interval.ms"] = 30_000  # these runners are turned one after the other: on a busy machine, one would lose its partition to the other
     owner = lab.engine("owner")
     for number in range(20):
         lab.send("resume", f"w{number}", "new:null")
@@ -49,5 +49,5 @@ def test_a_copy_of_a_partition_that_has_left_is_deleted_after_a_while(lab: Lab) 
     turn(first, lambda: first.owned and first.owned[0].position == 1)
     copy = first.directory / "0"
     assert copy.exists()
-    first.takeover._on_lost(first._consumer, first._consumer.assignment())  # as a rebalance does
+    first.takeover._on_lost(first._consumer, first._consumer.assignment())  # as in a rebalance
     turn(first, lambda: not copy.exists())

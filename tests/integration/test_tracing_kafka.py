@@ -31,7 +31,7 @@ def test_a_step_whose_transaction_was_aborted_and_is_made_again_has_one_span(lab
         lab.send("resume", id, "new:1")
     turn(runner, lambda: runner.counts["started"] == 2)
     lab.send("resume", "small", '{"ref": "r", "value": "x"}')
-    lab.send("resume", "large", '{"ref": "r", "value": [' + "0," * 399_999 + "0]}")  # 0.8 MB, and written as a list of Python's 1.2 MB
+    lab.send("resume", "large", '{"ref": "r", "value": [' + "0," * 399_999 + "0]}")  # 0.8 MB here, 1.2 MB as Python writes the list
     turn(runner, lambda: runner.counts["parked"] == 1 and runner.counts["resumed"] == 1)
     spans = exporter.get_finished_spans()
     assert sorted(str((span.attributes or {})["kwflow.workflow_id"]) for span in spans) == ["large", "small", "small"], "the step that was refused has none"

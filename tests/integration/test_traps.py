@@ -115,7 +115,7 @@ def test_records_that_come_before_the_restore_wait_for_it(lab: Lab) -> None:
     first._consumer.close()
     second = lab.engine("two")
     deadline = time.monotonic() + 60
-    while not second.takeover.assigned:  # assigned, not restored
+    while not second.takeover.assigned:  # assigned, but not restored
         assert not gather(second)
         assert time.monotonic() < deadline
     lab.send("resume", id, '{"ref": "r", "value": "waited"}')
@@ -132,7 +132,7 @@ def test_offsets_that_somebody_reset_stop_the_engine_unless_accepted(lab: Lab) -
     turn(first, lambda: first.owned and first.owned[0].position == 1)
     stop(first)
     deadline = time.monotonic() + 60
-    while True:  # refused as long as the group has a member
+    while True:  # it is refused as long as the group has a member
         [future] = first.admin.alter_consumer_group_offsets([ConsumerGroupTopicPartitions(id, [TopicPartition(topic, 0, 0)])]).values()
         try:
             if future.result().topic_partitions[0].error is None:
@@ -152,7 +152,7 @@ def test_a_record_that_killed_the_engine_three_times_is_refused(lab: Lab) -> Non
     id = lab.base["application_id"]
     lab.send("resume", id, "new:{}")
     lab.send("resume", f"{id}-other", "new:{}")
-    for run in range(4):  # the first run is not careful yet
+    for run in range(4):  # the first run takes no care yet
         engine = lab.engine("one")
         turn(engine, lambda: engine.owned)
         if run:
@@ -221,7 +221,7 @@ def test_a_record_with_a_header_whose_name_is_not_utf_8_is_a_dead_letter(lab: La
     """G3, K19: the library cannot return its headers. It ended every engine in turn, before any of its records was looked at."""
     engine = lab.engine("one")
     turn(engine, lambda: engine.owned)
-    for number in range(100):  # a call that has become quick tells nothing of the error that it left behind
+    for number in range(100):  # a call that has become fast does not show the error that it left behind
         lab.send("resume", f"before-{number}", "new:{}")
     turn(engine, lambda: engine.counts["started"] == 100)
     for value in ("new:{}", "no json"):

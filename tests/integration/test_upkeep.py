@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.broker, pytest.mark.slow]
 @pytest.fixture
 def site(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Site]:
     site = Site(broker, application, tmp_path, partitions=2)
-    site.environment["KWFLOW_KAFKA"] = '{"session.timeout.ms": 2000, "heartbeat.interval.ms": 300, "log_level": 0}'  # who has stopped is gone sooner
+    site.environment["KWFLOW_KAFKA"] = '{"session.timeout.ms": 2000, "heartbeat.interval.ms": 300, "log_level": 0}'  # so that a process that has stopped leaves the group sooner
     yield site
     site.end()
 
@@ -57,21 +57,21 @@ def test_waiting_workflows_and_their_timers_move_with_their_keys_to_more_partiti
     answer(site, paused, asked[paused]["car"])
     site.until(lambda: any(key.startswith(HOLD) for key in kafka_link.latest(config, changelog)))
     stopped(site)
-    site.producer.produce(changelog, EXPIRES + b"9" * 20, FORGOTTEN, 0)  # what moves there may have to be forgotten sooner
+    site.producer.produce(changelog, EXPIRES + b"9" * 20, FORGOTTEN, 0)  # an instance that moves there may have to be forgotten sooner
     assert site.producer.flush(20) == 0
     said = site.run("topics", "migrate", "--partitions", "5")
     first = [record.value for record in kafka_link.read(config, changelog, 0) if record.key == FORGOTTEN]
     assert first[0] and first[-1] is None
     assert all(any(key.startswith(WRITTEN) for key in kafka_link.latest(config, changelog, number)) for number in range(5)), "whoever takes one over loads the code that is waited in there"
     assert f"{site.topic('resume')} and {changelog} have 5 partitions" in said and "; 0 entries moved" not in said
-    assert site.run("topics", "migrate", "--partitions", "5").count("; 0 entries moved") == 2  # once more changes nothing
+    assert site.run("topics", "migrate", "--partitions", "5").count("; 0 entries moved") == 2  # another run changes nothing
     assert "only add" in site.refused("topics", "migrate", "--partitions", "3")
     assert sorted(row["id"] for row in json.loads(site.run("list", "--json"))) == sorted(ids)
     site.engine("two")
     for id in ids:
         for kind in ("car", "hotel", "flight")[id == paused :]:
             answer(site, id, asked[id][kind])
-    site.run("unpause", paused)  # its hold has moved with it
+    site.run("unpause", paused)  # what it held has moved with it
     assert sorted(id for id, _ in site.read(site.topic("result"), len(ids))) == sorted(ids)
     site.until(lambda: not any(key.startswith(timers.DUE) for key in kafka_link.latest(config, f"{site.application}-timers-changelog")))  # the scheduler follows the engine
     stopped(site)

@@ -185,7 +185,7 @@ def test_when_all_attempts_are_over_their_time_the_error_says_timeout() -> None:
     message, kind, ended = w.result("w")
     assert (kind, ended - begun) == ("Timeout", 65)
     assert "had no result within 30 s" in message
-    assert w.logs.count(f"w: {message}") == 2  # what runs it hears only that nobody waits any more
+    assert w.logs.count(f"w: {message}") == 2  # the running activity is only told that nobody waits any more
 
 
 def test_retries_draw_no_chance_two_runs_pause_alike() -> None:

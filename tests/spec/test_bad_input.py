@@ -300,7 +300,7 @@ def test_in_the_middle_of_a_drain_a_discard_drops_nothing_until_the_log_has_refu
     refuse(b"null", ("kwflow-op", b"retry"))
     assert store.entries == before, "nor of one for what is not parked"
     for _ in range(2):
-        refuse(more)  # parked twice, it is still what it was before the first
+        refuse(more)  # even after it was parked twice, it is what it was before the first time
     command(b"discard")
     command(b"retry")
     assert (said(), snapshot.read_header(store.entries[b"a"])["status"]) == ("None", "waiting")

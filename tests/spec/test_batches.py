@@ -90,7 +90,7 @@ def test_a_state_between_two_records_of_a_batch_need_not_be_savable_and_whatever
         assert engine.parked_at == fault, cut
         assert engine.written == everything[:fault], cut
         if fault is not None:
-            engine.batch([b"null"], (("kwflow-op", b"retry"),))  # what was held is one batch, which ends it, or fails as before
+            engine.batch([b"null"], (("kwflow-op", b"retry"),))  # what was held becomes one batch, which ends it, or fails as before
             assert (engine.parked_at, engine.written) == ((None, everything) if failing is None else (fault, everything[:fault])), cut
 
 

@@ -391,7 +391,7 @@ def test_an_engine_with_other_code_asks_for_the_version_that_a_snapshot_names() 
     store, name = MemoryStore(), f"code_case_{next(_count)}"
     old = "def main(o):\n    yield kw.suspend('r')\n    yield kw.suspend('s')\n    return 'old'"
     new = "def main(o):\n    yield kw.suspend('r')\n    return 'new'"
-    second = Engine(log, store, new, name)  # it has read the topic to its end: nothing was there
+    second = Engine(log, store, new, name)  # it has read the topic to its end, where nothing was yet
     first = Engine(log, store, old, name)
     first.batch(("w", b"new:1"))
     first.batch(("w", b'{"ref":"r"}'), at=10)
@@ -410,7 +410,7 @@ def test_with_keys_an_entry_that_no_key_signed_is_not_there() -> None:
     assert Engine(log, store, new, name, (second, first)).batch(("a", b'{"ref":"r"}'), at=10) == ['"old"']
     Engine(log, store, old, name, (second, first)).batch(("d", b"new:1"), at=15)
     assert len(log) == 2, "the key that signs now has not signed it yet"
-    durable.load_source(name, HEAD + "def main(o):\n    yield kw.suspend('x')", f"{name}.py")  # the old version is loaded anew
+    durable.load_source(name, HEAD + "def main(o):\n    yield kw.suspend('x')", f"{name}.py")  # the old version is loaded again
     log[:] = [msgspec.structs.replace(written, value=(written.value or b"").partition(b"\n")[0])]
     Engine(log, store, new, name, (second, first)).batch(("b", b'{"ref":"r"}'), at=20)
     assert "is not stored" in snapshot.read_header(store.entries[b"b"])["parked"]["message"]
@@ -444,7 +444,7 @@ def test_what_instances_of_a_partition_run_is_loaded_before_its_first_record_wit
     engine = Engine(log, store, new, name)
     assert topic not in engine.processor.topics.declared
     [key] = [(record.key or b"").decode() for record in log]
-    for _ in range(2):  # the next partition, too, names it
+    for _ in range(2):  # the next partition names it, too
         assert engine.processor.taken_over(store) == {"out": key, topic: key}
     assert topic in engine.processor.topics.declared
     assert engine.batch(("w", b'{"ref":"r"}'), at=10) == ["x", '"old"']
@@ -461,7 +461,7 @@ def test_a_durable_module_that_only_a_workflow_imports_is_imported_before_the_fi
     log: list[Record] = []
     store, source = MemoryStore(), f"def main(o):\n    from {package} import later\n    yield from later.wait()"
     name = f"code_case_{next(_count)}"
-    importlib.import_module(f"{package}.later")  # another MODULE of that engine did; a step could not import what declares a topic
+    importlib.import_module(f"{package}.later")  # another MODULE of that engine imported it; a step could not import a module that declares a topic
     Engine(log, store, source, name).batch(("w", b"new:1"))
     del sys.modules[f"{package}.later"], registry.modules()[f"{package}.later"]  # type: ignore[attr-defined] # as in a process that has just begun
     declarations._topics.discard(topic)
@@ -498,7 +498,7 @@ def test_of_many_stored_versions_those_that_no_instance_runs_any_more_are_not_lo
     loaded = [key for key in stored if registry.version(registry.version_name(*key.split("@"))) is not None]
     assert stored[0] in loaded and len(loaded) <= 17
     assert stored[40] not in loaded
-    other = MemoryStore()  # the next partition, with the same versions, in which one waits on another of them
+    other = MemoryStore()  # the next partition has the same versions, and one of them waits on another
     other.entries = {**store.entries, b"v40": waiting}
     engine.processor.taken_over(other)
     assert registry.version(registry.version_name(*stored[40].split("@"))) is not None

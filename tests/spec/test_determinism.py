@@ -34,7 +34,7 @@ first = yield kw.race({"a": kw.suspend("a"), "b": w("b")})
 kept.args += ("seen",)
 second = yield kw.all([w("c"), kw.suspend("d")])
 return [sorted(nested["set"])[0], next(held), undo[2]()[0], kept.args[0], first, second]'''
-# main fails in its first step, while a shielded task goes on: its error must not keep main's generator
+# main fails in its first step while a shielded task goes on; main's error must not keep its generator
 FAILED = Vector("failed-and-shielded", "def bad():\n    raise ValueError('x')\n    yield\nyield kw.all([kw.shield(w('a')), kw.shield(w('b')), bad()])", [("a=1", []), ("b=2", [])])
 EVERYTHING = Vector("everything", HOLDS_EVERYTHING, [("b=1", []), ("c=2", []), ("d=3", [])])
 

@@ -176,7 +176,7 @@ def fed(event: Event, record: kw.Record):
         sent = _closing(tester.config, "0:0", record, True).records[0]
         assert sent.topic == tester.config.resume_topic and sent.key == f"{topic}/0/0".encode()
         assert [name for name, _ in sent.headers if name in theirs] == ["a", "kwflow-op", "kwflow-feed"], "an engine reads none of theirs as ours"
-        sent = msgspec.structs.replace(sent, headers=(*sent.headers, ("kwflow-original-timestamp", b"5"), ("kwflow-forwarded", b"2")))  # as it is after a move, or a limit that was raised
+        sent = msgspec.structs.replace(sent, headers=(*sent.headers, ("kwflow-original-timestamp", b"5"), ("kwflow-forwarded", b"2")))  # as it is after it was moved, or after a limit was raised
         tester._log(sent)
 
     again()

@@ -156,7 +156,7 @@ def test_a_snapshot_is_warned_about_once_and_refused_at_its_limit() -> None:
     assert quiet.start("state", 1000).logs == ()
     assert "snapshot_bytes_warn" in quiet.batch(quiet.record("a", b'{"ref":"more"}'))[0].logs[0], "now it grows over it"
     assert "snapshot_bytes_warn" in warned.start("state", 1000).logs[0]
-    assert warned.batch(warned.record("a", b'{"ref":"more"}'))[0].logs == ()  # it was over it before
+    assert warned.batch(warned.record("a", b'{"ref":"more"}'))[0].logs == ()  # it was over the limit before
     engine.batch(engine.record("a", b'{"ref":"more"}'))
     large = len(engine.store.entries[b"a"])
     for limit, outcome in ((large, "resumed"), (large - 1, "parked")):
@@ -176,7 +176,7 @@ def test_the_cache_of_live_instances_is_bounded_by_number_and_by_bytes_and_evict
         engine.batch(*(engine.record(f"i{n}", b'new:["state",1000]') for n in range(5)))
         size = len(engine.store.entries[b"i0"])
         assert len(engine.processor.live) == kept
-        gc.collect()  # what went is in cycles
+        gc.collect()  # what was removed is part of reference cycles
         assert engine.module.CLEANED == []
         for n in range(5):
             assert engine.batch(engine.record(f"i{n}", b'{"ref":"more"}'))[0].counts == ("resumed",)
@@ -238,7 +238,7 @@ def test_the_hold_of_a_parked_instance_has_at_most_hold_max_records_the_one_at_f
     behind = [engine.record("b", b'{"ref":"more"}') for _ in range(4)]
     made = engine.batch(*behind) if together else [engine.batch(record)[0] for record in behind]
     assert reasons(made) == ["held", "held", "hold-full", "hold-full"]
-    engine.batch(engine.record("b", b"null", (("kwflow-op", b"discard"),)))  # the start goes, the rest meets nobody
+    engine.batch(engine.record("b", b"null", (("kwflow-op", b"discard"),)))  # the start is dropped, and the rest finds no instance
     assert [key for key in engine.store.entries if key.startswith(b"\0hold\0")] == []
     engine.batch(engine.record("b", b"new:[\"state\",5000]"))
     assert reasons(engine.batch(engine.record("b", b'{"ref":"more"}'))) == ["held"]
@@ -334,7 +334,7 @@ def test_forgetting_does_not_pass_over_what_was_forgotten_before() -> None:
     assert engine.processor.next_due_ms(engine.store) == NOW_MS + 1000
     assert engine.store.passed <= 2
     early = msgspec.structs.replace(engine.record("early", b'new:["headers",1]', (("kwflow-start-id", b"mine"),)), timestamp_ms=NOW_MS - 5000)
-    engine.batch(early, received_ms=NOW_MS - 5000)  # a clock that was set back
+    engine.batch(early, received_ms=NOW_MS - 5000)  # as if the clock was set back
     assert engine.processor.next_due_ms(engine.store) == NOW_MS - 4000
     assert engine.due(NOW_MS + 1000) == ("forgotten", "forgotten")
 
@@ -360,7 +360,7 @@ def test_a_batch_ends_when_its_time_or_its_bytes_are_spent_and_the_rest_is_left(
         assert len(engine.batch(*records, budget=Budget(left, 10**9, Ticking()))) == made, left
     for id in "abc":
         engine.start("state", 1000, id)
-    state = len(engine.store.entries[b"a"])  # it will be saved at the end, once
+    state = len(engine.store.entries[b"a"])  # it is saved once, at the end
     twice = [engine.record(id, b'{"ref":"nobody"}') for id in "aabbcc"]
     for left, made in ((state, 1), (state + 1, 3), (2 * state, 3), (2 * state + 1, 5), (3 * state + 1, 6)):
         assert len(engine.batch(*twice, budget=Budget(left, 10**9, Ticking()))) == made, left
@@ -435,7 +435,7 @@ def test_all_stores_of_a_process_share_one_cache_and_one_write_buffer_manager(tm
 
 def test_what_is_written_and_what_is_read_are_both_charged_to_the_shared_cache(tmp_path: pathlib.Path) -> None:
     """One limit for all: memtables through the write-buffer manager, blocks through the table's cache. It also applies to a store that an earlier run has made."""
-    limit = 64 * 1024 * 1024 + 1  # nobody else's
+    limit = 64 * 1024 * 1024 + 1  # a limit that nobody else has
     usage = rocks.memory(limit).usage
     with contextlib.closing(Embedded(tmp_path / "state", Config(rocksdb_bytes_max=limit), sync=False)) as held:
         for n in range(1000):
@@ -443,14 +443,14 @@ def test_what_is_written_and_what_is_read_are_both_charged_to_the_shared_cache(t
         assert usage() > 3_000_000, "what waits to be flushed"
         held.db.flush()
     with contextlib.closing(Embedded(tmp_path / "state", Config(rocksdb_bytes_max=limit), sync=False)) as held:
-        begun = usage()  # what was flushed is let go of at the latest when its store is closed
+        begun = usage()  # what was flushed is released when its store is closed, at the latest
         assert len(held.read("topic", 0)) == 1000
         assert usage() - begun > 3_000_000, "the blocks that were read"
 
 
 def test_stores_that_hold_next_to_nothing_leave_the_shared_cache_to_what_is_read(tmp_path: pathlib.Path) -> None:
     """A memtable took 1 or 2 MB with its first entries. With 64 partitions, memtables filled the whole cache, no block was kept, and each write was near a flush."""
-    limit = 32 * 1024 * 1024 + 1  # nobody else's
+    limit = 32 * 1024 * 1024 + 1  # a limit that nobody else has
     with contextlib.ExitStack() as opened:
         for number in range(40):
             db = opened.enter_context(contextlib.closing(rocks.opened(tmp_path / str(number), limit)))
@@ -596,7 +596,7 @@ class Counted(Watchdog):
 
 def test_only_engines_that_work_are_looked_at() -> None:
     """K19: five hundred idle engines, as tests leave them, used a whole processor for the rest of the run."""
-    idle, busy = (Counted(4, 10**9, lambda _: None) for _ in range(2))  # looked at every ms
+    idle, busy = (Counted(4, 10**9, lambda _: None) for _ in range(2))  # checked every ms
     idle.run("w", int)
     give_up, seen = time.monotonic() + 20, 0
 

@@ -298,7 +298,7 @@ def test_bad():
     (tmp_path / "pytest.ini").write_text("[pytest]\nkwflow_durable = library\n")
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
-    assert "AssertionError: assert [1, 2] == [1, 3]" in done.stdout  # in the error record: pytest's words about a workflow's assert
+    assert "AssertionError: assert [1, 2] == [1, 3]" in done.stdout  # in the error record: pytest's message for an assert in a workflow
 
 
 @pytest.mark.slow
@@ -342,7 +342,7 @@ def test_locals_of_a_durable_generator_hide_what_lowering_has_added() -> None:
         if restored:
             gen, other = durable.restore(durable.capture(gen)), durable.restore(durable.capture(other))
         first = next(gen)
-        assert [set(found) | {"kept"} for found in first] == [names] * 3  # until 3.12 `locals()` is one dict, which the second look brings up to date
+        assert [set(found) | {"kept"} for found in first] == [names] * 3  # until 3.12 `locals()` is one dict, which the second call updates
         durable.capture(gen)
         assert next(gen) | {"kept"} == names
         assert next(other) == {"@l": 1}

@@ -78,7 +78,7 @@ def test_a_call_over_its_time_is_taken_back_and_handed_out_again_under_the_same_
     tester.advance(10)
     _, _, (other, second) = handed(tester, queue)
     assert other != key and (second["attempt"], second["idempotency_key"]) == (2, first["idempotency_key"])
-    tester.resume("w", first["ref"], 0)  # late
+    tester.resume("w", first["ref"], 0)  # too late
     tester.resume("w", second["ref"], 5)
     assert tester.result("w") == 5
 

@@ -550,7 +550,7 @@ def test_an_error_of_the_authors_functions_is_raised_at_the_wait_and_leaves_noth
 def test_a_request_takes_no_longer_than_it_may() -> None:
     """LR-1: timeouts are passed on to the HTTP client (defect 5.3.3)."""
     with rest_service.serving(lambda asked: Answer()) as base:
-        pass  # nobody accepts there any more
+        pass  # nobody accepts connections there any more
     with running_as(ActivityInfo("kwflow.rest.request", "w", 1, "w|1")):
         gone: Any = asyncio.run(rest.request.function(rest.Sent("GET", base)))
         late: Any = asyncio.run(rest.request.function(rest.Sent("GET", base, timeout_s=0)))

@@ -209,18 +209,18 @@ def test_a_thousand_turns_of_an_agent_cost_what_the_first_ones_did() -> None:
 
     def model(goal: str, turn: int, summary: str, memory: list[str]) -> Any:
         sizes.append(len(w.state.get(b"w") or b""))
-        times.append(time.thread_time())  # of the processor: other processes of this machine do not count
+        times.append(time.thread_time())  # processor time: other processes of this machine do not count
         return module.Move(answer="done") if turn == 1000 else module.Move(tool="add", argument=f"{turn} 1", summary="so far")
 
     w = WorkflowTester(module.main)
     w.fake("ask_model", model)
-    w.globals_check.active = False  # it looks at every module that the tests have loaded
+    w.globals_check.active = False  # it would check every module that the tests have loaded
     w.start("w", {"goal": "g", "turns_max": 2000})
     assert w.result("w") == {"answer": "done", "turns": 1000}
     early, late = sizes[100:200], sizes[900:1000]
     assert statistics.median(late) < statistics.median(early) * 1.1, (statistics.median(early), statistics.median(late))
     took = [b - a for a, b in zip(times, times[1:], strict=False)]
-    assert statistics.median(took[800:]) < 3 * statistics.median(took[100:300])  # with a history that is replayed it would be six times
+    assert statistics.median(took[800:]) < 3 * statistics.median(took[100:300])  # if a history were replayed, it would be six times
 
 
 # -- subscription --------------------------------------------------------------------------------------------------------

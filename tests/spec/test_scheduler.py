@@ -116,7 +116,7 @@ def test_the_value_may_hold_the_separator_and_headers_travel(scheduler: Schedule
     assert made is not None
     assert [(output.key, output.value, output.headers) for output in made.outputs] == [(b"w", b'{"ref":"a|b"}', (("trace", b"7"),)), (b"x", b"1", ())]
     for key in [key for key in scheduler.store.entries if key.startswith(b"\0due\0")]:
-        scheduler.store.entries[key] = b"a\x017\0b\x01" if key.endswith(b"x|1") else b""  # as 0.1.0 wrote headers, and none
+        scheduler.store.entries[key] = b"a\x017\0b\x01" if key.endswith(b"x|1") else b""  # headers as 0.1.0 wrote them, and none
     old = scheduler.processor.due(Overlay(scheduler.store), 1, 10)
     assert old is not None and [output.headers for output in old.outputs] == [(), (("a", b"7"), ("b", b""))]
 

@@ -600,7 +600,7 @@ def main(o):
         gc.collect()
     finally:
         durable.set_abandoning(before)
-    assert module.kept == ["cleanup of another"]  # two's own, cancelled at its end, and nothing of what was dropped
+    assert module.kept == ["cleanup of another"]  # two's own child, cancelled when two ended, and nothing that was dropped
 
 
 def test_the_test_kit_fails_a_step_that_changed_a_module_global() -> None:

@@ -84,7 +84,7 @@ def test_what_no_key_of_ours_signed_is_parked_and_goes_on_once_its_key_is_there(
     assert engine.send(b'{"ref":"more","value":200}').counts == ("held",)
     assert engine.send(b"null", ("kwflow-op", b"retry")).counts == ("retried", "parked", "held")
     if before and after:
-        repaired = Engine(store, 20, *after, *before)  # the wrapper was signed by a new key, what it holds by the old one
+        repaired = Engine(store, 20, *after, *before)  # the wrapper was signed with a new key, its content with the old one
         made = repaired.send(b"null", ("kwflow-op", b"retry"))
         assert made.counts == ("retried", "resumed", "resumed")
         assert made.outputs[-1].value == b"202"
@@ -122,7 +122,7 @@ def test_whatever_a_record_or_a_command_leaves_of_an_instance_is_signed(monkeypa
     for _ in range(2):
         engine.send(more)
         leaves("parked")
-    command(b"unpause", "parked")  # half of what it holds is applied
+    command(b"unpause", "parked")  # half of what it holds is then applied
     command(b"retry", "waiting")
     overlay = Overlay(store)
     engine.processor.refuse(overlay, Record("workflow-resume", 0, engine.offset, 0, b"a", more), "it is too much")

@@ -104,7 +104,7 @@ def test_a_fork_at_any_wait_of_a_vector_writes_what_is_left_of_it_and_so_does_th
     for event, written in vector.events:
         copy = f"copy{len(running)}"
         made.append(site.send(running[-1], msgspec.json.encode({"id": copy}), ("kwflow-op", b"fork")))
-        assert (copy.encode() in site.store.entries) is not closing  # what only cleans up cannot be had twice
+        assert (copy.encode() in site.store.entries) is not closing  # an instance that is only cleaning up cannot be copied
         running += [] if closing else [copy]
         made += [site.send(id, value_of(event)) for id in running]
         assert made[-len(running) :] == [[line for line in written if line != "gone"]] * len(running), event

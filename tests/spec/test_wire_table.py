@@ -81,7 +81,7 @@ def sent(w: WorkflowTester, row: Row, **address: str) -> dict[bytes, bytes]:
 
 
 NAMED = [pytest.param(row, id=f"{number}-{row.op or 'record'}-{row.to}-{row.reply}") for number, row in enumerate(rows())]
-CHANGES = ("rejected",)  # its step is applied, only nothing of it is left: the offset that is stored moves on
+CHANGES = ("rejected",)  # its step is applied and leaves nothing but a new offset
 
 
 @pytest.mark.parametrize("row", NAMED)
