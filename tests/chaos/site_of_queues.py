@@ -1,4 +1,4 @@
-"""Workflows of a chaos test: calls of two queues in a row and together, some of which fail first, one in batches."""
+"""Workflows of a chaos test: calls of two queues, one after the other and together. Some fail at first, and one queue is done in batches."""
 
 import time
 

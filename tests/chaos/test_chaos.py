@@ -1,6 +1,6 @@
-"""kill -9 of engines, scheduler and broker at random moments: every workflow ends as a sequential run would, nothing twice (G1-G6).
+"""kill -9 of engines, scheduler and broker at random moments: every workflow ends as in a sequential run, and nothing happens twice (G1-G6).
 
-`KWFLOW_SEED` repeats a run; the timing of processes is not part of it.  `make nightly` kills a hundred times.
+`KWFLOW_SEED` repeats a run, except for the timing of its processes. `make nightly` kills a hundred times.
 """
 
 import collections
@@ -33,18 +33,18 @@ SETTLE_S = 120
 SESSION_S, TRANSACTION_S = 6, 15
 
 
-# kwflow.cli, which tells its stacks when a test has waited in vain
+# kwflow.cli, which prints its stacks when a test has waited in vain
 PROGRAM = "import faulthandler, signal; faulthandler.register(signal.SIGUSR1); from kwflow.cli import main; main()"
 
 
 class Answers(threading.Thread):
-    """Answers every committed question once with the number it names; goes on over broker restarts."""
+    """Answers every committed question once, with the number in it. Goes on when the broker is restarted."""
 
     def __init__(self, bootstrap: str, partitions: int) -> None:
         super().__init__(daemon=True)
         self.asked: collections.Counter[tuple[str, str]] = collections.Counter()
         self.last = time.monotonic()
-        self.last_of = dict.fromkeys(range(partitions), 0.0)  # partition -> when a question of it was seen last
+        self.last_of = dict.fromkeys(range(partitions), 0.0)  # partition -> when a question in it was last seen
         self.ended = False
         self._consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "answers", "log_level": 0, "isolation.level": "read_committed", "enable.auto.commit": False})
         self._producer = Producer({"bootstrap.servers": bootstrap, "log_level": 0, "partitioner": "murmur2_random", "enable.idempotence": True})
@@ -63,7 +63,7 @@ class Answers(threading.Thread):
 
 
 class Site:
-    """A broker, engines and a scheduler as processes; one that ends by itself with exit code 3 is started again, as a supervisor would."""
+    """A broker, engines and a scheduler as processes. A process that ends by itself with exit code 3 is started again, as a supervisor would do."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
@@ -73,7 +73,7 @@ class Site:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def create(self, partitions: int) -> Answers:
-        """The topics, and who answers what is asked in them."""
+        """Create the topics, and start the thread that answers the questions in them."""
         self.kwflow("topics", "create", str(ROOT / "tests/chaos/work.py"), "--partitions", str(partitions))
         answers = Answers(self.broker.bootstrap, partitions)
         answers.start()
@@ -97,20 +97,20 @@ class Site:
             code = process.poll()
             if code is not None:
                 said = (self.directory / f"{name}.log").read_text()[-3000:]
-                aborted = code == -signal.SIGABRT and "rdkafka" in said.splitlines()[-1]  # librdkafka's own assertions, when the broker dies under an admin request
+                aborted = code == -signal.SIGABRT and "rdkafka" in said.splitlines()[-1]  # an assertion in librdkafka, when the broker dies during an admin request
                 assert code == 3 or aborted, f"{name} ended with {code}\n{said}"
                 self.start(name)
 
     def told(self) -> str:
-        """What each process said last, and where it is."""
+        """What each process printed last, and where it is."""
         for process in self.processes.values():
             process.send_signal(signal.SIGUSR1)
-        time.sleep(1)  # to write it; the test has failed already
+        time.sleep(1)  # it needs a moment to write that; the test has failed already
         said = {name: [line for line in (self.directory / f"{name}.log").read_text().splitlines() if "Connection refused" not in line] for name in self.processes}
         return "\n".join(line for name, lines in said.items() for line in (f"-- {name}", *lines[-60:]))
 
     def read(self, topic: str) -> list[tuple[str, str]]:
-        """Every committed record."""
+        """Return every committed record."""
         consumer = Consumer({"bootstrap.servers": self.broker.bootstrap, "group.id": "reader", "log_level": 0, "isolation.level": "read_committed", "enable.partition.eof": True})
         partitions = set(consumer.list_topics(topic, timeout=20).topics[topic].partitions)
         consumer.assign([TopicPartition(topic, number, 0) for number in partitions])
@@ -162,7 +162,7 @@ def test_whatever_is_killed_every_workflow_ends_once_with_the_result_of_a_sequen
         for _, (id, plan) in zip(range(batch), started, strict=False):
             producer.produce("workflow-resume", f'new:{{"plan":"{plan}"}}', id)
         producer.flush(30)
-        time.sleep(chance.uniform(0.2, 3))  # when it is killed is the point of the test, nothing waits for this
+        time.sleep(chance.uniform(0.2, 3))  # the moment of the kill is the point of the test; nothing waits for this
         site.supervise()
         broker_kills += _kill_something(site, chance, broker_kills < BROKER_KILLS_MAX * kills // 20)
     for name in ("one", "two", "scheduler"):
@@ -175,7 +175,7 @@ def test_whatever_is_killed_every_workflow_ends_once_with_the_result_of_a_sequen
 
 
 def _kill_something(site: Site, chance: random.Random, broker_too: bool) -> int:
-    """Kill one process, and start it again, another one, or an emptied one; 1 if it was the broker."""
+    """Kill one process, and start it again, or another one, or it with an emptied directory. Return 1 if it was the broker."""
     victims = [*site.processes, *(["broker"] if broker_too else [])]
     victim = chance.choice(victims)
     if victim == "broker":
@@ -184,7 +184,7 @@ def _kill_something(site: Site, chance: random.Random, broker_too: bool) -> int:
         return 1
     site.kill(victim)
     if victim != "scheduler" and chance.random() < 0.3:
-        shutil.rmtree(site.directory / victim, ignore_errors=True)  # it may have been killed before it made one
+        shutil.rmtree(site.directory / victim, ignore_errors=True)  # it may have been killed before it created one
     if victim not in ("one", "two", "scheduler") or chance.random() < 0.2:  # it stays away for a while
         others = [name for name in ("one", "two", "three", "scheduler") if name not in site.processes]
         site.start(chance.choice(others))
@@ -194,7 +194,7 @@ def _kill_something(site: Site, chance: random.Random, broker_too: bool) -> int:
 
 
 def _settled(site: Site, producer: Producer, ids: set[str]) -> None:
-    """Wait until all have a result, watching over the processes."""
+    """Wait until all have a result, and restart processes meanwhile."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         assert producer.flush(30) == 0
@@ -224,9 +224,9 @@ def _check(site: Site, plans: dict[str, str]) -> None:
 @pytest.mark.broker
 @pytest.mark.slow
 def test_an_engine_that_was_killed_commits_again_soon(site: Site) -> None:
-    """K1, K7: restarted at once with its static membership, and, killed inside a transaction, taken over by another one.
+    """K1, K7: first it is restarted at once with its static membership, then it is killed inside a transaction and taken over by another engine.
 
-    The figures are shown, and the aims with them; what is asserted of them is generous, since machines differ.
+    The measured times are printed together with the aims. What is asserted of them is generous, because machines differ.
     """
     site.environment["KWFLOW_LOG_FORMAT"] = "json"
     answers = site.create(partitions=4)
@@ -264,21 +264,21 @@ def test_an_engine_that_was_killed_commits_again_soon(site: Site) -> None:
 
 
 def _killed_inside_a_transaction(site: Site, name: str, partitions: set[int]) -> float:
-    """Stop it at some moment; if its offsets are undecided then, kill it.  When it was stopped."""
+    """Stop the process at some moment, and kill it if its offsets are undecided then. Return when it was stopped."""
     reader = Consumer({"bootstrap.servers": site.broker.bootstrap, "group.id": "workflow-engine", "log_level": 0})
     owned = [TopicPartition("workflow-resume", number) for number in partitions]
     deadline = time.monotonic() + 60
-    while _undecided(reader, owned, 1):  # it has to be connected; and a busy engine is nearly always inside one
+    while _undecided(reader, owned, 1):  # the reader has to be connected, and a busy engine is nearly always inside a transaction
         assert time.monotonic() < deadline, "its offsets were never decided"
     try:
         for _ in range(500):
             process, stopped = site.processes[name], time.monotonic()
             process.send_signal(signal.SIGSTOP)
-            if _undecided(reader, owned, 0.5) and _undecided(reader, owned, 2):  # the second time: it was not the broker that was slow
+            if _undecided(reader, owned, 0.5) and _undecided(reader, owned, 2):  # the second look shows that the broker was not merely slow
                 site.kill(name)
                 return stopped
             process.send_signal(signal.SIGCONT)
-            time.sleep(random.uniform(0.001, 0.02))  # another moment
+            time.sleep(random.uniform(0.001, 0.02))  # try another moment
         raise AssertionError("it was never found inside a transaction")
     finally:
         reader.close()
@@ -293,7 +293,7 @@ def _undecided(reader: Consumer, partitions: list[TopicPartition], seconds: floa
 
 
 def _asked_since(answers: Answers, since: float) -> float:
-    """When the first committed question after this moment was seen."""
+    """Wait for the first committed question after this moment, and return when it was seen."""
     deadline = time.monotonic() + 60
     while answers.last <= since:
         assert time.monotonic() < deadline, "nothing was committed for 60 s"
@@ -302,7 +302,7 @@ def _asked_since(answers: Answers, since: float) -> float:
 
 
 def _owns(site: Site, name: str, count: int = 1) -> None:
-    """Wait until this engine said that it owns so many partitions."""
+    """Wait until this engine has reported that it owns this many partitions."""
     deadline = time.monotonic() + 60
     while (site.directory / f"{name}.log").read_text().count(": owns workflow-resume[") < count:
         assert time.monotonic() < deadline, (site.directory / f"{name}.log").read_text()

@@ -1,6 +1,6 @@
-"""kill -9 of workers, engines and the broker, and workers that are asked to end: every call is answered, and every workflow ends as a sequential run would (M6.6, G1).
+"""kill -9 of workers, engines and the broker, and workers that are asked to end: every call is answered, and every workflow ends as in a sequential run (M6.6, G1).
 
-`KWFLOW_SEED` repeats a run; the timing of processes is not part of it.  `make nightly` kills for longer.
+`KWFLOW_SEED` repeats a run, except for the timing of its processes. `make nightly` kills for longer.
 """
 
 import json
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.broker, pytest.mark.slow]
 
 
 class Estate(Site):
-    """Processes that are killed, and started again when they are gone."""
+    """Processes that are killed, and are started again when they are gone."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.own = Broker(directory / "kafka")
@@ -32,7 +32,7 @@ class Estate(Site):
         self.live: dict[str, subprocess.Popen[str]] = {}
 
     def keep(self) -> None:
-        """Whoever is gone is back, as with a supervisor; librdkafka may abort when a broker comes back (its own assertion)."""
+        """Restart the processes that are gone, as a supervisor does. librdkafka may abort when a broker comes back (an assertion of its own)."""
         for name in ("engine", *(f"worker-{n}" for n in range(WORKERS))):
             if name not in self.live or self.live[name].poll() is not None:
                 ended = self.live[name].returncode if name in self.live else 0
@@ -70,7 +70,7 @@ def disturbed(directory: pathlib.Path, seed: int, instances: int, moves: int, br
             else:
                 estate.disturb(chance)
             estate.keep()
-            time.sleep(chance.uniform(0.2, 1.5))  # which moment is hit is what the seed cannot tell
+            time.sleep(chance.uniform(0.2, 1.5))  # the seed does not determine which moment is hit
         found: dict[str, str] = {}
         deadline = time.monotonic() + 100
         while len(found) < instances:
@@ -85,7 +85,7 @@ def disturbed(directory: pathlib.Path, seed: int, instances: int, moves: int, br
 
 
 def read(estate: Estate, count: int) -> list[tuple[str, str]]:
-    """As many results as there are within a moment."""
+    """Return as many results as there are within a moment."""
     try:
         return estate.read(estate.topic("result"), count, 2)
     except AssertionError:

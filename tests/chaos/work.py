@@ -1,4 +1,4 @@
-"""The workload of the chaos tests: each instance has a plan of its own, drawn from the seed; what comes of it is known beforehand.
+"""The workload of the chaos tests: each instance has a plan of its own, drawn from the seed, and its result is known beforehand.
 
     a  two questions at once      s  two, one after the other    c  one, asked by a child
     n  a nap                      r  a race of a question and a timer that is cancelled
@@ -31,7 +31,7 @@ def child(number):
 
 
 def main(opts):
-    """`opts`: {"plan": moves} or {"rounds": n}, for ever so many of them.  Returns the sum of the answers, each the number that was asked for."""
+    """`opts`: {"plan": moves, "rounds": how often to make them, once by default}. Returns the sum of the answers, each of which is the number that was asked for."""
     total = 0
     for number, move in enumerate(opts["plan"] * opts.get("rounds", 1)):
         if move == "a":
@@ -51,10 +51,10 @@ def main(opts):
 
 
 def expected(plan):
-    """The sequential model."""
+    """The result by a sequential model."""
     return sum({"a": 4 * number + 1, "s": 2 * number + 7, "n": 200, "r": 1000, "c": number}[move] for number, move in enumerate(plan))
 
 
 def asked(plan):
-    """How many questions one instance and its children ask."""
+    """The number of questions that one instance and its children ask."""
     return sum({"a": 2, "s": 2, "n": 0, "r": 1, "c": 1}[move] for move in plan)

@@ -1,7 +1,7 @@
-"""Snapshots of each release, kept as files with the sources they wait in: how they are written, found and gone on from.
+"""Snapshots of each release, kept as files with the sources they wait in: how they are written, found and continued.
 
-`python -m tests.compat.kept VERSION` writes the folder of a release, once, with the code of that release.  A folder is
-never written again: it is what users of that release have on disk.
+`python -m tests.compat.kept VERSION` writes the folder of a release, once, with the code of that release. A folder is
+never rewritten: it is what users of that release have on disk.
 
     VERSION/corpus/*.py, workflows/*.py   the author's code as it was, frozen
     VERSION/generators.json.gz            {module: {generator: {script: [snapshot before each op but the first]}}}
@@ -51,12 +51,12 @@ def source_of(release: str, kind: str, name: str) -> str:
 
 
 def load(release: str, kind: str, name: str) -> dict[str, Any]:
-    """A frozen module, durable, under the name it had when the release's snapshots were written."""
+    """Load a frozen module as a durable module, under the name that it had when the release's snapshots were written."""
     return vars(durable.load_source(f"kept_{release.replace('.', '_')}_{name}", source_of(release, kind, name), f"{name}.py"))
 
 
 def native(release: str, name: str) -> dict[str, Any]:
-    """The same module as plain Python: it says what comes next."""
+    """Load the same module as plain Python, which determines what comes next."""
     space: dict[str, Any] = {"__name__": f"kept_native_{name}"}
     exec(compile(source_of(release, "corpus", name), f"{name}.py", "exec"), space)
     return space
@@ -73,10 +73,10 @@ def scripts() -> Iterator[harness.Script]:
 
 
 def saved(start: Any, log: list[str], script: harness.Script) -> list[str]:
-    """The generator before each op but the first (empty: refused), until it ends."""
+    """The generator's snapshots before each op but the first, until it ends. An empty text means that it could not be saved."""
     gen, found = start(), []
     for op in script.ops:
-        log.clear()  # some generators look at it
+        log.clear()  # some generators read it
         if harness.apply(gen, op)[0] != "yield":
             break
         try:
@@ -99,7 +99,7 @@ def generators(release: str) -> dict[str, Any]:
 
 
 def going_on(gen: Any, log: list[str], ops: tuple[harness.Op, ...]) -> list[tuple[Any, ...]]:
-    """What it does with the rest of a script, up to its end."""
+    """What the generator does with the rest of a script, up to its end."""
     trace: list[tuple[Any, ...]] = []
     for op in ops:
         log.clear()
@@ -113,7 +113,7 @@ def going_on(gen: Any, log: list[str], ops: tuple[harness.Op, ...]) -> list[tupl
 
 
 class Step(msgspec.Struct):
-    """One record, what it wrote, and all that was stored after it.  `due` is what the timers fire if time passes."""
+    """One record, what it wrote, and everything that was stored after it. `due` is what the timers fire if time passes."""
 
     key: str | None
     value: str
@@ -140,7 +140,7 @@ def written(outputs: tuple[Output, ...]) -> list[tuple[str, str | None, str | No
 
 
 class Engine:
-    """The workflows of one scenario over stores in memory, from bytes at every step."""
+    """The workflows of one scenario over stores in memory. Each step starts from bytes."""
 
     def __init__(self, main: Any, state: MemoryStore, timers: MemoryStore) -> None:
         self.config = Config(instances_cached_max=0)
@@ -162,7 +162,7 @@ class Engine:
         return written(made.outputs)
 
     def due(self) -> list[tuple[str, str | None, str | None]]:
-        """What fires if all time passes; nothing is changed."""
+        """What fires if all time passes. This changes nothing."""
         made = self.scheduler.due(Overlay(self.timers), 2**50, 1000)
         return written(made.outputs) if made is not None else []
 
@@ -180,7 +180,7 @@ CART: list[dict[str, Any] | None] = [
 
 
 def records() -> Iterator[tuple[str, str, list[Record]]]:
-    """(scenario, frozen module, what lands on the resume topic in it); None in a cart is a second that passes."""
+    """(scenario, frozen module, the records on its resume topic). None in a cart is one second that passes."""
     api.declare_topics("o", "T")
     for name, (options, answers) in SAGA.items():
         tester = tester_of("trip_booking")
@@ -209,7 +209,7 @@ def landed(tester: WorkflowTester) -> list[Record]:
 
 
 def vectors() -> Iterator[tuple[str, str, list[Record]]]:
-    """The combinator vectors of the reference, each a module of its own."""
+    """The combinator vectors of the reference, each as a module of its own."""
     from tests.spec.test_vectors import value_of
     from tests.spec.vectors import VECTORS
 
@@ -234,7 +234,7 @@ def instances(release: str) -> dict[str, Any]:
 
 
 def write(release: str) -> None:
-    """The folder of a release.  Raises FileExistsError when it is there."""
+    """Write the folder of a release. Raises FileExistsError if it exists."""
     from tests.spec.vectors import HELPERS, VECTORS
 
     folder = HERE / release

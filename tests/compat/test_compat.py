@@ -1,4 +1,4 @@
-"""What earlier releases stored goes on under this one: loaded, and run to its end, or refused by name."""
+"""What earlier releases stored goes on under this one: it is loaded and runs to its end, or is refused by name."""
 
 import base64
 import sys
@@ -28,7 +28,7 @@ def test_every_release_is_kept() -> None:
     assert len({name.split(":")[0] for release, name in INSTANCES if release == "0.1.0"}) > 40
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # endless ones are dropped, and one of them ignores GeneratorExit
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # endless generators are dropped, and one of them ignores GeneratorExit
 @pytest.mark.parametrize(("release", "module"), CORPUS, ids=[f"{r}-{m}" for r, m in CORPUS])
 def test_a_generator_saved_by_an_earlier_release_ends_as_it_does_natively(release: str, module: str) -> None:
     """G7, G8."""
@@ -60,7 +60,7 @@ def native_rest(space: dict[str, Any], name: str, script: harness.Script, n: int
 
 @pytest.mark.parametrize(("release", "name"), INSTANCES, ids=[f"{r}-{n}" for r, n in INSTANCES])
 def test_an_instance_stored_by_an_earlier_release_writes_what_it_would_have_written(release: str, name: str) -> None:
-    """G5, G7: after each step of the old engine the new one takes over and does the rest."""
+    """G5, G7: after each step of the old engine, the new one takes over and does the rest."""
     scenario = kept.read(release, "instances.json.gz")[name]
     main = kept.load(release, "workflows", scenario["module"])["main"]
     steps = [kept.msgspec.convert(step, kept.Step) for step in scenario["steps"]]
@@ -79,14 +79,14 @@ def test_an_instance_stored_by_an_earlier_release_writes_what_it_would_have_writ
 
 
 def test_a_format_of_the_future_is_refused_by_name() -> None:
-    """The other direction: an old engine says what it does not know."""
+    """The other direction: an old engine names the format that it does not know."""
     with pytest.raises(SnapshotError, match="KWF9"):
         snapshot.load(b"KWF9" + bytes(60))
 
 
 @pytest.mark.parametrize("release", kept.releases())
 def test_instances_of_an_earlier_release_are_shown_with_the_lines_where_they_wait(release: str) -> None:
-    """The console reads what engines do, and nothing is loaded for it."""
+    """The console reads what engines of that release saved, and loads nothing for it."""
     counted = 0
     for scenario in kept.read(release, "instances.json.gz").values():
         shapes = shapes_of(kept.source_of(release, "workflows", scenario["module"]))

@@ -1,11 +1,11 @@
-"""kwflow's own durable code never changes: instances of every release wait in it."""
+"""kwflow's own durable code never changes, because instances of every release wait in it."""
 
 import pathlib
 
 import kwflow.flows
 from kwflow.durable import registry
 
-# file of kwflow/flows -> the hashes of its units.  A line is added with a new file and never edited once it was released.
+# file of kwflow/flows -> the hashes of its units. A line is added with a new file, and is never edited once that file was released.
 FROZEN = {
     "attempts1": {"attempts": "405a87171c748a28"},
     "rest1": {"call": "f8f119fddf42151d"},
@@ -14,7 +14,7 @@ FROZEN = {
 
 
 def test_a_released_durable_file_of_ours_is_never_edited() -> None:
-    """Semantics §8: a changed unit would pin, or park, every instance that waits in it.  Write `<name><n+1>.py` instead."""
+    """Semantics §8: a changed unit would pin, or park, every instance that waits in it. Write `<name><n+1>.py` instead."""
     here = pathlib.Path(kwflow.flows.__file__).parent
     kwflow.flows.workflows()
     numbered = {path.stem for path in here.glob("*.py") if path.stem[-1].isdigit()}

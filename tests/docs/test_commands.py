@@ -1,4 +1,4 @@
-"""Every command and option: docs/COMMANDS.md has them all as they are (KWFLOW_REWRITE=1 writes it anew), and what the documents show is understood."""
+"""docs/COMMANDS.md has every command and option as it is (KWFLOW_REWRITE=1 rewrites the file), and the commands that the documents show are valid."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ from kwflow.config import Config
 ROOT = pathlib.Path(__file__).parents[2]
 FILE = ROOT / "docs/COMMANDS.md"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-EVERYWHERE = 8  # commands that have an option in the same words, for it to be told once
+EVERYWHERE = 8  # an option that at least this many commands have in the same words is described once
 HEAD = """# Commands
 
 This page is generated from the command line by `tests/docs/test_commands.py`; `kwflow COMMAND --help` prints the same. Commands print results on standard output,
@@ -31,7 +31,7 @@ Options that many commands share; below, each command lists those that it has by
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Typer's commands are click's, or a copy of them, as its version has it."""
+    """Typer's commands are click's, or copies of them, depending on its version."""
     if hasattr(command, "commands"):
         for name in sorted(command.commands):
             yield from leaves(command.commands[name], (*path, name))
@@ -79,14 +79,14 @@ def test_commands_md_has_every_command_and_option_as_they_are() -> None:
 
 
 def command_of(words: list[str]) -> tuple[Any, list[str]]:
-    """The command that these words name, and the words behind it."""
+    """The command that these words name, and the words after it."""
     known = next((path for path in (tuple(words[:2]), tuple(words[:1])) if path in COMMANDS), None)
     assert known is not None, words
     return COMMANDS[known], words[len(known) :]
 
 
 def shown() -> Iterator[str]:
-    """What stands in blocks as a line to be typed."""
+    """The command lines that are shown in blocks."""
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         yield from re.findall(r"^kwflow (.+)$", "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)), re.MULTILINE)
@@ -97,7 +97,7 @@ def shown() -> Iterator[str]:
 
 
 def containers(text: str) -> Iterator[dict[str, Any]]:
-    """Of the manifests in blocks of YAML."""
+    """The containers of the manifests in YAML blocks."""
     for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
         for manifest in yaml.safe_load_all(block):
             pod = manifest["spec"]["template"]["spec"]
@@ -111,7 +111,7 @@ def test_every_command_line_of_the_documents_is_understood(line: str) -> None:
 
 
 def test_what_a_manifest_sets_and_asks_for_is_there() -> None:
-    """A variable that is none is ignored, and a probe of a path that is none kills the pod."""
+    """A variable that is not a setting is ignored, and a probe of a path that does not exist kills the pod."""
     found = list(containers((ROOT / "docs/DEPLOYING.md").read_text(encoding="utf-8")))
     assert [container["args"][0] for container in found] == ["topics", "engine", "worker", "gateway"]
     for container in found:

@@ -1,4 +1,4 @@
-"""What the documents show is run: Python blocks as they stand (commands: test_commands.py)."""
+"""What the documents show is run: Python blocks as they stand (for commands, see test_commands.py)."""
 
 import pathlib
 import re
@@ -28,7 +28,7 @@ def test_python_blocks_run_as_they_stand(path: pathlib.Path, number: int, text: 
 
 
 def test_each_how_to_shows_its_sample_as_it_is() -> None:
-    """The samples are what tests/spec/test_samples.py runs."""
+    """The samples are those that tests/spec/test_samples.py runs."""
     assert len(SAMPLES) == len(list((ROOT / "docs/how-to").glob("*.md"))) >= 6
     for path in SAMPLES:
         [shown] = blocks(ROOT / f"docs/how-to/{path.stem.replace('_', '-')}.md", "python")
@@ -49,7 +49,7 @@ def test_the_example_of_the_readme_does_what_it_says() -> None:
 
 
 def test_settings_that_are_shown_are_taken(tmp_path: pathlib.Path) -> None:
-    """By librdkafka, too; what stands there for a key is too short to be one."""
+    """Also by librdkafka. The placeholder for a key is too short to be a key."""
     for number, text in enumerate(text for path in DOCUMENTS for text in blocks(path, "toml")):
         (tmp_path / f"{number}.toml").write_text(text.replace("output of: openssl rand", "output of: openssl  rand"), encoding="utf-8")
         topics.admin(load_config(tmp_path / f"{number}.toml"))
@@ -69,7 +69,7 @@ def test_every_setting_is_documented_and_those_of_the_table_with_their_defaults(
 
 
 def anchors(path: pathlib.Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """The anchors that GitHub makes of the headings."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

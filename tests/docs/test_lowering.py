@@ -1,4 +1,4 @@
-"""docs/LOWERING.md shows what the compiler makes today: KWFLOW_REWRITE=1 writes it anew; look at the difference before you keep it."""
+"""docs/LOWERING.md shows what the compiler makes today. KWFLOW_REWRITE=1 rewrites it; look at the difference before you keep it."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ from kwflow.durable.lower.show import functions_of, lowered_text
 from kwflow.errors import UsageError
 
 FILE = pathlib.Path(__file__).parents[2] / "docs/LOWERING.md"
-Case = tuple[str, str, str, bool]  # title, what to know, source, whether the cold twin is shown
+Case = tuple[str, str, str, bool]  # title, what to know about it, source, whether the cold twin is shown
 CASES: list[Case] = [
     ("A call with a wait among its arguments", "What was evaluated before the wait is kept, in CPython's order; what comes after stays in place.", "def f(a):\n    x = g(a.b, (yield 1), a.c)\n", True),
     ("Chained comparison", "The next operand is evaluated only if the comparison so far holds.", "def f(a, c):\n    return a < (yield) < c\n", False),
@@ -94,7 +94,7 @@ def shown(text: str) -> str:
 
 
 def cold_body(text: str) -> str:
-    """Without the part that is the same for all."""
+    """The body without the part that is the same for all."""
     lines = text.splitlines()
     last = max(n for n, line in enumerate(lines) if line in ("    del saved_", "    label_ = reach_ = saved_['@l']"))
     return "\n".join([lines[0], *lines[last + 1 :]])

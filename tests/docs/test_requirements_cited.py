@@ -1,4 +1,4 @@
-"""Each requirement of the reference systems has a test that cites it, or a line in docs/DEVIATIONS.md that says what is here instead."""
+"""Each requirement of the reference systems has a test that cites it, or a line in docs/DEVIATIONS.md that says what kwflow has instead."""
 
 import pathlib
 import re
@@ -11,7 +11,7 @@ NUMBERED = {  # reference-systems.md: kafka-workflow, its scheduler, zeebe-affin
 
 
 def cited(text: str) -> set[str]:
-    """`AF-1`, and each of `AF-1..AF-5`, `AF-1..5`, `LR-1 to LR-22`, `KW-7, 10`."""
+    """The ids in `AF-1`, in each of `AF-1..AF-5`, `AF-1..5` and `LR-1 to LR-22`, and in `KW-7, 10`."""
     found = set()
     for kind, first, last in re.findall(r"\b([A-Z]{1,2})-(\d+)(?:(?:\.\.| to )(?:[A-Z]{1,2}-)?(\d+))?", text):
         found |= {f"{kind}-{number}" for number in range(int(first), int(last or first) + 1)}

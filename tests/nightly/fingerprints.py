@@ -1,6 +1,6 @@
-"""Run by another interpreter: the hash of every def and class of the Python files named on stdin, as JSON.
+"""Run by another interpreter: prints, as JSON, the hash of every def and class of the Python files named on stdin.
 
-Needs nothing but the standard library and kwflow.durable.fingerprint.
+It needs only the standard library and kwflow.durable.fingerprint.
 """
 
 import ast
@@ -16,7 +16,7 @@ from kwflow.durable.fingerprint import canonical_hash, unit_hash  # noqa: E402
 
 
 def hashes(path: str) -> dict[str, str]:
-    """By line and name; empty for a file that this interpreter cannot parse."""
+    """The hashes by line and name. Empty for a file that this interpreter cannot parse."""
     try:
         tree = ast.parse(pathlib.Path(path).read_bytes())
     except (SyntaxError, ValueError):

@@ -1,6 +1,6 @@
 """Run by another interpreter: `minor.py corpus` compares the corpus, `write FILE` saves it at every yield, `resume FILE` goes on from there.
 
-Needs nothing but the standard library and kwflow.durable.
+It needs only the standard library and kwflow.durable.
 """
 
 import json
@@ -24,7 +24,7 @@ PROGRAMS = 100
 
 
 def corpus() -> list[str]:
-    """What differs between native and pickled at every yield."""
+    """The differences between native generators and those that are pickled at every yield."""
     found = []
     for module in harness.module_names():
         native, lowered = harness.load_native(module), harness.load_lowered(module)
@@ -52,7 +52,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], str]]:
 
 
 def write(path: str) -> list[str]:
-    """A file with each generator as it waited at every yield of each script: {name: {script: {op: hex}}}."""
+    """Write a file with each generator as it waited at every yield of each script: {name: {script: {op: hex}}}."""
     made: dict[str, Any] = {}
     for name, _, space, function in cases():
         for script in scripts():
@@ -71,7 +71,7 @@ def write(path: str) -> list[str]:
 
 
 def resume(path: str) -> list[str]:
-    """Which of another minor's snapshots do something else here than the same generator does natively here."""
+    """The snapshots of another minor that do something else here than the same generator does natively here."""
     written = json.loads(pathlib.Path(path).read_text())
     found: list[str] = []
     compared = 0
@@ -92,7 +92,7 @@ def resume(path: str) -> list[str]:
 
 
 def rest(gen: Any, log: list[Any], script: harness.Script, number: int, begun: bool = False) -> list[str]:
-    """What it does with the rest of a script; ids of objects are nothing to compare."""
+    """What the generator does with the rest of a script. Ids of objects are not compared."""
     trace: list[str] = []
     for at, op in enumerate(script.ops):
         if begun and at < number:

@@ -1,4 +1,4 @@
-"""The tests with a real broker, on other versions of Kafka than the one that CI has."""
+"""The tests with a real broker, on other versions of Kafka than the one in CI."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Three brokers, of which one after the other goes away and comes back: leaders and coordinators move under running engines (G1, G6, K4, K5)."""
+"""Three brokers that go away and come back one after the other: leaders and coordinators move under running engines (G1, G6, K4, K5)."""
 
 import collections
 import os
@@ -55,7 +55,7 @@ def cluster(tmp_path: pathlib.Path) -> Iterator[Cluster]:
 
 
 def test_a_partition_that_nobody_leads_has_no_offset_and_is_asked_for_again(cluster: Cluster) -> None:
-    """K5: librdkafka's answer for the moment after its leader has gone, which would pass for an empty changelog."""
+    """K5: this is librdkafka's answer in the moment after the leader has gone. It would pass for an empty changelog."""
     [made] = cluster.admin.create_topics([NewTopic("lone", 3, replica_assignment=[[1], [2], [3]])]).values()
     made.result(30)
     config = Config(bootstrap_servers=cluster.bootstrap)
@@ -71,7 +71,7 @@ def test_a_partition_that_nobody_leads_has_no_offset_and_is_asked_for_again(clus
 
 
 def test_every_workflow_ends_and_every_output_is_there_once_while_brokers_go_and_come(cluster: Cluster, tmp_path: pathlib.Path) -> None:
-    """An engine that ends with 3 is started again, as whoever runs it does."""
+    """An engine that ends with 3 is started again, as its supervisor does."""
     seed = int(os.environ.get("KWFLOW_SEED", str(random.randrange(1 << 30))))
     print("KWFLOW_SEED", seed)
     chance = random.Random(seed)
@@ -101,7 +101,7 @@ def test_every_workflow_ends_and_every_output_is_there_once_while_brokers_go_and
                 node = chance.choice(cluster.nodes)
                 (node.kill if chance.random() < 0.5 else node.stop)()
                 back_at = time.monotonic() + chance.uniform(1, 8)
-                while time.monotonic() < back_at:  # when it comes back is the point of the test, nothing waits for this
+                while time.monotonic() < back_at:  # the moment of its return is the point of the test; nothing waits for this
                     outcomes[f"c{len(outcomes)}"] = client.start_and_wait(f"c{len(outcomes)}", LINKS, workflow="chain", start_id=f"s{len(outcomes)}", timeout=600)
                     look_after()
                     time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Kill -9 at random moments, many times: every saga ends once, every reservation is asked for once (G1, G6)."""
+"""kill -9 at random moments, many times: every saga ends once, and every reservation is asked for once (G1, G6)."""
 
 import collections
 import json
@@ -35,7 +35,7 @@ def test_every_saga_ends_once_however_often_the_engine_is_killed(shell: Shell) -
         submit(shell.directory, "workflow-resume", b"s%d" % n, b'new:{"timeout": 86400000}')
     answered: set[tuple[str, str]] = set()
     for _ in range(KILLS):
-        time.sleep(chance.random() * 0.2)  # when it is killed is the point of the test, nothing waits for this
+        time.sleep(chance.random() * 0.2)  # the moment of the kill is the point of the test; nothing waits for this
         engine.send_signal(signal.SIGKILL)
         engine.wait()
         asked = [(id, ref) for kind in ("car", "hotel", "flight") for _, id, ref in (line.split() for line in shell.records(f"saga-reserve-{kind}"))]

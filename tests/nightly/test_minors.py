@@ -1,4 +1,4 @@
-"""G7: the same lowering and the same snapshots on every supported minor that this machine has."""
+"""G7: lowering and snapshots are the same on every supported minor that this machine has."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ SUPPORTED = ("3.11", "3.12", "3.13", "3.14", "3.15")
 
 
 def interpreter(version: str) -> str:
-    """A python of this minor: on the path, or under pyenv."""
+    """The path of a python of this minor: on PATH, or under pyenv."""
     found = shutil.which(f"python{version}")
     if found is not None and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
         return found
@@ -41,7 +41,7 @@ def test_the_corpus_pickled_at_every_yield_does_there_what_it_does_natively(vers
 @pytest.mark.parametrize("reader", SUPPORTED)
 @pytest.mark.parametrize("writer", SUPPORTED)
 def test_snapshots_of_one_minor_go_on_on_another(writer: str, reader: str, tmp_path: pathlib.Path) -> None:
-    """Each generator of the corpus and of 100 random programs, saved at every yield; expected is what the reader does natively."""
+    """Each generator of the corpus and of 100 random programs, saved at every yield. It has to do what it does natively on the reader."""
     interpreter(reader)
     assert told(writer, "write", str(tmp_path / "snapshots.json")) == []
     assert told(reader, "resume", str(tmp_path / "snapshots.json")) == []
@@ -49,7 +49,7 @@ def test_snapshots_of_one_minor_go_on_on_another(writer: str, reader: str, tmp_p
 
 @pytest.mark.parametrize("version", SUPPORTED)
 def test_cpythons_tests_pass_there_with_a_yield_in_every_place(version: str) -> None:
-    """H3 on every minor; the running one at length in test_echo.py."""
+    """H3 on every minor. For the running one, see test_echo.py for more."""
     python, failed = interpreter(version), {}
     done = subprocess.run([python, "-W", "ignore", echo.__file__, *(f"{module}:12" for module in echo.MODULES)], capture_output=True, text=True, check=False, timeout=3600)
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]

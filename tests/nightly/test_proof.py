@@ -1,4 +1,4 @@
-"""What make test samples, in full: CPython's own tests with a yield in every place (H3), and random programs (H6)."""
+"""What `make test` samples, in full: CPython's own tests with a yield in every place (H3), and random programs (H6)."""
 
 import json
 import pathlib
@@ -42,7 +42,7 @@ def test_that_was_no_small_part_of_them() -> None:
 
 @pytest.mark.parametrize("first", range(0, PROGRAMS, EACH))
 def test_a_random_program_does_what_it_does_natively(first: int) -> None:
-    """G8; a failure shows the seed, the script and the shrunk program."""
+    """G8. A failure shows the seed, the script and the shrunk program."""
     for seed in range(first, first + EACH):
         found = random_programs.check(seed)
         assert found is None, str(found)

@@ -1,4 +1,4 @@
-"""G7: what locals hold goes on, value by value, from every supported minor on every other."""
+"""G7: values in locals go on, one by one, from every supported minor to every other."""
 
 import json
 import pathlib

@@ -1,6 +1,6 @@
 """Run by another interpreter: `values_minor.py write FILE` saves every case of value_cases.py at its first yield, `resume FILE` goes on from there.
 
-Needs nothing but the standard library and kwflow.durable.
+It needs only the standard library and kwflow.durable.
 """
 
 import json
@@ -26,7 +26,7 @@ def generators() -> dict[str, object]:
 
 
 def rest(gen: object) -> list[str]:
-    """What it does from here, saved at every yield."""
+    """What the generator does from here, saved at every yield."""
     met = []
     while True:
         try:
@@ -46,7 +46,7 @@ def write(path: pathlib.Path) -> None:
 
 
 def resume(path: pathlib.Path) -> list[str]:
-    """Which of another minor's snapshots do something else here."""
+    """The snapshots of another minor that do something else here."""
     found = []
     generators()
     for name, (data, expected) in json.loads(path.read_text()).items():
@@ -60,8 +60,8 @@ def resume(path: pathlib.Path) -> list[str]:
 
 
 def _one(text: str) -> str:
-    """Without what Python itself shows otherwise on another minor."""
-    text = text.replace("typing.Union[int, str]", "int | str")  # what is one class since 3.14 are two equal ones before
+    """The text without what Python itself shows differently on another minor."""
+    text = text.replace("typing.Union[int, str]", "int | str")  # since 3.14 these are one class, before they are two equal ones
     text = re.sub(r"OrderedDict\((\[.*?\]|\{.*?\})\)", "OrderedDict", text)
     return re.sub(r"set\(\{[^}]*\}\)|\{[\w, ']*\}", "a set", text)
 

@@ -1,6 +1,6 @@
-"""Bytes from outside become a value or a ProtocolError, never anything else (G3); nothing of a record is evaluated.
+"""Bytes from outside become a value or a ProtocolError, never anything else (G3). Nothing in a record is evaluated.
 
-Every function that meets what somebody else wrote is here; hypothesis looks for what breaks it.
+Every function that reads what somebody else wrote is here, and hypothesis looks for input that breaks it.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def test_a_wire_function_gives_a_value_or_a_protocol_error(name: str) -> None:
 
 
 def test_any_batch_of_records_is_decided_and_each_one_counts_as_something() -> None:
-    """G3: applied, ignored by rule, or dead-lettered; what was decided can be stored and is a table that still works."""
+    """G3: applied, ignored by a rule, or dead-lettered. What was decided can be stored, and the timer table still works after it."""
 
     @many
     @given(st.lists(records, max_size=6), st.lists(timers_set, max_size=6))
@@ -101,7 +101,7 @@ def test_any_batch_of_records_is_decided_and_each_one_counts_as_something() -> N
 @many
 @given(headers)
 def test_the_headers_of_a_timer_come_back_as_they_were(pairs: wire.Headers) -> None:
-    """Semantics §9.3; values may hold any bytes."""
+    """Semantics §9.3. Values may hold any bytes."""
     record = Record("workflow-scheduler", 0, 0, 1000, b"a|b", b"5", tuple(pair for pair in pairs if pair[0] != "kwflow-due-ms"))
     changes = timers.cancel_or_set(record, None)
     [due_key] = [key for key in changes if key.startswith(timers.DUE)]
@@ -161,7 +161,7 @@ class _Data:
 
 @pytest.mark.parametrize("wrap", [_Struct, _Data, lambda held: [_Data({"in": held})], lambda held: enum.Enum("_Named", {"ONE": held}).ONE], ids=["struct", "dataclass", "nested", "enum"])
 def test_what_has_no_json_form_is_refused_within_objects_too(wrap: Callable[[object], object]) -> None:
-    """wire.md §4: msgspec writes NaN and infinity as null and bytes as base64, and says nothing."""
+    """wire.md §4: msgspec writes NaN and infinity as null, and bytes as base64, without an error."""
     for held in (float("nan"), float("inf"), -float("inf"), b"x"):
         with pytest.raises((TypeError, ValueError), match="no JSON form"):
             json_dumps(wrap(held))

@@ -1,4 +1,4 @@
-"""The figures of docs/BENCHMARKS.md can be taken: a benchmark that nobody runs breaks with what it measures."""
+"""The figures of docs/BENCHMARKS.md can be reproduced. A benchmark that nobody runs breaks when the code that it measures changes."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_files_and_functions_stay_readable(path: pathlib.Path) -> None:
 
 
 def test_make_test_knows_every_suite() -> None:
-    """pyproject.toml lists them by hand, the long ones first."""
+    """pyproject.toml lists them by hand, the long-running ones first."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"]
     assert sorted(listed) == sorted({f"tests/{path.parent.name}" for path in (ROOT / "tests").glob("*/test_*.py")})
 
@@ -80,7 +80,7 @@ def test_mypy_strict_finds_nothing() -> None:
 
 
 def test_nothing_lies_at_the_top_that_does_not_belong_there() -> None:
-    """ARCHITECTURE §2; what a command left behind in a test was committed once."""
+    """ARCHITECTURE §2. A file that a command had left behind in a test was once committed."""
     if not (ROOT / ".git").exists():
         pytest.skip("NOT TESTED: no git checkout")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()

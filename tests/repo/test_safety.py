@@ -9,15 +9,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 CALLS = {"eval", "exec", "compile", "__import__", "import_module", "Unpickler", "_Unpickler", "loads", "system", "popen"}
 ALLOWED = {
     "__init__.py": {"import_module"},  # kwflow.api, when it is first used
-    "durable/loader.py": {"exec", "import_module"},  # the source of modules that are imported, and of stored versions whose sha256 the snapshot names
+    "durable/loader.py": {"exec", "import_module"},  # the source of modules that are imported, and of stored versions whose sha256 is in the snapshot
     "durable/lower/__init__.py": {"compile"},
     "durable/lower/functions.py": {"compile"},
-    "durable/cache.py": {"loads"},  # marshal, of a file in __pycache__, which Python itself trusts
+    "durable/cache.py": {"loads"},  # marshal, for a file in __pycache__, which Python itself trusts
     "durable/codec.py": {"loads", "import_module", "_Unpickler"},  # with the list of allowed names
     "durable/rebuild.py": {"import_module", "loads"},  # fixed names, and modules that names.is_module_value accepts; cloudpickle only where snapshot_cloudpickle allows it
-    "durable/versions.py": {"loads", "__import__"},  # codec.loads, on the code that the header names; what an import statement of old code says
+    "durable/versions.py": {"loads", "__import__"},  # codec.loads, with the code that the header names; the name in an import statement of old code
     "durable/stubs.py": {"_Unpickler"},  # every name becomes a stub
-    "core/snapshot.py": {"loads"},  # codec.loads, after the seal was checked
+    "core/snapshot.py": {"loads"},  # codec.loads, after the seal was verified
     "runners/modules.py": {"import_module"},  # names on the command line
 }
 
@@ -34,23 +34,23 @@ def calls(path: pathlib.Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kwflow").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT / "kwflow")))
 def test_only_listed_files_compile_import_by_name_or_unpickle(path: pathlib.Path) -> None:
-    """An entry here is a decision: say beside it why what is loaded does not come from a record."""
+    """Each entry here is a decision. Write beside it why what it loads does not come from a record."""
     assert calls(path) <= ALLOWED.get(str(path.relative_to(ROOT / "kwflow")), set())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kwflow").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT / "kwflow")))
 def test_nothing_rests_on_an_assert_which_python_optimizes_away(path: pathlib.Path) -> None:
-    """Style 16: `is not None` tells mypy what is known; found with `python -O`, where a WorkflowTester found nothing wrong."""
+    """Style 16: `is not None` tells mypy what is known. Found with `python -O`, under which a WorkflowTester found nothing wrong."""
     asserts = [ast.unparse(node.test) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Assert)]
     assert [test for test in asserts if not test.endswith(("is None", "is not None"))] == []
 
 
-PLAIN = {("owners.py", "_write"), ("upkeep.py", "reset")}  # the topic of owners: who has which partition, and which records it was at
+PLAIN = {("owners.py", "_write"), ("upkeep.py", "reset")}  # the owners topic: who has which partition, and which records it was at
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kwflow/runners/kafka").rglob("*.py")), ids=lambda path: path.name)
 def test_whatever_is_written_to_a_broker_goes_through_encryption(path: pathlib.Path) -> None:
-    """Decision 0060: one place that was forgotten would tell everything."""
+    """Decision 0060: a single place that forgets it would reveal everything."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef) and (path.name, node.name) not in PLAIN:
             called = {inner.func.attr for inner in ast.walk(node) if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute)}

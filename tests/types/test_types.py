@@ -1,4 +1,4 @@
-"""What editors and type checkers know of waits: mypy and pyright read waits.py (semantics §6.3)."""
+"""What editors and type checkers know about waits: mypy and pyright read waits.py (semantics §6.3)."""
 
 import json
 import pathlib
@@ -37,10 +37,10 @@ def test_pyright_knows_what_each_wait_gives_and_reports_each_mistake() -> None:
 
 
 def test_the_names_that_type_checkers_see_are_those_that_are_there() -> None:
-    """kwflow/__init__.py loads them lazily and shows type checkers two star imports."""
+    """kwflow/__init__.py loads the names lazily, and shows type checkers two star imports."""
     assert set(kwflow.__all__) <= {*api.__all__, *errors.__all__}
 
 
 def test_the_package_says_that_it_is_typed() -> None:
-    """PEP 561; the wheel holds everything below kwflow."""
+    """PEP 561. The wheel holds everything below kwflow."""
     assert (ROOT / "kwflow/py.typed").exists()

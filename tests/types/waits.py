@@ -1,4 +1,4 @@
-"""Read by type checkers, not run: what each wait gives.  Lines marked `# wrong` must be reported."""
+"""Read by type checkers and not run: the type of each wait's result. Lines marked `# wrong` must be reported."""
 
 import contextlib
 from collections.abc import AsyncIterator
