@@ -175,7 +175,7 @@ def test_whatever_is_killed_every_workflow_ends_once_with_the_result_of_a_sequen
 
 
 def _kill_something(site: Site, chance: random.Random, broker_too: bool) -> int:
-    """Kill one process, and start it again, or another one, or it with an emptied directory. Return 1 if it was the broker."""
+    """Kill one process, and start it again (sometimes with an empty directory) or start another one. Return 1 if it was the broker."""
     victims = [*site.processes, *(["broker"] if broker_too else [])]
     victim = chance.choice(victims)
     if victim == "broker":

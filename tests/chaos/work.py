@@ -31,7 +31,7 @@ def child(number):
 
 
 def main(opts):
-    """`opts`: {"plan": moves, "rounds": how often to make them, once by default}. Returns the sum of the answers, each of which is the number that was asked for."""
+    """`opts`: {"plan": moves, "rounds": how often, once by default}. Returns the sum of the answers, each of which is the number that was asked for."""
     total = 0
     for number, move in enumerate(opts["plan"] * opts.get("rounds", 1)):
         if move == "a":

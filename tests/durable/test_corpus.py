@@ -87,7 +87,10 @@ def test_every_saved_generator_goes_on_in_another_process(tmp_path: pathlib.Path
 
 @pytest.mark.parametrize("version", SUPPORTED)
 def test_a_restored_generator_keeps_its_variables_apart_from_those_of_comprehensions_on_every_minor(version: str) -> None:
-    """CPython 3.12 and 3.13 take a cell of an inlined comprehension for a free variable of the same name. Natively, no variable of a workflow is one; restored, each captured one is."""
+    """CPython 3.12 and 3.13 take a cell of an inlined comprehension for a free variable of the same name.
+
+    Natively, no variable of a workflow is a free variable. Restored, each captured one is.
+    """
     script = f"import sys; sys.path[:0] = {[str(minor.ROOT), str(minor.ROOT / 'tests/durable')]}; import corpus_harness as harness\n"
     script += "native, lowered = harness.load_native('scopes'), harness.load_lowered('scopes')\n"
     script += "name = 'g_comprehensions_that_capture_a_captured_name'; print(harness.difference(native[name], native['LOG'], lowered[name], lowered['LOG'], harness.TRIPS['pickled']))"

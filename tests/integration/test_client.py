@@ -353,7 +353,7 @@ def test_a_client_whose_topic_was_deleted_is_told_of_that(app: Application) -> N
     deleted.result(30)
     while app.config.resume_topic in topics.partitions_of(admin, app.config):  # until then a broker accepts records for the topic, which are lost with it
         continue
-    with pytest.raises(TransportError, match=f"did not take the record for {app.config.resume_topic}: (Broker: Unknown topic|Local: Unknown partition)"):  # depends on whether that was known when the record was sent
+    with pytest.raises(TransportError, match=f"did not take the record for {app.config.resume_topic}: (Broker: Unknown topic|Local: Unknown partition)"):  # known or not when it was sent
         client.start("w", workflow="greet").result(60)
 
 

@@ -498,7 +498,7 @@ def test_of_many_stored_versions_those_that_no_instance_runs_any_more_are_not_lo
     loaded = [key for key in stored if registry.version(registry.version_name(*key.split("@"))) is not None]
     assert stored[0] in loaded and len(loaded) <= 17
     assert stored[40] not in loaded
-    other = MemoryStore()  # the next partition has the same versions, and one of them waits on another
+    other = MemoryStore()  # the next partition: an instance there waits in another of the same versions
     other.entries = {**store.entries, b"v40": waiting}
     engine.processor.taken_over(other)
     assert registry.version(registry.version_name(*stored[40].split("@"))) is not None
