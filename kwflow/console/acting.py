@@ -47,7 +47,7 @@ def _json(text: str) -> Any:
     try:
         return msgspec.json.decode(text.strip() or "null")
     except (msgspec.DecodeError, RecursionError) as error:
-        raise UsageError(f"the value is not JSON: {error}; text is quoted, such as \"yes\"") from None
+        raise UsageError(f"the value is not JSON: {error}; quote text, such as \"yes\"") from None
 
 
 async def _form(request: Request) -> Form:
@@ -59,9 +59,9 @@ async def _form(request: Request) -> Form:
                 parts.append(data)
                 size += len(data)
                 if size > 3 * site.config.value_bytes_max + _BEYOND_VALUE:
-                    raise Problem(413, "The form is too large", "a value may have value_bytes_max; send a reference to a larger one")
+                    raise Problem(413, "The form is too large", "a value can have at most value_bytes_max; send a reference to a larger one")
     except (TimeoutError, ClientDisconnect):
-        raise Problem(408, "The form did not come", "send it again") from None
+        raise Problem(408, "The form did not arrive", "send it again") from None
     try:
         pairs = parse_qsl(b"".join(parts).decode("ascii"), strict_parsing=bool(size), errors="strict", max_num_fields=_FIELDS_MAX)
     except ValueError as error:
@@ -79,7 +79,7 @@ def _settled(site: Site, op: str, what: str) -> None:
     """Retry or discard a parked instance or a letter.  Raises UsageError, Problem."""
     for one in letters.settle(site.config, site.embedded, what, None, op):
         if not one.done:
-            raise Problem(409, one.said, f"{site.command('dead-letters show', what)} shows it whole")
+            raise Problem(409, one.said, f"{site.command('dead-letters show', what)} shows all of it")
 
 
 async def _act(request: Request) -> Response:
@@ -90,14 +90,14 @@ async def _act(request: Request) -> Response:
     elif op in ("retry", "discard"):
         await site.act(_settled, site, op, id)
     else:
-        raise Problem(404, "There is no such page", "the page of the instance has its forms")
+        raise Problem(404, "There is no such page", "use the forms on the page of the instance")
     return RedirectResponse(f"/instances/{quote(id, safe='')}?done={op}", 303)
 
 
 async def _settle(request: Request) -> Response:
     site, identity, op = site_of(request), segment(request, "letter"), request.path_params["op"]
     if op not in ("retry", "discard"):
-        raise Problem(404, "There is no such page", "the page of the letter has its forms")
+        raise Problem(404, "There is no such page", "use the forms on the page of the letter")
     await _form(request)
     await site.act(_settled, site, op, identity)
     return RedirectResponse(f"/dead-letters?done=letter-{op}", 303)
@@ -107,7 +107,7 @@ async def _confirm(request: Request) -> Response:
     """Ask for confirmation of an action that cannot be undone."""
     site, id, op = site_of(request), segment(request, "id"), request.path_params["op"]
     if op not in _ASKS or site.read_only:
-        raise Problem(404, "There is no such page", "the page of the instance has its forms")
+        raise Problem(404, "There is no such page", "use the forms on the page of the instance")
     given = {name: request.query_params.get(name, "") for name in ("reason", "start_id")}
     return site.page("confirm.html", id=id, op=op, asks=_ASKS[op], given=given, command=site.command)
 

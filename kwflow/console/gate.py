@@ -58,13 +58,13 @@ class Gate:
         """The status (0 if the request may enter), why it may not, and what to do."""
         host = request.headers.get("host", "")
         if self._tokens and not self._knows(request.headers.get("authorization", "")):
-            return 401, "This console takes a token", "give one of console_tokens as the password; any user name will do"
+            return 401, "This console needs a token", "enter one of console_tokens as the password, with any user name"
         if not self._tokens and not is_local(host):
-            return 403, f"Without tokens this console is not called {host[:200]!r}", "open it as localhost or by its IP address; or set console_tokens, and it answers under any name"
+            return 403, f"Without tokens, this console does not answer as {host[:200]!r}", "open it as localhost or by its IP address; or set console_tokens: then it answers under any name"
         if request.method == "POST" and self._site.read_only:
-            return 403, "This console only shows", "start it without --read-only, or use the command line"
+            return 403, "This console is read-only", "start it without --read-only, or use the command line"
         if request.method == "POST" and not _own(request, host):
-            return 403, "This form was not sent by a page of this console", "open the page of the instance here and use its form; a proxy in front must leave Host, or Sec-Fetch-Site, as it is"
+            return 403, "This form was not sent by a page of this console", "open the page of the instance here and use its form; a proxy in front must not change Host or Sec-Fetch-Site"
         return 0, "", ""
 
     def _knows(self, authorization: str) -> bool:

@@ -25,9 +25,9 @@ from kwflow.runners.outside import text_of
 __all__ = ["ROUTES"]
 
 _SAID = {
-    "cancel": "kw.Cancelled was raised where it waits.", "pause": "It is paused: what comes for it waits.", "unpause": "It goes on; what was held is applied in order.",
-    "terminate": "It was ended without running its code.", "signal": "The signal is in its mailbox.", "retry": "Retry is asked for; its engine does it.",
-    "discard": "Discard is asked for; its engine does it.", "letter-retry": "The letter was sent again.", "letter-discard": "The letter was closed.",
+    "cancel": "kw.Cancelled was raised where it waits.", "pause": "It is paused: records for it are held.", "unpause": "It continues; what was held is applied in order.",
+    "terminate": "It was ended without running its code.", "signal": "The signal is in its mailbox.", "retry": "Retry requested; the engine does it.",
+    "discard": "Discard requested; the engine does it.", "letter-retry": "The letter was sent again.", "letter-discard": "The letter was closed.",
 }  # fmt: skip
 _FIELDS = ("status", "workflow", "id", "since", "where", "page")
 
@@ -39,7 +39,7 @@ def _asked(request: Request) -> tuple[Filter, dict[str, str], int]:
         raise UsageError(f"there is no filter {min(unknown)}; there are {', '.join(_FIELDS)}")
     number = given.pop("page") or "1"
     if not number.isdecimal() or len(number) > 6:
-        raise UsageError(f"page is a number, not {number!r}")
+        raise UsageError(f"page must be a number, not {number!r}")
     return Filter(given["status"], given["workflow"], given["id"], since_ms(given["since"] or None), tuple(_words(given["where"]))), given, int(number)
 
 
@@ -69,7 +69,7 @@ async def _instance(request: Request) -> Response:
     site, id = site_of(request), segment(request, "id")
     found = await site.ask(looked, site, request.app.state.sources, id)
     if found is None:
-        raise Problem(404, f"There is no instance {id}", "it has ended and was forgotten (ended_retention_ms), or has another id; the list shows what there is")
+        raise Problem(404, f"There is no instance {id}", "it has ended and been forgotten (ended_retention_ms), or has another id; see the list of instances")
     return site.page("instance.html", found=found, said=_SAID.get(request.query_params.get("done", "")), command=site.command)
 
 
@@ -97,7 +97,7 @@ async def _letter(request: Request) -> Response:
     site, identity = site_of(request), segment(request, "letter")
     letter = (await site.ask(letters.letters_of, site.config, site.embedded)).get(identity)
     if letter is None:
-        raise Problem(404, f"There is no open dead letter {identity}", "somebody has dealt with it, or retention has deleted it; the list shows what is open")
+        raise Problem(404, f"There is no open dead letter {identity}", "it has been dealt with, or deleted by retention; see the list of open letters")
     return site.page("letter.html", identity=identity, row=_row(identity, letter), letter=letter, command=site.command)
 
 

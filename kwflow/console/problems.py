@@ -14,10 +14,10 @@ from kwflow.errors import CommandError, KwflowError, OutcomeUnknown, TransportEr
 __all__ = ["Problem", "answered"]
 
 _STATUSES: tuple[tuple[type[Exception], int, str, str], ...] = (  # the first that fits
-    (OutcomeUnknown, 504, "No engine has replied", "it may be done, or be done later: look at the instance before you repeat it; an engine has to run"),
+    (OutcomeUnknown, 504, "No engine has replied", "it may have been done, or may be done later: look at the instance before you repeat it; an engine must be running"),
     (CommandError, 409, "The engine refuses it", "look at the instance as it is now"),
-    (TransportError, 503, "The application cannot be reached", "an engine's directory, or a broker, has to be there; then load the page again"),
-    (UsageError, 400, "The request is wrong", "mend what is named"),
+    (TransportError, 503, "The application cannot be reached", "make sure that the engine's directory or the broker is available; then reload the page"),
+    (UsageError, 400, "The request is wrong", "fix what is named"),
     (KwflowError, 500, "It cannot be shown", "see the message"),
 )
 
@@ -38,9 +38,9 @@ def answered(request: Request, error: Exception) -> Response:
     if isinstance(error, Problem):
         return page("problem.html", error.status, title=error.title, detail="", remedy=error.remedy, bare=False)
     if isinstance(error, HTTPException):
-        return page("problem.html", error.status_code, title="There is no such page" if error.status_code == 404 else error.detail, detail="", remedy="the list is a way in", bare=False)
+        return page("problem.html", error.status_code, title="There is no such page" if error.status_code == 404 else error.detail, detail="", remedy="start from the list of instances", bare=False)
     for kind, status, title, remedy in _STATUSES:
         if isinstance(error, kind):
             return page("problem.html", status, title=title, detail=error.message if isinstance(error, CommandError) and error.message else str(error), remedy=remedy, bare=False)
     logging.getLogger(__name__).error("%s %s failed", request.method, request.scope["path"][:200], exc_info=error)
-    return page("problem.html", 500, title="A bug of kwflow's", detail=type(error).__name__, remedy="the log of the console has its traceback", bare=False)
+    return page("problem.html", 500, title="A bug in kwflow", detail=type(error).__name__, remedy="the log of the console has its traceback", bare=False)

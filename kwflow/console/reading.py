@@ -79,7 +79,7 @@ class Looked(msgspec.Struct, frozen=True):
 def listed(site: Site, wanted: Filter, number: int) -> Listed:
     """Page `number` of the selected instances.  Raises UsageError, TransportError."""
     if not 1 <= number <= _PAGES_MAX:
-        raise UsageError(f"a list has {_PAGES_MAX} pages of {ROWS}; narrow it, or take all with {site.command('list', None, '--json')}")
+        raise UsageError(f"a list has {_PAGES_MAX} pages of {ROWS}; filter it, or get all with {site.command('list', None, '--json')}")
     notes: list[str] = []
     began = time.perf_counter()
     found: Found = outside.instances(site.config, site.embedded, wanted, ROWS * number, notes.append)
@@ -103,7 +103,7 @@ def looked(site: Site, sources: Sources, id: str) -> Looked | None:
         body = snapshot.split(entry.data, keys)[1]  # if there are keys, variables are shown only of verified bytes
         picture = picture_of(body) if body and header.get("parked", {}).get("was") != "damaged" else None
     except (SnapshotError, LookupError, TypeError, AttributeError) as error:  # a header may be forged
-        said = str(error) if isinstance(error, SnapshotError) else f"its header is none: {error!r}"
+        said = str(error) if isinstance(error, SnapshotError) else f"its header is invalid: {error!r}"
         trouble, untold = ("", said) if header else (said, "")
     waits = {wait["ref"]: wait for wait in header.get("waits", ())}
     nodes, held = _drawn(picture, codes, waits) if picture is not None else ([], [])
@@ -132,7 +132,7 @@ def _value(node: Node, picture: Picture) -> str:
 
 def _json_of(text: str | None) -> str:
     """An outcome's value, formatted; it is JSON text, or None if it was too large for the entry."""
-    return "(it is too large for its entry; kwflow result has it)" if text is None else msgspec.json.format(text, indent=2)
+    return "(it is too large to show here; use kwflow result)" if text is None else msgspec.json.format(text, indent=2)
 
 
 def _text(call: Callable[[Any], str], value: Any) -> str:

@@ -101,7 +101,7 @@ class Sources:
         except (*_UNREADABLE, ImportError, OSError, AttributeError) as error:
             return f"the file here cannot be read: {type(error).__name__}: {error}", ()
         changed = tuple(unit for unit, digest in saved["units"].items() if units.get(unit) != digest)
-        return ("the file here has changed, and what this instance runs with it" if changed else "the file here has changed, and nothing that this instance runs"), changed
+        return ("the file here has changed, including what this instance runs" if changed else "the file here has changed, but not what this instance runs"), changed
 
 
 def placed(frame: Frame, codes: Mapping[str, Code], shown: Shown, frames: int) -> Placed:
@@ -124,11 +124,11 @@ def _shape(code: Code, frame: Frame) -> tuple[Shape | None, str]:
     if code.source is None:
         return None, "the source of this version is not stored, or not signed with a key of snapshot_keys"
     try:
-        return shapes_of(code.source)[frame.path], "" if frame.label is not None else "it has not begun"
+        return shapes_of(code.source)[frame.path], "" if frame.label is not None else "it has not started"
     except KeyError:
-        return None, f"its source has no {frame.path}"
+        return None, f"its source does not contain {frame.path}"
     except _UNREADABLE as error:
-        return None, f"its source cannot be read by the Python that this console runs: {error}"
+        return None, f"the Python of this console cannot read its source: {error}"
 
 
 def _excerpt(source: str, shape: Shape, line: int | None) -> list[Line]:

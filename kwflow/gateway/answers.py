@@ -54,7 +54,7 @@ class Held(msgspec.Struct, frozen=True):
 class LentCall(queues.Job, frozen=True):
     """A call of an activity, locked by the worker that fetched it."""
 
-    headers: Annotated[dict[str, str | None], Meta(description="Those of the call, such as traceparent; bytes that are no UTF-8 are shown as \\xff.")]
+    headers: Annotated[dict[str, str | None], Meta(description="Headers of the call, such as traceparent; bytes that are not UTF-8 are shown as \\xff.")]
     locked_until: _Ms
 
 
@@ -69,7 +69,7 @@ class Health(msgspec.Struct, frozen=True):
 
     live: bool
     waiting: int
-    message: Annotated[str | UnsetType, Meta(description="Why it takes none.")] = UNSET
+    message: Annotated[str | UnsetType, Meta(description="Why it takes no requests.")] = UNSET
 
 
 class Workflow(msgspec.Struct, frozen=True):
@@ -84,14 +84,14 @@ class Workflow(msgspec.Struct, frozen=True):
     created: _Ms | UnsetType = UNSET
     updated: _Ms | UnsetType = UNSET
     ended: _Ms | UnsetType = UNSET
-    status_value: Annotated[Any, Meta(description="What kw.set_status was given.")] = UNSET
+    status_value: Annotated[Any, Meta(description="The status set by kw.set_status.")] = UNSET
     outcome: told.Outcome | UnsetType = UNSET
     parked: told.Parked | UnsetType = UNSET
     cancel: told.Cancel | UnsetType = UNSET
     client: str | UnsetType = UNSET
     parent: Annotated[str | UnsetType, Meta(description="ID|REF of the workflow that started it as its child.")] = UNSET
     forked: told.Forked | UnsetType = UNSET
-    mailbox: Annotated[dict[str, dict[str, int]] | UnsetType, Meta(description="How much is unread, by kind and name.")] = UNSET
+    mailbox: Annotated[dict[str, dict[str, int]] | UnsetType, Meta(description="Number of unread messages, by kind and name.")] = UNSET
 
 
 class Workflows(msgspec.Struct, frozen=True):

@@ -61,7 +61,7 @@ def _gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody receives it
 
 
-_METRICS = Text("text/plain", "In the text format of Prometheus.", "kwflow_gateway_waiting 1.0\n")
+_METRICS = Text("text/plain", "In the Prometheus text format.", "kwflow_gateway_waiting 1.0\n")
 
 
 @Operation("get_metrics", {200: _METRICS}, None)

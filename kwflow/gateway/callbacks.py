@@ -37,7 +37,7 @@ async def _callback(request: Request) -> Response:
         await service_of(request).reply(request, client.resume(id, ref, value, headers=trace_of(request)))
     except CommandError as error:
         if error.status in _OVER:
-            raise RequestError("nobody_waits", f"{ref} of {id} was answered before, or is not waited for any more") from None
+            raise RequestError("nobody_waits", f"{ref} of {id} was answered before, or nobody waits for it any more") from None
         if error.status != "held":
             raise
         return answer(202, Held(id, "held"))

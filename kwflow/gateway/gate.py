@@ -36,7 +36,7 @@ class Gate:
         self._inner = inner
         self._template = template
         self._tokens = [token.get_secret_value().encode() for token in service.config.gateway_tokens]
-        self._count = Counter("kwflow_gateway_requests", "Requests that were answered; 499: the caller hung up before.", ["method", "path", "status"], registry=registry)
+        self._count = Counter("kwflow_gateway_requests", "Requests that were answered; 499: the caller hung up first.", ["method", "path", "status"], registry=registry)
         Gauge("kwflow_gateway_waiting", "Requests that are being answered.", registry=registry).set_function(lambda: service.waiting)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,13 +72,13 @@ class Gate:
             return None
         if not path.startswith(CALLBACKS):
             if self._tokens and not self._knows(request.headers.get("authorization", "")):
-                return RequestError("unauthorized", "every path but /health and /callbacks takes a token")
+                return RequestError("unauthorized", "every path except /health and /callbacks needs a token")
             if not self._tokens and "origin" in request.headers:  # a page from anywhere, open in the browser of somebody who can reach this address
                 return RequestError("web_page", f"the request comes from {request.headers['origin'][:200]!r}")
             if self._service.of_this_machine and not is_local(request.headers.get("host", "")):  # a page whose own name resolves to us (DNS rebinding) need not send an Origin
-                return RequestError("web_page", f"the gateway is for this machine, and not called {request.headers.get('host', '')[:200]!r}")
+                return RequestError("web_page", f"the gateway serves this machine only, and is not called {request.headers.get('host', '')[:200]!r}")
         most = self._service.config.gateway_waits_max
-        return RequestError("busy", f"{most} requests wait here already (limit gateway_waits_max)") if self._service.waiting >= most else None
+        return RequestError("busy", f"{most} requests are already waiting here (limit gateway_waits_max)") if self._service.waiting >= most else None
 
     def _knows(self, authorization: str) -> bool:
         scheme, _, token = authorization.partition(" ")

@@ -30,9 +30,9 @@ class _Command(Options, frozen=True):
 
 
 class _Signal(_Command, frozen=True):
-    ttl: Annotated[Seconds | None, Meta(description="Seconds after which it is not delivered any more.")] = None
-    start: Annotated[str | None, Meta(description="Start this workflow if the id does not run, with the signal in its mailbox, as the run that start_id names; empty: the default one.")] = None
-    input: Annotated[str, Meta(description="JSON, the input of that start.")] = "null"
+    ttl: Annotated[Seconds | None, Meta(description="Seconds after which it is no longer delivered.")] = None
+    start: Annotated[str | None, Meta(description="Start this workflow if none runs under the id, with the signal in its mailbox, as the run named by start_id; empty: the default workflow.")] = None
+    input: Annotated[str, Meta(description="Input of that start, as JSON.")] = "null"
 
 
 class _Reasoned(_Command, frozen=True):
@@ -40,7 +40,7 @@ class _Reasoned(_Command, frozen=True):
 
 
 class _Fork(_Command, frozen=True):
-    new_id: Annotated[str | None, Meta(description="Of the copy; without, the engine makes one.")] = None
+    new_id: Annotated[str | None, Meta(description="Id of the copy; by default the engine makes one.")] = None
 
 
 class _Answer(Options, frozen=True):
@@ -110,7 +110,7 @@ def _reasoned(operation: Operation, said: str, send: Callable[[Client, str, _Rea
 
 @Operation("fork_workflow", {200: Made, 201: Made}, _Fork, keyed=True, words=(*_RUNS, "exists", "rejected"))
 async def _fork(request: Request) -> Response:
-    """Let a second instance go on, under another id, from where this one waits."""
+    """Let a second instance continue, under another id, from where this one waits."""
     id, asked = segment(request, "id"), options(request, _Fork)
     command_id = key_of_request(request, asked.command_id, "command_id")
     await no_body(request)
@@ -130,14 +130,14 @@ _terminate = _reasoned(
 )
 _pause = _reasoned(
     Operation("pause_workflow", {204: None}, _Reasoned, keyed=True, words=_RUNS),
-    "Hold all that comes for a workflow from here on.",
+    "Hold all records for a workflow from now on.",
     lambda client, id, asked, command_id: client.pause(id, asked.reason, start_id=asked.start_id, command_id=command_id),
 )
 
 
 @Operation("unpause_workflow", {204: None}, _Command, keyed=True, words=_RUNS)
 async def _unpause(request: Request) -> Response:
-    """Apply what was held, in order, and go on."""
+    """Apply what was held, in order, and continue."""
     id, asked = segment(request, "id"), options(request, _Command)
     command_id = key_of_request(request, asked.command_id, "command_id")
     await no_body(request)

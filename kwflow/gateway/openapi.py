@@ -36,10 +36,10 @@ _SEGMENTS = {
     "ref": "The wait, percent-encoded as a whole.",
 }
 _SAID = """\
-Starts durable workflows, talks to them and holds a request until the outcome is there; docs/HTTP.md explains it.
+Starts durable workflows, sends them messages, and holds a request until the outcome is known; see docs/HTTP.md.
 
-The body is the value and options are in the query; one that is not known is refused. What goes wrong is application/problem+json, whose `code` is the word to branch on.
-A traceparent and a tracestate go on with what is sent to a workflow. Calls are lent by gateways with --queue.
+The body is the value, and options are in the query; unknown ones are refused. Errors are application/problem+json, whose `code` is the word to branch on.
+traceparent and tracestate headers are passed on to the workflow. Gateways started with --queue hand out activity calls.
 """
 
 
@@ -65,7 +65,7 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
         "security": [{"token": []}],
         "paths": paths,
         "components": {
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": "One of gateway_tokens; a gateway without any asks for none."}},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": "One of gateway_tokens; a gateway without tokens does not ask for one."}},
             "responses": dict(sorted(made.responses.items())),
             "examples": {word: {"value": msgspec.to_builtins(problem_of(RequestError(word, kind.title)).body)} for word, kind in sorted(KINDS.items())},
             "schemas": made.schemas,
@@ -84,7 +84,7 @@ class _Document:
         schemas, self.schemas = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS)
         self._schemas = list(zip(kinds, schemas, strict=True))
         self._queries = {kind: msgspec.json.schema_components([kind])[1][kind.__name__] for kind in queries}
-        self.responses: dict[str, Any] = {"problem": {"description": "Any other problem; later versions may have more of them.", "content": {_PROBLEM: {"schema": self._schema(Details)}}}}
+        self.responses: dict[str, Any] = {"problem": {"description": "Any other problem; later versions may have more.", "content": {_PROBLEM: {"schema": self._schema(Details)}}}}
 
     def _schema(self, kind: Any) -> dict[str, Any]:
         return next(schema for known, schema in self._schemas if known is kind)

@@ -33,9 +33,9 @@ class Details(msgspec.Struct, frozen=True):
     code: Annotated[str, Meta(description="The word to branch on; later versions may have more of them.")]
     remedy: Annotated[str, Meta(description="What to do.")]
     id: Annotated[str | UnsetType, Meta(description="The workflow.")] = UNSET
-    start_id: Annotated[str | UnsetType, Meta(description="Of the run that has ended so.")] = UNSET
+    start_id: Annotated[str | UnsetType, Meta(description="The start_id of the run that has ended.")] = UNSET
     outcome: Annotated[str | UnsetType, Meta(description="error, cancelled or terminated: how it ended (424).")] = UNSET
-    value: Annotated[Any, Meta(description="What it ended with, any JSON (424).")] = UNSET
+    value: Annotated[Any, Meta(description="Its outcome, any JSON (424).")] = UNSET
     command_id: Annotated[str | UnsetType, Meta(description="The Idempotency-Key under which to send it again (504).")] = UNSET
 
 
@@ -59,55 +59,55 @@ class RequestError(KwflowError):
         return self.message
 
 
-_RECORD = "mend the request: what it says of itself is no text that a record can hold"
+_RECORD = "fix the request: it contains text that a record cannot hold"
 KINDS: dict[str, Kind] = {
     # what an engine replies
-    "bad_arguments": Kind(400, "an argument has no such value", "mend the argument that is named"),
-    "bad_header": Kind(400, "an id of the request is none", "ids of starts and commands have 1 to 1,200 characters"),
-    "bad_input": Kind(422, "the workflow does not take this input", "send what its annotation says"),
-    "bad_json": Kind(400, "the body is not JSON", "send JSON in UTF-8; text is quoted"),
-    "bad_key": Kind(400, "this is no workflow id", "take one of 1 to 512 bytes without NUL and |"),
-    "bad_message": Kind(400, "the record means nothing to the engine", _RECORD),
-    "discarded": Kind(409, "an operator has discarded it", "send it again, if it still matters"),
-    "encrypted": Kind(500, "the engine has not the key of the gateway", "give engines and gateways the same encryption_keys; what was sent is a dead letter"),
+    "bad_arguments": Kind(400, "an argument has an invalid value", "fix the argument that is named"),
+    "bad_header": Kind(400, "an id in the request is invalid", "ids of starts and commands have 1 to 1,200 characters"),
+    "bad_input": Kind(422, "the workflow does not accept this input", "send input that matches its annotation"),
+    "bad_json": Kind(400, "the body is not JSON", "send JSON in UTF-8; quote text"),
+    "bad_key": Kind(400, "this is not a workflow id", "use one of 1 to 512 bytes without NUL and |"),
+    "bad_message": Kind(400, "the engine does not understand the record", _RECORD),
+    "discarded": Kind(409, "an operator has discarded it", "send it again if it still matters"),
+    "encrypted": Kind(500, "the engine does not have the key of the gateway", "give engines and gateways the same encryption_keys; what was sent is a dead letter"),
     "ended": Kind(409, "the workflow has ended", "ask for its outcome"),
-    "exists": Kind(409, "another run has this id", "take another id, or the start_id of that run"),
+    "exists": Kind(409, "another run has this id", "use another id, or the start_id of that run"),
     "full": Kind(429, "its mailbox is full", "send it again once the workflow has read some"),
-    "held": Kind(423, "the workflow is parked", "do not repeat it: it is kept, and applied when an operator retries (kwflow dead-letters)"),
-    "hold_full": Kind(429, "the workflow is parked or paused, and holds as much as it may", "send it again once an operator has dealt with it"),
+    "held": Kind(423, "the workflow is parked", "do not repeat it: it is kept and applied when an operator retries (kwflow dead-letters)"),
+    "hold_full": Kind(429, "the workflow is parked or paused, and cannot hold more records", "send it again once an operator has dealt with it"),
     "mailbox_full": Kind(429, "its mailbox is full", "send it again once the workflow has read some"),
-    "not_found": Kind(404, "there is no such run", "look at the id and the start_id; what has ended is forgotten after ended_retention_ms"),
-    "null_key": Kind(400, "the record means nothing to the engine", _RECORD),
-    "null_value": Kind(400, "the record means nothing to the engine", _RECORD),
+    "not_found": Kind(404, "there is no such run", "check the id and the start_id; ended runs are forgotten after ended_retention_ms"),
+    "null_key": Kind(400, "the engine does not understand the record", _RECORD),
+    "null_value": Kind(400, "the engine does not understand the record", _RECORD),
     "paused": Kind(423, "the workflow is paused", "unpause it first"),
-    "refused": Kind(422, "the engine cannot apply it", "mend what the message names"),
-    "rejected": Kind(422, "the workflow rejects it", "mend the value as the message says"),
-    "repeated": Kind(409, "it was done before, and its answer is not kept any more", "do not repeat it; ask for the status of the workflow"),
-    "too_large": Kind(413, "it is too large", "send a reference to it, or raise value_bytes_max"),
+    "refused": Kind(422, "the engine cannot apply it", "fix what the message names"),
+    "rejected": Kind(422, "the workflow rejects it", "fix the value as the message says"),
+    "repeated": Kind(409, "it was done before, and its answer is no longer kept", "do not repeat it; ask for the status of the workflow"),
+    "too_large": Kind(413, "it is too large", "send a reference instead, or raise value_bytes_max"),
     "unchanged": Kind(409, "there was nothing to change", "nothing"),
     "unknown_op": Kind(400, "the engine does not know this command", "run engines of the gateway's version"),
-    "unknown_ref": Kind(404, "nobody waits for this ref", "it was perhaps answered before; GET of the workflow tells what it waits for"),
-    "unknown_workflow": Kind(404, "no workflow has this name", "take one of those that are named, or deploy it"),
-    "wrong_partition": Kind(409, "topics and engines disagree about partitions", "kwflow topics check"),
+    "unknown_ref": Kind(404, "nobody waits for this ref", "perhaps it was answered before; GET the workflow to see what it waits for"),
+    "unknown_workflow": Kind(404, "no workflow has this name", "use one of those that are named, or deploy it"),
+    "wrong_partition": Kind(409, "topics and engines disagree about partitions", "run kwflow topics check"),
     # how an awaited workflow ended
     "error": Kind(424, "the workflow failed", "see value"),
     "cancelled": Kind(424, "the workflow was cancelled", "see value"),
     "terminated": Kind(424, "the workflow was terminated", "see value"),
     # what the gateway says itself
-    "usage": Kind(400, "the request is wrong", "mend what the message names"),
-    "protocol": Kind(400, "the record means nothing to the engine", _RECORD),
-    "unauthorized": Kind(401, "no token, or not one that is known", "send Authorization: Bearer with one of gateway_tokens"),
-    "web_page": Kind(403, "a web page may have sent this, and the gateway knows no tokens", "set gateway_tokens, and send one; or call it localhost, or start it with --host"),
-    "no_queue": Kind(404, "this gateway does not lend the calls of this queue", "start it with --queue, or ask another gateway"),
-    "locked": Kind(409, "another worker has this call", "leave it to that one"),
-    "not_locked": Kind(409, "this worker has not locked the call, or the lock is over", "fetch it again"),
+    "usage": Kind(400, "the request is wrong", "fix what the message names"),
+    "protocol": Kind(400, "the engine does not understand the record", _RECORD),
+    "unauthorized": Kind(401, "no token, or an unknown one", "send Authorization: Bearer with one of gateway_tokens"),
+    "web_page": Kind(403, "a web page may have sent this, and the gateway has no tokens", "set gateway_tokens and send one; or call the gateway as localhost, or start it with --host"),
+    "no_queue": Kind(404, "this gateway does not serve this queue", "start it with --queue, or ask another gateway"),
+    "locked": Kind(409, "another worker has this call", "leave the call to that worker"),
+    "not_locked": Kind(409, "this worker has not locked the call, or the lock has expired", "fetch it again"),
     "no_path": Kind(404, "there is no such path", "see docs/HTTP.md"),
     "no_method": Kind(405, "the path has no such method", "see docs/HTTP.md"),
-    "slow": Kind(408, "the body did not come", "send it again"),
-    "nobody_waits": Kind(410, "nobody waits for this callback (any more)", "do not send it again"),
-    "bug": Kind(500, "a bug of kwflow's", "see the log of the gateway"),
-    "busy": Kind(503, "so many requests wait here already", "send it again, to another gateway if there is one; or raise gateway_waits_max"),
-    "unreachable": Kind(503, "the engines cannot be reached", "send it again; if it stays, mend what detail names"),
+    "slow": Kind(408, "the body did not arrive", "send it again"),
+    "nobody_waits": Kind(410, "nobody waits for this callback, or no longer", "do not send it again"),
+    "bug": Kind(500, "a bug in kwflow", "see the log of the gateway"),
+    "busy": Kind(503, "too many requests are waiting here", "send it again, to another gateway if there is one; or raise gateway_waits_max"),
+    "unreachable": Kind(503, "the engines cannot be reached", "send it again; if the problem persists, fix what detail names"),
     "outcome_unknown": Kind(504, "no broker or no engine has replied: it may be done, or be done later", "send it again under the same Idempotency-Key: it is done once"),
 }
 _ANOTHER = Kind(409, "the engine refuses it", "see detail; engines of another version may know more reasons than this gateway")

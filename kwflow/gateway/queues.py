@@ -29,14 +29,14 @@ __all__ = ["ROUTES", "travelling"]
 _LOCK_S_MAX = 86_400
 _OF_A_REQUEST = 1_000  # bytes for the headers by which the client gets its reply
 _OVER = ("not_found", "unknown_ref")
-_Lock = Annotated[float, msgspec.Meta(gt=0, le=_LOCK_S_MAX, description="Seconds in which nobody else gets it.")]
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, description="A name of the worker's choice, by which it has its locks.")]
+_Lock = Annotated[float, msgspec.Meta(gt=0, le=_LOCK_S_MAX, description="Seconds during which nobody else gets the call.")]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, description="A name that the worker chooses; its locks belong to this name.")]
 _Text = Annotated[str, msgspec.Meta(max_length=2_000)]
 
 
 class _Fetch(Options, frozen=True):
     worker: _Name
-    max: Annotated[int, msgspec.Meta(ge=1, le=100, description="So many calls at most.")] = 1
+    max: Annotated[int, msgspec.Meta(ge=1, le=100, description="Maximum number of calls.")] = 1
     lock: _Lock = 60
     wait: Wait = 0
 

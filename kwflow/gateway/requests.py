@@ -29,9 +29,9 @@ __all__ = [
 
 _T = TypeVar("_T", bound="Options")
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
-Wait = Annotated[Seconds, msgspec.Meta(description="Seconds to hold the answer, at most gateway_wait_s_max (300).")]
-StartId = Annotated[str, msgspec.Meta(description="Of that run of the workflow only.", extra_json_schema={"minLength": 1, "maxLength": wire.ID_CHARACTERS_MAX})]
-CommandId = Annotated[str, msgspec.Meta(description="Makes it be done once however often it is sent.", extra_json_schema={"minLength": 1, "maxLength": wire.ID_CHARACTERS_MAX})]
+Wait = Annotated[Seconds, msgspec.Meta(description="Seconds to wait before answering, at most gateway_wait_s_max (300).")]
+StartId = Annotated[str, msgspec.Meta(description="Only for this run of the workflow.", extra_json_schema={"minLength": 1, "maxLength": wire.ID_CHARACTERS_MAX})]
+CommandId = Annotated[str, msgspec.Meta(description="With the same key it is done once, however often it is sent.", extra_json_schema={"minLength": 1, "maxLength": wire.ID_CHARACTERS_MAX})]
 _READ_S = 30  # for the body: a slower sender would take a place from others
 _TRACE_CHARACTERS_MAX = 1_000
 _NULL = msgspec.Raw(b"null")
@@ -87,7 +87,7 @@ def key_of_request(request: Request, given: str | None, option: str) -> str | No
     if header is not None and len(header) > 1 and header[0] == header[-1] == '"':  # a quoted string, as the header's draft says
         header = header[1:-1]
     if given is not None and header is not None and given != header:
-        raise UsageError(f"{option} and Idempotency-Key differ; give one of them")
+        raise UsageError(f"{option} and Idempotency-Key differ; send only one of them")
     key = header if given is None else given
     if key is not None and not 1 <= len(key) <= wire.ID_CHARACTERS_MAX:
         raise UsageError(f"{option} (or Idempotency-Key) has 1 to {wire.ID_CHARACTERS_MAX} characters, not {len(key)}")
@@ -110,7 +110,7 @@ async def _read(request: Request) -> bytes:
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        raise RequestError("slow", f"the body was not there within {_READ_S} s") from None
+        raise RequestError("slow", f"the body did not arrive within {_READ_S} s") from None
 
 
 def checked_json(data: bytes, what: str) -> msgspec.Raw:
@@ -122,7 +122,7 @@ def checked_json(data: bytes, what: str) -> msgspec.Raw:
     try:
         check_levels(data)
     except ValueError as error:
-        raise RequestError("bad_json", f"{what} is too deep: {error}") from None
+        raise RequestError("bad_json", f"{what} is nested too deeply: {error}") from None
     return msgspec.Raw(data)
 
 
@@ -135,7 +135,7 @@ async def body(request: Request) -> msgspec.Raw:
 async def no_body(request: Request) -> None:
     """Check that there is no body.  Raises UsageError if there is one, as its sender expects it to have an effect."""
     if await _read(request):
-        raise UsageError("this path takes no body; options are in the query")
+        raise UsageError("this path takes no body; pass options in the query")
 
 
 async def any_body(request: Request) -> Any:

@@ -111,7 +111,7 @@ def serve(config: Config, connect: Callable[[], Client], look: Look, host: str |
         service = stack.enter_context(Service(config, connect, look, [stack.enter_context(Lending(config, queue, log)) for queue in queues], of_this_machine))
         log(f"kwflow gateway listens on {url_of(sock, tls)}")
         if not config.gateway_tokens:
-            log("everybody who reaches it may do everything: set gateway_tokens to ask for one")
+            log("everybody who can reach the gateway may do everything: set gateway_tokens to require a token")
         Server(service, tls).run([sock])
 
 

@@ -101,7 +101,7 @@ class Service:
         """Return how long a caller wants to wait.  Raises UsageError if that is too long."""
         most = self.config.gateway_wait_s_max
         if wait > most:
-            raise UsageError(f"wait={wait:g} is more than {most:g} s (limit gateway_wait_s_max); wait shorter and ask for the outcome again, the workflow goes on")
+            raise UsageError(f"wait={wait:g} is more than {most:g} s (limit gateway_wait_s_max); wait for less, and ask for the outcome again: the workflow continues")
         return wait
 
     async def reply(self, request: Request, future: Future[_T]) -> _T:
@@ -154,7 +154,7 @@ class Service:
             async with asyncio.timeout(self.config.command_timeout_s):
                 await self._searches.acquire()
         except TimeoutError:
-            raise OutcomeUnknown(f"{_SEARCHES_MAX} others are looked for in the topics already; ask again") from None
+            raise OutcomeUnknown(f"{_SEARCHES_MAX} searches of the topics are already running; ask again") from None
         try:
             yield
         finally:

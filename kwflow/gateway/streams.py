@@ -40,7 +40,7 @@ class _Followed(Options, frozen=True):
     """The options, for the document; `_asked` reads them."""
 
     id: Annotated[list[str], Meta(min_length=1, max_length=_IDS_MAX, description="The workflows.")]
-    ended: Annotated[bool, Meta(description="First of each id the last run, if it has ended.")] = False
+    ended: Annotated[bool, Meta(description="First send the last run of each id, if it has ended.")] = False
 
 
 class _Stream(Response):
@@ -169,15 +169,15 @@ def _asked(request: Request) -> tuple[list[str], bool]:
             raise UsageError(f"options: unknown {name[:100]!r}; there are: {', '.join(_Followed.__struct_fields__)}")
     ids, ended = list(dict.fromkeys(request.query_params.getlist("id"))), request.query_params.get("ended", "false")
     if not 1 <= len(ids) <= _IDS_MAX:
-        raise UsageError(f"name 1 to {_IDS_MAX} ids, as in ?id=a&id=b, not {len(ids)}; take more streams for more")
+        raise UsageError(f"name 1 to {_IDS_MAX} ids, as in ?id=a&id=b, not {len(ids)}; for more, use more streams")
     if ended not in ("true", "false"):
-        raise UsageError(f"ended is true or false, not {ended[:100]!r}")
+        raise UsageError(f"ended must be true or false, not {ended[:100]!r}")
     return ids, ended == "true"
 
 
 _EVENTS = Text(
     "text/event-stream",
-    "Server-Sent Events: `event: outcome`, whose data is an Ended; a comment comes every 30 s.",
+    "Server-Sent Events: `event: outcome`, whose data is an Ended; a comment is sent every 30 s.",
     'event: outcome\ndata: {"id":"a","start_id":"f3a9","outcome":"result","value":{"paid":true}}\n\n',
 )
 

@@ -31,12 +31,12 @@ def certificate_of(config: Config, kind: Literal["console", "gateway"]) -> Certi
     _check_pem(f"{kind}_tls_key", key, b"PRIVATE KEY-----", "private key in PEM")
 
     def passphrase() -> NoReturn:
-        raise UsageError(f"{kind}_tls_key: {key} takes a passphrase, which nobody could give when it is started again; store it without one (openssl pkey -in {key} -out FILE)")
+        raise UsageError(f"{kind}_tls_key: {key} has a passphrase, which nobody could enter after a restart; store it without one (openssl pkey -in {key} -out FILE)")
 
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, passphrase)
     except ssl.SSLError as error:
-        why = f"{key} is not the key of the first certificate in {cert}" if error.reason == "KEY_VALUES_MISMATCH" else f"OpenSSL does not take {cert} with {key}: {error.reason or error}"
+        why = f"{key} is not the key of the first certificate in {cert}" if error.reason == "KEY_VALUES_MISMATCH" else f"OpenSSL does not accept {cert} with {key}: {error.reason or error}"
         raise UsageError(f"{kind}_tls_cert, {kind}_tls_key: {why}") from None
     return Certificate(cert, key)
 

@@ -26,8 +26,8 @@ _ROWS, _ROWS_MAX = 100, 1000
 
 
 class _Start(Options, frozen=True):
-    workflow: Annotated[str | None, Meta(description="Its name; without, the default one.")] = None
-    start_id: Annotated[StartId | None, Meta(description="Makes it one run however often it is sent, also after its end.")] = None
+    workflow: Annotated[str | None, Meta(description="Name of the workflow; by default the default workflow.")] = None
+    start_id: Annotated[StartId | None, Meta(description="With the same id it is one run, however often it is sent, even after its end.")] = None
     wait: Wait | None = None
 
 
@@ -45,9 +45,9 @@ class _Listed(Options, frozen=True):
 
     status: Annotated[str | None, Meta(extra_json_schema={"enum": list(STATUSES)})] = None
     workflow: Annotated[str | None, Meta(description="The name of the workflow.")] = None
-    id: Annotated[str | None, Meta(description="How the id begins, or * and what is in it.")] = None
-    since: Annotated[str | None, Meta(description="When it changed last: 30m, 2h or 7d ago, or a time like 2026-01-31T12:00 (UTC).")] = None
-    where: Annotated[list[str] | None, Meta(description="NAME=VALUE of what kw.set_status was given, dotted where it nests; each has to be so.")] = None
+    id: Annotated[str | None, Meta(description="What the id begins with; after a *, what it contains.")] = None
+    since: Annotated[str | None, Meta(description="Changed since then: 30m, 2h or 7d ago, or a time like 2026-01-31T12:00 (UTC).")] = None
+    where: Annotated[list[str] | None, Meta(description="NAME=VALUE in the status set by kw.set_status, with dots for nested names; all must match.")] = None
     limit: Annotated[int, Meta(ge=1, le=_ROWS_MAX)] = _ROWS
 
 
@@ -85,11 +85,11 @@ class _Workflows(HTTPEndpoint):
 
     @Operation("list_workflows", {200: Workflows}, _Listed, words=("outcome_unknown", "unreachable"))
     async def get(self, request: Request) -> Response:
-        """The newest of those that are asked for, and how many there are of each status."""
+        """The newest instances that match, and how many there are of each status."""
         given = [(name, f"{since_ms(value):.0f}" if name == "since" else value) for name, value in query(request)]
         wanted, limit = asked_for(given)
         if limit is not None and limit > _ROWS_MAX:
-            raise UsageError(f"limit={limit} is more than {_ROWS_MAX}; narrow it by status, workflow, id, since or where")
+            raise UsageError(f"limit={limit} is more than {_ROWS_MAX}; filter by status, workflow, id, since or where")
         found = await service_of(request).found(wanted, limit or _ROWS)
         return answer(200, {"workflows": found.rows, "counts": found.counts})
 

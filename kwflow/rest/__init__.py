@@ -81,18 +81,18 @@ def _positive(name: str, given: timedelta | float) -> float:
 def _retry(retry: Retry | None) -> dict[str, Any]:
     """The retry policy as plain values: if snapshots held our Retry class, it could not get another field."""
     if retry is not None and not isinstance(retry, Retry):
-        raise UsageError(f"rest.call(retry=...) takes a kw.Retry, not {retry!r}; for no second attempt kw.Retry(max_attempts=1)")
+        raise UsageError(f"rest.call(retry=...) must be a kw.Retry, not {retry!r}; for a single attempt, use kw.Retry(max_attempts=1)")
     return dataclasses.asdict(retry or Retry())
 
 
 def _check_functions(made: Plan) -> None:
     for name, value in (("body", made.request.body), ("headers", made.request.headers), ("success", made.success), ("cancel", made.cancel)):
         if isinstance(value, Activity) or inspect.isgeneratorfunction(value) or inspect.iscoroutinefunction(value):
-            raise UsageError(f"rest.call({name}=...) takes a plain function, which runs in a step; {getattr(value, '__qualname__', value)} is none: wait before rest.call, and use the result here")
+            raise UsageError(f"rest.call({name}=...) takes a plain function, which runs in a step; {getattr(value, '__qualname__', value)} is not one: wait before rest.call, and use the result here")
     told = callable(made.request.body) or callable(made.request.headers)
     if made.callback and not told:
-        raise UsageError('rest.call: nobody tells the service where to call back; write body=lambda callback: {"callbackUrl": callback.url, ...}, or callback=False if the HTTP response is the answer')
+        raise UsageError('rest.call: the service is not given a URL to call back; write body=lambda callback: {"callbackUrl": callback.url, ...}, or callback=False if the HTTP response is the answer')
     if told and not made.callback:
-        raise UsageError("rest.call(callback=False): there is no callback that body or headers could be functions of; give values")
+        raise UsageError("rest.call(callback=False): without a callback, body and headers cannot be functions; pass values")
     if made.heartbeat_s is not None and not made.callback:
-        raise UsageError("rest.call(callback=False) waits for nothing in which a heart could beat; leave heartbeat_timeout out")
+        raise UsageError("rest.call(callback=False) does not wait for heartbeats; leave out heartbeat_timeout")

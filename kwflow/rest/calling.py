@@ -28,8 +28,8 @@ __all__ = ["Calling", "gateway_url"]
 
 _RETRIED = (408, 425, 429)  # and 5xx: statuses that another attempt may change (LR-8)
 _NO_GATEWAY = (
-    "rest.call gives the service a URL to call back, and gateway_url is not set: set it to where the service reaches `kwflow gateway`, "
-    "as `url` under [gateway] in kwflow.toml, or as KWFLOW_GATEWAY_URL; or say callback=False if the HTTP response is the answer"
+    "rest.call needs gateway_url for the callback URL, but it is not set: set it to the URL at which the service reaches `kwflow gateway`, "
+    "as `url` under [gateway] in kwflow.toml, or as KWFLOW_GATEWAY_URL; or pass callback=False if the HTTP response is the answer"
 )
 _WAITS = ("token_wait", "answer", "attempt", "beat", "pause", "silence", "limit", "grace")  # in the order in which they are examined: what the service says comes before timers
 
@@ -152,7 +152,7 @@ class Calling:
         elif self.stopping and not self.cancel_made:  # the request is not repeated
             self._send_cancel()
         elif (pause_s := self._pause_s(response, failure)) is not None:
-            current().logs.append(f"{failure.message}; tried again in {pause_s:.3g} s")
+            current().logs.append(f"{failure.message}; next attempt in {pause_s:.3g} s")
             self.pause = current().sleep(pause_s)
         elif self.cancel_made:
             current().logs.append(f"{_where(self.plan)} was not cancelled: {failure.message}")
@@ -250,7 +250,7 @@ class Calling:
 
     def _callback(self) -> Callback:
         if not self.plan.callback:
-            raise UsageError("rest.call(callback=False): there is no callback that the request could be a function of; give values")
+            raise UsageError("rest.call(callback=False): without a callback, the request cannot be a function; pass values")
         url = f"{gateway_url()}/callbacks/{quote(current().instance.id, safe='')}/{self._ref}"
         return Callback(url, f"{url}-heartbeat" if self.plan.heartbeat_s is not None else None)
 
@@ -285,7 +285,7 @@ class Calling:
             made = _called("cancel", cancel, self.initial) if callable(cancel) and self.responded else cancel
             if not isinstance(made, Request):
                 if made is not None and made is not cancel:
-                    raise UsageError(f"rest.call(cancel=...) gives a rest.Request or None, not {made!r}")
+                    raise UsageError(f"rest.call(cancel=...) must return a rest.Request or None, not {made!r}")
                 self._finish()  # nobody knows how to cancel it
                 return
             self.sent, self.tries, self.key, self.cancel_made = self._made(checked(made)), 0, "", True
@@ -331,7 +331,7 @@ def _called(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function of the author's, in this step.  Raises what it raises, and UsageError if it returns a wait."""
     value = function(*arguments)
     if inspect.isgenerator(value) or inspect.isawaitable(value) or isinstance(value, Awaitable):
-        raise UsageError(f"rest.call({name}=...) takes a plain function, and this one gives a wait; wait before rest.call, and use the result here")
+        raise UsageError(f"rest.call({name}=...) takes a plain function, but this one returns a wait; wait before rest.call, and use the result here")
     return value
 
 

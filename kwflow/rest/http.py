@@ -44,7 +44,7 @@ async def request(sent: Sent) -> Response:
     try:
         import httpx
     except ImportError:
-        raise ActivityError("rest.call needs httpx, which this engine does not have: pip install 'kwflow[rest]'", "MissingExtra", final=True) from None
+        raise ActivityError("rest.call needs httpx, which is not installed for this engine: pip install 'kwflow[rest]'", "MissingExtra", final=True) from None
 
     where = f"{sent.method} {place(sent.url)}"
     headers = await _headers(sent)
@@ -59,7 +59,7 @@ async def request(sent: Sent) -> Response:
             cookies = _cookies(client.cookies.jar)
             return _response(where, response, data, cookies, sent)
     except TimeoutError:
-        return Response(0, failure=Failure("Timeout", f"{where} had no response within {sent.timeout_s:g} s"))
+        return Response(0, failure=Failure("Timeout", f"{where}: no response within {sent.timeout_s:g} s"))
     except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL, UnicodeError) as error:
         return Response(0, failure=Failure("RequestError", f"{where} cannot be sent: {_said(error)}"), final=True)
     except httpx.DecodingError as error:
@@ -135,7 +135,7 @@ async def _read(response: Any, bytes_max: int) -> bytes | None:
 def _response(where: str, response: Any, data: bytes | None, cookies: list[Cookie], sent: Sent) -> Response:
     status: int = response.status_code
     kept = len(cookies) <= _COOKIES_MAX and sum(len(cookie.name) + len(cookie.value) for cookie in cookies) <= _COOKIE_CHARACTERS_MAX
-    problem = None if kept else f"sets more than {_COOKIES_MAX} cookies, or {_COOKIE_CHARACTERS_MAX} characters of them"
+    problem = None if kept else f"sets more than {_COOKIES_MAX} cookies or {_COOKIE_CHARACTERS_MAX} characters of cookies"
     body: Any = None
     if data is None:
         problem = f"has more than {sent.response_bytes_max} bytes (limit activity_bytes_max)"
@@ -143,7 +143,7 @@ def _response(where: str, response: Any, data: bytes | None, cookies: list[Cooki
         try:
             body = _decoded(data, response)
         except ValueError as error:
-            problem = f"is not what its Content-Type {response.headers.get('content-type', 'application/json')!r} says: {error}"
+            problem = f"does not match its Content-Type {response.headers.get('content-type', 'application/json')!r}: {error}"
             body = None
     if response.is_success:
         failure = Failure("ResponseError", f"the response to {where} {problem}", status) if problem else None

@@ -152,13 +152,13 @@ def checked(request: Request) -> Request:
     """Return the request with its method in capitals, and an activity replaced by its name.  Raises UsageError for what cannot be sent."""
     method, url, given = request.method, request.url, request.headers_from
     if not isinstance(method, str) or not method.isascii() or not method.isalpha():
-        raise UsageError(f"rest: a method is a word such as POST, not {method!r}")
+        raise UsageError(f"rest: a method must be a word such as POST, not {method!r}")
     if not isinstance(url, str) or not place(url):
         shown = re.sub("//[^/]*@", "//", url.partition("?")[0]) if isinstance(url, str) else url
-        raise UsageError(f"rest: a URL begins with http:// or https:// and names a host, not {shown!r}")
+        raise UsageError(f"rest: a URL must begin with http:// or https:// and name a host, not {shown!r}")
     name = given.name if isinstance(given, Activity) else given
     if name is not None and not isinstance(name, str):
-        raise UsageError(f"rest: headers_from is an activity (a function under @kw.activity) or its name, not {given!r}")
+        raise UsageError(f"rest: headers_from must be an activity (a function decorated with @kw.activity) or its name, not {given!r}")
     return Request(method.upper(), url, request.body, request.headers, name)
 
 
@@ -180,12 +180,12 @@ def wrong_header(headers: object) -> str | None:
     A line break in a value, for example, would begin another header.
     """
     if not isinstance(headers, Mapping):
-        return f"headers are a mapping of names to texts, not a {type(headers).__name__}"
+        return f"headers must be a mapping of str to str, not a {type(headers).__name__}"
     for name, value in headers.items():
         if not isinstance(name, str) or not name.isascii() or not name.replace("-", "").replace("_", "").isalnum():
-            return f"header {name!r}: a name is letters, digits and hyphens"
+            return f"header {name!r}: a name must consist of letters, digits and hyphens"
         if not isinstance(value, str) or not value.isascii() or not value.isprintable():
-            return f"header {name!r}: its value is no printable ASCII text (encode what is not; strip the line break at its end)"
+            return f"header {name!r}: its value is not printable ASCII (encode other characters; strip a line break at the end)"
         if value != value.strip():
             return f"header {name!r}: its value begins or ends with a space; strip it"
     return None

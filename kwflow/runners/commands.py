@@ -153,7 +153,7 @@ def _unpause(batch: Batch, name: str, header: dict[str, Any], record: Record, co
         return _done(batch, name, record, command, "ok", message="it was not paused")
     if header["parked"]["reason"] not in ("paused", "draining"):  # it had failed before: it needs retry or discard
         batch.state.put(key, snapshot.amend(stored, batch.config.signing_keys, parked={entry: value for entry, value in header["parked"].items() if entry != "paused"}))
-        return _done(batch, name, record, command, "ok", message="it is still parked; retry or discard")
+        return _done(batch, name, record, command, "ok", message="it is still parked; retry or discard it")
     return _done(batch, name, record, command, "ok", _drain(batch, name, record, discard=False))
 
 
@@ -174,12 +174,12 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
         raise ProtocolError(f"op fork: {error}", "bad-arguments") from None
     home = partition_of(key, batch.partitions)
     if home != record.partition:
-        return refused("rejected", f"{id} belongs to partition {home} and {name} to {record.partition}; a fork lies beside its original: leave its id to the engine, or try another")
+        return refused("rejected", f"{id} belongs to partition {home} and {name} to {record.partition}; a fork must be in the partition of its original: let the engine choose the id, or try another")
     stored = batch.state.get(name.encode())
     if stored is not None and header["status"] == "parked":
         stored = snapshot.unpark(stored, batch.config.signing_keys)  # as it was before the record that parked it
     if stored is None:
-        return refused("rejected", "its start failed, so that there is nothing to go on from")
+        return refused("rejected", "its start failed, so there is nothing to continue from")
     try:
         header, body = snapshot.split(stored, batch.config.signing_keys)
     except SnapshotError as error:
@@ -196,7 +196,7 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
     if known is not None and there["start_id"] == made["start_id"]:  # this record was applied before
         return _replied(batch, record, "ok", value=value, count="repeated")
     if known is not None and there["status"] != "ended":
-        return refused("exists", f"{id} is there already")
+        return refused("exists", f"{id} already exists")
     batch.put(key, snapshot.copy(body, made, batch.config.signing_keys))
     dispatch = tuple(msgspec.structs.replace(call, workflow_id=id) for call in calls.values() if call is not None)
     return _done(batch, name, record, command, "ok", [Decision(tuple(timers), (f"{name}: forked as {id}",), dispatch=dispatch)], value=value)

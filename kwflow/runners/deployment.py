@@ -58,7 +58,7 @@ def _fate(id: str, header: dict[str, Any], body: bytes, sources: versions.Source
     try:
         old = {found.name for found in instance.pins.values() if registry.modules().get(found.name) is not found}
         why = [f"{name}: {change}" for name, saved in code_of(header) if name in old for change in versions.changed_units(registry.modules().get(name), saved)]
-        why += [f"{name}: something it holds by name is gone" for name in sorted(old) if not any(line.startswith(f"{name}:") for line in why)]
+        why += [f"{name}: something that it refers to by name no longer exists" for name in sorted(old) if not any(line.startswith(f"{name}:") for line in why)]
         moves = migration.find(instance, migrations) is not None
         return Fate(id, "old" if old else "resume", tuple(why), moves, dict(_changed(header, sources)))
     finally:

@@ -75,7 +75,7 @@ def attach(app: faust.App, config: Config, make: Callable[[str], WorkflowProcess
     from which snapshots can tell whether they already contain an offset.  Raises UsageError, TransportError.
     """
     if config.cipher_keys:
-        raise UsageError("encryption_keys are for kwflow's own runner: what Faust writes would not be encrypted")
+        raise UsageError("encryption_keys work with kwflow's own runner only: what Faust writes would not be encrypted")
     incarnation, partitions = topics.describe(topics.admin(config), config, config.resume_topic)
     return Agent(app, config, make(incarnation), partitions, on_log)
 
@@ -221,7 +221,7 @@ class Agent:
         if place < self._reply_partitions:
             return True
         self.stats.counts.update(("reply-gone",))
-        self.on_log(f"a reply to {asked}[{place}], which does not exist, was left out")
+        self.on_log(f"a reply to {asked}[{place}], which does not exist, was skipped")
         return False
 
     async def _produce(self, output: Output) -> Any:

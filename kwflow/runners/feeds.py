@@ -69,7 +69,7 @@ class Fed:
         first = _first(record)
         feed = feeds.get(first.topic)
         if feed is None:
-            return _letter(self.config, first, "unknown-feed", f"no feed of {first.topic} in this engine; give it the MODULE that has it, and retry", received_ms)
+            return _letter(self.config, first, "unknown-feed", f"no feed of {first.topic} in this engine; start it with the MODULE that defines the feed, and retry", received_ms)
         return self.ask(feed, first, received_ms)
 
     def refuse_again(self, record: Record, reason: str) -> Decision:
@@ -85,7 +85,7 @@ def _first(record: Record) -> Record:
     try:
         place = msgspec.json.decode(wire.header(record, _FED) or "", type=_Place)
     except msgspec.DecodeError as error:
-        raise ProtocolError(f"op {OP} is of kwflow dead-letters retry alone: header {_FED}: {error}", "bad-header") from None
+        raise ProtocolError(f"op {OP} is reserved for kwflow dead-letters retry: header {_FED}: {error}", "bad-header") from None
     key = next((value for name, value in record.headers if name == _KEY), None)
     headers = tuple((name.removeprefix(_THEIRS), value) for name, value in record.headers if name.startswith(_THEIRS) or not name.startswith("kwflow-"))
     return Record(place.topic, place.partition, place.offset, place.timestamp_ms, key, record.value, headers)
@@ -137,7 +137,7 @@ class FeedProcessor:
         """Raises UsageError for a function that cannot be called, and for a topic that is kwflow's own."""
         feed.resolved()
         if feed.topic in (config.resume_topic, config.scheduler_topic, config.reply_topic, config.history_topic, config.dead_letter_topic):
-            raise UsageError(f"{feed!r}: that topic is kwflow's own; a workflow is told of what comes there otherwise")
+            raise UsageError(f"{feed!r}: this topic belongs to kwflow, which delivers its records to workflows itself")
         self.config = config
         self.feed = feed
         self.partitions = 1

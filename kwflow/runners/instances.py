@@ -66,9 +66,9 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         if self.status and self.status not in STATUSES:
-            raise UsageError(f"a status is one of {', '.join(STATUSES)}, not {self.status!r}")
+            raise UsageError(f"a status must be one of {', '.join(STATUSES)}, not {self.status!r}")
         if without := [one for one in self.where if "=" not in one[1:]]:
-            raise UsageError(f"where is like customer=Ada or order.paid=true, a name and a value of what kw.set_status was given, not {without[0]!r}")
+            raise UsageError(f"where must be NAME=VALUE from the status set by kw.set_status, such as customer=Ada or order.paid=true, not {without[0]!r}")
 
     @property
     def prefix(self) -> bytes:
@@ -150,7 +150,7 @@ def asked_for(query: Sequence[tuple[str, str]]) -> tuple[Filter, int | None]:
     try:
         limit = msgspec.convert(given.pop("limit", None), int | None, strict=False)
         if limit is not None and not 1 <= limit <= _LIMIT_MAX:
-            raise UsageError(f"limit is 1 to {_LIMIT_MAX}; without one all come, page by page")
+            raise UsageError(f"limit must be from 1 to {_LIMIT_MAX}; without a limit, all are returned page by page")
         return msgspec.convert(given, Filter, strict=False), limit
     except msgspec.ValidationError as error:
         raise UsageError(f"{error}; there are: {', '.join(Filter.__struct_fields__)}, limit") from None
@@ -167,7 +167,7 @@ def since_ms(text: str | None) -> float:
         parsed = datetime.fromisoformat(text)
         return (parsed if parsed.tzinfo is not None else parsed.replace(tzinfo=UTC)).timestamp() * 1000
     except (ValueError, OverflowError):
-        raise UsageError(f"since is like 30m, 2h, 7d, or a time like 2026-01-31T12:00 (UTC), not {text!r}") from None
+        raise UsageError(f"since must be like 30m, 2h or 7d, or a time like 2026-01-31T12:00 (UTC), not {text!r}") from None
 
 
 def instant(ms: float) -> str:
@@ -253,7 +253,7 @@ def one(served: Instances, id: bytes, keys: snapshot.Keys) -> tuple[int, bytes]:
     number = partition_of(id, served.partitions)
     entries = served.pages[number](id, 1) if number in served.pages else None
     if entries is None:
-        return 421, msgspec.json.encode({"error": f"partition {number}, where this instance is, is not owned here"})
+        return 421, msgspec.json.encode({"error": f"the partition of this instance, {number}, is not owned here"})
     if not entries or entries[0][0] != id or id < _FIRST_ID:
         return 404, msgspec.json.encode({"error": "no such instance"})
     try:

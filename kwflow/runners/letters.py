@@ -79,7 +79,7 @@ def _at_fault(key: bytes, stored: bytes) -> dict[str, Any] | None:
 
 
 def no_such(what: str) -> UsageError:
-    return UsageError(f"{what!r} is no parked instance and no open dead letter; kwflow dead-letters list shows them")
+    return UsageError(f"{what!r} is neither a parked instance nor an open dead letter; kwflow dead-letters list shows them")
 
 
 def settle(settings: Config, embedded: Path | None, what: str | None, reason: str | None, op: str) -> Iterator[Settled]:
@@ -92,12 +92,12 @@ def settle(settings: Config, embedded: Path | None, what: str | None, reason: st
         parked, letters = _chosen(settings, embedded, what, reason)
         commands = [Group((Output(settings.resume_topic, id.encode(), b"null", (("kwflow-op", op.encode()),)),)) for id in parked]
         for id, _ in zip(parked, write(commands), strict=True):
-            yield Settled(id, f"{op} is asked for; its engine does it")
+            yield Settled(id, f"{op} requested; the engine does it")
         left = dict(letters)
         for identity, letter in letters.items():
             if op == "retry" and _is_remnant(letter):
                 place = "{}[{}]@{}".format(*(said_of(letter, name) for name in ("topic", "partition", "offset")))
-                yield Settled(identity, f"it holds nothing of its record, which is {place}; send that again from where it came, and discard this", False)
+                yield Settled(identity, f"it does not contain its record, which is {place}; send that again from its source, and discard this letter", False)
                 del left[identity]
         yield from _closed(settings, left, op, write)
 
@@ -108,7 +108,7 @@ def _closed(settings: Config, letters: dict[str, Record], op: str, write: Write)
     while left:
         try:
             for done in write([_closing(settings, identity, letters[identity], op == "retry") for identity in left]):
-                yield Settled(left.pop(0), ("sent again" if op == "retry" else "closed") if done else "somebody else has dealt with it")
+                yield Settled(left.pop(0), ("sent again" if op == "retry" else "closed") if done else "it has already been dealt with")
         except Undone as error:
             yield Settled(left.pop(0), str(error), False)
 
@@ -132,7 +132,7 @@ def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: s
     if not ids and not chosen:
         if what is not None:
             raise no_such(what)
-        raise UsageError("nothing is parked and no dead letter is open" + (f" with reason {reason}" if reason is not None and (parked or letters) else ""))
+        raise UsageError("no instance is parked and no dead letter is open" + (f" with reason {reason}" if reason is not None and (parked or letters) else ""))
     return ids, chosen
 
 

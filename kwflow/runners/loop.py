@@ -241,7 +241,7 @@ class _Batch:
         try:
             header, body = snapshot.split(stored, self.config.signing_keys)
             if header["id"] != name:
-                raise CorruptSnapshotError(f"this is the snapshot of {header['id']!r}, stored under another id")
+                raise CorruptSnapshotError(f"this is the snapshot of {header['id']!r}, but it is stored under another id")
             if header["status"] == "parked":
                 wire.parse(record)
                 return self._hold(header, record, stored)
@@ -389,7 +389,7 @@ class _Batch:
         except Exception as error:  # reducers of author classes may raise anything
             return error, []
         if len(data) > self.config.snapshot_bytes_max:
-            return SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}; keep less in variables, or raise it and retry"), []
+            return SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}; keep less in variables, or raise the limit and retry"), []
         return data, modules
 
     def _warn_of_size(self, live: Live, size: int) -> None:
@@ -397,14 +397,14 @@ class _Batch:
         limit = self.config.snapshot_bytes_warn
         if limit >= len(live.base or b""):
             last = live.met[-1]
-            said = f"{live.instance.id if live.instance else ''}: its snapshot has {size} bytes now (snapshot_bytes_warn = {limit}); at {self.config.snapshot_bytes_max} it is parked"
+            said = f"{live.instance.id if live.instance else ''}: its snapshot now has {size} bytes (snapshot_bytes_warn = {limit}); above {self.config.snapshot_bytes_max} it is parked"
             self.made[last] = msgspec.structs.replace(self.made[last], logs=(*self.made[last].logs, said))
 
     # -- commands that run no author code ------------------------------------------------------------------------------
     def _command(self, name: str, record: Record) -> Decision:
         command = wire.parse(record)
         if not isinstance(command, wire.Command):
-            raise KwflowBug("a record with an op is no command")
+            raise KwflowBug("a record with an op is not a command")
         self._save(name.encode())
         self.held.pop(name, None)
         before = self.state.get(name.encode()) if self.history is not None else None

@@ -188,7 +188,7 @@ def asked(settings: Config, embedded: Path | None, wanted: Filter, limit: int) -
     notes: list[str] = []
     answer = asking.list_(settings, notes.append, wanted, limit)
     if answer is None:
-        raise TransportError(f"{'; '.join(notes)}: engines that are started with --http tell of their instances")
+        raise TransportError(f"{'; '.join(notes)}: engines started with --http list their instances")
     return answer
 
 

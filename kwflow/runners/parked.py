@@ -58,7 +58,7 @@ def dead(config: Config, record: Record, reason: str, message: str, received_ms:
 
 def remnant(config: Config, record: Record, reason: str, received_ms: int) -> Decision:
     """Replace a dead letter that the broker refused by one that says which record it was and why, without anything that could be too large (K11)."""
-    message = f"{reason}; a dead letter with its value and headers was refused, too: they are only where it came from"
+    message = f"{reason}; a dead letter with its value and headers was refused, too: they exist only in the original record"
     made = dead(config, record, "refused", message, received_ms)
     bare = msgspec.structs.replace(record, key=record.key if len(record.key or b"") <= _KEY_BYTES_MAX else None, value=None, headers=())
     letter = dead_letter(config, bare, "refused", message, received_ms)
@@ -101,7 +101,7 @@ def _told(config: Config, record: Record, reason: str, message: str) -> tuple[Re
 
     The kept record has no address for replies any more: one request gets one reply.
     """
-    replies = answered(config, record, "held", f"it is parked ({reason}: {message[:_MESSAGE_CHARACTERS]}); this is kept and is applied when it is retried")
+    replies = answered(config, record, "held", f"it is parked ({reason}: {message[:_MESSAGE_CHARACTERS]}); this record is kept and applied when the instance is retried")
     if not replies:
         return record, ()
     return msgspec.structs.replace(record, headers=tuple(pair for pair in record.headers if pair[0] not in ADDRESS)), replies
@@ -137,7 +137,7 @@ def hold(config: Config, state: Changes, header: dict[str, Any], record: Record,
     count, last = known.get(name) or _last(state, name)
     if count >= config.hold_max:
         again = "unpause it" if is_paused(header) else "retry or discard what it holds"
-        said = f"{name} holds {count} records already (limit hold_max); {again}, then retry this dead letter, or raise it"
+        said = f"{name} already holds {count} records (limit hold_max); {again}, then retry this dead letter, or raise the limit"
         return dead(config, record, "hold-full", said, received_ms)
     mark = header["parked"]
     kept, replies = (record, ()) if mark["reason"] in ("paused", "draining") else _told(config, record, mark["reason"], mark["message"])

@@ -121,4 +121,4 @@ def failing(directory: Path) -> Iterator[None]:
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, (OSError, DbClosedError)):
             raise
-        raise TransportError(f"{directory} cannot be used any more: {error}") from None
+        raise TransportError(f"{directory} cannot be used: {error}") from None

@@ -65,7 +65,7 @@ class _Child:
         delay = _BACKOFF_S[min(self._deaths, len(_BACKOFF_S) - 1)]
         self._deaths += 1
         self.again_at = now + delay
-        self._on_log(Line.of(f"process {self.number} {how}; it is started again {f'in {delay:g} s' if delay else 'at once'}", "warning"))
+        self._on_log(Line.of(f"process {self.number} {how}; restarting {f'in {delay:g} s' if delay else 'at once'}", "warning"))
 
     def end(self, number: int) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -86,7 +86,7 @@ def supervise(command: Sequence[str], count: int, asked: Callable[[], int], on_l
         for child in children:
             code = child.look()
             if code is not None:
-                on_log(Line.of(f"process {child.number} ended with {code}: starting it again would not help; all end", "error"))
+                on_log(Line.of(f"process {child.number} ended with {code}: restarting would not help; all processes end", "error"))
                 hopeless = code
         time.sleep(_LOOK_S)
     for child in children:

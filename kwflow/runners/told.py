@@ -105,9 +105,9 @@ def checked_header(header: dict[str, Any]) -> dict[str, Any]:
     try:
         told = msgspec.convert(header, _Told)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise CorruptSnapshotError(f"the header of a snapshot is none: {error}") from None
+        raise CorruptSnapshotError(f"the header of a snapshot is invalid: {error}") from None
     if header["status"] == "parked" and told.parked is None:
-        raise CorruptSnapshotError("the header of a snapshot is none: it is parked, and does not say why")
+        raise CorruptSnapshotError("the header of a snapshot is invalid: it is parked without a reason")
     return header
 
 

@@ -50,7 +50,7 @@ def _spared(call: Callable[_P, _T]) -> Callable[_P, _T | None]:
 @functools.lru_cache(maxsize=100)
 def _said(why: str) -> None:
     """Log a reason once, as it would otherwise be logged for every step."""
-    logging.getLogger(__name__).warning("tracing loses spans: %s", why)
+    logging.getLogger(__name__).warning("tracing is losing spans: %s", why)
 
 
 class Span:

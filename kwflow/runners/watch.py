@@ -90,24 +90,24 @@ class _Metrics(Collector):
         yield memory
 
     def _counts(self) -> Iterator[Metric]:
-        records = CounterMetricFamily("kwflow_records", "What became of records and timers, by outcome.", labels=["outcome"])
+        records = CounterMetricFamily("kwflow_records", "Records and timers processed, by outcome.", labels=["outcome"])
         total = sum((runner.stats.counts.copy() for runner in self._runners), start=self._runners[0].stats.counts.__class__())
         for outcome, count in sorted(total.items()):
             records.add_metric([outcome], count)
         yield records
-        letters = CounterMetricFamily("kwflow_dead_letters", "Records written to the dead-letter topic: alone, or telling of an instance that was parked.")
+        letters = CounterMetricFamily("kwflow_dead_letters", "Records written to the dead-letter topic: single records, or notices of parked instances.")
         letters.add_metric([], total["dead-letter"] + total["parked"])
         yield letters
         steps = CounterMetricFamily("kwflow_steps", "Steps of author code, by outcome.", labels=["outcome"])
         for outcome in ("started", "resumed", "parked"):
             steps.add_metric([outcome], total[outcome])
         yield steps
-        yield _histogram("kwflow_commit_seconds", "From the begin of a transaction to its committed end.", [runner.stats.commits for runner in self._runners])
+        yield _histogram("kwflow_commit_seconds", "Time from the beginning of a transaction to its commit.", [runner.stats.commits for runner in self._runners])
 
     def _partitions(self, seen: list[Seen]) -> Iterator[Metric]:
-        lag = GaugeMetricFamily("kwflow_lag_records", "Input records that are committed and not applied yet.", labels=["topic", "partition"])
+        lag = GaugeMetricFamily("kwflow_lag_records", "Input records that are committed but not applied yet.", labels=["topic", "partition"])
         owned = GaugeMetricFamily("kwflow_partitions", "Partitions by state: owned, restoring, waiting to be restored.", labels=["topic", "state"])
-        restore = GaugeMetricFamily("kwflow_restore_ratio", "How much of a changelog was read, from 0 to 1; 1 once it is owned.", labels=["topic", "partition"])
+        restore = GaugeMetricFamily("kwflow_restore_ratio", "How much of a changelog has been read, from 0 to 1; 1 once the partition is owned.", labels=["topic", "partition"])
         for one in seen:
             for number, records in one.lag.items():
                 lag.add_metric([one.topic, str(number)], records)
@@ -120,20 +120,20 @@ class _Metrics(Collector):
         yield from (lag, owned, restore)
         waiting = [one.timers for one in seen if one.timers is not None]
         if waiting:
-            yield GaugeMetricFamily("kwflow_timers_waiting", "Timers that are set and not due yet, of the partitions owned here.", value=sum(waiting))
+            yield GaugeMetricFamily("kwflow_timers_waiting", "Timers that are set but not due yet, of the partitions owned here.", value=sum(waiting))
 
 
 def _instances(processor: WorkflowProcessor) -> Iterator[Metric]:
     yield _histogram("kwflow_snapshot_bytes", "Sizes of saved snapshots.", [processor.snapshots])
-    looked = CounterMetricFamily("kwflow_instance_cache", "Whether an instance was still live when its next record came.", labels=["result"])
+    looked = CounterMetricFamily("kwflow_instance_cache", "Whether an instance was still in memory when its next record came.", labels=["result"])
     looked.add_metric(["hit"], processor.live.hits)
     looked.add_metric(["miss"], processor.live.misses)
     yield looked
-    yield GaugeMetricFamily("kwflow_instances_live", "Instances kept live.", value=len(processor.live))
+    yield GaugeMetricFamily("kwflow_instances_live", "Instances kept in memory.", value=len(processor.live))
 
 
 def _activities(dispatcher: Dispatcher) -> Metric:
-    calls = GaugeMetricFamily("kwflow_activities", "Activities in this process; more may wait in the store. Left behind: cancelled, and they go on.", labels=["state"])
+    calls = GaugeMetricFamily("kwflow_activities", "Activities in this process; more may wait in the store. Left behind: cancelled, but still running.", labels=["state"])
     for state, count in dispatcher.counts().items():
         calls.add_metric([state], count)
     return calls
@@ -159,7 +159,7 @@ def metrics_registry(runners: Sequence[Watched], config: Config) -> CollectorReg
 def _address(where: str) -> tuple[str, int]:
     host, _, port = where.rpartition(":")
     if not port.isdigit() or int(port) > 65_535:
-        raise UsageError(f"--http takes HOST:PORT, such as 127.0.0.1:9100 or :9100, not {where!r}")
+        raise UsageError(f"--http must be HOST:PORT, such as 127.0.0.1:9100 or :9100, not {where!r}")
     return host.strip("[]"), int(port)
 
 

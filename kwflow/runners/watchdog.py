@@ -73,7 +73,7 @@ class Watchdog:
             if not self._raised:
                 raise  # author code raised it itself
         if self._raised:
-            raise StepTimeout(f"the step took more than {self._abort_s:g} s without reaching a wait (limit step_abort_ms); do long work in an activity, or raise it and retry")
+            raise StepTimeout(f"the step took more than {self._abort_s:g} s without reaching a wait (limit step_abort_ms); do long work in an activity, or raise the limit and retry")
         return made
 
     def _register(self) -> None:
@@ -118,14 +118,14 @@ class Watchdog:
             return
         if passed >= self._warn_s and self._warned != begun:
             self._warned = begun
-            self._on_log(f"{self._name}: its step runs for {passed:.1f} s, now at {_where(self._ident)}; all others of its partition wait: what takes long belongs in an activity, a pause is kw.sleep")
+            self._on_log(f"{self._name}: its step has been running for {passed:.1f} s, now at {_where(self._ident)}; the rest of its partition waits: do long work in an activity, pause with kw.sleep")
         if passed >= self._abort_s and now - self._raised >= _AGAIN_S:
             with self._lock:
                 if self._begun == begun:
                     self._raised = now
                     _raise_in(self._ident)
         if _ends and passed >= self._stuck_s and self._begun == begun:
-            self._on_log(f"{self._name}: its step cannot be ended, at {_where(self._ident)}; this process ends, and is to be started again")
+            self._on_log(f"{self._name}: its step cannot be aborted, at {_where(self._ident)}; this process ends, and should be restarted")
             os._exit(_START_ME_AGAIN)
 
 

@@ -197,7 +197,7 @@ def test_a_start_that_is_repeated_is_one_run_and_gives_its_outcome(client: Clien
 
 def test_a_time_out_leaves_it_running_and_a_later_question_gets_the_outcome(client: Client) -> None:
     """A9."""
-    with pytest.raises(TimeoutError, match="it goes on"):
+    with pytest.raises(TimeoutError, match="it is still running"):
         client.start_and_wait("w", workflow="ask", timeout=0.3).result(20)
     waits(client, "w")
     client.resume("w", "answer", 1).result(20)

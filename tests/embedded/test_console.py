@@ -162,7 +162,7 @@ def test_the_pause_between_two_attempts_says_which_activity_is_tried_again(shop:
 
 
 def test_a_filter_that_means_nothing_is_refused_by_name(http: httpx.Client) -> None:
-    wrong = {"status=dead": "a status is one of", "since=soon": "since is like", "where=paid": "where is like", "where='": "quotation", "color=red": "no filter color", "page=26": "25 pages"}
+    wrong = {"status=dead": "must be one of", "since=soon": "since must be like", "where=paid": "be NAME=VALUE", "where='": "quotation", "color=red": "no filter color", "page=26": "25 pages"}
     for query, said in wrong.items():
         answer = http.get(f"/?{query}")
         assert answer.status_code == 400 and said in text_of(answer.text), query
@@ -182,7 +182,7 @@ def test_an_instance_is_shown_in_the_source_that_it_runs_also_when_the_file_has_
     page = text_of(answer.text)
     assert "7 return (yield answer) # as it was waits here" in page and "as it is now" not in page
     assert "11 return (yield kw.timeout(ask(&quot;budget?&quot;), 86400)) waits here" in page.replace('"budget?"', "&quot;budget?&quot;")
-    assert "older than the file here" in page and "the file here has changed, and what this instance runs with it: ask" in page
+    assert "older than the file here" in page and "the file here has changed, including what this instance runs: ask" in page
     assert "opts 'Ada'" in page and "question 'budget?'" in page and "timeout goes on with the first" in page and '"customer": "Ada"' in page
     assert "in 23 h 59 min" in page and "kwflow show looked --locals --embedded" in page
     assert page.index("main console_case.py:11") < page.index("timeout goes on") < page.index("ask console_case.py:7") < page.index("suspension answer since")
@@ -216,10 +216,10 @@ def test_a_damaged_instance_is_listed_and_shown_with_the_reason(shop: Shop, http
     assert ids(http.get("/?status=damaged").text) == ["broken"]
     assert "Its bytes cannot be read. these bytes are not a snapshot" in text_of(http.get(at("broken")).text)
     assert "Its variables are not shown: the body of a snapshot cannot be read" in text_of(http.get(at("broken-body")).text)
-    assert "Its variables are not shown: its header is none" in text_of(http.get(at("broken-header")).text)
+    assert "Its variables are not shown: its header is invalid" in text_of(http.get(at("broken-header")).text)
     for name, told in {"waits": [3], "updated": "soon", "workflow": 1, "parked": 1, "outcome": []}.items():
         shop.hosted.engine.db[store.prefix + b"broken-header"] = snapshot.copy(b"", {"v": 1, "status": "waiting", "waits": [], "workflow": "w", name: told})
-        assert "the header of a snapshot is none: Expected" in text_of(http.get(at("broken-header")).text), name
+        assert "the header of a snapshot is invalid: Expected" in text_of(http.get(at("broken-header")).text), name
         assert "broken-header" in ids(http.get("/?status=damaged").text)
     for id in (b"broken", b"broken-body", b"broken-header"):
         del shop.hosted.engine.db[store.prefix + id]
@@ -230,7 +230,7 @@ def test_a_source_that_no_python_can_read_is_said_beside_the_generator() -> None
     frame = Frame("m", "main", "main", "1", {"x": 1}, ())
     for source in ("def main(:", "x = " + "-" * 100_000 + "1", "x = " + "1+" * 100_000 + "1", "\0"):
         found = placed(frame, {"m": Code("m", "", "m.py", source, "", ())}, Shown({}), 1)
-        assert found.said.startswith("its source cannot be read") and found.variables == [("x", "1")], source[:10]
+        assert found.said.startswith("the Python of this console cannot read its source") and found.variables == [("x", "1")], source[:10]
 
 
 def test_what_is_not_there_is_a_page_that_says_so(shop: Shop, http: httpx.Client) -> None:
@@ -253,10 +253,10 @@ def test_forms_do_what_commands_do_and_lead_back_to_the_instance(shop: Shop, htt
         return text_of(http.get(answer.headers["location"]).text)
 
     said = act("pause", reason="audit <now>")
-    assert "It is paused: what comes for it waits. Paused. audit <now> Nothing is held." in said
+    assert "It is paused: records for it are held. Paused. audit <now> Nothing is held." in said
     early = shop.client.signal("act", "early", 1)
     until(lambda: "1 record waits until it goes on." in text_of(http.get(at("act")).text))
-    assert "It goes on; what was held is applied in order." in act("unpause")
+    assert "It continues; what was held is applied in order." in act("unpause")
     early.result(20)
     assert "1 signal early , 1 signal note" in act("signal", name="note", value='{"a": 1}')
     assert "kw.Cancelled was raised where it waits." in act("cancel", reason="enough")
@@ -303,7 +303,7 @@ def test_parked_instances_and_letters_are_shown_with_the_record_at_fault_and_ret
     shop.client.signal("dropped", "last").result(20)  # it comes after the discard: once it is answered, the rest is applied
     assert "12 signals note" in text_of(http.get(at("dropped")).text) and shop.status("stuck") == "parked"
     answer = http.post(f"{at('dropped')}/discard")
-    assert answer.status_code == 400 and "no parked instance" in text_of(answer.text)
+    assert answer.status_code == 400 and "neither a parked instance" in text_of(answer.text)
     for op in ("retry", "discard"):
         with pytest.raises(CommandError):
             shop.client.start(f"letter-{op}", 1, workflow="nobody").result(20)

@@ -88,7 +88,7 @@ def test_an_engine_whose_directory_is_moved_or_replaced_ends_and_leaves_what_is_
             assert (shell.directory / "engine.sock").exists() and (shell.directory / "engine.pid").exists()
     else:
         assert engine.wait(60) == 1 and not shell.directory.exists()
-    assert "was removed, moved or replaced under the engine that runs in it" in engine.stderr.read()
+    assert "was removed, moved or replaced while the engine ran in it" in engine.stderr.read()
     shell.directory = moved
     shell.engine(TRIP)
     assert "waiting" in shell("show", "trip")
@@ -270,7 +270,7 @@ def test_a_full_disk_is_no_record_s_fault_and_is_told_to_everybody(shell: Shell,
         assert engine.stderr is not None
         assert engine.wait(60) == 3, engine.stderr.read()
         said = engine.stderr.read()
-        assert said.startswith(f"kwflow: {shell.directory} cannot be used any more: IO error") and "Traceback" not in said
+        assert said.startswith(f"kwflow: {shell.directory} cannot be used: IO error") and "Traceback" not in said
     engine = shell.engine(grows)
     shell.until(lambda: (stored := shell.stored("w")) is not None and len(stored) > 120_000)
     assert "w" not in shell("dead-letters", "list")
@@ -278,7 +278,7 @@ def test_a_full_disk_is_no_record_s_fault_and_is_told_to_everybody(shell: Shell,
     engine.wait()
     engine = shell.engine(grows, file_bytes_max=100_000)
     said = shell("resume", "w", "more", "--value", f'"{"x" * 120_000}"', code=3)
-    assert "did not take the record" in said and "IO error" in said
+    assert "refused the record" in said and "IO error" in said
     assert engine.stderr is not None
     engine.kill()
     assert "Traceback" not in engine.stderr.read()

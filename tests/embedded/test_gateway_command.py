@@ -100,7 +100,7 @@ def test_sigterm_answers_who_waits_and_ends_with_0(gateways: Gateways) -> None:
     assert (found[0].status_code, found[0].headers["location"].startswith("/workflows/w/outcome?start_id=")) == (202, True)
     assert process.stderr is not None
     lines = [json.loads(line) for line in (said, *process.stderr.read().splitlines())]
-    assert [line["message"] for line in lines[1:]] == ["everybody who reaches it may do everything: set gateway_tokens to ask for one"]
+    assert [line["message"] for line in lines[1:]] == ["everybody who can reach the gateway may do everything: set gateway_tokens to require a token"]
 
 
 def test_with_tokens_it_listens_on_every_address_and_without_on_this_machine_s(gateways: Gateways) -> None:

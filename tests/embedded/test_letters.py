@@ -137,7 +137,7 @@ def test_without_an_engine_the_database_is_opened_once_for_a_hundred_letters(tmp
     said = CliRunner().invoke(app, ["dead-letters", "discard", "--all", "--embedded", str(tmp_path)])
     assert said.output.count("closed") == 250, said.output
     assert Opened.times == 3
-    assert "nothing is parked and no dead letter is open" in str(CliRunner().invoke(app, ["dead-letters", "discard", "--all", "--embedded", str(tmp_path)]).exception)
+    assert "no instance is parked and no dead letter is open" in str(CliRunner().invoke(app, ["dead-letters", "discard", "--all", "--embedded", str(tmp_path)]).exception)
 
 
 def test_large_letters_fit_a_request_to_the_engine(tmp_path: pathlib.Path) -> None:
@@ -295,7 +295,7 @@ def test_a_letter_without_its_record_is_not_sent_but_says_where_that_is(office: 
     held.close()
     done = CliRunner().invoke(app, ["dead-letters", "retry", "--all", "--embedded", str(office.directory)])
     assert done.exit_code == 1 and done.output.count("sent again") == 3
-    assert "0:4: it holds nothing of its record, which is workflow-resume[0]@16; send that again from where it came, and discard this\n" in done.output
+    assert "0:4: it does not contain its record, which is workflow-resume[0]@16; send that again from its source, and discard this letter\n" in done.output
     assert "refused" in office("list")
     assert "0:4: closed" in office("discard", "0:4")
 
@@ -303,12 +303,12 @@ def test_a_letter_without_its_record_is_not_sent_but_says_where_that_is(office: 
 def test_a_reason_chooses_among_letters_and_parked_instances(office: Office) -> None:
     assert office("discard", "--reason", "bad-json").startswith("give one ID or LETTER")
     assert office("discard", "0:1", "--reason", "bad-json").startswith("give one ID or LETTER")
-    assert office("discard", "--all", "--reason", "none").strip() == "nothing is parked and no dead letter is open with reason none"
+    assert office("discard", "--all", "--reason", "none").strip() == "no instance is parked and no dead letter is open with reason none"
     assert office("discard", "--all", "--reason", "bad-json").splitlines() == ["0:1: closed"]
-    assert office("retry", "--all", "--reason", "UnsavableError").splitlines() == ["parked: retry is asked for; its engine does it"]
-    assert office("discard", "--all").splitlines() == ["parked: discard is asked for; its engine does it", "0:2: closed", "0:3: closed"]
+    assert office("retry", "--all", "--reason", "UnsavableError").splitlines() == ["parked: retry requested; the engine does it"]
+    assert office("discard", "--all").splitlines() == ["parked: discard requested; the engine does it", "0:2: closed", "0:3: closed"]
     office.run()
-    assert office("show", "paused") == "'paused' is no parked instance and no open dead letter; kwflow dead-letters list shows them"
+    assert office("show", "paused") == "'paused' is neither a parked instance nor an open dead letter; kwflow dead-letters list shows them"
 
 
 @pytest.mark.parametrize("mark", [b"0:1", b"\xff"])
@@ -343,7 +343,7 @@ def test_one_entry_that_is_damaged_hides_none_of_the_others(office: Office) -> N
     held.db[EmbeddedStore(held.db, office.config.changelog_topic).prefix + b"damaged"] = b"KWF?"
     office.close(held)
     assert "UnsavableError" in office("list") and "parked at offset 3" in office("show", "parked")
-    assert "parked: retry is asked for" in office("retry", "--all", "--reason", "UnsavableError")
+    assert "parked: retry requested" in office("retry", "--all", "--reason", "UnsavableError")
     said = [kwflow(office.directory, *command) for command in (("list",), ("schedule", "list"), ("code", "list"), ("code", "migrate", "--all"), ("code", "gc"))]
     assert ["damaged" in line for line in said] == [True, False, False, False, True], said
     assert "\"damaged\"," in kwflow(office.directory, "list", "--status", "damaged", "--json")

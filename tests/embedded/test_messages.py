@@ -70,7 +70,7 @@ def test_signals_updates_and_queries_on_the_command_line(shell: Shell) -> None:
 
 
 def test_start_and_wait_and_every_outcome_has_its_exit_code(shell: Shell) -> None:
-    assert "has not ended within 0.3 s; it goes on" in shell("start", "w", "--wait", "--timeout", "0.3", code=1)
+    assert "has not ended within 0.3 s; it is still running" in shell("start", "w", "--wait", "--timeout", "0.3", code=1)
     assert shell("query", "w").splitlines() == ["w  talk  waiting", '{"step":"asked"}']
     shell("resume", "w", "answer", "--value", "7")
     assert shell("result", "w").strip() == "7"
@@ -129,8 +129,8 @@ def test_list_chooses_by_workflow_status_and_time(shell: Shell) -> None:
     assert chosen("--since", "1h") == ["a", "b", "c"]
     assert chosen("--since", "2999-01-01") == []
     assert "ended (terminated)" in shell("list")
-    assert "since is like 30m" in shell("list", "--since", "yesterday", code=2)
-    assert "a status is one of" in shell("list", "--status", "dead", code=2)
+    assert "since must be like 30m" in shell("list", "--since", "yesterday", code=2)
+    assert "a status must be one of" in shell("list", "--status", "dead", code=2)
 
 
 def test_a_caller_whose_engine_is_killed_in_between_gets_its_own_outcome(shell: Shell, tmp_path: pathlib.Path) -> None:

@@ -160,8 +160,8 @@ WRONG = [
     ("one.key", "one.key", r"gateway_tls_cert: \S+one.key holds no certificate in PEM"),
     ("one.pem", "one.pem", r"gateway_tls_key: \S+one.pem holds no private key in PEM"),
     ("one.pem", "other.key", r"gateway_tls_cert, gateway_tls_key: \S+other.key is not the key of the first certificate in \S+one.pem"),
-    ("broken.pem", "one.key", r"gateway_tls_cert, gateway_tls_key: OpenSSL does not take \S+broken.pem with \S+one.key: "),
-    ("one.pem", "locked.key", r"gateway_tls_key: \S+locked.key takes a passphrase, .*store it without one \(openssl pkey -in \S+locked.key -out FILE\)"),
+    ("broken.pem", "one.key", r"gateway_tls_cert, gateway_tls_key: OpenSSL does not accept \S+broken.pem with \S+one.key: "),
+    ("one.pem", "locked.key", r"gateway_tls_key: \S+locked.key has a passphrase, .*store it without one \(openssl pkey -in \S+locked.key -out FILE\)"),
 ]
 
 

@@ -160,8 +160,8 @@ def test_an_engine_gives_the_newest_of_those_that_are_asked_for_and_counts_all_o
         assert ([row["id"] for row in json.loads(body)["rows"]], json.loads(body)["counts"]) == (["order-4", "order-3"], {"waiting": 5})
         assert [row["id"] for row in json.loads(get(port, "/instances?id=*ther")[1])] == ["other"]
         wrong = {
-            "limit=0": "1 to 10000", "limit=10001": "without one all come", "limit=x": "there are: status, workflow, id, since, where, limit", "color=red": "color",
-            "status=dead": "a status is one of", "id=a&id=b": "given twice",
+            "limit=0": "1 to 10000", "limit=10001": "without a limit, all are returned", "limit=x": "there are: status, workflow, id, since, where, limit", "color=red": "color",
+            "status=dead": "a status must be one of", "id=a&id=b": "given twice",
         }  # fmt: skip
         for query, said in wrong.items():
             status, body = get(port, f"/instances?{query}")

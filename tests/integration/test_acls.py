@@ -166,7 +166,7 @@ def test_engine_worker_feed_client_and_operator_need_no_more_than_is_documented_
 
     right = estate.settings("client")
     for settings, why in (
-        ({}, "if it expects TLS or a user, say so in [kafka], security.protocol"),
+        ({}, "if the broker expects TLS or a user, set security.protocol in [kafka]"),
         ({name: value for name, value in right.items() if name != "ssl.ca.location"}, "verify that ssl.ca.location is correctly configured"),
         (right | {"sasl.password": "hunter2"}, "Invalid username or password"),
     ):
@@ -177,7 +177,7 @@ def test_engine_worker_feed_client_and_operator_need_no_more_than_is_documented_
     estate.allow(["kafka-acls --add --allow-principal User:reader --resource-pattern-type prefixed --topic shop- --group shop --operation Read --operation DescribeConfigs"])
     said = estate.says("reader", 1, "topics", "check")
     assert "no ACL for WRITE on topic shop-dead-letter, shop-code" in said
-    assert re.search(r"no ACL for anything, not even to see whether it is there, on topic workflow-resume.*workflow-reply", said)
+    assert re.search(r"no ACL for anything, not even seeing whether it exists, on topic workflow-resume.*workflow-reply", said)
     assert "no ACL for WRITE" in estate.says("reader", 1, "engine", TRIP, "--state-dir", str(estate.directory / "three"))
     assert "no ACL for WRITE on topic shop-dead-letter\n" in estate.says("reader", 1, "worker", estate.pay)
     refused = estate.says("reader", 3, "code", "gc")

@@ -154,7 +154,7 @@ def test_outcomes_of_runs_that_ended_before_and_of_two_runs_of_one_id(app: Appli
     """A3, A5, A9, A10, M4."""
     app.engine()
     client = app.client()
-    with pytest.raises(TimeoutError, match="it goes on"):
+    with pytest.raises(TimeoutError, match="it is still running"):
         client.start_and_wait("w", workflow="ask", start_id="one", timeout=2).result(60)
     waits(client, "w")
     client.resume("w", "answer", 1).result(60)
@@ -353,7 +353,7 @@ def test_a_client_whose_topic_was_deleted_is_told_of_that(app: Application) -> N
     deleted.result(30)
     while app.config.resume_topic in topics.partitions_of(admin, app.config):  # until then a broker accepts records for the topic, which are lost with it
         continue
-    with pytest.raises(TransportError, match=f"did not take the record for {app.config.resume_topic}: (Broker: Unknown topic|Local: Unknown partition)"):  # known or not when it was sent
+    with pytest.raises(TransportError, match=f"did not accept the record for {app.config.resume_topic}: (Broker: Unknown topic|Local: Unknown partition)"):  # known or not when it was sent
         client.start("w", workflow="greet").result(60)
 
 

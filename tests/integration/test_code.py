@@ -130,7 +130,7 @@ def test_what_instances_wait_in_is_loaded_before_the_first_record_and_its_topics
     second = engine(site, "new", "two")
     assert second.wait(60) != 0
     said = (site.directory / "two.log").read_text()
-    assert f"topic {only_old} is missing: shop@" in said and "declares it, in which instances of" in said
+    assert f"topic {only_old} is missing: shop@" in said and "declares it, and instances of" in said
     assert f"topic {only_old} is missing" in site.fails(1, "topics", "check", "shop", "--app-dir", str(site.directory / "new"))
     assert f"created {only_old}" in site.run("topics", "create", "shop", "--app-dir", str(site.directory / "new"))
     loads.write_text("")

@@ -244,7 +244,7 @@ def test_after_reencrypt_nothing_of_the_state_and_the_code_needs_the_old_key(sit
     del site.environment["KWFLOW_ENCRYPTION_TOPICS"]
     for keys in ([ONE], [TWO, ONE]):
         site.environment["KWFLOW_ENCRYPTION_KEYS"] = json.dumps(keys)
-        assert "entries are written again" in site.run("topics", "reencrypt")
+        assert "entries rewritten" in site.run("topics", "reencrypt")
     site.environment["KWFLOW_ENCRYPTION_KEYS"] = json.dumps([TWO])
     for name in ("state-changelog", "code"):
         last = raw(site)[site.topic(name)][-1]

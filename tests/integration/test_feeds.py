@@ -201,7 +201,7 @@ def test_a_topic_that_is_made_anew_while_it_is_read_is_read_from_its_begin(site:
     for number in range(60):
         site.others.produce(site.events, json.dumps({"kind": "start", "id": f"anew-{number}", "number": number}), None, 0)
     assert site.others.flush(20) == 0
-    site.wait(lambda: "the next start reads the new one from its begin" in site.said())
+    site.wait(lambda: "the next start reads the new one from the beginning" in site.said())
     expected = [*(f"anew-{number}".encode() for number in range(60)), *(f"first-{number}".encode() for number in range(20))]
     site.wait(lambda: sorted(record.key or b"" for record in kafka_link.read(site.config, site.topic("result"))) == sorted(expected))
 
@@ -221,7 +221,7 @@ def test_a_topic_that_has_lost_its_last_records_is_read_from_its_end(site: Feeds
     site.wait(lambda: site.admin.describe_consumer_groups([group])[group].result(20).state == ConsumerGroupState.EMPTY)
     site.admin.alter_consumer_group_offsets([lost])[group].result(20)
     site.feed("one")
-    site.wait(lambda: "it has lost its last records: it ends at 4, before 9, which would be next; it is read from 4 on" in site.said())
+    site.wait(lambda: "it has lost its last records: it ends at 4, before the next position 9; it is read from 4 on" in site.said())
     site.event("start", "next", 5)
     assert site.results(5)["next"] == 10
 
@@ -252,6 +252,6 @@ def test_feeds_that_nobody_runs_are_told_of_and_what_cannot_be_a_feed_is_wrong_u
     assert "no feed in" in site.refused("feed", str(ROOT / "workflows/order.py"))
     assert "--with-feeds" in site.refused("engine", MODULE, "--runner", "faust", "--with-feeds")
     (tmp_path / "own.py").write_text(f"import kwflow as kw\n\n@kw.feed('{site.topic('resume')}')\ndef f(x): ...\n")
-    assert "that topic is kwflow's own" in site.refused("feed", str(tmp_path / "own.py"))
+    assert "this topic belongs to kwflow" in site.refused("feed", str(tmp_path / "own.py"))
     (tmp_path / "missing.py").write_text("import kwflow as kw\n\n@kw.feed('nobody-has-this')\ndef f(x): ...\n")
     assert "topic nobody-has-this is missing" in site.fails(1, "feed", str(tmp_path / "missing.py"))

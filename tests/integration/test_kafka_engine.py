@@ -209,7 +209,7 @@ def test_a_full_disk_ends_the_engine_with_its_reason_and_with_room_again_all_goe
     site.send(id, f'{{"ref": "more", "value": "{"x" * 100_000}"}}')
     assert engine.wait(60) == 3
     said = (site.directory / "one.log").read_text()
-    assert f"{site.directory / 'one'}" in said and "cannot be used any more: IO error" in said and "File too large" in said
+    assert f"{site.directory / 'one'}" in said and "cannot be used: IO error" in said and "File too large" in said
     assert "a bug of" not in said
     site.engine(module=str(grows))
     site.send(id, '{"ref": "end", "value": null}')
@@ -321,7 +321,7 @@ def test_missing_or_wrong_topics_stop_the_engine_with_one_line(broker: str, appl
     assert f"topic {application}-resume is missing" in started("--wait-for-broker", "0.6")
     start = [sys.executable, "-m", "kwflow", "start", "w", "--bootstrap-servers", broker]
     done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "KWFLOW_RESUME_TOPIC": f"{application}-resume"})
-    assert f"did not take the record for {application}-resume: Broker: Unknown topic" in done.stderr, done.stderr
+    assert f"did not accept the record for {application}-resume: Broker: Unknown topic" in done.stderr, done.stderr
     wrong = NewTopic(f"{application}-state-changelog", 3, 1, config={"cleanup.policy": "delete"})
     compact = NewTopic(f"{application}-resume", 2, 1, config={"cleanup.policy": "compact,delete"})
     for future in admin.create_topics([compact, wrong]).values():

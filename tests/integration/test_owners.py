@@ -71,7 +71,7 @@ def test_show_and_list_ask_the_engines_that_own_the_partitions_and_read_the_chan
     for engine in engines:
         engine.send_signal(signal.SIGKILL)
         engine.wait()
-    with pytest.raises(TransportError, match=r"does not answer at 127.0.0.1:.*engines that are started with --http tell"):
+    with pytest.raises(TransportError, match=r"does not answer at 127.0.0.1:.*engines started with --http list"):
         outside.asked(config, None, Filter(), 4)
     for said, before in ((site.fails(0, "list", "--json"), listed), (site.fails(0, "show", ids[0], "--json"), shown)):
         assert f"{CHANGELOG}: {site.application}-" in said and "does not answer at 127.0.0.1:" in said
@@ -98,7 +98,7 @@ def test_an_answer_counts_only_if_the_engine_that_is_named_gives_it(site: Site) 
 
 @pytest.mark.parametrize(
     ("status", "partitions", "body", "why"),
-    [(200, "0", b"[]", "partitions are on their way from one engine to another"), (503, "0,1", b"[]", "answers 503"), (200, "0,1", b'[{"id":"w"}', "is not whole")],
+    [(200, "0", b"[]", "partitions are moving from one engine to another"), (503, "0,1", b"[]", "answers 503"), (200, "0,1", b'[{"id":"w"}', "is not whole")],
 )
 def test_a_list_counts_only_if_it_is_whole_and_of_all_partitions(site: Site, status: int, partitions: str, body: bytes, why: str) -> None:
     """While partitions move, nobody reports some of them. The changelog has all."""

@@ -134,7 +134,7 @@ def test_of_two_who_write_under_one_name_the_first_is_told_and_its_open_transact
     first._producer.flush(20)
     second = SoleWriter(config, "dead-letters")
     second.write([Output(site.topic("resume"), b"b", b"whole"), Output(f"{site.application}-dead-letter", b"b", None)])
-    with pytest.raises(TransportError, match="another process has begun to do this meanwhile"):
+    with pytest.raises(TransportError, match="another process has started to do this meanwhile"):
         first.write([Output(site.topic("resume"), b"a", b"late")])
     assert resent(site) == ["b"]
 

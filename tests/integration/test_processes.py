@@ -88,7 +88,7 @@ def test_two_processes_share_the_partitions_a_killed_one_comes_back_and_sigterm_
     errors = many.read(many.topic("error"), len(ids))
     assert sorted(id for id, _ in errors) == sorted(ids)
     until(lambda: sorted(many.owned(0) + many.owned(1)) == [0, 1, 2, 3], many.log)
-    assert "was killed by SIGKILL; it is started again at once" in many.log.read_text()
+    assert "was killed by SIGKILL; restarting at once" in many.log.read_text()
     assert victim not in many.children(supervisor) and len(many.children(supervisor)) == 2
     # a commit of the killed process may be counted by nobody, because its successor begins at zero
     assert sum(many.metric(number, 'kwflow_records_total{outcome="started"}') for number in (0, 1)) >= 10
@@ -102,7 +102,7 @@ def test_two_processes_share_the_partitions_a_killed_one_comes_back_and_sigterm_
 def test_a_start_that_can_never_work_ends_all_with_its_code(many: Many) -> None:
     supervisor = many.supervisor("--app-dir", str(many.directory), "no_such_module")
     assert supervisor.wait(60) == 2
-    assert "starting it again would not help" in many.log.read_text()
+    assert "restarting would not help" in many.log.read_text()
 
 
 def test_processes_whose_supervisor_was_killed_end_by_themselves(many: Many) -> None:

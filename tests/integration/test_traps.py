@@ -286,7 +286,7 @@ def test_an_engine_that_meets_another_program_in_its_group_says_so_and_may_be_st
     while not other.assignment():
         assert time.monotonic() < deadline
         other.poll(0.1)
-    with pytest.raises(TransportError, match=f"^{group}: .*; a program that is no engine is in this consumer group") as ended:
+    with pytest.raises(TransportError, match=f"^{group}: .*; a program that is not an engine is in this consumer group") as ended:
         turn(lab.engine("one"), lambda: False)
     other.close()
     assert ended.value.retryable

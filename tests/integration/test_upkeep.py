@@ -45,7 +45,7 @@ def test_waiting_workflows_and_their_timers_move_with_their_keys_to_more_partiti
     for id in ids:
         site.send(id, 'new:{"timeout": 86400000}')
     asked = refs(site, ids)
-    assert "still runs" in site.refused("topics", "migrate", "--partitions", "5")
+    assert "is still running" in site.refused("topics", "migrate", "--partitions", "5")
     stopped(site)
     site.send("late", "new:null")
     assert f"1 records of {site.topic('resume')} are not applied yet" in site.refused("topics", "migrate", "--partitions", "5")
@@ -101,7 +101,7 @@ def test_a_reset_says_what_it_would_do_and_forgets_every_instance(site: Site) ->
     stopped(site)
     site.environment["KWFLOW_STATE_DIR"] = str(site.directory / "one")
     refused = site.fails(1, "reset", typed="n\n")
-    assert "state-changelog (3 instances)" in refused and "timers-changelog (3 timers)" in refused and "records that are there are skipped" in refused
+    assert "state-changelog (3 instances)" in refused and "timers-changelog (3 timers)" in refused and "records that are there now are skipped" in refused
     assert ids[0] in site.run("list")
     assert (local := site.directory / "one" / site.application).is_dir() and f"delete the local state in {local}" in refused
     site.producer.produce(f"{site.application}-owners", b"{}", f"{site.topic('resume')}/0/attempts")
@@ -149,7 +149,7 @@ def test_what_a_changelog_takes_is_moved_however_large_or_small_its_limit(lab: L
     found = [partition_of(key, 9) == number for number in range(9) for key in kafka_link.latest(config, config.changelog_topic, number) if not key.startswith(b"\0")]
     assert found == [True] * 9
     limited(lab, config.changelog_topic, 50_000)
-    with pytest.raises(TransportError, match=f"cannot move the entries of {config.changelog_topic}: .* too large.*; no engine starts before kwflow topics migrate --partitions 30"):
+    with pytest.raises(TransportError, match=f"cannot move the entries of {config.changelog_topic}: .* too large.*; no engine starts until kwflow topics migrate --partitions 30"):
         upkeep.migrate(config, 30, lambda _: None)
 
 
@@ -212,7 +212,7 @@ def test_a_reset_ends_where_somebody_else_makes_the_topic_that_it_has_deleted(la
     maker = threading.Thread(target=make)
     maker.start()
     try:
-        with pytest.raises(TransportError, match=f"{config.changelog_topic} was deleted, and made by somebody else") as refused:
+        with pytest.raises(TransportError, match=f"{config.changelog_topic} was deleted, then created by something else") as refused:
             upkeep.reset(config, "latest", print)
     finally:
         over.set()

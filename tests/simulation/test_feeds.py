@@ -73,7 +73,7 @@ def test_a_feed_does_not_read_on_in_a_topic_that_was_made_anew_and_is_longer_alr
     until_fed(lab, feed, 5)
     lab.anew()
     lab.send(8)
-    with pytest.raises(TransportError, match=f"{EVENTS} was deleted, or made anew, while {GROUP} read it") as raised:
+    with pytest.raises(TransportError, match=f"{EVENTS} was deleted or recreated while {GROUP} was reading it") as raised:
         until_fed(lab, feed, 6)
     assert raised.value.retryable
     lab.stop("one", feed)
@@ -90,7 +90,7 @@ def test_a_feed_that_has_nothing_to_read_hears_within_seconds_that_its_topic_was
     lab.anew()
     lab.send(5)
     begun = lab.broker.time.now
-    with pytest.raises(TransportError, match="made anew"):
+    with pytest.raises(TransportError, match="recreated"):
         until_fed(lab, feed, 6)
     assert lab.broker.time.now - begun < 12_000
 
@@ -108,7 +108,7 @@ def test_a_position_in_a_topic_that_is_no_more_is_none_in_the_next_one(tmp_path:
     lab.send(7)
     until_fed(lab, lab.feed("one"), 12)
     assert lab.fed() == [*range(12)]
-    assert f"{EVENTS}[0] was made anew while {GROUP} read it, up to 5: it is read from its begin; what was left of the old one is lost" in lab.said
+    assert f"{EVENTS}[0] was recreated while {GROUP} was reading it, at 5: it is read from the beginning; the rest of the old topic is lost" in lab.said
 
 
 def test_who_says_so_begins_at_the_position_all_the_same(tmp_path: pathlib.Path) -> None:

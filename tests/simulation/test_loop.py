@@ -215,7 +215,7 @@ def test_a_record_that_is_too_large_for_a_dead_letter_leaves_one_that_says_where
     said = dict(letter.headers)
     assert (letter.key, letter.value) == (None if large == "key" else b"w", None)
     assert (said["kwflow-error-reason"], said["kwflow-error-topic"], said["kwflow-error-offset"]) == (b"refused", b"workflow-resume", b"1")
-    assert said["kwflow-error-message"].endswith(b"they are only where it came from")
+    assert said["kwflow-error-message"].endswith(b"they exist only in the original record")
 
 
 def test_a_timestamp_that_the_dead_letters_do_not_take_is_only_in_a_header(lab: Lab) -> None:
@@ -241,7 +241,7 @@ def test_what_is_due_and_refused_ends_the_scheduler_with_the_reason(lab: Lab) ->
     scheduler = lab.scheduler("one")
     refuse(lab, "workflow-resume", KafkaError.TOPIC_AUTHORIZATION_FAILED)
     lab.send("workflow-scheduler", "w|1", "1")
-    with pytest.raises(TransportError, match="does not take what is due by time: workflow-resume: not taken") as refused:
+    with pytest.raises(TransportError, match="refuses records that are due now: workflow-resume: not taken") as refused:
         turn(scheduler, lambda: False)
     assert not refused.value.retryable
 

@@ -70,7 +70,7 @@ def test_a_queue_left_to_nobody_by_a_restart_in_mid_rebalance_is_found() -> None
         first.turn()
         second.turn()
     assert owned(first) == owned(second) == 2
-    assert any("belong to nobody; joining again" in line for line in lab.said)
+    assert any("belong to nobody; rejoining" in line for line in lab.said)
 
 
 def test_after_a_death_nothing_begins_whose_mark_the_group_did_not_take(known: None) -> None:

@@ -358,7 +358,7 @@ def test_what_retention_took_before_it_was_applied_ends_the_engine_until_that_is
         lab.send("workflow-resume", f"v{number}", "new:{}")
     lab.broker.partition(("workflow-resume", 0)).delete_before(3)
     second = lab.engine("one")
-    with pytest.raises(TransportError, match=r"workflow-resume\[0\]: 1 would be next, and its log begins at 3.*--accept-offset-reset") as gone:
+    with pytest.raises(TransportError, match=r"workflow-resume\[0\]: the next offset is 1, but the log begins at 3.*--accept-offset-reset") as gone:
         turn(second, lambda: second.owned)
     assert not gone.value.retryable
     lab.kill(second, "one")

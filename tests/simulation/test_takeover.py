@@ -529,7 +529,7 @@ def test_an_owners_topic_that_cannot_be_read_is_waited_for_once(tmp_path: pathli
     begun_ms = lab.broker.time.now
     turn(engine, lambda: engine.owned)
     assert lab.broker.time.now - begun_ms < 6_500
-    assert sum("without it a takeover may wait" in line for line in lab.said) <= 2
+    assert sum("without it, a takeover may wait" in line for line in lab.said) <= 2
 
 
 def test_an_engine_that_ends_in_trouble_leaves_its_name_and_its_successor_takes_care_up_to_the_end(lab: Lab) -> None:

@@ -247,7 +247,7 @@ def test_one_that_is_parked_is_forked_as_it_was_before_the_record_that_parked_it
 
 def test_a_start_that_failed_cannot_be_forked() -> None:
     w = run("import threading\ndef main(o):\n    lock = threading.Lock()\n    yield kw.suspend('r')\n")
-    assert (w.header("w")["status"], forked(w)["message"]) == ("parked", "its start failed, so that there is nothing to go on from")
+    assert (w.header("w")["status"], forked(w)["message"]) == ("parked", "its start failed, so there is nothing to continue from")
 
 
 def test_what_runs_under_the_id_is_not_touched_and_what_has_ended_may_be_followed() -> None:

@@ -266,7 +266,7 @@ def test_a_step_is_reported_at_its_time_out_once_and_not_before() -> None:
             assert len(lines) == said
 
     dog.run("w", step)
-    assert lines[0].startswith("w: its step runs for 1000000.0 s, now at ") and __file__ in lines[0] and "belongs in an activity" in lines[0]
+    assert lines[0].startswith("w: its step has been running for 1000000.0 s, now at ") and __file__ in lines[0] and "do long work in an activity" in lines[0]
 
 
 def started(engine: Engine, received_ms: int) -> tuple[str, ...]:

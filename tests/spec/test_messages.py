@@ -208,7 +208,7 @@ def test_what_is_held_behind_a_parked_instance_is_answered_at_once_and_applied_b
     w.send("w", b'{"ref":"r"}', {"kwflow-request": "culprit", "kwflow-reply-to": "0/p"})
     assert (w.header("w") or {})["status"] == "parked"
     said = w.reply("culprit") or {}
-    assert said["status"] == "held" and "it is parked (UnsavableError: " in said["message"] and "applied when it is retried" in said["message"]
+    assert said["status"] == "held" and "it is parked (UnsavableError: " in said["message"] and "applied when the instance is retried" in said["message"]
     assert status(w.command("w", "signal", {"name": "s", "value": 7})) == "held"
     w.command("w", "pause")
     assert status(w.command("w", "signal", {"name": "s", "value": 8})) == "held", "it failed before it was paused"
@@ -305,7 +305,7 @@ def test_a_parked_instance_that_is_paused_stays_parked_when_it_is_unpaused() -> 
     w.resume("w", "r")
     w.command("w", "pause")
     assert status(w.command("w", "retry")) == "paused"
-    assert (w.command("w", "unpause") or {})["message"] == "it is still parked; retry or discard"
+    assert (w.command("w", "unpause") or {})["message"] == "it is still parked; retry or discard it"
     assert (w.header("w") or {})["status"] == "parked"
     assert status(w.command("w", "discard")) == "ok"
     assert w.waits("w") == ["r"]

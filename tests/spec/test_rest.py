@@ -88,7 +88,7 @@ def test_retries_wait_longer_each_time_and_give_up_with_the_error(service: Servi
     tester.finish("w")
     assert (tester.result("w")["status"], tester.result("w")["error"], tester.result("w")["attempts"]) == ("SYSTEM_ERROR", "ConnectionError", 4)
     assert [call.attempt for call in tester.calls if call.activity == rest.request.name] == [1, 2, 3, 4]
-    assert [line.rpartition("tried again in ")[2] for line in tester.logs] == ["0.25 s", "0.5 s", "1 s"]
+    assert [line.rpartition("next attempt in ")[2] for line in tester.logs] == ["0.25 s", "0.5 s", "1 s"]
     assert tester.now_ms == 1_700_000_000_000 + 1750
 
 
@@ -500,7 +500,8 @@ def test_without_a_gateway_url_a_call_is_refused_with_the_remedy(service: Servic
     tester = WorkflowTester(flows.one)
     tester._workflows.config = tester.config.model_copy(update={"gateway_url": None})
     tester.start("w", {"base": service.base})
-    assert "gateway_url is not set: set it to where the service reaches `kwflow gateway`, as `url` under [gateway] in kwflow.toml, or as KWFLOW_GATEWAY_URL" in tester.values("workflow-error")[0]
+    said = "gateway_url for the callback URL, but it is not set: set it to the URL at which the service reaches `kwflow gateway`, as `url` under [gateway] in kwflow.toml, or as KWFLOW_"
+    assert said in tester.values("workflow-error")[0]
 
 
 @pytest.mark.parametrize("url", ["flows.example", "ftp://flows.example", "https://", "https://flows.example?x=1"])
@@ -513,15 +514,15 @@ def test_a_gateway_url_that_is_none_is_refused(url: str) -> None:
 def test_a_wrong_call_is_refused_where_it_is_made() -> None:
     """Bad input: the error names the thing, the place and the remedy."""
     tester = started("wrong", None)
-    parts = ["a method is a word", "names a host, not 'builder.example'", "nobody tells the service where to call back", "there is no callback that body", "timeout=...) must be a timedelta",
-             "kw.Retry(max_attempts=1)", "headers_from is an activity", "leave heartbeat_timeout out", "rest.call(success=...) takes a plain function"]  # fmt: skip
+    parts = ["a method must be a word", "name a host, not 'builder.example'", "the service is not given a URL to call back", "without a callback, body", "timeout=...) must be a timedelta",
+             "kw.Retry(max_attempts=1)", "headers_from must be an activity", "leave out heartbeat_timeout", "rest.call(success=...) takes a plain function"]  # fmt: skip
     for told, part in zip(tester.result("w"), parts, strict=True):
         assert part in told
 
 
 def test_what_cannot_be_sent_is_a_usage_error_at_the_wait() -> None:
     """A header must not affect what follows it: no line breaks."""
-    parts = ["has no JSON form", "header 'X': its value is no printable ASCII", "header 'a b': a name is", "(limit header_bytes_max)", "takes a plain function, and this one gives a wait"]
+    parts = ["has no JSON form", "header 'X': its value is not printable ASCII", "header 'a b': a name must", "(limit header_bytes_max)", "takes a plain function, but this one returns a wait"]
     for told, part in zip(started("unsendable", None).result("w"), parts, strict=True):
         assert part in told
 
@@ -562,7 +563,7 @@ def test_an_engine_without_httpx_says_what_to_install(service: Service, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "httpx", None)
     tester = WorkflowTester(flows.uncaught)
     tester.start("w", {"base": service.base})
-    assert tester.values("workflow-error")[0].endswith("SYSTEM_ERROR: rest.call needs httpx, which this engine does not have: pip install 'kwflow[rest]'")
+    assert tester.values("workflow-error")[0].endswith("SYSTEM_ERROR: rest.call needs httpx, which is not installed for this engine: pip install 'kwflow[rest]'")
 
 
 # -- whatever happens, in whatever order ---------------------------------------------------------------------------------

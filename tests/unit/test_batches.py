@@ -151,11 +151,11 @@ def test_a_list_answers_all_in_their_order_and_may_hold_errors(engine: Batching)
     assert [engine.answer("w1")["value"], engine.answer("w3")["value"]] == ["a", {"c": 1}]
     assert engine.answer("w2")["error"]["message"] == "b"
     [line] = engine.lines
-    assert line.startswith(f"activity {activity.name} of w2 (attempt 1) failed, tried again in")
+    assert line.startswith(f"activity {activity.name} of w2 (attempt 1) failed, next attempt in")
 
 
 @pytest.mark.parametrize(("returned", "said"), [
-    (["a"], "returned 1 results for 2 calls; it returns None, or a result or an exception for each call, in their order"), ("ab", "returned 'ab'; it returns None"),
+    (["a"], "returned 1 results for 2 calls; it must return None, or a result or an exception for each call, in order"), ("ab", "returned 'ab'; it must return None"),
     ({}, "returned {}; it"),
 ])  # fmt: skip
 def test_what_a_batch_must_not_return_is_the_error_of_all_its_calls(engine: Batching, returned: Any, said: str) -> None:
@@ -282,7 +282,7 @@ def test_a_call_that_a_thread_answers_while_the_batch_returns_leaves_no_other_wi
     activity = kw.activity(name=f"batched-{next(_names)}")(lambda n: n)
     given = [kind({"n": 1}, kw.ActivityInfo("a", "w", 1, "w|1:1"), lambda value, error: answers.append(value or error)) for kind in (Raced, kw.Call)]
     conclude(activity, given, None)
-    assert answers[0] == "by a thread" and "left this call without an answer" in str(answers[1])
+    assert answers[0] == "by a thread" and "did not answer this call" in str(answers[1])
 
 
 def test_a_call_that_nobody_waits_for_any_more_leaves_the_batch_or_is_told_so(engine: Batching) -> None:

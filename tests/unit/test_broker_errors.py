@@ -34,9 +34,9 @@ def test_the_same_reason_is_told_once_a_minute_and_another_one_at_once() -> None
     for name in (f"{NOBODY}/1", f"GroupCoordinator: {NOBODY}/1", f"TxnCoordinator: {NOBODY}"):
         errors(KafkaError(KafkaError._TRANSPORT, f"{name}: {REFUSED} (after 0ms in state CONNECT)"))
     errors(KafkaError(KafkaError._ALL_BROKERS_DOWN, "1/1 brokers are down"))
-    assert told == [f"Kafka: {NOBODY}: {REFUSED}; trying again"]
+    assert told == [f"Kafka: {NOBODY}: {REFUSED}; retrying"]
     errors(KafkaError(KafkaError._AUTHENTICATION, "broker-2: SASL authentication error: no such user"))
-    assert told[1:] == ["Kafka: broker-2: SASL authentication error: no such user; trying again"]
+    assert told[1:] == ["Kafka: broker-2: SASL authentication error: no such user; retrying"]
     now[0] = 60.0
     errors(away(3))
     assert len(told) == 3

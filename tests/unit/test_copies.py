@@ -139,4 +139,4 @@ def test_only_a_copy_that_nobody_has_needed_for_all_the_time_is_deleted(tmp_path
     office.turn({0})
     office.environment.now += 600
     office.turn({0})
-    assert sorted(office.said) == [f"deleted {tmp_path / str(number)}, a copy that nobody has needed for 600 s" for number in (1, 2)]
+    assert sorted(office.said) == [f"deleted {tmp_path / str(number)}, a copy not needed for 600 s" for number in (1, 2)]

@@ -68,7 +68,7 @@ def test_a_damaged_copy_is_told_of_and_not_taken_for_its_end_and_the_next_start_
     """K8: one damaged store is wiped alone. The error is retryable: exit code 3, "start me again"."""
     assert damaged.offset == 7
     said, retryable = told(read, damaged)
-    assert "partition cannot be used any more: Corruption" in said and said.endswith("; it is made anew at the next start") and retryable
+    assert "partition cannot be used: Corruption" in said and said.endswith("; it is rebuilt at the next start") and retryable
     damaged.close()
     again = store(damaged.directory)
     assert (again.offset, whole(again)) == (0, []), "all of it is restored"
@@ -77,7 +77,7 @@ def test_a_damaged_copy_is_told_of_and_not_taken_for_its_end_and_the_next_start_
     assert store(damaged.directory).offset == 1
 
 
-@pytest.mark.parametrize(("lacking", "room", "said"), [(resource.RLIMIT_NOFILE, 3, "raise their limit (ulimit -n)"), (resource.RLIMIT_FSIZE, 0, "File too large")])
+@pytest.mark.parametrize(("lacking", "room", "said"), [(resource.RLIMIT_NOFILE, 3, "raise the limit (ulimit -n)"), (resource.RLIMIT_FSIZE, 0, "File too large")])
 def test_a_copy_that_cannot_be_opened_for_want_of_files_or_room_is_kept(tmp_path: pathlib.Path, lacking: int, room: int, said: str) -> None:
     """K8: it is not damaged, and a full disk could not hold a restored one."""
     filled = store(tmp_path / "partition")
@@ -132,7 +132,7 @@ def test_a_copy_that_was_moved_or_replaced_is_not_written_any_more_and_nothing_i
         mine.settle({b"b": b"lost"}, 2)
     except TransportError as error:
         said, retryable = str(error), error.retryable
-    assert said == f"the copy in {directory} was removed, moved or replaced under this engine; the next start goes on from the changelog" and retryable
+    assert said == f"the copy in {directory} was removed, moved or replaced while this engine was running; the next start restores it from the changelog" and retryable
     mine.close()
     attempts.finished()
     del mine

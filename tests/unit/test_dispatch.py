@@ -85,7 +85,7 @@ def test_what_the_log_takes_neither_as_a_result_nor_as_a_failure_is_told_of(engi
     engine.start(make(lambda: 1))
     engine.until(lambda: engine.dispatcher.busy == 0)
     [line] = engine.lines  # nothing is reported of a failed attempt, because it is begun again
-    assert line.startswith("the log takes nothing of activity dispatch-") and "not authorized; its workflow waits" in line
+    assert line.startswith("the log refuses every result of activity dispatch-") and "not authorized; its workflow waits" in line
 
 
 def test_a_call_that_no_thread_can_be_made_for_is_run_by_the_next_that_is_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +248,7 @@ def test_a_failed_attempt_is_logged_once_with_the_authors_traceback_and_what_com
         engine.commit(Dispatch(f"w{attempt}", "0:1", activity.name, attempt, "0:1", b'{"n":1}'))
         engine.answer(f"w{attempt}")
     again, last = engine.lines
-    assert again.splitlines()[:2] == [f"activity {activity.name} of w1 (attempt 1) failed, tried again in 3 s: ConnectionError: refused", "Traceback (most recent call last):"]
+    assert again.splitlines()[:2] == [f"activity {activity.name} of w1 (attempt 1) failed, next attempt in 3 s: ConnectionError: refused", "Traceback (most recent call last):"]
     assert "in _refused\n" in again and 'raise ConnectionError("refused")' in again and again.splitlines()[-1] == "ConnectionError: refused"
     assert "carry_out" not in again and "_run_async" not in again
     said = msgspec.json.decode(as_json(last))
@@ -366,9 +366,9 @@ def test_an_activity_over_the_limit_is_answered_for_and_told(engine: Engine) -> 
         engine.start(make(function), id=id)
         error = engine.answer(id)["error"]
         assert error["type"] == "Timeout"
-        assert "had no result within 0.05 s (activity_limit_s: raise it, which a longer request_timeout of rest.call needs, or set @kw.activity(timeout=...)" in error["message"]
+        assert "had no result within 0.05 s (activity_limit_s: raise it, as a longer request_timeout of rest.call needs, or set @kw.activity(timeout=...)" in error["message"]
     assert told.wait(10)
-    assert [line.partition(" failed, tried again in ")[2].split(": ")[1] for line in engine.lines] == ["ActivityError"] * 2
+    assert [line.partition(" failed, next attempt in ")[2].split(": ")[1] for line in engine.lines] == ["ActivityError"] * 2
     assert ", in wait (" in engine.lines[0]  # the place where it hung
     engine.until(lambda: engine.dispatcher.busy == 0)
     engine.dispatcher.close()
@@ -383,7 +383,7 @@ def test_the_slot_of_an_activity_that_ignores_its_cancellation_goes_to_another(m
     engine.start(make(lambda: "ran"), id="next", ref="1:1")
     engine.withdraw(hung)
     assert engine.answer("next")["value"] == "ran"
-    assert any("goes on although nobody waits for it, in " in line for line in engine.lines)
+    assert any("is still running although nobody waits for it, in " in line for line in engine.lines)
     gate.set()
     engine.until(lambda: engine.dispatcher._behind == 0)
     assert "hung" not in engine.records
@@ -588,7 +588,7 @@ def test_a_result_that_the_log_refuses_is_answered_with_the_reason(engine: Engin
     assert "message too large" in error["message"]
     engine.until(lambda: engine.dispatcher.busy == 0)
     [line] = engine.lines
-    assert "it was the last attempt: ActivityError: the log does not take" in line
+    assert "it was the last attempt: ActivityError: the log refuses the result" in line
 
 
 @pytest.mark.parametrize("ends_late", [False, True])

@@ -36,7 +36,7 @@ def test_what_a_rebalance_restores_late_is_found_and_activities_begin_after_it()
 
     asyncio.run(rebalance())
     assert [key for key, _ in agent._state.scan(PREFIX)] == sorted(calls)
-    assert lines == ["no activity 'nowhere' in this engine; early and maybe others wait for it until an engine is started that has it"]
+    assert lines == ["no activity 'nowhere' in this engine; early and perhaps others wait until an engine with this activity is started"]
 
 
 def test_a_result_that_the_broker_does_not_take_now_is_sent_again_and_one_it_never_takes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

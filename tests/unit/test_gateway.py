@@ -140,7 +140,7 @@ def ask(tmp_path: pathlib.Path) -> Iterator[Asking]:
         ("POST", "/workflows/w?wait=soon", b"", 400, "Expected `float"),
         ("POST", "/workflows/w?wait=-1", b"", 400, ">= 0"),
         ("POST", "/workflows/w?wait=nan", b"", 400, ">= 0"),
-        ("POST", "/workflows/w?wait=inf", b"", 400, "wait=inf is more than 300 s (limit gateway_wait_s_max); wait shorter"),
+        ("POST", "/workflows/w?wait=inf", b"", 400, "wait=inf is more than 300 s (limit gateway_wait_s_max); wait for less"),
         ("GET", "/workflows/w/outcome?wait=301", b"", 400, "wait=301 is more than 300 s (limit gateway_wait_s_max)"),
         ("POST", "/workflows/w?start_id=", b"", 400, "start_id (or Idempotency-Key) has 1 to 1200 characters, not 0"),
         ("POST", "/workflows/a%7Cb", b"", 400, "must not contain NUL or |"),
@@ -152,7 +152,7 @@ def ask(tmp_path: pathlib.Path) -> Iterator[Asking]:
         ("POST", "/workflows/w", b"[" * 90, 400, "the body is not JSON"),
         ("POST", "/workflows/w", b"1" * (BODY_MAX + 1), 413, f"more than {BODY_MAX} bytes (limit value_bytes_max)"),
         ("POST", "/workflows/w/signals/s?start=ask&input=oops", b"", 400, "input is not JSON"),
-        ("POST", "/workflows/w/cancel", b'{"reason": "why"}', 400, "takes no body; options are in the query"),
+        ("POST", "/workflows/w/cancel", b'{"reason": "why"}', 400, "takes no body; pass options in the query"),
         ("POST", "/workflows/w/refs/r?error=perhaps", b"", 400, "Expected `bool`"),
         ("POST", "/callbacks/w/callback-1?x=1", b"", 400, "unknown field `x`; there are: none"),
         ("POST", "/callbacks/w/callback-1", b"1" * (BODY_MAX + 1), 413, "limit value_bytes_max"),
@@ -192,7 +192,7 @@ def test_a_callback_in_what_is_no_charset_is_refused_unread(ask: Asking, charset
 
 def test_two_keys_that_differ_are_refused(ask: Asking) -> None:
     answer = ask("POST", "/workflows/w?start_id=a", headers={"Idempotency-Key": "b"})
-    assert (answer.status_code, answer.json()["detail"]) == (400, "start_id and Idempotency-Key differ; give one of them")
+    assert (answer.status_code, answer.json()["detail"]) == (400, "start_id and Idempotency-Key differ; send only one of them")
 
 
 def test_no_reply_is_504_with_the_id_under_which_to_repeat_it(ask: Asking) -> None:

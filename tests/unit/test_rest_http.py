@@ -115,7 +115,7 @@ def test_headers_from_an_activity_that_is_not_there_or_gives_none_is_final(servi
     with pytest.raises(Exception, match=r"this engine has no activity of that name") as missing:
         sent(service, headers_from="nobody")
     assert getattr(missing.value, "final", False)
-    with pytest.raises(Exception, match="what activity kwflow.rest.token returned cannot be sent: headers are a mapping of names to texts, not a str"):
+    with pytest.raises(Exception, match="what activity kwflow.rest.token returned cannot be sent: headers must be a mapping of str to str, not a str"):
         sent(service, headers_from="kwflow.rest.token")
 
 

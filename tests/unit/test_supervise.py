@@ -80,7 +80,7 @@ def test_a_process_that_cannot_be_started_again_is_tried_later(tmp_path: pathlib
     for _ in range(3):
         assert child.look() is None and child.process is None
         now[0] = child.again_at
-    assert [line.partition("; ")[2] for line in said] == ["it is started again at once", "it is started again in 1 s", "it is started again in 2 s"]
+    assert [line.partition("; ")[2] for line in said] == ["restarting at once", "restarting in 1 s", "restarting in 2 s"]
     assert said[1].startswith("process 0 cannot be started: No such file")
     assert {line.level for line in said if isinstance(line, Line)} == {"warning"}, "an end that nobody asked for is not among what is only told"
     away.rename(program)

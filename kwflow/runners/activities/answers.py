@@ -93,10 +93,10 @@ def conclude(activity: Activity[Any, Any], calls: Sequence[Call], returned: Any)
         returned.close()
         returned = ActivityError(f"the batch of activity {activity.name} returned a coroutine; declare it with `async def`", "BadResult", final=True)
     if returned is None:
-        returned = ActivityError(f"the batch of activity {activity.name} has left this call without an answer: call.complete(value), call.fail(error), or return a list", "NotAnswered")
+        returned = ActivityError(f"the batch of activity {activity.name} did not answer this call: use call.complete(value) or call.fail(error), or return a list", "NotAnswered")
     if not isinstance(returned, BaseException) and not (isinstance(returned, (list, tuple)) and len(returned) == len(calls)):
         said = f"{len(returned)} results for {len(calls)} calls" if isinstance(returned, (list, tuple)) else repr(returned)[:_SHORT]
-        returned = ActivityError(f"the batch of activity {activity.name} returned {said}; it returns None, or a result or an exception for each call, in their order", "BadResult", final=True)
+        returned = ActivityError(f"the batch of activity {activity.name} returned {said}; it must return None, or a result or an exception for each call, in order", "BadResult", final=True)
     for call, answer in zip(calls, [returned] * len(calls) if isinstance(returned, BaseException) else returned, strict=True):
         if not call.answered:
             with contextlib.suppress(UsageError):  # a thread of the author's has just answered it; go on with the others

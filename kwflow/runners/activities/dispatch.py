@@ -99,7 +99,7 @@ class Dispatcher:
         self._wait(lambda: any(job.wanted for job in self._jobs.values()), grace_s)
         for job in list(self._jobs.values()):
             if job.wanted:
-                self._on_log(f"{job} still runs; the next engine begins it again")
+                self._on_log(f"{job} is still running; the next engine starts it again")
         self._closed = True
         self._threads.close()
         self._loops.close()
@@ -198,7 +198,7 @@ class Dispatcher:
                 del self._jobs[job.id]
                 if job.dispatch.name not in self._unknown:
                     self._unknown.add(job.dispatch.name)
-                    self._on_log(f"no activity {job.dispatch.name!r} in this engine; {job.dispatch.workflow_id} and maybe others wait for it until an engine is started that has it")
+                    self._on_log(f"no activity {job.dispatch.name!r} in this engine; {job.dispatch.workflow_id} and perhaps others wait until an engine with this activity is started")
             elif activity.batched is None:
                 self._begin(activity, [job])
             else:
@@ -291,13 +291,13 @@ class Dispatcher:
             if refused is None:
                 self._finished(job)
             else:
-                error = ActivityError(f"the log does not take the result of activity {job.dispatch.name}: {refused}", "ResultTooLarge", final=True)
+                error = ActivityError(f"the log refuses the result of activity {job.dispatch.name}: {refused}", "ResultTooLarge", final=True)
                 job.note(error)
                 self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), headers, told)
 
         def told(refused: str | None) -> None:
             if refused is not None:  # such as without write access to the topic
-                self._on_log(f"the log takes nothing of {job}: {refused}; its workflow waits, and it is begun again at the next start")
+                self._on_log(f"the log refuses every result of {job}: {refused}; its workflow waits, and the activity is started again with the next engine")
             else:
                 self._tell(job)
             self._finished(job)
@@ -347,7 +347,7 @@ class Dispatcher:
                 job.answered = True
                 remedy = "its timeout="
                 if run.activity.timeout_s is None:
-                    remedy = "activity_limit_s: raise it, which a longer request_timeout of rest.call needs, or set @kw.activity(timeout=...) for a limit of its own"
+                    remedy = "activity_limit_s: raise it, as a longer request_timeout of rest.call needs, or set @kw.activity(timeout=...)"
                 error = ActivityError(f"{job} had no result within {run.limit_s:g} s ({remedy})", "Timeout")
                 job.note(error, place_of(run.thread))
                 self._tell(job)
@@ -355,6 +355,6 @@ class Dispatcher:
                 self._cancel(job)
             elif now - job.cancelled_at > _LEFT_BEHIND_S and not run.wanted:
                 self._settle(job)
-                full = f"; {self._behind} do so, and no more are started until one ends or the engine is restarted" if self._behind >= _LEFT_BEHIND_MAX else "; another takes its slot"
-                self._on_log(f"{job} goes on although nobody waits for it{place_of(run.thread)}{full}")
+                full = f"; {self._behind} do so, and no more activities start until one ends or the engine is restarted" if self._behind >= _LEFT_BEHIND_MAX else "; another takes its slot"
+                self._on_log(f"{job} is still running although nobody waits for it{place_of(run.thread)}{full}")
         self._loops.look(now)

@@ -71,7 +71,7 @@ class Job:
         self.running.span.failed(error)
         final = isinstance(error, ActivityError) and error.final
         pause_s = None if final else self.found.retry.pause_s(self.dispatch.attempt, self.info.idempotency_key)
-        then = "it was the last attempt" if pause_s is None else f"tried again in {pause_s:.3g} s"
+        then = "it was the last attempt" if pause_s is None else f"next attempt in {pause_s:.3g} s"
         about = {"workflow": self.dispatch.workflow_id, "activity": self.dispatch.name, "attempt": self.dispatch.attempt}
         said = f"{self} failed, {then}: {describe_error(error)[:_SAID_MAX]}{where}"
         self.failed = Line.failed(said, authors_traceback(error), "warning" if pause_s is not None else "error", **about)

@@ -173,7 +173,7 @@ class Loops:
 
             thread.loop.call_soon_threadsafe(answer)
         elif now - thread.beat > _STUCK_S:
-            self._on_log(f"an async activity blocks the event loop for {now - thread.beat:.0f} s{place_of(thread)}; use await, or a plain def; others get a new loop")
+            self._on_log(f"an async activity blocks the event loop for {now - thread.beat:.0f} s{place_of(thread)}; use await, or a plain def; other activities get a new loop")
             self._thread = None
 
     def close(self) -> None:

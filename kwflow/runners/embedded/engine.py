@@ -53,7 +53,7 @@ class Embedded:
     def __init__(self, directory: Path, config: Config | None = None, sync: bool = True, clock: Clock | None = None) -> None:
         self.limits = config or Config()
         if self.limits.cipher_keys:
-            raise UsageError(f"encryption_keys encrypt what lies on a broker, and {directory} is on a disk of yours: encrypt that disk, and leave them out here")
+            raise UsageError(f"encryption_keys are for data on a broker, but {directory} is on a local disk: encrypt that disk, and do not set them here")
         with rocks.failing(directory):
             self.directory = private(directory)
         self.clock = clock or SystemClock()
@@ -105,7 +105,7 @@ class Embedded:
 
     def _check_place(self) -> None:
         if self.place.is_left():
-            raise TransportError(f"{self.directory} was removed, moved or replaced under the engine that runs in it; what it has done is where that is now: start it there", retryable=False)
+            raise TransportError(f"{self.directory} was removed, moved or replaced while the engine ran in it; its state is where the directory is now: start the engine there", retryable=False)
 
     # -- the log ---------------------------------------------------------------------------------------------------
     def append(self, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...] = ()) -> int:

@@ -160,7 +160,7 @@ class SocketLink(_Link):
                     _, log = self._ends()
                     if log != self._log:
                         self._begin_anew(log, listener)
-                        raise TransportError("it is another log than before")
+                        raise TransportError("it is not the same log as before")
                 for record in follower.read(_TICK_S):
                     self._positions[record.topic] = record.offset + 1
                     listener.on_record(record)

@@ -165,7 +165,7 @@ def submit_all(directory: Path, groups: Sequence[Group]) -> list[list[int]]:
         except (OSError, msgspec.DecodeError) as error:
             raise TransportError(f"cannot reach the engine of {directory}: {error}") from None
     if "offsets" not in answer:
-        raise TransportError(f"the engine of {directory} did not take the record: {answer.get('error')}")
+        raise TransportError(f"the engine of {directory} refused the record: {answer.get('error')}")
     return msgspec.convert(answer["offsets"], list[list[int]])
 
 
@@ -191,10 +191,10 @@ class Follower:
             part = self._connection.recv(1 << 20)
         except TimeoutError:
             if time.monotonic() - self._heard > _GONE_S:
-                raise OSError("the engine has not been heard for a while") from None
+                raise OSError("nothing has been heard from the engine for a while") from None
             return
         if not part:
-            raise OSError("the engine has gone")
+            raise OSError("the engine has stopped")
         self._heard = time.monotonic()
         *lines, self._data = (self._data + part).split(b"\n")
         for line in lines:

@@ -70,7 +70,7 @@ def list_(config: Config, note: Note, wanted: Filter, limit: int | None) -> Foun
             counts.update(found.counts)
             told += [int(number) for number in headers.get("Kwflow-Partitions", "").split(",") if number.isdigit()]
         if sorted(told) != list(numbers):
-            raise _NoAnswer("partitions are on their way from one engine to another")
+            raise _NoAnswer("partitions are moving from one engine to another")
         return Found(newest_of(rows, limit).rows, dict(counts))
     except _NoAnswer as why:
         note(str(why))
@@ -81,7 +81,7 @@ def _found(owner: Owner, body: bytes, wanted: Filter, limit: int | None) -> Foun
     try:
         return found_in(_json(owner, body), wanted, limit)
     except msgspec.ValidationError as error:  # such as a bad header that an older engine lets pass
-        raise _NoAnswer(f"what {owner.engine} at {owner.address} answers is no list of instances: {error}") from None
+        raise _NoAnswer(f"the answer of {owner.engine} at {owner.address} is not a list of instances: {error}") from None
 
 
 def _partitions(config: Config) -> int:
@@ -103,9 +103,9 @@ def _owners(config: Config, numbers: Any) -> dict[int, Owner]:
         try:
             owner = found[number] = msgspec.json.decode(value, type=Owner)
         except msgspec.DecodeError:
-            raise _NoAnswer(f"what {config.owners_topic} says of {where} cannot be read") from None
+            raise _NoAnswer(f"the entry for {where} in {config.owners_topic} cannot be read") from None
         if owner.address is None:
-            raise _NoAnswer(f"{owner.engine}, which owns {where}, runs without --http")
+            raise _NoAnswer(f"{owner.engine}, which owns {where}, was started without --http")
     return {number: msgspec.structs.replace(owner, since=0) for number, owner in found.items()}  # without `since`, so that one engine is equal in all of its partitions
 
 
@@ -121,7 +121,7 @@ def _get(owner: Owner, path: str) -> tuple[int, Message, bytes]:
     except (OSError, HTTPException, ValueError) as error:
         raise _NoAnswer(f"{owner.engine} does not answer at {owner.address}: {error}") from None
     if (who := headers.get("Kwflow-Engine")) != owner.engine:
-        raise _NoAnswer(f"at {owner.address} answers {who or 'something else'}, not {owner.engine}")
+        raise _NoAnswer(f"{who or 'something else'} answers at {owner.address}, not {owner.engine}")
     return status, headers, body
 
 
@@ -129,4 +129,4 @@ def _json(owner: Owner, body: bytes) -> Any:
     try:
         return msgspec.json.decode(body)
     except msgspec.DecodeError:  # it gave a partition away while it answered, and so ended the answer early
-        raise _NoAnswer(f"the answer of {owner.engine} at {owner.address} is not whole") from None
+        raise _NoAnswer(f"the answer of {owner.engine} at {owner.address} is incomplete") from None

@@ -24,19 +24,19 @@ NO_LOG.disabled = True
 _EVERY_S = 60.0
 _VARYING = re.compile(r"^(Group|Txn)Coordinator: |/(bootstrap|\d+)(?=:)| \(after \d+ms in state \w+(, \d+ identical error\(s\) suppressed)?\)")
 _AWAY = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT)
-_NO_REASON = "connections are closed, or not answered, without a reason: if it expects TLS or a user, say so in [kafka], security.protocol"
+_NO_REASON = "connections are closed or not answered without a reason: if the broker expects TLS or a user, set security.protocol in [kafka]"
 _REMEDIES = {  # part of an OpenSSL message -> what the message leaves out
-    "certificate verify failed": "; or it has expired, or is for another host: openssl s_client -connect HOST:PORT -CAfile FILE -verify_hostname HOST says which",
-    "ssl/tls alert": "; the broker does not take the certificate of this client: [kafka] ssl.certificate.location is missing, has expired, or is signed by a CA that it does not know",
+    "certificate verify failed": "; or it has expired, or is for another host: openssl s_client -connect HOST:PORT -CAfile FILE -verify_hostname HOST shows which",
+    "ssl/tls alert": "; the broker rejects the certificate of this client: [kafka] ssl.certificate.location is missing, has expired, or is signed by a CA that it does not know",
 }
 _SETTINGS = {  # a setting of ours that the broker refuses -> where to change it; a restart does not help
-    KafkaError.INVALID_SESSION_TIMEOUT: '[kafka] "session.timeout.ms" has to be from the broker\'s group.min.session.timeout.ms to its group.max.session.timeout.ms',
-    KafkaError.OFFSET_METADATA_TOO_LARGE: "workers note there which calls are done: the broker's offset.metadata.max.bytes has to be 4096 or more",
-    KafkaError.INVALID_TRANSACTION_TIMEOUT: 'make the broker\'s transaction.max.timeout.ms larger, or [kafka] "transaction.timeout.ms" smaller',
+    KafkaError.INVALID_SESSION_TIMEOUT: '[kafka] "session.timeout.ms" must be from the broker\'s group.min.session.timeout.ms to its group.max.session.timeout.ms',
+    KafkaError.OFFSET_METADATA_TOO_LARGE: "workers store there which calls are done: the broker's offset.metadata.max.bytes must be at least 4096",
+    KafkaError.INVALID_TRANSACTION_TIMEOUT: 'raise the broker\'s transaction.max.timeout.ms, or lower [kafka] "transaction.timeout.ms"',
 }
 _OTHERS = {
-    KafkaError.INVALID_TIMESTAMP: "the topic's message.timestamp.before.max.ms, or after.max.ms, does not allow the time of what led to it: raise it, and retry",
-    KafkaError.INCONSISTENT_GROUP_PROTOCOL: "a program that is no engine is in this consumer group, or made it one of another type: end it and delete the group, or choose another application_id",
+    KafkaError.INVALID_TIMESTAMP: "the topic's message.timestamp.before.max.ms or after.max.ms does not allow the time of the record that led to it: raise the limit, and retry",
+    KafkaError.INCONSISTENT_GROUP_PROTOCOL: "a program that is not an engine is in this consumer group, or has changed its type: stop it and delete the group, or choose another application_id",
 }
 
 
@@ -68,7 +68,7 @@ class BrokerErrors:
         now = self._now_s()
         if self._on_log is not None and now >= self._again_s.get(text, now):
             self._again_s = {told: at for told, at in self._again_s.items() if at > now} | {text: now + _EVERY_S}
-            self._on_log(Line.of(f"Kafka: {text}; trying again", "warning"))
+            self._on_log(Line.of(f"Kafka: {text}; retrying", "warning"))
 
     def because(self, error: KafkaError) -> str:
         """The error's text, and why there is no broker if that may be the cause."""

@@ -57,5 +57,5 @@ def take_over(processor: Processor, store: Store, admin: AdminClient, config: Co
         if key in run:
             name, _, version = key.rpartition("@")
             raise TransportError(
-                f"topic {topic} is missing: {name}@{version[:12]} declares it, in which instances of {where} wait (kwflow topics create MODULE makes it, for code that is stored, too)", retryable=False
+                f"topic {topic} is missing: {name}@{version[:12]} declares it, and instances of {where} wait in it (kwflow topics create MODULE creates topics of stored code, too)", retryable=False
             )

@@ -31,7 +31,7 @@ __all__ = ["LIVE", "Consumer", "Database", "Environment", "Producer", "live", "m
 Settings = dict[str, Any]
 _DAMAGED = "damaged"  # the name of a file that marks its database's directory as damaged
 _LACKING = {  # errors in RocksDB's words when the machine lacks something, which is no damage -> the remedy
-    os.strerror(code): "; each partition takes seven open files or more: raise their limit (ulimit -n)" if code == errno.EMFILE else ""
+    os.strerror(code): "; each partition needs at least seven open files: raise the limit (ulimit -n)" if code == errno.EMFILE else ""
     for code in (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 }
 Rebalanced = Callable[[Any, list[TopicPartition]], None]
@@ -145,8 +145,8 @@ class _Rocks:
         remedy = _remedy(error) or ""
         if "Corruption" in str(error):
             (self._directory / _DAMAGED).touch()
-            remedy = "; it is made anew at the next start"
-        return TransportError(f"the copy in {self._directory} cannot be used any more: {error}{remedy}")
+            remedy = "; it is rebuilt at the next start"
+        return TransportError(f"the copy in {self._directory} cannot be used: {error}{remedy}")
 
     def write(self, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
         batch = WriteBatch(raw_mode=True)
@@ -156,7 +156,7 @@ class _Rocks:
             else:
                 batch.put(key, value)
         if self._place.is_left():
-            raise TransportError(f"the copy in {self._directory} was removed, moved or replaced under this engine; the next start goes on from the changelog")
+            raise TransportError(f"the copy in {self._directory} was removed, moved or replaced while this engine was running; the next start restores it from the changelog")
         try:
             self._db.write(batch)
         except Exception as error:

@@ -43,7 +43,7 @@ class Fencing:
             self._next_s[engine] = now + _AGAIN_S
             if self._is_member(engine):
                 return
-            member.on_log(f"{member.group}: {engine} has left the group inside a transaction, which is aborted; should it still run, it ends")
+            member.on_log(f"{member.group}: {engine} has left the group inside a transaction, which is aborted; if it is still running, it ends")
             settings = member.settings(transactional_id=engine, transaction_timeout_ms=TRANSACTION_S * 1000, retry_backoff_ms=1, retry_backoff_max_ms=100)
             self._asking[engine] = member.environment.producer(settings)
         try:

@@ -53,7 +53,7 @@ class Foreign:
         """
         member = self._member
         if again(member.environment, self._id) != member.incarnation:
-            raise TransportError(f"{self._topic} was deleted, or made anew, while {member.group} read it; the next start reads the new one from its begin")
+            raise TransportError(f"{self._topic} was deleted or recreated while {member.group} was reading it; the next start reads the new one from the beginning")
 
     def _id(self) -> str:
         """The topic's id; empty if there is no such topic.  Raises KafkaException."""
@@ -79,7 +79,7 @@ class Foreign:
             return where.offset
         self.same()  # raises if it is this process that knows only the old topic
         place = f"{where.topic}[{where.partition}]"
-        self._say(f"{place} was made anew while {self._member.group} read it, up to {where.offset}: it is read from its begin; what was left of the old one is lost")
+        self._say(f"{place} was recreated while {self._member.group} was reading it, at {where.offset}: it is read from the beginning; the rest of the old topic is lost")
         return OFFSET_INVALID
 
     def there(self, number: int, position: int, begin: int, end: int) -> int:
@@ -87,11 +87,11 @@ class Foreign:
         if begin <= position <= end:
             return position
         if position < begin:
-            said, next = f"retention deleted {begin - position} records before {self._member.group} read them", begin
+            said, next = f"retention deleted {begin - position} records before {self._member.group} had read them", begin
         elif number in self._known:  # such as by the election of a replica that was behind: from the beginning everything would be read twice
-            said, next = f"it has lost its last records: it ends at {end}, before {position}, which would be next", end
+            said, next = f"it has lost its last records: it ends at {end}, before the next position {position}", end
         else:
-            said, next = f"it ends at {end}, before {position}, which would be next: it was made anew, or has lost its last records", begin
+            said, next = f"it ends at {end}, before the next position {position}: it was recreated, or has lost its last records", begin
         self._say(f"{self._topic}[{number}]: {said}; it is read from {next} on")
         return next
 

@@ -138,7 +138,7 @@ class KafkaLink:
             value, headers = self._encryption.encrypt(output.topic, output.value, output.headers)
             producer.produce(output.topic, value, output.key, headers=headers, on_delivery=delivered)
         except BufferError:
-            failed(TransportError("the client's queue is full: the broker takes records more slowly than they come"))
+            failed(TransportError("the client's queue is full: the broker accepts records more slowly than they are written"))
         except KafkaException as error:
             if error.args[0].code() == KafkaError._FATAL:
                 self._replace(producer)
@@ -148,9 +148,9 @@ class KafkaLink:
 
     def _not_taken(self, output: Output, error: KafkaError, retryable: bool) -> Exception:
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
-            said = f"the record for {output.topic} is larger than it takes; send a reference to it, or raise message.max.bytes in [kafka] and max.message.bytes of the topic"
+            said = f"the record for {output.topic} is larger than the broker accepts; send a reference instead, or raise message.max.bytes in [kafka] and max.message.bytes of the topic"
             return CommandError("too_large", said, (output.key or b"").decode())
-        return TransportError(f"{self.config.bootstrap_servers} did not take the record for {output.topic}: {error.str()}", retryable)
+        return TransportError(f"{self.config.bootstrap_servers} did not accept the record for {output.topic}: {error.str()}", retryable)
 
     def _perhaps_taken(self, output: Output, error: KafkaError) -> OutcomeUnknown:
         return OutcomeUnknown(f"{self.config.bootstrap_servers} did not acknowledge the record for {output.topic}: {error.str()}")
@@ -271,7 +271,7 @@ def send(config: Config, topic: str, key: bytes | None, value: bytes | None, hea
     except KafkaException as error:
         raise TransportError(f"{config.bootstrap_servers}: {error.args[0].str()}") from None
     if producer.flush(_TIMEOUT_S + 5) or failed:
-        raise TransportError(f"{config.bootstrap_servers} did not take the record for {topic}: {failed[0] if failed else 'no answer'}")
+        raise TransportError(f"{config.bootstrap_servers} did not accept the record for {topic}: {failed[0] if failed else 'no answer'}")
 
 
 def read(config: Config, topic: str, partition: int | None = None, start: int = 0) -> Iterator[Record]:

@@ -173,4 +173,4 @@ class Owners:
     def _complain(self, why: str) -> None:
         if not self._quiet:
             self._quiet_until = self._member.environment.monotonic() + _QUIET_S
-            self._member.on_log(f"{self._member.group}: {self._topic}: {why}; without it a takeover may wait for up to {TRANSACTION_S} s. It is not waited for again for {_QUIET_S:g} s")
+            self._member.on_log(f"{self._member.group}: {self._topic}: {why}; without it, a takeover may wait up to {TRANSACTION_S} s. It is tried again after {_QUIET_S:g} s")

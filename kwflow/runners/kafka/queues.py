@@ -49,10 +49,10 @@ _WAIT_S = 0.05
 _COMMIT_S = 1.0
 _ASK_S = 10
 _LEAVE_S = 15
-_LOST = "calls in {topic}[{number}] were deleted by retention before a worker read them, {count} records; their workflows wait until their time-outs: give the topic a longer retention.ms"
-_UNKNOWN = "no activity {name} in this worker; a call of {id} and maybe others wait in the queue {queue} until it has a worker that knows it"
-_STANDS = "{queues}: no more calls are read, as {count} of activities that this worker does not know wait ({activities}); start it with the modules that have them"
-_ANEW = "{topic}[{number}] begins anew, at {offset}: it was deleted and created again; what was open of it before, and is not begun, is dropped, and its workflows wait until their time-outs"
+_LOST = "calls in {topic}[{number}] were deleted by retention before a worker read them, {count} records; their workflows wait until they time out: give the topic a longer retention.ms"
+_UNKNOWN = "no activity {name} in this worker; a call of {id} and perhaps others wait in the queue {queue} until a worker has this activity"
+_STANDS = "{queues}: no more calls are read, as {count} calls of activities unknown to this worker wait ({activities}); start it with the modules that define them"
+_ANEW = "{topic}[{number}] starts again at {offset}: it was deleted and recreated; its earlier calls that have not started are dropped, and their workflows wait until they time out"
 
 
 def _passing(error: KafkaError) -> bool:
@@ -172,7 +172,7 @@ class QueueRunner:
             if number is not None:
                 self._owned[number].ledger.pass_marks(message.offset() or 0)
         elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
-            self.on_log(f"{self.config.workers_group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
+            self.on_log(f"{self.config.workers_group}: stalled for too long and lost its partitions; rejoining: {error.str()}")
         elif not topics.transient(error):
             raise ending(self.config.workers_group, error)
 
@@ -233,7 +233,7 @@ class QueueRunner:
 
     def _fail(self, number: int, call: Dispatch) -> None:
         """Fail an attempt of a call that was running when two workers died, one after the other."""
-        said = f"two workers died while activity {call.name} of {call.workflow_id} (attempt {call.attempt}) ran: out of memory, say, or a crash in C"
+        said = f"two workers died while activity {call.name} of {call.workflow_id} (attempt {call.attempt}) ran, perhaps out of memory or by a crash in C"
         self.stats.counts["worker-died"] += 1
         self.on_log(Line.of(f"{said}; the attempt has failed", "error"))
         record = failure_record(call, ActivityError(said, "WorkerDied"), self.config.value_bytes_max)
@@ -247,7 +247,7 @@ class QueueRunner:
 
         def done(refused: str | None) -> None:
             if refused is not None:
-                self.on_log(Line.about(f"{self.config.dead_letter_topic} does not take {record.topic}[{record.partition}]@{record.offset}: {refused}; it stays where it is", record, "error"))
+                self.on_log(Line.about(f"{self.config.dead_letter_topic} refuses {record.topic}[{record.partition}]@{record.offset}: {refused}; the record stays where it is", record, "error"))
             else:
                 self._delivered.put(lambda: partition.ledger.finish(record.offset))
 
@@ -330,7 +330,7 @@ class QueueRunner:
 
     def _join_again(self) -> None:
         """Leave the group and join it again, so that it reassigns all partitions.  Records that are polled meanwhile are read again by the next owners."""
-        self.on_log(f"{self.config.workers_group}: partitions of {', '.join(self.names)} belong to nobody; joining again")
+        self.on_log(f"{self.config.workers_group}: partitions of {', '.join(self.names)} belong to nobody; rejoining")
         self._consumer.unsubscribe()
         give_up = self.environment.monotonic() + self.config.activity_grace_s + _LEAVE_S
         while self._owned or self._assigned:
@@ -400,7 +400,7 @@ class QueueRunner:
         try:
             self._commit([self._owned[number] for number in numbers], wait=True, held=False)
         except KafkaException as error:  # they have a new owner already, or the broker is unreachable: calls that were answered will run again
-            self.on_log(Line.of(f"{self.config.workers_group}: what was answered last could not be noted: {error.args[0].str()}", "warning"))
+            self.on_log(Line.of(f"{self.config.workers_group}: the last answered calls could not be recorded: {error.args[0].str()}", "warning"))
         for number in numbers:
             del self._owned[number]
 

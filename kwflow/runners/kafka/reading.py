@@ -55,7 +55,7 @@ def read_to(environment: Environment, config: Config, topic: str, ends: Mapping[
                 if reached >= ends[number]:
                     left.discard(number)
             if left and environment.monotonic() > give_up:
-                raise TransportError(f"topic {topic} could not be read to its end: nothing has come for {_STILL_S} s; somebody's transaction may be open")
+                raise TransportError(f"topic {topic} could not be read to its end: nothing has arrived for {_STILL_S} s; a transaction may be open")
     except KafkaException as error:
         raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.args[0].str()}") from None
     finally:

@@ -136,7 +136,7 @@ class KafkaRunner:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TransportError(f"another engine uses {self.directory}; give each its own --state-dir", retryable=False) from None
+            raise TransportError(f"another engine uses {self.directory}; give each engine its own --state-dir", retryable=False) from None
         self._lock.seek(0)
         known = self._lock.read().strip()
         if self.config.instance_id is not None:
@@ -211,9 +211,9 @@ class KafkaRunner:
             self._work()
             self.takeover.look_after()
         except Rejected as error:
-            raise TransportError(f"{self.group}: the broker does not take what is due by time: {error}", retryable=False) from None
+            raise TransportError(f"{self.group}: the broker refuses records that are due now: {error}", retryable=False) from None
         except Aborted as error:
-            self.on_log(f"{self.group}: a transaction was aborted and is made again: {error}")
+            self.on_log(f"{self.group}: a transaction was aborted and is retried: {error}")
             self._topic_missing |= error.missing and bool(self.processor.changelog_topic)
             self._generation = -1
             self._bytes_max = max(_BYTES_MIN, self._bytes_max // 2)
@@ -254,15 +254,15 @@ class KafkaRunner:
                 if (partition := self.owned.get(message.partition() or 0)) is not None:
                     partition.end = message.offset() or 0
             elif error.code() == KafkaError._MAX_POLL_EXCEEDED:
-                self.on_log(f"{self.group}: stalled for too long and lost its partitions; it joins again: {error.str()}")
+                self.on_log(f"{self.group}: stalled for too long and lost its partitions; rejoining: {error.str()}")
             elif not topics.transient(error) and (self.processor.changelog_topic or error.code() != KafkaError._UNKNOWN_PARTITION):
                 if error.code() != KafkaError._FATAL:
                     raise ending(self.group, error)
                 raise FencedError(f"{self.group}: {error.str()}{self._like_me() if 'Static consumer fenced' in error.str() else ''}")
 
     def _like_me(self) -> str:
-        where = "instance_id is given twice" if self.config.instance_id else f"{self.directory / 'instance-id'} was copied: delete it in the copy"
-        return f"; unless that is a later start of this engine, another one has the same identity, {self.instance}: {where}"
+        where = "two engines have this instance_id" if self.config.instance_id else f"{self.directory / 'instance-id'} was copied: delete it in the copy"
+        return f"; unless this engine has been restarted, another one has the same identity, {self.instance}: {where}"
 
     def _reached(self) -> None:
         """Note the ends of logs up to which everything is applied: the records of an aborted batch must be read again first (K18)."""
@@ -455,4 +455,4 @@ class KafkaRunner:
                 batch.outputs.append(reply)
             else:
                 batch.counts.append("reply-gone")
-                batch.logs.append(f"a reply to {self.config.reply_topic}[{reply.partition}], which does not exist, was left out")
+                batch.logs.append(f"a reply to {self.config.reply_topic}[{reply.partition}], which does not exist, was skipped")

@@ -144,7 +144,7 @@ class Copies:
             self.standby.follow(used - mine)
             self.standby.turn()
         for path in self._cleanup.look(used):
-            self._on_log(f"deleted {path}, a copy that nobody has needed for {self._cleanup.delay_s:g} s")
+            self._on_log(f"deleted {path}, a copy not needed for {self._cleanup.delay_s:g} s")
 
     def give(self, number: int) -> None:
         """Release this partition's store, as the runner opens it now."""

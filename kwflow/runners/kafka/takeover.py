@@ -98,7 +98,7 @@ class Takeover:
 
     def _join_again(self, why: str) -> None:
         """Leave the group and join it again, so that it reassigns all partitions.  Records that are polled meanwhile are read again."""
-        self.member.on_log(f"{self.member.group}: {why}; joining again")
+        self.member.on_log(f"{self.member.group}: {why}; rejoining")
         self.consumer.unsubscribe()
         give_up = self.member.environment.monotonic() + TRANSACTION_S
         while (self.owned or self.busy) and self.member.environment.monotonic() < give_up:
@@ -356,7 +356,7 @@ class Takeover:
                 position = self.foreign.there(number, position, begin, end)
             if position < begin and not member.config.accept_offset_reset:
                 raise TransportError(
-                    f"{where}: {position} would be next, and its log begins at {begin}: retention has deleted what was there, applied or not; --accept-offset-reset goes on from the begin",
+                    f"{where}: the next offset is {position}, but the log begins at {begin}: retention has deleted records, applied or not; --accept-offset-reset continues from the beginning",
                     retryable=False,
                 )
             take_over(member.processor, store, member.admin, member.config, where)

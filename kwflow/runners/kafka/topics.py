@@ -80,7 +80,7 @@ def offset_of(future: Any, within_s: float) -> int:
     """
     offset = int(told(future, within_s).offset)
     if offset < 0:
-        raise KafkaException(KafkaError(KafkaError.OFFSET_NOT_AVAILABLE, "the leader did not tell an offset"))
+        raise KafkaException(KafkaError(KafkaError.OFFSET_NOT_AVAILABLE, "the leader did not return an offset"))
     return offset
 
 
@@ -192,7 +192,7 @@ def _unusable(client: Any, config: Config, rights: dict[str, list[AclOperation]]
             if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 missing.append(f"topic {topic} is missing")
             elif code == KafkaError.TOPIC_AUTHORIZATION_FAILED:
-                lacked.setdefault("anything, not even to see whether it is there,", []).append(topic)
+                lacked.setdefault("anything, not even seeing whether it exists,", []).append(topic)
             else:
                 raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.args[0].str()}") from None
     return [*missing, *(f"the user of [kafka] has no ACL for {what} on topic {', '.join(names)}" for what, names in lacked.items())]
@@ -211,11 +211,11 @@ def problems(client: AdminClient, config: Config, declared: Iterable[str], group
         return found
     for changelog, source in _changelogs(config):
         if changelog in there and source in there and there[changelog] != there[source]:
-            remedy = f"kwflow topics migrate --partitions {max(there[source], there[changelog])} does it"
+            remedy = f"run kwflow topics migrate --partitions {max(there[source], there[changelog])}"
             found.append(f"topic {changelog} has {there[changelog]} partitions, its input {source} has {there[source]}; they must be equal ({remedy})")
     for changelog, settings in settings_of(client, [changelog for changelog, _ in _changelogs(config) if changelog in there]).items():
         if settings["cleanup.policy"] != "compact":
-            found.append(f"topic {changelog} has cleanup.policy={settings['cleanup.policy']}; it must be compact alone, or running workflows would be deleted")
+            found.append(f"topic {changelog} has cleanup.policy={settings['cleanup.policy']}; it must be compact only, or running workflows would be deleted")
         if int(settings["delete.retention.ms"]) < _DAY_MS:
             found.append(f"topic {changelog} has delete.retention.ms={settings['delete.retention.ms']}; it must be at least a day ({_DAY_MS}), or ended workflows could come back")
     for topic, lost in ((config.code_topic, "the code of waiting workflows"), (config.owners_topic, "who owns which partition")):
@@ -227,7 +227,7 @@ def _single_problems(client: AdminClient, topic: str, partitions: int, lost: str
     """Problems of a topic that must have one partition, so that reading it to the end reads all of it."""
     found = [f"topic {topic} has {partitions} partitions; it must have one"] if partitions != 1 else []
     policy = settings_of(client, [topic])[topic]["cleanup.policy"]
-    return found + ([f"topic {topic} has cleanup.policy={policy}; it must be compact alone, or {lost} would be lost"] if policy != "compact" else [])
+    return found + ([f"topic {topic} has cleanup.policy={policy}; it must be compact only, or {lost} would be lost"] if policy != "compact" else [])
 
 
 def _inputs(config: Config, declared: Iterable[str], groups: Collection[str]) -> list[str]:
@@ -270,7 +270,7 @@ def create(client: AdminClient, config: Config, declared: Iterable[str], partiti
     give_up = time.monotonic() + config.client_connect_s
     while unknown := sorted(set(made) - partitions_of(client, config).keys()):  # the controller knows a new topic first, the other brokers a little later
         if time.monotonic() > give_up:
-            raise TransportError(f"{config.bootstrap_servers} does not know yet: {', '.join(unknown)}; kwflow topics check tells when it does")
+            raise TransportError(f"{config.bootstrap_servers} does not know these yet: {', '.join(unknown)}; kwflow topics check shows when it does")
         time.sleep(_LOOK_S)
     return made
 

@@ -37,7 +37,7 @@ _REJECTED = {
 }
 _MISSING = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
 _PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}  # records that our own abort removed, whether they were sent or not
-_FENCED = f"; its transaction was open for more than {TRANSACTION_S} s, or another engine has ended it"
+_FENCED = f"; its transaction was open for more than {TRANSACTION_S} s, or another engine ended it"
 _LATE_S = 5.0
 _SENT_S = 10  # a large batch that is not sent by then is repeated in parts, while its transaction can still be aborted
 _LARGE_BYTES = 100_000  # smaller batches are sent with the commit, which saves a round trip
@@ -183,7 +183,7 @@ class Transactions:
         """
         size = batch.bytes()
         if size > _LARGE_BYTES and (left := self._again(lambda: self._producer.flush(_SENT_S), _SENT_S)):
-            late = KafkaError(KafkaError._MSG_TIMED_OUT, f"the broker has not taken {left} records of a transaction of {size:,} bytes within {_SENT_S} s")
+            late = KafkaError(KafkaError._MSG_TIMED_OUT, f"the broker has not accepted {left} records of a transaction of {size:,} bytes within {_SENT_S} s")
             reports.failures.insert(0, (self.member.group, late))
             raise KafkaException(late)
 

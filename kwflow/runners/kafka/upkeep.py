@@ -60,7 +60,7 @@ def _standing_still(admin: AdminClient, config: Config) -> None:
     give_up = time.monotonic() + 2 * int(config.kafka.get("session.timeout.ms", _SESSION_MS)) / 1000
     while running := _running(admin, config):
         if time.monotonic() > give_up:
-            raise UsageError(f"{running} still runs; stop every engine and scheduler of {config.application_id} first")
+            raise UsageError(f"{running} is still running; stop every engine and scheduler of {config.application_id} first")
         time.sleep(0.5)
 
 
@@ -107,11 +107,11 @@ def reset_plan(config: Config, input_from: str) -> list[str]:
             live = sum(not key.startswith(b"\0") for number in range(there[changelog]) for key in latest(config, changelog, number))
             lines.append(f"delete and create again {changelog} ({live} {'instances' if changelog == config.changelog_topic else 'timers'})")
         if source in there:
-            where = "end: records that are there are skipped" if input_from == "latest" else "begin: every record that is there is applied again"
+            where = "end: records that are there now are skipped" if input_from == "latest" else "beginning: every record that is there is applied again"
             lines.append(f"set the offsets of {group} on {source} to the {where}")
     directory = config.state_dir / config.application_id
     if directory.exists():
-        lines.append(f"delete the local state in {directory} (that of other machines is wiped when their engines start)")
+        lines.append(f"delete the local state in {directory} (on other machines, it is deleted when their engines start)")
     return lines
 
 
@@ -128,7 +128,7 @@ def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
             ends = topics.ends(admin, source, there[source], latest=input_from == "latest")
             asked = ConsumerGroupTopicPartitions(group, [TopicPartition(source, number, offset) for number, offset in ends.items()])
             _places_done(admin.alter_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"set the offsets of {group}")
-            say(f"{group} begins at the {input_from} of {source}")
+            say(f"{group} starts at the {input_from} of {source}")
     if config.owners_topic in there:  # its notes of owners, and of the records that they died at, no longer apply
         producer = made(Producer, topics.client_config(config, enable_idempotence=True))
         for record in read(config, config.owners_topic):
@@ -153,7 +153,7 @@ def _emptied(admin: AdminClient, config: Config, topic: str, partitions: int) ->
                 raise TransportError(f"cannot create {topic}: {error.args[0].str()}", retryable=False) from None
         if _id(admin, config, topic) not in known:
             raise TransportError(
-                f"{topic} was deleted, and made by somebody else (auto.create.topics.enable?), not with its settings; stop that, delete it, then kwflow topics create, and reset again", retryable=False
+                f"{topic} was deleted, then created by something else (auto.create.topics.enable?) without its settings; stop that, delete it, run kwflow topics create, reset again", retryable=False
             )
         time.sleep(_AGAIN_S)
 
@@ -179,9 +179,9 @@ def migrate(config: Config, partitions: int, say: Callable[[str], None]) -> None
     _standing_still(admin, config)
     for group, (source, changelog) in _groups(config).items():
         if source not in there or changelog not in there:
-            raise UsageError(f"topic {source if source not in there else changelog} is missing; kwflow topics create makes it")
+            raise UsageError(f"topic {source if source not in there else changelog} is missing; create it with kwflow topics create")
         if there[source] > partitions:
-            raise UsageError(f"{source} has {there[source]} partitions; Kafka can only add some, not take them away")
+            raise UsageError(f"{source} has {there[source]} partitions; Kafka can only add partitions, not remove them")
         _applied(config, admin, group, source, changelog, there[source])
     for group, (source, changelog) in _groups(config).items():
         more = [NewPartitions(topic, partitions) for topic in (source, changelog) if there[topic] < partitions]
@@ -190,7 +190,7 @@ def migrate(config: Config, partitions: int, say: Callable[[str], None]) -> None
         try:
             moved = _move(config, admin, group, source, changelog, partitions)
         except KafkaException as error:
-            raise TransportError(f"cannot move the entries of {changelog}: {error.args[0].str()}; no engine starts before kwflow topics migrate --partitions {partitions} has done it") from None
+            raise TransportError(f"cannot move the entries of {changelog}: {error.args[0].str()}; no engine starts until kwflow topics migrate --partitions {partitions} has finished") from None
         say(f"{source} and {changelog} have {partitions} partitions; {moved} entries moved")
 
 
@@ -203,7 +203,7 @@ def _applied(config: Config, admin: AdminClient, group: str, topic: str, changel
         committed[number] = begins[number] if marked is None else max(begins[number], marked)
     waiting = sum(1 for number in range(partitions) for _ in read(config, topic, number, committed[number]))
     if waiting:
-        raise UsageError(f"{waiting} records of {topic} are not applied yet; stop what produces them, let the engines end their work, and stop the engines")
+        raise UsageError(f"{waiting} records of {topic} are not applied yet; stop what produces them, let the engines finish, and stop the engines")
 
 
 def _home(key: bytes) -> bytes | None:
@@ -269,13 +269,13 @@ def _chunks(items: list[_Item]) -> Iterator[list[_Item]]:
 def reencrypt(config: Config, say: Callable[[str], None]) -> None:
     """Write all entries of state and stored code again, encrypted with the first key: after compaction no other is needed.  Raises UsageError, TransportError."""
     if not config.cipher_keys:
-        raise UsageError("there is nothing to encrypt with: encryption_keys are not set")
+        raise UsageError("encryption_keys are not set, so there is no key to encrypt with")
     admin = topics.admin(config)
     there = topics.partitions_of(admin, config)
     _standing_still(admin, config)
     for group, topic in (*((group, changelog) for group, (_, changelog) in _groups(config).items()), (config.application_id, config.code_topic)):
         if topic not in there:
-            raise UsageError(f"topic {topic} is missing; kwflow topics create makes it")
+            raise UsageError(f"topic {topic} is missing; create it with kwflow topics create")
         try:
             producer, put = _writer(config, admin, group, topic)
             written = 0
@@ -287,8 +287,8 @@ def reencrypt(config: Config, say: Callable[[str], None]) -> None:
                     _commit_alone(producer, admin, config)
                     written += len(chunk)
         except KafkaException as error:
-            raise TransportError(f"cannot write the entries of {topic} again: {error.args[0].str()}; give the command again") from None
-        say(f"{topic}: {written} entries are written again")
+            raise TransportError(f"cannot rewrite the entries of {topic}: {error.args[0].str()}; run the command again") from None
+        say(f"{topic}: {written} entries rewritten")
 
 
 def _commit_alone(producer: Producer, admin: AdminClient, config: Config) -> None:
@@ -300,8 +300,8 @@ def _commit_alone(producer: Producer, admin: AdminClient, config: Config) -> Non
     An engine that is not a member yet when everything is sent will read the changelog beyond what was sent.
     """
     if producer.flush(60):
-        raise KafkaException(KafkaError(KafkaError._MSG_TIMED_OUT, "the broker has not taken all of it within 60 s"))
+        raise KafkaException(KafkaError(KafkaError._MSG_TIMED_OUT, "the broker has not accepted everything within 60 s"))
     if running := _running(admin, config):
         producer.abort_transaction(60)
-        raise UsageError(f"{running} was started meanwhile; stop every engine and scheduler of {config.application_id}, and give the command again")
+        raise UsageError(f"{running} was started meanwhile; stop every engine and scheduler of {config.application_id}, and run the command again")
     producer.commit_transaction(60)

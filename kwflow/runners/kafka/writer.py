@@ -100,10 +100,10 @@ class SoleWriter:
 
     def _told(self, cause: KafkaError) -> TransportError:
         if cause.code() == KafkaError._FENCED:
-            return TransportError(f"another process has begun to do this meanwhile ({self._name}); look again what is left to do", retryable=False)
+            return TransportError(f"another process has started to do this meanwhile ({self._name}); check what is left to do", retryable=False)
         with contextlib.suppress(KafkaException):  # the error that ended the producer is raised by each of its calls, even this one
             self._producer.poll(0)
-        return TransportError(f"{self._config.bootstrap_servers} did not take the records: {self._errors.because(cause)}")
+        return TransportError(f"{self._config.bootstrap_servers} did not accept the records: {self._errors.because(cause)}")
 
     def __enter__(self) -> SoleWriter:
         return self
