@@ -11,7 +11,7 @@ NUMBERED = {  # reference-systems.md: kafka-workflow, its scheduler, zeebe-affin
 
 
 def cited(text: str) -> set[str]:
-    """The ids in `AF-1`, in each of `AF-1..AF-5`, `AF-1..5` and `LR-1 to LR-22`, and in `KW-7, 10`."""
+    """The ids that a text cites as `AF-1`, `AF-1..AF-5`, `AF-1..5`, `LR-1 to LR-22` or `KW-7, 10`."""
     found = set()
     for kind, first, last in re.findall(r"\b([A-Z]{1,2})-(\d+)(?:(?:\.\.| to )(?:[A-Z]{1,2}-)?(\d+))?", text):
         found |= {f"{kind}-{number}" for number in range(int(first), int(last or first) + 1)}

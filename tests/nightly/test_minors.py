@@ -49,7 +49,7 @@ def test_snapshots_of_one_minor_go_on_on_another(writer: str, reader: str, tmp_p
 
 @pytest.mark.parametrize("version", SUPPORTED)
 def test_cpythons_tests_pass_there_with_a_yield_in_every_place(version: str) -> None:
-    """H3 on every minor. For the running one, see test_echo.py for more."""
+    """H3 on every minor. test_echo.py covers the running one at length."""
     python, failed = interpreter(version), {}
     done = subprocess.run([python, "-W", "ignore", echo.__file__, *(f"{module}:12" for module in echo.MODULES)], capture_output=True, text=True, check=False, timeout=3600)
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]

@@ -59,7 +59,7 @@ def refuse(lab: Lab, topic: str, code: int, times: int = 10**9) -> None:
     lab.broker.append = refusing  # type: ignore[method-assign]
 
 
-# -- who we are ----------------------------------------------------------------------------------------------------
+# -- identity ----------------------------------------------------------------------------------------------------
 def test_an_identity_lasts_as_long_as_its_directory_and_has_one_process_at_a_time(tmp_path: pathlib.Path) -> None:
     """K1."""
     lab = Anonymous(tmp_path)

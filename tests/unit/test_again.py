@@ -23,7 +23,7 @@ def ask(left: list[KafkaException]) -> str:
 
 @pytest.mark.parametrize("code", [KafkaError._NOENT, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._STATE, KafkaError.LEADER_NOT_AVAILABLE, KafkaError._TIMED_OUT])
 def test_what_passes_by_itself_is_asked_again(code: int) -> None:
-    """_NOENT: "No leaders found" occurred after an outage of 40 s, and ended the engine."""
+    """_NOENT: "No leaders found" occurred after an outage of 40 s, and used to end the engine."""
     assert ask(answers(code, code)) == "told"
 
 

@@ -64,7 +64,7 @@ class Office:
 
 
 def test_copies_are_given_without_a_question_about_the_others_and_taken_a_few_at_a_time(tmp_path: pathlib.Path) -> None:
-    """K5: of a hundred copies, each one given away cost a query about each one that was left, and all of them were opened in one turn."""
+    """K5: of a hundred copies, each one given away used to cost a query about each one that was left, and all of them used to be opened in one turn."""
     office, ends = Office(tmp_path, partitions=10), Message(9, 7, b"w", b"1")
     for followed in (3, 6, 9, 10, 10):
         office.turn(set())

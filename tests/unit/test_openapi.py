@@ -75,7 +75,7 @@ def test_each_operation_has_a_name_of_its_own_and_says_what_it_does() -> None:
     assert all(operation["summary"].endswith(".") and len(operation["summary"]) < 160 for _, _, operation in OPERATIONS)
 
 
-# -- what it tells is so ---------------------------------------------------------------------------------------------------
+# -- what it says is true ---------------------------------------------------------------------------------------------------
 def test_every_route_is_in_it_with_its_methods_and_nothing_else(ask: Asking) -> None:
     assert isinstance(ask.application, Gate) and isinstance(ask.application._inner, Starlette)
     assert {getattr(route, "path", route) for route in ask.application._inner.routes} == GATEWAY.document["paths"].keys()
@@ -112,7 +112,7 @@ def test_an_operation_takes_a_body_if_it_says_so(ask: Asking, one: Any) -> None:
     assert (answer.status_code, answer.json()["code"]) == (400, "bad_json" if "requestBody" in operation else "usage")
 
 
-# -- and who checks it would see what is not -----------------------------------------------------------------------------------
+# -- the checks themselves notice a wrong answer -----------------------------------------------------------------------------------
 def test_an_answer_that_is_not_in_the_document_is_found() -> None:
     described = Described(GATEWAY.document)
 

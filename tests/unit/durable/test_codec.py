@@ -208,7 +208,7 @@ def main():
 
 
 def test_values_that_have_no_end_are_told_in_so_many_characters() -> None:
-    """Semantics §4.4: on such values, `kwflow show --locals` ended with an internal error of kwflow."""
+    """Semantics §4.4: on such values, `kwflow show --locals` used to end with an internal error of kwflow."""
     source = """
 def main():
     number, deep, itself = 10**5000, [], []
@@ -240,7 +240,7 @@ def test_damaged_bytes_do_not_fill_the_memory_of_who_looks_at_them() -> None:
 
 
 def test_damaged_bytes_keep_nobody_busy_who_looks_at_them() -> None:
-    """G10: a tuple that holds the last one twice, sixty levels deep, is a hundred bytes, but its hash, or its text in a name, takes forever. One as deep as it is long ends the process."""
+    """G10: a tuple of the previous tuple twice, sixty levels deep, is a hundred bytes, but its hash, or its text in a name, takes forever. A very deep one ends the process."""
     wide, deep = b")" + b"2\x86" * 60, b")" + b"\x85" * 1_000_000
     rebuilt = b"\x8c\x16kwflow.durable.rebuild\x8c\x05named\x93"
     for bomb in (b"}" + wide + b"Ns.", b"}(" + wide + b"Nu.", b"\x8f(" + wide + b"\x90.", b"(" + wide + b"\x91.", b"}" + deep + b"Ns.", rebuilt + wide + b"N\x86R.", rebuilt + b"}\x8c\1xNsb."):

@@ -108,7 +108,7 @@ def test_another_minor_is_refused_by_name_before_anything_is_unpickled() -> None
 
 @pytest.mark.usefixtures("by_value")
 def test_objects_of_classes_that_no_import_finds_are_shown() -> None:
-    """Semantics §4.4: `show --locals` mistook a snapshot that holds one for a damaged one."""
+    """Semantics §4.4: `show --locals` used to mistake a snapshot that holds one for a damaged one."""
     source = """
 import dataclasses
 import enum

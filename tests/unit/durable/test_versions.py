@@ -208,7 +208,7 @@ def test_an_enums_member_is_the_one_that_has_its_value_now(site: Deployed, now: 
 
 
 def test_a_class_that_is_gone_is_found_in_the_stored_version(site: Deployed) -> None:
-    """G10: no unit that it waits in has changed, but the object could not be read."""
+    """G10: no unit that it waits in has changed, but the object used to be unreadable."""
     gen = site.deploy("class P:\n    pass\ndef hold(p):\n    yield\n    yield type(p).__name__\ndef main():\n    return hold(P())").main()
     saved = site.asleep(gen)
     site.deploy("def hold(p):\n    yield\n    yield type(p).__name__")

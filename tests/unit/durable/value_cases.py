@@ -163,7 +163,7 @@ def changed_before_the_yield():
     held["z"] = 0
     yield "put another in"
     try:
-        list(it)  # natively it gives what is left of the old keys first; restored it says so at once
+        list(it)  # natively it first gives what is left of the old keys; restored it raises at once
     except RuntimeError as error:
         yield str(error)
 
