@@ -162,7 +162,7 @@ def test_a_topic_that_is_made_anew_shortened_or_given_partitions_is_read_on(site
     site.admin.delete_records([TopicPartition(site.events, 0, 8)])[TopicPartition(site.events, 0)].result(20)
     second = site.feed("one")
     assert site.results(5)["kept"] == 2
-    assert f"{site.events}[0]: retention deleted 4 records before {site.application}-feed-{site.events} read them; it is read from 8 on" in site.said()
+    assert f"{site.events}[0]: retention deleted 4 records before {site.application}-feed-{site.events} had read them; it is read from 8 on" in site.said()
     site.admin.create_partitions([NewPartitions(site.events, 6)])[site.events].result(20)
     site.wait(lambda: len(site.admin.list_topics(site.events, timeout=10).topics[site.events].partitions) == 6)
     time_to_know = Producer({"bootstrap.servers": site.broker, "log_level": 0})
