@@ -26,7 +26,7 @@ from kwflow.cli.instances import list_, show
 from kwflow.cli.messages import cancel, fork, pause, query, result, signal, terminate, unpause, update
 from kwflow.cli.records import resume, start, tail
 from kwflow.cli.schedules import schedules_app
-from kwflow.cli.shared import err, exit_code, out, told
+from kwflow.cli.shared import err, error_text, exit_code, out
 from kwflow.cli.topics import reset, topics_app
 from kwflow.cli.workers import worker
 
@@ -77,7 +77,7 @@ def _ended() -> int | str | None:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        err.print(told(error), style="red")
+        err.print(error_text(error), style="red")
         return exit_code(error)
     return 0
 

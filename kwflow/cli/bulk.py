@@ -13,7 +13,7 @@ import msgspec
 import typer
 from rich.progress import track
 
-from kwflow.cli.instances import IdPart, OfStatus, OfWorkflow, Since, Where, said_where, wanted_of
+from kwflow.cli.instances import IdPart, OfStatus, OfWorkflow, Since, Where, note_source, wanted_of
 from kwflow.cli.messages import CommandId, Patience, Reason, Value, connect
 from kwflow.cli.shared import Bootstrap, ConfigFile, Json, MaybeDir, err, json_option, out, print_json
 from kwflow.client import Client, Future
@@ -84,7 +84,7 @@ def _each(asked: _Asked, verb: str, command_id: str | None, call: Callable[[Clie
 
 def _found(asked: _Asked) -> Iterator[tuple[str, str, bool]]:
     """Id and run of those that have not ended, and whether it is paused; kwflow's own, such as schedules, only if their workflow is named."""
-    for row in outside.instances(asked.settings, asked.embedded, asked.wanted, None, said_where).rows:
+    for row in outside.instances(asked.settings, asked.embedded, asked.wanted, None, note_source).rows:
         if row["status"] != "ended" and (asked.wanted.workflow or not row["workflow"].startswith(_OURS)):
             yield row["id"], row["start_id"], row["status"] == "paused"
 
@@ -100,9 +100,9 @@ def _done(client: Client, found: list[tuple[str, str, bool]], call: Callable[[st
             continue
         under_way.append(_Sent(client, id, start_id, future, client.query(id, start_id=start_id or None) if paused and waits_behind else None))
         while len(under_way) >= _OPEN_MAX:
-            yield under_way.popleft().told()
+            yield under_way.popleft().outcome()
     for one in under_way:
-        yield one.told()
+        yield one.outcome()
 
 
 class _Sent(msgspec.Struct, frozen=True):
@@ -114,7 +114,7 @@ class _Sent(msgspec.Struct, frozen=True):
     future: Future[Any]
     behind: Future[dict[str, Any]] | None
 
-    def told(self) -> tuple[str, str, str]:
+    def outcome(self) -> tuple[str, str, str]:
         """Id, status and message.  Raises TransportError."""
         try:
             if self.behind is not None and self._kept(self.behind):

@@ -155,8 +155,8 @@ def check(settings: Config, modules: Sequence[str], embedded: Path | None, app_d
     fates = list(deployment.check(snapshots(settings, embedded), code_store(settings, embedded), workflows.migrations, settings.signing_keys))
     counts = Counter(fate.kind for fate in fates)
     out.print(f"{len(fates)} waiting: {counts['resume']} resume on this code, {counts['old']} stay on old code, {counts['parked']} would be parked")
-    _say("stay on old code", [fate for fate in fates if fate.kind == "old"])
-    _say("would be parked", [fate for fate in fates if fate.kind == "parked"])
+    _print_fates("stay on old code", [fate for fate in fates if fate.kind == "old"])
+    _print_fates("would be parked", [fate for fate in fates if fate.kind == "parked"])
     classes = {(name, cls) for fate in fates for name, changed in fate.changed.items() for cls in changed}
     for name, cls in sorted(classes):
         holders = sum(cls in fate.changed.get(name, ()) for fate in fates)
@@ -173,7 +173,7 @@ def prepare_stored(settings: Config) -> None:
                 versions.prepare(key, store)
 
 
-def _say(title: str, fates: list[Fate]) -> None:
+def _print_fates(title: str, fates: list[Fate]) -> None:
     for fate in fates[:_SHOWN]:
         out.print(f"{title}: {fate.id}  {'; '.join(fate.why)}{'; a migration is there' if fate.migration else ''}")
     if len(fates) > _SHOWN:

@@ -44,12 +44,12 @@ def console(
     carry_logging(log)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises once more what it was ended by, when all is done
         signal.signal(number, lambda *_: None)
-    site = Site(settings, embedded, lambda: connect(settings, embedded), _said(embedded, bootstrap_servers, application_id, config), app_dir, read_only)
+    site = Site(settings, embedded, lambda: connect(settings, embedded), _site_options(embedded, bootstrap_servers, application_id, config), app_dir, read_only)
     with ends_in_its_log(settings):
         serve(site, host or ("0.0.0.0" if settings.console_tokens else "127.0.0.1"), port, log)
 
 
-def _said(embedded: Path | None, bootstrap_servers: str | None, application_id: str | None, config: Path | None) -> list[str]:
+def _site_options(embedded: Path | None, bootstrap_servers: str | None, application_id: str | None, config: Path | None) -> list[str]:
     """The options that say where the application is, for the command lines that pages show."""
     given = {"--embedded": embedded, "--bootstrap-servers": bootstrap_servers, "--application-id": application_id, "--config": config}
     return [word for name, value in given.items() if value is not None for word in (name, str(value))]

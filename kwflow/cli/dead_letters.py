@@ -11,7 +11,7 @@ from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, Letter, 
 from kwflow.config import Config, load_config
 from kwflow.core.wire import Record
 from kwflow.errors import UsageError
-from kwflow.runners.letters import Parked, letters_of, no_such, parked_of, said_of, settle
+from kwflow.runners.letters import Parked, letters_of, no_such, note_of, parked_of, settle
 from kwflow.runners.outside import text_of
 
 __all__ = ["dead"]
@@ -36,7 +36,7 @@ def dead_list(
     for id, parked in parked_of(settings, embedded).items():
         rows.append({"letter": None, "id": id, "reason": parked.why["reason"], "message": parked.why["message"], "holds": len(parked.hold)})
     for identity, record in letters_of(settings, embedded).items():
-        why = {"reason": said_of(record, "reason"), "message": said_of(record, "message")}
+        why = {"reason": note_of(record, "reason"), "message": note_of(record, "message")}
         rows.append({"letter": identity, "id": text_of(record.key), **why, "holds": None})
     if as_json:
         print_json(rows)

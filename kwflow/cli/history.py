@@ -43,8 +43,8 @@ def history(
     if not events:
         err.print(f"{settings.history_topic} has no events of {id}: it never ran, none were kept then, or they have been deleted")
     for event in events:
-        out.print(f"{instant(event['at'])}  {_came(event)}", markup=False, highlight=False, soft_wrap=True)
-        for line in (*_about(event), *event.get("logs", ())):
+        out.print(f"{instant(event['at'])}  {_cause(event)}", markup=False, highlight=False, soft_wrap=True)
+        for line in (*_lines(event), *event.get("logs", ())):
             out.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -70,16 +70,16 @@ def _event(record: Record) -> dict[str, Any] | None:
         return None
 
 
-def _came(event: dict[str, Any]) -> str:
-    """What came, and what it did where that is not the same."""
+def _cause(event: dict[str, Any]) -> str:
+    """What came, and its effect where that is not the same."""
     by = event["by"]
     what = " ".join(str(by[name]) for name in ("kind", "name", "child", "ref") if by.get(name))
-    said = [f"attempt {by['attempt']}" if "attempt" in by else "", "an error" if "failed" in by else "", str(by.get("reason", ""))]
-    did = event["event"] if event["event"] not in ("started", "resumed", by.get("kind")) else ""
-    return what + (f" ({', '.join(filter(None, said))})" if any(said) else "") + (f": {did}" if did else "")
+    details = [f"attempt {by['attempt']}" if "attempt" in by else "", "an error" if "failed" in by else "", str(by.get("reason", ""))]
+    effect = event["event"] if event["event"] not in ("started", "resumed", by.get("kind")) else ""
+    return what + (f" ({', '.join(filter(None, details))})" if any(details) else "") + (f": {effect}" if effect else "")
 
 
-def _about(event: dict[str, Any]) -> Iterator[str]:
+def _lines(event: dict[str, Any]) -> Iterator[str]:
     """Where it is since."""
     outcome = event.get("outcome")
     if outcome:

@@ -14,13 +14,13 @@ from kwflow.config import Config, load_config
 from kwflow.core import snapshot
 from kwflow.core.picture import named
 from kwflow.durable import versions
-from kwflow.durable.peek import told
+from kwflow.durable.peek import peek_text
 from kwflow.errors import UsageError
 from kwflow.runners import deployment, outside
 from kwflow.runners.instances import Filter, described, instant, since_ms
 from kwflow.runners.outside import code_store, stored
 
-__all__ = ["IdPart", "OfStatus", "OfWorkflow", "Since", "Where", "list_", "said_where", "show", "wanted_of"]
+__all__ = ["IdPart", "OfStatus", "OfWorkflow", "Since", "Where", "list_", "note_source", "show", "wanted_of"]
 
 OfWorkflow = Annotated[str | None, typer.Option("--workflow", help="Only instances of this workflow.")]
 OfStatus = Annotated[str | None, typer.Option("--status", help="Only this status: waiting, closing, parked, paused, ended or damaged.")]
@@ -88,13 +88,13 @@ def _found(settings: Config, embedded: Path | None, id: str, characters: int) ->
     if embedded is None and not characters:
         from kwflow.runners.kafka import asking
 
-        answer = asking.show(settings, id, said_where)
+        answer = asking.show(settings, id, note_source)
         if answer is not None:
             return answer, []
     data = stored(settings, embedded, id)
     shown = described(data, settings.signing_keys)
     body = snapshot.split(data, settings.signing_keys)[1] if characters else b""  # variables only of what is verified, where there are keys
-    return shown, told(body, characters, named) if body else []
+    return shown, peek_text(body, characters, named) if body else []
 
 
 def _saved(settings: Config, embedded: Path | None, id: str) -> bytes:
@@ -112,7 +112,7 @@ def _saved(settings: Config, embedded: Path | None, id: str) -> bytes:
     return msgspec.json.encode(Saved(snapshot.copy(body, header), {key: store.entries[key].decode() for key in sorted(keys) if key in store.entries}))
 
 
-def said_where(why: str) -> None:
+def note_source(why: str) -> None:
     err.print(f"read from the changelog: {why}", style="dim")
 
 
@@ -159,7 +159,7 @@ def list_(
     """
     wanted = wanted_of(workflow, status, since, id, where)
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    found = outside.instances(settings, embedded, wanted, None if as_json else _ROWS_MAX, said_where)
+    found = outside.instances(settings, embedded, wanted, None if as_json else _ROWS_MAX, note_source)
     found.rows.sort(key=lambda row: str(row["id"]))
     if as_json:
         print_json(found.rows)

@@ -56,7 +56,7 @@ def _send(
         return wait_for(call(client), id, as_json)
 
 
-def _said(id: str, as_json: bool, status: str = "ok") -> None:
+def _print_status(id: str, as_json: bool, status: str = "ok") -> None:
     if as_json:
         print_json({"id": id, "status": status})
 
@@ -91,7 +91,7 @@ def signal(
         return client.signal(id, name, content, ttl=ttl, start_id=start_id, command_id=command_id, headers=headers)
 
     _send(id, embedded, bootstrap_servers, config, command_timeout, as_json, call)
-    _said(id, as_json, "delivered")
+    _print_status(id, as_json, "delivered")
 
 
 def update(
@@ -153,7 +153,7 @@ def _command(name: str, example: str, doc: str) -> Callable[..., None]:
         config: ConfigFile = None,
     ) -> None:
         _send(id, embedded, bootstrap_servers, config, command_timeout, as_json, lambda client: getattr(client, name)(id, reason, start_id=start_id, command_id=command_id))
-        _said(id, as_json)
+        _print_status(id, as_json)
 
     command.__name__ = name
     command.__doc__ = f"{doc}\n\n    Example: {example}"
@@ -179,7 +179,7 @@ def unpause(
     Example: kwflow unpause order-7 --embedded ./state
     """
     _send(id, embedded, bootstrap_servers, config, command_timeout, as_json, lambda client: client.unpause(id, start_id=start_id))
-    _said(id, as_json)
+    _print_status(id, as_json)
 
 
 def fork(

@@ -39,7 +39,7 @@ def _known(settings: Config, embedded: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _tell(name: str, do: str, embedded: Any, bootstrap_servers: str | None, application_id: str | None, config: Any) -> None:
+def _send(name: str, do: str, embedded: Any, bootstrap_servers: str | None, application_id: str | None, config: Any) -> None:
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     known = _known(settings, embedded)
     if name not in known:
@@ -108,7 +108,7 @@ def pause(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = 
 
     Example: kwflow schedule pause nightly
     """
-    _tell(name, "pause", embedded, bootstrap_servers, application_id, config)
+    _send(name, "pause", embedded, bootstrap_servers, application_id, config)
 
 
 @schedules_app.command()
@@ -117,7 +117,7 @@ def unpause(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap 
 
     Example: kwflow schedule unpause nightly
     """
-    _tell(name, "unpause", embedded, bootstrap_servers, application_id, config)
+    _send(name, "unpause", embedded, bootstrap_servers, application_id, config)
 
 
 @schedules_app.command()
@@ -126,7 +126,7 @@ def trigger(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap 
 
     Example: kwflow schedule trigger nightly
     """
-    _tell(name, "trigger", embedded, bootstrap_servers, application_id, config)
+    _send(name, "trigger", embedded, bootstrap_servers, application_id, config)
 
 
 @schedules_app.command()
@@ -135,4 +135,4 @@ def remove(name: Name, embedded: MaybeDir = None, bootstrap_servers: Bootstrap =
 
     Example: kwflow schedule remove nightly
     """
-    _tell(name, "remove", embedded, bootstrap_servers, application_id, config)
+    _send(name, "remove", embedded, bootstrap_servers, application_id, config)

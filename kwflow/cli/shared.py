@@ -20,7 +20,7 @@ from kwflow.errors import FencedError, KwflowError, TransportError, UnsupportedE
 
 __all__ = [
     "AcceptReset", "AppDir", "Application", "Bootstrap", "ConfigFile", "GivenHeaders", "Http", "Json", "Letter", "LogFormat", "MaybeDir", "Modules", "StateDir", "Traced", "WaitForBroker",
-    "columns", "err", "exit_code", "given_headers", "json_option", "out", "print_json", "print_table", "told",
+    "columns", "err", "error_text", "exit_code", "given_headers", "json_option", "out", "print_json", "print_table",
 ]  # fmt: skip
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -74,7 +74,7 @@ def _of_argument(error: Exception) -> bool:
     return isinstance(error, UnicodeEncodeError) and any(error.object in argument for argument in sys.argv[1:])
 
 
-def told(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """The line that says what ended a command.  With KWFLOW_TRACEBACK, raises what is a bug of ours."""
     if isinstance(error, (KwflowError, SyntaxError)):
         return f"kwflow: {error}"

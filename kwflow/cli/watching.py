@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from kwflow.cli.shared import err, exit_code, told
+from kwflow.cli.shared import err, error_text, exit_code
 from kwflow.config import Config
 from kwflow.runners.logs import Line, as_json
 
@@ -67,7 +67,7 @@ def ends_in_its_log(settings: Config) -> Iterator[None]:
     except typer.Exit:
         raise
     except Exception as error:
-        log_of(settings)(Line.of(told(error), "error"))
+        log_of(settings)(Line.of(error_text(error), "error"))
         raise typer.Exit(exit_code(error)) from None
 
 

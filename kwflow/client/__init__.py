@@ -312,7 +312,7 @@ class Client:
 
     def on_lost(self, error: Exception) -> None:
         self._futures.lose(error)
-        self._outcomes.tell_missed()
+        self._outcomes.report_missed()
 
 
 def _signal(name: str, value: object, ttl: timedelta | float | None) -> dict[str, Any]:

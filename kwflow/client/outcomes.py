@@ -190,7 +190,7 @@ class Outcomes:
             if waiter.start_id == outcome.start_id:
                 _end(waiter, outcome)
         for callback, missed in callbacks:
-            _tell(outcome.id, missed if isinstance(outcome, _Unread) else functools.partial(callback, outcome))
+            _call(outcome.id, missed if isinstance(outcome, _Unread) else functools.partial(callback, outcome))
         if not waiting and not callbacks:
             self._counts["foreign"] += 1
 
@@ -203,14 +203,14 @@ class Outcomes:
                 waiter.missed = True
             else:
                 self._ask(waiter)
-        self.tell_missed()
+        self.report_missed()
 
-    def tell_missed(self) -> None:
+    def report_missed(self) -> None:
         """Call `missed` of all subscribers, who must query for themselves."""
         with self._lock:
             followed = [(id, missed) for id, callbacks in self._subscribers.items() for _, missed in callbacks]
         for id, missed in followed:
-            _tell(id, missed)
+            _call(id, missed)
 
 
 def _outcome_of(record: Record) -> Outcome | _Unread | None:
@@ -235,7 +235,7 @@ def _end(waiter: Waiter, outcome: Outcome | _Unread) -> None:
         fail(waiter.future, OutcomeError(outcome.kind, outcome.value, outcome.id, outcome.start_id))
 
 
-def _tell(id: str, call: Callable[[], None]) -> None:
+def _call(id: str, call: Callable[[], None]) -> None:
     """Call a subscriber, whose errors must not end this thread, which others depend on."""
     try:
         call()

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kwflow.console.problems import Problem
-from kwflow.console.reading import ROWS, listed, looked
+from kwflow.console.reading import ROWS, instance, listed
 from kwflow.console.site import site_of
 from kwflow.core.wire import Record
 from kwflow.errors import UsageError
@@ -67,7 +67,7 @@ async def _list(request: Request) -> Response:
 
 async def _instance(request: Request) -> Response:
     site, id = site_of(request), segment(request, "id")
-    found = await site.ask(looked, site, request.app.state.sources, id)
+    found = await site.ask(instance, site, request.app.state.sources, id)
     if found is None:
         raise Problem(404, f"There is no instance {id}", "it has ended and been forgotten (ended_retention_ms), or has another id; see the list of instances")
     return site.page("instance.html", found=found, said=_SAID.get(request.query_params.get("done", "")), command=site.command)
@@ -89,7 +89,7 @@ async def _letters(request: Request) -> Response:
 
 
 def _row(identity: str, letter: Record) -> dict[str, Any]:
-    reason, message = (letters.said_of(letter, name) or "" for name in ("reason", "message"))
+    reason, message = (letters.note_of(letter, name) or "" for name in ("reason", "message"))
     return {"letter": identity, "id": text_of(letter.key), "reason": reason, "message": message, "holds": None, "at": letter.timestamp_ms}
 
 

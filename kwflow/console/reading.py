@@ -21,7 +21,7 @@ from kwflow.errors import KwflowError, SnapshotError, UsageError
 from kwflow.runners import outside
 from kwflow.runners.instances import Filter, Found, described
 
-__all__ = ["Drawn", "Listed", "Looked", "ROWS", "listed", "looked"]
+__all__ = ["ROWS", "Drawn", "Instance", "Listing", "instance", "listed"]
 
 ROWS = 200
 _PAGES_MAX = 25
@@ -33,7 +33,7 @@ _OPS = {
 }  # fmt: skip
 
 
-class Listed(msgspec.Struct, frozen=True):
+class Listing(msgspec.Struct, frozen=True):
     """One page of rows; `source` says where they come from, and `note` why not from the engines."""
 
     rows: list[dict[str, Any]]
@@ -54,7 +54,7 @@ class Drawn(msgspec.Struct, frozen=True):
     value: str
 
 
-class Looked(msgspec.Struct, frozen=True):
+class Instance(msgspec.Struct, frozen=True):
     """One instance.  `header` is empty if its bytes cannot be read, and `trouble` says why; `untold` says why its variables are not shown."""
 
     id: str
@@ -76,7 +76,7 @@ class Looked(msgspec.Struct, frozen=True):
     took_ms: float
 
 
-def listed(site: Site, wanted: Filter, number: int) -> Listed:
+def listed(site: Site, wanted: Filter, number: int) -> Listing:
     """Page `number` of the selected instances.  Raises UsageError, TransportError."""
     if not 1 <= number <= _PAGES_MAX:
         raise UsageError(f"a list has {_PAGES_MAX} pages of {ROWS}; filter it, or get all with {site.command('list', None, '--json')}")
@@ -85,10 +85,10 @@ def listed(site: Site, wanted: Filter, number: int) -> Listed:
     found: Found = outside.instances(site.config, site.embedded, wanted, ROWS * number, notes.append)
     source = str(site.embedded) if site.embedded is not None else "the changelog" if notes else "the engines"
     more = min(found.total, ROWS * _PAGES_MAX) - ROWS * number
-    return Listed(found.rows[ROWS * (number - 1) :], found.counts, number, max(more, 0), source, "; ".join(notes), (time.perf_counter() - began) * 1000)
+    return Listing(found.rows[ROWS * (number - 1) :], found.counts, number, max(more, 0), source, "; ".join(notes), (time.perf_counter() - began) * 1000)
 
 
-def looked(site: Site, sources: Sources, id: str) -> Looked | None:
+def instance(site: Site, sources: Sources, id: str) -> Instance | None:
     """Everything that is known of an instance; None if there is none.  Raises TransportError."""
     began = time.perf_counter()
     entry = outside.entry(site.config, site.embedded, id, _HELD_MAX + 1) if not id.startswith("\0") else None
@@ -109,7 +109,7 @@ def looked(site: Site, sources: Sources, id: str) -> Looked | None:
     nodes, held = _drawn(picture, codes, waits) if picture is not None else ([], [])
     outcome = header.get("outcome") or {}
     status = header["status"] if header else "damaged"
-    return Looked(
+    return Instance(
         id, header, status, trouble, untold, len(entry.data), nodes, picture.whole if picture else True, held,
         list(codes.values()), _text(json_text, header["status_value"]) if "status_value" in header else "", _text(_json_of, outcome.get("value")) if outcome else "",
         entry.holds, entry.held[0] if entry.held and status == "parked" else None, entry.held[1:] if status == "parked" else entry.held, _OPS.get(status, ()), (time.perf_counter() - began) * 1000,

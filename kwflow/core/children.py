@@ -19,7 +19,7 @@ from kwflow.core.wire import Output, Record
 from kwflow.durable import registry
 from kwflow.errors import ChildError, ProtocolError, UsageError
 
-__all__ = ["POLICIES", "Child", "answer", "answer_again", "left", "left_header", "name_of", "refused", "start"]
+__all__ = ["POLICIES", "Child", "answer", "answer_again", "name_of", "parent_closed", "parent_closed_header", "refused", "start"]
 
 POLICIES = ("cancel", "terminate", "abandon")
 
@@ -127,18 +127,18 @@ def answer_again(header: dict[str, Any], record: Record, topic: str, bytes_max: 
 
 
 # -- what the child is told --------------------------------------------------------------------------------------------
-def left(calls: Calls, wait: Child) -> None:
+def parent_closed(calls: Calls, wait: Child) -> None:
     """Tell the child that nobody waits for it any more, as its `parent_close` says."""
-    for output in _told(calls.instance.id, wait.ref, wait.child_id, wait.parent_close, calls.record, calls.context.topics.resume):
+    for output in _command_to_child(calls.instance.id, wait.ref, wait.child_id, wait.parent_close, calls.record, calls.context.topics.resume):
         calls.write(output.topic, output.key or b"", output.value, output.headers)
 
 
-def left_header(header: dict[str, Any], wait: dict[str, Any], record: Record, topic: str) -> list[Output]:
-    """Return the same records as `left` writes, made from the parent's header."""
-    return _told(header["id"], wait["ref"], wait["child"], wait["parent_close"], record, topic)
+def parent_closed_header(header: dict[str, Any], wait: dict[str, Any], record: Record, topic: str) -> list[Output]:
+    """Return the same records as `parent_closed` writes, made from the parent's header."""
+    return _command_to_child(header["id"], wait["ref"], wait["child"], wait["parent_close"], record, topic)
 
 
-def _told(parent: str, ref: str, child_id: str, parent_close: str, record: Record, topic: str) -> list[Output]:
+def _command_to_child(parent: str, ref: str, child_id: str, parent_close: str, record: Record, topic: str) -> list[Output]:
     """The command to the child, if any.  It is limited to the run that this parent started, and idempotent."""
     if parent_close == "abandon":
         return []

@@ -50,7 +50,7 @@ def _activity(header: dict[str, Any], wait: dict[str, Any], record: Record, topi
 
 
 def _child(header: dict[str, Any], wait: dict[str, Any], record: Record, topics: Topics) -> tuple[list[Output], list[object]]:
-    return children.left_header(header, wait, record, topics.resume), []
+    return children.parent_closed_header(header, wait, record, topics.resume), []
 
 
 def _job(header: dict[str, Any], wait: dict[str, Any], record: Record, topics: Topics) -> tuple[list[Output], list[object]]:

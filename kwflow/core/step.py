@@ -32,7 +32,7 @@ __all__ = ["Step", "applied_before", "step"]
 _TELL: dict[str, Callable[[Calls, Any], None]] = {  # by kind of wait: how to tell whoever works for it outside that it was cancelled
     "activity": lambda calls, wait: calls.dispatch.append(Withdraw(calls.instance.id, wait.ref)),
     "timer": lambda calls, timer: calls.write(calls.context.topics.scheduler, calls.timer_key(timer), b"0", calls.travelling),
-    "child": children.left,
+    "child": children.parent_closed,
     "job": lambda calls, job: calls.write(job.queue, queues.key_of(calls.instance.id, job.ref), None, calls.travelling),
 }
 _NOBODY_CANCELLED = (

@@ -13,7 +13,7 @@ from kwflow.durable.codec import _CELL, _EXCEPTION, _GENERATOR
 from kwflow.durable.stubs import States, Stub, graph, qualname, text
 from kwflow.errors import CorruptSnapshotError
 
-__all__ = ["Shown", "peek", "told"]
+__all__ = ["Shown", "peek", "peek_text"]
 
 _BRACKETS: dict[type, tuple[str, str]] = {list: ("[", "]"), tuple: ("(", ")"), dict: ("{", "}"), set: ("{", "}"), frozenset: ("{", "}")}
 _NESTING_MAX = 20
@@ -30,7 +30,7 @@ def peek(body: bytes) -> list[tuple[str, dict[str, Any]]]:
         return _waiting(graph(body)[1].values())
 
 
-def told(body: bytes, characters: int, named: Naming = _unnamed) -> list[tuple[str, dict[str, str]]]:
+def peek_text(body: bytes, characters: int, named: Naming = _unnamed) -> list[tuple[str, dict[str, str]]]:
     """Return what `peek` does, with each value as text of so many characters at most.  Raises CorruptSnapshotError."""
     with _corrupt_if_it_fails():
         states = graph(body)[1]

@@ -117,11 +117,11 @@ _OUR_MODULES = (__name__, awaiting.__name__)
 
 def abandoned() -> type[BaseException] | tuple[()]:
     """The type of the first except clause around every wait: it catches the GeneratorExit of a forgotten generator, and nothing else."""
-    _tell()
+    _report_caught()
     return GeneratorExit if abandoning() else ()
 
 
-def _tell() -> None:
+def _report_caught() -> None:
     error = sys.exc_info()[1]
     driver = _thread.driver
     if driver is not None and error is not None:
@@ -130,7 +130,7 @@ def _tell() -> None:
 
 def kept() -> bool:
     """Whether a `finally` runs: it does, unless a forgotten generator is being dropped."""
-    _tell()
+    _report_caught()
     return not (sys.exc_info()[0] is GeneratorExit and abandoning())
 
 

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from kwflow.core import queues
-from kwflow.runners import told
+from kwflow.runners import rows
 
 __all__ = ["Ended", "Health", "Held", "LentCall", "Locked", "Made", "Running", "Workflow", "Workflows"]
 
@@ -79,23 +79,23 @@ class Workflow(msgspec.Struct, frozen=True):
     workflow: str
     status: str
     start_id: str
-    waits: Annotated[list[told.Wait], Meta(description="The first 100 of waits_total.")]
+    waits: Annotated[list[rows.Wait], Meta(description="The first 100 of waits_total.")]
     waits_total: int
     created: _Ms | UnsetType = UNSET
     updated: _Ms | UnsetType = UNSET
     ended: _Ms | UnsetType = UNSET
     status_value: Annotated[Any, Meta(description="The status set by kw.set_status.")] = UNSET
-    outcome: told.Outcome | UnsetType = UNSET
-    parked: told.Parked | UnsetType = UNSET
-    cancel: told.Cancel | UnsetType = UNSET
+    outcome: rows.Outcome | UnsetType = UNSET
+    parked: rows.Parked | UnsetType = UNSET
+    cancel: rows.Cancel | UnsetType = UNSET
     client: str | UnsetType = UNSET
     parent: Annotated[str | UnsetType, Meta(description="ID|REF of the workflow that started it as its child.")] = UNSET
-    forked: told.Forked | UnsetType = UNSET
+    forked: rows.Forked | UnsetType = UNSET
     mailbox: Annotated[dict[str, dict[str, int]] | UnsetType, Meta(description="Number of unread messages, by kind and name.")] = UNSET
 
 
 class Workflows(msgspec.Struct, frozen=True):
     """Those that changed last, newest first, and how many there are of each status."""
 
-    workflows: list[told.Row]
+    workflows: list[rows.Row]
     counts: dict[str, int]

@@ -17,7 +17,7 @@ from kwflow.gateway.answers import Ended, Running
 from kwflow.gateway.problems import problem_of
 from kwflow.gateway.requests import answer, outcome_path, refusal, service_of
 
-__all__ = ["after_start", "ended", "event_of", "of_last_run", "told", "within"]
+__all__ = ["after_start", "ended", "event_of", "of_last_run", "outcome_of", "within"]
 
 
 def event_of(outcome: Outcome) -> Ended:
@@ -33,7 +33,7 @@ def ended(outcome: Outcome) -> Response:
     return refusal(problem_of(OutcomeError(outcome.kind, value, outcome.id, outcome.start_id)))
 
 
-def told(future: Future[Any], id: str, start_id: str) -> Outcome:
+def outcome_of(future: Future[Any], id: str, start_id: str) -> Outcome:
     """The outcome that a future of `result` has.  Raises its error if that is no outcome."""
     try:
         return Outcome(id, start_id, "result", future.result())
@@ -74,7 +74,7 @@ async def _found(request: Request, client: Client, id: str, start_id: str | None
             """It is an outcome, too."""
         finally:
             future.cancel()
-    return told(future, id, start_id or "")
+    return outcome_of(future, id, start_id or "")
 
 
 async def of_last_run(request: Request, client: Client, id: str) -> Outcome | None:
@@ -97,7 +97,7 @@ async def within(request: Request, client: Client, id: str, start_id: str | None
     future = client.result(id, start_id=shown["start_id"])
     try:
         if await service_of(request).first(request, seconds, future, ends=True):
-            return ended(told(future, id, shown["start_id"]))
+            return ended(outcome_of(future, id, shown["start_id"]))
         return _runs(request, shown)
     finally:
         future.cancel()
@@ -116,7 +116,7 @@ async def after_start(request: Request, client: Client, future: Future[Any], id:
             asked = client.query(id, start_id=start_id)
             await service.first(request, None, future, asked)
         if future.done():
-            return ended(told(future, id, start_id))
+            return ended(outcome_of(future, id, start_id))
         shown = asked.result() if asked is not None else {}
         outcome = _kept(shown)
         return ended(outcome) if outcome is not None else _runs(request, shown)

@@ -107,7 +107,7 @@ class _Document:
             return
         asked = self._queries[operation.options]
         for name, schema in asked["properties"].items():
-            yield {"name": name, "in": "query", "required": name in asked.get("required", ()), **_said(_without_null(schema))}
+            yield {"name": name, "in": "query", "required": name in asked.get("required", ()), **_with_description(_without_null(schema))}
         if operation.keyed:
             name = "command_id" if "command_id" in asked["properties"] else "start_id"
             schema = {key: value for key, value in _without_null(asked["properties"][name]).items() if key != "description"}
@@ -175,7 +175,7 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
     return {**given, **{name: value for name, value in schema.items() if name not in ("anyOf", "default")}}
 
 
-def _said(schema: dict[str, Any]) -> dict[str, Any]:
+def _with_description(schema: dict[str, Any]) -> dict[str, Any]:
     """Move a schema's description to the parameter, where people look for it."""
     about = {"description": schema["description"]} if "description" in schema else {}
     return {**about, "schema": {name: value for name, value in schema.items() if name != "description"}}

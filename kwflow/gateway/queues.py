@@ -138,18 +138,18 @@ async def _complete(request: Request) -> Response:
 @Operation("fail_call", {204: None}, _By, Failed, words=(*_ANSWER, "bad_arguments"))
 async def _fail(request: Request) -> Response:
     """The attempt has failed: it is tried again as the activity's `Retry` says, unless `final`."""
-    said = await _said(request, Failed)
-    return await _answered(request, {"kind": "activity", **said}, True)
+    body = await _body_of(request, Failed)
+    return await _answered(request, {"kind": "activity", **body}, True)
 
 
 @Operation("reject_call", {204: None}, _By, Rejected, words=(*_ANSWER, "bad_arguments"))
 async def _reject(request: Request) -> Response:
     """The call has an outcome that is no result, a kw.BusinessError at the yield: never tried again."""
-    said = await _said(request, Rejected)
-    return await _answered(request, {"kind": "business", **said}, True)
+    body = await _body_of(request, Rejected)
+    return await _answered(request, {"kind": "business", **body}, True)
 
 
-async def _said(request: Request, kind: type[msgspec.Struct]) -> dict[str, Any]:
+async def _body_of(request: Request, kind: type[msgspec.Struct]) -> dict[str, Any]:
     try:
         return msgspec.structs.asdict(msgspec.json.decode(await body(request), type=kind))
     except msgspec.ValidationError as error:

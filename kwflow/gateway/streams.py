@@ -66,7 +66,7 @@ class _Stream(Response):
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Called on the client's thread."""
-        self._on_loop(self.tell, outcome)
+        self._on_loop(self.put, outcome)
 
     def on_missed(self) -> None:
         """Called on the client's thread.  Ends the stream: a caller that reconnects with `ended=true` gets what was missed."""
@@ -76,7 +76,7 @@ class _Stream(Response):
         with contextlib.suppress(RuntimeError):  # the loop has ended, and its callers with it
             self._loop.call_soon_threadsafe(call, *arguments)
 
-    def tell(self, outcome: Outcome) -> None:
+    def put(self, outcome: Outcome) -> None:
         """Queue an outcome, once for each run, although both a query and the topic may bring it."""
         if (outcome.id, outcome.start_id) in self._told or self._over:
             return
@@ -107,7 +107,7 @@ class _Stream(Response):
             for id in self._ids if ended else ():
                 outcome = await endings.of_last_run(request, self._client, id)
                 if outcome is not None:
-                    self.tell(outcome)
+                    self.put(outcome)
         except BaseException:
             self._forget()
             raise

@@ -61,14 +61,14 @@ async def request(sent: Sent) -> Response:
     except TimeoutError:
         return Response(0, failure=Failure("Timeout", f"{where}: no response within {sent.timeout_s:g} s"))
     except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL, UnicodeError) as error:
-        return Response(0, failure=Failure("RequestError", f"{where} cannot be sent: {_said(error)}"), final=True)
+        return Response(0, failure=Failure("RequestError", f"{where} cannot be sent: {_error_text(error)}"), final=True)
     except httpx.DecodingError as error:
-        return Response(0, failure=Failure("ResponseError", f"the response to {where} cannot be read: {_said(error)}"), final=True)
+        return Response(0, failure=Failure("ResponseError", f"the response to {where} cannot be read: {_error_text(error)}"), final=True)
     except (httpx.HTTPError, OSError) as error:
-        return Response(0, failure=Failure("ConnectionError", f"{where} failed: {_said(error)}"))
+        return Response(0, failure=Failure("ConnectionError", f"{where} failed: {_error_text(error)}"))
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     """An error's text without the bytes that h11 quotes: a header or a cookie that it refuses may be a secret."""
     text = str(error).partition(" b'")[0].partition(' b"')[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

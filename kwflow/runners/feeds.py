@@ -61,7 +61,7 @@ class Fed:
         except (KeyboardInterrupt, KwflowBug):
             raise
         except BaseException as error:  # author code may raise anything
-            return _letter(config, record, "feed-failed", _said(error, feed), received_ms)
+            return _letter(config, record, "feed-failed", _error_text(error, feed), received_ms)
         return Decision(outputs, counts=("fed",) * len(outputs) or ("fed-nothing",))
 
     def again(self, feeds: Mapping[str, Feed], record: Record, received_ms: int) -> Decision:
@@ -91,7 +91,7 @@ def _first(record: Record) -> Record:
     return Record(place.topic, place.partition, place.offset, place.timestamp_ms, key, record.value, headers)
 
 
-def _said(error: BaseException, feed: Feed) -> str:
+def _error_text(error: BaseException, feed: Feed) -> str:
     """What the feed raised, or caused us to raise, and at which line of it."""
     file, line = feed.function.__code__.co_filename, feed.function.__code__.co_firstlineno
     said = " ".join(describe_error(error)[:_SAID_CHARACTERS].split())  # on one line for the log, as the text may come from the record

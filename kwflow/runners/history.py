@@ -21,7 +21,7 @@ from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Decision
 from kwflow.runners import parked
 from kwflow.runners.instances import status_of
-from kwflow.runners.told import checked_header
+from kwflow.runners.rows import checked_header
 
 __all__ = ["History"]
 

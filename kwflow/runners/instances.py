@@ -23,7 +23,7 @@ import msgspec
 from kwflow.core import snapshot
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import SnapshotError, UsageError
-from kwflow.runners.told import check_rows, checked_header
+from kwflow.runners.rows import check_rows, checked_header
 
 __all__ = [
     "ALL", "STATUSES", "Filter", "Found", "Instances", "Page", "array", "asked_for", "described", "found_in", "header_of", "instant", "newest", "newest_of", "one", "row_of", "several",

@@ -18,7 +18,7 @@ from kwflow.runners.instances import header_of
 from kwflow.runners.outside import Write, read, sole_writer, states
 from kwflow.runners.parked import ADDRESS, HOLD, holds
 
-__all__ = ["Parked", "Settled", "letters_of", "no_such", "parked_of", "said_of", "settle"]
+__all__ = ["Parked", "Settled", "letters_of", "no_such", "parked_of", "note_of", "settle"]
 
 _DONE = "kwflow-dead-letter-done"
 _FIRST = "kwflow-original-timestamp"
@@ -44,7 +44,7 @@ class Settled(msgspec.Struct, frozen=True):
     done: bool = True
 
 
-def said_of(letter: Record, name: str) -> str | None:
+def note_of(letter: Record, name: str) -> str | None:
     """What an engine noted about a letter under this name; None if nothing.
 
     Whoever may write to the topic may have put any bytes there; they are shown escaped, so that no letter hides the others.
@@ -57,7 +57,7 @@ def letters_of(settings: Config, embedded: Path | None) -> dict[str, Record]:
     letters: dict[str, Record] = {}
     done: set[bytes | None] = set()
     for record in read(settings, embedded, settings.dead_letter_topic):
-        reason = said_of(record, "reason")
+        reason = note_of(record, "reason")
         if reason is None:  # a mark, not a letter; a letter may carry any header of its sender, even this one
             done |= {value for name, value in record.headers if name == _DONE}
         elif reason != "parked":
@@ -96,7 +96,7 @@ def settle(settings: Config, embedded: Path | None, what: str | None, reason: st
         left = dict(letters)
         for identity, letter in letters.items():
             if op == "retry" and _is_remnant(letter):
-                place = "{}[{}]@{}".format(*(said_of(letter, name) for name in ("topic", "partition", "offset")))
+                place = "{}[{}]@{}".format(*(note_of(letter, name) for name in ("topic", "partition", "offset")))
                 yield Settled(identity, f"it does not contain its record, which is {place}; send that again from its source, and discard this letter", False)
                 del left[identity]
         yield from _closed(settings, left, op, write)
@@ -119,7 +119,7 @@ def _is_remnant(letter: Record) -> bool:
     Sent again it would be an empty record, whose own letter would hide where the first record is.  A feed's letter that is
     empty stands for a tombstone.
     """
-    return letter.value is None and said_of(letter, "reason") == "refused" and not feeds.is_letter(letter)
+    return letter.value is None and note_of(letter, "reason") == "refused" and not feeds.is_letter(letter)
 
 
 def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: str | None) -> tuple[list[str], dict[str, Record]]:
@@ -128,7 +128,7 @@ def _chosen(settings: Config, embedded: Path | None, what: str | None, reason: s
     if what is not None:
         parked, letters = {what: parked[what]} if what in parked else {}, {what: letters[what]} if what in letters else {}
     ids = [id for id, found in parked.items() if reason in (None, found.why["reason"])]
-    chosen = {identity: record for identity, record in letters.items() if reason in (None, said_of(record, "reason"))}
+    chosen = {identity: record for identity, record in letters.items() if reason in (None, note_of(record, "reason"))}
     if not ids and not chosen:
         if what is not None:
             raise no_such(what)
@@ -143,11 +143,11 @@ def _closing(settings: Config, identity: str, letter: Record, again: bool) -> Gr
     """
     mark = Mark(settings.dead_letter_topic, letter.offset, _DONE, identity.encode())
     records = [Output(settings.dead_letter_topic, letter.key, None, ((mark.name, mark.value),))]
-    fed = feeds.again(settings, letter, functools.partial(said_of, letter)) if again else None
+    fed = feeds.again(settings, letter, functools.partial(note_of, letter)) if again else None
     if fed is not None:
         records.insert(0, fed)
     elif again:
         headers = tuple(pair for pair in letter.headers if not pair[0].startswith("kwflow-error-") and pair[0] not in ADDRESS)
         first = () if any(name == _FIRST and value for name, value in headers) else ((_FIRST, str(letter.timestamp_ms).encode()),)
-        records.insert(0, Output(said_of(letter, "topic") or settings.resume_topic, letter.key, letter.value, (*headers, *first)))
+        records.insert(0, Output(note_of(letter, "topic") or settings.resume_topic, letter.key, letter.value, (*headers, *first)))
     return Group(tuple(records), mark)

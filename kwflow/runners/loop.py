@@ -339,12 +339,12 @@ class _Batch:
 
     def _park(self, name: str, stored: bytes | None, record: Record, error: BaseException, by: dict[str, Any] | None = None) -> Decision:
         self.held.pop(name, None)
-        return self._told(parked.park(self.config, self.state, name, stored, record, error, self.context.received_ms), name, record, stored, by)
+        return self._with_event(parked.park(self.config, self.state, name, stored, record, error, self.context.received_ms), name, record, stored, by)
 
     def _hold(self, header: dict[str, Any], record: Record, stored: bytes | None) -> Decision:
-        return self._told(parked.hold(self.config, self.state, header, record, self.context.received_ms, self.held), header["id"], record, stored)
+        return self._with_event(parked.hold(self.config, self.state, header, record, self.context.received_ms, self.held), header["id"], record, stored)
 
-    def _told(self, made: Decision, name: str, record: Record, before: bytes | None, by: dict[str, Any] | None = None) -> Decision:
+    def _with_event(self, made: Decision, name: str, record: Record, before: bytes | None, by: dict[str, Any] | None = None) -> Decision:
         """Add the event, if history is kept."""
         if self.history is None:
             return made
@@ -408,7 +408,7 @@ class _Batch:
         self._save(name.encode())
         self.held.pop(name, None)
         before = self.state.get(name.encode()) if self.history is not None else None
-        return self._told(commands.apply(self, name, record, command), name, record, before)
+        return self._with_event(commands.apply(self, name, record, command), name, record, before)
 
     def stored(self, key: bytes) -> bytes | None:
         """The stored bytes of this id, including everything that this batch did so far."""

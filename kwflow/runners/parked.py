@@ -90,13 +90,13 @@ def park(config: Config, state: Changes, name: str, stored: bytes | None, record
     base = {"id": name, "workflow": _text(record, "workflow"), "start_id": _text(record, "start-id"), "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
     base |= {entry: value for entry in ("client", "parent") if (value := _text(record, entry))} if stored is None else {}
     state.put(name.encode(), snapshot.park(stored, base, reason, message, record.offset, config.signing_keys))
-    kept, replies = _told(config, record, reason, message)
+    kept, replies = _kept_and_replies(config, record, reason, message)
     _put(state, name, kept, _last(state, name)[1])
     told = dead_letter(config, record, "parked", f"{reason}: {message}", received_ms)
     return Decision((told,), (f"{name} is parked: {reason}: {message}",), ("parked",), replies)
 
 
-def _told(config: Config, record: Record, reason: str, message: str) -> tuple[Record, tuple[Output, ...]]:
+def _kept_and_replies(config: Config, record: Record, reason: str, message: str) -> tuple[Record, tuple[Output, ...]]:
     """Return the record as it is kept, and the reply that its sender gets now, as a retry may be days away.
 
     The kept record has no address for replies any more: one request gets one reply.
@@ -140,7 +140,7 @@ def hold(config: Config, state: Changes, header: dict[str, Any], record: Record,
         said = f"{name} already holds {count} records (limit hold_max); {again}, then retry this dead letter, or raise the limit"
         return dead(config, record, "hold-full", said, received_ms)
     mark = header["parked"]
-    kept, replies = (record, ()) if mark["reason"] in ("paused", "draining") else _told(config, record, mark["reason"], mark["message"])
+    kept, replies = (record, ()) if mark["reason"] in ("paused", "draining") else _kept_and_replies(config, record, mark["reason"], mark["message"])
     known[name] = count + 1, max(last, _put(state, name, kept, last))
     return Decision(counts=("held",), replies=replies)
 

@@ -33,22 +33,22 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def _spared(call: Callable[_P, _T]) -> Callable[_P, _T | None]:
+def _guarded(call: Callable[_P, _T]) -> Callable[_P, _T | None]:
     """Wrap a call so that it returns None if OpenTelemetry or a plugin raises.  The error would otherwise end the engine, or leave an activity unanswered."""
 
     @functools.wraps(call)
-    def spared(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
         try:
             return call(*args, **kwargs)
         except Exception as error:
-            _said(describe_error(error))
+            _log_once(describe_error(error))
             return None
 
-    return spared
+    return guarded
 
 
 @functools.lru_cache(maxsize=100)
-def _said(why: str) -> None:
+def _log_once(why: str) -> None:
     """Log a reason once, as it would otherwise be logged for every step."""
     logging.getLogger(__name__).warning("tracing is losing spans: %s", why)
 
@@ -64,7 +64,7 @@ class Span:
         self.context = context
         self.record = record
 
-    @_spared
+    @_guarded
     def done(self, outcome: str, wrong: str | None) -> None:
         """The step was made; `wrong` says what went wrong, if anything did."""
         self._span.set_attribute("kwflow.outcome", outcome)
@@ -74,7 +74,7 @@ class Span:
             self._span.set_status(StatusCode.ERROR, wrong)
         self._ended_ns = time.time_ns()
 
-    @_spared
+    @_guarded
     def end(self) -> None:
         """The step was committed."""
         self._span.end(self._ended_ns)
@@ -120,16 +120,16 @@ class _Traced(CallSpan):
             self._tracing.leave(self._token)
             self._end()
 
-    @_spared
+    @_guarded
     def _end(self) -> None:
         self._span.end()
 
     def headers(self, call: Dispatch) -> Headers:
         return self._tracing.with_context(call.headers, self._context) if len(self._calls) == 1 else call.headers
 
-    @_spared
+    @_guarded
     def failed(self, error: BaseException) -> None:
-        """The error is formatted inside of this spared method, as an author's `__str__` may raise too."""
+        """The error is formatted inside of this guarded method, as an author's `__str__` may raise too."""
         if self._span is not None:
             from opentelemetry.trace import StatusCode
 
@@ -157,7 +157,7 @@ class Tracing:
         span, context = self._begin(name, record, instance) or (self._trace.INVALID_SPAN, {})
         return Span(span, msgspec.structs.replace(record, headers=self.with_context(record.headers, context)), context)
 
-    @_spared
+    @_guarded
     def _begin(self, name: str, record: Record, instance: Instance | None) -> tuple[Any, dict[str, str]]:
         first = self._context(instance.extra.get("trace") if instance is not None else None)
         mine = self._context(_carried(record)) or first
@@ -169,7 +169,7 @@ class Tracing:
         span = self._tracer.start_span("kwflow.step", self._below(mine), kind=self._trace.SpanKind.CONSUMER, attributes=attributes, links=links)
         return span, self._injected(span)
 
-    @_spared
+    @_guarded
     def current(self) -> dict[str, str]:
         """The context of the caller's current span, in a form to send to others; empty if there is none."""
         return self._injected(self._trace.get_current_span())
@@ -189,7 +189,7 @@ class Tracing:
         """Return a context manager for one run of an activity's function for these calls."""
         return _Traced(self, calls)
 
-    @_spared
+    @_guarded
     def begin_call(self, calls: Sequence[Dispatch]) -> tuple[Any, dict[str, str]]:
         """Start the span of a run; return it and its context in a form to send to others."""
         name = calls[0].name
@@ -202,12 +202,12 @@ class Tracing:
         span = self._tracer.start_span(f"kwflow.activity {name}", parent, attributes=attributes, links=[] if one else [self._trace.Link(caller) for caller in callers])
         return span, self._injected(span)
 
-    @_spared
+    @_guarded
     def enter(self, span: Any) -> Any:
         """Make the span current: spans that are begun from now on in this thread or task are its children."""
         return self._current.attach(self._trace.set_span_in_context(span))
 
-    @_spared
+    @_guarded
     def leave(self, token: Any) -> None:
         self._current.detach(token)
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import kwflow
 from kwflow import durable
 from kwflow.cli import app
-from kwflow.cli.shared import exit_code, json_option, told
+from kwflow.cli.shared import error_text, exit_code, json_option
 from kwflow.config import Config
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output
@@ -447,7 +447,7 @@ def _handled(pid: int) -> bool:
 
 
 def test_what_the_broker_says_where_nobody_expects_it_is_no_bug_of_ours() -> None:
-    assert told(KafkaException(KafkaError(KafkaError.CLUSTER_AUTHORIZATION_FAILED, "not you"))) == "kwflow: Kafka: not you"
+    assert error_text(KafkaException(KafkaError(KafkaError.CLUSTER_AUTHORIZATION_FAILED, "not you"))) == "kwflow: Kafka: not you"
 
 
 def test_no_broker_is_one_line_and_exit_code_3() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import kwflow as kw
 from kwflow.core.wire import Record
 from kwflow.runners import feeds
-from kwflow.runners.letters import said_of
+from kwflow.runners.letters import note_of
 from kwflow.testing.kafka import VirtualTime
 from kwflow.testing.kafka.groups import Group, Metadata
 from kwflow.testing.kafka.log import Entry, Place, Transaction
@@ -259,7 +259,7 @@ class Others:
         event = self.sent[int(headers["number"] or 0)]
         if event in self.retried:
             return False
-        asked = feeds.again(self.world.config, letter, functools.partial(said_of, letter))
+        asked = feeds.again(self.world.config, letter, functools.partial(note_of, letter))
         assert asked is not None
         clients.send(asked.topic, (asked.key or b"").decode(), asked.value.decode() if asked.value is not None else None, tuple((name, (value or b"").decode()) for name, value in asked.headers))
         clients.flush()

@@ -74,7 +74,7 @@ def _nobody_ends_what_the_dead_left() -> contextlib.AbstractContextManager[Any]:
 
 
 def _read_from_the_end() -> contextlib.AbstractContextManager[Any]:
-    return mock.patch.object(Foreign, "there", lambda _, number, position, begin, end: position if begin <= position <= end else end)
+    return mock.patch.object(Foreign, "read_on_from", lambda _, number, position, begin, end: position if begin <= position <= end else end)
 
 
 def _kept_although_it_is_no_more() -> contextlib.AbstractContextManager[Any]:
@@ -82,7 +82,7 @@ def _kept_although_it_is_no_more() -> contextlib.AbstractContextManager[Any]:
 
 
 def _read_on_in_another_topic() -> contextlib.AbstractContextManager[Any]:
-    return mock.patch.object(Foreign, "same", lambda _: None)
+    return mock.patch.object(Foreign, "check", lambda _: None)
 
 
 def _any_position_is_taken() -> contextlib.AbstractContextManager[Any]:

@@ -274,13 +274,13 @@ class Dispatcher:
             job.answered = True
         if needed:
             try:
-                self._tell(job)
+                self._log_failure(job)
             finally:  # even if the log line cannot be written, the workflow gets its answer
                 self._send(job, record)
         else:
             self._finished(job)
 
-    def _tell(self, job: Job) -> None:
+    def _log_failure(self, job: Job) -> None:
         if job.failed is not None:
             self._on_log(job.failed)
 
@@ -293,13 +293,13 @@ class Dispatcher:
             else:
                 error = ActivityError(f"the log refuses the result of activity {job.dispatch.name}: {refused}", "ResultTooLarge", final=True)
                 job.note(error)
-                self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), headers, told)
+                self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), headers, refused_again)
 
-        def told(refused: str | None) -> None:
+        def refused_again(refused: str | None) -> None:
             if refused is not None:  # such as without write access to the topic
                 self._on_log(f"the log refuses every result of {job}: {refused}; its workflow waits, and the activity is started again with the next engine")
             else:
-                self._tell(job)
+                self._log_failure(job)
             self._finished(job)
 
         try:
@@ -350,7 +350,7 @@ class Dispatcher:
                     remedy = "activity_limit_s: raise it, as a longer request_timeout of rest.call needs, or set @kw.activity(timeout=...)"
                 error = ActivityError(f"{job} had no result within {run.limit_s:g} s ({remedy})", "Timeout")
                 job.note(error, place_of(run.thread))
-                self._tell(job)
+                self._log_failure(job)
                 self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), run.span.headers(job.dispatch), lambda _: None)
                 self._cancel(job)
             elif now - job.cancelled_at > _LEFT_BEHIND_S and not run.wanted:

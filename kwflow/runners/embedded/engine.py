@@ -119,7 +119,7 @@ class Embedded:
             batch, marks, borne = WriteBatch(raw_mode=True), dict[bytes, int](), set[bytes]()
             offsets = [self._put_group(batch, marks, borne, group) for group in groups]
             self._done(batch, marks, self._write)
-        self._said()
+        self._notify_waiting()
         self.wake()
         return offsets
 
@@ -307,9 +307,9 @@ class Embedded:
             if consumed is not None:
                 marks[POSITION + consumed[0].encode()] = consumed[1]
             self._done(batch, marks, self._write)
-        self._said()
+        self._notify_waiting()
 
-    def _said(self) -> None:
+    def _notify_waiting(self) -> None:
         with self._written:
             self._writes += 1
             self._written.notify_all()

@@ -17,7 +17,7 @@ from confluent_kafka import KafkaError
 from kwflow.errors import TransportError
 from kwflow.runners.logs import Line
 
-__all__ = ["NO_LOG", "BrokerErrors", "ending", "said"]
+__all__ = ["NO_LOG", "BrokerErrors", "ending", "explained"]
 
 NO_LOG = logging.Logger("librdkafka")
 NO_LOG.disabled = True
@@ -40,7 +40,7 @@ _OTHERS = {
 }
 
 
-def said(error: KafkaError) -> str:
+def explained(error: KafkaError) -> str:
     """The broker's message, with the remedy if one is known."""
     remedy = (_SETTINGS | _OTHERS).get(error.code())
     return f"{error.str()}; {remedy}" if remedy else error.str()
@@ -48,7 +48,7 @@ def said(error: KafkaError) -> str:
 
 def ending(where: str, error: KafkaError) -> TransportError:
     """The error that ends this process; retryable unless it is about a setting."""
-    return TransportError(f"{where}: {said(error)}", retryable=error.code() not in _SETTINGS)
+    return TransportError(f"{where}: {explained(error)}", retryable=error.code() not in _SETTINGS)
 
 
 class BrokerErrors:
@@ -70,7 +70,7 @@ class BrokerErrors:
             self._again_s = {told: at for told, at in self._again_s.items() if at > now} | {text: now + _EVERY_S}
             self._on_log(Line.of(f"Kafka: {text}; retrying", "warning"))
 
-    def because(self, error: KafkaError) -> str:
+    def with_cause(self, error: KafkaError) -> str:
         """The error's text, and why there is no broker if that may be the cause."""
         why = self.last or (_NO_REASON if error.code() in _AWAY else "")
         return f"{error.str()} ({why})" if why else error.str()

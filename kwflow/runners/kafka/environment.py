@@ -211,7 +211,7 @@ class _Admin(AdminClient):
         except confluent_kafka.KafkaException as error:
             self.poll(0)  # an admin client's error callback is called nowhere else
             cause = error.args[0]
-            raise confluent_kafka.KafkaException(KafkaError(cause.code(), self._errors.because(cause))) from None
+            raise confluent_kafka.KafkaException(KafkaError(cause.code(), self._errors.with_cause(cause))) from None
 
 
 class _Live:

@@ -16,7 +16,7 @@ from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 from kwflow.errors import TransportError
 from kwflow.runners.kafka.environment import Producer
 from kwflow.runners.kafka.member import LATEST, TRANSACTION_S, Member
-from kwflow.runners.kafka.topics import offset_of, partitions_of, told, transient
+from kwflow.runners.kafka.topics import offset_of, partitions_of, result_of, transient
 
 __all__ = ["Fencing", "Leftovers"]
 
@@ -62,7 +62,7 @@ class Fencing:
     def _is_member(self, engine: str) -> bool:
         """Whether the engine is a member of the group; true if the broker does not answer, as its transaction then ends by its timeout."""
         try:
-            found = told(self._member.admin.describe_consumer_groups([self._member.group], request_timeout=_ANSWER_S)[self._member.group], _ANSWER_S)
+            found = result_of(self._member.admin.describe_consumer_groups([self._member.group], request_timeout=_ANSWER_S)[self._member.group], _ANSWER_S)
         except KafkaException:
             return True
         return any(known.group_instance_id == engine for known in found.members)

@@ -30,7 +30,7 @@ class Foreign:
         self._look_at = member.environment.monotonic() + _LOOK_S
         self._known: set[int] = set()  # partitions whose committed offset belongs to this topic, according to its note
 
-    def look(self, committed: Callable[[], Iterable[int]]) -> None:
+    def check_now_and_then(self, committed: Callable[[], Iterable[int]]) -> None:
         """Check now and then whether the topic still exists.  Raises TransportError if not.
 
         Called in every turn.  `committed` asks for the group's offsets, which vanish with their topic.  If no records arrive, nothing else would notice:
@@ -41,9 +41,9 @@ class Foreign:
         if now >= self._look_at:
             self._look_at = now + _LOOK_S
             if OFFSET_INVALID in committed():
-                self.same()
+                self.check()
 
-    def same(self) -> None:
+    def check(self) -> None:
         """Check the topic's id between reading and committing.  Raises TransportError if another topic has the name now.
 
         1. The topic is deleted and created anew between two requests of our consumer, and gets more records than were read of the old one.
@@ -58,7 +58,7 @@ class Foreign:
     def _id(self) -> str:
         """The topic's id; empty if there is no such topic.  Raises KafkaException."""
         try:
-            return str(topics.told(self._member.admin.describe_topics(TopicCollection([self._topic]), request_timeout=_ANSWER_S)[self._topic], _ANSWER_S).topic_id)
+            return str(topics.result_of(self._member.admin.describe_topics(TopicCollection([self._topic]), request_timeout=_ANSWER_S)[self._topic], _ANSWER_S).topic_id)
         except KafkaException as error:
             if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 return ""
@@ -77,12 +77,12 @@ class Foreign:
             self._known.add(where.partition)
         if not where.metadata or where.metadata == self._member.incarnation or self._member.config.accept_offset_reset:
             return where.offset
-        self.same()  # raises if it is this process that knows only the old topic
+        self.check()  # raises if it is this process that knows only the old topic
         place = f"{where.topic}[{where.partition}]"
-        self._say(f"{place} was recreated while {self._member.group} was reading it, at {where.offset}: it is read from the beginning; the rest of the old topic is lost")
+        self._log(f"{place} was recreated while {self._member.group} was reading it, at {where.offset}: it is read from the beginning; the rest of the old topic is lost")
         return OFFSET_INVALID
 
-    def there(self, number: int, position: int, begin: int, end: int) -> int:
+    def read_on_from(self, number: int, position: int, begin: int, end: int) -> int:
         """The offset from which this partition is read on; logs what was lost."""
         if begin <= position <= end:
             return position
@@ -92,8 +92,8 @@ class Foreign:
             said, next = f"it has lost its last records: it ends at {end}, before the next position {position}", end
         else:
             said, next = f"it ends at {end}, before the next position {position}: it was recreated, or has lost its last records", begin
-        self._say(f"{self._topic}[{number}]: {said}; it is read from {next} on")
+        self._log(f"{self._topic}[{number}]: {said}; it is read from {next} on")
         return next
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         self._member.on_log(Line.of(text, "error"))

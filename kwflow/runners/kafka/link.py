@@ -262,7 +262,7 @@ def send(config: Config, topic: str, key: bytes | None, value: bytes | None, hea
 
     def delivered(error: KafkaError | None, _message: Message) -> None:
         if error is not None:
-            failed.append(errors.because(error))
+            failed.append(errors.with_cause(error))
 
     try:
         producer = _producer(config, error_cb=errors)
@@ -295,11 +295,11 @@ def ends_in_a_transaction(config: Config, topic: str) -> bool:
     return before.keys() != {record.partition for record in read_to(LIVE, config, topic, ends, before)}
 
 
-def _as_it_is(key: bytes, value: bytes) -> bytes:
+def _unchanged(key: bytes, value: bytes) -> bytes:
     return value
 
 
-def latest(config: Config, topic: str, partition: int | None = None, kept: Callable[[bytes, bytes], bytes | None] = _as_it_is) -> dict[bytes, bytes]:
+def latest(config: Config, topic: str, partition: int | None = None, kept: Callable[[bytes, bytes], bytes | None] = _unchanged) -> dict[bytes, bytes]:
     """Key -> what `kept` returns for the last value of each key in a compacted topic.
 
     Deleted keys, and keys for which `kept` returns None, are left out.  Raises TransportError.

@@ -15,7 +15,7 @@ from confluent_kafka import ConsumerGroupState, KafkaException
 from confluent_kafka.admin import AdminClient
 
 from kwflow.runners.kafka.environment import Environment
-from kwflow.runners.kafka.topics import told
+from kwflow.runners.kafka.topics import result_of
 
 __all__ = ["Orphans"]
 
@@ -52,7 +52,7 @@ class Orphans:
     def _missing(self) -> set[tuple[str, int]] | None:
         """The partitions without an owner; None while the group is not stable, or the broker does not answer."""
         try:
-            found = told(self._admin.describe_consumer_groups([self._group], request_timeout=5)[self._group], 5)
+            found = result_of(self._admin.describe_consumer_groups([self._group], request_timeout=5)[self._group], 5)
         except KafkaException:
             return None
         if found.state != ConsumerGroupState.STABLE or not found.members:

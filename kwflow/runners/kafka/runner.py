@@ -258,9 +258,9 @@ class KafkaRunner:
             elif not topics.transient(error) and (self.processor.changelog_topic or error.code() != KafkaError._UNKNOWN_PARTITION):
                 if error.code() != KafkaError._FATAL:
                     raise ending(self.group, error)
-                raise FencedError(f"{self.group}: {error.str()}{self._like_me() if 'Static consumer fenced' in error.str() else ''}")
+                raise FencedError(f"{self.group}: {error.str()}{self._another_like_this() if 'Static consumer fenced' in error.str() else ''}")
 
-    def _like_me(self) -> str:
+    def _another_like_this(self) -> str:
         where = "two engines have this instance_id" if self.config.instance_id else f"{self.directory / 'instance-id'} was copied: delete it in the copy"
         return f"; unless this engine has been restarted, another one has the same identity, {self.instance}: {where}"
 
@@ -430,7 +430,7 @@ class KafkaRunner:
         """Commit one transaction, then write to the local stores (K8)."""
         begun_ms = self.clock.now_ms()  # before the commit: this process may be suspended in it while another owner goes on
         if self.takeover.foreign is not None:
-            self.takeover.foreign.same()
+            self.takeover.foreign.check()
         reached = self.transactions.commit(batch, self._metadata)
         self._bytes_max = min(self.config.batch_bytes_max, self._bytes_max * 9 // 8)
         self.counts.update(batch.counts)

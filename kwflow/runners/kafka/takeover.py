@@ -153,7 +153,7 @@ class Takeover:
     def turn(self) -> None:
         """Restore assigned partitions, a slice at a time, then read them from the committed offset on."""
         if self.foreign is not None:
-            self.foreign.look(lambda: self._committed([*self.owned], _ANSWER_S).values())
+            self.foreign.check_now_and_then(lambda: self._committed([*self.owned], _ANSWER_S).values())
             self._count_again(self.foreign)
         self._ask_for_former()
         until = self.member.environment.monotonic() + _SLICE_S
@@ -253,7 +253,7 @@ class Takeover:
             if suspects is not None:
                 self._attempts.learn(number, suspects)
 
-    def _has_died(self, number: int) -> bool:
+    def _owner_died(self, number: int) -> bool:
         """Whether the last owner went without giving this partition back, and our own directory knows nothing about that (K19)."""
         former = self._former.get(number)
         return former is not None and (former.engine != self.member.name or self._attempts.fresh)
@@ -353,7 +353,7 @@ class Takeover:
             if position is None:
                 position = committed if committed != OFFSET_INVALID else begin
             if self.foreign is not None:
-                position = self.foreign.there(number, position, begin, end)
+                position = self.foreign.read_on_from(number, position, begin, end)
             if position < begin and not member.config.accept_offset_reset:
                 raise TransportError(
                     f"{where}: the next offset is {position}, but the log begins at {begin}: retention has deleted records, applied or not; --accept-offset-reset continues from the beginning",
@@ -361,7 +361,7 @@ class Takeover:
                 )
             take_over(member.processor, store, member.admin, member.config, where)
             suspected = self._attempts.suspected_until(number)
-            suspect = self._attempts.unclean or self._has_died(number) or suspected > position
+            suspect = self._attempts.unclean or self._owner_died(number) or suspected > position
             careful = min(end, max(suspected, position + member.config.batch_records_max)) if suspect else position
             ready[number] = Partition(number, store, position, end, careful)
         self._owners.announce(ready)

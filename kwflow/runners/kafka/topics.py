@@ -20,7 +20,7 @@ from kwflow.runners.kafka.environment import LIVE, Environment
 
 __all__ = [
     "TOPIC_MS", "admin", "client_config", "committed_ends", "create", "describe", "ends", "needed", "offset_of", "overridden", "partitions_of", "problems",
-    "record_of", "replication", "settings_of", "sizes", "told", "transient",
+    "record_of", "replication", "result_of", "settings_of", "sizes", "transient",
 ]  # fmt: skip
 
 _DAY_MS = 86_400_000
@@ -63,7 +63,7 @@ def transient(error: KafkaError) -> bool:
     return not error.fatal() and not error.txn_requires_abort() and (error.retriable() or error.code() in _TRANSIENT)
 
 
-def told(future: Any, within_s: float) -> Any:
+def result_of(future: Any, within_s: float) -> Any:
     """The result of an admin request with this timeout; if there is none soon after it, the library has lost the request.  Raises KafkaException."""
     try:
         return future.result(within_s + _LATE_S)
@@ -78,7 +78,7 @@ def offset_of(future: Any, within_s: float) -> int:
     2. Its changelog would seem to end at -1001: the local copy, which is ahead of that, would be wiped, and nothing restored.
     3. The workflows that wait there would be unknown from then on.
     """
-    offset = int(told(future, within_s).offset)
+    offset = int(result_of(future, within_s).offset)
     if offset < 0:
         raise KafkaException(KafkaError(KafkaError.OFFSET_NOT_AVAILABLE, "the leader did not return an offset"))
     return offset
@@ -100,7 +100,7 @@ def partitions_of(client: AdminClient, config: Config) -> dict[str, int]:
 def describe(client: Any, config: Config, topic: str) -> tuple[str, int]:
     """(topic id, partition count) of a topic.  Raises TransportError."""
     try:
-        found = told(client.describe_topics(TopicCollection([topic]), request_timeout=10)[topic], 10)
+        found = result_of(client.describe_topics(TopicCollection([topic]), request_timeout=10)[topic], 10)
     except KafkaException as error:
         raise TransportError(f"topic {topic} at {config.bootstrap_servers}: {error.args[0].str()}; create topics with: kwflow topics create") from None
     return str(found.topic_id), len(found.partitions)
@@ -113,7 +113,7 @@ def settings_of(client: AdminClient, names: Iterable[str]) -> dict[str, dict[str
     found: dict[str, dict[str, str]] = {}
     for resource, future in asked.items():
         try:
-            found[resource.name] = {name: entry.value for name, entry in told(future, 10).items()}
+            found[resource.name] = {name: entry.value for name, entry in result_of(future, 10).items()}
         except KafkaException as error:
             raise TransportError(f"cannot read the configuration of topic {resource.name}: {error.args[0].str()}") from None
     return found
@@ -183,7 +183,7 @@ def _unusable(client: Any, config: Config, rights: dict[str, list[AclOperation]]
     missing, lacked = [], dict[str, list[str]]()
     for topic, future in client.describe_topics(TopicCollection(list(rights)), include_authorized_operations=True, request_timeout=10).items():
         try:
-            allowed = told(future, 10).authorized_operations
+            allowed = result_of(future, 10).authorized_operations
             lacking = [right.name for right in rights[topic] if right not in allowed] if allowed else []  # empty if the broker does not report them
             if lacking:
                 lacked.setdefault(" and ".join(lacking), []).append(topic)
@@ -263,7 +263,7 @@ def create(client: AdminClient, config: Config, declared: Iterable[str], partiti
             new.append(NewTopic(changelog, there.get(source, partitions), replication, config=_COMPACT))
     for topic, future in (client.create_topics(new, operation_timeout=30) if new else {}).items():
         try:
-            told(future, 30)
+            result_of(future, 30)
         except KafkaException as error:
             raise TransportError(f"cannot create topic {topic}: {error.args[0].str()}", retryable=False) from None
     made = [topic.topic for topic in new]
@@ -298,7 +298,7 @@ def ends(client: AdminClient, topic: str, partitions: int, latest: bool) -> dict
 def overridden(client: AdminClient, topic: str) -> dict[str, str]:
     """The settings of this topic that differ from the broker's defaults because they were set for the topic."""
     [future] = client.describe_configs([ConfigResource(ResourceType.TOPIC, topic)], request_timeout=10).values()
-    return {name: entry.value for name, entry in told(future, 10).items() if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value}
+    return {name: entry.value for name, entry in result_of(future, 10).items() if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value}
 
 
 def replication(client: AdminClient, topic: str) -> int:

@@ -18,7 +18,7 @@ from kwflow.core.wire import Headers, Output, Record
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Decision
 from kwflow.runners.budget import bytes_of
-from kwflow.runners.kafka.broker_errors import said
+from kwflow.runners.kafka.broker_errors import explained
 from kwflow.runners.kafka.environment import Producer
 from kwflow.runners.kafka.member import TRANSACTION_S, Member, again
 from kwflow.runners.kafka.state import POSITION
@@ -195,7 +195,7 @@ class Transactions:
         if not error.fatal():
             self._again(lambda: self._producer.abort_transaction(30))  # this also serves delivery reports: a record may have been refused before the last one was produced
         places = [*failures, (" or ".join(sorted(written)), error)]
-        rejected = next((Rejected(f"{where}: {said(failure)}", where if where in written else "") for where, failure in places if failure.code() in _REJECTED), None)
+        rejected = next((Rejected(f"{where}: {explained(failure)}", where if where in written else "") for where, failure in places if failure.code() in _REJECTED), None)
         lost = [f"{topic}: {failure.str()}" for topic, failure in failures if failure.code() not in _PURGED]
         if error.fatal() and rejected is None:
             raise FencedError(f"{self.member.group}: {error.str()}{_FENCED if error.code() == KafkaError._FENCED else ''}")

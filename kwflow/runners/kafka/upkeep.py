@@ -50,7 +50,7 @@ def _groups(config: Config) -> dict[str, tuple[str, str]]:
 def _done(futures: dict[Any, Any], what: str) -> list[Any]:
     """The results of admin requests.  Raises TransportError."""
     try:
-        return [topics.told(future, _TIMEOUT_S) for future in futures.values()]
+        return [topics.result_of(future, _TIMEOUT_S) for future in futures.values()]
     except KafkaException as error:
         raise TransportError(f"cannot {what}: {error.args[0].name()}: {error.args[0].str()}", retryable=False) from None
 

@@ -80,9 +80,9 @@ class SoleWriter:
         except KafkaException as error:
             cause = (failed or error.args)[0]  # taken before the abort, which makes the other records fail too
             if error.args[0].fatal():
-                raise self._told(cause) from None
+                raise self._error_of(cause) from None
             self._again(lambda: self._producer.abort_transaction(_TIMEOUT_S))
-            raise Undone(str(self._told(cause))) from None
+            raise Undone(str(self._error_of(cause))) from None
 
     def _again(self, call: Callable[[], None]) -> None:
         """Repeat a call while its error is retriable (K4).  Raises KafkaException if the transaction must be aborted, else TransportError."""
@@ -95,15 +95,15 @@ class SoleWriter:
                 if cause.txn_requires_abort():
                     raise
                 if not cause.retriable() or time.monotonic() > give_up:
-                    raise self._told(cause) from None
+                    raise self._error_of(cause) from None
             time.sleep(_AGAIN_S)
 
-    def _told(self, cause: KafkaError) -> TransportError:
+    def _error_of(self, cause: KafkaError) -> TransportError:
         if cause.code() == KafkaError._FENCED:
             return TransportError(f"another process has started to do this meanwhile ({self._name}); check what is left to do", retryable=False)
         with contextlib.suppress(KafkaException):  # the error that ended the producer is raised by each of its calls, even this one
             self._producer.poll(0)
-        return TransportError(f"{self._config.bootstrap_servers} did not accept the records: {self._errors.because(cause)}")
+        return TransportError(f"{self._config.bootstrap_servers} did not accept the records: {self._errors.with_cause(cause)}")
 
     def __enter__(self) -> SoleWriter:
         return self

@@ -99,7 +99,7 @@ class Membership:
             if not self._stalled and self._broker.time.now - self.polled_ms > self._poll_ms:
                 self._stall()
             elif self._joining:
-                self._look()
+                self._check_rebalance()
             elif not self._member:
                 if not self._stalled and not self.events:
                     self._join()
@@ -150,19 +150,19 @@ class Membership:
     def _join(self) -> None:
         try:
             self._member = self._group.join(self._member, self._instance, self._topics, self._session_ms, self._poll_ms, self.held)
-            self._group.on_settled[self._member] = self._told
+            self._group.on_settled[self._member] = self._join_answered
         except Refused as refused:
             self._refused(refused)
             return
         self._joining = True
-        self._look()
+        self._check_rebalance()
 
-    def _told(self) -> None:
+    def _join_answered(self) -> None:
         """Handle the answer to the join, if this client can still receive it."""
         if self._host.alive and self._host.running and not self.closed and self._joining:
             self.work()
 
-    def _look(self) -> None:
+    def _check_rebalance(self) -> None:
         """Check whether the rebalance that this member joined has completed, and note what it assigned."""
         settled = self._group.settled(self._member, self._instance)
         if settled is None:

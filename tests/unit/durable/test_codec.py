@@ -14,7 +14,7 @@ import kwflow as kw
 from kwflow import durable
 from kwflow.core.murmur2 import partition_of
 from kwflow.durable import codec
-from kwflow.durable.peek import peek, told
+from kwflow.durable.peek import peek, peek_text
 from kwflow.errors import LostCallWarning, NotDurableError, NotDurableWarning, SnapshotError, UnsavableError, UnsupportedError, UsageError
 
 SOURCE = '''
@@ -219,7 +219,7 @@ def main():
 """
     waiting = durable.load_source("endless", source, "endless.py").main()
     next(waiting)
-    [(function, values)] = told(durable.dumps(waiting), 100)
+    [(function, values)] = peek_text(durable.dumps(waiting), 100)
     assert (function, values["number"], values["itself"], values["_"]) == ("main", "<int of 16610 bits>", "[…]", "299")
     assert values["deep"].startswith("[[[[") and "…" in values["deep"]
 
