@@ -468,7 +468,7 @@ PLANTED = [
 
 # Bugs in code that the runner and the model share, so that only outcomes that are known without both can reveal them (meaning.py).
 SHARED = [
-    Planted("G7", "what a newer kwflow saved is taken for its own", patch=_newer_snapshots_are_taken, first=1),
+    Planted("G7", "what a newer kwflow saved is taken for its own", patch=_newer_snapshots_are_taken, first=49),
     Planted("G10", "an instance goes on in changed code", patch=lambda: mock.patch.object(versions, "changed_units", lambda *_: [])),
     Planted("G10", "sources are not stored", patch=lambda: mock.patch.object(code, "offer", lambda *_: [])),
     Planted("M1", "a command that is repeated is done again", patch=lambda: mock.patch.object(messages, "applied_before", lambda *_: None), first=2),
@@ -492,7 +492,7 @@ HANDED_OUT = [
     Planted("M6.6", "a call is done before its answer is in the log", ABORTS, patch=_done_before_the_answer_is_there, world=Queued),
     Planted("M6.6", "what is done behind the position is begun again", Faults(kill=0.3), patch=_notes_are_not_read, world=Queued),
     Planted("M6.6", "calls of transactions that are aborted are begun", ABORTS, patch=_reads_what_is_undecided, world=Queued),
-    Planted("K7", "queues that nobody has stay so", Faults(crash=0.003, kill=0.2, stop=0.2), patch=_nobody_shares_orphans, world=Queued, first=73),
+    Planted("K7", "queues that nobody has stay so", Faults(crash=0.003, kill=0.2, stop=0.2), patch=_nobody_shares_orphans, world=Queued, first=388),
     Planted("K19", "all that was open when a worker died has failed", Faults(kill=0.2), patch=_deaths_of_all_that_was_open, world=Queued, first=1),
     Planted("K19", "a call that came after a death is blamed for it", Faults(kill=0.3), patch=_blames_what_came_after_a_death, world=Queued),
     Planted("K19", "nothing is marked after a death", patch=_no_care, world=Queued, first=9),
