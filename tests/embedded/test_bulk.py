@@ -124,7 +124,7 @@ def test_one_that_is_paused_between_the_list_and_the_command_is_told_when_its_re
     sent = _Sent(many.client, "w7", "", many.client.cancel("w7"), None)
     many.client.query("w7").result(10)
     sent.future.set_exception(OutcomeUnknown("no reply"))
-    assert sent.told() == ("w7", "paused", "the instance is paused: this is done when it is unpaused")
+    assert sent.outcome() == ("w7", "paused", "the instance is paused: this is done when it is unpaused")
 
 
 def test_who_interrupts_it_is_told_how_it_goes_on(many: Many, tmp_path: pathlib.Path) -> None:

@@ -358,7 +358,7 @@ def test_dead_letters_are_listed_shown_retried_and_discarded(shell: Shell) -> No
     assert "bad-message" not in said
     assert "0:0" not in said
     assert "kwflow-original-timestamp" in shell("dead-letters", "show", new[0])
-    assert "no open dead letter" in shell("dead-letters", "show", "0:0", code=2)
+    assert "neither a parked instance nor an open dead letter" in shell("dead-letters", "show", "0:0", code=2)
     assert "--all" in shell("dead-letters", "discard", code=2)
     assert "no instance is parked and no dead letter is open with reason bad-message" in shell("dead-letters", "discard", "--all", "--reason", "bad-message", code=2)
     assert f"{new[0]}: closed" in shell("dead-letters", "discard", "--all", "--reason", "bad-json")

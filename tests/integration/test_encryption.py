@@ -238,7 +238,7 @@ def test_after_reencrypt_nothing_of_the_state_and_the_code_needs_the_old_key(sit
     with client(site) as caller:
         caller.start("a", {"secret": SECRET}, workflow="secret_flows").result(60)
     stop(site)
-    assert "nothing to encrypt with" in site.refused("topics", "reencrypt")
+    assert "there is no key to encrypt with" in site.refused("topics", "reencrypt")
     site.environment["KWFLOW_ENCRYPTION_TOPICS"] = json.dumps([site.topic("foreign"), site.topic("foregin")])
     assert site.fails(1, "topics", "check", "secret_flows") == f"topic {site.topic('foregin')}, which encryption_topics names, is missing\n"
     del site.environment["KWFLOW_ENCRYPTION_TOPICS"]

@@ -71,7 +71,7 @@ def test_a_faust_engine_refuses_what_it_cannot_do_and_says_what_to_do_instead(si
     for option in ("--with-scheduler", "--with-feeds"):
         assert "run `kwflow scheduler` and `kwflow feed` beside it" in site.refused(*faust, option)
     assert "leave out --embedded, --with-scheduler and --with-feeds" in site.refused(*faust, "--embedded", str(site.directory / "embedded"))
-    assert "start as many as you like, each with its own --state-dir" in site.refused(*faust, "--processes", "2")
+    assert "start as many workers as you like, each with its own --state-dir" in site.refused(*faust, "--processes", "2")
     settings = site.directory / "kwflow.toml"
     settings.write_text('[kafka]\n"security.protocol" = "SSL"\n')
     assert "pass it to kwflow.runners.faust.attach" in site.refused(*faust, "--config", str(settings))

@@ -329,4 +329,4 @@ def test_missing_or_wrong_topics_stop_the_engine_with_one_line(broker: str, appl
     said = started()
     assert f"topic {application}-resume has cleanup.policy=compact,delete; it must be delete" in said
     assert f"topic {application}-state-changelog has 3 partitions, its input {application}-resume has 2" in said
-    assert "it must be compact alone" in said
+    assert "must be compact only" in said

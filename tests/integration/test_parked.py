@@ -101,7 +101,7 @@ def test_letters_are_sent_again_once_although_the_command_is_killed_again_and_ag
     assert 500 <= len(resent(site)) < LETTERS
     site.run("dead-letters", "retry", "--all")
     assert resent(site) == expected
-    assert "nothing is parked" in site.refused("dead-letters", "retry", "--all")
+    assert "no instance is parked" in site.refused("dead-letters", "retry", "--all")
 
 
 def test_many_letters_are_one_transaction_and_one_that_the_broker_refuses_is_named_and_holds_up_none_of_the_others(site: Site) -> None:

@@ -308,4 +308,4 @@ def test_a_worker_says_what_it_lacks_before_it_begins(site: Queues) -> None:
     assert "activity elsewhere has no body in these modules" in site.refused("worker", MODULE, "--queue", site.elsewhere)
     assert "no activity has a queue; set one with @kw.activity(queue=...)" in site.refused("worker", str(ROOT / "workflows/trip_booking.py"))
     site.environment["QUEUES_TEST_QUEUE"] = "not-created"
-    assert "topic not-created is missing; topic not-created-mail is missing (kwflow topics create" in site.fails(1, "worker", MODULE)
+    assert "topic not-created is missing; topic not-created-mail is missing (create what is missing with kwflow topics create" in site.fails(1, "worker", MODULE)
