@@ -80,7 +80,7 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
 
         Most entries that are not selected lack a text that a selected one must contain.  Finding that takes a fifth of the time of decoding and checking.
         """
-        if not self._names(key):
+        if not self._names(_id_of(key)):
             return None
         for text in _texts_of(self):
             if text not in data:
@@ -88,15 +88,15 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
         row = row_of(key, data)
         return row if self.takes(row) else None
 
-    def _names(self, key: bytes) -> bool:
-        return self.id[1:] in _id_of(key) if self.id.startswith("*") else key.startswith(self.prefix)
+    def _names(self, id: str) -> bool:
+        return self.id[1:] in id if self.id.startswith("*") else id.startswith(self.id)
 
     def takes(self, row: dict[str, Any]) -> bool:
         return bool(
             (not self.status or row["status"] == self.status)
             and (not self.workflow or row["workflow"] == self.workflow)
             and row["changed"] >= self.since
-            and (self.id[1:] in row["id"] if self.id.startswith("*") else row["id"].startswith(self.id))
+            and self._names(row["id"])
             and all(_has(row["status_value"], *one.split("=", 1)) for one in self.where)
         )
 

@@ -18,7 +18,7 @@ from kwflow.runners.instances import header_of
 from kwflow.runners.outside import Write, read, sole_writer, states
 from kwflow.runners.parked import ADDRESS, HOLD, holds
 
-__all__ = ["Parked", "Settled", "letters_of", "no_such", "parked_of", "note_of", "settle"]
+__all__ = ["Parked", "Settled", "letters_of", "no_such", "note_of", "parked_of", "settle"]
 
 _DONE = "kwflow-dead-letter-done"
 _FIRST = "kwflow-original-timestamp"

@@ -89,7 +89,7 @@ def test_an_answer_counts_only_if_the_engine_that_is_named_gives_it(site: Site) 
     key = f"{site.topic('resume')}/{partition_of(id.encode(), 2)}".encode()
     owner = json.loads([record.value or b"" for record in kafka_link.read(config, config.owners_topic) if record.key == key][-1])
     producer = Producer({"bootstrap.servers": site.broker, "log_level": 0})
-    for value, why in ((json.dumps({**owner, "engine": "another"}), "not another"), ("nonsense", "cannot be read"), (None, "no engine owns")):
+    for value, why in ((json.dumps({**owner, "engine": "another"}), f"{owner['engine']} answers at {owner['address']}, not another"), ("nonsense", "cannot be read"), (None, "no engine owns")):
         producer.produce(config.owners_topic, value, key)
         assert producer.flush(20) == 0
         said = site.fails(0, "show", id)

@@ -36,9 +36,6 @@ _IDLE_S = 0.25
 _PAUSE_S = 0.02  # until a restore that waits for the broker is looked at again
 
 
-_GONE = "it was deleted and created again, and the instances or timers that it held are gone from the broker. --accept-offset-reset begins with what it holds now"
-
-
 class Takeover:
     """Takes partitions over and gives them back.
 
@@ -57,7 +54,6 @@ class Takeover:
         self.joined = False
         self.generation = 0  # incremented with each rebalance that we are told of, even an empty one
         self._owners = owners
-        self._noted: dict[int, str] = {}  # what the group's offset was committed with
         self._former: dict[int, Owner | None] = {}  # the last owners of partitions that are assigned or restoring
         self._stuck_since: dict[int, float] = {}
         self.foreign = None if member.processor.changelog_topic else Foreign(member)
@@ -216,8 +212,8 @@ class Takeover:
                 break
         if committed:
             topic = self.member.processor.changelog_topic
-            if topic and not all(self.is_same_changelog(note) for note in {self._noted.pop(number, "") for number in committed}):
-                return  # it is not told now
+            if topic and not self.is_same_changelog():
+                return  # the broker does not answer that now; the next turn asks again
             ends, starts = (self._changelog_ends(committed), self.member.starts(topic, committed)) if topic else (dict.fromkeys(committed, 0),) * 2
             for number, offset in committed.items():
                 self._stuck_since.pop(number, None)
@@ -276,23 +272,28 @@ class Takeover:
         if former is not None:
             self._fencing.end_transaction_of(former.engine)
 
-    def is_same_changelog(self, noted: str = "") -> bool:
-        """Whether the changelog is there, and the one that this engine has read, and that the group's offset was `noted` with.
+    def is_same_changelog(self) -> bool:
+        """Whether the broker has the changelog that this engine knows; false if it does not tell.  Raises TransportError if it is another topic.
 
-        1. it is deleted and created again while engines run, or stand still
-        2. they go on with what they have, and write what changes
-        3. the next owner restores that alone: no instance that slept meanwhile is there any more, and nobody has said so
-
-        Raises TransportError when it is another one.
+        1. The changelog is deleted and created again while engines run, or are idle.
+        2. They continue with their local copies, and write only what changes.
+        3. The next owner restores from that alone: all instances that slept meanwhile are lost, and nobody has reported it.
         """
-        member, changelog = self.member, self.member.processor.changelog_topic
         try:
-            found = topics.describe(member.admin, member.config, changelog)[0]
+            found = topics.describe(self.member.admin, self.member.config, self.member.processor.changelog_topic)[0]
         except TransportError:
             return False
-        if found != member.changelog or (noted and noted != found and not member.config.accept_offset_reset):
-            raise TransportError(f"{changelog} is not the topic any more that it was: {_GONE}", retryable=False)
+        self._check_changelog(found)
         return True
+
+    def _check_changelog(self, id: str) -> None:
+        """Raises TransportError unless this is the id of the changelog that this engine knows."""
+        if id != self.member.changelog:
+            raise TransportError(
+                f"{self.member.processor.changelog_topic} was deleted and created again: the instances or timers that it held are gone from the broker. "
+                "--accept-offset-reset starts with what it holds now",
+                retryable=False,
+            )
 
     def look_after(self) -> None:
         """Look after partitions without an owner, warm copies, and copies that nobody needs."""
@@ -315,8 +316,13 @@ class Takeover:
         failed = next((where.error for where in found if where.error is not None and not topics.transient(where.error)), None)
         if failed is not None:
             raise KafkaException(failed)
-        self._noted |= {where.partition: where.metadata or "" for where in found if where.error is None}
-        return {where.partition: where.offset if self.foreign is None else self.foreign.noted(where) for where in found if where.error is None}
+        return {where.partition: self._noted(where) if self.foreign is None else self.foreign.noted(where) for where in found if where.error is None}
+
+    def _noted(self, where: TopicPartition) -> int:
+        """The offset, which was committed with the id of the changelog then (by an older kwflow without).  Raises TransportError if that was another topic."""
+        if where.metadata and not self.member.config.accept_offset_reset:
+            self._check_changelog(where.metadata)
+        return where.offset
 
     def _store(self, number: int) -> PartitionStore:
         member = self.member
@@ -343,8 +349,9 @@ class Takeover:
             if position == MOVED:
                 if self._committed([number]) == {number: committed}:
                     raise TransportError(
-                        f"{where}: the group's offset is {committed}, the state's is another: somebody reset one of them. Delete those of the group {member.group}, and it goes on where the state is; "
-                        "--accept-offset-reset starts from the group's: what it passes over is lost, and what has ended and been forgotten begins again",
+                        f"{where}: the group's offset is {committed}, the state's is another: somebody reset one of them. "
+                        f"Delete the offsets of the group {member.group} to continue where the state is; "
+                        "--accept-offset-reset starts from the group's offset: records that it skips are lost, and workflows that have ended and been forgotten start again",
                         retryable=False,
                     )
                 self._cancel_restore(number)  # this process was suspended while another owner went on: it will be told of the loss, or restores again

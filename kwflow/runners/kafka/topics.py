@@ -240,7 +240,7 @@ def _compacted(client: AdminClient, names: list[str]) -> list[str]:
     """A broker whose log.cleanup.policy is compact makes them so."""
     policies = {topic: settings["cleanup.policy"] for topic, settings in settings_of(client, names).items()}
     compact = [topic for topic, policy in policies.items() if "compact" in policy]
-    return [f"topic {topic} has cleanup.policy={policies[topic]}; it must be delete, or of records that wait there under one key only the last would be left" for topic in compact]
+    return [f"topic {topic} has cleanup.policy={policies[topic]}; it must be delete, or only the last of the waiting records of each key would be kept" for topic in compact]
 
 
 def _reply_problems(client: AdminClient, config: Config) -> list[str]:

@@ -125,7 +125,7 @@ class Transactions:
         """
         member, changelog = self.member, self.member.processor.changelog_topic
         reports = _Reports(changelog)
-        note = member.changelog or member.incarnation  # of a topic that somebody may make anew meanwhile: the next owner compares
+        note = member.changelog or member.incarnation  # the id of a topic that somebody may delete and create again; the next owner compares it
         offsets = [TopicPartition(member.processor.input_topic, number, position, note) for number, position in batch.positions.items()]
         begun = time.perf_counter()
         try:
