@@ -434,7 +434,7 @@ def _nobody_shares_orphans() -> contextlib.AbstractContextManager[Any]:
 
 
 PLANTED = [
-    Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_IN_COMMITS, NewIdentityEachStart, first=38),
+    Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_IN_COMMITS, NewIdentityEachStart, first=47),
     Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd, first=3),
     Planted("K3", "the overlay is kept after an abort", ABORTS, KeepsTheOverlayAfterAnAbort),
     Planted("K3", "a batch that was aborted is not read again from its first record", ABORTS, SeeksBehindTheBatchAfterAnAbort),
@@ -445,7 +445,7 @@ PLANTED = [
     Planted("K6", "a record on the wrong partition is applied there", Faults(), patch=_local_forwarding, first=3),
     Planted("K7", "what was revoked is still owned", REBALANCES, patch=_owns_what_was_revoked, world=Crowd),
     Planted("K8", "the local store is written before the commit", CRASHES_IN_COMMITS, WritesTheStoreBeforeTheCommit),
-    Planted("K8", "a copy goes on where it stood although tombstones may be gone", Faults(freeze=0.004, compact=1.0), patch=_copies_never_age, world=Warm, first=5),
+    Planted("K8", "a copy goes on where it stood although tombstones may be gone", Faults(freeze=0.004, compact=1.0), patch=_copies_never_age, world=Warm, first=13),
     Planted("K8", "a copy is deleted while it is open", Faults(kill=0.1), patch=_open_copies_are_cleaned_up, world=Warm),
     Planted("K5", "a copy follows transactions that are aborted", CRASHES_IN_COMMITS, patch=_copies_follow_undecided_transactions, world=Warm, first=2),
     Planted("K5", "a copy that is promoted stays open", Faults(kill=0.2, stop=0.2), patch=_promoted_copies_stay_open, world=Warm),
@@ -461,7 +461,7 @@ PLANTED = [
     Planted("K16", "offsets are not part of the transaction", Faults(), SkipsSendOffsets),
     Planted("K17", "the hold is lost when it is drained", Faults(), engine=LosesTheHold, first=7),
     Planted("K18", "timers fire before the backlog is read", Faults(kill=0.3, stop=0.3), patch=_fires_before_the_backlog),
-    Planted("K18", "timers fire early", Faults(), timers=FiresEarly, first=1),
+    Planted("K18", "timers fire early", Faults(), timers=FiresEarly, first=3),
     Planted("K19", "attempts are not counted", Faults(), world=Impatient, patch=_no_attempts, first=9),
     Planted("K20", "a start that ended is begun again by its repetition", Faults(), engine=ForgetsWhoStarted),
 ]
@@ -476,7 +476,7 @@ SHARED = [
     Planted("semantics 1.5", "losers are cancelled in the wrong order", patch=_last_loser_first, first=6),
     Planted("semantics 1.5", "wait_rest waits for nobody", patch=lambda: mock.patch.object(instance.Machine, "_joins", lambda *_: False), first=6),
     Planted("semantics 1.8", "a timer that is left is not cancelled", patch=lambda: mock.patch.dict(step._TELL, {"timer": lambda *_: None})),
-    Planted("semantics 2.4", "what goes on when main has ended is not cancelled", patch=_nobody_is_told_of_the_end, first=1),
+    Planted("semantics 2.4", "what goes on when main has ended is not cancelled", patch=_nobody_is_told_of_the_end, first=7),
     Planted("M5", "a parent is told that its child was cancelled when it failed", patch=_failures_are_cancellations, first=5),
     Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None), first=1),
     Planted("schedules", "runs overlap although they must not", world=Impatient, patch=_active_runs_are_forgotten, first=3),
@@ -486,14 +486,14 @@ SHARED = [
 HANDED_OUT = [
     Planted("M6.6", "calls are handed out before the commit", ABORTS, HandsOutBeforeTheCommit, world=Queued),
     Planted("M6.6", "a position passes open calls", patch=_positions_pass_open_calls, world=Queued),
-    Planted("M6.6", "a note forgets what is open", patch=_notes_forget_what_is_open, world=Queued),
+    Planted("M6.6", "a note forgets what is open", patch=_notes_forget_what_is_open, world=Queued, first=3),
     Planted("M6.6", "what is open when a partition is given back is taken for done", Faults(stop=0.3, rebalance=0.2), patch=_given_back_as_if_done, world=Queued),
     Planted("M6.6", "what is taken back begins all the same", patch=_nothing_is_taken_back, world=Queued),
     Planted("M6.6", "a call is done before its answer is in the log", ABORTS, patch=_done_before_the_answer_is_there, world=Queued, first=5),
     Planted("M6.6", "what is done behind the position is begun again", Faults(kill=0.3), patch=_notes_are_not_read, world=Queued),
     Planted("M6.6", "calls of transactions that are aborted are begun", ABORTS, patch=_reads_what_is_undecided, world=Queued, first=1),
     Planted("K7", "queues that nobody has stay so", Faults(crash=0.003, kill=0.2, stop=0.2), patch=_nobody_shares_orphans, world=Queued, first=388),
-    Planted("K19", "all that was open when a worker died has failed", Faults(kill=0.2), patch=_deaths_of_all_that_was_open, world=Queued, first=1),
+    Planted("K19", "all that was open when a worker died has failed", Faults(kill=0.2), patch=_deaths_of_all_that_was_open, world=Queued),
     Planted("K19", "a call that came after a death is blamed for it", Faults(kill=0.3), patch=_blames_what_came_after_a_death, world=Queued),
     Planted("K19", "nothing is marked after a death", patch=_no_care, world=Queued),
     Planted("K19", "who gives a partition back is taken for dead", Faults(stop=0.3), patch=_held_when_given_back, world=Queued),

@@ -97,5 +97,5 @@ FED = [
     Planted("G3", "what is there still of a topic that was shortened is passed over", Faults(kill=0.2), patch=_read_from_the_end, world=Changed, first=4),
     Planted("G3", "a topic that was made anew is read on where the one before was", patch=_read_on_in_another_topic, world=Changed),
     Planted("G3", "a position in a topic that was deleted is taken for one in the next", ZOMBIES_IN_TRANSACTIONS, patch=_any_position_is_taken, world=Changed, first=6),
-    Planted("K7", "partitions that are no more are kept by who was given them", patch=_kept_although_it_is_no_more, world=Changed, first=12),
+    Planted("K7", "partitions that are no more are kept by who was given them", patch=_kept_although_it_is_no_more, world=Changed, first=16),
 ]
