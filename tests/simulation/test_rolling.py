@@ -57,7 +57,7 @@ def test_an_engine_that_looks_for_stored_code_only_at_its_start_is_caught(monkey
     """Another engine, with a newer release, has stored the code since. An instance that needs it would be parked until somebody restarts the engine."""
     monkeypatch.setattr(CodeStore, "__call__", lambda store, key: store.entries.get(key))
     with engine_process():
-        for seed in (12, *range(40)):  # seeds that are known to show it come first
+        for seed in (17, *range(40)):  # seeds that are known to show it come first
             world = Rolling(seed)
             try:
                 world.run()
