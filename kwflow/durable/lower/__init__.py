@@ -7,6 +7,7 @@
     asyncs.py       async for, async with
     statements.py   the rest
     inner.py        functions without a def: lambdas, generator expressions
+    liveness.py     which names are still needed after each wait
     functions.py    nested functions, the twins, functions compiled alone
     lint.py         calls whose result is thrown away
 
