@@ -22,7 +22,7 @@ from kwflow.errors import CommandError, OutcomeUnknown, TransportError, UsageErr
 from kwflow.runners import outside, parked
 from kwflow.runners.instances import ALL, Filter
 
-__all__ = ["bulk_app"]
+__all__ = ["bulk_app", "command_each", "found_by"]
 
 bulk_app = typer.Typer(no_args_is_help=True, help="One command for many workflows.")
 Everything = Annotated[bool, typer.Option("--everything", help="Without a filter: all workflows that have not ended.")]
@@ -31,7 +31,7 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")
 
 _OPEN_MAX = 200  # commands under way: engines go on with other work between them
 _OURS = "kwflow."
-_NO_FAULT = ("ok", "not_found", "paused")  # it has ended since the filter found it; or is paused, and keeps what was sent
+_NO_FAULT = ("ok", "not_found", "paused", "unchanged")  # it has ended since the filter found it; is paused, and keeps what was sent; has nothing to migrate
 _WAITS_BEHIND = ("cancel", "signal")  # a pause, as their replies do
 _NO_SIGNAL = {"name": "", "value": "null"}
 _KEPT = "the instance is paused: this is done when it is unpaused"
@@ -50,7 +50,7 @@ class _Asked(msgspec.Struct, frozen=True):
 
 def _each(asked: _Asked, verb: str, command_id: str | None, call: Callable[[Client, str, str, str], Future[Any]]) -> None:
     """`call` it for each of them with its id, its run and the command's id; exit code 1 if any could not be done.  Raises TransportError when engines cannot be reached."""
-    found = list(_found(asked))
+    found = found_by(asked.wanted, asked.settings, asked.embedded)
     if asked.dry_run:
         for id, start_id, _ in found:
             print_json({"id": id, "start_id": start_id}) if asked.as_json else out.print(id, markup=False, highlight=False, soft_wrap=True)
@@ -60,14 +60,32 @@ def _each(asked: _Asked, verb: str, command_id: str | None, call: Callable[[Clie
         return
     if not asked.yes and not typer.confirm(f"{verb} {many}?", err=True):
         raise typer.Exit(1)
+    command_each(found, asked.settings, asked.embedded, verb, command_id, asked.as_json, verb in _WAITS_BEHIND, call)
+
+
+def command_each(
+    found: list[tuple[str, str, bool]],
+    settings: Config,
+    embedded: Path | None,
+    verb: str,
+    command_id: str | None,
+    as_json: bool,
+    waits_behind: bool,
+    call: Callable[[Client, str, str, str], Future[Any]],
+) -> None:
+    """`call` it for each of these (its id, its run, whether it is paused) with its id, its run and the command's id, as `_each` does.
+
+    `waits_behind` tells that a paused workflow keeps the command until it is unpaused.
+    """
+    many = f"{len(found):,} workflow{'s' * (len(found) != 1)}"
     name = command_id or f"bulk-{uuid.uuid4().hex[:12]}"
     counts: Counter[str] = Counter()
     try:
-        with connect(asked.settings, asked.embedded) as client:  # first, as it imports: Python forgets a Ctrl-C that comes while it lets go of a module's lock
+        with connect(settings, embedded) as client:  # first, as it imports: Python forgets a Ctrl-C that comes while it lets go of a module's lock
             err.print(f"{verb} {many}, --command-id {name}")  # before any is done: who is killed has no last word
-            for id, status, message in _done(client, found, lambda id, run: call(client, id, run, name), verb in _WAITS_BEHIND):
+            for id, status, message in _done(client, found, lambda id, run: call(client, id, run, name), waits_behind):
                 counts[status] += 1
-                if asked.as_json:
+                if as_json:
                     print_json({"id": id, "status": status, **({"message": message} if message else {})})
                 elif status != "ok":
                     err.print(f"{id}: {status}{f': {message}' if message else ''}", markup=False)
@@ -82,11 +100,10 @@ def _each(asked: _Asked, verb: str, command_id: str | None, call: Callable[[Clie
         raise typer.Exit(1)
 
 
-def _found(asked: _Asked) -> Iterator[tuple[str, str, bool]]:
-    """Id and run of those that have not ended, and whether it is paused; kwflow's own, such as schedules, only if their workflow is named."""
-    for row in outside.instances(asked.settings, asked.embedded, asked.wanted, None, note_source).rows:
-        if row["status"] != "ended" and (asked.wanted.workflow or not row["workflow"].startswith(_OURS)):
-            yield row["id"], row["start_id"], row["status"] == "paused"
+def found_by(wanted: Filter, settings: Config, embedded: Path | None, but: tuple[str, ...] = ("ended",)) -> list[tuple[str, str, bool]]:
+    """Id and run of those that do not have such a status, and whether it is paused; kwflow's own, such as schedules, only if their workflow is named."""
+    rows = outside.instances(settings, embedded, wanted, None, note_source).rows
+    return [(row["id"], row["start_id"], row["status"] == "paused") for row in rows if row["status"] not in but and (wanted.workflow or not row["workflow"].startswith(_OURS))]
 
 
 def _done(client: Client, found: list[tuple[str, str, bool]], call: Callable[[str, str], Future[Any]], waits_behind: bool) -> Iterator[tuple[str, str, str]]:

@@ -12,18 +12,21 @@ from typing import Annotated, Any
 
 import typer
 
+from kwflow.cli.bulk import command_each, found_by
 from kwflow.cli.lowered import lowered
+from kwflow.cli.messages import CommandId, Patience
 from kwflow.cli.shared import AppDir, Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, out, print_json, print_table
+from kwflow.client import Client, Future
 from kwflow.config import Config, load_config
 from kwflow.core import snapshot, wire
 from kwflow.core.wire import Output
 from kwflow.durable import allow_classes_by_value, allow_modules, find_source, registry, versions
 from kwflow.errors import SnapshotError, UsageError
-from kwflow.runners import deployment
+from kwflow.runners import deployment, parked
 from kwflow.runners.code import LEASE_MS
 from kwflow.runners.deployment import Fate
 from kwflow.runners.groups import Group
-from kwflow.runners.instances import header_of, instant
+from kwflow.runners.instances import ALL, header_of, instant
 from kwflow.runners.modules import load_workflows
 from kwflow.runners.outside import code_store, snapshots, sole_writer, stored
 
@@ -92,28 +95,37 @@ def diff(
 @code_app.command()
 def migrate(
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID...")] = None,
-    every: Annotated[bool, typer.Option("--all", help="All instances; those without a migration are left alone.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All instances; those that have nothing to migrate are left alone.")] = False,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Move each to the same wait of the edited code, instead of calling a migration.")] = False,
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
+    command_id: CommandId = None,
+    command_timeout: Patience = None,
+    as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
-    """Have the engine migrate instances with the `@kw.migrate` functions of its modules, each in a step of its own.
+    """Move waiting instances to the engine's code: with the `@kw.migrate` functions of its modules, or in place. A parked one is retried on it.
 
-    Example: kwflow code migrate order-7 --embedded ./state
+    Example: kwflow code migrate order-7 --in-place --embedded ./state
     """
-    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, command_timeout_s=command_timeout)
     if bool(ids) == every:
         raise UsageError("give the ids of instances, or --all")
-    for key in [wire.key_of(id) for id in ids or []]:
-        if header_of(stored(settings, embedded, key.decode()))["status"] == "ended":
-            raise UsageError(f"{key.decode()!r} has ended")
-    chosen = ids or [key.decode() for key, data in sorted(snapshots(settings, embedded).items()) if header_of(data)["status"] not in ("ended", "damaged")]
-    asked = [Group((Output(settings.resume_topic, wire.key_of(id), b"null", (("kwflow-op", b"migrate"),)),)) for id in chosen]
-    with sole_writer(settings, embedded, "code-migrate") as write:
-        for _ in write(asked):
-            pass
-    out.print(f"migrations requested: {len(chosen)}; kwflow code list shows what the instances run afterwards")
+    found = found_by(ALL, settings, embedded, ("ended", "damaged")) if every else [_waiting(id, settings, embedded) for id in ids or ()]
+
+    def call(client: Client, id: str, run: str, command: str) -> Future[Any]:
+        return client.migrate(id, in_place=in_place, start_id=run or None, command_id=command)
+
+    command_each(found, settings, embedded, "migrate", command_id, as_json, not in_place, call)
+
+
+def _waiting(id: str, settings: Config, embedded: Path | None) -> tuple[str, str, bool]:
+    """Its id, its run and whether it is paused.  Raises UsageError if nothing waits under this id."""
+    header = header_of(stored(settings, embedded, wire.key_of(id).decode()))
+    if header["status"] == "ended":
+        raise UsageError(f"{id!r} has ended")
+    return id, header.get("start_id", ""), parked.is_paused(header)
 
 
 @code_app.command()
@@ -175,6 +187,7 @@ def prepare_stored(settings: Config) -> None:
 
 def _print_fates(title: str, fates: list[Fate]) -> None:
     for fate in fates[:_SHOWN]:
-        out.print(f"{title}: {fate.id}  {'; '.join(fate.why)}{'; a migration is there' if fate.migration else ''}")
+        moves = "; a migration is there" if fate.migration else f"; not in place: {fate.in_place}" if fate.in_place else "; can be migrated in place" if fate.kind == "old" else ""
+        out.print(f"{title}: {fate.id}  {'; '.join(fate.why)}{moves}")
     if len(fates) > _SHOWN:
         out.print(f"… and {len(fates) - _SHOWN} more")

@@ -215,6 +215,14 @@ class Client:
         self._command(id, "fork", {"id": new_id}, future, lambda reply: settle(future, Run(**reply.value, new=True)), command_id, start_id)
         return future
 
+    def migrate(self, id: str, *, in_place: bool = False, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
+        """Move a waiting workflow to the current code: by the `@kw.migrate` function for it, or in place, after the same wait of the edited function.
+
+        A parked one is moved ahead of the records that it holds, which are applied then.  Raises CommandError: not_found, unchanged (there is nothing
+        to move, or no function for it), rejected (why; nothing has changed).
+        """
+        return self._void(id, "migrate", {"in_place": in_place}, command_id, start_id)
+
     def subscribe(self, id: str, callback: Callable[[Outcome], None], missed: Callable[[], None] = lambda: None) -> Callable[[], None]:
         """Call back, on the client's thread, with the outcome of every run of this id from now on, until the returned function is called.
 

@@ -23,11 +23,15 @@ from kwflow.core.mailbox import SignalWait, UpdateWait
 from kwflow.core.tasks import ActivityWait, All, Awaitable, JobWait, Race, Shield, Suspension, Task, Timeout, Timer
 from kwflow.durable import codec, frames, registry, versions
 from kwflow.durable.lower import LOWERING_VERSION
+from kwflow.durable.moves import MovingNames
 from kwflow.durable.rebuild import MINOR
 from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, SnapshotError
 
-__all__ = ["CLASSES", "UNSIGNED", "Keys", "amend", "copy", "ended_header", "is_call", "key_id", "load", "park", "read_header", "save", "save_ended", "seal_of", "split", "unpark", "waits_of", "wake"]
+__all__ = [
+    "CLASSES", "UNSIGNED", "Keys", "amend", "copy", "ended_header", "is_call", "key_id", "load", "move", "park", "read_header", "save", "save_ended", "seal_of", "split", "unpark", "waits_of",
+    "wake",
+]  # fmt: skip
 
 Keys = Sequence[bytes]
 UNSIGNED = b""  # the last of the keys, if present: unsigned snapshots are accepted too; it signs nothing
@@ -228,8 +232,28 @@ def load(data: bytes, sources: Sources = no_sources, keys: Keys = ()) -> Instanc
     return wake(*split(data, keys), sources)
 
 
-def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources) -> Instance:
-    """Do what `load` does, for the header and body that `split` returned."""
+def move(data: bytes, sources: Sources, keys: Keys = ()) -> tuple[bytes, list[registry.Module]] | None:
+    """Return the same state, parked or not, waiting in the current code, and what `save` returns beside it; None if no code that it holds has changed.
+
+    Raises SnapshotError if it is not certain what it would be, and for a start that has failed, which has no state.
+    """
+    header, body = split(data, keys)
+    parked = header.get("parked")
+    if not body or (parked is not None and parked["was"] == "damaged"):
+        raise SnapshotError("it has no state that could be moved; once it is retried, what begins takes the current code")
+    moving = versions.moving(header.get("code", {}), sources)
+    if not moving.old:
+        return None
+    instance = wake(header, body, sources, moving)
+    try:
+        made, modules = save(instance, keys)
+    finally:
+        instance.forget()
+    return amend(made, keys, parked=parked) if parked is not None else made, modules
+
+
+def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources, moving: MovingNames | None = None) -> Instance:
+    """Do what `load` does, for the header and body that `split` returned; `moving` is given to `versions.loads`."""
     if header.get("minor", MINOR) != MINOR:
         raise SnapshotError(f"it holds a class as code of Python {header['minor']} (snapshot_cloudpickle); this is {MINOR}: run it there, then retry")
     try:
@@ -239,7 +263,7 @@ def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources) -> 
         instance.applied = (applied[0], applied[1], applied[2]) if applied else None
         instance.updated_ms = header["updated"]
         instance.extra = {name: value for name, value in header.items() if name not in _KNOWN}
-        graph, instance.pins = versions.loads(body, header.get("code", {}), sources, header.get("lowering", LOWERING_VERSION))
+        graph, instance.pins = versions.loads(body, header.get("code", {}), sources, header.get("lowering", LOWERING_VERSION), moving)
         instance.set_graph(graph)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CorruptSnapshotError(f"the header or body of a snapshot is not an instance: {error!r}") from error

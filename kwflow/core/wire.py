@@ -134,6 +134,12 @@ class Fork(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str | None = None
 
 
+class Migrate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The arguments of migrate: whether to move the instance in place, instead of by a function of `@kw.migrate`."""
+
+    in_place: bool = False
+
+
 class Update(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The arguments of an update."""
 
@@ -142,7 +148,7 @@ class Update(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 OPS: dict[str, type[msgspec.Struct]] = {
-    "cancel": Reason, "discard": Nothing, "fork": Fork, "migrate": Nothing, "pause": Reason, "query": Nothing, "retry": Nothing, "signal": Signal, "terminate": Reason,
+    "cancel": Reason, "discard": Nothing, "fork": Fork, "migrate": Migrate, "pause": Reason, "query": Nothing, "retry": Nothing, "signal": Signal, "terminate": Reason,
     "unpause": Reason, "update": Update,
 }  # fmt: skip
 
@@ -257,7 +263,7 @@ def _command(op: str, value: bytes, record: Record) -> Command:
     if arguments is None:
         raise ProtocolError(f"unknown op {op[:100]!r}; there are: {', '.join(OPS)}", "unknown-op")
     try:
-        decoded = arguments() if value == b"null" and arguments in (Fork, Reason, Nothing) else msgspec.json.decode(value, type=arguments)
+        decoded = arguments() if value == b"null" and arguments in (Fork, Migrate, Reason, Nothing) else msgspec.json.decode(value, type=arguments)
     except msgspec.ValidationError as error:
         raise ProtocolError(f"op {op}: {error}", "bad-arguments") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

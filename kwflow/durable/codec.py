@@ -27,6 +27,7 @@ from kwflow.durable.frames import CREATED, FINISHED, SUSPENDED, discard, enter, 
 from kwflow.durable.local_classes import by_value, reduce_class
 from kwflow.durable.lower import LOWERING_VERSION
 from kwflow.durable.lower.upgrade import upgraded
+from kwflow.durable.moves import MovingNames
 from kwflow.durable.reducers import PROTOCOL, Refused, as_pickle_reduces, cannot_be_filled, is_value, plain, reduce_module, reducer_of
 from kwflow.durable.stacks import is_async_callback
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ResourceError, SnapshotError
@@ -427,17 +428,21 @@ class _Unpickler(pickle.Unpickler):
 _no_pins: registry.Pins = {}
 
 
-def loads(data: bytes, pins: registry.Pins = _no_pins, lowering: int = LOWERING_VERSION) -> Any:
+def loads(data: bytes, pins: registry.Pins = _no_pins, lowering: int = LOWERING_VERSION, moving: MovingNames | None = None) -> Any:
     """Return the graph that was saved.  Generators wait at the yields where they were saved, in the pinned versions of modules, or else in the current ones.
+
+    With `moving`, which has the same pins, generators of old versions wait at the same yields of edited functions instead.
 
     Raises SnapshotError and nothing else; a CodeChangedError names the module that lacks something.  `__durable_reenter__` of objects that have it is
     called last; what it raises becomes a ResourceError.
     """
     waiting: list[types.GeneratorType[Any, Any, Any]] = []
     try:
-        root, states = _states(data, pins) if data[:1] == FORMAT else _states_of_format_1(data, pins)
+        root, states = _states(data, pins, moving) if data[:1] == FORMAT else _states_of_format_1(data, moving or rebuild.Names(pins))
         if lowering != LOWERING_VERSION:
-            _upgrade(states, lowering)
+            _upgrade(states, lowering, moving)
+        if moving is not None:
+            moving.settle(states, _GENERATOR, _CREATED, _CELL)
         reentered = _fill(states, waiting)
         for gen in waiting:
             enter(gen)
@@ -453,11 +458,11 @@ def loads(data: bytes, pins: registry.Pins = _no_pins, lowering: int = LOWERING_
     return root
 
 
-def _states(data: bytes, pins: registry.Pins) -> tuple[Any, list[Any]]:
+def _states(data: bytes, pins: registry.Pins, moving: MovingNames | None = None) -> tuple[Any, list[Any]]:
     unpickler = _Unpickler(padded(data))
     unpickler.load()
-    unpickler.names = rebuild.Names(pins) if pins else rebuild.CURRENT
-    unpickler.memo = seeded(_meaning(unpickler.names)) if pins else _unpickler_memo
+    unpickler.names = moving or (rebuild.Names(pins) if pins else rebuild.CURRENT)
+    unpickler.memo = _unpickler_memo if unpickler.names is rebuild.CURRENT else seeded(_meaning(unpickler.names))
     states = unfilled(unpickler.load())
     return states[0], states[2:]
 
@@ -469,10 +474,10 @@ def unfilled(states: list[Any]) -> list[Any]:
     return states
 
 
-def _states_of_format_1(data: bytes, pins: registry.Pins) -> tuple[Any, list[Any]]:
+def _states_of_format_1(data: bytes, names: rebuild.Names) -> tuple[Any, list[Any]]:
     """Read what 0.1.0 wrote: the root, then lists of (kind, shell, state) until None, as separate pickles that share one memo."""
     unpickler = _Unpickler(io.BytesIO(data))
-    unpickler.names = rebuild.Names(pins)
+    unpickler.names = names
     root = unpickler.load()
     states: list[Any] = []
     for found in iter(unpickler.load, None):
@@ -481,11 +486,12 @@ def _states_of_format_1(data: bytes, pins: registry.Pins) -> tuple[Any, list[Any
     return root, states
 
 
-def _upgrade(states: list[Any], lowering: int) -> None:
+def _upgrade(states: list[Any], lowering: int, moving: MovingNames | None) -> None:
     """Rename what an older lowering saved of each waiting generator to the names that this one uses."""
+    moved = moving.moved if moving is not None else {}
     for number in range(0, len(states), 3):
         kind, made, saved = states[number : number + 3]
-        function = registry.function_of(made.gi_code) if kind == _GENERATOR else None
+        function = (moved[made][0].old if made in moved else registry.function_of(made.gi_code)) if kind == _GENERATOR else None
         if function is not None:
             states[number + 2] = upgraded(function, saved, lowering, LOWERING_VERSION)
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["canonical_hash", "class_hashes", "imports_of", "source_version", "unit_hash", "without_docstring"]
+__all__ = ["canonical_hash", "class_hashes", "imports_of", "lowered_hash", "source_version", "unit_hash", "without_docstring"]
 
 _POSITIONLESS = frozenset({"ctx", "is_lazy", "kind", "type_comment", "type_ignores"})  # in functions no import is lazy (3.15)
 _SKIPPED = _POSITIONLESS | {"returns", "annotation", "type_params"}
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_PLACED = re.compile(r"(?<='@)([a-z-]+) [^']*|#\d+(?=')")  # a temporary with its path in the source; the number of a function among those of the same name
 
 
 def without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
@@ -38,6 +40,12 @@ def canonical_hash(*nodes: ast.AST, annotations: bool = False) -> str:
             digest.update(token.encode())
             digest.update(b"\0")
     return digest.hexdigest()[:16]
+
+
+def lowered_hash(*nodes: ast.AST) -> str:
+    """Return the canonical hash of parts of a lowered tree, the same wherever in the function they stand."""
+    text = "\0".join(token for node in nodes for token in _tokens(node, _SKIPPED))
+    return hashlib.sha256(_PLACED.sub(r"\1", text).encode()).hexdigest()[:16]
 
 
 def unit_hash(node: ast.AST) -> str:

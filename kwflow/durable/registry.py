@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from kwflow.errors import CodeChangedError
 
 __all__ = [
-    "RUNTIME", "Function", "Label", "Module", "Pins", "Place", "add_module", "add_sentinels", "add_version", "drop_version", "function_of", "is_durable", "logical_name",
+    "RUNTIME", "Function", "Label", "Module", "Outline", "Pins", "Place", "Wait", "add_module", "add_sentinels", "add_version", "drop_version", "function_of", "is_durable", "logical_name",
     "lookup", "module", "modules", "reference", "reference_of", "register_code", "remove_module", "sentinel", "version", "version_name", "versions_of",
 ]  # fmt: skip
 
@@ -30,6 +30,35 @@ class Label(NamedTuple):
 
     name: str
     live: tuple[str, ...]
+
+
+class Wait(NamedTuple):
+    """One wait of a generator.  `key` identifies it, `around` the wait together with the statements that it is in, `call` the function called in it, if any.
+
+    `state` are the roles of its temporaries `live`; one whose value depends on the rest of its statement has the hash of that.
+    `needed` are the author's variables that may be read after the wait before they are bound again, `shared` these and those that closures may read.
+    """
+
+    line: int
+    text: str
+    key: str
+    around: str
+    call: str
+    live: tuple[str, ...]
+    state: tuple[tuple[str, str], ...]
+    needed: frozenset[str]
+    shared: frozenset[str]
+
+
+class Outline(NamedTuple):
+    """What identifies a function in another version of its module: its hash, and its waits by label, in order.
+
+    `fixed` tells that nothing else does: it has no name, or is part of a class that is defined in a function; the hash is that of the whole class then.
+    """
+
+    digest: str
+    fixed: bool
+    waits: Mapping[str, Wait]
 
 
 @dataclass(eq=False)
@@ -57,6 +86,7 @@ class Function:
     compile_cold: Callable[[], types.CodeType]
     compile_plain: Callable[[], types.CodeType]
     compile_annotated: Callable[[], types.CodeType]
+    make_outline: Callable[[], Outline]
     home: Module = field(init=False, repr=False)  # set by the creator
 
     @functools.cached_property
@@ -80,6 +110,11 @@ class Function:
             return types.FunctionType(self.compile_annotated(), self.namespace)().__annotations__  # type: ignore[no-any-return]
         except Exception:  # annotations are author code
             return {}
+
+    @functools.cached_property
+    def outline(self) -> Outline:
+        """What identifies the function and its waits in another version of the module."""
+        return self.make_outline()
 
     def _registered(self, code: types.CodeType, names: tuple[str, ...]) -> types.CodeType:
         if code.co_freevars != names:

@@ -23,10 +23,11 @@ from typing import Any
 from kwflow.durable import codec, loader, registry
 from kwflow.durable.fingerprint import class_hashes, imports_of, source_version
 from kwflow.durable.lower import LOWERING_VERSION, lower_module, units_in
+from kwflow.durable.moves import MovingNames, parsed
 from kwflow.durable.registry import Module, Pins
 from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError, TransportError
 
-__all__ = ["Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "needed", "no_sources", "prepare", "resolve", "source_in", "split_reference", "stored_with"]
+__all__ = ["Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "moving", "needed", "no_sources", "prepare", "resolve", "source_in", "split_reference", "stored_with"]
 
 Sources = Callable[[str], bytes | None]  # from `<module>@<sha256>` to the stored entry; called only for versions that are not loaded
 _REFERENCE = re.compile(r"(.+)@([0-9a-f]{12})")
@@ -91,13 +92,15 @@ def split_reference(reference: str) -> tuple[str, str]:
 
 
 # -- which version -------------------------------------------------------------------------------------------------
-def loads(body: bytes, code: Mapping[str, Any], sources: Sources, lowering: int = LOWERING_VERSION) -> tuple[Any, Pins]:
-    """Return the graph of a snapshot with this `code` header, and the versions that it runs.  Raises SnapshotError.
+def loads(body: bytes, code: Mapping[str, Any], sources: Sources, lowering: int = LOWERING_VERSION, moving: MovingNames | None = None) -> tuple[Any, Pins]:
+    """Return the graph of a snapshot with this `code` header, and the versions that it runs; with `moving`, moved onto the current ones.  Raises SnapshotError.
 
     `lowering` is the lowering version that wrote it; if that is newer than ours, the snapshot is refused before anything is loaded.
     """
     if lowering > LOWERING_VERSION:
         raise SnapshotError(f"it was saved by a newer kwflow (lowering version {lowering}; this one reads up to {LOWERING_VERSION}); upgrade kwflow, then retry")
+    if moving is not None:
+        return codec.loads(body, moving.pins, lowering, moving), {}
     pins = resolve(code, sources)
     while True:
         try:
@@ -142,6 +145,33 @@ def resolve(code: Mapping[str, Any], sources: Sources) -> Pins:
         elif reference != name:
             pins[reference] = current
     return pins
+
+
+def moving(code: Mapping[str, Any], sources: Sources) -> MovingNames:
+    """Return what the names of a snapshot with this `code` header mean if it is moved onto the current code.  Raises CodeChangedError."""
+    pins: dict[str, Module] = {}
+    old: dict[str, Module] = {}
+    for reference, saved in code.items():
+        name, _ = split_reference(reference)
+        current = loader.current(name)
+        if current is None:
+            raise CodeChangedError(f"the module {name} no longer exists, so there is no code to move to", name)
+        if reference != name:
+            pins[reference] = current
+        if changed_units(current, saved):
+            old[reference] = _as_it_was(name, saved["version"], sources)
+    return MovingNames(pins, old)
+
+
+def _as_it_was(name: str, version: str, sources: Sources) -> Module:
+    """Return a version of a module for what is known about its functions."""
+    known = next((found for found in registry.versions_of(name) if found.version == version), None)
+    if known is not None:
+        return known
+    data = sources(entry_key(name, version))
+    if data is None:
+        raise CodeChangedError(f"the source of {name} that this instance runs ({version[:12]}) is not stored, so it is not known where it waits", name)
+    return parsed(name, version, source_in(data), registry.version_name(name, version))
 
 
 def prepare(key: str, sources: Sources, wanted: Callable[[str], bool] = lambda key: True) -> None:

@@ -1,4 +1,4 @@
-"""Commands that run no author code and work on stored bytes: query, terminate, pause and unpause, fork, retry and discard (M2, K17).
+"""Commands that work on stored bytes: query, terminate, pause and unpause, fork, retry and discard (M2, K17), and migrate where no step can do it.
 
 They reach an instance that is parked or damaged, which no step could.  This module must not run a step itself: records
 that were held are applied by the batch that it is given.
@@ -14,18 +14,20 @@ import msgspec
 
 from kwflow.activities import failure_payload
 from kwflow.config import Config
-from kwflow.core import children, messages, ops, snapshot, wire
+from kwflow.core import children, messages, migration, ops, snapshot, wire
 from kwflow.core.contract import Context
 from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Command, Output, Record
-from kwflow.errors import ActivityError, ProtocolError, RefusedError, SnapshotError, UsageError
+from kwflow.durable.registry import Module
+from kwflow.durable.versions import Sources
+from kwflow.errors import ActivityError, KwflowBug, ProtocolError, RefusedError, SnapshotError, UsageError
 from kwflow.ports import Changes, Decision
 from kwflow.runners import parked
 from kwflow.runners.activities.dispatch import keep
 
-__all__ = ["OPS", "apply", "refuse"]
+__all__ = ["OPS", "apply", "is_migrated_here", "refuse"]
 
 
 class Batch(Protocol):
@@ -35,6 +37,7 @@ class Batch(Protocol):
     state: Changes
     context: Context
     partitions: int
+    sources: Sources
 
     def stored(self, key: bytes) -> bytes | None:
         """The stored bytes of this id, including everything that this batch did so far."""
@@ -42,8 +45,8 @@ class Batch(Protocol):
     def calls(self, name: str, refs: Sequence[str]) -> dict[str, Dispatch | None]:
         """The activity calls behind these waits, by ref; None for a call that is not stored here."""
 
-    def put(self, key: bytes, data: bytes) -> None:
-        """Save an instance that no record of its own has reached yet."""
+    def put(self, key: bytes, data: bytes, modules: Sequence[Module] = ()) -> None:
+        """Save an instance in the place of a step; `modules` are the versions that its snapshot names, if they are not those it named before."""
 
     def drain(self, records: list[Record]) -> list[Decision]:
         """Apply held records."""
@@ -208,6 +211,77 @@ def _free_id(batch: Batch, name: str, record: Record) -> str:
     return next(id for id in ids if partition_of(id.encode(), batch.partitions) == record.partition)
 
 
+def is_migrated_here(config: Config, stored: bytes | None, command: Command) -> bool:
+    """Whether a `migrate` is carried out here, not by a step: one in place, or one for an instance that has failed, which would hold it behind the record at fault."""
+    header = _header(config, "", stored)
+    return command.arguments.in_place or (header["status"] == "parked" and _has_failed(header))
+
+
+def _has_failed(header: dict[str, Any]) -> bool:
+    return header["status"] == "parked" and header["parked"]["reason"] not in ("paused", "draining") and not parked.is_paused(header)
+
+
+def _migrate(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
+    """Move the instance to other code, ahead of what it holds; then apply that, if it was parked because it had failed.
+
+    If it cannot be moved, nothing changes, and the sender and the log are told why.
+    """
+    stored = batch.state.get(name.encode())
+    if stored is None:
+        raise KwflowBug("a migrate of nothing")
+    try:
+        made = _moved(batch, name, stored, record, _has_failed(header)) if command.arguments.in_place else _migrated(batch, name, stored, record)
+    except SnapshotError as error:
+        told = Decision(logs=(f"{name}: not migrated: {error}",))
+        return joined([_replied(batch, record, "rejected", str(error), count="not-migrated"), told])
+    if made is None:
+        said = "no code that it holds has changed" if command.arguments.in_place else "there is no migration for the code that it runs"
+        return _replied(batch, record, "unchanged", said, count="not-migrated")
+    return _done(batch, name, record, command, "ok", made)
+
+
+def _moved(batch: Batch, name: str, stored: bytes, record: Record, failed: bool) -> list[Decision] | None:
+    """Move the instance in place.  Returns None if there is nothing to move; raises SnapshotError if it cannot be moved."""
+    found = snapshot.move(stored, batch.sources, batch.config.signing_keys)
+    if found is None:
+        return None
+    data, modules = found
+    if len(data) > batch.config.snapshot_bytes_max:
+        raise SnapshotError(f"its snapshot would have {len(data)} bytes, more than snapshot_bytes_max = {batch.config.snapshot_bytes_max}")
+    batch.put(name.encode(), data, modules)
+    told = Decision(logs=(f"{name}: migrated",))
+    return [told, *_drain(batch, name, record, discard=False)] if failed else [told]
+
+
+def _migrated(batch: Batch, name: str, stored: bytes, record: Record) -> list[Decision] | None:
+    """Migrate a parked instance by its `@kw.migrate` function, in a step.  Returns None if it has none; raises SnapshotError if that fails."""
+    key, keys = name.encode(), batch.config.signing_keys
+    before = snapshot.unpark(stored, keys)
+    if before is None:
+        raise SnapshotError("its start failed; once it is retried, it takes the current code")
+    instance = snapshot.load(before, batch.sources, keys)
+    try:
+        if migration.find(instance, batch.context.workflows.migrations) is None:
+            return None
+    finally:
+        instance.forget()
+    batch.state.put(key, before)
+    holding = parked.held_keys(batch.state, name)
+    made = batch.drain([msgspec.structs.replace(record, headers=tuple(pair for pair in record.headers if pair[0] not in _ANSWERED))])
+    after = _header(batch.config, name, batch.state.get(key))
+    if after["status"] == "parked":
+        for added in parked.held_keys(batch.state, name) - holding:
+            batch.state.put(added, None)
+        batch.state.put(key, stored)
+        raise SnapshotError(f"{after['parked']['reason']}: {after['parked']['message']}")
+    ahead = batch.state.get(key)
+    if ahead is not None:  # the held records have lower offsets than this one, and are still to be applied
+        batch.state.put(key, snapshot.amend(ahead, keys, applied=snapshot.split(before, keys)[0].get("applied")))
+    rest = parked.park_rest(batch.config, batch.state, name)
+    uncounted = [msgspec.structs.replace(one, counts=()) for one in made]
+    return uncounted if rest is None else [*uncounted, Decision((rest,))]
+
+
 def _retry(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
     """Retry or discard: apply the hold in order.  Discard drops its head first, if that record has failed."""
     if header["status"] != "parked":
@@ -256,9 +330,10 @@ def _drain(batch: Batch, name: str, record: Record, discard: bool) -> list[Decis
     return [*made, Decision((rest,))] if rest is not None else made
 
 
+_ANSWERED = {*parked.ADDRESS, "kwflow-id"}  # headers of a command whose reply is not the step's
 _DISCARDED = "Discarded"
 _COUNTED = {"fork": "forked", "retry": "retried", "discard": "discarded", "terminate": "terminated", "pause": "paused", "unpause": "unpaused"}
 _CHANGING: dict[str, Callable[[Batch, str, dict[str, Any], Record, Command], Decision]] = {
-    "discard": _retry, "fork": _fork, "pause": _pause, "retry": _retry, "terminate": _terminate, "unpause": _unpause,
+    "discard": _retry, "fork": _fork, "migrate": _migrate, "pause": _pause, "retry": _retry, "terminate": _terminate, "unpause": _unpause,
 }  # fmt: skip
-OPS = {"query", *_CHANGING}
+OPS = {"query", *_CHANGING} - {"migrate"}  # and a `migrate` that is carried out here

@@ -26,14 +26,15 @@ Migrations = Mapping[str, Callable[..., Any]]
 class Fate:
     """What would become of one instance.
 
-    `kind` is resume, old or parked; `why` holds sentences; `migration` is true if `kwflow code migrate` would move it;
-    `changed` lists, by module, the classes that have changed since it was saved.
+    `kind` is resume, old or parked; `why` holds sentences; `migration` is true if `kwflow code migrate` would move it, `in_place` says
+    why `--in-place` would not (empty if it would); `changed` lists, by module, the classes that have changed since it was saved.
     """
 
     id: str
     kind: str
     why: tuple[str, ...] = ()
     migration: bool = False
+    in_place: str = ""
     changed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -60,9 +61,18 @@ def _fate(id: str, header: dict[str, Any], body: bytes, sources: versions.Source
         why = [f"{name}: {change}" for name, saved in code_of(header) if name in old for change in versions.changed_units(registry.modules().get(name), saved)]
         why += [f"{name}: something that it refers to by name no longer exists" for name in sorted(old) if not any(line.startswith(f"{name}:") for line in why)]
         moves = migration.find(instance, migrations) is not None
-        return Fate(id, "old" if old else "resume", tuple(why), moves, dict(_changed(header, sources)))
+        return Fate(id, "old" if old else "resume", tuple(why), moves, _not_in_place(header, body, sources) if old else "", dict(_changed(header, sources)))
     finally:
         instance.forget()
+
+
+def _not_in_place(header: dict[str, Any], body: bytes, sources: versions.Sources) -> str:
+    """Say why the instance cannot be moved in place; empty if it can."""
+    try:
+        snapshot.wake(header, body, sources, versions.moving(header.get("code", {}), sources)).forget()
+    except SnapshotError as error:
+        return str(error)
+    return ""
 
 
 def _changed(header: dict[str, Any], sources: versions.Sources) -> Iterator[tuple[str, tuple[str, ...]]]:

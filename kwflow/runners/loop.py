@@ -168,6 +168,7 @@ class _Batch:
         self.budget = budget
         self.live: dict[bytes, Live] = {}
         self.partitions = processor.partitions
+        self.sources = processor.sources
         self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows, processor.queues, gateway_url=self.config.gateway_url)
         self.made: list[Decision] = []
         self.held: dict[str, tuple[int, int]] = {}
@@ -216,7 +217,7 @@ class _Batch:
             wire.check_size(record, self.config.value_bytes_max, self.config.header_bytes_max)
             key = name.encode()
             op = wire.header(record, "kwflow-op") if record.headers else None
-            if op in commands.OPS:
+            if op in commands.OPS or (op == "migrate" and self._is_migrated_here(key, record)):
                 return self._command(name, record)
             if op == feeds.OP:
                 return self.processor.fed.again(registered_feeds(), record, self.context.received_ms)
@@ -400,7 +401,11 @@ class _Batch:
             said = f"{live.instance.id if live.instance else ''}: its snapshot now has {size} bytes (snapshot_bytes_warn = {limit}); above {self.config.snapshot_bytes_max} it is parked"
             self.made[last] = msgspec.structs.replace(self.made[last], logs=(*self.made[last].logs, said))
 
-    # -- commands that run no author code ------------------------------------------------------------------------------
+    # -- commands that are no step --------------------------------------------------------------------------------------
+    def _is_migrated_here(self, key: bytes, record: Record) -> bool:
+        command = wire.parse(record)
+        return isinstance(command, wire.Command) and commands.is_migrated_here(self.config, self.state.get(key) if key not in self.live else None, command)
+
     def _command(self, name: str, record: Record) -> Decision:
         command = wire.parse(record)
         if not isinstance(command, wire.Command):
@@ -421,9 +426,11 @@ class _Batch:
         stored = {ref: self.state.get(state_key(name, ref)) for ref in refs}
         return {ref: decode(data) if data is not None else made.get(ref) for ref, data in stored.items()}
 
-    def put(self, key: bytes, data: bytes) -> None:
-        """Save an instance that no record of its own has reached, and charge it to the budget: each fork is as large as its original."""
+    def put(self, key: bytes, data: bytes, modules: Sequence[Module] = ()) -> None:
+        """Save an instance that no step has changed, and charge it to the budget: each fork is as large as its original."""
         self.state.put(key, data)
+        if self.processor.keeps_code:
+            self.named |= dict.fromkeys(modules)
         if self.budget is not None:
             self.budget.take(len(data))
 

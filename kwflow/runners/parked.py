@@ -20,8 +20,8 @@ from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
 
 __all__ = [
-    "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "hold", "hold_again", "holds", "is_paused", "park", "park_rest", "release",
-    "remnant",
+    "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "held_keys", "hold", "hold_again", "holds", "is_paused", "park", "park_rest",
+    "release", "remnant",
 ]  # fmt: skip
 
 DRAINED_MAX = 500
@@ -159,6 +159,11 @@ def held(state: Changes, name: str) -> list[Record]:
         state.put(key, None)
         found.append(msgspec.structs.replace(msgspec.msgpack.decode(value, type=_Held), place=_place(key)))
     return found
+
+
+def held_keys(state: Changes, name: str) -> set[bytes]:
+    """Return the keys of everything that it holds."""
+    return {key for key, _ in state.scan(_prefix(name))}
 
 
 def hold_again(state: Changes, records: Sequence[Record]) -> None:

@@ -149,6 +149,38 @@ def test_a_deployment_is_checked_before_it_is_made_then_seen_compared_moved_and_
     assert "at least 2 days" in site("code", "gc", "--older-than", "1", code=2)
 
 
+WRONG = HEAD + "import threading\n\ndef main(opts):\n    got = yield kw.suspend('r')\n    lock = threading.Lock()\n    yield kw.suspend('s')\n    return [got, opts]\n"
+RIGHT = HEAD + "\ndef main(opts):\n    if opts:\n        got = yield kw.suspend('r')\n        got += 1\n    yield kw.suspend('s')\n    return [got, opts]\n"
+
+
+@pytest.mark.slow
+def test_a_bug_is_fixed_under_the_instances_that_wait_in_it_parked_or_not(site: Deployments) -> None:
+    """G10, decision 0061: `engine --check`, `code migrate --in-place`."""
+    site.deploy({"trips.py": WRONG}, "shop.trips")
+    for id in ("parked", "waits", "elsewhere"):
+        site("start", id, "--input", '"opts"')
+    site("resume", "parked", "r", "--value", "5")
+    site.until(lambda: "UnsavableError" in site("dead-letters", "list"))
+    site.stop()
+    (site.folder / "shop/trips.py").write_text(RIGHT)
+    said = site("engine", "--check", "shop.trips", "--app-dir", str(site.folder))
+    assert "stay on old code: waits  shop.trips: main has changed; can be migrated in place" in said
+    site.deploy({"trips.py": RIGHT}, "shop.trips")
+    assert json.loads(site("code", "migrate", "elsewhere", "--in-place", "--json").splitlines()[0]) == {"id": "elsewhere", "status": "ok"}
+    site("code", "migrate", "--all", "--in-place")
+    for id in ("parked", "waits", "elsewhere"):
+        site("resume", id, "r", "--value", "7")
+        site("resume", id, "s")
+    site.until(lambda: len(site.records("workflow-result")) == 3)
+    assert site.records("workflow-result") == ['0 parked [6,"opts"]', '1 waits [8,"opts"]', '2 elsewhere [8,"opts"]']
+    site.deploy({"trips.py": RIGHT.replace("'r'", "'q'")}, "shop.trips")
+    site("start", "late", "--input", "1")
+    site.deploy({"trips.py": RIGHT}, "shop.trips")
+    said = site("engine", "--check", "shop.trips", "--app-dir", str(site.folder))
+    assert "stay on old code: late  shop.trips: main has changed; not in place: shop.trips:main waits at line 5, `yield kw.suspend('q')`, and the new code has no such wait" in said
+    assert "late: rejected: shop.trips:main waits at line 5" in site("code", "migrate", "--all", "--in-place", code=1)
+
+
 class Ago:
     """A clock that is this many days behind."""
 

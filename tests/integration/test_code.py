@@ -93,6 +93,44 @@ def test_instances_of_either_code_finish_on_it_under_engines_of_the_other(site: 
     assert json.loads(site.read(f"{site.application}-code", 1)[0][1])["file"] == "shop.py"
 
 
+COUNTS = """import threading
+import kwflow as kw
+def main(opts):
+    inbox, total = kw.signals("n"), 0
+    while True:
+        n = yield inbox
+        if n is None:
+            return total
+        total += n
+        {0}
+"""
+
+
+def test_a_bug_is_fixed_under_what_waits_and_a_kill_in_the_middle_changes_nothing(site: Site) -> None:
+    """Decision 0061, K17: what a parked instance holds is more than one transaction applies; each record counts once."""
+    for name, line in (("old", "lock = threading.Lock()"), ("new", "n = None")):
+        (site.directory / name / "shop.py").write_text(COUNTS.format(line))
+    first = engine(site, "old", "one")
+    parked, waits = (f"{site.application}-{name}" for name in ("parked", "waits"))
+    for id in (parked, waits):
+        site.send(id, "new:null")
+    for _ in range(700):
+        site.producer.produce(site.topic("resume"), '{"name": "n", "value": 1}', parked, headers={"kwflow-op": b"signal"})
+    assert site.producer.flush(20) == 0
+    while {row["id"]: row["holds"] for row in json.loads(site.run("dead-letters", "list", "--json"))} != {parked: 700}:
+        assert first.poll() is None
+    first.kill()
+    second = engine(site, "new", "two")
+    assert site.run("code", "migrate", parked, waits, "--in-place", "--json").count('"status":"ok"') == 2
+    second.kill()
+    engine(site, "new", "three")
+    for id in (parked, waits):
+        for value in ("2", "null"):
+            site.producer.produce(site.topic("resume"), f'{{"name": "n", "value": {value}}}', id, headers={"kwflow-op": b"signal"})
+    assert site.producer.flush(20) == 0
+    assert dict(site.read(site.topic("result"), 2)) == {parked: "702", waits: "2"}
+
+
 def test_gc_removes_what_nobody_has_used_for_days(site: Site) -> None:
     """Wire §4."""
     for name, days in (("gone", 30), ("new", 1)):

@@ -9,6 +9,7 @@
     inner.py        functions without a def: lambdas, generator expressions
     liveness.py     which names are still needed after each wait
     functions.py    nested functions, the twins, functions compiled alone
+    outline.py      what identifies a wait in another version of the source
     lint.py         calls whose result is thrown away
 
 At load, only the module with its hot twins is compiled.  Cold twins, functions compiled alone and hashes of units are made
@@ -28,7 +29,7 @@ from kwflow.durable.fingerprint import source_version, unit_hash
 from kwflow.durable.lower.functions import ModuleLowering
 from kwflow.durable.lower.lint import lost_calls, warn_of
 from kwflow.durable.lower.scopes import Scope, analyze, child_nodes
-from kwflow.durable.registry import Function, Label, Module
+from kwflow.durable.registry import Function, Label, Module, Outline
 from kwflow.errors import UnsupportedError
 
 __all__ = ["LOWERING_VERSION", "Lowered", "lower_module", "module_of", "units_in"]
@@ -100,8 +101,9 @@ class _Functions(Mapping[str, Function]):
         path, unit, own_name, qualname, generator, coroutine, how, lineno, arguments, free, captured, labels = fact
         kind, compiled = "generator" if generator else "function", functools.partial(self._later.compile, path)
         where, names, labelled = (lineno, self._later.filename), (arguments, free, captured), tuple(map(Label._make, labels))
-        codes = [functools.partial(compiled, one) for one in ("cold", how, "annotated")]
-        made = Function(self._name, self._version, path, unit, own_name, qualname, kind, coroutine, *where, *names, labelled, *codes)
+        cold, plain, annotated = [functools.partial(compiled, one) for one in ("cold", how, "annotated")]
+        outlined = functools.partial(self._later.outline, path)
+        made = Function(self._name, self._version, path, unit, own_name, qualname, kind, coroutine, *where, *names, labelled, cold, plain, annotated, outlined)
         made.home = self.home
         return made
 
@@ -141,6 +143,9 @@ class _Later:
         node, scope = self.nodes[path]
         made: types.CodeType = getattr(self.lowering, how)(node, scope)
         return made
+
+    def outline(self, path: str) -> Outline:
+        return self.lowering.outline(*self.nodes[path])
 
     def lowered(self, bound: frozenset[str]) -> Lowered:
         collecting = gc.isenabled()

@@ -123,6 +123,8 @@ class Emitter:
     cold: bool
     labels: list[Label] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)  # the line of the wait at each label, for display
+    waits: list[ast.AST] = field(default_factory=list)  # the wait at each label, its operand not lowered
+    places: dict[str, ast.stmt] = field(default_factory=dict)  # each statement by its path
     live: list[str] = field(default_factory=list)
     temporaries: dict[str, None] = field(default_factory=dict)
     exits: list[str | Finally] = field(default_factory=list)
@@ -263,6 +265,7 @@ class Emitter:
         same = self._label_counts[self.path] = self._label_counts.get(self.path, 0) + 1
         self.labels.append(Label(f"{self.path} {same}", tuple(dict.fromkeys(self.live))))
         self.lines.append(getattr(wait, "lineno", getattr(self.at, "lineno", 0)))
+        self.waits.append(wait)
         stored = assign("@l", constant(number))
         self._label_stores.append(stored)
         self.emit(stored)
@@ -286,6 +289,7 @@ class Emitter:
         with self.collect() as block:
             for number, node in enumerate(statements):
                 self.path, self.at = f"{outer}{'.' if outer else ''}{name}{number}", node
+                self.places[self.path] = node
                 mark, holding = len(self.live), len(self.holding)
                 self.statement(node)
                 del self.live[mark:]

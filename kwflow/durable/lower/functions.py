@@ -18,9 +18,10 @@ from kwflow.durable.fingerprint import without_docstring
 from kwflow.durable.lower.emit import assign, call, constant, helper, is_bound, load, located, store
 from kwflow.durable.lower.inner import as_def, forwarded, no_arguments, spread, template
 from kwflow.durable.lower.liveness import needed_after
+from kwflow.durable.lower.outline import outline, waits_of
 from kwflow.durable.lower.scopes import Comprehension, Scope, every_argument, has_yield, mangle, node_fields
 from kwflow.durable.lower.statements import Statements
-from kwflow.durable.registry import Label
+from kwflow.durable.registry import Label, Outline
 
 __all__ = ["ModuleLowering"]
 
@@ -91,6 +92,11 @@ class ModuleLowering:
         found = needed_after(body, len(lowering.labels), frozenset(scope.free), frozenset(scope.captured if held is None else held))
         read = {"__class__", *scope.arguments[:1]} if "__class__" in scope.free else set()  # by `super()`, under any name
         return {label.name: (names | read) & own for label, names in zip(lowering.labels, found, strict=True)}
+
+    def outline(self, node: ast.AST, scope: Scope) -> Outline:
+        """Return what identifies the function and its waits in another version of the module."""
+        lowering = self._lower(as_def(node), scope, scope.class_name, cold=False)[0] if scope.generator else None
+        return outline(node, scope, waits_of(lowering, self.needed(node, scope, ()), self.needed(node, scope)) if lowering is not None else {})
 
     def cold(self, node: ast.AST, scope: Scope) -> types.CodeType:
         """Compile the twin that restored generators run, alone."""

@@ -76,8 +76,12 @@ def _made(node: ast.AST) -> Names:
 
 
 def _is_mark(decorator: ast.expr) -> bool:
-    function = decorator.func if isinstance(decorator, ast.Call) else None
-    return isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == RUNTIME and function.attr in ("mark", "mark_coroutine")
+    return isinstance(decorator, ast.Call) and _of_runtime(decorator.func) in ("mark", "mark_coroutine")
+
+
+def _of_runtime(function: ast.expr) -> str:
+    """Return the name of a function of the runtime; empty for any other."""
+    return function.attr if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == RUNTIME else ""
 
 
 def _free(scope: Scope) -> Names:
@@ -213,6 +217,8 @@ class _Walk:
         return ways.continued
 
     def statement_If(self, node: ast.If, after: Names, ways: _Ways) -> Names:
+        if _is_kept(node.test):  # the cleanup of a `finally`: passed over only if the generator is being forgotten, and then nothing follows
+            return self.expression(node.test, self.block(node.body, after, ways), ways)
         return self.expression(node.test, self.block(node.body, after, ways) | self.block(node.orelse, after, ways), ways)
 
     def statement_While(self, node: ast.While, after: Names, ways: _Ways) -> Names:
@@ -274,6 +280,11 @@ class _Walk:
                 here = self.bound(handler.name, here)
             rest = here if handler.type is None else self.expression(handler.type, here | rest, ways)
         return rest
+
+
+def _is_kept(test: ast.expr) -> bool:
+    last = test.values[-1] if isinstance(test, ast.BoolOp) else test
+    return isinstance(last, ast.Call) and _of_runtime(last.func) == "kept"
 
 
 def _captures(pattern: ast.pattern) -> Iterator[str]:

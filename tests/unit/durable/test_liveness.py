@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "a binding two loops away": ("x = y = z = 0\nwhile a:\n  while a:\n    use(x)\n    x = y\n    yield\n  y = z\nz = 1", ["a x y z"]),
     "a handler reads what the body would bind": ("x = 0\ntry:\n  yield 1\n  x = 1\nexcept E:\n  return x\nyield 2", ["x", ""]),
     "a value that only a handler does not bind": ("r = 0\ntry:\n  r = yield\nexcept E:\n  pass\nreturn r", ["r"]),
+    "a finally binds on every way": ("r = 0\ntry:\n  yield\nfinally:\n  r = 1\nreturn r", [""]),
     "the name of a handler": ("e = 0\nyield\ntry:\n  use(a)\nexcept E as e:\n  use(e)", ["a"]),
     "a wait in a handler": ("x = 0\ntry:\n  use(a)\nexcept E as e:\n  yield\n  use(e)\nreturn x", ["e x"]),
     "try else": ("x = y = 0\nyield\ntry:\n  x = a\nexcept E:\n  x = y\nelse:\n  use(x)\nreturn x", ["a y"]),

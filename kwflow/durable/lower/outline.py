@@ -1,0 +1,134 @@
+"""What identifies each wait of a function in another version of its source, and what it takes to continue there.
+
+`durable/moves.py` compares the outlines of two versions.  Nothing here compiles or changes a tree.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+
+from kwflow.durable.fingerprint import lowered_hash, unit_hash
+from kwflow.durable.lower.emit import Emitter
+from kwflow.durable.lower.scopes import Scope, child_nodes
+from kwflow.durable.registry import RUNTIME, Outline, Wait
+
+__all__ = ["outline", "waits_of"]
+
+_TEXT_MAX = 80
+_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
+_COMPOUND = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.TryStar, ast.Match, ast.AsyncFor, ast.AsyncWith, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_FREE = frozenset({"async-iterator", "delegate", "for-iterator", "handled", "manager", "open", "while"})  # temporaries whose statements may change: what they hold goes on
+
+
+def outline(node: ast.AST, scope: Scope, waits: dict[str, Wait]) -> Outline:
+    """Return the outline of a function with these waits."""
+    owner = _class_in_function(scope)
+    return Outline(unit_hash(owner or node), owner is not None or not hasattr(node, "name"), waits)
+
+
+def waits_of(lowering: Emitter, needed: Mapping[str, frozenset[str]], shared: Mapping[str, frozenset[str]]) -> dict[str, Wait]:
+    """Return the waits of a generator by label, from what lowered it and from what it needs after each, without and with what its closures may read."""
+    waits: dict[str, Wait] = {}
+    for label, line, wait in zip(lowering.labels, lowering.lines, lowering.waits, strict=True):
+        path, key = label.name.rpartition(" ")[0], lowered_hash(wait)
+        state = tuple(_held(name, lowering.places) for name in label.live)
+        around = _around(path, lowering.places) + key
+        waits[label.name] = Wait(line, _text(wait), key, around, _call(wait), label.live, state, needed[label.name], shared[label.name])
+    return waits
+
+
+def _class_in_function(scope: Scope) -> ast.AST | None:
+    """Return the outermost class between this function and the function around it."""
+    found, outer = None, scope.parent
+    while outer is not None and outer.kind != "module":
+        if outer.kind == "function":
+            return found
+        if outer.kind == "class":
+            found = outer.node
+        outer = outer.parent
+    return None
+
+
+def _around(path: str, places: dict[str, ast.stmt]) -> str:
+    """Describe the statements that a path leads through: the kind and the header of each, and the block in it."""
+    found = ""
+    parts = path.split(".")
+    for depth in range(1, len(parts)):
+        node, block = places[".".join(parts[:depth])], parts[depth].rstrip("0123456789")
+        found += f"{type(node).__name__} {lowered_hash(*_header(node))} {_block(node, block)} "
+    return found
+
+
+def _block(node: ast.stmt, block: str) -> str:
+    """Name a block of a statement; handlers and cases by what they catch, not by their number."""
+    if block.startswith("except") and isinstance(node, (ast.Try, ast.TryStar)):
+        handler = node.handlers[int(block[len("except") : -1])]
+        return f"except {lowered_hash(*(part for part in (handler.type,) if part is not None))} {handler.name}"
+    if block.startswith("case") and isinstance(node, ast.Match):
+        case = node.cases[int(block[len("case") : -1])]
+        return f"case {lowered_hash(case.pattern, *([case.guard] if case.guard is not None else []))}"
+    return block
+
+
+def _header(node: ast.stmt) -> list[ast.AST]:
+    """Return the parts of a statement that are not blocks; of a match also its patterns and guards."""
+    if not isinstance(node, _COMPOUND):
+        return [node]
+    parts: list[ast.AST] = []
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if name not in _BLOCKS:
+            parts += [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, ast.AST)]
+    for case in getattr(node, "cases", ()):
+        parts += [case.pattern, *([case.guard] if case.guard is not None else [])]
+    return parts
+
+
+def _held(name: str, places: dict[str, ast.stmt]) -> tuple[str, str]:
+    """Return the role of a temporary, and the hash of what its value depends on, if that must not change."""
+    role, _, rest = name[1:].partition(" ")
+    if role in _FREE:
+        return role, ""
+    node = places[rest.partition(" ")[0]]
+    if role.startswith("completion"):
+        return role, " ".join(sorted({type(way).__name__ for way in _leaving(node)}))
+    return role, lowered_hash(*_header(node))
+
+
+def _leaving(node: ast.AST) -> Iterator[ast.stmt]:
+    """Yield each `break` and `continue` in this statement that leaves it."""
+    for child in child_nodes(node):
+        if isinstance(child, (ast.Break, ast.Continue)):
+            yield child
+        elif isinstance(child, (ast.For, ast.While, ast.AsyncFor)):
+            for statement in child.orelse:
+                yield from _leaving(ast.Module([statement], []))
+        elif isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)) and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield from _leaving(child)
+
+
+def _call(wait: ast.AST) -> str:
+    """Identify the function that the wait calls for what it waits for, and the texts among its arguments, which are often names; empty if it calls none."""
+    operand = getattr(wait, "value", None)
+    if not isinstance(operand, ast.Call):
+        return ""
+    return f"{type(wait).__name__} {lowered_hash(operand.func)} {[text for part in (*operand.args, *operand.keywords) for text in _texts(part)]}"
+
+
+def _texts(node: ast.AST) -> Iterator[str]:
+    """Yield the texts in an expression that are the author's; calls of the runtime name functions by their paths."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    for child in node.args[1:] if isinstance(node, ast.Call) and _is_ours(node) else child_nodes(node):
+        yield from _texts(child)
+
+
+def _is_ours(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) and call.func.value.id == RUNTIME
+
+
+def _text(wait: ast.AST) -> str:
+    """Return the wait as the author wrote it, shortened; empty if it was not written like this."""
+    text = ast.unparse(wait).removeprefix("(").removesuffix(")")
+    return "" if RUNTIME in text else text if len(text) <= _TEXT_MAX else text[: _TEXT_MAX - 1] + "…"

@@ -1,0 +1,217 @@
+"""Moving what waits onto edited code, in place: each generator goes on after the same wait, in the function as it is now (decision 0061).
+
+A snapshot is read with the current code in the place of the code that it names.  A `Move` says what that means for one function: which
+wait is the one where the generator stands, which temporaries hold what, which cell is which variable's.  Whatever cannot be decided from the
+two sources is refused with a CodeChangedError, before anything runs; nothing is guessed.  The old source is only read, never run.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kwflow.durable import rebuild, registry
+from kwflow.durable.frames import empty
+from kwflow.durable.lower import lower_module
+from kwflow.durable.registry import Function, Module, Pins, Wait
+from kwflow.errors import CodeChangedError
+
+__all__ = ["MovingNames", "parsed"]
+
+_OPEN = ("open", "")  # whether a with block is still to be left; needed only if a return, break or continue leaves it
+_WHAT = {"for-iterator": "a for loop", "async-iterator": "an async for loop", "manager": "a with block", "handled": "an except clause", "completion": "a finally that waits"}
+
+
+@functools.lru_cache(maxsize=64)
+def parsed(name: str, version: str, source: str, filename: str) -> Module:
+    """Return a version of a module for what is known about its functions; its code never runs."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return lower_module(name, source, filename)
+    except SyntaxError as error:
+        raise CodeChangedError(f"{name}: the source that it runs ({version[:12]}) cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Move:
+    """One function, from the version that a snapshot names to the current one."""
+
+    old: Function
+    new: Function
+
+    @property
+    def name(self) -> str:
+        return f"{self.old.module}:{self.old.path}"
+
+    @functools.cached_property
+    def is_edited(self) -> bool:
+        return self.old.outline.digest != self.new.outline.digest
+
+    def refused(self, why: str) -> CodeChangedError:
+        return CodeChangedError(f"{self.name} {why}", self.old.module)
+
+    def cells(self, saved: tuple[types.CellType, ...], is_begun: bool) -> tuple[types.CellType, ...]:
+        """Return the cells in the order of the new function; variables that only it shares with nested functions get new ones."""
+        names = self.old.captured if is_begun else self.old.free
+        known = dict(zip(names, saved, strict=True))
+        wanted = self.new.captured if is_begun else self.new.free
+        for name in self.new.free:
+            if name not in known:
+                raise self.refused(f"now uses {name} of the function around it, which it did not when this was saved")
+        return tuple(known[name] if name in known else types.CellType() for name in wanted)
+
+    def place(self, label: str) -> tuple[str, Wait, Wait]:
+        """Return the label of the same wait in the new function, and both waits.  Raises CodeChangedError if it is not certain which it is.
+
+        It is the same expression in the same statements, else the same expression, else the only edited call of the same function.  Of several
+        that are equal, it is the one at the same place among them, as long as there are as many as there were.
+        """
+        old, new = self.old.outline.waits, self.new.outline.waits
+        was = old[label]
+        kept = {wait.key for wait in old.values()} & {wait.key for wait in new.values()}
+        ways: list[Callable[[Wait], bool]] = [lambda wait: wait.around == was.around, lambda wait: wait.key == was.key, lambda wait: wait.call == was.call != "" and wait.key not in kept]
+        for is_like in ways:
+            before, now = ([name for name, wait in waits.items() if is_like(wait)] for waits in (old, new))
+            if label in before and len(before) == len(now):
+                found = now[before.index(label)]
+                return found, was, new[found]
+        if was.key not in kept:
+            raise self.refused(f"{_where(was)}, and the new code has no such wait")
+        counts = [sum(wait.key == was.key for wait in waits.values()) for waits in (old, new)]
+        raise self.refused(f"{_where(was)}, of which there were {counts[0]} and now are {counts[1]}, so it is not certain which one this is")
+
+    def slots(self, saved: dict[str, Any], bound: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the slots of a waiting generator for the new function.  `bound` has its variables that are in cells, by name."""
+        label, was, now = self.place(saved["@l"])
+        made = {name: value for name, value in saved.items() if name[0] != "@"}
+        needed, before = (wait.needed | (wait.shared & {*self.old.captured}) for wait in (now, was))  # no closure that is saved has another variable
+        missing = sorted(needed - before - made.keys() - bound.keys())
+        if missing:
+            said = "a variable that this instance does not have" if len(missing) == 1 else "variables that this instance does not have"
+            raise self.refused(f"{_where(now, 'of the new code')}, and then needs {', '.join(missing)}: {said}")
+        return made | self._temporaries(saved, was, now) | {"@l": label}
+
+    def _temporaries(self, saved: Mapping[str, Any], was: Wait, now: Wait) -> dict[str, Any]:
+        """Return what the saved temporaries are called in the new function.  Raises CodeChangedError if these are not the same ones."""
+        before, after = _Temporaries(was), _Temporaries(now)
+        if before.state != after.state:
+            raise self.refused(_differs(was, now, before.state, after.state))
+        values = [saved[name] for name in before.opens]
+        if len(before.opens) != len(after.opens):
+            if not all(values):
+                raise self.refused(f"{_where(was)}, while it leaves a with block, and a return, break or continue in that has come or gone")
+            values = [True] * len(after.opens)
+        return {new: saved[old] for old, new in zip(before.names, after.names, strict=True) if old in saved} | dict(zip(after.opens, values, strict=True))
+
+
+class _Temporaries:
+    """The temporaries of a wait: the names of those that say whether a with block is open, and the names and the state of all others."""
+
+    def __init__(self, wait: Wait) -> None:
+        both = list(zip(wait.live, wait.state, strict=True))
+        self.opens = [name for name, state in both if state == _OPEN]
+        self.names = [name for name, state in both if state != _OPEN]
+        self.state = [state for _, state in both if state != _OPEN]
+
+
+def _where(wait: Wait, code: str = "") -> str:
+    return f"waits at line {wait.line}{code and f' {code}'}" + (f", `{wait.text}`" if wait.text else "")
+
+
+def _differs(was: Wait, now: Wait, before: list[tuple[str, str]], after: list[tuple[str, str]]) -> str:
+    """Say what an instance that waits here is inside of, or not, that the new code is not, or is."""
+    for these, those, said in ((before, after, "is no longer inside"), (after, before, "is inside")):
+        more = Counter(role for role, _ in these) - Counter(role for role, _ in those)
+        named = [_WHAT[role] for role in more if role in _WHAT]
+        if named:
+            return f"{_where(was)}; there, the new code {said} {named[0]}"
+    return f"{_where(was)}, in the middle of a statement that has changed (line {now.line} of the new code)"
+
+
+class MovingNames(rebuild.Names):
+    """What the names in a snapshot mean if it is to be moved.  `old` are the versions, by reference, whose functions are replaced by those that `pins` or the registry have."""
+
+    def __init__(self, pins: Pins, old: Mapping[str, Module]) -> None:
+        super().__init__(pins)
+        self.old = old
+        self.moved: dict[Any, tuple[Move, tuple[types.CellType, ...], tuple[types.CellType, ...]]] = {}  # by generator; its cells before and after
+        self.holders: Counter[int] = Counter()  # by id of a cell: how many functions and generators have it
+
+    def generator(
+        self, module: str, path: str, cells: tuple[types.CellType, ...] = (), name: str | None = None, qualname: str | None = None
+    ) -> types.GeneratorType[Any, Any, Any]:
+        self.holders.update(map(id, cells))
+        if module not in self.old:
+            return super().generator(module, path, cells, name, qualname)
+        move = self._move(module, path)
+        if move.new.kind != "generator":
+            raise move.refused("is no longer a generator")
+        made = move.cells(cells, is_begun=True)
+        gen = empty(move.new, made, name, qualname)
+        self.moved[gen] = move, cells, made
+        return gen
+
+    def function(self, module: str, path: str, cells: tuple[types.CellType, ...]) -> types.FunctionType:
+        self.holders.update(map(id, cells))
+        if module not in self.old:
+            return super().function(module, path, cells)
+        move = self._move(module, path)
+        if move.new.arguments != move.old.arguments:
+            raise move.refused("is held in a variable, and has other parameters now")
+        return super().function(module, move.new.path, move.cells(cells, is_begun=False))
+
+    def _move(self, module: str, path: str) -> Move:
+        old = self.old[module].functions.get(path)
+        if old is None:
+            raise CodeChangedError(f"the source of {module} has no function {path!r}", module)
+        functions, before = (list(known.functions.values()) for known in (registry.module(module, self.pins), self.old[module]))
+        if old.outline.fixed:
+            before, same = ([one for one in some if one.unit == old.unit and one.name == old.name and one.outline.digest == old.outline.digest] for some in (before, functions))
+            why = "has no name to find it by" if old.name[0] == "<" else "belongs to a class that is defined in a function"
+            refused = CodeChangedError(f"{old.module}:{path} (line {old.lineno}), which this instance holds, has changed and {why}", old.module)
+        else:
+            before, same = ([one for one in some if one.qualname == old.qualname] for some in (before, functions))
+            refused = CodeChangedError(f"of {old.module}:{old.qualname} there were {len(before)} and now are {len(same)}", old.module)
+            if not same:
+                refused = CodeChangedError(f"{old.module} no longer has a function {old.qualname!r}", old.module)
+        if len(same) != len(before):
+            raise refused
+        move = Move(old, same[before.index(old)])
+        if move.new.coroutine != old.coroutine:
+            raise move.refused("was changed from def to async def, or back")
+        return move
+
+    def settle(self, states: list[Any], generator: int, created: int, cell: int) -> None:
+        """Give the states of generators that were moved the names of the new functions.  `generator`, `created` and `cell` are the kinds of such states."""
+        contents = {id(made): state for kind, made, state in zip(states[::3], states[1::3], states[2::3], strict=True) if kind == cell}
+        for number in range(0, len(states), 3):
+            kind, gen, saved = states[number : number + 3]
+            if kind not in (generator, created) or gen not in self.moved:
+                continue
+            move, before, after = self.moved[gen]
+            shared = dict(zip(move.old.captured, before, strict=True))
+            values = dict(saved) | self._no_longer_shared(move, shared, contents)
+            if kind == created:
+                if move.new.arguments != move.old.arguments:
+                    raise move.refused("has not begun, and has other parameters now")
+            elif move.is_edited:
+                values = move.slots(values, {name: contents[id(held)] for name, held in shared.items() if id(held) in contents})
+            for name, held in zip(move.new.captured, after, strict=True):
+                if name not in shared and name in values:
+                    held.cell_contents = values.pop(name)
+            states[number + 2] = values
+        self.moved.clear()  # nothing of this may keep a generator alive
+
+    def _no_longer_shared(self, move: Move, shared: Mapping[str, types.CellType], contents: Mapping[int, Any]) -> dict[str, Any]:
+        """Return the variables that the new function keeps for itself, while the old one shared them with nested functions."""
+        alone = {name: held for name, held in shared.items() if name not in move.new.captured and id(held) in contents}
+        for name, held in alone.items():
+            if self.holders[id(held)] > 1:
+                raise move.refused(f"no longer shares {name} with the functions in it, but this instance holds one that was made by the old code")
+        return {name: contents[id(held)] for name, held in alone.items()}

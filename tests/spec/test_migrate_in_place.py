@@ -1,0 +1,233 @@
+"""`kwflow code migrate --in-place`: a waiting instance goes on after the same wait of the edited code, parked or not (decision 0061)."""
+
+from typing import Any
+
+import pytest
+
+from kwflow import declarations
+from tests.spec.test_code import Site
+
+PAID = """
+def main(o):
+    paid = kw.suspend("paid")
+    amount = yield paid
+    yield kw.suspend("shipped")
+    return ["old", o, amount]
+"""
+FIXED = PAID.replace('"old", o, amount', '"fixed", o, amount + 1')
+LOCKED = """
+import threading
+def main(o):
+    amount = yield kw.suspend("paid")
+    {0}
+    yield kw.suspend("shipped")
+    return [o, amount]
+"""
+PARKS, MENDED = LOCKED.format("lock = threading.Lock()"), LOCKED.format("amount += 1")
+
+
+def moved(site: Site, id: str = "v") -> dict[str, Any]:
+    reply = site.w.command(id, "migrate", {"in_place": True})
+    assert reply is not None
+    return reply
+
+
+def test_it_goes_on_with_its_variables_in_the_edited_function() -> None:
+    """Without it, the instance would end on the code that it began on (semantics §8.2)."""
+    site = Site(PAID)
+    site.w.start("v", "order")
+    site.w.resume("v", "paid", 5)
+    site.deploy(FIXED)
+    [old] = site.versions("v")
+    assert moved(site) == {"status": "ok", "message": "", "value": None}
+    assert site.versions("v") != [old]
+    assert site.w.counts[-1] == "migrate"
+    site.w.resume("v", "shipped")
+    assert site.w.result("v") == ["fixed", "order", 6]
+
+
+def test_what_waits_beside_main_and_what_it_waits_for_go_on_too() -> None:
+    """Tasks, combinators, timers, and calls that are under way."""
+    text = """
+def leg(name):
+    got = yield kw.suspend(name)
+    return [name, got]
+def main(o):
+    timer = kw.sleep(60)
+    undo = [lambda: o + " undone"]
+    both = yield kw.all([leg("a"), leg("b"), timer])
+    return [both, undo[0]()]
+"""
+    site = Site(text)
+    site.w.start("v", "order")
+    site.w.resume("v", "a", 1)
+    site.deploy(text.replace("return [name, got]", "return {name: got}").replace("[both, ", "['fixed', both, ").replace("timer = kw.sleep(60)", "timer = kw.sleep(90)"))
+    assert moved(site)["status"] == "ok"
+    site.w.resume("v", "b", 2)
+    site.w.advance(60)
+    assert site.w.result("v") == ["fixed", [["a", 1], {"b": 2}, None], "order undone"]
+
+
+def test_there_may_be_nothing_to_move() -> None:
+    """The command may be repeated."""
+    site = Site(PAID)
+    site.w.start("v")
+    before = site.w.state.entries[b"v"]
+    assert (moved(site)["status"], site.w.counts[-1]) == ("unchanged", "not-migrated")
+    site.deploy("# only a comment" + PAID)
+    assert moved(site)["message"] == "no code that it holds has changed"
+    assert site.w.state.entries[b"v"] == before
+    assert moved(site, "nobody")["status"] == "not_found"
+
+
+def test_what_is_not_certain_is_refused_and_nothing_changes() -> None:
+    """G4: the instance is not parked for it."""
+    site = Site(PAID)
+    site.w.start("v")
+    before = site.w.state.entries[b"v"]
+    site.deploy(PAID.replace('"paid"', '"amount"').replace("yield paid", "yield kw.suspend('x')"))
+    reply = moved(site)
+    assert (reply["status"], site.w.state.entries[b"v"]) == ("rejected", before)
+    assert reply["message"] == f"{site.name}:main waits at line 8, `yield paid`, and the new code has no such wait"
+    assert site.w.logs[-1] == f"v: not migrated: {reply['message']}"
+    site.w.resume("v", "paid", 1)
+    site.w.resume("v", "shipped")
+    assert site.w.result("v") == ["old", None, 1]
+
+
+def test_what_the_new_code_would_need_and_the_instance_does_not_have_is_named() -> None:
+    site = Site(PAID)
+    site.w.start("v")
+    site.deploy(PAID.replace("    amount = yield paid\n", "    rate = 2\n    amount = yield paid\n").replace('"old", o, amount', '"fixed", amount * rate'))
+    assert moved(site)["message"].endswith(" of the new code, `yield paid`, and then needs rate: a variable that this instance does not have")
+    site.deploy(PAID.replace("    amount = yield paid\n", "    rate = 2\n    amount = yield paid\n    rate = 3\n").replace('"old", o, amount', '"fixed", amount * rate'))
+    assert moved(site)["status"] == "ok", "it is bound again before it is read"
+
+
+def test_a_parked_instance_goes_on_in_mended_code_and_loses_nothing() -> None:
+    """Semantics §7: the record that parked it is applied again, then those that were held behind it, in order."""
+    site = Site(PARKS)
+    site.w.start("v", "order")
+    site.w.resume("v", "paid", 5)
+    site.w.resume("v", "shipped")
+    assert site.w.header("v")["status"] == "parked"
+    site.deploy(MENDED)
+    site.w.command("v", "retry")
+    assert site.w.header("v")["status"] == "parked", "a retry alone runs the code that it began on"
+    assert moved(site)["status"] == "ok"
+    assert site.w.result("v") == ["order", 6]
+
+
+def test_a_parked_instance_that_cannot_be_moved_stays_as_it_is() -> None:
+    site = Site(PARKS)
+    site.w.start("v", "order")
+    site.w.resume("v", "paid", 5)
+    before = dict(site.w.state.entries)
+    site.deploy(MENDED.replace('"paid"', '"amount"'))
+    assert moved(site)["status"] == "rejected"
+    assert site.w.state.entries == before
+    site.deploy(PARKS)
+    assert moved(site)["status"] == "unchanged"
+    assert site.w.state.entries == before
+
+
+def test_a_start_that_failed_has_nothing_to_move_and_takes_the_new_code_when_it_is_retried() -> None:
+    site = Site("import threading\ndef main(o):\n    lock = threading.Lock()\n    yield kw.suspend('r')")
+    site.w.start("v", "order")
+    assert site.w.header("v")["status"] == "parked"
+    site.deploy("def main(o):\n    yield kw.suspend('r')\n    return o")
+    assert moved(site)["message"] == "it has no state that could be moved; once it is retried, what begins takes the current code"
+    site.w.command("v", "retry")
+    site.w.resume("v", "r")
+    assert site.w.result("v") == "order"
+
+
+def test_a_paused_instance_is_moved_and_stays_paused() -> None:
+    """Pause, move, look at it, unpause."""
+    site = Site(PAID)
+    site.w.start("v", "order")
+    site.w.command("v", "pause", {"reason": "audit"})
+    site.w.resume("v", "paid", 5)
+    site.deploy(FIXED)
+    assert moved(site)["status"] == "ok"
+    assert site.w.header("v")["parked"]["reason"] == "paused"
+    site.w.command("v", "unpause")
+    site.w.resume("v", "shipped")
+    assert site.w.result("v") == ["fixed", "order", 6]
+
+
+def test_a_command_with_an_id_is_done_once_and_answered_twice() -> None:
+    """M1.4."""
+    site = Site(PAID)
+    site.w.start("v", "order")
+    site.deploy(FIXED)
+    first, second = (site.w.command("v", "migrate", {"in_place": True}, kwflow_id="m-1") for _ in range(2))
+    assert first == second == {"status": "ok", "message": "", "value": None}
+    assert site.w.counts[-1] == "repeated"
+
+
+def test_a_wrong_argument_is_a_dead_letter() -> None:
+    """G3."""
+    site = Site(PAID)
+    site.w.start("v")
+    site.w.command("v", "migrate", {"in_place": "yes"})
+    assert site.w.counts[-1] == "dead-letter"
+
+
+MIGRATION = """
+@kw.migrate(from_="{name}:main")
+def move(old):
+    return after(old.locals["o"], old.refs["paid"]), ["paid"]
+def after(o, paid):
+    amount = yield paid
+    {0}
+    yield kw.suspend("shipped")
+    return ["moved", o, amount]
+"""
+
+
+@pytest.fixture
+def forgets() -> Any:
+    yield
+    declarations._migrations.clear()
+
+
+@pytest.mark.usefixtures("forgets")
+def test_the_migration_of_a_parked_instance_is_not_held_behind_what_parked_it() -> None:
+    """§8.5: it was, so that nothing but a discard could help."""
+    site = Site(PARKS)
+    site.w.start("v", "order")
+    site.w.resume("v", "paid", 5)
+    site.w.resume("v", "shipped")
+    site.deploy(MENDED + MIGRATION.format("pass", name=site.name))
+    assert (site.w.command("v", "migrate") or {})["status"] == "ok"
+    assert site.w.counts.count("migrate") == 1
+    assert site.w.result("v") == ["moved", "order", 5]
+
+
+@pytest.mark.usefixtures("forgets")
+def test_a_migration_that_fails_leaves_a_parked_instance_as_it_is() -> None:
+    site = Site(PARKS)
+    site.w.start("v", "order")
+    site.w.resume("v", "paid", 5)
+    before = dict(site.w.state.entries)
+    site.deploy(MENDED + MIGRATION.format("pass", name=site.name).replace('old.locals["o"]', "1 / 0"))
+    reply = site.w.command("v", "migrate") or {}
+    assert (reply["status"], reply["message"]) == ("rejected", "MigrationError: the migration move failed: ZeroDivisionError: division by zero")
+    assert site.w.state.entries == before
+    site.deploy(MENDED + MIGRATION.format("lock = __import__('threading').Lock()", name=site.name))
+    assert (site.w.command("v", "migrate") or {})["status"] == "ok", "it waits for paid again, and was saved"
+    assert site.w.header("v")["status"] == "parked", "then the record at fault has parked it anew"
+    assert site.w.header("v")["waits"][0]["function"] == "after"
+
+
+@pytest.mark.usefixtures("forgets")
+def test_a_parked_instance_without_a_migration_is_left_alone() -> None:
+    """`migrate --all` retries nobody."""
+    site = Site(PARKS)
+    site.w.start("v", "order")
+    site.w.resume("v", "paid", 5)
+    before = dict(site.w.state.entries)
+    site.deploy(MENDED)
+    assert (site.w.command("v", "migrate") or {})["status"] == "unchanged"
+    assert site.w.state.entries == before
