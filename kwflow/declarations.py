@@ -55,12 +55,15 @@ def declared_topics() -> frozenset[str]:
 @overload
 def workflow(function: _F) -> _F: ...
 @overload
-def workflow(*, name: str | None = None, restart: bool = False) -> Callable[[_F], _F]: ...
-def workflow(function: _F | None = None, *, name: str | None = None, restart: bool = False) -> _F | Callable[[_F], _F]:
+def workflow(*, name: str | None = None, restart: bool = False, park_on_error: bool = False) -> Callable[[_F], _F]: ...
+def workflow(function: _F | None = None, *, name: str | None = None, restart: bool = False, park_on_error: bool = False) -> _F | Callable[[_F], _F]:
     """Register a workflow under a name (default: that of the function), by which the header `kwflow-workflow` of a `new:` selects it.
 
     With `restart`, a `new:` for an id that is running ends that run, without running its code, and starts a new one; otherwise
     it changes nothing (G5).
+
+    With `park_on_error`, an exception that it does not catch undoes the step and parks the instance, so that it can go on once the bug is fixed.
+    BusinessError, ActivityError, WorkflowError (which ChildError is), TimeoutError and Cancelled are outcomes: they end it, as every exception does otherwise.
     """
 
     def register(target: _F) -> _F:
@@ -72,6 +75,8 @@ def workflow(function: _F | None = None, *, name: str | None = None, restart: bo
             raise UsageError(f"two workflows are named {label!r}: {known.__module__}.{known.__qualname__} and {target.__module__}.{target.__qualname__}")
         if restart:
             target.kwflow_restart = True  # type: ignore[attr-defined]
+        if park_on_error:
+            target.kwflow_park_on_error = True  # type: ignore[attr-defined]
         _workflows[label] = target
         return target
 

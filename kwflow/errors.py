@@ -53,6 +53,7 @@ __all__ = [
     "StepTimeout",
     "StuckError",
     "TransportError",
+    "UncaughtError",
     "UnknownWorkflowError",
     "UnsavableError",
     "UnsupportedError",
@@ -120,6 +121,10 @@ class ChildError(WorkflowError):
 
     def __str__(self) -> str:
         return f"child {self.id}: {self.outcome}: {self.error}"
+
+
+class UncaughtError(KwflowError):
+    """A workflow that is declared with `park_on_error` did not catch an exception.  The step is undone, and the instance parked."""
 
 
 class ProtocolError(KwflowError):

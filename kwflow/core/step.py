@@ -25,7 +25,7 @@ from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task, Timer
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Record
 from kwflow.durable.runtime import set_driving
-from kwflow.errors import Cancelled, KwflowBug, ProtocolError, StepTimeout, StuckError, UsageError
+from kwflow.errors import ActivityError, BusinessError, Cancelled, KwflowBug, ProtocolError, StepTimeout, StuckError, UncaughtError, UsageError, WorkflowError
 
 __all__ = ["Step", "applied_before", "step"]
 
@@ -39,6 +39,7 @@ _NOBODY_CANCELLED = (
     "it has ended as cancelled, but nobody cancelled it: it waited for something already cancelled, such as a wait that lost a kw.race or kw.timeout; "
     "a wait can be used once: make a new one for each round (for signals, kw.signals(name) does), or keep it with cancel_rest=False"
 )
+_OUTCOMES = (ActivityError, BusinessError, Cancelled, TimeoutError, WorkflowError)  # of what a workflow waited for, or meant: they are no bugs of its code
 _LOST_TOLD_MAX = 5  # in the log line that lists what nobody has awaited
 _STUCK_MAX = 100  # a main that catches StuckError and again waits for what nothing can wake would keep the step in a loop for ever
 
@@ -57,7 +58,7 @@ def step(instance: Instance | None, record: Record, context: Context) -> Transit
     if isinstance(message, wire.Start):
         if instance is None:
             return _start(name, message, record, context)
-        if _restarts(message, context) and wire.short_header(record, "kwflow-start-id") != instance.start_id:
+        if _declared(message.workflow, "restart", context) and wire.short_header(record, "kwflow-start-id") != instance.start_id:
             return _restart(instance, message, record, context)
         return _known(instance.start_id, record, address, context)
     if isinstance(message, wire.Command):
@@ -90,10 +91,10 @@ def _known(start_id: str, record: Record, address: wire.Address | None, context:
     return Transition(Keep(), told, replies=replies, outcome="duplicate-start")
 
 
-def _restarts(message: wire.Start, context: Context) -> bool:
-    """Whether the workflow was declared with `restart=True` (KW-6)."""
-    function = context.workflows.functions.get(message.workflow or context.workflows.default or "")
-    return getattr(function, "kwflow_restart", False)
+def _declared(workflow: str | None, option: str, context: Context) -> bool:
+    """Whether the workflow was declared with this option of `kw.workflow`."""
+    function = context.workflows.functions.get(workflow or context.workflows.default or "")
+    return getattr(function, f"kwflow_{option}", False)
 
 
 def _restart(instance: Instance, message: wire.Start, record: Record, context: Context) -> Transition:
@@ -261,6 +262,9 @@ class Step(Calls):
                     raise UsageError(f"the result has {len(value)} bytes, more than {self.context.limits.value_bytes_max} (limit value_bytes_max); return a reference instead, or raise the limit")
             except Exception as failed:  # the result may have no JSON form: this, too, is an error of the workflow
                 error = failed
+        if error is not None and not isinstance(error, _OUTCOMES) and _declared(self.instance.workflow, "park_on_error", self.context):
+            at = failed_at(error)
+            raise UncaughtError(f"{outcomes.describe_error(error)}" + (f", in {at['function']} ({at['file']}:{at['line']})" if at else "")) from None
         if error is not None:
             outcome = "cancelled" if isinstance(error, Cancelled) else "error"
             value, topic = outcomes.error_value(error, self.context.limits.value_bytes_max), topics.error
