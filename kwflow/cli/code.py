@@ -166,9 +166,10 @@ def check(settings: Config, modules: Sequence[str], embedded: Path | None, app_d
     allow_classes_by_value(settings.snapshot_cloudpickle)
     fates = list(deployment.check(snapshots(settings, embedded), code_store(settings, embedded), workflows.migrations, settings.signing_keys))
     counts = Counter(fate.kind for fate in fates)
-    out.print(f"{len(fates)} waiting: {counts['resume']} resume on this code, {counts['old']} stay on old code, {counts['parked']} would be parked")
+    out.print(f"{len(fates) - counts['failed']} waiting: {counts['resume']} resume on this code, {counts['old']} stay on old code, {counts['parked']} would be parked")
     _print_fates("stay on old code", [fate for fate in fates if fate.kind == "old"])
     _print_fates("would be parked", [fate for fate in fates if fate.kind == "parked"])
+    _print_fates("is parked", [fate for fate in fates if fate.kind == "failed"])
     classes = {(name, cls) for fate in fates for name, changed in fate.changed.items() for cls in changed}
     for name, cls in sorted(classes):
         holders = sum(cls in fate.changed.get(name, ()) for fate in fates)
@@ -187,7 +188,7 @@ def prepare_stored(settings: Config) -> None:
 
 def _print_fates(title: str, fates: list[Fate]) -> None:
     for fate in fates[:_SHOWN]:
-        moves = "; a migration is there" if fate.migration else f"; not in place: {fate.in_place}" if fate.in_place else "; can be migrated in place" if fate.kind == "old" else ""
-        out.print(f"{title}: {fate.id}  {'; '.join(fate.why)}{moves}")
+        said = [*fate.why, *(["a migration is there"] if fate.migration else []), *([fate.in_place] if fate.in_place else [])]
+        out.print(f"{title}: {fate.id}  {'; '.join(said)}")
     if len(fates) > _SHOWN:
         out.print(f"… and {len(fates) - _SHOWN} more")

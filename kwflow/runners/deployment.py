@@ -5,6 +5,7 @@ Every snapshot is really loaded, on the code that it would run, and then forgott
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from kwflow.runners.instances import header_of
 
 __all__ = ["Fate", "check", "code_of", "run_by", "source_of", "versions_in"]
 
+_LINES_MAX = 3
 Migrations = Mapping[str, Callable[..., Any]]
 
 
@@ -26,8 +28,8 @@ Migrations = Mapping[str, Callable[..., Any]]
 class Fate:
     """What would become of one instance.
 
-    `kind` is resume, old or parked; `why` holds sentences; `migration` is true if `kwflow code migrate` would move it, `in_place` says
-    why `--in-place` would not (empty if it would); `changed` lists, by module, the classes that have changed since it was saved.
+    `kind` is resume, old, parked, or failed if it is parked already; `why` holds sentences; `migration` is true if `kwflow code migrate` would move it, `in_place` says
+    what `--in-place` would do with one that stays on old code or is parked; `changed` lists, by module, the classes that have changed since it was saved.
     """
 
     id: str
@@ -39,40 +41,48 @@ class Fate:
 
 
 def check(stored: Mapping[bytes, bytes], sources: versions.Sources, migrations: Migrations, keys: snapshot.Keys = ()) -> Iterator[Fate]:
-    """Yield the fate of each waiting instance, with the modules that are loaded now.  Instances that are parked already or have ended are left out."""
+    """Yield the fate of each instance that has not ended, with the modules that are loaded now."""
     before = set_abandoning(True)
     try:
         for key, data in sorted(stored.items()):
             try:
                 header, body = snapshot.split(data, keys)
-                if header["status"] == "ended" or (header["status"] == "parked" and not parked.is_paused(header)):
+                in_place = functools.partial(_in_place, data, sources, keys)
+                if header["status"] == "ended":
                     continue
-                yield _fate(key.decode(), header, body, sources, migrations)
+                if header["status"] == "parked" and not parked.is_paused(header):
+                    yield Fate(key.decode(), "failed", (header["parked"]["reason"],), in_place=in_place())
+                    continue
+                yield _fate(key.decode(), header, body, sources, migrations, in_place)
             except SnapshotError as error:
                 yield Fate(key.decode(), "parked", (str(error),))
     finally:
         set_abandoning(before)
 
 
-def _fate(id: str, header: dict[str, Any], body: bytes, sources: versions.Sources, migrations: Migrations) -> Fate:
+def _fate(id: str, header: dict[str, Any], body: bytes, sources: versions.Sources, migrations: Migrations, in_place: Callable[[], str]) -> Fate:
     instance = snapshot.wake(header, body, sources)
     try:
         old = {found.name for found in instance.pins.values() if registry.modules().get(found.name) is not found}
         why = [f"{name}: {change}" for name, saved in code_of(header) if name in old for change in versions.changed_units(registry.modules().get(name), saved)]
         why += [f"{name}: something that it refers to by name no longer exists" for name in sorted(old) if not any(line.startswith(f"{name}:") for line in why)]
         moves = migration.find(instance, migrations) is not None
-        return Fate(id, "old" if old else "resume", tuple(why), moves, _not_in_place(header, body, sources) if old else "", dict(_changed(header, sources)))
+        return Fate(id, "old" if old else "resume", tuple(why), moves, in_place() if old else "", dict(_changed(header, sources)))
     finally:
         instance.forget()
 
 
-def _not_in_place(header: dict[str, Any], body: bytes, sources: versions.Sources) -> str:
-    """Say why the instance cannot be moved in place; empty if it can."""
+def _in_place(data: bytes, sources: versions.Sources, keys: snapshot.Keys) -> str:
+    """Say what moving it in place would do."""
     try:
-        snapshot.wake(header, body, sources, versions.moving(header.get("code", {}), sources)).forget()
+        moved = snapshot.move(data, sources, keys)
     except SnapshotError as error:
-        return str(error)
-    return ""
+        return f"not in place: {error}"
+    if moved is None:
+        return "not in place: no code that it holds has changed"
+    before, after = ({wait["ref"]: (wait.get("function"), wait.get("line")) for wait in snapshot.read_header(one)["waits"]} for one in (data, moved[0]))
+    lines = list(dict.fromkeys(f"{function} line {line} -> {after[ref][1]}" for ref, (function, line) in before.items() if line is not None))
+    return f"can be migrated in place ({', '.join(lines[:_LINES_MAX])}{', …' if len(lines) > _LINES_MAX else ''})" if lines else "can be migrated in place"
 
 
 def _changed(header: dict[str, Any], sources: versions.Sources) -> Iterator[tuple[str, tuple[str, ...]]]:

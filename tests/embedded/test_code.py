@@ -164,7 +164,9 @@ def test_a_bug_is_fixed_under_the_instances_that_wait_in_it_parked_or_not(site: 
     site.stop()
     (site.folder / "shop/trips.py").write_text(RIGHT)
     said = site("engine", "--check", "shop.trips", "--app-dir", str(site.folder))
-    assert "stay on old code: waits  shop.trips: main has changed; can be migrated in place" in said
+    assert "2 waiting: 0 resume on this code, 2 stay on old code, 0 would be parked" in said
+    assert "is parked: parked  UnsavableError; can be migrated in place (main line 5 -> 5)" in said
+    assert "stay on old code: waits  shop.trips: main has changed; can be migrated in place (main line 5 -> 5)" in said
     site.deploy({"trips.py": RIGHT}, "shop.trips")
     assert json.loads(site("code", "migrate", "elsewhere", "--in-place", "--json").splitlines()[0]) == {"id": "elsewhere", "status": "ok"}
     site("code", "migrate", "--all", "--in-place")
