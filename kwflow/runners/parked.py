@@ -18,10 +18,11 @@ from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record, Reply
 from kwflow.errors import ProtocolError, SnapshotError
 from kwflow.ports import Changes, Decision
+from kwflow.runners.instances import Page
 
 __all__ = [
-    "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "held_keys", "hold", "hold_again", "holds", "is_paused", "park", "park_rest",
-    "release", "remnant",
+    "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "held_keys", "hold", "hold_again", "holding", "holds", "is_paused", "park",
+    "park_rest", "release", "remnant",
 ]  # fmt: skip
 
 DRAINED_MAX = 500
@@ -29,6 +30,7 @@ HOLD = b"\0hold\0"
 _MESSAGE_CHARACTERS = 300
 _SAID_CHARACTERS = 10_000  # of an error message, which goes into a header of the dead letter and into that of the snapshot
 _KEY_BYTES_MAX = 10_000
+_HOLDING_MAX = 10_000
 ADDRESS = ("kwflow-request", "kwflow-reply-to")
 SAID = ("reason", "message", "topic", "partition", "offset", "timestamp", "at")  # the headers `kwflow-error-...` of a dead letter, which follow those that its record had
 
@@ -202,6 +204,14 @@ def holds(state: Mapping[bytes, bytes]) -> dict[str, list[Record]]:
     for key in sorted(key for key in state if key.startswith(HOLD)):
         found.setdefault(key[len(HOLD) :].rpartition(b"\0")[0].decode(), []).append(msgspec.msgpack.decode(state[key], type=Record))
     return found
+
+
+def holding(page: Page) -> int:
+    """Count the instances that hold records, up to a limit; it takes one look into the store for each, however much that holds."""
+    count, start = 0, HOLD
+    while count < _HOLDING_MAX and (found := page(start, 1)) and found[0][0].startswith(HOLD):
+        count, start = count + 1, found[0][0].rpartition(b"\0")[0] + b"\1"  # no id has a NUL, so this is behind all that it holds
+    return count
 
 
 def _prefix(name: str) -> bytes:

@@ -26,6 +26,7 @@ from kwflow.runners import instances, rocks
 from kwflow.runners.activities.dispatch import Dispatcher
 from kwflow.runners.instances import Instances
 from kwflow.runners.loop import WorkflowProcessor
+from kwflow.runners.parked import holding
 from kwflow.runners.stats import Histogram, Seen, Stats
 
 __all__ = ["Watched", "advertised", "health", "is_live", "metrics_registry", "serve_http"]
@@ -79,6 +80,10 @@ class _Metrics(Collector):
         yield from self._counts()
         yield from self._partitions([one for runner in self._runners for one in runner.seen()])
         for runner in self._runners:
+            served = runner.instances()
+            if served is not None:
+                held = sum(holding(page) for page in served.pages.values())
+                yield GaugeMetricFamily("kwflow_instances_holding", "Instances that hold records: parked, or paused.  At most 10,000 of a partition are counted.", value=held)
             for processor in runner.watched_processors:
                 if isinstance(processor, WorkflowProcessor):
                     yield from _instances(processor)

@@ -98,6 +98,7 @@ def test_metrics_say_what_became_of_records_timers_snapshots_and_the_cache(place
         assert value(text, 'kwflow_steps_total{outcome="resumed"}') == 1
         assert value(text, 'kwflow_steps_total{outcome="parked"}') == 1
         assert value(text, "kwflow_dead_letters_total") == 2  # the record that was no JSON, and the one about the parked instance
+        assert value(text, "kwflow_instances_holding") == 1  # a
         assert value(text, "kwflow_timers_waiting") == 2  # b's was cancelled by its race; the parked a keeps its own
         assert value(text, 'kwflow_instance_cache_total{result="hit"}') == 3
         assert value(text, "kwflow_instances_live") == 2  # b and c; the parked one is not kept live

@@ -18,6 +18,7 @@ from kwflow.core.wire import Record
 from kwflow.ports import Decision
 from kwflow.runners.instances import instant, since_ms
 from kwflow.runners.logs import as_json, lines_of
+from kwflow.runners.parked import HOLD, holding
 from kwflow.runners.stats import SECONDS, Histogram, Seen, Stats
 from kwflow.runners.watch import advertised, health, metrics_registry, serve_http
 from tests.embedded.test_watch import get
@@ -192,3 +193,16 @@ def test_a_restore_has_a_bar_on_a_terminal_and_none_elsewhere() -> None:
         shown = out.getvalue()
         assert ("app-state-changelog[2]" in shown and "600/1000" in shown) is terminal
         assert bar._progress is None
+
+
+def test_an_instance_that_holds_records_is_counted_once_whatever_its_id_looks_like() -> None:
+    held = {HOLD + id + b"\0%020d" % offset: b"" for id in (b"a", b"a\1", b"a\1b", b"ab", b"b", "\u00fc".encode(), b"\x7f") for offset in (3, 20, 100)}
+    entries = sorted({**held, b"a": b"", b"\0ended\0a": b"", b"\0timer": b"", b"zz": b""}.items())
+    looks = []
+
+    def page(start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        looks.append(start)
+        return [entry for entry in entries if entry[0] >= start][:limit]
+
+    assert (holding(page), len(looks)) == (7, 8)
+    assert holding(lambda start, limit: None) == 0, "the partition has gone to another engine"
