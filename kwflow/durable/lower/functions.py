@@ -351,10 +351,10 @@ class Rewriter:
     visit_SetComp = visit_DictComp = visit_ListComp
 
     def _in_place(self, node: Comprehension) -> Any:
-        """Rebuild a comprehension; only its first iterable is certain to be evaluated in the enclosing frame."""
+        """Rebuild a comprehension; its first iterable is evaluated in the enclosing frame, and the rest only where the compiler inlines it (PEP 709)."""
         first, *rest = node.generators
         source = self.visit(first.iter)
-        self.direct = False
+        self.direct = _INLINED and not self.apart
         rebuilt = self._rebuilt(node, generators=[self._rebuilt(first, iter=source), *self.visit(rest)])
         self.direct = True
         return rebuilt

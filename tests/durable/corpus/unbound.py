@@ -98,3 +98,19 @@ def g_changes_what_is_unbound():
                 del c, b, a
         except UnboundLocalError as error:
             log((yield str(error)))
+
+
+def g_comprehension_of_what_is_unbound():
+    f = lambda: (c, d)
+    for number in range(3):
+        yield number
+        try:
+            if number == 0:
+                log([c for n in (1, 2)])
+            elif number == 1:
+                log([[d for m in (n, 0) if (c := 1)] for n in (1, 2)])
+            else:
+                log({n: (d if n else c) for n in (0, 1)})
+        except NameError as error:
+            log((yield (type(error).__name__, str(error))))
+    yield len(f.__closure__)
