@@ -13,12 +13,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from kwflow.durable.registry import RUNTIME
+
 __all__ = ["canonical_hash", "class_hashes", "imports_of", "lowered_hash", "source_version", "unit_hash", "without_docstring"]
 
 _POSITIONLESS = frozenset({"ctx", "is_lazy", "kind", "type_comment", "type_ignores"})  # in functions no import is lazy (3.15)
 _SKIPPED = _POSITIONLESS | {"returns", "annotation", "type_params"}
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_PLACED = re.compile(r"(?<='@)([a-z-]+) [^']*|#\d+(?=')")  # a temporary with its path in the source; the number of a function among those of the same name
+_TEMPORARY = re.compile(r"(?<=\0id\0str:'@)([a-z-]+) [^']*")  # with its path in the source
+_PATH = re.compile(rf"(\0id\0str:'{RUNTIME}'\0\)\0attr\0str:'\w+'\0\)\0args\0\[\0Constant\(\0value\0str:')([^'\0]*)")  # of a function, in a call of the runtime
+_NUMBER = re.compile(r"#\d+")  # of a function among those of the same name
 
 
 def without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
@@ -45,7 +49,8 @@ def canonical_hash(*nodes: ast.AST, annotations: bool = False) -> str:
 def lowered_hash(*nodes: ast.AST) -> str:
     """Return the canonical hash of parts of a lowered tree, the same wherever in the function they stand."""
     text = "\0".join(token for node in nodes for token in _tokens(node, _SKIPPED))
-    return hashlib.sha256(_PLACED.sub(r"\1", text).encode()).hexdigest()[:16]
+    text = _PATH.sub(lambda found: found[1] + _NUMBER.sub("", found[2]), _TEMPORARY.sub(r"\1", text))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def unit_hash(node: ast.AST) -> str:

@@ -8,16 +8,19 @@ two sources is refused with a CodeChangedError, before anything runs; nothing is
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kwflow.durable import rebuild, registry
 from kwflow.durable.frames import empty
 from kwflow.durable.lower import lower_module
+from kwflow.durable.lower.outline import LOOPS
 from kwflow.durable.registry import Function, Module, Pins, Wait
 from kwflow.errors import CodeChangedError
 
@@ -61,30 +64,49 @@ class Move:
         names = self.old.captured if is_begun else self.old.free
         known = dict(zip(names, saved, strict=True))
         wanted = self.new.captured if is_begun else self.new.free
+        before, now = self.old.outline.owners, self.new.outline.owners
         for name in self.new.free:
-            if name not in known:
+            if name not in known or before[name] == "":
                 raise self.refused(f"now uses {name} of the function around it, which it did not when this was saved")
+        for name in wanted:
+            if name in known and before[name] != now[name]:
+                raise self.refused(f"no longer uses {name} of the function around it, but a variable of that name of {'its own' if not now[name] else now[name]}")
         return tuple(known[name] if name in known else types.CellType() for name in wanted)
 
     def place(self, label: str) -> tuple[str, Wait, Wait]:
         """Return the label of the same wait in the new function, and both waits.  Raises CodeChangedError if it is not certain which it is.
 
-        It is the same expression in the same statements, else the same expression, else the only edited call of the same function.  Of several
-        that are equal, it is the one at the same place among them, as long as there are as many as there were.
+        It is the same expression in the same statements.  If these have changed, it is the same expression among all other waits, else the only edited
+        call of the same function; then it must be between the waits that it was between.  Of several that are equal, it is the one at the same place
+        among them, as long as there are as many as there were.
         """
         old, new = self.old.outline.waits, self.new.outline.waits
         was = old[label]
+        counts = [Counter(wait.around for wait in waits.values()) for waits in (old, new)]
+        same = {around for around, count in counts[0].items() if counts[1][around] == count}
+        if was.around in same:
+            before, now = ([name for name, wait in waits.items() if wait.around == was.around] for waits in (old, new))
+        else:
+            before, now = self._guessed(was, same)
+        found = now[before.index(label)]
+        if was.around not in same and _passed(old, label, same) != _passed(new, found, same):
+            raise self.refused(f"{_where(was)}, and in the new code (line {new[found].line}) comes before or after another wait than it did")
+        return found, was, new[found]
+
+    def _guessed(self, was: Wait, same: Collection[str]) -> tuple[list[str], list[str]]:
+        """Return the labels of the waits that may be this one, in the old and in the new function, without those that are the `same`.  There are as many."""
+        old, new = self.old.outline.waits, self.new.outline.waits
         kept = {wait.key for wait in old.values()} & {wait.key for wait in new.values()}
-        ways: list[Callable[[Wait], bool]] = [lambda wait: wait.around == was.around, lambda wait: wait.key == was.key, lambda wait: wait.call == was.call != "" and wait.key not in kept]
-        for is_like in ways:
-            before, now = ([name for name, wait in waits.items() if is_like(wait)] for waits in (old, new))
-            if label in before and len(before) == len(now):
-                found = now[before.index(label)]
-                return found, was, new[found]
-        if was.key not in kept:
-            raise self.refused(f"{_where(was)}, and the new code has no such wait")
-        counts = [sum(wait.key == was.key for wait in waits.values()) for waits in (old, new)]
-        raise self.refused(f"{_where(was)}, of which there were {counts[0]} and now are {counts[1]}, so it is not certain which one this is")
+        if was.key in kept:
+            before, now = ([name for name, wait in waits.items() if wait.key == was.key and wait.around not in same] for waits in (old, new))
+            if len(before) == len(now):
+                return before, now
+            counts = [sum(wait.key == was.key for wait in waits.values()) for waits in (old, new)]
+            raise self.refused(f"{_where(was)}, of which there were {counts[0]} and now are {counts[1]}, so it is not certain which one this is")
+        before, now = ([name for name, wait in waits.items() if wait.call == was.call != "" and wait.key not in kept] for waits in (old, new))
+        if len(before) == len(now) == 1:
+            return before, now
+        raise self.refused(f"{_where(was)}, and the new code has no such wait" + (", but more than one call of the same function that has been edited" if len(now) > 1 else ""))
 
     def slots(self, saved: dict[str, Any], bound: Mapping[str, Any]) -> dict[str, Any]:
         """Return the slots of a waiting generator for the new function.  `bound` has its variables that are in cells, by name."""
@@ -100,24 +122,39 @@ class Move:
     def _temporaries(self, saved: Mapping[str, Any], was: Wait, now: Wait) -> dict[str, Any]:
         """Return what the saved temporaries are called in the new function.  Raises CodeChangedError if these are not the same ones."""
         before, after = _Temporaries(was), _Temporaries(now)
-        if before.state != after.state:
+        if len(before.state) != len(after.state) or not all(map(_is_alike, before.state, after.state)):
             raise self.refused(_differs(was, now, before.state, after.state))
-        values = [saved[name] for name in before.opens]
-        if len(before.opens) != len(after.opens):
-            if not all(values):
-                raise self.refused(f"{_where(was)}, while it leaves a with block, and a return, break or continue in that has come or gone")
-            values = [True] * len(after.opens)
-        return {new: saved[old] for old, new in zip(before.names, after.names, strict=True) if old in saved} | dict(zip(after.opens, values, strict=True))
+        if not all(saved[name] for place, name in before.opens.items() if place not in after.opens):
+            raise self.refused(f"{_where(was)}, while it leaves a with block, and a return, break or continue in that has gone")
+        opens = {name: place not in before.opens or saved[before.opens[place]] for place, name in after.opens.items()}
+        return {new: saved[old] for old, new in zip(before.names, after.names, strict=True) if old in saved} | opens
 
 
 class _Temporaries:
-    """The temporaries of a wait: the names of those that say whether a with block is open, and the names and the state of all others."""
+    """The temporaries of a wait: the names of those that say whether a with block is open, by the place of their block, and the names and the state of all others."""
 
     def __init__(self, wait: Wait) -> None:
         both = list(zip(wait.live, wait.state, strict=True))
-        self.opens = [name for name, state in both if state == _OPEN]
         self.names = [name for name, state in both if state != _OPEN]
         self.state = [state for _, state in both if state != _OPEN]
+        self.opens: dict[int, str] = {}
+        blocks = 0
+        for name, state in both:
+            blocks += state[0] == "manager"
+            if state == _OPEN:
+                self.opens[blocks] = name
+
+
+def _passed(waits: Mapping[str, Wait], label: str, same: Collection[str]) -> Counter[str]:
+    """Return those of the `same` waits that come before this one."""
+    return Counter(wait.around for wait in itertools.islice(waits.values(), list(waits).index(label)) if wait.around in same)
+
+
+def _is_alike(before: tuple[str, str], after: tuple[str, str]) -> bool:
+    """Whether a temporary means the same.  What a loop goes over may have been edited, or the name of its variable; if both were, it is another loop."""
+    if before[0] != after[0] or before[0] not in LOOPS:
+        return before == after
+    return any(map(operator.eq, before[1].split(), after[1].split()))
 
 
 def _where(wait: Wait, code: str = "") -> str:
@@ -131,6 +168,8 @@ def _differs(was: Wait, now: Wait, before: list[tuple[str, str]], after: list[tu
         named = [_WHAT[role] for role in more if role in _WHAT]
         if named:
             return f"{_where(was)}; there, the new code {said} {named[0]}"
+    if any(old[0] == new[0] and old[0] in LOOPS and not _is_alike(old, new) for old, new in zip(before, after, strict=False)):
+        return f"{_where(was)}; there, the new code is inside another for loop: what it goes over has changed, and its variable"
     return f"{_where(was)}, in the middle of a statement that has changed (line {now.line} of the new code)"
 
 
@@ -162,7 +201,7 @@ class MovingNames(rebuild.Names):
         if module not in self.old:
             return super().function(module, path, cells)
         move = self._move(module, path)
-        if move.new.arguments != move.old.arguments:
+        if move.new.outline.parameters != move.old.outline.parameters:
             raise move.refused("is held in a variable, and has other parameters now")
         return super().function(module, move.new.path, move.cells(cells, is_begun=False))
 
@@ -173,6 +212,8 @@ class MovingNames(rebuild.Names):
         functions, before = (list(known.functions.values()) for known in (registry.module(module, self.pins), self.old[module]))
         if old.outline.fixed:
             before, same = ([one for one in some if one.unit == old.unit and one.name == old.name and one.outline.digest == old.outline.digest] for some in (before, functions))
+            there = [[one for one in some if one.qualname == old.qualname] for some in (before, same)]
+            before, same = there if len(there[0]) == len(there[1]) else (before, same)
             why = "has no name to find it by" if old.name[0] == "<" else "belongs to a class that is defined in a function"
             refused = CodeChangedError(f"{old.module}:{path} (line {old.lineno}), which this instance holds, has changed and {why}", old.module)
         else:
@@ -180,6 +221,10 @@ class MovingNames(rebuild.Names):
             refused = CodeChangedError(f"of {old.module}:{old.qualname} there were {len(before)} and now are {len(same)}", old.module)
             if not same:
                 refused = CodeChangedError(f"{old.module} no longer has a function {old.qualname!r}", old.module)
+        if len(same) != len(before):
+            raise refused
+        unedited = {one.outline.digest for one in before} & {one.outline.digest for one in same}  # of several of one name, some may only have changed places
+        before, same = ([one for one in some if (one.outline.digest == old.outline.digest if old.outline.digest in unedited else one.outline.digest not in unedited)] for some in (before, same))
         if len(same) != len(before):
             raise refused
         move = Move(old, same[before.index(old)])
@@ -198,7 +243,7 @@ class MovingNames(rebuild.Names):
             shared = dict(zip(move.old.captured, before, strict=True))
             values = dict(saved) | self._no_longer_shared(move, shared, contents)
             if kind == created:
-                if move.new.arguments != move.old.arguments:
+                if move.new.outline.parameters != move.old.outline.parameters:
                     raise move.refused("has not begun, and has other parameters now")
             elif move.is_edited:
                 values = move.slots(values, {name: contents[id(held)] for name, held in shared.items() if id(held) in contents})

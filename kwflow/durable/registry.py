@@ -54,10 +54,13 @@ class Outline(NamedTuple):
     """What identifies a function in another version of its module: its hash, and its waits by label, in order.
 
     `fixed` tells that nothing else does: it has no name, or is part of a class that is defined in a function; the hash is that of the whole class then.
+    `parameters` tell how each is given; `owners` are the functions that its captured variables belong to, empty for its own.
     """
 
     digest: str
     fixed: bool
+    parameters: tuple[str, ...]
+    owners: Mapping[str, str]
     waits: Mapping[str, Wait]
 
 

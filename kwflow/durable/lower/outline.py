@@ -13,18 +13,20 @@ from kwflow.durable.lower.emit import Emitter
 from kwflow.durable.lower.scopes import Scope, child_nodes
 from kwflow.durable.registry import RUNTIME, Outline, Wait
 
-__all__ = ["outline", "waits_of"]
+__all__ = ["LOOPS", "outline", "waits_of"]
 
+LOOPS = ("async-iterator", "for-iterator")  # temporaries whose statements may change in one of two parts: what a loop goes over, or its variable
 _TEXT_MAX = 80
 _BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 _COMPOUND = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.TryStar, ast.Match, ast.AsyncFor, ast.AsyncWith, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-_FREE = frozenset({"async-iterator", "delegate", "for-iterator", "handled", "manager", "open", "while"})  # temporaries whose statements may change: what they hold goes on
+_FREE = frozenset({"delegate", "manager", "open", "while"})  # temporaries whose statements may change: what they hold goes on
 
 
 def outline(node: ast.AST, scope: Scope, waits: dict[str, Wait]) -> Outline:
     """Return the outline of a function with these waits."""
     owner = _class_in_function(scope)
-    return Outline(unit_hash(owner or node), owner is not None or not hasattr(node, "name"), waits)
+    owners = {name: _owner(scope, name) for name in scope.captured}
+    return Outline(unit_hash(owner or node), owner is not None or not hasattr(node, "name"), _parameters(node), owners, waits)
 
 
 def waits_of(lowering: Emitter, needed: Mapping[str, frozenset[str]], shared: Mapping[str, frozenset[str]]) -> dict[str, Wait]:
@@ -50,6 +52,23 @@ def _class_in_function(scope: Scope) -> ast.AST | None:
     return None
 
 
+def _owner(scope: Scope, name: str) -> str:
+    """Return the function that a captured variable belongs to; empty if that is this one."""
+    outer: Scope | None = scope
+    while outer is not None and name not in outer.cells:
+        outer = outer.parent
+    return "" if outer is scope else outer.qualname if outer is not None else "the class"
+
+
+def _parameters(node: ast.AST) -> tuple[str, ...]:
+    """Return the names of the parameters, each with how it is given."""
+    args = getattr(node, "args", None)
+    if not isinstance(args, ast.arguments):
+        return ()
+    ways = (("/", args.posonlyargs), ("", args.args), ("*", [args.vararg]), ("=", args.kwonlyargs), ("**", [args.kwarg]))
+    return tuple(way + one.arg for way, some in ways for one in some if one is not None)
+
+
 def _around(path: str, places: dict[str, ast.stmt]) -> str:
     """Describe the statements that a path leads through: the kind and the header of each, and the block in it."""
     found = ""
@@ -57,7 +76,7 @@ def _around(path: str, places: dict[str, ast.stmt]) -> str:
     for depth in range(1, len(parts)):
         node, block = places[".".join(parts[:depth])], parts[depth].rstrip("0123456789")
         found += f"{type(node).__name__} {lowered_hash(*_header(node))} {_block(node, block)} "
-    return found
+    return found + (lowered_hash(*_header(places[path])) if isinstance(places[path], ast.AsyncWith) else "")  # nothing else tells which of several is entered
 
 
 def _block(node: ast.stmt, block: str) -> str:
@@ -91,8 +110,13 @@ def _held(name: str, places: dict[str, ast.stmt]) -> tuple[str, str]:
     if role in _FREE:
         return role, ""
     node = places[rest.partition(" ")[0]]
+    if role == "handled":  # by the author, or by an `async with` that nothing else can leave: this one does not note that it is being left
+        return role, "async with" if isinstance(node, ast.AsyncWith) else ""
+    if role in LOOPS and isinstance(node, (ast.For, ast.AsyncFor)):
+        return role, f"{lowered_hash(node.target)} {lowered_hash(node.iter)}"
     if role.startswith("completion"):
-        return role, " ".join(sorted({type(way).__name__ for way in _leaving(node)}))
+        entered = ast.Module([*node.body, *node.handlers, *node.orelse], []) if isinstance(node, (ast.Try, ast.TryStar)) else node  # type: ignore[list-item]
+        return role, " ".join(sorted({type(way).__name__ for way in _leaving(entered)}))
     return role, lowered_hash(*_header(node))
 
 

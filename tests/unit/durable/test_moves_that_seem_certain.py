@@ -1,0 +1,177 @@
+"""Edits after which a wait, a variable or a temporary of an instance looks the same, and is another one: they are refused (decision 0061)."""
+
+import sys
+from typing import Any
+
+import pytest
+
+from kwflow.durable import discard
+from kwflow.errors import CodeChangedError
+from tests.unit.durable.test_moves import Site, finished
+
+CALLS = """
+    def charge(what, currency=None):
+        return (yield what)
+    def main():
+        order, tip, eur = "order", "tip", "eur"
+        {}
+        {}
+"""
+CHARGED, TIPPED, SHIPPED = "yield from charge(order)", "yield from charge(tip)", "yield 'ship'"
+LOOPS = "def main():\n    for {} in {}:\n        for {} in {}:\n            yield 'a'"
+FINALLY = "def main():\n    for x in [1, 2]:\n        try:\n            {}\n        finally:\n            yield 'closing'\n            {}"
+BRANCHES = "def main():\n    a = b = c = 1\n    if {}:\n        yield 'p'\n    if {}:\n        yield 'p'"
+NESTED = """
+    def main():
+        k = 1
+        def get():
+            return k
+        def inner():
+            {}
+            also = lambda: k
+            yield 'a'
+            k = 6
+        running = inner()
+        del inner
+        yield from running
+"""
+MIDDLE = """
+    def main():
+        {}
+        def middle():
+            {}
+            def inner():
+                nonlocal k
+                yield 'a'
+                k = 6
+            return inner()
+        seen = lambda: k
+        running = middle()
+        del middle
+        yield from running
+"""
+HELD = "def main():\n    def f({}):\n        return k\n    yield 'a'\n    return f(3)"
+LATE = "def f({}):\n    yield k\n    return {}\ndef main():\n    late = f(1)\n    yield 'a'\n    return late"
+SEEMING = {
+    "edited calls of one function that changed places": (
+        CALLS.format(CHARGED, TIPPED),
+        CALLS.format("yield from charge(tip, eur)", "yield from charge(order, eur)"),
+        "`yield from charge(order)`, and the new code has no such wait, but more than one call of the same function that has been edited",
+    ),
+    "an edited call that is now behind another wait": (
+        CALLS.format(CHARGED, SHIPPED),
+        CALLS.format(SHIPPED, "yield from charge(order, eur)"),
+        "and in the new code (line 7) comes before or after another wait than it did",
+    ),
+    "the wait of a branch that is gone, beside that of one that has stayed": (
+        BRANCHES.format("a", "b"),
+        BRANCHES.format("b", "c"),
+        "comes before or after another wait than it did",
+    ),
+    "texts that end as our names of functions do": ("def main():\n    yield 'order#1'\n    yield 'order#2'", "def main():\n    yield 'order#2'\n    yield 'order#3'", "no such wait"),
+    "texts that begin as our temporaries do": ("def main():\n    yield '@all users'", "def main():\n    yield '@all managers'", "no such wait"),
+    "loops that changed places": (LOOPS.format("a", "[1]", "b", "[2]"), LOOPS.format("b", "[2]", "a", "[1]"), "inside another for loop: what it goes over has changed, and its variable"),
+    "a loop over something else": (
+        "def main():\n    for key in ['ab', 'cd']:\n        yield 'a'",
+        "def main():\n    for number, key in enumerate(['ab', 'cd']):\n        yield 'a'",
+        "inside another for loop: what it goes over has changed, and its variable",
+    ),
+    "a break that led into a finally and is now in it": (FINALLY.format("break", "pass"), FINALLY.format("pass", "break"), "in the middle of a statement that has changed"),
+    "a variable of its own that is now one of the function around it": (NESTED.format("k = 5"), NESTED.format("nonlocal k"), "now uses k of the function around it"),
+    "a variable of the function around it that is now its own": (NESTED.format("nonlocal k"), NESTED.format("k = 5"), "no longer uses k of the function around it, but a variable of"),
+    "a variable of another function around it": (MIDDLE.format("k = 0", "k = 1"), MIDDLE.format("k = 0", "nonlocal k"), "but a variable of that name of main"),
+    "a held function whose parameter is given in another way": (HELD.format("a, k=1"), HELD.format("a, *, k=1"), "has other parameters now"),
+    "a call that has not begun with one argument instead of many": (LATE.format("*k", 1), LATE.format("k", 2), "has not begun, and has other parameters now"),
+}
+
+
+@pytest.mark.parametrize("case", SEEMING)
+def test_what_only_seems_to_be_the_same_is_refused(case: str) -> None:
+    old, new, why = SEEMING[case]
+    with pytest.raises(CodeChangedError) as raised:
+        Site().edit(old, new)
+    assert why in str(raised.value), raised.value
+
+
+def test_waits_whose_statements_changed_keep_their_order_among_the_others() -> None:
+    """One of two equal waits comes into a try; the other one is still itself."""
+    old = "def main():\n    yield 'pause'\n    yield 'pause'\n    return 'old'"
+    new = "def main():\n    yield 'pause'\n    try:\n        yield 'pause'\n    except ValueError:\n        return 'handled'\n    return 'new'"
+    assert finished(Site().edit(old, new), None, None) == "new"
+    with pytest.raises(StopIteration) as stopped:
+        Site().edit(old, new, None).throw(ValueError)
+    assert stopped.value.value == "handled"
+
+
+def test_functions_of_one_name_are_told_apart_by_what_is_in_them() -> None:
+    """As `functools.singledispatch` makes them."""
+    one, two = (f"def _():\n    yield 'a'\n    return {number}\nkept.append(_)\n" for number in (1, 2))
+    main = "def main():\n    return (yield from kept[0]())"
+    assert finished(Site().edit(f"kept = []\n{one}{two}{main}", f"kept = []\n{two}{one}{main}\n    return"), None) == 1
+
+
+ASYNC = """
+    class Pause:
+        def __init__(self, text):
+            self.text = text
+        def __await__(self):
+            return (yield self.text)
+    class M:
+        def __init__(self, name, log):
+            self.name, self.log = name, log
+        async def __aenter__(self):
+            await Pause("enters " + self.name)
+        async def __aexit__(self, *error):
+            await Pause("leaves " + self.name)
+            self.log.append(self.name)
+            return self.name == "inner"
+    async def main():
+        log = []
+"""
+SEQUENCE = "        async with M('{}', log):\n            log.append('body')\n        async with M('{}', log):\n            log.append('body')\n        return log\n"
+LEFT = """
+        async with M('outer', log):
+            for x in [1, 2]:
+                async with M('inner', log):
+                    1 / 0
+                    {}
+            {}
+        return log
+"""
+WITHS = {
+    "another one is entered": (SEQUENCE.format("a", "b"), SEQUENCE.format("b", "c"), 0, "comes before or after another wait than it did"),
+    "the other one can be left by a return now": (LEFT.format("break", "pass"), LEFT.format("pass", "return log"), 2, "in the middle of a statement that has changed"),
+    "it is left by an exception, and could not note that": (LEFT.format("pass", "pass"), LEFT.format("break", "pass"), 2, "in the middle of a statement that has changed"),
+}
+
+
+@pytest.mark.parametrize("case", WITHS)
+def test_an_async_with_is_never_taken_for_another_one_nor_left_twice(case: str) -> None:
+    """G8: what was entered is left once."""
+    old, new, steps, why = WITHS[case]
+    site = Site()
+    saved = waiting(site, ASYNC + old, steps)
+    site.deploy(ASYNC + new)
+    with pytest.raises(CodeChangedError) as raised:
+        site.move(saved)
+    assert why in str(raised.value), raised.value
+
+
+def test_an_async_with_that_is_being_left_is_left_once_in_edited_code() -> None:
+    site = Site()
+    saved = waiting(site, ASYNC + LEFT.format("break", "pass"), 2)
+    site.deploy(ASYNC + LEFT.format("break", "log.append('new')"))
+    moved = site.move(saved)
+    assert [moved.send(None) for _ in range(3)] == ["enters inner", "leaves inner", "leaves outer"]
+    assert finished(moved, None) == ["inner", "inner", "new", "outer"]
+
+
+def waiting(site: Site, source: str, steps: int) -> Any:
+    """Deploy it, and return its main as it is saved after these steps."""
+    site.deploy(source)
+    gen = vars(sys.modules[site.name])["main"]()
+    for _ in range(steps + 1):
+        gen.send(None)
+    saved = site.save(gen)
+    discard(gen)
+    return saved
