@@ -37,6 +37,7 @@ def _reason(name: str) -> Callable[[Client, str, Form], Future[Any]]:
 
 _COMMANDS: dict[str, Callable[[Client, str, Form], Future[Any]]] = {
     "cancel": _reason("cancel"), "pause": _reason("pause"), "terminate": _reason("terminate"),
+    "migrate": lambda client, id, form: client.migrate(id, in_place=True, start_id=form.get("start_id")),
     "unpause": lambda client, id, form: client.unpause(id, start_id=form.get("start_id")),
     "signal": lambda client, id, form: client.signal(id, form.get("name", ""), _json(form.get("value", "")), start_id=form.get("start_id")),
 }  # fmt: skip

@@ -28,8 +28,8 @@ _PAGES_MAX = 25
 _HELD_MAX = 10  # records shown behind the one at fault
 _VALUE_MAX = 20_000  # characters of a value shown as JSON
 _OPS = {
-    "waiting": ("cancel", "pause", "terminate"), "closing": ("cancel", "pause", "terminate"), "paused": ("unpause", "cancel", "terminate"),
-    "parked": ("retry", "discard", "terminate"), "damaged": ("terminate",),
+    "waiting": ("cancel", "pause", "migrate", "terminate"), "closing": ("cancel", "pause", "migrate", "terminate"), "paused": ("unpause", "cancel", "migrate", "terminate"),
+    "parked": ("retry", "migrate", "discard", "terminate"), "damaged": ("terminate",),
 }  # fmt: skip
 
 

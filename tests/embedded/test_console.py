@@ -73,11 +73,11 @@ def pays(opts):
 class Shop:
     """An engine with instances, and consoles for it."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
+    def __init__(self, directory: pathlib.Path, name: str = "console_case", source: str = SOURCE) -> None:
         self.directory = directory
-        self.file = directory / "console_case.py"
-        self.file.write_text(SOURCE)
-        module = durable.load_source("console_case", SOURCE, str(self.file))
+        self.file = directory / f"{name}.py"
+        self.file.write_text(source)
+        module = durable.load_source(name, source, str(self.file))
         flows = Workflows({name: getattr(module, name) for name in ("main", "other", "fails", "parent", "pays")}, "main")
         self.hosted = Hosted(directory / "state", flows, Config(command_timeout_s=10), on_log=lambda _: None)
         self.client = Client.embedded(self.hosted.engine, self.hosted.config)
@@ -311,6 +311,25 @@ def test_parked_instances_and_letters_are_shown_with_the_record_at_fault_and_ret
         answer = http.post(f"/dead-letters/{letter}/{op}")
         assert (answer.status_code, answer.headers["location"]) == (303, f"/dead-letters?done=letter-{op}")
         assert http.get(f"/dead-letters/{letter}").status_code == 404
+
+
+def test_an_instance_is_moved_onto_fixed_code_or_the_page_says_why_not(tmp_path: pathlib.Path) -> None:
+    """Decision 0061."""
+    source = SOURCE.replace("console-charge", "console-charge-2")
+    shop = Shop(tmp_path, "console_fixed", source)
+    try:
+        http = shop.console()
+        shop.park("stuck")
+        assert "kwflow code migrate stuck --in-place" in http.get(at("stuck")).text
+        answer = http.post(f"{at('stuck')}/migrate")
+        assert answer.status_code == 409 and "no code that it holds has changed" in text_of(answer.text)
+        durable.load_source("console_fixed", source.replace("held = open(__file__)", "held = None"), str(shop.file))
+        answer = http.post(f"{at('stuck')}/migrate")
+        assert answer.headers.get("location") == f"{at('stuck')}?done=migrate", answer.text
+        assert "It continues in the code that the engine has now." in text_of(http.get(answer.headers["location"]).text)
+        assert shop.client.query("stuck").result(20)["waits"][0]["ref"] == "after"
+    finally:
+        shop.close()
 
 
 def test_a_command_that_no_engine_answers_says_so(shop: Shop) -> None:
