@@ -86,7 +86,8 @@ def watched(settings: Config, runners: Sequence[object], log: Callable[[str], No
     host, _, port_text = settings.http.rpartition(":")
     where = f"{host}:{int(port_text) + settings.process}" if settings.process and port_text.isdigit() and port_text != "0" else settings.http
     with serve_http(where, runners, settings) as port:  # type: ignore[arg-type] # each is a Watched
-        log(f"GET /health, /metrics and /instances are answered on port {port}")
+        served = any(one.instances() is not None for one in runners)  # type: ignore[attr-defined] # workers and gateways have none
+        log(f"GET /health{', /metrics and /instances' if served else ' and /metrics'} are answered on port {port}")
         yield advertised(settings, port)
 
 

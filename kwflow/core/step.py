@@ -112,7 +112,8 @@ def _start(name: str, message: wire.Start, record: Record, context: Context, bef
     function = context.workflows.functions.get(workflow) if workflow is not None else None
     if workflow is None or function is None:
         known = ", ".join(sorted(context.workflows.functions)) or "none"
-        raise ProtocolError(f"no workflow {workflow!r} is registered; there are: {known}", "unknown-workflow")
+        said = f"no workflow {workflow!r} is registered" if workflow is not None else "it names no workflow, and there is no default one, as the engine's first module has no main"
+        raise ProtocolError(f"{said}; there are: {known}", "unknown-workflow")
     options = message.options
     if workflow in context.workflows.inputs:  # before anything is done: an input that does not fit makes this a bad record
         options = typed.rebuilt_input(f"workflow {workflow!r}", context.workflows.inputs[workflow], options)

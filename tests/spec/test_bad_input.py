@@ -379,3 +379,11 @@ def test_a_topic_that_kafka_could_not_have_is_refused_where_it_is_declared() -> 
         with pytest.raises(UsageError, match="a topic name consists of letters, digits"):
             api.declare_topics(name)  # type: ignore[arg-type]
     assert "two words" not in api.declared_topics()
+
+
+def test_a_start_that_names_no_workflow_where_none_is_the_default_says_what_there_is() -> None:
+    """G3; it said `no workflow None`."""
+    processor = WorkflowProcessor(Config(), Workflows({"trip": lambda opts: opts}, None), frozenset())
+    [made] = processor.decide(Overlay(MemoryStore()), [Record("workflow-resume", 0, 7, 0, b"w", b"new:1")], 0)
+    assert made.counts == ("dead-letter",)
+    assert "@7: it names no workflow, and there is no default one, as the engine's first module has no main; there are: " in made.logs[0] and made.logs[0].endswith(", trip")

@@ -1,15 +1,23 @@
 """Which partition an entry of the state belongs to when an application gets more partitions (K6): the one to which the records about it go."""
 
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from confluent_kafka import KafkaError, KafkaException
+
 from kwflow.config import Config
 from kwflow.core import timers
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.wire import Record
+from kwflow.errors import TransportError
 from kwflow.runners import parked
 from kwflow.runners.activities.dispatch import keep
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import FORGOTTEN, EndedTable
 from kwflow.runners.kafka.state import POSITION
-from kwflow.runners.kafka.upkeep import _home
+from kwflow.runners.kafka.upkeep import _asked, _home
 from kwflow.runners.overlay import Overlay
 from kwflow.testing import MemoryStore
 
@@ -29,3 +37,27 @@ def test_what_is_kept_of_an_instance_or_a_timer_moves_with_its_key() -> None:
 
 def test_what_each_partition_has_of_its_own_stays() -> None:
     assert [_home(key) for key in (POSITION, FORGOTTEN, timers.COUNT, WRITTEN + b"orders@ab12")] == [None] * 4
+
+
+def test_a_question_about_groups_is_asked_again_while_the_coordinator_loads_and_no_other_error_is_hidden() -> None:
+    """Found in a rolling restart: the answer may say so as a whole, or for one partition."""
+    loading, denied = KafkaError(KafkaError.COORDINATOR_LOAD_IN_PROGRESS), KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED, "not you")
+
+    def places(error: KafkaError | None) -> SimpleNamespace:
+        return SimpleNamespace(topic_partitions=[SimpleNamespace(topic="t", partition=0, error=None), SimpleNamespace(topic="t", partition=1, error=error)])
+
+    def asked(*answers: object) -> list[Any]:
+        left = list(answers)
+
+        def ask() -> dict[str, Future[Any]]:
+            future, answer = Future[Any](), left.pop(0)
+            future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
+            return {"group": future}
+
+        return _asked(ask, "read the offsets of g")
+
+    good = places(None)
+    assert asked(KafkaException(loading), places(loading), good) == [good]
+    for wrong in (KafkaException(denied), places(denied)):
+        with pytest.raises(TransportError, match=r"cannot read the offsets of g( on t\[1\])?: GROUP_AUTHORIZATION_FAILED: not you"):
+            asked(KafkaException(loading), wrong)

@@ -7,6 +7,7 @@ read re-encrypted entries at any time, so `reencrypt` itself checks that none ha
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -66,25 +67,36 @@ def _standing_still(admin: AdminClient, config: Config) -> None:
 
 def _running(admin: AdminClient, config: Config) -> str:
     """The names of our groups' members or, if they are not known, of a group that is in use; "" if nothing runs."""
-    groups = _done(admin.describe_consumer_groups(list(_groups(config)), request_timeout=_TIMEOUT_S), "describe the consumer groups")
+    groups = _asked(lambda: admin.describe_consumer_groups(list(_groups(config)), request_timeout=_TIMEOUT_S), "describe the consumer groups")
     running = [group for group in groups if group.state not in (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD) or group.members]
     return ", ".join(sorted({member.group_instance_id or member.client_id for group in running for member in group.members})) or (running[0].group_id if running else "")
 
 
-def _places_done(futures: dict[Any, Any], what: str) -> list[TopicPartition]:
-    """The partitions in the answer to a request about a group.  Raises TransportError, also if a single partition failed."""
-    places = [place for found in _done(futures, what) for place in found.topic_partitions]
-    for place in places:
-        if place.error is not None:
-            raise TransportError(f"cannot {what} on {place.topic}[{place.partition}]: {place.error.str()}", retryable=False)
-    return places
+def _asked(ask: Callable[[], dict[Any, Any]], what: str) -> list[Any]:
+    """The answers to a request about groups.  It is repeated while a coordinator is still loading or moving, which a partition in an answer may say, too.
+
+    Raises TransportError.
+    """
+    give_up = time.monotonic() + _TIMEOUT_S
+    while True:
+        try:
+            found = [topics.result_of(future, _TIMEOUT_S) for future in ask().values()]
+            failed = next((place for one in found for place in getattr(one, "topic_partitions", ()) if place.error is not None), None)
+            if failed is None:
+                return found
+            error, where = failed.error, f" on {failed.topic}[{failed.partition}]"
+        except KafkaException as refused:
+            error, where = refused.args[0], ""
+        if not topics.transient(error) or time.monotonic() > give_up:
+            raise TransportError(f"cannot {what}{where}: {error.name()}: {error.str()}", retryable=False)
+        time.sleep(_AGAIN_S)
 
 
 def _offsets(admin: AdminClient, group: str, topic: str, partitions: int) -> dict[int, int]:
     """Partition -> the offset that the group committed; partitions without one are left out."""
     asked = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, number) for number in range(partitions)])
-    places = _places_done(admin.list_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"read the offsets of {group}")
-    return {place.partition: place.offset for place in places if place.offset >= 0}
+    [answer] = _asked(lambda: admin.list_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"read the offsets of {group}")
+    return {place.partition: place.offset for place in answer.topic_partitions if place.offset >= 0}
 
 
 def _marked(state: dict[bytes, bytes], incarnation: str) -> int | None:
@@ -127,7 +139,7 @@ def reset(config: Config, input_from: str, say: Callable[[str], None]) -> None:
         if source in there:
             ends = topics.ends(admin, source, there[source], latest=input_from == "latest")
             asked = ConsumerGroupTopicPartitions(group, [TopicPartition(source, number, offset) for number, offset in ends.items()])
-            _places_done(admin.alter_consumer_group_offsets([asked], request_timeout=_TIMEOUT_S), f"set the offsets of {group}")
+            _asked(functools.partial(admin.alter_consumer_group_offsets, [asked], request_timeout=_TIMEOUT_S), f"set the offsets of {group}")
             say(f"{group} starts at the {input_from} of {source}")
     if config.owners_topic in there:  # its notes of owners, and of the records that they died at, no longer apply
         producer = made(Producer, topics.client_config(config, enable_idempotence=True))
