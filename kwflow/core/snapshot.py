@@ -239,7 +239,9 @@ def move(data: bytes, sources: Sources, keys: Keys = ()) -> tuple[bytes, list[re
     """
     header, body = split(data, keys)
     parked = header.get("parked")
-    if not body or (parked is not None and parked["was"] == "damaged"):
+    if parked is not None and parked["was"] == "damaged":
+        raise SnapshotError("it was parked unread, so it is not known what it holds; retry it first")
+    if not body:
         raise SnapshotError("it has no state that could be moved; once it is retried, what begins takes the current code")
     moving = versions.moving(header.get("code", {}), sources)
     if not moving.old:

@@ -22,7 +22,7 @@ from kwflow.durable.frames import empty
 from kwflow.durable.lower import lower_module
 from kwflow.durable.lower.outline import LOOPS
 from kwflow.durable.registry import Function, Module, Pins, Wait
-from kwflow.errors import CodeChangedError
+from kwflow.errors import CodeChangedError, UnsupportedError
 
 __all__ = ["MovingNames", "parsed"]
 
@@ -37,7 +37,7 @@ def parsed(name: str, version: str, source: str, filename: str) -> Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return lower_module(name, source, filename)
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, RecursionError, UnsupportedError) as error:
         raise CodeChangedError(f"{name}: the source that it runs ({version[:12]}) cannot be read: {error}") from error
 
 

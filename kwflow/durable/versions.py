@@ -99,16 +99,14 @@ def loads(body: bytes, code: Mapping[str, Any], sources: Sources, lowering: int 
     """
     if lowering > LOWERING_VERSION:
         raise SnapshotError(f"it was saved by a newer kwflow (lowering version {lowering}; this one reads up to {LOWERING_VERSION}); upgrade kwflow, then retry")
-    if moving is not None:
-        return codec.loads(body, moving.pins, lowering, moving), {}
-    pins = resolve(code, sources)
+    pins = moving.pins if moving is not None else resolve(code, sources)
     while True:
         try:
-            return codec.loads(body, pins, lowering), pins
+            return codec.loads(body, pins, lowering, moving), {} if moving is not None else pins
         except CodeChangedError as error:  # something that it holds by name is gone, though no unit in which it waits has changed
             saved = code.get(error.module)
             pinned = pins.get(error.module)
-            if saved is None or (pinned is not None and pinned.version == saved["version"]):
+            if moving is not None or saved is None or (pinned is not None and pinned.version == saved["version"]):
                 raise
             pins = {**pins, error.module: _version(split_reference(error.module)[0], saved["version"], sources, str(error))}
         except CorruptSnapshotError as error:
@@ -171,7 +169,13 @@ def _as_it_was(name: str, version: str, sources: Sources) -> Module:
     data = sources(entry_key(name, version))
     if data is None:
         raise CodeChangedError(f"the source of {name} that this instance runs ({version[:12]}) is not stored, so it is not known where it waits", name)
-    return parsed(name, version, source_in(data), registry.version_name(name, version))
+    try:
+        source = source_in(data)
+    except (LookupError, TypeError, ValueError) as error:
+        raise CodeChangedError(f"what is stored of {name} ({version[:12]}) cannot be read: {error!r}", name) from error
+    if source_version(source) != version:
+        raise CodeChangedError(f"the stored source of {registry.version_name(name, version)} is not the right one: its sha256 differs", name)
+    return parsed(name, version, source, registry.version_name(name, version))
 
 
 def prepare(key: str, sources: Sources, wanted: Callable[[str], bool] = lambda key: True) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from kwflow import declarations
+from kwflow.durable import registry
 from tests.spec.test_code import Site
 
 PAID = """
@@ -231,3 +232,35 @@ def test_a_parked_instance_without_a_migration_is_left_alone() -> None:
     site.deploy(MENDED)
     assert (site.w.command("v", "migrate") or {})["status"] == "unchanged"
     assert site.w.state.entries == before
+
+
+def test_a_class_that_does_not_take_what_was_saved_is_named() -> None:
+    site = Site("class Order:\n    pass\ndef main(o):\n    order = Order()\n    order.n = 1\n    yield kw.suspend('r')\n    return order.n")
+    site.w.start("v")
+    site.deploy("class Order:\n    def __setstate__(self, state):\n        raise ValueError(state)\ndef main(o):\n    order = Order()\n    yield kw.suspend('r')\n    return 2")
+    reply = moved(site)
+    assert (reply["status"], site.w.header("v")["status"]) == ("rejected", "waiting")
+    assert reply["message"].startswith(f"classes that have changed since it was saved ({site.name}.Order) may not accept what was saved: ValueError: ")
+
+
+def test_what_was_parked_unread_says_so() -> None:
+    """Once what made it unreadable is mended, such as a missing key, a retry brings it back."""
+    site = Site(PAID)
+    site.w.start("v")
+    site.w.state.entries[b"v"] = site.w.state.entries[b"v"][:-1] + b"?"
+    site.w.resume("v", "paid")
+    site.deploy(FIXED)
+    assert moved(site)["message"] == "it was parked unread, so it is not known what it holds; retry it first"
+
+
+@pytest.mark.parametrize("stored", [b"{}", b"not JSON", b'{"source": "def main(o): pass"}', b"null"])
+def test_a_stored_source_that_is_not_the_right_one_is_refused(stored: bytes) -> None:
+    """G4: it would be read as another function, and an engine must not fail for it."""
+    site = Site(PAID)
+    site.w.start("v")
+    site.deploy(FIXED)
+    registry._replaced.clear()
+    [key] = site.w._code
+    site.w._code[key] = stored
+    assert moved(site)["status"] == "rejected"
+    assert site.w.header("v")["status"] == "waiting"
