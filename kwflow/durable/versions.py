@@ -153,7 +153,7 @@ def moving(code: Mapping[str, Any], sources: Sources) -> MovingNames:
         name, _ = split_reference(reference)
         current = loader.current(name)
         if current is None:
-            raise CodeChangedError(f"the module {name} no longer exists, so there is no code to move to", name)
+            raise CodeChangedError(f"there is no durable module {name} here to move it to", name)
         if reference != name:
             pins[reference] = current
         if changed_units(current, saved):
