@@ -211,8 +211,10 @@ def _free_id(batch: Batch, name: str, record: Record) -> str:
     return next(id for id in ids if partition_of(id.encode(), batch.partitions) == record.partition)
 
 
-def is_migrated_here(config: Config, stored: bytes | None, command: Command) -> bool:
+def is_migrated_here(config: Config, stored: bytes | None, command: wire.Start | wire.Resume | Command) -> bool:
     """Whether a `migrate` is carried out here, not by a step: one in place, or one for an instance that has failed, which would hold it behind the record at fault."""
+    if not isinstance(command, Command):
+        return False
     header = _header(config, "", stored)
     return command.arguments.in_place or (header["status"] == "parked" and _has_failed(header))
 

@@ -104,11 +104,12 @@ class WorkflowProcessor:
     def refuse(self, state: Changes, record: Record, reason: str, topic: str = "") -> Decision:
         try:
             name, op = wire.workflow_id(record), wire.header(record, "kwflow-op")
+            is_command = op in commands.OPS or (op == "migrate" and commands.is_migrated_here(self.config, state.get(name.encode()), wire.parse(record)))
         except ProtocolError:
             return parked.dead(self.config, record, "refused", reason, record.timestamp_ms)
         if op == feeds.OP:
             return self.fed.refuse_again(record, reason)
-        if op in commands.OPS:
+        if is_command:
             made = commands.refuse(self.config, state, name, record, reason)
         else:
             made = parked.park(self.config, state, name, state.get(name.encode()), record, RefusedError(reason), record.timestamp_ms)
@@ -403,8 +404,7 @@ class _Batch:
 
     # -- commands that are no step --------------------------------------------------------------------------------------
     def _is_migrated_here(self, key: bytes, record: Record) -> bool:
-        command = wire.parse(record)
-        return isinstance(command, wire.Command) and commands.is_migrated_here(self.config, self.state.get(key) if key not in self.live else None, command)
+        return commands.is_migrated_here(self.config, self.state.get(key) if key not in self.live else None, wire.parse(record))
 
     def _command(self, name: str, record: Record) -> Decision:
         command = wire.parse(record)

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from kwflow import declarations
+from kwflow.core.wire import Record
 from kwflow.durable import registry
+from kwflow.runners.overlay import Overlay
 from tests.spec.test_code import Site
 
 PAID = """
@@ -264,3 +266,19 @@ def test_a_stored_source_that_is_not_the_right_one_is_refused(stored: bytes) -> 
     site.w._code[key] = stored
     assert moved(site)["status"] == "rejected"
     assert site.w.header("v")["status"] == "waiting"
+
+
+@pytest.mark.parametrize("is_parked", [False, True])
+def test_a_move_that_the_log_refuses_is_dead_lettered_alone(is_parked: bool) -> None:
+    """K11, K19: the instance is not parked for it, nor does it lose the reason why it was parked, and nothing waits behind the command."""
+    site = Site(PARKS)
+    site.w.start("v", "order")
+    if is_parked:
+        site.w.resume("v", "paid", 5)
+    before = dict(site.w.state.entries)
+    changes = Overlay(site.w.state)
+    record = Record(site.w.config.resume_topic, 0, 99, 1, b"v", b'{"in_place":true}', (("kwflow-op", b"migrate"),))
+    made = site.w._workflows.refuse(changes, record, "too large")
+    assert [output.topic for output in made.outputs] == [site.w.config.dead_letter_topic]
+    site.w.state.apply(changes.changes)
+    assert site.w.state.entries == before
