@@ -5,13 +5,15 @@ The edit changes the hash of every function and the place of every wait, and not
 
 import ast
 import functools
+import sys
 from typing import Any
 
 import corpus_harness as harness
 import pytest
+import random_programs
 
 from kwflow import durable
-from kwflow.durable import codec, versions
+from kwflow.durable import codec, registry, versions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:(?s)Exception ignored (in|while).*(ignored GeneratorExit|ZeroDivisionError):pytest.PytestUnraisableExceptionWarning"),
@@ -23,6 +25,7 @@ DIFFERS = {
 }
 CASES = [(m, g) for m in harness.module_names() for g in harness.generators_of(harness.load_native(m)) if g not in DIFFERS]
 MOVES_MAX = 6
+PROGRAMS, EACH = 100, 25
 native = functools.cache(harness.load_native)
 
 
@@ -40,13 +43,16 @@ class Edit(ast.NodeTransformer):
         return node
 
 
+def edited(source: str) -> str:
+    return ast.unparse(ast.fix_missing_locations(Edit().visit(ast.parse(source))))
+
+
 @functools.cache
 def both(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The module as it is, and the edited one, which is the current one."""
     source = harness.source_of(name)
     before = vars(durable.load_source(f"corpus_moved_{name}", source, str(harness.CORPUS / f"{name}.py")))
-    edited = ast.unparse(ast.fix_missing_locations(Edit().visit(ast.parse(source))))
-    return dict(before), vars(durable.load_source(f"corpus_moved_{name}", edited, str(harness.CORPUS / f"{name}.py")))
+    return dict(before), vars(durable.load_source(f"corpus_moved_{name}", edited(source), str(harness.CORPUS / f"{name}.py")))
 
 
 def moved(generator: Any) -> Any:
@@ -92,3 +98,34 @@ def _moved_at(place: int, ops: list[Any], thrown: str | None, start: Any, log: l
         if trace[-1][0] != "yield":
             break
     return trace + later
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, PROGRAMS, EACH))
+def test_a_random_program_moved_to_and_fro_at_each_wait_goes_on_as_it_would_have(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure shows the seed, the script and the program."""
+    for seed in range(first, first + EACH):
+        source = random_programs.Maker(seed).source()
+        monkeypatch.setattr(random_programs, "TRIPS", {"moved": _to_and_fro(source)})
+        found = random_programs.difference(seed, source)
+        assert found is None, str(found)
+
+
+def _to_and_fro(source: str) -> Any:
+    """Return a trip that moves a generator onto the source that it does not run: the program as it is, or edited."""
+    loaded: dict[str, tuple[registry.Module, Any]] = {}
+    for text in (edited(source), source):
+        random_programs.lowered(text)
+        home = registry.modules()[random_programs.NAME]
+        loaded[home.version] = home, sys.modules[random_programs.NAME]
+
+    def trip(generator: Any) -> Any:
+        function = registry.function_of(generator.gi_code)
+        assert function is not None
+        [other] = loaded.keys() - {function.version}
+        if "G" in function.namespace:  # globals of a module are not saved
+            loaded[other][0].namespace["G"] = function.namespace["G"]
+        registry._modules[random_programs.NAME], sys.modules[random_programs.NAME] = loaded[other]
+        return moved(generator)
+
+    return trip
