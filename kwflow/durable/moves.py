@@ -13,7 +13,7 @@ import operator
 import types
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from kwflow.errors import CodeChangedError, UnsupportedError
 
 __all__ = ["MovingNames", "parsed"]
 
+_whole, _around = operator.attrgetter("whole"), operator.attrgetter("around")
 _OPEN = ("open", "")  # whether a with block is still to be left; needed only if a return, break or continue leaves it
 _WHAT = {"for-iterator": "a for loop", "async-iterator": "an async for loop", "manager": "a with block", "handled": "an except clause", "completion": "a finally that waits"}
 
@@ -76,37 +77,54 @@ class Move:
     def place(self, label: str) -> tuple[str, Wait, Wait]:
         """Return the label of the same wait in the new function, and both waits.  Raises CodeChangedError if it is not certain which it is.
 
-        It is the same expression in the same statements.  If these have changed, it is the same expression among all other waits, else the only edited
-        call of the same function; then it must be between the waits that it was between.  Of several that are equal, it is the one at the same place
-        among them, as long as there are as many as there were.
+        It is the one in the same statement, or else the same expression in the same statements around it, or else the same expression, or else the only
+        edited call of the same function, among those that are left: a wait that is found by more is not found by less.  It must be between those that it
+        was between.  Of several that are equal, it is the one at the same place among them, as long as there are as many as there were.
         """
+        sure: dict[str, str] = {}
+        for alike in (_whole, _around):
+            pairs = self._pairs(alike, sure)
+            if label in pairs:
+                return self._between(label, pairs[label], sure)
+            sure |= pairs
+        return self._between(label, self._guessed(label, sure), sure)
+
+    def _left(self, sure: Mapping[str, str]) -> tuple[dict[str, Wait], dict[str, Wait]]:
+        """Return the waits of the old and of the new function that are not among those that are sure."""
+        found = {*sure.values()}
+        return {name: wait for name, wait in self.old.outline.waits.items() if name not in sure}, {name: wait for name, wait in self.new.outline.waits.items() if name not in found}
+
+    def _pairs(self, alike: Callable[[Wait], str], sure: Mapping[str, str]) -> dict[str, str]:
+        """Return what is the same wait in the new function, by label, for those that are left and of which there are as many as there were."""
+        groups: tuple[dict[str, list[str]], ...] = ({}, {})
+        for group, waits in zip(groups, self._left(sure), strict=True):
+            for name, wait in waits.items():
+                group.setdefault(alike(wait), []).append(name)
+        before, now = groups
+        return {old: new for what, labels in before.items() if len(labels) == len(now.get(what, ())) for old, new in zip(labels, now[what], strict=True)}
+
+    def _guessed(self, label: str, sure: Mapping[str, str]) -> str:
         old, new = self.old.outline.waits, self.new.outline.waits
         was = old[label]
-        counts = [Counter(wait.around for wait in waits.values()) for waits in (old, new)]
-        same = {around for around, count in counts[0].items() if counts[1][around] == count}
-        if was.around in same:
-            before, now = ([name for name, wait in waits.items() if wait.around == was.around] for waits in (old, new))
-        else:
-            before, now = self._guessed(was, same)
-        found = now[before.index(label)]
-        if was.around not in same and _passed(old, label, same) != _passed(new, found, same):
-            raise self.refused(f"{_where(was)}, and in the new code (line {new[found].line}) comes before or after another wait than it did")
-        return found, was, new[found]
-
-    def _guessed(self, was: Wait, same: Collection[str]) -> tuple[list[str], list[str]]:
-        """Return the labels of the waits that may be this one, in the old and in the new function, without those that are the `same`.  There are as many."""
-        old, new = self.old.outline.waits, self.new.outline.waits
         kept = {wait.key for wait in old.values()} & {wait.key for wait in new.values()}
         if was.key in kept:
-            before, now = ([name for name, wait in waits.items() if wait.key == was.key and wait.around not in same] for waits in (old, new))
+            before, now = ([name for name, wait in waits.items() if wait.key == was.key] for waits in self._left(sure))
             if len(before) == len(now):
-                return before, now
+                return now[before.index(label)]
             counts = [sum(wait.key == was.key for wait in waits.values()) for waits in (old, new)]
             raise self.refused(f"{_where(was)}, of which there were {counts[0]} and now are {counts[1]}, so it is not certain which one this is")
         before, now = ([name for name, wait in waits.items() if wait.call == was.call != "" and wait.key not in kept] for waits in (old, new))
         if len(before) == len(now) == 1:
-            return before, now
+            return now[0]
         raise self.refused(f"{_where(was)}, and the new code has no such wait" + (", but more than one call of the same function that has been edited" if len(now) > 1 else ""))
+
+    def _between(self, label: str, found: str, sure: Mapping[str, str]) -> tuple[str, Wait, Wait]:
+        """Return what `place` does, if the waits that are sure come before and after it as they did."""
+        old, new = self.old.outline.waits, self.new.outline.waits
+        passed, passing = ([*itertools.takewhile(end.__ne__, waits)] for waits, end in ((old, label), (new, found)))
+        if {sure[name] for name in passed if name in sure} != {*passing} & {*sure.values()}:
+            raise self.refused(f"{_where(old[label])}, and in the new code (line {new[found].line}) comes before or after another wait than it did")
+        return found, old[label], new[found]
 
     def slots(self, saved: dict[str, Any], bound: Mapping[str, Any]) -> dict[str, Any]:
         """Return the slots of a waiting generator for the new function.  `bound` has its variables that are in cells, by name."""
@@ -143,11 +161,6 @@ class _Temporaries:
             blocks += state[0] == "manager"
             if state == _OPEN:
                 self.opens[blocks] = name
-
-
-def _passed(waits: Mapping[str, Wait], label: str, same: Collection[str]) -> Counter[str]:
-    """Return those of the `same` waits that come before this one."""
-    return Counter(wait.around for wait in itertools.islice(waits.values(), list(waits).index(label)) if wait.around in same)
 
 
 def _is_alike(before: tuple[str, str], after: tuple[str, str]) -> bool:

@@ -33,7 +33,7 @@ class Label(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """One wait of a generator.  `key` identifies it, `around` the wait together with the statements that it is in, `call` the function called in it, if any.
+    """One wait of a generator.  `key` identifies it, `around` the wait together with the statements around its own, `whole` with its own, too, and `call` the function called in it, if any.
 
     `state` are the roles of its temporaries `live`; one whose value depends on the rest of its statement has the hash of that.
     `needed` are the author's variables that may be read after the wait before they are bound again, `shared` these and those that closures may read.
@@ -43,6 +43,7 @@ class Wait(NamedTuple):
     text: str
     key: str
     around: str
+    whole: str
     call: str
     live: tuple[str, ...]
     state: tuple[tuple[str, str], ...]

@@ -36,7 +36,8 @@ def waits_of(lowering: Emitter, needed: Mapping[str, frozenset[str]], shared: Ma
         path, key = label.name.rpartition(" ")[0], lowered_hash(wait)
         state = tuple(_held(name, lowering.places) for name in label.live)
         around = _around(path, lowering.places) + key
-        waits[label.name] = Wait(line, _text(wait), key, around, _call(wait), label.live, state, needed[label.name], shared[label.name])
+        whole = around + lowered_hash(*_header(lowering.places[path]))
+        waits[label.name] = Wait(line, _text(wait), key, around, whole, _call(wait), label.live, state, needed[label.name], shared[label.name])
     return waits
 
 

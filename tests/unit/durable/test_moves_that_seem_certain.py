@@ -68,6 +68,11 @@ SEEMING = {
         BRANCHES.format("b", "c"),
         "comes before or after another wait than it did",
     ),
+    "the same expression in a statement that is gone, beside one that has stayed": (
+        "def main():\n    a = yield 'p'\n    b = yield 'p'",
+        "def main():\n    b = yield 'p'\n    c = yield 'p'",
+        "comes before or after another wait than it did",
+    ),
     "texts that end as our names of functions do": ("def main():\n    yield 'order#1'\n    yield 'order#2'", "def main():\n    yield 'order#2'\n    yield 'order#3'", "no such wait"),
     "texts that begin as our temporaries do": ("def main():\n    yield '@all users'", "def main():\n    yield '@all managers'", "no such wait"),
     "loops that changed places": (LOOPS.format("a", "[1]", "b", "[2]"), LOOPS.format("b", "[2]", "a", "[1]"), "inside another for loop: what it goes over has changed, and its variable"),
@@ -101,6 +106,10 @@ def test_waits_whose_statements_changed_keep_their_order_among_the_others() -> N
     with pytest.raises(StopIteration) as stopped:
         Site().edit(old, new, None).throw(ValueError)
     assert stopped.value.value == "handled"
+
+
+def test_a_wait_that_was_added_may_be_equal_if_its_statement_is_not() -> None:
+    assert finished(Site().edit("def main():\n    a = yield 'p'\n    return a", "def main():\n    b = yield 'p'\n    a = yield 'p'\n    c = yield 'p'\n    return a, c"), 1, 2) == (1, 2)
 
 
 def test_functions_of_one_name_are_told_apart_by_what_is_in_them() -> None:
