@@ -197,8 +197,8 @@ def _time_ms(name: str) -> int:
 class _Code:
     """Checks G7 and G10 for all committed snapshots and results, in order: on which code each instance continues, whichever releases its owners run.
 
-    An instance begins on the code of the process that starts it, keeps its own main whatever is deployed, and takes the
-    helpers of a process that runs the same main.
+    An instance begins on the code of the process that starts it, keeps its own main whatever is deployed, unless it is moved in place,
+    and takes the helpers of a process that runs the same main.
     """
 
     def __init__(self, world: World) -> None:
@@ -225,6 +225,10 @@ class _Code:
             for number, entry in states:
                 self._snapshot(transaction, now, number, entry)
 
+    def _may_be_moved(self, key: bytes) -> bool:
+        """Whether somebody wanted to move this instance, or one that it is a copy of: it may have been copied in the transaction of the move."""
+        return any(key == moved or key.startswith(moved + b"-") for moved in self.world.moved)
+
     def _goes_on_in(self, before: Release | None, now: Release) -> Release:
         return now if before is None or before.main == now.main else before
 
@@ -248,6 +252,9 @@ class _Code:
         if before_body != body or was is None:
             held = ["main" in header.get("code", {}).get(NAME, {}).get("units", {}) for header in (before, header)]  # without main, what is left to clean up is the same in every release
             allowed = {(True, True): [self._goes_on_in(was, now.code)], (True, False): [self._goes_on_in(was, now.code), now.code]}.get((*held,), [now.code])
+            if self._may_be_moved(key[1]) and runs == now.code:
+                self.world.happened["was moved"] += runs not in allowed
+                allowed = [*allowed, runs]
             if runs not in allowed:
                 raise Failed(f"G10: {key} is saved on {runs} by {transaction.producer} at {transaction.decided_ms:.1f}, not on one of {allowed}")
             self.world.happened["went on in old code"] += runs.main < now.main
@@ -270,8 +277,10 @@ class _Code:
 
     def _result(self, result: dict[str, Any], key: bytes, now: Release) -> None:
         """Check the result of an instance that existed before, or that began in this transaction."""
-        _wrong(f"G10: the code that {key!r} ended on", result["ended"], result["began"])
+        if not self._may_be_moved(key):
+            _wrong(f"G10: the code that {key!r} ended on", result["ended"], result["began"])
+        self.world.happened["ended on moved code"] += result["ended"] != result["began"]
         befores = {None, *(runs for (_, other), runs in self.runs.items() if other == key)}
         allowed = [(f"main {runs.main}", runs.helper) for runs in (self._goes_on_in(before, now.code) for before in befores)]
-        if (result["began"], result["helper"]) not in allowed:
-            raise Failed(f"G10: {key!r} ended on {result['began']} with helper {result['helper']}, not one of {allowed}")
+        if (result["ended"], result["helper"]) not in allowed:
+            raise Failed(f"G10: {key!r} ended on {result['ended']} with helper {result['helper']}, not one of {allowed}")

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import random
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,44 @@ class Rolling(World):
         super()._while_down(machine)
         if not self.calm and self._rollout.random() < 0.5:
             self.hub.pause(self.time.now + 8_000)
+
+
+class Movers(Clients):
+    """Clients, and an operator who moves instances in place onto whatever their engine runs."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.moving = random.Random(f"moves {self.world.seed}")
+
+    def _act(self) -> None:
+        super()._act()
+        if self._started and self.moving.random() < 0.3:
+            id = self.moving.choice([*self._started, *self.special.accounts])
+            self.world.moved.add(id.encode())
+            self.send(self.world.config.resume_topic, id, '{"in_place": true}', (("kwflow-op", "migrate"),))
+
+
+class Moving(Rolling):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.clients = Movers(self, ids=120, actions=300, killers=False)
+
+
+def test_instances_that_are_moved_in_place_between_any_two_releases_lose_nothing_and_do_nothing_twice() -> None:
+    """Decision 0061: a move is one record, applied exactly once, parked and paused or not, whatever dies in between."""
+    happened: collections.Counter[str] = collections.Counter()
+    with engine_process():
+        for seed in SEEDS[:5]:
+            world = Moving(seed)
+            try:
+                world.run()
+                check(world)
+            except Failed as failed:
+                raise Failed(f"seed {seed}: {failed}\n{world.story(30)}") from None
+            happened.update(world.happened)
+    print(dict(happened))
+    for what in ("roll", "kill", "crash before consume", "was moved", "ended on moved code"):
+        assert happened[what], (what, happened)
 
 
 def test_whatever_is_deployed_and_rolled_back_one_engine_after_the_other_an_instance_keeps_to_its_code() -> None:

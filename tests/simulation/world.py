@@ -210,6 +210,7 @@ class World:
         self._rollout = random.Random(seed)  # a stream of its own, so that everything else in a seed depends on it as little as possible
         self.upcoming = releases.with_rollbacks(releases.draw(self.chance), self._rollout)
         self.deployed = [releases.Release()]
+        self.moved: set[bytes] = set()  # the ids of instances that somebody wants to move in place
         self.machines = [Machine(f"m{number}", self._roles(number), self.directory / f"m{number}") for number in range(self.chance.randint(self.machines_min, 3))]
         if faults is None:
             self._draw_copies(random.Random(f"copies {seed}"))
