@@ -124,7 +124,17 @@ class ChildError(WorkflowError):
 
 
 class UncaughtError(KwflowError):
-    """A workflow that is declared with `park_on_error` did not catch an exception.  The step is undone, and the instance parked."""
+    """A workflow that is declared with `park_on_error` did not catch an exception.  The step is undone, and the instance parked.
+
+    `in_log` is what the log says, without the exception's own message: many people read logs.
+    """
+
+    def __init__(self, message: str, in_log: str = "") -> None:
+        super().__init__(message, in_log)
+        self.in_log = in_log
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ProtocolError(KwflowError):

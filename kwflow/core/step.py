@@ -146,6 +146,13 @@ def _command(name: str, instance: Instance | None, command: wire.Command, record
     return known if known is not None else running.run(lambda: apply(running, command), command.op)
 
 
+def _is_outcome(error: BaseException) -> bool:
+    """Whether the error, or each one in a group, tells what became of something that the workflow waited for, or what it meant."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(_OUTCOMES)[1] is None
+    return isinstance(error, _OUTCOMES)
+
+
 class Step(Calls):
     """One step: it applies the record, then runs everything that this made ready; the instance afterwards is what the Transition says."""
 
@@ -263,9 +270,10 @@ class Step(Calls):
                     raise UsageError(f"the result has {len(value)} bytes, more than {self.context.limits.value_bytes_max} (limit value_bytes_max); return a reference instead, or raise the limit")
             except Exception as failed:  # the result may have no JSON form: this, too, is an error of the workflow
                 error = failed
-        if error is not None and not isinstance(error, _OUTCOMES) and _declared(self.instance.workflow, "park_on_error", self.context):
+        if error is not None and not _is_outcome(error) and _declared(self.instance.workflow, "park_on_error", self.context):
             at = failed_at(error)
-            raise UncaughtError(f"{outcomes.describe_error(error)}" + (f", in {at['function']} ({at['file']}:{at['line']})" if at else "")) from None
+            place = f", in {at['function']} ({at['file']}:{at['line']})" if at else ""
+            raise UncaughtError(f"{outcomes.describe_error(error)}{place}", f"{type(error).__name__}{place}; kwflow show has the details") from None
         if error is not None:
             outcome = "cancelled" if isinstance(error, Cancelled) else "error"
             value, topic = outcomes.error_value(error, self.context.limits.value_bytes_max), topics.error

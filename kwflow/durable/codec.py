@@ -450,7 +450,7 @@ def loads(data: bytes, pins: registry.Pins = _no_pins, lowering: int = LOWERING_
         for gen in waiting:
             discard(gen)
         forget_shells()
-        if isinstance(error, SnapshotError) or not isinstance(error, Exception):
+        if isinstance(error, SnapshotError) or not isinstance(error, (Exception, SystemExit)):  # the `__setstate__` of an author's class may raise anything
             raise
         raise CorruptSnapshotError(f"not a readable snapshot: {type(error).__name__}: {error}") from error
     for resource in reentered:

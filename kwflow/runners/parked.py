@@ -16,7 +16,7 @@ from kwflow.config import Config
 from kwflow.core import children, snapshot, wire
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record, Reply
-from kwflow.errors import ProtocolError, SnapshotError
+from kwflow.errors import ProtocolError, SnapshotError, UncaughtError
 from kwflow.ports import Changes, Decision
 from kwflow.runners.instances import Page
 
@@ -95,7 +95,8 @@ def park(config: Config, state: Changes, name: str, stored: bytes | None, record
     kept, replies = _kept_and_replies(config, record, reason, message)
     _put(state, name, kept, _last(state, name)[1])
     told = dead_letter(config, record, "parked", f"{reason}: {message}", received_ms)
-    return Decision((told,), (f"{name} is parked: {reason}: {message}",), ("parked",), replies)
+    in_log = error.in_log if isinstance(error, UncaughtError) else message
+    return Decision((told,), (f"{name} is parked: {reason}: {in_log}",), ("parked",), replies)
 
 
 def _kept_and_replies(config: Config, record: Record, reason: str, message: str) -> tuple[Record, tuple[Output, ...]]:

@@ -11,6 +11,8 @@ import kwflow as kw
 kw.declare_topics("out")
 class Refused(kw.BusinessError):
     pass
+def fails(inside):
+    raise ExceptionGroup("g", eval("[" + inside + "]"))
 @kw.workflow({0})
 def parks(opts):
     kw.output("begun", "out")
@@ -42,9 +44,10 @@ def test_the_step_is_undone_and_the_instance_parked_with_the_exception_and_its_l
     tester = begun("park_on_error=True")
     tester.resume("w", "paid", {})
     mark = tester.header("w")["parked"]
-    assert (mark["reason"], mark["message"]) == ("UncaughtError", "KeyError: 'amount', in parks (parking_orders.py:13)")
+    assert (mark["reason"], mark["message"]) == ("UncaughtError", "KeyError: 'amount', in parks (parking_orders.py:15)")
     assert tester.outputs_to("out") == ["begun"]
     assert tester.outputs_to("workflow-error") == []
+    assert tester.logs[-1] == "w is parked: UncaughtError: KeyError, in parks (parking_orders.py:15); kwflow show has the details", "the exception may say what not everybody should read"
 
 
 def test_the_fix_is_moved_under_it_and_the_record_is_applied_again() -> None:
@@ -71,6 +74,13 @@ def test_a_refusal_that_is_meant_and_a_cancellation_end_it() -> None:
     tester.start("other")
     tester.command("other", "cancel")
     assert tester.header("other") is None and len(tester.values("workflow-error")) == 2
+
+
+def test_a_group_is_an_outcome_if_all_in_it_are() -> None:
+    for inside, ends in (("Refused('a'), TimeoutError()", True), ("Refused('a'), ExceptionGroup('g', [TimeoutError(), KeyError()])", False)):
+        tester = begun("park_on_error=True", "fails(paid)")
+        tester.resume("w", "paid", inside)
+        assert (tester.header("w") is None) is ends, inside
 
 
 def test_without_it_every_exception_ends_the_workflow() -> None:

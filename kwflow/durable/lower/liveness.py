@@ -219,6 +219,8 @@ class _Walk:
     def statement_If(self, node: ast.If, after: Names, ways: _Ways) -> Names:
         if _is_kept(node.test):  # the cleanup of a `finally`: passed over only if the generator is being forgotten, and then nothing follows
             return self.expression(node.test, self.block(node.body, after, ways), ways)
+        if isinstance(node.test, ast.Constant):
+            return self.block(node.body if node.test.value else node.orelse, after, ways)
         return self.expression(node.test, self.block(node.body, after, ways) | self.block(node.orelse, after, ways), ways)
 
     def statement_While(self, node: ast.While, after: Names, ways: _Ways) -> Names:

@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "import, def and class bind": ("x = os = D = C = 0\nyield\nimport os.path\nfrom os import path as x\ndef D(): pass\nclass C: pass\nreturn os, x, D, C", [""]),
     "raise and assert": ("x = y = z = 0\nyield\nassert x, y\nraise x from z", ["x y z"]),
     "if needs what either branch needs": ("x = y = 0\nyield\nif a:\n  return x\nelse:\n  y = 1\nreturn y", ["a x"]),
+    "a constant has one branch": ("x = y = 0\nyield\nif True:\n  x = 1\nelse:\n  y = 1\nif 0:\n  y = 2\nelse:\n  use(a)\nreturn x, y", ["a y"]),
     "one branch binds": ("x = 0\nyield\nif a:\n  x = 1\nreturn x", ["a x"]),
     "both branches bind": ("x = 0\nyield\nif a:\n  x = 1\nelse:\n  x = 2\nreturn x", ["a"]),
     "and, or evaluate the right side perhaps": ("x = y = 0\nyield\na and (x := 1) and (y := 2)\nreturn x, y", ["a x y"]),

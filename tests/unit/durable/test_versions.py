@@ -179,6 +179,15 @@ def test_what_old_objects_are_in_a_class_that_got_a_field(site: Deployed, what: 
         assert next(site.load(saved)[0]) == found
 
 
+def test_a_class_that_exits_when_it_gets_what_was_saved_ends_no_process(site: Deployed) -> None:
+    """The instance is parked, as for any other error in `__setstate__`."""
+    text = "class C:\n    def __init__(self):\n        self.x = 1\n{0}\ndef main():\n    c = C()\n    yield"
+    saved = site.asleep(site.deploy(text.format("")).main())
+    site.deploy(text.format("    def __setstate__(self, state):\n        raise SystemExit(3)"))
+    with pytest.raises(CodeChangedError, match=r"classes that have changed since it was saved \(.*C\) may not accept what was saved: SystemExit: 3"):
+        site.load(saved)
+
+
 @pytest.mark.parametrize("head", ["@attrs.define", "@dataclass(frozen=True, slots=True)"])
 def test_an_object_that_lacks_a_field_is_not_saved_again_unless_setstate_sets_it(site: Deployed, head: str) -> None:
     """As docs/CODE.md describes it: the methods that such a class generates read every field."""
