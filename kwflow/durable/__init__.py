@@ -2,7 +2,8 @@
 
 A library of its own: nothing here knows workflows or Kafka.  Reading order: lower/__init__.py (source to two code objects),
 runtime.py (what lowered code calls), frames.py (a frame as data), codec.py (an object graph as bytes; names.py says what may
-be named, reducers.py how each kind of value is saved, rebuild.py how it is built again), loader.py (imports).
+be named, reducers.py how each kind of value is saved, rebuild.py how it is built again), loader.py (imports), versions.py (old
+code beside new), moves.py (from old code onto new).
 """
 
 from kwflow.durable.canonical import canonical, canonical_bytes

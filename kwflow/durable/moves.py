@@ -186,6 +186,32 @@ def _differs(was: Wait, now: Wait, before: list[tuple[str, str]], after: list[tu
     return f"{_where(was)}, in the middle of a statement that has changed (line {now.line} of the new code)"
 
 
+def _unedited(old: Function, were: list[Function], are: list[Function]) -> Function:
+    """Return the same function among those of the new version: under its qualified name, or else anywhere in the unit.  Its own name tells too little."""
+    in_unit = [[one for one in some if (one.unit, one.name, one.outline.digest) == (old.unit, old.name, old.outline.digest)] for some in (were, are)]
+    found = _at_its_place(old, *([one for one in some if one.qualname == old.qualname] for some in in_unit)) or _at_its_place(old, *in_unit)
+    if found is None:
+        why = "has no name to find it by" if old.name[0] == "<" else "belongs to a class that is defined in a function"
+        raise CodeChangedError(f"{old.module}:{old.path} (line {old.lineno}), which this instance holds, has changed and {why}", old.module)
+    return found
+
+
+def _of_the_name(old: Function, were: list[Function], are: list[Function]) -> Function:
+    """Return the function of the same qualified name.  Of several, those that are unedited may only have changed their places."""
+    before, now = ([one for one in some if one.qualname == old.qualname] for some in (were, are))
+    unedited = {one.outline.digest for one in before} & {one.outline.digest for one in now}
+    wanted = {old.outline.digest} if old.outline.digest in unedited else {one.outline.digest for one in (*before, *now)} - unedited
+    found = _at_its_place(old, *([one for one in some if one.outline.digest in wanted] for some in (before, now))) if len(before) == len(now) else None
+    if found is None:
+        said = f"of {old.module}:{old.qualname} there were {len(before)} and now are {len(now)}" if now else f"{old.module} no longer has a function {old.qualname!r}"
+        raise CodeChangedError(said, old.module)
+    return found
+
+
+def _at_its_place(old: Function, were: list[Function], are: list[Function]) -> Function | None:
+    return are[were.index(old)] if len(were) == len(are) else None
+
+
 class MovingNames(rebuild.Names):
     """What the names in a snapshot mean if it is to be moved.  `old` are the versions, by reference, whose functions are replaced by those that `pins` or the registry have."""
 
@@ -219,29 +245,14 @@ class MovingNames(rebuild.Names):
         return super().function(module, move.new.path, move.cells(cells, is_begun=False))
 
     def _move(self, module: str, path: str) -> Move:
+        """Return where a function of an old version has gone.  Raises CodeChangedError if that is not certain."""
         old = self.old[module].functions.get(path)
         if old is None:
             raise CodeChangedError(f"the source of {module} has no function {path!r}", module)
-        functions, before = (list(known.functions.values()) for known in (registry.module(module, self.pins), self.old[module]))
-        if old.outline.fixed:
-            before, same = ([one for one in some if one.unit == old.unit and one.name == old.name and one.outline.digest == old.outline.digest] for some in (before, functions))
-            there = [[one for one in some if one.qualname == old.qualname] for some in (before, same)]
-            before, same = there if len(there[0]) == len(there[1]) else (before, same)
-            why = "has no name to find it by" if old.name[0] == "<" else "belongs to a class that is defined in a function"
-            refused = CodeChangedError(f"{old.module}:{path} (line {old.lineno}), which this instance holds, has changed and {why}", old.module)
-        else:
-            before, same = ([one for one in some if one.qualname == old.qualname] for some in (before, functions))
-            refused = CodeChangedError(f"of {old.module}:{old.qualname} there were {len(before)} and now are {len(same)}", old.module)
-            if not same:
-                refused = CodeChangedError(f"{old.module} no longer has a function {old.qualname!r}", old.module)
-        if len(same) != len(before):
-            raise refused
-        unedited = {one.outline.digest for one in before} & {one.outline.digest for one in same}  # of several of one name, some may only have changed places
-        before, same = ([one for one in some if (one.outline.digest == old.outline.digest if old.outline.digest in unedited else one.outline.digest not in unedited)] for some in (before, same))
-        if len(same) != len(before):
-            raise refused
-        move = Move(old, same[before.index(old)])
-        if move.new.coroutine != old.coroutine:
+        were, are = (list(known.functions.values()) for known in (self.old[module], registry.module(module, self.pins)))
+        new = _unedited(old, were, are) if old.outline.fixed else _of_the_name(old, were, are)
+        move = Move(old, new)
+        if new.coroutine != old.coroutine:
             raise move.refused("was changed from def to async def, or back")
         return move
 
