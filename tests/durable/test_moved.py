@@ -16,7 +16,7 @@ from kwflow import durable
 from kwflow.durable import codec, registry, versions
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:(?s)Exception ignored (in|while).*(ignored GeneratorExit|ZeroDivisionError):pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:(?s)Exception ignored (in|while).*(ignored GeneratorExit|ZeroDivisionError|already running):pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:.*with a literal:SyntaxWarning"),
 ]
 DIFFERS = {
