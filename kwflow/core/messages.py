@@ -206,7 +206,7 @@ def no_migration(calls: Calls, command: Command) -> Transition | None:
     if command.op != "migrate" or migration.find(calls.instance, calls.context.workflows.migrations) is not None:
         return None
     address = wire.reply_address(calls.record)
-    return Transition(Keep(), replies=(Reply(address, "unchanged", "there is no migration for the code that it runs"),) if address is not None else (), outcome="not-migrated")
+    return Transition(Keep(), replies=(Reply(address, "unchanged", migration.nothing_for(calls.instance)),) if address is not None else (), outcome="not-migrated")
 
 
 OPS: dict[str, Callable[[Calls, Command], None]] = {"cancel": _cancel, "migrate": _migrate, "signal": _signal, "update": _update}

@@ -16,12 +16,13 @@ from typing import Any
 from kwflow.core.calls import Calls
 from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.mailbox import give_back
+from kwflow.core.snapshot import failed_at
 from kwflow.core.tasks import FAILED, Awaitable, Suspension, Task
 from kwflow.durable import registry
 from kwflow.durable.frames import Frame, describe, discard
 from kwflow.errors import Cancelled, KwflowBug, MigrationError, StepTimeout, UsageError
 
-__all__ = ["OldInstance", "OldTask", "find", "migrate"]
+__all__ = ["OldInstance", "OldTask", "find", "migrate", "nothing_for"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class OldInstance:
 def find(instance: Instance, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any] | None:
     """Return the migration for this instance, or None.
 
-    It is the one for exactly its version (`module:function@<12 hex>`), or else, if its module is not current, the one for its function.
+    It is the one for exactly its version (`module:function@<12 hex>`), or else, if its module or another one that it runs is not current, the one for its function.
     """
     gen = instance.main.gen if instance.main is not None else None
     function = registry.function_of(gen.gi_code) if gen is not None else None
@@ -71,8 +72,17 @@ def find(instance: Instance, known: Mapping[str, Callable[..., Any]]) -> Callabl
     key = f"{function.module}:{function.path}"
     exact = known.get(registry.version_name(key, function.home.version))
     current = registry.modules().get(function.module)
-    outdated = current is None or current.version != function.home.version
+    runs_old = any("@" not in reference and registry.modules().get(pinned.name) is not pinned for reference, pinned in instance.pins.items())  # with `@` it only holds it
+    outdated = current is None or current.version != function.home.version or runs_old
     return exact or (known.get(key) if outdated else None)
+
+
+def nothing_for(instance: Instance) -> str:
+    """Say that there is no migration for what the instance runs."""
+    gen = instance.main.gen if instance.main is not None else None
+    function = registry.function_of(gen.gi_code) if gen is not None else None
+    runs = registry.version_name(f"{function.module}:{function.path}", function.home.version) if function is not None else "code that is closing"
+    return f"there is no migration for {runs}, which it runs"
 
 
 def migrate(calls: Calls) -> bool:
@@ -96,7 +106,8 @@ def migrate(calls: Calls) -> bool:
     instance.adopted()[gen] = fresh
     calls.machine.begin(fresh)
     if fresh.state == FAILED:
-        raise MigrationError(f"{_name(function)}: what it returned failed before its first wait: {type(fresh.value).__name__}: {fresh.value}") from fresh.value
+        why = "it waits for a ref that it does not take over" if isinstance(fresh.value, Cancelled) else f"{type(fresh.value).__name__}: {fresh.value}{_place(fresh.value)}"
+        raise MigrationError(f"{_name(function)}: what it returned failed before its first wait: {why}") from fresh.value
     return True
 
 
@@ -116,7 +127,7 @@ def _result(function: Callable[..., Any], view: OldInstance, calls: Calls, waits
     except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
         raise
     except BaseException as error:
-        raise MigrationError(f"{_name(function)} failed: {type(error).__name__}: {error}") from error
+        raise MigrationError(f"{_name(function)} failed: {type(error).__name__}: {error}{_place(error)}") from error
     gen, refs = made if isinstance(made, tuple) and len(made) == 2 else (made, ())
     if not isinstance(gen, types.GeneratorType) or gen.gi_frame is None or gen.gi_suspended or gen in calls.instance.adopted():
         raise MigrationError(f"{_name(function)} returned {gen!r}; it returns a call of a durable generator function, alone or with the refs it takes over: return main(...), ['ref']")
@@ -170,3 +181,8 @@ def _settle_above(target: Awaitable) -> None:
 
 def _name(function: Callable[..., Any]) -> str:
     return f"the migration {getattr(function, '__qualname__', function)}"
+
+
+def _place(error: BaseException) -> str:
+    at = failed_at(error)
+    return f", in {at['function']} ({at['file']}:{at['line']})" if at else ""

@@ -236,17 +236,16 @@ def _migrate(batch: Batch, name: str, header: dict[str, Any], record: Record, co
     except SnapshotError as error:
         told = Decision(logs=(f"{name}: not migrated: {error}",))
         return joined([_replied(batch, record, "rejected", str(error), count="not-migrated"), told])
-    if made is None:
-        said = "no code that it holds has changed" if command.arguments.in_place else "there is no migration for the code that it runs"
-        return _replied(batch, record, "unchanged", said, count="not-migrated")
+    if isinstance(made, str):
+        return _replied(batch, record, "unchanged", made, count="not-migrated")
     return _done(batch, name, record, command, "ok", made)
 
 
-def _moved(batch: Batch, name: str, stored: bytes, record: Record, failed: bool) -> list[Decision] | None:
-    """Move the instance in place.  Returns None if there is nothing to move; raises SnapshotError if it cannot be moved."""
+def _moved(batch: Batch, name: str, stored: bytes, record: Record, failed: bool) -> list[Decision] | str:
+    """Move the instance in place.  Returns why there is nothing to move; raises SnapshotError if it cannot be moved."""
     found = snapshot.move(stored, batch.sources, batch.config.signing_keys)
     if found is None:
-        return None
+        return "it runs the code of the engine that was asked; if other code has been deployed, restart the engines first"
     data, modules = found
     if len(data) > batch.config.snapshot_bytes_max:
         raise SnapshotError(f"its snapshot would have {len(data)} bytes, more than snapshot_bytes_max = {batch.config.snapshot_bytes_max}")
@@ -255,8 +254,8 @@ def _moved(batch: Batch, name: str, stored: bytes, record: Record, failed: bool)
     return [told, *_drain(batch, name, record, discard=False)] if failed else [told]
 
 
-def _migrated(batch: Batch, name: str, stored: bytes, record: Record) -> list[Decision] | None:
-    """Migrate a parked instance by its `@kw.migrate` function, in a step.  Returns None if it has none; raises SnapshotError if that fails."""
+def _migrated(batch: Batch, name: str, stored: bytes, record: Record) -> list[Decision] | str:
+    """Migrate a parked instance by its `@kw.migrate` function, in a step.  Returns that it has none; raises SnapshotError if that fails."""
     key, keys = name.encode(), batch.config.signing_keys
     before = snapshot.unpark(stored, keys)
     if before is None:
@@ -264,7 +263,7 @@ def _migrated(batch: Batch, name: str, stored: bytes, record: Record) -> list[De
     instance = snapshot.load(before, batch.sources, keys)
     try:
         if migration.find(instance, batch.context.workflows.migrations) is None:
-            return None
+            return migration.nothing_for(instance)
     finally:
         instance.forget()
     batch.state.put(key, before)

@@ -51,7 +51,7 @@ def check(stored: Mapping[bytes, bytes], sources: versions.Sources, migrations: 
                 if header["status"] == "ended":
                     continue
                 if header["status"] == "parked" and not parked.is_paused(header):
-                    yield Fate(key.decode(), "failed", (header["parked"]["reason"],), in_place=in_place())
+                    yield Fate(key.decode(), "failed", (header["parked"]["reason"],), _has_migration(data, sources, migrations, keys), in_place())
                     continue
                 yield _fate(key.decode(), header, body, sources, migrations, in_place)
             except SnapshotError as error:
@@ -72,6 +72,21 @@ def _fate(id: str, header: dict[str, Any], body: bytes, sources: versions.Source
         instance.forget()
 
 
+def _has_migration(data: bytes, sources: versions.Sources, migrations: Migrations, keys: snapshot.Keys) -> bool:
+    """Whether there is a migration for a parked instance."""
+    try:
+        before = snapshot.unpark(data, keys)
+        if before is None:
+            return False
+        instance = snapshot.load(before, sources, keys)
+    except SnapshotError:
+        return False
+    try:
+        return migration.find(instance, migrations) is not None
+    finally:
+        instance.forget()
+
+
 def _in_place(data: bytes, sources: versions.Sources, keys: snapshot.Keys) -> str:
     """Say what moving it in place would do."""
     try:
@@ -79,7 +94,7 @@ def _in_place(data: bytes, sources: versions.Sources, keys: snapshot.Keys) -> st
     except SnapshotError as error:
         return f"not in place: {error}"
     if moved is None:
-        return "not in place: no code that it holds has changed"
+        return "it runs this code already"
     before, after = ({wait["ref"]: (wait.get("function"), wait.get("line")) for wait in snapshot.read_header(one)["waits"]} for one in (data, moved[0]))
     lines = list(dict.fromkeys(f"{function} line {line} -> {after[ref][1]}" for ref, (function, line) in before.items() if line is not None))
     return f"can be migrated in place ({', '.join(lines[:_LINES_MAX])}{', …' if len(lines) > _LINES_MAX else ''})" if lines else "can be migrated in place"

@@ -322,7 +322,7 @@ def test_an_instance_is_moved_onto_fixed_code_or_the_page_says_why_not(tmp_path:
         shop.park("stuck")
         assert "kwflow code migrate stuck --in-place" in http.get(at("stuck")).text
         answer = http.post(f"{at('stuck')}/migrate")
-        assert answer.status_code == 409 and "no code that it holds has changed" in text_of(answer.text)
+        assert answer.status_code == 409 and "it runs the code of the engine that was asked; if other code has been deployed, restart the engines first" in text_of(answer.text)
         durable.load_source("console_fixed", source.replace("held = open(__file__)", "held = None"), str(shop.file))
         answer = http.post(f"{at('stuck')}/migrate")
         assert answer.headers.get("location") == f"{at('stuck')}?done=migrate", answer.text

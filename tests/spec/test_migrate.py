@@ -1,5 +1,6 @@
 """`@kw.migrate`: a waiting instance is migrated to other code in the step of the command (semantics §8.5)."""
 
+import re
 from typing import Any
 
 import pytest
@@ -187,3 +188,30 @@ def test_keys_are_checked_and_two_migrations_from_one_key_are_refused() -> None:
             api.migrate(from_="m:main")(site)
     finally:
         declarations._migrations.clear()
+
+
+def test_a_migration_is_for_instances_of_which_only_a_helper_in_another_module_has_changed_and_for_each_once() -> None:
+    """§8.5: it was ignored, as main's own module had not changed; and in place it may be refused, so nothing was left."""
+    helper = durable.load_source("migrating_helper", HEAD + "def pack():\n    yield kw.suspend('packed')\n    return 1", "migrating_helper.py")
+    site = Site("import migrating_helper\ndef main(o):\n    undo = lambda: o\n    return (yield from migrating_helper.pack())")
+    durable.load_source("migrating_helper", HEAD + "def pack():\n    cents = 5\n    yield kw.suspend('ready')\n    return cents", helper.__file__ or "")
+    moves = f"@kw.migrate(from_='{site.name}:main')\ndef move(old):\n    return main(old.locals['o'])\n"
+    site.deploy("import migrating_helper\ndef main(o):\n    undo = lambda: o\n    return (yield from migrating_helper.pack())\n" + moves)
+    try:
+        replies = [site.w.command("w", "migrate") or {} for _ in range(2)]
+    finally:
+        declarations._migrations.clear()
+    assert [reply["status"] for reply in replies] == ["ok", "unchanged"]
+    assert replies[1]["message"].startswith(f"there is no migration for {site.name}:main@") and replies[1]["message"].endswith(", which it runs")
+    site.w.resume("w", "ready")
+    assert site.w.result("w") == 5
+
+
+def test_a_migration_that_fails_says_where(site: Site) -> None:
+    site.deploy(NEW.replace("{name}", site.name).replace('old.locals["o"]', "old.locals['nothing']"))
+    site.w.command("v", "migrate")
+    assert re.fullmatch(r"the migration move failed: KeyError: 'nothing', in move \(code_case_\d+.py:\d+\)", site.w.header("v")["parked"]["message"])
+    site.w.command("v", "discard")
+    site.deploy(NEW.replace("{name}", site.name).replace(', ["b"]', ""))
+    site.w.command("v", "migrate")
+    assert site.w.header("v")["parked"]["message"] == "the migration move: what it returned failed before its first wait: it waits for a ref that it does not take over"

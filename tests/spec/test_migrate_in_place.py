@@ -78,7 +78,7 @@ def test_there_may_be_nothing_to_move() -> None:
     before = site.w.state.entries[b"v"]
     assert (moved(site)["status"], site.w.counts[-1]) == ("unchanged", "not-migrated")
     site.deploy("# only a comment" + PAID)
-    assert moved(site)["message"] == "no code that it holds has changed"
+    assert moved(site)["message"] == "it runs the code of the engine that was asked; if other code has been deployed, restart the engines first"
     assert site.w.state.entries[b"v"] == before
     assert moved(site, "nobody")["status"] == "not_found"
 
@@ -216,7 +216,8 @@ def test_a_migration_that_fails_leaves_a_parked_instance_as_it_is() -> None:
     before = dict(site.w.state.entries)
     site.deploy(MENDED + MIGRATION.format("pass", name=site.name).replace('old.locals["o"]', "1 / 0"))
     reply = site.w.command("v", "migrate") or {}
-    assert (reply["status"], reply["message"]) == ("rejected", "MigrationError: the migration move failed: ZeroDivisionError: division by zero")
+    assert reply["status"] == "rejected"
+    assert reply["message"].startswith("MigrationError: the migration move failed: ZeroDivisionError: division by zero, in move (code_case_")
     assert site.w.state.entries == before
     site.deploy(MENDED + MIGRATION.format("lock = __import__('threading').Lock()", name=site.name))
     assert (site.w.command("v", "migrate") or {})["status"] == "ok", "it waits for paid again, and was saved"
