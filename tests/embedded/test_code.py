@@ -177,6 +177,7 @@ def test_a_bug_is_fixed_under_the_instances_that_wait_in_it_parked_or_not(site: 
     assert site.records("workflow-result") == ['0 parked [6,"opts"]', '1 waits [8,"opts"]', '2 elsewhere [8,"opts"]']
     site.deploy({"trips.py": RIGHT.replace("'r'", "'q'")}, "shop.trips")
     site("start", "late", "--input", "1")
+    waits_for(site, "late", "q")
     site.deploy({"trips.py": RIGHT}, "shop.trips")
     said = site("engine", "--check", "shop.trips", "--app-dir", str(site.folder))
     assert "stay on old code: late  shop.trips: main has changed; not in place: shop.trips:main waits at line 5, `yield kw.suspend('q')`, and the new code has no such wait" in said
