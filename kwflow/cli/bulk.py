@@ -54,7 +54,7 @@ def _each(asked: _Asked, verb: str, command_id: str | None, call: Callable[[Clie
     if asked.dry_run:
         for id, start_id, _ in found:
             print_json({"id": id, "start_id": start_id}) if asked.as_json else out.print(id, markup=False, highlight=False, soft_wrap=True)
-    many = f"{len(found):,} workflow{'s' * (len(found) != 1)}"
+    many = _counted(found)
     if not found or asked.dry_run:
         err.print(many)
         return
@@ -77,7 +77,7 @@ def command_each(
 
     `waits_behind` tells that a paused workflow keeps the command until it is unpaused.
     """
-    many = f"{len(found):,} workflow{'s' * (len(found) != 1)}"
+    many = _counted(found)
     name = command_id or f"bulk-{uuid.uuid4().hex[:12]}"
     counts: Counter[str] = Counter()
     try:
@@ -98,6 +98,10 @@ def command_each(
     err.print(", ".join(f"{count} {status}" for status, count in counts.items()))
     if counts.keys() - set(_NO_FAULT):
         raise typer.Exit(1)
+
+
+def _counted(found: list[tuple[str, str, bool]]) -> str:
+    return f"{len(found):,} workflow{'s' * (len(found) != 1)}"
 
 
 def found_by(wanted: Filter, settings: Config, embedded: Path | None, but: tuple[str, ...] = ("ended",)) -> list[tuple[str, str, bool]]:

@@ -16,7 +16,7 @@ from typing import Any
 from kwflow.core.calls import Calls
 from kwflow.core.instance import CLOSING, Instance
 from kwflow.core.mailbox import give_back
-from kwflow.core.snapshot import failed_at
+from kwflow.core.snapshot import failed_at, place_of
 from kwflow.core.tasks import FAILED, Awaitable, Suspension, Task
 from kwflow.durable import registry
 from kwflow.durable.frames import Frame, describe, discard
@@ -65,8 +65,7 @@ def find(instance: Instance, known: Mapping[str, Callable[..., Any]]) -> Callabl
 
     It is the one for exactly its version (`module:function@<12 hex>`), or else, if its module or another one that it runs is not current, the one for its function.
     """
-    gen = instance.main.gen if instance.main is not None else None
-    function = registry.function_of(gen.gi_code) if gen is not None else None
+    function = _function_of_main(instance)
     if function is None or instance.status == CLOSING:
         return None
     key = f"{function.module}:{function.path}"
@@ -77,10 +76,14 @@ def find(instance: Instance, known: Mapping[str, Callable[..., Any]]) -> Callabl
     return exact or (known.get(key) if outdated else None)
 
 
+def _function_of_main(instance: Instance) -> registry.Function | None:
+    gen = instance.main.gen if instance.main is not None else None
+    return registry.function_of(gen.gi_code) if gen is not None else None
+
+
 def nothing_for(instance: Instance) -> str:
     """Say that there is no migration for what the instance runs."""
-    gen = instance.main.gen if instance.main is not None else None
-    function = registry.function_of(gen.gi_code) if gen is not None else None
+    function = _function_of_main(instance)
     runs = registry.version_name(f"{function.module}:{function.path}", function.home.version) if function is not None else "code that is closing"
     return f"there is no migration for {runs}, which it runs"
 
@@ -106,15 +109,14 @@ def migrate(calls: Calls) -> bool:
     instance.adopted()[gen] = fresh
     calls.machine.begin(fresh)
     if fresh.state == FAILED:
-        why = "it waits for a ref that it does not take over" if isinstance(fresh.value, Cancelled) else f"{type(fresh.value).__name__}: {fresh.value}{_place(fresh.value)}"
+        why = "it waits for a ref that it does not take over" if isinstance(fresh.value, Cancelled) else f"{_described(fresh.value)}"
         raise MigrationError(f"{_name(function)}: what it returned failed before its first wait: {why}") from fresh.value
     return True
 
 
 def _view(instance: Instance, tasks: list[Task]) -> OldInstance:
     shown = tuple(OldTask(task.name, tuple(describe(task.gen)) if task.gen is not None else (), task.waiting_on) for task in tasks)
-    gen = tasks[0].gen  # main is created before all other tasks
-    function = registry.function_of(gen.gi_code) if gen is not None else None
+    function = _function_of_main(instance)
     if function is None:
         raise KwflowBug("a main without code")
     version = function.home.version[:12]
@@ -127,7 +129,7 @@ def _result(function: Callable[..., Any], view: OldInstance, calls: Calls, waits
     except (KwflowBug, KeyboardInterrupt, MemoryError, StepTimeout):
         raise
     except BaseException as error:
-        raise MigrationError(f"{_name(function)} failed: {type(error).__name__}: {error}{_place(error)}") from error
+        raise MigrationError(f"{_name(function)} failed: {_described(error)}") from error
     gen, refs = made if isinstance(made, tuple) and len(made) == 2 else (made, ())
     if not isinstance(gen, types.GeneratorType) or gen.gi_frame is None or gen.gi_suspended or gen in calls.instance.adopted():
         raise MigrationError(f"{_name(function)} returned {gen!r}; it returns a call of a durable generator function, alone or with the refs it takes over: return main(...), ['ref']")
@@ -183,6 +185,5 @@ def _name(function: Callable[..., Any]) -> str:
     return f"the migration {getattr(function, '__qualname__', function)}"
 
 
-def _place(error: BaseException) -> str:
-    at = failed_at(error)
-    return f", in {at['function']} ({at['file']}:{at['line']})" if at else ""
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}{place_of(failed_at(error))}"

@@ -29,8 +29,8 @@ from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, SnapshotError
 
 __all__ = [
-    "CLASSES", "UNSIGNED", "Keys", "amend", "copy", "ended_header", "is_call", "key_id", "load", "move", "park", "read_header", "save", "save_ended", "seal_of", "split", "unpark", "waits_of",
-    "wake",
+    "CLASSES", "UNSIGNED", "Keys", "amend", "copy", "ended_header", "is_call", "key_id", "load", "move", "park", "place_of", "read_header", "save", "save_ended", "seal_of", "split", "unpark",
+    "waits_of", "wake",
 ]  # fmt: skip
 
 Keys = Sequence[bytes]
@@ -136,6 +136,11 @@ def failed_at(error: BaseException) -> dict[str, Any]:
             found = {"function": code.co_qualname, "file": _relative(code.co_filename, registry.logical_name(module)), "line": tb.tb_lineno}
         tb = tb.tb_next
     return found
+
+
+def place_of(at: dict[str, Any]) -> str:
+    """Return what `failed_at` found as text to follow a name: ` in main (trips.py:12)`, or nothing."""
+    return f" in {at['function']} ({at['file']}:{at['line']})" if at else ""
 
 
 @functools.lru_cache(maxsize=4096)

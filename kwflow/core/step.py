@@ -20,7 +20,7 @@ from kwflow.core.contract import Context, Ended, Keep, Save, Transition
 from kwflow.core.current import in_step, slot
 from kwflow.core.dispatch import Withdraw
 from kwflow.core.instance import CLOSING, Instance
-from kwflow.core.snapshot import ended_header, failed_at, is_call, waits_of
+from kwflow.core.snapshot import ended_header, failed_at, is_call, place_of, waits_of
 from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task, Timer
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Record
@@ -270,10 +270,10 @@ class Step(Calls):
                     raise UsageError(f"the result has {len(value)} bytes, more than {self.context.limits.value_bytes_max} (limit value_bytes_max); return a reference instead, or raise the limit")
             except Exception as failed:  # the result may have no JSON form: this, too, is an error of the workflow
                 error = failed
+        at = failed_at(error) if error is not None else {}
+        in_log = f"{type(error).__name__}{place_of(at)}; kwflow show has the details" if error is not None else ""  # without the error's message: many people read logs and the history
         if error is not None and not _is_outcome(error) and _declared(self.instance.workflow, "park_on_error", self.context):
-            at = failed_at(error)
-            place = f", in {at['function']} ({at['file']}:{at['line']})" if at else ""
-            raise UncaughtError(f"{outcomes.describe_error(error)}{place}", f"{type(error).__name__}{place}; kwflow show has the details") from None
+            raise UncaughtError(f"{outcomes.describe_error(error)}{place_of(at)}", in_log) from None
         if error is not None:
             outcome = "cancelled" if isinstance(error, Cancelled) else "error"
             value, topic = outcomes.error_value(error, self.context.limits.value_bytes_max), topics.error
@@ -288,8 +288,7 @@ class Step(Calls):
             self.logs.append(f"main has ended, which cancels calls that nobody has awaited: {told}; write `yield` or `await` before the call")
         if "parent" in extra:
             self.outputs.append(children.answer(extra["parent"], self.instance.id, outcome, value, topics.resume, limits.value_bytes_max, self.record.timestamp_ms))
-        at = failed_at(error) if error is not None else {}
-        if outcome == "error":  # without the error's message: many people read logs and the history
-            self.logs.append(f"ended with {type(error).__name__}" + (f" in {at['function']} ({at['file']}:{at['line']})" if at else "") + "; kwflow show has the details")
+        if outcome == "error":
+            self.logs.append(f"ended with {in_log}")
         extra["outcome"] = outcomes.kept(outcome, value, at)
         messages.close(self)

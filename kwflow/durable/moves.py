@@ -130,7 +130,7 @@ class Move:
         """Return the slots of a waiting generator for the new function.  `bound` has its variables that are in cells, by name."""
         label, was, now = self.place(saved["@l"])
         made = {name: value for name, value in saved.items() if name[0] != "@"}
-        needed, before = (wait.needed | (wait.shared & {*self.old.captured}) for wait in (now, was))  # no closure that is saved has another variable
+        needed, before = (wait.needed | (wait.lent & {*self.old.captured}) for wait in (now, was))  # no closure that is saved has another variable
         missing = sorted(needed - before - made.keys() - bound.keys())
         if missing:
             said = "a variable that this instance does not have" if len(missing) == 1 else "variables that this instance does not have"

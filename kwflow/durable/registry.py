@@ -36,7 +36,7 @@ class Wait(NamedTuple):
     """One wait of a generator.  `key` identifies it, `around` the wait together with the statements around its own, `whole` with its own, too, and `call` the function called in it, if any.
 
     `state` are the roles of its temporaries `live`; one whose value depends on the rest of its statement has the hash of that.
-    `needed` are the author's variables that may be read after the wait before they are bound again, `shared` these and those that closures may read.
+    `needed` are the author's variables that may be read after the wait before they are bound again, `lent` those that closures may read.
     """
 
     line: int
@@ -48,7 +48,7 @@ class Wait(NamedTuple):
     live: tuple[str, ...]
     state: tuple[tuple[str, str], ...]
     needed: frozenset[str]
-    shared: frozenset[str]
+    lent: frozenset[str]
 
 
 class Outline(NamedTuple):

@@ -169,13 +169,19 @@ def _as_it_was(name: str, version: str, sources: Sources) -> Module:
     data = sources(entry_key(name, version))
     if data is None:
         raise CodeChangedError(f"the source of {name} that this instance runs ({version[:12]}) is not stored, so it is not known where it waits", name)
+    return parsed(name, version, str(_entry_of(name, version, data)["source"]), registry.version_name(name, version))
+
+
+def _entry_of(name: str, version: str, data: bytes) -> dict[str, Any]:
+    """Return what is stored of a version.  Raises CodeChangedError if it cannot be read, or is that of another version."""
     try:
-        source = source_in(data)
+        stored: dict[str, Any] = json.loads(data)
+        source = str(stored["source"])
     except (LookupError, TypeError, ValueError) as error:
         raise CodeChangedError(f"what is stored of {name} ({version[:12]}) cannot be read: {error!r}", name) from error
     if source_version(source) != version:
         raise CodeChangedError(f"the stored source of {registry.version_name(name, version)} is not the right one: its sha256 differs", name)
-    return parsed(name, version, source, registry.version_name(name, version))
+    return stored
 
 
 def prepare(key: str, sources: Sources, wanted: Callable[[str], bool] = lambda key: True) -> None:
@@ -220,7 +226,7 @@ def _version(name: str, version: str, sources: Sources, why: str) -> Module:
     data = sources(entry_key(name, version))
     if data is None:
         raise CodeChangedError(f"{name}: {why} since this instance began to wait in it, and the source that it runs ({version[:12]}) is not stored; deploy that code again, then retry")
-    stored = json.loads(data)
+    stored = _entry_of(name, version, data)
     _take_away(_stand_in({other: wanted for other, wanted in stored["imports"].items() if name.startswith(f"{other}.")}, sources))  # its packages first, as `import` does; they may import it
     known = registry.version(registry.version_name(name, version))
     return known if known is not None and known.version == version else _load(name, version, stored, sources)
@@ -230,8 +236,6 @@ def _load(name: str, version: str, stored: dict[str, Any], sources: Sources) -> 
     """Run a stored version as the module `name@<12 hex>`.  Raises CodeChangedError if its own code fails."""
     hidden = registry.version_name(name, version)
     source, current = str(stored["source"]), registry.modules().get(name)
-    if source_version(source) != version:
-        raise CodeChangedError(f"the stored source of {hidden} is not the right one: its sha256 differs")
     module = types.ModuleType(hidden)
     module.__file__ = _file(name, stored, current)
     module.__package__ = name if stored["package"] else name.rpartition(".")[0]

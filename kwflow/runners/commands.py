@@ -27,7 +27,7 @@ from kwflow.ports import Changes, Decision
 from kwflow.runners import parked
 from kwflow.runners.activities.dispatch import keep
 
-__all__ = ["OPS", "apply", "is_migrated_here", "refuse"]
+__all__ = ["apply", "refuse", "takes"]
 
 
 class Batch(Protocol):
@@ -211,12 +211,15 @@ def _free_id(batch: Batch, name: str, record: Record) -> str:
     return next(id for id in ids if partition_of(id.encode(), batch.partitions) == record.partition)
 
 
-def is_migrated_here(config: Config, stored: bytes | None, command: wire.Start | wire.Resume | Command) -> bool:
-    """Whether a `migrate` is carried out here, not by a step: one in place, or one for an instance that has failed, which would hold it behind the record at fault."""
-    if not isinstance(command, Command):
-        return False
-    header = _header(config, "", stored)
-    return command.arguments.in_place or (header["status"] == "parked" and _has_failed(header))
+def takes(config: Config, op: str | None, record: Record, stored: Callable[[], bytes | None]) -> bool:
+    """Whether a record with this op is carried out here, not by a step.  `stored` gives its instance, unless that is live.  Raises ProtocolError.
+
+    A `migrate` is one if it is in place, or for an instance that has failed, which would hold it behind the record at fault.
+    """
+    if op != "migrate":
+        return op in _OPS
+    command = wire.parse(record)
+    return isinstance(command, Command) and (command.arguments.in_place or _has_failed(_header(config, "", stored())))
 
 
 def _has_failed(header: dict[str, Any]) -> bool:
@@ -337,4 +340,4 @@ _COUNTED = {"fork": "forked", "retry": "retried", "discard": "discarded", "termi
 _CHANGING: dict[str, Callable[[Batch, str, dict[str, Any], Record, Command], Decision]] = {
     "discard": _retry, "fork": _fork, "migrate": _migrate, "pause": _pause, "retry": _retry, "terminate": _terminate, "unpause": _unpause,
 }  # fmt: skip
-OPS = {"query", *_CHANGING} - {"migrate"}  # and a `migrate` that is carried out here
+_OPS = {"query", *_CHANGING}

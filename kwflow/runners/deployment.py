@@ -47,9 +47,9 @@ def check(stored: Mapping[bytes, bytes], sources: versions.Sources, migrations: 
         for key, data in sorted(stored.items()):
             try:
                 header, body = snapshot.split(data, keys)
-                in_place = functools.partial(_in_place, data, sources, keys)
                 if header["status"] == "ended":
                     continue
+                in_place = functools.partial(_in_place, data, sources, keys)
                 if header["status"] == "parked" and not parked.is_paused(header):
                     yield Fate(key.decode(), "failed", (header["parked"]["reason"],), _has_migration(data, sources, migrations, keys), in_place())
                     continue

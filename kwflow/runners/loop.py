@@ -104,7 +104,7 @@ class WorkflowProcessor:
     def refuse(self, state: Changes, record: Record, reason: str, topic: str = "") -> Decision:
         try:
             name, op = wire.workflow_id(record), wire.header(record, "kwflow-op")
-            is_command = op in commands.OPS or (op == "migrate" and commands.is_migrated_here(self.config, state.get(name.encode()), wire.parse(record)))
+            is_command = commands.takes(self.config, op, record, lambda: state.get(name.encode()))
         except ProtocolError:
             return parked.dead(self.config, record, "refused", reason, record.timestamp_ms)
         if op == feeds.OP:
@@ -218,7 +218,7 @@ class _Batch:
             wire.check_size(record, self.config.value_bytes_max, self.config.header_bytes_max)
             key = name.encode()
             op = wire.header(record, "kwflow-op") if record.headers else None
-            if op in commands.OPS or (op == "migrate" and self._is_migrated_here(key, record)):
+            if op is not None and commands.takes(self.config, op, record, lambda: self.state.get(key) if key not in self.live else None):
                 return self._command(name, record)
             if op == feeds.OP:
                 return self.processor.fed.again(registered_feeds(), record, self.context.received_ms)
@@ -403,9 +403,6 @@ class _Batch:
             self.made[last] = msgspec.structs.replace(self.made[last], logs=(*self.made[last].logs, said))
 
     # -- commands that are no step --------------------------------------------------------------------------------------
-    def _is_migrated_here(self, key: bytes, record: Record) -> bool:
-        return commands.is_migrated_here(self.config, self.state.get(key) if key not in self.live else None, wire.parse(record))
-
     def _command(self, name: str, record: Record) -> Decision:
         command = wire.parse(record)
         if not isinstance(command, wire.Command):

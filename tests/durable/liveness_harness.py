@@ -30,7 +30,8 @@ def needs_of(source: str) -> Needs:
     """What each generator of this source needs, by its path and its label."""
     scopes = analyze(ast.parse(source))
     lowering = ModuleLowering("<source>", scopes, 0)
-    return {scope.frame_path: lowering.needed(node, scope) for node, scope in scopes.items() if scope.kind == "function" and scope.generator}
+    outlines = {scope.frame_path: lowering.outline(node, scope) for node, scope in scopes.items() if scope.kind == "function" and scope.generator}
+    return {path: {label: wait.needed | wait.lent for label, wait in outline.waits.items()} for path, outline in outlines.items()}
 
 
 @contextlib.contextmanager

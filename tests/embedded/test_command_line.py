@@ -18,6 +18,7 @@ from kwflow import durable
 from kwflow.cli import app
 from kwflow.cli.shared import error_text, exit_code, json_option
 from kwflow.config import Config
+from kwflow.core import wire
 from kwflow.core.contract import Workflows
 from kwflow.core.wire import Output
 from kwflow.errors import FencedError, TransportError, UsageError
@@ -292,7 +293,8 @@ def test_code_migrate_asks_for_none_if_one_of_them_is_not_there_or_has_ended(tmp
     assert (migrate("waits", "nobody"), migrate("waits", "over")) == ("no instance 'nobody'", "'over' has ended")
     assert "no reply within 0.1 s; perhaps no engine is running" in migrate("waits")
     held = Embedded(tmp_path / "state", sync=False)
-    assert {record.key for record in held.read(config.resume_topic)[2:]} == {b"waits"}
+    asked = [(record.key, wire.header(record, "kwflow-op")) for record in held.read(config.resume_topic)[2:]]
+    assert asked == [(b"waits", "migrate"), (b"waits", "query")], "and whether it is paused, as there was no reply"
     held.close()
 
 

@@ -38,6 +38,22 @@ class Rolling(World):
             self.hub.pause(self.time.now + 8_000)
 
 
+def _all_hold(kind: type[Rolling], seeds: range) -> collections.Counter[str]:
+    """Run and check a world of this kind for each seed; return what happened in them."""
+    happened: collections.Counter[str] = collections.Counter()
+    with engine_process():
+        for seed in seeds:
+            world = kind(seed)
+            try:
+                world.run()
+                check(world)
+            except Failed as failed:
+                raise Failed(f"seed {seed}: {failed}\n{world.story(30)}") from None
+            happened.update(world.happened)
+    print(dict(happened))
+    return happened
+
+
 class Movers(Clients):
     """Clients, and an operator who moves instances in place onto whatever their engine runs."""
 
@@ -61,34 +77,14 @@ class Moving(Rolling):
 
 def test_instances_that_are_moved_in_place_between_any_two_releases_lose_nothing_and_do_nothing_twice() -> None:
     """Decision 0061: a move is one record, applied exactly once, parked and paused or not, whatever dies in between."""
-    happened: collections.Counter[str] = collections.Counter()
-    with engine_process():
-        for seed in SEEDS[:5]:
-            world = Moving(seed)
-            try:
-                world.run()
-                check(world)
-            except Failed as failed:
-                raise Failed(f"seed {seed}: {failed}\n{world.story(30)}") from None
-            happened.update(world.happened)
-    print(dict(happened))
+    happened = _all_hold(Moving, SEEDS[:5])
     for what in ("roll", "kill", "crash before consume", "was moved", "ended on moved code"):
         assert happened[what], (what, happened)
 
 
 def test_whatever_is_deployed_and_rolled_back_one_engine_after_the_other_an_instance_keeps_to_its_code() -> None:
     """All guarantees hold for engines that may each run another release: for instances that moved to engines with older code, with newer code, and to new helpers."""
-    happened: collections.Counter[str] = collections.Counter()
-    with engine_process():
-        for seed in SEEDS:
-            world = Rolling(seed)
-            try:
-                world.run()
-                check(world)
-            except Failed as failed:
-                raise Failed(f"seed {seed}: {failed}\n{world.story(30)}") from None
-            happened.update(world.happened)
-    print(dict(happened))
+    happened = _all_hold(Rolling, SEEDS)
     for what in ("roll", "kill", "stop", "crash before consume", "went on in newer code", "went on in old code", "took over new helpers"):
         assert happened[what], (what, happened)
 

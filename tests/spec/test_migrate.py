@@ -210,7 +210,7 @@ def test_a_migration_is_for_instances_of_which_only_a_helper_in_another_module_h
 def test_a_migration_that_fails_says_where(site: Site) -> None:
     site.deploy(NEW.replace("{name}", site.name).replace('old.locals["o"]', "old.locals['nothing']"))
     site.w.command("v", "migrate")
-    assert re.fullmatch(r"the migration move failed: KeyError: 'nothing', in move \(code_case_\d+.py:\d+\)", site.w.header("v")["parked"]["message"])
+    assert re.fullmatch(r"the migration move failed: KeyError: 'nothing' in move \(code_case_\d+.py:\d+\)", site.w.header("v")["parked"]["message"])
     site.w.command("v", "discard")
     site.deploy(NEW.replace("{name}", site.name).replace(', ["b"]', ""))
     site.w.command("v", "migrate")

@@ -217,7 +217,7 @@ def test_a_migration_that_fails_leaves_a_parked_instance_as_it_is() -> None:
     site.deploy(MENDED + MIGRATION.format("pass", name=site.name).replace('old.locals["o"]', "1 / 0"))
     reply = site.w.command("v", "migrate") or {}
     assert reply["status"] == "rejected"
-    assert reply["message"].startswith("MigrationError: the migration move failed: ZeroDivisionError: division by zero, in move (code_case_")
+    assert reply["message"].startswith("MigrationError: the migration move failed: ZeroDivisionError: division by zero in move (code_case_")
     assert site.w.state.entries == before
     site.deploy(MENDED + MIGRATION.format("lock = __import__('threading').Lock()", name=site.name))
     assert (site.w.command("v", "migrate") or {})["status"] == "ok", "it waits for paid again, and was saved"

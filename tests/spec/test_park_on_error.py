@@ -44,10 +44,10 @@ def test_the_step_is_undone_and_the_instance_parked_with_the_exception_and_its_l
     tester = begun("park_on_error=True")
     tester.resume("w", "paid", {})
     mark = tester.header("w")["parked"]
-    assert (mark["reason"], mark["message"]) == ("UncaughtError", "KeyError: 'amount', in parks (parking_orders.py:15)")
+    assert (mark["reason"], mark["message"]) == ("UncaughtError", "KeyError: 'amount' in parks (parking_orders.py:15)")
     assert tester.outputs_to("out") == ["begun"]
     assert tester.outputs_to("workflow-error") == []
-    assert tester.logs[-1] == "w is parked: UncaughtError: KeyError, in parks (parking_orders.py:15); kwflow show has the details", "the exception may say what not everybody should read"
+    assert tester.logs[-1] == "w is parked: UncaughtError: KeyError in parks (parking_orders.py:15); kwflow show has the details", "the exception may say what not everybody should read"
 
 
 def test_the_fix_is_moved_under_it_and_the_record_is_applied_again() -> None:

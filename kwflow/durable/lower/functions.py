@@ -11,14 +11,12 @@ import ast
 import operator
 import sys
 import types
-from collections.abc import Collection
 from typing import Any
 
 from kwflow.durable.fingerprint import without_docstring
 from kwflow.durable.lower.emit import assign, call, constant, helper, is_bound, load, located, store
 from kwflow.durable.lower.inner import as_def, forwarded, no_arguments, spread, template
-from kwflow.durable.lower.liveness import needed_after
-from kwflow.durable.lower.outline import outline, waits_of
+from kwflow.durable.lower.outline import outline
 from kwflow.durable.lower.scopes import Comprehension, Scope, every_argument, has_yield, mangle, node_fields
 from kwflow.durable.lower.statements import Statements
 from kwflow.durable.registry import Label, Outline
@@ -79,24 +77,9 @@ class ModuleLowering:
         lowering = self._lower(as_def(node), scope, scope.class_name, cold=False)[0]
         return {label.name: line for label, line in zip(lowering.labels, lowering.lines, strict=True)}
 
-    def needed(self, node: ast.AST, scope: Scope, held: Collection[str] | None = None) -> dict[str, frozenset[str]]:
-        """Return by label the variables of the author's that may be read after the wait before they are bound again.
-
-        Variables of enclosing functions are needed to be bound, too.  `held` are the captured variables that other saved functions may
-        hold (any, if not given): one is needed if a nested function that reads it may have been made before the wait.
-        """
-        lowering, body = self._lower(as_def(node), scope, scope.class_name, cold=False)
-        if not lowering.labels:
-            return {}
-        own = (scope.bound - scope.globals).union(scope.captured)
-        found = needed_after(body, len(lowering.labels), frozenset(scope.free), frozenset(scope.captured if held is None else held))
-        read = {"__class__", *scope.arguments[:1]} if "__class__" in scope.free else set()  # by `super()`, under any name
-        return {label.name: (names | read) & own for label, names in zip(lowering.labels, found, strict=True)}
-
     def outline(self, node: ast.AST, scope: Scope) -> Outline:
         """Return what identifies the function and its waits in another version of the module."""
-        lowering = self._lower(as_def(node), scope, scope.class_name, cold=False)[0] if scope.generator else None
-        return outline(node, scope, waits_of(lowering, self.needed(node, scope, ()), self.needed(node, scope)) if lowering is not None else {})
+        return outline(node, scope, *self._lower(as_def(node), scope, scope.class_name, cold=False)) if scope.generator else outline(node, scope)
 
     def cold(self, node: ast.AST, scope: Scope) -> types.CodeType:
         """Compile the twin that restored generators run, alone."""

@@ -24,20 +24,20 @@ _WAITS = (ast.Yield, ast.YieldFrom)
 _NONE: Names = frozenset()
 
 
-def needed_after(body: list[ast.stmt], waits: int, outer: Names = _NONE, held: Names = _NONE) -> tuple[Names, ...]:
-    """Return, for each wait in order, the names that may be read after it before they are bound again.
+def needed_after(body: list[ast.stmt], waits: int, outer: Names = _NONE) -> tuple[tuple[Names, Names], ...]:
+    """Return, for each wait in order, the names that may be read after it before they are bound again, and those that closures may read.
 
     `body` is a hot body, in which names are spelled as compiled (mangled); it cannot be compiled afterwards, as `analyze` marks nodes.
-    `outer` are variables of enclosing functions: others can see them, so binding one needs it as well.  `held` are variables whose
-    cells saved functions may hold: one is needed if a nested function that reads it may have been made before the wait.  Raises
-    KwflowBug if the body has another number of waits.
+    `outer` are variables of enclosing functions: others can see them, so binding one needs it as well.  A closure may read what a
+    nested function reads that may have been made before the wait; it matters only if a closure that is saved holds that variable's
+    cell.  Raises KwflowBug if the body has another number of waits.
     """
     found = list(_waits(body))
     if len(found) != waits:
         raise KwflowBug(f"a lowered body has {waits} labels and {len(found)} waits")
     walk = _Walk({id(wait): number for number, (wait, _) in enumerate(found)}, outer)
     walk.run(body)
-    return tuple(needed | lent & held for needed, (_, lent) in zip(walk.needed, found, strict=True))
+    return tuple((needed, lent) for needed, (_, lent) in zip(walk.needed, found, strict=True))
 
 
 def _waits(nodes: Iterable[ast.AST], made: set[str] | None = None) -> Iterator[tuple[ast.AST, Names]]:

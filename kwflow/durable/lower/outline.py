@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from kwflow.durable.fingerprint import lowered_hash, unit_hash
 from kwflow.durable.lower.emit import Emitter
+from kwflow.durable.lower.liveness import needed_after
 from kwflow.durable.lower.scopes import Scope, child_nodes
 from kwflow.durable.registry import RUNTIME, Outline, Wait
 
-__all__ = ["LOOPS", "outline", "waits_of"]
+__all__ = ["LOOPS", "outline"]
 
 LOOPS = ("async-iterator", "for-iterator")  # temporaries whose statements may change in one of two parts: what a loop goes over, or its variable
 _TEXT_MAX = 80
@@ -22,22 +23,25 @@ _COMPOUND = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.TryStar, ast.Mat
 _FREE = frozenset({"delegate", "manager", "open", "while"})  # temporaries whose statements may change: what they hold goes on
 
 
-def outline(node: ast.AST, scope: Scope, waits: dict[str, Wait]) -> Outline:
-    """Return the outline of a function with these waits."""
+def outline(node: ast.AST, scope: Scope, lowering: Emitter | None = None, body: list[ast.stmt] | None = None) -> Outline:
+    """Return the outline of a function: of a generator from what has lowered it, and its hot body."""
     owner = _class_in_function(scope)
     owners = {name: _owner(scope, name) for name in scope.captured}
+    waits = _waits(scope, lowering, body or []) if lowering is not None and lowering.labels else {}
     return Outline(unit_hash(owner or node), owner is not None or not hasattr(node, "name"), _parameters(node), owners, waits)
 
 
-def waits_of(lowering: Emitter, needed: Mapping[str, frozenset[str]], shared: Mapping[str, frozenset[str]]) -> dict[str, Wait]:
-    """Return the waits of a generator by label, from what lowered it and from what it needs after each, without and with what its closures may read."""
+def _waits(scope: Scope, lowering: Emitter, body: list[ast.stmt]) -> dict[str, Wait]:
+    own = (scope.bound - scope.globals).union(scope.captured)
+    read = {"__class__", *scope.arguments[:1]} if "__class__" in scope.free else set()  # by `super()`, under any name
     waits: dict[str, Wait] = {}
-    for label, line, wait in zip(lowering.labels, lowering.lines, lowering.waits, strict=True):
+    needs = needed_after(body, len(lowering.labels), frozenset(scope.free))
+    for label, line, wait, (needed, lent) in zip(lowering.labels, lowering.lines, lowering.waits, needs, strict=True):
         path, key = label.name.rpartition(" ")[0], lowered_hash(wait)
         state = tuple(_held(name, lowering.places) for name in label.live)
         around = _around(path, lowering.places) + key
         whole = around + lowered_hash(*_header(lowering.places[path]))
-        waits[label.name] = Wait(line, _text(wait), key, around, whole, _call(wait), label.live, state, needed[label.name], shared[label.name])
+        waits[label.name] = Wait(line, _text(wait), key, around, whole, _call(wait), label.live, state, (needed | read) & own, lent & {*scope.captured})
     return waits
 
 

@@ -122,9 +122,8 @@ def test_functions_made_before_a_wait_count_only_for_the_variables_that_they_may
     source = "def f(a):\n  x = y = 0\n  g = lambda: x + y\n  yield\n  return a"
     scopes = analyze(ast.parse(source))
     (node, scope), lowering = next((node, scope) for node, scope in scopes.items() if scope.path == "f"), ModuleLowering("", scopes, 0)
-    assert [*lowering.needed(node, scope).values()] == [{"a", "x", "y"}]
-    assert [*lowering.needed(node, scope, held=["x"]).values()] == [{"a", "x"}]
-    assert [*lowering.needed(node, scope, held=[]).values()] == [{"a"}]
+    [wait] = lowering.outline(node, scope).waits.values()
+    assert (wait.needed, wait.lent) == ({"a"}, {"x", "y"})
 
 
 def test_other_functions() -> None:
@@ -159,7 +158,7 @@ def test_waits_are_numbered_in_the_order_of_the_tree_and_temporaries_that_are_ne
             if not lowering.labels:
                 continue
             assert stored_before_waits(body) == [*range(1, len(lowering.labels) + 1)], (name, scope.path)
-            for label, names in zip(lowering.labels, needed_after(body, len(lowering.labels)), strict=True):
+            for label, (names, _) in zip(lowering.labels, needed_after(body, len(lowering.labels)), strict=True):
                 temporaries = {one for one in names if one[0] == "@" and " " in one}  # the others are globals of the runtime
                 assert temporaries <= set(label.live), (name, scope.path, label)
                 agreed += len(temporaries)
