@@ -217,13 +217,14 @@ class FencedError(TransportError):
 class OutcomeUnknown(TransportError):
     """A command got no reply within `command_timeout_s`, or no broker acknowledged it: it may have taken effect, or take effect later.
 
-    Repeat it with this `command_id`: it takes effect once (M1.4).
+    Repeat it with this `command_id`: it takes effect once (M1.4).  `why` is the message without that advice.
     """
 
-    def __init__(self, message: str, command_id: str = "") -> None:
+    def __init__(self, message: str, command_id: str = "", why: str = "") -> None:
         super().__init__(message, True)
-        self.args = (message, command_id)
+        self.args = (message, command_id, why)
         self.command_id = command_id
+        self.why = why or message
 
 
 class CommandError(KwflowError):

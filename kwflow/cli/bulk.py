@@ -92,7 +92,8 @@ def command_each(
     except BaseException as error:
         again = f"at least {counts.total():,} of {len(found):,} are done; repeat with --command-id {name}, which does nothing twice"
         if isinstance(error, TransportError):
-            raise TransportError(f"{error}; {again}", error.retryable) from None
+            why = error.why if isinstance(error, OutcomeUnknown) else error
+            raise TransportError(f"{why}; {again}", error.retryable) from None
         err.print(f"interrupted: {again}")  # Ctrl-C; or nobody reads what is printed any more
         raise
     err.print(", ".join(f"{count} {status}" for status, count in counts.items()))

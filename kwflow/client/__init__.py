@@ -295,7 +295,7 @@ class Client:
         again = "ask again" if what == "query" else f"it may or may not have been done: {repeat}"
 
         def unknown(why: str) -> OutcomeUnknown:
-            return OutcomeUnknown(f"{what} of {id}: {why}; {again}", command_id)
+            return OutcomeUnknown(f"{what} of {id}: {why}; {again}", command_id, f"{what} of {id}: {why}")
 
         def unsent(error: Exception) -> None:
             fail(future, unknown(str(error)) if isinstance(error, OutcomeUnknown) else error)

@@ -184,6 +184,17 @@ def test_a_bug_is_fixed_under_the_instances_that_wait_in_it_parked_or_not(site: 
     assert "late: rejected: shop.trips:main waits at line 5" in site("code", "migrate", "--all", "--in-place", code=1)
 
 
+def test_a_move_that_no_engine_answers_says_once_how_to_repeat_it(site: Deployments) -> None:
+    """M1.4."""
+    site.deploy({"trips.py": RIGHT}, "shop.trips")
+    site("start", "a", "--input", "1")
+    waits_for(site, "a", "r")
+    site.stop()
+    said = site("code", "migrate", "a", "--in-place", "--command-id", "m-1", "--command-timeout", "0.3", code=3)
+    assert said.count("repeat") == 1
+    assert "migrate of a: no reply within 0.3 s; perhaps no engine is running; at least 0 of 1 are done; repeat with --command-id m-1, which does nothing twice" in said
+
+
 class Ago:
     """A clock that is this many days behind."""
 
