@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kwflow.cli.messages import Patience, connect
 from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, Letter, MaybeDir, columns, err, out, print_json, print_table
 from kwflow.config import Config, load_config
 from kwflow.core.wire import Record
-from kwflow.errors import UsageError
-from kwflow.runners.letters import Parked, letters_of, no_such, note_of, parked_of, settle
+from kwflow.errors import CommandError, OutcomeUnknown, UsageError
+from kwflow.runners.embedded.socket import is_served
+from kwflow.runners.letters import Parked, Settled, letters_of, no_such, note_of, parked_of, settle
 from kwflow.runners.outside import text_of
 
 __all__ = ["dead"]
 
 dead = typer.Typer(no_args_is_help=True, help="Records that could not be applied, and parked instances.")
+_OPEN_MAX = 200  # retries under way
 _SHOWN_MAX = 10  # records of a hold that `show` prints
 All = Annotated[bool, typer.Option("--all", help="Everything that `dead-letters list` shows.")]
 Reason = Annotated[str | None, typer.Option("--reason", help="With --all: only those with this reason.")]
@@ -89,13 +93,20 @@ def _show_record(record: Record) -> None:
 
 @dead.command("retry")
 def dead_retry(
-    what: What = None, every: All = False, reason: Reason = None, embedded: MaybeDir = None, bootstrap_servers: Bootstrap = None, application_id: Application = None, config: ConfigFile = None
+    what: What = None,
+    every: All = False,
+    reason: Reason = None,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    command_timeout: Patience = None,
+    config: ConfigFile = None,
 ) -> None:
-    """Apply the records that a parked instance holds, in order, or send a dead-lettered record again.
+    """Apply the records that a parked instance holds, in order, or send a dead-lettered record again. Exit code 1 if it is parked again.
 
     Example: kwflow dead-letters retry order-7 --embedded ./state
     """
-    _settle(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id), embedded, what, every, reason, "retry")
+    _settle(load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id, command_timeout_s=command_timeout), embedded, what, every, reason, "retry")
 
 
 @dead.command("discard")
@@ -113,7 +124,8 @@ def _settle(settings: Config, embedded: Path | None, what: str | None, every: bo
     if (what is None) != every or (reason is not None and not every):
         raise UsageError(f"give one ID or LETTER, or --all (--reason selects some of them): kwflow dead-letters {op} ...")
     refused = False
-    for one in settle(settings, embedded, what, reason, op):
+    waits = op == "retry" and (embedded is None or is_served(embedded))  # without an engine, nobody would answer
+    for one in settle(settings, embedded, what, reason, op, (lambda ids: _retried(settings, embedded, ids)) if waits else None):
         if one.done:
             out.print(f"{one.what}: {one.said}")
         else:
@@ -121,3 +133,18 @@ def _settle(settings: Config, embedded: Path | None, what: str | None, every: bo
             refused = True
     if refused:
         raise typer.Exit(1)
+
+
+def _retried(settings: Config, embedded: Path | None, ids: Sequence[str]) -> Iterator[Settled]:
+    """Retry these instances, and yield what their engines say became of each."""
+    if not ids:
+        return
+    with connect(settings, embedded) as client:
+        for start in range(0, len(ids), _OPEN_MAX):
+            for id, future in [(id, client.retry(id)) for id in ids[start : start + _OPEN_MAX]]:
+                try:
+                    yield Settled(id, "; ".join(["retried", *filter(None, [future.result()])]))
+                except CommandError as error:
+                    yield Settled(id, error.message or error.status, False)
+                except OutcomeUnknown as error:
+                    yield Settled(id, f"retry requested; {error.why}")

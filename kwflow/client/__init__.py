@@ -205,6 +205,15 @@ class Client:
         """Apply the workflow's held records in order, and let it go on."""
         return self._void(id, "unpause", None, command_id, start_id)
 
+    def retry(self, id: str, *, start_id: str | None = None, command_id: str | None = None) -> Future[str]:
+        """Apply what a parked workflow holds, in order.  The result says what is to be known of it, such as that it runs old code; it is empty if there is nothing.
+
+        Raises CommandError: parked (again, and why), paused, not_found (also if it is not parked).
+        """
+        future: Future[str] = self._futures.new()
+        self._command(id, "retry", None, future, lambda reply: settle(future, reply.message), command_id, start_id)
+        return future
+
     def fork(self, id: str, new_id: str | None = None, *, start_id: str | None = None, command_id: str | None = None) -> Future[Run]:
         """Create a second instance that continues from where this one waits now, under `new_id` (default: an id that the engine makes).
 

@@ -27,7 +27,10 @@ from kwflow.durable.moves import MovingNames, parsed
 from kwflow.durable.registry import Module, Pins
 from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError, TransportError
 
-__all__ = ["Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "moving", "needed", "no_sources", "prepare", "resolve", "source_in", "split_reference", "stored_with"]
+__all__ = [
+    "Sources", "changed_classes", "changed_units", "entry", "entry_key", "loads", "moving", "needed", "no_sources", "outdated", "prepare", "resolve", "source_in",
+    "split_reference", "stored_with",
+]  # fmt: skip
 
 Sources = Callable[[str], bytes | None]  # from `<module>@<sha256>` to the stored entry; called only for versions that are not loaded
 _REFERENCE = re.compile(r"(.+)@([0-9a-f]{12})")
@@ -143,6 +146,12 @@ def resolve(code: Mapping[str, Any], sources: Sources) -> Pins:
         elif reference != name:
             pins[reference] = current
     return pins
+
+
+def outdated(code: Mapping[str, Any]) -> list[str]:
+    """Name the versions (`<module>@<12 hex>`) that an instance with this `code` header runs, and that its modules here have left behind.  Raises CodeChangedError."""
+    run = [(reference, saved) for reference, saved in code.items() if not split_reference(reference)[1]]  # of the others, it only holds something
+    return [registry.version_name(name, saved["version"]) for name, saved in run if changed_units(loader.current(name), saved)]
 
 
 def moving(code: Mapping[str, Any], sources: Sources) -> MovingNames:

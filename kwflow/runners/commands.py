@@ -295,7 +295,20 @@ def _retry(batch: Batch, name: str, header: dict[str, Any], record: Record, comm
         said = (f"{name}: {command.op} ignored: it is paused",)
         return joined([_replied(batch, record, "paused", "unpause it first", count="not-parked"), Decision(logs=said)])
     failed = header["parked"]["reason"] != "draining"  # while draining, an earlier command is still being completed, and the next record may be fine
-    return _done(batch, name, record, command, "ok", _drain(batch, name, record, discard=command.op == "discard" and failed))
+    made = _drain(batch, name, record, discard=command.op == "discard" and failed)
+    status, message = _settled(batch, name)
+    return _done(batch, name, record, command, status, made, message)
+
+
+def _settled(batch: Batch, name: str) -> tuple[str, str]:
+    """Status and message of a retry or discard: whether the instance is parked again, and that it runs old code, which may be why."""
+    stored = batch.state.get(name.encode())
+    after = _header(batch.config, name, stored)
+    if _has_failed(after):
+        return "parked", f"it is parked again: {after['parked']['reason']}: {after['parked']['message']}"
+    if stored is None or after["status"] == "ended":
+        return "ok", ""
+    return "ok", "".join(parked.old_code(batch.config, name, stored))
 
 
 def _discarded(batch: Batch, name: str, head: Record, record: Record) -> Decision:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +82,17 @@ def no_such(what: str) -> UsageError:
     return UsageError(f"{what!r} is neither a parked instance nor an open dead letter; kwflow dead-letters list shows them")
 
 
-def settle(settings: Config, embedded: Path | None, what: str | None, reason: str | None, op: str) -> Iterator[Settled]:
+def settle(
+    settings: Config, embedded: Path | None, what: str | None, reason: str | None, op: str, command: Callable[[Sequence[str]], Iterable[Settled]] | None = None
+) -> Iterator[Settled]:  # fmt: skip
     """Retry or discard one instance or letter, or all with this reason, and yield what became of each.
 
-    A parked instance is sent the command (K17).  A letter is sent again and marked as done in one transaction, so that it
-    is never sent twice.  Raises UsageError.
+    A parked instance is sent the command (K17): by `command`, which waits for the engine, or without waiting.  A letter is sent again
+    and marked as done in one transaction, so that it is never sent twice.  Raises UsageError.
     """
     with sole_writer(settings, embedded, "dead-letters") as write:
         parked, letters = _chosen(settings, embedded, what, reason)
-        commands = [Group((Output(settings.resume_topic, id.encode(), b"null", (("kwflow-op", op.encode()),)),)) for id in parked]
-        for id, _ in zip(parked, write(commands), strict=True):
-            yield Settled(id, f"{op} requested; the engine does it")
+        yield from _requested(settings, parked, op, write) if command is None else command(parked)
         left = dict(letters)
         for identity, letter in letters.items():
             if op == "retry" and _is_remnant(letter):
@@ -100,6 +100,13 @@ def settle(settings: Config, embedded: Path | None, what: str | None, reason: st
                 yield Settled(identity, f"it does not contain its record, which is {place}; send that again from its source, and discard this letter", False)
                 del left[identity]
         yield from _closed(settings, left, op, write)
+
+
+def _requested(settings: Config, ids: Sequence[str], op: str, write: Write) -> Iterator[Settled]:
+    """Send each of these instances the command."""
+    commands = [Group((Output(settings.resume_topic, id.encode(), b"null", (("kwflow-op", op.encode()),)),)) for id in ids]
+    for id, _ in zip(ids, write(commands), strict=True):
+        yield Settled(id, f"{op} requested; the engine does it")
 
 
 def _closed(settings: Config, letters: dict[str, Record], op: str, write: Write) -> Iterator[Settled]:

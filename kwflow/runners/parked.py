@@ -7,6 +7,7 @@ it, as entries `\\0hold\\0<id>\\0<offset>` of the same state.  This module must 
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +17,14 @@ from kwflow.config import Config
 from kwflow.core import children, snapshot, wire
 from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record, Reply
-from kwflow.errors import ProtocolError, SnapshotError, UncaughtError
+from kwflow.durable import versions
+from kwflow.errors import CodeChangedError, CorruptSnapshotError, MigrationError, ProtocolError, SnapshotError, UncaughtError
 from kwflow.ports import Changes, Decision
 from kwflow.runners.instances import Page
 
 __all__ = [
-    "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "held_keys", "hold", "hold_again", "holding", "holds", "is_paused", "park",
-    "park_rest", "release", "remnant",
+    "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "held_keys", "hold", "hold_again", "holding", "holds", "is_paused", "old_code",
+    "park", "park_rest", "release", "remnant",
 ]  # fmt: skip
 
 DRAINED_MAX = 500
@@ -31,6 +33,7 @@ _MESSAGE_CHARACTERS = 300
 _SAID_CHARACTERS = 10_000  # of an error message, which goes into a header of the dead letter and into that of the snapshot
 _KEY_BYTES_MAX = 10_000
 _HOLDING_MAX = 10_000
+_RAN_NOTHING_OLD = (CodeChangedError, CorruptSnapshotError, MigrationError)  # old code was not even loaded, or a migration was at fault
 ADDRESS = ("kwflow-request", "kwflow-reply-to")
 SAID = ("reason", "message", "topic", "partition", "offset", "timestamp", "at")  # the headers `kwflow-error-...` of a dead letter, which follow those that its record had
 
@@ -89,14 +92,24 @@ def park(config: Config, state: Changes, name: str, stored: bytes | None, record
     """Put the instance back to `stored`, to wait for an operator; this record becomes the head of its hold."""
     reason = type(error).__name__
     message = str(error).encode("utf-8", "replace").decode()[:_SAID_CHARACTERS] or reason  # author code may have written the message
+    ran = "" if stored is None or isinstance(error, _RAN_NOTHING_OLD) else "".join(f"; {said}" for said in old_code(config, name, stored))
     base = {"id": name, "workflow": _text(record, "workflow"), "start_id": _text(record, "start-id"), "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
     base |= {entry: value for entry in ("client", "parent") if (value := _text(record, entry))} if stored is None else {}
-    state.put(name.encode(), snapshot.park(stored, base, reason, message, record.offset, config.signing_keys))
+    state.put(name.encode(), snapshot.park(stored, base, reason, message + ran, record.offset, config.signing_keys))
     kept, replies = _kept_and_replies(config, record, reason, message)
     _put(state, name, kept, _last(state, name)[1])
     told = dead_letter(config, record, "parked", f"{reason}: {message}", received_ms)
     in_log = error.in_log if isinstance(error, UncaughtError) else message
-    return Decision((told,), (f"{name} is parked: {reason}: {in_log}",), ("parked",), replies)
+    return Decision((told,), (f"{name} is parked: {reason}: {in_log}{ran}",), ("parked",), replies)
+
+
+def old_code(config: Config, name: str, stored: bytes) -> list[str]:
+    """Say, in at most one sentence, that the instance runs old code, which a retry runs again."""
+    try:
+        run = versions.outdated(snapshot.split(stored, config.signing_keys)[0].get("code", {}))
+    except (SnapshotError, LookupError, TypeError, AttributeError):  # it cannot be loaded here, or its header is forged
+        return []
+    return [f"it runs old code ({', '.join(run)}): kwflow code migrate {shlex.quote(name)} --in-place moves it onto the engine's"] if run else []
 
 
 def _kept_and_replies(config: Config, record: Record, reason: str, message: str) -> tuple[Record, tuple[Output, ...]]:

@@ -168,6 +168,8 @@ def test_a_bug_is_fixed_under_the_instances_that_wait_in_it_parked_or_not(site: 
     assert "is parked: parked  UnsavableError; can be migrated in place (main line 5 -> 5)" in said
     assert "stay on old code: waits  shop.trips: main has changed; can be migrated in place (main line 5 -> 5)" in said
     site.deploy({"trips.py": RIGHT}, "shop.trips")
+    assert "; it runs old code (shop.trips@" in site("dead-letters", "retry", "parked", code=1)
+    assert "kwflow code migrate parked --in-place moves it onto the engine's" in " ".join(site("dead-letters", "list", "--json").split())
     assert json.loads(site("code", "migrate", "elsewhere", "--in-place", "--json").splitlines()[0]) == {"id": "elsewhere", "status": "ok"}
     site("code", "migrate", "--all", "--in-place")
     for id in ("parked", "waits", "elsewhere"):

@@ -121,6 +121,35 @@ def test_a_parked_instance_goes_on_in_mended_code_and_loses_nothing() -> None:
     assert site.w.result("v") == ["order", 6]
 
 
+def test_a_retry_that_runs_old_code_again_says_so_and_what_to_do() -> None:
+    """Semantics §8.2: it looked as if the fix did not help."""
+    site = Site(PARKS)
+    site.w.start("v 1", "order")
+    site.w.resume("v 1", "paid", 5)
+    said = site.w.header("v 1")["parked"]["message"]
+    assert site.w.command("v 1", "retry")["message"] == f"it is parked again: UnsavableError: {said}", "it is the engine's code"
+    runs = f"it runs old code ({site.name}@{site.versions('v 1')[0]}): kwflow code migrate 'v 1' --in-place moves it onto the engine's"
+    site.deploy(MENDED)
+    said = said.replace(".py:", f".py@{site.versions('v 1')[0]}:")
+    assert site.w.command("v 1", "retry") == {"status": "parked", "message": f"it is parked again: UnsavableError: {said}; {runs}", "value": None}
+    assert site.w.header("v 1")["parked"]["message"] == f"{said}; {runs}"
+    assert site.w.logs[-1] == f"v 1 is parked: UnsavableError: {said}; {runs}"
+    assert moved(site, "v 1")["status"] == "ok"
+
+
+def test_a_retry_that_helps_says_so_if_the_instance_still_runs_old_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site("import os\n" + PARKS.replace("lock = threading.Lock()", "lock = threading.Lock() if 'LOCKED' in os.environ else None"))
+    monkeypatch.setenv("LOCKED", "1")
+    site.w.start("v", "order")
+    site.w.resume("v", "paid", 5)
+    site.deploy(MENDED)
+    monkeypatch.delenv("LOCKED")
+    runs = f"it runs old code ({site.name}@{site.versions('v')[0]}): kwflow code migrate v --in-place moves it onto the engine's"
+    assert site.w.command("v", "retry") == {"status": "ok", "message": runs, "value": None}
+    site.w.resume("v", "shipped")
+    assert site.w.result("v") == ["order", 5]
+
+
 def test_a_parked_instance_that_cannot_be_moved_stays_as_it_is() -> None:
     site = Site(PARKS)
     site.w.start("v", "order")

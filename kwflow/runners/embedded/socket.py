@@ -23,7 +23,7 @@ from kwflow.errors import TransportError
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.groups import Group
 
-__all__ = ["Follower", "serve", "submit", "submit_all"]
+__all__ = ["Follower", "is_served", "serve", "submit", "submit_all"]
 
 _NAME = "engine.sock"
 _REQUEST_BYTES_MAX = 16 * 1024 * 1024
@@ -136,6 +136,18 @@ def _line(connection: socket.socket) -> bytes:
             raise OSError("the request is too long or was cut off")
         data += part
     return data
+
+
+def is_served(directory: Path) -> bool:
+    """Whether an engine holds the directory and takes requests."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(10)
+        try:
+            with _address(directory) as address:
+                connection.connect(address)
+        except OSError:
+            return False
+        return True
 
 
 def submit(directory: Path, topic: str, key: bytes | None, value: bytes | None, headers: Headers = ()) -> int:
