@@ -11,7 +11,7 @@ import typer
 
 from kwflow.cli.shared import Application, Bootstrap, ConfigFile, Json, MaybeDir, columns, err, out, print_json, print_table
 from kwflow.config import Config, load_config
-from kwflow.core import snapshot
+from kwflow.core import snapshot, wire
 from kwflow.core.picture import named
 from kwflow.durable import versions
 from kwflow.durable.peek import peek_text
@@ -51,7 +51,7 @@ def show(
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
     locals: Annotated[bool, typer.Option("--locals", help="Show variables, too; for objects of your classes, what was saved of them.")] = False,
-    save: Annotated[Path | None, typer.Option("--save", help="Save the instance to this file, with the code that it runs, for WorkflowTester.load.")] = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Save the instance to this file (JSON), with the code that it runs and the records that it holds, for WorkflowTester.load.")] = None,
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
@@ -98,18 +98,24 @@ def _found(settings: Config, embedded: Path | None, id: str, characters: int) ->
 
 
 def _saved(settings: Config, embedded: Path | None, id: str) -> bytes:
-    """The instance, as it was before it was parked, without a signature, and the sources that its code is in.  Raises UsageError, SnapshotError."""
+    """The instance, without a signature, the sources that its code is in, and what it holds.  Raises UsageError, SnapshotError."""
     from kwflow.testing import Saved
 
-    data: bytes | None = stored(settings, embedded, id)
-    if data is not None and snapshot.split(data, settings.signing_keys)[0]["status"] == "parked":
-        data = snapshot.unpark(data, settings.signing_keys)
-    header, body = snapshot.split(data, settings.signing_keys) if data is not None else ({}, b"")
-    if data is None or not body:
-        raise UsageError(f"{id!r} is not waiting: {'it has ended' if header else 'its start failed'}; there is nothing to save")
+    found = outside.entry(settings, embedded, wire.key_of(id).decode(), settings.hold_max)
+    if found is None:
+        raise UsageError(f"no instance {id!r}")
+    header, body = snapshot.split(found.data, settings.signing_keys)
+    was = header.get("parked", {}).get("was", header["status"])
+    if was == "ended" or (not body and not found.held):
+        raise UsageError(f"{id!r} is not waiting: it has ended; there is nothing to save")
+    if was == "damaged":
+        raise UsageError(f"{id!r} was parked unread ({header['parked']['message']}), so it is not known what it is; retry it first")
+    if found.holds > len(found.held):
+        raise UsageError(f"{id!r} holds {found.holds} records, more than hold_max = {settings.hold_max}; raise it in --config to save them all")
     store = code_store(settings, embedded)
     keys = versions.needed((versions.entry_key(name, saved["version"]) for name, saved in deployment.code_of(header)), store.entries)
-    return msgspec.json.encode(Saved(snapshot.copy(body, header), {key: store.entries[key].decode() for key in sorted(keys) if key in store.entries}))
+    sources = {key: store.entries[key].decode() for key in sorted(keys) if key in store.entries}
+    return msgspec.json.encode(Saved(snapshot.copy(body, header), sources, tuple(found.held)))
 
 
 def note_source(why: str) -> None:

@@ -23,8 +23,8 @@ from kwflow.ports import Changes, Decision
 from kwflow.runners.instances import Page
 
 __all__ = [
-    "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "held_keys", "hold", "hold_again", "holding", "holds", "is_paused", "old_code",
-    "park", "park_rest", "release", "remnant",
+    "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "held_keys", "hold", "hold_again", "hold_all", "holding", "holds", "is_paused",
+    "old_code", "park", "park_rest", "release", "remnant",
 ]  # fmt: skip
 
 DRAINED_MAX = 500
@@ -186,6 +186,13 @@ def hold_again(state: Changes, records: Sequence[Record]) -> None:
     """Put records that were taken out, but not applied, back to their places."""
     for record in records:
         _put(state, wire.workflow_id(record), record, -1)
+
+
+def hold_all(state: Changes, name: str, records: Sequence[Record]) -> None:
+    """Make these records, in order, the hold of an instance that has none."""
+    last = -1
+    for record in records:
+        last = _put(state, name, record, last)
 
 
 def drop_head(state: Changes, name: str) -> Record | None:

@@ -25,9 +25,10 @@ from kwflow.core.contract import Workflows
 from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.wire import Output, Record
 from kwflow.durable import versions
-from kwflow.errors import UsageError
+from kwflow.errors import SnapshotError, UsageError
 from kwflow.feeds import registered_feeds
 from kwflow.ports import Decision, Processor
+from kwflow.runners import parked
 from kwflow.runners.activities.answers import calls_of, carry_out, conclude, info_of
 from kwflow.runners.feeds import FeedProcessor
 from kwflow.runners.loop import WorkflowProcessor
@@ -48,10 +49,11 @@ class Call(NamedTuple):
 
 
 class Saved(msgspec.Struct, frozen=True):
-    """What `kwflow show ID --save FILE` writes as JSON: a snapshot, and the stored sources (`<module>@<sha256>`) that it needs."""
+    """What `kwflow show ID --save FILE` writes as JSON: a snapshot, the stored sources (`<module>@<sha256>`) that it needs, and the records that it holds, in order."""
 
     snapshot: bytes
     sources: dict[str, str]
+    hold: tuple[Record, ...] = ()
 
 
 class MemoryStore:
@@ -134,16 +136,22 @@ class WorkflowTester:
         """Load an instance that `kwflow show ID --save FILE` took from an engine, on the code in which it waits; return its id.
 
         The clock continues from its last step, and its timers are set.  Answer everything else that it waits for with `resume`, including activities and
-        children; `fake` the activities that it will call.  A file is as powerful as code: load only what you saved yourself.
+        children; `fake` the activities that it will call.  A parked or paused one has what it holds, and goes on as in an engine: by the commands `retry`,
+        `discard`, `migrate` or `unpause`.  A file is as powerful as code: load only what you saved yourself.  Raises UsageError if it is no such file.
         """
-        saved = msgspec.json.decode(Path(file).read_bytes(), type=Saved)
-        header = snapshot.read_header(saved.snapshot)
+        saved, header = _saved_in(Path(file))
         id: str = header["id"]
         self._code |= {key: source.encode() for key, source in saved.sources.items()}
         for key in saved.sources:  # now, so that its activities can be faked before the step that calls one
             versions.prepare(key, self._code.get)
-        self.state.apply({id.encode(): saved.snapshot})
-        self.now_ms = max(self.now_ms, header["updated"])
+        changes = Overlay(self.state)
+        changes.put(id.encode(), saved.snapshot)
+        parked.hold_all(changes, id, [msgspec.structs.replace(record, partition=0) for record in saved.hold])
+        self.state.apply(changes.changes)
+        self.now_ms = max(self.now_ms, header["updated"], *(record.timestamp_ms for record in saved.hold))
+        offsets = [*(header.get("applied") or ())[2:], *(record.offset for record in saved.hold)]
+        topic = self.config.resume_topic
+        self._offsets[topic] = max(self._offsets.get(topic, -1), *offsets, -1)  # ids of waits are made of offsets, and a record with an earlier one counts as applied
         for wait in header["waits"]:
             if "due" in wait:  # an earlier version did not save it
                 due = (("kwflow-due-ms", str(wait["due"]).encode()),)
@@ -298,6 +306,15 @@ class WorkflowTester:
                 self._dispatched = deque(other for other in self._dispatched if (other.workflow_id, other.ref) != (item.workflow_id, item.ref))
         for output in made.outputs:
             self._log(output)
+
+
+def _saved_in(file: Path) -> tuple[Saved, dict[str, Any]]:
+    """What was saved in a file, and the header of its snapshot.  Raises UsageError."""
+    try:
+        saved = msgspec.json.decode(file.read_bytes(), type=Saved)
+        return saved, snapshot.read_header(saved.snapshot)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, SnapshotError) as error:
+        raise UsageError(f"{file} is not what `kwflow show ID --save FILE` writes, or was changed since: {error}; save the instance again") from None
 
 
 def _alone(item: Dispatch, activity: Activity[Any, Any]) -> Callable[..., Any]:
