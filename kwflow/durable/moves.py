@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import re
 import types
 import warnings
 from collections import Counter
@@ -20,13 +21,14 @@ from typing import Any
 from kwflow.durable import rebuild, registry
 from kwflow.durable.frames import empty
 from kwflow.durable.lower import lower_module
-from kwflow.durable.lower.outline import LOOPS
-from kwflow.durable.registry import Function, Module, Pins, Wait
+from kwflow.durable.lower.outline import LOOPS, NUMBER
+from kwflow.durable.registry import Function, Module, Part, Pins, Wait
 from kwflow.errors import CodeChangedError, UnsupportedError
 
 __all__ = ["MovingNames", "parsed"]
 
 _whole, _around = operator.attrgetter("whole"), operator.attrgetter("around")
+_BRANCH = re.compile(r"\b(If|Match|Try \w+ except|TryStar \w+ except) ")
 _OPEN = ("open", "")  # whether a with block is still to be left; needed only if a return, break or continue leaves it
 _WHAT = {"for-iterator": "a for loop", "async-iterator": "an async for loop", "manager": "a with block", "handled": "an except clause", "completion": "a finally that waits"}
 
@@ -82,12 +84,26 @@ class Move:
         was between.  Of several that are equal, it is the one at the same place among them, as long as there are as many as there were.
         """
         sure: dict[str, str] = {}
+        before: dict[str, str] = {}
         for alike in (_whole, _around):
             pairs = self._pairs(alike, sure)
             if label in pairs:
-                return self._between(label, pairs[label], sure)
+                before = dict(sure)
             sure |= pairs
-        return self._between(label, self._guessed(label, sure), sure)
+        self._check_conditions(label, sure)
+        return self._between(label, sure[label], before) if label in sure else self._between(label, self._guessed(label, sure), sure)
+
+    def _check_conditions(self, label: str, sure: Mapping[str, str]) -> None:
+        """Refuse a wait if the condition of an equal one has changed.
+
+        1. `if late: yield pause; return 1`, then `yield pause; return 2`.  It becomes `if not late: yield pause; return 2`, then `yield pause; return 1`.
+        2. An instance waits in the second, whose statement is the same in the new code.  It would go on as if it had been late.
+        """
+        old, new = self.old.outline.waits, self.new.outline.waits
+        was = old[label]
+        are_several = was.text and any(sum(wait.key == was.key for wait in waits.values()) > 1 for waits in (old, new))
+        if are_several and all(any(wait.key == was.key and _BRANCH.search(wait.around) for wait in waits.values()) for waits in self._left(sure)):
+            raise self.refused(f"{_where(was)}, and a condition of this wait or of an equal one has changed, so it is not certain which one this is")
 
     def _left(self, sure: Mapping[str, str]) -> tuple[dict[str, Wait], dict[str, Wait]]:
         """Return the waits of the old and of the new function that are not among those that are sure."""
@@ -115,7 +131,9 @@ class Move:
             raise self.refused(f"{_where(was)}, of which there were {counts[0]} and now are {counts[1]}, so it is not certain which one this is")
         before, now = ([name for name, wait in waits.items() if wait.call == was.call != "" and wait.key not in kept] for waits in (old, new))
         if len(before) == len(now) == 1:
-            return now[0]
+            if _is_edited(was.called, new[now[0]].called):
+                return now[0]
+            raise self.refused(f"{_where(was)}, and the new code calls the same function for something else (line {new[now[0]].line})")
         raise self.refused(f"{_where(was)}, and the new code has no such wait" + (", but more than one call of the same function that has been edited" if len(now) > 1 else ""))
 
     def _between(self, label: str, found: str, sure: Mapping[str, str]) -> tuple[str, Wait, Wait]:
@@ -163,6 +181,18 @@ class _Temporaries:
                 self.opens[blocks] = name
 
 
+def _is_edited(before: Part, now: Part) -> bool:
+    """Whether this may be the same expression, after an edit.  What it waits for, or gathers, is the same; numbers may have changed, and arguments come or gone.
+
+    1. x, y = yield kw.all([pay, ship]), which becomes y, x = yield kw.all([ship, pay])
+    2. An instance waits for the first; its results come in the order in which it began to wait, and the new code would take each for the other.
+    """
+    if NUMBER in (before.what, now.what):
+        return True
+    common = before.parts.keys() & now.parts.keys()
+    return before.what == now.what and common in (before.parts.keys(), now.parts.keys()) and all(_is_edited(before.parts[place], now.parts[place]) for place in common)
+
+
 def _is_alike(before: tuple[str, str], after: tuple[str, str]) -> bool:
     """Whether a temporary means the same.  What a loop goes over may have been edited, or the name of its variable; if both were, it is another loop."""
     if before[0] != after[0] or before[0] not in LOOPS:
@@ -194,6 +224,10 @@ def _unedited(old: Function, were: list[Function], are: list[Function]) -> Funct
         why = "has no name to find it by" if old.name[0] == "<" else "belongs to a class that is defined in a function"
         raise CodeChangedError(f"{old.module}:{old.path} (line {old.lineno}), which this instance holds, has changed and {why}", old.module)
     return found
+
+
+def _called(module: Module, qualname: str) -> list[Function]:
+    return [one for one in module.functions.values() if one.qualname == qualname]
 
 
 def _of_the_name(old: Function, were: list[Function], are: list[Function]) -> Function:
@@ -243,6 +277,14 @@ class MovingNames(rebuild.Names):
         if move.new.outline.parameters != move.old.outline.parameters:
             raise move.refused("is held in a variable, and has other parameters now")
         return super().function(module, move.new.path, move.cells(cells, is_begun=False))
+
+    def named(self, module: str, qualname: str) -> Any:
+        found = super().named(module, qualname)
+        if module in self.old and isinstance(found, types.FunctionType):
+            were, are = (_called(known, qualname) for known in (self.old[module], registry.module(module, self.pins)))
+            if were and are and are[-1].outline.parameters[: len(were[-1].outline.parameters)] != were[-1].outline.parameters:  # what is added has a default here
+                raise Move(were[-1], are[-1]).refused("is held in a variable, and has other parameters now")
+        return found
 
     def _move(self, module: str, path: str) -> Move:
         """Return where a function of an old version has gone.  Raises CodeChangedError if that is not certain."""

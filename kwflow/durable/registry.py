@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from kwflow.errors import CodeChangedError
 
 __all__ = [
-    "RUNTIME", "Function", "Label", "Module", "Outline", "Pins", "Place", "Wait", "add_module", "add_sentinels", "add_version", "drop_version", "function_of", "is_durable", "logical_name",
+    "RUNTIME", "Function", "Label", "Module", "Outline", "Part", "Pins", "Place", "Wait", "add_module", "add_sentinels", "add_version", "drop_version", "function_of", "is_durable", "logical_name",
     "lookup", "module", "modules", "reference", "reference_of", "register_code", "remove_module", "sentinel", "version", "version_name", "versions_of",
 ]  # fmt: skip
 
@@ -32,9 +32,17 @@ class Label(NamedTuple):
     live: tuple[str, ...]
 
 
+class Part(NamedTuple):
+    """An expression in the call of a wait: the hash of what must not change in it, and the parts that are compared one by one, by place."""
+
+    what: str
+    parts: Mapping[str, Part]
+
+
 class Wait(NamedTuple):
     """One wait of a generator.  `key` identifies it, `around` the wait together with the statements around its own, `whole` with its own, too, and `call` the function called in it, if any.
 
+    `called` is what that function is called with.
     `state` are the roles of its temporaries `live`; one whose value depends on the rest of its statement has the hash of that.
     `needed` are the author's variables that may be read after the wait before they are bound again, `lent` those that closures may read.
     """
@@ -45,6 +53,7 @@ class Wait(NamedTuple):
     around: str
     whole: str
     call: str
+    called: Part
     live: tuple[str, ...]
     state: tuple[tuple[str, str], ...]
     needed: frozenset[str]

@@ -219,11 +219,7 @@ def takes(config: Config, op: str | None, record: Record, stored: Callable[[], b
     if op != "migrate":
         return op in _OPS
     command = wire.parse(record)
-    return isinstance(command, Command) and (command.arguments.in_place or _has_failed(_header(config, "", stored())))
-
-
-def _has_failed(header: dict[str, Any]) -> bool:
-    return header["status"] == "parked" and header["parked"]["reason"] not in ("paused", "draining") and not parked.is_paused(header)
+    return isinstance(command, Command) and (command.arguments.in_place or parked.has_failed(_header(config, "", stored())))
 
 
 def _migrate(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
@@ -235,7 +231,7 @@ def _migrate(batch: Batch, name: str, header: dict[str, Any], record: Record, co
     if stored is None:
         raise KwflowBug("a migrate of nothing")
     try:
-        made = _moved(batch, name, stored, record, _has_failed(header)) if command.arguments.in_place else _migrated(batch, name, stored, record)
+        made = _moved(batch, name, stored, record, parked.has_failed(header)) if command.arguments.in_place else _migrated(batch, name, stored, record)
     except SnapshotError as error:
         told = Decision(logs=(f"{name}: not migrated: {error}",))
         return joined([_replied(batch, record, "rejected", str(error), count="not-migrated"), told])
@@ -304,7 +300,7 @@ def _settled(batch: Batch, name: str) -> tuple[str, str]:
     """Status and message of a retry or discard: whether the instance is parked again, and that it runs old code, which may be why."""
     stored = batch.state.get(name.encode())
     after = _header(batch.config, name, stored)
-    if _has_failed(after):
+    if parked.has_failed(after):
         return "parked", f"it is parked again: {after['parked']['reason']}: {after['parked']['message']}"
     if stored is None or after["status"] == "ended":
         return "ok", ""

@@ -27,7 +27,7 @@ __all__ = ["History"]
 
 _WAITS_MAX = 20  # waits in one event; of those beyond it only the number is given
 _LINES_MAX, _CHARACTERS_MAX = 20, 1_000  # limits for text that an author or a sender wrote: a ref may have 900,000 characters
-_CHANGING = ("terminated", "paused", "unpaused", "retried", "discarded", "forked", "held", "parked")
+_CHANGING = ("terminated", "paused", "unpaused", "retried", "discarded", "forked", "migrate", "held", "parked")
 _GOES_ON = ("unpaused", "retried", "discarded")  # the instance continues with the records that were held, and their events follow
 _OF_A_WAIT = ("ref", "kind", "name", "attempt", "child", "function", "file", "line", "due")
 
@@ -47,7 +47,7 @@ class History:
         if isinstance(message, wire.Start):
             return {"kind": "start"}
         if isinstance(message, wire.Command):
-            about = {name: getattr(message.arguments, name, None) for name in ("name", "reason")}
+            about = {name: getattr(message.arguments, name, None) for name in ("name", "reason", "in_place")}
             return {"kind": message.op, **{name: text for name, text in about.items() if text}}
         wait = instance.waits.get(message.ref) if instance is not None and message.ref is not None else None
         said: dict[str, Any] = {"kind": wait.kind if wait is not None else "answer", "ref": _begin(message.ref)}
@@ -69,13 +69,16 @@ class History:
     def changed(self, made: Decision, record: Record, by: dict[str, Any], before: bytes | None, after: bytes | None, received_ms: int) -> Decision:
         """Add the event of a change to stored bytes: by a command that runs no author code, a record that is held, or an instance that is parked."""
         event = next((word for word in made.counts if word in _CHANGING), None)
-        if event is None or (event == "unpaused" and not parked.is_paused(_header(before))):
+        if event is None or (event == "migrate" and "in_place" not in by):  # one by a function is a step
+            return made
+        was = _header(before)
+        if event == "unpaused" and not parked.is_paused(was):
             return made
         header = _header(after if after is not None else before)
         about = _run(header)
         if event == "terminated":
             about |= _end(header if "outcome" in header else {"outcome": {"kind": "terminated"}})
-        elif event not in _GOES_ON:
+        elif event not in _GOES_ON and not (event == "migrate" and parked.has_failed(was)):
             about |= _state(header)
         return self._with(made, record, event, by, about, made.logs if event == "forked" else (), received_ms)
 

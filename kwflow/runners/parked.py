@@ -23,8 +23,8 @@ from kwflow.ports import Changes, Decision
 from kwflow.runners.instances import Page
 
 __all__ = [
-    "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "held_keys", "hold", "hold_again", "hold_all", "holding", "holds", "is_paused",
-    "old_code", "park", "park_rest", "release", "remnant",
+    "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "has_failed", "held_keys", "hold", "hold_again", "hold_all", "holding", "holds",
+    "is_paused", "old_code", "park", "park_rest", "release", "remnant",
 ]  # fmt: skip
 
 DRAINED_MAX = 500
@@ -135,6 +135,11 @@ def is_paused(header: dict[str, Any]) -> bool:
     """Whether somebody paused the instance, even if it is also parked for another reason."""
     mark = header.get("parked") if header["status"] == "parked" else None
     return mark is not None and (mark["reason"] == "paused" or "paused" in mark)
+
+
+def has_failed(header: dict[str, Any]) -> bool:
+    """Whether an instance is parked because of a record, and nobody has paused it."""
+    return header["status"] == "parked" and header["parked"]["reason"] not in ("paused", "draining") and not is_paused(header)
 
 
 def is_parked(config: Config, stored: bytes | None) -> bool:

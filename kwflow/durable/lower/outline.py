@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from kwflow.durable.fingerprint import lowered_hash, unit_hash
 from kwflow.durable.lower.emit import Emitter
 from kwflow.durable.lower.liveness import needed_after
 from kwflow.durable.lower.scopes import Scope, child_nodes
-from kwflow.durable.registry import RUNTIME, Outline, Wait
+from kwflow.durable.registry import RUNTIME, Outline, Part, Wait
 
-__all__ = ["LOOPS", "outline"]
+__all__ = ["LOOPS", "NUMBER", "outline"]
 
 LOOPS = ("async-iterator", "for-iterator")  # temporaries whose statements may change in one of two parts: what a loop goes over, or its variable
+NUMBER = "number"  # what an argument is that looks like one, and so is nothing to wait for
 _TEXT_MAX = 80
 _BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 _COMPOUND = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.TryStar, ast.Match, ast.AsyncFor, ast.AsyncWith, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -41,7 +43,7 @@ def _waits(scope: Scope, lowering: Emitter, body: list[ast.stmt]) -> dict[str, W
         state = tuple(_held(name, lowering.places) for name in label.live)
         around = _around(path, lowering.places) + key
         whole = around + lowered_hash(*_header(lowering.places[path]))
-        waits[label.name] = Wait(line, _text(wait), key, around, whole, _call(wait), label.live, state, (needed | read) & own, lent & {*scope.captured})
+        waits[label.name] = Wait(line, _text(wait), key, around, whole, _call(wait), _part(getattr(wait, "value", None)), label.live, state, (needed | read) & own, lent & {*scope.captured})
     return waits
 
 
@@ -143,6 +145,32 @@ def _call(wait: ast.AST) -> str:
     if not isinstance(operand, ast.Call):
         return ""
     return f"{type(wait).__name__} {lowered_hash(operand.func)} {[text for part in (*operand.args, *operand.keywords) for text in _texts(part)]}"
+
+
+def _part(node: ast.AST | None) -> Part:
+    """Describe an expression: a call by its function and its arguments, a list and the like by their items, anything else as a whole."""
+    if isinstance(node, ast.Call) and not _is_ours(node):
+        given = [(one.arg or f"** {number}", one.value) for number, one in enumerate(node.keywords)]
+        return Part(f"call {lowered_hash(node.func)}", _parts([*((str(number), one) for number, one in enumerate(node.args)), *given], NUMBER))
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        return Part(f"{type(node).__name__} {len(node.elts)}", _parts([(str(number), one) for number, one in enumerate(node.elts)]))
+    if isinstance(node, ast.Dict):
+        keys = lowered_hash(*(key if key is not None else ast.Constant(None) for key in node.keys))
+        return Part(f"Dict {len(node.keys)} {keys}", {str(number): _part(one) for number, one in enumerate(node.values)})
+    return Part("" if node is None else lowered_hash(node), {})
+
+
+def _parts(nodes: Sequence[tuple[str, ast.expr]], number: str = "") -> dict[str, Part]:
+    """Describe expressions beside each other.  Of several calls of one function, nothing but what they are called with tells which is which."""
+    made = {place: Part(number, {}) if number and _is_number(node) else _part(node) for place, node in nodes}
+    count = Counter(part.what for part in made.values())
+    return {place: Part(lowered_hash(node), {}) if made[place].parts and count[made[place].what] > 1 else made[place] for place, node in nodes}
+
+
+def _is_number(node: ast.expr) -> bool:
+    if isinstance(node, ast.BinOp):
+        return _is_number(node.left) or _is_number(node.right)
+    return _is_number(node.operand) if isinstance(node, ast.UnaryOp) else isinstance(node, ast.Constant) and isinstance(node.value, (int, float))
 
 
 def _texts(node: ast.AST) -> Iterator[str]:

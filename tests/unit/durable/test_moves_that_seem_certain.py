@@ -12,6 +12,10 @@ from tests.unit.durable.test_moves import Site, finished
 CALLS = """
     def charge(what, currency=None):
         return (yield what)
+    def both(gens):
+        return [(yield from gens[0]), (yield from gens[1])]
+    def limit(x, seconds=1):
+        return (yield from x)
     def main():
         order, tip, eur = "order", "tip", "eur"
         {}
@@ -51,6 +55,8 @@ MIDDLE = """
         yield from running
 """
 HELD = "def main():\n    def f({}):\n        return k\n    yield 'a'\n    return f(3)"
+HELPER = "import functools\ndef less({}):\n    return a - b\ndef main():\n    rest = functools.partial(less, 10)\n    yield 'a'\n    return rest(1)"
+METHOD = "class Desk:\n    def less(self, {}):\n        return a - b\ndef main():\n    rest = Desk().less\n    yield 'a'\n    return rest(10, 1)"
 LATE = "def f({}):\n    yield k\n    return {}\ndef main():\n    late = f(1)\n    yield 'a'\n    return late"
 SEEMING = {
     "edited calls of one function that changed places": (
@@ -58,15 +64,43 @@ SEEMING = {
         CALLS.format("yield from charge(tip, eur)", "yield from charge(order, eur)"),
         "`yield from charge(order)`, and the new code has no such wait, but more than one call of the same function that has been edited",
     ),
+    "tasks that are gathered in another order": (
+        CALLS.format("a, b = charge(1), charge(2)", "yield from both([a, b])"),
+        CALLS.format("a, b = charge(1), charge(2)", "yield from both([b, a])"),
+        "`yield from both([a, b])`, and the new code calls the same function for something else (line 11)",
+    ),
+    "calls of one function that are gathered in another order": (
+        CALLS.format("", "yield from both([charge(1), charge(2)])"),
+        CALLS.format("", "yield from both([charge(2), charge(1)])"),
+        "the new code calls the same function for something else",
+    ),
+    "a call that limits another one": (CALLS.format("", "yield from limit(charge(order), 5)"), CALLS.format("", "yield from limit(both(order), 5)"), "calls the same function for something else"),
+    "a call that limits another variable": (
+        CALLS.format("a, b = charge(1), charge(2)", "yield from limit(a, 5)"),
+        CALLS.format("a, b = charge(1), charge(2)", "yield from limit(x=b)"),
+        "calls the same function for something else",
+    ),
+    "a condition that was turned round": (
+        "def main(late=1):\n    if late:\n        yield 'pause'\n        return 1\n    else:\n        yield 'pause'\n        return 2",
+        "def main(late=1):\n    if not late:\n        yield 'pause'\n        return 2\n    else:\n        yield 'pause'\n        return 1",
+        "a condition of this wait or of an equal one has changed",
+    ),
+    "a condition that was turned round, of another wait": (
+        "def main(late=0):\n    if late:\n        yield 'pause'\n        return 1\n    yield 'pause'\n    return 2",
+        "def main(late=0):\n    if not late:\n        yield 'pause'\n        return 2\n    yield 'pause'\n    return 1",
+        "a condition of this wait or of an equal one has changed",
+    ),
+    "a function of the module whose parameters changed places": (HELPER.format("a, b"), HELPER.format("b, a"), ":less is held in a variable, and has other parameters now"),
+    "a method whose parameters changed places": (METHOD.format("a, b"), METHOD.format("b, a"), ":Desk.less is held in a variable, and has other parameters now"),
     "an edited call that is now behind another wait": (
         CALLS.format(CHARGED, SHIPPED),
         CALLS.format(SHIPPED, "yield from charge(order, eur)"),
-        "and in the new code (line 7) comes before or after another wait than it did",
+        "and in the new code (line 11) comes before or after another wait than it did",
     ),
     "the wait of a branch that is gone, beside that of one that has stayed": (
         BRANCHES.format("a", "b"),
         BRANCHES.format("b", "c"),
-        "comes before or after another wait than it did",
+        "a condition of this wait or of an equal one has changed",
     ),
     "the same expression in a statement that is gone, beside one that has stayed": (
         "def main():\n    a = yield 'p'\n    b = yield 'p'",
@@ -184,3 +218,24 @@ def waiting(site: Site, source: str, steps: int) -> Any:
     saved = site.save(gen)
     discard(gen)
     return saved
+
+
+def test_numbers_and_further_arguments_of_a_call_may_change() -> None:
+    """What it waits for is the same."""
+    old = CALLS.format("a = charge(order)", "return [(yield from limit(a, 60))]")
+    for call in ("limit(a, 90)", "limit(a, 60 * 60)", "limit(a, tip)", "limit(a)"):
+        assert finished(Site().edit(old, CALLS.format("a = charge(order)", f"return ['new', (yield from {call})]")), 5) == ["new", 5]
+    gathers = "yield from both([charge(order), limit(charge(tip), {})])"
+    assert finished(Site().edit(CALLS.format("", gathers.format(5)), CALLS.format("", f"return ({gathers.format(6)})")), 1, 2) == [1, 2]
+
+
+def test_a_condition_may_change_come_or_go_if_no_other_wait_is_equal_to_its_own() -> None:
+    old, plain = "def main(n=5):\n    if n > 1:\n        yield 'pause'\n    yield 'next'\n    return n", "def main(n=5):\n    yield 'pause'\n    yield 'next'\n    return n"
+    for before, now in ((old, old.replace("n > 1", "n > 9")), (old, plain), (plain, old)):
+        assert finished(Site().edit(before, now), None, None) == 5
+    twice = "def main():\n    yield 'pause'\n    {}\n    return 'new'"
+    assert finished(Site().edit(twice.format("yield 'pause'"), twice.format("if 1: yield 'pause'")), None, None) == "new", "of two equal waits, one came into a condition"
+
+
+def test_a_function_of_the_module_that_is_held_may_have_more_parameters() -> None:
+    assert finished(Site().edit(HELPER.format("a, b"), HELPER.format("a, b, more=0").replace("a - b", "a - b + 100")), None) == 109
