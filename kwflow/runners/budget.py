@@ -17,18 +17,20 @@ __all__ = ["Budget", "bytes_of"]
 class Budget:
     """Counts what a batch has produced so far; `spent` returns true once there is no room for another record."""
 
-    __slots__ = ("_bytes_left", "_clock", "_until_ms")
+    __slots__ = ("_begun_ms", "_bytes_left", "_clock", "_until_ms")
 
     def __init__(self, bytes_max: int, ms_max: int, clock: Clock) -> None:
         self._bytes_left = bytes_max
-        self._until_ms = clock.now_ms() + ms_max
+        self._begun_ms = clock.now_ms()
+        self._until_ms = self._begun_ms + ms_max
         self._clock = clock
 
     def take(self, size: int) -> None:
         self._bytes_left -= size
 
     def spent(self) -> bool:
-        return self._bytes_left <= 0 or self._clock.now_ms() >= self._until_ms
+        """Also once the clock was set back, as the time that has passed is then unknown."""
+        return self._bytes_left <= 0 or not self._begun_ms <= self._clock.now_ms() < self._until_ms
 
 
 def bytes_of(changes: Iterable[tuple[bytes, bytes | None]], outputs: Iterable[Output]) -> int:

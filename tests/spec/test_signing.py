@@ -165,6 +165,32 @@ def test_keys_are_introduced_while_unsigned_instances_wait() -> None:
         assert Engine(closed, 30, ONE).send(b'{"ref":"more","value":200}').outputs[-1].value == total
 
 
+def test_what_an_engine_without_keys_has_parked_goes_on_once_it_has_them() -> None:
+    """G4: keys are given to one engine after the other, and an instance has come to one that had none yet. A header that it could not sign is taken off by a retry."""
+    store = MemoryStore()
+    Engine(store, 0, ONE).send(b"new:1")
+    assert Engine(store, 10).send(b'{"ref":"more","value":1}').counts == ("parked",)
+    all_have_it = Engine(store, 20, ONE)
+    assert all_have_it.send(b'{"ref":"more","value":100}').counts == ("held",)
+    made = all_have_it.send(b"null", ("kwflow-op", b"retry"))
+    assert (made.counts, made.outputs[-1].value) == (("retried", "resumed", "resumed"), b"102")
+
+
+@pytest.mark.parametrize("body", [b"", b"no snapshot", pickle.dumps(Bomb())])
+@pytest.mark.parametrize("more", [{}, {"parent": "p|1:1", "client": "c"}, {"id": 7}, {"parked": {"was": "damaged", "reason": 7}}, {"parked": "damaged"}, {"status": "ended"}])
+def test_an_unsigned_header_around_something_unread_is_not_believed(body: bytes, more: dict[str, Any]) -> None:
+    """It parks its instance at most, and what it is around is not unpickled."""
+    forged = snapshot.copy(body, {"v": 1, "id": "a", "workflow": "main", "status": "parked", "waits": [], "parked": {"was": "damaged", "reason": "r", "message": "m", "offset": 1}, **more})
+    store, before = MemoryStore(), len(RAN)
+    store.entries[b"a"] = forged
+    engine = Engine(store, 10, ONE)
+    assert engine.send(b'{"ref":"more","value":1}').counts in (("held",), ("parked",))
+    for op in (b"pause", b"unpause", b"retry", b"discard", b"fork", b"migrate", b"query"):
+        assert not {output.topic for output in engine.send(b"null", ("kwflow-op", op)).outputs} - {"workflow-engine-dead-letter"}, op
+    ended = engine.send(b"null", ("kwflow-op", b"terminate"))
+    assert not [output for output in ended.outputs if output.key in (b"p", b"c")] and len(RAN) == before
+
+
 def test_where_unsigned_ones_are_accepted_wrongly_signed_ones_are_not() -> None:
     """The marker that accepts unsigned ones is not a key, either."""
     keys = Config(snapshot_keys=[ONE], snapshot_unsigned="accept").signing_keys

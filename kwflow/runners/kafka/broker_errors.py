@@ -17,7 +17,7 @@ from confluent_kafka import KafkaError
 from kwflow.errors import TransportError
 from kwflow.runners.logs import Line
 
-__all__ = ["NO_LOG", "BrokerErrors", "ending", "explained"]
+__all__ = ["NO_LOG", "TIMED", "BrokerErrors", "ending", "explained"]
 
 NO_LOG = logging.Logger("librdkafka")
 NO_LOG.disabled = True
@@ -34,8 +34,11 @@ _SETTINGS = {  # a setting of ours that the broker refuses -> where to change it
     KafkaError.OFFSET_METADATA_TOO_LARGE: "workers store there which calls are done: the broker's offset.metadata.max.bytes must be at least 4096",
     KafkaError.INVALID_TRANSACTION_TIMEOUT: 'raise the broker\'s transaction.max.timeout.ms, or lower [kafka] "transaction.timeout.ms"',
 }
+TIMED = (KafkaError.INVALID_TIMESTAMP, KafkaError.INVALID_RECORD)  # for a record with this machine's time: its clock is wrong; the latter, if several in one request are refused for that
 _OTHERS = {
-    KafkaError.INVALID_TIMESTAMP: "the topic's message.timestamp.before.max.ms or after.max.ms does not allow the time of the record that led to it: raise the limit, and retry",
+    KafkaError.INVALID_TIMESTAMP: "the topic's message.timestamp.before.max.ms or after.max.ms does not allow its time: if that is this machine's, set the clock; "
+    "if it is that of the record that led to it, raise the limit, and retry",
+    KafkaError.INVALID_RECORD: "if this machine's clock is ahead of the broker's by more than message.timestamp.after.max.ms (an hour), set it",
     KafkaError.INCONSISTENT_GROUP_PROTOCOL: "a program that is not an engine is in this consumer group, or has changed its type: stop it and delete the group, or choose another application_id",
 }
 
@@ -73,4 +76,4 @@ class BrokerErrors:
     def with_cause(self, error: KafkaError) -> str:
         """The error's text, and why there is no broker if that may be the cause."""
         why = self.last or (_NO_REASON if error.code() in _AWAY else "")
-        return f"{error.str()} ({why})" if why else error.str()
+        return f"{explained(error)} ({why})" if why else explained(error)

@@ -16,13 +16,12 @@ from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 from kwflow.errors import TransportError
 from kwflow.runners.kafka.environment import Producer
 from kwflow.runners.kafka.member import LATEST, TRANSACTION_S, Member
-from kwflow.runners.kafka.topics import offset_of, partitions_of, result_of, transient
+from kwflow.runners.kafka.topics import offset_of, partitions_of, transient
 
 __all__ = ["Fencing", "Leftovers"]
 
 _AGAIN_S = 1.0
 _ASK_S = 0.1  # the first request aborts the transaction; only the repeated one, half a second later, confirms it, and nobody waits for that
-_ANSWER_S = 5.0
 _LOOK_S = 1.0  # transactions of live engines seldom take longer
 
 
@@ -41,7 +40,8 @@ class Fencing:
             if engine == member.name or now < self._next_s.get(engine, 0.0):
                 return
             self._next_s[engine] = now + _AGAIN_S
-            if self._is_member(engine):
+            present = member.present()
+            if present is None or engine in present:  # without an answer: its transaction then ends by its timeout
                 return
             member.on_log(f"{member.group}: {engine} has left the group inside a transaction, which is aborted; if it is still running, it ends")
             settings = member.settings(transactional_id=engine, transaction_timeout_ms=TRANSACTION_S * 1000, retry_backoff_ms=1, retry_backoff_max_ms=100)
@@ -58,14 +58,6 @@ class Fencing:
     def release(self) -> None:
         """Drop all requests, as nothing waits any more: an engine that starts under one of these names must not be fenced by one of them."""
         self._asking.clear()
-
-    def _is_member(self, engine: str) -> bool:
-        """Whether the engine is a member of the group; true if the broker does not answer, as its transaction then ends by its timeout."""
-        try:
-            found = result_of(self._member.admin.describe_consumer_groups([self._member.group], request_timeout=_ANSWER_S)[self._member.group], _ANSWER_S)
-        except KafkaException:
-            return True
-        return any(known.group_instance_id == engine for known in found.members)
 
 
 class Leftovers:

@@ -26,7 +26,7 @@ from kwflow.core.wire import Output, Record
 from kwflow.errors import CommandError, OutcomeUnknown, TransportError
 from kwflow.ports import Listener
 from kwflow.runners.kafka import topics
-from kwflow.runners.kafka.broker_errors import BrokerErrors
+from kwflow.runners.kafka.broker_errors import BrokerErrors, explained
 from kwflow.runners.kafka.encryption import Encryption, Unread
 from kwflow.runners.kafka.environment import LIVE, made
 from kwflow.runners.kafka.member import LATEST, offsets
@@ -150,7 +150,7 @@ class KafkaLink:
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             said = f"the record for {output.topic} is larger than the broker accepts; send a reference instead, or raise message.max.bytes in [kafka] and max.message.bytes of the topic"
             return CommandError("too_large", said, (output.key or b"").decode())
-        return TransportError(f"{self.config.bootstrap_servers} did not accept the record for {output.topic}: {error.str()}", retryable)
+        return TransportError(f"{self.config.bootstrap_servers} did not accept the record for {output.topic}: {explained(error)}", retryable)
 
     def _perhaps_taken(self, output: Output, error: KafkaError) -> OutcomeUnknown:
         return OutcomeUnknown(f"{self.config.bootstrap_servers} did not acknowledge the record for {output.topic}: {error.str()}")

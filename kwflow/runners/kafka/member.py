@@ -22,6 +22,7 @@ __all__ = ["EARLIEST", "END_WAIT_MS", "LATEST", "RETRY_S", "TRANSACTION_S", "Mem
 
 TRANSACTION_S = 15  # a dead engine with another identity blocks its partitions for this long (K1)
 RETRY_S = 0.02
+_ANSWER_S = 5.0
 EARLIEST, LATEST = OffsetSpec.earliest(), OffsetSpec.latest()  # type: ignore[no-untyped-call] # the library has no types here
 _NOT_KNOWN_YET = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._NOENT)  # of a topic that was just created, or of partition leaders by a broker that was just started
 END_WAIT_MS = 10  # fetch.wait.max.ms of consumers that read a topic to its end
@@ -96,6 +97,14 @@ class Member:
     def settings(self, **more: Any) -> dict[str, Any]:
         """The settings for another client of this engine."""
         return topics.client_config(self.config, **more)
+
+    def present(self) -> set[str] | None:
+        """The names of the engines that are in the group now; None if the broker does not answer."""
+        try:
+            found = topics.result_of(self.admin.describe_consumer_groups([self.group], request_timeout=_ANSWER_S)[self.group], _ANSWER_S)
+        except KafkaException:
+            return None
+        return {known.group_instance_id for known in found.members}
 
     def ends(self, topic: str, numbers: Iterable[int]) -> dict[int, int]:
         return offsets(self.environment, self.config, self.admin, topic, numbers, LATEST)

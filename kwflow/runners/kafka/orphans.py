@@ -33,6 +33,7 @@ class Orphans:
         self._places = {(topic, number) for topic, count in partitions.items() for number in range(count)}
         self._next_s: float | None = environment.monotonic() + _LOOK_S
         self._seen: set[tuple[str, int]] = set()
+        self.strangers = False  # whether the last look has found members that read another topic
 
     def found(self) -> bool:
         """Whether some partition had no owner in two consecutive looks."""
@@ -57,4 +58,6 @@ class Orphans:
             return None
         if found.state != ConsumerGroupState.STABLE or not found.members:
             return None
-        return self._places - {(place.topic, place.partition) for member in found.members for place in member.assignment.topic_partitions}
+        read = {(place.topic, place.partition) for member in found.members for place in member.assignment.topic_partitions}
+        self.strangers = not {topic for topic, _ in read} <= {topic for topic, _ in self._places}
+        return self._places - read

@@ -7,7 +7,7 @@ still holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import msgspec
@@ -21,6 +21,7 @@ from kwflow.runners.kafka.topics import transient
 
 __all__ = ["Attempt", "Owner", "Owners", "owner_key"]
 
+_ATTEMPTS = b"/attempts"
 _TIMEOUT_S = 5.0  # then an engine goes on without this topic: its takeovers are slower, and others do not find it
 _GOODBYE_S = 1.0
 _QUIET_S = 60.0  # after a failure nothing waits for this topic for so long: otherwise every record that is taken with care would wait for it
@@ -33,11 +34,14 @@ class Owner(msgspec.Struct, frozen=True):
     """The owner of a partition.
 
     `engine` is its `transactional.id` and `group.instance.id`; `address` is HOST:PORT if it answers over HTTP; `since` is in ms since the epoch.
+    `group` and `choices` (agreement.py) are empty if an earlier version wrote it.
     """
 
     engine: str
     address: str | None
     since: int
+    group: str = ""
+    choices: dict[str, str] = {}
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -59,6 +63,7 @@ class Owners:
 
     def __init__(self, member: Member) -> None:
         self.address: str | None = None
+        self.choices: dict[str, str] = {}
         self._member = member
         self._topic = member.config.owners_topic
         self._entries: dict[bytes, bytes] = {}
@@ -104,6 +109,13 @@ class Owners:
         """The last owner, if it did not give the partition back."""
         return self._decoded(owner_key(self._member.processor.input_topic, number), Owner)
 
+    def others(self) -> Iterator[tuple[str, Owner]]:
+        """Each entry of another engine, with the topic that it is about."""
+        for key in self._entries:
+            owner = None if key.endswith(_ATTEMPTS) else self._decoded(key, Owner)
+            if owner is not None and owner.engine != self._member.name:
+                yield key.rpartition(b"/")[0].decode("utf-8", "replace"), owner
+
     def attempt(self, number: int) -> Suspects | None:
         """The records that may have killed the last owner; None if there are none."""
         found = self._decoded(self._attempt_key(number), Attempt)
@@ -120,7 +132,8 @@ class Owners:
         """Announce that these partitions are ours.  Returns once the broker has it, so that the next owner knows whose transaction may be open."""
         for number in numbers:
             self._announced.add(number)
-            self._write(owner_key(self._member.processor.input_topic, number), msgspec.json.encode(Owner(self._member.name, self.address, self._member.clock.now_ms())))
+            owner = Owner(self._member.name, self.address, self._member.clock.now_ms(), self._member.group, self.choices)
+            self._write(owner_key(self._member.processor.input_topic, number), msgspec.json.encode(owner))
         self._flush(_TIMEOUT_S)
 
     def withdraw(self, numbers: list[int]) -> None:
@@ -143,7 +156,7 @@ class Owners:
         self._flush(_TIMEOUT_S)
 
     def _attempt_key(self, number: int) -> bytes:
-        return owner_key(self._member.processor.input_topic, number) + b"/attempts"
+        return owner_key(self._member.processor.input_topic, number) + _ATTEMPTS
 
     def _write(self, key: bytes, value: bytes | None) -> None:
         if self._made is None:

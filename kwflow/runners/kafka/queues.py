@@ -92,8 +92,8 @@ class QueueRunner:
         self._committed_s = 0.0
         self._admin = topics.admin(config, environment)
         sizes = topics.sizes(topics.settings_of(self._admin, [config.resume_topic, config.dead_letter_topic]).values())
-        self._results = Results(config, config.resume_topic, environment, sizes["batch_size"])
-        self._letters = Results(config, config.dead_letter_topic, environment, sizes["batch_size"])
+        self._results = Results(config, config.resume_topic, environment, sizes["batch_size"], on_log)
+        self._letters = Results(config, config.dead_letter_topic, environment, sizes["batch_size"], on_log)
         self.worker = work(self._deliver)
         settings: dict[str, Any] = {
             "group_id": config.workers_group, "enable_auto_commit": False, "isolation_level": "read_committed", "auto_offset_reset": "earliest",

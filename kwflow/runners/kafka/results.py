@@ -13,22 +13,28 @@ from confluent_kafka import KafkaError, KafkaException, Message
 
 from kwflow.config import Config
 from kwflow.core.wire import Headers
+from kwflow.runners.kafka.broker_errors import TIMED
 from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import Environment, Producer
 from kwflow.runners.kafka.topics import client_config
+from kwflow.runners.logs import Line
 
 __all__ = ["Results"]
 
 _REFUSED = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_RECORD, KafkaError.TOPIC_AUTHORIZATION_FAILED}
 _POLL_S = 0.1
+_CLOCK_S = 1.0  # until a result is written again whose time, which is this machine's, the broker does not take
+_QUIET_S = 60.0
 _KEY_BYTES_MAX = 1_000  # of an id, which counts towards the producer's limit too
 
 
 class Results:
     """A producer that is created with the first result, and a background task that serves its delivery reports."""
 
-    def __init__(self, config: Config, topic: str, environment: Environment, batch_size: int = 1_000_000) -> None:
+    def __init__(self, config: Config, topic: str, environment: Environment, batch_size: int = 1_000_000, on_log: Callable[[str], None] = print) -> None:
         """`batch_size` is a size that every topic accepts (K11)."""
+        self._on_log = on_log
+        self._quiet_until = 0.0
         self.config = config
         self.batch_size = batch_size
         self.topic = topic
@@ -41,14 +47,21 @@ class Results:
 
     def deliver(self, _partition: int, key: bytes | None, value: bytes | None, headers: Headers, done: Callable[[str | None], None]) -> None:
         """Produce a record until the broker has it or refuses it for good.  Raises KafkaException if this record cannot even be queued."""
+        self._deliver(key, value, headers, done, invalid=False)
+
+    def _deliver(self, key: bytes | None, value: bytes | None, headers: Headers, done: Callable[[str | None], None], invalid: bool) -> None:
+        """`invalid`: the broker has called it an invalid record before, perhaps only because of the clock."""
 
         def delivered(error: KafkaError | None, _message: Message) -> None:
+            code = error.code() if error is not None else None
             if error is None:
                 done(None)
-            elif error.code() in _REFUSED:
+            elif code in _REFUSED and not (code in TIMED and not invalid):
                 done(error.str())
             elif not self._closed:
-                self.deliver(_partition, key, value, headers, done)
+                if code in TIMED:
+                    self._wait_for_the_clock(error)
+                self._deliver(key, value, headers, done, code == KafkaError.INVALID_RECORD)
 
         encrypted, sent = self._encryption.encrypt(self.topic, value, headers)
         while True:
@@ -64,6 +77,14 @@ class Results:
                 if error.args[0].code() != KafkaError._FATAL:
                     raise
                 self._replace(producer)
+
+    def _wait_for_the_clock(self, error: KafkaError) -> None:
+        """Pause before a record is written again, alone: then the broker tells whether its time is the reason."""
+        now = self.environment.monotonic()
+        if now >= self._quiet_until and error.code() == KafkaError.INVALID_TIMESTAMP:
+            self._quiet_until = now + _QUIET_S
+            self._on_log(Line.of(f"results of activities wait, as this machine's clock is wrong: {self.topic}: {error.str()}; set the clock", "error"))
+        self.environment.sleep(_CLOCK_S)
 
     def _current(self) -> Producer:
         with self._lock:

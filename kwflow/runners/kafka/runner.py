@@ -112,7 +112,7 @@ class KafkaRunner:
             topics.describe(self.admin, config, self.processor.changelog_topic)[0] if self.processor.changelog_topic else "", frozenset(outputs),
         )  # fmt: skip
         sizes, age_max_ms = self._limits(self.member.written)
-        self.results = Results(config, self.processor.input_topic, environment, sizes["batch_size"])
+        self.results = Results(config, self.processor.input_topic, environment, sizes["batch_size"], on_log)
         self.worker = self.processor.work(self.results.deliver)
         self._turns = 0
         self._bytes_max = config.batch_bytes_max  # of a transaction; halved by an abort, as the batch may have been too large for its network line
@@ -211,7 +211,7 @@ class KafkaRunner:
             self._work()
             self.takeover.look_after()
         except Rejected as error:
-            raise TransportError(f"{self.group}: the broker refuses records that are due now: {error}", retryable=False) from None
+            raise TransportError(f"{self.group}: the broker refuses records that are due now: {error}", retryable=error.timed) from None
         except Aborted as error:
             self.on_log(f"{self.group}: a transaction was aborted and is retried: {error}")
             self._topic_missing |= error.missing and bool(self.processor.changelog_topic)

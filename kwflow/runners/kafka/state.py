@@ -292,7 +292,10 @@ def agreed(saved: bytes | None, committed: int, incarnation: str, partitions: in
     """
     known = msgspec.json.decode(saved) if saved is not None else None
     if known is not None and (known["topic"] != incarnation or known["partitions"] != partitions):
-        raise TransportError(f"{where}: its topic was recreated or its partitions changed since this state was written; --accept-offset-reset starts anyway", retryable=False)
+        raise TransportError(
+            f"{where}: its topic was recreated or its partitions changed since this state was written; --accept-offset-reset starts anyway. If it is the wrong topic, correct its setting",
+            retryable=False,
+        )
     if committed == OFFSET_INVALID:
         return int(known["next"]) if known is not None else None
     return committed if known is None or known["next"] == committed else MOVED

@@ -15,6 +15,7 @@ from kwflow.errors import TransportError
 from kwflow.ports import Worker
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.kafka import topics
+from kwflow.runners.kafka.agreement import Agreement
 from kwflow.runners.kafka.code import take_over
 from kwflow.runners.kafka.environment import Consumer
 from kwflow.runners.kafka.fencing import Fencing, Leftovers
@@ -54,6 +55,8 @@ class Takeover:
         self.joined = False
         self.generation = 0  # incremented with each rebalance that we are told of, even an empty one
         self._owners = owners
+        self._agreement = Agreement(member)
+        owners.choices = self._agreement.choices
         self._former: dict[int, Owner | None] = {}  # the last owners of partitions that are assigned or restoring
         self._stuck_since: dict[int, float] = {}
         self.foreign = None if member.processor.changelog_topic else Foreign(member)
@@ -241,6 +244,7 @@ class Takeover:
         new = [number for number in self.assigned if number not in self._former]
         if new:
             self._owners.read()
+            self._agreement.check(self._owners.others())
         for number in new:
             former = self._former[number] = self._owners.owner(number)
             if former is not None and former.engine != self.member.name:
@@ -299,6 +303,10 @@ class Takeover:
         """Look after partitions without an owner, warm copies, and copies that nobody needs."""
         if self._orphans.found():
             self._join_again(f"partitions of {self._topic} belong to nobody")
+        if self._orphans.strangers:  # perhaps they were started together with this one, and neither saw the other's entry
+            self._orphans.strangers = False
+            self._owners.read()
+            self._agreement.check(self._owners.others())
         if self.joined:
             self.copies.turn({*self.owned, *self.restoring, *self.assigned, *self._leaving})
 

@@ -18,7 +18,7 @@ from kwflow.core.wire import Headers, Output, Record
 from kwflow.errors import FencedError, TransportError
 from kwflow.ports import Decision
 from kwflow.runners.budget import bytes_of
-from kwflow.runners.kafka.broker_errors import explained
+from kwflow.runners.kafka.broker_errors import TIMED, explained
 from kwflow.runners.kafka.environment import Producer
 from kwflow.runners.kafka.member import TRANSACTION_S, Member, again
 from kwflow.runners.kafka.state import POSITION
@@ -53,12 +53,13 @@ class Aborted(Exception):
 
 
 class Rejected(Exception):
-    """The broker will never accept one of these records (K11); `topic` is the one that it is for, if known."""
+    """The broker will never accept one of these records (K11); `topic` is the one that it is for, if known, and `timed` says whether its time may be the reason."""
 
-    def __init__(self, reason: str, topic: str = "") -> None:
-        super().__init__(reason, topic)
+    def __init__(self, reason: str, topic: str = "", timed: bool = False) -> None:
+        super().__init__(reason, topic, timed)
         self.reason = reason
         self.topic = topic
+        self.timed = timed
 
     def __str__(self) -> str:
         return self.reason
@@ -195,13 +196,17 @@ class Transactions:
         if not error.fatal():
             self._again(lambda: self._producer.abort_transaction(30))  # this also serves delivery reports: a record may have been refused before the last one was produced
         places = [*failures, (" or ".join(sorted(written)), error)]
-        rejected = next((Rejected(f"{where}: {explained(failure)}", where if where in written else "") for where, failure in places if failure.code() in _REJECTED), None)
+        rejected = next(
+            (Rejected(f"{where}: {explained(failure)}", where if where in written else "", failure.code() in TIMED) for where, failure in places if failure.code() in _REJECTED), None
+        )
         lost = [f"{topic}: {failure.str()}" for topic, failure in failures if failure.code() not in _PURGED]
         if error.fatal() and rejected is None:
             raise FencedError(f"{self.member.group}: {error.str()}{_FENCED if error.code() == KafkaError._FENCED else ''}")
         if rejected is not None or lost or error.code() == KafkaError.INVALID_PRODUCER_ID_MAPPING:
             # Its sequence numbers are lost or, after a week without a transaction, its producer id: the next transaction would fail, even a good one.
             self._producer = self._new_producer()
+        if rejected is not None and rejected.timed and rejected.topic == self.member.processor.changelog_topic:  # no record is to blame: states have this machine's time
+            raise TransportError(f"{self.member.group}: {rejected}")
         if rejected is not None:
             raise rejected
         self.aborts += 1
