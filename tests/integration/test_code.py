@@ -177,3 +177,42 @@ def test_what_instances_wait_in_is_loaded_before_the_first_record_and_its_topics
     answer(site, f"{site.application}-w", "r")
     answer(site, f"{site.application}-w", "s")
     assert site.read(site.topic("result"), 1) == [(f"{site.application}-w", '"old"')]
+
+
+CALLS = """import kwflow as kw
+@kw.activity(name="work", queue="{queue}", timeout=600)
+def work(n):
+    with open({calls!r}, "a") as calls:
+        calls.write(f"{{n}} ")
+    return n + 1
+def main(opts):
+    found = []
+    for n in opts:
+        found.append((yield work(n)))
+        {line}
+    return found
+"""
+
+
+def test_calls_in_a_queue_are_answered_in_the_code_that_their_instances_were_moved_to_with_everything_encrypted_and_signed(site: Site) -> None:
+    """M6.6, decision 0061: one waits while nobody works, one was parked by its result; each call is made once, and the source that is moved from is one that was encrypted and signed."""
+    queue, calls = site.topic("queue"), site.directory / "calls"
+    for name, line in (("old", "lock = __import__('threading').Lock() if n == 9 else None"), ("new", "found[-1] *= 100")):
+        (site.directory / name / "shop.py").write_text(CALLS.format(queue=queue, calls=str(calls), line=line))
+    site.environment |= {"KWFLOW_ENCRYPTION_KEYS": json.dumps(["1" * 32]), "KWFLOW_SNAPSHOT_KEYS": json.dumps(["2" * 32]), "KWFLOW_REPLY_TOPIC": site.topic("reply")}
+    site.run("topics", "create", "shop", "--app-dir", str(site.directory / "old"))
+    first = engine(site, "old", "one")
+    parked, waits = (f"{site.application}-{name}" for name in ("parked", "waits"))
+    site.run("start", parked, "--input", "[9, 2]")
+    worker = site.started("worker.log", "worker", "shop", "--app-dir", str(site.directory / "old"), "--queue", queue)
+    site.until(lambda: parked in site.run("dead-letters", "list"))
+    worker.terminate()
+    site.run("start", waits, "--input", "[1, 2]")
+    site.until(lambda: waits in site.run("list"))
+    first.terminate()
+    engine(site, "new", "two")
+    assert site.run("code", "migrate", parked, waits, "--in-place", "--json").count('"status":"ok"') == 2
+    site.started("worker.log", "worker", "shop", "--app-dir", str(site.directory / "old"), "--queue", queue)
+    for id, result in ((parked, [1000, 300]), (waits, [200, 300])):
+        assert json.loads(site.run("result", id, "--timeout", "60")) == result
+    assert sorted(calls.read_text().split()) == ["1", "2", "2", "9"]

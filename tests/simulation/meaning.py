@@ -250,10 +250,11 @@ class _Code:
             return
         was, runs = self.runs.get(key) if before.get("start_id") == header["start_id"] else None, self.known[code[NAME]["version"]]
         if before_body != body or was is None:
-            held = ["main" in header.get("code", {}).get(NAME, {}).get("units", {}) for header in (before, header)]  # without main, what is left to clean up is the same in every release
-            allowed = {(True, True): [self._goes_on_in(was, now.code)], (True, False): [self._goes_on_in(was, now.code), now.code]}.get((*held,), [now.code])
+            held = before.get("code", {}).get(NAME, {}).get("units")  # every function is another one in each release of the main code
+            allowed = [self._goes_on_in(was if held else None, now.code)]
             if self._may_be_moved(key[1]) and runs == now.code:
-                self.world.happened["was moved"] += runs not in allowed
+                if runs not in allowed:
+                    self.world.happened.update(["was moved", *{f"was moved while it waited for: {wait['kind']}" for wait in header["waits"]}])
                 allowed = [*allowed, runs]
             if runs not in allowed:
                 raise Failed(f"G10: {key} is saved on {runs} by {transaction.producer} at {transaction.decided_ms:.1f}, not on one of {allowed}")

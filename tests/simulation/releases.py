@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import random
+import re
 import sys
 import types
 from typing import ClassVar, Optional
@@ -25,7 +26,7 @@ NAME = "sim_workflows"
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """A release.  `main` is the version of the workflow's own code, `helper` that of a function that it calls; `newer`: the lowering of a future kwflow."""
+    """A release.  `main` is the version of the workflow's own code, all functions of it, `helper` that of a function that it calls; `newer`: the lowering of a future kwflow."""
 
     main: int = 0
     helper: int = 0
@@ -46,7 +47,7 @@ class Release:
         for old, new in (('"main 0"', f'"main {self.main}"'), ("HELPER = 0", f"HELPER = {self.helper}")):
             assert old in text
             text = text.replace(old, new)
-        return text
+        return re.sub(r"^( *)(def .*):$", rf"\1\2:\n\1    edit = {self.main}", text, flags=re.MULTILINE) if self.main else text
 
     @functools.cached_property
     def version(self) -> str:
