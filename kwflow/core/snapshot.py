@@ -253,8 +253,8 @@ def load(data: bytes, sources: Sources = no_sources, keys: Keys = ()) -> Instanc
     return wake(*split(data, keys), sources)
 
 
-def move(data: bytes, sources: Sources, keys: Keys = ()) -> tuple[bytes, list[registry.Module]] | None:
-    """Return the same state, parked or not, waiting in the current code, and what `save` returns beside it; None if no code that it holds has changed.
+def move(data: bytes, sources: Sources, keys: Keys = ()) -> tuple[bytes, list[registry.Module], list[str]] | None:
+    """Return the same state, parked or not, waiting in the current code, what `save` returns beside it, and `MovingNames.frames`; None if no code that it holds has changed.
 
     Raises SnapshotError if it is not certain what it would be, and for a start that has failed, which has no state.
     """
@@ -272,7 +272,7 @@ def move(data: bytes, sources: Sources, keys: Keys = ()) -> tuple[bytes, list[re
         made, modules = save(instance, keys)
     finally:
         instance.forget()
-    return amend(made, keys, parked=parked) if parked is not None else made, modules
+    return amend(made, keys, parked=parked) if parked is not None else made, modules, moving.frames
 
 
 def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources, moving: MovingNames | None = None) -> Instance:

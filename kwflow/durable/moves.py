@@ -254,6 +254,7 @@ class MovingNames(rebuild.Names):
         self.old = old
         self.moved: dict[Any, tuple[Move, tuple[types.CellType, ...], tuple[types.CellType, ...]]] = {}  # by generator; its cells before and after
         self.holders: Counter[int] = Counter()  # by id of a cell: how many functions and generators have it
+        self.frames: list[str] = []  # for people: each waiting generator of the author, callers first, and from which line to which it was moved
 
     def generator(
         self, module: str, path: str, cells: tuple[types.CellType, ...] = (), name: str | None = None, qualname: str | None = None
@@ -303,7 +304,10 @@ class MovingNames(rebuild.Names):
         contents = {id(made): state for kind, made, state in zip(states[::3], states[1::3], states[2::3], strict=True) if kind == cell}
         for number in range(0, len(states), 3):
             kind, gen, saved = states[number : number + 3]
-            if kind not in (generator, created) or gen not in self.moved:
+            if kind not in (generator, created):
+                continue
+            if gen not in self.moved:
+                self._tell(registry.function_of(gen.gi_code), dict(saved))
                 continue
             move, before, after = self.moved[gen]
             shared = dict(zip(move.old.captured, before, strict=True))
@@ -317,7 +321,14 @@ class MovingNames(rebuild.Names):
                 if name not in shared and name in values:
                     held.cell_contents = values.pop(name)
             states[number + 2] = values
+            self._tell(move.new, values, move.old.outline.waits.get(dict(saved).get("@l", "")))
         self.moved.clear()  # nothing of this may keep a generator alive
+
+    def _tell(self, function: Function | None, slots: Mapping[str, Any], was: Wait | None = None) -> None:
+        """Note where a generator waits now, and where it did if it was moved."""
+        now = function.outline.waits.get(slots.get("@l", "")) if function is not None and not function.module.startswith("kwflow.") else None
+        if function is not None and now is not None:
+            self.frames.append(f"{function.qualname} line {f'{was.line} -> ' if was is not None else ''}{now.line}")
 
     def _no_longer_shared(self, move: Move, shared: Mapping[str, types.CellType], contents: Mapping[int, Any]) -> dict[str, Any]:
         """Return the variables that the new function keeps for itself, while the old one shared them with nested functions."""

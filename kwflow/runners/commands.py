@@ -26,6 +26,7 @@ from kwflow.errors import ActivityError, KwflowBug, ProtocolError, RefusedError,
 from kwflow.ports import Changes, Decision
 from kwflow.runners import parked
 from kwflow.runners.activities.dispatch import keep
+from kwflow.runners.deployment import moved_to
 
 __all__ = ["apply", "refuse", "takes"]
 
@@ -245,11 +246,11 @@ def _moved(batch: Batch, name: str, stored: bytes, record: Record, failed: bool)
     found = snapshot.move(stored, batch.sources, batch.config.signing_keys)
     if found is None:
         return "it runs the code of the engine that was asked; if other code has been deployed, restart the engines first"
-    data, modules = found
+    data, modules, frames = found
     if len(data) > batch.config.snapshot_bytes_max:
         raise SnapshotError(f"its snapshot would have {len(data)} bytes, more than snapshot_bytes_max = {batch.config.snapshot_bytes_max}")
     batch.put(name.encode(), data, modules)
-    told = Decision(logs=(f"{name}: migrated",))
+    told = Decision(logs=(f"{name}: migrated in place{moved_to(frames)}",))
     return [told, *_drain(batch, name, record, discard=False)] if failed else [told]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,9 @@ from kwflow.ports import Store
 from kwflow.runners import parked
 from kwflow.runners.instances import header_of
 
-__all__ = ["Fate", "check", "code_of", "run_by", "source_of", "versions_in"]
+__all__ = ["Fate", "check", "code_of", "moved_to", "run_by", "source_of", "versions_in"]
 
-_LINES_MAX = 3
+_FRAMES_MAX = 3
 Migrations = Mapping[str, Callable[..., Any]]
 
 
@@ -95,9 +95,15 @@ def _in_place(data: bytes, sources: versions.Sources, keys: snapshot.Keys) -> st
         return f"not in place: {error}"
     if moved is None:
         return "it runs this code already"
-    before, after = ({wait["ref"]: (wait.get("function"), wait.get("line")) for wait in snapshot.read_header(one)["waits"]} for one in (data, moved[0]))
-    lines = list(dict.fromkeys(f"{function} line {line} -> {after[ref][1]}" for ref, (function, line) in before.items() if line is not None))
-    return f"can be migrated in place ({', '.join(lines[:_LINES_MAX])}{', …' if len(lines) > _LINES_MAX else ''})" if lines else "can be migrated in place"
+    return f"can be migrated in place{moved_to(moved[2])}"
+
+
+def moved_to(frames: Sequence[str]) -> str:
+    """The frames of an instance that is moved in place, to follow a text: the outermost one and those where it waits."""
+    told = list(dict.fromkeys(frames))
+    if len(told) > _FRAMES_MAX:
+        told[1 : 1 - _FRAMES_MAX] = [f"… {len(told) - _FRAMES_MAX} more"]
+    return f" ({', '.join(told)})" if told else ""
 
 
 def _changed(header: dict[str, Any], sources: versions.Sources) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -71,6 +71,40 @@ def main(o):
     assert site.w.result("v") == ["fixed", [["a", 1], {"b": 2}, None], "order undone"]
 
 
+CHAIN = """
+def d(o):
+    yield kw.suspend("r")
+    return o
+def c(o):
+    return (yield from d(o))
+def b(o):
+    return (yield from c(o))
+def main(o):
+    return (yield from b(o))
+"""
+
+
+@pytest.mark.parametrize(("text", "frames"), [
+    (PAID, "main line 8 -> 9"), (CHAIN.replace("from c", "from d"), "main line 14 -> 16, b line 12 -> 14, d line 7 -> 8"), (CHAIN, "main line 14 -> 16, … 1 more, c line 10 -> 12, d line 7 -> 8"),
+])  # fmt: skip
+def test_the_log_says_from_which_line_to_which_each_frame_was_moved(text: str, frames: str) -> None:
+    site = Site(text)
+    site.w.start("v", "order")
+    site.deploy(text.replace("\ndef", "\n# a comment\ndef", 1).replace("return", "yield kw.suspend('x')\n    return", 1))
+    assert moved(site)["status"] == "ok"
+    assert site.w.logs[-1] == f"v: migrated in place ({frames})"
+
+
+def test_a_frame_in_a_module_that_has_not_changed_is_told_where_it_is() -> None:
+    helper = Site("def help_(o):\n    yield kw.suspend('r')")
+    text = f"import {helper.name}\ndef main(o):\n    yield from {helper.name}.help_(o)\n    return {{0}}"
+    site = Site(text.format(1))
+    site.w.start("v")
+    site.deploy(text.format(2))
+    assert moved(site)["status"] == "ok"
+    assert site.w.logs[-1] == "v: migrated in place (main line 7 -> 7, help_ line 6)"
+
+
 def test_there_may_be_nothing_to_move() -> None:
     """The command may be repeated."""
     site = Site(PAID)
