@@ -29,8 +29,8 @@ from kwflow.durable.versions import Sources, no_sources
 from kwflow.errors import CorruptSnapshotError, SnapshotError
 
 __all__ = [
-    "CLASSES", "UNSIGNED", "Keys", "amend", "copy", "ended_header", "is_call", "key_id", "load", "move", "park", "place_of", "read_header", "save", "save_ended", "seal_of", "split", "unpark",
-    "waits_of", "wake",
+    "CLASSES", "UNSIGNED", "Keys", "amend", "changed", "copy", "ended_header", "is_call", "key_id", "load", "move", "park", "place_of", "read_header", "save", "save_ended", "seal_of", "split",
+    "unpark", "waits_of", "wake",
 ]  # fmt: skip
 
 Keys = Sequence[bytes]
@@ -293,8 +293,8 @@ def wake(header: dict[str, Any], body: bytes, sources: Sources = no_sources, mov
     return instance
 
 
-def park(stored: bytes | None, base: dict[str, Any], reason: str, message: str, offset: int, keys: Keys = ()) -> bytes:
-    """Return the same state, marked as parked: its records are held until somebody retries.  `base` is the header if nothing was stored before."""
+def park(stored: bytes | None, base: dict[str, Any], reason: str, message: str, offset: int, keys: Keys = (), at_ms: int = 0) -> bytes:
+    """Return the same state, marked as parked at this time: its records are held until somebody retries.  `base` is the header if nothing was stored before."""
     header, body = dict(base), b""
     if stored is not None:
         try:
@@ -303,7 +303,13 @@ def park(stored: bytes | None, base: dict[str, Any], reason: str, message: str, 
             return _encode({**base, "v": _VERSION, "status": "parked", "parked": {"reason": reason, "message": message, "offset": offset, "was": "damaged"}}, stored, keys)
     was = header.get("parked", {}).get("was") if header.get("status") == "parked" else header.get("status")
     parked = {"reason": reason, "message": message, "offset": offset, "was": was}
-    return _encode({**header, "v": _VERSION, "status": "parked", "parked": parked}, body, keys)
+    return _encode({**header, **changed(header, at_ms), "v": _VERSION, "status": "parked", "parked": parked}, body, keys)
+
+
+def changed(header: dict[str, Any], at_ms: int) -> dict[str, int]:
+    """Return the entry for a change at this time, which may be that of a record that was held for long; nothing if the header is of no instance, or forged."""
+    before = header.get("updated")
+    return {"updated": max(before, at_ms)} if isinstance(before, int) else {}
 
 
 def unpark(stored: bytes, keys: Keys = ()) -> bytes | None:

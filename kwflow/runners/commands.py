@@ -109,14 +109,20 @@ def _replied(batch: Batch, record: Record, status: str, message: str = "", value
 
 
 def _done(batch: Batch, name: str, record: Record, command: Command, status: str, made: Sequence[Decision] = (), message: str = "", value: object = None) -> Decision:
-    """The reply, remembered in the header if the instance still has one, joined with everything else that was done."""
+    """The reply, remembered in the header if the instance still has one, joined with everything else that was done.
+
+    Lists show when the instance changed, which is now, however old the records are that it has held.
+    """
     key = name.encode()
     stored = batch.state.get(key)
     left = _header(batch.config, name, stored)
-    if command.id is not None and stored is not None and left["status"] != "damaged":
-        ids = left.get("ids", {})
-        messages.remember(ids, command.id, status, message, value)
-        batch.state.put(key, snapshot.amend(stored, batch.config.signing_keys, ids=ids))
+    if stored is not None and left["status"] != "damaged":
+        fields: dict[str, Any] = snapshot.changed(left, record.timestamp_ms) if made and command.op != "fork" else {}  # a fork does not change its original
+        if command.id is not None:
+            fields["ids"] = left.get("ids", {})
+            messages.remember(fields["ids"], command.id, status, message, value)
+        if fields:
+            batch.state.put(key, snapshot.amend(stored, batch.config.signing_keys, **fields))
     mine = Decision(counts=(_COUNTED.get(command.op, command.op),), replies=parked.answered(batch.config, record, status, message, value))
     return joined([mine, *made])
 

@@ -95,7 +95,7 @@ def park(config: Config, state: Changes, name: str, stored: bytes | None, record
     ran = "" if stored is None or isinstance(error, _RAN_NOTHING_OLD) else "".join(f"; {said}" for said in old_code(config, name, stored))
     base = {"id": name, "workflow": _text(record, "workflow"), "start_id": _text(record, "start-id"), "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
     base |= {entry: value for entry in ("client", "parent") if (value := _text(record, entry))} if stored is None else {}
-    state.put(name.encode(), snapshot.park(stored, base, reason, message + ran, record.offset, config.signing_keys))
+    state.put(name.encode(), snapshot.park(stored, base, reason, message + ran, record.offset, config.signing_keys, record.timestamp_ms))
     kept, replies = _kept_and_replies(config, record, reason, message)
     _put(state, name, kept, _last(state, name)[1])
     told = dead_letter(config, record, "parked", f"{reason}: {message}", received_ms)

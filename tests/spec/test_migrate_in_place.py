@@ -105,6 +105,23 @@ def test_a_frame_in_a_module_that_has_not_changed_is_told_where_it_is() -> None:
     assert site.w.logs[-1] == "v: migrated in place (main line 7 -> 7, help_ line 6)"
 
 
+def test_it_has_changed_when_it_is_parked_and_when_it_is_moved_however_old_the_records_are_that_it_has_held() -> None:
+    """`kwflow list --status parked --since 10m` showed nobody who had waited for longer, and without the status nobody who had just been moved."""
+    site = Site(PARKS)
+    for id in ("v", "parked"):
+        site.w.start(id, "order")
+    begun = site.w.now_ms
+    site.w.advance(3600)
+    site.w.resume("parked", "paid", 5)
+    assert (site.w.header("v")["updated"], site.w.header("parked")["updated"]) == (begun, site.w.now_ms)
+    site.w.advance(3600)
+    site.deploy(MENDED)
+    for id in ("v", "parked"):
+        assert moved(site, id)["status"] == "ok"
+        assert site.w.header(id)["updated"] == site.w.now_ms
+    assert site.w.waits("parked") == ["shipped"]
+
+
 def test_there_may_be_nothing_to_move() -> None:
     """The command may be repeated."""
     site = Site(PAID)
