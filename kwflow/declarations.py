@@ -89,8 +89,8 @@ def migrate(*, from_: str) -> Callable[[_F], _F]:
     The function gets an OldInstance, and returns the unstarted generator that takes main's place, alone or with the refs that it
     takes over.  `kwflow code migrate` runs it (docs/CODE.md).
     """
-    if not isinstance(from_, str) or re.fullmatch(r"[^:@]+:[^:@]+(@[0-9a-f]{12})?", from_) is None:
-        raise UsageError(f'@kw.migrate(from_="module:function") or "module:function@<12 hex>", not {from_!r}')
+    if not isinstance(from_, str) or re.fullmatch(r"[^:@/]+:[^:@]+(@[0-9a-f]{12})?", from_) is None:
+        raise UsageError(f'@kw.migrate(from_=...) takes main as "module:function", such as "shop.orders:main", or one version, "module:function@<12 hex>" (see kwflow code list), not {from_!r}')
 
     def register(target: _F) -> _F:
         if registry.version(target.__module__) is not None:

@@ -27,8 +27,9 @@ from kwflow.runners.code import LEASE_MS
 from kwflow.runners.deployment import Fate
 from kwflow.runners.groups import Group
 from kwflow.runners.instances import ALL, header_of, instant
+from kwflow.runners.migrations import Trial, without_code
 from kwflow.runners.modules import load_workflows
-from kwflow.runners.outside import code_store, snapshots, sole_writer, stored
+from kwflow.runners.outside import code_store, snapshots, sole_writer, states, stored
 
 __all__ = ["check", "code_app", "prepare_stored"]
 
@@ -159,12 +160,17 @@ def gc(
     out.print(f"{len(gone)} of {len(store.entries)} versions")
 
 
-def check(settings: Config, modules: Sequence[str], embedded: Path | None, app_dir: Path | None) -> int:
-    """Say what a deployment of these modules would do to the instances that wait; the exit code, 1 if any would be parked."""
+def check(settings: Config, modules: Sequence[str], embedded: Path | None, app_dir: Path | None, migrations: bool = False) -> int:
+    """Say what a deployment of these modules would do to the instances that wait; the exit code, 1 if any would be parked.
+
+    With `migrations`, their `@kw.migrate` functions are tried as well; then the exit code is also 1 if any fails.
+    """
     workflows = load_workflows(list(modules), app_dir, settings.durable_packages)
     allow_modules(settings.snapshot_modules)
     allow_classes_by_value(settings.snapshot_cloudpickle)
-    fates = list(deployment.check(snapshots(settings, embedded), code_store(settings, embedded), workflows.migrations, settings.signing_keys))
+    state = states(settings, embedded, lambda key, _: not key.startswith(b"\0") or (migrations and key.startswith(parked.HOLD)))
+    stored, store = {key: data for key, data in state.items() if not key.startswith(b"\0")}, code_store(settings, embedded)
+    fates = list(deployment.check(stored, store, workflows.migrations, settings.signing_keys))
     counts = Counter(fate.kind for fate in fates)
     out.print(f"{len(fates) - counts['failed']} waiting: {counts['resume']} resume on this code, {counts['old']} stay on old code, {counts['parked']} would be parked")
     _print_fates("stay on old code", [fate for fate in fates if fate.kind == "old"])
@@ -174,7 +180,24 @@ def check(settings: Config, modules: Sequence[str], embedded: Path | None, app_d
     for name, cls in sorted(classes):
         holders = sum(cls in fate.changed.get(name, ()) for fate in fates)
         out.print(f"class {name}.{cls} has changed since {holders} of these instances were saved")
-    return 1 if counts["parked"] else 0
+    for line in without_code(workflows.migrations, store):
+        out.print(line)
+    failed = _try_migrations(Trial(settings, workflows, store, state), fates, stored) if migrations else 0
+    return 1 if counts["parked"] or failed else 0
+
+
+def _try_migrations(trial: Trial, fates: list[Fate], stored: dict[bytes, bytes]) -> int:
+    """Print what the migrations would do to those that they are for; return how many of these they would not migrate."""
+    tried = [(fate.id, *trial(fate.id, stored[fate.id.encode()], time.time_ns() // 1_000_000)) for fate in fates if fate.migration]
+    failed = sum(not done for _, done, _ in tried)
+    out.print(f"{len(tried) - failed} would be migrated by @kw.migrate, {failed} would not")
+    for title, wanted in (("would not be migrated", False), ("would be migrated", True)):
+        chosen = [(id, said) for id, done, said in tried if done is wanted]
+        for id, said in chosen[:_SHOWN]:
+            out.print(f"{title}: {id}  {said}", markup=False)
+        if len(chosen) > _SHOWN:
+            out.print(f"… and {len(chosen) - _SHOWN} more")
+    return failed
 
 
 def prepare_stored(settings: Config) -> None:

@@ -89,6 +89,7 @@ def engine(
     tracing: Traced = False,
     sync: Annotated[bool, typer.Option("--sync/--no-sync", envvar="KWFLOW_SYNC", help="Embedded: write each batch to disk before it counts.")] = True,
     check: Annotated[bool, typer.Option("--check", help="Run nothing; print what deploying MODULE would do to waiting instances; exit 1 if any would be parked.")] = False,
+    migrations: Annotated[bool, typer.Option("--migrations", help="With --check: try the @kw.migrate functions on copies in memory. Your code runs for this; nothing is written or sent.")] = False,
     config: ConfigFile = None,
     app_dir: AppDir = None,
 ) -> None:
@@ -101,7 +102,9 @@ def engine(
         accept_offset_reset=accept_offset_reset or None, wait_for_broker_s=wait_for_broker, http=http, log_format=log_format, tracing=tracing or None,
     )  # fmt: skip
     if check:
-        raise typer.Exit(check_code(settings, modules, embedded, app_dir))
+        raise typer.Exit(check_code(settings, modules, embedded, app_dir, migrations))
+    if migrations:
+        raise UsageError("--migrations is for --check: it says what kwflow code migrate would do")
     if processes > 1 and (embedded is not None or runner is Runner.faust):
         raise UsageError("--processes is for Kafka: only one process can use an embedded directory; with Faust, start as many workers as you like, each with its own --state-dir")
     begin_processes(settings, processes, log_of(settings))

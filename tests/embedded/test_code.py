@@ -199,6 +199,70 @@ def test_a_move_that_no_engine_answers_says_once_how_to_repeat_it(site: Deployme
     assert "migrate of a: no reply within 0.3 s; perhaps no engine is running; at least 0 of 1 are done; repeat with --command-id m-1, which does nothing twice" in said
 
 
+MIGRATING = """
+import kwflow as kw
+kw.declare_topics('out')
+
+@kw.workflow(name='trips', park_on_error=True)
+def main(opts):
+    yield kw.suspend('r')
+
+@kw.migrate(from_='shop.trips:main')
+def move(old):
+    return after(old.locals['opts'], old.refs['r']), ['r']
+
+def after(opts, r):
+    print('tried')
+    kw.output('x', 'out')
+    if not opts:
+        raise ValueError(opts)
+    yield r
+    return 10 / opts
+
+@kw.migrate(from_='shop.trips:mian')
+def moves_nobody(old): ...
+
+@kw.migrate(from_='shop.tirps:main')
+def moves_nobody_either(old): ...
+
+@kw.migrate(from_='shop.trips:main@0123456789ab')
+def moves_nobody_at_all(old): ...
+"""
+
+
+@pytest.mark.slow
+def test_migrations_are_tried_on_copies_and_change_nothing(site: Deployments) -> None:
+    """G10: `engine --check --migrations`. Whether one would fail was known once it had parked an instance."""
+    site.deploy({"trips.py": WRONG}, "shop.trips")
+    for id, opts in (("good", "5"), ("parked", "5"), ("again", '"x"'), ("paused", "5"), ("bad", "[]")):
+        site("start", id, "--input", opts)
+    for id in ("parked", "again"):
+        site("resume", id, "r", "--value", "7")
+    site("pause", "paused")
+    site.until(lambda: len(json.loads(site("dead-letters", "list", "--json"))) == 2)
+    site.stop()
+    before = [site.stored(id) for id in ("good", "parked", "again", "paused", "bad")]
+    check = "engine", "--check", "shop.trips", "--app-dir", str(site.folder)
+    (site.folder / "shop/trips.py").write_text(MIGRATING)
+    said = site(*check)
+    assert "tried" not in said and "a migration is there" in said
+    assert "@kw.migrate(from_='shop.trips:mian'): no stored version has shop.trips:mian (did you mean main?)" in said
+    assert "@kw.migrate(from_='shop.tirps:main'): no version of shop.tirps is stored (did you mean shop.trips?)" in said
+    assert "@kw.migrate(from_='shop.trips:main@0123456789ab'): no stored version of shop.trips is 0123456789ab; there are " in said
+    assert said.count("@kw.migrate(") == 3
+    said = site(*check, "--migrations", code=1)
+    assert "tried" in said and "3 would be migrated by @kw.migrate, 2 would not" in said
+    line = MIGRATING.splitlines().index("    yield r") + 1
+    for id in ("good", "paused"):
+        assert f"would be migrated: {id}  then it waits in after (shop/trips.py:{line})" in said
+    assert "would be migrated: parked  then it ends" in said
+    assert f"would not be migrated: bad  UncaughtError: ValueError: [] in after (shop/trips.py:{line - 1})" in said
+    assert "would not be migrated: again  then it is parked: UncaughtError: TypeError: " in said
+    assert [site.stored(id) for id in ("good", "parked", "again", "paused", "bad")] == before
+    assert site.records("out") == []
+    assert "--migrations is for --check" in site("engine", "shop.trips", "--migrations", code=2)
+
+
 class Ago:
     """A clock that is this many days behind."""
 

@@ -180,8 +180,9 @@ def test_one_version_can_be_named_also_if_its_unit_has_not_changed(site: Site) -
 
 
 def test_keys_are_checked_and_two_migrations_from_one_key_are_refused() -> None:
-    with pytest.raises(UsageError, match="module:function"):
-        api.migrate(from_="main")
+    for key in ("main", "shop/orders.py:main", "shop.orders:main:inner", "shop.orders:main@1234", ":main", 5):
+        with pytest.raises(UsageError, match=re.escape(f'main as "module:function", such as "shop.orders:main", or one version, "module:function@<12 hex>" (see kwflow code list), not {key!r}')):
+            api.migrate(from_=key)  # type: ignore[arg-type]
     try:
         api.migrate(from_="m:main")(test_keys_are_checked_and_two_migrations_from_one_key_are_refused)
         with pytest.raises(UsageError, match="two migrations"):
