@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from kwflow import durable
+from kwflow import declarations, durable
 from kwflow.config import _SECTIONS, Config, load_config
 from kwflow.runners.kafka import topics
 from kwflow.testing import WorkflowTester
@@ -46,6 +46,25 @@ def test_the_example_of_the_readme_does_what_it_says() -> None:
     tester.start("b")
     tester.advance(86_400)
     assert tester.values("workflow-error") == ["TimeoutError: kw.timeout"]
+
+
+def test_a_migration_of_several_waits_does_what_it_says() -> None:
+    """Semantics §8.5."""
+    [new] = [text for text in blocks(ROOT / "docs/CODE.md", "python") if "shop.parcels" in text]
+    old = "import kwflow as kw\ndef pack(item):\n    return (yield kw.suspend(item))\ndef main(opts):\n    return (yield kw.all([pack(item) for item in opts]))\n"
+    declarations._migrations.clear()  # it was loaded under another name, too
+    try:
+        tester = WorkflowTester(durable.load_source("shop.parcels", old, "shop/parcels.py").main)
+        tester.start("a", ["cup", "pot", "can"])
+        tester.resume("a", "pot", 2)
+        tester.deploy(durable.load_source("shop.parcels", new, "shop/parcels.py").main)
+        assert tester.command("a", "migrate")["status"] == "ok"
+        assert tester.waits("a") == ["cup", "can"]
+        tester.resume("a", "can", 3)
+        tester.resume("a", "cup", 1)
+        assert tester.result("a") == [2, 1, 3]
+    finally:
+        declarations._migrations.clear()
 
 
 def test_settings_that_are_shown_are_taken(tmp_path: pathlib.Path) -> None:
