@@ -72,8 +72,9 @@ class Agreement:
         )
 
     def _differences(self, owner: Owner) -> Iterator[str]:
+        others = dict(owner.choices)
         for name, mine in self.choices.items():
-            theirs = owner.choices.get(name)
+            theirs = others.get(name)
             if theirs is None or theirs == mine:
                 continue
             if name == _SIGNED:

@@ -41,7 +41,7 @@ class Owner(msgspec.Struct, frozen=True):
     address: str | None
     since: int
     group: str = ""
-    choices: dict[str, str] = {}
+    choices: tuple[tuple[str, str], ...] = ()
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -63,7 +63,7 @@ class Owners:
 
     def __init__(self, member: Member) -> None:
         self.address: str | None = None
-        self.choices: dict[str, str] = {}
+        self.choices: tuple[tuple[str, str], ...] = ()
         self._member = member
         self._topic = member.config.owners_topic
         self._entries: dict[bytes, bytes] = {}

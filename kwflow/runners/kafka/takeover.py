@@ -56,7 +56,7 @@ class Takeover:
         self.generation = 0  # incremented with each rebalance that we are told of, even an empty one
         self._owners = owners
         self._agreement = Agreement(member)
-        owners.choices = self._agreement.choices
+        owners.choices = tuple(self._agreement.choices.items())
         self._former: dict[int, Owner | None] = {}  # the last owners of partitions that are assigned or restoring
         self._stuck_since: dict[int, float] = {}
         self.foreign = None if member.processor.changelog_topic else Foreign(member)
