@@ -21,6 +21,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _topics: set[str] = set()
 _hearing: list[set[str]] = []
 _workflows: dict[str, Callable[..., Any]] = {}
+_CHECKPOINTS_MAX = 1_000  # each is as large as the instance, and is read at a takeover
 _migrations: dict[str, Callable[..., Any]] = {}
 
 
@@ -55,8 +56,8 @@ def declared_topics() -> frozenset[str]:
 @overload
 def workflow(function: _F) -> _F: ...
 @overload
-def workflow(*, name: str | None = None, restart: bool = False, park_on_error: bool = False) -> Callable[[_F], _F]: ...
-def workflow(function: _F | None = None, *, name: str | None = None, restart: bool = False, park_on_error: bool = False) -> _F | Callable[[_F], _F]:
+def workflow(*, name: str | None = None, restart: bool = False, park_on_error: bool = False, checkpoints: int = 0) -> Callable[[_F], _F]: ...
+def workflow(function: _F | None = None, *, name: str | None = None, restart: bool = False, park_on_error: bool = False, checkpoints: int = 0) -> _F | Callable[[_F], _F]:
     """Register a workflow under a name (default: that of the function), by which the header `kwflow-workflow` of a `new:` selects it.
 
     With `restart`, a `new:` for an id that is running ends that run, without running its code, and starts a new one; otherwise
@@ -64,7 +65,12 @@ def workflow(function: _F | None = None, *, name: str | None = None, restart: bo
 
     With `park_on_error`, an exception that it does not catch undoes the step and parks the instance, so that it can go on once the bug is fixed.
     BusinessError, ActivityError, WorkflowError (which ChildError is), TimeoutError and Cancelled are outcomes: they end it, as every exception does otherwise.
+
+    With `checkpoints`, an instance is saved after each record, and that many of its earlier states are kept, to look at (`kwflow show --at`) and to fork
+    from (`kwflow fork --at`); at most 1,000.
     """
+    if type(checkpoints) is not int or not 0 <= checkpoints <= _CHECKPOINTS_MAX:
+        raise UsageError(f"@kw.workflow(checkpoints=...) is the number of earlier states to keep, from 0 to {_CHECKPOINTS_MAX}, not {checkpoints!r}")
 
     def register(target: _F) -> _F:
         if registry.version(target.__module__) is not None:  # an old version that is loaded beside the new one (semantics §8.4)
@@ -77,6 +83,8 @@ def workflow(function: _F | None = None, *, name: str | None = None, restart: bo
             target.kwflow_restart = True  # type: ignore[attr-defined]
         if park_on_error:
             target.kwflow_park_on_error = True  # type: ignore[attr-defined]
+        if checkpoints:
+            target.kwflow_checkpoints = checkpoints  # type: ignore[attr-defined]
         _workflows[label] = target
         return target
 

@@ -22,8 +22,8 @@ from kwflow.cli.dead_letters import dead
 from kwflow.cli.engines import engine, feed, run, scheduler
 from kwflow.cli.gateway import gateway
 from kwflow.cli.history import history
-from kwflow.cli.instances import list_, show
-from kwflow.cli.messages import cancel, fork, pause, query, result, signal, terminate, unpause, update
+from kwflow.cli.instances import checkpoints, list_, show
+from kwflow.cli.messages import cancel, fork, pause, query, result, rewind, signal, terminate, unpause, update
 from kwflow.cli.records import resume, start, tail
 from kwflow.cli.schedules import schedules_app
 from kwflow.cli.shared import err, error_text, exit_code, out
@@ -38,7 +38,10 @@ app.add_typer(schedules_app, name="schedule")
 app.add_typer(topics_app, name="topics")
 app.add_typer(code_app, name="code")
 app.add_typer(bulk_app, name="bulk")
-for _command in (engine, worker, scheduler, feed, gateway, console, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, fork, result, show, history, tail, reset):
+for _command in (
+    engine, worker, scheduler, feed, gateway, console, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, fork, rewind, result, show, checkpoints, history, tail,
+    reset,
+):  # fmt: skip
     app.command()(_command)
 app.command("list")(list_)
 

@@ -23,13 +23,14 @@ from kwflow.core.wire import Output
 from kwflow.durable import allow_classes_by_value, allow_modules, find_source, registry, versions
 from kwflow.errors import SnapshotError, UsageError
 from kwflow.runners import deployment, parked
+from kwflow.runners.checkpoints import of_checkpoint
 from kwflow.runners.code import LEASE_MS
 from kwflow.runners.deployment import Fate
 from kwflow.runners.groups import Group
 from kwflow.runners.instances import ALL, header_of, instant
 from kwflow.runners.migrations import Trial, without_code
 from kwflow.runners.modules import load_workflows
-from kwflow.runners.outside import code_store, snapshots, sole_writer, states, stored
+from kwflow.runners.outside import all_snapshots, code_store, snapshots, sole_writer, states, stored
 
 __all__ = ["check", "code_app", "prepare_stored"]
 
@@ -47,13 +48,13 @@ def list_(
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
-    """List every version of a module that is stored or that an instance runs.
+    """List every version of a module that is stored, or that an instance runs or has run in a checkpoint.
 
     Example: kwflow code list --embedded ./state
     """
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     store = code_store(settings, embedded)
-    running = deployment.versions_in(snapshots(settings, embedded))
+    running = deployment.versions_in(all_snapshots(settings, embedded))
     rows: list[dict[str, Any]] = []
     for key in sorted({*running, *store.entries}):
         name, _, version = key.rpartition("@")
@@ -145,8 +146,8 @@ def gc(
     if days * LEASE_MS < 2 * LEASE_MS:
         raise UsageError("--older-than must be at least 2 days: engines renew the versions that they use only once a day")
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
-    stored = snapshots(settings, embedded)
-    unknown = [key.decode() for key, data in sorted(stored.items()) if header_of(data, snapshot.read_inner_header)["status"] == "damaged"]
+    stored = all_snapshots(settings, embedded)
+    unknown = [key.decode() for key, data in sorted(stored.items()) if of_checkpoint(key) is None and header_of(data, snapshot.read_inner_header)["status"] == "damaged"]
     if unknown:
         raise UsageError(f"{unknown[0]} is damaged, so the code that it runs is unknown; repair or terminate it first")
     store = code_store(settings, embedded)  # after them: what an engine began to run meanwhile was written with its first snapshot

@@ -17,10 +17,11 @@ from kwflow.durable import versions
 from kwflow.durable.peek import peek_text
 from kwflow.errors import UsageError
 from kwflow.runners import deployment, outside
+from kwflow.runners.checkpoints import extent
 from kwflow.runners.instances import Filter, described, instant, since_ms
 from kwflow.runners.outside import code_store, stored
 
-__all__ = ["IdPart", "OfStatus", "OfWorkflow", "Since", "Where", "list_", "note_source", "show", "wanted_of"]
+__all__ = ["IdPart", "OfStatus", "OfWorkflow", "Since", "Where", "checkpoints", "list_", "note_source", "show", "wanted_of"]
 
 OfWorkflow = Annotated[str | None, typer.Option("--workflow", help="Only instances of this workflow.")]
 OfStatus = Annotated[str | None, typer.Option("--status", help="Only this status: waiting, closing, parked, paused, ended or damaged.")]
@@ -28,7 +29,10 @@ Since = Annotated[str | None, typer.Option("--since", help="Changed since then: 
 IdPart = Annotated[str, typer.Option("--id", help="Only ids that begin with this; with a leading *, ids that contain it.")]
 Where = Annotated[list[str] | None, typer.Option("--where", help="NAME=VALUE in the status set by kw.set_status, such as customer=Ada or order.paid=true; may be given several times.")]
 
+At = Annotated[int | None, typer.Option("--at", help="Show this checkpoint (kwflow checkpoints ID) instead of the present state.")]
+
 _CHARACTERS, _JSON_CHARACTERS = 500, 10_000  # of a variable
+_FEW = 3  # of something, in one line
 _ROWS_MAX = 1000  # of a table; each costs half a millisecond, and nobody reads more
 
 
@@ -50,6 +54,7 @@ def show(
     embedded: MaybeDir = None,
     bootstrap_servers: Bootstrap = None,
     application_id: Application = None,
+    at: At = None,
     locals: Annotated[bool, typer.Option("--locals", help="Show variables, too; for objects of your classes, what was saved of them.")] = False,
     save: Annotated[Path | None, typer.Option("--save", help="Save the instance to this file (JSON), with the code that it runs and the records that it holds, for WorkflowTester.load.")] = None,
     as_json: Json = False,
@@ -61,10 +66,10 @@ def show(
     """
     settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
     if save is not None:
-        data = _saved(settings, embedded, id)
+        data = _saved(settings, embedded, id, at)
         with open(save, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:  # its variables are in it
             file.write(data)
-    header, frames = _found(settings, embedded, id, (_JSON_CHARACTERS if as_json else _CHARACTERS) if locals else 0)
+    header, frames = _found(settings, embedded, id, at, (_JSON_CHARACTERS if as_json else _CHARACTERS) if locals else 0)
     if as_json:
         variables = [{"function": function, "locals": values} for function, values in frames]
         print_json({**header, **({"frames": variables} if locals else {})})
@@ -83,27 +88,27 @@ def show(
             out.print(f"    {name} = {value}")
 
 
-def _found(settings: Config, embedded: Path | None, id: str, characters: int) -> tuple[dict[str, Any], list[tuple[str, dict[str, str]]]]:
+def _found(settings: Config, embedded: Path | None, id: str, at: int | None, characters: int) -> tuple[dict[str, Any], list[tuple[str, dict[str, str]]]]:
     """What is told of it, and its frames if they are wanted, each variable in so many characters: they leave their engine's machine with the changelog only.  Raises UsageError."""
-    if embedded is None and not characters:
+    if embedded is None and at is None and not characters:
         from kwflow.runners.kafka import asking
 
         answer = asking.show(settings, id, note_source)
         if answer is not None:
             return answer, []
-    data = stored(settings, embedded, id)
+    data = stored(settings, embedded, id, at)
     shown = described(data, settings.signing_keys)
     body = snapshot.split(data, settings.signing_keys)[1] if characters else b""  # variables only of what is verified, where there are keys
     return shown, peek_text(body, characters, named) if body else []
 
 
-def _saved(settings: Config, embedded: Path | None, id: str) -> bytes:
-    """The instance, without a signature, the sources that its code is in, and what it holds.  Raises UsageError, SnapshotError."""
+def _saved(settings: Config, embedded: Path | None, id: str, at: int | None) -> bytes:
+    """The instance or its checkpoint, without a signature, the sources that its code is in, and what it holds.  Raises UsageError, SnapshotError."""
     from kwflow.testing import Saved
 
-    found = outside.entry(settings, embedded, wire.key_of(id).decode(), settings.hold_max)
+    found = outside.entry(settings, embedded, wire.key_of(id).decode(), settings.hold_max, at)
     if found is None:
-        raise UsageError(f"no instance {id!r}")
+        raise outside.missing(id, at)
     header, body = snapshot.split(found.data, settings.signing_keys)
     was = header.get("parked", {}).get("was", header["status"])
     if was == "ended" or (not body and not found.held):
@@ -116,6 +121,39 @@ def _saved(settings: Config, embedded: Path | None, id: str) -> bytes:
     keys = versions.needed((versions.entry_key(name, saved["version"]) for name, saved in deployment.code_of(header)), store.entries)
     sources = {key: store.entries[key].decode() for key in sorted(keys) if key in store.entries}
     return msgspec.json.encode(Saved(snapshot.copy(body, header), sources, tuple(found.held)))
+
+
+def checkpoints(
+    id: str,
+    embedded: MaybeDir = None,
+    bootstrap_servers: Bootstrap = None,
+    application_id: Application = None,
+    as_json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """List the earlier states that are kept of an instance, and where it waited in each.
+
+    Example: kwflow checkpoints order-7 --embedded ./state
+    """
+    settings = load_config(config, bootstrap_servers=bootstrap_servers, application_id=application_id)
+    header = described(stored(settings, embedded, id), settings.signing_keys)
+    rows = [{"number": number, **described(data, settings.signing_keys)} for number, data in outside.checkpoints(settings, embedded, id).items()]
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        err.print(f"{id} has no checkpoints: @kw.workflow(checkpoints=20) makes an engine keep the last 20, from the next step on", markup=False, highlight=False, soft_wrap=True)
+    table = columns("checkpoint", "since", "waits", "in")
+    for row in [*rows, *([{"number": "now", **header}] if header["status"] != "ended" else [])]:
+        run = f"  (run {row['start_id']})" if row.get("start_id") != header.get("start_id") else ""
+        shown = [" ".join(_wait(wait)) for wait in row["waits"]]
+        places = {f"{wait['function']} ({wait['file']}:{wait['line']})": None for wait in row["waits"] if "file" in wait}
+        table.add_row(str(row["number"]) + run, instant(row["updated"]), _some(shown), _some(list(places)))
+    print_table(table)
+
+
+def _some(texts: list[str]) -> str:
+    return ", ".join(texts[:_FEW]) + (f" and {len(texts) - _FEW} more" if len(texts) > _FEW else "")
 
 
 def note_source(why: str) -> None:
@@ -132,6 +170,9 @@ def _about(header: dict[str, Any]) -> list[str]:
         parent = f", child of {header['parent'].partition('|')[0]}" if "parent" in header else ""
         fork = f", a fork of {header['forked']['id']}" if "forked" in header else ""
         lines.append(f"run {header['start_id']}{parent}{fork}")
+    first, current = extent(header)
+    if current > first:
+        lines.append(f"checkpoints {first} to {current - 1}")
     if "cancel" in header:
         lines.append(f"cancelled at {instant(header['cancel']['at'])}: {header['cancel']['reason'] or '(no reason)'}")
     if "status_value" in header:
@@ -173,9 +214,8 @@ def list_(
     table = columns("id", "workflow", "status", "changed", "waits")
     for row in found.rows:
         waits = [" ".join(_wait(wait)) for wait in row["waits"]]
-        said = ", ".join(waits[:3]) + (f" and {len(waits) - 3} more" if len(waits) > 3 else "")
         outcome = row["outcome"]
-        table.add_row(row["id"], row["workflow"], row["status"] + (f" ({outcome['kind']})" if outcome else ""), instant(row["changed"]) if row["changed"] else "", said)
+        table.add_row(row["id"], row["workflow"], row["status"] + (f" ({outcome['kind']})" if outcome else ""), instant(row["changed"]) if row["changed"] else "", _some(waits))
     print_table(table)
     if found.total > len(found.rows):
         err.print(f"and {found.total - len(found.rows)} more that changed earlier: filter with --workflow, --status, --since, --id or --where, or list all with --json")

@@ -214,15 +214,23 @@ class Client:
         self._command(id, "retry", None, future, lambda reply: settle(future, reply.message), command_id, start_id)
         return future
 
-    def fork(self, id: str, new_id: str | None = None, *, start_id: str | None = None, command_id: str | None = None) -> Future[Run]:
-        """Create a second instance that continues from where this one waits now, under `new_id` (default: an id that the engine makes).
+    def fork(self, id: str, new_id: str | None = None, *, at: int | None = None, start_id: str | None = None, command_id: str | None = None) -> Future[Run]:
+        """Create a second instance that continues from where this one waits now, or from its checkpoint `at`, under `new_id` (default: an id that the engine makes).
 
         The first instance is not changed.  The fork's timers are due when those of the first are, and running activities are called for it too.
         Raises CommandError: rejected (with the reason, such as a child that the instance waits for), exists, not_found.
         """
         future: Future[Run] = self._futures.new()
-        self._command(id, "fork", {"id": new_id}, future, lambda reply: settle(future, Run(**reply.value, new=True)), command_id, start_id)
+        arguments = {"id": new_id} if at is None else {"id": new_id, "at": at}  # engines of earlier versions know no `at`
+        self._command(id, "fork", arguments, future, lambda reply: settle(future, Run(**reply.value, new=True)), command_id, start_id)
         return future
+
+    def rewind(self, id: str, to: int, *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
+        """Put a workflow back to a checkpoint of its run (`@kw.workflow(checkpoints=...)`), from which it continues; its present state becomes a checkpoint.
+
+        Its timers, calls and children begin and end accordingly (docs/MESSAGES.md).  Raises CommandError: rejected (with the reason), not_found.
+        """
+        return self._void(id, "rewind", {"to": to}, command_id, start_id)
 
     def migrate(self, id: str, *, in_place: bool = False, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
         """Move a waiting workflow to the current code: by the `@kw.migrate` function for it, or in place, after the same wait of the edited function.

@@ -28,6 +28,7 @@ _SAID = {
     "cancel": "kw.Cancelled was raised where it waits.", "pause": "It is paused: records for it are held.", "unpause": "It continues; what was held is applied in order.",
     "terminate": "It was ended without running its code.", "signal": "The signal is in its mailbox.", "retry": "Retry requested; the engine does it.",
     "discard": "Discard requested; the engine does it.", "migrate": "It continues in the code that the engine has now.",
+    "rewind": "It was put back to the checkpoint, and continues from there.", "fork": "A second instance continues from the checkpoint.",
     "letter-retry": "The letter was sent again.", "letter-discard": "The letter was closed.",
 }  # fmt: skip
 _FIELDS = ("status", "workflow", "id", "since", "where", "page")
@@ -68,10 +69,20 @@ async def _list(request: Request) -> Response:
 
 async def _instance(request: Request) -> Response:
     site, id = site_of(request), segment(request, "id")
-    found = await site.ask(instance, site, request.app.state.sources, id)
+    at = _number(request.query_params.get("at"))
+    found = await site.ask(instance, site, request.app.state.sources, id, at)
+    if found is None and at is not None:
+        raise Problem(404, f"There is no checkpoint {at} of {id}", "newer ones have replaced it, or there was none; see the page of the instance")
     if found is None:
         raise Problem(404, f"There is no instance {id}", "it has ended and been forgotten (ended_retention_ms), or has another id; see the list of instances")
     return site.page("instance.html", found=found, said=_SAID.get(request.query_params.get("done", "")), command=site.command)
+
+
+def _number(text: str | None) -> int | None:
+    """The number of a checkpoint.  Raises UsageError."""
+    if text is not None and (not text.isdecimal() or len(text) > 15):
+        raise UsageError(f"at must be the number of a checkpoint, not {text!r}")
+    return int(text) if text is not None else None
 
 
 async def _letters(request: Request) -> Response:

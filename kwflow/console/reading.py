@@ -55,7 +55,10 @@ class Drawn(msgspec.Struct, frozen=True):
 
 
 class Instance(msgspec.Struct, frozen=True):
-    """One instance.  `header` is empty if its bytes cannot be read, and `trouble` says why; `untold` says why its variables are not shown."""
+    """One instance, or the checkpoint `at` of it; `checkpoints` are the numbers of its first checkpoint and of the present state.
+
+    `header` is empty if its bytes cannot be read, and `trouble` says why; `untold` says why its variables are not shown.
+    """
 
     id: str
     header: dict[str, Any]
@@ -73,6 +76,8 @@ class Instance(msgspec.Struct, frozen=True):
     fault: Record | None
     behind: list[Record]
     ops: tuple[str, ...]
+    at: int | None
+    checkpoints: tuple[int, int]
     took_ms: float
 
 
@@ -88,10 +93,10 @@ def listed(site: Site, wanted: Filter, number: int) -> Listing:
     return Listing(found.rows[ROWS * (number - 1) :], found.counts, number, max(more, 0), source, "; ".join(notes), (time.perf_counter() - began) * 1000)
 
 
-def instance(site: Site, sources: Sources, id: str) -> Instance | None:
-    """Everything that is known of an instance; None if there is none.  Raises TransportError."""
+def instance(site: Site, sources: Sources, id: str, at: int | None = None) -> Instance | None:
+    """Everything that is known of an instance, or of its checkpoint `at`; None if there is none.  Raises TransportError."""
     began = time.perf_counter()
-    entry = outside.entry(site.config, site.embedded, id, _HELD_MAX + 1) if not id.startswith("\0") else None
+    entry = outside.entry(site.config, site.embedded, id, _HELD_MAX + 1, at) if not id.startswith("\0") else None
     if entry is None:
         return None
     keys, header, trouble, untold = site.config.signing_keys, dict[str, Any](), "", ""
@@ -112,7 +117,8 @@ def instance(site: Site, sources: Sources, id: str) -> Instance | None:
     return Instance(
         id, header, status, trouble, untold, len(entry.data), nodes, picture.whole if picture else True, held,
         list(codes.values()), _text(json_text, header["status_value"]) if "status_value" in header else "", _text(_json_of, outcome.get("value")) if outcome else "",
-        entry.holds, entry.held[0] if entry.held and status == "parked" else None, entry.held[1:] if status == "parked" else entry.held, _OPS.get(status, ()), (time.perf_counter() - began) * 1000,
+        entry.holds, entry.held[0] if entry.held and status == "parked" else None, entry.held[1:] if status == "parked" else entry.held, _OPS.get(status, ()) if at is None else ("fork", "rewind"),
+        at, entry.checkpoints, (time.perf_counter() - began) * 1000,
     )  # fmt: skip
 
 

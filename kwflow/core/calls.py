@@ -34,6 +34,8 @@ _AHEAD_MS_MAX = 3_600_000  # K13: Kafka 4 refuses timestamps that are further ah
 class Calls:
     """One step while it runs, as author code sees it.  It has its own buffers, so a failed step leaves nothing behind (KW-39)."""
 
+    changed = True
+
     def __init__(self, instance: Instance, record: Record, context: Context) -> None:
         self.instance = instance
         self.record = record

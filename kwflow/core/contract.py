@@ -76,9 +76,10 @@ class Keep(msgspec.Struct, frozen=True):
 
 
 class Save(msgspec.Struct, frozen=True):
-    """Store this instance (`snapshot.save`)."""
+    """Store this instance (`snapshot.save`).  `changed` tells whether the record did anything to it, besides that it was applied."""
 
     instance: Instance
+    changed: bool = True
 
 
 class Ended(msgspec.Struct, frozen=True):

@@ -76,6 +76,7 @@ def applied_before(calls: Calls, command: Command) -> Transition | None:
         for waiting in extra.get("updates", {}).values():
             if waiting["id"] == command.id and address is not None and len(waiting["to"]) < _ADDRESSES_MAX:
                 waiting["to"].append(msgspec.to_builtins(address))
+        calls.changed = False
         return calls.run(lambda: None, "repeated")
     return Transition(Keep(), replies=(Reply(address, *known),) if address is not None else (), outcome="repeated")
 
@@ -149,6 +150,7 @@ def _refuse(calls: Calls, status: str, why: str) -> None:
 
     The command may be sent again, since it was not applied.
     """
+    calls.changed = False
     calls.answer(status, why)
     if not calls.replies:
         calls.outcome = "refused"

@@ -6,23 +6,23 @@ stores or the bytes of snapshots: a header goes in, data comes out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
 
-from kwflow.core import children, outcomes, queues, wire
+from kwflow.core import children, messages, outcomes, queues, wire
 from kwflow.core.calls import timer_key
 from kwflow.core.contract import Topics
 from kwflow.core.dispatch import Withdraw
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Output, Record, Reply
 
-__all__ = ["Closing", "fork", "seen", "terminate", "unforkable"]
+__all__ = ["Closing", "Rewound", "fork", "rewind", "seen", "terminate", "unforkable"]
 
-_SHOWN = ("id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "forked", "mailbox")
+_SHOWN = ("id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "forked", "mailbox", "checkpoints")
 _WAITS_SHOWN_MAX = 100
-_OF_ONE_RUN = ("client", "parent", "ids", "updates", "parked")  # who started it, sent it something or waits for it
+_OF_ONE_RUN = ("client", "parent", "ids", "updates", "parked", "checkpoints", "calls")  # who started it, sent it something or waits for it, and its past
 
 
 class Closing(msgspec.Struct, frozen=True):
@@ -32,6 +32,16 @@ class Closing(msgspec.Struct, frozen=True):
     dispatch: tuple[object, ...]
     replies: tuple[Reply, ...]
     header: dict[str, Any]
+
+
+class Rewound(msgspec.Struct, frozen=True):
+    """What putting an instance back does: its header then, records to write, calls to withdraw, replies, and the refs of calls to make again."""
+
+    header: dict[str, Any]
+    outputs: tuple[Output, ...]
+    withdrawn: tuple[object, ...]
+    replies: tuple[Reply, ...]
+    again: tuple[str, ...]
 
 
 def seen(header: dict[str, Any]) -> dict[str, Any]:
@@ -62,19 +72,28 @@ TELL: dict[str, Callable[[dict[str, Any], dict[str, Any], Record, Topics], tuple
 }  # fmt: skip  # by kind of wait: how to tell whoever works for it
 
 
-def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topics) -> Closing:
-    """End an instance now.  Whoever works for its waits is told; an error record is written, unless the workflow already has an outcome."""
+def _give_up(header: dict[str, Any], waits: list[dict[str, Any]], record: Record, topics: Topics) -> tuple[list[Output], list[object]]:
+    """Tell whoever works for these waits that nobody waits any more: records to write, and calls to withdraw."""
     outputs: list[Output] = []
     dispatch: list[object] = []
-    for wait in header.get("waits", []):
+    for wait in waits:
         tell = TELL.get(wait["kind"])
         if tell is not None:
             told = tell(header, wait, record, topics)
             outputs += told[0]
             dispatch += told[1]
-    replies = [
-        Reply(msgspec.convert(address, Address), "ended", "it was terminated") for waiting in header.get("updates", {}).values() for address in waiting["to"]
-    ]  # fmt: skip
+    return outputs, dispatch
+
+
+def _answered(updates: dict[str, Any], status: str, message: str) -> list[Reply]:
+    """Answer everybody who waits for these updates."""
+    return [Reply(msgspec.convert(address, Address), status, message) for waiting in updates.values() for address in waiting["to"]]
+
+
+def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topics) -> Closing:
+    """End an instance now.  Whoever works for its waits is told; an error record is written, unless the workflow already has an outcome."""
+    outputs, dispatch = _give_up(header, header.get("waits", []), record, topics)
+    replies = _answered(header.get("updates", {}), "ended", "it was terminated")
     kept = {name: value for name, value in header.items() if name not in ("v", "status", "waits", "code", "lowering", "parked", "created", "updated", "mailbox", "updates")}
     if "outcome" not in header:
         value = json_dumps(f"Terminated: {reason}" if reason else "Terminated")
@@ -90,19 +109,21 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
     return Closing(tuple(outputs), tuple(dispatch), tuple(replies), {**kept, "ended": record.timestamp_ms})
 
 
-def unforkable(header: dict[str, Any]) -> str | None:
-    """Return why no copy can continue from here; None if one can."""
+def unforkable(header: dict[str, Any], pending: Collection[str] = ()) -> str | None:
+    """Return why nobody else can continue from here; None if somebody can.  What `pending` refs wait for is still to come, for the one who continues."""
     if header["status"] != "waiting":
         return {"closing": "it has ended and is cleaning up", "ended": "it has ended"}.get(header["status"], f"it is {header['status']}")
     if header["workflow"].startswith("kwflow."):
         return "it belongs to kwflow: both would start the same runs, and no command could address the second; add another schedule with kwflow schedule add"
     for wait in header["waits"]:
+        if wait["ref"] in pending:
+            continue
         if wait["kind"] == "child":
-            return f"it waits for its child {wait['child']}, which reports its end only to {header['id']}; fork it when the child has ended"
+            return f"it waits for its child {wait['child']}, which reports its end only to {header['id']}, and only once; continue from another state"
         if wait["kind"] == "timer" and "due" not in wait:
-            return "it was saved by an earlier version of kwflow, which did not store when timers are due; fork it after its next step (an unread signal causes one)"
+            return "it was saved by an earlier version of kwflow, which did not store when timers are due; continue from the state after its next step (an unread signal causes one)"
         if wait["kind"] == "job":
-            return f"a worker of the queue {wait['queue']} has its call of {wait['name']}, and only the worker has the arguments; fork it when the call has been answered"
+            return f"a worker of the queue {wait['queue']} has its call of {wait['name']}, and only the worker has the arguments; continue from a state in which it has been answered"
         if wait["kind"] not in _FORKABLE:
             return f"it has a {wait['kind']} pending, which this version of kwflow does not know"
     return None
@@ -116,12 +137,53 @@ def fork(header: dict[str, Any], id: str, record: Record, incarnation: str, clie
         made["client"] = client
     if "updates" in header:  # the copy will answer the accepted updates, but nobody waits for these answers
         made["updates"] = {number: {"id": None, "to": []} for number in header["updates"]}
+    return made, _timers(id, header["waits"], record, topics)
+
+
+def _timers(id: str, waits: list[dict[str, Any]], record: Record, topics: Topics) -> list[Output]:
+    """The records that set these timers for an instance, for the same time."""
     timers = []
-    for wait in header["waits"]:
+    for wait in waits:
         if wait["kind"] == "timer":
             left, due = max(1, wait["due"] - record.timestamp_ms), ("kwflow-due-ms", str(wait["due"]).encode())
             timers.append(Output(topics.scheduler, timer_key(id, wait["ref"]), str(left).encode(), (*wire.travelling_headers(record), due), record.timestamp_ms))
-    return made, timers
+    return timers
 
 
+def rewind(header: dict[str, Any], earlier: dict[str, Any], record: Record, topics: Topics) -> Rewound:
+    """Put an instance back to an earlier state of the same run: what it waited for then and no longer does begins again, what it waits for only now is given up.
+
+    Who started it, and what waits for its outcome, stay as they are; so do commands that it has applied.
+    """
+    now, then = {wait["ref"] for wait in header["waits"]}, {wait["ref"] for wait in earlier["waits"]}
+    outputs, withdrawn = _give_up(header, [wait for wait in header["waits"] if wait["ref"] not in then], record, topics)
+    again = [wait for wait in earlier["waits"] if wait["ref"] not in now]
+    outputs += _timers(header["id"], again, record, topics)
+    made = {name: value for name, value in earlier.items() if name not in _OF_ONE_RUN}
+    made |= {name: header[name] for name in (*_OF_ONE_RUN, "applied") if name in header and name not in ("calls", "parked", "updates")}
+    open_now, open_then = header.get("updates", {}), earlier.get("updates", {})
+    left = {number: waiting for number, waiting in open_now.items() if not _is_same(open_then.get(number), waiting)}
+    replies = _answered(left, "rejected", _UNDONE)
+    if "ids" in header:
+        made["ids"] = dict(header["ids"])
+    for waiting in left.values():
+        if waiting["id"] is not None:
+            messages.remember(made.setdefault("ids", {}), waiting["id"], "rejected", _UNDONE)
+    if open_then:
+        made["updates"] = {number: {"id": None, "to": []} if number in left else open_now.get(number, {"id": None, "to": []}) for number in open_then}
+    calls = tuple(wait["ref"] for wait in again if wait["kind"] == "activity")
+    return Rewound({**made, "updated": record.timestamp_ms}, tuple(outputs), tuple(withdrawn), tuple(replies), calls)
+
+
+def _is_same(then: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Whether an update that was open then is the one that is open now: after going back, a number is given a second time.
+
+    Only to an update with a `kwflow-id` more addresses are added later.
+    """
+    if then is None or then["id"] != now["id"]:
+        return False
+    return bool(then["to"] == (now["to"] if then["id"] is None else now["to"][: len(then["to"])]))
+
+
+_UNDONE = "the workflow was put back to a state before this update"
 _FORKABLE = {"activity", "signal", "suspension", "timer", "update"}

@@ -239,7 +239,7 @@ class Step(Calls):
                 if wait.outside:  # left in a combinator that no task waits for
                     self.wait_cancelled(wait)
             return Ended(ended_header(instance))
-        return Save(instance)
+        return Save(instance, self.changed)
 
     # -- what the machine asks for (instance.Host) -----------------------------------------------------------------
     def task_failed(self, task: Task) -> None:

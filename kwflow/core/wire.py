@@ -129,9 +129,16 @@ class Signal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Fork(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The arguments of fork: the id of the copy; None leaves the choice to the engine."""
+    """The arguments of fork: the id of the copy, where None leaves the choice to the engine; and the checkpoint to continue from, if it is not the current state."""
 
     id: str | None = None
+    at: int | None = None
+
+
+class Rewind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The arguments of rewind: the number of the checkpoint."""
+
+    to: int
 
 
 class Migrate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -148,7 +155,7 @@ class Update(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 OPS: dict[str, type[msgspec.Struct]] = {
-    "cancel": Reason, "discard": Nothing, "fork": Fork, "migrate": Migrate, "pause": Reason, "query": Nothing, "retry": Nothing, "signal": Signal, "terminate": Reason,
+    "cancel": Reason, "discard": Nothing, "fork": Fork, "migrate": Migrate, "pause": Reason, "query": Nothing, "retry": Nothing, "rewind": Rewind, "signal": Signal, "terminate": Reason,
     "unpause": Reason, "update": Update,
 }  # fmt: skip
 

@@ -41,6 +41,11 @@ class _Reasoned(_Command, frozen=True):
 
 class _Fork(_Command, frozen=True):
     new_id: Annotated[str | None, Meta(description="Id of the copy; by default the engine makes one.")] = None
+    at: Annotated[int | None, Meta(description="Number of the checkpoint from which it continues; by default the present state.")] = None
+
+
+class _Rewind(_Command, frozen=True, kw_only=True):
+    to: Annotated[int, Meta(description="Number of the checkpoint.")]
 
 
 class _Answer(Options, frozen=True):
@@ -110,12 +115,23 @@ def _reasoned(operation: Operation, said: str, send: Callable[[Client, str, _Rea
 
 @Operation("fork_workflow", {200: Made, 201: Made}, _Fork, keyed=True, words=(*_RUNS, "exists", "rejected"))
 async def _fork(request: Request) -> Response:
-    """Let a second instance continue, under another id, from where this one waits."""
+    """Let a second instance continue, under another id, from where this one waits, or from a checkpoint of it."""
     id, asked = segment(request, "id"), options(request, _Fork)
     command_id = key_of_request(request, asked.command_id, "command_id")
     await no_body(request)
     client = await service_of(request).client()
-    return made(request, await service_of(request).reply(request, client.fork(id, asked.new_id, start_id=asked.start_id, command_id=command_id)))
+    return made(request, await service_of(request).reply(request, client.fork(id, asked.new_id, at=asked.at, start_id=asked.start_id, command_id=command_id)))
+
+
+@Operation("rewind_workflow", {204: None}, _Rewind, keyed=True, words=(*_RUNS, *HOLD, "rejected"))
+async def _rewind(request: Request) -> Response:
+    """Put a workflow back to a checkpoint, from which it continues."""
+    id, asked = segment(request, "id"), options(request, _Rewind)
+    command_id = key_of_request(request, asked.command_id, "command_id")
+    await no_body(request)
+    client = await service_of(request).client()
+    await service_of(request).reply(request, client.rewind(id, asked.to, start_id=asked.start_id, command_id=command_id))
+    return answer(204)
 
 
 _cancel = _reasoned(
@@ -155,4 +171,5 @@ ROUTES = [
     Route("/workflows/{id}/pause", _pause, methods=["POST"]),
     Route("/workflows/{id}/unpause", _unpause, methods=["POST"]),
     Route("/workflows/{id}/fork", _fork, methods=["POST"]),
+    Route("/workflows/{id}/rewind", _rewind, methods=["POST"]),
 ]

@@ -24,7 +24,7 @@ from kwflow.durable.registry import Module
 from kwflow.durable.versions import Sources
 from kwflow.errors import ActivityError, KwflowBug, ProtocolError, RefusedError, SnapshotError, UsageError
 from kwflow.ports import Changes, Decision
-from kwflow.runners import parked
+from kwflow.runners import checkpoints, parked
 from kwflow.runners.activities.dispatch import keep
 from kwflow.runners.deployment import moved_to
 
@@ -49,6 +49,9 @@ class Batch(Protocol):
     def put(self, key: bytes, data: bytes, modules: Sequence[Module] = ()) -> None:
         """Save an instance in the place of a step; `modules` are the versions that its snapshot names, if they are not those it named before."""
 
+    def keep(self, key: bytes, header: dict[str, Any]) -> None:
+        """Keep the current state as a checkpoint, and note so in the header of the state that replaces it, if its workflow has checkpoints."""
+
     def drain(self, records: list[Record]) -> list[Decision]:
         """Apply held records."""
 
@@ -68,7 +71,7 @@ def apply(batch: Batch, name: str, record: Record, command: Command) -> Decision
         return _replied(batch, record, known[0], known[1], known[2], "repeated")
     if command.op == "query":
         return _replied(batch, record, "ok", value=ops.seen(header), count="queried")
-    if header["status"] == "ended":
+    if header["status"] == "ended" and not (command.op == "fork" and command.arguments.at is not None):
         return _replied(batch, record, "not_found", "it has ended", count="unknown-id")
     return _CHANGING[command.op](batch, name, header, record, command)
 
@@ -185,20 +188,14 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
     home = partition_of(key, batch.partitions)
     if home != record.partition:
         return refused("rejected", f"{id} belongs to partition {home} and {name} to {record.partition}; a fork must be in the partition of its original: let the engine choose the id, or try another")
-    stored = batch.state.get(name.encode())
-    if stored is not None and header["status"] == "parked":
-        stored = snapshot.unpark(stored, batch.config.signing_keys)  # as it was before the record that parked it
-    if stored is None:
-        return refused("rejected", "its start failed, so there is nothing to continue from")
     try:
-        header, body = snapshot.split(stored, batch.config.signing_keys)
+        header, body = _state_of(batch, name, header) if command.arguments.at is None else _checkpoint(batch, name, header, command.arguments.at)
+        refs = [wait["ref"] for wait in header["waits"] if wait["kind"] == "activity"]
+        calls = _there(batch.calls(name, refs) if command.arguments.at is None else checkpoints.calls_of(header, refs))
+        if (why := ops.unforkable(header)) is not None:
+            return refused("rejected", why)
     except SnapshotError as error:
         return refused("rejected", str(error))
-    why = ops.unforkable(header)
-    calls = batch.calls(name, [wait["ref"] for wait in header["waits"] if wait["kind"] == "activity"])
-    why = why or next((f"the call of its activity {ref} is not stored here" for ref, call in calls.items() if call is None), None)
-    if why is not None:
-        return refused("rejected", why)
     made, timers = ops.fork(header, id, record, batch.context.incarnation, wire.short_header(record, "kwflow-client"), batch.context.topics)
     value = {"id": id, "start_id": made["start_id"]}
     known = batch.stored(key)
@@ -208,8 +205,67 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
     if known is not None and there["status"] != "ended":
         return refused("exists", f"{id} already exists")
     batch.put(key, snapshot.copy(body, made, batch.config.signing_keys))
-    dispatch = tuple(msgspec.structs.replace(call, workflow_id=id) for call in calls.values() if call is not None)
+    dispatch = tuple(msgspec.structs.replace(call, workflow_id=id) for call in calls)
     return _done(batch, name, record, command, "ok", [Decision(tuple(timers), (f"{name}: forked as {id}",), dispatch=dispatch)], value=value)
+
+
+def _state_of(batch: Batch, name: str, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """The header and body of the current state, as it was before it was parked.  Raises SnapshotError."""
+    keys, stored = batch.config.signing_keys, batch.state.get(name.encode())
+    if stored is not None and header["status"] == "parked":
+        stored = snapshot.unpark(stored, keys)  # as it was before the record that parked it
+    if stored is None:
+        raise SnapshotError("its start failed, so there is nothing to continue from")
+    return snapshot.split(stored, keys)
+
+
+def _checkpoint(batch: Batch, name: str, header: dict[str, Any], number: int) -> tuple[dict[str, Any], bytes]:
+    """The header and body of an earlier state.  Raises SnapshotError."""
+    stored = batch.state.get(checkpoints.entry_key(name.encode(), number)) if number >= 0 else None
+    if stored is not None:
+        return snapshot.split(stored, batch.config.signing_keys)
+    first, current = checkpoints.extent(header)
+    there = f"there are {first} to {current - 1}" if current > first else "there are none; @kw.workflow(checkpoints=...) keeps them"
+    raise SnapshotError(f"it has no checkpoint {number}: {there}")
+
+
+def _there(calls: dict[str, Dispatch | None]) -> list[Dispatch]:
+    """Raises SnapshotError if one of these calls is not stored."""
+    missing = [ref for ref, call in calls.items() if call is None]
+    if missing:
+        raise SnapshotError(f"the call of its activity {missing[0]} is not stored here")
+    return [call for call in calls.values() if call is not None]
+
+
+def _rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
+    """Put the instance back to a checkpoint of its run.  The state that this replaces becomes a checkpoint, too.
+
+    If it was parked because it had failed, the records that it holds are then applied to the earlier state; a paused one stays paused.
+    """
+    key, keys = name.encode(), batch.config.signing_keys
+    try:
+        current, _ = _state_of(batch, name, header)
+        earlier, body = _checkpoint(batch, name, header, command.arguments.to)
+        pending = {wait["ref"] for wait in current["waits"]}
+        why = ops.unforkable(current, pending) or ops.unforkable(earlier, pending)
+        if current["start_id"] != earlier["start_id"]:
+            why = f"checkpoint {command.arguments.to} is of an earlier run, {earlier['start_id']}; fork it"
+        rewound = ops.rewind(current, earlier, record, batch.context.topics)
+        calls = _there(checkpoints.calls_of(earlier, rewound.again))
+    except SnapshotError as error:
+        why = str(error)
+    if why is not None:
+        return joined([_replied(batch, record, "rejected", why, count="not-rewound"), Decision(logs=(f"{name}: not put back: {why}",))])
+    made = rewound.header
+    batch.keep(key, made)
+    if header["status"] == "parked":
+        mark = header["parked"]
+        why_paused = mark["message"] if mark["reason"] == "paused" else mark.get("paused")
+        made |= {"status": "parked", "parked": {**mark, "was": "waiting"} if why_paused is None else {"reason": "paused", "message": why_paused, "offset": mark["offset"], "was": "waiting"}}
+    batch.put(key, snapshot.copy(body, made, keys))
+    replies = tuple(wire.reply_output(batch.config.reply_topic, reply) for reply in rewound.replies)
+    done = Decision(rewound.outputs, (f"{name}: put back to checkpoint {command.arguments.to}",), replies=replies, dispatch=(*rewound.withdrawn, *calls))
+    return _done(batch, name, record, command, "ok", [done, *(_drain(batch, name, record, discard=False) if parked.has_failed(header) else [])])
 
 
 def _free_id(batch: Batch, name: str, record: Record) -> str:
@@ -255,6 +311,10 @@ def _moved(batch: Batch, name: str, stored: bytes, record: Record, failed: bool)
     data, modules, frames = found
     if len(data) > batch.config.snapshot_bytes_max:
         raise SnapshotError(f"its snapshot would have {len(data)} bytes, more than snapshot_bytes_max = {batch.config.snapshot_bytes_max}")
+    header = snapshot.split(data, batch.config.signing_keys)[0]
+    if "checkpoints" in header:
+        batch.keep(name.encode(), header)
+        data = snapshot.amend(data, batch.config.signing_keys, checkpoints=header["checkpoints"])
     batch.put(name.encode(), data, modules)
     told = Decision(logs=(f"{name}: migrated in place{moved_to(frames)}",))
     return [told, *_drain(batch, name, record, discard=False)] if failed else [told]
@@ -352,8 +412,8 @@ def _drain(batch: Batch, name: str, record: Record, discard: bool) -> list[Decis
 
 _ANSWERED = {*parked.ADDRESS, "kwflow-id"}  # headers of a command whose reply is not the step's
 _DISCARDED = "Discarded"
-_COUNTED = {"fork": "forked", "retry": "retried", "discard": "discarded", "terminate": "terminated", "pause": "paused", "unpause": "unpaused"}
+_COUNTED = {"fork": "forked", "retry": "retried", "discard": "discarded", "rewind": "rewound", "terminate": "terminated", "pause": "paused", "unpause": "unpaused"}
 _CHANGING: dict[str, Callable[[Batch, str, dict[str, Any], Record, Command], Decision]] = {
-    "discard": _retry, "fork": _fork, "migrate": _migrate, "pause": _pause, "retry": _retry, "terminate": _terminate, "unpause": _unpause,
+    "discard": _retry, "fork": _fork, "migrate": _migrate, "pause": _pause, "retry": _retry, "rewind": _rewind, "terminate": _terminate, "unpause": _unpause,
 }  # fmt: skip
 _OPS = {"query", *_CHANGING}

@@ -16,6 +16,7 @@ from kwflow.durable import registry, set_abandoning, versions
 from kwflow.errors import SnapshotError
 from kwflow.ports import Store
 from kwflow.runners import parked
+from kwflow.runners.checkpoints import of_checkpoint
 from kwflow.runners.instances import header_of
 
 __all__ = ["Fate", "check", "code_of", "moved_to", "run_by", "source_of", "versions_in"]
@@ -137,9 +138,10 @@ def run_by(store: Store) -> frozenset[str]:
 
 
 def versions_in(stored: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """`<module>@<sha256>` -> the instances whose snapshots name it, from their headers alone; a damaged snapshot names none."""
-    found: dict[str, list[str]] = {}
+    """`<module>@<sha256>` -> the instances whose snapshots, or earlier ones that are kept, name it, from their headers alone; a damaged snapshot names none."""
+    found: dict[str, dict[str, None]] = {}
     for key, data in sorted(stored.items()):
+        holder = (of_checkpoint(key) or key).decode()
         for name, saved in code_of(header_of(data, snapshot.read_inner_header)):
-            found.setdefault(versions.entry_key(name, saved["version"]), []).append(key.decode())
-    return found
+            found.setdefault(versions.entry_key(name, saved["version"]), {})[holder] = None
+    return {key: list(holders) for key, holders in found.items()}

@@ -9,6 +9,7 @@ from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.errors import SnapshotError
 from kwflow.ports import Changes, Decision, Store
+from kwflow.runners import checkpoints
 
 __all__ = ["EXPIRES", "FORGOTTEN", "EndedTable"]
 
@@ -23,7 +24,7 @@ class EndedTable:
         self.config = config
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:
-        """Forget ended instances whose `ended_retention_ms` is over; None if there are none."""
+        """Forget ended instances whose `ended_retention_ms` is over, with their checkpoints; None if there are none."""
         expired, over = 0, b""
         for entry, key in itertools.islice(state.scan(EXPIRES, state.get(FORGOTTEN) or b""), limit):
             if int(entry[len(EXPIRES) :][:20]) > now_ms:
@@ -33,6 +34,7 @@ class EndedTable:
             header = self._ended_header(state.get(key))
             if header is not None and self._expiry(header) <= now_ms:
                 state.put(key, None)
+                checkpoints.drop(state, key, checkpoints.extent(header))
             elif header is not None:  # it has run again since, or the retention was extended
                 state.put(self._entry(header, key), key)
             expired += 1

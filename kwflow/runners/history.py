@@ -27,7 +27,7 @@ __all__ = ["History"]
 
 _WAITS_MAX = 20  # waits in one event; of those beyond it only the number is given
 _LINES_MAX, _CHARACTERS_MAX = 20, 1_000  # limits for text that an author or a sender wrote: a ref may have 900,000 characters
-_CHANGING = ("terminated", "paused", "unpaused", "retried", "discarded", "forked", "migrate", "held", "parked")
+_CHANGING = ("terminated", "paused", "unpaused", "retried", "discarded", "forked", "rewound", "migrate", "held", "parked")
 _GOES_ON = ("unpaused", "retried", "discarded")  # the instance continues with the records that were held, and their events follow
 _OF_A_WAIT = ("ref", "kind", "name", "attempt", "child", "function", "file", "line", "due")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kwflow.config import Config
 from kwflow.core.instance import Instance
 
@@ -12,16 +14,18 @@ class Live:
     """An instance that may be ahead of its stored bytes.
 
     `base` is what the state holds for it; `ahead` tells whether it made a step since; `met` lists the numbers of the batch's
-    records that it has received since; `old` tells whether it was loaded on old code.
+    records that it has received since; `old` tells whether it was loaded on old code.  `checkpoints` is what the header of an
+    ended run says of them, if this is to be the next one under the id; `changed` tells whether `base` is worth one.
     """
 
-    __slots__ = ("ahead", "base", "instance", "met", "old")
+    __slots__ = ("ahead", "base", "changed", "checkpoints", "instance", "met", "old")
 
-    def __init__(self, base: bytes | None, instance: Instance | None) -> None:
+    def __init__(self, base: bytes | None, instance: Instance | None, checkpoints: Any = None) -> None:
         self.base = base
         self.instance = instance
+        self.checkpoints = checkpoints
         self.old = instance is not None and bool(instance.pins)
-        self.ahead = False
+        self.ahead = self.changed = False
         self.met: list[int] = []
 
     def forget(self) -> None:
@@ -65,7 +69,7 @@ class LiveInstances:
             self._let_go(key)
         if live.old:
             return live.forget()
-        live.ahead, live.met = False, []
+        live.ahead, live.changed, live.met = False, False, []
         self._sleeping[key] = live
         self._bytes += len(live.base or b"")
         while len(self._sleeping) > self.config.instances_cached_max or self._bytes > self.config.instances_cached_bytes_max:

@@ -29,6 +29,7 @@ from kwflow.feeds import registered_feeds
 from kwflow.ports import Budget, Changes, Decision, Deliver, Store
 from kwflow.runners import code, commands, deployment, feeds, parked
 from kwflow.runners.activities.dispatch import Dispatcher, keep
+from kwflow.runners.checkpoints import Checkpoints
 from kwflow.runners.ended import EndedTable
 from kwflow.runners.history import History
 from kwflow.runners.live import Live, LiveInstances
@@ -70,6 +71,7 @@ class WorkflowProcessor:
         self.watchdog = Watchdog(config.step_timeout_ms, config.step_abort_ms, on_log)
         self.fed = feeds.Fed(config, self.watchdog)
         self.history = History(config) if config.history_topic else None
+        self.checkpoints = Checkpoints(config, self.workflows.functions)
         self.live = LiveInstances(config)
         self.ended = EndedTable(config)
         self.snapshots = Histogram(BYTES)
@@ -173,7 +175,7 @@ class _Batch:
         self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows, processor.queues, gateway_url=self.config.gateway_url)
         self.made: list[Decision] = []
         self.held: dict[str, tuple[int, int]] = {}
-        self.old: list[bytes] = []  # at most one key: the instance that was just loaded on old code
+        self.at_once: bytes | None = None  # the instance to be saved before the next record, as it was just loaded on old code or has checkpoints
         self.history = processor.history
         self.named: dict[Module, None] = {}  # versions that this batch's snapshots name, in the order in which they are written to the code store
 
@@ -183,8 +185,9 @@ class _Batch:
         for number in range(len(self.records)):
             known = len(self.live)
             made = self.made[number] = self._decide(number)
-            if self.old:
-                self._save(self.old.pop())
+            if self.at_once is not None:
+                key, self.at_once = self.at_once, None
+                self._save(key)
                 made = self.made[number]
             if budget is None:
                 continue
@@ -251,7 +254,7 @@ class _Batch:
                 return self._after_end(header, record)
             instance = snapshot.wake(header, body, self.processor.sources)
             if instance.pins:
-                self.old.append(key)
+                self.at_once = key
                 self.processor.allow(api.declared_topics())
                 self.context = msgspec.structs.replace(self.context, topics=self.processor.topics)
             return Live(stored, instance)
@@ -268,12 +271,12 @@ class _Batch:
             if fresh and wire.short_header(record, "kwflow-start-id") == header["start_id"]:
                 again = children.answer_again(header, record, self.config.resume_topic, self.config.value_bytes_max)
                 return Decision(again, counts=("duplicate-start",), replies=parked.answered(self.config, record, "duplicate"))
-            return Live(None, None)
+            return Live(None, None, header.get("checkpoints"))
         address = wire.reply_address(record)
         if isinstance(message, wire.Command):
             starts = isinstance(message.arguments, wire.Signal) and message.arguments.start is not None
             anew = starts and message.start_id != header["start_id"] and message.id not in header.get("ids", {})
-            return Live(None, None) if anew else self._decision(header["id"], record, messages.after_end(header, message, address))
+            return Live(None, None, header.get("checkpoints")) if anew else self._decision(header["id"], record, messages.after_end(header, message, address))
         return self._decision(header["id"], record, messages.ignored("unknown-id", address, messages.ENDED))
 
     # -- one step ----------------------------------------------------------------------------------------------------
@@ -304,8 +307,14 @@ class _Batch:
             return self._failed(name, key, live, number, made, by)
         state = made.state
         if isinstance(state, Save):
-            live.instance, live.ahead = state.instance, True
+            instance = state.instance
+            if instance is not live.instance:
+                _go_on_numbering(live, instance.extra)
+            live.instance, live.ahead = instance, True
+            if self.processor.checkpoints.of(instance.workflow, instance.extra):
+                self.at_once, live.changed = key, live.changed or state.changed
         elif isinstance(state, Ended):
+            _go_on_numbering(live, state.header)
             self._ended(key, live, state.header)
         elif live.instance is None:
             del self.live[key]
@@ -364,7 +373,10 @@ class _Batch:
         if live is None or live.instance is None:
             return
         if live.ahead:
-            data, modules = self._bytes(live.instance)
+            instance, replaced = live.instance, live.base if live.changed else None
+            kept = self.processor.checkpoints
+            numbers = kept.advance(instance.workflow, instance.extra, replaced is not None) if kept.of(instance.workflow, instance.extra) else None
+            data, modules = self._bytes(instance)
             if isinstance(data, Exception):
                 live.forget()
                 if len(live.met) > 1:
@@ -382,6 +394,8 @@ class _Batch:
                 self._warn_of_size(live, len(data))
             self.state.put(key, data)
             live.base = data
+            if numbers is not None:
+                self._charge(len(data) + kept.keep(self.state, key, replaced, numbers, self.calls))
         self.processor.live.keep(key, live)
 
     def _bytes(self, instance: Instance) -> tuple[bytes | Exception, list[Module]]:
@@ -428,8 +442,19 @@ class _Batch:
         self.state.put(key, data)
         if self.processor.keeps_code:
             self.named |= dict.fromkeys(modules)
+        self._charge(len(data))
+
+    def keep(self, key: bytes, header: dict[str, Any]) -> None:
+        """Keep the current state as a checkpoint, and note so in the header of what replaces it, if its workflow has checkpoints."""
+        kept = self.processor.checkpoints
+        if kept.of(header["workflow"], header):
+            replaced = kept.last_state(self.state.get(key))
+            self._charge(kept.keep(self.state, key, replaced, kept.advance(header["workflow"], header, replaced is not None), self.calls))
+
+    def _charge(self, size: int) -> None:
+        """Charge bytes that the batch writes to its budget, beside those of which the budget knows beforehand."""
         if self.budget is not None:
-            self.budget.take(len(data))
+            self.budget.take(size)
 
     def drain(self, records: list[Record]) -> list[Decision]:
         """Apply held records, each with its original offset; a failure parks the instance again (K17).  Records beyond the budget are held as before."""
@@ -438,12 +463,21 @@ class _Batch:
         return made
 
     def end(self, key: bytes, header: dict[str, Any]) -> None:
-        """Replace an ended instance by the entry that recognizes a client's repeated start (K20), or by nothing."""
-        if self.processor.at_least_once or (header["start_id"] and not _is_own(header)):
-            # By our clock: after an outage the record's timestamp may be older than the retention, while its client's repetitions wait behind it.
-            self.processor.ended.keep(self.state, key, {**header, "ended": max(header["ended"], self.context.received_ms)})
+        """Replace an ended instance by the entry that recognizes a client's repeated start (K20) and says which checkpoints there are, or by nothing."""
+        # By our clock: after an outage the record's timestamp may be older than the retention, while its client's repetitions wait behind it.
+        header = {**header, "ended": max(header["ended"], self.context.received_ms)}
+        self.keep(key, header)
+        if self.processor.at_least_once or "checkpoints" in header or (header["start_id"] and not _is_own(header)):
+            self.processor.ended.keep(self.state, key, header)
         elif self.state.get(key) is not None:
             self.state.put(key, None)
+
+
+def _go_on_numbering(live: Live, header: dict[str, Any]) -> None:
+    """Let a run know the checkpoints of the one before it under its id."""
+    before = live.instance.extra.get("checkpoints") if live.instance is not None else live.checkpoints
+    if before is not None:
+        header.setdefault("checkpoints", before)
 
 
 def _is_own(header: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ asked over its socket.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,14 +16,17 @@ from kwflow.config import Config
 from kwflow.core import wire
 from kwflow.core.wire import Record
 from kwflow.errors import TransportError, UsageError
+from kwflow.runners.checkpoints import Extent, entry_key, extent, number_of, of_checkpoint, prefix_of
 from kwflow.runners.code import CodeStore
 from kwflow.runners.embedded.socket import submit, submit_all
 from kwflow.runners.embedded.state import EmbeddedStore, read_only, records_of
 from kwflow.runners.groups import Group
-from kwflow.runners.instances import Filter, Found, newest_of
+from kwflow.runners.instances import Filter, Found, header_of, newest_of
 from kwflow.runners.parked import HOLD
 
-__all__ = ["Entry", "Wanted", "Write", "asked", "code_store", "entry", "instances", "read", "send", "snapshots", "sole_writer", "states", "stored", "text_of"]
+__all__ = [
+    "Entry", "Wanted", "Write", "all_snapshots", "asked", "checkpoints", "code_store", "entry", "instances", "missing", "read", "send", "snapshots", "sole_writer", "states", "stored", "text_of",
+]  # fmt: skip
 
 
 def send(settings: Config, embedded: Path | None, id: str, value: bytes, headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
@@ -105,51 +108,66 @@ def snapshots(settings: Config, embedded: Path | None, wanted: Wanted = lambda k
     return states(settings, embedded, lambda key, value: not key.startswith(b"\0") and wanted(key, value))
 
 
+def all_snapshots(settings: Config, embedded: Path | None) -> dict[bytes, bytes]:
+    """The same, and the entries of all checkpoints."""
+    return states(settings, embedded, lambda key, value: not key.startswith(b"\0") or of_checkpoint(key) is not None)
+
+
 class Entry(msgspec.Struct, frozen=True):
-    """The stored bytes of one instance, the number of records on its hold, and the first of these."""
+    """The stored bytes of one instance, or of a checkpoint of it; the number of records on its hold, and the first of these; and its checkpoints."""
 
     data: bytes
     holds: int
     held: list[Record]
+    checkpoints: Extent
 
 
-def entry(settings: Config, embedded: Path | None, id: str, held_max: int) -> Entry | None:
-    """Return an instance with at most `held_max` of its held records; None if there is no such instance."""
+def entry(settings: Config, embedded: Path | None, id: str, held_max: int, at: int | None = None) -> Entry | None:
+    """Return an instance with at most `held_max` of its held records, or its checkpoint `at`; None if there is no such instance or checkpoint."""
     key = id.encode("utf-8", "surrogateescape")
-    prefix = HOLD + key + b"\0"
+    prefix, earlier = HOLD + key + b"\0", entry_key(key, at or 0)
+    found = _entries(settings, embedded, key, {key} if at is None else {key, earlier}, prefix)
+    held = [value for other, value in sorted(found.items()) if other.startswith(prefix)] if at is None else []
+    data = found.get(key if at is None else earlier)
+    if data is None or key not in found:
+        return None
+    return Entry(data, len(held), [msgspec.msgpack.decode(value, type=Record) for value in held[:held_max]], extent(header_of(found[key])))
+
+
+def checkpoints(settings: Config, embedded: Path | None, id: str) -> dict[int, bytes]:
+    """The checkpoints of an instance by number, in order."""
+    key = wire.key_of(id)
+    return {number_of(found): value for found, value in sorted(_entries(settings, embedded, key, (), prefix_of(key)).items())}
+
+
+def stored(settings: Config, embedded: Path | None, id: str, at: int | None = None) -> bytes:
+    """The stored bytes of one instance, or of its checkpoint `at`.  Raises UsageError if there is no such instance or checkpoint."""
+    key = wire.key_of(id)
+    wanted = key if at is None else entry_key(key, at)
+    found = _entries(settings, embedded, key, {wanted}).get(wanted)
+    if found is None:
+        raise missing(id, at)
+    return found
+
+
+def missing(id: str, at: int | None) -> UsageError:
+    """Return the error that says that there is no such instance, or no such checkpoint of it."""
+    return UsageError(f"no instance {id!r}" if at is None else f"{id!r} has no checkpoint {at}; kwflow checkpoints {id} lists those that there are")
+
+
+def _entries(settings: Config, embedded: Path | None, of: bytes, keys: Collection[bytes], prefix: bytes | None = None) -> dict[bytes, bytes]:
+    """These entries, and all with this prefix, of the partition that the record key `of` belongs to."""
     if embedded is not None:
         with contextlib.closing(read_only(embedded)) as db:
             store = EmbeddedStore(db, settings.changelog_topic)
-            return _entry(store.get(key), (value for _, value in store.scan(prefix)), held_max)
+            found = {key: value for key in keys if (value := store.get(key)) is not None}
+            return found | dict(store.scan(prefix)) if prefix is not None else found
     from kwflow.runners.kafka.link import latest, partition_for
 
-    partition = partition_for(settings, settings.changelog_topic, key)
-    found = latest(settings, settings.changelog_topic, partition, lambda other, value: value if other == key or other.startswith(prefix) else None)
-    return _entry(found.pop(key, None), (value for _, value in sorted(found.items())), held_max)
+    def kept(key: bytes, value: bytes) -> bytes | None:
+        return value if key in keys or (prefix is not None and key.startswith(prefix)) else None
 
-
-def _entry(data: bytes | None, held: Iterable[bytes], held_max: int) -> Entry | None:
-    if data is None:
-        return None
-    count, first = 0, []
-    for value in held:
-        count += 1
-        first += [msgspec.msgpack.decode(value, type=Record)] if count <= held_max else []
-    return Entry(data, count, first)
-
-
-def stored(settings: Config, embedded: Path | None, id: str) -> bytes:
-    """The stored bytes of one instance.  Raises UsageError if there is no such instance."""
-    if embedded is None:
-        from kwflow.runners.kafka.link import state_of
-
-        found = state_of(settings, id)
-    else:
-        with contextlib.closing(read_only(embedded)) as db:
-            found = EmbeddedStore(db, settings.changelog_topic).get(wire.key_of(id))
-    if found is None:
-        raise UsageError(f"no instance {id!r}")
-    return found
+    return latest(settings, settings.changelog_topic, partition_for(settings, settings.changelog_topic, of), kept)
 
 
 def code_store(settings: Config, embedded: Path | None) -> CodeStore:

@@ -78,6 +78,7 @@ class _Told(msgspec.Struct):
     cancel: Cancel | None = None
     parent: str = ""
     forked: Forked | None = None
+    checkpoints: tuple[int, int] | None = None
     mailbox: dict[str, dict[str, int]] = {}
     updates: dict[str, Any] = {}
 

@@ -301,7 +301,7 @@ def test_gc_removes_what_no_instance_runs_and_nobody_has_used_for_days_with_what
 
 def test_gc_keeps_what_an_engine_begins_to_run_while_it_looks_at_the_instances(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """G10: looking at a million instances takes long. A rollback meanwhile writes its source again, in the transaction of the first snapshot that names it."""
-    topic, snapshots = Config().code_topic, code.snapshots
+    topic, snapshots = Config().code_topic, code.all_snapshots
 
     def written(ago: float) -> None:
         held = Embedded(tmp_path, clock=Ago(ago))
@@ -314,7 +314,7 @@ def test_gc_keeps_what_an_engine_begins_to_run_while_it_looks_at_the_instances(t
         return found
 
     written(30)
-    monkeypatch.setattr(code, "snapshots", look)
+    monkeypatch.setattr(code, "all_snapshots", look)
     assert "0 of 1 versions" in CliRunner().invoke(app, ["code", "gc", "--embedded", str(tmp_path)]).output
 
 

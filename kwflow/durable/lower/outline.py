@@ -38,16 +38,12 @@ def _waits(scope: Scope, lowering: Emitter, body: list[ast.stmt]) -> dict[str, W
     read = {"__class__", *scope.arguments[:1]} if "__class__" in scope.free else set()  # by `super()`, under any name
     waits: dict[str, Wait] = {}
     needs = needed_after(body, len(lowering.labels), frozenset(scope.free))
-    paths, keys = [label.name.rpartition(" ")[0] for label in lowering.labels], [lowered_hash(wait) for wait in lowering.waits]
-    count = Counter(zip(paths, keys, strict=True))
-    for label, path, key, line, wait, (needed, lent) in zip(lowering.labels, paths, keys, lowering.lines, lowering.waits, needs, strict=True):
+    for label, line, wait, (needed, lent) in zip(lowering.labels, lowering.lines, lowering.waits, needs, strict=True):
+        path, key = label.name.rpartition(" ")[0], lowered_hash(wait)
         state = tuple(_held(name, lowering.places) for name in label.live)
-        own_header = lowered_hash(*_header(lowering.places[path]))
-        chosen = f"If {own_header} " if count[path, key] > 1 and _chooses(lowering.places[path]) else ""
-        around = _around(path, lowering.places) + chosen + key
-        waits[label.name] = Wait(
-            line, _text(wait), key, around, around + own_header, _call(wait), _part(getattr(wait, "value", None)), label.live, state, (needed | read) & own, lent & {*scope.captured}
-        )
+        around = _around(path, lowering.places) + key
+        whole = around + lowered_hash(*_header(lowering.places[path]))
+        waits[label.name] = Wait(line, _text(wait), key, around, whole, _call(wait), _part(getattr(wait, "value", None)), label.live, state, (needed | read) & own, lent & {*scope.captured})
     return waits
 
 
@@ -88,11 +84,6 @@ def _around(path: str, places: dict[str, ast.stmt]) -> str:
         node, block = places[".".join(parts[:depth])], parts[depth].rstrip("0123456789")
         found += f"{type(node).__name__} {lowered_hash(*_header(node))} {_block(node, block)} "
     return found + (lowered_hash(*_header(places[path])) if isinstance(places[path], ast.AsyncWith) else "")  # nothing else tells which of several is entered
-
-
-def _chooses(node: ast.stmt) -> bool:
-    """Whether an expression of this statement decides which of several waits is reached."""
-    return any(isinstance(inner, (ast.IfExp, ast.BoolOp)) for part in _header(node) for inner in ast.walk(part))
 
 
 def _block(node: ast.stmt, block: str) -> str:

@@ -33,7 +33,7 @@ from kwflow.runners.kafka.member import LATEST, offsets
 from kwflow.runners.kafka.reading import gather, read_to
 from kwflow.runners.kafka.topics import TOPIC_MS, client_config, record_of, transient
 
-__all__ = ["KafkaLink", "each_latest", "ends_in_a_transaction", "latest", "partition_for", "read", "send", "state_of"]
+__all__ = ["KafkaLink", "each_latest", "ends_in_a_transaction", "latest", "partition_for", "read", "send"]
 
 _Places = tuple[tuple[str, int], ...]  # (topic, partition) of an id's outcome, in the result and in the error topic
 _TIMEOUT_S = 20
@@ -328,13 +328,3 @@ def partition_for(config: Config, topic: str, key: bytes) -> int | None:
     """The partition of a topic that holds this key; None if there is no such topic."""
     partitions = topics.partitions_of(topics.admin(config), config).get(topic, 0)
     return partition_of(key, partitions) if partitions else None
-
-
-def state_of(config: Config, id: str) -> bytes | None:
-    """The stored snapshot of one instance, from the changelog partition that holds it."""
-    key, found, unread = id.encode(), None, Unread(Encryption(config))
-    for record in read(config, config.changelog_topic, partition_for(config, config.changelog_topic, key)):
-        if record.key == key and not unread.passes(key, record.value):
-            found = record.value
-    unread.check(config.changelog_topic)
-    return found

@@ -1,0 +1,123 @@
+"""Earlier states of an instance, for those who look back or go back to them (decision 0062).
+
+A workflow that asks for checkpoints is saved after each record, and each state that a newer one replaces stays for a while, as an
+entry `\\0checkpoint\\0<id>\\0<number>` of the same partition: the snapshot as it was, with the activity calls that it waits for in
+its header, since their own entries go once they are answered.  The header of the current state says which checkpoints there are;
+their numbers go on from one run of an id to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from kwflow.config import Config
+from kwflow.core import snapshot
+from kwflow.core.dispatch import Dispatch
+from kwflow.core.snapshot import Keys
+from kwflow.errors import SnapshotError
+from kwflow.ports import Changes
+
+__all__ = ["CHECKPOINT", "Checkpoints", "Extent", "calls_of", "drop", "entry_key", "extent", "number_of", "of_checkpoint", "prefix_of"]
+
+CHECKPOINT = b"\0checkpoint\0"
+_Calls = Callable[[str, Sequence[str]], dict[str, Dispatch | None]]  # (id, refs) -> the calls behind these waits
+Extent = tuple[int, int]  # the number of the first checkpoint, and that of the current state, which is one more than that of the last one
+
+
+class Checkpoints:
+    """Keeps the states that are replaced, of the workflows among these functions that ask for it."""
+
+    def __init__(self, config: Config, functions: Mapping[str, Callable[..., Any]]) -> None:
+        self._limits = {name: most for name, function in functions.items() if (most := getattr(function, "kwflow_checkpoints", 0))}
+        self._keys, self._bytes_max = config.signing_keys, config.snapshot_bytes_max
+
+    def of(self, workflow: str, header: dict[str, Any]) -> bool:
+        """Whether the workflow has checkpoints, or had some that are to be dropped."""
+        return workflow in self._limits or "checkpoints" in header
+
+    def advance(self, workflow: str, header: dict[str, Any], replaces: bool) -> tuple[Extent, Extent]:
+        """Note in the header of a new state which checkpoints there are from now on; return which there were, and which there are.
+
+        `replaces` tells whether there is a state that it replaces.
+        """
+        limit = self._limits.get(workflow, 0)
+        first, current = before = extent(header)
+        number = current + replaces
+        after = (max(first, number - limit), number) if limit else (current, current)
+        header.pop("checkpoints", None)
+        if limit:
+            header["checkpoints"] = list(after)
+        return before, after
+
+    def keep(self, state: Changes, key: bytes, replaced: bytes | None, change: tuple[Extent, Extent], calls: _Calls) -> int:
+        """Keep the state that is replaced, and drop what is too old then; return the bytes that this adds.
+
+        A state that is too large with its calls leaves a gap.  Raises SnapshotError.
+        """
+        (first, current), after = change
+        drop(state, key, (first, after[0]))
+        if replaced is None or after[1] == current:
+            return 0
+        data = _with_calls(replaced, key.decode(), calls, self._keys)
+        if len(data) > self._bytes_max:
+            return 0
+        state.put(entry_key(key, current), data)
+        return len(data)
+
+    def last_state(self, stored: bytes | None) -> bytes | None:
+        """Return the state to keep of an instance that ends or is replaced: as it was before it was parked, if it is; None if there is none."""
+        try:
+            status = snapshot.split(stored, self._keys)[0]["status"] if stored is not None else "ended"
+            if stored is None or status == "ended":
+                return None
+            return snapshot.unpark(stored, self._keys) if status == "parked" else stored
+        except SnapshotError:
+            return None
+
+
+def prefix_of(key: bytes) -> bytes:
+    """The beginning of the keys of all checkpoints of the instance with this record key."""
+    return CHECKPOINT + key + b"\0"
+
+
+def entry_key(key: bytes, number: int) -> bytes:
+    return prefix_of(key) + b"%020d" % number
+
+
+def of_checkpoint(key: bytes) -> bytes | None:
+    """Return the record key of the instance whose checkpoint this entry is; None if it is no checkpoint."""
+    return key[len(CHECKPOINT) :].rpartition(b"\0")[0] if key.startswith(CHECKPOINT) else None
+
+
+def number_of(key: bytes) -> int:
+    return int(key.rpartition(b"\0")[2])
+
+
+def extent(header: dict[str, Any]) -> Extent:
+    """Return which checkpoints there are, by the header of the current state."""
+    first, current = header.get("checkpoints", (0, 0))
+    return int(first), int(current)
+
+
+def drop(state: Changes, key: bytes, numbers: Extent) -> None:
+    for number in range(*numbers):
+        state.put(entry_key(key, number), None)
+
+
+def _with_calls(stored: bytes, name: str, calls: _Calls, keys: Keys) -> bytes:
+    refs = [wait["ref"] for wait in snapshot.split(stored, keys)[0]["waits"] if wait["kind"] == "activity"]
+    if not refs:
+        return stored
+    return snapshot.amend(stored, keys, calls=[msgspec.to_builtins(call) for call in calls(name, refs).values() if call is not None])
+
+
+def calls_of(header: dict[str, Any], refs: Sequence[str]) -> dict[str, Dispatch | None]:
+    """Return the activity calls behind these waits of a checkpoint.  Raises SnapshotError."""
+    try:
+        found = {call.ref: call for call in msgspec.convert(header.get("calls", []), list[Dispatch])}
+    except msgspec.ValidationError as error:
+        raise SnapshotError(f"the header of a checkpoint is invalid: {error}") from None
+    return {ref: found.get(ref) for ref in refs}
