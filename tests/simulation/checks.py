@@ -255,7 +255,7 @@ class WorkflowModel(Model):
     def _run(self, release: releases.Release) -> None:
         """Switch to the code that made the next transaction."""
         if release not in self.code:
-            code = releases.Code(release)
+            code = releases.Code(release, self.world.checkpoints)
             config = self.world.config.model_copy(update={"instances_cached_max": 0})
             processor = WorkflowProcessor(config, code.workflows, self.world.outputs, self.world.broker.topics[config.resume_topic].id, lambda _: None, self.sources.get)
             processor.partitions = self.world.partitions

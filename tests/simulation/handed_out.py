@@ -189,12 +189,19 @@ def _begun(book: Book, ledger: Ledger, calls: list[Call]) -> dict[Call, list[tup
     for begun in book.begun:
         if begun.process.startswith("worker") and (begun.idempotency_key, begun.attempt) not in asked:
             raise Failed(f"M6.6: {begun.process} began a call at {begun.ms:.1f} that nobody has asked for: {begun.idempotency_key}, attempt {begun.attempt}")
-        for call in asked[begun.idempotency_key, begun.attempt]:
-            mine = [one for one in taken[begun.process, call.place] if one.begun_ms <= begun.ms and one.read.get(call.offset, _NEVER) <= begun.ms]
-            if not mine or begun.ms > mine[-1].ended_ms:
-                raise Failed(f"M6.6: {begun.process} began {call} at {begun.ms:.1f}, which it does not have")
-            found[call].append((begun, mine[-1]))
+        calls_of_it = sorted(asked[begun.idempotency_key, begun.attempt], key=lambda call: call.sent_ms)
+        had = [(call, mine) for call in calls_of_it if (mine := _had(taken[begun.process, call.place], call, begun)) is not None]
+        if calls_of_it and not had:
+            raise Failed(f"M6.6: {begun.process} began {calls_of_it[0]} at {begun.ms:.1f}, which it does not have")
+        if had:  # a workflow that goes back makes a call once more
+            found[had[-1][0]].append((begun, had[-1][1]))
     return found
+
+
+def _had(taken: list[Taken], call: Call, begun: Begun) -> Taken | None:
+    """The assignment with which the process had this call when it began one; None if it did not have it."""
+    mine = [one for one in taken if one.begun_ms <= begun.ms and one.read.get(call.offset, _NEVER) <= begun.ms]
+    return mine[-1] if mine and begun.ms <= mine[-1].ended_ms else None
 
 
 def _beginnings(call: Call, begun: list[tuple[Begun, Taken]]) -> None:

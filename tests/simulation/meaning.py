@@ -206,6 +206,7 @@ class _Code:
         self.sources: set[str] = set()
         self.saved: dict[tuple[int, bytes], tuple[dict[str, Any], bytes]] = {}
         self.runs: dict[tuple[int, bytes], Release] = {}  # the code that an instance's last snapshot names
+        self.ever: dict[tuple[int, bytes], set[Release]] = collections.defaultdict(set)  # of instances that may go back: the code of each of their snapshots
         self.known = {release.version: release.code for release in world.deployed}
 
     def check(self, ledger: Ledger) -> None:
@@ -256,12 +257,14 @@ class _Code:
                 if runs not in allowed:
                     self.world.happened.update(["was moved", *{f"was moved while it waited for: {wait['kind']}" for wait in header["waits"]}])
                 allowed = [*allowed, runs]
-            if runs not in allowed:
+            if runs not in {*allowed, *self.ever[key]}:
                 raise Failed(f"G10: {key} is saved on {runs} by {transaction.producer} at {transaction.decided_ms:.1f}, not on one of {allowed}")
             self.world.happened["went on in old code"] += runs.main < now.main
             self.world.happened["went on in newer code"] += runs.main > now.main
             self.world.happened["took over new helpers"] += was is not None and was.main == runs.main and was.helper < runs.helper
         self.runs[key] = runs
+        if self.world.checkpoints:
+            self.ever[key].add(runs)
 
     def _copied(self, key: tuple[int, bytes], made: dict[tuple[int, bytes], dict[str, Any]]) -> None:
         """A copy made in this transaction, even of another copy, was before it what its original was; an original that began in it was nothing."""
@@ -271,6 +274,7 @@ class _Code:
             origin, run = (key[0], forked["id"].encode()), forked["start_id"]
         header, body = self.saved.get(origin, ({}, b""))
         was = header.get("start_id") == run
+        self.ever[key] = {*self.ever[origin]}
         self.saved[key] = ({**header, "start_id": made[key]["start_id"]}, body) if was else ({}, b"")
         self.runs.pop(key, None)
         if was and origin in self.runs:
@@ -281,7 +285,7 @@ class _Code:
         if not self._may_be_moved(key):
             _wrong(f"G10: the code that {key!r} ended on", result["ended"], result["began"])
         self.world.happened["ended on moved code"] += result["ended"] != result["began"]
-        befores = {None, *(runs for (_, other), runs in self.runs.items() if other == key)}
+        befores = {None, *(runs for (_, other), runs in self.runs.items() if other == key), *(runs for (_, other), ever in self.ever.items() if other == key for runs in ever)}
         allowed = [(f"main {runs.main}", runs.helper) for runs in (self._goes_on_in(before, now.code) for before in befores)]
         if (result["ended"], result["helper"]) not in allowed:
             raise Failed(f"G10: {key!r} ended on {result['ended']} with helper {result['helper']}, not one of {allowed}")

@@ -14,7 +14,7 @@ import pathlib
 import re
 import types
 import zlib
-from typing import Any
+from typing import Any, Optional
 
 __all__ = ["Instance", "Unpredicted"]
 
@@ -137,8 +137,9 @@ class Inbox:
 
 
 class Update:
-    def __init__(self, value: Any, waiting: list[str], id: str | None) -> None:
-        self.value, self.waiting, self.id = value, waiting, id
+    def __init__(self, value: Any, waiting: list[str], id: str | None, accepted: int) -> None:
+        """`accepted` is the offset of its record."""
+        self.value, self.waiting, self.id, self.accepted = value, waiting, id, accepted
 
 
 # -- what authors call ----------------------------------------------------------------------------------------------------
@@ -269,8 +270,12 @@ exec(compile(_source, "workflows.py, natively", "exec"), WORKFLOWS)
 class Instance:
     """All runs of one id, one after the other.  `said` has their outputs, in order; `replies` has the replies to each request."""
 
-    def __init__(self, id: str) -> None:
+    def __init__(self, id: str, checkpoints: int = 0) -> None:
         self.id = id
+        self.checkpoints = checkpoints  # how many earlier states are kept
+        self.states: list[tuple[int, int]] = []  # for each state that it had, by number: the offset of the record that led to it, -1 if that was held; and that of its start
+        self.went_back = 0
+        self.earlier: Any = None  # offset -> this instance, played up to there
         self.said: list[Said] = []
         self.replies: dict[str, list[tuple[str, Any]]] = collections.defaultdict(list)
         self.kept: list[Any] = []  # forgotten generators, kept because closing them now would make them write something
@@ -290,6 +295,8 @@ class Instance:
         """Become the copy that this record made: nobody waits for it, and its timers are its own."""
         self.id, self.said, self.forks, self.start, self.parent, self.ended, self.record = id, [], [], record["fork start"], None, None, record
         self.replies.clear()
+        self.begun = record["offset"]
+        self.states = [(record["offset"], self.begun)]
         self.paused, self.hold, self.known = False, [], {}
         for update in self.open:
             update.waiting, update.id = [], None
@@ -309,9 +316,9 @@ class Instance:
             self._start(record)
         elif self.main is None and op == "signal" and "start" in value:
             self._start({**record, "value": {"new": value["start"]["input"]}}, lambda: self._put_signal(record))
-        elif self.main is None:
+        elif self.main is None and not (op == "fork" and value.get("at") is not None and self.ended is not None):
             self._absent(record)
-        elif op in ("query", "terminate", "pause", "unpause", "retry", "discard", "fork"):
+        elif op in ("query", "terminate", "pause", "unpause", "retry", "discard", "fork", "rewind"):
             self._command(record)
         elif self.paused:
             self.hold.append(record)
@@ -342,7 +349,7 @@ class Instance:
             return
         if self.ended is not None and record["start"] == self.ended["start"]:
             return
-        self.start, self.parent, self.ended = record["start"], record["parent"], None
+        self.start, self.parent, self.ended, self.begun = record["start"], record["parent"], None, record["offset"]
         self.paused, self.closing, self.steps = False, False, 0
         self.hold: list[Record] = []
         self.waits: dict[str, Ref] = {}
@@ -380,6 +387,14 @@ class Instance:
             return self.reply(record, *self.known[record["id"]])
         if op == "query":
             self.reply(record, "ok", ...)
+        elif op == "rewind":
+            self._rewind(record)
+        elif op == "fork" and record["value"].get("at") is not None:
+            if record["away"] or (earlier := self._at(record["value"]["at"])) is None or any(wait.kind in ("child", "job") for wait in earlier.waits.values()):
+                return self.reply(record, "rejected")
+            self.forks.append(record)
+            (self.known if self.main is not None or self.ended is None else self.ended["known"])[record["id"]] = ("ok", ...)
+            self.reply(record, "ok", ...)
         elif op == "fork":
             if self.closing or record["away"] or any(wait.kind in ("child", "job") for wait in self.waits.values()):
                 return self.reply(record, "rejected")
@@ -406,9 +421,52 @@ class Instance:
             for held in hold:
                 self.record, self.ids = held, 0
                 self._apply(held)
+                self.states = [(-1 if offset == held["offset"] else offset, run) for offset, run in self.states]  # played again, it would be held
             if self.main is not None or self.ended is not None:
                 (self.known if self.main is not None else self.ended["known"])[record["id"]] = ("ok", None)  # type: ignore[index]
             self.reply(record, "ok")
+
+    def _at(self, number: int) -> Optional["Instance"]:
+        """This instance as it was in an earlier state; None if that is not kept.  Raises Unpredicted."""
+        current = len(self.states) - (self.main is not None)
+        if not max(0, current - self.checkpoints) <= number < current:
+            return None
+        return self.earlier(self.reached(number))  # type: ignore[no-any-return]
+
+    def reached(self, number: int) -> int:
+        """The offset of the record that led to this state.  Raises Unpredicted."""
+        offset = self.states[number][0]
+        if offset < 0:
+            raise Unpredicted(self.id)
+        return offset
+
+    def _rewind(self, record: Record) -> None:
+        """Go on from an earlier state.  Who waits for the instance, what it has applied and what it holds stay as they are."""
+        number = record["value"]["to"]
+        earlier = None if self.closing else self._at(number)
+        if earlier is None or self.states[number][1] != self.begun or any(wait.kind in ("child", "job") and ref not in self.waits for ref, wait in earlier.waits.items()):
+            return self.reply(record, "rejected")
+        for ref, wait in self.waits.items():
+            if ref not in earlier.waits and wait.outside:
+                self.leave(wait)
+        for ref, wait in earlier.waits.items():
+            if ref not in self.waits and wait.kind == "timer":
+                self.timer(wait, str(max(1, wait.due - record["at"])))
+        known = {update.accepted: update for update in self.open}
+        for update in self.open:
+            if update.accepted not in {other.accepted for other in earlier.open}:
+                self.answer_update(update, "rejected", None, forget=False)
+                if update.id is not None:
+                    self.known[update.id] = ("rejected", None)
+        for update in earlier.open:
+            before = known.get(update.accepted)
+            update.waiting, update.id = (before.waiting, before.id) if before is not None else ([], None)
+        self.kept += self.tasks
+        for name in ("waits", "tasks", "joins", "queue", "stack", "mail", "given", "validators", "open", "now", "main", "steps"):
+            setattr(self, name, getattr(earlier, name))
+        self.went_back += 1
+        self.states.append((record["offset"], self.begun))
+        self.remember(record, "ok")
 
     def _message(self, record: Record) -> None:
         """Signal, update or cancel, in which author code takes part."""
@@ -418,7 +476,7 @@ class Instance:
         known = self.known.get(record["id"]) if record["id"] is not None else None
         if known is not None and known[0] == "pending":
             next(update for update in self.open if update.id == record["id"]).waiting.extend([record["request"]] if record["request"] else [])
-            return self.step(lambda: None)
+            return self.step(self._unchanged)
         if known is not None:
             return self.reply(record, *known)
         if op == "cancel":
@@ -439,14 +497,20 @@ class Instance:
         self.remember(record, "delivered")
         self.deliver("signal", value["name"])
 
+    def _unchanged(self) -> None:
+        """This step leaves no state of its own."""
+        self.changed = False
+
     def _update(self, record: Record, value: Any) -> None:
         if self.closing:
+            self._unchanged()
             return self.reply(record, "ended")
         try:
             self.validators[value["name"]](value["value"])
         except (KeyError, ValueError):
+            self._unchanged()
             return self.reply(record, "rejected")
-        update = Update(value["value"], [record["request"]] if record["request"] else [], record["id"])
+        update = Update(value["value"], [record["request"]] if record["request"] else [], record["id"], record["offset"])
         self.open.append(update)
         if record["id"] is not None:
             self.known[record["id"]] = ("pending", None)
@@ -489,6 +553,7 @@ class Instance:
 
     # -- a step --------------------------------------------------------------------------------------------------------
     def step(self, first: Any) -> None:
+        self.changed = True
         self.steps += 1
         self.now = max(self.now, self.record["at"])
         first()
@@ -502,10 +567,13 @@ class Instance:
                 if wait.outside:
                     self.leave(wait)
             self.end(self.known)
+        if self.main is not None and self.changed:
+            self.states.append((self.record["offset"], self.begun))
 
     def end(self, known: dict[str, Any]) -> None:
         self.kept += self.tasks
-        self.ended = {"start": self.start, "known": known} if self.start is not None else None
+        own = "own" if self.checkpoints else None  # an entry stays as long as there may be checkpoints, whoever chose the start id
+        self.ended = {"start": self.start or own, "known": known} if self.start or own else None
         self.main = None
 
     def register(self, kind: str, name: str = "", policy: str = "") -> Ref:

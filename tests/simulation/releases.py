@@ -80,11 +80,13 @@ class Code:
 
     _running: ClassVar[Optional["Code"]] = None
 
-    def __init__(self, release: Release) -> None:
+    def __init__(self, release: Release, checkpoints: int = 0) -> None:
+        """`checkpoints`: how many earlier states its instances keep."""
         self.release = release
         self._versions: dict[str, registry.Module] = {}
         self._modules: dict[str, types.ModuleType] = {}
         self._module, self._current = _loaded(release)
+        self._module.main.kwflow_checkpoints = checkpoints
         self.workflows = Workflows({"main": self._module.main}, "main")
 
     def enter(self) -> None:

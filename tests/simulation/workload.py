@@ -1,5 +1,6 @@
 """What clients do: they start random programs, answer what these ask, and send records that they should not send."""
 
+import itertools
 import json
 import random
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,7 @@ class Clients:
         self._forks: list[tuple[str, str]] = []  # (id, id of its copy)
         self._forking = random.Random(f"forks {world.seed}")  # a stream of its own: three of four seeds are the same runs as without forks
         self._fork_share = self._forking.choice([0, 0, 0, 0.1])
+        self._rewound: set[str] = set()
         self._telling = random.Random(f"signals {world.seed}")  # also a stream of its own
         self._tell_share = self._telling.choice([0, 0, 0.3])
         self._queueing = random.Random(f"queues {world.seed}")  # also a stream of its own
@@ -112,6 +114,8 @@ class Clients:
                 self._fork()
             if self._started and self._telling.random() < self._tell_share:
                 self._ask()
+            if self._started and self.world.rewinding.random() < self.world.rewind_share:
+                self._go_back()
             if self.world.queues and self._queueing.random() < 0.03:
                 self._disturb_queue()
             self._producer.flush()
@@ -120,6 +124,9 @@ class Clients:
     def settle(self) -> bool:
         """Do one round in calm times; true if there was nothing to do."""
         self._look()
+        for ask in [ask for ask in self.asks if ask[0] in self._rewound]:
+            self.asks[ask] = 0  # it may wait for this again
+        self._rewound.clear()
         for id, copy in self._forks:
             for ask in [ask for ask in self.asks if ask[0] == id]:
                 self.asks.setdefault((copy, ask[1]), 0)
@@ -220,6 +227,22 @@ class Clients:
         headers = (("kwflow-op", "fork"), ("kwflow-id", f"fork-{copy}"), ("kwflow-request", f"request-{self.sent}"), ("kwflow-reply-to", f"{home}/client{home}"))
         for _ in range(2 if chance.random() < 0.3 else 1):
             self.send(self.world.config.resume_topic, id, json.dumps({"id": copy}), headers)
+
+    def _go_back(self) -> None:
+        """Put a started workflow or a copy back to a state that it may have had, or copy it from there."""
+        chance = self.world.rewinding
+        id, number = chance.choice([*self._started, *(copy for _, copy in self._forks)]), chance.choice([0, 1, 1, 2, 3, 4, 6])
+        home = partition_of(id.encode(), self.world.partitions)
+        headers = (("kwflow-id", f"rewind-{self.sent}"), ("kwflow-request", f"request-{self.sent}"), ("kwflow-reply-to", f"{home}/client{home}"))
+        arguments: dict[str, object] = {"to": number}
+        if chance.random() < 0.3:
+            copy = next(copy for copy in (f"{id}-{number}" for number in itertools.count(len(self._forks) * 100)) if partition_of(copy.encode(), self.world.partitions) == home)
+            self._forks.append((id, copy))
+            arguments = {"id": copy, "at": number}
+        else:
+            self._rewound.add(id)
+        for _ in range(2 if chance.random() < 0.3 else 1):
+            self.send(self.world.config.resume_topic, id, json.dumps(arguments), (("kwflow-op", "rewind" if "to" in arguments else "fork"), *headers))
 
     def _answer(self, ask: tuple[str, str]) -> None:
         self.asks[ask] += 1

@@ -206,6 +206,9 @@ class World:
         self.client_environment = SimulatedEnvironment(self.broker)
         self._create_topics()
         self.broker.transactions.marker_delay_ms = self.faults.markers_ms
+        self.rewinding = random.Random(f"rewinds {seed}")  # also a stream of its own
+        self.rewind_share = self.rewinding.choice([0, 0, 0, 0, 0.1])
+        self.checkpoints = self.rewinding.choice([2, 100]) if self.rewind_share else 0
         self.clients = Clients(self, ids=self.chance.randint(5, 30), actions=self.chance.randint(40, 160), killers=self.chance.random() < 0.3)
         self._rollout = random.Random(seed)  # a stream of its own, so that everything else in a seed depends on it as little as possible
         self.upcoming = releases.with_rollbacks(releases.draw(self.chance), self._rollout)
@@ -449,7 +452,7 @@ class World:
         """Start a machine's process again and again, as a supervisor does."""
         while not self.over:
             process = machine.process = Process(self, f"{machine.name}/{len(machine.lives)}", lambda: machine.skew_ms)
-            self.code[process.name] = releases.Code(machine.release)
+            self.code[process.name] = releases.Code(machine.release, self.checkpoints)
             machine.lives.append(Life(self.time.now, machine.instance, machine.release))
             self.say(f"{process.name} starts as {machine.instance}")
             environment = _Environment(self.broker, process, machine.disk)
