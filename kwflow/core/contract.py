@@ -53,6 +53,10 @@ class Workflows:
         """Raises UsageError for an annotation that no input could be rebuilt from: once, when an engine starts, not at each start of the workflow."""
         object.__setattr__(self, "inputs", typed.input_hints(self.functions))
 
+    def option(self, workflow: str | None, name: str) -> Any:
+        """Return what `kw.workflow` was given for this option of the workflow, or of the default one; False if nothing."""
+        return getattr(self.functions.get(workflow or self.default or ""), f"kwflow_{name}", False)
+
 
 class Context(msgspec.Struct, frozen=True):
     """What a step may know besides its record.

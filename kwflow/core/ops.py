@@ -6,7 +6,7 @@ stores or the bytes of snapshots: a header goes in, data comes out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ import msgspec
 from kwflow.core import children, messages, outcomes, queues, wire
 from kwflow.core.calls import timer_key
 from kwflow.core.contract import Topics
-from kwflow.core.dispatch import Withdraw
+from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Output, Record, Reply
 
@@ -35,13 +35,12 @@ class Closing(msgspec.Struct, frozen=True):
 
 
 class Rewound(msgspec.Struct, frozen=True):
-    """What putting an instance back does: its header then, records to write, calls to withdraw, replies, and the refs of calls to make again."""
+    """What putting an instance back does: its header then, records to write, calls to withdraw and to make, and replies."""
 
     header: dict[str, Any]
     outputs: tuple[Output, ...]
-    withdrawn: tuple[object, ...]
+    dispatch: tuple[object, ...]
     replies: tuple[Reply, ...]
-    again: tuple[str, ...]
 
 
 def seen(header: dict[str, Any]) -> dict[str, Any]:
@@ -109,48 +108,65 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
     return Closing(tuple(outputs), tuple(dispatch), tuple(replies), {**kept, "ended": record.timestamp_ms})
 
 
-def unforkable(header: dict[str, Any], pending: Collection[str] = ()) -> str | None:
-    """Return why nobody else can continue from here; None if somebody can.  What `pending` refs wait for is still to come, for the one who continues."""
+def unforkable(header: dict[str, Any], there: Collection[str] = ()) -> str | None:
+    """Return why nobody can continue from here; None if somebody can.  What the refs `there` wait for is still to come, or can be asked for again."""
     if header["status"] != "waiting":
         return {"closing": "it has ended and is cleaning up", "ended": "it has ended"}.get(header["status"], f"it is {header['status']}")
     if header["workflow"].startswith("kwflow."):
         return "it belongs to kwflow: both would start the same runs, and no command could address the second; add another schedule with kwflow schedule add"
     for wait in header["waits"]:
-        if wait["ref"] in pending:
+        if wait["ref"] in there:
             continue
         if wait["kind"] == "child":
             return f"it waits for its child {wait['child']}, which reports its end only to {header['id']}, and only once; continue from another state"
         if wait["kind"] == "timer" and "due" not in wait:
             return "it was saved by an earlier version of kwflow, which did not store when timers are due; continue from the state after its next step (an unread signal causes one)"
         if wait["kind"] == "job":
-            return f"a worker of the queue {wait['queue']} has its call of {wait['name']}, and only the worker has the arguments; continue from a state in which it has been answered"
+            return f"only the queue {wait['queue']} has the arguments of its call of {wait['name']}; continue from a state without it, or declare @kw.workflow(checkpoints=...)"
+        if wait["kind"] == "activity":
+            return f"the call of its activity {wait['ref']} is not stored here"
         if wait["kind"] not in _FORKABLE:
             return f"it has a {wait['kind']} pending, which this version of kwflow does not know"
     return None
 
 
-def fork(header: dict[str, Any], id: str, record: Record, incarnation: str, client: str | None, topics: Topics) -> tuple[dict[str, Any], list[Output]]:
-    """Return the header of the copy, and the records that set its timers.  Nobody who waits for the original waits for the copy."""
+def fork(
+    header: dict[str, Any], id: str, record: Record, incarnation: str, client: str | None, topics: Topics, calls: Sequence[Dispatch]
+) -> tuple[dict[str, Any], list[Output], list[Dispatch]]:
+    """Return the header of the copy, the records that set its timers and make these calls in queues, and the other calls to make.
+
+    Nobody who waits for the original waits for the copy.
+    """
     own = {"id": id, "start_id": f"fork-{record.partition}-{record.offset}", "applied": [incarnation, record.partition, record.offset], "created": record.timestamp_ms, "updated": record.timestamp_ms}
     made = {**{name: value for name, value in header.items() if name not in _OF_ONE_RUN}, **own, "forked": {"id": header["id"], "start_id": header["start_id"]}}
     if client is not None:
         made["client"] = client
     if "updates" in header:  # the copy will answer the accepted updates, but nobody waits for these answers
         made["updates"] = {number: {"id": None, "to": []} for number in header["updates"]}
-    return made, _timers(id, header["waits"], record, topics)
+    asked, jobs, dispatch = _asked_again(id, header["waits"], calls, record, topics)
+    if jobs:
+        made["calls"] = jobs
+    return made, asked, dispatch
 
 
-def _timers(id: str, waits: list[dict[str, Any]], record: Record, topics: Topics) -> list[Output]:
-    """The records that set these timers for an instance, for the same time."""
-    timers = []
+def _asked_again(id: str, waits: list[dict[str, Any]], calls: Sequence[Dispatch], record: Record, topics: Topics) -> tuple[list[Output], list[Any], list[Dispatch]]:
+    """Return what asks for the answers to these waits of an instance: records for timers (for the same time) and calls in queues, these calls as data, and other calls."""
+    known = {call.ref: msgspec.structs.replace(call, workflow_id=id) for call in calls}
+    outputs, jobs, dispatch = [], [], []
     for wait in waits:
         if wait["kind"] == "timer":
             left, due = max(1, wait["due"] - record.timestamp_ms), ("kwflow-due-ms", str(wait["due"]).encode())
-            timers.append(Output(topics.scheduler, timer_key(id, wait["ref"]), str(left).encode(), (*wire.travelling_headers(record), due), record.timestamp_ms))
-    return timers
+            outputs.append(Output(topics.scheduler, timer_key(id, wait["ref"]), str(left).encode(), (*wire.travelling_headers(record), due), record.timestamp_ms))
+        elif wait["kind"] == "job":
+            call = known[wait["ref"]]
+            outputs.append(Output(wait["queue"], queues.key_of(id, call.ref), queues.handed_out(call, topics.resume), call.headers, record.timestamp_ms))
+            jobs.append(msgspec.to_builtins(call))
+        elif wait["kind"] == "activity":
+            dispatch.append(known[wait["ref"]])
+    return outputs, jobs, dispatch
 
 
-def rewind(header: dict[str, Any], earlier: dict[str, Any], record: Record, topics: Topics) -> Rewound:
+def rewind(header: dict[str, Any], earlier: dict[str, Any], record: Record, topics: Topics, calls: Sequence[Dispatch]) -> Rewound:
     """Put an instance back to an earlier state of the same run: what it waited for then and no longer does begins again, what it waits for only now is given up.
 
     Who started it, and what waits for its outcome, stay as they are; so do commands that it has applied.
@@ -158,9 +174,13 @@ def rewind(header: dict[str, Any], earlier: dict[str, Any], record: Record, topi
     now, then = {wait["ref"] for wait in header["waits"]}, {wait["ref"] for wait in earlier["waits"]}
     outputs, withdrawn = _give_up(header, [wait for wait in header["waits"] if wait["ref"] not in then], record, topics)
     again = [wait for wait in earlier["waits"] if wait["ref"] not in now]
-    outputs += _timers(header["id"], again, record, topics)
+    asked, _, dispatch = _asked_again(header["id"], again, calls, record, topics)
+    outputs += asked
     made = {name: value for name, value in earlier.items() if name not in _OF_ONE_RUN}
     made |= {name: header[name] for name in (*_OF_ONE_RUN, "applied") if name in header and name not in ("calls", "parked", "updates")}
+    jobs = {wait["ref"] for wait in earlier["waits"] if wait["kind"] == "job"}
+    if jobs:
+        made["calls"] = [call for call in earlier.get("calls", ()) if call["ref"] in jobs]
     open_now, open_then = header.get("updates", {}), earlier.get("updates", {})
     left = {number: waiting for number, waiting in open_now.items() if not _is_same(open_then.get(number), waiting)}
     replies = _answered(left, "rejected", _UNDONE)
@@ -171,8 +191,7 @@ def rewind(header: dict[str, Any], earlier: dict[str, Any], record: Record, topi
             messages.remember(made.setdefault("ids", {}), waiting["id"], "rejected", _UNDONE)
     if open_then:
         made["updates"] = {number: {"id": None, "to": []} if number in left else open_now.get(number, {"id": None, "to": []}) for number in open_then}
-    calls = tuple(wait["ref"] for wait in again if wait["kind"] == "activity")
-    return Rewound({**made, "updated": record.timestamp_ms}, tuple(outputs), tuple(withdrawn), tuple(replies), calls)
+    return Rewound({**made, "updated": record.timestamp_ms}, tuple(outputs), (*withdrawn, *dispatch), tuple(replies))
 
 
 def _is_same(then: dict[str, Any] | None, now: dict[str, Any]) -> bool:

@@ -58,7 +58,7 @@ def step(instance: Instance | None, record: Record, context: Context) -> Transit
     if isinstance(message, wire.Start):
         if instance is None:
             return _start(name, message, record, context)
-        if _declared(message.workflow, "restart", context) and wire.short_header(record, "kwflow-start-id") != instance.start_id:
+        if context.workflows.option(message.workflow, "restart") and wire.short_header(record, "kwflow-start-id") != instance.start_id:
             return _restart(instance, message, record, context)
         return _known(instance.start_id, record, address, context)
     if isinstance(message, wire.Command):
@@ -89,12 +89,6 @@ def _known(start_id: str, record: Record, address: wire.Address | None, context:
     replies = (wire.Reply(address, "duplicate" if same else "exists"),) if address is not None else ()
     told = () if same else children.refused(record, "exists", "another workflow runs under this id", context.topics.resume)
     return Transition(Keep(), told, replies=replies, outcome="duplicate-start")
-
-
-def _declared(workflow: str | None, option: str, context: Context) -> bool:
-    """Whether the workflow was declared with this option of `kw.workflow`."""
-    function = context.workflows.functions.get(workflow or context.workflows.default or "")
-    return getattr(function, f"kwflow_{option}", False)
 
 
 def _restart(instance: Instance, message: wire.Start, record: Record, context: Context) -> Transition:
@@ -272,7 +266,7 @@ class Step(Calls):
                 error = failed
         at = failed_at(error) if error is not None else {}
         in_log = f"{type(error).__name__}{place_of(at)}; kwflow show has the details" if error is not None else ""  # without the error's message: many people read logs and the history
-        if error is not None and not _is_outcome(error) and _declared(self.instance.workflow, "park_on_error", self.context):
+        if error is not None and not _is_outcome(error) and self.context.workflows.option(self.instance.workflow, "park_on_error"):
             raise UncaughtError(f"{outcomes.describe_error(error)}{place_of(at)}", in_log) from None
         if error is not None:
             outcome = "cancelled" if isinstance(error, Cancelled) else "error"

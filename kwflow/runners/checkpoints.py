@@ -2,13 +2,13 @@
 
 A workflow that asks for checkpoints is saved after each record, and each state that a newer one replaces stays for a while, as an
 entry `\\0checkpoint\\0<id>\\0<number>` of the same partition: the snapshot as it was, with the activity calls that it waits for in
-its header, since their own entries go once they are answered.  The header of the current state says which checkpoints there are;
+its header, since their own entries go once they are answered (calls in queues are in the header from the beginning).  The header of the current state says which checkpoints there are;
 their numbers go on from one run of an id to the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -38,11 +38,14 @@ class Checkpoints:
         """Whether the workflow has checkpoints, or had some that are to be dropped."""
         return workflow in self._limits or "checkpoints" in header
 
-    def advance(self, workflow: str, header: dict[str, Any], replaces: bool) -> tuple[Extent, Extent]:
+    def advance(self, workflow: str, header: dict[str, Any], replaces: bool, waits: Collection[str]) -> tuple[Extent, Extent]:
         """Note in the header of a new state which checkpoints there are from now on; return which there were, and which there are.
 
-        `replaces` tells whether there is a state that it replaces.
+        `replaces` tells whether there is a state that it replaces, and `waits` for which refs it waits: calls in queues for any other one are dropped.
         """
+        calls = [call for call in header.pop("calls", ()) if call["ref"] in waits and workflow in self._limits]
+        if calls:
+            header["calls"] = calls
         limit = self._limits.get(workflow, 0)
         first, current = before = extent(header)
         number = current + replaces
@@ -108,16 +111,17 @@ def drop(state: Changes, key: bytes, numbers: Extent) -> None:
 
 
 def _with_calls(stored: bytes, name: str, calls: _Calls, keys: Keys) -> bytes:
-    refs = [wait["ref"] for wait in snapshot.split(stored, keys)[0]["waits"] if wait["kind"] == "activity"]
+    header = snapshot.split(stored, keys)[0]
+    refs = [wait["ref"] for wait in header["waits"] if wait["kind"] == "activity"]
     if not refs:
         return stored
-    return snapshot.amend(stored, keys, calls=[msgspec.to_builtins(call) for call in calls(name, refs).values() if call is not None])
+    made = [msgspec.to_builtins(call) for call in calls(name, refs).values() if call is not None]
+    return snapshot.amend(stored, keys, calls=[*header.get("calls", ()), *made])
 
 
-def calls_of(header: dict[str, Any], refs: Sequence[str]) -> dict[str, Dispatch | None]:
-    """Return the activity calls behind these waits of a checkpoint.  Raises SnapshotError."""
+def calls_of(header: dict[str, Any]) -> dict[str, Dispatch]:
+    """Return the calls that the header has, by ref: those in queues, and in a checkpoint those of all activities.  Raises SnapshotError."""
     try:
-        found = {call.ref: call for call in msgspec.convert(header.get("calls", []), list[Dispatch])}
+        return {call.ref: call for call in msgspec.convert(header.get("calls", []), list[Dispatch])}
     except msgspec.ValidationError as error:
-        raise SnapshotError(f"the header of a checkpoint is invalid: {error}") from None
-    return {ref: found.get(ref) for ref in refs}
+        raise SnapshotError(f"the header of a snapshot is invalid: {error}") from None

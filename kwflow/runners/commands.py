@@ -190,13 +190,15 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
         return refused("rejected", f"{id} belongs to partition {home} and {name} to {record.partition}; a fork must be in the partition of its original: let the engine choose the id, or try another")
     try:
         header, body = _state_of(batch, name, header) if command.arguments.at is None else _checkpoint(batch, name, header, command.arguments.at)
-        refs = [wait["ref"] for wait in header["waits"] if wait["kind"] == "activity"]
-        calls = _there(batch.calls(name, refs) if command.arguments.at is None else checkpoints.calls_of(header, refs))
-        if (why := ops.unforkable(header)) is not None:
+        calls = checkpoints.calls_of(header)
+        if command.arguments.at is None:
+            running = batch.calls(name, [wait["ref"] for wait in header["waits"] if wait["kind"] == "activity"])
+            calls |= {ref: call for ref, call in running.items() if call is not None}
+        if (why := ops.unforkable(header, calls)) is not None:
             return refused("rejected", why)
     except SnapshotError as error:
         return refused("rejected", str(error))
-    made, timers = ops.fork(header, id, record, batch.context.incarnation, wire.short_header(record, "kwflow-client"), batch.context.topics)
+    made, asked, dispatch = ops.fork(header, id, record, batch.context.incarnation, wire.short_header(record, "kwflow-client"), batch.context.topics, list(calls.values()))
     value = {"id": id, "start_id": made["start_id"]}
     known = batch.stored(key)
     there = _header(batch.config, id, known)
@@ -205,8 +207,7 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
     if known is not None and there["status"] != "ended":
         return refused("exists", f"{id} already exists")
     batch.put(key, snapshot.copy(body, made, batch.config.signing_keys))
-    dispatch = tuple(msgspec.structs.replace(call, workflow_id=id) for call in calls)
-    return _done(batch, name, record, command, "ok", [Decision(tuple(timers), (f"{name}: forked as {id}",), dispatch=dispatch)], value=value)
+    return _done(batch, name, record, command, "ok", [Decision(tuple(asked), (f"{name}: forked as {id}",), dispatch=tuple(dispatch))], value=value)
 
 
 def _state_of(batch: Batch, name: str, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
@@ -229,14 +230,6 @@ def _checkpoint(batch: Batch, name: str, header: dict[str, Any], number: int) ->
     raise SnapshotError(f"it has no checkpoint {number}: {there}")
 
 
-def _there(calls: dict[str, Dispatch | None]) -> list[Dispatch]:
-    """Raises SnapshotError if one of these calls is not stored."""
-    missing = [ref for ref, call in calls.items() if call is None]
-    if missing:
-        raise SnapshotError(f"the call of its activity {missing[0]} is not stored here")
-    return [call for call in calls.values() if call is not None]
-
-
 def _rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
     """Put the instance back to a checkpoint of its run.  The state that this replaces becomes a checkpoint, too.
 
@@ -246,16 +239,15 @@ def _rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, com
     try:
         current, _ = _state_of(batch, name, header)
         earlier, body = _checkpoint(batch, name, header, command.arguments.to)
-        pending = {wait["ref"] for wait in current["waits"]}
-        why = ops.unforkable(current, pending) or ops.unforkable(earlier, pending)
+        calls, pending = checkpoints.calls_of(earlier), {wait["ref"] for wait in current["waits"]}
+        why = ops.unforkable(current, pending) or ops.unforkable(earlier, pending | calls.keys())
         if current["start_id"] != earlier["start_id"]:
             why = f"checkpoint {command.arguments.to} is of an earlier run, {earlier['start_id']}; fork it"
-        rewound = ops.rewind(current, earlier, record, batch.context.topics)
-        calls = _there(checkpoints.calls_of(earlier, rewound.again))
     except SnapshotError as error:
         why = str(error)
     if why is not None:
         return joined([_replied(batch, record, "rejected", why, count="not-rewound"), Decision(logs=(f"{name}: not put back: {why}",))])
+    rewound = ops.rewind(current, earlier, record, batch.context.topics, list(calls.values()))
     made = rewound.header
     batch.keep(key, made)
     if header["status"] == "parked":
@@ -264,7 +256,7 @@ def _rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, com
         made |= {"status": "parked", "parked": {**mark, "was": "waiting"} if why_paused is None else {"reason": "paused", "message": why_paused, "offset": mark["offset"], "was": "waiting"}}
     batch.put(key, snapshot.copy(body, made, keys))
     replies = tuple(wire.reply_output(batch.config.reply_topic, reply) for reply in rewound.replies)
-    done = Decision(rewound.outputs, (f"{name}: put back to checkpoint {command.arguments.to}",), replies=replies, dispatch=(*rewound.withdrawn, *calls))
+    done = Decision(rewound.outputs, (f"{name}: put back to checkpoint {command.arguments.to}",), replies=replies, dispatch=rewound.dispatch)
     return _done(batch, name, record, command, "ok", [done, *(_drain(batch, name, record, discard=False) if parked.has_failed(header) else [])])
 
 

@@ -38,7 +38,7 @@ _LIMIT_MAX = 10_000  # rows; with a limit an engine keeps them in memory until i
 _DIGITS_MAX = 9  # of a list index in `where`
 _BREATH = 0.4  # pause after each page, as a share of the time the page took, so that the engine's own thread goes on, however many rows are looked through
 _looking = threading.Lock()  # one page at a time, including its pause: the engine goes on, however many callers there are
-_HIDDEN = ("v", "code", "lowering", "key", "ids")
+_HIDDEN = ("v", "code", "lowering", "key", "ids", "calls")
 _FIRST_ID = b"\1"  # an engine's own entries begin with NUL
 Page = Callable[[bytes, int], "list[tuple[bytes, bytes]] | None"]  # (first key, limit) -> entries; None once the partition is no longer owned
 

@@ -375,7 +375,7 @@ class _Batch:
         if live.ahead:
             instance, replaced = live.instance, live.base if live.changed else None
             kept = self.processor.checkpoints
-            numbers = kept.advance(instance.workflow, instance.extra, replaced is not None) if kept.of(instance.workflow, instance.extra) else None
+            numbers = kept.advance(instance.workflow, instance.extra, replaced is not None, instance.waits) if kept.of(instance.workflow, instance.extra) else None
             data, modules = self._bytes(instance)
             if isinstance(data, Exception):
                 live.forget()
@@ -449,7 +449,8 @@ class _Batch:
         kept = self.processor.checkpoints
         if kept.of(header["workflow"], header):
             replaced = kept.last_state(self.state.get(key))
-            self._charge(kept.keep(self.state, key, replaced, kept.advance(header["workflow"], header, replaced is not None), self.calls))
+            numbers = kept.advance(header["workflow"], header, replaced is not None, {wait["ref"] for wait in header.get("waits", ())})
+            self._charge(kept.keep(self.state, key, replaced, numbers, self.calls))
 
     def _charge(self, size: int) -> None:
         """Charge bytes that the batch writes to its budget, beside those of which the budget knows beforehand."""

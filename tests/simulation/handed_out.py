@@ -32,6 +32,7 @@ class Call:
     headers: tuple[tuple[str, bytes | None], ...]  # which its answer must carry
     answers: list[Entry] = dataclasses.field(default_factory=list)
     withdrawn: int | None = None  # offset of its withdrawal
+    before: "Call | None" = None  # the same call, if it is made once more because its workflow went back
     done_ms: float = _NEVER
 
     def __str__(self) -> str:
@@ -104,6 +105,7 @@ def _calls(world: World, ledger: Ledger) -> list[Call]:
             told = _json(entry) if entry.transaction is None and not any(name == "kwflow-sim-sent" for name, _ in entry.headers) else None
             if isinstance(told, dict) and "ref" in told:
                 answers[(entry.key or b"").decode(), told["ref"]].append(entry)
+    made: dict[tuple[str, str], Call] = {}
     for place in [(queue, number) for queue in world.queues for number in range(world.partitions)]:
         last: dict[bytes | None, Call] = {}
         for entry in ledger.visible(place):
@@ -112,9 +114,12 @@ def _calls(world: World, ledger: Ledger) -> list[Call]:
                 call = last.pop(entry.key)
                 call.withdrawn, call.done_ms = entry.offset, min(call.done_ms, _visible_ms(entry))
             elif isinstance(asked, dict) and asked["resume_topic"] == world.config.resume_topic:
-                id, ref = asked["workflow_id"], asked["ref"]
-                done_ms = min(map(_visible_ms, answers[id, ref]), default=_NEVER)
-                call = last[entry.key] = Call(place, entry.offset, id, ref, _visible_ms(entry), _travelling(entry), answers[id, ref], done_ms=done_ms)
+                id, ref, sent_ms = asked["workflow_id"], asked["ref"], _visible_ms(entry)
+                before = made.get((id, ref))
+                mine = [answer for answer in answers[id, ref] if before is None or _visible_ms(answer) >= sent_ms]
+                call = last[entry.key] = made[id, ref] = Call(place, entry.offset, id, ref, sent_ms, _travelling(entry), mine, done_ms=min(map(_visible_ms, mine), default=_NEVER), before=before)
+                if before is not None:
+                    before.answers = [answer for answer in before.answers if answer not in mine]
                 found.append(call)
     return found
 
@@ -225,7 +230,8 @@ def _died(book: Book, call: Call) -> None:
     """K19: an attempt was failed only if two workers had the call, marked or not known to be innocent, and neither gave it back."""
     for answer in filter(_is_death, call.answers):
         mine = [one for one in book.taken if one.place == call.place and 0 <= one.fetched_ms <= answer.appended_ms]
-        if not any(_blames(book, call, one) for one in mine):
+        before = [call.before] if call.before is not None else []  # whose answer may have come late
+        if not any(_blames(book, made, one) for made in (call, *before) for one in mine):
             raise Failed(f"K19: {call} was answered with WorkerDied at {answer.appended_ms:.1f}, and no two workers died with it")
 
 

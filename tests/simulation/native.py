@@ -75,6 +75,7 @@ class Ref(Wait):
         super().__init__()
         self.ref, self.kind, self.name, self.policy = ref, kind, name, policy
         self.mail: Any = None
+        self.call: Any = None  # of a job: what it was handed out with
         self.due = 0
 
     @property
@@ -300,9 +301,15 @@ class Instance:
         self.paused, self.hold, self.known = False, [], {}
         for update in self.open:
             update.waiting, update.id = [], None
-        for wait in self.waits.values():
+        self._ask_again(list(self.waits.values()))
+
+    def _ask_again(self, waits: list[Ref]) -> None:
+        """Set the timers, and make the calls in queues, that these waits are for."""
+        for wait in waits:
             if wait.kind == "timer":
-                self.timer(wait, str(max(1, wait.due - record["at"])))
+                self.timer(wait, str(max(1, wait.due - self.record["at"])))
+            elif wait.kind == "job":
+                self.hand_out(wait, *wait.call)
 
     def close(self) -> None:
         """Forget the instance.  Its generators are closed now, while nobody takes what they write."""
@@ -390,13 +397,14 @@ class Instance:
         elif op == "rewind":
             self._rewind(record)
         elif op == "fork" and record["value"].get("at") is not None:
-            if record["away"] or (earlier := self._at(record["value"]["at"])) is None or any(wait.kind in ("child", "job") for wait in earlier.waits.values()):
+            if record["away"] or (earlier := self._at(record["value"]["at"])) is None or earlier.closing or any(wait.kind == "child" for wait in earlier.waits.values()):
                 return self.reply(record, "rejected")
             self.forks.append(record)
             (self.known if self.main is not None or self.ended is None else self.ended["known"])[record["id"]] = ("ok", ...)
             self.reply(record, "ok", ...)
         elif op == "fork":
-            if self.closing or record["away"] or any(wait.kind in ("child", "job") for wait in self.waits.values()):
+            alone = ("child",) if self.checkpoints else ("child", "job")  # with checkpoints, the arguments of calls in queues are kept
+            if self.closing or record["away"] or any(wait.kind in alone for wait in self.waits.values()):
                 return self.reply(record, "rejected")
             self.forks.append(record)
             self.remember(record, "ok", ...)
@@ -444,14 +452,12 @@ class Instance:
         """Go on from an earlier state.  Who waits for the instance, what it has applied and what it holds stay as they are."""
         number = record["value"]["to"]
         earlier = None if self.closing else self._at(number)
-        if earlier is None or self.states[number][1] != self.begun or any(wait.kind in ("child", "job") and ref not in self.waits for ref, wait in earlier.waits.items()):
+        if earlier is None or self.states[number][1] != self.begun or any(wait.kind == "child" and ref not in self.waits for ref, wait in earlier.waits.items()):
             return self.reply(record, "rejected")
         for ref, wait in self.waits.items():
             if ref not in earlier.waits and wait.outside:
                 self.leave(wait)
-        for ref, wait in earlier.waits.items():
-            if ref not in self.waits and wait.kind == "timer":
-                self.timer(wait, str(max(1, wait.due - record["at"])))
+        self._ask_again([wait for ref, wait in earlier.waits.items() if ref not in self.waits])
         known = {update.accepted: update for update in self.open}
         for update in self.open:
             if update.accepted not in {other.accepted for other in earlier.open}:
@@ -533,6 +539,7 @@ class Instance:
         self.say("scheduler", f"{self.id}|" + json.dumps({"ref": wait.ref}, separators=(",", ":")), value)
 
     def hand_out(self, wait: Ref, name: str, attempt: int, key: str, plan: list[str]) -> None:
+        wait.call = (name, attempt, key, plan)
         asked = {"activity": f"sim-{name}", "attempt": attempt, "idempotency_key": f"{self.id}|{key}", "arguments": {"plan": plan}}
         self.say(wait.name, f"{self.id}|{wait.ref}", {"resume_topic": "workflow-resume", "workflow_id": self.id, "ref": wait.ref, **asked})
 

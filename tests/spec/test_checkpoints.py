@@ -367,8 +367,8 @@ main.kwflow_checkpoints = 9
     assert w.result("w") == [1, 2]
 
 
-def test_a_call_that_a_worker_has_is_waited_for_and_one_that_was_answered_cannot_be_made_again() -> None:
-    """M6.6: only the queue has its arguments."""
+def test_a_call_that_a_worker_has_is_waited_for_and_one_that_was_answered_is_handed_out_again() -> None:
+    """M6.6: its arguments are kept in the header, as only the queue had them."""
     body = """
 from tests.spec.test_checkpoints import checkpoint_case_print
 def main(o):
@@ -384,9 +384,20 @@ main.kwflow_checkpoints = 9
     (ref, _) = w.waits("w")
     say(w, "a")
     assert rewound(w, 0)["status"] == "ok"
+    assert w.values("checkpoint-case") == [asked := w.values("checkpoint-case")[0]]
     say(w, "a")
     w.resume("w", ref)
-    assert "a worker of the queue checkpoint-case has its call" in rewound(w, 1)["message"]
+    assert rewound(w, 1)["status"] == "ok"
+    w.command("w", "fork", {"id": "copy", "at": 0})
+    w.command("copy", "fork", {"id": "second"})
+    other = [{**asked, "workflow_id": id, "idempotency_key": f"{id}|{ref}"} for id in ("copy", "second")]
+    assert w.values("checkpoint-case") == [asked, asked, *other]
+    for id in ("w", "copy", "second"):
+        say(w, "b", id=id)
+        w.resume(id, ref)
+        assert (w.waits(id), "calls" in w.header(id)) == (["r"], False)
+    w.command("w", "terminate")
+    assert "calls" not in w.header("w")
 
 
 def test_an_update_that_came_later_is_rejected_and_one_that_was_open_stays_so() -> None:
