@@ -66,8 +66,8 @@ def workflow(function: _F | None = None, *, name: str | None = None, restart: bo
     With `park_on_error`, an exception that it does not catch undoes the step and parks the instance, so that it can go on once the bug is fixed.
     BusinessError, ActivityError, WorkflowError (which ChildError is), TimeoutError and Cancelled are outcomes: they end it, as every exception does otherwise.
 
-    With `checkpoints`, an instance is saved after each record, and that many of its earlier states are kept, to look at (`kwflow show --at`) and to fork
-    from (`kwflow fork --at`); at most 1,000.
+    With `checkpoints`, an instance is saved after each record, and that many of its earlier states are kept, to look at (`kwflow show --at`), to fork
+    from (`kwflow fork --at`) and to go back to (`kwflow rewind`); at most 1,000.
     """
     if type(checkpoints) is not int or not 0 <= checkpoints <= _CHECKPOINTS_MAX:
         raise UsageError(f"@kw.workflow(checkpoints=...) is the number of earlier states to keep, from 0 to {_CHECKPOINTS_MAX}, not {checkpoints!r}")

@@ -18,7 +18,7 @@ from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Output, Record, Reply
 
-__all__ = ["Closing", "Rewound", "fork", "rewind", "seen", "terminate", "unforkable"]
+__all__ = ["Closing", "Rewound", "fork", "identity", "rewind", "seen", "terminate", "unforkable"]
 
 _SHOWN = ("id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "forked", "mailbox", "checkpoints")
 _WAITS_SHOWN_MAX = 100
@@ -108,6 +108,11 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
     return Closing(tuple(outputs), tuple(dispatch), tuple(replies), {**kept, "ended": record.timestamp_ms})
 
 
+def identity(wait: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a wait of one state from those of another: not its ref alone, as offsets begin anew when a topic is recreated (semantics §9.2)."""
+    return wait["ref"], wait["kind"], wait["since"]
+
+
 def unforkable(header: dict[str, Any], there: Collection[str] = ()) -> str | None:
     """Return why nobody can continue from here; None if somebody can.  What the refs `there` wait for is still to come, or can be asked for again."""
     if header["status"] != "waiting":
@@ -171,9 +176,9 @@ def rewind(header: dict[str, Any], earlier: dict[str, Any], record: Record, topi
 
     Who started it, and what waits for its outcome, stay as they are; so do commands that it has applied.
     """
-    now, then = {wait["ref"] for wait in header["waits"]}, {wait["ref"] for wait in earlier["waits"]}
-    outputs, withdrawn = _give_up(header, [wait for wait in header["waits"] if wait["ref"] not in then], record, topics)
-    again = [wait for wait in earlier["waits"] if wait["ref"] not in now]
+    now, then = {identity(wait) for wait in header["waits"]}, {identity(wait) for wait in earlier["waits"]}
+    outputs, withdrawn = _give_up(header, [wait for wait in header["waits"] if identity(wait) not in then], record, topics)
+    again = [wait for wait in earlier["waits"] if identity(wait) not in now]
     asked, _, dispatch = _asked_again(header["id"], again, calls, record, topics)
     outputs += asked
     made = {name: value for name, value in earlier.items() if name not in _OF_ONE_RUN}

@@ -2,8 +2,9 @@
 
 A workflow that asks for checkpoints is saved after each record, and each state that a newer one replaces stays for a while, as an
 entry `\\0checkpoint\\0<id>\\0<number>` of the same partition: the snapshot as it was, with the activity calls that it waits for in
-its header, since their own entries go once they are answered (calls in queues are in the header from the beginning).  The header of the current state says which checkpoints there are;
-their numbers go on from one run of an id to the next.
+its header, since their own entries go once they are answered (calls in queues are in the header from the beginning).  The header
+of the current state says which checkpoints there are; their numbers go on from one run of an id to the next.  Whatever replaces an
+entry that says so has to go on from it, or to drop them: nobody else would ever remove them.
 """
 
 from __future__ import annotations
@@ -17,37 +18,40 @@ from kwflow.config import Config
 from kwflow.core import snapshot
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.snapshot import Keys
-from kwflow.errors import SnapshotError
+from kwflow.errors import CorruptSnapshotError, SnapshotError
 from kwflow.ports import Changes
+from kwflow.runners.rows import checked_header
 
-__all__ = ["CHECKPOINT", "Checkpoints", "Extent", "calls_of", "drop", "entry_key", "extent", "number_of", "of_checkpoint", "prefix_of"]
+__all__ = ["CHECKPOINT", "Checkpoints", "Extent", "calls_of", "checked", "drop", "entry_key", "extent", "found", "number_of", "of_checkpoint", "prefix_of"]
 
 CHECKPOINT = b"\0checkpoint\0"
 _Calls = Callable[[str, Sequence[str]], dict[str, Dispatch | None]]  # (id, refs) -> the calls behind these waits
 Extent = tuple[int, int]  # the number of the first checkpoint, and that of the current state, which is one more than that of the last one
+_EXTENT_MAX = 1_000  # the most that @kw.workflow(checkpoints=...) takes
 
 
 class Checkpoints:
     """Keeps the states that are replaced, of the workflows among these functions that ask for it."""
 
     def __init__(self, config: Config, functions: Mapping[str, Callable[..., Any]]) -> None:
-        self._limits = {name: most for name, function in functions.items() if (most := getattr(function, "kwflow_checkpoints", 0))}
+        self._limits: dict[str, int] = {name: getattr(function, "kwflow_checkpoints", 0) for name, function in functions.items()}
         self._keys, self._bytes_max = config.signing_keys, config.snapshot_bytes_max
 
     def of(self, workflow: str, header: dict[str, Any]) -> bool:
         """Whether the workflow has checkpoints, or had some that are to be dropped."""
-        return workflow in self._limits or "checkpoints" in header
+        return bool(self._limits.get(workflow)) or "checkpoints" in header
 
     def advance(self, workflow: str, header: dict[str, Any], replaces: bool, waits: Collection[str]) -> tuple[Extent, Extent]:
         """Note in the header of a new state which checkpoints there are from now on; return which there were, and which there are.
 
         `replaces` tells whether there is a state that it replaces, and `waits` for which refs it waits: calls in queues for any other one are dropped.
+        A workflow that no function is registered for has as many as it had.
         """
-        calls = [call for call in header.pop("calls", ()) if call["ref"] in waits and workflow in self._limits]
+        first, current = before = extent(header)
+        limit = self._limits.get(workflow, max(1, current - first))
+        calls = [call for call in header.pop("calls", ()) if call["ref"] in waits and limit]
         if calls:
             header["calls"] = calls
-        limit = self._limits.get(workflow, 0)
-        first, current = before = extent(header)
         number = current + replaces
         after = (max(first, number - limit), number) if limit else (current, current)
         header.pop("checkpoints", None)
@@ -71,12 +75,11 @@ class Checkpoints:
         return len(data)
 
     def last_state(self, stored: bytes | None) -> bytes | None:
-        """Return the state to keep of an instance that ends or is replaced: as it was before it was parked, if it is; None if there is none."""
+        """Return the state to keep of an instance that ends or is replaced: as it was before it was parked, if it is; None if there is none that can be read."""
         try:
-            status = snapshot.split(stored, self._keys)[0]["status"] if stored is not None else "ended"
-            if stored is None or status == "ended":
-                return None
-            return snapshot.unpark(stored, self._keys) if status == "parked" else stored
+            if stored is not None and snapshot.split(stored, self._keys)[0]["status"] == "parked":
+                stored = snapshot.unpark(stored, self._keys)
+            return None if stored is None or snapshot.split(stored, self._keys)[0]["status"] == "ended" else stored
         except SnapshotError:
             return None
 
@@ -100,9 +103,25 @@ def number_of(key: bytes) -> int:
 
 
 def extent(header: dict[str, Any]) -> Extent:
-    """Return which checkpoints there are, by the header of the current state."""
-    first, current = header.get("checkpoints", (0, 0))
-    return int(first), int(current)
+    """Return which checkpoints there are, by the header of the current state; none if what it says was forged."""
+    try:
+        first, current = msgspec.convert(header.get("checkpoints", (0, 0)), Extent)
+    except msgspec.ValidationError:
+        return 0, 0
+    return (first, current) if 0 <= first <= current <= first + _EXTENT_MAX else (0, 0)
+
+
+def found(state: Changes, key: bytes) -> dict[str, list[int]]:
+    """Return what a header that can be read would say, by the entries that there are."""
+    numbers = [number_of(entry) for entry, _ in state.scan(prefix_of(key))]
+    return {"checkpoints": [max(numbers[0], numbers[-1] + 1 - _EXTENT_MAX), numbers[-1] + 1]} if numbers else {}
+
+
+def checked(header: dict[str, Any], key: bytes) -> dict[str, Any]:
+    """Return the header of a state that a command is to continue from.  Raises CorruptSnapshotError if it is forged, or that of another instance."""
+    if header.get("id") != key.decode():
+        raise CorruptSnapshotError(f"this is a state of {header.get('id')!r}, but it is stored under {key.decode()}")
+    return checked_header(header)
 
 
 def drop(state: Changes, key: bytes, numbers: Extent) -> None:

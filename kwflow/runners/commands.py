@@ -18,6 +18,7 @@ from kwflow.core import children, messages, migration, ops, snapshot, wire
 from kwflow.core.contract import Context
 from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.murmur2 import partition_of
+from kwflow.core.step import applied_before
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Command, Output, Record
 from kwflow.durable.registry import Module
@@ -140,7 +141,10 @@ def _terminate(batch: Batch, name: str, header: dict[str, Any], record: Record, 
     topics = batch.context.topics
     closing = ops.terminate(header, command.arguments.reason, record, topics)
     held = list(parked.all_held(batch.state, name))
-    batch.end(name.encode(), {**closing.header, "applied": [batch.context.incarnation, record.partition, record.offset]})
+    mark = header.get("parked")
+    unread = header["status"] == "damaged" or (isinstance(mark, dict) and mark.get("was") == "damaged")
+    earlier = checkpoints.found(batch.state, name.encode()) if unread else {}
+    batch.end(name.encode(), {**closing.header, **earlier, "applied": [batch.context.incarnation, record.partition, record.offset]})
     replies = [reply for one in held for reply in parked.answered(batch.config, one, "not_found", "it was terminated before this was applied")]
     replies += [wire.reply_output(batch.config.reply_topic, reply) for reply in closing.replies]
     others = [one for one in held if dict(one.headers).get("kwflow-start-id") != header["start_id"].encode()]  # the parent of this run is answered with its end
@@ -206,6 +210,8 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
         return _replied(batch, record, "ok", value=value, count="repeated")
     if known is not None and there["status"] != "ended":
         return refused("exists", f"{id} already exists")
+    if "checkpoints" in there:  # of a run under its id that has ended
+        made["checkpoints"] = there["checkpoints"]
     batch.put(key, snapshot.copy(body, made, batch.config.signing_keys))
     return _done(batch, name, record, command, "ok", [Decision(tuple(asked), (f"{name}: forked as {id}",), dispatch=tuple(dispatch))], value=value)
 
@@ -214,17 +220,20 @@ def _state_of(batch: Batch, name: str, header: dict[str, Any]) -> tuple[dict[str
     """The header and body of the current state, as it was before it was parked.  Raises SnapshotError."""
     keys, stored = batch.config.signing_keys, batch.state.get(name.encode())
     if stored is not None and header["status"] == "parked":
+        checkpoints.checked(header, name.encode())
         stored = snapshot.unpark(stored, keys)  # as it was before the record that parked it
     if stored is None:
         raise SnapshotError("its start failed, so there is nothing to continue from")
-    return snapshot.split(stored, keys)
+    header, body = snapshot.split(stored, keys)
+    return checkpoints.checked(header, name.encode()), body
 
 
 def _checkpoint(batch: Batch, name: str, header: dict[str, Any], number: int) -> tuple[dict[str, Any], bytes]:
     """The header and body of an earlier state.  Raises SnapshotError."""
     stored = batch.state.get(checkpoints.entry_key(name.encode(), number)) if number >= 0 else None
     if stored is not None:
-        return snapshot.split(stored, batch.config.signing_keys)
+        earlier, body = snapshot.split(stored, batch.config.signing_keys)
+        return checkpoints.checked(earlier, name.encode()), body
     first, current = checkpoints.extent(header)
     there = f"there are {first} to {current - 1}" if current > first else "there are none; @kw.workflow(checkpoints=...) keeps them"
     raise SnapshotError(f"it has no checkpoint {number}: {there}")
@@ -236,11 +245,14 @@ def _rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, com
     If it was parked because it had failed, the records that it holds are then applied to the earlier state; a paused one stays paused.
     """
     key, keys = name.encode(), batch.config.signing_keys
+    if applied_before(header.get("applied"), record, batch.context.incarnation):  # a runner has read it twice, and what came after it would be undone
+        return _replied(batch, record, "ok", count="repeated")
     try:
         current, _ = _state_of(batch, name, header)
         earlier, body = _checkpoint(batch, name, header, command.arguments.to)
-        calls, pending = checkpoints.calls_of(earlier), {wait["ref"] for wait in current["waits"]}
-        why = ops.unforkable(current, pending) or ops.unforkable(earlier, pending | calls.keys())
+        calls, pending = checkpoints.calls_of(earlier), {ops.identity(wait) for wait in current["waits"]}
+        there = {wait["ref"] for wait in earlier["waits"] if ops.identity(wait) in pending}
+        why = ops.unforkable(current, [wait["ref"] for wait in current["waits"]]) or ops.unforkable(earlier, there | calls.keys())
         if current["start_id"] != earlier["start_id"]:
             why = f"checkpoint {command.arguments.to} is of an earlier run, {earlier['start_id']}; fork it"
     except SnapshotError as error:
@@ -250,13 +262,16 @@ def _rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, com
     rewound = ops.rewind(current, earlier, record, batch.context.topics, list(calls.values()))
     made = rewound.header
     batch.keep(key, made)
-    if header["status"] == "parked":
+    if header["status"] != "parked":
+        made["applied"] = [batch.context.incarnation, record.partition, record.offset]
+    else:  # what it holds has lower offsets, and is still to be applied
         mark = header["parked"]
         why_paused = mark["message"] if mark["reason"] == "paused" else mark.get("paused")
         made |= {"status": "parked", "parked": {**mark, "was": "waiting"} if why_paused is None else {"reason": "paused", "message": why_paused, "offset": mark["offset"], "was": "waiting"}}
     batch.put(key, snapshot.copy(body, made, keys))
     replies = tuple(wire.reply_output(batch.config.reply_topic, reply) for reply in rewound.replies)
     done = Decision(rewound.outputs, (f"{name}: put back to checkpoint {command.arguments.to}",), replies=replies, dispatch=rewound.dispatch)
+    keep(batch.state, done.dispatch)  # a state that the records on hold replace is kept with these calls
     return _done(batch, name, record, command, "ok", [done, *(_drain(batch, name, record, discard=False) if parked.has_failed(header) else [])])
 
 

@@ -47,8 +47,8 @@ class History:
         if isinstance(message, wire.Start):
             return {"kind": "start"}
         if isinstance(message, wire.Command):
-            about = {name: getattr(message.arguments, name, None) for name in ("name", "reason", "in_place")}
-            return {"kind": message.op, **{name: text for name, text in about.items() if text}}
+            about = {name: getattr(message.arguments, name, None) for name in ("name", "reason", "in_place", "at", "to")}
+            return {"kind": message.op, **{name: said for name, said in about.items() if said not in (None, "", False) or type(said) is int}}
         wait = instance.waits.get(message.ref) if instance is not None and message.ref is not None else None
         said: dict[str, Any] = {"kind": wait.kind if wait is not None else "answer", "ref": _begin(message.ref)}
         said |= {name: _begin(value) for name, value in wait.described().items() if name in ("name", "attempt", "child")} if wait is not None else {}
@@ -78,7 +78,7 @@ class History:
         about = _run(header)
         if event == "terminated":
             about |= _end(header if "outcome" in header else {"outcome": {"kind": "terminated"}})
-        elif event not in _GOES_ON and not (event == "migrate" and parked.has_failed(was)):
+        elif event not in _GOES_ON and not (event in ("migrate", "rewound") and parked.has_failed(was)):
             about |= _state(header)
         return self._with(made, record, event, by, about, made.logs if event == "forked" else (), received_ms)
 

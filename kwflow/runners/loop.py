@@ -17,7 +17,7 @@ from kwflow import api, flows
 from kwflow.config import Config
 from kwflow.core import children, messages, snapshot, wire
 from kwflow.core.contract import Context, Ended, Save, Topics, Transition, Workflows
-from kwflow.core.dispatch import Dispatch, decode, size_of, state_key
+from kwflow.core.dispatch import Dispatch, Withdraw, decode, size_of, state_key
 from kwflow.core.instance import Instance
 from kwflow.core.step import applied_before, step
 from kwflow.core.wire import Record
@@ -29,7 +29,7 @@ from kwflow.feeds import registered_feeds
 from kwflow.ports import Budget, Changes, Decision, Deliver, Store
 from kwflow.runners import code, commands, deployment, feeds, parked
 from kwflow.runners.activities.dispatch import Dispatcher, keep
-from kwflow.runners.checkpoints import Checkpoints
+from kwflow.runners.checkpoints import Checkpoints, drop, extent
 from kwflow.runners.ended import EndedTable
 from kwflow.runners.history import History
 from kwflow.runners.live import Live, LiveInstances
@@ -350,6 +350,9 @@ class _Batch:
 
     def _park(self, name: str, stored: bytes | None, record: Record, error: BaseException, by: dict[str, Any] | None = None) -> Decision:
         self.held.pop(name, None)
+        before = self.state.get(name.encode()) if stored is None else None
+        if before is not None:  # a start has failed, and the entry of the run before it makes way
+            drop(self.state, name.encode(), extent(snapshot.split(before, self.config.signing_keys)[0]))
         return self._with_event(parked.park(self.config, self.state, name, stored, record, error, self.context.received_ms), name, record, stored, by)
 
     def _hold(self, header: dict[str, Any], record: Record, stored: bytes | None) -> Decision:
@@ -458,7 +461,12 @@ class _Batch:
             self.budget.take(size)
 
     def drain(self, records: list[Record]) -> list[Decision]:
-        """Apply held records, each with its original offset; a failure parks the instance again (K17).  Records beyond the budget are held as before."""
+        """Apply held records, each with its original offset; a failure parks the instance again (K17).  Records beyond the budget are held as before.
+
+        Calls that this batch has made for the instance are stored first: its states are kept with them.
+        """
+        for name in {wire.workflow_id(record) for record in records[:1]}:
+            keep(self.state, [item for decision in self.made for item in decision.dispatch if isinstance(item, (Dispatch, Withdraw)) and item.workflow_id == name])
         made = _Batch(self.processor, self.state, records, self.context.received_ms, self.budget).run()
         parked.hold_again(self.state, records[len(made) :])
         return made

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from kwflow.core.wire import Address
 from kwflow.errors import CorruptSnapshotError
 
 __all__ = ["Cancel", "Forked", "Outcome", "Parked", "Row", "Wait", "check_rows", "checked_header"]
@@ -63,6 +64,13 @@ class Forked(msgspec.Struct):
     start_id: str = ""
 
 
+class _Open(msgspec.Struct):
+    """An update that it has accepted and not answered, and who waits for the answer."""
+
+    to: list[Address]
+    id: str | None = None
+
+
 class _Told(msgspec.Struct):
     """The fields of a header that are reported.  Nobody else checks their types, and one bad header would hide all others."""
 
@@ -80,7 +88,7 @@ class _Told(msgspec.Struct):
     forked: Forked | None = None
     checkpoints: tuple[int, int] | None = None
     mailbox: dict[str, dict[str, int]] = {}
-    updates: dict[str, Any] = {}
+    updates: dict[str, _Open] = {}
 
 
 class Row(msgspec.Struct):
