@@ -75,8 +75,8 @@ def show(
         print_json({**header, **({"frames": variables} if locals else {})})
         return
     seal = "" if header["seal"] == "unsigned" and not settings.signing_keys else f"  ({header['seal']})"
-    out.print(f"{id}  {header['workflow']}  {header['status']}{seal}")
-    for line in _about(header):
+    out.print(f"{id}  {header['workflow']}  {header['status']}{seal}{f'  (checkpoint {at})' if at is not None else ''}")
+    for line in _about(header, earlier=at is not None):
         out.print(line)
     for wait in header["waits"]:
         where = [wait["function"], f"{wait['file']}:{wait['line']}"] if "file" in wait else []
@@ -160,8 +160,8 @@ def note_source(why: str) -> None:
     err.print(f"read from the changelog: {why}", style="dim")
 
 
-def _about(header: dict[str, Any]) -> list[str]:
-    """What the header tells besides its waits, a line each."""
+def _about(header: dict[str, Any], earlier: bool = False) -> list[str]:
+    """What the header, of the present state or an `earlier` one, tells besides its waits, a line each."""
     lines = []
     if "parked" in header:
         parked = header["parked"]
@@ -171,7 +171,7 @@ def _about(header: dict[str, Any]) -> list[str]:
         fork = f", a fork of {header['forked']['id']}" if "forked" in header else ""
         lines.append(f"run {header['start_id']}{parent}{fork}")
     first, current = extent(header)
-    if current > first:
+    if current > first and not earlier:
         lines.append(f"checkpoints {first} to {current - 1}")
     if "cancel" in header:
         lines.append(f"cancelled at {instant(header['cancel']['at'])}: {header['cancel']['reason'] or '(no reason)'}")

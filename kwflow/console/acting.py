@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from kwflow.client import Client, Future
+from kwflow.client import Client, Future, Run
 from kwflow.console.problems import Problem
 from kwflow.console.site import Site, site_of
 from kwflow.errors import UsageError
@@ -80,10 +80,11 @@ async def _form(request: Request) -> Form:
     return {name: value for name, value in pairs if value}
 
 
-def _commanded(site: Site, op: str, id: str, form: Form) -> None:
-    """Send a command, and wait for its reply.  Raises what the client raises, such as CommandError if the engine refuses it."""
+def _commanded(site: Site, op: str, id: str, form: Form) -> str:
+    """Send a command, wait for its reply, and return the id to show then.  Raises what the client raises, such as CommandError if the engine refuses it."""
     with site.connect() as client:
-        _COMMANDS[op](client, id, form).result()
+        made = _COMMANDS[op](client, id, form).result()
+    return made.id if isinstance(made, Run) else id
 
 
 def _settled(site: Site, op: str, what: str) -> None:
@@ -97,7 +98,7 @@ async def _act(request: Request) -> Response:
     site, id, op = site_of(request), segment(request, "id"), request.path_params["op"]
     form = await _form(request)
     if op in _COMMANDS:
-        await site.act(_commanded, site, op, id, form)
+        id = await site.act(_commanded, site, op, id, form)
     elif op in ("retry", "discard"):
         await site.act(_settled, site, op, id)
     else:

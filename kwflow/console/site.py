@@ -53,10 +53,10 @@ class Site:
         async with self._asking:
             return await run_in_threadpool(call, *arguments)
 
-    async def act(self, call: Callable[..., None], *arguments: Any) -> None:
-        """Run a call that changes something, in a thread."""
+    async def act(self, call: Callable[..., _T], *arguments: Any) -> _T:
+        """Run a call that changes something, in a thread, and return its result."""
         async with self._acting:
-            await run_in_threadpool(call, *arguments)
+            return await run_in_threadpool(call, *arguments)
 
     def command(self, op: str, of: str | None = None, *options: str) -> str:
         """The command line that does the same, `of` an instance or letter; an id that begins with - comes after all options."""

@@ -114,7 +114,7 @@ def test_the_console_goes_through_earlier_states_and_back_to_one(tmp_path: pathl
         assert f'<a href="{at("w")}?at=0">earlier</a>' in page.text and '<span class="soft">later</span>' in page.text
         assert http.get(f"{at('w')}?at=7").status_code == 404 and http.get(f"{at('w')}?at=x").status_code == 400
         start_id = shop.client.query("w").result(20)["start_id"]
-        assert http.post(f"{at('w')}/fork", data={"at": "0", "new_id": "copy"}).headers["location"] == f"{at('w')}?done=fork"
+        assert http.post(f"{at('w')}/fork", data={"at": "0", "new_id": "copy"}).headers["location"] == f"{at('copy')}?done=fork"
         assert http.post(f"{at('w')}/rewind", data={"at": "0", "start_id": "another run"}).status_code == 409
         assert http.post(f"{at('w')}/rewind", data={"start_id": start_id}).status_code == 400
         answer = http.post(f"{at('w')}/rewind", data={"at": "1", "start_id": start_id})
