@@ -119,6 +119,7 @@ def test_a_bug_is_fixed_under_what_waits_and_a_kill_in_the_middle_changes_nothin
     assert site.producer.flush(20) == 0
     while {row["id"]: row["holds"] for row in json.loads(site.run("dead-letters", "list", "--json"))} != {parked: 700}:
         assert first.poll() is None
+    site.until(lambda: waits in site.run("list", "--json"))
     first.kill()
     second = engine(site, "new", "two")
     assert site.run("code", "migrate", parked, waits, "--in-place", "--json").count('"status":"ok"') == 2
@@ -205,10 +206,10 @@ def test_calls_in_a_queue_are_answered_in_the_code_that_their_instances_were_mov
     parked, waits = (f"{site.application}-{name}" for name in ("parked", "waits"))
     site.run("start", parked, "--input", "[9, 2]")
     worker = site.started("worker.log", "worker", "shop", "--app-dir", str(site.directory / "old"), "--queue", queue)
-    site.until(lambda: parked in site.run("dead-letters", "list"))
+    site.until(lambda: parked in site.run("dead-letters", "list", "--json"))
     worker.terminate()
     site.run("start", waits, "--input", "[1, 2]")
-    site.until(lambda: waits in site.run("list"))
+    site.until(lambda: waits in site.run("list", "--json"))
     first.terminate()
     engine(site, "new", "two")
     assert site.run("code", "migrate", parked, waits, "--in-place", "--json").count('"status":"ok"') == 2
