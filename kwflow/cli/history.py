@@ -74,7 +74,7 @@ def _cause(event: dict[str, Any]) -> str:
     """What came, and its effect where that is not the same."""
     by = event["by"]
     what = " ".join(str(by[name]) for name in ("kind", "name", "child", "ref") if by.get(name))
-    details = [f"attempt {by['attempt']}" if "attempt" in by else "", "an error" if "failed" in by else "", str(by.get("reason", ""))]
+    details = [f"attempt {by['attempt']}" if "attempt" in by else "", "an error" if "failed" in by else "", "in place" if by.get("in_place") else "", str(by.get("reason", ""))]
     details += [f"checkpoint {by[name]}" for name in ("at", "to") if name in by]
     effect = event["event"] if event["event"] not in ("started", "resumed", by.get("kind")) else ""
     return what + (f" ({', '.join(filter(None, details))})" if any(details) else "") + (f": {effect}" if effect else "")

@@ -228,7 +228,8 @@ class Client:
     def rewind(self, id: str, to: int, *, start_id: str | None = None, command_id: str | None = None) -> Future[None]:
         """Put a workflow back to a checkpoint of its run (`@kw.workflow(checkpoints=...)`), from which it continues; its present state becomes a checkpoint.
 
-        Its timers, calls and children begin and end accordingly (docs/MESSAGES.md).  Raises CommandError: rejected (with the reason), not_found.
+        Its timers, calls and children begin and end accordingly (docs/MESSAGES.md).  Raises CommandError: rejected (with the reason), not_found, and parked
+        if it had failed, has been put back, and what it held has failed again.
         """
         return self._void(id, "rewind", {"to": to}, command_id, start_id)
 
@@ -236,7 +237,7 @@ class Client:
         """Move a waiting workflow to the current code: by the `@kw.migrate` function for it, or in place, after the same wait of the edited function.
 
         A parked one is moved ahead of the records that it holds, which are applied then.  Raises CommandError: not_found, unchanged (there is nothing
-        to move, or no function for it), rejected (why; nothing has changed).
+        to move, or no function for it), rejected (why; nothing has changed), parked (it was moved, and what it held has failed again).
         """
         return self._void(id, "migrate", {"in_place": in_place}, command_id, start_id)
 

@@ -123,7 +123,7 @@ async def _fork(request: Request) -> Response:
     return made(request, await service_of(request).reply(request, client.fork(id, asked.new_id, at=asked.at, start_id=asked.start_id, command_id=command_id)))
 
 
-@Operation("rewind_workflow", {204: None}, _Rewind, keyed=True, words=(*_RUNS, *HOLD, "rejected"))
+@Operation("rewind_workflow", {204: None}, _Rewind, keyed=True, words=(*_RUNS, "parked", "rejected"))
 async def _rewind(request: Request) -> Response:
     """Put a workflow back to a checkpoint, from which it continues."""
     id, asked = segment(request, "id"), options(request, _Rewind)

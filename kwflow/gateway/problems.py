@@ -79,6 +79,7 @@ KINDS: dict[str, Kind] = {
     "not_found": Kind(404, "there is no such run", "check the id and the start_id; ended runs are forgotten after ended_retention_ms"),
     "null_key": Kind(400, "the engine does not understand the record", _RECORD),
     "null_value": Kind(400, "the engine does not understand the record", _RECORD),
+    "parked": Kind(423, "it is done, and the workflow is parked again", "an operator sees what it holds and why (kwflow dead-letters)"),
     "paused": Kind(423, "the workflow is paused", "unpause it first"),
     "refused": Kind(422, "the engine cannot apply it", "fix what the message names"),
     "rejected": Kind(422, "the workflow rejects it", "fix the value as the message says"),

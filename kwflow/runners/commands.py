@@ -272,7 +272,11 @@ def _rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, com
     replies = tuple(wire.reply_output(batch.config.reply_topic, reply) for reply in rewound.replies)
     done = Decision(rewound.outputs, (f"{name}: put back to checkpoint {command.arguments.to}",), replies=replies, dispatch=rewound.dispatch)
     keep(batch.state, done.dispatch)  # a state that the records on hold replace is kept with these calls
-    return _done(batch, name, record, command, "ok", [done, *(_drain(batch, name, record, discard=False) if parked.has_failed(header) else [])])
+    if not parked.has_failed(header):
+        return _done(batch, name, record, command, "ok", [done])
+    applied = _drain(batch, name, record, discard=False)
+    status, message = _settled(batch, name)
+    return _done(batch, name, record, command, status, [done, *applied], message)
 
 
 def _free_id(batch: Batch, name: str, record: Record) -> str:
@@ -300,14 +304,16 @@ def _migrate(batch: Batch, name: str, header: dict[str, Any], record: Record, co
     stored = batch.state.get(name.encode())
     if stored is None:
         raise KwflowBug("a migrate of nothing")
+    failed = parked.has_failed(header)
     try:
-        made = _moved(batch, name, stored, record, parked.has_failed(header)) if command.arguments.in_place else _migrated(batch, name, stored, record)
+        made = _moved(batch, name, stored, record, failed) if command.arguments.in_place else _migrated(batch, name, stored, record)
     except SnapshotError as error:
         told = Decision(logs=(f"{name}: not migrated: {error}",))
         return joined([_replied(batch, record, "rejected", str(error), count="not-migrated"), told])
     if isinstance(made, str):
         return _replied(batch, record, "unchanged", made, count="not-migrated")
-    return _done(batch, name, record, command, "ok", made)
+    status, message = _settled(batch, name) if failed else ("ok", "")
+    return _done(batch, name, record, command, status, made, message)
 
 
 def _moved(batch: Batch, name: str, stored: bytes, record: Record, failed: bool) -> list[Decision] | str:
@@ -371,7 +377,7 @@ def _retry(batch: Batch, name: str, header: dict[str, Any], record: Record, comm
 
 
 def _settled(batch: Batch, name: str) -> tuple[str, str]:
-    """Status and message of a retry or discard: whether the instance is parked again, and that it runs old code, which may be why."""
+    """Status and message of a command after which held records were applied: whether the instance is parked again, and that it runs old code, which may be why."""
     stored = batch.state.get(name.encode())
     after = _header(batch.config, name, stored)
     if parked.has_failed(after):

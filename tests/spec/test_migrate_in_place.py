@@ -276,6 +276,16 @@ def forgets() -> Any:
 
 
 @pytest.mark.usefixtures("forgets")
+def test_whoever_moves_an_instance_hears_that_what_it_held_has_failed_again() -> None:
+    """Nobody would look at it again after `ok`."""
+    site = Site(PARKS)
+    site.w.start("v", "order")
+    site.w.resume("v", "paid", 5)
+    site.deploy(LOCKED.format("lock = threading.RLock()"))
+    reply = moved(site)
+    assert reply["status"] == "parked" and reply["message"].startswith("it is parked again: UnsavableError: ")
+
+
 def test_the_migration_of_a_parked_instance_is_not_held_behind_what_parked_it() -> None:
     """§8.5: it was, so that nothing but a discard could help."""
     site = Site(PARKS)
