@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from kwflow.core import snapshot
+from kwflow.runners.checkpoints import of_checkpoint
 from kwflow.testing.kafka.log import Entry, Place, Transaction
 from tests.simulation import predicted
 from tests.simulation.activities import ATTEMPTS_MAX, QUEUES
@@ -207,6 +208,7 @@ class _Code:
         self.saved: dict[tuple[int, bytes], tuple[dict[str, Any], bytes]] = {}
         self.runs: dict[tuple[int, bytes], Release] = {}  # the code that an instance's last snapshot names
         self.ever: dict[tuple[int, bytes], set[Release]] = collections.defaultdict(set)  # of instances that may go back: the code of each of their snapshots
+        self.bodies: dict[tuple[int, bytes], set[bytes]] = collections.defaultdict(set)  # likewise
         self.known = {release.version: release.code for release in world.deployed}
 
     def check(self, ledger: Ledger) -> None:
@@ -216,6 +218,9 @@ class _Code:
             states = [(place[1], entry) for place, entry in entries if place[0] == self.world.config.changelog_topic and not (entry.key or b"").startswith(b"\0")]
             if not results and not states:
                 continue
+            for place, entry in entries:
+                if (of := of_checkpoint(entry.key or b"")) is not None and entry.value is not None:
+                    self.bodies[place[1], of].add(snapshot.split(entry.value)[1])
             now = self.world.release_of(transaction)
             headers = {(number, entry.key or b""): snapshot.split(entry.value)[0] for number, entry in states if entry.value is not None}
             made = {key: header for key, header in headers.items() if "forked" in header and self.saved.get(key, ({}, b""))[0].get("start_id") != header["start_id"]}
@@ -243,9 +248,11 @@ class _Code:
             raise Failed(f"G10: {key} is saved on code that is not stored: {missing}; {transaction.producer} at {transaction.decided_ms:.1f}")
         before, before_body = self.saved.get(key, ({}, b""))
         alive = header["status"] not in ("gone", "ended")
-        if alive and before.get("lowering", 0) > now.lowering and body != before_body:
+        if alive and before.get("lowering", 0) > now.lowering and body not in {before_body, *self.bodies[key]}:
             raise Failed(f"G7: {key} was saved by a newer kwflow, and an older one went on with it; {transaction.producer} at {transaction.decided_ms:.1f}")
         self.saved[key] = header, body
+        if self.world.checkpoints:
+            self.bodies[key].add(body)
         if not alive or NAME not in code:
             self.runs.pop(key, None)
             return
@@ -274,7 +281,7 @@ class _Code:
             origin, run = (key[0], forked["id"].encode()), forked["start_id"]
         header, body = self.saved.get(origin, ({}, b""))
         was = header.get("start_id") == run
-        self.ever[key] = {*self.ever[origin]}
+        self.ever[key], self.bodies[key] = {*self.ever[origin]}, {*self.bodies[origin]}
         self.saved[key] = ({**header, "start_id": made[key]["start_id"]}, body) if was else ({}, b"")
         self.runs.pop(key, None)
         if was and origin in self.runs:
