@@ -12,10 +12,10 @@ from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 
 from kwflow import schedules
 from kwflow.activities import Retry
-from kwflow.core import children, instance, messages, queues, step, wire
+from kwflow.core import children, instance, messages, ops, queues, step, wire
 from kwflow.core.wire import Record
 from kwflow.durable import versions
-from kwflow.runners import code
+from kwflow.runners import code, commands
 from kwflow.runners.attempts import Attempts
 from kwflow.runners.kafka import ledger, topics
 from kwflow.runners.kafka import runner as kafka
@@ -433,6 +433,20 @@ def _nobody_shares_orphans() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(QueueRunner, "_join_again", lambda _: None)
 
 
+class GoesBack(World):
+    rewind_shares = (0.3,)
+
+
+def _nothing_is_given_up() -> contextlib.AbstractContextManager[Any]:
+    really = ops.rewind
+    return mock.patch.object(ops, "rewind", lambda header, *others: really({**header, "waits": []}, *others))
+
+
+def _goes_back_too_far() -> contextlib.AbstractContextManager[Any]:
+    really = commands._checkpoint
+    return mock.patch.object(commands, "_checkpoint", lambda batch, name, header, number: really(batch, name, header, max(0, number - 1)))
+
+
 PLANTED = [
     Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_IN_COMMITS, NewIdentityEachStart, first=47),
     Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd, first=3),
@@ -479,6 +493,8 @@ SHARED = [
     Planted("semantics 2.4", "what goes on when main has ended is not cancelled", patch=_nobody_is_told_of_the_end, first=7),
     Planted("M5", "a parent is told that its child was cancelled when it failed", patch=_failures_are_cancellations, first=5),
     Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None), first=1),
+    Planted("0062", "what is waited for only now goes on when a workflow goes back", world=GoesBack, patch=_nothing_is_given_up, first=10),
+    Planted("0062", "a workflow goes back to the state before the one that is meant", world=GoesBack, patch=_goes_back_too_far),
     Planted("schedules", "runs overlap although they must not", world=Impatient, patch=_active_runs_are_forgotten, first=3),
 ]
 

@@ -167,6 +167,7 @@ class World:
     machines_min = 1
     queue_share = 0.2  # of the seeds
     feed_share = 0.15
+    rewind_shares: tuple[float, ...] = (0, 0, 0, 0, 0.1)  # of the clients' turns; one of them for each seed
     release_ms = 5_000  # from one release to the next, and from one machine to the next, on average
     rest_ms = 900_000  # in the calm at the end, everything must be done within this time
     jump_ms = 60_000
@@ -207,7 +208,7 @@ class World:
         self._create_topics()
         self.broker.transactions.marker_delay_ms = self.faults.markers_ms
         self.rewinding = random.Random(f"rewinds {seed}")  # also a stream of its own
-        self.rewind_share = self.rewinding.choice([0, 0, 0, 0, 0.1])
+        self.rewind_share = self.rewinding.choice(self.rewind_shares)
         self.checkpoints = self.rewinding.choice([2, 100]) if self.rewind_share else 0
         self.clients = Clients(self, ids=self.chance.randint(5, 30), actions=self.chance.randint(40, 160), killers=self.chance.random() < 0.3)
         self._rollout = random.Random(seed)  # a stream of its own, so that everything else in a seed depends on it as little as possible
