@@ -73,7 +73,7 @@ def apply(batch: Batch, name: str, record: Record, command: Command) -> Decision
     if command.op == "query":
         return _replied(batch, record, "ok", value=ops.seen(header), count="queried")
     if header["status"] == "ended" and not (command.op == "fork" and command.arguments.at is not None):
-        return _replied(batch, record, "not_found", "it has ended", count="unknown-id")
+        return _replied(batch, record, "not_found", "it has ended" if command.op != "rewind" else "it has ended; kwflow fork --at continues from a state before that", count="unknown-id")
     return _CHANGING[command.op](batch, name, header, record, command)
 
 

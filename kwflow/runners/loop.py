@@ -425,9 +425,16 @@ class _Batch:
         if not isinstance(command, wire.Command):
             raise KwflowBug("a record with an op is not a command")
         self._save(name.encode())
+        self._keep_calls(name)
         self.held.pop(name, None)
         before = self.state.get(name.encode()) if self.history is not None else None
         return self._with_event(commands.apply(self, name, record, command), name, record, before)
+
+    def _keep_calls(self, name: str) -> None:
+        """Store the calls of an instance that was saved: its states are kept with them, also by the batch of what it has held."""
+        for made in self.made:
+            if made.dispatch:
+                keep(self.state, [item for item in made.dispatch if isinstance(item, (Dispatch, Withdraw)) and item.workflow_id == name])
 
     def stored(self, key: bytes) -> bytes | None:
         """The stored bytes of this id, including everything that this batch did so far."""
@@ -461,12 +468,7 @@ class _Batch:
             self.budget.take(size)
 
     def drain(self, records: list[Record]) -> list[Decision]:
-        """Apply held records, each with its original offset; a failure parks the instance again (K17).  Records beyond the budget are held as before.
-
-        Calls that this batch has made for the instance are stored first: its states are kept with them.
-        """
-        for name in {wire.workflow_id(record) for record in records[:1]}:
-            keep(self.state, [item for decision in self.made for item in decision.dispatch if isinstance(item, (Dispatch, Withdraw)) and item.workflow_id == name])
+        """Apply held records, each with its original offset; a failure parks the instance again (K17).  Records beyond the budget are held as before."""
         made = _Batch(self.processor, self.state, records, self.context.received_ms, self.budget).run()
         parked.hold_again(self.state, records[len(made) :])
         return made

@@ -31,8 +31,13 @@ def checkpoint_attack_charge(amount: int) -> object:
     """Never runs here: its answers are records."""
 
 
+@kw.activity(queue="checkpoint-attack")
+def checkpoint_attack_print(page: int) -> object:
+    """Runs at workers only."""
+
+
 CALLS = """
-from tests.spec.test_checkpoints_attacked import checkpoint_attack_charge
+from tests.spec.test_checkpoints_attacked import checkpoint_attack_charge, checkpoint_attack_print
 def main(o):
     said = []
     first = checkpoint_attack_charge(1)
@@ -42,7 +47,7 @@ def main(o):
             import threading
             held = threading.Lock()
         if said[-1][1] == "again" or said[-1][0] == "first":
-            first = checkpoint_attack_charge(len(said))
+            first = (checkpoint_attack_print if len(said) % 2 else checkpoint_attack_charge)(len(said))
         if said[-1][1] == "end":
             return said
 main.kwflow_checkpoints = 5
@@ -66,6 +71,7 @@ class Partition:
 
     def use(self, config: Config, **functions: Any) -> None:
         self.processor = WorkflowProcessor(config, Workflows(functions or self.functions, "main"), frozenset())
+        self.processor.queues = True
 
     def record(self, op: str, value: Any = None, id: str = "w") -> Record:
         self.sent += 1
@@ -102,7 +108,7 @@ class Partition:
 OPS = st.sampled_from([
     ("signal", {"name": "said", "value": 1}), ("signal", {"name": "said", "value": "again"}), ("signal", {"name": "said", "value": "lock"}), ("pause", {"reason": "x"}),
     ("unpause", None), ("retry", None), ("discard", None), ("rewind", {"to": 0}), ("rewind", {"to": 1}), ("rewind", {"to": 2}), ("rewind", {"to": 3}),
-    ("fork", {"id": "copy"}), ("fork", {"id": "copy", "at": 1}), ("answer", {"ref": "1:1", "value": 7}), ("answer", {"ref": "3:1", "value": 7}),
+    ("fork", {"id": "copy"}), ("fork", {"id": "copy", "at": 1}), ("answer", {"ref": "1:1", "value": 7}), ("answer", {"ref": "2:1", "value": 7}), ("answer", {"ref": "3:1", "value": 7}),
     ("terminate", {"reason": ""}), ("start", None), ("signal", {"name": "said", "value": "end"}),
 ])  # fmt: skip
 
@@ -123,6 +129,9 @@ def test_however_commands_are_cut_into_batches_the_same_is_kept(ops: list[tuple[
     assert made == expected
     waited = {state_key(id, wait["ref"]) for id in ("w", "copy") for wait in cut.headers().get(id.encode(), {}).get("waits", []) if wait["kind"] == "activity"}
     assert {key for key in cut.store.entries if key.startswith(PREFIX)} == waited, "each call that is waited for is stored, and no other"
+    for header in cut.headers().values():
+        if isinstance(header, dict) and header["status"] != "ended":
+            assert {wait["ref"] for wait in header["waits"] if wait["kind"] == "job"} <= {call["ref"] for call in header.get("calls", ())}, "and each call in a queue"
     for id in ("w", "copy"):
         cut.send("terminate", {"reason": ""}, id)
     cut.expire()
@@ -145,14 +154,14 @@ def test_calls_that_a_batch_has_made_are_kept_with_what_it_applies_from_a_hold()
     assert calls_in(site, 0) == ["1:1"]
 
 
-def test_calls_that_going_back_makes_again_are_kept_with_what_is_then_applied_from_the_hold() -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_calls_that_going_back_makes_again_are_kept_with_what_is_then_applied_from_the_hold(at_once: bool) -> None:
     """K17, M6.2."""
     site = Partition()
-    site.send("start")
-    site.send("answer", {"ref": "1:1", "value": 7})
-    site.send("signal", {"name": "said", "value": "lock"})
-    assert site.headers()[b"w"]["status"] == "parked"
-    site.send("rewind", {"to": 0})
+    ops = [("start", None), ("answer", {"ref": "1:1", "value": 7}), ("signal", {"name": "said", "value": "lock"}), ("rewind", {"to": 0})]
+    records = [site.record(op, value) for op, value in ops]
+    for batch in [records] if at_once else [[record] for record in records]:
+        site.batch(*batch)
     assert site.headers()[b"w"]["checkpoints"] == [0, 3]
     assert [calls_in(site, number) for number in range(3)] == [["1:1"], ["2:1"], ["1:1"]]
 
@@ -356,3 +365,31 @@ def test_the_history_says_to_which_state_and_not_what_came_after_it() -> None:
     site.send("signal", {"name": "said", "value": "lock"})
     first, held = events(site.send("rewind", {"to": 0}))
     assert (first["event"], "waits" in first, held["event"], "waits" in held) == ("rewound", False, "signal", True)
+
+
+WRONG = """
+def main(o):
+    yield kw.sleep(1)
+    say("wrong")
+    yield kw.wait_signal("said")
+main.kwflow_checkpoints = 9
+"""
+
+
+def test_a_fix_gets_ahead_of_what_begins_again_if_the_instance_is_paused_first() -> None:
+    """Docs, "Going back": a timer that is due fires at once, and the code that waits for it is that of then."""
+
+    def deploy(w: WorkflowTester, body: str) -> None:
+        w.deploy(durable.load_source("checkpoint_attack_fixed", HEAD + body, "checkpoint_attack_fixed.py").main)
+
+    w = WorkflowTester(durable.load_source("checkpoint_attack_fixed", HEAD + WRONG, "checkpoint_attack_fixed.py").main)
+    w.start("w")
+    w.advance(2)
+    deploy(w, WRONG.replace('"wrong"', '"right"'))
+    for op, arguments in (("pause", {"reason": "fix"}), ("rewind", {"to": 0}), ("migrate", {"in_place": True})):
+        assert status(w.command("w", op, arguments)) == "ok"
+        w.advance(2)
+    assert status(w.command("w", "unpause")) == "ok"
+    assert w.outputs_to("out") == ["wrong", "right"]
+    w.command("w", "terminate", {"reason": ""})
+    assert rewound(w, 0) == {"status": "not_found", "message": "it has ended; kwflow fork --at continues from a state before that", "value": None}
