@@ -214,14 +214,15 @@ class Client:
         self._command(id, "retry", None, future, lambda reply: settle(future, reply.message), command_id, start_id)
         return future
 
-    def fork(self, id: str, new_id: str | None = None, *, at: int | None = None, start_id: str | None = None, command_id: str | None = None) -> Future[Run]:
+    def fork(self, id: str, new_id: str | None = None, *, at: int | None = None, paused: bool = False, start_id: str | None = None, command_id: str | None = None) -> Future[Run]:
         """Create a second instance that continues from where this one waits now, or from its checkpoint `at`, under `new_id` (default: an id that the engine makes).
 
-        The first instance is not changed.  The fork's timers are due when those of the first are, and running activities are called for it too.
+        With `paused` it continues only when it is unpaused, so that it can be migrated before.  The first instance is not changed.  The fork's timers are
+        due when those of the first are, and running activities are called for it too.
         Raises CommandError: rejected (with the reason, such as a child that the instance waits for), exists, not_found.
         """
         future: Future[Run] = self._futures.new()
-        arguments = {"id": new_id} if at is None else {"id": new_id, "at": at}  # engines of earlier versions know no `at`
+        arguments = {"id": new_id, **({"at": at} if at is not None else {}), **({"paused": True} if paused else {})}  # engines of earlier versions know only the id
         self._command(id, "fork", arguments, future, lambda reply: settle(future, Run(**reply.value, new=True)), command_id, start_id)
         return future
 

@@ -129,10 +129,11 @@ class Signal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Fork(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The arguments of fork: the id of the copy, where None leaves the choice to the engine; and the checkpoint to continue from, if it is not the current state."""
+    """The arguments of fork: the id of the copy, where None leaves the choice to the engine; the checkpoint to continue from, if it is not the current state; and whether it begins paused."""
 
     id: str | None = None
     at: int | None = None
+    paused: bool = False
 
 
 class Rewind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -42,6 +42,7 @@ class _Reasoned(_Command, frozen=True):
 class _Fork(_Command, frozen=True):
     new_id: Annotated[str | None, Meta(description="Id of the copy; by default the engine makes one.")] = None
     at: Annotated[int | None, Meta(description="Number of the checkpoint from which it continues; by default the present state.")] = None
+    paused: Annotated[bool, Meta(description="It continues only when it is unpaused.")] = False
 
 
 class _Rewind(_Command, frozen=True, kw_only=True):
@@ -120,7 +121,7 @@ async def _fork(request: Request) -> Response:
     command_id = key_of_request(request, asked.command_id, "command_id")
     await no_body(request)
     client = await service_of(request).client()
-    return made(request, await service_of(request).reply(request, client.fork(id, asked.new_id, at=asked.at, start_id=asked.start_id, command_id=command_id)))
+    return made(request, await service_of(request).reply(request, client.fork(id, asked.new_id, at=asked.at, paused=asked.paused, start_id=asked.start_id, command_id=command_id)))
 
 
 @Operation("rewind_workflow", {204: None}, _Rewind, keyed=True, words=(*_RUNS, "parked", "rejected"))

@@ -212,8 +212,15 @@ def _fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comma
         return refused("exists", f"{id} already exists")
     if "checkpoints" in there:  # of a run under its id that has ended
         made["checkpoints"] = there["checkpoints"]
+    if command.arguments.paused:
+        made |= _paused("", record.offset)
     batch.put(key, snapshot.copy(body, made, batch.config.signing_keys))
     return _done(batch, name, record, command, "ok", [Decision(tuple(asked), (f"{name}: forked as {id}",), dispatch=tuple(dispatch))], value=value)
+
+
+def _paused(reason: str, offset: int) -> dict[str, Any]:
+    """The entries in the header of a waiting instance that make it a paused one."""
+    return {"status": "parked", "parked": {"reason": "paused", "message": reason, "offset": offset, "was": "waiting"}}
 
 
 def _state_of(batch: Batch, name: str, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
@@ -267,7 +274,7 @@ def _rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, com
     else:  # what it holds has lower offsets, and is still to be applied
         mark = header["parked"]
         why_paused = mark["message"] if mark["reason"] == "paused" else mark.get("paused")
-        made |= {"status": "parked", "parked": {**mark, "was": "waiting"} if why_paused is None else {"reason": "paused", "message": why_paused, "offset": mark["offset"], "was": "waiting"}}
+        made |= {"status": "parked", "parked": {**mark, "was": "waiting"}} if why_paused is None else _paused(why_paused, mark["offset"])
     batch.put(key, snapshot.copy(body, made, keys))
     replies = tuple(wire.reply_output(batch.config.reply_topic, reply) for reply in rewound.replies)
     done = Decision(rewound.outputs, (f"{name}: put back to checkpoint {command.arguments.to}",), replies=replies, dispatch=rewound.dispatch)

@@ -245,6 +245,18 @@ def test_one_that_is_parked_is_forked_as_it_was_before_the_record_that_parked_it
     assert (w.result("copy"), w.header("w")["status"], {key for key in w.state.entries if key.startswith(b"\0hold")}) == (3, "parked", held)
 
 
+def test_a_fork_that_begins_paused_holds_what_comes_until_it_is_unpaused() -> None:
+    """Otherwise a timer that is due would wake the code that is to be fixed."""
+    w = run(TIMED, 3)
+    w.advance(59)
+    w.command("w", "fork", {"id": "copy", "paused": True})
+    assert w.header("copy")["parked"] == {"reason": "paused", "message": "", "offset": 1, "was": "waiting"}
+    w.advance(2)
+    assert (w.result("w"), w.header("copy")["status"]) == ("late", "parked")
+    w.command("copy", "unpause")
+    assert w.result("copy") == "late"
+
+
 def test_a_start_that_failed_cannot_be_forked() -> None:
     w = run("import threading\ndef main(o):\n    lock = threading.Lock()\n    yield kw.suspend('r')\n")
     assert (w.header("w")["status"], forked(w)["message"]) == ("parked", "its start failed, so there is nothing to continue from")
