@@ -15,8 +15,9 @@ from kwflow.activities import Retry
 from kwflow.core import children, instance, messages, ops, queues, step, wire
 from kwflow.core.wire import Record
 from kwflow.durable import versions
-from kwflow.runners import code, commands
+from kwflow.runners import code
 from kwflow.runners.attempts import Attempts
+from kwflow.runners.commands import copies
 from kwflow.runners.kafka import ledger, topics
 from kwflow.runners.kafka import runner as kafka
 from kwflow.runners.kafka.ledger import Ledger
@@ -443,8 +444,8 @@ def _nothing_is_given_up() -> contextlib.AbstractContextManager[Any]:
 
 
 def _goes_back_too_far() -> contextlib.AbstractContextManager[Any]:
-    really = commands._checkpoint
-    return mock.patch.object(commands, "_checkpoint", lambda batch, name, header, number: really(batch, name, header, max(0, number - 1)))
+    really = copies._checkpoint
+    return mock.patch.object(copies, "_checkpoint", lambda batch, name, header, number: really(batch, name, header, max(0, number - 1)))
 
 
 PLANTED = [
