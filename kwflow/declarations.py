@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
 from kwflow.core import wire
+from kwflow.core.contract import CHECKPOINTS_MAX
 from kwflow.core.current import in_step
 from kwflow.durable import registry
 from kwflow.errors import UsageError
@@ -21,7 +22,6 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _topics: set[str] = set()
 _hearing: list[set[str]] = []
 _workflows: dict[str, Callable[..., Any]] = {}
-_CHECKPOINTS_MAX = 1_000  # each is as large as the instance, and is read at a takeover
 _migrations: dict[str, Callable[..., Any]] = {}
 
 
@@ -69,8 +69,8 @@ def workflow(function: _F | None = None, *, name: str | None = None, restart: bo
     With `checkpoints`, an instance is saved after each record, and that many of its earlier states are kept, to look at (`kwflow show --at`), to fork
     from (`kwflow fork --at`) and to go back to (`kwflow rewind`); at most 1,000.
     """
-    if type(checkpoints) is not int or not 0 <= checkpoints <= _CHECKPOINTS_MAX:
-        raise UsageError(f"@kw.workflow(checkpoints=...) is the number of earlier states to keep, from 0 to {_CHECKPOINTS_MAX}, not {checkpoints!r}")
+    if type(checkpoints) is not int or not 0 <= checkpoints <= CHECKPOINTS_MAX:
+        raise UsageError(f"@kw.workflow(checkpoints=...) is the number of earlier states to keep, from 0 to {CHECKPOINTS_MAX}, not {checkpoints!r}")
 
     def register(target: _F) -> _F:
         if registry.version(target.__module__) is not None:  # an old version that is loaded beside the new one (semantics §8.4)

@@ -12,7 +12,9 @@ from kwflow.core import typed
 from kwflow.core.instance import Instance
 from kwflow.core.wire import Output, Reply
 
-__all__ = ["Context", "Ended", "Keep", "Limits", "Save", "Topics", "Transition", "Workflows"]
+__all__ = ["CHECKPOINTS_MAX", "Context", "Ended", "Keep", "Limits", "Save", "Topics", "Transition", "Workflows"]
+
+CHECKPOINTS_MAX = 1_000  # of an instance; each is as large as the instance, and is read at a takeover
 
 
 class Topics(msgspec.Struct, frozen=True):

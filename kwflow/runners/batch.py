@@ -57,6 +57,7 @@ class WorkflowBatch:
         self.sources = processor.sources
         self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows, processor.queues, gateway_url=self.config.gateway_url)
         self.made: list[Decision] = []
+        self.calling: dict[str, set[int]] = {}  # id -> the numbers of the decisions that make or withdraw calls of its activities
         self.held: dict[str, tuple[int, int]] = {}
         self.at_once: bytes | None = None  # the instance to be saved before the next record, as it was just loaded on old code or has checkpoints
         self.history = processor.history
@@ -67,7 +68,7 @@ class WorkflowBatch:
         self.made = [Decision()] * len(self.records)
         for number in range(len(self.records)):
             known = len(self.live)
-            made = self.made[number] = self._decide(number)
+            made = self._made(number)
             if self.at_once is not None:
                 key, self.at_once = self.at_once, None
                 self._save(key)
@@ -90,6 +91,19 @@ class WorkflowBatch:
                 keep(self.state, made.dispatch)
         self._keep_code()
         return self.made
+
+    def _made(self, number: int) -> Decision:
+        """Decide a record, and note whose calls the decision has."""
+        made = self.made[number] = self._decide(number)
+        for item in made.dispatch:
+            if isinstance(item, (Dispatch, Withdraw)):
+                self.calling.setdefault(item.workflow_id, set()).add(number)
+        return made
+
+    def _calling(self, name: str) -> list[Dispatch | Withdraw]:
+        """The calls of an instance that this batch makes and withdraws so far, in order."""
+        found = [item for number in sorted(self.calling.get(name, ())) for item in self.made[number].dispatch]
+        return [item for item in found if isinstance(item, (Dispatch, Withdraw)) and item.workflow_id == name]
 
     def _keep_code(self) -> None:
         """Write the sources of the saved snapshots, so that both become visible together (G10)."""
@@ -250,7 +264,7 @@ class WorkflowBatch:
     def _again(self, key: bytes, numbers: list[int]) -> None:
         """Repeat these records one by one from the stored bytes, and save after each."""
         for number in numbers:
-            self.made[number] = self._decide(number)
+            self._made(number)
             self._save(key)
 
     def _save(self, key: bytes) -> None:
@@ -308,16 +322,10 @@ class WorkflowBatch:
         if not isinstance(command, wire.Command):
             raise KwflowBug("a record with an op is not a command")
         self._save(name.encode())
-        self._keep_calls(name)
+        keep(self.state, self._calling(name))  # an earlier state is kept with its calls, also by the batch of what it has held
         self.held.pop(name, None)
         before = self.state.get(name.encode()) if self.history is not None else None
         return self._with_event(commands.apply(self, name, record, command), name, record, before)
-
-    def _keep_calls(self, name: str) -> None:
-        """Store the calls of an instance that was saved: its states are kept with them, also by the batch of what it has held."""
-        for made in self.made:
-            if made.dispatch:
-                keep(self.state, [item for item in made.dispatch if isinstance(item, (Dispatch, Withdraw)) and item.workflow_id == name])
 
     def stored(self, key: bytes) -> bytes | None:
         """The stored bytes of this id, including everything that this batch did so far."""
@@ -326,7 +334,7 @@ class WorkflowBatch:
 
     def calls(self, name: str, refs: Sequence[str]) -> dict[str, Dispatch | None]:
         """The activity calls behind these waits.  Calls made in this batch are not in the state yet."""
-        made = {item.ref: item for decision in self.made for item in decision.dispatch if isinstance(item, Dispatch) and item.workflow_id == name}
+        made = {item.ref: item for item in self._calling(name) if isinstance(item, Dispatch)}
         stored = {ref: self.state.get(state_key(name, ref)) for ref in refs}
         return {ref: decode(data) if data is not None else made.get(ref) for ref, data in stored.items()}
 

@@ -16,6 +16,7 @@ import msgspec
 
 from kwflow.config import Config
 from kwflow.core import snapshot
+from kwflow.core.contract import CHECKPOINTS_MAX
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.snapshot import Keys
 from kwflow.errors import CorruptSnapshotError, SnapshotError
@@ -27,7 +28,6 @@ __all__ = ["CHECKPOINT", "Checkpoints", "Extent", "calls_of", "checked", "drop",
 CHECKPOINT = b"\0checkpoint\0"
 _Calls = Callable[[str, Sequence[str]], dict[str, Dispatch | None]]  # (id, refs) -> the calls behind these waits
 Extent = tuple[int, int]  # the number of the first checkpoint, and that of the current state, which is one more than that of the last one
-_EXTENT_MAX = 1_000  # the most that @kw.workflow(checkpoints=...) takes
 
 
 class Checkpoints:
@@ -108,13 +108,13 @@ def extent(header: dict[str, Any]) -> Extent:
         first, current = msgspec.convert(header.get("checkpoints", (0, 0)), Extent)
     except msgspec.ValidationError:
         return 0, 0
-    return (first, current) if 0 <= first <= current <= first + _EXTENT_MAX else (0, 0)
+    return (first, current) if 0 <= first <= current <= first + CHECKPOINTS_MAX else (0, 0)
 
 
 def found(state: Changes, key: bytes) -> dict[str, list[int]]:
     """Return what a header that can be read would say, by the entries that there are."""
     numbers = [number_of(entry) for entry, _ in state.scan(prefix_of(key))]
-    return {"checkpoints": [max(numbers[0], numbers[-1] + 1 - _EXTENT_MAX), numbers[-1] + 1]} if numbers else {}
+    return {"checkpoints": [max(numbers[0], numbers[-1] + 1 - CHECKPOINTS_MAX), numbers[-1] + 1]} if numbers else {}
 
 
 def checked(header: dict[str, Any], key: bytes) -> dict[str, Any]:
