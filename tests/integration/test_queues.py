@@ -298,7 +298,7 @@ def test_an_instance_whose_call_a_worker_has_is_shown_and_not_forked(site: Queue
     site.read(site.elsewhere, 1)
     [wait] = json.loads(site.run("show", "w", "--json"))["waits"]
     assert (wait["kind"], wait["name"], wait["queue"], wait["attempt"], wait["function"]) == ("job", "elsewhere", site.elsewhere, 1, "foreign")
-    assert f"a worker of the queue {site.elsewhere} has its call of elsewhere" in site.fails(1, "fork", "w")
+    assert f"only the queue {site.elsewhere} has the arguments of its call of elsewhere" in site.fails(1, "fork", "w")
 
 
 def test_a_worker_says_what_it_lacks_before_it_begins(site: Queues) -> None:

@@ -450,8 +450,8 @@ def _goes_back_too_far() -> contextlib.AbstractContextManager[Any]:
 
 PLANTED = [
     Planted("K1", "a new identity each start, so that the dead transaction is awaited", CRASHES_IN_COMMITS, NewIdentityEachStart, first=47),
-    Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd, first=3),
-    Planted("K3", "the overlay is kept after an abort", ABORTS, KeepsTheOverlayAfterAnAbort),
+    Planted("K2", "polls between the last consume and the commit, and asks who it is after that", ZOMBIES_IN_POLLS, PollsBeforeItCommits, world=Crowd),
+    Planted("K3", "the overlay is kept after an abort", ABORTS, KeepsTheOverlayAfterAnAbort, first=1),
     Planted("K3", "a batch that was aborted is not read again from its first record", ABORTS, SeeksBehindTheBatchAfterAnAbort),
     Planted("K4", "an unknown outcome is taken for a failure, and the producer made anew in place", Faults(lost=0.1), patch=_begun_anew_after_a_timeout, first=2),
     Planted("K5", "restored up to the last stable offset only", SLOW_MARKERS, patch=_restored_to_the_stable_offset_only, world=Crowd, first=4),
@@ -468,7 +468,7 @@ PLANTED = [
     Planted("K9", "records are stepped backwards", Faults(slow=0.3), StepsBackwards),
     Planted("K10", "dead letters are logged and dropped", Faults(), DropsDeadLetters),
     Planted("K11", "the producer is kept after a refusal", Faults(), patch=_producer_kept_after_a_refusal, world=Impatient, first=2),
-    Planted("K11", "all of a refused batch is parked", Faults(slow=0.3), RefusesTheWholeBatch, first=3),
+    Planted("K11", "all of a refused batch is parked", Faults(slow=0.3), RefusesTheWholeBatch, first=17),
     Planted("K12", "the changelog deletes what is old", Faults(kill=0.2, stop=0.2, wipe=3.0, compact=0.5), world=ShortChangelogs),
     Planted("K13", "outputs are stamped with now", Faults(), patch=_outputs_stamped_with_now),
     Planted("K14", "timers fire without an offset", Faults(), FiresWithoutOffsets),
