@@ -55,6 +55,7 @@ class WorkflowBatch:
         self.live: dict[bytes, Live] = {}
         self.partitions = processor.partitions
         self.sources = processor.sources
+        self.kept = processor.checkpoints
         self.context = Context(received_ms, processor.incarnation, processor.topics, processor.limits, processor.workflows, processor.queues, gateway_url=self.config.gateway_url)
         self.made: list[Decision] = []
         self.calling: dict[str, set[int]] = {}  # id -> the numbers of the decisions that make or withdraw calls of its activities
@@ -68,7 +69,9 @@ class WorkflowBatch:
         self.made = [Decision()] * len(self.records)
         for number in range(len(self.records)):
             known = len(self.live)
-            made = self._made(number)
+            made = self.made[number] = self._decide(number)
+            if made.dispatch:
+                self._note_calls(number)
             if self.at_once is not None:
                 key, self.at_once = self.at_once, None
                 self._save(key)
@@ -92,13 +95,11 @@ class WorkflowBatch:
         self._keep_code()
         return self.made
 
-    def _made(self, number: int) -> Decision:
-        """Decide a record, and note whose calls the decision has."""
-        made = self.made[number] = self._decide(number)
-        for item in made.dispatch:
+    def _note_calls(self, number: int) -> None:
+        """Note whose calls this decision has."""
+        for item in self.made[number].dispatch:
             if isinstance(item, (Dispatch, Withdraw)):
                 self.calling.setdefault(item.workflow_id, set()).add(number)
-        return made
 
     def _calling(self, name: str) -> list[Dispatch | Withdraw]:
         """The calls of an instance that this batch makes and withdraws so far, in order."""
@@ -208,7 +209,7 @@ class WorkflowBatch:
             if instance is not live.instance:
                 _go_on_numbering(live, instance.extra)
             live.instance, live.ahead = instance, True
-            if self.processor.checkpoints.of(instance.workflow, instance.extra):
+            if instance.workflow in self.kept.workflows or "checkpoints" in instance.extra:
                 self.at_once, live.changed = key, live.changed or state.changed
         elif isinstance(state, Ended):
             _go_on_numbering(live, state.header)
@@ -264,7 +265,8 @@ class WorkflowBatch:
     def _again(self, key: bytes, numbers: list[int]) -> None:
         """Repeat these records one by one from the stored bytes, and save after each."""
         for number in numbers:
-            self._made(number)
+            self.made[number] = self._decide(number)
+            self._note_calls(number)
             self._save(key)
 
     def _save(self, key: bytes) -> None:
@@ -274,8 +276,7 @@ class WorkflowBatch:
             return
         if live.ahead:
             instance, replaced = live.instance, live.base if live.changed else None
-            kept = self.processor.checkpoints
-            numbers = kept.advance(instance.workflow, instance.extra, replaced is not None, instance.waits) if kept.of(instance.workflow, instance.extra) else None
+            numbers = self.kept.advance(instance.workflow, instance.extra, replaced is not None, instance.waits) if self.kept.of(instance.workflow, instance.extra) else None
             data, modules = self._bytes(instance)
             if isinstance(data, Exception):
                 live.forget()
@@ -295,7 +296,7 @@ class WorkflowBatch:
             self.state.put(key, data)
             live.base = data
             if numbers is not None:
-                self._charge(len(data) + kept.keep(self.state, key, replaced, numbers, self.calls))
+                self._charge(len(data) + self.kept.keep(self.state, key, replaced, numbers, self.calls))
         self.processor.live.keep(key, live)
 
     def _bytes(self, instance: Instance) -> tuple[bytes | Exception, list[Module]]:
@@ -347,11 +348,10 @@ class WorkflowBatch:
 
     def keep(self, key: bytes, header: dict[str, Any]) -> None:
         """Keep the current state as a checkpoint, and note so in the header of what replaces it, if its workflow has checkpoints."""
-        kept = self.processor.checkpoints
-        if kept.of(header["workflow"], header):
-            replaced = kept.last_state(self.state.get(key))
-            numbers = kept.advance(header["workflow"], header, replaced is not None, {wait["ref"] for wait in header.get("waits", ())})
-            self._charge(kept.keep(self.state, key, replaced, numbers, self.calls))
+        if self.kept.of(header["workflow"], header):
+            replaced = self.kept.last_state(self.state.get(key))
+            numbers = self.kept.advance(header["workflow"], header, replaced is not None, {wait["ref"] for wait in header.get("waits", ())})
+            self._charge(self.kept.keep(self.state, key, replaced, numbers, self.calls))
 
     def _charge(self, size: int) -> None:
         """Charge bytes that the batch writes to its budget, beside those of which the budget knows beforehand."""

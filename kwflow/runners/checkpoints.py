@@ -35,11 +35,12 @@ class Checkpoints:
 
     def __init__(self, config: Config, functions: Mapping[str, Callable[..., Any]]) -> None:
         self._limits: dict[str, int] = {name: getattr(function, "kwflow_checkpoints", 0) for name, function in functions.items()}
+        self.workflows = frozenset(name for name, most in self._limits.items() if most)
         self._keys, self._bytes_max = config.signing_keys, config.snapshot_bytes_max
 
     def of(self, workflow: str, header: dict[str, Any]) -> bool:
         """Whether the workflow has checkpoints, or had some that are to be dropped."""
-        return bool(self._limits.get(workflow)) or "checkpoints" in header
+        return workflow in self.workflows or "checkpoints" in header
 
     def advance(self, workflow: str, header: dict[str, Any], replaces: bool, waits: Collection[str]) -> tuple[Extent, Extent]:
         """Note in the header of a new state which checkpoints there are from now on; return which there were, and which there are.
