@@ -18,7 +18,7 @@ from kwflow.durable.peek import peek_text
 from kwflow.errors import UsageError
 from kwflow.runners import deployment, outside
 from kwflow.runners.checkpoints import extent
-from kwflow.runners.instances import Filter, described, instant, since_ms
+from kwflow.runners.instances import Filter, described, instant, places_of, since_ms
 from kwflow.runners.outside import code_store, stored
 
 __all__ = ["IdPart", "OfStatus", "OfWorkflow", "Since", "Where", "checkpoints", "list_", "note_source", "show", "wanted_of"]
@@ -147,8 +147,7 @@ def checkpoints(
     for row in [*rows, *([{"number": "now", **header}] if header["status"] != "ended" else [])]:
         run = f"  (run {row['start_id']})" if row.get("start_id") != header.get("start_id") else ""
         shown = [" ".join(_wait(wait)) for wait in row["waits"]]
-        places = {f"{wait['function']} ({wait['file']}:{wait['line']})": None for wait in row["waits"] if "file" in wait}
-        table.add_row(str(row["number"]) + run, instant(row["updated"]), _some(shown), _some(list(places)))
+        table.add_row(str(row["number"]) + run, instant(row["updated"]), _some(shown), _some(places_of(row)))
     print_table(table)
 
 

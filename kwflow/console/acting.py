@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from kwflow.client import Client, Future, Run
 from kwflow.console.problems import Problem
+from kwflow.console.reading import checkpoint_number
 from kwflow.console.site import Site, site_of
 from kwflow.errors import UsageError
 from kwflow.gateway.requests import segment
@@ -39,8 +40,8 @@ _COMMANDS: dict[str, Callable[[Client, str, Form], Future[Any]]] = {
     "cancel": _reason("cancel"), "pause": _reason("pause"), "terminate": _reason("terminate"),
     "migrate": lambda client, id, form: client.migrate(id, in_place=True, start_id=form.get("start_id")),
     "unpause": lambda client, id, form: client.unpause(id, start_id=form.get("start_id")),
-    "fork": lambda client, id, form: client.fork(id, form.get("new_id"), at=_checkpoint(form), start_id=form.get("start_id")),
-    "rewind": lambda client, id, form: client.rewind(id, _checkpoint(form), start_id=form.get("start_id")),
+    "fork": lambda client, id, form: client.fork(id, form.get("new_id"), at=checkpoint_number(form.get("at", "")), start_id=form.get("start_id")),
+    "rewind": lambda client, id, form: client.rewind(id, checkpoint_number(form.get("at", "")), start_id=form.get("start_id")),
     "signal": lambda client, id, form: client.signal(id, form.get("name", ""), _json(form.get("value", "")), start_id=form.get("start_id")),
 }  # fmt: skip
 
@@ -51,14 +52,6 @@ def _json(text: str) -> Any:
         return msgspec.json.decode(text.strip() or "null")
     except (msgspec.DecodeError, RecursionError) as error:
         raise UsageError(f"the value is not JSON: {error}; quote text, such as \"yes\"") from None
-
-
-def _checkpoint(form: Form) -> int:
-    """Raises UsageError."""
-    at = form.get("at", "")
-    if not at.isdecimal() or len(at) > 15:
-        raise UsageError(f"at must be the number of a checkpoint, not {at!r}")
-    return int(at)
 
 
 async def _form(request: Request) -> Form:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kwflow.console.problems import Problem
-from kwflow.console.reading import ROWS, instance, listed
+from kwflow.console.reading import ROWS, checkpoint_number, instance, listed
 from kwflow.console.site import site_of
 from kwflow.core.wire import Record
 from kwflow.errors import UsageError
@@ -69,20 +69,13 @@ async def _list(request: Request) -> Response:
 
 async def _instance(request: Request) -> Response:
     site, id = site_of(request), segment(request, "id")
-    at = _number(request.query_params.get("at"))
+    at = checkpoint_number(request.query_params["at"]) if "at" in request.query_params else None
     found = await site.ask(instance, site, request.app.state.sources, id, at)
     if found is None and at is not None:
         raise Problem(404, f"There is no checkpoint {at} of {id}", "newer ones have replaced it, or there was none; see the page of the instance")
     if found is None:
         raise Problem(404, f"There is no instance {id}", "it has ended and been forgotten (ended_retention_ms), or has another id; see the list of instances")
     return site.page("instance.html", found=found, said=_SAID.get(request.query_params.get("done", "")), command=site.command)
-
-
-def _number(text: str | None) -> int | None:
-    """The number of a checkpoint.  Raises UsageError."""
-    if text is not None and (not text.isdecimal() or len(text) > 15):
-        raise UsageError(f"at must be the number of a checkpoint, not {text!r}")
-    return int(text) if text is not None else None
 
 
 async def _letters(request: Request) -> Response:

@@ -21,7 +21,7 @@ from kwflow.errors import KwflowError, SnapshotError, UsageError
 from kwflow.runners import outside
 from kwflow.runners.instances import Filter, Found, described
 
-__all__ = ["ROWS", "Drawn", "Instance", "Listing", "instance", "listed"]
+__all__ = ["ROWS", "Drawn", "Instance", "Listing", "checkpoint_number", "instance", "listed"]
 
 ROWS = 200
 _PAGES_MAX = 25
@@ -91,6 +91,13 @@ def listed(site: Site, wanted: Filter, number: int) -> Listing:
     source = str(site.embedded) if site.embedded is not None else "the changelog" if notes else "the engines"
     more = min(found.total, ROWS * _PAGES_MAX) - ROWS * number
     return Listing(found.rows[ROWS * (number - 1) :], found.counts, number, max(more, 0), source, "; ".join(notes), (time.perf_counter() - began) * 1000)
+
+
+def checkpoint_number(text: str) -> int:
+    """The number of a checkpoint in a query or form.  Raises UsageError."""
+    if not text.isdecimal() or len(text) > 15:
+        raise UsageError(f"at must be the number of a checkpoint, not {text!r}")
+    return int(text)
 
 
 def instance(site: Site, sources: Sources, id: str, at: int | None = None) -> Instance | None:

@@ -195,7 +195,7 @@ def rewind(header: dict[str, Any], earlier: dict[str, Any], record: Record, topi
         if waiting["id"] is not None:
             messages.remember(made.setdefault("ids", {}), waiting["id"], "rejected", _UNDONE)
     if open_then:
-        made["updates"] = {number: {"id": None, "to": []} if number in left else open_now.get(number, {"id": None, "to": []}) for number in open_then}
+        made["updates"] = {number: open_now[number] if number in open_now.keys() - left.keys() else {"id": None, "to": []} for number in open_then}
     return Rewound({**made, "updated": record.timestamp_ms}, tuple(outputs), (*withdrawn, *dispatch), tuple(replies))
 
 

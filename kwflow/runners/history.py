@@ -48,7 +48,7 @@ class History:
             return {"kind": "start"}
         if isinstance(message, wire.Command):
             about = {name: getattr(message.arguments, name, None) for name in ("name", "reason", "in_place", "at", "to")}
-            return {"kind": message.op, **{name: said for name, said in about.items() if said not in (None, "", False) or type(said) is int}}
+            return {"kind": message.op, **{name: said for name, said in about.items() if said is not None and said is not False and said != ""}}
         wait = instance.waits.get(message.ref) if instance is not None and message.ref is not None else None
         said: dict[str, Any] = {"kind": wait.kind if wait is not None else "answer", "ref": _begin(message.ref)}
         said |= {name: _begin(value) for name, value in wait.described().items() if name in ("name", "attempt", "child")} if wait is not None else {}

@@ -26,7 +26,7 @@ from kwflow.errors import SnapshotError, UsageError
 from kwflow.runners.rows import check_rows, checked_header
 
 __all__ = [
-    "ALL", "STATUSES", "Filter", "Found", "Instances", "Page", "array", "asked_for", "described", "found_in", "header_of", "instant", "newest", "newest_of", "one", "row_of", "several",
+    "ALL", "STATUSES", "Filter", "Found", "Instances", "Page", "array", "asked_for", "described", "found_in", "header_of", "instant", "newest", "newest_of", "one", "places_of", "row_of", "several",
     "since_ms", "status_of",
 ]  # fmt: skip
 
@@ -224,6 +224,11 @@ def described(data: bytes, keys: snapshot.Keys) -> dict[str, Any]:
     header = checked_header(snapshot.read_header(data))
     shown = {name: value for name, value in header.items() if name not in _HIDDEN}
     return {**shown, "status": status_of(header), "seal": snapshot.seal_of(data, keys)}
+
+
+def places_of(header: dict[str, Any]) -> list[str]:
+    """Where the instance waits, each place once: `main (trips.py:12)`."""
+    return list(dict.fromkeys(f"{wait['function']} ({wait['file']}:{wait['line']})" for wait in header["waits"] if "file" in wait))
 
 
 def header_of(data: bytes, read: Callable[[bytes], dict[str, Any]] = snapshot.read_header) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from kwflow.durable.moves import parsed
 from kwflow.errors import CodeChangedError
 from kwflow.runners import parked
 from kwflow.runners.code import CodeStore
+from kwflow.runners.instances import places_of
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 
@@ -49,8 +50,8 @@ class Trial:
         self._processor = WorkflowProcessor(self._config, workflows, api.declared_topics(), "check", lambda _: None, sources)
         self._held: dict[str, dict[bytes, bytes]] = {}
         for key, value in held.items():
-            if key.startswith(parked.HOLD):
-                self._held.setdefault(key[len(parked.HOLD) :].rpartition(b"\0")[0].decode(), {})[key] = value
+            if (of := parked.of_hold(key)) is not None:
+                self._held.setdefault(of.decode(), {})[key] = value
 
     def __call__(self, id: str, data: bytes, now_ms: int) -> tuple[bool, str]:
         """Return whether the instance would be migrated, and where it would wait then, or why not."""
@@ -84,8 +85,8 @@ def _where(header: dict[str, Any]) -> str:
     """Where an instance with this header waits."""
     if header["status"] == "ended":
         return "then it ends"
-    places = dict.fromkeys(f"{wait['function']} ({wait['file']}:{wait['line']})" for wait in header["waits"] if "file" in wait)
-    return f"then it waits in {', '.join([*places][:_NAMED_MAX])}{', …' if len(places) > _NAMED_MAX else ''}" if places else "then it waits"
+    places = places_of(header)
+    return f"then it waits in {', '.join(places[:_NAMED_MAX])}{', …' if len(places) > _NAMED_MAX else ''}" if places else "then it waits"
 
 
 def without_code(migrations: Iterable[str], store: CodeStore) -> Iterator[str]:

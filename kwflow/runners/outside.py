@@ -126,8 +126,8 @@ def entry(settings: Config, embedded: Path | None, id: str, held_max: int, at: i
     """Return an instance with at most `held_max` of its held records, or its checkpoint `at`; None if there is no such instance or checkpoint."""
     key = id.encode("utf-8", "surrogateescape")
     prefix, earlier = HOLD + key + b"\0", entry_key(key, at or 0)
-    found = _entries(settings, embedded, key, {key} if at is None else {key, earlier}, prefix)
-    held = [value for other, value in sorted(found.items()) if other.startswith(prefix)] if at is None else []
+    found = _entries(settings, embedded, key, {key}, prefix) if at is None else _entries(settings, embedded, key, {key, earlier})
+    held = [value for other, value in sorted(found.items()) if other.startswith(prefix)]
     data = found.get(key if at is None else earlier)
     if data is None or key not in found:
         return None

@@ -24,7 +24,7 @@ from kwflow.runners.instances import Page
 
 __all__ = [
     "ADDRESS", "DRAINED_MAX", "HOLD", "SAID", "all_held", "answered", "dead", "dead_letter", "drop_head", "forward", "has_failed", "held_keys", "hold", "hold_again", "hold_all", "holding", "holds",
-    "is_paused", "old_code", "park", "park_rest", "release", "remnant",
+    "is_paused", "of_hold", "old_code", "park", "park_rest", "release", "remnant",
 ]  # fmt: skip
 
 DRAINED_MAX = 500
@@ -228,8 +228,13 @@ def holds(state: Mapping[bytes, bytes]) -> dict[str, list[Record]]:
     """Id -> the records that each parked instance holds, in order, for inspection."""
     found: dict[str, list[Record]] = {}
     for key in sorted(key for key in state if key.startswith(HOLD)):
-        found.setdefault(key[len(HOLD) :].rpartition(b"\0")[0].decode(), []).append(msgspec.msgpack.decode(state[key], type=Record))
+        found.setdefault((of_hold(key) or b"").decode(), []).append(msgspec.msgpack.decode(state[key], type=Record))
     return found
+
+
+def of_hold(key: bytes) -> bytes | None:
+    """Return the record key of the instance that holds this entry; None if it is none of a hold."""
+    return key[len(HOLD) :].rpartition(b"\0")[0] if key.startswith(HOLD) else None
 
 
 def holding(page: Page) -> int:

@@ -19,7 +19,7 @@ PLANNED = {
     "crash before producer-poll", "crash before send_offsets", "damage", "deleted copy", "deploy", "events add", "events anew", "events anew in a moment", "events lost", "events shorten",
     "freeze", "jump", "kill", "killed by a call", "lost commit", "lost commit-offsets",
     "lost list_offsets", "lost send_offsets", "notes of what is open", "promoted", "rebalance", "rebalance of workers", "roll", "slow", "stall", "stop", "took over new helpers", "trickle",
-    "went on in old code", "wipe",
+    "went back as predicted", "went on in old code", "wipe",
 }  # fmt: skip
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_frames_alone]  # the error that a live task ended with would keep its generator, a restored one does not
 

@@ -22,6 +22,7 @@ from kwflow.runners.clock import SystemClock
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.testing import HANGS, MemoryStore, WorkflowTester
+from tests.spec.test_fork import CLEANS
 from tests.spec.test_messages import HEAD, run, status
 from tests.spec.test_vectors import Site, program, value_of
 from tests.spec.vectors import VECTORS, Vector
@@ -509,21 +510,10 @@ def main(o):
     yield kw.suspend("r")
 main.kwflow_checkpoints = 9
 """
-CLEANS = """
-def tidy():
-    try:
-        yield kw.suspend("a")
-    finally:
-        yield kw.suspend("b")
-def main(o):
-    kw.spawn(tidy())
-    yield kw.suspend("r")
-main.kwflow_checkpoints = 9
-"""
 
 
 def test_a_start_that_failed_and_one_that_cleans_up_cannot_go_back() -> None:
-    w = run(CLEANS)
+    w = run(CLEANS + "main.kwflow_checkpoints = 9\n")
     w.resume("w", "r")
     assert rewound(w, 0)["message"] == "it has ended and is cleaning up"
     failed = run(LOCKS)

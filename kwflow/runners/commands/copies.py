@@ -17,7 +17,7 @@ from kwflow.ports import Decision
 from kwflow.runners import checkpoints, parked
 from kwflow.runners.activities.dispatch import keep
 from kwflow.runners.commands.holds import drain, settled
-from kwflow.runners.commands.shared import Batch, done, header_of, joined, replied
+from kwflow.runners.commands.shared import Batch, done, header_of, replied
 
 __all__ = ["fork", "rewind"]
 
@@ -30,7 +30,7 @@ def fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comman
     """
 
     def refused(status: str, why: str) -> Decision:
-        return joined([replied(batch, record, status, why, count="not-forked"), Decision(logs=(f"{name}: not forked: {why}",))])
+        return replied(batch, record, status, why, count="not-forked", log=f"{name}: not forked: {why}")
 
     id: str = command.arguments.id if command.arguments.id is not None else _free_id(batch, name, record)
     try:
@@ -60,9 +60,8 @@ def fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comman
         return refused("exists", f"{id} already exists")
     if "checkpoints" in there:  # of a run under its id that has ended
         made["checkpoints"] = there["checkpoints"]
-    if command.arguments.paused:
-        made |= _paused("", record.offset)
-    batch.put(key, snapshot.copy(body, made, batch.config.signing_keys))
+    data = snapshot.copy(body, made, batch.config.signing_keys)
+    batch.put(key, snapshot.park(data, {}, "paused", "", record.offset, batch.config.signing_keys) if command.arguments.paused else data)
     return done(batch, name, record, command, "ok", [Decision(tuple(asked), (f"{name}: forked as {id}",), dispatch=tuple(dispatch))], value=value)
 
 
@@ -85,17 +84,18 @@ def rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, comm
     except SnapshotError as error:
         why = str(error)
     if why is not None:
-        return joined([replied(batch, record, "rejected", why, count="not-rewound"), Decision(logs=(f"{name}: not put back: {why}",))])
+        return replied(batch, record, "rejected", why, count="not-rewound", log=f"{name}: not put back: {why}")
     rewound = ops.rewind(current, earlier, record, batch.context.topics, list(calls.values()))
     made = rewound.header
     batch.keep(key, made)
     if header["status"] != "parked":
         made["applied"] = [batch.context.incarnation, record.partition, record.offset]
-    else:  # what it holds has lower offsets, and is still to be applied
+    data = snapshot.copy(body, made, keys)
+    if header["status"] == "parked":  # what it holds has lower offsets, and is still to be applied
         mark = header["parked"]
-        why_paused = mark["message"] if mark["reason"] == "paused" else mark.get("paused")
-        made |= {"status": "parked", "parked": {**mark, "was": "waiting"}} if why_paused is None else _paused(why_paused, mark["offset"])
-    batch.put(key, snapshot.copy(body, made, keys))
+        reason, message = ("paused", mark["paused"]) if "paused" in mark else (mark["reason"], mark["message"])
+        data = snapshot.park(data, {}, reason, message, mark["offset"], keys)
+    batch.put(key, data)
     replies = tuple(wire.reply_output(batch.config.reply_topic, reply) for reply in rewound.replies)
     told = Decision(rewound.outputs, (f"{name}: put back to checkpoint {command.arguments.to}",), replies=replies, dispatch=rewound.dispatch)
     keep(batch.state, told.dispatch)  # a state that the records on hold replace is kept with these calls
@@ -127,11 +127,6 @@ def _checkpoint(batch: Batch, name: str, header: dict[str, Any], number: int) ->
     first, current = checkpoints.extent(header)
     there = f"there are {first} to {current - 1}" if current > first else "there are none; @kw.workflow(checkpoints=...) keeps them"
     raise SnapshotError(f"it has no checkpoint {number}: {there}")
-
-
-def _paused(reason: str, offset: int) -> dict[str, Any]:
-    """The entries in the header of a waiting instance that make it a paused one."""
-    return {"status": "parked", "parked": {"reason": "paused", "message": reason, "offset": offset, "was": "waiting"}}
 
 
 def _free_id(batch: Batch, name: str, record: Record) -> str:

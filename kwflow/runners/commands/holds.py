@@ -44,11 +44,9 @@ def unpause(batch: Batch, name: str, header: dict[str, Any], record: Record, com
 def retry(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
     """Retry or discard: apply the hold in order.  Discard drops its head first, if that record has failed."""
     if header["status"] != "parked":
-        said = (f"{name}: {command.op} ignored: it is not parked",)
-        return joined([replied(batch, record, "not_found", "it is not parked", count="not-parked"), Decision(logs=said)])
+        return replied(batch, record, "not_found", "it is not parked", count="not-parked", log=f"{name}: {command.op} ignored: it is not parked")
     if parked.is_paused(header):
-        said = (f"{name}: {command.op} ignored: it is paused",)
-        return joined([replied(batch, record, "paused", "unpause it first", count="not-parked"), Decision(logs=said)])
+        return replied(batch, record, "paused", "unpause it first", count="not-parked", log=f"{name}: {command.op} ignored: it is paused")
     failed = header["parked"]["reason"] != "draining"  # while draining, an earlier command is still being completed, and the next record may be fine
     made = drain(batch, name, record, discard=command.op == "discard" and failed)
     status, message = settled(batch, name)

@@ -12,7 +12,7 @@ from kwflow.errors import KwflowBug, SnapshotError
 from kwflow.ports import Decision
 from kwflow.runners import parked
 from kwflow.runners.commands.holds import drain, settled
-from kwflow.runners.commands.shared import Batch, done, header_of, joined, replied
+from kwflow.runners.commands.shared import Batch, done, header_of, replied
 from kwflow.runners.deployment import moved_to
 
 __all__ = ["migrate"]
@@ -32,8 +32,7 @@ def migrate(batch: Batch, name: str, header: dict[str, Any], record: Record, com
     try:
         made = _moved(batch, name, stored, record, failed) if command.arguments.in_place else _migrated(batch, name, stored, record)
     except SnapshotError as error:
-        told = Decision(logs=(f"{name}: not migrated: {error}",))
-        return joined([replied(batch, record, "rejected", str(error), count="not-migrated"), told])
+        return replied(batch, record, "rejected", str(error), count="not-migrated", log=f"{name}: not migrated: {error}")
     if isinstance(made, str):
         return replied(batch, record, "unchanged", made, count="not-migrated")
     status, message = settled(batch, name) if failed else ("ok", "")

@@ -57,8 +57,9 @@ def header_of(config: Config, name: str, stored: bytes | None) -> dict[str, Any]
         return empty
 
 
-def replied(batch: Batch, record: Record, status: str, message: str = "", value: object = None, count: str = "") -> Decision:
-    return Decision(counts=(count,), replies=parked.answered(batch.config, record, status, message, value))
+def replied(batch: Batch, record: Record, status: str, message: str = "", value: object = None, count: str = "", log: str = "") -> Decision:
+    """The decision of a command that changes nothing: its reply, and a line in the log if there is something to say."""
+    return Decision(logs=(log,) if log else (), counts=(count,), replies=parked.answered(batch.config, record, status, message, value))
 
 
 def done(batch: Batch, name: str, record: Record, command: Command, status: str, made: Sequence[Decision] = (), message: str = "", value: object = None) -> Decision:

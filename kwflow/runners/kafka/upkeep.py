@@ -21,7 +21,7 @@ from kwflow.config import Config
 from kwflow.core import dispatch, timers
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import TransportError, UsageError
-from kwflow.runners.checkpoints import CHECKPOINT
+from kwflow.runners.checkpoints import of_checkpoint
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import EXPIRES, FORGOTTEN
 from kwflow.runners.kafka import topics
@@ -29,7 +29,7 @@ from kwflow.runners.kafka.encryption import Encryption
 from kwflow.runners.kafka.environment import made
 from kwflow.runners.kafka.link import latest, read
 from kwflow.runners.kafka.state import POSITION
-from kwflow.runners.parked import HOLD
+from kwflow.runners.parked import of_hold
 
 __all__ = ["migrate", "reencrypt", "reset", "reset_plan"]
 
@@ -38,7 +38,7 @@ _SESSION_MS = 6000
 _AGAIN_S = 0.05
 _Item = TypeVar("_Item")
 _MOVED_MAX = 1000  # entries in one transaction
-_ID = {HOLD: 1, CHECKPOINT: 1, EXPIRES: 1, dispatch.PREFIX: 2, timers.DUE: 2}  # prefix of an engine's own keys -> how many fields such a key has beside the record key it belongs to
+_ID = {EXPIRES: 1, dispatch.PREFIX: 2, timers.DUE: 2}  # prefix of an engine's own keys -> how many fields such a key has beside the record key it belongs to
 
 
 def _groups(config: Config) -> dict[str, tuple[str, str]]:
@@ -221,10 +221,11 @@ def _applied(config: Config, admin: AdminClient, group: str, topic: str, changel
 
 def _home(key: bytes) -> bytes | None:
     """The record key that decides which partition an entry belongs to; None for entries that each partition has of its own."""
+    if (of := of_hold(key) or of_checkpoint(key)) is not None:
+        return of
     for prefix, fields in _ID.items():
         if key.startswith(prefix):
-            rest = key[len(prefix) :]
-            return rest.rpartition(b"\0")[0] if prefix in (HOLD, CHECKPOINT) else rest.split(b"\0", fields)[fields]
+            return key[len(prefix) :].split(b"\0", fields)[fields]
     return None if key.startswith(b"\0") else key
 
 
