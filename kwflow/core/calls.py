@@ -23,7 +23,8 @@ from kwflow.core.mailbox import Inbox
 from kwflow.core.tasks import FAILED, OK, ActivityWait, All, Awaitable, Combinator, JobWait, Race, Shield, Some, Suspension, Task, Timeout, Timer
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import DELAY_MS_MAX, Output, Record, Reply
-from kwflow.durable.awaiting import Advance, AsyncGenerator, asyncio_refusal
+from kwflow.durable.awaiting import Advance, AsyncGenerator
+from kwflow.durable.refusals import asyncio_refusal
 from kwflow.errors import NotDurableError, UsageError
 
 __all__ = ["Calls", "timer_key"]

@@ -17,7 +17,7 @@ from kwflow.core.mailbox import Mailbox, SignalWait, give_back, mark_read
 from kwflow.core.tasks import FAILED, OK, PENDING, All, Awaitable, Combinator, Shield, Suspension, Task, live_below
 from kwflow.durable.frames import discard
 from kwflow.durable.registry import Pins
-from kwflow.durable.runtime import forget_frames
+from kwflow.durable.tracebacks import forget_frames
 from kwflow.errors import Cancelled, KwflowBug, StepTimeout, UsageError
 
 __all__ = ["Instance", "Machine"]

@@ -24,7 +24,7 @@ from kwflow.core.snapshot import ended_header, failed_at, is_call, place_of, wai
 from kwflow.core.tasks import FAILED, OK, Awaitable, Suspension, Task, Timer
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Record
-from kwflow.durable.runtime import set_driving
+from kwflow.durable.driving import set_driving
 from kwflow.errors import ActivityError, BusinessError, Cancelled, KwflowBug, ProtocolError, StepTimeout, StuckError, UncaughtError, UsageError, WorkflowError
 
 __all__ = ["Step", "applied_before", "step"]

@@ -1,8 +1,8 @@
 """What async code of durable modules calls: `await`, async generators and async context managers, as plain picklable data.
 
 A lowered `async def` is a durable generator.  What it awaits is an iterator with `send`, `throw` and `close` (PEP 380), which
-can be saved in the middle.  Coroutines of other code cannot be saved, so they are refused here; for asyncio's, the error
-names what to write instead.
+can be saved in the middle.  Coroutines of other code cannot be saved; those of contextlib have stand-ins that can, and all others are
+refused.  Snapshots name the classes here by this module.
 """
 
 from __future__ import annotations
@@ -14,61 +14,14 @@ import types
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from kwflow.errors import UsageError
+from kwflow.durable.refusals import asyncio_refusal, no_iterator, no_manager, not_awaitable
 
 __all__ = [
-    "Advance", "AsyncGenerator", "Item", "Once", "aenter", "aexit", "aiter_", "aleave", "anext_", "asyncio_refusal", "below", "is_unstarted", "iterator_of", "leaving", "no_manager",
-    "not_awaitable",
+    "Advance", "AsyncGenerator", "Chained", "Item", "Once", "Settled", "aenter", "aexit", "aiter_", "aleave", "anext_", "below", "is_unstarted", "iterator_of", "leaving", "stand_ins",
 ]  # fmt: skip
 
 Gen: TypeAlias = "types.GeneratorType[Any, Any, Any]"
-_NO_LOCK = "no lock around code without waits, because nothing else of this workflow runs between two waits; otherwise, one task that works sequentially"
-_INSTEAD = {
-    "sleep": "kw.sleep(seconds)",
-    "gather": "kw.all([...])",
-    "_GatheringFuture": "kw.all([...])",
-    "wait": "kw.race([...]) or kw.all([...])",
-    "wait_for": "kw.timeout(x, seconds)",
-    "Timeout": "kw.timeout(x, seconds)",
-    "shield": "kw.shield(x)",
-    "Task": "kw.spawn(x)",
-    "Future": "kw.suspend()",
-    "Queue": "kw.suspend(), which a record answers",
-    "Lock": _NO_LOCK,
-    "_ContextManagerMixin": _NO_LOCK,  # `async with` of a Lock, Semaphore or Condition
-    "Semaphore": "kw.all over slices of the list",
-    "Event": "kw.suspend(), which a record answers",
-    "Condition": "kw.suspend(), which a record answers",
-    "TaskGroup": "kw.all([...])",
-    "to_thread": "an activity",
-}
-
-
-def asyncio_refusal(value: object) -> UsageError | None:
-    """Return why a workflow cannot await this value, if it belongs to asyncio or to code that is not durable; otherwise None."""
-    if hasattr(value, "_asyncio_future_blocking"):
-        return _refusal(f"asyncio's {type(value).__name__}", type(value).__name__)
-    if inspect.iscoroutine(value):
-        name, code = value.__qualname__, value.cr_code
-        module = value.cr_frame.f_globals.get("__name__", "") if value.cr_frame is not None else ""
-        given = value.cr_frame.f_locals.values() if value.cr_frame is not None else ()
-        for unawaited in (value, *filter(inspect.iscoroutine, given)):
-            unawaited.close()  # otherwise the interpreter would warn that it was never awaited
-        if module.split(".")[0] == "asyncio":
-            return _refusal(f"asyncio's {name}", name.split(".")[0])
-        return UsageError(f"{name} ({code.co_filename}:{code.co_firstlineno}) is a coroutine of code that is not durable, so it could not be saved; {_DURABLE}")
-    if inspect.isasyncgen(value):
-        code = value.ag_code
-        return UsageError(f"{value.__qualname__} ({code.co_filename}:{code.co_firstlineno}) is an async generator of code that is not durable; {_DURABLE}")
-    return None
-
-
-_DURABLE = "make its module durable (pass it to the engine, or set __kwflow_durable__ = True in it)"
-
-
-def _refusal(what: str, name: str) -> UsageError:
-    instead = _INSTEAD.get(name, "kw.suspend(), kw.sleep, kw.all, kw.race, or an activity for work outside")
-    return UsageError(f"{what} cannot be awaited in a workflow, which has no event loop; use {instead}")
+stand_ins: dict[types.CodeType, Callable[[dict[str, Any]], Any]] = {}  # by the code of a coroutine: makes from its arguments the iterator that stands for it; stacks.py enters those of exit stacks
 
 
 # -- await -------------------------------------------------------------------------------------------------------------
@@ -103,44 +56,12 @@ class Once:
         self.target = None
 
 
-def not_awaitable(value: Any) -> TypeError:
-    """Return the error of `await` for this value, worded as in this Python."""
-    name = type(value).__name__
-    return TypeError(f"object {name} can't be used in 'await' expression" if sys.version_info < (3, 14) else f"'{name}' object can't be awaited")
-
-
-def no_iterator(value: Any, got: Any) -> TypeError:
-    """Return the error for what `__await__` of this value returned, worded as in this Python."""
-    if sys.version_info < (3, 15):
-        return TypeError(f"__await__() returned non-iterator of type '{type(got).__name__}'")
-    return TypeError(f"{_full_name(type(value))}.__await__() must return an iterator, not {_full_name(type(got))}")
-
-
-def no_manager(cls: type[Any], methods: tuple[str, str], others: tuple[str, str]) -> TypeError:
-    """Return what `with` or `async with` raises if these methods are missing, worded as in this Python.  `others` are the methods of the other statement."""
-    enters, leaves = (hasattr(cls, method) for method in methods)
-    kind, statement = ("context manager", "async with") if methods[0] == "__enter__" else ("asynchronous context manager", "with")
-    lacks = f"object does not support the {kind} protocol"
-    if sys.version_info < (3, 14):
-        return TypeError(f"'{cls.__name__}' {lacks} (missed {methods[1]} method)" if enters else f"'{cls.__name__}' {lacks}")
-    text = f"'{_full_name(cls)}' {lacks} (missed {methods[0] if leaves else methods[1]} method)"
-    if all(hasattr(cls, method) for method in others):
-        text += f" but it supports the {'asynchronous ' * (statement != 'with')}context manager protocol. Did you mean to use '{statement}'?"
-    return TypeError(text)
-
-
-def _full_name(cls: type[Any]) -> str:
-    return cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
-
-
 def iterator_of(value: Any) -> Any:
     """Return what `await value` iterates, for anything but a generator.  Raises TypeError as Python does, UsageError for values of asyncio."""
     if inspect.iscoroutine(value):
-        from kwflow.durable import stacks  # stacks imports this module, so not at the top
-
-        stack = stacks.instead_of(value)
-        if stack is not None:
-            return stack
+        made = _instead_of(value)
+        if made is not None:
+            return made
     refusal = asyncio_refusal(value)
     if refusal is not None:
         raise refusal
@@ -153,9 +74,19 @@ def iterator_of(value: Any) -> Any:
     return iterator
 
 
+def _instead_of(coroutine: types.CoroutineType[Any, Any, Any]) -> Any:
+    """Return the iterator that stands for an unstarted coroutine; None if nothing does."""
+    make = stand_ins.get(coroutine.cr_code)
+    if make is None or coroutine.cr_frame is None or coroutine.cr_suspended:
+        return None
+    names = dict(coroutine.cr_frame.f_locals)
+    coroutine.close()
+    return make(names)
+
+
 def below(delegate: Any) -> Any:
     """Return the generator that runs inside one of our delegates, or the delegate itself."""
-    while isinstance(delegate, _Chained):
+    while isinstance(delegate, Chained):
         delegate = delegate.target
     return delegate.agen.gen if isinstance(delegate, Advance) else delegate
 
@@ -330,8 +261,6 @@ def aenter(manager: Any) -> Any:
         return Entering(manager.gen.__anext__())
     if cls is contextlib.aclosing:
         return Settled(manager.thing)
-    if enter is contextlib.AsyncExitStack.__aenter__:
-        return Settled(manager)
     if cls is contextlib.nullcontext:
         return Settled(manager.enter_result)
     return enter(manager)
@@ -355,10 +284,6 @@ def leaving(manager: Any, *exc_info: Any) -> Any:
         return manager.thing.aclose()
     if cls is contextlib.nullcontext:
         return Settled(None)
-    if cls.__aexit__ is contextlib.AsyncExitStack.__aexit__:
-        from kwflow.durable.stacks import Unwinding
-
-        return Unwinding(manager, exc_info[1])
     return cls.__aexit__(manager, *exc_info)
 
 
@@ -374,7 +299,7 @@ class Settled(Once):
         raise StopIteration(self.target)
 
 
-class _Chained:
+class Chained:
     """An awaitable around another one.  How the inner one ends decides what comes next (`ended`)."""
 
     __slots__ = ("target",)
@@ -382,7 +307,7 @@ class _Chained:
     def __init__(self, target: Any) -> None:
         self.target = target
 
-    def __await__(self) -> _Chained:
+    def __await__(self) -> Chained:
         return self
 
     __iter__ = __await__
@@ -430,7 +355,7 @@ class _Chained:
         raise NotImplementedError
 
 
-class Entering(_Chained):
+class Entering(Chained):
     """`__aenter__` of an @asynccontextmanager."""
 
     __slots__ = ()
@@ -441,7 +366,7 @@ class Entering(_Chained):
         return error if error is not None else StopIteration(value)
 
 
-class Leaving(_Chained):
+class Leaving(Chained):
     """`__aexit__` of an @asynccontextmanager: the rules of contextlib, in a form that can be saved."""
 
     __slots__ = ("agen", "complaint", "error")

@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 
 from kwflow.durable import registry
 from kwflow.durable.awaiting import below
+from kwflow.durable.driving import set_abandoning
 from kwflow.durable.lower.scopes import ITERATOR
 from kwflow.durable.registry import Function
-from kwflow.durable.runtime import Resume, set_abandoning, shown
+from kwflow.durable.runtime import Resume, shown
 from kwflow.errors import CodeChangedError, KwflowBug, NotDurableError, UsageError
 
 __all__ = ["Frame", "State", "capture", "describe", "discard", "empty", "enter", "forget_shells", "is_durable", "read", "refill", "restore", "snap", "where"]

@@ -5,114 +5,20 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
-import gc
 import inspect
 import itertools
 import operator
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
-from kwflow.durable import awaiting
+from kwflow.durable import awaiting, tracebacks
+from kwflow.durable.driving import abandoning, thread
+from kwflow.durable.refusals import no_manager, not_awaitable
 from kwflow.durable.registry import RUNTIME, Module, Place, function_of, register_code
 
-__all__ = ["Driver", "Resume", "Runtime", "abandoning", "clean_up_here", "delegate", "inject", "set_abandoning", "set_driving"]
-
-_forget_by_default = False
-
-
-class Driver(Protocol):
-    """Whoever runs durable generators on this thread and wants to be told what only lowered code sees."""
-
-    def delegating(self, gen: types.GeneratorType[Any, Any, Any]) -> None:
-        """Called when `yield from gen` is about to begin.  What this raises is raised there."""
-
-    def entered(self, manager: Any, value: Any) -> None:
-        """Called when a `with` that contains a wait has entered this manager and received this value.  What this raises is raised there."""
-
-    def owns(self, gen: types.GeneratorType[Any, Any, Any]) -> bool:
-        """Whether this generator already belongs to the driver, so that `await` has to wait for it instead of running it."""
-
-    def catching(self, error: BaseException) -> None:
-        """Called when an error has reached an author's `try` or `with` that contains a wait, which may swallow it."""
-
-
-class _Thread(threading.local):
-    forget: bool | None = None  # None: the default of the process
-    collecting = False
-    driver: Driver | None = None
-
-
-_thread = _Thread()
-
-
-def set_driving(forget: bool | None, driver: Driver | None) -> tuple[bool | None, Driver | None]:
-    """Set for this thread whether generators that are dropped are merely forgotten, and who is told.  Return both previous values."""
-    before = _thread.forget, _thread.driver
-    _thread.forget, _thread.driver = forget, driver
-    return before
-
-
-def abandoning() -> bool:
-    """Whether a GeneratorExit that arrives now means "forgotten", so that the author's cleanup is skipped (G8)."""
-    forget = _thread.forget
-    return _forget_by_default if forget is None or _thread.collecting else forget
-
-
-def set_abandoning(value: bool | None, everywhere: bool = False) -> bool | None:
-    """Set `abandoning` for this thread (None: back to the default of the process) or, with `everywhere`, that default.  Return the previous value."""
-    global _forget_by_default
-    if everywhere:
-        before, _forget_by_default = _forget_by_default, bool(value)
-        return before
-    previous, _thread.forget = _thread.forget, value
-    return previous
-
-
-def clean_up_here() -> None:
-    """On this thread, which runs no workflow, clean up generators that are dropped; but not those that a collection finds, which may be a workflow's."""
-    _thread.forget = False
-    if _collects not in gc.callbacks:
-        gc.callbacks.append(_collects)
-
-
-def _collects(phase: str, _: object) -> None:
-    _thread.collecting = phase == "start"
-
-
-def forget_frames(error: BaseException) -> None:
-    """Remove our own frames from the error's traceback, and from those of its causes and contexts.
-
-    They tell the author nothing, and each one holds its callers, among them whoever drives the generator.  So an error that is
-    kept would keep generators alive that have ended.
-    """
-    seen: set[int] = set()
-    errors: list[BaseException | None] = [error]
-    while errors:
-        one = errors.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        errors += [one.__cause__, one.__context__]
-        first = _authors(one.__traceback__)
-        if first is not one.__traceback__:
-            BaseException.__setattr__(one, "__traceback__", first)  # a frozen class would refuse
-        while first is not None:
-            following = _authors(first.tb_next)
-            if following is not first.tb_next:
-                first.tb_next = following
-            first = following
-
-
-def _authors(entry: types.TracebackType | None) -> types.TracebackType | None:
-    while entry is not None and entry.tb_frame.f_globals.get("__name__") in _OUR_MODULES:
-        entry = entry.tb_next
-    return entry
-
-
-_OUR_MODULES = (__name__, awaiting.__name__)
+__all__ = ["Resume", "Runtime", "as_coroutine", "awaited", "delegate", "inject", "shown"]
 
 
 def abandoned() -> type[BaseException] | tuple[()]:
@@ -123,7 +29,7 @@ def abandoned() -> type[BaseException] | tuple[()]:
 
 def _report_caught() -> None:
     error = sys.exc_info()[1]
-    driver = _thread.driver
+    driver = thread.driver
     if driver is not None and error is not None:
         driver.catching(error)
 
@@ -142,7 +48,7 @@ def entry(manager: Any) -> Any:
     cls = type(manager)
     enter_ = getattr(cls, "__enter__", None)
     if enter_ is None or not hasattr(cls, "__exit__"):
-        raise awaiting.no_manager(cls, ("__enter__", "__exit__"), ("__aenter__", "__aexit__"))
+        raise no_manager(cls, ("__enter__", "__exit__"), ("__aenter__", "__aexit__"))
     if not isinstance(manager, contextlib._GeneratorContextManager) and "<locals>" not in cls.__qualname__:  # classes that are made again and again are not kept
         _managers.add(cls)
     return enter_
@@ -153,7 +59,7 @@ _managers: set[type] = set()  # types that have passed the checks above and that
 
 def entered(manager: Any, value: Any) -> Any:
     """Return what `__enter__` returned, and tell the driver."""
-    driver = _thread.driver
+    driver = thread.driver
     if driver is not None:
         driver.entered(manager, value)
     return value
@@ -217,7 +123,7 @@ def _may_close(iterator: object) -> bool:
 def delegate(source: Any) -> Any:
     """Return what `yield from source` iterates."""
     if isinstance(source, types.GeneratorType):
-        driver = _thread.driver
+        driver = thread.driver
         if driver is not None:
             driver.delegating(source)
         return source
@@ -232,15 +138,15 @@ def delegate(source: Any) -> Any:
     return _Delegate(iterator)
 
 
-_OURS = (awaiting.Once, awaiting.Advance, awaiting._Chained)
+_OURS = (awaiting.Once, awaiting.Advance, awaiting.Chained)
 
 
 def awaited(value: Any) -> Any:
     """Return what `await value` iterates: a fresh durable generator runs here, any other generator is waited for (semantics §6.1)."""
     if isinstance(value, types.GeneratorType):
         if value.gi_code.co_name == "<genexpr>":
-            raise awaiting.not_awaitable(value)
-        driver = _thread.driver
+            raise not_awaitable(value)
+        driver = thread.driver
         if function_of(value.gi_code) is None or not awaiting.is_unstarted(value) or (driver is not None and driver.owns(value)):
             return awaiting.Once(value)
         return value
@@ -261,31 +167,6 @@ def first(slots: dict[str, Any], name: str = "", cell: types.CellType | None = N
         except ValueError:
             return None
     return value
-
-
-def links(error: BaseException) -> tuple[types.TracebackType | None, list[tuple[BaseException, BaseException | None]]]:
-    """Return what raising the error again, to enter a handler or a `finally`, would change: its traceback and contexts.
-
-    These include a cycle of contexts, which CPython would cut.
-    """
-    contexts: list[tuple[BaseException, BaseException | None]] = [(error, error.__context__)]
-    seen = set()
-    other = sys.exc_info()[1]
-    while other is not None and id(other) not in seen:
-        seen.add(id(other))
-        if other.__context__ is error:
-            contexts.append((other, error))
-        other = other.__context__
-    return error.__traceback__, contexts
-
-
-def relink(error: BaseException, saved: tuple[types.TracebackType | None, list[tuple[BaseException, BaseException | None]]]) -> None:
-    """Restore what `links` returned.  An error that was loaded from bytes has no traceback, and keeps the line where it was raised again."""
-    traceback, contexts = saved
-    for other, context in contexts:
-        BaseException.__setattr__(other, "__context__", context)
-    if traceback is not None:
-        BaseException.__setattr__(error, "__traceback__", traceback)
 
 
 class Resume:
@@ -348,8 +229,8 @@ class Runtime:
     iterator = staticmethod(own_iterator)
     delegate = staticmethod(delegate)
     first = staticmethod(first)
-    links = staticmethod(links)
-    relink = staticmethod(relink)
+    links = staticmethod(tracebacks.links)
+    relink = staticmethod(tracebacks.relink)
     looked = staticmethod(looked)
     unbound = staticmethod(unbound)
     chain = itertools.chain

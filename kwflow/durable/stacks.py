@@ -1,4 +1,4 @@
-"""contextlib's exit stacks in durable code: what `AsyncExitStack` awaits, in a form that can be saved, and its callbacks.
+"""contextlib's exit stacks in durable code: what stands for the coroutines of `AsyncExitStack`, in a form that can be saved, and their callbacks.
 
 Its own methods are coroutines, which nothing can save.  This module does the same step by step, on the author's own stack.  The
 entries stay as contextlib made them, so that `push`, `callback`, `pop_all` and `ExitStack` need no code of ours.
@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 from kwflow.durable import awaiting
-from kwflow.durable.awaiting import Settled, _Chained
-from kwflow.durable.runtime import abandoning, awaited
+from kwflow.durable.awaiting import Chained, Settled
+from kwflow.durable.driving import abandoning
+from kwflow.durable.runtime import awaited
 
-__all__ = ["Closing", "EnteringInto", "Unwinding", "instead_of", "is_async_callback", "made_callback"]
+__all__ = ["Closing", "EnteringInto", "Unwinding", "is_async_callback", "made_callback"]
 
 _STACK: Any = contextlib.AsyncExitStack  # for its private methods, which typeshed does not have
 _CALLBACKS = (_STACK._create_cb_wrapper(print).__code__, _STACK._create_async_cb_wrapper(print).__code__)
@@ -35,7 +36,7 @@ def made_callback(is_async: bool, closure: tuple[types.CellType, ...]) -> types.
     return types.FunctionType(_CALLBACKS[is_async], vars(contextlib), "_exit_wrapper", None, closure)
 
 
-class EnteringInto(_Chained):
+class EnteringInto(Chained):
     """`await stack.enter_async_context(manager)`."""
 
     __slots__ = ("manager", "stack")
@@ -54,7 +55,7 @@ class EnteringInto(_Chained):
         return StopIteration(value)
 
 
-class Unwinding(_Chained):
+class Unwinding(Chained):
     """`__aexit__` of an AsyncExitStack: contextlib's rules about what is suppressed, and which error is the context of which.
 
     `error` is passed to the next callback; `context` is the context of the error that is raised at the end.
@@ -173,19 +174,9 @@ class Closing(Unwinding):
         return None
 
 
-_INSTEAD: dict[types.CodeType, Callable[[dict[str, Any]], Any]] = {
-    contextlib.AsyncExitStack.__aenter__.__code__: lambda names: Settled(names["self"]),
-    contextlib.AsyncExitStack.__aexit__.__code__: lambda names: Unwinding(names["self"], names["exc_details"][1]),
-    contextlib.AsyncExitStack.aclose.__code__: lambda names: Closing(names["self"]),
-    contextlib.AsyncExitStack.enter_async_context.__code__: lambda names: EnteringInto(names["self"], names["cm"]),
-}
-
-
-def instead_of(coroutine: types.CoroutineType[Any, Any, Any]) -> Any:
-    """Return the iterator that replaces an unstarted coroutine of an exit stack; None for any other coroutine."""
-    make = _INSTEAD.get(coroutine.cr_code)
-    if make is None or coroutine.cr_frame is None or coroutine.cr_suspended:
-        return None
-    names = dict(coroutine.cr_frame.f_locals)
-    coroutine.close()
-    return make(names)
+awaiting.stand_ins.update({
+    _STACK.__aenter__.__code__: lambda names: Settled(names["self"]),
+    _STACK.__aexit__.__code__: lambda names: Unwinding(names["self"], names["exc_details"][1]),
+    _STACK.aclose.__code__: lambda names: Closing(names["self"]),
+    _STACK.enter_async_context.__code__: lambda names: EnteringInto(names["self"], names["cm"]),
+})  # fmt: skip

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from kwflow.durable.runtime import clean_up_here
+from kwflow.durable.driving import clean_up_here
 
 __all__ = ["AsyncCall", "Loops", "Threads", "place_of"]
 
