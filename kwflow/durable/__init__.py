@@ -1,10 +1,19 @@
 """Generators that survive a process: saved at a yield, they continue from there later, elsewhere, on another minor of Python.
 
-A library of its own: nothing here knows workflows or Kafka.  Reading order: lower/__init__.py (source to two code objects),
-runtime.py (what lowered code calls; awaiting.py is its async part, with stacks.py for exit stacks, refusals.py for what cannot be
-awaited or entered, driving.py for who runs generators on a thread, tracebacks.py for what an author sees of an error), frames.py (a
-frame as data), codec.py (an object graph as bytes; names.py says what may be named, reducers.py how each kind of value is saved,
-rebuild.py how it is built again), loader.py (imports), versions.py (old code beside new), moves.py (from old code onto new).
+A library of its own: nothing here knows workflows or Kafka.  Reading order, in which each file uses only those before it:
+
+    lower/          source to two code objects; it has an order of its own, and uses fingerprint.py and registry.py
+    runtime.py      what lowered code calls: loops, `with`, `yield from`, errors (tracebacks.py), whoever drives (driving.py)
+    awaiting.py     what it awaits, as plain data; stacks.py for exit stacks, refusals.py for what cannot be awaited
+    frames.py       a waiting generator as data, and back
+    names.py        what a snapshot may name
+    rebuild.py      how objects are made again from what it names; iters.py and pools.py for iterators, exceptions.py
+    reducers.py     how each kind of value is saved; local_classes.py for classes, resources.py for connections
+    moves.py        what the names of a snapshot mean if it is moved onto edited code
+    codec.py        an object graph to bytes and back; culprit.py finds what could not be saved
+    stubs.py        those bytes without their classes; peek.py shows them, canonical.py compares them
+    loader.py       how modules become durable; cache.py
+    versions.py     old code beside new
 """
 
 from kwflow.durable.canonical import canonical, canonical_bytes

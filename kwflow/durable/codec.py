@@ -22,7 +22,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-from kwflow.durable import culprit, iters, names, rebuild, registry
+from kwflow.durable import culprit, exceptions, iters, names, rebuild, registry
 from kwflow.durable.frames import CREATED, FINISHED, SUSPENDED, discard, enter, forget_shells, refill, snap
 from kwflow.durable.local_classes import by_value, reduce_class
 from kwflow.durable.lower import LOWERING_VERSION
@@ -216,13 +216,8 @@ class _Pickler(pickle.Pickler):
     def exception(self, error: BaseException) -> Any:
         cls = type(error)
         self.class_(cls)
-        builtin, own = rebuild.exception_slots(cls)
-        slots = {name: held for name in builtin if (held := getattr(error, name, None)) is not None}
-        slots |= {name: getattr(error, name) for name in own if hasattr(error, name)}
-        args = error.args
-        if isinstance(error, BaseExceptionGroup):
-            args, slots["args"] = (error.message, error.exceptions), args  # a group cannot be built from the arguments of an author's __init__
-        self.states += (_EXCEPTION, error, (error.__dict__, slots, error.__cause__, error.__context__, error.__suppress_context__))
+        args, state = exceptions.parts(error)
+        self.states += (_EXCEPTION, error, state)
         return rebuild.exception, (cls, args)
 
     def generator(self, gen: types.GeneratorType[Any, Any, Any]) -> Any:
@@ -511,7 +506,7 @@ def _fill(states: list[Any], waiting: list[types.GeneratorType[Any, Any, Any]]) 
         elif kind == _FUNCTION:
             rebuild.set_function(made, state)
         elif kind == _EXCEPTION:
-            rebuild.set_exception(made, state)
+            exceptions.fill(made, state)
         elif kind in (_CREATED, _FINISHED):
             refill(made, CREATED if kind == _CREATED else FINISHED, state)
         elif kind == _REENTER:

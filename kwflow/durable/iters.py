@@ -1,12 +1,14 @@
-"""`itertools` as plain classes that can be saved on every Python, including 3.14, where the originals no longer can.
+"""Iterators that can be saved in the middle, as plain classes: `itertools`, and those over containers that change or are still being filled.
 
-Each class takes the arguments of its original, and its `__reduce__` and `__setstate__` have the shapes that the original had up to
-3.13.  So a saved original becomes its twin here, and what an older release stored loads into the twin.  On 3.14, a durable module
-that imports the original gets the twin.  Authors may use them directly: `from kwflow.durable.iters import pairwise`.
+Since Python 3.14, the originals of `itertools` cannot be saved.  Each twin takes the arguments of its original, and its `__reduce__`
+and `__setstate__` have the shapes that the original had up to 3.13.  So a saved original becomes its twin here, and what an older
+release stored loads into the twin.  On 3.14, a durable module that imports the original gets the twin.  Authors may use them
+directly: `from kwflow.durable.iters import pairwise`.  Snapshots name the classes by this module (and pools.py), so none can move.
 """
 
 from __future__ import annotations
 
+import collections
 import itertools
 import operator
 import sys
@@ -16,9 +18,34 @@ from typing import Any
 from kwflow.durable.pools import IteratorBase, combinations, combinations_with_replacement, permutations, product
 
 __all__ = [
-    "Broken", "Later", "SetIterator", "accumulate", "batched", "chain", "combinations", "combinations_with_replacement", "compress", "count", "cycle", "dropwhile", "filterfalse",
-    "groupby", "islice", "pairwise", "permutations", "product", "repeat", "starmap", "takewhile", "tee", "twins", "zip_longest",
+    "Broken", "Later", "SetIterator", "accumulate", "after", "batched", "chain", "combinations", "combinations_with_replacement", "compress", "contents", "count", "cycle", "dropwhile",
+    "filterfalse", "groupby", "islice", "pairwise", "permutations", "product", "repeat", "starmap", "takewhile", "tee", "twins", "zip_longest",
 ]  # fmt: skip
+
+
+# -- over containers ----------------------------------------------------------------------------------------------------
+
+
+_CONTENTS: dict[str, Callable[[Any], Any]] = {
+    "keys": iter,
+    "values": lambda source: iter(source.values()),
+    "items": lambda source: iter(source.items()),
+    "reversed keys": reversed,
+    "reversed values": lambda source: reversed(source.values()),
+    "reversed items": lambda source: reversed(source.items()),
+}
+
+
+def contents(source: Any, way: str) -> Any:
+    """Return a fresh iterator over a dict or a deque."""
+    return _CONTENTS[way](source)
+
+
+def after(source: Any, way: str, position: int) -> Iterator[Any]:
+    """Return a native iterator over a dict or a deque that is past its first items."""
+    made: Iterator[Any] = contents(source, way)
+    collections.deque(itertools.islice(made, position), maxlen=0)
+    return made
 
 
 class Broken(IteratorBase):
@@ -46,12 +73,10 @@ class Later(IteratorBase):
         self.inner: Iterator[Any] | None = None
 
     def _begin(self) -> Iterator[Any]:
-        from kwflow.durable.rebuild import iterator_at
-
         if len(self.source) != self.size:
             self.inner = Broken("dictionary changed size during iteration" if isinstance(self.source, dict) else "deque mutated during iteration")
         else:
-            self.inner = iterator_at(self.source, self.way, self.position, self.size)
+            self.inner = after(self.source, self.way, self.position)
         return self.inner
 
     def __next__(self) -> Any:
@@ -88,6 +113,9 @@ class SetIterator(IteratorBase):
         if self.source is None:
             return iter, ((),)
         return (SetIterator, (self.source, self.rest[::-1], self.size)) if self.size >= 0 else (Broken, ("Set changed size during iteration",))
+
+
+# -- itertools ---------------------------------------------------------------------------------------------------------
 
 
 class count(IteratorBase):

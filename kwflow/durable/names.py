@@ -8,6 +8,9 @@ them imported (`flow` + `os.system`), nor to a class or function that could not 
 from __future__ import annotations
 
 import builtins
+import collections
+import re
+import struct
 import sys
 import types
 from collections.abc import Iterable
@@ -18,8 +21,8 @@ from kwflow.durable.fingerprint import imports_of
 from kwflow.errors import UsageError
 
 __all__ = [
-    "DICTS", "ITERTOOLS", "LAZY", "allow_classes_by_value", "allow_modules", "allowed", "classes_by_value", "defined_in",
-    "find", "importable", "is_allowed_module", "is_module_value", "is_nameable", "several",
+    "CONSTRUCTORS", "DICTS", "ITERTOOLS", "LAZY", "allow_classes_by_value", "allow_modules", "allowed", "classes_by_value", "defined_in",
+    "find", "importable", "is_allowed_module", "is_bound", "is_module_value", "is_nameable", "several",
 ]  # fmt: skip
 
 DICTS: tuple[type[dict[Any, Any]], type[dict[Any, Any]]] = (dict, getattr(builtins, "frozendict", dict))  # frozendict: 3.15, PEP 814
@@ -29,9 +32,13 @@ _BUILTINS = frozenset(
     "iter NotImplemented Ellipsis property staticmethod classmethod super len min max sum abs sorted repr str print all any isinstance issubclass callable round hash id next "
     "ord chr divmod pow bin hex oct ascii format".split()
 )
-ITERTOOLS = frozenset(
+ITERTOOLS = frozenset(  # of the original and of iters.py
     "count cycle repeat accumulate chain compress dropwhile takewhile filterfalse groupby islice starmap tee zip_longest product permutations combinations "
     "combinations_with_replacement pairwise batched _grouper _tee _tee_dataobject".split()
+)
+CONSTRUCTORS = frozenset(  # of rebuild.py
+    "bound cell class_by_value custom exception exit_callback function generator global_of imported_module instance iterator_at local_class logger mapping_proxy match memory "
+    "method named nothing numpy_array path set_class super_of view Wrapped zone".split()
 )
 _CLASSES: dict[str, frozenset[str]] = {
     module: frozenset(names.split())
@@ -178,8 +185,6 @@ def allowed(module: str, qualname: str, value: object) -> bool:
     if module == "builtins":
         return qualname in _BUILTINS or (isinstance(value, type) and issubclass(value, BaseException))
     if module == "kwflow.durable.rebuild":
-        from kwflow.durable.rebuild import CONSTRUCTORS  # rebuild imports this module, so not at the top
-
         return qualname in CONSTRUCTORS
     if module.split(".")[0] == "kwflow":
         return _ours(module, qualname, value)
@@ -204,6 +209,19 @@ def _ours(module: str, qualname: str, value: object) -> bool:
     if module.startswith("kwflow.durable."):
         return module in _DURABLE and isinstance(value, type)
     return isinstance(value, type) or module in ("kwflow.api", "kwflow.rest")
+
+
+_BOUND_OF = (list, dict, set, frozenset, tuple, str, bytes, bytearray, int, float, complex, range, collections.deque, re.Pattern, struct.Struct)
+_MORE_BOUND_OF = ("datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta", "decimal.Decimal", "random.Random", "array.array")
+_DUNDERS = frozenset("__getitem__ __setitem__ __delitem__ __contains__ __len__ __eq__ __lt__ __add__ __mul__ __and__ __or__".split())
+
+
+def is_bound(owner: Any, name: str) -> bool:
+    """Whether a snapshot may hold this attribute of a builtin value or class."""
+    cls = owner if isinstance(owner, type) else type(owner)
+    if (name.startswith("_") and name not in _DUNDERS) or name == "mro":
+        return False
+    return issubclass(cls, _BOUND_OF) or any(f"{base.__module__}.{base.__qualname__}" in _MORE_BOUND_OF for base in cls.__mro__)
 
 
 def defined_in(module: str, qualname: str, value: object) -> bool:

@@ -1,6 +1,7 @@
 """Constructors that snapshots name: what our unpickler may call besides a fixed table of builtins.
 
-`Names` has those that need to know which module versions the snapshot means (semantics §8.2).
+All of `names.CONSTRUCTORS` are here, and snapshots name them by this module, so none can move.  `Names` has those that need to
+know which module versions the snapshot means (semantics §8.2).
 
 Cells, functions, classes, exceptions and generators are created empty, and `codec.loads` fills them afterwards, so that
 cycles and chains of any length need no recursion.  Names and arguments here are part of the snapshot format.
@@ -12,9 +13,7 @@ import collections
 import contextlib
 import functools
 import importlib
-import itertools
 import re
-import struct
 import sys
 import threading
 import types
@@ -22,7 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from kwflow.durable import names, registry
+from kwflow.durable import iters, names, registry
 from kwflow.durable.frames import empty
 from kwflow.durable.registry import Function, Module, Pins
 from kwflow.durable.runtime import as_coroutine
@@ -30,24 +29,10 @@ from kwflow.durable.stacks import made_callback
 from kwflow.errors import CodeChangedError, CorruptSnapshotError, SnapshotError
 
 __all__ = [
-    "CONSTRUCTORS", "CURRENT", "EXCEPTION_ATTRIBUTES", "MINOR", "Names", "Wrapped", "bound", "builders", "cell", "class_by_value", "contents", "custom", "exception", "exception_slots",
-    "exit_callback", "function", "generator", "global_of", "imported_module", "instance", "is_bound", "iterator_at", "local_class", "logger", "mapping_proxy", "match", "memory", "method", "named",
-    "nothing", "numpy_array", "path", "register", "set_class", "set_exception", "set_function", "super_of", "tag_of", "view", "zone",
+    "CONSTRUCTORS", "CURRENT", "MINOR", "Names", "Wrapped", "bound", "builders", "cell", "class_by_value", "custom", "exception", "exit_callback", "function", "generator", "global_of",
+    "imported_module", "instance", "iterator_at", "local_class", "logger", "mapping_proxy", "match", "memory", "method", "named", "nothing", "numpy_array", "path", "register", "set_class",
+    "set_function", "super_of", "tag_of", "view", "zone",
 ]  # fmt: skip
-
-# What __init__ of a builtin exception stores besides args, and __new__ alone does not.
-EXCEPTION_ATTRIBUTES: dict[type[BaseException], tuple[str, ...]] = {
-    StopIteration: ("value",),
-    StopAsyncIteration: (),
-    SystemExit: ("code",),
-    ImportError: ("name", "path", "msg"),
-    OSError: ("errno", "strerror", "filename", "filename2"),
-    UnicodeDecodeError: ("encoding", "object", "start", "end", "reason"),
-    UnicodeEncodeError: ("encoding", "object", "start", "end", "reason"),
-    SyntaxError: ("msg", "filename", "lineno", "offset", "text", "end_lineno", "end_offset"),
-    AttributeError: ("name", "obj"),
-    NameError: ("name",),
-}
 
 _makers: dict[int, Callable[[], Any]] = {}
 _tags: dict[type[Any], int] = {}
@@ -279,22 +264,10 @@ class Wrapped:
 
 # -- attributes of builtin objects ---------------------------------------------------------------------------------
 
-_BOUND_OF = (list, dict, set, frozenset, tuple, str, bytes, bytearray, int, float, complex, range, collections.deque, re.Pattern, struct.Struct)
-_MORE_BOUND_OF = ("datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta", "decimal.Decimal", "random.Random", "array.array")
-_DUNDERS = frozenset("__getitem__ __setitem__ __delitem__ __contains__ __len__ __eq__ __lt__ __add__ __mul__ __and__ __or__".split())
-
-
-def is_bound(owner: Any, name: str) -> bool:
-    """Whether a snapshot may hold this attribute of a builtin value or class."""
-    cls = owner if isinstance(owner, type) else type(owner)
-    if (name.startswith("_") and name not in _DUNDERS) or name == "mro":
-        return False
-    return issubclass(cls, _BOUND_OF) or any(f"{base.__module__}.{base.__qualname__}" in _MORE_BOUND_OF for base in cls.__mro__)
-
 
 def bound(owner: Any, name: str) -> Any:
     """Return a bound method of a builtin value, such as `undo.append`, or of a builtin class, such as `dict.fromkeys`."""
-    if not is_bound(owner, name):
+    if not names.is_bound(owner, name):
         raise CorruptSnapshotError(f"a snapshot names {type(owner).__name__}.{name}, which no snapshot of ours does")
     return getattr(owner, name)
 
@@ -315,61 +288,15 @@ def memory(source: Any) -> memoryview:
 # -- iterators ------------------------------------------------------------------------------------------------------
 
 
-_CONTENTS: dict[str, Callable[[Any], Any]] = {
-    "keys": iter,
-    "values": lambda source: iter(source.values()),
-    "items": lambda source: iter(source.items()),
-    "reversed keys": reversed,
-    "reversed values": lambda source: reversed(source.values()),
-    "reversed items": lambda source: reversed(source.items()),
-}
-
-
-def contents(source: Any, way: str) -> Any:
-    """Return a fresh iterator over a dict or a deque."""
-    return _CONTENTS[way](source)
-
-
 def iterator_at(source: Any, way: str, position: int, size: int) -> Any:
     """Return an iterator that is past `position` of the `size` items that the container had when it was saved.
 
     It is a native one, unless the container is still being filled (because it holds its own iterator): then it is one that begins later.
     """
-    if len(source) != size:
-        from kwflow.durable.iters import Later
-
-        return Later(source, way, position, size)
-    made = contents(source, way)
-    collections.deque(itertools.islice(made, position), maxlen=0)
-    return made
+    return iters.after(source, way, position) if len(source) == size else iters.Later(source, way, position, size)
 
 
 # -- values with no portable pickle of their own -------------------------------------------------------------------
-
-
-_exception_slots: weakref.WeakKeyDictionary[type[BaseException], tuple[tuple[str, ...], tuple[str, ...]]] = weakref.WeakKeyDictionary()
-
-
-def exception_slots(cls: type[BaseException]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the attributes of such an exception that neither args nor `__dict__` hold: those of builtin classes, and those in `__slots__`."""
-    found = _exception_slots.get(cls)
-    if found is None:
-        builtin = [name for base in cls.__mro__ for name in EXCEPTION_ATTRIBUTES.get(base, ())]
-        own = [_mangled(base, name) for base in cls.__mro__ for name in _slots(base) if name not in ("__dict__", "__weakref__")]
-        found = _exception_slots[cls] = tuple(builtin), tuple(own)
-    return found
-
-
-def _slots(cls: type[Any]) -> tuple[str, ...]:
-    slots = cls.__dict__.get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
-
-
-def _mangled(cls: type[Any], name: str) -> str:
-    return f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
-
-
-_set = BaseException.__setattr__  # the class's own may refuse everything, as that of a frozen dataclass does
 
 
 def exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
@@ -380,23 +307,8 @@ def exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
         made: BaseException = native(cls, *args)  # not the author's `__new__`, which may need other arguments
     except (TypeError, ValueError):
         made = cls.__new__(cls, *args) if issubclass(cls, BaseExceptionGroup) else native(cls)  # a group that an earlier release saved
-    _set(made, "args", args)
+    BaseException.__setattr__(made, "args", args)  # that of the class may refuse everything, as that of a frozen dataclass does
     return made
-
-
-def set_exception(made: BaseException, state: tuple[dict[str, Any], dict[str, Any], Any, Any, bool]) -> None:
-    attributes, slots, cause, context, suppress = state
-    for name, value in slots.items():
-        if getattr(made, name, slots) is value:
-            continue  # setting errno of an OSError to None, too, would make it show that instead of its message
-        try:
-            _set(made, name, value)
-        except (AttributeError, TypeError):
-            continue  # read-only on this minor, where args hold it
-    made.__dict__.update(attributes)
-    _set(made, "__cause__", cause)
-    _set(made, "__context__", context)
-    _set(made, "__suppress_context__", suppress)
 
 
 def path(kind: str, text: str) -> Any:
@@ -445,10 +357,4 @@ def custom(name: str, state: Any) -> Any:
     return build(state)
 
 
-CONSTRUCTORS: dict[str, Callable[..., Any]] = {
-    made.__name__: made
-    for made in (
-        bound, cell, class_by_value, custom, exception, exit_callback, function, generator, global_of, imported_module, instance, iterator_at, local_class, logger, mapping_proxy, match, memory,
-        method, named, nothing, numpy_array, path, set_class, super_of, view, Wrapped, zone,
-    )
-}  # fmt: skip
+CONSTRUCTORS: dict[str, Callable[..., Any]] = {name: globals()[name] for name in sorted(names.CONSTRUCTORS)}

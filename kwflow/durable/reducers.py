@@ -187,7 +187,7 @@ def _dict_iterator(value: Any) -> Any:
 def _is_tail(rest: list[Any], source: Any, way: str) -> bool:
     if len(rest) > len(source):
         return False
-    tail = itertools.islice(rebuild.contents(source, way), len(source) - len(rest), None)
+    tail = itertools.islice(iters.contents(source, way), len(source) - len(rest), None)
     if way.endswith("items"):
         return all(a is c and b is d for (a, b), (c, d) in zip(rest, tail, strict=True))
     return all(a is b for a, b in zip(rest, tail, strict=True))
@@ -227,14 +227,14 @@ def _builtin(value: Any) -> Any:
 
 def _bound(value: Any) -> Any:
     owner = value.__self__
-    if not rebuild.is_bound(owner, value.__name__):
+    if not names.is_bound(owner, value.__name__):
         raise Refused(f"the method {value.__name__} of a {type(owner).__name__}; keep the object and call its method where it is needed")
     return rebuild.bound, (owner, value.__name__)
 
 
 def _descriptor(value: Any) -> Any:
     owner = value.__objclass__
-    if not rebuild.is_bound(owner, value.__name__):
+    if not names.is_bound(owner, value.__name__):
         raise Refused(f"{owner.__name__}.{value.__name__}; write a function instead")
     return rebuild.bound, (owner, value.__name__)
 
