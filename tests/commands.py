@@ -15,7 +15,7 @@ __all__ = ["Started", "run", "start"]
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["kwflow.cli", "kwflow.client", "kwflow.runners.kafka.queues", "kwflow.runners.kafka.runner", "kwflow.runners.kafka.upkeep", "tests.commands"])
+_context.set_forkserver_preload(["kwflow.client", "kwflow.runners.kafka.queues", "kwflow.runners.kafka.runner", "kwflow.runners.kafka.upkeep", "tests.commands", "tests.prepared"])
 
 
 def run(*arguments: str, environment: Mapping[str, str] | None = None, typed: str = "", seconds: float = 60) -> "subprocess.CompletedProcess[str]":

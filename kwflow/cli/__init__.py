@@ -1,49 +1,67 @@
 """`kwflow …`: one clear line for every error, an exit code (0, 1 error, 2 usage, 3 start me again, 130 interrupted), never a traceback.
 
-One module for each group of commands; `shared.py` has what they have in common.  The commands are put together here.
+One module for each group of commands; `shared.py` has what they have in common.  The commands are put together here, each when it is
+asked for: importing and preparing all of them would be most of the time that one of them takes.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
+import importlib
 import io
 import os
 import sys
-from typing import Annotated
+from collections import UserDict
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import kwflow
-from kwflow.cli.bulk import bulk_app
-from kwflow.cli.code import code_app
-from kwflow.cli.console import console
-from kwflow.cli.dead_letters import dead
-from kwflow.cli.engines import engine, feed, run, scheduler
-from kwflow.cli.gateway import gateway
-from kwflow.cli.history import history
-from kwflow.cli.instances import checkpoints, list_, show
-from kwflow.cli.messages import cancel, fork, pause, query, result, rewind, signal, terminate, unpause, update
-from kwflow.cli.records import resume, start, tail
-from kwflow.cli.schedules import schedules_app
 from kwflow.cli.shared import err, error_text, exit_code, out
-from kwflow.cli.topics import reset, topics_app
-from kwflow.cli.workers import worker
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"max_content_width": 120})
-app.add_typer(dead, name="dead-letters")
-app.add_typer(schedules_app, name="schedule")
-app.add_typer(topics_app, name="topics")
-app.add_typer(code_app, name="code")
-app.add_typer(bulk_app, name="bulk")
-for _command in (
-    engine, worker, scheduler, feed, gateway, console, run, start, resume, signal, update, query, cancel, terminate, pause, unpause, fork, rewind, result, show, checkpoints, history, tail,
-    reset,
-):  # fmt: skip
-    app.command()(_command)
-app.command("list")(list_)
+_COMMANDS = {  # in the order of the help: where each command or group of commands is
+    "engine": "engines.engine", "worker": "workers.worker", "scheduler": "engines.scheduler", "feed": "engines.feed", "gateway": "gateway.gateway", "console": "console.console",
+    "run": "engines.run", "start": "records.start", "resume": "records.resume", "signal": "messages.signal", "update": "messages.update", "query": "messages.query",
+    "cancel": "messages.cancel", "terminate": "messages.terminate", "pause": "messages.pause", "unpause": "messages.unpause", "fork": "messages.fork", "rewind": "messages.rewind",
+    "result": "messages.result", "show": "instances.show", "checkpoints": "instances.checkpoints", "history": "history.history", "tail": "records.tail", "reset": "topics.reset",
+    "list": "instances.list_", "dead-letters": "dead_letters.dead", "schedule": "schedules.schedules_app", "topics": "topics.topics_app", "code": "code.code_app", "bulk": "bulk.bulk_app",
+}  # fmt: skip
+
+
+@functools.cache
+def _command(name: str, place: str) -> object:
+    """Import this command, or this group of them, and prepare it."""
+    module, _, attribute = place.partition(".")
+    found = getattr(importlib.import_module(f"kwflow.cli.{module}"), attribute)
+    alone = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+    if isinstance(found, typer.Typer):
+        alone.add_typer(found, name=name)
+    else:
+        alone.command(name)(found)
+    return typer.main.get_group(alone).commands[name]
+
+
+class _Prepared(UserDict[str, Any]):
+    """What is prepared, by name, of these commands in their places."""
+
+    def __getitem__(self, name: str) -> object:
+        return _command(name, self.data[name])
+
+
+class _Commands(TyperGroup):
+    """All of `kwflow`, of which a command line needs one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = _Prepared(_COMMANDS)
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"max_content_width": 120})
 
 
 def _version(asked: bool) -> None:

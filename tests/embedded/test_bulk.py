@@ -162,7 +162,7 @@ def test_it_imports_nothing_once_it_has_begun(many: Many) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "kwflow", "bulk", "cancel", "--workflow", "waits", "--yes", "--embedded", str(many.directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     before, _, after = done.stderr.partition("cancel 300 workflows")
-    assert "kwflow.cli.bulk" in before and [line for line in after.splitlines() if line.startswith("import time:")] == []
+    assert "kwflow.runners.embedded.link" in before and [line for line in after.splitlines() if line.startswith("import time:")] == []
 
 
 def test_an_entry_under_what_is_no_id_holds_up_no_others(many: Many) -> None:
