@@ -83,6 +83,15 @@ def _seconds(given: timedelta | float) -> float:
     return given.total_seconds() if isinstance(given, timedelta) else given
 
 
+class Heart(typing.Protocol):
+    """What takes the heartbeats of an attempt, and knows the last details of its call."""
+
+    @property
+    def details(self) -> Any: ...
+
+    def beat(self, details: object) -> None: ...
+
+
 @dataclass(frozen=True)
 class ActivityInfo:
     """The call that an activity runs for.  `idempotency_key` is the same for every attempt of one call; pass it to services that accept such keys.
@@ -96,6 +105,7 @@ class ActivityInfo:
     idempotency_key: str
     headers: Mapping[str, str | None] = field(default_factory=dict, hash=False)
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
+    _beats: Heart | None = field(default=None, repr=False, compare=False)
 
     @property
     def cancelled(self) -> bool:
@@ -105,6 +115,27 @@ class ActivityInfo:
     def cancel(self) -> None:
         """Tell the activity that nobody waits for it any more."""
         self._cancelled.set()
+
+    def heartbeat(self, details: object = None) -> None:
+        """Say that this attempt is alive, and how far it is: `details` are any JSON up to 10 KB, which the next attempt finds in `heartbeat_details`.
+
+        Call it as often as you like: details are sent at most every 5 s (or half the `heartbeat=` of the activity, if that is less), and when the attempt fails.
+        Raises UsageError if the activity has no `heartbeat=`, or for details that cannot be sent.
+        """
+        self._heart().beat(details)
+
+    @property
+    def heartbeat_details(self) -> Any:
+        """The last details that this call has given, in this attempt or in an earlier one; None if there were none.
+
+        In a worker, a `def` waits here for the engine's answer.  Raises UsageError if the activity has no `heartbeat=`.
+        """
+        return self._heart().details
+
+    def _heart(self) -> Heart:
+        if self._beats is None:
+            raise UsageError(f"activity {self.activity} has no heartbeats: declare them with @kw.activity(heartbeat=60), the seconds after which an attempt without one has failed")
+        return self._beats
 
     def wait_cancelled(self, seconds: float) -> bool:
         """Sleep for so long, or until the workflow stops waiting; return whether it has.  For `def` activities that poll."""
@@ -142,12 +173,13 @@ class Activity(Callee, Generic[_P, _R]):
     __name__: str
     __qualname__: str
 
-    def __init__(self, function: Callable[_P, _R], name: str, retry: Retry, timeout_s: float | None, queue: str | None = None) -> None:
+    def __init__(self, function: Callable[_P, _R], name: str, retry: Retry, timeout_s: float | None, queue: str | None = None, heartbeat_s: float | None = None) -> None:
         self.function = function
         self.name = name
         self.retry = retry
         self.timeout_s = timeout_s
         self.queue = queue
+        self.heartbeat_s = heartbeat_s
         self.batched: Batch | None = None
         self.is_async = inspect.iscoroutinefunction(function)
         self.signature = signature_of(function)
@@ -163,9 +195,9 @@ class Activity(Callee, Generic[_P, _R]):
         """Return the wait, in a workflow; outside one, what `function` returns, which has the function's own type."""
         if not in_step():
             return self.function(*args, **kwargs)  # type: ignore[return-value]
-        from kwflow.flows import attempts
+        from kwflow import flows
 
-        gen = attempts(self.name, self.encode_arguments(args, kwargs))
+        gen = (flows.attempts if self.heartbeat_s is None else flows.attempts_with_heartbeats)(self.name, self.encode_arguments(args, kwargs))
         gen.__qualname__ = f"activity {self.name}"
         return current().call(gen)
 
@@ -259,23 +291,24 @@ def activity(function: Callable[_P, Coroutine[Any, Any, _R]]) -> Activity[_P, _R
 @overload
 def activity(function: Callable[_P, _R]) -> Activity[_P, _R]: ...
 @overload
-def activity(*, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None, queue: str | None = None) -> _Maker: ...
 def activity(
-    function: Callable[..., Any] | None = None, *, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None, queue: str | None = None
+    *, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None, queue: str | None = None, heartbeat: timedelta | float | None = None
+) -> _Maker: ...  # fmt: skip
+def activity(
+    function: Callable[..., Any] | None = None, *, name: str | None = None, retry: Retry | None = None, timeout: timedelta | float | None = None, queue: str | None = None,
+    heartbeat: timedelta | float | None = None,
 ) -> Any:  # fmt: skip
     """Make a `def` or `async def` an activity.  Waiting calls find it by `name`, which defaults to that of the function.
 
     Each attempt may take up to `timeout` (seconds or timedelta), counted from the step that starts it.  With a `queue`, the name of a
-    topic, calls are run by workers that serve it (`kwflow worker`), not by engines on Kafka.  Raises UsageError for a function that
-    cannot be an activity, and if another activity has the same name.
+    topic, calls are run by workers that serve it (`kwflow worker`), not by engines on Kafka.  With a `heartbeat` (seconds or timedelta),
+    an attempt that calls `kw.activity_info().heartbeat()` less often has failed.  Raises UsageError for a function that cannot be an
+    activity, and if another activity has the same name.
     """
     policy = Retry() if retry is None else retry
     if not isinstance(policy, Retry):
         raise UsageError(f"@kw.activity(retry=...) must be a kw.Retry, not {retry!r}")
-    seconds = None if timeout is None else _seconds(timeout)
-    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds <= 0):
-        raise UsageError(f"@kw.activity(timeout=...) must be a timedelta or a number of seconds above 0, not {timeout!r}")
-
+    timeout_s, heartbeat_s = _positive("timeout", timeout), _positive("heartbeat", heartbeat)
     if queue is not None and not wire.is_topic(queue):
         raise UsageError(f"@kw.activity(queue=...) must be a topic name of letters, digits, '.', '_' and '-', not {queue!r}")
 
@@ -288,7 +321,7 @@ def activity(
         if owner and not owner.endswith(">"):  # a class, not <locals> or <listcomp>
             remedy = "write a function that calls the method of a module-level object"
             raise UsageError(f"{target.__qualname__} is a method, but an activity must be a function, which any engine can find by name: {remedy}")
-        made = Activity(target, name or target.__name__, policy, seconds, queue)
+        made = Activity(target, name or target.__name__, policy, timeout_s, queue, heartbeat_s)
         known = _activities.get(made.name)
         old = "@" in (target.__module__ or "")  # an old version that is loaded beside the new one may add activities, but not replace any
         if known is not None and not old and _place(known.function) != _place(target):
@@ -304,6 +337,13 @@ def activity(
         return made
 
     return register if function is None else register(function)
+
+
+def _positive(name: str, given: timedelta | float | None) -> float | None:
+    seconds = None if given is None else _seconds(given)
+    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds <= 0):
+        raise UsageError(f"@kw.activity({name}=...) must be a timedelta or a number of seconds above 0, not {given!r}")
+    return seconds
 
 
 def batch_of(called: Activity[Any, Any], *, size: int, within: timedelta | float = 1.0) -> Callable[[_Batched], _Batched]:

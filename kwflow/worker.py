@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from kwflow.activities import Activity, registered_activities
 from kwflow.config import Config
 from kwflow.core.outcomes import describe_error
-from kwflow.errors import UsageError
+from kwflow.errors import CommandError, UsageError
 
 if TYPE_CHECKING:
-    from kwflow.ports import Deliver, Worker
+    from kwflow.client import Client
+    from kwflow.core.dispatch import Dispatch
+    from kwflow.ports import Deliver, Store, Worker
     from kwflow.runners.kafka.queues import QueueRunner
 
 __all__ = ["Lending", "queues_served", "run", "service"]
@@ -75,9 +77,36 @@ def service(config: Config, queues: Sequence[str], on_log: Callable[[str], None]
 
     def work(deliver: Deliver) -> Worker:
         limits = config.activity_concurrency, config.activity_limit_s, config.activity_bytes_max, config.value_bytes_max
-        return Dispatcher(deliver, on_log, *limits, ends_late=True, span=span, rate=config.activity_rate)
+        return Dispatcher(deliver, on_log, *limits, ends_late=True, span=span, rate=config.activity_rate, details=_Details(config).look)
 
     return QueueRunner(config, queues, work, on_log)
+
+
+class _Details:
+    """Asks the engines for the heartbeat details of calls.  Its client lives from the first question on, and is replaced if it has lost its broker."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._client: Client | None = None
+
+    def look(self, _: Store, call: Dispatch) -> Callable[[], Any]:
+        return lambda: self._ask(call)
+
+    def _ask(self, call: Dispatch) -> Any:
+        from kwflow.client import Client
+
+        with self._lock:
+            if self._client is None or self._client.lost is not None:
+                self._client = Client.kafka(self._config)
+            client = self._client
+        try:
+            header = client.query(call.workflow_id).result()
+        except CommandError as error:
+            if error.status != "not_found":
+                raise
+            return None
+        return header.get("heartbeats", {}).get(call.ref, {}).get("details")
 
 
 def run(config: Config, until: Callable[[], bool], queues: Sequence[str] = (), on_log: Callable[[str], None] = print) -> None:

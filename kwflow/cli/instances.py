@@ -49,6 +49,11 @@ def _wait(wait: dict[str, Any]) -> list[str]:
     return [f"{wait['kind']} {wait['ref']}", *([what + (f" attempt {wait['attempt']}" if "attempt" in wait else "")] if what else [])]
 
 
+def _heartbeat(given: dict[str, Any]) -> str:
+    text = msgspec.json.encode(given["details"]).decode()
+    return f"heartbeat {instant(given['at'])}: {text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + '…'}"
+
+
 def show(
     id: str,
     embedded: MaybeDir = None,
@@ -78,9 +83,10 @@ def show(
     out.print(f"{id}  {header['workflow']}  {header['status']}{seal}{f'  (checkpoint {at})' if at is not None else ''}")
     for line in _about(header, earlier=at is not None):
         out.print(line)
+    beats = header.get("heartbeats", {})
     for wait in header["waits"]:
         where = [wait["function"], f"{wait['file']}:{wait['line']}"] if "file" in wait else []
-        parts = [*_wait(wait), *where, f"since {instant(wait['since'])}", f"due {instant(wait['due'])}" if "due" in wait else ""]
+        parts = [*_wait(wait), *where, f"since {instant(wait['since'])}", f"due {instant(wait['due'])}" if "due" in wait else "", _heartbeat(beats[wait["ref"]]) if wait["ref"] in beats else ""]
         out.print("  " + "  ".join(part for part in parts if part))
     for function, values in frames:
         out.print(f"  {function}")

@@ -189,6 +189,13 @@ class Client:
             self._send(id, message, self._given(headers), future, f"resume of {ref}", lambda reply: settle(future, None))
         return future
 
+    def heartbeat(self, id: str, ref: str, details: object, *, start_id: str | None = None) -> Future[None]:
+        """Keep what the running attempt of an activity, whose answer this ref waits for, says of its progress (JSON up to 10 KB).
+
+        Raises CommandError: unknown_ref (nobody waits for this attempt any more), not_found, too_large.
+        """
+        return self._void(id, "heartbeat", {"ref": ref, "details": details}, None, start_id)
+
     def cancel(self, id: str, reason: str = "", *, start_id: str | None = None, command_id: str | None = None, headers: Given | None = None) -> Future[None]:
         """Raise Cancelled at the workflow's innermost waits; done when that has happened."""
         return self._void(id, "cancel", {"reason": reason}, command_id, start_id, headers)

@@ -118,6 +118,9 @@ def instance(site: Site, sources: Sources, id: str, at: int | None = None) -> In
         said = str(error) if isinstance(error, SnapshotError) else f"its header is invalid: {error!r}"
         trouble, untold = ("", said) if header else (said, "")
     waits = {wait["ref"]: wait for wait in header.get("waits", ())}
+    for ref, given in header.get("heartbeats", {}).items():
+        if ref in waits:
+            waits[ref]["heartbeat"] = {"at": given["at"], "details": _text(json_text, given["details"])}
     nodes, held = _drawn(picture, codes, waits) if picture is not None else ([], [])
     outcome = header.get("outcome") or {}
     status = header["status"] if header else "damaged"

@@ -11,9 +11,10 @@ import msgspec
 
 from kwflow.core.wire import Headers
 
-__all__ = ["PREFIX", "Callee", "Dispatch", "Withdraw", "decode", "encode", "size_of", "state_key"]
+__all__ = ["DETAILS_BYTES_MAX", "PREFIX", "Callee", "Dispatch", "Withdraw", "decode", "encode", "size_of", "state_key"]
 
 PREFIX = b"\0dispatch\0"
+DETAILS_BYTES_MAX = 10_000  # of the heartbeats of one call: they are stored in the header, which every listing reads
 
 
 class Callee:

@@ -18,9 +18,12 @@ from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Output, Record, Reply
 
-__all__ = ["Closing", "Rewound", "fork", "identity", "rewind", "seen", "terminate", "unforkable"]
+__all__ = ["Closing", "Rewound", "forget_heartbeats", "fork", "heartbeats", "identity", "rewind", "seen", "terminate", "unforkable"]
 
-_SHOWN = ("id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "forked", "mailbox", "checkpoints")
+_SHOWN = (
+    "id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "forked", "mailbox", "checkpoints",
+    "heartbeats",
+)  # fmt: skip
 _WAITS_SHOWN_MAX = 100
 _OF_ONE_RUN = ("client", "parent", "ids", "updates", "parked", "checkpoints", "calls")  # who started it, sent it something or waits for it, and its past
 
@@ -48,6 +51,22 @@ def seen(header: dict[str, Any]) -> dict[str, Any]:
     shown = {name: header[name] for name in _SHOWN if name in header}
     waits = header.get("waits", [])
     return {**shown, "waits": waits[:_WAITS_SHOWN_MAX], "waits_total": len(waits)}
+
+
+def heartbeats(header: dict[str, Any], given: wire.Heartbeat, at_ms: int) -> dict[str, Any] | None:
+    """Return the last heartbeats of all calls, with this one; None if no activity's answer is waited for under this ref."""
+    if not any(wait["ref"] == given.ref and wait["kind"] in ("activity", "job") for wait in header["waits"]):
+        return None
+    known = header.get("heartbeats")
+    return {**(known if isinstance(known, dict) else {}), given.ref: {"at": at_ms, "details": given.details}}  # an unsigned header may hold anything
+
+
+def forget_heartbeats(header: dict[str, Any], waits: Collection[str]) -> None:
+    """Drop those of calls that are not waited for any more."""
+    known = header.pop("heartbeats")
+    left = {ref: heartbeat for ref, heartbeat in known.items() if ref in waits} if isinstance(known, dict) else {}
+    if left:
+        header["heartbeats"] = left
 
 
 def _timer(header: dict[str, Any], wait: dict[str, Any], record: Record, topics: Topics) -> tuple[list[Output], list[object]]:
@@ -93,7 +112,7 @@ def terminate(header: dict[str, Any], reason: str, record: Record, topics: Topic
     """End an instance now.  Whoever works for its waits is told; an error record is written, unless the workflow already has an outcome."""
     outputs, dispatch = _give_up(header, header.get("waits", []), record, topics)
     replies = _answered(header.get("updates", {}), "ended", "it was terminated")
-    kept = {name: value for name, value in header.items() if name not in ("v", "status", "waits", "code", "lowering", "parked", "created", "updated", "mailbox", "updates")}
+    kept = {name: value for name, value in header.items() if name not in ("v", "status", "waits", "code", "lowering", "parked", "created", "updated", "mailbox", "updates", "heartbeats")}
     if "outcome" not in header:
         value = json_dumps(f"Terminated: {reason}" if reason else "Terminated")
         if topics.error is not None:

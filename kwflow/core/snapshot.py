@@ -38,8 +38,8 @@ UNSIGNED = b""  # the last of the keys, if present: unsigned snapshots are accep
 
 _MAGIC = b"KWF1"
 _CHECKSUM_BYTES = 32
-_ATTEMPTS = "kwflow.flows.attempts1", "attempts"
-_CALLS = (_ATTEMPTS, ("kwflow.flows.rest1", "call"))
+_ATTEMPTS = (("kwflow.flows.attempts1", "attempts"), ("kwflow.flows.attempts2", "attempts"))
+_CALLS = (*_ATTEMPTS, ("kwflow.flows.rest1", "call"))
 _VERSION = 1
 _KNOWN = {"v", "id", "workflow", "status", "start_id", "applied", "created", "updated", "code", "lowering", "waits", "parked", "key", "minor"}
 
@@ -114,7 +114,7 @@ def _retried(task: Task) -> dict[str, Any]:
     Our own loop of attempts waits for such a pause directly; the timer of an attempt's time-out is inside a Timeout.
     """
     known = registry.function_of(task.gen.gi_code) if task.gen is not None else None
-    if task.gen is None or known is None or (known.module, known.path) != _ATTEMPTS:
+    if task.gen is None or known is None or (known.module, known.path) not in _ATTEMPTS:
         return {}
     [paused] = frames.describe(task.gen)
     return {"name": paused.locals["name"], "attempt": paused.locals["number"] + 1}
@@ -335,7 +335,7 @@ def copy(body: bytes, header: dict[str, Any], keys: Keys = ()) -> bytes:
 def ended_header(instance: Instance) -> dict[str, Any]:
     """Return the content of the entry that stays after the end (K20)."""
     own = {"id": instance.id, "workflow": instance.workflow, "start_id": instance.start_id, "applied": instance.applied, "ended": instance.updated_ms}
-    return {**own, **{name: value for name, value in instance.extra.items() if name != "mailbox"}}
+    return {**own, **{name: value for name, value in instance.extra.items() if name not in ("heartbeats", "mailbox")}}
 
 
 def save_ended(header: dict[str, Any], keys: Keys = ()) -> bytes:

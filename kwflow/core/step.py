@@ -175,6 +175,8 @@ class Step(Calls):
         instance.updated_ms = self.record.timestamp_ms
         if instance.mailbox is not None:
             messages.describe(self, instance.mailbox)
+        if "heartbeats" in instance.extra:
+            ops.forget_heartbeats(instance.extra, instance.waits)
         state = self._state()
         del self.machine  # it refers to this step as its host: because of that cycle, only the collector would free each step
         return Transition(state, tuple(self.outputs), tuple(self.logs), tuple(self.dispatch), tuple(self.replies), self.outcome or outcome)

@@ -25,6 +25,7 @@ __all__ = [
     "UNREADABLE",
     "Address",
     "Command",
+    "Heartbeat",
     "Output",
     "Reason",
     "Record",
@@ -142,6 +143,13 @@ class Rewind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     to: int
 
 
+class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the attempt of an activity whose answer this ref waits for says of its progress."""
+
+    ref: str
+    details: Any
+
+
 class Migrate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The arguments of migrate: whether to move the instance in place, instead of by a function of `@kw.migrate`."""
 
@@ -156,8 +164,8 @@ class Update(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 OPS: dict[str, type[msgspec.Struct]] = {
-    "cancel": Reason, "discard": Nothing, "fork": Fork, "migrate": Migrate, "pause": Reason, "query": Nothing, "retry": Nothing, "rewind": Rewind, "signal": Signal, "terminate": Reason,
-    "unpause": Reason, "update": Update,
+    "cancel": Reason, "discard": Nothing, "fork": Fork, "heartbeat": Heartbeat, "migrate": Migrate, "pause": Reason, "query": Nothing, "retry": Nothing, "rewind": Rewind, "signal": Signal,
+    "terminate": Reason, "unpause": Reason, "update": Update,
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from kwflow.durable import load_source
 
-__all__ = ["attempts", "load", "rest", "workflows"]
+__all__ = ["attempts", "attempts_with_heartbeats", "load", "rest", "workflows"]
 
 
 def load(name: str) -> types.ModuleType:
@@ -25,6 +25,7 @@ def load(name: str) -> types.ModuleType:
 
 
 attempts: Any = load("attempts1").attempts
+attempts_with_heartbeats: Any = load("attempts2").attempts
 
 
 @functools.cache

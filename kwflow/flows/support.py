@@ -11,7 +11,7 @@ from kwflow.core.tasks import ActivityWait, Awaitable
 from kwflow.errors import ActivityError, BusinessError, CodeChangedError
 from kwflow.rest.calling import Calling
 
-__all__ = ["begin_attempt", "failure", "now_ms", "pause_s", "rest_calling", "result", "sleep", "tell", "timed_out", "timer_of", "within_limit"]
+__all__ = ["begin_attempt", "failure", "heartbeat_of", "now_ms", "pause_s", "rest_calling", "result", "sleep", "tell", "timed_out", "timer_of", "within_limit"]
 
 
 def _activity(name: str) -> Activity[Any, Any]:
@@ -22,9 +22,21 @@ def _activity(name: str) -> Activity[Any, Any]:
     return found
 
 
-def begin_attempt(name: str, arguments: bytes, number: int, key: str) -> ActivityWait:
-    """A wait for one attempt, which an engine, or a worker of its queue, starts after this step's commit; the first one's ref is the key of all."""
-    return current().activity(name, arguments, number, key, _activity(name).queue)
+def begin_attempt(name: str, arguments: bytes, number: int, key: str, heartbeat: dict[str, Any] | None = None) -> ActivityWait:
+    """A wait for one attempt, which an engine, or a worker of its queue, starts after this step's commit; the first one's ref is the key of all.
+
+    `heartbeat` is the last one that an earlier attempt gave.
+    """
+    wait = current().activity(name, arguments, number, key, _activity(name).queue)
+    if heartbeat is not None:
+        current().instance.extra.setdefault("heartbeats", {})[wait.ref] = heartbeat
+    return wait
+
+
+def heartbeat_of(attempt: ActivityWait) -> dict[str, Any] | None:
+    """The last heartbeat of an attempt that has ended in this step; None if it gave none."""
+    given: dict[str, Any] | None = current().instance.extra.get("heartbeats", {}).get(attempt.ref)
+    return given
 
 
 def within_limit(name: str, attempt: ActivityWait) -> Awaitable:

@@ -92,6 +92,7 @@ class Workflow(msgspec.Struct, frozen=True):
     parent: Annotated[str | UnsetType, Meta(description="ID|REF of the workflow that started it as its child.")] = UNSET
     forked: rows.Forked | UnsetType = UNSET
     checkpoints: Annotated[tuple[int, int] | UnsetType, Meta(description="Number of the first checkpoint, and one more than that of the last.")] = UNSET
+    heartbeats: Annotated[dict[str, rows.Heartbeat] | UnsetType, Meta(description="The last heartbeats of running activities, by the ref of the wait.")] = UNSET
     mailbox: Annotated[dict[str, dict[str, int]] | UnsetType, Meta(description="Number of unread messages, by kind and name.")] = UNSET
 
 

@@ -162,9 +162,25 @@ async def _extend(request: Request) -> Response:
     asked, lending = options(request, _Locking), _lending(request)
     id, ref = _mine(request, lending, asked.worker)
     await no_body(request)
+    return _extended(lending, asked, id, ref)
+
+
+def _extended(lending: Lending, asked: _Locking, id: str, ref: str) -> Response:
     if not lending.lent.extend(id, ref, asked.worker, asked.lock):
         raise RequestError("not_locked", f"{ref} of {id} is not locked by {asked.worker} (any more)")
     return answer(200, Locked((time.time_ns() // 1_000_000) + round(asked.lock * 1000)))
+
+
+@Operation("heartbeat_call", {200: Locked}, _Locking, VALUE, words=(*_ANSWER, "not_locked"))
+async def _heartbeat(request: Request) -> Response:
+    """Lock it from now on for so long, and keep the body (JSON up to 10 KB), which says how far the work is, for the next attempt."""
+    asked, lending = options(request, _Locking), _lending(request)
+    id, ref = _mine(request, lending, asked.worker)
+    details = await body(request)
+    extended = _extended(lending, asked, id, ref)
+    client = await service_of(request).client()
+    await service_of(request).reply(request, client.heartbeat(id, ref, details))
+    return extended
 
 
 @Operation("release_call", {204: None}, _By, words=("locked", "no_queue"))
@@ -184,5 +200,6 @@ ROUTES = [
     Route(f"{_CALL}/fail", _fail, methods=["POST"]),
     Route(f"{_CALL}/reject", _reject, methods=["POST"]),
     Route(f"{_CALL}/extend", _extend, methods=["POST"]),
+    Route(f"{_CALL}/heartbeat", _heartbeat, methods=["POST"]),
     Route(f"{_CALL}/release", _release, methods=["POST"]),
 ]

@@ -21,6 +21,7 @@ from kwflow.errors import ProtocolError, RefusedError, SnapshotError
 from kwflow.ports import Budget, Changes, Decision, Deliver, Store
 from kwflow.runners import code, commands, deployment, feeds, parked
 from kwflow.runners.activities.dispatch import Dispatcher
+from kwflow.runners.activities.heart import kept
 from kwflow.runners.batch import WorkflowBatch
 from kwflow.runners.checkpoints import Checkpoints
 from kwflow.runners.ended import EndedTable
@@ -72,7 +73,7 @@ class WorkflowProcessor:
         config = self.config
         span = self.tracing.call if self.tracing is not None else None
         limits = config.activity_concurrency, config.activity_limit_s, config.activity_bytes_max, config.value_bytes_max
-        self.dispatcher = Dispatcher(deliver, self.on_log, *limits, span=span, rate=config.activity_rate)
+        self.dispatcher = Dispatcher(deliver, self.on_log, *limits, span=span, rate=config.activity_rate, details=kept(config.signing_keys))
         return self.dispatcher
 
     def due(self, state: Changes, now_ms: int, limit: int) -> Decision | None:

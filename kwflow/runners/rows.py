@@ -12,7 +12,7 @@ import msgspec
 from kwflow.core.wire import Address
 from kwflow.errors import CorruptSnapshotError
 
-__all__ = ["Cancel", "Forked", "Outcome", "Parked", "Row", "Wait", "check_rows", "checked_header"]
+__all__ = ["Cancel", "Forked", "Heartbeat", "Outcome", "Parked", "Row", "Wait", "check_rows", "checked_header"]
 
 
 class Wait(msgspec.Struct):
@@ -64,6 +64,13 @@ class Forked(msgspec.Struct):
     start_id: str = ""
 
 
+class Heartbeat(msgspec.Struct):
+    """What a running activity said of its progress, and when."""
+
+    at: float
+    details: Any
+
+
 class _Open(msgspec.Struct):
     """An update that it has accepted and not answered, and who waits for the answer."""
 
@@ -89,6 +96,7 @@ class _Told(msgspec.Struct):
     checkpoints: tuple[int, int] | None = None
     mailbox: dict[str, dict[str, int]] = {}
     updates: dict[str, _Open] = {}
+    heartbeats: dict[str, Heartbeat] = {}
 
 
 class Row(msgspec.Struct):

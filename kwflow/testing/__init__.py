@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dataclasses
 import inspect
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kwflow import api
-from kwflow.activities import Activity, find_activity, registered_activities
+from kwflow.activities import Activity, ActivityInfo, find_activity, registered_activities
 from kwflow.config import Config
 from kwflow.core import snapshot, typed
 from kwflow.core.calls import timer_key
@@ -30,6 +31,7 @@ from kwflow.feeds import registered_feeds
 from kwflow.ports import Decision, Processor
 from kwflow.runners import parked
 from kwflow.runners.activities.answers import calls_of, carry_out, conclude, info_of
+from kwflow.runners.activities.heart import HEADERS, Heart, kept, record_of
 from kwflow.runners.feeds import FeedProcessor
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
@@ -283,16 +285,26 @@ class WorkflowTester:
                 raise UsageError(f"no activity {item.name!r}")
             self.calls.append(Call(item.name, item.workflow_id, item.attempt, dict(activity.decode_arguments(item.arguments).arguments)))
             answered: list[Any] = []
+            info = self._info(item, activity)
 
             def run(*args: Any, item: Dispatch = item, activity: Activity[Any, Any] = activity, answered: list[Any] = answered, **kwargs: Any) -> Any:
-                function = self._fakes.get(activity.name) or (activity.function if activity.batched is None else _alone(item, activity))
+                function = self._fakes.get(activity.name) or (activity.function if activity.batched is None else _alone(item, activity, info))
                 value = function(*args, **kwargs)
                 answered.append(_outcome(value) if inspect.iscoroutine(value) else value)
                 return answered[0] if answered[0] is not HANGS else None
 
-            record = carry_out(item, activity, info_of(item), (self.config.activity_bytes_max, self.config.value_bytes_max), run)
+            record = carry_out(item, activity, info, (self.config.activity_bytes_max, self.config.value_bytes_max), run)
             if not (answered and answered[0] is HANGS):
                 self._log(Output(self.config.resume_topic, item.workflow_id.encode(), record, item.headers, self.now_ms))
+
+    def _info(self, item: Dispatch, activity: Activity[Any, Any]) -> ActivityInfo:
+        """What an activity is told of its call.  Its heartbeats are applied before it goes on."""
+        info, id = info_of(item), item.workflow_id.encode()
+        if activity.heartbeat_s is None:
+            return info
+        look = kept(self.config.signing_keys)
+        heart = Heart(0, lambda: self.now_ms / 1000, look(self.state, item), lambda details: self._log(Output(self.config.resume_topic, id, record_of(item.ref, details), HEADERS, self.now_ms)))
+        return dataclasses.replace(info, _beats=heart)
 
     def _perform(self, made: Decision, changes: Overlay, store: MemoryStore) -> None:
         store.apply(changes.changes)
@@ -317,12 +329,12 @@ def _saved_in(file: Path) -> tuple[Saved, dict[str, Any]]:
         raise UsageError(f"{file} is not what `kwflow show ID --save FILE` writes, or was changed since: {error}; save the instance again") from None
 
 
-def _alone(item: Dispatch, activity: Activity[Any, Any]) -> Callable[..., Any]:
+def _alone(item: Dispatch, activity: Activity[Any, Any], info: ActivityInfo) -> Callable[..., Any]:
     """Return a batch of one call as a function of the call's arguments."""
 
     def call(*_: Any, **__: Any) -> Any:
         answers: list[tuple[Any, BaseException | None]] = []
-        calls = calls_of(activity, [(item, info_of(item), lambda value, error: answers.append((value, error)))])
+        calls = calls_of(activity, [(item, info, lambda value, error: answers.append((value, error)))])
         returned = activity.batched.function(calls) if activity.batched is not None else None
         conclude(activity, calls, _outcome(returned) if inspect.iscoroutine(returned) else returned)
         value, error = answers[0]

@@ -8,6 +8,7 @@ from kwflow.durable import registry
 # file of kwflow/flows -> the hashes of its units. A line is added with a new file, and is never edited once that file was released.
 FROZEN = {
     "attempts1": {"attempts": "405a87171c748a28"},
+    "attempts2": {"attempts": "aa3c7d1762a557db"},
     "rest1": {"call": "f8f119fddf42151d"},
     "schedule1": {"follow": "50c2194322f049ad", "schedule": "9a547c6220f4c6c9"},
 }

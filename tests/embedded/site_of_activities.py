@@ -42,6 +42,27 @@ def hang():
         time.sleep(0.05)
 
 
+@kw.activity(heartbeat=2, retry=kw.Retry(max_attempts=3, first=0.2, jitter=0))
+def copy(files):
+    info = kw.activity_info()
+    done = info.heartbeat_details or 0
+    note(f"copy from {done} in attempt {info.attempt}")
+    for n in range(done, files):
+        while not (HERE / f"file-{n}").exists():
+            info.heartbeat()
+            time.sleep(0.01)
+        note(f"copied {n}")
+        if (HERE / f"file-{n}").read_text() == "damaged" and info.attempt == 1:
+            raise OSError(n)
+        info.heartbeat(n + 1)
+    return done
+
+
+@kw.workflow
+def copies(files):
+    return (yield copy(files))
+
+
 @kw.workflow
 def fan_out(count):
     return sum((yield kw.all([square(n) for n in range(count)])))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -81,6 +82,26 @@ def test_activities_that_ran_when_the_engine_was_killed_run_again_with_the_same_
     shell.until(lambda: results(shell))
     assert results(shell) == {"w": 30}
     assert sorted(ran(shell)) == sorted([f"square {n} 1 w|0:{n + 1}" for n in range(5)] * 2)
+
+
+def test_a_long_activity_continues_where_its_heartbeats_say_after_a_kill_and_after_a_failure(shell: Shell) -> None:
+    """M6.5: the engine's next process, and the next attempt, find the last details; `kwflow show` tells them."""
+    here = shell.directory.parent
+    engine = shell.engine(MODULE)
+    shell("start", "w", "--workflow", "copies", "--input", "5")
+    for n in range(3):
+        (here / f"file-{n}").touch()
+    shell.until(lambda: re.search(r"activity 0:1  copy attempt 1  copies  \S+:\d+  since .{25}  heartbeat .{25}: 3\n", shell("show", "w")))
+    engine.send_signal(signal.SIGKILL)
+    engine.wait()
+    shell.engine(MODULE)
+    shell.until(lambda: "copy from 3 in attempt 1" in ran(shell))
+    (here / "file-3").write_text("damaged")
+    shell.until(lambda: "copy from 3 in attempt 2" in ran(shell))
+    (here / "file-4").touch()
+    shell.until(lambda: results(shell))
+    assert results(shell) == {"w": 3}
+    assert [line for line in ran(shell) if line.startswith("copied")] == [f"copied {n}" for n in (0, 1, 2, 3, 3, 4)]
 
 
 def test_many_chains_end_right_through_three_kills(shell: Shell) -> None:

@@ -1,7 +1,9 @@
 """A module of activities with a queue: what ran, and in which process, is written to a file; files open gates."""
 
+import asyncio
 import os
 import pathlib
+import time
 
 import kwflow as kw
 
@@ -46,6 +48,30 @@ def elsewhere(n: int) -> int: ...
 def kill() -> None:
     note("kill", kw.activity_info().attempt)
     os._exit(9)
+
+
+@kw.activity(queue=QUEUE, heartbeat=2, retry=kw.Retry(max_attempts=3, first=0.1, jitter=0))
+def copy(files: int) -> int:
+    info = kw.activity_info()
+    done = info.heartbeat_details or 0
+    note("copy", info.workflow_id, done, info.attempt)
+    for n in range(done, files):
+        while not (HERE / f"file-{n}").exists():
+            info.heartbeat()
+            time.sleep(0.01)
+        note("copied", info.workflow_id, n)
+        info.heartbeat(n + 1)
+    return done
+
+
+@kw.activity(queue=QUEUE, heartbeat=2, retry=kw.Retry(max_attempts=3, first=0.1, jitter=0))
+async def copy_later(files: int) -> int:
+    return await asyncio.to_thread(copy.function, files)
+
+
+@kw.workflow
+def copies(files):
+    return (yield kw.all([copy(files), copy_later(files)]))
 
 
 @kw.workflow

@@ -30,8 +30,11 @@ KINDS = {"topic": ResourceType.TOPIC, "group": ResourceType.GROUP, "transactiona
 PAY = """
 import kwflow as kw
 
-@kw.activity(queue="payments")
+@kw.activity(queue="payments", heartbeat=60)
 def charge(cents: int) -> str:
+    info = kw.activity_info()
+    assert info.heartbeat_details is None
+    info.heartbeat({"asked": cents})
     return f"paid {cents}"
 
 @kw.workflow

@@ -68,6 +68,13 @@ def test_a_worker_fetches_locks_and_completes_fails_or_rejects(site: Queues) -> 
         assert (wrong.status_code, wrong.json()["code"]) == (400, "bad_arguments") and "`message`" in wrong.json()["detail"]
         extended = serving.http.post(call(site.elsewhere, jobs["d"], "extend"), params={**by, "lock": 30})
         assert extended.status_code == 200 and extended.json()["locked_until"] < jobs["d"]["locked_until"]
+        beat = serving.http.post(call(site.elsewhere, jobs["d"], "heartbeat"), params={**by, "lock": 40}, json={"done": 3})
+        assert beat.status_code == 200 and beat.json()["locked_until"] > extended.json()["locked_until"]
+        assert serving.http.get("/workflows/d").json()["heartbeats"][jobs["d"]["ref"]]["details"] == {"done": 3}
+        large = serving.http.post(call(site.elsewhere, jobs["d"], "heartbeat"), params=by, json="x" * 10_000)
+        assert (large.status_code, large.json()["code"]) == (413, "too_large")
+        over = serving.http.post(call(site.elsewhere, jobs["c"], "heartbeat"), params=by, json=1)
+        assert (over.status_code, over.json()["code"]) == (409, "not_locked")
         assert serving.http.post(call(site.elsewhere, jobs["d"], "release"), params=by).status_code == 204
         gone = serving.http.post(call(site.elsewhere, jobs["d"], "extend"), params=by)
         assert (gone.status_code, gone.json()["code"]) == (409, "not_locked")

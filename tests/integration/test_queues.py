@@ -14,6 +14,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from kwflow.client import Client
 from kwflow.config import Config
 from kwflow.core.wire import Record
 from kwflow.runners.kafka import link as kafka_link
@@ -133,6 +134,29 @@ def test_what_a_killed_worker_ran_is_begun_again_and_what_it_had_answered_is_not
     assert {words[2] for words in again} == {"long"}, "nothing that was answered"
     keys = Counter(words[5] for words in site.ran("square") if words[2] == "long")
     assert len(keys) == 4 and set(keys.values()) == {2}, "the same call has the same key"
+
+
+def test_a_long_call_continues_in_another_worker_where_its_heartbeats_say(site: Queues) -> None:
+    """M6.5: the next worker asks the engines for them, also when the engine was killed meanwhile. An `async def`, too."""
+    engine = site.engine("one", MODULE)
+    first = site.worker("a")
+    site.start("w", "copies", 5)
+    for n in range(3):
+        (site.directory / f"file-{n}").touch()
+    named = {f"{name}_topic": site.topic(name) for name in ("resume", "result", "error", "scheduler")}
+    with Client.kafka(site.config.model_copy(update=named)) as client:
+        site.wait(lambda: [given["details"] for given in client.query("w").result(60).get("heartbeats", {}).values()] == [3, 3])
+    for process in (first, engine):
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    site.engine("two", MODULE)
+    second = site.worker("b")
+    for n in range(3, 5):
+        (site.directory / f"file-{n}").touch()
+    assert site.results(1) == {"w": [3, 3]}
+    begun = [words for words in site.ran("copy") if int(words[0]) == second.pid]
+    assert [words[3:] for words in begun] == [["3", "1"], ["3", "1"]]
+    assert Counter(words[3] for words in site.ran("copied")) == {str(n): 2 for n in range(5)}
 
 
 def test_a_worker_that_is_asked_to_end_lets_calls_finish_and_nothing_runs_twice(site: Queues) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import itertools
 import pathlib
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
 from kwflow.core.wire import Headers
 from kwflow.runners.activities import backlog, dispatch, threads
 from kwflow.runners.activities.dispatch import Dispatcher
+from kwflow.runners.activities.heart import HEADERS
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.logs import as_json
@@ -32,13 +34,17 @@ class Engine:
     def __init__(self, concurrency: int = 4, limit_s: float = 600.0) -> None:
         self.store = MemoryStore()
         self.records: dict[str, Any] = {}  # workflow id -> the answer
+        self.beats: list[Any] = []  # the details of heartbeats, in the order in which they were delivered; "answer" for an answer
         self.lines: list[str] = []
         self.refuse: Callable[[bytes], str | None] = lambda value: None
         self.dispatcher = Dispatcher(self.deliver, self.lines.append, concurrency, limit_s, 10_000)
 
     def deliver(self, partition: int, key: bytes, value: bytes, headers: Headers, done: Callable[[str | None], None]) -> None:
         refused = self.refuse(value)
-        if refused is None:
+        if refused is None and headers == HEADERS:
+            self.beats.append(msgspec.json.decode(value)["details"])
+        elif refused is None:
+            self.beats.append("answer")
             assert key.decode() not in self.records, "answered twice"
             self.records[key.decode()] = msgspec.json.decode(value)
         done(refused)
@@ -691,3 +697,189 @@ def test_a_process_begins_so_many_calls_a_second_and_as_many_at_once_after_a_res
     until(8)
     assert [sorted(begun[:2]), begun[2:4], sorted(begun[4:6]), sorted(begun[6:])] == [[0, 1], [2, 3], [6, 7], [8, 9]]  # two at once, on two threads
     made.close()
+
+
+# -- heartbeats --------------------------------------------------------------------------------------------------------
+class Clock(threads.Threads):
+    """A clock that stands still between `advance`."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Beating(Engine):
+    """An engine with that clock, whose calls have given these details before."""
+
+    def __init__(self, before: Any = None) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.dispatcher = Dispatcher(self.deliver, self.lines.append, threads=self.clock, details=lambda store, call: lambda: before)
+        self.dispatcher.own(0, self.store)
+
+    def advance(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.dispatcher.turn()
+
+
+class Rounds:
+    """Lets an activity go on round by round, with what it does in each."""
+
+    def __init__(self) -> None:
+        self.asked: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self.done: queue.Queue[object] = queue.Queue()
+
+    def __call__(self) -> object:
+        while (work := self.asked.get(timeout=20)) is not None:
+            self.done.put(work())
+        return self.done.qsize()
+
+    def round(self, work: Callable[[], object]) -> object:
+        self.asked.put(work)
+        return self.done.get(timeout=20)
+
+
+def test_details_are_sent_at_once_then_at_most_every_five_seconds_and_the_last_ones_when_the_attempt_fails() -> None:
+    """A loop may give a heartbeat in each of its rounds."""
+    engine, rounds = Beating("before"), Rounds()
+
+    def works() -> None:
+        rounds()
+        raise ConnectionError("gone")
+
+    engine.start(make(works, heartbeat=60))
+    assert rounds.round(lambda: kw.activity_info().heartbeat_details) == "before"
+    for n in range(100):
+        rounds.round(lambda n=n: kw.activity_info().heartbeat(n))
+    rounds.round(lambda: kw.activity_info().heartbeat())
+    assert rounds.round(lambda: kw.activity_info().heartbeat_details) == 99
+    assert engine.beats == [0]
+    engine.advance(4.9)
+    assert engine.beats == [0]
+    engine.advance(0.2)
+    assert engine.beats == [0, 99]
+    rounds.round(lambda: kw.activity_info().heartbeat(100))
+    rounds.asked.put(None)
+    assert engine.answer()["error"]["type"] == "ConnectionError"
+    assert engine.beats == [0, 99, 100, "answer"]
+    engine.dispatcher.close()
+
+
+@pytest.mark.parametrize("kind", ["def", "async", "batch"])
+def test_an_attempt_that_gives_no_heartbeat_for_too_long_has_failed_and_is_cancelled(kind: str) -> None:
+    """Its last details go ahead of the failure. One that gives them may take as long as it likes, beyond `activity_limit_s`."""
+    engine, rounds, cancelled = Beating(), Rounds(), list[Any]()
+
+    def works() -> None:
+        rounds()
+        cancelled.append(kw.activity_info().wait_cancelled(20))
+
+    async def later() -> None:
+        try:
+            await asyncio.to_thread(rounds)
+            await asyncio.sleep(20)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    activity = make(later if kind == "async" else works, heartbeat=10)
+    info = kw.activity_info
+    if kind == "batch":
+        def together(calls: list[kw.Call]) -> None:
+            nonlocal info
+            info = lambda: calls[0].info
+            rounds()
+            cancelled.append(calls[0].info.wait_cancelled(20))
+
+        kw.batch_of(activity, size=1)(together)
+    engine.start(activity)
+    for n in range(100):
+        rounds.round(lambda: info().heartbeat(n))
+        engine.advance(9)
+    assert not engine.records
+    rounds.round(lambda: info().heartbeat("last"))
+    rounds.asked.put(None)
+    engine.advance(10.1)
+    error = engine.answer()["error"]
+    assert (error["type"], error["final"]) == ("HeartbeatTimeout", False)
+    assert error["message"] == f"activity {activity.name} of w (attempt 1) gave no heartbeat within 10 s (its heartbeat=)"
+    assert engine.beats[-2:] == ["last", "answer"]
+    engine.until(lambda: cancelled == [True])
+    engine.dispatcher.close()
+
+
+def test_what_is_left_behind_has_sent_its_last_details_and_what_nobody_waits_for_sends_none() -> None:
+    engine, rounds = Beating(), [Rounds(), Rounds()]
+    items = [engine.start(make(lambda n=n: rounds[n](), heartbeat=60), id=f"w{n}", ref=f"{n}:1") for n in range(2)]
+    for n in range(2):
+        for details in ("first", "last"):
+            rounds[n].round(lambda details=details: kw.activity_info().heartbeat(details))
+    engine.withdraw(items[1])
+    rounds[1].round(lambda: kw.activity_info().heartbeat("nobody waits"))
+    assert engine.beats == ["first", "first"]
+    engine.dispatcher.disown(0)
+    assert engine.beats == ["first", "first", "last"]
+    for one in rounds:
+        one.asked.put(None)
+    engine.dispatcher.close()
+
+
+def test_an_engine_that_stops_waits_until_the_last_details_are_in_the_log() -> None:
+    """A producer that is closed drops what it has not delivered yet."""
+    store, delivered, rounds = MemoryStore(), list[str](), Rounds()
+
+    def deliver(partition: int, key: bytes, value: bytes, headers: Headers, done: Callable[[str | None], None]) -> None:
+        def later() -> None:
+            delivered.append(msgspec.json.decode(value).get("details", "answer"))
+            done(None)
+
+        threading.Timer(0.2, later).start()
+
+    dispatcher = Dispatcher(deliver, print)
+    dispatcher.own(0, store)
+    activity = make(lambda: rounds(), heartbeat=60)
+    dispatcher.committed(0, [Dispatch("w", "0:1", activity.name, 1, "0:1", b"{}")])
+    for details in ("first", "last"):
+        rounds.round(lambda details=details: kw.activity_info().heartbeat(details))
+    dispatcher.close()
+    assert sorted(delivered) == ["first", "last"]
+    rounds.asked.put(None)
+
+
+def test_details_that_the_log_refuses_are_told_of_and_end_nothing() -> None:
+    engine, rounds = Beating(), Rounds()
+    engine.refuse = lambda value: "too large" if b"details" in value else None
+    activity = make(lambda: rounds(), heartbeat=60)
+    engine.start(activity)
+    rounds.round(lambda: kw.activity_info().heartbeat("x"))
+    rounds.asked.put(None)
+    assert engine.answer()["value"] == 0
+    assert engine.lines == [f"the log does not take the heartbeat details of activity {activity.name} of w (attempt 1): too large"]
+    engine.dispatcher.close()
+
+
+@pytest.mark.parametrize("kind", ["def", "async", "batch"])
+def test_an_attempt_whose_earlier_details_cannot_be_asked_for_has_failed(kind: str) -> None:
+    """Otherwise it would do again what was done. An `async def` asks before its first line, off its event loop."""
+    engine = Beating()
+    threads_asked = []
+
+    def fails() -> None:
+        threads_asked.append(threading.current_thread().name)
+        raise TimeoutError("no answer")
+
+    engine.dispatcher = Dispatcher(engine.deliver, engine.lines.append, details=lambda store, call: fails)
+    engine.dispatcher.own(0, engine.store)
+
+    async def later() -> None: ...
+
+    activity = make(later if kind == "async" else lambda: kw.activity_info().heartbeat_details, heartbeat=60)
+    if kind == "batch":
+        async def together(calls: list[kw.Call]) -> None: ...
+
+        kw.batch_of(activity, size=1)(together)
+    engine.start(activity)
+    assert engine.answer()["error"]["type"] == "TimeoutError"
+    assert len(threads_asked) == 1 and "loop" not in threads_asked[0]
+    engine.dispatcher.close()

@@ -44,6 +44,9 @@ class Backlog:
     def owns(self, partition: int) -> bool:
         return partition in self._owned
 
+    def store(self, partition: int) -> Store:
+        return self._owned[partition].store
+
     @property
     def partitions(self) -> list[int]:
         return list(self._owned)

@@ -8,6 +8,7 @@ The engine's thread calls all public methods.  This module must not know a log: 
 from __future__ import annotations
 
 import contextvars
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ from kwflow.errors import ActivityError
 from kwflow.ports import Changes, Deliver, Store
 from kwflow.runners.activities.answers import failure_record
 from kwflow.runners.activities.backlog import Backlog
+from kwflow.runners.activities.heart import HEADERS, Ask, Heart, Lookup, record_of
 from kwflow.runners.activities.pace import Pace
 from kwflow.runners.activities.runs import NEVER, Gathered, Job, Run
 from kwflow.runners.activities.threads import Loops, Threads, place_of
@@ -30,6 +32,7 @@ __all__ = ["Dispatcher", "keep"]
 _LEFT_BEHIND_S = 5.0  # how long a cancelled activity may go on before its slot is given to another
 _LEFT_BEHIND_MAX = 256  # activities that go on without a slot; with so many, nothing new is started
 _LOOK_S = 0.2
+_TELL_S = 2.0  # how long an engine that stops, or gives a partition away, waits until the last heartbeat details are in the log
 _READY_FACTOR = 8  # times the concurrency: so many calls are kept ready that no slot waits for the engine's next batch
 _BATCH_BYTES_MAX = 16_000_000  # of a batch's arguments; a batch with more is begun before it is full
 _UNTRACED = CallSpan()
@@ -49,11 +52,11 @@ class Dispatcher:
 
     def __init__(
         self, deliver: Deliver, on_log: Callable[[str], None], concurrency: int = 64, limit_s: float = 600.0, result_bytes_max: int = 500_000, record_bytes_max: int = 1_000_000,
-        threads: Threads | None = None, ends_late: bool = False, span: Callable[[Sequence[Dispatch]], CallSpan] | None = None, rate: float = 0,
+        threads: Threads | None = None, ends_late: bool = False, span: Callable[[Sequence[Dispatch]], CallSpan] | None = None, rate: float = 0, details: Lookup | None = None,
     ) -> None:  # fmt: skip
         """`ends_late`: an activity that has a timeout of its own is also ended here after that time, not only when it is withdrawn.
 
-        `span` returns the tracing span of a run for these calls; `rate` is that of Pace.
+        `details` finds the last heartbeat details of a call; `span` returns the tracing span of a run for these calls; `rate` is that of Pace.
         """
         self._deliver = deliver
         self._on_log = on_log
@@ -61,6 +64,7 @@ class Dispatcher:
         self._limit_s = limit_s
         self._ends_late = ends_late
         self._span = span or (lambda _: _UNTRACED)
+        self._details = details or (lambda store, call: lambda: None)
         self._bytes_max = result_bytes_max, record_bytes_max
         self._backlog = Backlog(concurrency * _READY_FACTOR)
         self._jobs: dict[tuple[int, str, str], Job] = {}
@@ -68,6 +72,7 @@ class Dispatcher:
         self._gathered: dict[str, Gathered] = {}
         self._running = 0
         self._behind = 0
+        self._telling = 0  # heartbeats that are not in the log yet
         self._closed = False
         self._changed = threading.Condition(threading.RLock())
         self._threads = threads or Threads()
@@ -91,6 +96,10 @@ class Dispatcher:
             for job in [job for job in self._jobs.values() if job.partition == partition and job.run is None]:
                 self._unready(job)
         self._wait(lambda: any(job.partition == partition and job.wanted for job in self._jobs.values()), grace_s)
+        for job in list(self._jobs.values()):
+            if job.partition == partition and job.heart is not None:  # it is left behind, and the next owner begins with what it gave
+                job.heart.flush()
+        self._wait(lambda: self._telling > 0, _TELL_S)
 
     def close(self, grace_s: float = 0.0) -> None:
         """End.  Activities that still run after the grace period are left behind, on threads that end with the process."""
@@ -124,6 +133,7 @@ class Dispatcher:
             self._start()
 
     def turn(self) -> None:
+        beating: list[Heart] = []
         with self._changed:
             gathered = -1
             while gathered < self._gathering:  # repeat while batches take calls, as that makes room for more
@@ -135,6 +145,9 @@ class Dispatcher:
             if now - self._looked > _LOOK_S:
                 self._looked = now
                 self._look(now)
+                beating = [job.heart for job in self._jobs.values() if job.heart is not None]
+        for heart in beating:
+            heart.flush_due()
 
     def hurry(self) -> None:
         with self._changed:
@@ -158,7 +171,7 @@ class Dispatcher:
 
     # -- from the backlog to a slot ----------------------------------------------------------------------------------
     def _enqueue(self, partition: int, item: Dispatch) -> None:
-        job = Job(partition, item)
+        job = Job(partition, item, self._asking(partition, item))
         before = self._jobs.get(job.id)
         if before is not None and not before.wanted:
             # 1. A fork calls an activity under the same ref as its original.  The fork is terminated, and the call is cancelled.
@@ -168,6 +181,11 @@ class Dispatcher:
             self._jobs[job.id] = job
             self._ready.append(job)
             self._backlog.room(item, 1)
+
+    def _asking(self, partition: int, item: Dispatch) -> Ask | None:
+        """How to get the last heartbeat details of a call, if its activity has heartbeats.  It is looked up now, on the engine's thread, which alone reads the stores."""
+        activity = find_activity(item.name)
+        return self._details(self._backlog.store(partition), item) if activity is not None and activity.heartbeat_s is not None else None
 
     def _unready(self, job: Job) -> None:
         """Remove a job that is ready, or gathered for a batch."""
@@ -229,12 +247,14 @@ class Dispatcher:
             self._begin(jobs[0].found, jobs)
 
     def _begin(self, activity: Activity[Any, Any], jobs: list[Job]) -> None:
-        limit_s = self._limit_s or NEVER
+        limit_s = self._limit_s if self._limit_s and activity.heartbeat_s is None else NEVER
         if activity.timeout_s is not None:
             limit_s = activity.timeout_s if self._ends_late else NEVER
         run = Run(activity, jobs, limit_s, self._threads.monotonic() + limit_s, self._span([job.dispatch for job in jobs]))
         for job in jobs:
             job.run = run
+            if activity.heartbeat_s is not None:
+                job.beats(Heart(activity.heartbeat_s, self._threads.monotonic, job.ask or (lambda: None), functools.partial(self._tell, job)))
         self._running += 1
         self._pace.begun()
         if run.is_async:
@@ -266,6 +286,25 @@ class Dispatcher:
             elif not job.answered:  # cancelled before it began
                 self._finished(job)
 
+    # -- heartbeats ------------------------------------------------------------------------------------------------
+    def _tell(self, job: Job, details: bytes) -> None:
+        """Deliver heartbeat details, unless nobody waits for the call any more."""
+
+        def done(refused: str | None) -> None:
+            if refused is not None and not self._closed:
+                self._on_log(f"the log does not take the heartbeat details of {job}: {refused}")
+            with self._changed:
+                self._telling -= 1
+                self._changed.notify_all()
+
+        if job.wanted:
+            with self._changed:
+                self._telling += 1
+            try:
+                self._deliver(job.partition, job.dispatch.workflow_id.encode(), record_of(job.dispatch.ref, details), HEADERS, done)
+            except Exception as error:  # it must not end the author's function
+                done(str(error))
+
     # -- the answer ------------------------------------------------------------------------------------------------
     def _answer(self, job: Job, record: bytes) -> None:
         """Deliver an answer, once, unless the call was cancelled, so that nobody needs it any more."""
@@ -273,6 +312,8 @@ class Dispatcher:
             needed = not job.answered and job.wanted
             job.answered = True
         if needed:
+            if job.failed is not None and job.heart is not None:
+                job.heart.flush()
             try:
                 self._log_failure(job)
             finally:  # even if the log line cannot be written, the workflow gets its answer
@@ -343,12 +384,12 @@ class Dispatcher:
         """Fail activities that are over their time, and free the slots of cancelled ones that go on."""
         for job in [job for job in self._jobs.values() if job.run is not None]:
             run = job.running
-            if now > run.deadline and not job.answered:
+            late = run.late(now)
+            if late is not None and not job.answered:
                 job.answered = True
-                remedy = "its timeout="
-                if run.activity.timeout_s is None:
-                    remedy = "activity_limit_s: raise it, as a longer request_timeout of rest.call needs, or set @kw.activity(timeout=...)"
-                error = ActivityError(f"{job} had no result within {run.limit_s:g} s ({remedy})", "Timeout")
+                error = ActivityError(f"{job} {late[1]}", late[0])
+                if job.heart is not None:
+                    job.heart.flush()
                 job.note(error, place_of(run.thread))
                 self._log_failure(job)
                 self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), run.span.headers(job.dispatch), lambda _: None)

@@ -6,6 +6,8 @@ stores: `dispatch.py` decides when and on which thread a run begins, and who get
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +18,7 @@ from kwflow.core.dispatch import Dispatch
 from kwflow.core.outcomes import describe_error
 from kwflow.errors import ActivityError, BusinessError, KwflowBug
 from kwflow.runners.activities.answers import calls_of, carry_out, conclude, failure_record, info_of, result_record
+from kwflow.runners.activities.heart import Ask, Heart
 from kwflow.runners.activities.threads import AsyncCall
 from kwflow.runners.logs import Line, authors_traceback
 from kwflow.runners.tracing import CallSpan
@@ -29,11 +32,13 @@ _SAID_MAX = 2_000  # characters of an error's text in a log line
 class Job:
     """One call that is ready or runs.  `failed`: the log line if it failed; `answered`: its record was made; `settled`: it no longer keeps its run's slot."""
 
-    __slots__ = ("activity", "answered", "cancelled_at", "dispatch", "failed", "info", "partition", "run", "settled")
+    __slots__ = ("activity", "answered", "ask", "cancelled_at", "dispatch", "failed", "heart", "info", "partition", "run", "settled")
 
-    def __init__(self, partition: int, dispatch: Dispatch) -> None:
+    def __init__(self, partition: int, dispatch: Dispatch, ask: Ask | None = None) -> None:
         self.partition = partition
         self.dispatch = dispatch
+        self.ask = ask
+        self.heart: Heart | None = None
         self.info = info_of(dispatch)
         self.activity: Activity[Any, Any] | None = None
         self.run: Run | None = None
@@ -63,6 +68,11 @@ class Job:
         if self.run is None:
             raise KwflowBug(f"{self} is looked at and does not run")
         return self.run
+
+    def beats(self, heart: Heart) -> None:
+        """Give heartbeats to this heart, from now on."""
+        self.heart = heart
+        self.info = dataclasses.replace(self.info, _beats=heart)
 
     def note(self, error: BaseException, where: str = "") -> None:
         """Keep the log line of a failed attempt, as text: the error would keep alive what its frames hold.  A BusinessError is an outcome, not a failure."""
@@ -112,6 +122,18 @@ class Run:
         """Whether anybody waits for one of its jobs that is not answered yet."""
         return any(job.wanted and not job.answered for job in self.jobs)
 
+    def late(self, now: float) -> tuple[str, str] | None:
+        """The type and text of the error of a run that is over its time, or too long without a heartbeat; None for any other."""
+        if now > self.deadline:
+            remedy = "its timeout="
+            if self.activity.timeout_s is None:
+                remedy = "activity_limit_s: raise it, as a longer request_timeout of rest.call needs, or set @kw.activity(timeout=...)"
+            return "Timeout", f"had no result within {self.limit_s:g} s ({remedy})"
+        last_s = max((job.heart.last_s for job in self.jobs if job.heart is not None), default=NEVER)
+        if self.activity.heartbeat_s is not None and now - last_s > self.activity.heartbeat_s:
+            return "HeartbeatTimeout", f"gave no heartbeat within {self.activity.heartbeat_s:g} s (its heartbeat=)"
+        return None
+
     def called(self, bytes_max: _BytesMax, answer: _Answer) -> bytes | None:
         """Call a `def`; return the record that answers, or None for a batch, whose calls are answered one by one."""
         with self.span:
@@ -133,6 +155,7 @@ class Run:
                 return await self._awaited_one(bytes_max)
             calls = self._calls(bytes_max, answer)
             try:
+                await self._ask()
                 returned = await self.activity.batched.function(calls) if calls else None
             except BaseException as error:
                 returned = error
@@ -142,12 +165,19 @@ class Run:
     async def _awaited_one(self, bytes_max: _BytesMax) -> bytes:
         [job] = self.jobs
         try:
+            await self._ask()
             with running_as(job.info):
                 bound = self.activity.decode_arguments(job.dispatch.arguments)
                 return result_record(job.dispatch, self.activity, await self.activity.function(*bound.args, **bound.kwargs), bytes_max)
         except BaseException as error:
             job.note(error)
             return failure_record(job.dispatch, error, bytes_max[1])
+
+    async def _ask(self) -> None:
+        """Ask for the details of earlier attempts now, where it blocks no event loop."""
+        for job in self.jobs:
+            if job.heart is not None:
+                await asyncio.to_thread(getattr, job.heart, "details")
 
     def _calls(self, bytes_max: _BytesMax, answer: _Answer) -> list[Call]:
         return calls_of(self.activity, [(job.dispatch, job.info, self._answering(job, bytes_max, answer)) for job in self.jobs])

@@ -1,4 +1,4 @@
-"""Commands that work on stored bytes (M2): query, terminate, and those in holds.py, copies.py and moves.py.
+"""Commands that work on stored bytes (M2): query, terminate, and those in heartbeats.py, holds.py, copies.py and moves.py.
 
 They reach an instance that is parked or damaged, which no step could.  This package must not run a step itself: records
 that were held are applied by the batch that it is given.
@@ -17,6 +17,7 @@ from kwflow.ports import Changes, Decision
 from kwflow.runners import checkpoints, parked
 from kwflow.runners.activities.dispatch import keep
 from kwflow.runners.commands.copies import fork, rewind
+from kwflow.runners.commands.heartbeats import heartbeat
 from kwflow.runners.commands.holds import call_failed, pause, retry, unpause
 from kwflow.runners.commands.moves import migrate
 from kwflow.runners.commands.shared import Batch, done, header_of, joined, replied
@@ -93,6 +94,6 @@ def _terminate(batch: Batch, name: str, header: dict[str, Any], record: Record, 
 
 
 _CHANGING: dict[str, Callable[[Batch, str, dict[str, Any], Record, Command], Decision]] = {
-    "discard": retry, "fork": fork, "migrate": migrate, "pause": pause, "retry": retry, "rewind": rewind, "terminate": _terminate, "unpause": unpause,
+    "discard": retry, "fork": fork, "heartbeat": heartbeat, "migrate": migrate, "pause": pause, "retry": retry, "rewind": rewind, "terminate": _terminate, "unpause": unpause,
 }  # fmt: skip
 _OPS = {"query", *_CHANGING}

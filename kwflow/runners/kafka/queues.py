@@ -25,6 +25,7 @@ from kwflow.core.wire import Headers, Record
 from kwflow.errors import ActivityError, ProtocolError, TransportError
 from kwflow.ports import Clock, Deliver, Worker
 from kwflow.runners.activities.answers import failure_record
+from kwflow.runners.activities.heart import HEADERS
 from kwflow.runners.clock import SystemClock
 from kwflow.runners.instances import Instances
 from kwflow.runners.kafka import topics
@@ -255,10 +256,10 @@ class QueueRunner:
 
     # -- answers -----------------------------------------------------------------------------------------------------
     def _deliver(self, number: int, key: bytes, value: bytes, headers: Headers, done: Callable[[str | None], None]) -> None:
-        """Deliver a call's answer.  May be called from any thread."""
+        """Deliver a call's answer, which closes the call, or its heartbeat, which does not.  May be called from any thread."""
 
         def delivered(refused: str | None) -> None:
-            if refused is None:
+            if refused is None and headers != HEADERS:
                 self._delivered.put(lambda: self._close(number, key.decode(), msgspec.json.decode(value, type=_Answer).ref))
             done(refused)
 

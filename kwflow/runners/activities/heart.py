@@ -1,0 +1,104 @@
+"""The heartbeats of one attempt: when its function last gave one, and the details that the workflow's state keeps for whoever continues.
+
+Details are sent as records, but not more often than every few seconds: a function may give a heartbeat in each round of a tight
+loop.  The last ones are sent when the attempt fails or is left behind, so that the next one knows them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from kwflow.core import snapshot
+from kwflow.core.dispatch import DETAILS_BYTES_MAX, Dispatch
+from kwflow.core.snapshot import Keys
+from kwflow.core.typed import to_plain
+from kwflow.core.values import json_dumps
+from kwflow.core.wire import Headers
+from kwflow.errors import SnapshotError, UsageError
+from kwflow.ports import Store
+from kwflow.runners.rows import checked_header
+
+__all__ = ["HEADERS", "Ask", "Heart", "Lookup", "kept", "record_of"]
+
+Ask = Callable[[], Any]  # returns the details that the call has given so far; may block, and raise
+Lookup = Callable[[Store, Dispatch], Ask]  # called on the engine's thread, with the partition's store; what it returns is called on the activity's
+
+HEADERS: Headers = (("kwflow-op", b"heartbeat"),)
+_EVERY_S_MAX = 5.0
+
+
+def kept(keys: Keys) -> Lookup:
+    """How an engine finds the details of a call: in the stored header of its workflow."""
+
+    def look(store: Store, call: Dispatch) -> Ask:
+        stored = store.get(call.workflow_id.encode())
+        try:
+            header = checked_header(snapshot.split(stored, keys)[0]) if stored is not None else {}
+        except SnapshotError:  # it is parked, or will be
+            header = {}
+        details = header.get("heartbeats", {}).get(call.ref, {}).get("details")
+        return lambda: details
+
+    return look
+
+
+def record_of(ref: str, details: bytes) -> bytes:
+    """Return the value of the record that carries details, which are JSON."""
+    return b'{"ref":' + json_dumps(ref) + b',"details":' + details + b"}"
+
+
+class Heart:
+    """What `activity_info()` gives heartbeats to.  Its methods may be called on any thread."""
+
+    def __init__(self, heartbeat_s: float, monotonic: Callable[[], float], ask: Ask, send: Callable[[bytes], None]) -> None:
+        self._monotonic = monotonic
+        self._ask: Ask | None = ask
+        self._send = send
+        self._every_s = min(_EVERY_S_MAX, heartbeat_s / 2)
+        self._lock = threading.Lock()
+        self._details: Any = None
+        self._unsent: bytes | None = None
+        self._sent_s = float("-inf")
+        self.last_s = monotonic()
+
+    @property
+    def details(self) -> Any:
+        """The last details that the call gave, in this attempt or an earlier one."""
+        ask = self._ask
+        if ask is not None:
+            asked = ask()
+            with self._lock:
+                if self._ask is not None:  # otherwise this attempt has given some meanwhile
+                    self._details, self._ask = asked, None
+        return self._details
+
+    def beat(self, details: object) -> None:
+        """Note that the function is alive; keep its details, unless they are None.  Raises UsageError for what cannot be sent."""
+        self.last_s = self._monotonic()
+        if details is None:
+            return
+        try:
+            encoded = json_dumps(to_plain(details, annotated=True))
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise UsageError(f"these heartbeat details cannot be sent: {error}") from None
+        if len(encoded) > DETAILS_BYTES_MAX:
+            raise UsageError(f"heartbeat details have at most {DETAILS_BYTES_MAX} bytes, not {len(encoded)}; store the data elsewhere, and give a reference to it")
+        with self._lock:
+            self._details, self._ask, self._unsent = msgspec.json.decode(encoded), None, encoded
+        self.flush(self.last_s - self._every_s)
+
+    def flush(self, sent_before_s: float = float("inf")) -> None:
+        """Send details that are not sent yet, if the last ones were sent before this time."""
+        with self._lock:
+            unsent = self._unsent if self._sent_s <= sent_before_s else None
+            if unsent is not None:
+                self._unsent, self._sent_s = None, self._monotonic()
+        if unsent is not None:  # without the lock: to send may take the dispatcher's, whose owner may be about to take ours
+            self._send(unsent)
+
+    def flush_due(self) -> None:
+        self.flush(self._monotonic() - self._every_s)
