@@ -9,8 +9,10 @@ A library of its own: nothing here knows workflows or Kafka.  Reading order, in 
     names.py        what a snapshot may name
     rebuild.py      how objects are made again from what it names; iters.py and pools.py for iterators, exceptions.py
     reducers.py     how each kind of value is saved; local_classes.py for classes, resources.py for connections
-    moves.py        what the names of a snapshot mean if it is moved onto edited code
-    codec.py        an object graph to bytes and back; culprit.py finds what could not be saved
+    body.py         the format of an object graph as bytes
+    saving.py       the graph to those bytes; culprit.py finds what could not be saved
+    loading.py      those bytes to the graph; moves.py says what names mean if it is moved onto edited code
+    codec.py        both as two calls
     stubs.py        those bytes without their classes; peek.py shows them, canonical.py compares them
     loader.py       how modules become durable; cache.py
     versions.py     old code beside new

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kwflow.durable import rebuild, registry
+from kwflow.durable.body import CELL, CREATED, GENERATOR
 from kwflow.durable.frames import empty
 from kwflow.durable.lower import lower_module
 from kwflow.durable.lower.outline import LOOPS, NUMBER
@@ -299,12 +300,12 @@ class MovingNames(rebuild.Names):
             raise move.refused("was changed from def to async def, or back")
         return move
 
-    def settle(self, states: list[Any], generator: int, created: int, cell: int) -> None:
-        """Give the states of generators that were moved the names of the new functions.  `generator`, `created` and `cell` are the kinds of such states."""
-        contents = {id(made): state for kind, made, state in zip(states[::3], states[1::3], states[2::3], strict=True) if kind == cell}
+    def settle(self, states: list[Any]) -> None:
+        """Give the states of generators that were moved the names of the new functions."""
+        contents = {id(made): state for kind, made, state in zip(states[::3], states[1::3], states[2::3], strict=True) if kind == CELL}
         for number in range(0, len(states), 3):
             kind, gen, saved = states[number : number + 3]
-            if kind not in (generator, created):
+            if kind not in (GENERATOR, CREATED):
                 continue
             if gen not in self.moved:
                 self._tell(registry.function_of(gen.gi_code), dict(saved))
@@ -312,7 +313,7 @@ class MovingNames(rebuild.Names):
             move, before, after = self.moved[gen]
             shared = dict(zip(move.old.captured, before, strict=True))
             values = dict(saved) | self._no_longer_shared(move, shared, contents)
-            if kind == created:
+            if kind == CREATED:
                 if move.new.outline.parameters != move.old.outline.parameters:
                     raise move.refused("has not begun, and has other parameters now")
             elif move.is_edited:

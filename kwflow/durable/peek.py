@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from kwflow.durable.codec import _CELL, _EXCEPTION, _GENERATOR
+from kwflow.durable.body import CELL, EXCEPTION, GENERATOR
 from kwflow.durable.stubs import States, Stub, graph, qualname, text
 from kwflow.errors import CorruptSnapshotError
 
@@ -47,10 +47,10 @@ def _corrupt_if_it_fails() -> Iterator[None]:
 
 
 def _waiting(states: Collection[tuple[int, Any, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    cells = {id(cell): value for kind, cell, value in states if kind == _CELL}
+    cells = {id(cell): value for kind, cell, value in states if kind == CELL}
     found = []
     for kind, made, slots in states:
-        if kind == _GENERATOR:
+        if kind == GENERATOR:
             values = {name: value for name, value in slots.items() if name[0] != "@"}
             held = made.args[2] if len(made.args) > 2 else ()
             shared = [cells[id(cell)] for cell in held if id(cell) in cells]
@@ -117,9 +117,9 @@ class Shown:
             for other in others:
                 yield self._counted(" ")
                 yield from self._value(other, depth)
-        elif kind == _CELL:
+        elif kind == CELL:
             yield from self._value(state, depth)
-        elif kind == _EXCEPTION and len(made.args) > 1:
+        elif kind == EXCEPTION and len(made.args) > 1:
             yield self._counted(str(getattr(made.args[0], "name", getattr(made.args[0], "__name__", "exception"))))
             yield from self._value(made.args[1], depth)
         else:

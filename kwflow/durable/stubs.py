@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterable
 from datetime import date, datetime, time, timedelta
 from typing import Any
 
-from kwflow.durable import rebuild
-from kwflow.durable.codec import _CREATED, _FINISHED, _GENERATOR, _OBJECT, FORMAT, SEEDS, padded, seeded, unfilled
-from kwflow.durable.frames import SUSPENDED
+from kwflow.durable import body, rebuild
 from kwflow.errors import CorruptSnapshotError
 
 __all__ = ["CREATED", "GENERATORS", "OBJECT", "WAITING", "Found", "States", "Stub", "graph", "qualname", "text"]
@@ -167,40 +165,31 @@ class _Unpickler(pickle._Unpickler):
         return type(name, (Stub,), {"name": shown, "__module__": module})
 
 
-_SEEDS = tuple(_REAL.get(seed.__name__, type(seed.__name__, (Stub,), {"name": seed.__name__})) if callable(seed) else seed for seed in SEEDS)
-_memo = seeded(_SEEDS).copy()
-GENERATORS = (_GENERATOR, _CREATED, _FINISHED)
-CREATED, OBJECT, WAITING = _CREATED, _OBJECT, _GENERATOR  # kinds of states
+_SEEDS = tuple(_REAL.get(seed.__name__, type(seed.__name__, (Stub,), {"name": seed.__name__})) if callable(seed) else seed for seed in body.SEEDS)
+_memo = body.seeded(_SEEDS).copy()
+GENERATORS = (body.GENERATOR, body.CREATED, body.FINISHED)
+CREATED, OBJECT, WAITING = body.CREATED, body.OBJECT, body.GENERATOR  # kinds of states
 States = dict[int, tuple[int, Any, Any]]  # by the `id` of a stub: its kind, the stub itself, and what was saved of it
 
 
-def graph(body: bytes) -> tuple[Any, States]:
+def graph(data: bytes) -> tuple[Any, States]:
     """Return the root, and the saved state of each object that is filled after its creation.  Raises CorruptSnapshotError."""
-    root, states = _stubs(body)
-    return root, {id(made): (kind, made, state) for kind, made, state in states}
-
-
-def _stubs(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
-    """Return the root and the deferred states, all as stubs."""
     try:
-        if body[:1] != FORMAT:
-            return _stubs_of_format_1(body)
-        unpickler = _Unpickler(padded(body))
-        unpickler.load()
-        unpickler.memo = dict(_memo)
-        made = unpickler.load()
-        states = unfilled(made.items if isinstance(made, Stub) else made)
-        return states[0], list(zip(states[2::3], states[3::3], states[4::3], strict=True))
+        root, states = _read(data)
+        return root, {id(made): (kind, made, state) for kind, made, state in zip(states[::3], states[1::3], states[2::3], strict=True)}
     except Exception as error:  # damaged bytes may do anything in an unpickler
         raise CorruptSnapshotError(f"the body of a snapshot cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _stubs_of_format_1(body: bytes) -> tuple[Any, list[tuple[int, Any, Any]]]:
-    unpickler = _Unpickler(io.BytesIO(body))
-    root = unpickler.load()
-    found = [state for states in iter(unpickler.load, None) for state in states]
-    numbers = {"created": _CREATED, "finished": _FINISHED, SUSPENDED: _GENERATOR}
-    return root, [(numbers[state[0]], made, state[1]) if kind == _GENERATOR else (kind, made, state) for kind, made, state in found]
+def _read(data: bytes) -> tuple[Any, list[Any]]:
+    """Do what `loading.read` does, all as stubs."""
+    if data[:1] != body.FORMAT:
+        return body.of_format_1(_Unpickler(io.BytesIO(data)))
+    unpickler = _Unpickler(body.padded(data))
+    unpickler.load()
+    unpickler.memo = dict(_memo)
+    made = unpickler.load()
+    return body.unfilled(made.items if isinstance(made, Stub) else made)
 
 
 def qualname(made: Stub) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import corpus_harness as harness
 import pytest
 
-from kwflow.durable import codec, registry
+from kwflow.durable import loading, registry
 from kwflow.durable.frames import SUSPENDED, refill
 from kwflow.durable.lower.functions import ModuleLowering
 from kwflow.durable.lower.scopes import analyze
@@ -56,7 +56,7 @@ def dropping() -> Iterator[list[str]]:
         refill(gen, status, saved)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codec, "refill", fill)
+        patch.setattr(loading, "refill", fill)
         yield dropped
     for cell in cells:
         with contextlib.suppress(ValueError):

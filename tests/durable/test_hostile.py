@@ -80,8 +80,8 @@ FORBIDDEN = [
     "pathlib Path.write_text", "pathlib PosixPath.unlink", "shutil rmtree", "importlib import_module", "ctypes CDLL", "sys exit", "pickle loads", "pickle Unpickler",
     "marshal loads", "codecs open", "io open", "io FileIO", "tempfile TemporaryDirectory", "contextlib redirect_stdout", "weakref finalize", "threading Thread",
     "multiprocessing Process", "webbrowser open", "antigravity fly", "hostile_flow os.system", "hostile_flow system", "hostile_flow subprocess.run", "hostile_flow Popen",
-    "hostile_flow run", "hostile_flow os", "hostile_flow fine.__globals__", "hostile_flow Fine.__init_subclass__", "hostile_flow gen.__code__", "kwflow.durable.codec _Unpickler",
-    "kwflow.durable.codec loads", "kwflow.durable.codec sys.modules", "kwflow.durable.names allow_modules", "kwflow.durable.loader load_source",
+    "hostile_flow run", "hostile_flow os", "hostile_flow fine.__globals__", "hostile_flow Fine.__init_subclass__", "hostile_flow gen.__code__", "kwflow.durable.loading _Unpickler",
+    "kwflow.durable.codec loads", "kwflow.durable.loading sys.modules", "kwflow.durable.names allow_modules", "kwflow.durable.loader load_source",
     "kwflow.durable.registry register_code", "kwflow.durable.rebuild importlib.import_module", "kwflow.durable.rebuild builders", "kwflow.durable.runtime functools.partial",
     "kwflow.cli main", "kwflow.testing WorkflowTester", "kwflow.runners.modules load_workflows", "kwflow.core.snapshot load", "kwflow.api import_module",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The repository's own rules: style, layers, exports, sizes."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def imports_of(path: pathlib.Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "kwflow"}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module.startswith("kwflow")}
     return found
 
 
@@ -45,6 +46,16 @@ def test_imports_go_down_only(path: pathlib.Path) -> None:
             assert parts[0] not in PURE_MUST_NOT_IMPORT, f"{path} imports {name}; durable and core are pure"
         if parts[0] == "confluent_kafka":
             assert path.parent.name == "kafka", f"{path} imports confluent_kafka"
+
+
+def test_durable_has_no_circles_of_imports_and_says_what_each_file_owns() -> None:
+    """ARCHITECTURE §2: also in functions. A file can be read once those that it imports are known."""
+    folder = ROOT / "kwflow/durable"
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in folder.rglob("*.py") if path != folder / "__init__.py"}
+    graphlib.TopologicalSorter({name: imports_of(path) & files.keys() for name, path in files.items()}).prepare()
+    for where in (folder, folder / "lower"):
+        said = ast.get_docstring(ast.parse((where / "__init__.py").read_text(encoding="utf-8"))) or ""
+        assert [path.name for path in where.glob("*.py") if path.name not in said] == ["__init__.py"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -11,6 +11,8 @@
     functions.py    nested functions, the twins, functions compiled alone
     outline.py      what identifies a wait in another version of the source
     lint.py         calls whose result is thrown away
+    upgrade.py      reading what an older lowering wrote
+    show.py         lowered code for people
 
 At load, only the module with its hot twins is compiled.  Cold twins, functions compiled alone and hashes of units are made
 from the source when they are first needed.  docs/LOWERING.md shows every construct before and after.

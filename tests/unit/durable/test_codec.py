@@ -13,7 +13,7 @@ import pytest
 import kwflow as kw
 from kwflow import durable
 from kwflow.core.murmur2 import partition_of
-from kwflow.durable import codec
+from kwflow.durable import saving
 from kwflow.durable.peek import peek, peek_text
 from kwflow.errors import LostCallWarning, NotDurableError, NotDurableWarning, SnapshotError, UnsavableError, UnsupportedError, UsageError
 
@@ -164,11 +164,11 @@ def test_a_chain_of_20000_generators_is_saved_without_recursion(code: Any) -> No
     assert depth == 20_001
 
 
-@pytest.mark.parametrize("grows", [codec._lists_may_grow, False])
+@pytest.mark.parametrize("grows", [saving._lists_may_grow, False])
 @pytest.mark.parametrize("length", [1, *range(330, 337), *range(663, 670), *range(996, 1003)])
 def test_a_chain_of_any_length_is_saved_whole(length: int, grows: bool, code: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each state brings in the next generator, also where pickle begins another batch of 1,000 items: after 332, 665 and 998 of them. Both by a list and by an iterator, as Python 3.14 wants it."""
-    monkeypatch.setattr(codec, "_lists_may_grow", grows)
+    monkeypatch.setattr(saving, "_lists_may_grow", grows)
     made = [code.leaf()]
     for _ in range(length):
         next(made[-1])
@@ -360,7 +360,7 @@ def test_any_bytes_load_or_are_refused(code: Any) -> None:
     assert outcomes == {"loaded", "refused"}
 
 
-@pytest.mark.parametrize("attack", [b"cos\nsystem\n(S'true'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.", b"csubprocess\nPopen\n(S'true'\ntR.", b"cbuiltins\ngetattr\n.", b"ckwflow.durable.codec\nsys\n."])
+@pytest.mark.parametrize("attack", [b"cos\nsystem\n(S'true'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.", b"csubprocess\nPopen\n(S'true'\ntR.", b"cbuiltins\ngetattr\n.", b"ckwflow.durable.loading\nsys\n."])
 def test_names_outside_the_list_are_never_called(attack: bytes) -> None:
     """wire.md §3."""
     with pytest.raises(SnapshotError, match="not allowed|gone|not loaded"):
