@@ -1,6 +1,7 @@
 """Lowering: source -> a module whose generators can be saved at every yield.  Start reading at `lower_module`.
 
-    scopes.py       which names, cells and yields a function has
+    nodes.py        walking trees
+    scopes.py       which names and cells a function has, and whether it waits
     emit.py         statement lists, labels, temporaries, guards
     expressions.py  hoisting
     protected.py    try, with
@@ -8,6 +9,7 @@
     statements.py   the rest
     inner.py        functions without a def: lambdas, generator expressions
     liveness.py     which names are still needed after each wait
+    spelling.py     names in code that is compiled elsewhere
     functions.py    nested functions, the twins, functions compiled alone
     outline.py      what identifies a wait in another version of the source
     lint.py         calls whose result is thrown away
@@ -30,7 +32,8 @@ from collections.abc import Callable, Iterator, Mapping
 from kwflow.durable.fingerprint import source_version, unit_hash
 from kwflow.durable.lower.functions import ModuleLowering
 from kwflow.durable.lower.lint import lost_calls, warn_of
-from kwflow.durable.lower.scopes import Scope, analyze, child_nodes
+from kwflow.durable.lower.nodes import child_nodes
+from kwflow.durable.lower.scopes import Scope, analyze
 from kwflow.durable.registry import Function, Label, Module, Outline
 from kwflow.errors import UnsupportedError
 

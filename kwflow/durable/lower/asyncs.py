@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 
 from kwflow.durable.lower.emit import LOOP, assign, call, constant, helper, load
+from kwflow.durable.lower.nodes import has_yield
 from kwflow.durable.lower.protected import Protected
-from kwflow.durable.lower.scopes import ITERATOR, has_yield
+from kwflow.durable.lower.scopes import ITERATOR
 
 __all__ = ["Asyncs"]
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from kwflow.durable.lower.scopes import Scope, child_nodes
+from kwflow.durable.lower.nodes import child_nodes
+from kwflow.durable.lower.scopes import Scope
 from kwflow.durable.registry import RUNTIME, Label
 from kwflow.errors import KwflowBug, UnsupportedError
 

@@ -11,7 +11,7 @@ import ast
 from typing import Any
 
 from kwflow.durable.lower.emit import Emitter, assign, call, constant, helper, load
-from kwflow.durable.lower.scopes import has_yield
+from kwflow.durable.lower.nodes import has_yield
 from kwflow.durable.registry import RUNTIME
 
 __all__ = ["Expressions"]

@@ -8,20 +8,22 @@ from __future__ import annotations
 import __future__
 
 import ast
-import operator
 import sys
 import types
 from typing import Any
 
 from kwflow.durable.fingerprint import without_docstring
-from kwflow.durable.lower.emit import assign, call, constant, helper, is_bound, load, located, store
+from kwflow.durable.lower.emit import assign, call, constant, helper, load, located, store
 from kwflow.durable.lower.inner import as_def, forwarded, no_arguments, spread, template
+from kwflow.durable.lower.nodes import Comprehension, every_argument
 from kwflow.durable.lower.outline import outline
-from kwflow.durable.lower.scopes import Comprehension, Scope, every_argument, has_yield, mangle, node_fields
+from kwflow.durable.lower.scopes import Scope
+from kwflow.durable.lower.spelling import Spelling
 from kwflow.durable.lower.statements import Statements
 from kwflow.durable.registry import Label, Outline
 
 __all__ = ["ModuleLowering"]
+
 
 class ModuleLowering:
     """Lowers the functions of one module.  It never changes a tree that it is given."""
@@ -206,70 +208,28 @@ def _if_saved(name: str) -> ast.If:
     return ast.If(ast.Compare(constant(name), [ast.In()], [load("@S")]), [assign(name, _saved(name))], [])
 
 
-_visitors: dict[type, Any] = {}  # node class -> method: looked up once, not for every node
-
-
-class Rewriter:
-    """Replaces what is inside a function by its lowered form.  It creates new nodes, and never changes one.
-
-    `mangled` is the class whose private names have to be spelled out, because the code is compiled outside it.
-    `lowered` means that the enclosing function is a generator being lowered: its declarations move to its top.  With `cold`,
-    zero-argument `super()` gets its arguments, since the first argument of the cold twin is its state.
-    """
+class Rewriter(Spelling):
+    """Replaces what is inside a function by its lowered form; `module` lowers the functions that it meets there."""
 
     def __init__(self, module: ModuleLowering, scope: Scope, mangled: str | None, lowered: bool = False, cold: bool = False) -> None:
+        super().__init__(scope, mangled, lowered, cold)
         self.module = module
-        self.scope = scope
-        self.mangled = mangled
-        self.lowered = lowered
-        self.cold = cold
-        self.direct = cold  # inside the frame of the cold twin itself, not in a comprehension, which may be a function
         self.apart = False  # inside a comprehension of the cold twin that has to be a function
 
-    def visit(self, node: Any) -> Any:
-        """Return the lowered form of a node or a list of nodes: the same object if nothing changes."""
-        if isinstance(node, ast.AST):
-            kind = type(node)
-            if kind not in _visitors:
-                _visitors[kind] = getattr(Rewriter, f"visit_{kind.__name__}", Rewriter._rebuilt)
-            return _visitors[kind](self, node)
-        if isinstance(node, list):
-            lowered = [self.visit(item) for item in node]
-            return node if all(map(operator.is_, lowered, node)) else lowered
-        return node
-
-    def _rebuilt(self, node: Any, **given: Any) -> Any:
-        changed = given
-        held = node.__dict__
-        for name in node_fields(type(node)):
-            value = held.get(name)
-            if isinstance(value, (ast.AST, list)) and name not in given:
-                new = self.visit(value)
-                if new is not value:
-                    changed[name] = new
-        if not changed:
-            return node
-        fields = {name: changed.get(name, getattr(node, name, None)) for name in node._fields if name in changed or hasattr(node, name)}
-        return ast.copy_location(type(node)(**fields), node)
-
-    def name(self, name: str) -> str:
-        return mangle(name, self.mangled)
-
-    # -- functions -------------------------------------------------------------------------------------------------
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         if _native(node):
-            return self._rebuilt(node, body=node.body)
+            return self.rebuilt(node, body=node.body)
         scope = self.module.scopes[node]
         if scope.generator:
             body = self.module.hot(node, scope, self.mangled)
         else:
             inner = Rewriter(self.module, scope, self.mangled)
             body = [inner.visit(statement) for statement in node.body]
-        return self._rebuilt(node, **self._marked(node, "mark", scope, body))
+        return self.rebuilt(node, **self._marked(node, "mark", scope, body))
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> Any:
         if _native(node):
-            return self._rebuilt(node, body=node.body)
+            return self.rebuilt(node, body=node.body)
         scope = self.module.scopes[node]
         body = self.module.hot(as_def(node), scope, self.mangled)
         if scope.produces:
@@ -325,7 +285,7 @@ class Rewriter:
         scope = self.module.scopes[node]
         if scope.kind == "comprehension":
             outermost, self.apart = not self.apart, self.apart or (self.cold and _INLINED and _shadows(scope, set(self.scope.captured)))
-            rebuilt = self._in_place(node) if self.direct else self._rebuilt(node)
+            rebuilt = self._in_place(node) if self.direct else self.rebuilt(node)
             made = _function(rebuilt) if self.apart else rebuilt
             self.apart = self.apart and not outermost
             return made
@@ -338,7 +298,7 @@ class Rewriter:
         first, *rest = node.generators
         source = self.visit(first.iter)
         self.direct = _INLINED and not self.apart
-        rebuilt = self._rebuilt(node, generators=[self._rebuilt(first, iter=source), *self.visit(rest)])
+        rebuilt = self.rebuilt(node, generators=[self.rebuilt(first, iter=source), *self.visit(rest)])
         self.direct = True
         return rebuilt
 
@@ -351,104 +311,13 @@ class Rewriter:
 
     def visit_Yield(self, node: ast.Yield) -> Any:
         if not self.scope.produces:
-            return self._rebuilt(node)
+            return self.rebuilt(node)
         return ast.copy_location(ast.Yield(call("Item", self.visit(node.value) if node.value is not None else constant(None))), node)
-
-    def arguments(self, args: ast.arguments, bare: bool = False) -> ast.arguments:
-        """Return the parameters as this code spells them; with `bare`, without defaults and annotations, for code compiled alone."""
-
-        def one(arg: ast.arg | None) -> ast.arg | None:
-            if arg is None:
-                return None
-            return ast.copy_location(ast.arg(self.name(arg.arg), None if bare else self.visit(arg.annotation)), arg)
-
-        def every(many: list[ast.arg]) -> list[ast.arg]:
-            return [found for found in map(one, many) if found is not None]
-
-        defaults = [] if bare else self.visit(args.defaults)
-        named = [None] * len(args.kwonlyargs) if bare else self.visit(args.kw_defaults)
-        return ast.arguments(every(args.posonlyargs), every(args.args), one(args.vararg), every(args.kwonlyargs), named, one(args.kwarg), defaults)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> Any:
         inner = Rewriter(self.module, self.module.scopes[node], None)
         body = [inner.visit(statement) for statement in node.body]
-        return self._rebuilt(node, name=self.name(node.name), body=body)
-
-    def visit_Call(self, node: ast.Call) -> Any:
-        if self.cold and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args and not node.keywords and self.scope.arguments:
-            return ast.copy_location(ast.Call(node.func, [load("__class__"), load(self.scope.arguments[0])], []), node)
-        if self.lowered and isinstance(node.func, ast.Name) and node.func.id in ("locals", "vars", "dir") and not node.args and not node.keywords:
-            return ast.copy_location(call("looked", self.visit(node.func), node), node)
-        return self._rebuilt(node)
-
-    # -- names -----------------------------------------------------------------------------------------------------
-    def visit_Global(self, node: ast.Global | ast.Nonlocal) -> Any:
-        if self.lowered:
-            return ast.copy_location(ast.Pass(), node)
-        return self._rebuilt(node, names=[self.name(name) for name in node.names])
-
-    visit_Nonlocal = visit_Global
-
-    def visit_Name(self, node: ast.Name) -> Any:
-        spelled = self.name(node.id)
-        named = node if spelled == node.id else ast.copy_location(ast.Name(spelled, node.ctx), node)
-        if self.direct and spelled in self.scope.cells and isinstance(node.ctx, ast.Load):
-            return self._own(named)
-        return named
-
-    def _own(self, name: ast.Name) -> ast.expr:
-        return ast.copy_location(ast.IfExp(is_bound(self.scope, name.id), name, call("unbound", constant(name.id))), name)
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> Any:
-        """Check the target as `visit_Name` does, without adding a statement, since paths contain the numbers of statements.
-
-        One that waits is checked when it is lowered.
-        """
-        rebuilt = self._rebuilt(node)
-        target = rebuilt.target
-        return self._if_bound(rebuilt, target.id) if self._is_own(target) and not has_yield(node) else rebuilt
-
-    def visit_Delete(self, node: ast.Delete) -> Any:
-        rebuilt = self._rebuilt(node)
-        if has_yield(node) or not any(map(self._is_own, rebuilt.targets)):
-            return rebuilt
-        each = [ast.copy_location(ast.Delete([target]), node) for target in rebuilt.targets]
-        checked = [self._if_bound(one, target.id) if self._is_own(target) else one for one, target in zip(each, rebuilt.targets, strict=True)]
-        return checked[0] if len(checked) == 1 else ast.copy_location(ast.If(constant(True), checked, []), node)
-
-    def _is_own(self, target: ast.expr) -> bool:
-        return self.direct and isinstance(target, ast.Name) and target.id in self.scope.cells
-
-    def _if_bound(self, node: ast.stmt, name: str) -> ast.stmt:
-        unbound = ast.copy_location(ast.Expr(call("unbound", constant(name))), node)
-        return ast.copy_location(ast.If(is_bound(self.scope, name), [node], [unbound]), node)
-
-    def visit_Attribute(self, node: ast.Attribute) -> Any:
-        spelled = self.name(node.attr)
-        return self._rebuilt(node) if spelled == node.attr else self._rebuilt(node, attr=spelled)
-
-    def visit_ExceptHandler(self, node: ast.ExceptHandler | ast.MatchAs | ast.MatchStar) -> Any:
-        if node.name is None or self.name(node.name) == node.name:
-            return self._rebuilt(node)
-        return self._rebuilt(node, name=self.name(node.name))
-
-    visit_MatchAs = visit_MatchStar = visit_ExceptHandler
-
-    def visit_match_case(self, node: ast.match_case) -> Any:
-        """Leave names in patterns as they are: a pattern can name values, but not compute them."""
-        direct, self.direct = self.direct, False
-        pattern = self.visit(node.pattern)
-        self.direct = direct
-        return self._rebuilt(node, pattern=pattern)
-
-    def visit_MatchMapping(self, node: ast.MatchMapping) -> Any:
-        return self._rebuilt(node) if node.rest is None else self._rebuilt(node, rest=self.name(node.rest))
-
-    def visit_alias(self, node: ast.alias) -> Any:
-        bound = node.asname or node.name
-        spelled = self.name(bound)
-        return node if spelled == bound else ast.copy_location(ast.alias(node.name, spelled), node)
-
+        return self.rebuilt(node, name=self.name(node.name), body=body)
 
 _INLINED = sys.version_info >= (3, 12)
 

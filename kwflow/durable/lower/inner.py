@@ -10,7 +10,8 @@ from __future__ import annotations
 import ast
 
 from kwflow.durable.lower.emit import assign, call, constant, load
-from kwflow.durable.lower.scopes import ITERATOR, RESULT, Comprehension, Scope, elements, mangle
+from kwflow.durable.lower.nodes import Comprehension, elements
+from kwflow.durable.lower.scopes import ITERATOR, RESULT, Scope, mangle
 
 __all__ = ["as_def", "forwarded", "no_arguments", "spread", "template"]
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from kwflow.durable.lower.scopes import Scope, analyze, child_nodes
+from kwflow.durable.lower.nodes import child_nodes
+from kwflow.durable.lower.scopes import Scope, analyze
 from kwflow.durable.registry import RUNTIME
 from kwflow.errors import KwflowBug
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from kwflow.durable.fingerprint import lowered_hash, unit_hash
 from kwflow.durable.lower.emit import Emitter
 from kwflow.durable.lower.liveness import needed_after
-from kwflow.durable.lower.scopes import Scope, child_nodes
+from kwflow.durable.lower.nodes import child_nodes
+from kwflow.durable.lower.scopes import Scope
 from kwflow.durable.registry import RUNTIME, Outline, Part, Wait
 
 __all__ = ["LOOPS", "NUMBER", "outline"]

@@ -11,7 +11,7 @@ import ast
 
 from kwflow.durable.lower.emit import BROKE, CONTINUED, RAISED, RETURNED, Block, Finally, assign, call, constant, helper, load, store
 from kwflow.durable.lower.expressions import Expressions
-from kwflow.durable.lower.scopes import child_nodes, has_yield
+from kwflow.durable.lower.nodes import child_nodes, has_yield
 
 __all__ = ["Protected"]
 

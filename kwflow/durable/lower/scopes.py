@@ -1,4 +1,4 @@
-"""Which names a function binds, shares with nested functions and takes from outside; and where its yields are.
+"""Which names a function binds, shares with nested functions and takes from outside, and whether it waits.
 
 This is our own analysis, not `symtable`: natively, a comprehension is a scope until 3.11 and inlined since 3.12 (PEP 709), and
 what a snapshot holds must not depend on the minor that wrote it.  A comprehension that awaits is a function on all minors,
@@ -8,20 +8,16 @@ since that is what it is lowered to.  Every question about names is answered her
 from __future__ import annotations
 
 import ast
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ITERATOR", "RESULT", "Comprehension", "Scope", "analyze", "child_nodes", "elements", "every_argument", "has_yield", "mangle", "node_fields"]
+from kwflow.durable.lower.nodes import COMPREHENSIONS, Comprehension, asynchronous, child_nodes, defaults, elements, every_argument, has_yield, own_parts, produces
 
-Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+__all__ = ["ITERATOR", "RESULT", "Scope", "analyze", "mangle"]
+
 ITERATOR = ".iterator"  # the argument of a comprehension that is a function: its first iterable, evaluated outside
 RESULT = ".result"  # and the variable for what it has collected so far
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp)
 _NAMES = {ast.ListComp: "<listcomp>", ast.SetComp: "<setcomp>", ast.DictComp: "<dictcomp>", ast.GeneratorExp: "<genexpr>"}
-_LEAVES = (ast.Name, ast.Constant)
-_WAITS = (ast.Yield, ast.YieldFrom, ast.Await, ast.AsyncFor, ast.AsyncWith)
 
 
 @dataclass(eq=False)
@@ -75,108 +71,6 @@ def mangle(name: str, class_name: str | None) -> str:
         return name
     stripped = class_name.lstrip("_")
     return f"_{stripped}{name}" if stripped else name
-
-
-def has_yield(node: ast.AST | None) -> bool:
-    """Whether evaluating this node in its own scope can suspend; of nested functions, only defaults, decorators and the like count."""
-    if node is None or isinstance(node, _LEAVES):
-        return False
-    known = getattr(node, "_kw_yields", None)
-    if known is None:
-        known = isinstance(node, _WAITS) or any(map(has_yield, own_parts(node)))
-        node._kw_yields = known  # type: ignore[attr-defined]
-    return bool(known)
-
-
-_NO_NODES = frozenset({"arg", "attr", "conversion", "ctx", "id", "is_lazy", "kind", "level", "module", "name", "op", "ops", "rest", "type_comment"})  # no nodes, or only operators
-_fields: dict[type, tuple[str, ...]] = {ast.Constant: ()}
-if sys.version_info >= (3, 12):
-    _fields[ast.TypeAlias] = ast.TypeAlias._fields  # its name is a node
-
-
-def node_fields(kind: type[ast.AST]) -> tuple[str, ...]:
-    """Return the fields of this class that may hold nodes worth visiting.  Half the time of lowering is spent walking trees."""
-    fields = _fields.get(kind)
-    if fields is None:
-        fields = _fields[kind] = tuple(name for name in kind._fields if name not in _NO_NODES)
-    return fields
-
-
-def child_nodes(node: ast.AST) -> list[ast.AST]:
-    """Return what `ast.iter_child_nodes` yields, without contexts and operators; several times as fast."""
-    found: list[ast.AST] = []
-    known = node.__dict__
-    for name in node_fields(type(node)):
-        value = known.get(name)
-        if isinstance(value, list):
-            found += [item for item in value if isinstance(item, ast.AST)]
-        elif isinstance(value, ast.AST):
-            found.append(value)
-    return found
-
-
-def own_parts(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the child nodes that run in the same scope and activation as the node."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        yield from node.decorator_list
-        yield from _defaults(node.args)
-        yield from _annotations(node)
-    elif isinstance(node, ast.Lambda):
-        yield from _defaults(node.args)
-    elif isinstance(node, ast.ClassDef):
-        yield from [*node.decorator_list, *node.bases, *node.keywords]
-    elif isinstance(node, (*_COMPREHENSIONS, ast.GeneratorExp)):
-        yield node.generators[0].iter
-    else:
-        yield from child_nodes(node)
-
-
-def elements(node: Comprehension) -> list[ast.expr]:
-    """Return the expressions that make one item of a comprehension; `{**m for ...}` has only one, a mapping (PEP 798, 3.15)."""
-    if not isinstance(node, ast.DictComp):
-        return [node.elt]
-    return [node.key] if node.value is None else [node.key, node.value]
-
-
-def _inner_parts(node: Comprehension) -> Iterator[ast.AST]:
-    """Yield what a comprehension evaluates in its own scope: everything but its first iterable."""
-    yield from elements(node)
-    for number, generator in enumerate(node.generators):
-        yield from [generator.iter, *generator.ifs] if number else generator.ifs
-
-
-def _waits_in_async(node: ast.AST) -> bool:
-    """Whether evaluating a node of a tree that is not lowered yet awaits."""
-    if isinstance(node, ast.Await) or (isinstance(node, _COMPREHENSIONS) and asynchronous(node)):
-        return True
-    return any(map(_waits_in_async, own_parts(node)))
-
-
-def asynchronous(node: Comprehension) -> bool:
-    """Whether a comprehension awaits: it becomes a coroutine, or with parentheses an async generator."""
-    return any(generator.is_async for generator in node.generators) or any(map(_waits_in_async, _inner_parts(node)))
-
-
-def _produces(node: ast.AST) -> bool:
-    return isinstance(node, ast.Yield) or any(map(_produces, own_parts(node)))
-
-
-def _defaults(args: ast.arguments) -> Iterator[ast.AST]:
-    yield from args.defaults
-    yield from (default for default in args.kw_defaults if default is not None)
-
-
-def every_argument(args: ast.arguments) -> list[ast.arg]:
-    every = [*args.posonlyargs, *args.args, *args.kwonlyargs]
-    return every + [arg for arg in (args.vararg, args.kwarg) if arg is not None]
-
-
-def _annotations(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.AST]:
-    for arg in every_argument(node.args):
-        if arg.annotation is not None:
-            yield arg.annotation
-    if node.returns is not None:
-        yield node.returns
 
 
 def analyze(tree: ast.Module) -> dict[ast.AST, Scope]:
@@ -248,7 +142,7 @@ class _Builder:
         name = mangle(node.target.id, scope.class_name)
         inside: list[Scope] = []
         owner = scope
-        while isinstance(owner.node, (*_COMPREHENSIONS, ast.GeneratorExp)) and owner.parent is not None:
+        while isinstance(owner.node, (*COMPREHENSIONS, ast.GeneratorExp)) and owner.parent is not None:
             inside.append(owner)
             owner = owner.parent
         owner.bound.add(name)
@@ -306,7 +200,7 @@ class _Builder:
         self.visit_FunctionDef(node, scope)
         child = self.scopes[node]
         child.generator = child.coroutine = True
-        child.produces = any(map(_produces, node.body))
+        child.produces = any(map(produces, node.body))
 
     def _type_parameters(self, node: ast.AST, scope: Scope) -> Scope:
         """Return the scope that `def f[T]` puts between a function and its surroundings (PEP 695)."""
@@ -320,7 +214,7 @@ class _Builder:
         return child
 
     def visit_Lambda(self, node: ast.Lambda, scope: Scope) -> None:
-        for part in _defaults(node.args):
+        for part in defaults(node.args):
             self.visit(part, scope)
         self._function(node, scope, "<lambda>", [node.body])
 

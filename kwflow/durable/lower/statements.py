@@ -8,7 +8,7 @@ from typing import Any
 from kwflow.durable.lower.asyncs import Asyncs
 from kwflow.durable.lower.emit import BROKE, CONTINUED, LOOP, RETURNED, Block, Finally, assign, call, constant, is_bound, load, store
 from kwflow.durable.lower.expressions import MAPPING, PLAIN
-from kwflow.durable.lower.scopes import has_yield
+from kwflow.durable.lower.nodes import has_yield
 
 __all__ = ["Statements"]
 
