@@ -14,7 +14,8 @@ A library of its own: nothing here knows workflows or Kafka.  Reading order, in 
     loading.py      those bytes to the graph; moves.py says what names mean if it is moved onto edited code
     codec.py        both as two calls
     stubs.py        those bytes without their classes; peek.py shows them, canonical.py compares them
-    loader.py       how modules become durable; cache.py
+    loader.py       how a source becomes durable; cache.py keeps what lowering has made of it
+    hook.py         which modules `import` makes durable
     versions.py     old code beside new
 """
 
@@ -22,7 +23,8 @@ from kwflow.durable.canonical import canonical, canonical_bytes
 from kwflow.durable.codec import dumps, loads
 from kwflow.durable.driving import abandoning, set_abandoning
 from kwflow.durable.frames import Frame, State, capture, describe, discard, is_durable, restore
-from kwflow.durable.loader import durable, find_source, install, installed, load_source, native, rewrite_first, uninstall
+from kwflow.durable.hook import find_source, install, installed, rewrite_first, uninstall
+from kwflow.durable.loader import durable, load_source, native
 from kwflow.durable.names import allow_classes_by_value, allow_modules
 from kwflow.durable.peek import peek
 from kwflow.durable.reducers import register_reducer

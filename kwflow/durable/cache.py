@@ -2,7 +2,7 @@
 
 The key is the hash of the source, the interpreter, the name of the file and the lowering itself, including the times of its
 files, so that nothing stale is ever used.  A file that cannot be read, or that another kwflow wrote, counts as missing; a
-failed write is ignored.  In `durable`, only this module and the loader touch files.
+failed write is ignored.  In `durable`, only this module and hook.py open files.
 """
 
 from __future__ import annotations

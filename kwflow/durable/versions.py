@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from kwflow.durable import codec, loader, registry
+from kwflow.durable import codec, hook, loader, registry
 from kwflow.durable.fingerprint import class_hashes, imports_of, source_version
 from kwflow.durable.lower import LOWERING_VERSION, lower_module, units_in
 from kwflow.durable.moves import MovingNames, parsed
@@ -59,7 +59,7 @@ def _imports(module: Module) -> dict[str, Module]:
     """Return the durable modules that it imports, and those that it will import later: in its functions, or anywhere if it has not been imported itself."""
     loaded = [(name, registry.modules().get(name)) for name in sorted(imports_of(module.source, module.package))]
     later = sorted(imports_of(module.source, module.package, in_functions="__name__" in module.namespace))
-    found = dict(loaded + [(name, loader.unloaded(name)) for name in later if name not in sys.modules])
+    found = dict(loaded + [(name, hook.unloaded(name)) for name in later if name not in sys.modules])
     return {name: other for name, other in found.items() if other is not None and other.whole and other.name != module.name}
 
 
@@ -139,7 +139,7 @@ def resolve(code: Mapping[str, Any], sources: Sources) -> Pins:
         if current is not None and current.version == saved["version"]:
             continue
         name, _ = split_reference(reference)
-        current = loader.current(name)
+        current = hook.current(name)
         changes = changed_units(current, saved)
         if current is None or changes:
             pins[reference] = _version(name, saved["version"], sources, "; ".join(changes))
@@ -151,7 +151,7 @@ def resolve(code: Mapping[str, Any], sources: Sources) -> Pins:
 def outdated(code: Mapping[str, Any]) -> list[str]:
     """Name the versions (`<module>@<12 hex>`) that an instance with this `code` header runs, and that its modules here have left behind.  Raises CodeChangedError."""
     run = [(reference, saved) for reference, saved in code.items() if not split_reference(reference)[1]]  # of the others, it only holds something
-    return [registry.version_name(name, saved["version"]) for name, saved in run if changed_units(loader.current(name), saved)]
+    return [registry.version_name(name, saved["version"]) for name, saved in run if changed_units(hook.current(name), saved)]
 
 
 def moving(code: Mapping[str, Any], sources: Sources) -> MovingNames:
@@ -160,7 +160,7 @@ def moving(code: Mapping[str, Any], sources: Sources) -> MovingNames:
     old: dict[str, Module] = {}
     for reference, saved in code.items():
         name, _ = split_reference(reference)
-        current = loader.current(name)
+        current = hook.current(name)
         if current is None:
             raise CodeChangedError(f"there is no durable module {name} here to move it to", name)
         if reference != name:
@@ -200,7 +200,7 @@ def prepare(key: str, sources: Sources, wanted: Callable[[str], bool] = lambda k
     Raises CodeChangedError if its code fails.
     """
     name, _, version = key.rpartition("@")
-    current = loader.current(name)
+    current = hook.current(name)
     if current is not None and current.version == version:
         return
     data = sources(key)
@@ -302,10 +302,10 @@ def _take_away(gone: Iterable[str]) -> None:
 
 def _stand_in(imports: Mapping[str, str], sources: Sources) -> list[str]:
     """Put stored versions of modules that are gone where `import` finds them; return their names, which are to be removed afterwards."""
-    missing = {name: version for name, version in imports.items() if name not in sys.modules and not loader.exists(name)}
+    missing = {name: version for name, version in imports.items() if name not in sys.modules and not hook.exists(name)}
     loaded = {name: _version(name, version, sources, "the module no longer exists") for name, version in sorted(missing.items())}  # packages first
     packages = [package for name in loaded for package in itertools.accumulate(name.split(".")[:-1], "{}.{}".format)]
-    empty = [package for package in dict.fromkeys(packages) if package not in loaded and package not in sys.modules and not loader.exists(package)]
+    empty = [package for package in dict.fromkeys(packages) if package not in loaded and package not in sys.modules and not hook.exists(package)]
     for package in empty:  # packages without an `__init__.py`, which have no source
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = []

@@ -10,7 +10,8 @@ CALLS = {"eval", "exec", "compile", "__import__", "import_module", "Unpickler", 
 ALLOWED = {
     "__init__.py": {"import_module"},  # kwflow.api, when it is first used
     "cli/__init__.py": {"import_module"},  # the modules of commands, from a table
-    "durable/loader.py": {"exec", "import_module"},  # the source of modules that are imported, and of stored versions whose sha256 is in the snapshot
+    "durable/loader.py": {"exec"},  # the source of modules that are imported, and of stored versions whose sha256 is in the snapshot
+    "durable/hook.py": {"import_module"},  # a module of a package that `install` was given
     "durable/lower/__init__.py": {"compile"},
     "durable/lower/functions.py": {"compile"},
     "durable/cache.py": {"loads"},  # marshal, for a file in __pycache__, which Python itself trusts
