@@ -8,7 +8,7 @@ A library of its own: nothing here knows workflows or Kafka.  Reading order, in 
     frames.py       a waiting generator as data, and back
     names.py        what a snapshot may name
     rebuild.py      how objects are made again from what it names; iters.py and pools.py for iterators, exceptions.py
-    reducers.py     how each kind of value is saved; local_classes.py for classes, resources.py for connections
+    reducers.py     how each kind of value is saved; positions.py for iterators, local_classes.py for classes, resources.py for connections
     body.py         the format of an object graph as bytes
     saving.py       the graph to those bytes; culprit.py finds what could not be saved
     loading.py      those bytes to the graph; moves.py says what names mean if it is moved onto edited code

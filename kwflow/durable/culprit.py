@@ -16,7 +16,7 @@ from typing import Any
 
 from kwflow.durable import names, registry
 from kwflow.durable.frames import snap
-from kwflow.durable.reducers import Refused
+from kwflow.durable.names import Refused
 from kwflow.errors import NotDurableError, SnapshotError, UnsavableError
 
 __all__ = ["explain"]

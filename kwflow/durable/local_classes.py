@@ -14,7 +14,7 @@ import types
 from typing import Any
 
 from kwflow.durable import rebuild, registry
-from kwflow.durable.reducers import Refused
+from kwflow.durable.names import Refused
 
 __all__ = ["by_value", "reduce_class"]
 

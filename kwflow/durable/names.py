@@ -21,7 +21,7 @@ from kwflow.durable.fingerprint import imports_of
 from kwflow.errors import UsageError
 
 __all__ = [
-    "CONSTRUCTORS", "DICTS", "ITERTOOLS", "LAZY", "allow_classes_by_value", "allow_modules", "allowed", "classes_by_value", "defined_in",
+    "CONSTRUCTORS", "DICTS", "ITERTOOLS", "LAZY", "Refused", "allow_classes_by_value", "allow_modules", "allowed", "classes_by_value", "defined_in",
     "find", "importable", "is_allowed_module", "is_bound", "is_module_value", "is_nameable", "several",
 ]  # fmt: skip
 
@@ -124,6 +124,10 @@ _OURS_REFUSED = ("kwflow.cli", "kwflow.client", "kwflow.runners", "kwflow.testin
 _DURABLE = frozenset("kwflow.durable.awaiting kwflow.durable.iters kwflow.durable.pools kwflow.durable.resources kwflow.durable.runtime kwflow.durable.stacks".split())
 _modules: set[str] = set()
 _by_value = False
+
+
+class Refused(Exception):
+    """Why one object cannot be saved."""
 
 
 def several(names: Iterable[str]) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""How each kind of value that a variable may hold is saved, besides generators, functions, cells and exceptions (codec.py).
+"""How each kind of value that a variable may hold is saved, besides generators, functions, cells and exceptions (saving.py) and iterators (positions.py).
 
 There is one table, by exact type or, for modules that need not be loaded, by name.  A reducer returns what `pickle` expects
 of `__reduce__`.  It names constructors in rebuild.py or iters.py, never a private name of the standard library, so that a
@@ -12,22 +12,21 @@ import collections
 import copyreg
 import enum
 import gc
-import itertools
 import operator
 import re
 import struct
 import sys
 import types
 import typing
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from kwflow.durable import iters, names, rebuild, registry
+from kwflow.durable import names, positions, rebuild, registry
+from kwflow.durable.names import Refused
 from kwflow.errors import UsageError
 
-__all__ = ["PROTOCOL", "Refused", "as_pickle_reduces", "cannot_be_filled", "is_value", "plain", "reduce_module", "reducer_of", "register_reducer"]
+__all__ = ["PROTOCOL", "as_pickle_reduces", "cannot_be_filled", "is_value", "plain", "reduce_module", "reducer_of", "register_reducer"]
 
 PROTOCOL = 5  # of pickle
 Reducer = Callable[[Any], Any]
@@ -35,10 +34,6 @@ _ATOMS = (type(None), bool, int, float, str, bytes, bytearray, tuple, list, dict
 
 
 plain: set[type[Any]] = set()  # classes whose objects pickle can save by itself, unless the object is a sentinel
-
-
-class Refused(Exception):
-    """Why one object cannot be saved."""
 
 
 def register_reducer(cls: type[Any], reduce: Callable[[Any], Any], build: Callable[[Any], Any], name: str | None = None) -> None:
@@ -116,100 +111,6 @@ def cannot_be_filled(cls: Any) -> bool:
     except Exception:
         return True
     return False
-
-
-# -- iterators -------------------------------------------------------------------------------------------------------
-
-
-def _itertool(value: Any) -> Any:
-    """Save it as its twin in iters.py, which takes the same arguments and state."""
-    if sys.version_info >= (3, 14):
-        name = type(value).__name__.lstrip("_")
-        raise Refused(f"itertools.{name} cannot be inspected since Python 3.14; use kwflow.durable.iters.{name}, which is what `import itertools` at a durable module's top means there")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        made = value.__reduce__()
-    twin = getattr(iters, made[0].__name__, None) if made[0].__module__ == "itertools" else None
-    if twin is None or twin is iters._grouper:  # a group's parent is still the original
-        return (twin or made[0], *made[1:])
-    again = twin(*made[1])
-    if len(made) > 2 and made[2] is not None:
-        again.__setstate__(made[2])
-    return again.__reduce__()  # so that live and restored iterators are saved alike
-
-
-def _groupby(value: Any) -> Any:
-    """Save a groupby by looking into it, since its own `__reduce__` loses the current group while that is being read."""
-    held = gc.get_referents(value)
-    source, key, *state = held[1:] if held[0] is itertools.groupby else held
-    return iters.groupby, (source, key), state
-
-
-def _hidden(value: Any) -> Any:
-    name = type(value).__name__
-    raise Refused(f"itertools.{name} cannot be inspected; use kwflow.durable.iters.{name}")
-
-
-_WAYS = {
-    "dict_keyiterator": "keys", "dict_valueiterator": "values", "dict_itemiterator": "items",
-    "dict_reversekeyiterator": "reversed keys", "dict_reversevalueiterator": "reversed values", "dict_reverseitemiterator": "reversed items",
-}  # fmt: skip
-
-
-def _source(value: Any, kinds: type | tuple[type, ...]) -> Any:
-    """Return the container that an iterator iterates; None once the iterator has ended."""
-    return next((held for held in gc.get_referents(value) if isinstance(held, kinds)), None)
-
-
-def _rest(value: Any) -> list[Any] | str:
-    """Return the items that are still to come, or the error message if there will be none, because the source has changed."""
-    try:
-        rest: list[Any] = value.__reduce__()[1][0]
-        return rest
-    except RuntimeError as error:
-        return str(error)
-
-
-def _dict_iterator(value: Any) -> Any:
-    """Save it as its dict and position, so that it sees later values and notices later insertions, as the original would have."""
-    way = _WAYS[type(value).__name__]
-    source = _source(value, names.DICTS)
-    if source is None:
-        return iter, ((),)
-    rest = _rest(value)
-    if isinstance(rest, str):
-        return iters.Broken, (rest,)
-    if not _is_tail(rest, source, way):
-        return iter, (rest,)  # keys were removed and others added: no position describes that
-    return rebuild.iterator_at, (source, way, len(source) - len(rest), len(source))
-
-
-def _is_tail(rest: list[Any], source: Any, way: str) -> bool:
-    if len(rest) > len(source):
-        return False
-    tail = itertools.islice(iters.contents(source, way), len(source) - len(rest), None)
-    if way.endswith("items"):
-        return all(a is c and b is d for (a, b), (c, d) in zip(rest, tail, strict=True))
-    return all(a is b for a, b in zip(rest, tail, strict=True))
-
-
-def _set_iterator(value: Any) -> Any:
-    source = _source(value, (set, frozenset))
-    if source is None:
-        return iter, ((),)
-    rest = _rest(value)
-    if isinstance(rest, str):
-        return iters.Broken, (rest,)
-    return iters.SetIterator, (source, rest, len(source))
-
-
-def _deque_iterator(value: Any) -> Any:
-    source, position = value.__reduce__()[1]
-    way = "reversed keys" if type(value) is _REVERSED_DEQUE else "keys"
-    return rebuild.iterator_at, (source, way, position, len(source))
-
-
-_REVERSED_DEQUE: type[Any] = type(reversed(collections.deque()))
 
 
 # -- attributes of builtin objects -----------------------------------------------------------------------------------
@@ -346,16 +247,9 @@ def _described(kind: Any) -> Any:
 
 
 _BY_TYPE: dict[type[Any], Reducer] = {
+    **positions.REDUCERS,
     **{type(getattr({}, way)()): _view for way in ("keys", "values", "items")},
     **{type(getattr(collections.OrderedDict(), way)()): _view for way in ("keys", "values", "items")},
-    **{type(iter(getattr({}, way)())): _dict_iterator for way in ("keys", "values", "items")},
-    **{type(reversed(getattr({}, way)())): _dict_iterator for way in ("keys", "values", "items")},
-    **{getattr(itertools, name): _itertool for name in names.ITERTOOLS - {"pairwise", "batched", "tee"} if hasattr(itertools, name)},
-    **{getattr(itertools, name): _hidden for name in ("pairwise", "batched") if hasattr(itertools, name)},
-    itertools.groupby: _groupby,
-    type(iter(set())): _set_iterator,
-    type(iter(collections.deque())): _deque_iterator,
-    _REVERSED_DEQUE: _deque_iterator,
     types.BuiltinFunctionType: _builtin,
     type(re.compile("").search): _builtin,  # methods that receive their defining class have a type of their own
     types.MethodWrapperType: _bound,

@@ -17,7 +17,8 @@ from kwflow.durable import body, exceptions, names, rebuild, registry
 from kwflow.durable.body import CELL, EXCEPTION, FUNCTION, KINDS, OBJECT, REENTER, SEEDS, STATES, TOGETHER, Growing
 from kwflow.durable.frames import snap
 from kwflow.durable.local_classes import by_value, reduce_class
-from kwflow.durable.reducers import PROTOCOL, Refused, as_pickle_reduces, cannot_be_filled, is_value, plain, reduce_module, reducer_of
+from kwflow.durable.names import Refused
+from kwflow.durable.reducers import PROTOCOL, as_pickle_reduces, cannot_be_filled, is_value, plain, reduce_module, reducer_of
 from kwflow.durable.stacks import is_async_callback
 from kwflow.errors import KwflowBug
 
