@@ -3,8 +3,8 @@
 A library of its own: nothing here knows workflows or Kafka.  Reading order, in which each file uses only those before it:
 
     lower/          source to two code objects; it has an order of its own, and uses fingerprint.py and registry.py
-    runtime.py      what lowered code calls: loops, `with`, `yield from`, errors (tracebacks.py), whoever drives (driving.py)
-    awaiting.py     what it awaits, as plain data; stacks.py for exit stacks, refusals.py for what cannot be awaited
+    awaiting.py     what async code awaits, as plain data; protocols.py finds it, refusals.py says what cannot be awaited or entered
+    runtime.py      what lowered code calls; tracebacks.py for errors, driving.py for who runs it, stacks.py for async exit stacks
     frames.py       a waiting generator as data, and back
     names.py        what a snapshot may name
     rebuild.py      how objects are made again from what it names; iters.py and pools.py for iterators, exceptions.py

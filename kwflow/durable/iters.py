@@ -3,7 +3,8 @@
 Since Python 3.14, the originals of `itertools` cannot be saved.  Each twin takes the arguments of its original, and its `__reduce__`
 and `__setstate__` have the shapes that the original had up to 3.13.  So a saved original becomes its twin here, and what an older
 release stored loads into the twin.  On 3.14, a durable module that imports the original gets the twin.  Authors may use them
-directly: `from kwflow.durable.iters import pairwise`.  Snapshots name the classes by this module (and pools.py), so none can move.
+directly: `from kwflow.durable.iters import pairwise`.  Snapshots name the classes by this module (and pools.py), so none can move,
+whatever the length of this file.
 """
 
 from __future__ import annotations

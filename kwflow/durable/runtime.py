@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from kwflow.durable import awaiting, tracebacks
+from kwflow.durable import awaiting, protocols, tracebacks
 from kwflow.durable.driving import abandoning, thread
 from kwflow.durable.refusals import no_manager, not_awaitable
 from kwflow.durable.registry import RUNTIME, Module, Place, function_of, register_code
@@ -147,11 +147,15 @@ def awaited(value: Any) -> Any:
         if value.gi_code.co_name == "<genexpr>":
             raise not_awaitable(value)
         driver = thread.driver
-        if function_of(value.gi_code) is None or not awaiting.is_unstarted(value) or (driver is not None and driver.owns(value)):
+        if function_of(value.gi_code) is None or not _is_unstarted(value) or (driver is not None and driver.owns(value)):
             return awaiting.Once(value)
         return value
-    iterator = awaiting.iterator_of(value)
+    iterator = protocols.iterator_of(value)
     return iterator if isinstance(iterator, _OURS) else delegate(iterator)
+
+
+def _is_unstarted(gen: types.GeneratorType[Any, Any, Any]) -> bool:
+    return gen.gi_frame is not None and not gen.gi_suspended and not gen.gi_running
 
 
 _EMPTY = types.CellType()  # a comparison with it tells whether a cell is empty, without looking at contents
@@ -247,11 +251,11 @@ class Runtime:
     update = staticmethod(set.update)
     merge = staticmethod(dict.update)
     awaited = staticmethod(awaited)
-    aiter = staticmethod(awaiting.aiter_)
-    anext = staticmethod(awaiting.anext_)
-    aenter = staticmethod(awaiting.aenter)
-    aleave = staticmethod(awaiting.aleave)
-    aexit = staticmethod(awaiting.aexit)
+    aiter = staticmethod(protocols.aiter_)
+    anext = staticmethod(protocols.anext_)
+    aenter = staticmethod(protocols.aenter)
+    aleave = staticmethod(protocols.aleave)
+    aexit = staticmethod(protocols.aexit)
     StopAsyncIteration = builtins.StopAsyncIteration
     Item = awaiting.Item
     async_generator = awaiting.AsyncGenerator

@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from kwflow.durable import awaiting
+from kwflow.durable import protocols
 from kwflow.durable.awaiting import Chained, Settled
 from kwflow.durable.driving import abandoning
 from kwflow.durable.runtime import awaited
@@ -45,7 +45,7 @@ class EnteringInto(Chained):
         cls = type(manager)
         if not hasattr(cls, "__aenter__") or not hasattr(cls, "__aexit__"):
             raise TypeError(f"'{cls.__module__}.{cls.__qualname__}' object does not support the asynchronous context manager protocol")
-        super().__init__(awaited(awaiting.aenter(manager)))
+        super().__init__(awaited(protocols.aenter(manager)))
         self.stack, self.manager = stack, manager
 
     def ended(self, value: Any, error: BaseException | None) -> BaseException | None:
@@ -122,7 +122,7 @@ class Unwinding(Chained):
             args, function, kwds = (cell.cell_contents for cell in callback.__closure__)
             return function(*args, **kwds)
         if manager is not None and callback.__func__ is getattr(type(manager), "__aexit__", None):
-            return awaiting.leaving(manager, *details)
+            return protocols.leaving(manager, *details)
         return callback(*details)
 
     def _swallowed(self) -> None:
@@ -174,7 +174,7 @@ class Closing(Unwinding):
         return None
 
 
-awaiting.stand_ins.update({
+protocols.stand_ins.update({
     _STACK.__aenter__.__code__: lambda names: Settled(names["self"]),
     _STACK.__aexit__.__code__: lambda names: Unwinding(names["self"], names["exc_details"][1]),
     _STACK.aclose.__code__: lambda names: Closing(names["self"]),

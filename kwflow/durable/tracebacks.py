@@ -10,7 +10,7 @@ import types
 
 __all__ = ["forget_frames", "links", "relink"]
 
-_OURS = ("kwflow.durable.awaiting", "kwflow.durable.runtime")
+_OURS = ("kwflow.durable.awaiting", "kwflow.durable.protocols", "kwflow.durable.runtime")
 
 
 def forget_frames(error: BaseException) -> None:
