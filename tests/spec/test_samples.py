@@ -88,6 +88,30 @@ def test_an_order_that_is_cancelled_while_it_is_shipped_is_undone_too() -> None:
     assert called(w)[-3:] == ["release_stock", "refund_card", "tell_customer"]
 
 
+# -- database ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("to", ["bob", "nobody"])
+def test_a_transfer_is_booked_once_although_each_attempt_ends_before_anybody_hears_of_it(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    """M6.4: what a process commits and cannot tell any more counts, and is not done again. What cannot be paid in is given back."""
+    monkeypatch.setenv("BANKS", str(tmp_path))
+    bank = sample("database")
+    for name, account, cents in (("north", "ada", 1000), ("south", "bob", 0)):
+        bank.connect(name).execute("INSERT INTO accounts VALUES (?, ?)", (account, cents))
+
+    def dies(*arguments: Any) -> int:
+        balance: int = bank.book.function(*arguments)
+        if kw.activity_info().attempt < 3:
+            raise ConnectionError("it was booked, but nobody heard of it")
+        return balance
+
+    tester = started("database", {"from": ["north", "ada"], "to": ["south", to], "cents": 300}, book=dies)
+    tester.finish("w")
+    balances = [bank.connect(name).execute("SELECT cents FROM accounts").fetchall() for name in ("north", "south")]
+    if to == "bob":
+        assert (tester.result("w"), balances) == ([700, 300], [[(700,)], [(300,)]])
+    else:
+        assert (tester.values("workflow-error"), balances) == (["BusinessError: no_account: nobody"], [[(1000,)], [(0,)]])
+
+
 # -- approval ------------------------------------------------------------------------------------------------------------
 APPROVAL = {"what": "a chair", "approver": "bob", "manager": "eve"}
 
