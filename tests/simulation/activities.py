@@ -29,10 +29,15 @@ def outcome(info: kw.ActivityInfo, plan: list[str]) -> dict[str, int]:
     return {"attempt": info.attempt}
 
 
-@kw.activity(name="sim-work", retry=kw.Retry(max_attempts=ATTEMPTS_MAX, first=0.5, jitter=0.5))
+@kw.activity(name="sim-work", heartbeat=120, retry=kw.Retry(max_attempts=ATTEMPTS_MAX, first=0.5, jitter=0.5))
 def work(plan: list[str]) -> dict[str, int]:
-    """An activity that may take any time."""
-    return attempt(plan)
+    """An activity that may take any time.  The details of its heartbeats are the attempts that have begun, as far as it knows."""
+    info = kw.activity_info()
+    probes.begin(info)
+    runs = info.heartbeat_details or []
+    probes.continues(info, runs)
+    info.heartbeat([*runs, info.attempt])
+    return outcome(info, plan)
 
 
 @kw.activity(name="sim-timed", timeout=4, retry=kw.Retry(max_attempts=ATTEMPTS_MAX, first=0.5, jitter=0.5))

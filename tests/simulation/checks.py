@@ -56,6 +56,8 @@ def check(world: World) -> None:
     _resumes(world, ledger, engines, schedulers)
     meaning.check(world, ledger)
     handed_out.check(world, ledger)
+    if world.forgotten:
+        raise Failed(f"M6: heartbeat details were lost: {world.forgotten[:5]}")
     if probes.outside:
         raise Failed(f"G8: cleanup of forgotten instances ran: {probes.outside[:5]}")
 

@@ -319,6 +319,8 @@ class Instance:
 
     def _apply(self, record: Record) -> None:
         op, value = record["op"], record["value"]
+        if op == "heartbeat":
+            return
         if op is None and isinstance(value, dict) and "new" in value:
             self._start(record)
         elif self.main is None and op == "signal" and "start" in value:

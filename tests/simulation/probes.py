@@ -8,6 +8,7 @@ from kwflow.core.step import in_step
 outside: list[str] = []  # finally blocks that ran outside a step (G8)
 _kill: list[Callable[[], None]] = []
 _begin: list[Callable[[kw.ActivityInfo], None]] = []
+_continues: list[Callable[[kw.ActivityInfo, list[int]], None]] = []
 _feeding: list[Callable[[], bool]] = []
 _perform: list[Callable[[kw.ActivityInfo, str], None]] = []
 
@@ -25,6 +26,11 @@ def begin(info: kw.ActivityInfo) -> None:
     _begin[-1](info)
 
 
+def continues(info: kw.ActivityInfo, runs: list[int]) -> None:
+    """An attempt begins, and these attempts have begun before, by the heartbeats that it finds."""
+    _continues[-1](info, runs)
+
+
 def perform(info: kw.ActivityInfo, what: str) -> None:
     _perform[-1](info, what)
 
@@ -34,10 +40,14 @@ def feeding() -> bool:
     return _feeding[-1]()
 
 
-def ask(kill: Callable[[], None], begin: Callable[[kw.ActivityInfo], None], perform: Callable[[kw.ActivityInfo, str], None], feeding: Callable[[], bool]) -> None:
+def ask(
+    kill: Callable[[], None], begin: Callable[[kw.ActivityInfo], None], continues: Callable[[kw.ActivityInfo, list[int]], None], perform: Callable[[kw.ActivityInfo, str], None],
+    feeding: Callable[[], bool],
+) -> None:  # fmt: skip
     """Set the functions that this run's workflows and activities call."""
     _kill[:] = [kill]
     _begin[:] = [begin]
+    _continues[:] = [continues]
     _perform[:] = [perform]
     _feeding[:] = [feeding]
 

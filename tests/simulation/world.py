@@ -25,6 +25,7 @@ from kwflow.errors import FencedError, TransportError
 from kwflow.feeds import registered_feeds
 from kwflow.ports import Deliver, Processor
 from kwflow.runners.activities.dispatch import Dispatcher
+from kwflow.runners.activities.heart import kept
 from kwflow.runners.code import CodeStore
 from kwflow.runners.feeds import FeedProcessor
 from kwflow.runners.kafka import topics
@@ -190,6 +191,7 @@ class World:
         self.happened: collections.Counter[str] = collections.Counter()  # faults and other events that happened
         self.performing = 0
         self.performed: collections.Counter[tuple[str, int, str]] = collections.Counter()  # (call's key, attempt, word of the plan) -> how often it ran to its end
+        self.forgotten: list[str] = []  # attempts that did not find the heartbeats of the ones before them
         self.log: list[str] = []
         self.runner = runner
         self.make_engine, self.make_timers = engine, timers
@@ -288,7 +290,7 @@ class World:
     def run(self) -> None:
         """Play the seed.  Raises Failed."""
         probes.outside.clear()
-        probes.ask(self._kill_running, self._begun, self._perform, lambda: self.hub.running.endswith(" feed"))
+        probes.ask(self._kill_running, self._begun, self._continues, self._perform, lambda: self.hub.running.endswith(" feed"))
         try:
             for machine in self.machines:
                 self.hub.spawn(machine.name, lambda machine=machine: self._operate(machine), self.chance.random() * 3000)
@@ -383,6 +385,13 @@ class World:
 
     def _begun(self, info: kw.ActivityInfo) -> None:
         self.broker.book.begin(self.time.now, self._process().name, info)
+
+    def _continues(self, info: kw.ActivityInfo, runs: list[int]) -> None:
+        """Called by an attempt that finds these runs in its heartbeat details: the attempt before it was one of them, and said so before it failed."""
+        self.happened["details of a run that died"] += runs[-1:] == [info.attempt]
+        self.happened["details of an attempt that failed"] += info.attempt > 1 and runs[-1:] == [info.attempt - 1]
+        if info.attempt > 1 and (not runs or runs[-1] < info.attempt - 1):
+            self.forgotten.append(f"{info.idempotency_key} in attempt {info.attempt} knows of {runs}")
 
     def _perform(self, info: kw.ActivityInfo, what: str) -> None:
         """Called by an activity: do what its plan says, which takes time, and dies with its process."""
@@ -483,7 +492,8 @@ class World:
 
                 def make(incarnation: str) -> Processor:
                     made = self.make_engine(config, self.code[process.name].workflows, self.outputs, incarnation, process.log, sources())
-                    made.work = lambda deliver: Dispatcher(deliver, process.log, config.activity_concurrency, config.activity_limit_s, threads=Actors(process))  # type: ignore[method-assign]
+                    limits = config.activity_concurrency, config.activity_limit_s
+                    made.work = lambda deliver: Dispatcher(deliver, process.log, *limits, threads=Actors(process), details=kept(config.signing_keys))  # type: ignore[method-assign]
                     return made
 
                 runner = environment.runner(self.runner, config, make, "sim", process.log, process, self.outputs)
