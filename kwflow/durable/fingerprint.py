@@ -62,6 +62,7 @@ def unit_hash(node: ast.AST) -> str:
     return canonical_hash(*names, ast.Constant(len(names)), *without_docstring(node.body))
 
 
+@functools.lru_cache(16)  # whoever loads a stored version looks three times at the classes of it and of the current source
 def class_hashes(source: str) -> dict[str, tuple[str, set[str]]]:
     """Return by name of each top-level class its hash and the names that its bases mention.
 

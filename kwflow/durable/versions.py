@@ -208,12 +208,12 @@ def prepare(key: str, sources: Sources, wanted: Callable[[str], bool] = lambda k
         _version(name, version, sources, "it is not the current version")
 
 
-_units_here = functools.lru_cache(maxsize=16)(units_in)  # the current source is compared with each of perhaps a hundred stored versions
+_units = functools.lru_cache(maxsize=128)(units_in)  # for each partition that is taken over, the current source is compared with each of perhaps a hundred stored versions
 
 
 def _has_units_of(current: Module, source: str) -> bool:
     try:
-        return units_in(source).items() <= _units_here(current.source).items()
+        return _units(source).items() <= _units(current.source).items()
     except (SyntaxError, RecursionError):  # written for another minor of Python; loading it will say so
         return False
 
