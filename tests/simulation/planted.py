@@ -48,7 +48,7 @@ SLOW_MARKERS = Faults(stop=0.5, wipe=3.0, markers_ms=8000)
 
 @dataclasses.dataclass
 class Planted:
-    """A bug: what to replace, and the faults that expose it; `first` is the seed that is tried first, for a bug that is seldom noticed."""
+    """A bug: what to replace, and the faults that expose it; `first` is the seed that is tried first, for a bug that is seldom noticed, or late."""
 
     rule: str
     what: str
@@ -458,9 +458,9 @@ PLANTED = [
     Planted("K5", "restored up to the last stable offset only", SLOW_MARKERS, patch=_restored_to_the_stable_offset_only, world=Crowd, first=4),
     Planted("K5", "the changelog's end is asked for before the group's offset", ZOMBIES_JUST_IN_TIME, patch=_asks_for_the_end_first, world=Crowd, first=37),
     Planted("K6", "another partitioner", Faults(), patch=_other_partitioner),
-    Planted("K6", "a record on the wrong partition is applied there", Faults(), patch=_local_forwarding, first=3),
+    Planted("K6", "a record on the wrong partition is applied there", Faults(), patch=_local_forwarding, first=8),
     Planted("K7", "what was revoked is still owned", REBALANCES, patch=_owns_what_was_revoked, world=Crowd),
-    Planted("K8", "the local store is written before the commit", CRASHES_IN_COMMITS, WritesTheStoreBeforeTheCommit),
+    Planted("K8", "the local store is written before the commit", CRASHES_IN_COMMITS, WritesTheStoreBeforeTheCommit, first=8),
     Planted("K8", "a copy goes on where it stood although tombstones may be gone", Faults(freeze=0.004, compact=1.0), patch=_copies_never_age, world=Warm, first=13),
     Planted("K8", "a copy is deleted while it is open", Faults(kill=0.1), patch=_open_copies_are_cleaned_up, world=Warm),
     Planted("K5", "a copy follows transactions that are aborted", CRASHES_IN_COMMITS, patch=_copies_follow_undecided_transactions, world=Warm, first=2),
@@ -478,13 +478,13 @@ PLANTED = [
     Planted("K17", "the hold is lost when it is drained", Faults(), engine=LosesTheHold, first=7),
     Planted("K18", "timers fire before the backlog is read", Faults(kill=0.3, stop=0.3), patch=_fires_before_the_backlog),
     Planted("K18", "timers fire early", Faults(), timers=FiresEarly, first=3),
-    Planted("K19", "attempts are not counted", Faults(), world=Impatient, patch=_no_attempts, first=9),
+    Planted("K19", "attempts are not counted", Faults(), world=Impatient, patch=_no_attempts, first=10),
     Planted("K20", "a start that ended is begun again by its repetition", Faults(), engine=ForgetsWhoStarted),
 ]
 
 # Bugs in code that the runner and the model share, so that only outcomes that are known without both can reveal them (meaning.py).
 SHARED = [
-    Planted("G7", "what a newer kwflow saved is taken for its own", patch=_newer_snapshots_are_taken, first=49),
+    Planted("G7", "what a newer kwflow saved is taken for its own", patch=_newer_snapshots_are_taken, first=4),
     Planted("G10", "an instance goes on in changed code", patch=lambda: mock.patch.object(versions, "changed_units", lambda *_: []), first=2),
     Planted("G10", "sources are not stored", patch=lambda: mock.patch.object(code, "offer", lambda *_: [])),
     Planted("M1", "a command that is repeated is done again", patch=lambda: mock.patch.object(messages, "applied_before", lambda *_: None), first=2),
@@ -498,22 +498,22 @@ SHARED = [
     Planted("0063", "an attempt does not hand its heartbeat details on to the next", patch=lambda: mock.patch.object(support, "heartbeat_of", lambda _: None), first=1),
     Planted("0062", "what is waited for only now goes on when a workflow goes back", world=GoesBack, patch=_nothing_is_given_up, first=10),
     Planted("0062", "a workflow goes back to the state before the one that is meant", world=GoesBack, patch=_goes_back_too_far),
-    Planted("schedules", "runs overlap although they must not", world=Impatient, patch=_active_runs_are_forgotten, first=3),
+    Planted("schedules", "runs overlap although they must not", world=Impatient, patch=_active_runs_are_forgotten, first=18),
 ]
 
 # Bugs in what workers do (M6.6).
 HANDED_OUT = [
     Planted("M6.6", "calls are handed out before the commit", ABORTS, HandsOutBeforeTheCommit, world=Queued),
     Planted("M6.6", "a position passes open calls", patch=_positions_pass_open_calls, world=Queued),
-    Planted("M6.6", "a note forgets what is open", patch=_notes_forget_what_is_open, world=Queued, first=3),
+    Planted("M6.6", "a note forgets what is open", patch=_notes_forget_what_is_open, world=Queued, first=8),
     Planted("M6.6", "what is open when a partition is given back is taken for done", Faults(stop=0.3, rebalance=0.2), patch=_given_back_as_if_done, world=Queued),
     Planted("M6.6", "what is taken back begins all the same", patch=_nothing_is_taken_back, world=Queued),
     Planted("M6.6", "a call is done before its answer is in the log", ABORTS, patch=_done_before_the_answer_is_there, world=Queued, first=5),
-    Planted("M6.6", "what is done behind the position is begun again", Faults(kill=0.3), patch=_notes_are_not_read, world=Queued),
+    Planted("M6.6", "what is done behind the position is begun again", Faults(kill=0.3), patch=_notes_are_not_read, world=Queued, first=4),
     Planted("M6.6", "calls of transactions that are aborted are begun", ABORTS, patch=_reads_what_is_undecided, world=Queued, first=1),
     Planted("K7", "queues that nobody has stay so", Faults(crash=0.003, kill=0.2, stop=0.2), patch=_nobody_shares_orphans, world=Queued, first=388),
     Planted("K19", "all that was open when a worker died has failed", Faults(kill=0.2), patch=_deaths_of_all_that_was_open, world=Queued),
     Planted("K19", "a call that came after a death is blamed for it", Faults(kill=0.3), patch=_blames_what_came_after_a_death, world=Queued),
-    Planted("K19", "nothing is marked after a death", patch=_no_care, world=Queued),
-    Planted("K19", "who gives a partition back is taken for dead", Faults(stop=0.3), patch=_held_when_given_back, world=Queued),
+    Planted("K19", "nothing is marked after a death", patch=_no_care, world=Queued, first=8),
+    Planted("K19", "who gives a partition back is taken for dead", Faults(stop=0.3), patch=_held_when_given_back, world=Queued, first=2),
 ]
