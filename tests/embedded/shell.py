@@ -4,12 +4,12 @@ import pathlib
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 from kwflow.config import Config
 from kwflow.runners.embedded.state import EmbeddedStore, read_only
 from tests import commands
+from tests.waiting import until
 
 ROOT = pathlib.Path(__file__).parents[2]
 TRIP = str(ROOT / "workflows/trip_booking.py")
@@ -51,9 +51,7 @@ class Shell:
         return self("tail", topic).splitlines()
 
     def until(self, found: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 60
-        while not found():
-            assert time.monotonic() < deadline, "it did not happen within 60 s"
+        until(found)
 
     def end(self) -> None:
         for engine in self.engines:

@@ -7,7 +7,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +20,7 @@ from kwflow.errors import OutcomeUnknown
 from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.hosted import Hosted
 from tests import commands
+from tests.waiting import until
 
 SOURCE = """
 import kwflow as kw
@@ -133,9 +133,7 @@ def test_who_interrupts_it_is_told_how_it_goes_on(many: Many, tmp_path: pathlib.
     many.client.close()
     many.hosted.close()
     process = commands.start("bulk", "cancel", "--workflow", "waits", "--yes", "--embedded", str(many.directory), log=log)
-    give_up = time.monotonic() + 30
-    while not (log.exists() and "cancel 300 workflows, --command-id bulk-" in log.read_text()):
-        assert time.monotonic() < give_up and process.poll() is None
+    until(lambda: process.poll() is not None or "cancel 300 workflows, --command-id bulk-" in log.read_text())
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
     first, *_, last = log.read_text().splitlines()  # rich repeats the line that was interrupted

@@ -8,7 +8,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
@@ -33,6 +32,7 @@ from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.hosted import Hosted
 from tests.embedded.serving import console
 from tests.embedded.shell import ROOT
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 HOSTILE = "<img src=x onerror=alert(1)>\"'/../?a=b&c#d%2f"
@@ -124,12 +124,6 @@ def at(id: str) -> str:
 def text_of(page: str) -> str:
     """The text that a reader of the page sees."""
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
-
-
-def until(found: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not found():
-        assert time.monotonic() < deadline, "it did not happen within 20 s"
 
 
 def ids(page: str) -> list[str]:

@@ -4,7 +4,6 @@ import asyncio
 import pathlib
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from kwflow.runners.hosted import Hosted
 from tests.described import GATEWAY
 from tests.embedded.serving import DEADLINE_S, Serving, Stream
 from tests.embedded.test_client import workflows
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 TOKEN = "t" * 32
@@ -47,12 +47,6 @@ def make(hosted: Hosted, tmp_path: pathlib.Path) -> Iterator[Callable[..., Servi
 @pytest.fixture
 def http(make: Callable[..., Serving]) -> httpx.Client:
     return make().http
-
-
-def until(found: Callable[[], object]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not found():
-        assert time.monotonic() < deadline, f"it did not happen within {DEADLINE_S} s"
 
 
 def said(answer: httpx.Response) -> dict[str, Any]:

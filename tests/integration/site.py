@@ -9,6 +9,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from tests import commands
 from tests.commands import Started
+from tests.waiting import until
 
 __all__ = ["ROOT", "SHOP", "TRIP", "Site", "answer", "refs"]
 
@@ -79,14 +80,15 @@ class Site:
                 if message.error() is None:
                     found.append(((message.key() or b"").decode(), (message.value() or b"null").decode()))
         consumer.close()
-        logs = "".join(path.read_text()[-2000:] for path in self.directory.glob("*.log"))
-        assert len(found) >= count, f"{topic}: {found}\n{logs}"
+        assert len(found) >= count, f"{topic}: {found}\n{self.logged()}"
         return found
 
     def until(self, found: Callable[[], object], seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not found():
-            assert time.monotonic() < deadline, f"it did not happen within {seconds} s"
+        until(found, seconds, self.logged)
+
+    def logged(self) -> str:
+        """What its processes said last."""
+        return "\n".join(path.read_text()[-2000:] for path in self.directory.glob("*.log"))
 
     def end(self) -> None:
         for process in self.processes:

@@ -21,7 +21,7 @@ from kwflow.errors import TransportError
 from kwflow.runners.kafka import link as kafka_link
 from tests.integration.broker import Secured, can_start
 from tests.integration.site import ROOT, TRIP
-from tests.integration.test_client import until
+from tests.waiting import until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 USERS = ("engine", "worker", "feed", "client", "operator", "reader")

@@ -3,8 +3,7 @@
 import json
 import pathlib
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -29,13 +28,6 @@ def ran(site: Site) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def until(site: Site, found: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not found():
-        assert time.monotonic() < deadline, "\n".join(path.read_text()[-2000:] for path in site.directory.glob("*.log"))
-        time.sleep(0.02)
-
-
 def start(site: Site, id: str, workflow: str, value: object) -> None:
     site.producer.produce(site.topic("resume"), f"new:{json.dumps(value)}", id, headers=[("kwflow-workflow", workflow.encode())])
     assert site.producer.flush(20) == 0
@@ -53,11 +45,11 @@ def test_the_next_owner_begins_again_what_the_killed_engine_ran(site: Site) -> N
     first = site.engine("one", MODULE)
     for id in ids:
         start(site, id, "fan_out", 3)
-    until(site, lambda: len(ran(site)) == 18)
+    site.until(lambda: len(ran(site)) == 18)
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = site.engine("one", MODULE)
-    until(site, lambda: len(ran(site)) == 36)
+    site.until(lambda: len(ran(site)) == 36)
     second.send_signal(signal.SIGKILL)
     second.wait()
     (site.directory / "gate").touch()
@@ -75,7 +67,7 @@ def test_chains_go_on_through_kills_and_rebalances(site: Site) -> None:
     for id in ids:
         start(site, id, "chain", 10)
     for kill, name in enumerate(("one", "two"), 1):
-        until(site, lambda kill=kill: len(ran(site)) >= kill * 50)
+        site.until(lambda kill=kill: len(ran(site)) >= kill * 50)
         engines[kill - 1].send_signal(signal.SIGKILL)
         engines[kill - 1].wait()
         site.engine(name, MODULE)
@@ -86,7 +78,7 @@ def test_an_engine_that_is_asked_to_end_lets_activities_finish_and_nothing_runs_
     """M6.5: grace."""
     first = site.engine("one", MODULE)
     start(site, "w", "fan_out", 2)
-    until(site, lambda: len(ran(site)) == 2)
+    site.until(lambda: len(ran(site)) == 2)
     first.send_signal(signal.SIGTERM)
     (site.directory / "gate").touch()
     assert first.wait(30) == 0

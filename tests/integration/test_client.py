@@ -7,8 +7,7 @@ import os
 import pathlib
 import queue
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from kwflow.runners.kafka import topics
 from kwflow.runners.kafka.link import read, send
 from tests import commands
 from tests.commands import Started
+from tests.waiting import until
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -125,12 +125,6 @@ def app(broker: str, application: str, tmp_path: pathlib.Path) -> Iterator[Appli
     app = Application(broker, application, tmp_path)
     yield app
     app.close()
-
-
-def until(found: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not found():
-        assert time.monotonic() < deadline, "it did not happen within 60 s"
 
 
 def waits(client: Client, id: str) -> None:

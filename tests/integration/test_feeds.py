@@ -6,8 +6,7 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from confluent_kafka import ConsumerGroupState, ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
@@ -45,12 +44,6 @@ class Feeds(Site):
     def event(self, kind: str, id: str = "", number: int = 0, key: str | None = None, partition: int = 0, **headers: bytes) -> None:
         self.others.produce(self.events, json.dumps({"kind": kind, "id": id, "number": number}), key, partition, headers=list(headers.items()))
         assert self.others.flush(20) == 0
-
-    def wait(self, found: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 60
-        while not found():
-            assert time.monotonic() < deadline, "\n".join(path.read_text()[-2000:] for path in self.directory.glob("*.log"))
-            time.sleep(0.02)
 
     def results(self, count: int) -> dict[str, object]:
         found = self.read(self.topic("result"), count)
@@ -91,14 +84,14 @@ def test_what_a_feed_does_not_take_is_a_dead_letter_and_is_asked_about_again_whe
     site.event("unless mended", "late", key="k", partition=2)
     site.event("start", "next", 4, partition=2)
     assert site.results(1) == {"next": 8}
-    site.wait(lambda: len(site.letters()) == 4)
+    site.until(lambda: len(site.letters()) == 4)
     assert sorted((header(record, "kwflow-error-reason") or "", record.value or b"") for record in site.letters()) == [
         ("bad-input", b""), ("bad-input", b'{"kind": 5}'), ("bad-json", b"{"), ("feed-failed", b'{"kind": "unless mended", "id": "late", "number": 0}'),
     ]  # fmt: skip
     failed = next(header(record, "kwflow-error-message") or "" for record in site.letters() if header(record, "kwflow-error-reason") == "feed-failed")
     assert failed.startswith("ValueError: late (") and failed.endswith("site_of_feeds.py:35)")
     assert site.run("dead-letters", "retry", "--all", "--reason", "feed-failed").count("sent again") == 1
-    site.wait(lambda: len(site.letters()) == 5)  # not fixed yet
+    site.until(lambda: len(site.letters()) == 5)  # not fixed yet
     (site.directory / "mended").touch()
     site.run("dead-letters", "retry", "--all", "--reason", "feed-failed")
     assert site.results(2) == {"next": 8, "late": [site.events, 2, 0, "k"]}, "it is shown the record as it was"
@@ -118,7 +111,7 @@ def test_feeds_that_are_killed_again_and_again_read_each_record_once(site: Feeds
             site.others.produce(site.events, json.dumps({"kind": "count", "id": f"sum-{partition}", "number": counts[partition]}), None, partition)
         site.others.flush(20)
         name = chance.choice(list(feeds))
-        site.wait(lambda name=name: "owns" in site.said(name))  # type: ignore[misc]
+        site.until(lambda name=name: "owns" in site.said(name))  # type: ignore[misc]
         if turn % 2:
             feeds[name].send_signal(signal.SIGKILL)
             feeds[name].wait()
@@ -164,7 +157,7 @@ def test_a_topic_that_is_made_anew_shortened_or_given_partitions_is_read_on(site
     assert site.results(5)["kept"] == 2
     assert f"{site.events}[0]: retention deleted 4 records before {site.application}-feed-{site.events} had read them; it is read from 8 on" in site.said()
     site.admin.create_partitions([NewPartitions(site.events, 6)])[site.events].result(20)
-    site.wait(lambda: len(site.admin.list_topics(site.events, timeout=10).topics[site.events].partitions) == 6)
+    site.until(lambda: len(site.admin.list_topics(site.events, timeout=10).topics[site.events].partitions) == 6)
     time_to_know = Producer({"bootstrap.servers": site.broker, "log_level": 0})
     time_to_know.produce(site.events, json.dumps({"kind": "start", "id": "fifth", "number": 5}), None, 5)
     assert time_to_know.flush(20) == 0
@@ -172,7 +165,7 @@ def test_a_topic_that_is_made_anew_shortened_or_given_partitions_is_read_on(site
     second.send_signal(signal.SIGTERM)
     assert second.wait(30) == 0
     site.admin.delete_topics([site.events])[site.events].result(20)
-    site.wait(lambda: site.events not in site.admin.list_topics(timeout=10).topics)
+    site.until(lambda: site.events not in site.admin.list_topics(timeout=10).topics)
     site.admin.create_topics([NewTopic(site.events, 2, 1)])[site.events].result(20)
     site.others = Producer({"bootstrap.servers": site.broker, "log_level": 0})
     site.event("start", "anew", 6)
@@ -196,14 +189,14 @@ def test_a_topic_that_is_made_anew_while_it_is_read_is_read_from_its_begin(site:
             return False
         return True
 
-    site.wait(made)
+    site.until(made)
     site.others = Producer({"bootstrap.servers": site.broker, "log_level": 0})
     for number in range(60):
         site.others.produce(site.events, json.dumps({"kind": "start", "id": f"anew-{number}", "number": number}), None, 0)
     assert site.others.flush(20) == 0
-    site.wait(lambda: "the next start reads the new one from the beginning" in site.said())
+    site.until(lambda: "the next start reads the new one from the beginning" in site.said())
     expected = [*(f"anew-{number}".encode() for number in range(60)), *(f"first-{number}".encode() for number in range(20))]
-    site.wait(lambda: sorted(record.key or b"" for record in kafka_link.read(site.config, site.topic("result"))) == sorted(expected))
+    site.until(lambda: sorted(record.key or b"" for record in kafka_link.read(site.config, site.topic("result"))) == sorted(expected))
 
 
 def test_a_topic_that_has_lost_its_last_records_is_read_from_its_end(site: Feeds) -> None:
@@ -218,10 +211,10 @@ def test_a_topic_that_has_lost_its_last_records_is_read_from_its_end(site: Feeds
     group = site.config.feed_group(site.events)
     [read] = site.admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group, [TopicPartition(site.events, 0)])])[group].result(20).topic_partitions
     lost = ConsumerGroupTopicPartitions(group, [TopicPartition(site.events, 0, 9, read.metadata)])
-    site.wait(lambda: site.admin.describe_consumer_groups([group])[group].result(20).state == ConsumerGroupState.EMPTY)
+    site.until(lambda: site.admin.describe_consumer_groups([group])[group].result(20).state == ConsumerGroupState.EMPTY)
     site.admin.alter_consumer_group_offsets([lost])[group].result(20)
     site.feed("one")
-    site.wait(lambda: "it has lost its last records: it ends at 4, before the next position 9; it is read from 4 on" in site.said())
+    site.until(lambda: "it has lost its last records: it ends at 4, before the next position 9; it is read from 4 on" in site.said())
     site.event("start", "next", 5)
     assert site.results(5)["next"] == 10
 
@@ -239,7 +232,7 @@ def test_what_the_broker_takes_no_letter_of_answers_nobody_whatever_its_headers_
         site.others.flush(20)
     site.event("start", "next", 4)
     assert site.results(1) == {"next": 8}
-    site.wait(site.letters)
+    site.until(site.letters)
     [letter] = site.letters()
     assert (letter.key, letter.value, header(letter, "kwflow-error-reason"), header(letter, "kwflow-error-offset")) == (b"k", None, "refused", "0")
     assert not any(record.key == waiting for topic in (site.topic("resume"), site.config.reply_topic) for record in kafka_link.read(site.config, topic))
@@ -248,7 +241,7 @@ def test_what_the_broker_takes_no_letter_of_answers_nobody_whatever_its_headers_
 def test_feeds_that_nobody_runs_are_told_of_and_what_cannot_be_a_feed_is_wrong_usage(site: Feeds, tmp_path: pathlib.Path) -> None:
     """A feed runs only where it is asked for, as timers do."""
     site.engine("one", MODULE)
-    site.wait(lambda: any(f"{site.events}: not read here" in log.read_text() for log in site.directory.glob("one.log")))
+    site.until(lambda: any(f"{site.events}: not read here" in log.read_text() for log in site.directory.glob("one.log")))
     assert "no feed in" in site.refused("feed", str(ROOT / "workflows/order.py"))
     assert "--with-feeds" in site.refused("engine", MODULE, "--runner", "faust", "--with-feeds")
     (tmp_path / "own.py").write_text(f"import kwflow as kw\n\n@kw.feed('{site.topic('resume')}')\ndef f(x): ...\n")

@@ -17,7 +17,8 @@ import pytest
 from kwflow.client import Client
 from tests.embedded.serving import Serving, Stream
 from tests.integration.broker import Broker, can_start
-from tests.integration.test_client import ROOT, Application, until
+from tests.integration.test_client import ROOT, Application
+from tests.waiting import until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 DEADLINE_S = 60

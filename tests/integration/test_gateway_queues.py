@@ -114,7 +114,7 @@ def test_a_gateway_lends_several_queues_whatever_identity_its_machine_has(site: 
     with Lending(config, site.elsewhere, said.append) as one, Lending(config, f"{site.queue}-mail", said.append) as other:
         site.start("w", "foreign", 6)
         site.start("m", "mail", "ada")
-        site.wait(lambda: found.update(call.workflow_id for lending in (one, other) for call in lending.lent.fetch(9, "w", 600)) or found == {"w", "m"})
+        site.until(lambda: found.update(call.workflow_id for lending in (one, other) for call in lending.lent.fetch(9, "w", 600)) or found == {"w", "m"})
     assert said == []
 
 

@@ -55,12 +55,6 @@ class Queues(Site):
         assert len({id for id, _ in found}) == len(found), "each result once"
         return {id: json.loads(value) for id, value in found}
 
-    def wait(self, found: object) -> None:
-        deadline = time.monotonic() + 60
-        while not found():  # type: ignore[operator]
-            assert time.monotonic() < deadline, "\n".join(path.read_text()[-2000:] for path in self.directory.glob("*.log"))
-            time.sleep(0.02)
-
     def open(self) -> list[str]:
         """The workflows whose calls are open for the next owners of the queue, by the group's positions and notes."""
         consumer = Consumer({"bootstrap.servers": self.broker, "group.id": self.config.workers_group, "log_level": 0})
@@ -97,7 +91,7 @@ def test_calls_are_run_by_the_workers_of_their_queue_and_never_by_an_engine(site
     engine = site.engine("one", MODULE)
     site.start("early", "squares", {"numbers": [3]}, ("tenant", b"a"))  # before there is any worker
     workers = [site.worker("a", "--http", "127.0.0.1:0"), site.worker("b")]
-    site.wait(lambda: "serves" in site.said("a") and "serves" in site.said("b"))
+    site.until(lambda: "serves" in site.said("a") and "serves" in site.said("b"))
     for n in range(20):
         site.start(f"w{n}", "squares", {"numbers": [n, n + 1, -2, 7]})
     assert site.results(21) == {"early": [9], **{f"w{n}": [n * n, (n + 1) ** 2, 4, 49] for n in range(20)}}
@@ -107,7 +101,7 @@ def test_calls_are_run_by_the_workers_of_their_queue_and_never_by_an_engine(site
     assert len(site.ran("square")) == 1 + 20 * 4 + 20 * 2, "each attempt once"
     at = re.search(r"answered on port (\d+)", site.said("a"))
     assert at is not None
-    site.wait(lambda: get(f"http://127.0.0.1:{at[1]}/health")[0] == 200)  # it may join late, when the other one has done everything
+    site.until(lambda: get(f"http://127.0.0.1:{at[1]}/health")[0] == 200)  # it may join late, when the other one has done everything
     assert {one["input"] for one in json.loads(get(f"http://127.0.0.1:{at[1]}/health")[1])["runners"]} == {site.queue, f"{site.queue}-mail"}
     metrics = get(f"http://127.0.0.1:{at[1]}/metrics")[1]
     assert b'kwflow_activities{state="running"} 0.0' in metrics and b'kwflow_partitions{state="owned"' in metrics
@@ -119,15 +113,15 @@ def test_what_a_killed_worker_ran_is_begun_again_and_what_it_had_answered_is_not
     site.engine("one", MODULE)
     first = site.worker("a")
     site.start("long", "squares", {"numbers": [1, 2, 3, 4], "gate": "open"})
-    site.wait(lambda: len(site.ran("square")) == 4)
+    site.until(lambda: len(site.ran("square")) == 4)
     for n in range(30):
         site.start(f"w{n}", "squares", {"numbers": [n]})
     site.results(30)
-    site.wait(lambda: site.open() == ["long"] * 4)
+    site.until(lambda: site.open() == ["long"] * 4)
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = site.worker("b")
-    site.wait(lambda: len([words for words in site.ran("square") if int(words[0]) == second.pid]) == 4)
+    site.until(lambda: len([words for words in site.ran("square") if int(words[0]) == second.pid]) == 4)
     (site.directory / "open").touch()
     assert site.results(31)["long"] == [1, 4, 9, 16]
     again = [words for words in site.ran("square") if int(words[0]) == second.pid]
@@ -164,7 +158,7 @@ def test_a_worker_that_is_asked_to_end_lets_calls_finish_and_nothing_runs_twice(
     site.engine("one", MODULE)
     first = site.worker("a")
     site.start("w", "squares", {"numbers": [1, 2, 3, 4, 5, 6], "gate": "open"})
-    site.wait(lambda: len(site.ran("square")) == 6)
+    site.until(lambda: len(site.ran("square")) == 6)
     first.send_signal(signal.SIGTERM)
     (site.directory / "open").touch()
     assert first.wait(30) == 0
@@ -181,10 +175,10 @@ def test_partitions_that_come_back_to_a_worker_that_had_too_much_are_read_again(
     site.engine("one", MODULE)
     site.worker("a")
     site.start("w", "squares", {"numbers": list(range(1600)), "gate": "open"})
-    site.wait(lambda: len(site.ran("square")) == 64)
-    site.wait(lambda: len(list(kafka_link.read(site.config, site.queue))) == 1600)
+    site.until(lambda: len(site.ran("square")) == 64)
+    site.until(lambda: len(list(kafka_link.read(site.config, site.queue))) == 1600)
     second = site.worker("b")
-    site.wait(lambda: len(site.ran("square")) > 64)
+    site.until(lambda: len(site.ran("square")) > 64)
     second.send_signal(signal.SIGTERM)
     assert second.wait(30) == 0
     (site.directory / "open").touch()
@@ -205,7 +199,7 @@ def test_calls_in_a_topic_that_was_made_again_are_run(site: Queues) -> None:
     site.results(9)
     admin = AdminClient({"bootstrap.servers": site.broker, "log_level": 0})
     admin.delete_topics([site.queue])[site.queue].result(20)
-    site.wait(lambda: site.queue not in admin.list_topics(timeout=10).topics)
+    site.until(lambda: site.queue not in admin.list_topics(timeout=10).topics)
     site.run("topics", "create", MODULE, "--partitions", "4")
     site.start("after", "squares", {"numbers": list(range(12))})
     assert site.results(10)["after"] == [n * n for n in range(12)]
@@ -221,12 +215,12 @@ def test_a_call_that_nobody_waits_for_is_taken_back(site: Queues) -> None:
     assert site.results(2)["next"] == [1], "it has joined"
     site.start("during", "late", 5)
     assert site.results(3)["during"] == "too late"
-    site.wait(lambda: site.ran("cancelled"))
+    site.until(lambda: site.ran("cancelled"))
     assert [words[2] for words in site.ran("square")] == ["next", "during"] and [words[2] for words in site.ran("cancelled")] == ["during"]
     site.start("ended", "squares", {"numbers": [8], "gate": "never"})
-    site.wait(lambda: len(site.ran("square")) == 3)
+    site.until(lambda: len(site.ran("square")) == 3)
     site.run("terminate", "ended", "--reason", "not needed")
-    site.wait(lambda: len(site.ran("cancelled")) == 2)
+    site.until(lambda: len(site.ran("cancelled")) == 2)
 
 
 def test_a_call_that_kills_its_worker_ends_with_its_attempts_and_the_others_are_done(site: Queues) -> None:
@@ -303,13 +297,13 @@ def test_what_is_no_call_is_a_dead_letter_and_what_is_another_applications_is_le
     site.start("w", "squares", {"numbers": [2]})
     assert site.results(1) == {"w": [4]}
     letters: list[Record] = []
-    site.wait(lambda: letters.extend(list(kafka_link.read(site.config, site.config.dead_letter_topic))[len(letters) :]) or len(letters) == 2)  # another producer writes them
+    site.until(lambda: letters.extend(list(kafka_link.read(site.config, site.config.dead_letter_topic))[len(letters) :]) or len(letters) == 2)  # another producer writes them
     said = [dict(letter.headers) for letter in letters]
     assert [headers["kwflow-error-reason"] for headers in said] == [b"bad-job", b"bad-job"]
     assert {headers["kwflow-error-topic"] for headers in said} == {site.queue.encode()}
     url = re.search(r"answered on port (\d+)", site.said("a"))
     assert url is not None
-    site.wait(lambda: _lag(get(f"http://127.0.0.1:{url[1]}/metrics")[1]) == 0)  # the markers of the engine's transactions are not calls
+    site.until(lambda: _lag(get(f"http://127.0.0.1:{url[1]}/metrics")[1]) == 0)  # the markers of the engine's transactions are not calls
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(30) == 0
     assert "1 answered, 2 dead-letter, 1 of-another-application, 1 taken" in site.said("a").splitlines()[-1]
