@@ -82,8 +82,8 @@ class Worker(Protocol):
     def hurry(self) -> None:
         """No more calls will come until some of these are answered, so a call that waits for others of its kind need not wait any longer."""
 
-    def disown(self, partition: int, grace_s: float = 0.0) -> None:
-        """Start no more calls of this partition; running ones may finish within the grace period."""
+    def disown(self, partition: int, grace_s: float | None = None) -> None:
+        """Start no more calls of this partition; running ones may finish within the grace period.  Without one, others own it already."""
 
     def close(self, grace_s: float = 0.0) -> None:
         """Stop; running calls may finish within the grace period."""

@@ -18,7 +18,7 @@ from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Output, Record, Reply
 
-__all__ = ["Closing", "Rewound", "forget_heartbeats", "fork", "heartbeats", "identity", "rewind", "seen", "terminate", "unforkable"]
+__all__ = ["Closing", "Rewound", "forget_heartbeats", "fork", "heartbeats", "heartbeats_of", "identity", "rewind", "seen", "terminate", "unforkable"]
 
 _SHOWN = (
     "id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "forked", "mailbox", "checkpoints",
@@ -57,14 +57,19 @@ def heartbeats(header: dict[str, Any], given: wire.Heartbeat, at_ms: int) -> dic
     """Return the last heartbeats of all calls, with this one; None if no activity's answer is waited for under this ref."""
     if not any(wait["ref"] == given.ref and wait["kind"] in ("activity", "job") for wait in header["waits"]):
         return None
+    return {**heartbeats_of(header), given.ref: {"at": at_ms, "details": given.details}}
+
+
+def heartbeats_of(header: dict[str, Any]) -> dict[str, Any]:
+    """The last heartbeats of all calls, by ref; none if the header, which may be unsigned, holds something else."""
     known = header.get("heartbeats")
-    return {**(known if isinstance(known, dict) else {}), given.ref: {"at": at_ms, "details": given.details}}  # an unsigned header may hold anything
+    return known if isinstance(known, dict) else {}
 
 
 def forget_heartbeats(header: dict[str, Any], waits: Collection[str]) -> None:
     """Drop those of calls that are not waited for any more."""
-    known = header.pop("heartbeats")
-    left = {ref: heartbeat for ref, heartbeat in known.items() if ref in waits} if isinstance(known, dict) else {}
+    left = {ref: heartbeat for ref, heartbeat in heartbeats_of(header).items() if ref in waits}
+    del header["heartbeats"]
     if left:
         header["heartbeats"] = left
 

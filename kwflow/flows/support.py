@@ -7,6 +7,7 @@ from typing import Any
 from kwflow import schedules
 from kwflow.activities import Activity, find_activity
 from kwflow.core.current import current
+from kwflow.core.ops import heartbeats_of
 from kwflow.core.tasks import ActivityWait, Awaitable
 from kwflow.errors import ActivityError, BusinessError, CodeChangedError
 from kwflow.rest.calling import Calling
@@ -29,14 +30,15 @@ def begin_attempt(name: str, arguments: bytes, number: int, key: str, heartbeat:
     """
     wait = current().activity(name, arguments, number, key, _activity(name).queue)
     if heartbeat is not None:
-        current().instance.extra.setdefault("heartbeats", {})[wait.ref] = heartbeat
+        extra = current().instance.extra
+        extra["heartbeats"] = {**heartbeats_of(extra), wait.ref: heartbeat}
     return wait
 
 
 def heartbeat_of(attempt: ActivityWait) -> dict[str, Any] | None:
     """The last heartbeat of an attempt that has ended in this step; None if it gave none."""
-    given: dict[str, Any] | None = current().instance.extra.get("heartbeats", {}).get(attempt.ref)
-    return given
+    given = heartbeats_of(current().instance.extra).get(attempt.ref)
+    return given if isinstance(given, dict) and isinstance(given.get("at"), int) and "details" in given else None  # the header may have been forged
 
 
 def within_limit(name: str, attempt: ActivityWait) -> Awaitable:

@@ -303,7 +303,12 @@ class WorkflowTester:
         if activity.heartbeat_s is None:
             return info
         look = kept(self.config.signing_keys)
-        heart = Heart(0, lambda: self.now_ms / 1000, look(self.state, item), lambda details: self._log(Output(self.config.resume_topic, id, record_of(item.ref, details), HEADERS, self.now_ms)))
+
+        def send(details: bytes, arrived: Callable[[], None]) -> None:
+            self._log(Output(self.config.resume_topic, id, record_of(item.ref, details), HEADERS, self.now_ms))
+            arrived()
+
+        heart = Heart(0, lambda: self.now_ms / 1000, look(self.state, item), send)
         return dataclasses.replace(info, _beats=heart)
 
     def _perform(self, made: Decision, changes: Overlay, store: MemoryStore) -> None:

@@ -235,3 +235,33 @@ def test_calls_that_were_made_before_the_heartbeat_was_declared_go_on() -> None:
     assert site.tester.command("w", "heartbeat", {"ref": ref, "details": 1})["status"] == "ok"
     site.tester.finish("w")
     assert (site.begun, site.tester.result("w")) == ([None], 3)
+
+
+@pytest.mark.parametrize("forged", [5, None, ["0:1"], {"0:1": 5}, {"0:1": {"at": "now"}}])
+def test_heartbeats_of_a_forged_header_end_nothing_and_are_gone_with_the_next_step(forged: Any) -> None:
+    """Without `signing_keys`, whoever writes to the changelog may write anything there."""
+    site = Site()
+    site.fails = {1: (1, HANGS), 2: (1, OSError("refused"))}
+    site.tester.start("w", list("abc"))
+    [ref] = site.heartbeats
+    stored = site.tester.state.get(b"w")
+    assert stored is not None
+    site.tester.state.apply({b"w": snapshot.amend(stored, (), heartbeats=forged)})
+    assert site.tester.command("w", "heartbeat", {"ref": ref, "details": 2})["status"] == "unknown_ref"
+    site.tester.resume("w", ref, error={"kind": "activity", "type": "OSError", "message": "refused"})
+    site.tester.finish("w")
+    assert site.begun == [None, None, 1] and site.tester.result("w") == 2
+
+
+@pytest.mark.parametrize("waits", [5, None, [5], [{}], [{"ref": "0:1"}], {"ref": "0:1"}])
+def test_waits_of_a_forged_header_are_refused_by_a_heartbeat_and_every_other_command(waits: Any) -> None:
+    """An error would end the engine, and with it all other workflows."""
+    for op, arguments in {"heartbeat": {"ref": "0:1", "details": 1}, "query": None, "fork": None, "pause": None, "terminate": None}.items():
+        site = Site()
+        site.fails = {1: (1, HANGS)}
+        site.tester.start("w", ["a"])
+        stored = site.tester.state.get(b"w")
+        assert stored is not None
+        site.tester.state.apply({b"w": snapshot.amend(stored, (), waits=waits)})
+        reply = site.tester.command("w", op, arguments)
+        assert reply is not None and reply["status"] in ("ok", "rejected", "unknown_ref"), (op, reply)

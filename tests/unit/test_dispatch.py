@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import itertools
+import math
 import pathlib
 import queue
 import threading
@@ -719,8 +720,11 @@ class Beating(Engine):
         self.dispatcher.own(0, self.store)
 
     def advance(self, seconds: float) -> None:
-        self.clock.now += seconds
-        self.dispatcher.turn()
+        """Let time pass while the engine turns."""
+        steps = math.ceil(seconds)
+        for _ in range(steps):
+            self.clock.now += seconds / steps
+            self.dispatcher.turn()
 
 
 class Rounds:
@@ -818,7 +822,7 @@ def test_what_is_left_behind_has_sent_its_last_details_and_what_nobody_waits_for
     engine.withdraw(items[1])
     rounds[1].round(lambda: kw.activity_info().heartbeat("nobody waits"))
     assert engine.beats == ["first", "first"]
-    engine.dispatcher.disown(0)
+    engine.dispatcher.disown(0, 0)
     assert engine.beats == ["first", "first", "last"]
     for one in rounds:
         one.asked.put(None)
@@ -882,4 +886,206 @@ def test_an_attempt_whose_earlier_details_cannot_be_asked_for_has_failed(kind: s
     engine.start(activity)
     assert engine.answer()["error"]["type"] == "TimeoutError"
     assert len(threads_asked) == 1 and "loop" not in threads_asked[0]
+    engine.dispatcher.close()
+
+
+def test_a_stop_of_the_process_is_no_silence_of_its_activities() -> None:
+    """SIGSTOP, a frozen container, a paused machine: nobody could give a heartbeat, and perhaps another owner of the partition has begun the call again.
+
+    A failure of this attempt would end that one.  Silence counts from then on.
+    """
+    engine, rounds = Beating(), Rounds()
+    engine.start(make(lambda: rounds(), heartbeat=10))
+    rounds.round(lambda: kw.activity_info().heartbeat())
+    engine.advance(6)
+    engine.clock.now += 3600
+    engine.dispatcher.turn()
+    engine.advance(3)
+    assert not engine.records
+    rounds.round(lambda: kw.activity_info().heartbeat())
+    engine.advance(9.9)
+    assert not engine.records
+    engine.advance(0.9)
+    assert engine.answer()["error"]["type"] == "HeartbeatTimeout"
+    rounds.asked.put(None)
+    engine.dispatcher.close()
+
+
+def test_a_call_that_is_left_behind_neither_fails_nor_overwrites_what_the_next_owner_works_on() -> None:
+    """M6.5: the same call runs there, under the same ref; only a result counts, whoever has it first."""
+    engine, rounds = Beating(), Rounds()
+    engine.start(make(lambda: rounds(), heartbeat=10))
+    rounds.round(lambda: kw.activity_info().heartbeat(1))
+    engine.dispatcher.disown(0, 0)
+    engine.advance(6)
+    rounds.round(lambda: kw.activity_info().heartbeat(2))
+    engine.advance(30)
+    assert (engine.beats, engine.records, engine.lines[1:]) == ([1], {}, [])
+    rounds.asked.put(None)
+    engine.until(lambda: not engine.dispatcher.busy)
+    engine.dispatcher.close()
+
+
+def test_a_call_whose_partition_comes_back_while_it_runs_gives_heartbeats_again() -> None:
+    engine, rounds = Beating(), Rounds()
+    engine.start(make(lambda: rounds(), heartbeat=10))
+    rounds.round(lambda: kw.activity_info().heartbeat(1))
+    engine.dispatcher.disown(0, 0)
+    engine.dispatcher.own(0, engine.store)
+    engine.advance(6)
+    rounds.round(lambda: kw.activity_info().heartbeat(2))
+    assert engine.beats == [1, 2]
+    engine.advance(11)
+    assert engine.answer()["error"]["type"] == "HeartbeatTimeout"
+    rounds.asked.put(None)
+    engine.dispatcher.close()
+
+
+def test_a_partition_that_others_own_already_is_told_nothing_of_the_calls_left_behind() -> None:
+    """They have begun with what was given in time, and are further by now."""
+    engine, rounds = Beating(), Rounds()
+    engine.start(make(lambda: rounds(), heartbeat=60))
+    for details in ("first", "last"):
+        rounds.round(lambda details=details: kw.activity_info().heartbeat(details))
+    engine.dispatcher.disown(0)
+    assert engine.beats == ["first"]
+    rounds.asked.put(None)
+    engine.dispatcher.close()
+
+
+def test_an_engine_that_stops_sends_the_details_that_are_given_in_its_grace_period() -> None:
+    """What its activities say until they are left behind. Nobody turns any more, so only the end of the grace period can send them."""
+    engine, rounds = Beating(), Rounds()
+    engine.start(make(lambda: rounds(), heartbeat=60))
+    rounds.round(lambda: kw.activity_info().heartbeat("before"))
+    said = [lambda: None, lambda: rounds.round(lambda: kw.activity_info().heartbeat("in it"))]
+
+    def wait(changed: threading.Condition, seconds: float) -> None:
+        said.pop()()
+        engine.clock.now += 6 - 2 * len(said)
+
+    engine.clock.wait = wait  # type: ignore[method-assign]
+    engine.dispatcher.close(8)
+    assert engine.beats == ["before", "in it"]
+    rounds.asked.put(None)
+
+
+def test_without_a_broker_one_record_of_a_call_waits_for_it_and_then_the_last_details_are_sent() -> None:
+    """The producer's queue is bounded, and results wait there too."""
+    engine, rounds, waiting = Beating(), Rounds(), list[Callable[[str | None], None]]()
+    deliver = engine.deliver
+    engine.dispatcher._deliver = lambda *record: waiting.append(record[4]) or deliver(*record[:4], lambda _: None)
+    engine.start(make(lambda: rounds(), heartbeat=60))
+    for n in range(20):
+        rounds.round(lambda n=n: kw.activity_info().heartbeat(n))
+        engine.advance(6)
+    assert engine.beats == [0]
+    waiting.pop()(None)
+    engine.advance(1)
+    assert engine.beats == [0, 19]
+    rounds.asked.put(None)
+    engine.answer()
+    for done in waiting:
+        done(None)
+    engine.dispatcher.close()
+
+
+def test_details_arrive_in_the_order_in_which_they_were_given() -> None:
+    """Later ones wait for earlier ones that a thread is about to send: the last in the log are the ones that count.
+
+    1. The engine's thread takes details in order to send them, and is interrupted.
+    2. The function gives further ones and fails, so these are sent now.
+    3. If the first ones came after them, the next attempt would begin with them.
+    """
+    engine, rounds, sent = Beating(), Rounds(), threading.Event()
+    begun, deliver = threading.Event(), engine.deliver
+
+    def slowly(*record: Any) -> None:
+        if b'"details":1}' in record[2]:
+            begun.set()
+            sent.wait(20)
+        deliver(*record)
+
+    engine.dispatcher._deliver = slowly
+
+    def works() -> None:
+        rounds()
+        kw.activity_info().heartbeat(2)
+        raise ConnectionError("gone")
+
+    engine.start(make(works, heartbeat=60))
+    for n in range(2):
+        rounds.round(lambda n=n: kw.activity_info().heartbeat(n))
+    turning = threading.Thread(target=lambda: engine.advance(6))
+    turning.start()
+    assert begun.wait(20)
+    rounds.asked.put(None)
+    engine.dispatcher._wait(lambda: not sent.is_set() and "w" not in engine.records, 0.1)
+    sent.set()
+    turning.join(20)
+    engine.answer()
+    assert engine.beats == [0, 1, 2, "answer"]
+    engine.dispatcher.close()
+
+
+def test_a_full_log_does_not_keep_the_dispatcher_from_being_told_of_deliveries() -> None:
+    """M6.3: whoever waits for room in the log must not hold what the thread that makes room needs: nothing would ever go on."""
+    engine, told = Beating(), list[str]()
+    room, deliver = threading.Event(), engine.deliver
+
+    def full(*record: Any) -> None:
+        def makes_room() -> None:
+            with engine.dispatcher._changed:
+                told.append("room")
+            room.set()
+
+        threading.Thread(target=makes_room).start()
+        assert room.wait(20)
+        deliver(*record)
+
+    engine.dispatcher._deliver = full
+    gate = threading.Event()
+    engine.start(make(lambda: gate.wait(20), heartbeat=10))
+    engine.advance(11)
+    assert told == ["room"] and engine.answer()["error"]["type"] == "HeartbeatTimeout"
+    gate.set()
+    engine.dispatcher.close()
+
+
+def test_a_function_that_waits_for_its_details_is_not_silent() -> None:
+    """In a worker, the engines may take a minute to answer, such as while they change owners."""
+    engine, asked, answered = Beating(), threading.Event(), threading.Event()
+    engine.dispatcher = Dispatcher(engine.deliver, engine.lines.append, threads=engine.clock, details=lambda store, call: lambda: (asked.set(), answered.wait(20), 7)[2])
+    engine.dispatcher.own(0, engine.store)
+    engine.start(make(lambda: kw.activity_info().heartbeat_details, heartbeat=10))
+    assert asked.wait(20)
+    engine.advance(50)
+    engine.clock.now += 20
+    engine.dispatcher.turn()
+    answered.set()
+    assert engine.answer()["value"] == 7
+    engine.dispatcher.close()
+
+
+def test_asking_for_details_takes_no_thread_that_activities_use_and_keeps_no_process_from_ending() -> None:
+    """An `async def` asks before its first line. While the engines do not answer, `asyncio.to_thread` works for the others."""
+    engine, answered = Beating(), threading.Event()
+    engine.dispatcher = Dispatcher(engine.deliver, engine.lines.append, 60, details=lambda store, call: lambda: answered.wait(20))
+    engine.dispatcher.own(0, engine.store)
+
+    async def later() -> bool:
+        return bool(kw.activity_info().heartbeat_details)
+
+    async def other() -> int:
+        return await asyncio.to_thread(lambda: 7)
+
+    activity = make(later, heartbeat=60)
+    for n in range(50):
+        engine.start(activity, id=f"w{n}", ref=f"{n}:1")
+    engine.start(make(other), id="other", ref="99:1")
+    assert engine.answer("other")["value"] == 7
+    asking = [thread for thread in threading.enumerate() if thread.name == "kwflow-activity-asks"]
+    assert len(asking) == 50 and all(thread.daemon for thread in asking)
+    answered.set()
+    assert all(engine.answer(f"w{n}")["value"] for n in range(50))
     engine.dispatcher.close()

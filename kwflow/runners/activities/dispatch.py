@@ -32,6 +32,7 @@ __all__ = ["Dispatcher", "keep"]
 _LEFT_BEHIND_S = 5.0  # how long a cancelled activity may go on before its slot is given to another
 _LEFT_BEHIND_MAX = 256  # activities that go on without a slot; with so many, nothing new is started
 _LOOK_S = 0.2
+_STALLED_S = 2.0  # so long without a look, the process was stopped or the engine's thread was busy
 _TELL_S = 2.0  # how long an engine that stops, or gives a partition away, waits until the last heartbeat details are in the log
 _READY_FACTOR = 8  # times the concurrency: so many calls are kept ready that no slot waits for the engine's next batch
 _BATCH_BYTES_MAX = 16_000_000  # of a batch's arguments; a batch with more is begun before it is full
@@ -90,28 +91,35 @@ class Dispatcher:
     def owns(self, partition: int) -> bool:
         return self._backlog.owns(partition)
 
-    def disown(self, partition: int, grace_s: float = 0.0) -> None:
-        with self._changed:
-            self._backlog.disown(partition)
-            for job in [job for job in self._jobs.values() if job.partition == partition and job.run is None]:
-                self._unready(job)
-        self._wait(lambda: any(job.partition == partition and job.wanted for job in self._jobs.values()), grace_s)
+    def disown(self, partition: int, grace_s: float | None = None) -> None:
+        self._leave([partition])
+        if grace_s is not None:
+            self._wait(lambda: any(job.partition == partition and job.wanted for job in self._jobs.values()), grace_s)
+            self._tell_last()
         for job in list(self._jobs.values()):
-            if job.partition == partition and job.heart is not None:  # it is left behind, and the next owner begins with what it gave
-                job.heart.flush()
-        self._wait(lambda: self._telling > 0, _TELL_S)
+            if job.partition == partition:
+                job.left = True
 
     def close(self, grace_s: float = 0.0) -> None:
         """End.  Activities that still run after the grace period are left behind, on threads that end with the process."""
-        for partition in self._backlog.partitions:
-            self.disown(partition)
+        self._leave(self._backlog.partitions)
+        self._flush()  # now, too: who stops the engine may kill it before the grace period is over
         self._wait(lambda: any(job.wanted for job in self._jobs.values()), grace_s)
+        self._tell_last()
         for job in list(self._jobs.values()):
             if job.wanted:
                 self._on_log(f"{job} is still running; the next engine starts it again")
         self._closed = True
         self._threads.close()
         self._loops.close()
+
+    def _leave(self, partitions: Sequence[int]) -> None:
+        """Begin no more calls of these partitions."""
+        with self._changed:
+            for partition in partitions:
+                self._backlog.disown(partition)
+            for job in [job for job in self._jobs.values() if job.partition in partitions and job.run is None]:
+                self._unready(job)
 
     def _wait(self, busy: Callable[[], bool], seconds: float) -> None:
         now = self._threads.monotonic
@@ -133,6 +141,7 @@ class Dispatcher:
             self._start()
 
     def turn(self) -> None:
+        late: list[tuple[Job, tuple[str, str]]] = []
         beating: list[Heart] = []
         with self._changed:
             gathered = -1
@@ -143,9 +152,14 @@ class Dispatcher:
                 self._start()
             now = self._threads.monotonic()
             if now - self._looked > _LOOK_S:
-                self._looked = now
-                self._look(now)
                 beating = [job.heart for job in self._jobs.values() if job.heart is not None]
+                if now - self._looked > _STALLED_S:
+                    for heart in beating:
+                        heart.skip(now - self._looked)
+                self._looked = now
+                late = self._look(now)
+        for job, why in late:
+            self._fail_late(job, *why)
         for heart in beating:
             heart.flush_due()
 
@@ -177,7 +191,10 @@ class Dispatcher:
             # 1. A fork calls an activity under the same ref as its original.  The fork is terminated, and the call is cancelled.
             # 2. Another fork is made under the same id while the old call still runs: what the old call returns is dropped.
             self._settle(before)
-        if self._jobs.get(job.id) is None:
+        running = self._jobs.get(job.id)
+        if running is not None:
+            running.left = False  # its partition has come back before another owner began the call, or while both ran it
+        else:
             self._jobs[job.id] = job
             self._ready.append(job)
             self._backlog.room(item, 1)
@@ -287,17 +304,29 @@ class Dispatcher:
                 self._finished(job)
 
     # -- heartbeats ------------------------------------------------------------------------------------------------
-    def _tell(self, job: Job, details: bytes) -> None:
-        """Deliver heartbeat details, unless nobody waits for the call any more."""
+    def _flush(self) -> None:
+        """Deliver the last details of all calls that run, for those who begin them again."""
+        for heart in [job.heart for job in list(self._jobs.values()) if job.heart is not None]:
+            heart.flush()
+
+    def _tell_last(self) -> None:
+        self._flush()
+        self._wait(lambda: self._telling > 0, _TELL_S)
+
+    def _tell(self, job: Job, details: bytes, arrived: Callable[[], None]) -> None:
+        """Deliver heartbeat details, unless nobody waits for the call any more, or its next owner gives newer ones."""
 
         def done(refused: str | None) -> None:
+            arrived()
             if refused is not None and not self._closed:
                 self._on_log(f"the log does not take the heartbeat details of {job}: {refused}")
             with self._changed:
                 self._telling -= 1
                 self._changed.notify_all()
 
-        if job.wanted:
+        if not job.wanted or job.left:
+            arrived()
+        else:
             with self._changed:
                 self._telling += 1
             try:
@@ -380,22 +409,36 @@ class Dispatcher:
             if run is not None and run.begun is not None and not run.wanted:
                 run.begun.cancel()
 
-    def _look(self, now: float) -> None:
-        """Fail activities that are over their time, and free the slots of cancelled ones that go on."""
+    def _look(self, now: float) -> list[tuple[Job, tuple[str, str]]]:
+        """Free the slots of cancelled activities that go on.  Return those that are over their time, and why: they count as answered now."""
+        late = []
         for job in [job for job in self._jobs.values() if job.run is not None]:
             run = job.running
-            late = run.late(now)
-            if late is not None and not job.answered:
+            why = run.late(now)
+            if why is not None and not job.answered:
                 job.answered = True
-                error = ActivityError(f"{job} {late[1]}", late[0])
-                if job.heart is not None:
-                    job.heart.flush()
-                job.note(error, place_of(run.thread))
-                self._log_failure(job)
-                self._deliver(job.partition, job.dispatch.workflow_id.encode(), failure_record(job.dispatch, error, self._bytes_max[1]), run.span.headers(job.dispatch), lambda _: None)
-                self._cancel(job)
+                late.append((job, why))
             elif now - job.cancelled_at > _LEFT_BEHIND_S and not run.wanted:
                 self._settle(job)
                 full = f"; {self._behind} do so, and no more activities start until one ends or the engine is restarted" if self._behind >= _LEFT_BEHIND_MAX else "; another takes its slot"
                 self._on_log(f"{job} is still running although nobody waits for it{place_of(run.thread)}{full}")
         self._loops.look(now)
+        return late
+
+    def _fail_late(self, job: Job, type: str, why: str) -> None:
+        """Fail an activity that is over its time, and tell it.  Without the lock, as the log may be full until somebody takes it.
+
+        1. An engine gives a partition away, and leaves a call behind.
+        2. The next owner begins it again, and that attempt works.
+        3. If the one left behind failed now, because it hangs, the workflow would take that for the end of the one that works.
+        """
+        error = ActivityError(f"{job} {why}", type)
+        if not job.left:
+            if job.heart is not None:
+                job.heart.flush()
+            job.note(error, place_of(job.running.thread))
+            self._log_failure(job)
+            record, headers = failure_record(job.dispatch, error, self._bytes_max[1]), job.running.span.headers(job.dispatch)
+            self._deliver(job.partition, job.dispatch.workflow_id.encode(), record, headers, lambda _: None)
+        with self._changed:
+            self._cancel(job)

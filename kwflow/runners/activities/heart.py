@@ -1,7 +1,8 @@
 """The heartbeats of one attempt: when its function last gave one, and the details that the workflow's state keeps for whoever continues.
 
 Details are sent as records, but not more often than every few seconds: a function may give a heartbeat in each round of a tight
-loop.  The last ones are sent when the attempt fails or is left behind, so that the next one knows them.
+loop.  The last ones are sent when the attempt fails or is left behind, so that the next one knows them.  One rule: they are sent
+one after the other, as the last record in the log is the one that counts.
 """
 
 from __future__ import annotations
@@ -54,12 +55,15 @@ def record_of(ref: str, details: bytes) -> bytes:
 class Heart:
     """What `activity_info()` gives heartbeats to.  Its methods may be called on any thread."""
 
-    def __init__(self, heartbeat_s: float, monotonic: Callable[[], float], ask: Ask, send: Callable[[bytes], None]) -> None:
+    def __init__(self, heartbeat_s: float, monotonic: Callable[[], float], ask: Ask, send: Callable[[bytes, Callable[[], None]], None]) -> None:
+        """`send` puts details into the log, and calls its second argument once they are there or never will be; it may block."""
         self._monotonic = monotonic
         self._ask: Ask | None = ask
         self._send = send
         self._every_s = min(_EVERY_S_MAX, heartbeat_s / 2)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the fields; nobody waits while holding it
+        self._sending = threading.Lock()  # held while details are sent, and so never asked for by whoever holds the dispatcher's
+        self._under_way = False
         self._details: Any = None
         self._unsent: bytes | None = None
         self._sent_s = float("-inf")
@@ -70,7 +74,11 @@ class Heart:
         """The last details that the call gave, in this attempt or an earlier one."""
         ask = self._ask
         if ask is not None:
-            asked = ask()
+            self.last_s = float("inf")  # while the function waits for us it cannot give one
+            try:
+                asked = ask()
+            finally:
+                self.last_s = self._monotonic()
             with self._lock:
                 if self._ask is not None:  # otherwise this attempt has given some meanwhile
                     self._details, self._ask = asked, None
@@ -89,16 +97,31 @@ class Heart:
             raise UsageError(f"heartbeat details have at most {DETAILS_BYTES_MAX} bytes, not {len(encoded)}; store the data elsewhere, and give a reference to it")
         with self._lock:
             self._details, self._ask, self._unsent = msgspec.json.decode(encoded), None, encoded
-        self.flush(self.last_s - self._every_s)
+        self.flush_due()
 
-    def flush(self, sent_before_s: float = float("inf")) -> None:
-        """Send details that are not sent yet, if the last ones were sent before this time."""
-        with self._lock:
-            unsent = self._unsent if self._sent_s <= sent_before_s else None
-            if unsent is not None:
-                self._unsent, self._sent_s = None, self._monotonic()
-        if unsent is not None:  # without the lock: to send may take the dispatcher's, whose owner may be about to take ours
-            self._send(unsent)
+    def skip(self, seconds: float) -> None:
+        """Do not take for silence the last seconds, in which nobody could be heard."""
+        self.last_s = max(self.last_s, min(self._monotonic(), self.last_s + seconds))
 
     def flush_due(self) -> None:
-        self.flush(self._monotonic() - self._every_s)
+        """Send details that are not sent yet if it is time, and if the last ones are in the log: without a broker, one record waits for it, not one every few seconds."""
+        if not self._under_way and self._sent_s <= self._monotonic() - self._every_s and self._sending.acquire(blocking=False):
+            try:
+                self._send_last()
+            finally:
+                self._sending.release()
+
+    def flush(self) -> None:
+        """Send the last details now, if they are not sent yet."""
+        with self._sending:
+            self._send_last()
+
+    def _send_last(self) -> None:
+        with self._lock:
+            unsent, self._unsent = self._unsent, None
+        if unsent is not None:
+            self._sent_s, self._under_way = self._monotonic(), True
+            self._send(unsent, self._arrived)
+
+    def _arrived(self) -> None:
+        self._under_way = False  # without a lock: it is called by the thread that whoever sends may wait for

@@ -73,7 +73,7 @@ class Lent:
     def hurry(self) -> None:
         """Do nothing: no call waits for others here."""
 
-    def disown(self, partition: int, grace_s: float = 0.0) -> None:
+    def disown(self, partition: int, grace_s: float | None = None) -> None:
         """Forget the calls of a partition.  Workers that have one may still answer it."""
         with self._lock:
             self._owned.discard(partition)

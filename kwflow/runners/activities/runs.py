@@ -6,7 +6,6 @@ stores: `dispatch.py` decides when and on which thread a run begins, and who get
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from kwflow.core.outcomes import describe_error
 from kwflow.errors import ActivityError, BusinessError, KwflowBug
 from kwflow.runners.activities.answers import calls_of, carry_out, conclude, failure_record, info_of, result_record
 from kwflow.runners.activities.heart import Ask, Heart
-from kwflow.runners.activities.threads import AsyncCall
+from kwflow.runners.activities.threads import AsyncCall, on_thread
 from kwflow.runners.logs import Line, authors_traceback
 from kwflow.runners.tracing import CallSpan
 
@@ -30,9 +29,9 @@ _SAID_MAX = 2_000  # characters of an error's text in a log line
 
 
 class Job:
-    """One call that is ready or runs.  `failed`: the log line if it failed; `answered`: its record was made; `settled`: it no longer keeps its run's slot."""
+    """One call that is ready or runs.  `failed`: the log line if it failed; `answered`: its record was made; `settled`: it no longer keeps its run's slot; `left`: others own its partition."""
 
-    __slots__ = ("activity", "answered", "ask", "cancelled_at", "dispatch", "failed", "heart", "info", "partition", "run", "settled")
+    __slots__ = ("activity", "answered", "ask", "cancelled_at", "dispatch", "failed", "heart", "info", "left", "partition", "run", "settled")
 
     def __init__(self, partition: int, dispatch: Dispatch, ask: Ask | None = None) -> None:
         self.partition = partition
@@ -43,7 +42,7 @@ class Job:
         self.activity: Activity[Any, Any] | None = None
         self.run: Run | None = None
         self.cancelled_at = NEVER
-        self.answered = self.settled = False
+        self.answered = self.settled = self.left = False
         self.failed: Line | None = None
 
     @property
@@ -175,9 +174,9 @@ class Run:
 
     async def _ask(self) -> None:
         """Ask for the details of earlier attempts now, where it blocks no event loop."""
-        for job in self.jobs:
-            if job.heart is not None:
-                await asyncio.to_thread(getattr, job.heart, "details")
+        hearts = [job.heart for job in self.jobs if job.heart is not None]
+        if hearts:
+            await on_thread(lambda: [heart.details for heart in hearts])
 
     def _calls(self, bytes_max: _BytesMax, answer: _Answer) -> list[Call]:
         return calls_of(self.activity, [(job.dispatch, job.info, self._answering(job, bytes_max, answer)) for job in self.jobs])

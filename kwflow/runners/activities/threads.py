@@ -18,7 +18,7 @@ from typing import Any
 
 from kwflow.durable.driving import clean_up_here
 
-__all__ = ["AsyncCall", "Loops", "Threads", "place_of"]
+__all__ = ["AsyncCall", "Loops", "Threads", "on_thread", "place_of"]
 
 _STUCK_S = 10.0
 
@@ -30,6 +30,31 @@ def place_of(thread: threading.Thread | None) -> str:
         return ""
     last = traceback.extract_stack(frame)[-1]
     return f", in {last.name} ({last.filename}:{last.lineno})"
+
+
+async def on_thread(call: Callable[[], object]) -> None:
+    """Make a call that may block, on a thread of its own, and wait for its end.
+
+    The few threads of asyncio's pool are for what activities do on them, and a process that ends waits for them.
+    """
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if ended.done():  # cancelled
+            return
+        ended.set_result(None) if error is None else ended.set_exception(error)
+
+    def work() -> None:
+        try:
+            call()
+            failed = None
+        except BaseException as error:
+            failed = error
+        loop.call_soon_threadsafe(settle, failed)
+
+    threading.Thread(target=work, name="kwflow-activity-asks", daemon=True).start()
+    await ended
 
 
 class Threads:
