@@ -3,7 +3,8 @@
 A file here is part of the snapshot format: instances wait in it for months, so a released one is never edited.  A
 change is a new file with the next number; calls made from then on use it, and the old one stays for those that wait.
 That is why no upgrade of kwflow ever meets a changed frame of its own, and no author's code is pinned by one
-(`tests/compat` holds the hashes).  What these files call is in `support.py`, whose names are kept as well.
+(`tests/compat` holds the hashes).  What these files call is in `support.py`, whose names are kept as well.  What a new
+file needs beyond the first ones it imports by name: an older kwflow that meets it cannot load it, and parks the instance.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 
 from kwflow.errors import WorkflowError
 from kwflow.flows import support
+from kwflow.flows.support import heartbeat_of
 
 
 def attempts(name: str, arguments: bytes) -> Generator[Any, Any, Any]:
@@ -30,7 +31,7 @@ def attempts(name: str, arguments: bytes) -> Generator[Any, Any, Any]:
         pause_s = support.pause_s(name, failure, number, key)
         if pause_s is None:
             raise failure
-        details = support.heartbeat_of(attempt)
+        details = heartbeat_of(attempt)
         attempt = failure = None
         yield support.sleep(pause_s)
         number += 1
