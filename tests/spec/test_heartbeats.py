@@ -166,6 +166,22 @@ def test_details_that_are_too_large_are_refused_where_they_are_given_and_where_t
     assert all(text.startswith("these heartbeat details cannot be sent: ") for text in said[1:]) and len(said) == 3
 
 
+def test_details_for_which_a_snapshot_has_no_room_are_told_of_and_become_no_dead_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call gives thousands of them.  The earlier details stay, and the workflow goes on."""
+    monkeypatch.setenv("KWFLOW_SNAPSHOT_BYTES_MAX", "5000")
+    site = Site()
+    site.fails = {1: (1, HANGS)}
+    site.tester.start("w", ["a"])
+    [ref] = site.heartbeats
+    reply = site.tester.command("w", "heartbeat", {"ref": ref, "details": "x" * 5_000})
+    assert reply is not None and reply["status"] == "too_large"
+    assert reply["message"].startswith("heartbeat details are not kept: its snapshot would have ") and site.tester.logs == [f"w: {reply['message']}"]
+    assert not [output for output in site.tester.outputs if output.topic == site.tester.config.dead_letter_topic]
+    assert site.heartbeats[ref]["details"] == 1
+    site.tester.resume("w", ref, 0)
+    assert site.tester.result("w") == 0
+
+
 def test_a_fork_begins_with_the_details_of_its_original_and_going_back_with_those_of_then() -> None:
     site = Site("kept")
     site.fails = {1: (1, HANGS)}

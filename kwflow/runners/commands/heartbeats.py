@@ -28,6 +28,8 @@ def heartbeat(batch: Batch, name: str, header: dict[str, Any], record: Record, c
         raise ProtocolError(f"heartbeat details have at most {DETAILS_BYTES_MAX} bytes, not {size}; store the data elsewhere, and give a reference to it", "too-large")
     data = snapshot.amend(stored, batch.config.signing_keys, heartbeats=kept)
     if len(data) > batch.config.snapshot_bytes_max:
-        raise ProtocolError(f"with these heartbeat details its snapshot would have {len(data)} bytes, more than snapshot_bytes_max = {batch.config.snapshot_bytes_max}", "too-large")
+        # no dead letter: every heartbeat would become one, and applied later it would only replace newer details
+        said = f"heartbeat details are not kept: its snapshot would have {len(data)} bytes, more than snapshot_bytes_max = {batch.config.snapshot_bytes_max}"
+        return replied(batch, record, "too_large", said, count="too-large", log=f"{name}: {said}")
     batch.put(name.encode(), data)
     return replied(batch, record, "ok", count="heartbeat")
