@@ -68,7 +68,11 @@ def _is_stub(activity: Activity[Any, Any]) -> bool:
 
 
 def service(config: Config, queues: Sequence[str], on_log: Callable[[str], None] = print) -> QueueRunner:
-    """Return the runner that serves these queues.  Raises TransportError if topics are missing."""
+    """Return the runner that serves these queues, in a process that ends with it.  Raises TransportError if topics are missing."""
+    return _service(config, queues, on_log, _Details(config))
+
+
+def _service(config: Config, queues: Sequence[str], on_log: Callable[[str], None], details: _Details) -> QueueRunner:
     from kwflow.runners.activities.dispatch import Dispatcher
     from kwflow.runners.kafka.queues import QueueRunner
     from kwflow.runners.tracing import Tracing
@@ -77,7 +81,7 @@ def service(config: Config, queues: Sequence[str], on_log: Callable[[str], None]
 
     def work(deliver: Deliver) -> Worker:
         limits = config.activity_concurrency, config.activity_limit_s, config.activity_bytes_max, config.value_bytes_max
-        return Dispatcher(deliver, on_log, *limits, ends_late=True, span=span, rate=config.activity_rate, details=_Details(config).look)
+        return Dispatcher(deliver, on_log, *limits, ends_late=True, span=span, rate=config.activity_rate, details=details.look)
 
     return QueueRunner(config, queues, work, on_log)
 
@@ -108,13 +112,22 @@ class _Details:
             return None
         return header.get("heartbeats", {}).get(call.ref, {}).get("details")
 
+    def close(self) -> None:
+        with self._lock:
+            if self._client is not None:
+                self._client.close()
+
 
 def run(config: Config, until: Callable[[], bool], queues: Sequence[str] = (), on_log: Callable[[str], None] = print) -> None:
     """Run the activities of these queues (default: all queues of this process) until `until()` is true, which is called several times a second.
 
     Raises UsageError, and TransportError if it has to be started again.
     """
-    service(config, queues_served(queues), on_log).run(until)
+    details = _Details(config)
+    try:
+        _service(config, queues_served(queues), on_log, details).run(until)
+    finally:
+        details.close()
 
 
 class Lending:

@@ -2,7 +2,8 @@
 
 `backlog.py` has the waiting calls, and `runs.py` calls an author's function and makes the answer.  An activity with a batch is
 called for several calls together, which take one slot.  Author code may block or hang, but never on a thread of the engine.
-The engine's thread calls all public methods.  This module must not know a log: `deliver` puts a result into one.
+The engine's thread calls all public methods.  One lock guards all that is in this file, which is why it is a long one; nobody
+waits for the log while holding it.  This module must not know a log: `deliver` puts a result into one.
 """
 
 from __future__ import annotations
