@@ -105,7 +105,7 @@ class _Details:
                 self._client = Client.kafka(self._config)
             client = self._client
         try:
-            header = client.query(call.workflow_id).result()
+            header = client.query(call.workflow_id, ref=call.ref).result()
         except CommandError as error:
             if error.status != "not_found":
                 raise

@@ -170,10 +170,13 @@ class Client:
         self._command(id, "update", {"name": name, "value": value}, future, lambda reply: settle(future, reply.value), command_id, start_id, headers)
         return future
 
-    def query(self, id: str, *, start_id: str | None = None) -> Future[dict[str, Any]]:
-        """The workflow's header, with its `status_value` and, after the end, its `outcome`; runs no author code.  Raises CommandError not_found."""
+    def query(self, id: str, *, start_id: str | None = None, ref: str | None = None) -> Future[dict[str, Any]]:
+        """The workflow's header, with its `status_value` and, after the end, its `outcome`; runs no author code.  Raises CommandError not_found.
+
+        With a `ref`, only the wait and the heartbeat under this ref.
+        """
         future: Future[dict[str, Any]] = self._futures.new()
-        self._query(id, start_id, future)
+        self._query(id, start_id, future, ref)
         return future
 
     def resume(self, id: str, ref: str, value: object = None, *, headers: Given | None = None, **error: object) -> Future[None]:
@@ -273,8 +276,8 @@ class Client:
         self._command(id, op, arguments, future, lambda _: settle(future, None), command_id, start_id, headers)
         return future
 
-    def _query(self, id: str, start_id: str | None, future: Future[Any]) -> None:
-        self._command(id, "query", None, future, lambda reply: settle(future, reply.value), None, start_id)
+    def _query(self, id: str, start_id: str | None, future: Future[Any], ref: str | None = None) -> None:
+        self._command(id, "query", None if ref is None else {"ref": ref}, future, lambda reply: settle(future, reply.value), None, start_id)
 
     def _command(
         self,

@@ -46,8 +46,16 @@ class Rewound(msgspec.Struct, frozen=True):
     replies: tuple[Reply, ...]
 
 
-def seen(header: dict[str, Any]) -> dict[str, Any]:
-    """Return the answer to a query: the header without the engine's own entries.  `waits` are the first 100 of `waits_total`."""
+def seen(header: dict[str, Any], ref: str | None = None) -> dict[str, Any]:
+    """Return the answer to a query: the header without the engine's own entries.  `waits` are the first 100 of `waits_total`.
+
+    With a ref, it has of them and of the heartbeats only what is under this ref: each of many calls asks for its own, and one
+    with all of them may have a megabyte.
+    """
+    if ref is not None:
+        told = [wait for wait in header.get("waits", []) if wait["ref"] == ref]
+        given = {name: heartbeat for name, heartbeat in heartbeats_of(header).items() if name == ref}
+        header = {name: header[name] for name in ("id", "workflow", "status", "start_id") if name in header} | {"waits": told} | ({"heartbeats": given} if given else {})
     shown = {name: header[name] for name in _SHOWN if name in header}
     waits = header.get("waits", [])
     return {**shown, "waits": waits[:_WAITS_SHOWN_MAX], "waits_total": len(waits)}

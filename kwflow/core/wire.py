@@ -150,6 +150,12 @@ class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     details: Any
 
 
+class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The arguments of query: the ref of the activity's call whose heartbeat is asked for, instead of everything."""
+
+    ref: str | None = None
+
+
 class Migrate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The arguments of migrate: whether to move the instance in place, instead of by a function of `@kw.migrate`."""
 
@@ -164,7 +170,7 @@ class Update(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 OPS: dict[str, type[msgspec.Struct]] = {
-    "cancel": Reason, "discard": Nothing, "fork": Fork, "heartbeat": Heartbeat, "migrate": Migrate, "pause": Reason, "query": Nothing, "retry": Nothing, "rewind": Rewind, "signal": Signal,
+    "cancel": Reason, "discard": Nothing, "fork": Fork, "heartbeat": Heartbeat, "migrate": Migrate, "pause": Reason, "query": Query, "retry": Nothing, "rewind": Rewind, "signal": Signal,
     "terminate": Reason, "unpause": Reason, "update": Update,
 }  # fmt: skip
 
@@ -279,7 +285,7 @@ def _command(op: str, value: bytes, record: Record) -> Command:
     if arguments is None:
         raise ProtocolError(f"unknown op {op[:100]!r}; there are: {', '.join(OPS)}", "unknown-op")
     try:
-        decoded = arguments() if value == b"null" and arguments in (Fork, Migrate, Reason, Nothing) else msgspec.json.decode(value, type=arguments)
+        decoded = arguments() if value == b"null" and arguments in (Fork, Migrate, Query, Reason, Nothing) else msgspec.json.decode(value, type=arguments)
     except msgspec.ValidationError as error:
         raise ProtocolError(f"op {op}: {error}", "bad-arguments") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -106,6 +106,20 @@ def test_a_heartbeat_wakes_nobody_and_is_no_change_of_the_instance() -> None:
     assert site.tester.command("w", "query")["value"]["heartbeats"] == after["heartbeats"]
 
 
+def test_a_query_for_one_call_has_nothing_of_the_others() -> None:
+    """A worker that takes ninety calls over asks for each: with all details in every answer, the engine would write 80 MB."""
+    site = Site("two")
+    site.fails = {1: (1, HANGS)}
+    site.tester.start("w", list("abcdef"))
+    refs = [wait["ref"] for wait in site.tester.header("w")["waits"] if wait["kind"] == "activity"]
+    for ref, other in (refs, refs[::-1]):
+        answer = site.tester.command("w", "query", {"ref": ref})["value"]
+        assert answer["heartbeats"] == {ref: site.heartbeats[ref]} and [wait["ref"] for wait in answer["waits"]] == [ref]
+        assert other not in str(answer)
+    assert site.tester.command("w", "query", {"ref": "9:9"})["value"] == {name: site.tester.header("w")[name] for name in ("id", "workflow", "status", "start_id")} | {"waits": [], "waits_total": 0}
+    assert site.tester.command("w", "query", {"ref": 5})["status"] == "bad_arguments"
+
+
 @pytest.mark.parametrize("op", ["park", "pause"])
 def test_the_details_of_a_parked_or_paused_instance_are_kept_too(op: str) -> None:
     """A heartbeat is not held behind the record that parked it: it would come after the end of its own attempt."""

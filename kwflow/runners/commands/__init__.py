@@ -36,7 +36,7 @@ def apply(batch: Batch, name: str, record: Record, command: Command) -> Decision
     if known is not None:
         return replied(batch, record, known[0], known[1], known[2], "repeated")
     if command.op == "query":
-        return replied(batch, record, "ok", value=ops.seen(header), count="queried")
+        return replied(batch, record, "ok", value=ops.seen(header, command.arguments.ref), count="queried")
     if header["status"] == "ended" and not (command.op == "fork" and command.arguments.at is not None):
         return replied(batch, record, "not_found", "it has ended" if command.op != "rewind" else "it has ended; kwflow fork --at continues from a state before that", count="unknown-id")
     return _CHANGING[command.op](batch, name, header, record, command)
