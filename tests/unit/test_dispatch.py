@@ -1089,3 +1089,22 @@ def test_asking_for_details_takes_no_thread_that_activities_use_and_keeps_no_pro
     answered.set()
     assert all(engine.answer(f"w{n}")["value"] for n in range(50))
     engine.dispatcher.close()
+
+
+def test_looking_after_a_large_batch_takes_no_time_that_grows_with_its_square() -> None:
+    """It is done five times a second on the engine's thread: with a thousand calls in a batch, that did nothing else any more."""
+    engine, gate = Beating(), threading.Event()
+    activity = make(lambda n: n, heartbeat=60)
+
+    @kw.batch_of(activity, size=3000, within=60)
+    def together(calls: list[kw.Call]) -> None:
+        gate.wait(60)
+
+    for n in range(3000):
+        engine.start(activity, n, id=f"w{n}", ref=f"{n}:1")
+    began = time.perf_counter()
+    engine.advance(20)
+    assert time.perf_counter() - began < 2
+    gate.set()
+    engine.answer("w0")
+    engine.dispatcher.close()

@@ -413,9 +413,10 @@ class Dispatcher:
     def _look(self, now: float) -> list[tuple[Job, tuple[str, str]]]:
         """Free the slots of cancelled activities that go on.  Return those that are over their time, and why: they count as answered now."""
         late = []
+        whys: dict[Run, tuple[str, str] | None] = {}  # once for all calls of a batch
         for job in [job for job in self._jobs.values() if job.run is not None]:
             run = job.running
-            why = run.late(now)
+            why = whys[run] if run in whys else whys.setdefault(run, run.late(now))
             if why is not None and not job.answered:
                 job.answered = True
                 late.append((job, why))

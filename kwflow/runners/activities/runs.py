@@ -128,9 +128,9 @@ class Run:
             if self.activity.timeout_s is None:
                 remedy = "activity_limit_s: raise it, as a longer request_timeout of rest.call needs, or set @kw.activity(timeout=...)"
             return "Timeout", f"had no result within {self.limit_s:g} s ({remedy})"
-        last_s = max((job.heart.last_s for job in self.jobs if job.heart is not None), default=NEVER)
-        if self.activity.heartbeat_s is not None and now - last_s > self.activity.heartbeat_s:
-            return "HeartbeatTimeout", f"gave no heartbeat within {self.activity.heartbeat_s:g} s (its heartbeat=)"
+        silent_s = self.activity.heartbeat_s
+        if silent_s is not None and now - max([job.heart.last_s for job in self.jobs if job.heart is not None]) > silent_s:
+            return "HeartbeatTimeout", f"gave no heartbeat within {silent_s:g} s (its heartbeat=)"
         return None
 
     def called(self, bytes_max: _BytesMax, answer: _Answer) -> bytes | None:
