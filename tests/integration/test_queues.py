@@ -139,7 +139,7 @@ def test_a_long_call_continues_in_another_worker_where_its_heartbeats_say(site: 
         (site.directory / f"file-{n}").touch()
     named = {f"{name}_topic": site.topic(name) for name in ("resume", "result", "error", "scheduler")}
     with Client.kafka(site.config.model_copy(update=named)) as client:
-        site.wait(lambda: [given["details"] for given in client.query("w").result(60).get("heartbeats", {}).values()] == [3, 3])
+        site.until(lambda: [given["details"] for given in client.query("w").result(60).get("heartbeats", {}).values()] == [3, 3])
     for process in (first, engine):
         process.send_signal(signal.SIGKILL)
         process.wait()
