@@ -3,7 +3,7 @@
 All of `names.CONSTRUCTORS` are here, and snapshots name them by this module, so none can move.  `Names` has those that need to
 know which module versions the snapshot means (semantics §8.2).
 
-Cells, functions, classes, exceptions and generators are created empty, and `codec.loads` fills them afterwards, so that
+Cells, functions, classes, exceptions and generators are created empty, and `loading.fill` fills them afterwards, so that
 cycles and chains of any length need no recursion.  Names and arguments here are part of the snapshot format.
 """
 
