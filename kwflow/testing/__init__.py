@@ -304,9 +304,10 @@ class WorkflowTester:
             return info
         look = kept(self.config.signing_keys)
 
-        def send(details: bytes, arrived: Callable[[], None]) -> None:
+        def send(details: bytes, arrived: Callable[[], None]) -> bool:
             self._log(Output(self.config.resume_topic, id, record_of(item.ref, details), HEADERS, self.now_ms))
             arrived()
+            return True
 
         heart = Heart(0, lambda: self.now_ms / 1000, look(self.state, item), send)
         return dataclasses.replace(info, _beats=heart)

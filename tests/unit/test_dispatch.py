@@ -927,17 +927,46 @@ def test_a_call_that_is_left_behind_neither_fails_nor_overwrites_what_the_next_o
 
 
 def test_a_call_whose_partition_comes_back_while_it_runs_gives_heartbeats_again() -> None:
+    """Also those that it has given meanwhile: a function may say something once an hour."""
     engine, rounds = Beating(), Rounds()
-    engine.start(make(lambda: rounds(), heartbeat=10))
+    engine.start(make(lambda: rounds(), heartbeat=60))
     rounds.round(lambda: kw.activity_info().heartbeat(1))
     engine.dispatcher.disown(0, 0)
-    engine.dispatcher.own(0, engine.store)
     engine.advance(6)
     rounds.round(lambda: kw.activity_info().heartbeat(2))
+    engine.advance(6)
+    assert engine.beats == [1]
+    engine.dispatcher.own(0, engine.store)
+    engine.advance(6)
     assert engine.beats == [1, 2]
-    engine.advance(11)
+    engine.advance(61)
     assert engine.answer()["error"]["type"] == "HeartbeatTimeout"
     rounds.asked.put(None)
+    engine.dispatcher.close()
+
+
+def test_a_stop_of_the_process_does_not_count_towards_the_limit_of_activities() -> None:
+    engine, gate = Beating(), threading.Event()
+    engine.start(make(lambda: gate.wait(20)))
+    engine.advance(300)
+    engine.clock.now += 3600
+    engine.dispatcher.turn()
+    engine.advance(290)
+    assert not engine.records
+    engine.advance(20)
+    assert engine.answer()["error"]["type"] == "Timeout"
+    gate.set()
+    engine.dispatcher.close()
+
+
+def test_an_engine_that_is_always_busy_notices_silence_all_the_same() -> None:
+    engine, gate = Beating(), threading.Event()
+    engine.start(make(lambda: gate.wait(20), heartbeat=10))
+    for _ in range(6):
+        engine.clock.now += 3
+        engine.dispatcher.turn()
+    assert engine.answer()["error"]["type"] == "HeartbeatTimeout"
+    gate.set()
     engine.dispatcher.close()
 
 

@@ -33,7 +33,7 @@ __all__ = ["Dispatcher", "keep"]
 _LEFT_BEHIND_S = 5.0  # how long a cancelled activity may go on before its slot is given to another
 _LEFT_BEHIND_MAX = 256  # activities that go on without a slot; with so many, nothing new is started
 _LOOK_S = 0.2
-_STALLED_S = 2.0  # so long without a look, the process was stopped or the engine's thread was busy
+_STALLED_S = 2.0  # so long without a look, the process was stopped, or the engine's thread was busy
 _TELL_S = 2.0  # how long an engine that stops, or gives a partition away, waits until the last heartbeat details are in the log
 _READY_FACTOR = 8  # times the concurrency: so many calls are kept ready that no slot waits for the engine's next batch
 _BATCH_BYTES_MAX = 16_000_000  # of a batch's arguments; a batch with more is begun before it is full
@@ -82,6 +82,7 @@ class Dispatcher:
         self._loops = Loops(on_log)
         self._unknown: set[str] = set()
         self._looked = 0.0
+        self._stalled = False
 
     # -- what the engine tells (ports.Worker) ----------------------------------------------------------------------
     def own(self, partition: int, store: Store) -> None:
@@ -154,9 +155,7 @@ class Dispatcher:
             now = self._threads.monotonic()
             if now - self._looked > _LOOK_S:
                 beating = [job.heart for job in self._jobs.values() if job.heart is not None]
-                if now - self._looked > _STALLED_S:
-                    for heart in beating:
-                        heart.skip(now - self._looked)
+                self._skip(now - self._looked)
                 self._looked = now
                 late = self._look(now)
         for job, why in late:
@@ -314,8 +313,8 @@ class Dispatcher:
         self._flush()
         self._wait(lambda: self._telling > 0, _TELL_S)
 
-    def _tell(self, job: Job, details: bytes, arrived: Callable[[], None]) -> None:
-        """Deliver heartbeat details, unless nobody waits for the call any more, or its next owner gives newer ones."""
+    def _tell(self, job: Job, details: bytes, arrived: Callable[[], None]) -> bool:
+        """Deliver heartbeat details, unless nobody waits for the call any more, or its next owner gives newer ones.  Return whether they are wanted."""
 
         def done(refused: str | None) -> None:
             arrived()
@@ -326,14 +325,14 @@ class Dispatcher:
                 self._changed.notify_all()
 
         if not job.wanted or job.left:
-            arrived()
-        else:
-            with self._changed:
-                self._telling += 1
-            try:
-                self._deliver(job.partition, job.dispatch.workflow_id.encode(), record_of(job.dispatch.ref, details), HEADERS, done)
-            except Exception as error:  # it must not end the author's function
-                done(str(error))
+            return False
+        with self._changed:
+            self._telling += 1
+        try:
+            self._deliver(job.partition, job.dispatch.workflow_id.encode(), record_of(job.dispatch.ref, details), HEADERS, done)
+        except Exception as error:  # it must not end the author's function
+            done(str(error))
+        return True
 
     # -- the answer ------------------------------------------------------------------------------------------------
     def _answer(self, job: Job, record: bytes) -> None:
@@ -409,6 +408,21 @@ class Dispatcher:
             run = job.run
             if run is not None and run.begun is not None and not run.wanted:
                 run.begun.cancel()
+
+    def _skip(self, seconds: float) -> None:
+        """Do not count the time since the last look if it was far too long:
+
+        1. The process is stopped for a while (SIGSTOP, a paused machine), and another engine takes its partitions over.
+        2. It goes on, and its activities are over their time, before it learns of that.
+        3. It would fail attempts that the other engine has begun again, and that work.
+
+        An engine whose thread is always so busy counts all but the first of such times, as nothing would ever be too late in it.
+        """
+        stalled = seconds > _STALLED_S
+        if stalled and not self._stalled:
+            for run in {job.run for job in self._jobs.values() if job.run is not None}:
+                run.skip(seconds)
+        self._stalled = stalled
 
     def _look(self, now: float) -> list[tuple[Job, tuple[str, str]]]:
         """Free the slots of cancelled activities that go on.  Return those that are over their time, and why: they count as answered now."""

@@ -55,8 +55,11 @@ def record_of(ref: str, details: bytes) -> bytes:
 class Heart:
     """What `activity_info()` gives heartbeats to.  Its methods may be called on any thread."""
 
-    def __init__(self, heartbeat_s: float, monotonic: Callable[[], float], ask: Ask, send: Callable[[bytes, Callable[[], None]], None]) -> None:
-        """`send` puts details into the log, and calls its second argument once they are there or never will be; it may block."""
+    def __init__(self, heartbeat_s: float, monotonic: Callable[[], float], ask: Ask, send: Callable[[bytes, Callable[[], None]], bool]) -> None:
+        """`send` puts details into the log, and calls its second argument once they are there or never will be; it may block.
+
+        It returns whether anybody wants them; if not, they are offered again later, as somebody may by then.
+        """
         self._monotonic = monotonic
         self._ask: Ask | None = ask
         self._send = send
@@ -121,7 +124,9 @@ class Heart:
             unsent, self._unsent = self._unsent, None
         if unsent is not None:
             self._sent_s, self._under_way = self._monotonic(), True
-            self._send(unsent, self._arrived)
+            if not self._send(unsent, self._arrived):
+                with self._lock:
+                    self._unsent, self._under_way = self._unsent or unsent, False
 
     def _arrived(self) -> None:
         self._under_way = False  # without a lock: it is called by the thread that whoever sends may wait for

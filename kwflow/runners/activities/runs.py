@@ -121,6 +121,13 @@ class Run:
         """Whether anybody waits for one of its jobs that is not answered yet."""
         return any(job.wanted and not job.answered for job in self.jobs)
 
+    def skip(self, seconds: float) -> None:
+        """Do not count these seconds, the last ones."""
+        self.deadline += seconds
+        for job in self.jobs:
+            if job.heart is not None:
+                job.heart.skip(seconds)
+
     def late(self, now: float) -> tuple[str, str] | None:
         """The type and text of the error of a run that is over its time, or too long without a heartbeat; None for any other."""
         if now > self.deadline:
