@@ -21,6 +21,7 @@ from kwflow.config import Config
 from kwflow.core import dispatch, timers
 from kwflow.core.murmur2 import partition_of
 from kwflow.errors import TransportError, UsageError
+from kwflow.runners.activities.heart import HEADERS
 from kwflow.runners.checkpoints import of_checkpoint
 from kwflow.runners.code import WRITTEN
 from kwflow.runners.ended import EXPIRES, FORGOTTEN
@@ -208,13 +209,16 @@ def migrate(config: Config, partitions: int, say: Callable[[str], None]) -> None
 
 
 def _applied(config: Config, admin: AdminClient, group: str, topic: str, changelog: str, partitions: int) -> None:
-    """Raises UsageError if records of the topic are not applied yet.  They are read, as offsets alone do not tell: transaction markers have offsets too."""
+    """Raises UsageError if records of the topic are not applied yet.  They are read, as offsets alone do not tell: transaction markers have offsets too.
+
+    Heartbeats may be left, as their order does not matter: activities that run when an engine stops give their last ones after it has read its last record.
+    """
     begins, (incarnation, _) = topics.ends(admin, topic, partitions, latest=False), topics.describe(admin, config, topic)
     committed = _offsets(admin, group, topic, partitions)
     for number in begins.keys() - committed.keys():
         marked = _marked(latest(config, changelog, number), incarnation)
         committed[number] = begins[number] if marked is None else max(begins[number], marked)
-    waiting = sum(1 for number in range(partitions) for _ in read(config, topic, number, committed[number]))
+    waiting = sum(1 for number in range(partitions) for record in read(config, topic, number, committed[number]) if not set(HEADERS) <= set(record.headers))
     if waiting:
         raise UsageError(f"{waiting} records of {topic} are not applied yet; stop what produces them, let the engines finish, and stop the engines")
 
