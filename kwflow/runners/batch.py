@@ -278,6 +278,9 @@ class WorkflowBatch:
             instance, replaced = live.instance, live.base if live.changed else None
             numbers = self.kept.advance(instance.workflow, instance.extra, replaced is not None, instance.waits) if self.kept.of(instance.workflow, instance.extra) else None
             data, modules = self._bytes(instance)
+            if isinstance(data, SnapshotError) and instance.extra.pop("heartbeats", None) is not None:  # a workflow is not parked because its activities say how far they are
+                data, modules = self._bytes(instance)
+                self._say(live, f"{instance.id}: the heartbeat details of its activities are dropped, as its snapshot would exceed snapshot_bytes_max = {self.config.snapshot_bytes_max} with them")
             if isinstance(data, Exception):
                 live.forget()
                 if len(live.met) > 1:
@@ -313,9 +316,12 @@ class WorkflowBatch:
         """Log once when an instance grows over the limit, not each time it is saved."""
         limit = self.config.snapshot_bytes_warn
         if limit >= len(live.base or b""):
-            last = live.met[-1]
-            said = f"{live.instance.id if live.instance else ''}: its snapshot now has {size} bytes (snapshot_bytes_warn = {limit}); above {self.config.snapshot_bytes_max} it is parked"
-            self.made[last] = msgspec.structs.replace(self.made[last], logs=(*self.made[last].logs, said))
+            self._say(live, f"{live.instance.id if live.instance else ''}: its snapshot now has {size} bytes (snapshot_bytes_warn = {limit}); above {self.config.snapshot_bytes_max} it is parked")
+
+    def _say(self, live: Live, said: str) -> None:
+        """Add a line to the log of the last record that this instance met."""
+        last = live.met[-1]
+        self.made[last] = msgspec.structs.replace(self.made[last], logs=(*self.made[last].logs, said))
 
     # -- commands that are no step --------------------------------------------------------------------------------------
     def _command(self, name: str, record: Record) -> Decision:

@@ -11,7 +11,6 @@ from kwflow.core import ops, snapshot
 from kwflow.core.dispatch import DETAILS_BYTES_MAX
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Command, Record
-from kwflow.errors import ProtocolError
 from kwflow.ports import Decision
 from kwflow.runners.commands.shared import Batch, replied
 
@@ -19,17 +18,20 @@ __all__ = ["heartbeat"]
 
 
 def heartbeat(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:
-    """Keep the details.  Raises ProtocolError if they are too large."""
+    """Keep the details, unless they are too large.  These are logged and become no dead letters: one call gives thousands of them, and applied later they would replace newer ones."""
     kept, stored = ops.heartbeats(header, command.arguments, record.timestamp_ms), batch.state.get(name.encode())
     if kept is None or stored is None:
         return replied(batch, record, "unknown_ref", "nobody waits for this attempt (any more)", count="unknown-ref")
     size = len(json_dumps(command.arguments.details))
     if size > DETAILS_BYTES_MAX:
-        raise ProtocolError(f"heartbeat details have at most {DETAILS_BYTES_MAX} bytes, not {size}; store the data elsewhere, and give a reference to it", "too-large")
+        return _too_large(batch, name, record, f"they have at most {DETAILS_BYTES_MAX} bytes, not {size}; store the data elsewhere, and give a reference to it")
     data = snapshot.amend(stored, batch.config.signing_keys, heartbeats=kept)
     if len(data) > batch.config.snapshot_bytes_max:
-        # no dead letter: every heartbeat would become one, and applied later it would only replace newer details
-        said = f"heartbeat details are not kept: its snapshot would have {len(data)} bytes, more than snapshot_bytes_max = {batch.config.snapshot_bytes_max}"
-        return replied(batch, record, "too_large", said, count="too-large", log=f"{name}: {said}")
+        return _too_large(batch, name, record, f"its snapshot would have {len(data)} bytes, more than snapshot_bytes_max = {batch.config.snapshot_bytes_max}")
     batch.put(name.encode(), data)
     return replied(batch, record, "ok", count="heartbeat")
+
+
+def _too_large(batch: Batch, name: str, record: Record, why: str) -> Decision:
+    said = f"heartbeat details are not kept: {why}"
+    return replied(batch, record, "too_large", said, count="too-large", log=f"{name}: {said}")
