@@ -277,10 +277,7 @@ class WorkflowBatch:
         if live.ahead:
             instance, replaced = live.instance, live.base if live.changed else None
             numbers = self.kept.advance(instance.workflow, instance.extra, replaced is not None, instance.waits) if self.kept.of(instance.workflow, instance.extra) else None
-            data, modules = self._bytes(instance)
-            if isinstance(data, SnapshotError) and instance.extra.pop("heartbeats", None) is not None:  # a workflow is not parked because its activities say how far they are
-                data, modules = self._bytes(instance)
-                self._say(live, f"{instance.id}: the heartbeat details of its activities are dropped, as its snapshot would exceed snapshot_bytes_max = {self.config.snapshot_bytes_max} with them")
+            data, modules = self._bytes(live, instance)
             if isinstance(data, Exception):
                 live.forget()
                 if len(live.met) > 1:
@@ -302,14 +299,19 @@ class WorkflowBatch:
                 self._charge(len(data) + self.kept.keep(self.state, key, replaced, numbers, self.calls))
         self.processor.live.keep(key, live)
 
-    def _bytes(self, instance: Instance) -> tuple[bytes | Exception, list[Module]]:
+    def _bytes(self, live: Live, instance: Instance) -> tuple[bytes | Exception, list[Module]]:
         """The instance's snapshot and the versions that it names, or the error.  It is returned because the caller repeats steps, outside of any handler."""
+        most = self.config.snapshot_bytes_max
         try:
             data, modules = snapshot.save(instance, self.config.signing_keys)
+            if len(data) > most and instance.extra.pop("heartbeats", None) is not None:  # a workflow is not parked because its activities say how far they are
+                data, modules = snapshot.save(instance, self.config.signing_keys)
+                if len(data) <= most:
+                    self._say(live, f"{instance.id}: the heartbeat details of its activities are dropped, as its snapshot would exceed snapshot_bytes_max = {most} with them")
         except Exception as error:  # reducers of author classes may raise anything
             return error, []
-        if len(data) > self.config.snapshot_bytes_max:
-            return SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {self.config.snapshot_bytes_max}; keep less in variables, or raise the limit and retry"), []
+        if len(data) > most:
+            return SnapshotError(f"the snapshot has {len(data)} bytes, more than snapshot_bytes_max = {most}; keep less in variables, or raise the limit and retry"), []
         return data, modules
 
     def _warn_of_size(self, live: Live, size: int) -> None:
