@@ -93,9 +93,9 @@ FED = [
     Planted("K16", "a feed's position is not part of its transaction", runner=FeedsWithoutPositions, world=Fed),
     Planted("G1", "a feed's messages are no part of its transaction", ABORTS, FeedsBeforeItCommits, world=Fed),
     Planted("K3", "a feed that was aborted reads on behind its batch", ABORTS, FeedsOnBehindAnAbort, world=Fed),
-    Planted("K1", "nobody ends the transaction that a feed died in", CRASHES_IN_COMMITS, patch=_nobody_ends_what_the_dead_left, world=Pair, first=4),
-    Planted("G3", "what is there still of a topic that was shortened is passed over", Faults(kill=0.2), patch=_read_from_the_end, world=Changed, first=4),
+    Planted("K1", "nobody ends the transaction that a feed died in", CRASHES_IN_COMMITS, patch=_nobody_ends_what_the_dead_left, world=Pair, first=9),
+    Planted("G3", "what is there still of a topic that was shortened is passed over", Faults(kill=0.2), patch=_read_from_the_end, world=Changed, first=6),
     Planted("G3", "a topic that was made anew is read on where the one before was", patch=_read_on_in_another_topic, world=Changed, first=4),
     Planted("G3", "a position in a topic that was deleted is taken for one in the next", ZOMBIES_IN_TRANSACTIONS, patch=_any_position_is_taken, world=Changed, first=6),
-    Planted("K7", "partitions that are no more are kept by who was given them", patch=_kept_although_it_is_no_more, world=Changed, first=16),
+    Planted("K7", "partitions that are no more are kept by who was given them", patch=_kept_although_it_is_no_more, world=Changed, first=34),
 ]
