@@ -96,7 +96,9 @@ def end_if_late(loops: Sequence[Late], turn_s: float, log: Callable[[str], None]
     """End this process, to be started again, if one of them does not come back from a call; `turn_s` is what a turn may take beside transactions."""
     if any(loop.stats.is_late(time.monotonic(), turn_s + _COMMIT_S) for loop in loops):
         log(Line.of("a call of the Kafka client does not return; this process ends, and should be restarted", "error"))
-        for loop in loops:
-            if loop.stats.back_by_s:
-                loop.ends_in_a_call()
-        os._exit(_START_ME_AGAIN)
+        try:
+            for loop in loops:
+                if loop.stats.back_by_s:
+                    loop.ends_in_a_call()
+        finally:  # with this exit code, whatever could not be noted: no supervisor restarts it after another one
+            os._exit(_START_ME_AGAIN)

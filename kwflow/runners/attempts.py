@@ -98,7 +98,7 @@ class Attempts:
     def interrupted(self) -> None:
         """This process ends for a reason that is no record's fault.  Called from another thread."""
         self.finished()
-        for partition, suspects in self._mine.items():
+        for partition, suspects in list(self._mine.items()):  # a copy: the call may return just now, and its thread goes on
             self._take_back(partition, suspects)
 
     def finished(self) -> None:

@@ -150,3 +150,20 @@ def test_a_clean_stop_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
     assert not again.unclean
     assert not again.fresh
     assert again.another(0, [record(5)])[1] is None
+
+
+def test_a_call_that_returns_while_its_process_is_ended_for_it_changes_nothing(tmp_path: pathlib.Path) -> None:
+    """K19: the loop's thread survives its step while another thread takes the notes back; the process used to end with an error, which no supervisor restarts."""
+    noted: list[int] = []
+
+    def note(partition: int, suspects: object) -> None:
+        if suspects is None and partition == 0 and 1 not in noted:
+            attempts.survived(1)
+        if suspects is None:
+            noted.append(partition)
+
+    attempts = Attempts(tmp_path, note)
+    for partition in (0, 1, 2):
+        attempts.another(partition, [record(5)])
+    attempts.interrupted()
+    assert set(noted) == {0, 1, 2}
