@@ -20,7 +20,7 @@ from kwflow.core.dispatch import Dispatch, Withdraw, encode, state_key
 from kwflow.core.wire import Headers
 from kwflow.runners.activities import backlog, dispatch, threads
 from kwflow.runners.activities.dispatch import Dispatcher
-from kwflow.runners.activities.heart import HEADERS
+from kwflow.runners.activities.heart import HEADERS, Heart
 from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.logs import as_json
@@ -829,6 +829,29 @@ def test_what_is_left_behind_has_sent_its_last_details_and_what_nobody_waits_for
     engine.dispatcher.close()
 
 
+def test_nobody_waits_for_another_thread_that_sends_details_and_that_thread_sends_the_last_ones_too() -> None:
+    """Without a broker, a full producer blocks it for ever: an engine that stopped waited for it, and never ended."""
+    full, sent = threading.Event(), list[Any]()
+
+    def send(details: bytes, arrived: Callable[[], None]) -> bool:
+        sent.append(msgspec.json.decode(details))
+        full.wait(20)
+        arrived()
+        return True
+
+    heart = Heart(60, time.monotonic, lambda: None, send)
+    author = threading.Thread(target=heart.beat, args=("first",))
+    author.start()
+    while not sent:
+        time.sleep(0.001)
+    heart.beat("last")
+    heart.flush()
+    assert sent == ["first"]
+    full.set()
+    author.join(20)
+    assert sent == ["first", "last"]
+
+
 def test_an_engine_that_stops_waits_until_the_last_details_are_in_the_log() -> None:
     """A producer that is closed drops what it has not delivered yet."""
     store, delivered, rounds = MemoryStore(), list[str](), Rounds()
@@ -1049,7 +1072,9 @@ def test_details_arrive_in_the_order_in_which_they_were_given() -> None:
     turning.start()
     assert begun.wait(20)
     rounds.asked.put(None)
-    engine.dispatcher._wait(lambda: not sent.is_set() and "w" not in engine.records, 0.1)
+    [job] = engine.dispatcher._jobs.values()
+    while job.heart is not None and job.heart._unsent != b"2":
+        time.sleep(0.001)
     sent.set()
     turning.join(20)
     engine.answer()

@@ -34,6 +34,7 @@ _LEFT_BEHIND_S = 5.0  # how long a cancelled activity may go on before its slot 
 _LEFT_BEHIND_MAX = 256  # activities that go on without a slot; with so many, nothing new is started
 _LOOK_S = 0.2
 _STALLED_S = 2.0  # so long without a look, the process was stopped, or the engine's thread was busy
+_BEFORE_S = 1.0  # how long the answer of a failed attempt waits for details that another thread is sending
 _TELL_S = 2.0  # how long an engine that stops, or gives a partition away, waits until the last heartbeat details are in the log
 _READY_FACTOR = 8  # times the concurrency: so many calls are kept ready that no slot waits for the engine's next batch
 _BATCH_BYTES_MAX = 16_000_000  # of a batch's arguments; a batch with more is begun before it is full
@@ -342,7 +343,7 @@ class Dispatcher:
             job.answered = True
         if needed:
             if job.failed is not None and job.heart is not None:
-                job.heart.flush()
+                job.heart.flush(_BEFORE_S)
             try:
                 self._log_failure(job)
             finally:  # even if the log line cannot be written, the workflow gets its answer

@@ -66,7 +66,7 @@ class Heart:
         self._every_s = min(_EVERY_S_MAX, heartbeat_s / 2)
         self._lock = threading.Lock()  # of the fields; nobody waits while holding it
         self._sending = threading.Lock()  # held while details are sent, and so never asked for by whoever holds the dispatcher's
-        self._under_way = False
+        self._under_way = self._asked = False
         self._details: Any = None
         self._unsent: bytes | None = None
         self._sent_s = float("-inf")
@@ -108,20 +108,29 @@ class Heart:
 
     def flush_due(self) -> None:
         """Send details that are not sent yet if it is time, and if the last ones are in the log: without a broker, one record waits for it, not one every few seconds."""
-        if not self._under_way and self._sent_s <= self._monotonic() - self._every_s and self._sending.acquire(blocking=False):
+        if not self._under_way and self._sent_s <= self._monotonic() - self._every_s:
+            self._send_while_asked(0)
+
+    def flush(self, wait_s: float = 0) -> None:
+        """Send the last details now, if they are not sent yet.  If another thread is sending some, it sends them next; wait for that at most so long."""
+        with self._lock:
+            self._asked = True
+        self._send_while_asked(wait_s)
+
+    def _send_while_asked(self, wait_s: float) -> None:
+        """Send, unless another thread does: it may be blocked, as the log may be full.  Who has sent looks whether somebody has asked meanwhile."""
+        while self._sending.acquire(timeout=wait_s):
             try:
                 self._send_last()
             finally:
                 self._sending.release()
-
-    def flush(self) -> None:
-        """Send the last details now, if they are not sent yet."""
-        with self._sending:
-            self._send_last()
+            with self._lock:
+                if not (self._asked and self._unsent is not None):
+                    return
 
     def _send_last(self) -> None:
         with self._lock:
-            unsent, self._unsent = self._unsent, None
+            unsent, self._unsent, self._asked = self._unsent, None, False
         if unsent is not None:
             self._sent_s, self._under_way = self._monotonic(), True
             if not self._send(unsent, self._arrived):
