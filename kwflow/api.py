@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, Literal, overload
 
-from kwflow.activities import Activity, ActivityInfo, Retry, activity, activity_info, activity_named, batch_of, registered_activities
+from kwflow.activities import Activity, Retry, activity, activity_named, batch_of, registered_activities
 from kwflow.batches import Call
 from kwflow.core import children, messages, wire
 from kwflow.core.children import Child
@@ -23,6 +23,7 @@ from kwflow.core.wire import Record
 from kwflow.declarations import declare_topics, declared_topics, declaring, migrate, registered_migrations, registered_workflows, workflow
 from kwflow.durable.resources import reacquire
 from kwflow.feeds import Cancel, Resume, Signal, Start, feed
+from kwflow.running import ActivityInfo, activity_info
 from kwflow.waits import Gen, Wait, all, race, shield, sleep, spawn, suspend, timeout
 
 __all__ = [

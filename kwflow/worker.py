@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kwflow.activities import Activity, registered_activities
 from kwflow.config import Config
+from kwflow.core.ops import details_of
 from kwflow.core.outcomes import describe_error
 from kwflow.errors import CommandError, UsageError
 
@@ -110,7 +111,7 @@ class _Details:
             if error.status != "not_found":
                 raise
             return None
-        return header.get("heartbeats", {}).get(call.ref, {}).get("details")
+        return details_of(header, call.ref)
 
     def close(self) -> None:
         with self._lock:

@@ -18,7 +18,7 @@ from kwflow.core.dispatch import Dispatch, Withdraw
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Address, Output, Record, Reply
 
-__all__ = ["Closing", "Rewound", "forget_heartbeats", "fork", "heartbeats", "heartbeats_of", "identity", "rewind", "seen", "terminate", "unforkable"]
+__all__ = ["Closing", "Rewound", "details_of", "forget_heartbeats", "fork", "heartbeats", "heartbeats_of", "identity", "rewind", "seen", "terminate", "unforkable"]
 
 _SHOWN = (
     "id", "workflow", "status", "start_id", "created", "updated", "ended", "status_value", "outcome", "parked", "cancel", "client", "parent", "forked", "mailbox", "checkpoints",
@@ -72,6 +72,12 @@ def heartbeats_of(header: dict[str, Any]) -> dict[str, Any]:
     """The last heartbeats of all calls, by ref; none if the header, which may be unsigned, holds something else."""
     known = header.get("heartbeats")
     return known if isinstance(known, dict) else {}
+
+
+def details_of(header: dict[str, Any], ref: str) -> Any:
+    """The last details that the call behind this ref gave; None if there are none."""
+    given = heartbeats_of(header).get(ref)
+    return given.get("details") if isinstance(given, dict) else None
 
 
 def forget_heartbeats(header: dict[str, Any], waits: Collection[str]) -> None:

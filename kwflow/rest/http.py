@@ -17,11 +17,12 @@ from typing import Any
 
 import msgspec
 
-from kwflow.activities import activity, activity_info, find_activity
+from kwflow.activities import activity, find_activity
 from kwflow.core.charsets import text_in
 from kwflow.core.values import check_levels
 from kwflow.errors import ActivityError
 from kwflow.rest.values import Cookie, Failure, Response, Sent, place, wrong_header
+from kwflow.running import activity_info
 
 __all__ = ["request", "token"]
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kwflow import api
-from kwflow.activities import Activity, ActivityInfo, find_activity, registered_activities
+from kwflow.activities import Activity, find_activity, registered_activities
 from kwflow.config import Config
 from kwflow.core import snapshot, typed
 from kwflow.core.calls import timer_key
@@ -36,6 +36,7 @@ from kwflow.runners.feeds import FeedProcessor
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.overlay import Overlay
 from kwflow.runners.timers import TimerProcessor
+from kwflow.running import ActivityInfo
 from kwflow.testing.globals import GlobalsCheck
 
 __all__ = ["HANGS", "Call", "MemoryStore", "Saved", "WorkflowTester"]
@@ -287,7 +288,7 @@ class WorkflowTester:
             answered: list[Any] = []
             info = self._info(item, activity)
 
-            def run(*args: Any, item: Dispatch = item, activity: Activity[Any, Any] = activity, answered: list[Any] = answered, **kwargs: Any) -> Any:
+            def run(*args: Any, item: Dispatch = item, activity: Activity[Any, Any] = activity, answered: list[Any] = answered, info: ActivityInfo = info, **kwargs: Any) -> Any:
                 function = self._fakes.get(activity.name) or (activity.function if activity.batched is None else _alone(item, activity, info))
                 value = function(*args, **kwargs)
                 answered.append(_outcome(value) if inspect.iscoroutine(value) else value)

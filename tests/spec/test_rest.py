@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from kwflow import durable, rest
-from kwflow.activities import ActivityInfo, running_as
 from kwflow.config import load_config
 from kwflow.errors import UsageError
+from kwflow.running import ActivityInfo, running_as
 from kwflow.testing import HANGS, WorkflowTester
 from tests.spec import rest_service
 from tests.spec.rest_service import Answer, Asked, Service, nowhere

@@ -15,9 +15,10 @@ import pydantic.dataclasses
 import pytest
 
 import kwflow as kw
-from kwflow.activities import Activity, ActivityInfo, failure_payload, running_as
+from kwflow.activities import Activity, failure_payload
 from kwflow.core.contract import Workflows
 from kwflow.errors import ActivityError, BusinessError, UsageError
+from kwflow.running import ActivityInfo, running_as
 
 _names = itertools.count()
 

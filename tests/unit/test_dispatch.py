@@ -25,6 +25,7 @@ from kwflow.runners.embedded.engine import Embedded
 from kwflow.runners.embedded.state import EmbeddedStore
 from kwflow.runners.logs import as_json
 from kwflow.testing import MemoryStore
+from tests.waiting import until
 
 _names = itertools.count()
 
@@ -842,8 +843,7 @@ def test_nobody_waits_for_another_thread_that_sends_details_and_that_thread_send
     heart = Heart(60, time.monotonic, lambda: None, send)
     author = threading.Thread(target=heart.beat, args=("first",))
     author.start()
-    while not sent:
-        time.sleep(0.001)
+    until(lambda: sent)
     heart.beat("last")
     heart.flush()
     assert sent == ["first"]
@@ -1073,8 +1073,7 @@ def test_details_arrive_in_the_order_in_which_they_were_given() -> None:
     assert begun.wait(20)
     rounds.asked.put(None)
     [job] = engine.dispatcher._jobs.values()
-    while job.heart is not None and job.heart._unsent != b"2":
-        time.sleep(0.001)
+    until(lambda: job.heart is not None and job.heart._unsent == b"2")
     sent.set()
     turning.join(20)
     engine.answer()

@@ -10,8 +10,8 @@ import pytest
 
 import kwflow as kw
 from kwflow import rest
-from kwflow.activities import ActivityInfo, running_as
 from kwflow.rest import values
+from kwflow.running import ActivityInfo, running_as
 from tests.spec import rest_service
 from tests.spec.rest_service import Answer, Service
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import msgspec
 
-from kwflow.activities import Activity, ActivityInfo, failure_payload, running_as
+from kwflow.activities import Activity, failure_payload
 from kwflow.batches import Call
 from kwflow.core import wire
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.values import json_dumps
 from kwflow.errors import ActivityError, UsageError
+from kwflow.running import ActivityInfo, running_as
 
 __all__ = ["calls_of", "carry_out", "conclude", "failure_record", "info_of", "result_record"]
 

@@ -15,13 +15,13 @@ import msgspec
 
 from kwflow.core import snapshot
 from kwflow.core.dispatch import DETAILS_BYTES_MAX, Dispatch
+from kwflow.core.ops import details_of
 from kwflow.core.snapshot import Keys
 from kwflow.core.typed import to_plain
 from kwflow.core.values import json_dumps
 from kwflow.core.wire import Headers
 from kwflow.errors import SnapshotError, UsageError
 from kwflow.ports import Store
-from kwflow.runners.rows import checked_header
 
 __all__ = ["HEADERS", "Ask", "Heart", "Lookup", "kept", "record_of"]
 
@@ -38,10 +38,10 @@ def kept(keys: Keys) -> Lookup:
     def look(store: Store, call: Dispatch) -> Ask:
         stored = store.get(call.workflow_id.encode())
         try:
-            header = checked_header(snapshot.split(stored, keys)[0]) if stored is not None else {}
+            header = snapshot.split(stored, keys)[0] if stored is not None else {}
         except SnapshotError:  # it is parked, or will be
             header = {}
-        details = header.get("heartbeats", {}).get(call.ref, {}).get("details")
+        details = details_of(header, call.ref)
         return lambda: details
 
     return look

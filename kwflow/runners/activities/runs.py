@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kwflow.activities import Activity, running_as
+from kwflow.activities import Activity
 from kwflow.batches import Call
 from kwflow.core.dispatch import Dispatch
 from kwflow.core.outcomes import describe_error
@@ -21,6 +21,7 @@ from kwflow.runners.activities.heart import Ask, Heart
 from kwflow.runners.activities.threads import AsyncCall, on_thread
 from kwflow.runners.logs import Line, authors_traceback
 from kwflow.runners.tracing import CallSpan
+from kwflow.running import running_as
 
 __all__ = ["NEVER", "Gathered", "Job", "Run"]
 
