@@ -9,7 +9,7 @@ import msgspec
 
 from kwflow.core.wire import Headers, Output, Record
 
-__all__ = ["Budget", "Changes", "Clock", "Decision", "Deliver", "Link", "Listener", "Processor", "Store", "Worker"]
+__all__ = ["Budget", "Changes", "Clock", "Decision", "Deliver", "Link", "Listener", "Processor", "RunEvent", "Store", "Worker"]
 
 
 class Store(Protocol):
@@ -34,12 +34,24 @@ class Clock(Protocol):
     def now_ms(self) -> int: ...
 
 
+class RunEvent(msgspec.Struct, frozen=True):
+    """What happened to a run of a workflow: it was started or parked, or has ended with this outcome, after so many seconds."""
+
+    workflow: str
+    event: str
+    seconds: float | None = None
+
+    @classmethod
+    def ended(cls, workflow: str, outcome: str, began_ms: float, ended_ms: float) -> RunEvent:
+        return cls(workflow, outcome, max(0.0, ended_ms - began_ms) / 1000)
+
+
 class Decision(msgspec.Struct, frozen=True):
     """What one record (or the passing of time) did, besides its changes of state.
 
     Nothing has happened yet: state, outputs and offset are committed together, or not at all.  `replies` are outputs to the partition on
     which somebody waits; a reply to a partition that does not exist (any more) is counted and left out.  `logs` are written, `dispatch` is
-    started and `spans` are ended after the commit.  `counts` are the names of the counters to increment.
+    started and `spans` are ended after the commit.  `counts` are the names of the counters to increment, and `runs` is counted by workflow.
     """
 
     outputs: tuple[Output, ...] = ()
@@ -48,6 +60,7 @@ class Decision(msgspec.Struct, frozen=True):
     replies: tuple[Output, ...] = ()
     dispatch: tuple[object, ...] = ()
     spans: tuple[object, ...] = ()
+    runs: tuple[RunEvent, ...] = ()
 
 
 class Budget(Protocol):

@@ -146,13 +146,13 @@ class Calls:
             raise UsageError(f"the arguments of activity {name} have {len(arguments)} bytes, more than {self.context.limits.activity_bytes_max} (limit activity_bytes_max); pass a reference instead")
         if queue is not None and self.context.queues:
             job = JobWait(self.next_id(), self.record.timestamp_ms, name, attempt, queue)
-            given = Dispatch(self.instance.id, job.ref, name, attempt, key or job.ref, arguments, self.travelling)
+            given = Dispatch(self.instance.id, job.ref, name, attempt, key or job.ref, arguments, self.travelling, job.since_ms)
             self.request(job, queue, queues.key_of(self.instance.id, job.ref), queues.handed_out(given, self.context.topics.resume), self.travelling)
             if self.context.workflows.option(self.instance.workflow, "checkpoints"):  # only the queue has its arguments, and who goes back to this wait makes the call again
                 self.instance.extra.setdefault("calls", []).append(msgspec.to_builtins(given))
             return job
         wait = ActivityWait(self.next_id(), self.record.timestamp_ms, name, attempt)
-        call = Dispatch(self.instance.id, wait.ref, name, attempt, key or wait.ref, arguments, self.travelling)
+        call = Dispatch(self.instance.id, wait.ref, name, attempt, key or wait.ref, arguments, self.travelling, wait.since_ms)
         self._spend(size_of(call))
         self.register(wait)
         self.dispatch.append(call)

@@ -22,7 +22,10 @@ class Callee:
 
 
 class Dispatch(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Start this attempt of a call.  `key` is the ref of its first attempt, the same for all attempts.  `headers` travel on with the answer (semantics §9.3)."""
+    """Start this attempt of a call, which a record of the time `called_ms` asked for (0 if an earlier kwflow stored it).
+
+    `key` is the ref of its first attempt, the same for all attempts.  `headers` travel on with the answer (semantics §9.3).
+    """
 
     workflow_id: str
     ref: str
@@ -31,6 +34,7 @@ class Dispatch(msgspec.Struct, frozen=True, omit_defaults=True):
     key: str
     arguments: bytes
     headers: Headers = ()
+    called_ms: int = 0
 
 
 class Withdraw(msgspec.Struct, frozen=True):

@@ -65,4 +65,4 @@ def read(record: Record, resume_topic: str) -> Dispatch | Withdraw | None:
     id, _, key = job.idempotency_key.rpartition("|")
     if not wire.is_engine_id(job.ref) or id != job.workflow_id or not isinstance(arguments, dict):
         raise ProtocolError("no call of an activity: ref is <offset>:<n>, idempotency_key <workflow id>|<ref>, arguments an object", "bad-job")
-    return Dispatch(job.workflow_id, job.ref, job.activity, job.attempt, key, bytes(job.arguments), wire.travelling_headers(record))
+    return Dispatch(job.workflow_id, job.ref, job.activity, job.attempt, key, bytes(job.arguments), wire.travelling_headers(record), record.timestamp_ms)

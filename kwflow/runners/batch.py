@@ -22,7 +22,7 @@ from kwflow.core.wire import Record
 from kwflow.durable.registry import Module
 from kwflow.errors import CorruptSnapshotError, KwflowBug, ProtocolError, SnapshotError, StepTimeout
 from kwflow.feeds import registered_feeds
-from kwflow.ports import Budget, Changes, Decision
+from kwflow.ports import Budget, Changes, Decision, RunEvent
 from kwflow.runners import code, commands, feeds, parked
 from kwflow.runners.activities.dispatch import keep
 from kwflow.runners.checkpoints import drop, extent
@@ -204,27 +204,30 @@ class WorkflowBatch:
             # as its context, which would then be saved with the instance.
             return self._failed(name, key, live, number, made, by)
         state = made.state
+        runs: tuple[RunEvent, ...] = ()
         if isinstance(state, Save):
             instance = state.instance
             if instance is not live.instance:
+                runs = _begun(live, instance.workflow, instance.created_ms)
                 _go_on_numbering(live, instance.extra)
             live.instance, live.ahead = instance, True
             if instance.workflow in self.kept.workflows or "checkpoints" in instance.extra:
                 self.at_once, live.changed = key, live.changed or state.changed
         elif isinstance(state, Ended):
+            runs = _finished(live, state.header, made.outcome)
             _go_on_numbering(live, state.header)
             self._ended(key, live, state.header)
         elif live.instance is None:
             del self.live[key]
-        decision = self._decision(name, record, made)
+        decision = self._decision(name, record, made, runs)
         return decision if self.history is None else self.history.stepped(decision, made, record, by, self.context.received_ms)
 
-    def _decision(self, name: str, record: Record, made: Transition) -> Decision:
+    def _decision(self, name: str, record: Record, made: Transition, runs: tuple[RunEvent, ...] = ()) -> Decision:
         logs = tuple(f"{name}: {line}" for line in made.logs) if made.logs else ()
         if made.outcome in _IGNORED:
             logs = (f"{name}: ignored, {made.outcome}, {record.topic}[{record.partition}]@{record.offset}",)
         replies = tuple(wire.reply_output(self.config.reply_topic, reply) for reply in made.replies) if made.replies else ()
-        decision = Decision(made.outputs, logs, (made.outcome,), replies, made.dispatch)
+        decision = Decision(made.outputs, logs, (made.outcome,), replies, made.dispatch, runs=runs)
         if made.outcome != "refused":
             return decision
         return commands.joined([decision, parked.dead(self.config, record, "refused", made.logs[-1], self.context.received_ms)])
@@ -388,6 +391,22 @@ def _go_on_numbering(live: Live, header: dict[str, Any]) -> None:
     before = live.instance.extra.get("checkpoints") if live.instance is not None else live.checkpoints
     if before is not None:
         header.setdefault("checkpoints", before)
+
+
+def _begun(live: Live, workflow: str, now_ms: int) -> tuple[RunEvent, ...]:
+    """What a start means for the runs under its id: one that was there made way for it."""
+    made = RunEvent(workflow, "started")
+    if live.instance is None:
+        return (made,)
+    return RunEvent.ended(live.instance.workflow, "terminated", live.instance.created_ms, now_ms), made
+
+
+def _finished(live: Live, header: dict[str, Any], outcome: str) -> tuple[RunEvent, ...]:
+    """What an end means for them: of a run that was there, or of one that was started in this step."""
+    workflow, ended_ms = header["workflow"], header["ended"]
+    if live.instance is None or outcome == "restarted":
+        return (*_begun(live, workflow, ended_ms), RunEvent.ended(workflow, header["outcome"]["kind"], ended_ms, ended_ms))
+    return (RunEvent.ended(workflow, header["outcome"]["kind"], live.instance.created_ms, ended_ms),)
 
 
 def _is_own(header: dict[str, Any]) -> bool:

@@ -190,7 +190,7 @@ class Agent:
         """Do what follows once the broker has everything: counts, logs, activities, spans."""
         self._applied[record.partition] = record.offset + 1
         for decision in made:
-            self.stats.counts.update(decision.counts)
+            self.stats.count(decision.counts, decision.runs)
             for line in decision.logs:
                 self.on_log(line)
             self._worker.committed(_ALL, decision.dispatch)
@@ -220,7 +220,7 @@ class Agent:
             self._reply_partitions = there.get(asked, 0)
         if place < self._reply_partitions:
             return True
-        self.stats.counts.update(("reply-gone",))
+        self.stats.counts["reply-gone"] += 1
         self.on_log(f"a reply to {asked}[{place}], which does not exist, was skipped")
         return False
 

@@ -19,7 +19,7 @@ from kwflow.core.murmur2 import partition_of
 from kwflow.core.wire import Output, Record, Reply
 from kwflow.durable import versions
 from kwflow.errors import CodeChangedError, CorruptSnapshotError, MigrationError, ProtocolError, SnapshotError, UncaughtError
-from kwflow.ports import Changes, Decision
+from kwflow.ports import Changes, Decision, RunEvent
 from kwflow.runners.instances import Page
 
 __all__ = [
@@ -95,12 +95,14 @@ def park(config: Config, state: Changes, name: str, stored: bytes | None, record
     ran = "" if stored is None or isinstance(error, _RAN_NOTHING_OLD) else "".join(f"; {said}" for said in old_code(config, name, stored))
     base = {"id": name, "workflow": _text(record, "workflow"), "start_id": _text(record, "start-id"), "created": record.timestamp_ms, "updated": record.timestamp_ms, "waits": []}
     base |= {entry: value for entry in ("client", "parent") if (value := _text(record, entry))} if stored is None else {}
-    state.put(name.encode(), snapshot.park(stored, base, reason, message + ran, record.offset, config.signing_keys, record.timestamp_ms))
+    data = snapshot.park(stored, base, reason, message + ran, record.offset, config.signing_keys, record.timestamp_ms)
+    state.put(name.encode(), data)
     kept, replies = _kept_and_replies(config, record, reason, message)
     _put(state, name, kept, _last(state, name)[1])
     told = dead_letter(config, record, "parked", f"{reason}: {message}", received_ms)
     in_log = error.in_log if isinstance(error, UncaughtError) else message
-    return Decision((told,), (f"{name} is parked: {reason}: {in_log}{ran}",), ("parked",), replies)
+    workflow = str(snapshot.read_header(data).get("workflow", ""))  # of an unsigned header it may be anything
+    return Decision((told,), (f"{name} is parked: {reason}: {in_log}{ran}",), ("parked",), replies, runs=(RunEvent(workflow, "parked"),))
 
 
 def old_code(config: Config, name: str, stored: bytes) -> list[str]:

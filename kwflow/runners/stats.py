@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
-__all__ = ["BYTES", "SECONDS", "Histogram", "Seen", "Stats"]
+from kwflow.ports import RunEvent
+
+__all__ = ["BYTES", "DURATIONS", "SECONDS", "Durations", "Histogram", "Seen", "Stats"]
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+DURATIONS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0, 900.0, 3_600.0, 21_600.0, 86_400.0, 604_800.0, 2_592_000.0, 31_536_000.0)  # s, up to a year
 BYTES = (256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0)
+_NAMES_MAX, _NAME_CHARACTERS_MAX = 1_000, 1_000
 
 
 class Histogram:
@@ -40,15 +44,47 @@ class Histogram:
         return made
 
 
+class Durations(dict[tuple[str, ...], Histogram]):
+    """Counts durations, in seconds, under labels: `durations["order", "result"].observe(0.5)`."""
+
+    def __missing__(self, labels: tuple[str, ...]) -> Histogram:
+        made = self[labels] = Histogram(DURATIONS)
+        return made
+
+
 class Stats:
     """The numbers of one runner.  `turned_s` is when its loop last came round, 0 before the first time; `back_by_s` is when the
     current call of the Kafka client should return, 0 outside of one.  Both are on the monotonic clock."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()  # what became of records, by the words of Decision.counts
+        self.started: Counter[str] = Counter()  # runs, by workflow
+        self.parked: Counter[str] = Counter()
+        self._names: set[str] = set()
+        self.ended = Durations()  # of runs, by workflow and outcome
         self.commits = Histogram(SECONDS)
         self.turned_s = 0.0
         self.back_by_s = 0.0
+
+    def count(self, outcomes: Iterable[str], runs: Iterable[RunEvent]) -> None:
+        """Count what a commit did, as its decisions say."""
+        self.counts.update(outcomes)
+        for run in runs:
+            name = self._name(run.workflow)
+            if run.seconds is not None:
+                self.ended[name, run.event].observe(run.seconds)
+            elif run.event == "started":
+                self.started[name] += 1
+            else:
+                self.parked[name] += 1
+
+    def _name(self, workflow: str) -> str:
+        """The name under which a workflow is counted.  Forged snapshots may name any number of workflows, and each would cost memory, here and in Prometheus."""
+        if workflow not in self._names:
+            if len(self._names) >= _NAMES_MAX or len(workflow) > _NAME_CHARACTERS_MAX:
+                return "(others)"
+            self._names.add(workflow)
+        return workflow
 
     def is_late(self, now: float, turn_max_s: float) -> bool:
         """Whether the loop is stuck: in a client that ignores its own timeout, or for far too long in anything else."""

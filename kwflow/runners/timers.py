@@ -13,6 +13,7 @@ from kwflow.core.wire import Output, Record
 from kwflow.errors import ProtocolError
 from kwflow.ports import Budget, Changes, Decision, Deliver, Store
 from kwflow.runners import parked
+from kwflow.runners.stats import DURATIONS, Histogram
 
 __all__ = ["TimerProcessor"]
 
@@ -25,6 +26,7 @@ class TimerProcessor:
         self.partitions = 1
         self.input_topic = config.scheduler_topic
         self.changelog_topic = config.timers_changelog_topic
+        self.lateness = Histogram(DURATIONS)
 
     def taken_over(self, store: Store) -> dict[str, str]:
         return {}
@@ -95,9 +97,10 @@ class TimerProcessor:
         fired: dict[bytes, bytes | None] = {}
         following = b""
         for due_key, headers in state.scan(timers.DUE, low) if count else ():
-            following = due_key
-            if timers.due_entries(due_key)[0] > now_ms or len(outputs) >= limit:
+            following, due_ms = due_key, timers.due_entries(due_key)[0]
+            if due_ms > now_ms or len(outputs) >= limit:
                 break
+            self.lateness.observe((now_ms - due_ms) / 1000)
             changes, output = timers.fire(due_key, headers, self.config.resume_topic, now_ms)
             fired |= changes
             outputs.append(output)

@@ -27,7 +27,8 @@ from kwflow.runners.activities.dispatch import Dispatcher
 from kwflow.runners.instances import Instances
 from kwflow.runners.loop import WorkflowProcessor
 from kwflow.runners.parked import holding
-from kwflow.runners.stats import Histogram, Seen, Stats
+from kwflow.runners.stats import Durations, Histogram, Seen, Stats
+from kwflow.runners.timers import TimerProcessor
 
 __all__ = ["Watched", "advertised", "health", "is_live", "metrics_registry", "serve_http"]
 
@@ -78,6 +79,7 @@ class _Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         yield from self._counts()
+        yield from self._runs()
         yield from self._partitions([one for runner in self._runners for one in runner.seen()])
         for runner in self._runners:
             served = runner.instances()
@@ -87,9 +89,11 @@ class _Metrics(Collector):
             for processor in runner.watched_processors:
                 if isinstance(processor, WorkflowProcessor):
                     yield from _instances(processor)
+                if isinstance(processor, TimerProcessor):
+                    yield _histogram("kwflow_timer_late_seconds", "Time from when a timer was due until it fired.", [processor.lateness])
                 dispatcher = processor.dispatcher if isinstance(processor, WorkflowProcessor) else processor
                 if isinstance(dispatcher, Dispatcher):
-                    yield _activities(dispatcher)
+                    yield from _activities(dispatcher)
         memory = GaugeMetricFamily("kwflow_rocksdb_bytes", "Block cache and write buffers of all stores of the process.")
         memory.add_metric([], rocks.memory(self._config.rocksdb_bytes_max).usage())
         yield memory
@@ -108,6 +112,16 @@ class _Metrics(Collector):
             steps.add_metric([outcome], total[outcome])
         yield steps
         yield _histogram("kwflow_commit_seconds", "Time from the beginning of a transaction to its commit.", [runner.stats.commits for runner in self._runners])
+
+    def _runs(self) -> Iterator[Metric]:
+        started = CounterMetricFamily("kwflow_workflows_started", "Runs that were started or forked.", labels=["workflow"])
+        parked = CounterMetricFamily("kwflow_workflows_parked", "How often an instance was parked.", labels=["workflow"])
+        for runner in self._runners:
+            for family, counted in ((started, runner.stats.started), (parked, runner.stats.parked)):
+                for workflow, count in counted.copy().items():
+                    family.add_metric([workflow], count)
+        yield from (started, parked)
+        yield _durations("kwflow_workflow_seconds", "Time from the start of a run to its end.", ["workflow", "outcome"], [runner.stats.ended for runner in self._runners])
 
     def _partitions(self, seen: list[Seen]) -> Iterator[Metric]:
         lag = GaugeMetricFamily("kwflow_lag_records", "Input records that are committed but not applied yet.", labels=["topic", "partition"])
@@ -137,11 +151,13 @@ def _instances(processor: WorkflowProcessor) -> Iterator[Metric]:
     yield GaugeMetricFamily("kwflow_instances_live", "Instances kept in memory.", value=len(processor.live))
 
 
-def _activities(dispatcher: Dispatcher) -> Metric:
+def _activities(dispatcher: Dispatcher) -> Iterator[Metric]:
     calls = GaugeMetricFamily("kwflow_activities", "Activities in this process; more may wait in the store. Left behind: cancelled, but still running.", labels=["state"])
     for state, count in dispatcher.counts().items():
         calls.add_metric([state], count)
-    return calls
+    yield calls
+    yield _durations("kwflow_activity_wait_seconds", "Time from a call of an activity until the attempt begins here.", ["activity"], [dispatcher.waited])
+    yield _durations("kwflow_activity_seconds", "Time that an attempt of an activity took.", ["activity", "outcome"], [dispatcher.ran])
 
 
 def _histogram(name: str, text: str, parts: Sequence[Histogram]) -> Metric:
@@ -150,6 +166,14 @@ def _histogram(name: str, text: str, parts: Sequence[Histogram]) -> Metric:
         whole.counts = [one + other for one, other in zip(whole.counts, part.counts, strict=True)]
         whole.total += part.total
     return HistogramMetricFamily(name, text, buckets=whole.buckets(), sum_value=whole.total)
+
+
+def _durations(name: str, text: str, labels: Sequence[str], parts: Sequence[Durations]) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=labels)
+    for part in parts:
+        for values, histogram in sorted(part.copy().items()):
+            family.add_metric(values, histogram.buckets(), histogram.total)
+    return family
 
 
 def metrics_registry(runners: Sequence[Watched], config: Config) -> CollectorRegistry:

@@ -121,6 +121,79 @@ def test_metrics_say_what_became_of_records_timers_snapshots_and_the_cache(place
         urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
 
 
+WAYS = """
+import kwflow as kw
+
+@kw.activity(retry=kw.Retry(max_attempts=2, first=0.001), timeout=60)
+def work(how):
+    if how == "refused":
+        raise kw.BusinessError("E", "no")
+    if how == "broken":
+        raise ValueError("broken")
+    return how
+
+@kw.workflow
+def worked(how):
+    try:
+        return (yield work(how))
+    except (kw.BusinessError, kw.ActivityError):
+        yield kw.sleep(0.001)
+        return "compensated"
+
+@kw.workflow(restart=True)
+def waits(o):
+    if o == "at once":
+        return 1
+    if o == "fails":
+        raise ValueError("wrong")
+    yield kw.wait_signal("go")
+    held = open(kw.__file__)
+    yield kw.suspend("unsavable")
+"""
+
+
+def test_runs_are_counted_by_workflow_and_outcome_and_attempts_by_activity(place: Place, tmp_path: pathlib.Path) -> None:
+    """Each way in which a run begins and ends is counted once: also of one that ends in its first step, makes way for another, is forked, or is started by a signal."""
+    module = durable.load_source("ways", WAYS, str(tmp_path / "ways.py"))
+    place.processors[0] = WorkflowProcessor(place.config, Workflows({"worked": module.worked, "waits": module.waits}, "waits"), frozenset(), place.held.incarnation)
+
+    def send(id: str, value: str, **headers: str) -> None:
+        place.held.append(place.config.resume_topic, id.encode(), value.encode(), tuple((f"kwflow-{name}", text.encode()) for name, text in headers.items()))
+
+    for how in ("fine", "refused", "broken"):
+        send(how, json.dumps(how).join(("new:", "")), workflow="worked")
+    for id in ("answered", "cancelled", "terminated", "replaced", "parked"):
+        send(id, "new:null")
+    for id in ("at once", "fails"):
+        send(id, f'new:"{id}"')
+    send("cancelled", "null", op="cancel")
+    send("terminated", "null", op="terminate")
+    send("replaced", "new:null")
+    send("replaced", 'new:"at once"')
+    send("answered", '{"id": "copy"}', op="fork")
+    send("signalled", '{"name": "later", "value": 1, "start": {"workflow": "waits"}}', op="signal")
+    send("parked", '{"name": "go"}', op="signal")
+    send("parked", "null", op="retry")
+    send("parked", "null", op="terminate")
+    ends = {"result": 2, "error": 1, "cancelled": 1, "terminated": 4}  # in state "terminated": the parked one, and two that made way
+    with serve_http("127.0.0.1:0", [place.held], place.config) as port:
+        place.held.run(place.processors, lambda: 'outcome="result",workflow="worked"} 3.0' in get(port, "/metrics")[1])
+        text = get(port, "/metrics")[1]
+    assert value(text, 'kwflow_workflows_started_total{workflow="worked"}') == 3
+    assert value(text, 'kwflow_workflows_started_total{workflow="waits"}') == 11  # with two that made way, one fork, and one that a signal started
+    assert value(text, 'kwflow_workflows_parked_total{workflow="waits"}') == 2
+    for outcome, count in ends.items():
+        assert value(text, f'kwflow_workflow_seconds_count{{outcome="{outcome}",workflow="waits"}}') == count, outcome
+    assert value(text, 'kwflow_workflow_seconds_bucket{le="+Inf",outcome="result",workflow="worked"}') == 3
+    assert value(text, 'kwflow_workflow_seconds_sum{outcome="result",workflow="worked"}') > 0
+    for outcome, count in {"result": 1, "business-error": 1, "error": 2}.items():
+        assert value(text, f'kwflow_activity_seconds_count{{activity="work",outcome="{outcome}"}}') == count, outcome
+    assert value(text, 'kwflow_activity_wait_seconds_count{activity="work"}') == 4
+    assert value(text, 'kwflow_activity_wait_seconds_bucket{activity="work",le="60.0"}') == 4
+    assert value(text, "kwflow_timer_late_seconds_count") == 3  # a pause before the second attempt, and two of the workflows
+    assert value(text, 'kwflow_timer_late_seconds_bucket{le="60.0"}') == 3
+
+
 def test_health_is_live_and_ready_once_the_loop_runs_and_no_longer_live_when_it_is_stuck(place: Place) -> None:
     with serve_http("127.0.0.1:0", [place.held], place.config) as port:
         place.send("a", "new:1000")

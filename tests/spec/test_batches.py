@@ -43,6 +43,7 @@ class Engine:
         self.processor = WorkflowProcessor(Config(instances_cached_max=cached), Workflows({"main": module.main}, "main"), frozenset({"out"}))
         self.store = MemoryStore()
         self.written: list[str] = []
+        self.events: list[str] = []  # of the runs, as they are counted
         self.offset = 0
 
     def batch(self, values: list[bytes], headers: tuple[tuple[str, bytes | None], ...] = ()) -> None:
@@ -51,6 +52,7 @@ class Engine:
         self.offset += len(values)
         for made in self.processor.decide(overlay, records, 1):
             self.written += [(output.value or b"").decode() for output in made.outputs if output.topic in ("out", "workflow-result")]
+            self.events += [run.event for run in made.runs]
         self.store.apply(overlay.changes)
 
     @property
@@ -79,7 +81,7 @@ def at_fault(unsavable: tuple[int, ...], failing: int | None, cut: tuple[int, ..
 @pytest.mark.parametrize("unsavable", [kinds for number in range(WAITS + 1) for kinds in itertools.combinations(range(WAITS), number)], ids=str)
 def test_a_state_between_two_records_of_a_batch_need_not_be_savable_and_whatever_is_written_is_what_one_run_writes(unsavable: tuple[int, ...], failing: int | None, cached: int) -> None:
     """With every way to cut the records into batches, what is written is a prefix of what they would write if all could be saved,
-    up to the record at fault. After a retry it is all of it, if no step fails.
+    up to the record at fault. After a retry it is all of it, if no step fails. A run is counted as started, parked and ended as often as it was.
     """
     everything = [*map(str, range(WAITS)), '"ended"']
     for cut in CUTS:
@@ -89,9 +91,12 @@ def test_a_state_between_two_records_of_a_batch_need_not_be_savable_and_whatever
         fault = at_fault(unsavable, failing, cut)
         assert engine.parked_at == fault, cut
         assert engine.written == everything[:fault], cut
+        assert engine.events == (["started"] if fault != 0 else []) + (["parked"] if fault is not None else ["result"]), cut
         if fault is not None:
             engine.batch([b"null"], (("kwflow-op", b"retry"),))  # what was held becomes one batch, which ends it, or fails as before
             assert (engine.parked_at, engine.written) == ((None, everything) if failing is None else (fault, everything[:fault])), cut
+            again = ["parked"] if failing is not None else ["result"] if fault else ["started", "result"]
+            assert engine.events == [*(["started"] if fault else []), "parked", *again], cut
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -111,11 +111,11 @@ def _arguments(at: int, bytes_: int) -> str:
 
 
 def _kept(at: int, bytes_: int, header: int = 0) -> str:
-    """A call of an activity counts as the entry that is kept of it: id, name, arguments, and the headers of the step's record."""
+    """A call of an activity counts as the entry that is kept of it: id, name, arguments, and the headers and the time of the step's record."""
     engine, work = Engine(output_bytes_max=at), make(lambda text: text)
     engine.module.WORK[:] = [work]
     headers = (("x", b"x" * header),) if header else ()
-    empty = Dispatch("a", "0:1", work.name, 1, "0:1", work.encode_arguments(("",), {}), headers)
+    empty = Dispatch("a", "0:1", work.name, 1, "0:1", work.encode_arguments(("",), {}), headers, NOW_MS)
     made = engine.batch(engine.record("a", b"new:" + msgspec.json.encode(["call", bytes_ - size_of(empty)]), headers))[0]
     assert [len(key) + len(entry) for key, entry in engine.store.scan(PREFIX)] == [bytes_] * len(made.dispatch)
     return "" if made.dispatch else str(result(made)[1])
@@ -508,7 +508,7 @@ EDGES = [
     Edge("outputs_max", "outputs of one step", 5, in_a_step("outputs_max", "outputs"), r"more than 5 outputs in one step .limit outputs_max.; wait in between"),
     Edge("output_bytes_max", "bytes of all outputs of one step, keys included", 50, in_a_step("output_bytes_max", "value", 1), r"outputs and activity calls of one step .* 50 bytes .limit output_bytes_max.; wait in between"),
     Edge("output_bytes_max", "bytes that are kept of a call of an activity", 200, _kept, r"outputs and activity calls of one step .* 200 bytes .limit output_bytes_max.; wait in between"),
-    Edge("output_bytes_max", "headers that go on with a call of an activity", 300, lambda at, n: _kept(at, n, 150), r"outputs and activity calls of one step .* 300 bytes .limit output_bytes_max."),
+    Edge("output_bytes_max", "headers that go on with a call of an activity", 400, lambda at, n: _kept(at, n, 150), r"outputs and activity calls of one step .* 400 bytes .limit output_bytes_max."),
     Edge("output_bytes_max", "outputs of two bytes each, keys included", 25, lambda at, n: in_a_step("output_bytes_max", "outputs")(2 * at, n), r"outputs and activity calls of one step .* 50 bytes .limit output_bytes_max."),
     Edge("value_bytes_max", "bytes of an output", 300, in_a_step("value_bytes_max", "value"), r"an output to out has 301 bytes, more than 300 .limit value_bytes_max.; send a reference"),
     Edge("value_bytes_max", "bytes of a result", 300, in_a_step("value_bytes_max", "result"), r"the result has 301 bytes, more than 300 .limit value_bytes_max.; return a reference"),

@@ -15,7 +15,7 @@ from rich.console import Console
 from kwflow.cli.watching import RestoreBar, log_of, watched
 from kwflow.config import Config
 from kwflow.core.wire import Record
-from kwflow.ports import Decision
+from kwflow.ports import Decision, RunEvent
 from kwflow.runners.instances import instant, since_ms
 from kwflow.runners.logs import as_json, lines_of
 from kwflow.runners.parked import HOLD, holding
@@ -80,6 +80,15 @@ def test_a_histogram_counts_up_to_each_bound_and_beyond() -> None:
     buckets = dict(histogram.buckets())
     assert (buckets["0.001"], buckets["0.002"], buckets["10.0"], buckets["+Inf"]) == (2, 3, 4, 5)
     assert round(histogram.total, 4) == 21.0026
+
+
+def test_forged_names_of_workflows_do_not_fill_the_metrics() -> None:
+    """The header of a snapshot that nobody has signed may name anything. A name that is known goes on being counted."""
+    stats = Stats()
+    for name in ("order", "x" * 10_000, *map(str, range(2_000)), "order"):
+        stats.count((), (RunEvent(name, "started"), RunEvent.ended(name, "result", 5, 3)))
+    assert stats.started["order"] == 2 and stats.started["(others)"] == 1_002
+    assert len(stats.started) == len(stats.ended) == 1_001
 
 
 class Restoring:

@@ -26,6 +26,7 @@ from kwflow.runners.activities.heart import HEADERS, Ask, Heart, Lookup, record_
 from kwflow.runners.activities.pace import Pace
 from kwflow.runners.activities.runs import NEVER, Gathered, Job, Run
 from kwflow.runners.activities.threads import Loops, Threads, place_of
+from kwflow.runners.stats import Durations
 from kwflow.runners.tracing import CallSpan
 
 __all__ = ["Dispatcher", "keep"]
@@ -84,6 +85,8 @@ class Dispatcher:
         self._unknown: set[str] = set()
         self._looked = 0.0
         self._stalled = False
+        self.waited = Durations()  # from the call to the beginning of its attempt, by activity
+        self.ran = Durations()  # attempts, by activity and outcome
 
     # -- what the engine tells (ports.Worker) ----------------------------------------------------------------------
     def own(self, partition: int, store: Store) -> None:
@@ -268,9 +271,12 @@ class Dispatcher:
         limit_s = self._limit_s if self._limit_s and activity.heartbeat_s is None else NEVER
         if activity.timeout_s is not None:
             limit_s = activity.timeout_s if self._ends_late else NEVER
-        run = Run(activity, jobs, limit_s, self._threads.monotonic() + limit_s, self._span([job.dispatch for job in jobs]))
+        run = Run(activity, jobs, limit_s, self._threads.monotonic(), self._span([job.dispatch for job in jobs]))
+        now_ms = self._threads.now_ms()
         for job in jobs:
             job.run = run
+            if job.dispatch.called_ms:
+                self.waited[activity.name,].observe(max(0, now_ms - job.dispatch.called_ms) / 1000)
             if activity.heartbeat_s is not None:
                 job.beats(Heart(activity.heartbeat_s, self._threads.monotonic, job.ask or (lambda: None), functools.partial(self._tell, job)))
         self._running += 1
@@ -340,6 +346,8 @@ class Dispatcher:
         """Deliver an answer, once, unless the call was cancelled, so that nobody needs it any more."""
         with self._changed:
             needed = not job.answered and job.wanted
+            if not job.answered:
+                self._count(job, job.outcome if job.wanted else "cancelled")
             job.answered = True
         if needed:
             if job.failed is not None and job.heart is not None:
@@ -350,6 +358,10 @@ class Dispatcher:
                 self._send(job, record)
         else:
             self._finished(job)
+
+    def _count(self, job: Job, outcome: str) -> None:
+        """Count an attempt by what became of it."""
+        self.ran[job.dispatch.name, outcome].observe(self._threads.monotonic() - job.running.began_s)
 
     def _log_failure(self, job: Job) -> None:
         if job.failed is not None:
@@ -434,6 +446,7 @@ class Dispatcher:
             why = whys[run] if run in whys else whys.setdefault(run, run.late(now))
             if why is not None and not job.answered:
                 job.answered = True
+                self._count(job, "timeout")
                 late.append((job, why))
             elif now - job.cancelled_at > _LEFT_BEHIND_S and not run.wanted:
                 self._settle(job)

@@ -30,9 +30,10 @@ _SAID_MAX = 2_000  # characters of an error's text in a log line
 
 
 class Job:
-    """One call that is ready or runs.  `failed`: the log line if it failed; `answered`: its record was made; `settled`: it no longer keeps its run's slot; `left`: others own its partition."""
+    """One call that is ready or runs.  `failed`: the log line if it failed; `outcome`: what became of it, for the metrics; `answered`: its record was made; `settled`: it no longer keeps
+    its run's slot; `left`: others own its partition."""
 
-    __slots__ = ("activity", "answered", "ask", "cancelled_at", "dispatch", "failed", "heart", "info", "left", "partition", "run", "settled")
+    __slots__ = ("activity", "answered", "ask", "cancelled_at", "dispatch", "failed", "heart", "info", "left", "outcome", "partition", "run", "settled")
 
     def __init__(self, partition: int, dispatch: Dispatch, ask: Ask | None = None) -> None:
         self.partition = partition
@@ -45,6 +46,7 @@ class Job:
         self.cancelled_at = NEVER
         self.answered = self.settled = self.left = False
         self.failed: Line | None = None
+        self.outcome = "result"
 
     @property
     def id(self) -> tuple[int, str, str]:
@@ -77,7 +79,9 @@ class Job:
     def note(self, error: BaseException, where: str = "") -> None:
         """Keep the log line of a failed attempt, as text: the error would keep alive what its frames hold.  A BusinessError is an outcome, not a failure."""
         if isinstance(error, BusinessError):
+            self.outcome = "business-error"
             return
+        self.outcome = "error"
         self.running.span.failed(error)
         final = isinstance(error, ActivityError) and error.final
         pause_s = None if final else self.found.retry.pause_s(self.dispatch.attempt, self.info.idempotency_key)
@@ -100,14 +104,15 @@ class Run:
     Invariant: a run has a slot while any of its jobs is not settled.  `behind`: the function goes on without a slot.
     """
 
-    __slots__ = ("activity", "begun", "behind", "deadline", "ended", "jobs", "limit_s", "span", "thread", "unsettled")
+    __slots__ = ("activity", "began_s", "begun", "behind", "deadline", "ended", "jobs", "limit_s", "span", "thread", "unsettled")
 
-    def __init__(self, activity: Activity[Any, Any], jobs: Sequence[Job], limit_s: float, deadline: float, span: CallSpan) -> None:
+    def __init__(self, activity: Activity[Any, Any], jobs: Sequence[Job], limit_s: float, now: float, span: CallSpan) -> None:
         self.activity = activity
         self.jobs = jobs
         self.unsettled = len(jobs)
         self.limit_s = limit_s
-        self.deadline = deadline
+        self.began_s = now
+        self.deadline = now + limit_s
         self.span = span
         self.ended = self.behind = False
         self.thread: threading.Thread | None = None

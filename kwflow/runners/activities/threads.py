@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from kwflow.durable.driving import clean_up_here
+from kwflow.runners.clock import SystemClock
 
 __all__ = ["AsyncCall", "Loops", "Threads", "on_thread", "place_of"]
 
@@ -86,6 +87,9 @@ class Threads:
     def wait(self, changed: threading.Condition, seconds: float) -> None:
         """Wait until the condition is notified, or for this long.  The caller holds its lock."""
         changed.wait(seconds)
+
+    def now_ms(self) -> int:
+        return SystemClock().now_ms()
 
     def monotonic(self) -> float:
         """Seconds on a clock that never goes back."""

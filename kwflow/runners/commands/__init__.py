@@ -13,7 +13,7 @@ from kwflow.config import Config
 from kwflow.core import children, ops, snapshot, wire
 from kwflow.core.wire import Command, Record
 from kwflow.errors import RefusedError
-from kwflow.ports import Changes, Decision
+from kwflow.ports import Changes, Decision, RunEvent
 from kwflow.runners import checkpoints, parked
 from kwflow.runners.activities.dispatch import keep
 from kwflow.runners.commands.copies import fork, rewind
@@ -89,7 +89,9 @@ def _terminate(batch: Batch, name: str, header: dict[str, Any], record: Record, 
     replies += [wire.reply_output(batch.config.reply_topic, reply) for reply in closing.replies]
     others = [one for one in held if dict(one.headers).get("kwflow-start-id") != header["start_id"].encode()]  # the parent of this run is answered with its end
     told = [output for one in others for output in children.refused(one, "terminated", "what ran under this id was terminated before this start was applied", batch.config.resume_topic)]
-    made = Decision((*closing.outputs, *told), (f"{name}: terminated",), ("unknown-id",) * len(held), tuple(replies), closing.dispatch)
+    began_ms = header.get("created", record.timestamp_ms)
+    run = RunEvent.ended(header["workflow"], closing.header["outcome"]["kind"], began_ms, record.timestamp_ms)
+    made = Decision((*closing.outputs, *told), (f"{name}: terminated",), ("unknown-id",) * len(held), tuple(replies), closing.dispatch, runs=(run,))
     return done(batch, name, record, command, "ok", [made])
 
 

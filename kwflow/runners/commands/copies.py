@@ -13,7 +13,7 @@ from kwflow.core.murmur2 import partition_of
 from kwflow.core.step import applied_before
 from kwflow.core.wire import Command, Record
 from kwflow.errors import ProtocolError, SnapshotError, UsageError
-from kwflow.ports import Decision
+from kwflow.ports import Decision, RunEvent
 from kwflow.runners import checkpoints, parked
 from kwflow.runners.activities.dispatch import keep
 from kwflow.runners.commands.holds import drain, settled
@@ -62,7 +62,7 @@ def fork(batch: Batch, name: str, header: dict[str, Any], record: Record, comman
         made["checkpoints"] = there["checkpoints"]
     data = snapshot.copy(body, made, batch.config.signing_keys)
     batch.put(key, snapshot.park(data, {}, "paused", "", record.offset, batch.config.signing_keys) if command.arguments.paused else data)
-    return done(batch, name, record, command, "ok", [Decision(tuple(asked), (f"{name}: forked as {id}",), dispatch=tuple(dispatch))], value=value)
+    return done(batch, name, record, command, "ok", [Decision(tuple(asked), (f"{name}: forked as {id}",), dispatch=tuple(dispatch), runs=(RunEvent(made["workflow"], "started"),))], value=value)
 
 
 def rewind(batch: Batch, name: str, header: dict[str, Any], record: Record, command: Command) -> Decision:

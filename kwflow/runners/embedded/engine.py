@@ -287,7 +287,7 @@ class Embedded:
         self.stats.commits.observe(time.perf_counter() - begun)
         dispatch: list[object] = []
         for decision in made:
-            self.counts.update(decision.counts)
+            self.stats.count(decision.counts, decision.runs)
             dispatch += decision.dispatch
             end_all(decision.spans)
         if dispatch and processor.input_topic in self._workers:

@@ -433,7 +433,7 @@ class KafkaRunner:
             self.takeover.foreign.check()
         reached = self.transactions.commit(batch, self._metadata)
         self._bytes_max = min(self.config.batch_bytes_max, self._bytes_max * 9 // 8)
-        self.counts.update(batch.counts)
+        self.stats.count(batch.counts, batch.runs)
         end_all(batch.spans)
         for number, overlay in batch.overlays.items():
             partition = self.owned[number]

@@ -16,7 +16,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
 from kwflow.core.wire import Headers, Output, Record
 from kwflow.errors import FencedError, TransportError
-from kwflow.ports import Decision
+from kwflow.ports import Decision, RunEvent
 from kwflow.runners.budget import bytes_of
 from kwflow.runners.kafka.broker_errors import TIMED, explained
 from kwflow.runners.kafka.environment import Producer
@@ -74,6 +74,7 @@ class Batch:
     positions: dict[int, int] = field(default_factory=dict)
     logs: list[str] = field(default_factory=list)
     counts: list[str] = field(default_factory=list)
+    runs: list[RunEvent] = field(default_factory=list)
     dispatch: dict[int, list[object]] = field(default_factory=dict)
     spans: list[object] = field(default_factory=list)
 
@@ -84,6 +85,7 @@ class Batch:
             self.logs += made.logs if record is None else lines_of(made, record)
         self.counts += made.counts
         self.spans += made.spans
+        self.runs += made.runs
         if made.dispatch:
             self.dispatch.setdefault(number, []).extend(made.dispatch)
 
