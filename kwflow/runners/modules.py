@@ -9,7 +9,7 @@ import types
 from collections.abc import Sequence
 from pathlib import Path
 
-from kwflow import api, durable
+from kwflow import api, durable, flows
 from kwflow.core.contract import Workflows
 from kwflow.durable.names import several
 from kwflow.errors import KwflowError, UnknownWorkflowError, UsageError
@@ -63,6 +63,7 @@ def load_workflows(names: Sequence[str], app_dir: Path | None = None, packages: 
 
     Raises UsageError for a name clash, UnknownWorkflowError if the modules have no workflow, and what `load_modules` raises.
     """
+    flows.workflows()  # a check of what is stored, which makes no processor, loads instances that wait in these
     functions: dict[str, object] = {}
     default: str | None = None
     for module in load_modules(names, app_dir, packages):

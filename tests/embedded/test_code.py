@@ -119,12 +119,13 @@ def test_a_deployment_is_checked_before_it_is_made_then_seen_compared_moved_and_
     site("start", "a", "--workflow", "trips")
     site("start", "b", "--workflow", "trips")
     site("start", "c", "--workflow", "broken")
+    site("schedule", "add", "weekly", "--every", "7d", "--workflow", "trips")
     waits_for(site, "c", "r")
-    assert "3 waiting: 3 resume on this code, 0 stay on old code, 0 would be parked" in site("engine", "--check", "shop.trips", "shop.broken", "--app-dir", str(site.folder))
+    assert "4 waiting: 4 resume on this code, 0 stay on old code, 0 would be parked" in site("engine", "--check", "shop.trips", "shop.broken", "--app-dir", str(site.folder))
     site.stop()
     (site.folder / "shop/trips.py").write_text(MOVED)
     said = site("engine", "--check", *modules)
-    assert "3 waiting: 1 resume on this code, 2 stay on old code, 0 would be parked" in said
+    assert "4 waiting: 2 resume on this code, 2 stay on old code, 0 would be parked" in said
     assert "stay on old code: a  shop.trips: main has changed; a migration is there" in said
     assert "class shop.trips.Order has changed since 2 of these instances were saved" in said
     (site.folder / "shop/broken.py").write_text(BROKEN.replace("'r'", "'s'").replace("import shop.helpers", ""))
@@ -147,7 +148,7 @@ def test_a_deployment_is_checked_before_it_is_made_then_seen_compared_moved_and_
     rows = json.loads(site("code", "list", "--json"))
     assert [(row["instances"], row["ids"]) for row in rows if row["module"] == "shop.broken"] == [(1, ["c"])]
     assert {len(row["version"]) for row in rows} == {64} and None not in [row["stored"] for row in rows]
-    assert "0 of 5 versions" in site("code", "gc")
+    assert "0 of 6 versions" in site("code", "gc")
     assert "at least 2 days" in site("code", "gc", "--older-than", "1", code=2)
 
 
