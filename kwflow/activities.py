@@ -20,6 +20,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import msgspec
 
+from kwflow import flows
 from kwflow.batches import Batch
 from kwflow.core import wire
 from kwflow.core.current import current, in_step
@@ -30,7 +31,7 @@ from kwflow.core.values import json_dumps
 from kwflow.declarations import declare_topics
 from kwflow.errors import ActivityError, BusinessError, CodeChangedError, UsageError
 
-__all__ = ["Activity", "Retry", "activity", "activity_named", "batch_of", "failure_payload", "find_activity", "is_queue", "registered_activities"]
+__all__ = ["Activity", "Retry", "activity", "activity_named", "batch_of", "failure_of", "failure_payload", "find_activity", "is_queue", "registered_activities"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -109,9 +110,7 @@ class Activity(Callee, Generic[_P, _R]):
         """Return the wait, in a workflow; outside one, what `function` returns, which has the function's own type."""
         if not in_step():
             return self.function(*args, **kwargs)  # type: ignore[return-value]
-        from kwflow import flows
-
-        gen = (flows.attempts if self.heartbeat_s is None else flows.attempts_with_heartbeats)(self.name, self.encode_arguments(args, kwargs))
+        gen = flows.attempts(self.heartbeat_s is not None)(self.name, self.encode_arguments(args, kwargs))
         gen.__qualname__ = f"activity {self.name}"
         return current().call(gen)
 
@@ -317,6 +316,15 @@ def failure_payload(error: BaseException) -> dict[str, Any]:
     if isinstance(error, ActivityError):
         return {"kind": "activity", "type": _text(error.type or "ActivityError"), "message": _text(error), "details": _sendable(error.details), "final": error.final}
     return {"kind": "activity", "type": type(error).__name__, "message": _text(error), "details": {"at": _where(error)}, "final": False}
+
+
+def failure_of(name: str, payload: Any) -> ActivityError | BusinessError:
+    """Return the error that has travelled as this payload, whoever wrote it."""
+    if not isinstance(payload, dict):
+        return ActivityError(f"activity {name}: {payload}", "WorkflowError", payload)
+    if payload.get("kind") == "business":
+        return BusinessError(str(payload.get("code", "")), str(payload.get("message", "")), payload.get("variables"))
+    return ActivityError(str(payload.get("message", "")), str(payload.get("type", "")), payload.get("details"), payload.get("final") is True)
 
 
 def _text(value: object) -> str:

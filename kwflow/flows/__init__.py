@@ -16,7 +16,7 @@ from typing import Any
 
 from kwflow.durable import load_source
 
-__all__ = ["attempts", "attempts_with_heartbeats", "load", "rest", "workflows"]
+__all__ = ["attempts", "load", "rest", "workflows"]
 
 
 def load(name: str) -> types.ModuleType:
@@ -25,8 +25,10 @@ def load(name: str) -> types.ModuleType:
     return load_source(f"{__name__}.{name}", file.read_text(encoding="utf-8"), str(file))
 
 
-attempts: Any = load("attempts1").attempts
-attempts_with_heartbeats: Any = load("attempts2").attempts
+@functools.cache
+def attempts(heartbeats: bool) -> Any:
+    """The function that a call of an activity runs."""
+    return load("attempts2" if heartbeats else "attempts1").attempts
 
 
 @functools.cache
@@ -40,5 +42,5 @@ def workflows() -> dict[str, Any]:
     """The workflows of kwflow's own that every engine can run, by name; an engine calls this before it restores anything."""
     from kwflow.schedules import WORKFLOW
 
-    rest()
+    attempts(False), attempts(True), rest()
     return {WORKFLOW: load("schedule1").schedule}

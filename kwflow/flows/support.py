@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kwflow import schedules
-from kwflow.activities import Activity, find_activity
+from kwflow.activities import Activity, failure_of, find_activity
 from kwflow.core.current import current
 from kwflow.core.ops import heartbeats_of
 from kwflow.core.tasks import ActivityWait, Awaitable
@@ -54,11 +54,7 @@ def result(name: str, value: Any) -> Any:
 
 def failure(name: str, payload: Any) -> ActivityError | BusinessError:
     """The error that travelled, whoever wrote it."""
-    if not isinstance(payload, dict):
-        return ActivityError(f"activity {name}: {payload}", "WorkflowError", payload)
-    if payload.get("kind") == "business":
-        return BusinessError(str(payload.get("code", "")), str(payload.get("message", "")), payload.get("variables"))
-    return ActivityError(str(payload.get("message", "")), str(payload.get("type", "")), payload.get("details"), payload.get("final") is True)
+    return failure_of(name, payload)
 
 
 def timed_out(name: str) -> ActivityError:

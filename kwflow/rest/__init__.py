@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
+from kwflow import flows
 from kwflow.activities import Activity, Retry
 from kwflow.core.current import current
 from kwflow.core.tasks import Awaitable
@@ -64,8 +65,6 @@ def call(
     _check_functions(made)
     if callback:
         gateway_url()
-    from kwflow import flows
-
     gen = flows.rest().call(made)
     gen.__qualname__ = f"rest.call {made.request.method} {place(made.request.url)}"
     return current().spawn(gen)

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from kwflow.activities import Retry
+from kwflow.activities import Retry, failure_of
 from kwflow.core import typed
 from kwflow.core.current import current
 from kwflow.core.tasks import FAILED, ActivityWait, Awaitable, Suspension, Timer
@@ -360,9 +360,7 @@ def _response(wait: ActivityWait) -> Response:
 
 
 def _raised(activity: str, error: object) -> Failure:
-    from kwflow.flows import support
-
-    made = support.failure(activity, error.payload if isinstance(error, WorkflowError) else str(error))
+    made = failure_of(activity, error.payload if isinstance(error, WorkflowError) else str(error))
     if isinstance(made, BusinessError):
         return Failure(made.code, str(made))
     return Failure(made.type or "ActivityError", str(made))

@@ -494,7 +494,7 @@ SHARED = [
     Planted("semantics 2.4", "what goes on when main has ended is not cancelled", patch=_nobody_is_told_of_the_end, first=7),
     Planted("M5", "a parent is told that its child was cancelled when it failed", patch=_failures_are_cancellations, first=4),
     Planted("M6", "activities are not tried again", patch=lambda: mock.patch.object(Retry, "pause_s", lambda *_: None), first=1),
-    Planted("0063", "an attempt does not hand its heartbeat details on to the next", patch=lambda: mock.patch.dict(flows.attempts_with_heartbeats.__globals__, heartbeat_of=lambda _: None), first=1),
+    Planted("0063", "an attempt does not hand its heartbeat details on to the next", patch=lambda: mock.patch.dict(flows.attempts(True).__globals__, heartbeat_of=lambda _: None), first=1),
     Planted("0062", "what is waited for only now goes on when a workflow goes back", world=GoesBack, patch=_nothing_is_given_up, first=4),
     Planted("0062", "a workflow goes back to the state before the one that is meant", world=GoesBack, patch=_goes_back_too_far),
     Planted("schedules", "runs overlap although they must not", world=Impatient, patch=_active_runs_are_forgotten, first=4),
